@@ -1,0 +1,34 @@
+PY ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+.DEFAULT_GOAL := help
+.PHONY: help run test check fix bench studio clean
+
+help:
+	@echo 'make run | test | check | fix | bench | studio | clean     (PY=python3.12 to choose)'
+.venv/pyvenv.cfg:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'needs Python 3.11+; try: make PY=python3.12'; exit 1; }
+	@test -L .dev/fanfold || { mkdir -p .dev; rm -f .dev/fanfold; ln -s .. .dev/fanfold; }
+	$(PY) -m venv .venv
+.venv/.run: pyproject.toml | .venv/pyvenv.cfg
+	@echo 'Installing fanfold into .venv (about a minute the first time)'
+	$(PIP) -e ".[chem]" && touch $@
+.venv/.dev: pyproject.toml | .venv/.run
+	@echo 'Installing the development tools and all extras into .venv (a few minutes the first time)'
+	$(PIP) -e '.[dev]' && touch $@
+.venv/.studio: pyproject.toml | .venv/.run
+	$(PIP) -e '.[studio]' && touch $@
+run: .venv/.run
+	$(BIN)/fanfold run molecular_screening
+test: .venv/.dev
+	$(BIN)/python -m pytest
+check: .venv/.dev
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+fix: .venv/.dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+bench: .venv/.dev
+	$(BIN)/python -m tests.benchmarks
+studio: .venv/.studio
+	$(BIN)/langgraph dev
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""What every room may rely on: values, errors and protocols. It imports no other room."""

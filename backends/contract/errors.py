@@ -1,0 +1,193 @@
+"""The one exception tree of fanfold.
+
+::
+
+    FanfoldError
+    ├── ConfigurationError          a setting is missing, wrong or contradicts another
+    │   ├── InputError              the input cannot be read, or its rows do not fit the task
+    │   └── MissingExtraError       names the extra to install
+    ├── EndpointError               one call to one endpoint failed
+    │   ├── EndpointBusyError       429, 503: carries retry_after (seconds) or None
+    │   ├── EndpointLostError       connection refused, reset, cut, or timed out
+    │   ├── EndpointReplyError      an answer that is no chat completion
+    │   ├── AuthenticationError     401, 403
+    │   └── RequestRefusedError     400, 404, 413, 422: the request itself is at fault
+    │       ├── ModelNotServedError the endpoint does not serve the model
+    │       └── PromptTooLongError  the prompt exceeds the model's context
+    ├── AnswerError                 the model answered, but not with what was asked
+    │   ├── TruncatedAnswerError    cut at max_tokens
+    │   ├── EmptyAnswerError        no text
+    │   ├── RefusedAnswerError      the model or a content filter refused
+    │   └── InvalidAnswerError      does not parse, or breaks the schema
+    ├── InvalidItemError            the item cannot be asked (an unparsable SMILES, say)
+    ├── RunStoppedError             the run cannot go on, and can be resumed
+    ├── SiteError                   the place where a shard runs failed
+    │   └── WorkerLostError         retryable on another place
+    └── LedgerError                 the journal cannot be written or read, or is another run's
+
+Every class survives a pickle round trip, for errors cross processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class FanfoldError(Exception):
+    """Root of all errors that fanfold raises on purpose.
+
+    Args:
+        message: What happened, where, and what to do about it.
+    """
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigurationError(FanfoldError):
+    """A setting is missing, wrong or contradicts another."""
+
+
+class InputError(ConfigurationError):
+    """The input cannot be read, or its rows do not fit the task."""
+
+
+class MissingExtraError(ConfigurationError):
+    """An optional dependency is not installed.
+
+    Args:
+        feature: What needs it, e.g. ``"reading SMILES"``.
+        extra: The extra of fanfold that brings it.
+    """
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs the extra '{extra}': pip install 'fanfold[{extra}]'")
+        self.feature = feature
+        self.extra = extra
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild from the two arguments rather than from the message."""
+        return type(self), (self.feature, self.extra)
+
+
+class EndpointError(FanfoldError):
+    """One call to one endpoint failed.
+
+    Args:
+        message: What happened and what to do.
+        endpoint: The endpoint's label (never with credentials), or ``""``.
+        status: HTTP status, or None when no answer came.
+        code: The server's own error code or type, or None.
+        retry_after: Seconds that the server asked to wait, or None.
+    """
+
+    retryable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        message: str,
+        endpoint: str = "",
+        status: int | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.endpoint = endpoint
+        self.status = status
+        self.code = code
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the fields over a pickle round trip."""
+        fields = (self.message, self.endpoint, self.status, self.code, self.retry_after)
+        return type(self), fields
+
+
+class EndpointBusyError(EndpointError):
+    """The endpoint refused for now (429, 503)."""
+
+
+class EndpointLostError(EndpointError):
+    """Connection refused, reset or cut, or no answer in time."""
+
+
+class EndpointReplyError(EndpointError):
+    """An answer that is no chat completion: malformed, HTML, or an error in a 200."""
+
+
+class AuthenticationError(EndpointError):
+    """The endpoint refused the key (401, 403)."""
+
+    retryable: ClassVar[bool] = False
+
+
+class RequestRefusedError(EndpointError):
+    """The endpoint refused the request itself; asking again the same way is hopeless."""
+
+    retryable: ClassVar[bool] = False
+
+
+class ModelNotServedError(RequestRefusedError):
+    """The endpoint does not serve the model."""
+
+
+class PromptTooLongError(RequestRefusedError):
+    """The prompt exceeds the model's context length."""
+
+
+class AnswerError(FanfoldError):
+    """The model answered, but not with what was asked.
+
+    Args:
+        message: What is wrong with the answer.
+        raw: The answer's text.
+    """
+
+    def __init__(self, message: str, raw: str = "") -> None:
+        super().__init__(message)
+        self.raw = raw
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the raw text over a pickle round trip."""
+        return type(self), (self.message, self.raw)
+
+
+class TruncatedAnswerError(AnswerError):
+    """The answer was cut at ``max_tokens``."""
+
+
+class EmptyAnswerError(AnswerError):
+    """The answer holds no text."""
+
+
+class RefusedAnswerError(AnswerError):
+    """The model or a content filter refused to answer."""
+
+
+class InvalidAnswerError(AnswerError):
+    """The answer does not parse as JSON, or breaks the schema."""
+
+
+class InvalidItemError(FanfoldError):
+    """The item cannot be asked."""
+
+
+class RunStoppedError(FanfoldError):
+    """The run cannot go on; what is done is safe and the run can be resumed."""
+
+
+class SiteError(FanfoldError):
+    """The place where a shard runs failed."""
+
+
+class WorkerLostError(SiteError):
+    """A worker died; its shard can run elsewhere."""
+
+    retryable: ClassVar[bool] = True
+
+
+class LedgerError(FanfoldError):
+    """The journal cannot be written or read, or belongs to another run."""

@@ -1,0 +1,112 @@
+"""Values that pass between rooms, and between processes as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias
+
+Json: TypeAlias = Any
+"""Anything that JSON can say: None, bool, int, float, str, list or dict of the same."""
+
+Row: TypeAlias = dict[str, Json]
+"""One input row: column name to value."""
+
+Message: TypeAlias = dict[str, Any]
+"""One chat message in OpenAI's form: ``{"role": ..., "content": ...}``."""
+
+Status: TypeAlias = Literal["done", "failed"]
+
+SIMULATED_FINGERPRINT: Final = "fanfold-simulated"
+"""``system_fingerprint`` of every simulated answer, and ``owned_by`` of every simulated model:
+by these two fields a simulated fleet is recognised, however it was reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One row of the input.
+
+    Attributes:
+        index: Position in the input, from 0; results come in this order.
+        id: The item's name, unique within the run.
+        row: The columns.
+        problem: Why the item must not be asked (an unparsable SMILES, say), or None.
+    """
+
+    index: int
+    id: str
+    row: Row
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one or several calls; None means that the server did not say."""
+
+    prompt: int | None = None
+    completion: int | None = None
+
+    def __add__(self, other: Usage) -> Usage:
+        """Add what is known; unknown stays unknown only if both are."""
+        return Usage(_sum(self.prompt, other.prompt), _sum(self.completion, other.completion))
+
+
+def _sum(a: int | None, b: int | None) -> int | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model said to one question.
+
+    Attributes:
+        content: The text, ``""`` when the server sent none.
+        finish_reason: ``stop``, ``length``, ``content_filter``, …, or None.
+        refusal: The model's refusal, or None.
+        usage: Tokens of the answering call.
+        endpoint: Label of the endpoint that answered.
+        model: The model's name as the server gave it.
+        simulated: Whether a simulated fleet answered.
+    """
+
+    content: str
+    finish_reason: str | None
+    refusal: str | None
+    usage: Usage
+    endpoint: str
+    model: str
+    simulated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one item ended, as the reduce stages see it.
+
+    Attributes:
+        index: Position in the input.
+        id: The item's name.
+        status: ``done`` or ``failed``.
+        output: The answer (None when failed).
+        error_class: Name of the error's class when failed.
+        row: The item's columns.
+    """
+
+    index: int
+    id: str
+    status: Status
+    output: Json
+    error_class: str | None = None
+    row: Row = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A range of items: ``lo`` (inclusive) to ``hi`` (exclusive), by index."""
+
+    lo: int
+    hi: int
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return self.hi - self.lo
