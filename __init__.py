@@ -1,0 +1,54 @@
+"""fanfold: map-reduce LLM inference on HPC, as a LangGraph graph.
+
+The public names are imported when they are first used, so that importing fanfold, as every
+worker of a large machine does, costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backends.contract.errors import ConfigurationError, FanfoldError
+    from .backends.fleet.chat import ChatFleet
+    from .backends.fleet.fleet import Fleet
+    from .backends.fleet.simulated.fleet import SimulatedFleet
+    from .backends.fleet.simulated.spec import SimulationSpec
+    from .graphs.context import RunContext
+    from .graphs.map_reduce import build_graph
+
+__all__ = [
+    "ChatFleet",
+    "ConfigurationError",
+    "FanfoldError",
+    "Fleet",
+    "RunContext",
+    "SimulatedFleet",
+    "SimulationSpec",
+    "build_graph",
+]
+
+_WHERE = {
+    "ChatFleet": "backends.fleet.chat",
+    "ConfigurationError": "backends.contract.errors",
+    "FanfoldError": "backends.contract.errors",
+    "Fleet": "backends.fleet.fleet",
+    "RunContext": "graphs.context",
+    "SimulatedFleet": "backends.fleet.simulated.fleet",
+    "SimulationSpec": "backends.fleet.simulated.spec",
+    "build_graph": "graphs.map_reduce",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _WHERE:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

@@ -1,0 +1,8 @@
+"""``python -m fanfold``."""
+
+from __future__ import annotations
+
+from .graphs.cli import main
+
+if __name__ == "__main__":
+    main()

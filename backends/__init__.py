@@ -1,0 +1,1 @@
+"""The parts that do the work: inputs, fleet, accounts, and where shards run."""

@@ -1,0 +1,1 @@
+"""What describes a run: the YAML file's models, its loader, and the presets."""

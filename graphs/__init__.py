@@ -1,0 +1,1 @@
+"""The graphs, and the doors to them: library, command line, langgraph CLI."""

@@ -1,0 +1,1 @@
+"""The steps of the map-reduce: plain async functions over ``Runtime[Context]``."""

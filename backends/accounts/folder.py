@@ -1,0 +1,206 @@
+"""The run folder: where everything of one run lies, and who is using it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from ..contract.errors import ConfigurationError, LedgerError
+from ..contract.types import Json
+
+VERSION: Final = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        path: The folder.
+    """
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        """Return the resolved settings, without secrets."""
+        return self.path / "run.yaml"
+
+    @property
+    def items(self) -> Path:
+        """Return the item store, a snapshot of the input."""
+        return self.path / "items.arrow"
+
+    @property
+    def journal(self) -> Path:
+        """Return the folder of journal files."""
+        return self.path / "journal"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the SQLite checkpoints."""
+        return self.path / "checkpoints.sqlite"
+
+    @property
+    def results(self) -> Path:
+        """Return the results table."""
+        return self.path / "results.parquet"
+
+    @property
+    def failures(self) -> Path:
+        """Return the failed items."""
+        return self.path / "failures.jsonl"
+
+    @property
+    def aggregate(self) -> Path:
+        """Return the aggregate."""
+        return self.path / "aggregate.json"
+
+    @property
+    def provenance(self) -> Path:
+        """Return versions, host, times and the input's digest."""
+        return self.path / "provenance.json"
+
+    def read_provenance(self) -> dict[str, Any]:
+        """Read what the run is.
+
+        Raises:
+            LedgerError: The file is damaged or of another version.
+        """
+        try:
+            data: dict[str, Any] = orjson.loads(self.provenance.read_bytes())
+        except (OSError, orjson.JSONDecodeError) as error:
+            raise LedgerError(f"{self.provenance}: cannot be read: {error}") from None
+        if data.get("v") != VERSION:
+            msg = f"{self.provenance}: version {data.get('v')!r}, this fanfold reads {VERSION}"
+            raise LedgerError(msg)
+        return data
+
+    def write_provenance(self, data: Mapping[str, Json]) -> None:
+        """Replace the provenance file in one step."""
+        write_json(self.provenance, {"v": VERSION, **data})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; the lock ends with the process, however it ends.
+
+        Raises:
+            ConfigurationError: Another process is working on the run.
+        """
+        handle = os.open(self.journal / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            msg = f"{self.path}: another process is working on this run; wait for it or stop it"
+            raise ConfigurationError(msg) from None
+        except OSError as error:
+            logger.warning("%s: the file system offers no locks (%s)", self.path, error.strerror)
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def in_use(self) -> bool:
+        """Say whether a process is working on the run."""
+        try:
+            with self.locked():
+                return False
+        except ConfigurationError:
+            return True
+
+
+def write_json(path: Path, data: Json) -> None:
+    """Write JSON in one step: a reader sees the old file or the new one.
+
+    Raises:
+        LedgerError: The file cannot be written.
+    """
+    write_bytes(path, orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file in one step.
+
+    Raises:
+        LedgerError: The file cannot be written; the old one is untouched.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise LedgerError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def open_folder(path: Path) -> RunFolder:
+    """Open an existing run folder.
+
+    Raises:
+        ConfigurationError: Missing, or not a run folder.
+    """
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise ConfigurationError(f"{path}: no such run folder")
+    missing = [p.name for p in (folder.settings, folder.items, folder.provenance) if not p.exists()]
+    if missing or not folder.journal.is_dir():
+        lacks = ", ".join(missing) or "journal/"
+        raise ConfigurationError(f"{path}: not a run folder of fanfold (it lacks {lacks})")
+    return folder
+
+
+def is_vacant(path: Path) -> bool:
+    """Say whether a new run may be made at ``path``: nothing there, or an empty folder.
+
+    Raises:
+        ConfigurationError: Something is there that is no folder, or cannot be looked into.
+    """
+    try:
+        return not path.exists() or not any(path.iterdir())
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be a run folder: {error.strerror}") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[RunFolder]:
+    """Make a run folder that appears under its name only when the block ends well.
+
+    Raises:
+        ConfigurationError: The folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        (partial / "journal").mkdir()
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from None
+    try:
+        yield RunFolder(partial)
+        partial.chmod(0o755)
+        partial.rename(path)  # an empty folder of that name gives way
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def now() -> str:
+    """Return the present time as ISO 8601 text in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,253 @@
+"""ChatFleet: a ChatOpenAI whose every call goes to a fleet.
+
+Payloads are built and answers are read by ChatOpenAI's own methods. The common call posts through
+the fleet directly; what needs the openai package (streams, pydantic answers) takes the stock path
+over ``FleetTransport``, and a failed call is replayed through it, so that its error is stock's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Self
+
+import httpx2
+import openai
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForLLMRun,
+    CallbackManagerForLLMRun,
+)
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_openai import ChatOpenAI
+from pydantic import Field, model_validator
+
+from ..contract.errors import ConfigurationError, EndpointError
+from .fleet import Fleet
+from .params import ModelParams
+from .wire import NO_SECRET, NOWHERE, SERVED_BY, FleetTransport, NoSyncTransport, replayed
+
+_BELONGS_TO_FLEET: Final = (
+    "base_url",
+    "openai_api_base",
+    "api_key",
+    "openai_api_key",
+    "timeout",
+    "request_timeout",
+    "max_retries",
+    "http_client",
+    "http_async_client",
+    "openai_proxy",
+    "default_headers",
+    "default_query",
+)
+_NOT_PER_CALL: Final = frozenset({"extra_headers", "extra_query", "timeout"})
+_RESPONSES_ONLY: Final = ("context_management", "include", "reasoning", "truncation")
+_STOCK_ERRORS: Final = (openai.OpenAIError, ValueError, TypeError, LookupError)
+
+
+class ChatFleet(ChatOpenAI):
+    """A chat model served by a fleet of endpoints.
+
+    Give it to any LangGraph agent in place of a ChatOpenAI; balancing, failover and pacing come
+    with it. It never reads OPENAI_API_KEY or OPENAI_BASE_URL.
+
+    Args:
+        fleet: The endpoints. The caller opens and closes it.
+        **settings: ChatOpenAI's settings: model, temperature, max_tokens, extra_body, …
+
+    Raises:
+        ConfigurationError: A setting belongs to the fleet (base_url, api_key, timeout,
+            max_retries, …) or asks for the Responses API.
+    """
+
+    fleet: Fleet = Field(exclude=True, repr=False)
+
+    @classmethod
+    def of(cls, fleet: Fleet, params: ModelParams) -> Self:
+        """Build the model that asks as ``params`` says.
+
+        The answer's schema goes into the body as it is, so that a truncated answer is returned
+        with its finish reason instead of being lost in an exception.
+        """
+        body = params.body()
+        named: dict[str, Any] = {k: body.pop(k) for k in ("temperature", "seed") if k in body}
+        if (most := body.pop("max_completion_tokens", None)) is not None:
+            named["max_tokens"] = most
+        return cls(fleet=fleet, model=body.pop("model"), extra_body=body or None, **named)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _point_nowhere(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Give the stock clients no address, no key and no connection of their own."""
+        if given := [k for k in _BELONGS_TO_FLEET if values.get(k) is not None]:
+            raise ConfigurationError(
+                f"ChatFleet takes no {', '.join(given)}: addresses, keys, timeouts and retries "
+                "are the fleet's (EndpointSpec, FleetPolicy)"
+            )
+        transport = FleetTransport(values["fleet"])
+        # ChatOpenAI pops what it knows out of the caller's own model_kwargs.
+        settings = {k: copy.deepcopy(v) if k == "model_kwargs" else v for k, v in values.items()}
+        return (
+            {"stream_usage": True, "use_responses_api": False}
+            | settings
+            | {
+                "openai_api_base": NOWHERE,
+                "openai_api_key": NO_SECRET,
+                "openai_proxy": None,
+                "max_retries": 0,
+                "http_client": httpx2.Client(transport=NoSyncTransport(), trust_env=False),
+                "http_async_client": httpx2.AsyncClient(transport=transport, trust_env=False),
+            }
+        )
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Return False: a fleet is live connections, not a recipe."""
+        return False
+
+    def _use_responses_api(self, payload: dict[str, Any]) -> bool:
+        asked = [k for k in _RESPONSES_ONLY if getattr(self, k) is not None or k in payload]
+        builtin = [t for t in payload.get("tools") or () if t.get("type") != "function"]
+        if (
+            asked
+            or builtin
+            or self.use_responses_api
+            or self.use_previous_response_id
+            or self.output_version == "responses/v1"
+            or "previous_response_id" in payload
+            or "text" in payload
+        ):
+            why = ", ".join(asked) or "use_responses_api, output_version or a built-in tool"
+            raise ConfigurationError(
+                f"a fleet speaks chat completions, not the Responses API: drop {why}"
+            )
+        return False
+
+    def _get_request_payload(
+        self, input_: LanguageModelInput, *, stop: list[str] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        payload: dict[str, Any] = super()._get_request_payload(input_, stop=stop, **kwargs)
+        if foreign := sorted(_NOT_PER_CALL & payload.keys()):
+            raise ConfigurationError(
+                f"{', '.join(foreign)} cannot be set per call: they are the fleet's"
+            )
+        return payload
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        payload = self._get_request_payload(messages, stop=stop, **kwargs)
+        if self._needs_stock(payload):
+            with _ours_as_cause():
+                result = await super()._agenerate(messages, stop, run_manager, **kwargs)
+            return _served_by(result, SERVED_BY.get())
+        payload.pop("stream", None)
+        payload.update(payload.pop("extra_body", None) or {})
+        try:
+            document, endpoint = await self.fleet.here().post(payload)
+        except EndpointError as error:
+            with _ours_as_cause(error), replayed(error):
+                return _not_empty(await super()._agenerate(messages, stop, run_manager, **kwargs))
+        if "response_format" in kwargs and _unfinished(document):
+            with replayed(document):
+                return await super()._agenerate(messages, stop, run_manager, **kwargs)
+        return _served_by(self._read(document, payload), endpoint.label)
+
+    def _needs_stock(self, payload: dict[str, Any]) -> bool:
+        """Tell whether the openai package must build the body or read the answer."""
+        answer_format = payload.get("response_format")
+        return (
+            bool(self.include_response_headers)
+            or isinstance(answer_format, type)
+            or (answer_format is not None and "tools" in payload)
+        )
+
+    def _read(self, document: dict[str, Any], payload: dict[str, Any]) -> ChatResult:
+        """Read an answer as stock does after its round trip through pydantic models."""
+        document.setdefault("system_fingerprint", None)
+        if usage := document.get("usage"):
+            usage.setdefault("completion_tokens_details", None)
+            usage.setdefault("prompt_tokens_details", None)
+        for choice in document["choices"]:
+            choice.setdefault("logprobs", None)
+        result = self._create_chat_result(document)
+        first = result.generations[0].message.additional_kwargs
+        if "response_format" in payload and "response_format" not in (self.extra_body or {}):
+            first["parsed"] = None
+        first["refusal"] = document["choices"][0]["message"].get("refusal")
+        return result
+
+    async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
+        with _ours_as_cause():
+            first = True
+            async for chunk in super()._astream(*args, **kwargs):
+                if first:
+                    chunk.message.response_metadata["endpoint"] = SERVED_BY.get()
+                    first = False
+                yield chunk
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - the parent's signature
+        **kwargs: Any,
+    ) -> ChatResult:
+        return self.fleet.bridge.run(self._agenerate(messages, stop, None, **kwargs))
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        for chunk in self.fleet.bridge.iterate(self._astream(messages, stop, None, **kwargs)):
+            if run_manager is not None:
+                logprobs = (chunk.generation_info or {}).get("logprobs")
+                run_manager.on_llm_new_token(chunk.text, chunk=chunk, logprobs=logprobs)
+            yield chunk
+
+
+@contextmanager
+def _ours_as_cause(error: EndpointError | None = None) -> Iterator[None]:
+    """Let stock's exception name the fleet's own error as its cause."""
+    try:
+        yield
+    except _STOCK_ERRORS as stock:
+        cause = error or _find(stock)
+        if cause is not None and stock.__cause__ is not cause:
+            raise stock from cause
+        raise
+
+
+def _find(error: BaseException) -> EndpointError | None:
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, EndpointError):
+        link = link.__cause__
+    return link
+
+
+def _served_by(result: ChatResult, endpoint: str | None) -> ChatResult:
+    for generation in result.generations:
+        generation.message.response_metadata["endpoint"] = endpoint
+    return result
+
+
+def _not_empty(result: ChatResult) -> ChatResult:
+    """Fail where ``ainvoke`` would, so that the fleet's error can be named as the cause."""
+    result.generations[0]
+    return result
+
+
+def _unfinished(document: dict[str, Any]) -> bool:
+    """Tell whether stock raises for this answer to a request with a schema."""
+    reasons = {choice.get("finish_reason") for choice in document["choices"]}
+    return bool(reasons & {"length", "content_filter"})

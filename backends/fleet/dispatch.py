@@ -1,0 +1,148 @@
+"""Which endpoint gets the next request, and who waits for how long.
+
+Endpoints stand in a heap by ``(outstanding + 1) x smoothed latency / weight``, the expected time
+to an answer. An entry is never moved: a change of rank pushes a new entry, and entries of an
+older rank are dropped when they surface, so that a choice costs O(log n) amortised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from .endpoint import Endpoint
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A call that waits for an endpoint."""
+
+    future: asyncio.Future[Endpoint]
+    avoid: Collection[Endpoint]
+
+
+class Dispatcher:
+    """Hands out endpoints, first come first served.
+
+    Args:
+        endpoints: All members.
+        streams: Most requests in flight over all endpoints.
+    """
+
+    def __init__(self, endpoints: Sequence[Endpoint], streams: int) -> None:
+        self._streams = streams
+        self._tick = itertools.count()
+        self._ranks: dict[Endpoint, int] = {}
+        self._heap: list[tuple[float, int, Endpoint]] = []
+        self._queue: deque[_Waiter] = deque()
+        self._mean_s = 0.0
+        self.in_flight = 0
+        self.alive: set[Endpoint] = set()
+        for endpoint in endpoints:
+            self.refresh(endpoint)
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for an endpoint."""
+        return len(self._queue)
+
+    async def take(self, avoid: Collection[Endpoint] = ()) -> Endpoint:
+        """Wait for the best endpoint and count one request in flight to it.
+
+        Args:
+            avoid: Endpoints to pass over while any other is alive.
+        """
+        if not self._queue and (endpoint := self._choose(avoid)) is not None:
+            return self._start(endpoint)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid)
+        self._queue.append(waiter)
+        try:
+            return await waiter.future
+        except asyncio.CancelledError:
+            self._withdraw(waiter)
+            raise
+
+    def _withdraw(self, waiter: _Waiter) -> None:
+        """Undo what a cancelled call holds: its place in the queue, or the endpoint it won."""
+        if waiter.future.done() and not waiter.future.cancelled():
+            if waiter.future.exception() is None:
+                self.give(waiter.future.result())
+        elif waiter in self._queue:
+            self._queue.remove(waiter)
+
+    def give(self, endpoint: Endpoint, seconds: float | None = None) -> None:
+        """Count one request less in flight.
+
+        Args:
+            endpoint: The endpoint that was taken.
+            seconds: How long its answer took, or None when it gave none.
+        """
+        self.in_flight -= 1
+        endpoint.outstanding -= 1
+        if seconds is not None:
+            endpoint.observe(seconds)
+            self._mean_s += (seconds - self._mean_s) * (0.02 if self._mean_s else 1.0)
+        self.refresh(endpoint)
+
+    def refresh(self, endpoint: Endpoint) -> None:
+        """Rank an endpoint anew after its state changed, and serve who waits."""
+        (self.alive.add if endpoint.alive else self.alive.discard)(endpoint)
+        self._rank(endpoint)
+        self._serve()
+
+    def fail_all(self, error: BaseException) -> None:
+        """Raise an error in every waiting call."""
+        while self._queue:
+            waiter = self._queue.popleft()
+            if not waiter.future.done():
+                waiter.future.set_exception(error)
+
+    def _rank(self, endpoint: Endpoint) -> None:
+        tick = next(self._tick)
+        self._ranks[endpoint] = tick
+        if endpoint.free:
+            latency = endpoint.latency_s or self._mean_s or 1.0
+            score = (endpoint.outstanding + 1) * latency / endpoint.spec.weight
+            heapq.heappush(self._heap, (score, tick, endpoint))
+
+    def _choose(self, avoid: Collection[Endpoint]) -> Endpoint | None:
+        if self.in_flight >= self._streams:
+            return None
+        if avoid and self.alive.issubset(avoid):
+            avoid = ()
+        passed: list[tuple[float, int, Endpoint]] = []
+        chosen: Endpoint | None = None
+        while self._heap and chosen is None:
+            entry = heapq.heappop(self._heap)
+            if self._ranks[entry[2]] != entry[1] or not entry[2].free:
+                continue
+            if entry[2] in avoid:
+                passed.append(entry)
+            else:
+                chosen = entry[2]
+        for entry in passed:
+            heapq.heappush(self._heap, entry)
+        return chosen
+
+    def _start(self, endpoint: Endpoint) -> Endpoint:
+        self.in_flight += 1
+        endpoint.outstanding += 1
+        self._rank(endpoint)
+        return endpoint
+
+    def _serve(self) -> None:
+        """Hand free endpoints to the calls that wait, oldest first."""
+        while self._queue and self.in_flight < self._streams:
+            waiter = self._queue[0]
+            if waiter.future.done():
+                self._queue.popleft()
+                continue
+            endpoint = self._choose(waiter.avoid)
+            if endpoint is None:
+                return
+            self._queue.popleft()
+            waiter.future.set_result(self._start(endpoint))

@@ -1,0 +1,84 @@
+"""Two doors with one protocol: straight to the fleet, or through LangChain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import openai
+from langchain_core.messages import AIMessage
+
+from ..contract.errors import EndpointError
+from ..contract.types import SIMULATED_FINGERPRINT, Message, Reply, Usage
+from . import judge
+from .chat import ChatFleet
+from .fleet import Fleet
+from .params import ModelParams
+
+
+class FleetModel:
+    """The lower door: no LangChain between the question and the wire.
+
+    It sends the same bodies as ``ChatFleet.of(fleet, params)``.
+
+    Args:
+        fleet: The endpoints.
+        params: What every request has in common.
+    """
+
+    def __init__(self, fleet: Fleet, params: ModelParams) -> None:
+        self._fleet = fleet
+        self._constant = params.body()
+
+    async def ask(self, messages: Sequence[Message]) -> Reply:
+        """Answer one conversation.
+
+        Raises:
+            EndpointError: No endpoint answered within the attempts allowed.
+            RunStoppedError: Asking on is hopeless for every item.
+        """
+        body = {**self._constant, "messages": messages}
+        document, endpoint = await self._fleet.post(body)
+        return judge.reply_of(document, endpoint.label)
+
+
+class LangChainModel:
+    """The upper door: through a chat model, so that callbacks, traces and streams see the call.
+
+    LangGraph's ambient configuration applies, for ``ainvoke`` reads it.
+
+    Args:
+        chat: The model.
+    """
+
+    def __init__(self, chat: ChatFleet) -> None:
+        self._chat = chat
+
+    async def ask(self, messages: Sequence[Message]) -> Reply:
+        """Answer one conversation.
+
+        Raises:
+            EndpointError: No endpoint answered within the attempts allowed.
+            RunStoppedError: Asking on is hopeless for every item.
+        """
+        try:
+            answer = await self._chat.ainvoke(list(messages))
+        except (openai.OpenAIError, ValueError, TypeError, LookupError) as error:
+            if isinstance(error.__cause__, EndpointError):
+                raise error.__cause__ from error.__cause__.__cause__
+            raise
+        return _reply(answer)
+
+
+def _reply(answer: AIMessage) -> Reply:
+    about: dict[str, Any] = answer.response_metadata
+    usage = answer.usage_metadata
+    return Reply(
+        content=answer.text,
+        finish_reason=about.get("finish_reason"),
+        refusal=answer.additional_kwargs.get("refusal"),
+        usage=Usage(usage["input_tokens"], usage["output_tokens"]) if usage else Usage(),
+        endpoint=about.get("endpoint") or "",
+        model=about.get("model_name") or "",
+        simulated=about.get("system_fingerprint") == SIMULATED_FINGERPRINT,
+    )

@@ -1,0 +1,230 @@
+"""From what went wrong to the contract's error and to what the fleet does about it.
+
+One table of HTTP statuses, refined by the body's error code, for some servers say "wait" with a
+400 and "give up" with a 429.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+import aiohttp
+
+from ..contract.errors import (
+    AuthenticationError,
+    EndpointBusyError,
+    EndpointError,
+    EndpointLostError,
+    EndpointReplyError,
+    ModelNotServedError,
+    PromptTooLongError,
+    RequestRefusedError,
+)
+from .answer import Complaint, RawAnswer, retry_after
+
+
+class Step(enum.Enum):
+    """What follows a failed call."""
+
+    SAME = "repeat, also on the same endpoint"
+    OTHER = "repeat on another endpoint"
+    WAIT = "let the endpoint rest, then repeat anywhere"
+    REKEY = "fetch a new key once, then repeat"
+    EJECT = "use the endpoint no more, and repeat on another"
+    FAIL = "fail the item"
+    STOP = "stop the run"
+
+
+class Trip(enum.Enum):
+    """What a failure means for the endpoint's breaker."""
+
+    NO = "the endpoint is healthy"
+    COUNT = "several in a row open the breaker"
+    OPEN = "opens the breaker at once"
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """How one kind of failure is met.
+
+    Attributes:
+        kind: The contract's error class.
+        step: What follows.
+        trip: What it means for the endpoint's breaker.
+        shrink: Whether the endpoint is sent fewer requests at once.
+        free: Whether the call does not count as one of the item's attempts.
+        rest_s: Seconds for the endpoint to rest when the server names none, or None.
+        shared: Whether the rest holds for the whole fleet (a quota of the user or the model).
+        poison: Whether the same on several endpoints shows that the item is at fault.
+        schema: Whether the answer's schema was refused.
+        advice: What to do, for the message.
+    """
+
+    kind: type[EndpointError]
+    step: Step
+    trip: Trip = Trip.NO
+    shrink: bool = False
+    free: bool = False
+    rest_s: float | None = None
+    shared: bool = False
+    poison: bool = False
+    schema: bool = False
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failed call: the error to raise if it was the last, and its treatment."""
+
+    error: EndpointError
+    treatment: Treatment
+
+
+_REFUSED: Final = Treatment(RequestRefusedError, Step.FAIL)
+_BUSY: Final = Treatment(EndpointBusyError, Step.WAIT, shrink=True, free=True)
+_SERVER: Final = Treatment(EndpointError, Step.OTHER, Trip.COUNT, poison=True)
+_STRANGE: Final = Treatment(EndpointReplyError, Step.OTHER, Trip.COUNT)
+_LOST: Final = Treatment(EndpointLostError, Step.OTHER, Trip.COUNT)
+
+_BY_STATUS: Final[Mapping[int, Treatment]] = {
+    400: _REFUSED,
+    401: Treatment(AuthenticationError, Step.REKEY, advice="check the endpoint's api_key"),
+    403: Treatment(
+        AuthenticationError, Step.EJECT, advice="the key is not allowed to use this endpoint"
+    ),
+    404: Treatment(
+        ModelNotServedError, Step.EJECT, advice="check model.name and the endpoint's URL"
+    ),
+    405: Treatment(RequestRefusedError, Step.EJECT, advice="check the endpoint's URL"),
+    408: Treatment(EndpointLostError, Step.OTHER, shrink=True),
+    409: Treatment(EndpointError, Step.SAME),
+    413: replace(_REFUSED, advice="shorten the item"),
+    422: _REFUSED,
+    429: _BUSY,
+    500: _SERVER,
+    501: _REFUSED,
+    502: _LOST,
+    503: replace(_BUSY, shrink=False, trip=Trip.COUNT),
+    504: replace(_LOST, shrink=True),
+}
+
+_BY_CODE: Final[Mapping[str, Treatment]] = {
+    "quota_exceeded": replace(_BUSY, rest_s=60.0, shared=True),
+    "batch_ongoing": replace(_BUSY, rest_s=60.0, shared=True),
+    "too_many_requests": replace(_BUSY, rest_s=60.0, shared=True),
+    "insufficient_quota": Treatment(
+        EndpointBusyError, Step.STOP, advice="the account's quota is used up"
+    ),
+    "cluster_under_maintenance": replace(_BUSY, rest_s=60.0, trip=Trip.OPEN),
+}
+
+_BUSY_WORDS: Final = ("currently busy", "backlog limit")
+_COLD_WORDS: Final = ("not ready to receive tasks",)
+_OFFLINE_WORDS: Final = ("is offline",)
+_LENGTH_PARAMS: Final = frozenset({"input_tokens", "input_text"})
+_SCHEMA_WORDS: Final = ("response_format", "json_schema", "structured_outputs", "grammar")
+
+
+def of_answer(answer: RawAnswer, endpoint: str) -> Failure:
+    """Classify an answer with an error status.
+
+    Args:
+        answer: The HTTP answer.
+        endpoint: The endpoint's label.
+    """
+    return of_complaint(answer, Complaint.read(answer.body), answer.status, endpoint)
+
+
+def of_complaint(answer: RawAnswer, complaint: Complaint, status: int, endpoint: str) -> Failure:
+    """Classify an error body; ``status`` may stand in the body rather than in the answer."""
+    treatment = _treatment(status, complaint)
+    advice = treatment.advice
+    if complaint.html:
+        advice = "a web page came instead of an answer: check the URL and any proxy in between"
+    message = f"{endpoint}: HTTP {answer.status}: {complaint.message}"
+    error = treatment.kind(
+        f"{message} ({advice})" if advice else message,
+        endpoint,
+        status,
+        complaint.code or complaint.type,
+        retry_after(answer.headers),
+    )
+    error.__cause__ = answer
+    return Failure(error, treatment)
+
+
+def _treatment(status: int, complaint: Complaint) -> Treatment:
+    if treatment := _BY_CODE.get(complaint.code or ""):
+        return treatment
+    if status == 400:  # noqa: PLR2004 - HTTP's own number
+        return _bad_request(complaint)
+    if status == 503:  # noqa: PLR2004 - HTTP's own number
+        return _unavailable(complaint)
+    if treatment := _BY_STATUS.get(status):
+        return treatment
+    return _SERVER if status >= 500 else _STRANGE  # noqa: PLR2004 - HTTP's own number
+
+
+def _bad_request(complaint: Complaint) -> Treatment:
+    text = complaint.message
+    if complaint.param in _LENGTH_PARAMS or "maximum context length" in text:
+        return Treatment(
+            PromptTooLongError, Step.FAIL, advice="shorten the item or use a longer context"
+        )
+    if complaint.param in {"max_tokens", "max_completion_tokens"}:
+        return replace(_REFUSED, advice="lower model.max_tokens")
+    if complaint.param == "response_format" or any(word in text for word in _SCHEMA_WORDS):
+        return replace(
+            _REFUSED, schema=True, advice="simplify task.schema to what this server supports"
+        )
+    return _REFUSED
+
+
+def _unavailable(complaint: Complaint) -> Treatment:
+    text = complaint.message
+    if complaint.type == "Service Unavailable" or any(word in text for word in _BUSY_WORDS):
+        return _BUSY
+    if any(word in text for word in _COLD_WORDS):
+        return replace(_BUSY, rest_s=60.0, shrink=False)
+    if any(word in text for word in _OFFLINE_WORDS):
+        return replace(_BUSY, rest_s=60.0, shrink=False, trip=Trip.OPEN)
+    return _BY_STATUS[503]
+
+
+def of_reply(answer: RawAnswer, problem: str, endpoint: str) -> Failure:
+    """Classify an answer with status 200 that is no chat completion."""
+    error = EndpointReplyError(f"{endpoint}: {problem}: {answer}", endpoint, answer.status)
+    error.__cause__ = answer
+    return Failure(error, _STRANGE)
+
+
+def of_abort(answer: RawAnswer, endpoint: str) -> Failure:
+    """Classify an answer that the server gave up: whole in form, partial in content."""
+    error = EndpointLostError(
+        f"{endpoint}: the server gave up before the answer was whole", endpoint, answer.status
+    )
+    error.__cause__ = answer
+    return Failure(error, _LOST)
+
+
+def of_exception(cause: aiohttp.ClientError | TimeoutError, endpoint: str) -> Failure:
+    """Classify a connection that failed or an answer that did not come."""
+    problem, treatment = _connection(cause)
+    error = EndpointLostError(f"{endpoint}: {problem}", endpoint)
+    error.__cause__ = cause
+    return Failure(error, treatment)
+
+
+def _connection(cause: aiohttp.ClientError | TimeoutError) -> tuple[str, Treatment]:
+    if isinstance(cause, aiohttp.ConnectionTimeoutError):
+        return "no connection in time", replace(_LOST, trip=Trip.OPEN, free=True)
+    if isinstance(cause, TimeoutError):
+        return "no answer in time", replace(_LOST, shrink=True)
+    if isinstance(cause, aiohttp.ClientConnectorError):
+        return f"cannot connect: {cause}", replace(_LOST, trip=Trip.OPEN, free=True)
+    if isinstance(cause, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
+        return "the connection was closed before an answer", _LOST
+    return f"the answer was cut or broken: {cause}", _LOST

@@ -1,0 +1,101 @@
+"""Whether an answer with status 200 is a chat completion or only looks like one."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import orjson
+
+from ..contract.types import SIMULATED_FINGERPRINT, Reply, Usage
+from . import failures
+from .answer import Complaint, RawAnswer
+from .failures import Failure
+
+_GATEWAY_ERROR_ID: Final = "chatcmpl-api-error"
+"""Id under which the FIRST gateway hides an error of the server behind it."""
+
+_ABORTED: Final = frozenset({"abort", "error"})
+"""Finish reasons of a server that is shutting down; the text is partial."""
+
+
+def read(answer: RawAnswer, endpoint: str) -> dict[str, Any] | Failure:
+    """Decode an answer, or say why it is none.
+
+    Args:
+        answer: The answer as it came, with any status.
+        endpoint: The endpoint's label.
+    """
+    if answer.status != 200:  # noqa: PLR2004 - HTTP's own number
+        return failures.of_answer(answer, endpoint)
+    try:
+        document = orjson.loads(answer.body)
+    except orjson.JSONDecodeError:
+        document = None
+    problem = _problem(document)
+    if problem is None:
+        return failures.of_abort(answer, endpoint) if _is_aborted(document) else document
+    if isinstance(document, dict) and (document.get("error") or document.get("object") == "error"):
+        complaint = Complaint.of(document)
+        return failures.of_complaint(answer, complaint, _inner_status(complaint), endpoint)
+    return failures.of_reply(answer, problem, endpoint)
+
+
+def _problem(document: Any) -> str | None:
+    if not isinstance(document, dict):
+        return "the answer is no JSON object"
+    if document.get("error"):
+        return "an error in an answer with status 200"
+    choices = document.get("choices")
+    if not isinstance(choices, list) or not choices:
+        return "the answer holds no choices"
+    first = choices[0]
+    if not isinstance(first, dict) or not isinstance(first.get("message"), dict):
+        return "the answer holds no message"
+    return None
+
+
+def _is_aborted(document: dict[str, Any]) -> bool:
+    reason = document["choices"][0].get("finish_reason")
+    return reason in _ABORTED or document.get("id") == _GATEWAY_ERROR_ID
+
+
+def _inner_status(complaint: Complaint) -> int:
+    code = complaint.code or ""
+    return int(code) if code.isdigit() and 400 <= int(code) < 600 else 500  # noqa: PLR2004
+
+
+def is_simulated(document: dict[str, Any]) -> bool:
+    """Tell whether a simulated fleet made this answer."""
+    return document.get("system_fingerprint") == SIMULATED_FINGERPRINT
+
+
+def usage_of(document: dict[str, Any]) -> Usage:
+    """Return the tokens that an answer reports; unknown stays None."""
+    usage = document.get("usage")
+    if not isinstance(usage, dict):
+        return Usage()
+    return Usage(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def reply_of(document: dict[str, Any], endpoint: str) -> Reply:
+    """Turn a chat completion into a reply.
+
+    Args:
+        document: The decoded answer, judged good.
+        endpoint: Label of the endpoint that gave it.
+    """
+    choice = document["choices"][0]
+    message = choice["message"]
+    return Reply(
+        content=message.get("content") or "",
+        finish_reason=choice.get("finish_reason"),
+        refusal=message.get("refusal"),
+        usage=usage_of(document),
+        endpoint=endpoint,
+        model=document.get("model") or "",
+        simulated=is_simulated(document),
+    )

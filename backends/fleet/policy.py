@@ -1,0 +1,98 @@
+"""How the fleet behaves, as frozen values: no loose numbers anywhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and how patiently a failed call is repeated.
+
+    Attributes:
+        attempts: Most calls of one item that may fail before the item fails. Refusals
+            (429, 503) and connections that were never made do not count: they are waited for.
+        backoff_s: Pause before the first repetition on the endpoint that just failed, in
+            seconds; doubled at each further one.
+        backoff_max_s: Longest such pause, in seconds.
+        jitter: Share by which a pause is lengthened at random, so that callers spread.
+        long_wait_s: A Retry-After above this, in seconds, is a reason to go elsewhere and, if
+            there is no elsewhere, to stop the run.
+        refusal_pause_s: First pause of an endpoint that refuses without saying for how long.
+        poison_endpoints: The same server error on so many endpoints fails the item.
+        hopeless_after: So many refusals of the request itself, before any success, stop the run.
+        budget: Most repetitions per first call over the whole run (0.2 = one in five), or None.
+    """
+
+    attempts: int = 4
+    backoff_s: float = 0.5
+    backoff_max_s: float = 30.0
+    jitter: float = 0.25
+    long_wait_s: float = 120.0
+    refusal_pause_s: float = 1.0
+    poison_endpoints: int = 3
+    hopeless_after: int = 10
+    budget: float | None = None
+
+    def pause(self, failures: int, chance: float) -> float:
+        """Return the seconds to wait after ``failures`` failures (``chance`` in 0 to 1)."""
+        # The exponent is bounded, for 2.0**1024 overflows.
+        base = min(self.backoff_max_s, self.backoff_s * 2.0 ** min(failures - 1, 32))
+        return base * (1.0 + self.jitter * chance)
+
+
+@dataclass(frozen=True, slots=True)
+class TimeoutPolicy:
+    """How long to wait for what, in seconds.
+
+    Attributes:
+        request_s: From sending a request to the answer's last byte.
+        connect_s: For a TCP connection to an endpoint.
+        keepalive_s: An idle connection is kept so long; vLLM closes its side after 5 s, and
+            equal values race.
+        fleet_s: With no endpoint alive, the run waits so long before it stops.
+        chunk_s: Longest silence inside a stream of tokens.
+    """
+
+    request_s: float = 600.0
+    connect_s: float = 10.0
+    keepalive_s: float = 3.0
+    fleet_s: float = 600.0
+    chunk_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPolicy:
+    """All that a fleet must know besides its endpoints.
+
+    Attributes:
+        streams: Most requests in flight over all endpoints.
+        retry: When a call is repeated.
+        timeout: How long to wait.
+        trust_env: Whether proxy variables of the environment count; never for nodes, which a
+            proxy cannot reach.
+    """
+
+    streams: int = 256
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    timeout: TimeoutPolicy = field(default_factory=TimeoutPolicy)
+    trust_env: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        streams: int = 256,
+        attempts: int = 4,
+        request_timeout_s: float = 600.0,
+        connect_timeout_s: float = 10.0,
+        fleet_wait_s: float = 600.0,
+    ) -> FleetPolicy:
+        """Build a policy from the settings of a run's ``limits``."""
+        return cls(
+            streams=streams,
+            retry=RetryPolicy(attempts=attempts),
+            timeout=TimeoutPolicy(
+                request_s=request_timeout_s, connect_s=connect_timeout_s, fleet_s=fleet_wait_s
+            ),
+        )

@@ -1,0 +1,193 @@
+"""Asking endpoints what they serve, and checking it against what the run wants."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import aiohttp
+import orjson
+
+from ..contract.errors import ConfigurationError
+from ..contract.types import SIMULATED_FINGERPRINT
+from .answer import Complaint, RawAnswer
+from .endpoint import Endpoint, EndpointSpec
+from .policy import FleetPolicy
+from .transport import Transport
+
+_AT_ONCE: Final = 64
+_OK: Final = 200
+_SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What one endpoint said about itself.
+
+    Attributes:
+        spec: The endpoint.
+        label: Its name, without credentials.
+        models: Ids that it serves.
+        max_model_len: Context length in tokens by model id, where the server says so.
+        simulated: Whether it is part of a simulated fleet.
+        latency_s: Time to its answer in seconds, or None.
+        error: Why it did not answer, or None.
+    """
+
+    spec: EndpointSpec
+    label: str
+    models: tuple[str, ...] = ()
+    max_model_len: tuple[tuple[str, int], ...] = ()
+    simulated: bool = False
+    latency_s: float | None = None
+    error: str | None = None
+
+    @property
+    def reachable(self) -> bool:
+        """Whether it answered with a list of models."""
+        return self.error is None
+
+
+async def discover(specs: Sequence[EndpointSpec], timeout_s: float = 5.0) -> list[Found]:
+    """Ask every endpoint for its models, 64 at a time.
+
+    Args:
+        specs: The endpoints.
+        timeout_s: Longest wait for one of them, in seconds.
+
+    Returns:
+        One finding per endpoint, in the same order; unreachable ones carry the reason.
+
+    Raises:
+        ConfigurationError: A URL is malformed.
+    """
+    endpoints = [Endpoint(spec) for spec in specs]
+    gate = asyncio.Semaphore(_AT_ONCE)
+    transport = Transport(FleetPolicy())
+
+    async def one(endpoint: Endpoint) -> Found:
+        async with gate:
+            return await _ask(transport, endpoint, timeout_s)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(endpoint)) for endpoint in endpoints]
+    finally:
+        await transport.aclose()
+    return [task.result() for task in tasks]
+
+
+async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Found:
+    started = time.monotonic()
+    try:
+        headers = {"Authorization": f"Bearer {await endpoint.key()}"}
+        answer = await transport.get(f"{endpoint.url}/models", headers, timeout_s)
+    except TimeoutError:
+        return _lost(endpoint, f"no answer within {timeout_s:g} s")
+    except aiohttp.ClientError as error:
+        return _lost(endpoint, f"cannot connect: {error}")
+    models = _models(answer)
+    if models is None:
+        return _lost(endpoint, f"HTTP {answer.status}: {Complaint.read(answer.body).message}")
+    return Found(
+        endpoint.spec,
+        endpoint.label,
+        models=tuple(m["id"] for m in models),
+        max_model_len=tuple(
+            (m["id"], m["max_model_len"]) for m in models if isinstance(m.get("max_model_len"), int)
+        ),
+        simulated=any(m.get("owned_by") == SIMULATED_FINGERPRINT for m in models),
+        latency_s=time.monotonic() - started,
+    )
+
+
+def _lost(endpoint: Endpoint, error: str) -> Found:
+    return Found(endpoint.spec, endpoint.label, error=error)
+
+
+def _models(answer: RawAnswer) -> list[dict[str, Any]] | None:
+    """Return the entries of a list of models, or None when the answer is none."""
+    if answer.status != _OK:
+        return None
+    try:
+        document = orjson.loads(answer.body)
+    except orjson.JSONDecodeError:
+        return None
+    data = document.get("data") if isinstance(document, dict) else None
+    if not isinstance(data, list):
+        return None
+    return [m for m in data if isinstance(m, dict) and isinstance(m.get("id"), str)]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Endpoints that agree with the run.
+
+    Attributes:
+        model: The model's id.
+        specs: Endpoints that serve it, and those that did not answer yet.
+        simulated: Whether they are a simulated fleet.
+        max_model_len: Smallest context length among them in tokens, or None when unknown.
+        unreachable: Labels and reasons of those that did not answer.
+    """
+
+    model: str
+    specs: tuple[EndpointSpec, ...]
+    simulated: bool
+    max_model_len: int | None
+    unreachable: tuple[tuple[str, str], ...]
+
+
+def check_models(found: Sequence[Found], name: str | None) -> Checked:
+    """Settle on one model and drop the endpoints that do not serve it.
+
+    Args:
+        found: What the endpoints said.
+        name: The configured model, or None for the only one that all serve.
+
+    Raises:
+        ConfigurationError: None is reachable, none serves the model, several models and no
+            name, or simulated and real endpoints together.
+    """
+    there = [f for f in found if f.reachable]
+    if not there:
+        reasons = "; ".join(f"{f.label}: {f.error}" for f in found[:_SHOWN])
+        raise ConfigurationError(f"no endpoint answers: {reasons}. Check endpoints, or start them")
+    simulated = {f.simulated for f in there}
+    if len(simulated) > 1:
+        first = next(f.label for f in there if f.simulated)
+        raise ConfigurationError(
+            f"endpoints mixes simulated ({first}, …) and real servers; their answers never mix"
+        )
+    model = name or _only_model(there)
+    serving = [f for f in there if f.spec.model or model in f.models]
+    if not serving:
+        raise ConfigurationError(
+            f"no endpoint serves model.name {model!r}; served: {', '.join(_served(there))}"
+        )
+    lengths = [n for f in serving for m, n in f.max_model_len if m == (f.spec.model or model)]
+    lost = [f for f in found if not f.reachable]
+    return Checked(
+        model,
+        tuple(f.spec for f in found if f in serving or f in lost),
+        simulated.pop(),
+        min(lengths, default=None),
+        tuple((f.label, f.error or "") for f in lost),
+    )
+
+
+def _served(found: Sequence[Found]) -> list[str]:
+    return sorted({m for f in found for m in f.models}) or ["nothing"]
+
+
+def _only_model(found: Sequence[Found]) -> str:
+    common = set[str](found[0].models).intersection(*(f.models for f in found))
+    if len(common) == 1:
+        return common.pop()
+    raise ConfigurationError(
+        f"set model.name: the endpoints serve {', '.join(_served(found))}"
+        + ("" if common else ", and no model is served by all")
+    )

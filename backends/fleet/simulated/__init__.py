@@ -1,0 +1,24 @@
+"""A simulated fleet: vLLM's HTTP interface on loopback, with latency, faults and honest labels.
+
+`SimulatedFleet` runs in the current event loop, for tests; `launch` runs one in a child process
+that ends with its parent. Every answer carries the system fingerprint ``fanfold-simulated``.
+"""
+
+from __future__ import annotations
+
+from .fleet import SimulatedFleet
+from .launch import LaunchedFleet, launch
+from .lists import write_aegis, write_hostfile, write_urls
+from .rules import FaultRule
+from .spec import SimulationSpec
+
+__all__ = [
+    "FaultRule",
+    "LaunchedFleet",
+    "SimulatedFleet",
+    "SimulationSpec",
+    "launch",
+    "write_aegis",
+    "write_hostfile",
+    "write_urls",
+]

@@ -1,0 +1,232 @@
+"""The simulated fleet: many model servers in one process, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from ...contract.errors import ConfigurationError
+from .accounting import NodeCounts, ServingBook
+from .completions import CompletionService
+from .faults import FaultBook
+from .jobs import Job
+from .limits import raise_file_limit
+from .listeners import Listeners
+from .node import Node
+from .responders import RESPONDERS, ResponderFactory, make_responder
+from .routes import NodeRoutes, Router
+from .rules import FaultRule
+from .spec import SimulationSpec
+
+
+class SimulatedFleet:
+    """Simulated vLLM nodes in the running event loop, as an async context manager.
+
+    Example::
+
+        async with SimulatedFleet(SimulationSpec.fast(nodes=4)) as fleet:
+            model = ChatOpenAI(base_url=fleet.urls[0], api_key="EMPTY", model=fleet.spec.model)
+            await model.ainvoke("Hello")
+            assert fleet.stats()["totals"]["requests"] == 1
+
+    Every answer carries the system fingerprint ``fanfold-simulated``.
+
+    Args:
+        spec: Size, speed, answers and faults.
+        responders: Who may write the answers, by name; see `responders`.
+
+    Raises:
+        ConfigurationError: The specification names no known responder.
+        MissingExtraError: The responder's packages are not installed.
+    """
+
+    def __init__(
+        self,
+        spec: SimulationSpec | None = None,
+        responders: Mapping[str, ResponderFactory] = RESPONDERS,
+    ) -> None:
+        self.spec = spec = spec or SimulationSpec()
+        self._started = 0.0
+        self._faults = FaultBook(spec.seed, spec.nodes)
+        self._servings = ServingBook()
+        self._nodes = tuple(_node(spec, index) for index in range(spec.nodes))
+        self._tasks: set[asyncio.Task[None]] = set()
+        responder = make_responder(spec, responders)
+        service = CompletionService(spec, responder, self._faults, self._servings, self.now)
+        routes = NodeRoutes(spec, service, self._faults, self.now)
+        router = Router(self._nodes, routes, self, self._spawn)
+        self._listeners = Listeners(spec, router.on_root, router.on_node)
+
+    async def __aenter__(self) -> Self:
+        """Open the sockets.
+
+        Raises:
+            ConfigurationError: An address or port cannot be had.
+        """
+        raise_file_limit()
+        await self._listeners.open()
+        self._started = asyncio.get_running_loop().time()
+        for rule in self.spec.faults:
+            self.fault(rule)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close everything; clients that wait see a reset."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._listeners.close()
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Base URL of each node, ending in ``/v1``."""
+        return self._listeners.urls
+
+    @property
+    def base_url(self) -> str:
+        """URL of the control plane (``/_sim/...``), without a path."""
+        return self._listeners.control
+
+    def now(self) -> float:
+        """Return the simulated seconds since the start."""
+        return (asyncio.get_running_loop().time() - self._started) * self.spec.time_scale
+
+    def stats(self, prompts: bool = False) -> dict[str, Any]:
+        """Return what happened so far, the same as ``GET /_sim/stats``.
+
+        Args:
+            prompts: Whether to list every question by its key (``?prompts=1``).
+
+        Returns:
+            ``totals`` over all nodes, ``nodes`` with the counters of each, ``questions`` with
+            distinct, answered, served, duplicates and wasted tokens, ``uptime_s``, and
+            ``prompts`` if asked for.
+        """
+        nodes = [
+            {
+                "node": node.index,
+                "alive": node.alive,
+                "running": node.running,
+                "waiting": node.waiting,
+                **node.counts.to_mapping(),
+            }
+            for node in self._nodes
+        ]
+        stats: dict[str, Any] = {
+            "totals": _totals(self._nodes),
+            "nodes": nodes,
+            "questions": self._servings.summary(),
+            "uptime_s": self.now(),
+        }
+        return {**stats, "prompts": self._servings.by_key()} if prompts else stats
+
+    def fault(self, rule: FaultRule) -> None:
+        """Add a fault from now on.
+
+        Args:
+            rule: What goes wrong.
+
+        Raises:
+            ConfigurationError: The rule names a node that does not exist.
+        """
+        if isinstance(rule.nodes, tuple) and any(
+            n not in range(len(self._nodes)) for n in rule.nodes
+        ):
+            raise ConfigurationError(
+                f"fault {rule.kind}: nodes are numbered from 0 to {len(self._nodes) - 1}"
+            )
+        nodes = self._faults.add(rule)
+        if rule.kind in {"die_at", "revive_at"}:
+            for node in sorted(nodes):
+                self._spawn(self._later(rule, node))
+
+    async def kill(self, node: int, graceful: bool = False) -> None:
+        """Stop a node.
+
+        With sockets of its own, connections are refused afterwards; where nodes share a socket,
+        every request to it is reset.
+
+        Args:
+            node: The node's number.
+            graceful: Whether requests in flight get half an answer with ``finish_reason: abort``
+                (as after SIGTERM) and not a reset (as after SIGKILL).
+        """
+        victim = self._nodes[node]
+        victim.alive = False
+        for work in reversed(victim.work):  # queued ones first, so that none of them starts
+            if isinstance(work, Job):
+                if graceful:
+                    work.abort()
+                else:
+                    work.crash()
+        await self._listeners.close_node(node, abruptly=not graceful)
+
+    async def revive(self, node: int) -> None:
+        """Start a stopped node again, at the same address.
+
+        Args:
+            node: The node's number.
+
+        Raises:
+            ConfigurationError: Its port is taken by now.
+        """
+        if not self._nodes[node].alive:
+            await self._listeners.open_node(node)
+            self._nodes[node].alive = True
+
+    def reset(self) -> None:
+        """Forget all faults and set all counters to nothing; nodes keep their state."""
+        self._faults.clear()
+        self._servings.clear()
+        for node in self._nodes:
+            node.counts = NodeCounts()
+
+    async def _later(self, rule: FaultRule, node: int) -> None:
+        moment = rule.value or 0.0
+        await asyncio.sleep(max(0.0, moment - self.now()) / self.spec.time_scale)
+        if rule.kind == "die_at":
+            self._nodes[node].counts.injected[rule.kind] += 1
+            await self.kill(node, rule.graceful)
+        else:
+            await self.revive(node)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        async def run() -> None:
+            await work
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _node(spec: SimulationSpec, index: int) -> Node:
+    return Node(
+        index=index,
+        slots=spec.capacities.get(index, spec.max_num_seqs),
+        queue_limit=spec.max_num_queued_reqs,
+        speed=spec.speeds.get(index, 1.0),
+    )
+
+
+def _totals(nodes: tuple[Node, ...]) -> dict[str, Any]:
+    """Add up what can be added up."""
+    total = NodeCounts()
+    for node in nodes:
+        counts = node.counts
+        total.requests += counts.requests
+        total.disconnects += counts.disconnects
+        total.prompt_tokens += counts.prompt_tokens
+        total.completion_tokens += counts.completion_tokens
+        total.refused += counts.refused
+        total.finished += counts.finished
+        total.injected += counts.injected
+        total.running_max = max(total.running_max, counts.running_max)
+        total.waiting_max = max(total.waiting_max, counts.waiting_max)
+    return total.to_mapping()

@@ -1,0 +1,274 @@
+"""What one request asks for, read from its body and checked as vLLM checks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from .answers import AnswerSchema, SchemaCache
+from .dice import digest
+from .errors import ApiError
+from .pattern import Maker, pattern_maker
+from .tokens import conversation_tokens, text_tokens
+
+_RANGES: Final = {
+    "temperature": (0.0, None),
+    "top_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form that an answer must have; at most one attribute is set.
+
+    Attributes:
+        schema: The JSON Schema that it must satisfy.
+        choices: The texts of which it must be one.
+        pattern: Maker of texts that match the regular expression.
+        tool: Name of the function that must be called; ``schema`` are its arguments.
+    """
+
+    schema: AnswerSchema | None = None
+    choices: tuple[str, ...] = ()
+    pattern: Maker | None = None
+    tool: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request, understood.
+
+    Attributes:
+        key: Identity of what is asked: fleet's seed, model, messages, form, body's seed.
+            Neither node nor attempt is part of it.
+        messages: The conversation; a bare prompt stands as one user message.
+        prompt_tokens: Its length.
+        form: The form asked for.
+        max_tokens: Most output tokens, already clamped to the context.
+        stop: Texts that end the answer.
+        chat: Whether it is a chat completion, not a bare completion.
+        stream: Whether the answer is streamed.
+        include_usage: Whether the stream ends with a usage chunk.
+    """
+
+    key: bytes
+    messages: list[dict[str, Any]]
+    prompt_tokens: int
+    form: Form
+    max_tokens: int
+    stop: tuple[str, ...]
+    chat: bool
+    stream: bool
+    include_usage: bool
+
+    @property
+    def first_round(self) -> bool:
+        """Whether no assistant has spoken yet."""
+        return all(message.get("role") != "assistant" for message in self.messages)
+
+
+class QuestionReader:
+    """Reads request bodies.
+
+    Args:
+        model: The model served.
+        seed: The fleet's seed, part of every key.
+    """
+
+    def __init__(self, model: str, seed: int) -> None:
+        self._model = model
+        self._seed = seed
+        self._schemas = SchemaCache()
+
+    def read(self, body: bytes, chat: bool, max_model_len: int) -> Question:
+        """Understand a request.
+
+        Args:
+            body: The request's body.
+            chat: Whether it came to ``/v1/chat/completions``.
+            max_model_len: The node's context length in tokens.
+
+        Returns:
+            The question.
+
+        Raises:
+            ApiError: 400 or 404, as vLLM refuses.
+        """
+        data = load_object(body)
+        self.check_model(data)
+        _check_ranges(data)
+        messages = _messages(data) if chat else [{"role": "user", "content": _prompt(data)}]
+        tokens = conversation_tokens(messages) if chat else text_tokens(messages[0]["content"])
+        limit = _limit(data, tokens, max_model_len)
+        stop = data.get("stop") or ()
+        asked = [messages, *(data.get(k) for k in _KEYED)]
+        return Question(
+            key=digest(self._seed, self._model, orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)),
+            messages=messages,
+            prompt_tokens=tokens,
+            form=self._form(data),
+            max_tokens=limit,
+            stop=(stop,) if isinstance(stop, str) else tuple(map(str, stop)),
+            chat=chat,
+            stream=bool(data.get("stream")),
+            include_usage=bool((data.get("stream_options") or {}).get("include_usage")),
+        )
+
+    def check_model(self, data: Mapping[str, Any]) -> None:
+        """Refuse a model that is not served.
+
+        Args:
+            data: The request's body; without a model, the served one is meant.
+
+        Raises:
+            ApiError: 404.
+        """
+        model = data.get("model") or self._model
+        if model != self._model:
+            text = f"The model `{model}` does not exist."
+            raise ApiError(text, 404, "NotFoundError", "model")
+
+    def _form(self, data: Mapping[str, Any]) -> Form:
+        tool = _forced_tool(data)
+        if tool is not None:
+            schema = tool.get("parameters") or {"type": "object", "additionalProperties": False}
+            return Form(self._schemas.get(schema), tool=str(tool.get("name")))
+        if structured := data.get("structured_outputs"):
+            return self._structured(structured)
+        wanted = data.get("response_format") or {"type": "text"}
+        match wanted.get("type"):
+            case "json_schema":
+                return Form(self._schemas.get((wanted.get("json_schema") or {}).get("schema", {})))
+            case "json_object":
+                return Form(self._schemas.get(_SMALL_OBJECT))
+            case "text":
+                return Form()
+            case other:
+                raise ApiError(f"Unknown response format {other!r}.", param="response_format")
+
+    def _structured(self, wanted: Mapping[str, Any]) -> Form:
+        kinds = [kind for kind in _STRUCTURED if wanted.get(kind)]
+        if len(kinds) != 1:
+            raise ApiError(
+                "You must use exactly one kind of structured outputs constraint.",
+                param="structured_outputs",
+            )
+        match kinds[0]:
+            case "json":
+                schema = wanted["json"]
+                return Form(self._schemas.get(_parsed(schema)))
+            case "json_object":
+                return Form(self._schemas.get(_SMALL_OBJECT))
+            case "choice":
+                return Form(choices=tuple(map(str, wanted["choice"])))
+            case "regex":
+                return Form(pattern=pattern_maker(wanted["regex"]))
+            case kind:
+                raise ApiError(
+                    f"structured_outputs.{kind} cannot be simulated.", param="structured_outputs"
+                )
+
+
+_KEYED: Final = (*("response_format", "structured_outputs", "tools", "tool_choice", "seed"),)
+_STRUCTURED: Final = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_SMALL_OBJECT: Final = {
+    "type": "object",
+    "properties": {"answer": {"type": "string"}, "score": {"type": "number", "maximum": 1}},
+    "required": ["answer"],
+}
+
+
+def load_object(body: bytes) -> dict[str, Any]:
+    """Parse a request's body.
+
+    Args:
+        body: The bytes received.
+
+    Returns:
+        The JSON object.
+
+    Raises:
+        ApiError: 400: no JSON object.
+    """
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(f"JSON decode error: {error}") from error
+    if not isinstance(data, dict):
+        raise ApiError("Input should be a valid dictionary")
+    return data
+
+
+def _parsed(schema: Any) -> Any:
+    return load_object(schema.encode()) if isinstance(schema, str) else schema
+
+
+def _messages(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    messages = data.get("messages")
+    if not isinstance(messages, list):
+        raise ApiError(f"'{type(messages).__name__}' object is not iterable")
+    if not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise ApiError("messages must be a list of objects with a role", param="messages")
+    return messages
+
+
+def _prompt(data: Mapping[str, Any]) -> str:
+    prompt = data.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise ApiError("the simulated fleet takes one prompt, a text", param="prompt")
+    return prompt
+
+
+def _check_ranges(data: Mapping[str, Any]) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = data.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, int | float):
+            raise ApiError(f"{name} must be a number", param=name)
+        if value < low or (high is not None and value > high):
+            bounds = f"in [{low}, {high}]" if high is not None else "non-negative"
+            raise ApiError(f"{name} must be {bounds}, got {value}.", param=name)
+    if data.get("n") not in {None, 1}:
+        raise ApiError("the simulated fleet gives one choice per request", param="n")
+
+
+def _limit(data: Mapping[str, Any], prompt_tokens: int, max_model_len: int) -> int:
+    """Return the most output tokens; the remaining context clamps them silently, as in vLLM."""
+    if prompt_tokens > max_model_len:
+        raise ApiError(
+            f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
+            f"contains {prompt_tokens} input tokens. Please reduce the length of the input prompt.",
+            param="input_tokens",
+        )
+    name = "max_tokens" if data.get("max_completion_tokens") is None else "max_completion_tokens"
+    asked = data.get(name)
+    if asked is None:
+        return max_model_len - prompt_tokens
+    if not isinstance(asked, int) or asked < 1:
+        raise ApiError(f"{name} must be at least 1, got {asked}.", param=name)
+    if asked > max_model_len:
+        raise ApiError(
+            f"{name}={asked} cannot be greater than max_model_len={max_model_len}.", param=name
+        )
+    return min(asked, max_model_len - prompt_tokens)
+
+
+def _forced_tool(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the function that must be called, if one must."""
+    choice = data.get("tool_choice")
+    if choice in {None, "none", "auto"} if not isinstance(choice, dict) else False:
+        return None
+    tools = [tool.get("function", {}) for tool in data.get("tools") or ()]
+    wanted = choice.get("function", {}).get("name") if isinstance(choice, dict) else None
+    fitting = [tool for tool in tools if wanted in {None, tool.get("name")}]
+    if not fitting:
+        raise ApiError("tool_choice names no function of tools", param="tool_choice")
+    return dict(fitting[0])

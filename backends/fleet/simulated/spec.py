@@ -1,0 +1,227 @@
+"""What a simulated fleet is like: one frozen value, sayable in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias
+
+import orjson
+
+from ...contract.errors import ConfigurationError
+from .rules import FaultRule
+
+Addressing: TypeAlias = Literal["path", "port", "addr"]
+UsageMode: TypeAlias = Literal["full", "details", "null", "omit"]
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationSpec:
+    """The fleet's size, speed, answers and faults.
+
+    The defaults answer a question with about 100 tokens of JSON in 0.3 to 1 s.
+
+    Attributes:
+        nodes: How many endpoints.
+        model: The one model that they serve.
+        addressing: ``path`` (one port, ``/node-<k>/v1``), ``port`` (one port per node) or
+            ``addr`` (one loopback address per node, Linux only).
+        host: Address to listen on; ``addr`` ignores it.
+        port: First port, or 0 for free ones.
+        responder: Name of the responder that writes the answers (`responders.RESPONDERS`).
+        seed: Seed of answers, jitter and faults.
+        max_num_seqs: Requests that a node works on at once; the others queue.
+        max_num_queued_reqs: Longest queue of a node, or None for any.
+        max_model_len: Context length in tokens.
+        ttft_s: Seconds before the prompt is read.
+        prefill_rate: Prompt tokens read per second.
+        tpot_s: Seconds per output token of a lone request.
+        alpha: How much a full node slows each request down: the factor on ``tpot_s`` is
+            ``1 + alpha * (running - 1) / max_num_seqs``.
+        jitter: Sigma of the log-normal factor on all times; 0 is exact.
+        time_scale: Divides all times; 10 is ten times as fast.
+        output_tokens: Least and most tokens of a free text.
+        speeds: Factor on a node's speed, by node number; others have 1.
+        capacities: ``max_num_seqs`` of single nodes, by node number.
+        accuracy: Probability that a responder with a notion of truth tells it.
+        noise: Standard deviation of a computing responder's error, in its own unit.
+        usage: ``full`` (five keys), ``details`` (with cached tokens), ``null`` or ``omit``.
+        api_key: Key that ``/v1`` asks for, or None for no key. Never shown in ``repr``.
+        faults: What goes wrong.
+
+    Raises:
+        ConfigurationError: A value out of range.
+    """
+
+    nodes: int = 8
+    model: str = "simulated-8b"
+    addressing: Addressing = "path"
+    host: str = "127.0.0.1"
+    port: int = 0
+    responder: str = "schema"
+    seed: int = 0
+    max_num_seqs: int = 64
+    max_num_queued_reqs: int | None = None
+    max_model_len: int = 32_768
+    ttft_s: float = 0.1
+    prefill_rate: float = 20_000.0
+    tpot_s: float = 0.005
+    alpha: float = 0.5
+    jitter: float = 0.2
+    time_scale: float = 1.0
+    output_tokens: tuple[int, int] = (64, 160)
+    speeds: Mapping[int, float] = field(default_factory=dict)
+    capacities: Mapping[int, int] = field(default_factory=dict)
+    accuracy: float = 1.0
+    noise: float = 0.3
+    usage: UsageMode = "full"
+    api_key: str | None = field(default=None, repr=False)
+    faults: tuple[FaultRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, each with its name."""
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise _wrong(name, f"must be at least {least}", getattr(self, name))
+        for name in ("prefill_rate", "time_scale"):
+            if getattr(self, name) <= 0:
+                raise _wrong(name, "must be above 0", getattr(self, name))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise _wrong(name, f"must be one of {', '.join(choices)}", getattr(self, name))
+        if not self.model:
+            raise _wrong("model", "must not be empty", self.model)
+        if not 0 <= self.accuracy <= 1:
+            raise _wrong("accuracy", "must lie in [0, 1]", self.accuracy)
+        if not 1 <= self.output_tokens[0] <= self.output_tokens[1]:
+            raise _wrong("output_tokens", "must be (least, most), from 1", self.output_tokens)
+        for name in ("speeds", "capacities"):
+            if any(value <= 0 for value in getattr(self, name).values()):
+                raise _wrong(name, "must be above 0", dict(getattr(self, name)))
+
+    @classmethod
+    def fast(cls, **changes: Any) -> SimulationSpec:
+        """Return a fleet for tests: first token after 5 ms, 0.2 ms per token, no jitter.
+
+        Args:
+            **changes: Attributes to set otherwise.
+
+        Returns:
+            The specification.
+        """
+        quick = cls(ttft_s=0.005, tpot_s=0.0002, prefill_rate=1e6, alpha=0.0, jitter=0.0)
+        return replace(quick, **changes)
+
+    @classmethod
+    def like_8b(cls, **changes: Any) -> SimulationSpec:
+        """Return nodes as slow as a busy 8B model: 131 tokens per answer, 78 ms each.
+
+        Derived, under the assumption of 256 running sequences, from the load tests that
+        argonne-lcf/FIRST publishes (``examples/load-testing/benchmark_summary.csv``).
+
+        Args:
+            **changes: Attributes to set otherwise.
+
+        Returns:
+            The specification.
+        """
+        busy = cls(tpot_s=0.078, output_tokens=(131, 131), max_num_seqs=256, alpha=0.0)
+        return replace(busy, **changes)
+
+    @classmethod
+    def like_70b(cls, **changes: Any) -> SimulationSpec:
+        """Return nodes as slow as a busy 70B model: 173 tokens per answer, 179 ms each.
+
+        Derived as `like_8b` is.
+
+        Args:
+            **changes: Attributes to set otherwise.
+
+        Returns:
+            The specification.
+        """
+        slow = cls(model="simulated-70b", tpot_s=0.179, output_tokens=(173, 173), alpha=0.0)
+        return replace(slow, max_num_seqs=256, **changes)
+
+    def to_json(self) -> str:
+        """Return the specification as one line of JSON, API key included."""
+        return orjson.dumps(asdict(self), option=orjson.OPT_NON_STR_KEYS).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> SimulationSpec:
+        """Read what `to_json` wrote; missing keys have their defaults.
+
+        Args:
+            text: A JSON object.
+
+        Returns:
+            The specification.
+
+        Raises:
+            ConfigurationError: No JSON object, an unknown key or a value out of range.
+        """
+        try:
+            data = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise ConfigurationError(f"the fleet's specification is no JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigurationError("the fleet's specification must be a JSON object")
+        return cls.from_mapping(data)
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> SimulationSpec:
+        """Build a specification from what JSON or YAML holds.
+
+        Args:
+            data: The attributes by name; missing ones have their defaults.
+
+        Returns:
+            The specification.
+
+        Raises:
+            ConfigurationError: An unknown key, a wrong type or a value out of range.
+        """
+        known = [item.name for item in fields(cls)]
+        unknown = sorted(data.keys() - set(known))
+        if unknown:
+            raise ConfigurationError(
+                f"simulated fleet: unknown {', '.join(unknown)}; known are {', '.join(known)}"
+            )
+        plain = dict(data)
+        try:
+            if "output_tokens" in plain:
+                low, high = plain["output_tokens"]
+                plain["output_tokens"] = (int(low), int(high))
+            for name, number in (("speeds", float), ("capacities", int)):
+                if name in plain:
+                    plain[name] = {int(k): number(v) for k, v in plain[name].items()}
+            if "faults" in plain:
+                plain["faults"] = tuple(map(_rule, plain["faults"]))
+            return cls(**plain)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigurationError(f"simulated fleet: {error}") from error
+
+
+_LEAST: dict[str, float] = {
+    "nodes": 1,
+    "port": 0,
+    "max_num_seqs": 1,
+    "max_model_len": 1,
+    "ttft_s": 0,
+    "tpot_s": 0,
+    "alpha": 0,
+    "jitter": 0,
+    "noise": 0,
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "addressing": ("path", "port", "addr"),
+    "usage": ("full", "details", "null", "omit"),
+}
+
+
+def _wrong(name: str, rule: str, value: object) -> ConfigurationError:
+    return ConfigurationError(f"simulated fleet: {name} {rule}, not {value!r}")
+
+
+def _rule(data: FaultRule | Mapping[str, Any]) -> FaultRule:
+    return data if isinstance(data, FaultRule) else FaultRule.from_mapping(data)

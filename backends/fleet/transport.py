@@ -1,0 +1,100 @@
+"""One aiohttp session for all endpoints: made in the loop that uses it, closed with the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import aiohttp
+
+from ..contract.errors import ConfigurationError
+from .answer import RawAnswer
+from .policy import FleetPolicy
+
+
+class Transport:
+    """Sends requests; knows nothing of balancing or retries.
+
+    The pool is unlimited on purpose: the fleet bounds what is in flight, and a second bound
+    below it would only hide where calls wait.
+
+    Args:
+        policy: Timeouts, and whether proxy variables count.
+    """
+
+    def __init__(self, policy: FleetPolicy) -> None:
+        self._policy = policy
+        self._session: aiohttp.ClientSession | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def send(self, url: str, body: bytes, headers: Mapping[str, str]) -> RawAnswer:
+        """Post one body and read the whole answer.
+
+        Raises:
+            aiohttp.ClientError: The connection failed or broke.
+            TimeoutError: No answer in time.
+        """
+        session = self.session()
+        async with session.post(url, data=body, headers=headers, allow_redirects=False) as got:
+            return RawAnswer(got.status, got.headers, await got.read())
+
+    async def stream(
+        self, url: str, body: bytes, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
+        """Post one body and return the answer unread; the caller closes it.
+
+        The limit for the whole answer becomes one for the silence between two chunks.
+
+        Raises:
+            aiohttp.ClientError: The connection failed or broke.
+            TimeoutError: No answer in time.
+        """
+        limits = self._policy.timeout
+        timeout = aiohttp.ClientTimeout(sock_connect=limits.connect_s, sock_read=limits.request_s)
+        return await self.session().post(
+            url, data=body, headers=headers, allow_redirects=False, timeout=timeout
+        )
+
+    async def get(self, url: str, headers: Mapping[str, str], timeout_s: float) -> RawAnswer:
+        """Fetch a small document within ``timeout_s`` seconds.
+
+        Raises:
+            aiohttp.ClientError: The connection failed or broke.
+            TimeoutError: No answer in time.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        async with self.session().get(
+            url, headers=headers, allow_redirects=False, timeout=timeout
+        ) as got:
+            return RawAnswer(got.status, got.headers, await got.read())
+
+    def session(self) -> aiohttp.ClientSession:
+        """Return the session of the running loop, opening it at the first call.
+
+        Raises:
+            ConfigurationError: The session belongs to another loop that still runs.
+        """
+        if self._session is not None and self.loop is asyncio.get_running_loop():
+            return self._session
+        return self._open()
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self.loop is not None and not self.loop.is_closed():
+            raise ConfigurationError(
+                "a fleet was used from two event loops at once: build one Fleet per loop"
+            )
+        limits = self._policy.timeout
+        self.loop = asyncio.get_running_loop()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=limits.keepalive_s),
+            timeout=aiohttp.ClientTimeout(total=limits.request_s, sock_connect=limits.connect_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=self._policy.trust_env,
+        )
+        return self._session
+
+    async def aclose(self) -> None:
+        """Close all connections; a later request opens new ones."""
+        session, self._session, self.loop = self._session, None, None
+        if session is not None:
+            await session.close()

@@ -1,0 +1,146 @@
+"""Text files, line by line, with everything checked that can be wrong with a text file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from ..contract.errors import InputError
+
+MAX_LINE_BYTES: Final = 64 * 2**20
+"""Longest line and longest text accepted; a binary file without line ends stops here."""
+
+_SNIFF_BYTES: Final = 8192
+_UTF8_BOM: Final = b"\xef\xbb\xbf"
+_UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, past a UTF-8 byte order mark.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The open file.
+
+    Raises:
+        InputError: It cannot be read, is empty, binary or UTF-16.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_SNIFF_BYTES)
+            _check_head(path, head)
+            file.seek(len(_UTF8_BOM) if head.startswith(_UTF8_BOM) else 0)
+            yield file
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """Return the error for a file that the system does not let us read."""
+    reason = error.strerror or str(error)
+    return InputError(f"{path} cannot be read: {reason}; check input.path and its permissions")
+
+
+def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Read a text file line by line.
+
+    Args:
+        path: The file.
+
+    Yields:
+        Line numbers from 1, and lines without their ends, undecoded.
+
+    Raises:
+        InputError: The file cannot be read, is empty, binary or UTF-16, or a line is too long.
+    """
+    with opened(path) as file:
+        number = 0
+        while raw := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if b"\0" in raw:
+                raise _binary(path, f"a NUL byte in line {number}")
+            if len(raw) > MAX_LINE_BYTES:
+                raise InputError(
+                    f"{path}, line {number} is longer than {MAX_LINE_BYTES} bytes; "
+                    "is this a text file with one row a line?"
+                )
+            yield number, raw.rstrip(b"\r\n")
+
+
+def decode(path: Path, number: int, raw: bytes) -> str:
+    """Decode one line of UTF-8.
+
+    Args:
+        path: The file, for the message.
+        number: The line's number, from 1.
+        raw: The line.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: The line is no UTF-8.
+    """
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start + 1} of line {number} is 0x{raw[error.start]:02X}"
+        raise _encoding(path, byte, "ISO-8859-1") from error
+
+
+def whole_text(path: Path) -> str:
+    """Read a whole text file; its lines end with a line feed.
+
+    Args:
+        path: The file, of at most 64 MiB.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: The file cannot be read, is empty, too large, binary or no UTF-8.
+    """
+    _check_size(path)
+    lines = [decode(path, number, raw) for number, raw in numbered(path)]
+    text = "\n".join(lines)
+    if not text.strip():
+        raise InputError(f"{path} holds nothing but blanks; remove it from the folder, or fill it")
+    return text
+
+
+def _check_size(path: Path) -> None:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    if size > MAX_LINE_BYTES:
+        raise InputError(
+            f"{path} has {size} bytes; a text of at most {MAX_LINE_BYTES} can be an item: split it"
+        )
+
+
+def _check_head(path: Path, head: bytes) -> None:
+    if not head.removeprefix(_UTF8_BOM):
+        raise InputError(f"{path} is empty; input.path must name a file with rows")
+    if head.startswith(_UTF16_BOMS):
+        raise _encoding(path, "it begins with the mark of UTF-16", "UTF-16")
+    if b"\0" in head:
+        raise _binary(path, f"a NUL byte at offset {head.index(0)}")
+
+
+def _binary(path: Path, sign: str) -> InputError:
+    return InputError(
+        f"{path} is a binary file ({sign}), not text; if it is compressed, unpack it first; "
+        "if it is Parquet, name it .parquet"
+    )
+
+
+def _encoding(path: Path, sign: str, encoding: str) -> InputError:
+    return InputError(
+        f"{path} is not encoded as UTF-8: {sign}; "
+        f"convert it with: iconv -f {encoding} -t UTF-8 '{path}' > converted{path.suffix}"
+    )

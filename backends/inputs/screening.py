@@ -1,0 +1,162 @@
+"""From rows to items: columns, ids, limit, SMILES; one row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final
+
+import orjson
+
+from ..contract.errors import InputError
+from ..contract.types import Json, Row
+from .chemistry import SmilesCheck, smiles_check
+from .messages import missing_column
+from .naming import Namer
+from .sources import Source
+from .spec import InputSpec, Skipped
+
+NAMED_SKIPS: Final = 1_000
+"""Rows left out that are named; more are only counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One item, ready for the store.
+
+    Attributes:
+        id: The item's name.
+        row: Its columns as JSON.
+        problem: Why it must not be asked, or None.
+    """
+
+    id: str
+    row: bytes
+    problem: str | None
+
+
+class Screen:
+    """Passes the rows of one source, and counts.
+
+    Attributes:
+        source: The input in words.
+        columns: Names of all columns so far, in order of appearance (a dict used as a set).
+        skipped: The rows left out, at most `NAMED_SKIPS`.
+        skipped_total: Number of rows left out.
+        invalid: Number of items that carry a problem.
+    """
+
+    def __init__(self, spec: InputSpec, source: Source, columns: Collection[str]) -> None:
+        """Open nothing yet.
+
+        Args:
+            spec: What the user asked for.
+            source: Where the rows come from.
+            columns: Columns that the task needs.
+        """
+        self.source = source.name
+        self.columns: dict[str, None] = {}
+        self.skipped: list[Skipped] = []
+        self.skipped_total = 0
+        self.invalid = 0
+        self._spec = spec
+        self._source = source
+        id_column = spec.id if spec.id is not None else source.id
+        self._namer = Namer(source, id_column, spec.on_duplicate)
+        self._needed = dict.fromkeys(columns, "the task")
+        if spec.smiles is not None:
+            self._needed[spec.smiles] = "input.smiles"
+        if id_column is not None:
+            self._needed[id_column] = "input.id"
+
+    def entries(self) -> Generator[Entry, None, None]:
+        """Read the source up to the limit.
+
+        Yields:
+            The items in order.
+
+        Raises:
+            InputError: A row does not fit, or there is none.
+            MissingExtraError: SMILES are to be checked and RDKit is not installed.
+        """
+        count = 0
+        with ExitStack() as stack:
+            check = self._open_check(stack)
+            for number, (place, row) in enumerate(self._source.rows(), start=1):
+                entry = self._admit(number, place, row, check)
+                if entry is not None:
+                    yield entry
+                    count += 1
+                    if count == self._spec.limit:
+                        break
+        self._namer.close()
+        if not count:
+            left_out = f" ({self.skipped_total} were left out)" if self.skipped_total else ""
+            raise InputError(f"{self._source.name} holds no rows{left_out}; there is nothing to do")
+
+    def _open_check(self, stack: ExitStack) -> SmilesCheck | None:
+        if self._spec.smiles is None and self._source.drop_unparsable is None:
+            return None
+        return stack.enter_context(smiles_check())
+
+    def _admit(self, number: int, place: int, row: Row, check: SmilesCheck | None) -> Entry | None:
+        if missing := self._needed.keys() - row.keys():
+            raise self._missing(place, row, missing)
+        payload = self._encode(place, row)
+        name = self._namer.raw(number, place, row)
+        problem = None
+        if check is not None:
+            dropped, problem = self._judge(row, check)
+            if dropped is not None:
+                self._skip(name, dropped)
+                return None
+        unique = self._namer.admit(name, place)
+        if unique is None:
+            self._skip(name, f"repeated id, {self._source.locate(place)}")
+            return None
+        if not row.keys() <= self.columns.keys():
+            self.columns.update(dict.fromkeys(row))
+        self.invalid += problem is not None
+        return Entry(unique, payload, problem)
+
+    def _judge(self, row: Row, check: SmilesCheck) -> tuple[str | None, str | None]:
+        """Return why the row is left out, or else why its item must not be asked."""
+        drop, flag = self._source.drop_unparsable, self._spec.smiles
+        if drop is not None and (reason := check(row[drop])):
+            return reason, None
+        return None, check(row[flag]) if flag is not None and flag != drop else None
+
+    def _skip(self, name: str, reason: str) -> None:
+        self.skipped_total += 1
+        if len(self.skipped) < NAMED_SKIPS:
+            self.skipped.append(Skipped(name, reason))
+
+    def _missing(self, place: int, row: Row, missing: Collection[str]) -> InputError:
+        name = next(name for name in self._needed if name in missing)
+        where = self._source.locate(place) if self._source.ragged else self._source.name
+        return missing_column(where, name, self._needed[name], row)
+
+    def _encode(self, place: int, row: Row) -> bytes:
+        try:
+            return orjson.dumps(row)
+        except orjson.JSONEncodeError as error:
+            raise InputError(
+                f"{self._source.locate(place)}: {_culprit(row)} cannot be written as JSON: "
+                f"{error}; use text, numbers, booleans, null, and lists and objects of them"
+            ) from error
+
+
+def _culprit(row: Row) -> str:
+    """Name the columns that JSON cannot say."""
+    return "column " + ", ".join(
+        repr(name) for name, value in row.items() if not _said(name, value)
+    )
+
+
+def _said(name: str, value: Json) -> bool:
+    try:
+        orjson.dumps({name: value})
+    except orjson.JSONEncodeError:
+        return False
+    return True

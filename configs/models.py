@@ -1,0 +1,198 @@
+"""The settings of a run, as pydantic models: one YAML file is one :class:`RunConfig`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from .reduce import ReduceStage
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class InputConfig(Section):
+    """Where the items come from.
+
+    Attributes:
+        path: A csv, tsv, jsonl, parquet or smi file, or a folder of .txt/.md files.
+        dataset: A data set that fanfold can find by name, in place of a path.
+        id: Column that names the items; None numbers the rows.
+        limit: Take only the first so many items.
+        on_duplicate: What to do with an id that comes twice.
+        smiles: Column that RDKit checks before anything is paid.
+    """
+
+    path: str | None = None
+    dataset: str | None = None
+    id: str | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+    on_duplicate: Literal["error", "first", "suffix"] = "error"
+    smiles: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> InputConfig:
+        if self.path is not None and self.dataset is not None:
+            msg = "give either path or dataset, not both"
+            raise ValueError(msg)
+        return self
+
+
+class TaskConfig(Section):
+    """What is asked of each item.
+
+    Attributes:
+        system: Constant text, sent first so that prefix caches hit.
+        prompt: Text with the item's columns in braces: ``"… {smiles} …"``.
+        answer_schema: (key ``schema``) JSON Schema of the answer; None for free text.
+        repairs: How often an answer that does not parse or validate is sent back.
+        graph: ``package.module:attr``, a factory that is given the chat model and returns
+            a Runnable to use in place of fanfold's own item graph.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    system: str = ""
+    prompt: Annotated[str, Field(min_length=1)]
+    answer_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    repairs: Annotated[int, Field(ge=0, le=10)] = 1
+    graph: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = None
+
+
+class ModelConfig(Section):
+    """The model and how it is sampled.
+
+    Attributes:
+        name: The model's id; None takes the one model that the endpoints serve.
+        temperature: Sampling temperature.
+        max_tokens: Most tokens of one answer.
+        seed: Sampling seed, or None.
+        extra_body: Further fields of the request's body, as they are.
+    """
+
+    name: Annotated[str, Field(min_length=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+    seed: int | None = None
+    extra_body: dict[str, Any] = {}
+
+
+class SimulatedConfig(Section):
+    """A simulated fleet on loopback; its answers are marked and mean nothing.
+
+    Attributes:
+        nodes: Simulated servers.
+        responder: Who makes the answers: ``schema`` (random but valid) or ``esol``.
+        seed: Seed of answers, latencies and faults.
+        max_num_seqs: Requests that one node runs at a time.
+        ttft_s: Seconds to the first token of an idle node.
+        tpot_s: Seconds per output token of an idle node.
+        jitter: Width of the log-normal factor on all times; 0 is exact.
+        time_scale: Divides all times.
+        faults: Injected failures, as the simulated fleet's fault rules.
+    """
+
+    nodes: Annotated[int, Field(ge=1, le=10_000)] = 8
+    responder: str = "schema"
+    seed: int = 0
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    ttft_s: Annotated[float, Field(ge=0)] | None = None
+    tpot_s: Annotated[float, Field(ge=0)] | None = None
+    jitter: Annotated[float, Field(ge=0)] | None = None
+    time_scale: Annotated[float, Field(gt=0)] | None = None
+    faults: list[dict[str, Any]] = []
+
+
+class EndpointsConfig(Section):
+    """Where the model is served: exactly one of ``urls``, ``file`` and ``simulated``.
+
+    Attributes:
+        urls: Base URLs, e.g. ``http://node17:8000/v1``.
+        file: An endpoints file (Aegis or Aurora-Swarm format, or one URL a line).
+        simulated: A simulated fleet.
+        api_key: Key of the endpoints; write it as ``${VAR}``.
+    """
+
+    urls: list[str] | None = None
+    file: str | None = None
+    simulated: SimulatedConfig | None = None
+    api_key: SecretStr = SecretStr("EMPTY")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> EndpointsConfig:
+        given = [k for k in ("urls", "file", "simulated") if getattr(self, k) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            msg = f"give exactly one of urls, file and simulated (found {found})"
+            raise ValueError(msg)
+        return self
+
+
+class BackendConfig(Section):
+    """Where shards run.
+
+    Attributes:
+        kind: ``local``: in this process.
+        processes: Worker processes of the local backend; 1 is this process alone.
+    """
+
+    kind: Literal["local"] = "local"
+    processes: Annotated[int, Field(ge=1, le=1)] = 1
+
+
+class LimitsConfig(Section):
+    """How hard the fleet is driven.
+
+    Attributes:
+        streams: Most items in flight.
+        attempts: Most requests for one call, the first included.
+        request_timeout_s: Seconds after which a request counts as lost.
+        drain_s: Seconds that a stop waits for items in flight.
+        fleet_wait_s: Seconds to wait for an endpoint when none is alive.
+    """
+
+    streams: Annotated[int, Field(ge=1, le=100_000)] = 256
+    attempts: Annotated[int, Field(ge=1, le=100)] = 4
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    drain_s: Annotated[float, Field(ge=0)] = 30.0
+    fleet_wait_s: Annotated[float, Field(ge=0)] = 60.0
+
+
+class ShardConfig(Section):
+    """How items are grouped.
+
+    Attributes:
+        items: Items per shard; None chooses from input size and streams; 1 makes every item
+            a Send of its own, run by LangGraph's engine.
+    """
+
+    items: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
+class LedgerConfig(Section):
+    """How the journal is written.
+
+    Attributes:
+        fsync_s: Seconds between flushes to disk: what a power loss can cost, and no other end.
+    """
+
+    fsync_s: Annotated[float, Field(gt=0, le=60)] = 0.05
+
+
+class RunConfig(Section):
+    """Everything that describes a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"
+    input: InputConfig = InputConfig()
+    task: TaskConfig
+    model: ModelConfig = ModelConfig()
+    endpoints: EndpointsConfig
+    backend: BackendConfig = BackendConfig()
+    limits: LimitsConfig = LimitsConfig()
+    shard: ShardConfig = ShardConfig()
+    ledger: LedgerConfig = LedgerConfig()
+    reduce: list[ReduceStage] = []

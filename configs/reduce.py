@@ -1,0 +1,173 @@
+"""The reduce stages' settings, and whether they fit the answer's schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..backends.contract.errors import ConfigurationError
+
+
+class Stage(BaseModel):
+    """One reduce stage; ``op`` says which."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class Count(Stage):
+    """How many items are done and failed, the failed ones by error class."""
+
+    op: Literal["count"]
+
+
+class Stats(Stage):
+    """Mean, deviation, extremes and quantiles of a number."""
+
+    op: Literal["stats"]
+    field: str
+    quantiles: list[Annotated[float, Field(ge=0, le=1)]] = [0.05, 0.25, 0.5, 0.75, 0.95]
+
+
+class Histogram(Stage):
+    """How often each value comes; ``bins`` groups numbers (a count, or the edges)."""
+
+    op: Literal["histogram"]
+    field: str
+    bins: Annotated[int, Field(ge=1, le=1000)] | list[float] | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class TopK(Stage):
+    """The k items with the largest (or smallest) value, with columns to ``show`` beside them."""
+
+    op: Literal["top_k"]
+    field: str
+    k: Annotated[int, Field(ge=1, le=10_000)] = 10
+    order: Literal["largest", "smallest"] = "largest"
+    show: list[str] = []
+
+
+class Collect(Stage):
+    """The answers (or one field) of the first ``limit`` items in input order."""
+
+    op: Literal["collect"]
+    limit: Annotated[int, Field(ge=1, le=10_000)] = 100
+    field: str | None = None
+
+
+ReduceStage = Annotated[Count | Stats | Histogram | TopK | Collect, Field(discriminator="op")]
+
+_NUMBERS = {"integer", "number"}
+_MAX_CATEGORIES = 1000
+
+
+def check_stages(stages: Iterable[Stage], schema: Mapping[str, Any] | None) -> None:
+    """Check that every stage's field exists in the answer and is of a usable type.
+
+    Raises:
+        ConfigurationError: Names the stage, the field, and what the schema offers.
+    """
+    for n, stage in enumerate(stages):
+        field = getattr(stage, "field", None)
+        if field is not None:
+            where = f"reduce[{n}] ({stage.op})"  # type: ignore[attr-defined]
+            _check_field(where, stage, field, schema)
+
+
+def _check_field(where: str, stage: Stage, field: str, schema: Mapping[str, Any] | None) -> None:
+    if schema is None:
+        msg = f"{where}: field {field!r} needs task.schema; a free-text answer has no fields"
+        raise ConfigurationError(msg)
+    sub = _descend(where, field, schema)
+    types = _types(sub)
+    if isinstance(stage, Stats | TopK) and types and not types & _NUMBERS:
+        msg = f"{where}: field {field!r} is {'/'.join(sorted(types))} in task.schema, not a number"
+        raise ConfigurationError(msg)
+    if isinstance(stage, Histogram):
+        _check_histogram(where, stage, sub, types)
+
+
+def _descend(where: str, field: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    sub: Mapping[str, Any] = schema
+    for name in field.split("."):
+        properties = resolve(sub, schema).get("properties", {})
+        if name not in properties:
+            close = get_close_matches(name, properties, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            msg = f"{where}: task.schema has no field {field!r} (it has {_names(properties)}){hint}"
+            raise ConfigurationError(msg)
+        sub = properties[name]
+    return resolve(sub, schema)
+
+
+def resolve(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Follow a local ``$ref`` (``#/…``) to what it names."""
+    seen: set[str] = set()
+    while isinstance(ref := schema.get("$ref"), str) and ref.startswith("#/") and ref not in seen:
+        seen.add(ref)
+        target: Any = root
+        for part in ref[2:].split("/"):
+            target = target.get(part, {}) if isinstance(target, Mapping) else {}
+        schema = target
+    return schema
+
+
+def _types(schema: Mapping[str, Any]) -> set[str]:
+    declared = schema.get("type")
+    return {declared} if isinstance(declared, str) else set(declared or ())
+
+
+def _names(properties: Mapping[str, Any]) -> str:
+    return ", ".join(properties) or "none"
+
+
+def _check_histogram(
+    where: str, stage: Histogram, schema: Mapping[str, Any], types: set[str]
+) -> None:
+    if stage.bins is not None:
+        _check_bins(where, stage, schema)
+    elif "enum" in schema:
+        if len(schema["enum"]) > _MAX_CATEGORIES:
+            msg = f"{where}: the enum of {stage.field!r} has more than {_MAX_CATEGORIES} values"
+            raise ConfigurationError(msg)
+    elif types - {"boolean", "null"} and not _bounded_integer(schema, types):
+        msg = (
+            f"{where}: {stage.field!r} can take endlessly many values; give it an enum in "
+            "task.schema, or (for numbers) set bins with low and high"
+        )
+        raise ConfigurationError(msg)
+
+
+def _check_bins(where: str, stage: Histogram, schema: Mapping[str, Any]) -> None:
+    if isinstance(stage.bins, list):
+        edges = stage.bins
+        if len(edges) < 2 or any(b <= a for a, b in zip(edges, edges[1:], strict=False)):  # noqa: PLR2004 - two edges make one bin
+            msg = f"{where}: bins must be at least two edges in rising order"
+            raise ConfigurationError(msg)
+        return
+    low = stage.low if stage.low is not None else schema.get("minimum")
+    high = stage.high if stage.high is not None else schema.get("maximum")
+    if low is None or high is None or not low < high:
+        msg = f"{where}: bins needs low < high (here, or as minimum and maximum in task.schema)"
+        raise ConfigurationError(msg)
+
+
+def _bounded_integer(schema: Mapping[str, Any], types: set[str]) -> bool:
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if not types <= {"integer", "null"} or low is None or high is None:
+        return False
+    return bool(high - low < _MAX_CATEGORIES)
+
+
+def with_bounds(stage: Stage, schema: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the stage as a plain dict, a histogram's range filled in from the schema."""
+    plain = stage.model_dump()
+    if isinstance(stage, Histogram) and isinstance(stage.bins, int) and schema is not None:
+        sub = _descend("reduce", stage.field, schema)
+        plain["low"] = stage.low if stage.low is not None else sub.get("minimum")
+        plain["high"] = stage.high if stage.high is not None else sub.get("maximum")
+    return plain

@@ -1,0 +1,154 @@
+"""Raw settings: YAML text, overrides and environment variables, before they are checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import yaml
+
+from ..backends.contract.errors import ConfigurationError
+
+_VARIABLE: Final = re.compile(r"\$(\$?)\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, with a key given twice in one mapping as an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[Any]()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                msg = f"key {key!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, msg, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """Parse a configuration file.
+
+    Args:
+        text: The file's text.
+        source: How messages name the file.
+
+    Raises:
+        ConfigurationError: No YAML, or not a mapping of keys; names file and line.
+    """
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        msg = f"{source}{line}: not valid YAML: {error.problem or error.context}"
+        raise ConfigurationError(msg) from None
+    except yaml.YAMLError as error:
+        msg = f"{source}: not valid YAML: {error}"
+        raise ConfigurationError(msg) from None
+    if not isinstance(data, dict):
+        found = "an empty file" if data is None else type(data).__name__
+        msg = f"{source}: expected a mapping of settings (name: …, task: …), found {found}"
+        raise ConfigurationError(msg)
+    return data
+
+
+def apply_override(data: dict[str, Any], assignment: str) -> None:
+    """Apply one ``a.b=value`` to ``data`` in place; the value is read as YAML.
+
+    Raises:
+        ConfigurationError: No ``=``, or the path runs through something that has no keys.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals or not path.strip():
+        msg = f"--set {assignment}: expected KEY=VALUE, e.g. --set limits.streams=64"
+        raise ConfigurationError(msg)
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError:
+        msg = f"--set {path}: the value {text!r} is not valid YAML; quote it"
+        raise ConfigurationError(msg) from None
+    set_path(data, path.strip(), value)
+
+
+def set_path(data: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted key in place; a number names an element of a list.
+
+    Raises:
+        ConfigurationError: The path runs through something that has no keys.
+    """
+    *parents, last = path.split(".")
+    node: Any = data
+    for name in parents:
+        node = _child(node, name, path)
+    if isinstance(node, list):
+        node[_index(node, last, path)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigurationError(_no_keys(path))
+
+
+def _child(node: Any, name: str, path: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, name, path)]
+    if not isinstance(node, dict):
+        raise ConfigurationError(_no_keys(path))
+    if node.get(name) is None:
+        node[name] = {}
+    return node[name]
+
+
+def _index(node: Sequence[Any], name: str, path: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        msg = f"--set {path}: {name!r} is no position in that list (it has {len(node)})"
+        raise ConfigurationError(msg)
+    return int(name)
+
+
+def _no_keys(path: str) -> str:
+    return f"--set {path}: there is a plain value on the way, which has no keys"
+
+
+def expand(data: Any, environment: Mapping[str, str], source: str, key: str = "") -> Any:
+    """Return a copy with ``${VAR}`` replaced in string values; ``$${VAR}`` stays ``${VAR}``.
+
+    Raises:
+        ConfigurationError: A variable is not set; names file, key and variable.
+    """
+    if isinstance(data, dict):
+        return {k: expand(v, environment, source, join(key, str(k))) for k, v in data.items()}
+    if isinstance(data, list):
+        return [expand(v, environment, source, join(key, str(n))) for n, v in enumerate(data)]
+    if not isinstance(data, str):
+        return data
+
+    def value(match: re.Match[str]) -> str:
+        escaped, name = match.groups()
+        if escaped:
+            return match.group(0)[1:]
+        if name not in environment:
+            msg = (
+                f"{source}: {key}: the environment variable {name} is not set; "
+                f"export {name}=… (or write $${{{name}}} for the literal text)"
+            )
+            raise ConfigurationError(msg)
+        return environment[name]
+
+    return _VARIABLE.sub(value, data)
+
+
+def join(prefix: str, key: str) -> str:
+    """Return the dotted path of a key below ``prefix``."""
+    return f"{prefix}.{key}" if prefix else key
+
+
+def at_path(data: Any, path: Sequence[str | int]) -> Any:
+    """Return what stands at a path, or None."""
+    for name in path:
+        try:
+            data = data[name]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data

@@ -1,0 +1,175 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..backends.contract.errors import FanfoldError
+from . import commands
+from .run import OTHER, USAGE
+
+app = typer.Typer(
+    name="fanfold",
+    help="Map-reduce LLM inference on HPC, as a LangGraph graph.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+presets = typer.Typer(help="Ready configurations, one per use case.", no_args_is_help=True)
+app.add_typer(presets, name="presets")
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG|PRESET", help="A YAML file or a preset.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
+Input = Annotated[str | None, typer.Option("--input", metavar="PATH", help="Input file or folder.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many items.")]
+Endpoints = Annotated[
+    str | None,
+    typer.Option("--endpoints", metavar="URLS|FILE|simulated", help="Where the model is served."),
+]
+Saver = Annotated[
+    str | None,
+    typer.Option("--checkpointer", metavar="URL", help="postgresql://… in place of SQLite."),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. limits.streams=64."),
+]
+Trace = Annotated[bool, typer.Option("--trace", help="Run and trace every item by LangGraph.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no tables.")]
+Retry = Annotated[bool, typer.Option("--retry-failed", help="Ask failed items again.")]
+
+
+@app.callback()
+def _setup(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")] = False,
+) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+@app.command()
+def run(  # noqa: PLR0913 - one parameter per option
+    config: Config,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
+    input_path: Input = None,
+    limit: Limit = None,
+    endpoints: Endpoints = None,
+    checkpointer: Saver = None,
+    overrides: Sets = None,
+    trace: Trace = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    retry_failed: Retry = False,
+) -> None:
+    """Run a batch; on an existing run folder, go on with it."""
+    wish = commands.Wish(
+        overrides or [], input_path, limit, endpoints, checkpointer, trace, retry_failed
+    )
+    raise typer.Exit(commands.run(config, out, wish, commands.Output(as_json, quiet)))
+
+
+@app.command()
+def resume(  # noqa: PLR0913 - one parameter per option
+    folder: Folder,
+    input_path: Input = None,
+    limit: Limit = None,
+    endpoints: Endpoints = None,
+    checkpointer: Saver = None,
+    overrides: Sets = None,
+    trace: Trace = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    retry_failed: Retry = False,
+) -> None:
+    """Go on with a run: only what is not finished is called."""
+    wish = commands.Wish(
+        overrides or [], input_path, limit, endpoints, checkpointer, trace, retry_failed
+    )
+    raise typer.Exit(commands.resume(folder, wish, commands.Output(as_json, quiet)))
+
+
+@app.command()
+def status(folder: Folder, as_json: AsJson = False) -> None:
+    """Show how far a run is."""
+    commands.status(folder, as_json)
+
+
+@app.command()
+def results(
+    folder: Folder,
+    form: Annotated[str, typer.Option("--format", help="jsonl, csv or parquet.")] = "jsonl",
+    target: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
+) -> None:
+    """Write the results so far, one row per finished item, in input order."""
+    commands.results(folder, form, target)
+
+
+@app.command()
+def check(
+    config: Config,
+    input_path: Input = None,
+    limit: Limit = None,
+    endpoints: Endpoints = None,
+    overrides: Sets = None,
+) -> None:
+    """Check settings, input and endpoints, and estimate the work; calls no model."""
+    commands.check(config, commands.Wish(overrides or [], input_path, limit, endpoints))
+
+
+@app.command()
+def simulate(
+    nodes: Annotated[int, typer.Option(min=1, help="Simulated servers.")] = 8,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="First port; 0 takes a free one.")
+    ] = 0,
+    addressing: Annotated[str, typer.Option(help="path, port or addr.")] = "port",
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "simulated-8b",
+    responder: Annotated[str, typer.Option(help="schema or esol.")] = "schema",
+    file: Annotated[
+        Path, typer.Option("--file", metavar="FILE", help="Where to write the endpoints.")
+    ] = Path("endpoints.txt"),
+) -> None:
+    """Serve a simulated fleet on this machine until interrupted."""
+    fields = {"nodes": nodes, "port": port, "addressing": addressing}
+    commands.simulate(fields | {"model": model, "responder": responder}, file)
+
+
+@presets.command("list")
+def presets_list() -> None:
+    """List the presets."""
+    commands.presets_list()
+
+
+@presets.command("show")
+def presets_show(name: str) -> None:
+    """Print a preset."""
+    commands.presets_show(name)
+
+
+@presets.command("copy")
+def presets_copy(name: str, target: Annotated[Path | None, typer.Argument()] = None) -> None:
+    """Write a preset to a file for editing, its endpoints left for you to fill."""
+    commands.presets_copy(name, target or Path(f"{name}.yaml"))
+
+
+def main() -> None:
+    """Run the command line; every error of fanfold's own ends in one message and an exit code."""
+    try:
+        app()
+    except FanfoldError as error:
+        console = Console(stderr=True, highlight=False)
+        console.print(f"Error: {error.message}", markup=False, soft_wrap=True)
+        sys.exit(commands.exit_code(error))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted.")
+        sys.exit(OTHER)
+
+
+__all__ = ["USAGE", "app", "main"]

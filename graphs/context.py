@@ -1,0 +1,121 @@
+"""The map-reduce's context: plain settings that open their parts when asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from ..backends.accounts.folder import RunFolder, open_folder
+from ..backends.build import open_fleet, serving
+from ..configs.load import Loaded, load
+from ..nodes.context import Context, ItemContext, Prepared, RunTools
+from .finish import write_results
+from .item import item_engine
+from .opening import Mode, item_context, open_run
+from .plan import shard_items, window
+from .prepare import default_folder, prepare_run
+from .settings import settle
+from .shared import Shared
+
+
+@dataclass
+class RunContext(Context):
+    """Settings of a run.
+
+    Attributes:
+        config: A preset's name, a YAML file, or the settings as a mapping; None runs
+            molecular_screening on the simulated fleet.
+        overrides: Settings on top, each ``key.of.section=value``.
+        out: Folder of the run; None makes one below ``fanfold-runs``.
+        trace: Run every item by LangGraph's engine, visible in traces.
+        retry_failed: On a resumed run, ask failed items again.
+    """
+
+    config: str | dict[str, Any] | None = None
+    overrides: list[str] = field(default_factory=list)
+    out: str | None = None
+    trace: bool = False
+    retry_failed: bool = False
+
+    @classmethod
+    def of(cls, loaded: Loaded, **settings: Any) -> Self:
+        """Return the context of settings that are loaded already."""
+        context = cls(**settings)
+        context.__dict__["loaded"] = loaded
+        return context
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        """Return the checked configuration.
+
+        Raises:
+            ConfigurationError: A setting is wrong.
+        """
+        return settle(self.config, self.overrides)[0]
+
+    @cached_property
+    def _runs(self) -> Shared[RunTools]:
+        return Shared()
+
+    @cached_property
+    def _contexts(self) -> Shared[ItemContext]:
+        return Shared()
+
+    async def prepare(
+        self,
+        folder: str | None,
+        path: str | None,
+        items: Sequence[Mapping[str, Any]] | None,
+    ) -> Prepared:
+        """Make a run's folder from a path or items, or look up one that was made."""
+        if folder is None:
+            target = Path(self.out) if self.out else default_folder(self.loaded.config.name)
+            await prepare_run(self._with_path(path), target, items)
+            folder = str(target)
+        about = await asyncio.to_thread(open_folder(Path(folder)).read_provenance)
+        total = about["input"]["items"]
+        size = shard_items(self.loaded.config, total)
+        return Prepared(folder, total, size, window(self.loaded.config, size))
+
+    def opened(self, folder: str) -> AbstractAsyncContextManager[RunTools]:
+        """Open a run; users in the same loop share what is open."""
+        mode = Mode(self.trace, self.retry_failed, item_engine)
+        return self._runs.use(
+            folder, lambda: open_run(open_folder(Path(folder)), self.loaded, mode)
+        )
+
+    async def finish(
+        self, folder: str, aggregate: list[dict[str, Any]], progress: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write the results' files and return references to them."""
+        async with self.opened(folder) as tools:
+            return await asyncio.to_thread(
+                write_results, RunFolder(Path(folder)), self.loaded, tools, aggregate, progress
+            )
+
+    @asynccontextmanager
+    async def item_context(self) -> AsyncIterator[ItemContext]:
+        """Open what the item graph needs when it runs by itself."""
+
+        @asynccontextmanager
+        async def make() -> AsyncIterator[ItemContext]:
+            loaded = self.loaded
+            async with (
+                serving(loaded.config, loaded.plain["endpoints"]) as up,
+                open_fleet(loaded.config, up) as fleet,
+            ):
+                yield item_context(loaded, fleet, up.model, traced=True)
+
+        async with self._contexts.use("item", make) as context:
+            yield context
+
+    def _with_path(self, path: str | None) -> Loaded:
+        if path is None:
+            return self.loaded
+        changes = {"input.path": str(Path(path).resolve()), "input.dataset": None}
+        return load(self.loaded.raw, settings=changes)

@@ -1,0 +1,39 @@
+"""The files of a finished run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backends.accounts.folder import RunFolder, write_json
+from ..backends.accounts.results import write_jsonl, write_parquet
+from ..configs.load import Loaded
+from ..nodes.context import RunTools
+
+
+def write_results(
+    folder: RunFolder,
+    loaded: Loaded,
+    tools: RunTools,
+    aggregate: list[dict[str, Any]],
+    progress: dict[str, Any],
+) -> dict[str, Any]:
+    """Write results, failures and aggregate; return references to them.
+
+    Raises:
+        LedgerError: A file could not be written.
+    """
+    schema = loaded.config.task.answer_schema
+    write_parquet(tools.ledger.records(), folder.results, schema)
+    partial = folder.failures.with_name(".failures.partial")
+    with partial.open("wb") as file:
+        write_jsonl(tools.ledger.records("failed"), file)
+    partial.replace(folder.failures)
+    about = folder.read_provenance()
+    content = {"v": 1, "run": about["run"], "simulated": tools.simulated}
+    write_json(folder.aggregate, {**content, "progress": progress, "aggregate": aggregate})
+    return {
+        "folder": str(folder.path),
+        "table": str(folder.results),
+        "failures": str(folder.failures),
+        "simulated": tools.simulated,
+    }

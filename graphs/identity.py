@@ -1,0 +1,47 @@
+"""What a run asks: by it, resuming tells the same run from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from ..configs.models import RunConfig
+
+_INPUT = ("dataset", "id", "limit", "on_duplicate", "smiles")
+
+
+def fingerprint(config: RunConfig, model: str, simulated: bool) -> str:
+    """Return a digest of what is asked of every item: task, model, simulated or not."""
+    asked = {
+        "task": config.task.model_dump(mode="json", by_alias=True),
+        "model": config.model.model_dump(mode="json") | {"name": model},
+        "simulated": simulated,
+    }
+    data = orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return, line by line, how two runs' plain settings ask for different things.
+
+    The input's path is left out, for its content is compared by digest; so are endpoints,
+    backend, limits and reduce, which may change.
+    """
+    lines = []
+    for section in ("input", "task", "model"):
+        a, b = old.get(section) or {}, new.get(section) or {}
+        keys = _INPUT if section == "input" else sorted(a.keys() | b.keys())
+        lines += [
+            f"{section}.{key}: {_short(a.get(key))} → {_short(b.get(key))}"
+            for key in keys
+            if a.get(key) != b.get(key)
+        ]
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= 100 else text[:97] + "…"  # noqa: PLR2004 - one line

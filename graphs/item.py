@@ -1,0 +1,45 @@
+"""The item graph: prepare → infer → validate, and infer again to repair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from langgraph.graph import START, StateGraph
+
+from ..nodes.context import ItemContext
+from ..nodes.state import ItemState
+from ..nodes.steps import DELEGATED_STEPS, FIRST, ITEM_STEPS, Step
+from .opening import ItemEngine
+
+ItemGraph = StateGraph[ItemState, ItemContext, ItemState, ItemState]
+
+
+def build_item(steps: Mapping[str, Step] = ITEM_STEPS) -> ItemGraph:
+    """Make a StateGraph of an item's steps; its context is an :class:`ItemContext`."""
+    graph: ItemGraph = StateGraph(ItemState, ItemContext)
+    assemble(graph, steps, {name: step.run for name, step in steps.items()})
+    return graph
+
+
+def assemble(graph: Any, steps: Mapping[str, Step], nodes: Mapping[str, Any]) -> None:
+    """Add the steps' nodes and edges to a graph."""
+    for name, step in steps.items():
+        graph.add_node(name, nodes[name])
+        graph.add_conditional_edges(name, step.then, list(step.targets))
+    graph.add_edge(START, FIRST)
+
+
+def item_engine(delegated: bool) -> ItemEngine:
+    """Return a function that runs one item by LangGraph's engine, without a saver.
+
+    Args:
+        delegated: Whether a user's ``task.graph`` takes the place of the model call.
+    """
+    graph = build_item(DELEGATED_STEPS if delegated else ITEM_STEPS).compile(checkpointer=False)
+
+    async def run(state: ItemState, context: ItemContext) -> ItemState:
+        final: Any = await graph.ainvoke(state, context=context)
+        return ItemState(**final)
+
+    return run

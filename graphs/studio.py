@@ -1,0 +1,40 @@
+"""The item graph by itself, for LangGraph Studio and ``langgraph dev``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langgraph.graph import StateGraph
+from langgraph.runtime import Runtime
+
+from ..nodes.state import ItemState
+from ..nodes.steps import ITEM_STEPS, ItemNode
+from .binding import Bound
+from .context import RunContext
+from .item import assemble
+
+AloneGraph = StateGraph[ItemState, RunContext, ItemState, ItemState]
+
+
+def build_item_alone(context: RunContext | None = None) -> AloneGraph:
+    """Make the item graph that runs by itself: settings in place of open parts.
+
+    Its input is one item: ``{"id": "aspirin", "row": {"smiles": "CC(=O)Oc1ccccc1C(=O)O"}}``.
+    """
+    bound = Bound(context or RunContext())
+    graph: AloneGraph = StateGraph(ItemState, RunContext)
+    assemble(graph, ITEM_STEPS, {name: _alone(s.run, bound) for name, s in ITEM_STEPS.items()})
+    return graph
+
+
+def _alone(run: ItemNode, bound: Bound) -> Any:
+    async def node(state: ItemState, runtime: Runtime[RunContext]) -> ItemState:
+        async with bound.resolve(runtime.context).item_context() as context:
+            return await run(state, Runtime(context=context))
+
+    node.__doc__ = run.__doc__
+    return node
+
+
+item = build_item_alone().compile()
+"""What ``langgraph.json`` names ``item``."""

@@ -1,0 +1,122 @@
+"""All reduce stages of a run together, and the reducer that combines their states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+from ...backends.contract.errors import ConfigurationError, LedgerError
+from ...backends.contract.types import Json, Outcome
+from .base import Aggregator, State, configure
+from .collect import Collect
+from .count import Count
+from .histogram import Histogram
+from .stats import Stats
+from .top_k import TopK
+
+VERSION: Final = 1
+"""Of the states' form."""
+
+_Stage: TypeAlias = Collect | Count | Histogram | Stats | TopK
+
+_STAGES: Final[tuple[type[_Stage], ...]] = (Collect, Count, Histogram, Stats, TopK)
+
+OPS: Final[Mapping[str, type[_Stage]]] = MappingProxyType({stage.op: stage for stage in _STAGES})
+"""Stages by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """The stages of a run.
+
+    Attributes:
+        stages: In the order of the configuration.
+    """
+
+    stages: tuple[Aggregator, ...]
+
+    def empty(self) -> State:
+        """Return the state of no outcomes."""
+        return _state([stage.empty() for stage in self.stages])
+
+    def lift(self, outcomes: Iterable[Outcome]) -> State:
+        """Return the state of a batch of outcomes; some 64 at a time cost least.
+
+        Raises:
+            ConfigurationError: A histogram meets too many different values.
+        """
+        batch = tuple(outcomes)
+        return _state([stage.lift(batch) for stage in self.stages])
+
+    def present(self, state: State) -> list[dict[str, Json]]:
+        """Return the readable result of each stage, in the order of the configuration.
+
+        Args:
+            state: A combined state; ``{}`` stands for no outcomes.
+
+        Raises:
+            ConfigurationError: The state comes from other stages.
+            LedgerError: The state was written by another version of fanfold.
+        """
+        whole = combine(self.empty(), state)
+        return [
+            stage.present(part) for stage, part in zip(self.stages, whole["stages"], strict=True)
+        ]
+
+
+def build(stages: Sequence[Mapping[str, Json]]) -> Aggregate:
+    """Make the stages of a run.
+
+    Args:
+        stages: The dicts under ``reduce``, e.g. ``{"op": "top_k", "field": "score", "k": 20}``.
+
+    Returns:
+        The stages.
+
+    Raises:
+        ConfigurationError: An op is unknown, or its parameters are wrong.
+    """
+    for spec in stages:
+        if spec.get("op") not in list(OPS):
+            raise ConfigurationError(
+                f"reduce: unknown op {spec.get('op')!r}; the ops are {', '.join(OPS)}"
+            )
+    return Aggregate(tuple(configure(OPS[spec["op"]], spec) for spec in stages))
+
+
+def combine(a: State, b: State) -> State:
+    """Combine two states of the same stages: the reducer of the graph's state.
+
+    Args:
+        a: A state, or ``{}`` for no outcomes.
+        b: Another.
+
+    Returns:
+        The state of the outcomes of both; neither argument is changed.
+
+    Raises:
+        ConfigurationError: The states come from different stages, or a histogram meets too many
+            different values.
+        LedgerError: A state was written by another version of fanfold.
+    """
+    for state in (a, b):
+        if state and state.get("v") != VERSION:
+            raise LedgerError(
+                f"the aggregate has form {state.get('v')!r}, and this version of fanfold reads "
+                f"form {VERSION}: resume the run with the version that began it"
+            )
+    if not a or not b:
+        return a or b
+    if [part["of"] for part in a["stages"]] != [part["of"] for part in b["stages"]]:
+        raise ConfigurationError(
+            "reduce: aggregates of different stages cannot be combined; after a change of "
+            "'reduce', fold the finished items anew"
+        )
+    pairs = zip(a["stages"], b["stages"], strict=True)
+    return _state([OPS[left["of"]["op"]].combine(left, right) for left, right in pairs])
+
+
+def _state(stages: list[State]) -> State:
+    return {"v": VERSION, "stages": stages}

@@ -1,0 +1,112 @@
+"""What a reduce stage is, and how its parameters are read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+
+from ...backends.contract.errors import ConfigurationError
+from ...backends.contract.types import Json, Outcome
+
+State: TypeAlias = dict[str, Json]
+"""What a stage has folded so far: JSON-safe, bounded in size, and never changed in place.
+
+``of`` names the stage and its parameters, so that states combine without any configuration.
+Integers stay below 2**63 (larger ones are hexadecimal text), for states live in checkpoints.
+"""
+
+
+class Aggregator(Protocol):
+    """One reduce stage: a commutative monoid over outcomes, and a readable form of its sum.
+
+    Attributes:
+        op: The stage's name in the configuration.
+    """
+
+    op: ClassVar[str]
+
+    def empty(self) -> State:
+        """Return the state of no outcomes, the identity of ``combine``."""
+        ...
+
+    def lift(self, outcomes: Sequence[Outcome]) -> State:
+        """Return the state of a batch of outcomes."""
+        ...
+
+    def combine(self, a: State, b: State) -> State:
+        """Return the state of the outcomes of both; needs nothing but the two states."""
+        ...
+
+    def present(self, state: State) -> dict[str, Json]:
+        """Return the readable result, JSON-safe, the same for the same set of outcomes."""
+        ...
+
+
+class Parameters:
+    """Base of the stages: frozen dataclasses whose fields are the stage's parameters."""
+
+    __slots__ = ()
+    op: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def of(self) -> dict[str, Json]:
+        """Return the parameters as states carry them, tuples as lists."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return {"op": self.op} | {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
+
+    def fault(self, name: str, demand: str) -> ConfigurationError:
+        """Return the error that parameter ``name`` does not meet ``demand``."""
+        return ConfigurationError(
+            f"reduce: {self.op}.{name} is {getattr(self, name)!r}; it must be {demand}"
+        )
+
+
+StageT = TypeVar("StageT", bound=Parameters)
+
+
+def configure(stage: type[StageT], spec: Mapping[str, Json]) -> StageT:
+    """Make a stage from its dict in the configuration.
+
+    Args:
+        stage: The stage's class.
+        spec: ``op`` and the parameters.
+
+    Returns:
+        The stage.
+
+    Raises:
+        ConfigurationError: A parameter is unknown, missing or out of range.
+    """
+    given = {name: _frozen(value) for name, value in spec.items() if name != "op"}
+    known = {f.name: f for f in fields(stage) if f.init}
+    if unknown := sorted(given.keys() - known.keys()):
+        names = ", ".join(known) or "none"
+        raise ConfigurationError(
+            f"reduce: {stage.op} has no parameter '{unknown[0]}'; its parameters: {names}"
+        )
+    needed = [n for n, f in known.items() if f.default is MISSING and n not in given]
+    if needed:
+        raise ConfigurationError(f"reduce: {stage.op} needs '{needed[0]}'")
+    return stage(**given)
+
+
+def tally(*counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the sum of several tallies, key by key."""
+    total: dict[str, int] = dict(counts[0]) if counts else {}
+    for more in counts[1:]:
+        for key, count in more.items():
+            total[key] = total.get(key, 0) + count
+    return total
+
+
+def done(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Return the outcomes that have an output."""
+    return [outcome for outcome in outcomes if outcome.status == "done"]
+
+
+def _frozen(value: Json) -> Json:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,168 @@
+"""Stage ``histogram``: how often each value, or each range of a number, occurs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from math import isfinite
+from typing import ClassVar, Final
+
+from ...backends.contract.errors import ConfigurationError
+from ...backends.contract.types import Json, Outcome
+from .base import Parameters, State, done, tally
+from .values import SHOWN_CHARACTERS, carried, number, path_of, pick
+
+DISTINCT: Final = 1_000
+"""Most different values, and most bins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram(Parameters):
+    """Counts of a value in the output.
+
+    Without bins every value (text, boolean or number) is counted by itself. With bins, numbers
+    are counted by range: a bin holds its lower edge, and the last one its upper edge too.
+
+    Attributes:
+        field: Dotted path into the output. Null, lists and objects count as missing.
+        bins: Number of equal bins from ``low`` to ``high``, or the edges, or None.
+        low: Lower end of the bins.
+        high: Upper end of the bins.
+        edges: (bins + 1,) edges, worked out from the others; none without bins.
+    """
+
+    op: ClassVar[str] = "histogram"
+    field: str
+    bins: int | tuple[float, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+    edges: tuple[float, ...] = dataclasses.field(init=False, default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse bins that are no bins, and work out the edges."""
+        if isinstance(self.bins, int):
+            low, high = self._range(self.bins)
+            edges = _equal(low, high, self.bins)
+            if not _rising(edges):
+                raise self.fault("high", f"above low ({low!r}) by more than rounding errors")
+        elif self.low is not None or self.high is not None:
+            raise self.fault("bins", "a number of bins, where low and high are given")
+        else:
+            edges = self.bins or ()
+            if self.bins is not None and not (1 < len(edges) <= DISTINCT + 1 and _rising(edges)):
+                raise self.fault("bins", f"from 2 to {DISTINCT + 1:,} rising, finite edges")
+        object.__setattr__(self, "edges", edges)
+
+    def _range(self, bins: int) -> tuple[float, float]:
+        if isinstance(bins, bool) or not 1 <= bins <= DISTINCT:
+            raise self.fault("bins", f"from 1 to {DISTINCT:,}")
+        if self.low is None or not isfinite(self.low):
+            raise self.fault("low", "a number, where bins is a number of bins")
+        if self.high is None or not isfinite(self.high):
+            raise self.fault("high", "a number, where bins is a number of bins")
+        return self.low, self.high
+
+    def empty(self) -> State:
+        """Return the state of no outcomes."""
+        return self.lift(())
+
+    def lift(self, outcomes: Sequence[Outcome]) -> State:
+        """Return the state of a batch of outcomes.
+
+        Raises:
+            ConfigurationError: Too many different values.
+        """
+        path = path_of(self.field)
+        found = [pick(outcome.output, path) for outcome in done(outcomes)]
+        if self.bins is None:
+            return _bounded({"of": self.of(), **_by_value(found)})
+        return {"of": self.of(), **_by_bin(found, self.edges)}
+
+    @staticmethod
+    def combine(a: State, b: State) -> State:
+        """Return the state of the outcomes of both.
+
+        Raises:
+            ConfigurationError: Too many different values.
+        """
+        counts = tally(a["counts"], b["counts"])
+        return _bounded({"of": a["of"], "counts": counts, "missing": a["missing"] + b["missing"]})
+
+    def present(self, state: State) -> dict[str, Json]:
+        """Return the counts: by bin, or by value (numbers rising, else the most frequent first)."""
+        head = {"op": self.op, "field": self.field}
+        counts, tail = state["counts"], {"missing": state["missing"]}
+        if self.bins is None:
+            return head | {"counts": _ranked(counts)} | tail
+        bins = [
+            {"low": low, "high": high, "count": counts.get(str(place), 0)}
+            for place, (low, high) in enumerate(pairwise(self.edges))
+        ]
+        outside = {"under": counts.get("under", 0), "over": counts.get("over", 0)}
+        return head | {"bins": bins} | outside | tail
+
+
+def _equal(low: float, high: float, bins: int) -> tuple[float, ...]:
+    """Return the edges of equal bins, each correctly rounded."""
+    start, width = Fraction(low), (Fraction(high) - Fraction(low)) / bins
+    return tuple(float(start + place * width) for place in range(bins + 1))
+
+
+def _rising(edges: Sequence[float]) -> bool:
+    return all(isfinite(a) and isfinite(b) and a < b for a, b in pairwise(edges))
+
+
+def _by_value(found: Sequence[Json]) -> State:
+    usable = [value for value in map(_countable, found) if value is not None]
+    # True == 1 in Python, so that being a boolean belongs to the key.
+    seen = Counter((isinstance(value, bool), value) for value in usable)
+    counts = {json.dumps(value): count for (_, value), count in seen.items()}
+    return {"counts": counts, "missing": len(found) - len(usable)}
+
+
+def _countable(value: Json) -> str | bool | int | float | None:
+    """Return what to count a value as: JSON's 1.0 is its 1, and long texts are cut."""
+    if isinstance(value, str):
+        return str(carried(value, SHOWN_CHARACTERS))
+    if isinstance(value, bool):
+        return value
+    known = number(value)
+    return number(int(known)) if isinstance(known, float) and known.is_integer() else known
+
+
+def _by_bin(found: Sequence[Json], edges: Sequence[float]) -> State:
+    values = [value for value in map(number, found) if value is not None]
+    counts: Counter[str] = Counter()
+    for place, count in Counter(_place(value, edges) for value in values).items():
+        counts["under" if place < 0 else "over" if place > len(edges) - 2 else str(place)] = count
+    return {"counts": dict(counts), "missing": len(found) - len(values)}
+
+
+def _place(value: float, edges: Sequence[float]) -> int:
+    place = bisect_right(edges, value) - 1
+    return place - 1 if value == edges[-1] else place
+
+
+def _bounded(state: State) -> State:
+    # With bins there are two more counts: under and over.
+    if len(state["counts"]) <= DISTINCT + 2 * (state["of"]["bins"] is not None):
+        return state
+    raise ConfigurationError(
+        f"reduce: histogram of '{state['of']['field']}' met more than {DISTINCT:,} different "
+        "values; give the field an enum in the schema, or the histogram bins, low and high"
+    )
+
+
+def _ranked(counts: Mapping[str, int]) -> list[dict[str, Json]]:
+    rows = [(json.loads(name), count, name) for name, count in counts.items()]
+    if any(isinstance(value, str | bool) for value, _, _ in rows):
+        rows.sort(key=lambda row: (-row[1], row[2]))
+    else:
+        rows.sort(key=lambda row: row[0])
+    return [{"value": value, "count": count} for value, count, _ in rows]

@@ -1,0 +1,95 @@
+"""Whether a reply is an answer: finish reason, JSON, schema."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import jsonschema_rs
+import orjson
+
+from ..backends.contract.errors import (
+    AnswerError,
+    EmptyAnswerError,
+    InvalidAnswerError,
+    RefusedAnswerError,
+    TruncatedAnswerError,
+)
+from ..backends.contract.types import Json
+
+_FENCE: Final = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
+_GOOD: Final = frozenset({"stop", "tool_calls"})
+_SHOWN_ERRORS: Final = 3
+_SHOWN_TEXT: Final = 200
+
+
+class AnswerCheck:
+    """Judges replies against a JSON Schema, or takes their text as it is without one.
+
+    Args:
+        schema: The schema, or None for free text.
+        max_tokens: The limit on answers, for messages.
+    """
+
+    def __init__(self, schema: Mapping[str, Any] | None, max_tokens: int) -> None:
+        self._validator = None if schema is None else jsonschema_rs.validator_for(dict(schema))
+        self._max_tokens = max_tokens
+
+    def finished(self, content: str, finish_reason: str | None, refusal: str | None) -> str:
+        """Return the text of a reply that the model ended by itself.
+
+        Raises:
+            RefusedAnswerError: The model or a filter refused.
+            TruncatedAnswerError: Cut at ``max_tokens`` or by the context's end.
+            EmptyAnswerError: No text.
+            AnswerError: Any other end, e.g. the model's own repetition check.
+        """
+        if refusal:
+            raise RefusedAnswerError(f"the model refused: {refusal[:_SHOWN_TEXT]}", content)
+        if finish_reason == "content_filter":
+            raise RefusedAnswerError("a content filter withheld the answer", content)
+        if finish_reason == "length":
+            msg = f"the answer was cut (model.max_tokens is {self._max_tokens}); raise it"
+            raise TruncatedAnswerError(msg, content)
+        if finish_reason not in _GOOD:
+            raise AnswerError(f"the model stopped for the reason {finish_reason!r}", content)
+        if not content.strip():
+            msg = "the answer is empty (a reasoning model may need a larger model.max_tokens)"
+            raise EmptyAnswerError(msg, content)
+        return content
+
+    def check(self, value: Json) -> Json:
+        """Return the answer that a text (or a value that is parsed already) holds.
+
+        Raises:
+            InvalidAnswerError: Not JSON, or not by the schema; says where and why.
+        """
+        if self._validator is None:
+            return value
+        parsed = _parse(value) if isinstance(value, str) else value
+        if not self._validator.is_valid(parsed):
+            raw = value if isinstance(value, str) else orjson.dumps(value).decode()
+            raise InvalidAnswerError(self._reasons(parsed), raw)
+        return parsed
+
+    def _reasons(self, parsed: Json) -> str:
+        assert self._validator is not None
+        reasons = [_reason(e) for e in self._validator.iter_errors(parsed)]
+        more = f"; and {len(reasons) - _SHOWN_ERRORS} more" if len(reasons) > _SHOWN_ERRORS else ""
+        return "the answer breaks the schema: " + "; ".join(reasons[:_SHOWN_ERRORS]) + more
+
+
+def _reason(error: jsonschema_rs.ValidationError) -> str:
+    where = ".".join(map(str, error.instance_path))
+    text = error.message if len(error.message) <= _SHOWN_TEXT else error.message[:_SHOWN_TEXT] + "…"
+    return f"{where}: {text}" if where else text
+
+
+def _parse(text: str) -> Json:
+    fenced = _FENCE.match(text)
+    try:
+        return orjson.loads(fenced.group(1) if fenced else text)
+    except orjson.JSONDecodeError as error:
+        msg = f"the answer is not valid JSON: {error}"
+        raise InvalidAnswerError(msg, text) from None

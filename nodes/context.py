@@ -1,0 +1,137 @@
+"""What nodes may use. The graphs' own context implements it; nodes never see how."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..backends.contract.protocols import ChatModel
+from ..backends.contract.template import Template
+from ..backends.contract.types import Item, Json
+from .aggregators import Aggregate
+from .answer import AnswerCheck
+from .gate import Gate
+from .progress import Progress
+from .state import ItemState
+
+
+@dataclass(frozen=True)
+class ItemContext:
+    """What the item graph may use.
+
+    Attributes:
+        system: The constant system text, or ``""``.
+        prompt: The template of the question.
+        model: Who answers.
+        answer: How answers are judged.
+        repairs: How often an invalid answer is sent back.
+        delegate: A user's own item graph, called with the columns and the messages.
+    """
+
+    system: str
+    prompt: Template
+    model: ChatModel
+    answer: AnswerCheck
+    repairs: int = 1
+    delegate: Callable[[dict[str, Any]], Awaitable[Any]] | None = None
+
+
+class Store(Protocol):
+    """The items of a run."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def read(self, lo: int, hi: int) -> list[Item]:
+        """Return the items ``lo`` to ``hi`` (exclusive)."""
+        ...
+
+
+class Ledger(Protocol):
+    """The journal of finished items."""
+
+    def finished(self, index: int) -> bool:
+        """Say whether an item has ended."""
+        ...
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Return the record of a finished item."""
+        ...
+
+    def records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the records in input order."""
+        ...
+
+    def put(self, record: dict[str, Json]) -> None:
+        """Record how an item ended."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunTools:
+    """What the nodes of one open run may use.
+
+    Attributes:
+        store: Its items.
+        ledger: Its journal.
+        aggregate: Its reduce stages.
+        run_item: Takes an item through the item graph and returns the final state.
+        gate: Bounds the items in flight, and stops them.
+        progress: Counts for whoever watches.
+        fingerprint: Digest of what is asked of every item: prompt, schema, model.
+        simulated: Whether the fleet is simulated.
+    """
+
+    store: Store
+    ledger: Ledger
+    aggregate: Aggregate
+    run_item: Callable[[Item], Awaitable[ItemState]]
+    gate: Gate
+    progress: Progress
+    fingerprint: bytes
+    simulated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that is ready to start.
+
+    Attributes:
+        folder: Its folder.
+        total: Number of items.
+        shard_items: Items per shard.
+        window: Shards per superstep.
+    """
+
+    folder: str
+    total: int
+    shard_items: int
+    window: int
+
+
+@dataclass
+class Context(ABC):
+    """What the map-reduce may use."""
+
+    @abstractmethod
+    async def prepare(
+        self,
+        folder: str | None,
+        path: str | None,
+        items: Sequence[Mapping[str, Any]] | None,
+    ) -> Prepared:
+        """Make a run's folder from a path or items, or look up one that was made."""
+
+    @abstractmethod
+    def opened(self, folder: str) -> AbstractAsyncContextManager[RunTools]:
+        """Open a run; users in the same loop share what is open."""
+
+    @abstractmethod
+    async def finish(
+        self, folder: str, aggregate: list[dict[str, Any]], progress: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write the results' files and return references to them."""

@@ -1,0 +1,50 @@
+"""The model call of an item, left to a user's own graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from langchain_core.messages import BaseMessage
+from langgraph.runtime import Runtime
+
+from ..backends.contract.errors import ConfigurationError, EndpointError, InvalidAnswerError
+from ..backends.contract.types import Json
+from .context import ItemContext
+from .prepare import failure
+from .state import ItemState
+
+
+async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
+    """Call the user's graph with the columns and the messages; judge what it puts out."""
+    context = runtime.context
+    if context.delegate is None:
+        msg = "the item graph was built for task.graph, but none is set"
+        raise ConfigurationError(msg)
+    try:
+        result = await context.delegate({**state["row"], "messages": state["messages"]})
+        return {"output": context.answer.check(_output(result))}
+    except (EndpointError, InvalidAnswerError) as error:
+        return {"error": failure(error)}
+
+
+def _output(result: Any) -> Json:
+    """Return the key ``output``, else the last message's text, else the result itself."""
+    if isinstance(result, Mapping):
+        if "output" in result:
+            return _plain(result["output"])
+        messages = result.get("messages")
+        if messages:
+            return _plain(messages[-1])
+        keys = ", ".join(map(str, result)) or "nothing"
+        msg = f"task.graph must return the key 'output' or 'messages'; it returned {keys}"
+        raise ConfigurationError(msg)
+    return _plain(result)
+
+
+def _plain(value: Any) -> Json:
+    if isinstance(value, BaseMessage):
+        return value.text
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    return value

@@ -1,0 +1,25 @@
+"""Second step of an item: the model call."""
+
+from __future__ import annotations
+
+from langgraph.runtime import Runtime
+
+from ..backends.contract.errors import EndpointError
+from .context import ItemContext
+from .prepare import failure
+from .state import ItemState
+
+
+async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
+    """Ask the model; an endpoint's failure ends the item, what ends the run is raised."""
+    try:
+        reply = await runtime.context.model.ask(state["messages"])
+    except EndpointError as error:
+        return {"error": failure(error)}
+    return {
+        "reply": {
+            "content": reply.content,
+            "finish_reason": reply.finish_reason,
+            "refusal": reply.refusal,
+        }
+    }

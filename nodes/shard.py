@@ -1,0 +1,34 @@
+"""The map step: one shard, wherever its superstep put it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langgraph.errors import GraphDrained
+from langgraph.runtime import Runtime
+
+from ..backends.contract.types import Shard
+from .context import Context
+from .state import ShardState
+from .work import work
+
+
+async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
+    """Finish the shard's items and return its part of the aggregate.
+
+    Raises:
+        GraphDrained: The run is being stopped; the shard is not finished and will run again.
+        RunStoppedError: The run cannot go on.
+        LedgerError: An item could not be recorded.
+    """
+
+    def drain() -> str | None:
+        return (runtime.drain_reason or "drain") if runtime.drain_requested else None
+
+    async with runtime.context.opened(state["folder"]) as tools:
+        part = await work(Shard(state["lo"], state["hi"]), tools, drain)
+        if part is not None:
+            return part.summary()
+        # A failing Send cancels the others: none may fail before all of their items are safe.
+        await tools.gate.drained()
+        raise tools.gate.error or GraphDrained(tools.gate.reason or "drain")

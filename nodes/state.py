@@ -1,0 +1,96 @@
+"""What flows between nodes: JSON-safe, and of a size that does not grow with the items."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from langgraph.channels import UntrackedValue
+from typing_extensions import TypedDict
+
+from ..backends.contract.types import Json, Message
+from .aggregators import combine
+
+
+class ItemState(TypedDict, total=False):
+    """One item on its way.
+
+    Keys:
+        id: The item's name.
+        row: Its columns.
+        problem: Why it must not be asked, or None.
+        messages: The conversation so far.
+        reply: The last reply: content, finish_reason, refusal.
+        repairs: How often the answer was sent back.
+        output: The valid answer, once there is one.
+        error: Class and text of what ended the item, if it failed.
+    """
+
+    id: str
+    row: dict[str, Any]
+    problem: str | None
+    messages: list[Message]
+    reply: dict[str, Any]
+    repairs: int
+    output: Json
+    error: dict[str, str]
+
+
+class ShardState(TypedDict):
+    """What a shard is sent: its run's folder and its range of items."""
+
+    folder: str
+    lo: int
+    hi: int
+
+
+def add_tallies(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    """Add two tallies key by key."""
+    return {key: a.get(key, 0) + b.get(key, 0) for key in a | b}
+
+
+class RunInput(TypedDict, total=False):
+    """What a run is given: a path, or items; or the folder of a run that was prepared.
+
+    Keys:
+        path: The input file or folder, in place of the configured one.
+        items: The items themselves, one mapping each; never checkpointed.
+        folder: The folder of a prepared run.
+    """
+
+    path: str | None
+    items: Annotated[list[dict[str, Any]], UntrackedValue]
+    folder: str
+
+
+class RunOutput(TypedDict, total=False):
+    """What a run ends with.
+
+    Keys:
+        aggregate: One entry per reduce stage.
+        progress: Counts of items, requests and tokens.
+        results: Where the results lie, and whether they are simulated.
+    """
+
+    aggregate: list[dict[str, Any]]
+    progress: dict[str, Any]
+    results: dict[str, Any]
+
+
+class RunState(RunInput, RunOutput, total=False):
+    """The whole state of a run.
+
+    Keys:
+        total: Number of items.
+        shard_items: Items per shard.
+        window: Shards per superstep.
+        cursor: First item that no shard was sent for yet.
+        tally: Counts over the finished shards.
+        parts: The finished shards' aggregate, combined.
+    """
+
+    total: int
+    shard_items: int
+    window: int
+    cursor: int
+    tally: Annotated[dict[str, int], add_tallies]
+    parts: Annotated[dict[str, Any], combine]

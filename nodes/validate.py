@@ -1,0 +1,33 @@
+"""Third step of an item: judge the reply; send it back, or end the item."""
+
+from __future__ import annotations
+
+from langgraph.runtime import Runtime
+
+from ..backends.contract.errors import AnswerError, InvalidAnswerError
+from .context import ItemContext
+from .prepare import failure
+from .state import ItemState
+
+
+async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
+    """Judge the reply against the schema; an invalid one is sent back while repairs remain."""
+    context, reply = runtime.context, state["reply"]
+    try:
+        text = context.answer.finished(reply["content"], reply["finish_reason"], reply["refusal"])
+        return {"output": context.answer.check(text)}
+    except InvalidAnswerError as error:
+        if state["repairs"] < context.repairs:
+            return _sent_back(state, error)
+        return {"error": failure(error)}
+    except AnswerError as error:
+        return {"error": failure(error)}
+
+
+def _sent_back(state: ItemState, error: InvalidAnswerError) -> ItemState:
+    answer = {"role": "assistant", "content": error.raw}
+    request = {"role": "user", "content": f"{error.message}\nAnswer again, corrected."}
+    return {
+        "messages": [*state["messages"], answer, request],
+        "repairs": state["repairs"] + 1,
+    }

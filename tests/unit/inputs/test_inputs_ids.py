@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fanfold.backends.contract.errors import InputError
+from fanfold.backends.contract.types import Item
+from fanfold.backends.inputs.naming import Namer
+from fanfold.backends.inputs.sources import Source, id_text
+from fanfold.backends.inputs.spec import InputSpec, Skipped
+from fanfold.backends.inputs.spill import spill
+
+Load = Callable[..., list[Item]]
+Put = Callable[[str, str | bytes], Path]
+
+SOURCE = Source("a.csv", lambda: iter(()), lambda place: f"a.csv, line {place}")
+
+
+@given(st.lists(st.sampled_from(["x", "x#2", "x#3", "x#2#2", "y"])))
+def test_suffixes_are_unique_and_keep_the_first(names: list[str]) -> None:
+    namer = Namer(SOURCE, "k", "suffix")
+    given_names = [namer.admit(name, 0) for name in names]
+    namer.close()
+    assert len(set(given_names)) == len(names)
+    assert all(
+        unique and unique.startswith(name) for unique, name in zip(given_names, names, strict=True)
+    )
+
+
+@given(st.lists(st.sampled_from("abc")))
+def test_first_keeps_each_once(names: list[str]) -> None:
+    namer = Namer(SOURCE, "k", "first")
+    kept = [unique for name in names if (unique := namer.admit(name, 0)) is not None]
+    assert kept == list(dict.fromkeys(names))
+
+
+def test_suffixes(load: Load) -> None:
+    rows = [{"id": name} for name in ("x", "x#2", "x", "x", "x#2")]
+    items = load(InputSpec(items=rows, on_duplicate="suffix"))
+    assert [item.id for item in items] == ["x", "x#2", "x#3", "x#4", "x#2#2"]
+    assert [item.row["id"] for item in items] == ["x", "x#2", "x", "x", "x#2"]
+
+
+def test_first_names_what_it_leaves_out_and_the_limit_counts_the_rest(
+    tmp_path: Path, put: Put
+) -> None:
+    path = put("a.csv", "k,v\na,1\na,2\nb,3\nc,4\n")
+    spec = InputSpec(path=path, id="k", on_duplicate="first", limit=2)
+    summary = spill(spec, tmp_path / "items.arrow", [])
+    assert (summary.items, summary.first.row["v"]) == (2, "1")
+    assert summary.skipped == (Skipped("a", f"repeated id, {path}, line 3"),)
+    assert summary.skipped_total == 1
+
+
+def test_many_left_out_are_counted_but_not_all_named(tmp_path: Path) -> None:
+    spec = InputSpec(items=[{"id": "x"}] * 1_500, on_duplicate="first")
+    summary = spill(spec, tmp_path / "items.arrow", [])
+    assert (summary.items, len(summary.skipped), summary.skipped_total) == (1, 1_000, 1_499)
+
+
+def test_repeated_ids_are_named(put: Put, load: Load) -> None:
+    path = put("a.csv", "k\na\nb\n a\nb\nc\n")
+    with pytest.raises(
+        InputError,
+        match=r"a\.csv: ids in column 'k' are repeated: 'a' \(.*line 4\); 'b' \(.*line 5\); "
+        "set input.on_duplicate to 'first' or 'suffix'",
+    ):
+        load(InputSpec(path=path, id="k"))
+    assert len(load(InputSpec(path=path, id="k", limit=2))) == 2
+
+
+def test_only_the_first_few_are_named(load: Load) -> None:
+    with pytest.raises(InputError, match=r"items\[5\]") as caught:
+        load(InputSpec(items=[{"id": 1}] * 100))
+    assert "items[6]" not in caught.value.message
+
+
+@pytest.mark.parametrize("on_duplicate", ["error", "first", "suffix"])
+def test_blank_ids_are_named(
+    put: Put, load: Load, on_duplicate: Literal["error", "first", "suffix"]
+) -> None:
+    path = put("a.csv", "k,v\na,1\n,2\n  ,3\n")
+    with pytest.raises(
+        InputError,
+        match=r"a\.csv: the id in column 'k' is blank at .*line 3; .*line 4; fill it, or set",
+    ):
+        load(InputSpec(path=path, id="k", on_duplicate=on_duplicate))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(" a ", "a"), (7, "7"), (0, "0"), (1.5, "1.5"), (None, ""), (True, None), ([], None)],
+)
+def test_id_text(value: object, text: str | None) -> None:
+    assert id_text(value) == text

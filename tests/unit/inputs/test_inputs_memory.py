@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fanfold.backends.contract.errors import InputError
+from fanfold.backends.contract.types import Item
+from fanfold.backends.inputs.spec import InputSpec
+
+Load = Callable[..., list[Item]]
+
+
+def test_row_numbers_unless_a_key_id_is_there(load: Load) -> None:
+    assert [item.id for item in load(InputSpec(items=[{"x": 1}, {"x": 2}]))] == ["1", "2"]
+    assert [item.id for item in load(InputSpec(items=[{"id": 8}, {"id": "a"}]))] == ["8", "a"]
+    assert [item.id for item in load(InputSpec(items=[{"id": 8, "k": "z"}], id="k"))] == ["z"]
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "input.items is empty; it must hold at least one object"),
+        ("abc", "input.items must be a list of objects, not str"),
+        ({"x": 1}, "input.items must be a list of objects, not dict"),
+        ([{"x": 1}, 5], r"items\[1\] is no object but int; each item must map names"),
+        ([{"x": 1}, None], r"items\[1\] is no object but NoneType"),
+        ([{"x": 1}, {"y": 1}], r"items\[1\] has no column 'x', which the task needs"),
+        ([{"id": 1, "x": 1}, {"x": 1}], r"items\[1\] has no column 'id', which input\.id needs"),
+        ([{"x": 1}, {"x": {1, 2}}], r"items\[1\]: column 'x' cannot be written as JSON: Type is"),
+        ([{"x": b"1"}], r"items\[0\]: column 'x' cannot be written as JSON"),
+        ([{"x": 2**70}], r"items\[0\]: column 'x' cannot .* Integer exceeds 64-bit range"),
+        ([{"x": "\ud800"}], r"items\[0\]: column 'x' cannot be written as JSON"),
+        ([{"x": 1, 2: 3}], r"items\[0\]: column 2 cannot be written as JSON: Dict key must be"),
+    ],
+)
+def test_faulty_items(load: Load, items: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(InputSpec(items=items), "x")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "exactly one of input.path, input.dataset and input.items; it has none of them"),
+        ({"dataset": "a", "items": []}, "it has input.dataset and input.items"),
+        ({"dataset": "a", "limit": 0}, "input.limit is 0; it must be at least 1, or null"),
+    ],
+)
+def test_contradicting_specs(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        InputSpec(**fields)

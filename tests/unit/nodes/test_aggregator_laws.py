@@ -1,0 +1,196 @@
+"""The monoid laws, and that nothing about order, grouping or transport shows in the result."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from functools import reduce
+from typing import Any
+
+import orjson
+import ormsgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fanfold.backends.contract.errors import ConfigurationError, LedgerError
+from fanfold.backends.contract.types import Outcome
+from fanfold.nodes.aggregators import Aggregate, State, build, combine
+
+SPECS: list[dict[str, Any]] = [
+    {"op": "count"},
+    {"op": "stats", "field": "score"},
+    {"op": "stats", "field": "deep.score", "quantiles": [0, 0.5, 1]},
+    {"op": "histogram", "field": "label"},
+    {"op": "histogram", "field": "score", "bins": 4, "low": -1, "high": 1},
+    {"op": "histogram", "field": "score", "bins": [0, 1, 10.5]},
+    {"op": "top_k", "field": "score", "k": 3, "show": ["note"]},
+    {"op": "top_k", "field": "deep.score", "k": 2, "order": "smallest"},
+    {"op": "collect", "limit": 3},
+    {"op": "collect", "limit": 2, "field": "label"},
+]
+ALL = build(SPECS)
+
+numbers = st.one_of(
+    st.floats(),
+    st.floats(-2, 2),
+    st.integers(-3, 3),
+    st.integers(),
+    st.sampled_from([0.0, -0.0, 10**400, -(2**63), 2**63, 2**53 + 1]),
+)
+labels = st.one_of(
+    st.sampled_from(["yes", "no", "1", "true", True, False, 1, 0, 1.0, 0.5]),
+    st.none(),
+    st.integers(),
+    st.text(st.characters(exclude_categories=()), max_size=3),
+    st.lists(st.integers(), max_size=2),
+)
+outputs = st.one_of(
+    st.none(),
+    st.text(max_size=3),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "score": st.one_of(numbers, labels),
+            "label": st.one_of(labels, numbers),
+            "deep": st.one_of(st.none(), st.fixed_dictionaries({"score": numbers})),
+        },
+    ),
+)
+
+
+@st.composite
+def outcome_lists(draw: st.DrawFn) -> list[Outcome]:
+    made = []
+    for index in range(draw(st.integers(0, 12))):
+        error = draw(st.sampled_from([None, None, None, "EmptyAnswerError", "SiteError"]))
+        made.append(
+            Outcome(
+                index=index,
+                id=f"item {index}",
+                status="failed" if error else "done",
+                output=None if error else draw(outputs),
+                error_class=error,
+                row={"note": draw(st.text(max_size=2))},
+            )
+        )
+    return made
+
+
+def through_json(state: State) -> State:
+    read = orjson.loads(orjson.dumps(state))
+    assert isinstance(read, dict)
+    assert json.loads(json.dumps(state, allow_nan=False)) == read
+    return read
+
+
+def through_msgpack(state: State) -> State:
+    read = ormsgpack.unpackb(ormsgpack.packb(state))
+    assert isinstance(read, dict)
+    return read
+
+
+def shown(state: State, aggregate: Aggregate = ALL) -> str:
+    presented = aggregate.present(state)
+    orjson.dumps(presented)
+    return json.dumps(presented, allow_nan=False)
+
+
+def in_shards(items: list[Outcome], cuts: list[int]) -> list[State]:
+    edges = [0, *sorted(cut % (len(items) + 1) for cut in cuts), len(items)]
+    return [ALL.lift(items[lo:hi]) for lo, hi in itertools.pairwise(edges)]
+
+
+@settings(deadline=None)
+@given(outcome_lists(), st.data())
+def test_order_and_grouping_do_not_show(items: list[Outcome], data: st.DataObject) -> None:
+    whole = shown(ALL.lift(items))
+    states = in_shards(data.draw(st.permutations(items)), data.draw(st.lists(st.integers(0, 99))))
+    while len(states) > 1:
+        left = states.pop(data.draw(st.integers(0, len(states) - 1)))
+        right = states.pop(data.draw(st.integers(0, len(states) - 1)))
+        states.append(combine(left, right))
+    assert shown(states[0]) == whole
+
+
+@settings(deadline=None)
+@given(outcome_lists(), st.integers(0, 12), st.integers(0, 12))
+def test_monoid_laws(items: list[Outcome], i: int, j: int) -> None:
+    a, b, c = ALL.lift(items[: min(i, j)]), ALL.lift(items[min(i, j) : j]), ALL.lift(items[j:])
+    assert shown(combine(a, combine(b, c))) == shown(combine(combine(a, b), c))
+    assert shown(combine(a, b)) == shown(combine(b, a))
+    for identity in ({}, ALL.empty()):
+        assert shown(combine(a, identity)) == shown(combine(identity, a)) == shown(a)
+    assert combine({}, {}) == {}
+    assert shown({}) == shown(ALL.empty())
+
+
+@settings(deadline=None)
+@given(outcome_lists(), st.lists(st.integers(0, 99), max_size=4))
+def test_states_survive_checkpoints_and_processes(items: list[Outcome], cuts: list[int]) -> None:
+    states = in_shards(items, cuts)
+    travelled = [through_msgpack(through_json(state)) for state in states]
+    resumed: State = {}
+    for state in travelled:
+        resumed = through_json(through_msgpack(combine(resumed, state)))
+    assert shown(resumed) == shown(reduce(combine, states))
+
+
+@settings(deadline=None)
+@given(outcome_lists(), st.lists(st.integers(0, 99), max_size=4))
+def test_combine_leaves_its_arguments_alone(items: list[Outcome], cuts: list[int]) -> None:
+    states = in_shards(items, cuts)
+    before = copy.deepcopy(states)
+    reduce(combine, states)
+    assert repr(states) == repr(before)
+
+
+def test_large_integers_in_states_are_text() -> None:
+    state = ALL.lift([Outcome(0, "a", "done", {"score": 1e300, "label": 2**200})])
+
+    def walk(value: object) -> None:
+        if isinstance(value, dict):
+            for item in value.values():
+                walk(item)
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+        elif isinstance(value, int):
+            assert abs(value) < 2**63
+        else:
+            assert value is None or isinstance(value, str | float)
+
+    walk(state)
+
+
+def test_the_size_does_not_grow_with_the_items() -> None:
+    def size(start: int, stop: int) -> int:
+        batches = (
+            ALL.lift([Outcome(i, f"{i:06}", "done", {"score": i % 97 / 7, "label": i % 5})])
+            for i in range(start, stop)
+        )
+        return len(orjson.dumps(reduce(combine, batches)))
+
+    assert size(100_000, 102_000) < size(100_000, 100_200) * 1.1
+
+
+def test_states_of_other_stages_do_not_combine() -> None:
+    other = build([{"op": "top_k", "field": "score", "k": 4}])
+    mine = build([{"op": "top_k", "field": "score", "k": 5}])
+    with pytest.raises(ConfigurationError, match="fold the finished items anew"):
+        combine(other.empty(), mine.empty())
+    with pytest.raises(ConfigurationError, match="different stages"):
+        mine.present(other.empty())
+    with pytest.raises(ConfigurationError, match="different stages"):
+        mine.present(build([]).empty())
+
+
+def test_states_of_another_version_are_refused() -> None:
+    with pytest.raises(LedgerError, match="form 2"):
+        combine({}, ALL.empty() | {"v": 2})
+
+
+def test_no_stages() -> None:
+    none = build([])
+    assert none.present(combine(none.lift([Outcome(0, "a", "done", 1)]), {})) == []

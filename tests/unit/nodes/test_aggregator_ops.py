@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import orjson
+import pytest
+
+from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.contract.types import Json, Outcome
+from fanfold.nodes.aggregators import build, combine
+
+
+def outcomes(values: list[Json], field: str = "x") -> list[Outcome]:
+    return [Outcome(i, f"i{i}", "done", {field: value}) for i, value in enumerate(values)]
+
+
+def one(spec: dict[str, Json], items: list[Outcome]) -> dict[str, Any]:
+    stage = build([spec])
+    return stage.present(stage.lift(items))[0]
+
+
+def failed(index: int, error: str | None) -> Outcome:
+    return Outcome(index, str(index), "failed", None, error)
+
+
+def test_count() -> None:
+    errors = ["SiteError", "AnswerError", "SiteError", None]
+    items = [*outcomes([1]), *(failed(i + 1, e) for i, e in enumerate(errors))]
+    found = one({"op": "count"}, items)
+    assert (found["done"], found["failed"]) == (1, 4)
+    assert list(found["failed_by_class"].items()) == [
+        ("SiteError", 2),
+        ("AnswerError", 1),
+        ("unknown", 1),
+    ]
+
+
+def test_count_tells_at_most_100_classes_apart_in_any_order() -> None:
+    stage = build([{"op": "count"}])
+    states = [stage.lift([failed(i, f"E{i % 150:03}")]) for i in range(300)]
+    forward = stage.present(reduce(combine, states))[0]
+    assert forward == stage.present(reduce(combine, states[::-1]))[0]
+    assert forward["failed"] == 300
+    assert len(forward["failed_by_class"]) == 101
+    assert forward["failed_by_class"]["E099"] == 2
+    assert forward["failed_by_class"]["other classes"] == 100
+
+
+def test_histogram_of_labels() -> None:
+    found = one({"op": "histogram", "field": "x"}, outcomes(["b", "a", "b", None, ["b"]]))
+    assert found["counts"] == [{"value": "b", "count": 2}, {"value": "a", "count": 1}]
+    assert found["missing"] == 2
+
+
+def test_histogram_tells_types_apart() -> None:
+    found = one({"op": "histogram", "field": "x"}, outcomes([1, True, "1", "true", 1.0]))
+    pairs = {(type(row["value"]), row["value"]): row["count"] for row in found["counts"]}
+    assert pairs == {(int, 1): 2, (bool, True): 1, (str, "1"): 1, (str, "true"): 1}
+
+
+def test_histogram_of_numbers_rises() -> None:
+    found = one({"op": "histogram", "field": "x"}, outcomes([10, 9, 10, 2, 0.5]))
+    assert [row["value"] for row in found["counts"]] == [0.5, 2, 9, 10]
+
+
+def test_histogram_with_bins() -> None:
+    spec: dict[str, Json] = {"op": "histogram", "field": "x", "bins": 4, "low": 0, "high": 2}
+    values: list[Json] = [0, 0.49, 0.5, 1.99, 2, -0.01, 2.01, "1", None]
+    found = one(spec, outcomes(values))
+    assert [row["count"] for row in found["bins"]] == [2, 1, 0, 2]
+    assert [row["low"] for row in found["bins"]] == [0, 0.5, 1, 1.5]
+    assert found["bins"][-1]["high"] == 2
+    assert (found["under"], found["over"], found["missing"]) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(("low", "high", "bins"), [(0.1, 0.7, 3), (-1e308, 1e308, 7), (0, 49, 49)])
+def test_the_ends_of_the_range_are_inside(low: float, high: float, bins: int) -> None:
+    spec: dict[str, Json] = {"op": "histogram", "field": "x"}
+    found = one(spec | {"bins": bins, "low": low, "high": high}, outcomes([low, high]))
+    assert (found["bins"][0]["count"], found["bins"][-1]["count"]) == (1, 1)
+
+
+def test_histogram_with_edges() -> None:
+    spec: dict[str, Json] = {"op": "histogram", "field": "x", "bins": [0, 1, 10]}
+    found = one(spec, outcomes([0, 1, 10, 11]))
+    assert [row["count"] for row in found["bins"]] == [1, 2]
+    assert found["over"] == 1
+
+
+def test_histogram_refuses_too_many_values_in_lift_and_in_combine() -> None:
+    stage = build([{"op": "histogram", "field": "x"}])
+    with pytest.raises(ConfigurationError, match=r"'x' met more than 1,000.*enum"):
+        stage.lift(outcomes(list(range(1_001))))
+    half = stage.lift(outcomes(list(range(1_000))))
+    with pytest.raises(ConfigurationError, match="1,000"):
+        combine(half, stage.lift(outcomes(["another"])))
+
+
+def test_a_full_histogram_with_bins_is_no_error() -> None:
+    spec: dict[str, Json] = {"op": "histogram", "field": "x", "bins": 1_000, "low": 0, "high": 1}
+    found = one(spec, outcomes([-1, 2, *((i + 0.5) / 1_000 for i in range(1_000))]))
+    assert {row["count"] for row in found["bins"]} == {1}
+
+
+def test_top_k() -> None:
+    items = [
+        Outcome(i, f"i{i}", "done", {"a": {"b": v}}, None, {"s": "C" * i, "t": 1})
+        for i, v in enumerate([1, 5, 5.0, None, True, "9", float("nan"), 3])
+    ]
+    spec: dict[str, Json] = {"op": "top_k", "field": "a.b", "k": 3, "show": ["s", "absent"]}
+    found = one(spec, items)
+    assert [row["id"] for row in found["rows"]] == ["i1", "i2", "i7"]
+    assert found["rows"][0] == {
+        "rank": 1,
+        "id": "i1",
+        "value": 5,
+        "output": {"a": {"b": 5}},
+        "show": {"s": "C", "absent": None},
+    }
+    assert found["missing"] == 4
+    smallest = one(spec | {"order": "smallest", "k": 9}, items)
+    assert [row["id"] for row in smallest["rows"]] == ["i0", "i7", "i1", "i2"]
+
+
+def test_top_k_compares_large_integers_exactly() -> None:
+    spec: dict[str, Json] = {"op": "top_k", "field": "x", "k": 1}
+    assert one(spec, outcomes([2**62, 2**62 + 1]))["rows"][0]["id"] == "i1"
+
+
+def test_top_k_cuts_long_texts_in_show_columns_only() -> None:
+    long = "é" * 2_001
+    item = Outcome(0, "a", "done", {"x": 1, "why": long}, None, {"s": long, "n": [long]})
+    row = one({"op": "top_k", "field": "x", "show": ["s", "n"]}, [item])["rows"][0]
+    assert row["show"] == {"s": "é" * 1_999 + "…", "n": ["é" * 1_999 + "…"]}
+    assert row["output"]["why"] == long
+
+
+def test_collect() -> None:
+    items = [*outcomes([7, 8, 9])[::-1], failed(3, "SiteError")]
+    found = one({"op": "collect", "limit": 2}, items)
+    assert found["rows"] == [{"id": "i0", "output": {"x": 7}}, {"id": "i1", "output": {"x": 8}}]
+    found = one({"op": "collect", "limit": 2, "field": "x"}, items)
+    assert found["rows"] == [{"id": "i0", "value": 7}, {"id": "i1", "value": 8}]
+    assert one({"op": "collect", "field": "y"}, items)["rows"][0]["value"] is None
+
+
+def test_odd_outputs_are_made_writable() -> None:
+    deep: Json = 1
+    for _ in range(2_000):
+        deep = [deep]
+    odd = {"nan": float("nan"), "big": 2**70, "half": "\ud800", "\udfff": (1, True), "deep": deep}
+    found = one({"op": "collect"}, [Outcome(0, "\ud800", "done", odd)])
+    orjson.dumps(found)
+    row = found["rows"][0]
+    assert row["id"] == "?"
+    assert (row["output"]["nan"], row["output"]["big"]) == (None, hex(2**70))
+    assert (row["output"]["half"], row["output"]["?"]) == ("?", [1, True])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"op": "median"}, "unknown op 'median'; the ops are collect, count, histogram, stats"),
+        ({}, "unknown op None"),
+        ({"op": ["stats"]}, "unknown op"),
+        ({"op": "stats"}, "stats needs 'field'"),
+        ({"op": "stats", "field": "x", "bins": 3}, "stats has no parameter 'bins'"),
+        ({"op": "count", "field": "x"}, "its parameters: none"),
+        ({"op": "stats", "field": "x", "quantiles": [5]}, "numbers from 0 to 1"),
+        ({"op": "top_k", "field": "x", "k": 0}, "top_k.k is 0; it must be at least 1"),
+        ({"op": "top_k", "field": "x", "order": "best"}, "largest or smallest"),
+        ({"op": "collect", "limit": 0}, "at least 1"),
+        ({"op": "histogram", "field": "x", "bins": 3}, "histogram.low is None"),
+        ({"op": "histogram", "field": "x", "bins": 3, "low": 0}, "histogram.high is None"),
+        ({"op": "histogram", "field": "x", "bins": 3, "low": 1, "high": 1}, "above low"),
+        ({"op": "histogram", "field": "x", "bins": 0, "low": 0, "high": 1}, "from 1 to 1,000"),
+        ({"op": "histogram", "field": "x", "bins": True, "low": 0, "high": 1}, "from 1 to"),
+        ({"op": "histogram", "field": "x", "low": 0}, "a number of bins"),
+        ({"op": "histogram", "field": "x", "bins": [1]}, "rising, finite edges"),
+        ({"op": "histogram", "field": "x", "bins": [1, 1]}, "rising"),
+        ({"op": "histogram", "field": "x", "bins": [1, float("inf")]}, "finite"),
+    ],
+)
+def test_wrong_parameters(spec: dict[str, Json], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        build([spec])
