@@ -31,7 +31,7 @@ PROBE_TIMEOUT_S = 5.0
 def input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> InputSpec:
     """Return where the items come from; pasted ``items`` take the place of what is configured.
 
-    Pasted items are named by the configured id column if they all have it.
+    Pasted items are named by the configured id column if any of them has it.
     """
     given = config.input
     if items is None:
@@ -43,7 +43,7 @@ def input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> 
             on_duplicate=given.on_duplicate,
             smiles=given.smiles,
         )
-    named = given.id is not None and all(given.id in item for item in items)
+    named = any(isinstance(item, Mapping) and given.id in item for item in items)
     return InputSpec(
         items=items,
         id=given.id if named else None,

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from ..backends.contract.errors import FanfoldError
-from . import commands
-from .run import OTHER, USAGE
+from ..backends.contract.errors import ConfigurationError, FanfoldError, RunStoppedError
+from . import looking, running
+from .run import INTERRUPTED, OTHER, USAGE
 
 app = typer.Typer(
     name="fanfold",
@@ -69,10 +68,10 @@ def run(  # noqa: PLR0913 - one parameter per option
     retry_failed: Retry = False,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
-    wish = commands.Wish(
+    wish = running.Wish(
         overrides or [], input_path, limit, endpoints, checkpointer, trace, retry_failed
     )
-    raise typer.Exit(commands.run(config, out, wish, commands.Output(as_json, quiet)))
+    raise typer.Exit(running.run(config, out, wish, running.Output(as_json, quiet)))
 
 
 @app.command()
@@ -89,16 +88,16 @@ def resume(  # noqa: PLR0913 - one parameter per option
     retry_failed: Retry = False,
 ) -> None:
     """Go on with a run: only what is not finished is called."""
-    wish = commands.Wish(
+    wish = running.Wish(
         overrides or [], input_path, limit, endpoints, checkpointer, trace, retry_failed
     )
-    raise typer.Exit(commands.resume(folder, wish, commands.Output(as_json, quiet)))
+    raise typer.Exit(running.resume(folder, wish, running.Output(as_json, quiet)))
 
 
 @app.command()
 def status(folder: Folder, as_json: AsJson = False) -> None:
     """Show how far a run is."""
-    commands.status(folder, as_json)
+    looking.status(folder, as_json)
 
 
 @app.command()
@@ -108,7 +107,7 @@ def results(
     target: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
-    commands.results(folder, form, target)
+    looking.results(folder, form, target)
 
 
 @app.command()
@@ -120,7 +119,7 @@ def check(
     overrides: Sets = None,
 ) -> None:
     """Check settings, input and endpoints, and estimate the work; calls no model."""
-    commands.check(config, commands.Wish(overrides or [], input_path, limit, endpoints))
+    looking.check(config, running.Wish(overrides or [], input_path, limit, endpoints))
 
 
 @app.command()
@@ -138,25 +137,25 @@ def simulate(
 ) -> None:
     """Serve a simulated fleet on this machine until interrupted."""
     fields = {"nodes": nodes, "port": port, "addressing": addressing}
-    commands.simulate(fields | {"model": model, "responder": responder}, file)
+    looking.simulate(fields | {"model": model, "responder": responder}, file)
 
 
 @presets.command("list")
 def presets_list() -> None:
     """List the presets."""
-    commands.presets_list()
+    looking.presets_list()
 
 
 @presets.command("show")
 def presets_show(name: str) -> None:
     """Print a preset."""
-    commands.presets_show(name)
+    looking.presets_show(name)
 
 
 @presets.command("copy")
 def presets_copy(name: str, target: Annotated[Path | None, typer.Argument()] = None) -> None:
     """Write a preset to a file for editing, its endpoints left for you to fill."""
-    commands.presets_copy(name, target or Path(f"{name}.yaml"))
+    looking.presets_copy(name, target or Path(f"{name}.yaml"))
 
 
 def main() -> None:
@@ -164,12 +163,16 @@ def main() -> None:
     try:
         app()
     except FanfoldError as error:
-        console = Console(stderr=True, highlight=False)
-        console.print(f"Error: {error.message}", markup=False, soft_wrap=True)
-        sys.exit(commands.exit_code(error))
+        if isinstance(error.__cause__, BrokenPipeError):
+            sys.exit(OTHER)  # the reader of our output has left, e.g. head
+        running.say([f"Error: {error.message}"])
+        sys.exit(_exit_code(error))
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted.")
+        running.say(["Interrupted before the run began; nothing was written."])
         sys.exit(OTHER)
 
 
-__all__ = ["USAGE", "app", "main"]
+def _exit_code(error: FanfoldError) -> int:
+    if isinstance(error, ConfigurationError):
+        return USAGE
+    return INTERRUPTED if isinstance(error, RunStoppedError) else OTHER

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from langgraph.graph import START, StateGraph
 
@@ -40,6 +40,6 @@ def item_engine(delegated: bool) -> ItemEngine:
 
     async def run(state: ItemState, context: ItemContext) -> ItemState:
         final: Any = await graph.ainvoke(state, context=context)
-        return ItemState(**final)
+        return cast(ItemState, final)
 
     return run

@@ -24,13 +24,12 @@ class Line:
 
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
-        self._seen = [(time.monotonic(), 0, 0)]
+        self._seen = [(time.monotonic(), *self._so_far())]
 
     def __str__(self) -> str:
         """Return the line as it stands now."""
         progress, now = self._tools.progress, time.monotonic()
-        fresh = progress.done + progress.failed - progress.before
-        tokens = progress.prompt_tokens + progress.completion_tokens
+        fresh, tokens = self._so_far()
         self._seen.append((now, fresh, tokens))
         while len(self._seen) > 2 and now - self._seen[1][0] > _RATE_S:  # noqa: PLR2004 - a span has two ends
             del self._seen[0]
@@ -45,6 +44,11 @@ class Line:
             f"  {rate:,.0f} items/s  {flow:,.0f} tokens/s  "
             f"{self._tools.gate.in_flight:,} in flight  {eta}"
         )
+
+    def _so_far(self) -> tuple[int, int]:
+        progress = self._tools.progress
+        tokens = progress.prompt_tokens + progress.completion_tokens
+        return progress.done + progress.failed - progress.before, tokens
 
 
 def _duration(seconds: float) -> str:

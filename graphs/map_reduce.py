@@ -55,7 +55,8 @@ def _shard_node(bound: Bound) -> Any:
 
     async def node(state: ShardState, runtime: Runtime[Any]) -> dict[str, Any]:
         _ = view
-        return await run(state, runtime)
+        part: dict[str, Any] = await run(state, runtime)
+        return part
 
     node.__doc__ = shard.__doc__
     return node

@@ -101,6 +101,7 @@ def describe_input(summary: InputSummary, path: Path | None) -> dict[str, Any]:
         "digest": summary.digest,
         "stamp": stamp(path),
         "invalid": summary.invalid,
+        "skipped_total": summary.skipped_total,
         "skipped": [{"id": s.id, "reason": s.reason} for s in summary.skipped],
     }
 

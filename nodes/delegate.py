@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
 from langchain_core.messages import BaseMessage
 from langgraph.runtime import Runtime
 
@@ -23,7 +24,7 @@ async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
         raise ConfigurationError(msg)
     try:
         result = await context.delegate({**state["row"], "messages": state["messages"]})
-        return {"output": context.answer.check(_output(result))}
+        return {"output": context.answer.check(_json_safe(_output(result)))}
     except (EndpointError, InvalidAnswerError) as error:
         return {"error": failure(error)}
 
@@ -40,6 +41,15 @@ def _output(result: Any) -> Json:
         msg = f"task.graph must return the key 'output' or 'messages'; it returned {keys}"
         raise ConfigurationError(msg)
     return _plain(result)
+
+
+def _json_safe(value: Json) -> Json:
+    try:
+        orjson.dumps(value)
+    except TypeError as error:
+        msg = f"what task.graph put out cannot be written as JSON: {error}"
+        raise InvalidAnswerError(msg) from None
+    return value
 
 
 def _plain(value: Any) -> Json:

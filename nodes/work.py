@@ -130,7 +130,8 @@ async def _finish(item: Item, tools: RunTools, part: Part) -> None:
 
 def _unexpected(error: Exception) -> ItemState:
     text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
-    return {"error": {"class": type(error).__name__, "text": text}}
+    writable = text.encode(errors="replace").decode()  # JSON has no lone surrogates
+    return {"error": {"class": type(error).__name__, "text": writable}}
 
 
 def _record(

@@ -179,15 +179,24 @@ class Ledger:
         Raises:
             LedgerError: The journal changed under our feet.
         """
+        path = self._paths[self._file[index]]
+        try:
+            line = self._read(index, path)
+            record: dict[str, Any] = orjson.loads(line)
+        except OSError as error:
+            raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+        except orjson.JSONDecodeError:
+            record = {}
+        if record.get("index") != index:
+            raise LedgerError(f"{path}: changed while the run was using it")
+        return record
+
+    def _read(self, index: int, path: Path) -> bytes:
         number = self._file[index]
         handle = self._handles.get(number)
         if handle is None:
-            handle = self._handles[number] = os.open(self._paths[number], os.O_RDONLY)
-        line = os.pread(handle, self._length[index], self._start[index])
-        record: dict[str, Any] = orjson.loads(line)
-        if record.get("index") != index:
-            raise LedgerError(f"{self._paths[number]}: changed while the run was using it")
-        return record
+            handle = self._handles[number] = os.open(path, os.O_RDONLY)
+        return os.pread(handle, self._length[index], self._start[index])
 
     def records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the records of finished items in input order, or those of one status."""

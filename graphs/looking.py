@@ -1,0 +1,155 @@
+"""The commands that look: status, results, check, presets; and the simulated fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Final
+
+import orjson
+from rich.console import Console
+from rich.table import Table
+
+from ..backends.accounts.folder import open_folder
+from ..backends.accounts.ledger import Ledger
+from ..backends.accounts.results import write_csv, write_jsonl, write_parquet
+from ..backends.contract.errors import ConfigurationError
+from ..backends.fleet.simulated.fleet import SimulatedFleet
+from ..backends.fleet.simulated.spec import SimulationSpec
+from ..configs.load import Loaded, load
+from ..configs.presets import copy_preset, preset_names, preset_text
+from .estimate import Estimate, estimate
+from .running import Wish, print_json, say
+
+_FORMATS: Final = ("jsonl", "csv", "parquet")
+
+
+def status(path: Path, as_json: bool) -> None:
+    """Show how far a run is."""
+    folder = open_folder(path)
+    about = folder.read_provenance()
+    with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
+        counts, spent = ledger.counts(), ledger.spent
+    last = about["lives"][-1] if about["lives"] else {"outcome": None}
+    state = "running" if folder.in_use() else last["outcome"] or "killed; resumable"
+    facts = {
+        "run": about["run"],
+        "name": about["name"],
+        "state": state,
+        "simulated": about["simulated"],
+        "model": about["model"],
+        "items": about["input"]["items"],
+        "done": counts.done,
+        "failed": counts.failed,
+        "open": counts.open,
+        "requests": spent.requests,
+        "tokens": {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens},
+        "lives": len(about["lives"]),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        shown = "true" if value is True else "false" if value is False else str(value)
+        table.add_row(key, shown)
+    Console().print(table)
+
+
+def results(path: Path, form: str, target: Path | None) -> None:
+    """Write the finished items' rows."""
+    if form not in _FORMATS:
+        raise ConfigurationError(f"--format {form}: there are {', '.join(_FORMATS)}")
+    if form == "parquet" and target is None:
+        raise ConfigurationError("--format parquet is no text; give a file with -o FILE")
+    folder = open_folder(path)
+    about, schema = folder.read_provenance(), load(folder.settings).config.task.answer_schema
+    with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
+        records = ledger.records()
+        if form == "parquet" and target is not None:
+            write_parquet(records, target, schema)
+        elif target is None:
+            _write_text(records, form, sys.stdout.buffer, schema)
+        else:
+            with _opened(target) as stream:
+                _write_text(records, form, stream, schema)
+
+
+def _opened(target: Path) -> IO[bytes]:
+    try:
+        return target.open("wb")
+    except OSError as error:
+        raise ConfigurationError(f"{target}: cannot be written: {error.strerror}") from None
+
+
+def _write_text(
+    records: Iterator[dict[str, Any]], form: str, stream: IO[bytes], schema: dict[str, Any] | None
+) -> None:
+    if form == "csv":
+        write_csv(records, stream, schema)
+    else:
+        write_jsonl(records, stream)
+
+
+def check(config: str, wish: Wish) -> None:
+    """Check settings, input and endpoints; print what a run would ask and take."""
+    loaded, notices = wish.settled(config)
+    found = asyncio.run(estimate(loaded))
+    say([*notices, *_estimate_lines(loaded, found)])
+
+
+def _estimate_lines(loaded: Loaded, found: Estimate) -> list[str]:
+    return [
+        f"settings: {loaded.source}: valid",
+        f"input: {found.items:,} items from {found.source}"
+        + (f", {found.skipped:,} skipped" if found.skipped else "")
+        + (f", {found.invalid:,} cannot be asked" if found.invalid else ""),
+        *(f"endpoint: {line}" for line in found.endpoints),
+        f"first prompt (item {found.first_id}):",
+        *(f"  {line}" for line in found.first_prompt.splitlines()),
+        f"requests: {found.requests:,} to {found.most_requests:,} (with every repair)",
+        f"tokens: about {found.prompt_tokens:,} prompt (4 bytes a token), "
+        f"at most {found.completion_tokens:,} completion",
+    ]
+
+
+def simulate(fields: dict[str, Any], file: Path) -> None:
+    """Serve a simulated fleet until interrupted."""
+    spec = SimulationSpec.from_json(orjson.dumps(fields))
+    try:
+        asyncio.run(_serve(spec, file))
+    except KeyboardInterrupt:
+        return
+
+
+async def _serve(spec: SimulationSpec, file: Path) -> None:
+    async with SimulatedFleet(spec) as fleet:
+        text = "".join(f"{url}\n" for url in fleet.urls)
+        await asyncio.to_thread(file.write_text, text)
+        say(
+            [
+                f"SIMULATED fleet of {spec.nodes} nodes serving {spec.model!r}",
+                f"endpoints: {file}  (fanfold run CONFIG --endpoints {file})",
+                f"control: {fleet.base_url}   Ctrl-C ends it",
+            ]
+        )
+        await asyncio.Event().wait()
+
+
+def presets_list() -> None:
+    """List the presets with the first line of each."""
+    for name in preset_names():
+        print(f"{name:24} {preset_text(name).splitlines()[0].removeprefix('# ')}")
+
+
+def presets_show(name: str) -> None:
+    """Print a preset."""
+    print(preset_text(name), end="")
+
+
+def presets_copy(name: str, target: Path) -> None:
+    """Write a preset to a file."""
+    copy_preset(name, target)
+    print(f"{target} written; fill in endpoints and input, then: fanfold check {target}")

@@ -1,0 +1,168 @@
+"""The commands ``run`` and ``resume``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+from rich.console import Console
+
+from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
+from ..configs.load import Loaded
+from .prepare import default_folder, prepare_run
+from .report import show_aggregate
+from .resume import resume_run
+from .run import INTERRUPTED, RunOptions, RunResult, execute
+from .settings import settle
+
+_NAMED: Final = 10
+"""So many skipped items are named in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the options ask for; each field is as in the command line."""
+
+    overrides: list[str]
+    input_path: str | None = None
+    limit: int | None = None
+    endpoints: str | None = None
+    checkpointer: str | None = None
+    trace: bool = False
+    retry_failed: bool = False
+
+    @property
+    def changes_settings(self) -> bool:
+        """Say whether any of them changes the configuration."""
+        return bool(self.overrides or self.input_path or self.limit or self.endpoints)
+
+    def settled(self, config: str) -> tuple[Loaded, list[str]]:
+        """Return the configuration with the options applied, and notices."""
+        return settle(config, self.overrides, self.input_path, self.limit, self.endpoints)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """How a run reports: as one JSON object, or quietly, or with progress and tables."""
+
+    as_json: bool
+    quiet: bool
+
+    @property
+    def silent(self) -> bool:
+        """Say whether progress and tables are left out."""
+        return self.as_json or self.quiet
+
+
+def run(config: str, out: Path | None, wish: Wish, output: Output) -> int:
+    """Start a run, or go on with the one in ``out``; return the exit code."""
+    loaded, notices = wish.settled(config)
+    say(notices)
+    if out is not None and not is_vacant(out):
+        result = asyncio.run(_resume(open_folder(out), loaded, wish, output))
+    else:
+        path = out or default_folder(loaded.config.name)
+        result = asyncio.run(_start(loaded, path, wish, output))
+    return _finish(result, output)
+
+
+def resume(path: Path, wish: Wish, output: Output) -> int:
+    """Go on with a run; return the exit code."""
+    folder = open_folder(path)
+    loaded = wish.settled(str(folder.settings))[0] if wish.changes_settings else None
+    return _finish(asyncio.run(_resume(folder, loaded, wish, output)), output)
+
+
+async def _start(loaded: Loaded, path: Path, wish: Wish, output: Output) -> RunResult:
+    folder = await prepare_run(loaded, path)
+    if not output.quiet:
+        say(_about(folder))
+    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.silent)
+    return await execute(folder, loaded, options, messages())
+
+
+async def _resume(
+    folder: RunFolder, loaded: Loaded | None, wish: Wish, output: Output
+) -> RunResult:
+    resumed = await resume_run(folder, loaded)
+    options = RunOptions(
+        wish.checkpointer,
+        wish.trace,
+        wish.retry_failed,
+        anew=resumed.reduce_changed,
+        quiet=output.silent,
+    )
+    return await execute(folder, resumed.loaded, options, messages())
+
+
+def _about(folder: RunFolder) -> list[str]:
+    """Say what was read, what was left out, and where the run lies."""
+    found = folder.read_provenance()["input"]
+    lines = [f"{found['items']:,} items from {found['source']}; run folder {folder.path}"]
+    if skipped := found["skipped"]:
+        names = ", ".join(s["id"] for s in skipped[:_NAMED])
+        more = ", …" if len(skipped) > _NAMED else ""
+        lines.append(f"skipped {found['skipped_total']:,}: {names}{more}")
+        lines.append(f"  {skipped[0]['id']}: {skipped[0]['reason']}; all reasons: provenance.json")
+    if found["invalid"]:
+        lines.append(f"{found['invalid']:,} items cannot be asked and will fail without a call")
+    return lines
+
+
+def _finish(result: RunResult, output: Output) -> int:
+    """Print how a life of a run ended; return the exit code."""
+    if output.as_json:
+        print_json(
+            {
+                "run": result.run,
+                "folder": str(result.folder.path),
+                **result.progress,
+                "seconds": result.seconds,
+                "aggregate": result.aggregate,
+                "exit_code": result.code,
+            }
+        )
+        return result.code
+    if not output.quiet:
+        show_aggregate(result.aggregate, result.simulated, Console())
+    say(_last_lines(result))
+    return result.code
+
+
+def _last_lines(result: RunResult) -> list[str]:
+    progress, folder = result.progress, result.folder
+    kind = "SIMULATED: " if result.simulated else ""
+    lines = [
+        f"{kind}{progress['done']:,} done, {progress['failed']:,} failed of "
+        f"{progress['items']:,} in {result.seconds:,.1f} s; {progress['requests']:,} requests, "
+        f"{progress['tokens']['prompt']:,} + {progress['tokens']['completion']:,} tokens"
+    ]
+    if result.code == INTERRUPTED:
+        lines.append(f"Interrupted: {result.reason}")
+        lines.append(f"Go on with: fanfold resume {folder.path}")
+        return lines
+    lines.append(f"Results: {folder.results}")
+    if progress["failed"]:
+        lines.append(f"Failed items, with class and text: {folder.failures}")
+    return lines
+
+
+def messages() -> Console:
+    """Return the console for everything that is not a command's result."""
+    return Console(stderr=True, highlight=False)
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print messages as they are, without markup."""
+    for line in lines:
+        messages().print(line, markup=False, soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    """Print a command's result as one JSON object on one line."""
+    sys.stdout.write(orjson.dumps(data).decode() + "\n")

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.fleet.simulated import (
+    FaultRule,
+    SimulationSpec,
+    write_aegis,
+    write_hostfile,
+    write_urls,
+)
+from fanfold.backends.fleet.simulated.errors import ApiError
+from fanfold.backends.fleet.simulated.responders import make_responder
+
+
+def test_json_round_trip() -> None:
+    spec = SimulationSpec(
+        nodes=3,
+        speeds={1: 0.1},
+        capacities={2: 8},
+        output_tokens=(5, 9),
+        api_key="k",
+        faults=(FaultRule("429", nodes=(0, 2), window=(0.0, 1.5)), FaultRule("hang", nodes=0.5)),
+    )
+    assert SimulationSpec.from_json(spec.to_json()) == spec
+
+
+def test_the_key_stays_out_of_the_repr() -> None:
+    assert "secret-key" not in repr(SimulationSpec(api_key="secret-key"))
+
+
+@pytest.mark.parametrize("make", [SimulationSpec.like_8b, SimulationSpec.like_70b])
+def test_presets_take_changes(make: Any) -> None:
+    assert make(nodes=2, time_scale=5.0).nodes == 2
+    assert make().max_num_seqs == 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"nodez": 3}, "nodez"),
+        ({"nodes": 0}, "nodes must be at least 1"),
+        ({"nodes": "three"}, "three|not supported"),
+        ({"model": ""}, "model"),
+        ({"addressing": "dns"}, "addressing must be one of path, port, addr"),
+        ({"usage": "some"}, "usage"),
+        ({"prefill_rate": 0}, "prefill_rate"),
+        ({"time_scale": -1}, "time_scale"),
+        ({"accuracy": 2}, "accuracy"),
+        ({"output_tokens": [9, 5]}, "output_tokens"),
+        ({"output_tokens": 5}, "simulated fleet"),
+        ({"speeds": {"0": 0}}, "speeds"),
+        ({"speeds": {"first": 1}}, "first"),
+        ({"faults": [{"kind": "fire"}]}, "fire"),
+        ({"faults": [{"p": 1}]}, "kind"),
+        ({"faults": [{"kind": "429", "often": 1}]}, "often"),
+        ({"faults": [{"kind": "429", "p": 1.5}]}, "p must lie"),
+        ({"faults": [{"kind": "429", "draw": "lot"}]}, "draw"),
+        ({"faults": [{"kind": "429", "nodes": 1.5}]}, "fraction"),
+        ({"faults": [{"kind": "cold"}]}, "needs a value"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        SimulationSpec.from_mapping(changes)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
+def test_what_is_no_object_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="specification"):
+        SimulationSpec.from_json(text)
+
+
+def test_unknown_responder() -> None:
+    with pytest.raises(ConfigurationError, match="known are esol, schema"):
+        make_responder(SimulationSpec(responder="oracle"))
+
+
+def test_lists(tmp_path: Path) -> None:
+    urls = ["http://127.0.0.1:8001/v1", "http://127.0.0.1:8002/v1"]
+    path = tmp_path / "endpoints.txt"
+    path.write_text("old")
+    write_aegis(path, urls)
+    assert path.read_text() == "127.0.0.1:8001\n127.0.0.1:8002\n"
+    write_hostfile(path, urls, {"model": "m"})
+    assert path.read_text() == "127.0.0.1\t8001\tmodel=m\n127.0.0.1\t8002\tmodel=m\n"
+    write_urls(path, urls)
+    assert path.read_text() == "".join(f"{url}\n" for url in urls)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lists_refuse_paths(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="addressing 'port'"):
+        write_aegis(tmp_path / "x", ["http://127.0.0.1:8001/node-0/v1"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_no_rest(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        write_urls(tmp_path / "folder", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_api_errors_survive_a_pickle() -> None:
+    error = ApiError("m", 404, "NotFoundError", "model")
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.body, again.status) == (error.body, 404)
