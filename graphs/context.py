@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -74,20 +74,30 @@ class RunContext(Context):
     ) -> Prepared:
         """Make a run's folder from a path or items, or look up one that was made."""
         if folder is None:
-            target = Path(self.out) if self.out else default_folder(self.loaded.config.name)
-            await prepare_run(self._with_path(path), target, items)
-            folder = str(target)
-        about = await asyncio.to_thread(open_folder(Path(folder)).read_provenance)
-        total = about["input"]["items"]
+            loaded, target = await asyncio.to_thread(self._new_run, path)
+            folder = str((await prepare_run(loaded, target, items)).path)
+        return await asyncio.to_thread(self._look_up, folder)
+
+    def _new_run(self, path: str | None) -> tuple[Loaded, Path]:
+        loaded = self.loaded
+        if path is not None:
+            changes = {"input.path": str(Path(path).resolve()), "input.dataset": None}
+            loaded = load(self.loaded.raw, settings=changes)
+        return loaded, Path(self.out).resolve() if self.out else default_folder(loaded.config.name)
+
+    def _look_up(self, folder: str) -> Prepared:
+        total = open_folder(Path(folder)).read_provenance()["input"]["items"]
         size = shard_items(self.loaded.config, total)
         return Prepared(folder, total, size, window(self.loaded.config, size))
 
-    def opened(self, folder: str) -> AbstractAsyncContextManager[RunTools]:
+    @asynccontextmanager
+    async def opened(self, folder: str) -> AsyncIterator[RunTools]:
         """Open a run; users in the same loop share what is open."""
         mode = Mode(self.trace, self.retry_failed, item_engine)
-        return self._runs.use(
-            folder, lambda: open_run(open_folder(Path(folder)), self.loaded, mode)
-        )
+        loaded = await asyncio.to_thread(lambda: self.loaded)  # files are read off the loop
+        path = await asyncio.to_thread(open_folder, Path(folder))
+        async with self._runs.use(folder, lambda: open_run(path, loaded, mode)) as tools:
+            yield tools
 
     async def finish(
         self, folder: str, aggregate: list[dict[str, Any]], progress: dict[str, Any]
@@ -104,7 +114,7 @@ class RunContext(Context):
 
         @asynccontextmanager
         async def make() -> AsyncIterator[ItemContext]:
-            loaded = self.loaded
+            loaded = await asyncio.to_thread(lambda: self.loaded)
             async with (
                 serving(loaded.config, loaded.plain["endpoints"]) as up,
                 open_fleet(loaded.config, up) as fleet,
@@ -113,9 +123,3 @@ class RunContext(Context):
 
         async with self._contexts.use("item", make) as context:
             yield context
-
-    def _with_path(self, path: str | None) -> Loaded:
-        if path is None:
-            return self.loaded
-        changes = {"input.path": str(Path(path).resolve()), "input.dataset": None}
-        return load(self.loaded.raw, settings=changes)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
@@ -15,7 +16,7 @@ from langsmith import tracing_context
 from langsmith.utils import tracing_is_enabled
 
 from ..backends.accounts.folder import RunFolder
-from ..backends.accounts.ledger import Ledger, open_ledger
+from ..backends.accounts.ledger import Ledger
 from ..backends.build import chat_door, chat_fleet, model_params, open_fleet, serving
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.template import Template
@@ -31,6 +32,7 @@ from ..nodes.gate import Gate
 from ..nodes.progress import Progress
 from ..nodes.state import ItemState
 from ..nodes.steps import DELEGATED_STEPS, ITEM_STEPS, walk
+from .identity import fingerprint
 
 TRACED_ITEMS: Final = 200
 """Above so many items, traces are per shard."""
@@ -62,33 +64,61 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
         ConfigurationError: The settings do not fit the run, or another process works on it.
         LedgerError: The journal is damaged.
     """
-    about, config = folder.read_provenance(), loaded.config
+    config = loaded.config
     async with AsyncExitStack() as stack:
-        stack.enter_context(folder.locked())
-        store = stack.enter_context(ItemStore(folder.items))
-        ledger = await open_ledger(folder.journal, about["run"], len(store))
+        books = await asyncio.to_thread(_open_books, folder, loaded)
+        stack.push_async_callback(asyncio.to_thread, books.files.close)
+        ledger, total = books.ledger, len(books.store)
         stack.push_async_callback(ledger.aclose)
         if mode.retry_failed:
             ledger.reopen_failed()
         ledger.begin(f"{socket.gethostname()} pid {os.getpid()}", config.ledger.fsync_s)
-        gate = Gate(config.limits.streams, config.limits.drain_s)
         run_item: RunItem = _nothing_to_ask
         if ledger.counts().open:
             up = await stack.enter_async_context(
-                serving(config, loaded.plain["endpoints"], about["model"])
+                serving(config, loaded.plain["endpoints"], books.model)
             )
-            _check_kind(up.simulated, about["simulated"])
+            _check_kind(up.simulated, books.simulated)
             fleet = await stack.enter_async_context(open_fleet(config, up))
-            run_item = item_runner(loaded, fleet, up.model, mode, len(store))
+            run_item = item_runner(loaded, fleet, up.model, mode, total)
         yield RunTools(
-            store=store,
+            store=books.store,
             ledger=ledger,
             aggregate=build([with_bounds(s, config.task.answer_schema) for s in config.reduce]),
             run_item=run_item,
-            gate=gate,
-            progress=_progress(ledger, len(store)),
-            fingerprint=bytes.fromhex(about["fingerprint"]),
-            simulated=about["simulated"],
+            gate=Gate(config.limits.streams, config.limits.drain_s),
+            progress=_progress(ledger, total),
+            fingerprint=bytes.fromhex(books.fingerprint),
+            simulated=books.simulated,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Books:
+    """What is on disk of a run, opened."""
+
+    files: ExitStack
+    store: ItemStore
+    ledger: Ledger
+    model: str
+    simulated: bool
+    fingerprint: str
+
+
+def _open_books(folder: RunFolder, loaded: Loaded) -> _Books:
+    about = folder.read_provenance()
+    if fingerprint(loaded.config, about["model"], about["simulated"]) != about["fingerprint"]:
+        msg = (
+            f"{folder.path}: this run asks for something else than the settings given with it "
+            "(task or model); start a new run in another folder"
+        )
+        raise ConfigurationError(msg)
+    with ExitStack() as stack:
+        stack.enter_context(folder.locked())
+        store = stack.enter_context(ItemStore(folder.items))
+        ledger = Ledger(folder.journal, about["run"], len(store))
+        return _Books(
+            stack.pop_all(), store, ledger, about["model"], about["simulated"], about["fingerprint"]
         )
 
 

@@ -54,7 +54,7 @@ def _json_safe(value: Json) -> Json:
 
 def _plain(value: Any) -> Json:
     if isinstance(value, BaseMessage):
-        return value.text
+        return str(value.text)  # a plain str: orjson takes no subclass
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     return value

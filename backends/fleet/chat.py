@@ -22,6 +22,7 @@ from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai import ChatOpenAI
+from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import Field, model_validator
 
 from ..contract.errors import ConfigurationError, EndpointError
@@ -45,6 +46,10 @@ _BELONGS_TO_FLEET: Final = (
 )
 _NOT_PER_CALL: Final = frozenset({"extra_headers", "extra_query", "timeout"})
 _RESPONSES_ONLY: Final = ("context_management", "include", "reasoning", "truncation")
+_TOKEN_DETAILS: Final = (
+    ("completion_tokens_details", dict.fromkeys(CompletionTokensDetails.model_fields)),
+    ("prompt_tokens_details", dict.fromkeys(PromptTokensDetails.model_fields)),
+)
 _STOCK_ERRORS: Final = (openai.OpenAIError, ValueError, TypeError, LookupError)
 
 
@@ -171,12 +176,15 @@ class ChatFleet(ChatOpenAI):
 
     def _read(self, document: dict[str, Any], payload: dict[str, Any]) -> ChatResult:
         """Read an answer as stock does after its round trip through pydantic models."""
-        document.setdefault("system_fingerprint", None)
+        for key in ("id", "model", "system_fingerprint"):
+            document.setdefault(key, None)
         if usage := document.get("usage"):
-            usage.setdefault("completion_tokens_details", None)
-            usage.setdefault("prompt_tokens_details", None)
+            for key, parts in _TOKEN_DETAILS:
+                if (details := usage.setdefault(key, None)) is not None:
+                    usage[key] = parts | details
         for choice in document["choices"]:
-            choice.setdefault("logprobs", None)
+            if (logprobs := choice.setdefault("logprobs", None)) is not None:
+                logprobs.setdefault("refusal", None)
         result = self._create_chat_result(document)
         first = result.generations[0].message.additional_kwargs
         if "response_format" in payload and "response_format" not in (self.extra_body or {}):

@@ -74,7 +74,7 @@ def _reply(answer: AIMessage) -> Reply:
     about: dict[str, Any] = answer.response_metadata
     usage = answer.usage_metadata
     return Reply(
-        content=answer.text,
+        content=str(answer.text),  # a plain str: orjson takes no subclass
         finish_reason=about.get("finish_reason"),
         refusal=answer.additional_kwargs.get("refusal"),
         usage=Usage(usage["input_tokens"], usage["output_tokens"]) if usage else Usage(),

@@ -152,7 +152,7 @@ class QuestionReader:
                 raise ApiError(f"Unknown response format {other!r}.", param="response_format")
 
     def _structured(self, wanted: Mapping[str, Any]) -> Form:
-        kinds = [kind for kind in _STRUCTURED if wanted.get(kind)]
+        kinds = [kind for kind in _STRUCTURED if wanted.get(kind) not in (None, False)]
         if len(kinds) != 1:
             raise ApiError(
                 "You must use exactly one kind of structured outputs constraint.",
@@ -164,7 +164,7 @@ class QuestionReader:
                 return Form(self._schemas.get(_parsed(schema)))
             case "json_object":
                 return Form(self._schemas.get(_SMALL_OBJECT))
-            case "choice":
+            case "choice" if wanted["choice"]:
                 return Form(choices=tuple(map(str, wanted["choice"])))
             case "regex":
                 return Form(pattern=pattern_maker(wanted["regex"]))

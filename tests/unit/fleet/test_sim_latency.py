@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,7 +72,7 @@ def test_cut_keeps_a_beginning_of_at_most_so_many_tokens(text: str, tokens: int)
 
 def test_tokens_of_a_conversation() -> None:
     parts = [{"type": "text", "text": "abcd"}, {"type": "text", "text": "efg"}]
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "12345678"},
         {"role": "user", "content": parts},
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},

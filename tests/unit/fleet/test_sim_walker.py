@@ -42,8 +42,13 @@ def numbers(draw: st.DrawFn) -> Schema:
     width = draw(st.sampled_from([1e-9, 0.1, 1.0, 1e9]))
     bounds: Schema = draw(
         st.sampled_from(
-            [{}, {"minimum": low}, {"exclusiveMaximum": low}, {"minimum": low, "maximum": low}]
-            + [{"exclusiveMinimum": low, "maximum": low + width}]
+            [
+                {},
+                {"minimum": low},
+                {"exclusiveMaximum": low},
+                {"minimum": low, "maximum": low},
+                {"exclusiveMinimum": low, "maximum": low + width},
+            ]
         )
     )
     return {"type": "number", **bounds}
@@ -60,20 +65,16 @@ def stepped_numbers(draw: st.DrawFn) -> Schema:
 def strings(draw: st.DrawFn) -> Schema:
     least = draw(st.integers(0, 40))
     most = least + draw(st.integers(0, 40))
-    words: Schema = draw(
-        st.sampled_from(
-            [
-                {},
-                {"minLength": least},
-                {"maxLength": most},
-                {"minLength": least, "maxLength": most},
-                {"pattern": r"^[A-Z]{2,4}-\d+$"},
-                {"pattern": "(foo|bar)x?"},
-            ]
-        )
-        | st.sampled_from([{"format": name} for name in FORMATS])
-    )
-    return {"type": "string", **words}
+    choices: list[Schema] = [
+        {},
+        {"minLength": least},
+        {"maxLength": most},
+        {"minLength": least, "maxLength": most},
+        {"pattern": r"^[A-Z]{2,4}-\d+$"},
+        {"pattern": "(foo|bar)x?"},
+        *({"format": name} for name in FORMATS),
+    ]
+    return {"type": "string", **draw(st.sampled_from(choices))}
 
 
 LEAVES: st.SearchStrategy[Schema] = st.one_of(
@@ -92,10 +93,11 @@ LEAVES: st.SearchStrategy[Schema] = st.one_of(
 def objects(draw: st.DrawFn, parts: st.SearchStrategy[Schema]) -> Schema:
     properties = draw(st.dictionaries(NAMES, parts, max_size=4))
     names = list(properties)
-    required = draw(st.lists(st.sampled_from(names), unique=True)) if names else []
-    schema: Schema = {"type": "object", "properties": properties, "required": required}
+    required = st.lists(st.sampled_from(names), unique=True) if names else st.just([])
+    schema: Schema = {"type": "object", "properties": properties, "required": draw(required)}
     if draw(st.booleans()):
-        schema["additionalProperties"] = draw(st.sampled_from([False, {"type": "integer"}]))
+        closed = draw(st.booleans())
+        schema["additionalProperties"] = False if closed else {"type": "integer"}
     if names and draw(st.booleans()):
         schema["minProperties"] = draw(st.integers(0, len(names)))
     return schema

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import orjson
+import pytest
+
+Json = Any
+
+
+@dataclass
+class Canned:
+    """One answer of a stub: bytes as they are, anything else as JSON; None drops the call.
+
+    A held one comes when the test is over.
+    """
+
+    status: int = 200
+    body: Json | bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    held: bool = False
+
+
+@dataclass
+class Stub:
+    """A chat server in a thread of its own; the answer is chosen by the request's model."""
+
+    url: str = ""
+    answers: dict[str, list[Canned]] = field(default_factory=dict)
+    bodies: list[Json] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def next(self, model: str) -> Canned:
+        queue = self.answers[model]
+        return queue.pop(0) if len(queue) > 1 else queue[0]
+
+
+def completion(content: str | None = "hello", **changes: Json) -> dict[str, Json]:
+    message = {"role": "assistant", "content": content, **changes.pop("message", {})}
+    choice = {"index": 0, "message": message, "finish_reason": changes.pop("finish", "stop")}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "served",
+        "choices": [choice | changes.pop("choice", {})],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        **changes,
+    }
+
+
+def handler_of(stub: Stub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            request = orjson.loads(raw)
+            stub.bodies.append(request)
+            stub.keys.append(self.headers["Authorization"])
+            answer = stub.next(request["model"])
+            if answer.held:
+                stub.over.wait()
+            if answer.body is None:
+                self.close_connection = True
+                return
+            body = answer.body if isinstance(answer.body, bytes) else orjson.dumps(answer.body)
+            self.send_response(answer.status)
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            for name, value in (headers | answer.headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Stay silent."""
+
+    return Handler
+
+
+@pytest.fixture
+def make_stub() -> Iterator[Callable[[], Stub]]:
+    servers: list[ThreadingHTTPServer] = []
+    stubs: list[Stub] = []
+
+    def make() -> Stub:
+        stub = Stub()
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(stub))
+        server.daemon_threads = True
+        server.block_on_close = False
+        servers.append(server)
+        stubs.append(stub)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        stub.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        return stub
+
+    yield make
+    for stub in stubs:
+        stub.over.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def stub(make_stub: Callable[[], Stub]) -> Stub:
+    return make_stub()

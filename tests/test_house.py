@@ -1,0 +1,133 @@
+"""The house: who may import whom, how large things are, what is public."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+
+import fanfold
+import pytest
+
+ROOT, ROOMS = Path(str(files("fanfold"))), ("backends", "nodes", "graphs", "configs")
+MODULES = sorted(p.relative_to(ROOT) for r in ROOMS for p in (ROOT / r).rglob("*.py"))
+FLOORS: dict[str, set[str]] = {  # room -> rooms it may import; the longest prefix wins
+    "configs": {"backends.contract"},
+    "backends.contract": set(),
+    "backends.fleet": {"backends.contract"},
+    "backends.accounts": {"backends.contract"},
+    "backends.inputs": {"backends.contract"},
+    "backends.sites": {"backends.contract"},
+    "backends": {
+        "configs",
+        "backends.contract",
+        "backends.fleet",
+        "backends.accounts",
+        "backends.inputs",
+        "backends.sites",
+    },
+    "nodes": {"backends.contract"},
+    "graphs": {
+        "nodes",
+        "configs",
+        "backends",
+        "backends.contract",
+        "backends.fleet",
+        "backends.accounts",
+        "backends.inputs",
+        "backends.sites",
+    },
+}
+MOST_LINES, MEDIAN_LINES, MOST_FUNCTION_LINES = 350, 200, 80
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    return max((r for r in FLOORS if f"{module}.".startswith(f"{r}.")), key=len)
+
+
+def imports(path: Path) -> set[str]:
+    here, found = ("fanfold", *path.parts[:-1]), set[str]()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(here[: len(here) - node.level + 1]) if node.level else ""
+            full = ".".join(part for part in (base, node.module) if part)
+            found |= {full} if node.module else {f"{full}.{a.name}" for a in node.names}
+    return {n.removeprefix("fanfold.") for n in found if n.startswith("fanfold.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_floors(path: Path) -> None:
+    mine = room(dotted(path))
+    assert not {n for n in imports(path) if room(n) not in FLOORS[mine] | {mine}}
+
+
+def test_no_cycles() -> None:
+    edges = {dotted(p): imports(p) for p in MODULES}
+    while leaves := {n for n, uses in edges.items() if not uses & edges.keys() - {n}}:
+        edges = {n: uses for n, uses in edges.items() if n not in leaves}
+    assert not edges
+
+
+def test_modules_are_small() -> None:
+    sizes = sorted(len((ROOT / p).read_text().splitlines()) for p in MODULES)
+    assert sizes[-1] <= MOST_LINES
+    assert sizes[len(sizes) // 2] <= MEDIAN_LINES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_functions_are_short_and_nothing_is_global(path: Path) -> None:
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        assert not isinstance(node, ast.Global)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= MOST_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("name", ["backends.contract.types", "configs.load", "nodes.steps", "graphs"])
+def test_rooms_import_alone(name: str) -> None:
+    """A fresh interpreter imports each room by itself, without a warning."""
+    command = [sys.executable, "-W", "error", "-c", f"import fanfold.{name}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names() -> None:
+    assert fanfold.__all__ == sorted(fanfold.__all__)
+    assert fanfold.__all__ == [
+        "ChatFleet",
+        "ConfigurationError",
+        "FanfoldError",
+        "Fleet",
+        "RunContext",
+        "SimulatedFleet",
+        "SimulationSpec",
+        "build_graph",
+    ]
+    for name in fanfold.__all__:
+        assert getattr(fanfold, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fanfold.nothing
+
+
+def test_importing_fanfold_is_cheap() -> None:
+    """The face imports nothing heavy until a name is used."""
+    code = "import sys, fanfold; print(sorted({'langgraph', 'openai', 'pyarrow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_extras_are_all_in_dev() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    (bundle,) = [d for d in extras["dev"] if d.startswith("fanfold[")]
+    named = set(bundle.removeprefix("fanfold[").removesuffix("]").split(","))
+    assert named == extras.keys() - {"dev"}
