@@ -13,10 +13,10 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime
 
 from ..nodes.dispatch import dispatch, fan_out, gather, more
-from ..nodes.load import load
+from ..nodes.load import enter, load
 from ..nodes.reduce import reduce
 from ..nodes.shard import shard
-from ..nodes.state import RunInput, RunOutput, RunState, ShardState
+from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
 from .binding import Bound
 from .context import RunContext
 from .item import build_item
@@ -31,12 +31,12 @@ def build(
     bound = Bound(context or RunContext())
     graph: StateGraph[RunState, RunContext, RunInput, RunOutput]
     graph = StateGraph(RunState, RunContext, input_schema=RunInput, output_schema=RunOutput)
-    graph.add_node("load", bound.node(load))
+    graph.add_node("load", bound.node(load), input_schema=LoadState)
     graph.add_node("dispatch", bound.node(dispatch))
     graph.add_node("shard", _shard_node(bound), input_schema=ShardState)
     graph.add_node("gather", bound.node(gather))
     graph.add_node("reduce", bound.node(reduce))
-    graph.add_edge(START, "load")
+    graph.add_conditional_edges(START, enter, ["load"])
     graph.add_edge("load", "dispatch")
     graph.add_conditional_edges("dispatch", fan_out, ["shard"])
     graph.add_edge("shard", "gather")

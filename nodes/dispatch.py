@@ -21,7 +21,7 @@ def fan_out(state: RunState) -> list[Send]:
     span = state["window"] * size
     first = (hi - 1) // span * span
     return [
-        Send("shard", {"folder": state["folder"], "lo": lo, "hi": min(lo + size, hi)})
+        Send("shard", {"run_folder": state["run_folder"], "lo": lo, "hi": min(lo + size, hi)})
         for lo in range(first, hi, size)
     ]
 

@@ -11,7 +11,7 @@ from .state import RunState
 async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
     """Present the combined parts and write the results' files."""
     context, tally = runtime.context, state["tally"]
-    async with context.opened(state["folder"]) as tools:
+    async with context.opened(state["run_folder"]) as tools:
         aggregate = tools.aggregate.present(state["parts"])
         progress = {
             "items": state["total"],
@@ -24,5 +24,5 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
             },
             "simulated": tools.simulated,
         }
-    results = await context.finish(state["folder"], aggregate, progress)
+    results = await context.finish(state["run_folder"], aggregate, progress)
     return {"aggregate": aggregate, "progress": progress, "results": results}

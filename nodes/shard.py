@@ -25,7 +25,7 @@ async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
     def drain() -> str | None:
         return (runtime.drain_reason or "drain") if runtime.drain_requested else None
 
-    async with runtime.context.opened(state["folder"]) as tools:
+    async with runtime.context.opened(state["run_folder"]) as tools:
         part = await work(Shard(state["lo"], state["hi"]), tools, drain)
         if part is not None:
             return part.summary()

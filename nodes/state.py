@@ -38,7 +38,7 @@ class ItemState(TypedDict, total=False):
 class ShardState(TypedDict):
     """What a shard is sent: its run's folder and its range of items."""
 
-    folder: str
+    run_folder: str
     lo: int
     hi: int
 
@@ -53,13 +53,27 @@ class RunInput(TypedDict, total=False):
 
     Keys:
         path: The input file or folder, in place of the configured one.
-        items: The items themselves, one mapping each; never checkpointed.
+        items: The items themselves, one mapping each.
         folder: The folder of a prepared run.
+
+    None of them outlives the invocation, so that a thread can be used again.
     """
 
-    path: str | None
+    path: Annotated[str | None, UntrackedValue]
     items: Annotated[list[dict[str, Any]], UntrackedValue]
-    folder: str
+    folder: Annotated[str, UntrackedValue]
+
+
+class LoadState(TypedDict, total=False):
+    """What ``load`` is sent.
+
+    Keys:
+        given: ``path`` and ``folder`` of the input, and whether there are ``items``.
+        items: The items, which no checkpoint keeps.
+    """
+
+    given: dict[str, Any]
+    items: list[dict[str, Any]]
 
 
 class RunOutput(TypedDict, total=False):
@@ -80,6 +94,7 @@ class RunState(RunInput, RunOutput, total=False):
     """The whole state of a run.
 
     Keys:
+        run_folder: The run's folder.
         total: Number of items.
         shard_items: Items per shard.
         window: Shards per superstep.
@@ -88,6 +103,7 @@ class RunState(RunInput, RunOutput, total=False):
         parts: The finished shards' aggregate, combined.
     """
 
+    run_folder: str
     total: int
     shard_items: int
     window: int

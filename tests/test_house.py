@@ -9,8 +9,9 @@ import tomllib
 from importlib.resources import files
 from pathlib import Path
 
-import fanfold
 import pytest
+
+import fanfold
 
 ROOT, ROOMS = Path(str(files("fanfold"))), ("backends", "nodes", "graphs", "configs")
 MODULES = sorted(p.relative_to(ROOT) for r in ROOMS for p in (ROOT / r).rglob("*.py"))
@@ -92,7 +93,9 @@ def test_functions_are_short_and_nothing_is_global(path: Path) -> None:
             assert lines <= MOST_FUNCTION_LINES, f"{node.name} has {lines} lines"
 
 
-@pytest.mark.parametrize("name", ["backends.contract.types", "configs.load", "nodes.steps", "graphs"])
+@pytest.mark.parametrize(
+    "name", ["backends.contract.types", "configs.load", "nodes.steps", "graphs"]
+)
 def test_rooms_import_alone(name: str) -> None:
     """A fresh interpreter imports each room by itself, without a warning."""
     command = [sys.executable, "-W", "error", "-c", f"import fanfold.{name}"]
@@ -120,7 +123,9 @@ def test_public_names() -> None:
 
 def test_importing_fanfold_is_cheap() -> None:
     """The face imports nothing heavy until a name is used."""
-    code = "import sys, fanfold; print(sorted({'langgraph', 'openai', 'pyarrow'} & set(sys.modules)))"
+    code = (
+        "import sys, fanfold; print(sorted({'langgraph', 'openai', 'pyarrow'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

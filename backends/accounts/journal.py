@@ -1,17 +1,17 @@
 """The append-only journal: one JSON line per finished item, one file per life of the run.
 
 A line is handed to the operating system the moment its item ends, so that the end of the
-process loses nothing; a background task flushes it to disk every ``fsync_s``, which bounds what
-the end of the machine can cost. Each life of a run writes a file of its own, so a line can only
-be torn at the end of a file.
+process loses nothing; rounds of ``fsync``, one per ``fsync_s`` while there is something to
+flush, bound what the end of the machine can cost. Each life of a run writes a file of its own,
+so a line can only be torn at the end of a file.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -28,10 +28,16 @@ VERSION: Final = 1
 class JournalWriter:
     """Writes one journal file, inside a running event loop.
 
+    After a failure it writes nothing more.
+
     Args:
         path: The file to create; it must not exist.
         header: What the first line says besides the version.
         fsync_s: Seconds between flushes to disk.
+
+    Attributes:
+        safe: Records that will be read back whatever happens: those on disk after a failed
+            flush, else those handed to the operating system.
 
     Raises:
         LedgerError: The file cannot be created or written.
@@ -41,18 +47,20 @@ class JournalWriter:
         self._path = path
         self._fsync_s = fsync_s
         self._written = self._flushed = 0
+        self._records = self._flushed_records = self.safe = 0
         self._failure: LedgerError | None = None
+        self._round: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
         try:
             self._file = FileIO(path, "xb")
         except OSError as error:
             raise LedgerError(f"{path}: cannot be created: {error.strerror}") from error
-        self.write({"v": VERSION, **header})
-        self._ticker = asyncio.create_task(self._tick(), name=f"fsync {path.name}")
-
-    @property
-    def written(self) -> int:
-        """Return the bytes handed to the operating system."""
-        return self._written
+        self._thread = ThreadPoolExecutor(1, f"fsync {path.name}")
+        try:
+            self._append(orjson.dumps({"v": VERSION, **header}, option=orjson.OPT_APPEND_NEWLINE))
+        except LedgerError:
+            self._file.close()
+            raise
 
     def write(self, record: dict[str, Json]) -> tuple[int, int]:
         """Append one record, unbuffered.
@@ -61,66 +69,112 @@ class JournalWriter:
             Where its line starts, and how long it is, in bytes.
 
         Raises:
-            LedgerError: The line could not be written, or an earlier flush failed.
+            LedgerError: The line could not be written, or an earlier write or flush failed.
         """
         if self._failure is not None:
             raise self._failure
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
         start = self._written
-        try:
-            done = self._file.write(line)
-        except OSError as error:
-            raise self._fail("cannot be written", error) from error
-        if done != len(line):
-            raise self._fail(f"took {done} of {len(line)} bytes (is the disk full?)")
-        self._written += len(line)
+        self._append(line)
+        self._records += 1
+        self.safe = self._records
         return start, len(line)
 
     async def flush(self) -> None:
-        """Force everything written so far to disk.
+        """Wait until everything written so far is on disk, by the next common flush.
 
         Raises:
             LedgerError: The disk refused.
         """
         goal = self._written
-        if goal == self._flushed:
-            return
-        try:
-            await asyncio.to_thread(os.fsync, self._file.fileno())
-        except OSError as error:
-            raise self._fail("cannot be flushed to disk", error) from error
-        self._flushed = goal
+        while self._flushed < goal and self._failure is None and self._round is not None:
+            await asyncio.wait({self._round})
+        if self._failure is not None:
+            raise self._failure
 
     async def close(self) -> None:
         """Flush and close the file.
 
         Raises:
-            LedgerError: The last flush failed.
+            LedgerError: A write or a flush failed, now or before.
         """
-        self._ticker.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._ticker
+        self._hurry.set()
         try:
-            await self.flush()
+            while self._round is not None:
+                await asyncio.wait({self._round})
+            if self._flushed < self._written:  # after a failed write: what was written before it
+                await self._sync()
         finally:
             self._file.close()
+            self._thread.shutdown(wait=False)
+        if self._failure is not None:
+            raise self._failure
 
-    async def _tick(self) -> None:
-        while self._failure is None:
-            await asyncio.sleep(self._fsync_s)
-            with suppress(LedgerError):  # kept in _failure; the next write and close raise it
-                await self.flush()
+    def _append(self, line: bytes) -> None:
+        done = 0
+        while done < len(line):
+            try:
+                count = self._file.write(line[done:])
+            except OSError as error:
+                raise self._fail("cannot be written", error) from error
+            done += count
+        self._written += len(line)
+        if self._round is None:
+            self._round = asyncio.create_task(self._rounds(), name=f"fsync {self._path.name}")
 
-    def _fail(self, what: str, error: OSError | None = None) -> LedgerError:
-        reason = f": {error.strerror}" if error is not None else ""
-        self._failure = LedgerError(f"{self._path}: the journal {what}{reason}")
+    async def _rounds(self) -> None:
+        """Flush after a pause, and again while something was written meanwhile."""
+        try:
+            if not self._flushed:
+                await self._fsync(self._sync_folder)
+            while self._flushed < self._written and self._failure is None:
+                await _pause(self._hurry, self._fsync_s)
+                await self._sync()
+        finally:
+            self._round = None
+
+    async def _sync(self) -> None:
+        goal, records = self._written, self._records
+        if await self._fsync(lambda: os.fsync(self._file.fileno())):
+            self._flushed, self._flushed_records = goal, records
+
+    async def _fsync(self, sync: Callable[[], None]) -> bool:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, sync)
+        except OSError as error:
+            self._fail("cannot be flushed to disk", error)
+            self.safe = self._flushed_records
+            return False
+        return True
+
+    def _sync_folder(self) -> None:
+        """Make the file's name as durable as its content."""
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _fail(self, what: str, error: OSError) -> LedgerError:
+        self._failure = self._failure or LedgerError(
+            f"{self._path}: the journal {what}: {error.strerror}"
+        )
         return self._failure
+
+
+async def _pause(hurry: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await hurry.wait()
+    except TimeoutError:
+        return
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One record as it stands in a journal file: its start and length in bytes."""
+    """One record as it stands in a journal file: line number, start and length in bytes."""
 
+    number: int
     start: int
     length: int
     record: dict[str, Any]
@@ -141,15 +195,27 @@ def scan(path: Path, run: str) -> Iterator[Line]:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
-                    return  # torn by the end of the process or of the machine
+                    _check_torn(line, path, number, start)
+                    return
                 record = _parse(line, path, number)
                 if number == 1:
                     _check_header(record, path, run)
                 else:
-                    yield Line(start, len(line), record)
+                    yield Line(number, start, len(line), record)
                 start += len(line)
     except OSError as error:
         raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _check_torn(line: bytes, path: Path, number: int, start: int) -> None:
+    """Accept a line that the end of the process cut; no process writes NUL bytes."""
+    if b"\0" in line:
+        msg = (
+            f"{path}, line {number}: {line.count(0):,} NUL bytes, as the loss of a machine's power "
+            f"leaves them; what stands before is whole: cut the file after {start} bytes "
+            f"(truncate -s {start} FILE), then resume"
+        )
+        raise LedgerError(msg)
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:

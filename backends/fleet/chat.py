@@ -8,9 +8,9 @@ over ``FleetTransport``, and a failed call is replayed through it, so that its e
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from typing import Any, Final, Self
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, Final, Self, cast
 
 import httpx2
 import openai
@@ -108,6 +108,11 @@ class ChatFleet(ChatOpenAI):
             }
         )
 
+    @model_validator(mode="after")
+    def _refuse_responses_api(self) -> Self:
+        self._use_responses_api({})
+        return self
+
     @classmethod
     def is_lc_serializable(cls) -> bool:
         """Return False: a fleet is live connections, not a recipe."""
@@ -193,13 +198,15 @@ class ChatFleet(ChatOpenAI):
         return result
 
     async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
+        stream = super()._astream(*args, **kwargs)
         with _ours_as_cause():
-            first = True
-            async for chunk in super()._astream(*args, **kwargs):
-                if first:
-                    chunk.message.response_metadata["endpoint"] = SERVED_BY.get()
-                    first = False
-                yield chunk
+            async with aclosing(cast(AsyncGenerator[ChatGenerationChunk, None], stream)):
+                first = True
+                async for chunk in stream:
+                    if first:
+                        chunk.message.response_metadata["endpoint"] = SERVED_BY.get()
+                        first = False
+                    yield chunk
 
     def _generate(
         self,

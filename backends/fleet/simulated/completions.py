@@ -128,5 +128,5 @@ class CompletionService:
         counts.completion_tokens += tokens
         total = job.question.prompt_tokens + tokens
         self._faults.record_tokens(job.node.index, total, self._now())
-        if not job.fault and job.answer.finish_reason != "abort":
+        if job.fault in {"", "no_usage"} and job.answer.finish_reason != "abort":
             self._servings.served(job.question.key, total, self._now())

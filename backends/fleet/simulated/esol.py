@@ -23,6 +23,7 @@ import orjson
 from ...contract.errors import MissingExtraError
 from .dice import chance, normal
 from .errors import ApiError
+from .merging import merge, resolve
 from .questions import Question
 from .tokens import message_text
 
@@ -101,8 +102,7 @@ class EsolResponder:
             return _sentence(molecule, log_s)
         answer = orjson.loads(self._fallback(question))
         if isinstance(answer, dict):
-            properties = _properties(schema.schema)
-            answer.update(_fields(properties, molecule, log_s))
+            answer.update(_fields(_properties(schema.schema), molecule, log_s))
         if not schema.accepts(answer):
             raise ApiError(
                 "The responder 'esol' cannot fill this JSON schema: its fields log_s, score, "
@@ -159,8 +159,14 @@ def _describer() -> Callable[[str], Molecule]:
 
 
 def _properties(schema: Any) -> Mapping[str, Any]:
-    found = schema.get("properties") if isinstance(schema, dict) else None
-    return found if isinstance(found, dict) else {}
+    """Return the schema's fields, with what they refer to."""
+    found = schema.get("properties", {}) if isinstance(schema, dict) else {}
+    return {
+        name: merge(resolve(schema, part["$ref"]), {k: v for k, v in part.items() if k != "$ref"})
+        if isinstance(part, dict) and "$ref" in part
+        else part
+        for name, part in found.items()
+    }
 
 
 def _fields(properties: Mapping[str, Any], molecule: Molecule, log_s: float) -> dict[str, Any]:

@@ -100,6 +100,7 @@ class Job:
     def _last(self) -> None:
         if not self._begun:
             self.exchange.begin()
+            self.exchange.write(opening(self.envelope, self.answer))
         body = middle(self.envelope, self.answer)
         match self.fault:
             case "stream_cut":

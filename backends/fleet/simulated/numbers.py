@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from .dice import Dice
 from .errors import ApiError
@@ -14,18 +14,21 @@ _RANGE: Final = 100
 """Width of an interval that the schema leaves open."""
 _DIGITS: Final = 4
 
+_Number = TypeVar("_Number", float, Fraction)
+
 
 def _exact(written: float) -> Fraction:
     return Fraction(str(written))  # the decimal number, not its binary neighbour
 
 
-def _bounds(schema: Mapping[str, Any], width: Fraction) -> tuple[Fraction, Fraction]:
+def _bounds(
+    schema: Mapping[str, Any], width: _Number, read: Callable[[float], _Number]
+) -> tuple[_Number, _Number]:
     """Return the closed hull of what the bounds allow."""
-    lows = [_exact(schema[k]) for k in ("minimum", "exclusiveMinimum") if k in schema]
-    highs = [_exact(schema[k]) for k in ("maximum", "exclusiveMaximum") if k in schema]
-    low = max(lows) if lows else min([Fraction(0), *[high - width for high in highs]])
-    high = min(highs) if highs else low + width
-    return low, high
+    lows = [read(schema[k]) for k in ("minimum", "exclusiveMinimum") if k in schema]
+    highs = [read(schema[k]) for k in ("maximum", "exclusiveMaximum") if k in schema]
+    low = max(lows) if lows else min([read(0), *[high - width for high in highs]])
+    return low, min(highs) if highs else low + width
 
 
 def _step(schema: Mapping[str, Any], whole: bool) -> Fraction:
@@ -35,7 +38,7 @@ def _step(schema: Mapping[str, Any], whole: bool) -> Fraction:
 
 
 def _stepped(dice: Dice, schema: Mapping[str, Any], step: Fraction) -> Fraction:
-    low, high = _bounds(schema, max(Fraction(_RANGE), step * _RANGE))
+    low, high = _bounds(schema, max(Fraction(_RANGE), step * _RANGE), _exact)
     first, last = math.ceil(low / step), math.floor(high / step)
     if "exclusiveMinimum" in schema and first * step <= _exact(schema["exclusiveMinimum"]):
         first += 1
@@ -75,9 +78,9 @@ def number(dice: Dice, schema: Mapping[str, Any]) -> float:
     Raises:
         ApiError: The bounds leave none.
     """
-    if step := _step(schema, whole=False):
-        return float(_stepped(dice, schema, step))
-    low, high = map(float, _bounds(schema, Fraction(_RANGE)))
+    if "multipleOf" in schema:
+        return float(_stepped(dice, schema, _step(schema, whole=False)))
+    low, high = _bounds(schema, float(_RANGE), float)
     share = dice.unit()
     drawn = low * (1 - share) + high * share  # not low + (high - low) * share: may overflow
     rounded = round(drawn, _DIGITS)

@@ -79,7 +79,8 @@ class SimulationSpec:
     faults: tuple[FaultRule, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse values out of range, each with its name."""
+        """Refuse values of a wrong type or out of range, each with its name."""
+        self._check_types()
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise _wrong(name, f"must be at least {least}", getattr(self, name))
@@ -98,6 +99,12 @@ class SimulationSpec:
         for name in ("speeds", "capacities"):
             if any(value <= 0 for value in getattr(self, name).values()):
                 raise _wrong(name, "must be above 0", dict(getattr(self, name)))
+
+    def _check_types(self) -> None:
+        for name, (kind, words) in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise _wrong(name, f"must be {words}", value)
 
     @classmethod
     def fast(cls, **changes: Any) -> SimulationSpec:
@@ -202,6 +209,17 @@ class SimulationSpec:
             raise ConfigurationError(f"simulated fleet: {error}") from error
 
 
+_WHOLE: tuple[Any, str] = (int, "a whole number")
+_REAL: tuple[Any, str] = (int | float, "a number")
+_TEXT: tuple[Any, str] = (str, "a text")
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("nodes", "port", "seed", "max_num_seqs", "max_model_len"), _WHOLE),
+    **dict.fromkeys(("ttft_s", "prefill_rate", "tpot_s", "alpha", "jitter"), _REAL),
+    **dict.fromkeys(("time_scale", "accuracy", "noise"), _REAL),
+    **dict.fromkeys(("model", "addressing", "host", "responder", "usage"), _TEXT),
+    "max_num_queued_reqs": (int | None, "a whole number or nothing"),
+    "api_key": (str | None, "a text or nothing"),
+}
 _LEAST: dict[str, float] = {
     "nodes": 1,
     "port": 0,

@@ -183,6 +183,15 @@ def test_esol_is_delaneys_equation() -> None:
     assert len(answer["reason"]) == 40
 
 
+def test_esol_fills_fields_that_refer() -> None:
+    properties = {
+        "class": {"$ref": "#/properties/kept", "title": "Class"},
+        "kept": {"enum": ["a", "b"]},
+    }
+    assert esol("OCC1OC(O)C(O)C(O)C1O", properties)["class"] == "b"
+    assert esol("CCCCCCCCCCCCCCCCCC", properties)["class"] == "a"
+
+
 def test_esol_ranks_sugar_above_fat() -> None:
     sugar = esol("OCC1OC(O)C(O)C(O)C1O")
     fat = esol("CCCCCCCCCCCCCCCCCC")

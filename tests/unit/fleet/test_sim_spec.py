@@ -45,7 +45,12 @@ def test_presets_take_changes(make: Any) -> None:
     [
         ({"nodez": 3}, "nodez"),
         ({"nodes": 0}, "nodes must be at least 1"),
-        ({"nodes": "three"}, "three|not supported"),
+        ({"nodes": "three"}, "nodes must be a whole number, not 'three'"),
+        ({"nodes": 2.0}, "nodes"),
+        ({"nodes": True}, "nodes"),
+        ({"ttft_s": "fast"}, "ttft_s must be a number"),
+        ({"api_key": 5}, "api_key"),
+        ({"responder": None}, "responder must be a text"),
         ({"model": ""}, "model"),
         ({"addressing": "dns"}, "addressing must be one of path, port, addr"),
         ({"usage": "some"}, "usage"),

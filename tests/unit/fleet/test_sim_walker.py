@@ -93,12 +93,12 @@ LEAVES: st.SearchStrategy[Schema] = st.one_of(
 def objects(draw: st.DrawFn, parts: st.SearchStrategy[Schema]) -> Schema:
     properties = draw(st.dictionaries(NAMES, parts, max_size=4))
     names = list(properties)
-    required = st.lists(st.sampled_from(names), unique=True) if names else st.just([])
-    schema: Schema = {"type": "object", "properties": properties, "required": draw(required)}
+    required = draw(st.lists(st.sampled_from(names or ["more"]), unique=True))
+    schema: Schema = {"type": "object", "properties": properties, "required": required}
     if draw(st.booleans()):
-        closed = draw(st.booleans())
+        closed = bool(names) and draw(st.booleans())
         schema["additionalProperties"] = False if closed else {"type": "integer"}
-    if names and draw(st.booleans()):
+    if draw(st.booleans()) and names:
         schema["minProperties"] = draw(st.integers(0, len(names)))
     return schema
 
