@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 
 
@@ -15,15 +16,21 @@ class Gate:
 
     Args:
         streams: Most items in flight.
-        drain_s: Seconds that :meth:`drained` waits for those in flight.
+        drain_s: Seconds from the closing that those in flight are waited for.
+
+    Attributes:
+        in_flight: Places taken, those on their way to somebody who waits included.
+        reason: Why the gate was closed, or None.
+        error: The error that closed it, or None.
     """
 
     def __init__(self, streams: int, drain_s: float) -> None:
-        self._free = streams
+        self._streams = streams
         self._drain_s = drain_s
         self._waiting = deque[asyncio.Future[bool]]()
-        self._idle = asyncio.Event()
+        self._idle, self._closing = asyncio.Event(), asyncio.Event()
         self._idle.set()
+        self._deadline = 0.0
         self.in_flight = 0
         self.reason: str | None = None
         self.error: Exception | None = None
@@ -34,62 +41,70 @@ class Gate:
         return self.reason is not None
 
     async def enter(self) -> bool:
-        """Wait for a place.
+        """Wait for a place, first come, first served.
 
         Returns:
             True with a place taken; False when the gate is closed.
         """
         if self.closed:
             return False
-        if self._free == 0:
-            place = asyncio.get_running_loop().create_future()
-            self._waiting.append(place)
-            try:
-                if not await place:
-                    return False
-            except asyncio.CancelledError:
-                if place.done() and not place.cancelled() and place.result():
-                    self._hand_on()
-                raise
-        else:
-            self._free -= 1
-        self.in_flight += 1
-        self._idle.clear()
-        return True
+        if self.in_flight < self._streams:
+            self.in_flight += 1
+            self._idle.clear()
+            return True
+        place: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        try:
+            granted = await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled() and place.result():
+                self.leave()
+            raise
+        if granted and self.closed:
+            self.leave()
+            return False
+        return granted
 
     def leave(self) -> None:
-        """Give a place back."""
+        """Give a place back, or on to whoever waits longest."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(True)
+                return
         self.in_flight -= 1
         if self.in_flight == 0:
             self._idle.set()
-        self._hand_on()
 
     def close(self, reason: str, error: Exception | None = None) -> None:
         """Let no further item begin; the first reason and error stay."""
         if self.closed:
             return
         self.reason, self.error = reason, error
+        self._deadline = time.monotonic() + self._drain_s
+        self._closing.set()
         while self._waiting:
             place = self._waiting.popleft()
             if not place.done():
                 place.set_result(False)
 
+    async def wait_closed(self, timeout_s: float) -> bool:
+        """Wait until the gate is closed, at most ``timeout_s`` seconds; say whether it is."""
+        return await _happens(self._closing, timeout_s)
+
     async def drained(self) -> bool:
-        """Wait for the items in flight, at most ``drain_s`` seconds.
+        """Wait, once the gate is closed, for the items in flight.
 
         Returns:
-            Whether all of them ended.
+            Whether all of them ended within ``drain_s`` seconds of the closing.
         """
-        try:
-            await asyncio.wait_for(self._idle.wait(), self._drain_s)
-        except TimeoutError:
-            return False
-        return True
+        return await _happens(self._idle, max(0.0, self._deadline - time.monotonic()))
 
-    def _hand_on(self) -> None:
-        while self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_result(True)
-                return
-        self._free += 1
+
+async def _happens(event: asyncio.Event, timeout_s: float) -> bool:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        return event.is_set()
+    return True

@@ -9,7 +9,9 @@ so a line can only be torn at the end of a file.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ from ..contract.types import Json
 
 VERSION: Final = 1
 
+_NO_FOLDER_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
+"""What file systems say that flush folders by themselves, or not at all."""
+
 
 class JournalWriter:
     """Writes one journal file, inside a running event loop.
@@ -36,8 +41,7 @@ class JournalWriter:
         fsync_s: Seconds between flushes to disk.
 
     Attributes:
-        safe: Records that will be read back whatever happens: those on disk after a failed
-            flush, else those handed to the operating system.
+        at_risk: Records that a failed flush may have lost; else 0.
 
     Raises:
         LedgerError: The file cannot be created or written.
@@ -47,7 +51,7 @@ class JournalWriter:
         self._path = path
         self._fsync_s = fsync_s
         self._written = self._flushed = 0
-        self._records = self._flushed_records = self.safe = 0
+        self._records = self._flushed_records = self.at_risk = 0
         self._failure: LedgerError | None = None
         self._round: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -61,6 +65,11 @@ class JournalWriter:
         except LedgerError:
             self._file.close()
             raise
+
+    @property
+    def failed(self) -> bool:
+        """Say whether a write or a flush failed."""
+        return self._failure is not None
 
     def write(self, record: dict[str, Json]) -> tuple[int, int]:
         """Append one record, unbuffered.
@@ -77,7 +86,6 @@ class JournalWriter:
         start = self._written
         self._append(line)
         self._records += 1
-        self.safe = self._records
         return start, len(line)
 
     async def flush(self) -> None:
@@ -143,7 +151,7 @@ class JournalWriter:
             await asyncio.get_running_loop().run_in_executor(self._thread, sync)
         except OSError as error:
             self._fail("cannot be flushed to disk", error)
-            self.safe = self._flushed_records
+            self.at_risk = self._records - self._flushed_records
             return False
         return True
 
@@ -152,6 +160,9 @@ class JournalWriter:
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_SYNC:
+                raise
         finally:
             os.close(folder)
 
@@ -212,8 +223,8 @@ def _check_torn(line: bytes, path: Path, number: int, start: int) -> None:
     if b"\0" in line:
         msg = (
             f"{path}, line {number}: {line.count(0):,} NUL bytes, as the loss of a machine's power "
-            f"leaves them; what stands before is whole: cut the file after {start} bytes "
-            f"(truncate -s {start} FILE), then resume"
+            f"leaves them; what stands before is whole: cut them off with "
+            f"'truncate -s {start} {shlex.quote(str(path))}', then resume"
         )
         raise LedgerError(msg)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ import orjson
 
 from ..contract.errors import LedgerError
 from ..contract.types import Json
-from .journal import JournalWriter, scan
+from .journal import JournalWriter, Line, scan
 
 _OPEN, _DONE, _FAILED = 0, 1, 2
 _CODES: Final = {"done": _DONE, "failed": _FAILED}
+_SPENT: Final = ("attempts", "prompt_tokens", "completion_tokens")
+_NUMBER: Final = (int, type(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ class Ledger:
     """Index over the journal files of one run; writable when opened for a new life.
 
     It holds 17 bytes per item: its state and where its record lies. The records themselves stay
-    on disk. A later record of an item takes the place of an earlier one.
+    on disk. A later record of an item takes the place of an earlier one. Threads may read at the
+    same time; one event loop writes.
 
     Args:
         folder: The journal's folder.
@@ -69,14 +73,17 @@ class Ledger:
         self._file = array("i", bytes(4 * items))
         self._start = array("q", bytes(8 * items))
         self._length = array("i", bytes(4 * items))
-        self._paths: list[Path] = sorted(folder.glob("*.jsonl"))
+        self._paths = sorted(folder.glob("*.jsonl"), key=_number)
         self._handles: dict[int, int] = {}
+        self._opening = threading.Lock()
         self._writer: JournalWriter | None = None
         self._life: tuple[str, float] | None = None
+        self._failure: LedgerError | None = None
         self.spent = Spent()
         for number, path in enumerate(self._paths):
             for line in scan(path, run):
-                self._note(number, line.start, line.length, self._checked(line.record, path))
+                _check(line, path, items)
+                self._note(number, line.start, line.length, line.record)
 
     # -- writing -------------------------------------------------------------------------
 
@@ -95,43 +102,74 @@ class Ledger:
         Needs a running event loop.
 
         Raises:
-            LedgerError: It could not be written; says how many items are safe.
+            LedgerError: It could not be written; says how many items are safe. Every later call
+                raises the same.
         """
-        try:
-            writer = self._writer or self._open_writer()
-            start, length = writer.write(record)
-        except LedgerError as error:
-            safe = len(self._state) - self._state.count(_OPEN)
-            msg = (
-                f"{error.message}. {safe} of {len(self._state)} items are safe; "
-                "make room or mend the permissions, then resume"
-            )
-            raise LedgerError(msg) from error
-        self._note(len(self._paths) - 1, start, length, record)
-
-    def _open_writer(self) -> JournalWriter:
+        if self._failure is not None:
+            raise self._failure
         if self._life is None:
             raise LedgerError(f"{self._folder}: the ledger is open for reading only")
-        life, fsync_s = self._life
-        last = int(self._paths[-1].stem) if self._paths else 0
+        try:
+            writer = self._writer or self._open_writer(*self._life)
+            start, length = writer.write(record)
+        except LedgerError as error:
+            self._failure = self._told(error)
+            raise self._failure from error
+        self._note(len(self._paths) - 1, start, length, record)
+
+    def _told(self, error: LedgerError) -> LedgerError:
+        return LedgerError(
+            f"{error.message}. {self.safe()}; make room or mend the permissions, then resume"
+        )
+
+    def safe(self) -> str:
+        """Say how many items will be read back, whatever becomes of this process."""
+        at_risk = self._writer.at_risk if self._writer is not None else 0
+        safe = len(self._state) - self._state.count(_OPEN) - at_risk
+        return f"{safe:,} of {len(self._state):,} items are safe"
+
+    def _open_writer(self, life: str, fsync_s: float) -> JournalWriter:
+        last = _number(self._paths[-1]) if self._paths else 0
         path = self._folder / f"{last + 1:04}.jsonl"
         self._writer = JournalWriter(path, {"run": self._run, "life": life}, fsync_s)
         self._paths.append(path)
         return self._writer
 
     async def flush(self) -> None:
-        """Force everything written so far to disk."""
-        if self._writer is not None:
+        """Wait until everything written so far is on disk, by the next common flush.
+
+        Raises:
+            LedgerError: The disk refused; says how many items are safe.
+        """
+        if self._writer is None:
+            return
+        try:
             await self._writer.flush()
+        except LedgerError as error:
+            self._failure = self._failure or self._told(error)
+            raise self._failure from error
 
     async def aclose(self) -> None:
-        """Flush and close all files."""
+        """Flush and close all files.
+
+        Raises:
+            LedgerError: Something could not be flushed, and nobody has been told yet.
+        """
         try:
             if self._writer is not None:
-                await self._writer.close()
+                await self._close(self._writer)
         finally:
             self._writer = None
             self.close()
+
+    async def _close(self, writer: JournalWriter) -> None:
+        told, at_risk = self._failure is not None, writer.at_risk
+        try:
+            await writer.close()
+        except LedgerError as error:
+            if not told or writer.at_risk > at_risk:
+                self._failure = self._told(error)
+                raise self._failure from error
 
     def close(self) -> None:
         """Close the files opened for reading."""
@@ -193,9 +231,10 @@ class Ledger:
 
     def _read(self, index: int, path: Path) -> bytes:
         number = self._file[index]
-        handle = self._handles.get(number)
-        if handle is None:
-            handle = self._handles[number] = os.open(path, os.O_RDONLY)
+        with self._opening:
+            handle = self._handles.get(number)
+            if handle is None:
+                handle = self._handles[number] = os.open(path, os.O_RDONLY)
         return os.pread(handle, self._length[index], self._start[index])
 
     def records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
@@ -211,15 +250,28 @@ class Ledger:
         self._state[index] = _CODES[record["status"]]
         self._file[index], self._start[index], self._length[index] = number, start, length
 
-    def _checked(self, record: dict[str, Any], path: Path) -> dict[str, Any]:
-        index = record.get("index")
-        if not isinstance(index, int) or not 0 <= index < len(self._state):
-            msg = f"{path}: record of item {record.get('id')!r} has no place in this run's input"
-            raise LedgerError(msg)
-        if record.get("status") not in _CODES:
-            msg = f"{path}: record of item {record.get('id')!r}: unknown status"
-            raise LedgerError(msg)
-        return record
+
+def _number(path: Path) -> int:
+    if not (path.stem.isascii() and path.stem.isdigit()):
+        msg = f"{path}: not a journal file of fanfold; move it out of the run folder"
+        raise LedgerError(msg)
+    return int(path.stem)
+
+
+def _check(line: Line, path: Path, items: int) -> None:
+    """Refuse what no ledger of this run has written."""
+    record, where = line.record, f"{path}, line {line.number}"
+    index = record.get("index")
+    if type(index) is not int:
+        found = "a second header" if "v" in record else "not a record of an item"
+        raise LedgerError(f"{where}: {found}; the file was damaged or edited")
+    if not 0 <= index < items:
+        msg = f"{where}: item {record.get('id')!r} has index {index}, this run has {items} items"
+        raise LedgerError(msg)
+    if record.get("status") not in ("done", "failed"):
+        raise LedgerError(f"{where}: item {record.get('id')!r} has no status known here")
+    if any(type(record.get(key)) not in _NUMBER for key in _SPENT):
+        raise LedgerError(f"{where}: item {record.get('id')!r}: {', '.join(_SPENT)}: no numbers")
 
 
 async def open_ledger(folder: Path, run: str, items: int) -> Ledger:

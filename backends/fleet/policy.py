@@ -62,6 +62,83 @@ class TimeoutPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class LanePolicy:
+    """How an endpoint's share of requests in flight is found.
+
+    Attributes:
+        start: Requests in flight that an unknown endpoint is trusted with.
+        ceiling: Most that any endpoint gets.
+        settle_s: A full lane without a refusal is widened after so many seconds.
+        widen: Factor until the first refusal or knee.
+        step: Share by which it is widened after that (at least one request).
+        shrink: Factor after a refusal.
+        samples: Answers per level before two levels are compared.
+        knee: A doubling of requests in flight that multiplies the latency by more than this
+            only lengthens the server's queue.
+        explore_s: A knee is forgotten after so many seconds.
+    """
+
+    start: int = 8
+    ceiling: int = 1024
+    settle_s: float = 0.25
+    widen: float = 2.0
+    step: float = 0.125
+    shrink: float = 0.5
+    samples: int = 16
+    knee: float = 1.6
+    explore_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerPolicy:
+    """When an endpoint is left alone, and when it is tried again.
+
+    Attributes:
+        failures: So many in a row open the breaker.
+        open_s: It stays open so long before the endpoint is probed, in seconds.
+        open_max_s: Longest such time; it doubles with each probe that fails.
+        probe_s: Longest wait for a probe's answer, in seconds.
+    """
+
+    failures: int = 3
+    open_s: float = 2.0
+    open_max_s: float = 60.0
+    probe_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PacePolicy:
+    """Limits of the whole process against services with a quota.
+
+    Attributes:
+        requests_per_s: Most requests per second, or None.
+        tokens_per_min: Most tokens per minute, prompt and answer, or None.
+    """
+
+    requests_per_s: float | None = None
+    tokens_per_min: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HedgePolicy:
+    """Second requests for the stragglers, when nothing waits any more.
+
+    Attributes:
+        quantile: Requests that run longer than this quantile of all answers are doubled.
+        below: The end game has begun when in flight is less than this share of the peak.
+        peak: Runs that never had so many requests in flight are not hedged.
+        share: Most second requests, as a share of all answers.
+        tick_s: Shortest time between two looks at what is in flight, in seconds.
+    """
+
+    quantile: float = 0.9
+    below: float = 0.8
+    peak: int = 8
+    share: float = 0.05
+    tick_s: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
 class FleetPolicy:
     """All that a fleet must know besides its endpoints.
 
@@ -69,6 +146,10 @@ class FleetPolicy:
         streams: Most requests in flight over all endpoints.
         retry: When a call is repeated.
         timeout: How long to wait.
+        lane: How many requests an endpoint gets at once.
+        breaker: When an endpoint is left alone.
+        pace: Quotas of the whole process.
+        hedge: Second requests at the end, or None.
         trust_env: Whether proxy variables of the environment count; never for nodes, which a
             proxy cannot reach.
     """
@@ -76,6 +157,10 @@ class FleetPolicy:
     streams: int = 256
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     timeout: TimeoutPolicy = field(default_factory=TimeoutPolicy)
+    lane: LanePolicy = field(default_factory=LanePolicy)
+    breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
+    pace: PacePolicy = field(default_factory=PacePolicy)
+    hedge: HedgePolicy | None = field(default_factory=HedgePolicy)
     trust_env: bool = False
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph import END, START, StateGraph
@@ -66,10 +67,10 @@ async def test_items_in_aggregate_out(simulated: SimulatedFleet) -> None:
     assert [row["rank"] for row in top["rows"]] == [1, 2, 3]
     assert sum(entry["count"] for entry in kinds["counts"]) == stats["count"] == 300
     assert count["done"] == 300
-    table = pq.read_table(end["results"]["table"]).to_pylist()
+    table: list[dict[str, Any]] = pq.read_table(end["results"]["table"]).to_pylist()
     assert [row["id"] for row in table] == [f"i{n}" for n in range(300)]
     assert all(row["simulated"] for row in table)
-    best = max(table, key=lambda row: row["output"]["score"])
+    best = max(table, key=lambda row: float(row["output"]["score"]))
     assert top["rows"][0]["id"] == best["id"]
     assert top["rows"][0]["show"] == {"x": f"thing {best['id'][1:]}"}
     assert set(end) == {"aggregate", "progress", "results"}
@@ -102,7 +103,7 @@ async def test_shards_of_any_size_give_the_same(simulated: SimulatedFleet, size:
     columns = ["id", "status", "output", "error_class", "repairs", "attempts", "prompt_tokens"]
     tables = [pq.read_table(e["results"]["table"], columns=columns) for e in (whole, end)]
     assert tables[0].equals(tables[1])
-    assert max(tables[0]["repairs"].to_pylist()) == 1
+    assert set(tables[0]["repairs"].to_pylist()) == {0, 1}
 
 
 async def test_failed_items_are_in_results_and_failures(simulated: SimulatedFleet) -> None:
@@ -128,7 +129,7 @@ async def test_state_and_checkpoints_do_not_grow_with_the_items(
         file = tmp_path / f"{count}.sqlite"
         async with AsyncSqliteSaver.from_conn_string(str(file)) as saver:
             graph = build_graph(settings(simulated, shard={"items": 2000}), checkpointer=saver)
-            config = {"configurable": {"thread_id": "t"}}
+            config: RunnableConfig = {"configurable": {"thread_id": "t"}}
             await graph.ainvoke({"items": rows(count)}, config)
             state = await graph.aget_state(config)
             assert "items" not in state.values
@@ -146,7 +147,7 @@ async def test_state_and_checkpoints_do_not_grow_with_the_items(
 
 async def test_a_thread_that_is_used_again_starts_anew(simulated: SimulatedFleet) -> None:
     graph = build_graph(settings(simulated), checkpointer=InMemorySaver())
-    config = {"configurable": {"thread_id": "t"}}
+    config: RunnableConfig = {"configurable": {"thread_id": "t"}}
     first = await graph.ainvoke({"items": rows(20)}, config)
     second = await graph.ainvoke({"items": rows(30)}, config)
     assert first["progress"]["done"] == 20
@@ -162,7 +163,7 @@ async def test_pasted_items_lost_with_the_process_are_not_replaced(
     graph = build(RunContext(config=settings(simulated, input={"dataset": "molecules"}))).compile(
         checkpointer=InMemorySaver(), interrupt_before=["load"]
     )
-    config = {"configurable": {"thread_id": "t"}}
+    config: RunnableConfig = {"configurable": {"thread_id": "t"}}
     await graph.ainvoke({"items": rows(5)}, config)
     with pytest.raises(ConfigurationError, match="start it again with the items"):
         await graph.ainvoke(None, config)
@@ -194,14 +195,14 @@ async def test_as_a_subgraph_the_bound_settings_count(
     simulated: SimulatedFleet, context: Any
 ) -> None:
     """The parent's context, of whatever shape, is not taken for fanfold's."""
-    parent = StateGraph(Parent, ParentContext)
+    parent: Any = StateGraph(Parent, ParentContext)
     parent.add_node("screen", build_graph(settings(simulated)))
     parent.add_node("after", lambda _: {"note": "done"})
     parent.add_edge(START, "screen")
     parent.add_edge("screen", "after")
     parent.add_edge("after", END)
     graph = parent.compile(checkpointer=InMemorySaver())
-    config = {"configurable": {"thread_id": "p"}}
+    config: RunnableConfig = {"configurable": {"thread_id": "p"}}
     end = await graph.ainvoke({"items": rows(25)}, config, context=context)
     assert end["note"] == "done"
     assert end["progress"]["done"] == 25
@@ -223,12 +224,13 @@ async def test_errors_in_settings_show_when_the_graph_is_built(simulated: Simula
 
 async def test_pasted_items_are_checked(simulated: SimulatedFleet, tmp_path: Path) -> None:
     graph = build_graph(settings(simulated))
-    for items, words in (
+    cases: list[tuple[Any, str]] = [
         ([], "items"),
         ([{"y": 1}], "x"),
         ([{"id": "a", "x": 1}, {"id": "a", "x": 2}], "'a'"),
         ([3], "items"),
-    ):
+    ]
+    for items, words in cases:
         with pytest.raises(ConfigurationError, match=words):
             await graph.ainvoke({"items": items})
     assert not list((tmp_path / "fanfold-runs").glob("*"))
@@ -260,7 +262,7 @@ def echo_agent(model: Any) -> Any:
         messages: list[Any]
         x: str
 
-    graph = StateGraph(State)
+    graph: Any = StateGraph(State)
     graph.add_node("call", call)
     graph.add_edge(START, "call")
     return graph.compile()

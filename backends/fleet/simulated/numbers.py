@@ -27,8 +27,9 @@ def _bounds(
     """Return the closed hull of what the bounds allow."""
     lows = [read(schema[k]) for k in ("minimum", "exclusiveMinimum") if k in schema]
     highs = [read(schema[k]) for k in ("maximum", "exclusiveMaximum") if k in schema]
-    low = max(lows) if lows else min([read(0), *[high - width for high in highs]])
-    return low, min(highs) if highs else low + width
+    if not lows:
+        lows = [min(read(0), highs[0] - width)] if highs else [read(0)]
+    return max(lows), min(highs) if highs else max(lows) + width
 
 
 def _step(schema: Mapping[str, Any], whole: bool) -> Fraction:

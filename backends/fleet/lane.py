@@ -1,0 +1,102 @@
+"""How many requests one endpoint gets at once: found by trying, not configured.
+
+A lane starts narrow and doubles while it is full and nothing is refused; requests that are
+accepted and in flight count, for their answers may take a minute. A refusal halves it (AIMD,
+Chiu and Jain 1989). A server that queues instead of refusing is found by its latency: when twice
+the requests in flight take nearly twice as long, the second half only waits there. Latencies
+are compared by levels of requests in flight at the start, 1, 2-3, 4-7, 8-15, and so on.
+"""
+
+from __future__ import annotations
+
+from .policy import LanePolicy
+
+
+class Lane:
+    """The width of one endpoint's lane; pure, time is passed in.
+
+    Args:
+        policy: How to find it.
+        ceiling: Most requests in flight that are configured for this endpoint, or None.
+
+    Attributes:
+        width: Requests in flight allowed now.
+    """
+
+    __slots__ = ("_ceiling", "_changed", "_done", "_levels", "_policy", "_probing", "width")
+
+    def __init__(self, policy: LanePolicy, ceiling: int | None = None) -> None:
+        self._policy = policy
+        self._ceiling = min(policy.ceiling, ceiling or policy.ceiling)
+        self._levels: dict[int, tuple[int, float]] = {}
+        self._changed = float("-inf")
+        self._done = 0
+        self._probing = True
+        self.width = min(policy.start, self._ceiling)
+
+    @property
+    def can_widen(self) -> bool:
+        """Whether the width is below the ceiling."""
+        return self.width < self._ceiling
+
+    def widen(self, now: float) -> None:
+        """Give more: the lane was full for a while and nothing was refused."""
+        if not self._probing and now - self._changed > self._policy.explore_s:
+            self._levels.clear()
+            self._probing = True
+        grown = self.width * self._policy.widen if self._probing else self._stepped()
+        self._set(min(self._ceiling, int(grown)), now)
+
+    def _stepped(self) -> float:
+        return self.width + max(1.0, self.width * self._policy.step)
+
+    def settled(self, now: float) -> bool:
+        """Tell whether the last change is long enough ago for the next."""
+        # The knee holds: only a refusal's recovery steps on before the time to explore.
+        return now - self._changed >= self._policy.settle_s * (1.0 if self._probing else 4.0)
+
+    def answered(self, level: int, seconds: float, now: float) -> None:
+        """Count an answer.
+
+        Args:
+            level: Requests in flight, its own included, when it was sent.
+            seconds: How long it took.
+            now: Monotonic time in seconds.
+        """
+        key = level.bit_length()
+        count, mean = self._levels.get(key, (0, 0.0))
+        weight = 1.0 / min(count + 1, 4 * self._policy.samples)
+        self._levels[key] = count + 1, mean + (seconds - mean) * weight
+        self._done += 1
+        if self._done % self._policy.samples == 0:
+            self._look_for_knee(key, now)
+
+    def _look_for_knee(self, key: int, now: float) -> None:
+        count, mean = self._levels[key]
+        before, base = self._levels.get(key - 1, (0, 0.0))
+        if min(count, before) < self._policy.samples or mean <= base * self._policy.knee:
+            return
+        narrow = max(1, 1 << (key - 1))
+        if narrow < self.width:
+            self._probing = False
+            self._ceiling_for_now(narrow, now)
+
+    def _ceiling_for_now(self, width: int, now: float) -> None:
+        self._set(width, now + self._policy.explore_s)
+
+    def refused(self, now: float) -> None:
+        """Take less: the endpoint refused. A burst of refusals counts once."""
+        if now - self._changed < self._policy.settle_s and not self._probing:
+            return
+        self._probing = False
+        self._set(max(1, int(self.width * self._policy.shrink)), now)
+
+    def reset(self, now: float) -> None:
+        """Start small again: the endpoint was away."""
+        self._levels.clear()
+        self._probing = True
+        self._set(min(self._policy.start, self._ceiling), now)
+
+    def _set(self, width: int, changed: float) -> None:
+        self.width = width
+        self._changed = changed

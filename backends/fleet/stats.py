@@ -1,0 +1,111 @@
+"""What one endpoint did, for reports: counts and a histogram, no list of calls."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Final
+
+from ..contract.types import Usage
+
+_PER_DOUBLING: Final = 8
+"""Histogram cells per doubling of the latency: quantiles are within 9 %."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """Totals of one endpoint.
+
+    Attributes:
+        calls: Requests that ended, well or not.
+        failures: Failed ones by class of error.
+        prompt_tokens: Tokens read, as far as reported.
+        completion_tokens: Tokens written, as far as reported.
+        hedges: Second requests that it was sent.
+    """
+
+    calls: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    hedges: int = 0
+    _cells: Counter[int] = field(default_factory=Counter)
+
+    def answered(self, seconds: float, usage: Usage) -> None:
+        """Count a good answer."""
+        self.calls += 1
+        self.prompt_tokens += usage.prompt or 0
+        self.completion_tokens += usage.completion or 0
+        self._cells[math.ceil(math.log2(max(seconds, 1e-4)) * _PER_DOUBLING)] += 1
+
+    def failed(self, error: str) -> None:
+        """Count a failure by the name of its class."""
+        self.calls += 1
+        self.failures[error] += 1
+
+    def latency_s(self, quantile: float) -> float | None:
+        """Return a quantile of the answers' times in seconds, or None without any."""
+        wanted = quantile * self._cells.total()
+        seen = 0
+        for cell in sorted(self._cells):
+            seen += self._cells[cell]
+            if seen >= wanted:
+                return float(2.0 ** ((cell - 0.5) / _PER_DOUBLING))
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointReport:
+    """One endpoint as a report shows it.
+
+    Attributes:
+        endpoint: Label.
+        state: In words.
+        in_flight: Requests in flight.
+        width: Requests in flight allowed.
+        calls: Requests that ended.
+        failures: Failed ones by class.
+        prompt_tokens: Tokens read.
+        completion_tokens: Tokens written.
+        latency_p50_s: Median time to an answer in seconds, or None.
+        latency_p90_s: 90 % quantile, or None.
+        latency_p99_s: 99 % quantile, or None.
+        opened: Times that its breaker opened.
+        hedges: Second requests that it was sent.
+    """
+
+    endpoint: str
+    state: str
+    in_flight: int
+    width: int
+    calls: int
+    failures: dict[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    latency_p50_s: float | None
+    latency_p90_s: float | None
+    latency_p99_s: float | None
+    opened: int
+    hedges: int
+
+
+@dataclass(frozen=True, slots=True)
+class FleetHealth:
+    """The fleet at a glance, for a live line.
+
+    Attributes:
+        healthy: Endpoints in use.
+        total: All endpoints.
+        in_flight: Requests in flight.
+        waiting: Calls that wait for an endpoint.
+        refusals: Times that an endpoint said "not now".
+        paused: Why nothing goes on, or None.
+    """
+
+    healthy: int
+    total: int
+    in_flight: int
+    waiting: int
+    refusals: int
+    paused: str | None
