@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from ..configs.models import EndpointsConfig, RunConfig
-from .contract.errors import ConfigurationError
+from ..configs.plain import MASKED
+from .contract.errors import ConfigurationError, MissingExtraError
 from .contract.template import Template
+from .fleet.address import EndpointSpec, base_url
 from .fleet.chat import ChatFleet
 from .fleet.door import FleetModel, LangChainModel
-from .fleet.endpoint import EndpointSpec, base_url
 from .fleet.fleet import Fleet
 from .fleet.params import ModelParams
 from .fleet.policy import FleetPolicy
 from .fleet.probe import Found, check_models, discover
 from .fleet.simulated.launch import launch
+from .fleet.simulated.responders import RESPONDERS
+from .fleet.simulated.rules import FaultRule
 from .fleet.simulated.spec import SimulationSpec
 from .fleet.sources import parse_endpoints_file
 from .inputs.spec import InputSpec
@@ -75,11 +80,23 @@ def simulation(config: RunConfig) -> SimulationSpec:
     """Return the simulated fleet that the settings describe.
 
     Raises:
-        ConfigurationError: No simulated fleet is configured, or a fault rule is wrong.
+        ConfigurationError: No simulated fleet is configured, there is no such responder, or a
+            fault rule is wrong.
+        MissingExtraError: The responder needs RDKit.
     """
     simulated = config.endpoints.simulated
     if simulated is None:
         raise ConfigurationError("endpoints.simulated is not set")
+    if simulated.responder not in RESPONDERS:
+        msg = (
+            f"endpoints.simulated.responder: unknown responder {simulated.responder!r}; "
+            f"there are {', '.join(sorted(RESPONDERS))}"
+        )
+        raise ConfigurationError(msg)
+    if simulated.responder == "esol" and find_spec("rdkit") is None:
+        raise MissingExtraError("endpoints.simulated.responder: esol", "chem")
+    for n, rule in enumerate(simulated.faults):
+        _check_fault(f"endpoints.simulated.faults.{n}", rule)
     fields = simulated.model_dump(exclude_none=True)
     if config.model.name is not None:
         fields["model"] = config.model.name
@@ -87,6 +104,19 @@ def simulation(config: RunConfig) -> SimulationSpec:
         return SimulationSpec.from_json(orjson.dumps(fields))
     except ConfigurationError as error:
         raise ConfigurationError(f"endpoints.simulated: {error.message}") from None
+
+
+def _check_fault(key: str, rule: Mapping[str, Any]) -> None:
+    try:
+        FaultRule.from_mapping(rule)
+        TypeAdapter(FaultRule).validate_python(rule)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{key}: {error.message}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigurationError(f"{key}.{first['loc'][0]}: {first['msg'].lower()}") from None
+    except TypeError as error:
+        raise ConfigurationError(f"{key}: a value is of the wrong type: {error}") from None
 
 
 def endpoint_specs(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> list[EndpointSpec]:
@@ -97,9 +127,15 @@ def endpoint_specs(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> li
         written: The same as the user wrote them: what may be shown.
 
     Raises:
-        ConfigurationError: None given, a malformed URL, an unreadable file.
+        ConfigurationError: None given, a malformed URL, an unreadable file, no key.
     """
     key = endpoints.api_key.get_secret_value()
+    if key == MASKED:
+        msg = (
+            "endpoints.api_key: a run folder does not keep a key that was written out; give it "
+            "again, best by a variable: --set 'endpoints.api_key=${VAR}'"
+        )
+        raise ConfigurationError(msg)
     if endpoints.file is not None:
         return _from_file(Path(endpoints.file), key)
     if not endpoints.urls:
@@ -108,18 +144,22 @@ def endpoint_specs(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> li
     shown = written.get("urls") or endpoints.urls
     specs = []
     for n, (url, text) in enumerate(zip(endpoints.urls, shown, strict=True)):
-        if "@" in url.partition("//")[2].partition("/")[0] and "${" not in text:
-            msg = f"endpoints.urls[{n}]: no user or password in a URL; use api_key: ${{VAR}}"
-            raise ConfigurationError(msg)
-        specs.append(EndpointSpec(_checked(url, n), key, text if "${" in text else None))
+        where = f"endpoints.urls.{n}"
+        _refuse_password(url, where)
+        specs.append(EndpointSpec(_checked(url, where), key, text if "${" in text else None))
     return specs
 
 
-def _checked(url: str, n: int) -> str:
+def _refuse_password(url: str, where: str) -> None:
+    if "@" in url.partition("//")[2].partition("/")[0]:
+        raise ConfigurationError(f"{where}: no user or password in a URL; use api_key: ${{VAR}}")
+
+
+def _checked(url: str, where: str) -> str:
     try:
         return base_url(url)
     except ConfigurationError as error:
-        raise ConfigurationError(f"endpoints.urls[{n}]: {error.message}") from None
+        raise ConfigurationError(f"{where}: {error.message}") from None
 
 
 def _from_file(path: Path, key: str) -> list[EndpointSpec]:
@@ -129,8 +169,8 @@ def _from_file(path: Path, key: str) -> list[EndpointSpec]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigurationError(f"endpoints.file: {path}: cannot be read: {reason}") from None
     specs = parse_endpoints_file(text, str(path), key)
-    if not specs:
-        raise ConfigurationError(f"endpoints.file: {path} names no endpoint")
+    for spec in specs:
+        _refuse_password(spec.url, f"endpoints.file: {path}")
     return specs
 
 

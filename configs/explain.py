@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,6 +20,20 @@ _OPS: dict[str, type[BaseModel]] = {
     "collect": Collect,
 }
 
+_MAPPING: Final = "expected keys with values below it"
+_WORDS: Final = {
+    "backend.processes": "only 1 is possible so far (several worker processes are not built yet)",
+    "reduce.bins": "expected a whole number of bins, or a list of their edges",
+    "name": "expected letters, digits and _ . - (64 at most, a letter or digit first)",
+    "task.graph": "expected package.module:attribute",
+    "string_type": "expected a text; put a number in quotes",
+    "dict_type": _MAPPING,
+    "model_type": _MAPPING,
+    "model_attributes_type": _MAPPING,
+    "string_too_short": "must not be empty",
+}
+"""What to say in place of pydantic's words, by key or by its kind of finding."""
+
 
 def explain(error: ValidationError, raw: dict[str, Any], source: str) -> str:
     """Return one line per finding: ``file: key: what is wrong``.
@@ -27,33 +41,53 @@ def explain(error: ValidationError, raw: dict[str, Any], source: str) -> str:
     Values are shown as the user wrote them (``${VAR}`` unexpanded), and never below a key.
     """
     lines = (_line(finding, raw) for finding in error.errors(include_url=False))
-    return "\n".join(f"{source}: {line}" for line in lines)
+    return "\n".join(dict.fromkeys(f"{source}: {line}" for line in lines))
 
 
 def _line(finding: Any, raw: dict[str, Any]) -> str:
     loc, kind = list(finding["loc"]), finding["type"]
     if loc[:1] == ["reduce"] and len(loc) > 2 and loc[2] in _OPS:  # noqa: PLR2004 - reduce, n, op
         del loc[2]  # pydantic names the union's member too
+        if loc[2:3] == ["bins"]:
+            del loc[3:]  # … and a value's alternatives
     key = ".".join(map(str, loc))
     if kind == "extra_forbidden":
         return f"unknown key {key!r}{_known(loc, raw)}"
     if kind == "missing":
         return f"the key {key!r} is missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        op = at_path(raw, [*loc, "op"])
-        return f"{key}: unknown op {op!r}; there are {', '.join(_OPS)}"
-    message = finding["msg"].removeprefix("Value error, ")
-    if key == "backend.processes":
-        message = "only 1 is possible so far (several worker processes are not built yet)"
+        return f"{key}: {_unknown_op(at_path(raw, [*loc, 'op']))}"
+    message = (
+        _WORDS.get(_unnumbered(loc))
+        or _WORDS.get(kind)
+        or finding["msg"].removeprefix("Value error, ")
+    )
     return f"{key}: {message[:1].lower()}{message[1:]}{_shown(loc, raw)}"
+
+
+def _unnumbered(loc: Sequence[str | int]) -> str:
+    return ".".join(name for name in loc if isinstance(name, str))
+
+
+def _unknown_op(op: object) -> str:
+    known = ", ".join(_OPS)
+    if op is None:
+        return f"the key 'op' is missing; there are {known}"
+    close = get_close_matches(str(op), _OPS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown op {op!r}; there are {known}{hint}"
 
 
 def _shown(loc: Sequence[str | int], raw: dict[str, Any]) -> str:
     value = at_path(raw, loc)
-    if value is None or isinstance(value, dict | list) or "key" in str(loc[-1]):
+    if value is None or isinstance(value, dict | list) or _may_be_secret(loc, value):
         return ""
     text = repr(value)
     return f" (found {text if len(text) <= 80 else text[:77] + '…'})"  # noqa: PLR2004 - one line
+
+
+def _may_be_secret(loc: Sequence[str | int], value: object) -> bool:
+    return "key" in str(loc[-1]) or (isinstance(value, str) and "@" in value)
 
 
 def _known(loc: Sequence[str | int], raw: dict[str, Any]) -> str:

@@ -6,24 +6,22 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import jsonschema_rs
 import orjson
-import yaml
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.template import Template
 from .explain import explain
 from .models import RunConfig
-from .presets import is_preset, preset_text
+from .plain import check_plain, to_plain
+from .presets import is_preset, preset_names, preset_text
 from .reduce import check_stages
 from .source import apply_override, expand, parse_yaml, set_path
-
-MASKED: Final = "**********"
-"""What stands in ``run.yaml`` for a key that was written out in the configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +64,36 @@ def load(
         ConfigurationError: Something is missing, unknown, of the wrong type or contradictory.
     """
     data, source, base, preset = _read(config)
-    for assignment in overrides:
-        apply_override(data, assignment)
+    _override(data, overrides)
     for path, value in (settings or {}).items():
         set_path(data, path, value)
+    check_plain(data, source)
     _inline(data, source, base)
     environment = os.environ if environment is None else environment
     checked = _validate(data, expand(data, environment, source), source)
     _check(checked, source)
-    return Loaded(checked, _plain(checked, data), source, preset, data)
+    return Loaded(checked, to_plain(checked, data), source, preset, data)
+
+
+def peek(
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], str | None]:
+    """Read settings without checking them.
+
+    Returns:
+        The settings with the overrides applied, and the preset's name when it is one.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or an override not be applied.
+    """
+    data, _, _, preset = _read(config)
+    _override(data, overrides)
+    return data, preset
+
+
+def _override(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    for assignment in overrides:
+        apply_override(data, assignment)
 
 
 def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path, str | None]:
@@ -96,7 +115,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        msg = f"{path}: no such file, and no preset of that name; see 'fanfold presets list'"
+        close = get_close_matches(str(path), preset_names(), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see 'fanfold presets list'"
+        msg = f"{path}: no such file, and no preset of that name; {hint}"
         raise ConfigurationError(msg) from None
     except UnicodeDecodeError as error:
         msg = f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
@@ -104,6 +125,8 @@ def read_text(path: Path) -> str:
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ConfigurationError(msg) from None
+    except ValueError:  # pathlib on a NUL character
+        raise ConfigurationError(f"{str(path)!r} is no path") from None
 
 
 def _inline(data: dict[str, Any], source: str, base: Path) -> None:
@@ -119,7 +142,9 @@ def _inline(data: dict[str, Any], source: str, base: Path) -> None:
 
 def _absolute(path: str, base: Path) -> str:
     """Return an absolute path; one that begins with a variable is left for the variable."""
-    return path if path.startswith("$") else str(base / Path(path).expanduser())
+    if not path or path.startswith("$"):
+        return path
+    return str(base / Path(path).expanduser())
 
 
 def _read_schema(path: Path, source: str) -> dict[str, Any]:
@@ -159,7 +184,7 @@ def _check(config: RunConfig, source: str) -> None:
 def _check_schema(schema: dict[str, Any]) -> None:
     try:
         jsonschema_rs.meta.validate(schema)
-        jsonschema_rs.validator_for(schema)
+        jsonschema_rs.validator_for(schema, retriever=_refuse)
     except (jsonschema_rs.ValidationError, ValueError) as error:
         where = ".".join(map(str, getattr(error, "instance_path", ()))) or "its top"
         reason = getattr(error, "message", str(error))
@@ -167,41 +192,11 @@ def _check_schema(schema: dict[str, Any]) -> None:
         raise ConfigurationError(msg) from None
 
 
-def _plain(config: RunConfig, raw: dict[str, Any]) -> dict[str, Any]:
-    """Return all settings, defaults included, with the strings as the user wrote them."""
-    settings = config.model_dump(mode="json", by_alias=True, exclude_none=False)
-    plain: dict[str, Any] = _unexpand(settings, raw)
-    key = raw.get("endpoints", {}).get("api_key")
-    plain["endpoints"]["api_key"] = _safe_key(key, config.endpoints.api_key)
-    return plain
+def _refuse(uri: str) -> None:
+    """Keep the validator from fetching a schema: nothing is called while settings are checked.
 
-
-def _unexpand(plain: Any, raw: Any) -> Any:
-    if isinstance(plain, dict) and isinstance(raw, dict):
-        return {k: _unexpand(v, raw.get(k)) for k, v in plain.items()}
-    if isinstance(plain, list) and isinstance(raw, list) and len(plain) == len(raw):
-        return [_unexpand(p, r) for p, r in zip(plain, raw, strict=True)]
-    return raw if isinstance(raw, str) and "${" in raw else plain
-
-
-def _safe_key(raw: Any, key: SecretStr) -> str:
-    if key.get_secret_value() == "EMPTY":
-        return "EMPTY"
-    return raw if isinstance(raw, str) and raw.startswith("${") and raw.endswith("}") else MASKED
-
-
-def to_yaml(plain: Mapping[str, Any]) -> str:
-    """Render plain settings as YAML, long texts as blocks."""
-    return yaml.dump(dict(plain), Dumper=_BlockDumper, sort_keys=False, allow_unicode=True)
-
-
-class _BlockDumper(yaml.SafeDumper):
-    """Writes texts of several lines as literal blocks."""
-
-
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in value else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-
-_BlockDumper.add_representer(str, _text)
+    Raises:
+        ValueError: Always.
+    """
+    msg = f"{uri} is not part of the schema; copy it below $defs and refer to it as #/$defs/NAME"
+    raise ValueError(msg)

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 
 from .reduce import ReduceStage
+
+RESERVED: Final = {
+    "model": "set model.name",
+    "messages": "set task.system and task.prompt",
+    "temperature": "set model.temperature",
+    "max_tokens": "set model.max_tokens",
+    "max_completion_tokens": "set model.max_tokens",
+    "seed": "set model.seed",
+    "stream": "fanfold reads whole answers",
+    "stream_options": "fanfold reads whole answers",
+    "n": "fanfold reads one answer per request",
+}
+"""Fields of a request that ``model.extra_body`` must leave alone, and what to do instead."""
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        msg = "is empty; name a file or a folder" if not text else "a path holds no NUL character"
+        raise ValueError(msg)
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_path)]
 
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
 
 
 class InputConfig(Section):
@@ -27,7 +60,7 @@ class InputConfig(Section):
         smiles: Column that RDKit checks before anything is paid.
     """
 
-    path: str | None = None
+    path: PathText | None = None
     dataset: str | None = None
     id: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -54,8 +87,6 @@ class TaskConfig(Section):
             a Runnable to use in place of fanfold's own item graph.
     """
 
-    model_config = ConfigDict(populate_by_name=True)
-
     system: str = ""
     prompt: Annotated[str, Field(min_length=1)]
     answer_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
@@ -77,8 +108,16 @@ class ModelConfig(Section):
     name: Annotated[str, Field(min_length=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     max_tokens: Annotated[int, Field(ge=1)] = 256
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     extra_body: dict[str, Any] = {}
+
+    @field_validator("extra_body")
+    @classmethod
+    def _leaves_the_rest(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value.keys() & RESERVED.keys():
+            msg = f"{name!r} has no place here; {RESERVED[name]}"
+            raise ValueError(msg)
+        return value
 
 
 class SimulatedConfig(Section):
@@ -118,9 +157,21 @@ class EndpointsConfig(Section):
     """
 
     urls: list[str] | None = None
-    file: str | None = None
+    file: PathText | None = None
     simulated: SimulatedConfig | None = None
     api_key: SecretStr = SecretStr("EMPTY")
+
+    @field_validator("api_key")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr) -> SecretStr:
+        key = value.get_secret_value()
+        if not key:
+            msg = "is empty; leave it out for servers that take no key"
+            raise ValueError(msg)
+        if not key.isascii() or not key.isprintable() or key != key.strip():
+            msg = "holds blanks at an end, a line break or other characters that no key has"
+            raise ValueError(msg)
+        return value
 
     @model_validator(mode="after")
     def _one_kind(self) -> EndpointsConfig:

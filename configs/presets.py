@@ -22,7 +22,9 @@ endpoints:
 def preset_names() -> list[str]:
     """Return the names of the presets."""
     folder = files("fanfold.configs") / "presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if ".yaml" in p.name)
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def is_preset(name: str) -> bool:

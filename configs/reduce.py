@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +15,9 @@ from ..backends.contract.errors import ConfigurationError
 class Stage(BaseModel):
     """One reduce stage; ``op`` says which."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
 
 
 class Count(Stage):
@@ -74,7 +77,7 @@ def check_stages(stages: Iterable[Stage], schema: Mapping[str, Any] | None) -> N
     for n, stage in enumerate(stages):
         field = getattr(stage, "field", None)
         if field is not None:
-            where = f"reduce[{n}] ({stage.op})"  # type: ignore[attr-defined]
+            where = f"reduce.{n} ({stage.op})"  # type: ignore[attr-defined]
             _check_field(where, stage, field, schema)
 
 
@@ -94,7 +97,7 @@ def _check_field(where: str, stage: Stage, field: str, schema: Mapping[str, Any]
 def _descend(where: str, field: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
     sub: Mapping[str, Any] = schema
     for name in field.split("."):
-        properties = resolve(sub, schema).get("properties", {})
+        properties = _properties(sub, schema)
         if name not in properties:
             close = get_close_matches(name, properties, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -104,16 +107,27 @@ def _descend(where: str, field: str, schema: Mapping[str, Any]) -> Mapping[str, 
     return resolve(sub, schema)
 
 
-def resolve(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follow a local ``$ref`` (``#/…``) to what it names."""
+def _properties(schema: Any, root: Mapping[str, Any], depth: int = 8) -> dict[str, Any]:
+    """Return the properties of an object's schema, those of its alternatives included."""
+    schema = resolve(schema, root)
+    found = dict(schema.get("properties", {}))
+    if depth:
+        for member in (m for key in ("allOf", "anyOf", "oneOf") for m in schema.get(key, ())):
+            found = _properties(member, root, depth - 1) | found
+    return found
+
+
+def resolve(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Follow a local ``$ref`` (``#/…``) to what it names; ``true`` is a schema without rules."""
     seen: set[str] = set()
-    while isinstance(ref := schema.get("$ref"), str) and ref.startswith("#/") and ref not in seen:
+    found: Mapping[str, Any] = schema if isinstance(schema, Mapping) else {}
+    while isinstance(ref := found.get("$ref"), str) and ref.startswith("#/") and ref not in seen:
         seen.add(ref)
         target: Any = root
         for part in ref[2:].split("/"):
             target = target.get(part, {}) if isinstance(target, Mapping) else {}
-        schema = target
-    return schema
+        found = target if isinstance(target, Mapping) else {}
+    return found
 
 
 def _types(schema: Mapping[str, Any]) -> set[str]:
@@ -145,7 +159,7 @@ def _check_histogram(
 def _check_bins(where: str, stage: Histogram, schema: Mapping[str, Any]) -> None:
     if isinstance(stage.bins, list):
         edges = stage.bins
-        if len(edges) < 2 or any(b <= a for a, b in zip(edges, edges[1:], strict=False)):  # noqa: PLR2004 - two edges make one bin
+        if len(edges) < 2 or any(b <= a for a, b in pairwise(edges)):  # noqa: PLR2004 - two edges make one bin
             msg = f"{where}: bins must be at least two edges in rising order"
             raise ConfigurationError(msg)
         return

@@ -19,12 +19,20 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[Any]()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = self._key(key_node)
             if key in seen:
                 msg = f"key {key!r} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, msg, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def _key(self, node: yaml.Node) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            msg = "a key must be a text"
+            raise yaml.constructor.ConstructorError(None, None, msg, node.start_mark)
+        if node.tag == "tag:yaml.org,2002:merge":
+            return node  # equal to itself only: `<<` may come more than once
+        return self.construct_object(node, deep=True)
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -44,8 +52,11 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         msg = f"{source}{line}: not valid YAML: {error.problem or error.context}"
         raise ConfigurationError(msg) from None
-    except yaml.YAMLError as error:
-        msg = f"{source}: not valid YAML: {error}"
+    except RecursionError:
+        raise ConfigurationError(f"{source}: not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        msg = f"{source}: not valid YAML: {reason}"
         raise ConfigurationError(msg) from None
     if not isinstance(data, dict):
         found = "an empty file" if data is None else type(data).__name__
@@ -61,13 +72,14 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
         ConfigurationError: No ``=``, or the path runs through something that has no keys.
     """
     path, equals, text = assignment.partition("=")
-    if not equals or not path.strip():
-        msg = f"--set {assignment}: expected KEY=VALUE, e.g. --set limits.streams=64"
+    if not equals or not all(name.strip() for name in path.split(".")):
+        msg = f"--set {path}: expected KEY=VALUE, e.g. --set limits.streams=64"
         raise ConfigurationError(msg)
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError:
-        msg = f"--set {path}: the value {text!r} is not valid YAML; quote it"
+    except (yaml.YAMLError, RecursionError, ValueError):
+        shown = "" if "key" in path else f" {text!r}"
+        msg = f"--set {path}: the value{shown} is not valid YAML; put it in quotes"
         raise ConfigurationError(msg) from None
     set_path(data, path.strip(), value)
 
@@ -119,7 +131,7 @@ def expand(data: Any, environment: Mapping[str, str], source: str, key: str = ""
     """
     if isinstance(data, dict):
         return {k: expand(v, environment, source, join(key, str(k))) for k, v in data.items()}
-    if isinstance(data, list):
+    if isinstance(data, list | tuple):
         return [expand(v, environment, source, join(key, str(n))) for n, v in enumerate(data)]
     if not isinstance(data, str):
         return data

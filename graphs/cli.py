@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -54,7 +55,7 @@ def _setup(
 
 
 @app.command()
-def run(  # noqa: PLR0913 - one parameter per option
+def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     config: Config,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
     input_path: Input = None,
@@ -75,7 +76,7 @@ def run(  # noqa: PLR0913 - one parameter per option
 
 
 @app.command()
-def resume(  # noqa: PLR0913 - one parameter per option
+def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     folder: Folder,
     input_path: Input = None,
     limit: Limit = None,
@@ -123,7 +124,7 @@ def check(
 
 
 @app.command()
-def simulate(
+def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     nodes: Annotated[int, typer.Option(min=1, help="Simulated servers.")] = 8,
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="First port; 0 takes a free one.")
@@ -164,12 +165,21 @@ def main() -> None:
         app()
     except FanfoldError as error:
         if isinstance(error.__cause__, BrokenPipeError):
-            sys.exit(OTHER)  # the reader of our output has left, e.g. head
+            _reader_left()
         running.say([f"Error: {error.message}"])
         sys.exit(_exit_code(error))
+    except BrokenPipeError:
+        _reader_left()
     except KeyboardInterrupt:
-        running.say(["Interrupted before the run began; nothing was written."])
+        running.say(["Interrupted before there was anything to go on with."])
         sys.exit(OTHER)
+
+
+def _reader_left() -> NoReturn:
+    """End quietly: whoever read our output has left, e.g. ``head``."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # or Python complains when it flushes at its end
+    sys.exit(OTHER)
 
 
 def _exit_code(error: FanfoldError) -> int:

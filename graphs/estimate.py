@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..backends.build import PROBE_TIMEOUT_S, endpoint_specs, input_spec, needed_columns, simulation
-from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.template import Template
 from ..backends.fleet.probe import Found, check_models, discover
 from ..backends.inputs.spill import spill
 from ..backends.inputs.store import ItemStore
 from ..configs.load import Loaded
+from .prepare import check_endpoints, check_graph, check_input
 
 _SAMPLE = 200
 _BYTES_PER_TOKEN = 4
@@ -30,6 +30,7 @@ class Estimate:
         source: What the input is.
         endpoints: One line per endpoint.
         first_id: The first item's name.
+        system: The constant text, sent first.
         first_prompt: The first item's question, as it would be sent.
         requests: Requests if every first answer is valid.
         most_requests: Requests if every repair is used.
@@ -43,6 +44,7 @@ class Estimate:
     source: str
     endpoints: tuple[str, ...]
     first_id: str
+    system: str
     first_prompt: str
     requests: int
     most_requests: int
@@ -56,6 +58,9 @@ async def estimate(loaded: Loaded) -> Estimate:
     Raises:
         ConfigurationError: Something does not fit, or no endpoint serves the model.
     """
+    check_input(loaded)
+    check_graph(loaded)
+    check_endpoints(loaded)
     lines = await _probe(loaded)
     return await asyncio.to_thread(_read, loaded, lines)
 
@@ -63,7 +68,8 @@ async def estimate(loaded: Loaded) -> Estimate:
 async def _probe(loaded: Loaded) -> tuple[str, ...]:
     if loaded.config.endpoints.simulated is not None:
         spec = simulation(loaded.config)
-        return (f"simulated fleet of {spec.nodes} nodes serving {spec.model!r}",)
+        nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
+        return (f"SIMULATED fleet of {nodes} serving {spec.model!r}",)
     specs = endpoint_specs(loaded.config.endpoints, loaded.plain["endpoints"])
     found = await discover(specs, PROBE_TIMEOUT_S)
     check_models(found, loaded.config.model.name)
@@ -81,9 +87,6 @@ def _line(found: Found) -> str:
 
 def _read(loaded: Loaded, lines: tuple[str, ...]) -> Estimate:
     config = loaded.config
-    if config.input.path is None and config.input.dataset is None:
-        msg = f"{loaded.source}: the key 'input.path' (or 'input.dataset') is missing"
-        raise ConfigurationError(msg)
     prompt, system = Template.parse(config.task.prompt), config.task.system
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "items.arrow"
@@ -100,7 +103,8 @@ def _read(loaded: Loaded, lines: tuple[str, ...]) -> Estimate:
         source=summary.source,
         endpoints=lines,
         first_id=sample[0].id if sample else summary.first.id,
-        first_prompt=f"{system}\n{texts[0] if texts else ''}",
+        system=system,
+        first_prompt=texts[0] if texts else "(no item can be asked)",
         requests=asked,
         most_requests=asked * (1 + config.task.repairs),
         prompt_tokens=round(asked * tokens),

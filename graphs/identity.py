@@ -24,15 +24,22 @@ def fingerprint(config: RunConfig, model: str, simulated: bool) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], model: str) -> list[str]:
     """Return, line by line, how two runs' plain settings ask for different things.
 
     The input's path is left out, for its content is compared by digest; so are endpoints,
     backend, limits and reduce, which may change.
+
+    Args:
+        old: The run's settings.
+        new: The settings to go on with.
+        model: The model's name that the run has settled on; no name stands for it.
     """
     lines = []
     for section in ("input", "task", "model"):
-        a, b = old.get(section) or {}, new.get(section) or {}
+        a, b = dict(old.get(section) or {}), dict(new.get(section) or {})
+        if section == "model":
+            a["name"], b["name"] = model, b.get("name") or model
         keys = _INPUT if section == "input" else sorted(a.keys() | b.keys())
         lines += [
             f"{section}.{key}: {_short(a.get(key))} → {_short(b.get(key))}"

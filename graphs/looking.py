@@ -11,16 +11,19 @@ from typing import IO, Any, Final
 import orjson
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ..backends.accounts.folder import open_folder
+from ..backends.accounts.folder import RunFolder, open_folder
 from ..backends.accounts.ledger import Ledger
 from ..backends.accounts.results import write_csv, write_jsonl, write_parquet
 from ..backends.contract.errors import ConfigurationError
 from ..backends.fleet.simulated.fleet import SimulatedFleet
 from ..backends.fleet.simulated.spec import SimulationSpec
-from ..configs.load import Loaded, load
+from ..configs.load import Loaded, peek
 from ..configs.presets import copy_preset, preset_names, preset_text
+from ..configs.source import at_path
 from .estimate import Estimate, estimate
+from .report import cell
 from .running import Wish, print_json, say
 
 _FORMATS: Final = ("jsonl", "csv", "parquet")
@@ -53,9 +56,16 @@ def status(path: Path, as_json: bool) -> None:
         return
     table = Table(show_header=False)
     for key, value in facts.items():
-        shown = "true" if value is True else "false" if value is False else str(value)
-        table.add_row(key, shown)
+        table.add_row(key, _shown(value))
     Console().print(table)
+
+
+def _shown(value: Any) -> Text:
+    if isinstance(value, dict):
+        return Text(", ".join(f"{_shown(inner)} {name}" for name, inner in value.items()))
+    if isinstance(value, bool):
+        return Text(str(value).lower())
+    return Text(f"{value:,}") if isinstance(value, int) else cell(value)
 
 
 def results(path: Path, form: str, target: Path | None) -> None:
@@ -65,7 +75,9 @@ def results(path: Path, form: str, target: Path | None) -> None:
     if form == "parquet" and target is None:
         raise ConfigurationError("--format parquet is no text; give a file with -o FILE")
     folder = open_folder(path)
-    about, schema = folder.read_provenance(), load(folder.settings).config.task.answer_schema
+    if target is not None:
+        _check_target(target)
+    about, schema = folder.read_provenance(), _schema(folder)
     with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
         records = ledger.records()
         if form == "parquet" and target is not None:
@@ -75,6 +87,19 @@ def results(path: Path, form: str, target: Path | None) -> None:
         else:
             with _opened(target) as stream:
                 _write_text(records, form, stream, schema)
+
+
+def _schema(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the answers' schema; nobody needs the endpoints' key to read results."""
+    schema = at_path(peek(folder.settings)[0], ("task", "schema"))
+    return schema if isinstance(schema, dict) else None
+
+
+def _check_target(target: Path) -> None:
+    if target.is_dir():
+        raise ConfigurationError(f"-o {target}: is a folder; name a file")
+    if not target.parent.is_dir():
+        raise ConfigurationError(f"-o {target}: there is no folder {target.parent}")
 
 
 def _opened(target: Path) -> IO[bytes]:
@@ -97,7 +122,9 @@ def check(config: str, wish: Wish) -> None:
     """Check settings, input and endpoints; print what a run would ask and take."""
     loaded, notices = wish.settled(config)
     found = asyncio.run(estimate(loaded))
-    say([*notices, *_estimate_lines(loaded, found)])
+    say(notices)
+    for line in _estimate_lines(loaded, found):
+        print(line)
 
 
 def _estimate_lines(loaded: Loaded, found: Estimate) -> list[str]:
@@ -107,6 +134,10 @@ def _estimate_lines(loaded: Loaded, found: Estimate) -> list[str]:
         + (f", {found.skipped:,} skipped" if found.skipped else "")
         + (f", {found.invalid:,} cannot be asked" if found.invalid else ""),
         *(f"endpoint: {line}" for line in found.endpoints),
+        *(
+            ("system text:", *(f"  {line}" for line in found.system.splitlines()))
+            * bool(found.system)
+        ),
         f"first prompt (item {found.first_id}):",
         *(f"  {line}" for line in found.first_prompt.splitlines()),
         f"requests: {found.requests:,} to {found.most_requests:,} (with every repair)",
@@ -127,7 +158,7 @@ def simulate(fields: dict[str, Any], file: Path) -> None:
 async def _serve(spec: SimulationSpec, file: Path) -> None:
     async with SimulatedFleet(spec) as fleet:
         text = "".join(f"{url}\n" for url in fleet.urls)
-        await asyncio.to_thread(file.write_text, text)
+        await asyncio.to_thread(_write_endpoints, file, text)
         say(
             [
                 f"SIMULATED fleet of {spec.nodes} nodes serving {spec.model!r}",
@@ -136,6 +167,13 @@ async def _serve(spec: SimulationSpec, file: Path) -> None:
             ]
         )
         await asyncio.Event().wait()
+
+
+def _write_endpoints(file: Path, text: str) -> None:
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise ConfigurationError(f"{file}: cannot be written: {error.strerror}") from None
 
 
 def presets_list() -> None:

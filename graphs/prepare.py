@@ -5,25 +5,30 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import re
 import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, now, write_bytes
-from ..backends.build import input_spec, needed_columns, serving
-from ..backends.contract.errors import ConfigurationError
+from ..backends.build import endpoint_specs, input_spec, needed_columns, serving, simulation
+from ..backends.contract.errors import ConfigurationError, MissingExtraError
 from ..backends.inputs.spec import InputSummary
 from ..backends.inputs.spill import spill
-from ..configs.load import Loaded, to_yaml
+from ..configs.load import Loaded
+from ..configs.plain import to_yaml
 from .identity import fingerprint
+from .opening import load_graph
 
 RUNS: Final = "fanfold-runs"
+_HIDDEN: Final = re.compile(r"://\S*@")
 _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai", "pydantic")
 
 
@@ -49,48 +54,90 @@ async def prepare_run(
     if not await asyncio.to_thread(is_vacant, path):
         msg = f"{path}: holds something else already; choose another --out"
         raise ConfigurationError(msg)
-    _check_input(loaded, items)
-    model, simulated = await _settle_model(loaded)
-    await asyncio.to_thread(_make, loaded, path, items, model, simulated)
+    check_input(loaded, items)
+    check_graph(loaded)
+    check_endpoints(loaded)
+    async with _new_folder(path) as folder:
+        spec = input_spec(loaded.config, items)
+        summary = await asyncio.to_thread(spill, spec, folder.items, needed_columns(loaded.config))
+        model, simulated = await _settle_model(loaded)
+        about = {
+            "run": secrets.token_hex(8),
+            "name": loaded.config.name,
+            "config": loaded.source,
+            "simulated": simulated,
+            "model": model,
+            "fingerprint": fingerprint(loaded.config, model, simulated),
+            "input": describe_input(summary, spec.path),
+            "lives": [],
+        }
+        await asyncio.to_thread(_write, folder, loaded, about)
     return RunFolder(path)
 
 
-def _check_input(loaded: Loaded, items: Sequence[Mapping[str, Any]] | None) -> None:
+@asynccontextmanager
+async def _new_folder(path: Path) -> AsyncIterator[RunFolder]:
+    """Make a run folder without blocking the loop; it stays only if the block ends well."""
+    making = new_folder(path)
+    folder = await asyncio.to_thread(making.__enter__)
+    try:
+        yield folder
+    except BaseException as error:
+        await asyncio.to_thread(making.__exit__, type(error), error, error.__traceback__)
+        raise
+    await asyncio.to_thread(making.__exit__, None, None, None)
+
+
+def check_input(loaded: Loaded, items: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """Check that there is an input.
+
+    Raises:
+        ConfigurationError: Neither items nor a path nor a data set.
+    """
     given = loaded.config.input
     if items is None and given.path is None and given.dataset is None:
         msg = f"{loaded.source}: the key 'input.path' (or 'input.dataset') is missing"
         raise ConfigurationError(msg)
 
 
+def check_graph(loaded: Loaded) -> None:
+    """Check that the item graph of the user's own can be imported, if there is one.
+
+    Raises:
+        ConfigurationError: It cannot, or is no function.
+    """
+    if loaded.config.task.graph is not None:
+        load_graph(loaded.config.task.graph)
+
+
+def check_endpoints(loaded: Loaded) -> None:
+    """Check what can be said of the endpoints without asking them.
+
+    Raises:
+        ConfigurationError: None, a malformed URL, an unreadable file; no such simulated fleet.
+    """
+    try:
+        if loaded.config.endpoints.simulated is None:
+            endpoint_specs(loaded.config.endpoints, loaded.plain["endpoints"])
+        else:
+            simulation(loaded.config)
+    except MissingExtraError:
+        raise
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{loaded.source}: {error.message}") from None
+
+
 async def _settle_model(loaded: Loaded) -> tuple[str, bool]:
     """Return the model's name, and whether the endpoints are simulated."""
+    if loaded.config.endpoints.simulated is not None:
+        return simulation(loaded.config).model, True
     async with serving(loaded.config, loaded.plain["endpoints"]) as up:
         return up.model, up.simulated
 
 
-def _make(
-    loaded: Loaded,
-    path: Path,
-    items: Sequence[Mapping[str, Any]] | None,
-    model: str,
-    simulated: bool,
-) -> None:
-    with new_folder(path) as folder:
-        spec = input_spec(loaded.config, items)
-        summary = spill(spec, folder.items, needed_columns(loaded.config))
-        write_bytes(folder.settings, to_yaml(loaded.plain).encode())
-        folder.write_provenance(
-            {
-                "run": secrets.token_hex(8),
-                "name": loaded.config.name,
-                "config": loaded.source,
-                "simulated": simulated,
-                "model": model,
-                "fingerprint": fingerprint(loaded.config, model, simulated),
-                "input": describe_input(summary, spec.path),
-                "lives": [],
-            }
-        )
+def _write(folder: RunFolder, loaded: Loaded, about: dict[str, Any]) -> None:
+    write_bytes(folder.settings, to_yaml(loaded.plain).encode())
+    folder.write_provenance(about)
 
 
 def describe_input(summary: InputSummary, path: Path | None) -> dict[str, Any]:
@@ -126,13 +173,19 @@ def life() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {name: version(name) for name in _PACKAGES},
         "command": [Path(sys.argv[0]).name, *_public(sys.argv[1:])],
-        "git": {"fanfold": _commit(Path(__file__).parent), "workdir": _commit(Path.cwd())},
+        "git": {"fanfold": _own_commit(), "workdir": _commit(Path.cwd())},
     }
 
 
-def _public(arguments: Sequence[str]) -> list[str]:
-    """Return the command's arguments without values that may be secret."""
-    return [a.partition("=")[0] + "=…" if "api_key" in a or "@" in a else a for a in arguments]
+def _public(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the command's arguments; what may hold a secret only as far as it is none."""
+    for argument in arguments:
+        if "://" in argument:
+            yield _HIDDEN.sub("://…@", argument.partition("?")[0])
+        elif "key" in argument.partition("=")[0].rpartition(".")[2]:
+            yield argument.partition("=")[0] + ("=…" if "=" in argument else "")
+        else:
+            yield argument
 
 
 def _commit(folder: Path) -> str | None:
@@ -148,3 +201,9 @@ def _commit(folder: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None  # no git: provenance says so by None
     return found.stdout.strip() or None
+
+
+def _own_commit() -> str | None:
+    """Return fanfold's own commit; None for an installed wheel, even below somebody's checkout."""
+    root = Path(__file__).resolve().parent.parent
+    return _commit(root) if (root / ".git").exists() else None

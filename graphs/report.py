@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import orjson
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _CELL: Final = 80
-_SHORT: Final = 14
+_NARROW: Final = 6
+_FRAME: Final = 3
 _HIDDEN: Final = frozenset({"op", "field", "k", "order"})
 
 
@@ -32,16 +33,26 @@ def cell(value: Any) -> Text:
 def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Console) -> None:
     """Print one table per reduce stage; a simulated one says so."""
     for stage in aggregate:
-        table = _ranking(stage) if isinstance(stage.get("rows"), list) else _facts(stage)
-        field = stage.get("field")
-        table.title = f"{stage['op']} of {field}" if field else str(stage["op"])
-        table.caption = "simulated: true" if simulated else None
-        console.print(table)
+        field = cell(stage.get("field")).plain
+        title = f"{stage['op']} of {field}" if field else str(stage["op"])
+        mark = "   simulated: true" if simulated else ""
+        console.print(Text(f"{title}{mark}", style="bold"), soft_wrap=True)
+        for part in _tables(stage, console.width):
+            console.print(part)
+
+
+def _tables(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
+    if not isinstance(stage.get("rows"), list):
+        yield _facts(stage)
+    elif stage["rows"]:
+        yield from _ranking(stage, width)
+    else:
+        yield Text("no rows", style="italic")
 
 
 def _facts(stage: Mapping[str, Any]) -> Table:
     """Show names and values below each other."""
-    table = Table(title_justify="left", caption_justify="left", show_header=False)
+    table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     for name, value in _pairs(stage):
@@ -66,19 +77,45 @@ def _pair(entry: Mapping[str, Any]) -> tuple[str, Any]:
     return " to ".join(cell(name).plain for name in names), value
 
 
-def _ranking(stage: Mapping[str, Any]) -> Table:
-    """Show one row per item, the short columns whole, the long ones cut."""
-    table = Table(title_justify="left", caption_justify="left")
+def _ranking(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
+    """Show one row per item: short columns whole, long ones cut, those without room named."""
     flat = [_flat(row, stage.get("field")) for row in stage["rows"]]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    cells = [[cell(row.get(name)) for name in columns] for row in flat]
-    for n, name in enumerate(columns):
-        widest = max([len(name), *(len(row[n]) for row in cells)])
-        width = min(widest, _SHORT)
-        table.add_column(cell(name), no_wrap=True, overflow="ellipsis", min_width=width)
-    for row in cells:
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    heads = [cell(name) for name in names]
+    cells = [[cell(row.get(name)) for row in flat] for name in names]
+    wide = [max(map(len, (head, *column))) for head, column in zip(heads, cells, strict=True)]
+    room = fit(wide, width)
+    table = Table()
+    for name, head, most in zip(names, heads, room, strict=False):
+        numeric = all(isinstance(row.get(name), int | float) for row in flat)
+        justify: JustifyMethod = "right" if numeric else "left"
+        table.add_column(head, width=most, no_wrap=True, overflow="ellipsis", justify=justify)
+    for row in zip(*cells[: len(room)], strict=True):
         table.add_row(*row)
-    return table
+    yield table
+    if len(room) < len(names):
+        yield Text(f"no room for {', '.join(h.plain for h in heads[len(room) :])}")
+
+
+def fit(wide: Sequence[int], width: int) -> list[int]:
+    """Return the columns' widths in a table: the widest give way first.
+
+    Args:
+        wide: Characters that each column would like.
+        width: Characters of the whole table; a column's frame takes 3, the last edge 1.
+
+    Returns:
+        One width per column; fewer than asked for when not even narrow ones have room.
+    """
+    shown = max(1, min(len(wide), (width - 1) // (_NARROW + _FRAME)))
+    room, free = list(wide[:shown]), width - 1 - _FRAME * shown
+    while sum(room) > free and max(room) > 1:
+        most = max(room)
+        next_most = max((w for w in room if w < most), default=1)
+        many = room.count(most)
+        least = max(next_most, most - -(-(sum(room) - free) // many))
+        room = [least if w == most else w for w in room]
+    return room
 
 
 def _flat(row: Mapping[str, Any], field: str | None) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.accounts.folder import RunFolder, write_bytes
-from ..backends.build import input_spec, needed_columns
+from ..backends.build import input_spec, needed_columns, serving, simulation
 from ..backends.contract.errors import ConfigurationError
 from ..backends.inputs.spill import spill
-from ..configs.load import MASKED, Loaded, load, to_yaml
+from ..backends.inputs.store import ItemStore
+from ..configs.load import Loaded, load
+from ..configs.plain import to_yaml
 from .identity import differences, fingerprint
 from .prepare import stamp
 
@@ -44,49 +46,81 @@ async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
     """
     before = load(folder.settings)
     after = loaded or before
-    await asyncio.to_thread(_check, folder, before, after)
+    about = await asyncio.to_thread(folder.read_provenance)
+    await asyncio.to_thread(_check, folder, about, before, after)
+    if after.plain["endpoints"] != before.plain["endpoints"]:
+        await _check_kind(folder, about, after)
     changed = before.plain["reduce"] != after.plain["reduce"]
     if after.plain != before.plain:
-        text = to_yaml(after.plain).encode()
-        await asyncio.to_thread(write_bytes, folder.settings, text)
+        await asyncio.to_thread(_keep, folder, after)
     return Resumed(folder, after, changed)
 
 
-def _check(folder: RunFolder, before: Loaded, after: Loaded) -> None:
-    about = folder.read_provenance()
-    lines = differences(before.plain, after.plain)
+def _keep(folder: RunFolder, after: Loaded) -> None:
+    """Write changed settings, unless another process works by the old ones."""
+    with folder.locked():
+        write_bytes(folder.settings, to_yaml(after.plain).encode())
+
+
+def _check(folder: RunFolder, about: dict[str, Any], before: Loaded, after: Loaded) -> None:
+    lines = differences(before.plain, after.plain, about["model"])
     if after.config.endpoints.simulated is not None and not about["simulated"]:
-        lines.append("endpoints: this run's answers are real, a simulated fleet's are not")
-    if not lines and _input_changed(about["input"], after):
-        lines.append(f"input: the content of {after.config.input.path} has changed")
-    if not lines and _fingerprint(after, about) != about["fingerprint"]:
+        lines.append("endpoints: real → simulated; their answers never mix")
+    if not lines and _input_changed(about["input"], before, after):
+        lines.append(f"input: the content of {after.config.input.path} is another")
+    if (
+        not lines
+        and fingerprint(after.config, about["model"], about["simulated"]) != (about["fingerprint"])
+    ):
         lines.append("task or model: a ${VAR} in it has another value than it had")
     if lines:
-        shown = "\n  ".join(lines)
-        msg = (
-            f"{folder.path}: this run asks for something else; start a new run in another folder. "
-            f"What differs (run → now):\n  {shown}"
-        )
-        raise ConfigurationError(msg)
-    if after.config.endpoints.api_key.get_secret_value() == MASKED:
-        msg = (
-            f"{folder.path}: the endpoints' key is not kept in the run folder; give it again: "
-            "--set 'endpoints.api_key=${VAR}'"
-        )
-        raise ConfigurationError(msg)
+        raise ConfigurationError(_refusal(folder, lines))
+    _check_columns(folder, after)
 
 
-def _fingerprint(after: Loaded, about: dict[str, Any]) -> str:
-    return fingerprint(after.config, about["model"], about["simulated"])
+def _refusal(folder: RunFolder, lines: list[str]) -> str:
+    shown = "\n  ".join(lines)
+    return (
+        f"{folder.path}: this run asks for something else; start a new run in another folder. "
+        f"What differs (run → now):\n  {shown}"
+    )
 
 
-def _input_changed(known: dict[str, Any], after: Loaded) -> bool:
+def _check_columns(folder: RunFolder, after: Loaded) -> None:
+    """Check that the kept copy of the input has the columns that the reduce stages show."""
+    with ItemStore(folder.items) as store:
+        known = store.summary().columns
+    for name in needed_columns(after.config):
+        if name not in known:
+            msg = (
+                f"{folder.path}: the run's copy of the input has no column {name!r}, which "
+                f"reduce shows; its columns: {', '.join(known)}"
+            )
+            raise ConfigurationError(msg)
+
+
+async def _check_kind(folder: RunFolder, about: dict[str, Any], after: Loaded) -> None:
+    """Check that new endpoints serve the run's model, and are simulated if it is."""
+    if after.config.endpoints.simulated is not None:
+        simulation(after.config)
+        return
+    async with serving(after.config, after.plain["endpoints"], about["model"]) as up:
+        if up.simulated != about["simulated"]:
+            kinds = ("real", "simulated")
+            change = f"{kinds[about['simulated']]} → {kinds[up.simulated]}"
+            line = f"endpoints: {change}; their answers never mix"
+            raise ConfigurationError(_refusal(folder, [line]))
+
+
+def _input_changed(known: dict[str, Any], before: Loaded, after: Loaded) -> bool:
     """Compare the input's content, unless size and time say that nobody touched it.
 
-    A file that is gone does not matter: the run folder holds a copy.
+    A file that is gone does not matter, for the run folder holds a copy; a new path must exist.
     """
-    path = after.config.input.path
-    if path is None or not Path(path).exists() or stamp(Path(path)) == known["stamp"]:
+    path, same = after.config.input.path, before.plain["input"] == after.plain["input"]
+    if path is None or (same and not Path(path).exists()):
+        return False
+    if same and known["stamp"] is not None and stamp(Path(path)) == known["stamp"]:
         return False
     with tempfile.TemporaryDirectory() as folder:
         spec, columns = input_spec(after.config, None), needed_columns(after.config)

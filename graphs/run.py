@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import signal
+import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphDrained
-from langgraph.runtime import RunControl
 from rich.console import Console
 
 from ..backends.accounts.folder import RunFolder, now
-from ..backends.contract.errors import RunStoppedError
+from ..backends.contract.errors import LedgerError, RunStoppedError
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
 from .context import RunContext
@@ -24,6 +23,9 @@ from .live import watching
 from .map_reduce import MapReduce, build
 from .prepare import life
 from .saver import open_saver
+from .stopping import Stop, stoppable
+
+logger = logging.getLogger(__name__)
 
 DONE, OTHER, USAGE, FAILURES, INTERRUPTED = 0, 1, 2, 3, 5
 """Exit codes: all done; anything else; wrong usage or settings; some items failed; resumable."""
@@ -78,83 +80,118 @@ async def execute(
 ) -> RunResult:
     """Run or resume a prepared run to its end, and note this life in its provenance.
 
+    SIGINT and SIGTERM stop it: see :class:`~fanfold.graphs.stopping.Stop`.
+
     Raises:
         ConfigurationError: The endpoints do not fit the run, or another process works on it.
-        LedgerError: An item could not be recorded.
+        LedgerError: Something could not be written; says how many items are safe.
+        RunStoppedError: It was stopped while it was being opened.
     """
-    about = await asyncio.to_thread(folder.read_provenance)
-    this = await asyncio.to_thread(life)
     started = time.monotonic()
     context = RunContext.of(loaded, trace=options.trace, retry_failed=options.retry_failed)
-    outcome = "stopped by an error"
-    async with context.opened(str(folder.path)) as tools:
-        await _note(folder, about, this)
+    with stoppable(console) as stop:
+        async with AsyncExitStack() as stack:
+            opened = context.opened(str(folder.path))
+            tools = await stop.opening(stack.enter_async_context(opened))
+            async with _counted(tools), _noted(folder) as (about, this):
+                life = _Life(folder, about["run"], context, tools, options, console, stop)
+                result = await life.lived()
+                this["outcome"] = result.reason or "finished"
+    return replace(result, seconds=round(time.monotonic() - started, 3))
+
+
+@asynccontextmanager
+async def _counted(tools: RunTools) -> AsyncIterator[None]:
+    """Let every failed write say how many items are safe."""
+    try:
+        yield
+    except LedgerError as error:
+        if "items are safe" in error.message:
+            raise
+        safe, total = tools.progress.done + tools.progress.failed, tools.progress.total
+        msg = f"{error.message}. {safe:,} of {total:,} items are safe; mend it, then resume"
+        raise LedgerError(msg) from error
+
+
+@asynccontextmanager
+async def _noted(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Note this life in the run's provenance, at its begin and at its end."""
+    about, this = await asyncio.to_thread(lambda: (folder.read_provenance(), life()))
+
+    async def note() -> None:
+        lives = [*about["lives"], this]
+        await asyncio.to_thread(folder.write_provenance, about | {"lives": lives})
+
+    await note()
+    this["outcome"] = "stopped by an error"
+    try:
+        yield about, this
+    except BaseException:
+        this["ended"] = now()
         try:
-            result = await _invoke(folder, about["run"], context, tools, options, console)
-            outcome = result.reason or "finished"
-        finally:
-            await _note(folder, about, this | {"ended": now(), "outcome": outcome})
-    return _timed(result, time.monotonic() - started)
+            await note()
+        except LedgerError as error:
+            logger.warning("%s", error.message)  # what ended the run matters more
+        raise
+    this["ended"] = now()
+    await note()
 
 
-async def _note(folder: RunFolder, about: dict[str, Any], this: dict[str, Any]) -> None:
-    lives = [*about["lives"], this]
-    await asyncio.to_thread(folder.write_provenance, about | {"lives": lives})
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """The parts of one life of a run, and how it is lived."""
 
+    folder: RunFolder
+    run: str
+    context: RunContext
+    tools: RunTools
+    options: RunOptions
+    console: Console
+    stop: Stop
 
-def _timed(result: RunResult, seconds: float) -> RunResult:
-    return RunResult(
-        result.code,
-        result.folder,
-        result.run,
-        round(seconds, 3),
-        result.progress,
-        result.aggregate,
-        result.simulated,
-        result.reason,
-    )
+    async def lived(self) -> RunResult:
+        thread: RunnableConfig = {"configurable": {"thread_id": self.run}}
+        async with open_saver(self.options.checkpointer, self.folder.checkpoints) as saver:
+            graph = build(self.context).compile(checkpointer=saver)
+            begin = await self._beginning(graph, thread)
+            control = self.stop.control
+            invocation = asyncio.ensure_future(
+                graph.ainvoke(
+                    begin, thread, context=self.context, durability="sync", control=control
+                )
+            )
+            async with watching(self.tools, self.console, self.options.quiet):
+                with self.stop.working(self.tools.gate, invocation):
+                    return await self._outcome(invocation)
 
+    async def _beginning(self, graph: MapReduce, thread: RunnableConfig) -> Any:
+        """Return the graph's input: None goes on from the last checkpoint."""
+        state = await graph.aget_state(thread)
+        if state.next and not self.options.anew and not self.options.retry_failed:
+            return None
+        return {"folder": str(self.folder.path)}
 
-async def _invoke(  # noqa: PLR0913 - the parts of one life, used here alone
-    folder: RunFolder,
-    run: str,
-    context: RunContext,
-    tools: RunTools,
-    options: RunOptions,
-    console: Console,
-) -> RunResult:
-    control = RunControl()
-    thread: RunnableConfig = {"configurable": {"thread_id": run}}
-    async with open_saver(options.checkpointer, folder.checkpoints) as saver:
-        graph = build(context).compile(checkpointer=saver)
-        begin = await _beginning(graph, thread, folder, options)
-        invocation = asyncio.ensure_future(
-            graph.ainvoke(begin, thread, context=context, durability="sync", control=control)
-        )
-        async with watching(tools, console, options.quiet):
-            with _signals(tools, control, invocation, console):
-                try:
-                    final = await invocation
-                except (GraphDrained, RunStoppedError, asyncio.CancelledError) as error:
-                    if isinstance(error, asyncio.CancelledError) and not tools.gate.closed:
-                        raise
-                    reason = tools.gate.reason or str(error)
-                    return RunResult(
-                        INTERRUPTED, folder, run, 0.0, _counts(tools), [], tools.simulated, reason
-                    )
-    progress = final["progress"]
-    code = FAILURES if progress["failed"] else DONE
-    return RunResult(code, folder, run, 0.0, progress, final["aggregate"], tools.simulated)
+    async def _outcome(self, invocation: asyncio.Future[Any]) -> RunResult:
+        try:
+            final = await invocation
+        except (GraphDrained, RunStoppedError, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and self.stop.reason is None:
+                raise
+            reason = self.tools.gate.reason or str(error)
+            return self._result(INTERRUPTED, _counts(self.tools), [], reason)
+        progress = final["progress"]
+        code = FAILURES if progress["failed"] else DONE
+        return self._result(code, progress, final["aggregate"])
 
-
-async def _beginning(
-    graph: MapReduce, thread: RunnableConfig, folder: RunFolder, options: RunOptions
-) -> Any:
-    """Return the graph's input: None goes on from the last checkpoint."""
-    state = await graph.aget_state(thread)
-    if state.next and not options.anew and not options.retry_failed:
-        return None
-    return {"folder": str(folder.path)}
+    def _result(
+        self,
+        code: int,
+        progress: dict[str, Any],
+        aggregate: list[dict[str, Any]],
+        reason: str | None = None,
+    ) -> RunResult:
+        simulated = self.tools.simulated
+        return RunResult(code, self.folder, self.run, 0.0, progress, aggregate, simulated, reason)
 
 
 def _counts(tools: RunTools) -> dict[str, Any]:
@@ -167,31 +204,3 @@ def _counts(tools: RunTools) -> dict[str, Any]:
         "tokens": {"prompt": progress.prompt_tokens, "completion": progress.completion_tokens},
         "simulated": tools.simulated,
     }
-
-
-@contextmanager
-def _signals(
-    tools: RunTools, control: RunControl, invocation: asyncio.Future[Any], console: Console
-) -> Iterator[None]:
-    """On SIGINT or SIGTERM take no more items and let those in flight end; at once on a second."""
-    loop = asyncio.get_running_loop()
-
-    def stop(name: str) -> None:
-        if tools.gate.closed:
-            invocation.cancel()
-            return
-        flying = tools.gate.in_flight
-        tools.gate.close(name)
-        control.request_drain(name)
-        console.print(f"{name}: waiting for {flying} items in flight; once more stops at once")
-
-    handled: list[tuple[signal.Signals, Callable[..., Any] | int | None]] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handled.append((number, signal.getsignal(number)))
-        loop.add_signal_handler(number, stop, number.name)
-    try:
-        yield
-    finally:
-        for number, handler in handled:
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,11 +14,13 @@ import orjson
 from rich.console import Console
 
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
+from ..backends.contract.errors import RunStoppedError
 from ..configs.load import Loaded
 from .prepare import default_folder, prepare_run
 from .report import show_aggregate
 from .resume import resume_run
 from .run import INTERRUPTED, RunOptions, RunResult, execute
+from .saver import check_saver
 from .settings import settle
 
 _NAMED: Final = 10
@@ -64,21 +67,41 @@ def run(config: str, out: Path | None, wish: Wish, output: Output) -> int:
     loaded, notices = wish.settled(config)
     say(notices)
     if out is not None and not is_vacant(out):
-        result = asyncio.run(_resume(open_folder(out), loaded, wish, output))
+        result = _lived(_resume(open_folder(out), loaded, wish, output), out)
     else:
         path = out or default_folder(loaded.config.name)
-        result = asyncio.run(_start(loaded, path, wish, output))
+        result = _lived(_start(loaded, path, wish, output), path)
     return _finish(result, output)
+
+
+def _lived(life: Coroutine[Any, Any, RunResult], path: Path) -> RunResult:
+    """Run one life; SIGTERM stops it like SIGINT also while it begins and ends.
+
+    Raises:
+        RunStoppedError: It was stopped, and can be resumed.
+        KeyboardInterrupt: It was stopped before there was anything to resume.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return asyncio.run(life)
+    except KeyboardInterrupt:
+        if not path.is_dir():
+            raise
+        msg = f"interrupted while it began; go on with: fanfold resume {path}"
+        raise RunStoppedError(msg) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def resume(path: Path, wish: Wish, output: Output) -> int:
     """Go on with a run; return the exit code."""
     folder = open_folder(path)
     loaded = wish.settled(str(folder.settings))[0] if wish.changes_settings else None
-    return _finish(asyncio.run(_resume(folder, loaded, wish, output)), output)
+    return _finish(_lived(_resume(folder, loaded, wish, output), path), output)
 
 
 async def _start(loaded: Loaded, path: Path, wish: Wish, output: Output) -> RunResult:
+    await check_saver(wish.checkpointer)
     folder = await prepare_run(loaded, path)
     if not output.quiet:
         say(_about(folder))
@@ -89,6 +112,7 @@ async def _start(loaded: Loaded, path: Path, wish: Wish, output: Output) -> RunR
 async def _resume(
     folder: RunFolder, loaded: Loaded | None, wish: Wish, output: Output
 ) -> RunResult:
+    await check_saver(wish.checkpointer)
     resumed = await resume_run(folder, loaded)
     options = RunOptions(
         wish.checkpointer,
@@ -166,3 +190,4 @@ def say(lines: Iterable[str]) -> None:
 def print_json(data: Any) -> None:
     """Print a command's result as one JSON object on one line."""
     sys.stdout.write(orjson.dumps(data).decode() + "\n")
+    sys.stdout.flush()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,14 +15,21 @@ import aiosqlite
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
-from ..backends.contract.errors import ConfigurationError, MissingExtraError
+from ..backends.contract.errors import ConfigurationError, LedgerError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 
 NETWORK_FILE_SYSTEMS: Final = frozenset(
-    {"lustre", "nfs", "nfs4", "gpfs", "beegfs", "cifs", "smb3", "ceph", "pvfs2", "wekafs", "9p"}
+    {
+        *("lustre", "nfs", "nfs4", "gpfs", "beegfs", "dvs", "panfs", "pvfs2", "orangefs"),
+        *("cifs", "smb3", "smbfs", "ceph", "wekafs", "afs", "9p", "virtiofs", "gfs2", "ocfs2"),
+    }
 )
+_LOCAL_FUSE: Final = frozenset({"fuse.fuse-overlayfs", "fuseblk"})
 _MOUNTS: Final = Path("/proc/self/mountinfo")
+_OCTAL: Final = re.compile(r"\\([0-7]{3})")
+_PLAIN_URL: Final = re.compile(r"\w+://([^/?#@]*@)?[^/?#@]+([/?#][^@]*)?")
+_CONNECT_S: Final = 10
 
 
 @asynccontextmanager
@@ -34,17 +43,34 @@ async def open_saver(url: str | None, file: Path) -> AsyncIterator[BaseCheckpoin
     Raises:
         ConfigurationError: Another kind of URL, or the database cannot be reached.
         MissingExtraError: PostgreSQL without the extra ``postgres``.
+        LedgerError: A checkpoint cannot be written or read.
     """
     if url is None:
         async with _sqlite(file, is_network(file)) as saver:
             yield saver
-    elif urlsplit(url).scheme in ("postgresql", "postgres"):
+    elif url.partition(":")[0] in ("postgresql", "postgres"):
         async with _postgres(url) as saver:
             yield saver
     else:
-        scheme = urlsplit(url).scheme or "no scheme"
+        scheme = url.partition("://")[0] if "://" in url else "no scheme"
         msg = f"--checkpointer: expected postgresql://USER@HOST/DATABASE, found {scheme}"
         raise ConfigurationError(msg)
+
+
+async def check_saver(url: str | None) -> None:
+    """Find out before anything is written whether a ``--checkpointer`` can be used.
+
+    Args:
+        url: ``postgresql://…``, or None for SQLite, which needs no look.
+
+    Raises:
+        ConfigurationError: Another kind of URL, or the database cannot be reached.
+        MissingExtraError: PostgreSQL without the extra ``postgres``.
+        LedgerError: The database can be reached, but not be used.
+    """
+    if url is not None:
+        async with open_saver(url, Path()):
+            return
 
 
 @asynccontextmanager
@@ -55,15 +81,23 @@ async def _sqlite(file: Path, network: bool) -> AsyncIterator[AsyncSqliteSaver]:
     (sqlite.org/wal.html). In exclusive locking mode SQLite keeps that memory to itself, so the
     saver's own switch to WAL does no harm before it is undone.
     """
-    async with aiosqlite.connect(file) as connection:
-        saver = AsyncSqliteSaver(connection)
-        if network:
-            logger.info("%s: network file system, using a rollback journal", file)
-            await connection.execute("PRAGMA locking_mode=EXCLUSIVE")
-        await saver.setup()
-        if network:
-            await connection.execute("PRAGMA journal_mode=DELETE")
-        yield saver
+    try:
+        async with aiosqlite.connect(file) as connection:
+            saver = AsyncSqliteSaver(connection)
+            if network:
+                logger.info("%s: network file system, using a rollback journal", file)
+                await connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+            await saver.setup()
+            if network:
+                await connection.execute("PRAGMA journal_mode=DELETE")
+            yield saver
+    except sqlite3.Error as error:
+        msg = (
+            f"{file}: the checkpoints cannot be written or read: {error} (the journal holds the "
+            "items: if the file is damaged, delete it; if this file system has no locks, use "
+            "--checkpointer postgresql://…)"
+        )
+        raise LedgerError(msg) from error
 
 
 def is_network(path: Path, mounts: str | None = None) -> bool:
@@ -74,35 +108,66 @@ def is_network(path: Path, mounts: str | None = None) -> bool:
         mounts: Text of ``/proc/self/mountinfo`` (proc(5)); read if None, where there is one.
     """
     if mounts is None:
-        mounts = _MOUNTS.read_text() if _MOUNTS.exists() else ""
+        mounts = _MOUNTS.read_text(errors="replace") if _MOUNTS.exists() else ""
     best, kind = "", ""
     place = str(path.resolve())
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
-        point = left.split(" ")[4].replace("\\040", " ")
+        fields = left.split(" ")
+        if len(fields) < 5:  # noqa: PLR2004 - the mount point is the fifth
+            continue
+        point = _OCTAL.sub(lambda code: chr(int(code.group(1), 8)), fields[4])
         below = place == point or place.startswith(point.rstrip("/") + "/")
-        if below and len(point) >= len(best):
+        if below and len(point) >= len(best):  # of two on one point the later one is seen
             best, kind = point, right.split(" ")[0]
-    return kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse.sshfs")
+    return kind in NETWORK_FILE_SYSTEMS or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE)
 
 
 @asynccontextmanager
 async def _postgres(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
     try:
+        import psycopg  # noqa: PLC0415 - an extra
         from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver  # noqa: PLC0415 - an extra
-        from psycopg import OperationalError  # noqa: PLC0415 - an extra
+        from psycopg.rows import dict_row  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise MissingExtraError("--checkpointer postgresql://…", "postgres") from error
-    opened = AsyncPostgresSaver.from_conn_string(url)
+    host = _host(url)
     try:
-        saver = await opened.__aenter__()
-    except OperationalError as error:
-        reason = str(error).strip().splitlines()[-1]
-        host = urlsplit(url).hostname
+        connection = await psycopg.AsyncConnection.connect(
+            url,
+            autocommit=True,
+            prepare_threshold=0,
+            row_factory=dict_row,
+            connect_timeout=_CONNECT_S,
+        )
+    except psycopg.OperationalError as error:
+        reason = str(error).strip().splitlines()[0]
         msg = f"--checkpointer: PostgreSQL at {host} cannot be reached: {reason}"
         raise ConfigurationError(msg) from None
+    except psycopg.Error:  # its text may show the URL, and with it a password
+        msg = f"--checkpointer: PostgreSQL at {host}: the URL has a part that it does not know"
+        raise ConfigurationError(msg) from None
     try:
-        await saver.setup()
-        yield saver
-    finally:
-        await opened.__aexit__(None, None, None)
+        async with connection:
+            saver = AsyncPostgresSaver(connection)
+            await saver.setup()
+            yield saver
+    except psycopg.Error as error:
+        reason = str(error).strip() or type(error).__name__
+        msg = f"--checkpointer: PostgreSQL at {host}: checkpoints cannot be written: {reason}"
+        raise LedgerError(msg) from error
+
+
+def _host(url: str) -> str:
+    """Return the host for messages; the database's own messages show parts of a wrong URL."""
+    try:
+        host = urlsplit(url).hostname if _PLAIN_URL.fullmatch(url) else None
+    except ValueError:
+        host = None
+    if host is None:
+        msg = (
+            "--checkpointer: not a valid URL; expected postgresql://USER@HOST:PORT/DATABASE, "
+            "with / ? # @ in a password written as %2F %3F %23 %40"
+        )
+        raise ConfigurationError(msg)
+    return host

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.contract.errors import ConfigurationError
-from ..configs.load import Loaded, load
+from ..configs.load import Loaded, load, peek
+from ..configs.source import at_path
 
 DEFAULT: Final = "molecular_screening"
 
@@ -41,30 +42,39 @@ def settle(
         ConfigurationError: Something does not fit; a preset with an input of the user's own
             needs endpoints of their own.
     """
-    settings, notices = dict[str, Any](), list[str]()
-    if input_path is not None:
-        settings |= {"input.path": str(Path(input_path).expanduser().resolve())}
-        settings |= {"input.dataset": None}
-    if limit is not None:
-        settings["input.limit"] = limit
     config = DEFAULT if config is None else config
-    loaded = load(config, overrides)
+    data, preset = peek(config, overrides)
+    settings, notices = _input_settings(input_path, limit), list[str]()
+    simulated = at_path(data, ("endpoints", "simulated"))
     if endpoints is not None:
-        settings |= endpoint_settings(endpoints, loaded.plain["endpoints"]["simulated"])
-    if loaded.preset and loaded.config.endpoints.simulated and endpoints in (None, "simulated"):
-        if input_path is not None and endpoints is None:
-            msg = (
-                f"preset {loaded.preset} runs on a simulated fleet; for your own --input say "
-                "where the model is served: --endpoints URLS|FILE (or --endpoints simulated)"
-            )
-            raise ConfigurationError(msg)
-        notices.append(_simulated_notice(loaded))
+        settings |= endpoint_settings(endpoints, simulated)
+    if preset and simulated is not None and endpoints in (None, "simulated"):
+        own = input_path is not None or at_path(data, ("input", "path")) is not None
+        if own and endpoints is None:
+            raise ConfigurationError(_needs_endpoints(preset))
+        notices.append(_simulated_notice(preset))
         if find_spec("rdkit") is None:
-            settings, more = _without_rdkit(settings, loaded)
-            notices += more
-    if settings:
-        loaded = load(config, overrides, settings)
-    return loaded, notices
+            more, notice = _without_rdkit(data, own)
+            settings |= more
+            notices += notice
+    return load(config, overrides, settings), notices
+
+
+def _input_settings(input_path: str | None, limit: int | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {} if limit is None else {"input.limit": limit}
+    if input_path == "":
+        raise ConfigurationError("--input is empty; name a file or a folder")
+    if input_path is not None:
+        path = str(Path(input_path).expanduser().absolute())
+        settings |= {"input.path": path, "input.dataset": None}
+    return settings
+
+
+def _needs_endpoints(preset: str) -> str:
+    return (
+        f"preset {preset} runs on a simulated fleet; for an input of your own say where the "
+        "model is served: --endpoints URLS|FILE (or --endpoints simulated)"
+    )
 
 
 def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
@@ -85,24 +95,26 @@ def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
     else:
         path = Path(text).expanduser().resolve()
         if not path.is_file():
-            msg = f"--endpoints {text}: neither 'simulated', nor URLs (http://…), nor a file"
+            msg = (
+                f"--endpoints {text!r}: neither 'simulated', nor URLs such as "
+                "http://node17:8000/v1 (several with commas between), nor a file"
+            )
             raise ConfigurationError(msg)
         kinds["file"] = str(path)
     return {f"endpoints.{kind}": value for kind, value in kinds.items()}
 
 
-def _simulated_notice(loaded: Loaded) -> str:
+def _simulated_notice(preset: str) -> str:
     return (
-        f"preset {loaded.preset}: SIMULATED FLEET. The answers come from no language model, "
+        f"preset {preset}: SIMULATED FLEET. The answers come from no language model, "
         "cost nothing and mean nothing; give --endpoints to ask a real one."
     )
 
 
-def _without_rdkit(settings: dict[str, Any], loaded: Loaded) -> tuple[dict[str, Any], list[str]]:
-    changed = dict(settings)
-    if loaded.config.input.dataset == "rdkit-nci5k" and "input.path" not in settings:
+def _without_rdkit(data: dict[str, Any], own: bool) -> tuple[dict[str, Any], list[str]]:
+    changed = dict[str, Any]()
+    if at_path(data, ("input", "dataset")) == "rdkit-nci5k" and not own:
         changed["input.dataset"] = "molecules"
-    simulated = loaded.config.endpoints.simulated
-    if simulated is not None and simulated.responder == "esol":
+    if at_path(data, ("endpoints", "simulated", "responder")) == "esol":
         changed["endpoints.simulated.responder"] = "schema"
-    return changed, [NO_RDKIT] if changed != settings else []
+    return changed, [NO_RDKIT] if changed else []

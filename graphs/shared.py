@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -18,42 +19,43 @@ class _Held(Generic[T]):
 
     def __init__(self, manager: AbstractAsyncContextManager[T]) -> None:
         self.users = 0
-        self._released = asyncio.Event()
-        self._ready: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._hold(manager))
+        self.released = asyncio.Event()
+        self.ready: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.task = asyncio.create_task(self._hold(manager))
+
+    async def _hold(self, manager: AbstractAsyncContextManager[T]) -> T:
+        async with manager as value:
+            self.ready.set_result(value)
+            await self.released.wait()
+        return value
 
     @property
     def ending(self) -> bool:
         """Say whether nobody can use it any more."""
-        return self._released.is_set() or self._task.done()
+        return self.released.is_set() or self.task.done()
 
     async def value(self) -> T:
-        """Wait until it is open."""
-        await asyncio.wait({self._ready, self._task}, return_when=asyncio.FIRST_COMPLETED)
-        return self._ready.result() if self._ready.done() else self._task.result()
+        """Wait until it is open.
 
-    async def ended(self) -> None:
-        """Wait until it is closed, however that ended."""
-        await asyncio.wait({self._task})
+        Raises:
+            Exception: What opening it raised.
+        """
+        await asyncio.wait({self.ready, self.task}, return_when=asyncio.FIRST_COMPLETED)
+        return self.ready.result() if self.ready.done() else self.task.result()
 
     async def release(self) -> None:
-        """Close it, or stop opening it; a cancelled caller leaves the closing to its task.
+        """Close it, or stop opening it; if the caller is cancelled the task closes it alone.
 
         Raises:
             Exception: What closing it raised.
         """
-        self._released.set()
-        if not self._ready.done():
-            self._task.cancel()
-        await asyncio.wait({self._task})
-        if not self._task.cancelled() and self._ready.done():
-            self._task.result()
-
-    async def _hold(self, manager: AbstractAsyncContextManager[T]) -> T:
-        async with manager as value:
-            self._ready.set_result(value)
-            await self._released.wait()
-        return value
+        self.released.set()
+        if not self.ready.done():
+            self.task.cancel()
+        await asyncio.wait({self.task})
+        error = None if self.task.cancelled() else self.task.exception()
+        if error is not None and self.ready.done():
+            raise error
 
 
 class Shared(Generic[T]):
@@ -73,22 +75,19 @@ class Shared(Generic[T]):
         """
         place = (asyncio.get_running_loop(), key)
         while (held := self._held.get(place)) is not None and held.ending:
-            await held.ended()
-            if self._held.get(place) is held:
-                del self._held[place]
+            await asyncio.wait({held.task})
+            self._forget(place, held)
         if held is None:
             held = self._held[place] = _Held(make())
+            held.task.add_done_callback(partial(self._forget, place, held))
         held.users += 1
         try:
             yield await held.value()
         finally:
             held.users -= 1
             if held.users == 0:
-                await self._close(place, held)
+                await held.release()
 
-    async def _close(self, place: Hashable, held: _Held[T]) -> None:
-        try:
-            await held.release()
-        finally:
-            if held.ended_now and self._held.get(place) is held:
-                del self._held[place]
+    def _forget(self, place: Hashable, held: _Held[T], _: object = None) -> None:
+        if self._held.get(place) is held:
+            del self._held[place]

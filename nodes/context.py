@@ -70,6 +70,10 @@ class Ledger(Protocol):
         """Record how an item ended."""
         ...
 
+    async def flush(self) -> None:
+        """Wait until everything recorded so far is on disk."""
+        ...
+
 
 @dataclass(frozen=True)
 class RunTools:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextvars import Context, copy_context
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
+from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.runtime import RunControl, Runtime
 
 from ..backends.contract.calls import CURRENT_CALLS, CallLog
 from ..backends.contract.errors import (
@@ -26,6 +30,9 @@ from .state import ItemState
 _SLICE: Final = 64
 """Items read at a time, and outcomes folded at a time."""
 
+_POLL_S: Final = 1.0
+"""Seconds between looks at a drain that somebody else asked of the graph."""
+
 
 class Part:
     """What a shard brings home: counts and its part of the aggregate."""
@@ -35,6 +42,10 @@ class Part:
         self._pending: list[Outcome] = []
         self._state = tools.aggregate.empty()
         self._tally = {"done": 0, "failed": 0}
+
+    def __len__(self) -> int:
+        """Return how many items it counts."""
+        return sum(self._tally.values())
 
     def add(self, record: dict[str, Any], item: Item) -> None:
         """Fold one finished item in."""
@@ -62,73 +73,147 @@ async def work(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -
         drain: Tells why no further item shall begin, or None.
 
     Returns:
-        The part; None when the run was stopped before the shard was finished.
+        The part, everything in it on disk; None when the run was stopped before the shard was
+        finished.
 
     Raises:
-        LedgerError: An item could not be recorded.
+        LedgerError: An item could not be recorded, or the items cannot be read.
     """
-    part, tasks = Part(tools), set[asyncio.Task[None]]()
+    worker = _Worker(shard, tools, drain)
+    watch = asyncio.create_task(worker.watch())
     try:
         async with asyncio.TaskGroup() as group:
-            complete = await _feed(shard, tools, part, group, tasks, drain)
-            if not complete and not await tools.gate.drained():
-                for task in tasks:
-                    task.cancel()
-    except* LedgerError as errors:
+            await worker.feed(group)
+    except* FanfoldError as errors:
         raise errors.exceptions[0] from None
-    return part if complete and not tools.gate.error else None
+    finally:
+        watch.cancel()
+    if len(worker.part) < len(shard):
+        return None
+    await tools.ledger.flush()  # a checkpoint must not know of items that the journal may lose
+    return worker.part
 
 
-async def _feed(  # noqa: PLR0913 - the shard's own parts, used here alone
-    shard: Shard,
-    tools: RunTools,
-    part: Part,
-    group: asyncio.TaskGroup,
-    tasks: set[asyncio.Task[None]],
-    drain: Callable[[], str | None],
-) -> bool:
-    """Begin the shard's items as places come free; False when the run was stopped."""
-    for item in _items(shard, tools):
-        if tools.ledger.finished(item.index):
-            part.add(tools.ledger.record(item.index), item)
-            if item.index % _SLICE == 0:
-                await asyncio.sleep(0)  # a replay of a million items must not hold up the loop
-            continue
-        if reason := drain():
-            tools.gate.close(reason)
-        if not await tools.gate.enter():
+class _Worker:
+    """Works on one shard."""
+
+    def __init__(self, shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -> None:
+        self.part = Part(tools)
+        self._shard, self._tools, self._drain = shard, tools, drain
+        self._tasks = set[asyncio.Task[None]]()
+
+    async def watch(self) -> None:
+        """Close the gate when the run shall stop, and cut off items that take too long then."""
+        gate = self._tools.gate
+        while not await gate.wait_closed(_POLL_S):
+            self._heed()
+        if not await gate.drained():
+            for task in self._tasks:
+                task.cancel()
+
+    async def feed(self, group: asyncio.TaskGroup) -> None:
+        """Begin the shard's items as places come free, until the run is stopped."""
+        surroundings, gate = _surroundings(), self._tools.gate
+        for lo in range(self._shard.lo, self._shard.hi, _SLICE):
+            if gate.closed:
+                return
+            hi = min(lo + _SLICE, self._shard.hi)
+            for item, record in await asyncio.to_thread(_read, self._tools, lo, hi):
+                if record is not None:
+                    self._fold(record, item)
+                    continue
+                if not await self._admitted():
+                    return
+                task = group.create_task(self._finish(item), context=surroundings.copy())
+                self._tasks.add(task)
+                task.add_done_callback(self._left)
+
+    async def _admitted(self) -> bool:
+        """Wait for a place; most shards wait here when the run shall stop."""
+        gate = self._tools.gate
+        if not await gate.enter():
             return False
-        task = group.create_task(_finish(item, tools, part))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        task.add_done_callback(lambda _: tools.gate.leave())
-    return True
+        self._heed()
+        if gate.closed:
+            gate.leave()
+        return not gate.closed
+
+    def _heed(self) -> None:
+        if not self._tools.gate.closed and (reason := self._drain()):
+            self._tools.gate.close(reason)
+
+    def _left(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._tools.gate.leave()
+
+    async def _finish(self, item: Item) -> None:
+        """Take one item to its end and record it; what ends the run closes the gate."""
+        calls = CallLog()
+        CURRENT_CALLS.set(calls)  # this task's own context: the log reaches all that it starts
+        started = time.perf_counter()
+        try:
+            state = await _end_of(item, self._tools)
+        except (RunStoppedError, ConfigurationError) as error:
+            self._tools.gate.close(error.message, error)
+            return
+        record = _record(item, state, calls, time.perf_counter() - started, self._tools)
+        try:
+            self._tools.ledger.put(record)
+        except LedgerError as error:
+            self._tools.gate.close(error.message, error)
+            raise  # cuts the others off: they could not be recorded either
+        self._tools.progress.count(record)
+        self._fold(record, item)
+
+    def _fold(self, record: dict[str, Any], item: Item) -> None:
+        try:
+            self.part.add(record, item)
+        except ConfigurationError as error:  # more different values than a histogram counts
+            self._tools.gate.close(error.message, error)
 
 
-def _items(shard: Shard, tools: RunTools) -> Iterator[Item]:
-    for lo in range(shard.lo, shard.hi, _SLICE):
-        yield from tools.store.read(lo, min(lo + _SLICE, shard.hi))
+def _read(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, Any] | None]]:
+    """Return items with the records of those that have ended, in a thread."""
+    ledger = tools.ledger
+    return [
+        (item, ledger.record(item.index) if ledger.finished(item.index) else None)
+        for item in tools.store.read(lo, hi)
+    ]
 
 
-async def _finish(item: Item, tools: RunTools, part: Part) -> None:
-    """Take one item to its end and record it; what ends the run closes the gate."""
-    calls = CallLog()
-    CURRENT_CALLS.set(calls)  # this task's own context: the log reaches all that it starts
-    started = time.perf_counter()
+def _surroundings() -> Context:
+    """Return the context for items' tasks, in which LangGraph finds neither saver nor drain.
+
+    A graph that an item runs would inherit both from the shard's node: it would write its steps
+    to the run's checkpoints, and a drain would break it off between two of them.
+    """
+    context = copy_context()
+    config = var_child_runnable_config.get()
+    if config is not None:
+        inherited = {
+            key: value.override(control=RunControl()) if isinstance(value, Runtime) else value
+            for key, value in config.get("configurable", {}).items()
+            if not isinstance(value, BaseCheckpointSaver)
+        }
+        context.run(var_child_runnable_config.set, {**config, "configurable": inherited})
+    return context
+
+
+async def _end_of(item: Item, tools: RunTools) -> ItemState:
     try:
-        state = await tools.run_item(item)
-    except (RunStoppedError, ConfigurationError) as error:
-        tools.gate.close(error.message, error)
-        return
+        return await tools.run_item(item)
+    except (RunStoppedError, ConfigurationError):
+        raise
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return _unexpected(error)  # nobody has cancelled this task: it comes from the item's graph
     except Exception as error:  # noqa: BLE001 - the item boundary: whatever a user's graph raises is the item's end
-        state = _unexpected(error)
-    record = _record(item, state, calls, time.perf_counter() - started, tools)
-    tools.ledger.put(record)
-    tools.progress.count(record)
-    part.add(record, item)
+        return _unexpected(error)
 
 
-def _unexpected(error: Exception) -> ItemState:
+def _unexpected(error: BaseException) -> ItemState:
     text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
     writable = text.encode(errors="replace").decode()  # JSON has no lone surrogates
     return {"error": {"class": type(error).__name__, "text": writable}}

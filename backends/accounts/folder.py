@@ -7,8 +7,9 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ from ..contract.errors import ConfigurationError, LedgerError
 from ..contract.types import Json
 
 VERSION: Final = 1
+_TRIES: Final = 3
+_BETWEEN_TRIES_S: Final = 0.02
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +84,14 @@ class RunFolder:
             LedgerError: The file is damaged or of another version.
         """
         try:
-            data: dict[str, Any] = orjson.loads(self.provenance.read_bytes())
+            data: Json = orjson.loads(self.provenance.read_bytes())
         except (OSError, orjson.JSONDecodeError) as error:
             raise LedgerError(f"{self.provenance}: cannot be read: {error}") from None
-        if data.get("v") != VERSION:
-            msg = f"{self.provenance}: version {data.get('v')!r}, this fanfold reads {VERSION}"
+        version = data.get("v") if isinstance(data, dict) else None
+        if version != VERSION:
+            msg = f"{self.provenance}: version {version!r}, this fanfold reads {VERSION}"
             raise LedgerError(msg)
-        return data
+        return dict(data)
 
     def write_provenance(self, data: Mapping[str, Json]) -> None:
         """Replace the provenance file in one step."""
@@ -97,30 +101,58 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; the lock ends with the process, however it ends.
 
+        A file system that has no locks is used without.
+
         Raises:
             ConfigurationError: Another process is working on the run.
+            LedgerError: The folder cannot be written.
         """
-        handle = os.open(self.journal / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            msg = f"{self.path}: another process is working on this run; wait for it or stop it"
-            raise ConfigurationError(msg) from None
+            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            logger.warning("%s: the file system offers no locks (%s)", self.path, error.strerror)
+            raise LedgerError(f"{self._lock}: cannot be opened: {error.strerror}") from error
         try:
+            if not self._take(handle, fcntl.LOCK_EX):
+                msg = f"{self.path}: another process is working on this run; wait for it or stop it"
+                raise ConfigurationError(msg)
             yield
         finally:
             os.close(handle)
 
     def in_use(self) -> bool:
-        """Say whether a process is working on the run."""
+        """Say whether a process is working on the run, as far as the file system has locks.
+
+        Raises:
+            LedgerError: The lock cannot be looked at.
+        """
         try:
-            with self.locked():
-                return False
-        except ConfigurationError:
-            return True
+            handle = os.open(self._lock, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise LedgerError(f"{self._lock}: cannot be opened: {error.strerror}") from error
+        try:
+            return not self._take(handle, fcntl.LOCK_SH)
+        finally:
+            os.close(handle)
+
+    @property
+    def _lock(self) -> Path:
+        return self.journal / "lock"
+
+    def _take(self, handle: int, kind: int) -> bool:
+        """Try to lock, more than once: whoever only looks holds the lock for a moment."""
+        for _ in range(_TRIES):
+            try:
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                time.sleep(_BETWEEN_TRIES_S)
+            except OSError as error:
+                logger.warning("%s: no locks on this file system (%s)", self.path, error.strerror)
+                return True
+            else:
+                return True
+        return False
 
 
 def write_json(path: Path, data: Json) -> None:
@@ -185,6 +217,7 @@ def new_folder(path: Path) -> Iterator[RunFolder]:
     Raises:
         ConfigurationError: The folder cannot be made.
     """
+    made = [p for p in path.parents if not p.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -193,12 +226,20 @@ def new_folder(path: Path) -> Iterator[RunFolder]:
         raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from None
     try:
         yield RunFolder(partial)
+        _name(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made if not path.exists() else ():
+            with suppress(OSError):  # somebody else has put something there meanwhile
+                parent.rmdir()
+
+
+def _name(partial: Path, path: Path) -> None:
+    try:
         partial.chmod(0o755)
         partial.rename(path)  # an empty folder of that name gives way
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def now() -> str:

@@ -2,34 +2,85 @@
 
 ``Fleet`` balances, repeats and accounts; ``ChatFleet`` is the LangChain model over it;
 ``FleetModel`` and ``LangChainModel`` are the lower and the upper door for fanfold's own nodes.
+Names are imported when they are first used: the simulated fleet below needs none of them.
 """
 
 from __future__ import annotations
 
-from .chat import ChatFleet
-from .door import FleetModel, LangChainModel
-from .endpoint import ApiKey, Endpoint, EndpointSpec
-from .fleet import Fleet
-from .params import ModelParams
-from .policy import FleetPolicy, RetryPolicy, TimeoutPolicy
-from .probe import Checked, Found, check_models, discover
-from .sources import parse_endpoints_file
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from .address import ApiKey, EndpointSpec
+    from .chat import ChatFleet
+    from .door import FleetModel, LangChainModel
+    from .endpoint import Endpoint
+    from .fleet import Fleet
+    from .params import ModelParams
+    from .policy import (
+        BreakerPolicy,
+        FleetPolicy,
+        HedgePolicy,
+        LanePolicy,
+        PacePolicy,
+        RetryPolicy,
+        TimeoutPolicy,
+    )
+    from .probe import Checked, Found, check_models, discover
+    from .sources import parse_endpoints_file
+    from .stats import EndpointReport, FleetHealth
+
+_MODULES: Final = {
+    "address": ("ApiKey", "EndpointSpec"),
+    "chat": ("ChatFleet",),
+    "door": ("FleetModel", "LangChainModel"),
+    "endpoint": ("Endpoint",),
+    "fleet": ("Fleet",),
+    "params": ("ModelParams",),
+    "policy": (
+        "BreakerPolicy",
+        "FleetPolicy",
+        "HedgePolicy",
+        "LanePolicy",
+        "PacePolicy",
+        "RetryPolicy",
+        "TimeoutPolicy",
+    ),
+    "probe": ("Checked", "Found", "check_models", "discover"),
+    "sources": ("parse_endpoints_file",),
+    "stats": ("EndpointReport", "FleetHealth"),
+}
 
 __all__ = [
     "ApiKey",
+    "BreakerPolicy",
     "ChatFleet",
     "Checked",
     "Endpoint",
+    "EndpointReport",
     "EndpointSpec",
     "Fleet",
+    "FleetHealth",
     "FleetModel",
     "FleetPolicy",
     "Found",
+    "HedgePolicy",
+    "LanePolicy",
     "LangChainModel",
     "ModelParams",
+    "PacePolicy",
     "RetryPolicy",
     "TimeoutPolicy",
     "check_models",
     "discover",
     "parse_endpoints_file",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -11,7 +11,7 @@ import asyncio
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from .endpoint import Endpoint
@@ -31,10 +31,20 @@ class Dispatcher:
     Args:
         endpoints: All members.
         streams: Most requests in flight over all endpoints.
+        paced: Called with an endpoint that has a quota of its own when it is taken.
+        starved: Called when a call must wait although ``streams`` would allow it.
     """
 
-    def __init__(self, endpoints: Sequence[Endpoint], streams: int) -> None:
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        streams: int,
+        paced: Callable[[Endpoint], None],
+        starved: Callable[[], None],
+    ) -> None:
         self._streams = streams
+        self._paced = paced
+        self._starved = starved
         self._tick = itertools.count()
         self._ranks: dict[Endpoint, int] = {}
         self._heap: list[tuple[float, int, Endpoint]] = []
@@ -44,6 +54,11 @@ class Dispatcher:
         self.alive: set[Endpoint] = set()
         for endpoint in endpoints:
             self.refresh(endpoint)
+
+    @property
+    def hungry(self) -> bool:
+        """Whether calls wait that ``streams`` would allow."""
+        return bool(self._queue) and self.in_flight < self._streams
 
     @property
     def waiting(self) -> int:
@@ -60,6 +75,8 @@ class Dispatcher:
             return self._start(endpoint)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid)
         self._queue.append(waiter)
+        if self.hungry:
+            self._starved()
         try:
             return await waiter.future
         except asyncio.CancelledError:
@@ -94,12 +111,12 @@ class Dispatcher:
         self._rank(endpoint)
         self._serve()
 
-    def fail_all(self, error: BaseException) -> None:
-        """Raise an error in every waiting call."""
+    def fail_all(self, error: Callable[[], BaseException]) -> None:
+        """Raise a new error in every waiting call."""
         while self._queue:
             waiter = self._queue.popleft()
             if not waiter.future.done():
-                waiter.future.set_exception(error)
+                waiter.future.set_exception(error())
 
     def _rank(self, endpoint: Endpoint) -> None:
         tick = next(self._tick)
@@ -131,8 +148,17 @@ class Dispatcher:
     def _start(self, endpoint: Endpoint) -> Endpoint:
         self.in_flight += 1
         endpoint.outstanding += 1
+        if endpoint.bucket is not None:
+            self._paced(endpoint)
         self._rank(endpoint)
         return endpoint
+
+    def take_now(self, avoid: Collection[Endpoint]) -> Endpoint | None:
+        """Take the best endpoint if one is free and nobody waits, else return None."""
+        if self._queue or self.alive.issubset(avoid):
+            return None
+        endpoint = self._choose(avoid)
+        return None if endpoint is None else self._start(endpoint)
 
     def _serve(self) -> None:
         """Hand free endpoints to the calls that wait, oldest first."""

@@ -60,6 +60,7 @@ class Treatment:
         shared: Whether the rest holds for the whole fleet (a quota of the user or the model).
         poison: Whether the same on several endpoints shows that the item is at fault.
         schema: Whether the answer's schema was refused.
+        stale: Whether the server may just have closed a connection that idled.
         advice: What to do, for the message.
     """
 
@@ -72,6 +73,7 @@ class Treatment:
     shared: bool = False
     poison: bool = False
     schema: bool = False
+    stale: bool = False
     advice: str = ""
 
 
@@ -107,7 +109,7 @@ _BY_STATUS: Final[Mapping[int, Treatment]] = {
     500: _SERVER,
     501: _REFUSED,
     502: _LOST,
-    503: replace(_BUSY, shrink=False, trip=Trip.COUNT),
+    503: Treatment(EndpointBusyError, Step.OTHER, Trip.COUNT),
     504: replace(_LOST, shrink=True),
 }
 
@@ -144,13 +146,16 @@ def of_complaint(answer: RawAnswer, complaint: Complaint, status: int, endpoint:
     advice = treatment.advice
     if complaint.html:
         advice = "a web page came instead of an answer: check the URL and any proxy in between"
+    wait = retry_after(answer.headers)
+    if wait is not None and treatment.kind is EndpointBusyError and treatment.step is Step.OTHER:
+        treatment = replace(treatment, step=Step.WAIT)
     message = f"{endpoint}: HTTP {answer.status}: {complaint.message}"
     error = treatment.kind(
         f"{message} ({advice})" if advice else message,
         endpoint,
         status,
         complaint.code or complaint.type,
-        retry_after(answer.headers),
+        wait,
     )
     error.__cause__ = answer
     return Failure(error, treatment)
@@ -210,6 +215,17 @@ def of_abort(answer: RawAnswer, endpoint: str) -> Failure:
     return Failure(error, _LOST)
 
 
+def of_mixture(endpoint: str, simulated: bool) -> Failure:
+    """Stop a run whose endpoints are partly simulated."""
+    kind, other = ("a simulated", "real") if simulated else ("a real", "simulated")
+    error = EndpointReplyError(
+        f"{endpoint} gave {kind} answer in a run of {other} ones; they never mix: correct "
+        "endpoints, or start another run",
+        endpoint,
+    )
+    return Failure(error, Treatment(EndpointReplyError, Step.STOP))
+
+
 def of_exception(cause: aiohttp.ClientError | TimeoutError, endpoint: str) -> Failure:
     """Classify a connection that failed or an answer that did not come."""
     problem, treatment = _connection(cause)
@@ -226,5 +242,5 @@ def _connection(cause: aiohttp.ClientError | TimeoutError) -> tuple[str, Treatme
     if isinstance(cause, aiohttp.ClientConnectorError):
         return f"cannot connect: {cause}", replace(_LOST, trip=Trip.OPEN, free=True)
     if isinstance(cause, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
-        return "the connection was closed before an answer", _LOST
+        return "the connection was closed before an answer", replace(_LOST, stale=True)
     return f"the answer was cut or broken: {cause}", _LOST

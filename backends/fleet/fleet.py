@@ -7,33 +7,31 @@ Balancing, retries, accounting and the mapping of errors happen here and nowhere
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final, Self, TypeVar
+from dataclasses import replace
+from typing import Any, Self, TypeVar
 
 import aiohttp
 import orjson
 
-from ..contract.calls import CURRENT_CALLS
-from ..contract.errors import (
-    ConfigurationError,
-    EndpointError,
-    FanfoldError,
-    RunStoppedError,
-)
+from ..contract.calls import CURRENT_CALLS, CallLog
+from ..contract.errors import ConfigurationError, PromptTooLongError, RunStoppedError
 from . import failures, judge
+from .address import EndpointSpec
 from .attempts import Attempts
 from .bridge import SyncBridge
-from .dispatch import Dispatcher
-from .endpoint import Endpoint, EndpointSpec
+from .endpoint import Endpoint
 from .failures import Failure, Step
-from .policy import FleetPolicy
+from .hedge import Hedger
+from .pacing import Pacer, estimate
+from .policy import FleetPolicy, PacePolicy
+from .stats import EndpointReport, FleetHealth
 from .stream import OpenStream
 from .transport import Transport
+from .warden import Warden
 
-_LOG: Final = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -63,20 +61,25 @@ class Fleet:
         if not endpoints:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
         self.policy = policy or FleetPolicy()
-        self.endpoints = tuple(Endpoint(spec) for spec in endpoints)
+        self.endpoints = tuple(
+            Endpoint(spec, self.policy.lane, self.policy.breaker) for spec in endpoints
+        )
         self.simulated = simulated
         self._specs = tuple(endpoints)
         self._transport = Transport(self.policy)
-        self._dispatch = Dispatcher(self.endpoints, self.policy.streams)
+        self._warden = Warden(self.endpoints, self.policy, self._transport)
+        hedge = self.policy.hedge
+        self._hedger = Hedger(hedge, self._warden.dispatch, self._attempt) if hedge else None
+        paced = self.policy.pace != PacePolicy()
+        self._pacer = Pacer(self.policy.pace) if paced else None
         self._twins: dict[asyncio.AbstractEventLoop, Fleet] = {}
         self.bridge = SyncBridge(lambda: self.loop, self._disconnect)
-        self._stopped: str | None = None
-        self._answers = 0
-        self._refusals = 0
 
     def __repr__(self) -> str:
         """Show size and load, no keys."""
-        return f"Fleet({len(self.endpoints)} endpoints, {self._dispatch.in_flight} in flight)"
+        return (
+            f"Fleet({len(self.endpoints)} endpoints, {self._warden.dispatch.in_flight} in flight)"
+        )
 
     async def __aenter__(self) -> Self:
         """Return the fleet itself."""
@@ -98,6 +101,9 @@ class Fleet:
     async def _disconnect(self) -> None:
         here = self.here()
         if here is self:
+            self._warden.close()
+            if self._hedger is not None:
+                self._hedger.close()
             await self._transport.aclose()
         else:
             await here.aclose()
@@ -125,7 +131,23 @@ class Fleet:
     @property
     def in_flight(self) -> int:
         """Requests in flight over all endpoints."""
-        return self._dispatch.in_flight
+        return self._warden.dispatch.in_flight
+
+    def health(self) -> FleetHealth:
+        """Return the fleet at a glance, for a live line."""
+        warden = self._warden
+        return FleetHealth(
+            healthy=len(warden.dispatch.alive),
+            total=len(self.endpoints),
+            in_flight=warden.dispatch.in_flight,
+            waiting=warden.dispatch.waiting,
+            refusals=warden.refusals,
+            paused=warden.stopped or warden.paused,
+        )
+
+    def report(self) -> list[EndpointReport]:
+        """Return what each endpoint did so far."""
+        return [endpoint.report() for endpoint in self.endpoints]
 
     async def post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint]:
         """Send one chat request and return its answer.
@@ -140,7 +162,7 @@ class Fleet:
             EndpointError: No endpoint answered within the attempts allowed.
             RunStoppedError: Asking on is hopeless for every item.
         """
-        return await self._repeat(body, self._send)
+        return await self._repeat(body, self._hedger.send if self._hedger else self._plain)
 
     async def open_stream(self, body: Mapping[str, Any]) -> tuple[OpenStream, Endpoint]:
         """Send one chat request whose answer is read token by token.
@@ -160,139 +182,149 @@ class Fleet:
     async def _repeat(
         self,
         body: Mapping[str, Any],
-        send: Callable[[Endpoint, Mapping[str, Any]], Awaitable[_T | Failure]],
+        send: Callable[
+            [Endpoint, Mapping[str, Any], CallLog | None],
+            Awaitable[tuple[_T | Failure, Endpoint]],
+        ],
     ) -> tuple[_T, Endpoint]:
+        """Send until an answer is good, or no further attempt is allowed."""
+        warden, log = self._warden, CURRENT_CALLS.get()
         attempts: Attempts | None = None
         while True:
-            if self._stopped is not None:
-                raise RunStoppedError(self._stopped)
-            endpoint = await self._dispatch.take(attempts.avoid if attempts else ())
-            result = await send(endpoint, body)
+            if warden.stopped is not None:
+                raise RunStoppedError(warden.stopped)
+            if self._pacer is not None:
+                await asyncio.sleep(self._pacer.admit(estimate(body), time.monotonic()))
+            endpoint = await warden.dispatch.take(attempts.avoid if attempts else ())
+            result, endpoint = await send(endpoint, body, log)
             if not isinstance(result, Failure):
                 return result, endpoint
-            attempts = attempts or Attempts(self.policy.retry)
-            self._react(endpoint, result)
-            if (pause := attempts.after(endpoint, result, random.random())) > 0:
-                await asyncio.sleep(pause)
+            if warden.stopped is not None:
+                raise RunStoppedError(warden.stopped) from result.error
+            now = time.monotonic()
+            attempts = attempts or Attempts(self.policy.retry, now)
+            pause = attempts.after(endpoint, self._roomier(endpoint, result), now, random.random())
+            await asyncio.sleep(pause)
 
-    async def _send(self, endpoint: Endpoint, body: Mapping[str, Any]) -> dict[str, Any] | Failure:
-        started = time.monotonic()
-        taken: float | None = None
+    def _roomier(self, endpoint: Endpoint, failure: Failure) -> Failure:
+        """Send a prompt that is too long for one endpoint to one with a longer context."""
+        room = endpoint.spec.max_model_len
+        if isinstance(failure.error, PromptTooLongError) and room is not None:
+            rooms = (e.spec.max_model_len or 0 for e in self._warden.dispatch.alive)
+            if max(rooms, default=0) > room:
+                return Failure(failure.error, replace(failure.treatment, step=Step.OTHER))
+        return failure
+
+    async def _plain(
+        self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
+    ) -> tuple[dict[str, Any] | Failure, Endpoint]:
+        return await self._attempt(endpoint, body, log), endpoint
+
+    async def _attempt(
+        self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
+    ) -> dict[str, Any] | Failure:
+        """Send one request to one endpoint that was taken, and let it go."""
+        started, level = time.monotonic(), endpoint.outstanding
+        seconds: float | None = None
         try:
-            answer = await self._transport.send(
-                endpoint.chat_url, self._encode(endpoint, body), await self._headers(endpoint)
-            )
-            result = judge.read(answer, endpoint.label)
-            if not isinstance(result, Failure):
-                taken = time.monotonic() - started
+            headers = await endpoint.headers()
+            answer = await self._transport.send(endpoint.chat_url, _encode(endpoint, body), headers)
+            result = self._guarded(judge.read(answer, endpoint.label), endpoint)
+            if isinstance(result, Failure):
+                result = await _rekeyed(endpoint, result, headers)
+            else:
+                seconds = time.monotonic() - started
         except (aiohttp.ClientError, TimeoutError) as error:
             result = failures.of_exception(error, endpoint.label)
         finally:
-            self._dispatch.give(endpoint, taken)
-        self._note(endpoint, None if isinstance(result, Failure) else result)
-        return result
-
-    async def _open(self, endpoint: Endpoint, body: Mapping[str, Any]) -> OpenStream | Failure:
-        handed_over = False
-        try:
-            response = await self._transport.stream(
-                endpoint.chat_url, self._encode(endpoint, body), await self._headers(endpoint)
-            )
-            result = await OpenStream.begin(response, endpoint, self._dispatch.give, self._note)
-            handed_over = not isinstance(result, Failure)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            result = failures.of_exception(error, endpoint.label)
-        finally:
-            if not handed_over:
-                self._dispatch.give(endpoint)
+            if log is not None:
+                log.requests += 1
+                log.endpoint = endpoint.label
+            self._warden.dispatch.give(endpoint, seconds)
         if isinstance(result, Failure):
-            self._note(endpoint, None)
+            self._failed(endpoint, result)
+        else:
+            self._succeeded(endpoint, result, level, seconds or 0.0, log)
         return result
 
-    def _encode(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
-        if endpoint.model is not None:
-            body = {**body, "model": endpoint.model}
-        return orjson.dumps(body)
+    async def _open(
+        self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
+    ) -> tuple[OpenStream | Failure, Endpoint]:
+        """Send one request to one endpoint that was taken; the stream lets it go."""
+        started, level = time.monotonic(), endpoint.outstanding
 
-    async def _headers(self, endpoint: Endpoint) -> dict[str, str]:
-        key = await endpoint.key()
-        return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        def end(summary: dict[str, Any] | None) -> None:
+            seconds = None if summary is None else time.monotonic() - started
+            self._warden.dispatch.give(endpoint, seconds)
+            if summary is not None and seconds is not None:
+                self._succeeded(endpoint, summary, level, seconds, log)
 
-    def _note(self, endpoint: Endpoint, document: dict[str, Any] | None) -> None:
-        """Account for one request in the log of the item it was sent for."""
-        log = CURRENT_CALLS.get()
+        result: OpenStream | Failure | None = None
+        try:
+            headers = await endpoint.headers()
+            response = await self._transport.stream(
+                endpoint.chat_url, _encode(endpoint, body), headers
+            )
+            result = await OpenStream.begin(response, endpoint.label, end)
+            if isinstance(result, Failure):
+                result = await _rekeyed(endpoint, result, headers)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            result = failures.of_exception(error, endpoint.label)
+        finally:
+            if log is not None:
+                log.requests += 1
+                log.endpoint = endpoint.label
+            if not isinstance(result, OpenStream):
+                self._warden.dispatch.give(endpoint)
+        if isinstance(result, Failure):
+            self._failed(endpoint, result)
+        return result, endpoint
+
+    def _failed(self, endpoint: Endpoint, failure: Failure) -> None:
+        endpoint.stats.failed(type(failure.error).__name__)
+        self._warden.failed(endpoint, failure)
+
+    def _succeeded(
+        self,
+        endpoint: Endpoint,
+        document: Mapping[str, Any],
+        level: int,
+        seconds: float,
+        log: CallLog | None,
+    ) -> None:
+        """Account for a good answer."""
+        usage = judge.usage_of(document)
+        endpoint.stats.answered(seconds, usage)
+        self._warden.succeeded(endpoint, level, seconds)
+        if self._hedger is not None:
+            self._hedger.answered(seconds)
         if log is not None:
-            log.requests += 1
-            log.endpoint = endpoint.label
-        if document is None:
-            return
-        self._answers += 1
-        simulated = judge.is_simulated(document)
-        if log is not None:
-            log.usage += judge.usage_of(document)
+            log.usage += usage
             log.model = document.get("model")
-            log.simulated = simulated
-        if simulated is not self.simulated:
-            self._guard(endpoint, simulated)
+            log.simulated = judge.is_simulated(document)
 
-    def _guard(self, endpoint: Endpoint, simulated: bool) -> None:
+    def _guarded(
+        self, result: dict[str, Any] | Failure, endpoint: Endpoint
+    ) -> dict[str, Any] | Failure:
         """Keep simulated and real answers apart."""
+        if isinstance(result, Failure):
+            return result
+        simulated = judge.is_simulated(result)
         if self.simulated is None:
             self.simulated = simulated
-            return
-        kind, other = ("simulated", "real") if simulated else ("real", "simulated")
-        self._stop(
-            f"{endpoint.label} gives {kind} answers in a run of {other} ones; they never mix: "
-            "start another run, or correct endpoints"
-        )
+        if simulated is self.simulated:
+            return result
+        return failures.of_mixture(endpoint.label, simulated)
 
-    def _react(self, endpoint: Endpoint, failure: Failure) -> None:
-        """Do what a failure means for the endpoint and for the whole run."""
-        step, error = failure.treatment.step, failure.error
-        if step is Step.STOP:
-            self._stop(error.message, error)
-        if step in {Step.EJECT, Step.REKEY}:
-            self._eject(endpoint, error)
-        if step is Step.WAIT:
-            self._rest(endpoint, error.retry_after or failure.treatment.rest_s)
-        if step is Step.FAIL:
-            self._count_refusal(failure)
 
-    def _count_refusal(self, failure: Failure) -> None:
-        self._refusals += 1
-        hopeless = self._refusals >= self.policy.retry.hopeless_after
-        if not self._answers and (hopeless or failure.treatment.schema):
-            self._stop(f"no request was accepted; the last: {failure.error.message}", failure.error)
+def _encode(endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
+    if endpoint.spec.model is not None:
+        body = {**body, "model": endpoint.spec.model}
+    return orjson.dumps(body)
 
-    def _eject(self, endpoint: Endpoint, error: EndpointError) -> None:
-        if not endpoint.alive:
-            return
-        endpoint.alive = False
-        _LOG.warning("endpoint %s is used no more: %s", endpoint.label, error.message)
-        self._dispatch.refresh(endpoint)
-        if not self._dispatch.alive:
-            self._stop(f"no endpoint is left; the last said: {error.message}", error)
 
-    def _rest(self, endpoint: Endpoint, seconds: float | None) -> None:
-        """Send an endpoint nothing for a while."""
-        if endpoint.resting:
-            return
-        endpoint.resting = True
-        pause = seconds or self.policy.retry.refusal_pause_s
-
-        def wake() -> None:
-            endpoint.resting = False
-            self._dispatch.refresh(endpoint)
-
-        asyncio.get_running_loop().call_later(pause, wake)
-
-    def _stop(self, message: str, cause: FanfoldError | None = None) -> None:
-        """End the run: no further request is sent.
-
-        Raises:
-            RunStoppedError: Always.
-        """
-        self._stopped = message
-        stopped = RunStoppedError(message)
-        self._dispatch.fail_all(RunStoppedError(message))
-        raise stopped from cause
+async def _rekeyed(endpoint: Endpoint, failure: Failure, sent: Mapping[str, str]) -> Failure:
+    """Repeat a call whose key was refused if the key's source has a new one by now."""
+    if failure.treatment.step is Step.REKEY and await endpoint.headers() != sent:
+        return Failure(failure.error, replace(failure.treatment, step=Step.SAME))
+    return failure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import orjson
@@ -64,12 +65,12 @@ def _inner_status(complaint: Complaint) -> int:
     return int(code) if code.isdigit() and 400 <= int(code) < 600 else 500  # noqa: PLR2004
 
 
-def is_simulated(document: dict[str, Any]) -> bool:
+def is_simulated(document: Mapping[str, Any]) -> bool:
     """Tell whether a simulated fleet made this answer."""
     return document.get("system_fingerprint") == SIMULATED_FINGERPRINT
 
 
-def usage_of(document: dict[str, Any]) -> Usage:
+def usage_of(document: Mapping[str, Any]) -> Usage:
     """Return the tokens that an answer reports; unknown stays None."""
     usage = document.get("usage")
     if not isinstance(usage, dict):

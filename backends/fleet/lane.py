@@ -23,37 +23,36 @@ class Lane:
         width: Requests in flight allowed now.
     """
 
-    __slots__ = ("_ceiling", "_changed", "_done", "_levels", "_policy", "_probing", "width")
+    __slots__ = (
+        "_ceiling",
+        "_changed",
+        "_done",
+        "_doubling",
+        "_held_until",
+        "_levels",
+        "_policy",
+        "width",
+    )
 
     def __init__(self, policy: LanePolicy, ceiling: int | None = None) -> None:
         self._policy = policy
         self._ceiling = min(policy.ceiling, ceiling or policy.ceiling)
         self._levels: dict[int, tuple[int, float]] = {}
-        self._changed = float("-inf")
         self._done = 0
-        self._probing = True
+        self._doubling = True
+        self._changed = self._held_until = float("-inf")
         self.width = min(policy.start, self._ceiling)
 
-    @property
-    def can_widen(self) -> bool:
-        """Whether the width is below the ceiling."""
-        return self.width < self._ceiling
-
-    def widen(self, now: float) -> None:
-        """Give more: the lane was full for a while and nothing was refused."""
-        if not self._probing and now - self._changed > self._policy.explore_s:
-            self._levels.clear()
-            self._probing = True
-        grown = self.width * self._policy.widen if self._probing else self._stepped()
-        self._set(min(self._ceiling, int(grown)), now)
-
-    def _stepped(self) -> float:
-        return self.width + max(1.0, self.width * self._policy.step)
-
-    def settled(self, now: float) -> bool:
-        """Tell whether the last change is long enough ago for the next."""
-        # The knee holds: only a refusal's recovery steps on before the time to explore.
-        return now - self._changed >= self._policy.settle_s * (1.0 if self._probing else 4.0)
+    def widen(self, now: float) -> bool:
+        """Give more, after the lane was full for a while; return whether it did."""
+        early = now < self._held_until or now - self._changed < self._policy.settle_s
+        if early or self.width >= self._ceiling:
+            return False
+        step = max(1, int(self.width * self._policy.step))
+        grown = int(self.width * self._policy.widen) if self._doubling else self.width + step
+        self.width = min(self._ceiling, grown)
+        self._changed = now
+        return True
 
     def answered(self, level: int, seconds: float, now: float) -> None:
         """Count an answer.
@@ -76,27 +75,24 @@ class Lane:
         before, base = self._levels.get(key - 1, (0, 0.0))
         if min(count, before) < self._policy.samples or mean <= base * self._policy.knee:
             return
-        narrow = max(1, 1 << (key - 1))
-        if narrow < self.width:
-            self._probing = False
-            self._ceiling_for_now(narrow, now)
-
-    def _ceiling_for_now(self, width: int, now: float) -> None:
-        self._set(width, now + self._policy.explore_s)
+        # The half below this level is what the server serves at once: the rest waits there.
+        knee = 1 << (key - 1)
+        self._levels.clear()
+        self._doubling = False
+        self._held_until = now + self._policy.explore_s
+        self.width = min(self.width, knee)
 
     def refused(self, now: float) -> None:
         """Take less: the endpoint refused. A burst of refusals counts once."""
-        if now - self._changed < self._policy.settle_s and not self._probing:
-            return
-        self._probing = False
-        self._set(max(1, int(self.width * self._policy.shrink)), now)
+        self._doubling = False
+        if now - self._changed >= self._policy.settle_s:
+            self.width = max(1, int(self.width * self._policy.shrink))
+            self._changed = now
 
     def reset(self, now: float) -> None:
         """Start small again: the endpoint was away."""
         self._levels.clear()
-        self._probing = True
-        self._set(min(self._policy.start, self._ceiling), now)
-
-    def _set(self, width: int, changed: float) -> None:
-        self.width = width
-        self._changed = changed
+        self._doubling = True
+        self._changed = now
+        self._held_until = float("-inf")
+        self.width = min(self._policy.start, self._ceiling)

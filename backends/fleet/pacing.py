@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Final
+
+from .policy import PacePolicy
+
+_BYTES_PER_TOKEN: Final = 4
+_MINUTE_S: Final = 60.0
+
 
 class Bucket:
     """Spreads amounts over time; pure, time is passed in.
@@ -19,8 +27,13 @@ class Bucket:
         self._level = self._burst
         self._seen: float | None = None
 
-    def take(self, amount: float, now: float) -> float:
+    def take(self, amount: float, now: float, reserve: float = 0.0) -> float:
         """Take an amount, at once or on credit.
+
+        Args:
+            amount: How much.
+            now: Monotonic time in seconds.
+            reserve: What shall be there when the wait is over.
 
         Returns:
             Seconds to wait until it has flowed in; callers that come later wait longer.
@@ -29,8 +42,45 @@ class Bucket:
             self._level = min(self._burst, self._level + (now - self._seen) * self._per_s)
         self._seen = now
         self._level -= amount
-        return max(0.0, -self._level / self._per_s)
+        return max(0.0, (reserve - self._level) / self._per_s)
 
     def refund(self, amount: float) -> None:
         """Put back what was taken but not used; a negative amount takes more."""
         self._level = min(self._burst, self._level + amount)
+
+
+class Pacer:
+    """Holds a whole process to its quotas of requests and tokens.
+
+    Tokens are reserved before a request is sent, by an estimate, and settled when its answer
+    has come: a service that counts them only afterwards would let a burst overshoot.
+
+    Args:
+        policy: The quotas.
+    """
+
+    def __init__(self, policy: PacePolicy) -> None:
+        self._requests = Bucket(policy.requests_per_s) if policy.requests_per_s else None
+        per_min = policy.tokens_per_min
+        self._tokens = Bucket(per_min / _MINUTE_S, per_min) if per_min else None
+
+    def admit(self, tokens: int, now: float) -> float:
+        """Reserve one request of so many tokens; return the seconds to wait first."""
+        waits = [0.0]
+        if self._requests is not None:
+            waits.append(self._requests.take(1.0, now))
+        if self._tokens is not None:
+            waits.append(self._tokens.take(tokens, now))
+        return max(waits)
+
+    def settle(self, estimated: int, used: int | None) -> None:
+        """Correct a reservation by what was used, where the server said so."""
+        if self._tokens is not None and used is not None:
+            self._tokens.refund(estimated - used)
+
+
+def estimate(body: Mapping[str, Any]) -> int:
+    """Estimate the tokens of a request: four bytes each, and the longest answer allowed."""
+    text = sum(len(str(m.get("content") or "").encode()) for m in body["messages"])
+    most = body.get("max_completion_tokens") or body.get("max_tokens") or 0
+    return text // _BYTES_PER_TOKEN + int(most)

@@ -19,6 +19,8 @@ class RetryPolicy:
         long_wait_s: A Retry-After above this, in seconds, is a reason to go elsewhere and, if
             there is no elsewhere, to stop the run.
         refusal_pause_s: First pause of an endpoint that refuses without saying for how long.
+        patience_s: An item is repeated no longer than so many seconds after its first failure,
+            however many of its calls were refused without counting.
         poison_endpoints: The same server error on so many endpoints fails the item.
         hopeless_after: So many refusals of the request itself, before any success, stop the run.
         budget: Most repetitions per first call over the whole run (0.2 = one in five), or None.
@@ -30,6 +32,7 @@ class RetryPolicy:
     jitter: float = 0.25
     long_wait_s: float = 120.0
     refusal_pause_s: float = 1.0
+    patience_s: float = 3600.0
     poison_endpoints: int = 3
     hopeless_after: int = 10
     budget: float | None = None

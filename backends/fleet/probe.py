@@ -13,8 +13,9 @@ import orjson
 
 from ..contract.errors import ConfigurationError
 from ..contract.types import SIMULATED_FINGERPRINT
+from .address import EndpointSpec
 from .answer import Complaint, RawAnswer
-from .endpoint import Endpoint, EndpointSpec
+from .endpoint import Endpoint
 from .policy import FleetPolicy
 from .transport import Transport
 
@@ -83,8 +84,7 @@ async def discover(specs: Sequence[EndpointSpec], timeout_s: float = 5.0) -> lis
 async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Found:
     started = time.monotonic()
     try:
-        headers = {"Authorization": f"Bearer {await endpoint.key()}"}
-        answer = await transport.get(f"{endpoint.url}/models", headers, timeout_s)
+        answer = await transport.get(f"{endpoint.url}/models", await endpoint.headers(), timeout_s)
     except TimeoutError:
         return _lost(endpoint, f"no answer within {timeout_s:g} s")
     except aiohttp.ClientError as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from ..contract.errors import ConfigurationError
-from .endpoint import NO_KEY, ApiKey, EndpointSpec, base_url, display
+from .address import NO_KEY, ApiKey, EndpointSpec, base_url, display
 
 _HOST_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+):(\d{1,5})")
 _SWARM_PORT: Final = 8000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
@@ -12,14 +11,12 @@ import orjson
 from ..contract.errors import EndpointLostError
 from . import failures
 from .answer import Complaint, RawAnswer
-from .endpoint import Endpoint
 from .failures import Failure
 
 _OK: Final = 200
 _DATA: Final = b"data:"
 
-Give = Callable[[Endpoint, float | None], None]
-Note = Callable[[Endpoint, dict[str, Any] | None], None]
+End = Callable[[dict[str, Any] | None], None]
 
 
 class OpenStream:
@@ -28,49 +25,41 @@ class OpenStream:
     Args:
         response: The answer, its head read.
         first: The first line with data.
-        endpoint: Who answers.
-        give: Called once with the endpoint and the seconds taken.
-        note: Called once with the endpoint and a summary of the answer.
+        endpoint: Label of who answers.
+        end: Called once, with a summary of a whole answer, or None when it stayed a part.
 
     Attributes:
         headers: The answer's headers.
     """
 
     def __init__(
-        self,
-        response: aiohttp.ClientResponse,
-        first: bytes,
-        endpoint: Endpoint,
-        give: Give,
-        note: Note,
+        self, response: aiohttp.ClientResponse, first: bytes, endpoint: str, end: End
     ) -> None:
         self._response = response
         self._first = first
         self._endpoint = endpoint
-        self._give = give
-        self._note = note
-        self._started = time.monotonic()
+        self._end = end
         self._summary: dict[str, Any] = {}
         self._open = True
         self.headers = response.headers
 
     @classmethod
     async def begin(
-        cls, response: aiohttp.ClientResponse, endpoint: Endpoint, give: Give, note: Note
+        cls, response: aiohttp.ClientResponse, endpoint: str, end: End
     ) -> OpenStream | Failure:
         """Read up to the first event, or return why there is none."""
         if response.status != _OK:
             raw = RawAnswer(response.status, response.headers, await response.read())
-            return failures.of_answer(raw, endpoint.label)
+            return failures.of_answer(raw, endpoint)
         async for line in response.content:
             if not line.startswith(_DATA):
                 continue
             if failure := _error_event(line, response, endpoint):
                 response.close()
                 return failure
-            return cls(response, line, endpoint, give, note)
+            return cls(response, line, endpoint, end)
         raw = RawAnswer(response.status, response.headers, b"")
-        return failures.of_reply(raw, "the stream held nothing", endpoint.label)
+        return failures.of_reply(raw, "the stream held nothing", endpoint)
 
     async def lines(self) -> AsyncIterator[bytes]:
         """Yield the stream's lines, and close it at the end.
@@ -85,13 +74,13 @@ class OpenStream:
                 yield self._look(line)
             whole = True
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise failures.of_exception(error, self._endpoint.label).error from error
+            raise failures.of_exception(error, self._endpoint).error from error
         finally:
             self.close(whole)
         if not self._summary.get("finished"):
             raise EndpointLostError(
-                f"{self._endpoint.label}: the stream ended before the answer was whole",
-                self._endpoint.label,
+                f"{self._endpoint}: the stream ended before the answer was whole",
+                self._endpoint,
             )
 
     def close(self, whole: bool = False) -> None:
@@ -101,8 +90,7 @@ class OpenStream:
         self._open = False
         if not whole:
             self._response.close()
-        self._give(self._endpoint, time.monotonic() - self._started if whole else None)
-        self._note(self._endpoint, self._summary or None)
+        self._end(self._summary if whole and self._summary.get("finished") else None)
 
     def _look(self, line: bytes) -> bytes:
         """Note model, fingerprint, usage and the end as they pass."""
@@ -124,9 +112,7 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _error_event(
-    line: bytes, response: aiohttp.ClientResponse, endpoint: Endpoint
-) -> Failure | None:
+def _error_event(line: bytes, response: aiohttp.ClientResponse, endpoint: str) -> Failure | None:
     document = _decode(line)
     if document is None or not (document.get("error") or document.get("object") == "error"):
         return None
@@ -134,4 +120,4 @@ def _error_event(
     code = complaint.code or ""
     status = int(code) if code.isdigit() else 500
     raw = RawAnswer(status, response.headers, line[len(_DATA) :].strip())
-    return failures.of_complaint(raw, complaint, status, endpoint.label)
+    return failures.of_complaint(raw, complaint, status, endpoint)

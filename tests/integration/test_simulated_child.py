@@ -71,6 +71,42 @@ async def test_the_child_dies_with_a_killed_parent() -> None:
     assert await gone(pid)
 
 
+FORKING_PARENT = PARENT.replace(
+    "print(fleet.pid, flush=True)",
+    """
+        helper = os.fork()
+        if not helper:
+            while True:
+                signal.pause()
+        print(fleet.pid, helper, flush=True)
+""",
+).replace("import asyncio", "import asyncio, os, signal", 1)
+
+
+async def test_the_child_dies_even_if_a_fork_of_the_parent_holds_the_pipe() -> None:
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", FORKING_PARENT), stdout=asyncio.subprocess.PIPE
+    )
+    assert parent.stdout
+    pid, helper = map(int, (await parent.stdout.readline()).split())
+    parent.send_signal(signal.SIGKILL)
+    try:
+        assert await gone(pid)
+        assert alive(helper)
+    finally:
+        os.kill(helper, signal.SIGKILL)
+        assert await parent.stdout.read() == b""
+        await parent.wait()
+
+
+async def test_a_child_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[launch_module.__module__]
+    monkeypatch.setattr(module, "_STOP_S", 0.0)
+    async with launch(FAST) as fleet:
+        os.kill(fleet.pid, signal.SIGSTOP)
+    assert not alive(fleet.pid)
+
+
 async def test_sigint_does_not_reach_the_child_and_sigterm_ends_it() -> None:
     async with launch(FAST) as fleet:
         assert os.getpgid(fleet.pid) != os.getpgid(0)

@@ -17,6 +17,7 @@ from fanfold.backends.fleet.simulated.responders import RESPONDERS
 
 pytestmark = pytest.mark.integration
 
+ONE = SimulationSpec.fast(nodes=1)
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 8}
 
 
@@ -87,6 +88,39 @@ async def test_leaving_a_stream() -> None:
         await settle(fleet, running=0, disconnects=1)
 
 
+async def test_a_streamed_tool_call() -> None:
+    why = {"const": "water " * 20}
+    schema = {"type": "object", "properties": {"why": why}, "required": ["why"]}
+    tool = {"type": "function", "function": {"name": "rate", "parameters": schema}}
+    body = {**BODY, "tools": [tool], "tool_choice": "required", "stream": True, "max_tokens": 99}
+    async with (
+        SimulatedFleet(ONE) as fleet,
+        aiohttp.ClientSession() as http,
+        http.post(f"{fleet.urls[0]}/chat/completions", json=body) as response,
+    ):
+        events = [line[6:] for line in (await response.read()).split(b"\n\n") if line]
+    choices = [orjson.loads(event)["choices"][0] for event in events[:-1]]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", ())]
+    assert [call["function"].get("name") for call in calls] == ["rate"] + [None] * (len(calls) - 1)
+    assert calls[0]["type"] == "function"
+    assert orjson.loads("".join(call["function"]["arguments"] for call in calls))["why"]
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+async def test_tokenize() -> None:
+    async with (
+        SimulatedFleet(ONE) as fleet,
+        aiohttp.ClientSession() as http,
+    ):
+        url = fleet.urls[0].removesuffix("/v1") + "/tokenize"
+        async with http.post(url, json={"prompt": "12345678"}) as response:
+            assert (await response.json())["count"] == 2
+        async with http.post(url, json={"prompt": "12345678", "model": "other"}) as response:
+            assert response.status == 404
+        async with http.get(f"{fleet.base_url}/elsewhere") as response:
+            assert response.status == 404
+
+
 @pytest.mark.parametrize(("mode", "expected"), [("null", None), ("omit", "left out")])
 async def test_usage_modes(mode: str, expected: str | None) -> None:
     spec = SimulationSpec.fast(nodes=1, usage=mode)
@@ -153,7 +187,7 @@ async def test_requests_in_any_wrapping() -> None:
     payload = orjson.dumps(BODY)
     head = b"POST /node-0/v1/chat/completions HTTP/1.1\r\nConnection: close\r\n"
     length = b"Content-Length: %d\r\n" % len(payload)
-    async with SimulatedFleet(SimulationSpec.fast(nodes=1)) as fleet:
+    async with SimulatedFleet(ONE) as fleet:
         for parts in (
             [head + length + b"\r\n" + payload],
             [head, length, b"\r\n", payload[:9], payload[9:]],
@@ -171,7 +205,7 @@ async def test_requests_in_any_wrapping() -> None:
 async def test_pipelined_requests_are_answered_in_turn() -> None:
     get = b"GET /node-0/version HTTP/1.1\r\n\r\n"
     last = b"GET /node-9/version HTTP/1.1\r\nConnection: close\r\n\r\n"
-    async with SimulatedFleet(SimulationSpec.fast(nodes=1)) as fleet:
+    async with SimulatedFleet(ONE) as fleet:
         answer = await talk(fleet, get + get + last)
         assert [part[:3] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"404"]
 
@@ -186,5 +220,5 @@ async def test_pipelined_requests_are_answered_in_turn() -> None:
     ids=["nonsense", "endless", "chunk"],
 )
 async def test_what_is_no_request_is_refused(data: bytes, status: bytes) -> None:
-    async with SimulatedFleet(SimulationSpec.fast(nodes=1)) as fleet:
+    async with SimulatedFleet(ONE) as fleet:
         assert (await talk(fleet, data)).startswith(b"HTTP/1.1 " + status)

@@ -1,4 +1,27 @@
-"""What can go wrong on purpose: the value that describes one fault."""
+"""What can go wrong on purpose: the value that describes one fault.
+
+==================  ===========================================================================
+``429 429_ra``      too many requests, without and with ``Retry-After``
+``500 503 504``     JSON errors; ``500_text`` plain text, ``502_html`` a proxy's page,
+                    ``503_busy`` vLLM's full queue
+``hang``            no answer until the client leaves
+``drop reset``      the connection closes, or breaks, before any byte
+``cut_body``        fewer bytes than ``Content-Length`` says
+``malformed``       half a JSON document; ``html200`` a login page; ``error200`` an error object;
+                    ``null_choices empty_choices no_usage`` what they say: all with status 200
+``empty_content``   an answer without text; ``content_filter`` and ``refusal`` withheld ones;
+                    ``bad_schema`` one that breaks the schema
+``stream_cut``      the connection closes amid a stream; ``stream_error`` an error event;
+                    ``stream_no_finish`` no last chunk; ``stream_api_error`` an error as text
+``tpm``             a budget of tokens per minute is spent
+``cold``            not ready for a while after the first request
+``401_after``       tokens seen before a moment are refused after it
+``slow``            a factor on the speed
+``die_at``          the node stops (``revive_at``: starts again)
+``context``         a smaller context length
+``keepalive_race``  idle connections are closed
+==================  ===========================================================================
+"""
 
 from __future__ import annotations
 
@@ -48,7 +71,7 @@ class FaultRule:
     except a ``Retry-After``, which the client obeys in real time.
 
     Attributes:
-        kind: One of `KINDS`; the table in ``docs`` and the groups above say what each does.
+        kind: One of `KINDS`; the module's table says what each does.
         nodes: The nodes concerned: their numbers, a fraction of them, or None for all.
         p: Probability that the fault strikes a request.
         window: From (inclusive) and to (exclusive), or None for always.

@@ -13,6 +13,8 @@ from fanfold.backends.fleet.simulated.responders import compact
 from fanfold.backends.fleet.simulated.strings import FORMATS
 
 Schema = dict[str, Any]
+DRAFT_4 = "http://json-schema.org/draft-04/schema#"
+DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 NAMES = st.sampled_from(["score", "label", "why", "items", "a b", "ü", "$ref", ""])
 JSON_VALUES = st.sampled_from([None, True, 0, -3, 2.5, "x", "ü", [1, "a"], {"k": None}])
 
@@ -206,6 +208,12 @@ def test_optional_fields_come_and_go() -> None:
         {"enum": []},
         {"$schema": "https://example.org/meta"},
         {"$ref": "#"},
+        {"allOf": [{"type": "string"}, {"type": "integer"}]},
+        {"allOf": [{"items": False}, {"items": True, "type": "array", "minItems": 1}]},
+        {"allOf": [{}, False]},
+        {"type": "array", "prefixItems": [{}, {"not": {}}]},
+        {"$schema": DRAFT_7, "items": [{"type": "string"}]},
+        {"$schema": DRAFT_4, "minimum": 0, "exclusiveMinimum": True},
         False,
         5,
         None,
@@ -241,6 +249,23 @@ def test_the_cache_keeps_the_newest() -> None:
 def test_annotations_are_ignored() -> None:
     schema = {"type": "integer", "title": "N", "x-order": 3, "default": "none", "examples": [1]}
     assert isinstance(AnswerSchema(schema).draw(b""), int)
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"allOf": [{"type": "number"}, {"type": ["integer", "string"], "enum": [1]}]}, 1),
+        ({"allOf": [{"type": ["null", "string"]}, {"type": ["null", "integer"]}]}, None),
+        ({"type": "string", "allOf": [{"title": "x"}, True], "title": "y", "maxLength": 0}, ""),
+        ({"anyOf": [{"const": 1}, {"const": 1}], "allOf": [{"anyOf": [{}]}]}, 1),
+        ({"properties": {"a": True}, "allOf": [{"properties": {"a": {"const": 1}}}]}, {"a": 1}),
+        ({"$ref": "#/prefixItems/0", "prefixItems": [{"const": 1}]}, 1),
+    ],
+    ids=str,
+)
+def test_joined_schemas(schema: Schema, expected: Any) -> None:
+    drawn = [AnswerSchema(schema).draw(b"%d" % n) for n in range(10)]
+    assert expected in drawn
 
 
 def test_joined_schemas_hold_both() -> None:

@@ -1,0 +1,171 @@
+"""The end game: when nothing waits any more, stragglers are asked a second time elsewhere.
+
+The first good answer counts and the other request is cancelled. To hedge a fixed share all along
+would spend the second requests before the tail comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+from ..contract.calls import CallLog
+from .dispatch import Dispatcher
+from .endpoint import Endpoint
+from .failures import Failure
+from .policy import HedgePolicy
+
+_RECENT: Final = 512
+_ENOUGH: Final = 20
+"""Answers before a quantile means anything."""
+
+Result: TypeAlias = dict[str, Any] | Failure
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One request in flight that may be doubled.
+
+    Attributes:
+        endpoint: Who was asked first.
+        body: What.
+        log: The log of the item that asks.
+        task: The task that waits for the answer.
+        cancelling: The task's pending cancellations at the start.
+        started: Monotonic time in seconds.
+        second: The second request, once there is one.
+        answer: Its good answer and who gave it, when it came first.
+        failed: Whether the first request has failed and the second is waited for.
+    """
+
+    endpoint: Endpoint
+    body: Mapping[str, Any]
+    log: CallLog | None
+    task: asyncio.Task[Any]
+    cancelling: int
+    started: float
+    second: asyncio.Task[None] | None = None
+    answer: tuple[dict[str, Any], Endpoint] | None = None
+    failed: bool = False
+
+
+class Hedger:
+    """Doubles the stragglers of one fleet.
+
+    Args:
+        policy: When, and how many.
+        dispatch: Who hands endpoints out.
+        send: Sends one request and returns its result; it never hedges.
+    """
+
+    def __init__(
+        self,
+        policy: HedgePolicy,
+        dispatch: Dispatcher,
+        send: Callable[[Endpoint, Mapping[str, Any], CallLog | None], Awaitable[Result]],
+    ) -> None:
+        self._policy = policy
+        self._dispatch = dispatch
+        self._send = send
+        self._calls: dict[Call, None] = {}
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._timer: asyncio.TimerHandle | None = None
+        self._peak = 0
+        self._answers = 0
+        self._doubled = 0
+
+    async def send(
+        self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
+    ) -> tuple[Result, Endpoint]:
+        """Send one request, and a second one if it turns out to be a straggler.
+
+        Returns:
+            The result that counts, and the endpoint that gave it.
+        """
+        call = self._enter(endpoint, body, log)
+        try:
+            result = await self._send(endpoint, body, log)
+        except asyncio.CancelledError:
+            if call.answer is not None and call.task.uncancel() <= call.cancelling:
+                return call.answer
+            raise
+        else:
+            if isinstance(result, Failure) and call.second is not None:
+                call.failed = True
+                await asyncio.wait({call.second})
+                return call.answer or (result, endpoint)
+            return result, endpoint
+        finally:
+            self._leave(call)
+
+    def _enter(self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None) -> Call:
+        task = asyncio.current_task()
+        assert task is not None, "a request is sent from a task"
+        call = Call(endpoint, body, log, task, task.cancelling(), time.monotonic())
+        self._calls[call] = None
+        self._peak = max(self._peak, len(self._calls))
+        return call
+
+    def _leave(self, call: Call) -> None:
+        del self._calls[call]
+        if call.second is not None and call.answer is None:
+            call.second.cancel()
+        if self._timer is None and self._is_end_game():
+            self._tick()
+
+    def answered(self, seconds: float) -> None:
+        """Take note of how long a good answer took."""
+        self._answers += 1
+        self._recent.append(seconds)
+
+    def _is_end_game(self) -> bool:
+        running = len(self._calls)
+        return (
+            0 < running < self._policy.below * self._peak
+            and self._peak >= self._policy.peak
+            and not self._dispatch.waiting
+            and len(self._recent) >= _ENOUGH
+        )
+
+    def _tick(self) -> None:
+        """Look for stragglers now and, while the end game lasts, again and again."""
+        self._timer = None
+        if not self._is_end_game():
+            return
+        limit = sorted(self._recent)[int(self._policy.quantile * len(self._recent))]
+        now = time.monotonic()
+        for call in list(self._calls):
+            if now - call.started <= limit:
+                break
+            if call.second is None and self._doubled < self._policy.share * self._answers:
+                self._double(call)
+        pause = max(self._policy.tick_s, limit / 10)
+        self._timer = asyncio.get_running_loop().call_later(pause, self._tick)
+
+    def _double(self, call: Call) -> None:
+        endpoint = self._dispatch.take_now({call.endpoint})
+        if endpoint is None:
+            return
+        self._doubled += 1
+        endpoint.stats.hedges += 1
+        call.second = asyncio.get_running_loop().create_task(self._second(call, endpoint))
+
+    async def _second(self, call: Call, endpoint: Endpoint) -> None:
+        result = await self._send(endpoint, call.body, call.log)
+        if not isinstance(result, Failure) and call in self._calls:
+            call.answer = (result, endpoint)
+            if not call.failed:
+                call.task.cancel()
+
+    def close(self) -> None:
+        """Cancel the timer and all second requests."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for call in self._calls:
+            if call.second is not None:
+                call.second.cancel()

@@ -1,0 +1,231 @@
+"""What successes and failures mean for an endpoint, and for the run as a whole.
+
+The states are the endpoints' own (breaker, lane, resting, ejected); the timers that move them are
+here, and so are the conditions that stop a run: no endpoint left, no request accepted, a quota
+that is used up, nobody alive for too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+
+import aiohttp
+
+from ..contract.errors import EndpointError, RunStoppedError
+from .breaker import State
+from .dispatch import Dispatcher
+from .endpoint import Endpoint
+from .failures import Failure, Step, Trip
+from .policy import FleetPolicy
+from .transport import Transport
+
+_LOG: Final = logging.getLogger(__name__)
+_SERVER_ERROR: Final = 500
+
+
+class Warden:
+    """Watches over the endpoints of one fleet.
+
+    Args:
+        endpoints: All members.
+        policy: When to do what.
+        transport: For probes.
+
+    Attributes:
+        dispatch: Who hands the endpoints out.
+        stopped: Why no further request is sent, or None.
+        paused: Why nothing goes on at the moment, or None.
+        answers: Good answers so far.
+        refusals: Times that an endpoint said "not now".
+    """
+
+    def __init__(
+        self, endpoints: Sequence[Endpoint], policy: FleetPolicy, transport: Transport
+    ) -> None:
+        self._endpoints = endpoints
+        self._policy = policy
+        self._transport = transport
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sweeping = False
+        self._deadline: asyncio.TimerHandle | None = None
+        self._refused = 0
+        self.dispatch = Dispatcher(endpoints, policy.streams, self._paced, self._starved)
+        self.stopped: str | None = None
+        self.paused: str | None = None
+        self.answers = 0
+        self.refusals = 0
+
+    def close(self) -> None:
+        """Cancel all timers and probes, so that nothing is left on the loop."""
+        for handle in self._timers:
+            handle.cancel()
+        for task in self._tasks:
+            task.cancel()
+        self._timers.clear()
+        self._sweeping = False
+        self._deadline = None
+        for endpoint in self._endpoints:
+            endpoint.resting = False
+
+    def succeeded(self, endpoint: Endpoint, level: int, seconds: float) -> None:
+        """Take note of a good answer, sent as one of ``level`` requests in flight."""
+        now = time.monotonic()
+        self.answers += 1
+        endpoint.lane.answered(level, seconds, now)
+        if endpoint.breaker.succeed():
+            endpoint.lane.reset(now)
+            _LOG.info("endpoint %s is back", endpoint.label)
+            self._refresh(endpoint)
+
+    def failed(self, endpoint: Endpoint, failure: Failure) -> None:
+        """Do what a failure means; it may stop the run."""
+        treatment, error = failure.treatment, failure.error
+        if treatment.step is Step.STOP:
+            self.stop(error.message)
+        if treatment.step in {Step.EJECT, Step.REKEY}:
+            self._eject(endpoint, error)
+        if treatment.step is Step.FAIL:
+            self._count_hopeless(failure)
+        if treatment.shrink:
+            endpoint.lane.refused(time.monotonic())
+        if treatment.trip is not Trip.NO and endpoint.breaker.fail(treatment.trip is Trip.OPEN):
+            self._open(endpoint, error)
+        if treatment.step is Step.WAIT:
+            self._refuse(endpoint, failure)
+        self._refresh(endpoint)
+
+    def _count_hopeless(self, failure: Failure) -> None:
+        self._refused += 1
+        many = self._refused >= self._policy.retry.hopeless_after
+        if not self.answers and (many or failure.treatment.schema):
+            self.stop(f"no request was accepted; the last answer: {failure.error.message}")
+
+    def _refuse(self, endpoint: Endpoint, failure: Failure) -> None:
+        """Let an endpoint rest as long as it asked; all of its host, where the quota is shared."""
+        self.refusals += 1
+        seconds = failure.error.retry_after or failure.treatment.rest_s
+        if seconds is None and endpoint.outstanding:
+            # It works at what it has: the narrower lane is answer enough.
+            endpoint.lane.width = max(1, min(endpoint.lane.width, endpoint.outstanding))
+            return
+        host = endpoint.url.split("/")[2]
+        for other in self._endpoints:
+            if other is endpoint or (failure.treatment.shared and other.url.split("/")[2] == host):
+                self.rest(other, seconds or self._policy.retry.refusal_pause_s)
+        self._check_rest(failure.error)
+
+    def _check_rest(self, error: EndpointError) -> None:
+        seconds = error.retry_after or 0.0
+        if seconds > max(self._policy.timeout.fleet_s, self._policy.retry.long_wait_s) and all(
+            e.resting for e in self.dispatch.alive
+        ):
+            self.stop(f"{error.message}; resume the run in {seconds:.0f} s")
+
+    def rest(self, endpoint: Endpoint, seconds: float) -> None:
+        """Send an endpoint nothing for a while."""
+        if not endpoint.resting:
+            endpoint.resting = True
+            self._later(seconds, lambda: self._wake(endpoint))
+
+    def _wake(self, endpoint: Endpoint) -> None:
+        endpoint.resting = False
+        self._refresh(endpoint)
+
+    def _eject(self, endpoint: Endpoint, error: EndpointError) -> None:
+        if endpoint.ejected:
+            return
+        endpoint.ejected = True
+        _LOG.warning("endpoint %s is used no more: %s", endpoint.label, error.message)
+        if all(e.ejected for e in self._endpoints):
+            self.stop(f"no endpoint is left; the last answer: {error.message}")
+
+    def _open(self, endpoint: Endpoint, error: EndpointError) -> None:
+        _LOG.warning("endpoint %s is left alone: %s", endpoint.label, error.message)
+        self._later(endpoint.breaker.pause_s, lambda: self._spawn(self._probe(endpoint)))
+
+    async def _probe(self, endpoint: Endpoint) -> None:
+        """Ask an endpoint that was left alone whether it is there."""
+        try:
+            answer = await self._transport.get(
+                f"{endpoint.url}/models", await endpoint.headers(), self._policy.breaker.probe_s
+            )
+            there = answer.status < _SERVER_ERROR
+        except (aiohttp.ClientError, TimeoutError):
+            there = False
+        if there:
+            endpoint.breaker.probed()
+            self._refresh(endpoint)
+        else:
+            endpoint.breaker.miss()
+            self._later(endpoint.breaker.pause_s, lambda: self._spawn(self._probe(endpoint)))
+
+    def _paced(self, endpoint: Endpoint) -> None:
+        """Let an endpoint with a quota of its own rest until the next request is due."""
+        if endpoint.bucket is not None:
+            wait = endpoint.bucket.take(1.0, time.monotonic(), reserve=1.0)
+            if wait > 0:
+                self.rest(endpoint, wait)
+
+    def _starved(self) -> None:
+        """Look for full lanes soon: calls wait although more could be in flight."""
+        if not self._sweeping:
+            self._sweeping = True
+            self._later(self._policy.lane.settle_s, self._sweep)
+
+    def _sweep(self) -> None:
+        """Widen the lanes that are full, and go on while calls wait."""
+        self._sweeping = False
+        now = time.monotonic()
+        for endpoint in list(self.dispatch.alive) if self.dispatch.hungry else ():
+            full = endpoint.outstanding >= endpoint.width
+            if full and endpoint.breaker.state is State.CLOSED and endpoint.lane.widen(now):
+                self._refresh(endpoint)
+        if self.dispatch.hungry:
+            self._starved()
+
+    def _refresh(self, endpoint: Endpoint) -> None:
+        """Rank an endpoint anew, and watch whether any is alive."""
+        self.dispatch.refresh(endpoint)
+        if self.dispatch.alive:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = self.paused = None
+                _LOG.warning("an endpoint is back; the run goes on")
+        elif self._deadline is None and self.stopped is None:
+            seconds = self._policy.timeout.fleet_s
+            self.paused = f"no endpoint is alive; waiting up to {seconds:g} s for one to return"
+            _LOG.warning("%s", self.paused)
+            self._deadline = self._later(seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        seconds = self._policy.timeout.fleet_s
+        self.stop(
+            f"no endpoint came back within {seconds:g} s (limits.fleet_wait_s): start them again "
+            "and resume the run"
+        )
+
+    def stop(self, message: str) -> None:
+        """End the run: no further request is sent, and what waits fails."""
+        if self.stopped is None:
+            self.stopped = message
+            _LOG.error("%s", message)
+        self.dispatch.fail_all(lambda: RunStoppedError(message))
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+        def run() -> None:
+            self._timers.discard(handle)
+            call()
+
+        handle = asyncio.get_running_loop().call_later(seconds, run)
+        self._timers.add(handle)
+        return handle
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,132 @@
+"""Settings as plain data: what may stand in them, and how they are written to ``run.yaml``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import yaml
+from pydantic import SecretStr
+
+from ..backends.contract.errors import ConfigurationError
+from .models import RunConfig
+
+MASKED: Final = "**********"
+"""What stands in ``run.yaml`` for a key that was written out in the configuration."""
+
+_MOST_VALUES: Final = 1_000_000
+_DEEPEST: Final = 100
+_INTEGERS: Final = range(-(2**63), 2**64)
+_VARIABLES_ONLY: Final = re.compile(r"(?:\$\{[A-Za-z_][A-Za-z0-9_]*\})+")
+
+
+def check_plain(data: Mapping[str, Any], source: str) -> None:
+    """Check that settings hold nothing but what JSON can say, and are of a sane size.
+
+    YAML also knows dates, keys that are no text (``on: …`` is ``True``), infinities and aliases
+    that unfold without end.
+
+    Args:
+        data: The settings.
+        source: How messages name them.
+
+    Raises:
+        ConfigurationError: Names the key and the way out.
+    """
+    todo: list[tuple[tuple[str, ...], Any]] = [((), data)]
+    seen = 0
+    while todo:
+        path, value = todo.pop()
+        seen += 1
+        if seen > _MOST_VALUES or len(path) > _DEEPEST:
+            msg = (
+                f"{source}: {'.'.join(path[:2])}: nested more than {_DEEPEST} levels deep or more "
+                f"than {_MOST_VALUES:,} values (does a YAML alias unfold without end?)"
+            )
+            raise ConfigurationError(msg)
+        if isinstance(value, Mapping):
+            todo += [((*path, str(k)), _member(source, path, k, v)) for k, v in value.items()]
+        elif isinstance(value, list | tuple):
+            todo += [((*path, str(n)), v) for n, v in enumerate(value)]
+        elif problem := _problem(value):
+            raise ConfigurationError(f"{source}: {'.'.join(path)}: {problem}")
+
+
+def _member(source: str, path: tuple[str, ...], key: object, value: Any) -> Any:
+    if not isinstance(key, str):
+        where = ".".join(path) or "at its top"
+        msg = f"{source}: {where}: the key {key!r} is no text in YAML; put quotes around it"
+        raise ConfigurationError(msg)
+    return value
+
+
+def _problem(value: object) -> str | None:
+    """Say what is wrong with a value that is neither a mapping nor a list."""
+    if isinstance(value, str):
+        return None if _encodable(value) else "the text holds half a character (a lone surrogate)"
+    if value is None or isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return None if value in _INTEGERS else "the number does not fit 64 bits"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"the number must be finite (found {value})"
+    kind = type(value).__name__
+    return f"a {kind} is no plain value (text, number, true, false, null); put quotes around it"
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings, defaults included, with the strings as the user wrote them.
+
+    Args:
+        config: The checked settings.
+        raw: The same as the user wrote them, ``${VAR}`` unexpanded.
+    """
+    settings = config.model_dump(mode="json", by_alias=True, exclude_none=False)
+    plain: dict[str, Any] = _unexpand(settings, raw)
+    key = raw["endpoints"].get("api_key")
+    plain["endpoints"]["api_key"] = _safe_key(key, config.endpoints.api_key)
+    return plain
+
+
+def _unexpand(plain: Any, raw: Any) -> Any:
+    if isinstance(plain, dict) and isinstance(raw, Mapping):
+        return {k: _unexpand(v, raw.get(k)) for k, v in plain.items()}
+    if isinstance(plain, list) and isinstance(raw, list | tuple) and len(plain) == len(raw):
+        return [_unexpand(p, r) for p, r in zip(plain, raw, strict=True)]
+    return raw if isinstance(raw, str) and "${" in raw else plain
+
+
+def _safe_key(raw: object, key: SecretStr) -> str:
+    if isinstance(raw, str) and _VARIABLES_ONLY.fullmatch(raw):
+        return raw
+    return "EMPTY" if key.get_secret_value() == "EMPTY" else MASKED
+
+
+def to_yaml(plain: Mapping[str, Any]) -> str:
+    """Render plain settings as YAML, long texts as blocks."""
+    return yaml.dump(dict(plain), Dumper=_BlockDumper, sort_keys=False, allow_unicode=True)
+
+
+class _BlockDumper(yaml.SafeDumper):
+    """Writes texts of several lines as literal blocks, and no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_BlockDumper.add_representer(str, _text)

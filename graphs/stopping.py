@@ -1,0 +1,95 @@
+"""How a run is stopped from outside: SIGINT and SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from langgraph.runtime import RunControl
+from rich.console import Console
+
+from ..backends.contract.errors import RunStoppedError
+from ..nodes.gate import Gate
+
+T = TypeVar("T")
+
+
+class Stop:
+    """A wish to stop: at first no further item begins, at the second nothing is waited for.
+
+    Args:
+        console: Where to say what is going on.
+
+    Attributes:
+        control: The run's control, by which the graph hears of it.
+        reason: Name of the signal that came first, or None.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.control = RunControl()
+        self.reason: str | None = None
+        self._console = console
+        self._gate: Gate | None = None
+        self._work: asyncio.Future[Any] | None = None
+
+    def asked(self, name: str) -> None:
+        """Heed a signal."""
+        first, self.reason = self.reason is None, self.reason or name
+        self.control.request_drain(self.reason)
+        if first and self._gate is not None:
+            flying = self._gate.in_flight
+            self._gate.close(name)
+            self._say(f"{name}: waiting for {flying:,} items in flight; once more stops at once")
+        elif self._work is not None:
+            self._work.cancel()
+
+    async def opening(self, work: Awaitable[T]) -> T:
+        """Open something, unless a signal comes first.
+
+        Raises:
+            RunStoppedError: A signal came.
+        """
+        self._work = asyncio.ensure_future(work)
+        try:
+            opened: T = await self._work
+        except asyncio.CancelledError:
+            if self.reason is None:
+                raise
+            msg = f"{self.reason} before the first item; nothing was asked, the run can be resumed"
+            raise RunStoppedError(msg) from None
+        finally:
+            self._work = None
+        return opened
+
+    @contextmanager
+    def working(self, gate: Gate, work: asyncio.Future[Any]) -> Iterator[None]:
+        """Say what signals act on while the block runs."""
+        self._gate, self._work = gate, work
+        if self.reason is not None:
+            gate.close(self.reason)
+        try:
+            yield
+        finally:
+            self._work = None
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def stoppable(console: Console) -> Iterator[Stop]:
+    """Take SIGINT and SIGTERM for the block as a wish to stop; for the main thread's loop."""
+    loop, stop = asyncio.get_running_loop(), Stop(console)
+    handled: list[tuple[signal.Signals, Callable[..., Any] | int | None]] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handled.append((number, signal.getsignal(number)))
+        loop.add_signal_handler(number, stop.asked, number.name)
+    try:
+        yield stop
+    finally:
+        for number, handler in handled:
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from fanfold.backends.accounts import conformance
+from fanfold.backends.accounts.conformance import CHECKS, Check, Subject
+from fanfold.backends.accounts.ledger import Ledger
+
+
+def opener(folder: Path) -> Callable[[int], AbstractAsyncContextManager[Ledger]]:
+    @asynccontextmanager
+    async def opened(items: int) -> AsyncIterator[Ledger]:
+        ledger = Ledger(folder, "run", items)
+        ledger.begin("test", 0.001)
+        try:
+            yield ledger
+        finally:
+            await ledger.aclose()
+
+    return opened
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_the_journal_is_a_ledger(check: Check, tmp_path: Path) -> None:
+    def tear() -> None:
+        file = max(tmp_path.glob("*.jsonl"))
+        file.write_bytes(file.read_bytes()[:-100])
+
+    await check(Subject(opener(tmp_path), tear))
+
+
+class Forgetful(Ledger):
+    """Loses what it is told last."""
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        if paths := sorted(self._folder.glob("*.jsonl")):
+            lines = paths[-1].read_bytes().splitlines(keepends=True)
+            paths[-1].write_bytes(b"".join(lines[:-1]))
+
+
+async def test_the_checks_can_fail(tmp_path: Path) -> None:
+    @asynccontextmanager
+    async def opened(items: int) -> AsyncIterator[Ledger]:
+        ledger = Forgetful(tmp_path, "run", items)
+        ledger.begin("test", 0.001)
+        yield ledger
+        await ledger.aclose()
+
+    with pytest.raises(AssertionError, match="records"):
+        await conformance.keeps_over_lives(Subject(opened))

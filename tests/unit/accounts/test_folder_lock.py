@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import errno
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fanfold.backends.accounts import folder as folders
+from fanfold.backends.accounts.folder import (
+    RunFolder,
+    is_vacant,
+    new_folder,
+    open_folder,
+    write_bytes,
+    write_json,
+)
+from fanfold.backends.contract.errors import ConfigurationError, LedgerError
+
+HOLD = """
+import sys
+from pathlib import Path
+from fanfold.backends.accounts.folder import RunFolder
+with RunFolder(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    (tmp_path / "journal").mkdir()
+    return RunFolder(tmp_path)
+
+
+def test_a_lock_ends_with_its_process_even_by_kill(folder: RunFolder) -> None:
+    command = [sys.executable, "-c", HOLD, str(folder.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        assert folder.in_use()
+        with pytest.raises(ConfigurationError, match="another process is working"):
+            folder.locked().__enter__()
+        holder.kill()
+        holder.wait()
+    assert not folder.in_use()
+    with folder.locked():
+        assert folder.in_use()
+
+
+def test_looking_keeps_nobody_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody looks at the run in the moment in which it is to be locked."""
+    with folder.locked():
+        pass
+    looker = (folder.journal / "lock").open()
+    folders.fcntl.flock(looker, folders.fcntl.LOCK_SH)
+    monkeypatch.setattr(folders.time, "sleep", lambda _: looker.close())
+    with folder.locked():
+        assert looker.closed
+
+
+def test_a_run_nobody_has_opened_is_not_in_use(folder: RunFolder) -> None:
+    assert not folder.in_use()
+    assert list(folder.journal.iterdir()) == []
+
+
+def test_a_file_system_without_locks_only_warns(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(_: int, __: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    with caplog.at_level(logging.WARNING), folder.locked():
+        assert "no locks on this file system (No locks available)" in caplog.text
+    assert not folder.in_use()
+
+
+def test_a_lock_that_cannot_be_opened(folder: RunFolder) -> None:
+    (folder.journal / "lock").mkdir()
+    with pytest.raises(LedgerError, match="lock: cannot be opened: Is a directory"):
+        folder.locked().__enter__()
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "run"
+
+    def failing() -> None:
+        with new_folder(target) as partial:
+            write_json(partial.provenance, {})
+            assert not target.exists()
+            raise OSError(errno.EIO, "not about the folder")
+
+    with pytest.raises(OSError, match="not about the folder"):
+        failing()
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(target) as partial:
+        write_json(partial.provenance, {})
+    assert sorted(p.name for p in target.iterdir()) == ["journal", "provenance.json"]
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_place_that_is_taken_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+
+    def failing() -> None:
+        with new_folder(target):
+            target.mkdir()
+            (target / "mine").touch()
+
+    with pytest.raises(ConfigurationError, match="cannot be made: Directory not empty"):
+        failing()
+    assert [p.name for p in target.iterdir()] == ["mine"]
+
+
+def test_what_is_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no such run folder"):
+        open_folder(tmp_path / "missing")
+    with pytest.raises(ConfigurationError, match=r"lacks run\.yaml, items\.arrow, provenance"):
+        open_folder(tmp_path)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigurationError, match="cannot be a run folder: Not a directory"):
+        is_vacant(file)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"v": 2}', "\xff"])
+def test_provenance_that_cannot_be_read(folder: RunFolder, content: str) -> None:
+    folder.provenance.write_text(content, encoding="latin-1")
+    with pytest.raises(LedgerError, match=r"provenance\.json: (cannot be read|version)"):
+        folder.read_provenance()
+
+
+def test_a_failed_write_leaves_the_old_file(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bytes(folder.settings, b"old")
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folders.os, "fsync", fsync)
+    with pytest.raises(LedgerError, match=r"run\.yaml: cannot be written: No space left"):
+        write_bytes(folder.settings, b"new")
+    assert folder.settings.read_bytes() == b"old"
+    assert sorted(p.name for p in folder.path.iterdir()) == ["journal", "run.yaml"]

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fanfold.backends.accounts.conformance import sample
+from fanfold.backends.accounts.journal import scan
+from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.contract.errors import LedgerError
+
+ITEMS = 6
+HEADER = orjson.dumps({"v": 1, "run": "r", "life": "x"}) + b"\n"
+
+texts = st.text(st.characters(codec="utf-8"), max_size=12)
+outputs = st.one_of(texts, st.dictionaries(texts, st.one_of(texts, st.floats(-1e9, 1e9))))
+records = st.builds(
+    sample, st.integers(0, ITEMS - 1), st.sampled_from(["done", "failed"]), outputs
+)
+
+
+def lines_of(found: list[dict[str, Any]]) -> list[bytes]:
+    return [HEADER, *(orjson.dumps(record) + b"\n" for record in found)]
+
+
+def write(folder: Path, content: bytes) -> Path:
+    path = folder / "0001.jsonl"
+    path.write_bytes(content)
+    return path
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(found=st.lists(records, max_size=5), data=st.data())
+def test_any_cut_keeps_the_whole_lines_before_it(
+    tmp_path: Path, found: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    lines = lines_of(found)
+    whole = b"".join(lines)
+    cut = data.draw(st.integers(0, len(whole)))
+    path = write(tmp_path, whole[:cut])
+    complete = whole[:cut].count(b"\n") - 1
+    read = list(scan(path, "r"))
+    assert [line.record for line in read] == found[: max(complete, 0)]
+    for line in read:
+        assert whole[line.start : line.start + line.length] == lines[line.number - 1]
+    with Ledger(tmp_path, "r", ITEMS) as ledger:
+        last = {record["index"]: record for record in found[: max(complete, 0)]}
+        assert list(ledger.records()) == [last[index] for index in sorted(last)]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    found=st.lists(records, min_size=1, max_size=5),
+    garbage=st.one_of(
+        st.binary(min_size=1, max_size=20).filter(lambda b: b"\n" not in b),
+        st.sampled_from([b"", b"[]", b"null", b"{}", b'{"index":true}', b'{"index":0}', b"\0" * 9]),
+    ),
+    data=st.data(),
+)
+def test_any_strange_line_is_named(
+    tmp_path: Path, found: list[dict[str, Any]], garbage: bytes, data: st.DataObject
+) -> None:
+    lines = lines_of(found)
+    at = data.draw(st.integers(0, len(lines)))
+    lines.insert(at, garbage + b"\n")
+    path = write(tmp_path, b"".join(lines))
+    with pytest.raises(LedgerError) as caught:
+        Ledger(tmp_path, "r", ITEMS)
+    assert caught.value.message.startswith(f"{path}, line {at + 1}: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"", "not valid JSON"),
+        (HEADER.strip(), "a second header"),
+        (orjson.dumps(sample(ITEMS)), "has index 6, this run has 6 items"),
+        (orjson.dumps(sample(-1)), "has index -1"),
+        (orjson.dumps(sample(0) | {"status": "odd"}), "no status known here"),
+        (orjson.dumps(sample(0) | {"status": ["done"]}), "no status known here"),
+        (orjson.dumps(sample(0) | {"attempts": "2"}), "no numbers"),
+        (orjson.dumps(sample(0) | {"index": "0"}), "not a record of an item"),
+    ],
+)
+def test_damage_says_what_and_where(tmp_path: Path, line: bytes, words: str) -> None:
+    lines = [*lines_of([sample(0), sample(1)]), line + b"\n", orjson.dumps(sample(2)) + b"\n"]
+    path = write(tmp_path, b"".join(lines))
+    with pytest.raises(LedgerError) as caught:
+        Ledger(tmp_path, "r", ITEMS)
+    assert caught.value.message.startswith(f"{path}, line 4: ")
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"v": 2, "run": "r"}, "line 1: journal version 2, this fanfold reads 1"),
+        ({"v": 1, "run": "other"}, "line 1: belongs to run 'other', not to 'r'"),
+        ({"index": 0}, "line 1: journal version None"),
+    ],
+)
+def test_a_foreign_header_is_refused(tmp_path: Path, header: dict[str, Any], words: str) -> None:
+    write(tmp_path, orjson.dumps(header) + b"\n")
+    with pytest.raises(LedgerError, match=words):
+        Ledger(tmp_path, "r", ITEMS)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"index":1,'])
+def test_zeros_after_a_power_loss_come_with_the_way_out(tmp_path: Path, torn: bytes) -> None:
+    whole = b"".join(lines_of([sample(0)]))
+    path = write(tmp_path, whole + torn + b"\0" * 4096)
+    with pytest.raises(LedgerError, match=r"line 3: 4,096 NUL bytes") as caught:
+        Ledger(tmp_path, "r", ITEMS)
+    assert f"truncate -s {len(whole)} {path}" in caught.value.message
+    path.write_bytes(path.read_bytes()[: len(whole)])
+    with Ledger(tmp_path, "r", ITEMS) as ledger:
+        assert ledger.counts().done == 1
+
+
+def test_files_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number, output in ((9999, "old"), (10000, "new")):
+        path = tmp_path / f"{number:04}.jsonl"
+        path.write_bytes(HEADER + orjson.dumps(sample(0, output=output)) + b"\n")
+    with Ledger(tmp_path, "r", ITEMS) as ledger:
+        assert ledger.record(0)["output"] == "new"
+
+
+def test_a_file_of_another_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "copy.jsonl").write_bytes(HEADER)
+    with pytest.raises(LedgerError, match=r"copy\.jsonl: not a journal file"):
+        Ledger(tmp_path, "r", ITEMS)
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "0001.jsonl").mkdir()
+    with pytest.raises(LedgerError, match=r"0001\.jsonl: cannot be read: Is a directory"):
+        Ledger(tmp_path, "r", ITEMS)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from fanfold.nodes.gate import Gate
+
+
+class GateMachine(RuleBasedStateMachine):
+    """Random interleavings of entering, leaving, cancelling and closing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.waiting: list[asyncio.Task[bool]] = []
+        self.inside = 0
+
+    @initialize(streams=st.integers(1, 3))
+    def begin(self, streams: int) -> None:
+        self.streams = streams
+        self.gate = Gate(streams, drain_s=60.0)
+
+    def run(self, what: Any = None) -> Any:
+        return self.loop.run_until_complete(what if what is not None else asyncio.sleep(0))
+
+    @rule(settle=st.booleans())
+    def enter(self, settle: bool) -> None:
+        self.waiting.append(self.loop.create_task(self.gate.enter()))
+        if settle:
+            self.run()
+
+    @precondition(lambda self: self.inside)
+    @rule(settle=st.booleans())
+    def leave(self, settle: bool) -> None:
+        self.inside -= 1
+        self.gate.leave()
+        if settle:
+            self.run()
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data(), settle=st.booleans())
+    def cancel(self, data: st.DataObject, settle: bool) -> None:
+        data.draw(st.sampled_from(self.waiting)).cancel()
+        if settle:
+            self.run()
+
+    @rule(settle=st.booleans())
+    def close(self, settle: bool) -> None:
+        self.gate.close("test")
+        if settle:
+            self.run()
+
+    @rule()
+    def settle(self) -> None:
+        self.run()
+
+    @invariant()
+    def count(self) -> None:
+        for task in [t for t in self.waiting if t.done()]:
+            self.waiting.remove(task)
+            if not task.cancelled() and task.result():
+                self.inside += 1
+        assert 0 <= self.inside <= self.gate.in_flight <= self.streams
+
+    def teardown(self) -> None:
+        for _ in range(5):
+            self.run()
+        self.count()
+        if self.gate.closed:
+            assert not self.waiting  # nobody is left hanging
+        while self.waiting or self.inside:
+            while self.inside:
+                self.leave(settle=False)
+            for _ in range(3):
+                self.run()
+            self.count()
+        assert self.gate.in_flight == 0  # no place has leaked
+        self.gate.close("end")
+        assert self.run(self.gate.drained())
+        if not self.gate.closed:
+            entered = [self.loop.create_task(self.gate.enter()) for _ in range(self.streams)]
+            assert all(self.run(asyncio.gather(*entered)))
+        self.loop.close()
+
+
+TestGate = GateMachine.TestCase
+TestGate.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+async def test_places_go_to_who_waits_longest() -> None:
+    gate, order = Gate(1, 60.0), list[int]()
+
+    async def user(number: int) -> None:
+        assert await gate.enter()
+        order.append(number)
+        await asyncio.sleep(0)
+        gate.leave()
+
+    await asyncio.gather(*(user(n) for n in range(20)))
+    assert order == list(range(20))
+
+
+async def test_a_place_handed_over_counts_until_the_gate_is_closed() -> None:
+    """Closed between the handing over and the waking up: nobody begins, and nobody is missed."""
+    gate = Gate(1, 60.0)
+    assert await gate.enter()
+    second = asyncio.create_task(gate.enter())
+    await asyncio.sleep(0)
+    gate.leave()
+    assert gate.in_flight == 1
+    gate.close("stop")
+    assert not await second
+    assert gate.in_flight == 0
+    assert await gate.drained()
+
+
+async def test_the_first_reason_stays() -> None:
+    gate, error = Gate(1, 60.0), ValueError("first")
+    gate.close("first", error)
+    gate.close("second")
+    assert (gate.reason, gate.error, await gate.enter()) == ("first", error, False)
+
+
+async def test_waiting_for_the_drain_is_bounded_from_the_closing() -> None:
+    gate = Gate(2, 0.0)
+    assert await gate.enter()
+    gate.close("stop")
+    assert not await gate.drained()
+    assert not await gate.drained()
+    gate.leave()
+    assert await gate.drained()
+
+
+async def test_waiting_for_the_closing() -> None:
+    gate = Gate(1, 0.0)
+    assert not await gate.wait_closed(0.0)
+    waiting = asyncio.create_task(gate.wait_closed(60.0))
+    await asyncio.sleep(0)
+    gate.close("stop")
+    assert await waiting

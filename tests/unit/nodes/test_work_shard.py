@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import RunControl, Runtime
+from typing_extensions import TypedDict
+
+from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.contract.calls import CURRENT_CALLS
+from fanfold.backends.contract.errors import (
+    ConfigurationError,
+    EndpointLostError,
+    LedgerError,
+    RunStoppedError,
+)
+from fanfold.backends.contract.types import Item, Shard
+from fanfold.nodes.aggregators import build
+from fanfold.nodes.context import RunTools
+from fanfold.nodes.gate import Gate
+from fanfold.nodes.progress import Progress
+from fanfold.nodes.state import ItemState
+from fanfold.nodes.work import Part, work
+
+TOTAL = 200
+
+
+@dataclass
+class Rows:
+    """A store of made-up items."""
+
+    total: int = TOTAL
+
+    def __len__(self) -> int:
+        return self.total
+
+    def read(self, lo: int, hi: int) -> list[Item]:
+        return [Item(n, f"i{n}", {"x": n}) for n in range(lo, hi)]
+
+
+@dataclass
+class Bench:
+    """An open run whose items are run by ``act``."""
+
+    folder: Path
+    act: Callable[[Item], Awaitable[ItemState]]
+    streams: int = 8
+    drain_s: float = 60.0
+    reduce: list[dict[str, Any]] = field(default_factory=lambda: [{"op": "count"}])
+    asked: list[int] = field(default_factory=list)
+    peak: int = 0
+    reason: str | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[RunTools]:
+        ledger = Ledger(self.folder, "r", TOTAL)
+        ledger.begin("test", 0.001)
+        gate = Gate(self.streams, self.drain_s)
+
+        async def run_item(item: Item) -> ItemState:
+            self.asked.append(item.index)
+            self.peak = max(self.peak, gate.in_flight)
+            return await self.act(item)
+
+        try:
+            yield RunTools(
+                Rows(), ledger, build(self.reduce), run_item, gate, Progress(), b"", True
+            )
+        finally:
+            await ledger.aclose()
+
+    async def work(self, tools: RunTools, lo: int = 0, hi: int = TOTAL) -> Part | None:
+        return await work(Shard(lo, hi), tools, lambda: self.reason)
+
+
+async def answer(item: Item) -> ItemState:
+    await asyncio.sleep(0)
+    return {"output": {"x": item.index}}
+
+
+async def test_all_items_once_within_the_bound(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, answer)
+    async with bench.open() as tools:
+        part = await bench.work(tools)
+        assert part is not None
+        assert len(part) == TOTAL
+        assert part.summary()["tally"] == {"done": TOTAL, "failed": 0}
+        assert tools.gate.in_flight == 0
+        assert tools.progress.done == TOTAL
+    assert sorted(bench.asked) == list(range(TOTAL))
+    assert bench.peak == bench.streams
+
+
+async def test_finished_items_are_folded_not_asked(tmp_path: Path) -> None:
+    first = Bench(tmp_path, answer)
+    async with first.open() as tools:
+        await first.work(tools, 30, 130)
+    second = Bench(tmp_path, answer)
+    async with second.open() as tools:
+        part = await second.work(tools)
+        assert part is not None
+        assert part.summary()["tally"] == {"done": TOTAL, "failed": 0}
+    assert sorted(second.asked) == [*range(30), *range(130, TOTAL)]
+
+
+async def test_what_is_returned_is_on_disk(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, answer)
+    async with bench.open() as tools:
+        await bench.work(tools)
+        writer = tools.ledger._writer  # type: ignore[attr-defined]  # the protocol hides it
+        assert writer._flushed == writer._written
+
+
+class CustomError(Exception):
+    """What a user's graph may raise."""
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "text"),
+    [
+        (CustomError("odd \ud800"), "CustomError", "odd ?"),
+        (KeyError(), "KeyError", "KeyError()"),
+        (EndpointLostError("reset", "e"), "EndpointLostError", "reset"),
+        (asyncio.CancelledError("its own"), "CancelledError", "its own"),
+        (TimeoutError(), "TimeoutError", "TimeoutError()"),
+    ],
+)
+async def test_what_an_item_raises_is_its_end(
+    tmp_path: Path, error: BaseException, name: str, text: str
+) -> None:
+    async def act(item: Item) -> ItemState:
+        if item.index == 5:
+            raise error
+        return await answer(item)
+
+    bench = Bench(tmp_path, act)
+    async with bench.open() as tools:
+        part = await bench.work(tools)
+        assert part is not None
+        assert part.summary()["tally"] == {"done": TOTAL - 1, "failed": 1}
+        record = tools.ledger.record(5)
+        assert (record["error_class"], record["error"]) == (name, text)
+        assert record["output"] is None
+
+
+@pytest.mark.parametrize("error", [RunStoppedError("no node"), ConfigurationError("wrong")])
+async def test_what_ends_the_run_lets_items_in_flight_finish(
+    tmp_path: Path, error: Exception
+) -> None:
+    go = asyncio.Event()
+
+    async def act(item: Item) -> ItemState:
+        if item.index == 4:
+            go.set()
+            raise error
+        await go.wait()
+        return await answer(item)
+
+    bench = Bench(tmp_path, act)
+    async with bench.open() as tools:
+        assert await bench.work(tools) is None
+        assert tools.gate.error is error
+        recorded = [record["index"] for record in tools.ledger.records()]
+    assert recorded == sorted(set(bench.asked) - {4})
+    assert len(bench.asked) < TOTAL
+
+
+@pytest.mark.parametrize("how", ["gate", "drain"])
+async def test_a_stop_loses_and_repeats_nothing(tmp_path: Path, how: str) -> None:
+    async def act(item: Item) -> ItemState:
+        if item.index == 20:
+            if how == "gate":
+                tools.gate.close("SIGTERM")
+            else:
+                bench.reason = "drain"
+        return await answer(item)
+
+    bench = Bench(tmp_path, act)
+    async with bench.open() as tools:
+        assert await bench.work(tools) is None
+        assert tools.gate.reason == ("SIGTERM" if how == "gate" else "drain")
+        recorded = [record["index"] for record in tools.ledger.records()]
+    assert recorded == sorted(bench.asked)
+    assert len(recorded) < TOTAL
+    again = Bench(tmp_path, answer)
+    async with again.open() as tools:
+        assert await again.work(tools) is not None
+    assert sorted(again.asked + bench.asked) == list(range(TOTAL))
+
+
+async def test_a_stop_with_all_items_begun_is_bounded(tmp_path: Path) -> None:
+    """The shard has fed all it has, and the fleet hangs: only the bound can end it."""
+
+    async def act(item: Item) -> ItemState:
+        if item.index == 9:
+            tools.gate.close("SIGTERM")
+        elif item.index % 2:
+            await asyncio.Event().wait()
+        return await answer(item)
+
+    bench = Bench(tmp_path, act, streams=64, drain_s=0.05)
+    async with bench.open() as tools:
+        assert await bench.work(tools, 0, 10) is None
+        recorded = [record["index"] for record in tools.ledger.records()]
+        assert tools.gate.in_flight == 0
+    assert recorded == [0, 2, 4, 6, 8, 9]
+
+
+async def test_a_stop_after_the_last_item_leaves_the_shard_finished(tmp_path: Path) -> None:
+    async def act(item: Item) -> ItemState:
+        state = await answer(item)
+        if item.index == TOTAL - 1:
+            tools.gate.close("SIGTERM")
+        return state
+
+    bench = Bench(tmp_path, act, streams=1)
+    async with bench.open() as tools:
+        part = await bench.work(tools)
+        assert part is not None
+        assert len(part) == TOTAL
+
+
+async def test_a_failed_record_stops_at_once(tmp_path: Path) -> None:
+    async def act(item: Item) -> ItemState:
+        if item.index:
+            await asyncio.Event().wait()
+        return await answer(item)
+
+    def put(_: dict[str, Any]) -> None:
+        raise LedgerError("disk full")
+
+    bench = Bench(tmp_path, act)
+    async with bench.open() as tools:
+        tools.ledger.put = put  # type: ignore[method-assign]  # a disk that is full
+        with pytest.raises(LedgerError, match="disk full"):
+            await bench.work(tools)
+        assert tools.gate.in_flight == 0
+        assert tools.gate.closed
+
+
+async def test_a_stage_that_cannot_count_stops_the_run(tmp_path: Path) -> None:
+    async def act(item: Item) -> ItemState:
+        await asyncio.sleep(0)
+        return {"output": {"x": f"{item.index}"}}
+
+    class Narrow:
+        def __init__(self, stage: Any) -> None:
+            self.stage = stage
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.stage, name)
+
+        def lift(self, outcomes: Any) -> Any:
+            raise ConfigurationError("histogram: too many values")
+
+    bench = Bench(tmp_path, act)
+    async with bench.open() as tools:
+        object.__setattr__(tools, "aggregate", Narrow(tools.aggregate))
+        assert await bench.work(tools) is None
+        assert isinstance(tools.gate.error, ConfigurationError)
+        assert sorted(bench.asked) == [record["index"] for record in tools.ledger.records()]
+
+
+async def test_each_item_has_a_call_log_of_its_own(tmp_path: Path) -> None:
+    logs = []
+
+    async def act(item: Item) -> ItemState:
+        log = CURRENT_CALLS.get()
+        assert log is not None
+        log.requests += item.index
+        logs.append(log)
+        return await answer(item)
+
+    bench = Bench(tmp_path, act)
+    async with bench.open() as tools:
+        await bench.work(tools, 0, 20)
+        assert [r["attempts"] for r in tools.ledger.records()] == list(range(20))
+    assert CURRENT_CALLS.get() is None
+
+
+class Steps(TypedDict, total=False):
+    n: int
+
+
+async def test_items_own_graphs_see_neither_drain_nor_saver(tmp_path: Path) -> None:
+    """A graph run inside a node inherits the outer run's control and saver by default."""
+
+    async def step(state: Steps) -> Steps:
+        control.request_drain("SIGTERM")
+        return {"n": state["n"] + 1}
+
+    inner = StateGraph(Steps)
+    inner.add_sequence([("a", step), ("b", step), ("c", step)])
+    inner.add_edge(START, "a")
+    inner.add_edge("c", END)
+    graph, control, saver = inner.compile(), RunControl(), InMemorySaver()
+
+    async def act(_: Item) -> ItemState:
+        configurable = (var_child_runnable_config.get() or {}).get("configurable", {})
+        assert not any(isinstance(v, InMemorySaver) for v in configurable.values())
+        return {"output": await graph.ainvoke({"n": 0})}
+
+    bench = Bench(tmp_path, act, streams=2)
+
+    async def node(_: Steps, runtime: Runtime) -> Steps:
+        async with bench.open() as tools:
+            drain = lambda: runtime.drain_reason if runtime.drain_requested else None  # noqa: E731
+            assert await work(Shard(0, 10), tools, drain) is None
+            found = [(r["status"], r["output"]) for r in tools.ledger.records()]
+        assert found == [("done", {"n": 3})] * len(bench.asked)
+        assert 0 < len(found) < 10
+        return {"n": len(found)}
+
+    outer = StateGraph(Steps)
+    outer.add_node("node", node)
+    outer.add_edge(START, "node")
+    outer.add_edge("node", END)
+    config: Any = {"configurable": {"thread_id": "t"}}
+    await outer.compile(checkpointer=saver).ainvoke({"n": 0}, config, control=control)
+    spaces = {entry.config["configurable"]["checkpoint_ns"] for entry in saver.list(None)}
+    assert spaces == {""}
