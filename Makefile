@@ -27,7 +27,7 @@ check: .venv/.dev
 fix: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 bench: .venv/.dev
-	$(BIN)/python tests/benchmarks
+	$(BIN)/python -m fanfold.tests.benchmarks
 studio: .venv/.studio
 	$(BIN)/langgraph dev
 clean:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
@@ -22,7 +23,7 @@ from .fleet.door import FleetModel, LangChainModel
 from .fleet.fleet import Fleet
 from .fleet.params import ModelParams
 from .fleet.policy import FleetPolicy
-from .fleet.probe import Found, check_models, discover
+from .fleet.probe import Checked, Found, check_models, discover
 from .fleet.simulated.launch import launch
 from .fleet.simulated.responders import RESPONDERS
 from .fleet.simulated.rules import FaultRule
@@ -30,7 +31,10 @@ from .fleet.simulated.spec import SimulationSpec
 from .fleet.sources import parse_endpoints_file
 from .inputs.spec import InputSpec
 
-PROBE_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S: Final = 5.0
+_WARNED: Final = 5
+
+logger = logging.getLogger(__name__)
 
 
 def input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> InputSpec:
@@ -182,13 +186,13 @@ class Serving:
         specs: The endpoints.
         model: The model's name.
         simulated: Whether they are simulated.
-        silent: Endpoints that did not answer, with the reason.
+        absent: A line for each endpoint that did not answer, or is left out.
     """
 
     specs: tuple[EndpointSpec, ...]
     model: str
     simulated: bool
-    silent: tuple[Found, ...] = ()
+    absent: tuple[str, ...] = ()
 
 
 @asynccontextmanager
@@ -223,13 +227,25 @@ async def survey(specs: Sequence[EndpointSpec], model: str | None) -> Serving:
     """
     found = await discover(specs, PROBE_TIMEOUT_S)
     settled = check_models(found, model)
-    silent = tuple(f for f in found if f.error)
-    return Serving(tuple(specs), settled.model, settled.simulated, silent)
+    return Serving(settled.specs, settled.model, settled.simulated, tuple(_absent(found, settled)))
+
+
+def _absent(found: Sequence[Found], settled: Checked) -> Iterator[str]:
+    for one in found:
+        if one.error:
+            yield f"{one.label} does not answer yet: {one.error}"
+        elif one.spec not in settled.specs:
+            serves = ", ".join(one.models) or "nothing"
+            yield f"{one.label} is left out: it serves {serves}, not {settled.model}"
 
 
 @asynccontextmanager
 async def open_fleet(config: RunConfig, serving: Serving) -> AsyncIterator[Fleet]:
-    """Open the fleet over endpoints that are up."""
+    """Open the fleet over endpoints that are up; warn of those that are not."""
+    for line in serving.absent[:_WARNED]:
+        logger.warning("endpoint %s", line)
+    if len(serving.absent) > _WARNED:
+        logger.warning("… and %d more endpoints", len(serving.absent) - _WARNED)
     limits = config.limits
     policy = FleetPolicy.of(
         streams=limits.streams,

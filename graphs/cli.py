@@ -170,9 +170,6 @@ def main() -> None:
         sys.exit(_exit_code(error))
     except BrokenPipeError:
         _reader_left()
-    except KeyboardInterrupt:
-        running.say(["Interrupted before there was anything to go on with."])
-        sys.exit(OTHER)
 
 
 def _reader_left() -> NoReturn:

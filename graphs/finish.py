@@ -6,6 +6,7 @@ from typing import Any
 
 from ..backends.accounts.folder import RunFolder, write_json
 from ..backends.accounts.results import write_jsonl, write_parquet
+from ..backends.accounts.results.guard import replacing
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
 
@@ -24,10 +25,8 @@ def write_results(
     """
     schema = loaded.config.task.answer_schema
     write_parquet(tools.ledger.records(), folder.results, schema)
-    partial = folder.failures.with_name(".failures.partial")
-    with partial.open("wb") as file:
+    with replacing(folder.failures) as file:
         write_jsonl(tools.ledger.records("failed"), file)
-    partial.replace(folder.failures)
     about = folder.read_provenance()
     content = {"v": 1, "run": about["run"], "simulated": tools.simulated}
     write_json(folder.aggregate, {**content, "progress": progress, "aggregate": aggregate})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,13 +150,13 @@ def _estimate_lines(loaded: Loaded, found: Estimate) -> list[str]:
 def simulate(fields: dict[str, Any], file: Path) -> None:
     """Serve a simulated fleet until interrupted."""
     spec = SimulationSpec.from_json(orjson.dumps(fields))
-    try:
-        asyncio.run(_serve(spec, file))
-    except KeyboardInterrupt:
-        return
+    asyncio.run(_serve(spec, file))
 
 
 async def _serve(spec: SimulationSpec, file: Path) -> None:
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
     async with SimulatedFleet(spec) as fleet:
         text = "".join(f"{url}\n" for url in fleet.urls)
         await asyncio.to_thread(_write_endpoints, file, text)
@@ -166,7 +167,7 @@ async def _serve(spec: SimulationSpec, file: Path) -> None:
                 f"control: {fleet.base_url}   Ctrl-C ends it",
             ]
         )
-        await asyncio.Event().wait()
+        await stop.wait()
 
 
 def _write_endpoints(file: Path, text: str) -> None:

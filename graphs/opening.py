@@ -210,7 +210,7 @@ def load_graph(name: str) -> Callable[[Any], Any]:
         for part in attribute.split("."):
             factory = getattr(factory, part)
     except (ImportError, AttributeError) as error:
-        msg = f"task.graph: {name} cannot be imported: {error}"
+        msg = f"task.graph: {name} cannot be imported: {error} (PYTHONPATH names more folders)"
         raise ConfigurationError(msg) from error
     if not callable(factory):
         msg = f"task.graph: {name} is no function; it must take the model and return a graph"

@@ -14,7 +14,7 @@ import orjson
 from rich.console import Console
 
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
-from ..backends.contract.errors import RunStoppedError
+from ..backends.contract.errors import FanfoldError, RunStoppedError
 from ..configs.load import Loaded
 from .prepare import default_folder, prepare_run
 from .report import show_aggregate
@@ -79,14 +79,14 @@ def _lived(life: Coroutine[Any, Any, RunResult], path: Path) -> RunResult:
 
     Raises:
         RunStoppedError: It was stopped, and can be resumed.
-        KeyboardInterrupt: It was stopped before there was anything to resume.
+        FanfoldError: It was stopped before there was anything to resume.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         return asyncio.run(life)
     except KeyboardInterrupt:
         if not path.is_dir():
-            raise
+            raise FanfoldError("interrupted before anything was written") from None
         msg = f"interrupted while it began; go on with: fanfold resume {path}"
         raise RunStoppedError(msg) from None
     finally:

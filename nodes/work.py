@@ -30,6 +30,9 @@ from .state import ItemState
 _SLICE: Final = 64
 """Items read at a time, and outcomes folded at a time."""
 
+_DURABILITY: Final = "__pregel_durability"
+"""The key by which LangGraph hands an invocation's durability down to graphs run inside it."""
+
 _POLL_S: Final = 1.0
 """Seconds between looks at a drain that somebody else asked of the graph."""
 
@@ -185,7 +188,8 @@ def _surroundings() -> Context:
     """Return the context for items' tasks, in which LangGraph finds neither saver nor drain.
 
     A graph that an item runs would inherit both from the shard's node: it would write its steps
-    to the run's checkpoints, and a drain would break it off between two of them.
+    to the run's checkpoints, and a drain would break it off between two of them. It would also
+    inherit ``durability="sync"``, and then wait for checkpoints that nobody writes.
     """
     context = copy_context()
     config = var_child_runnable_config.get()
@@ -193,7 +197,7 @@ def _surroundings() -> Context:
         inherited = {
             key: value.override(control=RunControl()) if isinstance(value, Runtime) else value
             for key, value in config.get("configurable", {}).items()
-            if not isinstance(value, BaseCheckpointSaver)
+            if not isinstance(value, BaseCheckpointSaver) and key != _DURABILITY
         }
         context.run(var_child_runnable_config.set, {**config, "configurable": inherited})
     return context

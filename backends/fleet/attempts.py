@@ -53,7 +53,8 @@ class Attempts:
             or now >= self._until
         ):
             raise failure.error
-        if stale:
+        if stale or treatment.step is Step.WAIT:
+            # An endpoint that refuses is paused for all callers, not for this one alone.
             return 0.0
         if treatment.step is Step.SAME:
             return self._policy.pause(self._failures, chance)

@@ -154,11 +154,19 @@ class Dispatcher:
         return endpoint
 
     def take_now(self, avoid: Collection[Endpoint]) -> Endpoint | None:
-        """Take the best endpoint if one is free and nobody waits, else return None."""
-        if self._queue or self.alive.issubset(avoid):
+        """Take the quickest endpoint that is free, or None when none is, or somebody waits.
+
+        The load is looked at less than in ``take``: what is free would idle otherwise.
+        """
+        if self._queue or self.in_flight >= self._streams:
             return None
-        endpoint = self._choose(avoid)
-        return None if endpoint is None else self._start(endpoint)
+        free = (e for e in self.alive if e.free and e not in avoid)
+        best = min(free, key=self._expected_s, default=None)
+        return None if best is None else self._start(best)
+
+    def _expected_s(self, endpoint: Endpoint) -> float:
+        latency = endpoint.latency_s or self._mean_s
+        return latency * (1.0 + endpoint.outstanding / endpoint.width)
 
     def _serve(self) -> None:
         """Hand free endpoints to the calls that wait, oldest first."""

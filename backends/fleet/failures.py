@@ -86,7 +86,7 @@ class Failure:
 
 
 _REFUSED: Final = Treatment(RequestRefusedError, Step.FAIL)
-_BUSY: Final = Treatment(EndpointBusyError, Step.WAIT, shrink=True, free=True)
+_BUSY: Final = Treatment(EndpointBusyError, Step.WAIT, free=True)
 _SERVER: Final = Treatment(EndpointError, Step.OTHER, Trip.COUNT, poison=True)
 _STRANGE: Final = Treatment(EndpointReplyError, Step.OTHER, Trip.COUNT)
 _LOST: Final = Treatment(EndpointLostError, Step.OTHER, Trip.COUNT)
@@ -193,9 +193,9 @@ def _unavailable(complaint: Complaint) -> Treatment:
     if complaint.type == "Service Unavailable" or any(word in text for word in _BUSY_WORDS):
         return _BUSY
     if any(word in text for word in _COLD_WORDS):
-        return replace(_BUSY, rest_s=60.0, shrink=False)
+        return replace(_BUSY, rest_s=60.0)
     if any(word in text for word in _OFFLINE_WORDS):
-        return replace(_BUSY, rest_s=60.0, shrink=False, trip=Trip.OPEN)
+        return replace(_BUSY, rest_s=60.0, trip=Trip.OPEN)
     return _BY_STATUS[503]
 
 

@@ -13,12 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 
-import aiohttp
-import orjson
-
 from ..contract.calls import CURRENT_CALLS, CallLog
 from ..contract.errors import ConfigurationError, PromptTooLongError, RunStoppedError
-from . import failures, judge
 from .address import EndpointSpec
 from .attempts import Attempts
 from .bridge import SyncBridge
@@ -27,6 +23,7 @@ from .failures import Failure, Step
 from .hedge import Hedger
 from .pacing import Pacer, estimate
 from .policy import FleetPolicy, PacePolicy
+from .sender import Sender
 from .stats import EndpointReport, FleetHealth
 from .stream import OpenStream
 from .transport import Transport
@@ -64,12 +61,12 @@ class Fleet:
         self.endpoints = tuple(
             Endpoint(spec, self.policy.lane, self.policy.breaker) for spec in endpoints
         )
-        self.simulated = simulated
         self._specs = tuple(endpoints)
         self._transport = Transport(self.policy)
         self._warden = Warden(self.endpoints, self.policy, self._transport)
+        self._sender = Sender(self._transport, self._warden, simulated)
         hedge = self.policy.hedge
-        self._hedger = Hedger(hedge, self._warden.dispatch, self._attempt) if hedge else None
+        self._hedger = Hedger(hedge, self._warden.dispatch, self._sender.send) if hedge else None
         paced = self.policy.pace != PacePolicy()
         self._pacer = Pacer(self.policy.pace) if paced else None
         self._twins: dict[asyncio.AbstractEventLoop, Fleet] = {}
@@ -77,9 +74,7 @@ class Fleet:
 
     def __repr__(self) -> str:
         """Show size and load, no keys."""
-        return (
-            f"Fleet({len(self.endpoints)} endpoints, {self._warden.dispatch.in_flight} in flight)"
-        )
+        return f"Fleet({len(self.endpoints)} endpoints, {self.in_flight} in flight)"
 
     async def __aenter__(self) -> Self:
         """Return the fleet itself."""
@@ -127,6 +122,11 @@ class Fleet:
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The loop that the fleet's connections belong to, or None."""
         return self._transport.loop
+
+    @property
+    def simulated(self) -> bool | None:
+        """Whether the answers are a simulated fleet's; None before the first one."""
+        return self._sender.simulated
 
     @property
     def in_flight(self) -> int:
@@ -177,7 +177,7 @@ class Fleet:
             EndpointError: No endpoint began to answer within the attempts allowed.
             RunStoppedError: Asking on is hopeless for every item.
         """
-        return await self._repeat(body, self._open)
+        return await self._repeat(body, self._sender.open)
 
     async def _repeat(
         self,
@@ -218,113 +218,4 @@ class Fleet:
     async def _plain(
         self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
     ) -> tuple[dict[str, Any] | Failure, Endpoint]:
-        return await self._attempt(endpoint, body, log), endpoint
-
-    async def _attempt(
-        self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
-    ) -> dict[str, Any] | Failure:
-        """Send one request to one endpoint that was taken, and let it go."""
-        started, level = time.monotonic(), endpoint.outstanding
-        seconds: float | None = None
-        try:
-            headers = await endpoint.headers()
-            answer = await self._transport.send(endpoint.chat_url, _encode(endpoint, body), headers)
-            result = self._guarded(judge.read(answer, endpoint.label), endpoint)
-            if isinstance(result, Failure):
-                result = await _rekeyed(endpoint, result, headers)
-            else:
-                seconds = time.monotonic() - started
-        except (aiohttp.ClientError, TimeoutError) as error:
-            result = failures.of_exception(error, endpoint.label)
-        finally:
-            if log is not None:
-                log.requests += 1
-                log.endpoint = endpoint.label
-            self._warden.dispatch.give(endpoint, seconds)
-        if isinstance(result, Failure):
-            self._failed(endpoint, result)
-        else:
-            self._succeeded(endpoint, result, level, seconds or 0.0, log)
-        return result
-
-    async def _open(
-        self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
-    ) -> tuple[OpenStream | Failure, Endpoint]:
-        """Send one request to one endpoint that was taken; the stream lets it go."""
-        started, level = time.monotonic(), endpoint.outstanding
-
-        def end(summary: dict[str, Any] | None) -> None:
-            seconds = None if summary is None else time.monotonic() - started
-            self._warden.dispatch.give(endpoint, seconds)
-            if summary is not None and seconds is not None:
-                self._succeeded(endpoint, summary, level, seconds, log)
-
-        result: OpenStream | Failure | None = None
-        try:
-            headers = await endpoint.headers()
-            response = await self._transport.stream(
-                endpoint.chat_url, _encode(endpoint, body), headers
-            )
-            result = await OpenStream.begin(response, endpoint.label, end)
-            if isinstance(result, Failure):
-                result = await _rekeyed(endpoint, result, headers)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            result = failures.of_exception(error, endpoint.label)
-        finally:
-            if log is not None:
-                log.requests += 1
-                log.endpoint = endpoint.label
-            if not isinstance(result, OpenStream):
-                self._warden.dispatch.give(endpoint)
-        if isinstance(result, Failure):
-            self._failed(endpoint, result)
-        return result, endpoint
-
-    def _failed(self, endpoint: Endpoint, failure: Failure) -> None:
-        endpoint.stats.failed(type(failure.error).__name__)
-        self._warden.failed(endpoint, failure)
-
-    def _succeeded(
-        self,
-        endpoint: Endpoint,
-        document: Mapping[str, Any],
-        level: int,
-        seconds: float,
-        log: CallLog | None,
-    ) -> None:
-        """Account for a good answer."""
-        usage = judge.usage_of(document)
-        endpoint.stats.answered(seconds, usage)
-        self._warden.succeeded(endpoint, level, seconds)
-        if self._hedger is not None:
-            self._hedger.answered(seconds)
-        if log is not None:
-            log.usage += usage
-            log.model = document.get("model")
-            log.simulated = judge.is_simulated(document)
-
-    def _guarded(
-        self, result: dict[str, Any] | Failure, endpoint: Endpoint
-    ) -> dict[str, Any] | Failure:
-        """Keep simulated and real answers apart."""
-        if isinstance(result, Failure):
-            return result
-        simulated = judge.is_simulated(result)
-        if self.simulated is None:
-            self.simulated = simulated
-        if simulated is self.simulated:
-            return result
-        return failures.of_mixture(endpoint.label, simulated)
-
-
-def _encode(endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
-    if endpoint.spec.model is not None:
-        body = {**body, "model": endpoint.spec.model}
-    return orjson.dumps(body)
-
-
-async def _rekeyed(endpoint: Endpoint, failure: Failure, sent: Mapping[str, str]) -> Failure:
-    """Repeat a call whose key was refused if the key's source has a new one by now."""
-    if failure.treatment.step is Step.REKEY and await endpoint.headers() != sent:
-        return Failure(failure.error, replace(failure.treatment, step=Step.SAME))
-    return failure
+        return await self._sender.send(endpoint, body, log), endpoint

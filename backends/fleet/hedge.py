@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from ..contract.calls import CallLog
@@ -31,24 +31,26 @@ class Call:
     """One request in flight that may be doubled.
 
     Attributes:
-        endpoint: Who was asked first.
+        asked: Who was asked, the first one included.
         body: What.
         log: The log of the item that asks.
         task: The task that waits for the answer.
         cancelling: The task's pending cancellations at the start.
         started: Monotonic time in seconds.
-        second: The second request, once there is one.
-        answer: Its good answer and who gave it, when it came first.
-        failed: Whether the first request has failed and the second is waited for.
+        due: Monotonic time in seconds before which no further request is sent.
+        others: The further requests under way.
+        answer: Their first good answer and who gave it, when it came first.
+        failed: Whether the first request has failed and the others are waited for.
     """
 
-    endpoint: Endpoint
+    asked: set[Endpoint]
     body: Mapping[str, Any]
     log: CallLog | None
     task: asyncio.Task[Any]
     cancelling: int
     started: float
-    second: asyncio.Task[None] | None = None
+    due: float = 0.0
+    others: set[asyncio.Task[None]] = field(default_factory=set)
     answer: tuple[dict[str, Any], Endpoint] | None = None
     failed: bool = False
 
@@ -94,33 +96,35 @@ class Hedger:
                 return call.answer
             raise
         else:
-            if isinstance(result, Failure) and call.second is not None:
-                call.failed = True
-                await asyncio.wait({call.second})
-                return call.answer or (result, endpoint)
-            return result, endpoint
+            if not isinstance(result, Failure):
+                self._answered(call)
+                return result, endpoint
+            call.failed = True
+            while call.others and call.answer is None:
+                await asyncio.wait(call.others, return_when=asyncio.FIRST_COMPLETED)
+            return call.answer or (result, endpoint)
         finally:
             self._leave(call)
 
     def _enter(self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None) -> Call:
         task = asyncio.current_task()
         assert task is not None, "a request is sent from a task"
-        call = Call(endpoint, body, log, task, task.cancelling(), time.monotonic())
+        call = Call({endpoint}, body, log, task, task.cancelling(), time.monotonic())
         self._calls[call] = None
         self._peak = max(self._peak, len(self._calls))
         return call
 
     def _leave(self, call: Call) -> None:
         del self._calls[call]
-        if call.second is not None and call.answer is None:
-            call.second.cancel()
+        for task in call.others:
+            task.cancel()
         if self._timer is None and self._is_end_game():
             self._tick()
 
-    def answered(self, seconds: float) -> None:
+    def _answered(self, call: Call) -> None:
         """Take note of how long a good answer took."""
         self._answers += 1
-        self._recent.append(seconds)
+        self._recent.append(time.monotonic() - call.started)
 
     def _is_end_game(self) -> bool:
         running = len(self._calls)
@@ -136,27 +140,33 @@ class Hedger:
         self._timer = None
         if not self._is_end_game():
             return
-        limit = sorted(self._recent)[int(self._policy.quantile * len(self._recent))]
+        times = sorted(self._recent)
+        limit = times[int(self._policy.quantile * len(times))]
         now = time.monotonic()
         for call in list(self._calls):
             if now - call.started <= limit:
                 break
-            if call.second is None and self._doubled < self._policy.share * self._answers:
-                self._double(call)
+            wanted = now >= call.due and len(call.asked) <= self._policy.copies
+            if wanted and self._doubled < self._policy.share * self._answers:
+                self._double(call, now + times[len(times) // 2])
         pause = max(self._policy.tick_s, limit / 10)
         self._timer = asyncio.get_running_loop().call_later(pause, self._tick)
 
-    def _double(self, call: Call) -> None:
-        endpoint = self._dispatch.take_now({call.endpoint})
+    def _double(self, call: Call, due: float) -> None:
+        endpoint = self._dispatch.take_now(call.asked)
         if endpoint is None:
             return
         self._doubled += 1
         endpoint.stats.hedges += 1
-        call.second = asyncio.get_running_loop().create_task(self._second(call, endpoint))
+        call.due = due
+        call.asked.add(endpoint)
+        task = asyncio.get_running_loop().create_task(self._further(call, endpoint))
+        call.others.add(task)
+        task.add_done_callback(call.others.discard)
 
-    async def _second(self, call: Call, endpoint: Endpoint) -> None:
+    async def _further(self, call: Call, endpoint: Endpoint) -> None:
         result = await self._send(endpoint, call.body, call.log)
-        if not isinstance(result, Failure) and call in self._calls:
+        if not isinstance(result, Failure) and call in self._calls and call.answer is None:
             call.answer = (result, endpoint)
             if not call.failed:
                 call.task.cancel()
@@ -167,5 +177,5 @@ class Hedger:
             self._timer.cancel()
             self._timer = None
         for call in self._calls:
-            if call.second is not None:
-                call.second.cancel()
+            for task in call.others:
+                task.cancel()

@@ -1,7 +1,8 @@
 """How many requests one endpoint gets at once: found by trying, not configured.
 
 A lane starts narrow and doubles while it is full and nothing is refused; requests that are
-accepted and in flight count, for their answers may take a minute. A refusal halves it (AIMD,
+accepted and in flight count, for their answers may take a minute. A refusal narrows it to what
+the endpoint did accept, a late answer by a factor; good answers widen it by one at a time (AIMD,
 Chiu and Jain 1989). A server that queues instead of refusing is found by its latency: when twice
 the requests in flight take nearly twice as long, the second half only waits there. Latencies
 are compared by levels of requests in flight at the start, 1, 2-3, 4-7, 8-15, and so on.
@@ -26,9 +27,11 @@ class Lane:
     __slots__ = (
         "_ceiling",
         "_changed",
+        "_credit",
         "_done",
         "_doubling",
         "_held_until",
+        "_knee",
         "_levels",
         "_policy",
         "width",
@@ -37,25 +40,29 @@ class Lane:
     def __init__(self, policy: LanePolicy, ceiling: int | None = None) -> None:
         self._policy = policy
         self._ceiling = min(policy.ceiling, ceiling or policy.ceiling)
+        self._knee = self._ceiling
         self._levels: dict[int, tuple[int, float]] = {}
-        self._done = 0
+        self._done = self._credit = 0
         self._doubling = True
         self._changed = self._held_until = float("-inf")
         self.width = min(policy.start, self._ceiling)
 
+    def _most(self, now: float) -> int:
+        return self._knee if now < self._held_until else self._ceiling
+
     def widen(self, now: float) -> bool:
         """Give more, after the lane was full for a while; return whether it did."""
-        early = now < self._held_until or now - self._changed < self._policy.settle_s
-        if early or self.width >= self._ceiling:
+        most = self._most(now)
+        if self.width >= most or now - self._changed < self._policy.settle_s:
             return False
         step = max(1, int(self.width * self._policy.step))
         grown = int(self.width * self._policy.widen) if self._doubling else self.width + step
-        self.width = min(self._ceiling, grown)
+        self.width = min(most, grown)
         self._changed = now
         return True
 
     def answered(self, level: int, seconds: float, now: float) -> None:
-        """Count an answer.
+        """Count an answer; as many as the lane is wide make up for one refusal.
 
         Args:
             level: Requests in flight, its own included, when it was sent.
@@ -69,6 +76,10 @@ class Lane:
         self._done += 1
         if self._done % self._policy.samples == 0:
             self._look_for_knee(key, now)
+        self._credit += not self._doubling
+        if self._credit >= self.width:
+            self._credit = 0
+            self.width = min(self._most(now), self.width + 1)
 
     def _look_for_knee(self, key: int, now: float) -> None:
         count, mean = self._levels[key]
@@ -76,14 +87,24 @@ class Lane:
         if min(count, before) < self._policy.samples or mean <= base * self._policy.knee:
             return
         # The half below this level is what the server serves at once: the rest waits there.
-        knee = 1 << (key - 1)
+        self._knee = min(self._ceiling, 1 << (key - 1))
         self._levels.clear()
         self._doubling = False
         self._held_until = now + self._policy.explore_s
-        self.width = min(self.width, knee)
+        self.width = min(self.width, self._knee)
 
-    def refused(self, now: float) -> None:
-        """Take less: the endpoint refused. A burst of refusals counts once."""
+    def refused(self, outstanding: int) -> None:
+        """Take less: the endpoint had room for the others in flight, but not for this one.
+
+        Args:
+            outstanding: Requests in flight, the refused one included.
+        """
+        self._doubling = False
+        self._credit = 0
+        self.width = max(1, min(self.width, outstanding - 1))
+
+    def shrink(self, now: float) -> None:
+        """Take a good deal less: answers did not come in time. A burst counts once."""
         self._doubling = False
         if now - self._changed >= self._policy.settle_s:
             self.width = max(1, int(self.width * self._policy.shrink))

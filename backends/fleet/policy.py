@@ -74,7 +74,7 @@ class LanePolicy:
         settle_s: A full lane without a refusal is widened after so many seconds.
         widen: Factor until the first refusal or knee.
         step: Share by which it is widened after that (at least one request).
-        shrink: Factor after a refusal.
+        shrink: Factor after an answer that did not come in time.
         samples: Answers per level before two levels are compared.
         knee: A doubling of requests in flight that multiplies the latency by more than this
             only lengthens the server's queue.
@@ -86,7 +86,7 @@ class LanePolicy:
     settle_s: float = 0.25
     widen: float = 2.0
     step: float = 0.125
-    shrink: float = 0.5
+    shrink: float = 0.75
     samples: int = 16
     knee: float = 1.6
     explore_s: float = 60.0
@@ -103,7 +103,7 @@ class BreakerPolicy:
         probe_s: Longest wait for a probe's answer, in seconds.
     """
 
-    failures: int = 3
+    failures: int = 5
     open_s: float = 2.0
     open_max_s: float = 60.0
     probe_s: float = 5.0
@@ -128,6 +128,8 @@ class HedgePolicy:
 
     Attributes:
         quantile: Requests that run longer than this quantile of all answers are doubled.
+        copies: Most further requests for one call; the second follows a median answer's time
+            after the first.
         below: The end game has begun when in flight is less than this share of the peak.
         peak: Runs that never had so many requests in flight are not hedged.
         share: Most second requests, as a share of all answers.
@@ -135,6 +137,7 @@ class HedgePolicy:
     """
 
     quantile: float = 0.9
+    copies: int = 2
     below: float = 0.8
     peak: int = 8
     share: float = 0.05

@@ -24,7 +24,8 @@ from .policy import FleetPolicy
 from .transport import Transport
 
 _LOG: Final = logging.getLogger(__name__)
-_SERVER_ERROR: Final = 500
+_NOBODY_THERE: Final = frozenset({502, 503, 504})
+"""Statuses of a proxy or a starting server; any other answer shows that somebody is there."""
 
 
 class Warden:
@@ -92,7 +93,7 @@ class Warden:
         if treatment.step is Step.FAIL:
             self._count_hopeless(failure)
         if treatment.shrink:
-            endpoint.lane.refused(time.monotonic())
+            endpoint.lane.shrink(time.monotonic())
         if treatment.trip is not Trip.NO and endpoint.breaker.fail(treatment.trip is Trip.OPEN):
             self._open(endpoint, error)
         if treatment.step is Step.WAIT:
@@ -109,9 +110,9 @@ class Warden:
         """Let an endpoint rest as long as it asked; all of its host, where the quota is shared."""
         self.refusals += 1
         seconds = failure.error.retry_after or failure.treatment.rest_s
-        if seconds is None and endpoint.outstanding:
-            # It works at what it has: the narrower lane is answer enough.
-            endpoint.lane.width = max(1, min(endpoint.lane.width, endpoint.outstanding))
+        endpoint.lane.refused(endpoint.outstanding)
+        if seconds is None and endpoint.outstanding > 1:
+            # It works at the others that it has: the narrower lane is answer enough.
             return
         host = endpoint.url.split("/")[2]
         for other in self._endpoints:
@@ -154,7 +155,7 @@ class Warden:
             answer = await self._transport.get(
                 f"{endpoint.url}/models", await endpoint.headers(), self._policy.breaker.probe_s
             )
-            there = answer.status < _SERVER_ERROR
+            there = answer.status not in _NOBODY_THERE
         except (aiohttp.ClientError, TimeoutError):
             there = False
         if there:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-import calls
-import end_to_end
+from . import calls, end_to_end
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Stub:
     answers: dict[str, list[Canned]] = field(default_factory=dict)
     bodies: list[Json] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    on_call: Callable[[], object] = lambda: None
     over: threading.Event = field(default_factory=threading.Event)
 
     def next(self, model: str) -> Canned:
@@ -54,6 +56,13 @@ def completion(content: str | None = "hello", **changes: Json) -> dict[str, Json
     }
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until a condition holds; fail after 10 s."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.001)
+
+
 def handler_of(stub: Stub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -63,6 +72,7 @@ def handler_of(stub: Stub) -> type[BaseHTTPRequestHandler]:
             request = orjson.loads(raw)
             stub.bodies.append(request)
             stub.keys.append(self.headers["Authorization"])
+            stub.on_call()
             answer = stub.next(request["model"])
             if answer.held:
                 stub.over.wait()
@@ -83,6 +93,12 @@ def handler_of(stub: Stub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 256
+
+
 @pytest.fixture
 def make_stub() -> Iterator[Callable[[], Stub]]:
     servers: list[ThreadingHTTPServer] = []
@@ -90,9 +106,7 @@ def make_stub() -> Iterator[Callable[[], Stub]]:
 
     def make() -> Stub:
         stub = Stub()
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(stub))
-        server.daemon_threads = True
-        server.block_on_close = False
+        server = Server(("127.0.0.1", 0), handler_of(stub))
         servers.append(server)
         stubs.append(stub)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

@@ -95,9 +95,8 @@ class Answer(BaseModel):
 
 
 def stock(stub: Stub, model: str, **settings: Any) -> ChatOpenAI:
-    return ChatOpenAI(
-        model=model, base_url=stub.url, api_key="EMPTY", max_retries=0, timeout=5.0, **settings
-    )
+    own: dict[str, Any] = {"base_url": stub.url, "api_key": "EMPTY", "max_retries": 0}
+    return ChatOpenAI(model=model, timeout=5.0, **own, **settings)
 
 
 def same(ours: AIMessage, theirs: AIMessage) -> None:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from fanfold.backends.accounts import folder as folders
 from fanfold.backends.accounts.folder import (
     RunFolder,
     is_vacant,
@@ -55,8 +57,8 @@ def test_looking_keeps_nobody_out(folder: RunFolder, monkeypatch: pytest.MonkeyP
     with folder.locked():
         pass
     looker = (folder.journal / "lock").open()
-    folders.fcntl.flock(looker, folders.fcntl.LOCK_SH)
-    monkeypatch.setattr(folders.time, "sleep", lambda _: looker.close())
+    fcntl.flock(looker, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda _: looker.close())
     with folder.locked():
         assert looker.closed
 
@@ -72,7 +74,7 @@ def test_a_file_system_without_locks_only_warns(
     def flock(_: int, __: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with caplog.at_level(logging.WARNING), folder.locked():
         assert "no locks on this file system (No locks available)" in caplog.text
     assert not folder.in_use()
@@ -141,7 +143,7 @@ def test_a_failed_write_leaves_the_old_file(
     def fsync(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folders.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(LedgerError, match=r"run\.yaml: cannot be written: No space left"):
         write_bytes(folder.settings, b"new")
     assert folder.settings.read_bytes() == b"old"

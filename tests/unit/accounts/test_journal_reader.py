@@ -18,9 +18,7 @@ HEADER = orjson.dumps({"v": 1, "run": "r", "life": "x"}) + b"\n"
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12)
 outputs = st.one_of(texts, st.dictionaries(texts, st.one_of(texts, st.floats(-1e9, 1e9))))
-records = st.builds(
-    sample, st.integers(0, ITEMS - 1), st.sampled_from(["done", "failed"]), outputs
-)
+records = st.builds(sample, st.integers(0, ITEMS - 1), st.sampled_from(["done", "failed"]), outputs)
 
 
 def lines_of(found: list[dict[str, Any]]) -> list[bytes]:

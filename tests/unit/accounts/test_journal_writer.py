@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ class Disk:
         self.calls = 0
         self.error: OSError | None = None
         self._real = os.fsync
-        monkeypatch.setattr(journal.os, "fsync", self)
+        monkeypatch.setattr(os, "fsync", self)
 
     def __call__(self, handle: int) -> None:
         self.calls += 1
@@ -84,7 +85,7 @@ async def test_a_file_system_that_cannot_flush_folders_will_do(
         if os.fstat(handle).st_mode & 0o040000:
             raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(journal.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     writer = JournalWriter(tmp_path / "0001.jsonl", {"run": "r"}, 0.001)
     writer.write(sample(0))
     await writer.close()
@@ -118,7 +119,7 @@ async def test_a_failed_flush_surfaces_at_close(tmp_path: Path, disk: Disk) -> N
     disk.error = OSError(errno.EIO, "Input/output error")
     writer = ledger._writer
     assert writer is not None
-    while not writer.failed:
+    while not writer.failed:  # noqa: ASYNC110 - the writer tells nobody
         await asyncio.sleep(0)
     disk.error = None
     with pytest.raises(LedgerError, match="0 of 5 items are safe"):
@@ -153,7 +154,7 @@ async def test_a_full_disk_says_what_is_safe(
         ledger.put(sample(3))
     assert second.value is first.value
     assert not ledger.finished(2)
-    monkeypatch.setattr(journal.os, "fsync", lambda _: None)  # /dev/full cannot be flushed
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # /dev/full cannot be flushed
     await ledger.aclose()
 
 
@@ -170,7 +171,7 @@ async def test_a_journal_that_cannot_be_begun(tmp_path: Path) -> None:
 async def test_a_header_that_cannot_be_written_leaves_nothing_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Full(journal.FileIO):
+    class Full(FileIO):
         def write(self, _: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -115,7 +115,7 @@ async def test_no_shared_memory_on_a_network(
 async def test_a_damaged_file_is_told_with_the_way_out(tmp_path: Path) -> None:
     file = tmp_path / "checkpoints.sqlite"
     file.write_bytes(b"no database" * 100)
-    with pytest.raises(LedgerError, match="not a database .*delete it"):
+    with pytest.raises(LedgerError, match=r"not a database .*delete it"):
         await count(file)
 
 

@@ -141,9 +141,7 @@ async def test_nobody_waits_any_more(maker: Maker, shared: Shared[int | None]) -
     assert (maker.opened, maker.closed) == (1, 1)
 
 
-async def test_a_new_user_waits_for_the_closing(
-    maker: Maker, shared: Shared[int | None]
-) -> None:
+async def test_a_new_user_waits_for_the_closing(maker: Maker, shared: Shared[int | None]) -> None:
     maker.closing.clear()
     first = asyncio.create_task(hold(shared, maker))
     await settle()

@@ -228,7 +228,9 @@ async def test_a_stop_after_the_last_item_leaves_the_shard_finished(tmp_path: Pa
         assert len(part) == TOTAL
 
 
-async def test_a_failed_record_stops_at_once(tmp_path: Path) -> None:
+async def test_a_failed_record_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def act(item: Item) -> ItemState:
         if item.index:
             await asyncio.Event().wait()
@@ -239,7 +241,7 @@ async def test_a_failed_record_stops_at_once(tmp_path: Path) -> None:
 
     bench = Bench(tmp_path, act)
     async with bench.open() as tools:
-        tools.ledger.put = put  # type: ignore[method-assign]  # a disk that is full
+        monkeypatch.setattr(tools.ledger, "put", put)
         with pytest.raises(LedgerError, match="disk full"):
             await bench.work(tools)
         assert tools.gate.in_flight == 0
@@ -258,7 +260,7 @@ async def test_a_stage_that_cannot_count_stops_the_run(tmp_path: Path) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.stage, name)
 
-        def lift(self, outcomes: Any) -> Any:
+        def lift(self, _: Any) -> Any:
             raise ConfigurationError("histogram: too many values")
 
     bench = Bench(tmp_path, act)
@@ -290,8 +292,8 @@ class Steps(TypedDict, total=False):
     n: int
 
 
-async def test_items_own_graphs_see_neither_drain_nor_saver(tmp_path: Path) -> None:
-    """A graph run inside a node inherits the outer run's control and saver by default."""
+async def test_items_own_graphs_see_nothing_of_the_run(tmp_path: Path) -> None:
+    """A graph run inside a node inherits the outer run's control, saver and durability."""
 
     async def step(state: Steps) -> Steps:
         control.request_drain("SIGTERM")
@@ -310,7 +312,7 @@ async def test_items_own_graphs_see_neither_drain_nor_saver(tmp_path: Path) -> N
 
     bench = Bench(tmp_path, act, streams=2)
 
-    async def node(_: Steps, runtime: Runtime) -> Steps:
+    async def node(_: Steps, runtime: Runtime[Any]) -> Steps:
         async with bench.open() as tools:
             drain = lambda: runtime.drain_reason if runtime.drain_requested else None  # noqa: E731
             assert await work(Shard(0, 10), tools, drain) is None
@@ -319,11 +321,13 @@ async def test_items_own_graphs_see_neither_drain_nor_saver(tmp_path: Path) -> N
         assert 0 < len(found) < 10
         return {"n": len(found)}
 
-    outer = StateGraph(Steps)
+    outer: Any = StateGraph(Steps)
     outer.add_node("node", node)
     outer.add_edge(START, "node")
     outer.add_edge("node", END)
     config: Any = {"configurable": {"thread_id": "t"}}
-    await outer.compile(checkpointer=saver).ainvoke({"n": 0}, config, control=control)
+    await outer.compile(checkpointer=saver).ainvoke(
+        {"n": 0}, config, control=control, durability="sync"
+    )
     spaces = {entry.config["configurable"]["checkpoint_ns"] for entry in saver.list(None)}
     assert spaces == {""}

@@ -1,0 +1,120 @@
+"""What a coordinator and its workers say to each other: JSON, with a version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from typing import Any, Final, Self
+
+from .errors import SiteError
+from .types import Item, Json, Row
+
+WIRE: Final = 1
+"""Version of the two forms below."""
+
+
+def own_version() -> str:
+    """Return the version of fanfold that is running."""
+    return version("fanfold")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a worker is asked to do: one shard.
+
+    Attributes:
+        shard: The shard's name within the run.
+        attempt: 0 for the first order of the shard.
+        fanfold: Version of fanfold that the coordinator runs.
+        run: The run's ``id``, ``model``, ``simulated`` and ``fingerprint``.
+        settings: The run's plain settings, ``${VAR}`` unexpanded, without secrets.
+        items: The items: index, id, row, problem.
+        urls: Endpoints in place of those that the settings name, or None.
+        journal: Folder in which the worker keeps the run's journal, or None to have the records
+            sent home.
+        streams: Most items in flight in this worker.
+        deadline_s: Seconds after which the worker takes no more items.
+        stop_file: While this file is there, the worker takes no more items; or None.
+    """
+
+    shard: str
+    attempt: int
+    fanfold: str
+    run: dict[str, Json]
+    settings: dict[str, Json]
+    items: list[tuple[int, str, Row, str | None]]
+    urls: list[str] | None
+    journal: str | None
+    streams: int
+    deadline_s: float
+    stop_file: str | None = None
+
+    def to_json(self) -> dict[str, Json]:
+        """Return it as plain data."""
+        return {"v": WIRE, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read it, lists in place of tuples allowed.
+
+        Raises:
+            SiteError: Another version of the form.
+        """
+        return cls(**_checked(data, cls))
+
+    def unpacked(self) -> list[Item]:
+        """Return the items."""
+        return [Item(index, name, row, problem) for index, name, row, problem in self.items]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a worker brings home.
+
+    Attributes:
+        shard: The shard's name.
+        attempt: The order's attempt.
+        fanfold: Version of fanfold that the worker runs.
+        worker: Host and process, e.g. ``node17:4242``.
+        finished: Items that ended.
+        stopped: Why items are left, or None when all ended.
+        parts: The items' part of the aggregate.
+        records: The items' journal records, or None when they are in the shared journal.
+        error: Class and text of what kept the worker from its work, or None.
+    """
+
+    shard: str
+    attempt: int
+    fanfold: str
+    worker: str
+    finished: int = 0
+    stopped: str | None = None
+    parts: dict[str, Json] | None = None
+    records: list[dict[str, Json]] | None = None
+    error: dict[str, str] | None = None
+
+    def to_json(self) -> dict[str, Json]:
+        """Return it as plain data."""
+        return {"v": WIRE, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read it.
+
+        Raises:
+            SiteError: Another version of the form, or no summary at all.
+        """
+        return cls(**_checked(data, cls))
+
+
+def _checked(data: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+    if not isinstance(data, Mapping) or data.get("v") != WIRE:
+        found = data.get("v") if isinstance(data, Mapping) else type(data).__name__
+        msg = (
+            f"a worker and its coordinator speak different versions (found {found!r}, expected "
+            f"{WIRE}); install the same fanfold on both, here {own_version()}"
+        )
+        raise SiteError(msg)
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in data.items() if name in names}

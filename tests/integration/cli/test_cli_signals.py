@@ -1,0 +1,117 @@
+"""Signals: stop taking items, wait for those in flight, exit 5; a second one stops at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from .conftest import Shell
+
+pytestmark = pytest.mark.integration
+
+
+@contextmanager
+def started(shell: Shell, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fanfold", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=shell.folder,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def finished_items(folder: Path) -> int:
+    files = folder.glob("journal/*.jsonl")
+    return sum(file.read_text().count('"status"') for file in files)
+
+
+def wait_for_items(folder: Path, process: subprocess.Popen[str]) -> None:
+    while not finished_items(folder):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def slow(shell: Shell) -> Shell:
+    rows = "".join(f"{n},t\n" for n in range(400))
+    (shell.folder / "in.csv").write_text(f"id,text\n{rows}")
+    speed = {"nodes": 1, "time_scale": 1, "tpot_s": 0.02, "ttft_s": 0.2}
+    shell.write(endpoints={"simulated": speed}, limits={"streams": 4})
+    return shell
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_later(slow: Shell, number: signal.Signals) -> None:
+    with started(slow, "run", "c.yaml", "--out", "r", "--json") as process:
+        wait_for_items(slow.folder / "r", process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 5, err
+    found = json.loads(out)
+    assert found["exit_code"] == 5
+    assert 0 < found["done"] < 400
+    assert number.name in err
+    assert json.loads(slow("status", "r", "--json").out)["open"] == 400 - found["done"]
+    rows = slow("results", "r").out.splitlines()
+    assert len(rows) == found["done"]
+    fast = ["--set", "endpoints.simulated.time_scale=100", "--set", "limits.streams=256"]
+    said = slow("resume", "r", "--json", *fast)
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["requests"] == 400
+
+
+def test_a_second_signal_stops_at_once(slow: Shell) -> None:
+    hang = "endpoints.simulated.faults=[{kind: hang, p: 0.5}]"
+    with started(slow, "run", "c.yaml", "--out", "r", "--set", hang) as process:
+        wait_for_items(slow.folder / "r", process)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert any("once more stops at once" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)  # waiting for those in flight takes 30 s
+    assert process.returncode == 5, err
+    assert "fanfold resume r" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_it_began(shell: Shell, number: signal.Signals) -> None:
+    """The endpoint takes the connection and says nothing."""
+    before = set(shell.files())
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        shell.write(endpoints={"urls": [f"http://127.0.0.1:{silent.getsockname()[1]}"]})
+        with started(shell, "run", "c.yaml", "--out", "x/r") as process:
+            connection, _ = silent.accept()
+            process.send_signal(number)
+            _, err = process.communicate(timeout=20)
+            connection.close()
+    assert process.returncode == 1, err
+    assert "interrupted before anything was written" in err
+    assert set(shell.files()) == before
+
+
+def test_the_simulated_fleet_ends_on_a_signal(shell: Shell) -> None:
+    with started(shell, "simulate", "--nodes", "2") as process:
+        while not (shell.folder / "endpoints.txt").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        assert process.stderr is not None
+        assert "SIMULATED fleet of 2 nodes" in process.stderr.readline()
+        assert len((shell.folder / "endpoints.txt").read_text().splitlines()) == 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0

@@ -1,0 +1,198 @@
+"""What the service does with requests and with what endpoints publish."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+
+from globus_compute_common import messagepack
+from globus_compute_common.messagepack.message_types import EPStatusReport, Result, Task
+
+from .broker import Broker, Headers
+from .faults import Faults
+from .records import Books, EndpointRecord, Json, Submission, TaskRecord
+
+
+class RefusedError(Exception):
+    """A request that the service answers with an error."""
+
+    def __init__(self, status: int, code: str, reason: str) -> None:
+        super().__init__(status, code, reason)
+        self.status, self.code, self.reason = status, code, reason
+
+
+class Desk:
+    """Takes submissions, keeps the books, passes tasks and results on."""
+
+    def __init__(self, broker: Broker, faults: Faults) -> None:
+        self.books = Books()
+        self.lock = threading.RLock()
+        self._broker, self._faults = broker, faults
+        self._held: list[bytes] = []
+
+    def credentials(self, endpoint_id: str) -> Json:
+        """Open the queues of an endpoint and return what it needs to use them."""
+        self._broker.open_endpoint(endpoint_id)
+        with self.lock:
+            self.books.endpoints.setdefault(endpoint_id, EndpointRecord())
+        publish = {kind: self._publishing(endpoint_id, kind) for kind in ("results", "heartbeats")}
+        return {
+            "endpoint_id": endpoint_id,
+            "task_queue_info": {
+                "connection_url": self._broker.url,
+                "exchange": self._broker.exchange("tasks"),
+                "queue": self._broker.queue("tasks", endpoint_id),
+            },
+            "result_queue_info": publish["results"],
+            "heartbeat_queue_info": publish["heartbeats"],
+        }
+
+    def _publishing(self, endpoint_id: str, kind: str) -> Json:
+        exchange = self._broker.exchange(kind)
+        return {
+            "connection_url": self._broker.url,
+            "exchange": exchange,
+            "queue": self._broker.queue(kind),
+            "queue_publish_kwargs": {
+                "exchange": exchange,
+                "routing_key": f"{endpoint_id}.{kind}",
+                "mandatory": True,
+                "properties": {"delivery_mode": 2},
+            },
+        }
+
+    def register_function(self, body: Json) -> Json:
+        """Keep a function; its id is new with every registration."""
+        function_id = str(uuid.uuid4())
+        with self.lock:
+            self.books.functions[function_id] = body
+        return {"function_uuid": function_id}
+
+    def submit(self, endpoint_id: str, body: Json, size: int) -> Json:
+        """Publish the tasks of one POST of `size` bytes.
+
+        Raises:
+            RefusedError: By a fault, or the request is too large, or names what is not known.
+        """
+        with self.lock:
+            self._admit(endpoint_id, body, size)
+            group = body.get("task_group_id") or str(uuid.uuid4())
+            tasks = [
+                (TaskRecord(str(uuid.uuid4()), endpoint_id, function, group), arguments)
+                for function, many in body["tasks"].items()
+                for arguments in many
+            ]
+            for task, _ in tasks:
+                self.books.tasks[task.task_id] = task
+                self.books.groups.setdefault(group, []).append(task.task_id)
+            self._note(endpoint_id, body, size, [task for task, _ in tasks])
+            messages = [self._message(task, arguments, body) for task, arguments in tasks]
+        self._broker.open_group(group)
+        self._broker.send_tasks(endpoint_id, messages)
+        ids: dict[str, list[str]] = {}
+        for task, _ in tasks:
+            ids.setdefault(task.function_id, []).append(task.task_id)
+        answer = {"tasks": ids, "task_group_id": group, "endpoint_id": endpoint_id}
+        return answer | {"request_id": str(uuid.uuid4())}
+
+    def _admit(self, endpoint_id: str, body: Json, size: int) -> None:
+        if self._faults.take("fail_submits"):
+            raise RefusedError(self._faults.fail_status, "SERVICE_UNAVAILABLE", "a fault")
+        if size > self._faults.submit_limit:
+            raise RefusedError(413, "TASK_PAYLOAD_TOO_LARGE", f"{size} bytes")
+        if endpoint_id not in self.books.endpoints:
+            raise RefusedError(404, "ENDPOINT_NOT_FOUND", endpoint_id)
+        for function in body["tasks"]:
+            if function not in self.books.functions:
+                raise RefusedError(404, "FUNCTION_NOT_FOUND", function)
+
+    def _note(self, endpoint_id: str, body: Json, size: int, tasks: list[TaskRecord]) -> None:
+        submission = Submission(
+            endpoint_id=endpoint_id,
+            group=tasks[0].group,
+            task_ids=tuple(task.task_id for task in tasks),
+            size=size,
+            user_endpoint_config=body.get("user_endpoint_config"),
+            result_serializers=tuple(body.get("result_serializers") or ()),
+        )
+        self.books.submissions.append(submission)
+        self.books.stats.update(submissions=1, tasks=len(tasks))
+
+    def _message(self, task: TaskRecord, arguments: str, body: Json) -> tuple[bytes, Headers]:
+        headers: Headers = {"task_uuid": task.task_id, "function_uuid": task.function_id}
+        if body.get("resource_specification"):
+            headers["resource_specification"] = json.dumps(body["resource_specification"])
+        if body.get("result_serializers"):
+            headers["result_serializers"] = body["result_serializers"]
+        code: str = self.books.functions[task.function_id]["function_code"]
+        packed = messagepack.pack(
+            Task(task_id=uuid.UUID(task.task_id), task_buffer=code + arguments)
+        )
+        return packed, headers
+
+    def status_of(self, task_ids: list[str]) -> Json:
+        """Return the state of those tasks that are known."""
+        with self.lock:
+            known = [self.books.tasks[t] for t in task_ids if t in self.books.tasks]
+            return {task.task_id: task.as_json() for task in known}
+
+    def group(self, group: str) -> Json:
+        """Return the tasks of a group, in the order in which they were submitted."""
+        with self.lock:
+            tasks = [{"id": task_id} for task_id in self.books.groups.get(group, [])]
+        return {"taskgroup_id": group, "tasks": tasks}
+
+    def online(self, endpoint_id: str, beats: float = 3.0) -> bool:
+        """Say whether an endpoint was heard within so many heartbeat periods and is active."""
+        with self.lock:
+            record = self.books.endpoints.get(endpoint_id)
+            if record is None or record.heartbeat_at is None or not record.state.get("active"):
+                return False
+            age = time.monotonic() - record.heartbeat_at
+            return bool(age < beats * record.state["heartbeat_period"])
+
+    def on_heartbeat(self, body: bytes) -> None:
+        """Take a status report of an endpoint."""
+        message = messagepack.unpack(body)
+        assert isinstance(message, EPStatusReport)
+        with self.lock:
+            self.books.stats["heartbeats"] += 1
+            record = self.books.endpoints[str(message.endpoint_id)]
+            record.heartbeat_at, record.state = time.monotonic(), message.global_state
+
+    def on_result(self, body: bytes) -> None:
+        """Take a result of an endpoint: store it and forward it, unless a fault strikes."""
+        with self.lock:
+            if self._faults.take("drop_results"):
+                self.books.stats["results_dropped"] += 1
+            elif self._faults.take("hold_results"):
+                self.books.stats["results_held"] += 1
+                self._held.append(body)
+            else:
+                self._deliver(body)
+
+    def release(self) -> int:
+        """Deliver the results that were held, and return how many."""
+        with self.lock:
+            held, self._held = self._held, []
+        for body in held:  # without the lock: the broker's thread may be waiting for it
+            self._deliver(body)
+        return len(held)
+
+    def _deliver(self, body: bytes) -> None:
+        message = messagepack.unpack(body)
+        assert isinstance(message, Result)
+        with self.lock:
+            task = self.books.tasks.get(str(message.task_id))
+            if task is None or task.status != "pending":
+                self.books.stats["results_ignored"] += 1
+                return
+            if message.is_error:
+                task.status, task.exception = "failed", message.data
+            else:
+                task.status, task.result = "success", message.data
+            task.completion_t = str(time.time())
+            self.books.stats["results"] += 1
+        self._broker.send_result(task.group, body)

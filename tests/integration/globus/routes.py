@@ -1,0 +1,105 @@
+"""The HTTP calls of the SDK, over the desk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from .broker import Broker
+from .desk import Desk, RefusedError
+from .faults import Faults
+from .records import Json
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+VERSIONS = {"api": "1.0", "min_ep_version": "2.0.0", "min_sdk_version": "2.0.0"}
+LARGEST_BODY = 64 * 1024 * 1024
+
+
+def make_app(desk: Desk, broker: Broker, faults: Faults) -> web.Application:
+    """Build the service's HTTP application."""
+    calls = _Calls(desk, broker)
+    app = web.Application(client_max_size=LARGEST_BODY, middlewares=[_as_the_service(desk, faults)])
+    app.add_routes(
+        [
+            web.get("/v2/version", calls.version),
+            web.get("/v2/get_amqp_result_connection_url", calls.result_queue),
+            web.post("/v2/functions", calls.register_function),
+            web.post("/v3/functions", calls.register_function),
+            web.post("/v3/endpoints/{id}/submit", calls.submit),
+            web.get("/v2/endpoints/{id}/status", calls.endpoint_status),
+            web.get("/v2/taskgroup/{id}", calls.group),
+            web.get("/v2/tasks/{id}", calls.task),
+            web.post("/v2/batch_status", calls.batch_status),
+        ]
+    )
+    return app
+
+
+@web.middleware
+async def _refusals(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except RefusedError as refused:
+        body = {"code": refused.code, "reason": refused.reason, "status": "Failed"}
+        return web.json_response(body | {"http_status_code": refused.status}, status=refused.status)
+
+
+def _as_the_service(desk: Desk, faults: Faults) -> Callable[..., Awaitable[web.StreamResponse]]:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        info = request.match_info.route.resource
+        with desk.lock:
+            desk.books.stats[f"{request.method} {info.canonical if info else request.path}"] += 1
+        await asyncio.sleep(faults.latency_s)
+        return await _refusals(request, handler)
+
+    return middleware
+
+
+class _Calls:
+    """One method per call."""
+
+    def __init__(self, desk: Desk, broker: Broker) -> None:
+        self._desk, self._broker = desk, broker
+
+    async def version(self, _: web.Request) -> web.Response:
+        return web.json_response(VERSIONS)
+
+    async def result_queue(self, _: web.Request) -> web.Response:
+        where = {"queue_prefix": self._broker.group_prefix, "connection_url": self._broker.url}
+        return web.json_response(where)
+
+    async def register_function(self, request: web.Request) -> web.Response:
+        return web.json_response(self._desk.register_function(await request.json()))
+
+    async def submit(self, request: web.Request) -> web.Response:
+        body: Json = await request.json()
+        size = len(await request.read())
+        answer = await asyncio.to_thread(self._desk.submit, request.match_info["id"], body, size)
+        return web.json_response(answer)
+
+    async def endpoint_status(self, request: web.Request) -> web.Response:
+        endpoint_id = request.match_info["id"]
+        online = self._desk.online(endpoint_id)
+        with self._desk.lock:
+            if endpoint_id not in self._desk.books.endpoints:
+                raise RefusedError(404, "ENDPOINT_NOT_FOUND", endpoint_id)
+            details = self._desk.books.endpoints[endpoint_id].state
+        return web.json_response({"status": "online" if online else "offline", "details": details})
+
+    async def group(self, request: web.Request) -> web.Response:
+        return web.json_response(self._desk.group(request.match_info["id"]))
+
+    async def task(self, request: web.Request) -> web.Response:
+        task_id = request.match_info["id"]
+        found = self._desk.status_of([task_id])
+        if task_id not in found:
+            raise RefusedError(404, "TASK_NOT_FOUND", task_id)
+        return web.json_response(found[task_id])
+
+    async def batch_status(self, request: web.Request) -> web.Response:
+        asked: Json = await request.json()
+        return web.json_response({"results": self._desk.status_of(asked["task_ids"])})

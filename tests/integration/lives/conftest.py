@@ -1,0 +1,175 @@
+"""A place to run, break off and resume runs against a fleet that keeps its own books."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from fanfold.backends.accounts.folder import RunFolder, open_folder
+from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.configs.load import load
+from fanfold.graphs.prepare import prepare_run
+from fanfold.graphs.resume import resume_run
+from fanfold.graphs.run import RunOptions, RunResult, execute
+
+DEADLINE_S = 60.0
+STREAMS = 16
+
+TASK = {
+    "system": "Judge.",
+    "prompt": "What is {x}?",
+    "schema": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["score", "kind"],
+        "properties": {
+            "score": {"type": "number", "minimum": 0, "maximum": 1},
+            "kind": {"type": "string", "enum": ["a", "b", "c"]},
+        },
+    },
+}
+REDUCE = [
+    {"op": "top_k", "field": "score", "k": 3, "show": ["x"]},
+    {"op": "histogram", "field": "kind"},
+    {"op": "stats", "field": "score"},
+]
+
+
+class Lab:
+    """Runs of one input on one fleet, in this process and in others."""
+
+    def __init__(self, home: Path, fleet: SimulatedFleet, items: int) -> None:
+        self.home, self.fleet, self.items = home, fleet, items
+        self.again = 0  # items asked again in a later life
+        self._asked = dict[str, int]()
+        self.input = home / "input.csv"
+        self.config: dict[str, Any] = {
+            "name": "lab",
+            "input": {"path": str(self.input), "id": "id"},
+            "task": TASK,
+            "endpoints": {"urls": list(fleet.urls)},
+            "limits": {"streams": STREAMS},
+            "shard": {"items": 20},
+            "reduce": REDUCE,
+        }
+        with self.input.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "x"])
+            writer.writerows([f"i{n}", f"thing {n}"] for n in range(items))
+
+    @property
+    def out(self) -> Path:
+        return self.home / "run"
+
+    def journal_lines(self) -> int:
+        files = (self.out / "journal").glob("*.jsonl")
+        return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in files)
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():  # noqa: ASYNC110 - other processes set no events
+                await asyncio.sleep(0.002)
+
+    async def begin(self, out: Path | None = None) -> RunFolder:
+        return await prepare_run(load(self.config), out or self.out)
+
+    async def live(
+        self, folder: RunFolder | None = None, overrides: tuple[str, ...] = (), **options: Any
+    ) -> RunResult:
+        """Go on with a run in this process, to whatever end."""
+        folder = folder or open_folder(self.out)
+        loaded = load(str(folder.settings), overrides) if overrides else None
+        resumed = await resume_run(folder, loaded)
+        options = {"quiet": True, "anew": resumed.reduce_changed} | options
+        return await execute(folder, resumed.loaded, RunOptions(**options), Console(quiet=True))
+
+    async def undisturbed(self) -> list[dict[str, Any]]:
+        """Return the aggregate of a run that nothing disturbs, and clear the fleet's books."""
+        result = await self.live(await self.begin(self.home / "undisturbed"))
+        assert result.code == 0
+        self.fleet.reset()
+        return result.aggregate
+
+    def command(self, wrap: str | None, *arguments: str) -> list[str]:
+        """Return the command line, started by Python code of the test's own if given."""
+        start = ("-c", wrap) if wrap else ("-m", "fanfold")
+        return [sys.executable, *start, *arguments]
+
+    @asynccontextmanager
+    async def process(self, *arguments: str, wrap: str | None = None) -> AsyncIterator[Process]:
+        """Run the command line in another process, which does not outlive the block."""
+        settings = self.home / "config.yaml"
+        settings.write_bytes(orjson.dumps(self.config))
+        arguments = arguments or ("run", str(settings), "--out", str(self.out), "--json")
+        process = await asyncio.create_subprocess_exec(
+            *self.command(wrap, *arguments), stdout=PIPE, stderr=DEVNULL, cwd=self.home
+        )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.communicate()
+
+    async def killed_at(self, lines: int, *arguments: str) -> None:
+        """Run the command line and kill it -9 when the journal holds so many items."""
+        async with self.process(*arguments) as process:
+            await self.until(lambda: self.journal_lines() >= lines)
+            process.kill()
+            async with asyncio.timeout(DEADLINE_S):
+                assert await process.wait() == -signal.SIGKILL
+        await self.until(self.fleet_is_idle)
+        self.life_ended()
+
+    def fleet_is_idle(self) -> bool:
+        return not any(node["running"] + node["waiting"] for node in self.fleet.stats()["nodes"])
+
+    def life_ended(self) -> None:
+        """Count the items that were asked before this life and again in it.
+
+        By the fleet's own books; a question that a life sends twice, as a hedge against slow
+        nodes, counts once.
+        """
+        book = self.fleet.stats(prompts=True)["prompts"]
+        asked = {key: int(question["asked"]) for key, question in book.items()}
+        self.again += sum(asked[key] > times for key, times in self._asked.items())
+        self._asked = asked
+
+    def assert_whole(self, aggregate: list[dict[str, Any]], again: int) -> None:
+        """Assert that each item has one row, and the aggregate is as undisturbed."""
+        self.life_ended()
+        ids = pq.read_table(self.out / "results.parquet").column("id").to_pylist()
+        assert ids == [f"i{n}" for n in range(self.items)]
+        found = json.loads((self.out / "aggregate.json").read_bytes())
+        assert orjson.dumps(found["aggregate"]) == orjson.dumps(aggregate)
+        assert len(self._asked) == self.items
+        assert self.again <= again
+
+
+LabMaker = Callable[..., Any]
+
+
+@pytest.fixture
+def lab_of(tmp_path: Path) -> LabMaker:
+    @asynccontextmanager
+    async def make(items: int = 200, **spec: Any) -> AsyncIterator[Lab]:
+        """Open a lab; an answer takes about a tenth of a second."""
+        slow = {"ttft_s": 0.05, "tpot_s": 0.001, "jitter": 0.3} | spec
+        async with SimulatedFleet(SimulationSpec.fast(nodes=2, **slow)) as fleet:
+            yield Lab(tmp_path, fleet, items)
+
+    return make

@@ -1,0 +1,132 @@
+"""Writes that fail: exit 1, how many items are safe, and a resume once there is room."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.backends.contract.errors import LedgerError
+from fanfold.graphs.run import RunResult
+
+pytestmark = pytest.mark.integration
+
+LIMITED = """
+import resource, sys
+from fanfold.graphs.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+main()
+"""
+
+
+async def test_a_journal_that_hits_a_limit(lab_of: Any) -> None:
+    """The system refuses files above a size, as it refuses all on a full disk."""
+    async with lab_of(items=600, ttft_s=0.0, tpot_s=0.0) as lab:
+        lab.config["shard"] = {"items": None}  # few checkpoints, so that the journal is first
+        aggregate = await lab.undisturbed()
+        await lab.begin()
+        lab.fleet.reset()
+        said = lab.home / "said.txt"
+        with said.open("wb") as errors:
+            process = await asyncio.create_subprocess_exec(
+                *lab.command(LIMITED.format(size=160_000), "resume", str(lab.out), "--quiet"),
+                stderr=errors,
+            )
+            assert await asyncio.wait_for(process.wait(), 60) == 1
+        lab.life_ended()
+        safe = lab.journal_lines()
+        assert 0 < safe < 600
+        text = said.read_text()
+        assert f"{safe} of 600 items are safe" in text
+        assert "Traceback" not in text
+        assert (await lab.live()).code == 0
+        lab.assert_whole(aggregate, again=16)
+
+
+async def failing(lab: Any) -> str:
+    with pytest.raises(LedgerError) as caught:
+        await lab.live()
+    lab.life_ended()
+    return caught.value.message
+
+
+async def test_checkpoints_that_cannot_be_written(
+    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with lab_of(items=60, ttft_s=0.0, tpot_s=0.0) as lab:
+        aggregate = await lab.undisturbed()
+        await lab.begin()
+
+        async def full(*_: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("langgraph.checkpoint.sqlite.aio.AsyncSqliteSaver.aput_writes", full)
+            message = await failing(lab)
+        assert "database or disk is full" in message
+        assert f"{lab.journal_lines()} of 60 items are safe" in message
+        assert (await lab.live()).code == 0
+        lab.assert_whole(aggregate, again=16)
+
+
+@pytest.mark.parametrize(
+    "name", ["results.parquet", "failures.jsonl", "aggregate.json", "provenance.json"]
+)
+async def test_results_that_cannot_be_written(
+    lab_of: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with lab_of(items=30, ttft_s=0.0, tpot_s=0.0) as lab:
+        aggregate = await lab.undisturbed()
+        await lab.begin()
+        replace, done = Path.replace, lab.journal_lines
+
+        def full(self: Path, target: Path) -> Path:
+            if Path(target).name == name and done() == 30:
+                raise OSError(28, "No space left on device")
+            return replace(self, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", full)
+            message = await failing(lab)
+        assert name in message
+        assert "30 of 30 items are safe" in message
+        assert (await lab.live()).code == 0
+        lab.assert_whole(aggregate, again=0)
+
+
+async def test_the_first_error_is_the_one_told(
+    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full, so the note on how this life ended cannot be written either."""
+    async with lab_of(items=30, ttft_s=0.0, tpot_s=0.0) as lab:
+        await lab.begin()
+        replace, lives = Path.replace, 0
+
+        def full(self: Path, target: Path) -> Path:
+            nonlocal lives
+            lives += Path(target).name == "provenance.json"
+            if lives > 1 or Path(target).name == "results.parquet":
+                raise OSError(28, "No space left on device")
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", full)
+        message = await failing(lab)
+        assert "results.parquet" in message
+        assert "30 of 30 items are safe" in message
+
+
+async def test_a_fresh_life_after_each_failure(lab_of: Any) -> None:
+    """Results carry each item once however many journal files there are."""
+    async with lab_of(items=30, ttft_s=0.0, tpot_s=0.0) as lab:
+        aggregate = await lab.undisturbed()
+        await lab.begin()
+        result: RunResult = await lab.live()
+        assert result.code == 0
+        lab.life_ended()
+        again: RunResult = await lab.live()
+        assert (again.code, again.aggregate) == (0, aggregate)
+        assert sorted(p.name for p in (lab.out / "journal").iterdir()) == ["0001.jsonl", "lock"]
+        lab.assert_whole(aggregate, again=0)

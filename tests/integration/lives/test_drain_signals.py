@@ -1,0 +1,223 @@
+"""SIGINT and SIGTERM: nothing lost, nothing asked twice, exit 5, within bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from fanfold.backends.accounts.folder import open_folder
+from fanfold.backends.contract.errors import RunStoppedError
+from fanfold.backends.fleet.simulated.rules import FaultRule
+from fanfold.configs.load import load
+from fanfold.graphs.resume import resume_run
+from fanfold.graphs.run import RunResult
+
+pytestmark = pytest.mark.integration
+
+
+async def stopped(lab: Any, lines: int, *signals: signal.Signals, **options: Any) -> RunResult:
+    """Begin a run or go on with it here, and signal this process when so many items ended."""
+    folder = None if (lab.out / "run.yaml").exists() else await lab.begin()
+    life = asyncio.create_task(lab.live(folder, **options))
+    await lab.until(lambda: lab.journal_lines() >= lines)
+    for number in signals:
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(0)
+    result: RunResult = await asyncio.wait_for(life, 60)
+    lab.life_ended()
+    return result
+
+
+async def test_the_command_line_ends_with_5_and_can_be_resumed(lab_of: Any) -> None:
+    async with lab_of() as lab:
+        aggregate = await lab.undisturbed()
+        async with lab.process() as process:
+            await lab.until(lambda: lab.journal_lines() >= 50)
+            process.terminate()
+            said, _ = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 5
+        told = json.loads(said)
+        assert told["done"] == lab.journal_lines() < 200
+        lab.life_ended()
+        assert (await lab.live()).code == 0
+        lab.assert_whole(aggregate, again=0)
+
+
+@pytest.mark.parametrize("shards", ["few", "many", "single", "traced"])
+async def test_drained_and_resumed_over_and_over(lab_of: Any, shards: str) -> None:
+    """Also over many supersteps, with a Send per item, and by LangGraph's engine."""
+    async with lab_of(items=120) as lab:
+        sizes = {"few": None, "many": 3, "single": 1, "traced": 30}
+        lab.config["shard"] = {"items": sizes[shards]}
+        trace = shards == "traced"
+        aggregate = await lab.undisturbed()
+        for number, lines in ((signal.SIGTERM, 10), (signal.SIGINT, 50), (signal.SIGTERM, 90)):
+            result = await stopped(lab, lines, number, trace=trace)
+            assert (result.code, result.reason) == (5, number.name)
+            assert result.progress["done"] == lab.journal_lines()
+            assert result.progress["failed"] == 0
+            assert lab.fleet_is_idle()
+        assert (await lab.live(trace=trace)).code == 0
+        lab.assert_whole(aggregate, again=0)
+
+
+async def test_many_small_supersteps(lab_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with lab_of(items=120) as lab:
+        lab.config["shard"] = {"items": 5}
+        monkeypatch.setattr("fanfold.graphs.context.window", lambda *_: 3)
+        aggregate = await lab.undisturbed()
+        for lines in (1, 20, 31, 75):
+            result = await stopped(lab, lines, signal.SIGTERM)
+            assert result.code == 5
+        assert (await lab.live()).code == 0
+        lab.assert_whole(aggregate, again=0)
+
+
+async def test_a_hanging_fleet_cannot_hold_up_the_stop(lab_of: Any) -> None:
+    async with lab_of(items=40) as lab:
+        lab.config["limits"] |= {"drain_s": 0.2}
+        aggregate = await lab.undisturbed()
+        lab.fleet.fault(FaultRule("hang", p=0.3, draw="item"))
+        result = await stopped(lab, 8, signal.SIGTERM)
+        assert result.code == 5
+        done = lab.journal_lines()
+        assert result.progress["done"] == done < 40
+        lab.fleet._faults.clear()
+        assert (await lab.live()).code == 0
+        lab.assert_whole(aggregate, again=16)
+
+
+async def test_a_second_signal_stops_at_once(lab_of: Any) -> None:
+    async with lab_of(items=40) as lab:
+        aggregate = await lab.undisturbed()
+        lab.fleet.fault(FaultRule("hang", p=0.3, draw="item"))
+        result = await stopped(lab, 8, signal.SIGTERM, signal.SIGINT)
+        assert (result.code, result.reason) == (5, "SIGTERM")
+        lab.fleet._faults.clear()
+        assert (await lab.live()).code == 0
+        lab.assert_whole(aggregate, again=16)
+
+
+async def test_a_signal_while_the_run_is_opened(
+    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with lab_of(items=40) as lab:
+        aggregate = await lab.undisturbed()
+        folder, opening = await lab.begin(), asyncio.Event()
+
+        @asynccontextmanager
+        async def never(*_: object) -> AsyncIterator[None]:
+            opening.set()
+            await asyncio.Event().wait()
+            yield
+
+        with monkeypatch.context() as patched:
+            patched.setattr("fanfold.graphs.opening.serving", never)
+            life = asyncio.create_task(lab.live(folder))
+            await asyncio.wait_for(opening.wait(), 60)
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(RunStoppedError, match="SIGTERM before the first item"):
+                await asyncio.wait_for(life, 60)
+        assert not folder.in_use()
+        assert (await lab.live()).code == 0
+        lab.assert_whole(aggregate, again=0)
+
+
+async def test_handlers_are_put_back(lab_of: Any) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    async with lab_of(items=5) as lab:
+        await lab.undisturbed()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+async def test_a_fleet_that_is_lost_ends_the_run_resumably(lab_of: Any) -> None:
+    """No node comes back in time: what was answered is kept, exit 5."""
+    async with lab_of(items=80) as lab:
+        lab.config["limits"] |= {"fleet_wait_s": 0.1}
+        aggregate = await lab.undisturbed()
+        folder = await lab.begin()
+        life = asyncio.create_task(lab.live(folder))
+        await lab.until(lambda: lab.journal_lines() >= 20)
+        for node in (0, 1):
+            await lab.fleet.kill(node)
+        result = await asyncio.wait_for(life, 60)
+        assert result.code == 5
+        assert "no endpoint came back" in result.reason
+        assert result.progress["failed"] == 0
+        assert result.progress["done"] == lab.journal_lines() < 80
+        lab.life_ended()
+        for node in (0, 1):
+            await lab.fleet.revive(node)
+        assert (await lab.live()).code == 0
+        lab.assert_whole(aggregate, again=16)
+
+
+@pytest.mark.parametrize("change", ["reduce", "retry", "none"])
+async def test_by_checkpoint_or_anew_the_aggregate_is_the_same(lab_of: Any, change: str) -> None:
+    async with lab_of(items=80) as lab:
+        aggregate = await lab.undisturbed()
+        assert (await stopped(lab, 30, signal.SIGTERM)).code == 5
+        if change == "reduce":
+            less = await lab.live(overrides=("reduce=[{op: count}]",))
+            assert [stage["op"] for stage in less.aggregate] == ["count"]
+            full = json.dumps(lab.config["reduce"])
+            result = await lab.live(overrides=(f"reduce={full}",))
+        else:
+            result = await lab.live(retry_failed=change == "retry")
+        assert result.code == 0
+        lab.assert_whole(aggregate, again=0)
+
+
+async def test_failed_items_are_asked_again_only_on_demand(lab_of: Any) -> None:
+    async with lab_of(items=40) as lab:
+        aggregate = await lab.undisturbed()
+        lab.fleet.fault(FaultRule("refusal", p=0.3, draw="item"))
+        first = await lab.live(await lab.begin())
+        lab.life_ended()
+        assert first.code == 3
+        failed = first.progress["failed"]
+        lab.fleet._faults.clear()
+        again = await lab.live()
+        lab.life_ended()
+        assert (again.code, again.progress["failed"], lab.again) == (3, failed, 0)
+        assert again.aggregate == first.aggregate
+        assert (await lab.live(retry_failed=True)).code == 0
+        lab.assert_whole(aggregate, again=failed)
+        assert lab.again == failed
+
+
+async def test_a_checkpoint_older_than_the_journal_is_not_believed(lab_of: Any) -> None:
+    """Failed items are asked again with the checkpoints elsewhere; then the old ones come back."""
+    async with lab_of(items=80) as lab:
+        lab.config["shard"] = {"items": 5}
+        aggregate = await lab.undisturbed()
+        lab.fleet.fault(FaultRule("refusal", p=0.3, draw="item"))
+        assert (await stopped(lab, 40, signal.SIGTERM)).progress["failed"] > 0
+        lab.fleet._faults.clear()
+        file = lab.out / "checkpoints.sqlite"
+        kept = file.read_bytes()
+        assert (await lab.live(retry_failed=True)).code == 0
+        file.write_bytes(kept)
+        result = await lab.live()
+        assert (result.code, result.aggregate) == (0, aggregate)
+        lab.assert_whole(aggregate, again=80)
+
+
+async def test_killed_between_new_settings_and_the_first_checkpoint(lab_of: Any) -> None:
+    """The settings have other reduce stages than the checkpoint, and nobody says so."""
+    async with lab_of(items=80) as lab:
+        lab.config["shard"] = {"items": 5}
+        assert (await stopped(lab, 40, signal.SIGTERM)).code == 5
+        folder = open_folder(lab.out)
+        changed = load(str(folder.settings), ("reduce=[{op: count}]",))
+        await resume_run(folder, changed)
+        result = await lab.live()
+        assert result.code == 0
+        assert [(stage["op"], stage["done"]) for stage in result.aggregate] == [("count", 80)]

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.configs.load import load, peek
+from fanfold.configs.plain import MASKED, to_yaml
+from fanfold.configs.presets import copy_preset, preset_names, preset_text
+
+GOOD: dict[str, Any] = {
+    "input": {"path": "in.csv"},
+    "task": {"prompt": "Say {text}"},
+    "endpoints": {"simulated": {}},
+}
+
+
+def test_defaults() -> None:
+    config = load(GOOD).config
+    assert (config.name, config.task.repairs, config.model.temperature) == ("run", 1, 0.0)
+    assert (config.limits.streams, config.limits.attempts) == (256, 4)
+    assert config.limits.request_timeout_s == 600
+    assert (config.backend.kind, config.backend.processes) == ("local", 1)
+    assert config.endpoints.api_key.get_secret_value() == "EMPTY"
+    assert (config.shard.items, config.ledger.fsync_s) == (None, 0.05)
+
+
+def test_the_given_settings_stay_as_they_are() -> None:
+    before = copy.deepcopy(GOOD)
+    load(GOOD, ["input.limit=3", "task.prompt=x"], {"endpoints.simulated": {"nodes": 2}})
+    assert before == GOOD
+
+
+def test_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    settings = GOOD | {"task": {"prompt": "{text}", "schema": "schema.json"}}
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    loaded = load(file)
+    assert loaded.config.input.path == str(tmp_path / "in.csv")
+    assert loaded.config.task.answer_schema == {"type": "object"}
+    (tmp_path / "schema.json").unlink()
+    again = load(yaml.safe_load(to_yaml(loaded.plain)))
+    assert again.plain == loaded.plain
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_plain_settings_say_the_same(name: str) -> None:
+    loaded = load(name)
+    assert loaded.preset == name
+    again = load(yaml.safe_load(to_yaml(loaded.plain)))
+    assert (again.config, again.plain) == (loaded.config, loaded.plain)
+
+
+@given(st.text(min_size=1).filter(lambda t: "{" not in t and "}" not in t and "$" not in t))
+def test_any_prompt_survives_the_run_file(prompt: str) -> None:
+    loaded = load(GOOD | {"task": {"prompt": prompt}})
+    assert load(yaml.safe_load(to_yaml(loaded.plain))).config.task.prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("${KEY}", "${KEY}"),
+        ("${KEY}${KEY}", "${KEY}${KEY}"),
+        ("${KEY}-plain-${KEY}", MASKED),
+        ("plain", MASKED),
+        ("$${KEY}", MASKED),
+        ("EMPTY", "EMPTY"),
+        ("${NONE}", "${NONE}"),
+    ],
+)
+def test_what_is_kept_of_a_key(written: str, kept: str) -> None:
+    settings = GOOD | {"endpoints": {"urls": ["http://${HOST}:1"], "api_key": written}}
+    environment = {"KEY": "s3cr3t", "HOST": "h", "NONE": "EMPTY"}
+    loaded = load(settings, environment=environment)
+    assert loaded.plain["endpoints"]["api_key"] == kept
+    assert loaded.plain["endpoints"]["urls"] == ["http://${HOST}:1"]
+    assert loaded.config.endpoints.urls == ["http://h:1"]
+    assert "s3cr3t" not in repr(loaded)
+
+
+@pytest.mark.parametrize("key", ["", " x", "x\n", "a\nb", "schlüssel"])
+def test_keys_that_fit_no_header(key: str) -> None:
+    settings = GOOD | {"endpoints": {"urls": ["http://h:1"], "api_key": "${K}"}}
+    with pytest.raises(ConfigurationError, match=r"endpoints\.api_key") as error:
+        load(settings, environment={"K": key})
+    assert not key.strip() or key not in error.value.message
+
+
+def test_several_findings_are_told_at_once() -> None:
+    with pytest.raises(ConfigurationError) as error:
+        load(GOOD | {"limits": {"streams": 0, "atempts": 1}, "naem": "x"})
+    assert len(error.value.message.splitlines()) == 3
+
+
+def test_peek_checks_nothing() -> None:
+    data, preset = peek({"a": 1}, ["b.c=2"])
+    assert (data, preset) == ({"a": 1, "b": {"c": 2}}, None)
+    assert peek("data_annotation")[1] == "data_annotation"
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_copy_says_the_same_but_for_endpoints(name: str, tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    copy_preset(name, target)
+    mine, shipped = yaml.safe_load(target.read_text()), yaml.safe_load(preset_text(name))
+    assert mine.pop("endpoints") == {"urls": [], "api_key": "EMPTY"}
+    assert shipped.pop("endpoints").keys() == {"simulated"}
+    assert mine == shipped
+    with pytest.raises(ConfigurationError, match="exists already"):
+        copy_preset(name, target)

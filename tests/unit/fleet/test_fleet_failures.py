@@ -1,0 +1,285 @@
+"""Every row of the taxonomy: what class of error, and what follows."""
+
+from __future__ import annotations
+
+import pickle
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+
+from fanfold.backends.contract.errors import (
+    AuthenticationError,
+    EndpointBusyError,
+    EndpointError,
+    EndpointLostError,
+    EndpointReplyError,
+    ModelNotServedError,
+    PromptTooLongError,
+    RequestRefusedError,
+)
+from fanfold.backends.fleet import RetryPolicy, failures, judge
+from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.answer import Complaint, RawAnswer, retry_after
+from fanfold.backends.fleet.attempts import Attempts
+from fanfold.backends.fleet.endpoint import Endpoint
+from fanfold.backends.fleet.failures import Failure, Step, Trip
+
+
+def vllm(message: str, code: int, kind: str = "x", param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def first(code: str, message: str = "x") -> dict[str, Any]:
+    return {"error": {"code": code, "message": message, "info": {}}}
+
+
+LONG = "This model's maximum context length is 2048 tokens. However, you asked for more"
+ROWS: list[tuple[str, int, Any, type[EndpointError], Step, Trip]] = [
+    ("key", 401, {"error": "Unauthorized"}, AuthenticationError, Step.REKEY, Trip.NO),
+    ("denied", 403, first("access_denied"), AuthenticationError, Step.EJECT, Trip.NO),
+    ("no model", 404, vllm("no", 404), ModelNotServedError, Step.EJECT, Trip.NO),
+    ("page 404", 404, b"<html>", ModelNotServedError, Step.EJECT, Trip.NO),
+    ("long", 400, vllm(LONG, 400), PromptTooLongError, Step.FAIL, Trip.NO),
+    (
+        "long param",
+        400,
+        vllm("x", 400, param="input_text"),
+        PromptTooLongError,
+        Step.FAIL,
+        Trip.NO,
+    ),
+    (
+        "max_tokens",
+        400,
+        vllm("x", 400, param="max_tokens"),
+        RequestRefusedError,
+        Step.FAIL,
+        Trip.NO,
+    ),
+    ("other 400", 400, vllm("bad", 400), RequestRefusedError, Step.FAIL, Trip.NO),
+    ("422", 422, {"detail": [{"msg": "m"}]}, RequestRefusedError, Step.FAIL, Trip.NO),
+    ("413", 413, b"too large", RequestRefusedError, Step.FAIL, Trip.NO),
+    ("quota 400", 400, first("quota_exceeded"), EndpointBusyError, Step.WAIT, Trip.NO),
+    ("batch 400", 400, first("batch_ongoing"), EndpointBusyError, Step.WAIT, Trip.NO),
+    ("408", 408, first("request_timeout"), EndpointLostError, Step.OTHER, Trip.NO),
+    ("409", 409, first("x"), EndpointError, Step.SAME, Trip.NO),
+    ("429", 429, vllm("slow down", 429), EndpointBusyError, Step.WAIT, Trip.NO),
+    (
+        "429 throttle",
+        429,
+        {"detail": "Too many requests."},
+        EndpointBusyError,
+        Step.WAIT,
+        Trip.NO,
+    ),
+    ("429 tpm", 429, first("too_many_requests"), EndpointBusyError, Step.WAIT, Trip.NO),
+    ("429 paid", 429, first("insufficient_quota"), EndpointBusyError, Step.STOP, Trip.NO),
+    ("500", 500, vllm("boom", 500), EndpointError, Step.OTHER, Trip.COUNT),
+    ("500 text", 500, b"Internal Server Error", EndpointError, Step.OTHER, Trip.COUNT),
+    ("501", 501, b"", RequestRefusedError, Step.FAIL, Trip.NO),
+    ("502", 502, b"<html>", EndpointLostError, Step.OTHER, Trip.COUNT),
+    ("504", 504, first("internal_endpoint_error"), EndpointLostError, Step.OTHER, Trip.COUNT),
+    (
+        "503 cold",
+        503,
+        first("internal_endpoint_error", "online but not ready to receive tasks."),
+        EndpointBusyError,
+        Step.WAIT,
+        Trip.NO,
+    ),
+    (
+        "503 offline",
+        503,
+        first("internal_endpoint_error", "x is offline."),
+        EndpointBusyError,
+        Step.WAIT,
+        Trip.OPEN,
+    ),
+    (
+        "503 upkeep",
+        503,
+        first("cluster_under_maintenance"),
+        EndpointBusyError,
+        Step.WAIT,
+        Trip.OPEN,
+    ),
+    (
+        "503 busy",
+        503,
+        vllm("The engine is currently busy", 503, "Service Unavailable"),
+        EndpointBusyError,
+        Step.WAIT,
+        Trip.NO,
+    ),
+    (
+        "503 other",
+        503,
+        vllm("x", 503, "ServiceUnavailableError"),
+        EndpointBusyError,
+        Step.OTHER,
+        Trip.COUNT,
+    ),
+    ("529", 529, b"", EndpointError, Step.OTHER, Trip.COUNT),
+    ("302", 302, b"", EndpointReplyError, Step.OTHER, Trip.COUNT),
+    ("broken", 200, b'{"choices', EndpointReplyError, Step.OTHER, Trip.COUNT),
+    ("page", 200, b"<html>log in", EndpointReplyError, Step.OTHER, Trip.COUNT),
+    ("list", 200, [], EndpointReplyError, Step.OTHER, Trip.COUNT),
+    ("inner 400", 200, vllm("x", 400), RequestRefusedError, Step.FAIL, Trip.NO),
+    ("inner 500", 200, vllm("x", 500), EndpointError, Step.OTHER, Trip.COUNT),
+    (
+        "object error",
+        200,
+        {"object": "error", "message": "m", "code": 500},
+        EndpointError,
+        Step.OTHER,
+        Trip.COUNT,
+    ),
+    ("detail", 200, {"detail": "x"}, EndpointReplyError, Step.OTHER, Trip.COUNT),
+    ("null", 200, {"choices": None}, EndpointReplyError, Step.OTHER, Trip.COUNT),
+    ("empty", 200, {"choices": []}, EndpointReplyError, Step.OTHER, Trip.COUNT),
+    (
+        "abort",
+        200,
+        {"choices": [{"message": {"content": "x"}, "finish_reason": "abort"}]},
+        EndpointLostError,
+        Step.OTHER,
+        Trip.COUNT,
+    ),
+    (
+        "gateway",
+        200,
+        {
+            "id": "chatcmpl-api-error",
+            "choices": [{"message": {"content": "[ERROR]"}, "finish_reason": "stop"}],
+        },
+        EndpointLostError,
+        Step.OTHER,
+        Trip.COUNT,
+    ),
+]
+
+
+def failure_of(status: int, body: Any, headers: dict[str, str] | None = None) -> Failure:
+    raw = body if isinstance(body, bytes) else orjson.dumps(body)
+    result = judge.read(RawAnswer(status, headers or {}, raw), "node")
+    assert isinstance(result, Failure)
+    return result
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+def test_row(row: tuple[str, int, Any, type[EndpointError], Step, Trip]) -> None:
+    _, status, body, kind, step, trip = row
+    failure = failure_of(status, body)
+    assert type(failure.error) is kind
+    assert (failure.treatment.step, failure.treatment.trip) == (step, trip)
+    assert failure.error.message.startswith("node: ")
+    assert isinstance(failure.error.__cause__, RawAnswer)
+    assert type(pickle.loads(pickle.dumps(failure.error))) is kind
+
+
+@pytest.mark.parametrize(
+    ("cause", "step", "trip", "free"),
+    [
+        (TimeoutError(), Step.OTHER, Trip.COUNT, False),
+        (aiohttp.ConnectionTimeoutError(), Step.OTHER, Trip.OPEN, True),
+        (aiohttp.ServerDisconnectedError(), Step.OTHER, Trip.COUNT, False),
+        (aiohttp.ClientOSError(104, "reset"), Step.OTHER, Trip.COUNT, False),
+        (aiohttp.ClientPayloadError("cut"), Step.OTHER, Trip.COUNT, False),
+    ],
+)
+def test_connection_row(cause: Any, step: Step, trip: Trip, free: bool) -> None:
+    failure = failures.of_exception(cause, "node")
+    assert type(failure.error) is EndpointLostError
+    treatment = failure.treatment
+    assert (treatment.step, treatment.trip, treatment.free) == (step, trip, free)
+
+
+def test_pages_hint_at_a_proxy() -> None:
+    assert "proxy" in failure_of(403, b" <html>denied</html>").error.message
+
+
+def test_messages_are_short() -> None:
+    assert len(failure_of(500, b"x" * 10_000).error.message) < 300
+
+
+def test_refused_schemas_are_marked() -> None:
+    body = vllm("Unsupported keyword", 400, param="response_format")
+    assert failure_of(400, body).treatment.schema
+
+
+def test_a_503_that_names_a_time_is_waited_for() -> None:
+    failure = failure_of(503, vllm("x", 503, "ServiceUnavailableError"), {"retry-after": "7"})
+    assert failure.treatment.step is Step.WAIT
+    assert failure.error.retry_after == 7.0
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "3"}, 3.0),
+        ({"retry-after": "0"}, 0.0),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+    ],
+)
+def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after(headers) == seconds
+
+
+def test_retry_after_as_a_date() -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+    assert retry_after({"retry-after": date}) == pytest.approx(3600, abs=60)
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b"5", b'"text"', b'{"error":{}}', b"\xff\xfe"])
+def test_any_body_can_be_read(body: bytes) -> None:
+    assert isinstance(Complaint.read(body).message, str)
+
+
+def endpoint(n: int) -> Endpoint:
+    return Endpoint(EndpointSpec(f"http://n{n}:1"))
+
+
+def test_attempts_end_after_so_many_that_count() -> None:
+    attempts = Attempts(RetryPolicy(attempts=3), 0.0)
+    lost = failures.of_exception(aiohttp.ClientPayloadError("cut"), "n")
+    for n in range(2):
+        assert attempts.after(endpoint(n), lost, 0.0, 0.0) == 0.0
+    with pytest.raises(EndpointLostError):
+        attempts.after(endpoint(3), lost, 0.0, 0.0)
+
+
+def test_refusals_do_not_count_but_patience_ends() -> None:
+    attempts = Attempts(RetryPolicy(attempts=2, patience_s=10.0), 0.0)
+    busy = failure_of(429, vllm("slow", 429))
+    one = endpoint(1)
+    assert [attempts.after(one, busy, 1.0, 0.0) for _ in range(6)] == [0.0] * 6
+    assert not attempts.avoid
+    with pytest.raises(EndpointBusyError):
+        attempts.after(one, busy, 10.0, 0.0)
+
+
+def test_a_stale_connection_is_free_once() -> None:
+    attempts = Attempts(RetryPolicy(attempts=1), 0.0)
+    dropped = failures.of_exception(aiohttp.ServerDisconnectedError(), "n")
+    assert attempts.after(endpoint(1), dropped, 0.0, 0.0) == 0.0
+    assert not attempts.avoid
+    with pytest.raises(EndpointLostError):
+        attempts.after(endpoint(1), dropped, 0.0, 0.0)
+
+
+def test_the_same_server_error_on_three_endpoints_is_poison() -> None:
+    attempts = Attempts(RetryPolicy(attempts=9, poison_endpoints=3), 0.0)
+    boom = failure_of(500, vllm("boom", 500))
+    attempts.after(endpoint(1), boom, 0.0, 0.0)
+    attempts.after(endpoint(2), boom, 0.0, 0.0)
+    with pytest.raises(EndpointError, match="boom"):
+        attempts.after(endpoint(3), boom, 0.0, 0.0)

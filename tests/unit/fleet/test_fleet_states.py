@@ -1,0 +1,146 @@
+"""Breaker, lane and buckets: pure state, time passed in."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fanfold.backends.fleet.breaker import Breaker, State
+from fanfold.backends.fleet.lane import Lane
+from fanfold.backends.fleet.pacing import Bucket, Pacer, estimate
+from fanfold.backends.fleet.policy import BreakerPolicy, LanePolicy, PacePolicy
+
+LANE = LanePolicy(start=8, ceiling=1024, settle_s=1.0, samples=4)
+
+
+def test_breaker_opens_after_failures_in_a_row_only() -> None:
+    breaker = Breaker(BreakerPolicy(failures=3))
+    assert [breaker.fail(), breaker.fail()] == [False, False]
+    breaker.succeed()
+    assert [breaker.fail(), breaker.fail(), breaker.fail()] == [False, False, True]
+    assert breaker.state is State.OPEN
+
+
+def test_breaker_ignores_what_was_under_way_when_it_opened() -> None:
+    breaker = Breaker(BreakerPolicy(open_s=1.0))
+    assert breaker.fail(at_once=True)
+    assert not breaker.fail(at_once=True)
+    assert not breaker.succeed()
+    assert (breaker.state, breaker.opened, breaker.pause_s) == (State.OPEN, 1, 1.0)
+
+
+def test_breaker_tries_with_one_and_doubles_its_pause() -> None:
+    breaker = Breaker(BreakerPolicy(open_s=1.0, open_max_s=3.0))
+    breaker.fail(at_once=True)
+    breaker.probed()
+    assert breaker.fail()
+    assert breaker.pause_s == 2.0
+    breaker.miss()
+    assert breaker.pause_s == 3.0
+    breaker.probed()
+    assert breaker.succeed()
+    assert (breaker.state, breaker.opened) == (State.CLOSED, 1)
+    breaker.fail(at_once=True)
+    assert breaker.pause_s == 1.0
+
+
+def test_lane_doubles_while_nothing_is_refused() -> None:
+    lane = Lane(LANE)
+    widths = []
+    for second in range(8):
+        lane.widen(float(second))
+        widths.append(lane.width)
+    assert widths == [16, 32, 64, 128, 256, 512, 1024, 1024]
+
+
+def test_lane_waits_before_it_widens_again() -> None:
+    lane = Lane(LANE)
+    assert lane.widen(0.0)
+    assert not lane.widen(0.5)
+    assert lane.width == 16
+
+
+def test_a_burst_of_refusals_leaves_what_was_accepted() -> None:
+    lane = Lane(LANE)
+    lane.widen(0.0)
+    for outstanding in range(16, 6, -1):
+        lane.refused(outstanding)
+    assert lane.width == 6
+    for _ in range(6):
+        lane.answered(6, 1.0, 1.0)
+    assert lane.width == 7
+
+
+def test_a_burst_of_late_answers_counts_once() -> None:
+    lane = Lane(LANE)
+    lane.widen(0.0)
+    lane.shrink(3.0)
+    lane.shrink(3.1)
+    assert lane.width == 12
+
+
+def test_lane_finds_the_knee_of_a_server_that_queues() -> None:
+    """Eight are served at once: the ninth waits for one of them, and so on."""
+    lane = Lane(LANE)
+    lane.widen(0.0)
+    lane.widen(1.0)
+    for level in range(1, 33):
+        lane.answered(level, max(1.0, level / 8), 2.0)
+    assert lane.width == 16
+    assert not lane.widen(30.0)
+    assert lane.widen(90.0)
+
+
+@given(st.floats(min_value=0.0, max_value=0.5))
+def test_lane_takes_mild_slowing_for_no_knee(slowing: float) -> None:
+    lane = Lane(LANE)
+    for second in range(4):
+        lane.widen(float(second))
+    for level in range(1, 129):
+        lane.answered(level, 1.0 + slowing * level.bit_length() / 8, 4.0)
+    assert lane.width == 128
+
+
+@given(st.lists(st.tuples(st.sampled_from("wra"), st.integers(1, 64)), max_size=200))
+def test_lane_stays_within_its_bounds(events: list[tuple[str, int]]) -> None:
+    lane = Lane(LANE, ceiling=100)
+    for now, (kind, number) in enumerate(events):
+        if kind == "w":
+            lane.widen(float(now))
+        elif kind == "r":
+            lane.refused(number)
+            lane.shrink(float(now))
+        else:
+            lane.answered(number, float(number), float(now))
+        assert 1 <= lane.width <= 100
+
+
+def test_bucket_spreads_requests() -> None:
+    bucket = Bucket(2.0)
+    assert [bucket.take(1, 0.0) for _ in range(4)] == [0.0, 0.0, 0.5, 1.0]
+    assert bucket.take(1, 10.0) == 0.0
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=200))
+def test_bucket_never_lets_more_through_than_its_rate(gaps: list[float]) -> None:
+    bucket, now, due = Bucket(5.0), 0.0, []
+    for gap in gaps:
+        now += gap
+        due.append(now + bucket.take(1, now))
+    for i, first in enumerate(due):
+        inside = [t for t in due[i:] if t < first + 1.0 - 1e-9]
+        assert len(inside) <= 5 + 5 + 1
+
+
+def test_pacer_reserves_and_settles_tokens() -> None:
+    pacer = Pacer(PacePolicy(tokens_per_min=600))
+    assert pacer.admit(600, 0.0) == 0.0
+    assert pacer.admit(100, 0.0) == pytest.approx(10.0)
+    pacer.settle(600, 200)
+    assert pacer.admit(300, 0.0) == pytest.approx(0.0)
+
+
+def test_estimate_counts_prompt_and_longest_answer() -> None:
+    messages = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": None}]
+    assert estimate({"messages": messages, "max_completion_tokens": 5}) == 10 + 5

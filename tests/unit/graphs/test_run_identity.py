@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fanfold.configs.load import load
+from fanfold.graphs.identity import differences, fingerprint
+from fanfold.graphs.plan import shard_items, window
+from fanfold.graphs.prepare import _public
+
+BASE = load("data_annotation")
+
+
+def changed(*overrides: str) -> dict[str, Any]:
+    return load("data_annotation", overrides).plain
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "task.prompt=x",
+        "task.repairs=0",
+        "model.seed=1",
+        "model.name=b",
+        "input.id=null",
+        "input.limit=3",
+    ],
+)
+def test_what_makes_another_run(override: str) -> None:
+    (line,) = differences(BASE.plain, changed(override), "a")
+    assert line.startswith(override.partition("=")[0])
+    assert "→" in line
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["limits.streams=1", "endpoints.simulated.nodes=1", "reduce=[]", "name=x", "model.name=a"],
+)
+def test_what_does_not(override: str) -> None:
+    assert differences(BASE.plain, changed(override), "a") == []
+
+
+def test_the_fingerprint_is_of_what_is_asked() -> None:
+    other = load("data_annotation", ["limits.streams=1"]).config
+    assert fingerprint(BASE.config, "a", True) == fingerprint(other, "a", True)
+    assert fingerprint(BASE.config, "a", True) != fingerprint(BASE.config, "a", False)
+    assert fingerprint(BASE.config, "a", True) != fingerprint(BASE.config, "b", True)
+
+
+def test_secrets_in_the_command_line() -> None:
+    given = [
+        "run",
+        "c.yaml",
+        "--set",
+        "endpoints.api_key=s3cr3t",
+        "--endpoints",
+        "http://u:s3cr3t@h:1/v1?token=s3cr3t",
+        "--checkpointer=postgresql://u:s3cr3t@h/db",
+        "--set",
+        "limits.streams=3",
+    ]
+    kept = list(_public(given))
+    assert "s3cr3t" not in " ".join(kept)
+    assert kept[:4] == ["run", "c.yaml", "--set", "endpoints.api_key=…"]
+    assert kept[5:] == [
+        "http://…@h:1/v1",
+        "--checkpointer=postgresql://…@h/db",
+        "--set",
+        "limits.streams=3",
+    ]
+
+
+@pytest.mark.parametrize("total", [1, 200, 5_000, 1_000_000])
+def test_shards(total: int) -> None:
+    assert 256 <= shard_items(BASE.config, total) <= 4096
+    one = load("data_annotation", ["shard.items=1"]).config
+    assert shard_items(one, total) == 1
+    assert window(one, 1) >= one.limits.streams
