@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -253,6 +253,8 @@ async def open_fleet(config: RunConfig, serving: Serving) -> AsyncIterator[Fleet
         request_timeout_s=limits.request_timeout_s,
         fleet_wait_s=limits.fleet_wait_s,
     )
+    if not limits.hedge:
+        policy = replace(policy, hedge=None)
     async with Fleet(serving.specs, policy, simulated=serving.simulated) as fleet:
         yield fleet
 

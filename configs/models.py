@@ -204,6 +204,7 @@ class LimitsConfig(Section):
         request_timeout_s: Seconds after which a request counts as lost.
         drain_s: Seconds that a stop waits for items in flight.
         fleet_wait_s: Seconds to wait for an endpoint when none is alive.
+        hedge: Whether the slowest requests of a run's end are sent a second time.
     """
 
     streams: Annotated[int, Field(ge=1, le=100_000)] = 256
@@ -211,6 +212,7 @@ class LimitsConfig(Section):
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     fleet_wait_s: Annotated[float, Field(ge=0)] = 60.0
+    hedge: bool = True
 
 
 class ShardConfig(Section):

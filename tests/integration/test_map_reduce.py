@@ -39,7 +39,7 @@ def settings(fleet: SimulatedFleet, **changes: Any) -> dict[str, Any]:
         "name": "test",
         "task": {"system": "Judge.", "prompt": "What is {x}?", "schema": SCHEMA},
         "endpoints": {"urls": list(fleet.urls)},
-        "limits": {"streams": 32},
+        "limits": {"streams": 32, "hedge": False},
         "reduce": [
             {"op": "top_k", "field": "score", "k": 3, "show": ["x"]},
             {"op": "histogram", "field": "kind"},
@@ -173,7 +173,7 @@ async def test_pasted_items_lost_with_the_process_are_not_replaced(
 async def test_several_supersteps(simulated: SimulatedFleet, monkeypatch: Any) -> None:
     monkeypatch.setattr("fanfold.graphs.plan._WINDOW", 3)
     whole = await build_graph(settings(simulated)).ainvoke({"items": rows(100)})
-    small = settings(simulated, shard={"items": 10}, limits={"streams": 4})
+    small = settings(simulated, shard={"items": 10}, limits={"streams": 4, "hedge": False})
     end = await build_graph(small).ainvoke({"items": rows(100)})
     assert end["aggregate"] == whole["aggregate"]
 
