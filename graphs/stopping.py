@@ -6,7 +6,7 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from langgraph.runtime import RunControl
 from rich.console import Console
@@ -16,9 +16,13 @@ from ..nodes.gate import Gate
 
 T = TypeVar("T")
 
+_HURRY: Final = 2
+
 
 class Stop:
     """A wish to stop: at first no further item begins, at the second nothing is waited for.
+
+    A third signal breaks off the graph itself, in whatever it is stuck.
 
     Args:
         console: Where to say what is going on.
@@ -32,17 +36,21 @@ class Stop:
         self.control = RunControl()
         self.reason: str | None = None
         self._console = console
+        self._times = 0
         self._gate: Gate | None = None
         self._work: asyncio.Future[Any] | None = None
 
     def asked(self, name: str) -> None:
         """Heed a signal."""
-        first, self.reason = self.reason is None, self.reason or name
+        self._times += 1
+        self.reason = self.reason or name
         self.control.request_drain(self.reason)
-        if first and self._gate is not None:
+        if self._gate is not None and self._times == 1:
             flying = self._gate.in_flight
             self._gate.close(name)
             self._say(f"{name}: waiting for {flying:,} items in flight; once more stops at once")
+        elif self._gate is not None and self._times == _HURRY:
+            self._gate.hurry()  # no cancelling: it would break off checkpoints half written
         elif self._work is not None:
             self._work.cancel()
 

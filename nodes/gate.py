@@ -28,8 +28,8 @@ class Gate:
         self._streams = streams
         self._drain_s = drain_s
         self._waiting = deque[asyncio.Future[bool]]()
-        self._idle, self._closing = asyncio.Event(), asyncio.Event()
-        self._idle.set()
+        self._over, self._closing = asyncio.Event(), asyncio.Event()
+        self._over.set()
         self._deadline = 0.0
         self.in_flight = 0
         self.reason: str | None = None
@@ -50,7 +50,7 @@ class Gate:
             return False
         if self.in_flight < self._streams:
             self.in_flight += 1
-            self._idle.clear()
+            self._over.clear()
             return True
         place: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting.append(place)
@@ -74,7 +74,7 @@ class Gate:
                 return
         self.in_flight -= 1
         if self.in_flight == 0:
-            self._idle.set()
+            self._over.set()
 
     def close(self, reason: str, error: Exception | None = None) -> None:
         """Let no further item begin; the first reason and error stay."""
@@ -96,9 +96,16 @@ class Gate:
         """Wait, once the gate is closed, for the items in flight.
 
         Returns:
-            Whether all of them ended within ``drain_s`` seconds of the closing.
+            Whether all of them ended within ``drain_s`` seconds of the closing; False at once
+            when they are not to be waited for.
         """
-        return await _happens(self._idle, max(0.0, self._deadline - time.monotonic()))
+        await _happens(self._over, max(0.0, self._deadline - time.monotonic()))
+        return self.in_flight == 0
+
+    def hurry(self) -> None:
+        """Wait no longer for those in flight; for a gate that is closed."""
+        self._deadline = 0.0
+        self._over.set()
 
 
 async def _happens(event: asyncio.Event, timeout_s: float) -> bool:

@@ -77,18 +77,18 @@ class Summary:
         attempt: The order's attempt.
         fanfold: Version of fanfold that the worker runs.
         worker: Host and process, e.g. ``node17:4242``.
-        finished: Items that ended.
+        tally: How many items are ``done`` and ``failed``.
         stopped: Why items are left, or None when all ended.
         parts: The items' part of the aggregate.
         records: The items' journal records, or None when they are in the shared journal.
-        error: Class and text of what kept the worker from its work, or None.
+        error: Class and text of what kept the worker from its work, or from going on; or None.
     """
 
     shard: str
     attempt: int
     fanfold: str
     worker: str
-    finished: int = 0
+    tally: dict[str, int] | None = None
     stopped: str | None = None
     parts: dict[str, Json] | None = None
     records: list[dict[str, Json]] | None = None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .door import FleetModel, LangChainModel
     from .endpoint import Endpoint
     from .fleet import Fleet
+    from .nodelist import expand_slurm, hosts_to_specs, parse_pbs
     from .params import ModelParams
     from .policy import (
         BreakerPolicy,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .probe import Checked, Found, check_models, discover
     from .sources import parse_endpoints_file
     from .stats import EndpointReport, FleetHealth
+    from .watch import following, read_endpoints_file
 
 _MODULES: Final = {
     "address": ("ApiKey", "EndpointSpec"),
@@ -36,6 +38,7 @@ _MODULES: Final = {
     "door": ("FleetModel", "LangChainModel"),
     "endpoint": ("Endpoint",),
     "fleet": ("Fleet",),
+    "nodelist": ("expand_slurm", "hosts_to_specs", "parse_pbs"),
     "params": ("ModelParams",),
     "policy": (
         "BreakerPolicy",
@@ -49,6 +52,7 @@ _MODULES: Final = {
     "probe": ("Checked", "Found", "check_models", "discover"),
     "sources": ("parse_endpoints_file",),
     "stats": ("EndpointReport", "FleetHealth"),
+    "watch": ("following", "read_endpoints_file"),
 }
 
 __all__ = [
@@ -73,7 +77,12 @@ __all__ = [
     "TimeoutPolicy",
     "check_models",
     "discover",
+    "expand_slurm",
+    "following",
+    "hosts_to_specs",
     "parse_endpoints_file",
+    "parse_pbs",
+    "read_endpoints_file",
 ]
 
 

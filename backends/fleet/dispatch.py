@@ -13,8 +13,12 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from .endpoint import Endpoint
+
+_STALE: Final = 8
+"""Entries per endpoint in the heap before the old ones are swept out."""
 
 
 @dataclass(slots=True, eq=False)
@@ -125,6 +129,10 @@ class Dispatcher:
             latency = endpoint.latency_s or self._mean_s or 1.0
             score = (endpoint.outstanding + 1) * latency / endpoint.spec.weight
             heapq.heappush(self._heap, (score, tick, endpoint))
+        if len(self._heap) > _STALE * len(self._ranks) + _STALE:
+            # Entries of older ranks that never surface are swept out.
+            self._heap = [e for e in self._heap if self._ranks[e[2]] == e[1]]
+            heapq.heapify(self._heap)
 
     def _choose(self, avoid: Collection[Endpoint]) -> Endpoint | None:
         if self.in_flight >= self._streams:

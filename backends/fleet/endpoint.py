@@ -31,6 +31,7 @@ class Endpoint:
         outstanding: Requests in flight.
         latency_s: Smoothed time to an answer in seconds, 0 when none has come.
         ejected: Whether it is used no more.
+        retired: Whether it has left the fleet.
         resting: Whether it asked for a pause that still lasts.
         lane: How many requests it gets at once.
         breaker: Whether it is trusted.
@@ -50,6 +51,7 @@ class Endpoint:
         "latency_s",
         "outstanding",
         "resting",
+        "retired",
         "spec",
         "stats",
         "url",
@@ -68,6 +70,7 @@ class Endpoint:
         self.outstanding = 0
         self.latency_s = 0.0
         self.ejected = False
+        self.retired = False
         self.resting = False
         self.lane = Lane(lane or LanePolicy(), spec.max_in_flight)
         self.breaker = Breaker(breaker or BreakerPolicy())
@@ -79,7 +82,7 @@ class Endpoint:
     @property
     def alive(self) -> bool:
         """Whether it is used at all."""
-        return not self.ejected and self.breaker.state is not State.OPEN
+        return not (self.ejected or self.retired) and self.breaker.state is not State.OPEN
 
     @property
     def width(self) -> int:
@@ -115,6 +118,7 @@ class Endpoint:
         """Return what a report shows of this endpoint."""
         stats = self.stats
         state = "ejected" if self.ejected else self.breaker.state.value
+        state = "left the fleet" if self.retired else state
         return EndpointReport(
             endpoint=self.label,
             state="resting" if self.resting and self.alive else state,

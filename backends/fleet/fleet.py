@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 from ..contract.calls import CURRENT_CALLS, CallLog
 from ..contract.errors import ConfigurationError, PromptTooLongError, RunStoppedError
-from .address import EndpointSpec
+from .address import EndpointSpec, base_url
 from .attempts import Attempts
 from .bridge import SyncBridge
 from .endpoint import Endpoint
@@ -58,9 +58,7 @@ class Fleet:
         if not endpoints:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
         self.policy = policy or FleetPolicy()
-        self.endpoints = tuple(
-            Endpoint(spec, self.policy.lane, self.policy.breaker) for spec in endpoints
-        )
+        self.endpoints = [self._member(spec) for spec in endpoints]
         self._specs = tuple(endpoints)
         self._transport = Transport(self.policy)
         self._warden = Warden(self.endpoints, self.policy, self._transport)
@@ -104,6 +102,37 @@ class Fleet:
             await here.aclose()
             del self._twins[asyncio.get_running_loop()]
 
+    def _member(self, spec: EndpointSpec) -> Endpoint:
+        return Endpoint(spec, self.policy.lane, self.policy.breaker)
+
+    def update(self, specs: Sequence[EndpointSpec]) -> tuple[int, int]:
+        """Let endpoints join and leave during a run; who stays keeps state and statistics.
+
+        Requests in flight to those that leave are waited for.
+
+        Args:
+            specs: The members from now on.
+
+        Returns:
+            How many joined, and how many left.
+
+        Raises:
+            ConfigurationError: A URL is malformed, or the list is empty.
+        """
+        wanted = {base_url(spec.url): spec for spec in specs}
+        if not wanted:
+            raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
+        present = {e.url for e in self.endpoints if not e.retired}
+        joining = [self._member(spec) for url, spec in wanted.items() if url not in present]
+        leaving = [e for e in self.endpoints if not e.retired and e.url not in wanted]
+        self.endpoints += joining
+        for endpoint in leaving:
+            endpoint.retired = True
+        for endpoint in (*joining, *leaving):
+            self._warden.refresh(endpoint)
+        self._specs = tuple(wanted.values())
+        return len(joining), len(leaving)
+
     def here(self) -> Fleet:
         """Return the fleet of the running loop: this one, or a twin with its own connections.
 
@@ -138,7 +167,7 @@ class Fleet:
         warden = self._warden
         return FleetHealth(
             healthy=len(warden.dispatch.alive),
-            total=len(self.endpoints),
+            total=sum(not e.retired for e in self.endpoints),
             in_flight=warden.dispatch.in_flight,
             waiting=warden.dispatch.waiting,
             refusals=warden.refusals,

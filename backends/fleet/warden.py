@@ -81,7 +81,7 @@ class Warden:
         if endpoint.breaker.succeed():
             endpoint.lane.reset(now)
             _LOG.info("endpoint %s is back", endpoint.label)
-            self._refresh(endpoint)
+            self.refresh(endpoint)
 
     def failed(self, endpoint: Endpoint, failure: Failure) -> None:
         """Do what a failure means; it may stop the run."""
@@ -98,7 +98,7 @@ class Warden:
             self._open(endpoint, error)
         if treatment.step is Step.WAIT:
             self._refuse(endpoint, failure)
-        self._refresh(endpoint)
+        self.refresh(endpoint)
 
     def _count_hopeless(self, failure: Failure) -> None:
         self._refused += 1
@@ -135,14 +135,14 @@ class Warden:
 
     def _wake(self, endpoint: Endpoint) -> None:
         endpoint.resting = False
-        self._refresh(endpoint)
+        self.refresh(endpoint)
 
     def _eject(self, endpoint: Endpoint, error: EndpointError) -> None:
         if endpoint.ejected:
             return
         endpoint.ejected = True
         _LOG.warning("endpoint %s is used no more: %s", endpoint.label, error.message)
-        if all(e.ejected for e in self._endpoints):
+        if all(e.ejected or e.retired for e in self._endpoints):
             self.stop(f"no endpoint is left; the last answer: {error.message}")
 
     def _open(self, endpoint: Endpoint, error: EndpointError) -> None:
@@ -160,7 +160,7 @@ class Warden:
             there = False
         if there:
             endpoint.breaker.probed()
-            self._refresh(endpoint)
+            self.refresh(endpoint)
         else:
             endpoint.breaker.miss()
             self._later(endpoint.breaker.pause_s, lambda: self._spawn(self._probe(endpoint)))
@@ -185,11 +185,11 @@ class Warden:
         for endpoint in list(self.dispatch.alive) if self.dispatch.hungry else ():
             full = endpoint.outstanding >= endpoint.width
             if full and endpoint.breaker.state is State.CLOSED and endpoint.lane.widen(now):
-                self._refresh(endpoint)
+                self.refresh(endpoint)
         if self.dispatch.hungry:
             self._starved()
 
-    def _refresh(self, endpoint: Endpoint) -> None:
+    def refresh(self, endpoint: Endpoint) -> None:
         """Rank an endpoint anew, and watch whether any is alive."""
         self.dispatch.refresh(endpoint)
         if self.dispatch.alive:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ..contract.errors import ConfigurationError, RunStoppedError, SiteError
+from ..contract.errors import RunStoppedError, SiteError
 from ..contract.protocols import Backend
 from ..contract.types import Json
 from ..contract.wire import Order, Summary
@@ -100,7 +100,7 @@ class ShardPool:
 
     async def run(
         self, make: Callable[[int], Order], beat: Callable[[int], Callable[[], float | None]]
-    ) -> Summary:
+    ) -> tuple[Order, Summary]:
         """Have a shard worked on, by as many orders as it takes.
 
         Args:
@@ -109,13 +109,15 @@ class ShardPool:
 
         Raises:
             RunStoppedError: The shard was lost as often as the policy allows.
-            ConfigurationError: A worker cannot do its work, whatever is tried again.
+
+        Returns:
+            The order that was answered, and the worker's summary.
         """
         reasons = []
         for attempt in range(self._policy.attempts):
             order = make(attempt)
             try:
-                return await self._once(order, Watch(self._policy, beat(attempt)))
+                return order, await self._once(order, Watch(self._policy, beat(attempt)))
             except SiteError as error:
                 reasons.append(error.message)
                 logger.warning("shard %s, attempt %d: %s", order.shard, attempt, error.message)
@@ -126,16 +128,13 @@ class ShardPool:
         place = await self._room()
         task = asyncio.ensure_future(place.backend.submit(order.to_json()))
         try:
-            summary = Summary.from_json(await self._watched(task, watch))
+            return Summary.from_json(await self._watched(task, watch))
         except SiteError:
             await place.mend()
             raise
         finally:
             place.busy -= 1
             self._freed.set()
-        if summary.error is not None:
-            raise ConfigurationError(f"worker {summary.worker}: {summary.error['text']}")
-        return summary
 
     async def _room(self) -> _Place:
         """Wait for a place with room, and take it."""

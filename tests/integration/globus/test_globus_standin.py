@@ -9,9 +9,11 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from globus_compute_sdk import Client, Executor
 from globus_compute_sdk.errors import TaskExecutionFailed
 from globus_compute_sdk.serialize import ComputeSerializer, JSONData
@@ -20,6 +22,7 @@ from fanfold.backends.inputs.messages import did_you_mean
 from fanfold.tests.integration.globus.endpoint import THREADS, UserEndpoint
 from fanfold.tests.integration.globus.fixtures import MakeExecutor, StartEndpoint
 from fanfold.tests.integration.globus.service import GlobusService
+from fanfold.tests.integration.globus.template import render_config
 from fanfold.tests.integration.globus.work import echo, fail, large, slow
 
 pytestmark = pytest.mark.integration
@@ -155,6 +158,21 @@ def test_a_late_result_arrives_all_the_same(service: GlobusService, executor: Ex
     assert not late.done()
     assert service.release() == 1
     assert late.result(DEADLINE_S) == 1
+
+
+def test_options_travel_with_a_post_and_fill_the_template(
+    service: GlobusService, executor_of: MakeExecutor, tmp_path: Path
+) -> None:
+    """What a manager would get to render the configuration of an endpoint from."""
+    options = {"threads": 3}
+    executor = executor_of(user_endpoint_config=options)
+    assert executor.submit(slow, 1, 0).result(DEADLINE_S) == 1
+    assert service.submissions[-1].user_endpoint_config == options
+    template = "engine: {type: ThreadPoolEngine, max_workers: {{ threads|default(1) }} }"
+    rendered = yaml.safe_load(render_config(template, options, tmp_path))
+    assert rendered["engine"] == {"type": "ThreadPoolEngine", "max_workers": 3}
+    with pytest.raises(RuntimeError, match="does not render"):
+        render_config("engine: {{ threads", options, tmp_path)
 
 
 def test_status_tells_which_endpoints_live(client: Client, endpoint: UserEndpoint) -> None:

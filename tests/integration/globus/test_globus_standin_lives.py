@@ -95,7 +95,7 @@ def test_a_forgotten_task_is_reloaded_as_a_future_without_end(
 def test_a_process_with_a_lost_result_can_leave(
     service: GlobusService, endpoint: UserEndpoint
 ) -> None:
-    """Once its executor's watcher was told to cancel, and not before."""
+    """By telling the watcher to cancel; `Executor.shutdown` alone would wait for ever."""
     service.faults.drop_results = 1
     with coordinating(service, "leave", endpoint.endpoint_id, "1", "0") as process:
         said, errors = process.communicate(timeout=DEADLINE_S)

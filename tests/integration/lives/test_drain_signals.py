@@ -18,6 +18,7 @@ from fanfold.backends.fleet.simulated.rules import FaultRule
 from fanfold.configs.load import load
 from fanfold.graphs.resume import resume_run
 from fanfold.graphs.run import RunResult
+from fanfold.graphs.stopping import Stop
 
 pytestmark = pytest.mark.integration
 
@@ -25,12 +26,21 @@ pytestmark = pytest.mark.integration
 async def stopped(lab: Any, lines: int, *signals: signal.Signals, **options: Any) -> RunResult:
     """Begin a run or go on with it here, and signal this process when so many items ended."""
     folder = None if (lab.out / "run.yaml").exists() else await lab.begin()
-    life = asyncio.create_task(lab.live(folder, **options))
-    await lab.until(lambda: lab.journal_lines() >= lines)
-    for number in signals:
-        os.kill(os.getpid(), number)
-        await asyncio.sleep(0)
-    result: RunResult = await asyncio.wait_for(life, 60)
+    heard, heed = list[str](), Stop.asked
+
+    def asked(stop: Stop, name: str) -> None:
+        heard.append(name)
+        heed(stop, name)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Stop, "asked", asked)
+        life = asyncio.create_task(lab.live(folder, **options))
+        await lab.until(lambda: lab.journal_lines() >= lines)
+        for number in signals:
+            heard.clear()
+            os.kill(os.getpid(), number)
+            await lab.until(lambda: heard)
+        result: RunResult = await asyncio.wait_for(life, 60)
     lab.life_ended()
     return result
 

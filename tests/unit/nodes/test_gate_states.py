@@ -148,3 +148,16 @@ async def test_waiting_for_the_closing() -> None:
     await asyncio.sleep(0)
     gate.close("stop")
     assert await waiting
+
+
+async def test_hurrying_ends_the_wait() -> None:
+    gate = Gate(1, 60.0)
+    assert await gate.enter()
+    gate.close("stop")
+    waiting = asyncio.create_task(gate.drained())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    gate.hurry()
+    assert not await waiting
+    gate.leave()
+    assert await gate.drained()

@@ -1,0 +1,109 @@
+"""The worker's side of a shard: an importable function, JSON in and JSON out.
+
+Executors ship :func:`work_shard` by reference, so fanfold must be installed where workers run.
+A worker process keeps one event loop and its fleet's connections from order to order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Coroutine, Mapping
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from ..backends.contract.errors import FanfoldError, SiteError
+from ..backends.contract.types import Json, Shard
+from ..backends.contract.wire import Order, Summary, own_version
+from ..nodes.work import finish_some
+from .errand import Bag, errand
+
+T = TypeVar("T")
+
+
+def work_shard(order: dict[str, Json]) -> dict[str, Json]:
+    """Work on one order and return its summary; for executors.
+
+    It never raises for an item, and says as data what kept it from its work.
+    """
+    worker = the_worker()
+    return worker.run(answer(order, worker.bag))
+
+
+class Worker:
+    """An event loop in a thread of its own, and what orders have in common."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self.bag = Bag()
+        threading.Thread(target=self._loop.run_forever, name="fanfold", daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the worker's loop and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+@lru_cache(maxsize=1)
+def the_worker() -> Worker:
+    """Return this process's worker: the one thing that a process keeps."""
+    return Worker()
+
+
+async def answer(order: Mapping[str, Json], bag: Bag) -> dict[str, Json]:
+    """Work on one order in the running loop; the door for workers that are async themselves."""
+    try:
+        read = Order.from_json(order)
+        _check_version(read)
+        return (await _work(read, bag)).to_json()
+    except FanfoldError as error:
+        return _refused(order, error).to_json()
+
+
+def _check_version(order: Order) -> None:
+    if order.fanfold != own_version():
+        msg = (
+            f"this worker runs fanfold {own_version()}, its coordinator {order.fanfold}; "
+            "install the same version on both"
+        )
+        raise SiteError(msg)
+
+
+async def _work(order: Order, bag: Bag) -> Summary:
+    async with bag.parts(order, whoami()) as parts:
+        job = errand(order, parts)
+        part = await finish_some(Shard(0, len(order.items)), job.tools, job.drain)
+        gate = job.tools.gate
+        return Summary(
+            shard=order.shard,
+            attempt=order.attempt,
+            fanfold=own_version(),
+            worker=whoami(),
+            tally=part.tally,
+            stopped=gate.reason,
+            parts=part.state(),
+            records=job.ledger.sent,
+            error=None if gate.error is None else as_data(gate.error),
+        )
+
+
+def _refused(order: Any, error: FanfoldError) -> Summary:
+    said = order if isinstance(order, Mapping) else {}
+    return Summary(
+        shard=str(said.get("shard")),
+        attempt=int(said.get("attempt") or 0),
+        fanfold=own_version(),
+        worker=whoami(),
+        error=as_data(error),
+    )
+
+
+def as_data(error: Exception) -> dict[str, str]:
+    """Return an error's class and text."""
+    return {"class": type(error).__name__, "text": str(error)}
+
+
+def whoami() -> str:
+    """Return host and process."""
+    return f"{socket.gethostname()}:{os.getpid()}"

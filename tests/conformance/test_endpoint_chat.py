@@ -1,0 +1,112 @@
+"""What every kind of chat endpoint must do; a real vLLM joins when its URLs are given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Final
+
+import orjson
+import pytest
+
+from fanfold.backends.contract.errors import PromptTooLongError, RunStoppedError
+from fanfold.backends.fleet import (
+    ChatFleet,
+    Checked,
+    EndpointSpec,
+    Fleet,
+    FleetModel,
+    ModelParams,
+    check_models,
+    discover,
+)
+from fanfold.backends.fleet.simulated import SimulatedFleet, SimulationSpec
+
+pytestmark = pytest.mark.integration
+
+VLLM_URLS: Final = os.environ.get("FANFOLD_TEST_VLLM_URL", "")
+SCHEMA: Final = {
+    "type": "object",
+    "properties": {"label": {"enum": ["a", "b"]}},
+    "required": ["label"],
+    "additionalProperties": False,
+}
+Q: Final = [{"role": "user", "content": "Say something."}]
+
+
+@pytest.fixture(
+    params=[
+        "simulated",
+        pytest.param(
+            "vllm",
+            marks=pytest.mark.skipif(not VLLM_URLS, reason="FANFOLD_TEST_VLLM_URL is not set"),
+        ),
+    ]
+)
+async def served(request: pytest.FixtureRequest) -> AsyncIterator[Checked]:
+    if request.param == "vllm":
+        specs = [EndpointSpec(url) for url in VLLM_URLS.split(",")]
+        yield check_models(await discover(specs), None)
+        return
+    async with SimulatedFleet(SimulationSpec.fast(nodes=2, max_model_len=2048)) as servers:
+        yield check_models(await discover([EndpointSpec(u) for u in servers.urls]), None)
+
+
+async def test_models_are_listed_with_their_context(served: Checked) -> None:
+    assert served.model
+    assert served.max_model_len == 2048
+    assert not served.unreachable
+
+
+async def test_an_answer_has_content_and_usage(served: Checked) -> None:
+    async with Fleet(served.specs) as fleet:
+        reply = await FleetModel(fleet, ModelParams(served.model, max_tokens=16)).ask(Q)
+    assert reply.model == served.model
+    assert reply.simulated is served.simulated
+    assert reply.finish_reason in {"stop", "length"}
+    assert reply.usage.prompt
+    assert reply.usage.completion
+
+
+async def test_a_schema_constrains_the_answer(served: Checked) -> None:
+    params = ModelParams(served.model, temperature=0, max_tokens=64, schema=SCHEMA)
+    async with Fleet(served.specs) as fleet:
+        reply = await FleetModel(fleet, params).ask(Q)
+    assert orjson.loads(reply.content)["label"] in {"a", "b"}
+
+
+async def test_max_tokens_cuts_and_says_so(served: Checked) -> None:
+    params = ModelParams(served.model, max_tokens=2, extra_body={"ignore_eos": True})
+    async with Fleet(served.specs) as fleet:
+        assert (await FleetModel(fleet, params).ask(Q)).finish_reason == "length"
+
+
+async def test_a_prompt_that_is_too_long_fails_its_item_only(served: Checked) -> None:
+    params = ModelParams(served.model, max_tokens=4)
+    long = [{"role": "user", "content": "word " * 20_000}]
+    async with Fleet(served.specs) as fleet:
+        model = FleetModel(fleet, params)
+        with pytest.raises(PromptTooLongError):
+            await model.ask(long)
+        assert (await model.ask(Q)).content is not None
+        assert fleet.health().healthy == len(served.specs)
+
+
+async def test_an_unknown_model_stops_the_run(served: Checked) -> None:
+    async with Fleet(served.specs) as fleet:
+        with pytest.raises(RunStoppedError, match=r"model\.name"):
+            await FleetModel(fleet, ModelParams("no-such-model", max_tokens=4)).ask(Q)
+
+
+async def test_streams_end_with_reason_and_usage(served: Checked) -> None:
+    params = replace(ModelParams(served.model), max_tokens=8, temperature=0)
+    async with Fleet(served.specs) as fleet:
+        chat = ChatFleet.of(fleet, params)
+        chunks = [chunk async for chunk in chat.astream("Say something.")]
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    assert whole.response_metadata["finish_reason"] in {"stop", "length"}
+    assert whole.usage_metadata is not None
+    assert whole.usage_metadata["output_tokens"] > 0

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.fleet import (
+    EndpointSpec,
+    Fleet,
+    FleetModel,
+    ModelParams,
+    following,
+    read_endpoints_file,
+)
+
+from .conftest import Canned, Stub, completion, until
+
+pytestmark = pytest.mark.integration
+Q = [{"role": "user", "content": "q"}]
+
+
+async def test_nodes_join_and_leave(make_stub: Callable[[], Stub], tmp_path: Path) -> None:
+    old, new = make_stub(), make_stub()
+    for stub in (old, new):
+        stub.answers["m"] = [Canned(200, completion())]
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(old.url)
+    async with Fleet(read_endpoints_file(hosts)) as fleet:
+        model = FleetModel(fleet, ModelParams("m"))
+        async with following(fleet, hosts, every_s=0.01):
+            await model.ask(Q)
+            hosts.write_text(f"{old.url}\n{new.url}\n")
+            await until(lambda: fleet.health().healthy == 2)
+            hosts.write_text("broken line here")
+            hosts.write_text(f"# moved\n{new.url}\n")
+            await until(lambda: fleet.health().healthy == 1)
+            await model.ask(Q)
+        assert [r.state for r in fleet.report()] == ["left the fleet", "in use"]
+        assert fleet.health().total == 1
+    assert (len(old.bodies), len(new.bodies)) == (1, 1)
+
+
+async def test_who_returns_starts_anew(stub: Stub, make_stub: Callable[[], Stub]) -> None:
+    other = make_stub()
+    async with Fleet([EndpointSpec(stub.url)]) as fleet:
+        assert fleet.update([EndpointSpec(other.url)]) == (1, 1)
+        assert fleet.update([EndpointSpec(other.url), EndpointSpec(stub.url)]) == (1, 0)
+        assert fleet.health().healthy == 2
+        with pytest.raises(ConfigurationError):
+            fleet.update([])
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"gone\.txt"):
+        read_endpoints_file(tmp_path / "gone.txt")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigurationError, match="binary"):
+        read_endpoints_file(tmp_path / "binary")
