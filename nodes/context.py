@@ -75,6 +75,15 @@ class Ledger(Protocol):
         ...
 
 
+class RunLedger(Ledger, Protocol):
+    """A run's journal, which workers write to as well."""
+
+    @property
+    def twice(self) -> int:
+        """Return how many records another record of the same life has made void."""
+        ...
+
+
 @dataclass(frozen=True)
 class RunTools:
     """What the nodes of one open run may use.

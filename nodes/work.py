@@ -23,7 +23,7 @@ from ..backends.contract.errors import (
     RunStoppedError,
 )
 from ..backends.contract.types import Item, Json, Outcome, Shard
-from .aggregators import combine
+from .aggregators import State, combine
 from .context import RunTools
 from .state import ItemState
 
@@ -44,23 +44,33 @@ class Part:
         self._tools = tools
         self._pending: list[Outcome] = []
         self._state = tools.aggregate.empty()
-        self._tally = {"done": 0, "failed": 0}
+        self.tally = {"done": 0, "failed": 0}
 
     def __len__(self) -> int:
         """Return how many items it counts."""
-        return sum(self._tally.values())
+        return sum(self.tally.values())
 
     def add(self, record: dict[str, Any], item: Item) -> None:
         """Fold one finished item in."""
-        self._tally[record["status"]] += 1
+        self.tally[record["status"]] += 1
         self._pending.append(_outcome(record, item))
         if len(self._pending) >= _SLICE:
             self._fold()
 
+    def merge(self, tally: dict[str, int], state: State) -> None:
+        """Take over what a worker has folded."""
+        for status, count in tally.items():
+            self.tally[status] += count
+        self._state = combine(self._state, state)
+
+    def state(self) -> State:
+        """Return the items' part of the aggregate."""
+        self._fold()
+        return self._state
+
     def summary(self) -> dict[str, Any]:
         """Return the update of the graph's state: ``tally`` and ``parts``."""
-        self._fold()
-        return {"tally": self._tally, "parts": self._state}
+        return {"tally": self.tally, "parts": self.state()}
 
     def _fold(self) -> None:
         self._state = combine(self._state, self._tools.aggregate.lift(self._pending))
@@ -82,6 +92,19 @@ async def work(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -
     Raises:
         LedgerError: An item could not be recorded, or the items cannot be read.
     """
+    part = await finish_some(shard, tools, drain)
+    return part if len(part) == len(shard) else None
+
+
+async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -> Part:
+    """Finish the items of a shard until it ends or the run is stopped.
+
+    Returns:
+        What was finished, everything in it on disk.
+
+    Raises:
+        LedgerError: An item could not be recorded, or the items cannot be read.
+    """
     worker = _Worker(shard, tools, drain)
     watch = asyncio.create_task(worker.watch())
     try:
@@ -91,8 +114,6 @@ async def work(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -
         raise errors.exceptions[0] from None
     finally:
         watch.cancel()
-    if len(worker.part) < len(shard):
-        return None
     await tools.ledger.flush()  # a checkpoint must not know of items that the journal may lose
     return worker.part
 

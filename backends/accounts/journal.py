@@ -191,20 +191,22 @@ class Line:
     record: dict[str, Any]
 
 
-def scan(path: Path, run: str) -> Iterator[Line]:
+def scan(path: Path, run: str, start: int = 0, first: int = 1) -> Iterator[Line]:
     """Yield the records of one journal file; a torn last line is left out.
 
     Args:
         path: The file.
         run: The run's id, which the file's first line must carry.
+        start: Where to begin, in bytes.
+        first: Number of the line there.
 
     Raises:
         LedgerError: Anything else that is odd, with file and line.
     """
-    start = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            file.seek(start)
+            for number, line in enumerate(file, first):
                 if not line.endswith(b"\n"):
                     _check_torn(line, path, number, start)
                     return

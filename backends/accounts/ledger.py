@@ -55,6 +55,10 @@ class Ledger:
     on disk. A later record of an item takes the place of an earlier one. Threads may read at the
     same time; one event loop writes.
 
+    Workers of a life write files of their own beside the coordinator's (``0002-node17-4242.jsonl``
+    beside ``0002.jsonl``); :meth:`refresh` reads on in them. Two copies of a shard may both end an
+    item; then the record that was finished first counts, whichever is read first.
+
     Args:
         folder: The journal's folder.
         run: The run's id.
@@ -62,6 +66,8 @@ class Ledger:
 
     Attributes:
         spent: Requests and tokens so far.
+        twice: Records that another worker's record of the same life has made void, or was made
+            void by.
 
     Raises:
         LedgerError: A file is damaged or belongs to another run.
@@ -73,11 +79,14 @@ class Ledger:
         self._file = array("i", bytes(4 * items))
         self._start = array("q", bytes(8 * items))
         self._length = array("i", bytes(4 * items))
-        self._paths = sorted(folder.glob("*.jsonl"), key=_number)
+        self._paths = sorted(folder.glob("*.jsonl"), key=lambda path: (_number(path), path.stem))
+        self._read_to: dict[Path, tuple[int, int]] = {}
         self._handles: dict[int, int] = {}
         self._opening = threading.Lock()
         self._writer: JournalWriter | None = None
         self._life: tuple[str, float] | None = None
+        self.life = 0
+        self.twice = 0
         self._failure: LedgerError | None = None
         self.spent = Spent()
         for number, path in enumerate(self._paths):
@@ -95,6 +104,7 @@ class Ledger:
             fsync_s: Seconds between flushes to disk.
         """
         self._life = (life, fsync_s)
+        self.life = 1 + (_number(self._paths[-1]) if self._paths else 0)
 
     def put(self, record: dict[str, Json]) -> None:
         """Record how an item ended; on return it is safe from the end of this process.
@@ -129,8 +139,7 @@ class Ledger:
         return f"{safe:,} of {len(self._state):,} items are safe"
 
     def _open_writer(self, life: str, fsync_s: float) -> JournalWriter:
-        last = _number(self._paths[-1]) if self._paths else 0
-        path = self._folder / f"{last + 1:04}.jsonl"
+        path = self._folder / f"{self.life:04}.jsonl"
         self._writer = JournalWriter(path, {"run": self._run, "life": life}, fsync_s)
         self._paths.append(path)
         return self._writer
@@ -190,6 +199,28 @@ class Ledger:
         """Close the files opened for reading."""
         self.close()
 
+    def refresh(self) -> list[dict[str, Any]]:
+        """Read what workers of this life have written since the last call; blocks.
+
+        Returns:
+            The records of items that had not ended before.
+
+        Raises:
+            LedgerError: A file is damaged or belongs to another run.
+        """
+        fresh = []
+        for path in sorted(self._folder.glob(f"{self.life:04}-*.jsonl")):
+            if path not in self._read_to:
+                self._read_to[path] = (0, 1)
+                self._paths.append(path)
+            number = self._paths.index(path)
+            for line in scan(path, self._run, *self._read_to[path]):
+                _check(line, path, len(self._state))
+                if self._note(number, line.start, line.length, line.record):
+                    fresh.append(line.record)
+                self._read_to[path] = (line.start + line.length, line.number + 1)
+        return fresh
+
     # -- reading -------------------------------------------------------------------------
 
     def counts(self) -> Counts:
@@ -244,18 +275,31 @@ class Ledger:
             if state != _OPEN and wanted in (None, state):
                 yield self.record(index)
 
-    def _note(self, number: int, start: int, length: int, record: dict[str, Any]) -> None:
+    def _note(self, number: int, start: int, length: int, record: dict[str, Any]) -> bool:
+        """Note where an item's record is; return whether the item had not ended before."""
         index = record["index"]
         self.spent.add(record)
+        ended = self._state[index] != _OPEN
+        if ended and self._rival(number, index):
+            self.twice += 1
+            if record["finished_at"] >= self.record(index)["finished_at"]:
+                return False
         self._state[index] = _CODES[record["status"]]
         self._file[index], self._start[index], self._length[index] = number, start, length
+        return not ended
+
+    def _rival(self, number: int, index: int) -> bool:
+        """Say whether an item's record is of a worker in the same life as a further one."""
+        one, other = self._paths[number], self._paths[self._file[index]]
+        return "-" in one.stem and "-" in other.stem and _number(one) == _number(other)
 
 
 def _number(path: Path) -> int:
-    if not (path.stem.isascii() and path.stem.isdigit()):
+    life = path.stem.partition("-")[0]
+    if not (life.isascii() and life.isdigit()):
         msg = f"{path}: not a journal file of fanfold; move it out of the run folder"
         raise LedgerError(msg)
-    return int(path.stem)
+    return int(life)
 
 
 def _check(line: Line, path: Path, items: int) -> None:
