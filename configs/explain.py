@@ -22,7 +22,6 @@ _OPS: dict[str, type[BaseModel]] = {
 
 _MAPPING: Final = "expected keys with values below it"
 _WORDS: Final = {
-    "backend.processes": "only 1 is possible so far (several worker processes are not built yet)",
     "reduce.bins": "expected a whole number of bins, or a list of their edges",
     "name": "expected letters, digits and _ . - (64 at most, a letter or digit first)",
     "task.graph": "expected package.module:attribute",

@@ -6,15 +6,15 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     SecretStr,
     field_validator,
     model_validator,
 )
 
+from .backend import BackendConfig
 from .reduce import ReduceStage
+from .section import Section
 
 RESERVED: Final = {
     "model": "set model.name",
@@ -38,14 +38,6 @@ def _path(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_path)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
-    )
 
 
 class InputConfig(Section):
@@ -109,7 +101,7 @@ class ModelConfig(Section):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     max_tokens: Annotated[int, Field(ge=1)] = 256
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    extra_body: dict[str, Any] = {}
+    extra_body: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("extra_body")
     @classmethod
@@ -143,7 +135,7 @@ class SimulatedConfig(Section):
     tpot_s: Annotated[float, Field(ge=0)] | None = None
     jitter: Annotated[float, Field(ge=0)] | None = None
     time_scale: Annotated[float, Field(gt=0)] | None = None
-    faults: list[dict[str, Any]] = []
+    faults: list[dict[str, Any]] = Field(default_factory=list)
 
 
 class EndpointsConfig(Section):
@@ -181,18 +173,6 @@ class EndpointsConfig(Section):
             msg = f"give exactly one of urls, file and simulated (found {found})"
             raise ValueError(msg)
         return self
-
-
-class BackendConfig(Section):
-    """Where shards run.
-
-    Attributes:
-        kind: ``local``: in this process.
-        processes: Worker processes of the local backend; 1 is this process alone.
-    """
-
-    kind: Literal["local"] = "local"
-    processes: Annotated[int, Field(ge=1, le=1)] = 1
 
 
 class LimitsConfig(Section):
@@ -248,4 +228,4 @@ class RunConfig(Section):
     limits: LimitsConfig = LimitsConfig()
     shard: ShardConfig = ShardConfig()
     ledger: LedgerConfig = LedgerConfig()
-    reduce: list[ReduceStage] = []
+    reduce: list[ReduceStage] = Field(default_factory=list)

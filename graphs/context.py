@@ -16,11 +16,13 @@ from ..configs.load import Loaded, load
 from ..nodes.context import Context, ItemContext, Prepared, RunTools
 from .finish import write_results
 from .item import item_engine
-from .opening import Mode, item_context, open_run
+from .items import item_context
+from .opening import Mode, open_run
 from .plan import shard_items, window
 from .prepare import default_folder, prepare_run
 from .settings import settle
 from .shared import Shared
+from .worker import work_shard
 
 
 @dataclass
@@ -93,7 +95,7 @@ class RunContext(Context):
     @asynccontextmanager
     async def opened(self, folder: str) -> AsyncIterator[RunTools]:
         """Open a run; users in the same loop share what is open."""
-        mode = Mode(self.trace, self.retry_failed, item_engine)
+        mode = Mode(self.trace, self.retry_failed, item_engine, work_shard)
         loaded = await asyncio.to_thread(lambda: self.loaded)  # files are read off the loop
         path = await asyncio.to_thread(open_folder, Path(folder))
         async with self._runs.use(folder, lambda: open_run(path, loaded, mode)) as tools:

@@ -6,10 +6,10 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
@@ -27,10 +27,13 @@ from ..nodes.aggregators import build
 from ..nodes.context import RunTools
 from ..nodes.gate import Gate
 from ..nodes.progress import Progress
-from .opening import Mode, item_runner
+from .crew import beat_file
+from .items import item_runner
 from .shared import Shared
 
 _STOP_S: Final = 1.0
+BEAT_S: Final = 2.0
+"""Seconds between a worker's signs of life."""
 FSYNC_S: Final = 1.0
 """Workers flush their journal once a second: what a node's loss may cost."""
 
@@ -124,6 +127,31 @@ async def _open_journal(folder: Path, order: Order, worker: str) -> JournalWrite
     return JournalWriter(path, {"run": order.run["id"], "life": worker}, FSYNC_S)
 
 
+@asynccontextmanager
+async def beating(order: Order) -> AsyncIterator[None]:
+    """Touch the order's file in the shared folder while the block runs.
+
+    The event loop does it: a worker whose loop hangs gives no sign of life.
+    """
+    if order.journal is None:
+        yield
+        return
+    file = beat_file(Path(order.journal), order.shard, order.attempt)
+    task = asyncio.create_task(_beat(file))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _beat(file: Path) -> None:
+    while True:
+        await asyncio.to_thread(file.touch)
+        await asyncio.sleep(BEAT_S)
+
+
 class OrderStore:
     """An order's items, in the place of a run's item store."""
 
@@ -174,21 +202,15 @@ def errand(order: Order, parts: Parts) -> Errand:
     """Return what one order needs, over parts that are open."""
     items, loaded = order.unpacked(), parts.loaded
     ledger = SentLedger() if parts.writer is None else FiledLedger(parts.writer)
-    mode = Mode(trace=False, retry_failed=False, engine=_no_engine)
     reduce = [with_bounds(s, loaded.config.task.answer_schema) for s in loaded.config.reduce]
     tools = RunTools(
         store=OrderStore(items),
         ledger=ledger,
         aggregate=build(reduce),
-        run_item=item_runner(loaded, parts.fleet, parts.model, mode, len(items)),
+        run_item=item_runner(loaded, parts.fleet, parts.model, engine=None, quiet=True),
         gate=Gate(order.streams, loaded.config.limits.drain_s),
         progress=Progress(total=len(items)),
         fingerprint=bytes.fromhex(order.run["fingerprint"]),
         simulated=order.run["simulated"],
     )
     return Errand(tools, ledger, StopSign(order.deadline_s, order.stop_file))
-
-
-def _no_engine(delegated: bool) -> Any:  # noqa: ARG001 - the form of an engine's factory
-    msg = "items run one by one in LangGraph's engine only in the coordinator: backend.kind: local"
-    raise SiteError(msg)

@@ -10,7 +10,7 @@ from langgraph.graph import START, StateGraph
 from ..nodes.context import ItemContext
 from ..nodes.state import ItemState
 from ..nodes.steps import DELEGATED_STEPS, FIRST, ITEM_STEPS, Step
-from .opening import ItemEngine
+from .items import ItemEngine
 
 ItemGraph = StateGraph[ItemState, ItemContext, ItemState, ItemState]
 

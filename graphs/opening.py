@@ -5,40 +5,29 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Final
-
-from langgraph.runtime import Runtime
-from langsmith import tracing_context
-from langsmith.utils import tracing_is_enabled
+from typing import Any
 
 from ..backends.accounts.folder import RunFolder
 from ..backends.accounts.ledger import Ledger
-from ..backends.build import chat_door, chat_fleet, model_params, open_fleet, serving
+from ..backends.build import open_fleet, serving
 from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.template import Template
 from ..backends.contract.types import Item
-from ..backends.fleet.fleet import Fleet
 from ..backends.inputs.store import ItemStore
+from ..backends.places import is_elsewhere
+from ..backends.sites.executor import WorkShard
 from ..configs.load import Loaded
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
-from ..nodes.answer import AnswerCheck
-from ..nodes.context import ItemContext, RunTools
+from ..nodes.context import RunTools
 from ..nodes.gate import Gate
 from ..nodes.progress import Progress
 from ..nodes.state import ItemState
-from ..nodes.steps import DELEGATED_STEPS, ITEM_STEPS, walk
+from .crew import WorkCrew, crew_terms, open_crew
 from .identity import fingerprint
-
-TRACED_ITEMS: Final = 200
-"""Above so many items, traces are per shard."""
-
-RunItem = Callable[[Item], Awaitable[ItemState]]
-ItemEngine = Callable[[ItemState, ItemContext], Awaitable[ItemState]]
+from .items import TRACED_ITEMS, ItemEngine, RunItem, is_seen, item_runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +38,13 @@ class Mode:
         trace: Run and trace every item by LangGraph's engine, however many there are.
         retry_failed: Ask failed items again.
         engine: Runs one item by LangGraph's engine; the flag tells whether through ``task.graph``.
+        work_shard: What workers elsewhere run.
     """
 
     trace: bool
     retry_failed: bool
     engine: Callable[[bool], ItemEngine]
+    work_shard: WorkShard
 
 
 @asynccontextmanager
@@ -73,23 +64,35 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
         if mode.retry_failed:
             ledger.reopen_failed()
         ledger.begin(f"{socket.gethostname()} pid {os.getpid()}", config.ledger.fsync_s)
+        progress = _progress(ledger, total)
         run_item: RunItem = _nothing_to_ask
+        crew: WorkCrew | None = None
         if ledger.counts().open:
             up = await stack.enter_async_context(
                 serving(config, loaded.plain["endpoints"], books.model)
             )
             _check_kind(up.simulated, books.simulated)
-            fleet = await stack.enter_async_context(open_fleet(config, up))
-            run_item = item_runner(loaded, fleet, up.model, mode, total)
+            if is_elsewhere(config.backend):
+                terms = crew_terms(folder, loaded, up, books.about, ledger.life)
+                crew = await stack.enter_async_context(
+                    open_crew(config.backend, mode.work_shard, terms, ledger, progress)
+                )
+            else:
+                fleet = await stack.enter_async_context(open_fleet(config, up))
+                seen = is_seen(config, mode.trace, total)
+                engine = mode.engine(config.task.graph is not None) if seen else None
+                quiet = total > TRACED_ITEMS and not mode.trace
+                run_item = item_runner(loaded, fleet, up.model, engine, quiet)
         yield RunTools(
             store=books.store,
             ledger=ledger,
             aggregate=build([with_bounds(s, config.task.answer_schema) for s in config.reduce]),
             run_item=run_item,
             gate=Gate(config.limits.streams, config.limits.drain_s),
-            progress=_progress(ledger, total),
+            progress=progress,
             fingerprint=bytes.fromhex(books.fingerprint),
             simulated=books.simulated,
+            crew=crew,
         )
 
 
@@ -100,9 +103,19 @@ class _Books:
     files: ExitStack
     store: ItemStore
     ledger: Ledger
-    model: str
-    simulated: bool
-    fingerprint: str
+    about: dict[str, Any]
+
+    @property
+    def model(self) -> str:
+        return str(self.about["model"])
+
+    @property
+    def simulated(self) -> bool:
+        return bool(self.about["simulated"])
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.about["fingerprint"])
 
 
 def _open_books(folder: RunFolder, loaded: Loaded) -> _Books:
@@ -117,9 +130,7 @@ def _open_books(folder: RunFolder, loaded: Loaded) -> _Books:
         stack.enter_context(folder.locked())
         store = stack.enter_context(ItemStore(folder.items))
         ledger = Ledger(folder.journal, about["run"], len(store))
-        return _Books(
-            stack.pop_all(), store, ledger, about["model"], about["simulated"], about["fingerprint"]
-        )
+        return _Books(stack.pop_all(), store, ledger, about)
 
 
 def _progress(ledger: Ledger, total: int) -> Progress:
@@ -147,73 +158,3 @@ def _check_kind(now: bool, before: bool) -> None:
 
 async def _nothing_to_ask(item: Item) -> ItemState:
     raise ConfigurationError(f"item {item.id!r} is open, though the journal says that none is")
-
-
-def item_runner(loaded: Loaded, fleet: Fleet, model: str, mode: Mode, total: int) -> RunItem:
-    """Return what takes one item through the item graph.
-
-    The steps are walked directly, which costs microseconds; LangGraph's engine runs them, so
-    that they can be seen, for one-item shards, on ``trace``, and for small traced batches.
-    """
-    config = loaded.config
-    few_traced = total <= TRACED_ITEMS and tracing_is_enabled() is True
-    seen = mode.trace or few_traced or config.shard.items == 1
-    quiet = total > TRACED_ITEMS and not mode.trace and tracing_is_enabled() is True
-    context = item_context(loaded, fleet, model, traced=seen)
-    run = mode.engine(config.task.graph is not None) if seen else _walker(config.task.graph)
-
-    async def run_item(item: Item) -> ItemState:
-        state = ItemState(id=item.id, row=item.row, problem=item.problem)
-        if quiet:
-            with tracing_context(enabled=False):
-                return await run(state, context)
-        return await run(state, context)
-
-    return run_item
-
-
-def _walker(graph: str | None) -> ItemEngine:
-    steps = DELEGATED_STEPS if graph else ITEM_STEPS
-
-    async def walked(state: ItemState, context: ItemContext) -> ItemState:
-        return await walk(steps, state, Runtime(context=context))
-
-    return walked
-
-
-def item_context(loaded: Loaded, fleet: Fleet, model: str, *, traced: bool) -> ItemContext:
-    """Return what the item graph may use."""
-    config = loaded.config
-    params = model_params(config, model)
-    delegate = None
-    if config.task.graph is not None:
-        delegate = load_graph(config.task.graph)(chat_fleet(fleet, params)).ainvoke
-    return ItemContext(
-        system=config.task.system,
-        prompt=Template.parse(config.task.prompt),
-        model=chat_door(fleet, params, traced),
-        answer=AnswerCheck(config.task.answer_schema, config.model.max_tokens),
-        repairs=config.task.repairs,
-        delegate=delegate,
-    )
-
-
-def load_graph(name: str) -> Callable[[Any], Any]:
-    """Return the factory that ``task.graph`` names.
-
-    Raises:
-        ConfigurationError: It cannot be imported, or is no function.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        factory: Any = import_module(module)
-        for part in attribute.split("."):
-            factory = getattr(factory, part)
-    except (ImportError, AttributeError) as error:
-        msg = f"task.graph: {name} cannot be imported: {error} (PYTHONPATH names more folders)"
-        raise ConfigurationError(msg) from error
-    if not callable(factory):
-        msg = f"task.graph: {name} is no function; it must take the model and return a graph"
-        raise ConfigurationError(msg)
-    found: Callable[[Any], Any] = factory
-    return found

@@ -25,7 +25,7 @@ from ..backends.inputs.spill import spill
 from ..configs.load import Loaded
 from ..configs.plain import to_yaml
 from .identity import fingerprint
-from .opening import load_graph
+from .items import load_graph
 
 RUNS: Final = "fanfold-runs"
 _HIDDEN: Final = re.compile(r"://\S*@")

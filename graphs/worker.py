@@ -18,7 +18,7 @@ from ..backends.contract.errors import FanfoldError, SiteError
 from ..backends.contract.types import Json, Shard
 from ..backends.contract.wire import Order, Summary, own_version
 from ..nodes.work import finish_some
-from .errand import Bag, errand
+from .errand import Bag, beating, errand
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def _check_version(order: Order) -> None:
 
 
 async def _work(order: Order, bag: Bag) -> Summary:
-    async with bag.parts(order, whoami()) as parts:
+    async with bag.parts(order, whoami()) as parts, beating(order):
         job = errand(order, parts)
         part = await finish_some(Shard(0, len(order.items)), job.tools, job.drain)
         gate = job.tools.gate

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from ..backends.contract.protocols import ChatModel
 from ..backends.contract.template import Template
 from ..backends.contract.types import Item, Json
+from ..backends.contract.wire import Order, Summary
 from .aggregators import Aggregate
 from .answer import AnswerCheck
 from .gate import Gate
@@ -84,6 +85,35 @@ class RunLedger(Ledger, Protocol):
         ...
 
 
+class Crew(Protocol):
+    """Those who work elsewhere."""
+
+    async def work(
+        self, shard: str, remaining: Callable[[], list[Item]]
+    ) -> tuple[Order, Summary] | None:
+        """Have the remaining items of a shard worked on.
+
+        Args:
+            shard: The shard's name.
+            remaining: Returns the items that have not ended yet; asked again at each attempt.
+
+        Returns:
+            The order that was answered and its summary; None when nothing was left to order.
+
+        Raises:
+            RunStoppedError: The shard was lost too often.
+        """
+        ...
+
+    async def refresh(self) -> None:
+        """Read what workers have recorded since the last time."""
+        ...
+
+    async def stop(self) -> None:
+        """Let no worker begin a further item."""
+        ...
+
+
 @dataclass(frozen=True)
 class RunTools:
     """What the nodes of one open run may use.
@@ -97,16 +127,18 @@ class RunTools:
         progress: Counts for whoever watches.
         fingerprint: Digest of what is asked of every item: prompt, schema, model.
         simulated: Whether the fleet is simulated.
+        crew: Those who work on shards elsewhere; None: they are worked on here.
     """
 
     store: Store
-    ledger: Ledger
+    ledger: RunLedger
     aggregate: Aggregate
     run_item: Callable[[Item], Awaitable[ItemState]]
     gate: Gate
     progress: Progress
     fingerprint: bytes
     simulated: bool
+    crew: Crew | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ class Gate:
         drain_s: Seconds from the closing that those in flight are waited for.
 
     Attributes:
+        drain_s: As given.
         in_flight: Places taken, those on their way to somebody who waits included.
         reason: Why the gate was closed, or None.
         error: The error that closed it, or None.
@@ -26,7 +27,7 @@ class Gate:
 
     def __init__(self, streams: int, drain_s: float) -> None:
         self._streams = streams
-        self._drain_s = drain_s
+        self.drain_s = drain_s
         self._waiting = deque[asyncio.Future[bool]]()
         self._over, self._closing = asyncio.Event(), asyncio.Event()
         self._over.set()
@@ -81,7 +82,7 @@ class Gate:
         if self.closed:
             return
         self.reason, self.error = reason, error
-        self._deadline = time.monotonic() + self._drain_s
+        self._deadline = time.monotonic() + self.drain_s
         self._closing.set()
         while self._waiting:
             place = self._waiting.popleft()

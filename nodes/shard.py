@@ -9,6 +9,7 @@ from langgraph.runtime import Runtime
 
 from ..backends.contract.types import Shard
 from .context import Context
+from .elsewhere import work_elsewhere
 from .state import ShardState
 from .work import work
 
@@ -26,7 +27,11 @@ async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
         return (runtime.drain_reason or "drain") if runtime.drain_requested else None
 
     async with runtime.context.opened(state["run_folder"]) as tools:
-        part = await work(Shard(state["lo"], state["hi"]), tools, drain)
+        range_ = Shard(state["lo"], state["hi"])
+        if tools.crew is None:
+            part = await work(range_, tools, drain)
+        else:
+            part = await work_elsewhere(range_, tools, tools.crew, drain)
         if part is not None:
             return part.summary()
         # A failing Send cancels the others: none may fail before all of their items are safe.

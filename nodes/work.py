@@ -142,7 +142,7 @@ class _Worker:
             if gate.closed:
                 return
             hi = min(lo + _SLICE, self._shard.hi)
-            for item, record in await asyncio.to_thread(_read, self._tools, lo, hi):
+            for item, record in await asyncio.to_thread(read_items, self._tools, lo, hi):
                 if record is not None:
                     self._fold(record, item)
                     continue
@@ -196,8 +196,8 @@ class _Worker:
             self._tools.gate.close(error.message, error)
 
 
-def _read(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, Any] | None]]:
-    """Return items with the records of those that have ended, in a thread."""
+def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, Any] | None]]:
+    """Return items with the records of those that have ended; blocks."""
     ledger = tools.ledger
     return [
         (item, ledger.record(item.index) if ledger.finished(item.index) else None)

@@ -19,6 +19,8 @@ MOST_BYTES: Final = 4_000_000
 class SentLedger:
     """Keeps the records in memory, to be sent home with the summary."""
 
+    twice = 0
+
     def __init__(self) -> None:
         self.sent: list[dict[str, Json]] = []
         self._bytes = 0
@@ -54,6 +56,7 @@ class SentLedger:
 class FiledLedger:
     """Appends to a journal file of this worker's own in the shared run folder."""
 
+    twice = 0
     sent: None = None
     full: None = None
 

@@ -67,7 +67,7 @@ class Backend(Protocol):
         ...
 
     async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
-        """Return, by shard, what an earlier coordinator of the same run left here; often nothing."""
+        """Return, by shard, what an earlier coordinator of the run left here; often nothing."""
         ...
 
     async def rebuild(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -99,29 +99,35 @@ class ShardPool:
         return sum(place.backend.capacity() for place in self._places)
 
     async def run(
-        self, make: Callable[[int], Order], beat: Callable[[int], Callable[[], float | None]]
-    ) -> tuple[Order, Summary]:
+        self,
+        make: Callable[[int], Awaitable[Order | None]],
+        beat: Callable[[int], Callable[[], float | None]],
+    ) -> tuple[Order, Summary] | None:
         """Have a shard worked on, by as many orders as it takes.
 
         Args:
-            make: Makes the order of an attempt; what is finished meanwhile is left out.
+            make: Makes the order of an attempt, what is finished meanwhile left out; None when
+                nothing is left.
             beat: Returns, for an attempt, what tells its last sign of life.
 
         Raises:
             RunStoppedError: The shard was lost as often as the policy allows.
 
         Returns:
-            The order that was answered, and the worker's summary.
+            The order that was answered, and the worker's summary; None when nothing was left.
         """
-        reasons = []
+        reasons, name = list[str](), "?"
         for attempt in range(self._policy.attempts):
-            order = make(attempt)
+            order = await make(attempt)
+            if order is None:
+                return None
+            name = order.shard
             try:
                 return order, await self._once(order, Watch(self._policy, beat(attempt)))
             except SiteError as error:
                 reasons.append(error.message)
                 logger.warning("shard %s, attempt %d: %s", order.shard, attempt, error.message)
-        msg = f"shard {order.shard} was lost {len(reasons)} times, the last time: {reasons[-1]}"
+        msg = f"shard {name} was lost {len(reasons)} times, the last time: {reasons[-1]}"
         raise RunStoppedError(msg)
 
     async def _once(self, order: Order, watch: Watch) -> Summary:
@@ -188,4 +194,3 @@ class _Place:
             self._failures += 1
             await asyncio.sleep(pause)
             await self.backend.rebuild()
-

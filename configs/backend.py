@@ -1,0 +1,98 @@
+"""Where shards run: the settings of every kind of backend."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, model_validator
+
+from .section import Section
+
+_ATTRIBUTE: Final = r"^[\w.]+:[\w.]+$"
+_EVERY: Final = {"kind", "shared_folder", "attempts", "silence_s", "deadline_s"}
+_OWN: Final[dict[str, set[str]]] = {
+    "local": {"processes"},
+    "executor": {"factory", "workers"},
+    "parsl": {"config", "workers"},
+    "globus_compute": {"endpoints", "user_endpoint_config", "function", "client", "workers"},
+    "academy": {"exchange", "workers", "slots", "executor"},
+}
+
+
+class ExchangeConfig(Section):
+    """Where Academy's agents meet.
+
+    Attributes:
+        kind: ``local`` (one process), ``redis``, ``http`` or ``globus``.
+        host: Host of a Redis.
+        port: Port of a Redis.
+        url: URL of an HTTP exchange; None takes the hosted one.
+    """
+
+    kind: Literal["local", "redis", "http", "globus"] = "local"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 6379
+    url: str | None = None
+
+
+class BackendConfig(Section):
+    """Where shards run.
+
+    Attributes:
+        kind: ``local``: in this process, or in several of this machine; ``executor``: any
+            ``concurrent.futures.Executor``; ``parsl``, ``globus_compute``, ``academy``.
+        processes: (local) Worker processes; 1 is this process alone.
+        factory: (executor) ``module:attr``, a function that makes the executor.
+        config: (parsl) ``htex_local``, ``loaded`` for the DataFlowKernel that is loaded already,
+            or ``module:attr``, a Parsl ``Config`` or a function that makes one.
+        endpoints: (globus_compute) UUIDs of one or several endpoints.
+        user_endpoint_config: (globus_compute) Values for the endpoint's template.
+        function: (globus_compute) Id of the registered function, for endpoints that allow only
+            some.
+        client: (globus_compute) ``module:attr``, a function that makes the SDK's Client.
+        exchange: (academy) Where the agents meet.
+        slots: (academy) Shards that one agent works on at a time.
+        executor: (academy) ``module:attr``, a function that makes the executor that agents run
+            on; None runs them in processes of this machine.
+        workers: (all but local) Workers that work on shards at a time, over all places.
+        shared_folder: Whether workers reach the run folder; None takes what is usual for the
+            kind: only globus_compute does not share it.
+        attempts: Most orders for one shard.
+        silence_s: Seconds without a sign of life until a worker counts as lost.
+        deadline_s: Seconds that a worker may take for one shard.
+    """
+
+    kind: Literal["local", "executor", "parsl", "globus_compute", "academy"] = "local"
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    factory: Annotated[str, Field(pattern=_ATTRIBUTE)] | None = None
+    config: Annotated[str, Field(pattern=r"^(htex_local|loaded|[\w.]+:[\w.]+)$")] = "htex_local"
+    endpoints: list[str] = Field(default_factory=list)
+    user_endpoint_config: dict[str, Any] | None = None
+    function: str | None = None
+    client: Annotated[str, Field(pattern=_ATTRIBUTE)] | None = None
+    exchange: ExchangeConfig = ExchangeConfig()
+    slots: Annotated[int, Field(ge=1, le=64)] = 1
+    executor: Annotated[str, Field(pattern=_ATTRIBUTE)] | None = None
+    workers: Annotated[int, Field(ge=1, le=100_000)] = 2
+    shared_folder: bool | None = None
+    attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    silence_s: Annotated[float, Field(gt=0)] = 120.0
+    deadline_s: Annotated[float, Field(gt=0)] = 7200.0
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> BackendConfig:
+        defaults = type(self).model_fields
+        for name in sorted(self.model_fields_set - _EVERY - _OWN[self.kind]):
+            if getattr(self, name) != defaults[name].get_default(
+                call_default_factory=True
+            ):  # run.yaml holds every default
+                kinds = " and ".join(kind for kind, own in _OWN.items() if name in own)
+                msg = f"the key {name!r} is for kind {kinds}, not for {self.kind}"
+                raise ValueError(msg)
+        if self.kind == "executor" and self.factory is None:
+            msg = "kind executor needs the key 'factory': package.module:function"
+            raise ValueError(msg)
+        if self.kind == "globus_compute" and not self.endpoints:
+            msg = "kind globus_compute needs the key 'endpoints': a list of endpoint UUIDs"
+            raise ValueError(msg)
+        return self
