@@ -125,7 +125,9 @@ class _BlockDumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in value else None
+    # YAML reads each of these as a line break and may turn it into a blank or another one
+    odd = any(mark in value for mark in "\r\x85\u2028\u2029")
+    style = '"' if odd else "|" if "\n" in value else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
