@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from importlib import import_module
 from typing import Any, Final
 
 from langgraph.runtime import Runtime
@@ -15,6 +14,7 @@ from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.template import Template
 from ..backends.contract.types import Item
 from ..backends.fleet.fleet import Fleet
+from ..backends.places import imported
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..nodes.answer import AnswerCheck
@@ -97,14 +97,7 @@ def load_graph(name: str) -> Callable[[Any], Any]:
     Raises:
         ConfigurationError: It cannot be imported, or is no function.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        factory: Any = import_module(module)
-        for part in attribute.split("."):
-            factory = getattr(factory, part)
-    except (ImportError, AttributeError) as error:
-        msg = f"task.graph: {name} cannot be imported: {error} (PYTHONPATH names more folders)"
-        raise ConfigurationError(msg) from error
+    factory = imported(name, "task.graph")
     if not callable(factory):
         msg = f"task.graph: {name} is no function; it must take the model and return a graph"
         raise ConfigurationError(msg)
