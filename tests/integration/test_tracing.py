@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fanfold import RunContext, build_graph
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 from langchain_core.runnables import RunnableLambda
 from langsmith import Client, tracing_context
+
+from fanfold import RunContext, build_graph
+from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 
 pytestmark = pytest.mark.integration
 
@@ -24,17 +25,17 @@ class Listener(BaseHTTPRequestHandler):
 
     names: Counter[str]
 
-    def do_POST(self) -> None:  # noqa: N802 - http.server's name
+    def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/runs":
             self.names[json.loads(body)["name"]] += 1
         self._answer()
 
-    def do_PATCH(self) -> None:  # noqa: N802 - http.server's name
+    def do_PATCH(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         self._answer()
 
-    def do_GET(self) -> None:  # noqa: N802 - http.server's name
+    def do_GET(self) -> None:
         self._answer()
 
     def log_message(self, *_: Any) -> None:

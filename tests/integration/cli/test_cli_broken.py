@@ -78,7 +78,11 @@ SETTINGS = [
         "unset variable", ["c.yaml: task.prompt", "NOT_SET_X"], task(prompt="{text} ${NOT_SET_X}")
     ),
     Broken("unknown backend", ["c.yaml: backend.kind", "'slurm'"], {"backend": {"kind": "slurm"}}),
-    Broken("processes", ["c.yaml: backend.processes", "only 1"], {"backend": {"processes": 4}}),
+    Broken(
+        "processes",
+        ["c.yaml: backend.processes", "greater than or equal to 1"],
+        {"backend": {"processes": 0}},
+    ),
     Broken("graph's name", ["task.graph: expected package.module:"], task(graph="nope")),
     Broken("graph not there", ["task.graph", "No module named 'nope'"], task(graph="nope.x:f")),
     Broken("graph no function", ["task.graph", "no function"], task(graph="sys:path")),

@@ -272,7 +272,7 @@ async def test_a_stage_that_cannot_count_stops_the_run(tmp_path: Path) -> None:
 
 
 async def test_each_item_has_a_call_log_of_its_own(tmp_path: Path) -> None:
-    logs = []
+    logs, before = [], CURRENT_CALLS.get()
 
     async def act(item: Item) -> ItemState:
         log = CURRENT_CALLS.get()
@@ -285,7 +285,7 @@ async def test_each_item_has_a_call_log_of_its_own(tmp_path: Path) -> None:
     async with bench.open() as tools:
         await bench.work(tools, 0, 20)
         assert [r["attempts"] for r in tools.ledger.records()] == list(range(20))
-    assert CURRENT_CALLS.get() is None
+    assert CURRENT_CALLS.get() is before
 
 
 class Steps(TypedDict, total=False):
