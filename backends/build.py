@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
-from pydantic import TypeAdapter, ValidationError
-
-from ..configs.models import EndpointsConfig, RunConfig
-from ..configs.plain import MASKED
-from .contract.errors import ConfigurationError, MissingExtraError
+from ..configs.models import RunConfig
+from .auto import choose
+from .contract.errors import ConfigurationError
 from .contract.template import Template
-from .fleet.address import EndpointSpec, base_url
+from .fleet.address import EndpointSpec
 from .fleet.chat import ChatFleet
 from .fleet.door import FleetModel, LangChainModel
 from .fleet.fleet import Fleet
+from .fleet.matching import match
+from .fleet.membership import Admit, FileSource, Source, kept_up
 from .fleet.params import ModelParams
-from .fleet.policy import FleetPolicy
-from .fleet.probe import Checked, Found, check_models, discover
+from .fleet.probe import discover
 from .fleet.simulated.launch import launch
-from .fleet.simulated.responders import RESPONDERS
-from .fleet.simulated.rules import FaultRule
-from .fleet.simulated.spec import SimulationSpec
-from .fleet.sources import parse_endpoints_file
 from .inputs.spec import InputSpec
+from .limits import fleet_policy, limited
+from .locate import (
+    PROBE_TIMEOUT_S,
+    Place,
+    endpoint_specs,
+    endpoints_key,
+    first_place,
+    registry,
+)
+from .simulation import simulation
 
-PROBE_TIMEOUT_S: Final = 5.0
 _WARNED: Final = 5
 
 logger = logging.getLogger(__name__)
+choice_logger = logging.getLogger(f"{__name__}.choice")
+"""Tells what ``auto`` chose; the command line always shows it."""
 
 
 def input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> InputSpec:
@@ -80,102 +86,32 @@ def model_params(config: RunConfig, name: str) -> ModelParams:
     )
 
 
-def simulation(config: RunConfig) -> SimulationSpec:
-    """Return the simulated fleet that the settings describe.
-
-    Raises:
-        ConfigurationError: No simulated fleet is configured, there is no such responder, or a
-            fault rule is wrong.
-        MissingExtraError: The responder needs RDKit.
-    """
-    simulated = config.endpoints.simulated
-    if simulated is None:
-        raise ConfigurationError("endpoints.simulated is not set")
-    if simulated.responder not in RESPONDERS:
-        msg = (
-            f"endpoints.simulated.responder: unknown responder {simulated.responder!r}; "
-            f"there are {', '.join(sorted(RESPONDERS))}"
-        )
-        raise ConfigurationError(msg)
-    if simulated.responder == "esol" and find_spec("rdkit") is None:
-        raise MissingExtraError("endpoints.simulated.responder: esol", "chem")
-    for n, rule in enumerate(simulated.faults):
-        _check_fault(f"endpoints.simulated.faults.{n}", rule)
-    fields = simulated.model_dump(exclude_none=True)
-    if config.model.name is not None:
-        fields["model"] = config.model.name
-    try:
-        return SimulationSpec.from_json(orjson.dumps(fields))
-    except ConfigurationError as error:
-        raise ConfigurationError(f"endpoints.simulated: {error.message}") from None
-
-
-def _check_fault(key: str, rule: Mapping[str, Any]) -> None:
-    try:
-        FaultRule.from_mapping(rule)
-        TypeAdapter(FaultRule).validate_python(rule)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{key}: {error.message}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigurationError(f"{key}.{first['loc'][0]}: {first['msg'].lower()}") from None
-    except TypeError as error:
-        raise ConfigurationError(f"{key}: a value is of the wrong type: {error}") from None
-
-
-def endpoint_specs(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> list[EndpointSpec]:
-    """Return the configured endpoints.
+@asynccontextmanager
+async def located(config: RunConfig, written: Mapping[str, Any]) -> AsyncIterator[Place]:
+    """Return where the settings say that the model is served; start it, if it is simulated.
 
     Args:
-        endpoints: The settings, variables expanded.
-        written: The same as the user wrote them: what may be shown.
+        config: The settings.
+        written: The ``endpoints`` section as the user wrote it.
 
     Raises:
-        ConfigurationError: None given, a malformed URL, an unreadable file, no key.
+        ConfigurationError: The list of endpoints cannot be had, or ``auto`` finds none.
     """
-    key = endpoints.api_key.get_secret_value()
-    if key == MASKED:
-        msg = (
-            "endpoints.api_key: a run folder does not keep a key that was written out; give it "
-            "again, best by a variable: --set 'endpoints.api_key=${VAR}'"
-        )
-        raise ConfigurationError(msg)
-    if endpoints.file is not None:
-        return _from_file(Path(endpoints.file), key)
-    if not endpoints.urls:
-        msg = "endpoints.urls is empty; give base URLs such as http://node17:8000/v1"
-        raise ConfigurationError(msg)
-    shown = written.get("urls") or endpoints.urls
-    specs = []
-    for n, (url, text) in enumerate(zip(endpoints.urls, shown, strict=True)):
-        where = f"endpoints.urls.{n}"
-        _refuse_password(url, where)
-        specs.append(EndpointSpec(_checked(url, where), key, text if "${" in text else None))
-    return specs
-
-
-def _refuse_password(url: str, where: str) -> None:
-    if "@" in url.partition("//")[2].partition("/")[0]:
-        raise ConfigurationError(f"{where}: no user or password in a URL; use api_key: ${{VAR}}")
-
-
-def _checked(url: str, where: str) -> str:
-    try:
-        return base_url(url)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{where}: {error.message}") from None
-
-
-def _from_file(path: Path, key: str) -> list[EndpointSpec]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigurationError(f"endpoints.file: {path}: cannot be read: {reason}") from None
-    specs = parse_endpoints_file(text, str(path), key)
-    for spec in specs:
-        _refuse_password(spec.url, f"endpoints.file: {path}")
-    return specs
+    endpoints = config.endpoints
+    if endpoints.simulated is not None:
+        async with launch(simulation(config)) as fleet:
+            yield Place(tuple(map(EndpointSpec, fleet.urls)))
+    elif endpoints.auto:
+        yield await choose(config, os.environ, Path.cwd())
+    elif endpoints.aegis_registry is not None:
+        source: Source = registry(endpoints)
+        yield Place(tuple(await source.look()), source)
+    elif endpoints.first is not None:
+        yield first_place(endpoints.first, endpoints.proxy)
+    else:
+        specs = await asyncio.to_thread(endpoint_specs, endpoints, written)
+        key, file = endpoints_key(endpoints), endpoints.file
+        yield Place(tuple(specs), None if file is None else FileSource(Path(file), key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +123,14 @@ class Serving:
         model: The model's name.
         simulated: Whether they are simulated.
         absent: A line for each endpoint that did not answer, or is left out.
+        place: Where they come from, when that may change or is special.
     """
 
     specs: tuple[EndpointSpec, ...]
     model: str
     simulated: bool
     absent: tuple[str, ...] = ()
+    place: Place | None = None
 
 
 @asynccontextmanager
@@ -209,59 +147,85 @@ async def serving(
     Raises:
         ConfigurationError: No endpoint answers, or none serves the model.
     """
-    if config.endpoints.simulated is not None:
-        spec = simulation(config)
-        async with launch(spec) as fleet:
-            yield Serving(tuple(map(EndpointSpec, fleet.urls)), spec.model, simulated=True)
-    else:
-        specs = endpoint_specs(config.endpoints, written)
-        yield await survey(specs, model or config.model.name)
+    async with located(config, written) as place:
+        if config.endpoints.simulated is not None:
+            yield Serving(place.specs, simulation(config).model, simulated=True)
+        else:
+            yield await survey(place, model or config.model.name, config.endpoints.models)
 
 
-async def survey(specs: Sequence[EndpointSpec], model: str | None) -> Serving:
-    """Ask endpoints what they serve (``/v1/models``), and check that it fits.
+async def survey(place: Place, model: str | None, names: Mapping[str, str]) -> Serving:
+    """Ask endpoints what they serve, and check that it fits.
+
+    Args:
+        place: The endpoints.
+        model: The model's name, or None for the one that they serve.
+        names: Served id to model's name, where they differ.
 
     Raises:
         ConfigurationError: No endpoint answers, none serves the model, the model is not
             settled, or simulated endpoints stand beside real ones.
     """
-    found = await discover(specs, PROBE_TIMEOUT_S)
-    settled = check_models(found, model)
-    return Serving(settled.specs, settled.model, settled.simulated, tuple(_absent(found, settled)))
-
-
-def _absent(found: Sequence[Found], settled: Checked) -> Iterator[str]:
-    for one in found:
-        if one.error:
-            yield f"{one.label} does not answer yet: {one.error}"
-        elif one.spec not in settled.specs:
-            serves = ", ".join(one.models) or "nothing"
-            yield f"{one.label} is left out: it serves {serves}, not {settled.model}"
+    matched = match(await place.ask(), model or place.model, names)
+    return Serving(matched.specs, matched.model, matched.simulated, matched.absent, place)
 
 
 @asynccontextmanager
 async def open_fleet(config: RunConfig, serving: Serving) -> AsyncIterator[Fleet]:
-    """Open the fleet over endpoints that are up; warn of those that are not."""
+    """Open the fleet over endpoints that are up; warn of those that are not.
+
+    Its members follow their list while the block runs, where that may change.
+    """
+    place = serving.place
+    if place is not None and place.why is not None:
+        choice_logger.info("endpoints: %s", place.why)
     for line in serving.absent[:_WARNED]:
         logger.warning("endpoint %s", line)
     if len(serving.absent) > _WARNED:
         logger.warning("… and %d more endpoints", len(serving.absent) - _WARNED)
-    limits = config.limits
-    policy = FleetPolicy.of(
-        streams=limits.streams,
-        attempts=limits.attempts,
-        request_timeout_s=limits.request_timeout_s,
-        fleet_wait_s=limits.fleet_wait_s,
-    )
-    if not limits.hedge:
-        policy = replace(policy, hedge=None)
-    async with Fleet(serving.specs, policy, simulated=serving.simulated) as fleet:
-        yield fleet
+    policy = fleet_policy(config, place)
+    specs = [limited(config.limits, spec) for spec in serving.specs]
+    async with Fleet(specs, policy, simulated=serving.simulated) as fleet:
+        if place is None or place.source is None:
+            yield fleet
+            return
+        admit, every_s = _admission(config, serving), config.endpoints.refresh_s
+        async with kept_up(fleet, place.source, place.specs, admit, every_s):
+            yield fleet
+
+
+def _admission(config: RunConfig, serving: Serving) -> Admit:
+    """Return what says which endpoints that join a run fit it."""
+
+    async def admit(specs: list[EndpointSpec]) -> list[EndpointSpec]:
+        found = await discover(specs, PROBE_TIMEOUT_S)
+        if not any(one.reachable for one in found):
+            return [limited(config.limits, spec) for spec in specs]
+        try:
+            matched = match(found, serving.model, config.endpoints.models)
+        except ConfigurationError as error:
+            logger.warning("%d endpoints are left out: %s", len(specs), error.message)
+            return []
+        for line in matched.absent:
+            logger.warning("endpoint %s", line)
+        if matched.simulated is not serving.simulated:
+            logger.warning(
+                "%d endpoints are left out: simulated and real ones never mix", len(specs)
+            )
+            return []
+        return [limited(config.limits, spec) for spec in matched.specs]
+
+    return admit
 
 
 def chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
-    """Return the fleet as a LangChain chat model."""
-    return ChatFleet.of(fleet, params)
+    """Return the fleet as a LangChain chat model.
+
+    Behind a gateway answers come whole, also where a stream is asked for.
+    """
+    chat = ChatFleet.of(fleet, params)
+    chat.disable_streaming = fleet.policy.whole_answers
+    return chat
 
 
 def chat_door(fleet: Fleet, params: ModelParams, traced: bool) -> FleetModel | LangChainModel:

@@ -6,13 +6,30 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from ..configs.backend import BackendConfig
 from .contract.errors import ConfigurationError
 from .contract.protocols import Backend
+from .contract.wire import CARRY
+from .sites.academy.backend import AcademyBackend
+from .sites.academy.exchange import Meeting
+from .sites.academy.hall import Hall
 from .sites.executor import ExecutorBackend, WorkShard
-from .sites.pool import PoolPolicy, ShardPool
+from .sites.globus.backend import globus_backends
+from .sites.globus.book import FILE, TaskBook
+from .sites.globus.desk import Desk
+from .sites.globus.login import connect
+from .sites.globus.service import Service
+from .sites.globus.tasks import TaskList
+from .sites.leash import follow_parent
+from .sites.parsl import ParslBackend
+from .sites.pool import ShardPool
+from .sites.watch import PoolPolicy
+
+_SMALL: Final = 400_000
+"""Academy's HTTP exchanges carry 512 kB, of which a message's frame takes some."""
 
 
 def is_elsewhere(config: BackendConfig) -> bool:
@@ -20,9 +37,17 @@ def is_elsewhere(config: BackendConfig) -> bool:
     return config.kind != "local" or config.processes > 1
 
 
-def workers(config: BackendConfig) -> int:
-    """Return how many workers work on shards at a time, over all places."""
-    return config.processes if config.kind == "local" else config.workers
+def at_a_time(config: BackendConfig) -> int:
+    """Return how many shards are worked on at a time, over all places."""
+    if config.kind == "local":
+        return config.processes
+    return config.workers * (config.slots if config.kind == "academy" else 1)
+
+
+def carried(config: BackendConfig) -> int:
+    """Return the most bytes of an order, and of a summary."""
+    small = config.kind == "academy" and config.exchange.kind in ("http", "globus")
+    return _SMALL if small else CARRY
 
 
 def shares_folder(config: BackendConfig) -> bool:
@@ -32,25 +57,52 @@ def shares_folder(config: BackendConfig) -> bool:
     return config.kind != "globus_compute"
 
 
-def shard_pool(config: BackendConfig, work: WorkShard) -> ShardPool:
+def shard_pool(
+    config: BackendConfig, work: WorkShard, drain_s: float, folder: Path | None = None
+) -> ShardPool:
     """Return the places that the settings name, as one.
+
+    Args:
+        config: The settings.
+        work: What workers run.
+        drain_s: Seconds that a worker may take, after its deadline, for items in flight.
+        folder: The run's folder, where a place may write down what it has in hand.
 
     Raises:
         ConfigurationError: Something that the settings name is not there.
         MissingExtraError: The kind's package is not installed.
     """
-    policy = PoolPolicy(config.attempts, config.deadline_s, config.silence_s)
-    return ShardPool(_KINDS[config.kind](config, work), policy)
+    policy = PoolPolicy(
+        attempts=config.attempts,
+        deadline_s=config.deadline_s + drain_s,
+        silence_s=config.silence_s,
+        queue_s=config.queue_s,
+        ahead=1 if config.kind == "local" else 2,  # beside us nothing waits for the next order
+    )
+    return ShardPool(places(config, work, folder), policy)
+
+
+def places(config: BackendConfig, work: WorkShard, folder: Path | None = None) -> list[Backend]:
+    """Return the places that the settings name, not started; see :func:`shard_pool`.
+
+    Raises:
+        ConfigurationError: Something that the settings name is not there.
+        MissingExtraError: The kind's package is not installed.
+    """
+    if config.kind == "globus_compute":
+        return _globus(config, work, folder)
+    return _KINDS[config.kind](config, work)
 
 
 def _processes(config: BackendConfig, work: WorkShard) -> list[Backend]:
-    count = config.processes
+    """Return a place per process: one that dies takes no other with it."""
 
     def make() -> Executor:
         # spawned, not forked: this process has threads and an event loop
-        return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, mp_context=context, initializer=follow_parent)
 
-    return [ExecutorBackend(make, work, count, f"{count} processes")]
+    return [ExecutorBackend(make, work, 1, f"process {n + 1}") for n in range(config.processes)]
 
 
 def _executor(config: BackendConfig, work: WorkShard) -> list[Backend]:
@@ -58,9 +110,37 @@ def _executor(config: BackendConfig, work: WorkShard) -> list[Backend]:
     return [ExecutorBackend(factory, work, config.workers, f"executor {config.factory}")]
 
 
+def _globus(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
+    book = TaskBook(folder / FILE) if folder is not None else None
+
+    def connected() -> Service:  # off the loop: the SDK takes seconds to import
+        make = imported(config.client, "backend.client") if config.client else None
+        return connect(make, config.user_endpoint_config)
+
+    desk = Desk(connected, work, config.function, TaskList(book))
+    return globus_backends(config.endpoints, config.workers, desk)
+
+
+def _academy(config: BackendConfig, work: WorkShard) -> list[Backend]:
+    """Return a place per agent: one that dies takes no other with it."""
+    make = imported(config.executor, "backend.executor") if config.executor else None
+    told = config.exchange.model_dump(exclude={"password"})
+    secret = config.exchange.password
+    password = None if secret is None else secret.get_secret_value()
+    at = Meeting(**told, password=password, silence_s=config.silence_s)
+    hall = Hall(at, work, config.slots, make)
+    return [AcademyBackend(hall, f"agent {n + 1}", config.queue_s) for n in range(config.workers)]
+
+
+def _parsl(config: BackendConfig, work: WorkShard) -> list[Backend]:
+    return [ParslBackend(config.config, work, config.workers)]
+
+
 _KINDS: dict[str, Callable[[BackendConfig, WorkShard], list[Backend]]] = {
     "local": _processes,
     "executor": _executor,
+    "parsl": _parsl,
+    "academy": _academy,
 }
 
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from .section import Section
 
 _ATTRIBUTE: Final = r"^[\w.]+:[\w.]+$"
-_EVERY: Final = {"kind", "shared_folder", "attempts", "silence_s", "deadline_s"}
+_EVERY: Final = {
+    "kind",
+    "shared_folder",
+    "node_endpoints",
+    "registry",
+    "attempts",
+    "silence_s",
+    "deadline_s",
+    "queue_s",
+    "shard_least_s",
+    "shard_most_s",
+}
 _OWN: Final[dict[str, set[str]]] = {
     "local": {"processes"},
     "executor": {"factory", "workers"},
@@ -23,16 +34,20 @@ class ExchangeConfig(Section):
     """Where Academy's agents meet.
 
     Attributes:
-        kind: ``local`` (one process), ``redis``, ``http`` or ``globus``.
-        host: Host of a Redis.
+        kind: ``http``, ``redis``, ``globus``, or ``local``: all agents in this one process.
+        host: Host of a Redis; or the address of this machine on which to open an HTTP exchange.
         port: Port of a Redis.
-        url: URL of an HTTP exchange; None takes the hosted one.
+        password: Password of a Redis, as ``${VAR}``.
+        url: URL of an HTTP exchange; None opens one in this process, for the run.
+        project: (globus) UUID of the Globus project for the agents' clients.
     """
 
-    kind: Literal["local", "redis", "http", "globus"] = "local"
+    kind: Literal["local", "redis", "http", "globus"] = "http"
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 6379
+    password: SecretStr | None = None
     url: str | None = None
+    project: str | None = None
 
 
 class BackendConfig(Section):
@@ -57,9 +72,14 @@ class BackendConfig(Section):
         workers: (all but local) Workers that work on shards at a time, over all places.
         shared_folder: Whether workers reach the run folder; None takes what is usual for the
             kind: only globus_compute does not share it.
+        node_endpoints: Whether each worker serves the endpoints of its own node.
+        registry: Folder with a file per host, each an endpoints file, for ``node_endpoints``.
         attempts: Most orders for one shard.
         silence_s: Seconds without a sign of life until a worker counts as lost.
         deadline_s: Seconds that a worker may take for one shard.
+        queue_s: Seconds that a shard may wait in an engine's queue.
+        shard_least_s: Least seconds of work that a shard is sized for.
+        shard_most_s: Most seconds of work that a shard is sized for.
     """
 
     kind: Literal["local", "executor", "parsl", "globus_compute", "academy"] = "local"
@@ -75,9 +95,14 @@ class BackendConfig(Section):
     executor: Annotated[str, Field(pattern=_ATTRIBUTE)] | None = None
     workers: Annotated[int, Field(ge=1, le=100_000)] = 2
     shared_folder: bool | None = None
+    node_endpoints: bool = False
+    registry: str | None = None
     attempts: Annotated[int, Field(ge=1, le=100)] = 3
     silence_s: Annotated[float, Field(gt=0)] = 120.0
     deadline_s: Annotated[float, Field(gt=0)] = 7200.0
+    queue_s: Annotated[float, Field(gt=0)] = 86400.0
+    shard_least_s: Annotated[float, Field(gt=0)] = 120.0
+    shard_most_s: Annotated[float, Field(gt=0)] = 600.0
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> BackendConfig:
@@ -89,6 +114,9 @@ class BackendConfig(Section):
                 kinds = " and ".join(kind for kind, own in _OWN.items() if name in own)
                 msg = f"the key {name!r} is for kind {kinds}, not for {self.kind}"
                 raise ValueError(msg)
+        if self.shard_least_s > self.shard_most_s:
+            msg = "the key 'shard_least_s' is above 'shard_most_s'"
+            raise ValueError(msg)
         if self.kind == "executor" and self.factory is None:
             msg = "kind executor needs the key 'factory': package.module:function"
             raise ValueError(msg)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from .models import RunConfig
 from .reduce import Collect, Count, Histogram, Stats, TopK
-from .source import at_path
+from .source import at_path, may_be_secret
 
 _OPS: dict[str, type[BaseModel]] = {
     "count": Count,
@@ -86,7 +86,7 @@ def _shown(loc: Sequence[str | int], raw: dict[str, Any]) -> str:
 
 
 def _may_be_secret(loc: Sequence[str | int], value: object) -> bool:
-    return "key" in str(loc[-1]) or (isinstance(value, str) and "@" in value)
+    return may_be_secret(str(loc[-1])) or (isinstance(value, str) and "@" in value)
 
 
 def _known(loc: Sequence[str | int], raw: dict[str, Any]) -> str:

@@ -92,8 +92,16 @@ def peek(
 
 
 def _override(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    _spell_out(data)
     for assignment in overrides:
         apply_override(data, assignment)
+        _spell_out(data)
+
+
+def _spell_out(data: dict[str, Any]) -> None:
+    """Let ``endpoints: auto`` stand for a section, to which keys can be added."""
+    if data.get("endpoints") == "auto":
+        data["endpoints"] = {"auto": True}
 
 
 def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path, str | None]:
@@ -135,6 +143,12 @@ def _inline(data: dict[str, Any], source: str, base: Path) -> None:
         part = data.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = _absolute(part[key], base)
+    endpoints = data.get("endpoints")
+    if isinstance(endpoints, dict) and (hosts := endpoints.get("hosts")):
+        listed = hosts if isinstance(hosts, list) else [hosts]
+        endpoints["hosts"] = [
+            _absolute(h, base) if isinstance(h, str) and "/" in h else h for h in listed
+        ]
     task = data.get("task")
     if isinstance(task, dict) and isinstance(task.get("schema"), str):
         task["schema"] = _read_schema(Path(_absolute(task["schema"], base)), source)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    SecretStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from .backend import BackendConfig
+from .endpoints import EndpointsConfig
 from .reduce import ReduceStage
-from .section import Section
+from .section import PathText, Section
 
 RESERVED: Final = {
     "model": "set model.name",
@@ -28,16 +23,6 @@ RESERVED: Final = {
     "n": "fanfold reads one answer per request",
 }
 """Fields of a request that ``model.extra_body`` must leave alone, and what to do instead."""
-
-
-def _path(text: str) -> str:
-    if not text or "\0" in text:
-        msg = "is empty; name a file or a folder" if not text else "a path holds no NUL character"
-        raise ValueError(msg)
-    return text
-
-
-PathText = Annotated[str, AfterValidator(_path)]
 
 
 class InputConfig(Section):
@@ -112,69 +97,6 @@ class ModelConfig(Section):
         return value
 
 
-class SimulatedConfig(Section):
-    """A simulated fleet on loopback; its answers are marked and mean nothing.
-
-    Attributes:
-        nodes: Simulated servers.
-        responder: Who makes the answers: ``schema`` (random but valid) or ``esol``.
-        seed: Seed of answers, latencies and faults.
-        max_num_seqs: Requests that one node runs at a time.
-        ttft_s: Seconds to the first token of an idle node.
-        tpot_s: Seconds per output token of an idle node.
-        jitter: Width of the log-normal factor on all times; 0 is exact.
-        time_scale: Divides all times.
-        faults: Injected failures, as the simulated fleet's fault rules.
-    """
-
-    nodes: Annotated[int, Field(ge=1, le=10_000)] = 8
-    responder: str = "schema"
-    seed: int = 0
-    max_num_seqs: Annotated[int, Field(ge=1)] = 64
-    ttft_s: Annotated[float, Field(ge=0)] | None = None
-    tpot_s: Annotated[float, Field(ge=0)] | None = None
-    jitter: Annotated[float, Field(ge=0)] | None = None
-    time_scale: Annotated[float, Field(gt=0)] | None = None
-    faults: list[dict[str, Any]] = Field(default_factory=list)
-
-
-class EndpointsConfig(Section):
-    """Where the model is served: exactly one of ``urls``, ``file`` and ``simulated``.
-
-    Attributes:
-        urls: Base URLs, e.g. ``http://node17:8000/v1``.
-        file: An endpoints file (Aegis or Aurora-Swarm format, or one URL a line).
-        simulated: A simulated fleet.
-        api_key: Key of the endpoints; write it as ``${VAR}``.
-    """
-
-    urls: list[str] | None = None
-    file: PathText | None = None
-    simulated: SimulatedConfig | None = None
-    api_key: SecretStr = SecretStr("EMPTY")
-
-    @field_validator("api_key")
-    @classmethod
-    def _fits_a_header(cls, value: SecretStr) -> SecretStr:
-        key = value.get_secret_value()
-        if not key:
-            msg = "is empty; leave it out for servers that take no key"
-            raise ValueError(msg)
-        if not key.isascii() or not key.isprintable() or key != key.strip():
-            msg = "holds blanks at an end, a line break or other characters that no key has"
-            raise ValueError(msg)
-        return value
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> EndpointsConfig:
-        given = [k for k in ("urls", "file", "simulated") if getattr(self, k) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none"
-            msg = f"give exactly one of urls, file and simulated (found {found})"
-            raise ValueError(msg)
-        return self
-
-
 class LimitsConfig(Section):
     """How hard the fleet is driven.
 
@@ -185,6 +107,14 @@ class LimitsConfig(Section):
         drain_s: Seconds that a stop waits for items in flight.
         fleet_wait_s: Seconds to wait for an endpoint when none is alive.
         hedge: Whether the slowest requests of a run's end are sent a second time.
+        requests_per_s: Most requests per second over all endpoints.
+        tokens_per_min: Most tokens per minute over all endpoints, prompt and answer.
+        endpoint_streams: Most requests in flight to one endpoint.
+        endpoint_requests_per_s: Most requests per second to one endpoint.
+        endpoint_tokens_per_min: Most tokens per minute of one endpoint.
+        retry_budget: Most repetitions, as a share of all calls; when spent, the run stops.
+        affinity: So many equal characters at the beginning bring items to one endpoint.
+        load: Where endpoints that others use too are asked for their load.
     """
 
     streams: Annotated[int, Field(ge=1, le=100_000)] = 256
@@ -193,6 +123,24 @@ class LimitsConfig(Section):
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     fleet_wait_s: Annotated[float, Field(ge=0)] = 60.0
     hedge: bool = True
+    requests_per_s: Annotated[float, Field(gt=0)] | None = None
+    tokens_per_min: Annotated[float, Field(gt=0)] | None = None
+    endpoint_streams: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    endpoint_requests_per_s: Annotated[float, Field(gt=0)] | None = None
+    endpoint_tokens_per_min: Annotated[float, Field(gt=0)] | None = None
+    retry_budget: Annotated[float, Field(gt=0, le=100)] | None = None
+    affinity: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    load: Literal["metrics", "load"] | None = None
+
+
+class MetricsConfig(Section):
+    """What is told to a Prometheus server.
+
+    Attributes:
+        port: Port on loopback; None serves no metrics.
+    """
+
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
 
 
 class ShardConfig(Section):
@@ -228,4 +176,15 @@ class RunConfig(Section):
     limits: LimitsConfig = LimitsConfig()
     shard: ShardConfig = ShardConfig()
     ledger: LedgerConfig = LedgerConfig()
+    metrics: MetricsConfig = MetricsConfig()
     reduce: list[ReduceStage] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _engine_is_here(self) -> RunConfig:
+        if self.shard.items == 1 and (self.backend.kind != "local" or self.backend.processes > 1):
+            msg = (
+                "shard.items: 1 runs each item by LangGraph's engine in this process, and backend "
+                "sends the shards elsewhere; leave shard.items out"
+            )
+            raise ValueError(msg)
+        return self

@@ -95,6 +95,10 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = _unexpand(settings, raw)
     key = raw["endpoints"].get("api_key")
     plain["endpoints"]["api_key"] = _safe_key(key, config.endpoints.api_key)
+    first = config.endpoints.first
+    if first is not None and first.token is not None:
+        written = raw["endpoints"]["first"]["token"]
+        plain["endpoints"]["first"]["token"] = _safe_key(written, first.token)
     return plain
 
 

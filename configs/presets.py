@@ -13,7 +13,7 @@ _ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)
 
 _TO_FILL = """\
 endpoints:
-  urls: []            # fill in, e.g. [http://node17:8000/v1]; or file: PATH in place of urls
+  urls: []            # fill in, e.g. [http://node17:8000/v1]; or file, hosts, first, … instead
   api_key: EMPTY      # or "${MY_KEY}", read from the environment
 
 """

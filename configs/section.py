@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        msg = "is empty; name a file or a folder" if not text else "a path holds no NUL character"
+        raise ValueError(msg)
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_path)]
 
 
 class Section(BaseModel):

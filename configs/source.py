@@ -78,10 +78,15 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
-        shown = "" if "key" in path else f" {text!r}"
+        shown = "" if may_be_secret(path) else f" {text!r}"
         msg = f"--set {path}: the value{shown} is not valid YAML; put it in quotes"
         raise ConfigurationError(msg) from None
     set_path(data, path.strip(), value)
+
+
+def may_be_secret(key: str) -> bool:
+    """Say whether the value of a key must not be shown."""
+    return "key" in key or "token" in key.rpartition(".")[2].split("_")
 
 
 def set_path(data: dict[str, Any], path: str, value: Any) -> None:

@@ -10,8 +10,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from ..backends.build import choice_logger
 from ..backends.contract.errors import ConfigurationError, FanfoldError, RunStoppedError
-from . import looking, running
+from . import globus_cli, listing, looking, running
 from .run import INTERRUPTED, OTHER, USAGE
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 presets = typer.Typer(help="Ready configurations, one per use case.", no_args_is_help=True)
 app.add_typer(presets, name="presets")
+app.add_typer(globus_cli.app, name="globus")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG|PRESET", help="A YAML file or a preset.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
@@ -30,7 +32,9 @@ Input = Annotated[str | None, typer.Option("--input", metavar="PATH", help="Inpu
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many items.")]
 Endpoints = Annotated[
     str | None,
-    typer.Option("--endpoints", metavar="URLS|FILE|simulated", help="Where the model is served."),
+    typer.Option(
+        "--endpoints", metavar="URLS|FILE|simulated|auto", help="Where the model is served."
+    ),
 ]
 Saver = Annotated[
     str | None,
@@ -43,6 +47,12 @@ Sets = Annotated[
 Trace = Annotated[bool, typer.Option("--trace", help="Run and trace every item by LangGraph.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no tables.")]
+Metrics = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port", min=1, max=65535, help="Serve Prometheus metrics on this loopback port."
+    ),
+]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Ask failed items again.")]
 
 
@@ -51,6 +61,7 @@ def _setup(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")] = False,
 ) -> None:
     level = logging.INFO if verbose else logging.WARNING
+    choice_logger.setLevel(logging.INFO)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
 
@@ -67,10 +78,18 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     as_json: AsJson = False,
     quiet: Quiet = False,
     retry_failed: Retry = False,
+    metrics_port: Metrics = None,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
     wish = running.Wish(
-        overrides or [], input_path, limit, endpoints, checkpointer, trace, retry_failed
+        overrides=overrides or [],
+        input_path=input_path,
+        limit=limit,
+        endpoints=endpoints,
+        checkpointer=checkpointer,
+        trace=trace,
+        retry_failed=retry_failed,
+        metrics_port=metrics_port,
     )
     raise typer.Exit(running.run(config, out, wish, running.Output(as_json, quiet)))
 
@@ -87,18 +106,47 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     as_json: AsJson = False,
     quiet: Quiet = False,
     retry_failed: Retry = False,
+    metrics_port: Metrics = None,
 ) -> None:
     """Go on with a run: only what is not finished is called."""
     wish = running.Wish(
-        overrides or [], input_path, limit, endpoints, checkpointer, trace, retry_failed
+        overrides=overrides or [],
+        input_path=input_path,
+        limit=limit,
+        endpoints=endpoints,
+        checkpointer=checkpointer,
+        trace=trace,
+        retry_failed=retry_failed,
+        metrics_port=metrics_port,
     )
     raise typer.Exit(running.resume(folder, wish, running.Output(as_json, quiet)))
 
 
 @app.command()
-def status(folder: Folder, as_json: AsJson = False) -> None:
+def status(
+    folder: Folder,
+    as_json: AsJson = False,
+    endpoints: Annotated[
+        bool, typer.Option("--endpoints", help="Show what each endpoint did.")
+    ] = False,
+) -> None:
     """Show how far a run is."""
-    looking.status(folder, as_json)
+    if endpoints:
+        listing.past(folder, as_json)
+    else:
+        looking.status(folder, as_json)
+
+
+@app.command()
+def endpoints(
+    config: Config,
+    where: Endpoints = None,
+    overrides: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the endpoints as they are now; exit with 2 when none serves the model."""
+    wish = running.Wish(overrides or [], endpoints=where)
+    raise typer.Exit(listing.now(config, wish, as_json))
 
 
 @app.command()

@@ -18,7 +18,7 @@ from .finish import write_results
 from .item import item_engine
 from .items import item_context
 from .opening import Mode, open_run
-from .plan import shard_items, window
+from .plan import cut
 from .prepare import default_folder, prepare_run
 from .settings import settle
 from .shared import Shared
@@ -89,8 +89,7 @@ class RunContext(Context):
 
     def _look_up(self, folder: str) -> Prepared:
         total = open_folder(Path(folder)).read_provenance()["input"]["items"]
-        size = shard_items(self.loaded.config, total)
-        return Prepared(folder, total, size, window(self.loaded.config, size))
+        return cut(folder, self.loaded.config, total)
 
     @asynccontextmanager
     async def opened(self, folder: str) -> AsyncIterator[RunTools]:

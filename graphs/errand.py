@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,27 +15,32 @@ import orjson
 
 from ..backends.accounts.errand import FiledLedger, SentLedger, WorkerLedger, worker_file
 from ..backends.accounts.journal import JournalWriter
-from ..backends.build import Serving, endpoint_specs, open_fleet
+from ..backends.build import Serving, located, open_fleet, survey
 from ..backends.contract.errors import SiteError
 from ..backends.contract.types import Item
 from ..backends.contract.wire import Order
 from ..backends.fleet.address import EndpointSpec
 from ..backends.fleet.fleet import Fleet
+from ..backends.nearby import served_here
 from ..configs.load import Loaded, load
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
 from ..nodes.context import RunTools
 from ..nodes.gate import Gate
 from ..nodes.progress import Progress
-from .crew import beat_file
 from .items import item_runner
 from .shared import Shared
+from .signs import beat_file
 
 _STOP_S: Final = 1.0
 BEAT_S: Final = 2.0
 """Seconds between a worker's signs of life."""
 FSYNC_S: Final = 1.0
 """Workers flush their journal once a second: what a node's loss may cost."""
+
+
+IDLE_S: Final = 60.0
+"""A worker without orders closes connections and journal after so many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +54,33 @@ class Parts:
 
 
 class Bag:
-    """Opens parts, and keeps those last used open for the next order."""
+    """Opens parts, and keeps those last used open for the next order.
 
-    def __init__(self) -> None:
+    Args:
+        idle_s: Seconds without an order after which they are closed.
+    """
+
+    def __init__(self, idle_s: float = IDLE_S) -> None:
         self._shared = Shared[Parts]()
         self._kept: tuple[str, AsyncExitStack] | None = None
         self._keeping = asyncio.Lock()
+        self._idle_s = idle_s
+        self._idle: asyncio.Task[None] | None = None
+        self._orders = 0
 
     @asynccontextmanager
     async def parts(self, order: Order, worker: str) -> AsyncIterator[Parts]:
         """Use the parts that an order needs."""
         key = _key(order)
-        async with self._shared.use(key, lambda: open_parts(order, worker)) as parts:
-            await self._keep(key, order, worker)
-            yield parts
+        self._orders += 1
+        try:
+            async with self._shared.use(key, lambda: open_parts(order, worker)) as parts:
+                await self._keep(key, order, worker)
+                yield parts
+        finally:
+            self._orders -= 1
+            if self._idle is None:
+                self._idle = asyncio.create_task(self._close_when_idle())
 
     async def _keep(self, key: str, order: Order, worker: str) -> None:
         async with self._keeping:
@@ -79,8 +97,21 @@ class Bag:
             stack, self._kept = self._kept[1], None
             await stack.aclose()
 
+    async def _close_when_idle(self) -> None:
+        quiet = 0.0
+        while quiet < self._idle_s:
+            await asyncio.sleep(self._idle_s / 4)
+            quiet = 0.0 if self._orders else quiet + self._idle_s / 4
+        self._idle = None
+        async with self._keeping:
+            await self._let_go()
+
     async def aclose(self) -> None:
         """Close what is kept."""
+        if self._idle is not None:
+            self._idle.cancel()
+            await asyncio.wait({self._idle})
+            self._idle = None
         async with self._keeping:
             await self._let_go()
 
@@ -100,20 +131,34 @@ async def open_parts(order: Order, worker: str) -> AsyncIterator[Parts]:
         SiteError: The shared folder cannot be reached from here.
     """
     loaded = await asyncio.to_thread(load, order.settings)
-    key = loaded.config.endpoints.api_key.get_secret_value()
-    if order.urls is None:
-        specs = endpoint_specs(loaded.config.endpoints, loaded.plain["endpoints"])
-    else:
-        specs = [EndpointSpec(url, key) for url in order.urls]
-    model, simulated = order.run["model"], order.run["simulated"]
+    model = order.run["model"]
     async with AsyncExitStack() as stack:
-        serving = Serving(tuple(specs), model, simulated)
-        fleet = await stack.enter_async_context(open_fleet(loaded.config, serving))
+        here = await stack.enter_async_context(_served(order, loaded))
+        fleet = await stack.enter_async_context(open_fleet(loaded.config, here))
         writer = None
         if order.journal is not None:
             writer = await _open_journal(Path(order.journal), order, worker)
             stack.push_async_callback(writer.close)
         yield Parts(loaded, fleet, model, writer)
+
+
+@asynccontextmanager
+async def _served(order: Order, loaded: Loaded) -> AsyncIterator[Serving]:
+    """Return whom this worker asks."""
+    config, written = loaded.config, loaded.plain["endpoints"]
+    model, simulated = order.run["model"], order.run["simulated"]
+    if order.urls is not None:
+        key = config.endpoints.api_key.get_secret_value()
+        yield Serving(tuple(EndpointSpec(url, key) for url in order.urls), model, simulated)
+    elif config.backend.node_endpoints:
+        async with served_here(config, written, model, simulated) as here:
+            yield here
+    else:
+        async with located(config, written) as place:
+            if config.endpoints.must_be_asked:
+                yield await survey(place, model, config.endpoints.models)
+            else:
+                yield Serving(place.specs, model, simulated, place=place)
 
 
 async def _open_journal(folder: Path, order: Order, worker: str) -> JournalWriter:
@@ -128,28 +173,36 @@ async def _open_journal(folder: Path, order: Order, worker: str) -> JournalWrite
 
 
 @asynccontextmanager
-async def beating(order: Order) -> AsyncIterator[None]:
-    """Touch the order's file in the shared folder while the block runs.
+async def attending(order: Order) -> AsyncIterator[StopSign]:
+    """Look for the coordinator's stop, and give signs of life, while the block runs.
 
-    The event loop does it: a worker whose loop hangs gives no sign of life.
+    The event loop does both: a worker whose loop hangs gives no sign of life.
     """
-    if order.journal is None:
-        yield
-        return
-    file = beat_file(Path(order.journal), order.shard, order.attempt)
-    task = asyncio.create_task(_beat(file))
+    sign = StopSign(order.deadline_s)
+    tasks = []
+    if order.stop_file is not None:
+        tasks.append(asyncio.create_task(_look(Path(order.stop_file), sign)))
+    if order.journal is not None and "token" in order.run:
+        file = beat_file(Path(order.journal), order.run["token"], order.shard, order.attempt)
+        tasks.append(asyncio.create_task(_beat(file)))
     try:
-        yield
+        yield sign
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _beat(file: Path) -> None:
     while True:
         await asyncio.to_thread(file.touch)
         await asyncio.sleep(BEAT_S)
+
+
+async def _look(file: Path, sign: StopSign) -> None:
+    while not sign.stopped:
+        sign.stopped = await asyncio.to_thread(file.exists)
+        await asyncio.sleep(_STOP_S)
 
 
 class OrderStore:
@@ -181,27 +234,33 @@ class Errand:
 
 
 class StopSign:
-    """An order's deadline, and the file by which its coordinator stops all workers."""
+    """An order's deadline, and whether its coordinator stops all workers.
 
-    def __init__(self, deadline_s: float, file: str | None) -> None:
+    Args:
+        deadline_s: Seconds from now until no further item begins.
+
+    Attributes:
+        stopped: Whether the coordinator has stopped the run.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
         self._end = time.monotonic() + deadline_s
-        self._file = Path(file) if file else None
-        self._looked, self._there = 0.0, False
+        self.stopped = False
 
     def reason(self) -> str | None:
-        """Tell why no further item shall begin, or None; looks at the file once a second."""
-        now = time.monotonic()
-        if now > self._end:
-            return "the order's deadline"
-        if self._file is not None and now - self._looked > _STOP_S:
-            self._looked, self._there = now, self._file.exists()
-        return "the coordinator stopped the run" if self._there else None
+        """Tell why no further item shall begin, or None."""
+        if self.stopped:
+            return "the coordinator stopped the run"
+        return "the order's deadline" if time.monotonic() > self._end else None
 
 
-def errand(order: Order, parts: Parts) -> Errand:
+def errand(order: Order, parts: Parts, stop: StopSign) -> Errand:
     """Return what one order needs, over parts that are open."""
     items, loaded = order.unpacked(), parts.loaded
-    ledger = SentLedger() if parts.writer is None else FiledLedger(parts.writer)
+    if parts.writer is None:
+        ledger: WorkerLedger = SentLedger(order.carry, order.streams)
+    else:
+        ledger = FiledLedger(parts.writer)
     reduce = [with_bounds(s, loaded.config.task.answer_schema) for s in loaded.config.reduce]
     tools = RunTools(
         store=OrderStore(items),
@@ -213,4 +272,4 @@ def errand(order: Order, parts: Parts) -> Errand:
         fingerprint=bytes.fromhex(order.run["fingerprint"]),
         simulated=order.run["simulated"],
     )
-    return Errand(tools, ledger, StopSign(order.deadline_s, order.stop_file))
+    return Errand(tools, ledger, stop)

@@ -7,11 +7,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..backends.build import PROBE_TIMEOUT_S, endpoint_specs, input_spec, needed_columns, simulation
+from ..backends.build import input_spec, located, needed_columns
 from ..backends.contract.template import Template
-from ..backends.fleet.probe import Found, check_models, discover
+from ..backends.fleet.matching import match
+from ..backends.fleet.probe import Found
 from ..backends.inputs.spill import spill
 from ..backends.inputs.store import ItemStore
+from ..backends.simulation import simulation
 from ..configs.load import Loaded
 from .prepare import check_endpoints, check_graph, check_input
 
@@ -70,10 +72,12 @@ async def _probe(loaded: Loaded) -> tuple[str, ...]:
         spec = simulation(loaded.config)
         nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
         return (f"SIMULATED fleet of {nodes} serving {spec.model!r}",)
-    specs = endpoint_specs(loaded.config.endpoints, loaded.plain["endpoints"])
-    found = await discover(specs, PROBE_TIMEOUT_S)
-    check_models(found, loaded.config.model.name)
-    return tuple(_line(f) for f in found)
+    config = loaded.config
+    async with located(config, loaded.plain["endpoints"]) as place:
+        found = await place.ask()
+        match(found, config.model.name or place.model, config.endpoints.models)
+        chosen = () if place.why is None else (place.why,)
+        return (*chosen, *map(_line, found))
 
 
 def _line(found: Found) -> str:

@@ -6,28 +6,64 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Final
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ..backends.fleet.fleet import Fleet
 from ..nodes.context import RunTools
+from .opened import OpenedRun
 
 _PLAIN_S: Final = 10.0
 _LIVE_S: Final = 0.25
 _RATE_S: Final = 10.0
+_WIDTH: Final = 80
+_WHOLE: Final = 10_000
+"""Numbers below are shown as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The parts of a line, in their order."""
+
+    counts: str
+    failed: str
+    rate: str
+    flow: str
+    flying: str
+    refused: str
+    eta: str
+
+    def line(self, mark: str, *, without: tuple[str, ...] = ()) -> str:
+        names = ("counts", "failed", "rate", "flow", "flying", "refused", "eta")
+        shown = [getattr(self, name) for name in names if name not in without]
+        return "  ".join(part for part in (mark, *shown) if part)
 
 
 class Line:
-    """Renders one line of progress; rates are over the last ten seconds."""
+    """Renders one line of progress, of 80 characters at most; rates are over ten seconds."""
 
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
         self._seen = [(time.monotonic(), *self._so_far())]
+        self._paused: float | None = None
 
     def __str__(self) -> str:
         """Return the line as it stands now."""
+        parts, simulated = self._parts(), self._tools.simulated
+        tries: tuple[tuple[str, tuple[str, ...]], ...] = (
+            ("SIMULATED", ()),
+            ("SIMULATED", ("flow",)),
+            ("SIM", ("flow",)),
+            ("SIM", ("flow", "rate")),
+        )
+        lines = (parts.line(mark if simulated else "", without=out) for mark, out in tries)
+        return next((line for line in lines if len(line) <= _WIDTH), parts.line("SIM")[:_WIDTH])
+
+    def _parts(self) -> _Parts:
         progress, now = self._tools.progress, time.monotonic()
         fresh, tokens = self._so_far()
         self._seen.append((now, fresh, tokens))
@@ -38,12 +74,36 @@ class Line:
         rate, flow = (fresh - items) / seconds, (tokens - spent) / seconds
         left = progress.total - progress.done - progress.failed
         eta = f"{_duration(left / rate)} left" if rate > 0 and left else "…" if left else "done"
-        simulated = "SIMULATED  " if self._tools.simulated else ""
-        return (
-            f"{simulated}{progress.done:,} done  {progress.failed:,} failed  of {progress.total:,}"
-            f"  {rate:,.0f} items/s  {flow:,.0f} tokens/s  "
-            f"{self._tools.gate.in_flight:,} in flight  {eta}"
+        fleet = self._tools.fleet if isinstance(self._tools, OpenedRun) else None
+        refused = fleet.health().refusals if fleet is not None else 0
+        pause = self._pause(fleet, now)
+        return _Parts(
+            counts=f"{short(progress.done)} of {short(progress.total)}",
+            failed=f"{short(progress.failed)} failed",
+            rate="" if pause else f"{short(rate)}/s",
+            flow="" if pause else f"{short(flow)} tok/s",
+            flying=pause or self._flying(fleet),
+            refused=f"{short(refused)} refused" if refused and not pause else "",
+            eta="" if pause else eta,
         )
+
+    def _flying(self, fleet: Fleet | None) -> str:
+        if (crew := self._tools.crew) is not None:
+            return f"{short(crew.out)} shards out"
+        if fleet is None:
+            return f"{short(self._tools.gate.in_flight)} in flight"
+        health = fleet.health()
+        return f"{health.healthy}/{health.total} up  {short(health.in_flight)} in flight"
+
+    def _pause(self, fleet: Fleet | None, now: float) -> str:
+        """Return why nothing goes on, since when and for how long at most; or nothing."""
+        health = fleet.health() if fleet is not None else None
+        if fleet is None or health is None or health.healthy or health.paused is None:
+            self._paused = None
+            return ""
+        self._paused = now if self._paused is None else self._paused
+        waited, most = _duration(now - self._paused), _duration(fleet.policy.timeout.fleet_s)
+        return f"NO ENDPOINT ALIVE 0/{health.total}: waiting {waited} of {most}"
 
     def _so_far(self) -> tuple[int, int]:
         progress = self._tools.progress
@@ -51,10 +111,21 @@ class Line:
         return progress.done + progress.failed - progress.before, tokens
 
 
+def short(number: float) -> str:
+    """Return a number in five characters at most, large ones with a unit: ``143k``, ``1.2M``."""
+    if round(number) < _WHOLE:
+        return f"{number:,.0f}"
+    scaled, units = number / 1000, "kMGT"
+    while round(scaled) >= 1000 and len(units) > 1:  # noqa: PLR2004 - the next unit
+        scaled, units = scaled / 1000, units[1:]
+    digits = 1 if scaled < 9.95 else 0  # noqa: PLR2004 - 9.95 is 10 when rounded
+    return f"{scaled:.{digits}f}{units[0]}"
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}h{minutes:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @asynccontextmanager

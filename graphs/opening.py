@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -12,22 +13,27 @@ from typing import Any
 
 from ..backends.accounts.folder import RunFolder
 from ..backends.accounts.ledger import Ledger
-from ..backends.build import open_fleet, serving
+from ..backends.build import open_fleet
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.types import Item
+from ..backends.fleet.fleet import Fleet
 from ..backends.inputs.store import ItemStore
+from ..backends.nearby import served
 from ..backends.places import is_elsewhere
 from ..backends.sites.executor import WorkShard
 from ..configs.load import Loaded
+from ..configs.models import RunConfig
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
 from ..nodes.context import RunTools
 from ..nodes.gate import Gate
 from ..nodes.progress import Progress
 from ..nodes.state import ItemState
-from .crew import WorkCrew, crew_terms, open_crew
+from .crew import STOP_S, WorkCrew, crew_terms, open_crew
 from .identity import fingerprint
 from .items import TRACED_ITEMS, ItemEngine, RunItem, is_seen, item_runner
+from .metrics import exposed
+from .opened import OpenedRun, reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,34 +72,56 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
         ledger.begin(f"{socket.gethostname()} pid {os.getpid()}", config.ledger.fsync_s)
         progress = _progress(ledger, total)
         run_item: RunItem = _nothing_to_ask
+        fleet: Fleet | None = None
         crew: WorkCrew | None = None
         if ledger.counts().open:
             up = await stack.enter_async_context(
-                serving(config, loaded.plain["endpoints"], books.model)
+                served(config, loaded.plain["endpoints"], books.model)
             )
             _check_kind(up.simulated, books.simulated)
             if is_elsewhere(config.backend):
+                _check_mode(mode)
                 terms = crew_terms(folder, loaded, up, books.about, ledger.life)
                 crew = await stack.enter_async_context(
-                    open_crew(config.backend, mode.work_shard, terms, ledger, progress)
+                    open_crew(loaded, mode.work_shard, terms, ledger, progress)
                 )
             else:
                 fleet = await stack.enter_async_context(open_fleet(config, up))
+                await stack.enter_async_context(reported(fleet, folder, ledger.life))
                 seen = is_seen(config, mode.trace, total)
                 engine = mode.engine(config.task.graph is not None) if seen else None
                 quiet = total > TRACED_ITEMS and not mode.trace
                 run_item = item_runner(loaded, fleet, up.model, engine, quiet)
-        yield RunTools(
+        tools = OpenedRun(
             store=books.store,
             ledger=ledger,
             aggregate=build([with_bounds(s, config.task.answer_schema) for s in config.reduce]),
             run_item=run_item,
-            gate=Gate(config.limits.streams, config.limits.drain_s),
+            gate=_gate(config, crew is not None),
             progress=progress,
             fingerprint=bytes.fromhex(books.fingerprint),
             simulated=books.simulated,
             crew=crew,
+            fleet=fleet,
         )
+        await stack.enter_async_context(exposed(tools, config.metrics.port))
+        yield tools
+
+
+def _check_mode(mode: Mode) -> None:
+    if mode.trace:
+        msg = (
+            "--trace runs every item by LangGraph's engine in this process, and the settings send "
+            "the shards elsewhere; add --set 'backend={kind: local}'"
+        )
+        raise ConfigurationError(msg)
+
+
+def _gate(config: RunConfig, elsewhere: bool) -> Gate:
+    """Return the bound on items in flight; of shards elsewhere, the places bound the number."""
+    if elsewhere:
+        return Gate(sys.maxsize, config.limits.drain_s + STOP_S, "shards")
+    return Gate(config.limits.streams, config.limits.drain_s)
 
 
 @dataclass(frozen=True, slots=True)

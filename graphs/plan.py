@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
+from ..backends.places import at_a_time, is_elsewhere
 from ..configs.models import RunConfig
+from ..nodes.context import Prepared
 
 _LEAST, _MOST = 256, 4096
 _SHARDS: Final = 64
 _WINDOW: Final = 256
+_ROUNDS: Final = 4
+"""Items per stream in a worker's smallest shard: at its end streams run dry."""
+_FEWEST: Final = 16
+
+
+def cut(folder: str, config: RunConfig, total: int) -> Prepared:
+    """Return a run of so many items with its plan."""
+    size = shard_items(config, total)
+    return Prepared(folder, total, size, window(config, size), sizing(config))
 
 
 def shard_items(config: RunConfig, total: int) -> int:
     """Return the items per shard: as configured, or so many that about 64 shards result.
 
     A superstep's barrier must not show, so few shards of many items beat many of few; below
-    256 items the engine's cost per Send shows, above 4,096 the part of a killed shard.
+    256 items the engine's cost per Send shows, above 4,096 the part of a killed shard. Elsewhere
+    it is the size of the first shards, which measure how large the others shall be.
     """
     if config.shard.items is not None:
         return config.shard.items
+    if is_elsewhere(config.backend):
+        workers = at_a_time(config.backend)
+        least = max(_LEAST, _ROUNDS * config.limits.streams // workers)
+        return max(_FEWEST, min(least, -(-total // (2 * workers))))
     return min(_MOST, max(_LEAST, config.limits.streams // 4, -(-total // _SHARDS)))
 
 
+def sizing(config: RunConfig) -> dict[str, Any] | None:
+    """Return how shards are sized by what an item takes; None keeps one size."""
+    backend = config.backend
+    if config.shard.items is not None or not is_elsewhere(backend):
+        return None
+    return {
+        "workers": at_a_time(backend),
+        "least_s": backend.shard_least_s,
+        "most_s": backend.shard_most_s,
+    }
+
+
 def window(config: RunConfig, size: int) -> int:
-    """Return the shards per superstep: 256, or for tiny shards enough to keep the streams busy."""
+    """Return the shards per superstep: 256, or more to keep many streams or workers busy."""
+    if is_elsewhere(config.backend):
+        return max(_WINDOW, 8 * at_a_time(config.backend))
     return max(_WINDOW, min(_MOST, 16 * config.limits.streams // size))

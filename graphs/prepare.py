@@ -18,17 +18,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, now, write_bytes
-from ..backends.build import endpoint_specs, input_spec, needed_columns, serving, simulation
+from ..backends.build import input_spec, needed_columns
 from ..backends.contract.errors import ConfigurationError, MissingExtraError
 from ..backends.inputs.spec import InputSummary
 from ..backends.inputs.spill import spill
+from ..backends.locate import check_place
+from ..backends.nearby import served
+from ..backends.simulation import simulation
 from ..configs.load import Loaded
 from ..configs.plain import to_yaml
+from ..configs.source import may_be_secret
 from .identity import fingerprint
 from .items import load_graph
 
 RUNS: Final = "fanfold-runs"
 _HIDDEN: Final = re.compile(r"://\S*@")
+_INNER_SECRET: Final = re.compile(r"(?:key|token)\w*[\"']?\s*:")
 _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai", "pydantic")
 
 
@@ -118,7 +123,7 @@ def check_endpoints(loaded: Loaded) -> None:
     """
     try:
         if loaded.config.endpoints.simulated is None:
-            endpoint_specs(loaded.config.endpoints, loaded.plain["endpoints"])
+            check_place(loaded.config.endpoints, loaded.plain["endpoints"])
         else:
             simulation(loaded.config)
     except MissingExtraError:
@@ -131,7 +136,7 @@ async def _settle_model(loaded: Loaded) -> tuple[str, bool]:
     """Return the model's name, and whether the endpoints are simulated."""
     if loaded.config.endpoints.simulated is not None:
         return simulation(loaded.config).model, True
-    async with serving(loaded.config, loaded.plain["endpoints"]) as up:
+    async with served(loaded.config, loaded.plain["endpoints"]) as up:
         return up.model, up.simulated
 
 
@@ -182,8 +187,10 @@ def _public(arguments: Sequence[str]) -> Iterator[str]:
     for argument in arguments:
         if "://" in argument:
             yield _HIDDEN.sub("://…@", argument.partition("?")[0])
-        elif "key" in argument.partition("=")[0].rpartition(".")[2]:
+        elif may_be_secret(argument.partition("=")[0].rpartition(".")[2]):
             yield argument.partition("=")[0] + ("=…" if "=" in argument else "")
+        elif _INNER_SECRET.search(argument):
+            yield argument.partition("=")[0] + "=…"
         else:
             yield argument
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.accounts.folder import RunFolder, write_bytes
-from ..backends.build import input_spec, needed_columns, serving, simulation
+from ..backends.build import input_spec, needed_columns
 from ..backends.contract.errors import ConfigurationError
 from ..backends.inputs.spill import spill
 from ..backends.inputs.store import ItemStore
+from ..backends.nearby import served
+from ..backends.simulation import simulation
 from ..configs.load import Loaded, load
 from ..configs.plain import to_yaml
 from .identity import differences, fingerprint
@@ -104,7 +106,7 @@ async def _check_kind(folder: RunFolder, about: dict[str, Any], after: Loaded) -
     if after.config.endpoints.simulated is not None:
         simulation(after.config)
         return
-    async with serving(after.config, after.plain["endpoints"], about["model"]) as up:
+    async with served(after.config, after.plain["endpoints"], about["model"]) as up:
         if up.simulated != about["simulated"]:
             kinds = ("real", "simulated")
             change = f"{kinds[about['simulated']]} → {kinds[up.simulated]}"

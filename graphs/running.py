@@ -16,6 +16,7 @@ from rich.console import Console
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
 from ..backends.contract.errors import FanfoldError, RunStoppedError
 from ..configs.load import Loaded
+from .metrics import check_metrics
 from .prepare import default_folder, prepare_run
 from .report import show_aggregate
 from .resume import resume_run
@@ -38,15 +39,23 @@ class Wish:
     checkpointer: str | None = None
     trace: bool = False
     retry_failed: bool = False
+    metrics_port: int | None = None
 
     @property
     def changes_settings(self) -> bool:
         """Say whether any of them changes the configuration."""
-        return bool(self.overrides or self.input_path or self.limit or self.endpoints)
+        given = (self.overrides, self.input_path, self.limit, self.endpoints, self.metrics_port)
+        return any(given)
 
     def settled(self, config: str) -> tuple[Loaded, list[str]]:
         """Return the configuration with the options applied, and notices."""
-        return settle(config, self.overrides, self.input_path, self.limit, self.endpoints)
+        overrides = list(self.overrides)
+        if self.metrics_port is not None:
+            overrides.append(f"metrics.port={self.metrics_port}")
+        loaded, notices = settle(config, overrides, self.input_path, self.limit, self.endpoints)
+        if loaded.config.metrics.port is not None:
+            check_metrics()
+        return loaded, notices
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.contract.errors import ConfigurationError
+from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load, peek
 from ..configs.source import at_path
 
@@ -33,7 +34,7 @@ def settle(
         overrides: ``a.b=value`` assignments.
         input_path: Input in place of the configured one.
         limit: Take only the first so many items.
-        endpoints: ``simulated``, an endpoints file, or base URLs separated by commas.
+        endpoints: ``simulated``, ``auto``, an endpoints file, or base URLs separated by commas.
 
     Returns:
         The configuration, and notices for the user.
@@ -81,22 +82,24 @@ def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
     """Return the settings that an ``--endpoints`` option stands for; the key stays.
 
     Args:
-        text: ``simulated``, an endpoints file, or base URLs separated by commas.
+        text: ``simulated``, ``auto``, an endpoints file, or base URLs separated by commas.
         simulated: The configured simulated fleet, kept if there is one.
 
     Raises:
-        ConfigurationError: None of the three.
+        ConfigurationError: None of the four.
     """
-    kinds: dict[str, Any] = {"simulated": None, "urls": None, "file": None}
+    kinds: dict[str, Any] = dict.fromkeys((*KINDS, *HOSTS_ONLY))
     if text == "simulated":
         kinds["simulated"] = simulated or {}
+    elif text == "auto":
+        kinds["auto"] = True
     elif "://" in text:
         kinds["urls"] = [url.strip() for url in text.split(",") if url.strip()]
     else:
         path = Path(text).expanduser().resolve()
         if not path.is_file():
             msg = (
-                f"--endpoints {text!r}: neither 'simulated', nor URLs such as "
+                f"--endpoints {text!r}: neither 'simulated' nor 'auto', nor URLs such as "
                 "http://node17:8000/v1 (several with commas between), nor a file"
             )
             raise ConfigurationError(msg)

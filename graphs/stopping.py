@@ -48,7 +48,8 @@ class Stop:
         if self._gate is not None and self._times == 1:
             flying = self._gate.in_flight
             self._gate.close(name)
-            self._say(f"{name}: waiting for {flying:,} items in flight; once more stops at once")
+            what = self._gate.what
+            self._say(f"{name}: waiting for {flying:,} {what} in flight; once more stops at once")
         elif self._gate is not None and self._times == _HURRY:
             self._gate.hurry()  # no cancelling: it would break off checkpoints half written
         elif self._work is not None:

@@ -7,20 +7,29 @@ A worker process keeps one event loop and its fleet's connections from order to 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
+
+import orjson
 
 from ..backends.contract.errors import FanfoldError, SiteError
 from ..backends.contract.types import Json, Shard
 from ..backends.contract.wire import Order, Summary, own_version
 from ..nodes.work import finish_some
-from .errand import Bag, beating, errand
+from .errand import Bag, attending, errand
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_S: Final = 5.0
 
 
 def work_shard(order: dict[str, Json]) -> dict[str, Json]:
@@ -39,10 +48,20 @@ class Worker:
         self._loop = asyncio.new_event_loop()
         self.bag = Bag()
         threading.Thread(target=self._loop.run_forever, name="fanfold", daemon=True).start()
+        # Before the interpreter ends its thread pools, which closing needs; ``atexit`` is too late.
+        threading._register_atexit(self.close)  # type: ignore[attr-defined]  # noqa: SLF001
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the worker's loop and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        """Close what is kept between orders, unless the loop hangs."""
+        closing = asyncio.run_coroutine_threadsafe(self.bag.aclose(), self._loop)
+        try:
+            closing.result(_CLOSE_S)
+        except TimeoutError:
+            logger.warning("%s: the event loop hangs; its connections are not closed", whoami())
 
 
 @lru_cache(maxsize=1)
@@ -71,21 +90,31 @@ def _check_version(order: Order) -> None:
 
 
 async def _work(order: Order, bag: Bag) -> Summary:
-    async with bag.parts(order, whoami()) as parts, beating(order):
-        job = errand(order, parts)
+    began = time.monotonic()
+    async with attending(order) as stop, bag.parts(order, whoami()) as parts:
+        job = errand(order, parts, stop)
         part = await finish_some(Shard(0, len(order.items)), job.tools, job.drain)
         gate = job.tools.gate
-        return Summary(
+        summary = Summary(
             shard=order.shard,
             attempt=order.attempt,
             fanfold=own_version(),
             worker=whoami(),
             tally=part.tally,
             stopped=gate.reason,
-            parts=part.state(),
+            parts=None if job.ledger.altered else part.state(),
             records=job.ledger.sent,
             error=None if gate.error is None else as_data(gate.error),
+            seconds=time.monotonic() - began,
         )
+        return await asyncio.to_thread(_carried, summary, order.carry)
+
+
+def _carried(summary: Summary, carry: int) -> Summary:
+    """Leave out the part of the aggregate if it is too large; it can be folded from the records."""
+    if summary.parts is None or len(orjson.dumps(summary.parts)) < carry:
+        return summary
+    return replace(summary, parts=None)
 
 
 def _refused(order: Any, error: FanfoldError) -> Summary:

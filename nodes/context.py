@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from ..backends.contract.protocols import ChatModel
 from ..backends.contract.template import Template
-from ..backends.contract.types import Item, Json
+from ..backends.contract.types import Item, Json, Shard
 from ..backends.contract.wire import Order, Summary
 from .aggregators import Aggregate
 from .answer import AnswerCheck
@@ -85,23 +85,38 @@ class RunLedger(Ledger, Protocol):
         ...
 
 
+Answered: TypeAlias = tuple[Order | None, Summary]
+"""A worker's summary, with the order that it answers; None: an earlier life has ordered it."""
+
+
 class Crew(Protocol):
     """Those who work elsewhere."""
 
+    @property
+    def nodewise(self) -> bool:
+        """Say whether each worker has endpoints of its own."""
+        ...
+
+    @property
+    def out(self) -> int:
+        """Return how many shards are out."""
+        ...
+
     async def work(
-        self, shard: str, remaining: Callable[[], list[Item]]
-    ) -> tuple[Order, Summary] | None:
+        self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
+    ) -> Answered | None:
         """Have the remaining items of a shard worked on.
 
         Args:
-            shard: The shard's name.
+            shard: The shard.
             remaining: Returns the items that have not ended yet; asked again at each attempt.
 
         Returns:
-            The order that was answered and its summary; None when nothing was left to order.
+            What was answered; None when nothing was left to order, or the run is being stopped.
 
         Raises:
             RunStoppedError: The shard was lost too often.
+            ConfigurationError: The work cannot be done, whatever is tried again.
         """
         ...
 
@@ -111,6 +126,10 @@ class Crew(Protocol):
 
     async def stop(self) -> None:
         """Let no worker begin a further item."""
+        ...
+
+    async def rest(self) -> None:
+        """Read the journal a last time: what workers record from now on counts for nothing."""
         ...
 
 
@@ -150,12 +169,14 @@ class Prepared:
         total: Number of items.
         shard_items: Items per shard.
         window: Shards per superstep.
+        sizing: How shards that are worked on elsewhere are sized; None keeps ``shard_items``.
     """
 
     folder: str
     total: int
     shard_items: int
     window: int
+    sizing: dict[str, Json] | None = None
 
 
 @dataclass

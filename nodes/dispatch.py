@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import math
+from typing import Final
+
 from langgraph.runtime import Runtime
 from langgraph.types import Send
 
 from .context import Context
 from .state import RunState
 
+_WAVES: Final = 4
+"""Shards per worker that the items left are cut into, so that all workers end at about a time."""
+
 
 async def dispatch(state: RunState, runtime: Runtime[Context]) -> RunState:  # noqa: ARG001 - a node
     """Move the cursor over the next window of shards."""
-    ahead = state["cursor"] + state["window"] * state["shard_items"]
-    return {"cursor": min(state["total"], ahead)}
+    lo, total = state["cursor"], state["total"]
+    size, count = _cut(state, total - lo)
+    return {"cursor": min(total, lo + count * size), "sent": [lo, size]}
+
+
+def _cut(state: RunState, left: int) -> tuple[int, int]:
+    """Return items per shard, and shards per superstep.
+
+    Elsewhere the first superstep is small and measures how long an item takes a worker; from
+    then on shards are as large as a worker finishes in the time that the settings aim at.
+    """
+    sizing = state.get("sizing")
+    if sizing is None:
+        return state["shard_items"], state["window"]
+    workers, least, pace = sizing["workers"], state["shard_items"], state.get("pace") or {}
+    if not pace.get("items"):
+        first = 2 * workers
+        return least, first if left > 2 * _WAVES * first * least else state["window"]
+    seconds = pace["seconds"] / pace["items"]
+    aim = math.sqrt(sizing["least_s"] * sizing["most_s"])
+    share = -(-left // (_WAVES * workers))
+    return max(least, min(share, int(aim / max(seconds, 1e-6)))), state["window"]
 
 
 def fan_out(state: RunState) -> list[Send]:
     """Send each shard of the window that the cursor has just passed."""
-    size, hi = state["shard_items"], state["cursor"]
-    span = state["window"] * size
-    first = (hi - 1) // span * span
+    (lo, size), hi = state["sent"], state["cursor"]
     return [
         Send("shard", {"run_folder": state["run_folder"], "lo": lo, "hi": min(lo + size, hi)})
-        for lo in range(first, hi, size)
+        for lo in range(lo, hi, size)
     ]
 
 

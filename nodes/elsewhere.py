@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from ..backends.contract.errors import ConfigurationError, LedgerError, RunStoppedError
 from ..backends.contract.types import Item, Shard
 from ..backends.contract.wire import Order, Summary
-from .context import Crew, RunTools
+from .context import Answered, Crew, RunTools
 from .work import Part, read_items
 
-_POLL_S: Final = 0.25
+logger = logging.getLogger(__name__)
+
+_POLL_S: Final = 2.0
 _SLICE: Final = 256
+_VISIBLE_S: Final = 90.0
+"""Network file systems show what another node has written after so many seconds at the latest."""
+_FORGIVEN: Final = 2
+"""So often may a node's own endpoints fail a shard before the run stops."""
 
 
 async def work_elsewhere(
@@ -49,36 +55,34 @@ class _Errand:
     ) -> None:
         self._shard, self._tools, self._crew, self._drain = shard, tools, crew, drain
         self._part = Part(tools)
-        self._open: dict[int, Item] = {}
+        self._folded = bytearray(len(shard))  # hundreds of shards wait: a byte per item
+        self._open = len(shard)
+        self._forgiven = 0
 
     async def done(self) -> Part | None:
-        await self._read()
-        name = f"{self._shard.lo}-{self._shard.hi}"
+        await self._fold_finished()
         while self._open and not self._stopped():
-            before = len(self._open)
-            outcome = await self._until_closed(self._crew.work(name, self._remaining))
-            await self._fold(outcome)
-            if outcome is not None and len(self._open) == before and not self._stopped():
-                msg = f"a worker came back from shard {name} without having finished one item"
-                raise RunStoppedError(f"{msg}: {outcome[1].stopped}")
+            before = self._open
+            outcome = await self._until_closed(self._crew.work(self._shard, self._remaining))
+            if outcome is not None:
+                await self._fold(outcome)
+            await self._fold_finished()
+            if outcome is not None and self._open == before and not self._stopped():
+                self._check_progress(outcome[1])
         if self._open:
             return None
         await self._tools.ledger.flush()
         return self._part
 
-    async def _read(self) -> None:
-        """Fold in what has ended before, and keep the rest."""
-        for lo in range(self._shard.lo, self._shard.hi, _SLICE):
-            hi = min(lo + _SLICE, self._shard.hi)
-            for item, record in await asyncio.to_thread(read_items, self._tools, lo, hi):
-                if record is None:
-                    self._open[item.index] = item
-                else:
-                    self._part.add(record, item)
+    async def _remaining(self) -> list[Item]:
+        """Read the items that have not ended yet."""
+        store, finished, spans = self._tools.store, self._tools.ledger.finished, [*self._spans()]
 
-    def _remaining(self) -> list[Item]:
-        ledger = self._tools.ledger
-        return [item for item in self._open.values() if not ledger.finished(item.index)]
+        def read() -> list[Item]:
+            items = (item for lo, hi in spans for item in store.read(lo, hi))
+            return [item for item in items if not finished(item.index)]
+
+        return await asyncio.to_thread(read)
 
     def _stopped(self) -> bool:
         gate = self._tools.gate
@@ -86,51 +90,114 @@ class _Errand:
             gate.close(reason)
         return gate.closed
 
-    async def _until_closed(self, work: Any) -> tuple[Order, Summary] | None:
+    async def _until_closed(self, work: Any) -> Answered | None:
         """Wait for a worker; once the run is being stopped, only for a while."""
+        gate = self._tools.gate
         task = asyncio.ensure_future(work)
-        stopping: float | None = None
+        closing = asyncio.ensure_future(gate.wait_closed(float("inf")))
         try:
-            while not task.done():
-                await asyncio.wait({task}, timeout=_POLL_S)
-                if stopping is None and self._stopped():
-                    stopping = time.monotonic()
-                    await self._crew.stop()
-                if stopping is not None and time.monotonic() - stopping > self._tools.gate.drain_s:
-                    return None
-            outcome: tuple[Order, Summary] | None = task.result()
-            return outcome
+            while not task.done() and not self._stopped():
+                either: set[asyncio.Future[Any]] = {task, closing}
+                await asyncio.wait(either, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                await self._crew.stop()
+                over: asyncio.Future[Any] = asyncio.ensure_future(gate.drained())
+                await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
+                over.cancel()
+            found: Answered | None = task.result() if task.done() else None
+            return found
         finally:
+            closing.cancel()
             task.cancel()
 
-    async def _fold(self, outcome: tuple[Order, Summary] | None) -> None:
-        """Record and fold in what a worker has finished, and what lost ones had recorded."""
-        ledger, twice = self._tools.ledger, self._tools.ledger.twice
-        summary = outcome[1] if outcome is not None else None
-        for record in (summary.records or []) if summary is not None else []:
-            if not ledger.finished(record["index"]):
-                ledger.put(record)
+    async def _fold(self, outcome: Answered) -> None:
+        """Record and fold in what a worker has finished."""
+        order, summary = outcome
+        for record in summary.records or ():
+            if not self._tools.ledger.finished(record["index"]):
+                self._tools.ledger.put(record)
                 self._tools.progress.count(record)
-        await self._crew.refresh()
-        if outcome is not None and ledger.twice == twice:
-            self._fold_parts(*outcome)
-        for index, item in list(self._open.items()):
-            if ledger.finished(index):
-                self._part.add(await asyncio.to_thread(ledger.record, index), item)
-                del self._open[index]
-        if summary is not None and summary.error is not None:
-            raise _as_error(summary)
+        if order is not None:
+            await self._see(order, summary)
+            self._fold_parts(order, summary)
+            self._part.timed(sum((summary.tally or {}).values()), summary.seconds)
+        if summary.error is not None:
+            await self._fold_finished()
+            self._forgive_or_raise(summary)
+
+    async def _see(self, order: Order, summary: Summary) -> None:
+        """Wait until the journal shows here what the worker says that it has written there."""
+        indices, said = [item[0] for item in order.items], sum((summary.tally or {}).values())
+        pause, waited = 0.05, 0.0
+        finished = self._tools.ledger.finished
+        while True:
+            await self._crew.refresh()
+            if sum(map(finished, indices)) >= said:
+                return
+            if waited >= _VISIBLE_S:
+                text = "shard %s: records of %s did not show up in the journal within %.0f s"
+                logger.warning(text, order.shard, summary.worker, waited)
+                return
+            await asyncio.sleep(pause)
+            waited, pause = waited + pause, min(2 * pause, 5.0)
 
     def _fold_parts(self, order: Order, summary: Summary) -> None:
-        """Take over a worker's part if it covers its whole order."""
-        indices = [index for index, *_ in order.items]
+        """Take over a worker's part if it covers its whole order, and the journal has it all.
+
+        Where two copies of a shard ended one item, the part may be another's than the journal
+        keeps; the last node then folds everything anew.
+        """
+        indices = [item[0] for item in order.items]
         if summary.parts is None or sum((summary.tally or {}).values()) != len(indices):
             return
-        if not all(index in self._open for index in indices):
-            return
-        self._part.merge(summary.tally or {}, summary.parts)
+        if all(map(self._is_open, indices)) and all(map(self._tools.ledger.finished, indices)):
+            self._part.merge(summary.tally or {}, summary.parts)
+            self._close(indices)
+
+    async def _fold_finished(self) -> None:
+        """Fold in, from the journal, what has ended and is not folded yet."""
+        finished = self._tools.ledger.finished
+        for lo, hi in list(self._spans()):
+            if not any(map(finished, range(lo, hi))):
+                continue
+            for item, record in await asyncio.to_thread(read_items, self._tools, lo, hi):
+                if record is not None and self._is_open(item.index):
+                    self._part.add(record, item)
+                    self._close([item.index])
+
+    def _is_open(self, index: int) -> bool:
+        return not self._folded[index - self._shard.lo]
+
+    def _close(self, indices: Sequence[int]) -> None:
+        folded, lo = self._folded, self._shard.lo
         for index in indices:
-            del self._open[index]
+            folded[index - lo] = 1
+        self._open -= len(indices)
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """Yield the slices of the shard that hold open items."""
+        for lo in range(self._shard.lo, self._shard.hi, _SLICE):
+            hi = min(lo + _SLICE, self._shard.hi)
+            if self._folded.find(0, lo - self._shard.lo, hi - self._shard.lo) >= 0:
+                yield lo, hi
+
+    def _check_progress(self, summary: Summary) -> None:
+        if summary.error is not None:  # forgiven
+            return
+        msg = (
+            f"worker {summary.worker} came back from shard {summary.shard} without having "
+            f"finished one item: {summary.stopped}"
+        )
+        raise RunStoppedError(msg)
+
+    def _forgive_or_raise(self, summary: Summary) -> None:
+        """Let another node try what one node's own endpoints could not do."""
+        error = _as_error(summary)
+        hopeless = not (self._crew.nodewise and isinstance(error, RunStoppedError))
+        if hopeless or self._forgiven >= _FORGIVEN:
+            raise error
+        self._forgiven += 1
+        logger.warning("shard %s: %s", summary.shard, error)
 
 
 def _as_error(summary: Summary) -> Exception:

@@ -17,17 +17,19 @@ class Gate:
     Args:
         streams: Most items in flight.
         drain_s: Seconds from the closing that those in flight are waited for.
+        what: What is in flight, for messages.
 
     Attributes:
         drain_s: As given.
+        what: As given.
         in_flight: Places taken, those on their way to somebody who waits included.
         reason: Why the gate was closed, or None.
         error: The error that closed it, or None.
     """
 
-    def __init__(self, streams: int, drain_s: float) -> None:
+    def __init__(self, streams: int, drain_s: float, what: str = "items") -> None:
         self._streams = streams
-        self.drain_s = drain_s
+        self.drain_s, self.what = drain_s, what
         self._waiting = deque[asyncio.Future[bool]]()
         self._over, self._closing = asyncio.Event(), asyncio.Event()
         self._over.set()

@@ -45,7 +45,9 @@ async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
         "total": run.total,
         "shard_items": run.shard_items,
         "window": run.window,
+        "sizing": run.sizing,
         "cursor": 0,
+        "pace": Overwrite({}),
         "tally": Overwrite({}),  # a thread that is used again starts anew
         "parts": Overwrite({}),
     }

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any, Final
+
 from langgraph.runtime import Runtime
 
-from .context import Context
+from .context import Context, RunTools
 from .state import RunState
+from .work import Part, read_items
+
+_SLICE: Final = 1024
 
 
 async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
     """Present the combined parts and write the results' files."""
-    context, tally = runtime.context, state["tally"]
+    context, tally, parts = runtime.context, state["tally"], state["parts"]
     async with context.opened(state["run_folder"]) as tools:
-        aggregate = tools.aggregate.present(state["parts"])
+        if tools.crew is not None:
+            await tools.crew.rest()
+        if tools.ledger.twice:
+            tally, parts = await asyncio.to_thread(_folded_anew, tools)
+        aggregate = tools.aggregate.present(parts)
         progress = {
             "items": state["total"],
             "done": tally.get("done", 0),
@@ -24,5 +34,20 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
             },
             "simulated": tools.simulated,
         }
-    results = await context.finish(state["run_folder"], aggregate, progress)
+        results = await context.finish(state["run_folder"], aggregate, progress)
     return {"aggregate": aggregate, "progress": progress, "results": results}
+
+
+def _folded_anew(tools: RunTools) -> tuple[dict[str, int], dict[str, Any]]:
+    """Fold the journal from the first item on; blocks.
+
+    Two copies of a shard have ended some items twice: the parts that came home may be of one
+    copy where the journal, and so the results, keep the other.
+    """
+    part, total = Part(tools), len(tools.store)
+    for lo in range(0, total, _SLICE):
+        for item, record in read_items(tools, lo, min(lo + _SLICE, total)):
+            if record is not None:
+                part.add(record, item)
+    tools.progress.done, tools.progress.failed = part.tally["done"], part.tally["failed"]
+    return part.tally, part.state()

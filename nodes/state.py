@@ -48,6 +48,11 @@ def add_tallies(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
     return {key: a.get(key, 0) + b.get(key, 0) for key in a | b}
 
 
+def add_paces(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    """Add two paces key by key."""
+    return {key: a.get(key, 0) + b.get(key, 0) for key in a | b}
+
+
 class RunInput(TypedDict, total=False):
     """What a run is given: a path, or items; or the folder of a run that was prepared.
 
@@ -98,7 +103,11 @@ class RunState(RunInput, RunOutput, total=False):
         total: Number of items.
         shard_items: Items per shard.
         window: Shards per superstep.
+        sizing: How shards that are worked on elsewhere are sized; None keeps ``shard_items``.
+        sent: First item of the present superstep, and its items per shard.
         cursor: First item that no shard was sent for yet.
+        pace: Items that workers elsewhere have finished, and the seconds that each took for its
+            own, added up.
         tally: Counts over the finished shards.
         parts: The finished shards' aggregate, combined.
     """
@@ -107,6 +116,9 @@ class RunState(RunInput, RunOutput, total=False):
     total: int
     shard_items: int
     window: int
+    sizing: dict[str, Json] | None
+    sent: list[int]
     cursor: int
+    pace: Annotated[dict[str, float], add_paces]
     tally: Annotated[dict[str, int], add_tallies]
     parts: Annotated[dict[str, Any], combine]

@@ -45,6 +45,7 @@ class Part:
         self._pending: list[Outcome] = []
         self._state = tools.aggregate.empty()
         self.tally = {"done": 0, "failed": 0}
+        self.pace = dict[str, float]()
 
     def __len__(self) -> int:
         """Return how many items it counts."""
@@ -63,14 +64,22 @@ class Part:
             self.tally[status] += count
         self._state = combine(self._state, state)
 
+    def timed(self, items: int, seconds: float) -> None:
+        """Note how long a worker elsewhere took for so many items."""
+        self.pace = {
+            "items": self.pace.get("items", 0) + items,
+            "seconds": self.pace.get("seconds", 0.0) + seconds,
+        }
+
     def state(self) -> State:
         """Return the items' part of the aggregate."""
         self._fold()
         return self._state
 
     def summary(self) -> dict[str, Any]:
-        """Return the update of the graph's state: ``tally`` and ``parts``."""
-        return {"tally": self.tally, "parts": self.state()}
+        """Return the update of the graph's state: ``tally``, ``parts``, and ``pace`` if timed."""
+        update: dict[str, Any] = {"tally": self.tally, "parts": self.state()}
+        return update | ({"pace": self.pace} if self.pace else {})
 
     def _fold(self) -> None:
         self._state = combine(self._state, self._tools.aggregate.lift(self._pending))

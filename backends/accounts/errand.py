@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import orjson
 
 from ..contract.errors import LedgerError
 from ..contract.types import Json
+from ..contract.wire import CARRY
 from .journal import JournalWriter
-
-MOST_BYTES: Final = 4_000_000
-"""Records sent home take at most so many bytes: engines carry results of 10 MB at most."""
 
 
 class SentLedger:
-    """Keeps the records in memory, to be sent home with the summary."""
+    """Keeps the records in memory, to be sent home with the summary.
+
+    Args:
+        carry: Most bytes that they may take together.
+        streams: Items that may be in flight when it is full, and still come.
+
+    Attributes:
+        sent: The records.
+        altered: Whether a record is not what was put, for it alone was too large.
+    """
 
     twice = 0
 
-    def __init__(self) -> None:
+    def __init__(self, carry: int = CARRY, streams: int = 1) -> None:
         self.sent: list[dict[str, Json]] = []
+        self.altered = False
+        self._carry, self._streams = carry, streams
         self._bytes = 0
 
     @property
     def full(self) -> str | None:
         """Say why no further item shall begin, or None."""
-        if self._bytes < MOST_BYTES:
+        coming = self._streams * self._bytes / max(1, len(self.sent))
+        if not self.sent or self._bytes + coming < self._carry:
             return None
         return f"the records take {self._bytes:,} bytes; the rest comes with the next order"
 
@@ -37,8 +48,12 @@ class SentLedger:
         return False
 
     def put(self, record: dict[str, Json]) -> None:
-        """Keep a record."""
-        self._bytes += len(orjson.dumps(record))
+        """Keep a record; one that nothing carries is kept as a failure."""
+        size = len(orjson.dumps(record))
+        if size > self._carry:
+            record, self.altered = _too_large(record, size, self._carry), True
+            size = len(orjson.dumps(record))
+        self._bytes += size
         self.sent.append(record)
 
     async def flush(self) -> None:
@@ -53,12 +68,22 @@ class SentLedger:
         raise _unreadable(status)
 
 
+def _too_large(record: dict[str, Json], size: int, carry: int) -> dict[str, Json]:
+    text = (
+        f"the answer takes {size:,} bytes, and a worker without the shared run folder sends "
+        f"{carry:,} at most; set backend.shared_folder: true where the folder is shared"
+    )
+    failed = {"status": "failed", "output": None, "error_class": "InvalidAnswerError"}
+    return record | failed | {"error": text}
+
+
 class FiledLedger:
     """Appends to a journal file of this worker's own in the shared run folder."""
 
     twice = 0
     sent: None = None
     full: None = None
+    altered = False
 
     def __init__(self, writer: JournalWriter) -> None:
         self._writer = writer
@@ -76,12 +101,12 @@ class FiledLedger:
         self._writer.write(record)
 
     async def flush(self) -> None:
-        """Wait until everything recorded so far is on disk.
+        """Bring everything recorded so far to disk; the order is at its end.
 
         Raises:
             LedgerError: The disk refused.
         """
-        await self._writer.flush()
+        await self._writer.flush(at_once=True)
 
     def record(self, index: int) -> dict[str, Any]:
         """Refuse: nothing is read back here."""
@@ -102,14 +127,12 @@ def _unreadable(what: object) -> LedgerError:
 def worker_file(folder: Path, life: int, worker: str) -> Path:
     """Return a new journal file's path for a worker in one life of a run.
 
+    Host and process do not name a worker for good: containers may share both.
+
     Args:
         folder: The journal's folder.
         life: Number of the coordinator's life.
         worker: Host and process, e.g. ``node17:4242``.
     """
-    stem = f"{life:04}-{worker.replace(':', '-').replace('/', '-')}"
-    path, n = folder / f"{stem}.jsonl", 1
-    while path.exists():
-        n += 1
-        path = folder / f"{stem}-{n}.jsonl"
-    return path
+    who = worker.replace(":", "-").replace("/", "-")
+    return folder / f"{life:04}-{who}-{secrets.token_hex(3)}.jsonl"

@@ -54,7 +54,7 @@ class JournalWriter:
         self._records = self._flushed_records = self.at_risk = 0
         self._failure: LedgerError | None = None
         self._round: asyncio.Task[None] | None = None
-        self._hurry = asyncio.Event()
+        self._hurry, self._closing = asyncio.Event(), False
         try:
             self._file = FileIO(path, "xb")
         except OSError as error:
@@ -88,13 +88,18 @@ class JournalWriter:
         self._records += 1
         return start, len(line)
 
-    async def flush(self) -> None:
+    async def flush(self, *, at_once: bool = False) -> None:
         """Wait until everything written so far is on disk, by the next common flush.
+
+        Args:
+            at_once: Bring the next flush forward: nothing more is written meanwhile.
 
         Raises:
             LedgerError: The disk refused.
         """
         goal = self._written
+        if at_once and self._flushed < goal:
+            self._hurry.set()
         while self._flushed < goal and self._failure is None and self._round is not None:
             await asyncio.wait({self._round})
         if self._failure is not None:
@@ -106,6 +111,7 @@ class JournalWriter:
         Raises:
             LedgerError: A write or a flush failed, now or before.
         """
+        self._closing = True
         self._hurry.set()
         try:
             while self._round is not None:
@@ -137,6 +143,8 @@ class JournalWriter:
                 await self._fsync(self._sync_folder)
             while self._flushed < self._written and self._failure is None:
                 await _pause(self._hurry, self._fsync_s)
+                if not self._closing:
+                    self._hurry.clear()
                 await self._sync()
         finally:
             self._round = None

@@ -48,6 +48,15 @@ class Spent:
         self.completion_tokens += record.get("completion_tokens") or 0
 
 
+@dataclass(slots=True)
+class _Followed:
+    """A worker's file: its number, and where to read on."""
+
+    number: int
+    start: int = 0
+    line: int = 1
+
+
 class Ledger:
     """Index over the journal files of one run; writable when opened for a new life.
 
@@ -57,7 +66,8 @@ class Ledger:
 
     Workers of a life write files of their own beside the coordinator's (``0002-node17-4242.jsonl``
     beside ``0002.jsonl``); :meth:`refresh` reads on in them. Two copies of a shard may both end an
-    item; then the record that was finished first counts, whichever is read first.
+    item; then an answer counts before a failure, and else the record that was finished first,
+    whichever is read first.
 
     Args:
         folder: The journal's folder.
@@ -80,10 +90,11 @@ class Ledger:
         self._start = array("q", bytes(8 * items))
         self._length = array("i", bytes(4 * items))
         self._paths = sorted(folder.glob("*.jsonl"), key=lambda path: (_number(path), path.stem))
-        self._read_to: dict[Path, tuple[int, int]] = {}
+        self._followed: dict[Path, _Followed] = {}
         self._handles: dict[int, int] = {}
         self._opening = threading.Lock()
         self._writer: JournalWriter | None = None
+        self._own = -1
         self._life: tuple[str, float] | None = None
         self.life = 0
         self.twice = 0
@@ -125,7 +136,7 @@ class Ledger:
         except LedgerError as error:
             self._failure = self._told(error)
             raise self._failure from error
-        self._note(len(self._paths) - 1, start, length, record)
+        self._note(self._own, start, length, record)
 
     def _told(self, error: LedgerError) -> LedgerError:
         return LedgerError(
@@ -141,6 +152,7 @@ class Ledger:
     def _open_writer(self, life: str, fsync_s: float) -> JournalWriter:
         path = self._folder / f"{self.life:04}.jsonl"
         self._writer = JournalWriter(path, {"run": self._run, "life": life}, fsync_s)
+        self._own = len(self._paths)
         self._paths.append(path)
         return self._writer
 
@@ -210,15 +222,15 @@ class Ledger:
         """
         fresh = []
         for path in sorted(self._folder.glob(f"{self.life:04}-*.jsonl")):
-            if path not in self._read_to:
-                self._read_to[path] = (0, 1)
+            if path not in self._followed:
+                self._followed[path] = _Followed(len(self._paths))
                 self._paths.append(path)
-            number = self._paths.index(path)
-            for line in scan(path, self._run, *self._read_to[path]):
+            at = self._followed[path]
+            for line in scan(path, self._run, at.start, at.line):
                 _check(line, path, len(self._state))
-                if self._note(number, line.start, line.length, line.record):
+                if self._note(at.number, line.start, line.length, line.record):
                     fresh.append(line.record)
-                self._read_to[path] = (line.start + line.length, line.number + 1)
+                at.start, at.line = line.start + line.length, line.number + 1
         return fresh
 
     # -- reading -------------------------------------------------------------------------
@@ -282,7 +294,7 @@ class Ledger:
         ended = self._state[index] != _OPEN
         if ended and self._rival(number, index):
             self.twice += 1
-            if record["finished_at"] >= self.record(index)["finished_at"]:
+            if _rank(record) >= _rank(self.record(index)):
                 return False
         self._state[index] = _CODES[record["status"]]
         self._file[index], self._start[index], self._length[index] = number, start, length
@@ -292,6 +304,10 @@ class Ledger:
         """Say whether an item's record is of a worker in the same life as a further one."""
         one, other = self._paths[number], self._paths[self._file[index]]
         return "-" in one.stem and "-" in other.stem and _number(one) == _number(other)
+
+
+def _rank(record: dict[str, Any]) -> tuple[bool, str]:
+    return record["status"] != "done", record["finished_at"]
 
 
 def _number(path: Path) -> int:
@@ -314,7 +330,8 @@ def _check(line: Line, path: Path, items: int) -> None:
         raise LedgerError(msg)
     if record.get("status") not in ("done", "failed"):
         raise LedgerError(f"{where}: item {record.get('id')!r} has no status known here")
-    if any(type(record.get(key)) not in _NUMBER for key in _SPENT):
+    attempts, prompt, completion = map(type, map(record.get, _SPENT))
+    if not (attempts in _NUMBER and prompt in _NUMBER and completion in _NUMBER):
         raise LedgerError(f"{where}: item {record.get('id')!r}: {', '.join(_SPENT)}: no numbers")
 
 

@@ -77,3 +77,12 @@ class Backend(Protocol):
     async def close(self, grace_s: float = 10.0) -> None:
         """Give everything back within ``grace_s``, whatever still runs."""
         ...
+
+
+@runtime_checkable
+class Stoppable(Protocol):
+    """A backend that can tell its workers to stop; others rely on the run folder's stop file."""
+
+    async def stop(self) -> None:
+        """Ask the workers to begin no further item; their summaries come as ever."""
+        ...

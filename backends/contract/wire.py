@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from importlib.metadata import version
 from typing import Any, Final, Self
 
-from .errors import SiteError
+from .errors import ConfigurationError, SiteError
 from .types import Item, Json, Row
 
 WIRE: Final = 1
 """Version of the two forms below."""
 
+CARRY: Final = 4_000_000
+"""Most bytes of an order or a summary: engines carry 10 MB at most, some of them inflated."""
 
+
+@cache
 def own_version() -> str:
-    """Return the version of fanfold that is running."""
+    """Return the version of fanfold that is running; looking it up costs a quarter of a ms."""
     return version("fanfold")
 
 
@@ -36,6 +41,7 @@ class Order:
         streams: Most items in flight in this worker.
         deadline_s: Seconds after which the worker takes no more items.
         stop_file: While this file is there, the worker takes no more items; or None.
+        carry: Most bytes of the summary, as JSON.
     """
 
     shard: str
@@ -49,17 +55,19 @@ class Order:
     streams: int
     deadline_s: float
     stop_file: str | None = None
+    carry: int = CARRY
 
     def to_json(self) -> dict[str, Json]:
         """Return it as plain data."""
-        return {"v": WIRE, **asdict(self)}
+        return _plain(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read it, lists in place of tuples allowed.
 
         Raises:
-            SiteError: Another version of the form.
+            ConfigurationError: Another version of the form.
+            SiteError: No order at all.
         """
         return cls(**_checked(data, cls))
 
@@ -82,6 +90,7 @@ class Summary:
         parts: The items' part of the aggregate.
         records: The items' journal records, or None when they are in the shared journal.
         error: Class and text of what kept the worker from its work, or from going on; or None.
+        seconds: Wall time of the work.
     """
 
     shard: str
@@ -93,28 +102,40 @@ class Summary:
     parts: dict[str, Json] | None = None
     records: list[dict[str, Json]] | None = None
     error: dict[str, str] | None = None
+    seconds: float = 0.0
 
     def to_json(self) -> dict[str, Json]:
         """Return it as plain data."""
-        return {"v": WIRE, **asdict(self)}
+        return _plain(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read it.
 
         Raises:
-            SiteError: Another version of the form, or no summary at all.
+            ConfigurationError: Another version of the form.
+            SiteError: No summary at all.
         """
         return cls(**_checked(data, cls))
 
 
+def _plain(form: Order | Summary) -> dict[str, Json]:
+    """Return the fields with the version; not a deep copy, which costs more than the items."""
+    return {"v": WIRE} | {field.name: getattr(form, field.name) for field in fields(form)}
+
+
 def _checked(data: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
-    if not isinstance(data, Mapping) or data.get("v") != WIRE:
-        found = data.get("v") if isinstance(data, Mapping) else type(data).__name__
-        msg = (
-            f"a worker and its coordinator speak different versions (found {found!r}, expected "
-            f"{WIRE}); install the same fanfold on both, here {own_version()}"
-        )
+    if not isinstance(data, Mapping):
+        msg = f"expected {kind.__name__} as a JSON object, found {type(data).__name__}"
         raise SiteError(msg)
+    if data.get("v") != WIRE:
+        msg = (
+            f"a worker and its coordinator speak different versions (found {data.get('v')!r}, "
+            f"expected {WIRE}); install the same fanfold on both, here {own_version()}"
+        )
+        raise ConfigurationError(msg)
     names = {field.name for field in fields(kind)}
-    return {name: value for name, value in data.items() if name in names}
+    found = {name: value for name, value in data.items() if name in names}
+    if missing := {f.name for f in fields(kind) if f.default is MISSING} - found.keys():
+        raise SiteError(f"{kind.__name__}: lacks {', '.join(sorted(missing))}")
+    return found

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from .nodelist import expand_slurm, hosts_to_specs, parse_pbs
     from .params import ModelParams
     from .policy import (
+        AffinityPolicy,
         BreakerPolicy,
         FleetPolicy,
         HedgePolicy,
         LanePolicy,
+        LoadPolicy,
         PacePolicy,
         RetryPolicy,
         TimeoutPolicy,
@@ -41,10 +43,12 @@ _MODULES: Final = {
     "nodelist": ("expand_slurm", "hosts_to_specs", "parse_pbs"),
     "params": ("ModelParams",),
     "policy": (
+        "AffinityPolicy",
         "BreakerPolicy",
         "FleetPolicy",
         "HedgePolicy",
         "LanePolicy",
+        "LoadPolicy",
         "PacePolicy",
         "RetryPolicy",
         "TimeoutPolicy",
@@ -56,6 +60,7 @@ _MODULES: Final = {
 }
 
 __all__ = [
+    "AffinityPolicy",
     "ApiKey",
     "BreakerPolicy",
     "ChatFleet",
@@ -71,6 +76,7 @@ __all__ = [
     "HedgePolicy",
     "LanePolicy",
     "LangChainModel",
+    "LoadPolicy",
     "ModelParams",
     "PacePolicy",
     "RetryPolicy",

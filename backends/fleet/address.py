@@ -29,7 +29,9 @@ class EndpointSpec:
         max_in_flight: Most requests in flight to this endpoint, or None for the policy's.
         weight: Relative speed known beforehand; 2.0 is expected to be twice as fast.
         requests_per_s: Most requests per second that this endpoint may be sent, or None.
+        tokens_per_min: Most tokens per minute, prompt and answer, or None.
         max_model_len: Context length in tokens, or None when unknown.
+        proxied: Whether the environment's proxy variables count: for gateways, never for nodes.
     """
 
     url: str
@@ -39,7 +41,9 @@ class EndpointSpec:
     max_in_flight: int | None = None
     weight: float = 1.0
     requests_per_s: float | None = None
-    max_model_len: int | None = None
+    tokens_per_min: float | None = None
+    max_model_len: int | None = field(default=None, compare=False)
+    proxied: bool = False
 
 
 def base_url(url: str) -> str:

@@ -8,9 +8,10 @@ over ``FleetTransport``, and a failed call is replayed through it, so that its e
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self, TypeVar, cast
 
 import httpx2
 import openai
@@ -29,6 +30,8 @@ from ..contract.errors import ConfigurationError, EndpointError
 from .fleet import Fleet
 from .params import ModelParams
 from .wire import NO_SECRET, NOWHERE, SERVED_BY, FleetTransport, NoSyncTransport, replayed
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _BELONGS_TO_FLEET: Final = (
     "base_url",
@@ -51,6 +54,12 @@ _TOKEN_DETAILS: Final = (
     ("prompt_tokens_details", dict.fromkeys(PromptTokensDetails.model_fields)),
 )
 _STOCK_ERRORS: Final = (openai.OpenAIError, ValueError, TypeError, LookupError)
+
+
+def _with_signature(function: _F) -> _F:
+    """Look at a function's signature once: LangChain does so at every call."""
+    vars(function)["__signature__"] = inspect.signature(function)
+    return function
 
 
 class ChatFleet(ChatOpenAI):
@@ -146,6 +155,7 @@ class ChatFleet(ChatOpenAI):
             )
         return payload
 
+    @_with_signature
     async def _agenerate(
         self,
         messages: list[BaseMessage],

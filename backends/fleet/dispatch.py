@@ -1,8 +1,9 @@
 """Which endpoint gets the next request, and who waits for how long.
 
 Endpoints stand in a heap by ``(outstanding + 1) x smoothed latency / weight``, the expected time
-to an answer. An entry is never moved: a change of rank pushes a new entry, and entries of an
-older rank are dropped when they surface, so that a choice costs O(log n) amortised.
+to an answer; where endpoints tell their load, the requests of others count as outstanding. An
+entry is never moved: a change of rank pushes a new entry, and entries of an older rank are dropped
+when they surface, so that a choice costs O(log n) amortised.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class _Waiter:
 
     future: asyncio.Future[Endpoint]
     avoid: Collection[Endpoint]
+    prefer: Endpoint | None
+    tokens: int
 
 
 class Dispatcher:
@@ -35,18 +38,23 @@ class Dispatcher:
     Args:
         endpoints: All members.
         streams: Most requests in flight over all endpoints.
-        paced: Called with an endpoint that has a quota of its own when it is taken.
+        paced: Called with an endpoint that has a quota of its own, and a request's tokens, when
+            it is taken.
         starved: Called when a call must wait although ``streams`` would allow it.
+        slack: A preferred endpoint is passed over when its expected time to an answer is more
+            than this factor above the best one's.
     """
 
     def __init__(
         self,
         endpoints: Sequence[Endpoint],
         streams: int,
-        paced: Callable[[Endpoint], None],
+        paced: Callable[[Endpoint, int], None],
         starved: Callable[[], None],
+        slack: float = 2.0,
     ) -> None:
         self._streams = streams
+        self._slack = slack
         self._paced = paced
         self._starved = starved
         self._tick = itertools.count()
@@ -69,15 +77,23 @@ class Dispatcher:
         """Calls that wait for an endpoint."""
         return len(self._queue)
 
-    async def take(self, avoid: Collection[Endpoint] = ()) -> Endpoint:
+    async def take(
+        self,
+        avoid: Collection[Endpoint] = (),
+        prefer: Endpoint | None = None,
+        tokens: int = 0,
+    ) -> Endpoint:
         """Wait for the best endpoint and count one request in flight to it.
 
         Args:
             avoid: Endpoints to pass over while any other is alive.
+            prefer: An endpoint to take when it is free and not much busier than the best.
+            tokens: The request's tokens, for endpoints with a quota of their own.
         """
-        if not self._queue and (endpoint := self._choose(avoid)) is not None:
-            return self._start(endpoint)
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid)
+        if not self._queue and (endpoint := self._choose(avoid, prefer)) is not None:
+            return self._start(endpoint, tokens)
+        future = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(future, avoid, prefer, tokens)
         self._queue.append(waiter)
         if self.hungry:
             self._starved()
@@ -126,15 +142,19 @@ class Dispatcher:
         tick = next(self._tick)
         self._ranks[endpoint] = tick
         if endpoint.free:
-            latency = endpoint.latency_s or self._mean_s or 1.0
-            score = (endpoint.outstanding + 1) * latency / endpoint.spec.weight
-            heapq.heappush(self._heap, (score, tick, endpoint))
+            heapq.heappush(self._heap, (self._score(endpoint), tick, endpoint))
         if len(self._heap) > _STALE * len(self._ranks) + _STALE:
             # Entries of older ranks that never surface are swept out.
             self._heap = [e for e in self._heap if self._ranks[e[2]] == e[1]]
             heapq.heapify(self._heap)
 
-    def _choose(self, avoid: Collection[Endpoint]) -> Endpoint | None:
+    def _score(self, endpoint: Endpoint) -> float:
+        latency = endpoint.latency_s or self._mean_s or 1.0
+        return (endpoint.outstanding + endpoint.foreign + 1) * latency / endpoint.spec.weight
+
+    def _choose(
+        self, avoid: Collection[Endpoint], prefer: Endpoint | None = None
+    ) -> Endpoint | None:
         if self.in_flight >= self._streams:
             return None
         if avoid and self.alive.issubset(avoid):
@@ -149,19 +169,29 @@ class Dispatcher:
                 passed.append(entry)
             else:
                 chosen = entry[2]
+        if (
+            prefer is not None
+            and prefer is not chosen
+            and chosen is not None
+            and prefer.free
+            and prefer not in avoid
+            and self._score(prefer) <= self._slack * self._score(chosen)
+        ):
+            self._rank(chosen)
+            chosen = prefer
         for entry in passed:
             heapq.heappush(self._heap, entry)
         return chosen
 
-    def _start(self, endpoint: Endpoint) -> Endpoint:
+    def _start(self, endpoint: Endpoint, tokens: int = 0) -> Endpoint:
         self.in_flight += 1
         endpoint.outstanding += 1
-        if endpoint.bucket is not None:
-            self._paced(endpoint)
+        if endpoint.bucket is not None or endpoint.tokens is not None:
+            self._paced(endpoint, tokens)
         self._rank(endpoint)
         return endpoint
 
-    def take_now(self, avoid: Collection[Endpoint]) -> Endpoint | None:
+    def take_now(self, avoid: Collection[Endpoint], tokens: int = 0) -> Endpoint | None:
         """Take the quickest endpoint that is free, or None when none is, or somebody waits.
 
         The load is looked at less than in ``take``: what is free would idle otherwise.
@@ -170,7 +200,7 @@ class Dispatcher:
             return None
         free = (e for e in self.alive if e.free and e not in avoid)
         best = min(free, key=self._expected_s, default=None)
-        return None if best is None else self._start(best)
+        return None if best is None else self._start(best, tokens)
 
     def _expected_s(self, endpoint: Endpoint) -> float:
         latency = endpoint.latency_s or self._mean_s
@@ -183,8 +213,8 @@ class Dispatcher:
             if waiter.future.done():
                 self._queue.popleft()
                 continue
-            endpoint = self._choose(waiter.avoid)
+            endpoint = self._choose(waiter.avoid, waiter.prefer)
             if endpoint is None:
                 return
             self._queue.popleft()
-            waiter.future.set_result(self._start(endpoint))
+            waiter.future.set_result(self._start(endpoint, waiter.tokens))

@@ -31,11 +31,15 @@ class Endpoint:
         outstanding: Requests in flight.
         latency_s: Smoothed time to an answer in seconds, 0 when none has come.
         ejected: Whether it is used no more.
+        refusals: Times in a row that it asked for a pause.
         retired: Whether it has left the fleet.
         resting: Whether it asked for a pause that still lasts.
         lane: How many requests it gets at once.
         breaker: Whether it is trusted.
         bucket: Its own quota of requests, or None.
+        tokens: Its own quota of tokens, or None.
+        foreign: Requests of others that it works on, as far as it is asked.
+        most_tokens: Longest answer in tokens that it can be asked for, or None when unknown.
         stats: What it did.
     """
 
@@ -46,14 +50,18 @@ class Endpoint:
         "bucket",
         "chat_url",
         "ejected",
+        "foreign",
         "label",
         "lane",
         "latency_s",
+        "most_tokens",
         "outstanding",
+        "refusals",
         "resting",
         "retired",
         "spec",
         "stats",
+        "tokens",
         "url",
     )
 
@@ -75,6 +83,10 @@ class Endpoint:
         self.lane = Lane(lane or LanePolicy(), spec.max_in_flight)
         self.breaker = Breaker(breaker or BreakerPolicy())
         self.bucket = Bucket(spec.requests_per_s) if spec.requests_per_s else None
+        self.tokens = Bucket.per_minute(spec.tokens_per_min) if spec.tokens_per_min else None
+        self.foreign = 0
+        self.refusals = 0
+        self.most_tokens = spec.max_model_len
         self.stats = Stats()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
@@ -93,6 +105,16 @@ class Endpoint:
     def free(self) -> bool:
         """Whether it may be sent a request now."""
         return self.alive and not self.resting and self.outstanding < self.width
+
+    @property
+    def serves_others(self) -> bool:
+        """Whether it has answered, and is trusted: a failure may be the item's fault."""
+        return self.has_answered and self.breaker.state is State.CLOSED
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether it ever gave a good answer."""
+        return self.stats.calls > self.stats.failures.total()
 
     def observe(self, seconds: float) -> None:
         """Blend one answer's time into the smoothed latency."""
@@ -113,6 +135,16 @@ class Endpoint:
                 "Content-Type": "application/json",
             }
         return self._headers
+
+    async def rekeyed(self, sent: Mapping[str, str]) -> bool:
+        """Say whether there is another key than the one that was refused.
+
+        Args:
+            sent: The headers of the request that was refused.
+        """
+        if (renew := getattr(self.spec.api_key, "renew", None)) is not None:
+            await renew(sent["Authorization"].removeprefix("Bearer "))
+        return await self.headers() != sent
 
     def report(self) -> EndpointReport:
         """Return what a report shows of this endpoint."""

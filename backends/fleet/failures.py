@@ -7,6 +7,7 @@ One table of HTTP statuses, refined by the body's error code, for some servers s
 from __future__ import annotations
 
 import enum
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -56,11 +57,14 @@ class Treatment:
         trip: What it means for the endpoint's breaker.
         shrink: Whether the endpoint is sent fewer requests at once.
         free: Whether the call does not count as one of the item's attempts.
-        rest_s: Seconds for the endpoint to rest when the server names none, or None.
+        rest_s: Seconds to rest when the server names none, or None for the policy's.
+        long: Whether that is the policy's long pause.
         shared: Whether the rest holds for the whole fleet (a quota of the user or the model).
         poison: Whether the same on several endpoints shows that the item is at fault.
         schema: Whether the answer's schema was refused.
+        length: Whether the answer's longest length was refused.
         stale: Whether the server may just have closed a connection that idled.
+        tries: Most such failures of one item, where waiting longer does not help, or None.
         advice: What to do, for the message.
     """
 
@@ -70,10 +74,13 @@ class Treatment:
     shrink: bool = False
     free: bool = False
     rest_s: float | None = None
+    long: bool = False
     shared: bool = False
     poison: bool = False
     schema: bool = False
+    length: bool = False
     stale: bool = False
+    tries: int | None = None
     advice: str = ""
 
 
@@ -101,7 +108,7 @@ _BY_STATUS: Final[Mapping[int, Treatment]] = {
         ModelNotServedError, Step.EJECT, advice="check model.name and the endpoint's URL"
     ),
     405: Treatment(RequestRefusedError, Step.EJECT, advice="check the endpoint's URL"),
-    408: Treatment(EndpointLostError, Step.OTHER, shrink=True),
+    408: Treatment(EndpointLostError, Step.SAME, shrink=True),
     409: Treatment(EndpointError, Step.SAME),
     413: replace(_REFUSED, advice="shorten the item"),
     422: _REFUSED,
@@ -113,20 +120,32 @@ _BY_STATUS: Final[Mapping[int, Treatment]] = {
     504: replace(_LOST, shrink=True),
 }
 
+_WRONG_PATH: Final = Treatment(
+    RequestRefusedError, Step.EJECT, advice="check endpoints.first.paths"
+)
+
 _BY_CODE: Final[Mapping[str, Treatment]] = {
-    "quota_exceeded": replace(_BUSY, rest_s=60.0, shared=True),
-    "batch_ongoing": replace(_BUSY, rest_s=60.0, shared=True),
-    "too_many_requests": replace(_BUSY, rest_s=60.0, shared=True),
+    "quota_exceeded": replace(_BUSY, long=True, shared=True),
+    "batch_ongoing": replace(_BUSY, long=True, shared=True),
+    "too_many_requests": replace(_BUSY, long=True, shared=True),
+    "request_timeout": Treatment(EndpointLostError, Step.OTHER, shrink=True, tries=2),
     "insufficient_quota": Treatment(
         EndpointBusyError, Step.STOP, advice="the account's quota is used up"
     ),
-    "cluster_under_maintenance": replace(_BUSY, rest_s=60.0, trip=Trip.OPEN),
+    "unsupported_framework": _WRONG_PATH,
+    "unsupported_endpoint": _WRONG_PATH,
+    "cluster_under_maintenance": replace(_BUSY, long=True, trip=Trip.OPEN),
 }
 
 _BUSY_WORDS: Final = ("currently busy", "backlog limit")
+_THROTTLE_WORDS: Final = "Too many requests"
 _COLD_WORDS: Final = ("not ready to receive tasks",)
 _OFFLINE_WORDS: Final = ("is offline",)
 _LENGTH_PARAMS: Final = frozenset({"input_tokens", "input_text"})
+_NO_DESCRIPTOR: Final = frozenset({errno.EMFILE, errno.ENFILE})
+_DESCRIPTORS: Final = Treatment(
+    EndpointLostError, Step.STOP, advice="lower limits.streams, or raise ulimit -n"
+)
 _SCHEMA_WORDS: Final = ("response_format", "json_schema", "structured_outputs", "grammar")
 
 
@@ -168,6 +187,9 @@ def _treatment(status: int, complaint: Complaint) -> Treatment:
         return _bad_request(complaint)
     if status == 503:  # noqa: PLR2004 - HTTP's own number
         return _unavailable(complaint)
+    if status == 429 and complaint.message.startswith(_THROTTLE_WORDS):  # noqa: PLR2004 - HTTP's own
+        # The gateway counts requests per user: the others of its host would be refused too.
+        return replace(_BUSY, rest_s=1.0, shared=True)
     if treatment := _BY_STATUS.get(status):
         return treatment
     return _SERVER if status >= 500 else _STRANGE  # noqa: PLR2004 - HTTP's own number
@@ -180,7 +202,7 @@ def _bad_request(complaint: Complaint) -> Treatment:
             PromptTooLongError, Step.FAIL, advice="shorten the item or use a longer context"
         )
     if complaint.param in {"max_tokens", "max_completion_tokens"}:
-        return replace(_REFUSED, advice="lower model.max_tokens")
+        return replace(_REFUSED, length=True, advice="lower model.max_tokens")
     if complaint.param == "response_format" or any(word in text for word in _SCHEMA_WORDS):
         return replace(
             _REFUSED, schema=True, advice="simplify task.schema to what this server supports"
@@ -193,9 +215,9 @@ def _unavailable(complaint: Complaint) -> Treatment:
     if complaint.type == "Service Unavailable" or any(word in text for word in _BUSY_WORDS):
         return _BUSY
     if any(word in text for word in _COLD_WORDS):
-        return replace(_BUSY, rest_s=60.0)
+        return replace(_BUSY, long=True)
     if any(word in text for word in _OFFLINE_WORDS):
-        return replace(_BUSY, rest_s=60.0, trip=Trip.OPEN)
+        return replace(_BUSY, long=True, trip=Trip.OPEN)
     return _BY_STATUS[503]
 
 
@@ -215,6 +237,12 @@ def of_abort(answer: RawAnswer, endpoint: str) -> Failure:
     return Failure(error, _LOST)
 
 
+def of_end(endpoint: str) -> Failure:
+    """Classify a stream that ended without an end."""
+    message = f"{endpoint}: the stream ended before the answer was whole"
+    return Failure(EndpointLostError(message, endpoint), _LOST)
+
+
 def of_mixture(endpoint: str, simulated: bool) -> Failure:
     """Stop a run whose endpoints are partly simulated."""
     kind, other = ("a simulated", "real") if simulated else ("a real", "simulated")
@@ -229,7 +257,8 @@ def of_mixture(endpoint: str, simulated: bool) -> Failure:
 def of_exception(cause: aiohttp.ClientError | TimeoutError, endpoint: str) -> Failure:
     """Classify a connection that failed or an answer that did not come."""
     problem, treatment = _connection(cause)
-    error = EndpointLostError(f"{endpoint}: {problem}", endpoint)
+    hint = f" ({treatment.advice})" if treatment.advice else ""
+    error = EndpointLostError(f"{endpoint}: {problem}{hint}", endpoint)
     error.__cause__ = cause
     return Failure(error, treatment)
 
@@ -239,6 +268,8 @@ def _connection(cause: aiohttp.ClientError | TimeoutError) -> tuple[str, Treatme
         return "no connection in time", replace(_LOST, trip=Trip.OPEN, free=True)
     if isinstance(cause, TimeoutError):
         return "no answer in time", replace(_LOST, shrink=True)
+    if isinstance(cause, OSError) and cause.errno in _NO_DESCRIPTOR:
+        return "this process has too many files open", _DESCRIPTORS
     if isinstance(cause, aiohttp.ClientConnectorError):
         return f"cannot connect: {cause}", replace(_LOST, trip=Trip.OPEN, free=True)
     if isinstance(cause, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):

@@ -7,29 +7,27 @@ Balancing, retries, accounting and the mapping of errors happen here and nowhere
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Self, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
-from ..contract.calls import CURRENT_CALLS, CallLog
-from ..contract.errors import ConfigurationError, PromptTooLongError, RunStoppedError
+from ..contract.calls import CallLog
+from ..contract.errors import ConfigurationError
 from .address import EndpointSpec, base_url
-from .attempts import Attempts
+from .affinity import Affinity
 from .bridge import SyncBridge
+from .descriptors import make_room
 from .endpoint import Endpoint
-from .failures import Failure, Step
+from .failures import Failure
 from .hedge import Hedger
-from .pacing import Pacer, estimate
+from .load import LoadWatch
+from .pacing import Pacer
 from .policy import FleetPolicy, PacePolicy
+from .repeat import Repeater
 from .sender import Sender
 from .stats import EndpointReport, FleetHealth
 from .stream import OpenStream
 from .transport import Transport
 from .warden import Warden
-
-_T = TypeVar("_T")
 
 
 class Fleet:
@@ -43,9 +41,11 @@ class Fleet:
         policy: Limits, retries and timeouts.
         simulated: Whether answers must come from a simulated fleet (True), must not (False),
             or are as the first answer shows (None).
+        pacer: Quotas that several fleets share, or None for the policy's own.
 
     Raises:
-        ConfigurationError: No endpoint, or one with a malformed URL.
+        ConfigurationError: No endpoint, one with a malformed URL, or more streams than the
+            system allows open files.
     """
 
     def __init__(
@@ -54,19 +54,29 @@ class Fleet:
         policy: FleetPolicy | None = None,
         *,
         simulated: bool | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         if not endpoints:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
         self.policy = policy or FleetPolicy()
+        make_room(self.policy.streams)
         self.endpoints = [self._member(spec) for spec in endpoints]
         self._specs = tuple(endpoints)
+        self._counts_tokens = self._has_token_quota()
         self._transport = Transport(self.policy)
         self._warden = Warden(self.endpoints, self.policy, self._transport)
-        self._sender = Sender(self._transport, self._warden, simulated)
-        hedge = self.policy.hedge
-        self._hedger = Hedger(hedge, self._warden.dispatch, self._sender.send) if hedge else None
         paced = self.policy.pace != PacePolicy()
-        self._pacer = Pacer(self.policy.pace) if paced else None
+        self._pacer = pacer or (Pacer(self.policy.pace) if paced else None)
+        self._sender = Sender(self._transport, self._warden, self._pacer, simulated)
+        dispatch, hedge = self._warden.dispatch, self.policy.hedge
+        self._hedger = Hedger(hedge, dispatch, self._sender.send, self._pacer) if hedge else None
+        affinity = Affinity(self.policy.affinity) if self.policy.affinity else None
+        self._repeater = Repeater(
+            self.policy.retry, self._warden, self._pacer, affinity, self._weighs
+        )
+        load = self.policy.load
+        watch = (load, self.endpoints, self._transport, dispatch.refresh) if load else None
+        self._load = LoadWatch(*watch) if watch else None
         self._twins: dict[asyncio.AbstractEventLoop, Fleet] = {}
         self.bridge = SyncBridge(lambda: self.loop, self._disconnect)
 
@@ -95,12 +105,18 @@ class Fleet:
         here = self.here()
         if here is self:
             self._warden.close()
+            if self._load is not None:
+                self._load.close()
             if self._hedger is not None:
                 self._hedger.close()
             await self._transport.aclose()
         else:
             await here.aclose()
             del self._twins[asyncio.get_running_loop()]
+
+    def _has_token_quota(self) -> bool:
+        ours = self.policy.pace.tokens_per_min is not None
+        return ours or any(spec.tokens_per_min for spec in self._specs)
 
     def _member(self, spec: EndpointSpec) -> Endpoint:
         return Endpoint(spec, self.policy.lane, self.policy.breaker)
@@ -131,6 +147,7 @@ class Fleet:
         for endpoint in (*joining, *leaving):
             self._warden.refresh(endpoint)
         self._specs = tuple(wanted.values())
+        self._counts_tokens = self._has_token_quota()
         return len(joining), len(leaving)
 
     def here(self) -> Fleet:
@@ -144,7 +161,9 @@ class Fleet:
             return self
         if loop not in self._twins:
             self._twins = {k: v for k, v in self._twins.items() if not k.is_closed()}
-            self._twins[loop] = Fleet(self._specs, self.policy, simulated=self.simulated)
+            self._twins[loop] = Fleet(
+                self._specs, self.policy, simulated=self.simulated, pacer=self._pacer
+            )
         return self._twins[loop]
 
     @property
@@ -191,7 +210,8 @@ class Fleet:
             EndpointError: No endpoint answered within the attempts allowed.
             RunStoppedError: Asking on is hopeless for every item.
         """
-        return await self._repeat(body, self._hedger.send if self._hedger else self._plain)
+        self._look_around()
+        return await self._repeater.call(body, self._hedger.send if self._hedger else self._plain)
 
     async def open_stream(self, body: Mapping[str, Any]) -> tuple[OpenStream, Endpoint]:
         """Send one chat request whose answer is read token by token.
@@ -206,43 +226,16 @@ class Fleet:
             EndpointError: No endpoint began to answer within the attempts allowed.
             RunStoppedError: Asking on is hopeless for every item.
         """
-        return await self._repeat(body, self._sender.open)
+        self._look_around()
+        return await self._repeater.call(body, self._sender.open)
 
-    async def _repeat(
-        self,
-        body: Mapping[str, Any],
-        send: Callable[
-            [Endpoint, Mapping[str, Any], CallLog | None],
-            Awaitable[tuple[_T | Failure, Endpoint]],
-        ],
-    ) -> tuple[_T, Endpoint]:
-        """Send until an answer is good, or no further attempt is allowed."""
-        warden, log = self._warden, CURRENT_CALLS.get()
-        attempts: Attempts | None = None
-        while True:
-            if warden.stopped is not None:
-                raise RunStoppedError(warden.stopped)
-            if self._pacer is not None:
-                await asyncio.sleep(self._pacer.admit(estimate(body), time.monotonic()))
-            endpoint = await warden.dispatch.take(attempts.avoid if attempts else ())
-            result, endpoint = await send(endpoint, body, log)
-            if not isinstance(result, Failure):
-                return result, endpoint
-            if warden.stopped is not None:
-                raise RunStoppedError(warden.stopped) from result.error
-            now = time.monotonic()
-            attempts = attempts or Attempts(self.policy.retry, now)
-            pause = attempts.after(endpoint, self._roomier(endpoint, result), now, random.random())
-            await asyncio.sleep(pause)
+    def _look_around(self) -> None:
+        if self._load is not None:
+            self._load.start()
 
-    def _roomier(self, endpoint: Endpoint, failure: Failure) -> Failure:
-        """Send a prompt that is too long for one endpoint to one with a longer context."""
-        room = endpoint.spec.max_model_len
-        if isinstance(failure.error, PromptTooLongError) and room is not None:
-            rooms = (e.spec.max_model_len or 0 for e in self._warden.dispatch.alive)
-            if max(rooms, default=0) > room:
-                return Failure(failure.error, replace(failure.treatment, step=Step.OTHER))
-        return failure
+    def _weighs(self) -> bool:
+        """Tell whether a quota counts tokens."""
+        return self._counts_tokens
 
     async def _plain(
         self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None

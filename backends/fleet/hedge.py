@@ -7,6 +7,7 @@ would spend the second requests before the tail comes.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,6 +18,7 @@ from ..contract.calls import CallLog
 from .dispatch import Dispatcher
 from .endpoint import Endpoint
 from .failures import Failure
+from .pacing import Pacer, estimate
 from .policy import HedgePolicy
 
 _RECENT: Final = 512
@@ -38,7 +40,7 @@ class Call:
         cancelling: The task's pending cancellations at the start.
         started: Monotonic time in seconds.
         due: Monotonic time in seconds before which no further request is sent.
-        others: The further requests under way.
+        others: The further requests under way, and who was asked.
         answer: Their first good answer and who gave it, when it came first.
         failed: Whether the first request has failed and the others are waited for.
     """
@@ -50,7 +52,7 @@ class Call:
     cancelling: int
     started: float
     due: float = 0.0
-    others: set[asyncio.Task[None]] = field(default_factory=set)
+    others: dict[asyncio.Task[None], Endpoint] = field(default_factory=dict)
     answer: tuple[dict[str, Any], Endpoint] | None = None
     failed: bool = False
 
@@ -62,6 +64,7 @@ class Hedger:
         policy: When, and how many.
         dispatch: Who hands endpoints out.
         send: Sends one request and returns its result; it never hedges.
+        pacer: The whole process' quotas, or None; they are kept by second requests too.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class Hedger:
         policy: HedgePolicy,
         dispatch: Dispatcher,
         send: Callable[[Endpoint, Mapping[str, Any], CallLog | None], Awaitable[Result]],
+        pacer: Pacer | None = None,
     ) -> None:
+        self._pacer = pacer
         self._policy = policy
         self._dispatch = dispatch
         self._send = send
@@ -116,8 +121,7 @@ class Hedger:
 
     def _leave(self, call: Call) -> None:
         del self._calls[call]
-        for task in call.others:
-            task.cancel()
+        self._drop_others(call)
         if self._timer is None and self._is_end_game():
             self._tick()
 
@@ -153,16 +157,21 @@ class Hedger:
         self._timer = asyncio.get_running_loop().call_later(pause, self._tick)
 
     def _double(self, call: Call, due: float) -> None:
-        endpoint = self._dispatch.take_now(call.asked)
+        tokens = estimate(call.body)
+        if self._pacer is not None and not self._pacer.spare(tokens):
+            return
+        endpoint = self._dispatch.take_now(call.asked, tokens)
         if endpoint is None:
+            if self._pacer is not None:
+                self._pacer.settle(tokens, 0)
             return
         self._doubled += 1
         endpoint.stats.hedges += 1
         call.due = due
         call.asked.add(endpoint)
         task = asyncio.get_running_loop().create_task(self._further(call, endpoint))
-        call.others.add(task)
-        task.add_done_callback(call.others.discard)
+        call.others[task] = endpoint
+        task.add_done_callback(lambda done: call.others.pop(done, None))
 
     async def _further(self, call: Call, endpoint: Endpoint) -> None:
         result = await self._send(endpoint, call.body, call.log)
@@ -177,5 +186,17 @@ class Hedger:
             self._timer.cancel()
             self._timer = None
         for call in self._calls:
-            for task in call.others:
-                task.cancel()
+            self._drop_others(call)
+
+    def _drop_others(self, call: Call) -> None:
+        for task, endpoint in call.others.items():
+            # A task that is cancelled before its first step runs nothing, not even what gives
+            # its endpoint back.
+            coroutine = task.get_coro()
+            unborn = (
+                inspect.iscoroutine(coroutine)
+                and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
+            )
+            if unborn and not task.cancelling():
+                self._dispatch.give(endpoint)
+            task.cancel()

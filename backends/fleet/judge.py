@@ -12,10 +12,10 @@ from . import failures
 from .answer import Complaint, RawAnswer
 from .failures import Failure
 
-_GATEWAY_ERROR_ID: Final = "chatcmpl-api-error"
+GATEWAY_ERROR_ID: Final = "chatcmpl-api-error"
 """Id under which the FIRST gateway hides an error of the server behind it."""
 
-_ABORTED: Final = frozenset({"abort", "error"})
+ABORTED: Final = frozenset({"abort", "error"})
 """Finish reasons of a server that is shutting down; the text is partial."""
 
 
@@ -57,7 +57,16 @@ def _problem(document: Any) -> str | None:
 
 def _is_aborted(document: dict[str, Any]) -> bool:
     reason = document["choices"][0].get("finish_reason")
-    return reason in _ABORTED or document.get("id") == _GATEWAY_ERROR_ID
+    return reason in ABORTED or document.get("id") == GATEWAY_ERROR_ID
+
+
+def is_empty(document: Mapping[str, Any]) -> bool:
+    """Tell whether a good answer says nothing at all although it was not cut."""
+    choice = document["choices"][0]
+    message = choice["message"]
+    if message.get("content") or choice.get("finish_reason") not in {"stop", None}:
+        return False
+    return not any(message.get(k) for k in ("tool_calls", "refusal", "function_call", "audio"))
 
 
 def _inner_status(complaint: Complaint) -> int:

@@ -18,7 +18,7 @@ class Lane:
 
     Args:
         policy: How to find it.
-        ceiling: Most requests in flight that are configured for this endpoint, or None.
+        ceiling: Most requests in flight to this endpoint, or None for the policy's.
 
     Attributes:
         width: Requests in flight allowed now.
@@ -39,7 +39,7 @@ class Lane:
 
     def __init__(self, policy: LanePolicy, ceiling: int | None = None) -> None:
         self._policy = policy
-        self._ceiling = min(policy.ceiling, ceiling or policy.ceiling)
+        self._ceiling = ceiling or policy.ceiling
         self._knee = self._ceiling
         self._levels: dict[int, tuple[int, float]] = {}
         self._done = self._credit = 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+import time
+from collections.abc import Callable, Mapping
+from threading import Lock
+from typing import Any, Final, Self
 
 from .policy import PacePolicy
 
@@ -27,6 +29,16 @@ class Bucket:
         self._level = self._burst
         self._seen: float | None = None
 
+    @classmethod
+    def per_minute(cls, amount: float) -> Self:
+        """Build a bucket that holds a minute's worth."""
+        return cls(amount / _MINUTE_S, amount)
+
+    def has(self, amount: float, now: float) -> bool:
+        """Tell whether an amount could be taken at once."""
+        self._flow(now)
+        return self._level >= amount
+
     def take(self, amount: float, now: float, reserve: float = 0.0) -> float:
         """Take an amount, at once or on credit.
 
@@ -38,11 +50,14 @@ class Bucket:
         Returns:
             Seconds to wait until it has flowed in; callers that come later wait longer.
         """
+        self._flow(now)
+        self._level -= amount
+        return max(0.0, (reserve - self._level) / self._per_s)
+
+    def _flow(self, now: float) -> None:
         if self._seen is not None:
             self._level = min(self._burst, self._level + (now - self._seen) * self._per_s)
         self._seen = now
-        self._level -= amount
-        return max(0.0, (reserve - self._level) / self._per_s)
 
     def refund(self, amount: float) -> None:
         """Put back what was taken but not used; a negative amount takes more."""
@@ -53,30 +68,46 @@ class Pacer:
     """Holds a whole process to its quotas of requests and tokens.
 
     Tokens are reserved before a request is sent, by an estimate, and settled when its answer
-    has come: a service that counts them only afterwards would let a burst overshoot.
+    has come: a service that counts them only afterwards would let a burst overshoot. The loops
+    of several threads may share one.
 
     Args:
         policy: The quotas.
+        clock: Monotonic time in seconds.
     """
 
-    def __init__(self, policy: PacePolicy) -> None:
-        self._requests = Bucket(policy.requests_per_s) if policy.requests_per_s else None
+    def __init__(self, policy: PacePolicy, clock: Callable[[], float] = time.monotonic) -> None:
+        per_s, burst = policy.requests_per_s, policy.burst
+        self._requests = Bucket(per_s, burst) if per_s else None
         per_min = policy.tokens_per_min
-        self._tokens = Bucket(per_min / _MINUTE_S, per_min) if per_min else None
+        self._tokens = Bucket.per_minute(per_min) if per_min else None
+        self._clock = clock
+        self._lock = Lock()
 
-    def admit(self, tokens: int, now: float) -> float:
+    def admit(self, tokens: int) -> float:
         """Reserve one request of so many tokens; return the seconds to wait first."""
-        waits = [0.0]
-        if self._requests is not None:
-            waits.append(self._requests.take(1.0, now))
-        if self._tokens is not None:
-            waits.append(self._tokens.take(tokens, now))
-        return max(waits)
+        with self._lock:
+            now, waits = self._clock(), [0.0]
+            if self._requests is not None:
+                waits.append(self._requests.take(1.0, now))
+            if self._tokens is not None:
+                waits.append(self._tokens.take(tokens, now))
+            return max(waits)
+
+    def spare(self, tokens: int) -> bool:
+        """Reserve one request of so many tokens if none has to wait for it."""
+        with self._lock:
+            now = self._clock()
+            short = self._requests is not None and not self._requests.has(1.0, now)
+            if short or (self._tokens is not None and not self._tokens.has(tokens, now)):
+                return False
+        return self.admit(tokens) <= 0.0
 
     def settle(self, estimated: int, used: int | None) -> None:
         """Correct a reservation by what was used, where the server said so."""
         if self._tokens is not None and used is not None:
-            self._tokens.refund(estimated - used)
+            with self._lock:
+                self._tokens.refund(estimated - used)
 
 
 def estimate(body: Mapping[str, Any]) -> int:

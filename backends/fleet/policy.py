@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +19,20 @@ class RetryPolicy:
         jitter: Share by which a pause is lengthened at random, so that callers spread.
         long_wait_s: A Retry-After above this, in seconds, is a reason to go elsewhere and, if
             there is no elsewhere, to stop the run.
-        refusal_pause_s: First pause of an endpoint that refuses without saying for how long.
+        refusal_pause_s: First pause of an endpoint that refuses without saying for how long;
+            doubled while it goes on refusing, up to ``backoff_max_s``.
+        long_pause_s: Pause of an endpoint that is cold, under maintenance, or whose quota is
+            used up, when it does not say for how long.
         patience_s: An item is repeated no longer than so many seconds after its first failure,
             however many of its calls were refused without counting.
-        poison_endpoints: The same server error on so many endpoints fails the item.
+        poison_endpoints: The same server error on so many endpoints that answer others fails
+            the item.
         hopeless_after: So many refusals of the request itself, before any success, stop the run.
-        budget: Most repetitions per first call over the whole run (0.2 = one in five), or None.
+        first_calls: So many calls show whether a run makes sense, and the budget counts from
+            there.
+        first_failed: More than this share of the first calls failing stops the run.
+        budget: Most repetitions per call over the whole run (0.2 = one in five), or None; when
+            they are spent the run stops. Refusals that are waited for are no repetitions.
     """
 
     attempts: int = 4
@@ -32,16 +41,29 @@ class RetryPolicy:
     jitter: float = 0.25
     long_wait_s: float = 120.0
     refusal_pause_s: float = 1.0
+    long_pause_s: float = 60.0
     patience_s: float = 3600.0
     poison_endpoints: int = 3
     hopeless_after: int = 10
+    first_calls: int = 50
+    first_failed: float = 0.8
     budget: float | None = None
 
     def pause(self, failures: int, chance: float) -> float:
         """Return the seconds to wait after ``failures`` failures (``chance`` in 0 to 1)."""
+        return self.spread(self._grown(self.backoff_s, failures), chance)
+
+    def rest(self, refusals: int) -> float:
+        """Return the seconds that an endpoint rests after ``refusals`` refusals in a row."""
+        return self._grown(self.refusal_pause_s, refusals)
+
+    def spread(self, seconds: float, chance: float) -> float:
+        """Return a pause that was asked for, a little longer (``chance`` in 0 to 1)."""
+        return seconds * (1.0 + self.jitter * chance)
+
+    def _grown(self, first_s: float, times: int) -> float:
         # The exponent is bounded, for 2.0**1024 overflows.
-        base = min(self.backoff_max_s, self.backoff_s * 2.0 ** min(failures - 1, 32))
-        return base * (1.0 + self.jitter * chance)
+        return min(self.backoff_max_s, first_s * 2.0 ** min(times - 1, 32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +92,8 @@ class LanePolicy:
 
     Attributes:
         start: Requests in flight that an unknown endpoint is trusted with.
-        ceiling: Most that any endpoint gets.
+        ceiling: Most that an endpoint gets, unless it is configured by itself; no vLLM runs more
+            by default.
         settle_s: A full lane without a refusal is widened after so many seconds.
         widen: Factor until the first refusal or knee.
         step: Share by which it is widened after that (at least one request).
@@ -116,10 +139,12 @@ class PacePolicy:
     Attributes:
         requests_per_s: Most requests per second, or None.
         tokens_per_min: Most tokens per minute, prompt and answer, or None.
+        burst: Most requests at once after a quiet time; None allows a second's worth.
     """
 
     requests_per_s: float | None = None
     tokens_per_min: float | None = None
+    burst: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +170,38 @@ class HedgePolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class AffinityPolicy:
+    """Items that begin alike meet the same endpoint, whose prefix cache knows the beginning.
+
+    Attributes:
+        prefix: Characters of the conversation's beginning that must be equal.
+        keys: Beginnings that are remembered.
+        slack: The remembered endpoint is passed over when its expected time to an answer is
+            more than this factor above the best one's.
+    """
+
+    prefix: int = 2048
+    keys: int = 4096
+    slack: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPolicy:
+    """Reading the endpoints' own load, where others use them too.
+
+    Attributes:
+        source: ``metrics`` (vLLM's Prometheus gauges) or ``load`` (always 0 unless the server
+            runs with ``--enable-server-load-tracking``).
+        every_s: Seconds between two looks at one endpoint.
+        timeout_s: Longest wait for one look, in seconds.
+    """
+
+    source: Literal["metrics", "load"] = "metrics"
+    every_s: float = 5.0
+    timeout_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
 class FleetPolicy:
     """All that a fleet must know besides its endpoints.
 
@@ -156,8 +213,11 @@ class FleetPolicy:
         breaker: When an endpoint is left alone.
         pace: Quotas of the whole process.
         hedge: Second requests at the end, or None.
-        trust_env: Whether proxy variables of the environment count; never for nodes, which a
-            proxy cannot reach.
+        affinity: Whether items that begin alike meet the same endpoint, or None.
+        load: Whether the endpoints' own load is read, or None.
+        whole_answers: Whether the endpoints are not to be asked for streams.
+        trust_env: Whether proxy variables of the environment count for all endpoints, and not
+            only for those that ask for it (``EndpointSpec.proxied``).
     """
 
     streams: int = 256
@@ -167,6 +227,9 @@ class FleetPolicy:
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
     pace: PacePolicy = field(default_factory=PacePolicy)
     hedge: HedgePolicy | None = field(default_factory=HedgePolicy)
+    affinity: AffinityPolicy | None = None
+    load: LoadPolicy | None = None
+    whole_answers: bool = False
     trust_env: bool = False
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import aiohttp
@@ -84,7 +84,9 @@ async def discover(specs: Sequence[EndpointSpec], timeout_s: float = 5.0) -> lis
 async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Found:
     started = time.monotonic()
     try:
-        answer = await transport.get(f"{endpoint.url}/models", await endpoint.headers(), timeout_s)
+        answer = await transport.get(
+            f"{endpoint.url}/models", await endpoint.headers(), timeout_s, endpoint.spec.proxied
+        )
     except TimeoutError:
         return _lost(endpoint, f"no answer within {timeout_s:g} s")
     except aiohttp.ClientError as error:
@@ -172,11 +174,17 @@ def check_models(found: Sequence[Found], name: str | None) -> Checked:
     lost = [f for f in found if not f.reachable]
     return Checked(
         model,
-        tuple(f.spec for f in found if f in serving or f in lost),
+        tuple(_sized(f, model) for f in found if f in serving or f in lost),
         simulated.pop(),
         min(lengths, default=None),
         tuple((f.label, f.error or "") for f in lost),
     )
+
+
+def _sized(found: Found, model: str) -> EndpointSpec:
+    """Return an endpoint with the context length that it named, unless one is configured."""
+    length = dict(found.max_model_len).get(found.spec.model or model)
+    return replace(found.spec, max_model_len=found.spec.max_model_len or length)
 
 
 def _served(found: Sequence[Found]) -> list[str]:

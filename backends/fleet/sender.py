@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
 import orjson
 
 from ..contract.calls import CallLog
-from . import failures, judge
+from ..contract.types import Usage
+from . import failures, judge, room
 from .endpoint import Endpoint
 from .failures import Failure, Step
-from .stream import OpenStream
+from .pacing import Pacer, estimate
+from .stream import End, OpenStream
 from .transport import Transport
 from .warden import Warden
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class Sender:
@@ -25,6 +30,7 @@ class Sender:
     Args:
         transport: The connections.
         warden: Is told how each request ended.
+        pacer: The whole process' quotas, or None.
         simulated: Whether answers must come from a simulated fleet, must not, or are as the
             first one shows (None).
 
@@ -32,9 +38,17 @@ class Sender:
         simulated: The same, settled by the first answer.
     """
 
-    def __init__(self, transport: Transport, warden: Warden, simulated: bool | None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        warden: Warden,
+        pacer: Pacer | None,
+        simulated: bool | None,
+    ) -> None:
         self._transport = transport
         self._warden = warden
+        self._pacer = pacer
+        self._warned = False
         self.simulated = simulated
 
     async def send(
@@ -46,9 +60,10 @@ class Sender:
         try:
             result = await self._exchange(endpoint, body)
             if isinstance(result, Failure):
-                self._failed(endpoint, result)
+                self._failed(endpoint, result, body)
             else:
                 seconds = time.monotonic() - started
+                self._settle(endpoint, body, judge.usage_of(result))
                 self._succeeded(endpoint, result, level, seconds, log)
             return result
         finally:
@@ -62,10 +77,12 @@ class Sender:
     ) -> dict[str, Any] | Failure:
         try:
             headers = await endpoint.headers()
-            answer = await self._transport.send(endpoint.chat_url, _encode(endpoint, body), headers)
+            answer = await self._transport.send(
+                endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
+            )
             result = self._guarded(judge.read(answer, endpoint.label), endpoint)
             if isinstance(result, Failure):
-                return await _rekeyed(endpoint, result, headers)
+                return await _softened(endpoint, result, headers, body, self._warden.answers > 0)
         except (aiohttp.ClientError, TimeoutError) as error:
             return failures.of_exception(error, endpoint.label)
         return result
@@ -76,19 +93,23 @@ class Sender:
         """Send one request to one endpoint that was taken; the stream lets it go."""
         started, level = time.monotonic(), endpoint.outstanding
 
-        def end(summary: dict[str, Any] | None) -> None:
-            seconds = None if summary is None else time.monotonic() - started
-            if summary is not None and seconds is not None:
+        def end(summary: dict[str, Any] | Failure | None) -> None:
+            seconds: float | None = None
+            if isinstance(summary, dict):
+                summary = self._guarded(summary, endpoint)
+            if isinstance(summary, Failure):
+                self._failed(endpoint, summary, body)
+            elif summary is not None:
+                seconds = time.monotonic() - started
+                self._settle(endpoint, body, judge.usage_of(summary))
                 self._succeeded(endpoint, summary, level, seconds, log)
-                if isinstance(mixed := self._guarded(summary, endpoint), Failure):
-                    self._failed(endpoint, mixed)
             self._warden.dispatch.give(endpoint, seconds)
 
         result: OpenStream | Failure | None = None
         try:
             result = await self._begin(endpoint, body, end)
             if isinstance(result, Failure):
-                self._failed(endpoint, result)
+                self._failed(endpoint, result, body)
             return result, endpoint
         finally:
             if log is not None:
@@ -98,22 +119,27 @@ class Sender:
                 self._warden.dispatch.give(endpoint)
 
     async def _begin(
-        self, endpoint: Endpoint, body: Mapping[str, Any], end: Callable[..., None]
+        self, endpoint: Endpoint, body: Mapping[str, Any], end: End
     ) -> OpenStream | Failure:
         try:
             headers = await endpoint.headers()
             response = await self._transport.stream(
-                endpoint.chat_url, _encode(endpoint, body), headers
+                endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
-            result = await OpenStream.begin(response, endpoint.label, end)
+            result = await OpenStream.begin(
+                response, endpoint.label, self._transport.silence_s, end
+            )
             if isinstance(result, Failure):
-                return await _rekeyed(endpoint, result, headers)
+                return await _softened(endpoint, result, headers, body, self._warden.answers > 0)
         except (aiohttp.ClientError, TimeoutError) as error:
             return failures.of_exception(error, endpoint.label)
         return result
 
-    def _failed(self, endpoint: Endpoint, failure: Failure) -> None:
+    def _failed(self, endpoint: Endpoint, failure: Failure, body: Mapping[str, Any]) -> None:
         endpoint.stats.failed(type(failure.error).__name__)
+        # Who refuses has read nothing; what a lost request cost is unknown, and stays reserved.
+        if failure.error.status is not None:
+            self._settle(endpoint, body, Usage(0, 0))
         self._warden.failed(endpoint, failure)
 
     def _succeeded(
@@ -146,15 +172,44 @@ class Sender:
             return result
         return failures.of_mixture(endpoint.label, simulated)
 
+    def _settle(self, endpoint: Endpoint, body: Mapping[str, Any], usage: Usage) -> None:
+        """Correct what was reserved for a request by what it used, in tokens."""
+        if usage.prompt is None or (self._pacer is None and endpoint.tokens is None):
+            return
+        used = usage.prompt + (usage.completion or 0)
+        if self._pacer is not None:
+            self._pacer.settle(estimate(body), used)
+        if endpoint.tokens is not None:
+            endpoint.tokens.refund(estimate(body) - used)
 
-def _encode(endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
-    if endpoint.spec.model is not None:
-        body = {**body, "model": endpoint.spec.model}
-    return orjson.dumps(body)
+    def _encode(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
+        if endpoint.spec.model is not None:
+            body = {**body, "model": endpoint.spec.model}
+        if endpoint.most_tokens is not None:
+            fitting = room.lowered(body, endpoint.most_tokens)
+            if fitting is not body and not self._warned:
+                self._warned = True
+                _LOG.warning(
+                    "max_tokens is lowered to %d, which is all that %s allows: lower "
+                    "model.max_tokens",
+                    endpoint.most_tokens,
+                    endpoint.label,
+                )
+            body = fitting
+        return orjson.dumps(body)
 
 
-async def _rekeyed(endpoint: Endpoint, failure: Failure, sent: Mapping[str, str]) -> Failure:
-    """Repeat a call whose key was refused if the key's source has a new one by now."""
-    if failure.treatment.step is Step.REKEY and await endpoint.headers() != sent:
+async def _softened(
+    endpoint: Endpoint,
+    failure: Failure,
+    sent: Mapping[str, str],
+    body: Mapping[str, Any],
+    others: bool,
+) -> Failure:
+    """Let a refused call be repeated where it can be cured: new key, fewer tokens, elsewhere."""
+    if failure.treatment.step is Step.REKEY and await endpoint.rekeyed(sent):
         return Failure(failure.error, replace(failure.treatment, step=Step.SAME))
-    return failure
+    if failure.treatment.schema and others and not endpoint.has_answered:
+        # Others take the schema: it is this endpoint that lacks something.
+        return Failure(failure.error, replace(failure.treatment, step=Step.EJECT))
+    return room.learn(endpoint, failure, room.asked_tokens(body))

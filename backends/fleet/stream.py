@@ -2,62 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
 
 import aiohttp
 import orjson
 
-from ..contract.errors import EndpointLostError
-from . import failures
+from . import failures, judge
 from .answer import Complaint, RawAnswer
 from .failures import Failure
 
 _OK: Final = 200
 _DATA: Final = b"data:"
+_DONE: Final = b"data: [DONE]"
 
-End = Callable[[dict[str, Any] | None], None]
+End = Callable[[dict[str, Any] | Failure | None], None]
 
 
 class OpenStream:
-    """A stream whose first event has come; holds its endpoint until closed.
+    """A stream whose first token has come; holds its endpoint until closed.
 
     Args:
         response: The answer, its head read.
-        first: The first line with data.
+        head: The lines up to the first token's.
         endpoint: Label of who answers.
-        end: Called once, with a summary of a whole answer, or None when it stayed a part.
+        silence_s: Longest wait for a further line, in seconds.
+        end: Called once: with a summary of a whole answer, with what broke it off, or with None
+            when the caller left early.
 
     Attributes:
         headers: The answer's headers.
     """
 
     def __init__(
-        self, response: aiohttp.ClientResponse, first: bytes, endpoint: str, end: End
+        self,
+        response: aiohttp.ClientResponse,
+        head: Sequence[bytes],
+        endpoint: str,
+        silence_s: float,
+        end: End,
     ) -> None:
         self._response = response
-        self._first = first
+        self._head = head
         self._endpoint = endpoint
+        self._silence_s = silence_s
         self._end = end
         self._summary: dict[str, Any] = {}
+        self._failure: Failure | None = None
         self._open = True
         self.headers = response.headers
 
     @classmethod
     async def begin(
-        cls, response: aiohttp.ClientResponse, endpoint: str, end: End
+        cls, response: aiohttp.ClientResponse, endpoint: str, silence_s: float, end: End
     ) -> OpenStream | Failure:
-        """Read up to the first event, or return why there is none."""
+        """Read up to the first token, or return why there is none.
+
+        What comes before it (the speaker's role) is held back, so that the call may still move.
+        """
         if response.status != _OK:
             raw = RawAnswer(response.status, response.headers, await response.read())
             return failures.of_answer(raw, endpoint)
+        head: list[bytes] = []
         async for line in response.content:
-            if not line.startswith(_DATA):
-                continue
-            if failure := _error_event(line, response, endpoint):
+            head.append(line)
+            chunk = _decode(line) if line.startswith(_DATA) else None
+            if failure := _error_event(chunk, line, response, endpoint):
                 response.close()
                 return failure
-            return cls(response, line, endpoint, end)
+            if _says_something(chunk):
+                return cls(response, head, endpoint, silence_s, end)
+            if line.startswith(_DONE):
+                break
+        if any(map(bytes.strip, head)):
+            response.close()
+            return failures.of_end(endpoint)
         raw = RawAnswer(response.status, response.headers, b"")
         return failures.of_reply(raw, "the stream held nothing", endpoint)
 
@@ -67,39 +87,54 @@ class OpenStream:
         Raises:
             EndpointLostError: The stream was cut or fell silent.
         """
-        whole = False
         try:
-            yield self._look(self._first)
-            async for line in self._response.content:
+            for line in self._head:
                 yield self._look(line)
-            whole = True
+            while line := await self._next():
+                yield self._look(line)
+            self._check_end()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise failures.of_exception(error, self._endpoint).error from error
+            self._failure = failures.of_exception(error, self._endpoint)
+            raise self._failure.error from error
         finally:
-            self.close(whole)
-        if not self._summary.get("finished"):
-            raise EndpointLostError(
-                f"{self._endpoint}: the stream ended before the answer was whole",
-                self._endpoint,
-            )
+            self.close()
 
-    def close(self, whole: bool = False) -> None:
+    async def _next(self) -> bytes:
+        async with asyncio.timeout(self._silence_s):
+            return await self._response.content.readline()
+
+    def _check_end(self) -> None:
+        if self._failure is None and not self._summary.get("finished"):
+            self._failure = failures.of_end(self._endpoint)
+        if self._failure is not None:
+            raise self._failure.error
+
+    def close(self) -> None:
         """Let the endpoint go; leaving early frees the server's slot too."""
         if not self._open:
             return
         self._open = False
-        if not whole:
+        whole = self._failure is None and self._summary.get("finished")
+        if not self._response.content.at_eof():
             self._response.close()
-        self._end(self._summary if whole and self._summary.get("finished") else None)
+        self._end(self._failure or (self._summary if whole else None))
 
     def _look(self, line: bytes) -> bytes:
         """Note model, fingerprint, usage and the end as they pass."""
-        if line.startswith(_DATA) and (chunk := _decode(line)):
+        if line.startswith(_DONE):
+            # Readers stop here, so that what is missing must be told here.
+            self._check_end()
+        elif line.startswith(_DATA) and (chunk := _decode(line)):
             for key in ("model", "system_fingerprint", "usage"):
                 if chunk.get(key):
                     self._summary[key] = chunk[key]
+            if failure := _error_event(chunk, line, self._response, self._endpoint):
+                self._failure = failure
             choices = chunk.get("choices") or [{}]
-            if choices[0].get("finish_reason") or chunk.get("error"):
+            reason = choices[0].get("finish_reason")
+            if reason in judge.ABORTED:
+                self._failure = failures.of_end(self._endpoint)
+            elif reason:
                 self._summary["finished"] = True
         return line
 
@@ -112,9 +147,26 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _error_event(line: bytes, response: aiohttp.ClientResponse, endpoint: str) -> Failure | None:
-    document = _decode(line)
-    if document is None or not (document.get("error") or document.get("object") == "error"):
+def _says_something(chunk: Mapping[str, Any] | None) -> bool:
+    """Tell whether an event brings a token, a call or an end."""
+    if chunk is None:
+        return False
+    for choice in chunk.get("choices") or ():
+        delta = choice.get("delta") or {}
+        if choice.get("finish_reason") or any(v for k, v in delta.items() if k != "role"):
+            return True
+    return False
+
+
+def _error_event(
+    document: dict[str, Any] | None, line: bytes, response: aiohttp.ClientResponse, endpoint: str
+) -> Failure | None:
+    if document is None:
+        return None
+    if document.get("id") == judge.GATEWAY_ERROR_ID:
+        raw = RawAnswer(_OK, response.headers, line[len(_DATA) :].strip())
+        return failures.of_abort(raw, endpoint)
+    if not (document.get("error") or document.get("object") == "error"):
         return None
     complaint = Complaint.of(document)
     code = complaint.code or ""

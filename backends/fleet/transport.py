@@ -24,22 +24,35 @@ class Transport:
 
     def __init__(self, policy: FleetPolicy) -> None:
         self._policy = policy
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
 
-    async def send(self, url: str, body: bytes, headers: Mapping[str, str]) -> RawAnswer:
+    @property
+    def silence_s(self) -> float:
+        """Longest silence inside a stream, in seconds."""
+        return self._policy.timeout.chunk_s
+
+    async def send(
+        self, url: str, body: bytes, headers: Mapping[str, str], proxied: bool = False
+    ) -> RawAnswer:
         """Post one body and read the whole answer.
+
+        Args:
+            url: Where to.
+            body: What.
+            headers: With which headers.
+            proxied: Whether the environment's proxy variables count.
 
         Raises:
             aiohttp.ClientError: The connection failed or broke.
             TimeoutError: No answer in time.
         """
-        session = self.session()
+        session = self.session(proxied)
         async with session.post(url, data=body, headers=headers, allow_redirects=False) as got:
             return RawAnswer(got.status, got.headers, await got.read())
 
     async def stream(
-        self, url: str, body: bytes, headers: Mapping[str, str]
+        self, url: str, body: bytes, headers: Mapping[str, str], proxied: bool = False
     ) -> aiohttp.ClientResponse:
         """Post one body and return the answer unread; the caller closes it.
 
@@ -51,11 +64,13 @@ class Transport:
         """
         limits = self._policy.timeout
         timeout = aiohttp.ClientTimeout(sock_connect=limits.connect_s, sock_read=limits.request_s)
-        return await self.session().post(
+        return await self.session(proxied).post(
             url, data=body, headers=headers, allow_redirects=False, timeout=timeout
         )
 
-    async def get(self, url: str, headers: Mapping[str, str], timeout_s: float) -> RawAnswer:
+    async def get(
+        self, url: str, headers: Mapping[str, str], timeout_s: float, proxied: bool = False
+    ) -> RawAnswer:
         """Fetch a small document within ``timeout_s`` seconds.
 
         Raises:
@@ -63,38 +78,45 @@ class Transport:
             TimeoutError: No answer in time.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        async with self.session().get(
+        async with self.session(proxied).get(
             url, headers=headers, allow_redirects=False, timeout=timeout
         ) as got:
             return RawAnswer(got.status, got.headers, await got.read())
 
-    def session(self) -> aiohttp.ClientSession:
+    def session(self, proxied: bool = False) -> aiohttp.ClientSession:
         """Return the session of the running loop, opening it at the first call.
+
+        Args:
+            proxied: Whether the environment's proxy variables count.
 
         Raises:
             ConfigurationError: The session belongs to another loop that still runs.
         """
-        if self._session is not None and self.loop is asyncio.get_running_loop():
-            return self._session
-        return self._open()
+        session = self._sessions.get(proxied)
+        if session is not None and self.loop is asyncio.get_running_loop():
+            return session
+        return self._open(proxied)
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self.loop is not None and not self.loop.is_closed():
-            raise ConfigurationError(
-                "a fleet was used from two event loops at once: build one Fleet per loop"
-            )
+    def _open(self, proxied: bool) -> aiohttp.ClientSession:
+        here = asyncio.get_running_loop()
+        if self.loop is not here:
+            if self.loop is not None and not self.loop.is_closed():
+                raise ConfigurationError(
+                    "a fleet was used from two event loops at once: build one Fleet per loop"
+                )
+            self._sessions.clear()
+            self.loop = here
         limits = self._policy.timeout
-        self.loop = asyncio.get_running_loop()
-        self._session = aiohttp.ClientSession(
+        session = self._sessions[proxied] = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=limits.keepalive_s),
             timeout=aiohttp.ClientTimeout(total=limits.request_s, sock_connect=limits.connect_s),
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=self._policy.trust_env,
+            trust_env=proxied or self._policy.trust_env,
         )
-        return self._session
+        return session
 
     async def aclose(self) -> None:
         """Close all connections; a later request opens new ones."""
-        session, self._session, self.loop = self._session, None, None
-        if session is not None:
+        sessions, self._sessions, self.loop = self._sessions, {}, None
+        for session in sessions.values():
             await session.close()

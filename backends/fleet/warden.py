@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 import aiohttp
 
-from ..contract.errors import EndpointError, RunStoppedError
+from ..contract.errors import EndpointError, PromptTooLongError, RunStoppedError
 from .breaker import State
 from .dispatch import Dispatcher
 from .endpoint import Endpoint
 from .failures import Failure, Step, Trip
-from .policy import FleetPolicy
+from .policy import AffinityPolicy, FleetPolicy
 from .transport import Transport
 
 _LOG: Final = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ class Warden:
         self._sweeping = False
         self._deadline: asyncio.TimerHandle | None = None
         self._refused = 0
-        self.dispatch = Dispatcher(endpoints, policy.streams, self._paced, self._starved)
+        slack = (policy.affinity or AffinityPolicy()).slack
+        self._wakes: dict[Endpoint, asyncio.TimerHandle] = {}
+        self.dispatch = Dispatcher(endpoints, policy.streams, self._paced, self._starved, slack)
         self.stopped: str | None = None
         self.paused: str | None = None
         self.answers = 0
@@ -68,6 +71,7 @@ class Warden:
         for task in self._tasks:
             task.cancel()
         self._timers.clear()
+        self._wakes.clear()
         self._sweeping = False
         self._deadline = None
         for endpoint in self._endpoints:
@@ -77,6 +81,7 @@ class Warden:
         """Take note of a good answer, sent as one of ``level`` requests in flight."""
         now = time.monotonic()
         self.answers += 1
+        endpoint.refusals = 0
         endpoint.lane.answered(level, seconds, now)
         if endpoint.breaker.succeed():
             endpoint.lane.reset(now)
@@ -90,8 +95,8 @@ class Warden:
             self.stop(error.message)
         if treatment.step in {Step.EJECT, Step.REKEY}:
             self._eject(endpoint, error)
-        if treatment.step is Step.FAIL:
-            self._count_hopeless(failure)
+        if treatment.step is Step.FAIL and not isinstance(error, PromptTooLongError):
+            self._count_hopeless(endpoint, failure)
         if treatment.shrink:
             endpoint.lane.shrink(time.monotonic())
         if treatment.trip is not Trip.NO and endpoint.breaker.fail(treatment.trip is Trip.OPEN):
@@ -100,24 +105,32 @@ class Warden:
             self._refuse(endpoint, failure)
         self.refresh(endpoint)
 
-    def _count_hopeless(self, failure: Failure) -> None:
+    def _count_hopeless(self, endpoint: Endpoint, failure: Failure) -> None:
+        """Stop a run that nobody accepts, or eject who alone accepts nothing."""
         self._refused += 1
-        many = self._refused >= self._policy.retry.hopeless_after
-        if not self.answers and (many or failure.treatment.schema):
+        most = self._policy.retry.hopeless_after
+        if not self.answers and (self._refused >= most or failure.treatment.schema):
             self.stop(f"no request was accepted; the last answer: {failure.error.message}")
+        elif self.answers and not endpoint.has_answered and endpoint.stats.calls >= most:
+            self._eject(endpoint, failure.error)
 
     def _refuse(self, endpoint: Endpoint, failure: Failure) -> None:
         """Let an endpoint rest as long as it asked; all of its host, where the quota is shared."""
         self.refusals += 1
-        seconds = failure.error.retry_after or failure.treatment.rest_s
+        retry, treatment = self._policy.retry, failure.treatment
+        seconds = failure.error.retry_after or treatment.rest_s
+        if seconds is None and treatment.long:
+            seconds = retry.long_pause_s
         endpoint.lane.refused(endpoint.outstanding)
         if seconds is None and endpoint.outstanding > 1:
             # It works at the others that it has: the narrower lane is answer enough.
             return
+        endpoint.refusals += 1
+        pause = retry.spread(seconds or retry.rest(endpoint.refusals), random.random())
         host = endpoint.url.split("/")[2]
         for other in self._endpoints:
-            if other is endpoint or (failure.treatment.shared and other.url.split("/")[2] == host):
-                self.rest(other, seconds or self._policy.retry.refusal_pause_s)
+            if other is endpoint or (treatment.shared and other.url.split("/")[2] == host):
+                self.rest(other, pause)
         self._check_rest(failure.error)
 
     def _check_rest(self, error: EndpointError) -> None:
@@ -128,12 +141,18 @@ class Warden:
             self.stop(f"{error.message}; resume the run in {seconds:.0f} s")
 
     def rest(self, endpoint: Endpoint, seconds: float) -> None:
-        """Send an endpoint nothing for a while."""
-        if not endpoint.resting:
-            endpoint.resting = True
-            self._later(seconds, lambda: self._wake(endpoint))
+        """Send an endpoint nothing for a while; of two pauses the later end counts."""
+        pending = self._wakes.get(endpoint)
+        if pending is not None:
+            if pending.when() >= asyncio.get_running_loop().time() + seconds:
+                return
+            pending.cancel()
+            self._timers.discard(pending)
+        endpoint.resting = True
+        self._wakes[endpoint] = self._later(seconds, lambda: self._wake(endpoint))
 
     def _wake(self, endpoint: Endpoint) -> None:
+        self._wakes.pop(endpoint, None)
         endpoint.resting = False
         self.refresh(endpoint)
 
@@ -153,7 +172,10 @@ class Warden:
         """Ask an endpoint that was left alone whether it is there."""
         try:
             answer = await self._transport.get(
-                f"{endpoint.url}/models", await endpoint.headers(), self._policy.breaker.probe_s
+                f"{endpoint.url}/models",
+                await endpoint.headers(),
+                self._policy.breaker.probe_s,
+                endpoint.spec.proxied,
             )
             there = answer.status not in _NOBODY_THERE
         except (aiohttp.ClientError, TimeoutError):
@@ -165,12 +187,15 @@ class Warden:
             endpoint.breaker.miss()
             self._later(endpoint.breaker.pause_s, lambda: self._spawn(self._probe(endpoint)))
 
-    def _paced(self, endpoint: Endpoint) -> None:
+    def _paced(self, endpoint: Endpoint, tokens: int) -> None:
         """Let an endpoint with a quota of its own rest until the next request is due."""
+        now, wait = time.monotonic(), 0.0
         if endpoint.bucket is not None:
-            wait = endpoint.bucket.take(1.0, time.monotonic(), reserve=1.0)
-            if wait > 0:
-                self.rest(endpoint, wait)
+            wait = endpoint.bucket.take(1.0, now, reserve=1.0)
+        if endpoint.tokens is not None:
+            wait = max(wait, endpoint.tokens.take(tokens, now, reserve=tokens))
+        if wait > 0:
+            self.rest(endpoint, wait)
 
     def _starved(self) -> None:
         """Look for full lanes soon: calls wait although more could be in flight."""

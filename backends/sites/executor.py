@@ -1,21 +1,27 @@
-"""Shards on any ``concurrent.futures.Executor``: processes, Dask, MPI, Ray, Parsl."""
+"""Shards on any ``concurrent.futures.Executor``: processes, Dask, MPI, Ray."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
-from typing import Any
+from typing import Any, Final
 
-from ..contract.errors import SiteError, WorkerLostError
+from ..contract.errors import ConfigurationError, SiteError, WorkerLostError
 from ..contract.types import Json
 
 WorkShard = Callable[[dict[str, Json]], dict[str, Json]]
 """An importable function: executors ship it by reference."""
 
+_KILLED_S: Final = 5.0
+"""Seconds that an executor may take to notice that its workers were killed."""
+
 
 class ExecutorBackend:
     """Runs shards on an executor that a factory makes.
+
+    Only ``submit``, the future's result and ``shutdown`` are relied upon.
 
     Args:
         factory: Makes the executor; called off the loop, and again to rebuild.
@@ -29,15 +35,24 @@ class ExecutorBackend:
     ) -> None:
         self._factory, self._work, self._workers = factory, work, workers
         self._executor: Executor | None = None
+        self._broken = False
         self.name = name
 
     def capacity(self) -> int:
         """Return the number of workers; none while it is broken."""
-        return self._workers if self._executor is not None else 0
+        return 0 if self._executor is None or self._broken else self._workers
 
     async def start(self) -> None:
-        """Make the executor."""
-        self._executor = await asyncio.to_thread(self._factory)
+        """Make the executor.
+
+        Raises:
+            ConfigurationError: The factory makes something else.
+        """
+        made = await asyncio.to_thread(self._factory)
+        if not isinstance(made, Executor):
+            msg = f"{self.name}: made {type(made).__name__}, no concurrent.futures.Executor"
+            raise ConfigurationError(msg)
+        self._executor, self._broken = made, False
 
     async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
         """Run one order.
@@ -45,49 +60,103 @@ class ExecutorBackend:
         Raises:
             WorkerLostError: A worker died; the executor may be broken with it.
             SiteError: The executor takes no work.
+            ConfigurationError: Workers cannot import fanfold.
         """
+        executor = self._executor
+        if executor is None:
+            raise SiteError(f"{self.name}: not started")
         try:
-            future = self._submitted(order)
-        except (BrokenExecutor, RuntimeError) as error:
+            future = await asyncio.to_thread(executor.submit, self._work, order)
+        except RuntimeError as error:  # BrokenExecutor is one, and so is "after shutdown"
+            self._breaks(executor)
             raise SiteError(f"{self.name}: takes no work: {error}") from error
+        return await self._result(executor, future)
+
+    async def _result(self, executor: Executor, future: Future[dict[str, Json]]) -> dict[str, Json]:
         try:
             return await asyncio.shield(asyncio.wrap_future(future))
-        except (BrokenExecutor, CancelledError) as error:
+        except BrokenExecutor as error:
+            self._breaks(executor)
             raise WorkerLostError(f"{self.name}: a worker died: {error}") from error
+        except CancelledError as error:  # not asyncio's: the executor was shut down meanwhile
+            raise WorkerLostError(f"{self.name}: was shut down") from error
+        except (ImportError, AttributeError) as error:
+            msg = f"{self.name}: a worker cannot load fanfold: {error}; install it there"
+            raise ConfigurationError(msg) from error
         except Exception as error:
-            raise self._translated(error) from error
+            if self.is_fatal(error):
+                self._breaks(executor)
+            msg = f"{self.name}: {type(error).__name__}: {error}"
+            raise WorkerLostError(msg) from error
 
-    def _submitted(self, order: dict[str, Json]) -> Future[dict[str, Json]]:
-        if self._executor is None:
-            raise SiteError(f"{self.name}: not started")
-        return self._executor.submit(self._work, order)
+    def is_fatal(self, error: Exception) -> bool:  # noqa: ARG002 - for engines with more to say
+        """Say whether an error means that the executor is of no use any more."""
+        return False
 
-    def _translated(self, error: Exception) -> SiteError:
-        return WorkerLostError(f"{self.name}: {type(error).__name__}: {error}")
+    def _breaks(self, executor: Executor) -> None:
+        if executor is self._executor:  # not the one that took its place meanwhile
+            self._broken = True
 
     async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
         """Return nothing: an executor ends with its coordinator."""
         return {}
 
     async def rebuild(self) -> None:
-        """Throw the executor away and make a new one."""
+        """Throw the executor away, kill its workers where it shows them, and make a new one."""
         await self.close(0.0)
         await self.start()
 
     async def close(self, grace_s: float = 10.0) -> None:
-        """Shut the executor down; what does not end in time is left behind."""
+        """Shut the executor down; workers that do not end in time are killed or left behind."""
         executor, self._executor = self._executor, None
-        if executor is None:
-            return
-        executor.shutdown(wait=False, cancel_futures=True)
-        if grace_s > 0:
-            try:
-                await asyncio.wait_for(asyncio.to_thread(executor.shutdown, True), grace_s)
-            except TimeoutError:
-                self._abandon(executor)
+        if executor is not None:
+            await self.dispose(executor, grace_s)
 
-    def _abandon(self, executor: Executor) -> None:
-        """End workers that did not end by themselves, where the executor shows them."""
-        processes: dict[int, Any] = getattr(executor, "_processes", None) or {}
-        for process in processes.values():
-            process.kill()
+    async def dispose(self, executor: Executor, grace_s: float) -> None:
+        """Shut one executor down, within ``grace_s`` and a little more."""
+        workers = _processes(executor)  # an executor that is shut down shows them no more
+        ended = in_thread(lambda: self.shutdown(executor))
+        if not await _within(ended, grace_s):
+            for process in workers:
+                process.kill()
+            if workers:
+                await _within(ended, _KILLED_S)
+
+    def shutdown(self, executor: Executor) -> None:
+        """End an executor; blocks as long as the executor does."""
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _processes(executor: Executor) -> list[Any]:
+    """Return the processes of a process pool, and nothing for other executors."""
+    return list((getattr(executor, "_processes", None) or {}).values())
+
+
+def in_thread(call: Callable[[], None]) -> asyncio.Future[None]:
+    """Run a blocking call in a thread that holds up neither the loop's end nor the process's."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    ended.add_done_callback(lambda future: future.cancelled() or future.exception())  # may be left
+
+    def settle(error: Exception | None) -> None:
+        if not ended.done():
+            ended.set_exception(error) if error else ended.set_result(None)
+
+    def run() -> None:
+        error: Exception | None = None
+        try:
+            call()
+        except Exception as raised:  # noqa: BLE001 - handed on to whoever waits
+            error = raised
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="blocking call", daemon=True).start()
+    return ended
+
+
+async def _within(ended: asyncio.Future[None], seconds: float) -> bool:
+    await asyncio.wait({ended}, timeout=seconds)
+    if ended.done() and (error := ended.exception()) is not None:
+        raise SiteError(f"the executor could not be shut down: {error}") from error
+    return ended.done()

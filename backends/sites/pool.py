@@ -4,67 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import Final
 
 from ..contract.errors import RunStoppedError, SiteError
-from ..contract.protocols import Backend
-from ..contract.types import Json
+from ..contract.protocols import Backend, Stoppable
 from ..contract.wire import Order, Summary
+from .place import Flight, Place
+from .room import PoolDrainedError, Room
+from .watch import Beat, PoolPolicy, Watch
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.25
+MakeOrder = Callable[[int], Awaitable[Order | None]]
+"""Makes the order of an attempt, what is finished meanwhile left out; None: nothing is left."""
 
-
-@dataclass(frozen=True, slots=True)
-class PoolPolicy:
-    """How patient a pool is.
-
-    Attributes:
-        attempts: Most orders for one shard.
-        deadline_s: Seconds after its first sign of life until a shard counts as lost.
-        silence_s: Seconds without a sign of life until a shard that gave one counts as lost.
-        rebuild_s: Pause before a broken place is rebuilt, doubled at each further time.
-    """
-
-    attempts: int = 3
-    deadline_s: float = 7200.0
-    silence_s: float = 120.0
-    rebuild_s: float = 1.0
-
-
-class Watch:
-    """Tells when a shard last gave a sign of life.
-
-    Args:
-        beat: Returns the time of the last sign (monotonic seconds), or None before the first.
-    """
-
-    def __init__(self, policy: PoolPolicy, beat: Callable[[], float | None]) -> None:
-        self._policy, self._beat = policy, beat
-        self._first: float | None = None
-
-    def verdict(self) -> str | None:
-        """Return why the shard counts as lost, or None."""
-        last, now = self._beat(), time.monotonic()
-        if last is None:
-            return None  # it may still wait in a queue, for hours on a busy machine
-        self._first = self._first or last
-        if now - last > self._policy.silence_s:
-            return f"no sign of life for {now - last:.0f} s"
-        if now - self._first > self._policy.deadline_s:
-            return f"not finished {self._policy.deadline_s:.0f} s after it began"
-        return None
+_UNBEGUN: Final = 4
+"""A shard may be lost so many times more often if nobody had begun it."""
 
 
 class ShardPool:
     """Several places as one.
 
     A shard goes to the place with the most room. One that is lost goes on elsewhere; however
-    late its first copy answers, it is counted once.
+    late its first copy answers, that answer is not used.
 
     Args:
         backends: The places.
@@ -72,12 +36,14 @@ class ShardPool:
     """
 
     def __init__(self, backends: Sequence[Backend], policy: PoolPolicy) -> None:
-        self._places = [_Place(backend, policy) for backend in backends]
         self._policy = policy
-        self._freed = asyncio.Event()
+        self._places = [Place(backend, policy, self._changed) for backend in backends]
+        self._room = Room(self._places)
+        self._ticker: asyncio.Task[None] | None = None
+        self._left = dict[str, Flight]()
 
     async def start(self) -> None:
-        """Make all places ready; those that cannot be are left out while one is.
+        """Make all places ready; those that cannot be are tried again later, while one is.
 
         Raises:
             ConfigurationError: A place cannot be made ready, whatever is tried again.
@@ -90,107 +56,114 @@ class ShardPool:
         for error in errors:
             if not isinstance(error, SiteError):
                 raise error
-            logger.warning("%s", error.message)
         if len(errors) == len(self._places):
             raise errors[0]
+        for error in errors:
+            logger.warning("%s", error)
+        for place in self._places:
+            for shard, answer in (await place.backend.reattach()).items():
+                watch = Watch(self._policy, None, place)
+                self._left[shard] = place.fly(shard, answer, watch)
+        self._ticker = asyncio.create_task(self._tick())
 
     def capacity(self) -> int:
         """Return how many shards can be worked on at a time, now."""
         return sum(place.backend.capacity() for place in self._places)
 
+    @property
+    def out(self) -> int:
+        """Return how many orders are out."""
+        return sum(place.busy for place in self._places)
+
+    @property
+    def left(self) -> list[str]:
+        """Return the shards that an earlier coordinator of the run left at the places."""
+        return list(self._left)
+
+    async def take_over(self, shard: str) -> Summary | None:
+        """Wait for a shard that an earlier coordinator ordered; None if it is lost."""
+        try:
+            return await self._left.pop(shard).summary()
+        except SiteError as error:
+            logger.warning("shard %s, ordered in an earlier life: %s", shard, error.message)
+            return None
+
     async def run(
-        self,
-        make: Callable[[int], Awaitable[Order | None]],
-        beat: Callable[[int], Callable[[], float | None]],
+        self, make: MakeOrder, beat: Callable[[int], Beat | None]
     ) -> tuple[Order, Summary] | None:
         """Have a shard worked on, by as many orders as it takes.
 
         Args:
-            make: Makes the order of an attempt, what is finished meanwhile left out; None when
-                nothing is left.
-            beat: Returns, for an attempt, what tells its last sign of life.
+            make: Makes an order; called when there is room for it.
+            beat: Returns, for an attempt, what tells its last sign of life; or None, where
+                nothing can tell.
 
         Raises:
-            RunStoppedError: The shard was lost as often as the policy allows.
+            RunStoppedError: The shard was lost as often as the policy allows, or no place is
+                left.
+            ConfigurationError: A place or a worker cannot do its work, whatever is tried again.
 
         Returns:
-            The order that was answered, and the worker's summary; None when nothing was left.
+            The order that was answered, and the worker's summary; None when nothing was left to
+            order, or the pool was stopped before anybody had the shard.
         """
-        reasons, name = list[str](), "?"
-        for attempt in range(self._policy.attempts):
-            order = await make(attempt)
-            if order is None:
-                return None
-            name = order.shard
-            try:
-                return order, await self._once(order, Watch(self._policy, beat(attempt)))
-            except SiteError as error:
-                reasons.append(error.message)
-                logger.warning("shard %s, attempt %d: %s", order.shard, attempt, error.message)
-        msg = f"shard {name} was lost {len(reasons)} times, the last time: {reasons[-1]}"
-        raise RunStoppedError(msg)
-
-    async def _once(self, order: Order, watch: Watch) -> Summary:
-        place = await self._room()
-        task = asyncio.ensure_future(place.backend.submit(order.to_json()))
-        try:
-            return Summary.from_json(await self._watched(task, watch))
-        except SiteError:
-            await place.mend()
-            raise
-        finally:
-            place.busy -= 1
-            self._freed.set()
-
-    async def _room(self) -> _Place:
-        """Wait for a place with room, and take it."""
+        begun = attempt = 0
         while True:
-            place = max(self._places, key=_Place.room)
-            if place.room() > 0:
-                place.busy += 1
-                return place
-            self._freed.clear()
-            with suppress(TimeoutError):  # capacity also changes without a word to us
-                await asyncio.wait_for(self._freed.wait(), _POLL_S)
+            try:
+                place = await self._room.enter(ahead=attempt > 0)
+            except PoolDrainedError:
+                return None
+            watch = Watch(self._policy, beat(attempt), place)
+            try:
+                return await self._once(place, watch, make, attempt)
+            except SiteError as error:
+                attempt, begun = attempt + 1, begun + watch.begun
+                logger.warning("shard %s", error.message)
+                if begun >= self._policy.attempts or attempt >= self._policy.attempts * _UNBEGUN:
+                    msg = f"a shard was lost {attempt} times, the last time: {error.message}"
+                    raise RunStoppedError(msg) from error
 
-    async def _watched(
-        self, task: asyncio.Future[dict[str, Json]], watch: Watch
-    ) -> dict[str, Json]:
+    async def _once(
+        self, place: Place, watch: Watch, make: MakeOrder, attempt: int
+    ) -> tuple[Order, Summary] | None:
         try:
-            while not task.done():
-                await asyncio.wait({task}, timeout=_POLL_S)
-                reason = watch.verdict()
-                if reason is not None and not task.done():
-                    raise SiteError(f"a worker is lost: {reason}")
-            return task.result()
-        finally:
-            if not task.done():
-                task.cancel()
+            order = await make(attempt)
+        except BaseException:
+            place.release()
+            raise
+        if order is None:
+            place.release()
+            return None
+        name = f"{order.shard}, attempt {attempt}"
+        flight = place.fly(name, place.backend.submit(order.to_json()), watch, taken=True)
+        return order, await flight.summary()
+
+    async def stop(self) -> None:
+        """Give no order out any more, and ask the places that can to begin no further item."""
+        self._room.drain()
+        for place in self._places:
+            if isinstance(place.backend, Stoppable):
+                await place.backend.stop()
 
     async def close(self, grace_s: float = 10.0) -> None:
-        """Close all places within ``grace_s``."""
-        await asyncio.gather(*(place.backend.close(grace_s) for place in self._places))
+        """Close all places within ``grace_s`` and a little more."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._ticker
+        for error in await asyncio.gather(
+            *(place.close(grace_s) for place in self._places), return_exceptions=True
+        ):
+            if isinstance(error, Exception):
+                logger.warning("%s", error)
 
+    def _changed(self) -> None:
+        self._room.hand_out()
 
-class _Place:
-    """A backend, what it has in hand, and its mending."""
-
-    def __init__(self, backend: Backend, policy: PoolPolicy) -> None:
-        self.backend, self.busy = backend, 0
-        self._policy = policy
-        self._mending = asyncio.Lock()
-        self._failures = 0
-
-    def room(self) -> int:
-        """Return how many more shards it can take."""
-        return self.backend.capacity() - self.busy
-
-    async def mend(self) -> None:
-        """Rebuild the place if it is broken; one at a time, others wait for it."""
-        async with self._mending:
-            if self.backend.capacity() > 0:
-                return
-            pause = self._policy.rebuild_s * 2.0 ** min(self._failures, 6)
-            self._failures += 1
-            await asyncio.sleep(pause)
-            await self.backend.rebuild()
+    async def _tick(self) -> None:
+        """Look after everybody at once: hundreds of shards that look for themselves cost more."""
+        while True:
+            await asyncio.sleep(self._policy.tick_s)
+            for place in self._places:
+                place.look()
+            self._room.hand_out()

@@ -1,7 +1,8 @@
 """``make bench``: what a run costs, measured in processes of their own.
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
-runs in another process. Where the machine allows it, ``perf stat`` adds instructions.
+runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``storm``
+and ``streams`` take minutes and run only when they are named.
 """
 
 from __future__ import annotations
@@ -9,20 +10,35 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from . import calls, end_to_end
+from . import calls, end_to_end, parts, storm, streams
+
+_NAMES = ("end_to_end", "calls", "parts", "storm", "streams")
 
 
 def main() -> None:
-    """Run the benchmarks that were named, or all."""
+    """Run the benchmarks that were named, or the short ones."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=["end_to_end", "calls", []], default=[])
+    parser.add_argument("names", nargs="*", choices=[*_NAMES, []], default=[])
     parser.add_argument("--items", type=int, nargs="+", default=[2_000, 50_000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--kinds", nargs="+", choices=["storm", "calm"], default=["storm", "calm"])
+    parser.add_argument("--median", type=float, default=2.0, help="of the storm's answers, in s")
+    parser.add_argument("--streams", type=int, default=10_000)
+    parser.add_argument("--answer", type=float, default=60.0, help="of the streams, in s")
+    parser.add_argument("--window", type=float, default=180.0, help="of steady state, in s")
     given = parser.parse_args()
-    names = given.names or ["end_to_end", "calls"]
+    names = given.names or ["end_to_end", "calls", "parts"]
     if "end_to_end" in names:
         end_to_end.measure(given.items)
     if "calls" in names:
         asyncio.run(calls.measure())
+    if "parts" in names:
+        asyncio.run(parts.measure())
+        parts.measure_choice()
+    if "streams" in names:
+        asyncio.run(streams.measure(given.streams, given.answer, given.window))
+    if "storm" in names:
+        storm.measure(given.seeds, 10_000, given.median, given.kinds)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,54 @@ ENDPOINTS = [
     Broken(
         "empty key", ["endpoints.api_key: is empty"], {"endpoints": {"urls": [DEAD], "api_key": ""}}
     ),
+    Broken("no such word", ["endpoints: expected keys"], {"endpoints": "automatic"}),
+    Broken(
+        "hosts without a job",
+        ["endpoints.hosts", "NOT_SET_X is not set"],
+        {"endpoints": {"hosts": "$NOT_SET_X"}},
+    ),
+    Broken("hosts' brackets", ["endpoints.hosts", "'n[1-'"], {"endpoints": {"hosts": "n[1-"}}),
+    Broken("hosts' file", ["nodes", "No such file"], {"endpoints": {"hosts": "./nodes"}}),
+    Broken(
+        "port without hosts",
+        ["endpoints: port goes with hosts"],
+        {"endpoints": {"urls": [DEAD], "port": 80}},
+    ),
+    Broken(
+        "no registry",
+        ["endpoints.aegis_registry", "cannot be asked"],
+        {"endpoints": {"aegis_registry": DEAD}},
+    ),
+    Broken(
+        "registry's URL",
+        ["endpoints.aegis_registry", "'head:80'"],
+        {"endpoints": {"aegis_registry": "head:80"}},
+    ),
+    Broken(
+        "no paths",
+        ["the key 'endpoints.first.paths' is missing"],
+        {"endpoints": {"first": {"token": "t"}}},
+    ),
+    Broken(
+        "no token",
+        ["endpoints.first: give exactly one of token"],
+        {"endpoints": {"first": {"paths": ["a/b"]}}},
+    ),
+    Broken(
+        "path",
+        ["endpoints.first.paths", "'sophia'"],
+        {"endpoints": {"first": {"paths": ["sophia"], "token": "t"}}},
+    ),
+    Broken(
+        "token's command",
+        ["endpoints.first.token_command", "exit status 1"],
+        {"endpoints": {"first": {"paths": ["a/b"], "token_command": "false"}}},
+    ),
+    Broken(
+        "nobody at the gateway",
+        ["no endpoint answers", "a/b: cannot connect"],
+        {"endpoints": {"first": {"paths": ["a/b"], "token": "t", "base_url": DEAD}}},
+    ),
     Broken("responder", ["responder 'foo'", "esol, schema"], simulated(responder="foo")),
     Broken("fault", ["faults.0", "'zzz'"], simulated(faults=[{"kind": "zzz"}])),
     Broken("fault's nodes", ["faults.0.nodes"], simulated(faults=[{"kind": "500", "nodes": "x"}])),

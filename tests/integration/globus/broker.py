@@ -71,7 +71,6 @@ class Broker:
         """Delete every queue and exchange of this service and disconnect."""
         if self._thread.is_alive():
             self.call(self._delete_all)
-            self._connection.add_callback_threadsafe(self._channel.stop_consuming)
             self._thread.join(ANSWER_S)
 
     def exchange(self, kind: str) -> str:
@@ -135,6 +134,7 @@ class Broker:
         self._queues.add(queue)
 
     def _delete_all(self, channel: Channel) -> None:
+        channel.stop_consuming()  # here: the thread ends by itself once its queues are gone
         for queue in self._queues:
             channel.queue_delete(queue)
         for kind in KINDS:

@@ -36,3 +36,8 @@ def fail(text: str) -> None:
 def large(size: int) -> str:
     """Return a text of `size` characters."""
     return "x" * size
+
+
+def too_large(order: dict[str, Any]) -> dict[str, Any]:
+    """Stand in for a worker that does not mind what can be carried."""
+    return {"shard": order["shard"], "text": large(11_000_000)}

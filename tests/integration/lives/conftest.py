@@ -110,13 +110,19 @@ class Lab:
         return [sys.executable, *start, *arguments]
 
     @asynccontextmanager
-    async def process(self, *arguments: str, wrap: str | None = None) -> AsyncIterator[Process]:
+    async def process(
+        self, *arguments: str, wrap: str | None = None, group: bool = False
+    ) -> AsyncIterator[Process]:
         """Run the command line in another process, which does not outlive the block."""
         settings = self.home / "config.yaml"
         settings.write_bytes(orjson.dumps(self.config))
         arguments = arguments or ("run", str(settings), "--out", str(self.out), "--json")
         process = await asyncio.create_subprocess_exec(
-            *self.command(wrap, *arguments), stdout=PIPE, stderr=DEVNULL, cwd=self.home
+            *self.command(wrap, *arguments),
+            stdout=PIPE,
+            stderr=DEVNULL,
+            cwd=self.home,
+            process_group=0 if group else None,
         )
         try:
             yield process

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.contract.errors import RunStoppedError
-from fanfold.backends.fleet import Endpoint, EndpointSpec, LanePolicy
+from fanfold.backends.fleet import AffinityPolicy, Endpoint, EndpointSpec, LanePolicy
+from fanfold.backends.fleet.affinity import Affinity
 from fanfold.backends.fleet.dispatch import Dispatcher
 
 
@@ -18,7 +19,7 @@ def members(count: int, width: int = 4) -> list[Endpoint]:
 
 
 def dispatcher(endpoints: list[Endpoint], streams: int = 100) -> Dispatcher:
-    return Dispatcher(endpoints, streams, lambda _: None, lambda: None)
+    return Dispatcher(endpoints, streams, lambda *_: None, lambda: None)
 
 
 async def test_idle_endpoints_are_filled_evenly() -> None:
@@ -85,6 +86,58 @@ async def test_avoided_endpoints_are_used_when_no_other_is_alive() -> None:
     other.ejected = True
     dispatch.refresh(other)
     assert await dispatch.take({one}) is one
+
+
+async def test_a_preferred_endpoint_is_taken_unless_it_is_loaded() -> None:
+    home, *others = members(3, width=8)
+    dispatch = dispatcher([home, *others])
+    taken = [await dispatch.take(prefer=home) for _ in range(12)]
+    assert taken[:2] == [home, home]
+    assert Counter(taken)[home] == 6
+    assert dispatch.in_flight == sum(e.outstanding for e in (home, *others)) == 12
+    home.ejected = True
+    dispatch.refresh(home)
+    assert await dispatch.take(prefer=home) is not home
+
+
+async def test_requests_of_others_count_as_load() -> None:
+    busy, idle = members(2, width=100)
+    dispatch = dispatcher([busy, idle])
+    busy.foreign = 10
+    dispatch.refresh(busy)
+    taken = Counter([await dispatch.take() for _ in range(30)])
+    assert (taken[idle], taken[busy]) == (20, 10)
+
+
+async def test_quotas_of_an_endpoint_see_the_tokens() -> None:
+    seen: list[int] = []
+    endpoint = Endpoint(EndpointSpec("http://n:1", tokens_per_min=60.0), LanePolicy(start=1))
+    dispatch = Dispatcher([endpoint], 9, lambda _, tokens: seen.append(tokens), lambda: None)
+    await dispatch.take(tokens=7)
+    waiter = asyncio.create_task(dispatch.take(tokens=8))
+    await asyncio.sleep(0)
+    dispatch.give(endpoint)
+    await waiter
+    assert seen == [7, 8]
+
+
+def test_a_beginning_finds_its_home_again() -> None:
+    one, other = members(2)
+    affinity = Affinity(AffinityPolicy(prefix=10, keys=2))
+    long = affinity.key({"messages": [{"role": "user", "content": "0123456789 a"}]})
+    assert long == affinity.key({"messages": [{"role": "user", "content": "0123456789 b"}]})
+    short = affinity.key({"messages": [{"role": "user", "content": "b"}]})
+    assert long != short
+    affinity.met(long, one)
+    affinity.met(long, other)
+    assert affinity.home(long) is one
+    one.ejected = True
+    assert affinity.home(long) is None
+    affinity.met(long, other)
+    assert affinity.home(long) is other
+    for key in (1, 2):
+        affinity.met(key, other)
+    assert affinity.home(long) is None
 
 
 async def test_a_stop_reaches_every_waiting_call() -> None:

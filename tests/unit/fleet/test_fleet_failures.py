@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -21,7 +22,7 @@ from fanfold.backends.contract.errors import (
     PromptTooLongError,
     RequestRefusedError,
 )
-from fanfold.backends.fleet import RetryPolicy, failures, judge
+from fanfold.backends.fleet import RetryPolicy, failures, judge, room
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.answer import Complaint, RawAnswer, retry_after
 from fanfold.backends.fleet.attempts import Attempts
@@ -66,6 +67,7 @@ ROWS: list[tuple[str, int, Any, type[EndpointError], Step, Trip]] = [
     ("quota 400", 400, first("quota_exceeded"), EndpointBusyError, Step.WAIT, Trip.NO),
     ("batch 400", 400, first("batch_ongoing"), EndpointBusyError, Step.WAIT, Trip.NO),
     ("408", 408, first("request_timeout"), EndpointLostError, Step.OTHER, Trip.NO),
+    ("408 other", 408, b"late", EndpointLostError, Step.SAME, Trip.NO),
     ("409", 409, first("x"), EndpointError, Step.SAME, Trip.NO),
     ("429", 429, vllm("slow down", 429), EndpointBusyError, Step.WAIT, Trip.NO),
     (
@@ -244,8 +246,10 @@ def test_any_body_can_be_read(body: bytes) -> None:
     assert isinstance(Complaint.read(body).message, str)
 
 
-def endpoint(n: int) -> Endpoint:
-    return Endpoint(EndpointSpec(f"http://n{n}:1"))
+def endpoint(n: int, answers: int = 1) -> Endpoint:
+    one = Endpoint(EndpointSpec(f"http://n{n}:1"))
+    one.stats.calls = answers
+    return one
 
 
 def test_attempts_end_after_so_many_that_count() -> None:
@@ -278,8 +282,63 @@ def test_a_stale_connection_is_free_once() -> None:
 
 def test_the_same_server_error_on_three_endpoints_is_poison() -> None:
     attempts = Attempts(RetryPolicy(attempts=9, poison_endpoints=3), 0.0)
-    boom = failure_of(500, vllm("boom", 500))
+    boom, other = failure_of(500, vllm("boom", 500)), failure_of(500, first("other"))
     attempts.after(endpoint(1), boom, 0.0, 0.0)
     attempts.after(endpoint(2), boom, 0.0, 0.0)
+    attempts.after(endpoint(3), other, 0.0, 0.0)
+    attempts.after(endpoint(4, answers=0), boom, 0.0, 0.0)
     with pytest.raises(EndpointError, match="boom"):
-        attempts.after(endpoint(3), boom, 0.0, 0.0)
+        attempts.after(endpoint(5), boom, 0.0, 0.0)
+
+
+def test_a_gateway_that_waited_in_vain_is_asked_twice_only() -> None:
+    attempts = Attempts(RetryPolicy(attempts=9), 0.0)
+    late = failure_of(408, first("request_timeout"))
+    attempts.after(endpoint(1), late, 0.0, 0.0)
+    with pytest.raises(EndpointLostError):
+        attempts.after(endpoint(2), late, 0.0, 0.0)
+
+
+def test_a_process_without_descriptors_stops_and_says_so() -> None:
+    key: Any = None
+    cause = aiohttp.ClientConnectorError(key, OSError(errno.EMFILE, "Too many open files"))
+    failure = failures.of_exception(cause, "node")
+    assert (failure.treatment.step, failure.treatment.trip) == (Step.STOP, Trip.NO)
+    assert "limits.streams" in failure.error.message
+
+
+ASKED = {"messages": [], "max_completion_tokens": 5000}
+
+
+@pytest.mark.parametrize(
+    ("message", "known", "most"),
+    [
+        ("max_tokens=5000 cannot be greater than max_model_len=2048.", None, 2048),
+        ("max_tokens is too large: 5000. This model supports at most 4096 tokens.", None, 4096),
+        ("too large", 1000, 1000),
+        ("too large", None, None),
+        ("5000 is above 9000", None, None),
+    ],
+)
+def test_the_longest_answer_is_learned(message: str, known: int | None, most: int | None) -> None:
+    one = endpoint(1)
+    one.most_tokens = known
+    refused = failure_of(400, vllm(message, 400, param="max_completion_tokens"))
+    failure = room.learn(one, refused, room.asked_tokens(ASKED))
+    assert one.most_tokens == most
+    assert failure.treatment.step is (Step.FAIL if most is None else Step.SAME)
+    if most is not None:
+        assert room.lowered(ASKED, most)["max_completion_tokens"] == most
+
+
+def test_a_long_prompt_passes_over_all_that_are_too_short() -> None:
+    members = [
+        Endpoint(EndpointSpec(f"http://n{n}:1", max_model_len=room_))
+        for n, room_ in enumerate((10, 10, None, 99))
+    ]
+    long = failure_of(400, vllm(LONG, 400))
+    failure, short = room.elsewhere(members[0], long, members)
+    assert failure.treatment.step is Step.OTHER
+    assert short == set(members[:3])
+    failure, short = room.elsewhere(members[3], long, members)
+    assert (failure.treatment.step, short) == (Step.FAIL, frozenset())

@@ -133,12 +133,26 @@ def test_bucket_never_lets_more_through_than_its_rate(gaps: list[float]) -> None
         assert len(inside) <= 5 + 5 + 1
 
 
+def test_pacer_spreads_requests() -> None:
+    pacer = Pacer(PacePolicy(requests_per_s=20.0), lambda: 0.0)
+    waits = [pacer.admit(5) for _ in range(24)]
+    assert waits[:20] == [0.0] * 20
+    assert waits[20:] == pytest.approx([0.05, 0.10, 0.15, 0.20])
+
+
 def test_pacer_reserves_and_settles_tokens() -> None:
-    pacer = Pacer(PacePolicy(tokens_per_min=600))
-    assert pacer.admit(600, 0.0) == 0.0
-    assert pacer.admit(100, 0.0) == pytest.approx(10.0)
+    pacer = Pacer(PacePolicy(tokens_per_min=600), lambda: 0.0)
+    assert pacer.admit(600) == 0.0
+    assert pacer.admit(100) == pytest.approx(10.0)
     pacer.settle(600, 200)
-    assert pacer.admit(300, 0.0) == pytest.approx(0.0)
+    assert pacer.admit(300) == pytest.approx(0.0)
+
+
+def test_pacer_spares_nothing_that_would_wait() -> None:
+    pacer = Pacer(PacePolicy(requests_per_s=2.0, tokens_per_min=100), lambda: 0.0)
+    assert not pacer.spare(101)
+    assert [pacer.spare(10) for _ in range(3)] == [True, True, False]
+    assert pacer.admit(0) == pytest.approx(0.5)
 
 
 def test_estimate_counts_prompt_and_longest_answer() -> None:

@@ -1,0 +1,103 @@
+"""What each endpoint did in each life of a run, as a table in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..contract.errors import LedgerError
+from .results.guard import replacing
+
+FILE: Final = "endpoints.parquet"
+
+_FAILURE: Final = pa.struct([("class", pa.string()), ("count", pa.int64())])
+_FIELDS: Final[list[tuple[str, pa.DataType]]] = [
+    ("life", pa.int64()),
+    ("endpoint", pa.string()),
+    ("state", pa.string()),
+    ("calls", pa.int64()),
+    ("failed", pa.int64()),
+    ("failures", pa.list_(_FAILURE)),
+    ("prompt_tokens", pa.int64()),
+    ("completion_tokens", pa.int64()),
+    ("latency_p50_s", pa.float64()),
+    ("latency_p90_s", pa.float64()),
+    ("latency_p99_s", pa.float64()),
+    ("opened", pa.int64()),
+    ("hedges", pa.int64()),
+]
+_TABLE: Final = pa.schema(_FIELDS)
+_SUMS: Final = ("calls", "failed", "prompt_tokens", "completion_tokens", "opened", "hedges")
+_LATENCIES: Final = ("latency_p50_s", "latency_p90_s", "latency_p99_s")
+
+
+def append_endpoints(path: Path, reports: Sequence[Mapping[str, Any]], life: int) -> None:
+    """Add one row per endpoint to the table, in one step.
+
+    Args:
+        path: The table; it is made if there is none.
+        reports: What each endpoint did, ``failures`` as counts by class.
+        life: The life of the run, from 1; its rows take the place of older ones.
+
+    Raises:
+        LedgerError: The table cannot be read or written.
+    """
+    before = [row for row in _rows(path) if row["life"] != life]
+    rows = [*before, *(_row(report, life) for report in reports)]
+    with replacing(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_TABLE), file)
+
+
+def read_endpoints(path: Path) -> list[dict[str, Any]]:
+    """Return the table's rows; none when no life has ended yet.
+
+    Raises:
+        LedgerError: It cannot be read.
+    """
+    rows = _rows(path)
+    named = ({f["class"]: f["count"] for f in row["failures"]} for row in rows)
+    return [row | {"failures": counts} for row, counts in zip(rows, named, strict=True)]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = pq.ParquetFile(path).read().to_pylist()
+    except FileNotFoundError:
+        return []
+    except (OSError, pa.ArrowException) as error:
+        raise LedgerError(f"{path}: cannot be read: {error}; remove it to begin anew") from None
+    return rows
+
+
+def _row(report: Mapping[str, Any], life: int) -> dict[str, Any]:
+    counts = report["failures"]
+    return {
+        **report,
+        "life": life,
+        "failed": sum(counts.values()),
+        "failures": [{"class": name, "count": counts[name]} for name in sorted(counts)],
+    }
+
+
+def over_lives(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Add up the lives of each endpoint; state and latencies are those of its last one."""
+    totals: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row["life"]):
+        before = totals.get(row["endpoint"])
+        total = dict(row)
+        if before is not None:
+            for name in _SUMS:
+                total[name] += before[name]
+            total["failures"] = _added(before["failures"], row["failures"])
+            for name in _LATENCIES:
+                total[name] = row[name] if row[name] is not None else before[name]
+        totals[row["endpoint"]] = total
+    return list(totals.values())
+
+
+def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+    return {name: a.get(name, 0) + b.get(name, 0) for name in sorted(a.keys() | b.keys())}

@@ -1,0 +1,186 @@
+"""``endpoints: auto``: looks for node endpoints, and says what it chose and why.
+
+It never chooses a simulated fleet, and never a service that costs money and is known only by a
+variable that may be set for something else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from pydantic import SecretStr
+
+from ..configs.endpoints import FIRST_URL, FirstConfig
+from ..configs.models import RunConfig
+from .contract.errors import ConfigurationError
+from .fleet.address import EndpointSpec, base_url
+from .fleet.matching import Matched, match
+from .fleet.membership import FileSource, RegistrySource
+from .locate import Place, endpoints_key, first_place, with_where
+
+_SIDECARS: Final = ("aegis_registry_url.txt", "local_runs/aegis_registry_url.txt")
+_FILES: Final = ("aegis_endpoints.txt", "local_runs/aegis_endpoints.txt", "endpoints.txt")
+PORTS: Final = tuple(range(8000, 8012))
+"""Where vLLM listens by default, and Aegis' instances of one node."""
+
+_OLLAMA: Final = "http://127.0.0.1:11434"
+_FIRST_PATH: Final = "sophia/vllm"
+_QUICK_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """Something that was found, or why nothing was found there."""
+
+    name: str
+    place: Place | None = None
+    reason: str = ""
+
+
+async def choose(
+    config: RunConfig,
+    environment: Mapping[str, str],
+    folder: Path,
+    ports: Sequence[int] | None = None,
+) -> Place:
+    """Return the first place whose endpoints answer and serve the model.
+
+    Tried in this order: the registry and the endpoints file of Aegis in the working directory
+    (or ``endpoints.txt``), servers on this host, Ollama, and FIRST when its variables are set.
+
+    Args:
+        config: The settings.
+        environment: The process's variables.
+        folder: The working directory.
+        ports: Where to look for servers on this host, in place of the usual ones.
+
+    Raises:
+        ConfigurationError: There is none; says what was looked at, and what to set.
+    """
+    reasons = []
+    key = endpoints_key(config.endpoints)
+    async for candidate in _candidates(key, environment, folder, ports or PORTS):
+        place, reason = candidate.place, candidate.reason
+        if place is not None:
+            fitting = await _fitting(config, place)
+            if isinstance(fitting, Place):
+                return replace(fitting, why=f"auto chose {candidate.name}: {fitting.why}")
+            reason = fitting
+        reasons.append(f"{candidate.name}: {reason}")
+    raise ConfigurationError(_nothing(reasons, environment))
+
+
+async def _fitting(config: RunConfig, place: Place) -> Place | str:
+    """Ask a place; return it with what it said, or why it does not fit."""
+    found = await place.ask(_QUICK_S)
+    name = config.model.name or place.model
+    try:
+        matched = match(found, name, config.endpoints.models)
+    except ConfigurationError as error:
+        return error.message
+    if matched.simulated:
+        return "a simulated fleet, which auto never chooses (endpoints.file would)"
+    return replace(place, found=tuple(found), model=name, why=_why(matched))
+
+
+def _why(matched: Matched) -> str:
+    count = len(matched.specs)
+    return f"{count} endpoint{'s' if count > 1 else ''} for {matched.model}"
+
+
+async def _candidates(
+    key: str, environment: Mapping[str, str], folder: Path, ports: Sequence[int]
+) -> AsyncIterator[_Candidate]:
+    for name in _SIDECARS:
+        if (text := await asyncio.to_thread(_line, folder / name)) is not None:
+            yield await _registry(name, text, key)
+    for name in _FILES:
+        if await asyncio.to_thread((folder / name).is_file):
+            yield await _file(name, folder / name, key)
+    yield await _this_host(ports, key)
+    yield _ollama(environment)
+    if environment.get("FIRST_API_KEY"):
+        yield _first(environment)
+
+
+def _line(path: Path) -> str | None:
+    """Return the first line of a small file, or None when there is none."""
+    try:
+        return path.read_text(encoding="utf-8").strip().partition("\n")[0]
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+async def _registry(name: str, url: str, key: str) -> _Candidate:
+    try:
+        source = RegistrySource(url, key)
+        return _Candidate(f"the registry in {name}", Place(tuple(await source.look()), source))
+    except ConfigurationError as error:
+        return _Candidate(f"the registry in {name}", reason=error.message)
+
+
+async def _file(name: str, path: Path, key: str) -> _Candidate:
+    source = FileSource(path, key)
+    try:
+        return _Candidate(f"the file {name}", Place(tuple(await source.look()), source))
+    except ConfigurationError as error:
+        return _Candidate(f"the file {name}", reason=error.message)
+
+
+async def _this_host(ports: Sequence[int], key: str) -> _Candidate:
+    name = f"this host, ports {ports[0]} to {ports[-1]}"
+    place = Place(tuple(EndpointSpec(f"http://127.0.0.1:{port}", key) for port in ports))
+    there = [found for found in await place.ask(_QUICK_S) if found.reachable]
+    if not there:
+        return _Candidate(name, reason="no model server answers")
+    return _Candidate(name, Place(tuple(f.spec for f in there), found=tuple(there)))
+
+
+def _ollama(environment: Mapping[str, str]) -> _Candidate:
+    host = environment.get("OLLAMA_HOST") or _OLLAMA
+    url = host if "://" in host else f"http://{host}"
+    try:
+        spec = EndpointSpec(with_where("OLLAMA_HOST", url), "ollama")
+    except ConfigurationError as error:
+        return _Candidate("Ollama", reason=error.message)
+    model = environment.get("OLLAMA_MODEL") or None
+    return _Candidate(f"Ollama at {spec.url}", Place((spec,), model=model))
+
+
+def _first(environment: Mapping[str, str]) -> _Candidate:
+    """Return FIRST, from the variables that its examples use."""
+    address = environment.get("FIRST_API_BASE") or f"{FIRST_URL}/{_FIRST_PATH}/v1"
+    try:
+        with_where("FIRST_API_BASE", address)
+        root, cluster, framework, _ = base_url(address).rsplit("/", 3)
+        first = FirstConfig(
+            base_url=root,
+            paths=[f"{cluster}/{framework}"],
+            token=SecretStr(environment["FIRST_API_KEY"]),
+        )
+        place = first_place(first, None)
+    except ConfigurationError as error:
+        return _Candidate("FIRST", reason=error.message)
+    except ValueError:
+        reason = "FIRST_API_KEY or FIRST_API_BASE is malformed"
+        return _Candidate("FIRST", reason=reason)
+    model = environment.get("FIRST_MODEL") or None
+    return _Candidate(f"FIRST at {address}", replace(place, model=model))
+
+
+def _nothing(reasons: Sequence[str], environment: Mapping[str, str]) -> str:
+    lines = ["endpoints: auto found no endpoints. Looked at:", *(f"  {r}" for r in reasons)]
+    lines.append(
+        "Set endpoints.urls, endpoints.file, endpoints.hosts or endpoints.first; or start a "
+        "server on this host; or set FIRST_API_KEY (with FIRST_API_BASE and FIRST_MODEL)."
+    )
+    if environment.get("OPENAI_API_KEY"):
+        lines.append(
+            "OPENAI_API_KEY is set, but what costs money is used only when it is named: "
+            "endpoints: {urls: [https://api.openai.com/v1], api_key: ${OPENAI_API_KEY}}"
+        )
+    return "\n".join(lines)

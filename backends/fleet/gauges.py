@@ -1,0 +1,85 @@
+"""What endpoints say of their load, for people to look at."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import aiohttp
+import orjson
+
+from .address import EndpointSpec
+from .endpoint import Endpoint
+from .policy import FleetPolicy
+from .transport import Transport
+
+_AT_ONCE: Final = 64
+_OK: Final = 200
+_GAUGE: Final = re.compile(
+    rb"^vllm:num_requests_(running|waiting)(?:\{[^\n]*\})?[ \t]+([0-9.eE+]+)", re.MULTILINE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """The requests of one endpoint, whoever sent them; None where it does not say."""
+
+    running: int | None = None
+    waiting: int | None = None
+
+
+async def read_gauges(specs: Sequence[EndpointSpec], timeout_s: float = 2.0) -> list[Gauges]:
+    """Ask endpoints for their load: by ``/metrics``, or else ``/load``.
+
+    Args:
+        specs: The endpoints.
+        timeout_s: Longest wait for one answer, in seconds.
+    """
+    gate, transport = asyncio.Semaphore(_AT_ONCE), Transport(FleetPolicy())
+
+    async def one(spec: EndpointSpec) -> Gauges:
+        async with gate:
+            return await _ask(transport, Endpoint(spec), timeout_s)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(spec)) for spec in specs]
+    finally:
+        await transport.aclose()
+    return [task.result() for task in tasks]
+
+
+async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Gauges:
+    root = endpoint.url.rpartition("/")[0]
+    for path in ("metrics", "load"):
+        try:
+            answer = await transport.get(
+                f"{root}/{path}", await endpoint.headers(), timeout_s, endpoint.spec.proxied
+            )
+        except (aiohttp.ClientError, TimeoutError):
+            return Gauges()
+        if answer.status == _OK and (gauges := _read(answer.body)) is not None:
+            return gauges
+    return Gauges()
+
+
+def _read(body: bytes) -> Gauges | None:
+    sums = dict[bytes, float]()
+    for name, value in _GAUGE.findall(body):
+        sums[name] = sums.get(name, 0.0) + float(value)
+    if sums:
+        return Gauges(_whole(sums.get(b"running")), _whole(sums.get(b"waiting")))
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    load = document.get("server_load") if isinstance(document, dict) else None
+    # A server that does not count says 0 too.
+    return Gauges(load) if isinstance(load, int) and load > 0 else None
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)

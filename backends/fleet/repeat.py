@@ -1,0 +1,148 @@
+"""One call: sent, and repeated until an answer is good or no further attempt is allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping, Set
+from typing import Any, Final, TypeAlias, TypeVar
+
+from ..contract.calls import CURRENT_CALLS, CallLog
+from ..contract.errors import EndpointError, PromptTooLongError, RunStoppedError
+from . import judge, room
+from .affinity import Affinity
+from .attempts import Attempts
+from .endpoint import Endpoint
+from .failures import Failure, Step
+from .pacing import Pacer, estimate
+from .policy import RetryPolicy
+from .warden import Warden
+
+T = TypeVar("T")
+Send: TypeAlias = Callable[
+    [Endpoint, Mapping[str, Any], CallLog | None], Awaitable[tuple[T | Failure, Endpoint]]
+]
+
+_EMPTY_TRIES: Final = 2
+"""An empty answer is asked for again on the same endpoint, then on another; attempts allowing."""
+
+
+class Repeater:
+    """Carries calls from endpoint to endpoint, and counts how the run as a whole fares.
+
+    Args:
+        policy: How often and how patiently.
+        warden: Who hands out endpoints and stops runs.
+        pacer: The whole process' quotas, or None.
+        affinity: Who met which beginning, or None.
+        weighs: Whether any quota counts tokens, so that requests must be estimated.
+    """
+
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        warden: Warden,
+        pacer: Pacer | None,
+        affinity: Affinity | None,
+        weighs: Callable[[], bool],
+    ) -> None:
+        self._policy = policy
+        self._warden = warden
+        self._pacer = pacer
+        self._affinity = affinity
+        self._weighs = weighs
+        self._calls = 0
+        self._repeated = 0
+        self._failed = 0
+
+    async def call(self, body: Mapping[str, Any], send: Send[T]) -> tuple[T, Endpoint]:
+        """Send one request until its answer is good.
+
+        Raises:
+            EndpointError: No endpoint answered within the attempts allowed.
+            RunStoppedError: Asking on is hopeless for every item.
+        """
+        self._calls += 1
+        try:
+            return await self._call(body, send)
+        except EndpointError as error:
+            self._count_failed(error)
+            raise
+
+    async def _call(self, body: Mapping[str, Any], send: Send[T]) -> tuple[T, Endpoint]:
+        log = CURRENT_CALLS.get()
+        tokens = estimate(body) if self._weighs() else 0
+        key = self._affinity.key(body) if self._affinity else 0
+        prefer = self._affinity.home(key) if self._affinity else None
+        attempts: Attempts | None = None
+        avoid: Set[Endpoint] = frozenset()
+        empty: list[Endpoint] = []
+        tries = min(_EMPTY_TRIES, self._policy.attempts - 1)
+        while True:
+            endpoint = await self._admitted(tokens, avoid, prefer)
+            if self._affinity is not None:
+                self._affinity.met(key, endpoint)
+            result, endpoint = await send(endpoint, body, log)
+            if isinstance(result, Failure):
+                attempts = attempts or Attempts(self._policy, time.monotonic())
+                await self._after(attempts, endpoint, result)
+                avoid = attempts.avoid
+                prefer = endpoint if result.treatment.step is Step.SAME else prefer
+            elif not _is_empty(result) or len(empty) >= tries:
+                return result, endpoint
+            else:
+                empty.append(endpoint)
+                prefer, avoid = (endpoint, avoid) if len(empty) == 1 else (None, {*avoid, *empty})
+                self._count_repeated()
+
+    async def _admitted(
+        self, tokens: int, avoid: Set[Endpoint], prefer: Endpoint | None
+    ) -> Endpoint:
+        if self._warden.stopped is not None:
+            raise RunStoppedError(self._warden.stopped)
+        if self._pacer is not None:
+            await asyncio.sleep(self._pacer.admit(tokens))
+        return await self._warden.dispatch.take(avoid, prefer, tokens)
+
+    async def _after(self, attempts: Attempts, endpoint: Endpoint, failure: Failure) -> None:
+        """Wait as a failed request asks, or raise if it was the last."""
+        if self._warden.stopped is not None:
+            raise RunStoppedError(self._warden.stopped) from failure.error
+        failure, short = room.elsewhere(endpoint, failure, self._warden.dispatch.alive)
+        pause = attempts.after(endpoint, failure, time.monotonic(), random.random())
+        attempts.avoid |= short
+        if not failure.treatment.free:
+            self._count_repeated()
+        await asyncio.sleep(pause)
+
+    def _count_repeated(self) -> None:
+        self._repeated += 1
+        budget = self._policy.budget
+        if budget is None:
+            return
+        if self._repeated > budget * max(self._calls, self._policy.first_calls):
+            self._stop(
+                f"{self._repeated} repetitions over {self._calls} calls are more than the "
+                f"retry budget of {budget:g} per call: look at the endpoints, then resume the run"
+            )
+
+    def _count_failed(self, error: EndpointError) -> None:
+        """Stop a run of which hardly any call succeeds."""
+        # A prompt that is too long is its item's matter, and long items may stand together.
+        self._failed += not isinstance(error, PromptTooLongError)
+        first = self._policy.first_calls
+        ended = self._warden.answers + self._failed
+        if self._failed > self._policy.first_failed * first and ended <= first:
+            self._stop(
+                f"{self._failed} of the first {ended} calls failed; the last: {error.message}"
+            )
+
+    def _stop(self, message: str) -> None:
+        self._warden.stop(message)
+        raise RunStoppedError(message)
+
+
+def _is_empty(result: object) -> bool:
+    """Tell whether an answer claims to be whole and holds nothing; streams are not looked at."""
+    return isinstance(result, dict) and judge.is_empty(result)

@@ -1,0 +1,125 @@
+"""Endpoints that answer only on their own node: whom a worker asks there."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from ..configs.models import RunConfig
+from .build import Serving, serving
+from .contract.errors import ConfigurationError, SiteError
+from .fleet.address import EndpointSpec
+from .fleet.sources import parse_endpoints_file
+from .locate import endpoint_specs
+
+EXPLICIT: Final = "FANFOLD_ENDPOINTS"
+"""Variable of a worker: base URLs of its node's endpoints, separated by blanks or commas."""
+PORTS: Final = ("FANFOLD_PORT", "PORT")
+"""Variables of a worker: port of the one server on its node."""
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+
+
+@asynccontextmanager
+async def served(
+    config: RunConfig, written: Mapping[str, Any], model: str | None = None
+) -> AsyncIterator[Serving]:
+    """Ask the endpoints what they serve, unless each worker has endpoints of its own.
+
+    Args:
+        config: The settings.
+        written: The ``endpoints`` section as the user wrote it.
+        model: The model's name when it was settled before; else the configured one.
+
+    Raises:
+        ConfigurationError: No endpoint answers, none serves the model, or the model is not named
+            and nobody can be asked from here.
+    """
+    if not config.backend.node_endpoints:
+        async with serving(config, written, model) as up:
+            yield up
+        return
+    name, simulated = model or config.model.name, config.endpoints.simulated is not None
+    if name is None and not simulated:
+        msg = (
+            "backend.node_endpoints: the nodes' endpoints cannot be asked from here what they "
+            "serve; set model.name"
+        )
+        raise ConfigurationError(msg)
+    yield Serving((), name or "", simulated)
+
+
+@asynccontextmanager
+async def served_here(
+    config: RunConfig, written: Mapping[str, Any], model: str, simulated: bool
+) -> AsyncIterator[Serving]:
+    """Return what a worker asks on its own node; a simulated fleet is started there.
+
+    Raises:
+        SiteError: Nothing says where this node's endpoints are.
+    """
+    if config.endpoints.simulated is not None:
+        async with serving(config, written, model) as up:
+            yield up
+        return
+    yield Serving(tuple(node_specs(config, written)), model, simulated)
+
+
+def node_specs(
+    config: RunConfig,
+    written: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    host: str | None = None,
+) -> list[EndpointSpec]:
+    """Return the endpoints of this node.
+
+    The first that is there counts: the variable ``FANFOLD_ENDPOINTS``; those of the configured
+    endpoints that name this host or loopback; the file ``backend.registry``/HOST, an endpoints
+    file; and ``http://127.0.0.1:$FANFOLD_PORT`` or ``$PORT``.
+
+    Args:
+        config: The settings.
+        written: The ``endpoints`` section as the user wrote it.
+        environment: Variables; the process's own by default.
+        host: Name of this host; asked of the system by default.
+
+    Raises:
+        SiteError: None of them is there.
+        ConfigurationError: One is there and cannot be read.
+    """
+    environment = os.environ if environment is None else environment
+    host = host or socket.gethostname()
+    key = config.endpoints.api_key.get_secret_value()
+    if given := environment.get(EXPLICIT):
+        return [EndpointSpec(url, key) for url in re.split(r"[,\s]+", given.strip())]
+    if own := [s for s in endpoint_specs(config.endpoints, written) if _is_here(s.url, host)]:
+        return own
+    file = _registered(config.backend.registry, host)
+    if file is not None:
+        return parse_endpoints_file(file.read_text(encoding="utf-8-sig"), str(file), key)
+    for name in PORTS:
+        if port := environment.get(name):
+            return [EndpointSpec(f"http://127.0.0.1:{port}", key)]
+    msg = (
+        f"{host}: nothing says where this node's endpoints are: set {EXPLICIT} or PORT where "
+        "workers run, name them in endpoints, or write one file per host into backend.registry"
+    )
+    raise SiteError(msg)
+
+
+def _is_here(url: str, host: str) -> bool:
+    named, short = urlsplit(url).hostname or "", host.lower().partition(".")[0]
+    label = named.lower().partition(".")[0]
+    return named in _LOOPBACK or re.fullmatch(rf"{re.escape(short)}(-hsn\d*)?", label) is not None
+
+
+def _registered(registry: str | None, host: str) -> Path | None:
+    if registry is None:
+        return None
+    files = (Path(registry) / name for name in dict.fromkeys((host, host.partition(".")[0])))
+    return next((file for file in files if file.is_file()), None)

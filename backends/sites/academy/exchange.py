@@ -1,0 +1,173 @@
+"""The exchange: where coordinator and agents leave messages for each other."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import math
+import secrets
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from ...contract.errors import ConfigurationError, SiteError
+
+if TYPE_CHECKING:
+    from academy.exchange import ExchangeFactory
+    from academy.exchange.client_config import ExchangeClientConfig
+    from academy.identifier import EntityId
+
+_BEAT_S: Final = 5.0
+_BEATS: Final = 6
+_SMALL: Final = 500_000
+"""Bytes: HTTP exchanges carry messages of 512,000 bytes, their frame included."""
+_CONNECTIONS: Final = 4096
+_REDIS_KEYS: Final = ("active", "agent", "queue", "heartbeat", "completions", "outgoing")
+"""What Academy's Redis exchange keeps under a mailbox's id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where coordinator and agents meet, and when one counts as dead.
+
+    Attributes:
+        kind: ``local`` (this process), ``redis``, ``http`` or ``globus``.
+        host: Host of a Redis; or address on which to open an HTTP exchange.
+        port: Port of a Redis.
+        password: Password of a Redis, or None.
+        url: URL of an HTTP exchange; None opens one in this process.
+        project: UUID of the Globus project for new clients.
+        silence_s: Seconds without a heartbeat until somebody counts as dead.
+    """
+
+    kind: Literal["local", "redis", "http", "globus"] = "http"
+    host: str = "127.0.0.1"
+    port: int = 6379
+    password: str | None = field(default=None, repr=False)
+    url: str | None = None
+    project: str | None = None
+    silence_s: float = 120.0
+
+    @property
+    def beat_s(self) -> float:
+        """Return the seconds between two heartbeats."""
+        return min(_BEAT_S, self.silence_s / _BEATS)
+
+    @property
+    def carries(self) -> int | None:
+        """Return the most bytes of a parcel, or None where nothing bounds them."""
+        return _SMALL if self.kind in {"http", "globus"} else None
+
+    @property
+    def place(self) -> str:
+        """Return what messages call it; without a secret."""
+        where = {
+            "redis": f" at {self.host}:{self.port}",
+            "http": f" at {self.url.rpartition('@')[2]}" if self.url else f" on {self.host}",
+        }
+        return f"the {self.kind} exchange{where.get(self.kind, '')}"
+
+
+@asynccontextmanager
+async def meeting(at: Meeting) -> AsyncIterator[ExchangeFactory[Any]]:
+    """Open the exchange if it is the run's own, and return what makes its clients.
+
+    Raises:
+        ConfigurationError: The Globus exchange needs a project.
+    """
+    from academy.exchange.client_config import ExchangeClientConfig  # noqa: PLC0415 - an extra
+
+    missed = math.ceil(at.silence_s / at.beat_s)
+    config = ExchangeClientConfig(heartbeat_interval=at.beat_s, stale_heartbeat_threshold=missed)
+    if at.kind == "http" and at.url is None:
+        async with _own_exchange(at.host, config) as factory:
+            yield factory
+    else:
+        yield await asyncio.to_thread(_factory, at, config)  # a login may ask for a browser
+
+
+def _factory(at: Meeting, config: ExchangeClientConfig) -> ExchangeFactory[Any]:
+    from academy import exchange  # noqa: PLC0415 - an extra
+
+    if at.kind == "local":
+        return exchange.LocalExchangeFactory(config=config)
+    if at.kind == "redis":
+        options: dict[str, Any] = {"max_connections": _CONNECTIONS, "socket_connect_timeout": 10}
+        if at.password is not None:
+            options["password"] = at.password
+        return exchange.RedisExchangeFactory(at.host, at.port, config=config, **options)
+    if at.kind == "http":
+        return exchange.HttpExchangeFactory(str(at.url), config=config)
+    try:
+        project = uuid.UUID(at.project or "")
+    except ValueError as error:
+        msg = "backend.exchange.project: the globus exchange needs the UUID of a Globus project"
+        raise ConfigurationError(msg) from error
+    return exchange.GlobusExchangeFactory(project, config=config)
+
+
+@asynccontextmanager
+async def _own_exchange(
+    host: str, config: ExchangeClientConfig
+) -> AsyncIterator[ExchangeFactory[Any]]:
+    """Serve an HTTP exchange in this process; it answers those only who know its token."""
+    from academy.exchange import HttpExchangeFactory  # noqa: PLC0415 - an extra
+    from academy.exchange.cloud.app import create_app  # noqa: PLC0415 - an extra
+    from academy.exchange.cloud.config import ExchangeServingConfig  # noqa: PLC0415 - an extra
+
+    bearer = f"Bearer {secrets.token_urlsafe(32)}"
+    app = create_app(ExchangeServingConfig(host=host))
+    app.middlewares.insert(0, _guard(bearer))
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    try:
+        await _listen(runner, host)
+        where = f"http://{host}:{runner.addresses[0][1]}"
+        headers = {"Authorization": bearer}
+        yield HttpExchangeFactory(where, additional_headers=headers, config=config)
+    finally:
+        await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, host: str) -> None:
+    try:
+        await web.TCPSite(runner, host, 0).start()
+    except OSError as error:
+        raise ConfigurationError(f"backend.exchange.host: {host}: {error}") from error
+
+
+def _guard(bearer: str) -> Middleware:
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        found = request.headers.get("Authorization", "")
+        if not hmac.compare_digest(found.encode(), bearer.encode()):
+            return web.Response(status=401, text="this exchange belongs to somebody's run")
+        return await handler(request)
+
+    return guard
+
+
+async def sweep(at: Meeting, mailboxes: list[EntityId]) -> None:
+    """Delete what Academy's Redis exchange would keep of mailboxes for ever.
+
+    Raises:
+        SiteError: The Redis does not answer.
+    """
+    if at.kind != "redis" or not mailboxes:
+        return
+    from redis import asyncio as redis  # noqa: PLC0415 - comes with the extra
+    from redis.exceptions import RedisError  # noqa: PLC0415 - comes with the extra
+
+    keys = [f"{key}:{box.uid}" for box in mailboxes for key in _REDIS_KEYS]
+    try:
+        async with redis.Redis(host=at.host, port=at.port, password=at.password) as client:
+            for box in mailboxes:
+                keys += [key async for key in client.scan_iter(f"request:{box.uid}:*")]
+            await client.delete(*keys)
+    except RedisError as error:
+        raise SiteError(f"{at.place}: {type(error).__name__}: {error}") from error

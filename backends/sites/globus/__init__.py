@@ -1,0 +1,1 @@
+"""Shards on endpoints of Globus Compute."""

@@ -1,0 +1,166 @@
+"""Ends of tasks, brought home by asking after them; and endpoints that go offline meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from ...contract.errors import FanfoldError, SiteError
+from ...contract.types import Json
+from .errors import forgotten, offline
+from .line import Talk
+from .pace import Pace
+
+logger = logging.getLogger(__name__)
+
+ASKED: Final = 64
+"""Tasks asked after in one request; each answer may carry a result."""
+
+Answer = asyncio.Future[dict[str, Json]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A task that was posted: to whom, whom to tell, how long it may take, and when."""
+
+    endpoint: str
+    answer: Answer
+    deadline_s: float
+    since: float
+
+
+class Asking:
+    """Asks after tasks while some are open, and after the endpoints that have them.
+
+    Args:
+        talk: The connection to the service.
+        pace: How often to ask.
+    """
+
+    def __init__(self, talk: Talk, pace: Pace) -> None:
+        self._talk, self._pace = talk, pace
+        self._tasks: dict[str, _Task] = {}
+        self._down: set[str] = set()
+        self._idle: set[str] = set()
+        self._missing: dict[str, float] = {}
+        self._loop: asyncio.Task[None] | None = None
+
+    def follow(self, task: str, endpoint: str, answer: Answer, deadline_s: float) -> None:
+        """Bring the end of a task home to ``answer``; one that is done is no longer asked after.
+
+        Args:
+            task: The task's id.
+            endpoint: Where it is.
+            answer: Whom to tell.
+            deadline_s: Seconds that a worker may take for it.
+        """
+        self._tasks[task] = _Task(endpoint, answer, deadline_s, time.monotonic())
+        answer.add_done_callback(lambda _: self._tasks.pop(task, None))
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.create_task(self._ask_on())
+
+    def up(self, endpoint: str) -> bool:
+        """Say whether an endpoint could be reached when last seen."""
+        return endpoint not in self._down
+
+    def suspect(self, endpoint: str) -> None:
+        """Take an endpoint for down until it is seen to be online."""
+        self._down.add(endpoint)
+
+    async def check(self, endpoint: str) -> None:
+        """Look how an endpoint is; tasks that are lost by that are given up.
+
+        Raises:
+            WorkerLostError: It is offline.
+            FanfoldError: The service refused, or did not answer.
+        """
+        health = await self._talk.ask(lambda service: service.health(endpoint))
+        was_idle, now = endpoint in self._idle, time.monotonic()
+        for name, task in list(self._tasks.items()):
+            if task.endpoint == endpoint and (
+                error := health.lost(endpoint, now - task.since, task.deadline_s, was_idle)
+            ):
+                self._settle(name, error)
+        self._idle = self._idle - {endpoint} | ({endpoint} if health.idle else set())
+        if not health.online:
+            self.suspect(endpoint)
+            raise offline(endpoint)
+        self._down.discard(endpoint)
+
+    async def close(self) -> None:
+        """Stop asking, and give up what is open; tasks go on at their endpoints."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.cancel()
+            await asyncio.wait({loop})
+        for name in list(self._tasks):
+            self._settle(name, SiteError("globus_compute: closed"))
+
+    async def _ask_on(self) -> None:
+        pause, looked = self._pace.first_s, time.monotonic()
+        while self._tasks:
+            await asyncio.sleep(pause)
+            ended = await self._ask_all()
+            pause = self._pace.first_s if ended else min(self._pace.last_s, 1.5 * pause)
+            if time.monotonic() - looked >= self._pace.look_s:
+                await self._look()
+                looked = time.monotonic()
+
+    async def _ask_all(self) -> bool:
+        """Ask after all open tasks; return whether some have ended."""
+        tasks, ended = list(self._tasks), False
+        for lo in range(0, len(tasks), ASKED):
+            some = tasks[lo : lo + ASKED]
+            try:
+                ended |= await self._ask(some)
+            except SiteError as error:  # they may be ready all the same: asked again
+                logger.warning("%s; asking again", error.message)
+            except FanfoldError as error:
+                for task in some:
+                    self._settle(task, error)
+        return ended
+
+    async def _ask(self, tasks: list[str]) -> bool:
+        ends = await self._talk.ask(lambda service: service.ends(tasks))
+        before = len(self._tasks)
+        for name in tasks:
+            if name not in ends:
+                self._miss(name)
+                continue
+            self._missing.pop(name, None)
+            if (end := ends[name]) is not None:
+                self._settle(name, end)
+        return len(self._tasks) < before
+
+    def _miss(self, name: str) -> None:
+        """Give a task up of which the service says nothing, unless it may only be new to it."""
+        task, now = self._tasks.get(name), time.monotonic()
+        since = self._missing.setdefault(name, now)
+        if task is not None and now - since >= self._pace.missing_s:
+            self._settle(name, forgotten(task.endpoint))
+
+    def _settle(self, name: str, end: dict[str, Json] | FanfoldError) -> None:
+        self._missing.pop(name, None)
+        if task := self._tasks.pop(name, None):
+            settle(task.answer, end)
+
+    async def _look(self) -> None:
+        """See which endpoints with open tasks are offline."""
+        for endpoint in {task.endpoint for task in self._tasks.values()}:
+            try:
+                await self.check(endpoint)
+            except FanfoldError as error:
+                logger.warning("%s", error.message)
+
+
+def settle(answer: Answer, end: dict[str, Json] | FanfoldError) -> None:
+    """Give an answer, unless one was given."""
+    if answer.done():
+        return
+    if isinstance(end, FanfoldError):
+        answer.set_exception(end)
+    else:
+        answer.set_result(end)

@@ -1,0 +1,125 @@
+"""What the service, its endpoints and its SDK report, in fanfold's own errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ...contract.errors import (
+    ConfigurationError,
+    FanfoldError,
+    RunStoppedError,
+    SiteError,
+    WorkerLostError,
+)
+from ...contract.wire import own_version
+
+if TYPE_CHECKING:
+    from globus_sdk import GlobusError
+
+LOGIN: Final = (
+    "log in by running 'fanfold globus register' once in a terminal, or set "
+    "GLOBUS_COMPUTE_CLIENT_ID and GLOBUS_COMPUTE_CLIENT_SECRET"
+)
+_TRANSIENT: Final = {408, 425, 429, 500, 502, 503, 504}
+_ADVICE: Final = {
+    401: f"the login is missing or has expired: {LOGIN}",
+    403: (
+        "this login may not use it: have its owner allow your identity, and check the ids in "
+        "backend.endpoints and backend.function"
+    ),
+    404: "the service does not know it: check the ids in backend.endpoints and backend.function",
+    413: "the service found the request too large: lower shard.items",
+}
+_LINE: Final = 400
+
+
+def refused(error: GlobusError, where: str) -> FanfoldError:
+    """Return what an error of the SDK means.
+
+    Args:
+        error: Raised while the service was asked something.
+        where: What was asked.
+
+    Returns:
+        A :class:`SiteError` where asking again may help, else a :class:`ConfigurationError`.
+    """
+    status = getattr(error, "http_status", None)
+    if status is None:
+        return SiteError(f"globus_compute: {where}: no answer from the service: {error}")
+    said = f"globus_compute: {where}: the service answered {status}: {_reason(error)}"
+    if status in _TRANSIENT:
+        return SiteError(f"{said} (https://status.globus.org tells of outages)")
+    return ConfigurationError(f"{said}; {_ADVICE.get(status, 'see backend.user_endpoint_config')}")
+
+
+def _reason(error: GlobusError) -> str:
+    raw = getattr(error, "raw_json", None) or {}
+    return str(raw.get("reason") or getattr(error, "message", None) or error)[:_LINE]
+
+
+def offline(endpoint: str) -> SiteError:
+    """Return that an endpoint cannot be reached."""
+    return WorkerLostError(
+        f"globus_compute: endpoint {endpoint} is offline; start it on its machine with "
+        "'globus-compute-endpoint start NAME'"
+    )
+
+
+def forgot(endpoint: str) -> SiteError:
+    """Return that an endpoint has lost what it had in hand."""
+    return WorkerLostError(
+        f"globus_compute: endpoint {endpoint} was restarted and no longer has the task"
+    )
+
+
+def overdue(endpoint: str) -> SiteError:
+    """Return that a task takes longer than its worker was given."""
+    return WorkerLostError(
+        f"globus_compute: endpoint {endpoint} did not finish a task in the time that its worker "
+        "had for it (backend.deadline_s)"
+    )
+
+
+def forgotten(endpoint: str) -> SiteError:
+    """Return that the service no longer knows a task."""
+    return WorkerLostError(
+        f"globus_compute: endpoint {endpoint}: the service no longer knows the task; it keeps a "
+        "result for half an hour"
+    )
+
+
+def task_failed(text: str) -> FanfoldError:
+    """Return why a task has no summary.
+
+    Args:
+        text: What the endpoint or its worker reports, a traceback as a rule.
+    """
+    line = _last(text)
+    said = f"globus_compute: a task failed: {line}"
+    if "not permitted on endpoint" in text:
+        advice = (
+            "the endpoint allows certain functions only: have its owner add the id that "
+            "'fanfold globus register' prints to allowed_functions, and set backend.function"
+        )
+        return ConfigurationError(f"{said}; {advice}")
+    if "MaxResultSizeExceeded" in text:
+        advice = "lower shard.items or limits.streams, or set backend.shared_folder: true"
+        return RunStoppedError(f"{said}; a result takes 10 MB at most: {advice}")
+    if "No module named 'fanfold" in text:
+        advice = f"install fanfold=={own_version()} in the environment of the endpoint's workers"
+        return ConfigurationError(f"{said}; {advice} ('fanfold globus template' shows how)")
+    return WorkerLostError(said)
+
+
+def unreadable(text: str) -> FanfoldError:
+    """Return that a result is no JSON summary."""
+    return ConfigurationError(
+        f"globus_compute: a result is not the JSON that was asked for ({text[:40]!r}); use "
+        "globus-compute-endpoint 4.19 or newer, with JSONData in allowed_serializers if that is set"
+    )
+
+
+def _last(text: str) -> str:
+    """Return a traceback's last line that says something."""
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
+    return (lines[-1] if lines else "no reason given")[:_LINE]

@@ -1,0 +1,161 @@
+"""What was posted for which shard: in memory, and on disk for a coordinator that comes later."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Generator, Iterable
+from typing import Any, Final
+
+from ...contract.errors import WorkerLostError
+from ...contract.types import Json
+from .asking import Answer, Asking, settle
+from .book import Entry, TaskBook
+from .errors import overdue
+
+_KEEP_S: Final = 5.0
+"""Seconds for which a task stays in the book after its summary came: for its records to be safe."""
+_AHEAD: Final = 2
+"""Orders that a worker holds: one may wait for another to end."""
+_LEAST_S: Final = 30.0
+"""Seconds for which a task of an earlier coordinator is waited for, however old it is."""
+
+
+class TaskList:
+    """Remembers a run's tasks.
+
+    Args:
+        book: Where they are written down; None for runs that nobody goes on with.
+    """
+
+    def __init__(self, book: TaskBook | None) -> None:
+        self._book = book
+        self._left: list[Entry] = []
+        self._open: dict[str, list[str]] = {}
+        self._closed: list[tuple[float, list[str]]] = []
+
+    async def read(self) -> None:
+        """Read what earlier coordinators have left.
+
+        Raises:
+            LedgerError: The book is damaged.
+        """
+        if self._book is not None:
+            self._left = await asyncio.to_thread(self._book.open_entries)
+
+    async def posted(
+        self, endpoint: str, group: str, tasks: Iterable[tuple[str, str, float]]
+    ) -> None:
+        """Write new tasks down; on return they are on disk.
+
+        Args:
+            endpoint: Whom they were posted to.
+            group: Their group's id.
+            tasks: Shard, task id and the seconds that a worker may take for it.
+
+        Raises:
+            LedgerError: They could not be written.
+        """
+        now = time.time()
+        entries = [
+            Entry(shard, task, group, endpoint, now + _AHEAD * deadline_s)
+            for shard, task, deadline_s in tasks
+        ]
+        for entry in entries:
+            self._open.setdefault(entry.shard, []).append(entry.task)
+        await self._write(time.monotonic() - _KEEP_S, entries)
+
+    def close_after(self, answer: Answer, shard: str) -> None:
+        """Take a shard's tasks out of the book once one of them has brought a summary."""
+        tasks = list(self._open.get(shard, ()))
+
+        def close(done: Answer) -> None:
+            if done.cancelled() or done.exception() is not None:
+                return  # somebody may still be at it
+            self._open[shard] = [t for t in self._open.get(shard, ()) if t not in tasks]
+            self._closed.append((time.monotonic(), tasks))
+
+        answer.add_done_callback(close)
+
+    async def write_rest(self) -> None:
+        """Write down what has ended.
+
+        Raises:
+            LedgerError: It could not be written.
+        """
+        await self._write(time.monotonic(), [])
+
+    async def _write(self, before: float, entries: list[Entry]) -> None:
+        closed = [task for when, tasks in self._closed if when <= before for task in tasks]
+        self._closed = [(when, tasks) for when, tasks in self._closed if when > before]
+        if self._book is not None:
+            await asyncio.to_thread(self._book.write, closed, entries)
+
+    # -- what an earlier coordinator left ------------------------------------------------
+
+    def leavings(self, endpoint: str, endpoints: list[str], asking: Asking) -> dict[str, Leaving]:
+        """Return, by shard, what earlier coordinators posted to an endpoint; told once.
+
+        Args:
+            endpoint: The endpoint; the run's first one speaks for those it no longer has.
+            endpoints: The run's endpoints.
+            asking: Who is to ask after them.
+        """
+        by_shard: dict[str, list[Entry]] = {}
+        for entry in self._left:
+            by_shard.setdefault(entry.shard, []).append(entry)
+        found = {}
+        for shard, entries in by_shard.items():
+            at = entries[-1].endpoint
+            if endpoint == (at if at in endpoints else endpoints[0]):
+                self._open[shard] = [entry.task for entry in entries]
+                found[shard] = Leaving(self, asking, entries)
+        self._left = [entry for entry in self._left if entry.shard not in found]
+        return found
+
+
+class Leaving:
+    """What was left of one shard; asked after when it is awaited, and not before.
+
+    Args:
+        tasks: Where it is closed.
+        asking: Who is to ask.
+        entries: The shard's tasks.
+    """
+
+    def __init__(self, tasks: TaskList, asking: Asking, entries: list[Entry]) -> None:
+        self._tasks, self._asking, self._entries = tasks, asking, entries
+
+    def __await__(self) -> Generator[Any, None, dict[str, Json]]:
+        """Wait for the first summary that one of the tasks brings.
+
+        Raises:
+            WorkerLostError: None of them will bring any.
+        """
+        return self._summary().__await__()
+
+    async def _summary(self) -> dict[str, Json]:
+        waiting, reason = {self._answer(entry) for entry in self._entries}, "nothing was posted"
+        try:
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for answer in done:
+                    error = answer.exception()
+                    if error is None:
+                        return answer.result()
+                    reason = str(error)
+        finally:
+            for answer in waiting:
+                answer.cancel()
+        raise WorkerLostError(f"{reason} (posted by an earlier coordinator)")
+
+    def _answer(self, entry: Entry) -> Answer:
+        loop = asyncio.get_running_loop()
+        answer: Answer = loop.create_future()
+        self._tasks.close_after(answer, entry.shard)
+        self._asking.follow(entry.task, entry.endpoint, answer, math.inf)
+        patience = max(_LEAST_S, entry.until - time.time())
+        timer = loop.call_later(patience, settle, answer, overdue(entry.endpoint))
+        answer.add_done_callback(lambda _: timer.cancel())
+        return answer

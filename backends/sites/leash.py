@@ -1,0 +1,60 @@
+"""Processes that end with the one that began them, however that one ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+_LOOK_S: Final = 0.5
+
+
+def follow_parent() -> None:
+    """Tie this worker process to its parent; an initializer for process pools.
+
+    A pool's workers hold both ends of its queues, so they would wait for ever for a parent that
+    was killed. The interrupt of a terminal reaches them as well and is left to the parent, which
+    lets items in flight finish.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        _end_after(parent.join)
+
+
+def _end_after(wait: Callable[[], object]) -> None:
+    def end() -> None:
+        wait()
+        os._exit(1)
+
+    threading.Thread(target=end, name="leash", daemon=True).start()
+
+
+def main() -> None:
+    """Run the module that the first argument names, and end with the process that began this."""
+    parent = os.getppid()
+
+    def orphaned() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_S)
+
+    os.setpgrp()  # a terminal's interrupt is the parent's to heed
+    _end_after(orphaned)
+    module, *sys.argv[1:] = sys.argv[1:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def shell_leash(pid: int) -> str:
+    """Return a line for a batch script: its process group ends with the script and with ``pid``."""
+    alive = f"kill -0 {pid} 2>/dev/null && kill -0 $$ 2>/dev/null"
+    return f"( while {alive}; do sleep {_LOOK_S}; done; kill -9 0 ) </dev/null >/dev/null 2>&1 &"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""One place of a pool: its backend, what it has in hand, and its mending."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, Final
+
+from ..contract.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
+from ..contract.protocols import Backend
+from ..contract.types import Json
+from ..contract.wire import Summary
+from .watch import PoolPolicy, Watch
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_S: Final = 10.0
+"""Seconds that a backend may take to close beyond what it was given."""
+
+
+class Place:
+    """A backend as the pool sees it.
+
+    Args:
+        backend: The backend.
+        policy: How patient to be.
+        changed: Called when there may be room.
+
+    Attributes:
+        busy: Room taken: orders that are out, those that count as lost but still occupy their
+            worker included.
+        answered: When it last answered (monotonic seconds), or None.
+        given_up: Why nothing is expected of it any more, or None.
+    """
+
+    def __init__(self, backend: Backend, policy: PoolPolicy, changed: Callable[[], None]) -> None:
+        self.backend, self.busy = backend, 0
+        self.answered: float | None = None
+        self.given_up: FanfoldError | None = None
+        self._policy, self._changed = policy, changed
+        self._flights = set[Flight]()
+        self._mending: asyncio.Task[None] | None = None
+        self._failures = 0
+
+    def idle(self) -> int:
+        """Return how many workers have nothing to do; negative where orders wait for them."""
+        return self.backend.capacity() - self.busy if self.room() > 0 else -(10**9)
+
+    def room(self) -> int:
+        """Return how many more orders it can take."""
+        if self._mending is not None:
+            return 0
+        return self.backend.capacity() * self._policy.ahead - self.busy
+
+    def take(self) -> None:
+        """Take room for one order."""
+        self.busy += 1
+
+    def release(self) -> None:
+        """Give room back that no order went to."""
+        self.busy -= 1
+        self._changed()
+
+    def fly(
+        self, name: str, answer: Awaitable[dict[str, Json]], watch: Watch, *, taken: bool = False
+    ) -> Flight:
+        """Send an order, or watch one that was sent before.
+
+        Args:
+            name: What messages call it.
+            answer: The backend's answer.
+            watch: Tells whether it is lost.
+            taken: Whether room was taken for it.
+        """
+        if not taken:
+            self.take()
+        flight = Flight(name, answer, watch, self._landed)
+        self._flights.add(flight)
+        return flight
+
+    def _landed(self, flight: Flight) -> None:
+        if flight not in self._flights:
+            return  # it was left behind when the place was rebuilt
+        self._flights.discard(flight)
+        if flight.succeeded:
+            self.answered, self._failures = time.monotonic(), 0
+        self.release()
+        self.look()
+
+    def look(self) -> None:
+        """Look after what is out, and begin to mend what is broken."""
+        for flight in self._flights:
+            flight.look()
+        lost = sum(flight.is_lost for flight in self._flights)
+        capacity = self.backend.capacity()
+        if capacity <= lost and self._mending is None and self.given_up is None:
+            self._mending = asyncio.create_task(self._mend())
+            self._mending.add_done_callback(self._mended)
+
+    async def _mend(self) -> None:
+        """Rebuild the place; what it still holds is lost."""
+        for _ in range(self._policy.attempts):
+            await asyncio.sleep(self._policy.rebuild_s * 2.0 ** min(self._failures, 6))
+            self._failures += 1
+            self._leave_behind()
+            try:
+                return await self.backend.rebuild()
+            except ConfigurationError:
+                raise
+            except SiteError as error:
+                logger.warning("%s", error.message)
+                last = error
+        raise last
+
+    def _mended(self, task: asyncio.Task[None]) -> None:
+        self._mending = None
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            known = isinstance(error, FanfoldError)
+            text = f"{self.backend.name}: cannot be rebuilt: {type(error).__name__}: {error}"
+            self.given_up = error if known else SiteError(text)  # type: ignore[assignment]
+            logger.warning("%s", self.given_up)
+        self._changed()
+
+    def _leave_behind(self) -> None:
+        left, self._flights = self._flights, set()
+        self.busy -= len(left)
+        for flight in left:
+            flight.lose("its place broke down")
+            flight.abandon()
+
+    async def close(self, grace_s: float) -> None:
+        """Close the backend within ``grace_s`` and a little more."""
+        if self._mending is not None:
+            self._mending.cancel()
+            with suppress(asyncio.CancelledError, SiteError, ConfigurationError):
+                await self._mending
+        self._leave_behind()
+        try:
+            await asyncio.wait_for(self.backend.close(grace_s), grace_s + _CLOSE_S)
+        except TimeoutError:
+            msg = f"{self.backend.name}: could not be closed in {grace_s + _CLOSE_S:.0f} s"
+            raise SiteError(msg) from None
+
+
+class Flight:
+    """An order that is out.
+
+    Whoever waits for it may go: the room stays taken until the backend answers.
+
+    Args:
+        name: What messages call it.
+        answer: The backend's answer.
+        watch: Tells whether it is lost.
+        landed: Called when the backend has answered, however late.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        answer: Awaitable[dict[str, Json]],
+        watch: Watch,
+        landed: Callable[[Flight], None],
+    ) -> None:
+        self.name = name
+        self._watch, self._landed = watch, landed
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._answer = asyncio.ensure_future(answer)
+        self._answer.add_done_callback(self._answered)
+
+    def _answered(self, answer: asyncio.Future[dict[str, Json]]) -> None:
+        if not answer.cancelled():
+            answer.exception()  # nobody may be waiting for it any more
+        self._landed(self)
+
+    @property
+    def succeeded(self) -> bool:
+        """Say whether the backend gave an answer."""
+        answer = self._answer
+        return answer.done() and not answer.cancelled() and answer.exception() is None
+
+    @property
+    def is_lost(self) -> bool:
+        """Say whether nobody waits for it any more, though it was not answered."""
+        return self._lost.done()
+
+    def look(self) -> None:
+        """Declare it lost if it is."""
+        if not self._lost.done() and (reason := self._watch.verdict()):
+            self.lose(reason)
+
+    def lose(self, reason: str) -> None:
+        """Declare it lost."""
+        if not self._lost.done():
+            self._lost.set_result(reason)
+
+    def abandon(self) -> None:
+        """Break off waiting for the backend."""
+        self._answer.cancel()
+
+    async def summary(self) -> Summary:
+        """Wait for the worker's summary.
+
+        Raises:
+            WorkerLostError: It is lost.
+            SiteError: The place failed.
+            ConfigurationError: The worker or the place cannot do its work.
+        """
+        either: set[asyncio.Future[Any]] = {self._answer, self._lost}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if self._lost.done():
+            raise WorkerLostError(f"{self.name}: {self._lost.result()}")
+        try:
+            return Summary.from_json(self._answer.result())
+        except SiteError as error:
+            raise type(error)(f"{self.name}: {error.message}") from error
+        except asyncio.CancelledError:
+            raise WorkerLostError(f"{self.name}: the backend broke it off") from None

@@ -1,0 +1,150 @@
+"""Where the model is served: the settings of every kind of endpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
+
+from .section import PathText, Section
+
+KINDS: Final = ("urls", "file", "aegis_registry", "hosts", "first", "simulated", "auto")
+"""The kinds of endpoints; a configuration names exactly one."""
+
+HOSTS_ONLY: Final = ("port", "per_host", "suffix")
+"""Keys that go with ``hosts`` alone."""
+
+FIRST_URL: Final = "https://inference-api.alcf.anl.gov/resource_server"
+"""ALCF's deployment of the FIRST gateway."""
+
+
+def _header(value: SecretStr) -> SecretStr:
+    key = value.get_secret_value()
+    if not key:
+        msg = "is empty; leave it out for servers that take no key"
+        raise ValueError(msg)
+    if not key.isascii() or not key.isprintable() or key != key.strip():
+        msg = "holds blanks at an end, a line break or other characters that no key has"
+        raise ValueError(msg)
+    return value
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Secret = Annotated[SecretStr, AfterValidator(_header)]
+Texts = Annotated[
+    list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed), Field(min_length=1)
+]
+"""One text or a list of them."""
+
+
+class SimulatedConfig(Section):
+    """A simulated fleet on loopback; its answers are marked and mean nothing.
+
+    Attributes:
+        nodes: Simulated servers.
+        responder: Who makes the answers: ``schema`` (random but valid) or ``esol``.
+        seed: Seed of answers, latencies and faults.
+        max_num_seqs: Requests that one node runs at a time.
+        ttft_s: Seconds to the first token of an idle node.
+        tpot_s: Seconds per output token of an idle node.
+        jitter: Width of the log-normal factor on all times; 0 is exact.
+        time_scale: Divides all times.
+        faults: Injected failures, as the simulated fleet's fault rules.
+    """
+
+    nodes: Annotated[int, Field(ge=1, le=10_000)] = 8
+    responder: str = "schema"
+    seed: int = 0
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    ttft_s: Annotated[float, Field(ge=0)] | None = None
+    tpot_s: Annotated[float, Field(ge=0)] | None = None
+    jitter: Annotated[float, Field(ge=0)] | None = None
+    time_scale: Annotated[float, Field(gt=0)] | None = None
+    faults: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class FirstConfig(Section):
+    """A FIRST gateway: one address before the models of several clusters.
+
+    Attributes:
+        base_url: Its address, up to the clusters' names.
+        paths: ``cluster/framework`` of each deployment to use, e.g. ``sophia/vllm``.
+        token: Access token; write it as ``${VAR}``.
+        token_command: Command that prints the token, run without a shell; run again, once,
+            when the gateway refuses the token.
+        requests_per_s: Most requests per second over all paths; the gateway allows 10 per user.
+    """
+
+    base_url: Annotated[str, Field(min_length=1)] = FIRST_URL
+    paths: Texts
+    token: Secret | None = None
+    token_command: Annotated[str, Field(min_length=1)] | None = None
+    requests_per_s: Annotated[float, Field(gt=0)] = 8.0
+
+    @model_validator(mode="after")
+    def _one_token(self) -> FirstConfig:
+        if (self.token is None) == (self.token_command is None):
+            msg = "give exactly one of token (as ${VAR}) and token_command"
+            raise ValueError(msg)
+        return self
+
+
+class EndpointsConfig(Section):
+    """Where the model is served: exactly one of the kinds, and what goes with it.
+
+    Attributes:
+        urls: Base URLs, e.g. ``http://node17:8000/v1``.
+        file: An endpoints file (Aegis or Aurora-Swarm format, or one URL a line), read again
+            when it changes.
+        aegis_registry: URL of Aegis' registry, asked again and again.
+        hosts: Hosts by name, as a Slurm list, a file's path, or a variable (``$PBS_NODEFILE``)
+            that holds one of these.
+        port: (hosts) Port of a host's first server.
+        per_host: (hosts) Servers on each host, on ports that follow each other.
+        suffix: (hosts) Domain to put behind the hosts' short names.
+        first: A FIRST gateway.
+        simulated: A simulated fleet.
+        auto: Whether fanfold looks for node endpoints, and says what it chose.
+        api_key: Key of the endpoints; write it as ``${VAR}``.
+        models: Served id to ``model.name``, for servers that call the model otherwise.
+        refresh_s: Seconds between two looks at a file or a registry.
+        proxy: Whether the environment's proxy variables count; None: for gateways only.
+    """
+
+    urls: list[str] | None = None
+    file: PathText | None = None
+    aegis_registry: Annotated[str, Field(min_length=1)] | None = None
+    hosts: Texts | None = None
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    per_host: Annotated[int, Field(ge=1, le=1024)] | None = None
+    suffix: str | None = None
+    first: FirstConfig | None = None
+    simulated: SimulatedConfig | None = None
+    auto: bool | None = None
+    api_key: Secret = SecretStr("EMPTY")
+    models: dict[str, str] = Field(default_factory=dict)
+    refresh_s: Annotated[float, Field(gt=0)] = 5.0
+    proxy: bool | None = None
+
+    @property
+    def must_be_asked(self) -> bool:
+        """Say whether nobody knows who serves the model, or as what, before asking."""
+        named_otherwise = bool(self.models) or self.first is not None
+        return bool(self.auto) or self.aegis_registry is not None or named_otherwise
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> EndpointsConfig:
+        given = [k for k in KINDS if getattr(self, k) not in (None, False)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            *others, last = KINDS
+            msg = f"give exactly one of {', '.join(others)} and {last} (found {found})"
+            raise ValueError(msg)
+        alien = [k for k in HOSTS_ONLY if getattr(self, k) is not None]
+        if alien and self.hosts is None:
+            msg = f"{' and '.join(alien)} goes with hosts, not with {given[0]}"
+            raise ValueError(msg)
+        return self

@@ -1,0 +1,67 @@
+"""``fanfold globus``: what an endpoint of Globus Compute needs for runs of fanfold."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..backends.contract.errors import ConfigurationError
+from ..backends.contract.wire import own_version
+from ..backends.places import imported
+from ..backends.sites.globus.login import connect
+from .worker import work_shard
+
+app = typer.Typer(help="Set up endpoints of Globus Compute.", no_args_is_help=True)
+
+Client = Annotated[
+    str | None,
+    typer.Option("--client", metavar="MODULE:ATTR", help="A function that makes the SDK's Client."),
+]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to; else printed.")
+]
+
+
+@app.command()
+def register(client: Client = None) -> None:
+    """Log in, register what runs on endpoints, and print the function's id.
+
+    An endpoint with allowed_functions needs the id there; runs name it in backend.function.
+    """
+    make = imported(client, "--client") if client else None
+    service = connect(make, ask=sys.stdin.isatty())
+    try:
+        print(service.register(work_shard))
+    finally:
+        service.close()
+
+
+@app.command()
+def template(output: Output = None) -> None:
+    """Write a configuration template for an endpoint, for this version of fanfold."""
+    text = template_text(own_version(), str(Path(sys.prefix) / "bin"))
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"{output}: cannot be written: {error.strerror}") from None
+    print(f"{output} written; its first lines say where it goes")
+
+
+def template_text(version: str, programs: str) -> str:
+    """Return the template.
+
+    Args:
+        version: The version of fanfold that workers must have.
+        programs: The folder of the workers' Python.
+    """
+    source = files("fanfold.backends.sites.globus") / "template.yaml.j2"
+    text = source.read_text(encoding="utf-8")
+    return text.replace("@VERSION@", version).replace("@BIN@", shlex.quote(programs))

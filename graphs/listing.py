@@ -1,0 +1,158 @@
+"""The commands that list endpoints: as they are now, and what they did in a run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from ..backends.accounts.endpoints import over_lives, read_endpoints
+from ..backends.accounts.folder import open_folder
+from ..backends.build import located
+from ..backends.contract.errors import ConfigurationError
+from ..backends.fleet.gauges import Gauges, read_gauges
+from ..backends.fleet.matching import match
+from ..backends.fleet.probe import Found
+from ..backends.simulation import simulation
+from ..configs.load import Loaded
+from .opened import endpoints_file
+from .prepare import check_endpoints
+from .report import cell
+from .run import DONE, USAGE
+from .running import Wish, print_json, say
+
+_NOTHING: Final = "-"
+_ENDPOINT: Final = "endpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """The endpoints as they are now, and what is wrong with all of them together."""
+
+    rows: list[dict[str, Any]]
+    model: str | None
+    why: str | None
+    problem: str | None
+
+
+def now(config: str, wish: Wish, as_json: bool) -> int:
+    """List the endpoints of a configuration; return the exit code."""
+    loaded, notices = wish.settled(config)
+    check_endpoints(loaded)
+    listed = asyncio.run(_listed(loaded))
+    if as_json:
+        print_json({"model": listed.model, "chosen": listed.why, "endpoints": listed.rows})
+    else:
+        say([*notices, *([f"endpoints: {listed.why}"] if listed.why else ())])
+        _print(_table(listed.rows, _NOW))
+    if listed.problem is not None:
+        say([f"Error: {listed.problem}"])
+        return USAGE
+    return DONE
+
+
+async def _listed(loaded: Loaded) -> _Listed:
+    config = loaded.config
+    async with located(config, loaded.plain["endpoints"]) as place:
+        found = await place.ask()
+        nodes = [one.spec for one in found if one.reachable and place.gateway is None]
+        gauges = dict(zip(nodes, await read_gauges(nodes), strict=True)) if nodes else {}
+        name = config.model.name or place.model
+        if config.endpoints.simulated is not None:
+            name = simulation(config).model
+        problem = None
+        try:
+            name = match(found, name, config.endpoints.models).model
+        except ConfigurationError as error:
+            problem = error.message
+        rows = [_row(one, gauges.get(one.spec, Gauges())) for one in found]
+        return _Listed(rows, name, place.why, problem)
+
+
+def _row(found: Found, gauges: Gauges) -> dict[str, Any]:
+    return {
+        _ENDPOINT: found.label,
+        "reachable": found.reachable,
+        "simulated": found.simulated,
+        "models": list(found.models),
+        "context": dict(found.max_model_len),
+        "running": gauges.running,
+        "waiting": gauges.waiting,
+        "latency_s": found.latency_s,
+        "error": found.error,
+    }
+
+
+def _cells_now(row: dict[str, Any]) -> Iterator[str]:
+    yield row[_ENDPOINT]
+    yield row["error"] or ("SIMULATED" if row["simulated"] else "yes")
+    yield ", ".join(row["models"]) or _NOTHING
+    yield ", ".join(f"{n:,}" for n in dict.fromkeys(row["context"].values())) or _NOTHING
+    yield _count(row["running"])
+    yield _count(row["waiting"])
+    yield _milliseconds(row["latency_s"])
+
+
+def past(path: Path, as_json: bool) -> None:
+    """Show what each endpoint did over the lives of a run that have ended."""
+    rows = over_lives(read_endpoints(endpoints_file(open_folder(path))))
+    if as_json:
+        print_json({"endpoints": rows})
+    elif rows:
+        _print(_table(rows, _PAST))
+    else:
+        say([f"{path}: nothing is known of endpoints yet; it is written when a life ends"])
+
+
+def _cells_past(row: dict[str, Any]) -> Iterator[str]:
+    yield row[_ENDPOINT]
+    yield row["state"]
+    yield _count(row["calls"])
+    yield ", ".join(f"{n:,} {_brief(name)}" for name, n in row["failures"].items()) or _NOTHING
+    yield f"{row['prompt_tokens']:,} + {row['completion_tokens']:,}"
+    yield " ".join(_milliseconds(row[f"latency_p{q}_s"]) for q in (50, 90, 99))
+    yield _count(row["opened"])
+
+
+_NOW: Final = (
+    (_ENDPOINT, "reachable", "models", "context", "running", "waiting", "latency"),
+    _cells_now,
+)
+_PAST: Final = (
+    (_ENDPOINT, "state", "calls", "failures", "tokens", "p50 p90 p99", "opened"),
+    _cells_past,
+)
+
+
+def _table(rows: Sequence[dict[str, Any]], form: Any) -> Table:
+    heads, cells = form
+    table = Table()
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell(text) for text in cells(row)))
+    return table
+
+
+def _print(table: Table) -> None:
+    Console().print(table)
+
+
+def _brief(error: str) -> str:
+    """Return what tells an error's class from the others: ``EndpointLostError`` is ``Lost``."""
+    return error.removeprefix("Endpoint").removesuffix("Error") or "Endpoint"
+
+
+def _count(number: int | None) -> str:
+    return _NOTHING if number is None else f"{number:,}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return _NOTHING
+    return f"{1000 * seconds:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s"

@@ -1,0 +1,53 @@
+"""An open run whose endpoints this process asks itself, and what is told of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..backends.accounts.endpoints import FILE, append_endpoints
+from ..backends.accounts.folder import RunFolder
+from ..backends.contract.errors import LedgerError
+from ..backends.fleet.fleet import Fleet
+from ..nodes.context import RunTools
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedRun(RunTools):
+    """The tools of a run, and its fleet for whoever watches.
+
+    Attributes:
+        fleet: The fleet; None when nothing is to be asked, or workers elsewhere ask.
+    """
+
+    fleet: Fleet | None = None
+
+
+def endpoints_file(folder: RunFolder) -> Path:
+    """Return the table of what each endpoint did in each life."""
+    return folder.path / FILE
+
+
+@asynccontextmanager
+async def reported(fleet: Fleet, folder: RunFolder, life: int) -> AsyncIterator[None]:
+    """Write what each endpoint did when the block ends, however it ends.
+
+    Args:
+        fleet: The endpoints.
+        folder: The run's folder.
+        life: The life's number, from 1.
+    """
+    try:
+        yield
+    finally:
+        reports = [asdict(report) for report in fleet.report() if report.calls or report.opened]
+        try:
+            await asyncio.to_thread(append_endpoints, endpoints_file(folder), reports, life)
+        except LedgerError as error:
+            logger.warning("%s", error.message)  # the run's own end matters more

@@ -1,0 +1,78 @@
+"""Exchanges to meet at, and runs whose agents can be found and harmed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import pytest_asyncio
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.tests.integration.academy.ward import Ward
+
+PASSWORD = "let-me-in"
+
+
+@pytest.fixture(autouse=True)
+def _no_litter() -> Iterator[None]:
+    """What Academy leaves to the garbage collector is found here, where it is expected."""
+    yield
+    gc.collect()
+
+
+def _answers(exchange: dict[str, Any]) -> bool:
+    at = {key: exchange[key] for key in ("host", "port", "password") if key in exchange}
+    with redis.Redis(**at, retry=Retry(NoBackoff(), 0), socket_connect_timeout=2) as client:
+        try:
+            return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+
+
+def _found() -> dict[str, Any] | None:
+    """Return the Redis that the environment names, or that is at the usual port."""
+    url = urlsplit(os.environ.get("FANFOLD_TEST_REDIS_URL", "redis://127.0.0.1:6379"))
+    exchange: dict[str, Any] = {"kind": "redis", "host": url.hostname, "port": url.port or 6379}
+    if url.password:
+        exchange["password"] = url.password
+    return exchange if _answers(exchange) else None
+
+
+@pytest.fixture(scope="session")
+def redis_exchange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Settings of a Redis exchange: one that is there, else one of our own, with a password."""
+    if found := _found():
+        yield found
+        return
+    if (program := shutil.which("redis-server")) is None:
+        pytest.skip("no Redis answers at FANFOLD_TEST_REDIS_URL or 127.0.0.1:6379")
+    exchange = {"kind": "redis", "host": "127.0.0.1", "port": 16379, "password": PASSWORD}
+    options = ["--bind", "127.0.0.1", "--port", "16379", "--save", "", "--requirepass", PASSWORD]
+    with subprocess.Popen(
+        [program, *options], cwd=tmp_path_factory.mktemp("redis"), stdout=subprocess.DEVNULL
+    ) as server:
+        try:
+            while not _answers(exchange):
+                assert server.poll() is None, "redis-server ended"
+            yield exchange
+        finally:
+            server.kill()
+
+
+@pytest_asyncio.fixture
+async def ward(tmp_path: Path) -> AsyncIterator[Ward]:
+    """A ward whose fleet takes about a tenth of a second for an answer."""
+    spec = SimulationSpec.fast(nodes=2, ttft_s=0.08, tpot_s=0.001, jitter=0.3)
+    async with SimulatedFleet(spec) as fleet:
+        yield Ward(tmp_path, fleet)

@@ -1,0 +1,56 @@
+"""A run over Academy that can be found and harmed, on a fleet that keeps its own books."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow.parquet as pq
+
+from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+
+DEADLINE_S: Final = 60.0
+
+
+class Ward:
+    """A run over Academy, on a fleet that keeps its own books."""
+
+    def __init__(self, home: Path, fleet: SimulatedFleet) -> None:
+        self.out, self.fleet = home / "run", fleet
+        self.items = [{"id": f"i{n}", "x": f"thing {n}"} for n in range(240)]
+        self.settings: dict[str, Any] = {
+            "name": "ward",
+            "task": {"prompt": "What is {x}?"},
+            "endpoints": {"urls": list(fleet.urls)},
+            "limits": {"streams": 16, "hedge": False},
+            "shard": {"items": 20},
+            "reduce": [{"op": "count"}],
+        }
+
+    def journal_lines(self) -> int:
+        files = (self.out / "journal").glob("*.jsonl")
+        return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in files)
+
+    @staticmethod
+    async def until(condition: Callable[[], Any]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():  # noqa: ASYNC110 - other processes set no events
+                await asyncio.sleep(0.005)
+
+    def assert_whole(self, again: int) -> None:
+        """Assert that each item has one row, and that at most so many were asked twice."""
+        ids = pq.read_table(self.out / "results.parquet").column("id").to_pylist()
+        assert ids == [item["id"] for item in self.items]
+        book = self.fleet.stats(prompts=True)["prompts"]
+        assert len(book) == len(self.items)
+        assert sum(question["asked"] > 1 for question in book.values()) <= again
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs; one that only waits to be buried does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

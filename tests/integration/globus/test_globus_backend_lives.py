@@ -1,0 +1,142 @@
+"""Whole runs over Globus Compute, and what ends under them: agents, the coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.backends import places
+from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.sites.globus.book import FILE, TaskBook
+from fanfold.backends.sites.globus.desk import Desk
+from fanfold.backends.sites.globus.pace import Pace
+from fanfold.tests.integration.globus.client import URL_VARIABLE
+from fanfold.tests.integration.globus.endpoint import UserEndpoint
+from fanfold.tests.integration.globus.fixtures import StartEndpoint
+from fanfold.tests.integration.globus.logins import LOGIN
+from fanfold.tests.integration.globus.service import GlobusService
+from fanfold.tests.integration.lives.conftest import Lab
+
+pytestmark = pytest.mark.integration
+
+SHARDS = 6
+ITEMS = 120
+QUICK = Pace(burst=20, per_s=20.0, first_s=0.1, last_s=0.5, look_s=0.5, missing_s=0.5)
+
+LabOf = Callable[..., AbstractAsyncContextManager[Lab]]
+
+
+@pytest.fixture
+def lab_over(service: GlobusService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabOf:
+    """Make labs whose shards run on endpoints; runs in this process ask often."""
+    monkeypatch.setenv(URL_VARIABLE, service.url)
+    monkeypatch.setattr(places, "Desk", partial(Desk, pace=QUICK))
+
+    @asynccontextmanager
+    async def make(*endpoints: UserEndpoint, ttft_s: float = 0.2, **backend: Any) -> Any:
+        spec = SimulationSpec.fast(nodes=2, ttft_s=ttft_s, tpot_s=0.001, jitter=0.3)
+        async with SimulatedFleet(spec) as fleet:
+            lab = Lab(tmp_path, fleet, ITEMS)
+            lab.whole = await lab.undisturbed()  # type: ignore[attr-defined]
+            lab.config["limits"] = {"streams": 8, "drain_s": 1.0, "hedge": False}
+            lab.config["backend"] = {
+                "kind": "globus_compute",
+                "endpoints": [endpoint.endpoint_id for endpoint in endpoints],
+                "client": LOGIN,
+                "workers": 2 * len(endpoints),
+            } | backend
+            yield lab
+
+    return make
+
+
+def posted(service: GlobusService, since: int) -> dict[str, int]:
+    """Return, by endpoint, how many tasks were posted since so many submissions."""
+    counts = dict[str, int]()
+    for post in service.submissions[since:]:
+        counts[post.endpoint_id] = counts.get(post.endpoint_id, 0) + len(post.task_ids)
+    return counts
+
+
+def in_hand(lab: Lab) -> int:
+    """Return how many tasks are written down and not closed."""
+    return len(TaskBook(lab.out / FILE).open_entries())
+
+
+async def test_two_endpoints_share_a_run(
+    service: GlobusService, endpoint: UserEndpoint, endpoint_of: StartEndpoint, lab_over: LabOf
+) -> None:
+    other, before = await asyncio.to_thread(endpoint_of), len(service.submissions)
+    async with lab_over(endpoint, other, ttft_s=0.05) as lab:
+        result = await lab.live(await lab.begin())
+        assert result.code == 0
+        lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
+        counts = posted(service, before)
+        assert counts.keys() == {endpoint.endpoint_id, other.endpoint_id}
+        assert sum(counts.values()) == SHARDS
+        assert in_hand(lab) == 0
+
+
+async def test_shards_of_a_killed_agent_go_elsewhere(
+    service: GlobusService, endpoint: UserEndpoint, endpoint_of: StartEndpoint, lab_over: LabOf
+) -> None:
+    """It falls silent; what it had in hand is asked again, by the other endpoint."""
+    doomed, before = await asyncio.to_thread(endpoint_of), len(service.submissions)
+    async with lab_over(endpoint, doomed) as lab:
+        life = asyncio.create_task(lab.live(await lab.begin()))
+        await lab.until(lambda: posted(service, before).get(doomed.endpoint_id, 0) >= 2)
+        await asyncio.sleep(0.5)  # for the agent to take them
+        doomed.kill()
+        lost = posted(service, before)[doomed.endpoint_id]
+        assert (await life).code == 0
+        lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
+        assert SHARDS < sum(posted(service, before).values()) <= SHARDS + lost
+
+
+async def test_an_agent_that_is_killed_and_restarted_goes_on(
+    service: GlobusService, endpoint_of: StartEndpoint, lab_over: LabOf
+) -> None:
+    """It never was silent for long; its tasks are overdue, and sent to it again."""
+    doomed = await asyncio.to_thread(endpoint_of)
+    before = len(service.submissions)
+    async with lab_over(doomed, deadline_s=3.0) as lab:
+        life = asyncio.create_task(lab.live(await lab.begin()))
+        await lab.until(lambda: posted(service, before).get(doomed.endpoint_id, 0) >= 2)
+        await asyncio.sleep(0.5)  # for the agent to take them
+        doomed.kill()
+        await asyncio.to_thread(endpoint_of, endpoint_id=doomed.endpoint_id)
+        assert (await life).code == 0
+        lab.assert_whole(lab.whole, again=ITEMS)  # type: ignore[attr-defined]
+        assert sum(posted(service, before).values()) > SHARDS
+
+
+@pytest.mark.parametrize("wait", [False, True], ids=["they still run", "they have ended"])
+async def test_a_killed_coordinators_shards_are_found_again(
+    service: GlobusService, endpoint: UserEndpoint, lab_over: LabOf, wait: bool
+) -> None:
+    """No item is asked twice, no shard posted twice: by the fleet's and the service's books."""
+    before = len(service.submissions)
+    async with lab_over(endpoint) as lab:
+        async with lab.process() as process:
+            await lab.until(lambda: lab.journal_lines() >= 20 and in_hand(lab) >= 2)
+            process.kill()
+            assert await process.wait() == -signal.SIGKILL
+        if wait:
+            await lab.until(lab.fleet_is_idle)
+        lab.life_ended()
+        left, done = in_hand(lab), lab.journal_lines()
+        assert left >= 2
+        assert done < ITEMS
+        result = await lab.live()
+        assert (result.code, in_hand(lab)) == (0, 0)
+        lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
+        assert lab.again == 0
+        assert sum(posted(service, before).values()) == SHARDS

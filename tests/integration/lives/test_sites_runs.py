@@ -1,0 +1,172 @@
+"""Runs whose shards are worked on elsewhere, here in threads: the same results as ever."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
+
+import orjson
+import pytest
+
+from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.configs.load import load
+from fanfold.graphs import worker
+
+pytestmark = pytest.mark.integration
+
+
+def threads() -> Executor:
+    return ThreadPoolExecutor(2)
+
+
+THREADS: dict[str, Any] = {"kind": "executor", "factory": f"{__name__}:threads", "workers": 2}
+
+
+@pytest.fixture(autouse=True)
+def _own_worker(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Each test has a worker of its own, closed at its end."""
+    own = worker.Worker()
+    monkeypatch.setattr(worker, "the_worker", lambda: own)
+    yield
+    own.close()
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["journal", "sent"])
+async def test_results_are_those_of_a_local_run(lab_of: Any, shared: bool) -> None:
+    async with lab_of(items=150, ttft_s=0.0) as lab:
+        aggregate = await lab.undisturbed()
+        lab.config["backend"] = THREADS | {"shared_folder": shared}
+        result = await lab.live(await lab.begin())
+        assert result.code == 0
+        lab.assert_whole(aggregate, again=0)
+        files = sorted(f.name.partition("-")[1] for f in (lab.out / "journal").glob("*.jsonl"))
+        assert files == (["-"] if shared else [""])
+
+
+async def test_orders_and_summaries_of_bounded_size(
+    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an order nor a summary may exceed the bound: the shards go in pieces."""
+    monkeypatch.setattr("fanfold.graphs.crew.carried", lambda _: 4_000)
+    sizes, real = list[int](), worker.work_shard
+
+    def weighed(order: dict[str, Any]) -> dict[str, Any]:
+        summary = real(order)
+        sizes.append(len(orjson.dumps(order["items"])))
+        sizes.append(len(orjson.dumps(summary["records"])))
+        return summary
+
+    monkeypatch.setattr("fanfold.graphs.context.work_shard", weighed)
+    async with lab_of(items=150, ttft_s=0.0) as lab:
+        lab.config["shard"] = {"items": 150}
+        lab.config["limits"]["streams"] = 4
+        aggregate = await lab.undisturbed()
+        lab.config["backend"] = THREADS | {"shared_folder": False}
+        assert (await lab.live(await lab.begin())).code == 0
+        lab.assert_whole(aggregate, again=0)
+    assert len(sizes) > 20
+    assert max(sizes) < 5_000
+
+
+async def test_lives_on_different_backends(lab_of: Any) -> None:
+    """Worker files of earlier lives count; a stop ends what is out, and nothing is asked twice."""
+    async with lab_of(items=200) as lab:
+        lab.config["limits"]["hedge"] = False
+        aggregate = await lab.undisturbed()
+        lab.config["backend"] = THREADS
+        for lines in (30, 90):
+            folder = None if (lab.out / "run.yaml").exists() else await lab.begin()
+            life = asyncio.create_task(lab.live(folder))
+            await lab.until(lambda n=lines: lab.journal_lines() >= n)
+            asyncio.get_running_loop().call_soon(_interrupt)
+            result = await asyncio.wait_for(life, 60)
+            assert (result.code, result.reason) == (5, "SIGINT")
+            assert result.progress["done"] == lab.journal_lines() < 200
+            lab.life_ended()
+        assert (await lab.live(overrides=("backend={kind: local}",))).code == 0
+        lab.assert_whole(aggregate, again=0)
+
+
+def _interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+async def test_two_copies_that_answer(lab_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard is delivered twice: each item counts once, aggregate and results agree."""
+    real = worker.work_shard
+
+    def twice(order: dict[str, Any]) -> dict[str, Any]:
+        real(order | {"attempt": order["attempt"] + 100})
+        return real(order)
+
+    monkeypatch.setattr("fanfold.graphs.context.work_shard", twice)
+    async with lab_of(items=60, ttft_s=0.0, seed=1) as lab:
+        lab.config["backend"] = THREADS
+        result = await lab.live(await lab.begin())
+        assert (result.code, result.progress["done"]) == (0, 60)
+        assert lab.journal_lines() > 60
+        found = result.aggregate
+        again = await lab.live()
+        assert (again.progress["done"], again.aggregate) == (60, found)
+        refolded = await lab.live(overrides=(f"reduce={json.dumps(lab.config['reduce'][:2])}",))
+        assert refolded.aggregate == found[:2]
+
+
+async def test_another_version_stops_the_run_unpaid(
+    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "own_version", lambda: "0.0.1")
+    async with lab_of(items=20) as lab:
+        lab.config["backend"] = THREADS
+        with pytest.raises(ConfigurationError, match=r"this worker runs fanfold 0\.0\.1"):
+            await lab.live(await lab.begin())
+        assert lab.fleet.stats()["totals"]["requests"] == 0
+
+
+async def test_a_shard_that_no_worker_survives(
+    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: dict[str, Any]) -> dict[str, Any]:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("fanfold.graphs.context.work_shard", broken)
+    async with lab_of(items=20) as lab:
+        lab.config["backend"] = THREADS | {"shared_folder": False}
+        result = await lab.live(await lab.begin())
+        assert result.code == 5
+        assert "lost 3 times" in str(result.reason)
+        assert "no room" in str(result.reason)
+
+
+async def test_each_worker_asks_its_own_node(lab_of: Any) -> None:
+    """The simulated fleet of the settings is then started by the worker."""
+    async with lab_of(items=30) as lab:
+        lab.config["endpoints"] = {"simulated": {"nodes": 1, "time_scale": 100}}
+        lab.config["backend"] = THREADS | {"node_endpoints": True}
+        result = await lab.live(await lab.begin())
+        assert (result.code, result.simulated, result.progress["done"]) == (0, True, 30)
+        assert lab.fleet.stats()["totals"]["requests"] == 0
+
+
+async def test_tracing_each_item_needs_this_process(lab_of: Any) -> None:
+    async with lab_of(items=20) as lab:
+        lab.config["backend"] = THREADS
+        with pytest.raises(ConfigurationError, match="--trace"):
+            await lab.live(await lab.begin(), trace=True)
+        lab.config["shard"] = {"items": 1}
+        with pytest.raises(ConfigurationError, match=r"shard\.items: 1"):
+            load(lab.config)
+
+
+async def test_leftovers_of_a_killed_life_are_swept_up(lab_of: Any) -> None:
+    async with lab_of(items=20, ttft_s=0.0) as lab:
+        lab.config["backend"] = THREADS
+        folder = await lab.begin()
+        for name in ("open-aaaa", "beat-aaaa-0-20-0", "stop-bbbb"):
+            (folder.journal / name).touch()
+        assert (await lab.live(folder)).code == 0
+        names = {file.name for file in folder.journal.iterdir() if file.suffix != ".jsonl"}
+        assert names == {"lock", "stop-aaaa", "stop-bbbb"}

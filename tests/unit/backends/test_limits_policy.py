@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.policy import FleetPolicy, PacePolicy
+from fanfold.backends.limits import fleet_policy, limited
+from fanfold.backends.locate import first_place
+from fanfold.configs.load import load
+from fanfold.configs.models import RunConfig
+
+
+def config(*limits: str, **sections: Any) -> RunConfig:
+    settings = {"task": {"prompt": "x"}, "endpoints": "auto", **sections}
+    return load(settings, [f"limits.{limit}" for limit in limits]).config
+
+
+def test_by_default_there_is_no_quota() -> None:
+    policy = fleet_policy(config())
+    assert (policy.pace, policy.retry.budget) == (PacePolicy(), None)
+    assert (policy.affinity, policy.load, policy.whole_answers) == (None, None, False)
+    assert policy.hedge == FleetPolicy().hedge
+
+
+def test_every_limit_reaches_the_fleet() -> None:
+    policy = fleet_policy(
+        config("hedge=false", "retry_budget=0.2", "affinity=100", "load=load", "fleet_wait_s=7")
+    )
+    assert policy.hedge is None
+    assert policy.retry.budget == 0.2
+    assert policy.affinity is not None
+    assert policy.affinity.prefix == 100
+    assert policy.load is not None
+    assert policy.load.source == "load"
+    assert policy.timeout.fleet_s == 7
+
+
+def test_workers_share_a_quota() -> None:
+    backend = {"kind": "local", "processes": 4}
+    policy = fleet_policy(config("requests_per_s=8", "tokens_per_min=100", backend=backend))
+    assert (policy.pace.requests_per_s, policy.pace.tokens_per_min) == (2, 25)
+
+
+@pytest.mark.parametrize(("own", "rate"), [(None, 8.0), (3.0, 3.0), (20.0, 8.0)])
+def test_a_gateways_quota_holds_too(own: float | None, rate: float) -> None:
+    first = {"paths": ["a/b"], "token": "t"}
+    given = config(f"requests_per_s={own or 'null'}", endpoints={"first": first})
+    assert given.endpoints.first is not None
+    policy = fleet_policy(given, first_place(given.endpoints.first, None))
+    assert policy.pace == PacePolicy(requests_per_s=rate, burst=1.0)
+    assert policy.whole_answers
+
+
+def test_an_endpoints_own_limits_count_more() -> None:
+    limits = config("endpoint_streams=5", "endpoint_requests_per_s=2").limits
+    spec = limited(limits, EndpointSpec("http://h:1", max_in_flight=9))
+    assert (spec.max_in_flight, spec.requests_per_s, spec.tokens_per_min) == (9, 2, None)

@@ -1,0 +1,62 @@
+"""The end game: second requests, and what they hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from fanfold.backends.contract.calls import CallLog
+from fanfold.backends.fleet import Endpoint, EndpointSpec, HedgePolicy
+from fanfold.backends.fleet.dispatch import Dispatcher
+from fanfold.backends.fleet.hedge import Hedger, Result
+
+BODY: dict[str, Any] = {"messages": []}
+
+
+class Line:
+    """Answers when told to."""
+
+    def __init__(self) -> None:
+        self.endpoints = [Endpoint(EndpointSpec(f"http://n{i}:1")) for i in range(3)]
+        self.dispatch = Dispatcher(self.endpoints, 99, lambda *_: None, lambda: None)
+        self.held: dict[Endpoint, asyncio.Future[Result]] = {}
+
+    async def send(self, endpoint: Endpoint, _: Mapping[str, Any], __: CallLog | None) -> Result:
+        self.held[endpoint] = asyncio.get_running_loop().create_future()
+        try:
+            return await self.held[endpoint]
+        finally:
+            self.dispatch.give(endpoint)
+
+
+async def test_a_second_request_that_never_began_gives_its_endpoint_back() -> None:
+    line = Line()
+    hedger = Hedger(HedgePolicy(), line.dispatch, line.send)
+    endpoint = await line.dispatch.take()
+    task = asyncio.create_task(hedger.send(endpoint, BODY, None))
+    await asyncio.sleep(0)
+    (call,) = hedger._calls
+    hedger._double(call, 0.0)
+    hedger._leave(call)
+    hedger._calls[call] = None
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert len(line.held) == 1
+    assert line.dispatch.in_flight == 0
+
+
+async def test_the_first_good_answer_counts_and_the_other_is_let_go() -> None:
+    line = Line()
+    hedger = Hedger(HedgePolicy(), line.dispatch, line.send)
+    endpoint = await line.dispatch.take()
+    task = asyncio.create_task(hedger.send(endpoint, BODY, None))
+    await asyncio.sleep(0)
+    (call,) = hedger._calls
+    hedger._double(call, 0.0)
+    await asyncio.sleep(0)
+    (other,) = line.held.keys() - {endpoint}
+    line.held[other].set_result({"answer": 2})
+    assert await task == ({"answer": 2}, other)
+    assert line.held[endpoint].cancelled()
+    assert line.dispatch.in_flight == 0

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+import pytest
+
+from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.stats import FleetHealth
+from fanfold.graphs.live import Line, short
+from fanfold.graphs.opened import OpenedRun
+from fanfold.nodes.gate import Gate
+from fanfold.nodes.progress import Progress
+
+
+class Watched(Fleet):
+    """A fleet that says of itself what it is told."""
+
+    def __init__(self, health: FleetHealth) -> None:
+        super().__init__([EndpointSpec("http://h:1")])
+        self.says = health
+
+    def health(self) -> FleetHealth:
+        return self.says
+
+
+def line(
+    progress: Progress, health: FleetHealth | None, simulated: bool = True, crew: Any = None
+) -> str:
+    nothing = cast(Any, None)
+    tools = OpenedRun(
+        store=nothing,
+        ledger=nothing,
+        aggregate=nothing,
+        run_item=nothing,
+        gate=Gate(8, 1.0),
+        progress=progress,
+        fingerprint=b"",
+        simulated=simulated,
+        crew=crew,
+        fleet=None if health is None else Watched(health),
+    )
+    shown = Line(tools)
+    progress.done += 1
+    return str(shown)
+
+
+def health(**changes: Any) -> FleetHealth:
+    given: dict[str, Any] = {"healthy": 7, "total": 8, "in_flight": 12, "waiting": 0, "refusals": 0}
+    return FleetHealth(**given | {"paused": None} | changes)
+
+
+def test_it_shows_the_fleet() -> None:
+    shown = line(Progress(total=100, done=40, failed=2), health(refusals=3))
+    assert re.match(r"SIM(ULATED)?  41 of 100  2 failed  ", shown)
+    assert "7/8 up  12 in flight  3 refused" in shown
+    assert "refused" not in line(Progress(total=100), health())
+    assert "SIM" not in line(Progress(total=100), health(), simulated=False)
+    assert "0 in flight" in line(Progress(total=100), None)
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+@pytest.mark.parametrize("size", [1, 999, 9_999, 99_999, 9_999_999])
+def test_it_fits_a_terminal(size: int, simulated: bool) -> None:
+    busy = health(healthy=min(size, 2000), total=min(size, 2000), in_flight=size, refusals=size)
+    progress = Progress(total=3 * size, done=size, failed=size, prompt_tokens=size)
+    shown = line(progress, busy, simulated)
+    assert len(shown) <= 80
+    assert "up" in shown
+    assert "in flight" in shown
+    assert "failed" in shown
+    assert "SIM" in shown or not simulated
+
+
+def test_it_says_that_nobody_is_alive_and_how_long_it_waits() -> None:
+    nobody = health(healthy=0, paused="no endpoint is alive")
+    shown = line(Progress(total=100, done=4), nobody)
+    assert "NO ENDPOINT ALIVE 0/8: waiting 0:00 of 10:00" in shown
+    assert len(shown) <= 80
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (9_999, "9,999"),
+        (10_000, "10k"),
+        (143_330, "143k"),
+        (999_700, "1.0M"),
+        (2e9, "2.0G"),
+    ],
+)
+def test_numbers_are_short(number: float, text: str) -> None:
+    assert short(number) == text

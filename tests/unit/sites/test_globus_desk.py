@@ -1,0 +1,333 @@
+"""What the Globus Compute backend makes of the service's answers, without a service."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import globus_sdk
+import orjson
+import pytest
+import requests
+
+from fanfold.backends.contract.errors import (
+    ConfigurationError,
+    FanfoldError,
+    LedgerError,
+    RunStoppedError,
+    SiteError,
+    WorkerLostError,
+)
+from fanfold.backends.sites.globus import pace as pacing
+from fanfold.backends.sites.globus.book import Entry, TaskBook
+from fanfold.backends.sites.globus.desk import Desk
+from fanfold.backends.sites.globus.errors import refused, task_failed
+from fanfold.backends.sites.globus.health import Health
+from fanfold.backends.sites.globus.line import Line
+from fanfold.backends.sites.globus.pace import Bucket, Pace
+from fanfold.backends.sites.globus.service import MOST_BYTES, End, Parcel, Posted, packed
+from fanfold.backends.sites.globus.tasks import TaskList
+
+AT_ONCE = Pace(burst=1000, per_s=1000.0, first_s=0.0, last_s=0.0, look_s=0.0, missing_s=0.0)
+
+
+class Fake:
+    """A service in which each task ends as it is told to."""
+
+    def __init__(self, **ends: Any) -> None:
+        self.told: dict[str, Any] = ends
+        self.posts: list[tuple[str, str, list[Parcel], str | None]] = []
+        self.calls = Counter[str]()
+        self.healths: dict[str, Health] = {}
+        self.closed = False
+
+    def register(self, work: Any) -> str:  # noqa: ARG002 - the protocol's form
+        self.calls["register"] += 1
+        return "function"
+
+    def health(self, endpoint: str) -> Health:
+        return self.healths.get(endpoint, Health(online=True))
+
+    def post(
+        self, endpoint: str, function: str, parcels: Sequence[Parcel], group: str | None
+    ) -> Posted:
+        self.posts.append((endpoint, function, list(parcels), group))
+        shards = [shard_of(parcel) for parcel in parcels]
+        if "refused" in shards:
+            raise SiteError("a fault")
+        return Posted("group", tuple(shards))
+
+    def ends(self, tasks: Sequence[str]) -> dict[str, End | None]:
+        self.calls["ends"] += 1
+        found = {task: self.told.get(task, {"shard": task}) for task in tasks}
+        for end in found.values():
+            if isinstance(end, type):
+                raise end("a fault")
+        return {task: end for task, end in found.items() if end != "unknown"}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def shard_of(parcel: Parcel) -> str:
+    length, _, rest = parcel.text.partition("\n")
+    return str(orjson.loads(rest[: int(length)].removeprefix("11\n"))[0]["shard"])
+
+
+def desk(fake: Fake, book: TaskBook | None = None, **options: Any) -> Desk:
+    return Desk(lambda: fake, lambda order: order, None, TaskList(book), AT_ONCE, **options)
+
+
+def order(shard: str, text: str = "", deadline_s: float = 600.0) -> dict[str, Any]:
+    return {"shard": shard, "attempt": 0, "deadline_s": deadline_s, "text": text}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30.0):
+        while not condition():  # noqa: ASYNC110 - a thread sets no events
+            await asyncio.sleep(0)
+
+
+async def test_orders_to_one_endpoint_share_requests_by_their_bytes() -> None:
+    fake = Fake()
+    one = desk(fake)
+    await one.open()
+    large = "x" * (MOST_BYTES // 3)
+    sent = [one.submit("ab"[n % 2], order(f"s{n}", large)) for n in range(10)]
+    answers = await asyncio.gather(*sent)
+    assert [answer["shard"] for answer in answers] == [f"s{n}" for n in range(10)]
+    for endpoint, function, parcels, _ in fake.posts:
+        assert function == "function"
+        assert sum(parcel.size for parcel in parcels) <= MOST_BYTES
+        assert {"ab"[int(shard_of(parcel)[1:]) % 2] for parcel in parcels} == {endpoint}
+    assert fake.posts[0][3] is None
+    assert {post[3] for post in fake.posts[1:]} == {"group"}
+    await one.close()
+    assert fake.closed
+
+
+async def test_a_refused_request_harms_nobody_else() -> None:
+    fake = Fake()
+    one = desk(fake)
+    await one.open()
+    with pytest.raises(SiteError, match="a fault"):
+        await one.submit("a", order("refused"))
+    assert (await one.submit("a", order("s")))["shard"] == "s"
+    await one.close()
+
+
+async def test_ends_that_are_no_summaries() -> None:
+    fake = Fake(lost="unknown", failed=WorkerLostError("died"))
+    one = desk(fake)
+    await one.open()
+    with pytest.raises(WorkerLostError, match="no longer knows"):
+        await one.submit("a", order("lost"))
+    with pytest.raises(WorkerLostError, match="died"):
+        await one.submit("a", order("failed"))
+    await one.close()
+
+
+async def test_a_task_may_be_new_to_those_who_are_asked() -> None:
+    """The service took it, and says nothing of it at first."""
+    fake = Fake(s="unknown")
+    one = Desk(
+        lambda: fake, lambda order: order, None, TaskList(None), replace(AT_ONCE, missing_s=9)
+    )
+    await one.open()
+    task = asyncio.create_task(one.submit("a", order("s")))
+    await until(lambda: fake.calls["ends"] >= 3)
+    fake.told.clear()
+    assert (await task)["shard"] == "s"
+    await one.close()
+
+
+async def test_a_service_that_fails_for_a_while_is_asked_again() -> None:
+    fake = Fake(s=SiteError)
+    one = desk(fake)
+    await one.open()
+    task = asyncio.create_task(one.submit("a", order("s")))
+    await until(lambda: fake.calls["ends"] >= 3)
+    assert not task.done()
+    fake.told["s"] = {"shard": "s"}
+    assert (await task)["shard"] == "s"
+    fake.told["t"] = ConfigurationError  # no login any more
+    with pytest.raises(ConfigurationError, match="a fault"):
+        await one.submit("a", order("t"))
+    await one.close()
+
+
+async def test_what_is_out_at_the_end_is_told_so() -> None:
+    fake = Fake(s=None)
+    one = desk(fake)
+    await one.open()
+    task = asyncio.create_task(one.submit("a", order("s")))
+    await until(lambda: bool(fake.posts))
+    await one.close()
+    with pytest.raises(SiteError, match="closed"):
+        await task
+
+
+async def test_an_endpoint_that_goes_offline_loses_its_tasks_only() -> None:
+    fake = Fake(s=None, t=None)
+    one = desk(fake)
+    await one.open()
+    first = asyncio.create_task(one.submit("a", order("s")))
+    second = asyncio.create_task(one.submit("b", order("t")))
+    await until(lambda: len(fake.posts) == 2)
+    fake.healths["a"] = Health(online=False)
+    with pytest.raises(WorkerLostError, match="endpoint a is offline"):
+        await first
+    assert (one.asking.up("a"), one.asking.up("b")) == (False, True)
+    fake.told["t"] = {"shard": "t"}
+    assert (await second)["shard"] == "t"
+    fake.healths.clear()
+    await one.asking.check("a")
+    assert one.asking.up("a")
+    await one.close()
+
+
+async def test_of_several_tasks_of_a_shard_one_is_enough(tmp_path: Path) -> None:
+    book = TaskBook(tmp_path / "book")
+    book.write([], [entry("t1", "0-1"), entry("t2", "0-1"), entry("t3", "1-2", "gone")])
+    fake = Fake(t1="unknown", t2={"shard": "0-1"}, t3=WorkerLostError("died"))
+    one = desk(fake, book)
+    await one.open()
+    left = one.tasks.leavings("e", ["e", "f"], one.asking)
+    assert left.keys() == {"0-1", "1-2"}, "the first endpoint speaks for those that are gone"
+    assert one.tasks.leavings("e", ["e", "f"], one.asking) == {}
+    assert fake.calls["ends"] == 0, "asked before anybody wants to know"
+    assert (await left["0-1"])["shard"] == "0-1"
+    with pytest.raises(WorkerLostError, match=r"died.*earlier coordinator"):
+        await left["1-2"]
+    await one.close()
+    assert [entry.task for entry in book.open_entries()] == ["t3"]
+
+
+def entry(task: str, shard: str, endpoint: str = "e") -> Entry:
+    return Entry(shard, task, "group", endpoint, 0.0)
+
+
+def test_a_torn_line_of_the_book_is_left_out_and_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "book"
+    book = TaskBook(path)
+    assert book.open_entries() == []
+    book.write([], [entry("t1", "0-1")])
+    with path.open("ab") as file:
+        file.write(b'{"shard": "1-')
+    assert [e.task for e in book.open_entries()] == ["t1"]
+    book.write(["t1"], [entry("t2", "1-2")])
+    assert [e.task for e in book.open_entries()] == ["t2"]
+    path.write_bytes(b'{"shard": 1}\n' + path.read_bytes())
+    with pytest.raises(LedgerError, match="line 1: damaged"):
+        book.open_entries()
+
+
+def test_an_order_travels_as_json_in_the_services_form() -> None:
+    parcel = packed({"shard": "ü", "rows": ['"\\\n']})
+    length, _, rest = parcel.text.partition("\n")
+    arguments, keywords = rest[: int(length)], rest[int(length) :]
+    assert orjson.loads(arguments.removeprefix("11\n")) == [{"shard": "ü", "rows": ['"\\\n']}]
+    assert keywords == "5\n11\n{}"
+    with pytest.raises(ConfigurationError, match=r"lower shard\.items"):
+        packed({"shard": "0-1", "text": "x" * MOST_BYTES})
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "advice"),
+    [
+        ("Traceback\nRuntimeError: Function x not permitted on endpoint y", ConfigurationError,
+         "fanfold globus register"),
+        ("a.MaxResultSizeExceeded: 11 > 10", RunStoppedError, "shard.items"),
+        ("ModuleNotFoundError: No module named 'fanfold'\n----", ConfigurationError, "install"),
+        ("parsl.executors.errors.WorkerLost: Task failure due to loss of worker", WorkerLostError,
+         "loss of worker"),
+        ("", WorkerLostError, "no reason given"),
+    ],
+)  # fmt: skip
+def test_failed_tasks_say_what_to_do(text: str, kind: type[FanfoldError], advice: str) -> None:
+    error = task_failed(text)
+    assert type(error) is kind
+    assert advice in error.message
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "advice"),
+    [
+        (401, ConfigurationError, "log in"),
+        (403, ConfigurationError, "may not use it"),
+        (404, ConfigurationError, "backend.endpoints"),
+        (413, ConfigurationError, "shard.items"),
+        (422, ConfigurationError, "backend.user_endpoint_config"),
+        (429, SiteError, "status.globus.org"),
+        (503, SiteError, "status.globus.org"),
+    ],
+)
+def test_refusals_say_what_to_do(status: int, kind: type[FanfoldError], advice: str) -> None:
+    response = requests.Response()
+    response.status_code, response._content = status, b'{"reason": "because"}'
+    response.headers["Content-Type"] = "application/json"
+    response.request = requests.Request("GET", "http://127.0.0.1/").prepare()
+    error = refused(globus_sdk.GlobusAPIError(response), "endpoint e")
+    assert type(error) is kind
+    assert "because" in error.message
+    assert advice in error.message
+
+
+def health(engine: str, holds: int = 0) -> Health:
+    details = {"engine_type": engine, "outstanding_tasks": holds, "heartbeat_period": 10}
+    return Health.from_json({"status": "online", "details": details})
+
+
+@pytest.mark.parametrize(
+    ("state", "age_s", "idle", "lost"),
+    [
+        (Health.from_json({"status": "offline"}), 0.0, False, "offline"),
+        (health("GlobusComputeEngine", 0), 31.0, True, "restarted"),
+        (health("GlobusComputeEngine", 0), 31.0, False, None),  # may just be coming home
+        (health("GlobusComputeEngine", 0), 29.0, True, None),  # the report may be older
+        (health("GlobusComputeEngine", 1), 9e9, True, None),  # waits in a batch system's queue
+        (health("ThreadPoolEngine", 0), 31.0, True, None),  # does not count
+        (health("ThreadPoolEngine", 0), 201.0, True, "deadline_s"),
+        (Health.from_json({"status": "online"}), 9e9, True, None),  # a manager
+    ],
+)
+def test_what_an_endpoint_has_lost(
+    state: Health, age_s: float, idle: bool, lost: str | None
+) -> None:
+    error = state.lost("e", age_s, 100.0, idle)
+    assert (lost in error.message) if lost and error else (error is None and lost is None)
+
+
+async def test_no_ten_seconds_see_more_than_seventeen_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, turns = 1000.0, list[float]()
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(pacing.asyncio, "sleep", sleep)  # type: ignore[attr-defined]
+    bucket = Bucket(Pace(), lambda: now)
+    for n in range(200):
+        if n % 40 == 0:
+            now += 30.0
+        await bucket.turn()
+        turns.append(now)
+    counts = [sum(t <= other < t + 10.0 for other in turns) for t in turns]
+    assert max(counts) == 17
+
+
+async def test_a_call_that_hangs_holds_nobody_up() -> None:
+    line, release = Line(), threading.Event()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(line.call(release.wait), 0.01)
+    line.hang_up()
+    assert await Line().call(str.upper, "x") == "X"
+    assert any(thread.name == "globus" and thread.daemon for thread in threading.enumerate())
+    release.set()
