@@ -20,6 +20,7 @@ from .exchange import Meeting
 from .process import OneProcess
 
 _JSON: Final = SerializationStrategy.JSON
+_HEED_S: Final = 1.0
 _STOP_S: Final = 2.0
 _KILLED_S: Final = 5.0
 
@@ -150,7 +151,7 @@ class Hand:
         """
         if self.up and grace_s > 0:
             await self._within(self._handle.shutdown(), grace_s / 2)
-            await asyncio.wait({self.ended}, timeout=grace_s / 2)
+            await asyncio.wait({self.ended}, timeout=min(_HEED_S, grace_s / 2))
         self._lose("it was dismissed")
         if not self.ended.done():
             await self._within(self._client.terminate(self._agent), _STOP_S)

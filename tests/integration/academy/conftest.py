@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -57,8 +58,11 @@ def redis_exchange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
         return
     if (program := shutil.which("redis-server")) is None:
         pytest.skip("no Redis answers at FANFOLD_TEST_REDIS_URL or 127.0.0.1:6379")
-    exchange = {"kind": "redis", "host": "127.0.0.1", "port": 16379, "password": PASSWORD}
-    options = ["--bind", "127.0.0.1", "--port", "16379", "--save", "", "--requirepass", PASSWORD]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    exchange = {"kind": "redis", "host": "127.0.0.1", "port": port, "password": PASSWORD}
+    options = ["--bind", "127.0.0.1", "--port", f"{port}", "--save", "", "--requirepass", PASSWORD]
     with subprocess.Popen(
         [program, *options], cwd=tmp_path_factory.mktemp("redis"), stdout=subprocess.DEVNULL
     ) as server:

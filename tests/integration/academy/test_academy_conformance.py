@@ -55,11 +55,7 @@ async def test_agents_on_an_executor_of_the_users(check: Check, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "check",
-    [
-        checks.survives_a_dead_worker,
-        checks.survives_a_hung_worker,
-        checks.sends_large_results_in_parts,
-    ],
+    [checks.survives_a_hung_worker, checks.sends_large_results_in_parts],
     ids=named,
 )
 async def test_processes_over_http(check: Check, tmp_path: Path) -> None:

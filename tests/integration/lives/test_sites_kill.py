@@ -99,7 +99,7 @@ async def test_worker_processes_are_killed(lab_of: Any) -> None:
 
 
 async def test_parsls_worker_and_manager_are_killed(lab_of: Any) -> None:
-    async with lab_of(items=600) as lab:
+    async with lab_of(items=400) as lab:
         lab.config["limits"]["hedge"] = False
         aggregate = await lab.undisturbed()
         lab.config["backend"] = PARSL
