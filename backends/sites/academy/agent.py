@@ -54,27 +54,30 @@ class ShardAgent(Agent):
         super().__init__()
         self._duty = duty
         self._slots = asyncio.Semaphore(duty.slots)
-        self._busy = 0
+        self._running, self._leaving = set[object](), False
         self._stop = Path(tempfile.gettempdir()) / f"fanfold-stop-{uuid.uuid4().hex}"
 
     @action
     async def work_on(self, parcel: str) -> str:
         """Work on one order and return its summary, both packed."""
         async with self._slots:
-            self._busy += 1
-            try:
-                return await self._worked_on(parcel)
-            finally:
-                self._busy -= 1
+            order = await asyncio.to_thread(unpack, parcel)
+            if order.get("stop_file") is None:  # nobody shares a folder with us
+                order["stop_file"] = str(self._stop)
+            found = list[dict[str, Json]]()
+            # in a thread that holds up neither the agent's end nor the process's
+            await in_thread(lambda: found.append(self._worked_on(order)))
+            return await asyncio.to_thread(pack, found[0])
 
-    async def _worked_on(self, parcel: str) -> str:
-        order = await asyncio.to_thread(unpack, parcel)
-        if order.get("stop_file") is None:  # nobody shares a folder with us
-            order["stop_file"] = str(self._stop)
-        found = list[dict[str, Json]]()
-        # in a thread that holds up neither the agent's end nor the process's
-        await in_thread(lambda: found.append(self._duty.work(order)))
-        return await asyncio.to_thread(pack, found[0])
+    def _worked_on(self, order: dict[str, Json]) -> dict[str, Json]:
+        mine = object()
+        self._running.add(mine)
+        try:
+            return self._duty.work(order)
+        finally:
+            self._running.discard(mine)
+            if self._leaving and not self._running:
+                self._stop.unlink(missing_ok=True)
 
     @action
     async def stop(self) -> None:
@@ -97,7 +100,8 @@ class ShardAgent(Agent):
 
     async def agent_on_shutdown(self) -> None:
         """Have what is still in work end soon."""
-        if self._busy:
+        self._leaving = True
+        if self._running:
             await asyncio.to_thread(self._stop.touch)
         else:
             await asyncio.to_thread(self._stop.unlink, missing_ok=True)

@@ -51,8 +51,10 @@ class AcademyBackend:
         if self._hand is None or self._hand.lost.done():
             self._hand = await self._hall.launch(self.name)
         others = asyncio.ensure_future(self._hall.somebody.wait())
-        await self._wait(self._hand, self._queue_s, others)
-        others.cancel()
+        try:
+            await self._wait(self._hand, self._queue_s, others)
+        finally:
+            others.cancel()
         await self._wait(self._hand, _LATE_S)
         await self._check(self._hand)
 
