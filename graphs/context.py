@@ -65,6 +65,10 @@ class RunContext(Context):
         return Shared()
 
     @cached_property
+    def _retried(self) -> dict[Path, int]:
+        return {}
+
+    @cached_property
     def _contexts(self) -> Shared[ItemContext]:
         return Shared()
 
@@ -75,7 +79,9 @@ class RunContext(Context):
         items: Sequence[Mapping[str, Any]] | None,
     ) -> Prepared:
         """Make a run's folder from a path or items, or look up one that was made."""
-        if folder is None:
+        if folder is not None:
+            self._retried.pop(Path(folder), None)  # a further invocation asks once more
+        else:
             loaded, target = await asyncio.to_thread(self._new_run, path)
             folder = str((await prepare_run(loaded, target, items)).path)
         return await asyncio.to_thread(self._look_up, folder)
@@ -94,7 +100,8 @@ class RunContext(Context):
     @asynccontextmanager
     async def opened(self, folder: str) -> AsyncIterator[RunTools]:
         """Open a run; users in the same loop share what is open."""
-        mode = Mode(self.trace, self.retry_failed, item_engine, work_shard)
+        retried = self._retried if self.retry_failed else None
+        mode = Mode(self.trace, retried, item_engine, work_shard)
         loaded = await asyncio.to_thread(lambda: self.loaded)  # files are read off the loop
         path = await asyncio.to_thread(open_folder, Path(folder))
         async with self._runs.use(folder, lambda: open_run(path, loaded, mode)) as tools:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..backends.accounts.folder import RunFolder
@@ -42,13 +43,16 @@ class Mode:
 
     Attributes:
         trace: Run and trace every item by LangGraph's engine, however many there are.
-        retry_failed: Ask failed items again.
+        retried: By run folder, the life before which failed items are asked again; a run's first
+            opening notes its own. An embedded run is opened by each superstep, and what failed
+            in an earlier one of the same invocation has been asked again already. None leaves
+            failed items alone.
         engine: Runs one item by LangGraph's engine; the flag tells whether through ``task.graph``.
         work_shard: What workers elsewhere run.
     """
 
     trace: bool
-    retry_failed: bool
+    retried: dict[Path, int] | None
     engine: Callable[[bool], ItemEngine]
     work_shard: WorkShard
 
@@ -67,9 +71,9 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
         stack.push_async_callback(asyncio.to_thread, books.files.close)
         ledger, total = books.ledger, len(books.store)
         stack.push_async_callback(ledger.aclose)
-        if mode.retry_failed:
-            ledger.reopen_failed()
         ledger.begin(f"{socket.gethostname()} pid {os.getpid()}", config.ledger.fsync_s)
+        if mode.retried is not None:
+            ledger.reopen_failed(mode.retried.setdefault(folder.path, ledger.life))
         progress = _progress(ledger, total)
         run_item: RunItem = _nothing_to_ask
         fleet: Fleet | None = None

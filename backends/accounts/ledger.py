@@ -240,15 +240,24 @@ class Ledger:
         state = self._state
         return Counts(state.count(_DONE), state.count(_FAILED), state.count(_OPEN))
 
-    def reopen_failed(self) -> int:
+    def reopen_failed(self, before: int | None = None) -> int:
         """Treat failed items as open again; their records stay until newer ones come.
+
+        Args:
+            before: Only items that failed in a life before this one; None takes all.
 
         Returns:
             How many they are.
         """
-        failed = self._state.count(_FAILED)
-        self._state = self._state.replace(bytes([_FAILED]), bytes([_OPEN]))
-        return failed
+        lives = [_number(path) for path in self._paths]
+        failed = [
+            index
+            for index, state in enumerate(self._state)
+            if state == _FAILED and (before is None or lives[self._file[index]] < before)
+        ]
+        for index in failed:
+            self._state[index] = _OPEN
+        return len(failed)
 
     def finished(self, index: int) -> bool:
         """Say whether an item has ended."""

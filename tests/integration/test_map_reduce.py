@@ -121,6 +121,25 @@ async def test_failed_items_are_in_results_and_failures(simulated: SimulatedFlee
     assert count["failed_by_class"] == {"InvalidAnswerError": len(failures)}
 
 
+async def test_failed_items_are_asked_again_once(
+    simulated: SimulatedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An embedded run is opened anew by each superstep; what failed again stays failed."""
+    monkeypatch.setattr("fanfold.graphs.plan._WINDOW", 3)
+    simulated.fault(FaultRule("refusal", p=0.3, draw="item"))
+    config = settings(simulated, shard={"items": 10})
+    first = await build_graph(config).ainvoke({"items": rows(60)})
+    failed = first["progress"]["failed"]
+    assert failed > 0
+    again = build_graph(RunContext(config=config, retry_failed=True))
+    for n in (1, 2):
+        end = await again.ainvoke({"folder": first["results"]["folder"]})
+        assert end["progress"]["failed"] == failed
+        assert len(pq.read_table(end["results"]["table"])) == 60
+        assert len(Path(end["results"]["failures"]).read_text().splitlines()) == failed
+        assert simulated.stats()["totals"]["requests"] == 60 + n * failed
+
+
 async def test_state_and_checkpoints_do_not_grow_with_the_items(
     simulated: SimulatedFleet, tmp_path: Path
 ) -> None:
