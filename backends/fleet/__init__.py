@@ -30,9 +30,8 @@ if TYPE_CHECKING:
         TimeoutPolicy,
     )
     from .probe import Checked, Found, check_models, discover
-    from .sources import parse_endpoints_file
+    from .sources import parse_endpoints_file, read_endpoints_file
     from .stats import EndpointReport, FleetHealth
-    from .watch import following, read_endpoints_file
 
 _MODULES: Final = {
     "address": ("ApiKey", "EndpointSpec"),
@@ -54,9 +53,8 @@ _MODULES: Final = {
         "TimeoutPolicy",
     ),
     "probe": ("Checked", "Found", "check_models", "discover"),
-    "sources": ("parse_endpoints_file",),
+    "sources": ("parse_endpoints_file", "read_endpoints_file"),
     "stats": ("EndpointReport", "FleetHealth"),
-    "watch": ("following", "read_endpoints_file"),
 }
 
 __all__ = [
@@ -84,7 +82,6 @@ __all__ = [
     "check_models",
     "discover",
     "expand_slurm",
-    "following",
     "hosts_to_specs",
     "parse_endpoints_file",
     "parse_pbs",

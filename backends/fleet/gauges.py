@@ -61,12 +61,14 @@ async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Ga
             )
         except (aiohttp.ClientError, TimeoutError):
             return Gauges()
-        if answer.status == _OK and (gauges := _read(answer.body)) is not None:
+        gauges = parse_gauges(answer.body) if answer.status == _OK else None
+        if gauges is not None and gauges != Gauges(0):  # a server that does not count says 0 too
             return gauges
     return Gauges()
 
 
-def _read(body: bytes) -> Gauges | None:
+def parse_gauges(body: bytes) -> Gauges | None:
+    """Read the answer of vLLM's ``/metrics`` or ``/load``; None where it says neither."""
     sums = dict[bytes, float]()
     for name, value in _GAUGE.findall(body):
         sums[name] = sums.get(name, 0.0) + float(value)
@@ -77,8 +79,7 @@ def _read(body: bytes) -> Gauges | None:
     except orjson.JSONDecodeError:
         return None
     load = document.get("server_load") if isinstance(document, dict) else None
-    # A server that does not count says 0 too.
-    return Gauges(load) if isinstance(load, int) and load > 0 else None
+    return Gauges(load) if isinstance(load, int) else None
 
 
 def _whole(value: float | None) -> int | None:

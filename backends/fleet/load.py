@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Sequence
 from typing import Final
 
 import aiohttp
-import orjson
 
 from .answer import RawAnswer
 from .endpoint import Endpoint
+from .gauges import parse_gauges
 from .policy import LoadPolicy
 from .transport import Transport
 
 _LOG: Final = logging.getLogger(__name__)
 _OK: Final = 200
 _AT_ONCE: Final = 32
-_GAUGE: Final = re.compile(
-    rb"^vllm:num_requests_(?:running|waiting)(?:\{[^\n]*\})?[ \t]+([0-9.eE+]+)", re.MULTILINE
-)
 
 
 class LoadWatch:
@@ -101,14 +97,5 @@ class LoadWatch:
 
 def read_load(answer: RawAnswer) -> int | None:
     """Return the requests that a server works on or has waiting, or None when it does not say."""
-    if answer.status != _OK:
-        return None
-    gauges = _GAUGE.findall(answer.body)
-    if gauges:
-        return int(sum(map(float, gauges)))
-    try:
-        document = orjson.loads(answer.body)
-    except orjson.JSONDecodeError:
-        return None
-    load = document.get("server_load") if isinstance(document, dict) else None
-    return load if isinstance(load, int) else None
+    gauges = parse_gauges(answer.body) if answer.status == _OK else None
+    return None if gauges is None else (gauges.running or 0) + (gauges.waiting or 0)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -17,8 +17,8 @@ from ..contract.errors import ConfigurationError
 from .address import NO_KEY, ApiKey, EndpointSpec, base_url
 from .fleet import Fleet
 from .policy import FleetPolicy
+from .sources import read_endpoints_file
 from .transport import Transport
-from .watch import read_endpoints_file
 
 _LOG: Final = logging.getLogger(__name__)
 _OK: Final = 200
@@ -163,7 +163,8 @@ async def kept_up(
         yield
     finally:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        with suppress(asyncio.CancelledError):
+            await task  # whatever else ended it is raised here
 
 
 async def _keep_up(

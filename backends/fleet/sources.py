@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final
 
 from ..contract.errors import ConfigurationError
@@ -18,6 +19,19 @@ _SWARM_PORT: Final = 8000
 
 _MAX_PORT: Final = 65535
 _COMMENT: Final = "#"
+
+
+def read_endpoints_file(path: Path, api_key: ApiKey = NO_KEY) -> list[EndpointSpec]:
+    """Read an endpoints file.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or a line of it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"endpoints file {path}: {error}") from error
+    return parse_endpoints_file(text, str(path), api_key)
 
 
 def parse_endpoints_file(text: str, name: str, api_key: ApiKey = NO_KEY) -> list[EndpointSpec]:

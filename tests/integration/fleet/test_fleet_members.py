@@ -11,14 +11,18 @@ from fanfold.backends.fleet import (
     Fleet,
     FleetModel,
     ModelParams,
-    following,
     read_endpoints_file,
 )
+from fanfold.backends.fleet.membership import FileSource, kept_up
 
 from .conftest import Canned, Stub, completion, until
 
 pytestmark = pytest.mark.integration
 Q = [{"role": "user", "content": "q"}]
+
+
+async def everybody(specs: list[EndpointSpec]) -> list[EndpointSpec]:
+    return specs
 
 
 async def test_nodes_join_and_leave(make_stub: Callable[[], Stub], tmp_path: Path) -> None:
@@ -29,7 +33,8 @@ async def test_nodes_join_and_leave(make_stub: Callable[[], Stub], tmp_path: Pat
     hosts.write_text(old.url)
     async with Fleet(read_endpoints_file(hosts)) as fleet:
         model = FleetModel(fleet, ModelParams("m"))
-        async with following(fleet, hosts, every_s=0.01):
+        listed = read_endpoints_file(hosts)
+        async with kept_up(fleet, FileSource(hosts), listed, everybody, every_s=0.01):
             await model.ask(Q)
             hosts.write_text(f"{old.url}\n{new.url}\n")
             await until(lambda: fleet.health().healthy == 2)
