@@ -102,7 +102,7 @@ class LimitsConfig(Section):
 
     Attributes:
         streams: Most items in flight.
-        attempts: Most requests for one call, the first included.
+        attempts: Most failures of one call; refusals and failed connections do not count.
         request_timeout_s: Seconds after which a request counts as lost.
         drain_s: Seconds that a stop waits for items in flight.
         fleet_wait_s: Seconds to wait for an endpoint when none is alive.
