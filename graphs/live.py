@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -20,7 +21,6 @@ from .opened import OpenedRun
 _PLAIN_S: Final = 10.0
 _LIVE_S: Final = 0.25
 _RATE_S: Final = 10.0
-_WIDTH: Final = 80
 _WHOLE: Final = 10_000
 """Numbers below are shown as they are."""
 
@@ -44,7 +44,7 @@ class _Parts:
 
 
 class Line:
-    """Renders one line of progress, of 80 characters at most; rates are over ten seconds."""
+    """Renders one line of progress; rates are over ten seconds."""
 
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
@@ -52,16 +52,21 @@ class Line:
         self._paused: float | None = None
 
     def __str__(self) -> str:
-        """Return the line as it stands now."""
+        """Return the line as it stands now, whole."""
+        return self.within(sys.maxsize)
+
+    def within(self, width: int) -> str:
+        """Return the line as it stands now, in so many characters; what tells least goes first."""
         parts, simulated = self._parts(), self._tools.simulated
         tries: tuple[tuple[str, tuple[str, ...]], ...] = (
             ("SIMULATED", ()),
+            ("SIM", ()),
             ("SIMULATED", ("flow",)),
             ("SIM", ("flow",)),
             ("SIM", ("flow", "rate")),
         )
         lines = (parts.line(mark if simulated else "", without=out) for mark, out in tries)
-        return next((line for line in lines if len(line) <= _WIDTH), parts.line("SIM")[:_WIDTH])
+        return next((line for line in lines if len(line) <= width), parts.line("SIM")[:width])
 
     def _parts(self) -> _Parts:
         progress, now = self._tools.progress, time.monotonic()
@@ -78,7 +83,7 @@ class Line:
         refused = fleet.health().refusals if fleet is not None else 0
         pause = self._pause(fleet, now)
         return _Parts(
-            counts=f"{short(progress.done)} of {short(progress.total)}",
+            counts=f"{short(progress.done)}/{short(progress.total)}",
             failed=f"{short(progress.failed)} failed",
             rate="" if pause else f"{short(rate)}/s",
             flow="" if pause else f"{short(flow)} tok/s",
@@ -148,10 +153,10 @@ async def _live(line: Line, console: Console) -> None:
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                live.update(Text(str(line)), refresh=True)
+                live.update(Text(line.within(console.width)), refresh=True)
                 await asyncio.sleep(_LIVE_S)
         finally:
-            live.update(Text(str(line)), refresh=True)
+            live.update(Text(line.within(console.width)), refresh=True)
 
 
 async def _plain(line: Line, console: Console) -> None:

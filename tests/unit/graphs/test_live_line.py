@@ -26,7 +26,11 @@ class Watched(Fleet):
 
 
 def line(
-    progress: Progress, health: FleetHealth | None, simulated: bool = True, crew: Any = None
+    progress: Progress,
+    health: FleetHealth | None,
+    simulated: bool = True,
+    crew: Any = None,
+    width: int = 80,
 ) -> str:
     nothing = cast(Any, None)
     tools = OpenedRun(
@@ -43,7 +47,7 @@ def line(
     )
     shown = Line(tools)
     progress.done += 1
-    return str(shown)
+    return shown.within(width)
 
 
 def health(**changes: Any) -> FleetHealth:
@@ -53,11 +57,30 @@ def health(**changes: Any) -> FleetHealth:
 
 def test_it_shows_the_fleet() -> None:
     shown = line(Progress(total=100, done=40, failed=2), health(refusals=3))
-    assert re.match(r"SIM(ULATED)?  41 of 100  2 failed  ", shown)
+    assert re.match(r"SIM(ULATED)?  41/100  2 failed  ", shown)
     assert "7/8 up  12 in flight  3 refused" in shown
     assert "refused" not in line(Progress(total=100), health())
     assert "SIM" not in line(Progress(total=100), health(), simulated=False)
     assert "0 in flight" in line(Progress(total=100), None)
+
+
+def test_a_terminal_of_80_columns_shows_a_run_whole() -> None:
+    """Items done, failed and in all, items and tokens per second, in flight, time left."""
+    progress = Progress(total=4991, done=4000, failed=10, prompt_tokens=10_000_000)
+    shown = line(progress, health(healthy=8, in_flight=256))
+    parts = (
+        r"SIM(ULATED)?  4,001/4,991  10 failed  [\d,.kM]+/s  \d+ tok/s  8/8 up  256 in flight  \S+"
+    )
+    assert re.match(parts, shown)
+    assert len(shown) <= 80
+
+
+def test_a_wide_terminal_leaves_nothing_out() -> None:
+    busy = health(healthy=2000, total=2000, in_flight=9_999, refusals=9_999)
+    shown = line(Progress(total=99_999, done=9_999), busy, width=120)
+    assert shown.startswith("SIMULATED")
+    assert "tok/s" in shown
+    assert "9,999 refused" in shown
 
 
 @pytest.mark.parametrize("simulated", [True, False])
