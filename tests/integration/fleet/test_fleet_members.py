@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,29 @@ async def test_nodes_join_and_leave(make_stub: Callable[[], Stub], tmp_path: Pat
         assert [r.state for r in fleet.report()] == ["left the fleet", "in use"]
         assert fleet.health().total == 1
     assert (len(old.bodies), len(new.bodies)) == (1, 1)
+
+
+async def test_what_ends_the_following_is_raised(stub: Stub, tmp_path: Path) -> None:
+    """A bug must not leave a run with a list that nobody looks at any more."""
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text(f"{stub.url}\nhttp://127.0.0.1:9\n")
+    asked = asyncio.Event()
+
+    async def broken(_: list[EndpointSpec]) -> list[EndpointSpec]:
+        asked.set()
+        msg = "a bug"
+        raise ZeroDivisionError(msg)
+
+    async with Fleet([EndpointSpec(stub.url)]) as fleet:
+        following = kept_up(fleet, FileSource(hosts), fleet_specs(fleet), broken, every_s=0.01)
+        with pytest.raises(ZeroDivisionError):
+            async with following:
+                await asked.wait()
+                await asyncio.sleep(0)
+
+
+def fleet_specs(fleet: Fleet) -> list[EndpointSpec]:
+    return [endpoint.spec for endpoint in fleet.endpoints]
 
 
 async def test_who_returns_starts_anew(stub: Stub, make_stub: Callable[[], Stub]) -> None:
