@@ -17,6 +17,7 @@ from ..nodes.context import Context, ItemContext, Prepared, RunTools
 from .finish import write_results
 from .item import item_engine
 from .items import item_context
+from .lives import begin_life, end_life
 from .opening import Mode, open_run
 from .plan import cut
 from .prepare import default_folder, prepare_run
@@ -46,9 +47,9 @@ class RunContext(Context):
 
     @classmethod
     def of(cls, loaded: Loaded, **settings: Any) -> Self:
-        """Return the context of settings that are loaded already."""
+        """Return the command line's context, of settings that are loaded already."""
         context = cls(**settings)
-        context.__dict__["loaded"] = loaded
+        context.__dict__ |= {"loaded": loaded, "embedded": False}
         return context
 
     @cached_property
@@ -59,6 +60,11 @@ class RunContext(Context):
             ConfigurationError: A setting is wrong.
         """
         return settle(self.config, self.overrides)[0]
+
+    @cached_property
+    def embedded(self) -> bool:
+        """Say whether the graph itself notes the run's lives; the command line notes its own."""
+        return True
 
     @cached_property
     def _runs(self) -> Shared[RunTools]:
@@ -84,7 +90,10 @@ class RunContext(Context):
         else:
             loaded, target = await asyncio.to_thread(self._new_run, path)
             folder = str((await prepare_run(loaded, target, items)).path)
-        return await asyncio.to_thread(self._look_up, folder)
+        run = await asyncio.to_thread(self._look_up, folder)
+        if self.embedded:
+            await asyncio.to_thread(begin_life, RunFolder(Path(folder)))
+        return run
 
     def _new_run(self, path: str | None) -> tuple[Loaded, Path]:
         loaded = self.loaded
@@ -111,10 +120,14 @@ class RunContext(Context):
         self, folder: str, aggregate: list[dict[str, Any]], progress: dict[str, Any]
     ) -> dict[str, Any]:
         """Write the results' files and return references to them."""
+        run = RunFolder(Path(folder))
         async with self.opened(folder) as tools:
-            return await asyncio.to_thread(
-                write_results, RunFolder(Path(folder)), self.loaded, tools, aggregate, progress
+            results = await asyncio.to_thread(
+                write_results, run, self.loaded, tools, aggregate, progress
             )
+            if self.embedded:
+                await asyncio.to_thread(end_life, run)
+        return results
 
     @asynccontextmanager
     async def item_context(self) -> AsyncIterator[ItemContext]:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
-import re
 import secrets
-import socket
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, now, write_bytes
+from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, write_bytes
 from ..backends.build import input_spec, needed_columns
 from ..backends.contract.errors import ConfigurationError, MissingExtraError
 from ..backends.inputs.spec import InputSummary
@@ -27,14 +20,10 @@ from ..backends.nearby import served
 from ..backends.simulation import simulation
 from ..configs.load import Loaded
 from ..configs.plain import to_yaml
-from ..configs.source import may_be_secret
 from .identity import fingerprint
 from .items import load_graph
 
 RUNS: Final = "fanfold-runs"
-_HIDDEN: Final = re.compile(r"://\S*@")
-_INNER_SECRET: Final = re.compile(r"(?:key|token)\w*[\"']?\s*:")
-_PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai", "pydantic")
 
 
 def default_folder(name: str) -> Path:
@@ -164,53 +153,3 @@ def stamp(path: Path | None) -> list[int] | None:
         return None
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
-
-
-def life() -> dict[str, Any]:
-    """Return what provenance keeps of this process."""
-    return {
-        "started": now(),
-        "ended": None,
-        "outcome": None,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: version(name) for name in _PACKAGES},
-        "command": [Path(sys.argv[0]).name, *_public(sys.argv[1:])],
-        "git": {"fanfold": _own_commit(), "workdir": _commit(Path.cwd())},
-    }
-
-
-def _public(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the command's arguments; what may hold a secret only as far as it is none."""
-    for argument in arguments:
-        if "://" in argument:
-            yield _HIDDEN.sub("://…@", argument.partition("?")[0])
-        elif may_be_secret(argument.partition("=")[0].rpartition(".")[2]):
-            yield argument.partition("=")[0] + ("=…" if "=" in argument else "")
-        elif _INNER_SECRET.search(argument):
-            yield argument.partition("=")[0] + "=…"
-        else:
-            yield argument
-
-
-def _commit(folder: Path) -> str | None:
-    """Return the commit that a folder is at, with ``+`` when files differ; None outside git."""
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None  # no git: provenance says so by None
-    return found.stdout.strip() or None
-
-
-def _own_commit() -> str | None:
-    """Return fanfold's own commit; None for an installed wheel, even below somebody's checkout."""
-    root = Path(__file__).resolve().parent.parent
-    return _commit(root) if (root / ".git").exists() else None

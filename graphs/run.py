@@ -21,8 +21,8 @@ from ..configs.load import Loaded
 from ..nodes.context import RunTools
 from .context import RunContext
 from .live import watching
+from .lives import life
 from .map_reduce import MapReduce, build
-from .prepare import life
 from .saver import open_saver
 from .stopping import Stop, stoppable
 

@@ -16,6 +16,7 @@ from langgraph.graph import END, START, StateGraph
 from typing_extensions import TypedDict
 
 from fanfold import ConfigurationError, RunContext, build_graph
+from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 from fanfold.backends.fleet.simulated.rules import FaultRule
 from fanfold.graphs.map_reduce import build
@@ -74,6 +75,20 @@ async def test_items_in_aggregate_out(simulated: SimulatedFleet) -> None:
     assert top["rows"][0]["id"] == best["id"]
     assert top["rows"][0]["show"] == {"x": f"thing {best['id'][1:]}"}
     assert set(end) == {"aggregate", "progress", "results"}
+
+
+async def test_an_embedded_run_notes_its_lives(simulated: SimulatedFleet) -> None:
+    graph = build_graph(settings(simulated))
+    end = await graph.ainvoke({"items": rows(5)})
+    folder = open_folder(Path(end["results"]["folder"]))
+    for count in (1, 2):
+        lives = folder.read_provenance()["lives"]
+        assert len(lives) == count
+        last = lives[-1]
+        assert last["outcome"] == "finished"
+        assert last["started"] <= last["ended"]
+        assert last["versions"]["fanfold"]
+        await graph.ainvoke({"folder": str(folder.path)})
 
 
 async def test_a_path_in_place_of_the_configured_input(

@@ -60,15 +60,15 @@ async def test_what_ends_the_following_is_raised(stub: Stub, tmp_path: Path) -> 
         raise ZeroDivisionError(msg)
 
     async with Fleet([EndpointSpec(stub.url)]) as fleet:
-        following = kept_up(fleet, FileSource(hosts), fleet_specs(fleet), broken, every_s=0.01)
-        with pytest.raises(ZeroDivisionError):
-            async with following:
+
+        async def follow() -> None:
+            listed = [endpoint.spec for endpoint in fleet.endpoints]
+            async with kept_up(fleet, FileSource(hosts), listed, broken, every_s=0.01):
                 await asked.wait()
                 await asyncio.sleep(0)
 
-
-def fleet_specs(fleet: Fleet) -> list[EndpointSpec]:
-    return [endpoint.spec for endpoint in fleet.endpoints]
+        with pytest.raises(ZeroDivisionError):
+            await follow()
 
 
 async def test_who_returns_starts_anew(stub: Stub, make_stub: Callable[[], Stub]) -> None:

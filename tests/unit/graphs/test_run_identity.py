@@ -6,8 +6,8 @@ import pytest
 
 from fanfold.configs.load import load
 from fanfold.graphs.identity import differences, fingerprint
+from fanfold.graphs.lives import _public
 from fanfold.graphs.plan import shard_items, window
-from fanfold.graphs.prepare import _public
 
 BASE = load("data_annotation")
 
