@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from array import array
@@ -342,8 +341,3 @@ def _check(line: Line, path: Path, items: int) -> None:
     attempts, prompt, completion = map(type, map(record.get, _SPENT))
     if not (attempts in _NUMBER and prompt in _NUMBER and completion in _NUMBER):
         raise LedgerError(f"{where}: item {record.get('id')!r}: {', '.join(_SPENT)}: no numbers")
-
-
-async def open_ledger(folder: Path, run: str, items: int) -> Ledger:
-    """Read the journal files in a thread and return their ledger."""
-    return await asyncio.to_thread(Ledger, folder, run, items)

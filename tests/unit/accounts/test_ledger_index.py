@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.accounts.conformance import sample
-from fanfold.backends.accounts.ledger import Counts, Ledger, open_ledger
+from fanfold.backends.accounts.ledger import Counts, Ledger
 from fanfold.backends.contract.errors import LedgerError
 
 
 async def written(folder: Path, *records: dict[str, object]) -> None:
-    ledger = await open_ledger(folder, "r", 10)
+    ledger = Ledger(folder, "r", 10)
     ledger.begin("test", 0.001)
     for record in records:
         ledger.put(record)
