@@ -28,6 +28,8 @@ from .running import Wish, print_json, say
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"
+_FOLDED: Final = frozenset({"reachable", "models", "failures"})
+"""Columns whose texts may be long; the others, names and numbers, stay on one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def _table(rows: Sequence[dict[str, Any]], form: Any) -> Table:
     heads, cells = form
     table = Table()
     for head in heads:
-        table.add_column(head, overflow="fold")
+        table.add_column(head, overflow="fold", no_wrap=head not in _FOLDED)
     for row in rows:
         table.add_row(*(cell(text) for text in cells(row)))
     return table
