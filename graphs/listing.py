@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..backends.accounts.endpoints import over_lives, read_endpoints
 from ..backends.accounts.folder import open_folder
@@ -52,6 +53,9 @@ def now(config: str, wish: Wish, as_json: bool) -> int:
     else:
         say([*notices, *([f"endpoints: {listed.why}"] if listed.why else ())])
         _print(_table(listed.rows, _NOW))
+        for row in listed.rows:
+            if row["error"]:
+                Console().print(Text(f"{row[_ENDPOINT]}: {row['error']}"), soft_wrap=True)
     if listed.problem is not None:
         say([f"Error: {listed.problem}"])
         return USAGE
@@ -92,7 +96,7 @@ def _row(found: Found, gauges: Gauges) -> dict[str, Any]:
 
 def _cells_now(row: dict[str, Any]) -> Iterator[str]:
     yield row[_ENDPOINT]
-    yield row["error"] or ("SIMULATED" if row["simulated"] else "yes")
+    yield "no" if row["error"] else "SIMULATED" if row["simulated"] else "yes"
     yield ", ".join(row["models"]) or _NOTHING
     yield ", ".join(f"{n:,}" for n in dict.fromkeys(row["context"].values())) or _NOTHING
     yield _count(row["running"])
@@ -133,9 +137,11 @@ _PAST: Final = (
 
 def _table(rows: Sequence[dict[str, Any]], form: Any) -> Table:
     heads, cells = form
-    table = Table()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head in heads:
-        table.add_column(head, overflow="fold", no_wrap=head not in _FOLDED)
+        folded = head in _FOLDED
+        least = len("SIMULATED") if folded else None
+        table.add_column(head, overflow="fold", no_wrap=not folded, min_width=least)
     for row in rows:
         table.add_row(*(cell(text) for text in cells(row)))
     return table
