@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ class Asking:
     def __init__(self, talk: Talk, pace: Pace) -> None:
         self._talk, self._pace = talk, pace
         self._tasks: dict[str, _Task] = {}
-        self._down: set[str] = set()
+        self._down: dict[str, int] = {}
+        self._doubts = itertools.count()
         self._idle: set[str] = set()
         self._missing: dict[str, float] = {}
         self._loop: asyncio.Task[None] | None = None
@@ -67,8 +69,8 @@ class Asking:
         return endpoint not in self._down
 
     def suspect(self, endpoint: str) -> None:
-        """Take an endpoint for down until it is seen to be online."""
-        self._down.add(endpoint)
+        """Take an endpoint for down until a look that begins from now on sees it online."""
+        self._down[endpoint] = next(self._doubts)
 
     async def check(self, endpoint: str) -> None:
         """Look how an endpoint is; tasks that are lost by that are given up.
@@ -77,6 +79,7 @@ class Asking:
             WorkerLostError: It is offline.
             FanfoldError: The service refused, or did not answer.
         """
+        doubt = self._down.get(endpoint)
         health = await self._talk.ask(lambda service: service.health(endpoint))
         was_idle, now = endpoint in self._idle, time.monotonic()
         for name, task in list(self._tasks.items()):
@@ -88,7 +91,8 @@ class Asking:
         if not health.online:
             self.suspect(endpoint)
             raise offline(endpoint)
-        self._down.discard(endpoint)
+        if self._down.get(endpoint) == doubt:  # a later doubt is not answered by this look
+            self._down.pop(endpoint, None)
 
     async def close(self) -> None:
         """Stop asking, and give up what is open; tasks go on at their endpoints."""
