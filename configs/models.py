@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .backend import BackendConfig
+from .budget import BudgetConfig, PriceConfig
 from .endpoints import EndpointsConfig
 from .reduce import ReduceStage
 from .section import PathText, Section
@@ -80,6 +81,7 @@ class ModelConfig(Section):
         max_tokens: Most tokens of one answer.
         seed: Sampling seed, or None.
         extra_body: Further fields of the request's body, as they are.
+        price: What the model costs; None takes the price list that ships with fanfold.
     """
 
     name: Annotated[str, Field(min_length=1)] | None = None
@@ -87,6 +89,7 @@ class ModelConfig(Section):
     max_tokens: Annotated[int, Field(ge=1)] = 256
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     extra_body: dict[str, Any] = Field(default_factory=dict)
+    price: PriceConfig | None = None
 
     @field_validator("extra_body")
     @classmethod
@@ -165,7 +168,12 @@ class LedgerConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything that describes a run."""
+    """Everything that describes a run.
+
+    Attributes:
+        cache: ``off``; ``run``: identical requests of the run are paid once; or a folder that
+            runs share.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"
     input: InputConfig = InputConfig()
@@ -177,6 +185,8 @@ class RunConfig(Section):
     shard: ShardConfig = ShardConfig()
     ledger: LedgerConfig = LedgerConfig()
     metrics: MetricsConfig = MetricsConfig()
+    budget: BudgetConfig = BudgetConfig()
+    cache: Annotated[str, Field(min_length=1)] = "off"
     reduce: list[ReduceStage] = Field(default_factory=list)
 
     @model_validator(mode="after")

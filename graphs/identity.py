@@ -17,7 +17,7 @@ def fingerprint(config: RunConfig, model: str, simulated: bool) -> str:
     """Return a digest of what is asked of every item: task, model, simulated or not."""
     asked = {
         "task": config.task.model_dump(mode="json", by_alias=True),
-        "model": config.model.model_dump(mode="json") | {"name": model},
+        "model": config.model.model_dump(mode="json", exclude={"price"}) | {"name": model},
         "simulated": simulated,
     }
     data = orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)
@@ -40,6 +40,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], model: str) -> l
         a, b = dict(old.get(section) or {}), dict(new.get(section) or {})
         if section == "model":
             a["name"], b["name"] = model, b.get("name") or model
+            a["price"] = b["price"] = None  # may change
         keys = _INPUT if section == "input" else sorted(a.keys() | b.keys())
         lines += [
             f"{section}.{key}: {_short(a.get(key))} → {_short(b.get(key))}"

@@ -21,6 +21,7 @@
     │   └── InvalidAnswerError      does not parse, or breaks the schema
     ├── InvalidItemError            the item cannot be asked (an unparsable SMILES, say)
     ├── RunStoppedError             the run cannot go on, and can be resumed
+    │   └── BudgetExhaustedError    what is left of the budget carries no further call
     ├── SiteError                   the place where a shard runs failed
     │   └── WorkerLostError         retryable on another place
     └── LedgerError                 the journal cannot be written or read, or is another run's
@@ -177,6 +178,10 @@ class InvalidItemError(FanfoldError):
 
 class RunStoppedError(FanfoldError):
     """The run cannot go on; what is done is safe and the run can be resumed."""
+
+
+class BudgetExhaustedError(RunStoppedError):
+    """What is left of the budget carries no further call; a higher cap lets the run go on."""
 
 
 class SiteError(FanfoldError):

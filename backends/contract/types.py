@@ -40,14 +40,30 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one or several calls; None means that the server did not say."""
+    """Tokens of one or several calls; None means that the server did not say.
+
+    Attributes:
+        prompt: Prompt tokens, cached ones included.
+        completion: Completion tokens.
+        cached: Prompt tokens that a prefix cache held.
+    """
 
     prompt: int | None = None
     completion: int | None = None
+    cached: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Return prompt and completion tokens together, as far as known."""
+        return (self.prompt or 0) + (self.completion or 0)
 
     def __add__(self, other: Usage) -> Usage:
         """Add what is known; unknown stays unknown only if both are."""
-        return Usage(_sum(self.prompt, other.prompt), _sum(self.completion, other.completion))
+        return Usage(
+            _sum(self.prompt, other.prompt),
+            _sum(self.completion, other.completion),
+            _sum(self.cached, other.cached),
+        )
 
 
 def _sum(a: int | None, b: int | None) -> int | None:

@@ -84,7 +84,10 @@ def usage_of(document: Mapping[str, Any]) -> Usage:
     usage = document.get("usage")
     if not isinstance(usage, dict):
         return Usage()
-    return Usage(_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+    details = usage.get("prompt_tokens_details")
+    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return Usage(_count(prompt), _count(completion), cached)
 
 
 def _count(value: Any) -> int | None:

@@ -1,0 +1,180 @@
+"""What calls may cost and have cost, in whole numbers, so that sums are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final, NamedTuple, Self
+
+from .types import Json, Usage
+
+NANO: Final = 1_000_000_000
+"""Nano-dollars in a dollar."""
+
+HOUR_MS: Final = 3_600_000
+"""Milliseconds in an hour."""
+
+_PICO_PER_NANO: Final = 1000
+_TOKENS: Final = 1_000_000
+_PICO: Final = 10**12
+
+
+class Amount(NamedTuple):
+    """Something spent, reserved or lent.
+
+    Attributes:
+        requests: Requests sent.
+        tokens: Prompt and completion tokens.
+        nano_usd: Nano-dollars.
+        node_ms: Milliseconds of nodes held.
+    """
+
+    requests: int = 0
+    tokens: int = 0
+    nano_usd: int = 0
+    node_ms: int = 0
+
+    def plus(self, other: Amount) -> Amount:
+        """Return the sum."""
+        return Amount(
+            self.requests + other.requests,
+            self.tokens + other.tokens,
+            self.nano_usd + other.nano_usd,
+            self.node_ms + other.node_ms,
+        )
+
+    def minus(self, other: Amount) -> Amount:
+        """Return the difference; it may be negative."""
+        return Amount(
+            self.requests - other.requests,
+            self.tokens - other.tokens,
+            self.nano_usd - other.nano_usd,
+            self.node_ms - other.node_ms,
+        )
+
+    def times(self, factor: int) -> Amount:
+        """Return a multiple."""
+        return Amount(*(factor * value for value in self))
+
+    def least(self, other: Amount) -> Amount:
+        """Return the smaller of each."""
+        return Amount(*map(min, self, other))
+
+    def most(self, other: Amount) -> Amount:
+        """Return the larger of each."""
+        return Amount(*map(max, self, other))
+
+    def to_json(self) -> dict[str, Json]:
+        """Return it as plain data."""
+        return self._asdict()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> Self:
+        """Read it; what is not there is 0."""
+        return cls(**{name: int(data.get(name) or 0) for name in cls._fields})
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """The most of each that may be spent; None is no limit.
+
+    Attributes:
+        requests: Requests.
+        tokens: Tokens.
+        nano_usd: Nano-dollars.
+        node_ms: Milliseconds of nodes held.
+    """
+
+    requests: int | None = None
+    tokens: int | None = None
+    nano_usd: int | None = None
+    node_ms: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        usd: float | None = None,
+        tokens: int | None = None,
+        requests: int | None = None,
+        node_hours: float | None = None,
+    ) -> Self:
+        """Build caps of what a user writes; fractions are rounded down."""
+        return cls(
+            requests=requests,
+            tokens=tokens,
+            nano_usd=None if usd is None else int(Fraction(str(usd)) * NANO),
+            node_ms=None if node_hours is None else int(Fraction(str(node_hours)) * HOUR_MS),
+        )
+
+    @property
+    def any(self) -> bool:
+        """Say whether there is any limit."""
+        return any(cap is not None for cap in self.each())
+
+    def each(self) -> tuple[int | None, ...]:
+        """Return them in the order of :class:`Amount`'s fields."""
+        return self.requests, self.tokens, self.nano_usd, self.node_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Tariff:
+    """What tokens and nodes cost.
+
+    Attributes:
+        prompt: Pico-dollars per prompt token: a million times the dollars per million tokens.
+        cached: Pico-dollars per prompt token that a prefix cache held.
+        completion: Pico-dollars per completion token.
+        node: Nano-dollars per second of one node.
+    """
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    node: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        prompt: float = 0.0,
+        cached: float | None = None,
+        completion: float = 0.0,
+        node_hour: float = 0.0,
+    ) -> Self:
+        """Build it of dollars per million tokens, and dollars per node and hour.
+
+        Args:
+            prompt: Of the prompt.
+            cached: Of cached prompt tokens; None: as the others.
+            completion: Of the answer.
+            node_hour: Of a node for an hour.
+        """
+        pico = _PICO // _TOKENS
+        return cls(
+            prompt=_up(prompt, pico),
+            cached=_up(prompt if cached is None else cached, pico),
+            completion=_up(completion, pico),
+            node=_up(node_hour / 3600, NANO),
+        )
+
+    def nano_usd(self, usage: Usage) -> int:
+        """Return what a call costs in nano-dollars, rounded up; unknown tokens cost nothing."""
+        prompt, cached = usage.prompt or 0, min(usage.cached or 0, usage.prompt or 0)
+        pico = (prompt - cached) * self.prompt + cached * self.cached
+        pico += (usage.completion or 0) * self.completion
+        return -(-pico // _PICO_PER_NANO)
+
+    def amount(self, usage: Usage, requests: int = 1) -> Amount:
+        """Return all that requests with so many tokens in all come to."""
+        tokens = (usage.prompt or 0) + (usage.completion or 0)
+        return Amount(requests, tokens, self.nano_usd(usage))
+
+    def held(self, node_ms: int) -> Amount:
+        """Return what nodes held for a while come to."""
+        return Amount(0, 0, -(-node_ms * self.node // 1000), node_ms)
+
+
+def _up(price: float, unit: int) -> int:
+    """Return a price in whole small units, rounded up."""
+    exact = Fraction(str(price)) * unit
+    return -(-exact.numerator // exact.denominator)
