@@ -24,6 +24,8 @@ _FIELDS: Final[list[tuple[str, pa.DataType]]] = [
     ("failures", pa.list_(_FAILURE)),
     ("prompt_tokens", pa.int64()),
     ("completion_tokens", pa.int64()),
+    ("cached_tokens", pa.int64()),
+    ("lost_tokens", pa.int64()),
     ("latency_p50_s", pa.float64()),
     ("latency_p90_s", pa.float64()),
     ("latency_p99_s", pa.float64()),
@@ -31,7 +33,16 @@ _FIELDS: Final[list[tuple[str, pa.DataType]]] = [
     ("hedges", pa.int64()),
 ]
 _TABLE: Final = pa.schema(_FIELDS)
-_SUMS: Final = ("calls", "failed", "prompt_tokens", "completion_tokens", "opened", "hedges")
+_SUMS: Final = (
+    "calls",
+    "failed",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "lost_tokens",
+    "opened",
+    "hedges",
+)
 _LATENCIES: Final = ("latency_p50_s", "latency_p90_s", "latency_p99_s")
 
 
@@ -91,7 +102,7 @@ def over_lives(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         total = dict(row)
         if before is not None:
             for name in _SUMS:
-                total[name] += before[name]
+                total[name] = (row.get(name) or 0) + (before.get(name) or 0)  # older tables lack some
             total["failures"] = _added(before["failures"], row["failures"])
             for name in _LATENCIES:
                 total[name] = row[name] if row[name] is not None else before[name]

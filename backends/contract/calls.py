@@ -1,4 +1,4 @@
-"""Which item a model call belongs to, whoever makes it.
+"""Which item a model call belongs to, whoever makes it, and what it may cost.
 
 fanfold's own nodes and a user's ``task.graph`` call the same fleet. The fleet notes every call
 in the log of the item on whose behalf it runs, found through a context variable, so that tasks
@@ -7,11 +7,51 @@ and threads that the item's graph starts are counted too.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol, TypeAlias
 
 from .types import Usage
+
+Exact: TypeAlias = Callable[[], Awaitable[Usage | None]]
+"""Counts a request's tokens by the model's own tokenizer; None when nobody offers one."""
+
+
+class Hold(Protocol):
+    """What is reserved for one request; the first of the three that is called ends it."""
+
+    def settle(self, usage: Usage) -> None:
+        """Take what an answer used, and give the rest back; all of it if it does not say."""
+        ...
+
+    def keep(self) -> None:
+        """Take all of it: the request may have been paid, and its answer is lost."""
+        ...
+
+    def free(self, *, sent: bool) -> None:
+        """Give it back: nothing was read; a request that was sent counts all the same."""
+        ...
+
+
+class Account(Protocol):
+    """What one item may spend."""
+
+    async def hold(self, most: Usage, exact: Exact | None = None) -> Hold:
+        """Reserve what one request may cost, waiting for what others may give back.
+
+        Args:
+            most: The most tokens that it may use.
+            exact: Counts them better, for when room is scarce.
+
+        Raises:
+            BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.
+        """
+        ...
+
+    def hold_now(self, most: Usage) -> Hold | None:
+        """Reserve what one request may cost if there is room at once."""
+        ...
 
 
 @dataclass(slots=True)
@@ -24,6 +64,9 @@ class CallLog:
         endpoint: Label of the endpoint that answered last, or that failed last.
         model: Model's name in the last answer.
         simulated: Whether the last answer came from a simulated fleet.
+        lost: The most tokens of requests that may have been paid and brought no answer.
+        useful: Tokens of the answer that counts; None: of all answers.
+        account: What the item may spend; None is no limit.
     """
 
     requests: int = 0
@@ -31,6 +74,9 @@ class CallLog:
     endpoint: str | None = None
     model: str | None = None
     simulated: bool | None = None
+    lost: Usage = field(default_factory=Usage)
+    useful: Usage | None = None
+    account: Account | None = None
 
 
 CURRENT_CALLS: Final[ContextVar[CallLog | None]] = ContextVar("fanfold_calls", default=None)

@@ -160,6 +160,8 @@ class Endpoint:
             failures=dict(stats.failures),
             prompt_tokens=stats.prompt_tokens,
             completion_tokens=stats.completion_tokens,
+            cached_tokens=stats.cached_tokens,
+            lost_tokens=stats.lost_tokens,
             latency_p50_s=stats.latency_s(0.5),
             latency_p90_s=stats.latency_s(0.9),
             latency_p99_s=stats.latency_s(0.99),

@@ -10,11 +10,11 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from ..contract.calls import CallLog
 from ..contract.errors import ConfigurationError
 from .address import EndpointSpec, base_url
 from .affinity import Affinity
 from .bridge import SyncBridge
+from .charge import Charge
 from .descriptors import make_room
 from .endpoint import Endpoint
 from .failures import Failure
@@ -238,6 +238,6 @@ class Fleet:
         return self._counts_tokens
 
     async def _plain(
-        self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
     ) -> tuple[dict[str, Any] | Failure, Endpoint]:
-        return await self._sender.send(endpoint, body, log), endpoint
+        return await self._sender.send(endpoint, body, charge), endpoint

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
-from ..contract.calls import CallLog
+from .charge import Charge
 from .dispatch import Dispatcher
 from .endpoint import Endpoint
 from .failures import Failure
@@ -34,25 +34,23 @@ class Call:
 
     Attributes:
         asked: Who was asked, the first one included.
-        body: What.
-        log: The log of the item that asks.
+        charge: What the request costs, and what it asks.
         task: The task that waits for the answer.
         cancelling: The task's pending cancellations at the start.
         started: Monotonic time in seconds.
         due: Monotonic time in seconds before which no further request is sent.
-        others: The further requests under way, and who was asked.
+        others: The further requests under way, who was asked, and what they cost.
         answer: Their first good answer and who gave it, when it came first.
         failed: Whether the first request has failed and the others are waited for.
     """
 
     asked: set[Endpoint]
-    body: Mapping[str, Any]
-    log: CallLog | None
+    charge: Charge
     task: asyncio.Task[Any]
     cancelling: int
     started: float
     due: float = 0.0
-    others: dict[asyncio.Task[None], Endpoint] = field(default_factory=dict)
+    others: dict[asyncio.Task[None], tuple[Endpoint, Charge]] = field(default_factory=dict)
     answer: tuple[dict[str, Any], Endpoint] | None = None
     failed: bool = False
 
@@ -71,7 +69,7 @@ class Hedger:
         self,
         policy: HedgePolicy,
         dispatch: Dispatcher,
-        send: Callable[[Endpoint, Mapping[str, Any], CallLog | None], Awaitable[Result]],
+        send: Callable[[Endpoint, Mapping[str, Any], Charge], Awaitable[Result]],
         pacer: Pacer | None = None,
     ) -> None:
         self._pacer = pacer
@@ -86,16 +84,16 @@ class Hedger:
         self._doubled = 0
 
     async def send(
-        self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
     ) -> tuple[Result, Endpoint]:
         """Send one request, and a second one if it turns out to be a straggler.
 
         Returns:
             The result that counts, and the endpoint that gave it.
         """
-        call = self._enter(endpoint, body, log)
+        call = self._enter(endpoint, charge)
         try:
-            result = await self._send(endpoint, body, log)
+            result = await self._send(endpoint, body, charge)
         except asyncio.CancelledError:
             if call.answer is not None and call.task.uncancel() <= call.cancelling:
                 return call.answer
@@ -111,10 +109,10 @@ class Hedger:
         finally:
             self._leave(call)
 
-    def _enter(self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None) -> Call:
+    def _enter(self, endpoint: Endpoint, charge: Charge) -> Call:
         task = asyncio.current_task()
         assert task is not None, "a request is sent from a task"
-        call = Call({endpoint}, body, log, task, task.cancelling(), time.monotonic())
+        call = Call({endpoint}, charge, task, task.cancelling(), time.monotonic())
         self._calls[call] = None
         self._peak = max(self._peak, len(self._calls))
         return call
@@ -157,11 +155,15 @@ class Hedger:
         self._timer = asyncio.get_running_loop().call_later(pause, self._tick)
 
     def _double(self, call: Call, due: float) -> None:
-        tokens = estimate(call.body)
+        tokens, charge = estimate(call.charge.body), call.charge.again()
+        if charge is None:  # the budget does not carry a second request
+            return
         if self._pacer is not None and not self._pacer.spare(tokens):
+            charge.free(sent=False)
             return
         endpoint = self._dispatch.take_now(call.asked, tokens)
         if endpoint is None:
+            charge.free(sent=False)
             if self._pacer is not None:
                 self._pacer.settle(tokens, 0)
             return
@@ -169,12 +171,13 @@ class Hedger:
         endpoint.stats.hedges += 1
         call.due = due
         call.asked.add(endpoint)
-        task = asyncio.get_running_loop().create_task(self._further(call, endpoint))
-        call.others[task] = endpoint
+        further = self._further(call, endpoint, charge)
+        task = asyncio.get_running_loop().create_task(further)
+        call.others[task] = endpoint, charge
         task.add_done_callback(lambda done: call.others.pop(done, None))
 
-    async def _further(self, call: Call, endpoint: Endpoint) -> None:
-        result = await self._send(endpoint, call.body, call.log)
+    async def _further(self, call: Call, endpoint: Endpoint, charge: Charge) -> None:
+        result = await self._send(endpoint, charge.body, charge)
         if not isinstance(result, Failure) and call in self._calls and call.answer is None:
             call.answer = (result, endpoint)
             if not call.failed:
@@ -189,7 +192,7 @@ class Hedger:
             self._drop_others(call)
 
     def _drop_others(self, call: Call) -> None:
-        for task, endpoint in call.others.items():
+        for task, (endpoint, charge) in call.others.items():
             # A task that is cancelled before its first step runs nothing, not even what gives
             # its endpoint back.
             coroutine = task.get_coro()
@@ -199,4 +202,5 @@ class Hedger:
             )
             if unborn and not task.cancelling():
                 self._dispatch.give(endpoint)
+                charge.free(sent=False)
             task.cancel()

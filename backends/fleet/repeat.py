@@ -8,11 +8,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import Any, Final, TypeAlias, TypeVar
 
-from ..contract.calls import CURRENT_CALLS, CallLog
+from ..contract.calls import CURRENT_CALLS
 from ..contract.errors import EndpointError, PromptTooLongError, RunStoppedError
 from . import judge, room
 from .affinity import Affinity
 from .attempts import Attempts
+from .charge import Charge
 from .endpoint import Endpoint
 from .failures import Failure, Step
 from .pacing import Pacer, estimate
@@ -21,7 +22,7 @@ from .warden import Warden
 
 T = TypeVar("T")
 Send: TypeAlias = Callable[
-    [Endpoint, Mapping[str, Any], CallLog | None], Awaitable[tuple[T | Failure, Endpoint]]
+    [Endpoint, Mapping[str, Any], Charge], Awaitable[tuple[T | Failure, Endpoint]]
 ]
 
 _EMPTY_TRIES: Final = 2
@@ -80,10 +81,11 @@ class Repeater:
         empty: list[Endpoint] = []
         tries = min(_EMPTY_TRIES, self._policy.attempts - 1)
         while True:
-            endpoint = await self._admitted(tokens, avoid, prefer)
+            charge = await Charge.open(log, body)
+            endpoint = await self._admitted(charge, tokens, avoid, prefer)
             if self._affinity is not None:
                 self._affinity.met(key, endpoint)
-            result, endpoint = await send(endpoint, body, log)
+            result, endpoint = await send(endpoint, body, charge)
             if isinstance(result, Failure):
                 attempts = attempts or Attempts(self._policy, time.monotonic())
                 await self._after(attempts, endpoint, result)
@@ -97,13 +99,18 @@ class Repeater:
                 self._count_repeated()
 
     async def _admitted(
-        self, tokens: int, avoid: Set[Endpoint], prefer: Endpoint | None
+        self, charge: Charge, tokens: int, avoid: Set[Endpoint], prefer: Endpoint | None
     ) -> Endpoint:
-        if self._warden.stopped is not None:
-            raise RunStoppedError(self._warden.stopped)
-        if self._pacer is not None:
-            await asyncio.sleep(self._pacer.admit(tokens))
-        return await self._warden.dispatch.take(avoid, prefer, tokens)
+        """Wait for an endpoint; what is reserved is given back if there will be none."""
+        try:
+            if self._warden.stopped is not None:
+                raise RunStoppedError(self._warden.stopped)
+            if self._pacer is not None:
+                await asyncio.sleep(self._pacer.admit(tokens))
+            return await self._warden.dispatch.take(avoid, prefer, tokens)
+        except BaseException:
+            charge.free(sent=False)
+            raise
 
     async def _after(self, attempts: Attempts, endpoint: Endpoint, failure: Failure) -> None:
         """Wait as a failed request asks, or raise if it was the last."""

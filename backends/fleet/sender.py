@@ -11,9 +11,9 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from ..contract.calls import CallLog
 from ..contract.types import Usage
 from . import failures, judge, room
+from .charge import Charge
 from .endpoint import Endpoint
 from .failures import Failure, Step
 from .pacing import Pacer, estimate
@@ -52,7 +52,7 @@ class Sender:
         self.simulated = simulated
 
     async def send(
-        self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
     ) -> dict[str, Any] | Failure:
         """Send one request to one endpoint that was taken, and let it go."""
         started, level = time.monotonic(), endpoint.outstanding
@@ -60,16 +60,15 @@ class Sender:
         try:
             result = await self._exchange(endpoint, body)
             if isinstance(result, Failure):
-                self._failed(endpoint, result, body)
+                self._failed(endpoint, result, body, charge)
             else:
                 seconds = time.monotonic() - started
                 self._settle(endpoint, body, judge.usage_of(result))
-                self._succeeded(endpoint, result, level, seconds, log)
+                self._succeeded(endpoint, result, level, seconds, charge)
             return result
         finally:
-            if log is not None:
-                log.requests += 1
-                log.endpoint = endpoint.label
+            _count(endpoint, charge)
+            endpoint.stats.lost(charge.lost())  # nothing when its end is known
             self._warden.dispatch.give(endpoint, seconds)
 
     async def _exchange(
@@ -88,7 +87,7 @@ class Sender:
         return result
 
     async def open(
-        self, endpoint: Endpoint, body: Mapping[str, Any], log: CallLog | None
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
     ) -> tuple[OpenStream | Failure, Endpoint]:
         """Send one request to one endpoint that was taken; the stream lets it go."""
         started, level = time.monotonic(), endpoint.outstanding
@@ -98,24 +97,24 @@ class Sender:
             if isinstance(summary, dict):
                 summary = self._guarded(summary, endpoint)
             if isinstance(summary, Failure):
-                self._failed(endpoint, summary, body)
+                self._failed(endpoint, summary, body, charge)
             elif summary is not None:
                 seconds = time.monotonic() - started
                 self._settle(endpoint, body, judge.usage_of(summary))
-                self._succeeded(endpoint, summary, level, seconds, log)
+                self._succeeded(endpoint, summary, level, seconds, charge)
+            endpoint.stats.lost(charge.lost())  # left early: nothing when its end is known
             self._warden.dispatch.give(endpoint, seconds)
 
         result: OpenStream | Failure | None = None
         try:
             result = await self._begin(endpoint, body, end)
             if isinstance(result, Failure):
-                self._failed(endpoint, result, body)
+                self._failed(endpoint, result, body, charge)
             return result, endpoint
         finally:
-            if log is not None:
-                log.requests += 1
-                log.endpoint = endpoint.label
+            _count(endpoint, charge)
             if not isinstance(result, OpenStream):
+                endpoint.stats.lost(charge.lost())
                 self._warden.dispatch.give(endpoint)
 
     async def _begin(
@@ -135,8 +134,11 @@ class Sender:
             return failures.of_exception(error, endpoint.label)
         return result
 
-    def _failed(self, endpoint: Endpoint, failure: Failure, body: Mapping[str, Any]) -> None:
+    def _failed(
+        self, endpoint: Endpoint, failure: Failure, body: Mapping[str, Any], charge: Charge
+    ) -> None:
         endpoint.stats.failed(type(failure.error).__name__)
+        endpoint.stats.lost(charge.failed(failure))
         # Who refuses has read nothing; what a lost request cost is unknown, and stays reserved.
         if failure.error.status is not None:
             self._settle(endpoint, body, Usage(0, 0))
@@ -148,10 +150,11 @@ class Sender:
         document: Mapping[str, Any],
         level: int,
         seconds: float,
-        log: CallLog | None,
+        charge: Charge,
     ) -> None:
         """Account for a good answer."""
-        usage = judge.usage_of(document)
+        usage, log = judge.usage_of(document), charge.log
+        charge.answered(usage)
         endpoint.stats.answered(seconds, usage)
         self._warden.succeeded(endpoint, level, seconds)
         if log is not None:
@@ -197,6 +200,13 @@ class Sender:
                 )
             body = fitting
         return orjson.dumps(body)
+
+
+def _count(endpoint: Endpoint, charge: Charge) -> None:
+    """Count a request that was sent in its item's log."""
+    if charge.log is not None:
+        charge.log.requests += 1
+        charge.log.endpoint = endpoint.label
 
 
 async def _softened(

@@ -22,6 +22,8 @@ class Stats:
         failures: Failed ones by class of error.
         prompt_tokens: Tokens read, as far as reported.
         completion_tokens: Tokens written, as far as reported.
+        cached_tokens: Prompt tokens that its prefix cache held, as far as reported.
+        lost_tokens: The most tokens of requests that may have been paid and brought no answer.
         hedges: Second requests that it was sent.
     """
 
@@ -29,6 +31,8 @@ class Stats:
     failures: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    lost_tokens: int = 0
     hedges: int = 0
     _cells: Counter[int] = field(default_factory=Counter)
 
@@ -37,12 +41,17 @@ class Stats:
         self.calls += 1
         self.prompt_tokens += usage.prompt or 0
         self.completion_tokens += usage.completion or 0
+        self.cached_tokens += usage.cached or 0
         self._cells[math.ceil(math.log2(max(seconds, 1e-4)) * _PER_DOUBLING)] += 1
 
     def failed(self, error: str) -> None:
         """Count a failure by the name of its class."""
         self.calls += 1
         self.failures[error] += 1
+
+    def lost(self, tokens: int) -> None:
+        """Count what a request may have cost that brought no answer."""
+        self.lost_tokens += tokens
 
     def latency_s(self, quantile: float) -> float | None:
         """Return a quantile of the answers' times in seconds, or None without any."""
@@ -68,6 +77,8 @@ class EndpointReport:
         failures: Failed ones by class.
         prompt_tokens: Tokens read.
         completion_tokens: Tokens written.
+        cached_tokens: Tokens read from its prefix cache.
+        lost_tokens: The most tokens of requests that may have been paid and brought no answer.
         latency_p50_s: Median time to an answer in seconds, or None.
         latency_p90_s: 90 % quantile, or None.
         latency_p99_s: 99 % quantile, or None.
@@ -83,6 +94,8 @@ class EndpointReport:
     failures: dict[str, int]
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int
+    lost_tokens: int
     latency_p50_s: float | None
     latency_p90_s: float | None
     latency_p99_s: float | None

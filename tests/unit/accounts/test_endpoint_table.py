@@ -12,6 +12,7 @@ from fanfold.backends.contract.errors import LedgerError
 def report(endpoint: str, calls: int, p50: float | None = 1.0, **failures: int) -> dict[str, Any]:
     latencies = dict.fromkeys(("latency_p50_s", "latency_p90_s", "latency_p99_s"), p50)
     counts = {"calls": calls, "prompt_tokens": 3, "completion_tokens": 2, "opened": 1, "hedges": 0}
+    counts |= {"cached_tokens": 1, "lost_tokens": 4}
     return {"endpoint": endpoint, "state": "in use", "failures": failures, **counts, **latencies}
 
 
@@ -37,6 +38,7 @@ def test_lives_are_added_up(tmp_path: Path) -> None:
     append_endpoints(path, [report("a", 7, None, Busy=1)], 2)
     a, b = over_lives(read_endpoints(path))
     assert (a["life"], a["calls"], a["failed"], a["prompt_tokens"]) == (2, 12, 3, 6)
+    assert (a["cached_tokens"], a["lost_tokens"]) == (2, 8)
     assert a["failures"] == {"Busy": 1, "Lost": 2}
     assert a["latency_p50_s"] == 1.5
     assert (b["life"], b["calls"]) == (1, 1)

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from fanfold.backends.contract.calls import CallLog
 from fanfold.backends.fleet import Endpoint, EndpointSpec, HedgePolicy
+from fanfold.backends.fleet.charge import Charge
 from fanfold.backends.fleet.dispatch import Dispatcher
 from fanfold.backends.fleet.hedge import Hedger, Result
 
@@ -22,7 +22,7 @@ class Line:
         self.dispatch = Dispatcher(self.endpoints, 99, lambda *_: None, lambda: None)
         self.held: dict[Endpoint, asyncio.Future[Result]] = {}
 
-    async def send(self, endpoint: Endpoint, _: Mapping[str, Any], __: CallLog | None) -> Result:
+    async def send(self, endpoint: Endpoint, _: Mapping[str, Any], __: Charge) -> Result:
         self.held[endpoint] = asyncio.get_running_loop().create_future()
         try:
             return await self.held[endpoint]
@@ -34,7 +34,7 @@ async def test_a_second_request_that_never_began_gives_its_endpoint_back() -> No
     line = Line()
     hedger = Hedger(HedgePolicy(), line.dispatch, line.send)
     endpoint = await line.dispatch.take()
-    task = asyncio.create_task(hedger.send(endpoint, BODY, None))
+    task = asyncio.create_task(hedger.send(endpoint, BODY, Charge(None, BODY)))
     await asyncio.sleep(0)
     (call,) = hedger._calls
     hedger._double(call, 0.0)
@@ -50,7 +50,7 @@ async def test_the_first_good_answer_counts_and_the_other_is_let_go() -> None:
     line = Line()
     hedger = Hedger(HedgePolicy(), line.dispatch, line.send)
     endpoint = await line.dispatch.take()
-    task = asyncio.create_task(hedger.send(endpoint, BODY, None))
+    task = asyncio.create_task(hedger.send(endpoint, BODY, Charge(None, BODY)))
     await asyncio.sleep(0)
     (call,) = hedger._calls
     hedger._double(call, 0.0)

@@ -1,0 +1,101 @@
+"""What one request costs: reserved before it is sent, settled when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from ..contract.calls import CallLog, Exact, Hold
+from ..contract.types import Usage
+from .failures import Failure
+
+_TEMPLATE: Final = 64
+"""Tokens that a chat template adds of its own: markers, a standing system text."""
+_PER_MESSAGE: Final = 8
+_CUT_OFF: Final = frozenset({200, 408, 499, 502, 504, 520, 522, 524})
+"""Statuses with which an answer was lost on its way: the server itself may have written it."""
+
+
+def most_tokens(body: Mapping[str, Any]) -> Usage:
+    """Return the most tokens that a request may use.
+
+    The tokenizers of today's models work on bytes: a token stands for one byte at least.
+    """
+    texts = [body["messages"], body.get("tools"), body.get("response_format")]
+    size = sum(len(orjson.dumps(text)) for text in texts if text)
+    prompt = size + _PER_MESSAGE * len(body["messages"]) + _TEMPLATE
+    answer = body.get("max_completion_tokens") or body.get("max_tokens") or 0
+    return Usage(prompt, int(answer) * int(body.get("n") or 1))
+
+
+@dataclass(slots=True)
+class Charge:
+    """One request on behalf of an item; the first end that is told counts.
+
+    Attributes:
+        log: The item's log, or None.
+        body: The request.
+        hold: What is reserved for it; None when nothing limits it, or it has ended.
+        ended: Whether its end is known.
+    """
+
+    log: CallLog | None
+    body: Mapping[str, Any]
+    hold: Hold | None = None
+    ended: bool = False
+
+    @classmethod
+    async def open(
+        cls, log: CallLog | None, body: Mapping[str, Any], exact: Exact | None = None
+    ) -> Charge:
+        """Reserve what a request may cost.
+
+        Raises:
+            BudgetExhaustedError: The budget does not carry it.
+        """
+        if log is None or log.account is None:
+            return cls(log, body)
+        return cls(log, body, await log.account.hold(most_tokens(body), exact))
+
+    def again(self) -> Charge | None:
+        """Reserve the same for a second request, if there is room at once."""
+        if self.log is None or self.log.account is None:
+            return Charge(self.log, self.body)
+        hold = self.log.account.hold_now(most_tokens(self.body))
+        return None if hold is None else Charge(self.log, self.body, hold)
+
+    def answered(self, usage: Usage) -> None:
+        """Settle a request that was answered."""
+        if self._end() and self.hold is not None:
+            self.hold.settle(usage)
+
+    def failed(self, failure: Failure) -> int:
+        """Settle a request that failed; return the tokens that may have been paid for nothing."""
+        status = failure.error.status
+        if status in _CUT_OFF or (status is None and not failure.treatment.free):
+            return self.lost()
+        return self.free(sent=status is not None)
+
+    def lost(self) -> int:
+        """Settle a request whose answer is lost; return the tokens that it may have cost."""
+        if not self._end():
+            return 0
+        most = most_tokens(self.body)
+        if self.log is not None:
+            self.log.lost += most
+        if self.hold is not None:
+            self.hold.keep()
+        return most.tokens
+
+    def free(self, *, sent: bool) -> int:
+        """Settle a request that nobody has read; return 0."""
+        if self._end() and self.hold is not None:
+            self.hold.free(sent=sent)
+        return 0
+
+    def _end(self) -> bool:
+        first, self.ended = not self.ended, True
+        return first
