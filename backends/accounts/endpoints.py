@@ -102,7 +102,7 @@ def over_lives(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         total = dict(row)
         if before is not None:
             for name in _SUMS:
-                total[name] = (row.get(name) or 0) + (before.get(name) or 0)  # older tables lack some
+                total[name] = (row.get(name) or 0) + (before.get(name) or 0)
             total["failures"] = _added(before["failures"], row["failures"])
             for name in _LATENCIES:
                 total[name] = row[name] if row[name] is not None else before[name]

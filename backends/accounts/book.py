@@ -1,0 +1,268 @@
+"""The book of a budget: what one life of a run may have spent at most, on disk before it is spent.
+
+A file per life and per lease, each line a JSON object. ``level`` is an upper bound of what the
+life spends until a later line says otherwise; it is raised on disk before anything is spent on
+it, and may be lowered at any time. ``lease`` notes what was lent to a worker elsewhere, ``back``
+what became of it, ``settled`` how the life ended. A life that was killed has no ``settled``: then
+its level counts as spent, less what the books of its leases prove.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from ..contract.errors import LedgerError
+from ..contract.money import Amount
+from ..contract.types import Json
+from .journal import VERSION, scan
+
+Level = Mapping[str, int]
+"""A bound for each limited field of an :class:`Amount`."""
+
+_SETTLE_S: Final = 60.0
+"""Seconds after a lease's end until its book is believed: clocks differ, files show late."""
+
+
+class Book:
+    """Writes one file; every method blocks.
+
+    Args:
+        path: The file to create; it must not exist.
+        run: The run's id.
+
+    Raises:
+        LedgerError: The file cannot be created.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(exist_ok=True)
+            self._file = FileIO(path, "xb")
+        except OSError as error:
+            raise LedgerError(f"{path}: cannot be created: {error.strerror}") from error
+        self.write({"v": VERSION, "run": run}, sync=False)
+
+    def write(self, line: Mapping[str, Json], *, sync: bool) -> None:
+        """Append one line.
+
+        Args:
+            line: What it says.
+            sync: Return only when it is on disk.
+
+        Raises:
+            LedgerError: It cannot be written.
+        """
+        data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            msg = f"{self._path}: the budget's book cannot be written: {error.strerror}"
+            raise LedgerError(msg) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What was lent to a worker elsewhere.
+
+    Attributes:
+        amount: How much.
+        until: Unix time in seconds after which no worker begins on it.
+        booked: Whether the worker keeps a book of it that is seen here.
+    """
+
+    amount: Amount
+    until: float
+    booked: bool = False
+
+
+@dataclass(slots=True)
+class Page:
+    """A book as it was read.
+
+    Attributes:
+        level: The last bound, by field.
+        settled: What was spent, leases apart; None: the life was killed, or still goes on.
+        idle_ms: Node-milliseconds without work, of those settled.
+        leases: What was lent and has not come back.
+        until: (a lease's book) Unix time in seconds after which nothing more is spent.
+        late: Leases of earlier lives that came back in this one: what was spent of each.
+    """
+
+    level: dict[str, int] = field(default_factory=dict)
+    settled: Amount | None = None
+    idle_ms: int = 0
+    leases: dict[str, Lease] = field(default_factory=dict)
+    until: float = float("inf")
+    late: dict[str, Amount] = field(default_factory=dict)
+
+
+def read_page(path: Path, run: str) -> Page:
+    """Read a book.
+
+    Raises:
+        LedgerError: It is damaged, or another run's.
+    """
+    page = Page()
+    for line in scan(path, run):
+        _apply(page, line.record, path, line.number)
+    return page
+
+
+def _apply(page: Page, record: dict[str, Any], path: Path, number: int) -> None:
+    try:
+        if "level" in record:
+            page.level = {name: int(value) for name, value in record["level"].items()}
+        if "lease" in record:
+            amount = Amount.from_json(record["amount"])
+            until, booked = float(record["until"]), bool(record["booked"])
+            page.leases[record["lease"]] = Lease(amount, until, booked)
+        elif "until" in record:
+            page.until = float(record["until"])
+        if "back" in record:
+            page.leases.pop(record["back"], None)
+        if "late" in record:
+            page.late[record["late"]] = Amount.from_json(record["used"])
+        if "settled" in record:
+            page.settled = Amount.from_json(record["settled"])
+            page.idle_ms = int(record.get("idle_ms") or 0)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        msg = f"{path}, line {number}: not a line of a budget's book ({error!r})"
+        raise LedgerError(msg) from None
+
+
+class Shelf:
+    """The books of a run.
+
+    Args:
+        folder: Where they lie.
+        run: The run's id.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self._folder, self._run = folder, run
+
+    def of_life(self, life: int) -> Path:
+        """Return the path of a life's book."""
+        return self._folder / f"{life:04}.jsonl"
+
+    def of_lease(self, lease: str) -> Path:
+        """Return the path of the book of a lease, written by who has it."""
+        return self._folder / f"lease-{lease}.jsonl"
+
+    def open(self, path: Path) -> Book:
+        """Begin a book.
+
+        Raises:
+            LedgerError: It cannot be created.
+        """
+        return Book(path, self._run)
+
+    def pages(self) -> dict[int, Page]:
+        """Read the books of all lives.
+
+        Raises:
+            LedgerError: One is damaged.
+        """
+        files = (p for p in self._folder.glob("[0-9]*.jsonl") if p.stem.isdigit())
+        return {int(path.stem): read_page(path, self._run) for path in sorted(files)}
+
+    def lent(self, now: float | None = None) -> dict[str, Amount]:
+        """Return, by name, what counts as spent of each lease that did not come back to its life.
+
+        Args:
+            now: Unix time in seconds.
+
+        Raises:
+            LedgerError: A book is damaged.
+        """
+        pages = self.pages()
+        late = _late(pages)
+        return {
+            name: late[name] if name in late else self.proven(name, lease, now)
+            for page in pages.values()
+            for name, lease in page.leases.items()
+        }
+
+    def proven(self, name: str, lease: Lease, now: float | None = None) -> Amount:
+        """Return the most that was spent of a lease, as far as its own book tells.
+
+        A worker that is taken for lost may go on until its time ends; only then its book is
+        believed, or at once if it says that it has settled. A worker whose book is not seen here
+        may have spent everything.
+
+        Args:
+            name: The lease's name.
+            lease: What was lent.
+            now: Unix time in seconds.
+
+        Raises:
+            LedgerError: The lease's book is damaged.
+        """
+        path, now = self.of_lease(name), time.time() if now is None else now
+        if not path.exists():
+            never_begun = lease.booked and now > lease.until + _SETTLE_S
+            return Amount() if never_begun else lease.amount
+        page = read_page(path, self._run)
+        if page.settled is not None:
+            return page.settled.least(lease.amount)
+        if now < page.until + _SETTLE_S:
+            return lease.amount
+        return Amount.from_json(lease.amount.to_json() | page.level).least(lease.amount)
+
+    def spent(self, recorded: Mapping[int, Amount], now: float | None = None) -> Amount:
+        """Return the most that all lives so far may have spent.
+
+        Args:
+            recorded: By life, what the journal says; it counts where no book does.
+            now: Unix time in seconds.
+
+        Raises:
+            LedgerError: A book is damaged.
+        """
+        pages, lent, total = self.pages(), self.lent(now), Amount()
+        for life in pages.keys() | recorded.keys():
+            journal = recorded.get(life, Amount())
+            page = pages.get(life)
+            total = total.plus(journal if page is None else _of_life(page, journal, lent))
+        return total
+
+
+def _of_life(page: Page, journal: Amount, lent: Mapping[str, Amount]) -> Amount:
+    """Return the most that a life may have spent.
+
+    Args:
+        page: Its book.
+        journal: What the journal says of it, for what no cap limits.
+        lent: What counts as spent of each lease.
+    """
+    if page.settled is not None:
+        total = page.settled
+        for name in page.leases:
+            total = total.plus(lent[name])
+        return total
+    total = Amount.from_json(journal.to_json() | page.level)
+    for name, lease in page.leases.items():
+        saved = lease.amount.minus(lent[name]).to_json()
+        total = total.minus(Amount.from_json({k: v for k, v in saved.items() if k in page.level}))
+    return total
+
+
+def _late(pages: Mapping[int, Page]) -> dict[str, Amount]:
+    """Return what was spent of leases that came back in a later life."""
+    return {name: used for page in pages.values() for name, used in page.late.items()}

@@ -1,0 +1,318 @@
+"""What one process may spend: reserved before, settled after, never above what its book says.
+
+Loops of several threads may share a purse: nothing in it belongs to a loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from typing import Final
+
+from ..contract.errors import BudgetExhaustedError, FanfoldError, LedgerError
+from ..contract.money import Amount, Caps
+from ..contract.types import Json
+from .book import Book
+
+logger = logging.getLogger(__name__)
+
+_UNLIMITED: Final = 1 << 62
+_BLOCKS: Final = 100
+"""A hundredth of a cap is taken at a time: what a killed process leaves in doubt."""
+_SLACK: Final = 3
+"""The book's level is lowered when it is so many blocks above what is in use."""
+
+Exhausted = Callable[[Amount], str]
+"""Says what is exhausted, given what could not be reserved."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    amount: Amount
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[None]
+    granted: bool = False
+
+    def grant(self) -> None:
+        self.granted = True
+        self.loop.call_soon_threadsafe(_set, self.future, None)
+
+    def refuse(self, error: FanfoldError) -> None:
+        self.loop.call_soon_threadsafe(_set, self.future, error)
+
+
+def _set(future: asyncio.Future[None], error: FanfoldError | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+class Purse:
+    """Reservations against caps.
+
+    Args:
+        caps: The most that may be spent here.
+        book: Where the level is kept; None trusts that this process returns what it was lent.
+        exhausted: Says what is exhausted, for the error.
+        until: Unix time in seconds after which nothing is reserved any more.
+
+    Attributes:
+        settled: Spent so far.
+        lost: Lent and not come back; it counts as spent.
+        idle_ms: Node-milliseconds of it without work.
+    """
+
+    def __init__(
+        self, caps: Caps, book: Book | None, exhausted: Exhausted, until: float = float("inf")
+    ) -> None:
+        self._most = Amount(*(_UNLIMITED if cap is None else cap for cap in caps.each()))
+        self._limited = [
+            name for name, cap in zip(Amount._fields, caps.each(), strict=True) if cap is not None
+        ]
+        self._block = Amount(*(-(-value // _BLOCKS) for value in self._most))
+        self._book, self._exhausted, self._until = book, exhausted, until
+        self._level = self._most if book is None else self._unlimited_only()
+        self._used = Amount()  # settled and reserved
+        self._reserved = Amount()
+        self.settled, self.lost, self.idle_ms = Amount(), Amount(), 0
+        self._begun, self._fresh = deque[_Waiter](), deque[_Waiter]()
+        self._raising: Amount | None = None
+        self._failure: LedgerError | None = None
+        self._lock = Lock()
+        self._thread = ThreadPoolExecutor(1, "budget") if book is not None else None
+
+    def _unlimited_only(self) -> Amount:
+        values = self._most.to_json()
+        return Amount(**{n: 0 if n in self._limited else v for n, v in values.items()})
+
+    @property
+    def left(self) -> Amount:
+        """What may still be reserved."""
+        return self._most.minus(self._used)
+
+    @property
+    def reserved(self) -> Amount:
+        """What is reserved and not settled."""
+        return self._reserved
+
+    def limits(self, left: Amount) -> Mapping[str, int]:
+        """Return the limited fields of an amount."""
+        return {name: getattr(left, name) for name in self._limited}
+
+    async def reserve(self, amount: Amount, *, begun: bool = False) -> None:
+        """Reserve an amount, waiting while others may give something back.
+
+        Args:
+            amount: How much.
+            begun: Whether it is for an item that has begun: those come first.
+
+        Raises:
+            BudgetExhaustedError: There is not so much left, and nobody gives anything back.
+            LedgerError: The book cannot be written.
+        """
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if self._grab(amount, begun):
+                return
+            waiter = _Waiter(amount, loop, loop.create_future())
+            (self._begun if begun else self._fresh).append(waiter)
+            self._serve()
+        try:
+            await waiter.future
+        except asyncio.CancelledError:
+            self._withdraw(waiter)
+            raise
+
+    def reserve_now(self, amount: Amount) -> bool:
+        """Reserve an amount if nobody waits and it is there; say whether."""
+        with self._lock:
+            return self._grab(amount, begun=False)
+
+    def settle(self, reserved: Amount, used: Amount) -> None:
+        """Turn what was reserved into what was spent; the rest is free again."""
+        with self._lock:
+            self._reserved = self._reserved.minus(reserved)
+            self.settled = self.settled.plus(used)
+            self._used = self._used.minus(reserved).plus(used)
+            self._adjust()
+            self._serve()
+
+    def write_off(self, reserved: Amount) -> None:
+        """Count something reserved as spent until it is known better."""
+        with self._lock:
+            self._reserved = self._reserved.minus(reserved)
+            self.lost = self.lost.plus(reserved)
+            self._serve()
+
+    def widen(self, amount: Amount) -> None:
+        """Have so much more: an earlier life has spent less than was thought."""
+        with self._lock:
+            self._most = self._most.plus(amount).least(Amount(*(_UNLIMITED,) * len(amount)))
+            self._serve()
+
+    def refund(self, lost: Amount, used: Amount) -> None:
+        """Turn what was written off into what was spent of it."""
+        with self._lock:
+            self.lost = self.lost.minus(lost)
+            self.settled = self.settled.plus(used)
+            self._used = self._used.minus(lost).plus(used)
+            self._adjust()
+            self._serve()
+
+    def tick(self, used: Amount) -> bool | None:
+        """Spend something that goes by itself, such as time.
+
+        Returns:
+            True: it is spent; None: not yet, the book is being written; False: there is no more.
+        """
+        with self._lock:
+            wanted = self._used.plus(used)
+            if _within(wanted, self._level):
+                self.settled, self._used = self.settled.plus(used), wanted
+                self._adjust()
+                return True
+            if self._failure is not None or not _within(wanted, self._most):
+                return False
+            self._raise(used)
+            return None
+
+    def _withdraw(self, waiter: _Waiter) -> None:
+        """Undo what a cancelled wait holds: its place, or what it was granted."""
+        with self._lock:
+            for queue in (self._begun, self._fresh):
+                if waiter in queue:
+                    queue.remove(waiter)
+                    self._serve()
+                    return
+        if waiter.granted:  # whoever waited never saw it
+            self.settle(waiter.amount, Amount())
+
+    def _grab(self, amount: Amount, begun: bool) -> bool:
+        if self._failure is not None or self._begun or (self._fresh and not begun):
+            return False
+        if time.time() > self._until:
+            return False
+        wanted = self._used.plus(amount)
+        if not _within(wanted, self._level):
+            return False
+        self._take(amount, wanted)
+        return True
+
+    def _take(self, amount: Amount, used: Amount) -> None:
+        self._reserved = self._reserved.plus(amount)
+        self._used = used
+        self._adjust()
+
+    def _serve(self) -> None:
+        """Grant what can be granted, oldest first, begun items before others."""
+        while queue := self._begun or self._fresh:
+            waiter = queue[0]
+            if self._failure is not None:
+                queue.popleft().refuse(self._failure)
+                continue
+            wanted = self._used.plus(waiter.amount)
+            if time.time() > self._until:
+                queue.popleft().refuse(BudgetExhaustedError("the lease's time is over"))
+            elif _within(wanted, self._level):
+                queue.popleft()
+                self._take(waiter.amount, wanted)
+                waiter.grant()
+            elif _within(wanted, self._most):
+                self._raise(waiter.amount)
+                return
+            elif any(self._reserved):
+                return  # somebody may give something back
+            else:
+                error = BudgetExhaustedError(self._exhausted(waiter.amount))
+                queue.popleft().refuse(error)
+
+    # -- the book ------------------------------------------------------------------------
+
+    def _adjust(self) -> None:
+        """Raise the level ahead of need; lower it where it is far above."""
+        if self._book is None or self._raising is not None:
+            return
+        gaps = self._level.minus(self._used)
+        for name in self._limited:
+            gap, block = getattr(gaps, name), getattr(self._block, name)
+            if 2 * gap < block and getattr(self._level, name) < getattr(self._most, name):
+                self._raise(Amount())
+                return
+            if gap > _SLACK * block and not self._begun and not self._fresh:
+                self._lower()
+                return
+
+    def _raise(self, amount: Amount) -> None:
+        if self._raising is None and self._thread is not None:
+            goal = self._used.plus(amount).plus(self._block)
+            self._raising = goal.most(self._level).least(self._most)
+            self._thread.submit(self._raised, self._raising)
+
+    def _raised(self, level: Amount) -> None:
+        failure = self._written({"level": self.limits(level)}, sync=True)
+        with self._lock:
+            self._raising, self._failure = None, failure or self._failure
+            if failure is None:
+                self._level = level
+            self._serve()
+
+    def _lower(self) -> None:
+        """Lower the level; the old one stands on disk until the new one does."""
+        assert self._thread is not None
+        self._level = self._used.plus(self._block).least(self._level)
+        self._thread.submit(self._written, {"level": self.limits(self._level)}, sync=False)
+
+    def _written(self, line: Mapping[str, Json], *, sync: bool) -> LedgerError | None:
+        assert self._book is not None
+        try:
+            self._book.write(line, sync=sync)
+        except LedgerError as error:
+            logger.warning("%s", error.message)
+            return error
+        return None
+
+    async def note(self, line: Mapping[str, Json], *, sync: bool) -> None:
+        """Append a line of another's to the book, after what was noted before.
+
+        Raises:
+            LedgerError: It cannot be written.
+        """
+        if self._thread is None:
+            return
+        noting = asyncio.wrap_future(self._thread.submit(self._written, line, sync=sync))
+        if (failure := await noting) is not None:
+            raise failure
+
+    async def aclose(self) -> None:
+        """Say what was spent, and close the book.
+
+        Raises:
+            LedgerError: It cannot be written.
+        """
+        if self._thread is None or self._book is None:
+            return
+        try:
+            spent = self.settled.plus(self._reserved)
+            settled = {"settled": spent.to_json(), "idle_ms": self.idle_ms}
+            await self.note(settled, sync=True)
+        finally:
+            self._thread.shutdown(wait=False)
+            self._book.close()
+
+
+def _within(amount: Amount, most: Amount) -> bool:
+    return (
+        amount.tokens <= most.tokens
+        and amount.nano_usd <= most.nano_usd
+        and amount.requests <= most.requests
+        and amount.node_ms <= most.node_ms
+    )

@@ -1,0 +1,282 @@
+"""Reservations, leases and books: a cap holds whatever happens, and nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fanfold.backends.accounts.book import Lease, Shelf
+from fanfold.backends.accounts.budget import Budget, BudgetTerms
+from fanfold.backends.accounts.leases import Leases
+from fanfold.backends.contract.errors import BudgetExhaustedError, LedgerError
+from fanfold.backends.contract.money import NANO, Amount, Caps, Tariff
+from fanfold.backends.contract.types import Usage
+
+TARIFF = Tariff.of(prompt=1.0, completion=2.0)
+
+
+def tokens(count: int) -> Amount:
+    return Amount(1, count, 0)
+
+
+def shelf_in(folder: Path) -> Shelf:
+    return Shelf(folder / "budget", "run")
+
+
+def opened(shelf: Shelf, life: int, caps: Caps) -> Budget:
+    before = shelf.spent({})
+    return Budget(BudgetTerms(caps, TARIFF), before, shelf.open(shelf.of_life(life)))
+
+
+async def killed(budget: Budget) -> None:
+    """Leave things on disk as a process that ends now; what its thread was given is written."""
+    assert budget.purse._thread is not None
+    await asyncio.to_thread(budget.purse._thread.shutdown)
+    assert budget.purse._book is not None
+    budget.purse._book.close()
+
+
+STEP = st.tuples(
+    st.sampled_from(["reserve", "settle", "lend", "back", "lose", "late"]),
+    st.integers(0, 40),
+    st.floats(0, 1),
+)
+LIFE = st.tuples(st.lists(STEP, max_size=25), st.booleans())
+
+
+class Trial:
+    """One life: what was done, and what was really spent by it."""
+
+    def __init__(self, shelf: Shelf, life: int, cap: int, away: dict[str, tuple[int, int]]) -> None:
+        self.budget = opened(shelf, life, Caps(tokens=cap))
+        self.leases = Leases(self.budget.purse, shelf, shelf.lent(0.0))
+        self.life, self.away = life, away
+        self.spent, self.open = 0, list[int]()
+        self.out = dict[str, tuple[int, int]]()
+
+    async def step(self, number: int, what: str, size: int, share: float) -> None:
+        await getattr(self, what)(f"{self.life}.{number}", size, share)
+
+    async def reserve(self, _: str, size: int, __: float) -> None:
+        if size > self.budget.purse.left.tokens:
+            assert not self.budget.purse.reserve_now(tokens(size))
+        else:
+            await self.budget.purse.reserve(tokens(size))
+            self.open.append(size)
+
+    async def settle(self, _: str, __: int, share: float) -> None:
+        if self.open:
+            reserved = self.open.pop()
+            used = int(share * reserved)
+            self.budget.purse.settle(tokens(reserved), tokens(used))
+            self.spent += used
+
+    async def lend(self, name: str, size: int, share: float) -> None:
+        if size <= self.budget.purse.left.tokens:
+            await self.leases.lend(name, Lease(tokens(size), 1e12))
+            self.out[name] = size, int(share * size)
+            self.spent += int(share * size)  # the worker spends it, whoever hears of it
+
+    async def back(self, *_: Any) -> None:
+        if self.out:
+            name, (_, used) = self.out.popitem()
+            for _ in range(2):
+                await self.leases.returned(name, tokens(used))
+
+    async def lose(self, *_: Any) -> None:
+        if self.out:
+            name, lent = self.out.popitem()
+            self.leases.lost(name)
+            self.away[name] = lent
+
+    async def late(self, *_: Any) -> None:
+        if self.away:
+            name, (_, used) = self.away.popitem()
+            await self.leases.returned(name, tokens(used))
+
+    async def end(self, crash: bool) -> None:
+        self.away |= self.out
+        if crash:
+            self.spent += sum(self.open)  # all in flight may have been paid
+            await killed(self.budget)
+            return
+        for size in self.open:
+            self.budget.purse.settle(tokens(size), Amount())
+        self.leases.give_up()
+        await self.budget.purse.aclose()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 400), st.lists(LIFE, min_size=1, max_size=4))
+def test_a_cap_holds_over_lives_crashes_and_leases(cap: int, lives: list[Any]) -> None:
+    """What was really spent stays below what the books say, and that below the cap."""
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(_live(Shelf(Path(folder) / "budget", "run"), cap, lives))
+
+
+async def _live(shelf: Shelf, cap: int, lives: list[Any]) -> None:
+    spent, away = 0, dict[str, tuple[int, int]]()
+    for life, (steps, crash) in enumerate(lives, 1):
+        trial = Trial(shelf, life, cap, away)
+        purse = trial.budget.purse
+        for number, (what, size, share) in enumerate(steps):
+            await trial.step(number, what, size, share)
+            assert purse.settled.tokens + purse.reserved.tokens + purse.lost.tokens <= cap
+            assert spent + trial.spent + sum(trial.open) <= cap
+        await trial.end(crash)
+        spent += trial.spent
+        said = shelf.spent({}, now=0.0).tokens
+        assert spent <= said <= cap
+        if not any(crashed for _, crashed in lives[:life]):
+            assert said == spent + sum(lent - used for lent, used in away.values())
+
+
+async def test_many_streams_use_a_budget_up_and_never_pass_it(tmp_path: Path) -> None:
+    """2,000 streams: at every moment settled and reserved stay below, and 98 % are used."""
+    cap, shelf, dice = 1_000_000, shelf_in(tmp_path), random.Random(4)
+    budget, worst = opened(shelf, 1, Caps(tokens=cap)), 0
+
+    async def stream() -> None:
+        nonlocal worst
+        while True:
+            account = budget.account()
+            try:
+                hold = await account.hold(Usage(dice.randint(300, 900), 200))
+            except BudgetExhaustedError:
+                return
+            worst = max(worst, budget.purse.settled.tokens + budget.purse.reserved.tokens)
+            await asyncio.sleep(0)
+            if dice.random() < 0.1:
+                hold.free(sent=True)
+            elif dice.random() < 0.1:
+                hold.keep()
+            else:
+                hold.settle(Usage(dice.randint(80, 90), dice.randint(1, 200)))
+            account.close()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(2000):
+            group.create_task(stream())
+    await budget.purse.aclose()
+    assert budget.purse.reserved.tokens == 0
+    assert worst <= cap
+    assert 0.98 * cap <= budget.purse.settled.tokens <= cap
+    assert shelf.spent({}) == budget.purse.settled
+
+
+async def test_the_level_is_on_disk_before_it_is_spent(tmp_path: Path) -> None:
+    shelf = shelf_in(tmp_path)
+    budget = opened(shelf, 1, Caps(tokens=1000, nano_usd=NANO))
+    for _ in range(30):
+        await budget.purse.reserve(Amount(1, 20, 10**7))
+        on_disk = shelf.spent({})
+        assert on_disk.tokens >= budget.purse.reserved.tokens
+        assert on_disk.nano_usd >= budget.purse.reserved.nano_usd
+    await killed(budget)
+    assert shelf.spent({1: Amount(7, 0, 0)}).requests == 7  # no cap: the journal counts
+
+
+async def test_the_level_falls_when_much_was_reserved_and_little_spent(tmp_path: Path) -> None:
+    shelf = shelf_in(tmp_path)
+    budget = opened(shelf, 1, Caps(tokens=1000))
+    await budget.purse.reserve(tokens(800))
+    budget.purse.settle(tokens(800), tokens(20))
+    await killed(budget)
+    assert 20 <= shelf.spent({}).tokens <= 40
+
+
+async def test_a_lost_lease_counts_until_its_book_proves_less(tmp_path: Path) -> None:
+    shelf = shelf_in(tmp_path)
+    budget = opened(shelf, 1, Caps(tokens=1000))
+    leases = Leases(budget.purse, shelf, {})
+    for name, until in (("a", 100.0), ("b", 100.0), ("c", 100.0)):
+        await leases.lend(name, Lease(tokens(200), until, booked=True))
+    book = shelf.open(shelf.of_lease("a"))
+    book.write({"until": 500.0}, sync=False)
+    book.write({"level": {"tokens": 30}}, sync=True)
+    done = shelf.open(shelf.of_lease("c"))
+    done.write({"settled": tokens(50).to_json()}, sync=True)
+    book.close()
+    done.close()
+    await killed(budget)
+    assert shelf.spent({}, now=120.0).tokens >= 200 + 200 + 50
+    within = shelf.lent(now=170.0)  # b was never begun in time, a may still go on
+    assert {name: amount.tokens for name, amount in within.items()} == {"a": 200, "b": 0, "c": 50}
+    assert shelf.lent(now=600.0)["a"].tokens == 30
+
+
+async def test_who_is_refused_learns_what_is_missing(tmp_path: Path) -> None:
+    budget = opened(shelf_in(tmp_path), 1, Caps.of(usd=0.5, tokens=10**9))
+    await budget.purse.reserve(Amount(1, 10, 4 * 10**8))
+    budget.purse.settle(Amount(1, 10, 4 * 10**8), Amount(1, 10, 4 * 10**8))
+    with pytest.raises(BudgetExhaustedError, match=r"0.40 USD of 0.50 USD spent.*take 0.20 USD"):
+        await budget.purse.reserve(Amount(1, 5, 2 * 10**8))
+    assert not budget.carries(Amount(1, 5, 2 * 10**8))
+    assert budget.carries(Amount(1, 5, 10**8))
+    await budget.purse.aclose()
+
+
+async def test_a_pause_waits_while_calls_in_flight_may_free_enough(tmp_path: Path) -> None:
+    budget = opened(shelf_in(tmp_path), 1, Caps(tokens=100))
+    await budget.purse.reserve(tokens(80))
+    waiting = asyncio.ensure_future(budget.purse.reserve(tokens(60)))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    budget.purse.settle(tokens(80), tokens(30))
+    await waiting
+    further = asyncio.ensure_future(budget.purse.reserve(tokens(60)))
+    await asyncio.sleep(0)
+    further.cancel()
+    await asyncio.gather(further, return_exceptions=True)
+    budget.purse.settle(tokens(60), tokens(60))
+    with pytest.raises(BudgetExhaustedError):
+        await budget.purse.reserve(tokens(11))
+    await budget.purse.aclose()
+
+
+async def test_an_item_is_begun_only_with_what_its_repairs_may_take(tmp_path: Path) -> None:
+    shelf = shelf_in(tmp_path)
+    terms = BudgetTerms(Caps(tokens=1000), TARIFF, repairs=1)
+    budget = Budget(terms, Amount(), shelf.open(shelf.of_life(1)))
+    account = budget.account()
+    first = await account.hold(Usage(100, 50))
+    reserved = budget.purse.reserved
+    assert reserved.requests == 2
+    assert reserved.tokens > 2 * 150
+    first.settle(Usage(90, 40))
+    second = await account.hold(Usage(150, 50))
+    assert budget.purse.reserved.tokens < reserved.tokens
+    second.settle(Usage(140, 50))
+    second.keep()
+    account.close()
+    assert budget.purse.reserved == Amount()
+    assert budget.purse.settled.tokens == 130 + 190
+    await budget.purse.aclose()
+
+
+async def test_a_book_that_cannot_be_written_stops_spending(tmp_path: Path) -> None:
+    budget = opened(shelf_in(tmp_path), 1, Caps(tokens=100))
+    assert budget.purse._book is not None
+    budget.purse._book.close()
+    budget.purse._book._file = FileIO("/dev/full", "wb")
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="No space left"):
+            await budget.purse.reserve(tokens(10))
+    await killed(budget)
+
+
+def test_money_is_exact_and_rounded_up() -> None:
+    tariff = Tariff.of(prompt=0.15, cached=0.075, completion=0.6, node_hour=1.0)
+    assert tariff.nano_usd(Usage(1000, 100, 400)) == 600 * 150 + 400 * 75 + 100 * 600
+    assert Tariff.of(prompt=0.0001).nano_usd(Usage(1, 0)) == 1
+    assert tariff.held(3_600_000).nano_usd >= NANO
+    assert Caps.of(usd=0.1).nano_usd == 10**8
+    assert not Caps().any
