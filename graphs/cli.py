@@ -11,9 +11,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..backends.build import choice_logger
-from ..backends.contract.errors import ConfigurationError, FanfoldError, RunStoppedError
+from ..backends.contract.errors import (
+    BudgetExhaustedError,
+    ConfigurationError,
+    FanfoldError,
+    RunStoppedError,
+)
 from . import globus_cli, listing, looking, running
-from .run import INTERRUPTED, OTHER, USAGE
+from .run import BUDGET, INTERRUPTED, OTHER, USAGE
 
 app = typer.Typer(
     name="fanfold",
@@ -53,6 +58,18 @@ Metrics = Annotated[
         "--metrics-port", min=1, max=65535, help="Serve Prometheus metrics on this loopback port."
     ),
 ]
+Usd = Annotated[
+    float | None, typer.Option("--budget-usd", metavar="N", help="Total cap in US dollars.")
+]
+Tokens = Annotated[
+    int | None, typer.Option("--budget-tokens", metavar="N", help="Total cap in tokens.")
+]
+Requests = Annotated[
+    int | None, typer.Option("--budget-requests", metavar="N", help="Total cap in requests.")
+]
+NodeHours = Annotated[
+    float | None, typer.Option("--budget-node-hours", metavar="N", help="Total cap in node-hours.")
+]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Ask failed items again.")]
 
 
@@ -79,6 +96,10 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     quiet: Quiet = False,
     retry_failed: Retry = False,
     metrics_port: Metrics = None,
+    budget_usd: Usd = None,
+    budget_tokens: Tokens = None,
+    budget_requests: Requests = None,
+    budget_node_hours: NodeHours = None,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
     wish = running.Wish(
@@ -90,6 +111,12 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         trace=trace,
         retry_failed=retry_failed,
         metrics_port=metrics_port,
+        budget={
+            "usd": budget_usd,
+            "tokens": budget_tokens,
+            "requests": budget_requests,
+            "node_hours": budget_node_hours,
+        },
     )
     raise typer.Exit(running.run(config, out, wish, running.Output(as_json, quiet)))
 
@@ -107,6 +134,10 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     quiet: Quiet = False,
     retry_failed: Retry = False,
     metrics_port: Metrics = None,
+    budget_usd: Usd = None,
+    budget_tokens: Tokens = None,
+    budget_requests: Requests = None,
+    budget_node_hours: NodeHours = None,
 ) -> None:
     """Go on with a run: only what is not finished is called."""
     wish = running.Wish(
@@ -118,6 +149,12 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         trace=trace,
         retry_failed=retry_failed,
         metrics_port=metrics_port,
+        budget={
+            "usd": budget_usd,
+            "tokens": budget_tokens,
+            "requests": budget_requests,
+            "node_hours": budget_node_hours,
+        },
     )
     raise typer.Exit(running.resume(folder, wish, running.Output(as_json, quiet)))
 
@@ -230,4 +267,6 @@ def _reader_left() -> NoReturn:
 def _exit_code(error: FanfoldError) -> int:
     if isinstance(error, ConfigurationError):
         return USAGE
+    if isinstance(error, BudgetExhaustedError):
+        return BUDGET
     return INTERRUPTED if isinstance(error, RunStoppedError) else OTHER

@@ -12,17 +12,20 @@ from typing import Any, Self
 
 from ..backends.accounts.folder import RunFolder, open_folder
 from ..backends.build import open_fleet, serving
+from ..backends.contract.money import Amount
 from ..configs.load import Loaded, load
 from ..nodes.context import Context, ItemContext, Prepared, RunTools
 from .finish import write_results
 from .item import item_engine
 from .items import item_context
 from .lives import begin_life, end_life
+from .opened import OpenedRun
 from .opening import Mode, open_run
 from .plan import cut
 from .prepare import default_folder, prepare_run
 from .settings import settle
 from .shared import Shared
+from .spending import allow, shortfall
 from .worker import work_shard
 
 
@@ -115,6 +118,18 @@ class RunContext(Context):
         path = await asyncio.to_thread(open_folder, Path(folder))
         async with self._runs.use(folder, lambda: open_run(path, loaded, mode)) as tools:
             yield tools
+
+    async def shortfall(self, folder: str, needed: Mapping[str, int]) -> dict[str, Any] | None:
+        """Return what to ask of the user while the budget does not carry ``needed``, or None."""
+        loaded = await asyncio.to_thread(lambda: self.loaded)
+        tools = self._runs.opened(folder)
+        budget = tools.budget if isinstance(tools, OpenedRun) else None
+        run = RunFolder(Path(folder))
+        return await asyncio.to_thread(shortfall, run, loaded.config, Amount(**needed), budget)
+
+    async def allow(self, folder: str, answer: Any) -> str | None:
+        """Take an answer as the run's new caps; return what is wrong with it, or None."""
+        return await asyncio.to_thread(allow, RunFolder(Path(folder)), answer)
 
     async def finish(
         self, folder: str, aggregate: list[dict[str, Any]], progress: dict[str, Any]

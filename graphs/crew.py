@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Final
 
 import orjson
 
-from ..backends.accounts.folder import RunFolder
 from ..backends.accounts.ledger import Ledger
-from ..backends.build import Serving
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.types import Item, Shard
-from ..backends.contract.wire import Order, own_version
-from ..backends.places import carried, shard_pool, shares_folder
+from ..backends.contract.wire import Order, Summary, own_version
+from ..backends.places import shard_pool
 from ..backends.sites.executor import WorkShard
 from ..backends.sites.pool import ShardPool
 from ..backends.sites.watch import Beat
-from ..configs.load import Loaded
-from ..configs.models import RunConfig
-from ..configs.plain import MASKED
 from ..nodes.context import Answered
 from ..nodes.progress import Progress
-from .shares import worker_settings, worker_streams
+from .lending import Lender
 from .signs import Signs, beat_file, stop_file
+from .spending import Spending
+from .terms import Terms
 
 logger = logging.getLogger(__name__)
 
@@ -39,34 +34,6 @@ _TAIL_S: Final = 1.0
 _SHARE: Final = 10.0
 STOP_S: Final = 10.0
 """So much longer than workers wait for items in flight does the coordinator wait for workers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What all orders of a life have in common.
-
-    Attributes:
-        run: The run's ``id``, ``model``, ``simulated``, ``fingerprint``, ``life`` and the life's
-            ``token``.
-        settings: Its plain settings.
-        urls: Endpoints for the workers, in place of the settings' own; or None.
-        journal: The run's journal folder if workers share it, else None.
-        streams: Most items in flight in one worker.
-        deadline_s: Seconds that a worker may take for one order.
-        carry: Most bytes of an order, and of a summary.
-        nodewise: Whether each worker has endpoints of its own.
-        folder: The run's folder.
-    """
-
-    run: dict[str, Any]
-    settings: dict[str, Any]
-    urls: list[str] | None
-    journal: Path | None
-    streams: int
-    deadline_s: float
-    carry: int
-    nodewise: bool
-    folder: Path
 
 
 class WorkCrew:
@@ -77,10 +44,14 @@ class WorkCrew:
         terms: What all orders have in common.
         ledger: The run's journal.
         progress: The run's counts.
+        lender: Lends orders what they may spend.
     """
 
-    def __init__(self, pool: ShardPool, terms: Terms, ledger: Ledger, progress: Progress) -> None:
-        self._pool, self._terms = pool, terms
+    def __init__(
+        self, pool: ShardPool, terms: Terms, ledger: Ledger, progress: Progress, lender: Lender
+    ) -> None:
+        self._pool, self._terms, self._lender = pool, terms, lender
+        self._hosts = set[str]()
         self._ledger, self._progress = ledger, progress
         self._signs = Signs(terms.journal, str(terms.run["token"]))
         self._orders = Counter[str]()
@@ -97,12 +68,29 @@ class WorkCrew:
         """Return how many shards are out."""
         return self._pool.out
 
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """Return how many hosts have worked so far, and how many of them work at most."""
+        held = max(1, len(self._hosts))
+        return held, min(held, self._pool.out)
+
     async def work(
         self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
     ) -> Answered | None:
         """Have the remaining items of a shard worked on; see the nodes' protocol."""
+        name = f"{shard.lo}-{shard.hi}"
+        try:
+            answered = await self._answered(shard, remaining)
+        finally:
+            self._lender.lost(name)  # nothing, once it was answered
+        return answered
+
+    async def _answered(
+        self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
+    ) -> Answered | None:
         for name in self._pool.left:
             if _overlap(name, shard) and (summary := await self._pool.take_over(name)):
+                await self._heard(summary)
                 return None, summary
         name = f"{shard.lo}-{shard.hi}"
 
@@ -111,13 +99,24 @@ class WorkCrew:
             items = await remaining()
             if not items:
                 return None
-            order = self._order(name, self._orders[name], items)
+            number = self._orders[name]
+            order = await asyncio.to_thread(_trimmed, self._order(name, number, items))
+            lease = await self._lender.lend(name, number, order.unpacked())
             self._orders[name] += 1
-            return await asyncio.to_thread(_trimmed, order)
+            return replace(order, lease=lease)
 
         # an attempt's number is that of its order: a shard may need several that are answered
         first = self._orders[name]
-        return await self._pool.run(make, lambda attempt: self._beat(name, first + attempt))
+        beat = lambda attempt: self._beat(name, first + attempt)  # noqa: E731
+        answered = await self._pool.run(make, beat)
+        if answered is not None:
+            await self._heard(answered[1])
+        return answered
+
+    async def _heard(self, summary: Summary) -> None:
+        """Take note of who has answered, and of what it has spent."""
+        self._hosts.add(summary.worker.partition(":")[0])
+        await self._lender.answered(summary)
 
     def _order(self, shard: str, attempt: int, items: list[Item]) -> Order:
         terms = self._terms
@@ -135,6 +134,7 @@ class WorkCrew:
             deadline_s=terms.deadline_s,
             stop_file=str(stop) if stop else None,
             carry=terms.carry,
+            tariff=terms.tariff,
         )
 
     def _beat(self, shard: str, attempt: int) -> Beat | None:
@@ -226,50 +226,14 @@ def _trimmed(order: Order) -> Order:
     return order
 
 
-def crew_terms(
-    folder: RunFolder, loaded: Loaded, up: Serving, about: dict[str, Any], life: int
-) -> Terms:
-    """Return what the orders of one life of a run have in common.
-
-    Raises:
-        ConfigurationError: The endpoints' key stands in the settings in clear text; it would
-            have to travel, and does not.
-    """
-    config = loaded.config
-    if loaded.plain["endpoints"]["api_key"] == MASKED:
-        msg = (
-            "endpoints.api_key is written out, and keys do not travel to workers; write it as "
-            "${VAR} and set the variable where the workers run"
-        )
-        raise ConfigurationError(msg)
-    run = {key: about[key] for key in ("model", "simulated", "fingerprint")}
-    return Terms(
-        run=run | {"id": about["run"], "life": life, "token": secrets.token_hex(4)},
-        settings=worker_settings(loaded),
-        urls=_started(up, config),
-        journal=folder.journal.resolve() if shares_folder(config.backend) else None,
-        streams=worker_streams(loaded),
-        deadline_s=config.backend.deadline_s,
-        carry=carried(config.backend),
-        nodewise=config.backend.node_endpoints,
-        folder=folder.path,
-    )
-
-
-def _started(up: Serving, config: RunConfig) -> list[str] | None:
-    """Return the URLs of a simulated fleet that was started here."""
-    if config.endpoints.simulated is None or config.backend.node_endpoints:
-        return None
-    return [spec.url for spec in up.specs]
-
-
 @asynccontextmanager
 async def open_crew(
-    loaded: Loaded, work: WorkShard, terms: Terms, ledger: Ledger, progress: Progress
+    work: WorkShard, terms: Terms, ledger: Ledger, progress: Progress, spends: Spending | None
 ) -> AsyncIterator[WorkCrew]:
     """Open the places and follow what their workers record."""
-    drain_s = loaded.config.limits.drain_s + loaded.config.limits.request_timeout_s
-    pool = shard_pool(loaded.config.backend, work, drain_s, terms.folder)
-    crew = WorkCrew(pool, terms, ledger, progress)
+    limits = terms.config.limits
+    drain_s = limits.drain_s + limits.request_timeout_s
+    pool = shard_pool(terms.config.backend, work, drain_s, terms.folder)
+    crew = WorkCrew(pool, terms, ledger, progress, Lender(spends, terms, pool.capacity))
     async with crew.opened():
         yield crew

@@ -13,10 +13,12 @@ from typing import Final
 
 import orjson
 
+from ..backends.accounts.budget import Budget
 from ..backends.accounts.errand import FiledLedger, SentLedger, WorkerLedger, worker_file
 from ..backends.accounts.journal import JournalWriter
 from ..backends.build import Serving, located, open_fleet, survey
 from ..backends.contract.errors import SiteError
+from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item
 from ..backends.contract.wire import Order
 from ..backends.fleet.address import EndpointSpec
@@ -25,7 +27,7 @@ from ..backends.nearby import served_here
 from ..configs.load import Loaded, load
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
-from ..nodes.context import RunTools
+from ..nodes.context import RunTools, unlimited
 from ..nodes.gate import Gate
 from ..nodes.progress import Progress
 from .items import item_runner
@@ -222,11 +224,12 @@ class OrderStore:
 
 @dataclass(frozen=True, slots=True)
 class Errand:
-    """An order in work: the tools for it, and what ends it early."""
+    """An order in work: the tools for it, what ends it early, and what it may spend."""
 
     tools: RunTools
     ledger: WorkerLedger
     stop: StopSign
+    budget: Budget | None = None
 
     def drain(self) -> str | None:
         """Tell why no further item shall begin, or None."""
@@ -254,7 +257,7 @@ class StopSign:
         return "the order's deadline" if time.monotonic() > self._end else None
 
 
-def errand(order: Order, parts: Parts, stop: StopSign) -> Errand:
+def errand(order: Order, parts: Parts, stop: StopSign, budget: Budget | None) -> Errand:
     """Return what one order needs, over parts that are open."""
     items, loaded = order.unpacked(), parts.loaded
     if parts.writer is None:
@@ -271,5 +274,8 @@ def errand(order: Order, parts: Parts, stop: StopSign) -> Errand:
         progress=Progress(total=len(items)),
         fingerprint=bytes.fromhex(order.run["fingerprint"]),
         simulated=order.run["simulated"],
+        tariff=Tariff(**order.tariff),
+        account=unlimited if budget is None else budget.account,
+        budget=budget,
     )
-    return Errand(tools, ledger, stop)
+    return Errand(tools, ledger, stop, budget)

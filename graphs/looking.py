@@ -35,7 +35,7 @@ def status(path: Path, as_json: bool) -> None:
     folder = open_folder(path)
     about = folder.read_provenance()
     with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
-        counts, spent = ledger.counts(), ledger.spent
+        counts, spent = ledger.counts(), ledger.total()
     last = about["lives"][-1] if about["lives"] else {"outcome": None}
     state = "running" if folder.in_use() else last["outcome"] or "killed; resumable"
     facts = {

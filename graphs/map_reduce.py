@@ -1,4 +1,4 @@
-"""The map-reduce graph: load → dispatch → shards → gather → (dispatch | reduce)."""
+"""The map-reduce graph: load → dispatch → shards → gather → (approve | dispatch | reduce)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime
 
+from ..nodes.approve import approve
 from ..nodes.dispatch import dispatch, fan_out, gather, more
 from ..nodes.load import enter, load
 from ..nodes.reduce import reduce
@@ -35,12 +36,14 @@ def build(
     graph.add_node("dispatch", bound.node(dispatch))
     graph.add_node("shard", _shard_node(bound), input_schema=ShardState)
     graph.add_node("gather", bound.node(gather))
+    graph.add_node("approve", bound.node(approve))
     graph.add_node("reduce", bound.node(reduce))
     graph.add_conditional_edges(START, enter, ["load"])
     graph.add_edge("load", "dispatch")
     graph.add_conditional_edges("dispatch", fan_out, ["shard"])
     graph.add_edge("shard", "gather")
-    graph.add_conditional_edges("gather", more, ["dispatch", "reduce"])
+    graph.add_conditional_edges("gather", more, ["dispatch", "approve", "reduce"])
+    graph.add_edge("approve", "dispatch")
     graph.add_edge("reduce", END)
     return graph
 

@@ -9,11 +9,13 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..backends.accounts.budget import Budget
 from ..backends.accounts.endpoints import FILE, append_endpoints
 from ..backends.accounts.folder import RunFolder
 from ..backends.contract.errors import LedgerError
 from ..backends.fleet.fleet import Fleet
 from ..nodes.context import RunTools
+from .spending import Spending, watched
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +26,26 @@ class OpenedRun(RunTools):
 
     Attributes:
         fleet: The fleet; None when nothing is to be asked, or workers elsewhere ask.
+        budget: What the run may spend.
     """
 
     fleet: Fleet | None = None
+    budget: Budget | None = None
+
+
+@asynccontextmanager
+async def spent_in(spending: Spending, run: OpenedRun) -> AsyncIterator[None]:
+    """Watch the budget of an open run while the block runs."""
+
+    def nodes() -> tuple[int, int]:
+        if run.crew is not None:
+            return run.crew.nodes
+        return (0, 0) if run.fleet is None else run.fleet.nodes
+
+    terms = spending.budget.terms
+    timed = terms.caps.node_ms is not None or terms.tariff.node > 0
+    async with watched(spending, run.gate, nodes, timed):
+        yield
 
 
 def endpoints_file(folder: RunFolder) -> Path:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backends.accounts.book import Shelf
 from ..backends.accounts.folder import RunFolder
 from ..backends.accounts.ledger import Ledger
 from ..backends.build import open_fleet
@@ -26,15 +27,17 @@ from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
-from ..nodes.context import RunTools
+from ..nodes.context import RunTools, unlimited
 from ..nodes.gate import Gate
 from ..nodes.progress import Progress
 from ..nodes.state import ItemState
-from .crew import STOP_S, WorkCrew, crew_terms, open_crew
+from .crew import STOP_S, WorkCrew, open_crew
 from .identity import fingerprint
 from .items import TRACED_ITEMS, ItemEngine, RunItem, is_seen, item_runner
 from .metrics import exposed
-from .opened import OpenedRun, reported
+from .opened import OpenedRun, reported, spent_in
+from .spending import Spending, spending, tariff_of
+from .terms import crew_terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,25 +72,31 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
     async with AsyncExitStack() as stack:
         books = await asyncio.to_thread(_open_books, folder, loaded)
         stack.push_async_callback(asyncio.to_thread, books.files.close)
-        ledger, total = books.ledger, len(books.store)
+        ledger, total, tariff = books.ledger, len(books.store), tariff_of(config)
         stack.push_async_callback(ledger.aclose)
-        ledger.begin(f"{socket.gethostname()} pid {os.getpid()}", config.ledger.fsync_s)
+        who = f"{socket.gethostname()} pid {os.getpid()}"
+        ledger.begin(who, config.ledger.fsync_s, books.next_life)
         if mode.retried is not None:
             ledger.reopen_failed(mode.retried.setdefault(folder.path, ledger.life))
         progress = _progress(ledger, total)
         run_item: RunItem = _nothing_to_ask
         fleet: Fleet | None = None
         crew: WorkCrew | None = None
+        spends: Spending | None = None
         if ledger.counts().open:
+            spends = await stack.enter_async_context(
+                spending(folder, config, tariff, ledger, books.run)
+            )
             up = await stack.enter_async_context(
                 served(config, loaded.plain["endpoints"], books.model)
             )
             _check_kind(up.simulated, books.simulated)
             if is_elsewhere(config.backend):
                 _check_mode(mode)
-                terms = crew_terms(folder, loaded, up, books.about, ledger.life)
+                about = {**books.about, "life": ledger.life}
+                terms = crew_terms(folder, loaded, up, about, tariff)
                 crew = await stack.enter_async_context(
-                    open_crew(loaded, mode.work_shard, terms, ledger, progress)
+                    open_crew(mode.work_shard, terms, ledger, progress, spends)
                 )
             else:
                 fleet = await stack.enter_async_context(open_fleet(config, up))
@@ -105,9 +114,14 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
             progress=progress,
             fingerprint=bytes.fromhex(books.fingerprint),
             simulated=books.simulated,
+            tariff=tariff,
+            account=unlimited if spends is None else spends.budget.account,
+            budget=None if spends is None else spends.budget,
             crew=crew,
             fleet=fleet,
         )
+        if spends is not None:
+            await stack.enter_async_context(spent_in(spends, tools))
         await stack.enter_async_context(exposed(tools, config.metrics.port))
         yield tools
 
@@ -136,6 +150,11 @@ class _Books:
     store: ItemStore
     ledger: Ledger
     about: dict[str, Any]
+    next_life: int
+
+    @property
+    def run(self) -> str:
+        return str(self.about["run"])
 
     @property
     def model(self) -> str:
@@ -162,11 +181,12 @@ def _open_books(folder: RunFolder, loaded: Loaded) -> _Books:
         stack.enter_context(folder.locked())
         store = stack.enter_context(ItemStore(folder.items))
         ledger = Ledger(folder.journal, about["run"], len(store))
-        return _Books(stack.pop_all(), store, ledger, about)
+        next_life = Shelf(folder.budget, about["run"]).next_life()
+        return _Books(stack.pop_all(), store, ledger, about, next_life)
 
 
 def _progress(ledger: Ledger, total: int) -> Progress:
-    counts, spent = ledger.counts(), ledger.spent
+    counts, spent = ledger.counts(), ledger.total()
     return Progress(
         total=total,
         done=counts.done,
@@ -175,6 +195,9 @@ def _progress(ledger: Ledger, total: int) -> Progress:
         requests=spent.requests,
         prompt_tokens=spent.prompt_tokens,
         completion_tokens=spent.completion_tokens,
+        lost_tokens=spent.lost_tokens,
+        useful_tokens=spent.useful_tokens,
+        nano_usd=spent.nano_usd,
     )
 
 

@@ -6,17 +6,18 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphDrained
+from langgraph.types import Interrupt
 from rich.console import Console
 
 from ..backends.accounts.folder import RunFolder, now
-from ..backends.contract.errors import LedgerError, RunStoppedError
+from ..backends.contract.errors import BudgetExhaustedError, LedgerError, RunStoppedError
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
 from .context import RunContext
@@ -28,8 +29,9 @@ from .stopping import Stop, stoppable
 
 logger = logging.getLogger(__name__)
 
-DONE, OTHER, USAGE, FAILURES, INTERRUPTED = 0, 1, 2, 3, 5
-"""Exit codes: all done; anything else; wrong usage or settings; some items failed; resumable."""
+DONE, OTHER, USAGE, FAILURES, BUDGET, INTERRUPTED = 0, 1, 2, 3, 4, 5
+"""Exit codes: all done; anything else; wrong usage or settings; some items failed; the budget is
+exhausted; interrupted. The last two are resumable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class RunResult:
         aggregate: One entry per reduce stage; empty when the run is not finished.
         simulated: Whether the answers are simulated.
         reason: Why it was interrupted, or None.
+        limited: What the run's budget limits, by its names in settings.
     """
 
     code: int
@@ -74,6 +77,7 @@ class RunResult:
     aggregate: list[dict[str, Any]]
     simulated: bool
     reason: str | None = None
+    limited: tuple[str, ...] = ()
 
 
 async def execute(
@@ -171,7 +175,7 @@ class _Life:
             going_on = await self._can_go_on(graph, thread)
             async with watching(self.tools, self.console, self.options.quiet):
                 result = await self._invoked(graph, thread, going_on)
-                if result.code != INTERRUPTED and not self._agrees(result):
+                if result.code not in {BUDGET, INTERRUPTED} and not self._agrees(result):
                     result = await self._invoked(graph, thread, going_on=False)
                 return result
 
@@ -208,11 +212,15 @@ class _Life:
     async def _outcome(self, invocation: asyncio.Future[Any]) -> RunResult:
         try:
             final = await invocation
+        except BudgetExhaustedError as error:
+            return self._result(BUDGET, _counts(self.tools), [], error.message)
         except (GraphDrained, RunStoppedError, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and self.stop.reason is None:
                 raise
             reason = self.tools.gate.reason or str(error)
             return self._result(INTERRUPTED, _counts(self.tools), [], reason)
+        if asked := final.get("__interrupt__"):
+            return self._result(BUDGET, _counts(self.tools), [], _reason(asked, self.tools))
         progress = final["progress"]
         code = FAILURES if progress["failed"] else DONE
         return self._result(code, progress, final["aggregate"])
@@ -224,8 +232,20 @@ class _Life:
         aggregate: list[dict[str, Any]],
         reason: str | None = None,
     ) -> RunResult:
-        simulated = self.tools.simulated
-        return RunResult(code, self.folder, self.run, 0.0, progress, aggregate, simulated, reason)
+        simulated, budget = self.tools.simulated, self.tools.budget
+        limited = () if budget is None else tuple(budget.report())
+        return RunResult(
+            code, self.folder, self.run, 0.0, progress, aggregate, simulated, reason, limited
+        )
+
+
+def _reason(asked: Sequence[Interrupt], tools: RunTools) -> str:
+    """Return what is exhausted, and what it would take to finish."""
+    question: dict[str, Any] = asked[0].value
+    needs = (f"{value:,} {name}" for name, value in question["total_to_finish"].items())
+    to_finish = ", ".join(needs)
+    reason = tools.gate.reason or question["why"]
+    return reason + (f"; to finish it takes about {to_finish} in all" if to_finish else "")
 
 
 def _stages(parts: dict[str, Any]) -> Any:
@@ -233,12 +253,4 @@ def _stages(parts: dict[str, Any]) -> Any:
 
 
 def _counts(tools: RunTools) -> dict[str, Any]:
-    progress = tools.progress
-    return {
-        "items": progress.total,
-        "done": progress.done,
-        "failed": progress.failed,
-        "requests": progress.requests,
-        "tokens": {"prompt": progress.prompt_tokens, "completion": progress.completion_tokens},
-        "simulated": tools.simulated,
-    }
+    return tools.progress.to_json(simulated=tools.simulated)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from .metrics import check_metrics
 from .prepare import default_folder, prepare_run
 from .report import show_aggregate
 from .resume import resume_run
-from .run import INTERRUPTED, RunOptions, RunResult, execute
+from .run import BUDGET, INTERRUPTED, RunOptions, RunResult, execute
 from .saver import check_saver
 from .settings import settle
 
@@ -40,16 +40,22 @@ class Wish:
     trace: bool = False
     retry_failed: bool = False
     metrics_port: int | None = None
+    budget: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def caps(self) -> list[str]:
+        """Return the caps as overrides of settings."""
+        return [f"budget.{key}={cap}" for key, cap in self.budget.items() if cap is not None]
 
     @property
     def changes_settings(self) -> bool:
         """Say whether any of them changes the configuration."""
         given = (self.overrides, self.input_path, self.limit, self.endpoints, self.metrics_port)
-        return any(given)
+        return any(given) or bool(self.caps)
 
     def settled(self, config: str) -> tuple[Loaded, list[str]]:
         """Return the configuration with the options applied, and notices."""
-        overrides = list(self.overrides)
+        overrides = [*self.overrides, *self.caps]
         if self.metrics_port is not None:
             overrides.append(f"metrics.port={self.metrics_port}")
         loaded, notices = settle(config, overrides, self.input_path, self.limit, self.endpoints)
@@ -123,6 +129,8 @@ async def _resume(
 ) -> RunResult:
     await check_saver(wish.checkpointer)
     resumed = await resume_run(folder, loaded)
+    if wish.caps:  # the latest word counts
+        await asyncio.to_thread(folder.caps.unlink, missing_ok=True)
     options = RunOptions(
         wish.checkpointer,
         wish.trace,
@@ -175,6 +183,10 @@ def _last_lines(result: RunResult) -> list[str]:
         f"{progress['items']:,} in {result.seconds:,.1f} s; {progress['requests']:,} requests, "
         f"{progress['tokens']['prompt']:,} + {progress['tokens']['completion']:,} tokens"
     ]
+    if result.code == BUDGET:
+        lines.append(f"Paused: {result.reason}")
+        lines.append(f"Go on with a higher total: fanfold resume {folder.path} {_raise(result)}")
+        return lines
     if result.code == INTERRUPTED:
         lines.append(f"Interrupted: {result.reason}")
         lines.append(f"Go on with: fanfold resume {folder.path}")
@@ -183,6 +195,11 @@ def _last_lines(result: RunResult) -> list[str]:
     if progress["failed"]:
         lines.append(f"Failed items, with class and text: {folder.failures}")
     return lines
+
+
+def _raise(result: RunResult) -> str:
+    """Return the options that raise what limits the run."""
+    return " ".join(f"--budget-{name.replace('_', '-')} N" for name in result.limited)
 
 
 def messages() -> Console:

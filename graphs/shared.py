@@ -88,6 +88,12 @@ class Shared(Generic[T]):
             if held.users == 0:
                 await held.release()
 
+    def opened(self, key: Hashable) -> T | None:
+        """Return what is open under a key in this loop, or None."""
+        held = self._held.get((asyncio.get_running_loop(), key))
+        ready = held is not None and held.ready.done() and not held.ending
+        return held.ready.result() if held is not None and ready else None
+
     def _forget(self, place: Hashable, held: _Held[T], _: object = None) -> None:
         if self._held.get(place) is held:
             del self._held[place]

@@ -24,6 +24,7 @@ from ..backends.contract.types import Json, Shard
 from ..backends.contract.wire import Order, Summary, own_version
 from ..nodes.work import finish_some
 from .errand import Bag, attending, errand
+from .leased import leased, out_of_lease, used_of
 
 T = TypeVar("T")
 
@@ -91,8 +92,12 @@ def _check_version(order: Order) -> None:
 
 async def _work(order: Order, bag: Bag) -> Summary:
     began = time.monotonic()
-    async with attending(order) as stop, bag.parts(order, whoami()) as parts:
-        job = errand(order, parts, stop)
+    async with (
+        attending(order) as stop,
+        bag.parts(order, whoami()) as parts,
+        leased(order, parts.loaded.config) as budget,
+    ):
+        job = errand(order, parts, stop, budget)
         part = await finish_some(Shard(0, len(order.items)), job.tools, job.drain)
         gate = job.tools.gate
         summary = Summary(
@@ -104,8 +109,10 @@ async def _work(order: Order, bag: Bag) -> Summary:
             stopped=gate.reason,
             parts=None if job.ledger.altered else part.state(),
             records=job.ledger.sent,
-            error=None if gate.error is None else as_data(gate.error),
+            error=None if gate.error is None or out_of_lease(gate.error) else as_data(gate.error),
             seconds=time.monotonic() - began,
+            lease=None if order.lease is None else order.lease["name"],
+            used=None if budget is None else used_of(budget).to_json(),
         )
         return await asyncio.to_thread(_carried, summary, order.carry)
 
@@ -125,6 +132,8 @@ def _refused(order: Any, error: FanfoldError) -> Summary:
         fanfold=own_version(),
         worker=whoami(),
         error=as_data(error),
+        lease=(said.get("lease") or {}).get("name"),
+        used={},
     )
 
 

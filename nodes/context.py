@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+from ..backends.contract.calls import Account
+from ..backends.contract.money import FREE, Amount, Tariff
 from ..backends.contract.protocols import ChatModel
 from ..backends.contract.template import Template
 from ..backends.contract.types import Item, Json, Shard
@@ -102,6 +104,11 @@ class Crew(Protocol):
         """Return how many shards are out."""
         ...
 
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """Return how many nodes are held, and how many of them work."""
+        ...
+
     async def work(
         self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
     ) -> Answered | None:
@@ -133,6 +140,23 @@ class Crew(Protocol):
         ...
 
 
+class Budget(Protocol):
+    """What a run may spend."""
+
+    @property
+    def needed(self) -> Amount | None:
+        """What could not be reserved, if that was refused."""
+        ...
+
+    def report(self) -> dict[str, Json]:
+        """Return, by limit, what is spent of which cap."""
+        ...
+
+
+def unlimited() -> None:
+    """Return no account."""
+
+
 @dataclass(frozen=True)
 class RunTools:
     """What the nodes of one open run may use.
@@ -146,6 +170,9 @@ class RunTools:
         progress: Counts for whoever watches.
         fingerprint: Digest of what is asked of every item: prompt, schema, model.
         simulated: Whether the fleet is simulated.
+        tariff: What tokens cost.
+        account: Returns what one item may spend; None is no limit.
+        budget: What the run may spend; None is no limit.
         crew: Those who work on shards elsewhere; None: they are worked on here.
     """
 
@@ -157,6 +184,9 @@ class RunTools:
     progress: Progress
     fingerprint: bytes
     simulated: bool
+    tariff: Tariff = FREE
+    account: Callable[[], Account | None] = unlimited
+    budget: Budget | None = None
     crew: Crew | None = None
 
 
@@ -195,6 +225,18 @@ class Context(ABC):
     @abstractmethod
     def opened(self, folder: str) -> AbstractAsyncContextManager[RunTools]:
         """Open a run; users in the same loop share what is open."""
+
+    @abstractmethod
+    async def shortfall(self, folder: str, needed: Mapping[str, int]) -> dict[str, Json] | None:
+        """Return what to ask of the user while the budget does not carry ``needed``, or None.
+
+        Raises:
+            BudgetExhaustedError: The settings say to stop rather than to ask.
+        """
+
+    @abstractmethod
+    async def allow(self, folder: str, answer: Any) -> str | None:
+        """Take an answer as the run's new caps; return what is wrong with it, or None."""
 
     @abstractmethod
     async def finish(

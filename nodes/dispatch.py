@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, cast
 
 from langgraph.runtime import Runtime
-from langgraph.types import Send
+from langgraph.types import Overwrite, Send
 
 from .context import Context
 from .state import RunState
@@ -16,10 +16,12 @@ _WAVES: Final = 4
 
 
 async def dispatch(state: RunState, runtime: Runtime[Context]) -> RunState:  # noqa: ARG001 - a node
-    """Move the cursor over the next window of shards."""
+    """Take the shards that are left over, or move the cursor over the next window of shards."""
+    if left := state.get("left"):
+        return cast(RunState, {"again": left, "left": Overwrite([]), "needed": Overwrite({})})
     lo, total = state["cursor"], state["total"]
     size, count = _cut(state, total - lo)
-    return {"cursor": min(total, lo + count * size), "sent": [lo, size]}
+    return {"cursor": min(total, lo + count * size), "sent": [lo, size], "again": []}
 
 
 def _cut(state: RunState, left: int) -> tuple[int, int]:
@@ -42,11 +44,12 @@ def _cut(state: RunState, left: int) -> tuple[int, int]:
 
 
 def fan_out(state: RunState) -> list[Send]:
-    """Send each shard of the window that the cursor has just passed."""
-    (lo, size), hi = state["sent"], state["cursor"]
+    """Send the shards that are left over, or each of the window that the cursor has just passed."""
+    (lo, size), hi, folder = state["sent"], state["cursor"], state["run_folder"]
+    window = [[lo, min(lo + size, hi)] for lo in range(lo, hi, size)]
     return [
-        Send("shard", {"run_folder": state["run_folder"], "lo": lo, "hi": min(lo + size, hi)})
-        for lo in range(lo, hi, size)
+        Send("shard", {"run_folder": folder, "lo": lo, "hi": hi})
+        for lo, hi in state.get("again") or window
     ]
 
 
@@ -56,5 +59,7 @@ async def gather(state: RunState, runtime: Runtime[Context]) -> RunState:  # noq
 
 
 def more(state: RunState) -> str:
-    """Name the node after ``gather``: another window, or the end."""
+    """Name the node after ``gather``: a pause for the budget, another window, or the end."""
+    if state.get("left"):
+        return "approve"
     return "dispatch" if state["cursor"] < state["total"] else "reduce"

@@ -7,7 +7,12 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from ..backends.contract.errors import ConfigurationError, LedgerError, RunStoppedError
+from ..backends.contract.errors import (
+    BudgetExhaustedError,
+    ConfigurationError,
+    LedgerError,
+    RunStoppedError,
+)
 from ..backends.contract.types import Item, Shard
 from ..backends.contract.wire import Order, Summary
 from .context import Answered, Crew, RunTools
@@ -40,6 +45,9 @@ async def work_elsewhere(
         return None
     try:
         return await _Errand(shard, tools, crew, drain).done()
+    except BudgetExhaustedError as error:
+        tools.gate.close(error.message, error)
+        return None
     except (RunStoppedError, ConfigurationError, LedgerError) as error:
         tools.gate.close(error.message, error)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from langgraph.runtime import Runtime
 
+from ..backends.contract.calls import CURRENT_CALLS
 from ..backends.contract.errors import EndpointError
 from .context import ItemContext
 from .prepare import failure
@@ -14,6 +15,8 @@ async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
     """Ask the model; an endpoint's failure ends the item, what ends the run is raised."""
     try:
         reply = await runtime.context.model.ask(state["messages"])
+        if (calls := CURRENT_CALLS.get()) is not None:
+            calls.useful = reply.usage  # what was answered before is sent back
     except EndpointError as error:
         return {"error": failure(error)}
     return {

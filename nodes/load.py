@@ -47,6 +47,8 @@ async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
         "window": run.window,
         "sizing": run.sizing,
         "cursor": 0,
+        "left": Overwrite([]),
+        "needed": Overwrite({}),
         "pace": Overwrite({}),
         "tally": Overwrite({}),  # a thread that is used again starts anew
         "parts": Overwrite({}),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..backends.contract.money import NANO
+
 
 @dataclass(slots=True)
 class Progress:
@@ -19,6 +21,9 @@ class Progress:
         requests: Requests sent over all lives for items that ended.
         prompt_tokens: Their prompt tokens, as far as reported.
         completion_tokens: Their completion tokens, as far as reported.
+        lost_tokens: The most tokens of requests that may have been paid and brought no answer.
+        useful_tokens: Tokens of the answers that count.
+        nano_usd: Nano-dollars that they cost.
     """
 
     total: int = 0
@@ -28,6 +33,31 @@ class Progress:
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    lost_tokens: int = 0
+    useful_tokens: int = 0
+    nano_usd: int = 0
+
+    @property
+    def wasted_tokens(self) -> int:
+        """Tokens that may have been paid for nothing: failed, hedged, sent back."""
+        paid = self.prompt_tokens + self.completion_tokens + self.lost_tokens
+        return paid - self.useful_tokens
+
+    def to_json(self, *, simulated: bool) -> dict[str, Any]:
+        """Return the counts as a run's state and its ``--json`` tell them."""
+        return {
+            "items": self.total,
+            "done": self.done,
+            "failed": self.failed,
+            "requests": self.requests,
+            "tokens": {
+                "prompt": self.prompt_tokens,
+                "completion": self.completion_tokens,
+                "wasted": self.wasted_tokens,
+            },
+            "usd": self.nano_usd / NANO,
+            "simulated": simulated,
+        }
 
     def count(self, record: Mapping[str, Any]) -> None:
         """Count an item that has just ended, by its journal record."""
@@ -36,3 +66,6 @@ class Progress:
         self.requests += record["attempts"]
         self.prompt_tokens += record["prompt_tokens"] or 0
         self.completion_tokens += record["completion_tokens"] or 0
+        self.lost_tokens += record["lost_tokens"]
+        self.useful_tokens += record["useful_tokens"]
+        self.nano_usd += record["nano_usd"]

@@ -23,16 +23,9 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
         if tools.ledger.twice:
             tally, parts = await asyncio.to_thread(_folded_anew, tools)
         aggregate = tools.aggregate.present(parts)
-        progress = {
-            "items": state["total"],
+        progress = tools.progress.to_json(simulated=tools.simulated) | {
             "done": tally.get("done", 0),
             "failed": tally.get("failed", 0),
-            "requests": tools.progress.requests,
-            "tokens": {
-                "prompt": tools.progress.prompt_tokens,
-                "completion": tools.progress.completion_tokens,
-            },
-            "simulated": tools.simulated,
         }
         results = await context.finish(state["run_folder"], aggregate, progress)
     return {"aggregate": aggregate, "progress": progress, "results": results}

@@ -7,8 +7,9 @@ from typing import Any
 from langgraph.errors import GraphDrained
 from langgraph.runtime import Runtime
 
+from ..backends.contract.errors import BudgetExhaustedError
 from ..backends.contract.types import Shard
-from .context import Context
+from .context import Context, RunTools
 from .elsewhere import work_elsewhere
 from .state import ShardState
 from .work import work
@@ -16,6 +17,8 @@ from .work import work
 
 async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
     """Finish the shard's items and return its part of the aggregate.
+
+    A shard that the budget does not carry to its end is left for later.
 
     Raises:
         GraphDrained: The run is being stopped; the shard is not finished and will run again.
@@ -36,4 +39,15 @@ async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
             return part.summary()
         # A failing Send cancels the others: none may fail before all of their items are safe.
         await tools.gate.drained()
+        if isinstance(tools.gate.error, BudgetExhaustedError):
+            return left_over(range_, tools)
         raise tools.gate.error or GraphDrained(tools.gate.reason or "drain")
+
+
+def left_over(range_: Shard, tools: RunTools) -> dict[str, Any]:
+    """Return the update for a shard that the budget did not carry."""
+    needed = tools.budget.needed if tools.budget is not None else None
+    return {
+        "left": [[range_.lo, range_.hi]],
+        "needed": {} if needed is None else needed.to_json(),
+    }

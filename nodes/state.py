@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Annotated, Any
 
 from langgraph.channels import UntrackedValue
@@ -46,6 +47,11 @@ class ShardState(TypedDict):
 def add_tallies(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
     """Add two tallies key by key."""
     return {key: a.get(key, 0) + b.get(key, 0) for key in a | b}
+
+
+def most_needed(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+    """Keep the larger of each."""
+    return {key: max(a.get(key, 0), b.get(key, 0)) for key in a | b}
 
 
 def add_paces(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
@@ -106,6 +112,9 @@ class RunState(RunInput, RunOutput, total=False):
         sizing: How shards that are worked on elsewhere are sized; None keeps ``shard_items``.
         sent: First item of the present superstep, and its items per shard.
         cursor: First item that no shard was sent for yet.
+        left: Shards that the budget did not carry to their end, each ``[lo, hi]``.
+        needed: What the budget did not carry.
+        again: Shards that are sent again in the present superstep.
         pace: Items that workers elsewhere have finished, and the seconds that each took for its
             own, added up.
         tally: Counts over the finished shards.
@@ -119,6 +128,9 @@ class RunState(RunInput, RunOutput, total=False):
     sizing: dict[str, Json] | None
     sent: list[int]
     cursor: int
+    left: Annotated[list[list[int]], operator.add]
+    needed: Annotated[dict[str, int], most_needed]
+    again: list[list[int]]
     pace: Annotated[dict[str, float], add_paces]
     tally: Annotated[dict[str, int], add_tallies]
     parts: Annotated[dict[str, Any], combine]

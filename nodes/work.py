@@ -181,7 +181,8 @@ class _Worker:
 
     async def _finish(self, item: Item) -> None:
         """Take one item to its end and record it; what ends the run closes the gate."""
-        calls = CallLog()
+        account = self._tools.account()
+        calls = CallLog(account=account)
         CURRENT_CALLS.set(calls)  # this task's own context: the log reaches all that it starts
         started = time.perf_counter()
         try:
@@ -189,6 +190,9 @@ class _Worker:
         except (RunStoppedError, ConfigurationError) as error:
             self._tools.gate.close(error.message, error)
             return
+        finally:
+            if account is not None:
+                account.close()
         record = _record(item, state, calls, time.perf_counter() - started, self._tools)
         try:
             self._tools.ledger.put(record)
@@ -256,7 +260,8 @@ def _unexpected(error: BaseException) -> ItemState:
 def _record(
     item: Item, state: ItemState, calls: CallLog, latency_s: float, tools: RunTools
 ) -> dict[str, Json]:
-    error = state.get("error")
+    error, usage = state.get("error"), calls.usage
+    useful = usage if calls.useful is None else calls.useful
     return {
         "index": item.index,
         "id": item.id,
@@ -268,8 +273,12 @@ def _record(
         "model": calls.model,
         "attempts": calls.requests,
         "repairs": state.get("repairs", 0),
-        "prompt_tokens": calls.usage.prompt,
-        "completion_tokens": calls.usage.completion,
+        "prompt_tokens": usage.prompt,
+        "cached_tokens": usage.cached,
+        "completion_tokens": usage.completion,
+        "lost_tokens": calls.lost.tokens,
+        "useful_tokens": 0 if error else useful.tokens,
+        "nano_usd": tools.tariff.nano_usd(usage) + tools.tariff.nano_usd(calls.lost),
         "latency_s": round(latency_s, 4),
         "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "simulated": tools.simulated,

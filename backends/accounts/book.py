@@ -161,6 +161,13 @@ class Shelf:
         """Return the path of a life's book."""
         return self._folder / f"{life:04}.jsonl"
 
+    def next_life(self) -> int:
+        """Return the number of the first life without a book, from 1."""
+        return 1 + max((int(p.stem) for p in self._lives()), default=0)
+
+    def _lives(self) -> list[Path]:
+        return sorted(p for p in self._folder.glob("[0-9]*.jsonl") if p.stem.isdigit())
+
     def of_lease(self, lease: str) -> Path:
         """Return the path of the book of a lease, written by who has it."""
         return self._folder / f"lease-{lease}.jsonl"
@@ -179,8 +186,7 @@ class Shelf:
         Raises:
             LedgerError: One is damaged.
         """
-        files = (p for p in self._folder.glob("[0-9]*.jsonl") if p.stem.isdigit())
-        return {int(path.stem): read_page(path, self._run) for path in sorted(files)}
+        return {int(path.stem): read_page(path, self._run) for path in self._lives()}
 
     def lent(self, now: float | None = None) -> dict[str, Amount]:
         """Return, by name, what counts as spent of each lease that did not come back to its life.

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..contract.money import HOUR_MS, NANO, Amount, Caps, Tariff
+from ..contract.types import Json
 from .account import Gauge, ItemAccount
 from .book import Book
 from .purse import Purse
 
 logger = logging.getLogger(__name__)
+
+SHOWN: Final[dict[str, tuple[str, int]]] = {
+    "requests": ("requests", 1),
+    "tokens": ("tokens", 1),
+    "nano_usd": ("usd", NANO),
+    "node_ms": ("node_hours", HOUR_MS),
+}
+"""By field of an amount: its name in settings, and how many of the field's unit make one."""
 
 _FINE: Final = 0.1 * NANO
 """Smaller sums are shown with more digits."""
@@ -59,7 +68,7 @@ class Budget:
         until: float = float("inf"),
     ) -> None:
         self.terms, self.before = terms, before
-        self.purse = Purse(_left(terms.caps, before), book, self._refused, until)
+        self.purse = Purse(_left(terms.caps, before), book, self.refusal, until)
         self.needed: Amount | None = None
         self._gauge = Gauge()
         self._warned = set[tuple[str, float]]()
@@ -87,13 +96,22 @@ class Budget:
                     part = f"{100 * value / cap:.0f} % of the budget"
                     logger.warning("%s: %s of %s", part, said(name, value), said(name, cap))
 
-    def _refused(self, needed: Amount) -> str:
-        """Say what is exhausted."""
+    def report(self) -> dict[str, Json]:
+        """Return, by limit, what is spent of which cap."""
+        spent = self.spent()
+        return {
+            key: {"spent": getattr(spent, name) / unit, "cap": cap / unit}
+            for name, cap in _limits(self.terms.caps)
+            for key, unit in [SHOWN[name]]
+        }
+
+    def refusal(self, needed: Amount) -> str:
+        """Say what is exhausted, and keep what was needed."""
         self.needed = needed
         spent = self.spent()
         short = [
-            f"{said(name, getattr(spent, name))} of {said(name, cap)} spent, and the next item may "
-            f"take {said(name, getattr(needed, name))}"
+            f"{said(name, getattr(spent, name))} are spent of {said(name, cap)}, and the next item "
+            f"may take {said(name, getattr(needed, name))}"
             for name, cap in _limits(self.terms.caps)
             if getattr(spent.plus(self.purse.reserved).plus(needed), name) > cap
         ]

@@ -58,6 +58,16 @@ class RunFolder:
         return self.path / "checkpoints.sqlite"
 
     @property
+    def budget(self) -> Path:
+        """Return the folder of the budget's books."""
+        return self.path / "budget"
+
+    @property
+    def caps(self) -> Path:
+        """Return the caps that were allowed at a pause, on top of the settings'."""
+        return self.path / "caps.json"
+
+    @property
     def results(self) -> Path:
         """Return the results table."""
         return self.path / "results.parquet"

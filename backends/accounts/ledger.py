@@ -16,35 +16,11 @@ import orjson
 from ..contract.errors import LedgerError
 from ..contract.types import Json
 from .journal import JournalWriter, Line, scan
+from .totals import NUMBERS, Counts, Spent
 
 _OPEN, _DONE, _FAILED = 0, 1, 2
 _CODES: Final = {"done": _DONE, "failed": _FAILED}
-_SPENT: Final = ("attempts", "prompt_tokens", "completion_tokens")
 _NUMBER: Final = (int, type(None))
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """How many items are done, failed, and still open."""
-
-    done: int
-    failed: int
-    open: int
-
-
-@dataclass(slots=True)
-class Spent:
-    """Requests and tokens over all records, those that a newer one replaced included."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Add what one record says; tokens that no server reported count as none."""
-        self.requests += record.get("attempts") or 0
-        self.prompt_tokens += record.get("prompt_tokens") or 0
-        self.completion_tokens += record.get("completion_tokens") or 0
 
 
 @dataclass(slots=True)
@@ -74,7 +50,7 @@ class Ledger:
         items: Number of items of the run.
 
     Attributes:
-        spent: Requests and tokens so far.
+        spent: What each life has spent, by its number; records that a newer one replaced count.
         twice: Records that another worker's record of the same life has made void, or was made
             void by.
 
@@ -98,7 +74,8 @@ class Ledger:
         self.life = 0
         self.twice = 0
         self._failure: LedgerError | None = None
-        self.spent = Spent()
+        self.spent: dict[int, Spent] = {}
+        self._sums: list[Spent] = []
         for number, path in enumerate(self._paths):
             for line in scan(path, run):
                 _check(line, path, items)
@@ -106,15 +83,16 @@ class Ledger:
 
     # -- writing -------------------------------------------------------------------------
 
-    def begin(self, life: str, fsync_s: float) -> None:
+    def begin(self, life: str, fsync_s: float, least: int = 1) -> None:
         """Allow writing; the new journal file is made when the first item ends.
 
         Args:
             life: What the file's header says of the process that writes it.
             fsync_s: Seconds between flushes to disk.
+            least: The life's number at least; a life may have ended before its first item did.
         """
         self._life = (life, fsync_s)
-        self.life = 1 + (_number(self._paths[-1]) if self._paths else 0)
+        self.life = max(least, 1 + (_number(self._paths[-1]) if self._paths else 0))
 
     def put(self, record: dict[str, Json]) -> None:
         """Record how an item ended; on return it is safe from the end of this process.
@@ -298,7 +276,7 @@ class Ledger:
     def _note(self, number: int, start: int, length: int, record: dict[str, Any]) -> bool:
         """Note where an item's record is; return whether the item had not ended before."""
         index = record["index"]
-        self.spent.add(record)
+        self._spent_by(number).add(record)
         ended = self._state[index] != _OPEN
         if ended and self._rival(number, index):
             self.twice += 1
@@ -307,6 +285,20 @@ class Ledger:
         self._state[index] = _CODES[record["status"]]
         self._file[index], self._start[index], self._length[index] = number, start, length
         return not ended
+
+    def _spent_by(self, number: int) -> Spent:
+        """Return the sums of the life that wrote a file."""
+        while len(self._sums) <= number:
+            life = _number(self._paths[len(self._sums)])
+            self._sums.append(self.spent.setdefault(life, Spent()))
+        return self._sums[number]
+
+    def total(self) -> Spent:
+        """Return what all lives have spent."""
+        total = Spent()
+        for spent in self.spent.values():
+            total.merge(spent)
+        return total
 
     def _rival(self, number: int, index: int) -> bool:
         """Say whether an item's record is of a worker in the same life as a further one."""
@@ -338,6 +330,5 @@ def _check(line: Line, path: Path, items: int) -> None:
         raise LedgerError(msg)
     if record.get("status") not in ("done", "failed"):
         raise LedgerError(f"{where}: item {record.get('id')!r} has no status known here")
-    attempts, prompt, completion = map(type, map(record.get, _SPENT))
-    if not (attempts in _NUMBER and prompt in _NUMBER and completion in _NUMBER):
-        raise LedgerError(f"{where}: item {record.get('id')!r}: {', '.join(_SPENT)}: no numbers")
+    if not all(type(record.get(name)) in _NUMBER for name in NUMBERS):
+        raise LedgerError(f"{where}: item {record.get('id')!r}: {', '.join(NUMBERS)}: no numbers")

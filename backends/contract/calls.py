@@ -53,6 +53,10 @@ class Account(Protocol):
         """Reserve what one request may cost if there is room at once."""
         ...
 
+    def close(self) -> None:
+        """Give back what no request has taken; the item has ended."""
+        ...
+
 
 @dataclass(slots=True)
 class CallLog:

@@ -157,6 +157,10 @@ class Tariff:
             node=_up(node_hour / 3600, NANO),
         )
 
+    def to_json(self) -> dict[str, int]:
+        """Return it as plain data."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
     def nano_usd(self, usage: Usage) -> int:
         """Return what a call costs in nano-dollars, rounded up; unknown tokens cost nothing."""
         prompt, cached = usage.prompt or 0, min(usage.cached or 0, usage.prompt or 0)
@@ -172,6 +176,10 @@ class Tariff:
     def held(self, node_ms: int) -> Amount:
         """Return what nodes held for a while come to."""
         return Amount(0, 0, -(-node_ms * self.node // 1000), node_ms)
+
+
+FREE: Final = Tariff()
+"""Nothing costs anything, as far as known."""
 
 
 def _up(price: float, unit: int) -> int:

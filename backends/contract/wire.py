@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Final, Self
@@ -42,6 +42,10 @@ class Order:
         deadline_s: Seconds after which the worker takes no more items.
         stop_file: While this file is there, the worker takes no more items; or None.
         carry: Most bytes of the summary, as JSON.
+        tariff: What tokens cost, as :class:`~.money.Tariff`'s fields.
+        lease: What the order may spend: the lease's ``name``, its ``caps`` as fields of an
+            :class:`~.money.Amount`, and whether a book of it is ``booked`` in the run's folder;
+            None is no limit.
     """
 
     shard: str
@@ -56,6 +60,8 @@ class Order:
     deadline_s: float
     stop_file: str | None = None
     carry: int = CARRY
+    tariff: dict[str, int] = field(default_factory=dict)
+    lease: dict[str, Json] | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return it as plain data."""
@@ -91,6 +97,8 @@ class Summary:
         records: The items' journal records, or None when they are in the shared journal.
         error: Class and text of what kept the worker from its work, or from going on; or None.
         seconds: Wall time of the work.
+        lease: The order's lease, or None.
+        used: What was spent of it.
     """
 
     shard: str
@@ -103,6 +111,8 @@ class Summary:
     records: list[dict[str, Json]] | None = None
     error: dict[str, str] | None = None
     seconds: float = 0.0
+    lease: str | None = None
+    used: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return it as plain data."""
@@ -121,7 +131,7 @@ class Summary:
 
 def _plain(form: Order | Summary) -> dict[str, Json]:
     """Return the fields with the version; not a deep copy, which costs more than the items."""
-    return {"v": WIRE} | {field.name: getattr(form, field.name) for field in fields(form)}
+    return {"v": WIRE} | {one.name: getattr(form, one.name) for one in fields(form)}
 
 
 def _checked(data: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
@@ -134,8 +144,13 @@ def _checked(data: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
             f"expected {WIRE}); install the same fanfold on both, here {own_version()}"
         )
         raise ConfigurationError(msg)
-    names = {field.name for field in fields(kind)}
+    names = {one.name for one in fields(kind)}
     found = {name: value for name, value in data.items() if name in names}
-    if missing := {f.name for f in fields(kind) if f.default is MISSING} - found.keys():
+    needed = {
+        one.name
+        for one in fields(kind)
+        if one.default is MISSING and one.default_factory is MISSING
+    }
+    if missing := needed - found.keys():
         raise SiteError(f"{kind.__name__}: lacks {', '.join(sorted(missing))}")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
+from urllib.parse import urlsplit
 
 from .address import EndpointSpec, base_url, label_of
 from .breaker import Breaker, State
@@ -27,6 +28,7 @@ class Endpoint:
     Attributes:
         label: Name in results and messages, without credentials.
         url: Base URL.
+        host: Name or address of the machine.
         chat_url: URL of the chat completions.
         outstanding: Requests in flight.
         latency_s: Smoothed time to an answer in seconds, 0 when none has come.
@@ -51,6 +53,7 @@ class Endpoint:
         "chat_url",
         "ejected",
         "foreign",
+        "host",
         "label",
         "lane",
         "latency_s",
@@ -73,6 +76,7 @@ class Endpoint:
     ) -> None:
         self.spec = spec
         self.url = base_url(spec.url)
+        self.host = urlsplit(self.url).hostname or ""
         self.label = spec.label or label_of(spec.url)
         self.chat_url = f"{self.url}/chat/completions"
         self.outstanding = 0

@@ -181,6 +181,12 @@ class Fleet:
         """Requests in flight over all endpoints."""
         return self._warden.dispatch.in_flight
 
+    @property
+    def nodes(self) -> tuple[int, int]:
+        """How many hosts serve the fleet, and how many of them have requests in flight."""
+        here = [e for e in self.endpoints if not e.retired]
+        return len({e.host for e in here}), len({e.host for e in here if e.outstanding})
+
     def health(self) -> FleetHealth:
         """Return the fleet at a glance, for a live line."""
         warden = self._warden

@@ -24,7 +24,16 @@ ROWS: Final = 4_096
 BYTES: Final = 16 << 20
 """Fewer rows are written together once their JSON text is this long."""
 
-_INTEGERS: Final = ("attempts", "repairs", "prompt_tokens", "completion_tokens")
+_INTEGERS: Final = (
+    "attempts",
+    "repairs",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "lost_tokens",
+    "useful_tokens",
+    "nano_usd",
+)
 
 _TYPES: Final[Mapping[str, pa.DataType]] = {
     **dict.fromkeys(RESULT_COLUMNS, pa.string()),

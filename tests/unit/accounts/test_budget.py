@@ -87,9 +87,9 @@ class Trial:
 
     async def back(self, *_: Any) -> None:
         if self.out:
-            name, (_, used) = self.out.popitem()
-            for _ in range(2):
-                await self.leases.returned(name, tokens(used))
+            name, lent = self.out.popitem()
+            await self.leases.returned(name, tokens(lent[1]))
+            await self.leases.returned(name, tokens(lent[1]))
 
     async def lose(self, *_: Any) -> None:
         if self.out:
@@ -99,8 +99,8 @@ class Trial:
 
     async def late(self, *_: Any) -> None:
         if self.away:
-            name, (_, used) = self.away.popitem()
-            await self.leases.returned(name, tokens(used))
+            name, lent = self.away.popitem()
+            await self.leases.returned(name, tokens(lent[1]))
 
     async def end(self, crash: bool) -> None:
         self.away |= self.out
@@ -217,7 +217,9 @@ async def test_who_is_refused_learns_what_is_missing(tmp_path: Path) -> None:
     budget = opened(shelf_in(tmp_path), 1, Caps.of(usd=0.5, tokens=10**9))
     await budget.purse.reserve(Amount(1, 10, 4 * 10**8))
     budget.purse.settle(Amount(1, 10, 4 * 10**8), Amount(1, 10, 4 * 10**8))
-    with pytest.raises(BudgetExhaustedError, match=r"0.40 USD of 0.50 USD spent.*take 0.20 USD"):
+    with pytest.raises(
+        BudgetExhaustedError, match=r"0.40 USD are spent of 0.50 USD.*take 0.20 USD"
+    ):
         await budget.purse.reserve(Amount(1, 5, 2 * 10**8))
     assert not budget.carries(Amount(1, 5, 2 * 10**8))
     assert budget.carries(Amount(1, 5, 10**8))

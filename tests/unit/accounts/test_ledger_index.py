@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.accounts.conformance import sample
-from fanfold.backends.accounts.ledger import Counts, Ledger
+from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.accounts.totals import Counts
 from fanfold.backends.contract.errors import LedgerError
 
 
@@ -24,7 +25,7 @@ async def test_counts_and_what_was_spent(tmp_path: Path) -> None:
     await written(tmp_path, sample(1) | {"attempts": None, "completion_tokens": 7})
     with Ledger(tmp_path, "r", 10) as ledger:
         assert ledger.counts() == Counts(done=2, failed=0, open=8)
-        spent = ledger.spent
+        spent = ledger.total()
     assert (spent.requests, spent.prompt_tokens, spent.completion_tokens) == (6, 40, 7)
 
 

@@ -1,0 +1,82 @@
+"""What a journal's records add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..contract.money import Amount
+
+NUMBERS: Final = (
+    "attempts",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "lost_tokens",
+    "useful_tokens",
+    "nano_usd",
+)
+"""Fields of a record that are whole numbers or null."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many items are done, failed, and still open."""
+
+    done: int
+    failed: int
+    open: int
+
+
+@dataclass(slots=True)
+class Spent:
+    """Sums over records; what a record lacks counts as nothing.
+
+    Attributes:
+        requests: Requests sent, failed ones included.
+        prompt_tokens: Tokens of the prompts that were answered, as far as reported.
+        completion_tokens: Tokens of the answers, as far as reported.
+        cached_tokens: Prompt tokens that prefix caches held.
+        lost_tokens: The most tokens of requests that may have been paid and brought no answer.
+        useful_tokens: Tokens of the answers that count.
+        nano_usd: Nano-dollars.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    lost_tokens: int = 0
+    useful_tokens: int = 0
+    nano_usd: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Return all tokens that may have been paid."""
+        return self.prompt_tokens + self.completion_tokens + self.lost_tokens
+
+    @property
+    def wasted_tokens(self) -> int:
+        """Return the tokens that may have been paid for nothing: failed, hedged, sent back."""
+        return self.tokens - self.useful_tokens
+
+    @property
+    def amount(self) -> Amount:
+        """Return what a budget counts of it."""
+        return Amount(self.requests, self.tokens, self.nano_usd)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add what one record says."""
+        self.requests += record.get("attempts") or 0
+        self.prompt_tokens += record.get("prompt_tokens") or 0
+        self.completion_tokens += record.get("completion_tokens") or 0
+        self.cached_tokens += record.get("cached_tokens") or 0
+        self.lost_tokens += record.get("lost_tokens") or 0
+        self.useful_tokens += record.get("useful_tokens") or 0
+        self.nano_usd += record.get("nano_usd") or 0
+
+    def merge(self, other: Spent) -> None:
+        """Add other sums."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))

@@ -1,0 +1,297 @@
+"""The budget of an open run: from its settings, its books and its journal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from ..backends.accounts.allowed import read_allowed, write_allowed
+from ..backends.accounts.book import Shelf
+from ..backends.accounts.budget import SHOWN, Budget, BudgetTerms
+from ..backends.accounts.folder import RunFolder
+from ..backends.accounts.leases import Leases
+from ..backends.accounts.ledger import Ledger
+from ..backends.contract.errors import BudgetExhaustedError, ConfigurationError
+from ..backends.contract.money import Amount, Caps, Tariff
+from ..backends.contract.types import Json
+from ..configs.budget import BudgetConfig
+from ..configs.models import RunConfig
+from ..nodes.gate import Gate
+
+logger = logging.getLogger(__name__)
+
+_TICK_S: Final = 1.0
+_RECOVER_S: Final = 15.0
+
+Nodes = Callable[[], tuple[int, int]]
+"""Says how many nodes are held, and how many of them work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """A budget in use.
+
+    Attributes:
+        budget: What is left.
+        leases: What workers elsewhere have of it.
+        shelf: The run's books.
+    """
+
+    budget: Budget
+    leases: Leases
+    shelf: Shelf
+
+
+def caps_of(folder: RunFolder, config: BudgetConfig) -> Caps:
+    """Return a run's caps: the settings', with what was allowed at a pause on top.
+
+    Raises:
+        LedgerError: What was allowed cannot be read.
+    """
+    given = config.model_dump(include={key for key, _ in SHOWN.values()})
+    return Caps.of(**{**given, **read_allowed(folder.caps)})
+
+
+def allow(folder: RunFolder, answer: Any) -> str | None:
+    """Take an answer to a pause as the run's new caps; return what is wrong with it, or None.
+
+    Raises:
+        LedgerError: The caps cannot be read or written.
+    """
+    names = [key for key, _ in SHOWN.values()]
+    if not isinstance(answer, Mapping) or not answer or answer.keys() - set(names):
+        return f"answer with new totals, e.g. {{'usd': 20}}; names: {', '.join(names)}"
+    caps = {**read_allowed(folder.caps), **answer}
+    try:
+        BudgetConfig.model_validate(caps)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    write_allowed(folder.caps, caps)
+    return None
+
+
+def spent_before(shelf: Shelf, ledger: Ledger) -> Amount:
+    """Return the most that all lives so far may have spent.
+
+    Raises:
+        LedgerError: A book is damaged.
+    """
+    return shelf.spent({life: spent.amount for life, spent in ledger.spent.items()})
+
+
+def budget_terms(folder: RunFolder, config: RunConfig, tariff: Tariff) -> BudgetTerms:
+    """Return what a run's budget is."""
+    repairs = 0 if config.task.graph else config.task.repairs
+    caps = caps_of(folder, config.budget)
+    return BudgetTerms(caps, tariff, repairs, tuple(config.budget.warn_at))
+
+
+@asynccontextmanager
+async def spending(
+    folder: RunFolder, config: RunConfig, tariff: Tariff, ledger: Ledger, run: str
+) -> AsyncIterator[Spending | None]:
+    """Open a run's budget; None when it has no limits.
+
+    Raises:
+        LedgerError: A book is damaged, or cannot be written.
+    """
+    terms = await asyncio.to_thread(budget_terms, folder, config, tariff)
+    if not terms.caps.any:
+        yield None
+        return
+    opened = await asyncio.to_thread(_opened, folder, terms, ledger, run)
+    try:
+        yield opened
+    finally:
+        opened.leases.give_up()
+        await opened.budget.purse.aclose()
+
+
+def _opened(folder: RunFolder, terms: BudgetTerms, ledger: Ledger, run: str) -> Spending:
+    shelf = Shelf(folder.budget, run)
+    before, earlier = spent_before(shelf, ledger), shelf.lent()
+    budget = Budget(terms, before, shelf.open(shelf.of_life(ledger.life)))
+    return Spending(budget, Leases(budget.purse, shelf, earlier), shelf)
+
+
+@asynccontextmanager
+async def watched(spending: Spending, gate: Gate, nodes: Nodes, timed: bool) -> AsyncIterator[None]:
+    """Warn as the budget is used up, and spend the time of nodes, while the block runs.
+
+    Args:
+        spending: The budget.
+        gate: Is closed when no node-hours are left; so much of them is put aside that those in
+            flight can end.
+        nodes: How many nodes are held, and how many work.
+        timed: Whether time is limited or costs anything.
+    """
+    clock = _Clock(spending.budget, gate, nodes) if timed else None
+    if clock is not None:
+        await clock.begin()
+    task = asyncio.create_task(_watch(spending, clock))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        if clock is not None:
+            clock.end()
+        spending.budget.warn()
+
+
+async def _watch(spending: Spending, clock: _Clock | None) -> None:
+    looked = time.monotonic()
+    while True:
+        await asyncio.sleep(_TICK_S)
+        if clock is not None:
+            clock.tick()
+        spending.budget.warn()
+        if time.monotonic() - looked > _RECOVER_S:
+            await spending.leases.recover()
+            looked = time.monotonic()
+
+
+class _Clock:
+    """Spends the time of nodes as it goes by."""
+
+    def __init__(self, budget: Budget, gate: Gate, nodes: Nodes) -> None:
+        self._budget, self._gate, self._nodes = budget, gate, nodes
+        self._then, self._aside = time.monotonic(), Amount()
+
+    async def begin(self) -> None:
+        """Put aside what the end of those in flight will take.
+
+        Raises:
+            BudgetExhaustedError: There is not so much left.
+        """
+        held, _ = self._nodes()
+        aside = self._cost(max(1, held) * (self._gate.drain_s + _TICK_S))
+        try:
+            await self._budget.purse.reserve(aside)
+        except BudgetExhaustedError as error:
+            self._gate.close(error.message, error)
+        else:
+            self._aside = aside
+        self._then = time.monotonic()
+
+    def tick(self) -> None:
+        """Spend the time since the last tick; close the gate when there is none left."""
+        now = time.monotonic()
+        held, busy = self._nodes()
+        cost = self._cost(held * (now - self._then))
+        spent = self._budget.purse.tick(cost)
+        if spent is None:
+            return  # the book is being written: with the next tick
+        if not spent:
+            msg = self._budget.refusal(cost.plus(self._aside))
+            self._gate.close(msg, BudgetExhaustedError(msg))
+            self._use_aside(cost)
+        self._budget.purse.idle_ms += round(1000 * max(0, held - busy) * (now - self._then))
+        self._then = now
+
+    def _use_aside(self, cost: Amount) -> None:
+        used = cost.least(self._aside)
+        self._budget.purse.settle(used, used)
+        self._aside = self._aside.minus(used)
+
+    def end(self) -> None:
+        """Spend the time since the last tick, and give back what was put aside."""
+        held, _ = self._nodes()
+        self._use_aside(self._cost(held * (time.monotonic() - self._then)))
+        self._budget.purse.settle(self._aside, Amount())
+
+    def _cost(self, node_s: float) -> Amount:
+        return self._budget.terms.tariff.held(round(1000 * node_s))
+
+
+def shortfall(
+    folder: RunFolder, config: RunConfig, needed: Amount, live: Budget | None
+) -> dict[str, Json] | None:
+    """Return what to ask of the user while a run's budget does not carry something, or None.
+
+    Args:
+        folder: The run's folder.
+        config: Its settings.
+        needed: What could not be reserved.
+        live: The run's budget, if it is open: one that has refused something is exhausted.
+
+    Raises:
+        BudgetExhaustedError: The settings say to stop rather than to ask.
+        LedgerError: Books or journal cannot be read.
+    """
+    about = folder.read_provenance()
+    with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
+        counts, budget = ledger.counts(), live
+        if budget is None:
+            before = spent_before(Shelf(folder.budget, about["run"]), ledger)
+            budget = Budget(budget_terms(folder, config, tariff_of(config)), before, None)
+    if not (live is not None and live.needed) and budget.carries(needed):
+        return None
+    refusal = budget.refusal(needed)
+    if config.budget.on_limit == "stop":
+        raise BudgetExhaustedError(refusal)
+    return {
+        "question": f"{refusal}. Answer with a higher total, e.g. {_example(budget)}.",
+        "why": refusal,
+        "budget": budget.report(),
+        "items": {"done": counts.done, "failed": counts.failed, "open": counts.open},
+        "total_to_finish": _to_finish(budget, counts.done + counts.failed, counts.open),
+    }
+
+
+def _to_finish(budget: Budget, ended: int, left: int) -> dict[str, Json]:
+    """Return what all items will have taken, by what those that ended have."""
+    spent, report = budget.spent(), budget.report()
+    if not ended:
+        return {}
+    return {
+        key: _rounded(getattr(spent, name) * (ended + left) / ended, unit)
+        for name, (key, unit) in SHOWN.items()
+        if key in report
+    }
+
+
+def _rounded(value: float, unit: int) -> float:
+    """Return a value in what a user counts, rounded up; money to the cent or a millionth."""
+    if unit == 1:
+        return math.ceil(value)
+    digits = 2 if value > unit else 6
+    return math.ceil(value / unit * float(10**digits)) / float(10**digits)
+
+
+def _example(budget: Budget) -> str:
+    """Return an answer that would do, as a user writes it."""
+    return "{" + ", ".join(f'"{k}": {2 * v["cap"]:g}' for k, v in budget.report().items()) + "}"
+
+
+def tariff_of(config: RunConfig) -> Tariff:
+    """Return what a run's model costs.
+
+    Raises:
+        ConfigurationError: Dollars are limited, and nothing says what anything costs.
+    """
+    price = config.model.price
+    if price is None:
+        if config.budget.usd is not None:
+            msg = (
+                "budget.usd needs prices: set model.price: {prompt: …, completion: …} in dollars "
+                "per million tokens, or {node_hour: …}"
+            )
+            raise ConfigurationError(msg)
+        return Tariff()
+    return Tariff.of(
+        prompt=price.prompt or 0.0,
+        cached=price.cached_prompt,
+        completion=price.completion or 0.0,
+        node_hour=price.node_hour or 0.0,
+    )
