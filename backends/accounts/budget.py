@@ -86,15 +86,15 @@ class Budget:
         return min(self.purse.left.plus(self.purse.reserved).minus(needed)) >= 0
 
     def warn(self) -> None:
-        """Log, once each, the shares of caps that are passed."""
+        """Log, once each, the shares of caps that are passed; of several at once the highest."""
         spent = self.spent()
         for name, cap in _limits(self.terms.caps):
             value = getattr(spent, name)
-            for share in self.terms.warn_at:
-                if value >= share * cap and (name, share) not in self._warned:
-                    self._warned.add((name, share))
-                    part = f"{100 * value / cap:.0f} % of the budget"
-                    logger.warning("%s: %s of %s", part, said(name, value), said(name, cap))
+            passed = {(name, share) for share in self.terms.warn_at if value >= share * cap}
+            if passed - self._warned:
+                self._warned |= passed
+                part = f"{100 * value / cap:.0f} % of the budget"
+                logger.warning("%s: %s of %s", part, said(name, value), said(name, cap))
 
     def report(self) -> dict[str, Json]:
         """Return, by limit, what is spent of which cap."""

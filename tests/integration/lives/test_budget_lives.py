@@ -1,0 +1,125 @@
+"""A budget is of the run, not of the process: kill -9, resume, and no token above the cap."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.backends.accounts.book import Shelf
+from fanfold.backends.accounts.folder import open_folder
+from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.configs.load import load
+from fanfold.graphs.run import BUDGET
+from fanfold.graphs.spending import tariff_of
+
+pytestmark = pytest.mark.integration
+
+HERE: dict[str, Any] = {"kind": "local"}
+PROCESSES: dict[str, Any] = {"kind": "local", "processes": 2}
+PARSL: dict[str, Any] = {"kind": "parsl", "workers": 2}
+MOST = 48
+"""``max_tokens`` of an answer; what an item takes is found out by an undisturbed run."""
+
+
+def paid(lab: Any) -> int:
+    """Return the tokens of all answers that the fleet has sent, by its own books."""
+    nodes = lab.fleet.stats()["nodes"]
+    return sum(node["prompt_tokens"] + node["completion_tokens"] for node in nodes)
+
+
+def said(lab: Any) -> int:
+    """Return what counts as spent when the run is resumed now."""
+    folder = open_folder(lab.out)
+    return Shelf(folder.budget, folder.read_provenance()["run"]).spent({}).tokens
+
+
+async def budgeted(lab: Any, backend: dict[str, Any], share: float) -> tuple[Any, int]:
+    """Return the undisturbed aggregate, and a cap of a share of what the whole run takes."""
+    lab.config["limits"] |= {"hedge": False, "streams": 4}
+    lab.config["model"] = {"max_tokens": MOST}
+    lab.config["task"] = lab.config["task"] | {"repairs": 0}
+    result = await lab.live(await lab.begin(lab.home / "undisturbed"))
+    aggregate, whole = result.aggregate, paid(lab)
+    lab.fleet.reset()
+    cap = int(share * whole)
+    lab.config |= {"backend": backend, "budget": {"tokens": cap}}
+    return aggregate, cap
+
+
+@pytest.mark.parametrize("backend", [HERE, PROCESSES, PARSL], ids=["here", "processes", "parsl"])
+async def test_a_killed_run_stays_below_its_cap(lab_of: Any, backend: dict[str, Any]) -> None:
+    """Then it is exhausted; then it is allowed more, and ends."""
+    async with lab_of(items=160, ttft_s=0.02) as lab:
+        aggregate, cap = await budgeted(lab, backend, share=0.8)
+        await lab.killed_at(40)
+        assert paid(lab) <= said(lab) <= cap
+        result = await lab.live()
+        assert result.code == BUDGET
+        assert 0.4 * cap < paid(lab) <= cap  # what was in flight at the kill counts as spent
+        result = await lab.live(overrides=("budget.tokens=1000000",))
+        assert result.code == 0
+        lab.assert_whole(aggregate, again=10**9)
+
+
+async def test_without_a_crash_a_budget_is_used_up_to_the_last_item(lab_of: Any) -> None:
+    async with lab_of(items=300) as lab:
+        _, cap = await budgeted(lab, HERE, share=0.6)
+        result = await lab.live(await lab.begin())
+        assert result.code == BUDGET
+        assert result.reason is not None
+        assert "the budget is exhausted" in result.reason
+        assert 0.98 * cap - 1000 < paid(lab) <= cap
+        assert said(lab) == (before := paid(lab))  # settled to the token
+        async with lab.process("resume", str(lab.out), "--json") as process:
+            told, _ = await asyncio.wait_for(process.communicate(), 60)
+        assert (process.returncode, json.loads(told)["exit_code"]) == (BUDGET, BUDGET)
+        assert paid(lab) == before
+
+
+@pytest.mark.parametrize("limit", [{"requests": 57}, {"usd": 0.003}], ids=["requests", "usd"])
+async def test_requests_and_dollars_are_limited_alike(lab_of: Any, limit: dict[str, Any]) -> None:
+    async with lab_of(items=200) as lab:
+        await budgeted(lab, HERE, share=1.0)
+        lab.config["model"]["price"] = {"prompt": 0.5, "completion": 1.0}
+        lab.config["budget"] = limit | {"on_limit": "stop"}
+        result = await lab.live(await lab.begin())
+        assert result.code == BUDGET
+        nodes = lab.fleet.stats()["nodes"]
+        requests = sum(node["requests"] for node in nodes)
+        dollars = sum(0.5 * n["prompt_tokens"] + n["completion_tokens"] for n in nodes) / 1e6
+        assert requests <= limit.get("requests", 10**9)
+        assert dollars <= limit.get("usd", 10**9)
+        assert result.progress["usd"] == pytest.approx(dollars, rel=1e-6)
+        if "requests" in limit:
+            assert requests == 56 or requests == 57  # noqa: PLR1714 - an item may take two
+
+
+async def test_node_hours_end_a_run(lab_of: Any) -> None:
+    """One host for a second or so, of which the drain's time is put aside."""
+    async with lab_of(items=400, ttft_s=0.3) as lab:
+        await budgeted(lab, HERE, share=1.0)
+        lab.config["limits"] |= {"drain_s": 1.0, "streams": 8}
+        lab.config["model"]["price"] = {"node_hour": 3600.0}
+        lab.config["budget"] = {"node_hours": 4 / 3600}
+        result = await lab.live(await lab.begin())
+        assert result.code == BUDGET
+        assert 0 < result.progress["done"] < 400
+        folder = open_folder(lab.out)
+        spent = Shelf(folder.budget, folder.read_provenance()["run"]).spent({})
+        assert 1000 < spent.node_ms <= 4000
+        assert spent.nano_usd == pytest.approx(spent.node_ms * 10**6, rel=0.01)
+
+
+def test_an_unpriced_model_with_a_dollar_budget_is_refused(tmp_path: Path) -> None:
+    config = {
+        "input": {"path": str(tmp_path / "x.csv")},
+        "task": {"prompt": "{x}"},
+        "endpoints": {"urls": ["http://127.0.0.1:1/v1"]},
+        "budget": {"usd": 1},
+    }
+    with pytest.raises(ConfigurationError, match=r"budget.usd needs prices: set model.price"):
+        tariff_of(load(config).config)
