@@ -78,11 +78,11 @@ class Purse:
         self._limited = [
             name for name, cap in zip(Amount._fields, caps.each(), strict=True) if cap is not None
         ]
+        self._at = [Amount._fields.index(name) for name in self._limited]
         self._block = Amount(*(-(-value // _BLOCKS) for value in self._most))
         self._book, self._exhausted, self._until = book, exhausted, until
         self._level = self._most if book is None else self._unlimited_only()
-        self._used = Amount()  # settled and reserved
-        self._reserved = Amount()
+        self._used = Amount()  # settled, lost and reserved
         self.settled, self.lost, self.idle_ms = Amount(), Amount(), 0
         self._begun, self._fresh = deque[_Waiter](), deque[_Waiter]()
         self._raising: Amount | None = None
@@ -102,7 +102,7 @@ class Purse:
     @property
     def reserved(self) -> Amount:
         """What is reserved and not settled."""
-        return self._reserved
+        return self._used.minus(self.settled).minus(self.lost)
 
     def limits(self, left: Amount) -> Mapping[str, int]:
         """Return the limited fields of an amount."""
@@ -140,16 +140,14 @@ class Purse:
     def settle(self, reserved: Amount, used: Amount) -> None:
         """Turn what was reserved into what was spent; the rest is free again."""
         with self._lock:
-            self._reserved = self._reserved.minus(reserved)
             self.settled = self.settled.plus(used)
-            self._used = self._used.minus(reserved).plus(used)
+            self._used = self._used.instead(reserved, used)
             self._adjust()
             self._serve()
 
     def write_off(self, reserved: Amount) -> None:
         """Count something reserved as spent until it is known better."""
         with self._lock:
-            self._reserved = self._reserved.minus(reserved)
             self.lost = self.lost.plus(reserved)
             self._serve()
 
@@ -164,7 +162,7 @@ class Purse:
         with self._lock:
             self.lost = self.lost.minus(lost)
             self.settled = self.settled.plus(used)
-            self._used = self._used.minus(lost).plus(used)
+            self._used = self._used.instead(lost, used)
             self._adjust()
             self._serve()
 
@@ -204,13 +202,9 @@ class Purse:
         wanted = self._used.plus(amount)
         if not _within(wanted, self._level):
             return False
-        self._take(amount, wanted)
-        return True
-
-    def _take(self, amount: Amount, used: Amount) -> None:
-        self._reserved = self._reserved.plus(amount)
-        self._used = used
+        self._used = wanted
         self._adjust()
+        return True
 
     def _serve(self) -> None:
         """Grant what can be granted, oldest first, begun items before others."""
@@ -224,12 +218,13 @@ class Purse:
                 queue.popleft().refuse(BudgetExhaustedError("the lease's time is over"))
             elif _within(wanted, self._level):
                 queue.popleft()
-                self._take(waiter.amount, wanted)
+                self._used = wanted
+                self._adjust()
                 waiter.grant()
             elif _within(wanted, self._most):
                 self._raise(waiter.amount)
                 return
-            elif any(self._reserved):
+            elif any(self.reserved):
                 return  # somebody may give something back
             else:
                 error = BudgetExhaustedError(self._exhausted(waiter.amount))
@@ -241,10 +236,9 @@ class Purse:
         """Raise the level ahead of need; lower it where it is far above."""
         if self._book is None or self._raising is not None:
             return
-        gaps = self._level.minus(self._used)
-        for name in self._limited:
-            gap, block = getattr(gaps, name), getattr(self._block, name)
-            if 2 * gap < block and getattr(self._level, name) < getattr(self._most, name):
+        for at in self._at:
+            gap, block = self._level[at] - self._used[at], self._block[at]
+            if 2 * gap < block and self._level[at] < self._most[at]:
                 self._raise(Amount())
                 return
             if gap > _SLACK * block and not self._begun and not self._fresh:
@@ -301,7 +295,7 @@ class Purse:
         if self._thread is None or self._book is None:
             return
         try:
-            spent = self.settled.plus(self._reserved)
+            spent = self.settled.plus(self.reserved)
             settled = {"settled": spent.to_json(), "idle_ms": self.idle_ms}
             await self.note(settled, sync=True)
         finally:

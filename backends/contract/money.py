@@ -53,6 +53,15 @@ class Amount(NamedTuple):
             self.node_ms - other.node_ms,
         )
 
+    def instead(self, old: Amount, new: Amount) -> Amount:
+        """Return it with one part of it replaced by another."""
+        return Amount(
+            self.requests - old.requests + new.requests,
+            self.tokens - old.tokens + new.tokens,
+            self.nano_usd - old.nano_usd + new.nano_usd,
+            self.node_ms - old.node_ms + new.node_ms,
+        )
+
     def times(self, factor: int) -> Amount:
         """Return a multiple."""
         return Amount(*(factor * value for value in self))
