@@ -36,6 +36,7 @@ from .identity import fingerprint
 from .items import TRACED_ITEMS, ItemEngine, RunItem, is_seen, item_runner
 from .metrics import exposed
 from .opened import OpenedRun, reported, spent_in
+from .signs import end_earlier
 from .spending import Spending, spending, tariff_of
 from .terms import crew_terms
 
@@ -99,6 +100,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
                     open_crew(mode.work_shard, terms, ledger, progress, spends)
                 )
             else:
+                await asyncio.to_thread(end_earlier, folder.journal)
                 fleet = await stack.enter_async_context(open_fleet(config, up))
                 await stack.enter_async_context(reported(fleet, folder, ledger.life))
                 seen = is_seen(config, mode.trace, total)

@@ -24,6 +24,18 @@ def beat_file(journal: Path, token: str, shard: str, attempt: int) -> Path:
     return journal / f"{_BEAT}{token}-{shard}-{attempt}"
 
 
+def end_earlier(journal: Path) -> None:
+    """Stop the workers of earlier lives and sweep up after them, whoever works in this one; blocks.
+
+    Args:
+        journal: The run's journal folder.
+    """
+    for file in journal.glob(f"{_BEAT}*"):
+        file.unlink(missing_ok=True)
+    for file in journal.glob(f"{_OPEN}*"):
+        _rename(file, stop_file(journal, file.name.removeprefix(_OPEN)))
+
+
 class Signs:
     """The files of one life of a run.
 
@@ -44,10 +56,7 @@ class Signs:
         """Stop the workers of earlier lives, sweep up after them, and open this one; blocks."""
         if self._journal is None:
             return
-        for file in self._journal.glob(f"{_BEAT}*"):
-            file.unlink(missing_ok=True)
-        for file in self._journal.glob(f"{_OPEN}*"):
-            _rename(file, stop_file(self._journal, file.name.removeprefix(_OPEN)))
+        end_earlier(self._journal)
         self._open(self._journal).touch()
 
     def stop(self) -> None:

@@ -103,14 +103,18 @@ class Repeater:
     ) -> Endpoint:
         """Wait for an endpoint; what is reserved is given back if there will be none."""
         try:
-            if self._warden.stopped is not None:
-                raise RunStoppedError(self._warden.stopped)
+            self._go_on()
             if self._pacer is not None:
                 await asyncio.sleep(self._pacer.admit(tokens))
+                self._go_on()  # a stop fails who waits for an endpoint, and this call did not yet
             return await self._warden.dispatch.take(avoid, prefer, tokens)
         except BaseException:
             charge.free(sent=False)
             raise
+
+    def _go_on(self) -> None:
+        if self._warden.stopped is not None:
+            raise RunStoppedError(self._warden.stopped)
 
     async def _after(self, attempts: Attempts, endpoint: Endpoint, failure: Failure) -> None:
         """Wait as a failed request asks, or raise if it was the last."""

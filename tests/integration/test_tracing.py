@@ -54,7 +54,7 @@ def traced() -> Iterator[Counter[str]]:
     names = Counter[str]()
     handler = type("Counting", (Listener,), {"names": names})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
     client = Client(api_url=url, api_key="none", auto_batch_tracing=False)

@@ -62,6 +62,7 @@ async def test_processes_over_http(check: Check, tmp_path: Path) -> None:
     await check(subject(tmp_path, isolated=True))
 
 
+@pytest.mark.xdist_group("redis")
 @pytest.mark.parametrize("check", [checks.survives_a_dead_worker, checks.closes_in_time], ids=named)
 async def test_processes_over_redis(
     check: Check, tmp_path: Path, redis_exchange: dict[str, Any]

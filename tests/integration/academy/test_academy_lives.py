@@ -52,6 +52,7 @@ async def test_a_run_over_the_local_exchange(ward: Ward) -> None:
     ward.assert_whole(again=0)
 
 
+@pytest.mark.xdist_group("redis")  # it looks at all keys
 async def test_an_agent_is_killed_over_redis(ward: Ward, redis_exchange: dict[str, Any]) -> None:
     """Its shard goes on elsewhere, a new agent takes its place, and no key is left behind."""
     before = keys_of(redis_exchange)
@@ -100,8 +101,9 @@ async def test_the_coordinator_is_killed(ward: Ward, tmp_path: Path) -> None:
     await ward.until(lambda: not any(map(alive, children)))
     safe = ward.journal_lines()
     assert 40 <= safe < len(ward.items)
+    here = ["--set", "backend={kind: local}"]
     second = await asyncio.create_subprocess_exec(
-        *fanfold, "resume", ward.out, "--json", cwd=tmp_path, stdout=PIPE, stderr=DEVNULL
+        *fanfold, "resume", ward.out, "--json", *here, cwd=tmp_path, stdout=PIPE, stderr=DEVNULL
     )
     out, _ = await asyncio.wait_for(second.communicate(), DEADLINE_S)
     assert (second.returncode, json.loads(out)["done"]) == (0, len(ward.items))

@@ -315,6 +315,20 @@ async def test_every_request_is_paced_and_its_tokens_are_settled(stub: Stub) -> 
     assert ruler.settled == [(74, 0), (74, 5)]
 
 
+async def test_who_waits_for_the_pace_is_stopped_too(stub: Stub) -> None:
+    """A stop wakes who waits for an endpoint; these do not wait for one yet."""
+    stub.answers["m"] = [Canned(200, completion())]
+    policy = replace(FAST, pace=PacePolicy(requests_per_s=4.0))
+    async with Fleet(specs(stub.url), policy) as fleet:
+        await ask(fleet)
+        later = [asyncio.create_task(ask(fleet)) for _ in range(2)]
+        await asyncio.sleep(0)
+        fleet._warden.stop("enough")
+        ends = await asyncio.gather(*later, return_exceptions=True)
+    assert [type(end) for end in ends] == [RunStoppedError] * 2
+    assert len(stub.bodies) == 1
+
+
 async def test_an_endpoint_with_a_quota_is_paced(make_stub: Callable[[], Stub]) -> None:
     one, other = make_stub(), make_stub()
     for stub in (one, other):

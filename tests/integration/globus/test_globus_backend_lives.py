@@ -88,13 +88,14 @@ async def test_two_endpoints_share_a_run(
 async def test_shards_of_a_killed_agent_go_elsewhere(
     service: GlobusService, endpoint: UserEndpoint, endpoint_of: StartEndpoint, lab_over: LabOf
 ) -> None:
-    """It falls silent; what it had in hand is asked again, by the other endpoint."""
+    """It counts as offline; what it had in hand is asked again, by the other endpoint."""
     doomed, before = await asyncio.to_thread(endpoint_of), len(service.submissions)
     async with lab_over(endpoint, doomed) as lab:
         life = asyncio.create_task(lab.live(await lab.begin()))
         await lab.until(lambda: posted(service, before).get(doomed.endpoint_id, 0) >= 2)
         await asyncio.sleep(0.5)  # for the agent to take them
         doomed.kill()
+        service.forget_heartbeat(doomed.endpoint_id)  # as after 15 s without one
         lost = posted(service, before)[doomed.endpoint_id]
         assert (await life).code == 0
         lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]

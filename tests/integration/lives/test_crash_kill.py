@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from fanfold.backends.fleet.simulated.rules import FaultRule
+
 pytestmark = pytest.mark.integration
 
 STREAMS = 16
@@ -35,7 +37,7 @@ async def test_killed_three_times_in_a_row(lab_of: Any) -> None:
         assert outcomes == [None, None, None, "finished"]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 async def test_killed_at_a_random_moment(lab_of: Any, seed: int) -> None:
     async with lab_of(seed=seed) as lab:
         aggregate = await lab.undisturbed()
@@ -83,9 +85,10 @@ async def test_without_checkpoints_the_journal_is_enough(lab_of: Any) -> None:
 
 
 async def test_a_running_run_is_refused_to_others(lab_of: Any) -> None:
-    async with lab_of(ttft_s=1.0) as lab:
+    async with lab_of() as lab:
         life = asyncio.create_task(lab.live(await lab.begin()))
         await lab.until(lab.journal_lines)
+        lab.fleet.fault(FaultRule("hang"))  # it will not end by itself
         other = await asyncio.create_subprocess_exec(
             *lab.command(None, "resume", str(lab.out), "--quiet"), stderr=PIPE
         )

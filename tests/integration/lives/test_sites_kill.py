@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from fanfold.backends.accounts.folder import open_folder
+from fanfold.backends.fleet.simulated.rules import FaultRule
 from fanfold.graphs.run import RunResult
 
 pytestmark = pytest.mark.integration
 
 STREAMS = 16
+SLOWER = 10.0
 PROCESSES: dict[str, Any] = {"kind": "local", "processes": 2}
 PARSL: dict[str, Any] = {"kind": "parsl", "workers": 2, "silence_s": 20}
 
@@ -43,7 +45,11 @@ def begun(lab: Any) -> list[int]:
 
 
 async def lived(lab: Any, *victims: Callable[[list[int]], Iterable[int]]) -> RunResult:
-    """Run here; each time that two workers which live have recorded items, kill -9 the next."""
+    """Run here; each time that two workers which live have recorded items, kill -9 the next.
+
+    Until then answers are slow, so that items are left however long a worker takes to start.
+    """
+    lab.fleet.fault(FaultRule("slow", value=1 / SLOWER))
     life, dead = asyncio.create_task(lab.live(await lab.begin())), set[int]()
 
     def living() -> list[int]:
@@ -56,6 +62,7 @@ async def lived(lab: Any, *victims: Callable[[list[int]], Iterable[int]]) -> Run
         dead |= killed
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
+    lab.fleet.fault(FaultRule("slow", value=4 * SLOWER))
     result: RunResult = await asyncio.wait_for(life, 60)
     return result
 
@@ -92,7 +99,7 @@ async def test_worker_processes_are_killed(lab_of: Any) -> None:
         lab.config["backend"] = PROCESSES
         result = await lived(lab, the_first, all_of_them)
         assert result.code == 0
-        assert len(begun(lab)) == 5
+        assert len(begun(lab)) >= 4
         lab.assert_whole(aggregate, again=0)
         assert 0 < asked_again(lab) <= STREAMS // 2 + STREAMS
         assert leftovers(lab) == []
@@ -132,7 +139,7 @@ async def test_the_coordinator_is_interrupted_and_then_killed(
         await lab.until(lambda: not marked(token))
         assert asked_again(lab) == 0
         assert lab.journal_lines() < 300
-        result = await lab.live()
+        result = await lab.live(overrides=("backend={kind: local}",))
         assert result.code == 0
         lab.assert_whole(aggregate, again=STREAMS)
         assert leftovers(lab) == ["stop", "stop"]  # an engine may still hold orders of both

@@ -161,9 +161,13 @@ async def test_tracing_each_item_needs_this_process(lab_of: Any) -> None:
             load(lab.config)
 
 
-async def test_leftovers_of_a_killed_life_are_swept_up(lab_of: Any) -> None:
+@pytest.mark.parametrize("backend", [THREADS, {"kind": "local"}], ids=["elsewhere", "here"])
+async def test_leftovers_of_a_killed_life_are_swept_up(
+    lab_of: Any, backend: dict[str, Any]
+) -> None:
+    """And its workers are stopped, wherever this life works."""
     async with lab_of(items=20, ttft_s=0.0) as lab:
-        lab.config["backend"] = THREADS
+        lab.config["backend"] = backend
         folder = await lab.begin()
         for name in ("open-aaaa", "beat-aaaa-0-20-0", "stop-bbbb"):
             (folder.journal / name).touch()
