@@ -55,6 +55,11 @@ def _lines(loaded: Loaded, found: Estimate) -> list[str]:
         *(f"  {line}" for line in found.first_prompt.splitlines()),
         _sample_line(found),
         *_price_lines(loaded, found),
+        *(
+            [f"answers and times: as in {found.forecast.measured}"]
+            if found.forecast.measured
+            else []
+        ),
         *cost_lines(found.forecast, found.plan),
         *budget_lines(found.forecast, found.plan),
         *_own_graph(loaded),

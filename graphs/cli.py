@@ -101,6 +101,11 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_tokens: Tokens = None,
     budget_requests: Requests = None,
     budget_node_hours: NodeHours = None,
+    pilot: Annotated[
+        int | None,
+        typer.Option("--pilot", min=1, help="Run so many items first, show what they took, ask."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Go on after the pilot unasked.")] = False,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
     wish = running.Wish(
@@ -118,6 +123,8 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
             "requests": budget_requests,
             "node_hours": budget_node_hours,
         },
+        pilot=pilot,
+        yes=yes,
     )
     raise typer.Exit(running.run(config, out, wish, running.Output(as_json, quiet)))
 

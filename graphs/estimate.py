@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..backends.tariffs import Price, price
 from ..backends.tokens import token_counter
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
+from ..configs.prices import provider_at
 from .forecast import Forecast, Plan, forecast
 from .prepare import check_endpoints, check_graph, check_input
 from .sampling import Sample, take_sample
@@ -106,7 +107,7 @@ async def estimate(loaded: Loaded, sample: int = SAMPLE, like: Path | None = Non
         taken = await asyncio.to_thread(take_sample, config, sample)
         counted = await _count(config, serving, taken)
     asked = taken.summary.items - taken.summary.invalid
-    plan = plan_of(config, asked, counted.tokens, cost, nodes_of(config, serving))
+    plan = plan_of(config, asked, counted.tokens, cost, nodes_of(config, _own_urls(serving)))
     return Estimate(
         input=taken.summary,
         endpoints=lines,
@@ -153,15 +154,24 @@ def plan_of(
     )
 
 
-def nodes_of(config: RunConfig, serving: Serving) -> int | None:
-    """Return how many nodes serve the model; None behind a gateway, where nobody knows."""
+def nodes_of(config: RunConfig, urls: Iterable[str]) -> int | None:
+    """Return how many nodes serve the model; None where nobody knows.
+
+    Args:
+        config: The settings.
+        urls: The endpoints that are nodes' own, not a gateway's.
+    """
     if config.endpoints.simulated is not None:
         return simulation(config).nodes
     if config.backend.node_endpoints:
         return config.backend.workers * max(1, len(config.backend.endpoints))
-    if serving.place is not None and serving.place.gateway is not None:
-        return None
-    return len({urlsplit(spec.url).hostname for spec in serving.specs}) or None
+    named = {urlsplit(url).hostname or "" for url in urls}
+    return sum(provider_at(host) is None for host in named) or None
+
+
+def _own_urls(serving: Serving) -> list[str]:
+    behind = serving.place is not None and serving.place.gateway is not None
+    return [] if behind else [spec.url for spec in serving.specs]
 
 
 @asynccontextmanager

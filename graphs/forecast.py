@@ -91,8 +91,8 @@ class Forecast:
             "prompt_tokens": self.prompt.to_json(),
             "completion_tokens": self.completion.to_json(),
             "usd": None if self.usd is None else self.usd.to_json(6),
-            "seconds": None if self.seconds is None else self.seconds.to_json(1),
-            "node_hours": None if self.node_hours is None else self.node_hours.to_json(3),
+            "seconds": None if self.seconds is None else self.seconds.to_json(3),
+            "node_hours": None if self.node_hours is None else self.node_hours.to_json(6),
             "budget": None
             if carried is None
             else {"cap": carried.cap, "carries": carried.share.to_json(4)},
@@ -112,10 +112,13 @@ def forecast(plan: Plan, seen: Seen | None, own: bool = False) -> Forecast:
     items = Span.of(plan.items)
     if seen is None:
         requests, prompt, completion = _unseen(plan)
+    elif seen.unreported == seen.items:
+        _, prompt, completion = _unseen(plan)
+        requests = items * seen.requests
     else:
         requests = items * seen.requests
         completion = items * seen.completion
-        prompt = items * (seen.prompt if own and seen.usage.prompt else _prompts(plan.first, seen))
+        prompt = items * (seen.prompt if own else _prompts(plan.first, seen))
     seconds = None if seen is None else _seconds(plan, seen, requests, prompt + completion)
     hours = None
     if seconds is not None and plan.nodes is not None:

@@ -15,6 +15,8 @@ from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.types import Usage
 from .spans import Span
 
+_UNSEEN: Final = 3.0
+"""A sample misses with a chance of 1 in 20 what happens to 3 in so many items as it has."""
 _READ: Final = 5000
 """So many records say enough."""
 
@@ -49,6 +51,22 @@ class Seen:
     unreported: int
     source: str
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {
+            "items": self.items,
+            "failed": self.failed,
+            "requests": self.requests.to_json(3),
+            "repairs": self.repairs.to_json(3),
+            "prompt_tokens": self.prompt.to_json(1),
+            "completion_tokens": self.completion.to_json(1),
+            "latency_s": self.latency.to_json(4),
+            "latency_median_s": self.latencies[0],
+            "latency_p95_s": self.latencies[1],
+            "unreported": self.unreported,
+            "source": self.source,
+        }
+
     @classmethod
     def of(cls, records: Iterable[dict[str, Any]], total: int, source: str) -> Seen | None:
         """Sum up journal records; None when none of them was asked.
@@ -70,16 +88,24 @@ class Seen:
         return cls(
             items=len(asked),
             failed=dict(Counter(r["error_class"] for r in asked if r["status"] == "failed")),
-            requests=mean("attempts", asked),
-            repairs=mean("repairs", asked),
-            prompt=mean("prompt_tokens", told),
-            completion=mean("completion_tokens", told),
+            requests=_rare(mean("attempts", asked), len(asked), total),
+            repairs=_rare(mean("repairs", asked), len(asked), total),
+            prompt=_rare(mean("prompt_tokens", told), len(told), total),
+            completion=_rare(mean("completion_tokens", told), len(told), total),
             latency=Span.mean(latencies, total),
             latencies=(_quantile(latencies, 0.5), _quantile(latencies, 0.95)),
             usage=_sum(told),
             unreported=len(asked) - len(told),
             source=source,
         )
+
+
+def _rare(mean: Span, count: int, total: int) -> Span:
+    """Allow for what was too rare to be seen, such as repairs."""
+    if not count or count >= total:
+        return mean
+    once = max(mean.likely, 1.0)
+    return Span(mean.low, mean.likely, max(mean.high, mean.likely + once * _UNSEEN / count))
 
 
 def _sum(records: Sequence[dict[str, Any]]) -> Usage:

@@ -20,19 +20,27 @@ def dollars(amount: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return a time in the largest units that fit: ``45 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 0.1:  # noqa: PLR2004 - a tenth of a second has digits enough
+        return f"{1000 * seconds:.3g} ms"
     if seconds < 90:  # noqa: PLR2004 - below, minutes say too little
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"  # noqa: PLR2004
     minutes = round(seconds / 60)
     if minutes < 90:  # noqa: PLR2004 - as above
         return f"{minutes} min"
+    if minutes >= 48 * 60:
+        return f"{seconds / 3600:,.0f} h"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min" if hours < 48 else f"{hours:,} h"  # noqa: PLR2004
+    return f"{hours} h {minutes} min"
 
 
 def spanned(span: Span, write: Callable[[float], str]) -> str:
     """Return a figure with its range, or alone where the range says nothing."""
     low, likely, high = map(write, (span.low, span.likely, span.high))
     return likely if low == high else f"{low} to {high}, likely {likely}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"  # noqa: PLR2004 - two digits
 
 
 def whole(number: float) -> str:
@@ -42,8 +50,6 @@ def whole(number: float) -> str:
 
 def cost_lines(found: Forecast, plan: Plan) -> Iterator[str]:
     """Yield what a run takes: requests, tokens, dollars, time, node-hours."""
-    if found.measured is not None:
-        yield f"answers as seen in {found.measured}:"
     yield f"requests: {_requests(found, plan)}"
     yield f"prompt tokens: {spanned(found.prompt, whole)}"
     if found.measured is None:
@@ -78,7 +84,7 @@ def _times(found: Forecast, plan: Plan) -> Iterator[str]:
     yield f"time at {streams}: {spanned(found.seconds, duration)}, if latency stays as seen"
     if found.node_hours is not None and plan.nodes is not None:
         nodes = f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''}"
-        yield f"node-hours: {spanned(found.node_hours, lambda h: f'{h:,.2f}')} on {nodes}"
+        yield f"node-hours: {spanned(found.node_hours, _hours)} on {nodes}"
 
 
 def budget_lines(found: Forecast, plan: Plan) -> Iterator[str]:
