@@ -17,7 +17,8 @@ from ..backends.contract.errors import (
     FanfoldError,
     RunStoppedError,
 )
-from . import globus_cli, listing, looking, running
+from . import checking, globus_cli, listing, looking, running
+from .estimate import SAMPLE
 from .run import BUDGET, INTERRUPTED, OTHER, USAGE
 
 app = typer.Typer(
@@ -100,6 +101,11 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_tokens: Tokens = None,
     budget_requests: Requests = None,
     budget_node_hours: NodeHours = None,
+    pilot: Annotated[
+        int | None,
+        typer.Option("--pilot", min=1, help="Run so many items first, show what they took, ask."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Go on after the pilot unasked.")] = False,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
     wish = running.Wish(
@@ -117,6 +123,8 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
             "requests": budget_requests,
             "node_hours": budget_node_hours,
         },
+        pilot=pilot,
+        yes=yes,
     )
     raise typer.Exit(running.run(config, out, wish, running.Output(as_json, quiet)))
 
@@ -197,15 +205,24 @@ def results(
 
 
 @app.command()
-def check(
+def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     config: Config,
     input_path: Input = None,
     limit: Limit = None,
     endpoints: Endpoints = None,
     overrides: Sets = None,
+    sample: Annotated[
+        int, typer.Option("--sample", min=1, help="Items whose prompts are counted.")
+    ] = SAMPLE,
+    like: Annotated[
+        Path | None,
+        typer.Option("--like", metavar="DIR", help="A run whose answers and times were alike."),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Check settings, input and endpoints, and estimate the work; calls no model."""
-    looking.check(config, running.Wish(overrides or [], input_path, limit, endpoints))
+    """Check settings, input and endpoints, and estimate cost and time; calls no model."""
+    wish = running.Wish(overrides or [], input_path, limit, endpoints)
+    checking.check(config, wish, sample, like, as_json)
 
 
 @app.command()

@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
 
-from ..backends.build import input_spec, located, needed_columns
-from ..backends.contract.template import Template
+from ..backends.build import Serving, located, model_params
+from ..backends.contract.money import Caps
+from ..backends.fleet.lengths import LEAST, LIKELY
 from ..backends.fleet.matching import match
 from ..backends.fleet.probe import Found
-from ..backends.inputs.spill import spill
-from ..backends.inputs.store import ItemStore
+from ..backends.inputs.spec import InputSummary
+from ..backends.nearby import served
 from ..backends.simulation import simulation
+from ..backends.tariffs import Price, price
+from ..backends.tokens import token_counter
 from ..configs.load import Loaded
+from ..configs.models import RunConfig
+from ..configs.prices import provider_at
+from .forecast import Forecast, Plan, forecast
 from .prepare import check_endpoints, check_graph, check_input
+from .sampling import Sample, take_sample
+from .seen import seen_in
+from .spans import Span
 
-_SAMPLE = 200
-_BYTES_PER_TOKEN = 4
+SAMPLE: Final = 200
+"""Items that a check renders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The prompts of a sample, counted.
+
+    Attributes:
+        items: How many.
+        tokens: Tokens of one.
+        longest: Tokens of the longest.
+        exact: Whether the model's own tokenizer counted them.
+        how: By what means, in words.
+    """
+
+    items: int
+    tokens: Span
+    longest: int
+    exact: bool
+    how: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,58 +57,145 @@ class Estimate:
     """What a run would ask and take.
 
     Attributes:
-        items: Number of items.
-        skipped: Rows of the input that become no item.
-        invalid: Items that fail without a call.
-        source: What the input is.
+        input: What the input holds.
         endpoints: One line per endpoint.
-        first_id: The first item's name.
+        model: The model's name.
+        simulated: Whether the endpoints are simulated.
         system: The constant text, sent first.
-        first_prompt: The first item's question, as it would be sent.
-        requests: Requests if every first answer is valid.
-        most_requests: Requests if every repair is used.
-        prompt_tokens: Tokens of the prompts, at 4 bytes a token, extrapolated from up to 200.
-        completion_tokens: Most tokens of the answers.
+        first_id: Name of the first item that can be asked.
+        first_prompt: Its question, as it would be sent.
+        counted: The sample's prompts.
+        price: What the model costs, or None.
+        plan: What is going to be asked.
+        forecast: What it will take.
     """
 
-    items: int
-    skipped: int
-    invalid: int
-    source: str
+    input: InputSummary
     endpoints: tuple[str, ...]
-    first_id: str
+    model: str
+    simulated: bool
     system: str
+    first_id: str
     first_prompt: str
-    requests: int
-    most_requests: int
-    prompt_tokens: int
-    completion_tokens: int
+    counted: Counted
+    price: Price | None
+    plan: Plan
+    forecast: Forecast
 
 
-async def estimate(loaded: Loaded) -> Estimate:
-    """Read the input, probe the endpoints, render the first prompt.
+async def estimate(loaded: Loaded, sample: int = SAMPLE, like: Path | None = None) -> Estimate:
+    """Read the input, probe the endpoints, render a sample, count its tokens.
+
+    Args:
+        loaded: The settings.
+        sample: Items to render.
+        like: Folder of a run that tells how long answers are and what they take.
 
     Raises:
-        ConfigurationError: Something does not fit, or no endpoint serves the model.
+        ConfigurationError: Something does not fit, no endpoint serves the model, or a budget in
+            dollars meets a model without a price.
     """
     check_input(loaded)
     check_graph(loaded)
     check_endpoints(loaded)
-    lines = await _probe(loaded)
-    return await asyncio.to_thread(_read, loaded, lines)
-
-
-async def _probe(loaded: Loaded) -> tuple[str, ...]:
-    if loaded.config.endpoints.simulated is not None:
-        spec = simulation(loaded.config)
-        nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
-        return (f"SIMULATED fleet of {nodes} serving {spec.model!r}",)
     config = loaded.config
-    async with located(config, loaded.plain["endpoints"]) as place:
+    async with _answering(loaded) as (serving, lines):
+        cost = await asyncio.to_thread(price, config, serving.model, serving.simulated)
+        seen = None
+        if like is not None:
+            seen = await asyncio.to_thread(seen_in, like, serving.simulated)
+        taken = await asyncio.to_thread(take_sample, config, sample)
+        counted = await _count(config, serving, taken)
+    asked = taken.summary.items - taken.summary.invalid
+    plan = plan_of(config, asked, counted.tokens, cost, nodes_of(config, _own_urls(serving)))
+    return Estimate(
+        input=taken.summary,
+        endpoints=lines,
+        model=serving.model,
+        simulated=serving.simulated,
+        system=config.task.system,
+        first_id=taken.first_id,
+        first_prompt=_question(taken),
+        counted=counted,
+        price=cost,
+        plan=plan,
+        forecast=forecast(plan, seen),
+    )
+
+
+def _question(taken: Sample) -> str:
+    return str(taken.first[-1]["content"]) if taken.first else "(no item can be asked)"
+
+
+def plan_of(
+    config: RunConfig, items: int, first: Span, cost: Price | None, nodes: int | None
+) -> Plan:
+    """Return what a run is going to ask.
+
+    Args:
+        config: The settings.
+        items: Items that will be asked.
+        first: Tokens of an item's first prompt.
+        cost: What it costs, or None.
+        nodes: Nodes that are held meanwhile, or None.
+    """
+    budget, limits = config.budget, config.limits
+    return Plan(
+        items=items,
+        first=first,
+        max_tokens=config.model.max_tokens,
+        repairs=config.task.repairs if config.task.answer_schema is not None else 0,
+        streams=limits.streams,
+        requests_per_s=limits.requests_per_s,
+        tokens_per_min=limits.tokens_per_min,
+        nodes=nodes,
+        price=cost,
+        caps=Caps.of(budget.usd, budget.tokens, budget.requests, budget.node_hours),
+    )
+
+
+def nodes_of(config: RunConfig, urls: Iterable[str]) -> int | None:
+    """Return how many nodes serve the model; None where nobody knows.
+
+    Args:
+        config: The settings.
+        urls: The endpoints that are nodes' own, not a gateway's.
+    """
+    if config.endpoints.simulated is not None:
+        return simulation(config).nodes
+    if config.backend.node_endpoints:
+        return config.backend.workers * max(1, len(config.backend.endpoints))
+    named = {urlsplit(url).hostname or "" for url in urls}
+    return sum(provider_at(host) is None for host in named) or None
+
+
+def _own_urls(serving: Serving) -> list[str]:
+    behind = serving.place is not None and serving.place.gateway is not None
+    return [] if behind else [spec.url for spec in serving.specs]
+
+
+@asynccontextmanager
+async def _answering(loaded: Loaded) -> AsyncIterator[tuple[Serving, tuple[str, ...]]]:
+    """Return who would be asked, with a line for each."""
+    config, written = loaded.config, loaded.plain["endpoints"]
+    if config.backend.node_endpoints and config.endpoints.simulated is None:
+        async with served(config, written) as up:
+            yield up, ("each worker asks its own node, which is not asked from here",)
+        return
+    async with located(config, written) as place:
+        if config.endpoints.simulated is not None:
+            spec = simulation(config)
+            nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
+            line = f"SIMULATED fleet of {nodes} serving {spec.model!r}"
+            yield Serving(place.specs, spec.model, simulated=True), (line,)
+            return
         found = await place.ask()
-        match(found, config.model.name or place.model, config.endpoints.models)
+        matched = match(found, config.model.name or place.model, config.endpoints.models)
         chosen = () if place.why is None else (place.why,)
-        return (*chosen, *map(_line, found))
+        yield (
+            Serving(matched.specs, matched.model, matched.simulated, matched.absent, place),
+            (*chosen, *map(_line, found)),
+        )
 
 
 def _line(found: Found) -> str:
@@ -89,32 +207,19 @@ def _line(found: Found) -> str:
     return f"{found.label}:{kind} serves {models}{context}, {1000 * (found.latency_s or 0):.0f} ms"
 
 
-def _read(loaded: Loaded, lines: tuple[str, ...]) -> Estimate:
-    config = loaded.config
-    prompt, system = Template.parse(config.task.prompt), config.task.system
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "items.arrow"
-        summary = spill(input_spec(config, None), file, needed_columns(config))
-        with ItemStore(file) as store:
-            sample = [i for i in store.read(0, min(_SAMPLE, len(store))) if not i.problem]
-    texts = [prompt.render(item.row) for item in sample]
-    asked = summary.items - summary.invalid
-    tokens = sum(_tokens(system) + _tokens(text) for text in texts) / max(1, len(texts))
-    return Estimate(
-        items=summary.items,
-        skipped=summary.skipped_total,
-        invalid=summary.invalid,
-        source=summary.source,
-        endpoints=lines,
-        first_id=sample[0].id if sample else summary.first.id,
-        system=system,
-        first_prompt=texts[0] if texts else "(no item can be asked)",
-        requests=asked,
-        most_requests=asked * (1 + config.task.repairs),
-        prompt_tokens=round(asked * tokens),
-        completion_tokens=asked * config.model.max_tokens,
-    )
-
-
-def _tokens(text: str) -> int:
-    return -(-len(text.encode()) // _BYTES_PER_TOKEN)
+async def _count(config: RunConfig, serving: Serving, taken: Sample) -> Counted:
+    """Count the tokens of a sample's prompts."""
+    fixed = model_params(config, serving.model).body()
+    async with token_counter(serving) as counter, asyncio.TaskGroup() as group:
+        bodies = ({**fixed, "messages": messages} for messages in taken.messages)
+        tasks = [group.create_task(counter.count(body)) for body in bodies]
+        await asyncio.wait(tasks) if tasks else None
+        how = counter.how
+    counts = [task.result() for task in tasks]
+    tokens = [float(count.tokens) for count in counts]
+    mean = Span.mean(tokens, taken.summary.items - taken.summary.invalid)
+    exact = all(count.exact for count in counts)
+    if not exact:
+        mean = Span(mean.low * LEAST, mean.likely * LIKELY, mean.high)
+    longest = max((count.tokens for count in counts), default=0)
+    return Counted(len(counts), mean, longest, exact, how)

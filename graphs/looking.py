@@ -1,4 +1,4 @@
-"""The commands that look: status, results, check, presets; and the simulated fleet."""
+"""The commands that look: status, results, presets; and the simulated fleet."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from ..backends.accounts.results import write_csv, write_jsonl, write_parquet
 from ..backends.contract.errors import ConfigurationError
 from ..backends.fleet.simulated.fleet import SimulatedFleet
 from ..backends.fleet.simulated.spec import SimulationSpec
-from ..configs.load import Loaded, peek
+from ..configs.load import peek
 from ..configs.presets import copy_preset, preset_names, preset_text
 from ..configs.source import at_path
-from .estimate import Estimate, estimate
 from .report import cell
-from .running import Wish, print_json, say
+from .running import print_json, say
 
 _FORMATS: Final = ("jsonl", "csv", "parquet")
 
@@ -117,34 +116,6 @@ def _write_text(
         write_csv(records, stream, schema)
     else:
         write_jsonl(records, stream)
-
-
-def check(config: str, wish: Wish) -> None:
-    """Check settings, input and endpoints; print what a run would ask and take."""
-    loaded, notices = wish.settled(config)
-    found = asyncio.run(estimate(loaded))
-    say(notices)
-    for line in _estimate_lines(loaded, found):
-        print(line)
-
-
-def _estimate_lines(loaded: Loaded, found: Estimate) -> list[str]:
-    return [
-        f"settings: {loaded.source}: valid",
-        f"input: {found.items:,} items from {found.source}"
-        + (f", {found.skipped:,} skipped" if found.skipped else "")
-        + (f", {found.invalid:,} cannot be asked" if found.invalid else ""),
-        *(f"endpoint: {line}" for line in found.endpoints),
-        *(
-            ("system text:", *(f"  {line}" for line in found.system.splitlines()))
-            * bool(found.system)
-        ),
-        f"first prompt (item {found.first_id}):",
-        *(f"  {line}" for line in found.first_prompt.splitlines()),
-        f"requests: {found.requests:,} to {found.most_requests:,} (with every repair)",
-        f"tokens: about {found.prompt_tokens:,} prompt (4 bytes a token), "
-        f"at most {found.completion_tokens:,} completion",
-    ]
 
 
 def simulate(fields: dict[str, Any], file: Path) -> None:

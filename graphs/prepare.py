@@ -18,6 +18,7 @@ from ..backends.inputs.spill import spill
 from ..backends.locate import check_place
 from ..backends.nearby import served
 from ..backends.simulation import simulation
+from ..backends.tariffs import price
 from ..configs.load import Loaded
 from ..configs.plain import to_yaml
 from .identity import fingerprint
@@ -55,12 +56,14 @@ async def prepare_run(
         spec = input_spec(loaded.config, items)
         summary = await asyncio.to_thread(spill, spec, folder.items, needed_columns(loaded.config))
         model, simulated = await _settle_model(loaded)
+        cost = await asyncio.to_thread(price, loaded.config, model, simulated)
         about = {
             "run": secrets.token_hex(8),
             "name": loaded.config.name,
             "config": loaded.source,
             "simulated": simulated,
             "model": model,
+            "price": cost.to_json() if cost is not None else None,
             "fingerprint": fingerprint(loaded.config, model, simulated),
             "input": describe_input(summary, spec.path),
             "lives": [],

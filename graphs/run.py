@@ -94,11 +94,11 @@ async def execute(
     """
     started = time.monotonic()
     context = RunContext.of(loaded, trace=options.trace, retry_failed=options.retry_failed)
-    with stoppable(console) as stop, _spared_modules():
+    with stoppable(console) as stop, spared_modules():
         async with AsyncExitStack() as stack:
             opened = context.opened(str(folder.path))
             tools = await stop.opening(stack.enter_async_context(opened))
-            async with _counted(tools), _noted(folder) as (about, this):
+            async with counted(tools), noted(folder) as (about, this):
                 life = _Life(folder, about["run"], context, tools, options, console, stop)
                 result = await life.lived()
                 this["outcome"] = result.reason or "finished"
@@ -106,7 +106,7 @@ async def execute(
 
 
 @contextmanager
-def _spared_modules() -> Iterator[None]:
+def spared_modules() -> Iterator[None]:
     """Keep the garbage collector from what is loaded already.
 
     Some 200,000 objects of imported modules never become garbage, and each full collection
@@ -120,7 +120,7 @@ def _spared_modules() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def _counted(tools: RunTools) -> AsyncIterator[None]:
+async def counted(tools: RunTools) -> AsyncIterator[None]:
     """Let every failed write say how many items are safe."""
     try:
         yield
@@ -133,7 +133,7 @@ async def _counted(tools: RunTools) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def _noted(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
+async def noted(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Note this life in the run's provenance, at its begin and at its end."""
     about, this = await asyncio.to_thread(lambda: (folder.read_provenance(), life()))
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
 from rich.console import Console
@@ -17,12 +17,16 @@ from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
 from ..backends.contract.errors import FanfoldError, RunStoppedError
 from ..configs.load import Loaded
 from .metrics import check_metrics
+from .pilot import Piloted, fly
+from .piloting import agreed, asks, pilot_lines
 from .prepare import default_folder, prepare_run
 from .report import show_aggregate
 from .resume import resume_run
 from .run import BUDGET, INTERRUPTED, RunOptions, RunResult, execute
 from .saver import check_saver
 from .settings import settle
+
+T = TypeVar("T")
 
 _NAMED: Final = 10
 """So many skipped items are named in one line."""
@@ -41,6 +45,8 @@ class Wish:
     retry_failed: bool = False
     metrics_port: int | None = None
     budget: Mapping[str, float | None] = field(default_factory=dict)
+    pilot: int | None = None
+    yes: bool = False
 
     @property
     def caps(self) -> list[str]:
@@ -81,6 +87,8 @@ def run(config: str, out: Path | None, wish: Wish, output: Output) -> int:
     """Start a run, or go on with the one in ``out``; return the exit code."""
     loaded, notices = wish.settled(config)
     say(notices)
+    if wish.pilot is not None:
+        return _piloted(loaded, out, wish, output)
     if out is not None and not is_vacant(out):
         result = _lived(_resume(open_folder(out), loaded, wish, output), out)
     else:
@@ -89,7 +97,54 @@ def run(config: str, out: Path | None, wish: Wish, output: Output) -> int:
     return _finish(result, output)
 
 
-def _lived(life: Coroutine[Any, Any, RunResult], path: Path) -> RunResult:
+def _piloted(loaded: Loaded, out: Path | None, wish: Wish, output: Output) -> int:
+    """Run some items, show what they took, and go on with the others if that is agreed to."""
+    path = out or default_folder(loaded.config.name)
+    fresh = out is None or is_vacant(out)
+    found = _lived(_pilot(loaded, path, fresh, wish, output), path)
+    if not output.as_json:
+        say(pilot_lines(found))
+    if found.left and not wish.yes:
+        asked = asks() and not output.as_json
+        if not asked or not agreed(found.left):
+            return _ended(found, path, asked, output)
+    result = _lived(_resume(open_folder(path), loaded, wish, output), path)
+    return _finish(result, output, found)
+
+
+async def _pilot(loaded: Loaded, path: Path, fresh: bool, wish: Wish, output: Output) -> Piloted:
+    await check_saver(wish.checkpointer)
+    if fresh:
+        folder = await prepare_run(loaded, path)
+        if not output.quiet:
+            say(_about(folder))
+    else:
+        resumed = await resume_run(open_folder(path), loaded)
+        folder, loaded = resumed.folder, resumed.loaded
+    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.silent)
+    return await fly(folder, loaded, options, wish.pilot or 1, messages())
+
+
+def _ended(found: Piloted, path: Path, asked: bool, output: Output) -> int:
+    """Say that the run stops after its pilot, and how to go on; return the exit code."""
+    why = "no" if asked else "nobody there to be asked; --yes goes on without asking"
+    if output.as_json:
+        about = open_folder(path).read_provenance()
+        print_json(
+            {
+                "run": about["run"],
+                "folder": str(path),
+                "simulated": found.simulated,
+                "pilot": found.to_json(),
+                "exit_code": INTERRUPTED,
+            }
+        )
+    else:
+        say([f"Stopped after the pilot: {why}", f"Go on with: fanfold resume {path}"])
+    return INTERRUPTED
+
+
+def _lived(life: Coroutine[Any, Any, T], path: Path) -> T:
     """Run one life; SIGTERM stops it like SIGINT also while it begins and ends.
 
     Raises:
@@ -155,14 +210,16 @@ def _about(folder: RunFolder) -> list[str]:
     return lines
 
 
-def _finish(result: RunResult, output: Output) -> int:
+def _finish(result: RunResult, output: Output, pilot: Piloted | None = None) -> int:
     """Print how a life of a run ended; return the exit code."""
     if output.as_json:
+        first = {} if pilot is None else {"pilot": pilot.to_json()}
         print_json(
             {
                 "run": result.run,
                 "folder": str(result.folder.path),
                 **result.progress,
+                **first,
                 "seconds": result.seconds,
                 "aggregate": result.aggregate,
                 "exit_code": result.code,

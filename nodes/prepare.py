@@ -5,6 +5,8 @@ from __future__ import annotations
 from langgraph.runtime import Runtime
 
 from ..backends.contract.errors import FanfoldError, InvalidItemError
+from ..backends.contract.template import Template
+from ..backends.contract.types import Message, Row
 from .context import ItemContext
 from .state import ItemState
 
@@ -20,8 +22,16 @@ async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
     try:
         if problem := state.get("problem"):
             raise InvalidItemError(problem)
-        question = {"role": "user", "content": context.prompt.render(state["row"])}
+        return {"messages": asked(context.system, context.prompt, state["row"]), "repairs": 0}
     except InvalidItemError as error:
         return {"error": failure(error)}
-    system = [{"role": "system", "content": context.system}] if context.system else []
-    return {"messages": [*system, question], "repairs": 0}
+
+
+def asked(system: str, prompt: Template, row: Row) -> list[Message]:
+    """Return the messages that ask about one item.
+
+    Raises:
+        InvalidItemError: The row lacks a column.
+    """
+    question = {"role": "user", "content": prompt.render(row)}
+    return [{"role": "system", "content": system}, question] if system else [question]

@@ -1,0 +1,191 @@
+"""What a run's calls cost, and who says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Self
+from urllib.parse import urlsplit
+
+from ..configs.models import RunConfig
+from ..configs.prices import Listed, hosts, listed, provider_at
+from .contract.errors import ConfigurationError
+from .contract.money import Tariff
+from .contract.types import Json
+from .fleet.address import EndpointSpec
+from .locate import endpoint_specs
+
+SETTING: Final = "model.price"
+"""The source of a price that the settings give."""
+
+_STANDARD: Final = frozenset({None, "auto", "default"})
+"""Service tiers at the listed prices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Prices in US dollars, with their source.
+
+    Attributes:
+        prompt: Per million prompt tokens; None: tokens are not priced.
+        cached_prompt: Per million prompt tokens that a prefix cache held; None: as the others.
+        completion: Per million completion tokens.
+        node_hour: Per node and hour, or None.
+        source: ``model.price``, or the page that a listed price is from.
+        provider: Whose listed price it is, or None.
+        date: When the list was made, or None.
+        longest_prompt: Tokens above which a prompt costs more than listed, or None.
+        simulated: Whether the fleet that the price is for is a simulated one.
+    """
+
+    prompt: float | None = None
+    cached_prompt: float | None = None
+    completion: float | None = None
+    node_hour: float | None = None
+    source: str = SETTING
+    provider: str | None = None
+    date: str | None = None
+    longest_prompt: int | None = None
+    simulated: bool = False
+
+    @property
+    def tariff(self) -> Tariff:
+        """Return it in whole small units; what is not priced costs nothing."""
+        return Tariff.of(
+            self.prompt or 0.0, self.cached_prompt, self.completion or 0.0, self.node_hour or 0.0
+        )
+
+    def __str__(self) -> str:
+        """Return it in words: prices, source and date."""
+        parts = [f"${self.prompt:g} prompt" if self.prompt is not None else ""]
+        parts.append(f"${self.cached_prompt:g} cached" if self.cached_prompt is not None else "")
+        parts.append(f"${self.completion:g} completion" if self.completion is not None else "")
+        tokens = ", ".join(part for part in parts if part)
+        priced = [f"{tokens} per million tokens"] if tokens else []
+        priced += [f"${self.node_hour:g} per node-hour"] if self.node_hour is not None else []
+        said = self.source
+        if self.provider is not None:
+            said = f"fanfold's list of {self.date} for {self.provider}, {self.source}"
+        return f"{'; '.join(priced)} ({said})" + (", SIMULATED" if self.simulated else "")
+
+    def to_json(self) -> dict[str, Json]:
+        """Return it as plain data, for provenance."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> Self:
+        """Read it back."""
+        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+
+
+def price(config: RunConfig, model: str, simulated: bool) -> Price | None:
+    """Return what a model costs where the settings say that it is served; may read a file.
+
+    ``model.price`` comes first. fanfold's own list holds only for calls that go to the provider
+    itself, by its host: a model of the same name on nodes of one's own has no listed price.
+
+    Args:
+        config: The settings.
+        model: The model's name that the run has settled on.
+        simulated: Whether the fleet is a simulated one, which has a price only by ``model.price``.
+
+    Raises:
+        ConfigurationError: Dollars are to be counted, and nobody knows what the model costs; says
+            what to add.
+    """
+    given = config.model.price
+    if given is not None and given.prompt is not None:
+        return Price(
+            given.prompt,
+            given.cached_prompt,
+            given.completion,
+            given.node_hour,
+            simulated=simulated,
+        )
+    found = None if simulated else _from_list(config, model)
+    node_hour = None if given is None else given.node_hour
+    if isinstance(found, Listed):
+        return Price(
+            found.prompt,
+            found.cached_prompt,
+            found.completion,
+            node_hour,
+            found.source,
+            found.provider,
+            found.date,
+            found.longest_prompt,
+        )
+    if node_hour is not None:
+        return Price(node_hour=node_hour, simulated=simulated)
+    if config.budget.usd is not None:
+        raise ConfigurationError(_unknown(model, found))
+    return None
+
+
+def tariff(config: RunConfig, model: str, simulated: bool) -> Tariff | None:
+    """Return what calls cost, as :func:`price` finds it; None when nobody knows.
+
+    Raises:
+        ConfigurationError: As :func:`price`.
+    """
+    found = price(config, model, simulated)
+    return None if found is None else found.tariff
+
+
+def _unknown(model: str, why: str | None) -> str:
+    why = why or "simulated answers cost nothing, unless you give them a price"
+    return (
+        f"budget.usd is set, and what {model!r} costs is not known: {why}. Add model.price, e.g. "
+        "--set 'model.price={prompt: 0.5, completion: 1.5}' (dollars per million tokens) or "
+        "--set 'model.price={node_hour: 2}' (nodes paid by time); or limit budget.tokens, "
+        "budget.requests or budget.node_hours in place of dollars"
+    )
+
+
+def _from_list(config: RunConfig, model: str) -> Listed | str:
+    """Return the listed price, or why there is none."""
+    tier = config.model.extra_body.get("service_tier")
+    if tier not in _STANDARD:
+        return f"the listed prices are not those of service_tier {tier!r}"
+    specs = [] if config.backend.node_endpoints else _named(config)
+    strange = f"fanfold lists only prices of {', '.join(hosts())}"
+    if not specs:
+        return f"{strange}, and the endpoints are other ones"
+    found = list[Listed]()
+    for spec in specs:
+        host = urlsplit(spec.url).hostname or ""
+        if (provider := provider_at(host)) is None:
+            return f"{strange}, not of {host}"
+        ids = list(_ids(config, spec, model))
+        entries = [entry for i in ids if (entry := listed(host, i)) is not None]
+        if not entries:
+            return f"fanfold's list for {provider} does not have it"
+        found += entries
+    return max(found, key=lambda entry: (entry.completion, entry.prompt))
+
+
+def _named(config: RunConfig) -> list[EndpointSpec]:
+    """Return the endpoints if the settings name them one by one."""
+    endpoints = config.endpoints
+    return endpoint_specs(endpoints, {}) if endpoints.urls or endpoints.file else []
+
+
+def _ids(config: RunConfig, spec: EndpointSpec, model: str) -> Iterator[str]:
+    """Yield the ids that an endpoint may be asked for: it bills what it serves."""
+    if spec.model is not None:
+        yield spec.model
+        return
+    yield model
+    yield from (served for served, name in config.endpoints.models.items() if name == model)
+
+
+def explained(config: RunConfig, model: str, simulated: bool) -> str:
+    """Return why a model has no price, for whoever wonders; it must have none."""
+    found = None if simulated else _from_list(config, model)
+    return found if isinstance(found, str) else "simulated answers cost nothing"
+
+
+def kept_price(about: Mapping[str, Any]) -> Price | None:
+    """Return the price that a run's provenance keeps, or None."""
+    kept = about.get("price")
+    return Price.from_json(kept) if isinstance(kept, Mapping) else None

@@ -1,0 +1,119 @@
+"""The list of known prices that ships with fanfold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Final, Literal
+
+import yaml
+from pydantic import Field
+
+from .section import Section
+
+_SNAPSHOT: Final = re.compile(r"-\d{4}-\d{2}-\d{2}$", re.ASCII)
+
+Dollars = Annotated[float, Field(ge=0)]
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+
+class _Entry(Section):
+    prompt: Dollars
+    completion: Dollars
+    cached_prompt: Dollars | None = None
+    cache_write: Dollars | None = None
+    longest_prompt: Annotated[int, Field(gt=0)] | None = None
+
+
+class _Provider(Section):
+    name: str
+    hosts: list[str]
+    source: str
+    date: Date
+    snapshots: bool = False
+    models: dict[str, _Entry]
+
+
+class _List(Section):
+    v: Literal[1]
+    providers: list[_Provider]
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What a provider asks for a model, in US dollars per million tokens.
+
+    Attributes:
+        provider: The provider's name.
+        model: The model, as the list names it.
+        prompt: Of the prompt; where a cache asks more for what it takes in, that.
+        cached_prompt: Of prompt tokens that a prefix cache held; None: as the others.
+        completion: Of the answer.
+        longest_prompt: Tokens of the longest prompt that costs no more; None: of any.
+        date: When the list was made, as ``YYYY-MM-DD``.
+        source: The provider's own page.
+    """
+
+    provider: str
+    model: str
+    prompt: float
+    cached_prompt: float | None
+    completion: float
+    longest_prompt: int | None
+    date: str
+    source: str
+
+
+def provider_at(host: str) -> str | None:
+    """Return the name of the provider that answers at a host, or None for a stranger's."""
+    found = _at(host)
+    return None if found is None else found.name
+
+
+def listed(host: str, model: str) -> Listed | None:
+    """Look a model up in the list of whoever answers at a host.
+
+    A model's name says nothing by itself: whoever serves ``openai/gpt-oss-120b`` on nodes of their
+    own pays no provider for it.
+
+    Args:
+        host: Name of the host that is asked.
+        model: The id that it is asked for; a snapshot's date may stand behind it.
+    """
+    provider = _at(host)
+    if provider is None:
+        return None
+    name = model
+    if name not in provider.models and provider.snapshots:
+        name = _SNAPSHOT.sub("", model)
+    entry = provider.models.get(name)
+    if entry is None:
+        return None
+    return Listed(
+        provider=provider.name,
+        model=name,
+        prompt=max(entry.prompt, entry.cache_write or 0.0),
+        cached_prompt=entry.cached_prompt,
+        completion=entry.completion,
+        longest_prompt=entry.longest_prompt,
+        date=provider.date,
+        source=provider.source,
+    )
+
+
+def hosts() -> tuple[str, ...]:
+    """Return all hosts whose prices are listed."""
+    return tuple(host for provider in _read().providers for host in provider.hosts)
+
+
+def _at(host: str) -> _Provider | None:
+    wanted = host.casefold().removesuffix(".")
+    return next((p for p in _read().providers if wanted in p.hosts), None)
+
+
+@cache
+def _read() -> _List:
+    text = (files("fanfold.configs") / "data" / "prices.yaml").read_text(encoding="utf-8")
+    return _List.model_validate(yaml.safe_load(text))

@@ -1,0 +1,226 @@
+"""Knowing before paying: check, --like, and runs that begin with a pilot."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Served, Shell
+
+pytestmark = pytest.mark.integration
+
+TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that ^C is a signal
+os.execv(sys.executable, [sys.executable, "-m", "fanfold", *sys.argv[1:]])
+"""
+
+PRICE = {"prompt": 10, "completion": 20}
+
+
+def priced(shell: Shell, items: int = 60, **sections: Any) -> None:
+    rows = "".join(f"{n},text number {n}\n" for n in range(items))
+    (shell.folder / "in.csv").write_text(f"id,text\n{rows}")
+    shell.write(**({"model": {"max_tokens": 64, "price": PRICE}} | sections))
+
+
+def provenance(folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(folder) / "provenance.json").read_text())
+    return found
+
+
+def test_check_counts_a_sample_by_the_endpoints_tokenizer(shell: Shell, fleet: Served) -> None:
+    priced(shell, budget={"usd": 0.05, "requests": 1000})
+    urls = ",".join(fleet.urls)
+    said = shell("check", "c.yaml", "--endpoints", urls, "--sample", "10")
+    assert said.code == 0, said.err
+    assert fleet.requests == 0
+    assert "sample: 10 prompts, " in said.out
+    assert "(by the endpoint's tokenizer)" in said.out
+    assert (
+        "price: $10 prompt, $20 completion per million tokens (model.price), SIMULATED" in said.out
+    )
+    assert "requests: 60 to 120 (with every repair)" in said.out
+    assert "completion tokens: at most 7,680" in said.out
+    assert "time: not known without a latency" in said.out
+    assert "budget: carries at least " in said.out
+    assert "budget.usd binds" in said.out
+
+    data = json.loads(shell("check", "c.yaml", "--endpoints", urls, "--json").out)
+    ran = json.loads(shell("run", "c.yaml", "--endpoints", urls, "--out", "r", "--json").out)
+    assert data["sample"]["exact"]
+    assert data["sample"]["items"] == 60
+    assert ran["requests"] == 60
+    assert ran["tokens"]["prompt"] == data["estimate"]["prompt_tokens"]["likely"]  # all counted
+    assert data["estimate"]["requests"]["low"] == 60
+    assert provenance("r")["price"]["prompt"] == 10
+
+    like = json.loads(shell("check", "c.yaml", "--endpoints", urls, "--like", "r", "--json").out)
+    assert like["estimate"]["measured"] == "60 items of r"
+    assert like["estimate"]["completion_tokens"]["likely"] == ran["tokens"]["completion"]
+    assert like["estimate"]["seconds"]["likely"] > 0
+    cost = (10 * ran["tokens"]["prompt"] + 20 * ran["tokens"]["completion"]) / 1e6
+    assert like["estimate"]["usd"]["likely"] == pytest.approx(cost, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--like", "nowhere"], ["nowhere", "run"]),
+        (["--like", "."], ["run"]),
+        (["--set", "budget.usd=1", "--set", "model.price=null"], ["budget.usd", "model.price"]),
+        (["--set", "model.price={prompt: 1}"], ["model.price", "completion"]),
+        (["--sample", "0"], ["--sample"]),
+    ],
+)
+def test_what_check_refuses(shell: Shell, arguments: list[str], words: list[str]) -> None:
+    priced(shell)
+    before = shell.files()
+    said = shell("check", "c.yaml", *arguments)
+    assert said.code == 2
+    assert all(word in said.err for word in words), said.err
+    assert "Traceback" not in said.err
+    assert shell.files() == before
+
+
+def test_a_budget_in_dollars_needs_a_price_before_anything_is_asked(
+    shell: Shell, fleet: Served
+) -> None:
+    shell.write(budget={"usd": 1})
+    said = shell("run", "c.yaml", "--endpoints", ",".join(fleet.urls), "--out", "r")
+    assert said.code == 2
+    assert "budget.usd is set, and what 'simulated-8b' costs is not known" in said.err
+    assert fleet.requests == 0
+    assert not Path("r").exists()
+
+
+def test_answers_of_another_kind_say_nothing(shell: Shell) -> None:
+    priced(shell, items=3)
+    assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
+    about = provenance("r") | {"simulated": False}
+    Path("r/provenance.json").write_text(json.dumps(about))
+    said = shell("check", "c.yaml", "--like", "r")
+    assert said.code == 2
+    assert "its answers are real, and these endpoints are simulated" in said.err
+
+
+def test_a_pilot_is_the_beginning_of_the_run(shell: Shell, fleet: Served) -> None:
+    priced(shell, budget={"usd": 0.01})
+    run = ("run", "c.yaml", "--endpoints", ",".join(fleet.urls), "--out", "r", "--pilot", "10")
+    said = shell(*run)
+    assert said.code == 5
+    assert fleet.requests == 10
+    for text in (
+        "SIMULATED: pilot: 10 of 60 items, spread over the input: 10 done, 0 failed",
+        "10 requests, ",
+        "latency: median ",
+        "all 60 items, going by these:",
+        "budget: carries about ",
+        "nobody there to be asked; --yes goes on without asking",
+        "Go on with: fanfold resume r",
+    ):
+        assert text in said.err
+    assert max(map(len, said.err.splitlines())) <= 120
+    assert "pilot of 10 items; resumable" in shell("status", "r").out
+
+    told = json.loads(shell(*run, "--json").out)  # again: nothing is asked
+    assert fleet.requests == 10
+    assert told["exit_code"] == 5
+    assert told["pilot"]["items"] == told["pilot"]["done"] == 10
+    assert told["pilot"]["left"] == 50
+    assert told["pilot"]["estimate"]["budget"]["cap"] == "usd"
+    ids = {json.loads(line)["id"] for line in shell("results", "r").out.splitlines()}
+    assert len(ids) == 10
+    assert min(map(int, ids)) < 6
+    assert max(map(int, ids)) >= 54
+
+    assert shell("resume", "r", "--quiet", "--set", "budget.usd=null").code == 0
+    assert fleet.requests == 60
+    assert len(shell("results", "r").out.splitlines()) == 60
+
+
+def test_yes_goes_on_and_the_aggregate_is_that_of_any_run(shell: Shell, fleet: Served) -> None:
+    priced(shell)
+    urls = ",".join(fleet.urls)
+    straight = json.loads(shell("run", "c.yaml", "--endpoints", urls, "--out", "a", "--json").out)
+    piloted = shell(
+        "run", "c.yaml", "--endpoints", urls, "--out", "b", "--json", "--pilot", "7", "--yes"
+    )
+    assert piloted.code == 0, piloted.err
+    told = json.loads(piloted.out)
+    assert told["aggregate"] == straight["aggregate"]
+    assert told["done"] == 60
+    assert told["pilot"]["done"] == 7
+    assert fleet.requests == 120
+    outcomes = [life["outcome"] for life in provenance("b")["lives"]]
+    assert outcomes == ["pilot of 7 items; resumable", "finished"]
+
+
+def test_a_pilot_of_all_items_asks_nothing(shell: Shell, fleet: Served) -> None:
+    priced(shell, items=5)
+    said = shell(
+        "run", "c.yaml", "--endpoints", ",".join(fleet.urls), "--out", "r", "--pilot", "20"
+    )
+    assert said.code == 0, said.err
+    assert "pilot: 5 of 5 items" in said.err
+    assert fleet.requests == 5
+
+
+def test_a_pilot_shows_what_fails(shell: Shell) -> None:
+    faults = [{"kind": "refusal", "p": 0.5, "draw": "item"}]
+    simulated = {"nodes": 1, "time_scale": 50, "faults": faults}
+    priced(shell, endpoints={"simulated": simulated})
+    said = shell("run", "c.yaml", "--out", "r", "--pilot", "30", "--yes", "--quiet")
+    assert said.code == 3
+    lines = said.err.splitlines()
+    (counts,) = (line for line in lines if "pilot: 30 of 60" in line)
+    failed = int(counts.rpartition(": ")[2].split()[2])
+    assert 0 < failed < 30
+    assert f"  {failed} x RefusedAnswerError" in lines
+
+
+def test_a_pilot_whose_items_are_worked_on_elsewhere(shell: Shell, fleet: Served) -> None:
+    factory = "concurrent.futures:ThreadPoolExecutor"
+    priced(shell, backend={"kind": "executor", "factory": factory, "workers": 2})
+    said = shell(
+        "run", "c.yaml", "--endpoints", ",".join(fleet.urls), "--out", "r", "--pilot", "4", "--yes"
+    )
+    assert said.code == 0, said.err
+    assert "pilot: 4 of 60 items, spread over the input: 4 done, 0 failed" in said.err
+    assert fleet.requests == 60
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("\x03", 5)])
+def test_on_a_terminal_somebody_is_asked(shell: Shell, answer: str, code: int) -> None:
+    priced(shell, items=9)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", TERMINAL, "run", "c.yaml", "--out", "r", "--pilot", "3"]
+    with subprocess.Popen(
+        command, stdin=theirs, stderr=theirs, stdout=theirs, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        said, sent = b"", False
+        try:
+            while select.select([ours], [], [], 60)[0]:
+                try:
+                    said += os.read(ours, 4096)
+                except OSError:  # the other end is closed
+                    break
+                if b"[y/N]" in said and not sent:
+                    os.write(ours, answer.encode())
+                    sent = True
+            assert process.wait(60) == code
+        finally:
+            process.kill()
+            os.close(ours)
+    assert b"Go on with the other 6 items? [y/N]" in said
+    assert (b"Stopped after the pilot" in said) is (code == 5)
+    assert b"Traceback" not in said

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+import tiktoken
+
+from fanfold.backends.fleet.counting import TokenCounter
+from fanfold.backends.fleet.encoding import encoding_name, load_encoding
+from fanfold.backends.fleet.lengths import prompt_tokens, text_tokens
+
+BODY = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]}
+
+
+def bytewise(name: str) -> tiktoken.Encoding:
+    """A vocabulary of bytes: real, and not to be downloaded."""
+    ranks = {bytes([value]): value for value in range(256)}
+    return tiktoken.Encoding(name, pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),  # what OpenAI's o200k_base makes of it
+    [
+        ("We sintered a garnet-type lithium conductor in air, oxygen and argon.", 15),
+        ("NNC(=O)C(CC(C(=O)NN)C(=O)NN)C(=O)NN", 20),
+        ("0.7318 1.4636 2.1954 2.9272 3.6590", 25),
+        ("def text_tokens(text: str) -> int:", 10),
+        ("请估计下列分子在水中的溶解度,并给出一个介于零和一之间的分数。", 29),
+        ("MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQ", 31),
+    ],
+)
+def test_length_is_high_rather_than_low(text: str, tokens: int) -> None:
+    assert 0.95 * tokens <= text_tokens(text) <= 2 * tokens
+
+
+def test_lengths_of_odd_texts() -> None:
+    assert text_tokens("") == 0
+    assert text_tokens(" " * 1000) <= 1
+    assert text_tokens("\ud800") >= 1
+    bare = prompt_tokens(BODY)
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    assert prompt_tokens(BODY | {"response_format": schema}) > bare
+    assert prompt_tokens(BODY | {"tools": [{"function": {"name": "f"}}]}) > bare
+    parts = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "u"}}]
+    assert prompt_tokens({"messages": [{"role": "user", "content": parts}]}) > 0
+    assert prompt_tokens({"messages": [{"role": "assistant", "content": None}]}) > 0
+
+
+def test_which_models_tiktoken_knows() -> None:
+    assert encoding_name("gpt-5.4-mini") == encoding_name("openai/gpt-4o") == "o200k_base"
+    assert encoding_name("meta-llama/Llama-3.1-8B-Instruct") is None
+
+
+async def test_tiktoken_counts_plain_messages() -> None:
+    async with TokenCounter([], "gpt-4o", load=bytewise) as counter:
+        plain = await counter.count(BODY)
+        assert plain == (len("Be kind.hi") + 2 * 4 + 3, True)
+        assert counter.how == "by tiktoken's o200k_base"
+        again = await asyncio.gather(*(counter.count(BODY) for _ in range(50)))
+        assert set(again) == {plain}
+        more = await counter.count(BODY | {"response_format": {"type": "json_object"}})
+        assert more.tokens > plain.tokens
+        assert not more.exact
+        long = {"messages": [{"role": "user", "content": "x" * 60_000}]}
+        assert (await counter.count(long)).tokens == 60_007
+
+
+async def test_without_a_network_length_takes_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    async with TokenCounter([], "gpt-4o", timeout_s=60) as counter:
+        counts = await asyncio.gather(*(counter.count(BODY) for _ in range(3)))
+    assert set(counts) == {(prompt_tokens(BODY), False)}
+    assert counter.how == "by length"
+    assert [r.message for r in caplog.records].count(caplog.messages[0]) == 1
+    assert "cannot load the vocabulary o200k_base" in caplog.messages[0]
+    assert "TIKTOKEN_CACHE_DIR" in caplog.messages[0]
+
+
+async def test_a_network_that_swallows_everything_holds_nothing_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gone = threading.Event()
+
+    def hang(name: str) -> tiktoken.Encoding:
+        gone.wait(60)
+        return bytewise(name)
+
+    with caplog.at_level(logging.WARNING):
+        assert await load_encoding("o200k_base", 0.01, hang) is None
+    gone.set()
+    assert "no answer within 0.01 s" in caplog.text
+
+
+async def test_a_model_that_nobody_knows_is_counted_by_length() -> None:
+    async with TokenCounter([], "meta-llama/Llama-3.1-8B-Instruct", load=bytewise) as counter:
+        assert await counter.count(BODY) == (prompt_tokens(BODY), False)

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fanfold.backends.contract.money import Caps
+from fanfold.backends.tariffs import Price
+from fanfold.graphs.forecast import Forecast, Plan, forecast
+from fanfold.graphs.sampling import spread
+from fanfold.graphs.seen import Seen
+from fanfold.graphs.spans import Span
+from fanfold.graphs.telling import budget_lines, carried, cost_lines, dollars, duration
+
+PRICE = Price(prompt=1.0, cached_prompt=0.1, completion=4.0)
+
+
+def record(index: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "index": index,
+        "status": "done",
+        "error_class": None,
+        "attempts": 1,
+        "repairs": 0,
+        "prompt_tokens": 100,
+        "completion_tokens": 50,
+        "latency_s": 2.0,
+    } | fields
+
+
+def seen_of(*records: dict[str, Any], total: int = 10**9) -> Seen:
+    found = Seen.of(records, total, "somewhere")
+    assert found is not None
+    return found
+
+
+def plan(**fields: Any) -> Plan:
+    given = {"items": 1000, "first": Span.of(100), "max_tokens": 200, "repairs": 1, "streams": 10}
+    return Plan(**(given | fields))
+
+
+@given(st.integers(0, 5000), st.integers(1, 300), st.text())
+def test_a_sample_is_spread_over_the_input(total: int, count: int, seed: str) -> None:
+    chosen = spread(total, count, seed)
+    assert chosen == sorted(set(chosen)) == spread(total, count, seed)
+    assert len(chosen) == min(total, count)
+    for part, index in enumerate(chosen):
+        assert part * total // len(chosen) <= index < (part + 1) * total // len(chosen)
+
+
+def test_a_mean_knows_how_well_it_is_known() -> None:
+    assert Span.mean([], 5) == Span.of(0)
+    assert Span.mean([1, 2, 3], 3) == Span.of(2)  # all there are
+    assert Span.mean([7], 100) == Span(0, 7, 14)
+    few, many = Span.mean([1, 3] * 5, 10**6), Span.mean([1, 3] * 500, 10**6)
+    assert few.low < many.low < 2 < many.high < few.high
+    assert Span.mean([1, 3] * 500, 1001).high < many.high  # few are left
+
+
+def test_without_a_look_answers_may_be_as_long_as_allowed() -> None:
+    found = forecast(plan(price=PRICE), None)
+    assert found.requests == Span(1000, 1000, 2000)
+    assert found.prompt == Span(100_000, 100_000, 1000 * (200 + 200 + 60))
+    assert found.completion == Span(1000, 200_000, 400_000)
+    assert found.usd is not None
+    assert found.usd.high == pytest.approx(0.46 + 1.6)
+    assert found.seconds is found.node_hours is None
+    assert forecast(plan(repairs=0), None).requests == Span.of(1000)
+
+
+def test_what_was_seen_is_extrapolated() -> None:
+    seen = seen_of(*(record(n) for n in range(100)))
+    found = forecast(plan(price=PRICE, nodes=4), seen)
+    assert found.completion.likely == 50_000
+    assert found.prompt.likely == found.usd.likely * 1e6 - 4 * 50_000  # type: ignore[union-attr]
+    assert found.seconds is not None
+    assert found.seconds.likely == 1000 * 2.0 / 10
+    assert found.node_hours is not None
+    assert found.node_hours.likely == pytest.approx(200 * 4 / 3600)
+    assert found.requests.likely == 1000
+    assert found.requests.high == pytest.approx(1030)  # repairs too rare to be seen
+
+
+def test_repairs_send_the_prompt_again() -> None:
+    seen = seen_of(*(record(n, repairs=1, attempts=2) for n in range(1000)))
+    found = forecast(plan(), seen)
+    assert found.prompt.likely == 1000 * (100 * 2 + 50 + 60)
+    own = forecast(plan(), seen, own=True)
+    assert own.prompt.likely == 1000 * 100  # as the journal says
+
+
+def test_quotas_slow_a_run_down() -> None:
+    seen = seen_of(*(record(n) for n in range(100)))
+    assert forecast(plan(requests_per_s=2), seen).seconds.likely == 500  # type: ignore[union-attr]
+    slow = forecast(plan(tokens_per_min=6000), seen).seconds
+    assert slow is not None
+    assert slow.likely == pytest.approx(150_000 / 100)
+
+
+def test_cached_tokens_cost_less() -> None:
+    seen = seen_of(*(record(n, cached_tokens=80) for n in range(100)))
+    usd = forecast(plan(price=PRICE), seen, own=True).usd
+    assert usd is not None
+    assert usd.likely == pytest.approx(0.1 * (0.2 + 0.8 * 0.1) + 0.05 * 4)
+    assert usd.high > 0.1 + 0.2
+
+
+def test_tokens_that_nobody_reports_stay_unknown() -> None:
+    seen = seen_of(record(0, prompt_tokens=None, completion_tokens=None))
+    found = forecast(plan(), seen, own=True)
+    assert found.completion.high == 400_000
+    assert found.prompt.likely == 100_000
+    assert found.seconds is not None
+
+
+def test_items_that_were_not_asked_say_nothing() -> None:
+    assert Seen.of([record(0, attempts=0)], 5, "x") is None
+    seen = seen_of(record(0), record(1, status="failed", error_class="E"), total=2)
+    assert seen.failed == {"E": 1}
+    assert seen.prompt == Span.of(100)
+
+
+@pytest.mark.parametrize(
+    ("caps", "seen", "text"),
+    [
+        ({"usd": 100}, True, "carries all items; budget.usd is nearest"),
+        ({"usd": 0.15}, True, "carries about 50 % of the items (4"),
+        ({"usd": 100, "requests": 300}, True, "carries about 30 % of the items (29 to 30 %)"),
+        ({"requests": 1010}, True, "likely carries all items, at least 98 %; budget.requests"),
+        ({"usd": 0.05}, False, "carries 2 to 48 % of the items; budget.usd binds"),
+        ({"usd": 0.5}, False, "carries at least 24 % of the items, all of them if answers"),
+        ({"usd": 100}, False, "carries all items; budget.usd is nearest, 2 % of it at most"),
+        ({"tokens": 1}, True, "carries about 0.0007 % of the items"),
+    ],
+)
+def test_how_far_a_budget_reaches(caps: dict[str, Any], seen: bool, text: str) -> None:
+    what = seen_of(*(record(n) for n in range(100))) if seen else None
+    found = forecast(plan(price=PRICE, caps=Caps.of(**caps)), what)
+    assert text in carried(found)
+    (line,) = budget_lines(found, plan(caps=Caps.of(**caps)))
+    assert line == f"budget: {carried(found)}"
+
+
+def test_caps_of_which_nothing_is_known() -> None:
+    hours = plan(price=Price(node_hour=2), caps=Caps.of(usd=1, node_hours=1))
+    found = forecast(hours, None)
+    assert found.carried is None
+    assert found.unknown == ("usd", "node_hours")
+    assert [line.partition(":")[0] for line in budget_lines(found, hours)] == [
+        "budget.usd",
+        "budget.node_hours",
+    ]
+    seen = seen_of(*(record(n) for n in range(100)))
+    priced = forecast(dataclasses.replace(hours, nodes=2), seen)
+    assert priced.usd is not None
+    assert priced.usd.likely == pytest.approx(2 * 2 * 200 / 3600)
+    assert list(budget_lines(forecast(plan(), None), plan())) == ["budget: none"]
+
+
+def test_every_figure_fits_json() -> None:
+    seen = seen_of(*(record(n) for n in range(100)))
+    found: Forecast = forecast(plan(price=PRICE, nodes=1, caps=Caps.of(usd=1)), seen)
+    data = found.to_json()
+    assert data["budget"]["cap"] == "usd"
+    assert data["requests"] == {"low": 1000, "likely": 1000, "high": 1030}
+    assert data["measured"] == "somewhere"
+
+
+def test_lines_fit_a_terminal() -> None:
+    seen = seen_of(*(record(n, latency_s=n / 7, completion_tokens=n) for n in range(1, 100)))
+    large = plan(items=987_654, price=PRICE, nodes=64, caps=Caps.of(usd=1234.5))
+    for what in (None, seen):
+        found = forecast(large, what)
+        lines = [*cost_lines(found, large), *budget_lines(found, large)]
+        assert max(map(len, lines)) <= 100, max(lines, key=len)
+
+
+def test_amounts_and_times_have_the_digits_they_deserve() -> None:
+    assert [dollars(x) for x in (0, 1234.5, 0.5, 0.0032, 1e-9)] == [
+        "$0.00",
+        "$1,234.50",
+        "$0.50",
+        "$0.0032",
+        "$0.000001",
+    ]
+    assert [duration(x) for x in (0.0123, 0.5, 45, 100, 6000, 200_000)] == [
+        "12.3 ms",
+        "0.5 s",
+        "45 s",
+        "2 min",
+        "1 h 40 min",
+        "56 h",
+    ]
