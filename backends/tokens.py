@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from ..configs.prices import provider_at
 from .build import Serving
+from .contract.calls import Count
 from .fleet.address import EndpointSpec
 from .fleet.counting import TokenCounter
 
@@ -25,6 +27,16 @@ def token_counter(serving: Serving) -> TokenCounter:
     behind = serving.place is not None and serving.place.gateway is not None
     specs = () if behind else tuple(spec for spec in serving.specs if _is_server(spec))
     return TokenCounter(specs[:_ASKED], serving.model)
+
+
+def exact_count(counter: TokenCounter) -> Count:
+    """Return a function that counts a prompt's tokens exactly, or says None."""
+
+    async def count(body: Mapping[str, Any]) -> int | None:
+        tokens, exact = await counter.count(body)
+        return tokens if exact else None
+
+    return count
 
 
 def _is_server(spec: EndpointSpec) -> bool:

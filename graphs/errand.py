@@ -17,6 +17,7 @@ from ..backends.accounts.budget import Budget
 from ..backends.accounts.errand import FiledLedger, SentLedger, WorkerLedger, worker_file
 from ..backends.accounts.journal import JournalWriter
 from ..backends.build import Serving, located, open_fleet, survey
+from ..backends.contract.calls import Count
 from ..backends.contract.errors import SiteError
 from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item
@@ -24,6 +25,7 @@ from ..backends.contract.wire import Order
 from ..backends.fleet.address import EndpointSpec
 from ..backends.fleet.fleet import Fleet
 from ..backends.nearby import served_here
+from ..backends.tokens import exact_count, token_counter
 from ..configs.load import Loaded, load
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
@@ -47,12 +49,13 @@ IDLE_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What orders of one run have in common: settings, fleet and journal file."""
+    """What orders of one run have in common: settings, fleet, journal file, tokenizer."""
 
     loaded: Loaded
     fleet: Fleet
     model: str
     writer: JournalWriter | None
+    count: Count | None = None
 
 
 class Bag:
@@ -141,7 +144,10 @@ async def open_parts(order: Order, worker: str) -> AsyncIterator[Parts]:
         if order.journal is not None:
             writer = await _open_journal(Path(order.journal), order, worker)
             stack.push_async_callback(writer.close)
-        yield Parts(loaded, fleet, model, writer)
+        count = None
+        if order.lease is not None:
+            count = exact_count(await stack.enter_async_context(token_counter(here)))
+        yield Parts(loaded, fleet, model, writer, count)
 
 
 @asynccontextmanager
@@ -264,6 +270,8 @@ def errand(order: Order, parts: Parts, stop: StopSign, budget: Budget | None) ->
         ledger: WorkerLedger = SentLedger(order.carry, order.streams)
     else:
         ledger = FiledLedger(parts.writer)
+    if budget is not None:
+        budget.count = parts.count
     reduce = [with_bounds(s, loaded.config.task.answer_schema) for s in loaded.config.reduce]
     tools = RunTools(
         store=OrderStore(items),

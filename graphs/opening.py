@@ -17,12 +17,15 @@ from ..backends.accounts.folder import RunFolder
 from ..backends.accounts.ledger import Ledger
 from ..backends.build import open_fleet
 from ..backends.contract.errors import ConfigurationError
+from ..backends.contract.money import FREE
 from ..backends.contract.types import Item
 from ..backends.fleet.fleet import Fleet
 from ..backends.inputs.store import ItemStore
 from ..backends.nearby import served
 from ..backends.places import is_elsewhere
 from ..backends.sites.executor import WorkShard
+from ..backends.tariffs import tariff
+from ..backends.tokens import exact_count, token_counter
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..configs.reduce import with_bounds
@@ -37,7 +40,7 @@ from .items import TRACED_ITEMS, ItemEngine, RunItem, is_seen, item_runner
 from .metrics import exposed
 from .opened import OpenedRun, reported, spent_in
 from .signs import end_earlier
-from .spending import Spending, spending, tariff_of
+from .spending import Spending, spending
 from .terms import crew_terms
 
 
@@ -73,7 +76,8 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
     async with AsyncExitStack() as stack:
         books = await asyncio.to_thread(_open_books, folder, loaded)
         stack.push_async_callback(asyncio.to_thread, books.files.close)
-        ledger, total, tariff = books.ledger, len(books.store), tariff_of(config)
+        ledger, total = books.ledger, len(books.store)
+        price = await asyncio.to_thread(tariff, config, books.model, books.simulated) or FREE
         stack.push_async_callback(ledger.aclose)
         who = f"{socket.gethostname()} pid {os.getpid()}"
         ledger.begin(who, config.ledger.fsync_s, books.next_life)
@@ -86,16 +90,19 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
         spends: Spending | None = None
         if ledger.counts().open:
             spends = await stack.enter_async_context(
-                spending(folder, config, tariff, ledger, books.run)
+                spending(folder, config, price, ledger, books.run)
             )
             up = await stack.enter_async_context(
                 served(config, loaded.plain["endpoints"], books.model)
             )
             _check_kind(up.simulated, books.simulated)
+            if spends is not None:
+                counter = await stack.enter_async_context(token_counter(up))
+                spends.budget.count = exact_count(counter)
             if is_elsewhere(config.backend):
                 _check_mode(mode)
                 about = {**books.about, "life": ledger.life}
-                terms = crew_terms(folder, loaded, up, about, tariff)
+                terms = crew_terms(folder, loaded, up, about, price)
                 crew = await stack.enter_async_context(
                     open_crew(mode.work_shard, terms, ledger, progress, spends)
                 )
@@ -116,7 +123,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
             progress=progress,
             fingerprint=bytes.fromhex(books.fingerprint),
             simulated=books.simulated,
-            tariff=tariff,
+            tariff=price,
             account=unlimited if spends is None else spends.budget.account,
             budget=None if spends is None else spends.budget,
             crew=crew,

@@ -19,9 +19,10 @@ from ..backends.accounts.budget import SHOWN, Budget, BudgetTerms
 from ..backends.accounts.folder import RunFolder
 from ..backends.accounts.leases import Leases
 from ..backends.accounts.ledger import Ledger
-from ..backends.contract.errors import BudgetExhaustedError, ConfigurationError
-from ..backends.contract.money import Amount, Caps, Tariff
+from ..backends.contract.errors import BudgetExhaustedError
+from ..backends.contract.money import FREE, Amount, Caps, Tariff
 from ..backends.contract.types import Json
+from ..backends.tariffs import tariff
 from ..configs.budget import BudgetConfig
 from ..configs.models import RunConfig
 from ..nodes.gate import Gate
@@ -88,23 +89,23 @@ def spent_before(shelf: Shelf, ledger: Ledger) -> Amount:
     return shelf.spent({life: spent.amount for life, spent in ledger.spent.items()})
 
 
-def budget_terms(folder: RunFolder, config: RunConfig, tariff: Tariff) -> BudgetTerms:
+def budget_terms(folder: RunFolder, config: RunConfig, price: Tariff) -> BudgetTerms:
     """Return what a run's budget is."""
     repairs = 0 if config.task.graph else config.task.repairs
     caps = caps_of(folder, config.budget)
-    return BudgetTerms(caps, tariff, repairs, tuple(config.budget.warn_at))
+    return BudgetTerms(caps, price, repairs, tuple(config.budget.warn_at))
 
 
 @asynccontextmanager
 async def spending(
-    folder: RunFolder, config: RunConfig, tariff: Tariff, ledger: Ledger, run: str
+    folder: RunFolder, config: RunConfig, price: Tariff, ledger: Ledger, run: str
 ) -> AsyncIterator[Spending | None]:
     """Open a run's budget; None when it has no limits.
 
     Raises:
         LedgerError: A book is damaged, or cannot be written.
     """
-    terms = await asyncio.to_thread(budget_terms, folder, config, tariff)
+    terms = await asyncio.to_thread(budget_terms, folder, config, price)
     if not terms.caps.any:
         yield None
         return
@@ -234,7 +235,7 @@ def shortfall(
         counts, budget = ledger.counts(), live
         if budget is None:
             before = spent_before(Shelf(folder.budget, about["run"]), ledger)
-            budget = Budget(budget_terms(folder, config, tariff_of(config)), before, None)
+            budget = Budget(_terms(folder, config, about), before, None)
     if not (live is not None and live.needed) and budget.carries(needed):
         return None
     refusal = budget.refusal(needed)
@@ -247,6 +248,11 @@ def shortfall(
         "items": {"done": counts.done, "failed": counts.failed, "open": counts.open},
         "total_to_finish": _to_finish(budget, counts.done + counts.failed, counts.open),
     }
+
+
+def _terms(folder: RunFolder, config: RunConfig, about: Mapping[str, Any]) -> BudgetTerms:
+    price = tariff(config, about["model"], about["simulated"])
+    return budget_terms(folder, config, price or FREE)
 
 
 def _to_finish(budget: Budget, ended: int, left: int) -> dict[str, Json]:
@@ -272,26 +278,3 @@ def _rounded(value: float, unit: int) -> float:
 def _example(budget: Budget) -> str:
     """Return an answer that would do, as a user writes it."""
     return "{" + ", ".join(f'"{k}": {2 * v["cap"]:g}' for k, v in budget.report().items()) + "}"
-
-
-def tariff_of(config: RunConfig) -> Tariff:
-    """Return what a run's model costs.
-
-    Raises:
-        ConfigurationError: Dollars are limited, and nothing says what anything costs.
-    """
-    price = config.model.price
-    if price is None:
-        if config.budget.usd is not None:
-            msg = (
-                "budget.usd needs prices: set model.price: {prompt: …, completion: …} in dollars "
-                "per million tokens, or {node_hour: …}"
-            )
-            raise ConfigurationError(msg)
-        return Tariff()
-    return Tariff.of(
-        prompt=price.prompt or 0.0,
-        cached=price.cached_prompt,
-        completion=price.completion or 0.0,
-        node_hour=price.node_hour or 0.0,
-    )

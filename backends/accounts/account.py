@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from threading import Lock
-from typing import Final
+from typing import Any, Final
 
-from ..contract.calls import Exact, Hold
+from ..contract.calls import Count, Hold
 from ..contract.money import Amount, Tariff
 from ..contract.types import Usage
 from .purse import Purse
@@ -53,21 +54,30 @@ class ItemAccount:
         gauge: How prompts are estimated.
         repairs: How often an answer may be sent back: an item that has begun shall be carried to
             its end.
+        count: Counts prompts as the model does, for when room is scarce; or None.
     """
 
-    __slots__ = ("_begun", "_gauge", "_lock", "_pool", "_purse", "_repairs", "_tariff")
+    __slots__ = ("_begun", "_count", "_gauge", "_lock", "_pool", "_purse", "_repairs", "_tariff")
 
-    def __init__(self, purse: Purse, tariff: Tariff, gauge: Gauge, repairs: int) -> None:
+    def __init__(
+        self,
+        purse: Purse,
+        tariff: Tariff,
+        gauge: Gauge,
+        repairs: int,
+        count: Count | None = None,
+    ) -> None:
+        self._count = count
         self._purse, self._tariff, self._gauge = purse, tariff, gauge
         self._repairs, self._begun = repairs, False
         self._pool, self._lock = Amount(), Lock()
 
-    async def hold(self, most: Usage, exact: Exact | None = None) -> Hold:
+    async def hold(self, most: Usage, body: Mapping[str, Any]) -> Hold:
         """Reserve what one request may cost, waiting for what others may give back.
 
         Args:
             most: The most tokens that it may use.
-            exact: Counts them by the model's tokenizer, for when room is scarce.
+            body: The request, to be counted better when room is scarce.
 
         Raises:
             BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.
@@ -75,7 +85,7 @@ class ItemAccount:
         """
         usage = self._estimated(most)
         if not self._begun:
-            usage = await self._begin(usage, exact)
+            usage = await self._begin(usage, body)
         elif not self._drawn(amount := self._tariff.amount(usage)):
             self.close()  # whoever waits holds nothing, or two items could wait for each other
             await self._purse.reserve(amount, begun=True)
@@ -84,12 +94,13 @@ class ItemAccount:
     def _estimated(self, most: Usage) -> Usage:
         return Usage(self._gauge.prompt(most.prompt or 0), most.completion)
 
-    async def _begin(self, usage: Usage, exact: Exact | None) -> Usage:
+    async def _begin(self, usage: Usage, body: Mapping[str, Any]) -> Usage:
         """Reserve the first request and the repairs; return what it was reckoned with."""
         repairs = self._of_repairs(usage)
         if not self._purse.reserve_now(self._tariff.amount(usage).plus(repairs)):
-            if exact is not None and (counted := await exact()) is not None:
-                usage, repairs = counted, self._of_repairs(counted)
+            if self._count is not None and (prompt := await self._count(body)) is not None:
+                usage = Usage(prompt, usage.completion)
+                repairs = self._of_repairs(usage)
             await self._purse.reserve(self._tariff.amount(usage).plus(repairs))
         self._begun = True
         with self._lock:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ..contract.calls import Count
 from ..contract.money import HOUR_MS, NANO, Amount, Caps, Tariff
 from ..contract.types import Json
 from .account import Gauge, ItemAccount
@@ -58,6 +59,7 @@ class Budget:
         before: As given.
         purse: What is left.
         needed: What could not be reserved, if that has been refused.
+        count: Counts prompts as the model does, for when room is scarce; or None.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class Budget:
         self.terms, self.before = terms, before
         self.purse = Purse(_left(terms.caps, before), book, self.refusal, until)
         self.needed: Amount | None = None
+        self.count: Count | None = None
         self._gauge = Gauge()
         self._warned = set[tuple[str, float]]()
 
     def account(self) -> ItemAccount:
         """Return an account for one item."""
-        return ItemAccount(self.purse, self.terms.tariff, self._gauge, self.terms.repairs)
+        terms = self.terms
+        return ItemAccount(self.purse, terms.tariff, self._gauge, terms.repairs, self.count)
 
     def spent(self) -> Amount:
         """Return what all lives have spent, with what is in doubt."""

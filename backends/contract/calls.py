@@ -7,15 +7,15 @@ and threads that the item's graph starts are counted too.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from .types import Usage
 
-Exact: TypeAlias = Callable[[], Awaitable[Usage | None]]
-"""Counts a request's tokens by the model's own tokenizer; None when nobody offers one."""
+Count: TypeAlias = Callable[[Mapping[str, Any]], Awaitable[int | None]]
+"""Counts the tokens of a request's prompt as the model does; None when nobody can."""
 
 
 class Hold(Protocol):
@@ -37,12 +37,12 @@ class Hold(Protocol):
 class Account(Protocol):
     """What one item may spend."""
 
-    async def hold(self, most: Usage, exact: Exact | None = None) -> Hold:
+    async def hold(self, most: Usage, body: Mapping[str, Any]) -> Hold:
         """Reserve what one request may cost, waiting for what others may give back.
 
         Args:
             most: The most tokens that it may use.
-            exact: Counts them better, for when room is scarce.
+            body: The request, to be counted better when room is scarce.
 
         Raises:
             BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 
-from ..contract.calls import CallLog, Exact, Hold
+from ..contract.calls import CallLog, Hold
 from ..contract.types import Usage
 from .failures import Failure
 
@@ -48,9 +48,7 @@ class Charge:
     ended: bool = False
 
     @classmethod
-    async def open(
-        cls, log: CallLog | None, body: Mapping[str, Any], exact: Exact | None = None
-    ) -> Charge:
+    async def open(cls, log: CallLog | None, body: Mapping[str, Any]) -> Charge:
         """Reserve what a request may cost.
 
         Raises:
@@ -58,7 +56,7 @@ class Charge:
         """
         if log is None or log.account is None:
             return cls(log, body)
-        return cls(log, body, await log.account.hold(most_tokens(body), exact))
+        return cls(log, body, await log.account.hold(most_tokens(body), body))
 
     def again(self) -> Charge | None:
         """Reserve the same for a second request, if there is room at once."""

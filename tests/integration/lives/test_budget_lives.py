@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.folder import open_folder
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.configs.load import load
 from fanfold.graphs.run import BUDGET
-from fanfold.graphs.spending import tariff_of
 
 pytestmark = pytest.mark.integration
 
@@ -112,14 +108,3 @@ async def test_node_hours_end_a_run(lab_of: Any) -> None:
         spent = Shelf(folder.budget, folder.read_provenance()["run"]).spent({})
         assert 1000 < spent.node_ms <= 4000
         assert spent.nano_usd == pytest.approx(spent.node_ms * 10**6, rel=0.01)
-
-
-def test_an_unpriced_model_with_a_dollar_budget_is_refused(tmp_path: Path) -> None:
-    config = {
-        "input": {"path": str(tmp_path / "x.csv")},
-        "task": {"prompt": "{x}"},
-        "endpoints": {"urls": ["http://127.0.0.1:1/v1"]},
-        "budget": {"usd": 1},
-    }
-    with pytest.raises(ConfigurationError, match=r"budget.usd needs prices: set model.price"):
-        tariff_of(load(config).config)

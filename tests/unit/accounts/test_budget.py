@@ -149,7 +149,7 @@ async def test_many_streams_use_a_budget_up_and_never_pass_it(tmp_path: Path) ->
         while True:
             account = budget.account()
             try:
-                hold = await account.hold(Usage(dice.randint(300, 900), 200))
+                hold = await account.hold(Usage(dice.randint(300, 900), 200), {})
             except BudgetExhaustedError:
                 return
             worst = max(worst, budget.purse.settled.tokens + budget.purse.reserved.tokens)
@@ -249,12 +249,12 @@ async def test_an_item_is_begun_only_with_what_its_repairs_may_take(tmp_path: Pa
     terms = BudgetTerms(Caps(tokens=1000), TARIFF, repairs=1)
     budget = Budget(terms, Amount(), shelf.open(shelf.of_life(1)))
     account = budget.account()
-    first = await account.hold(Usage(100, 50))
+    first = await account.hold(Usage(100, 50), {})
     reserved = budget.purse.reserved
     assert reserved.requests == 2
     assert reserved.tokens > 2 * 150
     first.settle(Usage(90, 40))
-    second = await account.hold(Usage(150, 50))
+    second = await account.hold(Usage(150, 50), {})
     assert budget.purse.reserved.tokens < reserved.tokens
     second.settle(Usage(140, 50))
     second.keep()
