@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from fanfold.backends import places
+from fanfold.backends.accounts.book import Shelf
+from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 from fanfold.backends.fleet.simulated.spec import SimulationSpec
 from fanfold.backends.sites.globus.book import FILE, TaskBook
@@ -24,6 +26,7 @@ from fanfold.tests.integration.globus.fixtures import StartEndpoint
 from fanfold.tests.integration.globus.logins import LOGIN
 from fanfold.tests.integration.globus.service import GlobusService
 from fanfold.tests.integration.lives.conftest import Lab
+from fanfold.tests.integration.lives.test_budget_lives import paid
 
 pytestmark = pytest.mark.integration
 
@@ -141,3 +144,25 @@ async def test_a_killed_coordinators_shards_are_found_again(
         lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
         assert lab.again == 0
         assert sum(posted(service, before).values()) == SHARDS
+
+
+async def test_a_budget_is_not_charged_twice_for_shards_that_are_found_again(
+    endpoint: UserEndpoint, lab_over: LabOf
+) -> None:
+    """The coordinator is killed; what its leases were not used for comes back in the next life."""
+    async with lab_over(endpoint) as lab:
+        cap = 20_000
+        lab.config |= {"budget": {"tokens": cap}, "model": {"max_tokens": 64}}
+        async with lab.process() as process:
+            await lab.until(lambda: lab.journal_lines() >= 20 and in_hand(lab) >= 2)
+            process.kill()
+            assert await process.wait() == -signal.SIGKILL
+        folder = open_folder(lab.out)
+        shelf = Shelf(folder.budget, folder.read_provenance()["run"])
+        at_most = shelf.spent({}).tokens
+        assert paid(lab) < at_most <= cap
+        assert len(shelf.lent()) >= 2
+        result = await lab.live()
+        assert result.code == 0
+        lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
+        assert paid(lab) <= shelf.spent({}).tokens <= paid(lab) + cap // 50 < at_most
