@@ -58,6 +58,13 @@ SETTINGS = [
     Broken("wrong type", ["limits.streams", "integer", "'many'"], {"limits": {"streams": "many"}}),
     Broken("out of range", ["limits.streams", "(found 0)"], {"limits": {"streams": 0}}),
     Broken("too hot", ["model.temperature", "(found 3)"], {"model": {"temperature": 3}}),
+    Broken(
+        "drawn answers reused",
+        ["c.yaml: cache: answers drawn at model.temperature 0.5", "cache_sampled: true"],
+        {"cache": "run", "model": {"temperature": 0.5}},
+    ),
+    Broken("cache on", ["c.yaml: cache: is no switch", "(found True)"], {"cache": True}),
+    Broken("cache a number", ["c.yaml: cache: expected a text"], {"cache": 3}),
     Broken("section is a list", ["limits: expected keys"], {"limits": [1]}),
     Broken("section is a text", ["task: expected keys", "'x'"], {"task": "x"}),
     Broken("no task", ["c.yaml: the key 'task' is missing"], {"task": None}),
