@@ -15,13 +15,32 @@ from typing import Final
 
 from ..configs.models import RunConfig
 from .accounts.answers.store import AnswerStore
+from .contract.errors import ConfigurationError
 from .fleet.reuse import Reuse
-from .places import is_elsewhere
+from .places import is_elsewhere, shares_folder
 
 _LOOK_S: Final = 2.0
 _SHARE: Final = 10.0
 
 logger = logging.getLogger(__name__)
+
+
+def check_cache(config: RunConfig) -> None:
+    """Check, without writing, that answers can be kept where the settings say.
+
+    Raises:
+        ConfigurationError: They cannot. Nothing is said of a folder that only workers reach.
+    """
+    remote = is_elsewhere(config.backend) and not shares_folder(config.backend)
+    if config.cache in ("off", "run") or remote:
+        return
+    path = Path(config.cache)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigurationError(f"cache: {there} is no folder; name another, or say cache: off")
+    if not os.access(there, os.W_OK | os.X_OK):
+        msg = f"cache: {there} cannot be written to; name another folder, or say cache: off"
+        raise ConfigurationError(msg)
 
 
 @asynccontextmanager

@@ -63,6 +63,7 @@ SETTINGS = [
         ["c.yaml: cache: answers drawn at model.temperature 0.5", "cache_sampled: true"],
         {"cache": "run", "model": {"temperature": 0.5}},
     ),
+    Broken("cache is a file", ["cache: ", "in.csv is no folder"], {"cache": "in.csv/a/b"}),
     Broken("cache on", ["c.yaml: cache: is no switch", "(found True)"], {"cache": True}),
     Broken("cache a number", ["c.yaml: cache: expected a text"], {"cache": 3}),
     Broken("section is a list", ["limits: expected keys"], {"limits": [1]}),
