@@ -98,13 +98,14 @@ async def _followed(store: AnswerStore) -> AsyncIterator[None]:
 
 async def _follow(store: AnswerStore) -> None:
     """Read what other processes keep, again and again; less often where that takes long."""
-    took = 0.0
+    took, warned = 0.0, False
     while True:
         await asyncio.sleep(max(_LOOK_S, _SHARE * took))
         began = time.monotonic()
         try:
             await asyncio.to_thread(store.refresh)
-        except OSError as error:
-            logger.warning("cache: cannot be read on: %s", error)
-            return
+        except OSError as error:  # a cleared folder, or a file system that is away for a while
+            if not warned:
+                logger.warning("cache: others' answers cannot be read at the moment: %s", error)
+            warned = True
         took = time.monotonic() - began

@@ -104,7 +104,8 @@ class AnswerStore:
     def _look(self) -> None:
         changed_ns = self._folder.stat().st_mtime_ns
         with os.scandir(self._folder) as entries:
-            found = [(entry.name, entry.stat()) for entry in entries if _is_ours(entry)]
+            looked = [(entry.name, _stat(entry)) for entry in entries if _is_ours(entry)]
+        found = [(name, stat) for name, stat in looked if stat is not None]
         newest = max((stat.st_mtime for _, stat in found), default=0.0)
         live = list[int]()
         for name, stat in found:
@@ -128,7 +129,8 @@ class AnswerStore:
                 self._look()
                 return
             for number in self._live:
-                self._read_to(number, self._files[number].path.stat().st_size)
+                if (stat := _stat(self._files[number].path)) is not None:
+                    self._read_to(number, stat.st_size)
 
     def claim(self, wishes: Sequence[tuple[bytes, bool]]) -> list[bool]:
         """Become the process that asks for an answer, or be it no longer; it blocks.
@@ -277,6 +279,14 @@ class AnswerStore:
 
 def _is_ours(entry: os.DirEntry[str]) -> bool:
     return entry.name.endswith(".jsonl") and not entry.name.startswith(".")
+
+
+def _stat(file: os.DirEntry[str] | Path) -> os.stat_result | None:
+    """Look at a file; None when somebody has just removed it."""
+    try:
+        return file.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _place(number: int, offset: int) -> int:

@@ -201,6 +201,24 @@ def test_a_folder_that_is_cleared_meanwhile_is_a_miss(tmp_path: Path) -> None:
     one.close()
 
 
+def test_files_that_vanish_while_they_are_looked_at(tmp_path: Path) -> None:
+    one, other, gone = (opened(tmp_path, writer=name) for name in ("one", "other", "gone"))
+    gone.put(key(1), answer(1))
+    one.put(key(2), answer(2))
+    other.refresh()
+    (file,) = (tmp_path / "real-v1").glob("gone-*")
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "nowhere")  # listed, and not there
+    one.put(key(3), answer(3))
+    other.refresh()
+    assert got(other, 3) == answer(3)
+    one.put(key(4), answer(4))
+    assert other.claim([(key(4), True)]) == [True]
+    assert got(other, 4) == answer(4)
+    for store in (one, other, gone):
+        store.close()
+
+
 def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "_OPEN_FILES", 3)
     for number in range(8):
