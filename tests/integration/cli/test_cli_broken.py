@@ -374,7 +374,9 @@ def test_other_commands(arguments: list[str], words: list[str], shell: Shell) ->
     assert shell.files() == before
 
 
-@pytest.mark.parametrize("broken", [task(prompt="{zz}"), source(id="ID"), {"input": None}], ids=str)
+@pytest.mark.parametrize(
+    "broken", [task(prompt="{zz}"), source(id="ID"), {"input": None}, {"cache": "in.csv"}], ids=str
+)
 def test_check_finds_what_run_finds(broken: dict[str, Any], shell: Shell) -> None:
     shell.write(**broken)
     assert shell("check", "c.yaml").err == shell("run", "c.yaml").err != ""

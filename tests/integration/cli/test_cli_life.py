@@ -274,6 +274,9 @@ def test_a_reader_that_leaves_early(finished: Shell) -> None:
 def test_reused_answers_are_told(shell: Shell) -> None:
     (shell.folder / "in.csv").write_text("id,text\n1,one\n2,two\n3,one\n4,one\n")
     shell.write(cache="answers")
+    checked = shell("check", "c.yaml")
+    assert "equal requests are paid once" in checked.out
+    assert not (shell.folder / "answers").exists()
     first = shell("run", "c.yaml", "--out", "a")
     assert first.code == 0, first.err
     assert "2 requests, 2 answers reused, " in first.err
