@@ -23,6 +23,7 @@ from .fleet.matching import match
 from .fleet.membership import Admit, FileSource, Source, kept_up
 from .fleet.params import ModelParams
 from .fleet.probe import discover
+from .fleet.reuse import Reuse
 from .fleet.simulated.launch import launch
 from .inputs.spec import InputSpec
 from .limits import fleet_policy, limited
@@ -171,10 +172,17 @@ async def survey(place: Place, model: str | None, names: Mapping[str, str]) -> S
 
 
 @asynccontextmanager
-async def open_fleet(config: RunConfig, serving: Serving) -> AsyncIterator[Fleet]:
+async def open_fleet(
+    config: RunConfig, serving: Serving, reuse: Reuse | None = None
+) -> AsyncIterator[Fleet]:
     """Open the fleet over endpoints that are up; warn of those that are not.
 
     Its members follow their list while the block runs, where that may change.
+
+    Args:
+        config: The settings.
+        serving: The endpoints.
+        reuse: Answers that equal requests share, or None.
     """
     place = serving.place
     if place is not None and place.why is not None:
@@ -185,7 +193,7 @@ async def open_fleet(config: RunConfig, serving: Serving) -> AsyncIterator[Fleet
         logger.warning("… and %d more endpoints", len(serving.absent) - _WARNED)
     policy = fleet_policy(config, place)
     specs = [limited(config.limits, spec) for spec in serving.specs]
-    async with Fleet(specs, policy, simulated=serving.simulated) as fleet:
+    async with Fleet(specs, policy, simulated=serving.simulated, reuse=reuse) as fleet:
         if place is None or place.source is None:
             yield fleet
             return

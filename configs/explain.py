@@ -61,7 +61,8 @@ def _line(finding: Any, raw: dict[str, Any]) -> str:
         or _WORDS.get(kind)
         or finding["msg"].removeprefix("Value error, ")
     )
-    return f"{key}: {message[:1].lower()}{message[1:]}{_shown(loc, raw)}"
+    where = f"{key}: " if key else ""  # several keys contradict each other: the message names them
+    return f"{where}{message[:1].lower()}{message[1:]}{_shown(loc, raw)}"
 
 
 def _unnumbered(loc: Sequence[str | int]) -> str:

@@ -143,6 +143,8 @@ def _inline(data: dict[str, Any], source: str, base: Path) -> None:
         part = data.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = _absolute(part[key], base)
+    if isinstance(cache := data.get("cache"), str) and cache not in ("off", "run"):
+        data["cache"] = _absolute(cache, base)
     endpoints = data.get("endpoints")
     if isinstance(endpoints, dict) and (hosts := endpoints.get("hosts")):
         listed = hosts if isinstance(hosts, list) else [hosts]

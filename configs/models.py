@@ -173,6 +173,7 @@ class RunConfig(Section):
     Attributes:
         cache: ``off``; ``run``: identical requests of the run are paid once; or a folder that
             runs share.
+        cache_sampled: Whether answers that were drawn at a temperature above 0 are reused, too.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"
@@ -186,8 +187,28 @@ class RunConfig(Section):
     ledger: LedgerConfig = LedgerConfig()
     metrics: MetricsConfig = MetricsConfig()
     budget: BudgetConfig = BudgetConfig()
-    cache: Annotated[str, Field(min_length=1)] = "off"
+    cache: PathText = "off"
+    cache_sampled: bool = False
     reduce: list[ReduceStage] = Field(default_factory=list)
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off_is_no_truth_value(cls, value: Any) -> Any:
+        if value is True:
+            msg = "is no switch; write run, or the path of a folder"
+            raise ValueError(msg)
+        return "off" if value is False else value  # YAML reads a bare off as false
+
+    @model_validator(mode="after")
+    def _reuses_what_is_repeatable(self) -> RunConfig:
+        if self.cache != "off" and self.model.temperature > 0 and not self.cache_sampled:
+            msg = (
+                f"cache: answers drawn at model.temperature {self.model.temperature:g} differ from "
+                "call to call, and equal items would all be given one of them; set "
+                "model.temperature: 0, or say cache_sampled: true, or cache: off"
+            )
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _engine_is_here(self) -> RunConfig:

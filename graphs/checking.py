@@ -63,6 +63,7 @@ def _lines(loaded: Loaded, found: Estimate) -> list[str]:
         *cost_lines(found.forecast, found.plan),
         *budget_lines(found.forecast, found.plan),
         *_own_graph(loaded),
+        *_reuse(loaded),
     ]
 
 
@@ -89,6 +90,12 @@ def _price_lines(loaded: Loaded, found: Estimate) -> list[str]:
             "set model.price for them"
         )
     return lines
+
+
+def _reuse(loaded: Loaded) -> list[str]:
+    if loaded.config.cache == "off":
+        return []
+    return ["equal requests are paid once (cache); what that may save is not counted here"]
 
 
 def _own_graph(loaded: Loaded) -> list[str]:

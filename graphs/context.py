@@ -13,6 +13,7 @@ from typing import Any, Self
 from ..backends.accounts.folder import RunFolder, open_folder
 from ..backends.build import open_fleet, serving
 from ..backends.contract.money import Amount
+from ..backends.reuse import reusing
 from ..configs.load import Loaded, load
 from ..nodes.context import Context, ItemContext, Prepared, RunTools
 from .finish import write_results
@@ -153,7 +154,8 @@ class RunContext(Context):
             loaded = await asyncio.to_thread(lambda: self.loaded)
             async with (
                 serving(loaded.config, loaded.plain["endpoints"]) as up,
-                open_fleet(loaded.config, up) as fleet,
+                reusing(loaded.config, up.simulated, None) as reuse,
+                open_fleet(loaded.config, up, reuse) as fleet,
             ):
                 yield item_context(loaded, fleet, up.model, traced=True)
 

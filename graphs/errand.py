@@ -15,6 +15,7 @@ import orjson
 
 from ..backends.accounts.budget import Budget
 from ..backends.accounts.errand import FiledLedger, SentLedger, WorkerLedger, worker_file
+from ..backends.accounts.folder import ANSWERS
 from ..backends.accounts.journal import JournalWriter
 from ..backends.build import Serving, located, open_fleet, survey
 from ..backends.contract.calls import Count
@@ -25,6 +26,7 @@ from ..backends.contract.wire import Order
 from ..backends.fleet.address import EndpointSpec
 from ..backends.fleet.fleet import Fleet
 from ..backends.nearby import served_here
+from ..backends.reuse import reusing
 from ..backends.tokens import exact_count, token_counter
 from ..configs.load import Loaded, load
 from ..configs.reduce import with_bounds
@@ -139,7 +141,9 @@ async def open_parts(order: Order, worker: str) -> AsyncIterator[Parts]:
     model = order.run["model"]
     async with AsyncExitStack() as stack:
         here = await stack.enter_async_context(_served(order, loaded))
-        fleet = await stack.enter_async_context(open_fleet(loaded.config, here))
+        own = Path(order.journal).parent / ANSWERS if order.journal is not None else None
+        reuse = await stack.enter_async_context(reusing(loaded.config, here.simulated, own))
+        fleet = await stack.enter_async_context(open_fleet(loaded.config, here, reuse))
         writer = None
         if order.journal is not None:
             writer = await _open_journal(Path(order.journal), order, worker)

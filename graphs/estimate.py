@@ -17,6 +17,7 @@ from ..backends.fleet.matching import match
 from ..backends.fleet.probe import Found
 from ..backends.inputs.spec import InputSummary
 from ..backends.nearby import served
+from ..backends.reuse import check_cache
 from ..backends.simulation import simulation
 from ..backends.tariffs import Price, price
 from ..backends.tokens import token_counter
@@ -98,6 +99,7 @@ async def estimate(loaded: Loaded, sample: int = SAMPLE, like: Path | None = Non
     check_input(loaded)
     check_graph(loaded)
     check_endpoints(loaded)
+    await asyncio.to_thread(check_cache, loaded.config)
     config = loaded.config
     async with _answering(loaded) as (serving, lines):
         cost = await asyncio.to_thread(price, config, serving.model, serving.simulated)

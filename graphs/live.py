@@ -31,6 +31,7 @@ class _Parts:
 
     counts: str
     failed: str
+    reused: str
     rate: str
     flow: str
     flying: str
@@ -38,7 +39,7 @@ class _Parts:
     eta: str
 
     def line(self, mark: str, *, without: tuple[str, ...] = ()) -> str:
-        names = ("counts", "failed", "rate", "flow", "flying", "refused", "eta")
+        names = ("counts", "failed", "reused", "rate", "flow", "flying", "refused", "eta")
         shown = [getattr(self, name) for name in names if name not in without]
         return "  ".join(part for part in (mark, *shown) if part)
 
@@ -64,9 +65,10 @@ class Line:
             ("SIMULATED", ("flow",)),
             ("SIM", ("flow",)),
             ("SIM", ("flow", "rate")),
+            ("SIM", ("flow", "rate", "reused")),
         )
-        lines = (parts.line(mark if simulated else "", without=out) for mark, out in tries)
-        return next((line for line in lines if len(line) <= width), parts.line("SIM")[:width])
+        lines = [parts.line(mark if simulated else "", without=out) for mark, out in tries]
+        return next((line for line in lines if len(line) <= width), lines[-1][:width])
 
     def _parts(self) -> _Parts:
         progress, now = self._tools.progress, time.monotonic()
@@ -85,6 +87,7 @@ class Line:
         return _Parts(
             counts=f"{short(progress.done)}/{short(progress.total)}",
             failed=f"{short(progress.failed)} failed",
+            reused=f"{short(progress.reused)} reused" if progress.reused else "",
             rate="" if pause else f"{short(rate)}/s",
             flow="" if pause else f"{short(flow)} tok/s",
             flying=pause or self._flying(fleet),

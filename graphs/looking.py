@@ -48,6 +48,7 @@ def status(path: Path, as_json: bool) -> None:
         "failed": counts.failed,
         "open": counts.open,
         "requests": spent.requests,
+        "reused": spent.reused,
         "tokens": {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens},
         "lives": len(about["lives"]),
     }

@@ -23,6 +23,7 @@ from ..backends.fleet.fleet import Fleet
 from ..backends.inputs.store import ItemStore
 from ..backends.nearby import served
 from ..backends.places import is_elsewhere
+from ..backends.reuse import reusing
 from ..backends.sites.executor import WorkShard
 from ..backends.tariffs import tariff
 from ..backends.tokens import exact_count, token_counter
@@ -108,7 +109,10 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
                 )
             else:
                 await asyncio.to_thread(end_earlier, folder.journal)
-                fleet = await stack.enter_async_context(open_fleet(config, up))
+                reuse = await stack.enter_async_context(
+                    reusing(config, up.simulated, folder.answers)
+                )
+                fleet = await stack.enter_async_context(open_fleet(config, up, reuse))
                 await stack.enter_async_context(reported(fleet, folder, ledger.life))
                 seen = is_seen(config, mode.trace, total)
                 engine = mode.engine(config.task.graph is not None) if seen else None
@@ -207,6 +211,7 @@ def _progress(ledger: Ledger, total: int) -> Progress:
         lost_tokens=spent.lost_tokens,
         useful_tokens=spent.useful_tokens,
         nano_usd=spent.nano_usd,
+        reused=spent.reused,
     )
 
 

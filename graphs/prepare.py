@@ -17,6 +17,7 @@ from ..backends.inputs.spec import InputSummary
 from ..backends.inputs.spill import spill
 from ..backends.locate import check_place
 from ..backends.nearby import served
+from ..backends.reuse import check_cache
 from ..backends.simulation import simulation
 from ..backends.tariffs import price
 from ..configs.load import Loaded
@@ -52,6 +53,7 @@ async def prepare_run(
     check_input(loaded, items)
     check_graph(loaded)
     check_endpoints(loaded)
+    await asyncio.to_thread(check_cache, loaded.config)
     async with _new_folder(path) as folder:
         spec = input_spec(loaded.config, items)
         summary = await asyncio.to_thread(spill, spec, folder.items, needed_columns(loaded.config))

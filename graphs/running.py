@@ -235,10 +235,11 @@ def _finish(result: RunResult, output: Output, pilot: Piloted | None = None) -> 
 def _last_lines(result: RunResult) -> list[str]:
     progress, folder = result.progress, result.folder
     kind = "SIMULATED: " if result.simulated else ""
+    reused = f"{progress['reused']:,} answers reused, " * (progress["reused"] > 0)
     lines = [
         f"{kind}{progress['done']:,} done, {progress['failed']:,} failed of "
         f"{progress['items']:,} in {result.seconds:,.1f} s; {progress['requests']:,} requests, "
-        f"{progress['tokens']['prompt']:,} + {progress['tokens']['completion']:,} tokens"
+        f"{reused}{progress['tokens']['prompt']:,} + {progress['tokens']['completion']:,} tokens"
     ]
     if result.code == BUDGET:
         lines.append(f"Paused: {result.reason}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -16,9 +15,9 @@ from ..backends.contract.errors import (
     RefusedAnswerError,
     TruncatedAnswerError,
 )
+from ..backends.contract.fenced import unfenced
 from ..backends.contract.types import Json
 
-_FENCE: Final = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 _GOOD: Final = frozenset({"stop", "tool_calls"})
 _SHOWN_ERRORS: Final = 3
 _SHOWN_TEXT: Final = 200
@@ -87,9 +86,8 @@ def _reason(error: jsonschema_rs.ValidationError) -> str:
 
 
 def _parse(text: str) -> Json:
-    fenced = _FENCE.match(text)
     try:
-        return orjson.loads(fenced.group(1) if fenced else text)
+        return orjson.loads(unfenced(text))
     except orjson.JSONDecodeError as error:
         msg = f"the answer is not valid JSON: {error}"
         raise InvalidAnswerError(msg, text) from None

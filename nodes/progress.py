@@ -24,6 +24,7 @@ class Progress:
         lost_tokens: The most tokens of requests that may have been paid and brought no answer.
         useful_tokens: Tokens of the answers that count.
         nano_usd: Nano-dollars that they cost.
+        reused: Answers that cost nothing, for they were given to an equal request before.
     """
 
     total: int = 0
@@ -36,6 +37,7 @@ class Progress:
     lost_tokens: int = 0
     useful_tokens: int = 0
     nano_usd: int = 0
+    reused: int = 0
 
     @property
     def wasted_tokens(self) -> int:
@@ -50,6 +52,7 @@ class Progress:
             "done": self.done,
             "failed": self.failed,
             "requests": self.requests,
+            "reused": self.reused,
             "tokens": {
                 "prompt": self.prompt_tokens,
                 "completion": self.completion_tokens,
@@ -69,3 +72,4 @@ class Progress:
         self.lost_tokens += record["lost_tokens"]
         self.useful_tokens += record["useful_tokens"]
         self.nano_usd += record["nano_usd"]
+        self.reused += record.get("reused") or 0

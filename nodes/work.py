@@ -273,6 +273,7 @@ def _record(
         "model": calls.model,
         "attempts": calls.requests,
         "repairs": state.get("repairs", 0),
+        "reused": calls.reused,
         "prompt_tokens": usage.prompt,
         "cached_tokens": usage.cached,
         "completion_tokens": usage.completion,

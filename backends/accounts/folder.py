@@ -21,6 +21,7 @@ from ..contract.errors import ConfigurationError, LedgerError
 from ..contract.types import Json
 
 VERSION: Final = 1
+ANSWERS: Final = "answers"
 _TRIES: Final = 3
 _BETWEEN_TRIES_S: Final = 0.02
 
@@ -66,6 +67,11 @@ class RunFolder:
     def caps(self) -> Path:
         """Return the caps that were allowed at a pause, on top of the settings'."""
         return self.path / "caps.json"
+
+    @property
+    def answers(self) -> Path:
+        """Return the answers that the run's own items share."""
+        return self.path / ANSWERS
 
     @property
     def results(self) -> Path:

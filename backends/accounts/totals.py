@@ -16,6 +16,7 @@ NUMBERS: Final = (
     "lost_tokens",
     "useful_tokens",
     "nano_usd",
+    "reused",
 )
 """Fields of a record that are whole numbers or null."""
 
@@ -41,6 +42,7 @@ class Spent:
         lost_tokens: The most tokens of requests that may have been paid and brought no answer.
         useful_tokens: Tokens of the answers that count.
         nano_usd: Nano-dollars.
+        reused: Answers that cost nothing, for they were given to an equal request before.
     """
 
     requests: int = 0
@@ -50,6 +52,7 @@ class Spent:
     lost_tokens: int = 0
     useful_tokens: int = 0
     nano_usd: int = 0
+    reused: int = 0
 
     @property
     def tokens(self) -> int:
@@ -75,6 +78,7 @@ class Spent:
         self.lost_tokens += record.get("lost_tokens") or 0
         self.useful_tokens += record.get("useful_tokens") or 0
         self.nano_usd += record.get("nano_usd") or 0
+        self.reused += record.get("reused") or 0
 
     def merge(self, other: Spent) -> None:
         """Add other sums."""

@@ -71,6 +71,7 @@ class CallLog:
         lost: The most tokens of requests that may have been paid and brought no answer.
         useful: Tokens of the answer that counts; None: of all answers.
         account: What the item may spend; None is no limit.
+        reused: Answers taken from earlier requests, which cost nothing.
     """
 
     requests: int = 0
@@ -81,6 +82,7 @@ class CallLog:
     lost: Usage = field(default_factory=Usage)
     useful: Usage | None = None
     account: Account | None = None
+    reused: int = 0
 
 
 CURRENT_CALLS: Final[ContextVar[CallLog | None]] = ContextVar("fanfold_calls", default=None)

@@ -84,6 +84,7 @@ class Reply:
         endpoint: Label of the endpoint that answered.
         model: The model's name as the server gave it.
         simulated: Whether a simulated fleet answered.
+        cached: Whether it is the answer to an earlier request, and cost nothing.
     """
 
     content: str
@@ -93,6 +94,7 @@ class Reply:
     endpoint: str
     model: str
     simulated: bool
+    cached: bool = False
 
 
 @dataclass(frozen=True, slots=True)

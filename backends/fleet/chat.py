@@ -178,7 +178,7 @@ class ChatFleet(ChatOpenAI):
         if "response_format" in kwargs and _unfinished(document):
             with replayed(document):
                 return await super()._agenerate(messages, stop, run_manager, **kwargs)
-        return _served_by(self._read(document, payload), endpoint.label)
+        return _served_by(self._read(document, payload), endpoint.label if endpoint else None)
 
     def _needs_stock(self, payload: dict[str, Any]) -> bool:
         """Tell whether the openai package must build the body or read the answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -39,6 +40,8 @@ class FleetModel:
         """
         body = {**self._constant, "messages": messages}
         document, endpoint = await self._fleet.post(body)
+        if endpoint is None:
+            return replace(judge.reply_of(document, ""), cached=True)
         return judge.reply_of(document, endpoint.label)
 
 
@@ -81,4 +84,5 @@ def _reply(answer: AIMessage) -> Reply:
         endpoint=about.get("endpoint") or "",
         model=about.get("model_name") or "",
         simulated=about.get("system_fingerprint") == SIMULATED_FINGERPRINT,
+        cached=about.get("endpoint") is None,
     )

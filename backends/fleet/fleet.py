@@ -23,6 +23,7 @@ from .load import LoadWatch
 from .pacing import Pacer
 from .policy import FleetPolicy, PacePolicy
 from .repeat import Repeater
+from .reuse import Reuse
 from .sender import Sender
 from .stats import EndpointReport, FleetHealth
 from .stream import OpenStream
@@ -42,6 +43,7 @@ class Fleet:
         simulated: Whether answers must come from a simulated fleet (True), must not (False),
             or are as the first answer shows (None).
         pacer: Quotas that several fleets share, or None for the policy's own.
+        reuse: Answers that equal requests share, or None: each request is sent.
 
     Raises:
         ConfigurationError: No endpoint, one with a malformed URL, or more streams than the
@@ -55,6 +57,7 @@ class Fleet:
         *,
         simulated: bool | None = None,
         pacer: Pacer | None = None,
+        reuse: Reuse | None = None,
     ) -> None:
         if not endpoints:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
@@ -77,6 +80,7 @@ class Fleet:
         load = self.policy.load
         watch = (load, self.endpoints, self._transport, dispatch.refresh) if load else None
         self._load = LoadWatch(*watch) if watch else None
+        self._reuse = reuse
         self._twins: dict[asyncio.AbstractEventLoop, Fleet] = {}
         self.bridge = SyncBridge(lambda: self.loop, self._disconnect)
 
@@ -162,7 +166,11 @@ class Fleet:
         if loop not in self._twins:
             self._twins = {k: v for k, v in self._twins.items() if not k.is_closed()}
             self._twins[loop] = Fleet(
-                self._specs, self.policy, simulated=self.simulated, pacer=self._pacer
+                self._specs,
+                self.policy,
+                simulated=self.simulated,
+                pacer=self._pacer,
+                reuse=self._reuse.twin() if self._reuse else None,
             )
         return self._twins[loop]
 
@@ -203,19 +211,25 @@ class Fleet:
         """Return what each endpoint did so far."""
         return [endpoint.report() for endpoint in self.endpoints]
 
-    async def post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint]:
+    async def post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint | None]:
         """Send one chat request and return its answer.
 
         Args:
             body: The request as the endpoints take it, ``messages`` included.
 
         Returns:
-            The decoded answer, which is a chat completion, and the endpoint that gave it.
+            The decoded answer, which is a chat completion, and the endpoint that gave it; None
+            when it was given to an equal request before.
 
         Raises:
             EndpointError: No endpoint answered within the attempts allowed.
             RunStoppedError: Asking on is hopeless for every item.
         """
+        if self._reuse is not None:
+            return await self._reuse.post(body, self._post)
+        return await self._post(body)
+
+    async def _post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint]:
         self._look_around()
         return await self._repeater.call(body, self._hedger.send if self._hedger else self._plain)
 

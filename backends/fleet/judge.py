@@ -55,6 +55,11 @@ def _problem(document: Any) -> str | None:
     return None
 
 
+def is_completion(document: Any) -> bool:
+    """Tell whether something is a chat completion."""
+    return _problem(document) is None
+
+
 def _is_aborted(document: dict[str, Any]) -> bool:
     reason = document["choices"][0].get("finish_reason")
     return reason in ABORTED or document.get("id") == GATEWAY_ERROR_ID

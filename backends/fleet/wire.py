@@ -73,15 +73,15 @@ class FleetTransport(httpx2.AsyncBaseTransport):
         body = orjson.loads(await request.aread())
         try:
             if body.get("stream"):
-                stream, endpoint = await self._fleet.here().open_stream(body)
-                SERVED_BY.set(endpoint.label)
+                stream, server = await self._fleet.here().open_stream(body)
+                SERVED_BY.set(server.label)
                 return httpx2.Response(
                     200, headers=_end_to_end(stream.headers), stream=_Lines(stream)
                 )
             document, endpoint = await self._fleet.here().post(body)
         except EndpointError as error:
             return _response(error, request)
-        SERVED_BY.set(endpoint.label)
+        SERVED_BY.set(endpoint.label if endpoint else None)
         return _response(document, request)
 
 

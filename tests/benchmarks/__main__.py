@@ -1,8 +1,8 @@
 """``make bench``: what a run costs, measured in processes of their own.
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
-runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``storm``,
-``streams`` and ``budget`` take minutes and run only when they are named.
+runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,
+``storm``, ``streams`` and ``budget`` take minutes and run only when they are named.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from . import budget, calls, end_to_end, parts, storm, streams
+from . import budget, calls, end_to_end, parts, reuse, storm, streams
 
-_NAMES = ("end_to_end", "calls", "parts", "storm", "streams", "budget")
+_NAMES = ("end_to_end", "calls", "parts", "reuse", "storm", "streams", "budget")
 
 
 def main() -> None:
@@ -35,6 +35,8 @@ def main() -> None:
     if "parts" in names:
         asyncio.run(parts.measure())
         parts.measure_choice()
+    if "reuse" in names:
+        asyncio.run(reuse.measure([100_000, 1_000_000]))
     if "streams" in names:
         asyncio.run(streams.measure(given.streams, given.answer, given.window))
     if "budget" in names:

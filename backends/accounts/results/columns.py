@@ -22,6 +22,7 @@ RESULT_COLUMNS: Final = (
     "model",
     "attempts",
     "repairs",
+    "reused",
     "prompt_tokens",
     "cached_tokens",
     "completion_tokens",

@@ -27,6 +27,7 @@ BYTES: Final = 16 << 20
 _INTEGERS: Final = (
     "attempts",
     "repairs",
+    "reused",
     "prompt_tokens",
     "cached_tokens",
     "completion_tokens",

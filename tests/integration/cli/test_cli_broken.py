@@ -58,6 +58,14 @@ SETTINGS = [
     Broken("wrong type", ["limits.streams", "integer", "'many'"], {"limits": {"streams": "many"}}),
     Broken("out of range", ["limits.streams", "(found 0)"], {"limits": {"streams": 0}}),
     Broken("too hot", ["model.temperature", "(found 3)"], {"model": {"temperature": 3}}),
+    Broken(
+        "drawn answers reused",
+        ["c.yaml: cache: answers drawn at model.temperature 0.5", "cache_sampled: true"],
+        {"cache": "run", "model": {"temperature": 0.5}},
+    ),
+    Broken("cache is a file", ["cache: ", "in.csv is no folder"], {"cache": "in.csv/a/b"}),
+    Broken("cache on", ["c.yaml: cache: is no switch", "(found True)"], {"cache": True}),
+    Broken("cache a number", ["c.yaml: cache: expected a text"], {"cache": 3}),
     Broken("section is a list", ["limits: expected keys"], {"limits": [1]}),
     Broken("section is a text", ["task: expected keys", "'x'"], {"task": "x"}),
     Broken("no task", ["c.yaml: the key 'task' is missing"], {"task": None}),
@@ -366,7 +374,9 @@ def test_other_commands(arguments: list[str], words: list[str], shell: Shell) ->
     assert shell.files() == before
 
 
-@pytest.mark.parametrize("broken", [task(prompt="{zz}"), source(id="ID"), {"input": None}], ids=str)
+@pytest.mark.parametrize(
+    "broken", [task(prompt="{zz}"), source(id="ID"), {"input": None}, {"cache": "in.csv"}], ids=str
+)
 def test_check_finds_what_run_finds(broken: dict[str, Any], shell: Shell) -> None:
     shell.write(**broken)
     assert shell("check", "c.yaml").err == shell("run", "c.yaml").err != ""

@@ -269,3 +269,27 @@ def test_a_reader_that_leaves_early(finished: Shell) -> None:
             check=True,
         )
         assert done.stderr == b""
+
+
+def test_reused_answers_are_told(shell: Shell) -> None:
+    (shell.folder / "in.csv").write_text("id,text\n1,one\n2,two\n3,one\n4,one\n")
+    shell.write(cache="answers")
+    checked = shell("check", "c.yaml")
+    assert "equal requests are paid once" in checked.out
+    assert not (shell.folder / "answers").exists()
+    first = shell("run", "c.yaml", "--out", "a")
+    assert first.code == 0, first.err
+    assert "2 requests, 2 answers reused, " in first.err
+    second = shell("run", "c.yaml", "--out", "b", "--json")
+    assert second.code == 0, second.err
+    final = json.loads(second.out)
+    assert (final["requests"], final["reused"]) == (0, 4)
+    assert set(final["tokens"].values()) == {0}
+    assert (shell.folder / "answers" / "simulated-v1").is_dir()
+    assert json.loads(shell("status", "b", "--json").out)["reused"] == 4
+    rows = [json.loads(line) for line in shell("results", "b").out.splitlines()]
+    assert [(row["reused"], row["attempts"], row["endpoint"]) for row in rows] == [(1, 0, None)] * 4
+    shell.write()
+    plain = shell("run", "c.yaml", "--out", "c")
+    assert "answers reused" not in plain.err
+    assert "4 requests" in plain.err

@@ -31,6 +31,31 @@ def test_defaults() -> None:
     assert (config.shard.items, config.ledger.fsync_s) == (None, 0.05)
 
 
+@pytest.mark.parametrize(
+    ("written", "cache"), [("off", "off"), ("run", "run"), ("/x/y", "/x/y"), ("false", "off")]
+)
+def test_what_cache_may_be(written: str, cache: str) -> None:
+    """YAML reads a bare ``off`` as false."""
+    loaded = load(GOOD, [f"cache={written}"])
+    assert loaded.config.cache == cache
+    assert load(yaml.safe_load(to_yaml(loaded.plain))).config == loaded.config
+
+
+def test_a_cache_s_path_is_taken_from_the_files_folder(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(GOOD | {"cache": "answers"}))
+    assert load(file).config.cache == str(tmp_path / "answers")
+    assert load(file, ["cache=../a"]).config.cache == str(tmp_path / "../a")
+
+
+def test_drawn_answers_are_reused_only_by_an_explicit_yes() -> None:
+    warm = GOOD | {"model": {"temperature": 0.5}}
+    assert load(warm).config.cache == "off"
+    with pytest.raises(ConfigurationError, match=r"temperature 0\.5 differ.*cache_sampled: true"):
+        load(warm, ["cache=run"])
+    assert load(warm, ["cache=run", "cache_sampled=true"]).config.cache_sampled
+
+
 def test_the_given_settings_stay_as_they_are() -> None:
     before = copy.deepcopy(GOOD)
     load(GOOD, ["input.limit=3", "task.prompt=x"], {"endpoints.simulated": {"nodes": 2}})

@@ -75,6 +75,12 @@ def test_a_terminal_of_80_columns_shows_a_run_whole() -> None:
     assert len(shown) <= 80
 
 
+def test_it_tells_of_reused_answers() -> None:
+    shown = line(Progress(total=100, done=40, reused=12), health())
+    assert "  12 reused  " in shown
+    assert "reused" not in line(Progress(total=100, done=40), health())
+
+
 def test_a_wide_terminal_leaves_nothing_out() -> None:
     busy = health(healthy=2000, total=2000, in_flight=9_999, refusals=9_999)
     shown = line(Progress(total=99_999, done=9_999), busy, width=120)
@@ -83,11 +89,14 @@ def test_a_wide_terminal_leaves_nothing_out() -> None:
     assert "9,999 refused" in shown
 
 
+@pytest.mark.parametrize("reused", [True, False])
 @pytest.mark.parametrize("simulated", [True, False])
 @pytest.mark.parametrize("size", [1, 999, 9_999, 99_999, 9_999_999])
-def test_it_fits_a_terminal(size: int, simulated: bool) -> None:
+def test_it_fits_a_terminal(size: int, simulated: bool, reused: bool) -> None:
     busy = health(healthy=min(size, 2000), total=min(size, 2000), in_flight=size, refusals=size)
-    progress = Progress(total=3 * size, done=size, failed=size, prompt_tokens=size)
+    progress = Progress(
+        total=3 * size, done=size, failed=size, prompt_tokens=size, reused=size if reused else 0
+    )
     shown = line(progress, busy, simulated)
     assert len(shown) <= 80
     assert "up" in shown

@@ -1,0 +1,293 @@
+"""The folder of kept answers: a file per process, and an index over all of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import orjson
+
+from ...contract.errors import ConfigurationError
+from .claims import Claims
+from .file import LONGEST, AnswerFile, header_of, line_at
+from .index import Index
+from .line import answer_of, key_of, pack
+
+VERSION: Final = 1
+
+_OFFSET_BITS: Final = 40
+_OPEN_FILES: Final = 64
+_BATCH: Final = 512
+_LIVE_S: Final = 3600.0
+_FEW: Final = 64
+_TICK_NS: Final = 2_000_000_000
+
+logger = logging.getLogger(__name__)
+
+
+class AnswerStore:
+    """Answers by key, found by every process that uses the folder.
+
+    A process that is killed leaves half a line at the end of its own file, which nobody reads.
+    What the loss of power makes of a file is noticed by the lines' checksums: such an answer is
+    not there, and asked for again. Nothing is flushed to disk before the system does it.
+
+    Threads may use it at the same time. ``open``, ``refresh``, ``read`` and ``close`` block.
+
+    Args:
+        folder: Where the files lie; made when missing.
+        simulated: Whether the answers are a simulated fleet's; the two lie apart.
+        writer: Name of this process for its file, e.g. ``node17-4242``.
+        contested: Whether other processes may use the folder at the same time.
+
+    Attributes:
+        contested: As given.
+    """
+
+    def __init__(
+        self, folder: Path, *, simulated: bool, writer: str, contested: bool = True
+    ) -> None:
+        kind = "simulated" if simulated else "real"
+        self._folder = folder / f"{kind}-v{VERSION}"
+        self._header = {"v": VERSION, "simulated": simulated}
+        self._writer = writer
+        self._index = Index()
+        self._files: list[AnswerFile] = []
+        self._numbers: dict[str, int] = {}
+        self._own: int | None = None
+        self._lock, self._opening, self._opened = threading.Lock(), threading.Lock(), 0
+        self._deaf = False
+        self.contested = contested
+        self._refused = set[bytes]()
+        self._claims = Claims(self._folder / "claims")
+        self._looking, self._changed_ns, self._live = threading.Lock(), 0, list[int]()
+
+    def __len__(self) -> int:
+        """Return how many answers it knows of."""
+        with self._lock:
+            return len(self._index)
+
+    def open(self) -> None:
+        """Make the folder and read what is there.
+
+        Raises:
+            ConfigurationError: The folder cannot be made or read.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.refresh()
+            if self.contested:
+                self._claims.open()
+        except OSError as error:
+            msg = (
+                f"cache: {self._folder}: cannot be used: {error.strerror}; name another folder, "
+                "or say cache: off"
+            )
+            raise ConfigurationError(msg) from None
+
+    def refresh(self) -> None:
+        """Read on where other processes have written since the last time.
+
+        Raises:
+            OSError: The folder cannot be read.
+        """
+        with self._looking:
+            self._look()
+
+    def _look(self) -> None:
+        changed_ns = self._folder.stat().st_mtime_ns
+        with os.scandir(self._folder) as entries:
+            looked = [(entry.name, _stat(entry)) for entry in entries if _is_ours(entry)]
+        found = [(name, stat) for name, stat in looked if stat is not None]
+        newest = max((stat.st_mtime for _, stat in found), default=0.0)
+        live = list[int]()
+        for name, stat in found:
+            number = self._numbers.get(name)
+            if number is None:
+                number = self._add(AnswerFile(self._folder / name))
+            if number != self._own:
+                self._read_to(number, stat.st_size)
+                live += [number] * (stat.st_mtime > newest - _LIVE_S)
+        self._live = live
+        # Clocks tick: a file made right after the look may leave the folder's time as it is.
+        settled = abs(time.time_ns() - changed_ns) > _TICK_NS
+        self._changed_ns = changed_ns if settled else 0
+
+    def _glance(self) -> None:
+        """Look where others are writing at the moment; with many of them, leave it to refresh."""
+        if len(self._live) > _FEW:
+            return
+        with self._looking:
+            if self._folder.stat().st_mtime_ns != self._changed_ns:
+                self._look()
+                return
+            for number in self._live:
+                if (stat := _stat(self._files[number].path)) is not None:
+                    self._read_to(number, stat.st_size)
+
+    def claim(self, wishes: Sequence[tuple[bytes, bool]]) -> list[bool]:
+        """Become the process that asks for an answer, or be it no longer; it blocks.
+
+        Who has got a claim knows of the answers that its last holder has kept.
+
+        Args:
+            wishes: Keys, each with whether it is claimed (or given back).
+
+        Returns:
+            For each key, whether no other process holds it.
+        """
+        free = [self._claims.take(key) if take else self._given(key) for key, take in wishes]
+        refused = {key for (key, _), is_free in zip(wishes, free, strict=True) if not is_free}
+        taken = {key for key, take in wishes if take} - refused
+        with suppress(OSError):  # the folder is being cleared
+            if taken & self._refused:
+                self.refresh()  # somebody had them, and may have kept their answers
+            elif taken:
+                self._glance()
+        self._refused = (self._refused - taken) | refused
+        return free
+
+    def _given(self, key: bytes) -> bool:
+        self._claims.give(key)
+        return True
+
+    def _read_to(self, number: int, size: int) -> None:
+        file = self._files[number]
+        if size > file.read and not file.strange:
+            with suppress(FileNotFoundError):  # somebody clears the folder
+                self._read_on(number, file)
+
+    def _add(self, file: AnswerFile) -> int:
+        with self._lock:  # put may just have made it
+            number = self._numbers.setdefault(file.path.name, len(self._files))
+            if number == len(self._files):
+                self._files.append(file)
+            return number
+
+    def _read_on(self, number: int, file: AnswerFile) -> None:
+        batch: list[tuple[bytes, int]] = []
+        with file.path.open("rb") as lines:
+            lines.seek(file.read)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break  # being written, or cut by the end of its process
+                if file.read == 0 and not self._is_known(line, file):
+                    return
+                if (key := key_of(line)) is not None:
+                    batch.append((key, _place(number, file.read)))
+                file.read += len(line)
+                if len(batch) == _BATCH:
+                    self._note(batch)
+        self._note(batch)
+
+    def _note(self, batch: list[tuple[bytes, int]]) -> None:
+        with self._lock:
+            for key, place in batch:
+                self._index.put(key, place)
+        batch.clear()
+
+    def _is_known(self, line: bytes, file: AnswerFile) -> bool:
+        """Look at a file's first line; leave files of another form alone."""
+        if header_of(line) == self._header:
+            return True
+        file.strange = True
+        logger.warning("%s: holds no answers of this kind and version; it is not used", file.path)
+        return False
+
+    def find(self, key: bytes) -> int | None:
+        """Return the place of a key's answer, or None; it does not block."""
+        with self._lock:
+            return self._index.find(key)
+
+    def forget(self, key: bytes, place: int) -> None:
+        """Take note that there is no answer of a key at a place."""
+        with self._lock:
+            if self._index.find(key) == place:
+                self._index.forget(key)
+
+    def read(self, key: bytes, place: int) -> bytes | None:
+        """Return the answer at a place as JSON, or None when it is damaged, gone or another's."""
+        number, offset = place >> _OFFSET_BITS, place & ((1 << _OFFSET_BITS) - 1)
+        file = self._files[number]
+        try:
+            handle = self._handle(file)
+            if handle is not None:
+                return answer_of(line_at(handle, offset), key)
+            with file.path.open("rb") as own:
+                return answer_of(line_at(own.fileno(), offset), key)
+        except OSError:
+            return None
+
+    def _handle(self, file: AnswerFile) -> int | None:
+        """Return the file's handle, or None when enough files are open."""
+        with self._opening:
+            if file.handle is None and self._opened < _OPEN_FILES:
+                file.handle = os.open(file.path, os.O_RDONLY)
+                self._opened += 1
+            return file.handle
+
+    def put(self, key: bytes, answer: bytes) -> None:
+        """Keep an answer, for this process at once and for the others when they look.
+
+        What cannot be written is not kept: that is logged once, and costs money, not answers.
+
+        Args:
+            key: Of the request, 16 bytes.
+            answer: JSON on one line.
+        """
+        line = pack(key, answer)
+        with self._lock:
+            if self._deaf or len(line) > LONGEST:
+                return
+            try:
+                file = self._files[self._own] if self._own is not None else self._made()
+                file.append(line)
+            except OSError as error:
+                self._deaf = True
+                text = "%s: cannot be written: %s; no further answers are kept for equal requests"
+                logger.warning(text, self._folder, error.strerror)
+                return
+            assert self._own is not None, "it has just been written to"
+            self._index.put(key, _place(self._own, file.read - len(line)))
+
+    def _made(self) -> AnswerFile:
+        file = AnswerFile(self._folder / f"{self._writer}-{secrets.token_hex(4)}.jsonl")
+        file.handle = os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._own = self._numbers[file.path.name] = len(self._files)
+        self._files.append(file)
+        header = {**self._header, "by": self._writer}
+        file.append(orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE))
+        return file
+
+    def close(self) -> None:
+        """Close all files."""
+        self._claims.close()
+        with self._lock, self._opening:
+            self._deaf, self._opened = True, _OPEN_FILES
+            for file in self._files:
+                if file.handle is not None:
+                    os.close(file.handle)
+                    file.handle = None
+
+
+def _is_ours(entry: os.DirEntry[str]) -> bool:
+    return entry.name.endswith(".jsonl") and not entry.name.startswith(".")
+
+
+def _stat(file: os.DirEntry[str] | Path) -> os.stat_result | None:
+    """Look at a file; None when somebody has just removed it."""
+    try:
+        return file.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _place(number: int, offset: int) -> int:
+    return number << _OFFSET_BITS | offset

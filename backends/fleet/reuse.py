@@ -1,0 +1,212 @@
+"""Equal requests are sent once: their answer is kept, and asked for by one of those in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import orjson
+
+from ..contract.calls import CURRENT_CALLS
+from ..contract.types import Usage
+from . import judge
+from .batch import Batch
+from .endpoint import Endpoint
+from .worth import Worth
+
+_WAITS: Final = 2
+"""So many failures of others does a request wait for, before it is sent whoever else asks."""
+
+_POLL_S: Final = 0.05
+_LONG_POLL_S: Final = 2.0
+
+_FREE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+Answer = tuple[dict[str, Any], Endpoint]
+Ask = Callable[[Mapping[str, Any]], Awaitable[Answer]]
+
+
+class Answers(Protocol):
+    """Where answers are kept, as JSON on one line, by keys of 16 bytes."""
+
+    def find(self, key: bytes) -> int | None:
+        """Return the place of a key's answer, or None; it does not block."""
+        ...
+
+    def read(self, key: bytes, place: int) -> bytes | None:
+        """Return the answer at a place, or None when it cannot be read; it may block."""
+        ...
+
+    def put(self, key: bytes, answer: bytes) -> None:
+        """Keep an answer."""
+        ...
+
+    def forget(self, key: bytes, place: int) -> None:
+        """Take note that there is no answer of a key at a place."""
+        ...
+
+    @property
+    def contested(self) -> bool:
+        """Say whether other processes may keep answers there at the same time."""
+        ...
+
+    def claim(self, wishes: Sequence[tuple[bytes, bool]]) -> list[bool]:
+        """Claim keys (True) or give claims back; it may block.
+
+        Returns:
+            For each key, whether no other process holds it.
+        """
+        ...
+
+
+class Reuse:
+    """Gives equal requests of one event loop one answer.
+
+    Requests are equal when their bodies are: model, messages, schema, sampling, seed, and any
+    other field; where they are sent does not matter. Only good answers are kept. A failure is
+    its own request's: those who have waited for it ask again.
+
+    Args:
+        answers: Where they are kept.
+        simulated: Whether the fleet is; answers of the other kind do not count.
+        sampled: Whether requests at a temperature above 0 share an answer, too.
+        patience_s: Seconds to wait for the answer that another process asks for.
+    """
+
+    def __init__(
+        self,
+        answers: Answers,
+        *,
+        simulated: bool,
+        sampled: bool = False,
+        patience_s: float = 600.0,
+    ) -> None:
+        self._answers, self._simulated, self._sampled = answers, simulated, sampled
+        self._patience_s = patience_s
+        self._worth = Worth(sampled)
+        self._flights: dict[bytes, asyncio.Future[bytes | None]] = {}
+        self._read = Batch(self._read_these)
+        self._claim = Batch(answers.claim)
+
+    def twin(self) -> Reuse:
+        """Return one for another loop, over the same answers."""
+        return Reuse(
+            self._answers,
+            simulated=self._simulated,
+            sampled=self._sampled,
+            patience_s=self._patience_s,
+        )
+
+    async def aclose(self) -> None:
+        """Wait for claims that are being given back."""
+        await self._claim.settled()
+
+    async def post(
+        self, body: Mapping[str, Any], ask: Ask
+    ) -> tuple[dict[str, Any], Endpoint | None]:
+        """Answer one request.
+
+        Args:
+            body: The request as it is sent.
+            ask: Sends a request.
+
+        Returns:
+            The answer, and who gave it; None when it was given to an equal request.
+        """
+        if not self._worth.may_share(body):
+            return await ask(body)
+        key, waits = self._key(body), 0
+        while True:
+            flight = self._flights.get(key)
+            if flight is None:
+                document = await self._kept(key)
+                if document is None and key not in self._flights:
+                    return await self._lead(key, body, ask)
+            elif waits < _WAITS:
+                await asyncio.wait({flight})
+                answer, waits = flight.result(), waits + 1
+                document = None if answer is None else self._fitting(answer)
+            else:
+                return await self._asked(key, body, ask, None)
+            if document is not None:
+                return document, None
+
+    async def _kept(self, key: bytes) -> dict[str, Any] | None:
+        """Return a kept answer, or None; without a pause if none is known of."""
+        while (place := self._answers.find(key)) is not None:
+            answer = await self._read.of((key, place))
+            if answer is not None and (document := self._fitting(answer)) is not None:
+                return document
+            self._answers.forget(key, place)
+        return None
+
+    def _read_these(self, wanted: list[tuple[bytes, int]]) -> list[bytes | None]:
+        return [self._answers.read(key, place) for key, place in wanted]
+
+    def _key(self, body: Mapping[str, Any]) -> bytes:
+        text = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
+        person = b"simulated" if self._simulated else b"real"
+        return hashlib.blake2b(text, digest_size=16, person=person).digest()
+
+    async def _lead(
+        self, key: bytes, body: Mapping[str, Any], ask: Ask
+    ) -> tuple[dict[str, Any], Endpoint | None]:
+        """Ask for all who come meanwhile, here and in other processes."""
+        flight: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self._flights[key] = flight
+        contested = self._answers.contested
+        try:
+            if contested:
+                await self._wait_for_claim(key)
+                document = await self._kept(key)
+                if document is not None:
+                    return document, None
+            return await self._asked(key, body, ask, flight)
+        finally:
+            del self._flights[key]
+            if not flight.done():
+                flight.set_result(None)
+            if contested:  # we may have it, also if we were cancelled while we waited
+                self._claim.soon((key, False))
+
+    async def _wait_for_claim(self, key: bytes) -> None:
+        """Wait until no other process asks for an answer, or it is there, or patience ends."""
+        until, pause = time.monotonic() + self._patience_s, _POLL_S
+        while not await self._claim.of((key, True)):
+            if self._answers.find(key) is not None or time.monotonic() > until:
+                return
+            await asyncio.sleep(pause * (1 + random.random()))
+            pause = min(1.5 * pause, _LONG_POLL_S)
+
+    async def _asked(
+        self,
+        key: bytes,
+        body: Mapping[str, Any],
+        ask: Ask,
+        flight: asyncio.Future[bytes | None] | None,
+    ) -> Answer:
+        document, endpoint = await ask(body)
+        if self._worth.is_good(body, document):
+            answer = orjson.dumps(document)
+            self._answers.put(key, answer)
+            if flight is not None:
+                flight.set_result(answer)
+        return document, endpoint
+
+    def _fitting(self, answer: bytes) -> dict[str, Any] | None:
+        """Return a kept answer at no cost, and count it; None when it is none for this fleet."""
+        document = orjson.loads(answer)
+        if not judge.is_completion(document) or judge.is_simulated(document) != self._simulated:
+            return None
+        document["usage"] = dict(_FREE)
+        log = CURRENT_CALLS.get()
+        if log is not None:
+            log.reused += 1
+            log.usage += Usage(0, 0)
+            log.model, log.simulated = document.get("model"), self._simulated
+        found: dict[str, Any] = document
+        return found
