@@ -57,6 +57,7 @@ class WorkCrew:
         self._orders = Counter[str]()
         self._reading, self._rounds = asyncio.Lock(), 0
         self._resting = False
+        self._inherits = False  # whether workers of earlier lives may still write
 
     @property
     def nodewise(self) -> bool:
@@ -91,6 +92,7 @@ class WorkCrew:
         for name in self._pool.left:
             if _overlap(name, shard) and (summary := await self._pool.take_over(name)):
                 await self._heard(summary)
+                await self.refresh()
                 return None, summary
         name = f"{shard.lo}-{shard.hi}"
 
@@ -159,7 +161,7 @@ class WorkCrew:
 
     def _read(self) -> list[dict[str, Any]]:
         self._signs.look()
-        return self._ledger.refresh()
+        return self._ledger.refresh(self._inherits)
 
     async def stop(self) -> None:
         """Let no worker begin a further item, as far as they share a folder or can be told."""
@@ -178,6 +180,7 @@ class WorkCrew:
         tail: asyncio.Task[None] | None = None
         try:
             await self._pool.start()
+            self._inherits = bool(self._pool.left)
             tail = asyncio.create_task(self._tail())
             yield
         finally:
