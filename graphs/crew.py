@@ -17,6 +17,7 @@ from ..backends.accounts.ledger import Ledger
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.types import Item, Shard
 from ..backends.contract.wire import Order, Summary, own_version
+from ..backends.fleet.news import Gathered
 from ..backends.places import shard_pool
 from ..backends.sites.executor import WorkShard
 from ..backends.sites.pool import ShardPool
@@ -57,6 +58,7 @@ class WorkCrew:
         self._orders = Counter[str]()
         self._reading, self._rounds = asyncio.Lock(), 0
         self._resting = False
+        self.gathered = Gathered()
         self._inherits = False  # whether workers of earlier lives may still write
 
     @property
@@ -118,6 +120,7 @@ class WorkCrew:
     async def _heard(self, summary: Summary) -> None:
         """Take note of who has answered, and of what it has spent."""
         self._hosts.add(summary.worker.partition(":")[0])
+        self.gathered.add(summary.endpoints or ())
         await self._lender.answered(summary)
 
     def _order(self, shard: str, attempt: int, items: list[Item]) -> Order:

@@ -203,7 +203,9 @@ class Ledger:
             LedgerError: A file is damaged or belongs to another run.
         """
         fresh = list[dict[str, Any]]()
-        for path in sorted(self._folder.glob("*-*.jsonl" if earlier else f"{self.life:04}-*.jsonl")):
+        for path in sorted(
+            self._folder.glob("*-*.jsonl" if earlier else f"{self.life:04}-*.jsonl")
+        ):
             if path not in self._followed:
                 self._followed[path] = _Followed(len(self._paths))
                 self._paths.append(path)
