@@ -17,6 +17,7 @@ from ..backends.accounts.ledger import Ledger
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.types import Item, Shard
 from ..backends.contract.wire import Order, Summary, own_version
+from ..backends.fleet.news import Gathered
 from ..backends.places import shard_pool
 from ..backends.sites.executor import WorkShard
 from ..backends.sites.pool import ShardPool
@@ -57,6 +58,8 @@ class WorkCrew:
         self._orders = Counter[str]()
         self._reading, self._rounds = asyncio.Lock(), 0
         self._resting = False
+        self.gathered = Gathered()
+        self._inherits = False  # whether workers of earlier lives may still write
 
     @property
     def nodewise(self) -> bool:
@@ -91,6 +94,7 @@ class WorkCrew:
         for name in self._pool.left:
             if _overlap(name, shard) and (summary := await self._pool.take_over(name)):
                 await self._heard(summary)
+                await self.refresh()
                 return None, summary
         name = f"{shard.lo}-{shard.hi}"
 
@@ -116,6 +120,7 @@ class WorkCrew:
     async def _heard(self, summary: Summary) -> None:
         """Take note of who has answered, and of what it has spent."""
         self._hosts.add(summary.worker.partition(":")[0])
+        self.gathered.add(summary.endpoints or ())
         await self._lender.answered(summary)
 
     def _order(self, shard: str, attempt: int, items: list[Item]) -> Order:
@@ -159,7 +164,7 @@ class WorkCrew:
 
     def _read(self) -> list[dict[str, Any]]:
         self._signs.look()
-        return self._ledger.refresh()
+        return self._ledger.refresh(self._inherits)
 
     async def stop(self) -> None:
         """Let no worker begin a further item, as far as they share a folder or can be told."""
@@ -178,6 +183,7 @@ class WorkCrew:
         tail: asyncio.Task[None] | None = None
         try:
             await self._pool.start()
+            self._inherits = bool(self._pool.left)
             tail = asyncio.create_task(self._tail())
             yield
         finally:

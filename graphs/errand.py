@@ -25,6 +25,7 @@ from ..backends.contract.types import Item
 from ..backends.contract.wire import Order
 from ..backends.fleet.address import EndpointSpec
 from ..backends.fleet.fleet import Fleet
+from ..backends.fleet.news import Teller
 from ..backends.nearby import served_here
 from ..backends.reuse import reusing
 from ..backends.tokens import exact_count, token_counter
@@ -57,6 +58,7 @@ class Parts:
     fleet: Fleet
     model: str
     writer: JournalWriter | None
+    teller: Teller
     count: Count | None = None
 
 
@@ -151,7 +153,7 @@ async def open_parts(order: Order, worker: str) -> AsyncIterator[Parts]:
         count = None
         if order.lease is not None:
             count = exact_count(await stack.enter_async_context(token_counter(here)))
-        yield Parts(loaded, fleet, model, writer, count)
+        yield Parts(loaded, fleet, model, writer, Teller(lambda: fleet.endpoints), count)
 
 
 @asynccontextmanager

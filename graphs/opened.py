@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..backends.accounts.budget import Budget
 from ..backends.accounts.endpoints import FILE, append_endpoints
@@ -48,25 +49,32 @@ async def spent_in(spending: Spending, run: OpenedRun) -> AsyncIterator[None]:
         yield
 
 
+def reports_of(fleet: Fleet) -> Callable[[], list[dict[str, Any]]]:
+    """Return what tells what each endpoint of a fleet did."""
+    return lambda: [asdict(report) for report in fleet.report()]
+
+
 def endpoints_file(folder: RunFolder) -> Path:
     """Return the table of what each endpoint did in each life."""
     return folder.path / FILE
 
 
 @asynccontextmanager
-async def reported(fleet: Fleet, folder: RunFolder, life: int) -> AsyncIterator[None]:
+async def reported(
+    reports: Callable[[], list[dict[str, Any]]], folder: RunFolder, life: int
+) -> AsyncIterator[None]:
     """Write what each endpoint did when the block ends, however it ends.
 
     Args:
-        fleet: The endpoints.
+        reports: Returns it, a row per endpoint.
         folder: The run's folder.
         life: The life's number, from 1.
     """
     try:
         yield
     finally:
-        reports = [asdict(report) for report in fleet.report() if report.calls or report.opened]
+        found = [row for row in reports() if row["calls"] or row["opened"]]
         try:
-            await asyncio.to_thread(append_endpoints, endpoints_file(folder), reports, life)
+            await asyncio.to_thread(append_endpoints, endpoints_file(folder), found, life)
         except LedgerError as error:
             logger.warning("%s", error.message)  # the run's own end matters more

@@ -39,7 +39,7 @@ from .crew import STOP_S, WorkCrew, open_crew
 from .identity import fingerprint
 from .items import TRACED_ITEMS, ItemEngine, RunItem, is_seen, item_runner
 from .metrics import exposed
-from .opened import OpenedRun, reported, spent_in
+from .opened import OpenedRun, reported, reports_of, spent_in
 from .signs import end_earlier
 from .spending import Spending, spending
 from .terms import crew_terms
@@ -107,13 +107,16 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
                 crew = await stack.enter_async_context(
                     open_crew(mode.work_shard, terms, ledger, progress, spends)
                 )
+                told = crew.gathered.reports
+                await stack.enter_async_context(reported(told, folder, ledger.life))
             else:
                 await asyncio.to_thread(end_earlier, folder.journal)
                 reuse = await stack.enter_async_context(
                     reusing(config, up.simulated, folder.answers)
                 )
                 fleet = await stack.enter_async_context(open_fleet(config, up, reuse))
-                await stack.enter_async_context(reported(fleet, folder, ledger.life))
+                told = reports_of(fleet)
+                await stack.enter_async_context(reported(told, folder, ledger.life))
                 seen = is_seen(config, mode.trace, total)
                 engine = mode.engine(config.task.graph is not None) if seen else None
                 quiet = total > TRACED_ITEMS and not mode.trace

@@ -111,6 +111,7 @@ async def _work(order: Order, bag: Bag) -> Summary:
             records=job.ledger.sent,
             error=None if gate.error is None or out_of_lease(gate.error) else as_data(gate.error),
             seconds=time.monotonic() - began,
+            endpoints=parts.teller.news(),
             lease=None if order.lease is None else order.lease["name"],
             used=None if budget is None else used_of(budget).to_json(),
         )

@@ -76,7 +76,7 @@ class _Errand:
                 await self._fold(outcome)
             await self._fold_finished()
             if outcome is not None and self._open == before and not self._stopped():
-                self._check_progress(outcome[1])
+                self._check_progress(*outcome)
         if self._open:
             return None
         await self._tools.ledger.flush()
@@ -189,8 +189,8 @@ class _Errand:
             if self._folded.find(0, lo - self._shard.lo, hi - self._shard.lo) >= 0:
                 yield lo, hi
 
-    def _check_progress(self, summary: Summary) -> None:
-        if summary.error is not None:  # forgiven
+    def _check_progress(self, order: Order | None, summary: Summary) -> None:
+        if summary.error is not None or order is None:  # forgiven; stopped by this very life
             return
         msg = (
             f"worker {summary.worker} came back from shard {summary.shard} without having "

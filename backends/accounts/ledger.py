@@ -77,9 +77,11 @@ class Ledger:
         self.spent: dict[int, Spent] = {}
         self._sums: list[Spent] = []
         for number, path in enumerate(self._paths):
-            for line in scan(path, run):
-                _check(line, path, items)
-                self._note(number, line.start, line.length, line.record)
+            at = _Followed(number)
+            for _ in self._read_on(path, at):
+                pass  # noted, and not kept
+            if "-" in path.stem:
+                self._followed[path] = at  # its worker may outlive the coordinator
 
     # -- writing -------------------------------------------------------------------------
 
@@ -188,8 +190,11 @@ class Ledger:
         """Close the files opened for reading."""
         self.close()
 
-    def refresh(self) -> list[dict[str, Any]]:
-        """Read what workers of this life have written since the last call; blocks.
+    def refresh(self, earlier: bool = False) -> list[dict[str, Any]]:
+        """Read what workers have written since the last call; blocks.
+
+        Args:
+            earlier: Whether those of earlier lives may still write, not only this one's.
 
         Returns:
             The records of items that had not ended before.
@@ -197,18 +202,23 @@ class Ledger:
         Raises:
             LedgerError: A file is damaged or belongs to another run.
         """
-        fresh = []
-        for path in sorted(self._folder.glob(f"{self.life:04}-*.jsonl")):
+        fresh = list[dict[str, Any]]()
+        for path in sorted(
+            self._folder.glob("*-*.jsonl" if earlier else f"{self.life:04}-*.jsonl")
+        ):
             if path not in self._followed:
                 self._followed[path] = _Followed(len(self._paths))
                 self._paths.append(path)
-            at = self._followed[path]
-            for line in scan(path, self._run, at.start, at.line):
-                _check(line, path, len(self._state))
-                if self._note(at.number, line.start, line.length, line.record):
-                    fresh.append(line.record)
-                at.start, at.line = line.start + line.length, line.number + 1
+            fresh += self._read_on(path, self._followed[path])
         return fresh
+
+    def _read_on(self, path: Path, at: _Followed) -> Iterator[dict[str, Any]]:
+        """Note a file's further records; yield those of items that had not ended before."""
+        for line in scan(path, self._run, at.start, at.line):
+            _check(line, path, len(self._state))
+            at.start, at.line = line.start + line.length, line.number + 1
+            if self._note(at.number, line.start, line.length, line.record):
+                yield line.record
 
     # -- reading -------------------------------------------------------------------------
 
@@ -278,6 +288,8 @@ class Ledger:
         index = record["index"]
         self._spent_by(number).add(record)
         ended = self._state[index] != _OPEN
+        if ended and self._lives_before(number, self._file[index]):
+            return False
         if ended and self._rival(number, index):
             self.twice += 1
             if _rank(record) >= _rank(self.record(index)):
@@ -299,6 +311,10 @@ class Ledger:
         for spent in self.spent.values():
             total.merge(spent)
         return total
+
+    def _lives_before(self, number: int, other: int) -> bool:
+        """Say whether one file is of an earlier life than another; a later record counts."""
+        return _number(self._paths[number]) < _number(self._paths[other])
 
     def _rival(self, number: int, index: int) -> bool:
         """Say whether an item's record is of a worker in the same life as a further one."""

@@ -99,6 +99,7 @@ class Summary:
         seconds: Wall time of the work.
         lease: The order's lease, or None.
         used: What was spent of it.
+        endpoints: What each endpoint did since the worker's last summary.
     """
 
     shard: str
@@ -113,6 +114,7 @@ class Summary:
     seconds: float = 0.0
     lease: str | None = None
     used: dict[str, int] | None = None
+    endpoints: list[dict[str, Json]] | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return it as plain data."""

@@ -150,14 +150,21 @@ class Endpoint:
             await renew(sent["Authorization"].removeprefix("Bearer "))
         return await self.headers() != sent
 
+    @property
+    def state(self) -> str:
+        """How it stands, in words."""
+        if self.retired:
+            return "left the fleet"
+        if self.resting and self.alive:
+            return "resting"
+        return "ejected" if self.ejected else self.breaker.state.value
+
     def report(self) -> EndpointReport:
         """Return what a report shows of this endpoint."""
         stats = self.stats
-        state = "ejected" if self.ejected else self.breaker.state.value
-        state = "left the fleet" if self.retired else state
         return EndpointReport(
             endpoint=self.label,
-            state="resting" if self.resting and self.alive else state,
+            state=self.state,
             in_flight=self.outstanding,
             width=self.width,
             calls=stats.calls,

