@@ -119,13 +119,17 @@ def forecast(plan: Plan, seen: Seen | None, own: bool = False) -> Forecast:
         requests = items * seen.requests
         completion = items * seen.completion
         prompt = items * (seen.prompt if own else _prompts(plan.first, seen))
-    seconds = None if seen is None else _seconds(plan, seen, requests, prompt + completion)
+    tokens = prompt + completion
+    if seen is not None:
+        tokens += items * seen.lost
+    seconds = None if seen is None else _seconds(plan, seen, requests, tokens)
     hours = None
     if seconds is not None and plan.nodes is not None:
         nodes = plan.nodes
         hours = seconds.map(lambda s: s / 3600 * nodes)
-    usd = _usd(plan.price, prompt, completion, hours, _cached(seen))
-    carried, unknown = _carried(plan.caps, requests, prompt + completion, usd, hours)
+    paid = items * seen.dollars if own and seen is not None and seen.nano_usd else None
+    usd = _usd(plan.price, paid or _answers(plan.price, prompt, completion, _cached(seen)), hours)
+    carried, unknown = _carried(plan.caps, requests, tokens, usd, hours)
     source = None if seen is None else seen.source
     return Forecast(requests, prompt, completion, usd, seconds, hours, carried, unknown, source)
 
@@ -168,27 +172,24 @@ def _cached(seen: Seen | None) -> float:
     return min(1.0, (seen.usage.cached or 0) / seen.usage.prompt)
 
 
-def _usd(
-    price: Price | None, prompt: Span, completion: Span, hours: Span | None, cached: float
-) -> Span | None:
+def _answers(price: Price | None, prompt: Span, completion: Span, cached: float) -> Span:
+    """Return the dollars of tokens; a cache may hold as many as it did, or none."""
+    if price is None or price.prompt is None:
+        return Span.of(0.0)
+    full = price.prompt
+    less = full if price.cached_prompt is None else price.cached_prompt
+    likely = (1 - cached) * full + cached * less
+    rate = Span(likely, likely, full).map(lambda r: r / _MILLION)
+    return rate * prompt + Span.of((price.completion or 0.0) / _MILLION) * completion
+
+
+def _usd(price: Price | None, answers: Span, hours: Span | None) -> Span | None:
+    """Return the dollars of tokens and nodes; None when nobody knows them."""
     if price is None:
         return None
-    parts = list[Span]()
-    if price.prompt is not None:
-        full, less = price.prompt, price.prompt
-        if price.cached_prompt is not None:
-            less = price.cached_prompt
-        rate = Span(*((1 - cached) * full + cached * less,) * 2, full)
-        answer = (price.completion or 0.0) / _MILLION
-        parts.append(rate.map(lambda r: r / _MILLION) * prompt + Span.of(answer) * completion)
-    if price.node_hour is not None:
-        if hours is None:
-            return None
-        parts.append(Span.of(price.node_hour) * hours)
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total
+    if price.node_hour is None:
+        return answers
+    return None if hours is None else answers + Span.of(price.node_hour) * hours
 
 
 def _carried(

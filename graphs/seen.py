@@ -12,6 +12,7 @@ from typing import Any, Final
 from ..backends.accounts.folder import open_folder
 from ..backends.accounts.ledger import Ledger
 from ..backends.contract.errors import ConfigurationError
+from ..backends.contract.money import NANO
 from ..backends.contract.types import Usage
 from .spans import Span
 
@@ -32,9 +33,12 @@ class Seen:
         repairs: Answers of an item that were sent back.
         prompt: Prompt tokens of an item, over all its requests.
         completion: Completion tokens of an item.
+        lost: Tokens of an item's requests that brought no answer and may have been paid.
+        dollars: What an item cost, lost requests included, at the price that the run had.
         latency: Seconds that an item took.
         latencies: (median, 95th percentile) of the same.
         usage: Tokens of all of them together.
+        nano_usd: Nano-dollars of all of them together.
         unreported: Items whose tokens nobody reported.
         source: Where it was seen.
     """
@@ -45,9 +49,12 @@ class Seen:
     repairs: Span
     prompt: Span
     completion: Span
+    lost: Span
+    dollars: Span
     latency: Span
     latencies: tuple[float, float]
     usage: Usage
+    nano_usd: int
     unreported: int
     source: str
 
@@ -60,6 +67,8 @@ class Seen:
             "repairs": self.repairs.to_json(3),
             "prompt_tokens": self.prompt.to_json(1),
             "completion_tokens": self.completion.to_json(1),
+            "lost_tokens": self.lost.to_json(1),
+            "usd": self.dollars.to_json(9),
             "latency_s": self.latency.to_json(4),
             "latency_median_s": self.latencies[0],
             "latency_p95_s": self.latencies[1],
@@ -83,29 +92,32 @@ class Seen:
         latencies = sorted(record["latency_s"] for record in asked)
 
         def mean(name: str, of: Sequence[dict[str, Any]]) -> Span:
-            return Span.mean([record[name] or 0 for record in of], total)
+            return Span.mean([record.get(name) or 0 for record in of], total)
 
         return cls(
             items=len(asked),
             failed=dict(Counter(r["error_class"] for r in asked if r["status"] == "failed")),
             requests=_rare(mean("attempts", asked), len(asked), total),
-            repairs=_rare(mean("repairs", asked), len(asked), total),
+            repairs=_rare(mean("repairs", asked), len(asked), total, 1.0),
             prompt=_rare(mean("prompt_tokens", told), len(told), total),
             completion=_rare(mean("completion_tokens", told), len(told), total),
+            lost=mean("lost_tokens", asked),
+            dollars=_rare(mean("nano_usd", asked).map(lambda n: n / NANO), len(asked), total),
             latency=Span.mean(latencies, total),
             latencies=(_quantile(latencies, 0.5), _quantile(latencies, 0.95)),
             usage=_sum(told),
+            nano_usd=sum(record.get("nano_usd") or 0 for record in asked),
             unreported=len(asked) - len(told),
             source=source,
         )
 
 
-def _rare(mean: Span, count: int, total: int) -> Span:
+def _rare(mean: Span, count: int, total: int, least: float = 0.0) -> Span:
     """Allow for what was too rare to be seen, such as repairs."""
     if not count or count >= total:
         return mean
-    once = max(mean.likely, 1.0)
-    return Span(mean.low, mean.likely, max(mean.high, mean.likely + once * _UNSEEN / count))
+    once = (mean.likely or least) * _UNSEEN / count
+    return Span(mean.low, mean.likely, max(mean.high, mean.likely + once))
 
 
 def _sum(records: Sequence[dict[str, Any]]) -> Usage:

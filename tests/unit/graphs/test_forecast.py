@@ -38,7 +38,13 @@ def seen_of(*records: dict[str, Any], total: int = 10**9) -> Seen:
 
 
 def plan(**fields: Any) -> Plan:
-    given = {"items": 1000, "first": Span.of(100), "max_tokens": 200, "repairs": 1, "streams": 10}
+    given: dict[str, Any] = {
+        "items": 1000,
+        "first": Span.of(100),
+        "max_tokens": 200,
+        "repairs": 1,
+        "streams": 10,
+    }
     return Plan(**(given | fields))
 
 
