@@ -66,7 +66,8 @@ class Forecast:
         prompt: Prompt tokens.
         completion: Completion tokens.
         usd: Dollars, or None without a price.
-        seconds: Wall time, or None without a latency.
+        seconds: Wall time, or None without a latency; at most, if the fleet does no more at a time
+            than it was seen to do.
         node_hours: Hours times nodes, or None without a time or nodes.
         carried: How far the budget reaches; None without one, or when nothing can be said of it.
         unknown: Caps of which nothing can be said.
@@ -154,8 +155,14 @@ def _prompts(first: Span, seen: Seen) -> Span:
 
 
 def _seconds(plan: Plan, seen: Seen, requests: Span, tokens: Span) -> Span:
+    """Return the time with as many in flight as allowed; at most, with as many as were seen.
+
+    A fleet that was not driven to its limit does not show where that is.
+    """
     streams = max(1, min(plan.streams, plan.items))
     seconds = seen.latency.map(lambda latency: plan.items * latency / streams)
+    slow = max(1.0, streams / seen.flight)
+    seconds = Span(seconds.low, seconds.likely, seconds.high * slow)
     if plan.requests_per_s is not None:
         rate = plan.requests_per_s
         seconds = seconds.most(requests.map(lambda r: r / rate))

@@ -81,7 +81,8 @@ def _times(found: Forecast, plan: Plan) -> Iterator[str]:
             "of a run alike, tells it"
         )
         return
-    yield f"time at {streams}: {spanned(found.seconds, duration)}, if latency stays as seen"
+    likely, high = duration(found.seconds.likely), duration(found.seconds.high)
+    yield f"time at {streams}: {likely} if latency stays as seen, {high} at most"
     if found.node_hours is not None and plan.nodes is not None:
         nodes = f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''}"
         yield f"node-hours: {spanned(found.node_hours, _hours)} on {nodes}"

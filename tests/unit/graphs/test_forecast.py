@@ -28,6 +28,8 @@ def record(index: int, **fields: Any) -> dict[str, Any]:
         "prompt_tokens": 100,
         "completion_tokens": 50,
         "latency_s": 2.0,
+        "finished_at": f"2026-01-01T{index // 5 // 1800:02}:{index // 5 // 30 % 60:02}:"
+        f"{2 * (index // 5) % 60:02}.000+00:00",  # five at a time
     } | fields
 
 
@@ -84,6 +86,7 @@ def test_what_was_seen_is_extrapolated() -> None:
     assert found.prompt.likely == found.usd.likely * 1e6 - 4 * 50_000  # type: ignore[union-attr]
     assert found.seconds is not None
     assert found.seconds.likely == 1000 * 2.0 / 10
+    assert found.seconds.high == pytest.approx(1000 * 2.0 / 5)  # no more at a time than seen
     assert found.node_hours is not None
     assert found.node_hours.likely == pytest.approx(200 * 4 / 3600)
     assert found.requests.likely == 1000
