@@ -50,10 +50,12 @@ class Carried:
 
     Attributes:
         cap: The cap that is reached first: ``usd``, ``tokens``, ``requests`` or ``node_hours``.
-        share: Share of the items that it carries; above 1 when something is left.
+        worst: The one that is reached first when all is as dear as it may be.
+        share: Share of the items that all of them carry; above 1 when something is left.
     """
 
     cap: str
+    worst: str
     share: Span
 
 
@@ -96,7 +98,7 @@ class Forecast:
             "node_hours": None if self.node_hours is None else self.node_hours.to_json(6),
             "budget": None
             if carried is None
-            else {"cap": carried.cap, "carries": carried.share.to_json(4)},
+            else {"cap": carried.cap, "worst": carried.worst, "carries": carried.share.to_json(4)},
             "unknown_caps": list(self.unknown),
             "measured": self.measured,
         }
@@ -215,9 +217,10 @@ def _carried(
     if not shares:
         return None, unknown
     first = min(shares, key=lambda name: shares[name].likely)
+    worst = min(shares, key=lambda name: (shares[name].low, name != first))
     every = shares.values()
     share = Span(min(s.low for s in every), shares[first].likely, min(s.high for s in every))
-    return Carried(first, share), unknown
+    return Carried(first, worst, share), unknown
 
 
 def _share(cap: int, need: Span) -> Span:

@@ -142,12 +142,13 @@ def test_items_that_were_not_asked_say_nothing() -> None:
         ({"usd": 0.05}, False, "carries 2 to 48 % of the items; budget.usd binds"),
         ({"usd": 0.5}, False, "carries at least 24 % of the items, all of them if answers"),
         ({"usd": 100}, False, "carries all items; budget.usd is nearest, 2 % of it at most"),
+        ({"usd": 0.2, "node_hours": 0.06}, True, "budget.usd binds, at worst budget.node_hours"),
         ({"tokens": 1}, True, "carries about 0.0007 % of the items"),
     ],
 )
 def test_how_far_a_budget_reaches(caps: dict[str, Any], seen: bool, text: str) -> None:
     what = seen_of(*(record(n) for n in range(100))) if seen else None
-    found = forecast(plan(price=PRICE, caps=Caps.of(**caps)), what)
+    found = forecast(plan(price=PRICE, nodes=1, caps=Caps.of(**caps)), what)
     assert text in carried(found)
     (line,) = budget_lines(found, plan(caps=Caps.of(**caps)))
     assert line == f"budget: {carried(found)}"
@@ -191,7 +192,7 @@ def test_amounts_and_times_have_the_digits_they_deserve() -> None:
     assert [dollars(x) for x in (0, 1234.5, 0.5, 0.0032, 1e-9)] == [
         "$0.00",
         "$1,234.50",
-        "$0.50",
+        "$0.500",
         "$0.0032",
         "$0.000001",
     ]
