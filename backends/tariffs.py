@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
+from pydantic import SecretStr
+
 from ..configs.models import RunConfig
 from ..configs.prices import Listed, hosts, listed, provider_at
 from .contract.errors import ConfigurationError
 from .contract.money import Tariff
 from .contract.types import Json
-from .fleet.address import EndpointSpec
+from .fleet.address import NO_KEY, EndpointSpec
 from .locate import endpoint_specs
 
 SETTING: Final = "model.price"
@@ -147,7 +149,10 @@ def _from_list(config: RunConfig, model: str) -> Listed | str:
     tier = config.model.extra_body.get("service_tier")
     if tier not in _STANDARD:
         return f"the listed prices are not those of service_tier {tier!r}"
-    specs = [] if config.backend.node_endpoints else _named(config)
+    try:
+        specs = [] if config.backend.node_endpoints else _named(config)
+    except ConfigurationError as error:
+        return error.message
     strange = f"fanfold lists only prices of {', '.join(hosts())}"
     if not specs:
         return f"{strange}, and the endpoints are other ones"
@@ -166,7 +171,8 @@ def _from_list(config: RunConfig, model: str) -> Listed | str:
 
 def _named(config: RunConfig) -> list[EndpointSpec]:
     """Return the endpoints if the settings name them one by one."""
-    endpoints = config.endpoints
+    # nobody is asked: a key that a run folder does not keep is not missed here
+    endpoints = config.endpoints.model_copy(update={"api_key": SecretStr(NO_KEY)})
     return endpoint_specs(endpoints, {}) if endpoints.urls or endpoints.file else []
 
 

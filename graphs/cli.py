@@ -211,6 +211,10 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     limit: Limit = None,
     endpoints: Endpoints = None,
     overrides: Sets = None,
+    budget_usd: Usd = None,
+    budget_tokens: Tokens = None,
+    budget_requests: Requests = None,
+    budget_node_hours: NodeHours = None,
     sample: Annotated[
         int, typer.Option("--sample", min=1, help="Items whose prompts are counted.")
     ] = SAMPLE,
@@ -221,7 +225,13 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     as_json: AsJson = False,
 ) -> None:
     """Check settings, input and endpoints, and estimate cost and time; calls no model."""
-    wish = running.Wish(overrides or [], input_path, limit, endpoints)
+    budget = {
+        "usd": budget_usd,
+        "tokens": budget_tokens,
+        "requests": budget_requests,
+        "node_hours": budget_node_hours,
+    }
+    wish = running.Wish(overrides or [], input_path, limit, endpoints, budget=budget)
     checking.check(config, wish, sample, like, as_json)
 
 

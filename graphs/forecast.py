@@ -50,10 +50,12 @@ class Carried:
 
     Attributes:
         cap: The cap that is reached first: ``usd``, ``tokens``, ``requests`` or ``node_hours``.
-        share: Share of the items that it carries; above 1 when something is left.
+        worst: The one that is reached first when all is as dear as it may be.
+        share: Share of the items that all of them carry; above 1 when something is left.
     """
 
     cap: str
+    worst: str
     share: Span
 
 
@@ -66,7 +68,8 @@ class Forecast:
         prompt: Prompt tokens.
         completion: Completion tokens.
         usd: Dollars, or None without a price.
-        seconds: Wall time, or None without a latency.
+        seconds: Wall time, or None without a latency; at most, if the fleet does no more at a time
+            than it was seen to do.
         node_hours: Hours times nodes, or None without a time or nodes.
         carried: How far the budget reaches; None without one, or when nothing can be said of it.
         unknown: Caps of which nothing can be said.
@@ -95,7 +98,7 @@ class Forecast:
             "node_hours": None if self.node_hours is None else self.node_hours.to_json(6),
             "budget": None
             if carried is None
-            else {"cap": carried.cap, "carries": carried.share.to_json(4)},
+            else {"cap": carried.cap, "worst": carried.worst, "carries": carried.share.to_json(4)},
             "unknown_caps": list(self.unknown),
             "measured": self.measured,
         }
@@ -119,13 +122,17 @@ def forecast(plan: Plan, seen: Seen | None, own: bool = False) -> Forecast:
         requests = items * seen.requests
         completion = items * seen.completion
         prompt = items * (seen.prompt if own else _prompts(plan.first, seen))
-    seconds = None if seen is None else _seconds(plan, seen, requests, prompt + completion)
+    tokens = prompt + completion
+    if seen is not None:
+        tokens += items * seen.lost
+    seconds = None if seen is None else _seconds(plan, seen, requests, tokens)
     hours = None
     if seconds is not None and plan.nodes is not None:
         nodes = plan.nodes
         hours = seconds.map(lambda s: s / 3600 * nodes)
-    usd = _usd(plan.price, prompt, completion, hours, _cached(seen))
-    carried, unknown = _carried(plan.caps, requests, prompt + completion, usd, hours)
+    paid = items * seen.dollars if own and seen is not None and seen.nano_usd else None
+    usd = _usd(plan.price, paid or _answers(plan.price, prompt, completion, _cached(seen)), hours)
+    carried, unknown = _carried(plan.caps, requests, tokens, usd, hours)
     source = None if seen is None else seen.source
     return Forecast(requests, prompt, completion, usd, seconds, hours, carried, unknown, source)
 
@@ -150,8 +157,14 @@ def _prompts(first: Span, seen: Seen) -> Span:
 
 
 def _seconds(plan: Plan, seen: Seen, requests: Span, tokens: Span) -> Span:
+    """Return the time with as many in flight as allowed; at most, with as many as were seen.
+
+    A fleet that was not driven to its limit does not show where that is.
+    """
     streams = max(1, min(plan.streams, plan.items))
     seconds = seen.latency.map(lambda latency: plan.items * latency / streams)
+    slow = max(1.0, streams / seen.flight)
+    seconds = Span(seconds.low, seconds.likely, seconds.high * slow)
     if plan.requests_per_s is not None:
         rate = plan.requests_per_s
         seconds = seconds.most(requests.map(lambda r: r / rate))
@@ -168,27 +181,24 @@ def _cached(seen: Seen | None) -> float:
     return min(1.0, (seen.usage.cached or 0) / seen.usage.prompt)
 
 
-def _usd(
-    price: Price | None, prompt: Span, completion: Span, hours: Span | None, cached: float
-) -> Span | None:
+def _answers(price: Price | None, prompt: Span, completion: Span, cached: float) -> Span:
+    """Return the dollars of tokens; a cache may hold as many as it did, or none."""
+    if price is None or price.prompt is None:
+        return Span.of(0.0)
+    full = price.prompt
+    less = full if price.cached_prompt is None else price.cached_prompt
+    likely = (1 - cached) * full + cached * less
+    rate = Span(likely, likely, full).map(lambda r: r / _MILLION)
+    return rate * prompt + Span.of((price.completion or 0.0) / _MILLION) * completion
+
+
+def _usd(price: Price | None, answers: Span, hours: Span | None) -> Span | None:
+    """Return the dollars of tokens and nodes; None when nobody knows them."""
     if price is None:
         return None
-    parts = list[Span]()
-    if price.prompt is not None:
-        full, less = price.prompt, price.prompt
-        if price.cached_prompt is not None:
-            less = price.cached_prompt
-        rate = Span(*((1 - cached) * full + cached * less,) * 2, full)
-        answer = (price.completion or 0.0) / _MILLION
-        parts.append(rate.map(lambda r: r / _MILLION) * prompt + Span.of(answer) * completion)
-    if price.node_hour is not None:
-        if hours is None:
-            return None
-        parts.append(Span.of(price.node_hour) * hours)
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total
+    if price.node_hour is None:
+        return answers
+    return None if hours is None else answers + Span.of(price.node_hour) * hours
 
 
 def _carried(
@@ -207,9 +217,10 @@ def _carried(
     if not shares:
         return None, unknown
     first = min(shares, key=lambda name: shares[name].likely)
+    worst = min(shares, key=lambda name: (shares[name].low, name != first))
     every = shares.values()
     share = Span(min(s.low for s in every), shares[first].likely, min(s.high for s in every))
-    return Carried(first, share), unknown
+    return Carried(first, worst, share), unknown
 
 
 def _share(cap: int, need: Span) -> Span:

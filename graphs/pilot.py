@@ -11,7 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from ..backends.accounts.folder import RunFolder
-from ..backends.contract.errors import FanfoldError, InvalidItemError, RunStoppedError
+from ..backends.contract.errors import (
+    BudgetExhaustedError,
+    FanfoldError,
+    InvalidItemError,
+    RunStoppedError,
+)
 from ..backends.contract.template import Template
 from ..backends.contract.types import Shard
 from ..backends.fleet.lengths import LIKELY, prompt_tokens
@@ -98,12 +103,12 @@ async def fly(
             async with counted(tools), noted(folder) as (about, this):
                 chosen = spread(len(tools.store), count, about["input"]["digest"])
                 async with watching(tools, console, options.quiet):
-                    await _ask(tools, chosen, stop)
+                    await _ask(tools, chosen, stop, folder)
                 this["outcome"] = f"pilot of {len(chosen):,} items; resumable"
             return await asyncio.to_thread(_measured, tools, loaded, about, chosen)
 
 
-async def _ask(tools: RunTools, chosen: Sequence[int], stop: Stop) -> None:
+async def _ask(tools: RunTools, chosen: Sequence[int], stop: Stop, folder: RunFolder) -> None:
     asking = asyncio.ensure_future(_each(tools, chosen, stop))
     with stop.working(tools.gate, asking):
         try:
@@ -112,7 +117,17 @@ async def _ask(tools: RunTools, chosen: Sequence[int], stop: Stop) -> None:
             if stop.reason is None:
                 raise
     if tools.gate.closed:
-        raise tools.gate.error or RunStoppedError(f"{tools.gate.reason} during the pilot")
+        raise _ended(tools, folder)
+
+
+def _ended(tools: RunTools, folder: RunFolder) -> Exception:
+    """Return why a pilot was not flown to its end, and how to go on."""
+    error, again = tools.gate.error, f"fanfold resume {folder.path}"
+    if isinstance(error, BudgetExhaustedError):
+        caps = tools.budget.report() if tools.budget is not None else {}
+        options = "".join(f" --budget-{name.replace('_', '-')} N" for name in caps)
+        return BudgetExhaustedError(f"{error.message}. Go on with a higher total: {again}{options}")
+    return error or RunStoppedError(f"{tools.gate.reason} during the pilot. Go on with: {again}")
 
 
 async def _each(tools: RunTools, chosen: Sequence[int], stop: Stop) -> None:

@@ -31,6 +31,8 @@ def pilot_lines(found: Piloted) -> Iterator[str]:
         f"  {requests:,} requests, {usage.prompt or 0:,} prompt + {usage.completion or 0:,} "
         "completion tokens"
     )
+    if lost := round(seen.lost.likely * seen.items):
+        yield f"  {lost:,} tokens of requests without an answer may have been paid as well"
     yield from _paid(found)
     median, late = map(duration, seen.latencies)
     yield f"  latency: median {median}, 95 % within {late}"
@@ -46,7 +48,7 @@ def _paid(found: Piloted) -> Iterator[str]:
     """Yield what the answers of the pilot have cost, if there is a price of tokens."""
     price, seen = found.plan.price, found.seen
     if price is not None and price.prompt is not None and seen is not None:
-        yield f"  cost: {dollars(price.tariff.nano_usd(seen.usage) / NANO)}, at {price}"
+        yield f"  cost: {dollars(seen.nano_usd / NANO)}, at {price}"
 
 
 def asks() -> bool:

@@ -15,6 +15,7 @@ from ..backends.inputs.spill import spill
 from ..backends.inputs.store import ItemStore
 from ..backends.nearby import served
 from ..backends.simulation import simulation
+from ..backends.tariffs import price
 from ..configs.load import Loaded, load
 from ..configs.plain import to_yaml
 from .identity import differences, fingerprint
@@ -54,14 +55,17 @@ async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
         await _check_kind(folder, about, after)
     changed = before.plain["reduce"] != after.plain["reduce"]
     if after.plain != before.plain:
-        await asyncio.to_thread(_keep, folder, after)
+        await asyncio.to_thread(_keep, folder, about, after)
     return Resumed(folder, after, changed)
 
 
-def _keep(folder: RunFolder, after: Loaded) -> None:
+def _keep(folder: RunFolder, about: dict[str, Any], after: Loaded) -> None:
     """Write changed settings, unless another process works by the old ones."""
+    cost = price(after.config, about["model"], about["simulated"])
+    kept = {"price": None if cost is None else cost.to_json()}
     with folder.locked():
         write_bytes(folder.settings, to_yaml(after.plain).encode())
+        folder.write_provenance(folder.read_provenance() | kept)
 
 
 def _check(folder: RunFolder, about: dict[str, Any], before: Loaded, after: Loaded) -> None:

@@ -13,8 +13,10 @@ _CENT: Final = 0.01
 
 def dollars(amount: float) -> str:
     """Return an amount with as many digits as it deserves: ``$1,234.50``, ``$0.0032``."""
-    if amount == 0 or amount >= _CENT:
+    if amount == 0 or amount >= 1:
         return f"${amount:,.2f}"
+    if amount >= _CENT:
+        return f"${amount:.3f}"
     return f"${amount:.2g}" if amount >= _CENT**3 else "$0.000001"
 
 
@@ -81,7 +83,8 @@ def _times(found: Forecast, plan: Plan) -> Iterator[str]:
             "of a run alike, tells it"
         )
         return
-    yield f"time at {streams}: {spanned(found.seconds, duration)}, if latency stays as seen"
+    likely, high = duration(found.seconds.likely), duration(found.seconds.high)
+    yield f"time at {streams}: {likely} if latency stays as seen, {high} at most"
     if found.node_hours is not None and plan.nodes is not None:
         nodes = f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''}"
         yield f"node-hours: {spanned(found.node_hours, _hours)} on {nodes}"
@@ -106,22 +109,21 @@ def _missing(cap: str) -> str:
 def carried(found: Forecast) -> str:
     """Return how far the budget reaches, in words; there must be one."""
     assert found.carried is not None
-    cap, share = found.carried.cap, found.carried.share
-    name = f"budget.{cap}"
+    cap, worst, share = found.carried.cap, found.carried.worst, found.carried.share
+    name, binds = f"budget.{cap}", f"budget.{cap} binds"
+    binds += f", at worst budget.{worst}" if worst != cap else ""
     if share.low >= 1:
         spare = 100 / share.low
         return f"carries all items; {name} is nearest, {spare:.0f} % of it at most are needed"
     low, likely, high = (_percent(value) for value in (share.low, share.likely, share.high))
     if found.measured is None:
         if share.high < 1:
-            return f"carries {low} to {high} % of the items; {name} binds"
-        return (
-            f"carries at least {low} % of the items, all of them if answers are short; {name} binds"
-        )
+            return f"carries {low} to {high} % of the items; {binds}"
+        return f"carries at least {low} % of the items, all of them if answers are short; {binds}"
     if share.likely >= 1:
         return f"likely carries all items, at least {low} %; {name} is nearest"
     span = "" if low == high else f" ({low} to {high} %)"
-    return f"carries about {likely} % of the items{span}; {name} binds"
+    return f"carries about {likely} % of the items{span}; {binds}"
 
 
 def _percent(share: float) -> str:

@@ -113,16 +113,16 @@ def test_answers_of_another_kind_say_nothing(shell: Shell) -> None:
 
 
 def test_a_pilot_is_the_beginning_of_the_run(shell: Shell, fleet: Served) -> None:
-    priced(shell, budget={"usd": 0.01})
+    priced(shell, items=600, budget={"usd": 0.1})
     run = ("run", "c.yaml", "--endpoints", ",".join(fleet.urls), "--out", "r", "--pilot", "10")
     said = shell(*run)
     assert said.code == 5
     assert fleet.requests == 10
     for text in (
-        "SIMULATED: pilot: 10 of 60 items, spread over the input: 10 done, 0 failed",
+        "SIMULATED: pilot: 10 of 600 items, spread over the input: 10 done, 0 failed",
         "10 requests, ",
         "latency: median ",
-        "all 60 items, going by these:",
+        "all 600 items, going by these:",
         "budget: carries about ",
         "nobody there to be asked; --yes goes on without asking",
         "Go on with: fanfold resume r",
@@ -135,16 +135,27 @@ def test_a_pilot_is_the_beginning_of_the_run(shell: Shell, fleet: Served) -> Non
     assert fleet.requests == 10
     assert told["exit_code"] == 5
     assert told["pilot"]["items"] == told["pilot"]["done"] == 10
-    assert told["pilot"]["left"] == 50
+    assert told["pilot"]["left"] == 590
     assert told["pilot"]["estimate"]["budget"]["cap"] == "usd"
     ids = {json.loads(line)["id"] for line in shell("results", "r").out.splitlines()}
     assert len(ids) == 10
-    assert min(map(int, ids)) < 6
-    assert max(map(int, ids)) >= 54
+    assert min(map(int, ids)) < 60
+    assert max(map(int, ids)) >= 540
 
     assert shell("resume", "r", "--quiet", "--set", "budget.usd=null").code == 0
+    assert fleet.requests == 600
+    assert len(shell("results", "r").out.splitlines()) == 600
+
+
+def test_a_budget_may_end_within_the_pilot(shell: Shell, fleet: Served) -> None:
+    priced(shell, budget={"requests": 6})
+    run = ("run", "c.yaml", "--endpoints", ",".join(fleet.urls), "--out", "r", "--pilot", "20")
+    said = shell(*run)
+    assert said.code == 4
+    assert fleet.requests <= 6
+    assert "fanfold resume r --budget-requests N" in said.err
+    assert shell("resume", "r", "--budget-requests", "200", "--quiet").code == 0
     assert fleet.requests == 60
-    assert len(shell("results", "r").out.splitlines()) == 60
 
 
 def test_yes_goes_on_and_the_aggregate_is_that_of_any_run(shell: Shell, fleet: Served) -> None:

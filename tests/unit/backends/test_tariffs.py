@@ -53,6 +53,7 @@ def test_what_others_serve_has_no_listed_price(endpoints: dict[str, Any], model:
         price(config(endpoints, budget={"usd": 1}), model, simulated)
     with pytest.raises(ConfigurationError):
         tariff(config(endpoints, budget={"usd": 1}), model, simulated)
+    assert tariff(config(endpoints), model, simulated) is None
     assert price(config(endpoints, budget={"tokens": 1}), model, simulated) is None
 
 
@@ -94,7 +95,8 @@ def test_the_settings_own_price_comes_first() -> None:
     found = price(config(model=given), "gpt-5.4", simulated=False)
     assert found == Price(1, None, 2)
     assert str(found) == "$1 prompt, $2 completion per million tokens (model.price)"
-    for endpoints in ({"urls": ["http://n:1"]}, {"simulated": {}}):
+    kinds: list[dict[str, Any]] = [{"urls": ["http://n:1"]}, {"simulated": {}}]
+    for endpoints in kinds:
         simulated = "simulated" in endpoints
         found = price(config(endpoints, model=given, budget={"usd": 1}), "m", simulated)
         assert found == Price(1, None, 2, simulated=simulated)

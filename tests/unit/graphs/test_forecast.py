@@ -28,6 +28,8 @@ def record(index: int, **fields: Any) -> dict[str, Any]:
         "prompt_tokens": 100,
         "completion_tokens": 50,
         "latency_s": 2.0,
+        "finished_at": f"2026-01-01T{index // 5 // 1800:02}:{index // 5 // 30 % 60:02}:"
+        f"{2 * (index // 5) % 60:02}.000+00:00",  # five at a time
     } | fields
 
 
@@ -38,7 +40,13 @@ def seen_of(*records: dict[str, Any], total: int = 10**9) -> Seen:
 
 
 def plan(**fields: Any) -> Plan:
-    given = {"items": 1000, "first": Span.of(100), "max_tokens": 200, "repairs": 1, "streams": 10}
+    given: dict[str, Any] = {
+        "items": 1000,
+        "first": Span.of(100),
+        "max_tokens": 200,
+        "repairs": 1,
+        "streams": 10,
+    }
     return Plan(**(given | fields))
 
 
@@ -78,6 +86,7 @@ def test_what_was_seen_is_extrapolated() -> None:
     assert found.prompt.likely == found.usd.likely * 1e6 - 4 * 50_000  # type: ignore[union-attr]
     assert found.seconds is not None
     assert found.seconds.likely == 1000 * 2.0 / 10
+    assert found.seconds.high == pytest.approx(1000 * 2.0 / 5)  # no more at a time than seen
     assert found.node_hours is not None
     assert found.node_hours.likely == pytest.approx(200 * 4 / 3600)
     assert found.requests.likely == 1000
@@ -133,12 +142,13 @@ def test_items_that_were_not_asked_say_nothing() -> None:
         ({"usd": 0.05}, False, "carries 2 to 48 % of the items; budget.usd binds"),
         ({"usd": 0.5}, False, "carries at least 24 % of the items, all of them if answers"),
         ({"usd": 100}, False, "carries all items; budget.usd is nearest, 2 % of it at most"),
+        ({"usd": 0.2, "node_hours": 0.06}, True, "budget.usd binds, at worst budget.node_hours"),
         ({"tokens": 1}, True, "carries about 0.0007 % of the items"),
     ],
 )
 def test_how_far_a_budget_reaches(caps: dict[str, Any], seen: bool, text: str) -> None:
     what = seen_of(*(record(n) for n in range(100))) if seen else None
-    found = forecast(plan(price=PRICE, caps=Caps.of(**caps)), what)
+    found = forecast(plan(price=PRICE, nodes=1, caps=Caps.of(**caps)), what)
     assert text in carried(found)
     (line,) = budget_lines(found, plan(caps=Caps.of(**caps)))
     assert line == f"budget: {carried(found)}"
@@ -182,7 +192,7 @@ def test_amounts_and_times_have_the_digits_they_deserve() -> None:
     assert [dollars(x) for x in (0, 1234.5, 0.5, 0.0032, 1e-9)] == [
         "$0.00",
         "$1,234.50",
-        "$0.50",
+        "$0.500",
         "$0.0032",
         "$0.000001",
     ]
