@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, SecretStr, model_validator
@@ -124,3 +125,20 @@ class BackendConfig(Section):
             msg = "kind globus_compute needs the key 'endpoints': a list of endpoint UUIDs"
             raise ValueError(msg)
         return self
+
+
+def of_another_kind(section: Mapping[str, Any], kind: str) -> dict[str, bool]:
+    """Return the keys of a plain section that are for other kinds only.
+
+    Args:
+        section: The section.
+        kind: The kind that it shall be of; for an unknown one no key is returned.
+
+    Returns:
+        Of each key, whether it says something else than what is so anyway.
+    """
+    if kind not in _OWN:
+        return {}
+    usual = BackendConfig().model_dump(mode="json")
+    unfit = [key for key in section if key in usual and key not in _EVERY | _OWN[kind]]
+    return {key: section[key] != usual[key] for key in unfit}

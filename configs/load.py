@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,12 +17,15 @@ from pydantic import ValidationError
 
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.template import Template
+from .backend import of_another_kind
 from .explain import explain
 from .models import RunConfig
 from .plain import check_plain, to_plain
 from .presets import is_preset, preset_names, preset_text
 from .reduce import check_stages
 from .source import apply_override, expand, parse_yaml, set_path
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,8 @@ def load(
         ConfigurationError: Something is missing, unknown, of the wrong type or contradictory.
     """
     data, source, base, preset = _read(config)
-    _override(data, overrides)
+    for note in _override(data, overrides):
+        logger.warning("%s", note)
     for path, value in (settings or {}).items():
         set_path(data, path, value)
     check_plain(data, source)
@@ -91,11 +96,32 @@ def peek(
     return data, preset
 
 
-def _override(data: dict[str, Any], overrides: Sequence[str]) -> None:
+def _override(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Apply overrides in place; return what was left out for them, for the user to know."""
     _spell_out(data)
+    before = copy.deepcopy(data.get("backend"))
     for assignment in overrides:
         apply_override(data, assignment)
         _spell_out(data)
+    named = {assignment.partition("=")[0].strip() for assignment in overrides}
+    if "backend.kind" in named and "backend" not in named and isinstance(before, dict):
+        return _change_kind(data["backend"], before, named)
+    return []
+
+
+def _change_kind(section: dict[str, Any], before: Mapping[str, Any], named: Set[str]) -> list[str]:
+    """Leave out what a section says of the kind that it was, unless it is said anew."""
+    old, new = before.get("kind", "local"), str(section["kind"])
+    unfit = of_another_kind(before, new) if new != old else {}
+    left = {key: told for key, told in unfit.items() if not _is_named(f"backend.{key}", named)}
+    for key in left:
+        del section[key]
+    told = ", ".join(f"backend.{key}" for key, other in left.items() if other)
+    return [f"backend.kind is {new} in place of {old}: {told} left out"] if told else []
+
+
+def _is_named(path: str, named: Set[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for name in named)
 
 
 def _spell_out(data: dict[str, Any]) -> None:

@@ -146,7 +146,7 @@ def _check_mode(mode: Mode) -> None:
     if mode.trace:
         msg = (
             "--trace runs every item by LangGraph's engine in this process, and the settings send "
-            "the shards elsewhere; add --set 'backend={kind: local}'"
+            "the shards elsewhere; add --set backend.kind=local"
         )
         raise ConfigurationError(msg)
 

@@ -141,3 +141,29 @@ def test_a_copy_says_the_same_but_for_endpoints(name: str, tmp_path: Path) -> No
     assert mine == shipped
     with pytest.raises(ConfigurationError, match="exists already"):
         copy_preset(name, target)
+
+
+def test_another_kind_of_backend_leaves_out_the_keys_of_the_former(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As ``run.yaml`` holds them, every default included; what is said anew still counts."""
+    own = {"kind": "academy", "slots": 3, "workers": 5, "silence_s": 60}
+    kept = load(GOOD | {"backend": own}).plain
+    changed = load(kept, ["backend.kind=local"]).config.backend
+    assert (changed.kind, changed.slots, changed.silence_s) == ("local", 1, 60)
+    (told,) = caplog.messages
+    assert told.startswith("backend.kind is local in place of academy: backend.")
+    assert "backend.slots" in told
+    assert "backend.workers" in told
+    assert "exchange" not in told
+    caplog.clear()
+    changed = load(kept, ["backend.kind=parsl", "backend.workers=4"]).config.backend
+    assert (changed.kind, changed.workers) == ("parsl", 4)
+    with pytest.raises(ConfigurationError, match="'slots' is for kind academy, not for local"):
+        load(kept, ["backend.kind=local", "backend.slots=2"])
+    caplog.clear()
+    assert load(kept, ["backend={kind: local}"]).config.backend.kind == "local"
+    assert load(kept, ["backend.kind=academy"]).config.backend.slots == 3
+    with pytest.raises(ConfigurationError, match=r"backend\.kind"):
+        load(kept, ["backend.kind=nope"])
+    assert caplog.messages == []
