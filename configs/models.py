@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from .backend import BackendConfig
 from .budget import BudgetConfig, PriceConfig
 from .endpoints import EndpointsConfig
+from .node import NodeConfig
 from .reduce import ReduceStage
 from .section import PathText, Section
 
@@ -182,6 +183,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     endpoints: EndpointsConfig
     backend: BackendConfig = BackendConfig()
+    node: NodeConfig = NodeConfig()
     limits: LimitsConfig = LimitsConfig()
     shard: ShardConfig = ShardConfig()
     ledger: LedgerConfig = LedgerConfig()
