@@ -95,11 +95,14 @@ class _Keeper:
         return f"{self._plan.host}: starting {what}; logs: {logs}"
 
     async def _until_over(self, lives: Sequence[asyncio.Task[None]]) -> None:
-        """Wait until told to stop, or until no server lives."""
+        """Wait until told to stop, or until no server lives; tell of each that is given up."""
         stop = asyncio.ensure_future(self._orders.stop.wait())
         try:
             while not stop.done() and (alive := {task for task in lives if not task.done()}):
                 await asyncio.wait({stop, *alive}, return_when=asyncio.FIRST_COMPLETED)
+                for server, task in zip(self._servers, lives, strict=True):
+                    if task in alive and task.done() and len(alive) > 1:  # the last is the error
+                        self._orders.say(server.given_up or server.name)
         finally:
             stop.cancel()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 from asyncio.subprocess import PIPE, STDOUT, Process
@@ -19,6 +20,7 @@ _GATE: Final = 'trap "" USR1 USR2; read -r _ && exec "$@" </dev/null'
 """Waits for a line before it becomes the server: if this process is killed before the watcher
 knows of the server, there is none. Signals that ask a run to drain are not for servers."""
 
+_COLOUR: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _TAIL_BYTES: Final = 16_384
 _TAIL_LINES: Final = 20
 _TICK_S: Final = 0.05
@@ -140,6 +142,7 @@ class ServerProcess:
 
 def _plain(line: str) -> str:
     """Return a line without colours and other control characters."""
+    line = _COLOUR.sub("", line)
     return "".join(c if c.isprintable() or c == "\t" else " " for c in line).rstrip()
 
 

@@ -199,7 +199,6 @@ class Server:
         lines += [f"  | {line}" for line in end.lines]
         self.given_up = "\n".join(lines)
         self._note("given_up", why=end.why)
-        self._desk.say(self.given_up)
 
     def _note(self, event: str, **what: object) -> None:
         self._desk.record.note(event, instance=self.plan.instance, **what)

@@ -218,3 +218,15 @@ def _watchers(node: Node) -> list[int]:
     lines = [line.split(None, 1) for line in listed.stdout.splitlines()]
     wanted = str(node.files.endpoints)
     return [int(pid) for pid, args in lines if "watcher.py" in args and wanted in args]
+
+
+async def test_one_of_two_is_given_up_and_the_other_serves_on(node: Node) -> None:
+    node.ports = [free_port(), free_port()]
+    plan = node.plan()
+    good, bad = plan.servers
+    bad = replace(bad, command=(*bad.command, "fail"))
+    async with node.served(servers=(good, bad)):
+        await until(lambda: any("it is given up" in line for line in node.said))
+        await until(lambda: node.listed() == [good.port])
+    assert any("| torch.OutOfMemoryError" in line for line in node.said)
+    assert node.events("end")[-1]["why"] == "stopped"
