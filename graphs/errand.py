@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,14 @@ from ..backends.contract.calls import Count
 from ..backends.contract.errors import SiteError
 from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item
-from ..backends.contract.wire import Order
+from ..backends.contract.wire import WALLTIME, Order
 from ..backends.fleet.address import EndpointSpec
 from ..backends.fleet.fleet import Fleet
 from ..backends.nearby import served_here
 from ..backends.reuse import reusing
 from ..backends.tokens import exact_count, token_counter
 from ..configs.load import Loaded, load
+from ..configs.models import LimitsConfig
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
 from ..nodes.context import RunTools, unlimited
@@ -37,6 +39,7 @@ from ..nodes.progress import Progress
 from .items import item_runner
 from .shared import Shared
 from .signs import beat_file
+from .walltime import Walltime, walltime
 
 _STOP_S: Final = 1.0
 BEAT_S: Final = 2.0
@@ -190,7 +193,7 @@ async def attending(order: Order) -> AsyncIterator[StopSign]:
 
     The event loop does both: a worker whose loop hangs gives no sign of life.
     """
-    sign = StopSign(order.deadline_s)
+    sign = StopSign(order.deadline_s, order.ends_at)
     tasks = []
     if order.stop_file is not None:
         tasks.append(asyncio.create_task(_look(Path(order.stop_file), sign)))
@@ -251,25 +254,42 @@ class StopSign:
 
     Args:
         deadline_s: Seconds from now until no further item begins.
+        ends_at: When the run's time is over, in seconds since 1970, or None.
 
     Attributes:
         stopped: Whether the coordinator has stopped the run.
     """
 
-    def __init__(self, deadline_s: float) -> None:
-        self._end = time.monotonic() + deadline_s
+    def __init__(self, deadline_s: float, ends_at: float | None = None) -> None:
+        self._deadline, self._ends_at = time.monotonic() + deadline_s, ends_at
+        self._own: Walltime | None = None
         self.stopped = False
 
     def reason(self) -> str | None:
         """Tell why no further item shall begin, or None."""
         if self.stopped:
             return "the coordinator stopped the run"
-        return "the order's deadline" if time.monotonic() > self._end else None
+        if self._ends_at is not None and time.time() > self._ends_at:
+            return f"{WALLTIME}: the run's time is over"
+        if self._own is not None and not self._own.left():
+            return self._own.reason
+        return "the order's deadline" if time.monotonic() > self._deadline else None
+
+    def heed(self, limits: LimitsConfig, environment: Mapping[str, str]) -> None:
+        """Stop also before this worker's own batch job ends.
+
+        Raises:
+            ConfigurationError: What the environment says of the end is no time.
+        """
+        self._own = walltime(
+            limits.model_copy(update={"walltime_s": None}), environment, time.time()
+        )
 
 
 def errand(order: Order, parts: Parts, stop: StopSign, budget: Budget | None) -> Errand:
     """Return what one order needs, over parts that are open."""
     items, loaded = order.unpacked(), parts.loaded
+    stop.heed(loaded.config.limits, os.environ)
     if parts.writer is None:
         ledger: WorkerLedger = SentLedger(order.carry, order.streams)
     else:
