@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..configs.node import NAMES
 from ..configs.plain import MASKED
 from .contract.command import names_of, split_command
 from .contract.errors import ConfigurationError
+from .fleet.simulated.launch import MODULE
 from .locate import endpoints_key
 from .servers.plan import NodePlan, accelerator_ids, server_plans
 
@@ -45,6 +47,11 @@ def starts_servers(config: RunConfig) -> bool:
     if endpoints.file is not None:
         return not Path(endpoints.file).is_file()  # a folder is the servers folder
     return endpoints.hosts is not None or endpoints.urls is not None
+
+
+def serves_simulated(config: RunConfig) -> bool:
+    """Say whether the command serves a simulated fleet, whose answers mean nothing."""
+    return config.node.serve is not None and MODULE in shlex.split(config.node.serve)
 
 
 def node_plan(

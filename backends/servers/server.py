@@ -17,6 +17,7 @@ from .record import Record
 
 _LONGEST_PAUSE_S: Final = 30.0
 _FIRST_LOOK_S: Final = 0.1
+_HTTP: Final = "HTTP "
 _LOOPBACK: Final = "127.0.0.1"
 
 
@@ -123,13 +124,16 @@ class Server:
 
     async def _comes_up(self, process: ServerProcess, began: float) -> str | None:
         """Wait until it is ready; return None, or why it will not be."""
-        plan, pause = self._desk.plan, _FIRST_LOOK_S
+        plan, pause, odd = self._desk.plan, _FIRST_LOOK_S, ""
         ended = asyncio.ensure_future(process.ended())
         try:
             while not ended.done():
                 wrong = await self._look()
                 if wrong is None and not ended.done():
                     return None
+                if wrong and wrong.startswith(_HTTP) and wrong != odd:
+                    odd = wrong
+                    self._desk.say(f"{self.name} answers {plan.ready} with {wrong}; still waiting")
                 if time.monotonic() - began > plan.timeout_s:
                     return (
                         f"was not ready after {plan.timeout_s:g} s: {plan.ready}: {wrong} (does "
