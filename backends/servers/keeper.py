@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from ..contract.errors import SiteError
+from ..contract.errors import FanfoldError, SiteError
 from .guard import Guard, guarded
 from .listing import Listing
 from .lock import HostLock
@@ -79,6 +79,8 @@ class _Keeper:
                 await asyncio.to_thread(self._listing.close)  # before its servers end
                 for task in (*lives, *helpers):
                     task.cancel()
+        except* FanfoldError as errors:
+            raise errors.exceptions[0] from None
         finally:
             self._listing.close()
             why = "stopped" if self._orders.stop.is_set() else "given up"

@@ -20,6 +20,7 @@ A node that is lost writes no ``end``; it counts until its last line.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
+
+_LOG: Final = logging.getLogger(__name__)
 
 VERSION: Final = 1
 _OFF: Final = frozenset({"out", "down", "given_up"})
@@ -46,9 +49,15 @@ class Record:
         self._file = path.open("ab", buffering=0)
 
     def note(self, event: str, **what: Any) -> None:
-        """Append one line; blocks for as long as a short write takes."""
+        """Append one line; blocks for as long as a short write takes.
+
+        A disk that is full must not end servers: a line that cannot be written is logged.
+        """
         line = {"v": VERSION, "at": round(time.time(), 3), "host": self._host, "event": event}
-        self._file.write(orjson.dumps(line | what) + b"\n")
+        try:
+            self._file.write(orjson.dumps(line | what) + b"\n")
+        except OSError as error:
+            _LOG.warning("%s: %s is not recorded: %s", self._file.name, event, error.strerror)
 
     def close(self) -> None:
         """Close the file."""

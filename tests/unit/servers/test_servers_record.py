@@ -74,3 +74,10 @@ def test_lines_are_read_back_and_torn_ones_left_out(tmp_path: Path) -> None:
     found = read_record(tmp_path / "n.jsonl")
     assert [entry["event"] for entry in found] == ["begin", "ready"]
     assert found[1]["seconds"] == 1.5
+
+
+def test_a_full_disk_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    record = Record(Path("/dev/full"), "n")
+    record.note("ready", instance=0)
+    record.close()
+    assert "ready is not recorded: No space left" in caplog.text
