@@ -37,6 +37,7 @@ class HostsFolder:
     def __init__(self, path: Path, key: ApiKey = NO_KEY) -> None:
         self._path, self._key = path, key
         self._hosts = dict[str, _Host]()
+        self._trouble = dict[str, str]()
 
     def read(self) -> list[EndpointSpec]:
         """Return the endpoints that are there now, each once; blocks.
@@ -67,19 +68,17 @@ class HostsFolder:
             if known is not None and known.stamp == stamp:
                 return known
             text = Path(file.path).read_text(encoding="utf-8-sig")
+            return _Host(stamp, tuple(parse_endpoints_file(text, file.path, self._key)))
         except FileNotFoundError:
             return None  # it has left since the folder was listed
-        except (OSError, UnicodeDecodeError) as error:
-            _LOG.warning("endpoints of %s stay as they are: %s", file.path, error)
-            return known
-        try:
-            specs = tuple(parse_endpoints_file(text, file.path, self._key))
         except NoEndpointError:
-            specs = ()
-        except ConfigurationError as error:
-            specs = () if known is None else known.specs
-            _LOG.warning("endpoints of host %s stay as they are: %s", file.name, error.message)
-        return _Host(stamp, specs)
+            return _Host(stamp, ())
+        except (OSError, UnicodeDecodeError, ConfigurationError) as error:
+            text = f"{file.path}: {error}"
+            if self._trouble.get(file.name) != text:
+                _LOG.warning("endpoints of host %s stay as they are: %s", file.name, text)
+            self._trouble[file.name] = text
+            return known
 
 
 def _is_host(entry: os.DirEntry[str]) -> bool:

@@ -51,7 +51,7 @@ async def keep(plan: NodePlan, lock: HostLock, orders: Orders) -> None:
         stack.callback(lock.give_back)
         record = await asyncio.to_thread(Record, files.record, plan.host)
         stack.callback(record.close)
-        files.failure.unlink(missing_ok=True)
+        await asyncio.to_thread(files.failure.unlink, missing_ok=True)
         async with guarded(files, lock, plan.watching.stop_s) as guard:
             await _Keeper(plan, guard, record, orders).run()
 

@@ -29,6 +29,8 @@ from typing import Any, Final
 
 import orjson
 
+from ..contract.errors import SiteError
+
 _LOG: Final = logging.getLogger(__name__)
 
 VERSION: Final = 1
@@ -42,11 +44,17 @@ class Record:
     Args:
         path: The file.
         host: The node's name.
+
+    Raises:
+        SiteError: The file cannot be opened.
     """
 
     def __init__(self, path: Path, host: str) -> None:
         self._host = host
-        self._file = path.open("ab", buffering=0)
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise SiteError(f"{path}: cannot be written: {error.strerror}") from None
 
     def note(self, event: str, **what: Any) -> None:
         """Append one line; blocks for as long as a short write takes.
