@@ -43,7 +43,12 @@ def serve_node(config: str, wish: Wish, folder: Path, host: str | None) -> None:
             "started twice: name the servers folder (endpoints.file) or endpoints.hosts"
         )
         raise ConfigurationError(msg)
-    asyncio.run(_served(plan))
+    before = {number: signal.getsignal(number) for number in (*_STOPPING, *_NOT_FOR_SERVERS)}
+    try:
+        asyncio.run(_served(plan))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def _served(plan: NodePlan) -> None:

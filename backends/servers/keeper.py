@@ -102,8 +102,10 @@ class _Keeper:
         try:
             while not stop.done() and (alive := {task for task in lives if not task.done()}):
                 await asyncio.wait({stop, *alive}, return_when=asyncio.FIRST_COMPLETED)
+                if all(task.done() for task in lives):
+                    return  # the error tells of all
                 for server, task in zip(self._servers, lives, strict=True):
-                    if task in alive and task.done() and len(alive) > 1:  # the last is the error
+                    if task in alive and task.done():
                         self._orders.say(server.given_up or server.name)
         finally:
             stop.cancel()

@@ -15,6 +15,7 @@ from typing import Final
 from ..contract.errors import SiteError
 from .guard import Guard
 from .plan import ServerPlan
+from .watcher import alive
 
 _GATE: Final = 'trap "" USR1 USR2; read -r _ && exec "$@" </dev/null'
 """Waits for a line before it becomes the server: if this process is killed before the watcher
@@ -23,7 +24,7 @@ knows of the server, there is none. Signals that ask a run to drain are not for 
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _TAIL_BYTES: Final = 16_384
 _TAIL_LINES: Final = 20
-_TICK_S: Final = 0.05
+_TICK_S: Final = 0.1
 _KILLED_S: Final = 10.0
 _FIRST: Final = asyncio.FIRST_COMPLETED
 
@@ -118,15 +119,12 @@ class ServerProcess:
     async def _gone(self) -> None:
         """Wait until nobody of its group is left."""
         await self._process.wait()
-        while self._send(0):  # noqa: ASYNC110 - nothing tells of a group's end
+        while await asyncio.to_thread(alive, self.pid):  # noqa: ASYNC110 - nothing tells of it
             await asyncio.sleep(_TICK_S)
 
-    def _send(self, number: int) -> bool:
-        try:
+    def _send(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
-        except (ProcessLookupError, PermissionError):
-            return False
-        return True
 
     def last_lines(self) -> list[str]:
         """Return the last lines that it has said since this start; blocks."""

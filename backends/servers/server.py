@@ -198,9 +198,11 @@ class Server:
 
     def _give_up(self, end: _End, restarts: int) -> None:
         times = f" after {restarts} restarts" if restarts else ""
-        log = files_of(self._desk.plan).log(self.plan.instance)
-        lines = [f"{self.name} {end.why}; it is given up{times}. Its log: {log}"]
-        lines += [f"  | {line}" for line in end.lines]
+        lines = [f"{self.name} {end.why}; it is given up{times}"]
+        if end.lines:
+            log = files_of(self._desk.plan).log(self.plan.instance)
+            lines.append(f"  its last words, from {log}:")
+            lines += [f"  | {line}" for line in end.lines]
         self.given_up = "\n".join(lines)
         self._note("given_up", why=end.why)
 

@@ -19,6 +19,7 @@ from fanfold.backends.servers.keeper import Orders
 from fanfold.backends.servers.plan import Files, NodePlan, ServerPlan, Watching, files_of
 from fanfold.backends.servers.record import read_record
 from fanfold.backends.servers.serve import serve
+from fanfold.backends.servers.watcher import alive
 
 PLAIN = str(Path(__file__).with_name("plain.py"))
 QUICK = Watching(every_s=0.05, answer_s=5.0, out_s=0.1, dead_s=0.4, stop_s=5.0, pause_s=0.01)
@@ -84,7 +85,7 @@ class Node:
 
     def alive(self) -> list[int]:
         """Return the process groups of which somebody is left."""
-        return [pid for pid in self.pids() if _there(pid)]
+        return [pid for pid in self.pids() if alive(pid)]
 
     @asynccontextmanager
     async def served(self, **changes: Any) -> AsyncIterator[Orders]:
@@ -99,14 +100,6 @@ class Node:
                 await task
 
 
-def _there(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(LONG_S):
         while not condition():  # noqa: ASYNC110 - other processes set no events
@@ -118,4 +111,5 @@ def node(tmp_path: Path) -> Iterator[Node]:
     made = Node(tmp_path / "servers")
     yield made
     for group in made.alive():  # a test that failed
-        os.killpg(group, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from fanfold.backends.servers.record import read_record
+from fanfold.backends.servers.watcher import alive
 from fanfold.graphs import cli
 
 from .conftest import PLAIN, free_port
@@ -59,7 +60,18 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
-def test_a_run_on_a_node_that_is_served(tmp_path: Path) -> None:
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    """Run a command in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["fanfold", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code
+
+
+def test_a_run_on_a_node_that_is_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The server is killed before the run; the run waits until it is up again."""
     write(tmp_path)
     serving = fanfold(tmp_path, "serve", "c.yaml", "--servers", "servers", "--host", "n1.example")
@@ -69,10 +81,8 @@ def test_a_run_on_a_node_that_is_served(tmp_path: Path) -> None:
         (start,) = (line for line in read_record(record) if line["event"] == "start")
         os.kill(start["pid"], signal.SIGKILL)
         wait_for(lambda: not file.exists(), serving)
-        running = fanfold(tmp_path, "run", "c.yaml", "--out", "r", "--json")
-        out, err = running.communicate(timeout=120)
-        assert running.returncode == 0, err
-        assert json.loads(out)["done"] == 40
+        assert run(tmp_path, monkeypatch, "run", "c.yaml", "--out", "r", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["done"] == 40
         serving.send_signal(signal.SIGUSR1)  # a scheduler's warning is for runs
         serving.send_signal(signal.SIGTERM)
         _, said = serving.communicate(timeout=60)
@@ -85,16 +95,16 @@ def test_a_run_on_a_node_that_is_served(tmp_path: Path) -> None:
     assert not file.exists()
     for line in read_record(record):
         if line["event"] == "start":
-            with pytest.raises(ProcessLookupError):
-                os.killpg(line["pid"], 0)
+            assert not alive(line["pid"])
 
 
-def test_a_start_that_fails_exits_with_1_and_the_last_lines(tmp_path: Path) -> None:
+def test_a_start_that_fails_exits_with_1_and_the_last_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     node = {"serve": f"{sys.executable} -I {PLAIN} {{port}} fail", "ports": free_port()}
     write(tmp_path, node=node)
-    serving = fanfold(tmp_path, "serve", "c.yaml", "--servers", "servers")
-    _, said = serving.communicate(timeout=60)
-    assert serving.returncode == 1
+    assert run(tmp_path, monkeypatch, "serve", "c.yaml", "--servers", "servers") == 1
+    said = capsys.readouterr().err
     assert "| torch.OutOfMemoryError: no memory left" in said
     assert "Traceback" not in said
 
@@ -114,8 +124,5 @@ def test_settings_that_serve_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = write(tmp_path, **sections)
-    monkeypatch.setattr(sys, "argv", ["fanfold", "serve", str(path), "--servers", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
+    assert run(tmp_path, monkeypatch, "serve", str(path), "--servers", str(tmp_path)) == 2
     assert words in capsys.readouterr().err
