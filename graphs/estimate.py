@@ -197,8 +197,11 @@ async def _answering(loaded: Loaded) -> AsyncIterator[tuple[Serving, tuple[str, 
                 return
             up, lines = await _asked(config, place)
     except NoEndpointError as error:
-        if config.model.name is None or not (config.endpoints.awaited or starts_servers(config)):
+        if not config.endpoints.awaited and not starts_servers(config):
             raise
+        if config.model.name is None:
+            msg = f"{error.message}; to check before endpoints are there, set model.name"
+            raise NoEndpointError(msg) from None
         up = Serving((), config.model.name, serves_simulated(config))
         lines = (f"none yet: {error.message}",)
     yield up, lines

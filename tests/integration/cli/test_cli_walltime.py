@@ -35,6 +35,8 @@ def test_hosts_that_are_waited_for(shell: Shell, fleet: Served) -> None:
     folder = shell.folder / "servers"
     shell.write(endpoints={"file": "servers", "least": 2, "wait_s": 0.05, "refresh_s": 0.02})
     said = shell("check", "c.yaml")
+    assert (said.code, "set model.name" in said.err) == (2, True), said
+    said = shell("check", "c.yaml", "--set", "model.name=simulated-8b")
     assert (said.code, "endpoint: none yet" in said.out) == (0, True), said
     said = shell("run", "c.yaml", "--out", "r")
     assert said.code == 5
