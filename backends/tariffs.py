@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from ..configs.models import RunConfig
 from ..configs.prices import Listed, hosts, listed, provider_at
-from .contract.errors import ConfigurationError
+from .contract.errors import ConfigurationError, NoEndpointError
 from .contract.money import Tariff
 from .contract.types import Json
 from .fleet.address import EndpointSpec
@@ -167,7 +167,10 @@ def _from_list(config: RunConfig, model: str) -> Listed | str:
 def _named(config: RunConfig) -> list[EndpointSpec]:
     """Return the endpoints if the settings name them one by one."""
     endpoints = config.endpoints
-    return endpoint_specs(endpoints, {}) if endpoints.urls or endpoints.file else []
+    try:
+        return endpoint_specs(endpoints, {}) if endpoints.urls or endpoints.file else []
+    except NoEndpointError:
+        return []  # those that come later are nodes
 
 
 def _ids(config: RunConfig, spec: EndpointSpec, model: str) -> Iterator[str]:
