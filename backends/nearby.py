@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -59,12 +59,23 @@ async def served(
 
 @asynccontextmanager
 async def served_here(
-    config: RunConfig, written: Mapping[str, Any], model: str, simulated: bool
+    config: RunConfig,
+    written: Mapping[str, Any],
+    model: str,
+    simulated: bool,
+    over: Callable[[], str | None],
 ) -> AsyncIterator[Serving]:
     """Return what a worker asks on its own node.
 
     A simulated fleet is started there; so are the servers of ``node.serve``, unless they are
     there already, or the variable ``FANFOLD_ENDPOINTS`` names others.
+
+    Args:
+        config: The settings.
+        written: The ``endpoints`` section as the user wrote it.
+        model: The run's model.
+        simulated: Whether the run is simulated.
+        over: Tells why servers are waited for no longer, or None; may block for a moment.
 
     Raises:
         SiteError: Nothing says where this node's endpoints are.
@@ -76,7 +87,7 @@ async def served_here(
             yield up
     elif starts_servers(config) and not os.environ.get(EXPLICIT):
         key = endpoints_key(config.endpoints)
-        async with used(node_plan(config, servers_folder(config))) as file:
+        async with used(node_plan(config, servers_folder(config)), over) as file:
             source = FileSource(file, key)
             try:
                 specs = tuple(await source.look())

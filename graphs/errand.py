@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ from .shared import Shared
 from .signs import beat_file
 from .walltime import Walltime, walltime
 
+STOPPED: Final = "the coordinator stopped the run"
+TIME_OVER: Final = f"{WALLTIME}: the run's time is over"
 _STOP_S: Final = 1.0
 BEAT_S: Final = 2.0
 """Seconds between a worker's signs of life."""
@@ -166,7 +168,7 @@ async def _served(order: Order, loaded: Loaded) -> AsyncIterator[Serving]:
         key = config.endpoints.api_key.get_secret_value()
         yield Serving(tuple(EndpointSpec(url, key) for url in order.urls), model, simulated)
     elif config.backend.node_endpoints:
-        async with served_here(config, written, model, simulated) as here:
+        async with served_here(config, written, model, simulated, _over(order)) as here:
             yield here
     else:
         async with located(config, written) as place:
@@ -174,6 +176,18 @@ async def _served(order: Order, loaded: Loaded) -> AsyncIterator[Serving]:
                 yield await survey(place, model, config.endpoints.models)
             else:
                 yield Serving(place.specs, model, simulated, place=place)
+
+
+def _over(order: Order) -> Callable[[], str | None]:
+    """Return what tells why a worker gets ready no longer, as far as it can see that."""
+
+    def over() -> str | None:
+        if order.stop_file is not None and Path(order.stop_file).exists():
+            return STOPPED
+        late = order.ends_at is not None and time.time() > order.ends_at
+        return TIME_OVER if late else None
+
+    return over
 
 
 async def _open_journal(folder: Path, order: Order, worker: str) -> JournalWriter:
@@ -268,9 +282,9 @@ class StopSign:
     def reason(self) -> str | None:
         """Tell why no further item shall begin, or None."""
         if self.stopped:
-            return "the coordinator stopped the run"
+            return STOPPED
         if self._ends_at is not None and time.time() > self._ends_at:
-            return f"{WALLTIME}: the run's time is over"
+            return TIME_OVER
         if self._own is not None and not self._own.left():
             return self._own.reason
         return "the order's deadline" if time.monotonic() > self._deadline else None

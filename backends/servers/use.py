@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -24,28 +24,34 @@ _FAILED_LATELY_S: Final = 600.0
 _MOST_STARTS: Final = 3
 
 
+def _never() -> str | None:
+    return None
+
+
 @asynccontextmanager
-async def used(plan: NodePlan) -> AsyncIterator[Path]:
+async def used(plan: NodePlan, over: Callable[[], str | None] = _never) -> AsyncIterator[Path]:
     """Use this node's servers while the block runs; where nobody serves the node, have it served.
 
     Args:
         plan: What to serve.
+        over: Tells why it is waited no longer, or None; may block for a moment.
 
     Yields:
         The node's endpoints file; at least one server is in it.
 
     Raises:
-        RunStoppedError: No server is ready in time, or all were given up; with their last lines.
+        RunStoppedError: No server is ready in time, it is waited no longer, or all were given up;
+            with their last lines.
         ConfigurationError: The servers folder cannot be made.
     """
     files = files_of(plan)
     await asyncio.to_thread(files.make)
     async with using(files):
-        await _up(plan, files)
+        await _up(plan, files, over)
         yield files.endpoints
 
 
-async def _up(plan: NodePlan, files: Files) -> None:
+async def _up(plan: NodePlan, files: Files, over: Callable[[], str | None]) -> None:
     """Wait until a server is ready."""
     begun, starts = time.monotonic(), 0
     while True:
@@ -60,6 +66,8 @@ async def _up(plan: NodePlan, files: Files) -> None:
             logger.info("%s: this worker has the node's servers started", plan.host)
             await asyncio.to_thread(_start, plan, files)
             starts += 1
+        if why := await asyncio.to_thread(over):
+            raise RunStoppedError(f"{plan.host}: {why} before the node's servers were ready")
         if time.monotonic() - begun > plan.timeout_s + _SLACK_S:
             msg = (
                 f"{plan.host}: no server of this node was ready within {plan.timeout_s:g} s "

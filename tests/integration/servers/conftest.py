@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -26,10 +27,16 @@ QUICK = Watching(every_s=0.05, answer_s=5.0, out_s=0.1, dead_s=0.4, stop_s=5.0, 
 LONG_S = 60.0
 
 
+PORTS: Iterator[int] = itertools.count(os.getpid() * 37)
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that no other test gets; it lies below those of clients' connections."""
+    for number in PORTS:
+        port = 20_000 + number % 12_000
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError
 
 
 @dataclass

@@ -53,6 +53,10 @@ def settings(node: Node, serve: str = "", **sections: Any) -> Loaded:
     return load(data | sections)
 
 
+def never() -> None:
+    return None
+
+
 def threads() -> Executor:
     return ThreadPoolExecutor(2)
 
@@ -98,7 +102,9 @@ async def test_workers_find_what_a_job_script_has_started(node: Node) -> None:
     loaded = settings(node)
     async with node.served():
         await until(node.listed)
-        async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False) as up:
+        async with served_here(
+            loaded.config, loaded.plain["endpoints"], "plain", False, never
+        ) as up:
             assert [spec.url for spec in up.specs] == [f"http://127.0.0.1:{node.ports[0]}"]
         assert len(node.events("start")) == 1
 
@@ -122,7 +128,7 @@ async def test_what_was_given_up_is_not_started_again_and_again(node: Node) -> N
     loaded = settings(node)
     for _ in range(2):
         with pytest.raises(RunStoppedError) as error:
-            async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False):
+            async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False, never):
                 raise AssertionError
         assert "torch.OutOfMemoryError: no memory left" in error.value.message
     assert len(node.events("start")) == 1
@@ -146,7 +152,7 @@ async def test_with_aegis_nothing_is_started(node: Node) -> None:
     aegis = node.folder.parent / "aegis_endpoints.txt"
     aegis.write_text("node7:8000\nnode8:8000\n")
     loaded = settings(node, endpoints={"file": str(aegis)})
-    async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False) as up:
+    async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False, never) as up:
         assert [spec.url for spec in up.specs] == ["http://node7:8000"]
     assert not node.events()
 
@@ -154,7 +160,7 @@ async def test_with_aegis_nothing_is_started(node: Node) -> None:
 async def test_a_folder_is_needed(node: Node) -> None:
     loaded = settings(node, endpoints={"urls": [f"http://127.0.0.1:{free_port()}"]})
     with pytest.raises(ConfigurationError, match=r"set backend\.registry"):
-        async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False):
+        async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False, never):
             raise AssertionError
 
 
@@ -165,6 +171,17 @@ async def test_a_simulated_server_makes_a_simulated_run(node: Node, tmp_path: Pa
     folder = await prepare_run(loaded, tmp_path / "r")
     assert folder.read_provenance()["simulated"] is True
     async with asyncio.timeout(60):
-        async with served_here(loaded.config, loaded.plain["endpoints"], "simulated-8b", True):
+        async with served_here(
+            loaded.config, loaded.plain["endpoints"], "simulated-8b", True, never
+        ):
             assert node.listed()
     await until(lambda: not is_served(node.files))
+
+
+async def test_a_worker_waits_no_longer_than_its_run(node: Node) -> None:
+    plan = node.plan(ready="/nowhere", linger_s=0.1)
+    with pytest.raises(RunStoppedError, match="the run is over before the node's servers were"):
+        async with used(plan, lambda: "the run is over" if node.events("start") else None):
+            raise AssertionError
+    await until(lambda: not is_served(node.files))
+    assert not node.alive()
