@@ -36,12 +36,13 @@ from .locate import (
     registry,
 )
 from .simulation import simulation
+from .waiting import enough
 
 _WARNED: Final = 5
 
 logger = logging.getLogger(__name__)
 choice_logger = logging.getLogger(f"{__name__}.choice")
-"""Tells what ``auto`` chose; the command line always shows it."""
+"""Tells what ``auto`` chose, and what is waited for; the command line always shows it."""
 
 
 def input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> InputSpec:
@@ -125,6 +126,7 @@ class Serving:
         simulated: Whether they are simulated.
         absent: A line for each endpoint that did not answer, or is left out.
         place: Where they come from, when that may change or is special.
+        ready: How many answer, as far as they were asked.
     """
 
     specs: tuple[EndpointSpec, ...]
@@ -132,6 +134,7 @@ class Serving:
     simulated: bool
     absent: tuple[str, ...] = ()
     place: Place | None = None
+    ready: int = 0
 
 
 @asynccontextmanager
@@ -140,6 +143,8 @@ async def serving(
 ) -> AsyncIterator[Serving]:
     """Start the simulated fleet, or ask the configured endpoints what they serve.
 
+    Where the settings say so, it is waited for endpoints that are not there yet.
+
     Args:
         config: The settings.
         written: The ``endpoints`` section as the user wrote it.
@@ -147,12 +152,21 @@ async def serving(
 
     Raises:
         ConfigurationError: No endpoint answers, or none serves the model.
+        RunStoppedError: Those that are waited for have not come.
     """
-    async with located(config, written) as place:
-        if config.endpoints.simulated is not None:
+    if config.endpoints.simulated is not None:
+        async with located(config, written) as place:
             yield Serving(place.specs, simulation(config).model, simulated=True)
-        else:
-            yield await survey(place, model or config.model.name, config.endpoints.models)
+        return
+
+    async def ask() -> Serving:
+        async with located(config, written) as place:
+            return await survey(place, model or config.model.name, config.endpoints.models)
+
+    if config.endpoints.awaited:
+        yield await enough(ask, config.endpoints, choice_logger.info)
+    else:
+        yield await ask()
 
 
 async def survey(place: Place, model: str | None, names: Mapping[str, str]) -> Serving:
@@ -168,7 +182,9 @@ async def survey(place: Place, model: str | None, names: Mapping[str, str]) -> S
             settled, or simulated endpoints stand beside real ones.
     """
     matched = match(await place.ask(), model or place.model, names)
-    return Serving(matched.specs, matched.model, matched.simulated, matched.absent, place)
+    return Serving(
+        matched.specs, matched.model, matched.simulated, matched.absent, place, matched.ready
+    )
 
 
 @asynccontextmanager

@@ -10,8 +10,9 @@ from typing import Any, Final
 
 from ..configs.endpoints import EndpointsConfig, FirstConfig
 from ..configs.plain import MASKED
-from .contract.errors import ConfigurationError, RunStoppedError
+from .contract.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from .fleet.address import ApiKey, EndpointSpec, base_url
+from .fleet.folder import HostsFolder
 from .fleet.gateway import Gateway
 from .fleet.membership import RegistrySource, Source
 from .fleet.nodelist import expand_slurm, hosts_to_specs, parse_pbs
@@ -97,7 +98,11 @@ def check_place(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> None:
     if endpoints.aegis_registry is not None:
         registry(endpoints)
     elif not endpoints.auto:
-        endpoint_specs(endpoints, written)
+        try:
+            endpoint_specs(endpoints, written)
+        except NoEndpointError:
+            if not endpoints.awaited:
+                raise
 
 
 def first_place(first: FirstConfig, proxy: bool | None) -> Place:
@@ -182,11 +187,14 @@ def with_where(where: str, url: str) -> str:
 
 
 def _from_file(path: Path, key: str) -> list[EndpointSpec]:
+    if path.is_dir():
+        return HostsFolder(path, key).read()
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigurationError(f"endpoints.file: {path}: cannot be read: {reason}") from None
+        kind = NoEndpointError if isinstance(error, FileNotFoundError) else ConfigurationError
+        raise kind(f"endpoints.file: {path}: cannot be read: {reason}") from None
     specs = parse_endpoints_file(text, str(path), key)
     for spec in specs:
         with_where(f"endpoints.file: {path}", spec.url)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -13,10 +12,13 @@ from urllib.parse import urlsplit
 
 from ..configs.models import RunConfig
 from .build import Serving, serving
-from .contract.errors import ConfigurationError, SiteError
+from .contract.errors import ConfigurationError, NoEndpointError, RunStoppedError, SiteError
 from .fleet.address import EndpointSpec
+from .fleet.membership import FileSource
 from .fleet.sources import parse_endpoints_file
-from .locate import endpoint_specs
+from .locate import Place, endpoint_specs, endpoints_key
+from .node import node_plan, serves_simulated, starts_servers, this_host
+from .servers.use import used
 
 EXPLICIT: Final = "FANFOLD_ENDPOINTS"
 """Variable of a worker: base URLs of its node's endpoints, separated by blanks or commas."""
@@ -44,8 +46,9 @@ async def served(
         async with serving(config, written, model) as up:
             yield up
         return
-    name, simulated = model or config.model.name, config.endpoints.simulated is not None
-    if name is None and not simulated:
+    own = config.endpoints.simulated is not None
+    name, simulated = model or config.model.name, own or serves_simulated(config)
+    if name is None and not own:
         msg = (
             "backend.node_endpoints: the nodes' endpoints cannot be asked from here what they "
             "serve; set model.name"
@@ -56,18 +59,59 @@ async def served(
 
 @asynccontextmanager
 async def served_here(
-    config: RunConfig, written: Mapping[str, Any], model: str, simulated: bool
+    config: RunConfig,
+    written: Mapping[str, Any],
+    model: str,
+    simulated: bool,
+    over: Callable[[], str | None],
 ) -> AsyncIterator[Serving]:
-    """Return what a worker asks on its own node; a simulated fleet is started there.
+    """Return what a worker asks on its own node.
+
+    A simulated fleet is started there; so are the servers of ``node.serve``, unless they are
+    there already, or the variable ``FANFOLD_ENDPOINTS`` names others.
+
+    Args:
+        config: The settings.
+        written: The ``endpoints`` section as the user wrote it.
+        model: The run's model.
+        simulated: Whether the run is simulated.
+        over: Tells why servers are waited for no longer, or None; may block for a moment.
 
     Raises:
         SiteError: Nothing says where this node's endpoints are.
+        RunStoppedError: The node's servers do not come up; with their last lines.
+        ConfigurationError: The settings do not fit this node.
     """
     if config.endpoints.simulated is not None:
         async with serving(config, written, model) as up:
             yield up
-        return
-    yield Serving(tuple(node_specs(config, written)), model, simulated)
+    elif starts_servers(config) and not os.environ.get(EXPLICIT):
+        key = endpoints_key(config.endpoints)
+        async with used(node_plan(config, servers_folder(config)), over) as file:
+            source = FileSource(file, key)
+            try:
+                specs = tuple(await source.look())
+            except NoEndpointError as error:  # it was there a moment ago
+                raise RunStoppedError(f"{this_host()}: {error.message}") from None
+            yield Serving(specs, model, simulated, place=Place(specs, source))
+    else:
+        yield Serving(tuple(node_specs(config, written)), model, simulated)
+
+
+def servers_folder(config: RunConfig) -> Path:
+    """Return the folder to which nodes write whom they serve.
+
+    Raises:
+        ConfigurationError: The settings name none.
+    """
+    folder = config.backend.registry or config.endpoints.file
+    if folder is None:
+        msg = (
+            "node.serve: set backend.registry, a folder that all nodes reach, to which each writes "
+            "its endpoints"
+        )
+        raise ConfigurationError(msg)
+    return Path(folder)
 
 
 def node_specs(
@@ -93,7 +137,7 @@ def node_specs(
         ConfigurationError: One is there and cannot be read.
     """
     environment = os.environ if environment is None else environment
-    host = host or socket.gethostname()
+    host = host or this_host()
     key = config.endpoints.api_key.get_secret_value()
     if given := environment.get(EXPLICIT):
         return [EndpointSpec(url, key) for url in re.split(r"[,\s]+", given.strip())]

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from ..configs.models import RunConfig
 from ..configs.prices import Listed, hosts, listed, provider_at
-from .contract.errors import ConfigurationError
+from .contract.errors import ConfigurationError, NoEndpointError
 from .contract.money import Tariff
 from .contract.types import Json
 from .fleet.address import NO_KEY, EndpointSpec
@@ -173,7 +173,10 @@ def _named(config: RunConfig) -> list[EndpointSpec]:
     """Return the endpoints if the settings name them one by one."""
     # nobody is asked: a key that a run folder does not keep is not missed here
     endpoints = config.endpoints.model_copy(update={"api_key": SecretStr(NO_KEY)})
-    return endpoint_specs(endpoints, {}) if endpoints.urls or endpoints.file else []
+    try:
+        return endpoint_specs(endpoints, {}) if endpoints.urls or endpoints.file else []
+    except NoEndpointError:
+        return []  # those that come later are nodes
 
 
 def _ids(config: RunConfig, spec: EndpointSpec, model: str) -> Iterator[str]:

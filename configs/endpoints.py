@@ -97,8 +97,8 @@ class EndpointsConfig(Section):
 
     Attributes:
         urls: Base URLs, e.g. ``http://node17:8000/v1``.
-        file: An endpoints file (Aegis or Aurora-Swarm format, or one URL a line), read again
-            when it changes.
+        file: An endpoints file (Aegis or Aurora-Swarm format, or one URL a line), or a folder
+            with such a file per host; read again when they change.
         aegis_registry: URL of Aegis' registry, asked again and again.
         hosts: Hosts by name, as a Slurm list, a file's path, or a variable (``$PBS_NODEFILE``)
             that holds one of these.
@@ -111,6 +111,8 @@ class EndpointsConfig(Section):
         api_key: Key of the endpoints; write it as ``${VAR}``.
         models: Served id to ``model.name``, for servers that call the model otherwise.
         refresh_s: Seconds between two looks at a file or a registry.
+        least: Endpoints that must be ready before the first call.
+        wait_s: Seconds that this is waited for; 0 waits for nothing.
         proxy: Whether the environment's proxy variables count; None: for gateways only.
     """
 
@@ -127,6 +129,8 @@ class EndpointsConfig(Section):
     api_key: Secret = SecretStr("EMPTY")
     models: dict[str, str] = Field(default_factory=dict)
     refresh_s: Annotated[float, Field(gt=0)] = 5.0
+    least: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    wait_s: Annotated[float, Field(ge=0)] = 0.0
     proxy: bool | None = None
 
     @property
@@ -134,6 +138,11 @@ class EndpointsConfig(Section):
         """Say whether nobody knows who serves the model, or as what, before asking."""
         named_otherwise = bool(self.models) or self.first is not None
         return bool(self.auto) or self.aegis_registry is not None or named_otherwise
+
+    @property
+    def awaited(self) -> bool:
+        """Say whether endpoints need not be there when a run begins."""
+        return self.least > 1 or self.wait_s > 0
 
     @model_validator(mode="after")
     def _one_kind(self) -> EndpointsConfig:

@@ -87,7 +87,8 @@ def _shown(loc: Sequence[str | int], raw: dict[str, Any]) -> str:
 
 
 def _may_be_secret(loc: Sequence[str | int], value: object) -> bool:
-    return may_be_secret(str(loc[-1])) or (isinstance(value, str) and "@" in value)
+    hidden = list(loc[:2]) in (["node", "serve"], ["node", "env"])
+    return hidden or may_be_secret(str(loc[-1])) or (isinstance(value, str) and "@" in value)
 
 
 def _known(loc: Sequence[str | int], raw: dict[str, Any]) -> str:

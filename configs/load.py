@@ -165,7 +165,7 @@ def read_text(path: Path) -> str:
 
 def _inline(data: dict[str, Any], source: str, base: Path) -> None:
     """Make paths absolute and read the schema's file, so that the settings stand alone."""
-    for section, key in (("input", "path"), ("endpoints", "file")):
+    for section, key in (("input", "path"), ("endpoints", "file"), ("backend", "registry")):
         part = data.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = _absolute(part[key], base)

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from .backend import BackendConfig
 from .budget import BudgetConfig, PriceConfig
 from .endpoints import EndpointsConfig
+from .node import NodeConfig
 from .reduce import ReduceStage
 from .section import PathText, Section
 
@@ -118,6 +119,8 @@ class LimitsConfig(Section):
         retry_budget: Most repetitions, as a share of all calls; when spent, the run stops.
         affinity: So many equal characters at the beginning bring items to one endpoint.
         load: Where endpoints that others use too are asked for their load.
+        walltime_s: Seconds that one life of a run may take; a batch job's end bounds it as well.
+        margin_s: Seconds kept before that end, beside ``drain_s``, for closing everything.
     """
 
     streams: Annotated[int, Field(ge=1, le=100_000)] = 256
@@ -134,6 +137,16 @@ class LimitsConfig(Section):
     retry_budget: Annotated[float, Field(gt=0, le=100)] | None = None
     affinity: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     load: Literal["metrics", "load"] | None = None
+    walltime_s: Annotated[float, Field(gt=0)] | None = None
+    margin_s: Annotated[float, Field(ge=0)] = 30.0
+
+    @model_validator(mode="after")
+    def _time_is_left(self) -> LimitsConfig:
+        kept = self.drain_s + self.margin_s
+        if self.walltime_s is not None and self.walltime_s <= kept:
+            msg = f"walltime_s leaves no time: drain_s and margin_s take {kept:g} s of it"
+            raise ValueError(msg)
+        return self
 
 
 class MetricsConfig(Section):
@@ -182,6 +195,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     endpoints: EndpointsConfig
     backend: BackendConfig = BackendConfig()
+    node: NodeConfig = NodeConfig()
     limits: LimitsConfig = LimitsConfig()
     shard: ShardConfig = ShardConfig()
     ledger: LedgerConfig = LedgerConfig()

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 
 from ..backends.contract.errors import ConfigurationError
 from .models import RunConfig
+from .source import may_be_secret
 
 MASKED: Final = "**********"
 """What stands in ``run.yaml`` for a key that was written out in the configuration."""
@@ -99,6 +100,9 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     if first is not None and first.token is not None:
         written = raw["endpoints"]["first"]["token"]
         plain["endpoints"]["first"]["token"] = _safe_key(written, first.token)
+    for name, value in plain["node"]["env"].items():
+        if may_be_secret(name) and not _VARIABLES_ONLY.fullmatch(value):
+            plain["node"]["env"][name] = MASKED
     return plain
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from ..backends.contract.errors import ConfigurationError
 
+_SECRET: Final = frozenset({"token", "secret", "password"})
 _VARIABLE: Final = re.compile(r"\$(\$?)\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -86,7 +87,8 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
 
 def may_be_secret(key: str) -> bool:
     """Say whether the value of a key must not be shown."""
-    return "key" in key or "token" in key.rpartition(".")[2].split("_")
+    name = key.rpartition(".")[2].lower()
+    return "key" in key.lower() or not _SECRET.isdisjoint(name.split("_"))
 
 
 def set_path(data: dict[str, Any], path: str, value: Any) -> None:

@@ -17,7 +17,7 @@ from ..backends.contract.errors import (
     FanfoldError,
     RunStoppedError,
 )
-from . import checking, globus_cli, listing, looking, running
+from . import checking, globus_cli, listing, looking, running, serve_cli
 from .estimate import SAMPLE
 from .run import BUDGET, INTERRUPTED, OTHER, USAGE
 
@@ -251,6 +251,23 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     """Serve a simulated fleet on this machine until interrupted."""
     fields = {"nodes": nodes, "port": port, "addressing": addressing}
     looking.simulate(fields | {"model": model, "responder": responder}, file)
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG|DIR", help="A YAML file, a preset or a run folder.")
+    ],
+    servers: Annotated[
+        Path, typer.Option("--servers", metavar="DIR", help="Folder of the endpoints files.")
+    ],
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="NAME", help="Name of this node.")
+    ] = None,
+    overrides: Sets = None,
+) -> None:
+    """Serve the model on this node (section node), until interrupted."""
+    serve_cli.serve_node(config, running.Wish(overrides or []), servers, host)
 
 
 @presets.command("list")

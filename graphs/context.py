@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from ..backends.contract.money import Amount
 from ..backends.reuse import reusing
 from ..configs.load import Loaded, load
 from ..nodes.context import Context, ItemContext, Prepared, RunTools
+from .crew import life_end
 from .finish import write_results
 from .item import item_engine
 from .items import item_context
@@ -27,6 +29,7 @@ from .prepare import default_folder, prepare_run
 from .settings import settle
 from .shared import Shared
 from .spending import allow, shortfall
+from .walltime import Walltime
 from .worker import work_shard
 
 
@@ -79,6 +82,14 @@ class RunContext(Context):
         return {}
 
     @cached_property
+    def _ends(self) -> dict[str, Walltime | None]:
+        return {}
+
+    def bound(self, folder: str, end: Walltime | None) -> None:
+        """Have the present life of a run end in time."""
+        self._ends[folder] = end
+
+    @cached_property
     def _contexts(self) -> Shared[ItemContext]:
         return Shared()
 
@@ -91,6 +102,8 @@ class RunContext(Context):
         """Make a run's folder from a path or items, or look up one that was made."""
         if folder is not None:
             self._retried.pop(Path(folder), None)  # a further invocation asks once more
+            if self.embedded:
+                self._ends.pop(folder, None)  # a life of its own
         else:
             loaded, target = await asyncio.to_thread(self._new_run, path)
             folder = str((await prepare_run(loaded, target, items)).path)
@@ -114,8 +127,10 @@ class RunContext(Context):
     async def opened(self, folder: str) -> AsyncIterator[RunTools]:
         """Open a run; users in the same loop share what is open."""
         retried = self._retried if self.retry_failed else None
-        mode = Mode(self.trace, retried, item_engine, work_shard)
         loaded = await asyncio.to_thread(lambda: self.loaded)  # files are read off the loop
+        if folder not in self._ends:
+            self.bound(folder, life_end(loaded.config, time.time()))
+        mode = Mode(self.trace, retried, item_engine, work_shard, self._ends[folder])
         path = await asyncio.to_thread(open_folder, Path(folder))
         async with self._runs.use(folder, lambda: open_run(path, loaded, mode)) as tools:
             yield tools

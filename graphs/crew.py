@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,16 +19,18 @@ from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.types import Item, Shard
 from ..backends.contract.wire import Order, Summary, own_version
 from ..backends.fleet.news import Gathered
-from ..backends.places import shard_pool
+from ..backends.places import is_elsewhere, shard_pool
 from ..backends.sites.executor import WorkShard
 from ..backends.sites.pool import ShardPool
 from ..backends.sites.watch import Beat
+from ..configs.models import RunConfig
 from ..nodes.context import Answered
 from ..nodes.progress import Progress
 from .lending import Lender
 from .signs import Signs, beat_file, stop_file
 from .spending import Spending
 from .terms import Terms
+from .walltime import Walltime, walltime
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +140,7 @@ class WorkCrew:
             journal=str(terms.journal) if terms.journal else None,
             streams=terms.streams,
             deadline_s=terms.deadline_s,
+            ends_at=terms.ends_at,
             stop_file=str(stop) if stop else None,
             carry=terms.carry,
             tariff=terms.tariff,
@@ -230,6 +234,20 @@ def _trimmed(order: Order) -> Order:
             order.items[count:] = []
             break
     return order
+
+
+def life_end(config: RunConfig, began: float) -> Walltime | None:
+    """Return when a life of a run must end, or None when nothing bounds it.
+
+    Args:
+        config: The settings.
+        began: When the life began, in seconds since 1970.
+
+    Raises:
+        ConfigurationError: What the environment says of the end is no time.
+    """
+    extra_s = STOP_S if is_elsewhere(config.backend) else 0.0
+    return walltime(config.limits, os.environ, began, extra_s)
 
 
 @asynccontextmanager

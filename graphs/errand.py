@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from ..backends.contract.calls import Count
 from ..backends.contract.errors import SiteError
 from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item
-from ..backends.contract.wire import Order
+from ..backends.contract.wire import WALLTIME, Order
 from ..backends.fleet.address import EndpointSpec
 from ..backends.fleet.fleet import Fleet
 from ..backends.fleet.news import Teller
@@ -30,6 +31,7 @@ from ..backends.nearby import served_here
 from ..backends.reuse import reusing
 from ..backends.tokens import exact_count, token_counter
 from ..configs.load import Loaded, load
+from ..configs.models import LimitsConfig
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
 from ..nodes.context import RunTools, unlimited
@@ -38,7 +40,10 @@ from ..nodes.progress import Progress
 from .items import item_runner
 from .shared import Shared
 from .signs import beat_file
+from .walltime import Walltime, walltime
 
+STOPPED: Final = "the coordinator stopped the run"
+TIME_OVER: Final = f"{WALLTIME}: the run's time is over"
 _STOP_S: Final = 1.0
 BEAT_S: Final = 2.0
 """Seconds between a worker's signs of life."""
@@ -165,7 +170,7 @@ async def _served(order: Order, loaded: Loaded) -> AsyncIterator[Serving]:
         key = config.endpoints.api_key.get_secret_value()
         yield Serving(tuple(EndpointSpec(url, key) for url in order.urls), model, simulated)
     elif config.backend.node_endpoints:
-        async with served_here(config, written, model, simulated) as here:
+        async with served_here(config, written, model, simulated, _over(order)) as here:
             yield here
     else:
         async with located(config, written) as place:
@@ -173,6 +178,18 @@ async def _served(order: Order, loaded: Loaded) -> AsyncIterator[Serving]:
                 yield await survey(place, model, config.endpoints.models)
             else:
                 yield Serving(place.specs, model, simulated, place=place)
+
+
+def _over(order: Order) -> Callable[[], str | None]:
+    """Return what tells why a worker gets ready no longer, as far as it can see that."""
+
+    def over() -> str | None:
+        if order.stop_file is not None and Path(order.stop_file).exists():
+            return STOPPED
+        late = order.ends_at is not None and time.time() > order.ends_at
+        return TIME_OVER if late else None
+
+    return over
 
 
 async def _open_journal(folder: Path, order: Order, worker: str) -> JournalWriter:
@@ -192,7 +209,7 @@ async def attending(order: Order) -> AsyncIterator[StopSign]:
 
     The event loop does both: a worker whose loop hangs gives no sign of life.
     """
-    sign = StopSign(order.deadline_s)
+    sign = StopSign(order.deadline_s, order.ends_at)
     tasks = []
     if order.stop_file is not None:
         tasks.append(asyncio.create_task(_look(Path(order.stop_file), sign)))
@@ -253,25 +270,42 @@ class StopSign:
 
     Args:
         deadline_s: Seconds from now until no further item begins.
+        ends_at: When the run's time is over, in seconds since 1970, or None.
 
     Attributes:
         stopped: Whether the coordinator has stopped the run.
     """
 
-    def __init__(self, deadline_s: float) -> None:
-        self._end = time.monotonic() + deadline_s
+    def __init__(self, deadline_s: float, ends_at: float | None = None) -> None:
+        self._deadline, self._ends_at = time.monotonic() + deadline_s, ends_at
+        self._own: Walltime | None = None
         self.stopped = False
 
     def reason(self) -> str | None:
         """Tell why no further item shall begin, or None."""
         if self.stopped:
-            return "the coordinator stopped the run"
-        return "the order's deadline" if time.monotonic() > self._end else None
+            return STOPPED
+        if self._ends_at is not None and time.time() > self._ends_at:
+            return TIME_OVER
+        if self._own is not None and not self._own.left():
+            return self._own.reason
+        return "the order's deadline" if time.monotonic() > self._deadline else None
+
+    def heed(self, limits: LimitsConfig, environment: Mapping[str, str]) -> None:
+        """Stop also before this worker's own batch job ends.
+
+        Raises:
+            ConfigurationError: What the environment says of the end is no time.
+        """
+        self._own = walltime(
+            limits.model_copy(update={"walltime_s": None}), environment, time.time()
+        )
 
 
 def errand(order: Order, parts: Parts, stop: StopSign, budget: Budget | None) -> Errand:
     """Return what one order needs, over parts that are open."""
     items, loaded = order.unpacked(), parts.loaded
+    stop.heed(loaded.config.limits, os.environ)
     if parts.writer is None:
         ledger: WorkerLedger = SentLedger(order.carry, order.streams)
     else:

@@ -11,12 +11,15 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from ..backends.build import Serving, located, model_params
+from ..backends.contract.errors import NoEndpointError
 from ..backends.contract.money import Caps
 from ..backends.fleet.lengths import LEAST, LIKELY
 from ..backends.fleet.matching import match
 from ..backends.fleet.probe import Found
 from ..backends.inputs.spec import InputSummary
+from ..backends.locate import Place
 from ..backends.nearby import served
+from ..backends.node import serves_simulated, starts_servers
 from ..backends.reuse import check_cache
 from ..backends.simulation import simulation
 from ..backends.tariffs import Price, price
@@ -184,20 +187,32 @@ async def _answering(loaded: Loaded) -> AsyncIterator[tuple[Serving, tuple[str, 
         async with served(config, written) as up:
             yield up, ("each worker asks its own node, which is not asked from here",)
         return
-    async with located(config, written) as place:
-        if config.endpoints.simulated is not None:
-            spec = simulation(config)
-            nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
-            line = f"SIMULATED fleet of {nodes} serving {spec.model!r}"
-            yield Serving(place.specs, spec.model, simulated=True), (line,)
-            return
-        found = await place.ask()
-        matched = match(found, config.model.name or place.model, config.endpoints.models)
-        chosen = () if place.why is None else (place.why,)
-        yield (
-            Serving(matched.specs, matched.model, matched.simulated, matched.absent, place),
-            (*chosen, *map(_line, found)),
-        )
+    try:
+        async with located(config, written) as place:
+            if config.endpoints.simulated is not None:
+                spec = simulation(config)
+                nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
+                line = f"SIMULATED fleet of {nodes} serving {spec.model!r}"
+                yield Serving(place.specs, spec.model, simulated=True), (line,)
+                return
+            up, lines = await _asked(config, place)
+    except NoEndpointError as error:
+        if not config.endpoints.awaited and not starts_servers(config):
+            raise
+        if config.model.name is None:
+            msg = f"{error.message}; to check before endpoints are there, set model.name"
+            raise NoEndpointError(msg) from None
+        up = Serving((), config.model.name, serves_simulated(config))
+        lines = (f"none yet: {error.message}",)
+    yield up, lines
+
+
+async def _asked(config: RunConfig, place: Place) -> tuple[Serving, tuple[str, ...]]:
+    found = await place.ask()
+    matched = match(found, config.model.name or place.model, config.endpoints.models)
+    chosen = () if place.why is None else (place.why,)
+    up = Serving(matched.specs, matched.model, matched.simulated, matched.absent, place)
+    return up, (*chosen, *map(_line, found))
 
 
 def _line(found: Found) -> str:

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from .opened import OpenedRun, reported, reports_of, spent_in
 from .signs import end_earlier
 from .spending import Spending, spending
 from .terms import crew_terms
+from .walltime import Walltime, closing
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,14 @@ class Mode:
             failed items alone.
         engine: Runs one item by LangGraph's engine; the flag tells whether through ``task.graph``.
         work_shard: What workers elsewhere run.
+        end: When the life must end, or None.
     """
 
     trace: bool
     retried: dict[Path, int] | None
     engine: Callable[[bool], ItemEngine]
     work_shard: WorkShard
+    end: Walltime | None = None
 
 
 @asynccontextmanager
@@ -104,6 +107,8 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
                 _check_mode(mode)
                 about = {**books.about, "life": ledger.life}
                 terms = crew_terms(folder, loaded, up, about, price)
+                if mode.end is not None:
+                    terms = replace(terms, ends_at=mode.end.workers_at)
                 crew = await stack.enter_async_context(
                     open_crew(mode.work_shard, terms, ledger, progress, spends)
                 )
@@ -139,6 +144,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
         if spends is not None:
             await stack.enter_async_context(spent_in(spends, tools))
         await stack.enter_async_context(exposed(tools, config.metrics.port))
+        stack.enter_context(closing(tools.gate, mode.end))
         yield tools
 
 

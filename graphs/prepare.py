@@ -12,11 +12,12 @@ from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, write_bytes
 from ..backends.build import input_spec, needed_columns
-from ..backends.contract.errors import ConfigurationError, MissingExtraError
+from ..backends.contract.errors import ConfigurationError, MissingExtraError, NoEndpointError
 from ..backends.inputs.spec import InputSummary
 from ..backends.inputs.spill import spill
 from ..backends.locate import check_place
 from ..backends.nearby import served
+from ..backends.node import starts_servers
 from ..backends.reuse import check_cache
 from ..backends.simulation import simulation
 from ..backends.tariffs import price
@@ -122,6 +123,9 @@ def check_endpoints(loaded: Loaded) -> None:
             simulation(loaded.config)
     except MissingExtraError:
         raise
+    except NoEndpointError as error:
+        if not (loaded.config.backend.node_endpoints and starts_servers(loaded.config)):
+            raise ConfigurationError(f"{loaded.source}: {error.message}") from None
     except ConfigurationError as error:
         raise ConfigurationError(f"{loaded.source}: {error.message}") from None
 

@@ -26,6 +26,7 @@ from .lives import life
 from .map_reduce import MapReduce, build
 from .saver import open_saver
 from .stopping import Stop, stoppable
+from .walltime import Walltime
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class RunOptions:
         retry_failed: Ask failed items again.
         anew: Fold from the first item instead of from the last checkpoint.
         quiet: Show no progress.
+        end: When it must end, or None.
     """
 
     checkpointer: str | None = None
@@ -51,6 +53,7 @@ class RunOptions:
     retry_failed: bool = False
     anew: bool = False
     quiet: bool = False
+    end: Walltime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ async def execute(
 ) -> RunResult:
     """Run or resume a prepared run to its end, and note this life in its provenance.
 
-    SIGINT and SIGTERM stop it: see :class:`~fanfold.graphs.stopping.Stop`.
+    Signals and the end of its time stop it: see :class:`~fanfold.graphs.stopping.Stop`.
 
     Raises:
         ConfigurationError: The endpoints do not fit the run, or another process works on it.
@@ -94,7 +97,8 @@ async def execute(
     """
     started = time.monotonic()
     context = RunContext.of(loaded, trace=options.trace, retry_failed=options.retry_failed)
-    with stoppable(console) as stop, spared_modules():
+    context.bound(str(folder.path), options.end)
+    with stoppable(console) as stop, stop.ending(options.end), spared_modules():
         async with AsyncExitStack() as stack:
             opened = context.opened(str(folder.path))
             tools = await stop.opening(stack.enter_async_context(opened))

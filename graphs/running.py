@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import time
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
 from ..backends.contract.errors import FanfoldError, RunStoppedError
 from ..configs.load import Loaded
+from .crew import life_end
 from .metrics import check_metrics
 from .pilot import Piloted, fly
 from .piloting import agreed, asks, pilot_lines
@@ -25,6 +27,8 @@ from .resume import resume_run
 from .run import BUDGET, INTERRUPTED, RunOptions, RunResult, execute
 from .saver import check_saver
 from .settings import settle
+from .stopping import WARNINGS
+from .walltime import within
 
 T = TypeVar("T")
 
@@ -145,13 +149,14 @@ def _ended(found: Piloted, path: Path, asked: bool, output: Output) -> int:
 
 
 def _lived(life: Coroutine[Any, Any, T], path: Path) -> T:
-    """Run one life; SIGTERM stops it like SIGINT also while it begins and ends.
+    """Run one life; other signals stop it like SIGINT also while it begins, SIGTERM at its end too.
 
     Raises:
         RunStoppedError: It was stopped, and can be resumed.
         FanfoldError: It was stopped before there was anything to resume.
     """
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    numbers = (signal.SIGTERM, *WARNINGS)
+    before = {n: signal.signal(n, lambda *_: signal.raise_signal(signal.SIGINT)) for n in numbers}
     try:
         return asyncio.run(life)
     except KeyboardInterrupt:
@@ -160,7 +165,8 @@ def _lived(life: Coroutine[Any, Any, T], path: Path) -> T:
         msg = f"interrupted while it began; go on with: fanfold resume {path}"
         raise RunStoppedError(msg) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def resume(path: Path, wish: Wish, output: Output) -> int:
@@ -171,19 +177,22 @@ def resume(path: Path, wish: Wish, output: Output) -> int:
 
 
 async def _start(loaded: Loaded, path: Path, wish: Wish, output: Output) -> RunResult:
+    end = life_end(loaded.config, time.time())
     await check_saver(wish.checkpointer)
-    folder = await prepare_run(loaded, path)
+    folder = await within(prepare_run(loaded, path), end)
     if not output.quiet:
         say(_about(folder))
-    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.silent)
+    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.silent, end=end)
     return await execute(folder, loaded, options, messages())
 
 
 async def _resume(
     folder: RunFolder, loaded: Loaded | None, wish: Wish, output: Output
 ) -> RunResult:
+    began = time.time()
+    end = None if loaded is None else life_end(loaded.config, began)
     await check_saver(wish.checkpointer)
-    resumed = await resume_run(folder, loaded)
+    resumed = await within(resume_run(folder, loaded), end)
     if wish.caps:  # the latest word counts
         await asyncio.to_thread(folder.caps.unlink, missing_ok=True)
     options = RunOptions(
@@ -192,6 +201,7 @@ async def _resume(
         wish.retry_failed,
         anew=resumed.reduce_changed,
         quiet=output.silent,
+        end=end or life_end(resumed.loaded.config, began),
     )
     return await execute(folder, resumed.loaded, options, messages())
 

@@ -82,7 +82,8 @@ def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
     """Return the settings that an ``--endpoints`` option stands for; the key stays.
 
     Args:
-        text: ``simulated``, ``auto``, an endpoints file, or base URLs separated by commas.
+        text: ``simulated``, ``auto``, an endpoints file, a folder of such files, or base URLs
+            separated by commas.
         simulated: The configured simulated fleet, kept if there is one.
 
     Raises:
@@ -97,10 +98,10 @@ def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
         kinds["urls"] = [url.strip() for url in text.split(",") if url.strip()]
     else:
         path = Path(text).expanduser().resolve()
-        if not path.is_file():
+        if not text or not path.exists():
             msg = (
                 f"--endpoints {text!r}: neither 'simulated' nor 'auto', nor URLs such as "
-                "http://node17:8000/v1 (several with commas between), nor a file"
+                "http://node17:8000/v1 (several with commas between), nor a file or folder"
             )
             raise ConfigurationError(msg)
         kinds["file"] = str(path)

@@ -1,4 +1,4 @@
-"""How a run is stopped from outside: SIGINT and SIGTERM."""
+"""How a run is stopped from outside: signals, and the end of its time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from rich.console import Console
 
 from ..backends.contract.errors import RunStoppedError
 from ..nodes.gate import Gate
+from .walltime import Walltime
 
 T = TypeVar("T")
 
 _HURRY: Final = 2
+
+STOPS: Final = (signal.SIGINT, signal.SIGTERM)
+"""Signals of which a second one stops at once."""
+
+WARNINGS: Final = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""Signals by which schedulers tell that the time is nearly over; they count only as the first."""
 
 
 class Stop:
@@ -55,6 +62,24 @@ class Stop:
         elif self._work is not None:
             self._work.cancel()
 
+    def warned(self, name: str) -> None:
+        """Heed a wish to stop that counts only if it is the first."""
+        if self.reason is None:
+            self.asked(name)
+
+    @contextmanager
+    def ending(self, end: Walltime | None) -> Iterator[None]:
+        """Stop in time, while the block runs."""
+        if end is None:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(end.left(), self.warned, end.reason)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     async def opening(self, work: Awaitable[T]) -> T:
         """Open something, unless a signal comes first.
 
@@ -90,15 +115,18 @@ class Stop:
 
 @contextmanager
 def stoppable(console: Console) -> Iterator[Stop]:
-    """Take SIGINT and SIGTERM for the block as a wish to stop; for the main thread's loop."""
+    """Take signals for the block as a wish to stop; for the main thread's loop."""
     loop, stop = asyncio.get_running_loop(), Stop(console)
     handled: list[tuple[signal.Signals, Callable[..., Any] | int | None]] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (*STOPS, *WARNINGS):
         handled.append((number, signal.getsignal(number)))
-        loop.add_signal_handler(number, stop.asked, number.name)
+        heed = stop.asked if number in STOPS else stop.warned
+        loop.add_signal_handler(number, heed, number.name)
     try:
         yield stop
     finally:
         for number, handler in handled:
             loop.remove_signal_handler(number)
-            signal.signal(number, handler)
+            # a warning that comes while the run ends must not break that off
+            late = number in WARNINGS and callable(handler)
+            signal.signal(number, signal.SIG_IGN if late else handler)

@@ -35,6 +35,7 @@ class Terms:
         folder: The run's folder.
         config: The run's settings.
         tariff: What tokens cost.
+        ends_at: When workers take no more items, in seconds since 1970; or None.
     """
 
     run: dict[str, Any]
@@ -48,6 +49,7 @@ class Terms:
     folder: Path
     config: RunConfig
     tariff: dict[str, int]
+    ends_at: float | None = None
 
 
 def crew_terms(

@@ -114,6 +114,7 @@ async def _work(order: Order, bag: Bag) -> Summary:
             endpoints=parts.teller.news(),
             lease=None if order.lease is None else order.lease["name"],
             used=None if budget is None else used_of(budget).to_json(),
+            short=gate.error is not None and out_of_lease(gate.error),
         )
         return await asyncio.to_thread(_carried, summary, order.carry)
 

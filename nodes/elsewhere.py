@@ -14,7 +14,7 @@ from ..backends.contract.errors import (
     RunStoppedError,
 )
 from ..backends.contract.types import Item, Shard
-from ..backends.contract.wire import Order, Summary
+from ..backends.contract.wire import WALLTIME, Order, Summary
 from .context import Answered, Crew, RunTools
 from .work import Part, read_items
 
@@ -24,6 +24,9 @@ _POLL_S: Final = 2.0
 _SLICE: Final = 256
 _VISIBLE_S: Final = 90.0
 """Network file systems show what another node has written after so many seconds at the latest."""
+_BOUNCES: Final = 240
+_BOUNCE_S: Final = 5.0
+"""A worker whose own job is about to end sends shards back; others take them meanwhile."""
 _FORGIVEN: Final = 2
 """So often may a node's own endpoints fail a shard before the run stops."""
 
@@ -65,7 +68,7 @@ class _Errand:
         self._part = Part(tools)
         self._folded = bytearray(len(shard))  # hundreds of shards wait: a byte per item
         self._open = len(shard)
-        self._forgiven = 0
+        self._forgiven = self._bounced = 0
 
     async def done(self) -> Part | None:
         await self._fold_finished()
@@ -76,7 +79,7 @@ class _Errand:
                 await self._fold(outcome)
             await self._fold_finished()
             if outcome is not None and self._open == before and not self._stopped():
-                self._check_progress(*outcome)
+                await self._check_progress(*outcome)
         if self._open:
             return None
         await self._tools.ledger.flush()
@@ -189,8 +192,14 @@ class _Errand:
             if self._folded.find(0, lo - self._shard.lo, hi - self._shard.lo) >= 0:
                 yield lo, hi
 
-    def _check_progress(self, order: Order | None, summary: Summary) -> None:
+    async def _check_progress(self, order: Order | None, summary: Summary) -> None:
         if summary.error is not None or order is None:  # forgiven; stopped by this very life
+            return
+        if summary.short:  # the next lease is larger
+            return
+        if (summary.stopped or "").startswith(WALLTIME) and self._bounced < _BOUNCES:
+            self._bounced += 1
+            await self._tools.gate.wait_closed(_BOUNCE_S)
             return
         msg = (
             f"worker {summary.worker} came back from shard {summary.shard} without having "

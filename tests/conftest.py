@@ -21,6 +21,8 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "LANGSMITH_API_KEY", "LANGCHAIN_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LANGSMITH_TRACING", "false")
+    for name in ("FANFOLD_END_TIME", "SLURM_JOB_END_TIME"):  # tests may run in a batch job
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest_asyncio.fixture

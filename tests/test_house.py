@@ -21,6 +21,7 @@ FLOORS: dict[str, set[str]] = {  # room -> rooms it may import; the longest pref
     "backends.fleet": {"backends.contract"},
     "backends.accounts": {"backends.contract"},
     "backends.inputs": {"backends.contract"},
+    "backends.servers": {"backends.contract"},
     "backends.sites": {"backends.contract"},
     "backends": {
         "configs",
@@ -28,6 +29,7 @@ FLOORS: dict[str, set[str]] = {  # room -> rooms it may import; the longest pref
         "backends.fleet",
         "backends.accounts",
         "backends.inputs",
+        "backends.servers",
         "backends.sites",
     },
     "nodes": {"backends.contract"},
@@ -39,6 +41,7 @@ FLOORS: dict[str, set[str]] = {  # room -> rooms it may import; the longest pref
         "backends.fleet",
         "backends.accounts",
         "backends.inputs",
+        "backends.servers",
         "backends.sites",
     },
 }

@@ -5,7 +5,8 @@
     FanfoldError
     ├── ConfigurationError          a setting is missing, wrong or contradicts another
     │   ├── InputError              the input cannot be read, or its rows do not fit the task
-    │   └── MissingExtraError       names the extra to install
+    │   ├── MissingExtraError       names the extra to install
+    │   └── NoEndpointError         no endpoint is there, or answers, yet
     ├── EndpointError               one call to one endpoint failed
     │   ├── EndpointBusyError       429, 503: carries retry_after (seconds) or None
     │   ├── EndpointLostError       connection refused, reset, cut, or timed out
@@ -72,6 +73,10 @@ class MissingExtraError(ConfigurationError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from the two arguments rather than from the message."""
         return type(self), (self.feature, self.extra)
+
+
+class NoEndpointError(ConfigurationError):
+    """No endpoint is there, or answers; waiting may help."""
 
 
 class EndpointError(FanfoldError):

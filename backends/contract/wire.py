@@ -18,6 +18,10 @@ CARRY: Final = 4_000_000
 """Most bytes of an order or a summary: engines carry 10 MB at most, some of them inflated."""
 
 
+WALLTIME: Final = "walltime"
+"""How the reason begins for which a worker or a run stops when its time is over."""
+
+
 @cache
 def own_version() -> str:
     """Return the version of fanfold that is running; looking it up costs a quarter of a ms."""
@@ -41,6 +45,7 @@ class Order:
         streams: Most items in flight in this worker.
         deadline_s: Seconds after which the worker takes no more items.
         stop_file: While this file is there, the worker takes no more items; or None.
+        ends_at: When the worker takes no more items, in seconds since 1970; or None.
         carry: Most bytes of the summary, as JSON.
         tariff: What tokens cost, as :class:`~.money.Tariff`'s fields.
         lease: What the order may spend: the lease's ``name``, its ``caps`` as fields of an
@@ -59,6 +64,7 @@ class Order:
     streams: int
     deadline_s: float
     stop_file: str | None = None
+    ends_at: float | None = None
     carry: int = CARRY
     tariff: dict[str, int] = field(default_factory=dict)
     lease: dict[str, Json] | None = None
@@ -99,6 +105,7 @@ class Summary:
         seconds: Wall time of the work.
         lease: The order's lease, or None.
         used: What was spent of it.
+        short: Whether items are left because the lease is used up.
         endpoints: What each endpoint did since the worker's last summary.
     """
 
@@ -114,6 +121,7 @@ class Summary:
     seconds: float = 0.0
     lease: str | None = None
     used: dict[str, int] | None = None
+    short: bool = False
     endpoints: list[dict[str, Json]] | None = None
 
     def to_json(self) -> dict[str, Json]:

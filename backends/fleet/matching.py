@@ -21,12 +21,14 @@ class Matched:
         specs: Endpoints that serve it, and those that did not answer yet.
         simulated: Whether they are a simulated fleet.
         absent: A line for each endpoint that did not answer, or is left out.
+        ready: How many answer and serve it.
     """
 
     model: str
     specs: tuple[EndpointSpec, ...]
     simulated: bool
     absent: tuple[str, ...]
+    ready: int
 
 
 def match(found: Sequence[Found], name: str | None, names: Mapping[str, str]) -> Matched:
@@ -50,6 +52,7 @@ def match(found: Sequence[Found], name: str | None, names: Mapping[str, str]) ->
         tuple(spec for spec in matches if spec is not None),
         settled.simulated,
         tuple(_absent(found, matches, settled.model)),
+        sum(s is not None and one.reachable for one, s in zip(found, matches, strict=True)),
     )
 
 

@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, Final, Protocol, TypeAlias
 
 import aiohttp
 import orjson
 
-from ..contract.errors import ConfigurationError
+from ..contract.errors import ConfigurationError, NoEndpointError
 from .address import NO_KEY, ApiKey, EndpointSpec, base_url
 from .fleet import Fleet
+from .folder import HostsFolder
 from .policy import FleetPolicy
 from .sources import read_endpoints_file
 from .transport import Transport
@@ -41,10 +43,10 @@ class Source(Protocol):
 
 
 class FileSource:
-    """An endpoints file; it is read only when it changed.
+    """An endpoints file, or a folder with one per host; read only when they changed.
 
     Args:
-        path: The file; a link is followed anew at each look.
+        path: File or folder; a link is followed anew at each look.
         key: Key of all endpoints in it.
     """
 
@@ -53,16 +55,21 @@ class FileSource:
         self._key = key
         self._stamp: tuple[int, ...] | None = None
         self._specs = list[EndpointSpec]()
+        self._folder = HostsFolder(path, key)
 
     async def look(self) -> list[EndpointSpec]:
-        """Return the endpoints in the file."""
+        """Return the endpoints in the file, or in all files of the folder."""
         return await asyncio.to_thread(self._look)
 
     def _look(self) -> list[EndpointSpec]:
         try:
             status = self._path.stat()
         except OSError as error:
-            raise ConfigurationError(f"endpoints.file: {self._path}: {error.strerror}") from None
+            missing = isinstance(error, FileNotFoundError)
+            kind = NoEndpointError if missing else ConfigurationError
+            raise kind(f"endpoints.file: {self._path}: {error.strerror}") from None
+        if S_ISDIR(status.st_mode):
+            return self._folder.read()
         stamp = status.st_mtime_ns, status.st_size, status.st_ino
         if stamp != self._stamp:
             self._specs = read_endpoints_file(self._path, self._key)
@@ -103,7 +110,7 @@ class RegistrySource:
         kept = {u: s for u, s in self._known.items() if self._missing[u] < self._patience}
         self._known = kept | listed
         if not self._known:
-            raise ConfigurationError(f"endpoints.aegis_registry: {self._url} lists no server")
+            raise NoEndpointError(f"endpoints.aegis_registry: {self._url} lists no server")
         return list(self._known.values())
 
     async def _services(self) -> list[dict[str, Any]]:
@@ -115,7 +122,7 @@ class RegistrySource:
             document = orjson.loads(answer.body) if answer.status == _OK else None
         except (aiohttp.ClientError, TimeoutError) as error:
             reason = str(error) or f"no answer within {self._timeout_s:g} s"
-            raise ConfigurationError(
+            raise NoEndpointError(
                 f"endpoints.aegis_registry: {self._url} cannot be asked: {reason}"
             ) from None
         except orjson.JSONDecodeError:

@@ -11,7 +11,7 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from ..contract.errors import ConfigurationError
+from ..contract.errors import ConfigurationError, NoEndpointError
 from ..contract.types import SIMULATED_FINGERPRINT
 from .address import EndpointSpec
 from .answer import Complaint, RawAnswer
@@ -151,13 +151,14 @@ def check_models(found: Sequence[Found], name: str | None) -> Checked:
         name: The configured model, or None for the only one that all serve.
 
     Raises:
-        ConfigurationError: None is reachable, none serves the model, several models and no
-            name, or simulated and real endpoints together.
+        NoEndpointError: None is reachable.
+        ConfigurationError: None serves the model, several models and no name, or simulated and
+            real endpoints together.
     """
     there = [f for f in found if f.reachable]
     if not there:
         reasons = "; ".join(f"{f.label}: {f.error}" for f in found[:_SHOWN])
-        raise ConfigurationError(f"no endpoint answers: {reasons}. Check endpoints, or start them")
+        raise NoEndpointError(f"no endpoint answers: {reasons}. Check endpoints, or start them")
     simulated = {f.simulated for f in there}
     if len(simulated) > 1:
         first = next(f.label for f in there if f.simulated)

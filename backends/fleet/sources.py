@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from ..contract.errors import ConfigurationError
+from ..contract.errors import ConfigurationError, NoEndpointError
 from .address import NO_KEY, ApiKey, EndpointSpec, base_url, display
 
 _HOST_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+):(\d{1,5})")
@@ -46,7 +46,8 @@ def parse_endpoints_file(text: str, name: str, api_key: ApiKey = NO_KEY) -> list
         One entry per endpoint, in the file's order, duplicates dropped.
 
     Raises:
-        ConfigurationError: A line cannot be read, or there is none; with the line's number.
+        NoEndpointError: There is none.
+        ConfigurationError: A line cannot be read; with the line's number.
     """
     specs: dict[str, EndpointSpec] = {}
     for number, raw in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
@@ -59,7 +60,7 @@ def parse_endpoints_file(text: str, name: str, api_key: ApiKey = NO_KEY) -> list
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}, line {number}: {error.message}") from error
     if not specs:
-        raise ConfigurationError(f"{name}: the file names no endpoint")
+        raise NoEndpointError(f"{name}: the file names no endpoint")
     return list(specs.values())
 
 

@@ -141,10 +141,11 @@ async def test_a_signal_while_the_run_is_opened(
 
 
 async def test_handlers_are_put_back(lab_of: Any) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+    before = [signal.getsignal(number) for number in numbers]
     async with lab_of(items=5) as lab:
         await lab.undisturbed()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 async def test_a_fleet_that_is_lost_ends_the_run_resumably(lab_of: Any) -> None:

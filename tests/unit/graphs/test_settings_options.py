@@ -67,8 +67,9 @@ def test_what_endpoints_may_be(tmp_path: Path) -> None:
     file = tmp_path / "e.txt"
     file.touch()
     assert endpoint_settings(str(file), None)["endpoints.file"] == str(file)
+    assert endpoint_settings(str(tmp_path), None)["endpoints.file"] == str(tmp_path)
     assert endpoint_settings("simulated", {"nodes": 3})["endpoints.simulated"] == {"nodes": 3}
     assert endpoint_settings("simulated", None)["endpoints.simulated"] == {}
-    for wrong in ("simulatd", "", ",", "host:80", str(tmp_path)):
+    for wrong in ("simulatd", "", ",", "host:80"):
         with pytest.raises(ConfigurationError, match="neither"):
             endpoint_settings(wrong, None)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fanfold.backends.contract.errors import RunStoppedError
 from fanfold.graphs.stopping import Stop
+from fanfold.graphs.walltime import Walltime
 from fanfold.nodes.gate import Gate
 
 
@@ -63,3 +64,27 @@ async def test_what_else_ends_the_opening_goes_through(stop: Stop) -> None:
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening
+
+
+async def test_a_warning_counts_only_as_the_first(stop: Stop, said: io.StringIO) -> None:
+    gate, work = Gate(2, 60.0), asyncio.get_running_loop().create_future()
+    assert await gate.enter()
+    with stop.working(gate, work):
+        for name in ("SIGUSR1", "walltime: over", "SIGUSR2"):
+            stop.warned(name)
+        assert (gate.reason, len(said.getvalue().splitlines())) == ("SIGUSR1", 1)
+        drained = asyncio.create_task(gate.drained())
+        await asyncio.sleep(0)
+        assert not drained.done()  # none of them hurries
+        stop.asked("SIGTERM")
+        assert not await drained
+        assert stop.reason == "SIGUSR1"
+
+
+async def test_the_end_of_the_time_is_such_a_warning(stop: Stop) -> None:
+    gate, work = Gate(2, 60.0), asyncio.get_running_loop().create_future()
+    with stop.working(gate, work), stop.ending(Walltime(0.0, 0.0, "walltime: over")):
+        assert await gate.wait_closed(60)
+    assert gate.reason == stop.reason == "walltime: over"
+    with stop.ending(None):
+        assert stop.reason == "walltime: over"

@@ -1,0 +1,85 @@
+"""A folder with an endpoints file per host, as ``fanfold serve`` writes them on each node."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ..contract.errors import ConfigurationError, NoEndpointError
+from .address import NO_KEY, ApiKey, EndpointSpec, base_url
+from .sources import parse_endpoints_file
+
+_LOG: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What a host's file held when it was last read."""
+
+    stamp: tuple[int, ...]
+    specs: tuple[EndpointSpec, ...]
+
+
+class HostsFolder:
+    """The endpoints of all hosts; files are read only when they changed.
+
+    Hidden files and folders inside it are no hosts. A file that cannot be read leaves its host as
+    it was, and is reported once.
+
+    Args:
+        path: The folder.
+        key: Key of all endpoints.
+    """
+
+    def __init__(self, path: Path, key: ApiKey = NO_KEY) -> None:
+        self._path, self._key = path, key
+        self._hosts = dict[str, _Host]()
+        self._trouble = dict[str, str]()
+
+    def read(self) -> list[EndpointSpec]:
+        """Return the endpoints that are there now, each once; blocks.
+
+        Raises:
+            NoEndpointError: None is there.
+            ConfigurationError: The folder cannot be read.
+        """
+        try:
+            with os.scandir(self._path) as entries:
+                files = sorted((e for e in entries if _is_host(e)), key=lambda e: e.name)
+        except OSError as error:
+            raise ConfigurationError(
+                f"endpoints.file: {self._path}: cannot be read: {error.strerror}"
+            ) from None
+        now = {file.name: host for file in files if (host := self._host(file)) is not None}
+        self._hosts = now
+        specs = {base_url(s.url): s for host in now.values() for s in host.specs}
+        if not specs:
+            raise NoEndpointError(f"endpoints.file: {self._path}: no host has written its file yet")
+        return list(specs.values())
+
+    def _host(self, file: os.DirEntry[str]) -> _Host | None:
+        known = self._hosts.get(file.name)
+        try:
+            status = file.stat()
+            stamp = status.st_mtime_ns, status.st_size, status.st_ino
+            if known is not None and known.stamp == stamp:
+                return known
+            text = Path(file.path).read_text(encoding="utf-8-sig")
+            return _Host(stamp, tuple(parse_endpoints_file(text, file.path, self._key)))
+        except FileNotFoundError:
+            return None  # it has left since the folder was listed
+        except NoEndpointError:
+            return _Host(stamp, ())
+        except (OSError, UnicodeDecodeError, ConfigurationError) as error:
+            text = f"{file.path}: {error}"
+            if self._trouble.get(file.name) != text:
+                _LOG.warning("endpoints of host %s stay as they are: %s", file.name, text)
+            self._trouble[file.name] = text
+            return known
+
+
+def _is_host(entry: os.DirEntry[str]) -> bool:
+    return not entry.name.startswith(".") and entry.is_file()

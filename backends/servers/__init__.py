@@ -1,0 +1,1 @@
+"""The model servers of a node: started once, watched, restarted, listed, ended."""

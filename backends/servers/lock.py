@@ -1,0 +1,200 @@
+"""Who serves a node, and who uses what is served there.
+
+Both are locks of the kernel (``flock``), so they end with the process that holds them, however it
+ends. The one that says who serves is taken twice: on a file in a folder of the node itself, where
+there are always locks, and on a file in the servers folder, which is also seen from containers
+with a ``/tmp`` of their own. A servers folder without locks is used without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from ..contract.errors import SiteError
+from .plan import Files
+
+_NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_PRIVATE: Final = 0o700
+_AGAIN_S: Final = 0.1
+_TRIES: Final = 5
+_BETWEEN_TRIES_S: Final = 0.05
+
+
+def node_folder() -> Path:
+    """Return a folder of this node and user for locks; ``/tmp`` even where TMPDIR is shared.
+
+    Raises:
+        SiteError: It cannot be made, or is somebody else's.
+    """
+    usual = Path("/tmp")  # all processes of the node agree on it
+    base = usual if os.access(usual, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    folder = base / f"fanfold-{os.getuid()}"
+    try:
+        folder.mkdir(mode=_PRIVATE, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise SiteError(f"{folder}: cannot be made: {error.strerror}") from None
+    if found.st_uid != os.getuid() or folder.is_symlink() or not folder.is_dir():
+        raise SiteError(f"{folder}: is no folder of this user's; remove it")
+    return folder
+
+
+def _near(files: Files, kind: str) -> Path:
+    digest = hashlib.blake2b(f"{files.folder.resolve()}\0{files.host}".encode(), digest_size=12)
+    return node_folder() / f"{digest.hexdigest()}.{kind}"
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise SiteError(f"{path}: cannot be opened: {error.strerror}") from None
+
+
+def _flock(handle: int, kind: int) -> bool | None:
+    """Try to lock; None where the file system has no locks."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise SiteError(f"a lock cannot be taken: {error.strerror}") from None
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class HostLock:
+    """The right to serve a node.
+
+    Attributes:
+        handles: Open files that hold it; a process that inherits them holds it as well.
+    """
+
+    handles: tuple[int, ...]
+
+    @classmethod
+    def take(cls, files: Files) -> Self | None:
+        """Take it, or return None if another process has it; blocks.
+
+        Raises:
+            SiteError: The files cannot be opened.
+        """
+        near = _opened(_near(files, "lock"))
+        if not _flock(near, fcntl.LOCK_EX):
+            os.close(near)
+            return None
+        try:
+            far = _opened(files.lock)
+        except SiteError:
+            os.close(near)
+            raise
+        if _flock(far, fcntl.LOCK_EX) is False:
+            os.close(near)
+            os.close(far)
+            return None
+        os.ftruncate(far, 0)
+        os.pwrite(far, f"{os.uname().nodename} pid {os.getpid()}\n".encode(), 0)
+        return cls((near, far))
+
+    @classmethod
+    def patiently(cls, files: Files) -> Self | None:
+        """Take it, trying more than once: whoever only looks holds it for a moment; blocks.
+
+        Raises:
+            SiteError: The files cannot be opened.
+        """
+        for _ in range(_TRIES):
+            lock = cls.take(files)
+            if lock is not None:
+                return lock
+            time.sleep(_BETWEEN_TRIES_S)
+        return None
+
+    def give_back(self) -> None:
+        """Give it up."""
+        for handle in self.handles:
+            os.close(handle)
+
+
+def is_served(files: Files) -> bool:
+    """Say whether a process serves the node; blocks.
+
+    Raises:
+        SiteError: The files cannot be opened.
+    """
+    for path in (_near(files, "lock"), files.lock):
+        handle = _opened(path)
+        try:
+            if _flock(handle, fcntl.LOCK_SH) is False:
+                return True
+        finally:
+            os.close(handle)
+    return False
+
+
+def holder(files: Files) -> str:
+    """Return who serves the node, as far as it has said so."""
+    try:
+        return files.lock.read_text(encoding="utf-8").strip() or "another process"
+    except OSError:
+        return "another process"
+
+
+@asynccontextmanager
+async def using(files: Files) -> AsyncIterator[None]:
+    """Count as a user of the node's servers while the block runs.
+
+    Waits while whoever serves is about to end for want of users.
+
+    Raises:
+        SiteError: The file cannot be opened.
+    """
+    handle = await asyncio.to_thread(lambda: _opened(_near(files, "users")))
+    try:
+        while not _flock(handle, fcntl.LOCK_SH):  # noqa: ASYNC110 - nothing tells of a lock
+            await asyncio.sleep(_AGAIN_S)
+        yield
+    finally:
+        os.close(handle)
+
+
+class Users:
+    """Whether anybody uses the node's servers; for the process that serves.
+
+    Args:
+        files: The node's files.
+
+    Raises:
+        SiteError: The file cannot be opened.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self._handle = _opened(_near(files, "users"))
+
+    def any(self) -> bool:
+        """Say whether there are users."""
+        if not self.shut_out():
+            return True
+        fcntl.flock(self._handle, fcntl.LOCK_UN)
+        return False
+
+    def shut_out(self) -> bool:
+        """Let no user in any more, unless there are some; say whether there were none."""
+        return _flock(self._handle, fcntl.LOCK_EX) is True
+
+    def close(self) -> None:
+        """Let users in again: there is nothing left that they could use by mistake."""
+        os.close(self._handle)

@@ -1,0 +1,261 @@
+"""What is to be served on a node, as plain values that can be sent to another process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+import orjson
+
+from ..contract.command import fill
+from ..contract.errors import ConfigurationError, SiteError
+
+VERSION: Final = 1
+"""Version of a plan's JSON."""
+
+NO_VARIABLE: Final = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """How closely servers are watched, in seconds.
+
+    Attributes:
+        every_s: Between two looks at a server.
+        answer_s: Longest wait for its answer.
+        out_s: So long without a good answer, and its endpoint is taken out.
+        dead_s: So long without a good answer, and it is restarted.
+        stop_s: Between SIGTERM and SIGKILL.
+        pause_s: Before the first restart; doubled at each further one, up to 30.
+    """
+
+    every_s: float = 5.0
+    answer_s: float = 10.0
+    out_s: float = 15.0
+    dead_s: float = 60.0
+    stop_s: float = 20.0
+    pause_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPlan:
+    """One server.
+
+    Attributes:
+        instance: Its number on the node, from 0.
+        port: Where it is to listen.
+        command: Program and arguments.
+        env: Its variables beside those of the process that starts it.
+    """
+
+    instance: int
+    port: int
+    command: tuple[str, ...] = field(repr=False)
+    env: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlan:
+    """All servers of one node.
+
+    Attributes:
+        host: The node's name, as the files in the servers folder are called.
+        address: By what others reach it.
+        folder: The servers folder, shared by all nodes.
+        servers: The servers.
+        ready: Path that answers 200 when a server is ready.
+        timeout_s: Seconds until a server must be ready.
+        restarts: How often a server that was ready once is started again.
+        linger_s: Seconds that the servers stay up without a user.
+        key: Key of the endpoints, or None.
+        watching: How closely they are watched.
+    """
+
+    host: str
+    address: str
+    folder: str
+    servers: tuple[ServerPlan, ...]
+    ready: str
+    timeout_s: float
+    restarts: int
+    linger_s: float
+    key: str | None = field(default=None, repr=False)
+    watching: Watching = Watching()
+
+    def named(self, server: ServerPlan) -> str:
+        """Return ``address:port`` of a server, as endpoints files write it."""
+        address = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{address}:{server.port}"
+
+    def to_json(self) -> bytes:
+        """Return it as JSON; it may hold secrets, so it goes by a pipe, never by a file."""
+        return orjson.dumps({"v": VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            SiteError: It is none, or of another version.
+        """
+        try:
+            plain: dict[str, Any] = orjson.loads(data)
+            if plain.pop("v") != VERSION:
+                raise SiteError(f"a plan of another version than {VERSION}")
+            plain["servers"] = tuple(
+                ServerPlan(**{**server, "command": tuple(server["command"])})
+                for server in plain["servers"]
+            )
+            plain["watching"] = Watching(**plain["watching"])
+            return cls(**plain)
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise SiteError(f"no plan of a node's servers: {type(error).__name__}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Where a node's files lie in the servers folder.
+
+    The folder itself holds nothing but one endpoints file per host; a host's is there while at
+    least one of its servers is ready.
+
+    Attributes:
+        folder: The servers folder.
+        host: The node's name.
+    """
+
+    folder: Path
+    host: str
+
+    @property
+    def endpoints(self) -> Path:
+        """Return the endpoints file: ``address:port`` of each server that is ready."""
+        return self.folder / self.host
+
+    @property
+    def lock(self) -> Path:
+        """Return the file that whoever serves the node has locked."""
+        return self.folder / "locks" / self.host
+
+    @property
+    def record(self) -> Path:
+        """Return what happened to the servers, as JSON lines."""
+        return self.folder / "logs" / f"{self.host}.jsonl"
+
+    @property
+    def failure(self) -> Path:
+        """Return why the last attempt to serve the node was given up."""
+        return self.folder / "logs" / f"{self.host}.failed"
+
+    @property
+    def keeper_log(self) -> Path:
+        """Return what a keeper that a worker started says."""
+        return self.folder / "logs" / f"{self.host}.log"
+
+    def log(self, instance: int) -> Path:
+        """Return what a server says."""
+        return self.folder / "logs" / f"{self.host}-{instance}.log"
+
+    def make(self) -> None:
+        """Make the folders.
+
+        Raises:
+            ConfigurationError: They cannot be made.
+        """
+        try:
+            for folder in (self.lock.parent, self.record.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"servers folder {self.folder}: cannot be made: {error.strerror}"
+            raise ConfigurationError(msg) from None
+
+
+def files_of(plan: NodePlan) -> Files:
+    """Return where a plan's files lie."""
+    return Files(Path(plan.folder), plan.host)
+
+
+def divided(ids: Sequence[str], instances: int) -> list[tuple[str, ...]]:
+    """Divide accelerators among servers, neighbours together.
+
+    Raises:
+        ConfigurationError: They cannot be divided evenly.
+    """
+    each, left = divmod(len(ids), instances)
+    if left:
+        msg = (
+            f"node.accelerators: {len(ids)} cannot be divided among {instances} instances; "
+            "name fewer in ids, or change node.instances"
+        )
+        raise ConfigurationError(msg)
+    return [tuple(ids[n * each : (n + 1) * each]) for n in range(instances)]
+
+
+def accelerator_ids(
+    variable: str,
+    ids: Sequence[str] | None,
+    count: int | None,
+    environment: Mapping[str, str],
+) -> list[str]:
+    """Return the accelerators of this node.
+
+    What the settings name comes first; then what the scheduler has put into the variable, of
+    which ``count`` takes the first; then the numbers below ``count``.
+
+    Raises:
+        ConfigurationError: The scheduler gives fewer than ``count``, or nobody says how many.
+    """
+    if ids is not None:
+        return list(ids)
+    given = environment.get(variable, "") if variable != NO_VARIABLE else ""
+    if given:
+        present = [name.strip() for name in given.split(",")]
+        if count is not None and len(present) < count:
+            msg = (
+                f"node.accelerators.count is {count}, and {variable} gives this job "
+                f"{len(present)} ({given})"
+            )
+            raise ConfigurationError(msg)
+        return present[:count]
+    if count is not None:
+        return [str(n) for n in range(count)]
+    if variable == NO_VARIABLE:
+        return []
+    msg = f"node.accelerators: {variable} is not set here; say how many there are: count or ids"
+    raise ConfigurationError(msg)
+
+
+def server_plans(  # noqa: PLR0913 - one value per setting
+    words: Sequence[str],
+    *,
+    ports: int,
+    instances: int,
+    variable: str,
+    ids: Sequence[str],
+    env: Mapping[str, str],
+    model: str,
+) -> tuple[ServerPlan, ...]:
+    """Return the servers of a node, each with its port and accelerators.
+
+    Args:
+        words: The command, names in braces still in it.
+        ports: Port of the first.
+        instances: How many.
+        variable: Variable that names a server's accelerators, or ``none``.
+        ids: The node's accelerators.
+        env: Further variables.
+        model: The model's name, for ``{model}``.
+
+    Raises:
+        ConfigurationError: The accelerators cannot be divided evenly.
+    """
+    plans = []
+    for instance, own in enumerate(divided(ids, instances)):
+        port = ports + instance
+        values = {"port": str(port), "instance": str(instance), "gpus": str(len(own))}
+        told = {} if variable == NO_VARIABLE else {variable: ",".join(own)}
+        command = fill(words, values | {"model": model})
+        plans.append(ServerPlan(instance, port, command, {**told, **env}))
+    return tuple(plans)

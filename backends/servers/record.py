@@ -1,0 +1,155 @@
+"""What happened to a node's servers: JSON lines, from which node-seconds can be told.
+
+``logs/HOST.jsonl`` in the servers folder, appended to by every process that serves the node. Each
+line has ``v`` (1), ``at`` (seconds since 1970), ``host`` and ``event``:
+
+=============  ==============================================================================
+``begin``      the node is served from now on: ``instances``, ``pid``
+``start``      a server is started: ``instance``, ``port``, ``pid``, ``restart`` (0: the first)
+``ready``      it is ready: ``instance``, ``seconds`` since its start
+``out``        its endpoint is taken out: ``instance``, ``why``
+``back``       its endpoint is put back without a restart: ``instance``
+``down``       it has ended, or is being ended: ``instance``, ``why``, ``seconds`` that it was up
+``given_up``   it is not started again: ``instance``, ``why``
+``alive``      once a minute: ``ready``, how many servers are
+``end``        the node is served no more: ``why``
+=============  ==============================================================================
+
+A node that is lost writes no ``end``; it counts until its last line.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from ..contract.errors import SiteError
+
+_LOG: Final = logging.getLogger(__name__)
+
+VERSION: Final = 1
+_OFF: Final = frozenset({"out", "down", "given_up"})
+_ON: Final = frozenset({"ready", "back"})
+
+
+class Record:
+    """Writes a node's record; every line is there for others when the call returns.
+
+    Args:
+        path: The file.
+        host: The node's name.
+
+    Raises:
+        SiteError: The file cannot be opened.
+    """
+
+    def __init__(self, path: Path, host: str) -> None:
+        self._host = host
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise SiteError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def note(self, event: str, **what: Any) -> None:
+        """Append one line; blocks for as long as a short write takes.
+
+        A disk that is full must not end servers: a line that cannot be written is logged.
+        """
+        line = {"v": VERSION, "at": round(time.time(), 3), "host": self._host, "event": event}
+        try:
+            self._file.write(orjson.dumps(line | what) + b"\n")
+        except OSError as error:
+            _LOG.warning("%s: %s is not recorded: %s", self._file.name, event, error.strerror)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a record; one that is cut off, or of another version, is left out."""
+    lines = list[dict[str, Any]]()
+    for raw in path.read_bytes().splitlines():
+        try:
+            line = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            continue  # a node that was lost while it wrote
+        if isinstance(line, dict) and line.get("v") == VERSION:
+            lines.append(line)
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSeconds:
+    """What became of a node's time; the first three add up to ``paid``.
+
+    A node with four servers of which one is up for ten seconds is up for 2.5.
+
+    Attributes:
+        startup: Seconds until servers were ready for the first time.
+        down: Seconds that servers which had been ready were not.
+        up: Seconds that servers were ready.
+        paid: Seconds from ``begin`` to ``end``, over all times that the node was served.
+    """
+
+    startup: float
+    down: float
+    up: float
+    paid: float
+
+
+def server_seconds(lines: Iterable[Mapping[str, Any]], until: float | None = None) -> ServerSeconds:
+    """Add up a node's record.
+
+    Args:
+        lines: The lines, as :func:`read_record` returns them.
+        until: When a time without ``end`` is taken to have ended, in seconds since 1970; None
+            takes its last line.
+    """
+    startup = down = up = paid = 0.0
+    for served in _times(lines):
+        first, last = served[0], served[-1]
+        end = last["at"] if until is None or last["event"] == "end" else max(until, last["at"])
+        span, instances = end - first["at"], max(1, int(first.get("instances", 1)))
+        paid += span
+        for instance in range(instances):
+            own = [line for line in served if line.get("instance") == instance]
+            before, on = _one(own, first["at"], end)
+            startup += before / instances
+            up += on / instances
+            down += (span - before - on) / instances
+    return ServerSeconds(*(round(s, 3) for s in (startup, down, up, paid)))
+
+
+def _times(lines: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Return the lines of each time that the node was served."""
+    times = list[list[Mapping[str, Any]]]()
+    for line in lines:
+        if line["event"] == "begin":
+            times.append([line])
+        elif times:
+            times[-1].append(line)
+    return times
+
+
+def _one(lines: Iterable[Mapping[str, Any]], begin: float, end: float) -> tuple[float, float]:
+    """Return the seconds until a server was ready, and those that it was."""
+    first: float | None = None
+    since: float | None = None
+    up = 0.0
+    for line in lines:
+        if line["event"] in _ON and since is None:
+            since = line["at"]
+            first = since if first is None else first
+        elif line["event"] in _OFF and since is not None:
+            up += line["at"] - since
+            since = None
+    if since is not None:
+        up += end - since
+    return (end if first is None else first) - begin, up

@@ -1,0 +1,118 @@
+"""A worker's side of its node's servers: the first has them started, all wait until they are up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from ..contract.errors import ConfigurationError, RunStoppedError
+from .lock import is_served, using
+from .plan import Files, NodePlan, files_of
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S: Final = 0.5
+_SLACK_S: Final = 30.0
+_FAILED_LATELY_S: Final = 600.0
+_MOST_STARTS: Final = 3
+
+
+def _never() -> str | None:
+    return None
+
+
+@asynccontextmanager
+async def used(plan: NodePlan, over: Callable[[], str | None] = _never) -> AsyncIterator[Path]:
+    """Use this node's servers while the block runs; where nobody serves the node, have it served.
+
+    Args:
+        plan: What to serve.
+        over: Tells why it is waited no longer, or None; may block for a moment.
+
+    Yields:
+        The node's endpoints file; at least one server is in it.
+
+    Raises:
+        RunStoppedError: No server is ready in time, it is waited no longer, or all were given up;
+            with their last lines.
+        ConfigurationError: The servers folder cannot be made.
+    """
+    files = files_of(plan)
+    await asyncio.to_thread(files.make)
+    async with using(files):
+        await _up(plan, files, over)
+        yield files.endpoints
+
+
+async def _up(plan: NodePlan, files: Files, over: Callable[[], str | None]) -> None:
+    """Wait until a server is ready."""
+    begun, starts = time.monotonic(), 0
+    while True:
+        if await asyncio.to_thread(is_served, files):
+            if await asyncio.to_thread(files.endpoints.is_file):
+                return
+        elif starts >= _MOST_STARTS:
+            msg = f"{plan.host}: whoever serves the node ends again; see {files.keeper_log}"
+            raise RunStoppedError(msg)
+        else:
+            await asyncio.to_thread(_check_failure, plan, files)
+            logger.info("%s: this worker has the node's servers started", plan.host)
+            await asyncio.to_thread(_start, plan, files)
+            starts += 1
+        if why := await asyncio.to_thread(over):
+            raise RunStoppedError(f"{plan.host}: {why} before the node's servers were ready")
+        if time.monotonic() - begun > plan.timeout_s + _SLACK_S:
+            msg = (
+                f"{plan.host}: no server of this node was ready within {plan.timeout_s:g} s "
+                f"(node.timeout_s); what they say: {files.log(0).parent}"
+            )
+            raise RunStoppedError(msg)
+        await asyncio.sleep(_LOOK_S)
+
+
+def _check_failure(plan: NodePlan, files: Files) -> None:
+    """Start nothing where the same was given up a short while ago.
+
+    Raises:
+        RunStoppedError: It was; with the servers' last lines.
+    """
+    try:
+        age = time.time() - files.failure.stat().st_mtime
+        text = files.failure.read_text(encoding="utf-8")
+    except OSError:
+        return  # nothing was given up
+    if age < _FAILED_LATELY_S:
+        raise RunStoppedError(f"the servers of {plan.host} were given up: {text}")
+
+
+def _start(plan: NodePlan, files: Files) -> None:
+    """Have a process left behind that serves the node.
+
+    Raises:
+        ConfigurationError: Its log cannot be written.
+        RunStoppedError: It cannot be started.
+    """
+    command = [sys.executable, "-P", "-m", __package__]
+    try:
+        with files.keeper_log.open("ab") as log:
+            done = subprocess.run(
+                command,
+                input=plan.to_json(),
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+                check=False,
+            )
+    except OSError as error:
+        msg = f"{files.keeper_log}: cannot be written: {error.strerror}"
+        raise ConfigurationError(msg) from None
+    if done.returncode:
+        msg = f"{plan.host}: the node's servers cannot be started; see {files.keeper_log}"
+        raise RunStoppedError(msg)

@@ -1,0 +1,96 @@
+"""A small process beside the one that serves a node: it ends the servers if that one is killed.
+
+It is run as a file by a bare interpreter, so it imports nothing of fanfold. From standard input it
+reads ``+PID`` for each server that was started (the leader of a process group of its own) and
+``-PID`` for each that has ended. When its input ends, the process that serves has ended, in order
+or not: what is still in the list gets SIGTERM, and SIGKILL some seconds later; then the node's
+endpoints file is removed. It has inherited the lock on the node, so nobody starts new servers
+before the old ones are gone.
+
+It heeds no signal but SIGKILL. If it is killed together with the process that serves, servers are
+left; a batch job's end takes them, and whoever serves next is told that their ports are taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+
+_TICK_S = 0.1
+
+
+def main() -> None:
+    """Read the list, then clean up; the arguments are endpoints file, record, host and seconds."""
+    endpoints, record, host, grace = sys.argv[1:5]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    groups = listen()
+    if not groups:
+        return
+    with suppress(OSError):
+        os.unlink(endpoints)  # noqa: PTH108 - the fewest imports
+    end(groups, float(grace))
+    line = {"v": 1, "at": time.time(), "host": host, "event": "end", "why": "keeper lost"}
+    with suppress(OSError), open(record, "a", encoding="utf-8") as file:  # noqa: PTH123
+        file.write(json.dumps(line) + "\n")
+
+
+def listen() -> set[int]:
+    """Return the groups that are there when the input ends."""
+    groups = set[int]()
+    for line in sys.stdin:
+        number = int(line[1:])
+        if line.startswith("+"):
+            groups.add(number)
+        else:
+            groups.discard(number)
+    return groups
+
+
+def end(groups: set[int], grace_s: float) -> None:
+    """End process groups."""
+    deadline = time.monotonic() + grace_s
+    _send(groups, signal.SIGTERM)
+    while any(map(alive, groups)) and time.monotonic() < deadline:
+        time.sleep(_TICK_S)
+    _send(groups, signal.SIGKILL)
+
+
+def _send(groups: set[int], number: signal.Signals) -> None:
+    for group in groups:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, number)
+
+
+def alive(group: int) -> bool:
+    """Say whether a process group has a member that has not ended.
+
+    One that has ended may stay in its group for long: some containers' first process waits for
+    nobody.
+    """
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    try:
+        numbers = [name for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208
+    except OSError:
+        return True  # no Linux: nobody tells
+    return any(_runs_in(group, number) for number in numbers)
+
+
+def _runs_in(group: int, number: str) -> bool:
+    try:
+        with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            state, _, its_group = file.read().rpartition(")")[2].split()[:3]
+    except (OSError, ValueError):
+        return False  # it has ended meanwhile
+    return int(its_group) == group and state not in {"Z", "X"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""A model server of the least: answers chat completions without the simulated fleet's mark.
+
+``plain.py PORT [start-delay] [words…]``; with ``fail`` it says some lines and exits with 3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+MODES = sys.argv[2:]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None: ...
+
+    def answer(self, data: object, status: int = 200) -> None:
+        body = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            sick = next((m[5:] for m in MODES if m.startswith("sick:")), None)
+            self.answer({}, 503 if sick and Path(sick).exists() else 200)
+        elif self.path == "/v1/models":
+            self.answer({"data": [{"id": "plain", "object": "model", "max_model_len": 4096}]})
+        else:
+            self.answer({}, 404)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(0.02)
+        message = {"role": "assistant", "content": f"from {sys.argv[1]}"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+        self.answer({"id": "x", "model": "plain", "choices": [choice], "usage": usage})
+
+
+def main() -> None:
+    if "fail" in MODES:
+        print("loading weights\n\x1b[31mtorch.OutOfMemoryError: no memory left\x1b[0m", flush=True)
+        sys.exit(3)
+    if "stubborn" in MODES:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print("devices", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+    ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

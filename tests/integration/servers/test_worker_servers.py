@@ -1,0 +1,187 @@
+"""Workers whose node is not served: the first has the servers started, all use them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fanfold.backends.contract.errors import ConfigurationError, RunStoppedError
+from fanfold.backends.nearby import served_here
+from fanfold.backends.servers.lock import is_served
+from fanfold.backends.servers.use import used
+from fanfold.configs.load import Loaded, load
+from fanfold.graphs import worker
+from fanfold.graphs.prepare import prepare_run
+from fanfold.graphs.run import RunOptions, execute
+
+from .conftest import PLAIN, Node, free_port, until
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(autouse=True)
+def _host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FANFOLD_HOST", "node7")
+
+
+def settings(node: Node, serve: str = "", **sections: Any) -> Loaded:
+    source = node.folder.parent / "in.csv"
+    source.write_text("id,text\n" + "".join(f"{n},t\n" for n in range(60)))
+    data: dict[str, Any] = {
+        "name": "t",
+        "input": {"path": str(source), "id": "id"},
+        "task": {"prompt": "Say {text}"},
+        "model": {"name": "plain"},
+        "endpoints": {"file": str(node.folder), "refresh_s": 0.05},
+        "backend": {"processes": 2, "node_endpoints": True},
+        "limits": {"streams": 8},
+        "node": {
+            "serve": serve or f"{sys.executable} -I -S {PLAIN} {{port}} {' '.join(node.modes)}",
+            "ports": node.ports[0],
+            "address": "127.0.0.1",
+            "linger_s": 0.3,
+        },
+    }
+    return load(data | sections)
+
+
+def never() -> None:
+    return None
+
+
+def threads() -> Executor:
+    return ThreadPoolExecutor(2)
+
+
+async def test_a_run_starts_its_nodes_servers(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They end when the workers have."""
+    own = worker.Worker()
+    monkeypatch.setattr(worker, "the_worker", lambda: own)
+    backend = {"kind": "executor", "factory": f"{__name__}:threads", "node_endpoints": True}
+    loaded = settings(node, backend=backend)
+    folder = await prepare_run(loaded, tmp_path / "r")
+    result = await execute(folder, loaded, RunOptions(quiet=True), Console(quiet=True))
+    assert (result.code, result.progress["done"], result.simulated) == (0, 60, False)
+    assert len(node.events("start")) == len(node.events("ready")) == 1
+    await asyncio.to_thread(own.close)
+    await until(lambda: not is_served(node.files))
+    assert not node.alive()
+    assert not node.listed()
+    assert node.events("end")[-1]["why"] == "stopped"
+    assert "nobody has used the servers" in node.files.keeper_log.read_text()
+
+
+async def test_many_workers_one_set_of_servers(node: Node) -> None:
+    node.ports = [free_port(), free_port()]
+    plan = node.plan(linger_s=0.1)
+
+    async def one() -> None:
+        async with used(plan):
+            assert node.listed()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(8):
+            group.create_task(one())
+    await until(lambda: not is_served(node.files))
+    assert len(node.events("begin")) == 1
+    assert len(node.events("start")) == 2
+    assert not node.alive()
+
+
+async def test_workers_find_what_a_job_script_has_started(node: Node) -> None:
+    loaded = settings(node)
+    async with node.served():
+        await until(node.listed)
+        async with served_here(
+            loaded.config, loaded.plain["endpoints"], "plain", False, never
+        ) as up:
+            assert [spec.url for spec in up.specs] == [f"http://127.0.0.1:{node.ports[0]}"]
+        assert len(node.events("start")) == 1
+
+
+async def test_servers_outlive_a_worker_for_the_next_one(node: Node) -> None:
+    plan = node.plan(linger_s=60.0)
+    async with used(plan):
+        pass
+    async with used(plan):
+        (begun,) = node.events("begin")
+        os.kill(node.pids()[0], signal.SIGKILL)
+        await until(lambda: len(node.events("ready")) == 2)
+    os.kill(begun["pid"], signal.SIGTERM)
+    await until(lambda: not is_served(node.files))
+    assert not node.alive()
+    assert len(node.events("begin")) == 1
+
+
+async def test_what_was_given_up_is_not_started_again_and_again(node: Node) -> None:
+    node.modes = ("fail",)
+    loaded = settings(node)
+    for _ in range(2):
+        with pytest.raises(RunStoppedError) as error:
+            async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False, never):
+                raise AssertionError
+        assert "torch.OutOfMemoryError: no memory left" in error.value.message
+    assert len(node.events("start")) == 1
+    await until(lambda: not is_served(node.files))
+
+
+async def test_a_keeper_that_is_killed_is_followed_by_another(node: Node) -> None:
+    plan = node.plan(linger_s=0.3)
+    async with used(plan):
+        (begun,) = node.events("begin")
+        os.kill(begun["pid"], signal.SIGKILL)
+        await until(lambda: not is_served(node.files))
+        async with used(plan):
+            assert len(node.events("begin")) == 2
+            assert node.listed()
+    await until(lambda: not is_served(node.files))
+    await until(lambda: not node.alive())
+
+
+async def test_with_aegis_nothing_is_started(node: Node) -> None:
+    aegis = node.folder.parent / "aegis_endpoints.txt"
+    aegis.write_text("node7:8000\nnode8:8000\n")
+    loaded = settings(node, endpoints={"file": str(aegis)})
+    async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False, never) as up:
+        assert [spec.url for spec in up.specs] == ["http://node7:8000"]
+    assert not node.events()
+
+
+async def test_a_folder_is_needed(node: Node) -> None:
+    loaded = settings(node, endpoints={"urls": [f"http://127.0.0.1:{free_port()}"]})
+    with pytest.raises(ConfigurationError, match=r"set backend\.registry"):
+        async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False, never):
+            raise AssertionError
+
+
+async def test_a_simulated_server_makes_a_simulated_run(node: Node, tmp_path: Path) -> None:
+    module = "fanfold.backends.fleet.simulated --nodes 1 --addressing port"
+    serve = f"{sys.executable} -P -m {module} --port {{port}}"
+    loaded = settings(node, serve, model={"name": "simulated-8b"})
+    folder = await prepare_run(loaded, tmp_path / "r")
+    assert folder.read_provenance()["simulated"] is True
+    async with asyncio.timeout(60):
+        async with served_here(
+            loaded.config, loaded.plain["endpoints"], "simulated-8b", True, never
+        ):
+            assert node.listed()
+    await until(lambda: not is_served(node.files))
+
+
+async def test_a_worker_waits_no_longer_than_its_run(node: Node) -> None:
+    plan = node.plan(ready="/nowhere", linger_s=0.1)
+    with pytest.raises(RunStoppedError, match="the run is over before the node's servers were"):
+        async with used(plan, lambda: "the run is over" if node.events("start") else None):
+            raise AssertionError
+    await until(lambda: not is_served(node.files))
+    assert not node.alive()

@@ -1,0 +1,104 @@
+"""When a life must end: arithmetic, sources, and what is closed in time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+import pytest
+
+from fanfold.backends.contract.errors import ConfigurationError, RunStoppedError
+from fanfold.configs.load import load
+from fanfold.configs.models import LimitsConfig
+from fanfold.graphs.errand import StopSign
+from fanfold.graphs.walltime import Walltime, closing, walltime, within
+from fanfold.nodes.gate import Gate
+
+NOW = Walltime(0.0, 0.0, "walltime: over")
+LATER = replace(NOW, stop_at=time.time() + 3600)
+
+
+def limits(**settings: float) -> LimitsConfig:
+    return LimitsConfig(**{"drain_s": 30, "margin_s": 20} | settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("walltime_s", "environment", "stop_at", "source"),
+    [
+        (3600, {}, 4550, "limits.walltime_s"),
+        (None, {"SLURM_JOB_END_TIME": "2000"}, 1950, "SLURM_JOB_END_TIME"),
+        (None, {"FANFOLD_END_TIME": "1900.5", "SLURM_JOB_END_TIME": "2000"}, 1850.5, "FANFOLD_END"),
+        (3600, {"SLURM_JOB_END_TIME": "9000"}, 4550, "limits.walltime_s"),
+        (8500, {"SLURM_JOB_END_TIME": "9000"}, 8950, "SLURM_JOB_END_TIME"),
+    ],
+)
+def test_the_earliest_end_counts_less_drain_and_margin(
+    walltime_s: float | None, environment: dict[str, str], stop_at: float, source: str
+) -> None:
+    given = limits() if walltime_s is None else limits(walltime_s=walltime_s)
+    end = walltime(given, environment, began=1000)
+    assert end is not None
+    assert (end.stop_at, end.workers_at) == (stop_at, stop_at + 5)
+    assert end.reason.startswith("walltime: this life ends at ")
+    assert source in end.reason
+    assert "50 s are kept" in end.reason
+    longer = walltime(given, environment, began=1000, extra_s=10)
+    assert longer is not None
+    assert longer.stop_at == stop_at - 10
+
+
+@pytest.mark.parametrize("value", ["", "UNLIMITED", "0", "-1", "nan"])
+def test_without_an_end(value: str) -> None:
+    assert walltime(limits(), {"SLURM_JOB_END_TIME": value}, began=1000) is None
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "inf"])
+def test_an_end_of_ones_own_must_be_a_time(value: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"FANFOLD_END_TIME is .*date \+%s"):
+        walltime(limits(), {"FANFOLD_END_TIME": value}, began=1000)
+
+
+def test_a_walltime_that_leaves_no_time() -> None:
+    settings = {"task": {"prompt": "x"}, "endpoints": "auto", "limits": {"walltime_s": 60}}
+    with pytest.raises(ConfigurationError, match="leaves no time: drain_s and margin_s take 60 s"):
+        load(settings)
+    assert load(settings, ["limits.margin_s=1"]).config.limits.walltime_s == 60
+
+
+async def test_the_gate_is_closed_in_time() -> None:
+    gate = Gate(1, 1.0)
+    with closing(gate, NOW):
+        assert await gate.wait_closed(60)
+    assert gate.reason == "walltime: over"
+    for end in (None, LATER):
+        gate = Gate(1, 1.0)
+        with closing(gate, end):
+            await asyncio.sleep(0)
+        assert not gate.closed
+
+
+async def test_what_comes_before_the_first_item_is_broken_off() -> None:
+    with pytest.raises(RunStoppedError, match="over; nothing was asked"):
+        await within(asyncio.Event().wait(), NOW)
+    assert await within(asyncio.sleep(0, "done"), LATER) == "done"
+    assert await within(asyncio.sleep(0, "done"), None) == "done"
+
+    async def late() -> None:
+        raise TimeoutError("of its own")
+
+    for end in (LATER, None):
+        with pytest.raises(TimeoutError, match="of its own"):
+            await within(late(), end)
+
+
+def test_workers_stop_with_the_run_or_with_their_own_job() -> None:
+    now = time.time()
+    assert StopSign(3600, now + 3600).reason() is None
+    assert StopSign(3600, now - 1).reason() == "walltime: the run's time is over"
+    assert StopSign(-1, now + 3600).reason() == "the order's deadline"
+    sign = StopSign(3600, now + 3600)
+    sign.heed(limits(walltime_s=100), {"SLURM_JOB_END_TIME": str(now + 3600)})
+    assert sign.reason() is None
+    sign.heed(limits(), {"SLURM_JOB_END_TIME": str(now + 40)})
+    assert "SLURM_JOB_END_TIME" in str(sign.reason())

@@ -1,0 +1,119 @@
+"""What is to be served: commands, ports, accelerators; and how it travels."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fanfold.backends.contract.command import fill, names_of, split_command
+from fanfold.backends.contract.errors import ConfigurationError, SiteError
+from fanfold.backends.servers.plan import (
+    NodePlan,
+    ServerPlan,
+    accelerator_ids,
+    divided,
+    server_plans,
+)
+
+NAMES = ("port", "model", "instance", "gpus")
+
+
+def test_a_value_with_blanks_stays_one_word() -> None:
+    words = split_command("serve '{model}' --port={port} --name 'a b'", NAMES)
+    filled = fill(words, {"model": "my model; rm -rf /", "port": "8000"})
+    assert filled == ("serve", "my model; rm -rf /", "--port=8000", "--name", "a b")
+
+
+def test_other_braces_stay() -> None:
+    text = """vllm --config '{"a": {"b": 1}}' --x '${HOME}' --y '{}' --port {port}"""
+    words = split_command(text, NAMES)
+    assert names_of(words) == {"port"}
+    assert fill(words, {"port": "1"})[2:7:2] == ('{"a": {"b": 1}}', "${HOME}", "{}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("   ", "is empty"),
+        ("serve 'x", "no closing quotation"),
+        ("serve --port {prt}", r"no \{prt\}; there are \{gpus\}, \{instance\}, \{model\}"),
+    ],
+)
+def test_commands_that_are_none(text: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        split_command(text, NAMES)
+
+
+def test_attributes_and_formats_are_no_names() -> None:
+    words = split_command("a {port.__class__} {port!r} {port:9} {0}", NAMES)
+    assert fill(words, {"port": "1"}) == words
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_accelerators_are_divided_without_rest(each: int, instances: int) -> None:
+    ids = [f"{n}.0" for n in range(each * instances)]
+    parts = divided(ids, instances)
+    assert [len(part) for part in parts] == [each] * instances
+    assert [name for part in parts for name in part] == ids
+
+
+def test_a_rest_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="12 cannot be divided among 5"):
+        divided([str(n) for n in range(12)], 5)
+    assert divided([], 3) == [(), (), ()]
+
+
+@pytest.mark.parametrize(
+    ("ids", "count", "environment", "found"),
+    [
+        (["0.0", "0.1"], None, {"ZE_AFFINITY_MASK": "7"}, ["0.0", "0.1"]),
+        (None, 2, {}, ["0", "1"]),
+        (None, 2, {"ZE_AFFINITY_MASK": "4, 5,6"}, ["4", "5"]),
+        (None, None, {"ZE_AFFINITY_MASK": "GPU-a,GPU-b"}, ["GPU-a", "GPU-b"]),
+    ],
+)
+def test_whose_accelerators_count(
+    ids: list[str] | None, count: int | None, environment: dict[str, str], found: list[str]
+) -> None:
+    assert accelerator_ids("ZE_AFFINITY_MASK", ids, count, environment) == found
+
+
+@pytest.mark.parametrize(
+    ("count", "environment", "words"),
+    [
+        (4, {"CUDA_VISIBLE_DEVICES": "0,1"}, "gives this job 2"),
+        (None, {}, "say how many there are"),
+    ],
+)
+def test_too_few_accelerators(count: int | None, environment: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        accelerator_ids("CUDA_VISIBLE_DEVICES", None, count, environment)
+
+
+def test_each_server_has_its_own() -> None:
+    first, second = server_plans(
+        ("serve", "{model}", "{port}", "{instance}/{gpus}"),
+        ports=8000,
+        instances=2,
+        variable="ZE_AFFINITY_MASK",
+        ids=["0.0", "0.1", "1.0", "1.1"],
+        env={"A": "b"},
+        model="m",
+    )
+    assert first.command == ("serve", "m", "8000", "0/2")
+    assert second.command == ("serve", "m", "8001", "1/2")
+    assert first.env == {"ZE_AFFINITY_MASK": "0.0,0.1", "A": "b"}
+    assert second.env == {"ZE_AFFINITY_MASK": "1.0,1.1", "A": "b"}
+
+
+def test_a_plan_travels_and_does_not_show_its_secrets() -> None:
+    server = ServerPlan(0, 8000, ("serve", "--api-key", "s3cr3t"), {"HF_TOKEN": "s3cr3t"})
+    plan = NodePlan("n", "n.example", "/f", (server,), "/health", 1.0, 2, 3.0, "s3cr3t")
+    assert NodePlan.from_json(plan.to_json()) == plan
+    assert "s3cr3t" not in repr(plan)
+    assert plan.named(server) == "n.example:8000"
+    for broken in (b"", b"[]", b'{"v": 2}', b'{"v": 1}'):
+        with pytest.raises(SiteError, match="plan"):
+            NodePlan.from_json(broken)
