@@ -9,6 +9,7 @@ from typing import Any, Final
 import orjson
 
 from ..contract.calls import CallLog, Hold
+from ..contract.errors import ConfigurationError
 from ..contract.types import Usage
 from .failures import Failure
 
@@ -53,9 +54,13 @@ class Charge:
 
         Raises:
             BudgetExhaustedError: The budget does not carry it.
+            ConfigurationError: Nothing bounds its answer.
         """
         if log is None or log.account is None:
             return cls(log, body)
+        if not (body.get("max_completion_tokens") or body.get("max_tokens")):
+            msg = "a budget is set, and a request has no max_tokens: nothing bounds what it takes"
+            raise ConfigurationError(msg)
         return cls(log, body, await log.account.hold(most_tokens(body), body))
 
     def again(self) -> Charge | None:
