@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import yaml
@@ -103,7 +103,28 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in plain["node"]["env"].items():
         if may_be_secret(name) and not _VARIABLES_ONLY.fullmatch(value):
             plain["node"]["env"][name] = MASKED
+    password = config.backend.exchange.password
+    if password is not None:
+        written = raw["backend"]["exchange"]["password"]
+        plain["backend"]["exchange"]["password"] = _safe_key(written, password)
     return plain
+
+
+def written_out(plain: Any, where: str) -> Iterator[str]:
+    """Yield the dotted keys of the secrets that plain settings do not keep.
+
+    Args:
+        plain: The settings, or a part of them.
+        where: The part's own key.
+    """
+    if plain == MASKED:
+        yield where
+    elif isinstance(plain, Mapping):
+        for key, value in plain.items():
+            yield from written_out(value, f"{where}.{key}")
+    elif isinstance(plain, list):
+        for number, value in enumerate(plain):
+            yield from written_out(value, f"{where}.{number}")
 
 
 def _unexpand(plain: Any, raw: Any) -> Any:

@@ -14,7 +14,7 @@ from ..backends.contract.money import Tariff
 from ..backends.places import carried, shares_folder
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
-from ..configs.plain import MASKED
+from ..configs.plain import written_out
 from .shares import worker_settings, worker_streams
 
 
@@ -65,14 +65,14 @@ def crew_terms(
         tariff: What tokens cost.
 
     Raises:
-        ConfigurationError: The endpoints' key stands in the settings in clear text; it would
-            have to travel, and does not.
+        ConfigurationError: A key or token of the endpoints stands in the settings in clear text;
+            it would have to travel, and does not.
     """
     config = loaded.config
-    if loaded.plain["endpoints"]["api_key"] == MASKED:
+    for secret in written_out(loaded.plain["endpoints"], "endpoints"):
         msg = (
-            "endpoints.api_key is written out, and keys do not travel to workers; write it as "
-            "${VAR} and set the variable where the workers run"
+            f"{secret} is written out, and keys do not travel to workers; write it as ${{VAR}} and "
+            "set the variable where the workers run"
         )
         raise ConfigurationError(msg)
     run = {key: about[key] for key in ("model", "simulated", "fingerprint", "life")}

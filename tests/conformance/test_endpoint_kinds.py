@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -120,7 +122,7 @@ async def test_first(site: Site, written: str, monkeypatch: pytest.MonkeyPatch) 
 
 async def test_simulated(site: Site) -> None:
     assert (await ran({"simulated": {"nodes": 2, "time_scale": 50}}))["progress"]["simulated"]
-    assert site.asked == 0
+    assert (site.asked, site.first.asked) == (0, [])
 
 
 async def test_auto_takes_a_registry_first_and_says_so(
@@ -255,3 +257,23 @@ async def test_the_gateways_quota_is_waited_for(
         "requests_per_s": 200,
     }
     await ran({"first": first})
+
+
+def threads() -> Executor:
+    return ThreadPoolExecutor(2)
+
+
+@pytest.mark.parametrize("kind", ["urls", "first"])
+async def test_keys_do_not_travel_to_workers(site: Site, kind: str) -> None:
+    """A key that is written out is refused before anything is sent, whatever it opens."""
+    endpoints: dict[str, Any] = {
+        "urls": {"urls": [await site.model()], "api_key": "good"},
+        "first": {
+            "first": {"base_url": await site.gateway(), "paths": "metis/api", "token": "good"}
+        },
+    }[kind]
+    backend = {"kind": "executor", "factory": f"{__name__}:threads"}
+    where = {"urls": "endpoints.api_key", "first": "endpoints.first.token"}[kind]
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(where)} is written out"):
+        await ran(endpoints, backend=backend)
+    assert (site.asked, site.first.asked) == (0, [])

@@ -143,6 +143,16 @@ def test_a_copy_says_the_same_but_for_endpoints(name: str, tmp_path: Path) -> No
         copy_preset(name, target)
 
 
+@pytest.mark.parametrize(
+    ("password", "kept"), [("${P}", "${P}"), ("x${P}", MASKED), ("s3", MASKED)]
+)
+def test_what_is_kept_of_a_password(password: str, kept: str) -> None:
+    exchange = {"kind": "redis", "password": password}
+    backend = {"kind": "academy", "exchange": exchange}
+    loaded = load(GOOD | {"backend": backend}, environment={"P": "s3"})
+    assert loaded.plain["backend"]["exchange"]["password"] == kept
+
+
 def test_another_kind_of_backend_leaves_out_the_keys_of_the_former(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
