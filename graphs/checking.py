@@ -54,6 +54,7 @@ def _lines(loaded: Loaded, found: Estimate) -> list[str]:
         f"first prompt (item {found.first_id}):",
         *(f"  {line}" for line in found.first_prompt.splitlines()),
         _sample_line(found),
+        *_too_long(found),
         *_price_lines(loaded, found),
         *(
             [f"answers and times: as in {found.forecast.measured}"]
@@ -76,6 +77,16 @@ def _sample_line(found: Estimate) -> str:
         f"sample: {counted.items:,} prompts, {about}{counted.tokens.likely:,.0f} tokens on "
         f"average, {counted.longest:,} at most ({counted.how})"
     )
+
+
+def _too_long(found: Estimate) -> list[str]:
+    longest, answer = found.counted.longest, found.plan.max_tokens
+    if found.context is None or longest + answer <= found.context:
+        return []
+    return [
+        f"WARNING: the longest of these prompts and an answer of {answer:,} tokens do not fit the "
+        f"context of {found.context:,}; such items are cut short or fail"
+    ]
 
 
 def _price_lines(loaded: Loaded, found: Estimate) -> list[str]:
@@ -130,6 +141,7 @@ def _data(loaded: Loaded, found: Estimate) -> dict[str, Any]:
             "counted": counted.how,
         },
         "price": None if found.price is None else found.price.to_json(),
+        "context": found.context,
         "nodes": found.plan.nodes,
         "streams": found.plan.streams,
         "estimate": found.forecast.to_json(),

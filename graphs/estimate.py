@@ -35,6 +35,7 @@ from .spans import Span
 
 SAMPLE: Final = 200
 """Items that a check renders."""
+_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Estimate:
         first_id: Name of the first item that can be asked.
         first_prompt: Its question, as it would be sent.
         counted: The sample's prompts.
+        context: Tokens of the shortest context among the endpoints, or None when unknown.
         price: What the model costs, or None.
         plan: What is going to be asked.
         forecast: What it will take.
@@ -82,6 +84,7 @@ class Estimate:
     first_id: str
     first_prompt: str
     counted: Counted
+    context: int | None
     price: Price | None
     plan: Plan
     forecast: Forecast
@@ -122,6 +125,7 @@ async def estimate(loaded: Loaded, sample: int = SAMPLE, like: Path | None = Non
         first_id=taken.first_id,
         first_prompt=_question(taken),
         counted=counted,
+        context=min((s.max_model_len for s in serving.specs if s.max_model_len), default=None),
         price=cost,
         plan=plan,
         forecast=forecast(plan, seen),
@@ -212,15 +216,18 @@ async def _asked(config: RunConfig, place: Place) -> tuple[Serving, tuple[str, .
     matched = match(found, config.model.name or place.model, config.endpoints.models)
     chosen = () if place.why is None else (place.why,)
     up = Serving(matched.specs, matched.model, matched.simulated, matched.absent, place)
-    return up, (*chosen, *map(_line, found))
+    return up, (*chosen, *(_line(one, matched.model) for one in found))
 
 
-def _line(found: Found) -> str:
+def _line(found: Found, model: str) -> str:
+    """Return what an endpoint said of itself; ours is the first of many models."""
     if found.error:
         return f"{found.label}: not reachable: {found.error}"
     kind = " SIMULATED" if found.simulated else ""
     context = "".join(f", context {n:,}" for _, n in found.max_model_len[:1])
-    models = ", ".join(found.models)
+    listed = sorted(found.models, key=lambda name: name != model)
+    more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
+    models = ", ".join(listed[:_SHOWN]) + more
     return f"{found.label}:{kind} serves {models}{context}, {1000 * (found.latency_s or 0):.0f} ms"
 
 

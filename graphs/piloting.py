@@ -19,7 +19,7 @@ def pilot_lines(found: Piloted) -> Iterator[str]:
         f"{found.done:,} done, {found.failed:,} failed"
     )
     if seen is None or found.forecast is None:
-        yield "  none of them could be asked"
+        yield "  no model was asked for any of them"
         return
     for name, count in sorted(seen.failed.items(), key=lambda pair: -pair[1]):
         yield f"  {count:,} x {name}"

@@ -71,6 +71,16 @@ def test_check_counts_a_sample_by_the_endpoints_tokenizer(shell: Shell, fleet: S
     assert like["estimate"]["usd"]["likely"] == pytest.approx(cost, rel=1e-3)
 
 
+def test_check_warns_of_prompts_that_do_not_fit(shell: Shell, fleet: Served) -> None:
+    priced(shell, items=3, model={"max_tokens": 10_000_000})
+    urls = ",".join(fleet.urls)
+    said = shell("check", "c.yaml", "--endpoints", urls)
+    assert said.code == 0
+    assert "WARNING: the longest of these prompts and an answer of 10,000,000 tokens" in said.out
+    priced(shell, items=3)
+    assert "WARNING" not in shell("check", "c.yaml", "--endpoints", urls).out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
