@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .backends.fleet.simulated.spec import SimulationSpec
     from .graphs.context import RunContext
     from .graphs.map_reduce import build_graph
+    from .graphs.tool import as_tool
 
 __all__ = [
     "ChatFleet",
@@ -26,6 +27,7 @@ __all__ = [
     "RunContext",
     "SimulatedFleet",
     "SimulationSpec",
+    "as_tool",
     "build_graph",
 ]
 
@@ -37,6 +39,7 @@ _WHERE = {
     "RunContext": "graphs.context",
     "SimulatedFleet": "backends.fleet.simulated.fleet",
     "SimulationSpec": "backends.fleet.simulated.spec",
+    "as_tool": "graphs.tool",
     "build_graph": "graphs.map_reduce",
 }
 

@@ -36,7 +36,10 @@ def default_folder(name: str) -> Path:
 
 
 async def prepare_run(
-    loaded: Loaded, path: Path, items: Sequence[Mapping[str, Any]] | None = None
+    loaded: Loaded,
+    path: Path,
+    items: Sequence[Mapping[str, Any]] | None = None,
+    allow_simulated: bool = True,
 ) -> RunFolder:
     """Check input and endpoints, and make the run's folder.
 
@@ -44,6 +47,7 @@ async def prepare_run(
         loaded: The settings.
         path: The folder to make.
         items: Items in place of the configured input.
+        allow_simulated: Whether a simulated fleet may be asked.
 
     Raises:
         ConfigurationError: Something does not fit; then there is no folder.
@@ -59,6 +63,11 @@ async def prepare_run(
         spec = input_spec(loaded.config, items)
         summary = await asyncio.to_thread(spill, spec, folder.items, needed_columns(loaded.config))
         model, simulated = await _settle_model(loaded)
+        if simulated and not allow_simulated:
+            msg = (
+                "the endpoints are a simulated fleet, whose answers mean nothing; nothing was asked"
+            )
+            raise ConfigurationError(msg)
         cost = await asyncio.to_thread(price, loaded.config, model, simulated)
         about = {
             "run": secrets.token_hex(8),

@@ -9,7 +9,12 @@ import orjson
 from langchain_core.messages import BaseMessage
 from langgraph.runtime import Runtime
 
-from ..backends.contract.errors import ConfigurationError, EndpointError, InvalidAnswerError
+from ..backends.contract.errors import (
+    ConfigurationError,
+    EndpointError,
+    InvalidAnswerError,
+    ItemLimitError,
+)
 from ..backends.contract.types import Json
 from .context import ItemContext
 from .prepare import failure
@@ -25,7 +30,7 @@ async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
     try:
         result = await context.delegate({**state["row"], "messages": state["messages"]})
         return {"output": context.answer.check(_json_safe(_output(result)))}
-    except (EndpointError, InvalidAnswerError) as error:
+    except (EndpointError, InvalidAnswerError, ItemLimitError) as error:
         return {"error": failure(error)}
 
 

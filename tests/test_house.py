@@ -116,6 +116,7 @@ def test_public_names() -> None:
         "RunContext",
         "SimulatedFleet",
         "SimulationSpec",
+        "as_tool",
         "build_graph",
     ]
     for name in fanfold.__all__:

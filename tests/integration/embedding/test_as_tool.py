@@ -1,0 +1,197 @@
+"""``as_tool``: what an agent is told, what it may do, and what it may not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from langchain_core.messages import ToolMessage
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+
+from fanfold import ConfigurationError, RunContext, as_tool
+from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.fleet.simulated.rules import FaultRule
+
+pytestmark = pytest.mark.integration
+
+SCHEMA = {
+    "type": "object",
+    "required": ["score"],
+    "properties": {"score": {"type": "number", "minimum": 0, "maximum": 1}},
+}
+ON_ITS_OWN: dict[str, Any] = {"endpoints": {"simulated": {"nodes": 2, "time_scale": 1000}}}
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "solubility",
+        "input": {"id": "mol_id", "smiles": "smiles"},
+        "task": {"prompt": "How soluble is {smiles} at pH {p.H}?", "schema": SCHEMA},
+        "limits": {"hedge": False},
+        "reduce": [{"op": "top_k", "field": "score", "k": 8, "show": ["smiles"]}, {"op": "count"}],
+    } | changes
+
+
+def molecules(count: int) -> list[dict[str, Any]]:
+    return [{"mol_id": f"m{n}", "smiles": "C" * (n + 1), "p.H": 7.4} for n in range(count)]
+
+
+def call(tool: BaseTool, items: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "tool_call", "id": "c1", "name": tool.name, "args": {"items": items, **more}}
+
+
+async def asked(tool: BaseTool, items: Any, **more: Any) -> ToolMessage:
+    message = await tool.ainvoke(call(tool, items, **more))
+    assert isinstance(message, ToolMessage)
+    return message
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def trial(simulated: SimulatedFleet, **options: Any) -> BaseTool:
+    config = settings(endpoints={"urls": list(simulated.urls)})
+    return as_tool(config, allow_simulated=True, **options)
+
+
+def test_arguments_are_typed_by_the_tasks_columns() -> None:
+    tool = as_tool(settings(**ON_ITS_OWN), allow_simulated=True, max_items=300)
+    function = convert_to_openai_tool(tool)["function"]
+    assert function["name"] == "solubility"
+    assert "How soluble is {smiles}" in function["description"]
+    assert "top_k of score" in function["description"]
+    (items,) = function["parameters"]["properties"].values()
+    assert (items["minItems"], items["maxItems"]) == (1, 300)
+    row = items["items"]
+    assert set(row["properties"]) == {"smiles", "p.H", "mol_id"}
+    assert row["required"] == ["smiles", "p.H"]
+    assert row["additionalProperties"] is False
+    assert row["properties"]["smiles"]["type"] == "string"
+
+
+async def test_the_aggregate_the_top_rows_and_a_reference(
+    simulated: SimulatedFleet, tmp_path: Path
+) -> None:
+    tool = trial(simulated, rows=3, folder=tmp_path / "runs")
+    message = await asked(tool, molecules(20))
+    assert message.status == "success"
+    said = json.loads(str(message.content))
+    assert (said["items"], said["done"], said["failed"]) == (20, 20, 0)
+    top, count = said["aggregate"]
+    assert [row["rank"] for row in top["rows"]] == [1, 2, 3]
+    assert top["more_rows"] == 5
+    assert count["done"] == 20
+    table: list[dict[str, Any]] = pq.read_table(said["results"]["table"]).to_pylist()
+    best = max(table, key=lambda row: float(row["output"]["score"]))
+    assert top["rows"][0]["id"] == best["id"]
+    assert Path(said["results"]["folder"]).parent == tmp_path / "runs"
+    assert said["simulated"] is True
+    assert message.artifact["progress"]["requests"] == 20
+
+
+def test_a_plain_caller_gets_the_same() -> None:
+    tool = as_tool(settings(**ON_ITS_OWN), allow_simulated=True)
+    message = tool.invoke(call(tool, molecules(5)))
+    assert json.loads(message.content)["done"] == 5
+
+
+async def test_several_calls_at_once_have_runs_of_their_own(simulated: SimulatedFleet) -> None:
+    tool = trial(simulated)
+    messages = await asyncio.gather(*(asked(tool, molecules(n)) for n in (3, 4, 5)))
+    said = [json.loads(str(m.content)) for m in messages]
+    assert [s["done"] for s in said] == [3, 4, 5]
+    assert len({s["results"]["folder"] for s in said}) == 3
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([{"smiles": "C"}], r"items\.0\.p\.H: Field required"),
+        ([], "at least 1 item"),
+        (molecules(31), "at most 30 items"),
+        ([{"smiles": 3, "p.H": 7}], r"items\.0\.smiles: Input should be a valid string"),
+        ([{"smiles": "C", "p.H": 7, "usd": 99}], r"items\.0\.usd: Extra inputs"),
+        ("all of them", "items: Input should be a valid list"),
+    ],
+)
+async def test_arguments_that_do_not_fit_are_told(
+    simulated: SimulatedFleet, items: Any, words: str
+) -> None:
+    message = await asked(trial(simulated, max_items=30), items)
+    assert message.status == "error"
+    assert re.search(words, str(message.content))
+    assert str(message.content).endswith("Correct them and call again.")
+    assert simulated.stats()["totals"]["requests"] == 0
+
+
+async def test_no_argument_raises_what_the_owner_allows(simulated: SimulatedFleet) -> None:
+    tool = trial(simulated, max_items=10, max_items_in_all=12)
+    for more in ({"max_items": 100}, {"budget": {"usd": 1000}}, {"allow_simulated": True}):
+        message = await asked(tool, molecules(2), **more)
+        assert message.status == "error"
+        assert "Extra inputs" in str(message.content)
+    assert (await asked(tool, molecules(10))).status == "success"
+    message = await asked(tool, molecules(3))
+    assert message.status == "error"
+    assert "the 2 left of the 12 that this tool's owner allows" in str(message.content)
+    assert (await asked(tool, molecules(2))).status == "success"
+    assert "Report this to the user" in str((await asked(tool, molecules(1))).content)
+    assert simulated.stats()["totals"]["requests"] == 12
+
+
+async def test_input_that_was_refused_costs_nothing(simulated: SimulatedFleet) -> None:
+    tool = trial(simulated, max_items_in_all=4)
+    twins = [m | {"mol_id": "twin"} for m in molecules(4)]
+    message = await asked(tool, twins)
+    assert message.status == "error"
+    assert "'twin'" in str(message.content)
+    assert "correct the items and call again" in str(message.content)
+    assert (await asked(tool, molecules(4))).status == "success"
+
+
+async def test_failed_items_are_told_with_reasons(simulated: SimulatedFleet) -> None:
+    simulated.fault(FaultRule("refusal", p=0.5, draw="item"))
+    said = json.loads(str((await asked(trial(simulated), molecules(30))).content))
+    assert said["done"] + said["failed"] == 30
+    assert 0 < len(said["failures"]) <= 5
+    assert all(f["error_class"] == "RefusedAnswerError" for f in said["failures"])
+
+
+def test_a_simulated_fleet_must_be_allowed() -> None:
+    with pytest.raises(ConfigurationError, match="allow_simulated=True"):
+        as_tool(settings(**ON_ITS_OWN))
+    with pytest.raises(ConfigurationError, match="allow_simulated=True"):
+        as_tool("molecular_screening")
+
+
+async def test_endpoints_that_turn_out_simulated_are_refused_unasked(
+    simulated: SimulatedFleet, tmp_path: Path
+) -> None:
+    tool = as_tool(settings(endpoints={"urls": list(simulated.urls)}))
+    message = await asked(tool, molecules(2))
+    assert message.status == "error"
+    assert "simulated fleet" in str(message.content)
+    assert simulated.stats()["totals"]["requests"] == 0
+    assert not list(tmp_path.rglob("items.arrow"))
+
+
+async def test_dead_endpoints_are_the_users_business() -> None:
+    tool = as_tool(settings(endpoints={"urls": ["http://127.0.0.1:9/v1"]}))
+    message = await asked(tool, molecules(2))
+    assert message.status == "error"
+    assert "report it to the user" in str(message.content)
+
+
+def test_a_context_is_taken_as_it_is() -> None:
+    context = RunContext(config=settings(**ON_ITS_OWN), overrides=["input.limit=7"])
+    tool = as_tool(context, allow_simulated=True, name="rank molecules!")
+    assert tool.name == "rank_molecules_"
+    assert tool.tool_call_schema.model_json_schema()["properties"]["items"]["maxItems"] == 7  # type: ignore[union-attr]
