@@ -14,7 +14,12 @@ from langsmith import tracing_context
 from langsmith.utils import tracing_is_enabled
 
 from ..backends.build import chat_door, chat_fleet, model_params
-from ..backends.contract.errors import ConfigurationError, ItemTimeoutError, TooManyStepsError
+from ..backends.contract.errors import (
+    ConfigurationError,
+    EndpointError,
+    ItemTimeoutError,
+    TooManyStepsError,
+)
 from ..backends.contract.template import Template
 from ..backends.contract.types import Item
 from ..backends.fleet.fleet import Fleet
@@ -126,24 +131,60 @@ def _bounded(graph: Runnable[Any, Any], steps: int | None) -> Delegate:
             where = "its own" if steps is None else f"limits.steps_per_item ({steps})"
             msg = f"task.graph came to no end within {where} steps"
             raise TooManyStepsError(msg) from error
+        except Exception as error:
+            if isinstance(error.__cause__, EndpointError):  # behind ChatFleet's stock error
+                raise error.__cause__ from error
+            raise
 
     return delegate
 
 
-def load_graph(name: str) -> Callable[[Any], Any]:
-    """Return the factory that ``task.graph`` names.
-
-    A ready graph stands for a factory of it; it brings a model of its own.
+def load_graph(name: str) -> Callable[[Any], Runnable[Any, Any]]:
+    """Return the factory that ``task.graph`` names; a ready graph stands for its own factory.
 
     Raises:
         ConfigurationError: It cannot be imported, or is neither function nor graph.
     """
     found = imported(name, "task.graph")
     if isinstance(found, Runnable):
-        logger.warning("task.graph: %s brings a model of its own; its calls are not counted", name)
         return lambda _: found
     if not callable(found):
         msg = f"task.graph: {name} is no function; it must take the model and return a graph"
         raise ConfigurationError(msg)
-    factory: Callable[[Any], Any] = found
+
+    def factory(model: Any) -> Runnable[Any, Any]:
+        graph = found(model)
+        if not isinstance(graph, Runnable):
+            msg = (
+                f"task.graph: {name} returned {type(graph).__name__}, no graph or other Runnable "
+                "(a StateGraph must be compiled)"
+            )
+            raise ConfigurationError(msg)
+        return graph
+
     return factory
+
+
+def check_graph(config: RunConfig) -> None:
+    """Check that the item graph of the user's own can be imported, if there is one.
+
+    A ready graph asks a model of its own, behind fanfold's back.
+
+    Raises:
+        ConfigurationError: It cannot, or is neither function nor graph, or is a ready graph
+            where a budget is set.
+    """
+    name, budget = config.task.graph, config.budget
+    if name is None:
+        return
+    load_graph(name)
+    if not isinstance(imported(name, "task.graph"), Runnable):
+        return
+    caps = {key: getattr(budget, key) for key in ("usd", "tokens", "requests")}
+    if any(cap is not None for cap in caps.values()):
+        msg = (
+            f"task.graph: {name} is a ready graph, whose model fanfold cannot hold to the budget; "
+            "name a function that is given the model and returns the graph"
+        )
+        raise ConfigurationError(msg)
+    logger.warning("task.graph: %s brings a model of its own; its calls are not counted", name)

@@ -24,7 +24,7 @@ from ..backends.tariffs import price
 from ..configs.load import Loaded
 from ..configs.plain import to_yaml
 from .identity import fingerprint
-from .items import load_graph
+from .items import check_graph
 
 RUNS: Final = "fanfold-runs"
 
@@ -56,7 +56,7 @@ async def prepare_run(
         msg = f"{path}: holds something else already; choose another --out"
         raise ConfigurationError(msg)
     check_input(loaded, items)
-    check_graph(loaded)
+    check_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
     async with _new_folder(path) as folder:
@@ -107,16 +107,6 @@ def check_input(loaded: Loaded, items: Sequence[Mapping[str, Any]] | None = None
     if items is None and given.path is None and given.dataset is None:
         msg = f"{loaded.source}: the key 'input.path' (or 'input.dataset') is missing"
         raise ConfigurationError(msg)
-
-
-def check_graph(loaded: Loaded) -> None:
-    """Check that the item graph of the user's own can be imported, if there is one.
-
-    Raises:
-        ConfigurationError: It cannot, or is no function.
-    """
-    if loaded.config.task.graph is not None:
-        load_graph(loaded.config.task.graph)
 
 
 def check_endpoints(loaded: Loaded) -> None:

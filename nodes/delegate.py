@@ -35,10 +35,15 @@ async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
 
 
 def _output(result: Any) -> Json:
-    """Return the key ``output``, else the last message's text, else the result itself."""
+    """Return what a user's graph puts out.
+
+    That is the key ``output``, else LangChain's ``structured_response``, else the last message's
+    text, else the result itself.
+    """
     if isinstance(result, Mapping):
-        if "output" in result:
-            return _plain(result["output"])
+        for key in ("output", "structured_response"):
+            if key in result:
+                return _plain(result[key])
         messages = result.get("messages")
         if messages:
             return _plain(messages[-1])
