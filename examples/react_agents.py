@@ -20,7 +20,7 @@ from langchain.agents.structured_output import ToolStrategy
 from langchain_core.tools import tool
 from pydantic import BaseModel, Field
 from rdkit import Chem
-from rdkit.Chem import Crippen, rdMolDescriptors
+from rdkit.Chem import rdMolDescriptors
 
 from fanfold import ChatFleet, build_graph
 
@@ -28,7 +28,8 @@ from fanfold import ChatFleet, build_graph
 @tool
 def lipophilicity(smiles: str) -> float:
     """Estimate the octanol-water partition coefficient (log P, Crippen) of a molecule."""
-    return round(float(Crippen.MolLogP(Chem.MolFromSmiles(smiles))), 2)
+    log_p, _ = rdMolDescriptors.CalcCrippenDescriptors(Chem.MolFromSmiles(smiles))
+    return round(float(log_p), 2)
 
 
 @tool
