@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .backends.fleet.fleet import Fleet
     from .backends.fleet.simulated.fleet import SimulatedFleet
     from .backends.fleet.simulated.spec import SimulationSpec
+    from .graphs.academy_agent import MapReduceAgent
     from .graphs.context import RunContext
     from .graphs.map_reduce import build_graph
     from .graphs.tool import as_tool
@@ -24,6 +25,7 @@ __all__ = [
     "ConfigurationError",
     "FanfoldError",
     "Fleet",
+    "MapReduceAgent",
     "RunContext",
     "SimulatedFleet",
     "SimulationSpec",
@@ -36,6 +38,7 @@ _WHERE = {
     "ConfigurationError": "backends.contract.errors",
     "FanfoldError": "backends.contract.errors",
     "Fleet": "backends.fleet.fleet",
+    "MapReduceAgent": "graphs.academy_agent",
     "RunContext": "graphs.context",
     "SimulatedFleet": "backends.fleet.simulated.fleet",
     "SimulationSpec": "backends.fleet.simulated.spec",

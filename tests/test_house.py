@@ -113,6 +113,7 @@ def test_public_names() -> None:
         "ConfigurationError",
         "FanfoldError",
         "Fleet",
+        "MapReduceAgent",
         "RunContext",
         "SimulatedFleet",
         "SimulationSpec",

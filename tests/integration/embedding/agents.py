@@ -62,7 +62,9 @@ def stuck(model: Any) -> Any:
     return RunnableLambda(call)
 
 
-ready: RunnableLambda[dict[str, Any], dict[str, Any]] = RunnableLambda(lambda given: {"output": f"about {given['smiles']}"})
+ready: RunnableLambda[dict[str, Any], dict[str, Any]] = RunnableLambda(
+    lambda given: {"output": f"about {given['smiles']}"}
+)
 
 
 def uncompiled(model: Any) -> Any:  # noqa: ARG001 - the factory's form
