@@ -1,7 +1,7 @@
 """A screening service for a federation of agents: the whole map-reduce as an agent of Academy.
 
-The ``Chemist`` below knows nothing of fleets or endpoints. It finds the service by its class, starts
-a run under an id of its own, hears how it goes on, and asks for the end.
+The ``Chemist`` below knows nothing of fleets or endpoints. It finds the service by its class,
+starts a run under an id of its own, hears how it goes on, and asks for the end.
 
 Both agents meet in this process; over Redis, HTTP or Globus, each may be on another machine:
 ``python academy_agent.py [MOLECULES]`` (needs ``pip install 'fanfold[academy,chem]'``)

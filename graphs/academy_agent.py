@@ -47,9 +47,9 @@ class MapReduceAgent(Agent):
 
     A run outlives the call that starts it: ``start`` answers at once, ``status`` and ``result``
     ask. Every answer has ``v``, ``run_id`` and ``state`` (``starting``, ``running``, ``done``,
-    ``interrupted``, ``failed``, ``unknown``), or ``error`` with ``kind``, ``type`` and
-    ``message``. Runs lie in folders below ``home``: a new agent with the same ``home`` goes on
-    with them when they are started again.
+    ``paused`` for its budget, ``interrupted``, ``failed``, ``unknown``), or ``error`` with
+    ``kind``, ``type`` and ``message``. Runs lie in folders below ``home``: a new agent with the
+    same ``home`` goes on with them when they are started again.
 
     Args:
         spec: A preset's name, a YAML file, or settings as a mapping.
@@ -114,7 +114,7 @@ class MapReduceAgent(Agent):
         loaded = await asyncio.to_thread(self._service.settings, request)
         known = self._runs.get(run_id)
         state = "unknown" if known is None else known.status()["state"]
-        if known is None or state in {"failed", "interrupted"}:
+        if known is None or state in {"failed", "interrupted", "paused"}:
             known = self._runs[run_id] = Served(self._service, loaded, run_id, request)
         elif not known.same(request):
             msg = f"run_id: {run_id} was started with another request; choose another id"

@@ -21,7 +21,7 @@ from ..backends.contract.types import Json
 from ..configs.load import Loaded, load
 from ..nodes.context import RunTools
 from .prepare import prepare_run
-from .run import INTERRUPTED, RunOptions, RunResult, lived
+from .run import BUDGET, INTERRUPTED, RunOptions, RunResult, lived
 from .stopping import Stop
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHOWN: Final = 500
 _KEYS: Final = frozenset({"items", "path"})
+_STATES: Final = {INTERRUPTED: "interrupted", BUDGET: "paused"}
+"""Ends from which a run can be started again."""
 MOST_BYTES: Final = 300_000
 """A larger aggregate is not sent: HTTP exchanges carry messages of 512,000 bytes."""
 
@@ -157,7 +159,7 @@ class Served:
             return "starting" if self._tools is None else "running"
         if (error := self._error()) is not None:
             return "interrupted" if isinstance(error, RunStoppedError) else "failed"
-        return "interrupted" if self._task.result().code == INTERRUPTED else "done"
+        return _STATES.get(self._task.result().code, "done")
 
     def _error(self) -> BaseException | None:
         return asyncio.CancelledError() if self._task.cancelled() else self._task.exception()
@@ -179,7 +181,7 @@ class Served:
         if (error := self._error()) is not None:
             return said | {"error": as_data(error)}
         result = self._task.result()
-        if said["state"] == "interrupted":
+        if said["state"] in _STATES.values():
             return said | {"reason": result.reason}
         return said | {
             "progress": result.progress,
