@@ -99,7 +99,7 @@ class MapReduceAgent(Agent):
         try:
             served = await self._started(run_id, request)
             if listener is not None:
-                agent: AgentId[Any] = AgentId(uid=_uuid(listener))
+                agent: AgentId[Any] = AgentId(uid=_uuid(listener), name=None, role="agent")
                 task = asyncio.create_task(self._tell(served, Handle(agent)))
                 self._telling.add(task)
                 task.add_done_callback(self._telling.discard)
