@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import StructuredTool, ToolException
+from langgraph.errors import GraphBubbleUp
 from pydantic import BaseModel, ValidationError
 
-from ..backends.contract.errors import ConfigurationError, FanfoldError, InputError
+from ..backends.contract.errors import ConfigurationError, FanfoldError
 from ..configs.load import Loaded
+from ..nodes.state import RunInput
 from .context import RunContext
 from .map_reduce import MapReduce, build
 from .prepare import RUNS, default_folder
+from .tool_allowance import Allowance
 from .tool_reply import complaint, reply
 from .tool_schema import arguments, rows_of
 
 _NAME: Final = re.compile(r"[^A-Za-z0-9_-]+")
 _SHOWN: Final = 600
+
+_Said: TypeAlias = tuple[str, dict[str, Any]]
 
 
 def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
@@ -35,6 +39,7 @@ def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
     max_items_in_all: int | None = None,
     rows: int = 10,
     folder: str | Path | None = None,
+    interrupt: bool = False,
     allow_simulated: bool = False,
 ) -> StructuredTool:
     """Return a LangChain tool that runs a whole batch, for agents.
@@ -42,8 +47,8 @@ def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
     The tool takes ``items``, typed by the columns that the task needs. It answers with JSON: the
     aggregate with its first rows, what failed, and where all results lie; the message's artifact
     is what the graph ended with. What cannot be done is a tool message with the status
-    ``error`` that says what to do. What a call may cost is set here and in the settings; no
-    argument raises it.
+    ``error`` that says what to do. The settings' ``budget`` holds for all calls of the tool
+    together; no argument raises it.
 
     Args:
         spec: A preset's name, a YAML file, settings as a mapping, or a :class:`RunContext`.
@@ -54,6 +59,9 @@ def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
         rows: Most rows of each reduce stage that the agent is shown.
         folder: Where the runs' folders are made; ``fanfold-runs`` below the working directory
             if None.
+        interrupt: Have LangGraph's interrupt ask whoever runs the agent for more when the budget
+            is exhausted, in place of telling the agent; the budget is then each call's. The
+            agent needs a checkpointer.
         allow_simulated: Whether answers of a simulated fleet will do.
 
     Raises:
@@ -70,8 +78,9 @@ def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
         raise ConfigurationError(msg)
     if loaded.config.input.limit is not None:
         max_items = min(max_items, loaded.config.input.limit)
-    where = Path(folder) if folder is not None else Path(RUNS)
-    errand = _Errand(loaded, _Allowance(max_items_in_all), rows, where.absolute(), allow_simulated)
+    allowance = Allowance(loaded, max_items_in_all, each=interrupt)
+    where = (Path(folder) if folder is not None else Path(RUNS)).absolute()
+    errand = _Errand(loaded.config.name, where, allowance, rows, allow_simulated)
     return StructuredTool(
         name=_NAME.sub("_", name or loaded.config.name)[:64],
         description=description or _description(loaded),
@@ -88,91 +97,73 @@ def _config(spec: str | Path | Mapping[str, Any]) -> str | dict[str, Any]:
     return dict(spec) if isinstance(spec, Mapping) else str(spec)
 
 
-class _Allowance:
-    """How many items all calls together may still ask for."""
-
-    def __init__(self, most: int | None) -> None:
-        self._most, self._left = most, most
-        self._lock = threading.Lock()  # sync calls come from several threads
-
-    @contextmanager
-    def taken(self, items: int) -> Iterator[None]:
-        """Take so many; they are given back if the input was refused, so that nothing was asked.
-
-        Raises:
-            ToolException: So many are not left.
-        """
-        with self._lock:
-            if self._left is not None and items > self._left:
-                msg = (
-                    f"{items:,} items are more than the {self._left:,} left of the "
-                    f"{self._most:,} that this tool's owner allows. "
-                    + ("Ask for fewer." if self._left else "Report this to the user.")
-                )
-                raise ToolException(msg)
-            if self._left is not None:
-                self._left -= items
-        try:
-            yield
-        except InputError:
-            with self._lock:
-                if self._left is not None:
-                    self._left += items
-            raise
-
-
 class _Errand:
     """What the tool does.
 
     Args:
-        loaded: The settings.
-        allowance: What all calls together may ask for.
+        name: Of the runs.
+        folder: Where their folders are made.
+        allowance: What all calls together may ask for and spend.
         rows: Rows that the agent is shown.
-        folder: Where run folders are made.
         allow_simulated: Whether simulated answers will do.
     """
 
     def __init__(
-        self,
-        loaded: Loaded,
-        allowance: _Allowance,
-        rows: int,
-        folder: Path,
-        allow_simulated: bool,
+        self, name: str, folder: Path, allowance: Allowance, rows: int, allow_simulated: bool
     ) -> None:
-        self._loaded, self._rows, self._folder = loaded, rows, folder
-        self._allowance, self._allow_simulated = allowance, allow_simulated
+        self._name, self._folder, self._allowance = name, folder, allowance
+        self._rows, self._allow_simulated = rows, allow_simulated
 
-    async def arun(
-        self, items: list[BaseModel], config: RunnableConfig
-    ) -> tuple[str, dict[str, Any]]:
+    async def arun(self, items: list[BaseModel], config: RunnableConfig) -> _Said:
         """Run the items and say how it ended."""
-        with _told(), self._allowance.taken(len(items)):
-            end = await self._graph().ainvoke({"items": rows_of(items)}, config)
+        folder, count = self._new_folder(), len(items)
+        with _told(folder):
+            loaded = await asyncio.to_thread(self._allowance.begin, count)
+            try:
+                end = await self._graph(loaded, folder).ainvoke(_given(items), config)
+            except GraphBubbleUp:
+                count = self._allowance.paused(count)
+                raise
+            finally:
+                ending = asyncio.to_thread(self._allowance.end, count, folder)
+                await asyncio.shield(asyncio.create_task(ending))
             return await asyncio.to_thread(reply, end, self._rows), end
 
-    def run(self, items: list[BaseModel], config: RunnableConfig) -> tuple[str, dict[str, Any]]:
+    def run(self, items: list[BaseModel], config: RunnableConfig) -> _Said:
         """Do the same for callers without a loop."""
-        with _told(), self._allowance.taken(len(items)):
-            end = self._graph().invoke({"items": rows_of(items)}, config)
+        folder, count = self._new_folder(), len(items)
+        with _told(folder):
+            loaded = self._allowance.begin(count)
+            try:
+                end = self._graph(loaded, folder).invoke(_given(items), config)
+            except GraphBubbleUp:
+                count = self._allowance.paused(count)
+                raise
+            finally:
+                self._allowance.end(count, folder)
             return reply(end, self._rows), end
 
-    def _graph(self) -> MapReduce:
+    def _new_folder(self) -> Path:
+        return self._folder / default_folder(self._name).name
+
+    def _graph(self, loaded: Loaded, folder: Path) -> MapReduce:
         """Return a graph for one call: each has a run folder and a fleet of its own."""
-        path = self._folder / default_folder(self._loaded.config.name).name
-        context = RunContext.of(
-            self._loaded, embedded=True, allow_simulated=self._allow_simulated, out=str(path)
-        )
+        allowed = self._allow_simulated
+        context = RunContext.of(loaded, embedded=True, allow_simulated=allowed, out=str(folder))
         return build(context).compile()
 
 
+def _given(items: list[BaseModel]) -> RunInput:
+    return {"items": rows_of(items)}
+
+
 @contextmanager
-def _told() -> Iterator[None]:
+def _told(folder: Path) -> Iterator[None]:
     """Turn fanfold's errors into messages for the agent."""
     try:
         yield
     except FanfoldError as error:
-        raise ToolException(complaint(error)) from error
+        raise ToolException(complaint(error, folder)) from error
 
 
 def _unfit(error: ValidationError | Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import orjson
 
 from ..backends.contract.errors import (
+    BudgetExhaustedError,
     FanfoldError,
     InputError,
     RunStoppedError,
@@ -20,12 +21,18 @@ _FAILURES: Final = 5
 
 
 def reply(end: Mapping[str, Any], rows: int) -> str:
-    """Return a run's end as JSON text for a model.
+    """Return a run's end as JSON text for a model; blocks.
 
     Args:
         end: What the graph ended with.
         rows: Most rows of each reduce stage.
+
+    Raises:
+        BudgetExhaustedError: The run asks for a higher budget, and no agent is there to be
+            interrupted.
     """
+    if asked := end.get("__interrupt__"):
+        raise BudgetExhaustedError(str(asked[0].value["why"]))
     progress, results = end["progress"], end["results"]
     said: dict[str, Json] = {
         "items": progress["items"],
@@ -72,10 +79,18 @@ def _failures(file: Path) -> Iterator[Json]:
             yield _short({key: record[key] for key in ("id", "error_class", "error")})
 
 
-def complaint(error: FanfoldError) -> str:
-    """Return an error as the text that tells an agent what to do."""
+def complaint(error: FanfoldError, folder: Path) -> str:
+    """Return an error as the text that tells an agent what to do.
+
+    Args:
+        error: What happened.
+        folder: The run's folder.
+    """
     if isinstance(error, InputError):
         return f"{error.message}. Nothing was asked; correct the items and call again."
     if isinstance(error, RunStoppedError):
-        return f"{error.message}. Calling again does not help now: report this to the user."
+        return (
+            f"{error.message}. What is finished is kept in {folder}. Calling again does not help "
+            "now: report this to the user."
+        )
     return f"{error.message}. You cannot mend this: report it to the user."

@@ -5,18 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import runpy
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pyarrow.parquet as pq
 import pytest
+from langchain.agents import create_agent
 from langchain_core.messages import ToolMessage
+from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain_openai import ChatOpenAI
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.types import Command
 
 from fanfold import ConfigurationError, RunContext, as_tool
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.fleet.simulated.questions import Question
+from fanfold.backends.fleet.simulated.responders import ToolUse
 from fanfold.backends.fleet.simulated.rules import FaultRule
+from fanfold.backends.fleet.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
 
@@ -195,3 +208,88 @@ def test_a_context_is_taken_as_it_is() -> None:
     tool = as_tool(context, allow_simulated=True, name="rank molecules!")
     assert tool.name == "rank_molecules_"
     assert tool.tool_call_schema.model_json_schema()["properties"]["items"]["maxItems"] == 7  # type: ignore[union-attr]
+
+
+async def test_the_budget_holds_over_all_calls(simulated: SimulatedFleet) -> None:
+    tool = as_tool(
+        settings(endpoints={"urls": list(simulated.urls)}, budget={"requests": 14}),
+        allow_simulated=True,
+    )
+    assert (await asked(tool, molecules(8))).status == "success"
+    message = await asked(tool, molecules(8))
+    assert message.status == "error"
+    assert "the budget is exhausted" in str(message.content)
+    assert "report this to the user" in str(message.content)
+    spent = simulated.stats()["totals"]["requests"]
+    assert 8 < spent <= 14
+    for _ in range(3):
+        assert (await asked(tool, molecules(8))).status == "error"
+    assert simulated.stats()["totals"]["requests"] <= 14
+
+
+async def test_two_calls_at_once_do_not_spend_the_budget_twice(simulated: SimulatedFleet) -> None:
+    tool = as_tool(
+        settings(endpoints={"urls": list(simulated.urls)}, budget={"requests": 20}),
+        allow_simulated=True,
+    )
+    messages = await asyncio.gather(*(asked(tool, molecules(5)) for _ in range(3)))
+    assert sorted(m.status for m in messages) == ["error", "error", "success"]
+    assert sum("call again when it has ended" in str(m.content) for m in messages) == 2
+    assert (await asked(tool, molecules(5))).status == "success"
+
+
+def screening(question: Question) -> str | ToolUse:
+    """Play a model: one call of the tool, then a sentence."""
+    last = question.messages[-1]
+    if last["role"] == "tool":
+        return f"It says: {last['content'][:200]}"
+    return ToolUse("solubility", {"items": molecules(20)})
+
+
+@asynccontextmanager
+async def brain() -> AsyncIterator[ChatOpenAI]:
+    spec = SimulationSpec.fast(nodes=1, responder="script")
+    async with (
+        SimulatedFleet(spec, {"script": lambda _: screening}) as served,
+        httpx2.AsyncClient() as http,
+    ):
+        yield ChatOpenAI(
+            base_url=served.urls[0], api_key="-", model=spec.model, http_async_client=http
+        )
+
+
+async def test_an_agent_gets_the_result_and_goes_on(simulated: SimulatedFleet) -> None:
+    async with brain() as model:
+        agent = create_agent(model, [trial(simulated)])
+        end = await agent.ainvoke({"messages": [("user", "Screen them.")]})
+    assert [m.type for m in end["messages"]] == ["human", "ai", "tool", "ai"]
+    assert end["messages"][-1].content.startswith('It says: {"items":20,"done":20')
+
+
+async def test_an_exhausted_budget_interrupts_the_agent_if_the_owner_says_so(
+    simulated: SimulatedFleet,
+) -> None:
+    """The human's answer raises it, and the run goes on where it was."""
+    tool = as_tool(
+        settings(endpoints={"urls": list(simulated.urls)}, budget={"requests": 8}),
+        allow_simulated=True,
+        interrupt=True,
+        max_items_in_all=20,
+    )
+    thread: RunnableConfig = {"configurable": {"thread_id": "t"}}
+    async with brain() as model:
+        agent = create_agent(model, [tool], checkpointer=InMemorySaver())
+        end = await agent.ainvoke({"messages": [("user", "Screen them.")]}, thread)
+        (pause,) = end["__interrupt__"]
+        assert "the budget is exhausted" in pause.value["question"]
+        assert simulated.stats()["totals"]["requests"] <= 8
+        end = await agent.ainvoke(Command(resume={"requests": 100}), thread)
+    assert end["messages"][-1].content.startswith('It says: {"items":20,"done":20')
+    assert simulated.stats()["totals"]["requests"] == 20
+    assert len(list(Path("fanfold-runs").iterdir())) == 1
+
+
+async def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(files("fanfold") / "examples" / "as_tool.py"))
+    assert (await example["main"](30)).startswith("The most soluble is ")
+    assert capsys.readouterr().out.startswith("screen_solubility: 30 molecules")

@@ -15,6 +15,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.graph import END, START, StateGraph
+from langgraph.types import Command
 from typing_extensions import TypedDict
 
 from fanfold import RunContext, build_graph
@@ -145,6 +146,24 @@ async def test_the_parents_saver_holds_its_steps(simulated: SimulatedFleet, form
     end = await parent.ainvoke(None, THREAD)
     assert (end["aggregate"][1]["done"] if form is node_itself else end["items"]) in {25, 3}
     assert simulated.stats()["totals"]["requests"] == asked
+    assert len(list(Path("fanfold-runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize("form", [node_itself, node_function])
+async def test_its_pause_reaches_the_parent(simulated: SimulatedFleet, form: Any) -> None:
+    """The parent's caller allows more, and the run goes on within the parent."""
+    config = settings({"urls": list(simulated.urls)}) | {"budget": {"requests": 12}}
+    parent = form(build_graph(config)).compile(checkpointer=InMemorySaver())
+    letters = [chr(ord("a") + n) for n in range(25)]
+    given = {"items": rows(25)} if form is node_itself else {"molecules": letters, "items": 0}
+    end = await parent.ainvoke(given, THREAD)
+    (pause,) = end["__interrupt__"]
+    assert pause.value["items"]["open"] > 12
+    asked = simulated.stats()["totals"]["requests"]
+    assert 0 < asked <= 12
+    end = await parent.ainvoke(Command(resume={"requests": 99}), THREAD)
+    assert (end["aggregate"][1]["done"] if form is node_itself else end["items"]) == 25
+    assert simulated.stats()["totals"]["requests"] == 25
     assert len(list(Path("fanfold-runs").iterdir())) == 1
 
 
