@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import runpy
+import sys
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -11,18 +15,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from academy.exchange import LocalExchangeFactory
+from academy.exchange import LocalExchangeFactory, RedisExchangeFactory
 from academy.handle import Handle
+from academy.identifier import AgentId
 from academy.manager import Manager
 from academy.serialize import SerializationStrategy
 
 from fanfold import ConfigurationError, MapReduceAgent
+from fanfold.backends.sites.academy.exchange import Meeting, sweep
 from fanfold.graphs.academy_agent import plain_exchange
 from fanfold.tests.integration.academy.ward import Ward
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.filterwarnings("ignore:Unclosed connection:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:Call to deprecated close:DeprecationWarning"),  # Academy's
 ]
 ALLOWED = {"allow_simulated": True, "event_s": 0.05}
 
@@ -48,6 +55,60 @@ async def served(manager: Manager[Any], ward: Ward, **more: Any) -> Handle[Any]:
         **more,
     )
     return in_json(handle)
+
+
+@asynccontextmanager
+async def apart(exchange: dict[str, Any], ward: Ward) -> AsyncIterator[list[AgentId[Any]]]:
+    """Have a process of its own serve runs; yield its agent, its listener and its own mailbox."""
+    told = json.dumps([exchange, ward.settings, str(ward.out.parent)])
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(Path(__file__).with_name("serving.py")),
+        told,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            line = await process.stdout.readline()
+        yield [
+            AgentId(uid=uuid.UUID(text), name=None, role="agent") for text in line.decode().split()
+        ]
+    finally:
+        process.kill()
+        await process.communicate()
+
+
+async def test_two_processes_over_redis(redis_exchange: dict[str, Any], ward: Ward) -> None:
+    at = Meeting(**redis_exchange)
+    options = {"password": at.password} if at.password else {}
+    client = await RedisExchangeFactory(at.host, at.port, **options).create_user_client()
+    async with apart(redis_exchange, ward) as boxes:
+        agent, listener = (
+            in_json(Handle(box, exchange=client, ignore_context=True)) for box in boxes[:2]
+        )
+        request, ear = {"items": ward.items}, str(boxes[1].uid)
+        async with asyncio.timeout(90):
+            said = await agent.start(request, run_id="run", listener=ear)
+            assert said["state"] == "starting"
+            assert (await agent.start(request, run_id="run"))["run_id"] == "run"
+            while said["state"] != "done":
+                said = await agent.result("run", wait_s=10)
+            events: list[dict[str, Any]] = await listener.heard()
+            while events[-1]["state"] != "done":
+                events = await listener.heard()
+        await client.terminate(client.client_id)  # wakes what listens there
+        await client.close()
+    await sweep(at, [*boxes, client.client_id])
+    assert said["progress"]["done"] == len(ward.items)
+    assert said["aggregate"] == [
+        {"op": "count", "done": len(ward.items), "failed": 0, "failed_by_class": {}}
+    ]
+    done = [event["progress"].get("done", 0) for event in events]
+    assert done == sorted(done)
+    assert len(events) > 2
+    assert events[-1]["results"] == said["results"]
+    ward.assert_whole(again=0)
 
 
 async def test_cancelled_and_started_again_by_another_agent(ward: Ward) -> None:
