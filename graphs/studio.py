@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from langgraph.graph import StateGraph
 from langgraph.runtime import Runtime
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from ..nodes.state import ItemState
 from ..nodes.steps import ITEM_STEPS, ItemNode
@@ -13,7 +15,18 @@ from .binding import Bound
 from .context import RunContext
 from .item import assemble
 
-AloneGraph = StateGraph[ItemState, RunContext, ItemState, ItemState]
+
+class ItemInput(TypedDict):
+    """One item to take through the item graph."""
+
+    id: Annotated[str, Field(description="The item's name.")]
+    row: Annotated[
+        dict[str, Any],
+        Field(description="Its columns.", examples=[{"smiles": "CC(=O)Oc1ccccc1C(=O)O"}]),
+    ]
+
+
+AloneGraph = StateGraph[ItemState, RunContext, ItemInput, ItemState]
 
 
 def build_item_alone(context: RunContext | None = None) -> AloneGraph:
@@ -22,7 +35,7 @@ def build_item_alone(context: RunContext | None = None) -> AloneGraph:
     Its input is one item: ``{"id": "aspirin", "row": {"smiles": "CC(=O)Oc1ccccc1C(=O)O"}}``.
     """
     bound = Bound(context or RunContext())
-    graph: AloneGraph = StateGraph(ItemState, RunContext)
+    graph: AloneGraph = StateGraph(ItemState, RunContext, input_schema=ItemInput)
     assemble(graph, ITEM_STEPS, {name: _alone(s.run, bound) for name, s in ITEM_STEPS.items()})
     return graph
 

@@ -1,0 +1,76 @@
+"""The real ``langgraph dev``, started once for all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(str(files("fanfold")))
+START_S = 90
+
+
+class Server:
+    """``langgraph dev`` with the repository's own langgraph.json, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
+        config = json.loads((ROOT / "langgraph.json").read_text()) | {"dependencies": [str(ROOT)]}
+        (folder / "langgraph.json").write_text(json.dumps(config))
+        (folder / ".env").write_text("FLEET_KEY=sesame\n")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [str(Path(sys.executable).with_name("langgraph")), "dev", "--no-browser"]
+        options = ["--no-reload", "--host", "127.0.0.1", "--port", str(self.port)]
+        more = {"LANGGRAPH_CLI_NO_ANALYTICS": "1", "LANGGRAPH_NO_VERSION_CHECK": "true"}
+        keys = ("LANGSMITH_API_KEY", "LANGCHAIN_API_KEY", "OPENAI_API_KEY")
+        environment = {k: v for k, v in os.environ.items() if k not in keys} | more
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, *options, "--n-jobs-per-worker", "2"],
+                cwd=self.folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + START_S
+        while not self._answers():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/ok", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False  # not listening yet
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def dev_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that need no restart."""
+    one = Server(tmp_path_factory.mktemp("studio"))
+    one.start()
+    try:
+        yield one
+    finally:
+        one.stop()
