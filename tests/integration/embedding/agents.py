@@ -10,6 +10,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages
+from pydantic import BaseModel
 from typing_extensions import TypedDict
 
 
@@ -70,3 +71,31 @@ ready: RunnableLambda[dict[str, Any], dict[str, Any]] = RunnableLambda(
 def uncompiled(model: Any) -> Any:  # noqa: ARG001 - the factory's form
     """Forgets to compile."""
     return StateGraph(Talk)
+
+
+def streaming(model: Any) -> Any:
+    """Reads its answers as streams, twice."""
+
+    async def call(given: dict[str, Any]) -> dict[str, Any]:
+        for _ in range(2):
+            parts = [part async for part in model.astream(given["messages"])]
+        return {"output": "".join(str(part.text) for part in parts)}
+
+    return RunnableLambda(call)
+
+
+class Weight(BaseModel):
+    """An answer of a class."""
+
+    grams: float
+
+
+def structured(model: Any) -> Any:
+    """Asks for an answer of a class, twice."""
+    bound = model.with_structured_output(Weight, method="json_schema")
+
+    async def call(given: dict[str, Any]) -> dict[str, Any]:
+        await bound.ainvoke(given["messages"])
+        return {"output": await bound.ainvoke(given["messages"])}
+
+    return RunnableLambda(call)

@@ -10,6 +10,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.types import Command
 
 from fanfold import ConfigurationError, build_graph
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
@@ -134,3 +137,20 @@ async def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "60 agents done, 0 failed (simulated)"
     assert int(said[1].split()[0]) >= 180  # a slow one may have been sent twice
+
+
+@pytest.mark.parametrize("graph", ["chemist", "streaming", "structured"])
+async def test_a_budget_holds_for_all_calls_of_agents(graph: str) -> None:
+    """By whichever door of the model an agent calls."""
+    async with SimulatedFleet(SimulationSpec.fast(nodes=1, responder="agent")) as fleet:
+        config = settings(graph, endpoints={"urls": list(fleet.urls)})
+        config |= {"budget": {"requests": 13}, "shard": {"items": 5}}
+        agents = build_graph(config, checkpointer=InMemorySaver())
+        thread: RunnableConfig = {"configurable": {"thread_id": "t"}}
+        end = await agents.ainvoke({}, thread)
+        (pause,) = end["__interrupt__"]
+        asked = fleet.stats()["totals"]["requests"]
+        assert 0 < asked <= 13
+        assert pause.value["budget"]["requests"]["spent"] == asked
+        end = await agents.ainvoke(Command(resume={"requests": 500}), thread)
+    assert end["progress"]["done"] == 20
