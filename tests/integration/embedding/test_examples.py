@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,8 +20,8 @@ async def test_embed_in_graph(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    example = runpy.run_path(str(EXAMPLES / "embed_in_graph.py"))
-    assert len(await example["main"](20)) == 5
+    example = import_module("fanfold.examples.embed_in_graph")
+    assert len(await example.main(20)) == 5
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "screen > load"
     assert "why > reduce" in said
