@@ -18,6 +18,7 @@ from typing import Any
 
 from langchain.agents import create_agent
 from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
 
 from fanfold import SimulatedFleet, SimulationSpec, as_tool
 from fanfold.backends.fleet.simulated.questions import Question
@@ -58,8 +59,10 @@ async def main(count: int) -> str:
     with TemporaryDirectory() as folder:
         screen = as_tool(SETTINGS, max_items=300, rows=5, folder=folder, allow_simulated=True)
         async with SimulatedFleet(spec, {"script": lambda _: script}) as served:
-            model = ChatOpenAI(base_url=served.urls[0], api_key="EMPTY", model=spec.model)
-            agent = create_agent(model, [screen])
+            model = ChatOpenAI(
+                base_url=served.urls[0], api_key=SecretStr("EMPTY"), model=spec.model
+            )
+            agent: Any = create_agent(model, [screen])
             question = f"Screen these for solubility: {' '.join(molecules)}"
             end = await agent.ainvoke({"messages": [("user", question)]})
     call, said, answer = end["messages"][1:]

@@ -81,7 +81,7 @@ async def apart(exchange: dict[str, Any], ward: Ward) -> AsyncIterator[list[Agen
 
 async def test_two_processes_over_redis(redis_exchange: dict[str, Any], ward: Ward) -> None:
     at = Meeting(**redis_exchange)
-    options = {"password": at.password} if at.password else {}
+    options: dict[str, Any] = {"password": at.password} if at.password else {}
     client = await RedisExchangeFactory(at.host, at.port, **options).create_user_client()
     async with apart(redis_exchange, ward) as boxes:
         agent, listener = (

@@ -23,6 +23,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
+from pydantic import SecretStr
 
 from fanfold import ConfigurationError, RunContext, as_tool
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
@@ -254,13 +255,16 @@ async def brain() -> AsyncIterator[ChatOpenAI]:
         httpx2.AsyncClient() as http,
     ):
         yield ChatOpenAI(
-            base_url=served.urls[0], api_key="-", model=spec.model, http_async_client=http
+            base_url=served.urls[0],
+            api_key=SecretStr("-"),
+            model=spec.model,
+            http_async_client=http,
         )
 
 
 async def test_an_agent_gets_the_result_and_goes_on(simulated: SimulatedFleet) -> None:
     async with brain() as model:
-        agent = create_agent(model, [trial(simulated)])
+        agent: Any = create_agent(model, [trial(simulated)])
         end = await agent.ainvoke({"messages": [("user", "Screen them.")]})
     assert [m.type for m in end["messages"]] == ["human", "ai", "tool", "ai"]
     assert end["messages"][-1].content.startswith('It says: {"items":20,"done":20')
@@ -278,7 +282,7 @@ async def test_an_exhausted_budget_interrupts_the_agent_if_the_owner_says_so(
     )
     thread: RunnableConfig = {"configurable": {"thread_id": "t"}}
     async with brain() as model:
-        agent = create_agent(model, [tool], checkpointer=InMemorySaver())
+        agent: Any = create_agent(model, [tool], checkpointer=InMemorySaver())
         end = await agent.ainvoke({"messages": [("user", "Screen them.")]}, thread)
         (pause,) = end["__interrupt__"]
         assert "the budget is exhausted" in pause.value["question"]
