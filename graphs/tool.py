@@ -51,12 +51,14 @@ def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
     together; no argument raises it.
 
     Args:
-        spec: A preset's name, a YAML file, settings as a mapping, or a :class:`RunContext`.
+        spec: A preset's name, a YAML file, settings as a mapping, or a :class:`RunContext`, of
+            which the settings count and not the folder.
         name: The tool's name; the run's name if None.
         description: What the agent is told; made from the task if None.
         max_items: Most items of one call.
         max_items_in_all: Most items over all calls of this tool; None sets no limit.
-        rows: Most rows of each reduce stage that the agent is shown.
+        rows: Most rows of each reduce stage that the agent is shown; of the results themselves
+            where no stage has rows.
         folder: Where the runs' folders are made; ``fanfold-runs`` below the working directory
             if None.
         interrupt: Have LangGraph's interrupt ask whoever runs the agent for more when the budget

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
+import pyarrow.parquet as pq
 
 from ..backends.contract.errors import (
     BudgetExhaustedError,
@@ -42,6 +43,8 @@ def reply(end: Mapping[str, Any], rows: int) -> str:
         "aggregate": [_stage(stage, rows) for stage in end["aggregate"]],
         "results": {"table": results["table"], "folder": results["folder"]},
     }
+    if rows and not any("rows" in stage for stage in end["aggregate"]):
+        said["first"] = list(_first(Path(results["table"]), rows))
     if progress["failed"]:
         said["failures"] = list(_failures(Path(results["failures"])))
     if results["simulated"]:
@@ -69,6 +72,13 @@ def _short(value: Json) -> Json:
     if isinstance(value, list):
         return [_short(part) for part in value]
     return value
+
+
+def _first(table: Path, rows: int) -> Iterator[Json]:
+    """Yield the first answers of a results table; blocks."""
+    for batch in pq.ParquetFile(table).iter_batches(rows, columns=["id", "output"]):
+        yield from (_short(row) for row in batch.to_pylist() if row["output"] is not None)
+        return
 
 
 def _failures(file: Path) -> Iterator[Json]:

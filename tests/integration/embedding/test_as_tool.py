@@ -111,6 +111,15 @@ async def test_the_aggregate_the_top_rows_and_a_reference(
     assert message.artifact["progress"]["requests"] == 20
 
 
+async def test_without_a_ranking_the_first_answers_are_shown(simulated: SimulatedFleet) -> None:
+    config = settings(endpoints={"urls": list(simulated.urls)}, reduce=[{"op": "count"}])
+    said = json.loads(
+        str((await asked(as_tool(config, rows=4, allow_simulated=True), molecules(9))).content)
+    )
+    assert [row["id"] for row in said["first"]] == ["m0", "m1", "m2", "m3"]
+    assert all(0 <= row["output"]["score"] <= 1 for row in said["first"])
+
+
 def test_a_plain_caller_gets_the_same() -> None:
     tool = as_tool(settings(**ON_ITS_OWN), allow_simulated=True)
     message = tool.invoke(call(tool, molecules(5)))
