@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     from .backends.fleet.fleet import Fleet
     from .backends.fleet.simulated.fleet import SimulatedFleet
     from .backends.fleet.simulated.spec import SimulationSpec
+    from .graphs.academy_agent import MapReduceAgent
     from .graphs.context import RunContext
     from .graphs.map_reduce import build_graph
+    from .graphs.tool import as_tool
 
 __all__ = [
     "ChatFleet",
     "ConfigurationError",
     "FanfoldError",
     "Fleet",
+    "MapReduceAgent",
     "RunContext",
     "SimulatedFleet",
     "SimulationSpec",
+    "as_tool",
     "build_graph",
 ]
 
@@ -34,9 +38,11 @@ _WHERE = {
     "ConfigurationError": "backends.contract.errors",
     "FanfoldError": "backends.contract.errors",
     "Fleet": "backends.fleet.fleet",
+    "MapReduceAgent": "graphs.academy_agent",
     "RunContext": "graphs.context",
     "SimulatedFleet": "backends.fleet.simulated.fleet",
     "SimulationSpec": "backends.fleet.simulated.spec",
+    "as_tool": "graphs.tool",
     "build_graph": "graphs.map_reduce",
 }
 

@@ -45,7 +45,8 @@ class SimulatedConfig(Section):
 
     Attributes:
         nodes: Simulated servers.
-        responder: Who makes the answers: ``schema`` (random but valid) or ``esol``.
+        responder: Who makes the answers: ``schema`` (random but valid), ``esol``, or ``agent``
+            (calls each tool once, then as ``schema``).
         seed: Seed of answers, latencies and faults.
         max_num_seqs: Requests that one node runs at a time.
         ttft_s: Seconds to the first token of an idle node.

@@ -63,7 +63,8 @@ class TaskConfig(Section):
         answer_schema: (key ``schema``) JSON Schema of the answer; None for free text.
         repairs: How often an answer that does not parse or validate is sent back.
         graph: ``package.module:attr``, a factory that is given the chat model and returns
-            a Runnable to use in place of fanfold's own item graph.
+            a Runnable to use in place of fanfold's own item graph; or such a Runnable, with a
+            model of its own whose calls are not counted.
     """
 
     system: str = ""
@@ -108,6 +109,9 @@ class LimitsConfig(Section):
         streams: Most items in flight.
         attempts: Most failures of one call; refusals and failed connections do not count.
         request_timeout_s: Seconds after which a request counts as lost.
+        item_timeout_s: Seconds that one item may take with all of its calls; None sets no limit.
+        steps_per_item: Most steps (supersteps) of a ``task.graph`` for one item; None leaves it
+            to the graph.
         drain_s: Seconds that a stop waits for items in flight.
         fleet_wait_s: Seconds to wait for an endpoint when none is alive.
         hedge: Whether the slowest requests of a run's end are sent a second time.
@@ -126,6 +130,8 @@ class LimitsConfig(Section):
     streams: Annotated[int, Field(ge=1, le=100_000)] = 256
     attempts: Annotated[int, Field(ge=1, le=100)] = 4
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    item_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    steps_per_item: Annotated[int, Field(ge=1, le=100_000)] | None = None
     drain_s: Annotated[float, Field(ge=0)] = 30.0
     fleet_wait_s: Annotated[float, Field(ge=0)] = 60.0
     hedge: bool = True

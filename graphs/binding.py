@@ -7,9 +7,11 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 import orjson
-from langgraph.runtime import Runtime
+from langchain_core.runnables import RunnableLambda
+from langgraph.runtime import Runtime, get_runtime
 
 from ..nodes.context import Context
+from .aside import LoopAside
 from .context import RunContext
 
 S = TypeVar("S")
@@ -29,6 +31,7 @@ class Bound:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._made: dict[bytes, RunContext] = {}
+        self._aside = LoopAside()
 
     def resolve(self, given: object) -> RunContext:
         """Return the settings that count; equal mappings share one context, so one fleet."""
@@ -41,15 +44,28 @@ class Bound:
             self._made[key] = RunContext(**given)
         return self._made[key]
 
-    def node(self, run: Callable[[S, Runtime[Context]], Awaitable[U]]) -> Any:
-        """Return a node function that runs with the settings that count."""
+    def node(self, run: Callable[[S, Runtime[Context]], Awaitable[U]], inside: Any = None) -> Any:
+        """Return a node that runs with the settings that count, in a loop or without one.
 
-        async def bound(state: S, runtime: Runtime[Any]) -> U:
+        LangGraph refuses ``invoke`` to a graph of coroutines alone; here the thread that it
+        would run the node in waits for a loop aside.
+
+        Args:
+            run: What the node does.
+            inside: A graph that the node runs, for pictures: LangGraph finds it in a closure.
+        """
+
+        async def bound(state: S) -> U:
+            runtime: Runtime[Any] = get_runtime()
             context: Context = self.resolve(runtime.context)
             return await run(state, runtime.override(context=context))
 
-        bound.__doc__ = run.__doc__
-        return bound
+        def waited_for(state: S) -> U:
+            _ = inside
+            return self._aside.run(lambda: bound(state))
+
+        waited_for.__doc__ = bound.__doc__ = run.__doc__
+        return RunnableLambda(waited_for, bound)
 
 
 def _names() -> set[str]:

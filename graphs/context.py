@@ -53,10 +53,25 @@ class RunContext(Context):
     retry_failed: bool = False
 
     @classmethod
-    def of(cls, loaded: Loaded, **settings: Any) -> Self:
-        """Return the command line's context, of settings that are loaded already."""
+    def of(
+        cls,
+        loaded: Loaded,
+        *,
+        embedded: bool = False,
+        allow_simulated: bool = True,
+        **settings: Any,
+    ) -> Self:
+        """Return a context of settings that are loaded already.
+
+        Args:
+            loaded: The settings.
+            embedded: Whether the graph itself notes the run's lives.
+            allow_simulated: Whether a run may ask a simulated fleet.
+            **settings: The context's own.
+        """
         context = cls(**settings)
-        context.__dict__ |= {"loaded": loaded, "embedded": False}
+        given = {"loaded": loaded, "embedded": embedded, "allow_simulated": allow_simulated}
+        context.__dict__ |= given
         return context
 
     @cached_property
@@ -71,6 +86,11 @@ class RunContext(Context):
     @cached_property
     def embedded(self) -> bool:
         """Say whether the graph itself notes the run's lives; the command line notes its own."""
+        return True
+
+    @cached_property
+    def allow_simulated(self) -> bool:
+        """Say whether a run may ask a simulated fleet."""
         return True
 
     @cached_property
@@ -106,7 +126,8 @@ class RunContext(Context):
                 self._ends.pop(folder, None)  # a life of its own
         else:
             loaded, target = await asyncio.to_thread(self._new_run, path)
-            folder = str((await prepare_run(loaded, target, items)).path)
+            made = await prepare_run(loaded, target, items, self.allow_simulated)
+            folder = str(made.path)
         run = await asyncio.to_thread(self._look_up, folder)
         if self.embedded:
             await asyncio.to_thread(begin_life, RunFolder(Path(folder)))

@@ -28,7 +28,8 @@ from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..configs.prices import provider_at
 from .forecast import Forecast, Plan, forecast
-from .prepare import check_endpoints, check_graph, check_input
+from .items import check_graph
+from .prepare import check_endpoints, check_input
 from .sampling import Sample, take_sample
 from .seen import seen_in
 from .spans import Span
@@ -103,7 +104,7 @@ async def estimate(loaded: Loaded, sample: int = SAMPLE, like: Path | None = Non
             dollars meets a model without a price.
     """
     check_input(loaded)
-    check_graph(loaded)
+    check_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
     config = loaded.config

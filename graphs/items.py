@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from langchain_core.runnables import Runnable, RunnableConfig
+from langgraph.errors import GraphRecursionError
 from langgraph.runtime import Runtime
 from langsmith import tracing_context
 from langsmith.utils import tracing_is_enabled
 
 from ..backends.build import chat_door, chat_fleet, model_params
-from ..backends.contract.errors import ConfigurationError
+from ..backends.contract.errors import (
+    ConfigurationError,
+    EndpointError,
+    ItemTimeoutError,
+    TooManyStepsError,
+)
 from ..backends.contract.template import Template
 from ..backends.contract.types import Item
 from ..backends.fleet.fleet import Fleet
@@ -18,9 +27,12 @@ from ..backends.places import imported
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..nodes.answer import AnswerCheck
-from ..nodes.context import ItemContext
+from ..nodes.context import Delegate, ItemContext
+from ..nodes.prepare import failure
 from ..nodes.state import ItemState
 from ..nodes.steps import DELEGATED_STEPS, ITEM_STEPS, walk
+
+logger = logging.getLogger(__name__)
 
 TRACED_ITEMS: Final = 200
 """Above so many items, traces are per shard."""
@@ -53,6 +65,8 @@ def item_runner(
     """
     context = item_context(loaded, fleet, model, traced=engine is not None)
     run = engine or _walker(loaded.config.task.graph)
+    if (most := loaded.config.limits.item_timeout_s) is not None:
+        run = _timed(run, most)
     silence = quiet and tracing_is_enabled() is True
 
     async def run_item(item: Item) -> ItemState:
@@ -74,13 +88,28 @@ def _walker(graph: str | None) -> ItemEngine:
     return walked
 
 
+def _timed(run: ItemEngine, seconds: float) -> ItemEngine:
+    async def timed(state: ItemState, context: ItemContext) -> ItemState:
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                return await run(state, context)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            msg = f"it took longer than limits.item_timeout_s ({seconds:g} s) and was given up"
+            return state | ItemState(error=failure(ItemTimeoutError(msg)))
+
+    return timed
+
+
 def item_context(loaded: Loaded, fleet: Fleet, model: str, *, traced: bool) -> ItemContext:
     """Return what the item graph may use."""
     config = loaded.config
     params = model_params(config, model)
     delegate = None
     if config.task.graph is not None:
-        delegate = load_graph(config.task.graph)(chat_fleet(fleet, params)).ainvoke
+        graph = load_graph(config.task.graph)(chat_fleet(fleet, params))
+        delegate = _bounded(graph, config.limits.steps_per_item)
     return ItemContext(
         system=config.task.system,
         prompt=Template.parse(config.task.prompt),
@@ -91,15 +120,71 @@ def item_context(loaded: Loaded, fleet: Fleet, model: str, *, traced: bool) -> I
     )
 
 
-def load_graph(name: str) -> Callable[[Any], Any]:
-    """Return the factory that ``task.graph`` names.
+def _bounded(graph: Runnable[Any, Any], steps: int | None) -> Delegate:
+    """Return the call of a user's graph, with the most steps that it may take."""
+    config: RunnableConfig | None = None if steps is None else {"recursion_limit": steps}
+
+    async def delegate(given: dict[str, Any]) -> Any:
+        try:
+            return await graph.ainvoke(given, config)
+        except GraphRecursionError as error:
+            where = "its own" if steps is None else f"limits.steps_per_item ({steps})"
+            msg = f"task.graph came to no end within {where} steps"
+            raise TooManyStepsError(msg) from error
+        except Exception as error:
+            if isinstance(error.__cause__, EndpointError):  # behind ChatFleet's stock error
+                raise error.__cause__ from error
+            raise
+
+    return delegate
+
+
+def load_graph(name: str) -> Callable[[Any], Runnable[Any, Any]]:
+    """Return the factory that ``task.graph`` names; a ready graph stands for its own factory.
 
     Raises:
-        ConfigurationError: It cannot be imported, or is no function.
+        ConfigurationError: It cannot be imported, or is neither function nor graph.
     """
-    factory = imported(name, "task.graph")
-    if not callable(factory):
+    found = imported(name, "task.graph")
+    if isinstance(found, Runnable):
+        return lambda _: found
+    if not callable(found):
         msg = f"task.graph: {name} is no function; it must take the model and return a graph"
         raise ConfigurationError(msg)
-    found: Callable[[Any], Any] = factory
-    return found
+
+    def factory(model: Any) -> Runnable[Any, Any]:
+        graph = found(model)
+        if not isinstance(graph, Runnable):
+            msg = (
+                f"task.graph: {name} returned {type(graph).__name__}, no graph or other Runnable "
+                "(a StateGraph must be compiled)"
+            )
+            raise ConfigurationError(msg)
+        return graph
+
+    return factory
+
+
+def check_graph(config: RunConfig) -> None:
+    """Check that the item graph of the user's own can be imported, if there is one.
+
+    A ready graph asks a model of its own, behind fanfold's back.
+
+    Raises:
+        ConfigurationError: It cannot, or is neither function nor graph, or is a ready graph
+            where a budget is set.
+    """
+    name, budget = config.task.graph, config.budget
+    if name is None:
+        return
+    load_graph(name)
+    if not isinstance(imported(name, "task.graph"), Runnable):
+        return
+    caps = {key: getattr(budget, key) for key in ("usd", "tokens", "requests")}
+    if any(cap is not None for cap in caps.values()):
+        msg = (
+            f"task.graph: {name} is a ready graph, whose model fanfold cannot hold to the budget; "
+            "name a function that is given the model and returns the graph"
+        )
+        raise ConfigurationError(msg)
+    logger.warning("task.graph: %s brings a model of its own; its calls are not counted", name)

@@ -10,7 +10,6 @@ from langgraph.cache.base import BaseCache
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
-from langgraph.runtime import Runtime
 
 from ..nodes.approve import approve
 from ..nodes.dispatch import dispatch, fan_out, gather, more
@@ -34,7 +33,7 @@ def build(
     graph = StateGraph(RunState, RunContext, input_schema=RunInput, output_schema=RunOutput)
     graph.add_node("load", bound.node(load), input_schema=LoadState)
     graph.add_node("dispatch", bound.node(dispatch))
-    graph.add_node("shard", _shard_node(bound), input_schema=ShardState)
+    graph.add_node("shard", bound.node(shard, build_item().compile()), input_schema=ShardState)
     graph.add_node("gather", bound.node(gather))
     graph.add_node("approve", bound.node(approve))
     graph.add_node("reduce", bound.node(reduce))
@@ -46,23 +45,6 @@ def build(
     graph.add_edge("approve", "dispatch")
     graph.add_edge("reduce", END)
     return graph
-
-
-def _shard_node(bound: Bound) -> Any:
-    """Return the shard's node, with the item graph in sight of ``xray``.
-
-    LangGraph finds a subgraph that a node's function holds in a closure; the one that runs the
-    items is compiled without a saver and would not be shown.
-    """
-    run, view = bound.node(shard), build_item().compile()
-
-    async def node(state: ShardState, runtime: Runtime[Any]) -> dict[str, Any]:
-        _ = view
-        part: dict[str, Any] = await run(state, runtime)
-        return part
-
-    node.__doc__ = shard.__doc__
-    return node
 
 
 def build_graph(

@@ -24,7 +24,7 @@ from ..backends.tariffs import price
 from ..configs.load import Loaded
 from ..configs.plain import to_yaml
 from .identity import fingerprint
-from .items import load_graph
+from .items import check_graph
 
 RUNS: Final = "fanfold-runs"
 
@@ -36,7 +36,10 @@ def default_folder(name: str) -> Path:
 
 
 async def prepare_run(
-    loaded: Loaded, path: Path, items: Sequence[Mapping[str, Any]] | None = None
+    loaded: Loaded,
+    path: Path,
+    items: Sequence[Mapping[str, Any]] | None = None,
+    allow_simulated: bool = True,
 ) -> RunFolder:
     """Check input and endpoints, and make the run's folder.
 
@@ -44,6 +47,7 @@ async def prepare_run(
         loaded: The settings.
         path: The folder to make.
         items: Items in place of the configured input.
+        allow_simulated: Whether a simulated fleet may be asked.
 
     Raises:
         ConfigurationError: Something does not fit; then there is no folder.
@@ -52,13 +56,18 @@ async def prepare_run(
         msg = f"{path}: holds something else already; choose another --out"
         raise ConfigurationError(msg)
     check_input(loaded, items)
-    check_graph(loaded)
+    check_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
     async with _new_folder(path) as folder:
         spec = input_spec(loaded.config, items)
         summary = await asyncio.to_thread(spill, spec, folder.items, needed_columns(loaded.config))
         model, simulated = await _settle_model(loaded)
+        if simulated and not allow_simulated:
+            msg = (
+                "the endpoints are a simulated fleet, whose answers mean nothing; nothing was asked"
+            )
+            raise ConfigurationError(msg)
         cost = await asyncio.to_thread(price, loaded.config, model, simulated)
         about = {
             "run": secrets.token_hex(8),
@@ -98,16 +107,6 @@ def check_input(loaded: Loaded, items: Sequence[Mapping[str, Any]] | None = None
     if items is None and given.path is None and given.dataset is None:
         msg = f"{loaded.source}: the key 'input.path' (or 'input.dataset') is missing"
         raise ConfigurationError(msg)
-
-
-def check_graph(loaded: Loaded) -> None:
-    """Check that the item graph of the user's own can be imported, if there is one.
-
-    Raises:
-        ConfigurationError: It cannot, or is no function.
-    """
-    if loaded.config.task.graph is not None:
-        load_graph(loaded.config.task.graph)
 
 
 def check_endpoints(loaded: Loaded) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,17 +95,40 @@ async def execute(
         LedgerError: Something could not be written; says how many items are safe.
         RunStoppedError: It was stopped while it was being opened.
     """
+    with stoppable(console) as stop, stop.ending(options.end), spared_modules():
+        return await lived(folder, loaded, options, console, stop)
+
+
+async def lived(  # noqa: PLR0913 - what a life is made of
+    folder: RunFolder,
+    loaded: Loaded,
+    options: RunOptions,
+    console: Console,
+    stop: Stop,
+    *,
+    opened: Callable[[RunTools], None] | None = None,
+) -> RunResult:
+    """Do the same in any loop; what stops the run is the caller's.
+
+    Args:
+        folder: The run's folder.
+        loaded: Its settings.
+        options: How this life goes.
+        console: Where to say what is going on.
+        stop: By which the caller stops it.
+        opened: Called once the run is open, for whoever watches.
+    """
     started = time.monotonic()
     context = RunContext.of(loaded, trace=options.trace, retry_failed=options.retry_failed)
     context.bound(str(folder.path), options.end)
-    with stoppable(console) as stop, stop.ending(options.end), spared_modules():
-        async with AsyncExitStack() as stack:
-            opened = context.opened(str(folder.path))
-            tools = await stop.opening(stack.enter_async_context(opened))
-            async with counted(tools), noted(folder) as (about, this):
-                life = _Life(folder, about["run"], context, tools, options, console, stop)
-                result = await life.lived()
-                this["outcome"] = result.reason or "finished"
+    async with AsyncExitStack() as stack:
+        tools = await stop.opening(stack.enter_async_context(context.opened(str(folder.path))))
+        if opened is not None:
+            opened(tools)
+        async with counted(tools), noted(folder) as (about, this):
+            life = _Life(folder, about["run"], context, tools, options, console, stop)
+            result = await life.lived()
+            this["outcome"] = result.reason or "finished"
     return replace(result, seconds=round(time.monotonic() - started, 3))
 
 

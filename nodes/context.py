@@ -20,6 +20,8 @@ from .gate import Gate
 from .progress import Progress
 from .state import ItemState
 
+Delegate: TypeAlias = Callable[[dict[str, Any]], Awaitable[Any]]
+
 
 @dataclass(frozen=True)
 class ItemContext:
@@ -39,7 +41,7 @@ class ItemContext:
     model: ChatModel
     answer: AnswerCheck
     repairs: int = 1
-    delegate: Callable[[dict[str, Any]], Awaitable[Any]] | None = None
+    delegate: Delegate | None = None
 
 
 class Store(Protocol):

@@ -9,7 +9,12 @@ import orjson
 from langchain_core.messages import BaseMessage
 from langgraph.runtime import Runtime
 
-from ..backends.contract.errors import ConfigurationError, EndpointError, InvalidAnswerError
+from ..backends.contract.errors import (
+    ConfigurationError,
+    EndpointError,
+    InvalidAnswerError,
+    ItemLimitError,
+)
 from ..backends.contract.types import Json
 from .context import ItemContext
 from .prepare import failure
@@ -25,15 +30,20 @@ async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
     try:
         result = await context.delegate({**state["row"], "messages": state["messages"]})
         return {"output": context.answer.check(_json_safe(_output(result)))}
-    except (EndpointError, InvalidAnswerError) as error:
+    except (EndpointError, InvalidAnswerError, ItemLimitError) as error:
         return {"error": failure(error)}
 
 
 def _output(result: Any) -> Json:
-    """Return the key ``output``, else the last message's text, else the result itself."""
+    """Return what a user's graph puts out.
+
+    That is the key ``output``, else LangChain's ``structured_response``, else the last message's
+    text, else the result itself.
+    """
     if isinstance(result, Mapping):
-        if "output" in result:
-            return _plain(result["output"])
+        for key in ("output", "structured_response"):
+            if key in result:
+                return _plain(result[key])
         messages = result.get("messages")
         if messages:
             return _plain(messages[-1])

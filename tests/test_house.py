@@ -113,9 +113,11 @@ def test_public_names() -> None:
         "ConfigurationError",
         "FanfoldError",
         "Fleet",
+        "MapReduceAgent",
         "RunContext",
         "SimulatedFleet",
         "SimulationSpec",
+        "as_tool",
         "build_graph",
     ]
     for name in fanfold.__all__:

@@ -21,6 +21,9 @@
     │   ├── RefusedAnswerError      the model or a content filter refused
     │   └── InvalidAnswerError      does not parse, or breaks the schema
     ├── InvalidItemError            the item cannot be asked (an unparsable SMILES, say)
+    ├── ItemLimitError              the item took more than its limits allow
+    │   ├── ItemTimeoutError        limits.item_timeout_s
+    │   └── TooManyStepsError       limits.steps_per_item
     ├── RunStoppedError             the run cannot go on, and can be resumed
     │   └── BudgetExhaustedError    what is left of the budget carries no further call
     ├── SiteError                   the place where a shard runs failed
@@ -179,6 +182,18 @@ class InvalidAnswerError(AnswerError):
 
 class InvalidItemError(FanfoldError):
     """The item cannot be asked."""
+
+
+class ItemLimitError(FanfoldError):
+    """The item took more than its limits allow; what it had begun is given up."""
+
+
+class ItemTimeoutError(ItemLimitError):
+    """The item took longer than ``limits.item_timeout_s``."""
+
+
+class TooManyStepsError(ItemLimitError):
+    """The item's graph took more steps than ``limits.steps_per_item``."""
 
 
 class RunStoppedError(FanfoldError):

@@ -84,7 +84,8 @@ class ChatFleet(ChatOpenAI):
         """Build the model that asks as ``params`` says.
 
         The answer's schema goes into the body as it is, so that a truncated answer is returned
-        with its finish reason instead of being lost in an exception.
+        with its finish reason instead of being lost in an exception; but not into requests with
+        tools.
         """
         body = params.body()
         named: dict[str, Any] = {k: body.pop(k) for k in ("temperature", "seed") if k in body}
@@ -153,6 +154,9 @@ class ChatFleet(ChatOpenAI):
             raise ConfigurationError(
                 f"{', '.join(foreign)} cannot be set per call: they are the fleet's"
             )
+        if "tools" in payload and "response_format" in (body := payload.get("extra_body") or {}):
+            # a server that holds all output to the schema lets the model call no tool
+            payload["extra_body"] = {k: v for k, v in body.items() if k != "response_format"}
         return payload
 
     @_with_signature

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .dice import digest
+from .errors import ApiError
 from .questions import Question
-from .responders import Responder, compact
+from .responders import Responder, ToolUse, compact
 from .tokens import cut, text_tokens
 
 
@@ -43,15 +44,21 @@ def answer_to(question: Question, responder: Responder) -> Answer:
     Raises:
         ApiError: The question cannot be answered.
     """
-    return limited(question, responder(question))
+    said = responder(question)
+    if not isinstance(said, ToolUse):
+        return limited(question, said)
+    if said.name not in {tool.get("name") for tool in question.tools}:
+        raise ApiError(f"the responder calls {said.name!r}, which is no function of tools")
+    return limited(question, compact(said.arguments), said.name)
 
 
-def limited(question: Question, text: str) -> Answer:
+def limited(question: Question, text: str, tool: str | None = None) -> Answer:
     """Cut a text as a server does.
 
     Args:
         question: Holds the limits.
         text: The whole text.
+        tool: The function that it calls, unless the question itself names one.
 
     Returns:
         The answer; a tool call that is cut becomes plain text, as in vLLM.
@@ -59,7 +66,7 @@ def limited(question: Question, text: str) -> Answer:
     ends = [place for stop in question.stop if stop and (place := text.find(stop)) >= 0]
     whole = text[: min(ends)] if ends else text
     tokens = text_tokens(whole)
-    tool = question.form.tool
+    tool = tool or question.form.tool
     if tokens <= question.max_tokens:
         return Answer(whole, "tool_calls" if tool else "stop", tokens, tool)
     if tool:

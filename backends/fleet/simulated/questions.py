@@ -54,6 +54,7 @@ class Question:
         chat: Whether it is a chat completion, not a bare completion.
         stream: Whether the answer is streamed.
         include_usage: Whether the stream ends with a usage chunk.
+        tools: The functions that may be called, as the request describes them.
     """
 
     key: bytes
@@ -65,6 +66,7 @@ class Question:
     chat: bool
     stream: bool
     include_usage: bool
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def first_round(self) -> bool:
@@ -117,6 +119,7 @@ class QuestionReader:
             chat=chat,
             stream=bool(data.get("stream")),
             include_usage=bool((data.get("stream_options") or {}).get("include_usage")),
+            tools=_offered(data) if chat else (),
         )
 
     def check_model(self, data: Mapping[str, Any]) -> None:
@@ -261,14 +264,20 @@ def _limit(data: Mapping[str, Any], prompt_tokens: int, max_model_len: int) -> i
     return min(asked, max_model_len - prompt_tokens)
 
 
+def _offered(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Return the functions that may be called."""
+    choice = data.get("tool_choice")
+    wanted = choice.get("function", {}).get("name") if isinstance(choice, dict) else None
+    tools = [dict(tool.get("function", {})) for tool in data.get("tools") or ()]
+    return tuple(tool for tool in tools if choice != "none" and wanted in {None, tool.get("name")})
+
+
 def _forced_tool(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the function that must be called, if one must."""
+    """Return the function that must be called, if one must; of several, the first."""
     choice = data.get("tool_choice")
     if choice in {None, "none", "auto"} if not isinstance(choice, dict) else False:
         return None
-    tools = [tool.get("function", {}) for tool in data.get("tools") or ()]
-    wanted = choice.get("function", {}).get("name") if isinstance(choice, dict) else None
-    fitting = [tool for tool in tools if wanted in {None, tool.get("name")}]
+    fitting = _offered(data)
     if not fitting:
         raise ApiError("tool_choice names no function of tools", param="tool_choice")
-    return dict(fitting[0])
+    return fitting[0]

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
 import orjson
 
 from ...contract.errors import ConfigurationError
+from .answers import SchemaCache
 from .dice import Dice
-from .esol import EsolResponder
+from .esol import EsolResponder, find_smiles
 from .questions import Question
 from .spec import SimulationSpec
 from .strings import prose
 
 
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The answer of a model that calls a function, where the request leaves it the choice.
+
+    Attributes:
+        name: The function; one of ``question.tools``.
+        arguments: Its arguments.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
 class Responder(Protocol):
     """Writes the answer to one question."""
 
-    def __call__(self, question: Question) -> str:
+    def __call__(self, question: Question) -> str | ToolUse:
         """Write an answer.
 
         Args:
             question: What is asked; ``question.key`` seeds all chance.
 
         Returns:
-            The whole text; JSON where the form asks for it.
+            The whole text, JSON where the form asks for it; or the call of a function.
 
         Raises:
             ApiError: The question cannot be answered.
@@ -62,9 +77,49 @@ def _esol(spec: SimulationSpec) -> Responder:
     return EsolResponder(SchemaResponder(spec.output_tokens), spec.noise, spec.accuracy)
 
 
+class AgentResponder:
+    """Calls each function on offer once, in their order, and then answers.
+
+    Arguments are drawn; those called ``smiles`` are the molecule that the conversation names.
+
+    Args:
+        fallback: Answers at the end, and draws what a form asks for.
+    """
+
+    def __init__(self, fallback: SchemaResponder) -> None:
+        self._fallback = fallback
+        self._schemas = SchemaCache()
+
+    def __call__(self, question: Question) -> str | ToolUse:
+        """Write an answer, or call the next function; see `Responder`."""
+        used = _used(question.messages)
+        left = [tool for tool in question.tools if tool.get("name") not in used]
+        if not left and question.form.tool is not None:
+            left = [question.tools[-1]]  # one must be called, and the last one often ends a task
+        if not left:
+            return self._fallback(question)
+        schema = left[0].get("parameters") or {"type": "object"}
+        arguments = self._schemas.get(schema).draw(question.key)
+        if "smiles" in arguments:
+            arguments["smiles"] = find_smiles(question.messages)
+        return ToolUse(str(left[0].get("name")), arguments)
+
+
+def _used(messages: list[dict[str, Any]]) -> set[str]:
+    """Return the functions called since the user spoke last."""
+    used = set[str]()
+    for message in messages:
+        if message.get("role") == "user":
+            used.clear()
+        for call in message.get("tool_calls") or ():
+            used.add(str(call.get("function", {}).get("name")))
+    return used
+
+
 RESPONDERS: Final[Mapping[str, ResponderFactory]] = {
     "schema": lambda spec: SchemaResponder(spec.output_tokens),
     "esol": _esol,
+    "agent": lambda spec: AgentResponder(SchemaResponder(spec.output_tokens)),
 }
 """The responders that fanfold brings; `SimulatedFleet` takes others as well."""
 

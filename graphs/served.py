@@ -1,0 +1,218 @@
+"""Runs of a service: begun under an id of the caller's, watched, stopped, asked for their end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+from rich.console import Console
+
+from ..backends.accounts.folder import RunFolder, is_vacant, open_folder, write_json
+from ..backends.contract.errors import ConfigurationError, FanfoldError, InputError, RunStoppedError
+from ..backends.contract.types import Json
+from ..configs.load import Loaded, load
+from ..nodes.context import RunTools
+from .prepare import prepare_run
+from .run import BUDGET, INTERRUPTED, RunOptions, RunResult, lived
+from .stopping import Stop
+
+logger = logging.getLogger(__name__)
+
+_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SHOWN: Final = 500
+_KEYS: Final = frozenset({"items", "path"})
+_STATES: Final = {INTERRUPTED: "interrupted", BUDGET: "paused"}
+"""Ends from which a run can be started again."""
+MOST_BYTES: Final = 300_000
+"""A larger aggregate is not sent: HTTP exchanges carry messages of 512,000 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What a service runs.
+
+    Attributes:
+        loaded: The settings.
+        home: Where the runs' folders lie, each named by its run's id.
+        inputs: Callers may name files below this folder; None refuses paths.
+        allow_simulated: Whether a simulated fleet may be asked.
+    """
+
+    loaded: Loaded
+    home: Path
+    inputs: Path | None = None
+    allow_simulated: bool = True
+
+    def folder(self, run_id: str) -> Path:
+        """Return the folder of a run.
+
+        Raises:
+            InputError: The id is no plain name.
+        """
+        if not isinstance(run_id, str) or not _ID.fullmatch(run_id):
+            msg = "run_id: give 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
+            raise InputError(msg)
+        return self.home / run_id
+
+    def settings(self, request: Mapping[str, Any]) -> Loaded:
+        """Return the settings with the request's input; blocks.
+
+        Raises:
+            InputError: The request has other keys, both inputs, or a path that is not allowed.
+        """
+        if unknown := sorted(request.keys() - _KEYS):
+            msg = f"request: unknown {', '.join(unknown)}; give items, or path, or neither"
+            raise InputError(msg)
+        path = request.get("path")
+        if path is None:
+            return self.loaded
+        if request.get("items") is not None:
+            raise InputError("request: give items or path, not both")
+        if self.inputs is None:
+            raise InputError("request.path: this service takes no paths; give items")
+        root = self.inputs.resolve()
+        full = (root / str(path)).resolve()
+        if not full.is_relative_to(root):
+            raise InputError("request.path: is outside the folder that this service reads from")
+        changes = {"input.path": str(full), "input.dataset": None}
+        return load(self.loaded.raw, settings=changes)
+
+
+class Served:
+    """One run of a service.
+
+    Args:
+        service: What is run.
+        loaded: The settings, with the request's input.
+        run_id: Its name.
+        request: ``{"items": […]}``, ``{"path": …}`` or ``{}`` for the configured input.
+    """
+
+    def __init__(
+        self, service: Service, loaded: Loaded, run_id: str, request: Mapping[str, Any]
+    ) -> None:
+        self.run_id = run_id
+        self._service, self._loaded, self._request = service, loaded, request
+        self._path = service.folder(run_id)
+        self._stop = Stop(Console(file=io.StringIO()))
+        self._tools: RunTools | None = None
+        self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(self._note)
+
+    def _note(self, task: asyncio.Task[RunResult]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            told = isinstance(error, FanfoldError)
+            logger.warning("run %s: %s", self.run_id, error, exc_info=None if told else error)
+
+    @property
+    def ended(self) -> asyncio.Task[RunResult]:
+        """Return what is done when the run has ended."""
+        return self._task
+
+    def cancel(self) -> None:
+        """Let no further item begin; those in flight end. It can be started again later."""
+        if not self._task.done():
+            self._stop.asked("cancel")
+
+    def same(self, request: Mapping[str, Any]) -> bool:
+        """Say whether it was started with this request."""
+        return _digest(self._request) == _digest(request)
+
+    async def _run(self) -> RunResult:
+        folder, options = await self._opened(), RunOptions(quiet=True)
+        console = Console(file=io.StringIO())
+        return await lived(folder, self._loaded, options, console, self._stop, opened=self._watch)
+
+    async def _opened(self) -> RunFolder:
+        """Make the run's folder, or go on with the one of an earlier process."""
+        asked = {"v": 1, "request": _digest(self._request)}
+        if await asyncio.to_thread(is_vacant, self._path):
+            items, allowed = self._request.get("items"), self._service.allow_simulated
+            folder = await prepare_run(self._loaded, self._path, items, allowed)
+            await asyncio.to_thread(write_json, self._path / "request.json", asked)
+            return folder
+        folder = await asyncio.to_thread(open_folder, self._path)
+        file = self._path / "request.json"
+        found = await asyncio.to_thread(lambda: file.read_bytes() if file.exists() else b"{}")
+        if orjson.loads(found) not in ({}, asked):
+            msg = f"run_id: {self.run_id} was started with another request; choose another id"
+            raise InputError(msg)
+        return folder
+
+    def _watch(self, tools: RunTools) -> None:
+        self._tools = tools
+
+    def status(self) -> dict[str, Json]:
+        """Return where the run is: ``state`` and ``progress``."""
+        return {"v": 1, "run_id": self.run_id, "state": self._state(), "progress": self._progress()}
+
+    def _state(self) -> str:
+        if not self._task.done():
+            return "starting" if self._tools is None else "running"
+        if (error := self._error()) is not None:
+            return "interrupted" if isinstance(error, RunStoppedError) else "failed"
+        return _STATES.get(self._task.result().code, "done")
+
+    def _error(self) -> BaseException | None:
+        return asyncio.CancelledError() if self._task.cancelled() else self._task.exception()
+
+    def _progress(self) -> dict[str, Json]:
+        if self._tools is None:
+            return {}
+        now = self._tools.progress
+        tokens = {"prompt": now.prompt_tokens, "completion": now.completion_tokens}
+        counts = {"items": now.total, "done": now.done, "failed": now.failed}
+        about = {"requests": now.requests, "tokens": tokens, "simulated": self._tools.simulated}
+        return {**counts, **about}
+
+    def outcome(self) -> dict[str, Json]:
+        """Return where the run is and, once it has ended, how."""
+        said = self.status()
+        if not self._task.done():
+            return said
+        if (error := self._error()) is not None:
+            return said | {"error": as_data(error)}
+        result = self._task.result()
+        if said["state"] in _STATES.values():
+            return said | {"reason": result.reason}
+        return said | {
+            "progress": result.progress,
+            **bounded(result.aggregate),
+            "results": {
+                "folder": str(result.folder.path),
+                "table": str(result.folder.results),
+                "failures": str(result.folder.failures),
+                "simulated": result.simulated,
+            },
+        }
+
+
+def bounded(aggregate: list[dict[str, Any]]) -> dict[str, Json]:
+    """Return the aggregate if a message carries it, else what to do instead."""
+    size = len(orjson.dumps(aggregate))
+    if size <= MOST_BYTES:
+        return {"aggregate": aggregate}
+    left_out = f"the aggregate has {size:,} bytes; read aggregate.json in results.folder"
+    return {"aggregate": None, "left_out": left_out}
+
+
+def as_data(error: BaseException) -> dict[str, Json]:
+    """Return an error as data: no exception crosses an exchange."""
+    text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
+    kind = "configuration" if isinstance(error, ConfigurationError) else "run"
+    if isinstance(error, InputError):
+        kind = "input"
+    return {"kind": kind, "type": type(error).__name__, "message": text[:_SHOWN]}
+
+
+def _digest(request: Mapping[str, Any]) -> str:
+    data = orjson.dumps(dict(request), option=orjson.OPT_SORT_KEYS, default=str)
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,5 @@
+"""What integration tests share."""
+
+from fanfold.tests.integration.dev_server import dev_server
+
+__all__ = ["dev_server"]
