@@ -96,7 +96,8 @@ async def fly(
         LedgerError: Something could not be written.
     """
     context = RunContext.of(loaded, trace=options.trace)
-    with stoppable(console) as stop, spared_modules():
+    context.bound(str(folder.path), options.end)
+    with stoppable(console) as stop, stop.ending(options.end), spared_modules():
         async with AsyncExitStack() as stack:
             opened = context.opened(str(folder.path))
             tools = await stop.opening(stack.enter_async_context(opened))

@@ -117,15 +117,16 @@ def _piloted(loaded: Loaded, out: Path | None, wish: Wish, output: Output) -> in
 
 
 async def _pilot(loaded: Loaded, path: Path, fresh: bool, wish: Wish, output: Output) -> Piloted:
+    end = life_end(loaded.config, time.time())
     await check_saver(wish.checkpointer)
     if fresh:
-        folder = await prepare_run(loaded, path)
+        folder = await within(prepare_run(loaded, path), end)
         if not output.quiet:
             say(_about(folder))
     else:
-        resumed = await resume_run(open_folder(path), loaded)
+        resumed = await within(resume_run(open_folder(path), loaded), end)
         folder, loaded = resumed.folder, resumed.loaded
-    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.silent)
+    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.silent, end=end)
     return await fly(folder, loaded, options, wish.pilot or 1, messages())
 
 

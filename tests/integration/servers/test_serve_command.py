@@ -60,6 +60,10 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
+def events(record: Path, name: str) -> list[dict[str, Any]]:
+    return [line for line in read_record(record) if line["event"] == name]
+
+
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     """Run a command in this process."""
     monkeypatch.chdir(folder)
@@ -78,9 +82,9 @@ def test_a_run_on_a_node_that_is_served(
     try:
         file, record = tmp_path / "servers" / "n1", tmp_path / "servers" / "logs" / "n1.jsonl"
         wait_for(file.exists, serving)
-        (start,) = (line for line in read_record(record) if line["event"] == "start")
+        (start,) = events(record, "start")
         os.kill(start["pid"], signal.SIGKILL)
-        wait_for(lambda: not file.exists(), serving)
+        wait_for(lambda: events(record, "down"), serving)
         assert run(tmp_path, monkeypatch, "run", "c.yaml", "--out", "r", "--json") == 0
         assert json.loads(capsys.readouterr().out)["done"] == 40
         serving.send_signal(signal.SIGUSR1)  # a scheduler's warning is for runs
@@ -93,9 +97,8 @@ def test_a_run_on_a_node_that_is_served(
     assert "was ended by SIGKILL; restart 1 of 3" in said
     assert "SIGTERM: the servers of n1 are being ended" in said
     assert not file.exists()
-    for line in read_record(record):
-        if line["event"] == "start":
-            assert not alive(line["pid"])
+    assert len(events(record, "start")) == 2
+    assert not any(alive(line["pid"]) for line in events(record, "start"))
 
 
 def test_a_start_that_fails_exits_with_1_and_the_last_lines(

@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -212,12 +214,13 @@ def _is_replaced(node: Node, watcher: int) -> bool:
 
 
 def _watchers(node: Node) -> list[int]:
-    listed = subprocess.run(
-        ["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True, check=True
-    )
-    lines = [line.split(None, 1) for line in listed.stdout.splitlines()]
-    wanted = str(node.files.endpoints)
-    return [int(pid) for pid, args in lines if "watcher.py" in args and wanted in args]
+    found, wanted = list[int](), os.fsencode(node.files.endpoints)
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile
+            arguments = line.read_bytes().split(b"\0")
+            if wanted in arguments and any(a.endswith(b"watcher.py") for a in arguments):
+                found.append(int(line.parent.name))
+    return found
 
 
 async def test_one_of_two_is_given_up_and_the_other_serves_on(node: Node) -> None:
