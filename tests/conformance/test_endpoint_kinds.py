@@ -266,14 +266,14 @@ def threads() -> Executor:
 @pytest.mark.parametrize("kind", ["urls", "first"])
 async def test_keys_do_not_travel_to_workers(site: Site, kind: str) -> None:
     """A key that is written out is refused before anything is sent, whatever it opens."""
-    endpoints: dict[str, Any] = {
+    kinds: dict[str, Any] = {
         "urls": {"urls": [await site.model()], "api_key": "good"},
         "first": {
             "first": {"base_url": await site.gateway(), "paths": "metis/api", "token": "good"}
         },
-    }[kind]
+    }
     backend = {"kind": "executor", "factory": f"{__name__}:threads"}
     where = {"urls": "endpoints.api_key", "first": "endpoints.first.token"}[kind]
     with pytest.raises(ConfigurationError, match=f"^{re.escape(where)} is written out"):
-        await ran(endpoints, backend=backend)
+        await ran(kinds[kind], backend=backend)
     assert (site.asked, site.first.asked) == (0, [])
