@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fanfold
+from fanfold.tests.benchmarks.__main__ import NAMES
 
 ROOT, ROOMS = Path(str(files("fanfold"))), ("backends", "nodes", "graphs", "configs")
 MODULES = sorted(p.relative_to(ROOT) for r in ROOMS for p in (ROOT / r).rglob("*.py"))
@@ -141,3 +142,8 @@ def test_extras_are_all_in_dev() -> None:
     (bundle,) = [d for d in extras["dev"] if d.startswith("fanfold[")]
     named = set(bundle.removeprefix("fanfold[").removesuffix("]").split(","))
     assert named == extras.keys() - {"dev"}
+
+
+def test_every_benchmark_can_be_named() -> None:
+    texts = {file.stem: file.read_text() for file in (ROOT / "tests" / "benchmarks").glob("*.py")}
+    assert {name for name, text in texts.items() if "def measure(" in text} == set(NAMES)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
-import tempfile
 from concurrent.futures import Executor
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any, Final
 from ..contract.errors import ConfigurationError, MissingExtraError, SiteError
 from .executor import ExecutorBackend, WorkShard
 from .leash import shell_leash
+from .scratch import Scratch
 
 _INTERCHANGE: Final = "parsl.executors.high_throughput.interchange"
 _HEARTBEAT_S: Final = 2
@@ -42,6 +41,7 @@ class ParslBackend(ExecutorBackend):
             raise MissingExtraError("backend.kind: parsl", "parsl")
         super().__init__(self._kernel, work, workers, f"parsl ({config})")
         self._config = config
+        self._scratches = dict[Executor, Scratch | None]()
 
     def _kernel(self) -> Executor:
         """Make the executor over a DataFlowKernel of its own; blocks."""
@@ -53,13 +53,19 @@ class ParslBackend(ExecutorBackend):
         # not parsl.load(): the one global kernel is the user's
         from parsl.dataflow.dflow import DataFlowKernel  # noqa: PLC0415
 
+        scratch: Scratch | None = None
         if self._config == "htex_local":
-            config = htex_local(self._workers)
+            scratch = Scratch("parsl")
+            config = htex_local(self._workers, scratch.path)
         else:
             config = self._users_config(*self._config.split(":"))
         try:
-            return ParslPoolExecutor(dfk=DataFlowKernel(config))
+            executor: Executor = ParslPoolExecutor(dfk=DataFlowKernel(config))
+            self._scratches[executor] = scratch
+            return executor
         except Exception as error:
+            if scratch is not None:
+                scratch.remove()
             raise SiteError(f"{self.name}: cannot be started: {error}") from error
 
     def _users_config(self, module: str, attribute: str) -> Any:
@@ -105,8 +111,8 @@ class ParslBackend(ExecutorBackend):
         if self._config == "loaded" or kernel is None or kernel.cleanup_called:
             return
         kernel.cleanup()
-        if self._config == "htex_local":
-            shutil.rmtree(kernel.config.run_dir, ignore_errors=True)
+        if (scratch := self._scratches.pop(executor, None)) is not None:
+            scratch.remove()
 
 
 def _loaded() -> Any:
@@ -137,10 +143,14 @@ def _ended(kernel: Any) -> bool:
     return bool(blocks) and all(status.terminal for status in blocks)
 
 
-def htex_local(workers: int) -> Any:
+def htex_local(workers: int, folder: Path) -> Any:
     """Return a ``parsl.Config`` of one pool of worker processes on this machine's loopback.
 
     Nothing outlives the coordinator: neither the interchange nor the workers, whatever ends it.
+
+    Args:
+        workers: How many.
+        folder: For Parsl's own files.
     """
     from parsl.config import Config  # noqa: PLC0415 - an extra
     from parsl.executors import HighThroughputExecutor  # noqa: PLC0415 - an extra
@@ -148,7 +158,6 @@ def htex_local(workers: int) -> Any:
 
     scripts = Path(sys.executable).parent  # Parsl's own scripts, without an activated environment
     setup = f'export PATH={shlex.quote(str(scripts))}:"$PATH"\n{shell_leash(os.getpid())}'
-    folder = tempfile.mkdtemp(prefix="fanfold-parsl-")
     make_provider: Any = LocalProvider  # Parsl does not say its type
     provider = make_provider(init_blocks=1, min_blocks=1, max_blocks=1, worker_init=setup)
     executor = HighThroughputExecutor(
@@ -161,7 +170,7 @@ def htex_local(workers: int) -> Any:
         heartbeat_period=_HEARTBEAT_S,
         heartbeat_threshold=_SILENCE_S,
         interchange_launch_cmd=[sys.executable, "-m", f"{__package__}.leash", _INTERCHANGE],
-        worker_logdir_root=folder,
+        worker_logdir_root=str(folder),
         provider=provider,
     )
     return Config(
@@ -170,6 +179,6 @@ def htex_local(workers: int) -> Any:
         strategy_period=1,
         retries=0,
         usage_tracking=0,
-        run_dir=folder,
+        run_dir=str(folder),
         initialize_logging=False,
     )

@@ -2,7 +2,7 @@
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
 runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,
-``storm``, ``streams`` and ``budget`` take minutes and run only when they are named.
+``storm``, ``streams``, ``shards`` and ``budget`` take minutes and run only when they are named.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from . import budget, calls, end_to_end, parts, reuse, storm, streams
+from . import budget, calls, end_to_end, parts, reuse, shards, storm, streams
 
-_NAMES = ("end_to_end", "calls", "parts", "reuse", "storm", "streams", "budget")
+NAMES = ("end_to_end", "calls", "parts", "reuse", "shards", "storm", "streams", "budget")
 
 
 def main() -> None:
     """Run the benchmarks that were named, or the short ones."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*_NAMES, []], default=[])
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], default=[])
     parser.add_argument("--items", type=int, nargs="+", default=[2_000, 50_000])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--kinds", nargs="+", choices=["storm", "calm"], default=["storm", "calm"])
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--answer", type=float, default=60.0, help="of the streams, in s")
     parser.add_argument("--window", type=float, default=180.0, help="of steady state, in s")
+    parser.add_argument("--backends", nargs="+", choices=list(shards.BACKENDS), default=[])
     given = parser.parse_args()
     names = given.names or ["end_to_end", "calls", "parts"]
     if "end_to_end" in names:
@@ -37,6 +38,8 @@ def main() -> None:
         parts.measure_choice()
     if "reuse" in names:
         asyncio.run(reuse.measure([100_000, 1_000_000]))
+    if "shards" in names:
+        shards.measure(given.backends)
     if "streams" in names:
         asyncio.run(streams.measure(given.streams, given.answer, given.window))
     if "budget" in names:

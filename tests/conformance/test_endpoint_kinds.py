@@ -272,9 +272,8 @@ async def test_keys_do_not_travel_to_workers(site: Site, kind: str) -> None:
             "first": {"base_url": await site.gateway(), "paths": "metis/api", "token": "good"}
         },
     }
-    endpoints = kinds[kind]
     backend = {"kind": "executor", "factory": f"{__name__}:threads"}
     where = {"urls": "endpoints.api_key", "first": "endpoints.first.token"}[kind]
     with pytest.raises(ConfigurationError, match=f"^{re.escape(where)} is written out"):
-        await ran(endpoints, backend=backend)
+        await ran(kinds[kind], backend=backend)
     assert (site.asked, site.first.asked) == (0, [])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from academy.logging.configs.base import LogConfig
 
 from ...contract.types import Json
 from ..executor import WorkShard, in_thread
+from ..scratch import Scratch
 from .parcel import pack, unpack
 
 _OVER: Final = frozenset({MailboxStatus.TERMINATED, MailboxStatus.MISSING})
@@ -55,7 +54,11 @@ class ShardAgent(Agent):
         self._duty = duty
         self._slots = asyncio.Semaphore(duty.slots)
         self._running, self._leaving = set[object](), False
-        self._stop = Path(tempfile.gettempdir()) / f"fanfold-stop-{uuid.uuid4().hex}"
+        self._scratch: Scratch | None = None
+
+    async def agent_on_startup(self) -> None:
+        """Make room for what tells orders without a stop file of their own to stop."""
+        self._scratch = await asyncio.to_thread(Scratch, "agent")
 
     @action
     async def work_on(self, parcel: str) -> str:
@@ -77,7 +80,18 @@ class ShardAgent(Agent):
         finally:
             self._running.discard(mine)
             if self._leaving and not self._running:
-                self._stop.unlink(missing_ok=True)
+                self._tidy()
+
+    @property
+    def _stop(self) -> Path:
+        assert self._scratch is not None, "an agent that has not started takes no orders"
+        return self._scratch.path / "stop"
+
+    def _tidy(self) -> None:
+        """Remove the stop file once nobody looks at it; a later agent does if this one cannot."""
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
 
     @action
     async def stop(self) -> None:
@@ -104,7 +118,7 @@ class ShardAgent(Agent):
         if self._running:
             await asyncio.to_thread(self._stop.touch)
         else:
-            await asyncio.to_thread(self._stop.unlink, missing_ok=True)
+            await asyncio.to_thread(self._tidy)
 
 
 class Quiet(LogConfig):

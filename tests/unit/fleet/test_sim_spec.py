@@ -83,7 +83,7 @@ def test_what_is_no_object_is_refused(text: str) -> None:
 
 
 def test_unknown_responder() -> None:
-    with pytest.raises(ConfigurationError, match="known are esol, schema"):
+    with pytest.raises(ConfigurationError, match="known are agent, esol, schema"):
         make_responder(SimulationSpec(responder="oracle"))
 
 

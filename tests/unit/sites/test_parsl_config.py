@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,16 +64,14 @@ def test_parsl_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ParslBackend("htex_local", work, 2)
 
 
-def test_the_built_in_config_is_local_and_silent() -> None:
-    config = htex_local(3)
-    try:
-        (executor,) = config.executors
-        assert (executor.address, executor.loopback_address) == ("127.0.0.1", "127.0.0.1")
-        assert executor.max_workers_per_node == 3
-        assert (config.retries, config.strategy, config.usage_tracking) == (0, "none", 0)
-        assert config.initialize_logging is False
-    finally:
-        shutil.rmtree(config.run_dir)
+def test_the_built_in_config_is_local_and_silent(tmp_path: Path) -> None:
+    config = htex_local(3, tmp_path)
+    (executor,) = config.executors
+    assert (executor.address, executor.loopback_address) == ("127.0.0.1", "127.0.0.1")
+    assert executor.max_workers_per_node == 3
+    assert (config.retries, config.strategy, config.usage_tracking) == (0, "none", 0)
+    assert config.initialize_logging is False
+    assert (config.run_dir, executor.worker_logdir_root) == (str(tmp_path), str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""Temporary folders that do not outlive their owners for long, however those end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+_OWNER: Final = "owner"
+_YOUNG_S: Final = 60.0
+"""A folder this young may not be locked yet."""
+
+
+class Scratch:
+    """A folder in the system's temporary one, locked by this process while it lives.
+
+    Making one sweeps up those of the same kind whose owners are gone without removing them.
+
+    Args:
+        kind: What it is for; part of its name.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, kind: str) -> None:
+        prefix = f"fanfold-{kind}-"
+        for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+            _sweep(folder)
+        self.path = Path(tempfile.mkdtemp(prefix=prefix))
+        self._lock = os.open(self.path / _OWNER, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def remove(self) -> None:
+        """Remove the folder and what is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove a folder that nobody owns any more; others' and young ones are left alone."""
+    with suppress(OSError):
+        if folder.stat().st_uid != os.getuid() or time.time() - folder.stat().st_mtime < _YOUNG_S:
+            return
+        lock = os.open(folder / _OWNER, os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
