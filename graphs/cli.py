@@ -17,7 +17,7 @@ from ..backends.contract.errors import (
     FanfoldError,
     RunStoppedError,
 )
-from . import checking, globus_cli, listing, looking, running, serve_cli
+from . import checking, costing, globus_cli, listing, looking, running, serve_cli
 from .estimate import SAMPLE
 from .run import BUDGET, INTERRUPTED, OTHER, USAGE
 
@@ -180,6 +180,18 @@ def status(
         listing.past(folder, as_json)
     else:
         looking.status(folder, as_json)
+
+
+@app.command()
+def cost(
+    folder: Folder,
+    by: Annotated[
+        str | None, typer.Option("--by", help=f"One row per {', '.join(costing.BY)}.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run has cost so far, over all of its lives: tokens, dollars, node-hours."""
+    costing.show(folder, by, as_json)
 
 
 @app.command()

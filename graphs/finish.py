@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..backends.accounts.folder import RunFolder, write_json
-from ..backends.accounts.results import write_jsonl, write_parquet
+from ..backends.accounts.results import rows, write_jsonl, write_parquet
 from ..backends.accounts.results.guard import replacing
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
@@ -23,10 +23,10 @@ def write_results(
     Raises:
         LedgerError: A file could not be written.
     """
-    schema = loaded.config.task.answer_schema
-    write_parquet(tools.ledger.records(), folder.results, schema)
+    schema, priced = loaded.config.task.answer_schema, tools.priced
+    write_parquet(rows(tools.ledger.records(), priced=priced), folder.results, schema)
     with replacing(folder.failures) as file:
-        write_jsonl(tools.ledger.records("failed"), file)
+        write_jsonl(rows(tools.ledger.records("failed"), priced=priced), file)
     about = folder.read_provenance()
     content = {"v": 1, "run": about["run"], "simulated": tools.simulated}
     write_json(folder.aggregate, {**content, "progress": progress, "aggregate": aggregate})

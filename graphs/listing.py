@@ -111,6 +111,8 @@ def past(path: Path, as_json: bool) -> None:
         print_json({"endpoints": rows})
     elif rows:
         _print(_table(rows, _PAST))
+        Console().print()
+        _print(_table(rows, _COST))
     else:
         say([f"{path}: nothing is known of endpoints yet; it is written when a life ends"])
 
@@ -120,9 +122,15 @@ def _cells_past(row: dict[str, Any]) -> Iterator[str]:
     yield row["state"]
     yield _count(row["calls"])
     yield ", ".join(f"{n:,} {_brief(name)}" for name, n in row["failures"].items()) or _NOTHING
-    yield f"{row['prompt_tokens']:,} + {row['completion_tokens']:,}"
     yield " ".join(_milliseconds(row[f"latency_p{q}_s"]) for q in (50, 90, 99))
     yield _count(row["opened"])
+
+
+def _cells_cost(row: dict[str, Any]) -> Iterator[str]:
+    yield row[_ENDPOINT]
+    for kind in ("prompt", "cached", "completion", "useful", "wasted"):
+        yield _count(row[f"{kind}_tokens"])
+    yield _NOTHING if row["usd"] is None else f"{row['usd']:,.2f}"
 
 
 _NOW: Final = (
@@ -130,8 +138,12 @@ _NOW: Final = (
     _cells_now,
 )
 _PAST: Final = (
-    (_ENDPOINT, "state", "calls", "failures", "tokens", "p50 p90 p99", "opened"),
+    (_ENDPOINT, "state", "calls", "failures", "p50 p90 p99", "opened"),
     _cells_past,
+)
+_COST: Final = (
+    (_ENDPOINT, "prompt", "cached", "completion", "useful", "wasted", "USD"),
+    _cells_cost,
 )
 
 

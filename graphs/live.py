@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ..backends.contract.money import NANO
 from ..backends.fleet.fleet import Fleet
 from ..nodes.context import RunTools
 from .opened import OpenedRun
@@ -23,6 +24,8 @@ _LIVE_S: Final = 0.25
 _RATE_S: Final = 10.0
 _WHOLE: Final = 10_000
 """Numbers below are shown as they are."""
+_UNITS: Final = {"usd": "USD", "tokens": "tok", "requests": "req", "node_hours": "node-h"}
+"""By limit of a budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +39,14 @@ class _Parts:
     flow: str
     flying: str
     refused: str
+    spent: str
     eta: str
 
     def line(self, mark: str, *, without: tuple[str, ...] = ()) -> str:
-        names = ("counts", "failed", "reused", "rate", "flow", "flying", "refused", "eta")
+        names = (
+            *("counts", "failed", "reused", "rate", "flow"),
+            *("flying", "refused", "spent", "eta"),
+        )
         shown = [getattr(self, name) for name in names if name not in without]
         return "  ".join(part for part in (mark, *shown) if part)
 
@@ -92,8 +99,20 @@ class Line:
             flow="" if pause else f"{short(flow)} tok/s",
             flying=pause or self._flying(fleet),
             refused=f"{short(refused)} refused" if refused and not pause else "",
+            spent=self._spent(),
             eta="" if pause else eta,
         )
+
+    def _spent(self) -> str:
+        """Return what is spent: of the cap that is nearest, or dollars if anything has a price."""
+        progress, budget = self._tools.progress, self._tools.budget
+        limits = {} if budget is None else budget.report()
+        if limits:
+            name = max(limits, key=lambda limit: limits[limit]["spent"] / limits[limit]["cap"])
+            spent, cap = limits[name]["spent"], limits[name]["cap"]
+            return f"{_amount(spent)}/{_amount(cap)} {_UNITS[name]}"
+        nano = progress.nano_usd + progress.held.nano_usd
+        return f"{_amount(nano / NANO)} USD" if nano else ""
 
     def _flying(self, fleet: Fleet | None) -> str:
         if (crew := self._tools.crew) is not None:
@@ -128,6 +147,13 @@ def short(number: float) -> str:
         scaled, units = scaled / 1000, units[1:]
     digits = 1 if scaled < 9.95 else 0  # noqa: PLR2004 - 9.95 is 10 when rounded
     return f"{scaled:.{digits}f}{units[0]}"
+
+
+def _amount(value: float) -> str:
+    """Return an amount in five or six characters: small ones with digits behind the point."""
+    if value >= 1000 or value == int(value):  # noqa: PLR2004 - larger ones are whole
+        return short(value)
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"  # noqa: PLR2004 - a cent
 
 
 def _duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -14,15 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..backends.accounts.cost import Cost, tokens_json
 from ..backends.accounts.folder import RunFolder, open_folder
 from ..backends.accounts.ledger import Ledger
-from ..backends.accounts.results import write_csv, write_jsonl, write_parquet
+from ..backends.accounts.results import rows, write_csv, write_jsonl, write_parquet
 from ..backends.contract.errors import ConfigurationError
 from ..backends.fleet.simulated.fleet import SimulatedFleet
 from ..backends.fleet.simulated.spec import SimulationSpec
 from ..configs.load import peek
 from ..configs.presets import copy_preset, preset_names, preset_text
 from ..configs.source import at_path
+from .costs import budget_so_far, cost_so_far, dollars, doubts, nodes
 from .report import cell
 from .running import print_json, say
 
@@ -35,6 +37,7 @@ def status(path: Path, as_json: bool) -> None:
     about = folder.read_provenance()
     with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
         counts, spent = ledger.counts(), ledger.total()
+        cost = cost_so_far(folder, about["run"], ledger.spent)
     last = about["lives"][-1] if about["lives"] else {"outcome": None}
     state = "running" if folder.in_use() else last["outcome"] or "killed; resumable"
     facts = {
@@ -49,16 +52,29 @@ def status(path: Path, as_json: bool) -> None:
         "open": counts.open,
         "requests": spent.requests,
         "reused": spent.reused,
-        "tokens": {"prompt": spent.prompt_tokens, "completion": spent.completion_tokens},
-        "lives": len(about["lives"]),
     }
     if as_json:
-        print_json(facts)
+        costs = cost.to_json() | {"budget": budget_so_far(folder, cost)}
+        print_json(facts | costs | {"lives": len(about["lives"])})
         return
     table = Table(show_header=False)
-    for key, value in facts.items():
+    for key, value in (facts | _costs(folder, cost) | {"lives": len(about["lives"])}).items():
         table.add_row(key, _shown(value))
     Console().print(table)
+
+
+def _costs(folder: RunFolder, cost: Cost) -> dict[str, Any]:
+    """Return what a run has cost as it is shown; what nobody counts or limits is left out."""
+    limits = budget_so_far(folder, cost)
+    shown: dict[str, Any] = {"tokens": tokens_json(cost.spent)}
+    if cost.nano_usd is not None:
+        shown["cost"] = dollars(cost)
+    shown["nodes"] = nodes(cost)
+    for name, limit in limits.items():
+        shown[f"budget.{name}"] = f"{limit['spent']:,.10g} of {limit['cap']:,.10g}"
+    if more := doubts(cost):
+        shown["in doubt"] = more
+    return shown
 
 
 def _shown(value: Any) -> Text:
@@ -80,7 +96,7 @@ def results(path: Path, form: str, target: Path | None) -> None:
         _check_target(target)
     about, schema = folder.read_provenance(), _schema(folder)
     with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
-        records = ledger.records()
+        records = rows(ledger.records(), priced=ledger.total().nano_usd > 0)
         if form == "parquet" and target is not None:
             write_parquet(records, target, schema)
         elif target is None:
@@ -111,7 +127,10 @@ def _opened(target: Path) -> IO[bytes]:
 
 
 def _write_text(
-    records: Iterator[dict[str, Any]], form: str, stream: IO[bytes], schema: dict[str, Any] | None
+    records: Iterator[Mapping[str, Any]],
+    form: str,
+    stream: IO[bytes],
+    schema: dict[str, Any] | None,
 ) -> None:
     if form == "csv":
         write_csv(records, stream, schema)

@@ -12,6 +12,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from ..backends.contract.errors import ConfigurationError, MissingExtraError
+from ..backends.contract.money import HOUR_MS, NANO
 from ..backends.fleet.stats import EndpointReport, FleetHealth
 from .opened import OpenedRun
 
@@ -23,6 +24,9 @@ class _Snapshot:
     """A run at one moment, so that it can be rendered off the loop."""
 
     items: dict[str, int]
+    tokens: dict[str, int]
+    usd: float | None
+    node_hours: dict[str, float]
     health: FleetHealth | None
     endpoints: Sequence[EndpointReport]
 
@@ -78,10 +82,16 @@ async def _listen(runner: web.AppRunner, port: int) -> None:
 
 
 def _snapshot(tools: OpenedRun) -> _Snapshot:
-    progress, fleet = tools.progress, tools.fleet
+    progress, fleet, held = tools.progress, tools.fleet, tools.progress.held
     left = progress.total - progress.done - progress.failed
     return _Snapshot(
         {"done": progress.done, "failed": progress.failed, "open": left},
+        {"useful": progress.useful_tokens, "wasted": progress.wasted_tokens},
+        (progress.nano_usd + held.nano_usd) / NANO if tools.priced or held.nano_usd else None,
+        {
+            "busy": (held.node_ms - held.idle_ms) / HOUR_MS,
+            "idle": held.idle_ms / HOUR_MS,
+        },
         fleet.health() if fleet is not None else None,
         fleet.report() if fleet is not None else (),
     )
@@ -112,9 +122,28 @@ def _families(snapshot: _Snapshot) -> Iterator[Any]:
     for status, count in snapshot.items.items():
         items.add_metric([status], count)
     yield items
+    yield from _of_cost(snapshot)
     if snapshot.health is not None:
         yield from _of_fleet(snapshot.health)
         yield from _of_endpoints(snapshot.endpoints)
+
+
+def _of_cost(snapshot: _Snapshot) -> Iterator[Any]:
+    from prometheus_client.core import CounterMetricFamily  # noqa: PLC0415 - an extra
+
+    tokens = CounterMetricFamily(
+        "fanfold_tokens", "Tokens of items that ended, over all lives.", labels=["kind"]
+    )
+    for kind, count in snapshot.tokens.items():
+        tokens.add_metric([kind], count)
+    hours = CounterMetricFamily(
+        "fanfold_node_hours", "Node-hours held, over all lives.", labels=["kind"]
+    )
+    for kind, value in snapshot.node_hours.items():
+        hours.add_metric([kind], value)
+    yield from (tokens, hours)
+    if snapshot.usd is not None:
+        yield CounterMetricFamily("fanfold_usd", "US dollars, over all lives.", value=snapshot.usd)
 
 
 def _of_fleet(health: FleetHealth) -> Iterator[Any]:
@@ -148,7 +177,9 @@ def _of_endpoints(reports: Sequence[EndpointReport]) -> Iterator[Any]:
         "fanfold_endpoint_failures", "Failed ones by class.", labels=["endpoint", "class"]
     )
     tokens = CounterMetricFamily(
-        "fanfold_endpoint_tokens", "Tokens as reported.", labels=["endpoint", "kind"]
+        "fanfold_endpoint_tokens",
+        "Tokens as reported, and lost ones at most.",
+        labels=["endpoint", "kind"],
     )
     opened = CounterMetricFamily(
         "fanfold_endpoint_opened", "Times that it was left alone.", labels=["endpoint"]
@@ -165,6 +196,7 @@ def _of_endpoints(reports: Sequence[EndpointReport]) -> Iterator[Any]:
         flying.add_metric([r.endpoint], r.in_flight)
         tokens.add_metric([r.endpoint, "prompt"], r.prompt_tokens)
         tokens.add_metric([r.endpoint, "completion"], r.completion_tokens)
+        tokens.add_metric([r.endpoint, "lost"], r.lost_prompt_tokens + r.lost_completion_tokens)
         for name, count in r.failures.items():
             failures.add_metric([r.endpoint, name], count)
         for share, seconds in _quantiles(r):

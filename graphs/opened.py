@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import Budget
 from ..backends.accounts.endpoints import FILE, append_endpoints
 from ..backends.accounts.folder import RunFolder
+from ..backends.accounts.ledger import Ledger
 from ..backends.contract.errors import LedgerError
+from ..backends.contract.money import NANO, Tariff
+from ..backends.contract.types import Usage
 from ..backends.fleet.fleet import Fleet
 from ..nodes.context import RunTools
-from .spending import Spending, watched
+from .nodetime import Timesheet, noting, watched
+from .spending import Spending
 
 logger = logging.getLogger(__name__)
 
@@ -28,25 +33,39 @@ class OpenedRun(RunTools):
     Attributes:
         fleet: The fleet; None when nothing is to be asked, or workers elsewhere ask.
         budget: What the run may spend.
+        journal: Its ledger, for whoever adds up.
     """
 
     fleet: Fleet | None = None
     budget: Budget | None = None
+    journal: Ledger | None = None
 
 
 @asynccontextmanager
-async def spent_in(spending: Spending, run: OpenedRun) -> AsyncIterator[None]:
-    """Watch the budget of an open run while the block runs."""
+async def accounted(
+    run: OpenedRun, spending: Spending | None, shelf: Shelf, life: int
+) -> AsyncIterator[None]:
+    """Account for what an open run spends besides its calls, while the block runs.
+
+    Args:
+        run: The run.
+        spending: Its budget; None is no limit.
+        shelf: Its books.
+        life: The life's number, from 1.
+
+    Raises:
+        LedgerError: A book cannot be created.
+    """
 
     def nodes() -> tuple[int, int]:
         if run.crew is not None:
             return run.crew.nodes
         return (0, 0) if run.fleet is None else run.fleet.nodes
 
-    terms = spending.budget.terms
-    timed = terms.caps.node_ms is not None or terms.tariff.node > 0
-    async with watched(spending, run.gate, nodes, timed):
-        yield
+    async with noting(spending, shelf, life) as note:
+        sheet = Timesheet(nodes, run.tariff, run.progress.hold, note)
+        async with watched(sheet, run.gate, spending):
+            yield
 
 
 def reports_of(fleet: Fleet) -> Callable[[], list[dict[str, Any]]]:
@@ -61,7 +80,7 @@ def endpoints_file(folder: RunFolder) -> Path:
 
 @asynccontextmanager
 async def reported(
-    reports: Callable[[], list[dict[str, Any]]], folder: RunFolder, life: int
+    reports: Callable[[], list[dict[str, Any]]], folder: RunFolder, life: int, tariff: Tariff
 ) -> AsyncIterator[None]:
     """Write what each endpoint did when the block ends, however it ends.
 
@@ -69,12 +88,23 @@ async def reported(
         reports: Returns it, a row per endpoint.
         folder: The run's folder.
         life: The life's number, from 1.
+        tariff: What tokens cost.
     """
     try:
         yield
     finally:
-        found = [row for row in reports() if row["calls"] or row["opened"]]
+        found = [_row(row, tariff) for row in reports() if row["calls"] or row["opened"]]
         try:
             await asyncio.to_thread(append_endpoints, endpoints_file(folder), found, life)
         except LedgerError as error:
             logger.warning("%s", error.message)  # the run's own end matters more
+
+
+def _row(report: Mapping[str, Any], tariff: Tariff) -> dict[str, Any]:
+    """Return a report as the table keeps it: with what was wasted, and what it cost."""
+    row = dict(report)
+    lost = Usage(row.pop("lost_prompt_tokens"), row.pop("lost_completion_tokens"))
+    paid = Usage(row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"])
+    usd = (tariff.nano_usd(paid) + tariff.nano_usd(lost)) / NANO
+    wasted = paid.tokens + lost.tokens - row["useful_tokens"]
+    return {**row, "wasted_tokens": wasted, "usd": usd if tariff.priced else None}

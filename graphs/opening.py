@@ -17,7 +17,7 @@ from ..backends.accounts.folder import RunFolder
 from ..backends.accounts.ledger import Ledger
 from ..backends.build import open_fleet
 from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.money import FREE
+from ..backends.contract.money import FREE, Held
 from ..backends.contract.types import Item
 from ..backends.fleet.fleet import Fleet
 from ..backends.inputs.store import ItemStore
@@ -39,7 +39,7 @@ from .crew import STOP_S, WorkCrew, open_crew
 from .identity import fingerprint
 from .items import TRACED_ITEMS, ItemEngine, RunItem, is_seen, item_runner
 from .metrics import exposed
-from .opened import OpenedRun, reported, reports_of, spent_in
+from .opened import OpenedRun, accounted, reported, reports_of
 from .signs import end_earlier
 from .spending import Spending, spending
 from .terms import crew_terms
@@ -87,7 +87,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
         ledger.begin(who, config.ledger.fsync_s, books.next_life)
         if mode.retried is not None:
             ledger.reopen_failed(mode.retried.setdefault(folder.path, ledger.life))
-        progress = _progress(ledger, total)
+        progress = _progress(ledger, total, books.held)
         run_item: RunItem = _nothing_to_ask
         fleet: Fleet | None = None
         crew: WorkCrew | None = None
@@ -113,7 +113,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
                     open_crew(mode.work_shard, terms, ledger, progress, spends)
                 )
                 told = crew.gathered.reports
-                await stack.enter_async_context(reported(told, folder, ledger.life))
+                await stack.enter_async_context(reported(told, folder, ledger.life, price))
             else:
                 await asyncio.to_thread(end_earlier, folder.journal)
                 reuse = await stack.enter_async_context(
@@ -121,7 +121,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
                 )
                 fleet = await stack.enter_async_context(open_fleet(config, up, reuse))
                 told = reports_of(fleet)
-                await stack.enter_async_context(reported(told, folder, ledger.life))
+                await stack.enter_async_context(reported(told, folder, ledger.life, price))
                 seen = is_seen(config, mode.trace, total)
                 engine = mode.engine(config.task.graph is not None) if seen else None
                 quiet = total > TRACED_ITEMS and not mode.trace
@@ -140,9 +140,11 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
             budget=None if spends is None else spends.budget,
             crew=crew,
             fleet=fleet,
+            journal=ledger,
         )
-        if spends is not None:
-            await stack.enter_async_context(spent_in(spends, tools))
+        if ledger.counts().open:
+            shelf = Shelf(folder.budget, books.run)
+            await stack.enter_async_context(accounted(tools, spends, shelf, ledger.life))
         await stack.enter_async_context(exposed(tools, config.metrics.port))
         stack.enter_context(closing(tools.gate, mode.end))
         yield tools
@@ -173,6 +175,7 @@ class _Books:
     ledger: Ledger
     about: dict[str, Any]
     next_life: int
+    held: Held
 
     @property
     def run(self) -> str:
@@ -203,11 +206,11 @@ def _open_books(folder: RunFolder, loaded: Loaded) -> _Books:
         stack.enter_context(folder.locked())
         store = stack.enter_context(ItemStore(folder.items))
         ledger = Ledger(folder.journal, about["run"], len(store))
-        next_life = Shelf(folder.budget, about["run"]).next_life()
-        return _Books(stack.pop_all(), store, ledger, about, next_life)
+        shelf = Shelf(folder.budget, about["run"])
+        return _Books(stack.pop_all(), store, ledger, about, shelf.next_life(), shelf.held())
 
 
-def _progress(ledger: Ledger, total: int) -> Progress:
+def _progress(ledger: Ledger, total: int, held: Held) -> Progress:
     counts, spent = ledger.counts(), ledger.total()
     return Progress(
         total=total,
@@ -216,11 +219,14 @@ def _progress(ledger: Ledger, total: int) -> Progress:
         before=counts.done + counts.failed,
         requests=spent.requests,
         prompt_tokens=spent.prompt_tokens,
+        cached_tokens=spent.cached_tokens,
         completion_tokens=spent.completion_tokens,
         lost_tokens=spent.lost_tokens,
         useful_tokens=spent.useful_tokens,
         nano_usd=spent.nano_usd,
         reused=spent.reused,
+        useful_nano_usd=spent.useful_nano_usd,
+        held=held,
     )
 
 

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -16,14 +16,17 @@ from langgraph.errors import GraphDrained
 from langgraph.types import Interrupt
 from rich.console import Console
 
+from ..backends.accounts.cost import Cost
 from ..backends.accounts.folder import RunFolder, now
 from ..backends.contract.errors import BudgetExhaustedError, LedgerError, RunStoppedError
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
 from .context import RunContext
+from .costs import cost_of_life
 from .live import watching
 from .lives import life
 from .map_reduce import MapReduce, build
+from .opened import OpenedRun
 from .saver import open_saver
 from .stopping import Stop, stoppable
 from .walltime import Walltime
@@ -69,7 +72,8 @@ class RunResult:
         aggregate: One entry per reduce stage; empty when the run is not finished.
         simulated: Whether the answers are simulated.
         reason: Why it was interrupted, or None.
-        limited: What the run's budget limits, by its names in settings.
+        budget: By limit, what is spent of which cap.
+        cost: What all lives have cost; None until the life has ended.
     """
 
     code: int
@@ -80,7 +84,8 @@ class RunResult:
     aggregate: list[dict[str, Any]]
     simulated: bool
     reason: str | None = None
-    limited: tuple[str, ...] = ()
+    budget: dict[str, Any] = field(default_factory=dict)
+    cost: Cost | None = None
 
 
 async def execute(
@@ -129,7 +134,11 @@ async def lived(  # noqa: PLR0913 - what a life is made of
             life = _Life(folder, about["run"], context, tools, options, console, stop)
             result = await life.lived()
             this["outcome"] = result.reason or "finished"
-    return replace(result, seconds=round(time.monotonic() - started, 3))
+    budget = {} if tools.budget is None else tools.budget.report()
+    assert isinstance(tools, OpenedRun), "the run's own context has opened it"
+    cost = await asyncio.to_thread(cost_of_life, folder, about["run"], tools)
+    seconds = round(time.monotonic() - started, 3)
+    return replace(result, seconds=seconds, budget=budget, cost=cost)
 
 
 @contextmanager
@@ -259,10 +268,8 @@ class _Life:
         aggregate: list[dict[str, Any]],
         reason: str | None = None,
     ) -> RunResult:
-        simulated, budget = self.tools.simulated, self.tools.budget
-        limited = () if budget is None else tuple(budget.report())
         return RunResult(
-            code, self.folder, self.run, 0.0, progress, aggregate, simulated, reason, limited
+            code, self.folder, self.run, 0.0, progress, aggregate, self.tools.simulated, reason
         )
 
 
@@ -280,4 +287,4 @@ def _stages(parts: dict[str, Any]) -> Any:
 
 
 def _counts(tools: RunTools) -> dict[str, Any]:
-    return tools.progress.to_json(simulated=tools.simulated)
+    return tools.progress.to_json(simulated=tools.simulated, priced=tools.priced)

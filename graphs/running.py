@@ -17,6 +17,7 @@ from rich.console import Console
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
 from ..backends.contract.errors import FanfoldError, RunStoppedError
 from ..configs.load import Loaded
+from .costs import in_words
 from .crew import life_end
 from .metrics import check_metrics
 from .pilot import Piloted, fly
@@ -231,6 +232,8 @@ def _finish(result: RunResult, output: Output, pilot: Piloted | None = None) -> 
                 "folder": str(result.folder.path),
                 **result.progress,
                 **first,
+                **({} if result.cost is None else result.cost.to_json()),
+                "budget": result.budget,
                 "seconds": result.seconds,
                 "aggregate": result.aggregate,
                 "exit_code": result.code,
@@ -247,11 +250,15 @@ def _last_lines(result: RunResult) -> list[str]:
     progress, folder = result.progress, result.folder
     kind = "SIMULATED: " if result.simulated else ""
     reused = f"{progress['reused']:,} answers reused, " * (progress["reused"] > 0)
+    wasted = progress["tokens"]["wasted"]
     lines = [
         f"{kind}{progress['done']:,} done, {progress['failed']:,} failed of "
         f"{progress['items']:,} in {result.seconds:,.1f} s; {progress['requests']:,} requests, "
         f"{reused}{progress['tokens']['prompt']:,} + {progress['tokens']['completion']:,} tokens"
+        + (f", {wasted:,} wasted" if wasted else "")
     ]
+    if result.cost is not None:
+        lines += in_words(result.cost, timed="node_hours" in result.budget)
     if result.code == BUDGET:
         lines.append(f"Paused: {result.reason}")
         lines.append(f"Go on with a higher total: fanfold resume {folder.path} {_raise(result)}")
@@ -268,7 +275,7 @@ def _last_lines(result: RunResult) -> list[str]:
 
 def _raise(result: RunResult) -> str:
     """Return the options that raise what limits the run."""
-    return " ".join(f"--budget-{name.replace('_', '-')} N" for name in result.limited)
+    return " ".join(f"--budget-{name.replace('_', '-')} N" for name in result.budget)
 
 
 def messages() -> Console:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -25,15 +23,6 @@ from ..backends.contract.types import Json
 from ..backends.tariffs import tariff
 from ..configs.budget import BudgetConfig
 from ..configs.models import RunConfig
-from ..nodes.gate import Gate
-
-logger = logging.getLogger(__name__)
-
-_TICK_S: Final = 1.0
-_RECOVER_S: Final = 15.0
-
-Nodes = Callable[[], tuple[int, int]]
-"""Says how many nodes are held, and how many of them work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,97 +111,6 @@ def _opened(folder: RunFolder, terms: BudgetTerms, ledger: Ledger, run: str) -> 
     before, earlier = spent_before(shelf, ledger), shelf.lent()
     budget = Budget(terms, before, shelf.open(shelf.of_life(ledger.life)))
     return Spending(budget, Leases(budget.purse, shelf, earlier), shelf)
-
-
-@asynccontextmanager
-async def watched(spending: Spending, gate: Gate, nodes: Nodes, timed: bool) -> AsyncIterator[None]:
-    """Warn as the budget is used up, and spend the time of nodes, while the block runs.
-
-    Args:
-        spending: The budget.
-        gate: Is closed when no node-hours are left; so much of them is put aside that those in
-            flight can end.
-        nodes: How many nodes are held, and how many work.
-        timed: Whether time is limited or costs anything.
-    """
-    clock = _Clock(spending.budget, gate, nodes) if timed else None
-    if clock is not None:
-        await clock.begin()
-    task = asyncio.create_task(_watch(spending, clock))
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        if clock is not None:
-            clock.end()
-        spending.budget.warn()
-
-
-async def _watch(spending: Spending, clock: _Clock | None) -> None:
-    looked = time.monotonic()
-    while True:
-        await asyncio.sleep(_TICK_S)
-        if clock is not None:
-            clock.tick()
-        spending.budget.warn()
-        if time.monotonic() - looked > _RECOVER_S:
-            await spending.leases.recover()
-            looked = time.monotonic()
-
-
-class _Clock:
-    """Spends the time of nodes as it goes by."""
-
-    def __init__(self, budget: Budget, gate: Gate, nodes: Nodes) -> None:
-        self._budget, self._gate, self._nodes = budget, gate, nodes
-        self._then, self._aside = time.monotonic(), Amount()
-
-    async def begin(self) -> None:
-        """Put aside what the end of those in flight will take.
-
-        Raises:
-            BudgetExhaustedError: There is not so much left.
-        """
-        held, _ = self._nodes()
-        aside = self._cost(max(1, held) * (self._gate.drain_s + _TICK_S))
-        try:
-            await self._budget.purse.reserve(aside)
-        except BudgetExhaustedError as error:
-            self._gate.close(error.message, error)
-        else:
-            self._aside = aside
-        self._then = time.monotonic()
-
-    def tick(self) -> None:
-        """Spend the time since the last tick; close the gate when there is none left."""
-        now = time.monotonic()
-        held, busy = self._nodes()
-        cost = self._cost(held * (now - self._then))
-        spent = self._budget.purse.tick(cost)
-        if spent is None:
-            return  # the book is being written: with the next tick
-        if not spent:
-            msg = self._budget.refusal(cost.plus(self._aside))
-            self._gate.close(msg, BudgetExhaustedError(msg))
-            self._use_aside(cost)
-        self._budget.purse.idle_ms += round(1000 * max(0, held - busy) * (now - self._then))
-        self._then = now
-
-    def _use_aside(self, cost: Amount) -> None:
-        used = cost.least(self._aside)
-        self._budget.purse.settle(used, used)
-        self._aside = self._aside.minus(used)
-
-    def end(self) -> None:
-        """Spend the time since the last tick, and give back what was put aside."""
-        held, _ = self._nodes()
-        self._use_aside(self._cost(held * (time.monotonic() - self._then)))
-        self._budget.purse.settle(self._aside, Amount())
-
-    def _cost(self, node_s: float) -> Amount:
-        return self._budget.terms.tariff.held(round(1000 * node_s))
 
 
 def shortfall(

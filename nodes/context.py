@@ -191,6 +191,11 @@ class RunTools:
     budget: Budget | None = None
     crew: Crew | None = None
 
+    @property
+    def priced(self) -> bool:
+        """Say whether tokens have a price, or had one in an earlier life."""
+        return self.tariff.priced or self.progress.nano_usd > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:

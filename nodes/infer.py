@@ -16,7 +16,8 @@ async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
     try:
         reply = await runtime.context.model.ask(state["messages"])
         if (calls := CURRENT_CALLS.get()) is not None:
-            calls.useful = reply.usage  # what was answered before is sent back
+            # what was answered before is sent back
+            calls.useful, calls.useful_at = reply.usage, reply.endpoint
     except EndpointError as error:
         return {"error": failure(error)}
     return {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..backends.contract.money import NANO
+from ..backends.contract.money import NANO, Held
 
 
 @dataclass(slots=True)
@@ -20,11 +20,14 @@ class Progress:
         before: Of both, those that an earlier life of the run had finished.
         requests: Requests sent over all lives for items that ended.
         prompt_tokens: Their prompt tokens, as far as reported.
+        cached_tokens: Those of them that prefix caches held.
         completion_tokens: Their completion tokens, as far as reported.
         lost_tokens: The most tokens of requests that may have been paid and brought no answer.
         useful_tokens: Tokens of the answers that count.
-        nano_usd: Nano-dollars that they cost.
+        nano_usd: Nano-dollars that all these tokens cost.
+        useful_nano_usd: Nano-dollars of the answers that count.
         reused: Answers that cost nothing, for they were given to an equal request before.
+        held: How long nodes were held over all lives.
     """
 
     total: int = 0
@@ -33,11 +36,14 @@ class Progress:
     before: int = 0
     requests: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     lost_tokens: int = 0
     useful_tokens: int = 0
     nano_usd: int = 0
+    useful_nano_usd: int = 0
     reused: int = 0
+    held: Held = field(default_factory=Held)
 
     @property
     def wasted_tokens(self) -> int:
@@ -45,8 +51,13 @@ class Progress:
         paid = self.prompt_tokens + self.completion_tokens + self.lost_tokens
         return paid - self.useful_tokens
 
-    def to_json(self, *, simulated: bool) -> dict[str, Any]:
-        """Return the counts as a run's state and its ``--json`` tell them."""
+    def to_json(self, *, simulated: bool, priced: bool) -> dict[str, Any]:
+        """Return the counts as a run's state and its ``--json`` tell them.
+
+        Args:
+            simulated: Whether the answers are simulated.
+            priced: Whether tokens have a price; else nobody knows what they cost.
+        """
         return {
             "items": self.total,
             "done": self.done,
@@ -55,10 +66,11 @@ class Progress:
             "reused": self.reused,
             "tokens": {
                 "prompt": self.prompt_tokens,
+                "cached": self.cached_tokens,
                 "completion": self.completion_tokens,
                 "wasted": self.wasted_tokens,
             },
-            "usd": self.nano_usd / NANO,
+            "usd": self.nano_usd / NANO if priced else None,
             "simulated": simulated,
         }
 
@@ -68,8 +80,14 @@ class Progress:
         self.failed += record["status"] == "failed"
         self.requests += record["attempts"]
         self.prompt_tokens += record["prompt_tokens"] or 0
+        self.cached_tokens += record["cached_tokens"] or 0
         self.completion_tokens += record["completion_tokens"] or 0
         self.lost_tokens += record["lost_tokens"]
         self.useful_tokens += record["useful_tokens"]
         self.nano_usd += record["nano_usd"]
         self.reused += record.get("reused") or 0
+        self.useful_nano_usd += record["useful_nano_usd"]
+
+    def hold(self, further: Held) -> None:
+        """Count that nodes were held for a further while."""
+        self.held = self.held.plus(further)

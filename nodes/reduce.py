@@ -23,7 +23,8 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
         if tools.ledger.twice:
             tally, parts = await asyncio.to_thread(_folded_anew, tools)
         aggregate = tools.aggregate.present(parts)
-        progress = tools.progress.to_json(simulated=tools.simulated) | {
+        counts = tools.progress.to_json(simulated=tools.simulated, priced=tools.priced)
+        progress = counts | {
             "done": tally.get("done", 0),
             "failed": tally.get("failed", 0),
         }

@@ -15,13 +15,14 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.runtime import RunControl, Runtime
 
-from ..backends.contract.calls import CURRENT_CALLS, CallLog
+from ..backends.contract.calls import CURRENT_CALLS, CallLog, Share
 from ..backends.contract.errors import (
     ConfigurationError,
     FanfoldError,
     LedgerError,
     RunStoppedError,
 )
+from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item, Json, Outcome, Shard
 from .aggregators import State, combine
 from .context import RunTools
@@ -32,6 +33,8 @@ _SLICE: Final = 64
 
 _DURABILITY: Final = "__pregel_durability"
 """The key by which LangGraph hands an invocation's durability down to graphs run inside it."""
+
+_SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
 
 _POLL_S: Final = 1.0
 """Seconds between looks at a drain that somebody else asked of the graph."""
@@ -260,8 +263,9 @@ def _unexpected(error: BaseException) -> ItemState:
 def _record(
     item: Item, state: ItemState, calls: CallLog, latency_s: float, tools: RunTools
 ) -> dict[str, Json]:
-    error, usage = state.get("error"), calls.usage
-    useful = usage if calls.useful is None else calls.useful
+    error = state.get("error")
+    calls.close(done=error is None)
+    shares = [_share(share, tools.tariff) for share in calls.shares.values()]
     return {
         "index": item.index,
         "id": item.id,
@@ -274,16 +278,31 @@ def _record(
         "attempts": calls.requests,
         "repairs": state.get("repairs", 0),
         "reused": calls.reused,
-        "prompt_tokens": usage.prompt,
-        "cached_tokens": usage.cached,
-        "completion_tokens": usage.completion,
-        "lost_tokens": calls.lost.tokens,
-        "useful_tokens": 0 if error else useful.tokens,
-        "nano_usd": tools.tariff.nano_usd(usage) + tools.tariff.nano_usd(calls.lost),
+        "prompt_tokens": calls.usage.prompt,
+        "cached_tokens": calls.usage.cached,
+        "completion_tokens": calls.usage.completion,
+        **{name: sum(share[name] for share in shares) for name in _SUMS},
+        **({"shares": shares} if len(shares) > 1 else {}),
         "latency_s": round(latency_s, 4),
         "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "simulated": tools.simulated,
         "fingerprint": _fingerprint(item, tools.fingerprint),
+    }
+
+
+def _share(share: Share, tariff: Tariff) -> dict[str, Json]:
+    """Return what one endpoint did for an item; an item's record has the same names."""
+    return {
+        "endpoint": share.endpoint,
+        "model": share.model,
+        "attempts": share.requests,
+        "prompt_tokens": share.usage.prompt,
+        "cached_tokens": share.usage.cached,
+        "completion_tokens": share.usage.completion,
+        "lost_tokens": share.lost.tokens,
+        "useful_tokens": share.useful.tokens,
+        "nano_usd": tariff.nano_usd(share.usage) + tariff.nano_usd(share.lost),
+        "useful_nano_usd": tariff.nano_usd(share.useful),
     }
 
 

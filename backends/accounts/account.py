@@ -89,7 +89,7 @@ class ItemAccount:
         elif not self._drawn(amount := self._tariff.amount(usage)):
             self.close()  # whoever waits holds nothing, or two items could wait for each other
             await self._purse.reserve(amount, begun=True)
-        return _Hold(self, self._tariff.amount(usage), most.prompt or 0)
+        return _Hold(self, self._tariff.amount(usage), usage, most.prompt or 0)
 
     def _estimated(self, most: Usage) -> Usage:
         return Usage(self._gauge.prompt(most.prompt or 0), most.completion)
@@ -116,10 +116,11 @@ class ItemAccount:
 
     def hold_now(self, most: Usage) -> Hold | None:
         """Reserve what one further request may cost if there is room at once."""
-        amount = self._tariff.amount(self._estimated(most))
+        usage = self._estimated(most)
+        amount = self._tariff.amount(usage)
         if not self._purse.reserve_now(amount):
             return None
-        return _Hold(self, amount, most.prompt or 0)
+        return _Hold(self, amount, usage, most.prompt or 0)
 
     def _drawn(self, amount: Amount) -> bool:
         """Take a request out of what is reserved for repairs, if it is enough."""
@@ -150,10 +151,10 @@ class ItemAccount:
 class _Hold:
     """What is reserved for one request."""
 
-    __slots__ = ("_account", "_amount", "_bound", "_open")
+    __slots__ = ("_account", "_amount", "_bound", "_open", "_usage")
 
-    def __init__(self, account: ItemAccount, amount: Amount, bound: int) -> None:
-        self._account, self._amount, self._bound = account, amount, bound
+    def __init__(self, account: ItemAccount, amount: Amount, usage: Usage, bound: int) -> None:
+        self._account, self._amount, self._usage, self._bound = account, amount, usage, bound
         self._open = True
 
     def settle(self, usage: Usage) -> None:
@@ -162,9 +163,10 @@ class _Hold:
         elif self._ends():
             self._account.settle(self._amount, usage, self._bound)
 
-    def keep(self) -> None:
+    def keep(self) -> Usage:
         if self._ends():
             self._account.spend(self._amount, self._amount)
+        return self._usage
 
     def free(self, *, sent: bool) -> None:
         if self._ends():

@@ -2,9 +2,10 @@
 
 A file per life and per lease, each line a JSON object. ``level`` is an upper bound of what the
 life spends until a later line says otherwise; it is raised on disk before anything is spent on
-it, and may be lowered at any time. ``lease`` notes what was lent to a worker elsewhere, ``back``
-what became of it, ``settled`` how the life ended. A life that was killed has no ``settled``: then
-its level counts as spent, less what the books of its leases prove.
+it, and may be lowered at any time. ``held`` tells how long nodes have been held. ``lease`` notes
+what was lent to a worker elsewhere, ``back`` what became of it, ``settled`` how the life ended. A
+life that was killed has no ``settled``: then its level counts as spent, less what the books of
+its leases prove. The book of a life without limits has ``held`` only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Final
 import orjson
 
 from ..contract.errors import LedgerError
-from ..contract.money import Amount
+from ..contract.money import Amount, Held
 from ..contract.types import Json
 from .journal import VERSION, scan
 
@@ -98,7 +99,7 @@ class Page:
     Attributes:
         level: The last bound, by field.
         settled: What was spent, leases apart; None: the life was killed, or still goes on.
-        idle_ms: Node-milliseconds without work, of those settled.
+        held: How long nodes were held, as far as noted.
         leases: What was lent and has not come back.
         until: (a lease's book) Unix time in seconds after which nothing more is spent.
         late: Leases of earlier lives that came back in this one: what was spent of each.
@@ -106,7 +107,7 @@ class Page:
 
     level: dict[str, int] = field(default_factory=dict)
     settled: Amount | None = None
-    idle_ms: int = 0
+    held: Held = field(default_factory=Held)
     leases: dict[str, Lease] = field(default_factory=dict)
     until: float = float("inf")
     late: dict[str, Amount] = field(default_factory=dict)
@@ -140,7 +141,8 @@ def _apply(page: Page, record: dict[str, Any], path: Path, number: int) -> None:
             page.late[record["late"]] = Amount.from_json(record["used"])
         if "settled" in record:
             page.settled = Amount.from_json(record["settled"])
-            page.idle_ms = int(record.get("idle_ms") or 0)
+        if "held" in record:
+            page.held = Held.from_json(record["held"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         msg = f"{path}, line {number}: not a line of a budget's book ({error!r})"
         raise LedgerError(msg) from None
@@ -231,6 +233,17 @@ class Shelf:
             return lease.amount
         return Amount.from_json(lease.amount.to_json() | page.level).least(lease.amount)
 
+    def held(self) -> Held:
+        """Return how long nodes were held in all lives, as far as noted.
+
+        Raises:
+            LedgerError: A book is damaged.
+        """
+        total = Held()
+        for page in self.pages().values():
+            total = total.plus(page.held)
+        return total
+
     def spent(self, recorded: Mapping[int, Amount], now: float | None = None) -> Amount:
         """Return the most that all lives so far may have spent.
 
@@ -248,6 +261,26 @@ class Shelf:
             total = total.plus(journal if page is None else _of_life(page, journal, lent))
         return total
 
+    def doubt(self, recorded: Mapping[int, Amount], now: float | None = None) -> Amount:
+        """Return what may have been spent besides what the journal and the time of nodes tell.
+
+        Args:
+            recorded: By life, what the journal says.
+            now: Unix time in seconds.
+
+        Raises:
+            LedgerError: A book is damaged.
+        """
+        lent, total = self.lent(now), Amount()
+        for life, page in self.pages().items():
+            journal = recorded.get(life, Amount())
+            known = journal.plus(page.held.amount)
+            more = _of_life(page, journal, lent).minus(known).most(Amount())
+            if more.nano_usd <= journal.requests:  # each request's price is rounded up by itself
+                more = more._replace(nano_usd=0)
+            total = total.plus(more)
+        return total
+
 
 def _of_life(page: Page, journal: Amount, lent: Mapping[str, Amount]) -> Amount:
     """Return the most that a life may have spent.
@@ -258,11 +291,11 @@ def _of_life(page: Page, journal: Amount, lent: Mapping[str, Amount]) -> Amount:
         lent: What counts as spent of each lease.
     """
     if page.settled is not None:
-        total = page.settled
+        total = page.settled.most(Amount(node_ms=page.held.node_ms))
         for name in page.leases:
             total = total.plus(lent[name])
         return total
-    total = Amount.from_json(journal.to_json() | page.level)
+    total = Amount.from_json(journal.plus(page.held.amount).to_json() | page.level)
     for name, lease in page.leases.items():
         saved = lease.amount.minus(lent[name]).to_json()
         total = total.minus(Amount.from_json({k: v for k, v in saved.items() if k in page.level}))

@@ -25,7 +25,9 @@ _FIELDS: Final[list[tuple[str, pa.DataType]]] = [
     ("prompt_tokens", pa.int64()),
     ("completion_tokens", pa.int64()),
     ("cached_tokens", pa.int64()),
-    ("lost_tokens", pa.int64()),
+    ("useful_tokens", pa.int64()),
+    ("wasted_tokens", pa.int64()),
+    ("usd", pa.float64()),
     ("latency_p50_s", pa.float64()),
     ("latency_p90_s", pa.float64()),
     ("latency_p99_s", pa.float64()),
@@ -39,7 +41,8 @@ _SUMS: Final = (
     "prompt_tokens",
     "completion_tokens",
     "cached_tokens",
-    "lost_tokens",
+    "useful_tokens",
+    "wasted_tokens",
     "opened",
     "hedges",
 )
@@ -103,6 +106,8 @@ def over_lives(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if before is not None:
             for name in _SUMS:
                 total[name] = (row.get(name) or 0) + (before.get(name) or 0)
+            if row.get("usd") is not None or before.get("usd") is not None:
+                total["usd"] = (row.get("usd") or 0.0) + (before.get("usd") or 0.0)
             total["failures"] = _added(before["failures"], row["failures"])
             for name in _LATENCIES:
                 total[name] = row[name] if row[name] is not None else before[name]

@@ -15,12 +15,12 @@ import orjson
 
 from ..contract.errors import LedgerError
 from ..contract.types import Json
-from .journal import JournalWriter, Line, scan
-from .totals import NUMBERS, Counts, Spent
+from .journal import JournalWriter, scan
+from .lines import check_line, life_of
+from .totals import Counts, Spent
 
 _OPEN, _DONE, _FAILED = 0, 1, 2
 _CODES: Final = {"done": _DONE, "failed": _FAILED}
-_NUMBER: Final = (int, type(None))
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Ledger:
         self._file = array("i", bytes(4 * items))
         self._start = array("q", bytes(8 * items))
         self._length = array("i", bytes(4 * items))
-        self._paths = sorted(folder.glob("*.jsonl"), key=lambda path: (_number(path), path.stem))
+        self._paths = sorted(folder.glob("*.jsonl"), key=lambda path: (life_of(path), path.stem))
         self._followed: dict[Path, _Followed] = {}
         self._handles: dict[int, int] = {}
         self._opening = threading.Lock()
@@ -94,7 +94,7 @@ class Ledger:
             least: The life's number at least; a life may have ended before its first item did.
         """
         self._life = (life, fsync_s)
-        self.life = max(least, 1 + (_number(self._paths[-1]) if self._paths else 0))
+        self.life = max(least, 1 + (life_of(self._paths[-1]) if self._paths else 0))
 
     def put(self, record: dict[str, Json]) -> None:
         """Record how an item ended; on return it is safe from the end of this process.
@@ -215,7 +215,7 @@ class Ledger:
     def _read_on(self, path: Path, at: _Followed) -> Iterator[dict[str, Any]]:
         """Note a file's further records; yield those of items that had not ended before."""
         for line in scan(path, self._run, at.start, at.line):
-            _check(line, path, len(self._state))
+            check_line(line, path, len(self._state))
             at.start, at.line = line.start + line.length, line.number + 1
             if self._note(at.number, line.start, line.length, line.record):
                 yield line.record
@@ -236,7 +236,7 @@ class Ledger:
         Returns:
             How many they are.
         """
-        lives = [_number(path) for path in self._paths]
+        lives = [life_of(path) for path in self._paths]
         failed = [
             index
             for index, state in enumerate(self._state)
@@ -301,7 +301,7 @@ class Ledger:
     def _spent_by(self, number: int) -> Spent:
         """Return the sums of the life that wrote a file."""
         while len(self._sums) <= number:
-            life = _number(self._paths[len(self._sums)])
+            life = life_of(self._paths[len(self._sums)])
             self._sums.append(self.spent.setdefault(life, Spent()))
         return self._sums[number]
 
@@ -314,37 +314,13 @@ class Ledger:
 
     def _lives_before(self, number: int, other: int) -> bool:
         """Say whether one file is of an earlier life than another; a later record counts."""
-        return _number(self._paths[number]) < _number(self._paths[other])
+        return life_of(self._paths[number]) < life_of(self._paths[other])
 
     def _rival(self, number: int, index: int) -> bool:
         """Say whether an item's record is of a worker in the same life as a further one."""
         one, other = self._paths[number], self._paths[self._file[index]]
-        return "-" in one.stem and "-" in other.stem and _number(one) == _number(other)
+        return "-" in one.stem and "-" in other.stem and life_of(one) == life_of(other)
 
 
 def _rank(record: dict[str, Any]) -> tuple[bool, str]:
     return record["status"] != "done", record["finished_at"]
-
-
-def _number(path: Path) -> int:
-    life = path.stem.partition("-")[0]
-    if not (life.isascii() and life.isdigit()):
-        msg = f"{path}: not a journal file of fanfold; move it out of the run folder"
-        raise LedgerError(msg)
-    return int(life)
-
-
-def _check(line: Line, path: Path, items: int) -> None:
-    """Refuse what no ledger of this run has written."""
-    record, where = line.record, f"{path}, line {line.number}"
-    index = record.get("index")
-    if type(index) is not int:
-        found = "a second header" if "v" in record else "not a record of an item"
-        raise LedgerError(f"{where}: {found}; the file was damaged or edited")
-    if not 0 <= index < items:
-        msg = f"{where}: item {record.get('id')!r} has index {index}, this run has {items} items"
-        raise LedgerError(msg)
-    if record.get("status") not in ("done", "failed"):
-        raise LedgerError(f"{where}: item {record.get('id')!r} has no status known here")
-    if not all(type(record.get(name)) in _NUMBER for name in NUMBERS):
-        raise LedgerError(f"{where}: item {record.get('id')!r}: {', '.join(NUMBERS)}: no numbers")

@@ -68,7 +68,7 @@ class Purse:
     Attributes:
         settled: Spent so far.
         lost: Lent and not come back; it counts as spent.
-        idle_ms: Node-milliseconds of it without work.
+        aside: Reserved to the end, for what goes by itself: no waiting brings it back.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Purse:
         self._book, self._exhausted, self._until = book, exhausted, until
         self._level = self._most if book is None else self._unlimited_only()
         self._used = Amount()  # settled, lost and reserved
-        self.settled, self.lost, self.idle_ms = Amount(), Amount(), 0
+        self.settled, self.lost, self.aside = Amount(), Amount(), Amount()
         self._begun, self._fresh = deque[_Waiter](), deque[_Waiter]()
         self._raising: Amount | None = None
         self._failure: LedgerError | None = None
@@ -224,7 +224,7 @@ class Purse:
             elif _within(wanted, self._most):
                 self._raise(waiter.amount)
                 return
-            elif any(self.reserved):
+            elif any(self.reserved.minus(self.aside)):
                 return  # somebody may give something back
             else:
                 error = BudgetExhaustedError(self._exhausted(waiter.amount))
@@ -296,8 +296,7 @@ class Purse:
             return
         try:
             spent = self.settled.plus(self.reserved)
-            settled = {"settled": spent.to_json(), "idle_ms": self.idle_ms}
-            await self.note(settled, sync=True)
+            await self.note({"settled": spent.to_json()}, sync=True)
         finally:
             self._thread.shutdown(wait=False)
             self._book.close()

@@ -16,6 +16,7 @@ NUMBERS: Final = (
     "lost_tokens",
     "useful_tokens",
     "nano_usd",
+    "useful_nano_usd",
     "reused",
 )
 """Fields of a record that are whole numbers or null."""
@@ -42,6 +43,7 @@ class Spent:
         lost_tokens: The most tokens of requests that may have been paid and brought no answer.
         useful_tokens: Tokens of the answers that count.
         nano_usd: Nano-dollars.
+        useful_nano_usd: Nano-dollars of the answers that count.
         reused: Answers that cost nothing, for they were given to an equal request before.
     """
 
@@ -52,6 +54,7 @@ class Spent:
     lost_tokens: int = 0
     useful_tokens: int = 0
     nano_usd: int = 0
+    useful_nano_usd: int = 0
     reused: int = 0
 
     @property
@@ -63,6 +66,11 @@ class Spent:
     def wasted_tokens(self) -> int:
         """Return the tokens that may have been paid for nothing: failed, hedged, sent back."""
         return self.tokens - self.useful_tokens
+
+    @property
+    def wasted_nano_usd(self) -> int:
+        """Return the nano-dollars that may have been paid for nothing."""
+        return self.nano_usd - self.useful_nano_usd
 
     @property
     def amount(self) -> Amount:
@@ -78,6 +86,7 @@ class Spent:
         self.lost_tokens += record.get("lost_tokens") or 0
         self.useful_tokens += record.get("useful_tokens") or 0
         self.nano_usd += record.get("nano_usd") or 0
+        self.useful_nano_usd += record.get("useful_nano_usd") or 0
         self.reused += record.get("reused") or 0
 
     def merge(self, other: Spent) -> None:

@@ -25,8 +25,12 @@ class Hold(Protocol):
         """Take what an answer used, and give the rest back; all of it if it does not say."""
         ...
 
-    def keep(self) -> None:
-        """Take all of it: the request may have been paid, and its answer is lost."""
+    def keep(self) -> Usage:
+        """Take all of it: the request may have been paid, and its answer is lost.
+
+        Returns:
+            The tokens that it was reserved for.
+        """
         ...
 
     def free(self, *, sent: bool) -> None:
@@ -58,6 +62,37 @@ class Account(Protocol):
         ...
 
 
+class Credit(Protocol):
+    """Who was asked, and is told in the end what it was good for."""
+
+    def useful(self, usage: Usage) -> None:
+        """Count tokens of answers that count."""
+        ...
+
+
+@dataclass(slots=True)
+class Share:
+    """What one endpoint did for an item.
+
+    Attributes:
+        endpoint: Its label.
+        model: Model's name in its last answer; None: it gave none.
+        requests: Requests that it was sent.
+        usage: Tokens over all of its answers.
+        lost: The most tokens of requests that may have been paid and brought no answer.
+        useful: Tokens of its answers that count; known when the item has ended.
+        credit: Who is told that.
+    """
+
+    endpoint: str
+    credit: Credit
+    model: str | None = None
+    requests: int = 0
+    usage: Usage = field(default_factory=Usage)
+    lost: Usage = field(default_factory=Usage)
+    useful: Usage = field(default_factory=Usage)
+
+
 @dataclass(slots=True)
 class CallLog:
     """The calls of one item.
@@ -70,8 +105,10 @@ class CallLog:
         simulated: Whether the last answer came from a simulated fleet.
         lost: The most tokens of requests that may have been paid and brought no answer.
         useful: Tokens of the answer that counts; None: of all answers.
+        useful_at: Label of the endpoint that gave this answer.
         account: What the item may spend; None is no limit.
         reused: Answers taken from earlier requests, which cost nothing.
+        shares: What each endpoint did, by its label.
     """
 
     requests: int = 0
@@ -81,8 +118,39 @@ class CallLog:
     simulated: bool | None = None
     lost: Usage = field(default_factory=Usage)
     useful: Usage | None = None
+    useful_at: str | None = None
     account: Account | None = None
     reused: int = 0
+    shares: dict[str, Share] = field(default_factory=dict, compare=False)
+
+    def share(self, endpoint: str, credit: Credit) -> Share:
+        """Return what an endpoint does for the item.
+
+        Args:
+            endpoint: Its label.
+            credit: Is told what was useful.
+        """
+        share = self.shares.get(endpoint)
+        if share is None:
+            share = self.shares[endpoint] = Share(endpoint, credit)
+        return share
+
+    def close(self, *, done: bool) -> None:
+        """Settle which tokens were useful; the item has ended.
+
+        Args:
+            done: Whether it has an answer.
+        """
+        if not done:
+            return
+        for share in self.shares.values():
+            if self.useful is None:
+                share.useful = share.usage
+            elif share.endpoint == self.useful_at:
+                share.useful = self.useful
+            else:
+                continue
+            share.credit.useful(share.useful)
 
 
 CURRENT_CALLS: Final[ContextVar[CallLog | None]] = ContextVar("fanfold_calls", default=None)

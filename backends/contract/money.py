@@ -84,6 +84,43 @@ class Amount(NamedTuple):
         return cls(**{name: int(data.get(name) or 0) for name in cls._fields})
 
 
+class Held(NamedTuple):
+    """Nodes that were held.
+
+    Attributes:
+        node_ms: Milliseconds of nodes held.
+        idle_ms: Those of them without work.
+        nano_usd: What they cost in nano-dollars, idle ones included.
+    """
+
+    node_ms: int = 0
+    idle_ms: int = 0
+    nano_usd: int = 0
+
+    def plus(self, other: Held) -> Held:
+        """Return the sum."""
+        return Held(*(a + b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def amount(self) -> Amount:
+        """Return what a budget counts of it."""
+        return Amount(0, 0, self.nano_usd, self.node_ms)
+
+    @property
+    def idle_nano_usd(self) -> int:
+        """Return what those without work cost in nano-dollars."""
+        return self.nano_usd * self.idle_ms // self.node_ms if self.node_ms else 0
+
+    def to_json(self) -> dict[str, Json]:
+        """Return it as plain data."""
+        return self._asdict()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> Self:
+        """Read it; what is not there is 0."""
+        return cls(**{name: int(data.get(name) or 0) for name in cls._fields})
+
+
 @dataclass(frozen=True, slots=True)
 class Caps:
     """The most of each that may be spent; None is no limit.
@@ -165,6 +202,11 @@ class Tariff:
             completion=_up(completion, pico),
             node=_up(node_hour / 3600, NANO),
         )
+
+    @property
+    def priced(self) -> bool:
+        """Say whether tokens have a price."""
+        return any((self.prompt, self.cached, self.completion))
 
     def to_json(self) -> dict[str, int]:
         """Return it as plain data."""

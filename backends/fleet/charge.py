@@ -8,9 +8,10 @@ from typing import Any, Final
 
 import orjson
 
-from ..contract.calls import CallLog, Hold
+from ..contract.calls import CallLog, Hold, Share
 from ..contract.errors import ConfigurationError
 from ..contract.types import Usage
+from .endpoint import Endpoint
 from .failures import Failure
 
 _TEMPLATE: Final = 64
@@ -18,6 +19,7 @@ _TEMPLATE: Final = 64
 _PER_MESSAGE: Final = 8
 _CUT_OFF: Final = frozenset({200, 408, 499, 502, 504, 520, 522, 524})
 """Statuses with which an answer was lost on its way: the server itself may have written it."""
+_NOTHING: Final = Usage()
 
 
 def most_tokens(body: Mapping[str, Any]) -> Usage:
@@ -41,12 +43,14 @@ class Charge:
         body: The request.
         hold: What is reserved for it; None when nothing limits it, or it has ended.
         ended: Whether its end is known.
+        share: What its endpoint does for the item; None until it is sent, or without a log.
     """
 
     log: CallLog | None
     body: Mapping[str, Any]
     hold: Hold | None = None
     ended: bool = False
+    share: Share | None = None
 
     @classmethod
     async def open(cls, log: CallLog | None, body: Mapping[str, Any]) -> Charge:
@@ -70,34 +74,52 @@ class Charge:
         hold = self.log.account.hold_now(most_tokens(self.body))
         return None if hold is None else Charge(self.log, self.body, hold)
 
-    def answered(self, usage: Usage) -> None:
-        """Settle a request that was answered."""
+    def sent(self, endpoint: Endpoint) -> None:
+        """Count the request: it is on its way."""
+        if self.log is not None:
+            self.log.requests += 1
+            self.share = self.log.share(endpoint.label, endpoint.stats)
+            self.share.requests += 1
+
+    def answered(self, usage: Usage, model: str | None) -> None:
+        """Settle a request that was answered.
+
+        Args:
+            usage: What the answer says of its tokens.
+            model: The model's name in it.
+        """
         if self._end() and self.hold is not None:
             self.hold.settle(usage)
+        if self.log is not None and self.share is not None:
+            self.log.usage += usage
+            self.log.model = self.share.model = model
+            self.share.usage += usage
 
-    def failed(self, failure: Failure) -> int:
+    def failed(self, failure: Failure) -> Usage:
         """Settle a request that failed; return the tokens that may have been paid for nothing."""
+        if self.log is not None and self.share is not None:
+            self.log.endpoint = self.share.endpoint
         status = failure.error.status
         if status in _CUT_OFF or (status is None and not failure.treatment.free):
             return self.lost()
-        return self.free(sent=status is not None)
+        self.free(sent=status is not None)
+        return _NOTHING
 
-    def lost(self) -> int:
+    def lost(self) -> Usage:
         """Settle a request whose answer is lost; return the tokens that it may have cost."""
         if not self._end():
-            return 0
-        most = most_tokens(self.body)
+            return _NOTHING
+        most = most_tokens(self.body) if self.hold is None else self.hold.keep()
         if self.log is not None:
             self.log.lost += most
-        if self.hold is not None:
-            self.hold.keep()
-        return most.tokens
+        if self.share is not None:
+            self.share.lost += most
+        return most
 
-    def free(self, *, sent: bool) -> int:
-        """Settle a request that nobody has read; return 0."""
+    def free(self, *, sent: bool) -> None:
+        """Settle a request that nobody has read."""
         if self._end() and self.hold is not None:
             self.hold.free(sent=sent)
-        return 0
 
     def _end(self) -> bool:
         first, self.ended = not self.ended, True

@@ -8,6 +8,7 @@ from typing import Any
 
 import openai
 from langchain_core.messages import AIMessage
+from langchain_core.messages.ai import UsageMetadata
 
 from ..contract.errors import EndpointError
 from ..contract.types import SIMULATED_FINGERPRINT, Message, Reply, Usage
@@ -75,14 +76,20 @@ class LangChainModel:
 
 def _reply(answer: AIMessage) -> Reply:
     about: dict[str, Any] = answer.response_metadata
-    usage = answer.usage_metadata
     return Reply(
         content=str(answer.text),  # a plain str: orjson takes no subclass
         finish_reason=about.get("finish_reason"),
         refusal=answer.additional_kwargs.get("refusal"),
-        usage=Usage(usage["input_tokens"], usage["output_tokens"]) if usage else Usage(),
+        usage=_usage(answer.usage_metadata),
         endpoint=about.get("endpoint") or "",
         model=about.get("model_name") or "",
         simulated=about.get("system_fingerprint") == SIMULATED_FINGERPRINT,
         cached=about.get("endpoint") is None,
     )
+
+
+def _usage(usage: UsageMetadata | None) -> Usage:
+    if usage is None:
+        return Usage()
+    cached = usage.get("input_token_details", {}).get("cache_read")
+    return Usage(usage["input_tokens"], usage["output_tokens"], cached)

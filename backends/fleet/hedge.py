@@ -203,4 +203,6 @@ class Hedger:
             if unborn and not task.cancelling():
                 self._dispatch.give(endpoint)
                 charge.free(sent=False)
+            # At once: the item may be recorded before the task hears that it is cancelled.
+            endpoint.stats.lost(charge.lost())
             task.cancel()

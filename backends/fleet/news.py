@@ -27,7 +27,7 @@ class Teller:
     def _of(self, endpoint: Endpoint) -> dict[str, Any] | None:
         before, opened = self._told.get(endpoint, (Stats(), 0))
         fresh, reopened = endpoint.stats - before, endpoint.breaker.opened - opened
-        if not (fresh.calls or fresh.hedges or reopened):
+        if not (fresh.calls or fresh.hedges or fresh.useful_tokens or reopened):
             return None
         self._told[endpoint] = before + fresh, endpoint.breaker.opened
         about = {"endpoint": endpoint.label, "state": endpoint.state, "opened": reopened}

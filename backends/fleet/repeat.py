@@ -92,6 +92,8 @@ class Repeater:
                 avoid = attempts.avoid
                 prefer = endpoint if result.treatment.step is Step.SAME else prefer
             elif not _is_empty(result) or len(empty) >= tries:
+                if log is not None:
+                    log.endpoint = endpoint.label
                 return result, endpoint
             else:
                 empty.append(endpoint)

@@ -57,6 +57,7 @@ class Sender:
         """Send one request to one endpoint that was taken, and let it go."""
         started, level = time.monotonic(), endpoint.outstanding
         seconds: float | None = None
+        charge.sent(endpoint)
         try:
             result = await self._exchange(endpoint, body)
             if isinstance(result, Failure):
@@ -67,7 +68,6 @@ class Sender:
                 self._succeeded(endpoint, result, level, seconds, charge)
             return result
         finally:
-            _count(endpoint, charge)
             endpoint.stats.lost(charge.lost())  # nothing when its end is known
             self._warden.dispatch.give(endpoint, seconds)
 
@@ -106,13 +106,13 @@ class Sender:
             self._warden.dispatch.give(endpoint, seconds)
 
         result: OpenStream | Failure | None = None
+        charge.sent(endpoint)
         try:
             result = await self._begin(endpoint, body, end)
             if isinstance(result, Failure):
                 self._failed(endpoint, result, body, charge)
             return result, endpoint
         finally:
-            _count(endpoint, charge)
             if not isinstance(result, OpenStream):
                 endpoint.stats.lost(charge.lost())
                 self._warden.dispatch.give(endpoint)
@@ -153,14 +153,12 @@ class Sender:
         charge: Charge,
     ) -> None:
         """Account for a good answer."""
-        usage, log = judge.usage_of(document), charge.log
-        charge.answered(usage)
+        usage = judge.usage_of(document)
+        charge.answered(usage, document.get("model"))
         endpoint.stats.answered(seconds, usage)
         self._warden.succeeded(endpoint, level, seconds)
-        if log is not None:
-            log.usage += usage
-            log.model = document.get("model")
-            log.simulated = judge.is_simulated(document)
+        if charge.log is not None:
+            charge.log.simulated = judge.is_simulated(document)
 
     def _guarded(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
@@ -200,13 +198,6 @@ class Sender:
                 )
             body = fitting
         return orjson.dumps(body)
-
-
-def _count(endpoint: Endpoint, charge: Charge) -> None:
-    """Count a request that was sent in its item's log."""
-    if charge.log is not None:
-        charge.log.requests += 1
-        charge.log.endpoint = endpoint.label
 
 
 async def _softened(

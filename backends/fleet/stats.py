@@ -13,7 +13,14 @@ from ..contract.types import Usage
 _PER_DOUBLING: Final = 8
 """Histogram cells per doubling of the latency: quantiles are within 9 %."""
 QUANTILES: Final = {"latency_p50_s": 0.5, "latency_p90_s": 0.9, "latency_p99_s": 0.99}
-_TOKENS: Final = ("prompt_tokens", "completion_tokens", "cached_tokens", "lost_tokens")
+_TOKENS: Final = (
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "lost_prompt_tokens",
+    "lost_completion_tokens",
+    "useful_tokens",
+)
 _SUMS: Final = ("calls", *_TOKENS, "hedges")
 
 
@@ -27,7 +34,10 @@ class Stats:
         prompt_tokens: Tokens read, as far as reported.
         completion_tokens: Tokens written, as far as reported.
         cached_tokens: Prompt tokens that its prefix cache held, as far as reported.
-        lost_tokens: The most tokens of requests that may have been paid and brought no answer.
+        lost_prompt_tokens: The most prompt tokens of requests that may have been paid and brought
+            no answer.
+        lost_completion_tokens: The same of their completions.
+        useful_tokens: Tokens of its answers that count, of items that have ended.
         hedges: Second requests that it was sent.
     """
 
@@ -36,7 +46,9 @@ class Stats:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
-    lost_tokens: int = 0
+    lost_prompt_tokens: int = 0
+    lost_completion_tokens: int = 0
+    useful_tokens: int = 0
     hedges: int = 0
     _cells: Counter[int] = field(default_factory=Counter)
 
@@ -53,9 +65,14 @@ class Stats:
         self.calls += 1
         self.failures[error] += 1
 
-    def lost(self, tokens: int) -> None:
+    def lost(self, usage: Usage) -> None:
         """Count what a request may have cost that brought no answer."""
-        self.lost_tokens += tokens
+        self.lost_prompt_tokens += usage.prompt or 0
+        self.lost_completion_tokens += usage.completion or 0
+
+    def useful(self, usage: Usage) -> None:
+        """Count tokens of answers that count: their item has ended well."""
+        self.useful_tokens += usage.tokens
 
     def __add__(self, other: Stats) -> Stats:
         """Return the sums of both."""
@@ -109,7 +126,10 @@ class EndpointReport:
         prompt_tokens: Tokens read.
         completion_tokens: Tokens written.
         cached_tokens: Tokens read from its prefix cache.
-        lost_tokens: The most tokens of requests that may have been paid and brought no answer.
+        lost_prompt_tokens: The most prompt tokens of requests that may have been paid and brought
+            no answer.
+        lost_completion_tokens: The same of their completions.
+        useful_tokens: Tokens of its answers that count, of items that have ended.
         latency_p50_s: Median time to an answer in seconds, or None.
         latency_p90_s: 90 % quantile, or None.
         latency_p99_s: 99 % quantile, or None.
@@ -126,7 +146,9 @@ class EndpointReport:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    lost_tokens: int
+    lost_prompt_tokens: int
+    lost_completion_tokens: int
+    useful_tokens: int
     latency_p50_s: float | None
     latency_p90_s: float | None
     latency_p99_s: float | None

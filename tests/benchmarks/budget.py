@@ -106,7 +106,7 @@ async def _cost(usd: float) -> None:
             for _ in range(CALLS):
                 account = budget.account() if limited else None
                 charge = await Charge.open(CallLog(account=account), body)
-                charge.answered(Usage(170, 80))
+                charge.answered(Usage(170, 80), "m")
                 if account is not None:
                     account.close()
             each = 1e6 * (time.process_time() - began) / CALLS

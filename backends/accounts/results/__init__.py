@@ -3,9 +3,9 @@
 All functions block; call them in a thread.
 """
 
-from .columns import RESULT_COLUMNS
+from .columns import RESULT_COLUMNS, rows
 from .delimited import write_csv
 from .jsonl import write_jsonl
 from .parquet import write_parquet
 
-__all__ = ["RESULT_COLUMNS", "write_csv", "write_jsonl", "write_parquet"]
+__all__ = ["RESULT_COLUMNS", "rows", "write_csv", "write_jsonl", "write_parquet"]

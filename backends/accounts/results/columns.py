@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, TypeAlias
 
 import orjson
 
+from ...contract.money import NANO
 from ...contract.types import Json
 
 Record: TypeAlias = Mapping[str, Json]
-"""A journal record. What it lacks is null in the results."""
+"""A row of the results. What it lacks is null in them."""
 
 RESULT_COLUMNS: Final = (
     "id",
@@ -26,9 +27,8 @@ RESULT_COLUMNS: Final = (
     "prompt_tokens",
     "cached_tokens",
     "completion_tokens",
-    "lost_tokens",
-    "useful_tokens",
-    "nano_usd",
+    "wasted_tokens",
+    "usd",
     "latency_s",
     "finished_at",
     "simulated",
@@ -39,6 +39,38 @@ RESULT_COLUMNS: Final = (
 UNFIT: Final = "output_unfit"
 """Last column where a schema gives the output typed columns: the whole output as JSON text where
 they cannot hold all of it (an undeclared property, an integer beyond 64 bits), else null."""
+
+
+def rows(records: Iterable[Record], *, priced: bool) -> Iterator[Record]:
+    """Yield rows for journal records: what an item has cost in place of the parts it adds up from.
+
+    Args:
+        records: Journal records, in the order of the rows.
+        priced: Whether tokens have a price; else nobody knows what an item has cost.
+    """
+    for record in records:
+        yield {
+            **record,
+            "wasted_tokens": _wasted(record),
+            "usd": _usd(record) if priced else None,
+        }
+
+
+def _wasted(record: Record) -> int | None:
+    """Return the tokens that may have been paid for nothing: failed, hedged, sent back."""
+    useful = record.get("useful_tokens")
+    return None if useful is None else _tokens(record) - int(useful)
+
+
+def _tokens(record: Record) -> int:
+    names = ("prompt_tokens", "completion_tokens", "lost_tokens")
+    return sum(record.get(name) or 0 for name in names)
+
+
+def _usd(record: Record) -> float | None:
+    nano = record.get("nano_usd")
+    asked_without_price = nano == 0 and _tokens(record) > 0
+    return None if nano is None or asked_without_price else nano / NANO
 
 
 def json_text(value: Json) -> str:

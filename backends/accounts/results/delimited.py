@@ -33,7 +33,7 @@ def write_csv(
     Null is an empty cell.
 
     Args:
-        records: Journal records, in the order of the rows.
+        records: Rows, see :func:`rows`, in the order of the rows.
         stream: Where to write; it stays open.
         schema: The task's JSON Schema, or None.
 

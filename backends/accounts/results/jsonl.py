@@ -15,7 +15,7 @@ def write_jsonl(records: Iterable[Record], stream: IO[bytes]) -> int:
     """Write one JSON object per line, in UTF-8, ``output`` as the model gave it.
 
     Args:
-        records: Journal records, in the order of the lines.
+        records: Rows, see :func:`rows`, in the order of the lines.
         stream: Where to write; it stays open.
 
     Returns:

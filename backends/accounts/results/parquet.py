@@ -31,14 +31,13 @@ _INTEGERS: Final = (
     "prompt_tokens",
     "cached_tokens",
     "completion_tokens",
-    "lost_tokens",
-    "useful_tokens",
-    "nano_usd",
+    "wasted_tokens",
 )
 
 _TYPES: Final[Mapping[str, pa.DataType]] = {
     **dict.fromkeys(RESULT_COLUMNS, pa.string()),
     **dict.fromkeys(_INTEGERS, pa.int64()),
+    "usd": pa.float64(),
     "latency_s": pa.float64(),
     "finished_at": pa.timestamp("ms", tz="UTC"),
     "simulated": pa.bool_(),
@@ -49,7 +48,7 @@ def write_parquet(records: Iterable[Record], path: Path, schema: Mapping[str, Js
     """Write the results to a file, whole or not at all, in memory that does not grow with them.
 
     Args:
-        records: Journal records, in the order of the rows.
+        records: Rows, see :func:`rows`, in the order of the rows.
         path: The file to make or replace.
         schema: The task's JSON Schema, which gives ``output`` its type; None makes it text.
 

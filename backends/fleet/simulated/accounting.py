@@ -19,6 +19,9 @@ class NodeCounts:
         disconnects: Clients that left before their answer.
         prompt_tokens: Of the answers sent.
         completion_tokens: Of the answers sent.
+        broken_tokens: Prompt and output tokens of those of them that nobody can read.
+        abandoned_tokens: Prompt tokens read, and output tokens written, for clients that left
+            or when the node died.
         running_max: Most requests worked on at once.
         waiting_max: Longest queue.
     """
@@ -30,6 +33,8 @@ class NodeCounts:
     disconnects: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    broken_tokens: int = 0
+    abandoned_tokens: int = 0
     running_max: int = 0
     waiting_max: int = 0
 

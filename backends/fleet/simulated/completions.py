@@ -16,7 +16,7 @@ from .jobs import Job
 from .latency import LatencyModel, Timing
 from .node import Node
 from .questions import Question, QuestionReader
-from .refusals import REFUSED_BY, refuse
+from .refusals import BROKEN, REFUSED_BY, refuse
 from .responders import Responder
 from .spec import SimulationSpec
 
@@ -127,6 +127,8 @@ class CompletionService:
         counts.prompt_tokens += job.question.prompt_tokens
         counts.completion_tokens += tokens
         total = job.question.prompt_tokens + tokens
+        if job.fault in BROKEN:
+            counts.broken_tokens += total
         self._faults.record_tokens(job.node.index, total, self._now())
         if job.fault in {"", "no_usage"} and job.answer.finish_reason != "abort":
             self._servings.served(job.question.key, total, self._now())

@@ -224,6 +224,8 @@ def _totals(nodes: tuple[Node, ...]) -> dict[str, Any]:
         total.disconnects += counts.disconnects
         total.prompt_tokens += counts.prompt_tokens
         total.completion_tokens += counts.completion_tokens
+        total.broken_tokens += counts.broken_tokens
+        total.abandoned_tokens += counts.abandoned_tokens
         total.refused += counts.refused
         total.finished += counts.finished
         total.injected += counts.injected

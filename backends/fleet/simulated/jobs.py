@@ -43,6 +43,8 @@ class Job:
     finished: Callable[[Job], None]
     _timer: asyncio.TimerHandle | None = field(default=None, init=False)
     _begun: bool = field(default=False, init=False)
+    _timing: Timing | None = field(default=None, init=False)
+    _started: float = field(default=0.0, init=False)
 
     def submit(self) -> None:
         """Hand the job to its node.
@@ -56,6 +58,7 @@ class Job:
     def start(self) -> None:
         """Begin the work; see `node.Work`."""
         timing, loop = self.clock(), asyncio.get_running_loop()
+        self._timing, self._started = timing, loop.time()
         if self.question.stream and self.fault not in DISTORTIONS:
             self._timer = loop.call_later(timing.first_s, self._first, timing)
         else:
@@ -73,6 +76,7 @@ class Job:
     def crash(self) -> None:
         """End without an answer, as a server does that dies: the client sees a reset."""
         self._stop()
+        self.node.counts.abandoned_tokens += self._written()
         self.exchange.on_lost = None
         self.exchange.reset()
         self.node.release(self)
@@ -84,7 +88,17 @@ class Job:
     def _left(self) -> None:
         self._stop()
         self.node.counts.disconnects += 1
+        self.node.counts.abandoned_tokens += self._written()
         self.node.release(self)
+
+    def _written(self) -> int:
+        """Return the tokens read and written so far; none while the request is queued."""
+        if self._timing is None:
+            return 0
+        seconds = asyncio.get_running_loop().time() - self._started - self._timing.first_s
+        whole = max(self._timing.total_s - self._timing.first_s, 1e-9)
+        share = min(1.0, max(0.0, seconds / whole))
+        return self.question.prompt_tokens + int(share * self.answer.tokens)
 
     def _whole(self) -> None:
         distort(self.exchange, completion_body(self.envelope, self.answer), self.fault)

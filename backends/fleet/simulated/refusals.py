@@ -10,7 +10,7 @@ import orjson
 
 from .errors import error_body
 from .http import JSON, Exchange
-from .rules import FaultRule
+from .rules import IN_STREAM, FaultRule
 
 _HTML: Final = b"text/html"
 _TEXT: Final = b"text/plain; charset=utf-8"
@@ -149,3 +149,6 @@ DISTORTIONS: Final = frozenset(
     ["malformed", "cut_body", "html200", "error200", "null_choices", "empty_choices"]
 )
 """Faults that replace a stream by one body."""
+
+BROKEN: Final = DISTORTIONS | IN_STREAM
+"""Faults that leave an answer that was paid and cannot be read."""

@@ -114,7 +114,8 @@ def test_metrics_are_served_while_the_run_goes_on(shell: Shell) -> None:
 
     thread = threading.Thread(target=scrape)
     thread.start()
-    shell.write(endpoints={"simulated": {"nodes": 2}})
+    price = {"prompt": 1, "completion": 1}
+    shell.write(endpoints={"simulated": {"nodes": 2}}, model={"price": price})
     said = shell("run", "c.yaml", "--out", "r", "--quiet", "--metrics-port", str(port))
     over.set()
     thread.join()
@@ -122,6 +123,9 @@ def test_metrics_are_served_while_the_run_goes_on(shell: Shell) -> None:
     assert 'fanfold_items{status="open"} 3.0' in found[0]
     assert "fanfold_endpoints_healthy 2.0" in found[0]
     assert "fanfold_endpoint_calls_total{endpoint=" in found[0]
+    assert 'fanfold_tokens_total{kind="wasted"} 0.0' in found[0]
+    assert "fanfold_usd_total 0.0" in found[0]
+    assert 'fanfold_node_hours_total{kind="idle"}' in found[0]
 
 
 def test_metrics_need_a_free_port_and_the_extra(

@@ -258,6 +258,10 @@ async def test_every_request_is_accounted(make_stub: Callable[[], Stub]) -> None
     async with Fleet(members, FAST) as fleet:
         await ask(fleet)
     assert log == CallLog(2, Usage(3, 2), "good", "served", False)
+    refused, answered = log.shares.values()
+    assert (refused.requests, refused.usage.tokens, refused.model) == (1, 0, None)
+    assert (answered.endpoint, answered.requests) == ("good", 1)
+    assert (answered.usage, answered.model) == (Usage(3, 2), "served")
 
 
 @pytest.mark.parametrize("simulated", [None, False])

@@ -9,10 +9,18 @@ from fanfold.backends.accounts.endpoints import append_endpoints, over_lives, re
 from fanfold.backends.contract.errors import LedgerError
 
 
-def report(endpoint: str, calls: int, p50: float | None = 1.0, **failures: int) -> dict[str, Any]:
+def report(
+    endpoint: str, calls: int, p50: float | None = 1.0, usd: float | None = None, **failures: int
+) -> dict[str, Any]:
     latencies = dict.fromkeys(("latency_p50_s", "latency_p90_s", "latency_p99_s"), p50)
-    counts = {"calls": calls, "prompt_tokens": 3, "completion_tokens": 2, "opened": 1, "hedges": 0}
-    counts |= {"cached_tokens": 1, "lost_tokens": 4}
+    counts: dict[str, float | None] = {
+        "calls": calls,
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "opened": 1,
+        "hedges": 0,
+    }
+    counts |= {"cached_tokens": 1, "useful_tokens": 4, "wasted_tokens": 1, "usd": usd}
     return {"endpoint": endpoint, "state": "in use", "failures": failures, **counts, **latencies}
 
 
@@ -35,10 +43,11 @@ def test_one_row_per_endpoint_and_life(tmp_path: Path) -> None:
 def test_lives_are_added_up(tmp_path: Path) -> None:
     path = tmp_path / "endpoints.parquet"
     append_endpoints(path, [report("a", 5, 1.5, Lost=2), report("b", 1)], 1)
-    append_endpoints(path, [report("a", 7, None, Busy=1)], 2)
+    append_endpoints(path, [report("a", 7, None, 0.25, Busy=1)], 2)
     a, b = over_lives(read_endpoints(path))
     assert (a["life"], a["calls"], a["failed"], a["prompt_tokens"]) == (2, 12, 3, 6)
-    assert (a["cached_tokens"], a["lost_tokens"]) == (2, 8)
+    assert [a[f"{kind}_tokens"] for kind in ("cached", "useful", "wasted")] == [2, 8, 2]
+    assert (a["usd"], b["usd"]) == (0.25, None)
     assert a["failures"] == {"Busy": 1, "Lost": 2}
     assert a["latency_p50_s"] == 1.5
     assert (b["life"], b["calls"]) == (1, 1)

@@ -19,6 +19,9 @@ from fanfold.backends.fleet.failures import Failure
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "é" * 50}], "max_tokens": 20}
 
 
+RESERVED = Usage(30, 20)
+
+
 class Held:
     """An account and its holds, which note how they end."""
 
@@ -36,8 +39,9 @@ class Held:
     def settle(self, usage: Usage) -> None:
         self.ends.append(f"settled {usage.tokens}")
 
-    def keep(self) -> None:
+    def keep(self) -> Usage:
         self.ends.append("kept")
+        return RESERVED
 
     def free(self, *, sent: bool) -> None:
         self.ends.append("sent" if sent else "free")
@@ -81,7 +85,7 @@ async def test_what_was_read_is_kept_and_what_was_refused_is_given_back(
     lost = charge.failed(failure)
     charge.lost()  # the first end counts
     assert held.ends == [end]
-    assert log.lost.tokens == lost == (most_tokens(BODY).tokens if end == "kept" else 0)
+    assert log.lost == lost == (RESERVED if end == "kept" else Usage())
 
 
 async def test_a_request_that_never_left_is_free() -> None:
@@ -91,7 +95,7 @@ async def test_a_request_that_never_left_is_free() -> None:
         EndpointLostError("node: cannot connect", "node"), replace(refused.treatment, free=True)
     )
     charge = await Charge.open(CallLog(account=held), BODY)
-    assert charge.failed(unsent) == 0
+    assert charge.failed(unsent) == Usage()
     assert held.ends == ["free"]
 
 
@@ -100,7 +104,7 @@ async def test_a_second_request_needs_room_of_its_own() -> None:
     charge = await Charge.open(CallLog(account=held), BODY)
     second = charge.again()
     assert second is not None
-    charge.answered(Usage(60, 7))
+    charge.answered(Usage(60, 7), "m")
     second.lost()
     assert held.ends == ["settled 67", "kept"]
     held.room = False

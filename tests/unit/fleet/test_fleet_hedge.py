@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from fanfold.backends.contract.calls import CallLog
 from fanfold.backends.fleet import Endpoint, EndpointSpec, HedgePolicy
-from fanfold.backends.fleet.charge import Charge
+from fanfold.backends.fleet.charge import Charge, most_tokens
 from fanfold.backends.fleet.dispatch import Dispatcher
 from fanfold.backends.fleet.hedge import Hedger, Result
 
@@ -22,7 +23,8 @@ class Line:
         self.dispatch = Dispatcher(self.endpoints, 99, lambda *_: None, lambda: None)
         self.held: dict[Endpoint, asyncio.Future[Result]] = {}
 
-    async def send(self, endpoint: Endpoint, _: Mapping[str, Any], __: Charge) -> Result:
+    async def send(self, endpoint: Endpoint, _: Mapping[str, Any], charge: Charge) -> Result:
+        charge.sent(endpoint)
         self.held[endpoint] = asyncio.get_running_loop().create_future()
         try:
             return await self.held[endpoint]
@@ -60,3 +62,26 @@ async def test_the_first_good_answer_counts_and_the_other_is_let_go() -> None:
     assert await task == ({"answer": 2}, other)
     assert line.held[endpoint].cancelled()
     assert line.dispatch.in_flight == 0
+
+
+async def test_what_a_late_second_request_may_cost_is_known_at_once() -> None:
+    """The item may be recorded before the request's task hears that it is cancelled."""
+    line, log = Line(), CallLog()
+    hedger = Hedger(HedgePolicy(), line.dispatch, line.send)
+    endpoint = await line.dispatch.take()
+
+    async def ask() -> int:
+        await hedger.send(endpoint, BODY, Charge(log, BODY))
+        return log.lost.tokens
+
+    task = asyncio.create_task(ask())
+    await asyncio.sleep(0)
+    (call,) = hedger._calls
+    hedger._double(call, 0.0)
+    await asyncio.sleep(0)
+    (other,) = line.held.keys() - {endpoint}
+    line.held[endpoint].set_result({"answer": 1})
+    assert await task == most_tokens(BODY).tokens
+    assert log.shares[other.label].lost == most_tokens(BODY)
+    assert other.stats.lost_prompt_tokens == most_tokens(BODY).prompt
+    assert (log.requests, log.shares[endpoint.label].lost.tokens) == (2, 0)

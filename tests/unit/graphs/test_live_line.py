@@ -5,6 +5,8 @@ from typing import Any, cast
 
 import pytest
 
+from fanfold.backends.accounts.budget import Budget, BudgetTerms
+from fanfold.backends.contract.money import FREE, NANO, Amount, Caps, Held
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
@@ -29,8 +31,8 @@ def line(
     progress: Progress,
     health: FleetHealth | None,
     simulated: bool = True,
-    crew: Any = None,
     width: int = 80,
+    **parts: Any,
 ) -> str:
     nothing = cast(Any, None)
     tools = OpenedRun(
@@ -42,7 +44,7 @@ def line(
         progress=progress,
         fingerprint=b"",
         simulated=simulated,
-        crew=crew,
+        **parts,
         fleet=None if health is None else Watched(health),
     )
     shown = Line(tools)
@@ -125,3 +127,28 @@ def test_it_says_that_nobody_is_alive_and_how_long_it_waits() -> None:
 )
 def test_numbers_are_short(number: float, text: str) -> None:
     assert short(number) == text
+
+
+def test_it_shows_dollars_only_if_something_has_a_price() -> None:
+    spent = Progress(total=100, done=40, nano_usd=421_000_000, held=Held(nano_usd=1_000_000))
+    assert "  0.42 USD  " in line(spent, health())
+    assert "USD" not in line(Progress(total=100, done=40, prompt_tokens=5), health())
+
+
+@pytest.mark.parametrize(
+    ("caps", "before", "shown"),
+    [
+        (Caps.of(usd=10), Amount(nano_usd=420_000_000), "0.42/10 USD"),
+        (Caps.of(tokens=2_000_000), Amount(tokens=1_234_567), "1.2M/2.0M tok"),
+        (Caps.of(requests=500), Amount(requests=120), "120/500 req"),
+        (Caps.of(node_hours=2.5), Amount(node_ms=1_800_000), "0.50/2.50 node-h"),
+        (Caps.of(usd=10, requests=500), Amount(requests=499, nano_usd=NANO), "499/500 req"),
+    ],
+)
+def test_it_shows_what_is_spent_of_the_nearest_cap(caps: Caps, before: Amount, shown: str) -> None:
+    budget = Budget(BudgetTerms(caps, FREE), before, None)
+    busy = health(healthy=8, in_flight=256)
+    progress = Progress(total=4991, done=4000, failed=10, prompt_tokens=10_000_000)
+    seen = line(progress, busy, budget=budget)
+    assert f"  {shown}  " in seen
+    assert len(seen) <= 80

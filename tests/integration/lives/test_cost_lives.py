@@ -1,0 +1,74 @@
+"""What a run has cost is told while it goes on, after kill -9, and of workers elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fanfold.backends.accounts.book import Shelf
+from fanfold.backends.accounts.folder import open_folder
+from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.contract.money import Amount
+from fanfold.graphs.costs import budget_so_far, cost_so_far
+
+pytestmark = pytest.mark.integration
+
+CAP = 1_000_000
+
+
+def told(lab: Any) -> tuple[Any, dict[str, Any], int]:
+    """Return the cost and the budget as the folder tells them, and what counts as spent."""
+    folder = open_folder(lab.out)
+    run = folder.read_provenance()["run"]
+    with Ledger(folder.journal, run, lab.items) as ledger:
+        cost = cost_so_far(folder, run, ledger.spent)
+        amounts = {life: spent.amount for life, spent in ledger.spent.items()}
+    return cost, budget_so_far(folder, cost), Shelf(folder.budget, run).spent(amounts).tokens
+
+
+def paid(lab: Any) -> int:
+    """Return the tokens that the fleet has read and written, by its own books."""
+    totals = lab.fleet.stats()["totals"]
+    names = ("prompt_tokens", "completion_tokens", "abandoned_tokens")
+    return sum(int(totals[name]) for name in names)
+
+
+async def test_what_a_killed_life_may_have_cost_is_in_doubt(lab_of: Any) -> None:
+    """Two workers write the journal; the coordinator and both are killed."""
+    async with lab_of(60, ttft_s=0.02) as lab:
+        lab.config["limits"] |= {"hedge": False, "streams": 4}
+        lab.config["model"] = {"max_tokens": 64, "price": {"prompt": 1, "completion": 1}}
+        lab.config |= {"budget": {"tokens": CAP}, "backend": {"kind": "local", "processes": 2}}
+        await lab.killed_at(15)
+        cost, budget, spent = told(lab)
+        assert cost.doubt.tokens > 0
+        assert cost.spent.tokens + cost.doubt.tokens == spent >= paid(lab)
+        assert cost.doubt_json()["usd"] is None  # the cap reckons in tokens
+        assert budget["tokens"] == {"spent": spent, "cap": CAP}
+        result = await lab.live(overrides=("backend={kind: local}",))
+        assert result.code == 0
+        after, _, spent = told(lab)
+        assert after == result.cost
+        assert after.spent.tokens + after.doubt.tokens == spent >= paid(lab)
+        assert after.held.node_ms > cost.held.node_ms
+        assert result.budget["tokens"]["spent"] == spent
+        assert after.nano_usd >= after.spent.useful_nano_usd > 0
+
+
+async def test_it_is_told_while_the_run_goes_on(lab_of: Any) -> None:
+    async with lab_of(200, ttft_s=0.02) as lab:
+        lab.config["limits"] |= {"hedge": False, "streams": 4}
+        lab.config |= {"budget": {"tokens": CAP}}
+        folder = await lab.begin()
+        life = asyncio.create_task(lab.live(folder))
+        await lab.until(lambda: lab.journal_lines() >= 10)
+        cost, _, spent = await asyncio.to_thread(told, lab)
+        assert not life.done()
+        assert 10 <= cost.spent.requests < 200
+        assert cost.doubt.tokens > 0  # what is reserved
+        assert cost.spent.tokens + cost.doubt.tokens == spent
+        result = await life
+        assert result.cost.spent.requests == 200
+        assert result.cost.doubt == Amount()
