@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from importlib.resources import files
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,76 +14,14 @@ from langgraph_sdk.client import LangGraphClient
 
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.tests.integration.dev_server import Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("langgraph-dev")]
-ROOT = Path(str(files("fanfold")))
-START_S = 90
-
-
-class Server:
-    """``langgraph dev`` with the repository's own langgraph.json, in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
-        config = json.loads((ROOT / "langgraph.json").read_text()) | {"dependencies": [str(ROOT)]}
-        (folder / "langgraph.json").write_text(json.dumps(config))
-        (folder / ".env").write_text("FLEET_KEY=sesame\n")
-        self.url = ""
-
-    def start(self) -> None:
-        """Start it on a free port; should that be taken meanwhile, it chooses and logs another."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [str(Path(sys.executable).with_name("langgraph")), "dev", "--no-browser"]
-        options = ["--no-reload", "--host", "127.0.0.1", "--port", str(port)]
-        more = {"LANGGRAPH_CLI_NO_ANALYTICS": "1", "LANGGRAPH_NO_VERSION_CHECK": "true"}
-        keys = ("LANGSMITH_API_KEY", "LANGCHAIN_API_KEY", "OPENAI_API_KEY")
-        environment = {k: v for k, v in os.environ.items() if k not in keys} | more
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, *options, "--n-jobs-per-worker", "2"],
-                cwd=self.folder,
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
-        self.url, deadline = "", time.monotonic() + START_S
-        while not self._answers():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.2)
-
-    def _answers(self) -> bool:
-        if not (named := re.findall(r"http://[\d.]+:\d+(?=/docs)", self.log.read_text())):
-            return False
-        self.url = named[-1]
-        try:
-            with urllib.request.urlopen(f"{self.url}/ok", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False  # not listening yet
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests of this file; its detector of blocking calls is on."""
-    one = Server(tmp_path_factory.mktemp("studio"))
-    one.start()
-    try:
-        yield one
-        assert "BlockingError" not in one.log.read_text()
-    finally:
-        one.stop()
 
 
 @pytest_asyncio.fixture
-async def client(server: Server) -> AsyncIterator[LangGraphClient]:
-    async with get_client(url=server.url) as one:
+async def client(dev_server: Server) -> AsyncIterator[LangGraphClient]:
+    async with get_client(url=dev_server.url) as one:
         yield one
 
 
@@ -261,7 +190,7 @@ async def test_a_spent_budget_asks_and_the_answer_goes_on(
 
 
 async def test_history_time_travel_and_restart(
-    server: Server, client: LangGraphClient, simulated: SimulatedFleet
+    dev_server: Server, client: LangGraphClient, simulated: SimulatedFleet
 ) -> None:
     thread, context = await new_thread(client), at(simulated)
     first = await client.runs.wait(
@@ -279,10 +208,10 @@ async def test_history_time_travel_and_restart(
         assert end == first  # also without the settings, which the run's folder has
     assert simulated.stats()["totals"]["requests"] == asked
 
-    server.stop()
-    assert "BlockingError" not in server.log.read_text()
-    server.start()
-    async with get_client(url=server.url) as fresh:
+    dev_server.stop()
+    assert "BlockingError" not in dev_server.log.read_text()
+    dev_server.start()
+    async with get_client(url=dev_server.url) as fresh:
         kept = await fresh.threads.get_state(thread)
         end = await fresh.runs.wait(
             thread, "map_reduce", input={"items": molecules(7)}, context=context
