@@ -31,6 +31,8 @@ def _of(key: str, **more: Any) -> Any:
         for word in ("type", "anyOf", "items", "additionalProperties"):
             shown.pop(word, None)
         shown |= schema(key) | more
+        if isinstance(default, list):
+            shown["default"] = default  # pydantic keeps what a factory makes to itself
 
     default = setting(key).get_default(call_default_factory=True)
     if default is PydanticUndefined:
@@ -63,7 +65,7 @@ class Form(Context):
     )
     answer_schema: dict[str, Any] | None = _of("task.schema")
     repairs: int = _of("task.repairs")
-    reduce: list[dict[str, Any]] = _of("reduce", items={"type": "object"}, default=[])
+    reduce: list[dict[str, Any]] = _of("reduce", items={"type": "object"})
     dataset: str | None = _of("input.dataset", examples=list(_DATASETS))
     id_column: str | None = _of("input.id")
     smiles_column: str | None = _of("input.smiles")
@@ -92,12 +94,16 @@ class Form(Context):
     requests: int | None = _of("budget.requests")
     node_hours: float | None = _of("budget.node_hours")
     on_limit: Literal["pause", "stop"] = _of("budget.on_limit")
+    warn_at: list[float] = _of("budget.warn_at")
     streams: int = _of("limits.streams")
     attempts: int = _of("limits.attempts")
     request_timeout_s: float = _of("limits.request_timeout_s")
     drain_s: float = _of("limits.drain_s")
     fleet_wait_s: float = _of("limits.fleet_wait_s")
     walltime_s: float | None = _of("limits.walltime_s")
+    margin_s: float = _of("limits.margin_s")
+    item_timeout_s: float | None = _of("limits.item_timeout_s")
+    steps_per_item: int | None = _of("limits.steps_per_item")
     hedge: bool = _of("limits.hedge")
     requests_per_s: float | None = _of("limits.requests_per_s")
     tokens_per_min: float | None = _of("limits.tokens_per_min")

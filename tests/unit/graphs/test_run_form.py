@@ -7,10 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from fanfold.backends.accounts.budget import SHOWN
 from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.configs.described import description, schema
+from fanfold.configs.budget import BudgetConfig
+from fanfold.configs.described import description, schema, setting
+from fanfold.configs.models import LimitsConfig
 from fanfold.configs.presets import preset_names
 from fanfold.graphs.binding import Bound
 from fanfold.graphs.context import RunContext
@@ -41,6 +44,18 @@ def test_fields_show_what_the_settings_say(name: str) -> None:
         k: v for k, v in of.items() if k in told
     }
     assert FORM[name]["description"] == description(KEYS[name])
+
+
+@pytest.mark.parametrize(("section", "model"), [("limits", LimitsConfig), ("budget", BudgetConfig)])
+def test_all_limits_can_be_filled_in(section: str, model: type[BaseModel]) -> None:
+    assert {f"{section}.{name}" for name in model.model_fields} <= set(KEYS.values())
+
+
+def test_defaults_are_those_of_the_settings() -> None:
+    for name, key in KEYS.items():
+        found = setting(key)
+        if not found.is_required():
+            assert FORM[name]["default"] == found.get_default(call_default_factory=True), name
 
 
 def test_only_what_differs_from_its_default_counts() -> None:
