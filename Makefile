@@ -29,6 +29,6 @@ fix: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python -m fanfold.tests.benchmarks
 studio: .venv/.studio
-	$(BIN)/langgraph dev
+	LANGGRAPH_CLI_NO_ANALYTICS=1 LANGGRAPH_NO_VERSION_CHECK=true $(BIN)/langgraph dev --n-jobs-per-worker 4
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -193,6 +193,8 @@ class RunConfig(Section):
         cache: ``off``; ``run``: identical requests of the run are paid once; or a folder that
             runs share.
         cache_sampled: Whether answers that were drawn at a temperature above 0 are reused, too.
+        reduce: Stages that fold the answers, each a mapping with its ``op``: count, stats,
+            histogram, top_k, collect.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"

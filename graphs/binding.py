@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import orjson
 from langchain_core.runnables import RunnableLambda
@@ -14,6 +14,9 @@ from ..nodes.context import Context
 from .aside import LoopAside
 from .context import RunContext
 
+_BASES: Final = frozenset({"config", "preset"})
+_MARKS: Final = _BASES | {"overrides"}
+
 S = TypeVar("S")
 U = TypeVar("U")
 
@@ -22,7 +25,11 @@ class Bound:
     """The settings bound to a graph, and the contexts made of what callers handed over.
 
     As a subgraph a graph is given its parent's context, of whatever type, or None. So only
-    fanfold's own type counts, or a mapping of nothing but its fields.
+    fanfold's own type counts, or a mapping of nothing but its fields that has ``config``,
+    ``preset`` or ``overrides``: ``model`` and the like are anybody's.
+
+    What is handed over and names neither a preset nor a configuration goes on top of what is
+    bound.
 
     Args:
         context: The bound settings.
@@ -34,14 +41,26 @@ class Bound:
         self._aside = LoopAside()
 
     def resolve(self, given: object) -> RunContext:
-        """Return the settings that count; equal mappings share one context, so one fleet."""
+        """Return the settings that count; equal ones share one context, so one fleet."""
         if isinstance(given, RunContext):
-            return self._context if given == RunContext() else given
-        if not isinstance(given, Mapping) or not given or not set(given) <= _names():
+            filled = given.filled()
+            alone = bool(filled.keys() & _BASES) or not self._context.filled()
+            if not filled or given is self._context:
+                return self._context
+            return given.joined(self._context) if alone else self._of(self._merged(filled))
+        if not isinstance(given, Mapping) or not given.keys() & _MARKS or given.keys() - _names():
             return self._context
-        key = orjson.dumps(dict(given), option=orjson.OPT_SORT_KEYS)
+        alone = bool(given.keys() & _BASES)
+        return self._of(dict(given) if alone else self._merged(given))
+
+    def _merged(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        overrides = [*self._context.overrides, *given.get("overrides", ())]
+        return {**self._context.filled(), **given, "overrides": overrides}
+
+    def _of(self, values: dict[str, Any]) -> RunContext:
+        key = orjson.dumps(values, default=repr, option=orjson.OPT_SORT_KEYS)
         if key not in self._made:
-            self._made[key] = RunContext(**given)
+            self._made[key] = RunContext(**values).joined(self._context)
         return self._made[key]
 
     def node(self, run: Callable[[S, Runtime[Context]], Awaitable[U]], inside: Any = None) -> Any:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,9 +16,12 @@ from ..backends.build import open_fleet, serving
 from ..backends.contract.money import Amount
 from ..backends.reuse import reusing
 from ..configs.load import Loaded, load
-from ..nodes.context import Context, ItemContext, Prepared, RunTools
+from ..configs.presets import preset_text
+from ..nodes.context import ItemContext, Prepared, RunTools
+from ..nodes.meter import Meter
 from .crew import life_end
 from .finish import write_results
+from .form import Form
 from .item import item_engine
 from .items import item_context
 from .lives import begin_life, end_life
@@ -33,24 +36,9 @@ from .walltime import Walltime
 from .worker import work_shard
 
 
-@dataclass
-class RunContext(Context):
-    """Settings of a run.
-
-    Attributes:
-        config: A preset's name, a YAML file, or the settings as a mapping; None runs
-            molecular_screening on the simulated fleet.
-        overrides: Settings on top, each ``key.of.section=value``.
-        out: Folder of the run; None makes one below ``fanfold-runs``.
-        trace: Run every item by LangGraph's engine, visible in traces.
-        retry_failed: On a resumed run, ask failed items again.
-    """
-
-    config: str | dict[str, Any] | None = None
-    overrides: list[str] = field(default_factory=list)
-    out: str | None = None
-    trace: bool = False
-    retry_failed: bool = False
+@dataclass(kw_only=True)
+class RunContext(Form):
+    """Settings of a run; a field that is left as it is changes nothing."""
 
     @classmethod
     def of(
@@ -71,7 +59,7 @@ class RunContext(Context):
         """
         context = cls(**settings)
         given = {"loaded": loaded, "embedded": embedded, "allow_simulated": allow_simulated}
-        context.__dict__ |= given
+        context.__dict__ |= given | {"stands_alone": True}
         return context
 
     @cached_property
@@ -81,7 +69,15 @@ class RunContext(Context):
         Raises:
             ConfigurationError: A setting is wrong.
         """
-        return settle(self.config, self.overrides)[0]
+        config = self.preset if self.config in (None, "") else self.config
+        if config is self.preset:
+            preset_text(self.preset)  # says which there are, if that is none
+        return settle(config, self.changes(), endpoints=self.endpoints or None)[0]
+
+    @cached_property
+    def stands_alone(self) -> bool:
+        """Say whether these are all settings; else they go on top of what a run has already."""
+        return bool(self.filled().keys() & {"config", "preset"})
 
     @cached_property
     def embedded(self) -> bool:
@@ -97,8 +93,21 @@ class RunContext(Context):
     def _runs(self) -> Shared[RunTools]:
         return Shared()
 
+    def joined(self, other: RunContext) -> Self:
+        """Know which runs another context has open, and return itself."""
+        self.__dict__.setdefault("_runs", other._runs)
+        return self
+
     @cached_property
     def _retried(self) -> dict[Path, int]:
+        return {}
+
+    @cached_property
+    def _meters(self) -> dict[Path, Meter]:
+        return {}
+
+    @cached_property
+    def _by_folder(self) -> dict[str, Loaded]:
         return {}
 
     @cached_property
@@ -118,6 +127,7 @@ class RunContext(Context):
         folder: str | None,
         path: str | None,
         items: Sequence[Mapping[str, Any]] | None,
+        preset: str | None = None,
     ) -> Prepared:
         """Make a run's folder from a path or items, or look up one that was made."""
         if folder is not None:
@@ -125,41 +135,76 @@ class RunContext(Context):
             if self.embedded:
                 self._ends.pop(folder, None)  # a life of its own
         else:
-            loaded, target = await asyncio.to_thread(self._new_run, path)
+            loaded, target = await asyncio.to_thread(self._new_run, path, preset)
             made = await prepare_run(loaded, target, items, self.allow_simulated)
+            if preset is not None:
+                await asyncio.to_thread(_note_preset, made, preset)
             folder = str(made.path)
         run = await asyncio.to_thread(self._look_up, folder)
         if self.embedded:
             await asyncio.to_thread(begin_life, RunFolder(Path(folder)))
         return run
 
-    def _new_run(self, path: str | None) -> tuple[Loaded, Path]:
-        loaded = self.loaded
+    def _new_run(self, path: str | None, preset: str | None) -> tuple[Loaded, Path]:
+        loaded = self._with_preset(preset)
         if path is not None:
             changes = {"input.path": str(Path(path).resolve()), "input.dataset": None}
-            loaded = load(self.loaded.raw, settings=changes)
+            loaded = load(loaded.raw, settings=changes)
         return loaded, Path(self.out).resolve() if self.out else default_folder(loaded.config.name)
+
+    def _with_preset(self, preset: str | None) -> Loaded:
+        """Return the settings, of a preset that the input names if it names one."""
+        if preset is None:
+            return self.loaded
+        return replace(self, preset=preset, config=None).loaded
 
     def _look_up(self, folder: str) -> Prepared:
         total = open_folder(Path(folder)).read_provenance()["input"]["items"]
-        return cut(folder, self.loaded.config, total)
+        return cut(folder, self._loaded_of(folder).config, total, singly=self.embedded)
+
+    def _loaded_of(self, folder: str) -> Loaded:
+        """Return the settings of a run that there is; blocks."""
+        if not self.embedded:
+            return self.loaded
+        if folder not in self._by_folder:
+            self._by_folder[folder] = self._settings_of(open_folder(Path(folder)))
+        return self._by_folder[folder]
+
+    def _settings_of(self, run: RunFolder) -> Loaded:
+        """Return the run's own settings with these on top, unless these stand alone."""
+        if asked := run.read_provenance().get("preset"):
+            return self._with_preset(asked)
+        if self.stands_alone:
+            return self.loaded
+        return settle(str(run.settings), self.changes(), endpoints=self.endpoints or None)[0]
 
     @asynccontextmanager
     async def opened(self, folder: str) -> AsyncIterator[RunTools]:
         """Open a run; users in the same loop share what is open."""
         retried = self._retried if self.retry_failed else None
-        loaded = await asyncio.to_thread(lambda: self.loaded)  # files are read off the loop
+        loaded = await asyncio.to_thread(self._loaded_of, folder)
         if folder not in self._ends:
             self.bound(folder, life_end(loaded.config, time.time()))
-        mode = Mode(self.trace, retried, item_engine, work_shard, self._ends[folder])
+        mode = Mode(
+            self.trace,
+            self.embedded,
+            retried,
+            self._meters,
+            item_engine,
+            work_shard,
+            self._ends[folder],
+        )
         path = await asyncio.to_thread(open_folder, Path(folder))
-        async with self._runs.use(folder, lambda: open_run(path, loaded, mode)) as tools:
+        # A cancelled run lets its items end, and whoever cancelled it may go on with it meanwhile.
+        await self._runs.gone(lambda key: key[0] == folder, lambda tools: tools.gate.cancelled)
+        key = folder, id(self)
+        async with self._runs.use(key, lambda: open_run(path, loaded, mode)) as tools:
             yield tools
 
     async def shortfall(self, folder: str, needed: Mapping[str, int]) -> dict[str, Any] | None:
         """Return what to ask of the user while the budget does not carry ``needed``, or None."""
-        loaded = await asyncio.to_thread(lambda: self.loaded)
-        tools = self._runs.opened(folder)
+        loaded = await asyncio.to_thread(self._loaded_of, folder)
+        tools = self._runs.opened((folder, id(self)))
         budget = tools.budget if isinstance(tools, OpenedRun) else None
         run = RunFolder(Path(folder))
         return await asyncio.to_thread(shortfall, run, loaded.config, Amount(**needed), budget)
@@ -175,10 +220,12 @@ class RunContext(Context):
         run = RunFolder(Path(folder))
         async with self.opened(folder) as tools:
             results = await asyncio.to_thread(
-                write_results, run, self.loaded, tools, aggregate, progress
+                write_results, run, self._loaded_of(folder), tools, aggregate, progress
             )
             if self.embedded:
                 await asyncio.to_thread(end_life, run)
+        self._meters.pop(run.path, None)
+        self._by_folder.pop(folder, None)
         return results
 
     @asynccontextmanager
@@ -197,3 +244,7 @@ class RunContext(Context):
 
         async with self._contexts.use("item", make) as context:
             yield context
+
+
+def _note_preset(folder: RunFolder, preset: str) -> None:
+    folder.write_provenance(folder.read_provenance() | {"preset": preset})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from langgraph.graph import START, StateGraph
@@ -25,9 +25,14 @@ def build_item(steps: Mapping[str, Step] = ITEM_STEPS) -> ItemGraph:
 def assemble(graph: Any, steps: Mapping[str, Step], nodes: Mapping[str, Any]) -> None:
     """Add the steps' nodes and edges to a graph."""
     for name, step in steps.items():
-        graph.add_node(name, nodes[name])
+        graph.add_node(name, nodes[name], metadata=described(step.run))
         graph.add_conditional_edges(name, step.then, list(step.targets))
     graph.add_edge(START, FIRST)
+
+
+def described(node: Callable[..., Any]) -> dict[str, Any]:
+    """Return a node's metadata: what it does, for whoever draws the graph."""
+    return {"description": (node.__doc__ or "").partition("\n")[0].replace("``", "")}
 
 
 def item_engine(delegated: bool) -> ItemEngine:

@@ -34,20 +34,32 @@ from ..nodes.steps import DELEGATED_STEPS, ITEM_STEPS, walk
 
 logger = logging.getLogger(__name__)
 
-TRACED_ITEMS: Final = 200
-"""Above so many items, traces are per shard."""
+SHOWN_ITEMS: Final = 200
+"""Above so many items, traces and streams are per shard."""
 
 RunItem = Callable[[Item], Awaitable[ItemState]]
 ItemEngine = Callable[[ItemState, ItemContext], Awaitable[ItemState]]
 
 
-def is_seen(config: RunConfig, trace: bool, total: int) -> bool:
+def is_small(total: int) -> bool:
+    """Say whether a batch is small enough to show every item of it."""
+    return total <= SHOWN_ITEMS
+
+
+def is_seen(config: RunConfig, *, trace: bool, embedded: bool, total: int) -> bool:
     """Say whether items are run by LangGraph's engine, where traces and Studio see them.
 
-    So are one-item shards, every item on ``trace``, and small batches that are traced anyway.
+    So are one-item shards, every item on ``trace``, and small batches that somebody may look at:
+    of an embedded graph, which may be streamed, or traced.
+
+    Args:
+        config: The settings.
+        trace: Whether every item shall be seen.
+        embedded: Whether the graph was called by somebody else's program.
+        total: Items of the run.
     """
-    few_traced = total <= TRACED_ITEMS and tracing_is_enabled() is True
-    return trace or few_traced or config.shard.items == 1
+    watched = embedded or tracing_is_enabled() is True
+    return trace or config.shard.items == 1 or (watched and is_small(total))
 
 
 def item_runner(

@@ -19,7 +19,7 @@ from ..nodes.shard import shard
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
 from .binding import Bound
 from .context import RunContext
-from .item import build_item
+from .item import build_item, described
 
 MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]
 
@@ -31,12 +31,13 @@ def build(
     bound = Bound(context or RunContext())
     graph: StateGraph[RunState, RunContext, RunInput, RunOutput]
     graph = StateGraph(RunState, RunContext, input_schema=RunInput, output_schema=RunOutput)
-    graph.add_node("load", bound.node(load), input_schema=LoadState)
-    graph.add_node("dispatch", bound.node(dispatch))
-    graph.add_node("shard", bound.node(shard, build_item().compile()), input_schema=ShardState)
-    graph.add_node("gather", bound.node(gather))
-    graph.add_node("approve", bound.node(approve))
-    graph.add_node("reduce", bound.node(reduce))
+    graph.add_node("load", bound.node(load), input_schema=LoadState, metadata=described(load))
+    graph.add_node("dispatch", bound.node(dispatch), metadata=described(dispatch))
+    view = bound.node(shard, build_item().compile())
+    graph.add_node("shard", view, input_schema=ShardState, metadata=described(shard))
+    graph.add_node("gather", bound.node(gather), metadata=described(gather))
+    graph.add_node("approve", bound.node(approve), metadata=described(approve))
+    graph.add_node("reduce", bound.node(reduce), metadata=described(reduce))
     graph.add_conditional_edges(START, enter, ["load"])
     graph.add_edge("load", "dispatch")
     graph.add_conditional_edges("dispatch", fan_out, ["shard"])

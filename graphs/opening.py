@@ -33,11 +33,12 @@ from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
 from ..nodes.context import RunTools, unlimited
 from ..nodes.gate import Gate
+from ..nodes.meter import Meter
 from ..nodes.progress import Progress
 from ..nodes.state import ItemState
 from .crew import STOP_S, WorkCrew, open_crew
 from .identity import fingerprint
-from .items import TRACED_ITEMS, ItemEngine, RunItem, is_seen, item_runner
+from .items import ItemEngine, RunItem, is_seen, is_small, item_runner
 from .metrics import exposed
 from .opened import OpenedRun, accounted, reported, reports_of
 from .signs import end_earlier
@@ -52,17 +53,21 @@ class Mode:
 
     Attributes:
         trace: Run and trace every item by LangGraph's engine, however many there are.
+        embedded: Whether the graph was called by somebody else's program.
         retried: By run folder, the life before which failed items are asked again; a run's first
             opening notes its own. An embedded run is opened by each superstep, and what failed
             in an earlier one of the same invocation has been asked again already. None leaves
             failed items alone.
+        meters: By run folder, what tells how it goes on; kept from one opening to the next.
         engine: Runs one item by LangGraph's engine; the flag tells whether through ``task.graph``.
         work_shard: What workers elsewhere run.
         end: When the life must end, or None.
     """
 
     trace: bool
+    embedded: bool
     retried: dict[Path, int] | None
+    meters: dict[Path, Meter]
     engine: Callable[[bool], ItemEngine]
     work_shard: WorkShard
     end: Walltime | None = None
@@ -122,9 +127,9 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
                 fleet = await stack.enter_async_context(open_fleet(config, up, reuse))
                 told = reports_of(fleet)
                 await stack.enter_async_context(reported(told, folder, ledger.life, price))
-                seen = is_seen(config, mode.trace, total)
+                seen = is_seen(config, trace=mode.trace, embedded=mode.embedded, total=total)
                 engine = mode.engine(config.task.graph is not None) if seen else None
-                quiet = total > TRACED_ITEMS and not mode.trace
+                quiet = not is_small(total) and not mode.trace
                 run_item = item_runner(loaded, fleet, up.model, engine, quiet)
         tools = OpenedRun(
             store=books.store,
@@ -139,6 +144,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
             account=unlimited if spends is None else spends.budget.account,
             budget=None if spends is None else spends.budget,
             crew=crew,
+            meter=mode.meters.setdefault(folder.path, Meter()),
             fleet=fleet,
             journal=ledger,
         )

@@ -6,9 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+_Place = tuple[asyncio.AbstractEventLoop, Hashable]
 
 
 class _Held(Generic[T]):
@@ -62,7 +64,7 @@ class Shared(Generic[T]):
     """One resource per key and event loop, opened by its first user, closed by its last."""
 
     def __init__(self) -> None:
-        self._held: dict[Hashable, _Held[T]] = {}
+        self._held: dict[_Place, _Held[T]] = {}
 
     @asynccontextmanager
     async def use(
@@ -88,12 +90,32 @@ class Shared(Generic[T]):
             if held.users == 0:
                 await held.release()
 
+    async def gone(self, which: Callable[[Any], bool], stale: Callable[[T], bool]) -> None:
+        """Wait until nothing of this loop is being closed, or about to be.
+
+        Args:
+            which: Chooses by the key.
+            stale: Says of what is open whether its users are about to leave it.
+        """
+        loop = asyncio.get_running_loop()
+
+        def leaving(held: _Held[T]) -> bool:
+            return held.ending or (held.ready.done() and stale(held.ready.result()))
+
+        while tasks := {
+            held.task
+            for (of, key), held in self._held.items()
+            if of is loop and which(key) and leaving(held)
+        }:
+            await asyncio.wait(tasks)
+            await asyncio.sleep(0)  # its users forget it
+
     def opened(self, key: Hashable) -> T | None:
         """Return what is open under a key in this loop, or None."""
         held = self._held.get((asyncio.get_running_loop(), key))
         ready = held is not None and held.ready.done() and not held.ending
         return held.ready.result() if held is not None and ready else None
 
-    def _forget(self, place: Hashable, held: _Held[T], _: object = None) -> None:
+    def _forget(self, place: _Place, held: _Held[T], _: object = None) -> None:
         if self._held.get(place) is held:
             del self._held[place]

@@ -7,13 +7,13 @@ from typing import Any
 from langgraph.graph import StateGraph
 from langgraph.runtime import Runtime
 
-from ..nodes.state import ItemState
+from ..nodes.state import ItemInput, ItemOutput, ItemState
 from ..nodes.steps import ITEM_STEPS, ItemNode
 from .binding import Bound
 from .context import RunContext
 from .item import assemble
 
-AloneGraph = StateGraph[ItemState, RunContext, ItemState, ItemState]
+AloneGraph = StateGraph[ItemState, RunContext, ItemInput, ItemOutput]
 
 
 def build_item_alone(context: RunContext | None = None) -> AloneGraph:
@@ -22,7 +22,8 @@ def build_item_alone(context: RunContext | None = None) -> AloneGraph:
     Its input is one item: ``{"id": "aspirin", "row": {"smiles": "CC(=O)Oc1ccccc1C(=O)O"}}``.
     """
     bound = Bound(context or RunContext())
-    graph: AloneGraph = StateGraph(ItemState, RunContext)
+    graph: AloneGraph
+    graph = StateGraph(ItemState, RunContext, input_schema=ItemInput, output_schema=ItemOutput)
     assemble(graph, ITEM_STEPS, {name: _alone(s.run, bound) for name, s in ITEM_STEPS.items()})
     return graph
 

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from langgraph.runtime import Runtime
 from langgraph.types import interrupt
 
 from .context import Context
 from .state import RunState
+
+_NUMBER: Final = {"type": "number", "exclusiveMinimum": 0}
+ANSWER: Final[dict[str, Any]] = {
+    "title": "Higher budget",
+    "description": "New totals for all of the run; those left out stay as they are.",
+    "type": "object",
+    "properties": {
+        "usd": _NUMBER | {"description": "US dollars."},
+        "tokens": _NUMBER | {"type": "integer", "description": "Prompt and completion tokens."},
+        "requests": _NUMBER | {"type": "integer", "description": "Requests sent."},
+        "node_hours": _NUMBER | {"description": "Hours times nodes held."},
+    },
+    "additionalProperties": False,
+    "minProperties": 1,
+}
+"""JSON Schema of the answer, for whoever shows a form."""
 
 
 async def approve(state: RunState, runtime: Runtime[Context]) -> RunState:
@@ -20,6 +38,7 @@ async def approve(state: RunState, runtime: Runtime[Context]) -> RunState:
     """
     context, folder, problem = runtime.context, state["run_folder"], None
     while (question := await context.shortfall(folder, state.get("needed") or {})) is not None:
-        answer = interrupt(question if problem is None else {**question, "problem": problem})
+        asked = question if problem is None else {**question, "problem": problem}
+        answer = interrupt(asked, response_schema=ANSWER)
         problem = await context.allow(folder, answer)
     return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from ..backends.contract.calls import Account
@@ -17,6 +17,7 @@ from ..backends.contract.wire import Order, Summary
 from .aggregators import Aggregate
 from .answer import AnswerCheck
 from .gate import Gate
+from .meter import Meter
 from .progress import Progress
 from .state import ItemState
 
@@ -176,6 +177,7 @@ class RunTools:
         account: Returns what one item may spend; None is no limit.
         budget: What the run may spend; None is no limit.
         crew: Those who work on shards elsewhere; None: they are worked on here.
+        meter: Tells whoever streams the graph how the run goes on.
     """
 
     store: Store
@@ -190,6 +192,7 @@ class RunTools:
     account: Callable[[], Account | None] = unlimited
     budget: Budget | None = None
     crew: Crew | None = None
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def priced(self) -> bool:
@@ -226,6 +229,7 @@ class Context(ABC):
         folder: str | None,
         path: str | None,
         items: Sequence[Mapping[str, Any]] | None,
+        preset: str | None = None,
     ) -> Prepared:
         """Make a run's folder from a path or items, or look up one that was made."""
 

@@ -16,7 +16,7 @@ _WAVES: Final = 4
 
 
 async def dispatch(state: RunState, runtime: Runtime[Context]) -> RunState:  # noqa: ARG001 - a node
-    """Take the shards that are left over, or move the cursor over the next window of shards."""
+    """Coordinator: choose the next shards, or those left over; one ``Send`` each fans them out."""
     if left := state.get("left"):
         return cast(RunState, {"again": left, "left": Overwrite([]), "needed": Overwrite({})})
     lo, total = state["cursor"], state["total"]
@@ -54,7 +54,7 @@ def fan_out(state: RunState) -> list[Send]:
 
 
 async def gather(state: RunState, runtime: Runtime[Context]) -> RunState:  # noqa: ARG001 - a node
-    """Fan-in: the superstep's shards are home, their parts combined by the state's reducers."""
+    """Fan-in: the shards are home, and their parts of the aggregate combined."""
     return {}
 
 

@@ -54,6 +54,9 @@ async def work_elsewhere(
     except (RunStoppedError, ConfigurationError, LedgerError) as error:
         tools.gate.close(error.message, error)
         raise
+    except asyncio.CancelledError:
+        tools.gate.cancel()
+        raise
     finally:
         tools.gate.leave()
 

@@ -25,6 +25,7 @@ class Gate:
         in_flight: Places taken, those on their way to somebody who waits included.
         reason: Why the gate was closed, or None.
         error: The error that closed it, or None.
+        cancelled: Whether whoever works behind it is cancelled.
     """
 
     def __init__(self, streams: int, drain_s: float, what: str = "items") -> None:
@@ -37,6 +38,7 @@ class Gate:
         self.in_flight = 0
         self.reason: str | None = None
         self.error: Exception | None = None
+        self.cancelled = False
 
     @property
     def closed(self) -> bool:
@@ -90,6 +92,11 @@ class Gate:
             place = self._waiting.popleft()
             if not place.done():
                 place.set_result(False)
+
+    def cancel(self) -> None:
+        """Close it because whoever works behind it is cancelled."""
+        self.close("cancelled")
+        self.cancelled = True
 
     async def wait_closed(self, timeout_s: float) -> bool:
         """Wait until the gate is closed, at most ``timeout_s`` seconds; say whether it is."""

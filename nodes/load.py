@@ -23,6 +23,7 @@ def enter(state: RunState) -> list[Send]:
     given = {
         "path": state.get("path"),
         "folder": state.get("folder"),
+        "preset": state.get("preset"),
         "pasted": items is not None,
     }
     return [Send("load", {"given": given, "items": items})]
@@ -39,7 +40,7 @@ async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
     if given["pasted"] and items is None:
         msg = "the run ended before its items were written; start it again with the items"
         raise InputError(msg)
-    run = await runtime.context.prepare(given["folder"], given["path"], items)
+    run = await runtime.context.prepare(given["folder"], given["path"], items, given.get("preset"))
     return {
         "run_folder": run.folder,
         "total": run.total,

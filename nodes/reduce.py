@@ -15,13 +15,14 @@ _SLICE: Final = 1024
 
 
 async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
-    """Present the combined parts and write the results' files."""
+    """Present the aggregate and write the results' files."""
     context, tally, parts = runtime.context, state["tally"], state["parts"]
     async with context.opened(state["run_folder"]) as tools:
         if tools.crew is not None:
             await tools.crew.rest()
         if tools.ledger.twice:
             tally, parts = await asyncio.to_thread(_folded_anew, tools)
+        tools.meter.tell(tools.progress, tools.simulated, runtime.stream_writer, last=True)
         aggregate = tools.aggregate.present(parts)
         counts = tools.progress.to_json(simulated=tools.simulated, priced=tools.priced)
         progress = counts | {

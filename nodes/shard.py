@@ -16,7 +16,7 @@ from .work import work
 
 
 async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
-    """Finish the shard's items and return its part of the aggregate.
+    """Take each item of the shard through the item graph; return its part of the aggregate.
 
     A shard that the budget does not carry to its end is left for later.
 
@@ -31,10 +31,12 @@ async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
 
     async with runtime.context.opened(state["run_folder"]) as tools:
         range_ = Shard(state["lo"], state["hi"])
-        if tools.crew is None:
-            part = await work(range_, tools, drain)
-        else:
-            part = await work_elsewhere(range_, tools, tools.crew, drain)
+        write = runtime.stream_writer
+        async with tools.meter.telling(tools.progress, tools.simulated, write):
+            if tools.crew is None:
+                part = await work(range_, tools, drain)
+            else:
+                part = await work_elsewhere(range_, tools, tools.crew, drain)
         if part is not None:
             return part.summary()
         # A failing Send cancels the others: none may fail before all of their items are safe.

@@ -6,6 +6,7 @@ import operator
 from typing import Annotated, Any
 
 from langgraph.channels import UntrackedValue
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from ..backends.contract.types import Json, Message
@@ -36,6 +37,27 @@ class ItemState(TypedDict, total=False):
     error: dict[str, str]
 
 
+class ItemInput(TypedDict):
+    """One item to be asked about by itself."""
+
+    id: Annotated[str, Field(description="The item's name.")]
+    row: Annotated[
+        dict[str, Any],
+        Field(
+            description="Its columns, which the prompt names.",
+            examples=[{"smiles": "CC(=O)Oc1ccccc1C(=O)O"}],
+        ),
+    ]
+
+
+class ItemOutput(TypedDict, total=False):
+    """How an item ended: an answer, or an error."""
+
+    id: str
+    output: Json
+    error: dict[str, str]
+
+
 class ShardState(TypedDict):
     """What a shard is sent: its run's folder and its range of items."""
 
@@ -60,26 +82,37 @@ def add_paces(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 
 
 class RunInput(TypedDict, total=False):
-    """What a run is given: a path, or items; or the folder of a run that was prepared.
+    """What a run is given: items, or a path, or nothing for the configured input.
 
-    Keys:
-        path: The input file or folder, in place of the configured one.
-        items: The items themselves, one mapping each.
-        folder: The folder of a prepared run.
-
-    None of them outlives the invocation, so that a thread can be used again.
+    None of the keys outlives the invocation, so that a thread can be used again.
     """
 
-    path: Annotated[str | None, UntrackedValue]
-    items: Annotated[list[dict[str, Any]], UntrackedValue]
-    folder: Annotated[str, UntrackedValue]
+    items: Annotated[
+        list[dict[str, Any]],
+        Field(
+            description="The items themselves, one mapping of columns each.",
+            examples=[[{"id": "aspirin", "smiles": "CC(=O)Oc1ccccc1C(=O)O"}]],
+        ),
+        UntrackedValue,
+    ]
+    path: Annotated[
+        str | None,
+        Field(description="A file or folder of items, on the server, in place of the configured."),
+        UntrackedValue,
+    ]
+    preset: Annotated[
+        str | None, Field(description="Preset to run, in place of the context's."), UntrackedValue
+    ]
+    folder: Annotated[
+        str, Field(description="Folder of a run that was prepared, to go on with."), UntrackedValue
+    ]
 
 
 class LoadState(TypedDict, total=False):
     """What ``load`` is sent.
 
     Keys:
-        given: ``path`` and ``folder`` of the input, and whether there are ``items``.
+        given: ``path``, ``folder`` and ``preset`` of the input, and whether there are ``items``.
         items: The items, which no checkpoint keeps.
     """
 

@@ -26,6 +26,7 @@ from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item, Json, Outcome, Shard
 from .aggregators import State, combine
 from .context import RunTools
+from .gate import Gate
 from .state import ItemState
 
 _SLICE: Final = 64
@@ -111,6 +112,9 @@ async def work(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -
 async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -> Part:
     """Finish the items of a shard until it ends or the run is stopped.
 
+    Cancelling it stops the run: no further item begins, and those in flight are waited for as in
+    any other stop; cancelling it again cuts them off.
+
     Returns:
         What was finished, everything in it on disk.
 
@@ -119,15 +123,27 @@ async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | N
     """
     worker = _Worker(shard, tools, drain)
     watch = asyncio.create_task(worker.watch())
+    working = asyncio.create_task(worker.work())
     try:
-        async with asyncio.TaskGroup() as group:
-            await worker.feed(group)
-    except* FanfoldError as errors:
-        raise errors.exceptions[0] from None
+        await _ended(working, tools.gate)
     finally:
         watch.cancel()
     await tools.ledger.flush()  # a checkpoint must not know of items that the journal may lose
     return worker.part
+
+
+async def _ended(working: asyncio.Task[None], gate: Gate) -> None:
+    """Wait for the work; if cancelled, for the items in flight before that goes on."""
+    try:
+        await asyncio.shield(working)
+    except asyncio.CancelledError:
+        gate.cancel()
+        try:
+            await asyncio.wait({working})
+        finally:
+            working.cancel()
+            await asyncio.wait({working})
+        raise
 
 
 class _Worker:
@@ -146,6 +162,18 @@ class _Worker:
         if not await gate.drained():
             for task in self._tasks:
                 task.cancel()
+
+    async def work(self) -> None:
+        """Finish the shard's items, until the run is stopped.
+
+        Raises:
+            LedgerError: An item could not be recorded, or the items cannot be read.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                await self.feed(group)
+        except* FanfoldError as errors:
+            raise errors.exceptions[0] from None
 
     async def feed(self, group: asyncio.TaskGroup) -> None:
         """Begin the shard's items as places come free, until the run is stopped."""

@@ -38,8 +38,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 
-class FanfoldError(Exception):
+class FanfoldError(RuntimeError):
     """Root of all errors that fanfold raises on purpose.
+
+    A ``RuntimeError``, for LangGraph's server keeps the texts of most others from its clients.
 
     Args:
         message: What happened, where, and what to do about it.

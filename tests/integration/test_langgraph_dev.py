@@ -1,95 +1,223 @@
-"""``langgraph dev`` serves both graphs, and a run with pasted items ends."""
+"""The real ``langgraph dev``, driven through LangGraph's own client."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import AsyncIterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
+from langgraph_sdk import get_client
+from langgraph_sdk.client import LangGraphClient
 
-pytestmark = pytest.mark.integration
-ROOT = Path(str(files("fanfold")))
-START_S = 60
+from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.tests.integration.dev_server import Server
+
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("langgraph-dev")]
 
 
 @pytest_asyncio.fixture
-async def server(tmp_path: Path) -> AsyncIterator[str]:
-    """A development server on a free port, with its files in a folder of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    config = json.loads((ROOT / "langgraph.json").read_text()) | {"dependencies": [str(ROOT)]}
-    (tmp_path / "langgraph.json").write_text(json.dumps(config))
-    command = [str(Path(sys.executable).with_name("langgraph")), "dev", "--no-browser"]
-    options = ["--no-reload", "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"LANGGRAPH_DISABLE_FILE_PERSISTENCE": "true"}
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command + options, cwd=tmp_path, env=environment, stdout=log, stderr=log
+async def client(dev_server: Server) -> AsyncIterator[LangGraphClient]:
+    async with get_client(url=dev_server.url) as one:
+        yield one
+
+
+def molecules(count: int) -> Any:  # the client knows its own types of input only
+    return [{"id": f"m{n}", "smiles": "C" * (n % 9 + 1) + "O"} for n in range(count)]
+
+
+def at(fleet: SimulatedFleet, **more: Any) -> dict[str, Any]:
+    """What a scientist fills in to ask these endpoints."""
+    return {"endpoints": ",".join(fleet.urls), **more}
+
+
+async def streamed(
+    client: LangGraphClient, thread: str, given: dict[str, Any] | None, **more: Any
+) -> list[tuple[str, Any]]:
+    stream = client.runs.stream(
+        thread,
+        "map_reduce",
+        input=given,
+        stream_mode=["custom", "updates"],
+        stream_subgraphs=True,
+        **more,
+    )
+    return [(part.event, part.data) async for part in stream]
+
+
+async def new_thread(client: LangGraphClient) -> str:
+    return str((await client.threads.create())["thread_id"])
+
+
+async def test_graphs_picture_and_schemas(client: LangGraphClient) -> None:
+    found = {a["graph_id"]: a for a in await client.assistants.search()}
+    assert set(found) == {"map_reduce", "item"}
+    assert all(a["description"] for a in found.values())
+
+    ident = found["map_reduce"]["assistant_id"]
+    drawn = await client.assistants.get_graph(ident, xray=True)
+    nodes = {node["id"]: node for node in drawn["nodes"]}
+    items = {"shard:prepare", "shard:infer", "shard:validate"}
+    assert items | {"load", "dispatch", "gather", "reduce"} <= nodes.keys()
+    assert all(n["metadata"]["description"] for name, n in nodes.items() if not name.endswith("__"))
+
+    alone = await client.assistants.get_schemas(found["item"]["assistant_id"])
+    assert (alone["input_schema"] or {})["properties"].keys() == {"id", "row"}
+    schemas = await client.assistants.get_schemas(ident)
+    given = (schemas["input_schema"] or {})["properties"]
+    assert {"items", "path", "preset"} <= given.keys()
+    form = (schemas["context_schema"] or {})["properties"]
+    assert all(field["description"] and "default" in field for field in form.values())
+    assert (form["streams"]["minimum"], form["streams"]["default"]) == (1, 256)
+    assert "literature_mining" in form["preset"]["enum"]
+    assert form["on_limit"]["enum"] == ["pause", "stop"]
+
+
+async def test_a_small_batch_is_seen_item_by_item(
+    client: LangGraphClient, simulated: SimulatedFleet
+) -> None:
+    thread = await new_thread(client)
+    context = at(simulated, streams=8, reduce=[{"op": "count"}], api_key="${FLEET_KEY}")
+    parts = await streamed(client, thread, {"items": molecules(3)}, context=context)
+    steps = [(e, name) for e, d in parts if e.startswith("updates|shard:") for name in d]
+    assert len({event for event, _ in steps}) == 3
+    assert sorted(name for _, name in steps) == ["infer"] * 3 + ["prepare"] * 3 + ["validate"] * 3
+    told = [data for event, data in parts if event == "custom"]
+    assert told[-1]["type"] == "progress"
+    assert (told[-1]["items"], told[-1]["done"], told[-1]["failed"]) == (3, 3, 0)
+    assert told[-1]["tokens"]["completion"] > 0
+
+    state = await client.threads.get_state(thread)
+    assert isinstance(state["values"], dict)
+    assert [stage["op"] for stage in state["values"]["aggregate"]] == ["count"]
+    settings = Path(state["values"]["results"]["folder"], "run.yaml").read_text()
+    assert "streams: 8" in settings
+    assert "sesame" not in settings
+
+
+async def test_a_large_batch_runs_in_shards(
+    client: LangGraphClient, simulated: SimulatedFleet
+) -> None:
+    given = {"items": molecules(300)}
+    parts = await streamed(client, await new_thread(client), given, context=at(simulated))
+    assert not [event for event, _ in parts if event.startswith("updates|")]
+    told = [data for event, data in parts if event == "custom"]
+    assert told[0]["items"] == told[-1]["done"] == 300
+
+
+async def test_the_input_may_name_a_preset(client: LangGraphClient) -> None:
+    given: Any = {"preset": "data_annotation"}
+    context: Any = {"limit": 2}
+    end: Any = await client.runs.wait(None, "map_reduce", input=given, context=context)
+    assert Path(end["results"]["folder"]).name.startswith("data-annotation-")
+    assert end["progress"]["done"] == 2
+    assert end["progress"]["simulated"] is True
+
+
+async def test_the_item_graph_runs_by_itself(
+    client: LangGraphClient, simulated: SimulatedFleet
+) -> None:
+    one: Any = {"id": "aspirin", "row": {"smiles": "CC(=O)Oc1ccccc1C(=O)O"}}
+    end: Any = await client.runs.wait(None, "item", input=one, context=at(simulated))
+    assert end["output"]["solubility_class"] in {"poor", "moderate", "good"}
+
+
+async def test_what_is_wrong_is_said(client: LangGraphClient) -> None:
+    thread = await new_thread(client)
+    cases = [({"streams": 0}, "limits.streams"), ({"api_key": "sk-secret"}, "name a variable")]
+    for wrong, text in cases:
+        parts = await streamed(client, thread, {"items": molecules(1)}, context=wrong)
+        (error,) = [data for event, data in parts if event == "error"]
+        assert error["error"] == "ConfigurationError"
+        assert text in error["message"]
+        assert "sk-secret" not in error["message"]
+
+
+async def test_cancelling_drains_and_the_run_goes_on(client: LangGraphClient) -> None:
+    """What was asked is answered, journalled and never asked again."""
+    count = 150
+    async with SimulatedFleet(SimulationSpec(nodes=1, responder="schema", jitter=0)) as slow:
+        thread, context = await new_thread(client), at(slow, streams=4, hedge=False)
+        stream = client.runs.stream(
+            thread,
+            "map_reduce",
+            input={"items": molecules(count)},
+            context=context,
+            stream_mode="custom",
         )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        await _until_ready(url, process, tmp_path / "log")
-        yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+        run, done = "", 0
+        async for part in stream:
+            run = part.data["run_id"] if part.event == "metadata" else run
+            done = part.data["done"] if part.event == "custom" else done
+            if done:
+                break
+        await client.runs.cancel(thread, run, wait=True)
+        assert (await client.runs.get(thread, run))["status"] == "interrupted"
+        asked = slow.stats()["totals"]["requests"]
+        assert done <= asked < count
+        state = await client.threads.get_state(thread)
+        assert "shard" in state["next"]
+
+        context = {"streams": 64}  # on top of what the run has
+        end: Any = await client.runs.wait(thread, "map_reduce", input=None, context=context)
+        assert end["progress"]["done"] == count
+        assert slow.stats()["totals"]["requests"] == count
 
 
-async def _until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    async with aiohttp.ClientSession() as session:
-        for _ in range(START_S * 5):
-            assert process.poll() is None, log.read_text()
-            try:
-                async with session.get(f"{url}/ok") as answer:
-                    if answer.status == 200:
-                        return
-            except aiohttp.ClientConnectionError:
-                pass  # not listening yet
-            await asyncio.sleep(0.2)
-    pytest.fail(f"langgraph dev did not start in {START_S} s:\n{log.read_text()}")
+async def test_a_spent_budget_asks_and_the_answer_goes_on(
+    client: LangGraphClient, simulated: SimulatedFleet
+) -> None:
+    thread, context = await new_thread(client), at(simulated, requests=5)
+    parts = await streamed(client, thread, {"items": molecules(12)}, context=context)
+    (asked,) = [d["__interrupt__"] for _, d in parts if "__interrupt__" in d]
+    assert asked[0]["value"]["budget"]["requests"]["cap"] == 5
+    assert "usd" in asked[0]["response_schema"]["properties"]
+    assert 0 < simulated.stats()["totals"]["requests"] <= 5
+    assert (await client.threads.get(thread))["status"] == "interrupted"
+
+    async def answer(answer: Any) -> Any:
+        resume: Any = {"resume": answer}
+        return await client.runs.wait(thread, "map_reduce", command=resume, context=context)
+
+    again = await answer("go on")
+    assert "new totals" in json.dumps(again["__interrupt__"])
+    end = await answer({"requests": 100})
+    assert end["progress"]["done"] == 12
+    assert simulated.stats()["totals"]["requests"] == 12
 
 
-async def call(session: aiohttp.ClientSession, path: str, body: Any = None) -> Any:
-    method = session.get if body is None else session.post
-    async with method(path, **({} if body is None else {"json": body})) as answer:
-        assert answer.status == 200, await answer.text()
-        return await answer.json()
+async def test_history_time_travel_and_restart(
+    dev_server: Server, client: LangGraphClient, simulated: SimulatedFleet
+) -> None:
+    thread, context = await new_thread(client), at(simulated)
+    first = await client.runs.wait(
+        thread, "map_reduce", input={"items": molecules(5)}, context=context
+    )
+    history = await client.threads.get_history(thread)
+    steps = [state["next"] for state in history]
+    assert steps[0] == []
+    assert steps[-2:0:-1] == [["load"], ["dispatch"], ["shard"] * 5, ["gather"], ["reduce"]]
+    asked = simulated.stats()["totals"]["requests"]
 
+    for again in ("dispatch", "reduce"):  # the journal answers: nobody is asked twice
+        (point,) = [state["checkpoint"] for state in history if state["next"] == [again]]
+        end = await client.runs.wait(thread, "map_reduce", checkpoint=point)
+        assert end == first  # also without the settings, which the run's folder has
+    assert simulated.stats()["totals"]["requests"] == asked
 
-async def test_both_graphs_are_served_and_run(server: str, tmp_path: Path) -> None:
-    timeout = aiohttp.ClientTimeout(total=120)
-    async with aiohttp.ClientSession(server, timeout=timeout) as session:
-        found = await call(session, "/assistants/search", {"limit": 10})
-        ids = {a["graph_id"]: a["assistant_id"] for a in found}
-        assert set(ids) == {"map_reduce", "item"}
-
-        drawn = await call(session, f"/assistants/{ids['map_reduce']}/graph?xray=true")
-        names = {node["id"] for node in drawn["nodes"]}
-        assert {"load", "dispatch", "gather", "reduce", "shard:infer"} <= names
-
-        schemas = await call(session, f"/assistants/{ids['map_reduce']}/schemas")
-        assert {"path", "items"} <= schemas["input_schema"]["properties"].keys()
-        assert "overrides" in schemas["context_schema"]["properties"]
-
-        items = [{"id": "aspirin", "smiles": "CC(=O)Oc1ccccc1C(=O)O"}, {"smiles": "c1ccccc1"}]
-        items[1]["id"] = "benzene"
-        run = {"assistant_id": ids["map_reduce"], "input": {"items": items}}
-        end = await call(session, "/runs/wait", run)
-        assert end["progress"]["done"] == 2, (tmp_path / "log").read_text()
-        assert end["results"]["simulated"] is True
-        assert {row["id"] for row in end["aggregate"][0]["rows"]} == {"aspirin", "benzene"}
-
-        one = {"id": "aspirin", "row": {"smiles": "CC(=O)Oc1ccccc1C(=O)O"}}
-        end = await call(session, "/runs/wait", {"assistant_id": ids["item"], "input": one})
-        assert end["output"]["solubility_class"] in {"poor", "moderate", "good"}
+    dev_server.stop()
+    assert "BlockingError" not in dev_server.log.read_text()
+    dev_server.start()
+    async with get_client(url=dev_server.url) as fresh:
+        kept = await fresh.threads.get_state(thread)
+        end = await fresh.runs.wait(
+            thread, "map_reduce", input={"items": molecules(7)}, context=context
+        )
+    assert isinstance(first, dict)
+    assert isinstance(kept["values"], dict)
+    assert kept["values"]["aggregate"] == first["aggregate"]
+    assert isinstance(end, dict)
+    assert end["progress"]["done"] == 7

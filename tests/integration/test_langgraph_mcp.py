@@ -13,7 +13,7 @@ from mcp.types import CallToolResult, TextContent
 
 from fanfold.tests.integration.dev_server import Server
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("langgraph-dev")]
 
 
 @asynccontextmanager

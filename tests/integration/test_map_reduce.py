@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fanfold import ConfigurationError, RunContext, build_graph
 from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 from fanfold.backends.fleet.simulated.rules import FaultRule
+from fanfold.backends.fleet.simulated.spec import SimulationSpec
 from fanfold.graphs.map_reduce import build
 from fanfold.graphs.studio import build_item_alone
 
@@ -269,6 +271,43 @@ async def test_pasted_items_are_checked(simulated: SimulatedFleet, tmp_path: Pat
             await graph.ainvoke({"items": items})
     assert not list((tmp_path / "fanfold-runs").glob("*"))
     assert simulated.stats()["totals"]["requests"] == 0
+
+
+async def test_a_cancelled_run_drains_and_another_call_goes_on() -> None:
+    """The second call has other settings, and comes while the first still waits for its items."""
+    async with SimulatedFleet(SimulationSpec(nodes=1, jitter=0)) as slow:
+        graph = build_graph(settings(slow), checkpointer=InMemorySaver())
+        config: RunnableConfig = {"configurable": {"thread_id": "t"}}
+        context: Any = RunContext(streams=4)
+        first = asyncio.create_task(graph.ainvoke({"items": rows(60)}, config, context=context))
+        while not slow.stats()["totals"]["requests"]:  # noqa: ASYNC110 - a server's counts
+            await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.sleep(0)
+        assert not first.done()
+        end = await graph.ainvoke(None, config, context=RunContext(streams=64))
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert end["progress"]["done"] == slow.stats()["totals"]["requests"] == 60
+
+
+async def test_progress_is_streamed_and_items_of_large_batches_are_not(
+    simulated: SimulatedFleet,
+) -> None:
+    graph = build_graph(settings(simulated))
+    for count, namespaces in ((4, 4), (201, 0)):
+        seen, told = set[Any](), list[Any]()
+        stream = graph.astream(
+            {"items": rows(count)}, stream_mode=["custom", "updates"], subgraphs=True
+        )
+        async for namespace, mode, data in stream:
+            if mode == "custom":
+                told.append(data)
+            elif namespace:
+                seen.add(namespace)
+        assert len(seen) == namespaces
+        assert told[-1]["type"] == "progress"
+        assert told[-1]["done"] == told[0]["items"] == count
 
 
 def test_xray_shows_the_item_graph() -> None:

@@ -331,3 +331,31 @@ async def test_items_own_graphs_see_nothing_of_the_run(tmp_path: Path) -> None:
     )
     spaces = {entry.config["configurable"]["checkpoint_ns"] for entry in saver.list(None)}
     assert spaces == {""}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_cancelled_shard_lets_its_items_end(tmp_path: Path, times: int) -> None:
+    """None begins any more; a second cancellation cuts off those in flight."""
+    begun, ending = asyncio.Event(), asyncio.Event()
+
+    async def act(item: Item) -> ItemState:
+        begun.set()
+        await ending.wait()
+        return await answer(item)
+
+    bench = Bench(tmp_path, act)
+    async with bench.open() as tools:
+        shard = asyncio.create_task(bench.work(tools))
+        await begun.wait()
+        for _ in range(times):
+            shard.cancel()
+            await asyncio.sleep(0)
+            assert tools.gate.closed
+        if times == 1:
+            assert not shard.done()
+            ending.set()
+        with pytest.raises(asyncio.CancelledError):
+            await shard
+        assert tools.gate.in_flight == 0
+        assert len(list(tools.ledger.records())) == (len(bench.asked) if times == 1 else 0)
+        assert 0 < len(bench.asked) <= bench.streams

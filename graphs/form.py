@@ -1,0 +1,179 @@
+"""The settings that a form can fill in, each with its description, default, bounds and choices."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Final, Literal
+
+import orjson
+from pydantic_core import PydanticUndefined
+
+from ..backends.contract.errors import ConfigurationError
+from ..configs.described import description, schema, setting
+from ..configs.presets import preset_names
+from ..nodes.context import Context
+from .settings import DEFAULT
+
+_VARIABLE: Final = r"^(\$\{[A-Za-z_][A-Za-z0-9_]*\})?$"
+_DATASETS: Final = ("rdkit-nci5k", "molecules", "abstracts", "topics", "records")
+
+
+def _text(start: Any, text: str, **more: Any) -> Any:
+    """Return a field that no single setting stands behind."""
+    return _field(start, {"description": text, "json_schema_extra": more})
+
+
+def _of(key: str, **more: Any) -> Any:
+    """Return a field that stands for one setting, and says of it what the setting's model says."""
+
+    def show(shown: dict[str, Any]) -> None:
+        for word in ("type", "anyOf", "items", "additionalProperties"):
+            shown.pop(word, None)
+        shown |= schema(key) | more
+        if isinstance(default, list):
+            shown["default"] = default  # pydantic keeps what a factory makes to itself
+
+    default = setting(key).get_default(call_default_factory=True)
+    if default is PydanticUndefined:
+        default = ""
+    about = {"description": description(key), "key": key, "json_schema_extra": show}
+    return _field(default, about)
+
+
+def _field(default: Any, about: dict[str, Any]) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+@dataclass(kw_only=True)
+class Form(Context):
+    """Settings of a run: a preset or a file, and what shall be different.
+
+    A field that is left as it is changes nothing; so ``overrides`` is the way to set something
+    back to its default.
+    """
+
+    preset: str = _text(DEFAULT, "Which use case to start from.", enum=preset_names())
+    config: str | dict[str, Any] | None = _text(
+        None, "In place of a preset: a YAML file, or the settings themselves."
+    )
+    system: str = _of("task.system", langgraph_nodes=["shard", "infer"], langgraph_type="prompt")
+    prompt: str = _of(
+        "task.prompt", minLength=0, langgraph_nodes=["shard", "prepare"], langgraph_type="prompt"
+    )
+    answer_schema: dict[str, Any] | None = _of("task.schema")
+    repairs: int = _of("task.repairs")
+    reduce: list[dict[str, Any]] = _of("reduce", items={"type": "object"})
+    dataset: str | None = _of("input.dataset", examples=list(_DATASETS))
+    id_column: str | None = _of("input.id")
+    smiles_column: str | None = _of("input.smiles")
+    limit: int | None = _of("input.limit")
+    on_duplicate: Literal["error", "first", "suffix"] = _of("input.on_duplicate")
+    model: str | None = _of("model.name", langgraph_nodes=["shard", "infer"])
+    temperature: float = _of("model.temperature")
+    max_tokens: int = _of("model.max_tokens")
+    seed: int | None = _of("model.seed")
+    endpoints: str = _text(
+        "",
+        "Where the model is served: base URLs with commas between, an endpoints file, auto, or "
+        "simulated; empty: as the preset or file says.",
+        examples=["http://node17:8000/v1,http://node18:8000/v1", "endpoints.txt", "auto"],
+    )
+    api_key: str = _text(
+        "",
+        "Key of the endpoints, as ${VAR}: the name of a variable of the server's environment, "
+        "never the key itself.",
+        pattern=_VARIABLE,
+        examples=["${MY_KEY}"],
+    )
+    price: dict[str, Any] | None = _of("model.price")
+    usd: float | None = _of("budget.usd")
+    tokens: int | None = _of("budget.tokens")
+    requests: int | None = _of("budget.requests")
+    node_hours: float | None = _of("budget.node_hours")
+    on_limit: Literal["pause", "stop"] = _of("budget.on_limit")
+    warn_at: list[float] = _of("budget.warn_at")
+    streams: int = _of("limits.streams")
+    attempts: int = _of("limits.attempts")
+    request_timeout_s: float = _of("limits.request_timeout_s")
+    drain_s: float = _of("limits.drain_s")
+    fleet_wait_s: float = _of("limits.fleet_wait_s")
+    walltime_s: float | None = _of("limits.walltime_s")
+    margin_s: float = _of("limits.margin_s")
+    item_timeout_s: float | None = _of("limits.item_timeout_s")
+    steps_per_item: int | None = _of("limits.steps_per_item")
+    hedge: bool = _of("limits.hedge")
+    requests_per_s: float | None = _of("limits.requests_per_s")
+    tokens_per_min: float | None = _of("limits.tokens_per_min")
+    endpoint_streams: int | None = _of("limits.endpoint_streams")
+    endpoint_requests_per_s: float | None = _of("limits.endpoint_requests_per_s")
+    endpoint_tokens_per_min: float | None = _of("limits.endpoint_tokens_per_min")
+    retry_budget: float | None = _of("limits.retry_budget")
+    affinity: int | None = _of("limits.affinity")
+    load: Literal["metrics", "load"] | None = _of("limits.load")
+    backend: Literal["local", "executor", "parsl", "globus_compute", "academy"] = _of(
+        "backend.kind"
+    )
+    processes: int = _of("backend.processes")
+    workers: int = _of("backend.workers")
+    shard_items: int | None = _of("shard.items")
+    cache: str = _of("cache")
+    cache_sampled: bool = _of("cache_sampled")
+    overrides: list[str] = _text(
+        [],
+        "Every other setting, as key.of.section=value; docs/configuration.md lists the keys.",
+        default=[],
+        examples=[["model.extra_body={top_k: 20}", "endpoints.proxy=true"]],
+    )
+    out: str | None = _text(
+        None, "Folder of the run, on the server; empty: a new one below fanfold-runs."
+    )
+    trace: bool = _text(
+        False, "Run every item by LangGraph's engine, visible in traces, however many there are."
+    )
+    retry_failed: bool = _text(False, "On a run that goes on: ask failed items again.")
+
+    def changes(self) -> list[str]:
+        """Return what differs from the preset or file, as ``key.of.section=value``.
+
+        Raises:
+            ConfigurationError: A key that was written out.
+        """
+        filled = self.filled()
+        keys = {f.name: f.metadata["key"] for f in fields(self) if "key" in f.metadata}
+        changed = [f"{keys[n]}={orjson.dumps(filled[n]).decode()}" for n in keys if n in filled]
+        if self.api_key:
+            changed.append(f"endpoints.api_key={_variable(self.api_key)}")
+        return [*changed, *self.overrides]
+
+    def filled(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults, by name; an emptied one does not."""
+        given = ((f.name, getattr(self, f.name), _default(f)) for f in fields(self) if f.init)
+        return {
+            name: value
+            for name, value, default in given
+            if value != default and (default, value) != (None, "")
+        }
+
+
+def _default(of: Field[Any]) -> Any:
+    if of.default_factory is not MISSING:
+        return of.default_factory()
+    return of.default
+
+
+def _variable(text: str) -> str:
+    """Return the reference to a variable.
+
+    Raises:
+        ConfigurationError: It is something else; servers keep what was typed into a form.
+    """
+    if not re.fullmatch(_VARIABLE, text):
+        msg = (
+            "api_key: name a variable of the server's environment, as ${MY_KEY}; a key that is "
+            "typed in here would be kept in the server's files"
+        )
+        raise ConfigurationError(msg)
+    return text

@@ -1,0 +1,70 @@
+"""How a run goes on, for LangGraph's ``custom`` stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from .progress import Progress
+
+EVERY_S: Final = 1.0
+_RATE_S: Final = 10.0
+
+Write = Callable[[Any], None]
+"""LangGraph's stream writer; it does nothing where nobody listens."""
+
+
+class Meter:
+    """Tells counts and a rate at most once a second, whichever shard of the run asks first."""
+
+    def __init__(self) -> None:
+        self._seen = deque[tuple[float, int]]()
+
+    @asynccontextmanager
+    async def telling(
+        self, progress: Progress, simulated: bool, write: Write
+    ) -> AsyncIterator[None]:
+        """Tell again and again while the block runs; arguments as of :meth:`tell`."""
+        task = asyncio.create_task(self._again(progress, simulated, write))
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def _again(self, progress: Progress, simulated: bool, write: Write) -> None:
+        while True:
+            self.tell(progress, simulated, write)
+            await asyncio.sleep(EVERY_S)
+
+    def tell(
+        self, progress: Progress, simulated: bool, write: Write, *, last: bool = False
+    ) -> None:
+        """Write how far the run is, unless it was told within the last second.
+
+        Args:
+            progress: Its counts.
+            simulated: Whether its answers are simulated.
+            write: Takes the counts as JSON, marked ``"type": "progress"`` and ``"v": 1``, with
+                their ``rate`` in items per second over the last ten.
+            last: Tell in any case: the run is at its end.
+        """
+        now, ended = time.monotonic(), progress.done + progress.failed
+        if self._seen and now - self._seen[-1][0] < EVERY_S and not last:
+            return
+        self._seen.append((now, ended))
+        while len(self._seen) > 2 and now - self._seen[1][0] > _RATE_S:  # noqa: PLR2004 - a span has two ends
+            self._seen.popleft()
+        then, before = self._seen[0]
+        rate = (ended - before) / (now - then) if now > then else 0.0
+        write(
+            {
+                "type": "progress",
+                "v": 1,
+                **progress.to_json(simulated=simulated),
+                "rate": round(rate, 2),
+            }
+        )

@@ -1,0 +1,138 @@
+"""What a form shows of the settings, and which of its fields count."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from fanfold.backends.accounts.budget import SHOWN
+from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.configs.budget import BudgetConfig
+from fanfold.configs.described import description, schema, setting
+from fanfold.configs.models import LimitsConfig
+from fanfold.configs.presets import preset_names
+from fanfold.graphs.binding import Bound
+from fanfold.graphs.context import RunContext
+from fanfold.graphs.map_reduce import graph
+from fanfold.nodes.approve import ANSWER
+
+OWN: dict[str, Any] = {
+    "task": {"prompt": "What is {x}?"},
+    "endpoints": {"urls": ["http://127.0.0.1:9/v1"]},
+    "limits": {"streams": 9},
+}
+FORM: dict[str, Any] = (graph.get_context_jsonschema() or {})["properties"]
+KEYS = {f.name: f.metadata["key"] for f in fields(RunContext) if "key" in f.metadata}
+
+
+def test_every_field_has_a_description_and_a_default() -> None:
+    assert FORM.keys() == {f.name for f in fields(RunContext)}
+    assert all(field["description"] and "default" in field for field in FORM.values())
+    assert FORM["preset"]["enum"] == preset_names()
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_fields_show_what_the_settings_say(name: str) -> None:
+    """Types, bounds and choices are those of the configuration, whatever the field's own hint."""
+    of = schema(KEYS[name])
+    told = ("anyOf", "type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+    assert {k: v for k, v in FORM[name].items() if k in told} == {
+        k: v for k, v in of.items() if k in told
+    }
+    assert FORM[name]["description"] == description(KEYS[name])
+
+
+@pytest.mark.parametrize(("section", "model"), [("limits", LimitsConfig), ("budget", BudgetConfig)])
+def test_all_limits_can_be_filled_in(section: str, model: type[BaseModel]) -> None:
+    assert {f"{section}.{name}" for name in model.model_fields} <= set(KEYS.values())
+
+
+def test_defaults_are_those_of_the_settings() -> None:
+    for name, key in KEYS.items():
+        found = setting(key)
+        if not found.is_required():
+            assert FORM[name]["default"] == found.get_default(call_default_factory=True), name
+
+
+def test_only_what_differs_from_its_default_counts() -> None:
+    config = RunContext(config=OWN, streams=256, max_tokens=64, reduce=[{"op": "count"}]).loaded
+    assert config.config.limits.streams == 9
+    assert config.config.model.max_tokens == 64
+    assert [stage.op for stage in config.config.reduce] == ["count"]
+    back = RunContext(config=OWN, streams=64, overrides=["limits.streams=256"])
+    assert back.loaded.config.limits.streams == 256
+
+
+def test_emptied_fields_count_as_left_alone() -> None:
+    given = RunContext(config="", model="", dataset="", endpoints="", api_key="", out="")
+    assert given.filled() == {}
+    assert given.loaded.preset == "molecular_screening"
+
+
+def test_endpoints_and_key_are_said_in_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sesame")
+    urls = "http://a:1/v1,http://b:1/v1"
+    loaded = RunContext(preset="data_annotation", endpoints=urls, api_key="${MY_KEY}").loaded
+    assert loaded.config.endpoints.urls == urls.split(",")
+    assert loaded.config.endpoints.simulated is None
+    assert loaded.config.endpoints.api_key.get_secret_value() == "sesame"
+    assert loaded.plain["endpoints"]["api_key"] == "${MY_KEY}"
+
+
+def test_a_pause_asks_for_what_the_form_caps() -> None:
+    assert ANSWER["properties"].keys() == {key for key, _ in SHOWN.values()}
+    for name, asked in ANSWER["properties"].items():
+        capped = FORM[name]["anyOf"][0]
+        assert (asked["type"], asked["exclusiveMinimum"]) == (capped["type"], 0)
+
+
+def test_a_key_that_is_typed_in_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ConfigurationError, match="name a variable") as caught:
+        _ = RunContext(config=OWN, api_key="sk-123").loaded
+    assert "sk-123" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"streams": 0}, r"limits\.streams: .*greater than or equal to 1"),
+        ({"on_limit": "wait"}, r"budget\.on_limit: .*'pause' or 'stop'"),
+        ({"preset": "molecules"}, r"no preset 'molecules' \(there are"),
+        ({"overrides": ["limit.streams=1"]}, "unknown key 'limit'; did you mean 'limits'"),
+    ],
+)
+def test_wrong_values_are_named_by_their_key(wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        _ = RunContext(**wrong).loaded
+
+
+def test_what_is_handed_over_goes_on_top_of_what_is_bound() -> None:
+    bound = RunContext(config=OWN, overrides=["model.seed=1"], streams=8)
+    of = Bound(bound)
+    assert of.resolve(None) is of.resolve(RunContext()) is bound
+    given = RunContext(max_tokens=64, overrides=["model.seed=2"])
+    config = of.resolve(given).loaded.config
+    assert (config.limits.streams, config.model.max_tokens, config.model.seed) == (8, 64, 2)
+    assert of.resolve(given) is of.resolve(RunContext(max_tokens=64, overrides=["model.seed=2"]))
+    other = RunContext(preset="data_annotation")
+    assert of.resolve(other) is other
+
+
+def test_what_stands_alone() -> None:
+    """Settings that were loaded already may hold a key, which the run's folder does not keep."""
+    assert RunContext(config=OWN).stands_alone
+    assert RunContext.of(RunContext(config=OWN).loaded).stands_alone
+    assert not RunContext(streams=8, overrides=["model.seed=1"]).stands_alone
+
+
+@pytest.mark.parametrize(
+    "theirs", [{"model": "theirs"}, {"prompt": "theirs", "tokens": 5}, {"config": {}, "user": "me"}]
+)
+def test_a_parents_own_context_is_not_taken_for_fanfolds(theirs: dict[str, Any]) -> None:
+    bound = RunContext(config=OWN)
+    assert Bound(bound).resolve(theirs) is bound
+    assert Bound(bound).resolve(SimpleNamespace(**theirs)) is bound
