@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..backends.contract.errors import ConfigurationError, FanfoldError, InputEr
 from ..backends.contract.types import Json
 from ..configs.load import Loaded, load
 from ..nodes.context import RunTools
+from .crew import life_end
 from .prepare import prepare_run
 from .run import BUDGET, INTERRUPTED, RunOptions, RunResult, lived
 from .stopping import Stop
@@ -127,9 +129,13 @@ class Served:
         return _digest(self._request) == _digest(request)
 
     async def _run(self) -> RunResult:
-        folder, options = await self._opened(), RunOptions(quiet=True)
-        console = Console(file=io.StringIO())
-        return await lived(folder, self._loaded, options, console, self._stop, opened=self._watch)
+        began, folder = time.time(), await self._opened()
+        end = life_end(self._loaded.config, began)
+        options, console = RunOptions(quiet=True, end=end), Console(file=io.StringIO())
+        with self._stop.ending(end):
+            return await lived(
+                folder, self._loaded, options, console, self._stop, opened=self._watch
+            )
 
     async def _opened(self) -> RunFolder:
         """Make the run's folder, or go on with the one of an earlier process."""

@@ -16,12 +16,14 @@ import httpx2
 import pyarrow.parquet as pq
 import pytest
 from langchain.agents import create_agent
-from langchain_core.messages import ToolMessage
+from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.prebuilt import ToolNode
 from langgraph.types import Command
 from pydantic import SecretStr
 
@@ -277,6 +279,21 @@ async def test_an_agent_gets_the_result_and_goes_on(simulated: SimulatedFleet) -
         end = await agent.ainvoke({"messages": [("user", "Screen them.")]})
     assert [m.type for m in end["messages"]] == ["human", "ai", "tool", "ai"]
     assert end["messages"][-1].content.startswith('It says: {"items":20,"done":20')
+
+
+@pytest.mark.parametrize("saver", [None, InMemorySaver()])
+async def test_one_message_may_call_it_several_times(
+    simulated: SimulatedFleet, saver: InMemorySaver | None
+) -> None:
+    tool = trial(simulated)
+    graph: Any = StateGraph(MessagesState)
+    graph.add_node("tools", ToolNode([tool]))
+    graph.add_edge(START, "tools")
+    calls = [call(tool, molecules(n)) | {"id": f"c{n}"} for n in (2, 3, 4)]
+    thread: RunnableConfig = {"configurable": {"thread_id": "t"}}
+    message = AIMessage("", tool_calls=calls)
+    end = await graph.compile(checkpointer=saver).ainvoke({"messages": [message]}, thread)
+    assert [json.loads(m.content)["done"] for m in end["messages"][1:]] == [2, 3, 4]
 
 
 async def test_an_exhausted_budget_interrupts_the_agent_if_the_owner_says_so(
