@@ -287,4 +287,4 @@ def _stages(parts: dict[str, Any]) -> Any:
 
 
 def _counts(tools: RunTools) -> dict[str, Any]:
-    return tools.progress.to_json(simulated=tools.simulated, priced=tools.priced)
+    return tools.counts()

@@ -194,6 +194,10 @@ class RunTools:
     crew: Crew | None = None
     meter: Meter = field(default_factory=Meter)
 
+    def counts(self) -> dict[str, Any]:
+        """Return the run's counts as its state, its streams and its ``--json`` tell them."""
+        return self.progress.to_json(simulated=self.simulated, priced=self.priced)
+
     @property
     def priced(self) -> bool:
         """Say whether tokens have a price, or had one in an earlier life."""

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from .progress import Progress
-
 EVERY_S: Final = 1.0
 _RATE_S: Final = 10.0
+
+Counts = Callable[[], dict[str, Any]]
+"""Returns a run's counts as JSON, ``done`` and ``failed`` among them."""
 
 Write = Callable[[Any], None]
 """LangGraph's stream writer; it does nothing where nobody listens."""
@@ -25,46 +26,36 @@ class Meter:
         self._seen = deque[tuple[float, int]]()
 
     @asynccontextmanager
-    async def telling(
-        self, progress: Progress, simulated: bool, write: Write
-    ) -> AsyncIterator[None]:
+    async def telling(self, counts: Counts, write: Write) -> AsyncIterator[None]:
         """Tell again and again while the block runs; arguments as of :meth:`tell`."""
-        task = asyncio.create_task(self._again(progress, simulated, write))
+        task = asyncio.create_task(self._again(counts, write))
         try:
             yield
         finally:
             task.cancel()
 
-    async def _again(self, progress: Progress, simulated: bool, write: Write) -> None:
+    async def _again(self, counts: Counts, write: Write) -> None:
         while True:
-            self.tell(progress, simulated, write)
+            self.tell(counts, write)
             await asyncio.sleep(EVERY_S)
 
-    def tell(
-        self, progress: Progress, simulated: bool, write: Write, *, last: bool = False
-    ) -> None:
+    def tell(self, counts: Counts, write: Write, *, last: bool = False) -> None:
         """Write how far the run is, unless it was told within the last second.
 
         Args:
-            progress: Its counts.
-            simulated: Whether its answers are simulated.
+            counts: Returns its counts.
             write: Takes the counts as JSON, marked ``"type": "progress"`` and ``"v": 1``, with
                 their ``rate`` in items per second over the last ten.
             last: Tell in any case: the run is at its end.
         """
-        now, ended = time.monotonic(), progress.done + progress.failed
+        now = time.monotonic()
         if self._seen and now - self._seen[-1][0] < EVERY_S and not last:
             return
+        said = counts()
+        ended = said["done"] + said["failed"]
         self._seen.append((now, ended))
         while len(self._seen) > 2 and now - self._seen[1][0] > _RATE_S:  # noqa: PLR2004 - a span has two ends
             self._seen.popleft()
         then, before = self._seen[0]
         rate = (ended - before) / (now - then) if now > then else 0.0
-        write(
-            {
-                "type": "progress",
-                "v": 1,
-                **progress.to_json(simulated=simulated),
-                "rate": round(rate, 2),
-            }
-        )
+        write({"type": "progress", "v": 1, **said, "rate": round(rate, 2)})

@@ -22,9 +22,9 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
             await tools.crew.rest()
         if tools.ledger.twice:
             tally, parts = await asyncio.to_thread(_folded_anew, tools)
-        tools.meter.tell(tools.progress, tools.simulated, runtime.stream_writer, last=True)
+        tools.meter.tell(tools.counts, runtime.stream_writer, last=True)
         aggregate = tools.aggregate.present(parts)
-        counts = tools.progress.to_json(simulated=tools.simulated, priced=tools.priced)
+        counts = tools.counts()
         progress = counts | {
             "done": tally.get("done", 0),
             "failed": tally.get("failed", 0),

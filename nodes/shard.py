@@ -32,7 +32,7 @@ async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
     async with runtime.context.opened(state["run_folder"]) as tools:
         range_ = Shard(state["lo"], state["hi"])
         write = runtime.stream_writer
-        async with tools.meter.telling(tools.progress, tools.simulated, write):
+        async with tools.meter.telling(tools.counts, write):
             if tools.crew is None:
                 part = await work(range_, tools, drain)
             else:
