@@ -71,10 +71,16 @@ def _costs(folder: RunFolder, cost: Cost) -> dict[str, Any]:
         shown["cost"] = dollars(cost)
     shown["nodes"] = nodes(cost)
     for name, limit in limits.items():
-        shown[f"budget.{name}"] = f"{limit['spent']:,.10g} of {limit['cap']:,.10g}"
+        shown[f"budget.{name}"] = f"{_number(limit['spent'])} of {_number(limit['cap'])}"
     if more := doubts(cost):
         shown["in doubt"] = more
     return shown
+
+
+def _number(value: float) -> str:
+    if value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:,.2f}" if value >= 1 else f"{value:.4g}"
 
 
 def _shown(value: Any) -> Text:

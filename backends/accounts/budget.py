@@ -137,5 +137,6 @@ def said(name: str, value: int) -> str:
     if name == "nano_usd":
         return f"{value / NANO:,.2f} USD" if value >= _FINE else f"{value / NANO:.6f} USD"
     if name == "node_ms":
-        return f"{value / HOUR_MS:,.2f} node-hours"
+        digits = 2 if 10 * value >= HOUR_MS else 4
+        return f"{value / HOUR_MS:,.{digits}f} node-hours"
     return f"{value:,} {name}"
