@@ -9,15 +9,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..configs.models import RunConfig
 from .auto import choose
 from .contract.errors import ConfigurationError
 from .contract.template import Template
 from .fleet.address import EndpointSpec
-from .fleet.chat import ChatFleet
-from .fleet.door import FleetModel, LangChainModel
+from .fleet.door import FleetModel
 from .fleet.fleet import Fleet
 from .fleet.matching import match
 from .fleet.membership import Admit, FileSource, Source, kept_up
@@ -37,6 +36,10 @@ from .locate import (
 )
 from .simulation import simulation
 from .waiting import enough
+
+if TYPE_CHECKING:
+    from .fleet.chat import ChatFleet
+    from .fleet.upper import LangChainModel
 
 _WARNED: Final = 5
 
@@ -247,6 +250,9 @@ def chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
 
     Behind a gateway answers come whole, also where a stream is asked for.
     """
+    # LangChain takes half a second to import, and workers seldom need it
+    from .fleet.chat import ChatFleet  # noqa: PLC0415
+
     chat = ChatFleet.of(fleet, params)
     chat.disable_streaming = fleet.policy.whole_answers
     return chat
@@ -255,5 +261,7 @@ def chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
 def chat_door(fleet: Fleet, params: ModelParams, traced: bool) -> FleetModel | LangChainModel:
     """Return the fleet's door for item graphs: LangChain's when calls are to be traced."""
     if traced:
+        from .fleet.upper import LangChainModel  # noqa: PLC0415 - as above
+
         return LangChainModel(chat_fleet(fleet, params))
     return FleetModel(fleet, params)

@@ -8,9 +8,11 @@ from typing import Any
 
 from ..backends.tariffs import explained
 from ..configs.load import Loaded
-from .estimate import SAMPLE, Estimate, estimate
-from .running import Wish, print_json, say
+from .estimate import Estimate, estimate
+from .saying import print_json, say
+from .settings import SAMPLE
 from .telling import budget_lines, cost_lines
+from .wish import Wish
 
 
 def check(

@@ -6,20 +6,33 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
-from ..backends.build import choice_logger
 from ..backends.contract.errors import (
     BudgetExhaustedError,
     ConfigurationError,
     FanfoldError,
     RunStoppedError,
 )
-from . import checking, costing, globus_cli, listing, looking, running, serve_cli
-from .estimate import SAMPLE
-from .run import BUDGET, INTERRUPTED, OTHER, USAGE
+from ..backends.contract.wire import own_version
+from . import cluster_cli, globus_cli
+from .codes import BUDGET, INTERRUPTED, OTHER, USAGE
+from .lazily import Later
+from .saying import say
+from .settings import COST_BY, SAMPLE
+
+if TYPE_CHECKING:
+    from . import checking, costing, listing, looking, running, serve_cli
+    from . import wish as wish_of
+else:
+    listing, looking, running = Later(".listing"), Later(".looking"), Later(".running")
+    checking, costing = Later(".checking"), Later(".costing")
+    serve_cli, wish_of = Later(".serve_cli"), Later(".wish")
+
+_CHOICES: Final = "fanfold.backends.build.choice"
+"""The log that tells what ``auto`` chose; it is always shown."""
 
 app = typer.Typer(
     name="fanfold",
@@ -31,6 +44,7 @@ app = typer.Typer(
 presets = typer.Typer(help="Ready configurations, one per use case.", no_args_is_help=True)
 app.add_typer(presets, name="presets")
 app.add_typer(globus_cli.app, name="globus")
+cluster_cli.add_to(app)
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG|PRESET", help="A YAML file or a preset.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
@@ -74,12 +88,24 @@ NodeHours = Annotated[
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Ask failed items again.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fanfold {own_version()}")
+        raise typer.Exit
+
+
 @app.callback()
 def _setup(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log.")] = False,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
 ) -> None:
     level = logging.INFO if verbose else logging.WARNING
-    choice_logger.setLevel(logging.INFO)
+    logging.getLogger(_CHOICES).setLevel(logging.INFO)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
 
@@ -108,7 +134,7 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     yes: Annotated[bool, typer.Option("--yes", help="Go on after the pilot unasked.")] = False,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
-    wish = running.Wish(
+    wish = wish_of.Wish(
         overrides=overrides or [],
         input_path=input_path,
         limit=limit,
@@ -148,7 +174,7 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_node_hours: NodeHours = None,
 ) -> None:
     """Go on with a run: only what is not finished is called."""
-    wish = running.Wish(
+    wish = wish_of.Wish(
         overrides=overrides or [],
         input_path=input_path,
         limit=limit,
@@ -174,19 +200,26 @@ def status(
     endpoints: Annotated[
         bool, typer.Option("--endpoints", help="Show what each endpoint did.")
     ] = False,
+    usage: Annotated[
+        bool, typer.Option("--usage", help="Add how well its jobs used their nodes.")
+    ] = False,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, help="For --usage: items that one server takes at a time."),
+    ] = None,
 ) -> None:
     """Show how far a run is."""
     if endpoints:
         listing.past(folder, as_json)
     else:
-        looking.status(folder, as_json)
+        looking.status(folder, as_json, usage or batch is not None, batch)
 
 
 @app.command()
 def cost(
     folder: Folder,
     by: Annotated[
-        str | None, typer.Option("--by", help=f"One row per {', '.join(costing.BY)}.")
+        str | None, typer.Option("--by", help=f"One row per {', '.join(COST_BY)}.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -202,7 +235,7 @@ def endpoints(
     as_json: AsJson = False,
 ) -> None:
     """List the endpoints as they are now; exit with 2 when none serves the model."""
-    wish = running.Wish(overrides or [], endpoints=where)
+    wish = wish_of.Wish(overrides or [], endpoints=where)
     raise typer.Exit(listing.now(config, wish, as_json))
 
 
@@ -243,7 +276,7 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         "requests": budget_requests,
         "node_hours": budget_node_hours,
     }
-    wish = running.Wish(overrides or [], input_path, limit, endpoints, budget=budget)
+    wish = wish_of.Wish(overrides or [], input_path, limit, endpoints, budget=budget)
     checking.check(config, wish, sample, like, as_json)
 
 
@@ -279,7 +312,7 @@ def serve(
     overrides: Sets = None,
 ) -> None:
     """Serve the model on this node (section node), until interrupted."""
-    serve_cli.serve_node(config, running.Wish(overrides or []), servers, host)
+    serve_cli.serve_node(config, wish_of.Wish(overrides or []), servers, host)
 
 
 @presets.command("list")
@@ -307,7 +340,7 @@ def main() -> None:
     except FanfoldError as error:
         if isinstance(error.__cause__, BrokenPipeError):
             _reader_left()
-        running.say([f"Error: {error.message}"])
+        say([f"Error: {error.message}"])
         sys.exit(_exit_code(error))
     except BrokenPipeError:
         _reader_left()

@@ -19,9 +19,9 @@ from ..backends.contract.types import Json
 from .costs import budget_so_far, cost_so_far, doubts, figure
 from .live import short
 from .report import cell
-from .running import print_json
+from .saying import print_json
+from .settings import COST_BY
 
-BY: Final = ("model", "endpoint", "node", "day")
 _NO_PRICE: Final = "-"
 
 
@@ -32,8 +32,8 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
         ConfigurationError: No run folder, or no such grouping.
         LedgerError: Journal or books are damaged.
     """
-    if by is not None and by not in BY:
-        raise ConfigurationError(f"--by {by}: there are {', '.join(BY)}")
+    if by is not None and by not in COST_BY:
+        raise ConfigurationError(f"--by {by}: there are {', '.join(COST_BY)}")
     folder = open_folder(path)
     about = folder.read_provenance()
     run, items, model = about["run"], about["input"]["items"], about["model"]

@@ -32,10 +32,9 @@ from .items import check_graph
 from .prepare import check_endpoints, check_input
 from .sampling import Sample, take_sample
 from .seen import seen_in
+from .settings import SAMPLE
 from .spans import Span
 
-SAMPLE: Final = 200
-"""Items that a check renders."""
 _SHOWN: Final = 3
 
 

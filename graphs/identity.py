@@ -13,7 +13,7 @@ from ..configs.models import RunConfig
 _INPUT = ("dataset", "id", "limit", "on_duplicate", "smiles")
 
 
-def fingerprint(config: RunConfig, model: str, simulated: bool) -> str:
+def fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:
     """Return a digest of what is asked of every item: task, model, simulated or not."""
     asked = {
         "task": config.task.model_dump(mode="json", by_alias=True),

@@ -21,11 +21,12 @@ from ..backends.fleet.matching import match
 from ..backends.fleet.probe import Found
 from ..backends.simulation import simulation
 from ..configs.load import Loaded
+from .codes import DONE, USAGE
 from .opened import endpoints_file
 from .prepare import check_endpoints
 from .report import cell
-from .run import DONE, USAGE
-from .running import Wish, print_json, say
+from .saying import print_json, say
+from .wish import Wish
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"

@@ -24,15 +24,16 @@ from ..backends.fleet.simulated.spec import SimulationSpec
 from ..configs.load import peek
 from ..configs.presets import copy_preset, preset_names, preset_text
 from ..configs.source import at_path
+from .campaign import campaign, show_campaign
 from .costs import budget_so_far, cost_so_far, dollars, doubts, nodes
 from .report import cell
-from .running import print_json, say
+from .saying import print_json, say
 
 _FORMATS: Final = ("jsonl", "csv", "parquet")
 
 
-def status(path: Path, as_json: bool) -> None:
-    """Show how far a run is."""
+def status(path: Path, as_json: bool, usage: bool = False, batch: int | None = None) -> None:
+    """Show how far a run is, and its jobs if it has any."""
     folder = open_folder(path)
     about = folder.read_provenance()
     with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
@@ -53,14 +54,18 @@ def status(path: Path, as_json: bool) -> None:
         "requests": spent.requests,
         "reused": spent.reused,
     }
+    jobs = campaign(path, usage, batch)
     if as_json:
         costs = cost.to_json() | {"budget": budget_so_far(folder, cost)}
-        print_json(facts | costs | {"lives": len(about["lives"])})
+        chain = {} if jobs is None else {"chain": jobs}
+        print_json(facts | costs | {"lives": len(about["lives"])} | chain)
         return
     table = Table(show_header=False)
     for key, value in (facts | _costs(folder, cost) | {"lives": len(about["lives"])}).items():
         table.add_row(key, _shown(value))
     Console().print(table)
+    if jobs is not None:
+        show_campaign(jobs, Console())
 
 
 def _costs(folder: RunFolder, cost: Cost) -> dict[str, Any]:

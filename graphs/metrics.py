@@ -6,15 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Final
 
 from aiohttp import web
 
-from ..backends.contract.errors import ConfigurationError, MissingExtraError
+from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.money import HOUR_MS, NANO
 from ..backends.fleet.stats import EndpointReport, FleetHealth
 from .opened import OpenedRun
+from .settings import check_metrics
 
 _HOST: Final = "127.0.0.1"
 
@@ -29,16 +29,6 @@ class _Snapshot:
     node_hours: dict[str, float]
     health: FleetHealth | None
     endpoints: Sequence[EndpointReport]
-
-
-def check_metrics() -> None:
-    """Check that metrics can be served.
-
-    Raises:
-        MissingExtraError: prometheus_client is not installed.
-    """
-    if find_spec("prometheus_client") is None:
-        raise MissingExtraError("--metrics-port", "metrics")
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ from ..backends.nearby import served
 from ..backends.places import is_elsewhere
 from ..backends.reuse import reusing
 from ..backends.sites.executor import WorkShard
+from ..backends.tariffs import price as price_of
 from ..backends.tariffs import tariff
 from ..backends.tokens import exact_count, token_counter
 from ..configs.load import Loaded
@@ -104,7 +105,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
             up = await stack.enter_async_context(
                 served(config, loaded.plain["endpoints"], books.model)
             )
-            _check_kind(up.simulated, books.simulated)
+            books = await asyncio.to_thread(_kind_settled, folder, loaded, books, up.simulated)
             if spends is not None:
                 counter = await stack.enter_async_context(token_counter(up))
                 spends.budget.count = exact_count(counter)
@@ -234,6 +235,25 @@ def _progress(ledger: Ledger, total: int, held: Held) -> Progress:
         useful_nano_usd=spent.useful_nano_usd,
         held=held,
     )
+
+
+def _kind_settled(folder: RunFolder, loaded: Loaded, books: _Books, now: bool) -> _Books:
+    """Return the run's books, in which it is settled whether the endpoints are simulated.
+
+    A run whose endpoints nobody could ask when it was prepared learns it here, once.
+
+    Raises:
+        ConfigurationError: They are not what they were.
+    """
+    if books.about["simulated"] is None:
+        settled = fingerprint(loaded.config, books.model, now)
+        cost = price_of(loaded.config, books.model, now)
+        kept = {"price": None if cost is None else cost.to_json()}
+        about = books.about | kept | {"simulated": now, "fingerprint": settled}
+        folder.write_provenance(about)
+        return replace(books, about=about)
+    _check_kind(now, books.simulated)
+    return books
 
 
 def _check_kind(now: bool, before: bool) -> None:

@@ -40,6 +40,7 @@ async def prepare_run(
     path: Path,
     items: Sequence[Mapping[str, Any]] | None = None,
     allow_simulated: bool = True,
+    unasked: bool = False,
 ) -> RunFolder:
     """Check input and endpoints, and make the run's folder.
 
@@ -48,6 +49,7 @@ async def prepare_run(
         path: The folder to make.
         items: Items in place of the configured input.
         allow_simulated: Whether a simulated fleet may be asked.
+        unasked: Leave the endpoints for later: a job will start them.
 
     Raises:
         ConfigurationError: Something does not fit; then there is no folder.
@@ -57,19 +59,20 @@ async def prepare_run(
         raise ConfigurationError(msg)
     check_input(loaded, items)
     check_graph(loaded.config)
-    check_endpoints(loaded)
+    if not unasked:
+        check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
     async with _new_folder(path) as folder:
         spec = input_spec(loaded.config, items)
         summary = await asyncio.to_thread(spill, spec, folder.items, needed_columns(loaded.config))
-        model, simulated = await _settle_model(loaded)
+        model, simulated = await _settle_model(loaded, unasked)
         if simulated and not allow_simulated:
             msg = (
                 "the endpoints are a simulated fleet, whose answers mean nothing; nothing was asked"
             )
             raise ConfigurationError(msg)
-        cost = await asyncio.to_thread(price, loaded.config, model, simulated)
-        about = {
+        cost = await asyncio.to_thread(price, loaded.config, model, bool(simulated))
+        about: dict[str, Any] = {
             "run": secrets.token_hex(8),
             "name": loaded.config.name,
             "config": loaded.source,
@@ -129,8 +132,10 @@ def check_endpoints(loaded: Loaded) -> None:
         raise ConfigurationError(f"{loaded.source}: {error.message}") from None
 
 
-async def _settle_model(loaded: Loaded) -> tuple[str, bool]:
-    """Return the model's name, and whether the endpoints are simulated."""
+async def _settle_model(loaded: Loaded, unasked: bool) -> tuple[str, bool | None]:
+    """Return the model's name, and whether the endpoints are simulated; None is not known yet."""
+    if unasked:
+        return loaded.config.model.name or "", None
     if loaded.config.endpoints.simulated is not None:
         return simulation(loaded.config).model, True
     async with served(loaded.config, loaded.plain["endpoints"]) as up:

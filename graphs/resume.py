@@ -51,7 +51,7 @@ async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
     after = loaded or before
     about = await asyncio.to_thread(folder.read_provenance)
     await asyncio.to_thread(_check, folder, about, before, after)
-    if after.plain["endpoints"] != before.plain["endpoints"]:
+    if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
         await _check_kind(folder, about, after)
     changed = before.plain["reduce"] != after.plain["reduce"]
     if after.plain != before.plain:
@@ -61,7 +61,7 @@ async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
 
 def _keep(folder: RunFolder, about: dict[str, Any], after: Loaded) -> None:
     """Write changed settings, unless another process works by the old ones."""
-    cost = price(after.config, about["model"], about["simulated"])
+    cost = price(after.config, about["model"], bool(about["simulated"]))
     kept = {"price": None if cost is None else cost.to_json()}
     with folder.locked():
         write_bytes(folder.settings, to_yaml(after.plain).encode())
@@ -70,7 +70,7 @@ def _keep(folder: RunFolder, about: dict[str, Any], after: Loaded) -> None:
 
 def _check(folder: RunFolder, about: dict[str, Any], before: Loaded, after: Loaded) -> None:
     lines = differences(before.plain, after.plain, about["model"])
-    if after.config.endpoints.simulated is not None and not about["simulated"]:
+    if after.config.endpoints.simulated is not None and about["simulated"] is False:
         lines.append("endpoints: real → simulated; their answers never mix")
     if not lines and _input_changed(about["input"], before, after):
         lines.append(f"input: the content of {after.config.input.path} is another")

@@ -21,6 +21,7 @@ from ..backends.accounts.folder import RunFolder, now
 from ..backends.contract.errors import BudgetExhaustedError, LedgerError, RunStoppedError
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
+from .codes import BUDGET, DONE, FAILURES, INTERRUPTED
 from .context import RunContext
 from .costs import cost_of_life
 from .live import watching
@@ -32,10 +33,6 @@ from .stopping import Stop, stoppable
 from .walltime import Walltime
 
 logger = logging.getLogger(__name__)
-
-DONE, OTHER, USAGE, FAILURES, BUDGET, INTERRUPTED = 0, 1, 2, 3, 4, 5
-"""Exit codes: all done; anything else; wrong usage or settings; some items failed; the budget is
-exhausted; interrupted. The last two are resumable."""
 
 
 @dataclass(frozen=True, slots=True)

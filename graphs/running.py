@@ -4,75 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import time
-from collections.abc import Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import orjson
 from rich.console import Console
 
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
 from ..backends.contract.errors import FanfoldError, RunStoppedError
 from ..configs.load import Loaded
+from .codes import BUDGET, INTERRUPTED
 from .costs import in_words
 from .crew import life_end
-from .metrics import check_metrics
 from .pilot import Piloted, fly
 from .piloting import agreed, asks, pilot_lines
 from .prepare import default_folder, prepare_run
 from .report import show_aggregate
 from .resume import resume_run
-from .run import BUDGET, INTERRUPTED, RunOptions, RunResult, execute
+from .run import RunOptions, RunResult, execute
 from .saver import check_saver
-from .settings import settle
+from .saying import messages, print_json, say
 from .stopping import WARNINGS
 from .walltime import within
+from .wish import Wish
 
 T = TypeVar("T")
 
 _NAMED: Final = 10
 """So many skipped items are named in one line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What the options ask for; each field is as in the command line."""
-
-    overrides: list[str]
-    input_path: str | None = None
-    limit: int | None = None
-    endpoints: str | None = None
-    checkpointer: str | None = None
-    trace: bool = False
-    retry_failed: bool = False
-    metrics_port: int | None = None
-    budget: Mapping[str, float | None] = field(default_factory=dict)
-    pilot: int | None = None
-    yes: bool = False
-
-    @property
-    def caps(self) -> list[str]:
-        """Return the caps as overrides of settings."""
-        return [f"budget.{key}={cap}" for key, cap in self.budget.items() if cap is not None]
-
-    @property
-    def changes_settings(self) -> bool:
-        """Say whether any of them changes the configuration."""
-        given = (self.overrides, self.input_path, self.limit, self.endpoints, self.metrics_port)
-        return any(given) or bool(self.caps)
-
-    def settled(self, config: str) -> tuple[Loaded, list[str]]:
-        """Return the configuration with the options applied, and notices."""
-        overrides = [*self.overrides, *self.caps]
-        if self.metrics_port is not None:
-            overrides.append(f"metrics.port={self.metrics_port}")
-        loaded, notices = settle(config, overrides, self.input_path, self.limit, self.endpoints)
-        if loaded.config.metrics.port is not None:
-            check_metrics()
-        return loaded, notices
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,20 +237,3 @@ def _last_lines(result: RunResult) -> list[str]:
 def _raise(result: RunResult) -> str:
     """Return the options that raise what limits the run."""
     return " ".join(f"--budget-{name.replace('_', '-')} N" for name in result.budget)
-
-
-def messages() -> Console:
-    """Return the console for everything that is not a command's result."""
-    return Console(stderr=True, highlight=False)
-
-
-def say(lines: Iterable[str]) -> None:
-    """Print messages as they are, without markup."""
-    for line in lines:
-        messages().print(line, markup=False, soft_wrap=True)
-
-
-def print_json(data: Any) -> None:
-    """Print a command's result as one JSON object on one line."""
-    sys.stdout.write(orjson.dumps(data).decode() + "\n")
-    sys.stdout.flush()

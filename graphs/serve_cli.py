@@ -13,7 +13,8 @@ from ..backends.node import node_plan, starts_servers
 from ..backends.servers.keeper import Orders
 from ..backends.servers.plan import NodePlan
 from ..backends.servers.serve import serve
-from .running import Wish, say
+from .saying import say
+from .wish import Wish
 
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOT_FOR_SERVERS: Final = (signal.SIGUSR1, signal.SIGUSR2)

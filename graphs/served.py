@@ -21,9 +21,10 @@ from ..backends.contract.errors import ConfigurationError, FanfoldError, InputEr
 from ..backends.contract.types import Json
 from ..configs.load import Loaded, load
 from ..nodes.context import RunTools
+from .codes import BUDGET, INTERRUPTED
 from .crew import life_end
 from .prepare import prepare_run
-from .run import BUDGET, INTERRUPTED, RunOptions, RunResult, lived
+from .run import RunOptions, RunResult, lived
 from .stopping import Stop
 
 logger = logging.getLogger(__name__)

@@ -7,12 +7,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.contract.errors import ConfigurationError
+from ..backends.contract.errors import ConfigurationError, MissingExtraError
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load, peek
 from ..configs.source import at_path
 
 DEFAULT: Final = "molecular_screening"
+
+SAMPLE: Final = 200
+"""Items that a check renders."""
+
+COST_BY: Final = ("model", "endpoint", "node", "day")
+"""What costs can be told by."""
 
 NO_RDKIT: Final = (
     "rdkit is not installed: 20 molecules that ship with fanfold take the place of the 4,991, "
@@ -122,3 +128,13 @@ def _without_rdkit(data: dict[str, Any], own: bool) -> tuple[dict[str, Any], lis
     if at_path(data, ("endpoints", "simulated", "responder")) == "esol":
         changed["endpoints.simulated.responder"] = "schema"
     return changed, [NO_RDKIT] if changed else []
+
+
+def check_metrics() -> None:
+    """Check that metrics can be served.
+
+    Raises:
+        MissingExtraError: prometheus_client is not installed.
+    """
+    if find_spec("prometheus_client") is None:
+        raise MissingExtraError("--metrics-port", "metrics")

@@ -24,6 +24,7 @@ FLOORS: dict[str, set[str]] = {  # room -> rooms it may import; the longest pref
     "backends.inputs": {"backends.contract"},
     "backends.servers": {"backends.contract"},
     "backends.sites": {"backends.contract"},
+    "backends.cluster": {"backends.contract", "configs"},
     "backends": {
         "configs",
         "backends.contract",
@@ -32,6 +33,7 @@ FLOORS: dict[str, set[str]] = {  # room -> rooms it may import; the longest pref
         "backends.inputs",
         "backends.servers",
         "backends.sites",
+        "backends.cluster",
     },
     "nodes": {"backends.contract"},
     "graphs": {
@@ -44,6 +46,7 @@ FLOORS: dict[str, set[str]] = {  # room -> rooms it may import; the longest pref
         "backends.inputs",
         "backends.servers",
         "backends.sites",
+        "backends.cluster",
     },
 }
 MOST_LINES, MEDIAN_LINES, MOST_FUNCTION_LINES = 350, 200, 80

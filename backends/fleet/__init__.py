@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from .address import ApiKey, EndpointSpec
     from .chat import ChatFleet
-    from .door import FleetModel, LangChainModel
+    from .door import FleetModel
     from .endpoint import Endpoint
     from .fleet import Fleet
     from .nodelist import expand_slurm, hosts_to_specs, parse_pbs
@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from .probe import Checked, Found, check_models, discover
     from .sources import parse_endpoints_file, read_endpoints_file
     from .stats import EndpointReport, FleetHealth
+    from .upper import LangChainModel
 
 _MODULES: Final = {
     "address": ("ApiKey", "EndpointSpec"),
     "chat": ("ChatFleet",),
-    "door": ("FleetModel", "LangChainModel"),
+    "door": ("FleetModel",),
+    "upper": ("LangChainModel",),
     "endpoint": ("Endpoint",),
     "fleet": ("Fleet",),
     "nodelist": ("expand_slurm", "hosts_to_specs", "parse_pbs"),

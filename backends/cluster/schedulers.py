@@ -1,0 +1,236 @@
+"""What is asked of a batch scheduler: submit, look, signal, cancel, and what jobs used."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+import orjson
+
+from ..contract.errors import ConfigurationError, SiteError
+
+_PATIENCE_S: Final = 120
+_INHERITED: Final = re.compile(r"(SLURM|SBATCH|SRUN|PBS|PMI|PALS|FANFOLD_(END|LAUNCHER|JOB))_?")
+"""Variables of the job that submits, which are not its successor's."""
+
+State = Literal["queued", "running", "ended", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What a job used, by the scheduler's own numbers.
+
+    Attributes:
+        nodes: Its nodes.
+        wall_s: Seconds that it had them.
+        state: The scheduler's word for how it ended.
+    """
+
+    nodes: int
+    wall_s: float
+    state: str
+
+
+class Scheduler(Protocol):
+    """A batch scheduler, by its own commands; all of them block."""
+
+    def submit(self, script: Path, after: str | None = None) -> str:
+        """Submit a script; with ``after``, to start once that job has ended, however it ended.
+
+        Raises:
+            SiteError: The scheduler refuses; says why.
+            ConfigurationError: There is no such scheduler here.
+        """
+
+    def states(self, jobs: Sequence[str]) -> dict[str, State]:
+        """Return the state of jobs; one that the scheduler has forgotten has ended."""
+
+    def drain(self, job: str) -> None:
+        """Ask a running job to end well."""
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """End jobs, queued or running."""
+
+    def used(self, jobs: Sequence[str]) -> dict[str, Used]:
+        """Return what jobs used; without those of which the scheduler keeps no account."""
+
+
+class Slurm:
+    """Slurm, by ``sbatch``, ``squeue``, ``scancel`` and ``sacct``."""
+
+    def submit(self, script: Path, after: str | None = None) -> str:
+        """Submit a script; returns the job's id."""
+        depend = [f"--dependency=afterany:{after}"] if after else []
+        return _said(["sbatch", "--parsable", *depend, str(script)]).strip().partition(";")[0]
+
+    def states(self, jobs: Sequence[str]) -> dict[str, State]:
+        """Return the state of jobs."""
+        if not jobs:
+            return {}
+        user = str(os.getuid())
+        said = _said(["squeue", "--noheader", f"--user={user}", "--states=all", "--format=%i %T"])
+        found = dict(line.split(maxsplit=1) for line in said.splitlines() if " " in line)
+        return {job: _slurm_state(found.get(job)) for job in jobs}
+
+    def drain(self, job: str) -> None:
+        """Signal the job's script."""
+        _said(["scancel", "--batch", "--signal=USR1", job])
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """End jobs."""
+        if jobs:
+            _said(["scancel", *jobs])
+
+    def used(self, jobs: Sequence[str]) -> dict[str, Used]:
+        """Return what ``sacct`` says; nothing where the cluster keeps no accounts."""
+        if not jobs:
+            return {}
+        fields = "--format=JobIDRaw,State,ElapsedRaw,NNodes"
+        command = ["sacct", "-n", "-P", "-X", f"--jobs={','.join(jobs)}", fields]
+        try:
+            said = _said(command)
+        except (SiteError, ConfigurationError):
+            return {}  # no accounts here: the chain's own times stand in
+        rows = [line.split("|") for line in said.splitlines() if line.count("|") == 3]  # noqa: PLR2004 - four fields
+        return {
+            job: Used(int(nodes), float(elapsed), state)
+            for job, state, elapsed, nodes in rows
+            if nodes.isdigit() and elapsed.isdigit()
+        }
+
+
+def _slurm_state(word: str | None) -> State:
+    if word in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+        return "queued"
+    return "running" if word in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") else "ended"
+
+
+class Pbs:
+    """PBS Professional or OpenPBS, by ``qsub``, ``qstat``, ``qsig`` and ``qdel``."""
+
+    def submit(self, script: Path, after: str | None = None) -> str:
+        """Submit a script; returns the job's id."""
+        depend = ["-W", f"depend=afterany:{after}"] if after else []
+        return _said(["qsub", *depend, str(script)]).strip()
+
+    def states(self, jobs: Sequence[str]) -> dict[str, State]:
+        """Return the state of jobs."""
+        found = {name: str(one.get("job_state")) for name, one in self._asked(jobs).items()}
+        return {job: _pbs_state(found.get(job)) for job in jobs}
+
+    def drain(self, job: str) -> None:
+        """Signal the job."""
+        _said(["qsig", "-s", "SIGUSR1", job])
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """End jobs."""
+        if jobs:
+            _said(["qdel", *jobs])
+
+    def used(self, jobs: Sequence[str]) -> dict[str, Used]:
+        """Return what ``qstat`` remembers of jobs."""
+        used = {}
+        for name, one in self._asked(jobs).items():
+            wall, nodes = (
+                _mapping(one.get("resources_used")).get("walltime"),
+                _mapping(one.get("Resource_List")).get("nodect"),
+            )
+            if wall is not None and str(nodes).isdigit():
+                used[name] = Used(int(str(nodes)), _seconds(str(wall)), str(one.get("job_state")))
+        return used
+
+    def _asked(self, jobs: Sequence[str]) -> dict[str, Mapping[str, object]]:
+        """Return what ``qstat`` says of jobs, those that have ended included."""
+        if not jobs:
+            return {}
+        said = _said(["qstat", "-x", "-f", "-F", "json", *jobs], errors_too=True)
+        try:
+            found = orjson.loads(said or "{}").get("Jobs", {})
+        except (orjson.JSONDecodeError, AttributeError):
+            raise SiteError(f"qstat: this is no JSON: {said[:200]!r}") from None
+        return {job: one for job in jobs for name, one in found.items() if _same(job, name)}
+
+
+def _same(a: str, b: str) -> bool:
+    """Say whether two ids name the same job; a server's name may be short or long."""
+    return a == b or a.partition(".")[0] == b.partition(".")[0]
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _pbs_state(letter: str | None) -> State:
+    if letter in ("Q", "H", "W", "T", "M"):
+        return "queued"
+    return "running" if letter in ("R", "E", "B", "S", "U") else "ended"
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds of ``HH:MM:SS``."""
+    total = 0.0
+    for part in text.split(":"):
+        total = 60 * total + float(part)
+    return total
+
+
+def scheduler(kind: Literal["pbs", "slurm"]) -> Scheduler:
+    """Return a scheduler by its kind."""
+    return Slurm() if kind == "slurm" else Pbs()
+
+
+def check_scheduler(kind: Literal["pbs", "slurm"]) -> None:
+    """Check that jobs can be submitted from here.
+
+    Raises:
+        ConfigurationError: The scheduler's commands are not here.
+    """
+    program = "sbatch" if kind == "slurm" else "qsub"
+    if shutil.which(program) is None:
+        raise ConfigurationError(_absent(program))
+
+
+def _absent(program: str) -> str:
+    return f"{program}: no such command here; submit from a login node of the cluster"
+
+
+def _said(command: Sequence[str], errors_too: bool = False) -> str:
+    """Run a command of the scheduler and return what it printed.
+
+    Args:
+        command: The command.
+        errors_too: Return what it printed also when it failed, if it printed anything.
+
+    Raises:
+        ConfigurationError: There is no such command.
+        SiteError: It failed or did not end.
+    """
+    environment = {k: v for k, v in os.environ.items() if k in _KEPT or not _INHERITED.match(k)}
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE_S,
+            check=False,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        raise ConfigurationError(_absent(command[0])) from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SiteError(f"{command[0]}: {error}") from error
+    if done.returncode and not (errors_too and done.stdout.strip()):
+        reason = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        raise SiteError(f"{command[0]} says: {reason}")
+    return done.stdout
+
+
+_KEPT: Final = frozenset({"SLURM_CONF", "PBS_CONF_FILE", "PBS_EXEC", "PBS_SERVER", "PBS_HOME"})
+"""Variables that say where the scheduler is."""

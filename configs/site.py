@@ -1,0 +1,189 @@
+"""Sites: how jobs are written for one machine's scheduler, as YAML files beside the presets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from ..backends.contract.errors import ConfigurationError
+from .section import Section
+from .source import parse_yaml
+
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_FIELD: Final = re.compile(r"\{(\w+)\}")
+_ONE_LINE: Final = r"^[^\n\r\x00]+$"
+
+Line = Annotated[str, Field(pattern=_ONE_LINE)]
+"""Text on one line, not empty."""
+
+
+class Accelerators(Section):
+    """A node's accelerators.
+
+    Attributes:
+        variable: Environment variable that hides all but some of them from a process.
+        per_node: How many a node has, as the variable counts them.
+    """
+
+    variable: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+    per_node: Annotated[int, Field(ge=1, le=1024)]
+
+
+class SiteConfig(Section):
+    """One machine's scheduler and nodes.
+
+    Lines are shell text as it stands in the job script; ``{nodes}``, ``{archive}``, ``{copy}``
+    and ``{local}`` are filled in.
+
+    Attributes:
+        name: The site's name.
+        tested: Where and when somebody ran it, or that nobody has.
+        facts: Where the entries come from.
+        scheduler: ``pbs`` or ``slurm``.
+        required: Options of ``fanfold submit`` that a job there cannot do without.
+        queue_option: (slurm) ``--partition`` or ``--qos``: what a queue is called there.
+        chunk: (pbs) What follows the number of nodes in ``select``.
+        filesystems: (pbs) File systems that a job asks for, or None.
+        directives: Further lines for the scheduler, without ``#PBS`` or ``#SBATCH``.
+        modules: Modules to load.
+        setup: Further shell lines before anything is started.
+        environment: Variables of the job.
+        proxies: Proxy variables, for what is fetched from outside; nodes never go through them.
+        accelerators: A node's accelerators.
+        interface: The network interface by which nodes reach each other.
+        host: Shell text that gives a node's name for others; None: what the node calls itself.
+        launcher: What starts one process on each node.
+        local: Node-local folder.
+        broadcast: What copies a file to that folder on all nodes.
+        hints: What a user should know, shown when a job is submitted.
+        reserve_s: Seconds at a job's end for stopping servers and for the scheduler.
+        silence_s: (slurm) Seconds without a sign of life from a job's first node after which the
+            others end the job; Slurm would keep it until its walltime.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    tested: Line = "not run on that machine"
+    facts: list[Line] = Field(default_factory=list)
+    scheduler: Literal["pbs", "slurm"]
+    required: list[Literal["queue", "account"]] = Field(default_factory=list)
+    queue_option: Literal["--partition", "--qos"] = "--partition"
+    chunk: Line | None = None
+    filesystems: Line | None = None
+    directives: list[Line] = Field(default_factory=list)
+    modules: list[Line] = Field(default_factory=list)
+    setup: list[Line] = Field(default_factory=list)
+    environment: dict[str, str] = Field(default_factory=dict)
+    proxies: dict[str, str] = Field(default_factory=dict)
+    accelerators: Accelerators | None = None
+    interface: Line | None = None
+    host: Line | None = None
+    launcher: Line
+    local: Line = "/tmp"
+    broadcast: Line | None = None
+    hints: list[Line] = Field(default_factory=list)
+    reserve_s: Annotated[int, Field(ge=0, le=3600)] = 60
+    silence_s: Annotated[int, Field(ge=5, le=3600)] = 300
+
+    @field_validator("environment", "proxies")
+    @classmethod
+    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not _NAME.fullmatch(name):
+                msg = f"{name!r} is no name of an environment variable"
+                raise ValueError(msg)
+            if "\n" in text or "\0" in text:
+                msg = f"{name}: a value takes one line"
+                raise ValueError(msg)
+        return value
+
+    @field_validator("launcher", "broadcast")
+    @classmethod
+    def _fields(cls, value: str | None) -> str | None:
+        for name in _FIELD.findall(value or ""):
+            if name not in ("nodes", "archive", "copy", "local"):
+                msg = f"{{{name}}} is not filled in; there are nodes, archive, copy and local"
+                raise ValueError(msg)
+        return value
+
+
+def site_names() -> list[str]:
+    """Return the names of the sites that ship with fanfold."""
+    folder = files("fanfold.configs") / "sites"
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def load_site(name: str) -> SiteConfig:
+    """Load a site by its name, or a site file of the user's own.
+
+    A file may say ``like: NAME`` to take everything else from a site that ships with fanfold.
+
+    Args:
+        name: A site's name or a file's path.
+
+    Raises:
+        ConfigurationError: No such site, or the file does not fit; says what is wrong.
+    """
+    source, data = _read(name)
+    like = data.pop("like", None)
+    if like is not None:
+        if like not in site_names():
+            raise ConfigurationError(f"{source}: like: {_unknown(str(like))}")
+        data = {"tested": "not run on that machine"} | _shipped(str(like)) | data
+    try:
+        return SiteConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigurationError(_explained(error, source)) from None
+
+
+def fill(text: str, values: Mapping[str, object]) -> str:
+    """Fill ``{nodes}`` and the like into a site's line; other braces are the shell's own."""
+    return _FIELD.sub(lambda m: str(values.get(m[1], m[0])), text)
+
+
+def _read(name: str) -> tuple[str, dict[str, Any]]:
+    if name in site_names():
+        return f"site {name}", _shipped(name)
+    path = Path(name).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigurationError(f"--site {_unknown(name)}, nor a file of that name") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigurationError(f"--site {name}: cannot be read: {reason}") from None
+    return name, parse_yaml(text, name)
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    text = (files("fanfold.configs") / "sites" / f"{name}.yaml").read_text(encoding="utf-8")
+    return parse_yaml(text, f"site {name}")
+
+
+def _unknown(name: str) -> str:
+    close = get_close_matches(name, site_names(), n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{name!r}: neither one of {', '.join(site_names())}{hint}"
+
+
+def _explained(error: ValidationError, source: str) -> str:
+    lines = []
+    for finding in error.errors(include_url=False):
+        key = ".".join(map(str, finding["loc"]))
+        if finding["type"] == "extra_forbidden":
+            close = get_close_matches(key, SiteConfig.model_fields, n=1)
+            lines.append(
+                f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+        elif finding["type"] == "missing":
+            lines.append(f"the key {key!r} is missing")
+        else:
+            lines.append(f"{key}: {finding['msg'].removeprefix('Value error, ')}")
+    return "\n".join(f"{source}: {line}" for line in dict.fromkeys(lines))

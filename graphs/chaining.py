@@ -1,0 +1,204 @@
+"""What a job does for its chain: begin, end, and whether another one follows."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+from ..backends.accounts.folder import RunFolder, open_folder
+from ..backends.accounts.ledger import Ledger
+from ..backends.cluster.chain import Chain, ChainFile, Job, chain_file
+from ..backends.cluster.schedulers import scheduler
+from ..backends.cluster.verdict import BUDGET, DONE, FAILURES, INTERRUPTED, USAGE, Verdict, verdict
+from ..backends.contract.errors import ConfigurationError, FanfoldError, SiteError
+from .saying import say
+
+NOTHING_TO_DO: Final = 10
+"""Exit code of ``chain begin``: this job has nothing to do, and none follows."""
+
+_PATIENCE_S: Final = 10.0
+_LOOK_S: Final = 0.2
+_SIGNALLED: Final = 128
+"""What a shell adds to the number of the signal that ended a program."""
+
+
+def begin(path: Path, name: str) -> int:
+    """Note that a job begins, and submit its successor; return 0 if there is something to do.
+
+    Args:
+        path: The run folder.
+        name: The job's id.
+    """
+    folder, file = open_folder(path), chain_file(path)
+    chain = _known(file, name)
+    finished, left = _counted(folder)
+    for lost in _lost(chain, name):
+        file.note("lost", job=lost.id, outcome="lost", finished=finished)
+    chain = file.read()
+    found = verdict(chain, left)
+    if not found.on:
+        file.note("ended", job=name, outcome="nothing to do", code=None, finished=finished)
+        _halt(file, chain, found)
+        return NOTHING_TO_DO
+    _clear(path / "cluster" / "servers")
+    file.note("began", job=name, finished=finished)
+    say([f"job {name}: {found.why}"])
+    chain = file.read()
+    _follow(path, file, chain, name, verdict(chain, left))
+    return 0
+
+
+def end(path: Path, name: str, code: int) -> int:
+    """Note how a job ended; take the successor back, or see that there is one.
+
+    Args:
+        path: The run folder.
+        name: The job's id.
+        code: Exit code of its run.
+    """
+    folder, file = open_folder(path), chain_file(path)
+    _known(file, name)
+    finished, left = _counted(folder)
+    file.note("ended", job=name, outcome=_outcome(code), code=code, finished=finished)
+    chain = file.read()
+    found = verdict(chain, left)
+    if found.on:
+        _follow(path, file, chain, name, found)
+    else:
+        waiting = chain.successor(name)
+        if waiting is not None:
+            scheduler(chain.terms["scheduler"]).cancel([waiting.id])
+            file.note("withdrawn", job=waiting.id, outcome="withdrawn before it began")
+        _halt(file, chain, found)
+    return code
+
+
+def _known(file: ChainFile, name: str) -> Chain:
+    """Return the chain once it names the job; whoever submits a job notes it a moment later.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    patience = time.monotonic() + _PATIENCE_S
+    while (chain := file.read()).job(name) is None:
+        if time.monotonic() > patience:
+            msg = f"job {name} is not of this run's chain; submit jobs by: fanfold submit"
+            raise ConfigurationError(msg)
+        time.sleep(_LOOK_S)
+    return chain
+
+
+def _counted(folder: RunFolder) -> tuple[int, int]:
+    """Return how many items are finished, and how many are left."""
+    about = folder.read_provenance()
+    with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
+        counts = ledger.counts()
+    return counts.done + counts.failed, counts.open
+
+
+def _lost(chain: Chain, name: str) -> list[Job]:
+    """Return the jobs that began before this one and never said how they ended."""
+    return [j for j in chain.unfinished() if j.began is not None and j.id != name]
+
+
+def _clear(servers: Path) -> None:
+    """Forget the endpoints of the job before, which may have been killed."""
+    if servers.is_dir():
+        for file in servers.iterdir():
+            if file.is_file():
+                file.unlink(missing_ok=True)
+    servers.mkdir(parents=True, exist_ok=True)
+
+
+def _follow(path: Path, file: ChainFile, chain: Chain, name: str, found: Verdict) -> None:
+    """Submit the job after this one, unless there is one, or none is to be."""
+    this = chain.job(name)
+    if not found.on or this is None or chain.successor(name) is not None:
+        if not found.on:
+            say([f"no further job: {found.why}"])
+        return
+    script = path / "cluster" / "job.sh"
+    try:
+        after = scheduler(chain.terms["scheduler"]).submit(script, name)
+    except (SiteError, ConfigurationError) as error:
+        ended = this.ended is not None
+        say([f"the next job could not be submitted: {error.message}"])
+        if ended:
+            file.note("halted", why=f"the next job could not be submitted: {error.message}")
+        else:
+            say(["it will be tried again at the end of this one"])
+        return
+    file.note(
+        "submitted",
+        job=after,
+        nodes=this.nodes,
+        walltime_s=this.walltime_s,
+        after=name,
+        by_hand=False,
+    )
+    say([f"job {after} follows when this one has ended"])
+
+
+def _halt(file: ChainFile, chain: Chain, found: Verdict) -> None:
+    say([f"the chain ends: {found.why}"])
+    if chain.halted is None:
+        file.note("halted", why=found.why)
+
+
+def _outcome(code: int) -> str:
+    words = {
+        DONE: "finished",
+        FAILURES: "finished, some items failed",
+        INTERRUPTED: "interrupted",
+        USAGE: "wrong setting",
+        BUDGET: "budget spent",
+    }
+    if code in words:
+        return words[code]
+    return f"signal {code - _SIGNALLED}" if code > _SIGNALLED else f"exit code {code}"
+
+
+def cancel(path: Path, at_once: bool) -> None:
+    """Let no job follow, and end those that wait or run.
+
+    Args:
+        path: The run folder.
+        at_once: Whether running jobs are ended by the scheduler rather than asked to.
+
+    Raises:
+        FanfoldError: The scheduler does not answer; no job follows all the same.
+    """
+    open_folder(path)
+    file = chain_file(path)
+    chain = file.read()
+    if not chain.jobs:
+        raise ConfigurationError(f"{path}: no job of this run was ever submitted")
+    if chain.halted is None:
+        file.note("halted", why="cancelled by fanfold cancel")
+    asked = scheduler(chain.terms["scheduler"])
+    try:
+        states = asked.states([job.id for job in chain.unfinished()])
+        queued = [job for job, state in states.items() if state == "queued"]
+        running = [job for job, state in states.items() if state == "running"]
+        asked.cancel(queued + (running if at_once else []))
+        for job in queued:
+            file.note("withdrawn", job=job, outcome="cancelled before it began")
+        if not at_once:
+            for job in running:
+                asked.drain(job)
+    except FanfoldError as error:
+        raise type(error)(f"{error.message}\nNo job follows those that are there.") from None
+    say(_cancelled(queued, running, at_once))
+
+
+def _cancelled(queued: list[str], running: list[str], at_once: bool) -> list[str]:
+    lines = [f"withdrawn: {', '.join(queued)}"] if queued else []
+    if running and at_once:
+        lines.append(f"cancelled: {', '.join(running)}")
+    elif running:
+        lines.append(
+            f"asked to end: {', '.join(running)}; items in flight are waited for "
+            "(--now has the scheduler end it at once)"
+        )
+    return [*lines, "no job follows; what is finished stays, and fanfold submit goes on with it"]

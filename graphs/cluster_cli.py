@@ -1,0 +1,120 @@
+"""``fanfold submit``, ``cancel`` and what a job calls: the command line of batch jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .lazily import Later
+from .saying import say
+
+if TYPE_CHECKING:
+    from ..backends.cluster import pack as packing
+    from . import chaining, submitting
+    from . import wish as wish_of
+else:
+    chaining, wish_of = Later(".chaining"), Later(".wish")
+    submitting, packing = Later(".submitting"), Later("..backends.cluster.pack")
+
+chain = typer.Typer(help="What the job script calls.", no_args_is_help=True, hidden=True)
+
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
+JobId = Annotated[str, typer.Option("--job", help="The scheduler's name of this job.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to fanfold's."""
+    app.command()(submit)
+    app.command()(cancel)
+    app.command()(pack)
+    app.add_typer(chain, name="chain")
+
+
+def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG|PRESET|DIR", help="Settings, or a run to go on with.")
+    ],
+    site: Annotated[
+        str, typer.Option("--site", metavar="NAME|FILE", help="The cluster: a name or a site file.")
+    ],
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes of each job.")],
+    walltime: Annotated[str, typer.Option("--walltime", help="Most time of each job: 2h, 90m.")],
+    queue: Annotated[str | None, typer.Option("--queue", help="Queue, partition or QOS.")] = None,
+    account: Annotated[str | None, typer.Option("--account", help="Allocation to charge.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Most jobs of the chain.")
+    ] = None,
+    node_hours: Annotated[
+        float | None, typer.Option("--node-hours", min=0, help="Most node-hours of the chain.")
+    ] = None,
+    pack: Annotated[
+        Path | None,
+        typer.Option("--pack", metavar="FILE", help="Copy this environment to the nodes first."),
+    ] = None,
+    input_path: Annotated[
+        str | None, typer.Option("--input", metavar="PATH", help="Input file or folder.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first so many items.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the script; submit nothing.")
+    ] = False,
+) -> None:
+    """Run a batch by jobs of a cluster that follow each other until it is finished."""
+    wish = wish_of.Wish(overrides or [], input_path, limit)
+    order = submitting.Order(site, nodes, walltime, queue, account, jobs, node_hours, pack)
+    submitting.submit(config, out, wish, order, dry_run)
+
+
+def cancel(
+    folder: Run,
+    now: Annotated[
+        bool, typer.Option("--now", help="Have the scheduler end running jobs at once.")
+    ] = False,
+) -> None:
+    """End the jobs of a run; no other follows."""
+    chaining.cancel(folder, now)
+
+
+def pack(
+    target: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="….tar.gz, or ….tar.")
+    ] = Path("fanfold-env.tar.gz"),
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--without", metavar="PACKAGE", help="Leave this package out."),
+    ] = None,
+) -> None:
+    """Write one archive of this Python with its packages, to unpack on nodes."""
+    packed = packing.pack(target, without or [])
+    say(
+        [
+            f"{packed.path}: {len(packed.packages)} packages in {packed.files:,} files, "
+            f"{packed.size / 1e6:,.0f} MB",
+            "unpack it anywhere on the same kind of machine, then: bin/fanfold --version",
+        ]
+    )
+
+
+@chain.command()
+def begin(folder: Run, job: JobId) -> None:
+    """Note that a job begins, and submit its successor."""
+    raise typer.Exit(chaining.begin(folder, job))
+
+
+@chain.command()
+def end(
+    folder: Run,
+    job: JobId,
+    code: Annotated[int, typer.Option("--code", help="Exit code of the job's run.")],
+) -> None:
+    """Note how a job ended; see that another follows, or that none does."""
+    raise typer.Exit(chaining.end(folder, job, code))

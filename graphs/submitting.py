@@ -1,0 +1,231 @@
+"""The command ``submit``: a run folder, its job script, and the first job of a chain."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ..backends.accounts.folder import RunFolder, is_vacant, open_folder, write_bytes
+from ..backends.cluster.chain import Chain, chain_file
+from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
+from ..backends.cluster.script import JobPlan, job_script, node_script
+from ..backends.contract.errors import ConfigurationError, SiteError
+from ..configs.endpoints import HOSTS_ONLY, KINDS
+from ..configs.load import Loaded, load
+from ..configs.site import SiteConfig, load_site
+from .prepare import default_folder, prepare_run
+from .resume import resume_run
+from .saying import say
+from .wish import Wish
+
+_DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+_UNITS: Final = (86400, 3600, 60, 1)
+_CLOCK: Final = re.compile(r"(\d+):([0-5]\d):([0-5]\d)")
+_BATCH: Final = 64
+"""Items that keep a server busy: below that, a note says that there are few."""
+_VARIABLE: Final = re.compile(r"(?<!\$)\$\{([A-Za-z_]\w*)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the options of ``submit`` ask for.
+
+    Attributes:
+        site: A site's name or file.
+        nodes: Nodes of each job.
+        walltime: Most time of each job, as ``2h`` or ``02:00:00``.
+        queue: Queue, partition or quality of service.
+        account: Account or project.
+        jobs: Most jobs of the chain, or None.
+        node_hours: Most node-hours of the chain, or None.
+        archive: An environment by ``fanfold pack``, or None.
+    """
+
+    site: str
+    nodes: int
+    walltime: str
+    queue: str | None = None
+    account: str | None = None
+    jobs: int | None = None
+    node_hours: float | None = None
+    archive: Path | None = None
+
+
+def seconds(text: str) -> int:
+    """Return the seconds of ``2h``, ``1h30m``, ``90m`` or ``02:00:00``.
+
+    Raises:
+        ConfigurationError: It is none of these.
+    """
+    if clock := _CLOCK.fullmatch(text):
+        hours, minutes, rest = map(int, clock.groups())
+        return 3600 * hours + 60 * minutes + rest
+    found = _DURATION.fullmatch(text)
+    if not text or found is None:
+        msg = f"--walltime {text!r}: write it as 2h, 1h30m, 90m or 02:00:00"
+        raise ConfigurationError(msg)
+    return sum(int(n or 0) * unit for n, unit in zip(found.groups(), _UNITS, strict=True))
+
+
+def submit(config: str, out: Path | None, wish: Wish, order: Order, dry: bool) -> None:
+    """Prepare a run folder and submit its first job, or only show the script.
+
+    Args:
+        config: A preset, a YAML file, or an existing run folder to go on with.
+        out: The run folder; for a new run.
+        wish: What the options change of the settings.
+        order: What kind of jobs.
+        dry: Print the script; write and submit nothing.
+    """
+    folder = _existing(config, out)
+    path = (folder.path if folder else out or default_folder(Path(config).stem)).resolve()
+    site = load_site(order.site)
+    loaded, notices = _settled(str(folder.settings) if folder else config, path, wish, order, site)
+    plan = _plan(loaded, path, order, site)
+    plan.check()
+    if dry:
+        _show(plan)
+        return
+    check_scheduler(site.scheduler)
+    say(notices)
+    if folder is not None:
+        _refuse_second(chain_file(path).read(), scheduler(site.scheduler))
+        asyncio.run(resume_run(folder, loaded))
+    else:
+        asyncio.run(prepare_run(loaded, path, unasked=plan.serves))
+    _write(plan)
+    job = _submitted(plan, order)
+    say(_about(plan, job, loaded))
+
+
+def _existing(config: str, out: Path | None) -> RunFolder | None:
+    """Return the run folder to go on with, or None for a new run."""
+    if Path(config).is_dir():
+        if out is not None:
+            raise ConfigurationError(f"{config} is a run folder; --out is for new runs")
+        return open_folder(Path(config))
+    return open_folder(out) if out is not None and not is_vacant(out) else None
+
+
+def _settled(
+    config: str, path: Path, wish: Wish, order: Order, site: SiteConfig
+) -> tuple[Loaded, list[str]]:
+    """Return the settings, the endpoints being the job's own where it serves them."""
+    loaded, notices = wish.settled(config)
+    if loaded.config.node.serve is None:
+        return loaded, notices
+    if loaded.config.model.name is None:
+        msg = (
+            f"{loaded.source}: model.name: nobody can be asked before the job what its servers "
+            "serve; set it"
+        )
+        raise ConfigurationError(msg)
+    settings: dict[str, Any] = {f"endpoints.{k}": None for k in (*KINDS, *HOSTS_ONLY)}
+    settings["endpoints.file"] = str(path / "cluster" / "servers")
+    wanted = order.nodes * loaded.config.node.instances
+    settings["endpoints.least"] = loaded.config.endpoints.least or max(1, wanted // 2)
+    settings["endpoints.wait_s"] = loaded.config.endpoints.wait_s or loaded.config.node.timeout_s
+    own = loaded.config.node.accelerators
+    if site.accelerators is not None and own.variable == "none":
+        settings["node.accelerators.variable"] = site.accelerators.variable
+        settings["node.accelerators.count"] = site.accelerators.per_node
+    # the settings once more, as they were written, with the job's endpoints in them
+    again = load(loaded.raw, (), settings)
+    return replace(again, source=loaded.source, preset=loaded.preset), notices
+
+
+def _plan(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> JobPlan:
+    archive = order.archive.resolve() if order.archive else None
+    if archive is not None and not archive.is_file():
+        raise ConfigurationError(
+            f"--pack {archive}: no such file; make it by: fanfold pack -o FILE"
+        )
+    return JobPlan(
+        run=path,
+        name=loaded.config.name,
+        command=(sys.executable, "-m", "fanfold"),
+        site=site,
+        nodes=order.nodes,
+        walltime_s=seconds(order.walltime),
+        drain_s=loaded.config.limits.drain_s,
+        serves=loaded.config.node.serve is not None,
+        queue=order.queue,
+        account=order.account,
+        archive=archive,
+    )
+
+
+def _show(plan: JobPlan) -> None:
+    print(f"# {plan.folder}/job.sh")
+    print(job_script(plan), end="")
+    if plan.serves:
+        print(f"\n# {plan.folder}/node.sh")
+        print(node_script(plan), end="")
+
+
+def _refuse_second(chain: Chain, asked: Scheduler) -> None:
+    """Check that no job of the run is waiting or running.
+
+    Raises:
+        ConfigurationError: One is.
+    """
+    states = asked.states([job.id for job in chain.unfinished()])
+    if alive := [job for job, state in states.items() if state != "ended"]:
+        msg = f"job {alive[0]} of this run is {states[alive[0]]}; wait for it, or: fanfold cancel"
+        raise ConfigurationError(msg)
+
+
+def _write(plan: JobPlan) -> None:
+    plan.folder.mkdir(exist_ok=True)
+    write_bytes(plan.folder / "job.sh", job_script(plan).encode())
+    if plan.serves:
+        write_bytes(plan.folder / "node.sh", node_script(plan).encode())
+
+
+def _submitted(plan: JobPlan, order: Order) -> str:
+    try:
+        job = scheduler(plan.site.scheduler).submit(plan.folder / "job.sh")
+    except (SiteError, ConfigurationError) as error:
+        msg = f"{error.message}\nThe run folder is ready; try again: fanfold submit {plan.run} …"
+        raise type(error)(msg) from None
+    terms = {
+        "site": plan.site.name,
+        "scheduler": plan.site.scheduler,
+        "jobs": order.jobs,
+        "node_hours": order.node_hours,
+    }
+    chain_file(plan.run).note(
+        "submitted",
+        job=job,
+        nodes=plan.nodes,
+        walltime_s=plan.walltime_s,
+        after=None,
+        by_hand=True,
+        terms=terms,
+    )
+    return job
+
+
+def _about(plan: JobPlan, job: str, loaded: Loaded) -> Iterator[str]:
+    found = RunFolder(plan.run).read_provenance()["input"]
+    yield f"{found['items']:,} items from {found['source']}; run folder {plan.run}"
+    yield f"job {job} is submitted: {plan.nodes} nodes, {plan.walltime_s / 3600:g} h at most"
+    yield f"site {plan.site.name}: {plan.site.tested}; its script: {plan.folder}/job.sh"
+    yield from (f"note: {hint}" for hint in plan.site.hints)
+    servers, streams = plan.nodes * loaded.config.node.instances, loaded.config.limits.streams
+    if plan.serves and streams < servers * _BATCH:
+        yield (
+            f"note: limits.streams is {streams:,}, so {servers:,} servers have "
+            f"{streams / servers:,.0f} items each at a time; their batches may take more"
+        )
+    if names := sorted(set(_VARIABLE.findall(str(loaded.plain)))):
+        yield (
+            f"note: the job must find {', '.join(names)} in its environment; where the scheduler "
+            "does not pass it on, let 'setup' of a site file read it from a file of yours"
+        )
+    yield f"fanfold status {plan.run}   fanfold cancel {plan.run}"

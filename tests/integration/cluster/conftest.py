@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import yaml
+
+from fanfold.backends.accounts.folder import RunFolder
+from fanfold.backends.cluster.chain import Chain, chain_file
+from fanfold.graphs.submitting import Order, submit
+from fanfold.graphs.wish import Wish
+
+HERE = Path(__file__).parent
+PATIENCE_S = 240.0
+SETTINGS: dict[str, Any] = {
+    "name": "trial",
+    "task": {
+        "prompt": "How is {text}?",
+        "schema": {
+            "type": "object",
+            "required": ["score"],
+            "properties": {"score": {"type": "number", "minimum": 0, "maximum": 1}},
+        },
+    },
+    "endpoints": {"simulated": {"nodes": 2}},
+    "reduce": [{"op": "count"}],
+}
+
+
+def served(per_item_s: float) -> dict[str, Any]:
+    """Settings by which each node serves a simulated model of its own, 4 items at a time."""
+    with socket.create_server(("127.0.0.2", 0)) as free:
+        port = free.getsockname()[1]
+    program = f"{sys.executable} {HERE}/node_server.py {{port}} {{model}} {per_item_s}"
+    return {
+        "model": {"name": "sim"},
+        "endpoints": {"file": "servers"},
+        "node": {"serve": program, "ports": port},
+        "limits": {"streams": 8, "drain_s": 5, "hedge": False},
+    }
+
+
+def until(true: Callable[[], object], what: str) -> None:
+    """Wait as long as a loaded machine may take."""
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < end, f"waited {PATIENCE_S:.0f} s for: {what}"
+        time.sleep(0.1)
+
+
+@dataclass
+class Trial:
+    """One run and its jobs."""
+
+    path: Path
+
+    @property
+    def chain(self) -> Chain:
+        return chain_file(self.path).read()
+
+    def finished(self) -> Counter[str]:
+        """How often each item has ended, over all journal files."""
+        found: Counter[str] = Counter()
+        for file in RunFolder(self.path).journal.glob("*.jsonl"):
+            lines = file.read_bytes().split(b"\n")[:-1]
+            records = [orjson.loads(line) for line in lines]
+            found.update(r["id"] for r in records if r.get("status") == "done")
+        return found
+
+    def logs(self) -> str:
+        files = sorted((self.path / "cluster").glob("*.log"))
+        return "\n".join(f"--- {f.name}\n{f.read_text()}" for f in files)
+
+
+@dataclass
+class Cluster:
+    """A scheduler to try with, and the site file for it."""
+
+    folder: Path
+    site: Path
+
+    def submit(self, items: int, settings: dict[str, Any], **order: Any) -> Trial:
+        """Submit a run of so many items to jobs of two nodes."""
+        rows = "".join(f"i{n},text {n}\n" for n in range(items))
+        (self.folder / "in.csv").write_text(f"id,text\n{rows}")
+        data = SETTINGS | {"input": {"path": "in.csv", "id": "id"}} | settings
+        config = self.folder / "c.yaml"
+        config.write_text(yaml.safe_dump(data))
+        trial = Trial(self.folder / "run")
+        wanted: dict[str, Any] = {"nodes": 2, "walltime": "1h"} | order
+        terms = Order(str(self.site), **wanted)
+        submit(str(config), trial.path, Wish([]), terms, dry=False)
+        return trial
+
+
+@pytest.fixture
+def pbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """The stand-in for PBS; whatever still runs at the end is ended."""
+    home, programs = tmp_path / "pbs", tmp_path / "bin"
+    home.mkdir()
+    programs.mkdir()
+    for name in ("qsub", "qstat", "qsig", "qdel"):
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE}/standin_pbs.py {name} "$@"\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("STANDIN_PBS", str(home))
+    site = tmp_path / "site.yaml"
+    launcher = f"{sys.executable} {HERE}/standin_launcher.py {{nodes}}"
+    site.write_text(
+        f"name: trial\nscheduler: pbs\nlauncher: {launcher}\nhost: $FANFOLD_HOST\nreserve_s: 5\n"
+    )
+    cluster = Cluster(tmp_path, site)
+    yield cluster
+    jobs = [job.name for job in home.iterdir() if job.name.isdigit()]
+    os.system(f"qdel {' '.join(jobs)}") if jobs else None

@@ -1,0 +1,67 @@
+"""An archive of the environment runs where it is unpacked, from itself alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+from fanfold.backends.cluster.pack import pack
+from fanfold.backends.contract.errors import ConfigurationError
+
+NEEDED = {  # of what is run below; all packages would take a minute
+    *("fanfold", "typer", "typer-slim", "click", "rich", "pygments", "markdown-it-py", "mdurl"),
+    *("shellingham", "orjson", "pydantic", "pydantic-core", "annotated-types", "pyyaml"),
+    *("typing-extensions", "typing-inspection", "jsonschema-rs", "annotated-doc", "colorama"),
+}
+
+
+def test_it_runs_elsewhere_from_itself_alone(tmp_path: Path) -> None:
+    names = {str(d.metadata["Name"]) for d in distributions()}
+    others = sorted(n for n in names if n.lower().replace("_", "-").replace(".", "-") not in NEEDED)
+    packed = pack(tmp_path / "env.tar", others)
+    assert "fanfold" in packed.packages
+    assert packed.size == packed.path.stat().st_size
+    there = tmp_path / "some where"
+    with tarfile.open(packed.path) as archive:
+        archive.extractall(there, filter="tar")
+    packed.path.unlink()
+    (there / "elsewhere").mkdir()
+    moved = there.rename(tmp_path / "moved again")
+    shown = (
+        "import fanfold, rich, sys; print(fanfold.__file__, rich.__file__, sys.prefix, *sys.path)"
+    )
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    environment = {"PATH": "/usr/bin:/bin", "LD_LIBRARY_PATH": str(moved / "lib")}
+    asked = [str(moved / "bin" / version), "-I", "-c", shown]
+    done = subprocess.run(
+        asked, env=environment, cwd="/", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert sys.prefix not in done.stdout
+    assert sys.base_prefix not in done.stdout.replace(str(moved), "")
+    assert done.stdout.count(str(moved)) >= 4
+    for words, code, says in (
+        (["--version"], 0, "fanfold "),
+        (["chain", "begin", "/none", "--job", "1"], 2, "/none: no such run folder"),
+    ):
+        said = subprocess.run(
+            [moved / "bin" / "fanfold", *words],
+            env={"PATH": "/usr/bin:/bin"},
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert said.returncode == code, said.stderr
+        assert says in said.stdout + said.stderr
+
+
+def test_a_package_that_is_not_there_cannot_be_left_out(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--without no-such: no such package"):
+        pack(tmp_path / "env.tar", ["no-such"])
+    assert not list(tmp_path.iterdir())

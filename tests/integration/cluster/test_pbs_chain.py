@@ -1,0 +1,99 @@
+"""Chains of jobs on a stand-in for PBS, which runs scripts in the background."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.graphs import chaining
+from fanfold.graphs.campaign import campaign
+
+from .conftest import Cluster, Trial, served, until
+from .standin_pbs import members
+
+pytestmark = pytest.mark.integration
+ITEMS = 40
+SLOW = {"limits": {"requests_per_s": 20, "streams": 8}}
+
+
+def ended(trial: Trial) -> bool:
+    chain = trial.chain
+    return chain.halted is not None and not chain.unfinished()
+
+
+def test_a_job_that_is_warned_is_followed_and_each_item_ends_once(pbs: Cluster) -> None:
+    """The scheduler has no room for a second job at first, and is asked again at the end."""
+    single = pbs.folder / "pbs" / "single"
+    single.touch()
+    trial = pbs.submit(ITEMS, served(0.3))
+    until(lambda: len(trial.finished()) >= 8, "the first items")
+    single.unlink()
+    subprocess.run(["qsig", "-s", "SIGUSR1", trial.chain.jobs[0].id], check=True)
+    until(lambda: ended(trial), "the end of the chain")
+    chain, said = trial.chain, trial.logs()
+    assert "it will be tried again at the end of this one" in said
+    assert [job.code for job in chain.jobs] == [5, 0, None], said
+    assert chain.jobs[0].progress >= 8
+    assert chain.jobs[0].progress + chain.jobs[1].progress == ITEMS
+    assert chain.halted == "all items are finished"
+    assert chain.jobs[2].outcome == "withdrawn before it began"
+    finished = trial.finished()
+    assert len(finished) == ITEMS
+    assert set(finished.values()) == {1}
+    assert said.count("all servers have ended") == 4, said  # two nodes in each of two jobs
+    assert not list((trial.path / "cluster" / "servers").glob("127*"))
+    check_usage(trial)
+
+
+def check_usage(trial: Trial) -> None:
+    def known() -> dict[str, Any]:
+        facts = campaign(trial.path, shares=True)
+        assert facts is not None
+        return facts
+
+    until(lambda: known()["node_hours_by_scheduler"], "the scheduler's accounts")
+    facts = known()
+    assert facts["node_hours"] > 0
+    assert [job["items"] for job in facts["jobs"][:2]] == [j.progress for j in trial.chain.jobs[:2]]
+    lost, useful = facts["useful"]["lost"], facts["useful"]["share"]
+    assert sum(lost.values()) + useful == pytest.approx(1, abs=0.01)
+    assert 0 < useful < 1
+
+
+def test_a_job_that_is_killed_is_followed(pbs: Cluster) -> None:
+    trial = pbs.submit(ITEMS, SLOW)
+    until(lambda: len(trial.finished()) >= 8, "the first items")
+    for pid in members(int((pbs.folder / "pbs" / "1" / "session").read_text())):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: ended(trial), "the end of the chain")
+    chain = trial.chain
+    assert [job.outcome for job in chain.jobs] == ["lost", "finished", "withdrawn before it began"]
+    assert len(trial.finished()) == ITEMS
+
+
+def test_cancel_lets_items_in_flight_end_and_none_follows(pbs: Cluster) -> None:
+    trial = pbs.submit(400, SLOW)
+    until(lambda: len(trial.finished()) >= 4, "the first items")
+    with pytest.raises(ConfigurationError, match=r"job 1\.standin of this run is running"):
+        pbs.submit(400, SLOW)
+    chaining.cancel(trial.path, at_once=False)
+    until(lambda: ended(trial), "the end of the chain")
+    chain = trial.chain
+    assert chain.halted == "cancelled by fanfold cancel"
+    assert [job.code for job in chain.jobs] == [5, None], trial.logs()
+    assert chain.jobs[1].outcome == "cancelled before it began"
+    assert len(trial.finished()) < 400
+    assert set(trial.finished().values()) == {1}
+
+
+def test_a_run_without_jobs_has_nothing_to_cancel(pbs: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigurationError, match="not a run folder"):
+        chaining.cancel(tmp_path / "empty", at_once=False)
+    assert not (pbs.folder / "pbs" / "1").exists()

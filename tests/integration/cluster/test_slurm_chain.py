@@ -1,0 +1,113 @@
+"""Chains of jobs on a real Slurm of three nodes, all on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fanfold
+from fanfold.graphs import chaining
+
+from .conftest import Cluster, Trial, served, until
+from .slurm import PrivateSlurm, missing, private_slurm
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+]
+SITE = """\
+name: trial
+scheduler: slurm
+launcher: srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --no-kill --overcommit
+host: 127.0.0.$((1 + ${SLURMD_NODENAME#n}))
+reserve_s: 10
+silence_s: 15
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivateSlurm]:
+    with private_slurm(tmp_path / "slurm") as cluster:
+        monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+        yield cluster
+
+
+@pytest.fixture
+def jobs(slurm: PrivateSlurm, tmp_path: Path) -> Cluster:
+    assert slurm.conf.exists()
+    site = tmp_path / "site.yaml"
+    tree = Path(str(fanfold.__file__)).parent.parent
+    site.write_text(f"{SITE}environment: {{PYTHONPATH: {tree}}}\n")
+    return Cluster(tmp_path, site)
+
+
+def ended(trial: Trial) -> bool:
+    chain = trial.chain
+    return chain.halted is not None and not chain.unfinished()
+
+
+def each_once(trial: Trial, items: int) -> None:
+    assert trial.chain.halted == "all items are finished", trial.logs()
+    assert len(trial.finished()) == items
+    assert set(trial.finished().values()) == {1}
+
+
+def test_a_walltime_cuts_the_run_and_the_successor_goes_on(jobs: Cluster) -> None:
+    """Slurm warns up to a minute early, so a job of a minute may be warned as it begins."""
+    trial = jobs.submit(1200, served(0.3), walltime="1m")
+    until(lambda: ended(trial), "the end of the chain")
+    each_once(trial, 1200)
+    codes = [job.code for job in trial.chain.jobs]
+    assert codes.count(0) == 1
+    assert 5 in codes
+
+
+def test_a_server_and_a_node_and_the_first_node_are_lost(
+    jobs: Cluster, slurm: PrivateSlurm
+) -> None:
+    """The job goes on without a node; without its first one another node ends it."""
+    trial = jobs.submit(900, served(0.3), walltime="10m", nodes=3)
+    until(lambda: len(trial.finished()) >= 20, "the first items")
+    server = [p for p in slurm.processes("n2") if b"node_server" in command(p)]
+    os.kill(server[0], signal.SIGKILL)
+    log = trial.path / "cluster"
+    until(lambda: "restart 1 of 3" in said(log, "serve"), "the restart of a server")
+    slurm.lose("n3")
+    before = len(trial.finished())
+    until(lambda: len(trial.finished()) >= before + 50, "items of the nodes that are left")
+    assert trial.chain.jobs[0].ended is None
+    slurm.lose("n1")
+    until(lambda: not running(slurm), "the end of a job without its first node")
+    for node in ("n1", "n3"):
+        subprocess.run(["slurmd", "-N", node], check=True)
+    until(lambda: ended(trial), "the end of the chain")
+    each_once(trial, 900)
+    assert [job.outcome for job in trial.chain.jobs][:2] == ["lost", "finished"]
+
+
+def running(slurm: PrivateSlurm) -> bool:
+    return slurm.said("squeue", "-h", "-t", "R", "-o", "%i").split() == ["1"]
+
+
+def test_cancel_ends_a_chain(jobs: Cluster) -> None:
+    trial = jobs.submit(2000, served(0.3), walltime="10m")
+    until(lambda: len(trial.finished()) >= 20, "the first items")
+    chaining.cancel(trial.path, at_once=False)
+    until(lambda: ended(trial), "the end of the chain")
+    assert trial.chain.halted == "cancelled by fanfold cancel"
+    assert trial.chain.jobs[0].code == 5
+    assert set(trial.finished().values()) == {1}
+    assert "all servers have ended" in said(trial.path / "cluster", "serve")
+
+
+def command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def said(folder: Path, kind: str) -> str:
+    return "\n".join(f.read_text() for f in folder.glob(f"{kind}-*.log"))

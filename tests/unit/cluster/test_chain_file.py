@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fanfold.backends.cluster.chain import Chain, ChainFile
+from fanfold.backends.cluster.verdict import verdict
+from fanfold.backends.contract.errors import LedgerError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> ChainFile:
+    return ChainFile(tmp_path / "cluster" / "chain.jsonl")
+
+
+def submitted(file: ChainFile, job: str, after: str | None = None, **terms: object) -> None:
+    by_hand = {"by_hand": after is None}
+    terms = {"terms": {"scheduler": "slurm", **terms}} if after is None else {}
+    file.note("submitted", job=job, nodes=2, walltime_s=3600, after=after, **by_hand, **terms)
+
+
+def lived(file: ChainFile, job: str, before: int, done: int, code: int = 5) -> None:
+    file.note("began", job=job, finished=before)
+    file.note("ended", job=job, outcome="interrupted", code=code, finished=done)
+
+
+def test_no_file_is_an_empty_chain(file: ChainFile) -> None:
+    assert file.read() == Chain()
+
+
+def test_a_chain_is_told_from_its_events(file: ChainFile) -> None:
+    submitted(file, "1")
+    lived(file, "1", 0, 10)
+    submitted(file, "2", after="1")
+    chain = file.read()
+    assert [job.id for job in chain.jobs] == ["1", "2"]
+    assert chain.jobs[0].progress == 10
+    assert chain.jobs[0].wall_s >= 0
+    assert chain.successor("1") == chain.jobs[1]
+    assert chain.unfinished() == (chain.jobs[1],)
+
+
+def test_a_torn_line_is_left_out_and_does_not_spoil_the_next(file: ChainFile) -> None:
+    submitted(file, "1")
+    with file.path.open("ab") as stream:
+        stream.write(b'{"v":1,"at":"2026')
+    file.note("began", job="1", finished=3)
+    chain = file.read()
+    assert [job.id for job in chain.jobs] == ["1"]
+    assert chain.jobs[0].before == 3
+
+
+def test_another_version_is_an_error(file: ChainFile) -> None:
+    file.path.parent.mkdir()
+    file.path.write_text('{"v":2,"event":"began"}\n')
+    with pytest.raises(LedgerError, match="line 1: version 2"):
+        file.read()
+
+
+def test_it_goes_on_while_progress_is_made(file: ChainFile) -> None:
+    submitted(file, "1")
+    lived(file, "1", 0, 10)
+    assert verdict(file.read(), 90).on
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [(0, "finished"), (3, "finished"), (2, "wrong setting"), (4, "budget is spent")],
+)
+def test_exit_codes_that_end_it(file: ChainFile, code: int, why: str) -> None:
+    submitted(file, "1")
+    lived(file, "1", 0, 10, code)
+    found = verdict(file.read(), 90)
+    assert not found.on
+    assert why in found.why
+
+
+def test_nothing_left_ends_it(file: ChainFile) -> None:
+    submitted(file, "1")
+    lived(file, "1", 0, 10, code=1)
+    assert verdict(file.read(), 0).why == "all items are finished"
+
+
+def test_two_jobs_without_progress_end_it(file: ChainFile) -> None:
+    submitted(file, "1")
+    lived(file, "1", 0, 10)
+    submitted(file, "2", after="1")
+    lived(file, "2", 10, 10)
+    assert verdict(file.read(), 90).on
+    submitted(file, "3", after="2")
+    file.note("began", job="3", finished=10)
+    assert verdict(file.read(), 90).on  # it runs: nobody knows yet
+    file.note("lost", job="3", outcome="lost", finished=10)
+    found = verdict(file.read(), 90)
+    assert not found.on
+    assert "2 jobs in a row finished no item" in found.why
+
+
+def test_submitting_by_hand_begins_anew(file: ChainFile) -> None:
+    submitted(file, "1")
+    lived(file, "1", 0, 0)
+    submitted(file, "2", after="1")
+    lived(file, "2", 0, 0)
+    file.note("halted", why="no progress")
+    assert not verdict(file.read(), 5).on
+    submitted(file, "3")
+    chain = file.read()
+    assert verdict(chain, 5).on
+    assert [job.id for job in chain.recent] == ["3"]
+
+
+def test_a_halt_holds_whatever_jobs_do(file: ChainFile) -> None:
+    submitted(file, "1")
+    file.note("began", job="1", finished=0)
+    file.note("halted", why="cancelled by fanfold cancel")
+    file.note("ended", job="1", outcome="interrupted", code=5, finished=10)
+    assert verdict(file.read(), 90).why == "cancelled by fanfold cancel"
+
+
+def test_most_jobs(file: ChainFile) -> None:
+    submitted(file, "1", jobs=2)
+    lived(file, "1", 0, 10)
+    assert verdict(file.read(), 90).on
+    submitted(file, "2", after="1")
+    lived(file, "2", 10, 20)
+    assert "its 2 jobs" in verdict(file.read(), 80).why
+
+
+def test_most_node_hours(file: ChainFile) -> None:
+    submitted(file, "1", node_hours=1.5)
+    assert verdict(file.read(), 90).on  # nothing has begun
+    lived(file, "1", 0, 10)
+    found = verdict(file.read(), 90)  # nothing used, and one more job may take 2
+    assert not found.on
+    assert "one more job may take 2.00" in found.why

@@ -1,0 +1,105 @@
+"""What is asked of Slurm and PBS, against programs that say what those say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fanfold.backends.cluster.schedulers import Pbs, Slurm, Used, scheduler
+from fanfold.backends.contract.errors import ConfigurationError, SiteError
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is the whole PATH besides a shell."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+def program(folder: Path, name: str, *lines: str) -> None:
+    file = folder / name
+    file.write_text("\n".join(("#!/bin/sh", *lines)) + "\n")
+    file.chmod(0o755)
+
+
+def test_slurm_ids_lose_the_name_of_the_cluster(programs: Path) -> None:
+    program(programs, "sbatch", f'echo "$@" > {programs}/said', "echo '12;big'")
+    assert Slurm().submit(Path("job.sh"), "11") == "12"
+    assert (programs / "said").read_text().split() == [
+        "--parsable",
+        "--dependency=afterany:11",
+        "job.sh",
+    ]
+
+
+def test_slurm_states(programs: Path) -> None:
+    program(programs, "squeue", "printf '1 RUNNING\\n2 PENDING\\n3 COMPLETED\\n4 COMPLETING\\n'")
+    assert Slurm().states(["1", "2", "3", "4", "5"]) == {
+        "1": "running",
+        "2": "queued",
+        "3": "ended",
+        "4": "running",
+        "5": "ended",
+    }
+
+
+def test_slurm_accounts_or_none(programs: Path) -> None:
+    program(programs, "sacct", "printf '1|COMPLETED|3600|4\\n2|PENDING||4\\n'")
+    assert Slurm().used(["1", "2"]) == {"1": Used(4, 3600, "COMPLETED")}
+    program(programs, "sacct", "echo 'Slurm accounting storage is disabled' >&2", "exit 1")
+    assert Slurm().used(["1"]) == {}
+
+
+def test_pbs_says_it_in_json(programs: Path) -> None:
+    said = (
+        '{"Jobs": {"7.host.site": {"job_state": "F", "resources_used": {"walltime": "01:00:30"},'
+        ' "Resource_List": {"nodect": 4}}, "8.host.site": {"job_state": "H"}}}'
+    )
+    program(programs, "qstat", f"echo '{said}'")
+    assert Pbs().states(["7.host", "8.host", "9.host"]) == {
+        "7.host": "ended",
+        "8.host": "queued",
+        "9.host": "ended",
+    }
+    assert Pbs().used(["7.host", "8.host"]) == {"7.host": Used(4, 3630, "F")}
+
+
+def test_pbs_depends_and_signals(programs: Path) -> None:
+    for name in ("qsub", "qsig", "qdel"):
+        program(programs, name, f'echo {name} "$@" >> {programs}/said', "echo 5.host")
+    assert Pbs().submit(Path("job.sh"), "4.host") == "5.host"
+    Pbs().drain("5.host")
+    Pbs().cancel(["5.host", "6.host"])
+    assert (programs / "said").read_text().splitlines() == [
+        "qsub -W depend=afterany:4.host job.sh",
+        "qsig -s SIGUSR1 5.host",
+        "qdel 5.host 6.host",
+    ]
+
+
+def test_what_a_scheduler_refuses_is_told(programs: Path) -> None:
+    program(programs, "sbatch", "echo 'sbatch: error: invalid account' >&2", "exit 1")
+    with pytest.raises(SiteError, match="sbatch says: sbatch: error: invalid account"):
+        scheduler("slurm").submit(Path("job.sh"))
+
+
+def test_without_a_scheduler_the_login_node_is_named(programs: Path) -> None:
+    os.environ["PATH"] = str(programs)
+    with pytest.raises(ConfigurationError, match="qsub: no such command here; submit from a login"):
+        scheduler("pbs").submit(Path("job.sh"))
+
+
+def test_a_successor_does_not_inherit_its_predecessors_job(
+    programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("FANFOLD_END_TIME", "1")
+    monkeypatch.setenv("MY_KEY", "k")
+    program(programs, "sbatch", f"env > {programs}/env", "echo 5")
+    Slurm().submit(Path("job.sh"))
+    names = {line.partition("=")[0] for line in (programs / "env").read_text().splitlines()}
+    assert {"SLURM_CONF", "MY_KEY"} <= names
+    assert not {"SLURM_JOB_ID", "FANFOLD_END_TIME"} & names
