@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Mapping
+from typing import Final
 
 import aiohttp
 
 from ..contract.errors import ConfigurationError
 from .answer import RawAnswer
 from .policy import FleetPolicy
+
+_LARGE: Final = 1 << 20
+"""Bytes above which aiohttp warns of a body that is sent in one piece."""
 
 
 class Transport:
@@ -48,7 +53,9 @@ class Transport:
             TimeoutError: No answer in time.
         """
         session = self.session(proxied)
-        async with session.post(url, data=body, headers=headers, allow_redirects=False) as got:
+        async with session.post(
+            url, data=_sent(body), headers=headers, allow_redirects=False
+        ) as got:
             return RawAnswer(got.status, got.headers, await got.read())
 
     async def stream(
@@ -65,7 +72,7 @@ class Transport:
         limits = self._policy.timeout
         timeout = aiohttp.ClientTimeout(sock_connect=limits.connect_s, sock_read=limits.request_s)
         return await self.session(proxied).post(
-            url, data=body, headers=headers, allow_redirects=False, timeout=timeout
+            url, data=_sent(body), headers=headers, allow_redirects=False, timeout=timeout
         )
 
     async def get(
@@ -120,3 +127,8 @@ class Transport:
         sessions, self._sessions, self.loop = self._sessions, {}, None
         for session in sessions.values():
             await session.close()
+
+
+def _sent(body: bytes) -> bytes | io.BytesIO:
+    """Return a body as aiohttp likes it: a large one is read in pieces, lest it holds up the loop."""
+    return io.BytesIO(body) if len(body) > _LARGE else body

@@ -23,7 +23,7 @@ SCHEMA: Final[dict[str, Any]] = {
     "required": ["kind", "score"],
     "properties": {
         "kind": {"type": "string", "enum": ["a", "b", "c"]},
-        "score": {"type": "integer", "minimum": 0, "maximum": 9},
+        "score": {"type": "string", "enum": ["low", "high"]},
     },
 }
 
@@ -39,7 +39,7 @@ async def test_more_items_than_the_servers_take_at_once_and_two_that_are_too_lon
     monkeypatch.chdir(tmp_path)
     config = {
         "task": {"prompt": "Judge {x}.", "schema": SCHEMA},
-        "model": {"max_tokens": 64, "price": {"prompt": 1, "completion": 2}},
+        "model": {"max_tokens": 512, "temperature": 1.0, "price": {"prompt": 1, "completion": 2}},
         "endpoints": {"urls": URLS},
         "limits": {"streams": 512},
         "budget": {"usd": 10},

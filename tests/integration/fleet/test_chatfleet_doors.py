@@ -279,3 +279,10 @@ def test_model_kwargs_of_the_caller_stay_whole() -> None:
     with pytest.warns(UserWarning, match="logit_bias"):
         ChatFleet(fleet=Fleet([EndpointSpec("http://h")]), model="m", model_kwargs=kwargs)
     assert kwargs == {"logit_bias": {"1": 2}}
+
+
+async def test_a_large_question_is_sent_without_complaint(stub: Stub) -> None:
+    """aiohttp warns of large bodies in one piece; here every warning is an error."""
+    async with Fleet([EndpointSpec(stub.url)]) as fleet:
+        answer = await ChatFleet(fleet=fleet, model="m").ainvoke("molecule " * 200_000)
+    assert answer.text == "hello"
