@@ -9,8 +9,8 @@ from typing import Any
 from ..backends.tariffs import explained
 from ..configs.load import Loaded
 from .estimate import Estimate, estimate
+from .options import SAMPLE
 from .saying import print_json, say
-from .settings import SAMPLE
 from .telling import budget_lines, cost_lines
 from .wish import Wish
 

@@ -20,8 +20,8 @@ from ..backends.contract.wire import own_version
 from . import cluster_cli, globus_cli
 from .codes import BUDGET, INTERRUPTED, OTHER, USAGE
 from .lazily import Later
+from .options import COST_BY, SAMPLE
 from .saying import say
-from .settings import COST_BY, SAMPLE
 
 if TYPE_CHECKING:
     from . import checking, costing, listing, looking, running, serve_cli

@@ -18,9 +18,9 @@ from ..backends.contract.money import HOUR_MS, NANO, Amount
 from ..backends.contract.types import Json
 from .costs import budget_so_far, cost_so_far, doubts, figure
 from .live import short
+from .options import COST_BY
 from .report import cell
 from .saying import print_json
-from .settings import COST_BY
 
 _NO_PRICE: Final = "-"
 

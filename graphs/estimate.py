@@ -29,10 +29,10 @@ from ..configs.models import RunConfig
 from ..configs.prices import provider_at
 from .forecast import Forecast, Plan, forecast
 from .items import check_graph
+from .options import SAMPLE
 from .prepare import check_endpoints, check_input
 from .sampling import Sample, take_sample
 from .seen import seen_in
-from .settings import SAMPLE
 from .spans import Span
 
 _SHOWN: Final = 3

@@ -14,12 +14,6 @@ from ..configs.source import at_path
 
 DEFAULT: Final = "molecular_screening"
 
-SAMPLE: Final = 200
-"""Items that a check renders."""
-
-COST_BY: Final = ("model", "endpoint", "node", "day")
-"""What costs can be told by."""
-
 NO_RDKIT: Final = (
     "rdkit is not installed: 20 molecules that ship with fanfold take the place of the 4,991, "
     "and the simulated answers are random. pip install 'fanfold[chem]' for the full example."
