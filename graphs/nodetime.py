@@ -152,6 +152,7 @@ class _Payer:
     def __init__(self, budget: Budget, gate: Gate, sheet: Timesheet) -> None:
         self._budget, self._gate, self._sheet = budget, gate, sheet
         self._owed, self._aside = Amount(), Amount()
+        self._asked: Amount | None = None
 
     async def begin(self) -> None:
         """Put aside what the end of those in flight will take; close the gate without so much."""
@@ -166,14 +167,20 @@ class _Payer:
     def spend(self, cost: Amount) -> None:
         """Spend a while; close the gate when there is no more."""
         self._owed = self._owed.plus(cost)
-        spent = self._budget.purse.tick(self._owed)
-        if spent is None:
-            return  # the book is being written: with the next while
-        if not spent:
-            msg = self._budget.refusal(self._owed.plus(self._aside))
-            self._gate.close(msg, BudgetExhaustedError(msg))
-            self._use_aside(self._owed)
-        self._owed = Amount()
+        while any(self._owed):
+            due = self._asked or self._owed
+            spent = self._budget.purse.tick(due)
+            if spent is None:  # the book is being written for so much: it is paid with the next
+                self._asked = due
+                return
+            self._asked = None
+            if not spent:
+                msg = self._budget.refusal(self._owed.plus(self._aside))
+                self._gate.close(msg, BudgetExhaustedError(msg))
+                self._use_aside(self._owed)
+                self._owed = Amount()
+                return
+            self._owed = self._owed.minus(due)
 
     def end(self, cost: Amount) -> None:
         """Spend the last while, and give back what was put aside."""
