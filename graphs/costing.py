@@ -119,6 +119,7 @@ def _lines(cost: Cost, running: bool) -> Iterator[tuple[str, str, int | None]]:
     price = held.nano_usd or None
     yield "node-hours held", f"{held.node_ms / HOUR_MS:,.3f}", price
     yield "  idle", f"{held.idle_ms / HOUR_MS:,.3f}", price and held.idle_nano_usd
-    yield "tokens and nodes", "", cost.nano_usd
+    if cost.nano_usd is not None:
+        yield "tokens and nodes", "", cost.nano_usd
     if doubt != Amount():
         yield ("reserved or in doubt" if running else "in doubt"), doubts(cost), None

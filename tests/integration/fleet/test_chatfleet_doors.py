@@ -283,6 +283,7 @@ def test_model_kwargs_of_the_caller_stay_whole() -> None:
 
 async def test_a_large_question_is_sent_without_complaint(stub: Stub) -> None:
     """aiohttp warns of large bodies in one piece; here every warning is an error."""
+    stub.answers["m"] = [Canned(200, completion())]
     async with Fleet([EndpointSpec(stub.url)]) as fleet:
         answer = await ChatFleet(fleet=fleet, model="m").ainvoke("molecule " * 200_000)
     assert answer.text == "hello"
