@@ -130,5 +130,5 @@ class Transport:
 
 
 def _sent(body: bytes) -> bytes | io.BytesIO:
-    """Return a body as aiohttp likes it: a large one is read in pieces, lest it holds up the loop."""
+    """Return a body as aiohttp likes it: a large one in pieces, lest it hold up the loop."""
     return io.BytesIO(body) if len(body) > _LARGE else body
