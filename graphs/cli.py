@@ -17,7 +17,7 @@ from ..backends.contract.errors import (
     RunStoppedError,
 )
 from ..backends.contract.wire import own_version
-from . import cluster_cli, globus_cli
+from . import cluster_cli, globus_cli, presets_cli
 from .codes import BUDGET, INTERRUPTED, OTHER, USAGE
 from .lazily import Later
 from .options import COST_BY, SAMPLE
@@ -41,8 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-presets = typer.Typer(help="Ready configurations, one per use case.", no_args_is_help=True)
-app.add_typer(presets, name="presets")
+app.add_typer(presets_cli.app, name="presets")
 app.add_typer(globus_cli.app, name="globus")
 cluster_cli.add_to(app)
 
@@ -313,24 +312,6 @@ def serve(
 ) -> None:
     """Serve the model on this node (section node), until interrupted."""
     serve_cli.serve_node(config, wish_of.Wish(overrides or []), servers, host)
-
-
-@presets.command("list")
-def presets_list() -> None:
-    """List the presets."""
-    looking.presets_list()
-
-
-@presets.command("show")
-def presets_show(name: str) -> None:
-    """Print a preset."""
-    looking.presets_show(name)
-
-
-@presets.command("copy")
-def presets_copy(name: str, target: Annotated[Path | None, typer.Argument()] = None) -> None:
-    """Write a preset to a file for editing, its endpoints left for you to fill."""
-    looking.presets_copy(name, target or Path(f"{name}.yaml"))
 
 
 def main() -> None:

@@ -152,7 +152,6 @@ class _Payer:
     def __init__(self, budget: Budget, gate: Gate, sheet: Timesheet) -> None:
         self._budget, self._gate, self._sheet = budget, gate, sheet
         self._owed, self._aside = Amount(), Amount()
-        self._asked: Amount | None = None
 
     async def begin(self) -> None:
         """Put aside what the end of those in flight will take; close the gate without so much."""
@@ -167,28 +166,26 @@ class _Payer:
     def spend(self, cost: Amount) -> None:
         """Spend a while; close the gate when there is no more."""
         self._owed = self._owed.plus(cost)
-        while any(self._owed):
-            due = self._asked or self._owed
-            spent = self._budget.purse.tick(due)
-            if spent is None:  # the book is being written for so much: it is paid with the next
-                self._asked = due
-                return
-            self._asked = None
-            if not spent:
-                msg = self._budget.refusal(self._owed.plus(self._aside))
-                self._gate.close(msg, BudgetExhaustedError(msg))
-                self._use_aside(self._owed)
-                self._owed = Amount()
-                return
-            self._owed = self._owed.minus(due)
+        spent = self._budget.purse.tick(self._owed)
+        if spent is None:
+            return  # the book is being written: with the next while
+        if not spent:
+            msg = self._budget.refusal(self._owed.plus(self._aside))
+            self._gate.close(msg, BudgetExhaustedError(msg))
+            self._pay(self._owed)
+        self._owed = Amount()
 
     def end(self, cost: Amount) -> None:
         """Spend the last while, and give back what was put aside."""
-        self._use_aside(self._owed.plus(cost))
+        self._pay(self._owed.plus(cost))
         self._budget.purse.aside = Amount()
         self._budget.purse.settle(self._aside, Amount())
 
-    def _use_aside(self, cost: Amount) -> None:
-        used = cost.least(self._aside)
-        self._aside = self._budget.purse.aside = self._aside.minus(used)
-        self._budget.purse.settle(used, used)
+    def _pay(self, cost: Amount) -> None:
+        """Count time that has gone by, of what is left and then of what was put aside."""
+        purse = self._budget.purse
+        free = cost.least(purse.left.most(Amount()))
+        purse.settle(Amount(), free)
+        used = cost.minus(free).least(self._aside)
+        self._aside = purse.aside = self._aside.minus(used)
+        purse.settle(used, used)
