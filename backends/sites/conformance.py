@@ -56,7 +56,7 @@ def order(name: str, rows: Sequence[Row], journal: Path | None = None, **changes
 
     Args:
         name: Name of the shard.
-        rows: One per item; see :class:`~fanfold.backends.sites.rehearsal.Actor`.
+        rows: One per item; see :class:`~fanfold.backends.sites.rehearsal.play`.
         journal: Folder for the worker's journal; None has the records sent home.
         changes: Fields of the order to replace.
     """
