@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .lazily import Later
+from .options import Folder, Input, Limit, Sets
 from .saying import say
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ else:
 
 chain = typer.Typer(help="What the job script calls.", no_args_is_help=True, hidden=True)
 
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
 JobId = Annotated[str, typer.Option("--job", help="The scheduler's name of this job.")]
 
 
@@ -54,16 +54,9 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         Path | None,
         typer.Option("--pack", metavar="FILE", help="Copy this environment to the nodes first."),
     ] = None,
-    input_path: Annotated[
-        str | None, typer.Option("--input", metavar="PATH", help="Input file or folder.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Only the first so many items.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting."),
-    ] = None,
+    input_path: Input = None,
+    limit: Limit = None,
+    overrides: Sets = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the script; submit nothing.")
     ] = False,
@@ -75,7 +68,7 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
 
 
 def cancel(
-    folder: Run,
+    folder: Folder,
     now: Annotated[
         bool, typer.Option("--now", help="Have the scheduler end running jobs at once.")
     ] = False,
@@ -105,14 +98,14 @@ def pack(
 
 
 @chain.command()
-def begin(folder: Run, job: JobId) -> None:
+def begin(folder: Folder, job: JobId) -> None:
     """Note that a job begins, and submit its successor."""
     raise typer.Exit(chaining.begin(folder, job))
 
 
 @chain.command()
 def end(
-    folder: Run,
+    folder: Folder,
     job: JobId,
     code: Annotated[int, typer.Option("--code", help="Exit code of the job's run.")],
 ) -> None:
