@@ -211,6 +211,8 @@ class RunContext(Form):
 
     async def allow(self, folder: str, answer: Any) -> str | None:
         """Take an answer as the run's new caps; return what is wrong with it, or None."""
+        if self.embedded:
+            self._ends.pop(folder, None)  # a life of its own: the answer may have taken days
         return await asyncio.to_thread(allow, RunFolder(Path(folder)), answer)
 
     async def finish(

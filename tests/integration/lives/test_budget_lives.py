@@ -32,11 +32,16 @@ def said(lab: Any) -> int:
     return Shelf(folder.budget, folder.read_provenance()["run"]).spent({}).tokens
 
 
-async def budgeted(lab: Any, backend: dict[str, Any], share: float) -> tuple[Any, int]:
-    """Return the undisturbed aggregate, and a cap of a share of what the whole run takes."""
+def plain(lab: Any) -> None:
+    """Let each item take one request."""
     lab.config["limits"] |= {"hedge": False, "streams": 4}
     lab.config["model"] = {"max_tokens": MOST}
     lab.config["task"] = lab.config["task"] | {"repairs": 0}
+
+
+async def budgeted(lab: Any, backend: dict[str, Any], share: float) -> tuple[Any, int]:
+    """Return the undisturbed aggregate, and a cap of a share of what the whole run takes."""
+    plain(lab)
     result = await lab.live(await lab.begin(lab.home / "undisturbed"))
     aggregate, whole = result.aggregate, paid(lab)
     lab.fleet.reset()
@@ -78,7 +83,7 @@ async def test_without_a_crash_a_budget_is_used_up_to_the_last_item(lab_of: Any)
 @pytest.mark.parametrize("limit", [{"requests": 57}, {"usd": 0.003}], ids=["requests", "usd"])
 async def test_requests_and_dollars_are_limited_alike(lab_of: Any, limit: dict[str, Any]) -> None:
     async with lab_of(items=200) as lab:
-        await budgeted(lab, HERE, share=1.0)
+        plain(lab)
         lab.config["model"]["price"] = {"prompt": 0.5, "completion": 1.0}
         lab.config["budget"] = limit | {"on_limit": "stop"}
         result = await lab.live(await lab.begin())
@@ -96,7 +101,7 @@ async def test_requests_and_dollars_are_limited_alike(lab_of: Any, limit: dict[s
 async def test_node_hours_end_a_run(lab_of: Any) -> None:
     """One host for a second or so, of which the drain's time is put aside."""
     async with lab_of(items=400, ttft_s=0.3) as lab:
-        await budgeted(lab, HERE, share=1.0)
+        plain(lab)
         lab.config["limits"] |= {"drain_s": 1.0, "streams": 8}
         lab.config["model"]["price"] = {"node_hour": 3600.0}
         lab.config["budget"] = {"node_hours": 4 / 3600}

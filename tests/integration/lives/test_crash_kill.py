@@ -86,6 +86,7 @@ async def test_without_checkpoints_the_journal_is_enough(lab_of: Any) -> None:
 
 async def test_a_running_run_is_refused_to_others(lab_of: Any) -> None:
     async with lab_of() as lab:
+        lab.config["limits"]["drain_s"] = 0.5
         life = asyncio.create_task(lab.live(await lab.begin()))
         await lab.until(lab.journal_lines)
         lab.fleet.fault(FaultRule("hang"))  # it will not end by itself
