@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ..contract.errors import LedgerError
 from .journal import Line
 from .totals import NUMBERS
 
-_NUMBER: Final = (int, type(None))
+_NUMBER: Final = frozenset({int, type(None)})
 
 
 def life_of(path: Path) -> int:
@@ -31,15 +31,26 @@ def check_line(line: Line, path: Path, items: int) -> None:
     Raises:
         LedgerError: It says something else.
     """
-    record, where = line.record, f"{path}, line {line.number}"
+    record = line.record
     index = record.get("index")
+    fine = (
+        type(index) is int
+        and 0 <= index < items
+        and record.get("status") in ("done", "failed")
+        and _NUMBER.issuperset(map(type, map(record.get, NUMBERS)))
+    )
+    if not fine:
+        raise LedgerError(f"{path}, line {line.number}: {_trouble(record, index, items)}")
+
+
+def _trouble(record: dict[str, Any], index: Any, items: int) -> str:
+    """Say what is wrong with a line."""
+    name = f"item {record.get('id')!r}"
     if type(index) is not int:
         found = "a second header" if "v" in record else "not a record of an item"
-        raise LedgerError(f"{where}: {found}; the file was damaged or edited")
+        return f"{found}; the file was damaged or edited"
     if not 0 <= index < items:
-        msg = f"{where}: item {record.get('id')!r} has index {index}, this run has {items} items"
-        raise LedgerError(msg)
+        return f"{name} has index {index}, this run has {items} items"
     if record.get("status") not in ("done", "failed"):
-        raise LedgerError(f"{where}: item {record.get('id')!r} has no status known here")
-    if not all(type(record.get(name)) in _NUMBER for name in NUMBERS):
-        raise LedgerError(f"{where}: item {record.get('id')!r}: {', '.join(NUMBERS)}: no numbers")
+        return f"{name} has no status known here"
+    return f"{name}: {', '.join(NUMBERS)}: no numbers"

@@ -79,15 +79,16 @@ class Spent:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Add what one record says."""
-        self.requests += record.get("attempts") or 0
-        self.prompt_tokens += record.get("prompt_tokens") or 0
-        self.completion_tokens += record.get("completion_tokens") or 0
-        self.cached_tokens += record.get("cached_tokens") or 0
-        self.lost_tokens += record.get("lost_tokens") or 0
-        self.useful_tokens += record.get("useful_tokens") or 0
-        self.nano_usd += record.get("nano_usd") or 0
-        self.useful_nano_usd += record.get("useful_nano_usd") or 0
-        self.reused += record.get("reused") or 0
+        get = record.get
+        self.requests += get("attempts") or 0
+        self.prompt_tokens += get("prompt_tokens") or 0
+        self.completion_tokens += get("completion_tokens") or 0
+        self.cached_tokens += get("cached_tokens") or 0
+        self.lost_tokens += get("lost_tokens") or 0
+        self.useful_tokens += get("useful_tokens") or 0
+        self.nano_usd += get("nano_usd") or 0
+        self.useful_nano_usd += get("useful_nano_usd") or 0
+        self.reused += get("reused") or 0
 
     def merge(self, other: Spent) -> None:
         """Add other sums."""

@@ -63,8 +63,8 @@ def _wasted(record: Record) -> int | None:
 
 
 def _tokens(record: Record) -> int:
-    names = ("prompt_tokens", "completion_tokens", "lost_tokens")
-    return sum(record.get(name) or 0 for name in names)
+    get = record.get
+    return (get("prompt_tokens") or 0) + (get("completion_tokens") or 0) + (get("lost_tokens") or 0)
 
 
 def _usd(record: Record) -> float | None:
