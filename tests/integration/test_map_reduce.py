@@ -291,6 +291,27 @@ async def test_a_cancelled_run_drains_and_another_call_goes_on() -> None:
         assert end["progress"]["done"] == slow.stats()["totals"]["requests"] == 60
 
 
+async def test_a_cancelled_run_lets_workers_elsewhere_end_their_items() -> None:
+    """By the fleet's own books nothing is asked twice; what is left is asked by the next call."""
+    async with SimulatedFleet(SimulationSpec.fast(nodes=1, ttft_s=0.3)) as slow:
+        changes: dict[str, Any] = {
+            "backend": {"processes": 2},
+            "shard": {"items": 20},
+            "limits": {"streams": 8, "hedge": False},
+        }
+        graph = build_graph(settings(slow, **changes), checkpointer=InMemorySaver())
+        config: RunnableConfig = {"configurable": {"thread_id": "t"}}
+        first = asyncio.create_task(graph.ainvoke({"items": rows(120)}, config))
+        while slow.stats()["totals"]["requests"] < 20:  # noqa: ASYNC110 - a server's counts
+            await asyncio.sleep(0.01)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert slow.stats()["totals"]["requests"] < 120
+        end = await graph.ainvoke(None, config)
+        assert end["progress"]["done"] == slow.stats()["totals"]["requests"] == 120
+
+
 async def test_progress_is_streamed_and_items_of_large_batches_are_not(
     simulated: SimulatedFleet,
 ) -> None:
