@@ -56,6 +56,28 @@ def schema(key: str) -> dict[str, Any]:
     return made
 
 
+def section_schema(key: str) -> dict[str, Any]:
+    """Return the JSON Schema of a whole section, each setting with what its docstring says.
+
+    Keys that hold secrets are left out: they belong into variables of the environment.
+
+    Raises:
+        KeyError: There is no such section.
+    """
+    section = _section(setting(key).annotation, key)
+    properties = {}
+    for name, about in section.model_fields.items():
+        inner = f"{key}.{about.alias or name}"
+        if "Secret" in str(about.annotation):
+            continue
+        shown = schema(inner) | {"description": description(inner)}
+        default = about.get_default(call_default_factory=True)
+        if default is None or isinstance(default, bool | int | float | str | list | dict):
+            shown["default"] = default
+        properties[about.alias or name] = shown
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
 def _find(key: str) -> tuple[type[BaseModel], FieldInfo, str]:
     *parents, last = key.split(".")
     section: type[BaseModel] = RunConfig

@@ -190,6 +190,7 @@ class RunConfig(Section):
     """Everything that describes a run.
 
     Attributes:
+        name: What the run is called: in its folder's name, and in what is shown of it.
         cache: ``off``; ``run``: identical requests of the run are paid once; or a folder that
             runs share.
         cache_sampled: Whether answers that were drawn at a temperature above 0 are reused, too.

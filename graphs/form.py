@@ -10,12 +10,13 @@ import orjson
 from pydantic_core import PydanticUndefined
 
 from ..backends.contract.errors import ConfigurationError
-from ..configs.described import description, schema, setting
+from ..configs.described import description, schema, section_schema, setting
 from ..configs.presets import preset_names
 from ..nodes.context import Context
 from .settings import DEFAULT
 
 _VARIABLE: Final = r"^(\$\{[A-Za-z_][A-Za-z0-9_]*\})?$"
+_SECRETS: Final = ("api_key", "token", "password")
 _DATASETS: Final = ("rdkit-nci5k", "molecules", "abstracts", "topics", "records")
 
 
@@ -31,7 +32,7 @@ def _of(key: str, **more: Any) -> Any:
         for word in ("type", "anyOf", "items", "additionalProperties"):
             shown.pop(word, None)
         shown |= schema(key) | more
-        if isinstance(default, list):
+        if isinstance(default, list | dict):
             shown["default"] = default  # pydantic keeps what a factory makes to itself
 
     default = setting(key).get_default(call_default_factory=True)
@@ -41,9 +42,18 @@ def _of(key: str, **more: Any) -> Any:
     return _field(default, about)
 
 
+def _options(key: str, text: str, *elsewhere: str) -> Any:
+    """Return a field for the settings of a section that no field of their own stands for."""
+    shown = section_schema(key)
+    for name in elsewhere:
+        del shown["properties"][name]
+    about = {"description": text, "json_schema_extra": {"anyOf": [shown, {"type": "null"}]}}
+    return field(default=None, metadata=about | {"section": key})
+
+
 def _field(default: Any, about: dict[str, Any]) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=about)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=about)
     return field(default=default, metadata=about)
 
 
@@ -121,6 +131,18 @@ class Form(Context):
     shard_items: int | None = _of("shard.items")
     cache: str = _of("cache")
     cache_sampled: bool = _of("cache_sampled")
+    run_name: str = _of("name")
+    graph: str | None = _of("task.graph")
+    extra_body: dict[str, Any] = _of("model.extra_body")
+    endpoint_options: dict[str, Any] | None = _options(
+        "endpoints", "Where the model is served, in more detail than one line can say."
+    )
+    backend_options: dict[str, Any] | None = _options(
+        "backend", "Where shards run, in more detail.", "kind", "processes", "workers"
+    )
+    node: dict[str, Any] | None = _options("node", "How a node serves the model.")
+    fsync_s: float = _of("ledger.fsync_s")
+    metrics_port: int | None = _of("metrics.port")
     overrides: list[str] = _text(
         [],
         "Every other setting, as key.of.section=value; docs/configuration.md lists the keys.",
@@ -144,6 +166,11 @@ class Form(Context):
         filled = self.filled()
         keys = {f.name: f.metadata["key"] for f in fields(self) if "key" in f.metadata}
         changed = [f"{keys[n]}={orjson.dumps(filled[n]).decode()}" for n in keys if n in filled]
+        for one in fields(self):
+            given = filled.get(one.name) if "section" in one.metadata else None
+            for name, value in (given or {}).items():
+                _check_secrets({name: value})
+                changed.append(f"{one.metadata['section']}.{name}={orjson.dumps(value).decode()}")
         if self.api_key:
             changed.append(f"endpoints.api_key={_variable(self.api_key)}")
         return [*changed, *self.overrides]
@@ -164,6 +191,18 @@ def _default(of: Field[Any]) -> Any:
     return of.default
 
 
+def _check_secrets(given: Any) -> None:
+    """Refuse secrets that are written out, at any depth.
+
+    Raises:
+        ConfigurationError: There is one.
+    """
+    for key, value in given.items() if isinstance(given, dict) else ():
+        if key in _SECRETS and isinstance(value, str):
+            _variable(value)
+        _check_secrets(value)
+
+
 def _variable(text: str) -> str:
     """Return the reference to a variable.
 
@@ -172,7 +211,7 @@ def _variable(text: str) -> str:
     """
     if not re.fullmatch(_VARIABLE, text):
         msg = (
-            "api_key: name a variable of the server's environment, as ${MY_KEY}; a key that is "
+            "keys: name a variable of the server's environment, as ${MY_KEY}; a key that is "
             "typed in here would be kept in the server's files"
         )
         raise ConfigurationError(msg)

@@ -13,7 +13,7 @@ from fanfold.backends.accounts.budget import SHOWN
 from fanfold.backends.contract.errors import ConfigurationError
 from fanfold.configs.budget import BudgetConfig
 from fanfold.configs.described import description, schema, setting
-from fanfold.configs.models import LimitsConfig
+from fanfold.configs.models import LimitsConfig, RunConfig
 from fanfold.configs.presets import preset_names
 from fanfold.graphs.binding import Bound
 from fanfold.graphs.context import RunContext
@@ -136,3 +136,46 @@ def test_a_parents_own_context_is_not_taken_for_fanfolds(theirs: dict[str, Any])
     bound = RunContext(config=OWN)
     assert Bound(bound).resolve(theirs) is bound
     assert Bound(bound).resolve(SimpleNamespace(**theirs)) is bound
+
+
+def settings_of(model: type[BaseModel], before: str = "") -> list[str]:
+    """Return the dotted keys of all settings, those of sections within sections left aside."""
+    keys = list[str]()
+    for name, about in model.model_fields.items():
+        section = about.annotation
+        key = f"{before}{about.alias or name}"
+        if not before and isinstance(section, type) and issubclass(section, BaseModel):
+            keys += settings_of(section, f"{key}.")
+        else:
+            keys.append(key)
+    return keys
+
+
+def test_every_setting_can_be_filled_in() -> None:
+    shown = set(KEYS.values())
+    for one in fields(RunContext):
+        if section := one.metadata.get("section"):
+            properties = FORM[one.name]["anyOf"][0]["properties"]
+            assert all(about["description"] for about in properties.values())
+            shown |= {f"{section}.{name}" for name in properties}
+    assert set(settings_of(RunConfig)) - shown == {"input.path", "endpoints.api_key"}
+
+
+def test_options_of_a_section_join_what_other_fields_say() -> None:
+    context = RunContext(backend="parsl", backend_options={"silence_s": 30}, node={"instances": 2})
+    assert context.changes() == [
+        'backend.kind="parsl"',
+        "backend.silence_s=30",
+        "node.instances=2",
+    ]
+    loaded = RunContext(config=OWN, backend_options={"silence_s": 30}).loaded
+    assert loaded.config.backend.silence_s == 30
+
+
+def test_no_secret_is_typed_into_options() -> None:
+    written = {"first": {"base_url": "https://gateway", "token": "s3cret"}}
+    with pytest.raises(ConfigurationError, match="environment") as caught:
+        RunContext(endpoint_options=written).changes()
+    assert "s3cret" not in caught.value.message
+    written["first"]["token"] = "${TOKEN}"
+    assert RunContext(endpoint_options=written).changes()
