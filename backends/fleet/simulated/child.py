@@ -85,11 +85,13 @@ async def serve(spec: SimulationSpec, watched: bool) -> None:
     Raises:
         ConfigurationError: The fleet cannot start.
     """
+    parent = os.getppid()  # before it is told that all is ready: it may end right then
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with SimulatedFleet(spec) as fleet, asyncio.TaskGroup() as tasks:
-        watchers = [tasks.create_task(w) for w in (_stdin_ends(), _orphaned())] if watched else []
+        signs = (_stdin_ends(), _orphaned(parent)) if watched else ()
+        watchers = [tasks.create_task(sign) for sign in signs]
         for task in watchers:
             task.add_done_callback(lambda _: stop.set())
         _announce(fleet)
@@ -124,8 +126,7 @@ async def _stdin_ends() -> None:
         pass
 
 
-async def _orphaned() -> None:
+async def _orphaned(parent: int) -> None:
     """Return when the parent is gone; a process that it forked may still hold the pipe."""
-    parent = os.getppid()
     while os.getppid() == parent:  # noqa: ASYNC110 - nothing tells of a parent's death
         await asyncio.sleep(_ORPHAN_CHECK_S)
