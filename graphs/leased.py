@@ -7,33 +7,41 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 from ..backends.accounts.book import Book, Shelf
 from ..backends.accounts.budget import Budget, BudgetTerms
-from ..backends.contract.errors import BudgetExhaustedError, SiteError
+from ..backends.contract.errors import BudgetExhaustedError
 from ..backends.contract.money import Amount, Caps, Tariff
 from ..backends.contract.wire import Order
 from ..configs.models import RunConfig
+
+_LOOK_S: Final = 1.0
 
 
 @asynccontextmanager
 async def leased(order: Order, config: RunConfig) -> AsyncIterator[Budget | None]:
     """Open what an order may spend; None is no limit.
 
+    An order that is delivered twice may spend its lease once: the second waits until the first has
+    ended, and then may spend nothing.
+
     Raises:
-        SiteError: The order was delivered twice: somebody else spends its lease.
         LedgerError: The lease's book cannot be written.
     """
     lease = order.lease
     if lease is None:
         yield None
         return
-    until = time.time() + order.deadline_s
-    book = None
+    until, book, caps = time.time() + order.deadline_s, None, lease["caps"]
     if lease["booked"] and order.journal is not None:
-        book = await asyncio.to_thread(_book, order, lease["name"], until)
+        shelf = Shelf(Path(order.journal).parent / "budget", order.run["id"])
+        book = await asyncio.to_thread(_book, shelf, lease["name"], until)
+        if book is None:
+            await _other_ended(shelf, lease["name"])
+            caps = dict.fromkeys(caps, 0)
     repairs = 0 if config.task.graph else config.task.repairs
-    terms = BudgetTerms(Caps(**lease["caps"]), Tariff(**order.tariff), repairs)
+    terms = BudgetTerms(Caps(**caps), Tariff(**order.tariff), repairs)
     budget = Budget(terms, Amount(), book, until)
     try:
         yield budget
@@ -41,15 +49,23 @@ async def leased(order: Order, config: RunConfig) -> AsyncIterator[Budget | None
         await budget.purse.aclose()
 
 
-def _book(order: Order, name: str, until: float) -> Book:
-    shelf = Shelf(Path(order.journal or "").parent / "budget", order.run["id"])
+def _book(shelf: Shelf, name: str, until: float) -> Book | None:
+    """Begin a lease's book; None when somebody has it already."""
     path = shelf.of_lease(name)
     if path.exists():
-        msg = f"shard {order.shard}: the order was delivered twice; its lease {name} is in use"
-        raise SiteError(msg)
+        return None
     book = shelf.open(path)
     book.write({"until": until}, sync=True)
     return book
+
+
+async def _other_ended(shelf: Shelf, name: str) -> None:
+    """Wait until whoever has a lease has settled it, or its time is over."""
+    while True:
+        page = await asyncio.to_thread(shelf.page, name)
+        if page.settled is not None or time.time() > page.until:
+            return
+        await asyncio.sleep(_LOOK_S)
 
 
 def out_of_lease(error: Exception) -> bool:
@@ -57,6 +73,11 @@ def out_of_lease(error: Exception) -> bool:
     return isinstance(error, BudgetExhaustedError)
 
 
-def used_of(budget: Budget) -> Amount:
-    """Return what was spent; what is still reserved may have been."""
+def used_of(budget: Budget | None) -> Amount | None:
+    """Return what was spent of an order's own lease; what is still reserved may have been.
+
+    Of a lease that another has, nothing is known here.
+    """
+    if budget is None or not budget.terms.caps.some:
+        return None
     return budget.purse.settled.plus(budget.purse.reserved)

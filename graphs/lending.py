@@ -98,9 +98,9 @@ class Lender:
         Raises:
             LedgerError: The book cannot be written.
         """
-        if self._spending is None or summary.lease is None:
-            return
-        ended, used = sum((summary.tally or {}).values()), Amount.from_json(summary.used or {})
+        if self._spending is None or summary.lease is None or summary.used is None:
+            return  # what is not told counts as spent until a book proves less
+        ended, used = sum((summary.tally or {}).values()), Amount.from_json(summary.used)
         self._items, self._used = self._items + ended, self._used.plus(used)
         self._boost[summary.shard] = 0 if ended else self._boost[summary.shard] + 1
         if self._open.get(summary.shard) == summary.lease:

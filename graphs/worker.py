@@ -99,7 +99,7 @@ async def _work(order: Order, bag: Bag) -> Summary:
     ):
         job = errand(order, parts, stop, budget)
         part = await finish_some(Shard(0, len(order.items)), job.tools, job.drain)
-        gate = job.tools.gate
+        gate, used = job.tools.gate, used_of(budget)
         summary = Summary(
             shard=order.shard,
             attempt=order.attempt,
@@ -113,7 +113,7 @@ async def _work(order: Order, bag: Bag) -> Summary:
             seconds=time.monotonic() - began,
             endpoints=parts.teller.news(),
             lease=None if order.lease is None else order.lease["name"],
-            used=None if budget is None else used_of(budget).to_json(),
+            used=None if used is None else used.to_json(),
             short=gate.error is not None and out_of_lease(gate.error),
         )
         return await asyncio.to_thread(_carried, summary, order.carry)
@@ -134,8 +134,6 @@ def _refused(order: Any, error: FanfoldError) -> Summary:
         fanfold=own_version(),
         worker=whoami(),
         error=as_data(error),
-        lease=(said.get("lease") or {}).get("name"),
-        used={},
     )
 
 

@@ -182,6 +182,14 @@ class Shelf:
         """
         return Book(path, self._run)
 
+    def page(self, lease: str) -> Page:
+        """Read a lease's book.
+
+        Raises:
+            LedgerError: It is damaged.
+        """
+        return read_page(self.of_lease(lease), self._run)
+
     def pages(self) -> dict[int, Page]:
         """Read the books of all lives.
 

@@ -158,6 +158,11 @@ class Caps:
         """Say whether there is any limit."""
         return any(cap is not None for cap in self.each())
 
+    @property
+    def some(self) -> bool:
+        """Say whether any limit lets something be spent."""
+        return any(cap for cap in self.each())
+
     def each(self) -> tuple[int | None, ...]:
         """Return them in the order of :class:`Amount`'s fields."""
         return self.requests, self.tokens, self.nano_usd, self.node_ms
