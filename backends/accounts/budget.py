@@ -10,7 +10,7 @@ from typing import Final
 from ..contract.calls import Count
 from ..contract.money import HOUR_MS, NANO, Amount, Caps, Tariff
 from ..contract.types import Json
-from .account import Gauge, ItemAccount
+from .account import ItemAccount
 from .book import Book
 from .purse import Purse
 
@@ -73,13 +73,12 @@ class Budget:
         self.purse = Purse(_left(terms.caps, before), book, self.refusal, until)
         self.needed: Amount | None = None
         self.count: Count | None = None
-        self._gauge = Gauge()
         self._warned = set[tuple[str, float]]()
 
     def account(self) -> ItemAccount:
         """Return an account for one item."""
         terms = self.terms
-        return ItemAccount(self.purse, terms.tariff, self._gauge, terms.repairs, self.count)
+        return ItemAccount(self.purse, terms.tariff, terms.repairs, self.count)
 
     def spent(self) -> Amount:
         """Return what all lives have spent, with what is in doubt."""
