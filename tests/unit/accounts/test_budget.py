@@ -282,3 +282,14 @@ def test_money_is_exact_and_rounded_up() -> None:
     assert tariff.held(3_600_000).nano_usd >= NANO
     assert Caps.of(usd=0.1).nano_usd == 10**8
     assert not Caps().any
+
+
+async def test_what_others_took_does_not_lower_what_a_prompt_may_take(tmp_path: Path) -> None:
+    """A hundred short prompts are no promise: the next one may be a token a byte."""
+    budget = opened(shelf_in(tmp_path), 1, Caps(tokens=10**6))
+    for _ in range(100):
+        (await budget.account().hold(Usage(1000, 50), {})).settle(Usage(10, 1))
+    hold = await budget.account().hold(Usage(1000, 50), {})
+    assert budget.purse.reserved.tokens == 1050
+    hold.keep()
+    await budget.purse.aclose()

@@ -1,0 +1,75 @@
+"""What one order may spend, and what is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.backends.contract.errors import BudgetExhaustedError
+from fanfold.backends.contract.money import Amount
+from fanfold.backends.contract.wire import Order, own_version
+from fanfold.configs.load import load
+from fanfold.graphs import leased as module
+from fanfold.graphs.errand import Bag
+from fanfold.graphs.leased import leased, used_of
+from fanfold.graphs.worker import answer
+
+CONFIG = load({"task": {"prompt": "{x}"}, "endpoints": {"urls": ["http://127.0.0.1:9/v1"]}}).config
+
+
+def order_in(folder: Path, **changes: Any) -> Order:
+    fields: dict[str, Any] = {
+        "shard": "0-1",
+        "attempt": 0,
+        "fanfold": own_version(),
+        "run": {"id": "run", "model": "m", "simulated": False, "fingerprint": "00", "life": 1},
+        "settings": {},
+        "items": [(0, "a", {"x": 1}, None)],
+        "urls": None,
+        "journal": str(folder / "journal"),
+        "streams": 1,
+        "deadline_s": 60.0,
+        "lease": {"name": "1.0-1.0", "caps": {"tokens": 100}, "booked": True},
+    }
+    return Order(**fields | changes)
+
+
+async def test_an_order_that_is_delivered_twice_spends_its_lease_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for the first, may spend nothing, and tells nothing of what was spent."""
+    monkeypatch.setattr(module, "_LOOK_S", 0.01)
+    order, entered = order_in(tmp_path), asyncio.Event()
+
+    async def second() -> Amount | None:
+        async with leased(order, CONFIG) as budget:
+            entered.set()
+            assert budget is not None
+            with pytest.raises(BudgetExhaustedError):
+                await budget.purse.reserve(Amount(1, 1))
+            return used_of(budget)
+
+    async with leased(order, CONFIG) as budget:
+        assert budget is not None
+        await budget.purse.reserve(Amount(1, 60))
+        other = asyncio.create_task(second())
+        await asyncio.sleep(0.05)
+        assert not entered.is_set()
+        budget.purse.settle(Amount(1, 60), Amount(1, 40))
+        used = used_of(budget)
+        assert used is not None
+        assert used.tokens == 40
+    assert await other is None
+
+
+async def test_a_refused_order_tells_nothing_of_what_was_spent(tmp_path: Path) -> None:
+    """A coordinator that was told "nothing" would lend the same again."""
+    bag = Bag()
+    order = order_in(tmp_path, fanfold="another")
+    summary = await answer(order.to_json(), bag)
+    await bag.aclose()
+    assert summary["error"]["class"] == "SiteError"
+    assert (summary["lease"], summary["used"]) == (None, None)
