@@ -37,6 +37,9 @@ _DURABILITY: Final = "__pregel_durability"
 
 _SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
 
+_ENDS_RUN: Final = (RunStoppedError, ConfigurationError, LedgerError)
+"""What an item's calls raise that is no fault of the item's: a budget's book is one that writes."""
+
 _POLL_S: Final = 1.0
 """Seconds between looks at a drain that somebody else asked of the graph."""
 
@@ -218,7 +221,7 @@ class _Worker:
         started = time.perf_counter()
         try:
             state = await _end_of(item, self._tools)
-        except (RunStoppedError, ConfigurationError) as error:
+        except _ENDS_RUN as error:
             self._tools.gate.close(error.message, error)
             return
         finally:
@@ -271,7 +274,7 @@ def _surroundings() -> Context:
 async def _end_of(item: Item, tools: RunTools) -> ItemState:
     try:
         return await tools.run_item(item)
-    except (RunStoppedError, ConfigurationError):
+    except _ENDS_RUN:
         raise
     except asyncio.CancelledError as error:
         task = asyncio.current_task()

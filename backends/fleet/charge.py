@@ -63,7 +63,10 @@ class Charge:
         if log is None or log.account is None:
             return cls(log, body)
         if not (body.get("max_completion_tokens") or body.get("max_tokens")):
-            msg = "a budget is set, and a request has no max_tokens: nothing bounds what it takes"
+            msg = (
+                "a budget is set, and a request has no max_tokens: nothing bounds what it takes; "
+                "leave the model's max_tokens as it is given, or set one where the model is called"
+            )
             raise ConfigurationError(msg)
         return cls(log, body, await log.account.hold(most_tokens(body), body))
 

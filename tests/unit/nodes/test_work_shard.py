@@ -151,7 +151,9 @@ async def test_what_an_item_raises_is_its_end(
         assert record["output"] is None
 
 
-@pytest.mark.parametrize("error", [RunStoppedError("no node"), ConfigurationError("wrong")])
+@pytest.mark.parametrize(
+    "error", [RunStoppedError("no node"), ConfigurationError("wrong"), LedgerError("full")]
+)
 async def test_what_ends_the_run_lets_items_in_flight_finish(
     tmp_path: Path, error: Exception
 ) -> None:
