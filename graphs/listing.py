@@ -16,7 +16,8 @@ from ..backends.accounts.endpoints import over_lives, read_endpoints
 from ..backends.accounts.folder import open_folder
 from ..backends.build import located
 from ..backends.contract.errors import ConfigurationError
-from ..backends.fleet.gauges import Gauges, read_gauges
+from ..backends.contract.gauges import Gauges
+from ..backends.fleet.gauges import read_gauges
 from ..backends.fleet.matching import match
 from ..backends.fleet.probe import Found
 from ..backends.simulation import simulation

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import aiohttp
 import orjson
 
+from ..contract.gauges import Gauges, read_metrics
 from .address import EndpointSpec
 from .endpoint import Endpoint
 from .policy import FleetPolicy
@@ -18,17 +17,6 @@ from .transport import Transport
 
 _AT_ONCE: Final = 64
 _OK: Final = 200
-_GAUGE: Final = re.compile(
-    rb"^vllm:num_requests_(running|waiting)(?:\{[^\n]*\})?[ \t]+([0-9.eE+]+)", re.MULTILINE
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Gauges:
-    """The requests of one endpoint, whoever sent them; None where it does not say."""
-
-    running: int | None = None
-    waiting: int | None = None
 
 
 async def read_gauges(specs: Sequence[EndpointSpec], timeout_s: float = 2.0) -> list[Gauges]:
@@ -69,18 +57,11 @@ async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Ga
 
 def parse_gauges(body: bytes) -> Gauges | None:
     """Read the answer of vLLM's ``/metrics`` or ``/load``; None where it says neither."""
-    sums = dict[bytes, float]()
-    for name, value in _GAUGE.findall(body):
-        sums[name] = sums.get(name, 0.0) + float(value)
-    if sums:
-        return Gauges(_whole(sums.get(b"running")), _whole(sums.get(b"waiting")))
+    if (gauges := read_metrics(body)) is not None:
+        return gauges
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
     load = document.get("server_load") if isinstance(document, dict) else None
     return Gauges(load) if isinstance(load, int) else None
-
-
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)

@@ -12,6 +12,7 @@ from typing import Final
 from ..contract.errors import FanfoldError, SiteError
 from .guard import Guard, guarded
 from .listing import Listing
+from .load import LoadNotes
 from .lock import HostLock
 from .plan import NodePlan, files_of
 from .record import Record
@@ -65,6 +66,7 @@ class _Keeper:
         desk = Desk(plan, guard, record, orders.say, self._changed.set, orders.hurry)
         self._servers = [Server(server, desk) for server in plan.servers]
         self._listing = Listing(files_of(plan).endpoints, plan.host)
+        self._loads = LoadNotes(plan, self._servers, record)
 
     async def run(self) -> None:
         """Serve until told to stop."""
@@ -74,9 +76,11 @@ class _Keeper:
         try:
             async with asyncio.TaskGroup() as group:
                 lives = [group.create_task(server.live()) for server in self._servers]
-                helpers = [group.create_task(self._list()), group.create_task(self._tick())]
+                several = (self._list(), self._tick(), self._loads.run())
+                helpers = [group.create_task(one) for one in several]
                 await self._until_over(lives)
                 await asyncio.to_thread(self._listing.close)  # before its servers end
+                await self._loads.last()
                 for task in (*lives, *helpers):
                     task.cancel()
         except* FanfoldError as errors:

@@ -12,10 +12,14 @@ line has ``v`` (1), ``at`` (seconds since 1970), ``host`` and ``event``:
 ``down``       it has ended, or is being ended: ``instance``, ``why``, ``seconds`` that it was up
 ``given_up``   it is not started again: ``instance``, ``why``
 ``alive``      once a minute: ``ready``, how many servers are
+``load``       what the servers work on, by their own counts, and what waits in them: ``running``
+               and ``waiting``, one number per instance; null: it did not say, its last word stands
 ``end``        the node is served no more: ``why``
 =============  ==============================================================================
 
-A node that is lost writes no ``end``; it counts until its last line.
+A node that is lost writes no ``end``; it counts until its last line. Loads are noted when they
+change, and once a minute: with 12 servers some 10 kB an hour, at most 130 kB, and nothing where
+servers have no such counts.
 """
 
 from __future__ import annotations

@@ -68,6 +68,7 @@ class Server:
         plan: As given.
         name: ``address:port``.
         ready: Whether its endpoint is to be listed.
+        starts: How often it was started.
         given_up: Why it is not started again, with its last lines; or None.
     """
 
@@ -75,6 +76,7 @@ class Server:
         self.plan, self._desk = plan, desk
         self.name = desk.plan.named(plan)
         self.ready = False
+        self.starts = 0
         self.given_up: str | None = None
 
     async def live(self) -> None:
@@ -106,6 +108,7 @@ class Server:
             process = await ServerProcess.start(self.plan, desk.guard, log)
         except SiteError as error:
             return _End(f"cannot be started: {error.message}", [], ready=False)
+        self.starts += 1
         self._note("start", port=self.plan.port, pid=process.pid, restart=restart)
         try:
             failed = await self._comes_up(process, began)

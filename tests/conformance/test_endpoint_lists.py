@@ -10,10 +10,11 @@ import pytest
 
 from fanfold.backends.build import chat_fleet
 from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.contract.gauges import Gauges
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.gateway import Gateway
-from fanfold.backends.fleet.gauges import Gauges, read_gauges
+from fanfold.backends.fleet.gauges import read_gauges
 from fanfold.backends.fleet.membership import FileSource, RegistrySource, kept_up
 from fanfold.backends.fleet.params import ModelParams
 from fanfold.backends.fleet.policy import FleetPolicy

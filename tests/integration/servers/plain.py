@@ -22,6 +22,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None: ...
 
+    def metrics(self) -> None:
+        """Say what stands in the file of ``load:FILE``, in chunks as vLLM does."""
+        file = next((Path(m[5:]) for m in MODES if m.startswith("load:")), None)
+        if file is None or not file.exists():
+            self.answer({}, 404 if file is None else 500)
+            print("500" if file else "", flush=True)
+            return
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        body = file.read_bytes()
+        self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+
     def answer(self, data: object, status: int = 200) -> None:
         body = json.dumps(data).encode()
         self.send_response(status)
@@ -34,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             sick = next((m[5:] for m in MODES if m.startswith("sick:")), None)
             self.answer({}, 503 if sick and Path(sick).exists() else 200)
+        elif self.path == "/metrics":
+            self.metrics()
         elif self.path == "/v1/models":
             self.answer({"data": [{"id": "plain", "object": "model", "max_model_len": 4096}]})
         else:
