@@ -16,11 +16,13 @@ from ..backends.accounts.totals import Spent
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.money import HOUR_MS, NANO, Amount
 from ..backends.contract.types import Json
+from .campaign import campaign
 from .costs import budget_so_far, cost_so_far, doubts, figure
 from .live import short
 from .options import COST_BY
 from .report import cell
 from .saying import print_json
+from .usage import show_use
 
 _NO_PRICE: Final = "-"
 
@@ -40,6 +42,7 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
     groups = grouped(folder.journal, run, items, by, model)
     cost = cost_so_far(folder, run, groups.lives)
     rows = sorted(groups.by.items(), key=lambda one: (by != "day" and -one[1].tokens, one[0]))
+    jobs = campaign(path, shares=True)
     if as_json:
         print_json(
             {
@@ -51,6 +54,7 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
                 "budget": budget_so_far(folder, cost),
             }
             | ({by: [_row_json(name, spent, cost.priced) for name, spent in rows]} if by else {})
+            | ({} if jobs is None else {"chain": jobs})
         )
         return
     console = Console()
@@ -60,6 +64,8 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
         console.print(_grouped_table(by, [*rows, ("total", cost.spent)], cost.priced))
     else:
         console.print(_total_table(cost, folder.in_use()))
+    if jobs is not None:
+        show_use(jobs, console)
 
 
 def _row_json(name: str, spent: Spent, priced: bool) -> dict[str, Json]:

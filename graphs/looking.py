@@ -24,10 +24,11 @@ from ..backends.fleet.simulated.spec import SimulationSpec
 from ..configs.load import peek
 from ..configs.presets import copy_preset, preset_names, preset_text
 from ..configs.source import at_path
-from .campaign import campaign, show_campaign
+from .campaign import campaign
 from .costs import budget_so_far, cost_so_far, dollars, doubts, nodes
 from .report import cell
 from .saying import print_json, say
+from .usage import show_jobs
 
 _FORMATS: Final = ("jsonl", "csv", "parquet")
 
@@ -65,7 +66,7 @@ def status(path: Path, as_json: bool, usage: bool = False, batch: int | None = N
         table.add_row(key, _shown(value))
     Console().print(table)
     if jobs is not None:
-        show_campaign(jobs, Console())
+        show_jobs(jobs, Console())
 
 
 def _costs(folder: RunFolder, cost: Cost) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from rich.console import Console
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
 from ..backends.contract.errors import FanfoldError, RunStoppedError
 from ..configs.load import Loaded
+from . import usage
+from .campaign import campaign_inside
 from .codes import BUDGET, INTERRUPTED
 from .costs import in_words
 from .crew import life_end
@@ -184,19 +186,25 @@ def _about(folder: RunFolder) -> list[str]:
 
 
 def _finish(result: RunResult, output: Output, pilot: Piloted | None = None) -> int:
-    """Print how a life of a run ended; return the exit code."""
+    """Print how a life of a run ended; return the exit code.
+
+    One that was cut short by its job's end tells of its jobs no more than their node-hours.
+    """
+    path, whole = result.folder.path, result.code != INTERRUPTED
     if output.as_json:
         first = {} if pilot is None else {"pilot": pilot.to_json()}
+        jobs = campaign_inside(path, shares=whole)
         print_json(
             {
                 "run": result.run,
-                "folder": str(result.folder.path),
+                "folder": str(path),
                 **result.progress,
                 **first,
                 **({} if result.cost is None else result.cost.to_json()),
                 "budget": result.budget,
                 "seconds": result.seconds,
                 "aggregate": result.aggregate,
+                **({} if jobs is None else {"chain": jobs}),
                 "exit_code": result.code,
             }
         )
@@ -204,6 +212,8 @@ def _finish(result: RunResult, output: Output, pilot: Piloted | None = None) -> 
     if not output.quiet:
         show_aggregate(result.aggregate, result.simulated, Console())
     say(_last_lines(result))
+    if (jobs := campaign_inside(path, shares=whole)) is not None:
+        say(list(usage.in_words(jobs)))
     return result.code
 
 

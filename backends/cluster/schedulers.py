@@ -58,7 +58,12 @@ class Scheduler(Protocol):
         """End jobs, queued or running."""
 
     def used(self, jobs: Sequence[str]) -> dict[str, Used]:
-        """Return what jobs used; without those of which the scheduler keeps no account."""
+        """Return what jobs used; without those of which the scheduler has no account yet.
+
+        Raises:
+            SiteError: The scheduler keeps no accounts; says why.
+            ConfigurationError: There is no such scheduler here.
+        """
 
 
 class Slurm:
@@ -88,15 +93,12 @@ class Slurm:
             _said(["scancel", *jobs])
 
     def used(self, jobs: Sequence[str]) -> dict[str, Used]:
-        """Return what ``sacct`` says; nothing where the cluster keeps no accounts."""
+        """Return what ``sacct`` says."""
         if not jobs:
             return {}
         fields = "--format=JobIDRaw,State,ElapsedRaw,NNodes"
         command = ["sacct", "-n", "-P", "-X", f"--jobs={','.join(jobs)}", fields]
-        try:
-            said = _said(command)
-        except (SiteError, ConfigurationError):
-            return {}  # no accounts here: the chain's own times stand in
+        said = _said(command)
         rows = [line.split("|") for line in said.splitlines() if line.count("|") == 3]  # noqa: PLR2004 - four fields
         return {
             job: Used(int(nodes), float(elapsed), state)
@@ -197,7 +199,8 @@ def check_scheduler(kind: Literal["pbs", "slurm"]) -> None:
 
 
 def _absent(program: str) -> str:
-    return f"{program}: no such command here; submit from a login node of the cluster"
+    what = "submit" if program in ("sbatch", "qsub") else "ask"
+    return f"{program}: no such command here; {what} from a login node of the cluster"
 
 
 def _said(command: Sequence[str], errors_too: bool = False) -> str:

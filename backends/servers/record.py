@@ -117,7 +117,7 @@ def server_seconds(lines: Iterable[Mapping[str, Any]], until: float | None = Non
             takes its last line.
     """
     startup = down = up = paid = 0.0
-    for served in _times(lines):
+    for served in times_of(lines):
         first, last = served[0], served[-1]
         end = last["at"] if until is None or last["event"] == "end" else max(until, last["at"])
         span, instances = end - first["at"], max(1, int(first.get("instances", 1)))
@@ -131,7 +131,7 @@ def server_seconds(lines: Iterable[Mapping[str, Any]], until: float | None = Non
     return ServerSeconds(*(round(s, 3) for s in (startup, down, up, paid)))
 
 
-def _times(lines: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def times_of(lines: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Return the lines of each time that the node was served."""
     times = list[list[Mapping[str, Any]]]()
     for line in lines:

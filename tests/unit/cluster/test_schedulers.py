@@ -45,11 +45,12 @@ def test_slurm_states(programs: Path) -> None:
     }
 
 
-def test_slurm_accounts_or_none(programs: Path) -> None:
+def test_slurm_accounts_or_why_there_are_none(programs: Path) -> None:
     program(programs, "sacct", "printf '1|COMPLETED|3600|4\\n2|PENDING||4\\n'")
     assert Slurm().used(["1", "2"]) == {"1": Used(4, 3600, "COMPLETED")}
     program(programs, "sacct", "echo 'Slurm accounting storage is disabled' >&2", "exit 1")
-    assert Slurm().used(["1"]) == {}
+    with pytest.raises(SiteError, match="sacct says: Slurm accounting storage is disabled"):
+        Slurm().used(["1"])
 
 
 def test_pbs_says_it_in_json(programs: Path) -> None:

@@ -1,25 +1,41 @@
+"""Each second of each server has one heading; from the journal, or from the servers' counts."""
+
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fanfold.backends.cluster.chain import Chain, Job
-from fanfold.backends.cluster.hours import Call, calls_of, spent, useful_share
-from fanfold.backends.cluster.schedulers import Used
+from fanfold.backends.cluster.calls import Call, by_job, calls_of, levels
+from fanfold.backends.cluster.shares import CAUSES, JobTime, Share, State, Stretch, useful_share
+
+NOTHING = dict.fromkeys(CAUSES, 0.0)
 
 
-def at(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+def job(end: float, *did: tuple[Stretch, ...], **changes: Any) -> JobTime:
+    """A job from 0, whose items begin at 0 and go on to its end."""
+    facts: dict[str, Any] = {"nodes": 1, "begin": 0, "end": end, "before_s": 0, "servers": 1}
+    facts |= {"first": 0, "last": end, "stopped": False, "by_counts": True, "did": did}
+    return JobTime(**facts | changes)
 
 
-def job(begin: float, end: float, code: int = 5) -> Job:
-    return Job("1", 1, 3600, at(0), began=at(begin), ended=at(end), code=code)
+def by_journal(end: float, calls: list[Call], **changes: Any) -> JobTime:
+    (found,) = by_job(calls, [(0, end)], [True])
+    did = tuple(levels(own, 0, end) for own in found.calls.values())
+    told = {"first": found.first, "last": found.last, "by_counts": False}
+    return job(end, *did, **told | changes)
 
 
 def busy(endpoint: str, begin: float, end: float, places: int) -> list[Call]:
     return [Call(endpoint, begin, end)] * places
+
+
+def lost(share: Share) -> dict[str, float]:
+    """Return the causes that cost anything."""
+    return {cause: seconds for cause, seconds in share.lost_s.items() if seconds}
 
 
 def test_each_second_has_one_cause() -> None:
@@ -29,57 +45,140 @@ def test_each_second_has_one_cause() -> None:
         *busy("a", 60, 70, 1),  # starved
         *busy("a", 70, 75, 1),
     ]
-    share = useful_share([job(0, 80)], calls, 1, places=4)
-    assert share.paid_s == 80
-    assert share.full_s == 40
-    assert share.lost_s == {"start-up": 10, "cold": 10, "starved": 10, "tail": 0, "drain": 10}
+    share = useful_share([by_journal(80, calls, stopped=True)], places=4)
+    assert (share.paid_s, share.full_s, share.busy_s) == (80, 40, 65)
+    assert lost(share) == {"start-up": 10, "cold": 10, "starved": 10, "drain": 10}
     assert share.useful == 0.5
+    assert (share.by_counts, share.by_journal) == (0, 1)
 
 
 def test_the_end_of_a_finished_run_is_its_tail() -> None:
-    share = useful_share([job(0, 20, code=0)], busy("a", 0, 10, 4), 1, places=4)
+    share = useful_share([by_journal(20, busy("a", 0, 10, 4))], places=4)
     assert share.full_s == 10
-    assert share.lost_s["tail"] == 10
+    assert lost(share) == {"tail": 10}
 
 
 def test_a_server_that_never_answered_is_cold() -> None:
-    one = replace(job(0, 100), nodes=2)
-    share = useful_share([one], busy("a", 0, 100, 4), 1, places=4)
-    assert (share.paid_s, share.full_s) == (200, 100)
-    assert share.lost_s["cold"] == 100
+    share = useful_share([by_journal(100, busy("a", 0, 100, 4), nodes=2, servers=2)], places=4)
+    assert (share.paid_s, share.full_s, share.busy_s) == (200, 100, 100)
+    assert lost(share) == {"cold": 100}
 
 
 def test_servers_share_their_node() -> None:
     calls = [*busy("a", 0, 100, 4), *busy("b", 50, 100, 4)]
-    share = useful_share([job(0, 100)], calls, 2, places=4)
+    share = useful_share([by_journal(100, calls, servers=2)], places=4)
     assert (share.paid_s, share.full_s) == (100, 75)
-    assert share.lost_s["cold"] == 25
-
-
-def test_causes_and_full_time_make_up_what_was_paid() -> None:
-    calls = [*busy("a", 3, 9, 5), *busy("b", 1, 30, 3), *busy("a", 12, 44, 2)]
-    share = useful_share([job(0, 50), job(60, 70)], calls, 3)
-    assert share.full_s + sum(share.lost_s.values()) == pytest.approx(share.paid_s)
+    assert lost(share) == {"cold": 25}
 
 
 def test_places_are_what_the_busiest_server_kept_up() -> None:
     calls = [*busy("a", 0, 90, 8), *busy("a", 90, 91, 50)]
-    assert useful_share([job(0, 100)], calls, 1).places == 8
+    assert useful_share([by_journal(100, calls)]).places == 8
 
 
 def test_no_items_no_share() -> None:
-    share = useful_share([job(0, 100)], [], 1)
-    assert (share.useful, share.lost_s["start-up"]) == (0, 100)
-    assert useful_share([], [], 1).useful == 0
+    share = useful_share([by_journal(100, [])])
+    assert (share.useful, lost(share)) == (0, {"start-up": 100})
+    assert useful_share([]).useful == 0
+
+
+def test_a_life_of_a_server_by_its_own_counts() -> None:
+    did = (
+        Stretch(2, 10, "starting"),
+        Stretch(10, 15),  # ready, and no item has begun
+        Stretch(15, 25, items=3),  # cold
+        Stretch(25, 45, items=4),
+        Stretch(45, 50, items=2, queued=True),  # what waits could not get in: full
+        Stretch(50, 60, items=1),  # starved
+        Stretch(60, 70, "down"),
+        Stretch(70, 85, items=4),
+        Stretch(85, 90, items=1),  # no further item begins since 80
+        Stretch(90, 100, "over"),
+    )
+    share = useful_share([job(105, did, first=15, last=80)], places=4)
+    assert (share.full_s, share.busy_s) == (40, 65)
+    assert lost(share) == {
+        "start-up": 15,
+        "cold": 10,
+        "starved": 10,
+        "down": 10,
+        "tail": 20,  # and who is over stays over
+    }
+
+
+def test_a_server_that_is_not_ready_while_others_work_starts_up() -> None:
+    late = (Stretch(0, 60, "starting"), Stretch(60, 100, items=4))
+    share = useful_share([job(100, (Stretch(0, 100, items=4),), late, nodes=2, servers=2)], 4)
+    assert lost(share) == {"start-up": 60}
+
+
+def test_a_server_that_nobody_hears_of_again_is_down() -> None:
+    assert lost(useful_share([job(100, (Stretch(0, 40, items=4),))], 4)) == {"down": 60}
+
+
+def test_what_the_scheduler_counts_besides_is_start_up() -> None:
+    share = useful_share([job(90, (Stretch(0, 90, items=4),), nodes=2, servers=1, before_s=10)], 4)
+    assert (share.paid_s, share.full_s) == (200, 180)
+    assert lost(share) == {"start-up": 20}
+
+
+def test_places_are_those_that_servers_count_where_any_do() -> None:
+    """What waits in the client or in a server's queue is no place of its batch."""
+    journal = by_journal(100, busy("a", 0, 100, 12))
+    share = useful_share([journal, job(100, (Stretch(0, 100, items=4, queued=True),))])
+    assert (share.places, share.by_counts, share.by_journal) == (4, 1, 1)
+    assert share.useful == 1
+
+
+STATES: tuple[State, ...] = ("starting", "up", "down", "over")
+times = st.floats(-10, 120, allow_nan=False)
+stretches = st.builds(
+    Stretch, times, times, st.sampled_from(STATES), st.integers(0, 6), st.booleans()
+)
+servers = st.lists(stretches, max_size=6).map(lambda did: tuple(sorted(did)))
+jobs = st.builds(
+    JobTime,
+    nodes=st.integers(1, 5),
+    begin=st.just(0.0),
+    end=st.floats(0, 100),
+    before_s=st.floats(0, 50),
+    servers=st.integers(0, 6),
+    first=st.none() | times,
+    last=st.none() | times,
+    stopped=st.booleans(),
+    by_counts=st.booleans(),
+    did=st.lists(servers, max_size=4).map(tuple),
+)
+
+
+@given(st.lists(jobs, max_size=3), st.none() | st.integers(1, 5))
+def test_causes_and_full_time_make_up_what_was_paid(all_jobs: list[JobTime], most: int) -> None:
+    share = useful_share(all_jobs, most)
+    assert share.full_s + sum(share.lost_s.values()) == pytest.approx(share.paid_s, abs=1e-6)
+    assert share.paid_s == sum(one.paid_s for one in all_jobs)
+    assert -1e-9 <= share.full_s <= share.busy_s + 1e-9 <= share.paid_s + 2e-6
+    assert all(seconds >= 0 for seconds in share.lost_s.values())
+    assert share.lost_s.keys() == NOTHING.keys()
 
 
 def test_calls_are_read_from_journal_records() -> None:
-    record = {"endpoint": "a", "latency_s": 2.5, "finished_at": at(10)}
-    assert calls_of([record, record | {"endpoint": None}]) == [Call("a", 7.5, 10)]
+    record = {"endpoint": "a", "latency_s": 2.5, "finished_at": "1970-01-01T00:00:10+00:00"}
+    assert list(calls_of([record, record | {"endpoint": None}])) == [Call("a", 7.5, 10)]
 
 
-def test_the_schedulers_numbers_come_first() -> None:
-    chain = Chain((job(0, 50), replace(job(60, 70), id="2"), replace(job(80, 90), id="3")))
-    used = {"1": Used(4, 55, "COMPLETED"), "3": Used(4, 0, "PENDING")}
-    found = spent(chain, used)
-    assert [(s.node_s, s.by_scheduler) for s in found] == [(220, True), (10, False), (10, False)]
+def test_items_belong_to_the_job_in_which_they_ended() -> None:
+    calls = [
+        *busy("a", -5, 5, 1),
+        *busy("a", 8, 15, 1),
+        *busy("b", 18, 22, 1),
+        *busy("b", 99, 99, 1),
+    ]
+    one, other = by_job(calls, [(0, 10), (20, 30)], [True, False])
+    assert (one.first, one.last, dict(one.calls)) == (0, 0, {"a": [Call("a", 0, 5)]})
+    assert (other.first, other.last, dict(other.calls)) == (20, 20, {})
+
+
+def test_levels_fill_the_jobs_time() -> None:
+    did = levels([Call("a", 1, 4), Call("a", 2, 9)], 0, 6)
+    assert [(s.begin, s.end, s.items) for s in did] == [(0, 1, 0), (1, 2, 1), (2, 4, 2), (4, 6, 1)]
+    assert replace(job(6), did=(did,)).paid_s == 6

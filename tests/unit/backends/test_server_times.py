@@ -1,0 +1,153 @@
+"""What servers did, by the nodes' records; and together with the journal, how useful that was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fanfold.backends.cluster.shares import JobTime, Stretch, useful_share
+from fanfold.backends.contract.errors import LedgerError
+from fanfold.backends.server_times import Served, served
+
+
+def line(at: float, event: str, instance: int | None = None, **what: Any) -> dict[str, Any]:
+    own = {} if instance is None else {"instance": instance}
+    return {"v": 1, "at": at, "host": "n", "event": event} | own | what
+
+
+def load(at: float, *running: int | None, waiting: int = 0) -> dict[str, Any]:
+    return line(at, "load", running=list(running), waiting=[waiting] * len(running))
+
+
+def write(folder: Path, host: str, *lines: dict[str, Any]) -> None:
+    file = folder / "logs" / f"{host}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"".join(orjson.dumps(one) + b"\n" for one in lines))
+
+
+def told(folder: Path, end: float = 100.0) -> Served:
+    (found,) = served(folder, [(0, end)])
+    return found
+
+
+def test_a_server_from_its_start_to_its_end(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "n1",
+        line(1, "begin", instances=2),
+        line(1, "start", 0),
+        line(10, "ready", 0),
+        load(12, 3, None),
+        load(20, 4, None, waiting=2),
+        load(30, None, None),  # it did not say: as before
+        line(40, "down", 0),
+        line(41, "start", 0),
+        line(50, "ready", 0),
+        load(55, 2, None),
+        line(58, "out", 0),
+        line(60, "back", 0),
+        line(61, "given_up", 1),
+        line(90, "end", why="stopped"),
+    )
+    found = told(tmp_path)
+    assert found.counted
+    assert found.first == 12
+    assert found.did["n1", 0] == [
+        Stretch(1, 10, "starting"),
+        Stretch(10, 12),
+        Stretch(12, 20, "up", 3),
+        Stretch(20, 40, "up", 4, queued=True),
+        Stretch(40, 50, "down"),
+        Stretch(50, 55),
+        Stretch(55, 58, "up", 2),
+        Stretch(58, 60, "down", 2),
+        Stretch(60, 90, "up", 2),
+        Stretch(90, 100, "over"),
+    ]
+    assert found.did["n1", 1] == [
+        Stretch(1, 61, "starting"),
+        Stretch(61, 90, "down"),
+        Stretch(90, 100, "over"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("end", "rest"),
+    [
+        (100.0, [Stretch(20, 100, "up", 4)]),  # it says so once a minute only
+        (500.0, [Stretch(20, 70, "up", 4), Stretch(70, 500, "down")]),
+    ],
+)
+def test_a_lost_node_has_no_end(tmp_path: Path, end: float, rest: list[Stretch]) -> None:
+    lines = [line(0, "begin", instances=1), line(10, "ready", 0), load(20, 4)]
+    write(tmp_path, "n1", *lines, line(70, "alive", ready=1))
+    assert told(tmp_path, end).did["n1", 0] == [
+        Stretch(0, 10, "starting"),
+        Stretch(10, 20),
+        *rest,
+    ]
+
+
+def test_a_keeper_that_was_killed_leaves_its_servers_down(tmp_path: Path) -> None:
+    lines = [line(0, "begin", instances=1), line(10, "ready", 0), load(20, 4)]
+    write(tmp_path, "n1", *lines, line(70, "end", why="keeper lost"))
+    assert told(tmp_path).did["n1", 0][-1] == Stretch(70, 100, "down")
+
+
+def test_small_changes_are_one_stretch(tmp_path: Path) -> None:
+    lines = [line(0, "begin", instances=1), line(0, "ready", 0)]
+    write(tmp_path, "n1", *lines, load(1, 256), load(6, 250), load(11, 254), load(16, 240))
+    assert [s.items for s in told(tmp_path).did["n1", 0]] == [0, 256, 240]
+
+
+def test_records_go_to_the_job_in_which_they_began(tmp_path: Path) -> None:
+    first = [line(1, "begin", instances=1), line(2, "ready", 0), load(3, 1), line(9, "end")]
+    again = [one | {"at": one["at"] + 20} for one in first if one["event"] != "load"]
+    other = [one | {"at": one["at"] + 40} for one in first]
+    write(tmp_path, "n1", *first, *again, *other)
+    one, two, none = served(tmp_path, [(0, 15), (20, 35), (70, 80)])
+    assert (one.counted, two.counted, none.counted) == (True, False, False)
+    assert (len(one.did), len(two.did), len(none.did)) == (1, 1, 0)
+
+
+def test_no_records_and_one_that_cannot_be_read(tmp_path: Path) -> None:
+    assert told(tmp_path) == Served()
+    (tmp_path / "logs" / "n1.jsonl").mkdir(parents=True)
+    with pytest.raises(LedgerError, match=r"n1\.jsonl: cannot be read: Is a directory"):
+        told(tmp_path)
+
+
+ats = st.floats(0, 400)
+counts = st.none() | st.integers(0, 9)
+events = st.one_of(
+    st.builds(
+        line,
+        ats,
+        st.sampled_from(["start", "ready", "out", "back", "down", "given_up"]),
+        st.integers(0, 1),
+    ),
+    st.builds(load, ats, counts, counts, waiting=st.integers(0, 1)),
+    st.builds(line, ats, st.just("alive"), ready=st.integers(0, 2)),
+    st.builds(line, ats, st.just("begin"), instances=st.integers(1, 2)),
+    st.builds(line, ats, st.just("end"), why=st.sampled_from(["stopped", "keeper lost"])),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(events, max_size=12), ats, ats)
+def test_whatever_is_recorded_makes_up_what_was_paid(
+    tmp_path: Path, lines: list[dict[str, Any]], first: float, end: float
+) -> None:
+    lines = sorted(lines, key=lambda one: float(one["at"]))
+    write(tmp_path, "n1", line(0, "begin", instances=2), *lines)
+    found = told(tmp_path, end)
+    did = tuple(tuple(one) for one in found.did.values())
+    job = JobTime(2, 0, end, 5, 4, first, None, stopped=False, by_counts=True, did=did)
+    share = useful_share([job], places=4)
+    assert share.full_s + sum(share.lost_s.values()) == pytest.approx(share.paid_s, abs=1e-6)
+    assert share.paid_s == 2 * (end + 5)
