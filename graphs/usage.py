@@ -69,10 +69,10 @@ def _sources(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _hours(facts: Mapping[str, Any]) -> str:
-    words = f"{facts['node_hours']:,.2f} node-hours by {_whose(facts)}"
+    words = f"{facts['node_hours']:,.3f} node-hours by {_whose(facts)}"
     if "busy_node_hours" not in facts:
         return words
-    return f"{words}, {facts['busy_node_hours']:,.2f} busy, {facts['idle_node_hours']:,.2f} idle"
+    return f"{words}, {facts['busy_node_hours']:,.3f} busy, {facts['idle_node_hours']:,.3f} idle"
 
 
 def _whose(facts: Mapping[str, Any]) -> str:

@@ -77,11 +77,12 @@ def _job(spent: Spent, told: Served, items: Items, instances: int) -> JobTime:
     else:
         did = tuple(levels(calls, spent.begin, spent.end) for calls in items.calls.values())
     return JobTime(
-        nodes=spent.nodes,
+        nodes=spent.job.nodes,
         begin=spent.begin,
         end=spent.end,
-        before_s=spent.before_s,
-        servers=spent.nodes * instances,
+        inside_s=spent.nodes * (spent.end - spent.begin),
+        before_s=spent.nodes * spent.before_s,
+        servers=spent.job.nodes * instances,
         first=first,
         last=last,
         stopped=spent.job.ended is not None and spent.job.code not in (DONE, FAILURES),

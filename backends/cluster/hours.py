@@ -16,7 +16,7 @@ class Spent:
 
     Attributes:
         job: The job.
-        nodes: Its nodes.
+        nodes: Its nodes; on average, where it lost some.
         begin: When fanfold began in it, in seconds since 1970.
         end: Until when it is counted from there.
         before_s: Seconds that the scheduler counts besides: until fanfold began, and after its end.
@@ -24,7 +24,7 @@ class Spent:
     """
 
     job: Job
-    nodes: int
+    nodes: float
     begin: float
     end: float
     before_s: float
@@ -66,7 +66,8 @@ def spent(
         if own is not None and own.wall_s > 0:
             inside = own.wall_s if wall is None else min(wall, own.wall_s)
             before = own.wall_s - inside
-            found.append(Spent(job, own.nodes, begin, begin + inside, before, by_scheduler=True))
+            nodes = own.node_s / own.wall_s
+            found.append(Spent(job, nodes, begin, begin + inside, before, by_scheduler=True))
         elif wall is not None:
             found.append(Spent(job, job.nodes, begin, begin + wall, 0.0, by_scheduler=False))
     return found

@@ -27,12 +27,12 @@ class Used:
     """What a job used, by the scheduler's own numbers.
 
     Attributes:
-        nodes: Its nodes.
-        wall_s: Seconds that it had them.
+        node_s: Node-seconds; a job may lose nodes on its way.
+        wall_s: Seconds that it took.
         state: The scheduler's word for how it ended.
     """
 
-    nodes: int
+    node_s: float
     wall_s: float
     state: str
 
@@ -97,14 +97,25 @@ class Slurm:
         if not jobs:
             return {}
         fields = "--format=JobIDRaw,State,ElapsedRaw,NNodes"
-        command = ["sacct", "-n", "-P", "-X", f"--jobs={','.join(jobs)}", fields]
-        said = _said(command)
-        rows = [line.split("|") for line in said.splitlines() if line.count("|") == 3]  # noqa: PLR2004 - four fields
-        return {
-            job: Used(int(nodes), float(elapsed), state)
-            for job, state, elapsed, nodes in rows
-            if nodes.isdigit() and elapsed.isdigit()
-        }
+        command = ["sacct", "-n", "-P", "-X", "-D", f"--jobs={','.join(jobs)}", fields]
+        rows = [line.split("|") for line in _said(command).splitlines()]
+        used = dict[str, Used]()
+        for job, state, elapsed, nodes in (row for row in rows if len(row) == 4):  # noqa: PLR2004 - four fields
+            if nodes.isdigit() and elapsed.isdigit():
+                used[job] = _and_then(used.get(job), int(nodes), float(elapsed), state)
+        return used
+
+
+def _and_then(before: Used | None, nodes: int, wall_s: float, state: str) -> Used:
+    """Return what a job used with one more row of it.
+
+    When it loses a node and goes on, its row ends as ``RESIZING`` and another one begins. Without
+    such a word before it, a row is of another job: ids begin anew at some time.
+    """
+    node_s = nodes * wall_s
+    if before is not None and before.state == "RESIZING":
+        return Used(before.node_s + node_s, before.wall_s + wall_s, state)
+    return Used(node_s, wall_s, state)
 
 
 def _slurm_state(word: str | None) -> State:
@@ -144,7 +155,8 @@ class Pbs:
                 _mapping(one.get("Resource_List")).get("nodect"),
             )
             if wall is not None and str(nodes).isdigit():
-                used[name] = Used(int(str(nodes)), _seconds(str(wall)), str(one.get("job_state")))
+                wall_s = _seconds(str(wall))
+                used[name] = Used(int(str(nodes)) * wall_s, wall_s, str(one.get("job_state")))
         return used
 
     def _asked(self, jobs: Sequence[str]) -> dict[str, Mapping[str, object]]:

@@ -59,10 +59,11 @@ class JobTime:
     """A job's time, and what its servers did.
 
     Attributes:
-        nodes: Nodes that are paid for.
+        nodes: Nodes that it was given.
         begin: When fanfold began in it, in seconds since 1970.
         end: When it ended, or the present time.
-        before_s: Seconds besides that the scheduler counts, per node.
+        inside_s: Node-seconds paid from begin to end; fewer where nodes were lost.
+        before_s: Node-seconds besides that the scheduler counts.
         servers: Servers that it should have had.
         first: When its first item began, or None: none did.
         last: When its last item began.
@@ -75,6 +76,7 @@ class JobTime:
     nodes: int
     begin: float
     end: float
+    inside_s: float
     before_s: float
     servers: int
     first: float | None
@@ -86,7 +88,7 @@ class JobTime:
     @property
     def paid_s(self) -> float:
         """Return its node-seconds."""
-        return self.nodes * (self.before_s + self.end - self.begin)
+        return self.inside_s + self.before_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,8 @@ def useful_share(jobs: Sequence[JobTime], places: int | None = None) -> Share:
     paid = busy = full = 0.0
     for job in jobs:
         paid += job.paid_s
-        for heading, works, seconds in _headings(job, max(1.0, NEARLY * most)):
+        lost["start-up"] += job.before_s
+        for (heading, works), seconds in _headings(job, max(1.0, NEARLY * most)).items():
             busy += seconds * works
             if heading == "full":
                 full += seconds
@@ -141,21 +144,31 @@ def useful_share(jobs: Sequence[JobTime], places: int | None = None) -> Share:
     return Share(paid, busy, full, lost, most, len(counted), len(jobs) - len(counted))
 
 
-def _headings(job: JobTime, threshold: float) -> Iterator[tuple[str, bool, float]]:
-    """Yield heading, whether a server works, and node-seconds, for all of a job's time."""
-    yield "start-up", False, job.nodes * job.before_s
+def _headings(job: JobTime, threshold: float) -> dict[tuple[str, bool], float]:
+    """Return the node-seconds paid from begin to end, by heading and whether a server works."""
+    seconds: dict[tuple[str, bool], float] = defaultdict(float)
     expected = max(job.servers, len(job.did), 1)
-    weight = job.nodes / expected
-    absent = weight * (expected - len(job.did))
+    absent = expected - len(job.did)
     first = job.end if job.first is None else min(max(job.first, job.begin), job.end)
-    yield "start-up", False, absent * (first - job.begin)
-    yield "cold", False, absent * (job.end - first)
+    seconds["start-up", False] += absent * (first - job.begin)
+    seconds["cold", False] += absent * (job.end - first)
     for did in job.did:
         warm = False
         for stretch in _whole(did, job, first):
             heading = _heading(stretch, job, first, warm, threshold)
             warm = warm or heading == "full"
-            yield heading, stretch.busy, weight * (stretch.end - stretch.begin)
+            seconds[heading, stretch.busy] += stretch.end - stretch.begin
+    weight = job.nodes / expected
+    return _paid(job, {heading: weight * each for heading, each in seconds.items()})
+
+
+def _paid(job: JobTime, seconds: dict[tuple[str, bool], float]) -> dict[tuple[str, bool], float]:
+    """Return what is paid of node-seconds: a node that is lost costs nothing more."""
+    gone, down = sum(seconds.values()) - job.inside_s, ("down", False)
+    if gone > 0 and down in seconds:
+        seconds[down] = max(0.0, seconds[down] - gone)
+    left = sum(seconds.values())
+    return {heading: each * job.inside_s / left for heading, each in seconds.items() if left}
 
 
 def _heading(stretch: Stretch, job: JobTime, first: float, warm: bool, threshold: float) -> str:

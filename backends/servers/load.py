@@ -1,8 +1,9 @@
 """What the servers of a node work on, by their own counts, noted in the node's record.
 
-Every server that is ready is asked for vLLM's ``/metrics`` as often as it is looked at, and one
-line tells of all of them when something has changed, or once a minute. Nobody's health depends on
-it: a server that refuses is not asked again, and one that is slow is left out of a line.
+Every server that is ready is asked for vLLM's ``/metrics``, every few seconds and in the first
+minutes more often, and one line tells of all of them when something has changed, or once a minute.
+Nobody's health depends on it: a server that refuses is not asked again, and one that is slow is
+left out of a line.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ _LONGEST_S: Final = 60.0
 _FINE: Final = 32
 """A change is noted from this part of the most that a server ever worked on."""
 
+_LEAST_S: Final = 0.5
+_PART: Final = 60
+"""Looks are at most this part of the time apart for which the node is served: jobs of a minute
+have too few of them else."""
+
 _LAST_S: Final = 1.0
 
 
@@ -49,9 +55,11 @@ class LoadNotes:
 
     async def run(self) -> None:
         """Look again and again."""
+        begun = time.monotonic()
         while True:
             await self.look()
-            await asyncio.sleep(self._plan.watching.every_s)
+            pause = max(_LEAST_S, (time.monotonic() - begun) / _PART)
+            await asyncio.sleep(min(self._plan.watching.every_s, pause))
 
     async def look(self) -> None:
         """Ask all servers that are ready, and note what they say if it is news."""

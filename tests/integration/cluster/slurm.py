@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from .slurm_accounts import accounts
 from .standin_pbs import members
 
 NODES = 3
@@ -37,7 +38,7 @@ ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
-{nodes}
+{accounts}{nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -65,7 +66,8 @@ class PrivateSlurm:
         self.folder = folder
         self.conf = folder / "slurm.conf"
 
-    def start(self) -> None:
+    def start(self, accounts: str = "") -> None:
+        """Start it; ``accounts`` are the lines of slurm.conf that say who keeps them."""
         host, ports = socket.gethostname(), _free_ports(NODES + 1)
         nodes = "\n".join(
             f"NodeName=n{n} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[n]} CPUs=1"
@@ -73,7 +75,10 @@ class PrivateSlurm:
         )
         for name in ("state", *(f"spool-n{n}" for n in range(1, NODES + 1))):
             (self.folder / name).mkdir(parents=True)
-        self.conf.write_text(CONF.format(host=host, port=ports[0], folder=self.folder, nodes=nodes))
+        values = {"host": host, "port": ports[0], "folder": self.folder}
+        self.conf.write_text(CONF.format(**values, nodes=nodes, accounts=accounts))
+        if accounts:
+            self.said("sacctmgr", "--immediate", "add", "cluster", "trial")
         subprocess.run(["slurmctld", "-c"], check=True, env=self.environment)
         for n in range(1, NODES + 1):
             subprocess.run(["slurmd", "-N", f"n{n}"], check=True, env=self.environment)
@@ -137,11 +142,15 @@ def _command(pid: int) -> bytes:
 
 
 @contextmanager
-def private_slurm(folder: Path) -> Iterator[PrivateSlurm]:
+def private_slurm(folder: Path, *, keeps_accounts: bool = False) -> Iterator[PrivateSlurm]:
     """Start a Slurm in a folder; it ends with the block."""
     cluster = PrivateSlurm(folder)
-    cluster.start()
-    try:
+    with ExitStack() as stack:
+        lines = ""
+        if keeps_accounts:
+            folder.mkdir()
+            (port,) = _free_ports(1)
+            lines = stack.enter_context(accounts(folder, port, cluster.environment))
+        stack.callback(cluster.stop)
+        cluster.start(lines)
         yield cluster
-    finally:
-        cluster.stop()

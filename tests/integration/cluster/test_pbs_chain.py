@@ -31,20 +31,21 @@ def test_a_job_that_is_warned_is_followed_and_each_item_ends_once(pbs: Cluster) 
     """The scheduler has no room for a second job at first, and is asked again at the end."""
     single = pbs.folder / "pbs" / "single"
     single.touch()
-    trial = pbs.submit(ITEMS, served(0.3))
-    until(lambda: len(trial.finished()) >= 8, "the first items")
+    items = 3 * ITEMS
+    trial = pbs.submit(items, served(0.3))
+    until(lambda: len(trial.finished()) >= 32, "the first items")
     single.unlink()
     subprocess.run(["qsig", "-s", "SIGUSR1", trial.chain.jobs[0].id], check=True)
     until(lambda: ended(trial), "the end of the chain")
     chain, said = trial.chain, trial.logs()
     assert "it will be tried again at the end of this one" in said
     assert [job.code for job in chain.jobs] == [5, 0, None], said
-    assert chain.jobs[0].progress >= 8
-    assert chain.jobs[0].progress + chain.jobs[1].progress == ITEMS
+    assert chain.jobs[0].progress >= 32
+    assert chain.jobs[0].progress + chain.jobs[1].progress == items
     assert chain.halted == "all items are finished"
     assert chain.jobs[2].outcome == "withdrawn before it began"
     finished = trial.finished()
-    assert len(finished) == ITEMS
+    assert len(finished) == items
     assert set(finished.values()) == {1}
     assert said.count("all servers have ended") == 4, said  # two nodes in each of two jobs
     assert not list((trial.path / "cluster" / "servers").glob("127*"))
@@ -61,9 +62,13 @@ def check_usage(trial: Trial) -> None:
     facts = known()
     assert facts["node_hours"] > 0
     assert [job["items"] for job in facts["jobs"][:2]] == [j.progress for j in trial.chain.jobs[:2]]
-    lost, useful = facts["useful"]["lost"], facts["useful"]["share"]
-    assert sum(lost.values()) + useful == pytest.approx(1, abs=0.01)
-    assert 0 < useful < 1
+    useful = facts["useful"]
+    assert sum(useful["lost"].values()) + useful["share"] == pytest.approx(1, abs=0.01)
+    assert 0 < useful["share"] < 1
+    assert (useful["jobs_by_servers_counts"], useful["jobs_by_journal"]) == (2, 0)
+    busy, idle = facts["busy_node_hours"], facts["idle_node_hours"]
+    assert busy + idle == pytest.approx(facts["node_hours"], abs=0.001)
+    assert busy >= useful["share"] * facts["node_hours"] > 0
 
 
 def test_a_job_that_is_killed_is_followed(pbs: Cluster) -> None:

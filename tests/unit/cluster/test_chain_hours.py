@@ -23,7 +23,7 @@ def job(name: str, begin: float, end: float | None) -> Job:
 
 def test_the_schedulers_numbers_come_first() -> None:
     chain = Chain((job("1", 0, 50), job("2", 60, 70), job("3", 80, 90)))
-    used = {"1": Used(4, 55, "COMPLETED"), "3": Used(4, 0, "PENDING")}
+    used = {"1": Used(220, 55, "COMPLETED"), "3": Used(0, 0, "PENDING")}
     found = spent(chain, used, {}, 1000)
     assert [(s.node_s, s.by_scheduler) for s in found] == [(220, True), (10, False), (10, False)]
     assert (found[0].end, found[0].before_s) == (50, 5)
@@ -31,7 +31,7 @@ def test_the_schedulers_numbers_come_first() -> None:
 
 def test_the_scheduler_knows_when_a_lost_job_ended() -> None:
     """Its successor told of its end much later."""
-    (found,) = spent(Chain((job("1", 0, 500),)), {"1": Used(2, 100, "NODE_FAIL")}, {}, 1000)
+    (found,) = spent(Chain((job("1", 0, 500),)), {"1": Used(200, 100, "NODE_FAIL")}, {}, 1000)
     assert (found.node_s, found.end, found.before_s) == (200, 100, 0)
 
 
@@ -54,7 +54,7 @@ def test_a_job_that_has_not_ended(
 
 
 def test_a_running_job_by_the_scheduler() -> None:
-    used: dict[str, Used] = {"1": Used(2, 40, "RUNNING")}
+    used: dict[str, Used] = {"1": Used(80, 40, "RUNNING")}
     (found,) = spent(Chain((job("1", 100, None),)), used, {"1": "running"}, 135)
     assert (found.node_s, found.end, found.before_s) == (80, 135, 5)
 

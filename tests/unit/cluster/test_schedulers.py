@@ -47,10 +47,20 @@ def test_slurm_states(programs: Path) -> None:
 
 def test_slurm_accounts_or_why_there_are_none(programs: Path) -> None:
     program(programs, "sacct", "printf '1|COMPLETED|3600|4\\n2|PENDING||4\\n'")
-    assert Slurm().used(["1", "2"]) == {"1": Used(4, 3600, "COMPLETED")}
+    assert Slurm().used(["1", "2"]) == {"1": Used(14400, 3600, "COMPLETED")}
     program(programs, "sacct", "echo 'Slurm accounting storage is disabled' >&2", "exit 1")
     with pytest.raises(SiteError, match="sacct says: Slurm accounting storage is disabled"):
         Slurm().used(["1"])
+
+
+def test_slurm_begins_another_row_when_a_job_loses_a_node(programs: Path) -> None:
+    """What Slurm 22.05 said of a job of three nodes; another job had the same id long ago."""
+    rows = ("2|COMPLETED|999|9", "2|RESIZING|33|3", "2|COMPLETED|7|2", "3|CANCELLED by 0|4|1")
+    program(programs, "sacct", f"printf '%s\\n' {' '.join(map(repr, rows))}")
+    assert Slurm().used(["2", "3"]) == {
+        "2": Used(33 * 3 + 7 * 2, 40, "COMPLETED"),
+        "3": Used(4, 4, "CANCELLED by 0"),
+    }
 
 
 def test_pbs_says_it_in_json(programs: Path) -> None:
@@ -64,7 +74,7 @@ def test_pbs_says_it_in_json(programs: Path) -> None:
         "8.host": "queued",
         "9.host": "ended",
     }
-    assert Pbs().used(["7.host", "8.host"]) == {"7.host": Used(4, 3630, "F")}
+    assert Pbs().used(["7.host", "8.host"]) == {"7.host": Used(4 * 3630, 3630, "F")}
 
 
 def test_pbs_depends_and_signals(programs: Path) -> None:

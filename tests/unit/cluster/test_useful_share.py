@@ -18,8 +18,8 @@ NOTHING = dict.fromkeys(CAUSES, 0.0)
 def job(end: float, *did: tuple[Stretch, ...], **changes: Any) -> JobTime:
     """A job from 0, whose items begin at 0 and go on to its end."""
     facts: dict[str, Any] = {"nodes": 1, "begin": 0, "end": end, "before_s": 0, "servers": 1}
-    facts |= {"first": 0, "last": end, "stopped": False, "by_counts": True, "did": did}
-    return JobTime(**facts | changes)
+    facts |= {"first": 0, "last": end, "stopped": False, "by_counts": True, "did": did} | changes
+    return JobTime(**{"inside_s": facts["nodes"] * end} | facts)
 
 
 def by_journal(end: float, calls: list[Call], **changes: Any) -> JobTime:
@@ -116,8 +116,19 @@ def test_a_server_that_nobody_hears_of_again_is_down() -> None:
     assert lost(useful_share([job(100, (Stretch(0, 40, items=4),))], 4)) == {"down": 60}
 
 
+def test_a_node_that_is_lost_costs_nothing_more() -> None:
+    """Slurm goes on with a smaller job: of two nodes for 100 s one was there for 40."""
+    lives, lost_one = (Stretch(0, 100, items=4),), (Stretch(0, 30, items=4),)
+    whole = job(100, lives, lost_one, nodes=2, servers=2)
+    assert lost(useful_share([whole], 4)) == {"down": 70}
+    share = useful_share([replace(whole, inside_s=140)], 4)
+    assert (share.full_s, lost(share)) == (130, {"down": 10})
+    share = useful_share([replace(whole, inside_s=100)], 4)  # less than its servers worked
+    assert (share.full_s, lost(share)) == (100, {})
+
+
 def test_what_the_scheduler_counts_besides_is_start_up() -> None:
-    share = useful_share([job(90, (Stretch(0, 90, items=4),), nodes=2, servers=1, before_s=10)], 4)
+    share = useful_share([job(90, (Stretch(0, 90, items=4),), nodes=2, servers=1, before_s=20)], 4)
     assert (share.paid_s, share.full_s) == (200, 180)
     assert lost(share) == {"start-up": 20}
 
@@ -140,7 +151,8 @@ jobs = st.builds(
     JobTime,
     nodes=st.integers(1, 5),
     begin=st.just(0.0),
-    end=st.floats(0, 100),
+    end=st.floats(1, 100),
+    inside_s=st.floats(0, 500),
     before_s=st.floats(0, 50),
     servers=st.integers(0, 6),
     first=st.none() | times,
