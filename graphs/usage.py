@@ -27,9 +27,9 @@ def show_use(facts: Mapping[str, Any], console: Console) -> None:
     table.add_column(no_wrap=True, justify="right")
     table.add_column(no_wrap=True, justify="right")
     jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
-    table.add_row("jobs of the chain", f"{jobs:,}", "")
+    table.add_row("jobs that have begun", f"{jobs:,}", "")
     paid, useful = facts["node_hours"], facts["useful"]
-    table.add_row("their node-hours", f"{paid:,.3f}", "")
+    table.add_row("node-hours of jobs", f"{paid:,.3f}", "")
     for name in ("busy", "idle"):
         hours = facts[f"{name}_node_hours"]
         table.add_row(f"  {name}", f"{hours:,.3f}", f"{hours / (paid or 1):.1%}")
@@ -61,15 +61,16 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sources(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield whose numbers these are."""
+    """Yield whose numbers these are, and why there are others."""
     useful = facts["useful"]
+    yield "node-hours held: while the run itself works; its jobs have them from begin to end"
     yield f"node-hours by {_whose(facts)}; use by {_by(useful)}: {_full(useful)}"
     if facts["scheduler_says"]:
         yield f"the scheduler does not tell: {facts['scheduler_says']}"
 
 
 def _hours(facts: Mapping[str, Any]) -> str:
-    words = f"{facts['node_hours']:,.3f} node-hours by {_whose(facts)}"
+    words = f"{facts['node_hours']:,.3f} node-hours of jobs by {_whose(facts)}"
     if "busy_node_hours" not in facts:
         return words
     return f"{words}, {facts['busy_node_hours']:,.3f} busy, {facts['idle_node_hours']:,.3f} idle"

@@ -1,0 +1,133 @@
+"""What is told of a run's jobs: how their node-hours were used, and by whose numbers."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from .conftest import Shell
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def begin(shell: Shell, tmp_path: Path) -> float:
+    """A finished run of two jobs: one of long ago that nodes tell of, one with all of its items."""
+    at = time.time()
+    assert shell("run", "c.yaml", "--out", "r").code == 0
+    terms = {"scheduler": "slurm", "site": "trial"}
+    told = [*job(at - 200, "1", terms), *job(at - 50, "2")]
+    told += [ended(at - 100, "1", 5, "interrupted"), ended(at + 50, "2", 0, "finished")]
+    note(told)
+    record = Path("r/cluster/servers/logs/n1.jsonl")
+    record.parent.mkdir(parents=True)
+    record.write_bytes(
+        lines(
+            {"at": at - 200, "event": "begin", "instances": 1},
+            {"at": at - 160, "event": "ready", "instance": 0},
+            {"at": at - 150, "event": "load", "running": [4], "waiting": [0]},
+            {"at": at - 110, "event": "load", "running": [0], "waiting": [0]},
+            {"at": at - 102, "event": "end", "why": "stopped"},
+        )
+    )
+    program = tmp_path / "bin" / "sacct"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho '1|COMPLETED|110|1'\n")
+    program.chmod(0o755)
+    shell.patch.setenv("PATH", f"{program.parent}:/bin")
+    return at
+
+
+def lines(*records: dict[str, Any]) -> bytes:
+    return b"".join(orjson.dumps({"v": 1} | one) + b"\n" for one in records)
+
+
+def job(at: float, name: str, terms: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    hand = {"by_hand": terms is not None, "terms": terms or {}, "after": None}
+    facts = {"job": name, "nodes": 1, "walltime_s": 3600} | hand
+    began = {"at": clock(at), "event": "began", "job": name, "finished": 0}
+    return [{"at": clock(at), "event": "submitted"} | facts, began]
+
+
+def ended(at: float, name: str, code: int, outcome: str) -> dict[str, Any]:
+    facts = {"at": clock(at), "event": "ended", "job": name, "finished": 3}
+    return facts | {"code": code, "outcome": outcome}
+
+
+def note(told: list[dict[str, Any]]) -> None:
+    Path("r/cluster").mkdir(exist_ok=True)
+    with Path("r/cluster/chain.jsonl").open("ab") as file:
+        file.write(lines(*told))
+
+
+def clock(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+
+
+@pytest.mark.usefixtures("begin")
+def test_cost_tells_the_use_of_jobs_by_counts_and_by_the_journal(shell: Shell) -> None:
+    """Of 110 s by Slurm and 100 s by the chain's own times 40 s had a full batch."""
+    chain = json.loads(shell("cost", "r", "--json").out)["chain"]
+    assert (chain["jobs_by_scheduler"], chain["jobs_by_fanfold"]) == (1, 1)
+    assert chain["node_hours"] == round(210 / 3600, 4)
+    useful = chain["useful"]
+    assert (useful["jobs_by_servers_counts"], useful["jobs_by_journal"]) == (1, 1)
+    assert useful["full_batch_items"] == 4
+    assert useful["share"] == round(40 / 210, 4)
+    assert sum(useful["lost"].values()) + useful["share"] == pytest.approx(1, abs=0.0005)
+    assert useful["lost"]["starved"] == round(8 / 210, 4)
+    assert useful["lost"]["drain"] == round(2 / 210, 4)
+    assert useful["lost"]["start-up"] >= round(60 / 210, 4)
+    assert chain["busy_node_hours"] >= round(40 / 3600, 4)
+    spent = chain["busy_node_hours"] + chain["idle_node_hours"]
+    assert spent == pytest.approx(chain["node_hours"], abs=0.0002)
+    assert json.loads(shell("status", "r", "--usage", "--json").out)["chain"] == chain
+
+    said = shell("cost", "r").out
+    assert "node-hours held" in said
+    assert "by the scheduler's times of 1 of 2 jobs, else fanfold's" in said
+    assert "the servers' own counts (1 of 2 jobs, else the journal)" in said
+    rows = [[cell.strip() for cell in row.split("│")] for row in said.splitlines()]
+    assert ["useful: batch full", "0.011"] in [row[1:3] for row in rows]
+    assert "lost: down" in said
+
+
+@pytest.mark.usefixtures("begin")
+def test_without_a_scheduler_it_says_so(shell: Shell) -> None:
+    shell.patch.setenv("PATH", "/nowhere")
+    for command in (["cost", "r", "--by", "model"], ["status", "r", "--usage"]):
+        said = shell(*command)
+        assert said.code == 0
+        words = "the scheduler does not tell: sacct: no such command here; ask from a login node"
+        assert words in said.out
+        assert "by fanfold's own times" in said.out
+
+
+def test_inside_a_job_it_counts_until_now_and_no_scheduler_is_asked(
+    shell: Shell, begin: float
+) -> None:
+    note(job(begin - 5, "3"))
+    Path("bin/sacct").write_text("#!/bin/sh\ntouch asked\n")
+    shell.patch.setenv("SLURM_JOB_ID", "3")
+    said = shell("resume", "r")
+    assert "Jobs: 3 so far, 0.0" in said.err
+    assert "Useful share: " in said.err
+    chain = json.loads(shell("resume", "r", "--json").out)["chain"]
+    seconds = 100 + 100 + time.time() - begin + 5
+    assert 205 / 3600 - 0.0001 <= chain["node_hours"] <= seconds / 3600 + 0.0001
+    assert chain["jobs_by_fanfold"] == 3
+    assert chain["jobs"][2]["state"] == "running"
+    assert not Path("asked").exists()
+
+
+def test_a_run_without_jobs_tells_of_none(shell: Shell) -> None:
+    ran = shell("run", "c.yaml", "--out", "r", "--json")
+    assert "chain" not in json.loads(ran.out)
+    assert "chain" not in json.loads(shell("cost", "r", "--json").out)
+    assert "jobs" not in shell("cost", "r").out
