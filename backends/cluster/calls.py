@@ -7,13 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from .shares import Stretch
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One item as the journal knows it: where it was answered, and when (seconds since 1970).
 
     The time includes what the item waited in the client and in the server's queue, so that
@@ -48,12 +47,13 @@ class Items:
     last: float | None = None
     calls: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, call: Call, keep: bool) -> None:
-        """Count one."""
-        self.first = call.begin if self.first is None else min(self.first, call.begin)
-        self.last = call.begin if self.last is None else max(self.last, call.begin)
+    def add(self, call: Call, earliest: float, keep: bool) -> None:
+        """Count one; it did not begin before its job."""
+        begin = max(call.begin, earliest)
+        self.first = begin if self.first is None else min(self.first, begin)
+        self.last = begin if self.last is None else max(self.last, begin)
         if keep:
-            self.calls[call.endpoint].append(call)
+            self.calls[call.endpoint].append(call._replace(begin=begin))
 
 
 def by_job(
@@ -70,8 +70,7 @@ def by_job(
     for call in calls:
         number = bisect_right(begins, call.end) - 1
         if number >= 0 and call.end <= times[number][1]:
-            begin = max(call.begin, times[number][0])
-            found[number].add(Call(call.endpoint, begin, call.end), keep[number])
+            found[number].add(call, begins[number], keep[number])
     return found
 
 

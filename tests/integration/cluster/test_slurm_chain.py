@@ -12,9 +12,11 @@ import pytest
 
 import fanfold
 from fanfold.graphs import chaining
+from fanfold.graphs.campaign import campaign
 
 from .conftest import Cluster, Trial, served, until
 from .slurm import PrivateSlurm, missing, private_slurm
+from .slurm_accounts import no_accounts
 
 pytestmark = [
     pytest.mark.integration,
@@ -32,7 +34,8 @@ silence_s: 15
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivateSlurm]:
-    with private_slurm(tmp_path / "slurm") as cluster:
+    """Keeps accounts where slurmdbd and a MariaDB are."""
+    with private_slurm(tmp_path / "slurm", keeps_accounts=no_accounts() is None) as cluster:
         monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
         yield cluster
 
@@ -57,11 +60,34 @@ def each_once(trial: Trial, items: int) -> None:
     assert set(trial.finished().values()) == {1}
 
 
-def test_a_walltime_cuts_the_run_and_the_successor_goes_on(jobs: Cluster) -> None:
+def check_hours(trial: Trial, slurm: PrivateSlurm, *, lost: bool) -> None:
+    """The chain's node-hours are what Slurm charges, and all of them have a use or a cause."""
+    facts = campaign(trial.path, shares=True)
+    assert facts is not None
+    if why := no_accounts():
+        assert facts["scheduler_says"], why
+    else:
+        wanted = ("sacct", "-n", "-P", "-X", "-D", "--format=ElapsedRaw,NNodes,State")
+        rows = [line.split("|") for line in slurm.said(*wanted).splitlines()]
+        charged = sum(int(seconds) * int(nodes) for seconds, nodes, _ in rows)
+        assert facts["node_hours_by_scheduler"]
+        assert facts["node_hours"] == round(charged / 3600, 4)
+        assert ("RESIZING" in {state for _, _, state in rows}) == lost
+    useful = facts["useful"]
+    assert useful["jobs_by_journal"] == 0
+    assert sum(useful["lost"].values()) + useful["share"] == pytest.approx(1, abs=0.001)
+    assert 0 < useful["share"] < 1
+    assert (useful["lost"]["down"] > 0) == lost
+
+
+def test_a_walltime_cuts_the_run_and_the_successor_goes_on(
+    jobs: Cluster, slurm: PrivateSlurm
+) -> None:
     """Slurm warns up to a minute early, so a job of a minute may be warned as it begins."""
     trial = jobs.submit(1200, served(0.3), walltime="1m")
     until(lambda: ended(trial), "the end of the chain")
     each_once(trial, 1200)
+    check_hours(trial, slurm, lost=False)
     codes = [job.code for job in trial.chain.jobs]
     assert codes.count(0) == 1
     assert 5 in codes
@@ -87,6 +113,7 @@ def test_a_server_and_a_node_and_the_first_node_are_lost(
         subprocess.run(["slurmd", "-N", node], check=True)
     until(lambda: ended(trial), "the end of the chain")
     each_once(trial, 900)
+    check_hours(trial, slurm, lost=True)
     assert [job.outcome for job in trial.chain.jobs][:2] == ["lost", "finished"]
 
 
