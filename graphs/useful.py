@@ -26,7 +26,7 @@ def share_of(
     """Return the useful share of a run's jobs.
 
     A full batch is what the settings say: ``limits.endpoint_streams``, or ``--max-num-seqs`` in
-    ``node.serve``; else as many items as the busiest server kept up.
+    ``node.serve``; else what was seen of the servers.
 
     Args:
         folder: The run's folder.

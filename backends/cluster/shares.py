@@ -125,11 +125,12 @@ def useful_share(jobs: Sequence[JobTime], places: int | None = None) -> Share:
 
     Args:
         jobs: The jobs.
-        places: Items of a full batch; None takes what the busiest server kept up for half of the
-            time in which it worked, by the servers' own counts where there are any.
+        places: Items of a full batch; None takes the most that a server worked on by its own
+            counts, or where there are none, what the busiest kept up for half of its time by the
+            journal, for there more seem to be in the batch than have a place.
     """
     counted = [job for job in jobs if job.by_counts]
-    most = places or max((_kept_up(did) for j in counted or jobs for did in j.did), default=1)
+    most = places or _places(counted, jobs)
     lost: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
     paid = busy = full = 0.0
     for job in jobs:
@@ -212,6 +213,14 @@ def _cut(one: Stretch, marks: Iterable[float]) -> Iterator[Stretch]:
         if end > at:
             yield one._replace(begin=at, end=end)
         at = end
+
+
+def _places(counted: Sequence[JobTime], jobs: Sequence[JobTime]) -> int:
+    """Return the items that count as a full batch where nobody says it."""
+    if counted:
+        seen = (one.items for job in counted for did in job.did for one in did if one.busy)
+        return max(seen, default=1) or 1
+    return max((_kept_up(did) for job in jobs for did in job.did), default=1)
 
 
 def _kept_up(did: Iterable[Stretch]) -> int:

@@ -18,8 +18,8 @@ line has ``v`` (1), ``at`` (seconds since 1970), ``host`` and ``event``:
 =============  ==============================================================================
 
 A node that is lost writes no ``end``; it counts until its last line. Loads are noted when they
-change, and once a minute: with 12 servers some 10 kB an hour, at most 150 kB, and nothing where
-servers have no such counts.
+change, and once a minute: with 12 servers some 10 kB an hour, at most 130 kB and 30 kB more in the
+first minutes, and nothing where servers have no such counts.
 """
 
 from __future__ import annotations

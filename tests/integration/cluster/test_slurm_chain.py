@@ -60,19 +60,29 @@ def each_once(trial: Trial, items: int) -> None:
     assert set(trial.finished().values()) == {1}
 
 
+def charged(slurm: PrivateSlurm) -> list[tuple[int, str]]:
+    """What Slurm charges, in node-seconds, piece by piece, and the state of each."""
+    wanted = ("sacct", "-n", "-P", "-X", "-D", "--format=ElapsedRaw,NNodes,State")
+    rows = (line.split("|") for line in slurm.said(*wanted).splitlines())
+    return [(int(seconds) * int(nodes), state) for seconds, nodes, state in rows]
+
+
+def in_state(slurm: PrivateSlurm, wanted: str) -> bool:
+    return any(state == wanted for _, state in charged(slurm))
+
+
 def check_hours(trial: Trial, slurm: PrivateSlurm, *, lost: bool) -> None:
     """The chain's node-hours are what Slurm charges, and all of them have a use or a cause."""
+    accounts = no_accounts() is None
+    if accounts:
+        until(lambda: not in_state(slurm, "RUNNING"), "the end of the last job")
     facts = campaign(trial.path, shares=True)
     assert facts is not None
-    if why := no_accounts():
-        assert facts["scheduler_says"], why
-    else:
-        wanted = ("sacct", "-n", "-P", "-X", "-D", "--format=ElapsedRaw,NNodes,State")
-        rows = [line.split("|") for line in slurm.said(*wanted).splitlines()]
-        charged = sum(int(seconds) * int(nodes) for seconds, nodes, _ in rows)
-        assert facts["node_hours_by_scheduler"]
-        assert facts["node_hours"] == round(charged / 3600, 4)
-        assert ("RESIZING" in {state for _, _, state in rows}) == lost
+    assert facts["node_hours_by_scheduler"] == accounts
+    assert bool(facts["scheduler_says"]) == (not accounts)
+    if accounts:
+        seconds = sum(seconds for seconds, _ in charged(slurm))
+        assert facts["node_hours"] == round(seconds / 3600, 4)
     useful = facts["useful"]
     assert useful["jobs_by_journal"] == 0
     assert sum(useful["lost"].values()) + useful["share"] == pytest.approx(1, abs=0.001)
@@ -97,7 +107,8 @@ def test_a_server_and_a_node_and_the_first_node_are_lost(
     jobs: Cluster, slurm: PrivateSlurm
 ) -> None:
     """The job goes on without a node; without its first one another node ends it."""
-    trial = jobs.submit(900, served(0.3), walltime="10m", nodes=3)
+    items = 2400
+    trial = jobs.submit(items, served(0.3), walltime="10m", nodes=3)
     until(lambda: len(trial.finished()) >= 20, "the first items")
     server = [p for p in slurm.processes("n2") if b"node_server" in command(p)]
     os.kill(server[0], signal.SIGKILL)
@@ -106,13 +117,15 @@ def test_a_server_and_a_node_and_the_first_node_are_lost(
     slurm.lose("n3")
     before = len(trial.finished())
     until(lambda: len(trial.finished()) >= before + 50, "items of the nodes that are left")
+    if no_accounts() is None:
+        until(lambda: in_state(slurm, "RESIZING"), "a job that is charged for fewer nodes")
     assert trial.chain.jobs[0].ended is None
     slurm.lose("n1")
     until(lambda: not running(slurm), "the end of a job without its first node")
     for node in ("n1", "n3"):
         subprocess.run(["slurmd", "-N", node], check=True)
     until(lambda: ended(trial), "the end of the chain")
-    each_once(trial, 900)
+    each_once(trial, items)
     check_hours(trial, slurm, lost=True)
     assert [job.outcome for job in trial.chain.jobs][:2] == ["lost", "finished"]
 

@@ -141,6 +141,14 @@ def test_places_are_those_that_servers_count_where_any_do() -> None:
     assert share.useful == 1
 
 
+def test_places_are_the_most_that_a_server_was_seen_to_work_on() -> None:
+    """One that has too few items nearly all the time is starved, and not full of two."""
+    did = (Stretch(0, 1, items=4), Stretch(1, 100, items=2))
+    share = useful_share([job(100, did)])
+    assert (share.places, share.full_s, lost(share)) == (4, 1, {"starved": 99})
+    assert useful_share([job(100, (Stretch(0, 100, queued=True),))]).places == 1
+
+
 STATES: tuple[State, ...] = ("starting", "up", "down", "over")
 times = st.floats(-10, 120, allow_nan=False)
 stretches = st.builds(
