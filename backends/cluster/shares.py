@@ -17,11 +17,12 @@ CAUSES: Final = ("start-up", "cold", "starved", "tail", "drain", "down")
 
 ``start-up``: the server was not ready yet, or no item had begun in this job; with it counts what
 the scheduler says that the job took before fanfold began. ``cold``: it is ready and others work;
-it does not yet, or its batch was never full so far. ``starved``: it was full before and has too
-few items now. ``tail``: no further item begins because all have. ``drain``: the same, because the
-job ends. ``down``: it was ready and is not: it is being restarted, was given up, or its node is
-lost; only the servers' own records tell of it, by the journal it is ``starved``. Who wants to
-know five causes adds it to ``start-up``, for it is time in which a server starts once more.
+it does not yet, or its batch fills for the first time. ``starved``: it has too few items, though
+it was full before, or never is in this job. ``tail``: no further item begins because all have.
+``drain``: the same, because the job ends. ``down``: it was ready and is not: it is being
+restarted, was given up, or its node is lost; only the servers' own records tell of it, by the
+journal it is ``starved``. Who wants to know five causes adds it to ``start-up``, for it is time in
+which a server starts once more.
 """
 
 NEARLY: Final = 0.9
@@ -154,10 +155,10 @@ def _headings(job: JobTime, threshold: float) -> dict[tuple[str, bool], float]:
     seconds["start-up", False] += absent * (first - job.begin)
     seconds["cold", False] += absent * (job.end - first)
     for did in job.did:
-        warm = False
-        for stretch in _whole(did, job, first):
+        whole = list(_whole(did, job, first))
+        warm = _warm(whole, threshold)
+        for stretch in whole:
             heading = _heading(stretch, job, first, warm, threshold)
-            warm = warm or heading == "full"
             seconds[heading, stretch.busy] += stretch.end - stretch.begin
     weight = job.nodes / expected
     return _paid(job, {heading: weight * each for heading, each in seconds.items()})
@@ -172,20 +173,31 @@ def _paid(job: JobTime, seconds: dict[tuple[str, bool], float]) -> dict[tuple[st
     return {heading: each * job.inside_s / left for heading, each in seconds.items() if left}
 
 
-def _heading(stretch: Stretch, job: JobTime, first: float, warm: bool, threshold: float) -> str:
+def _warm(did: Sequence[Stretch], threshold: float) -> float:
+    """Return when a server's batch is first full; else when it first works; else never."""
+    full = (one.begin for one in did if _full(one, threshold))
+    works = (one.begin for one in did if one.busy)
+    return next(full, next(works, float("inf")))
+
+
+def _full(one: Stretch, threshold: float) -> bool:
+    return one.busy and (one.items >= threshold or one.queued)
+
+
+def _heading(stretch: Stretch, job: JobTime, first: float, warm: float, threshold: float) -> str:
     """Return the heading of a stretch that neither the first nor the last begin divides."""
     closing = job.last is not None and stretch.begin >= job.last
     if stretch.state == "down":
         return "down"
     if stretch.state == "starting":
         return "start-up"
-    if stretch.busy and (stretch.items >= threshold or stretch.queued):
+    if _full(stretch, threshold):
         return "full"
     if stretch.begin < first or job.first is None:
         return "start-up"
     if closing or stretch.state == "over":
         return "drain" if job.stopped else "tail"
-    return "starved" if warm else "cold"
+    return "starved" if stretch.begin >= warm else "cold"
 
 
 def _whole(did: Iterable[Stretch], job: JobTime, first: float) -> Iterator[Stretch]:

@@ -112,6 +112,12 @@ def test_a_server_that_is_not_ready_while_others_work_starts_up() -> None:
     assert lost(share) == {"start-up": 60}
 
 
+def test_a_server_that_never_has_enough_is_starved_once_it_works() -> None:
+    """So it is where ``limits.streams`` is too small for all servers."""
+    did = (Stretch(0, 10), Stretch(10, 100, items=2))
+    assert lost(useful_share([job(100, did)], 4)) == {"cold": 10, "starved": 90}
+
+
 def test_a_server_that_nobody_hears_of_again_is_down() -> None:
     assert lost(useful_share([job(100, (Stretch(0, 40, items=4),))], 4)) == {"down": 60}
 
