@@ -9,12 +9,13 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
-from typing import Any, Final
+from dataclasses import asdict, replace
+from typing import Final
 
 import orjson
 
 from ..backends.accounts.ledger import Ledger
+from ..backends.accounts.totals import Fresh
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.types import Item, Shard
 from ..backends.contract.wire import Order, Summary, own_version
@@ -163,10 +164,10 @@ class WorkCrew:
         async with self._reading:
             if self._rounds < wanted and not self._resting:  # else somebody began after we asked
                 self._rounds += 1
-                for record in await asyncio.to_thread(self._read):
-                    self._progress.count(record)
+                fresh = await asyncio.to_thread(self._read)
+                self._progress.count_all(fresh.done, fresh.failed, asdict(fresh.spent))
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _read(self) -> Fresh:
         self._signs.look()
         return self._ledger.refresh(self._inherits)
 

@@ -121,7 +121,9 @@ def _columns(batch: list[Record], table: pa.Schema, shape: Shape) -> pa.RecordBa
     for row in unfit:
         columns[UNFIT][row] = json_text(outputs[row])
     arrays = [
-        _times(batch) if column.name == "finished_at" else pa.array(columns[column.name], column.type)
+        _times(batch)
+        if column.name == "finished_at"
+        else pa.array(columns[column.name], column.type)
         for column in table
     ]
     return pa.record_batch(arrays, schema=table)
