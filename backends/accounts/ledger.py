@@ -7,6 +7,7 @@ import threading
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import escape
 from itertools import compress, islice
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ import orjson
 from ..contract.errors import LedgerError
 from ..contract.types import Json
 from .journal import JournalWriter, scan
-from .lines import Facts, are_fine, check_line, facts_of, life_of, noted
+from .lines import Facts, are_fine, check_line, facts_of, life_of, noted, worker_prefix
 from .totals import Counts, Fresh, Spent
 
 _OPEN, _DONE, _FAILED = 0, 1, 2
@@ -194,11 +195,12 @@ class Ledger:
         """Close the files opened for reading."""
         self.close()
 
-    def refresh(self, earlier: bool = False) -> Fresh:
+    def refresh(self, earlier: bool = False, worker: str | None = None) -> Fresh:
         """Read what workers have written since the last call; blocks.
 
         Args:
             earlier: Whether those of earlier lives may still write, not only this one's.
+            worker: Only this one of this life, as ``host:process``; there may be thousands.
 
         Returns:
             What is told of items that had not ended before.
@@ -207,9 +209,9 @@ class Ledger:
             LedgerError: A file is damaged or belongs to another run.
         """
         fresh = Fresh()
-        for path in sorted(
-            self._folder.glob("*-*.jsonl" if earlier else f"{self.life:04}-*.jsonl")
-        ):
+        begin = f"{self.life:04}-" if worker is None else worker_prefix(self.life, worker)
+        pattern = "*-*.jsonl" if earlier and worker is None else f"{escape(begin)}*.jsonl"
+        for path in sorted(self._folder.glob(pattern)):
             if path not in self._followed:
                 self._followed[path] = _Followed(len(self._paths))
                 self._paths.append(path)

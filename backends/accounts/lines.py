@@ -41,9 +41,20 @@ Facts = tuple[Any, ...]
 def facts_of(record: dict[str, Any]) -> Facts:
     """Return what a ledger keeps in mind of a record."""
     try:
-        return _facts(record)
+        facts: Facts = _facts(record)
     except KeyError:
         return tuple(map(record.get, _FACTS))
+    return facts
+
+
+def worker_prefix(life: int, worker: str) -> str:
+    """Return how the names of a worker's journal files begin.
+
+    Args:
+        life: Number of the coordinator's life.
+        worker: Host and process, e.g. ``node17:4242``.
+    """
+    return f"{life:04}-{worker.replace(':', '-').replace('/', '-')}-"
 
 
 class Noted(NamedTuple):

@@ -129,7 +129,7 @@ def _columns(batch: list[Record], table: pa.Schema, shape: Shape) -> pa.RecordBa
     return pa.record_batch(arrays, schema=table)
 
 
-def _times(batch: list[Record]) -> pa.Array:
+def _times(batch: list[Record]) -> pa.Array[Any]:
     """Return the times at which items ended."""
     kind = _TYPES["finished_at"]
     texts = pa.array([record.get("finished_at") for record in batch], pa.string())
