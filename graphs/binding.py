@@ -42,10 +42,12 @@ class Bound:
 
     def resolve(self, given: object) -> RunContext:
         """Return the settings that count; equal ones share one context, so one fleet."""
+        if given is self._context:
+            return self._context
         if isinstance(given, RunContext):
             filled = given.filled()
             alone = bool(filled.keys() & _BASES) or not self._context.filled()
-            if not filled or given is self._context:
+            if not filled:
                 return self._context
             return given.joined(self._context) if alone else self._of(self._merged(filled))
         if not isinstance(given, Mapping) or not given.keys() & _MARKS or given.keys() - _names():

@@ -9,8 +9,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
-from typing import Any, Final
+from dataclasses import asdict, replace
+from typing import Final
 
 import orjson
 
@@ -102,23 +102,33 @@ class WorkCrew:
         name = f"{shard.lo}-{shard.hi}"
 
         async def make(_: int) -> Order | None:
-            await self.refresh()  # a lost worker's last lines
+            if self._orders[name] or self._inherits:
+                await self.refresh()  # a lost worker's last lines
             items = await remaining()
             if not items:
                 return None
             number = self._orders[name]
             order = await asyncio.to_thread(_trimmed, self._order(name, number, items))
-            lease = await self._lender.lend(name, number, order.unpacked())
+            lease = await self._lender.lend(order)
             self._orders[name] += 1
             return replace(order, lease=lease)
 
         # an attempt's number is that of its order: a shard may need several that are answered
         first = self._orders[name]
         beat = lambda attempt: self._beat(name, first + attempt)  # noqa: E731
-        answered = await self._pool.run(make, beat)
+        try:
+            answered = await self._pool.run(make, beat)
+        finally:
+            self._forget(name, first)
         if answered is not None:
             await self._heard(answered[1])
         return answered
+
+    def _forget(self, shard: str, first: int) -> None:
+        """Look no more for signs of life of a shard's orders."""
+        if (journal := self._terms.journal) is not None:
+            for attempt in range(first, self._orders[shard] + 1):
+                self._signs.forget(beat_file(journal, self._terms.run["token"], shard, attempt))
 
     async def _heard(self, summary: Summary) -> None:
         """Take note of who has answered, and of what it has spent."""
@@ -153,22 +163,22 @@ class WorkCrew:
             return None
         return self._signs.of(beat_file(journal, self._terms.run["token"], shard, attempt))
 
-    async def refresh(self) -> None:
+    async def refresh(self, worker: str | None = None) -> None:
         """Read what workers have recorded since the last time, and count it.
+
+        Args:
+            worker: Only this one, as ``host:process``.
 
         Raises:
             LedgerError: A worker's journal file is damaged.
         """
         wanted = self._rounds + 1
         async with self._reading:
-            if self._rounds < wanted and not self._resting:  # else somebody began after we asked
-                self._rounds += 1
-                for record in await asyncio.to_thread(self._read):
-                    self._progress.count(record)
-
-    def _read(self) -> list[dict[str, Any]]:
-        self._signs.look()
-        return self._ledger.refresh(self._inherits)
+            if self._resting or (worker is None and self._rounds >= wanted):
+                return  # somebody began to read all after we asked
+            self._rounds += worker is None
+            fresh = await asyncio.to_thread(self._ledger.refresh, self._inherits, worker)
+            self._progress.count_all(fresh.done, fresh.failed, asdict(fresh.spent))
 
     async def stop(self) -> None:
         """Let no worker begin a further item, as far as they share a folder or can be told."""
@@ -205,6 +215,7 @@ class WorkCrew:
         while True:
             await asyncio.sleep(max(_TAIL_S, _SHARE * took))  # thousands of files take a while
             began = time.monotonic()
+            await asyncio.to_thread(self._signs.look)
             await self.refresh()
             took = time.monotonic() - began
 
@@ -222,6 +233,8 @@ def _trimmed(order: Order) -> Order:
         ConfigurationError: The first item alone is too large.
     """
     left = order.carry
+    if len(orjson.dumps(order.items)) <= left:  # as nearly always; one by one costs four times that
+        return order
     for count, item in enumerate(order.items):
         left -= len(orjson.dumps(item))
         if left < 0:

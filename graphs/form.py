@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from typing import Any, Final, Literal
 
 import orjson
@@ -177,12 +178,17 @@ class Form(Context):
 
     def filled(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, by name; an emptied one does not."""
-        given = ((f.name, getattr(self, f.name), _default(f)) for f in fields(self) if f.init)
         return {
             name: value
-            for name, value, default in given
-            if value != default and (default, value) != (None, "")
+            for name, default in _defaults(type(self)).items()
+            if (value := getattr(self, name)) != default and (default, value) != (None, "")
         }
+
+
+@cache
+def _defaults(form: type[Form]) -> dict[str, Any]:
+    """Return the defaults by field; looked up once, for every node of every shard asks."""
+    return {f.name: _default(f) for f in fields(form) if f.init}
 
 
 def _default(of: Field[Any]) -> Any:

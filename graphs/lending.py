@@ -13,7 +13,7 @@ from ..backends.contract.errors import FanfoldError
 from ..backends.contract.money import Amount, Tariff
 from ..backends.contract.template import Template
 from ..backends.contract.types import Item, Json, Usage
-from ..backends.contract.wire import Summary
+from ..backends.contract.wire import Order, Summary
 from ..backends.fleet.charge import most_tokens
 from .spending import Spending
 from .terms import Terms
@@ -43,7 +43,7 @@ class Lender:
         self._boost = Counter[str]()
         self._items, self._used = 0, Amount()
 
-    async def lend(self, shard: str, attempt: int, items: list[Item]) -> dict[str, Json] | None:
+    async def lend(self, order: Order) -> dict[str, Json] | None:
         """Lend an order what its items may take.
 
         Returns:
@@ -55,6 +55,7 @@ class Lender:
         """
         if self._spending is None:
             return None
+        shard, attempt, items = order.shard, order.attempt, order.unpacked()
         self.lost(shard)
         budget, leases = self._spending.budget, self._spending.leases
         item = self._of_one(items[0], budget.terms.tariff)

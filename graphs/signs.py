@@ -79,6 +79,10 @@ class Signs:
         seen = self._beats[file] = _Seen()
         return lambda: seen.when
 
+    def forget(self, file: Path) -> None:
+        """Look at a file no more."""
+        self._beats.pop(file, None)
+
     def look(self) -> None:
         """Look at all files that somebody asked for; blocks."""
         for file, seen in list(self._beats.items()):

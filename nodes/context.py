@@ -130,8 +130,8 @@ class Crew(Protocol):
         """
         ...
 
-    async def refresh(self) -> None:
-        """Read what workers have recorded since the last time."""
+    async def refresh(self, worker: str | None = None) -> None:
+        """Read what workers, or one of them, have recorded since the last time."""
         ...
 
     async def stop(self) -> None:

@@ -20,7 +20,6 @@ from .work import Part, read_items
 
 logger = logging.getLogger(__name__)
 
-_POLL_S: Final = 2.0
 _SLICE: Final = 256
 _VISIBLE_S: Final = 90.0
 """Network file systems show what another node has written after so many seconds at the latest."""
@@ -108,11 +107,10 @@ class _Errand:
         """Wait for a worker; once the run is being stopped, only for a while."""
         gate = self._tools.gate
         task = asyncio.ensure_future(work)
-        closing = asyncio.ensure_future(gate.wait_closed(float("inf")))
+        closing: asyncio.Future[Any] = asyncio.ensure_future(gate.wait_closed(float("inf")))
         try:
-            while not task.done() and not self._stopped():
-                either: set[asyncio.Future[Any]] = {task, closing}
-                await asyncio.wait(either, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            with gate.heeding(self._drain):
+                await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 await self._crew.stop()
                 over: asyncio.Future[Any] = asyncio.ensure_future(gate.drained())
@@ -142,18 +140,16 @@ class _Errand:
     async def _see(self, order: Order, summary: Summary) -> None:
         """Wait until the journal shows here what the worker says that it has written there."""
         indices, said = [item[0] for item in order.items], sum((summary.tally or {}).values())
-        pause, waited = 0.05, 0.0
+        pause = waited = 0.0
         finished = self._tools.ledger.finished
-        while True:
-            await self._crew.refresh()
-            if sum(map(finished, indices)) >= said:
-                return
+        while sum(map(finished, indices)) < said:
             if waited >= _VISIBLE_S:
                 text = "shard %s: records of %s did not show up in the journal within %.0f s"
                 logger.warning(text, order.shard, summary.worker, waited)
                 return
             await asyncio.sleep(pause)
-            waited, pause = waited + pause, min(2 * pause, 5.0)
+            await self._crew.refresh(summary.worker)
+            waited, pause = waited + pause, min(max(0.05, 2 * pause), 5.0)
 
     def _fold_parts(self, order: Order, summary: Summary) -> None:
         """Take over a worker's part if it covers its whole order, and the journal has it all.

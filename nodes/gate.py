@@ -5,6 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+_POLL_S: Final = 1.0
+"""Seconds between looks at whether somebody else has asked for a stop."""
 
 
 class Gate:
@@ -35,6 +41,8 @@ class Gate:
         self._over, self._closing = asyncio.Event(), asyncio.Event()
         self._over.set()
         self._deadline = 0.0
+        self._asked = dict[object, Callable[[], str | None]]()
+        self._asking: asyncio.Task[None] | None = None
         self.in_flight = 0
         self.reason: str | None = None
         self.error: Exception | None = None
@@ -92,6 +100,35 @@ class Gate:
             place = self._waiting.popleft()
             if not place.done():
                 place.set_result(False)
+
+    @contextmanager
+    def heeding(self, drain: Callable[[], str | None]) -> Iterator[None]:
+        """Close the gate, while the block runs, once a stop is asked for that nothing announces.
+
+        One task asks for all: a shard may wait for hours, and thousands of shards do.
+
+        Args:
+            drain: Tells why no further item shall begin, or None.
+        """
+        key = object()
+        self._asked[key] = drain
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask())
+        try:
+            yield
+        finally:
+            del self._asked[key]
+            if not self._asked:
+                self._asking.cancel()
+                self._asking = None
+
+    async def _ask(self) -> None:
+        while not self.closed:
+            await asyncio.sleep(_POLL_S)
+            for drain in self._asked.values():
+                if reason := drain():
+                    self.close(reason)
+                    return
 
     def cancel(self) -> None:
         """Close it because whoever works behind it is cancelled."""

@@ -24,19 +24,30 @@ class Meter:
 
     def __init__(self) -> None:
         self._seen = deque[tuple[float, int]]()
+        self._tellers = dict[object, tuple[Counts, Write]]()
+        self._ticking: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def telling(self, counts: Counts, write: Write) -> AsyncIterator[None]:
-        """Tell again and again while the block runs; arguments as of :meth:`tell`."""
-        task = asyncio.create_task(self._again(counts, write))
+        """Tell again and again while the block runs; arguments as of :meth:`tell`.
+
+        One task tells for all blocks, to whoever came last: thousands of shards wait at a time.
+        """
+        key = object()
+        self._tellers[key] = counts, write
+        if self._ticking is None:
+            self._ticking = asyncio.create_task(self._again())
         try:
             yield
         finally:
-            task.cancel()
+            del self._tellers[key]
+            if not self._tellers:
+                self._ticking.cancel()
+                self._ticking = None
 
-    async def _again(self, counts: Counts, write: Write) -> None:
+    async def _again(self) -> None:
         while True:
-            self.tell(counts, write)
+            self.tell(*next(reversed(self._tellers.values())))
             await asyncio.sleep(EVERY_S)
 
     def tell(self, counts: Counts, write: Write, *, last: bool = False) -> None:

@@ -88,6 +88,19 @@ class Progress:
         self.reused += record.get("reused") or 0
         self.useful_nano_usd += record["useful_nano_usd"]
 
+    def count_all(self, done: int, failed: int, spent: Mapping[str, int]) -> None:
+        """Count items that have just ended.
+
+        Args:
+            done: How many were answered.
+            failed: How many ended without an answer.
+            spent: What their records add up to, by the names of these counts.
+        """
+        self.done += done
+        self.failed += failed
+        for name, further in spent.items():
+            setattr(self, name, getattr(self, name) + further)
+
     def hold(self, further: Held) -> None:
         """Count that nodes were held for a further while."""
         self.held = self.held.plus(further)

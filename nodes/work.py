@@ -40,9 +40,6 @@ _SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
 _ENDS_RUN: Final = (RunStoppedError, ConfigurationError, LedgerError)
 """What an item's calls raise that is no fault of the item's: a budget's book is one that writes."""
 
-_POLL_S: Final = 1.0
-"""Seconds between looks at a drain that somebody else asked of the graph."""
-
 
 class Part:
     """What a shard brings home: counts and its part of the aggregate."""
@@ -160,8 +157,8 @@ class _Worker:
     async def watch(self) -> None:
         """Close the gate when the run shall stop, and cut off items that take too long then."""
         gate = self._tools.gate
-        while not await gate.wait_closed(_POLL_S):
-            self._heed()
+        with gate.heeding(self._drain):
+            await gate.wait_closed(float("inf"))
         if not await gate.drained():
             for task in self._tasks:
                 task.cancel()

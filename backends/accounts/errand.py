@@ -13,6 +13,7 @@ from ..contract.errors import LedgerError
 from ..contract.types import Json
 from ..contract.wire import CARRY
 from .journal import JournalWriter
+from .lines import worker_prefix
 
 
 class SentLedger:
@@ -134,5 +135,4 @@ def worker_file(folder: Path, life: int, worker: str) -> Path:
         life: Number of the coordinator's life.
         worker: Host and process, e.g. ``node17:4242``.
     """
-    who = worker.replace(":", "-").replace("/", "-")
-    return folder / f"{life:04}-{who}-{secrets.token_hex(3)}.jsonl"
+    return folder / f"{worker_prefix(life, worker)}{secrets.token_hex(3)}.jsonl"

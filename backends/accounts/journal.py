@@ -14,10 +14,9 @@ import os
 import shlex
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -189,8 +188,7 @@ async def _pause(hurry: asyncio.Event, seconds: float) -> None:
         return
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One record as it stands in a journal file: line number, start and length in bytes."""
 
     number: int

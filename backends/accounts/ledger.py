@@ -7,6 +7,8 @@ import threading
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import escape
+from itertools import compress, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -16,11 +18,14 @@ import orjson
 from ..contract.errors import LedgerError
 from ..contract.types import Json
 from .journal import JournalWriter, scan
-from .lines import check_line, life_of
-from .totals import Counts, Spent
+from .lines import Facts, are_fine, check_line, facts_of, life_of, noted, worker_prefix
+from .totals import Counts, Fresh, Spent
 
 _OPEN, _DONE, _FAILED = 0, 1, 2
 _CODES: Final = {"done": _DONE, "failed": _FAILED}
+
+_TOGETHER: Final = 256
+"""Lines that are checked and added up together."""
 
 
 @dataclass(slots=True)
@@ -78,8 +83,7 @@ class Ledger:
         self._sums: list[Spent] = []
         for number, path in enumerate(self._paths):
             at = _Followed(number)
-            for _ in self._read_on(path, at):
-                pass  # noted, and not kept
+            self._read_on(path, at)
             if "-" in path.stem:
                 self._followed[path] = at  # its worker may outlive the coordinator
 
@@ -115,7 +119,8 @@ class Ledger:
         except LedgerError as error:
             self._failure = self._told(error)
             raise self._failure from error
-        self._note(self._own, start, length, record)
+        self._spent_by(self._own).add(record)
+        self._note(self._own, start, length, facts_of(record))
 
     def _told(self, error: LedgerError) -> LedgerError:
         return LedgerError(
@@ -190,35 +195,42 @@ class Ledger:
         """Close the files opened for reading."""
         self.close()
 
-    def refresh(self, earlier: bool = False) -> list[dict[str, Any]]:
+    def refresh(self, earlier: bool = False, worker: str | None = None) -> Fresh:
         """Read what workers have written since the last call; blocks.
 
         Args:
             earlier: Whether those of earlier lives may still write, not only this one's.
+            worker: Only this one of this life, as ``host:process``; there may be thousands.
 
         Returns:
-            The records of items that had not ended before.
+            What is told of items that had not ended before.
 
         Raises:
             LedgerError: A file is damaged or belongs to another run.
         """
-        fresh = list[dict[str, Any]]()
-        for path in sorted(
-            self._folder.glob("*-*.jsonl" if earlier else f"{self.life:04}-*.jsonl")
-        ):
+        fresh = Fresh()
+        begin = f"{self.life:04}-" if worker is None else worker_prefix(self.life, worker)
+        pattern = "*-*.jsonl" if earlier and worker is None else f"{escape(begin)}*.jsonl"
+        for path in sorted(self._folder.glob(pattern)):
             if path not in self._followed:
                 self._followed[path] = _Followed(len(self._paths))
                 self._paths.append(path)
-            fresh += self._read_on(path, self._followed[path])
+            self._read_on(path, self._followed[path], fresh)
         return fresh
 
-    def _read_on(self, path: Path, at: _Followed) -> Iterator[dict[str, Any]]:
-        """Note a file's further records; yield those of items that had not ended before."""
-        for line in scan(path, self._run, at.start, at.line):
-            check_line(line, path, len(self._state))
-            at.start, at.line = line.start + line.length, line.number + 1
-            if self._note(at.number, line.start, line.length, line.record):
-                yield line.record
+    def _read_on(self, path: Path, at: _Followed, fresh: Fresh | None = None) -> None:
+        """Note a file's further records; count those of items that had not ended before."""
+        lines = scan(path, self._run, at.start, at.line)
+        while some := list(map(noted, islice(lines, _TOGETHER))):
+            if not are_fine([line.facts for line in some], len(self._state)):
+                for line in scan(path, self._run, at.start, at.line):
+                    check_line(line, path, len(self._state))
+            new = [self._note(at.number, line.start, line.length, line.facts) for line in some]
+            last = some[-1]
+            at.start, at.line = last.start + last.length, last.number + 1
+            self._spent_by(at.number).merge(Spent.of(line.facts[2:] for line in some))
+            if fresh is not None:
+                fresh.count([line.facts for line in compress(some, new)])
 
     # -- reading -------------------------------------------------------------------------
 
@@ -256,10 +268,16 @@ class Ledger:
         Raises:
             LedgerError: The journal changed under our feet.
         """
-        path = self._paths[self._file[index]]
+        return self._read(index, self._file[index], self._start[index], self._length[index])
+
+    def _read(self, index: int, number: int, start: int, length: int) -> dict[str, Any]:
+        path = self._paths[number]
         try:
-            line = self._read(index, path)
-            record: dict[str, Any] = orjson.loads(line)
+            with self._opening:
+                handle = self._handles.get(number)
+                if handle is None:
+                    handle = self._handles[number] = os.open(path, os.O_RDONLY)
+            record: dict[str, Any] = orjson.loads(os.pread(handle, length, start))
         except OSError as error:
             raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
         except orjson.JSONDecodeError:
@@ -268,14 +286,6 @@ class Ledger:
             raise LedgerError(f"{path}: changed while the run was using it")
         return record
 
-    def _read(self, index: int, path: Path) -> bytes:
-        number = self._file[index]
-        with self._opening:
-            handle = self._handles.get(number)
-            if handle is None:
-                handle = self._handles[number] = os.open(path, os.O_RDONLY)
-        return os.pread(handle, self._length[index], self._start[index])
-
     def records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the records of finished items in input order, or those of one status."""
         wanted = _CODES[status] if status else None
@@ -283,18 +293,17 @@ class Ledger:
             if state != _OPEN and wanted in (None, state):
                 yield self.record(index)
 
-    def _note(self, number: int, start: int, length: int, record: dict[str, Any]) -> bool:
+    def _note(self, number: int, start: int, length: int, facts: Facts) -> bool:
         """Note where an item's record is; return whether the item had not ended before."""
-        index = record["index"]
-        self._spent_by(number).add(record)
+        index = facts[0]
         ended = self._state[index] != _OPEN
         if ended and self._lives_before(number, self._file[index]):
             return False
         if ended and self._rival(number, index):
             self.twice += 1
-            if _rank(record) >= _rank(self.record(index)):
+            if _rank(self._read(index, number, start, length)) >= _rank(self.record(index)):
                 return False
-        self._state[index] = _CODES[record["status"]]
+        self._state[index] = _CODES[facts[1]]
         self._file[index], self._start[index], self._length[index] = number, start, length
         return not ended
 

@@ -45,7 +45,7 @@ class Gathered:
         """Add what a worker has told; of an endpoint's states the last one is kept."""
         for told in news:
             name = told["endpoint"]
-            self._stats[name] = self._stats.get(name, Stats()) + Stats.from_json(told)
+            self._stats.setdefault(name, Stats()).merge(Stats.from_json(told))
             opened = self._about.get(name, {"opened": 0})["opened"] + told["opened"]
             self._about[name] = {"endpoint": name, "state": told["state"], "opened": opened}
 

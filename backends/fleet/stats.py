@@ -74,6 +74,13 @@ class Stats:
         """Count tokens of answers that count: their item has ended well."""
         self.useful_tokens += usage.tokens
 
+    def merge(self, other: Stats) -> None:
+        """Add other sums to these."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.failures.update(other.failures)
+        self._cells.update(other._cells)
+
     def __add__(self, other: Stats) -> Stats:
         """Return the sums of both."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from ...contract.errors import LedgerError
 from ...contract.types import Json
 from .columns import RESULT_COLUMNS, UNFIT, Record, json_text
-from .fitting import fit
+from .fitting import fit_all
 from .guard import replacing
 from .shape import FREE, JSON, Shape, shape_of
 
@@ -22,7 +22,7 @@ ROWS: Final = 4_096
 """Rows held in memory and written together."""
 
 BYTES: Final = 16 << 20
-"""Fewer rows are written together once their JSON text is this long."""
+"""Fewer rows are written together once their outputs and errors are this long."""
 
 _INTEGERS: Final = (
     "attempts",
@@ -96,7 +96,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     size = 0
     for record in records:
         batch.append(record)
-        size += len(orjson.dumps(record))
+        size += _weight(record.get("output")) + _weight(record.get("error"))
         if len(batch) == ROWS or size >= BYTES:
             yield batch
             batch, size = [], 0
@@ -104,17 +104,39 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
+def _weight(value: Json) -> int:
+    """Return about how many bytes a cell takes whose length nothing bounds."""
+    if value is None:
+        return 0
+    return len(value if isinstance(value, str) else orjson.dumps(value))
+
+
 def _columns(batch: list[Record], table: pa.Schema, shape: Shape) -> pa.RecordBatch:
-    columns = {name: [record.get(name) for record in batch] for name in RESULT_COLUMNS}
-    fitted = [fit(shape, output) for output in columns["output"]]
-    columns["finished_at"] = [_time(record) for record in batch]
-    columns[UNFIT] = [
-        None if fits else json_text(output)
-        for output, (_, fits) in zip(columns["output"], fitted, strict=True)
+    columns: dict[str, Any] = {
+        name: [record.get(name) for record in batch] for name in RESULT_COLUMNS
+    }
+    outputs = columns["output"]
+    columns["output"], unfit = fit_all(shape, outputs)
+    columns[UNFIT] = [None] * len(batch)
+    for row in unfit:
+        columns[UNFIT][row] = json_text(outputs[row])
+    arrays = [
+        _times(batch)
+        if column.name == "finished_at"
+        else pa.array(columns[column.name], column.type)
+        for column in table
     ]
-    columns["output"] = [cell for cell, _ in fitted]
-    arrays = [pa.array(columns[column.name], column.type) for column in table]
     return pa.record_batch(arrays, schema=table)
+
+
+def _times(batch: list[Record]) -> pa.Array[Any]:
+    """Return the times at which items ended."""
+    kind = _TYPES["finished_at"]
+    texts = pa.array([record.get("finished_at") for record in batch], pa.string())
+    try:
+        return texts.cast(kind)
+    except pa.ArrowInvalid:  # another way to write ISO 8601, or a damaged record
+        return pa.array([_time(record) for record in batch], kind)
 
 
 def _time(record: Record) -> datetime | None:

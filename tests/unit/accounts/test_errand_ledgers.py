@@ -10,6 +10,7 @@ from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.accounts.errand import FiledLedger, SentLedger, worker_file
 from fanfold.backends.accounts.journal import JournalWriter, scan
 from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.accounts.totals import Fresh
 from fanfold.backends.contract.errors import LedgerError
 
 
@@ -80,9 +81,12 @@ async def test_workers_may_outlive_their_coordinator(tmp_path: Path) -> None:
     for index in (1, 2):
         writer.write(sample(index, output="older"))
     await writer.close()
-    assert ledger.refresh() == []
-    assert [record["index"] for record in ledger.refresh(earlier=True)] == [2]
-    assert ledger.refresh(earlier=True) == []
+    assert ledger.refresh() == Fresh()
+    assert not ledger.finished(2)
+    fresh = ledger.refresh(earlier=True)
+    assert (fresh.done, fresh.failed, fresh.spent.requests) == (1, 0, 2)
+    assert ledger.finished(2)
+    assert ledger.refresh(earlier=True) == Fresh()
     assert (ledger.counts().done, ledger.twice) == (3, 0)
     assert ledger.record(1) == own
     await ledger.aclose()
