@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..configs.backend import BackendConfig
+from ..configs.plain import secret_texts, written_out
 from .contract.errors import ConfigurationError
 from .contract.protocols import Backend
 from .contract.wire import CARRY
@@ -112,10 +113,17 @@ def _executor(config: BackendConfig, work: WorkShard) -> list[Backend]:
 
 def _globus(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
     book = TaskBook(folder / FILE) if folder is not None else None
+    options = config.user_endpoint_config
+    for key in written_out(options, "backend.user_endpoint_config"):
+        msg = (
+            f"{key}: a run folder does not keep a secret that was written out; give it again, "
+            f"best by a variable: --set '{key}=${{VAR}}'"
+        )
+        raise ConfigurationError(msg)
 
     def connected() -> Service:  # off the loop: the SDK takes seconds to import
         make = imported(config.client, "backend.client") if config.client else None
-        return connect(make, config.user_endpoint_config)
+        return connect(make, options, hidden=tuple(secret_texts(options)))
 
     desk = Desk(connected, work, config.function, TaskList(book))
     return globus_backends(config.endpoints, config.workers, desk)

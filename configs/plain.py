@@ -103,11 +103,42 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in plain["node"]["env"].items():
         if may_be_secret(name) and not _VARIABLES_ONLY.fullmatch(value):
             plain["node"]["env"][name] = MASKED
+    template = plain["backend"]["user_endpoint_config"]
+    if template is not None:
+        plain["backend"]["user_endpoint_config"] = _masked(template)
     password = config.backend.exchange.password
     if password is not None:
         written = raw["backend"]["exchange"]["password"]
         plain["backend"]["exchange"]["password"] = _safe_key(written, password)
     return plain
+
+
+def _masked(plain: Any, key: str = "") -> Any:
+    """Return plain data, the values of keys that name secrets masked unless by a variable."""
+    if isinstance(plain, Mapping):
+        return {name: _masked(value, name) for name, value in plain.items()}
+    if isinstance(plain, list):
+        return [_masked(value, key) for value in plain]
+    if plain is None or isinstance(plain, bool) or not may_be_secret(key):
+        return plain
+    return plain if _VARIABLES_ONLY.fullmatch(str(plain)) else MASKED
+
+
+def secret_texts(data: Any, key: str = "") -> Iterator[str]:
+    """Yield the texts within plain data that must not be shown.
+
+    Args:
+        data: The data, variables expanded.
+        key: The key that it stands at.
+    """
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            yield from secret_texts(value, name)
+    elif isinstance(data, list):
+        for value in data:
+            yield from secret_texts(value, key)
+    elif isinstance(data, str) and data and may_be_secret(key):
+        yield data
 
 
 def written_out(plain: Any, where: str) -> Iterator[str]:

@@ -31,6 +31,9 @@ Client = Annotated[
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to; else printed.")
 ]
+Schema = Annotated[
+    bool, typer.Option("--schema", help="The schema of the template's values in its place.")
+]
 
 
 @app.command()
@@ -48,9 +51,9 @@ def register(client: Client = None) -> None:
 
 
 @app.command()
-def template(output: Output = None) -> None:
+def template(output: Output = None, schema: Schema = False) -> None:
     """Write a configuration template for an endpoint, for this version of fanfold."""
-    text = template_text(own_version(), str(Path(sys.prefix) / "bin"))
+    text = schema_text() if schema else template_text(own_version(), str(Path(sys.prefix) / "bin"))
     if output is None:
         print(text, end="")
         return
@@ -58,7 +61,8 @@ def template(output: Output = None) -> None:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"{output}: cannot be written: {error.strerror}") from None
-    print(f"{output} written; its first lines say where it goes")
+    where = "" if schema else "; its first lines say where it goes"
+    print(f"{output} written{where}")
 
 
 def template_text(version: str, programs: str) -> str:
@@ -68,6 +72,17 @@ def template_text(version: str, programs: str) -> str:
         version: The version of fanfold that workers must have.
         programs: The folder of the workers' Python.
     """
-    source = files("fanfold.backends.sites.globus") / "template.yaml.j2"
-    text = source.read_text(encoding="utf-8")
-    return text.replace("@VERSION@", version).replace("@BIN@", shlex.quote(programs))
+    return (
+        _shipped("template.yaml.j2")
+        .replace("@VERSION@", version)
+        .replace("@BIN@", shlex.quote(programs))
+    )
+
+
+def schema_text() -> str:
+    """Return the schema of the values that the template takes."""
+    return _shipped("schema.json")
+
+
+def _shipped(name: str) -> str:
+    return (files("fanfold.backends.sites.globus") / name).read_text(encoding="utf-8")

@@ -35,6 +35,7 @@ def worker_settings(loaded: Loaded) -> dict[str, Any]:
     gateway = settings["endpoints"].get("first")
     if gateway and gateway.get("requests_per_s") is not None:
         gateway["requests_per_s"] = gateway["requests_per_s"] / workers
+    settings["backend"]["user_endpoint_config"] = None  # for the endpoint, not for its workers
     if settings.get("metrics"):
         settings["metrics"] = {"port": None}  # the coordinator serves them
     return settings

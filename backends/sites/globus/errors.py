@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from ...contract.errors import (
@@ -29,16 +30,21 @@ _ADVICE: Final = {
     ),
     404: "the service does not know it: check the ids in backend.endpoints and backend.function",
     413: "the service found the request too large: lower shard.items",
+    422: (
+        "if its template refuses a value, mend backend.user_endpoint_config; "
+        "'globus-compute-endpoint render-user-config' tries it on the endpoint's machine"
+    ),
 }
 _LINE: Final = 400
 
 
-def refused(error: GlobusError, where: str) -> FanfoldError:
+def refused(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> FanfoldError:
     """Return what an error of the SDK means.
 
     Args:
         error: Raised while the service was asked something.
         where: What was asked.
+        hidden: Texts that the message must not show, though the answer may.
 
     Returns:
         A :class:`SiteError` where asking again may help, else a :class:`ConfigurationError`.
@@ -46,15 +52,19 @@ def refused(error: GlobusError, where: str) -> FanfoldError:
     status = getattr(error, "http_status", None)
     if status is None:
         return SiteError(f"globus_compute: {where}: no answer from the service: {error}")
-    said = f"globus_compute: {where}: the service answered {status}: {_reason(error)}"
+    reason = _reason(error)
+    for text in hidden:
+        reason = reason.replace(text, "**********")
+    said = f"globus_compute: {where}: the service answered {status}: {reason[:_LINE]}"
     if status in _TRANSIENT:
         return SiteError(f"{said} (https://status.globus.org tells of outages)")
-    return ConfigurationError(f"{said}; {_ADVICE.get(status, 'see backend.user_endpoint_config')}")
+    return ConfigurationError(f"{said}; {_ADVICE.get(status, _ADVICE[422])}")
 
 
 def _reason(error: GlobusError) -> str:
     raw = getattr(error, "raw_json", None) or {}
-    return str(raw.get("reason") or getattr(error, "message", None) or error)[:_LINE]
+    text = str(raw.get("reason") or getattr(error, "message", None) or error)
+    return " ".join(text.strip().partition("\n\n")[0].split())  # a schema would follow
 
 
 def offline(endpoint: str) -> SiteError:
@@ -108,6 +118,9 @@ def task_failed(text: str) -> FanfoldError:
     if "No module named 'fanfold" in text:
         advice = f"install fanfold=={own_version()} in the environment of the endpoint's workers"
         return ConfigurationError(f"{said}; {advice} ('fanfold globus template' shows how)")
+    if "is wanted here, found" in text:  # said by the template
+        advice = f"install fanfold=={own_version()} there, or write the endpoint's template anew"
+        return ConfigurationError(f"{said}; {advice} (fanfold globus template)")
     return WorkerLostError(said)
 
 
@@ -121,5 +134,5 @@ def unreadable(text: str) -> FanfoldError:
 
 def _last(text: str) -> str:
     """Return a traceback's last line that says something."""
-    lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
+    lines = [line.strip(" \t-") for line in text.splitlines() if line.strip(" \t-")]
     return (lines[-1] if lines else "no reason given")[:_LINE]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...contract.errors import ConfigurationError
@@ -14,6 +14,7 @@ def connect(
     make: Callable[[], Any] | None,
     user_endpoint_config: dict[str, Any] | None = None,
     ask: bool = False,
+    hidden: Sequence[str] = (),
 ) -> ComputeService:
     """Return the service; blocks.
 
@@ -21,6 +22,7 @@ def connect(
         make: Makes the SDK's client; None takes the SDK's usual one.
         user_endpoint_config: Values for the endpoint's template, or None.
         ask: Whether somebody at a terminal may be asked to log in.
+        hidden: Texts among these values that no message may show.
 
     Raises:
         ConfigurationError: There is no login.
@@ -32,7 +34,7 @@ def connect(
     with refusals("connecting"):
         if make is None:
             _check_version(client)
-        return ComputeService(client, user_endpoint_config)
+        return ComputeService(client, user_endpoint_config, hidden)
 
 
 def _usual_client() -> Any:

@@ -108,12 +108,18 @@ class ComputeService:
     Args:
         client: A ``globus_compute_sdk.Client``; gives address and login, and is not changed.
         user_endpoint_config: Values for the endpoint's template, or None.
+        hidden: Texts among them that no message may show.
     """
 
-    def __init__(self, client: Any, user_endpoint_config: dict[str, Any] | None) -> None:
+    def __init__(
+        self,
+        client: Any,
+        user_endpoint_config: dict[str, Any] | None,
+        hidden: Sequence[str] = (),
+    ) -> None:
         from globus_sdk import ComputeClientV2, ComputeClientV3  # noqa: PLC0415 - slow to import
 
-        self._config = user_endpoint_config
+        self._config, self._hidden = user_endpoint_config, hidden
         login = {"authorizer": client.authorizer} if client.authorizer else {"app": client.app}
         self._v2 = ComputeClientV2(base_url=client.web_service_address, **login)
         self._v3 = ComputeClientV3(base_url=client.web_service_address, **login)
@@ -163,7 +169,7 @@ class ComputeService:
             result_serializers=[_JSON],
         )
         data = batch.prepare() | {"tasks": {function: [parcel.text for parcel in parcels]}}
-        with refusals(f"endpoint {endpoint}"):
+        with refusals(f"endpoint {endpoint}", self._hidden):
             answer = self._v3.submit(endpoint, data).data
         tasks = tuple(map(str, answer.get("tasks", {}).get(function, ())))
         if len(tasks) != len(parcels):
@@ -200,11 +206,12 @@ def _end(state: dict[str, Any]) -> End | None:
 
 
 @contextmanager
-def refusals(where: str) -> Iterator[None]:
+def refusals(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
     """Turn the SDK's errors within the block into fanfold's.
 
     Args:
         where: What is asked of the service.
+        hidden: Texts that the error must not show, though the answer may.
 
     Raises:
         FanfoldError: The service refused, or did not answer.
@@ -214,4 +221,7 @@ def refusals(where: str) -> Iterator[None]:
     try:
         yield
     except GlobusError as error:
-        raise refused(error, where) from error
+        told = refused(error, where, hidden)
+        if hidden:  # the cause shows what was answered
+            raise told from None
+        raise told from error

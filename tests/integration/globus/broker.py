@@ -112,6 +112,20 @@ class Broker:
         """Declare the queue on which the SDK waits for the results of a task group."""
         self.call(lambda channel: self._declare(channel, self.group_prefix + group))
 
+    def open_commands(self, endpoint_id: str) -> str:
+        """Declare the queue on which a manager waits for commands, and return its name."""
+        name = self.queue("commands", endpoint_id)
+        self.call(lambda channel: self._declare(channel, name))
+        return name
+
+    def send_command(self, endpoint_id: str, body: bytes) -> None:
+        """Give a manager a command, as of now: it refuses those of three minutes ago."""
+        name = self.queue("commands", endpoint_id)
+        properties = pika.BasicProperties(
+            content_type="application/json", timestamp=int(time.time())
+        )
+        self.call(lambda channel: channel.basic_publish("", name, body, properties))
+
     def send_tasks(self, endpoint_id: str, messages: Iterable[tuple[bytes, Headers]]) -> None:
         """Publish packed tasks with their headers to an endpoint."""
 

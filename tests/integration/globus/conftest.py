@@ -1,4 +1,4 @@
-"""The fixtures of `fixtures.py` for the tests of this folder."""
+"""The fixtures of `fixtures.py` and `labs.py` for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fanfold.tests.integration.globus.fixtures import (
     session_endpoint,
     session_service,
 )
+from fanfold.tests.integration.globus.labs import lab_over
 
 __all__ = [
     "amqp_url",
@@ -21,6 +22,7 @@ __all__ = [
     "endpoint_of",
     "executor",
     "executor_of",
+    "lab_over",
     "service",
     "session_endpoint",
     "session_service",

@@ -12,15 +12,11 @@ from globus_compute_common.messagepack.message_types import EPStatusReport, Resu
 
 from .broker import Broker, Headers
 from .faults import Faults
-from .records import Books, EndpointRecord, Json, Submission, TaskRecord
+from .managers import Managers
+from .records import Books, EndpointRecord, Json, RefusedError, Submission, TaskRecord
 
-
-class RefusedError(Exception):
-    """A request that the service answers with an error."""
-
-    def __init__(self, status: int, code: str, reason: str) -> None:
-        super().__init__(status, code, reason)
-        self.status, self.code, self.reason = status, code, reason
+ASKS_S = 5.0
+STARTS = 12
 
 
 class Desk:
@@ -30,7 +26,17 @@ class Desk:
         self.books = Books()
         self.lock = threading.RLock()
         self._broker, self._faults = broker, faults
+        self.closing = threading.Event()
         self._held: list[bytes] = []
+        self._managers = Managers(broker)
+
+    def register_manager(self, endpoint_id: str | None) -> Json:
+        """Make a manager known and return its queues; it keeps an id that it had before."""
+        name = endpoint_id or str(uuid.uuid4())
+        queues = self.credentials(name)
+        with self.lock:
+            self.books.endpoints[name] = EndpointRecord(manager=True)
+        return queues | self._managers.queues(name)
 
     def credentials(self, endpoint_id: str) -> Json:
         """Open the queues of an endpoint and return what it needs to use them."""
@@ -74,13 +80,17 @@ class Desk:
         """Publish the tasks of one POST of `size` bytes.
 
         Raises:
-            RefusedError: By a fault, or the request is too large, or names what is not known.
+            RefusedError: By a fault, or the request is too large, or names what is not known, or
+                the manager could not start a user endpoint with its options.
         """
         with self.lock:
             self._admit(endpoint_id, body, size)
+            manager = self.books.endpoints[endpoint_id].manager
+        target = self._user_endpoint(endpoint_id, body) if manager else endpoint_id
+        with self.lock:
             group = body.get("task_group_id") or str(uuid.uuid4())
             tasks = [
-                (TaskRecord(str(uuid.uuid4()), endpoint_id, function, group), arguments)
+                (TaskRecord(str(uuid.uuid4()), target, function, group), arguments)
                 for function, many in body["tasks"].items()
                 for arguments in many
             ]
@@ -90,12 +100,31 @@ class Desk:
             self._note(endpoint_id, body, size, [task for task, _ in tasks])
             messages = [self._message(task, arguments, body) for task, arguments in tasks]
         self._broker.open_group(group)
-        self._broker.send_tasks(endpoint_id, messages)
+        self._broker.send_tasks(target, messages)
         ids: dict[str, list[str]] = {}
         for task, _ in tasks:
             ids.setdefault(task.function_id, []).append(task.task_id)
         answer = {"tasks": ids, "task_group_id": group, "endpoint_id": endpoint_id}
         return answer | {"request_id": str(uuid.uuid4())}
+
+    def _user_endpoint(self, manager: str, body: Json) -> str:
+        """Have the manager start the user endpoint of these options; wait until it is up."""
+        child = self._managers.child(manager, body)
+        credentials = self.credentials(child)
+        with self.lock:
+            self.books.endpoints[child].error = None
+        for _ in range(STARTS):  # a manager overlooks a command for one that has just ended
+            self._managers.start(manager, child, body, credentials)
+            asked = time.monotonic()
+            while time.monotonic() < asked + ASKS_S and not self.closing.wait(0.02):
+                if self.online(child):
+                    return child
+                with self.lock:
+                    error = self.books.endpoints[child].error
+                if error is not None:
+                    reason = f"Request payload failed validation: {error}"
+                    raise RefusedError(422, "SEMANTICALLY_INVALID", reason)
+        raise RefusedError(503, "SERVICE_UNAVAILABLE", "the user endpoint does not start")
 
     def _admit(self, endpoint_id: str, body: Json, size: int) -> None:
         if self._faults.take("fail_submits"):
@@ -148,7 +177,9 @@ class Desk:
         """Say whether an endpoint was heard within so many heartbeat periods and is active."""
         with self.lock:
             record = self.books.endpoints.get(endpoint_id)
-            if record is None or record.heartbeat_at is None or not record.state.get("active"):
+            if record is None or record.heartbeat_at is None:
+                return False
+            if not (record.manager or record.state.get("active")):
                 return False
             age = time.monotonic() - record.heartbeat_at
             return bool(age < beats * record.state["heartbeat_period"])
@@ -161,6 +192,16 @@ class Desk:
             self.books.stats["heartbeats"] += 1
             record = self.books.endpoints[str(message.endpoint_id)]
             record.heartbeat_at, record.state = time.monotonic(), message.global_state
+            if (error := message.global_state.get("error")) is not None:
+                record.error = error
+                self._fail_open(str(message.endpoint_id), error)
+
+    def _fail_open(self, endpoint_id: str, error: str) -> None:
+        """End what a user endpoint had in hand that says that it cannot work."""
+        for task in self.books.tasks.values():
+            if task.endpoint_id == endpoint_id and task.status == "pending":
+                task.status, task.exception = "failed", error
+                task.completion_t = str(time.time())
 
     def on_result(self, body: bytes) -> None:
         """Take a result of an endpoint: store it and forward it, unless a fault strikes."""

@@ -33,14 +33,32 @@ def kill_session(leader: int, timeout_s: float = 10.0) -> None:
     deadline = time.monotonic() + timeout_s
     while alive := session(leader):
         for pid in alive:
-            _kill(pid)
+            kill_process(pid)
         if time.monotonic() > deadline:
             raise TimeoutError(f"processes {alive} of session {leader} outlive SIGKILL")
         time.sleep(0.02)
 
 
-def _kill(pid: int) -> None:
+def kill_process(pid: int) -> None:
+    """SIGKILL a process, unless it has ended."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return  # it ended by itself
+
+
+def offspring(parent: int) -> list[int]:
+    """Return the descendants of a process, in whatever sessions they are."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    )
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    children: dict[int, list[int]] = {}
+    for pid, ppid in rows:
+        children.setdefault(int(ppid), []).append(int(pid))
+    found, todo = list[int](), [parent]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found

@@ -9,6 +9,14 @@ from typing import Any, Literal
 Json = dict[str, Any]
 
 
+class RefusedError(Exception):
+    """A request that the service answers with an error."""
+
+    def __init__(self, status: int, code: str, reason: str) -> None:
+        super().__init__(status, code, reason)
+        self.status, self.code, self.reason = status, code, reason
+
+
 @dataclass(slots=True)
 class TaskRecord:
     """One task and, once it is known, its end."""
@@ -33,10 +41,15 @@ class TaskRecord:
 
 @dataclass(slots=True)
 class EndpointRecord:
-    """One endpoint and its last sign of life, on the monotonic clock."""
+    """One endpoint and its last sign of life, on the monotonic clock.
+
+    A manager starts user endpoints; one that could not be started has an `error`.
+    """
 
     heartbeat_at: float | None = None
     state: Json = field(default_factory=dict)
+    manager: bool = False
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

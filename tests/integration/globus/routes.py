@@ -1,4 +1,4 @@
-"""The HTTP calls of the SDK, over the desk."""
+"""The HTTP calls of the SDK and of managers, over the desk."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from .broker import Broker
-from .desk import Desk, RefusedError
+from .desk import Desk
 from .faults import Faults
-from .records import Json
+from .identity import Identity
+from .records import Json, RefusedError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -20,7 +21,7 @@ LARGEST_BODY = 64 * 1024 * 1024
 
 def make_app(desk: Desk, broker: Broker, faults: Faults) -> web.Application:
     """Build the service's HTTP application."""
-    calls = _Calls(desk, broker)
+    calls, login = _Calls(desk, broker), _Login()
     app = web.Application(client_max_size=LARGEST_BODY, middlewares=[_as_the_service(desk, faults)])
     app.add_routes(
         [
@@ -28,11 +29,17 @@ def make_app(desk: Desk, broker: Broker, faults: Faults) -> web.Application:
             web.get("/v2/get_amqp_result_connection_url", calls.result_queue),
             web.post("/v2/functions", calls.register_function),
             web.post("/v3/functions", calls.register_function),
+            web.post("/v3/endpoints", calls.register_manager),
+            web.put("/v3/endpoints/{id}", calls.register_manager),
             web.post("/v3/endpoints/{id}/submit", calls.submit),
             web.get("/v2/endpoints/{id}/status", calls.endpoint_status),
             web.get("/v2/taskgroup/{id}", calls.group),
             web.get("/v2/tasks/{id}", calls.task),
             web.post("/v2/batch_status", calls.batch_status),
+            web.get("/.well-known/openid-configuration", login.configuration),
+            web.get("/jwk.json", login.keys),
+            web.post("/v2/oauth2/token", login.token),
+            web.get("/v2/oauth2/userinfo", login.user),
         ]
     )
     return app
@@ -75,6 +82,10 @@ class _Calls:
     async def register_function(self, request: web.Request) -> web.Response:
         return web.json_response(self._desk.register_function(await request.json()))
 
+    async def register_manager(self, request: web.Request) -> web.Response:
+        known = request.match_info.get("id")
+        return web.json_response(await asyncio.to_thread(self._desk.register_manager, known))
+
     async def submit(self, request: web.Request) -> web.Response:
         body: Json = await request.json()
         size = len(await request.read())
@@ -103,3 +114,30 @@ class _Calls:
     async def batch_status(self, request: web.Request) -> web.Response:
         asked: Json = await request.json()
         return web.json_response({"results": self._desk.status_of(asked["task_ids"])})
+
+
+class _Login:
+    """The calls of Globus Auth, with which an application logs in."""
+
+    def __init__(self) -> None:
+        self._identity = Identity()
+
+    async def configuration(self, request: web.Request) -> web.Response:
+        answer = {
+            "issuer": "stand-in",
+            "jwks_uri": f"http://{request.host}/jwk.json",
+            "id_token_signing_alg_values_supported": ["RS512"],
+        }
+        return web.json_response(answer)
+
+    async def keys(self, _: web.Request) -> web.Response:
+        return web.json_response(self._identity.keys())
+
+    async def token(self, request: web.Request) -> web.Response:
+        scopes = str((await request.post()).get("scope", ""))
+        return web.json_response(
+            self._identity.tokens(scopes, request.headers.get("Authorization", ""))
+        )
+
+    async def user(self, _: web.Request) -> web.Response:
+        return web.json_response(self._identity.user())

@@ -42,6 +42,7 @@ class GlobusService:
 
     def close(self) -> None:
         """Stop serving, and leave nothing in the broker."""
+        self._desk.closing.set()
         self._http.close()
         self._broker.close()
 
@@ -68,6 +69,11 @@ class GlobusService:
     def online(self, endpoint_id: str) -> bool:
         """Say whether an endpoint lives: its agent beats and has not said good-bye."""
         return self._desk.online(endpoint_id)
+
+    def state(self, endpoint_id: str) -> Json:
+        """Return what an endpoint last reported of itself."""
+        with self._desk.lock:
+            return dict(self._desk.books.endpoints[endpoint_id].state)
 
     def forget_heartbeat(self, endpoint_id: str) -> None:
         """Take an endpoint for offline until its next heartbeat."""

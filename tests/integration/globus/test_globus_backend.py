@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 import yaml
+from jinja2 import Environment, meta
 
 from fanfold.backends.contract.errors import (
     ConfigurationError,
@@ -270,6 +272,18 @@ def test_the_template_renders_and_pins_the_version(tmp_path: Path) -> None:
     assert local["engine"]["provider"]["type"] == "LocalProvider"
     with pytest.raises(RuntimeError, match="'account' is undefined"):
         render_config(text, {}, tmp_path)
+
+
+def test_the_schema_knows_what_the_template_takes(tmp_path: Path) -> None:
+    target = tmp_path / "mine.json"
+    globus_cli.template(target, schema=True)
+    schema = json.loads(target.read_text())
+    text = globus_cli.template_text("1", "/bin")
+    names = meta.find_undeclared_variables(Environment(autoescape=True).parse(text))
+    assert schema["properties"].keys() == names
+    jsonschema_rs.validate(schema, {"account": "mine", "walltime": "12:00:00", "nodes": 4})
+    with pytest.raises(jsonschema_rs.ValidationError, match="walltime"):
+        jsonschema_rs.validate(schema, {"walltime": "2h"})
 
 
 def test_a_client_that_nobody_logged_in_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,6 +246,8 @@ def test_an_order_travels_as_json_in_the_services_form() -> None:
         ("ModuleNotFoundError: No module named 'fanfold'\n----", ConfigurationError, "install"),
         ("parsl.executors.errors.WorkerLost: Task failure due to loss of worker", WorkerLostError,
          "loss of worker"),
+        ("BadStateException\n\tSTDERR: fanfold 0.9 is wanted here, found 0.1", ConfigurationError,
+         "failed: STDERR: fanfold 0.9 is wanted here, found 0.1; install"),
         ("", WorkerLostError, "no reason given"),
     ],
 )  # fmt: skip
@@ -276,6 +278,15 @@ def test_refusals_say_what_to_do(status: int, kind: type[FanfoldError], advice: 
     assert type(error) is kind
     assert "because" in error.message
     assert advice in error.message
+
+
+def test_a_refusal_shows_no_secret() -> None:
+    response = requests.Response()
+    response.status_code, response._content = 422, b'{"reason": "k: s3cr3t is\\n bad\\n\\nlong"}'
+    response.headers["Content-Type"] = "application/json"
+    response.request = requests.Request("POST", "http://127.0.0.1/").prepare()
+    error = refused(globus_sdk.GlobusAPIError(response), "endpoint e", ["s3cr3t"])
+    assert "answered 422: k: ********** is bad; if" in error.message
 
 
 def health(engine: str, holds: int = 0) -> Health:
