@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from typing import Any, Final
 
-from ..contract.errors import ConfigurationError, SiteError, WorkerLostError
+from ..contract.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
 from ..contract.types import Json
+from . import parsl_pool
 
 WorkShard = Callable[[dict[str, Json]], dict[str, Json]]
 """An importable function: executors ship it by reference."""
@@ -46,13 +47,10 @@ class ExecutorBackend:
         """Make the executor.
 
         Raises:
-            ConfigurationError: The factory makes something else.
+            SiteError: It cannot be made.
+            ConfigurationError: It never can, or the factory makes something else.
         """
-        made = await asyncio.to_thread(self._factory)
-        if not isinstance(made, Executor):
-            msg = f"{self.name}: made {type(made).__name__}, no concurrent.futures.Executor"
-            raise ConfigurationError(msg)
-        self._executor, self._broken = made, False
+        self._executor, self._broken = await make_executor(self._factory, self.name), False
 
     async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
         """Run one order.
@@ -89,9 +87,9 @@ class ExecutorBackend:
             msg = f"{self.name}: {type(error).__name__}: {error}"
             raise WorkerLostError(msg) from error
 
-    def is_fatal(self, error: Exception) -> bool:  # noqa: ARG002 - for engines with more to say
+    def is_fatal(self, error: Exception) -> bool:
         """Say whether an error means that the executor is of no use any more."""
-        return False
+        return parsl_pool.is_fatal(error)
 
     def _breaks(self, executor: Executor) -> None:
         if executor is self._executor:  # not the one that took its place meanwhile
@@ -124,6 +122,41 @@ class ExecutorBackend:
 
     def shutdown(self, executor: Executor) -> None:
         """End an executor; blocks as long as the executor does."""
+        end(executor)
+
+
+async def make_executor(factory: Callable[[], Any], name: str) -> Executor:
+    """Make an executor, off the loop.
+
+    Args:
+        factory: A user's function, as a rule.
+        name: What messages call it.
+
+    Raises:
+        SiteError: It cannot be made.
+        ConfigurationError: It never can, or the function makes something else.
+    """
+    try:
+        made = await asyncio.to_thread(factory)
+    except FanfoldError:
+        raise
+    except (ImportError, TypeError) as error:
+        msg = f"{name}: cannot be made: {type(error).__name__}: {error}"
+        raise ConfigurationError(msg) from error
+    except Exception as error:
+        raise SiteError(f"{name}: cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(made, Executor):
+        raise ConfigurationError(
+            f"{name}: made {type(made).__name__}, no concurrent.futures.Executor"
+        )
+    return made
+
+
+def end(executor: Executor) -> None:
+    """Shut an executor down, without what it has not begun; blocks as long as the executor does."""
+    if parsl_pool.is_parsl(executor):
+        parsl_pool.end(executor)
+    else:
         executor.shutdown(wait=True, cancel_futures=True)
 
 

@@ -98,13 +98,6 @@ class ParslBackend(ExecutorBackend):
         kernel = getattr(self._executor, "_dfk", None)
         return 0 if kernel is None or _ended(kernel) else super().capacity()
 
-    def is_fatal(self, error: Exception) -> bool:
-        """Say whether the executor is dead: Parsl never mends it."""
-        from parsl.executors.errors import ExecutorError  # noqa: PLC0415 - an extra
-        from parsl.jobs.errors import TooManyJobFailuresError  # noqa: PLC0415 - an extra
-
-        return isinstance(error, ExecutorError | TooManyJobFailuresError)
-
     def shutdown(self, executor: Executor) -> None:
         """End the DataFlowKernel unless it is the user's; blocks."""
         kernel: Any = getattr(executor, "_dfk", None)

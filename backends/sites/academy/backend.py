@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .hand import Hand
 
 _END_S: Final = 2.0
+_BURY_S: Final = 5.0
 _LATE_S: Final = 10.0
 """So long is an agent waited for, at the start, when another has answered."""
 
@@ -115,6 +116,8 @@ class AcademyBackend:
         hand = self._hand
         if hand is not None and (hand.up or hand.lost.done()):
             self._hand = None
+            if hand.lost.done():  # it may be about to end, with an error, and to free its worker
+                await asyncio.wait({hand.ended}, timeout=_BURY_S)
             await hand.dismiss(0.0)
             await self._hall.bury(hand)
         if self._hand is None:

@@ -10,7 +10,8 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 from ...contract.errors import ConfigurationError, MissingExtraError, SiteError
-from ..executor import WorkShard, in_thread
+from ..executor import WorkShard, end, in_thread, make_executor
+from ..parsl_pool import is_fatal
 from .exchange import Meeting, meeting, sweep
 from .process import OneProcess
 
@@ -61,7 +62,7 @@ class Hall:
         self._stack = AsyncExitStack()
         self._manager: Manager[Any] | None = None
         self._executor: tuple[str, Executor] | None = None
-        self._opening = asyncio.Lock()
+        self._opening, self._making = asyncio.Lock(), asyncio.Lock()
         self._inside = self._launched = 0
         self._connect: Callable[[], Awaitable[Manager[Any]]] | None = None
         self._clients: list[ExchangeClient[Any]] = []
@@ -147,16 +148,12 @@ class Hall:
             process = OneProcess()
             manager.add_executor(f"process {self._launched}", process)
             return f"process {self._launched}", process
-        if self._executor is None:
-            made = await asyncio.to_thread(self._make)
-            if not isinstance(made, Executor):
-                msg = (
-                    f"backend.executor: made {type(made).__name__}, no concurrent.futures.Executor"
-                )
-                raise ConfigurationError(msg)
-            self._executor = f"executor {self._launched}", made
-            manager.add_executor(*self._executor)
-        return self._executor
+        async with self._making:  # one for all agents, who come at once
+            if self._executor is None:
+                made = await make_executor(self._make, "backend.executor")
+                self._executor = f"executor {self._launched}", made
+                manager.add_executor(*self._executor)
+            return self._executor
 
     async def bury(self, hand: Hand) -> None:
         """Hear of a lost agent, and replace what broke with it before the next one is launched.
@@ -165,9 +162,10 @@ class Hall:
             SiteError: The exchange does not answer.
         """
         mine = self._executor is not None and hand.executor is self._executor[1]
-        if mine and hand.executor is not None and isinstance(hand.error, BrokenExecutor):
-            self._executor = None
-            hand.executor.shutdown(wait=False, cancel_futures=True)
+        broken = isinstance(hand.error, BrokenExecutor) or is_fatal(hand.error)
+        if mine and hand.executor is not None and broken:
+            self._executor, executor = None, hand.executor
+            await asyncio.wait({in_thread(lambda: end(executor))}, timeout=_CLOSE_S)
         async with self._opening:
             if hand.deaf and hand.manager is self._manager and self._connect is not None:
                 self._manager = await self._connect()
@@ -189,7 +187,7 @@ class Hall:
     async def _close(self) -> None:
         if self._executor is not None:
             executor, self._executor = self._executor[1], None
-            ended = in_thread(lambda: executor.shutdown(wait=True, cancel_futures=True))
+            ended = in_thread(lambda: end(executor))
             await asyncio.wait({ended}, timeout=_CLOSE_S)
         clients, self._clients = self._clients, []
         mailboxes, self._mailboxes = self._mailboxes, []

@@ -36,6 +36,8 @@ _ADVICE: Final = {
     ),
 }
 _LINE: Final = 400
+_LEFT_BEHIND: Final = "Another instance of this endpoint is running"
+"""What a manager's endpoint says while the file of one that was killed is fresh."""
 
 
 def refused(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> FanfoldError:
@@ -56,6 +58,9 @@ def refused(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> Fanfo
     for text in hidden:
         reason = reason.replace(text, "**********")
     said = f"globus_compute: {where}: the service answered {status}: {reason[:_LINE]}"
+    if _LEFT_BEHIND in reason:
+        said = f"globus_compute: {where}: its engine was killed and is started anew in a while"
+        return SiteError(f"{said} (three heartbeats)")
     if status in _TRANSIENT:
         return SiteError(f"{said} (https://status.globus.org tells of outages)")
     return ConfigurationError(f"{said}; {_ADVICE.get(status, _ADVICE[422])}")
@@ -64,7 +69,7 @@ def refused(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> Fanfo
 def _reason(error: GlobusError) -> str:
     raw = getattr(error, "raw_json", None) or {}
     text = str(raw.get("reason") or getattr(error, "message", None) or error)
-    return " ".join(text.strip().partition("\n\n")[0].split())  # a schema would follow
+    return " ".join(text.strip().partition("\n\nFailed validating")[0].split())
 
 
 def offline(endpoint: str) -> SiteError:

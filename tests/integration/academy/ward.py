@@ -33,6 +33,11 @@ class Ward:
         files = (self.out / "journal").glob("*.jsonl")
         return sum(max(0, file.read_bytes().count(b"\n") - 1) for file in files)
 
+    def workers(self) -> list[int]:
+        """Return the workers that have recorded an item, by the names of their journal files."""
+        files = (self.out / "journal").glob("*-*.jsonl")
+        return [int(f.stem.split("-")[-2]) for f in files if f.read_bytes().count(b"\n") > 1]
+
     @staticmethod
     async def until(condition: Callable[[], Any]) -> None:
         async with asyncio.timeout(DEADLINE_S):

@@ -280,13 +280,22 @@ def test_refusals_say_what_to_do(status: int, kind: type[FanfoldError], advice: 
     assert advice in error.message
 
 
-def test_a_refusal_shows_no_secret() -> None:
+@pytest.mark.parametrize(
+    ("reason", "kind", "words"),
+    [
+        ("k: s3cr3t is\n bad\n\nFailed validating s", ConfigurationError, "k: ********** is bad; "),
+        ("PID: 1\n\nAnother instance of this endpoint is running.", SiteError, "anew in a while"),
+    ],
+)
+def test_what_a_manager_refuses(reason: str, kind: type[FanfoldError], words: str) -> None:
+    """It shows no secret; and an endpoint that was killed comes again."""
     response = requests.Response()
-    response.status_code, response._content = 422, b'{"reason": "k: s3cr3t is\\n bad\\n\\nlong"}'
+    response.status_code, response._content = 422, orjson.dumps({"reason": reason})
     response.headers["Content-Type"] = "application/json"
     response.request = requests.Request("POST", "http://127.0.0.1/").prepare()
     error = refused(globus_sdk.GlobusAPIError(response), "endpoint e", ["s3cr3t"])
-    assert "answered 422: k: ********** is bad; if" in error.message
+    assert type(error) is kind
+    assert words in error.message
 
 
 def health(engine: str, holds: int = 0) -> Health:
