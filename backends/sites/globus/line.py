@@ -72,7 +72,7 @@ class Talk:
 
     def __init__(self, connect: Callable[[], Service], pace: Pace) -> None:
         self._connect, self._line = connect, Line()
-        self._bucket = Bucket(pace, time.monotonic)
+        self._bucket, self._asking = Bucket(pace, time.monotonic), asyncio.Lock()
         self._service: Service | None = None
 
     async def open(self) -> None:
@@ -89,10 +89,11 @@ class Talk:
         Raises:
             FanfoldError: The service refused, or did not answer.
         """
-        await self._bucket.turn()
-        if self._service is None:
-            raise SiteError("globus_compute: not connected")
-        return await self._line.call(what, self._service)
+        async with self._asking:  # else turns would gather behind a slow answer, and go at once
+            await self._bucket.turn()
+            if self._service is None:
+                raise SiteError("globus_compute: not connected")
+            return await self._line.call(what, self._service)
 
     async def close(self) -> None:
         """Close the connection; a request that is held up is left behind."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class Pace:
     """Times of the talk with the service.
 
-    The service allows 20 requests in 10 s; with these numbers a run makes 17 at most, and leaves
-    some to others of the same user.
+    The service allows 20 requests in 10 s; with these numbers a run makes 17 at most, and two more
+    while requests fail and are repeated.
 
     Attributes:
         burst: Requests that may be made at once.

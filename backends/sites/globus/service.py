@@ -14,19 +14,24 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ...contract.errors import ConfigurationError, FanfoldError, SiteError
 from ...contract.types import Json
 from .errors import refused, task_failed, unreadable
 from .health import Health
 
+if TYPE_CHECKING:
+    from globus_sdk.transport import RetryContext
+
 WorkShard = Callable[[dict[str, Json]], dict[str, Json]]
 
 MOST_BYTES: Final = 9_500_000
 """Most bytes of a POST; the service takes 10 MB."""
-_RETRIES: Final = 2
-"""The SDK's own repetitions, some seconds in all; what outlasts them is waited for elsewhere."""
+_RETRIES: Final = 1
+"""The SDK's own repetitions; what outlasts them is waited for elsewhere."""
+_RETRY_S: Final = 4.0
+"""Pause before one, unless the service names another: repetitions take no turn of the pace's."""
 _JSON: Final = "globus_compute_sdk.serialize.JSONData"
 _ENDED: Final = ("success", "failed")
 _JSON_ID: Final = "11\n"
@@ -125,6 +130,7 @@ class ComputeService:
         self._v3 = ComputeClientV3(base_url=client.web_service_address, **login)
         for one in (self._v2, self._v3):
             one.retry_config.max_retries = _RETRIES
+            one.retry_config.backoff = _pause
 
     def register(self, work: WorkShard) -> str:
         """Register a function by its module and name, and return its id.
@@ -191,6 +197,10 @@ class ComputeService:
         """Close its connections."""
         self._v2.close()
         self._v3.close()
+
+
+def _pause(context: RetryContext) -> float:
+    return _RETRY_S if context.backoff is None else max(_RETRY_S, context.backoff)
 
 
 def _end(state: dict[str, Any]) -> End | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from fanfold.backends.sites.globus.book import Entry, TaskBook
 from fanfold.backends.sites.globus.desk import Desk
 from fanfold.backends.sites.globus.errors import refused, task_failed
 from fanfold.backends.sites.globus.health import Health
-from fanfold.backends.sites.globus.line import Line
+from fanfold.backends.sites.globus.line import Line, Talk
 from fanfold.backends.sites.globus.pace import Bucket, Pace
 from fanfold.backends.sites.globus.service import MOST_BYTES, End, Parcel, Posted, packed
 from fanfold.backends.sites.globus.tasks import TaskList
@@ -296,6 +297,28 @@ def test_what_a_manager_refuses(reason: str, kind: type[FanfoldError], words: st
     error = refused(globus_sdk.GlobusAPIError(response), "endpoint e", ["s3cr3t"])
     assert type(error) is kind
     assert words in error.message
+
+
+async def test_turns_do_not_gather_behind_a_slow_answer() -> None:
+    """Else those that were granted meanwhile would all be asked at once."""
+    held, turns = threading.Event(), list[int]()
+
+    class Counting(Bucket):
+        async def turn(self) -> None:
+            turns.append(1)
+            await super().turn()
+
+    talk = Talk(Fake, AT_ONCE)
+    await talk.open()
+    talk._bucket = Counting(AT_ONCE, time.monotonic)
+    asked = [asyncio.create_task(talk.ask(lambda _: held.wait(30))) for _ in range(3)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(turns) == 1
+    held.set()
+    assert await asyncio.gather(*asked) == [True] * 3
+    assert len(turns) == 3
+    await talk.close()
 
 
 def health(engine: str, holds: int = 0) -> Health:
