@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor
 from importlib import import_module
@@ -24,13 +25,20 @@ from .sites.globus.desk import Desk
 from .sites.globus.login import connect
 from .sites.globus.service import Service
 from .sites.globus.tasks import TaskList
+from .sites.launched.backend import Launch, LaunchedBackend
+from .sites.launched.command import launcher_words, local_words, own_host, python_words
 from .sites.leash import follow_parent
 from .sites.parsl import ParslBackend
+from .sites.parsl_configs import JobNodes
 from .sites.pool import ShardPool
 from .sites.watch import PoolPolicy
 
 _SMALL: Final = 400_000
 """Academy's HTTP exchanges carry 512 kB, of which a message's frame takes some."""
+
+
+WORKERS_LOG: Final = "workers.log"
+"""In the run's folder: what workers that a launcher started say."""
 
 
 def is_elsewhere(config: BackendConfig) -> bool:
@@ -90,12 +98,10 @@ def places(config: BackendConfig, work: WorkShard, folder: Path | None = None) -
         ConfigurationError: Something that the settings name is not there.
         MissingExtraError: The kind's package is not installed.
     """
-    if config.kind == "globus_compute":
-        return _globus(config, work, folder)
-    return _KINDS[config.kind](config, work)
+    return _KINDS[config.kind](config, work, folder)
 
 
-def _processes(config: BackendConfig, work: WorkShard) -> list[Backend]:
+def _processes(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
     """Return a place per process: one that dies takes no other with it."""
 
     def make() -> Executor:
@@ -106,7 +112,7 @@ def _processes(config: BackendConfig, work: WorkShard) -> list[Backend]:
     return [ExecutorBackend(make, work, 1, f"process {n + 1}") for n in range(config.processes)]
 
 
-def _executor(config: BackendConfig, work: WorkShard) -> list[Backend]:
+def _executor(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
     factory = imported(config.factory or "", "backend.factory")
     return [ExecutorBackend(factory, work, config.workers, f"executor {config.factory}")]
 
@@ -129,7 +135,7 @@ def _globus(config: BackendConfig, work: WorkShard, folder: Path | None) -> list
     return globus_backends(config.endpoints, config.workers, desk)
 
 
-def _academy(config: BackendConfig, work: WorkShard) -> list[Backend]:
+def _academy(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
     """Return a place per agent: one that dies takes no other with it."""
     make = imported(config.executor, "backend.executor") if config.executor else None
     told = config.exchange.model_dump(exclude={"password"})
@@ -140,15 +146,35 @@ def _academy(config: BackendConfig, work: WorkShard) -> list[Backend]:
     return [AcademyBackend(hall, f"agent {n + 1}", config.queue_s) for n in range(config.workers)]
 
 
-def _parsl(config: BackendConfig, work: WorkShard) -> list[Backend]:
-    return [ParslBackend(config.config, work, config.workers)]
+def _parsl(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
+    nodes = JobNodes(
+        launcher=launcher_words(config.command, config.workers, os.environ) or (),
+        python=python_words(os.environ),
+        host=own_host(config.host, os.environ),
+        folder=folder,
+    )
+    return [ParslBackend(config.config, work, config.workers, nodes)]
 
 
-_KINDS: dict[str, Callable[[BackendConfig, WorkShard], list[Backend]]] = {
+def _launched(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
+    words = launcher_words(config.command, config.workers, os.environ)
+    launch = Launch(
+        words=words or local_words(config.workers),
+        host=own_host(config.host, os.environ),
+        silence_s=config.silence_s,
+        queue_s=config.queue_s,
+        log=None if folder is None else folder / WORKERS_LOG,
+    )
+    return [LaunchedBackend(launch, work)]
+
+
+_KINDS: dict[str, Callable[[BackendConfig, WorkShard, Path | None], list[Backend]]] = {
     "local": _processes,
     "executor": _executor,
     "parsl": _parsl,
+    "globus_compute": _globus,
     "academy": _academy,
+    "launched": _launched,
 }
 
 

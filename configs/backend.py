@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 
+from ..backends.contract.command import split_command
+from ..backends.contract.errors import ConfigurationError
 from .section import Section
 
 _ATTRIBUTE: Final = r"^[\w.]+:[\w.]+$"
@@ -25,10 +27,19 @@ _EVERY: Final = {
 _OWN: Final[dict[str, set[str]]] = {
     "local": {"processes"},
     "executor": {"factory", "workers"},
-    "parsl": {"config", "workers"},
+    "parsl": {"config", "command", "host", "workers"},
+    "launched": {"command", "host", "workers"},
     "globus_compute": {"endpoints", "user_endpoint_config", "function", "client", "workers"},
     "academy": {"exchange", "workers", "slots", "executor"},
 }
+
+
+def _command(value: str) -> str:
+    try:
+        split_command(value, ("workers",))
+    except ConfigurationError as error:
+        raise ValueError(error.message) from None
+    return value
 
 
 class ExchangeConfig(Section):
@@ -56,11 +67,18 @@ class BackendConfig(Section):
 
     Attributes:
         kind: ``local``: in this process, or in several of this machine; ``executor``: any
-            ``concurrent.futures.Executor``; ``parsl``, ``globus_compute``, ``academy``.
+            ``concurrent.futures.Executor``; ``parsl``, ``globus_compute``, ``academy``;
+            ``launched``: workers that one command starts.
         processes: (local) Worker processes; 1 is this process alone.
         factory: (executor) ``module:attr``, a function that makes the executor.
-        config: (parsl) ``htex_local``, ``loaded`` for the DataFlowKernel that is loaded already,
-            or ``module:attr``, a Parsl ``Config`` or a function that makes one.
+        config: (parsl) ``htex_local``; ``htex_job``, a worker per node of the batch job around
+            this process; ``loaded`` for the DataFlowKernel that is loaded already; or
+            ``module:attr``, a Parsl ``Config`` or a function that makes one.
+        command: (launched, and htex_job) What starts a program on the nodes, e.g. ``mpiexec -n
+            {workers} --ppn 1``; None takes FANFOLD_LAUNCHER, which job scripts set, and without
+            it processes of this machine (launched).
+        host: (launched, and htex_job) Name or address of this machine by which workers reach it;
+            None takes FANFOLD_DESK_HOST, which job scripts set, and without it loopback.
         endpoints: (globus_compute) UUIDs of one or several endpoints.
         user_endpoint_config: (globus_compute) Values for the endpoint's template.
         function: (globus_compute) Id of the registered function, for endpoints that allow only
@@ -83,10 +101,14 @@ class BackendConfig(Section):
         shard_most_s: Most seconds of work that a shard is sized for.
     """
 
-    kind: Literal["local", "executor", "parsl", "globus_compute", "academy"] = "local"
+    kind: Literal["local", "executor", "parsl", "globus_compute", "academy", "launched"] = "local"
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
     factory: Annotated[str, Field(pattern=_ATTRIBUTE)] | None = None
-    config: Annotated[str, Field(pattern=r"^(htex_local|loaded|[\w.]+:[\w.]+)$")] = "htex_local"
+    config: Annotated[str, Field(pattern=r"^(htex_local|htex_job|loaded|[\w.]+:[\w.]+)$")] = (
+        "htex_local"
+    )
+    command: Annotated[str, AfterValidator(_command)] | None = None
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:%-]+$")] | None = None
     endpoints: list[str] = Field(default_factory=list)
     user_endpoint_config: dict[str, Any] | None = None
     function: str | None = None

@@ -124,7 +124,7 @@ class Form(Context):
     retry_budget: float | None = _of("limits.retry_budget")
     affinity: int | None = _of("limits.affinity")
     load: Literal["metrics", "load"] | None = _of("limits.load")
-    backend: Literal["local", "executor", "parsl", "globus_compute", "academy"] = _of(
+    backend: Literal["local", "executor", "parsl", "globus_compute", "academy", "launched"] = _of(
         "backend.kind"
     )
     processes: int = _of("backend.processes")

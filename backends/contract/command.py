@@ -32,7 +32,7 @@ def split_command(text: str, known: Collection[str]) -> tuple[str, ...]:
     except ValueError as error:
         raise ConfigurationError(f"is no command line: {str(error).lower()}") from None
     if not words:
-        raise ConfigurationError("is empty; write the command that serves the model")
+        raise ConfigurationError("is empty; write the command")
     for name in names_of(words):
         if name not in known:
             there = ", ".join(f"{{{n}}}" for n in sorted(known))

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from typing import Final
 
 _LOOK_S: Final = 0.5
+_TERM_S: Final = 5
+_OF_THE_JOB: Final = (signal.SIGUSR1, signal.SIGUSR2)
+"""Schedulers send these to all processes of a job; they are for the coordinator."""
 
 
 def follow_parent() -> None:
@@ -20,9 +23,10 @@ def follow_parent() -> None:
 
     A pool's workers hold both ends of its queues, so they would wait for ever for a parent that
     was killed. The interrupt of a terminal reaches them as well and is left to the parent, which
-    lets items in flight finish.
+    lets items in flight finish; so is a scheduler's warning.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, *_OF_THE_JOB):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         _end_after(parent.join)
@@ -45,6 +49,8 @@ def main() -> None:
             time.sleep(_LOOK_S)
 
     os.setpgrp()  # a terminal's interrupt is the parent's to heed
+    for number in _OF_THE_JOB:
+        signal.signal(number, signal.SIG_IGN)
     _end_after(orphaned)
     module, *sys.argv[1:] = sys.argv[1:]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -54,6 +60,18 @@ def shell_leash(pid: int) -> str:
     """Return a line for a batch script: its process group ends with the script and with ``pid``."""
     alive = f"kill -0 {pid} 2>/dev/null && kill -0 $$ 2>/dev/null"
     return f"( while {alive}; do sleep {_LOOK_S}; done; kill -9 0 ) </dev/null >/dev/null 2>&1 &"
+
+
+def launcher_leash(pid: int) -> str:
+    """Return lines for a shell that becomes a launcher: its group ends with it and with ``pid``.
+
+    The launcher has some seconds to end what it has started on other nodes. Signals that schedulers
+    send to all processes of a job are for the coordinator.
+    """
+    alive = f"kill -0 {pid} 2>/dev/null && kill -0 $$ 2>/dev/null"
+    end = f"kill -TERM 0; sleep {_TERM_S}; kill -KILL 0"
+    watch = f"trap '' TERM; while {alive}; do sleep {_LOOK_S}; done; {end}"
+    return f"trap '' USR1 USR2\n( {watch} ) </dev/null >/dev/null 2>&1 &"
 
 
 if __name__ == "__main__":

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
 from concurrent.futures import Executor
 from importlib.util import find_spec, module_from_spec
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from ..contract.errors import ConfigurationError, MissingExtraError, SiteError
 from .executor import ExecutorBackend, WorkShard
-from .leash import shell_leash
+from .parsl_configs import JobNodes, htex_job, htex_local
 from .scratch import Scratch
-
-_INTERCHANGE: Final = "parsl.executors.high_throughput.interchange"
-_HEARTBEAT_S: Final = 2
-_SILENCE_S: Final = 15
 
 
 class ParslBackend(ExecutorBackend):
@@ -27,20 +19,31 @@ class ParslBackend(ExecutorBackend):
     executor is thrown away with its DataFlowKernel, and a new one is made.
 
     Args:
-        config: ``htex_local``, ``loaded``, or ``module:attr``: a ``parsl.Config`` or a function
-            that makes one.
+        config: ``htex_local``, ``htex_job``, ``loaded``, or ``module:attr``: a ``parsl.Config``
+            or a function that makes one.
         work: What runs there.
         workers: Shards that it works on at a time.
+        nodes: (htex_job) The job's nodes.
 
     Raises:
         MissingExtraError: Parsl is not installed.
+        ConfigurationError: Nobody says how a program is started on the job's nodes.
     """
 
-    def __init__(self, config: str, work: WorkShard, workers: int) -> None:
+    def __init__(
+        self, config: str, work: WorkShard, workers: int, nodes: JobNodes | None = None
+    ) -> None:
         if find_spec("parsl") is None:
             raise MissingExtraError("backend.kind: parsl", "parsl")
+        if config == "htex_job" and (nodes is None or not nodes.launcher):
+            msg = (
+                "backend.config: htex_job runs inside a batch job, and nothing says how a program "
+                "is started on its nodes; use fanfold submit, or set backend.command (mpiexec -n "
+                "{workers} --ppn 1, srun …); on one machine take htex_local"
+            )
+            raise ConfigurationError(msg)
         super().__init__(self._kernel, work, workers, f"parsl ({config})")
-        self._config = config
+        self._config, self._nodes = config, nodes
         self._scratches = dict[Executor, Scratch | None]()
 
     def _kernel(self) -> Executor:
@@ -57,6 +60,9 @@ class ParslBackend(ExecutorBackend):
         if self._config == "htex_local":
             scratch = Scratch("parsl")
             config = htex_local(self._workers, scratch.path)
+        elif self._config == "htex_job" and self._nodes is not None:
+            scratch = Scratch("parsl", self._nodes.folder)
+            config = htex_job(self._nodes, scratch.path)
         else:
             config = self._users_config(*self._config.split(":"))
         try:
@@ -134,44 +140,3 @@ def _ended(kernel: Any) -> bool:
         for status in getattr(executor, "status_facade", {}).values()
     ]
     return bool(blocks) and all(status.terminal for status in blocks)
-
-
-def htex_local(workers: int, folder: Path) -> Any:
-    """Return a ``parsl.Config`` of one pool of worker processes on this machine's loopback.
-
-    Nothing outlives the coordinator: neither the interchange nor the workers, whatever ends it.
-
-    Args:
-        workers: How many.
-        folder: For Parsl's own files.
-    """
-    from parsl.config import Config  # noqa: PLC0415 - an extra
-    from parsl.executors import HighThroughputExecutor  # noqa: PLC0415 - an extra
-    from parsl.providers import LocalProvider  # noqa: PLC0415 - an extra
-
-    scripts = Path(sys.executable).parent  # Parsl's own scripts, without an activated environment
-    setup = f'export PATH={shlex.quote(str(scripts))}:"$PATH"\n{shell_leash(os.getpid())}'
-    make_provider: Any = LocalProvider  # Parsl does not say its type
-    provider = make_provider(init_blocks=1, min_blocks=1, max_blocks=1, worker_init=setup)
-    executor = HighThroughputExecutor(
-        label="htex_local",
-        address="127.0.0.1",
-        loopback_address="127.0.0.1",
-        cores_per_worker=1e-6,
-        max_workers_per_node=workers,
-        encrypted=False,
-        heartbeat_period=_HEARTBEAT_S,
-        heartbeat_threshold=_SILENCE_S,
-        interchange_launch_cmd=[sys.executable, "-m", f"{__package__}.leash", _INTERCHANGE],
-        worker_logdir_root=str(folder),
-        provider=provider,
-    )
-    return Config(
-        executors=[executor],
-        strategy="none",
-        strategy_period=1,
-        retries=0,
-        usage_tracking=0,
-        run_dir=str(folder),
-        initialize_logging=False,
-    )

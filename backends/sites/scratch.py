@@ -17,22 +17,23 @@ _YOUNG_S: Final = 60.0
 
 
 class Scratch:
-    """A folder in the system's temporary one, locked by this process while it lives.
+    """A temporary folder, locked by this process while it lives.
 
     Making one sweeps up those of the same kind whose owners are gone without removing them.
 
     Args:
         kind: What it is for; part of its name.
+        parent: Where it lies; None is the system's temporary folder.
 
     Attributes:
         path: The folder.
     """
 
-    def __init__(self, kind: str) -> None:
-        prefix = f"fanfold-{kind}-"
-        for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+    def __init__(self, kind: str, parent: Path | None = None) -> None:
+        prefix, parent = f"fanfold-{kind}-", parent or Path(tempfile.gettempdir())
+        for folder in parent.glob(f"{prefix}*"):
             _sweep(folder)
-        self.path = Path(tempfile.mkdtemp(prefix=prefix))
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         self._lock = os.open(self.path / _OWNER, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

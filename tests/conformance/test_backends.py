@@ -53,6 +53,7 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "processes": configured(kind="local", processes=1),
     "executor": configured(kind="executor", factory=f"{__name__}:two_processes", workers=2),
     "parsl": configured(kind="parsl", workers=1),
+    "launched": configured(kind="launched", workers=1),
 }
 HEAVY = {"executor": CHECKS[:1]}
 """Only these checks where the class is checked under another name already."""

@@ -10,7 +10,8 @@ import pytest
 
 from fanfold.backends.contract.errors import ConfigurationError, MissingExtraError
 from fanfold.backends.sites import parsl
-from fanfold.backends.sites.parsl import ParslBackend, htex_local
+from fanfold.backends.sites.parsl import ParslBackend
+from fanfold.backends.sites.parsl_configs import htex_local
 
 MODULE = """
 from parsl.config import Config

@@ -1,0 +1,154 @@
+"""Workers that a launcher starts as one place where shards run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ...contract.errors import ConfigurationError, SiteError
+from ...contract.types import Json
+from ..executor import WorkShard
+from .command import python_words
+from .desk import Desk
+from .launcher import Launcher
+from .words import TOKEN, URL
+
+logger = logging.getLogger(__name__)
+
+_END_S: Final = 2.0
+"""So long may a launcher take to end by itself when its workers have gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How workers are started.
+
+    Attributes:
+        words: The launcher's words; the worker's command follows them.
+        host: Name or address of this machine by which workers reach it.
+        silence_s: Seconds without a sign of life after which a connection counts as ended.
+        queue_s: Seconds until the first worker must have come.
+        log: File for what launcher and workers say, or None.
+    """
+
+    words: Sequence[str]
+    host: str
+    silence_s: float
+    queue_s: float
+    log: Path | None = None
+
+
+class LaunchedBackend:
+    """Runs shards on workers that one command starts and that come to a desk in this process.
+
+    A worker that comes late joins by itself; one that goes is lost, with what it had in work. The
+    place is broken only when no worker is left: then the command is started again.
+
+    Args:
+        launch: How workers are started.
+        work: What they run: an importable function, which they name and import themselves.
+    """
+
+    def __init__(self, launch: Launch, work: WorkShard) -> None:
+        self.name = f"launched ({launch.words[0].rpartition('/')[2]})"
+        self._launch, self._work = launch, f"{work.__module__}:{work.__qualname__}"
+        self._desk: Desk | None = None
+        self._launcher: Launcher | None = None
+
+    def capacity(self) -> int:
+        """Return how many workers are there."""
+        return 0 if self._desk is None else self._desk.workers
+
+    async def start(self) -> None:
+        """Open the desk, start the launcher, and wait for the first worker.
+
+        Raises:
+            SiteError: None came; with the last lines that the launcher and its workers said.
+            ConfigurationError: None can ever come.
+        """
+        desk = Desk(self._launch.host, self._launch.silence_s)
+        self._desk = desk
+        await desk.open()
+        worker = (*python_words(os.environ), "-m", __package__, self._work)
+        words = (*self._launch.words, *worker, f"{self._launch.silence_s:g}")
+        environment = os.environ | {URL: desk.url, TOKEN: desk.token}
+        launcher = await Launcher.start(words, environment, self._launch.log)
+        self._launcher = launcher
+        try:
+            await self._first(desk, launcher)
+        except BaseException:
+            await self.close(0.0)
+            raise
+
+    async def _first(self, desk: Desk, launcher: Launcher) -> None:
+        """Wait for the first worker."""
+        came = asyncio.ensure_future(desk.somebody.wait())
+        events: set[asyncio.Future[Any]] = {came, launcher.ended, desk.refused}
+        wait_s = self._launch.queue_s
+        try:
+            await asyncio.wait(events, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            came.cancel()
+        if desk.refused.done():
+            raise desk.refused.result()
+        if desk.somebody.is_set():
+            return
+        said = await asyncio.to_thread(launcher.last_lines)
+        if launcher.ended.done():
+            msg = f"{self.name}: ended with code {launcher.ended.result()} before a worker came"
+        else:
+            msg = f"{self.name}: no worker came to {desk.url} within {wait_s:g} s"
+        raise SiteError(f"{msg}; the last that was said:\n{said}")
+
+    async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
+        """Have one order worked on.
+
+        Raises:
+            WorkerLostError: The worker's connection ended.
+            SiteError: No worker is there.
+            ConfigurationError: Workers cannot load fanfold.
+        """
+        if self._desk is None:
+            raise SiteError(f"{self.name}: not started")
+        try:
+            return await self._desk.work_on(order)
+        except (SiteError, ConfigurationError) as error:
+            raise type(error)(f"{self.name}: {error.message}") from error
+
+    async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
+        """Return nothing: workers end with their coordinator."""
+        return {}
+
+    async def rebuild(self) -> None:
+        """End what is left of the workers and their launcher, and start it again.
+
+        Raises:
+            SiteError: No worker came.
+            ConfigurationError: None can ever come.
+        """
+        launcher = self._launcher
+        if launcher is not None and self.capacity() == 0:
+            await asyncio.wait({launcher.ended}, timeout=_END_S)  # it may say more
+            said = await asyncio.to_thread(launcher.last_lines)
+            logger.warning("%s: no worker is left; the last that was said:\n%s", self.name, said)
+        await self.close(0.0)
+        await self.start()
+
+    async def stop(self) -> None:
+        """Ask the workers to begin no further item."""
+        if self._desk is not None:
+            await self._desk.stop()
+
+    async def close(self, grace_s: float = 10.0) -> None:
+        """Dismiss the workers and end the launcher within ``grace_s`` and a little more."""
+        desk, self._desk = self._desk, None
+        launcher, self._launcher = self._launcher, None
+        if desk is not None:
+            await desk.close()
+        if launcher is not None:
+            await launcher.end(grace_s)

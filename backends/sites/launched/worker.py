@@ -1,0 +1,183 @@
+"""The worker's side: it comes to the desk, works on what it is given, and goes with the desk."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, Final
+
+import orjson
+from aiohttp import (
+    ClientError,
+    ClientSession,
+    ClientWebSocketResponse,
+    WSMsgType,
+    WSServerHandshakeError,
+)
+
+from ...contract.errors import ConfigurationError, SiteError
+from ...contract.types import Json
+from ...contract.wire import own_version
+from ..executor import WorkShard, in_thread
+from ..scratch import Scratch
+from .words import MOST, REFUSED, TOKEN, URL, heard, said
+
+_CONNECT_S: Final = 60.0
+"""So long a desk is looked for: thousands of workers come at once."""
+_PAUSE_S: Final = 2.0
+_BEAT: Final = 2 / 3
+_NOT_FOR_WORKERS: Final = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""A terminal or a scheduler sends these to everybody; the coordinator heeds them."""
+
+
+class Attendant:
+    """Works on orders in a thread of its own, one at a time, so that the connection is heard.
+
+    Args:
+        work: What works on an order.
+        line: The connection to the desk.
+    """
+
+    def __init__(self, work: WorkShard, line: ClientWebSocketResponse) -> None:
+        self._work, self._line = work, line
+        self._running: asyncio.Task[None] | None = None
+        self._scratch: Scratch | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Say whether an order is in work."""
+        return self._running is not None and not self._running.done()
+
+    async def heed(self, message: dict[str, Any]) -> None:
+        """Do what the desk says.
+
+        Raises:
+            SiteError: It cannot be understood.
+        """
+        if message["kind"] == "order" and isinstance(message.get("order"), dict):
+            order = message["order"]
+            if order.get("stop_file") is None:  # nobody shares a folder with us
+                order["stop_file"] = str(self._stop_file())
+            self._running = asyncio.create_task(self._worked_on(message["id"], order))
+        elif message["kind"] == "stop":
+            self._stop_file().touch()
+        else:
+            raise SiteError(f"the desk says {message['kind']!r}, which this fanfold does not know")
+
+    def _stop_file(self) -> Any:
+        if self._scratch is None:
+            self._scratch = Scratch("worker")
+        return self._scratch.path / "stop"
+
+    async def _worked_on(self, number: int, order: dict[str, Json]) -> None:
+        found = list[bytes]()
+        try:
+            await in_thread(lambda: found.append(orjson.dumps(self._work(order))))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the coordinator has to know
+            answer = said("failed", id=number, **_told(error))
+        else:
+            answer = said("summary", id=number, summary=orjson.Fragment(found[0]))
+        with suppress(ConnectionError):  # the desk has gone, and so do we
+            await self._line.send_bytes(answer)
+
+    def tidy(self) -> None:
+        """Remove the folder of the stop file."""
+        if self._scratch is not None:
+            self._scratch.remove()
+
+
+def _told(error: Exception) -> dict[str, str]:
+    return {"class": type(error).__name__, "text": str(error)[:2000]}
+
+
+async def attend(url: str, token: str, work: WorkShard, silence_s: float) -> None:
+    """Work for a desk until it ends the connection.
+
+    Args:
+        url: Where the desk is.
+        token: What to show there.
+        work: What works on an order.
+        silence_s: Seconds without a sign of life of the desk after which it counts as gone.
+
+    Raises:
+        SiteError: The desk cannot be reached, or wants nobody.
+    """
+    async with ClientSession() as session:  # takes no proxy from the environment
+        line = await _connected(session, url, token, silence_s * _BEAT)
+        attendant = Attendant(work, line)
+        try:
+            host, pid = socket.gethostname(), os.getpid()
+            await line.send_bytes(said("hello", fanfold=own_version(), host=host, pid=pid))
+            async for message in line:
+                if message.type is WSMsgType.BINARY:
+                    await attendant.heed(heard(message.data))
+            if attendant.busy:
+                os._exit(1)  # it has nobody to work for, and an order may hang
+        finally:
+            attendant.tidy()
+        if line.close_code == REFUSED:
+            raise SiteError(
+                f"the desk at {url} does not want this worker (fanfold {own_version()})"
+            )
+
+
+async def _connected(
+    session: ClientSession, url: str, token: str, beat_s: float
+) -> ClientWebSocketResponse:
+    began = time.monotonic()
+    shown = {"Authorization": f"Bearer {token}"}
+    while True:
+        try:
+            return await session.ws_connect(
+                url, headers=shown, heartbeat=beat_s, max_msg_size=MOST, compress=0
+            )
+        except WSServerHandshakeError as error:
+            msg = f"the desk at {url} refused this worker: {error.status} {error.message}"
+            raise SiteError(msg) from error
+        except (ClientError, TimeoutError) as error:
+            if time.monotonic() - began > _CONNECT_S:
+                msg = (
+                    f"{socket.gethostname()}: the coordinator's desk at {url} cannot be reached: "
+                    f"{error}; set backend.host to the name by which workers reach its machine"
+                )
+                raise SiteError(msg) from error
+        await asyncio.sleep(random.uniform(0, _PAUSE_S))  # not all at once
+
+
+def main() -> None:
+    """Be a worker: ``WORK SILENCE_S``, the desk being named by the environment."""
+    for number in _NOT_FOR_WORKERS:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        url, token = os.environ.get(URL), os.environ.pop(TOKEN, None)
+        if not url or not token:
+            msg = (
+                f"{socket.gethostname()}: {URL} and {TOKEN} are not in this worker's environment; "
+                "have the launcher pass them on (OpenMPI: -x)"
+            )
+            raise ConfigurationError(msg)
+        asyncio.run(attend(url, token, _imported(sys.argv[1]), float(sys.argv[2])))
+    except (SiteError, ConfigurationError) as error:
+        sys.exit(error.message)
+
+
+def _imported(name: str) -> WorkShard:
+    """Return what ``module:attr`` names.
+
+    Raises:
+        ConfigurationError: It cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        work: WorkShard = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        msg = f"{socket.gethostname()}: {name} cannot be imported: {error}; install fanfold there"
+        raise ConfigurationError(msg) from error
+    return work
