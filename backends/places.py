@@ -46,6 +46,11 @@ def is_elsewhere(config: BackendConfig) -> bool:
     return config.kind != "local" or config.processes > 1
 
 
+def works_on_nodes(config: BackendConfig) -> bool:
+    """Say whether the coordinator has workers started on the nodes of the job around it."""
+    return config.kind == "launched" or (config.kind == "parsl" and config.config == "htex_job")
+
+
 def at_a_time(config: BackendConfig) -> int:
     """Return how many shards are worked on at a time, over all places."""
     if config.kind == "local":

@@ -12,12 +12,16 @@ from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder, write_bytes
 from ..backends.cluster.chain import Chain, chain_file
+from ..backends.cluster.on_nodes import launch_script, node_script, worker_script
+from ..backends.cluster.plan import JobPlan
 from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
-from ..backends.cluster.script import JobPlan, job_script, node_script
+from ..backends.cluster.script import job_script
 from ..backends.contract.errors import ConfigurationError, SiteError
+from ..backends.places import is_elsewhere, works_on_nodes
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load
 from ..configs.site import SiteConfig, load_site
+from .crew import STOP_S
 from .prepare import default_folder, prepare_run
 from .resume import resume_run
 from .saying import say
@@ -115,10 +119,27 @@ def _existing(config: str, out: Path | None) -> RunFolder | None:
 def _settled(
     config: str, path: Path, wish: Wish, order: Order, site: SiteConfig
 ) -> tuple[Loaded, list[str]]:
-    """Return the settings, the endpoints being the job's own where it serves them."""
+    """Return the settings, with what follows from the job's nodes in them."""
     loaded, notices = wish.settled(config)
-    if loaded.config.node.serve is None:
+    settings: dict[str, Any] = {}
+    backend = loaded.config.backend
+    if works_on_nodes(backend) and backend.command is None:
+        settings["backend.workers"] = order.nodes
+    if loaded.config.node.serve is not None:
+        settings |= _served_by(loaded, path, order, site)
+    if not settings:
         return loaded, notices
+    # the settings once more, as they were written, with the job's own in them
+    again = load(loaded.raw, (), settings)
+    return replace(again, source=loaded.source, preset=loaded.preset), notices
+
+
+def _served_by(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> dict[str, Any]:
+    """Return the settings by which the job's own servers are the endpoints.
+
+    Raises:
+        ConfigurationError: Nobody says which model they serve.
+    """
     if loaded.config.model.name is None:
         msg = (
             f"{loaded.source}: model.name: nobody can be asked before the job what its servers "
@@ -127,16 +148,15 @@ def _settled(
         raise ConfigurationError(msg)
     settings: dict[str, Any] = {f"endpoints.{k}": None for k in (*KINDS, *HOSTS_ONLY)}
     settings["endpoints.file"] = str(path / "cluster" / "servers")
-    wanted = order.nodes * loaded.config.node.instances
-    settings["endpoints.least"] = loaded.config.endpoints.least or max(1, wanted // 2)
-    settings["endpoints.wait_s"] = loaded.config.endpoints.wait_s or loaded.config.node.timeout_s
-    own = loaded.config.node.accelerators
-    if site.accelerators is not None and own.variable == "none":
+    if not loaded.config.backend.node_endpoints:  # else the coordinator asks, and awaits, nobody
+        wanted, own = order.nodes * loaded.config.node.instances, loaded.config.endpoints
+        settings["endpoints.least"] = own.least or max(1, wanted // 2)
+        settings["endpoints.wait_s"] = own.wait_s or loaded.config.node.timeout_s
+    own_cards = loaded.config.node.accelerators
+    if site.accelerators is not None and own_cards.variable == "none":
         settings["node.accelerators.variable"] = site.accelerators.variable
         settings["node.accelerators.count"] = site.accelerators.per_node
-    # the settings once more, as they were written, with the job's endpoints in them
-    again = load(loaded.raw, (), settings)
-    return replace(again, source=loaded.source, preset=loaded.preset), notices
+    return settings
 
 
 def _plan(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> JobPlan:
@@ -145,6 +165,7 @@ def _plan(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> JobPlan
         raise ConfigurationError(
             f"--pack {archive}: no such file; make it by: fanfold pack -o FILE"
         )
+    backend = loaded.config.backend
     return JobPlan(
         run=path,
         name=loaded.config.name,
@@ -152,8 +173,9 @@ def _plan(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> JobPlan
         site=site,
         nodes=order.nodes,
         walltime_s=seconds(order.walltime),
-        drain_s=loaded.config.limits.drain_s,
+        drain_s=loaded.config.limits.drain_s + (STOP_S if is_elsewhere(backend) else 0.0),
         serves=loaded.config.node.serve is not None,
+        works=works_on_nodes(backend) and backend.command is None,
         queue=order.queue,
         account=order.account,
         archive=archive,
@@ -161,11 +183,18 @@ def _plan(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> JobPlan
 
 
 def _show(plan: JobPlan) -> None:
-    print(f"# {plan.folder}/job.sh")
-    print(job_script(plan), end="")
+    shown = [f"# {plan.folder}/{name}\n{text}" for name, text in _scripts(plan).items()]
+    print("\n".join(shown), end="")
+
+
+def _scripts(plan: JobPlan) -> dict[str, str]:
+    """Return the job's script and those that it needs, by their files' names."""
+    scripts = {"job.sh": job_script(plan)}
     if plan.serves:
-        print(f"\n# {plan.folder}/node.sh")
-        print(node_script(plan), end="")
+        scripts["node.sh"] = node_script(plan)
+    if plan.works:
+        scripts |= {"launch.sh": launch_script(plan), "worker.sh": worker_script(plan)}
+    return scripts
 
 
 def _refuse_second(chain: Chain, asked: Scheduler) -> None:
@@ -182,9 +211,8 @@ def _refuse_second(chain: Chain, asked: Scheduler) -> None:
 
 def _write(plan: JobPlan) -> None:
     plan.folder.mkdir(exist_ok=True)
-    write_bytes(plan.folder / "job.sh", job_script(plan).encode())
-    if plan.serves:
-        write_bytes(plan.folder / "node.sh", node_script(plan).encode())
+    for name, text in _scripts(plan).items():
+        write_bytes(plan.folder / name, text.encode())
 
 
 def _submitted(plan: JobPlan, order: Order) -> str:

@@ -1,7 +1,8 @@
 """One archive of the Python that runs now: interpreter, standard library and packages.
 
-Unpacked anywhere, also where none of it was installed, it runs by ``bin/fanfold``: CPython finds
-its library beside its own program. So a node opens files of its own storage only.
+Unpacked anywhere, also where none of it was installed, it runs by ``bin/fanfold`` or, for workers,
+``bin/python``: CPython finds its library beside its own program. So a node opens files of its own
+storage only.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ if here not in sys.path:
 
 _PROGRAM: Final = """\
 #!/bin/sh
-# fanfold from an archive made by 'fanfold pack'; it runs wherever it was unpacked.
+# {what} from an archive made by 'fanfold pack'; it runs wherever it was unpacked.
 here=$(CDPATH= cd -- "$(dirname -- "$0")/.." && pwd -P)
-{library}exec "$here/bin/{python}" -I -m fanfold "$@"
+{library}exec "$here/bin/{python}" -I {module}"$@"
 """
 
 _LIBRARY: Final = 'export LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"\n'
@@ -238,7 +239,9 @@ def _written() -> Iterator[tuple[str, str, int]]:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     shared = bool(sysconfig.get_config_var("Py_ENABLE_SHARED"))
     library = _LIBRARY if shared or sys.base_prefix not in _SYSTEM else ""
-    yield "bin/fanfold", _PROGRAM.format(library=library, python=version), 0o755
+    for what, module in (("fanfold", "-m fanfold "), ("python", "")):
+        text = _PROGRAM.format(what=what, module=module, library=library, python=version)
+        yield f"bin/{what}", text, 0o755
     yield f"lib/{version}/sitecustomize.py", _CUSTOM, 0o644
     about = {"python": platform.python_version(), "platform": platform.platform()}
     yield "packed.json", json.dumps({"v": 1, **about}) + "\n", 0o644

@@ -2,91 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Final
 
-from ...configs.site import SiteConfig, fill
-from ..contract.errors import ConfigurationError
+from ...configs.site import fill
+from .on_nodes import assigned, every_s, text
+from .plan import JobPlan
 
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_./+=@,:-]+")
-_MINUTE: Final = 60
 _STOP_S: Final = 30
 """So long servers have for ending; fanfold serve gives each of them 20 s."""
-_MOST_RESERVE: Final = 0.2
-"""At most this share of a job is kept for stopping; trials have jobs of a minute."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobPlan:
-    """What a job of a chain is.
-
-    Attributes:
-        run: The run folder, absolute.
-        name: The run's name.
-        command: How fanfold is started, e.g. ``[python, -m, fanfold]``.
-        site: The site.
-        nodes: Nodes of the job.
-        walltime_s: Most seconds of the job.
-        drain_s: Seconds that a stop waits for items in flight.
-        serves: Whether the job starts model servers on its nodes.
-        queue: Queue, partition or quality of service.
-        account: Account or project.
-        archive: An environment by ``fanfold pack`` to copy to the nodes, absolute.
-    """
-
-    run: Path
-    name: str
-    command: Sequence[str]
-    site: SiteConfig
-    nodes: int
-    walltime_s: int
-    drain_s: float
-    serves: bool
-    queue: str | None = None
-    account: str | None = None
-    archive: Path | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Return the folder of scripts, logs and servers."""
-        return self.run / "cluster"
-
-    @property
-    def reserve_s(self) -> int:
-        """Return the seconds that are kept at the job's end."""
-        return min(self.site.reserve_s, int(self.walltime_s * _MOST_RESERVE))
-
-    @property
-    def warning_s(self) -> int:
-        """Return how many seconds before its end the scheduler signals the job."""
-        return min(self.reserve_s + int(self.drain_s), self.walltime_s // 2)
-
-    def check(self) -> None:
-        """Check what the site asks for and the scheduler's lines can hold.
-
-        Raises:
-            ConfigurationError: An option is missing, or holds what a scheduler cannot read.
-        """
-        for option in self.site.required:
-            if getattr(self, option) is None:
-                msg = f"site {self.site.name} needs --{option}; your allocation says which"
-                raise ConfigurationError(msg)
-        if self.archive is not None and self.site.broadcast is None:
-            msg = f"--pack: site {self.site.name} has no 'broadcast' line to copy it to the nodes"
-            raise ConfigurationError(msg)
-        given = {"--out": str(self.run), "--queue": self.queue, "--account": self.account}
-        for name, text in given.items():
-            if text is not None and not _PLAIN.fullmatch(text):
-                msg = f"{name} {text!r}: schedulers read only letters, digits and _./+=@,:- there"
-                raise ConfigurationError(msg)
-        if self.walltime_s < _MINUTE:
-            raise ConfigurationError(
-                f"--walltime: {self.walltime_s} s; a job takes a minute at least"
-            )
 
 
 def clock(seconds: int) -> str:
@@ -96,7 +21,7 @@ def clock(seconds: int) -> str:
 
 def job_script(plan: JobPlan) -> str:
     """Return the script that the scheduler runs on the first node."""
-    return _text(
+    return text(
         "#!/bin/bash",
         *_directives(plan),
         "",
@@ -105,6 +30,7 @@ def job_script(plan: JobPlan) -> str:
         *_variables(plan),
         'exec > "$cluster/job-$job.log" 2>&1',
         *_environment(plan),
+        *(_working(plan) if plan.works else ()),
         "",
         "# A signal, by the scheduler near the end or by 'fanfold cancel', is for the run.",
         "work= asked=",
@@ -114,32 +40,14 @@ def job_script(plan: JobPlan) -> str:
         "# Is there anything to do? If so, the successor is submitted now and waits for this job:",
         "# it comes even if this node is lost.",
         '"${fanfold[@]}" chain begin "$run" --job "$job" || exit 0',
+        *(_copying(plan) if plan.archive is not None and plan.on_nodes else ()),
         *(_servers(plan) if plan.serves else ()),
-        *_coordinator(),
+        *_coordinator(plan),
         *(_stopping(plan) if plan.serves else ()),
+        *(_tidying(plan) if plan.archive is not None and plan.works and not plan.serves else ()),
         "",
         "# Note how it ended; take the successor back when nothing is left to do.",
         '"${fanfold[@]}" chain end "$run" --job "$job" --code "$code"',
-    )
-
-
-def node_script(plan: JobPlan) -> str:
-    """Return the script that the launcher starts on each node."""
-    host = f' --host "{plan.site.host}"' if plan.site.host else ""
-    return _text(
-        "#!/bin/bash",
-        f"# On each node of a job of the run {plan.name!r}: serve the model until SIGUSR2.",
-        "trap '' USR1   # the scheduler's warning is for the coordinator, not for servers",
-        "serve= asked=",
-        'trap \'asked=1; [ -z "$serve" ] || kill -TERM "$serve" 2>/dev/null\' USR2 TERM',
-        _assigned("run", str(plan.run)),
-        *_unpacking(plan),
-        f'"${{fanfold[@]}}" serve "$run" --servers "$run/cluster/servers"{host} &',
-        'serve=$!; [ -z "$asked" ] || kill -TERM "$serve"',
-        *(_watching(plan) if plan.site.scheduler == "slurm" else ()),
-        'while kill -0 "$serve" 2>/dev/null; do wait "$serve"; done',
-        *(('kill "$watch" 2>/dev/null',) if plan.site.scheduler == "slurm" else ()),
-        *_ending(plan),
     )
 
 
@@ -160,7 +68,8 @@ def _slurm(plan: JobPlan) -> Iterator[str]:
         yield f"{plan.site.queue_option}={plan.queue}"
     yield f"--output={plan.folder}/scheduler-%j.log"
     yield "--no-requeue"
-    yield "--no-kill"
+    if plan.serves or not plan.works:
+        yield "--no-kill"  # the servers of other nodes then see to it that somebody ends the job
     yield f"--signal=B:USR1@{plan.warning_s}"
     yield from plan.site.directives
 
@@ -183,7 +92,7 @@ def _pbs(plan: JobPlan) -> Iterator[str]:
 
 
 def _variables(plan: JobPlan) -> Iterator[str]:
-    yield _assigned("run", str(plan.run))
+    yield assigned("run", str(plan.run))
     yield "cluster=$run/cluster"
     yield f"fanfold=({shlex.join(plan.command)})"
     end = f"$(($(date +%s) + {plan.walltime_s}))"
@@ -202,23 +111,44 @@ def _environment(plan: JobPlan) -> Iterator[str]:
         yield f"module load {shlex.join(site.modules)}"
     yield from site.setup
     for name, value in (site.environment | site.proxies).items():
-        yield f"export {_assigned(name, value)}"
+        yield f"export {assigned(name, value)}"
+
+
+def _working(plan: JobPlan) -> Iterator[str]:
+    yield ""
+    yield "# Workers: how the coordinator starts a program on each node, and how they reach it."
+    yield 'export FANFOLD_LAUNCHER="bash $cluster/launch.sh"'
+    yield f"export FANFOLD_DESK_HOST={_own_host(plan)}"
+
+
+def _own_host(plan: JobPlan) -> str:
+    """Return shell text that gives the name or address of the node on which it runs."""
+    if plan.site.host is not None:
+        return f'"{plan.site.host}"'
+    if plan.site.interface is not None:
+        found = f"ip -4 -o addr show {shlex.quote(plan.site.interface)}"
+        return f"$({found} | awk '{{split($4, a, \"/\"); print a[1]; exit}}')"
+    return "$(hostname)"
+
+
+def _copying(plan: JobPlan) -> Iterator[str]:
+    values = _values(plan)
+    yield ""
+    yield "# The environment, copied once to each node's own storage."
+    yield f"export FANFOLD_COPY={values['copy']}"
+    yield f"{fill(plan.site.broadcast or '', values)} || exit 1"
+    if plan.works:
+        yield "export FANFOLD_PYTHON=${FANFOLD_COPY%.tar.gz}/bin/python   # the workers'"
 
 
 def _servers(plan: JobPlan) -> Iterator[str]:
-    values = _values(plan)
-    if plan.archive is not None:
-        yield ""
-        yield "# The environment, copied once to each node's own storage."
-        yield f"export FANFOLD_COPY={values['copy']}"
-        yield f"{fill(plan.site.broadcast or '', values)} || exit 1"
     yield ""
     if plan.site.scheduler == "slurm":
         yield "# A sign of life for the other nodes: Slurm keeps a job whose first node is lost."
-        yield f'(while touch "$cluster/alive"; do sleep {_every(plan)}; done) & alive=$!'
+        yield f'(while touch "$cluster/alive"; do sleep {every_s(plan)}; done) & alive=$!'
         yield ""
     yield "# The model's servers: one process on each node, which starts and watches that node's."
-    launcher = fill(plan.site.launcher, values)
+    launcher = fill(plan.site.launcher, _values(plan))
     yield f"(trap '' USR1; exec {launcher} \\"
     yield '  bash "$cluster/node.sh") > "$cluster/serve-$job.log" 2>&1 &'
     yield "servers=$!"
@@ -231,9 +161,10 @@ def _values(plan: JobPlan) -> dict[str, object]:
     return {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": local}
 
 
-def _coordinator() -> Iterator[str]:
+def _coordinator(plan: JobPlan) -> Iterator[str]:
+    how = "has workers on the nodes ask" if plan.works else "asks all nodes from here"
     yield ""
-    yield "# The run: asks all nodes from here until nothing is left, or the time is nearly up."
+    yield f"# The run: {how} until nothing is left, or the time is nearly up."
     yield '"${fanfold[@]}" resume "$run" &'
     yield 'work=$!; [ -z "$asked" ] || kill -USR1 "$work"'
     yield 'while kill -0 "$work" 2>/dev/null; do wait "$work"; done'
@@ -251,48 +182,8 @@ def _stopping(plan: JobPlan) -> Iterator[str]:
         yield 'kill "$alive"'
 
 
-def _unpacking(plan: JobPlan) -> Iterator[str]:
-    if plan.archive is None:
-        yield f"fanfold=({shlex.join(plan.command)})"
-        return
-    yield "environment=${FANFOLD_COPY%.tar.gz}"
-    yield 'mkdir -p "$environment" && tar -xzf "$FANFOLD_COPY" -C "$environment" || exit 1'
-    yield 'fanfold=("$environment/bin/fanfold")'
-
-
-def _ending(plan: JobPlan) -> Iterator[str]:
-    if plan.archive is None:
-        yield 'wait "$serve"'
-        return
-    yield 'wait "$serve"; code=$?'
-    yield 'rm -rf "$environment" "$FANFOLD_COPY"'
-    yield 'exit "$code"'
-
-
-def _every(plan: JobPlan) -> int:
-    """Return the seconds between two signs of life, and between two looks for them."""
-    return max(1, plan.site.silence_s // 10)
-
-
-def _watching(plan: JobPlan) -> Iterator[str]:
-    yield "# Slurm keeps a job whose first node is lost until its walltime: this node ends it."
-    yield "("
-    yield "  silent=0"
-    yield '  while [ "$silent" -lt 2 ]; do'
-    yield f"    sleep {_every(plan)}"
-    yield '    age=$(($(date +%s) - $(stat -c %Y "$run/cluster/alive")))'
-    yield f'    [ "$age" -gt {plan.site.silence_s} ] && silent=$((silent + 1)) || silent=0'
-    yield "  done"
-    yield f"  sleep $((RANDOM % {_every(plan)}))   # not all nodes at once"
-    yield '  echo "the first node of job $SLURM_JOB_ID is silent: the job is ended"'
-    yield '  scancel "$SLURM_JOB_ID"'
-    yield ") &"
-    yield "watch=$!"
-
-
-def _assigned(name: str, value: str) -> str:
-    return f"{name}={shlex.quote(value)}"
-
-
-def _text(*lines: str) -> str:
-    return "\n".join(lines) + "\n"
+def _tidying(plan: JobPlan) -> Iterator[str]:
+    launcher = fill(plan.site.launcher, _values(plan))
+    yield ""
+    yield "# The nodes' copies are of no use any more."
+    yield f'{launcher} rm -rf "${{FANFOLD_COPY%.tar.gz}}" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'

@@ -1,7 +1,7 @@
 """The launcher of a machine without one: ``… -m fanfold.backends.sites.launched.local N COMMAND``.
 
-It starts the command N times. A process that a signal has ended is started again, one that ends by
-itself is not; the launcher ends with the last of them.
+It starts the command N times. A process that a signal has ended is started again, a number of
+times; one that ends by itself is not. The launcher ends with the last of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from typing import Final
 
 _PAUSE_S: Final = 1.0
+_STARTS: Final = 20
+_SIGNALLED: Final = 128
+"""What a shell adds to the number of the signal that ended a program."""
 
 
 async def launch(count: int, command: Sequence[str]) -> int:
@@ -20,11 +23,12 @@ async def launch(count: int, command: Sequence[str]) -> int:
 
 
 async def _kept_up(command: Sequence[str]) -> int:
-    while True:
+    for _ in range(_STARTS):
         process = await asyncio.create_subprocess_exec(*command)
         if (code := await process.wait()) >= 0:
             return code
         await asyncio.sleep(_PAUSE_S)
+    return _SIGNALLED - code
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ STREAMS = 16
 SLOWER = 10.0
 PROCESSES: dict[str, Any] = {"kind": "local", "processes": 2}
 PARSL: dict[str, Any] = {"kind": "parsl", "workers": 2, "silence_s": 20}
+LAUNCHED: dict[str, Any] = {"kind": "launched", "workers": 2}
 
 
 def marked(token: str) -> list[int]:
@@ -117,7 +118,9 @@ async def test_parsls_worker_and_manager_are_killed(lab_of: Any) -> None:
         assert 0 < asked_again(lab) <= STREAMS // 2 + 2 * STREAMS
 
 
-@pytest.mark.parametrize("backend", [PROCESSES, PARSL], ids=["processes", "parsl"])
+@pytest.mark.parametrize(
+    "backend", [PROCESSES, PARSL, LAUNCHED], ids=["processes", "parsl", "launched"]
+)
 async def test_the_coordinator_is_interrupted_and_then_killed(
     lab_of: Any, backend: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.cluster.script import JobPlan, clock, job_script, node_script
+from fanfold.backends.cluster.on_nodes import launch_script, node_script, worker_script
+from fanfold.backends.cluster.plan import JobPlan
+from fanfold.backends.cluster.script import clock, job_script
 from fanfold.backends.contract.errors import ConfigurationError
 from fanfold.configs.site import load_site, site_names
 from fanfold.graphs.submitting import seconds
@@ -29,8 +31,11 @@ def plan(site: str = "perlmutter") -> JobPlan:
 
 
 @pytest.mark.parametrize("site", site_names())
-def test_the_scripts_of_all_sites_are_shell(site: str) -> None:
-    for text in (job_script(plan(site)), node_script(plan(site))):
+@pytest.mark.parametrize("works", [False, True], ids=["alone", "workers"])
+def test_the_scripts_of_all_sites_are_shell(site: str, works: bool) -> None:
+    asked = replace(plan(site), works=works)
+    for write in (job_script, node_script, launch_script, worker_script):
+        text = write(asked)
         checked = subprocess.run(
             ["bash", "-n"], input=text, text=True, capture_output=True, check=False
         )
@@ -74,6 +79,60 @@ def test_without_servers_the_run_alone() -> None:
     assert "srun" not in text
     assert "node.sh" not in text
     assert 'resume "$run"' in text
+
+
+def test_workers_are_told_where_to_come_to() -> None:
+    asked = replace(plan("polaris"), works=True, archive=None)
+    assert 'FANFOLD_LAUNCHER="bash $cluster/launch.sh"' in job_script(asked)
+    assert 'FANFOLD_DESK_HOST="$(hostname -s).hsn.cm.polaris.alcf.anl.gov"' in job_script(asked)
+    launch = "exec mpiexec -n 4 --ppn 1 --cpu-bind none bash /scratch/me/run/cluster/worker.sh"
+    assert launch in launch_script(asked)
+    assert 'FANFOLD_HOST="$(hostname -s).hsn.cm.polaris.alcf.anl.gov"' in worker_script(asked)
+    assert "FANFOLD" not in job_script(replace(asked, works=False)).replace("FANFOLD_END_TIME", "")
+
+
+def test_the_address_of_an_interface(tmp_path: Path) -> None:
+    """Where a site names no host but an interface; the shell's part is run."""
+    script = job_script(replace(plan(), works=True))
+    (line,) = [one for one in script.splitlines() if one.startswith("export FANFOLD_DESK_HOST=")]
+    ip = tmp_path / "ip"
+    ip.write_text('#!/bin/sh\necho "7: $5  inet 10.1.2.3/16 brd 10.1.255.255 scope global $5"\n')
+    ip.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", f"PATH={tmp_path}:$PATH\n{line}\necho $FANFOLD_DESK_HOST"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "10.1.2.3\n"
+
+
+def test_workers_take_the_nodes_own_copy() -> None:
+    """It is unpacked once, whether a server or a worker comes first."""
+    asked = replace(plan(), works=True)
+    assert "FANFOLD_PYTHON=${FANFOLD_COPY%.tar.gz}/bin/python" in job_script(asked)
+    assert "rm -rf" not in job_script(asked)
+    for script in (node_script(asked), worker_script(asked)):
+        assert "flock" in script
+    without_servers = replace(asked, serves=False)
+    assert job_script(without_servers).count("sbcast") == 1
+    assert "rm -rf" in job_script(without_servers)
+    assert "--no-kill" in job_script(asked)
+    assert "--no-kill" not in job_script(without_servers)
+
+
+def test_unpacking_happens_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    copy = tmp_path / "env.tar.gz"
+    subprocess.run(["tar", "-czf", copy, "-C", tmp_path, "file"], check=True)
+    script = worker_script(replace(plan(), works=True)) + "\n"
+    shown = 'echo "$FANFOLD_COPY"; cat "${FANFOLD_COPY%.tar.gz}/file"; rm "$FANFOLD_COPY"'
+    command = ["bash", "-c", script, "worker.sh", "bash", "-c", shown]
+    for code in (0, 1):  # the archive is gone the second time, and not needed until rm
+        names = {"PATH": "/usr/bin:/bin", "FANFOLD_COPY": str(copy)}
+        done = subprocess.run(command, env=names, capture_output=True, check=False)
+        assert done.stdout == f"{copy}\nx".encode()
+        assert done.returncode == code
 
 
 def test_a_packed_environment_is_unpacked_on_the_node() -> None:

@@ -1,0 +1,113 @@
+"""Scripts for the nodes of a job: what serves the model there, and what becomes a worker."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from ...configs.site import fill
+from .plan import JobPlan
+
+
+def node_script(plan: JobPlan) -> str:
+    """Return the script that the launcher starts on each node."""
+    host = f' --host "{plan.site.host}"' if plan.site.host else ""
+    return text(
+        "#!/bin/bash",
+        f"# On each node of a job of the run {plan.name!r}: serve the model until SIGUSR2.",
+        "trap '' USR1   # the scheduler's warning is for the coordinator, not for servers",
+        "serve= asked=",
+        'trap \'asked=1; [ -z "$serve" ] || kill -TERM "$serve" 2>/dev/null\' USR2 TERM',
+        assigned("run", str(plan.run)),
+        *_unpacking(plan),
+        f'"${{fanfold[@]}}" serve "$run" --servers "$run/cluster/servers"{host} &',
+        'serve=$!; [ -z "$asked" ] || kill -TERM "$serve"',
+        *(_watching(plan) if plan.site.scheduler == "slurm" else ()),
+        'while kill -0 "$serve" 2>/dev/null; do wait "$serve"; done',
+        *(('kill "$watch" 2>/dev/null',) if plan.site.scheduler == "slurm" else ()),
+        *_ending(plan),
+    )
+
+
+def _unpacking(plan: JobPlan) -> Iterator[str]:
+    if plan.archive is None:
+        yield f"fanfold=({shlex.join(plan.command)})"
+        return
+    yield from _unpacked()
+    yield 'fanfold=("$environment/bin/fanfold")'
+
+
+def _unpacked() -> Iterator[str]:
+    """Unpack the node's copy unless a server or a worker beside this one has done so."""
+    yield "environment=${FANFOLD_COPY%.tar.gz}"
+    yield "("
+    yield "  flock 9"
+    yield '  [ -e "$environment/.whole" ] || { mkdir -p "$environment" &&'
+    yield '    tar -xzf "$FANFOLD_COPY" -C "$environment" && touch "$environment/.whole"; }'
+    yield ') 9> "$FANFOLD_COPY.lock" || exit 1'
+
+
+def _ending(plan: JobPlan) -> Iterator[str]:
+    if plan.archive is None:
+        yield 'wait "$serve"'
+        return
+    yield 'wait "$serve"; code=$?'
+    yield 'rm -rf "$environment" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'
+    yield 'exit "$code"'
+
+
+def every_s(plan: JobPlan) -> int:
+    """Return the seconds between two signs of life, and between two looks for them."""
+    return max(1, plan.site.silence_s // 10)
+
+
+def _watching(plan: JobPlan) -> Iterator[str]:
+    yield "# Slurm keeps a job whose first node is lost until its walltime: this node ends it."
+    yield "("
+    yield "  silent=0"
+    yield '  while [ "$silent" -lt 2 ]; do'
+    yield f"    sleep {every_s(plan)}"
+    yield '    age=$(($(date +%s) - $(stat -c %Y "$run/cluster/alive")))'
+    yield f'    [ "$age" -gt {plan.site.silence_s} ] && silent=$((silent + 1)) || silent=0'
+    yield "  done"
+    yield f"  sleep $((RANDOM % {every_s(plan)}))   # not all nodes at once"
+    yield '  echo "the first node of job $SLURM_JOB_ID is silent: the job is ended"'
+    yield '  scancel "$SLURM_JOB_ID"'
+    yield ") &"
+    yield "watch=$!"
+
+
+def launch_script(plan: JobPlan) -> str:
+    """Return the script by which the coordinator starts a program on each node."""
+    copy = "$FANFOLD_COPY"
+    archive = shlex.quote(str(plan.archive)) if plan.archive is not None else ""
+    values = {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": plan.site.local}
+    return text(
+        "#!/bin/bash",
+        f"# Starts a program on each node of a job of the run {plan.name!r}: FANFOLD_LAUNCHER.",
+        f'exec {fill(plan.site.launcher, values)} bash {plan.folder}/worker.sh "$@"',
+    )
+
+
+def worker_script(plan: JobPlan) -> str:
+    """Return the script that becomes the program on each node."""
+    # the name by which 'fanfold serve' knows the node, or its servers would be started twice
+    host = (f'export FANFOLD_HOST="{plan.site.host}"',) if plan.site.host else ()
+    return text(
+        "#!/bin/bash",
+        f"# On each node of a job of the run {plan.name!r}: becomes one of its workers.",
+        "trap '' USR1 USR2   # these are for the coordinator and the servers",
+        *host,
+        *(_unpacked() if plan.archive is not None else ()),
+        'exec "$@"',
+    )
+
+
+def assigned(name: str, value: str) -> str:
+    """Return a shell assignment."""
+    return f"{name}={shlex.quote(value)}"
+
+
+def text(*lines: str) -> str:
+    """Return lines as a file's text."""
+    return "\n".join(lines) + "\n"
