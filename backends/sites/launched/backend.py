@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 _END_S: Final = 2.0
 """So long may a launcher take to end by itself when its workers have gone."""
+_LATE_S: Final = 60.0
+"""A launcher that lives has workers on their way: so long is one waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class LaunchedBackend:
     """Runs shards on workers that one command starts and that come to a desk in this process.
 
     A worker that comes late joins by itself; one that goes is lost, with what it had in work. The
-    place is broken only when no worker is left: then the command is started again.
+    place is broken only when no worker is left, nor on its way: then the command is started again.
 
     Args:
         launch: How workers are started.
@@ -86,17 +88,14 @@ class LaunchedBackend:
             raise
 
     async def _first(self, desk: Desk, launcher: Launcher) -> None:
-        """Wait for the first worker."""
-        came = asyncio.ensure_future(desk.somebody.wait())
-        events: set[asyncio.Future[Any]] = {came, launcher.ended, desk.refused}
+        """Wait for the first worker.
+
+        Raises:
+            SiteError: None came.
+            ConfigurationError: None can ever come.
+        """
         wait_s = self._launch.queue_s
-        try:
-            await asyncio.wait(events, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            came.cancel()
-        if desk.refused.done():
-            raise desk.refused.result()
-        if desk.somebody.is_set():
+        if await self._comes(desk, launcher, wait_s):
             return
         said = await asyncio.to_thread(launcher.last_lines)
         if launcher.ended.done():
@@ -104,6 +103,23 @@ class LaunchedBackend:
         else:
             msg = f"{self.name}: no worker came to {desk.url} within {wait_s:g} s"
         raise SiteError(f"{msg}; the last that was said:\n{said}")
+
+    @staticmethod
+    async def _comes(desk: Desk, launcher: Launcher, wait_s: float) -> bool:
+        """Wait until a worker is there, and say whether one is.
+
+        Raises:
+            ConfigurationError: None can be understood.
+        """
+        came = asyncio.ensure_future(desk.somebody.wait())
+        events: set[asyncio.Future[Any]] = {came, launcher.ended, desk.refused}
+        try:
+            await asyncio.wait(events, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            came.cancel()
+        if desk.refused.done():
+            raise desk.refused.result()
+        return desk.somebody.is_set()
 
     async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
         """Have one order worked on.
@@ -125,15 +141,19 @@ class LaunchedBackend:
         return {}
 
     async def rebuild(self) -> None:
-        """End what is left of the workers and their launcher, and start it again.
+        """Wait for workers that are on their way; else start the launcher again.
+
+        What is left of the workers is ended before.
 
         Raises:
             SiteError: No worker came.
             ConfigurationError: None can ever come.
         """
-        launcher = self._launcher
-        if launcher is not None and self.capacity() == 0:
-            await asyncio.wait({launcher.ended}, timeout=_END_S)  # it may say more
+        desk, launcher = self._desk, self._launcher
+        if desk is not None and launcher is not None and desk.workers == 0:
+            await asyncio.wait({launcher.ended}, timeout=_END_S)
+            if not launcher.ended.done() and await self._comes(desk, launcher, _LATE_S):
+                return
             said = await asyncio.to_thread(launcher.last_lines)
             logger.warning("%s: no worker is left; the last that was said:\n%s", self.name, said)
         await self.close(0.0)

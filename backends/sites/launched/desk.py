@@ -41,7 +41,7 @@ class Desk:
     Attributes:
         token: What workers show.
         url: Where they come to; empty while it is closed.
-        somebody: Set once the first worker has come.
+        somebody: Set while a worker is there.
         refused: Done when a worker cannot be understood, with the error.
     """
 
@@ -126,6 +126,7 @@ class Desk:
         del self._hands[hand]
         hand.lose(reason)
         if not self._hands:
+            self.somebody.clear()
             self._lose_all(f"no worker is left; the last was {hand.name}")
 
     def _lose_all(self, reason: str) -> None:

@@ -14,10 +14,15 @@ import orjson
 import pytest
 import yaml
 
+import fanfold
 from fanfold.backends.accounts.folder import RunFolder
 from fanfold.backends.cluster.chain import Chain, chain_file
+from fanfold.backends.fleet.simulated.launch import MODULE
 from fanfold.graphs.submitting import Order, submit
 from fanfold.graphs.wish import Wish
+
+from .slurm import PrivateSlurm, private_slurm
+from .slurm_accounts import no_accounts
 
 HERE = Path(__file__).parent
 PATIENCE_S = 240.0
@@ -35,18 +40,34 @@ SETTINGS: dict[str, Any] = {
     "reduce": [{"op": "count"}],
 }
 
+SLURM_SITE = """\
+name: trial
+scheduler: slurm
+launcher: srun --overlap --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --no-kill --overcommit
+host: 127.0.0.$((1 + ${SLURMD_NODENAME#n}))
+reserve_s: 10
+silence_s: 15
+"""
+
 
 def served(per_item_s: float) -> dict[str, Any]:
     """Settings by which each node serves a simulated model of its own, 4 items at a time."""
     with socket.create_server(("127.0.0.2", 0)) as free:
         port = free.getsockname()[1]
-    program = f"{sys.executable} {HERE}/node_server.py {{port}} {{model}} {per_item_s}"
+    # the last word is for workers, who ask nobody beforehand whether the answers are simulated
+    program = f"{sys.executable} {HERE}/node_server.py {{port}} {{model}} {per_item_s} {MODULE}"
     return {
         "model": {"name": "sim"},
         "endpoints": {"file": "servers"},
         "node": {"serve": program, "ports": port},
         "limits": {"streams": 8, "drain_s": 5, "hedge": False},
     }
+
+
+def ended(trial: Trial) -> bool:
+    """Say whether a chain has ended, its last job included."""
+    chain = trial.chain
+    return chain.halted is not None and not chain.unfinished()
 
 
 def until(true: Callable[[], object], what: str) -> None:
@@ -75,6 +96,18 @@ class Trial:
             records = [orjson.loads(line) for line in lines]
             found.update(r["id"] for r in records if r.get("status") == "done")
         return found
+
+    def worked(self, items: int) -> None:
+        """Wait until so many items are finished, unless the chain ends before."""
+        until(lambda: ended(self) or len(self.finished()) >= items, f"{items} items")
+        assert len(self.finished()) >= items, self.logs()
+
+    def assert_each_once(self, items: int) -> None:
+        """Assert that the chain has ended with every item, and none has ended twice."""
+        assert self.chain.halted == "all items are finished", self.logs()
+        finished = self.finished()
+        assert len(finished) == items
+        assert set(finished.values()) == {1}
 
     def logs(self) -> str:
         files = sorted((self.path / "cluster").glob("*.log"))
@@ -123,3 +156,20 @@ def pbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     yield cluster
     jobs = [job.name for job in home.iterdir() if job.name.isdigit()]
     os.system(f"qdel {' '.join(jobs)}") if jobs else None
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivateSlurm]:
+    """Keeps accounts where slurmdbd and a MariaDB are."""
+    with private_slurm(tmp_path / "slurm", keeps_accounts=no_accounts() is None) as cluster:
+        monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+        yield cluster
+
+
+@pytest.fixture
+def jobs(slurm: PrivateSlurm, tmp_path: Path) -> Cluster:
+    assert slurm.conf.exists()
+    site = tmp_path / "site.yaml"
+    tree = Path(str(fanfold.__file__)).parent.parent
+    site.write_text(f"{SLURM_SITE}environment: {{PYTHONPATH: {tree}}}\n")
+    return Cluster(tmp_path, site)

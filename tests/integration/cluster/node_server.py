@@ -1,6 +1,6 @@
 """What ``node.serve`` starts in tests: one simulated server on this node's own loopback address.
 
-Usage: ``python node_server.py PORT MODEL SECONDS_PER_ITEM``
+Usage: ``python node_server.py PORT MODEL SECONDS_PER_ITEM …``
 """
 
 from __future__ import annotations
@@ -37,4 +37,4 @@ async def main(port: str, model: str, per_item_s: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    asyncio.run(main(*sys.argv[1:4]))

@@ -106,17 +106,16 @@ class PrivateSlurm:
             except ProcessLookupError:
                 continue
 
-    @staticmethod
-    def processes(node: str) -> list[int]:
+    def processes(self, node: str) -> list[int]:
         """Return what runs on a node, and the daemons that started it."""
-        found = set()
+        found, mine = set(), {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.conf}"}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                names = (folder / "environ").read_bytes().split(b"\0")
+                names = set((folder / "environ").read_text(errors="replace").split("\0"))
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             except (OSError, ValueError):
                 continue
-            if f"SLURMD_NODENAME={node}".encode() in names:
+            if mine <= names:
                 found.add(int(folder.name))
                 if b"slurmstepd" in _command(parent):
                     found.add(parent)

@@ -14,17 +14,12 @@ from fanfold.backends.contract.errors import ConfigurationError
 from fanfold.graphs import chaining
 from fanfold.graphs.campaign import campaign
 
-from .conftest import Cluster, Trial, served, until
+from .conftest import Cluster, Trial, ended, served, until
 from .standin_pbs import members
 
 pytestmark = pytest.mark.integration
 ITEMS = 40
 SLOW = {"limits": {"requests_per_s": 20, "streams": 8}}
-
-
-def ended(trial: Trial) -> bool:
-    chain = trial.chain
-    return chain.halted is not None and not chain.unfinished()
 
 
 def test_a_job_that_is_warned_is_followed_and_each_item_ends_once(pbs: Cluster) -> None:

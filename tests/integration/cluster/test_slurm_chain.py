@@ -5,59 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import fanfold
 from fanfold.graphs import chaining
 from fanfold.graphs.campaign import campaign
 
-from .conftest import Cluster, Trial, served, until
-from .slurm import PrivateSlurm, missing, private_slurm
+from .conftest import Cluster, Trial, ended, served, until
+from .slurm import PrivateSlurm, missing
 from .slurm_accounts import no_accounts
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
-SITE = """\
-name: trial
-scheduler: slurm
-launcher: srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --no-kill --overcommit
-host: 127.0.0.$((1 + ${SLURMD_NODENAME#n}))
-reserve_s: 10
-silence_s: 15
-"""
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivateSlurm]:
-    """Keeps accounts where slurmdbd and a MariaDB are."""
-    with private_slurm(tmp_path / "slurm", keeps_accounts=no_accounts() is None) as cluster:
-        monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
-        yield cluster
-
-
-@pytest.fixture
-def jobs(slurm: PrivateSlurm, tmp_path: Path) -> Cluster:
-    assert slurm.conf.exists()
-    site = tmp_path / "site.yaml"
-    tree = Path(str(fanfold.__file__)).parent.parent
-    site.write_text(f"{SITE}environment: {{PYTHONPATH: {tree}}}\n")
-    return Cluster(tmp_path, site)
-
-
-def ended(trial: Trial) -> bool:
-    chain = trial.chain
-    return chain.halted is not None and not chain.unfinished()
-
-
-def each_once(trial: Trial, items: int) -> None:
-    assert trial.chain.halted == "all items are finished", trial.logs()
-    assert len(trial.finished()) == items
-    assert set(trial.finished().values()) == {1}
 
 
 def charged(slurm: PrivateSlurm) -> list[tuple[int, str]]:
@@ -95,7 +57,7 @@ def test_a_walltime_cuts_the_run_and_the_successor_goes_on(
     """Slurm warns up to a minute early, so a job of a minute may be warned as it begins."""
     trial = jobs.submit(1200, served(0.3), walltime="1m")
     until(lambda: ended(trial), "the end of the chain")
-    each_once(trial, 1200)
+    trial.assert_each_once(1200)
     check_hours(trial, slurm)
     codes = [job.code for job in trial.chain.jobs]
     assert codes.count(0) == 1
@@ -124,8 +86,12 @@ def test_a_server_and_a_node_and_the_first_node_are_lost(
     for node in ("n1", "n3"):
         subprocess.run(["slurmd", "-N", node], check=True)
     until(lambda: ended(trial), "the end of the chain")
+<<<<<<< HEAD
     each_once(trial, items)
     check_hours(trial, slurm)
+=======
+    trial.assert_each_once(900)
+>>>>>>> 5e89dc9 (Workers inside jobs: tests on a real Slurm and on the stand-in for PBS; a launcher that lives has workers on their way)
     assert [job.outcome for job in trial.chain.jobs][:2] == ["lost", "finished"]
 
 
