@@ -25,6 +25,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "sent home": {"kind": "local", "processes": 2, "shared_folder": False},
     "parsl": {"kind": "parsl", "workers": 2},
     "academy": {"kind": "academy", "workers": 2},
+    "launched": {"kind": "launched", "workers": 2},
 }
 
 

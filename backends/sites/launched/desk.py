@@ -82,7 +82,9 @@ class Desk:
         if not hmac.compare_digest(shown, f"Bearer {self.token}".encode()):
             raise web.HTTPUnauthorized(text="this desk is another run's")
         beat_s = self._silence_s * _BEAT
-        line = web.WebSocketResponse(heartbeat=beat_s, max_msg_size=MOST, compress=False)
+        line = web.WebSocketResponse(
+            timeout=_CLOSE_S, heartbeat=beat_s, max_msg_size=MOST, compress=False
+        )
         await line.prepare(request)
         hand = await self._greeted(line)
         if hand is None:
@@ -98,9 +100,10 @@ class Desk:
                     self._hand_out()
         except SiteError as error:
             reason = error.message
-            await line.close(code=REFUSED, message=reason.encode()[:100])
+            logger.warning("%s: %s", hand.name, reason)
         finally:
             self._gone(hand, reason)
+        await line.close(code=REFUSED)  # nothing, if it has ended
         return line
 
     async def _greeted(self, line: web.WebSocketResponse) -> Hand | None:

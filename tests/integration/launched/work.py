@@ -1,0 +1,19 @@
+"""What workers of these tests run: it loads in a moment and does what an order says."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+def play(order: dict[str, Any]) -> dict[str, Any]:
+    """Sleep, wait for a stop, or raise; then answer with who has worked."""
+    time.sleep(order.get("seconds", 0))
+    if name := order.get("raises"):
+        raise {"ValueError": ValueError, "ImportError": ImportError}[name]("as it was told")
+    if order.get("until_stopped"):
+        while not Path(order["stop_file"]).exists():
+            time.sleep(0.05)
+    return {"pid": os.getpid(), "token": os.environ.get("FANFOLD_DESK_TOKEN"), "n": order.get("n")}
