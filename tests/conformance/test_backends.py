@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +18,7 @@ from fanfold.backends.places import places
 from fanfold.backends.sites import conformance
 from fanfold.backends.sites.conformance import CHECKS, Subject
 from fanfold.backends.sites.executor import ExecutorBackend
+from fanfold.backends.sites.launched.command import local_words
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard
 
@@ -54,8 +56,11 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "executor": configured(kind="executor", factory=f"{__name__}:two_processes", workers=2),
     "parsl": configured(kind="parsl", workers=1),
     "launched": configured(kind="launched", workers=1),
+    "htex_job": configured(
+        kind="parsl", config="htex_job", command=shlex.join([*local_words(1)]), workers=1
+    ),
 }
-HEAVY = {"executor": CHECKS[:1]}
+HEAVY = {"executor": CHECKS[:1], "htex_job": CHECKS[:1]}
 """Only these checks where the class is checked under another name already."""
 
 

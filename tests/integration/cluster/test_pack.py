@@ -45,12 +45,13 @@ def test_it_runs_elsewhere_from_itself_alone(tmp_path: Path) -> None:
     assert sys.prefix not in done.stdout
     assert sys.base_prefix not in done.stdout.replace(str(moved), "")
     assert done.stdout.count(str(moved)) >= 4
-    for words, code, says in (
-        (["--version"], 0, "fanfold "),
-        (["chain", "begin", "/none", "--job", "1"], 2, "/none: no such run folder"),
+    for program, words, code, says in (
+        ("fanfold", ["--version"], 0, "fanfold "),
+        ("fanfold", ["chain", "begin", "/none", "--job", "1"], 2, "/none: no such run folder"),
+        ("python", ["-P", "-c", shown], 0, str(moved)),
     ):
         said = subprocess.run(
-            [moved / "bin" / "fanfold", *words],
+            [moved / "bin" / program, *words],
             env={"PATH": "/usr/bin:/bin"},
             cwd="/",
             capture_output=True,

@@ -86,12 +86,8 @@ def test_a_server_and_a_node_and_the_first_node_are_lost(
     for node in ("n1", "n3"):
         subprocess.run(["slurmd", "-N", node], check=True)
     until(lambda: ended(trial), "the end of the chain")
-<<<<<<< HEAD
-    each_once(trial, items)
+    trial.assert_each_once(items)
     check_hours(trial, slurm)
-=======
-    trial.assert_each_once(900)
->>>>>>> 5e89dc9 (Workers inside jobs: tests on a real Slurm and on the stand-in for PBS; a launcher that lives has workers on their way)
     assert [job.outcome for job in trial.chain.jobs][:2] == ["lost", "finished"]
 
 

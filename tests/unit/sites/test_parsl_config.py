@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from fanfold.backends.contract.errors import ConfigurationError, MissingExtraError
 from fanfold.backends.sites import parsl
 from fanfold.backends.sites.parsl import ParslBackend
-from fanfold.backends.sites.parsl_configs import htex_local
+from fanfold.backends.sites.parsl_configs import JobNodes, htex_job, htex_local
 
 MODULE = """
 from parsl.config import Config
@@ -73,6 +74,19 @@ def test_the_built_in_config_is_local_and_silent(tmp_path: Path) -> None:
     assert (config.retries, config.strategy, config.usage_tracking) == (0, "none", 0)
     assert config.initialize_logging is False
     assert (config.run_dir, executor.worker_logdir_root) == (str(tmp_path), str(tmp_path))
+
+
+def test_the_config_inside_a_job_is_encrypted_and_takes_the_nodes_python(tmp_path: Path) -> None:
+    nodes = JobNodes(("mpiexec", "-n", "3"), ("/copy/bin/python", "-P"), "localhost", tmp_path)
+    config = htex_job(nodes, tmp_path)
+    (executor,) = config.executors
+    assert (executor.address, executor.encrypted) == ("127.0.0.1", True)
+    assert executor.max_workers_per_node == 1
+    assert executor.launch_cmd.startswith("/copy/bin/python -P -m parsl.executors")
+    assert executor.provider.launcher("x", 1, 1) == "mpiexec -n 3 x"
+    assert (config.retries, config.strategy, config.run_dir) == (0, "none", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="has no address"):
+        htex_job(replace(nodes, host="no-such-host.invalid"), tmp_path)
 
 
 @pytest.mark.parametrize(

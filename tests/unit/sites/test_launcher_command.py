@@ -1,0 +1,74 @@
+"""Which command starts workers, and by what name they reach the coordinator."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.places import places, works_on_nodes
+from fanfold.backends.sites.launched.command import launcher_words, own_host, python_words
+from fanfold.configs.backend import BackendConfig
+from fanfold.configs.load import load
+from fanfold.graphs.worker import work_shard
+
+JOB = {"FANFOLD_LAUNCHER": "bash /run/launch.sh", "FANFOLD_DESK_HOST": "n1"}
+
+
+def test_the_setting_comes_before_the_job() -> None:
+    own = launcher_words("mpiexec -n {workers} --ppn 1", 4, JOB)
+    assert own == ("mpiexec", "-n", "4", "--ppn", "1")
+    assert launcher_words(None, 4, JOB) == ("bash", "/run/launch.sh")
+    assert launcher_words(None, 4, {}) is None
+    assert (own_host("n2", JOB), own_host(None, JOB)) == ("n2", "n1")
+
+
+def test_loopback_and_this_python_where_nobody_says() -> None:
+    """A job's site may give a host's name by a variable that is empty."""
+    for environment in ({}, {"FANFOLD_DESK_HOST": "", "FANFOLD_PYTHON": ""}):
+        assert own_host(None, environment) == "127.0.0.1"
+        assert python_words(environment) == (sys.executable, "-P")
+    assert python_words({"FANFOLD_PYTHON": "/tmp/env/bin/python"})[0] == "/tmp/env/bin/python"
+
+
+def test_a_variable_that_is_no_command() -> None:
+    with pytest.raises(ConfigurationError, match=r"FANFOLD_LAUNCHER: there is no \{nodes\}"):
+        launcher_words(None, 2, {"FANFOLD_LAUNCHER": "srun -N {nodes}"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"kind": "launched", "command": "srun -N {nodes}"}, "there is no {nodes}"),
+        ({"kind": "launched", "command": "srun 'x"}, "is no command line"),
+        ({"kind": "launched", "command": " "}, "is empty"),
+        ({"kind": "launched", "host": "a b"}, "host"),
+        ({"kind": "local", "command": "srun"}, "'command' is for kind parsl and launched"),
+        ({"kind": "launched", "config": "htex_job"}, "'config' is for kind parsl"),
+    ],
+)
+def test_settings_that_are_none(settings: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load({"task": {"prompt": "x"}, "endpoints": {"urls": ["http://a:1"]}, "backend": settings})
+    assert says in caught.value.message
+
+
+def test_who_works_on_the_nodes_of_a_job() -> None:
+    kinds = (
+        ({"kind": "launched"}, True),
+        ({"kind": "parsl", "config": "htex_job"}, True),
+        ({"kind": "parsl"}, False),
+        ({"kind": "local"}, False),
+    )
+    for settings, works in kinds:
+        assert works_on_nodes(BackendConfig.model_validate(settings)) is works
+
+
+def test_htex_job_needs_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BackendConfig(kind="parsl", config="htex_job")
+    monkeypatch.delenv("FANFOLD_LAUNCHER", raising=False)
+    with pytest.raises(ConfigurationError, match=r"use fanfold submit, or set backend\.command"):
+        places(config, work_shard)
+    monkeypatch.setenv("FANFOLD_LAUNCHER", "bash /run/launch.sh")
+    assert places(config, work_shard)[0].name == "parsl (htex_job)"
