@@ -23,7 +23,10 @@ def of_the_job(pbs: Cluster, job: int, word: bytes) -> list[int]:
     session = int((pbs.folder / "pbs" / str(job) / "session").read_text())
     found = []
     for pid in members(session):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except FileNotFoundError:
+            continue  # it has ended meanwhile
         if any(word in part for part in command[:5]) and b"bash" not in command:
             found.append(pid)
     return found
