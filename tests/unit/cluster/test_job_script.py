@@ -117,8 +117,8 @@ def test_workers_take_the_nodes_own_copy() -> None:
     without_servers = replace(asked, serves=False)
     assert job_script(without_servers).count("sbcast") == 1
     assert "rm -rf" in job_script(without_servers)
-    assert "--no-kill" in job_script(asked)
-    assert "--no-kill" not in job_script(without_servers)
+    assert "#SBATCH --no-kill" in job_script(asked)
+    assert "#SBATCH --no-kill" not in job_script(without_servers)
 
 
 def test_unpacking_happens_once(tmp_path: Path) -> None:
