@@ -150,7 +150,8 @@ def _served_by(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> di
     settings["endpoints.file"] = str(path / "cluster" / "servers")
     if not loaded.config.backend.node_endpoints:  # else the coordinator asks, and awaits, nobody
         wanted, own = order.nodes * loaded.config.node.instances, loaded.config.endpoints
-        settings["endpoints.least"] = own.least or max(1, wanted // 2)
+        least = own.least if own.least > 1 else max(1, wanted // 2)
+        settings["endpoints.least"] = min(least, wanted)  # a job before may have had more nodes
         settings["endpoints.wait_s"] = own.wait_s or loaded.config.node.timeout_s
     own_cards = loaded.config.node.accelerators
     if site.accelerators is not None and own_cards.variable == "none":
