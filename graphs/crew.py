@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Final
 
 import orjson
@@ -178,7 +178,7 @@ class WorkCrew:
                 return  # somebody began to read all after we asked
             self._rounds += worker is None
             fresh = await asyncio.to_thread(self._ledger.refresh, self._inherits, worker)
-            self._progress.count_all(fresh.done, fresh.failed, asdict(fresh.spent))
+            self._progress.count_all(fresh.done, fresh.failed, fresh.spent.counts())
 
     async def stop(self) -> None:
         """Let no worker begin a further item, as far as they share a folder or can be told."""

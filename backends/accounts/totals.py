@@ -103,6 +103,10 @@ class Spent:
         sums = [sum(filter(None, column)) for column in zip(*numbers, strict=True)]
         return cls(**dict(zip(_SUMS, sums, strict=False)))
 
+    def counts(self) -> dict[str, int]:
+        """Return the sums by their names."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
     def merge(self, other: Spent) -> None:
         """Add other sums."""
         for name in self.__slots__:

@@ -78,8 +78,10 @@ class Stats:
         """Add other sums to these."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.failures.update(other.failures)
-        self._cells.update(other._cells)
+        for error, count in other.failures.items():
+            self.failures[error] += count
+        for cell, count in other._cells.items():
+            self._cells[cell] += count
 
     def __add__(self, other: Stats) -> Stats:
         """Return the sums of both."""

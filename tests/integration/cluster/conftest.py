@@ -70,11 +70,11 @@ def ended(trial: Trial) -> bool:
     return chain.halted is not None and not chain.unfinished()
 
 
-def until(true: Callable[[], object], what: str) -> None:
+def until(true: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
     """Wait as long as a loaded machine may take."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + patience_s
     while not true():
-        assert time.monotonic() < end, f"waited {PATIENCE_S:.0f} s for: {what}"
+        assert time.monotonic() < end, f"waited {patience_s:.0f} s for: {what}"
         time.sleep(0.1)
 
 

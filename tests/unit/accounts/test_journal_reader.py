@@ -71,6 +71,23 @@ def test_any_strange_line_is_named(
     assert caught.value.message.startswith(f"{path}, line {at + 1}: ")
 
 
+def test_a_strange_line_far_down_is_named(tmp_path: Path) -> None:
+    """Lines are checked many at a time; the message names one."""
+    lines = lines_of([sample(n % ITEMS) for n in range(700)])
+    lines[600] = orjson.dumps(sample(0) | {"attempts": "2"}) + b"\n"
+    path = write(tmp_path, b"".join(lines))
+    with pytest.raises(LedgerError) as caught:
+        Ledger(tmp_path, "r", ITEMS)
+    assert caught.value.message.startswith(f"{path}, line 601: ")
+
+
+def test_many_lines_add_up(tmp_path: Path) -> None:
+    write(tmp_path, b"".join(lines_of([sample(n % ITEMS) for n in range(700)])))
+    with Ledger(tmp_path, "r", ITEMS) as ledger:
+        assert (ledger.total().requests, ledger.total().prompt_tokens) == (1_400, 7_000)
+        assert ledger.counts().done == ITEMS
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
