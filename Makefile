@@ -21,7 +21,7 @@ help:
 run: .venv/.run
 	$(BIN)/fanfold run molecular_screening
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 check: .venv/.dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 fix: .venv/.dev

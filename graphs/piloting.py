@@ -58,9 +58,9 @@ def asks() -> bool:
 
 def agreed(left: int) -> bool:
     """Ask whether to go on with the other items; no answer is no."""
-    sys.stderr.write(f"Go on with the other {left:,} items? [y/N] ")
-    sys.stderr.flush()
-    try:
+    try:  # Ctrl-C may come before the question is out
+        sys.stderr.write(f"Go on with the other {left:,} items? [y/N] ")
+        sys.stderr.flush()
         return sys.stdin.readline().strip().casefold() in {"y", "yes"}
     except KeyboardInterrupt:
         sys.stderr.write("\n")

@@ -10,6 +10,7 @@ from ...contract.errors import ConfigurationError, SiteError
 from ...contract.types import Json
 from .hall import Hall
 from .parcel import pack, unpack
+from .process import OneProcess
 
 if TYPE_CHECKING:
     from .hand import Hand
@@ -115,10 +116,11 @@ class AcademyBackend:
         """
         hand = self._hand
         if hand is not None and (hand.up or hand.lost.done()):
-            self._hand = None
-            if hand.lost.done():  # it may be about to end, with an error, and to free its worker
+            if hand.lost.done() and not isinstance(hand.executor, OneProcess):
+                # it may be about to end, with an error, and to free its worker
                 await asyncio.wait({hand.ended}, timeout=_BURY_S)
             await hand.dismiss(0.0)
+            self._hand = None  # not before: closing must still find it
             await self._hall.bury(hand)
         if self._hand is None:
             await self.start()
