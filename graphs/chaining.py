@@ -10,12 +10,18 @@ from ..backends.accounts.folder import RunFolder, open_folder
 from ..backends.accounts.ledger import Ledger
 from ..backends.cluster.chain import Chain, ChainFile, Job, chain_file
 from ..backends.cluster.schedulers import scheduler
-from ..backends.cluster.verdict import BUDGET, DONE, FAILURES, INTERRUPTED, USAGE, Verdict, verdict
+from ..backends.cluster.verdict import (
+    BUDGET,
+    DONE,
+    FAILURES,
+    INTERRUPTED,
+    NOTHING_TO_DO,
+    USAGE,
+    Verdict,
+    verdict,
+)
 from ..backends.contract.errors import ConfigurationError, FanfoldError, SiteError
 from .saying import say
-
-NOTHING_TO_DO: Final = 10
-"""Exit code of ``chain begin``: this job has nothing to do, and none follows."""
 
 _PATIENCE_S: Final = 10.0
 _LOOK_S: Final = 0.2
@@ -108,6 +114,8 @@ def _clear(servers: Path) -> None:
         for file in servers.iterdir():
             if file.is_file():
                 file.unlink(missing_ok=True)
+        for file in servers.glob("logs/*.failed"):  # of that job; its servers may come up now
+            file.unlink(missing_ok=True)
     servers.mkdir(parents=True, exist_ok=True)
 
 

@@ -17,6 +17,7 @@ from ..backends.cluster.plan import JobPlan
 from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
 from ..backends.cluster.script import job_script
 from ..backends.contract.errors import ConfigurationError, SiteError
+from ..backends.node import starts_servers
 from ..backends.places import is_elsewhere, works_on_nodes
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load
@@ -92,6 +93,7 @@ def submit(config: str, out: Path | None, wish: Wish, order: Order, dry: bool) -
     loaded, notices = _settled(str(folder.settings) if folder else config, path, wish, order, site)
     plan = _plan(loaded, path, order, site)
     plan.check()
+    _check_bounds(plan, order, loaded)
     if dry:
         _show(plan)
         return
@@ -138,12 +140,20 @@ def _served_by(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> di
     """Return the settings by which the job's own servers are the endpoints.
 
     Raises:
-        ConfigurationError: Nobody says which model they serve.
+        ConfigurationError: Nobody says which model they serve, or others serve it already.
     """
     if loaded.config.model.name is None:
         msg = (
             f"{loaded.source}: model.name: nobody can be asked before the job what its servers "
             "serve; set it"
+        )
+        raise ConfigurationError(msg)
+    config = loaded.config
+    if not starts_servers(config) and config.endpoints.simulated is None:
+        (kind,) = (k for k in KINDS if getattr(config.endpoints, k) not in (None, False))
+        msg = (
+            f"{loaded.source}: node.serve stands beside endpoints.{kind}, where somebody else "
+            "serves, and nothing is started twice; leave one of them out"
         )
         raise ConfigurationError(msg)
     settings: dict[str, Any] = {f"endpoints.{k}": None for k in (*KINDS, *HOSTS_ONLY)}
@@ -170,7 +180,7 @@ def _plan(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> JobPlan
     return JobPlan(
         run=path,
         name=loaded.config.name,
-        command=(sys.executable, "-m", "fanfold"),
+        command=(sys.executable, "-P", "-m", "fanfold"),  # Slurm begins in anybody's folder
         site=site,
         nodes=order.nodes,
         walltime_s=seconds(order.walltime),
@@ -181,6 +191,28 @@ def _plan(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> JobPlan
         account=order.account,
         archive=archive,
     )
+
+
+def _check_bounds(plan: JobPlan, order: Order, loaded: Loaded) -> None:
+    """Check that the first job keeps within the chain's node-hours, and has time for items.
+
+    Raises:
+        ConfigurationError: It alone may take more, or its end takes all of it.
+    """
+    kept = plan.reserve_s + plan.drain_s + loaded.config.limits.margin_s
+    if kept >= plan.walltime_s:
+        msg = (
+            f"--walltime {order.walltime}: {kept:g} s of it are kept for its end (reserve_s of the "
+            "site, limits.drain_s and margin_s), and none are left; give more"
+        )
+        raise ConfigurationError(msg)
+    due = plan.nodes * plan.walltime_s / 3600
+    if order.node_hours is not None and due > order.node_hours:
+        msg = (
+            f"--node-hours {order.node_hours:g}: one job of {plan.nodes} nodes may take {due:.2f}; "
+            "give fewer nodes, a shorter --walltime or more node-hours"
+        )
+        raise ConfigurationError(msg)
 
 
 def _show(plan: JobPlan) -> None:

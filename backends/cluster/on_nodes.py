@@ -48,7 +48,7 @@ def _unpacked() -> Iterator[str]:
 
 
 def _ending(plan: JobPlan) -> Iterator[str]:
-    if plan.archive is None:
+    if plan.archive is None or plan.works:  # workers go on from the copy
         yield 'wait "$serve"'
         return
     yield 'wait "$serve"; code=$?'
@@ -67,7 +67,8 @@ def _watching(plan: JobPlan) -> Iterator[str]:
     yield "  silent=0"
     yield '  while [ "$silent" -lt 2 ]; do'
     yield f"    sleep {every_s(plan)}"
-    yield '    age=$(($(date +%s) - $(stat -c %Y "$run/cluster/alive")))'
+    yield '    seen=$(stat -c %Y "$run/cluster/alive") || continue   # it does not answer now'
+    yield "    age=$(($(date +%s) - seen))"
     yield f'    [ "$age" -gt {plan.site.silence_s} ] && silent=$((silent + 1)) || silent=0'
     yield "  done"
     yield f"  sleep $((RANDOM % {every_s(plan)}))   # not all nodes at once"

@@ -9,9 +9,12 @@ from typing import Final
 from ...configs.site import fill
 from .on_nodes import assigned, every_s, text
 from .plan import JobPlan
+from .verdict import NOTHING_TO_DO
 
 _STOP_S: Final = 30
 """So long servers have for ending; fanfold serve gives each of them 20 s."""
+_END_S: Final = 10
+"""So long their launcher has then."""
 
 
 def clock(seconds: int) -> str:
@@ -39,12 +42,14 @@ def job_script(plan: JobPlan) -> str:
         "",
         "# Is there anything to do? If so, the successor is submitted now and waits for this job:",
         "# it comes even if this node is lost.",
-        '"${fanfold[@]}" chain begin "$run" --job "$job" || exit 0',
+        '"${fanfold[@]}" chain begin "$run" --job "$job"; begun=$?',
+        f'[ "$begun" -ne {NOTHING_TO_DO} ] || exit 0   # nothing is left to do',
+        '[ "$begun" -eq 0 ] || exit "$begun"   # why stands above; fanfold submit "$run" goes on',
         *(_copying(plan) if plan.archive is not None and plan.on_nodes else ()),
         *(_servers(plan) if plan.serves else ()),
         *_coordinator(plan),
         *(_stopping(plan) if plan.serves else ()),
-        *(_tidying(plan) if plan.archive is not None and plan.works and not plan.serves else ()),
+        *(_tidying(plan) if plan.archive is not None and plan.works else ()),
         "",
         "# Note how it ended; take the successor back when nothing is left to do.",
         '"${fanfold[@]}" chain end "$run" --job "$job" --code "$code"',
@@ -136,7 +141,8 @@ def _copying(plan: JobPlan) -> Iterator[str]:
     yield ""
     yield "# The environment, copied once to each node's own storage."
     yield f"export FANFOLD_COPY={values['copy']}"
-    yield f"{fill(plan.site.broadcast or '', values)} || exit 1"
+    yield f"{fill(plan.site.broadcast or '', values)} ||"
+    yield '  { "${fanfold[@]}" chain end "$run" --job "$job" --code 1; exit 1; }'
     if plan.works:
         yield "export FANFOLD_PYTHON=${FANFOLD_COPY%.tar.gz}/bin/python   # the workers'"
 
@@ -145,7 +151,7 @@ def _servers(plan: JobPlan) -> Iterator[str]:
     yield ""
     if plan.site.scheduler == "slurm":
         yield "# A sign of life for the other nodes: Slurm keeps a job whose first node is lost."
-        yield f'(while touch "$cluster/alive"; do sleep {every_s(plan)}; done) & alive=$!'
+        yield f'(while :; do touch "$cluster/alive"; sleep {every_s(plan)}; done) & alive=$!'
         yield ""
     yield "# The model's servers: one process on each node, which starts and watches that node's."
     launcher = fill(plan.site.launcher, _values(plan))
@@ -177,7 +183,9 @@ def _stopping(plan: JobPlan) -> Iterator[str]:
     yield "# Launchers pass SIGUSR2 on to the nodes, where SIGTERM may be SIGKILL by then."
     yield 'kill -USR2 "$servers" 2>/dev/null'
     yield f'for _ in $(seq {_STOP_S}); do kill -0 "$servers" 2>/dev/null || break; sleep 1; done'
-    yield 'kill -TERM "$servers" 2>/dev/null; wait "$servers"'
+    yield 'kill -TERM "$servers" 2>/dev/null'
+    yield f'for _ in $(seq {_END_S}); do kill -0 "$servers" 2>/dev/null || break; sleep 1; done'
+    yield 'kill -KILL "$servers" 2>/dev/null   # a launcher may hang after a lost node'
     if plan.site.scheduler == "slurm":
         yield 'kill "$alive"'
 
@@ -186,4 +194,5 @@ def _tidying(plan: JobPlan) -> Iterator[str]:
     launcher = fill(plan.site.launcher, _values(plan))
     yield ""
     yield "# The nodes' copies are of no use any more."
-    yield f'{launcher} rm -rf "${{FANFOLD_COPY%.tar.gz}}" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'
+    yield f"timeout {_STOP_S} {launcher} \\"
+    yield '  rm -rf "${FANFOLD_COPY%.tar.gz}" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'

@@ -10,6 +10,9 @@ from .chain import Chain, Job
 DONE, USAGE, FAILURES, BUDGET, INTERRUPTED = 0, 2, 3, 4, 5
 """Exit codes of a run that the chain knows."""
 
+NOTHING_TO_DO: Final = 10
+"""Exit code of ``chain begin``: this job has nothing to do, and none follows."""
+
 _PATIENCE: Final = 2
 """So many jobs without progress in a row end a chain."""
 

@@ -38,7 +38,7 @@ def test_a_chain_on_real_servers(jobs: Cluster, slurm: PrivateSlurm, tmp_path: P
 
     The model is noise: a number that it goes on with beyond its tokens is a failure.
     """
-    items = int(os.environ.get("FANFOLD_TEST_VLLM_ITEMS", "6000"))
+    items = int(os.environ.get("FANFOLD_TEST_VLLM_ITEMS", "10000"))
     node = tmp_path / "node.sh"
     node.write_text(NODE)
     settings: dict[str, Any] = served(0.0)
@@ -58,5 +58,5 @@ def test_a_chain_on_real_servers(jobs: Cluster, slurm: PrivateSlurm, tmp_path: P
     assert {record["error_class"] for record in records} <= {None, "TruncatedAnswerError"}
     assert facts is not None
     assert facts["useful"]["jobs_by_journal"] == 0
-    assert slurm.said("squeue", "-h") == ""
+    until(lambda: slurm.said("squeue", "-h") == "", "the end of the last job")
     assert len(trial.chain.jobs) > 1

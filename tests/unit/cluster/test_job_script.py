@@ -108,10 +108,12 @@ def test_the_address_of_an_interface(tmp_path: Path) -> None:
 
 
 def test_workers_take_the_nodes_own_copy() -> None:
-    """It is unpacked once, whether a server or a worker comes first."""
+    """It is unpacked once, whether a server or a worker comes first, and removed at the end."""
     asked = replace(plan(), works=True)
     assert "FANFOLD_PYTHON=${FANFOLD_COPY%.tar.gz}/bin/python" in job_script(asked)
-    assert "rm -rf" not in job_script(asked)
+    assert "rm -rf" in job_script(asked)
+    assert "rm -rf" not in node_script(asked)
+    assert "rm -rf" in node_script(plan())
     for script in (node_script(asked), worker_script(asked)):
         assert "flock" in script
     without_servers = replace(asked, serves=False)
@@ -181,3 +183,13 @@ def test_walltimes(text: str, value: int) -> None:
 def test_what_is_no_walltime(text: str) -> None:
     with pytest.raises(ConfigurationError, match="--walltime"):
         seconds(text)
+
+
+@pytest.mark.parametrize(("code", "ends"), [(0, None), (10, 0), (1, 1)])
+def test_a_job_that_cannot_begin_fails_loudly(code: int, ends: int | None) -> None:
+    """Only "nothing to do" is a good end; else a chain would stop in silence."""
+    lines = job_script(plan()).splitlines()
+    at = next(n for n, line in enumerate(lines) if "chain begin" in line)
+    text = "\n".join([f"fanfold=(bash -c 'exit {code}')", *lines[at : at + 3], "exit 99"])
+    done = subprocess.run(["bash", "-c", text], check=False)
+    assert done.returncode == (99 if ends is None else ends)
