@@ -233,7 +233,7 @@ def _trimmed(order: Order) -> Order:
         ConfigurationError: The first item alone is too large.
     """
     left = order.carry
-    if len(orjson.dumps(order.items)) <= left:  # as nearly always; one by one costs four times that
+    if len(orjson.dumps(order.items)) <= left:  # as nearly always
         return order
     for count, item in enumerate(order.items):
         left -= len(orjson.dumps(item))

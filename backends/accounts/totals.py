@@ -95,7 +95,7 @@ class Spent:
 
     @classmethod
     def of(cls, numbers: Iterable[Sequence[int | None]]) -> Self:
-        """Return the sums over records: column by column, which is a third of the work.
+        """Return the sums over records: column by column, which is less work.
 
         Args:
             numbers: What each record says of :data:`NUMBERS`.
