@@ -104,6 +104,10 @@ class GlobusBackend:
                     raise
             await asyncio.sleep(self._desk.pace.last_s)
 
+    async def stop(self) -> None:
+        """Leave summaries that come from now on for a later coordinator, too; workers go on."""
+        self._desk.tasks.leave()
+
     async def close(self, grace_s: float = 10.0) -> None:  # noqa: ARG002 - it never waits
         """Leave at once; tasks go on at the endpoint, for a later coordinator to find."""
         if self._started:

@@ -34,6 +34,7 @@ class TaskList:
         self._left: list[Entry] = []
         self._open: dict[str, list[str]] = {}
         self._closed: list[tuple[float, list[str]]] = []
+        self._leaving = False
 
     async def read(self) -> None:
         """Read what earlier coordinators have left.
@@ -66,12 +67,19 @@ class TaskList:
             self._open.setdefault(entry.shard, []).append(entry.task)
         await self._write(time.monotonic() - _KEEP_S, entries)
 
+    def leave(self) -> None:
+        """Keep open what ends from now on: a run that is being stopped may not take it any more.
+
+        Who goes on with it asks again: that costs a request, and a shard that is lost its work.
+        """
+        self._leaving = True
+
     def close_after(self, answer: Answer, shard: str) -> None:
         """Take a shard's tasks out of the book once one of them has brought a summary."""
         tasks = list(self._open.get(shard, ()))
 
         def close(done: Answer) -> None:
-            if done.cancelled() or done.exception() is not None:
+            if self._leaving or done.cancelled() or done.exception() is not None:
                 return  # somebody may still be at it
             self._open[shard] = [t for t in self._open.get(shard, ()) if t not in tasks]
             self._closed.append((time.monotonic(), tasks))

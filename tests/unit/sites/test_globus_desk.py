@@ -24,7 +24,10 @@ from fanfold.backends.contract.errors import (
     SiteError,
     WorkerLostError,
 )
+from fanfold.backends.contract.wire import Order
+from fanfold.backends.sites.conformance import order as rehearsal
 from fanfold.backends.sites.globus import pace as pacing
+from fanfold.backends.sites.globus.backend import globus_backends
 from fanfold.backends.sites.globus.book import Entry, TaskBook
 from fanfold.backends.sites.globus.desk import Desk
 from fanfold.backends.sites.globus.errors import refused, task_failed
@@ -41,6 +44,8 @@ from fanfold.backends.sites.globus.service import (
     refusals,
 )
 from fanfold.backends.sites.globus.tasks import TaskList
+from fanfold.backends.sites.pool import ShardPool
+from fanfold.backends.sites.watch import PoolPolicy
 
 AT_ONCE = Pace(burst=1000, per_s=1000.0, first_s=0.0, last_s=0.0, look_s=0.0, missing_s=0.0)
 
@@ -128,6 +133,25 @@ async def test_a_refused_request_harms_nobody_else() -> None:
         await one.submit("a", order("refused"))
     assert (await one.submit("a", order("s")))["shard"] == "s"
     await one.close()
+
+
+async def test_a_summary_that_a_stopped_run_did_not_take_is_asked_for_again(tmp_path: Path) -> None:
+    fake, book = Fake(**{"0-1": None}), TaskBook(tmp_path / "globus.jsonl")
+    pool = ShardPool(globus_backends(["e"], 1, desk(fake, book)), PoolPolicy())
+    await pool.start()
+
+    async def make(_: int) -> Order:
+        return rehearsal("0-1", [{}])
+
+    run = asyncio.create_task(pool.run(make, lambda _: None))
+    await until(lambda: bool(fake.posts))
+    await pool.stop()
+    run.cancel()  # it has waited for long enough
+    await asyncio.wait({run})
+    fake.told.clear()
+    await until(lambda: pool.out == 0)
+    await pool.close()
+    assert [left.task for left in book.open_entries()] == ["0-1"]
 
 
 @pytest.mark.parametrize("error", [KeyError("tasks"), TypeError("no dict"), ValueError("s3cr3t")])
