@@ -19,7 +19,8 @@ class PoolPolicy:
         attempts: Most orders for one shard that were begun.
         deadline_s: Seconds after its first sign of life until an order counts as lost.
         silence_s: Seconds without a sign of life until an order that gave one counts as lost.
-        queue_s: Seconds that an order may wait before it begins.
+        queue_s: Seconds that an order may wait before it begins, besides those in which the ones
+            before it are worked on.
         ahead: Orders that a worker holds: the one in work and those that wait for it.
         rebuild_s: Pause before a broken place is rebuilt, doubled at each further time.
         tick_s: Seconds between two looks at what is out.
@@ -78,6 +79,7 @@ class Watch:
             self._first = answered if answered and answered > self._ordered else None
         if self._first is not None and now - self._first > policy.deadline_s:
             return f"not finished {policy.deadline_s:.0f} s after it began"
-        if self._first is None and now - self._ordered > policy.queue_s:
-            return f"not begun {policy.queue_s:.0f} s after it was sent"
+        waited = now - max(self._ordered, self._place.answered or 0.0)
+        if self._first is None and waited > policy.queue_s + (policy.ahead - 1) * policy.deadline_s:
+            return f"not begun {waited:.0f} s after it was sent, or its place last answered"
         return None
