@@ -143,13 +143,16 @@ class LaunchedBackend:
     async def rebuild(self) -> None:
         """Wait for workers that are on their way; else start the launcher again.
 
-        What is left of the workers is ended before.
+        What is left of the workers is ended before, unless all are ready: those have come since
+        the place broke.
 
         Raises:
             SiteError: No worker came.
             ConfigurationError: None can ever come.
         """
         desk, launcher = self._desk, self._launcher
+        if desk is not None and desk.ready:
+            return
         if desk is not None and launcher is not None and desk.workers == 0:
             await asyncio.wait({launcher.ended}, timeout=_END_S)
             if not launcher.ended.done() and await self._comes(desk, launcher, _LATE_S):

@@ -63,6 +63,11 @@ class Desk:
         """Return how many workers are there."""
         return len(self._hands)
 
+    @property
+    def ready(self) -> bool:
+        """Say whether workers are there, and all of them have nothing to do."""
+        return bool(self._hands) and all(hand.free for hand in self._hands)
+
     async def open(self) -> None:
         """Open it on a free port.
 

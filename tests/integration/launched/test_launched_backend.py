@@ -109,6 +109,28 @@ async def test_a_launcher_that_lives_has_workers_on_their_way(
         assert (second != first, os.getpgid(second)) == (True, launcher)
 
 
+async def test_workers_that_have_come_meanwhile_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the end of the last one and the mending; one that hangs at an order is not kept."""
+    monkeypatch.setenv("GO", str(tmp_path / "go"))
+    async with opened(*ONE_AND_ANOTHER) as place:
+        first = (await place.submit({}))["pid"]
+        launcher = os.getpgid(first)
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: place.capacity() == 0)
+        (tmp_path / "go").touch()
+        await until(lambda: place.capacity() == 1)
+        await place.rebuild()
+        second = (await place.submit({}))["pid"]
+        assert os.getpgid(second) == launcher
+        hangs = asyncio.ensure_future(place.submit({"seconds": 600}))
+        await asyncio.sleep(0)  # it is given out
+        hangs.cancel()
+        await place.rebuild()
+        assert os.getpgid((await place.submit({}))["pid"]) != launcher
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
