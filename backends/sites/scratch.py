@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -11,7 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from ..contract.errors import SiteError
+
 _OWNER: Final = "owner"
+_NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""What file systems without locks say."""
 _YOUNG_S: Final = 60.0
 """A folder this young may not be locked yet."""
 
@@ -27,6 +32,9 @@ class Scratch:
 
     Attributes:
         path: The folder.
+
+    Raises:
+        SiteError: It cannot be locked, on a file system that has locks.
     """
 
     def __init__(self, kind: str, parent: Path | None = None) -> None:
@@ -35,7 +43,14 @@ class Scratch:
             _sweep(folder)
         self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         self._lock = os.open(self.path / _OWNER, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                self.remove()
+                msg = f"{self.path}: its lock cannot be taken: {error.strerror}; set another TMPDIR"
+                raise SiteError(msg) from error
+            # without locks nobody sweeps it up either, not even once this process is killed
 
     def remove(self) -> None:
         """Remove the folder and what is in it."""

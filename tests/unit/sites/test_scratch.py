@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fanfold.backends.contract.errors import SiteError
 from fanfold.backends.sites import scratch
 from fanfold.backends.sites.scratch import Scratch
 
@@ -53,3 +55,33 @@ def test_what_killed_owners_leave_is_swept_up(
     assert mine.path.exists()
     mine.remove()
     assert os.listdir(tmp_path) == ["fanfold-test-file"]  # noqa: PTH208 - names alone
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(scratch.fcntl, "flock", flock)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_shared_file_system_may_have_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Then nothing is swept up, for it may be another's that lives."""
+    refusing(monkeypatch, number)
+    monkeypatch.setattr(scratch, "_YOUNG_S", -1.0)
+    first, second = Scratch("test", tmp_path), Scratch("test", tmp_path)
+    assert first.path.exists()
+    first.remove()
+    second.remove()
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 - names alone
+
+
+def test_a_lock_that_is_refused_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing(monkeypatch, errno.EIO)
+    with pytest.raises(SiteError, match="lock cannot be taken: Input/output error"):
+        Scratch("test", tmp_path)
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 - names alone
