@@ -197,7 +197,9 @@ class Line(NamedTuple):
     record: dict[str, Any]
 
 
-def scan(path: Path, run: str, start: int = 0, first: int = 1) -> Iterator[Line]:
+def scan(
+    path: Path, run: str, start: int = 0, first: int = 1, *, live: bool = False
+) -> Iterator[Line]:
     """Yield the records of one journal file; a torn last line is left out.
 
     Args:
@@ -205,6 +207,8 @@ def scan(path: Path, run: str, start: int = 0, first: int = 1) -> Iterator[Line]
         run: The run's id, which the file's first line must carry.
         start: Where to begin, in bytes.
         first: Number of the line there.
+        live: Whether it is still written to: then the first line with NUL bytes ends it for now.
+            Network file systems show zeros where what another node wrote has not arrived.
 
     Raises:
         LedgerError: Anything else that is odd, with file and line.
@@ -213,6 +217,8 @@ def scan(path: Path, run: str, start: int = 0, first: int = 1) -> Iterator[Line]
         with path.open("rb") as file:
             file.seek(start)
             for number, line in enumerate(file, first):
+                if live and b"\0" in line:
+                    return
                 if not line.endswith(b"\n"):
                     _check_torn(line, path, number, start)
                     return

@@ -216,10 +216,11 @@ class Ledger:
 
     def _read_on(self, path: Path, at: _Followed, fresh: Fresh | None = None) -> None:
         """Note a file's further records; count those of items that had not ended before."""
-        lines = scan(path, self._run, at.start, at.line)
+        live = fresh is not None  # else it is read once, from its begin to where it ended
+        lines = scan(path, self._run, at.start, at.line, live=live)
         while some := list(map(noted, islice(lines, _TOGETHER))):
             if not are_fine([line.facts for line in some], len(self._state)):
-                for line in scan(path, self._run, at.start, at.line):
+                for line in scan(path, self._run, at.start, at.line, live=live):
                     check_line(line, path, len(self._state))
             new = [self._note(at.number, line.start, line.length, line.facts) for line in some]
             last = some[-1]

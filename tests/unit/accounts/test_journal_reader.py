@@ -154,3 +154,22 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "0001.jsonl").mkdir()
     with pytest.raises(LedgerError, match=r"0001\.jsonl: cannot be read: Is a directory"):
         Ledger(tmp_path, "r", ITEMS)
+
+
+@pytest.mark.parametrize(
+    "zeros", [b"\0" * 30, b"\0" * 30 + b'"}\n'], ids=["at the end", "before more"]
+)
+def test_zeros_in_a_file_that_is_written_to_are_no_damage_yet(tmp_path: Path, zeros: bytes) -> None:
+    """A network file system shows them for a moment; once the life has ended they are."""
+    with Ledger(tmp_path, "r", ITEMS) as ledger:
+        ledger.begin("test", 0.001)
+        path = tmp_path / "0001-node1-7.jsonl"
+        lines = lines_of([sample(0), sample(1)])
+        path.write_bytes(b"".join(lines[:2]) + zeros)
+        ledger.refresh()
+        assert ledger.counts().done == 1
+        with pytest.raises(LedgerError, match="line 3"):
+            Ledger(tmp_path, "r", ITEMS)
+        path.write_bytes(b"".join(lines))
+        ledger.refresh()
+        assert ledger.counts().done == 2
