@@ -96,7 +96,8 @@ class BackendConfig(Section):
         attempts: Most orders for one shard.
         silence_s: Seconds without a sign of life until a worker counts as lost.
         deadline_s: Seconds that a worker may take for one shard.
-        queue_s: Seconds that a shard may wait in an engine's queue.
+        queue_s: Seconds that a shard may wait in an engine's queue, besides the time of the shard
+            that its worker still works on.
         shard_least_s: Least seconds of work that a shard is sized for.
         shard_most_s: Most seconds of work that a shard is sized for.
     """
