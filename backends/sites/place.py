@@ -87,8 +87,7 @@ class Place:
         self._flights.discard(flight)
         if flight.succeeded:
             self.answered, self._failures = time.monotonic(), 0
-        self.release()
-        self.look()
+        self.release()  # the pool looks after a place that is broken: not once per answer
 
     def look(self) -> None:
         """Look after what is out, and begin to mend what is broken."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 MakeOrder = Callable[[int], Awaitable[Order | None]]
 """Makes the order of an attempt, what is finished meanwhile left out; None: nothing is left."""
+Withdraw = Callable[[int], Awaitable[None]]
+"""Takes back the order of an attempt that counts as lost, should anybody still work on it."""
 
 _UNBEGUN: Final = 4
 """A shard may be lost so many times more often if nobody had begun it."""
@@ -88,15 +90,24 @@ class ShardPool:
             logger.warning("shard %s, ordered in an earlier life: %s", shard, error.message)
             return None
 
+    @property
+    def silence_s(self) -> float:
+        """Return after how many seconds of silence a worker counts as lost."""
+        return self._policy.silence_s
+
     async def run(
-        self, make: MakeOrder, beat: Callable[[int], Beat | None]
+        self,
+        make: MakeOrder,
+        beat: Callable[[int], Beat | None],
+        withdraw: Withdraw | None = None,
     ) -> tuple[Order, Summary] | None:
         """Have a shard worked on, by as many orders as it takes.
 
         Args:
             make: Makes an order; called when there is room for it.
-            beat: Returns, for an attempt, what tells its last sign of life; or None, where
-                nothing can tell.
+            beat: Returns, for an attempt, what tells how long its worker has been silent; or
+                None, where nothing can tell.
+            withdraw: Takes back the order of an attempt, where that can be done.
 
         Raises:
             RunStoppedError: The shard was lost as often as the policy allows, or no place is
@@ -117,6 +128,8 @@ class ShardPool:
             try:
                 return await self._once(place, watch, make, attempt)
             except SiteError as error:
+                if withdraw is not None:
+                    await withdraw(attempt)
                 attempt, begun = attempt + 1, begun + watch.begun
                 logger.warning("shard %s", error.message)
                 if begun >= self._policy.attempts or attempt >= self._policy.attempts * _UNBEGUN:
@@ -141,9 +154,13 @@ class ShardPool:
     async def stop(self) -> None:
         """Give no order out any more, and ask the places that can to begin no further item."""
         self._room.drain()
-        for place in self._places:
-            if isinstance(place.backend, Stoppable):
-                await place.backend.stop()
+        backends = (place.backend for place in self._places)
+        _tell(
+            await asyncio.gather(
+                *(backend.stop() for backend in backends if isinstance(backend, Stoppable)),
+                return_exceptions=True,
+            )
+        )
 
     async def close(self, grace_s: float = 10.0) -> None:
         """Close all places within ``grace_s`` and a little more."""
@@ -151,11 +168,8 @@ class ShardPool:
             self._ticker.cancel()
             with suppress(asyncio.CancelledError):
                 await self._ticker
-        for error in await asyncio.gather(
-            *(place.close(grace_s) for place in self._places), return_exceptions=True
-        ):
-            if isinstance(error, Exception):
-                logger.warning("%s", error)
+        closing = (place.close(grace_s) for place in self._places)
+        _tell(await asyncio.gather(*closing, return_exceptions=True))
 
     def _changed(self) -> None:
         self._room.hand_out()
@@ -167,3 +181,9 @@ class ShardPool:
             for place in self._places:
                 place.look()
             self._room.hand_out()
+
+
+def _tell(outcomes: Iterable[object]) -> None:
+    for error in outcomes:
+        if isinstance(error, Exception):
+            logger.warning("%s", error)
