@@ -21,8 +21,12 @@ from ..backends.cluster.verdict import (
     verdict,
 )
 from ..backends.contract.errors import ConfigurationError, FanfoldError, SiteError
+from ..backends.servers.parting import last_words
 from .saying import say
 
+_ENDS: Final = (DONE, FAILURES, USAGE, BUDGET)
+"""Exit codes that end a chain, whatever became of the servers."""
+_UNSERVED: Final = "no model server was left"
 _PATIENCE_S: Final = 10.0
 _LOOK_S: Final = 0.2
 _SIGNALLED: Final = 128
@@ -55,18 +59,25 @@ def begin(path: Path, name: str) -> int:
     return 0
 
 
-def end(path: Path, name: str, code: int) -> int:
+def end(path: Path, name: str, code: int, unserved: bool = False) -> int:
     """Note how a job ended; take the successor back, or see that there is one.
 
     Args:
         path: The run folder.
         name: The job's id.
         code: Exit code of its run.
+        unserved: Whether no model server was left before it ended.
     """
     folder, file = open_folder(path), chain_file(path)
     _known(file, name)
     finished, left = _counted(folder)
-    file.note("ended", job=name, outcome=_outcome(code), code=code, finished=finished)
+    unserved = unserved and code not in _ENDS
+    outcome = _UNSERVED if unserved else _outcome(code)
+    if unserved:
+        cluster = path / "cluster"
+        words = last_words(cluster / "servers", cluster / f"serve-{name}.log")
+        say([f"job {name}: {_UNSERVED}, and none could come; what was said last:", *words])
+    file.note("ended", job=name, outcome=outcome, code=code, finished=finished, unserved=unserved)
     chain = file.read()
     found = verdict(chain, left)
     if found.on:

@@ -108,6 +108,9 @@ def end(
     folder: Folder,
     job: JobId,
     code: Annotated[int, typer.Option("--code", help="Exit code of the job's run.")],
+    unserved: Annotated[
+        bool, typer.Option("--unserved", help="No model server was left before it ended.")
+    ] = False,
 ) -> None:
     """Note how a job ended; see that another follows, or that none does."""
-    raise typer.Exit(chaining.end(folder, job, code))
+    raise typer.Exit(chaining.end(folder, job, code, unserved))

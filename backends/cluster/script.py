@@ -52,7 +52,8 @@ def job_script(plan: JobPlan) -> str:
         *(_tidying(plan) if plan.archive is not None and plan.works else ()),
         "",
         "# Note how it ended; take the successor back when nothing is left to do.",
-        '"${fanfold[@]}" chain end "$run" --job "$job" --code "$code"',
+        '"${fanfold[@]}" chain end "$run" --job "$job" --code "$code"'
+        + (" $unserved" if plan.serves else ""),
     )
 
 
@@ -173,12 +174,19 @@ def _coordinator(plan: JobPlan) -> Iterator[str]:
     yield f"# The run: {how} until nothing is left, or the time is nearly up."
     yield '"${fanfold[@]}" resume "$run" &'
     yield 'work=$!; [ -z "$asked" ] || kill -USR1 "$work"'
+    if plan.serves:
+        yield "# When nobody serves on any node any more, no server can come: the run ends as well."
+        yield "(trap '' USR1"
+        yield ' while kill -0 "$servers" 2>/dev/null; do sleep 1; done'
+        yield ' kill -USR1 "$work" 2>/dev/null) & gone=$!'
     yield 'while kill -0 "$work" 2>/dev/null; do wait "$work"; done'
     yield 'wait "$work"; code=$?'
     yield "trap '' TERM USR1"
 
 
 def _stopping(plan: JobPlan) -> Iterator[str]:
+    yield 'kill "$gone" 2>/dev/null; unserved='
+    yield '[ -n "$asked" ] || kill -0 "$servers" 2>/dev/null || unserved=--unserved'
     yield ""
     yield "# Launchers pass SIGUSR2 on to the nodes, where SIGTERM may be SIGKILL by then."
     yield 'kill -USR2 "$servers" 2>/dev/null'

@@ -123,6 +123,12 @@ def test_workers_take_the_nodes_own_copy() -> None:
     assert "#SBATCH --no-kill" not in job_script(without_servers)
 
 
+def test_a_node_that_cannot_serve_does_not_fail_the_others() -> None:
+    """Open MPI's launcher, for one, ends all processes when one of them fails."""
+    script = node_script(replace(plan("polaris"), command=("false",), archive=None))
+    assert subprocess.run(["bash", "-c", script], check=False).returncode == 0
+
+
 def test_unpacking_happens_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     copy = tmp_path / "env.tar.gz"

@@ -1,0 +1,67 @@
+"""Jobs whose model servers are given up, on the stand-in for PBS."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.backends.servers.record import read_record
+
+from .conftest import Cluster, Trial, ended, served, until
+
+pytestmark = pytest.mark.integration
+PLAIN = Path(__file__).parent.parent / "servers" / "plain.py"
+SHAPES = [{"kind": "local"}, {"kind": "launched", "node_endpoints": True}]
+NEVER_S = 3600
+
+
+def servers(trial: Trial) -> list[int]:
+    """Return the servers that were ever started, by their process groups."""
+    logs = (trial.path / "cluster" / "servers" / "logs").glob("*.jsonl")
+    lines = [line for log in logs for line in read_record(log)]
+    return [line["pid"] for line in lines if line["event"] == "start"]
+
+
+@pytest.mark.parametrize("backend", SHAPES, ids=["alone", "workers"])
+def test_servers_that_cannot_start_end_the_job_and_two_jobs_the_chain(
+    pbs: Cluster, backend: dict[str, Any]
+) -> None:
+    """Nothing else bounds the chain, and the run would wait for an hour."""
+    settings = served(0.0) | {"backend": backend}
+    settings["node"] |= {"serve": f"{sys.executable} -I -S {PLAIN} {{port}} fail"}
+    settings["node"] |= {"timeout_s": NEVER_S}
+    trial = pbs.submit(4, settings)
+    until(lambda: ended(trial), "the end of the chain")
+    outcomes = [job.outcome for job in trial.chain.jobs]
+    assert outcomes == [*2 * ["no model server was left"], "withdrawn before it began"]
+    why = trial.chain.halted or ""
+    assert why.startswith("2 jobs in a row finished no item or lost all their model servers")
+    said = trial.logs()
+    assert "no model server was left, and none could come; what was said last:" in said
+    assert "| torch.OutOfMemoryError: no memory left" in said
+    assert len(servers(trial)) == 4, "one on each of two nodes in each of two jobs"
+    assert not trial.finished()
+
+
+@pytest.mark.parametrize("backend", SHAPES, ids=["alone", "workers"])
+def test_servers_that_are_given_up_end_the_run_and_the_successor_goes_on(
+    pbs: Cluster, backend: dict[str, Any]
+) -> None:
+    settings = served(0.3) | {"backend": backend}
+    settings["node"] |= {"restarts": 0}
+    settings["limits"] |= {"fleet_wait_s": NEVER_S}
+    trial = pbs.submit(60, settings)
+    trial.worked(8)
+    for pid in servers(trial):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: ended(trial), "the end of the chain")
+    trial.assert_each_once(60)
+    jobs = trial.chain.jobs
+    assert [job.outcome for job in jobs[:2]] == ["no model server was left", "finished"]
+    assert jobs[0].code == 5
+    assert "was ended by SIGKILL; it is given up" in trial.logs()
