@@ -13,10 +13,10 @@ from .saying import say
 
 if TYPE_CHECKING:
     from ..backends.cluster import pack as packing
-    from . import chaining, submitting
+    from . import cancelling, chaining, submitting
     from . import wish as wish_of
 else:
-    chaining, wish_of = Later(".chaining"), Later(".wish")
+    cancelling, chaining, wish_of = Later(".cancelling"), Later(".chaining"), Later(".wish")
     submitting, packing = Later(".submitting"), Later("..backends.cluster.pack")
 
 chain = typer.Typer(help="What the job script calls.", no_args_is_help=True, hidden=True)
@@ -74,7 +74,7 @@ def cancel(
     ] = False,
 ) -> None:
     """End the jobs of a run; no other follows."""
-    chaining.cancel(folder, now)
+    cancelling.cancel(folder, now)
 
 
 def pack(

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.graphs import chaining
 from fanfold.graphs.campaign import campaign
 
 from .conftest import Cluster, Trial, ended, served, until
@@ -78,25 +75,3 @@ def test_a_job_that_is_killed_is_followed(pbs: Cluster) -> None:
     chain = trial.chain
     assert [job.outcome for job in chain.jobs] == ["lost", "finished", "withdrawn before it began"]
     assert len(trial.finished()) == ITEMS
-
-
-def test_cancel_lets_items_in_flight_end_and_none_follows(pbs: Cluster) -> None:
-    trial = pbs.submit(400, SLOW)
-    until(lambda: len(trial.finished()) >= 4, "the first items")
-    with pytest.raises(ConfigurationError, match=r"job 1\.standin of this run is running"):
-        pbs.submit(400, SLOW)
-    chaining.cancel(trial.path, at_once=False)
-    until(lambda: ended(trial), "the end of the chain")
-    chain = trial.chain
-    assert chain.halted == "cancelled by fanfold cancel"
-    assert [job.code for job in chain.jobs] == [5, None], trial.logs()
-    assert chain.jobs[1].outcome == "cancelled before it began"
-    assert len(trial.finished()) < 400
-    assert set(trial.finished().values()) == {1}
-
-
-def test_a_run_without_jobs_has_nothing_to_cancel(pbs: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigurationError, match="not a run folder"):
-        chaining.cancel(tmp_path / "empty", at_once=False)
-    assert not (pbs.folder / "pbs" / "1").exists()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.graphs import chaining
 from fanfold.graphs.campaign import campaign
+from fanfold.graphs.cancelling import cancel
 
 from .conftest import Cluster, Trial, ended, served, until
 from .slurm import PrivateSlurm, missing
@@ -98,7 +98,7 @@ def running(slurm: PrivateSlurm) -> bool:
 def test_cancel_ends_a_chain(jobs: Cluster) -> None:
     trial = jobs.submit(2000, served(0.3), walltime="10m")
     until(lambda: len(trial.finished()) >= 20, "the first items")
-    chaining.cancel(trial.path, at_once=False)
+    cancel(trial.path, at_once=False)
     until(lambda: ended(trial), "the end of the chain")
     assert trial.chain.halted == "cancelled by fanfold cancel"
     assert trial.chain.jobs[0].code == 5
