@@ -29,13 +29,15 @@ def servers(trial: Trial) -> list[int]:
 
 @pytest.mark.parametrize("backend", SHAPES, ids=["alone", "workers"])
 def test_servers_that_cannot_start_end_the_job_and_two_jobs_the_chain(
-    pbs: Cluster, backend: dict[str, Any]
+    pbs: Cluster, backend: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing else bounds the chain, and the run would wait for an hour."""
+    """Nothing else bounds the chain, as is said, and the run would wait for an hour."""
     settings = served(0.0) | {"backend": backend}
     settings["node"] |= {"serve": f"{sys.executable} -I -S {PLAIN} {{port}} fail"}
     settings["node"] |= {"timeout_s": NEVER_S}
     trial = pbs.submit(4, settings)
+    told = "2 jobs in a row finish none; nothing else bounds it (--jobs, --node-hours)"
+    assert told in capsys.readouterr().err
     until(lambda: ended(trial), "the end of the chain")
     outcomes = [job.outcome for job in trial.chain.jobs]
     assert outcomes == [*2 * ["no model server was left"], "withdrawn before it began"]
