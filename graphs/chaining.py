@@ -140,12 +140,13 @@ def _follow(path: Path, file: ChainFile, chain: Chain, name: str, found: Verdict
     try:
         after = scheduler(chain.terms["scheduler"]).submit(script, name)
     except (SiteError, ConfigurationError) as error:
-        ended = this.ended is not None
-        say([f"the next job could not be submitted: {error.message}"])
-        if ended:
-            file.note("halted", why=f"the next job could not be submitted: {error.message}")
+        why = f"the next job could not be submitted: {error.message}"
+        by_hand = f"go on from a login node: fanfold submit {path} …"
+        if this.ended is None:
+            say([why, f"it is tried again at the end of this one; if that fails, {by_hand}"])
         else:
-            say(["it will be tried again at the end of this one"])
+            say([why, by_hand])
+            file.note("halted", why=f"{why}; {by_hand}")
         return
     file.note(
         "submitted",

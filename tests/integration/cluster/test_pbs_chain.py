@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from fanfold.backends.cluster.schedulers import Pbs
 from fanfold.graphs.campaign import campaign
+from fanfold.graphs.submitting import Order, submit
+from fanfold.graphs.wish import Wish
 
 from .conftest import Cluster, Trial, ended, served, until
 from .standin_pbs import members
@@ -31,7 +34,7 @@ def test_a_job_that_is_warned_is_followed_and_each_item_ends_once(pbs: Cluster) 
     subprocess.run(["qsig", "-s", "SIGUSR1", trial.chain.jobs[0].id], check=True)
     until(lambda: ended(trial), "the end of the chain")
     chain, said = trial.chain, trial.logs()
-    assert "it will be tried again at the end of this one" in said
+    assert "it is tried again at the end of this one" in said
     assert [job.code for job in chain.jobs] == [5, 0, None], said
     assert chain.jobs[0].progress >= 32
     assert chain.jobs[0].progress + chain.jobs[1].progress == items
@@ -64,6 +67,25 @@ def check_usage(trial: Trial) -> None:
     least = useful["share"] * facts["node_hours"]
     assert least > 0
     assert busy >= least - ROUNDED_H
+
+
+def test_where_jobs_may_not_submit_jobs_it_goes_on_by_hand(pbs: Cluster) -> None:
+    """The scheduler refuses the successor at the begin of a job and at its end."""
+    (pbs.folder / "pbs" / "single").touch()
+    trial = pbs.submit(ITEMS, SLOW)
+    until(lambda: len(trial.finished()) >= 8, "the first items")
+    subprocess.run(["qsig", "-s", "SIGUSR1", trial.chain.jobs[0].id], check=True)
+    until(lambda: ended(trial), "the end of the first job")
+    why = trial.chain.halted or ""
+    assert "the next job could not be submitted: qsub says: qsub: would exceed" in why
+    assert why.endswith(f"go on from a login node: fanfold submit {trial.path} …")
+    first = trial.chain.jobs[0].id
+    until(lambda: Pbs().states([first]) == {first: "ended"}, "the scheduler's word for its end")
+    order = Order(str(pbs.site), nodes=2, walltime="1h")
+    submit(str(trial.path), None, Wish([]), order, dry=False)
+    until(lambda: ended(trial), "the end of the chain")
+    trial.assert_each_once(ITEMS)
+    assert [job.code for job in trial.chain.jobs] == [5, 0]
 
 
 def test_a_job_that_is_killed_is_followed(pbs: Cluster) -> None:
