@@ -202,5 +202,5 @@ def _tidying(plan: JobPlan) -> Iterator[str]:
     launcher = fill(plan.site.launcher, _values(plan))
     yield ""
     yield "# The nodes' copies are of no use any more."
-    yield f"timeout {_STOP_S} {launcher} \\"
+    yield f"timeout --kill-after={_END_S} {_STOP_S} {launcher} \\"
     yield '  rm -rf "${FANFOLD_COPY%.tar.gz}" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'
