@@ -77,14 +77,22 @@ def _watching(plan: JobPlan) -> Iterator[str]:
 
 def launch_script(plan: JobPlan) -> str:
     """Return the script by which the coordinator starts a program on each node."""
-    copy = "$FANFOLD_COPY"
-    archive = shlex.quote(str(plan.archive)) if plan.archive is not None else ""
-    values = {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": plan.site.local}
     return text(
         "#!/bin/bash",
         f"# Starts a program on each node of a job of the run {plan.name!r}: FANFOLD_LAUNCHER.",
-        f'exec {fill(plan.site.launcher, values)} bash {plan.folder}/worker.sh "$@"',
+        f'exec {launcher(plan)} bash {plan.folder}/worker.sh "$@"',
     )
+
+
+def launcher(plan: JobPlan) -> str:
+    """Return what starts one process on each node."""
+    return fill(plan.site.launcher, filled(plan, "$FANFOLD_COPY"))
+
+
+def filled(plan: JobPlan, copy: str) -> dict[str, object]:
+    """Return what a site's lines may name, with the path of the environment's copy."""
+    archive = shlex.quote(str(plan.archive)) if plan.archive is not None else ""
+    return {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": plan.site.local}
 
 
 def worker_script(plan: JobPlan) -> str:

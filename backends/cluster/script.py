@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ...configs.site import fill
-from .on_nodes import assigned, every_s, text
+from .on_nodes import assigned, every_s, filled, launcher, text
 from .plan import JobPlan
 from .verdict import NOTHING_TO_DO
 
@@ -138,11 +138,11 @@ def _own_host(plan: JobPlan) -> str:
 
 
 def _copying(plan: JobPlan) -> Iterator[str]:
-    values = _values(plan)
+    copy = f"{plan.site.local}/fanfold-$job.tar.gz"
     yield ""
     yield "# The environment, copied once to each node's own storage."
-    yield f"export FANFOLD_COPY={values['copy']}"
-    yield f"{fill(plan.site.broadcast or '', values)} ||"
+    yield f"export FANFOLD_COPY={copy}"
+    yield f"{fill(plan.site.broadcast or '', filled(plan, copy))} ||"
     yield '  { "${fanfold[@]}" chain end "$run" --job "$job" --code 1; exit 1; }'
     if plan.works:
         yield "export FANFOLD_PYTHON=${FANFOLD_COPY%.tar.gz}/bin/python   # the workers'"
@@ -155,17 +155,9 @@ def _servers(plan: JobPlan) -> Iterator[str]:
         yield f'(while :; do touch "$cluster/alive"; sleep {every_s(plan)}; done) & alive=$!'
         yield ""
     yield "# The model's servers: one process on each node, which starts and watches that node's."
-    launcher = fill(plan.site.launcher, _values(plan))
-    yield f"(trap '' USR1; exec {launcher} \\"
+    yield f"(trap '' USR1; exec {launcher(plan)} \\"
     yield '  bash "$cluster/node.sh") > "$cluster/serve-$job.log" 2>&1 &'
     yield "servers=$!"
-
-
-def _values(plan: JobPlan) -> dict[str, object]:
-    local = plan.site.local
-    copy = f"{local}/fanfold-$job.tar.gz"
-    archive = shlex.quote(str(plan.archive)) if plan.archive is not None else ""
-    return {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": local}
 
 
 def _coordinator(plan: JobPlan) -> Iterator[str]:
@@ -199,8 +191,7 @@ def _stopping(plan: JobPlan) -> Iterator[str]:
 
 
 def _tidying(plan: JobPlan) -> Iterator[str]:
-    launcher = fill(plan.site.launcher, _values(plan))
     yield ""
     yield "# The nodes' copies are of no use any more."
-    yield f"timeout --kill-after={_END_S} {_STOP_S} {launcher} \\"
+    yield f"timeout --kill-after={_END_S} {_STOP_S} {launcher(plan)} \\"
     yield '  rm -rf "${FANFOLD_COPY%.tar.gz}" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'
