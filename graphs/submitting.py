@@ -23,6 +23,7 @@ from ..backends.places import is_elsewhere, works_on_nodes
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load
 from ..configs.site import SiteConfig, load_site
+from ..configs.source import at_path
 from .crew import STOP_S
 from .prepare import default_folder, prepare_run
 from .resume import resume_run
@@ -164,6 +165,8 @@ def _served_by(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> di
         least = own.least if own.least > 1 else max(1, wanted // 2)
         settings["endpoints.least"] = min(least, wanted)  # a job before may have had more nodes
         settings["endpoints.wait_s"] = own.wait_s or loaded.config.node.timeout_s
+    if at_path(loaded.raw, ("limits", "fleet_wait_s")) is None:  # as long as a restart may take
+        settings["limits.fleet_wait_s"] = loaded.config.node.timeout_s
     own_cards = loaded.config.node.accelerators
     if site.accelerators is not None and own_cards.variable == "none":
         settings["node.accelerators.variable"] = site.accelerators.variable

@@ -23,8 +23,11 @@ NEVER_S = 3600
 def servers(trial: Trial) -> list[int]:
     """Return the servers that were ever started, by their process groups."""
     logs = (trial.path / "cluster" / "servers" / "logs").glob("*.jsonl")
-    lines = [line for log in logs for line in read_record(log)]
-    return [line["pid"] for line in lines if line["event"] == "start"]
+    return [pid for log in logs for pid in started(log)]
+
+
+def started(record: Path) -> list[int]:
+    return [line["pid"] for line in read_record(record) if line["event"] == "start"]
 
 
 @pytest.mark.parametrize("backend", SHAPES, ids=["alone", "workers"])
@@ -67,3 +70,28 @@ def test_servers_that_are_given_up_end_the_run_and_the_successor_goes_on(
     assert [job.outcome for job in jobs[:2]] == ["no model server was left", "finished"]
     assert jobs[0].code == 5
     assert "was ended by SIGKILL; it is given up" in trial.logs()
+
+
+@pytest.mark.parametrize("backend", SHAPES, ids=["alone", "workers"])
+@pytest.mark.parametrize("begins", [False, True], ids=["at-first", "later"])
+def test_a_node_that_serves_no_more_is_left_alone(
+    pbs: Cluster, tmp_path: Path, backend: dict[str, Any], begins: bool
+) -> None:
+    """The other node does all in the same job; a worker without servers takes no shard from it."""
+    settings = served(0.1) | {"backend": backend}
+    command = settings["node"]["serve"]
+    script = tmp_path / "serve.sh"
+    script.write_text('[ "$FANFOLD_HOST" != 127.0.0.3 ] || exit 7\nexec "$@"\n')
+    settings["node"] |= {"serve": command if begins else f"bash {script} {command}", "restarts": 0}
+    settings["limits"] |= {"fleet_wait_s": NEVER_S}
+    trial = pbs.submit(200, settings)
+    if begins:
+        trial.worked(8)
+        log = trial.path / "cluster" / "servers" / "logs" / "127.0.0.3.jsonl"
+        until(log.exists, "the node's servers")
+        until(lambda: started(log), "the node's server")
+        os.kill(started(log)[0], signal.SIGKILL)
+    until(lambda: ended(trial), "the end of the chain")
+    trial.assert_each_once(200)
+    assert [job.outcome for job in trial.chain.jobs[:1]] == ["finished"], trial.logs()
+    assert "127.0.0.3: no server is left" in trial.logs()
