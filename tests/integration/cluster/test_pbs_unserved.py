@@ -95,3 +95,14 @@ def test_a_node_that_serves_no_more_is_left_alone(
     trial.assert_each_once(200)
     assert [job.outcome for job in trial.chain.jobs[:1]] == ["finished"], trial.logs()
     assert "127.0.0.3: no server is left" in trial.logs()
+
+
+def test_a_launcher_that_starts_nothing_is_shown(pbs: Cluster) -> None:
+    site = pbs.site.read_text().replace("launcher: ", "launcher: no-such-launcher ")
+    pbs.site.write_text(site)
+    trial = pbs.submit(4, served(0.0))
+    until(lambda: ended(trial), "the end of the chain")
+    assert trial.chain.jobs[0].outcome == "no model server was left", trial.logs()
+    (log,) = (trial.path / "cluster").glob("job-1.*.log")
+    assert "no-such-launcher: not found" in log.read_text()
+    assert len(trial.chain.jobs) == 3, "two have begun, and one was withdrawn"
