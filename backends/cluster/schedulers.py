@@ -16,7 +16,9 @@ import orjson
 from ..contract.errors import ConfigurationError, FanfoldError, SiteError
 
 _PATIENCE_S: Final = 120
-_INHERITED: Final = re.compile(r"(SLURM|SBATCH|SRUN|PBS|PMI|PALS|FANFOLD_(END|LAUNCHER|JOB))_?")
+_INHERITED: Final = re.compile(
+    r"(SLURM|SBATCH|SRUN|PBS|PMI|PALS|FANFOLD_(END|LAUNCHER|JOB|NODES))_?"
+)
 """Variables of the job that submits, which are not its successor's."""
 
 _PURGED: Final = re.compile(r"unknown job", re.IGNORECASE)

@@ -158,6 +158,7 @@ def _servers(plan: JobPlan) -> Iterator[str]:
     yield f"(trap '' USR1; exec {launcher(plan)} \\"
     yield '  bash "$cluster/node.sh") > "$cluster/serve-$job.log" 2>&1 &'
     yield "servers=$!"
+    yield f"export FANFOLD_NODES={plan.nodes}   # so many of them may be given up that the run ends"
 
 
 def _coordinator(plan: JobPlan) -> Iterator[str]:

@@ -26,6 +26,13 @@ def servers(trial: Trial) -> list[int]:
     return [pid for log in logs for pid in started(log)]
 
 
+def failing_on_one_node(folder: Path, command: str) -> str:
+    """Return a command that serves on the first node alone."""
+    script = folder / "serve.sh"
+    script.write_text('[ "$FANFOLD_HOST" != 127.0.0.3 ] || exit 7\nexec "$@"\n')
+    return f"bash {script} {command}"
+
+
 def started(record: Path) -> list[int]:
     return [line["pid"] for line in read_record(record) if line["event"] == "start"]
 
@@ -80,9 +87,8 @@ def test_a_node_that_serves_no_more_is_left_alone(
     """The other node does all in the same job; a worker without servers takes no shard from it."""
     settings = served(0.1) | {"backend": backend}
     command = settings["node"]["serve"]
-    script = tmp_path / "serve.sh"
-    script.write_text('[ "$FANFOLD_HOST" != 127.0.0.3 ] || exit 7\nexec "$@"\n')
-    settings["node"] |= {"serve": command if begins else f"bash {script} {command}", "restarts": 0}
+    serve = command if begins else failing_on_one_node(tmp_path, command)
+    settings["node"] |= {"serve": serve, "restarts": 0}
     settings["limits"] |= {"fleet_wait_s": NEVER_S}
     trial = pbs.submit(200, settings)
     if begins:
@@ -95,6 +101,17 @@ def test_a_node_that_serves_no_more_is_left_alone(
     trial.assert_each_once(200)
     assert [job.outcome for job in trial.chain.jobs[:1]] == ["finished"], trial.logs()
     assert "127.0.0.3: no server is left" in trial.logs()
+
+
+def test_too_few_servers_are_not_waited_for(pbs: Cluster, tmp_path: Path) -> None:
+    settings = served(0.0)
+    settings["node"] |= {"serve": failing_on_one_node(tmp_path, settings["node"]["serve"])}
+    settings["endpoints"] |= {"least": 2, "wait_s": NEVER_S}
+    trial = pbs.submit(4, settings)
+    until(lambda: ended(trial), "the end of the chain")
+    assert [job.code for job in trial.chain.jobs] == [5, 5, None], trial.logs()
+    assert "and no more than 1 can be, for servers were given up" in trial.logs()
+    assert trial.logs().count("all servers have ended") == 2, "those of the other node"
 
 
 def test_a_launcher_that_starts_nothing_is_shown(pbs: Cluster) -> None:
