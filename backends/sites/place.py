@@ -55,6 +55,11 @@ class Place:
             return 0
         return self.backend.capacity() * self._policy.ahead - self.busy
 
+    @property
+    def heard(self) -> bool:
+        """Say whether a worker here has begun or answered."""
+        return self.answered is not None or any(flight.heard for flight in self._flights)
+
     def take(self) -> None:
         """Take room for one order."""
         self.busy += 1
@@ -98,6 +103,11 @@ class Place:
         if capacity <= lost and self._mending is None and self.given_up is None:
             self._mending = asyncio.create_task(self._mend())
             self._mending.add_done_callback(self._mended)
+
+    def lose(self, reason: str) -> None:
+        """Declare all that is out lost."""
+        for flight in self._flights:
+            flight.lose(reason)
 
     async def _mend(self) -> None:
         """Rebuild the place; what it still holds is lost."""
@@ -185,6 +195,11 @@ class Flight:
     def is_lost(self) -> bool:
         """Say whether nobody waits for it any more, though it was not answered."""
         return self._lost.done()
+
+    @property
+    def heard(self) -> bool:
+        """Say whether its worker has given a sign of life."""
+        return self._watch.heard
 
     def look(self) -> None:
         """Declare it lost if it is."""

@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
-from ..contract.errors import RunStoppedError, SiteError
+from ..contract.errors import RunStoppedError, SiteError, WorkerLostError
 from ..contract.protocols import Backend, Stoppable
 from ..contract.wire import Order, Summary
+from .arrival import Arrival
 from .place import Flight, Place
 from .room import PoolDrainedError, Room
 from .watch import Beat, PoolPolicy, Watch
@@ -40,7 +41,7 @@ class ShardPool:
     def __init__(self, backends: Sequence[Backend], policy: PoolPolicy) -> None:
         self._policy = policy
         self._places = [Place(backend, policy, self._changed) for backend in backends]
-        self._room = Room(self._places)
+        self._room, self._arrival = Room(self._places), Arrival(policy.queue_s)
         self._ticker: asyncio.Task[None] | None = None
         self._left = dict[str, Flight]()
 
@@ -110,8 +111,8 @@ class ShardPool:
             withdraw: Takes back the order of an attempt, where that can be done.
 
         Raises:
-            RunStoppedError: The shard was lost as often as the policy allows, or no place is
-                left.
+            RunStoppedError: The shard was lost as often as the policy allows, no place is left,
+                or no worker has come.
             ConfigurationError: A place or a worker cannot do its work, whatever is tried again.
 
         Returns:
@@ -130,7 +131,9 @@ class ShardPool:
             except SiteError as error:
                 if withdraw is not None:
                     await withdraw(attempt)
-                attempt, begun = attempt + 1, begun + watch.begun
+                # an order that no place took does not wear its shard out
+                attempt += 1
+                begun += watch.begun and isinstance(error, WorkerLostError)
                 logger.warning("shard %s", error.message)
                 if begun >= self._policy.attempts or attempt >= self._policy.attempts * _UNBEGUN:
                     msg = f"a shard was lost {attempt} times, the last time: {error.message}"
@@ -147,6 +150,7 @@ class ShardPool:
         if order is None:
             place.release()
             return None
+        self._arrival.sent()
         name = f"{order.shard}, attempt {attempt}"
         flight = place.fly(name, place.backend.submit(order.to_json()), watch, taken=True)
         return order, await flight.summary()
@@ -178,6 +182,10 @@ class ShardPool:
         """Look after everybody at once: hundreds of shards that look for themselves cost more."""
         while True:
             await asyncio.sleep(self._policy.tick_s)
+            if reason := self._arrival.look(self._places):
+                self._room.refuse(RunStoppedError(reason))
+                for place in self._places:
+                    place.lose(reason)
             for place in self._places:
                 place.look()
             self._room.hand_out()

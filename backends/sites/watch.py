@@ -63,7 +63,12 @@ class Watch:
     @property
     def begun(self) -> bool:
         """Say whether a worker had begun, as far as anybody can tell."""
-        return self._beat is None or self._beat() is not None
+        return self._beat is None or self.heard
+
+    @property
+    def heard(self) -> bool:
+        """Say whether its worker has given a sign of life."""
+        return self._beat is not None and self._beat() is not None
 
     def verdict(self) -> str | None:
         """Return why the order counts as lost, or None."""
