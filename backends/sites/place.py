@@ -138,7 +138,7 @@ class Place:
         left, self._flights = self._flights, set()
         self.busy -= len(left)
         for flight in left:
-            flight.lose("its place broke down")
+            flight.lose("its place broke down", SiteError)
             flight.abandon()
 
     async def close(self, grace_s: float) -> None:
@@ -176,7 +176,7 @@ class Flight:
     ) -> None:
         self.name = name
         self._watch, self._landed = watch, landed
-        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._lost: asyncio.Future[SiteError] = asyncio.get_running_loop().create_future()
         self._answer = asyncio.ensure_future(answer)
         self._answer.add_done_callback(self._answered)
 
@@ -206,10 +206,10 @@ class Flight:
         if not self._lost.done() and (reason := self._watch.verdict()):
             self.lose(reason)
 
-    def lose(self, reason: str) -> None:
-        """Declare it lost."""
+    def lose(self, reason: str, kind: type[SiteError] = WorkerLostError) -> None:
+        """Declare it lost, with its worker or else with its place."""
         if not self._lost.done():
-            self._lost.set_result(reason)
+            self._lost.set_result(kind(f"{self.name}: {reason}"))
 
     def abandon(self) -> None:
         """Break off waiting for the backend."""
@@ -219,14 +219,14 @@ class Flight:
         """Wait for the worker's summary.
 
         Raises:
-            WorkerLostError: It is lost.
+            WorkerLostError: Its worker is lost.
             SiteError: The place failed.
             ConfigurationError: The worker or the place cannot do its work.
         """
         either: set[asyncio.Future[Any]] = {self._answer, self._lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._lost.done():
-            raise WorkerLostError(f"{self.name}: {self._lost.result()}")
+            raise self._lost.result()
         try:
             return Summary.from_json(self._answer.result())
         except SiteError as error:
