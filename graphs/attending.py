@@ -6,12 +6,12 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from ..backends.contract.wire import WALLTIME, Order
+from ..backends.contract.wire import REPEATED, WALLTIME, Order
 from ..configs.models import LimitsConfig
 from .signs import beat_file
 from .walltime import Walltime, walltime
@@ -36,12 +36,13 @@ class StopSign:
     Attributes:
         stopped: Whether the coordinator has stopped the run.
         withdrawn: Whether it has taken the order back: this worker was silent for too long.
+        repeated: Whether the order was begun before, here or elsewhere.
     """
 
     def __init__(self, deadline_s: float, ends_at: float | None = None) -> None:
         self._deadline, self._ends_at = time.monotonic() + deadline_s, ends_at
         self._own: Walltime | None = None
-        self.stopped = self.withdrawn = False
+        self.stopped = self.withdrawn = self.repeated = False
 
     def reason(self) -> str | None:
         """Tell why no further item shall begin, or None."""
@@ -49,6 +50,8 @@ class StopSign:
             return STOPPED
         if self.withdrawn:
             return WITHDRAWN
+        if self.repeated:
+            return REPEATED
         if self._ends_at is not None and time.time() > self._ends_at:
             return TIME_OVER
         if self._own is not None and not self._own.left():
@@ -78,7 +81,7 @@ async def attending(order: Order) -> AsyncIterator[StopSign]:
         tasks.append(asyncio.create_task(_look(Path(order.stop_file), sign)))
     if order.journal is not None and "token" in order.run:
         file = beat_file(Path(order.journal), order.run["token"], order.shard, order.attempt)
-        await _beat(file, sign)  # an order that was taken back is not begun
+        await _heed(_begin, file, sign)
         tasks.append(asyncio.create_task(_beat_on(file, sign)))
     try:
         yield sign
@@ -91,17 +94,29 @@ async def attending(order: Order) -> AsyncIterator[StopSign]:
 async def _beat_on(file: Path, sign: StopSign) -> None:
     while not sign.withdrawn:
         await asyncio.sleep(_BEAT_S)
-        await _beat(file, sign)
+        await _heed(_touch, file, sign)
 
 
-async def _beat(file: Path, sign: StopSign) -> None:
+async def _heed(do: Callable[[Path, StopSign], None], file: Path, sign: StopSign) -> None:
     """Give a sign of life; the coordinator has made the file, and takes it away with the order."""
     try:
-        await asyncio.to_thread(os.utime, file)
+        await asyncio.to_thread(do, file, sign)
     except FileNotFoundError:
         sign.withdrawn = True
     except OSError as error:  # it may be well again before the coordinator's patience ends
         logger.warning("%s: cannot be touched: %s", file, error.strerror)
+
+
+def _begin(file: Path, sign: StopSign) -> None:
+    """Note that the order is begun; engines may deliver it again, however much of it is done."""
+    with file.open("r+b") as opened:
+        sign.repeated = bool(opened.read(1))
+        if not sign.repeated:
+            opened.write(b"begun\n")
+
+
+def _touch(file: Path, _: StopSign) -> None:
+    os.utime(file)
 
 
 async def _look(file: Path, sign: StopSign) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +18,6 @@ _STOP: Final = "stop-"
 _BEAT: Final = "beat-"
 LOOKS: Final = 4
 """So many looks in a row, at least, must find a worker silent before it counts as lost."""
-_UNTOUCHED: Final = 0
-"""When an order's file was changed (nanoseconds since 1970), as long as no worker has."""
 
 
 def stop_file(journal: Path, token: str) -> Path:
@@ -51,7 +48,8 @@ class Signs:
     While a life lasts there is ``open-TOKEN``. Renamed to ``stop-TOKEN`` it stops the workers; a
     life that was killed has left it, and the next one renames it: what is still in an engine's
     queue then ends before it has asked anything. An order has a file of its own, made before it is
-    sent: its worker touches it, and stops once it is gone.
+    sent: its worker writes that it has begun, touches it from time to time, and stops once it is
+    gone.
 
     Args:
         journal: The folder, or None if workers do not share it.
@@ -92,10 +90,12 @@ class Signs:
         """
         try:
             file.touch()
-            os.utime(file, ns=(0, _UNTOUCHED))
+            made = file.stat().st_mtime_ns
         except OSError as error:
             msg = f"{file}: cannot be made: {error.strerror}; mend the folder, then resume"
             raise LedgerError(msg) from error
+        if (seen := self._beats.get(file)) is not None:
+            seen.made = made
 
     def withdraw(self, file: Path) -> None:
         """Take an order back: its worker stops, should it still live. Blocks."""
@@ -145,15 +145,16 @@ class _Seen:
     """For how long a file has not changed, by this machine's clock: those of nodes may differ.
 
     Attributes:
+        made: When it was made or last seen to change (ns since 1970); None before it is made.
         silent_s: Seconds since it was last seen to change; None before a worker has touched it.
     """
 
     def __init__(self) -> None:
-        self._stamp: int | None = _UNTOUCHED
+        self.made: int | None = None
         self.silent_s: float | None = None
 
     def note(self, stamp: int | None, passed_s: float) -> None:
-        if stamp not in (None, self._stamp):
-            self._stamp, self.silent_s = stamp, 0.0
+        if stamp is not None and self.made is not None and stamp != self.made:
+            self.made, self.silent_s = stamp, 0.0
         elif self.silent_s is not None:
             self.silent_s += passed_s

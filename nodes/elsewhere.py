@@ -14,7 +14,7 @@ from ..backends.contract.errors import (
     RunStoppedError,
 )
 from ..backends.contract.types import Item, Shard
-from ..backends.contract.wire import WALLTIME, Order, Summary
+from ..backends.contract.wire import REPEATED, WALLTIME, Order, Summary
 from .context import Answered, Crew, RunTools
 from .work import Part, read_items
 
@@ -208,6 +208,9 @@ class _Errand:
         if summary.error is not None or order is None:  # forgiven; stopped by this very life
             return
         if summary.short:  # the next lease is larger
+            return
+        if summary.stopped == REPEATED and self._bounced < _BOUNCES:
+            self._bounced += 1  # what its first copy has recorded is left out of the next order
             return
         if (summary.stopped or "").startswith(WALLTIME) and self._bounced < _BOUNCES:
             self._bounced += 1

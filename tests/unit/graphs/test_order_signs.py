@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.contract.errors import LedgerError
-from fanfold.backends.contract.wire import Order
+from fanfold.backends.contract.wire import REPEATED, Order
 from fanfold.graphs import attending
 from fanfold.graphs.signs import LOOKS, Signs, beat_file, stop_file
 
@@ -149,7 +149,6 @@ async def test_a_worker_survives_a_file_system_that_fails_for_a_while(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    silent = signs.of(file)
     away = tmp_path.with_name("away")
     tmp_path.rename(away)
     tmp_path.write_text("no folder")
@@ -159,8 +158,6 @@ async def test_a_worker_survives_a_file_system_that_fails_for_a_while(
     away.rename(tmp_path)
     before = file.stat().st_mtime_ns
     await until(lambda: file.stat().st_mtime_ns > before)
-    signs.look()
-    assert silent() == 0
     signs.stop()
     await until(lambda: told.reason() == attending.STOPPED)
 
@@ -168,3 +165,9 @@ async def test_a_worker_survives_a_file_system_that_fails_for_a_while(
 async def test_an_order_that_was_taken_back_is_not_begun(tmp_path: Path) -> None:
     async with attending.attending(replace(ORDER, journal=str(tmp_path))) as sign:
         assert sign.reason() == attending.WITHDRAWN
+
+
+async def test_an_order_is_begun_once(told: attending.StopSign, tmp_path: Path) -> None:
+    async with attending.attending(replace(ORDER, journal=str(tmp_path))) as sign:
+        assert sign.reason() == REPEATED
+    assert told.reason() is None
