@@ -15,6 +15,7 @@ from ..configs.plain import secret_texts, written_out
 from .contract.errors import ConfigurationError
 from .contract.protocols import Backend
 from .contract.wire import CARRY
+from .fleet.descriptors import make_room
 from .sites.academy.backend import AcademyBackend
 from .sites.academy.exchange import Meeting
 from .sites.academy.hall import Hall
@@ -163,6 +164,7 @@ def _parsl(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[
 
 def _launched(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
     words = launcher_words(config.command, config.workers, os.environ)
+    make_room(config.workers, "workers", "backend.workers")  # each keeps a connection
     launch = Launch(
         words=words or local_words(config.workers),
         host=own_host(config.host, os.environ),

@@ -13,10 +13,11 @@ from ..backends.accounts.book import Book, Shelf
 from ..backends.accounts.budget import Budget, BudgetTerms
 from ..backends.contract.errors import BudgetExhaustedError
 from ..backends.contract.money import Amount, Caps, Tariff
-from ..backends.contract.wire import Order
+from ..backends.contract.wire import WALLTIME, Order
 from ..configs.models import RunConfig
 
 _LOOK_S: Final = 1.0
+TOO_LATE: Final = f"{WALLTIME}: the order waited until its lease was over (backend.queue_s)"
 
 
 @asynccontextmanager
@@ -24,7 +25,8 @@ async def leased(order: Order, config: RunConfig) -> AsyncIterator[Budget | None
     """Open what an order may spend; None is no limit.
 
     An order that is delivered twice may spend its lease once: the second waits until the first has
-    ended, and then may spend nothing.
+    ended, and then may spend nothing. Nor may one that begins when its lease is over: what was
+    lent may have been given back.
 
     Raises:
         LedgerError: The lease's book cannot be written.
@@ -34,7 +36,9 @@ async def leased(order: Order, config: RunConfig) -> AsyncIterator[Budget | None
         yield None
         return
     until, book, caps = time.time() + order.deadline_s, None, lease["caps"]
-    if lease["booked"] and order.journal is not None:
+    if too_late(order):
+        caps = dict.fromkeys(caps, 0)
+    elif lease["booked"] and order.journal is not None:
         shelf = Shelf(Path(order.journal).parent / "budget", order.run["id"])
         book = await asyncio.to_thread(_book, shelf, lease["name"], until)
         if book is None:
@@ -47,6 +51,12 @@ async def leased(order: Order, config: RunConfig) -> AsyncIterator[Budget | None
         yield budget
     finally:
         await budget.purse.aclose()
+
+
+def too_late(order: Order) -> str | None:
+    """Tell why an order must not be begun now, or None."""
+    lease = order.lease or {}
+    return TOO_LATE if time.time() > lease.get("until", float("inf")) else None
 
 
 def _book(shelf: Shelf, name: str, until: float) -> Book | None:

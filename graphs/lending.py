@@ -70,7 +70,8 @@ class Lender:
         until = time.time() + self._config.backend.queue_s + self._terms.deadline_s
         await leases.lend(name, Lease(amount, until, self._booked))
         self._open[shard] = name
-        return {"name": name, "caps": dict(budget.purse.limits(amount)), "booked": self._booked}
+        caps = dict(budget.purse.limits(amount))
+        return {"name": name, "caps": caps, "booked": self._booked, "until": until}
 
     def _of_one(self, item: Item, tariff: Tariff) -> Amount:
         """Return what one item may take, its repairs included."""

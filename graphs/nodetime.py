@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 
 from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import Budget
-from ..backends.contract.errors import BudgetExhaustedError, LedgerError
+from ..backends.contract.errors import BudgetExhaustedError, FanfoldError, LedgerError
 from ..backends.contract.money import Amount, Held, Tariff
 from ..backends.contract.types import Json
 from ..nodes.gate import Gate
@@ -110,14 +110,16 @@ async def watched(sheet: Timesheet, gate: Gate, spending: Spending | None) -> As
         yield
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        cost = sheet.tick()
-        if payer is not None:
-            payer.end(cost)
-        await sheet.note()
-        if spending is not None:
-            spending.budget.warn()
+        try:
+            with suppress(asyncio.CancelledError):
+                await task
+        finally:
+            cost = sheet.tick()
+            if payer is not None:
+                payer.end(cost)
+            await sheet.note()
+            if spending is not None:
+                spending.budget.warn()
 
 
 def _payer(sheet: Timesheet, gate: Gate, spending: Spending | None) -> _Payer | None:
@@ -131,6 +133,7 @@ def _payer(sheet: Timesheet, gate: Gate, spending: Spending | None) -> _Payer | 
 
 async def _watch(sheet: Timesheet, payer: _Payer | None, spending: Spending | None) -> None:
     noted = recovered = time.monotonic()
+    told = set[str]()
     while True:
         await asyncio.sleep(_TICK_S)
         cost, now = sheet.tick(), time.monotonic()
@@ -142,8 +145,23 @@ async def _watch(sheet: Timesheet, payer: _Payer | None, spending: Spending | No
         if spending is not None:
             spending.budget.warn()
             if now - recovered > _RECOVER_S:
-                await spending.leases.recover()
+                await _recover(spending, told)
                 recovered = time.monotonic()
+
+
+async def _recover(spending: Spending, told: set[str]) -> None:
+    """Look for what lost workers did not spend; a book that cannot be read now may be later.
+
+    Args:
+        spending: The budget.
+        told: What went wrong before; it is not told again.
+    """
+    try:
+        await spending.leases.recover()
+    except (FanfoldError, OSError) as error:
+        if str(error) not in told:
+            told.add(str(error))
+            logger.warning("%s; what was lent counts as spent meanwhile", error)
 
 
 class _Payer:

@@ -25,7 +25,7 @@ from ..backends.contract.wire import Order, Summary, own_version
 from ..nodes.work import finish_some
 from .attending import attending
 from .errand import Bag, errand
-from .leased import leased, out_of_lease, used_of
+from .leased import leased, out_of_lease, too_late, used_of
 
 T = TypeVar("T")
 
@@ -98,8 +98,9 @@ async def _work(order: Order, bag: Bag) -> Summary:
         bag.parts(order, whoami()) as parts,
         leased(order, parts.loaded.config) as budget,
     ):
-        job = errand(order, parts, stop, budget)
-        part = await finish_some(Shard(0, len(order.items)), job.tools, job.drain)
+        job, late = errand(order, parts, stop, budget), too_late(order)
+        drain = (lambda: late) if late else job.drain
+        part = await finish_some(Shard(0, len(order.items)), job.tools, drain)
         gate, used = job.tools.gate, used_of(budget)
         summary = Summary(
             shard=order.shard,

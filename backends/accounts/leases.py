@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+from ..contract.errors import LedgerError
 from ..contract.money import Amount
 from .book import Lease, Shelf
 from .purse import Purse
@@ -72,12 +73,19 @@ class Leases:
         """Look whether the books of lost leases prove by now that less was spent.
 
         Raises:
-            LedgerError: A book is damaged, or cannot be written.
+            LedgerError: A book is damaged, or cannot be written; the others are read all the same.
         """
+        failed: LedgerError | None = None
         for name, lease in list(self._lost.items()):
-            spent = await asyncio.to_thread(self._shelf.proven, name, lease)
+            try:
+                spent = await asyncio.to_thread(self._shelf.proven, name, lease)
+            except LedgerError as error:
+                failed = failed or error
+                continue
             if spent != lease.amount:
                 await self.returned(name, spent)
+        if failed is not None:
+            raise failed
 
     def give_up(self) -> None:
         """Count all that is still out as spent: this life ends."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import orjson
 
 from ..contract.errors import LedgerError
 from ..contract.types import Json
+from .handles import Handles
 from .journal import JournalWriter, scan
 from .lines import Facts, are_fine, check_line, facts_of, life_of, noted, worker_prefix
 from .totals import Counts, Fresh, Spent
@@ -71,8 +70,7 @@ class Ledger:
         self._length = array("i", bytes(4 * items))
         self._paths = sorted(folder.glob("*.jsonl"), key=lambda path: (life_of(path), path.stem))
         self._followed: dict[Path, _Followed] = {}
-        self._handles: dict[int, int] = {}
-        self._opening = threading.Lock()
+        self._handles = Handles()
         self._writer: JournalWriter | None = None
         self._own = -1
         self._life: tuple[str, float] | None = None
@@ -178,9 +176,7 @@ class Ledger:
 
     def close(self) -> None:
         """Close the files opened for reading."""
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+        self._handles.close()
 
     def __enter__(self) -> Self:
         """Use it for reading."""
@@ -273,11 +269,7 @@ class Ledger:
     def _read(self, index: int, number: int, start: int, length: int) -> dict[str, Any]:
         path = self._paths[number]
         try:
-            with self._opening:
-                handle = self._handles.get(number)
-                if handle is None:
-                    handle = self._handles[number] = os.open(path, os.O_RDONLY)
-            record: dict[str, Any] = orjson.loads(os.pread(handle, length, start))
+            record: dict[str, Any] = orjson.loads(self._handles.read(path, start, length))
         except OSError as error:
             raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
         except orjson.JSONDecodeError:

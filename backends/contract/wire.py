@@ -52,8 +52,8 @@ class Order:
         carry: Most bytes of the summary, as JSON.
         tariff: What tokens cost, as :class:`~.money.Tariff`'s fields.
         lease: What the order may spend: the lease's ``name``, its ``caps`` as fields of an
-            :class:`~.money.Amount`, and whether a book of it is ``booked`` in the run's folder;
-            None is no limit.
+            :class:`~.money.Amount`, whether a book of it is ``booked`` in the run's folder, and
+            ``until`` when it may be begun, in seconds since 1970; None is no limit.
     """
 
     shard: str

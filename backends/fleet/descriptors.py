@@ -1,4 +1,4 @@
-"""File descriptors: every request in flight holds one, and systems are set up for few."""
+"""File descriptors: every connection holds one, and systems are set up for few."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ _RESERVE: Final = 256
 """For files, pipes, and connections that idle."""
 
 
-def make_room(streams: int) -> None:
+def make_room(
+    streams: int, what: str = "requests in flight", setting: str = "limits.streams"
+) -> None:
     """Raise this process' soft limit of open files so that ``streams`` connections fit.
 
     Args:
-        streams: Most requests in flight.
+        streams: How many there are at most.
+        what: What needs one each.
+        setting: What bounds them.
 
     Raises:
         ConfigurationError: The hard limit is too low.
@@ -32,9 +36,9 @@ def make_room(streams: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise ConfigurationError(
-            f"{streams} requests in flight need {wanted} open files, but this process may have "
-            f"{hard} at most (ulimit -Hn): set limits.streams to {max(1, hard - _RESERVE)} or "
-            "less, use more processes, or have the hard limit raised"
+            f"{streams} {what} need {wanted} open files, but this process may have {hard} at "
+            f"most (ulimit -Hn): set {setting} to {max(1, hard - _RESERVE)} or less, use more "
+            "processes or jobs, or have the hard limit raised"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     _LOG.info("raised the limit of open files from %d to %d", soft, wanted)

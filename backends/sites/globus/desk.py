@@ -20,6 +20,7 @@ from .service import MOST_BYTES, Parcel, Service, WorkShard, packed
 from .tasks import TaskList
 
 _CLOSED: Final = "globus_compute: closed"
+_UNPOSTED: Final = "globus_compute: the order was not posted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +133,19 @@ class Desk:
 
     async def _post_all(self) -> None:
         while batch := self._next_batch():
+            failed: FanfoldError | None = SiteError(_UNPOSTED)
             try:
                 await self._post(batch)
+                failed = None
             except FanfoldError as error:  # theirs alone: later ones are tried anew
-                for letter in batch:
-                    settle(letter.answer, error)
+                failed = error
             except asyncio.CancelledError:
-                for letter in batch:
-                    settle(letter.answer, SiteError(_CLOSED))
+                failed = SiteError(_CLOSED)
                 raise
+            finally:  # whatever happened, nobody waits for a letter that was not posted
+                if failed is not None:
+                    for letter in batch:
+                        settle(letter.answer, failed)
 
     def _next_batch(self) -> list[Letter]:
         """Take letters to one endpoint, as many as one request may carry."""

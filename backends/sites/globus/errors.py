@@ -66,6 +66,19 @@ def refused(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> Fanfo
     return ConfigurationError(f"{said}; {_ADVICE.get(status, _ADVICE[422])}")
 
 
+def odd(error: Exception, where: str) -> SiteError:
+    """Return that an answer could not be understood, without showing it.
+
+    Args:
+        error: Raised by the SDK while it was read.
+        where: What was asked.
+    """
+    return SiteError(
+        f"globus_compute: {where}: the answer is none of the service's ({type(error).__name__}); "
+        "see whether a proxy between here and compute.api.globus.org gave it"
+    )
+
+
 def _reason(error: GlobusError) -> str:
     raw = getattr(error, "raw_json", None) or {}
     text = str(raw.get("reason") or getattr(error, "message", None) or error)

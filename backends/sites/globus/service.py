@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ...contract.errors import ConfigurationError, FanfoldError, SiteError
 from ...contract.types import Json
-from .errors import refused, task_failed, unreadable
+from .errors import odd, refused, task_failed, unreadable
 from .health import Health
 
 if TYPE_CHECKING:
@@ -177,11 +177,11 @@ class ComputeService:
         data = batch.prepare() | {"tasks": {function: [parcel.text for parcel in parcels]}}
         with refusals(f"endpoint {endpoint}", self._hidden):
             answer = self._v3.submit(endpoint, data).data
-        tasks = tuple(map(str, answer.get("tasks", {}).get(function, ())))
-        if len(tasks) != len(parcels):
-            msg = f"endpoint {endpoint}: the service took {len(tasks)} of {len(parcels)} tasks"
-            raise SiteError(msg)
-        return Posted(str(answer["task_group_id"]), tasks)
+            tasks = tuple(map(str, answer.get("tasks", {}).get(function, ())))
+            if len(tasks) != len(parcels):
+                msg = f"endpoint {endpoint}: the service took {len(tasks)} of {len(parcels)} tasks"
+                raise SiteError(msg)
+            return Posted(str(answer["task_group_id"]), tasks)
 
     def ends(self, tasks: Sequence[str]) -> dict[str, End | None]:
         """Return how tasks ended, None for those that did not; unknown ones are left out.
@@ -191,7 +191,7 @@ class ComputeService:
         """
         with refusals("asking after tasks"):
             found = self._v2.get_task_batch(list(tasks))["results"]
-        return {task: _end(state) for task, state in found.items()}
+            return {task: _end(state) for task, state in found.items()}
 
     def close(self) -> None:
         """Close its connections."""
@@ -211,13 +211,16 @@ def _end(state: dict[str, Any]) -> End | None:
         return task_failed(str(state.get("exception") or state.get("reason") or state))
     if not str(text).startswith(_JSON_ID):
         return unreadable(str(text))
-    summary = json.loads(text[len(_JSON_ID) :])
+    try:
+        summary = json.loads(text[len(_JSON_ID) :])
+    except ValueError:  # this task's alone: the others of the answer may be whole
+        return unreadable(str(text))
     return summary if isinstance(summary, dict) else unreadable(str(text))
 
 
 @contextmanager
 def refusals(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
-    """Turn the SDK's errors within the block into fanfold's.
+    """Turn errors of the SDK, and of reading what it returns, within the block into fanfold's.
 
     Args:
         where: What is asked of the service.
@@ -235,3 +238,7 @@ def refusals(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
         if hidden:  # the cause shows what was answered
             raise told from None
         raise told from error
+    except FanfoldError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of an answer that is none, the SDK raises anything
+        raise odd(error, where) from None if hidden else error

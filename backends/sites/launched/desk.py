@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG: Final = 4096
 """Workers of thousands of nodes come within the same second."""
+_AT_ONCE: Final = 64
+"""asyncio tries to accept so many in a row, also where open files have run out, and logs each."""
 _HELLO_S: Final = 60.0
 _CLOSE_S: Final = 5.0
 _BEAT: Final = 2 / 3
@@ -72,7 +74,8 @@ class Desk:
         app.router.add_get("/", self._attend)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_CLOSE_S)
         await self._runner.setup()
-        await web.SockSite(self._runner, bound, backlog=_BACKLOG).start()
+        await web.SockSite(self._runner, bound, backlog=_AT_ONCE).start()
+        bound.listen(_BACKLOG)
         address, port = bound.getsockname()[:2]
         self.url = f"http://[{address}]:{port}/" if ":" in address else f"http://{address}:{port}/"
 

@@ -15,6 +15,7 @@ class Faults:
         fail_status: The SDK repeats 429, 500, 502, 503 and 504 for about 18 s, others not at all.
         drop_results: So many results from now on are lost: neither stored nor forwarded.
         hold_results: So many results from now on wait for `GlobusService.release()`.
+        pages: So many answers from now on are a proxy's page, with status 200.
         submit_limit: Bytes of a request above which a submission is refused with 413.
     """
 
@@ -23,6 +24,7 @@ class Faults:
     fail_status: int = 503
     drop_results: int = 0
     hold_results: int = 0
+    pages: int = 0
     submit_limit: int = 10 * 1024 * 1024
 
     def clear(self) -> None:

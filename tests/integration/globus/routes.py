@@ -61,6 +61,8 @@ def _as_the_service(desk: Desk, faults: Faults) -> Callable[..., Awaitable[web.S
         with desk.lock:
             desk.books.stats[f"{request.method} {info.canonical if info else request.path}"] += 1
         await asyncio.sleep(faults.latency_s)
+        if faults.take("pages"):
+            return web.Response(text="<html>Sign in to go on</html>", content_type="text/html")
         return await _refusals(request, handler)
 
     return middleware

@@ -106,6 +106,21 @@ async def test_orders_and_summaries_are_json_and_go_by_reference(
     assert json.loads(packed.removeprefix("11\n")) == summary
 
 
+async def test_a_page_of_a_proxy_is_no_answer(service: GlobusService, place: Place) -> None:
+    """An order that it refuses may be sent again; a task is asked after again."""
+    async with asyncio.timeout(60), started(place()) as backend:
+        service.faults.pages = 1
+        with pytest.raises(SiteError, match="none of the service's"):
+            await backend.submit(order("0-1", [{}]).to_json())
+        posts = service.stats.get(SUBMIT, 0)
+        sent = asyncio.ensure_future(backend.submit(order("0-1", [{"seconds": 1}]).to_json()))
+        await until(lambda: service.stats.get(SUBMIT, 0) > posts)
+        service.faults.pages = 3
+        summary = await sent
+    assert service.faults.pages == 0
+    assert Summary.from_json(summary).tally == {"done": 1, "failed": 0}
+
+
 async def test_many_orders_travel_in_few_requests(service: GlobusService, place: Place) -> None:
     """Those that gather while one is posted go together, as many as one request may carry."""
     text = "ü" * 300_000  # six bytes each within the JSON of a request

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fanfold.backends.accounts.book import Shelf
+from fanfold.backends.accounts.budget import Budget, BudgetTerms
+from fanfold.backends.accounts.leases import Leases
 from fanfold.backends.contract.errors import BudgetExhaustedError
-from fanfold.backends.contract.money import Amount
-from fanfold.backends.contract.wire import Order, own_version
+from fanfold.backends.contract.money import FREE, Amount, Caps
+from fanfold.backends.contract.wire import WALLTIME, Order, own_version
+from fanfold.backends.sites.conformance import order as rehearsal
 from fanfold.configs.load import load
 from fanfold.graphs import leased as module
 from fanfold.graphs.errand import Bag
 from fanfold.graphs.leased import leased, used_of
+from fanfold.graphs.lending import Lender
+from fanfold.graphs.spending import Spending
+from fanfold.graphs.terms import Terms
 from fanfold.graphs.worker import answer
 
 CONFIG = load({"task": {"prompt": "{x}"}, "endpoints": {"urls": ["http://127.0.0.1:9/v1"]}}).config
@@ -73,3 +81,50 @@ async def test_a_refused_order_tells_nothing_of_what_was_spent(tmp_path: Path) -
     await bag.aclose()
     assert summary["error"]["class"] == "SiteError"
     assert (summary["lease"], summary["used"]) == (None, None)
+
+
+async def test_an_order_whose_lease_was_given_back_is_not_begun(tmp_path: Path) -> None:
+    """An engine may start it however late: then the coordinator may have lent it to others."""
+    journal = tmp_path / "journal"
+    journal.mkdir()
+    asked = rehearsal("0-2", [{}, {}], journal, tariff=FREE.to_json())
+    budget_terms, shelf = (
+        BudgetTerms(Caps.of(requests=100), FREE),
+        Shelf(tmp_path / "budget", "run"),
+    )
+    budget = Budget(budget_terms, Amount(), shelf.open(shelf.of_life(1)))
+    leases = Leases(budget.purse, shelf, {})
+    over_s = CONFIG.backend.queue_s + 100  # so long ago was the lease over, and the clocks' slack
+    terms = Terms(
+        asked.run | {"model": "m"},
+        {},
+        None,
+        journal,
+        2,
+        -over_s,
+        10**6,
+        False,
+        tmp_path,
+        CONFIG,
+        {},
+    )
+    lender = Lender(Spending(budget, leases, shelf), terms, lambda: 1)
+    late = replace(asked, lease=await lender.lend(asked))
+    assert budget.purse.left.requests < 100
+    lender.lost("0-2")
+    await leases.recover()
+    assert budget.purse.left.requests == 100  # never begun
+
+    async with leased(late, CONFIG) as own:
+        assert own is not None
+        with pytest.raises(BudgetExhaustedError):
+            await own.purse.reserve(Amount(1))
+    bag = Bag()
+    summary = await answer(late.to_json(), bag)
+    await bag.aclose()
+    await budget.purse.aclose()
+    assert summary["error"] is None
+    assert sum(summary["tally"].values()) == 0
+    assert summary["stopped"].startswith(WALLTIME)  # the coordinator orders the shard again
+    assert summary["used"] is None
+    assert not shelf.of_lease(late.lease["name"]).exists()  # type: ignore[index]

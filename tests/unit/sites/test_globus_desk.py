@@ -31,7 +31,15 @@ from fanfold.backends.sites.globus.errors import refused, task_failed
 from fanfold.backends.sites.globus.health import Health
 from fanfold.backends.sites.globus.line import Line, Talk
 from fanfold.backends.sites.globus.pace import Bucket, Pace
-from fanfold.backends.sites.globus.service import MOST_BYTES, End, Parcel, Posted, packed
+from fanfold.backends.sites.globus.service import (
+    MOST_BYTES,
+    End,
+    Parcel,
+    Posted,
+    _end,
+    packed,
+    refusals,
+)
 from fanfold.backends.sites.globus.tasks import TaskList
 
 AT_ONCE = Pace(burst=1000, per_s=1000.0, first_s=0.0, last_s=0.0, look_s=0.0, missing_s=0.0)
@@ -118,6 +126,40 @@ async def test_a_refused_request_harms_nobody_else() -> None:
     await one.open()
     with pytest.raises(SiteError, match="a fault"):
         await one.submit("a", order("refused"))
+    assert (await one.submit("a", order("s")))["shard"] == "s"
+    await one.close()
+
+
+@pytest.mark.parametrize("error", [KeyError("tasks"), TypeError("no dict"), ValueError("s3cr3t")])
+def test_an_answer_that_is_none_may_be_asked_for_again(error: Exception) -> None:
+    """A proxy's page, say; it is not shown, and what fanfold says itself stays as it is."""
+    said = f"endpoint e: .*{type(error).__name__}"
+    with pytest.raises(SiteError, match=said) as caught, refusals("endpoint e", ["s3cr3t"]):
+        raise error
+    assert "s3cr3t" not in caught.value.message
+    assert caught.value.__suppress_context__
+    with pytest.raises(WorkerLostError, match=r"^died$"), refusals("endpoint e"):
+        raise WorkerLostError("died")
+
+
+def test_a_result_cut_short_is_its_own_task_s_end() -> None:
+    whole, cut = ({"status": "success", "result": f"11\n{text}"} for text in ('{"v": 1}', '{"v"'))
+    assert _end(whole) == {"v": 1}
+    assert isinstance(_end(cut), ConfigurationError)
+
+
+async def test_a_letter_is_answered_whatever_happens_to_its_posting() -> None:
+    class Broken(Fake):
+        def post(self, *_: Any) -> Posted:
+            if not self.calls["post"]:
+                self.calls["post"] = 1
+                raise RuntimeError("unheard of")
+            return super().post(*_)
+
+    one = desk(Broken())
+    await one.open()
+    with pytest.raises(SiteError, match="not posted"):
+        await asyncio.wait_for(one.submit("a", order("s")), 30)
     assert (await one.submit("a", order("s")))["shard"] == "s"
     await one.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 
 import pytest
@@ -72,3 +73,16 @@ def test_htex_job_needs_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         places(config, work_shard)
     monkeypatch.setenv("FANFOLD_LAUNCHER", "bash /run/launch.sh")
     assert places(config, work_shard)[0].name == "parsl (htex_job)"
+
+
+def test_the_desk_has_room_for_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each keeps a connection, hence an open file."""
+    limits = [(64, 2048)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.append(new))
+    config = BackendConfig(kind="launched", workers=1000)
+    places(config, work_shard)
+    assert limits[-1] == (1256, 2048)
+    many = config.model_copy(update={"workers": 2000})
+    with pytest.raises(ConfigurationError, match=r"2000 workers need .* backend\.workers to 1792"):
+        places(many, work_shard)

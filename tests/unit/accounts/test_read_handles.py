@@ -1,0 +1,44 @@
+"""Thousands of journal files, and few of them open."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import orjson
+
+from fanfold.backends.accounts.conformance import sample
+from fanfold.backends.accounts.handles import Handles
+from fanfold.backends.accounts.ledger import Ledger
+
+FILES = 200
+
+
+def test_a_ledger_of_many_workers_keeps_few_files_open(tmp_path: Path) -> None:
+    for n in range(FILES):
+        lines = [{"v": 1, "run": "r", "life": f"node{n}:1"}, sample(n)]
+        path = tmp_path / f"0001-node{n}-1.jsonl"
+        path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    with Ledger(tmp_path, "r", FILES) as ledger:
+        for _ in range(2):
+            assert [record["index"] for record in ledger.records()] == list(range(FILES))
+        assert len(ledger._handles) == 128
+
+
+async def test_a_file_stays_open_while_somebody_reads_it(tmp_path: Path) -> None:
+    """Threads push each other's files out, and still each reads its own."""
+    paths = [tmp_path / f"{n}" for n in range(6)]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 4096)
+    handles = Handles(most=1)
+
+    def read(seed: int) -> None:
+        chosen = random.Random(seed)
+        for _ in range(400):
+            path = chosen.choice(paths)
+            assert handles.read(path, 1, 4095) == path.name.encode() * 4095
+        handles.close()
+
+    await asyncio.gather(*(asyncio.to_thread(read, seed) for seed in range(8)))
+    assert len(handles) == 0

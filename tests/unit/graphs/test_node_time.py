@@ -1,0 +1,56 @@
+"""The time of nodes while a run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from fanfold.backends.accounts.book import Lease, Shelf
+from fanfold.backends.accounts.budget import Budget, BudgetTerms
+from fanfold.backends.accounts.leases import Leases
+from fanfold.backends.contract.money import FREE, Amount, Caps
+from fanfold.backends.contract.types import Json
+from fanfold.graphs import nodetime
+from fanfold.graphs.nodetime import Timesheet, watched
+from fanfold.graphs.spending import Spending
+from fanfold.nodes.gate import Gate
+
+
+async def nowhere(line: Mapping[str, Json]) -> None:
+    """Note nothing."""
+
+
+async def lost(leases: Leases, name: str) -> None:
+    """Lend a request to a worker that is lost; its lease was over an hour ago."""
+    await leases.lend(name, Lease(Amount(requests=1), time.time() - 3600, booked=True))
+    leases.lost(name)
+
+
+async def test_a_damaged_book_of_a_lost_worker_ends_no_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Node-hours are spent, and end the run, as before; what is wrong is told once."""
+    monkeypatch.setattr(nodetime, "_TICK_S", 0.01)
+    monkeypatch.setattr(nodetime, "_RECOVER_S", 0.0)
+    shelf = Shelf(tmp_path / "budget", "run")
+    terms = BudgetTerms(Caps(requests=10, node_ms=2000), FREE)
+    budget = Budget(terms, Amount(), shelf.open(shelf.of_life(1)))
+    leases = Leases(budget.purse, shelf, {})
+    await lost(leases, "1.0-1.0")
+    await lost(leases, "1.1-2.0")
+    shelf.of_lease("1.0-1.0").write_bytes(b"?\n")
+    gate = Gate(1, 0.0, "shards")
+    sheet = Timesheet(lambda: (4, 4), FREE, lambda _: None, nowhere)
+    with caplog.at_level(logging.WARNING, "fanfold.graphs.nodetime"):
+        async with watched(sheet, gate, Spending(budget, leases, shelf)):
+            await asyncio.wait_for(gate.wait_closed(float("inf")), 60)
+    assert budget.purse.settled.node_ms > 1000
+    assert budget.purse.left.requests == 9  # the other's book was looked for all the same
+    said = [record.getMessage() for record in caplog.records]
+    assert len([text for text in said if "not valid JSON" in text]) == 1, said
+    await budget.purse.aclose()
