@@ -107,10 +107,16 @@ class Batch(TypedDict, total=False):
     done: Annotated[list[int], lambda one, other: one + other]
 
 
+class Sent(TypedDict):
+    """What a shard is sent."""
+
+    lo: int
+
+
 async def superstep(tools: RunTools) -> list[int]:
     """Send all shards, as the map-reduce graph does."""
 
-    async def shard(state: dict[str, int]) -> dict[str, list[int]]:
+    async def shard(state: Sent) -> dict[str, list[int]]:
         crew: Any = tools.crew
         range_ = Shard(state["lo"], state["lo"] + SIZE)
         part = await work_elsewhere(range_, tools, crew, lambda: None)
