@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +35,7 @@ from .locate import (
     first_place,
     registry,
 )
+from .node import most_servers
 from .simulation import simulation
 from .waiting import enough
 
@@ -167,7 +169,8 @@ async def serving(
             return await survey(place, model or config.model.name, config.endpoints.models)
 
     if config.endpoints.awaited:
-        yield await enough(ask, config.endpoints, choice_logger.info)
+        most = partial(most_servers, config, os.environ)
+        yield await enough(ask, config.endpoints, choice_logger.info, most)
     else:
         yield await ask()
 

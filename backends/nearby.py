@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -18,7 +19,8 @@ from .fleet.membership import FileSource
 from .fleet.sources import parse_endpoints_file
 from .locate import Place, endpoint_specs, endpoints_key
 from .node import node_plan, serves_simulated, starts_servers, this_host
-from .servers.use import used
+from .servers.plan import NodePlan
+from .servers.use import check_failure, used
 
 EXPLICIT: Final = "FANFOLD_ENDPOINTS"
 """Variable of a worker: base URLs of its node's endpoints, separated by blanks or commas."""
@@ -87,8 +89,9 @@ async def served_here(
             yield up
     elif starts_servers(config) and not os.environ.get(EXPLICIT):
         key = endpoints_key(config.endpoints)
-        async with used(node_plan(config, servers_folder(config)), over) as file:
-            source = FileSource(file, key)
+        plan = node_plan(config, servers_folder(config))
+        async with used(plan, over) as file:
+            source = _OwnServers(plan, FileSource(file, key))
             try:
                 specs = tuple(await source.look())
             except NoEndpointError as error:  # it was there a moment ago
@@ -96,6 +99,31 @@ async def served_here(
             yield Serving(specs, model, simulated, place=Place(specs, source))
     else:
         yield Serving(tuple(node_specs(config, written)), model, simulated)
+
+
+class _OwnServers:
+    """The servers of this node, until they are given up.
+
+    Args:
+        plan: What is served.
+        source: The node's endpoints file.
+    """
+
+    def __init__(self, plan: NodePlan, source: FileSource) -> None:
+        self._plan, self._source = plan, source
+
+    async def look(self) -> list[EndpointSpec]:
+        """Return the servers that are ready.
+
+        Raises:
+            NoEndpointError: None is at present.
+            RunStoppedError: None will be any more.
+        """
+        try:
+            return await self._source.look()
+        except NoEndpointError:
+            await asyncio.to_thread(check_failure, self._plan)
+            raise
 
 
 def servers_folder(config: RunConfig) -> Path:

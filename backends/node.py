@@ -21,6 +21,8 @@ from .servers.plan import NodePlan, accelerator_ids, server_plans
 
 HOST: Final = ("FANFOLD_HOST", "SLURMD_NODENAME")
 """Variables that name the node; the system is asked where none is set."""
+NODES: Final = "FANFOLD_NODES"
+"""Variable of a job's coordinator: how many nodes serve."""
 _ADDRESS: Final = re.compile(r"[\d.]+|.*:.*")
 
 
@@ -47,6 +49,22 @@ def starts_servers(config: RunConfig) -> bool:
     if endpoints.file is not None:
         return not Path(endpoints.file).is_file()  # a folder is the servers folder
     return endpoints.hosts is not None or endpoints.urls is not None
+
+
+def most_servers(config: RunConfig, environment: Mapping[str, str]) -> int | None:
+    """Return how many servers of a job can be ready in the end; blocks.
+
+    None where nobody says how many nodes the job has, or it does not serve.
+
+    Args:
+        config: The settings.
+        environment: Variables of the coordinator.
+    """
+    nodes = environment.get(NODES, "")
+    if not nodes.isdigit() or config.endpoints.file is None or not starts_servers(config):
+        return None
+    failed = sum(1 for _ in (Path(config.endpoints.file) / "logs").glob("*.failed"))
+    return max(0, int(nodes) - failed) * config.node.instances
 
 
 def serves_simulated(config: RunConfig) -> bool:

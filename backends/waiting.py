@@ -25,8 +25,15 @@ class _Counted(Protocol):
 T = TypeVar("T", bound=_Counted)
 
 
+def _unknown() -> None:
+    return None
+
+
 async def enough(
-    ask: Callable[[], Awaitable[T]], endpoints: EndpointsConfig, say: Callable[[str], None]
+    ask: Callable[[], Awaitable[T]],
+    endpoints: EndpointsConfig,
+    say: Callable[[str], None],
+    most: Callable[[], int | None] = _unknown,
 ) -> T:
     """Ask again and again until as many endpoints are ready as the settings want.
 
@@ -34,9 +41,10 @@ async def enough(
         ask: Asks all endpoints that are there.
         endpoints: How many are wanted, and how long that is waited for.
         say: Tells the user what is waited for: when it changes, and once a minute.
+        most: Tells how many can still be ready in the end, or None where nobody knows; may block.
 
     Raises:
-        RunStoppedError: They have not come in time.
+        RunStoppedError: They have not come in time, or cannot come any more.
         ConfigurationError: They serve another model, or waiting does not help for another reason.
     """
     begun, told, said = time.monotonic(), "", float("-inf")
@@ -49,6 +57,14 @@ async def enough(
             state = f"0 of {endpoints.least} ready ({error.message})"
         if found is not None and found.ready >= endpoints.least:
             return found
+        can = await asyncio.to_thread(most)
+        if can is not None and can < endpoints.least:
+            msg = (
+                f"endpoints: {state}, and no more than {can} can be, for servers were given up "
+                f"({endpoints.file}/logs/*.failed); nothing was asked, and the same command goes "
+                "on when they are there"
+            )
+            raise RunStoppedError(msg)
         waited = time.monotonic() - begun
         if waited >= endpoints.wait_s:
             msg = (

@@ -9,7 +9,7 @@ from typing import Final
 from ..backends.accounts.folder import RunFolder, open_folder
 from ..backends.accounts.ledger import Ledger
 from ..backends.cluster.chain import Chain, ChainFile, Job, chain_file
-from ..backends.cluster.schedulers import scheduler
+from ..backends.cluster.schedulers import refusal, scheduler
 from ..backends.cluster.verdict import (
     BUDGET,
     DONE,
@@ -20,9 +20,13 @@ from ..backends.cluster.verdict import (
     Verdict,
     verdict,
 )
-from ..backends.contract.errors import ConfigurationError, FanfoldError, SiteError
+from ..backends.contract.errors import ConfigurationError, SiteError
+from ..backends.servers.parting import last_words
 from .saying import say
 
+_ENDS: Final = (DONE, FAILURES, USAGE, BUDGET)
+"""Exit codes that end a chain, whatever became of the servers."""
+_UNSERVED: Final = "no model server was left"
 _PATIENCE_S: Final = 10.0
 _LOOK_S: Final = 0.2
 _SIGNALLED: Final = 128
@@ -55,18 +59,25 @@ def begin(path: Path, name: str) -> int:
     return 0
 
 
-def end(path: Path, name: str, code: int) -> int:
+def end(path: Path, name: str, code: int, unserved: bool = False) -> int:
     """Note how a job ended; take the successor back, or see that there is one.
 
     Args:
         path: The run folder.
         name: The job's id.
         code: Exit code of its run.
+        unserved: Whether no model server was left before it ended.
     """
     folder, file = open_folder(path), chain_file(path)
     _known(file, name)
     finished, left = _counted(folder)
-    file.note("ended", job=name, outcome=_outcome(code), code=code, finished=finished)
+    unserved = unserved and code not in _ENDS
+    outcome = _UNSERVED if unserved else _outcome(code)
+    if unserved:
+        cluster = path / "cluster"
+        words = last_words(cluster / "servers", cluster / f"serve-{name}.log")
+        say([f"job {name}: {_UNSERVED}, and none could come; what was said last:", *words])
+    file.note("ended", job=name, outcome=outcome, code=code, finished=finished, unserved=unserved)
     chain = file.read()
     found = verdict(chain, left)
     if found.on:
@@ -74,8 +85,7 @@ def end(path: Path, name: str, code: int) -> int:
     else:
         waiting = chain.successor(name)
         if waiting is not None:
-            scheduler(chain.terms["scheduler"]).cancel([waiting.id])
-            file.note("withdrawn", job=waiting.id, outcome="withdrawn before it began")
+            _withdraw(file, chain, waiting.id)
         _halt(file, chain, found)
     return code
 
@@ -130,12 +140,13 @@ def _follow(path: Path, file: ChainFile, chain: Chain, name: str, found: Verdict
     try:
         after = scheduler(chain.terms["scheduler"]).submit(script, name)
     except (SiteError, ConfigurationError) as error:
-        ended = this.ended is not None
-        say([f"the next job could not be submitted: {error.message}"])
-        if ended:
-            file.note("halted", why=f"the next job could not be submitted: {error.message}")
+        why = f"the next job could not be submitted: {error.message}"
+        by_hand = f"go on from a login node: fanfold submit {path} …"
+        if this.ended is None:
+            say([why, f"it is tried again at the end of this one; if that fails, {by_hand}"])
         else:
-            say(["it will be tried again at the end of this one"])
+            say([why, by_hand])
+            file.note("halted", why=f"{why}; {by_hand}")
         return
     file.note(
         "submitted",
@@ -146,6 +157,15 @@ def _follow(path: Path, file: ChainFile, chain: Chain, name: str, found: Verdict
         by_hand=False,
     )
     say([f"job {after} follows when this one has ended"])
+
+
+def _withdraw(file: ChainFile, chain: Chain, name: str) -> None:
+    asked = scheduler(chain.terms["scheduler"])
+    refused = refusal(asked, name, asked.cancel)
+    if refused is None:
+        file.note("withdrawn", job=name, outcome="withdrawn before it began")
+    else:
+        say([f"job {name} could not be withdrawn: {refused.message}", "it ends as it begins"])
 
 
 def _halt(file: ChainFile, chain: Chain, found: Verdict) -> None:
@@ -165,48 +185,3 @@ def _outcome(code: int) -> str:
     if code in words:
         return words[code]
     return f"signal {code - _SIGNALLED}" if code > _SIGNALLED else f"exit code {code}"
-
-
-def cancel(path: Path, at_once: bool) -> None:
-    """Let no job follow, and end those that wait or run.
-
-    Args:
-        path: The run folder.
-        at_once: Whether running jobs are ended by the scheduler rather than asked to.
-
-    Raises:
-        FanfoldError: The scheduler does not answer; no job follows all the same.
-    """
-    open_folder(path)
-    file = chain_file(path)
-    chain = file.read()
-    if not chain.jobs:
-        raise ConfigurationError(f"{path}: no job of this run was ever submitted")
-    if chain.halted is None:
-        file.note("halted", why="cancelled by fanfold cancel")
-    asked = scheduler(chain.terms["scheduler"])
-    try:
-        states = asked.states([job.id for job in chain.unfinished()])
-        queued = [job for job, state in states.items() if state == "queued"]
-        running = [job for job, state in states.items() if state == "running"]
-        asked.cancel(queued + (running if at_once else []))
-        for job in queued:
-            file.note("withdrawn", job=job, outcome="cancelled before it began")
-        if not at_once:
-            for job in running:
-                asked.drain(job)
-    except FanfoldError as error:
-        raise type(error)(f"{error.message}\nNo job follows those that are there.") from None
-    say(_cancelled(queued, running, at_once))
-
-
-def _cancelled(queued: list[str], running: list[str], at_once: bool) -> list[str]:
-    lines = [f"withdrawn: {', '.join(queued)}"] if queued else []
-    if running and at_once:
-        lines.append(f"cancelled: {', '.join(running)}")
-    elif running:
-        lines.append(
-            f"asked to end: {', '.join(running)}; items in flight are waited for "
-            "(--now has the scheduler end it at once)"
-        )
-    return [*lines, "no job follows; what is finished stays, and fanfold submit goes on with it"]

@@ -40,7 +40,7 @@ from .options import (
     Trace,
     Usd,
 )
-from .saying import say
+from .saying import say, show_log
 
 if TYPE_CHECKING:
     from . import checking, costing, listing, looking, running, serve_cli
@@ -83,7 +83,7 @@ def _setup(
 ) -> None:
     level = logging.INFO if verbose else logging.WARNING
     logging.getLogger(_CHOICES).setLevel(logging.INFO)
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    show_log(level, _CHOICES)
 
 
 @app.command()

@@ -13,10 +13,10 @@ from .saying import say
 
 if TYPE_CHECKING:
     from ..backends.cluster import pack as packing
-    from . import chaining, submitting
+    from . import cancelling, chaining, submitting
     from . import wish as wish_of
 else:
-    chaining, wish_of = Later(".chaining"), Later(".wish")
+    cancelling, chaining, wish_of = Later(".cancelling"), Later(".chaining"), Later(".wish")
     submitting, packing = Later(".submitting"), Later("..backends.cluster.pack")
 
 chain = typer.Typer(help="What the job script calls.", no_args_is_help=True, hidden=True)
@@ -74,7 +74,7 @@ def cancel(
     ] = False,
 ) -> None:
     """End the jobs of a run; no other follows."""
-    chaining.cancel(folder, now)
+    cancelling.cancel(folder, now)
 
 
 def pack(
@@ -108,6 +108,9 @@ def end(
     folder: Folder,
     job: JobId,
     code: Annotated[int, typer.Option("--code", help="Exit code of the job's run.")],
+    unserved: Annotated[
+        bool, typer.Option("--unserved", help="No model server was left before it ended.")
+    ] = False,
 ) -> None:
     """Note how a job ended; see that another follows, or that none does."""
-    raise typer.Exit(chaining.end(folder, job, code))
+    raise typer.Exit(chaining.end(folder, job, code, unserved))

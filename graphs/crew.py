@@ -8,14 +8,15 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import orjson
 
 from ..backends.accounts.ledger import Ledger
-from ..backends.contract.errors import ConfigurationError
+from ..backends.contract.errors import ConfigurationError, LedgerError
 from ..backends.contract.types import Item, Shard
 from ..backends.contract.wire import Order, Summary, own_version
 from ..backends.fleet.news import Gathered
@@ -26,8 +27,9 @@ from ..backends.sites.watch import Beat
 from ..configs.models import RunConfig
 from ..nodes.context import Answered
 from ..nodes.progress import Progress
+from .following import Follower
 from .lending import Lender
-from .signs import Signs, beat_file, stop_file
+from .signs import LOOKS, Signs, beat_file, stop_file
 from .spending import Spending
 from .terms import Terms
 from .walltime import Walltime, walltime
@@ -57,10 +59,11 @@ class WorkCrew:
         self._pool, self._terms, self._lender = pool, terms, lender
         self._hosts = set[str]()
         self._ledger, self._progress = ledger, progress
-        self._signs = Signs(terms.journal, str(terms.run["token"]))
+        self._follower = Follower(ledger, progress)
+        self._signs = Signs(terms.journal, str(terms.run["token"]), pool.silence_s)
         self._orders = Counter[str]()
-        self._reading, self._rounds = asyncio.Lock(), 0
-        self._resting = False
+        self._taking = dict[str, asyncio.Task[Summary | None]]()
+        self._stopping: asyncio.Task[None] | None = None
         self.gathered = Gathered()
         self._inherits = False  # whether workers of earlier lives may still write
 
@@ -94,11 +97,8 @@ class WorkCrew:
     async def _answered(
         self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
     ) -> Answered | None:
-        for name in self._pool.left:
-            if _overlap(name, shard) and (summary := await self._pool.take_over(name)):
-                await self._heard(summary)
-                await self.refresh()
-                return None, summary
+        if (inherited := await self._inherited(shard)) is not None:
+            return None, inherited
         name = f"{shard.lo}-{shard.hi}"
 
         async def make(_: int) -> Order | None:
@@ -109,26 +109,49 @@ class WorkCrew:
                 return None
             number = self._orders[name]
             order = await asyncio.to_thread(_trimmed, self._order(name, number, items))
+            await self._allow(name, number)
             lease = await self._lender.lend(order)
             self._orders[name] += 1
             return replace(order, lease=lease)
 
         # an attempt's number is that of its order: a shard may need several that are answered
         first = self._orders[name]
-        beat = lambda attempt: self._beat(name, first + attempt)  # noqa: E731
         try:
-            answered = await self._pool.run(make, beat)
-        finally:
-            self._forget(name, first)
+            answered = await self._pool.run(
+                make,
+                lambda attempt: self._beat(name, first + attempt),
+                lambda attempt: self._withdraw(name, first + attempt),
+            )
+        finally:  # a copy that is delivered once more has nothing to do
+            for attempt in range(first, self._orders[name] + 1):
+                await self._withdraw(name, attempt)
         if answered is not None:
             await self._heard(answered[1])
         return answered
 
-    def _forget(self, shard: str, first: int) -> None:
-        """Look no more for signs of life of a shard's orders."""
-        if (journal := self._terms.journal) is not None:
-            for attempt in range(first, self._orders[shard] + 1):
-                self._signs.forget(beat_file(journal, self._terms.run["token"], shard, attempt))
+    async def _inherited(self, shard: Shard) -> Summary | None:
+        """Wait for what an earlier life has ordered of a shard; return what came, once."""
+        for name in dict.fromkeys((*self._taking, *self._pool.left)):
+            if not _overlap(name, shard):
+                continue
+            if name not in self._taking:  # shards may be cut otherwise now: several wait for it
+                self._taking[name] = asyncio.create_task(self._take_over(name))
+            taking = self._taking[name]
+            if not taking.done() and (summary := await asyncio.shield(taking)) is not None:
+                return summary
+        return None
+
+    async def _take_over(self, name: str) -> Summary | None:
+        """Wait for an order of an earlier life, and record what it brings."""
+        summary = await self._pool.take_over(name)
+        if summary is not None:
+            await self._heard(summary)
+            for record in summary.records or ():
+                if not self._ledger.finished(record["index"]):
+                    self._ledger.put(record)
+                    self._progress.count(record)
+            await self.refresh()
+        return summary
 
     async def _heard(self, summary: Summary) -> None:
         """Take note of who has answered, and of what it has spent."""
@@ -157,11 +180,24 @@ class WorkCrew:
         )
 
     def _beat(self, shard: str, attempt: int) -> Beat | None:
-        """Return what tells a worker's last sign of life: the file that it touches, if shared."""
-        journal = self._terms.journal
-        if journal is None:
+        """Return what tells a worker's silence: the file that it touches, if shared."""
+        file = self._file(shard, attempt)
+        return None if file is None else self._signs.of(file)
+
+    async def _allow(self, shard: str, attempt: int) -> None:
+        """Let an order's worker begin, if it shares the folder."""
+        if (file := self._file(shard, attempt)) is not None:
+            await asyncio.to_thread(self._signs.allow, file)
+
+    async def _withdraw(self, shard: str, attempt: int) -> None:
+        """Let nobody work on an order any more, if its worker shares the folder."""
+        if (file := self._file(shard, attempt)) is not None:
+            await asyncio.to_thread(self._signs.withdraw, file)
+
+    def _file(self, shard: str, attempt: int) -> Path | None:
+        if (journal := self._terms.journal) is None:
             return None
-        return self._signs.of(beat_file(journal, self._terms.run["token"], shard, attempt))
+        return beat_file(journal, self._terms.run["token"], shard, attempt)
 
     async def refresh(self, worker: str | None = None) -> None:
         """Read what workers have recorded since the last time, and count it.
@@ -170,54 +206,76 @@ class WorkCrew:
             worker: Only this one, as ``host:process``.
 
         Raises:
-            LedgerError: A worker's journal file is damaged.
+            LedgerError: A worker's journal file is damaged, or cannot be read.
         """
-        wanted = self._rounds + 1
-        async with self._reading:
-            if self._resting or (worker is None and self._rounds >= wanted):
-                return  # somebody began to read all after we asked
-            self._rounds += worker is None
-            fresh = await asyncio.to_thread(self._ledger.refresh, self._inherits, worker)
-            self._progress.count_all(fresh.done, fresh.failed, fresh.spent.counts())
+        await self._follower.refresh(worker, earlier=self._inherits)
 
     async def stop(self) -> None:
         """Let no worker begin a further item, as far as they share a folder or can be told."""
-        await asyncio.to_thread(self._signs.stop)
+        if self._stopping is None:  # thousands of shards ask for it
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
+        try:
+            await asyncio.to_thread(self._signs.stop)
+        except OSError as error:
+            logger.warning("workers cannot be told by a file to stop: %s", error)
         await self._pool.stop()
 
     async def rest(self) -> None:
         """Read the journal a last time: what workers record from now on counts for nothing."""
-        await self.refresh()
-        self._resting = True
+        await self._follower.rest(earlier=self._inherits)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         """Open the places and follow the workers' journal files while the block runs."""
         await asyncio.to_thread(self._signs.begin)
-        tail: asyncio.Task[None] | None = None
         try:
             await self._pool.start()
             self._inherits = bool(self._pool.left)
+            await self._follower.refresh(earlier=True)  # what was in flight as a life was killed
             tail = asyncio.create_task(self._tail())
-            yield
+            try:
+                yield
+            finally:
+                await _ended(tail, *self._taking.values(), self._stopping)
         finally:
-            if tail is not None:
-                tail.cancel()
-                with suppress(asyncio.CancelledError):
-                    await tail
-            still_out = self._pool.out
+            await self._close()
+
+    async def _close(self) -> None:
+        still_out = self._pool.out
+        try:
             await self._pool.close()
             await self.refresh()
+        finally:
             await asyncio.to_thread(self._signs.end, still_out > 0)
 
     async def _tail(self) -> None:
-        took = 0.0
+        """Look every now and then; what cannot be read is told, and read the next time."""
+        most_s, told = self._pool.silence_s / LOOKS, ""
         while True:
-            await asyncio.sleep(max(_TAIL_S, _SHARE * took))  # thousands of files take a while
             began = time.monotonic()
             await asyncio.to_thread(self._signs.look)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except LedgerError as error:
+                if told != error.message:
+                    logger.warning("%s", error.message)
+                told = error.message
+            # thousands of files take a while
             took = time.monotonic() - began
+            await asyncio.sleep(min(max(_TAIL_S, _SHARE * took), most_s))
+
+
+async def _ended(*tasks: asyncio.Task[Any] | None) -> None:
+    """Cancel tasks, and tell of those that have failed."""
+    begun = [task for task in tasks if task is not None]
+    for task in begun:
+        task.cancel()
+    for error in await asyncio.gather(*begun, return_exceptions=True):
+        if isinstance(error, Exception):
+            logger.warning("%s", error)
 
 
 def _overlap(name: str, shard: Shard) -> bool:

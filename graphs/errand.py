@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..backends.contract.calls import Count
 from ..backends.contract.errors import SiteError
 from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item
-from ..backends.contract.wire import WALLTIME, Order
+from ..backends.contract.wire import Order
 from ..backends.fleet.address import EndpointSpec
 from ..backends.fleet.fleet import Fleet
 from ..backends.fleet.news import Teller
@@ -31,26 +31,17 @@ from ..backends.nearby import served_here
 from ..backends.reuse import reusing
 from ..backends.tokens import exact_count, token_counter
 from ..configs.load import Loaded, load
-from ..configs.models import LimitsConfig
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
 from ..nodes.context import RunTools, unlimited
 from ..nodes.gate import Gate
 from ..nodes.progress import Progress
+from .attending import STOPPED, TIME_OVER, StopSign
 from .items import item_runner
 from .shared import Shared
-from .signs import beat_file
-from .walltime import Walltime, walltime
 
-STOPPED: Final = "the coordinator stopped the run"
-TIME_OVER: Final = f"{WALLTIME}: the run's time is over"
-_STOP_S: Final = 1.0
-BEAT_S: Final = 2.0
-"""Seconds between a worker's signs of life."""
 FSYNC_S: Final = 1.0
 """Workers flush their journal once a second: what a node's loss may cost."""
-
-
 IDLE_S: Final = 60.0
 """A worker without orders closes connections and journal after so many seconds."""
 
@@ -203,39 +194,6 @@ async def _open_journal(folder: Path, order: Order, worker: str) -> JournalWrite
     return JournalWriter(path, {"run": order.run["id"], "life": worker}, FSYNC_S)
 
 
-@asynccontextmanager
-async def attending(order: Order) -> AsyncIterator[StopSign]:
-    """Look for the coordinator's stop, and give signs of life, while the block runs.
-
-    The event loop does both: a worker whose loop hangs gives no sign of life.
-    """
-    sign = StopSign(order.deadline_s, order.ends_at)
-    tasks = []
-    if order.stop_file is not None:
-        tasks.append(asyncio.create_task(_look(Path(order.stop_file), sign)))
-    if order.journal is not None and "token" in order.run:
-        file = beat_file(Path(order.journal), order.run["token"], order.shard, order.attempt)
-        tasks.append(asyncio.create_task(_beat(file)))
-    try:
-        yield sign
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _beat(file: Path) -> None:
-    while True:
-        await asyncio.to_thread(file.touch)
-        await asyncio.sleep(BEAT_S)
-
-
-async def _look(file: Path, sign: StopSign) -> None:
-    while not sign.stopped:
-        sign.stopped = await asyncio.to_thread(file.exists)
-        await asyncio.sleep(_STOP_S)
-
-
 class OrderStore:
     """An order's items, in the place of a run's item store."""
 
@@ -263,43 +221,6 @@ class Errand:
     def drain(self) -> str | None:
         """Tell why no further item shall begin, or None."""
         return self.ledger.full or self.stop.reason()
-
-
-class StopSign:
-    """An order's deadline, and whether its coordinator stops all workers.
-
-    Args:
-        deadline_s: Seconds from now until no further item begins.
-        ends_at: When the run's time is over, in seconds since 1970, or None.
-
-    Attributes:
-        stopped: Whether the coordinator has stopped the run.
-    """
-
-    def __init__(self, deadline_s: float, ends_at: float | None = None) -> None:
-        self._deadline, self._ends_at = time.monotonic() + deadline_s, ends_at
-        self._own: Walltime | None = None
-        self.stopped = False
-
-    def reason(self) -> str | None:
-        """Tell why no further item shall begin, or None."""
-        if self.stopped:
-            return STOPPED
-        if self._ends_at is not None and time.time() > self._ends_at:
-            return TIME_OVER
-        if self._own is not None and not self._own.left():
-            return self._own.reason
-        return "the order's deadline" if time.monotonic() > self._deadline else None
-
-    def heed(self, limits: LimitsConfig, environment: Mapping[str, str]) -> None:
-        """Stop also before this worker's own batch job ends.
-
-        Raises:
-            ConfigurationError: What the environment says of the end is no time.
-        """
-        self._own = walltime(
-            limits.model_copy(update={"walltime_s": None}), environment, time.time()
-        )
 
 
 def errand(order: Order, parts: Parts, stop: StopSign, budget: Budget | None) -> Errand:

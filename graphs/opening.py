@@ -121,7 +121,6 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
                 told = crew.gathered.reports
                 await stack.enter_async_context(reported(told, folder, ledger.life, price))
             else:
-                await asyncio.to_thread(end_earlier, folder.journal)
                 reuse = await stack.enter_async_context(
                     reusing(config, up.simulated, folder.answers)
                 )
@@ -211,6 +210,7 @@ def _open_books(folder: RunFolder, loaded: Loaded) -> _Books:
         raise ConfigurationError(msg)
     with ExitStack() as stack:
         stack.enter_context(folder.locked())
+        end_earlier(folder.journal)  # before the journal is read: they still write to it
         store = stack.enter_context(ItemStore(folder.items))
         ledger = Ledger(folder.journal, about["run"], len(store))
         shelf = Shelf(folder.budget, about["run"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -25,3 +26,18 @@ def print_json(data: Any) -> None:
     """Print a command's result as one JSON object on one line."""
     sys.stdout.write(orjson.dumps(data).decode() + "\n")
     sys.stdout.flush()
+
+
+def show_log(level: int, always: str) -> None:
+    """Show the log on standard error.
+
+    Engines lower the levels of their own loggers (Dask to INFO, Parsl to DEBUG for its log file),
+    so what is shown is decided here.
+
+    Args:
+        level: The least level that is shown.
+        always: Name of a log that is shown whatever its level.
+    """
+    shown = logging.StreamHandler()
+    shown.addFilter(lambda record: record.levelno >= level or record.name == always)
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", handlers=[shown])

@@ -16,12 +16,14 @@ from ..backends.cluster.on_nodes import launch_script, node_script, worker_scrip
 from ..backends.cluster.plan import JobPlan
 from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
 from ..backends.cluster.script import job_script
+from ..backends.cluster.verdict import PATIENCE
 from ..backends.contract.errors import ConfigurationError, SiteError
 from ..backends.node import starts_servers
 from ..backends.places import is_elsewhere, works_on_nodes
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load
 from ..configs.site import SiteConfig, load_site
+from ..configs.source import at_path
 from .crew import STOP_S
 from .prepare import default_folder, prepare_run
 from .resume import resume_run
@@ -106,7 +108,7 @@ def submit(config: str, out: Path | None, wish: Wish, order: Order, dry: bool) -
         asyncio.run(prepare_run(loaded, path, unasked=plan.serves))
     _write(plan)
     job = _submitted(plan, order)
-    say(_about(plan, job, loaded))
+    say(_about(plan, job, loaded, order))
 
 
 def _existing(config: str, out: Path | None) -> RunFolder | None:
@@ -163,6 +165,8 @@ def _served_by(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> di
         least = own.least if own.least > 1 else max(1, wanted // 2)
         settings["endpoints.least"] = min(least, wanted)  # a job before may have had more nodes
         settings["endpoints.wait_s"] = own.wait_s or loaded.config.node.timeout_s
+    if at_path(loaded.raw, ("limits", "fleet_wait_s")) is None:  # as long as a restart may take
+        settings["limits.fleet_wait_s"] = loaded.config.node.timeout_s
     own_cards = loaded.config.node.accelerators
     if site.accelerators is not None and own_cards.variable == "none":
         settings["node.accelerators.variable"] = site.accelerators.variable
@@ -272,10 +276,11 @@ def _submitted(plan: JobPlan, order: Order) -> str:
     return job
 
 
-def _about(plan: JobPlan, job: str, loaded: Loaded) -> Iterator[str]:
+def _about(plan: JobPlan, job: str, loaded: Loaded, order: Order) -> Iterator[str]:
     found = RunFolder(plan.run).read_provenance()["input"]
     yield f"{found['items']:,} items from {found['source']}; run folder {plan.run}"
     yield f"job {job} is submitted: {plan.nodes} nodes, {plan.walltime_s / 3600:g} h at most"
+    yield _bounds(order)
     yield f"site {plan.site.name}: {plan.site.tested}; its script: {plan.folder}/job.sh"
     yield from (f"note: {hint}" for hint in plan.site.hints)
     servers, streams = plan.nodes * loaded.config.node.instances, loaded.config.limits.streams
@@ -290,3 +295,15 @@ def _about(plan: JobPlan, job: str, loaded: Loaded) -> Iterator[str]:
             "does not pass it on, let 'setup' of a site file read it from a file of yours"
         )
     yield f"fanfold status {plan.run}   fanfold cancel {plan.run}"
+
+
+def _bounds(order: Order) -> str:
+    """Say when the chain ends."""
+    given = [f"after {order.jobs:,} jobs"] if order.jobs is not None else []
+    if order.node_hours is not None:
+        given.append(f"before {order.node_hours:g} node-hours are used up")
+    others = ", ".join(given) or "nothing else bounds it (--jobs, --node-hours)"
+    return (
+        f"others follow it until all items are finished, or {PATIENCE} jobs in a row finish none; "
+        f"{others}"
+    )

@@ -23,7 +23,8 @@ from ..backends.contract.errors import FanfoldError, SiteError
 from ..backends.contract.types import Json, Shard
 from ..backends.contract.wire import Order, Summary, own_version
 from ..nodes.work import finish_some
-from .errand import Bag, attending, errand
+from .attending import attending
+from .errand import Bag, errand
 from .leased import leased, out_of_lease, too_late, used_of
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from ..backends.contract.errors import (
     RunStoppedError,
 )
 from ..backends.contract.types import Item, Shard
-from ..backends.contract.wire import WALLTIME, Order, Summary
+from ..backends.contract.wire import REPEATED, WALLTIME, Order, Summary
 from .context import Answered, Crew, RunTools
 from .work import Part, read_items
 
@@ -52,12 +52,14 @@ async def work_elsewhere(
         return None
     except (RunStoppedError, ConfigurationError, LedgerError) as error:
         tools.gate.close(error.message, error)
-        raise
+        failure = error
     except asyncio.CancelledError:
         tools.gate.cancel()
         raise
     finally:
         tools.gate.leave()
+    await tools.gate.drained()  # a failing Send cancels the others: what they wait for comes home
+    raise failure
 
 
 class _Errand:
@@ -112,26 +114,37 @@ class _Errand:
             with gate.heeding(self._drain):
                 await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                await self._crew.stop()
-                over: asyncio.Future[Any] = asyncio.ensure_future(gate.drained())
-                await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
-                over.cancel()
+                await self._until_drained(task)
             found: Answered | None = task.result() if task.done() else None
             return found
         finally:
             closing.cancel()
             task.cancel()
 
+    async def _until_drained(self, task: asyncio.Future[Any]) -> None:
+        """Have the workers told to stop, and wait as long as items in flight are waited for."""
+        telling: asyncio.Future[Any] = asyncio.ensure_future(self._crew.stop())
+        over: asyncio.Future[Any] = asyncio.ensure_future(self._tools.gate.drained())
+        try:
+            await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            telling.cancel()  # the crew goes on with it
+            over.cancel()
+
     async def _fold(self, outcome: Answered) -> None:
         """Record and fold in what a worker has finished."""
         order, summary = outcome
+        alone = True
         for record in summary.records or ():
-            if not self._tools.ledger.finished(record["index"]):
-                self._tools.ledger.put(record)
-                self._tools.progress.count(record)
+            if self._tools.ledger.finished(record["index"]):
+                alone = False  # somebody else's record counts, and this part is not of it
+                continue
+            self._tools.ledger.put(record)
+            self._tools.progress.count(record)
         if order is not None:
             await self._see(order, summary)
-            self._fold_parts(order, summary)
+            if alone:
+                self._fold_parts(order, summary)
             self._part.timed(sum((summary.tally or {}).values()), summary.seconds)
         if summary.error is not None:
             await self._fold_finished()
@@ -195,6 +208,9 @@ class _Errand:
         if summary.error is not None or order is None:  # forgiven; stopped by this very life
             return
         if summary.short:  # the next lease is larger
+            return
+        if summary.stopped == REPEATED and self._bounced < _BOUNCES:
+            self._bounced += 1  # what its first copy has recorded is left out of the next order
             return
         if (summary.stopped or "").startswith(WALLTIME) and self._bounced < _BOUNCES:
             self._bounced += 1

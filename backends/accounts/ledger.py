@@ -191,28 +191,28 @@ class Ledger:
         """Close the files opened for reading."""
         self.close()
 
-    def refresh(self, earlier: bool = False, worker: str | None = None) -> Fresh:
+    def refresh(self, fresh: Fresh, earlier: bool = False, worker: str | None = None) -> None:
         """Read what workers have written since the last call; blocks.
 
         Args:
+            fresh: Is told of items that had not ended before, also of those before an error.
             earlier: Whether those of earlier lives may still write, not only this one's.
             worker: Only this one of this life, as ``host:process``; there may be thousands.
 
-        Returns:
-            What is told of items that had not ended before.
-
         Raises:
-            LedgerError: A file is damaged or belongs to another run.
+            LedgerError: A file is damaged, cannot be read, or belongs to another run.
         """
-        fresh = Fresh()
         begin = f"{self.life:04}-" if worker is None else worker_prefix(self.life, worker)
         pattern = "*-*.jsonl" if earlier and worker is None else f"{escape(begin)}*.jsonl"
-        for path in sorted(self._folder.glob(pattern)):
+        try:
+            paths = sorted(self._folder.glob(pattern))
+        except OSError as error:
+            raise LedgerError(f"{self._folder}: cannot be listed: {error.strerror}") from error
+        for path in paths:
             if path not in self._followed:
                 self._followed[path] = _Followed(len(self._paths))
                 self._paths.append(path)
             self._read_on(path, self._followed[path], fresh)
-        return fresh
 
     def _read_on(self, path: Path, at: _Followed, fresh: Fresh | None = None) -> None:
         """Note a file's further records; count those of items that had not ended before."""

@@ -37,6 +37,7 @@ class Job:
         outcome: How it ended, in words, or None.
         before: Finished items at its begin, or None.
         done: Finished items at its end, or None.
+        unserved: Whether it ended because none of its model servers was left.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Job:
     outcome: str | None = None
     before: int | None = None
     done: int | None = None
+    unserved: bool = False
 
     @property
     def progress(self) -> int:
@@ -196,6 +198,7 @@ def _after(chain: Chain, record: Mapping[str, Any]) -> Chain:
     elif event in ("ended", "lost", "withdrawn"):
         changes = {"ended": record["at"], "outcome": record["outcome"]}
         changes |= {"code": record.get("code"), "done": record.get("finished")}
+        changes |= {"unserved": record.get("unserved", False)}
     jobs = tuple(replace(job, **changes) if job.id == name else job for job in chain.jobs)
     return replace(chain, jobs=jobs)
 

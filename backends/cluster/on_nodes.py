@@ -48,12 +48,9 @@ def _unpacked() -> Iterator[str]:
 
 
 def _ending(plan: JobPlan) -> Iterator[str]:
-    if plan.archive is None or plan.works:  # workers go on from the copy
-        yield 'wait "$serve"'
-        return
-    yield 'wait "$serve"; code=$?'
-    yield 'rm -rf "$environment" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'
-    yield 'exit "$code"'
+    if plan.archive is not None and not plan.works:  # workers go on from the copy
+        yield 'rm -rf "$environment" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'
+    yield "exit 0   # some launchers end all nodes when one fails; the others go on serving"
 
 
 def every_s(plan: JobPlan) -> int:
@@ -80,14 +77,22 @@ def _watching(plan: JobPlan) -> Iterator[str]:
 
 def launch_script(plan: JobPlan) -> str:
     """Return the script by which the coordinator starts a program on each node."""
-    copy = "$FANFOLD_COPY"
-    archive = shlex.quote(str(plan.archive)) if plan.archive is not None else ""
-    values = {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": plan.site.local}
     return text(
         "#!/bin/bash",
         f"# Starts a program on each node of a job of the run {plan.name!r}: FANFOLD_LAUNCHER.",
-        f'exec {fill(plan.site.launcher, values)} bash {plan.folder}/worker.sh "$@"',
+        f'exec {launcher(plan)} bash {plan.folder}/worker.sh "$@"',
     )
+
+
+def launcher(plan: JobPlan) -> str:
+    """Return what starts one process on each node."""
+    return fill(plan.site.launcher, filled(plan, "$FANFOLD_COPY"))
+
+
+def filled(plan: JobPlan, copy: str) -> dict[str, object]:
+    """Return what a site's lines may name, with the path of the environment's copy."""
+    archive = shlex.quote(str(plan.archive)) if plan.archive is not None else ""
+    return {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": plan.site.local}
 
 
 def worker_script(plan: JobPlan) -> str:

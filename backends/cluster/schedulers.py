@@ -6,18 +6,23 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
 import orjson
 
-from ..contract.errors import ConfigurationError, SiteError
+from ..contract.errors import ConfigurationError, FanfoldError, SiteError
 
 _PATIENCE_S: Final = 120
-_INHERITED: Final = re.compile(r"(SLURM|SBATCH|SRUN|PBS|PMI|PALS|FANFOLD_(END|LAUNCHER|JOB))_?")
+_INHERITED: Final = re.compile(
+    r"(SLURM|SBATCH|SRUN|PBS|PMI|PALS|FANFOLD_(END|LAUNCHER|JOB|NODES))_?"
+)
 """Variables of the job that submits, which are not its successor's."""
+
+_PURGED: Final = re.compile(r"unknown job", re.IGNORECASE)
+"""What ``qstat`` says of a job that ended a while ago."""
 
 State = Literal["queued", "running", "ended", "unknown"]
 
@@ -54,8 +59,8 @@ class Scheduler(Protocol):
     def drain(self, job: str) -> None:
         """Ask a running job to end well."""
 
-    def cancel(self, jobs: Sequence[str]) -> None:
-        """End jobs, queued or running."""
+    def cancel(self, job: str) -> None:
+        """End a job, queued or running."""
 
     def used(self, jobs: Sequence[str]) -> dict[str, Used]:
         """Return what jobs used; without those of which the scheduler has no account yet.
@@ -87,10 +92,9 @@ class Slurm:
         """Signal the job's script."""
         _said(["scancel", "--batch", "--signal=USR1", job])
 
-    def cancel(self, jobs: Sequence[str]) -> None:
-        """End jobs."""
-        if jobs:
-            _said(["scancel", *jobs])
+    def cancel(self, job: str) -> None:
+        """End a job."""
+        _said(["scancel", job])
 
     def used(self, jobs: Sequence[str]) -> dict[str, Used]:
         """Return what ``sacct`` says."""
@@ -141,10 +145,9 @@ class Pbs:
         """Signal the job."""
         _said(["qsig", "-s", "SIGUSR1", job])
 
-    def cancel(self, jobs: Sequence[str]) -> None:
-        """End jobs."""
-        if jobs:
-            _said(["qdel", *jobs])
+    def cancel(self, job: str) -> None:
+        """End a job."""
+        _said(["qdel", job])
 
     def used(self, jobs: Sequence[str]) -> dict[str, Used]:
         """Return what ``qstat`` remembers of jobs."""
@@ -163,7 +166,12 @@ class Pbs:
         """Return what ``qstat`` says of jobs, those that have ended included."""
         if not jobs:
             return {}
-        said = _said(["qstat", "-x", "-f", "-F", "json", *jobs], errors_too=True)
+        try:
+            said = _said(["qstat", "-x", "-f", "-F", "json", *jobs], errors_too=True)
+        except SiteError as error:
+            if not _PURGED.search(error.message):
+                raise
+            return {}  # it remembers none of them
         try:
             found = orjson.loads(said or "{}").get("Jobs", {})
         except (orjson.JSONDecodeError, AttributeError):
@@ -197,6 +205,27 @@ def _seconds(text: str) -> float:
 def scheduler(kind: Literal["pbs", "slurm"]) -> Scheduler:
     """Return a scheduler by its kind."""
     return Slurm() if kind == "slurm" else Pbs()
+
+
+def refusal(asked: Scheduler, job: str, tell: Callable[[str], None]) -> FanfoldError | None:
+    """Tell a scheduler something of one job, and return why it refuses.
+
+    None also where it refuses because the job is gone: then nothing is left to be told.
+
+    Args:
+        asked: The scheduler.
+        job: The job's id.
+        tell: Its ``cancel`` or ``drain``.
+    """
+    try:
+        tell(job)
+    except FanfoldError as error:
+        try:
+            gone = asked.states([job])[job] == "ended"
+        except FanfoldError:
+            return error
+        return None if gone else error
+    return None
 
 
 def check_scheduler(kind: Literal["pbs", "slurm"]) -> None:

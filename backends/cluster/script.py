@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ...configs.site import fill
-from .on_nodes import assigned, every_s, text
+from .on_nodes import assigned, every_s, filled, launcher, text
 from .plan import JobPlan
 from .verdict import NOTHING_TO_DO
 
@@ -52,7 +52,8 @@ def job_script(plan: JobPlan) -> str:
         *(_tidying(plan) if plan.archive is not None and plan.works else ()),
         "",
         "# Note how it ended; take the successor back when nothing is left to do.",
-        '"${fanfold[@]}" chain end "$run" --job "$job" --code "$code"',
+        '"${fanfold[@]}" chain end "$run" --job "$job" --code "$code"'
+        + (" $unserved" if plan.serves else ""),
     )
 
 
@@ -137,11 +138,11 @@ def _own_host(plan: JobPlan) -> str:
 
 
 def _copying(plan: JobPlan) -> Iterator[str]:
-    values = _values(plan)
+    copy = f"{plan.site.local}/fanfold-$job.tar.gz"
     yield ""
     yield "# The environment, copied once to each node's own storage."
-    yield f"export FANFOLD_COPY={values['copy']}"
-    yield f"{fill(plan.site.broadcast or '', values)} ||"
+    yield f"export FANFOLD_COPY={copy}"
+    yield f"{fill(plan.site.broadcast or '', filled(plan, copy))} ||"
     yield '  { "${fanfold[@]}" chain end "$run" --job "$job" --code 1; exit 1; }'
     if plan.works:
         yield "export FANFOLD_PYTHON=${FANFOLD_COPY%.tar.gz}/bin/python   # the workers'"
@@ -154,17 +155,10 @@ def _servers(plan: JobPlan) -> Iterator[str]:
         yield f'(while :; do touch "$cluster/alive"; sleep {every_s(plan)}; done) & alive=$!'
         yield ""
     yield "# The model's servers: one process on each node, which starts and watches that node's."
-    launcher = fill(plan.site.launcher, _values(plan))
-    yield f"(trap '' USR1; exec {launcher} \\"
+    yield f"(trap '' USR1; exec {launcher(plan)} \\"
     yield '  bash "$cluster/node.sh") > "$cluster/serve-$job.log" 2>&1 &'
     yield "servers=$!"
-
-
-def _values(plan: JobPlan) -> dict[str, object]:
-    local = plan.site.local
-    copy = f"{local}/fanfold-$job.tar.gz"
-    archive = shlex.quote(str(plan.archive)) if plan.archive is not None else ""
-    return {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": local}
+    yield f"export FANFOLD_NODES={plan.nodes}   # so many of them may be given up that the run ends"
 
 
 def _coordinator(plan: JobPlan) -> Iterator[str]:
@@ -173,12 +167,19 @@ def _coordinator(plan: JobPlan) -> Iterator[str]:
     yield f"# The run: {how} until nothing is left, or the time is nearly up."
     yield '"${fanfold[@]}" resume "$run" &'
     yield 'work=$!; [ -z "$asked" ] || kill -USR1 "$work"'
+    if plan.serves:
+        yield "# When nobody serves on any node any more, no server can come: the run ends as well."
+        yield "(trap '' USR1"
+        yield ' while kill -0 "$servers" 2>/dev/null; do sleep 1; done'
+        yield ' kill -USR1 "$work" 2>/dev/null) & gone=$!'
     yield 'while kill -0 "$work" 2>/dev/null; do wait "$work"; done'
     yield 'wait "$work"; code=$?'
     yield "trap '' TERM USR1"
 
 
 def _stopping(plan: JobPlan) -> Iterator[str]:
+    yield 'kill "$gone" 2>/dev/null; unserved='
+    yield '[ -n "$asked" ] || kill -0 "$servers" 2>/dev/null || unserved=--unserved'
     yield ""
     yield "# Launchers pass SIGUSR2 on to the nodes, where SIGTERM may be SIGKILL by then."
     yield 'kill -USR2 "$servers" 2>/dev/null'
@@ -191,8 +192,7 @@ def _stopping(plan: JobPlan) -> Iterator[str]:
 
 
 def _tidying(plan: JobPlan) -> Iterator[str]:
-    launcher = fill(plan.site.launcher, _values(plan))
     yield ""
     yield "# The nodes' copies are of no use any more."
-    yield f"timeout {_STOP_S} {launcher} \\"
+    yield f"timeout --kill-after={_END_S} {_STOP_S} {launcher(plan)} \\"
     yield '  rm -rf "${FANFOLD_COPY%.tar.gz}" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'

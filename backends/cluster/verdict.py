@@ -13,8 +13,8 @@ DONE, USAGE, FAILURES, BUDGET, INTERRUPTED = 0, 2, 3, 4, 5
 NOTHING_TO_DO: Final = 10
 """Exit code of ``chain begin``: this job has nothing to do, and none follows."""
 
-_PATIENCE: Final = 2
-"""So many jobs without progress in a row end a chain."""
+PATIENCE: Final = 2
+"""So many jobs in a row end a chain that finish no item, or lose all their model servers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,12 @@ def verdict(chain: Chain, open_items: int) -> Verdict:
     last = _last(chain)
     if last is not None and (why := _final(last)) is not None:
         return Verdict(False, why)
-    if (idle := _without_progress(chain)) >= _PATIENCE:
+    if (idle := _without_progress(chain)) >= PATIENCE:
+        lost = " or lost all their model servers" if last is not None and last.unserved else ""
         return Verdict(
             False,
-            f"{idle} jobs in a row finished no item; see the logs beside the chain's file, mend "
-            "it, then submit the run folder again",
+            f"{idle} jobs in a row finished no item{lost}; see the logs beside the chain's file, "
+            "mend it, then submit the run folder again",
         )
     if (why := _spent(chain)) is not None:
         return Verdict(False, why)
@@ -71,12 +72,15 @@ def _final(job: Job) -> str | None:
 
 
 def _without_progress(chain: Chain) -> int:
-    """Return how many of the last jobs in a row ended without having finished an item."""
+    """Return how many of the last jobs in a row ended without an item, or without servers.
+
+    Servers that are given up time and again cost a job each; a few items do not make up for it.
+    """
     count = 0
     for job in reversed(chain.recent):
         if job.began is None or job.ended is None:
             continue
-        if job.progress > 0:
+        if job.progress > 0 and not job.unserved:
             break
         count += 1
     return count

@@ -21,6 +21,9 @@ CARRY: Final = 4_000_000
 WALLTIME: Final = "walltime"
 """How the reason begins for which a worker or a run stops when its time is over."""
 
+REPEATED: Final = "the order has been begun before"
+"""Why a worker does nothing with an order that its engine delivers once more."""
+
 
 @cache
 def own_version() -> str:

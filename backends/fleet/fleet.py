@@ -154,6 +154,10 @@ class Fleet:
         self._counts_tokens = self._has_token_quota()
         return len(joining), len(leaving)
 
+    def stop(self, why: str) -> None:
+        """Send no further request, and let those that wait fail: nobody will answer any more."""
+        self._warden.stop(why)
+
     def here(self) -> Fleet:
         """Return the fleet of the running loop: this one, or a twin with its own connections.
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, TypeAlias
 import aiohttp
 import orjson
 
-from ..contract.errors import ConfigurationError, NoEndpointError
+from ..contract.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from .address import NO_KEY, ApiKey, EndpointSpec, base_url
 from .fleet import Fleet
 from .folder import HostsFolder
@@ -38,6 +38,7 @@ class Source(Protocol):
 
         Raises:
             ConfigurationError: The list cannot be read now.
+            RunStoppedError: Nothing will be listed any more.
         """
         ...
 
@@ -195,5 +196,8 @@ async def _keep_up(
                 _LOG.warning("the fleet's members stay as they are: %s", error.message)
             trouble = error.message
             continue
+        except RunStoppedError as error:
+            fleet.stop(error.message)
+            return
         members, seen, trouble = wanted, set(now), ""
         _LOG.info("endpoints changed: %d joined, %d left, %d now", joined, left, len(wanted))

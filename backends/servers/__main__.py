@@ -31,6 +31,7 @@ def main() -> int:
             return 0
         if os.fork():
             os._exit(0)  # the lock stays with the child
+        lock.sign()
         asyncio.run(_served(plan, lock))
     except FanfoldError as error:
         _say(error.message)

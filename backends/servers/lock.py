@@ -105,9 +105,15 @@ class HostLock:
             os.close(near)
             os.close(far)
             return None
+        lock = cls((near, far))
+        lock.sign()
+        return lock
+
+    def sign(self) -> None:
+        """Let others know that this process has it."""
+        far = self.handles[-1]
         os.ftruncate(far, 0)
         os.pwrite(far, f"{os.uname().nodename} pid {os.getpid()}\n".encode(), 0)
-        return cls((near, far))
 
     @classmethod
     def patiently(cls, files: Files) -> Self | None:
@@ -171,6 +177,28 @@ async def using(files: Files) -> AsyncIterator[None]:
         os.close(handle)
 
 
+def lingers(files: Files) -> bool:
+    """Say whether a process serves the node for as long as somebody uses it; blocks.
+
+    Raises:
+        SiteError: The file cannot be opened.
+    """
+    handle = _opened(_near(files, "lingers"))
+    try:
+        return _flock(handle, fcntl.LOCK_SH) is False
+    finally:
+        os.close(handle)
+
+
+def linger_not(files: Files) -> None:
+    """Ask whoever serves the node for its users to end with the last of them; blocks.
+
+    Raises:
+        SiteError: The file cannot be opened.
+    """
+    os.close(_opened(_near(files, "over")))
+
+
 class Users:
     """Whether anybody uses the node's servers; for the process that serves.
 
@@ -178,11 +206,19 @@ class Users:
         files: The node's files.
 
     Raises:
-        SiteError: The file cannot be opened.
+        SiteError: A file cannot be opened.
     """
 
     def __init__(self, files: Files) -> None:
-        self._handle = _opened(_near(files, "users"))
+        self._over = _near(files, "over")
+        self._over.unlink(missing_ok=True)  # it was for whoever served before
+        self._handle, self._own = _opened(_near(files, "users")), _opened(_near(files, "lingers"))
+        while _flock(self._own, fcntl.LOCK_EX) is False:
+            time.sleep(_BETWEEN_TRIES_S)  # somebody looks
+
+    def asked(self) -> bool:
+        """Say whether the servers shall end with their last user."""
+        return self._over.exists()
 
     def any(self) -> bool:
         """Say whether there are users."""
@@ -198,3 +234,4 @@ class Users:
     def close(self) -> None:
         """Let users in again: there is nothing left that they could use by mistake."""
         os.close(self._handle)
+        os.close(self._own)

@@ -62,7 +62,7 @@ async def _up(plan: NodePlan, files: Files, over: Callable[[], str | None]) -> N
             msg = f"{plan.host}: whoever serves the node ends again; see {files.keeper_log}"
             raise RunStoppedError(msg)
         else:
-            await asyncio.to_thread(_check_failure, plan, files)
+            await asyncio.to_thread(check_failure, plan)
             logger.info("%s: this worker has the node's servers started", plan.host)
             await asyncio.to_thread(_start, plan, files)
             starts += 1
@@ -77,12 +77,13 @@ async def _up(plan: NodePlan, files: Files, over: Callable[[], str | None]) -> N
         await asyncio.sleep(_LOOK_S)
 
 
-def _check_failure(plan: NodePlan, files: Files) -> None:
-    """Start nothing where the same was given up a short while ago.
+def check_failure(plan: NodePlan) -> None:
+    """Check that a node's servers were not given up a short while ago; blocks.
 
     Raises:
-        RunStoppedError: It was; with the servers' last lines.
+        RunStoppedError: They were; with their last lines.
     """
+    files = files_of(plan)
     try:
         age = time.time() - files.failure.stat().st_mtime
         text = files.failure.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
+from inspect import signature
 from typing import Any, Final
 
 from ..contract.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
@@ -156,8 +157,10 @@ def end(executor: Executor) -> None:
     """Shut an executor down, without what it has not begun; blocks as long as the executor does."""
     if parsl_pool.is_parsl(executor):
         parsl_pool.end(executor)
-    else:
+    elif "cancel_futures" in signature(executor.shutdown).parameters:
         executor.shutdown(wait=True, cancel_futures=True)
+    else:  # Dask's
+        executor.shutdown(wait=True)
 
 
 def _processes(executor: Executor) -> list[Any]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import sysconfig
 from concurrent.futures import Executor
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import Any
 
-from ..contract.errors import ConfigurationError, MissingExtraError, SiteError
+from ..contract.errors import ConfigurationError, FanfoldError, MissingExtraError, SiteError
 from .executor import ExecutorBackend, WorkShard
 from .parsl_configs import JobNodes, htex_job, htex_local
 from .scratch import Scratch
@@ -52,7 +57,7 @@ class ParslBackend(ExecutorBackend):
         from parsl.concurrent import ParslPoolExecutor  # noqa: PLC0415
 
         if self._config == "loaded":
-            return ParslPoolExecutor(dfk=_loaded())
+            return ParslPoolExecutor(dfk=self._living(_loaded()))
         # not parsl.load(): the one global kernel is the user's
         from parsl.dataflow.dflow import DataFlowKernel  # noqa: PLC0415
 
@@ -72,7 +77,29 @@ class ParslBackend(ExecutorBackend):
         except Exception as error:
             if scratch is not None:
                 scratch.remove()
-            raise SiteError(f"{self.name}: cannot be started: {error}") from error
+            raise self._unstartable(error) from error
+
+    def _unstartable(self, error: Exception) -> FanfoldError:
+        said = f"{self.name}: cannot be started: {error}"
+        if isinstance(error, FileNotFoundError) and "/" not in str(error.filename):
+            scripts = sysconfig.get_path("scripts")
+            advice = f'activate the environment, or export PATH="{scripts}:$PATH"'
+            return ConfigurationError(f"{said}: Parsl looks for it on PATH; {advice}")
+        return SiteError(said)
+
+    def _living(self, kernel: Any) -> Any:
+        """Return the user's DataFlowKernel, unless it has ended: nobody here may make a new one.
+
+        Raises:
+            SiteError: It has.
+        """
+        if _ended(kernel):
+            msg = (
+                f"{self.name}: the DataFlowKernel has no workers left and gets no new ones; load "
+                "another one (parsl.clear(), parsl.load(...)) and go on with the run"
+            )
+            raise SiteError(msg)
+        return kernel
 
     def _users_config(self, module: str, attribute: str) -> Any:
         """Return the user's Config: a new one each time, for Parsl starts one only once.
@@ -85,10 +112,8 @@ class ParslBackend(ExecutorBackend):
         spec = find_spec(module)
         if spec is None or spec.loader is None:
             raise ConfigurationError(f"backend.config: no module {module} (PYTHONPATH names more)")
-        fresh = module_from_spec(spec)
         try:
-            spec.loader.exec_module(fresh)
-            found: Any = fresh
+            found: Any = _fresh(spec, spec.loader)
             for part in attribute.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
@@ -114,6 +139,21 @@ class ParslBackend(ExecutorBackend):
             scratch.remove()
 
 
+def _fresh(spec: ModuleSpec, loader: Loader) -> ModuleType:
+    """Return a module, executed anew; whoever has imported it keeps the one that they have."""
+    fresh, name = module_from_spec(spec), spec.name
+    kept = sys.modules.get(name)
+    sys.modules[name] = fresh  # a dataclass, for one, looks its module up
+    try:
+        loader.exec_module(fresh)
+    finally:
+        if kept is None:
+            sys.modules.pop(name, None)
+        else:
+            sys.modules[name] = kept
+    return fresh
+
+
 def _loaded() -> Any:
     import parsl  # noqa: PLC0415 - an extra
     from parsl.errors import NoDataFlowKernelError  # noqa: PLC0415 - an extra
@@ -131,6 +171,9 @@ def _loaded() -> Any:
 def _ended(kernel: Any) -> bool:
     """Say whether all blocks have ended and no strategy will start new ones."""
     if kernel.cleanup_called:
+        return True
+    bad = [getattr(executor, "bad_state_is_set", None) for executor in kernel.executors.values()]
+    if True in bad and False not in bad:  # all that have blocks; Parsl mends none of them
         return True
     if kernel.config.strategy not in (None, "none"):
         return False

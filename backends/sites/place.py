@@ -55,6 +55,11 @@ class Place:
             return 0
         return self.backend.capacity() * self._policy.ahead - self.busy
 
+    @property
+    def heard(self) -> bool:
+        """Say whether a worker here has begun or answered."""
+        return self.answered is not None or any(flight.heard for flight in self._flights)
+
     def take(self) -> None:
         """Take room for one order."""
         self.busy += 1
@@ -87,8 +92,7 @@ class Place:
         self._flights.discard(flight)
         if flight.succeeded:
             self.answered, self._failures = time.monotonic(), 0
-        self.release()
-        self.look()
+        self.release()  # the pool looks after a place that is broken: not once per answer
 
     def look(self) -> None:
         """Look after what is out, and begin to mend what is broken."""
@@ -99,6 +103,11 @@ class Place:
         if capacity <= lost and self._mending is None and self.given_up is None:
             self._mending = asyncio.create_task(self._mend())
             self._mending.add_done_callback(self._mended)
+
+    def lose(self, reason: str) -> None:
+        """Declare all that is out lost."""
+        for flight in self._flights:
+            flight.lose(reason)
 
     async def _mend(self) -> None:
         """Rebuild the place; what it still holds is lost."""
@@ -129,7 +138,7 @@ class Place:
         left, self._flights = self._flights, set()
         self.busy -= len(left)
         for flight in left:
-            flight.lose("its place broke down")
+            flight.lose("its place broke down", SiteError)
             flight.abandon()
 
     async def close(self, grace_s: float) -> None:
@@ -167,7 +176,7 @@ class Flight:
     ) -> None:
         self.name = name
         self._watch, self._landed = watch, landed
-        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._lost: asyncio.Future[SiteError] = asyncio.get_running_loop().create_future()
         self._answer = asyncio.ensure_future(answer)
         self._answer.add_done_callback(self._answered)
 
@@ -187,15 +196,20 @@ class Flight:
         """Say whether nobody waits for it any more, though it was not answered."""
         return self._lost.done()
 
+    @property
+    def heard(self) -> bool:
+        """Say whether its worker has given a sign of life."""
+        return self._watch.heard
+
     def look(self) -> None:
         """Declare it lost if it is."""
         if not self._lost.done() and (reason := self._watch.verdict()):
             self.lose(reason)
 
-    def lose(self, reason: str) -> None:
-        """Declare it lost."""
+    def lose(self, reason: str, kind: type[SiteError] = WorkerLostError) -> None:
+        """Declare it lost, with its worker or else with its place."""
         if not self._lost.done():
-            self._lost.set_result(reason)
+            self._lost.set_result(kind(f"{self.name}: {reason}"))
 
     def abandon(self) -> None:
         """Break off waiting for the backend."""
@@ -205,14 +219,14 @@ class Flight:
         """Wait for the worker's summary.
 
         Raises:
-            WorkerLostError: It is lost.
+            WorkerLostError: Its worker is lost.
             SiteError: The place failed.
             ConfigurationError: The worker or the place cannot do its work.
         """
         either: set[asyncio.Future[Any]] = {self._answer, self._lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._lost.done():
-            raise WorkerLostError(f"{self.name}: {self._lost.result()}")
+            raise self._lost.result()
         try:
             return Summary.from_json(self._answer.result())
         except SiteError as error:

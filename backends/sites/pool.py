@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
-from ..contract.errors import RunStoppedError, SiteError
+from ..contract.errors import RunStoppedError, SiteError, WorkerLostError
 from ..contract.protocols import Backend, Stoppable
 from ..contract.wire import Order, Summary
+from .arrival import Arrival
 from .place import Flight, Place
 from .room import PoolDrainedError, Room
 from .watch import Beat, PoolPolicy, Watch
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 MakeOrder = Callable[[int], Awaitable[Order | None]]
 """Makes the order of an attempt, what is finished meanwhile left out; None: nothing is left."""
+Withdraw = Callable[[int], Awaitable[None]]
+"""Takes back the order of an attempt that counts as lost, should anybody still work on it."""
 
 _UNBEGUN: Final = 4
 """A shard may be lost so many times more often if nobody had begun it."""
@@ -38,7 +41,7 @@ class ShardPool:
     def __init__(self, backends: Sequence[Backend], policy: PoolPolicy) -> None:
         self._policy = policy
         self._places = [Place(backend, policy, self._changed) for backend in backends]
-        self._room = Room(self._places)
+        self._room, self._arrival = Room(self._places), Arrival(policy.queue_s)
         self._ticker: asyncio.Task[None] | None = None
         self._left = dict[str, Flight]()
 
@@ -88,19 +91,28 @@ class ShardPool:
             logger.warning("shard %s, ordered in an earlier life: %s", shard, error.message)
             return None
 
+    @property
+    def silence_s(self) -> float:
+        """Return after how many seconds of silence a worker counts as lost."""
+        return self._policy.silence_s
+
     async def run(
-        self, make: MakeOrder, beat: Callable[[int], Beat | None]
+        self,
+        make: MakeOrder,
+        beat: Callable[[int], Beat | None],
+        withdraw: Withdraw | None = None,
     ) -> tuple[Order, Summary] | None:
         """Have a shard worked on, by as many orders as it takes.
 
         Args:
             make: Makes an order; called when there is room for it.
-            beat: Returns, for an attempt, what tells its last sign of life; or None, where
-                nothing can tell.
+            beat: Returns, for an attempt, what tells how long its worker has been silent; or
+                None, where nothing can tell.
+            withdraw: Takes back the order of an attempt, where that can be done.
 
         Raises:
-            RunStoppedError: The shard was lost as often as the policy allows, or no place is
-                left.
+            RunStoppedError: The shard was lost as often as the policy allows, no place is left,
+                or no worker has come.
             ConfigurationError: A place or a worker cannot do its work, whatever is tried again.
 
         Returns:
@@ -117,7 +129,11 @@ class ShardPool:
             try:
                 return await self._once(place, watch, make, attempt)
             except SiteError as error:
-                attempt, begun = attempt + 1, begun + watch.begun
+                if withdraw is not None:
+                    await withdraw(attempt)
+                # an order that no place took does not wear its shard out
+                attempt += 1
+                begun += watch.begun and isinstance(error, WorkerLostError)
                 logger.warning("shard %s", error.message)
                 if begun >= self._policy.attempts or attempt >= self._policy.attempts * _UNBEGUN:
                     msg = f"a shard was lost {attempt} times, the last time: {error.message}"
@@ -134,6 +150,7 @@ class ShardPool:
         if order is None:
             place.release()
             return None
+        self._arrival.sent()
         name = f"{order.shard}, attempt {attempt}"
         flight = place.fly(name, place.backend.submit(order.to_json()), watch, taken=True)
         return order, await flight.summary()
@@ -141,9 +158,13 @@ class ShardPool:
     async def stop(self) -> None:
         """Give no order out any more, and ask the places that can to begin no further item."""
         self._room.drain()
-        for place in self._places:
-            if isinstance(place.backend, Stoppable):
-                await place.backend.stop()
+        backends = (place.backend for place in self._places)
+        _tell(
+            await asyncio.gather(
+                *(backend.stop() for backend in backends if isinstance(backend, Stoppable)),
+                return_exceptions=True,
+            )
+        )
 
     async def close(self, grace_s: float = 10.0) -> None:
         """Close all places within ``grace_s`` and a little more."""
@@ -151,11 +172,8 @@ class ShardPool:
             self._ticker.cancel()
             with suppress(asyncio.CancelledError):
                 await self._ticker
-        for error in await asyncio.gather(
-            *(place.close(grace_s) for place in self._places), return_exceptions=True
-        ):
-            if isinstance(error, Exception):
-                logger.warning("%s", error)
+        closing = (place.close(grace_s) for place in self._places)
+        _tell(await asyncio.gather(*closing, return_exceptions=True))
 
     def _changed(self) -> None:
         self._room.hand_out()
@@ -164,6 +182,16 @@ class ShardPool:
         """Look after everybody at once: hundreds of shards that look for themselves cost more."""
         while True:
             await asyncio.sleep(self._policy.tick_s)
+            if reason := self._arrival.look(self._places):
+                self._room.refuse(RunStoppedError(reason))
+                for place in self._places:
+                    place.lose(reason)
             for place in self._places:
                 place.look()
             self._room.hand_out()
+
+
+def _tell(outcomes: Iterable[object]) -> None:
+    for error in outcomes:
+        if isinstance(error, Exception):
+            logger.warning("%s", error)

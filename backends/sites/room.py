@@ -24,7 +24,7 @@ class Room:
     def __init__(self, places: Sequence[Place]) -> None:
         self._places = places
         self._waiting = deque[asyncio.Future[Place]]()
-        self._drained = False
+        self._closed: FanfoldError | None = None
 
     async def enter(self, *, ahead: bool = False) -> Place:
         """Wait for a place with room, and take it.
@@ -34,7 +34,7 @@ class Room:
 
         Raises:
             PoolDrainedError: No order is given out any more.
-            RunStoppedError: No place is left.
+            RunStoppedError: No place is left, or no worker came.
             ConfigurationError: No place is left, and why.
         """
         turn: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
@@ -56,8 +56,8 @@ class Room:
             turn = self._waiting[0]
             if not turn.done():
                 place = max(self._places, key=Place.idle)
-                if self._drained:
-                    turn.set_exception(PoolDrainedError("the run is being stopped"))
+                if self._closed is not None:
+                    turn.set_exception(type(self._closed)(self._closed.message))
                 elif all(p.given_up for p in self._places):
                     turn.set_exception(self._nowhere())
                 elif place.room() > 0:
@@ -69,7 +69,14 @@ class Room:
 
     def drain(self) -> None:
         """Give no room any more, and send those away who wait."""
-        self._drained = True
+        self.refuse(PoolDrainedError("the run is being stopped"))
+
+    def refuse(self, reason: FanfoldError) -> None:
+        """Give no room any more, and tell those why who wait and who come.
+
+        Of several reasons the first one counts.
+        """
+        self._closed = self._closed or reason
         self.hand_out()
 
     def _nowhere(self) -> FanfoldError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 Beat = Callable[[], float | None]
-"""Returns the time of the last sign of life (monotonic seconds), or None before the first."""
+"""Returns for how many seconds a worker has been silent, or None before its first sign of life."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Watch:
 
     Args:
         policy: How patient to be.
-        beat: Tells the last sign of life; None where nothing can tell.
+        beat: Tells how long the worker has been silent; None where nothing can tell.
         place: Where the order went.
     """
 
@@ -64,16 +64,21 @@ class Watch:
     @property
     def begun(self) -> bool:
         """Say whether a worker had begun, as far as anybody can tell."""
-        return self._beat is None or self._beat() is not None
+        return self._beat is None or self.heard
+
+    @property
+    def heard(self) -> bool:
+        """Say whether its worker has given a sign of life."""
+        return self._beat is not None and self._beat() is not None
 
     def verdict(self) -> str | None:
         """Return why the order counts as lost, or None."""
         now, policy = time.monotonic(), self._policy
-        last = self._beat() if self._beat is not None else None
-        if last is not None:
-            self._first = self._first or last
-            if now - last > policy.silence_s:
-                return f"no sign of life for {now - last:.0f} s"
+        silent = self._beat() if self._beat is not None else None
+        if silent is not None:
+            self._first = self._first or now
+            if silent > policy.silence_s:
+                return f"no sign of life for {silent:.0f} s"
         elif self._beat is None and self._first is None:
             answered = self._place.answered
             self._first = answered if answered and answered > self._ordered else None

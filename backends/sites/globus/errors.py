@@ -38,6 +38,7 @@ _ADVICE: Final = {
 _LINE: Final = 400
 _LEFT_BEHIND: Final = "Another instance of this endpoint is running"
 """What a manager's endpoint says while the file of one that was killed is fresh."""
+_ANEW: Final = "its engine was killed and is started anew in a while (three heartbeats)"
 
 
 def refused(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> FanfoldError:
@@ -59,8 +60,7 @@ def refused(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> Fanfo
         reason = reason.replace(text, "**********")
     said = f"globus_compute: {where}: the service answered {status}: {reason[:_LINE]}"
     if _LEFT_BEHIND in reason:
-        said = f"globus_compute: {where}: its engine was killed and is started anew in a while"
-        return SiteError(f"{said} (three heartbeats)")
+        return SiteError(f"globus_compute: {where}: {_ANEW}")
     if status in _TRANSIENT:
         return SiteError(f"{said} (https://status.globus.org tells of outages)")
     return ConfigurationError(f"{said}; {_ADVICE.get(status, _ADVICE[422])}")
@@ -124,6 +124,8 @@ def task_failed(text: str) -> FanfoldError:
     """
     line = _last(text)
     said = f"globus_compute: a task failed: {line}"
+    if _LEFT_BEHIND in text:
+        return SiteError(f"globus_compute: a task was refused: {_ANEW}")
     if "not permitted on endpoint" in text:
         advice = (
             "the endpoint allows certain functions only: have its owner add the id that "

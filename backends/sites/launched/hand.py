@@ -47,12 +47,12 @@ class Hand:
         self.name = name
         self._line = line
         self._errand: Errand | None = None
-        self._number = 0
+        self._number, self._leaves = 0, False
 
     @property
     def free(self) -> bool:
-        """Say whether it has nothing to do."""
-        return self._errand is None and not self._line.closed
+        """Say whether it has nothing to do, and takes what there is."""
+        return self._errand is None and not self._leaves and not self._line.closed
 
     def take(self, errand: Errand) -> bytes:
         """Give it an order, and return what is to be sent; it is busy from now on."""
@@ -82,7 +82,7 @@ class Hand:
         if errand is None or message.get("id") != self._number:
             raise SiteError(f"{self.name}: answers {kind!r} to what it was not asked")
         if kind == "summary" and isinstance(message.get("summary"), dict):
-            self._errand = None
+            self._errand, self._leaves = None, message.get("leaves") is True
             if not errand.answer.done():
                 errand.answer.set_result(message["summary"])
         elif kind == "failed":

@@ -1,8 +1,9 @@
 """What a desk and its workers say to each other: one JSON object per WebSocket message.
 
 A worker begins with ``hello`` (fanfold's version, host, process). Then the desk says ``order``, and
-the worker ``summary`` or ``failed`` to each of them; the desk may say ``stop`` at any time. The end
-of the connection is the end of the worker.
+the worker ``summary`` or ``failed`` to each of them; the desk may say ``stop`` at any time. A
+worker that can do no more says so with its summary (``leaves``). The end of the connection is the
+end of the worker.
 """
 
 from __future__ import annotations

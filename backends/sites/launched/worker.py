@@ -22,7 +22,7 @@ from aiohttp import (
     WSServerHandshakeError,
 )
 
-from ...contract.errors import ConfigurationError, SiteError
+from ...contract.errors import ConfigurationError, RunStoppedError, SiteError
 from ...contract.types import Json
 from ...contract.wire import own_version
 from ..executor import WorkShard, in_thread
@@ -43,12 +43,16 @@ class Attendant:
     Args:
         work: What works on an order.
         line: The connection to the desk.
+
+    Attributes:
+        leaves: Why nothing goes on at this worker, though others may go on; or None.
     """
 
     def __init__(self, work: WorkShard, line: ClientWebSocketResponse) -> None:
         self._work, self._line = work, line
         self._running: asyncio.Task[None] | None = None
         self._scratch: Scratch | None = None
+        self.leaves: str | None = None
 
     @property
     def busy(self) -> bool:
@@ -78,19 +82,37 @@ class Attendant:
 
     async def _worked_on(self, number: int, order: dict[str, Json]) -> None:
         found = list[bytes]()
+
+        def work() -> None:
+            summary = self._work(order)
+            self.leaves = _hopeless(summary)
+            found.append(orjson.dumps(summary))
+
         try:
-            await in_thread(lambda: found.append(orjson.dumps(self._work(order))))
+            await in_thread(work)
         except Exception as error:  # noqa: BLE001 - whatever it is, the coordinator has to know
             answer = said("failed", id=number, **_told(error))
         else:
-            answer = said("summary", id=number, summary=orjson.Fragment(found[0]))
+            leaves = self.leaves is not None
+            summary = orjson.Fragment(found[0])
+            answer = said("summary", id=number, summary=summary, leaves=leaves)
         with suppress(ConnectionError):  # the desk has gone, and so do we
             await self._line.send_bytes(answer)
+        if self.leaves is not None:  # it would take shard after shard from those who can work
+            await self._line.close()
 
     def tidy(self) -> None:
         """Remove the folder of the stop file."""
         if self._scratch is not None:
             self._scratch.remove()
+
+
+def _hopeless(summary: dict[str, Json]) -> str | None:
+    """Return what a worker says when it is hopeless to ask on, e.g. that it has no servers."""
+    error = summary.get("error")
+    if isinstance(error, dict) and error.get("class") == RunStoppedError.__name__:
+        return str(error.get("text"))
+    return None
 
 
 def _told(error: Exception) -> dict[str, str]:
@@ -118,7 +140,9 @@ async def attend(url: str, token: str, work: WorkShard, silence_s: float) -> Non
             async for message in line:
                 if message.type is WSMsgType.BINARY:
                     await attendant.heed(heard(message.data))
-            if attendant.busy:
+            if attendant.leaves is not None:
+                sys.stderr.write(f"{host} pid {pid}: this worker leaves: {attendant.leaves}\n")
+            elif attendant.busy:
                 os._exit(1)  # it has nobody to work for, and an order may hang
         finally:
             attendant.tidy()

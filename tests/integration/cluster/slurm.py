@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ..servers.conftest import free_port
 from .slurm_accounts import accounts
 from .standin_pbs import members
 
@@ -53,12 +54,6 @@ def missing() -> str | None:
     return f"no {', '.join(absent)} (Debian: slurm-wlm)" if absent else None
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in taken]
-
-
 class PrivateSlurm:
     """The running cluster; its nodes are called n1 to n3."""
 
@@ -68,7 +63,7 @@ class PrivateSlurm:
 
     def start(self, accounts: str = "") -> None:
         """Start it; ``accounts`` are the lines of slurm.conf that say who keeps them."""
-        host, ports = socket.gethostname(), _free_ports(NODES + 1)
+        host, ports = socket.gethostname(), [free_port() for _ in range(NODES + 1)]
         nodes = "\n".join(
             f"NodeName=n{n} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[n]} CPUs=1"
             for n in range(1, NODES + 1)
@@ -148,8 +143,7 @@ def private_slurm(folder: Path, *, keeps_accounts: bool = False) -> Iterator[Pri
         lines = ""
         if keeps_accounts:
             folder.mkdir()
-            (port,) = _free_ports(1)
-            lines = stack.enter_context(accounts(folder, port, cluster.environment))
+            lines = stack.enter_context(accounts(folder, free_port(), cluster.environment))
         stack.callback(cluster.stop)
         cluster.start(lines)
         yield cluster

@@ -3,7 +3,8 @@
 It knows what fanfold uses: ``-W depend=afterany``, ``-l walltime``, the states Q, H, R and F, and
 the JSON of ``qstat -x -f -F json``. It has no queues or nodes: a job starts when the one that it
 waits for has ended. With a file ``single`` it takes no second job beside another.
-Jobs lie in ``$STANDIN_PBS``, one folder each.
+With a file ``mute`` qstat has no answer; with a file ``kept`` in a job's folder qdel refuses it.
+Jobs lie in ``$STANDIN_PBS``, one folder each; one whose folder is removed is forgotten.
 
 Usage: ``python standin_pbs.py qsub|qstat|qsig|qdel …``
 """
@@ -154,18 +155,32 @@ def qsig(arguments: list[str]) -> None:
 
 
 def qdel(arguments: list[str]) -> None:
+    wrong = 0
     for name in arguments:
+        if not there(name):
+            wrong = complain(f"qdel: Unknown Job Id {name}")
+            continue
         job = folder(name)
         state = get(job, "state")
-        if state in ("Q", "H"):
+        if (job / "kept").exists():
+            wrong = complain(f"qdel: Server could not connect to MOM {name}")
+        elif state in ("Q", "H"):
             put(job, "state", "F")
         elif state == "R":
             end(int(get(job, "session")))
+        else:
+            wrong = complain(f"qdel: Job has finished {name}")
+    sys.exit(wrong)
 
 
 def qstat(arguments: list[str]) -> None:
-    jobs = {}
+    if (HOME / "mute").exists():
+        sys.exit("qstat: cannot connect to server")
+    jobs, wrong = {}, 0
     for name in (a for a in arguments if a[0].isdigit()):
+        if not there(name):
+            wrong = complain(f"qstat: Unknown Job Id {name}")
+            continue
         job = folder(name)
         about: dict[str, object] = {"job_state": get(job, "state")}
         if get(job, "wall"):
@@ -175,7 +190,19 @@ def qstat(arguments: list[str]) -> None:
             about["Resource_List"] = {"nodect": int(get(job, "nodes"))}
             about["Exit_status"] = int(get(job, "code"))
         jobs[f"{job.name}{END}"] = about
-    print(json.dumps({"Jobs": jobs}))
+    if jobs:
+        print(json.dumps({"Jobs": jobs}))
+    sys.exit(wrong)
+
+
+def there(name: str) -> bool:
+    return (HOME / name.partition(".")[0]).is_dir()
+
+
+def complain(text: str) -> int:
+    """Say that a job is not there, and go on with the others; returns the exit code."""
+    print(text, file=sys.stderr)
+    return 153
 
 
 if __name__ == "__main__":

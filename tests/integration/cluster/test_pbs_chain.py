@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.graphs import chaining
+from fanfold.backends.cluster.schedulers import Pbs
 from fanfold.graphs.campaign import campaign
+from fanfold.graphs.submitting import Order, submit
+from fanfold.graphs.wish import Wish
 
 from .conftest import Cluster, Trial, ended, served, until
 from .standin_pbs import members
@@ -34,7 +34,7 @@ def test_a_job_that_is_warned_is_followed_and_each_item_ends_once(pbs: Cluster) 
     subprocess.run(["qsig", "-s", "SIGUSR1", trial.chain.jobs[0].id], check=True)
     until(lambda: ended(trial), "the end of the chain")
     chain, said = trial.chain, trial.logs()
-    assert "it will be tried again at the end of this one" in said
+    assert "it is tried again at the end of this one" in said
     assert [job.code for job in chain.jobs] == [5, 0, None], said
     assert chain.jobs[0].progress >= 32
     assert chain.jobs[0].progress + chain.jobs[1].progress == items
@@ -69,6 +69,25 @@ def check_usage(trial: Trial) -> None:
     assert busy >= least - ROUNDED_H
 
 
+def test_where_jobs_may_not_submit_jobs_it_goes_on_by_hand(pbs: Cluster) -> None:
+    """The scheduler refuses the successor at the begin of a job and at its end."""
+    (pbs.folder / "pbs" / "single").touch()
+    trial = pbs.submit(ITEMS, SLOW)
+    until(lambda: len(trial.finished()) >= 8, "the first items")
+    subprocess.run(["qsig", "-s", "SIGUSR1", trial.chain.jobs[0].id], check=True)
+    until(lambda: ended(trial), "the end of the first job")
+    why = trial.chain.halted or ""
+    assert "the next job could not be submitted: qsub says: qsub: would exceed" in why
+    assert why.endswith(f"go on from a login node: fanfold submit {trial.path} …")
+    first = trial.chain.jobs[0].id
+    until(lambda: Pbs().states([first]) == {first: "ended"}, "the scheduler's word for its end")
+    order = Order(str(pbs.site), nodes=2, walltime="1h")
+    submit(str(trial.path), None, Wish([]), order, dry=False)
+    until(lambda: ended(trial), "the end of the chain")
+    trial.assert_each_once(ITEMS)
+    assert [job.code for job in trial.chain.jobs] == [5, 0]
+
+
 def test_a_job_that_is_killed_is_followed(pbs: Cluster) -> None:
     trial = pbs.submit(ITEMS, SLOW)
     until(lambda: len(trial.finished()) >= 8, "the first items")
@@ -78,25 +97,3 @@ def test_a_job_that_is_killed_is_followed(pbs: Cluster) -> None:
     chain = trial.chain
     assert [job.outcome for job in chain.jobs] == ["lost", "finished", "withdrawn before it began"]
     assert len(trial.finished()) == ITEMS
-
-
-def test_cancel_lets_items_in_flight_end_and_none_follows(pbs: Cluster) -> None:
-    trial = pbs.submit(400, SLOW)
-    until(lambda: len(trial.finished()) >= 4, "the first items")
-    with pytest.raises(ConfigurationError, match=r"job 1\.standin of this run is running"):
-        pbs.submit(400, SLOW)
-    chaining.cancel(trial.path, at_once=False)
-    until(lambda: ended(trial), "the end of the chain")
-    chain = trial.chain
-    assert chain.halted == "cancelled by fanfold cancel"
-    assert [job.code for job in chain.jobs] == [5, None], trial.logs()
-    assert chain.jobs[1].outcome == "cancelled before it began"
-    assert len(trial.finished()) < 400
-    assert set(trial.finished().values()) == {1}
-
-
-def test_a_run_without_jobs_has_nothing_to_cancel(pbs: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigurationError, match="not a run folder"):
-        chaining.cancel(tmp_path / "empty", at_once=False)
-    assert not (pbs.folder / "pbs" / "1").exists()

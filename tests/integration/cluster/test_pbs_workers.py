@@ -49,3 +49,19 @@ def test_a_job_of_workers_is_warned_and_its_successor_goes_on(pbs: Cluster) -> N
     servers = trial.path / "cluster" / "servers" / "logs"
     assert {log.name for log in servers.glob("*.log")} == {"127.0.0.2-0.log", "127.0.0.3-0.log"}
     assert "endpoints:" not in said, "the coordinator awaits no endpoint"
+
+
+def test_a_folder_named_fanfold_where_one_submits_is_not_imported(
+    pbs: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs begin in that folder: neither the job's own commands nor its workers look there."""
+    other = tmp_path / "here" / "fanfold"
+    other.mkdir(parents=True)
+    for name in ("__init__.py", "__main__.py"):
+        (other / name).write_text("raise SystemExit('this is another fanfold')\n")
+    monkeypatch.chdir(other.parent)
+    trial = pbs.submit(8, served(0.0) | {"backend": LAUNCHED})
+    job = pbs.folder / "pbs" / "1"
+    until(lambda: ended(trial) or (job / "state").read_text() == "F", "the end of the chain")
+    assert "another fanfold" not in trial.logs()
+    trial.assert_each_once(8)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.graphs import chaining
+from fanfold.backends.cluster.schedulers import Slurm, refusal
 from fanfold.graphs.campaign import campaign
+from fanfold.graphs.cancelling import cancel
 
 from .conftest import Cluster, Trial, ended, served, until
 from .slurm import PrivateSlurm, missing
@@ -98,12 +99,40 @@ def running(slurm: PrivateSlurm) -> bool:
 def test_cancel_ends_a_chain(jobs: Cluster) -> None:
     trial = jobs.submit(2000, served(0.3), walltime="10m")
     until(lambda: len(trial.finished()) >= 20, "the first items")
-    chaining.cancel(trial.path, at_once=False)
+    cancel(trial.path, at_once=False)
     until(lambda: ended(trial), "the end of the chain")
     assert trial.chain.halted == "cancelled by fanfold cancel"
     assert trial.chain.jobs[0].code == 5
     assert set(trial.finished().values()) == {1}
     assert "all servers have ended" in said(trial.path / "cluster", "serve")
+
+
+def test_a_job_that_is_gone_is_as_good_as_cancelled(jobs: Cluster, slurm: PrivateSlurm) -> None:
+    trial = jobs.submit(2000, served(0.3), walltime="10m")
+    until(lambda: len(trial.finished()) >= 20, "the first items")
+    assert refusal(Slurm(), "4711", Slurm().cancel) is None, "Slurm never knew it"
+    subprocess.run(["scancel", "2"], check=True)
+    cancel(trial.path, at_once=True)
+    until(lambda: slurm.said("squeue", "-h") == "", "the end of the jobs")
+    assert refusal(Slurm(), "1", Slurm().cancel) is refusal(Slurm(), "1", Slurm().drain) is None
+    cancel(trial.path, at_once=False)
+    assert trial.chain.halted == "cancelled by fanfold cancel"
+    assert trial.chain.jobs[1].outcome == "gone before it began"
+
+
+def test_servers_that_are_given_up_end_the_job(jobs: Cluster, slurm: PrivateSlurm) -> None:
+    settings = served(0.3)
+    settings["node"] |= {"restarts": 0}
+    trial = jobs.submit(400, settings, walltime="10m", nodes=2)
+    until(lambda: len(trial.finished()) >= 20, "the first items")
+    for node in ("n1", "n2", "n3"):
+        for pid in slurm.processes(node):
+            if b"node_server" in command(pid):
+                os.kill(pid, signal.SIGKILL)
+    until(lambda: ended(trial), "the end of the chain")
+    trial.assert_each_once(400)
+    assert [job.outcome for job in trial.chain.jobs][:2] == ["no model server was left", "finished"]
+    assert "was ended by SIGKILL; it is given up" in said(trial.path / "cluster", "job")
 
 
 def command(pid: int) -> bytes:

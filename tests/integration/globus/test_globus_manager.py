@@ -21,9 +21,10 @@ from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.globus_cli import schema_text, template_text
 from fanfold.graphs.worker import work_shard
 from fanfold.tests.integration.globus.client import URL_VARIABLE
-from fanfold.tests.integration.globus.labs import SHARDS, LabOf
+from fanfold.tests.integration.globus.labs import ITEMS, SHARDS, LabOf
 from fanfold.tests.integration.globus.logins import LOGIN
 from fanfold.tests.integration.globus.manager import Manager, configure, start_manager
+from fanfold.tests.integration.globus.processes import kill_process, offspring
 from fanfold.tests.integration.globus.service import GlobusService
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("globus manager")]
@@ -53,7 +54,7 @@ async def test_a_run_has_its_endpoint_started(
     before = len(service.submissions)
     async with lab_over(manager, ttft_s=0.02, user_endpoint_config=values) as lab:
         result = await lab.live(await lab.begin())
-        assert result.code == 0, manager.logs()
+        assert result.code == 0, f"{result.reason}\n{manager.logs()}"
         lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
     posts = service.submissions[before:]
     assert [post.user_endpoint_config for post in posts] == [values] * len(posts)
@@ -94,6 +95,32 @@ async def test_values_that_are_refused_are_told(
     finally:
         await backend.close()
     assert "s3cr3t" not in "".join(traceback.format_exception(caught.value))
+
+
+async def test_an_endpoint_that_is_killed_is_waited_for(
+    service: GlobusService, tmp_path: Path, lab_over: LabOf
+) -> None:
+    """Its manager starts it anew after three heartbeats and refuses tasks until then."""
+    template = template_text(own_version(), str(Path(sys.prefix) / "bin"))
+    quick = template.replace("heartbeat_period: 30", "heartbeat_period: 10")
+    configure(tmp_path / "manager", quick, schema_text())
+    manager = start_manager(service, tmp_path / "manager")
+    try:
+        values = {"local": True}
+        async with lab_over(manager, user_endpoint_config=values, deadline_s=3.0) as lab:
+            lab.config["limits"]["request_timeout_s"] = 3.0
+            life = asyncio.create_task(lab.live(await lab.begin()))
+            await lab.until(lambda: lab.journal_lines() >= 20 or life.done())
+            assert not life.done()
+            for pid in offspring(manager.process.pid):
+                kill_process(pid)
+            lab.life_ended()
+            result = await life
+            assert result.code == 0, f"{result.reason}\n{manager.logs()}"
+            lab.assert_whole(lab.whole, again=ITEMS)  # type: ignore[attr-defined]
+            print(f"globus endpoint behind a manager: {lab.again} items asked again")
+    finally:
+        manager.kill()
 
 
 async def test_a_run_ends_when_its_values_are_refused(manager: Manager, lab_over: LabOf) -> None:

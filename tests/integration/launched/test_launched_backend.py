@@ -73,6 +73,20 @@ async def test_what_the_work_raises_is_told_by_its_kind() -> None:
         assert (await place.submit({"n": 1}))["n"] == 1
 
 
+async def test_a_worker_that_can_do_no_more_leaves(tmp_path: Path) -> None:
+    """It would take order after order from the others; what waits goes to them."""
+    log = tmp_path / "workers.log"
+    async with opened(*local_words(2), log=log) as place:
+        await until(lambda: place.capacity() == 2)
+        hopeless = place.submit({"hopeless": True})
+        others = [place.submit({"n": n, "seconds": 0.2}) for n in range(4)]
+        first, *rest = await asyncio.gather(hopeless, *others)
+        assert first["error"]["text"] == "there is no server"
+        assert len({answer["pid"] for answer in rest}) == 1
+        await until(lambda: place.capacity() == 1)
+    assert "this worker leaves: there is no server" in log.read_text()
+
+
 async def test_a_stop_reaches_workers_that_share_no_folder() -> None:
     async with opened() as place:
         working = asyncio.ensure_future(place.submit({"n": 1, "until_stopped": True}))

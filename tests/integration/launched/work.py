@@ -16,4 +16,6 @@ def play(order: dict[str, Any]) -> dict[str, Any]:
     if order.get("until_stopped"):
         while not Path(order["stop_file"]).exists():
             time.sleep(0.05)
+    if order.get("hopeless"):
+        return {"error": {"class": "RunStoppedError", "text": "there is no server"}}
     return {"pid": os.getpid(), "token": os.environ.get("FANFOLD_DESK_TOKEN"), "n": order.get("n")}

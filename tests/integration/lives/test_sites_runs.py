@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ from fanfold.backends.contract.errors import ConfigurationError
 from fanfold.configs.load import load
 from fanfold.graphs import worker
 from fanfold.graphs.opened import endpoints_file
+from fanfold.graphs.signs import beat_file
 
 pytestmark = pytest.mark.integration
 
@@ -106,11 +108,14 @@ def _interrupt() -> None:
 
 
 async def test_two_copies_that_answer(lab_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shard is delivered twice: each item counts once, aggregate and results agree."""
+    """Two orders of a shard are worked on: each item counts once, aggregate and results agree."""
     real = worker.work_shard
 
     def twice(order: dict[str, Any]) -> dict[str, Any]:
-        real(order | {"attempt": order["attempt"] + 100})
+        other = order | {"attempt": order["attempt"] + 100}
+        token = order["run"]["token"]
+        beat_file(Path(order["journal"]), token, order["shard"], other["attempt"]).touch()
+        real(other)
         return real(order)
 
     monkeypatch.setattr("fanfold.graphs.context.work_shard", twice)
@@ -124,6 +129,27 @@ async def test_two_copies_that_answer(lab_of: Any, monkeypatch: pytest.MonkeyPat
         assert (again.progress["done"], again.aggregate) == (60, found)
         refolded = await lab.live(overrides=(f"reduce={json.dumps(lab.config['reduce'][:2])}",))
         assert refolded.aggregate == found[:2]
+
+
+async def test_what_an_engine_repeats_asks_nothing_again(
+    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each order is delivered once more, half of them by an engine that uses the later answer."""
+    real, orders = worker.work_shard, list[str]()
+
+    def repeated(order: dict[str, Any]) -> dict[str, Any]:
+        answers = [real(order), real(order)]
+        orders.append(order["shard"])
+        return answers[len(orders) % 2]
+
+    monkeypatch.setattr("fanfold.graphs.context.work_shard", repeated)
+    async with lab_of(items=60, ttft_s=0.0, seed=1) as lab:
+        lab.config["limits"]["hedge"] = False
+        aggregate = await lab.undisturbed()
+        lab.config["backend"] = THREADS
+        assert (await lab.live(await lab.begin())).code == 0
+        lab.assert_whole(aggregate, again=0)
+        assert lab.journal_lines() == 60
 
 
 async def test_another_version_stops_the_run_unpaid(

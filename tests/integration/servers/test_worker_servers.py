@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from fanfold.backends.contract.errors import ConfigurationError, RunStoppedError
 from fanfold.backends.nearby import served_here
-from fanfold.backends.servers.lock import is_served
+from fanfold.backends.servers.lock import holder, is_served
 from fanfold.backends.servers.use import used
 from fanfold.configs.load import Loaded, load
 from fanfold.graphs import worker
@@ -121,6 +122,23 @@ async def test_servers_outlive_a_worker_for_the_next_one(node: Node) -> None:
     await until(lambda: not is_served(node.files))
     assert not node.alive()
     assert len(node.events("begin")) == 1
+
+
+async def test_servers_that_a_worker_started_end_with_the_job(node: Node) -> None:
+    """Once its last worker has left, nothing lingers."""
+    async with AsyncExitStack() as worker:
+        await worker.enter_async_context(used(node.plan(linger_s=3600.0)))
+        async with node.served() as orders:
+            await until(lambda: any("standing by" in text for text in node.said))
+            orders.stop.set()
+            await until(lambda: any("end with the last worker" in text for text in node.said))
+            assert node.listed()
+            assert holder(node.files).endswith(f" pid {node.events('begin')[0]['pid']}")
+            await worker.aclose()
+    assert not is_served(node.files)
+    assert not node.alive()
+    assert len(node.events("begin")) == 1
+    assert node.events("end")[-1]["why"] == "stopped"
 
 
 async def test_what_was_given_up_is_not_started_again_and_again(node: Node) -> None:

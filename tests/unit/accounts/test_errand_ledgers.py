@@ -63,7 +63,7 @@ async def test_an_answer_counts_before_a_failure(first: str, tmp_path: Path) -> 
         record = sample(1, status) | {"finished_at": f"2026-01-01T00:00:0{at}.000+00:00"}  # type: ignore[arg-type]
         writer.write(record)
         await writer.close()
-        ledger.refresh()
+        ledger.refresh(Fresh())
     assert ledger.twice == 1
     assert ledger.record(1)["status"] == "done"
     assert (ledger.counts().done, ledger.counts().failed) == (1, 0)
@@ -81,16 +81,19 @@ async def test_workers_may_outlive_their_coordinator(tmp_path: Path) -> None:
     for index in (1, 2):
         writer.write(sample(index, output="older"))
     await writer.close()
-    assert ledger.refresh() == Fresh()
+    fresh = Fresh()
+    ledger.refresh(fresh)
+    assert fresh == Fresh()
     assert not ledger.finished(2)
-    fresh = ledger.refresh(earlier=True)
+    ledger.refresh(fresh, earlier=True)
     assert (fresh.done, fresh.failed, fresh.spent.requests) == (1, 0, 2)
     assert ledger.finished(2)
-    assert ledger.refresh(earlier=True) == Fresh()
+    ledger.refresh(again := Fresh(), earlier=True)
+    assert again == Fresh()
     assert (ledger.counts().done, ledger.twice) == (3, 0)
     assert ledger.record(1) == own
     await ledger.aclose()
-    again = Ledger(tmp_path, "r", 3)
-    assert again.record(1) == own
-    assert again.total() == ledger.total()
-    again.close()
+    anew = Ledger(tmp_path, "r", 3)
+    assert anew.record(1) == own
+    assert anew.total() == ledger.total()
+    anew.close()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.accounts.journal import scan
 from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.accounts.totals import Fresh
 from fanfold.backends.contract.errors import LedgerError
 
 ITEMS = 6
@@ -166,10 +167,10 @@ def test_zeros_in_a_file_that_is_written_to_are_no_damage_yet(tmp_path: Path, ze
         path = tmp_path / "0001-node1-7.jsonl"
         lines = lines_of([sample(0), sample(1)])
         path.write_bytes(b"".join(lines[:2]) + zeros)
-        ledger.refresh()
+        ledger.refresh(Fresh())
         assert ledger.counts().done == 1
         with pytest.raises(LedgerError, match="line 3"):
             Ledger(tmp_path, "r", ITEMS)
         path.write_bytes(b"".join(lines))
-        ledger.refresh()
+        ledger.refresh(Fresh())
         assert ledger.counts().done == 2

@@ -97,6 +97,19 @@ def test_two_jobs_without_progress_end_it(file: ChainFile) -> None:
     assert "2 jobs in a row finished no item" in found.why
 
 
+def test_two_jobs_that_lose_all_their_servers_end_it(file: ChainFile) -> None:
+    """A few items of each do not make up for a job each time."""
+    for job, after in (("1", None), ("2", "1")):
+        assert verdict(file.read(), 90).on
+        submitted(file, job, after)
+        done = 10 * int(job)
+        file.note("began", job=job, finished=done - 10)
+        file.note("ended", job=job, outcome="…", code=5, finished=done, unserved=True)
+    found = verdict(file.read(), 80)
+    assert not found.on
+    assert "2 jobs in a row finished no item or lost all their model servers" in found.why
+
+
 def test_submitting_by_hand_begins_anew(file: ChainFile) -> None:
     submitted(file, "1")
     lived(file, "1", 0, 0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +89,8 @@ def test_workers_are_told_where_to_come_to() -> None:
     launch = "exec mpiexec -n 4 --ppn 1 --cpu-bind none bash /scratch/me/run/cluster/worker.sh"
     assert launch in launch_script(asked)
     assert 'FANFOLD_HOST="$(hostname -s).hsn.cm.polaris.alcf.anl.gov"' in worker_script(asked)
-    assert "FANFOLD" not in job_script(replace(asked, works=False)).replace("FANFOLD_END_TIME", "")
+    alone = job_script(replace(asked, works=False))
+    assert set(re.findall(r"FANFOLD_\w+", alone)) == {"FANFOLD_END_TIME", "FANFOLD_NODES"}
 
 
 def test_the_address_of_an_interface(tmp_path: Path) -> None:
@@ -121,6 +123,12 @@ def test_workers_take_the_nodes_own_copy() -> None:
     assert "rm -rf" in job_script(without_servers)
     assert "#SBATCH --no-kill" in job_script(asked)
     assert "#SBATCH --no-kill" not in job_script(without_servers)
+
+
+def test_a_node_that_cannot_serve_does_not_fail_the_others() -> None:
+    """Open MPI's launcher, for one, ends all processes when one of them fails."""
+    script = node_script(replace(plan("polaris"), command=("false",), archive=None))
+    assert subprocess.run(["bash", "-c", script], check=False).returncode == 0
 
 
 def test_unpacking_happens_once(tmp_path: Path) -> None:

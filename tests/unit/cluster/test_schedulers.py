@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.cluster.schedulers import Pbs, Slurm, Used, scheduler
+from fanfold.backends.cluster.schedulers import Pbs, Slurm, Used, refusal, scheduler
 from fanfold.backends.contract.errors import ConfigurationError, SiteError
 
 
@@ -82,12 +82,31 @@ def test_pbs_depends_and_signals(programs: Path) -> None:
         program(programs, name, f'echo {name} "$@" >> {programs}/said', "echo 5.host")
     assert Pbs().submit(Path("job.sh"), "4.host") == "5.host"
     Pbs().drain("5.host")
-    Pbs().cancel(["5.host", "6.host"])
+    Pbs().cancel("5.host")
     assert (programs / "said").read_text().splitlines() == [
         "qsub -W depend=afterany:4.host job.sh",
         "qsig -s SIGUSR1 5.host",
-        "qdel 5.host 6.host",
+        "qdel 5.host",
     ]
+
+
+def test_pbs_forgets_jobs(programs: Path) -> None:
+    program(programs, "qstat", "echo 'qstat: Unknown Job Id 7.host' >&2", "exit 153")
+    assert Pbs().states(["7.host"]) == {"7.host": "ended"}
+    program(programs, "qstat", "echo 'qstat: cannot connect to server' >&2", "exit 1")
+    with pytest.raises(SiteError, match="cannot connect"):
+        Pbs().states(["7.host"])
+
+
+@pytest.mark.parametrize(("said", "refused"), [("7 COMPLETED", False), ("7 PENDING", True)])
+def test_a_job_that_is_gone_is_no_refusal(programs: Path, said: str, refused: bool) -> None:
+    why = "scancel: error: Kill job error on job id 7: Invalid job id specified"
+    program(programs, "scancel", f"echo '{why}' >&2", "exit 1")
+    program(programs, "squeue", f"echo '{said}'")
+    error = refusal(Slurm(), "7", Slurm().cancel)
+    assert (error is not None) == refused
+    program(programs, "squeue", "exit 1")
+    assert refusal(Slurm(), "7", Slurm().cancel) is not None, "nobody says that it is gone"
 
 
 def test_what_a_scheduler_refuses_is_told(programs: Path) -> None:

@@ -59,3 +59,12 @@ def test_a_command_of_ones_own_is_kept(tmp_path: Path) -> None:
 def test_one_coordinator(tmp_path: Path) -> None:
     config, scripts = settled(tmp_path, SERVED)
     assert (config.backend.kind, scripts) == ("local", {"job.sh", "node.sh"})
+
+
+@pytest.mark.parametrize(("own", "becomes"), [({}, 1200), ({"fleet_wait_s": 5}, 5)])
+def test_a_server_that_is_restarted_is_waited_for(
+    tmp_path: Path, own: dict[str, Any], becomes: float
+) -> None:
+    """The job ends at once where none comes back."""
+    config, _ = settled(tmp_path, SERVED | {"limits": own})
+    assert config.limits.fleet_wait_s == becomes

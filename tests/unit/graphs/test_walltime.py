@@ -11,7 +11,7 @@ import pytest
 from fanfold.backends.contract.errors import ConfigurationError, RunStoppedError
 from fanfold.configs.load import load
 from fanfold.configs.models import LimitsConfig
-from fanfold.graphs.errand import StopSign
+from fanfold.graphs.attending import StopSign
 from fanfold.graphs.walltime import Walltime, closing, walltime, within
 from fanfold.nodes.gate import Gate
 

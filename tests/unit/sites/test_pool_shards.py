@@ -196,6 +196,44 @@ async def test_no_place_is_left() -> None:
     await shards.pool.close()
 
 
+async def test_an_order_that_no_place_took_does_not_wear_its_shard_out() -> None:
+    """As of an endpoint that is being started anew: it is asked again for as long as it takes."""
+    stage = Stage("a")
+    shards = await opened(stage, policy=replace(POLICY, attempts=2))
+    task = shards.send("s")
+    for n in range(5):
+        await until(lambda n=n: len(stage.orders) == n + 1)  # type: ignore[misc]
+        stage.room = 0
+        stage.answers[n].set_exception(SiteError("started anew in a while"))
+    await until(lambda: len(stage.orders) == 6)
+    stage.answer(5)
+    assert await task is not None
+    await shards.pool.close()
+
+
+async def test_no_worker_comes_at_all() -> None:
+    stage = Stage("a", 2)
+    shards = await opened(stage, policy=replace(POLICY, queue_s=0.02))
+    tasks = [shards.send(f"s{n}", beat=lambda: None) for n in range(3)]
+    for task in tasks:
+        with pytest.raises(RunStoppedError, match=r"no worker has been heard of.*queue_s"):
+            await task
+    assert len(stage.orders) == 2  # a second time they would wait no shorter
+    await shards.pool.close()
+
+
+async def test_a_worker_that_has_begun_is_enough() -> None:
+    stage = Stage("a", 3)
+    shards = await opened(stage, policy=replace(POLICY, queue_s=0.02))
+    begun = shards.send("s0", beat=lambda: 0.0)
+    other = shards.send("s1", beat=lambda: None)
+    await until(lambda: len(stage.orders) == 3)  # the other is lost, and sent again
+    stage.answer(0)
+    assert await begun is not None
+    other.cancel()
+    await shards.pool.close()
+
+
 async def test_what_no_attempt_mends_is_raised_at_once() -> None:
     stage = Stage("a")
     shards = await opened(stage)

@@ -1,0 +1,70 @@
+"""Engines as executors: what ``backend: {kind: executor, factory: executors:on_dask}`` may name.
+
+Copy what you need into a module of your own, on ``PYTHONPATH``. Each function makes an executor for
+two workers on this machine; to use a cluster, give Dask's ``Client`` or ``ray.init`` its address.
+The engines' own repetitions are off: fanfold repeats what is lost, and only what is not recorded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+WORKERS = 2
+
+
+def on_dask() -> Executor:
+    """Return Dask's executor; ``pip install 'dask[distributed]'``."""
+    import dask  # noqa: PLC0415 - an engine of several
+    from dask.distributed import Client, LocalCluster  # noqa: PLC0415 - an engine of several
+
+    dask.config.set({"distributed.scheduler.allowed-failures": 0})
+    cluster = LocalCluster(n_workers=WORKERS, threads_per_worker=1, dashboard_address=None)
+    executor: Executor = Client(cluster).get_executor(pure=False)
+    return executor
+
+
+def on_mpi() -> Executor:
+    """Return mpi4py's executor; ``mpiexec -n 3 python -m mpi4py.futures -m fanfold run …``.
+
+    Raises:
+        RuntimeError: This process was not started so; MPI could then start no workers.
+    """
+    from mpi4py import MPI  # noqa: PLC0415 - an engine of several
+    from mpi4py.futures import MPIPoolExecutor  # noqa: PLC0415 - an engine of several
+
+    if MPI.COMM_WORLD.Get_size() == 1:
+        start = f"mpiexec -n {WORKERS + 1} python -m mpi4py.futures -m fanfold …"
+        raise RuntimeError(f"MPI has one process only; start the run with {start}")
+    executor: Executor = MPIPoolExecutor()
+    return executor
+
+
+class RayExecutor(Executor):
+    """Ray's tasks as an executor: Ray has none of its own; ``pip install ray``.
+
+    Args:
+        **options: What ``ray.init`` takes, e.g. ``address="auto"``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        import ray  # noqa: PLC0415 - an engine of several
+
+        self._ray = ray
+        ray.init(include_dashboard=False, log_to_driver=False, **options)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Send one call."""
+        future: Future[Any] = self._ray.remote(max_retries=0)(fn).remote(*args, **kwargs).future()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
+        """Leave Ray; a Ray of this process's own ends."""
+        self._ray.shutdown()
+
+
+def on_ray() -> Executor:
+    """Return an executor on a Ray of this process's own."""
+    return RayExecutor(num_cpus=WORKERS, logging_level=logging.WARNING)

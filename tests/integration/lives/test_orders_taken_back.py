@@ -1,0 +1,76 @@
+"""A worker that was silent for too long wakes: it goes on with nothing that another one does."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.contract.types import Item, Shard
+from fanfold.backends.sites.conformance import order
+from fanfold.backends.sites.executor import ExecutorBackend
+from fanfold.backends.sites.leash import follow_parent
+from fanfold.backends.sites.pool import ShardPool
+from fanfold.backends.sites.watch import PoolPolicy
+from fanfold.graphs.crew import WorkCrew
+from fanfold.graphs.worker import work_shard
+from fanfold.nodes.progress import Progress
+from fanfold.tests.unit.graphs.test_crew_orders import Lender, Terms, until
+
+pytestmark = pytest.mark.integration
+ITEMS, STALLS_AT = 60, 20
+
+
+async def test_a_worker_that_wakes_stops(tmp_path: Path) -> None:
+    """Its event loop hangs for 6 s after 20 items of 0.1 s each; silence is 3 s here."""
+    ledger = Ledger(tmp_path, "rehearsal", ITEMS)
+    ledger.begin("test", 1.0)
+    pattern = order("x", [])
+    run = dict(pattern.run) | {"token": "t"}
+    terms: Any = Terms(tmp_path, run, settings=pattern.settings, deadline_s=600.0)
+    lender: Any = Lender()
+    workers = ExecutorBackend(_two_workers, work_shard, 2, "two")
+    pool = ShardPool([workers], PoolPolicy(silence_s=3.0))
+    crew = WorkCrew(pool, terms, ledger, Progress(total=ITEMS), lender)
+
+    async def remaining() -> list[Item]:
+        return [Item(n, str(n), _row(n, tmp_path), None) for n in range(ITEMS) if open_(n)]
+
+    def open_(index: int) -> bool:
+        return not ledger.finished(index)
+
+    async with crew.opened():
+        answered = await crew.work(Shard(0, ITEMS), remaining)
+        assert answered is not None
+        assert answered[0] is not None
+        assert answered[0].attempt == 1
+        await until(lambda: pool.out == 0)  # the first copy has answered as well
+        await crew.refresh()
+        assert ledger.counts().done == ITEMS
+    await ledger.aclose()
+    written = _written(tmp_path)
+    assert set(written) == set(range(ITEMS))
+    twice = sum(count > 1 for count in written.values())
+    assert twice < (ITEMS - STALLS_AT) / 2  # the one in flight, and what it began as it woke
+
+
+def _two_workers() -> ProcessPoolExecutor:
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(2, mp_context=spawn, initializer=follow_parent)
+
+
+def _row(index: int, folder: Path) -> dict[str, Any]:
+    if index != STALLS_AT:
+        return {"text": str(index), "seconds": 0.1}
+    return {"text": "stalls", "do": "hang", "seconds": 6.0, "once": str(folder / "once")}
+
+
+def _written(folder: Path) -> Counter[int]:
+    lines = (line for file in folder.glob("*.jsonl") for line in file.read_bytes().splitlines()[1:])
+    return Counter(orjson.loads(line)["index"] for line in lines)

@@ -1,0 +1,283 @@
+"""The coordinator's side of shards elsewhere: lost orders, stops, damaged files, earlier lives."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from fanfold.backends.accounts.errand import worker_file
+from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.contract.errors import LedgerError, WorkerLostError
+from fanfold.backends.contract.types import Item, Json, Shard
+from fanfold.backends.contract.wire import Order, Summary
+from fanfold.backends.sites.pool import ShardPool
+from fanfold.backends.sites.watch import PoolPolicy
+from fanfold.graphs import crew as module
+from fanfold.graphs.crew import WorkCrew
+from fanfold.nodes.progress import Progress
+
+ITEMS = 100
+
+
+@dataclass
+class Terms:
+    """What orders have in common, as far as it matters here."""
+
+    journal: Path | None
+    run: dict[str, Json] = field(default_factory=lambda: {"token": "t", "id": "r"})
+    settings: dict[str, Json] = field(default_factory=dict)
+    urls: None = None
+    streams: int = 1
+    deadline_s: float = 60.0
+    ends_at: None = None
+    carry: int = 1_000_000
+    tariff: dict[str, float] = field(default_factory=dict)
+    nodewise: bool = False
+
+
+class Lender:
+    """Lends without a limit."""
+
+    def lost(self, _: str) -> None:
+        """Forget a shard."""
+
+    async def lend(self, _: Order) -> None:
+        """Lend nothing."""
+
+    async def answered(self, _: Summary) -> None:
+        """Take a summary."""
+
+
+class Site:
+    """A backend whose answers the test gives."""
+
+    def __init__(self) -> None:
+        self.name, self.orders = "site", list[dict[str, Json]]()
+        self.answers = list[asyncio.Future[dict[str, Json]]]()
+        self.left = dict[str, Awaitable[dict[str, Json]]]()
+        self.stops, self.closed = 0, False
+
+    def capacity(self) -> int:
+        return 8
+
+    async def start(self) -> None:
+        """Nothing is needed."""
+
+    async def rebuild(self) -> None:
+        """Nothing is needed."""
+
+    async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
+        return self.left
+
+    async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
+        self.orders.append(order)
+        self.answers.append(asyncio.get_running_loop().create_future())
+        return await self.answers[-1]
+
+    async def stop(self) -> None:
+        self.stops += 1
+        await asyncio.sleep(0)
+
+    async def close(self, grace_s: float = 10.0) -> None:
+        self.closed = grace_s > 0
+
+
+class Lab:
+    """A crew over one site."""
+
+    def __init__(self, folder: Path, *, shared: bool = True) -> None:
+        self.folder, self.site = folder, Site()
+        self.ledger = Ledger(folder, "r", ITEMS)
+        self.ledger.begin("test", 1.0)
+        self.progress = Progress(total=ITEMS)
+        terms: Any = Terms(folder if shared else None)
+        policy = PoolPolicy(tick_s=0.005, rebuild_s=0.001)
+        pool = ShardPool([self.site], policy)
+        lender: Any = Lender()
+        self.crew = WorkCrew(pool, terms, self.ledger, self.progress, lender)
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[None]:
+        try:
+            async with self.crew.opened():
+                yield
+        finally:
+            await self.ledger.aclose()
+
+    def send(self, lo: int, hi: int) -> asyncio.Task[Any]:
+        async def remaining() -> list[Item]:
+            open_ = [n for n in range(lo, hi) if not self.ledger.finished(n)]
+            return [Item(n, str(n), {}, None) for n in open_]
+
+        return asyncio.create_task(self.crew.work(Shard(lo, hi), remaining))
+
+    def names(self) -> set[str]:
+        return {file.name for file in self.folder.iterdir() if not file.name.endswith("jsonl")}
+
+    def ordered(self) -> list[int]:
+        return sorted(item[0] for order in self.site.orders for item in order["items"])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TAIL_S", 0.005)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0.001)
+
+
+def record(index: int, status: str = "done") -> dict[str, Json]:
+    numbers = ("attempts", "prompt_tokens", "cached_tokens", "completion_tokens", "lost_tokens")
+    kept = {"index": index, "id": str(index), "status": status, "finished_at": "2026-01-01"}
+    return (
+        kept
+        | {"reused": 0}
+        | dict.fromkeys((*numbers, "useful_tokens", "nano_usd", "useful_nano_usd"), 1)
+    )
+
+
+def summary(shard: str, indices: range, **more: Any) -> dict[str, Json]:
+    tally = {"done": len(indices)}
+    return Summary(shard, 0, "0", "host:1", tally=tally, **more).to_json()
+
+
+def written(folder: Path, life: int, worker: str, *lines: dict[str, Json]) -> Path:
+    file = worker_file(folder, life, worker)
+    header = {"v": 1, "run": "r", "life": worker}
+    file.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in (header, *lines)))
+    return file
+
+
+async def test_an_order_that_is_lost_is_taken_back_before_the_next_one(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    async with lab.opened():
+        task = lab.send(0, 3)
+        await until(lambda: lab.site.answers)
+        assert lab.names() == {"open-t", "beat-t-0-3-0"}
+        lab.site.answers[0].set_exception(WorkerLostError("gone"))
+        await until(lambda: len(lab.site.answers) == 2)
+        assert lab.names() == {"open-t", "beat-t-0-3-1"}
+        lab.site.answers[1].set_result(summary("0-3", range(3)))
+        assert (await task)[0].attempt == 1
+        assert lab.names() == {"open-t"}  # a copy that is delivered once more does nothing
+    assert lab.names() == set()
+
+
+async def test_one_stop_is_enough_for_all_shards(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    async with lab.opened():
+        asked = [asyncio.create_task(lab.crew.stop()) for _ in range(50)]
+        asked[0].cancel()  # whoever asks may go; the stop does not
+        await asyncio.wait(asked)
+        await lab.crew.stop()
+        assert lab.site.stops == 1
+        assert lab.names() == {"stop-t"}
+
+
+async def test_a_file_that_cannot_be_read_is_told_and_read_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a file system says for a moment ends no run; what lasts is raised at its end."""
+    lab = Lab(tmp_path)
+
+    async def life() -> None:
+        async with lab.opened():
+            bad = written(tmp_path, lab.ledger.life, "host:1", record(0))
+            good = bad.read_bytes()
+            bad.write_bytes(good.replace(b'"run":"r"', b'"run":"x"'))
+            written(tmp_path, lab.ledger.life, "host:0", record(1))
+            await until(lambda: str(bad) in caplog.text)
+            assert lab.progress.done == 1  # what was read before is counted
+            bad.write_bytes(good)
+            await until(lambda: lab.progress.done == 2)
+            written(tmp_path, lab.ledger.life, "host:2").write_bytes(b'{"v":1,"run":"x"}\n')
+
+    with pytest.raises(LedgerError, match=r"host-2.*belongs to run 'x'"):
+        await life()
+    assert lab.site.closed
+    assert lab.names() == set()  # all steps of the end were taken
+    assert caplog.text.count("host-1-") == 1
+
+
+async def test_a_refresh_that_is_cancelled_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = Lab(tmp_path)
+    written(tmp_path, lab.ledger.life, "host:1", *map(record, range(40)))
+    real, reading, go_on = lab.ledger.refresh, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        reading.set()
+        assert go_on.wait(10)
+        real(*arguments)
+
+    monkeypatch.setattr(lab.ledger, "refresh", slow)
+    first = asyncio.create_task(lab.crew.refresh())
+    await until(reading.is_set)
+    first.cancel()
+    await asyncio.wait({first})
+    second = asyncio.create_task(lab.crew.refresh())
+    go_on.set()
+    await second
+    assert (lab.progress.done, lab.ledger.counts().done, lab.ledger.twice) == (40, 40, 0)
+    assert lab.progress.requests == lab.ledger.total().requests == 40
+    await lab.ledger.aclose()
+
+
+async def test_what_was_in_flight_when_a_life_was_killed_is_read_before_the_first_order(
+    tmp_path: Path,
+) -> None:
+    written(tmp_path, 1, "host:1", record(0))
+    lab = Lab(tmp_path)
+    written(tmp_path, 1, "host:1", record(0), record(1), record(2))
+    async with lab.opened():
+        task = lab.send(0, 4)
+        await until(lambda: lab.site.answers)
+        assert lab.ordered() == [3]
+        lab.site.answers[0].set_result(summary("0-4", range(1)))
+        await task
+
+
+async def test_shards_that_are_cut_otherwise_wait_for_one_order_of_an_earlier_life(
+    tmp_path: Path,
+) -> None:
+    lab = Lab(tmp_path, shared=False)
+    answer: asyncio.Future[dict[str, Json]] = asyncio.get_running_loop().create_future()
+    lab.site.left = {"0-40": answer}
+    async with lab.opened():
+        tasks = [lab.send(lo, lo + 10) for lo in range(0, 40, 10)]
+        await asyncio.sleep(0.02)
+        records = [record(n) for n in range(38)]
+        answer.set_result(summary("0-40", range(38), records=records))
+        outcomes = await asyncio.gather(*tasks)
+        assert [order for order, _ in outcomes] == [None] * 4
+        assert (lab.progress.done, lab.ledger.counts().done) == (38, 38)
+        last = lab.send(30, 40)
+        await until(lambda: lab.site.answers)
+        assert lab.ordered() == [38, 39]
+        last.cancel()
+
+
+async def test_earlier_orders_that_are_lost_are_sent_anew(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, shared=False)
+    loop = asyncio.get_running_loop()
+    lab.site.left = {name: loop.create_future() for name in ("0-10", "10-20")}
+    for future in lab.site.left.values():
+        future.set_exception(WorkerLostError("forgotten"))  # type: ignore[attr-defined]
+    async with lab.opened():
+        tasks = [lab.send(0, 15), lab.send(15, 30)]
+        await until(lambda: len(lab.site.answers) == 2)
+        assert lab.ordered() == list(range(30))
+        for task in tasks:
+            task.cancel()
