@@ -18,8 +18,9 @@ from .conftest import Served, Shell
 pytestmark = pytest.mark.integration
 
 TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that ^C is a signal
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
 os.execv(sys.executable, [sys.executable, "-m", "fanfold", *sys.argv[1:]])
 """
 
