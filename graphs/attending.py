@@ -76,14 +76,14 @@ async def attending(order: Order) -> AsyncIterator[StopSign]:
     The event loop does both: a worker whose loop hangs gives no sign of life.
     """
     sign = StopSign(order.deadline_s, order.ends_at)
-    tasks = []
-    if order.stop_file is not None:
-        tasks.append(asyncio.create_task(_look(Path(order.stop_file), sign)))
-    if order.journal is not None and "token" in order.run:
-        file = beat_file(Path(order.journal), order.run["token"], order.shard, order.attempt)
-        await _heed(_begin, file, sign)
-        tasks.append(asyncio.create_task(_beat_on(file, sign)))
+    tasks = list[asyncio.Task[None]]()
     try:
+        if order.stop_file is not None:
+            tasks.append(asyncio.create_task(_look(Path(order.stop_file), sign)))
+        if order.journal is not None and "token" in order.run:
+            file = beat_file(Path(order.journal), order.run["token"], order.shard, order.attempt)
+            await _heed(_begin, file, sign)
+            tasks.append(asyncio.create_task(_beat_on(file, sign)))
         yield sign
     finally:
         for task in tasks:

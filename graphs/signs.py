@@ -61,6 +61,7 @@ class Signs:
         self._journal, self._token = journal, token
         self._beats = dict[Path, _Seen]()
         self._most_s, self._looked = silence_s / LOOKS, time.monotonic()
+        self._blind = False
 
     def begin(self) -> None:
         """Open this life; blocks."""
@@ -120,17 +121,21 @@ class Signs:
         What passes while nobody looks, or while the file system answers nobody, is no worker's
         silence: one look adds a part of the patience at most.
         """
-        passed = min(time.monotonic() - self._looked, self._most_s)
+        passed, failed = min(time.monotonic() - self._looked, self._most_s), list[str]()
         for file, seen in list(self._beats.items()):
             try:
                 stamp = file.stat().st_mtime_ns
             except FileNotFoundError:
                 seen.note(None, passed)
             except OSError as error:
-                logger.warning("%s: cannot be looked at: %s", file, error.strerror)
+                failed.append(f"{file}: cannot be looked at: {error.strerror}")
             else:
                 seen.note(stamp, passed)
         self._looked = time.monotonic()
+        if failed and not self._blind:  # told once, for thousands of files may be looked at
+            text = "%s (%d such files); their workers are waited for until it can be"
+            logger.warning(text, failed[0], len(failed))
+        self._blind = bool(failed)
 
     def _open(self, journal: Path) -> Path:
         return journal / f"{_OPEN}{self._token}"

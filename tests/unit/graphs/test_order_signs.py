@@ -95,9 +95,12 @@ def test_what_cannot_be_looked_at_is_told_and_not_silent(
     folder.rename(tmp_path / "elsewhere")
     folder.write_text("no folder")
     os.utime(files[1], (1, 1))
-    signs.look()
-    assert [silent() for silent in beats] == [0, 0]
-    assert f"{files[0]}: cannot be looked at: Not a directory" in caplog.text
+    for _ in range(3):
+        signs.look()
+    assert beats[0]() == 0
+    assert (
+        caplog.text.count(f"{files[0]}: cannot be looked at: Not a directory (1 such files)") == 1
+    )
     with pytest.raises(LedgerError, match=r"beat-t-0-1-0: cannot be made: Not a directory; mend"):
         signs.allow(files[0])
     signs.withdraw(files[0])
