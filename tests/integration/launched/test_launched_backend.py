@@ -106,16 +106,22 @@ async def test_a_late_worker_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert len({answer["pid"] for answer in answers}) == 2
 
 
+async def the_first_is_killed(place: LaunchedBackend) -> tuple[int, int]:
+    """Kill the only worker; return its process and its launcher's group."""
+    first = (await place.submit({}))["pid"]
+    launcher = os.getpgid(first)
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: place.capacity() == 0)
+    return first, launcher
+
+
 async def test_a_launcher_that_lives_has_workers_on_their_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first worker dies before the second has come: nothing is started again."""
     monkeypatch.setenv("GO", str(tmp_path / "go"))
     async with opened(*ONE_AND_ANOTHER) as place:
-        first = (await place.submit({}))["pid"]
-        launcher = os.getpgid(first)
-        os.kill(first, signal.SIGKILL)
-        await until(lambda: place.capacity() == 0)
+        first, launcher = await the_first_is_killed(place)
         mending = asyncio.ensure_future(place.rebuild())
         (tmp_path / "go").touch()
         await asyncio.wait_for(mending, 90)
@@ -126,18 +132,15 @@ async def test_a_launcher_that_lives_has_workers_on_their_way(
 async def test_workers_that_have_come_meanwhile_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the end of the last one and the mending; one that hangs at an order is not kept."""
+    """Between the end of the last one and the mending."""
     monkeypatch.setenv("GO", str(tmp_path / "go"))
     async with opened(*ONE_AND_ANOTHER) as place:
-        first = (await place.submit({}))["pid"]
-        launcher = os.getpgid(first)
-        os.kill(first, signal.SIGKILL)
-        await until(lambda: place.capacity() == 0)
+        first, launcher = await the_first_is_killed(place)
         (tmp_path / "go").touch()
         await until(lambda: place.capacity() == 1)
         await place.rebuild()
         second = (await place.submit({}))["pid"]
-        assert os.getpgid(second) == launcher
+        assert (second != first, os.getpgid(second)) == (True, launcher)
         hangs = asyncio.ensure_future(place.submit({"seconds": 600}))
         await asyncio.sleep(0)  # it is given out
         hangs.cancel()
