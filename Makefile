@@ -2,10 +2,10 @@ PY ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help run test check fix bench studio clean
+.PHONY: help run test test-long check fix bench studio clean
 
 help:
-	@echo 'make run | test | check | fix | bench | studio | clean     (PY=python3.12 to choose)'
+	@echo 'make run | test | test-long | check | fix | bench | studio | clean     (PY=python3.12 to choose)'
 .venv/pyvenv.cfg:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'needs Python 3.11+; try: make PY=python3.12'; exit 1; }
 	@test -L .dev/fanfold || { mkdir -p .dev; rm -f .dev/fanfold; ln -s .. .dev/fanfold; }
@@ -22,6 +22,8 @@ run: .venv/.run
 	$(BIN)/fanfold run molecular_screening
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 3 --dist loadgroup
+test-long: .venv/.dev
+	$(BIN)/python -m pytest -n 2 -m long
 check: .venv/.dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 fix: .venv/.dev
