@@ -29,6 +29,7 @@ from .opened import OpenedRun
 from .opening import Mode, open_run
 from .plan import cut
 from .prepare import default_folder, prepare_run
+from .requests import Request, RequestPolicy
 from .settings import settle
 from .shared import Shared
 from .spending import allow, shortfall
@@ -59,8 +60,58 @@ class RunContext(Form):
         """
         context = cls(**settings)
         given = {"loaded": loaded, "embedded": embedded, "allow_simulated": allow_simulated}
-        context.__dict__ |= given | {"stands_alone": True}
+        context.__dict__ |= given | {"stands_alone": True, "preloaded": True}
         return context
+
+    @classmethod
+    def of_request(cls, owner: RunContext, policy: RequestPolicy, given: Mapping[str, Any]) -> Self:
+        """Return the context of a request to a graph.
+
+        Args:
+            owner: The settings bound to the graph.
+            policy: What requests may set.
+            given: The fields that the request sets.
+        """
+        own = {key: given.get(key, getattr(owner, key)) for key in ("out", "trace", "retry_failed")}
+        context = cls(**own)
+        kept = {key: getattr(owner, key) for key in ("embedded", "allow_simulated")}
+        asked = {"policy": policy, "_owner": owner, "_given": given}
+        context.__dict__ |= kept | asked | {"stands_alone": True}
+        return context.joined(owner)
+
+    @cached_property
+    def policy(self) -> RequestPolicy | None:
+        """Return what requests may set; None: these are bound settings, or trusted ones."""
+        return None
+
+    @cached_property
+    def _owner(self) -> RunContext | None:
+        return None
+
+    @cached_property
+    def _given(self) -> Mapping[str, Any]:
+        return {}
+
+    @cached_property
+    def preloaded(self) -> bool:
+        """Say whether the settings were loaded before the context was made."""
+        return False
+
+    def is_request_to(self, owner: RunContext) -> bool:
+        """Say whether this is the context of a request to a graph that is bound to ``owner``."""
+        return self._owner is owner
+
+    def _requested(self, kept: Mapping[str, Any] | None, more: Request | None = None) -> Loaded:
+        """Return the settings of a request, upon what its run was asked for before; blocks.
+
+        Args:
+            kept: What the run's provenance keeps of earlier invocations.
+            more: What the input asks for beside the context.
+        """
+        assert self.policy is not None, "only a request is checked"
+        assert self._owner is not None, "a request is made to bound settings"
+        request = Request.from_json(kept).then(self.policy.read(self._given))
+        return self.policy.settings(self._owner.loaded, request.then(more or Request()))
 
     @cached_property
     def loaded(self) -> Loaded:
@@ -69,6 +120,8 @@ class RunContext(Form):
         Raises:
             ConfigurationError: A setting is wrong.
         """
+        if self.policy is not None:
+            return self._requested(None)
         config = self.preset if self.config in (None, "") else self.config
         if config is self.preset:
             preset_text(self.preset)  # says which there are, if that is none

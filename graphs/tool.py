@@ -152,7 +152,7 @@ class _Errand:
         """Return a graph for one call: each has a run folder and a fleet of its own."""
         allowed = self._allow_simulated
         context = RunContext.of(loaded, embedded=True, allow_simulated=allowed, out=str(folder))
-        return build(context).compile()
+        return build(context, fixed=True).compile()
 
 
 def _given(items: list[BaseModel]) -> RunInput:
