@@ -149,7 +149,7 @@ async def test_the_folder_of_another_run_is_refused(slow: SimulatedFleet, tmp_pa
     await drained(build_graph(config, checkpointer=saver), slow, {"items": rows()})
     other = await build_graph(config).ainvoke({"items": rows(3)}, context=RunContext(out="other"))
     before = asked(slow)
-    graph = build_graph(config, checkpointer=saver)
+    graph: Any = build_graph(config, checkpointer=saver)
     run = (await graph.aget_state(THREAD)).values["run"]["id"]
     with pytest.raises(ConfigurationError, match=f"other: this is the folder of run .*{run}"):
         await graph.ainvoke(None, THREAD, context={"out": "other"})
