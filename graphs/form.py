@@ -115,6 +115,7 @@ class Form(Context):
     margin_s: float = _of("limits.margin_s")
     item_timeout_s: float | None = _of("limits.item_timeout_s")
     steps_per_item: int | None = _of("limits.steps_per_item")
+    body_bytes: int = _of("limits.body_bytes")
     hedge: bool = _of("limits.hedge")
     requests_per_s: float | None = _of("limits.requests_per_s")
     tokens_per_min: float | None = _of("limits.tokens_per_min")
