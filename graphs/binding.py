@@ -17,7 +17,7 @@ from langgraph.runtime import Runtime, get_runtime
 from langgraph.types import Command
 from langgraph.typing import InputT, OutputT, StateT
 
-from ..backends.contract.errors import ConfigurationError, InputError
+from ..backends.contract.errors import ConfigurationError, FanfoldError, InputError
 from ..configs.presets import is_preset
 from ..nodes.context import Context
 from ..nodes.load import unknown_keys
@@ -27,7 +27,7 @@ from .form import request_form
 from .requests import RequestPolicy
 
 _BASES: Final = frozenset({"config", "preset"})
-_MARKS: Final = _BASES | {"overrides"}
+_MARKS: Final = _BASES | {"overrides", "out"}
 _KEPT: Final = 256
 _READ: Final = "__pregel_read"
 """Where LangGraph hands a node the reader of its graph's state."""
@@ -61,7 +61,7 @@ class Bound:
 
     As a subgraph a graph is given its parent's context, of whatever type, or None. So only
     fanfold's own type counts, or a mapping of nothing but its fields that has ``config``,
-    ``preset`` or ``overrides``: ``model`` and the like are anybody's.
+    ``preset``, ``overrides`` or ``out``: ``model`` and the like are anybody's.
 
     What is handed over is a request: see :class:`~fanfold.graphs.requests.RequestPolicy`. In a
     graph that trusts it, it may set everything; what names neither a preset nor a configuration
@@ -186,8 +186,12 @@ class Bound:
 
         async def bound(state: S) -> U:
             runtime: Runtime[Any] = get_runtime()
-            context: Context = self.resolve(runtime.context)
-            return await run(state, runtime.override(context=context))
+            context = self.resolve(runtime.context)
+            try:
+                return await run(state, runtime.override(context=context))
+            except FanfoldError as error:
+                error.hide(context.shown_folders())
+                raise
 
         def waited_for(state: S) -> U:
             _ = inside

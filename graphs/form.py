@@ -121,6 +121,7 @@ class Form(Context):
     margin_s: float = _of("limits.margin_s")
     item_timeout_s: float | None = _of("limits.item_timeout_s")
     steps_per_item: int | None = _of("limits.steps_per_item")
+    body_bytes: int = _of("limits.body_bytes")
     hedge: bool = _of("limits.hedge")
     requests_per_s: float | None = _of("limits.requests_per_s")
     tokens_per_min: float | None = _of("limits.tokens_per_min")
@@ -159,7 +160,8 @@ class Form(Context):
     )
     out: str | None = _text(
         None,
-        "Folder of the run, on the server; empty: a new one below fanfold-runs.",
+        "Folder of the run, on the server: a new one, or that of a run to go on with; empty: a new "
+        "one below fanfold-runs.",
         Access.CLOSED,
     )
     trace: bool = _text(

@@ -366,22 +366,31 @@ class RequestPolicy:
             )
         return None
 
-    def ceiling(self, owner: Loaded, report: Mapping[str, Any]) -> str | None:
-        """Return what to say where no answer to a spent budget can help.
+    def question(self, owner: Loaded, asked: dict[str, Any]) -> dict[str, Any]:
+        """Return the question of a spent budget, with what no answer to it can raise.
 
         Args:
             owner: The bound settings.
-            report: What is spent of which cap, by limit.
+            asked: The question.
         """
-        bound = {
-            key: most
-            for key, about in report.items()
-            if (most := getattr(owner.config.budget, key)) is not None
+        budget = owner.config.budget
+        stuck = [
+            key
+            for key, about in asked["budget"].items()
+            if (most := getattr(budget, key)) is not None
             and not self.opens(f"budget.{key}")
             and about["cap"] >= most
-            and about["cap"] - about["spent"] <= 0
-        }
-        return self.check_answer(owner, {key: most + 1 for key, most in bound.items()})
+        ]
+        if not stuck:
+            return asked
+        keys = ",".join(f"budget.{key}" for key in stuck)
+        told = (
+            f"{', '.join(stuck)}: the graph is bound to this total, and no answer raises it; the "
+            f"owner can bind more, open it with {ALLOW}={keys}, or trust the answers of an "
+            "invocation: build_graph(…, trust_context=True)"
+        )
+        begin = asked["why"] if len(stuck) == len(asked["budget"]) else asked["question"]
+        return asked | {"question": f"{begin.removesuffix('.')}. {told}"}
 
 
 def below(root: Path, text: str, what: str, base: Path | None = None) -> Path:

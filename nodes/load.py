@@ -77,10 +77,10 @@ def enter(state: RunState) -> list[Send]:
     items; that there were some is kept, lest a run that is resumed before they were written
     goes on with others.
     """
-    items = state.get("items")
+    check_input({key: value for key, value in state.items() if key in _KEYS})
+    items, path = state.get("items"), state.get("path")
     given = {
-        "path": state.get("path"),
-        "folder": state.get("folder"),
+        "path": None if path is None else os.fspath(path),
         "preset": state.get("preset"),
         "pasted": items is not None,
     }
@@ -98,9 +98,9 @@ async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
     if given["pasted"] and items is None:
         msg = "the run ended before its items were written; start it again with the items"
         raise InputError(msg)
-    run = await runtime.context.prepare(given["folder"], given["path"], items, given.get("preset"))
+    run = await runtime.context.prepare(given["path"], items, given.get("preset"))
     return {
-        "run_folder": run.folder,
+        "run": run.key,
         "total": run.total,
         "shard_items": run.shard_items,
         "window": run.window,

@@ -251,14 +251,15 @@ def test_limits_go_down_only(key: str) -> None:
         return
     bound = 500 if name == "walltime_s" else 50
     low: Any = bound - (9 if kind == "integer" else 9.5)
-    own = {section: {name: bound}}
+    own: dict[str, Any] = {section: {name: bound}}
+    unbound: dict[str, Any] = {section: {}}
     got = loaded({"overrides": [f"{key}={low}"]}, **own).config
     assert getattr(getattr(got, section), name) == low
     for more in (bound + 1, f"'{bound + 2}'", bound * 2):
         assert "may only lower" in refused({"overrides": [f"{key}={more}"]}, **own), key
     if "None" in str(field.annotation):
         assert "no limit" in refused({"overrides": [f"{key}=null"]}, **own)
-        assert loaded({"overrides": [f"{key}=99"]}, **{section: {}}).config
+        assert loaded({"overrides": [f"{key}=99"]}, **unbound).config
 
 
 def test_a_preset_runs_on_the_owners_endpoints_within_the_owners_limits() -> None:
