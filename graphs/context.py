@@ -223,7 +223,7 @@ class RunContext(Form):
             if run["id"] not in ids:
                 msg = (
                     f"{self.out}: this is the folder of run {ids[0]}, and the thread goes on with "
-                    f"run {run['id']}; set 'out' of the context to that run's folder"
+                    f"run {run['id']}; set 'out' to that run's folder"
                 )
                 raise ConfigurationError(msg)
             self._folders[run["id"]] = self.folder
@@ -238,7 +238,8 @@ class RunContext(Form):
         looked = "".join(f"; {path} is not it" for path in candidates)
         msg = (
             f"the folder of run {run['id']} is not known here{looked}; if it was moved, name it by "
-            "'out' of the context, e.g. context=RunContext(out=DIR)"
+            "'out', which is bound, build_graph(RunContext(…, out=DIR)), or comes with the context "
+            "of a graph that trusts it"
         )
         raise ConfigurationError(msg)
 

@@ -249,7 +249,7 @@ def test_limits_go_down_only(key: str) -> None:
     if name == "hedge":
         assert "may only lower" in refused({"overrides": ["limits.hedge=true"]})
         return
-    bound = 500 if name == "walltime_s" else 50
+    bound = {"walltime_s": 500, "body_bytes": 5000}.get(name, 50)
     low: Any = bound - (9 if kind == "integer" else 9.5)
     own: dict[str, Any] = {section: {name: bound}}
     unbound: dict[str, Any] = {section: {}}
