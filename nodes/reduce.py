@@ -23,7 +23,7 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
     """
     check_steps(state, 1)
     context, tally, parts = runtime.context, state["tally"], state["parts"]
-    async with context.opened(state["run_folder"]) as tools:
+    async with context.opened(state["run"]) as tools:
         if tools.crew is not None:
             await tools.crew.rest()
         if tools.ledger.twice:
@@ -35,7 +35,7 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
             "done": tally.get("done", 0),
             "failed": tally.get("failed", 0),
         }
-        results = await context.finish(state["run_folder"], aggregate, progress)
+        results = await context.finish(state["run"], aggregate, progress)
     return {"aggregate": aggregate, "progress": progress, "results": results}
 
 
