@@ -54,7 +54,7 @@ def check_steps(state: RunState, needed: int) -> None:
     start: RunState = {**state, "cursor": 0, "left": [], "pace": {}}
     enough = 2 + supersteps_left(start)  # the input and load come before
     msg = (
-        f"{state['run_folder']}: LangGraph's recursion_limit ends this run before its last step; "
+        f"run {state['run']['id']}: LangGraph's recursion_limit ends it before its last step; "
         f"raise recursion_limit to {enough} and go on with the run"
     )
     raise RunStoppedError(msg)
