@@ -340,6 +340,8 @@ class RequestPolicy:
                     f"the owner can open it with {ALLOW}={key}"
                 )
                 raise ConfigurationError(msg)
+            if key == "input.dataset" and asked.input.path is not None:
+                continue
             free = given_task and (
                 key == "name" or key.startswith(("input.", "endpoints.simulated."))
             )
