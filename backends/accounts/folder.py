@@ -20,7 +20,7 @@ import orjson
 from ..contract.errors import ConfigurationError, LedgerError
 from ..contract.types import Json
 
-VERSION: Final = 1
+VERSION: Final = 2
 ANSWERS: Final = "answers"
 _TRIES: Final = 3
 _BETWEEN_TRIES_S: Final = 0.02
@@ -212,6 +212,19 @@ def open_folder(path: Path) -> RunFolder:
         lacks = ", ".join(missing) or "journal/"
         raise ConfigurationError(f"{path}: not a run folder of fanfold (it lacks {lacks})")
     return folder
+
+
+def place_of(path: Path) -> dict[str, int]:
+    """Return what tells a folder from its copies, whatever it is called: device and inode.
+
+    Raises:
+        LedgerError: The folder cannot be looked at.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise LedgerError(f"{path}: cannot be looked at: {error.strerror}") from error
+    return {"device": found.st_dev, "inode": found.st_ino}
 
 
 def run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
