@@ -72,7 +72,7 @@ def settle_identity(folder: RunFolder) -> dict[str, Any]:
         LedgerError: The folder cannot be read or written.
     """
     about, place = folder.read_provenance(), place_of(folder.path)
-    if about["place"] == place:
+    if about.get("place") == place:
         return about
     saved = folder.checkpoints
     try:

@@ -58,7 +58,7 @@ async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
     changed = before.plain["reduce"] != after.plain["reduce"]
     if after.plain != before.plain:
         await asyncio.to_thread(_keep, folder, about, after)
-    if about["place"] != await asyncio.to_thread(place_of, folder.path):
+    if about.get("place") != await asyncio.to_thread(place_of, folder.path):
         await asyncio.to_thread(_settle, folder)
     return Resumed(folder, after, changed)
 

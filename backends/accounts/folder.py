@@ -20,7 +20,7 @@ import orjson
 from ..contract.errors import ConfigurationError, LedgerError
 from ..contract.types import Json
 
-VERSION: Final = 2
+VERSION: Final = 1
 ANSWERS: Final = "answers"
 _TRIES: Final = 3
 _BETWEEN_TRIES_S: Final = 0.02

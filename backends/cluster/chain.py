@@ -18,7 +18,7 @@ import orjson
 from ..contract.errors import LedgerError
 from ..contract.types import Json
 
-VERSION: Final = 2
+VERSION: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ def told(records: Iterable[Mapping[str, Any]], own: int | None = None) -> Chain:
 def _after(chain: Chain, record: Mapping[str, Any], own: int | None) -> Chain:
     event, name = record["event"], str(record.get("job"))
     if event == "submitted":
-        foreign = own is not None and record["folder"] != own
+        foreign = own is not None and record.get("folder", own) != own
         job = Job(
             name,
             record["nodes"],
