@@ -136,11 +136,11 @@ class Sender:
     ) -> OpenStream | Failure:
         try:
             headers, asked = await endpoint.headers(), room.sent_tokens(endpoint, body)
-            response = await self._transport.stream(
+            reader = await self._transport.stream(
                 endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
             result = await OpenStream.begin(
-                response, endpoint.label, self._transport.silence_s, watch
+                reader, endpoint.label, self._transport.silence_s, watch
             )
             if isinstance(result, Failure):
                 result = await _softened(endpoint, result, headers, self._warden.answers > 0)

@@ -13,6 +13,7 @@ import orjson
 from . import failures, judge
 from .answer import Complaint, RawAnswer
 from .failures import Failure
+from .transport import BodyReader
 
 _OK: Final = 200
 _DATA: Final = b"data:"
@@ -41,7 +42,7 @@ class OpenStream:
     """A stream whose first token has come; holds its endpoint until closed.
 
     Args:
-        response: The answer, its head read.
+        reader: Reads the rest of the answer.
         head: The lines up to the first token's.
         endpoint: Label of who answers.
         silence_s: Longest wait for a further line, in seconds.
@@ -53,13 +54,13 @@ class OpenStream:
 
     def __init__(
         self,
-        response: aiohttp.ClientResponse,
+        reader: BodyReader,
         head: Sequence[bytes],
         endpoint: str,
         silence_s: float,
         watch: Watch,
     ) -> None:
-        self._response = response
+        self._reader, self._response = reader, reader.response
         self._head = head
         self._endpoint = endpoint
         self._silence_s = silence_s
@@ -68,29 +69,30 @@ class OpenStream:
         self._failure: Failure | None = None
         self._open = True
         self._reading = False
-        self.headers = response.headers
+        self.headers = reader.response.headers
         watch.pause()
 
     @classmethod
     async def begin(
-        cls, response: aiohttp.ClientResponse, endpoint: str, silence_s: float, watch: Watch
+        cls, reader: BodyReader, endpoint: str, silence_s: float, watch: Watch
     ) -> OpenStream | Failure:
         """Read up to the first token, or return why there is none.
 
         What comes before it (the speaker's role) is held back, so that the call may still move.
         """
+        response = reader.response
         if response.status != _OK:
-            raw = RawAnswer(response.status, response.headers, await response.read())
+            raw = RawAnswer(response.status, response.headers, await reader.read())
             return failures.of_answer(raw, endpoint)
         head: list[bytes] = []
-        async for line in response.content:
+        while line := await reader.read_line():
             head.append(line)
             chunk = _decode(line) if line.startswith(_DATA) else None
             if failure := _error_event(chunk, line, response, endpoint):
                 response.close()
                 return failure
             if _says_something(chunk):
-                return cls(response, head, endpoint, silence_s, watch)
+                return cls(reader, head, endpoint, silence_s, watch)
             if line.startswith(_DONE):
                 break
         if any(map(bytes.strip, head)):
@@ -122,7 +124,7 @@ class OpenStream:
         self._watch.resume()
         try:
             async with asyncio.timeout(self._silence_s):
-                return await self._response.content.readline()
+                return await self._reader.read_line()
         finally:
             self._reading = False
             if self._open:
