@@ -152,7 +152,9 @@ class Form(Context):
         examples=[["model.extra_body={top_k: 20}", "endpoints.proxy=true"]],
     )
     out: str | None = _text(
-        None, "Folder of the run, on the server; empty: a new one below fanfold-runs."
+        None,
+        "Folder of the run, on the server: a new one, or that of a run to go on with; empty: a new "
+        "one below fanfold-runs.",
     )
     trace: bool = _text(
         False, "Run every item by LangGraph's engine, visible in traces, however many there are."

@@ -6,6 +6,7 @@ import operator
 from typing import Annotated, Any
 
 from langgraph.channels import UntrackedValue
+from langgraph.managed import RemainingSteps
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -58,10 +59,23 @@ class ItemOutput(TypedDict, total=False):
     error: dict[str, str]
 
 
-class ShardState(TypedDict):
-    """What a shard is sent: its run's folder and its range of items."""
+class RunKey(TypedDict):
+    """Which run it is; never where its folder lies, for folders move.
 
-    run_folder: str
+    Keys:
+        id: The run's id.
+        name: Name of its folder below the default place of run folders; None when the caller
+            names the folder.
+    """
+
+    id: str
+    name: str | None
+
+
+class ShardState(TypedDict):
+    """What a shard is sent: its run and its range of items."""
+
+    run: RunKey
     lo: int
     hi: int
 
@@ -84,6 +98,9 @@ def add_paces(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 class RunInput(TypedDict, total=False):
     """What a run is given: items, or a path, or nothing for the configured input.
 
+    The run's folder is none of them: LangGraph keeps an input in its first checkpoint, and the
+    folder may move. The context names it.
+
     None of the keys outlives the invocation, so that a thread can be used again.
     """
 
@@ -103,16 +120,13 @@ class RunInput(TypedDict, total=False):
     preset: Annotated[
         str | None, Field(description="Preset to run, in place of the context's."), UntrackedValue
     ]
-    folder: Annotated[
-        str, Field(description="Folder of a run that was prepared, to go on with."), UntrackedValue
-    ]
 
 
 class LoadState(TypedDict, total=False):
     """What ``load`` is sent.
 
     Keys:
-        given: ``path``, ``folder`` and ``preset`` of the input, and whether there are ``items``.
+        given: ``path`` and ``preset`` of the input, and whether there are ``items``.
         items: The items, which no checkpoint keeps.
     """
 
@@ -126,19 +140,19 @@ class RunOutput(TypedDict, total=False):
     Keys:
         aggregate: One entry per reduce stage.
         progress: Counts of items, requests and tokens.
-        results: Where the results lie, and whether they are simulated.
+        results: Where the results lie, and whether they are simulated. No checkpoint keeps it.
     """
 
     aggregate: list[dict[str, Any]]
     progress: dict[str, Any]
-    results: dict[str, Any]
+    results: Annotated[dict[str, Any], UntrackedValue]
 
 
 class RunState(RunInput, RunOutput, total=False):
     """The whole state of a run.
 
     Keys:
-        run_folder: The run's folder.
+        run: Which run it is.
         total: Number of items.
         shard_items: Items per shard.
         window: Shards per superstep.
@@ -152,9 +166,10 @@ class RunState(RunInput, RunOutput, total=False):
             own, added up.
         tally: Counts over the finished shards.
         parts: The finished shards' aggregate, combined.
+        remaining: Supersteps that LangGraph's recursion limit leaves; no checkpoint keeps it.
     """
 
-    run_folder: str
+    run: RunKey
     total: int
     shard_items: int
     window: int
@@ -167,3 +182,4 @@ class RunState(RunInput, RunOutput, total=False):
     pace: Annotated[dict[str, float], add_paces]
     tally: Annotated[dict[str, int], add_tallies]
     parts: Annotated[dict[str, Any], combine]
+    remaining: RemainingSteps

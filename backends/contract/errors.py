@@ -24,6 +24,7 @@
     ├── ItemLimitError              the item took more than its limits allow
     │   ├── ItemTimeoutError        limits.item_timeout_s
     │   └── TooManyStepsError       limits.steps_per_item
+    ├── ItemGraphError              task.graph did what no item of a batch can do
     ├── RunStoppedError             the run cannot go on, and can be resumed
     │   └── BudgetExhaustedError    what is left of the budget carries no further call
     ├── SiteError                   the place where a shard runs failed
@@ -35,7 +36,8 @@ Every class survives a pickle round trip, for errors cross processes.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Collection
+from typing import Any, ClassVar, Final
 
 
 class FanfoldError(RuntimeError):
@@ -52,6 +54,22 @@ class FanfoldError(RuntimeError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+        self._folders: tuple[str, ...] = ()
+
+    def hide(self, folders: Collection[str]) -> None:
+        """Leave folders out of ``repr``, which is what LangGraph's checkpoints keep of an error.
+
+        Args:
+            folders: Paths as the message may show them.
+        """
+        self._folders = (*sorted(folders, key=len, reverse=True), *self._folders)
+
+    def __repr__(self) -> str:
+        """Return class and message."""
+        text = self.message
+        for folder in self._folders:
+            text = text.replace(folder, "the run folder")
+        return f"{type(self).__name__}({text!r})"
 
 
 class ConfigurationError(FanfoldError):
@@ -198,6 +216,10 @@ class TooManyStepsError(ItemLimitError):
     """The item's graph took more steps than ``limits.steps_per_item``."""
 
 
+class ItemGraphError(FanfoldError):
+    """``task.graph`` paused at ``interrupt()`` or sent a command to a parent graph."""
+
+
 class RunStoppedError(FanfoldError):
     """The run cannot go on; what is done is safe and the run can be resumed."""
 
@@ -218,3 +240,7 @@ class WorkerLostError(SiteError):
 
 class LedgerError(FanfoldError):
     """The journal cannot be written or read, or belongs to another run."""
+
+
+ENDS_RUN: Final = (RunStoppedError, ConfigurationError, LedgerError)
+"""What an item's work raises that is no fault of the item's: it stops the run."""
