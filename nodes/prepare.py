@@ -11,9 +11,11 @@ from .context import ItemContext
 from .state import ItemState
 
 
-def failure(error: FanfoldError) -> dict[str, str]:
+def failure(error: BaseException) -> dict[str, str]:
     """Return an error as data: its class and its text."""
-    return {"class": type(error).__name__, "text": error.message}
+    text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
+    writable = text.encode(errors="replace").decode()  # JSON has no lone surrogates
+    return {"class": type(error).__name__, "text": writable}
 
 
 async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:

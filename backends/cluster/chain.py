@@ -128,7 +128,7 @@ class ChainFile:
             own = {"folder": self._inode()} if event == "submitted" else {}
             record = {"v": VERSION, "at": now(), "event": event, **own, **facts}
             line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 os.write(handle, self._mended(handle) + line)
                 os.fsync(handle)
