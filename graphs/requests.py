@@ -301,7 +301,7 @@ class RequestPolicy:
             secret = key == "endpoints.api_key" and isinstance(value, str)
             if secret and not re.fullmatch(VARIABLE, value):
                 raise ConfigurationError("endpoints.api_key: name a variable, as ${MY_KEY}")
-            changes[key] = value if secret else _literal(value)
+            changes[key] = value if secret else as_literal(value)
         loaded = load(raw, settings=changes)
         self._check(owner.config, loaded.config, request)
         return replace(loaded, source=owner.source if request.preset is None else request.preset)
@@ -447,14 +447,14 @@ def _clear(raw: dict[str, Any]) -> None:
     raw.pop("reduce", None)
 
 
-def _literal(value: Any) -> Any:
+def as_literal(value: Any) -> Any:
     """Return a value whose texts stay as they are when variables are expanded."""
     if isinstance(value, str):
         return _EXPANDED.sub("$$", value)
     if isinstance(value, Mapping):
-        return {key: _literal(part) for key, part in value.items()}
+        return {key: as_literal(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_literal(part) for part in value]
+        return [as_literal(part) for part in value]
     return value
 
 
