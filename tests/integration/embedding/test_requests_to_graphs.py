@@ -260,7 +260,7 @@ async def test_no_context_runs_a_command(
     if form == "below a parent":
         graph = below(graph)
     elif form == "the item graph":
-        graph: Any = build_item_alone(RunContext(config=settings(simulated))).compile()
+        graph = build_item_alone(RunContext(config=settings(simulated))).compile()
         given = {"id": "a", "row": {"x": "thing"}}
     with pytest.raises(ConfigurationError, match="FANFOLD_SERVER_ALLOW"):
         await graph.ainvoke(given, context=context)
