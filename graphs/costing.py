@@ -39,7 +39,7 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
     folder = open_folder(path)
     about = folder.read_provenance()
     run, items, model = about["run"], about["input"]["items"], about["model"]
-    groups = grouped(folder.journal, run, items, by, model)
+    groups = grouped(folder.journal, {run}, items, by, model)
     cost = cost_so_far(folder, run, groups.lives)
     rows = sorted(groups.by.items(), key=lambda one: (by != "day" and -one[1].tokens, one[0]))
     jobs = campaign(path, shares=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from ..backends.build import model_params
 from ..configs.models import RunConfig
 
 _INPUT = ("dataset", "id", "limit", "on_duplicate", "smiles")
@@ -22,6 +23,19 @@ def fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:
     }
     data = orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def asked_by_all(config: RunConfig, model: str) -> bytes:
+    """Return a digest of what all questions of a run have in common.
+
+    That is the schema, the model, the sampling, the system text and the item graph; what only
+    bounds the length of answers is left out, and so is where the model is served.
+    """
+    common = model_params(config, model).body()
+    common.pop("max_completion_tokens", None)
+    task = {"system": config.task.system, "graph": config.task.graph}
+    data = orjson.dumps([common, task], option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(data).digest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], model: str) -> list[str]:

@@ -38,7 +38,7 @@ from ..nodes.meter import Meter
 from ..nodes.progress import Progress
 from ..nodes.state import ItemState
 from .crew import STOP_S, WorkCrew, open_crew
-from .identity import fingerprint
+from .identity import asked_by_all, fingerprint
 from .items import ItemEngine, RunItem, is_seen, is_small, item_runner
 from .metrics import exposed
 from .opened import OpenedRun, accounted, reported, reports_of
@@ -139,6 +139,8 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
             gate=_gate(config, crew is not None),
             progress=progress,
             fingerprint=bytes.fromhex(books.fingerprint),
+            asked=asked_by_all(config, books.model),
+            keep_raw=config.keep.raw == "all",
             simulated=books.simulated,
             tariff=price,
             account=unlimited if spends is None else spends.budget.account,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from ..contract.money import HOUR_MS, NANO, Amount, Held
 from ..contract.types import Json
-from .journal import scan
+from .journal import Source, scan
 from .lines import check_line, life_of
 from .totals import Spent
 
@@ -135,12 +135,14 @@ def _day(_: Share, record: Mapping[str, Any]) -> str:
 KEYS: Final[Mapping[str, Key]] = {"endpoint": _endpoint, "node": _node, "day": _day}
 
 
-def grouped(journal: Path, run: str, items: int, key: str | None, model: str) -> Groups:
+def grouped(
+    journal: Path, runs: Collection[str], items: int, key: str | None, model: str
+) -> Groups:
     """Add up all records of a run, those that newer ones replaced included; blocks.
 
     Args:
         journal: The journal's folder.
-        run: The run's id.
+        runs: Ids of the run: its own, and those of the runs that its folder is a copy of.
         items: Number of items of the run.
         key: ``model``, ``endpoint``, ``node``, ``day``, or None to add up the total only.
         model: The model's name in the run, for endpoints that never answered.
@@ -149,7 +151,7 @@ def grouped(journal: Path, run: str, items: int, key: str | None, model: str) ->
         LedgerError: A file is damaged or belongs to another run.
     """
     groups = Groups()
-    records = _records(journal, run, items, groups.lives)
+    records = _records(journal, runs, items, groups.lives)
     if key == "model":
         return _by_model(groups, records, model)
     for record in records:
@@ -160,13 +162,14 @@ def grouped(journal: Path, run: str, items: int, key: str | None, model: str) ->
 
 
 def _records(
-    journal: Path, run: str, items: int, lives: dict[int, Spent]
+    journal: Path, runs: Collection[str], items: int, lives: dict[int, Spent]
 ) -> Iterator[dict[str, Any]]:
     """Yield all records, and add them up by life."""
     for path in sorted(journal.glob("*.jsonl")):
         spent = lives.setdefault(life_of(path), Spent())
-        for line in scan(path, run):
-            check_line(line, path, items)
+        source = Source(path, runs)
+        for line in scan(source):
+            check_line(line, source, items)
             spent.add(line.record)
             yield line.record
 

@@ -10,7 +10,8 @@ from types import NoneType
 from typing import Any, Final, NamedTuple
 
 from ..contract.errors import LedgerError
-from .journal import Line
+from ..contract.values import MOST, check_counts
+from .journal import Line, Source
 from .totals import NUMBERS
 
 _NUMBER: Final = frozenset({int, NoneType})
@@ -58,54 +59,69 @@ def worker_prefix(life: int, worker: str) -> str:
 
 
 class Noted(NamedTuple):
-    """What is kept in mind of a line: its number, start and length in bytes, and facts."""
+    """What is kept in mind of a line: number, start and length in bytes, checksum, and facts."""
 
     number: int
     start: int
     length: int
+    crc: int
     facts: Facts
 
 
 def noted(line: Line) -> Noted:
     """Return what is kept in mind of a line; its record goes."""
-    return Noted(line.number, line.start, line.length, facts_of(line.record))
+    record = line.record
+    facts = facts_of(record)
+    if "shares" in record and not _are_shares(record["shares"]):
+        facts = (None, *facts[1:])  # refused with the others, by its line
+    return Noted(line.number, line.start, line.length, line.crc, facts)
+
+
+def _are_shares(shares: Any) -> bool:
+    """Say whether the numbers by endpoint are such."""
+    try:
+        for share in shares:
+            check_counts(share, NUMBERS, "share")
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return True
 
 
 def are_fine(facts: Sequence[Facts], items: int) -> bool:
     """Say whether :func:`check_line` refuses none of these records: looked at column by column."""
-    indices, statuses, *numbers = zip(*facts, strict=True)
+    indices, statuses, *columns = zip(*facts, strict=True)
+    numbers = list(filter(None, chain.from_iterable(columns)))  # neither null nor 0
     return (
         _INDEX.issuperset(map(type, indices))
         and min(indices) >= 0
         and max(indices) < items
         and _TEXT.issuperset(map(type, statuses))
         and _STATUS.issuperset(statuses)
-        and _NUMBER.issuperset(map(type, chain.from_iterable(numbers)))
+        and _NUMBER.issuperset(map(type, chain.from_iterable(columns)))
+        and min(numbers, default=0) >= 0
+        and max(numbers, default=0) <= MOST
     )
 
 
-def check_line(line: Line, path: Path, items: int) -> None:
+def check_line(line: Line, source: Source, items: int) -> None:
     """Refuse what no ledger of this run has written.
 
     Raises:
         LedgerError: It says something else.
     """
     record = line.record
-    index, status, *numbers = facts_of(record)
-    fine = (
-        type(index) is int
-        and 0 <= index < items
-        and type(status) is str
-        and status in _STATUS
-        and _NUMBER.issuperset(map(type, numbers))
-    )
-    if not fine:
-        raise LedgerError(f"{path}, line {line.number}: {_trouble(record, index, items)}")
+    if (trouble := find_trouble(record, items)) is not None:
+        raise source.fault(line.number, trouble)
 
 
-def _trouble(record: dict[str, Any], index: Any, items: int) -> str:
-    """Say what is wrong with a line."""
-    name = f"item {record.get('id')!r}"
+def find_trouble(record: dict[str, Any], items: int) -> str | None:
+    """Return what is wrong with a record, or None.
+
+    Args:
+        record: The record, from a file or from a worker.
+        items: Number of items of the run.
+    """
+    name, index = f"item {record.get('id')!r}", record.get("index")
     if type(index) is not int:
         found = "a second header" if "v" in record else "not a record of an item"
         return f"{found}; the file was damaged or edited"
@@ -113,4 +129,12 @@ def _trouble(record: dict[str, Any], index: Any, items: int) -> str:
         return f"{name} has index {index}, this run has {items} items"
     if record.get("status") not in (*_STATUS,):
         return f"{name} has no status known here"
-    return f"{name}: {', '.join(NUMBERS)}: no numbers"
+    shares = record.get("shares") or ()
+    if not isinstance(shares, list | tuple) or not all(isinstance(one, dict) for one in shares):
+        return f"{name}: shares is not a list of objects"
+    try:
+        for counted in (record, *shares):
+            check_counts(counted, NUMBERS, name)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 from ..contract.money import Amount
 
 NUMBERS: Final = (
-    "attempts",
+    "requests",
     "prompt_tokens",
     "completion_tokens",
     "cached_tokens",
@@ -19,10 +19,7 @@ NUMBERS: Final = (
     "useful_nano_usd",
     "reused",
 )
-"""Fields of a record that are whole numbers or null."""
-
-_SUMS: Final = ("requests", *NUMBERS[1:])
-"""What their sums are called."""
+"""Counts of a record, which may be null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +80,7 @@ class Spent:
     def add(self, record: Mapping[str, Any]) -> None:
         """Add what one record says."""
         get = record.get
-        self.requests += get("attempts") or 0
+        self.requests += get("requests") or 0
         self.prompt_tokens += get("prompt_tokens") or 0
         self.completion_tokens += get("completion_tokens") or 0
         self.cached_tokens += get("cached_tokens") or 0
@@ -101,7 +98,7 @@ class Spent:
             numbers: What each record says of :data:`NUMBERS`.
         """
         sums = [sum(filter(None, column)) for column in zip(*numbers, strict=True)]
-        return cls(**dict(zip(_SUMS, sums, strict=False)))
+        return cls(**dict(zip(NUMBERS, sums, strict=False)))
 
     def counts(self) -> dict[str, int]:
         """Return the sums by their names."""

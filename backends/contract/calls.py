@@ -7,6 +7,7 @@ and threads that the item's graph starts are counted too.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -109,6 +110,7 @@ class CallLog:
         account: What the item may spend; None is no limit.
         reused: Answers taken from earlier requests, which cost nothing.
         shares: What each endpoint did, by its label.
+        attempts: The first requests, as the item's record tells them.
     """
 
     requests: int = 0
@@ -122,6 +124,7 @@ class CallLog:
     account: Account | None = None
     reused: int = 0
     shares: dict[str, Share] = field(default_factory=dict, compare=False)
+    attempts: list[dict[str, Any]] = field(default_factory=list, compare=False)
 
     def share(self, endpoint: str, credit: Credit) -> Share:
         """Return what an endpoint does for the item.
@@ -134,6 +137,19 @@ class CallLog:
         if share is None:
             share = self.shares[endpoint] = Share(endpoint, credit)
         return share
+
+    def begin_attempt(self, endpoint: str) -> dict[str, Any] | None:
+        """Note that a request is sent; return what is known of it, None after the first ones.
+
+        Args:
+            endpoint: The endpoint's label.
+        """
+        if len(self.attempts) >= MOST_ATTEMPTS:
+            return None
+        start = round(time.time(), 3)
+        attempt = {"endpoint": endpoint, "start": start, "seconds": None, "outcome": None}
+        self.attempts.append(attempt)
+        return attempt
 
     def close(self, *, done: bool) -> None:
         """Settle which tokens were useful; the item has ended.
@@ -152,5 +168,8 @@ class CallLog:
                 continue
             share.credit.useful(share.useful)
 
+
+MOST_ATTEMPTS: Final = 8
+"""So many requests of an item are told one by one in its record."""
 
 CURRENT_CALLS: Final[ContextVar[CallLog | None]] = ContextVar("fanfold_calls", default=None)

@@ -153,8 +153,8 @@ class Sender:
         charge: Charge,
     ) -> None:
         """Account for a good answer."""
-        usage = judge.usage_of(document)
-        charge.answered(usage, document.get("model"))
+        usage, model = judge.usage_of(document), document.get("model")
+        charge.answered(usage, model if isinstance(model, str) else None)
         endpoint.stats.answered(seconds, usage)
         self._warden.succeeded(endpoint, level, seconds)
         if charge.log is not None:

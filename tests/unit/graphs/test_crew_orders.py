@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 
 from fanfold.backends.accounts.errand import worker_file
@@ -23,6 +22,7 @@ from fanfold.backends.sites.watch import PoolPolicy
 from fanfold.graphs import crew as module
 from fanfold.graphs.crew import WorkCrew
 from fanfold.nodes.progress import Progress
+from fanfold.tests.journals import write_journal
 
 ITEMS = 100
 
@@ -138,7 +138,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 def record(index: int, status: str = "done") -> dict[str, Json]:
-    numbers = ("attempts", "prompt_tokens", "cached_tokens", "completion_tokens", "lost_tokens")
+    numbers = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "lost_tokens")
     kept = {"index": index, "id": str(index), "status": status, "finished_at": "2026-01-01"}
     return (
         kept
@@ -154,9 +154,7 @@ def summary(shard: str, indices: range, **more: Any) -> dict[str, Json]:
 
 def written(folder: Path, life: int, worker: str, *lines: dict[str, Json]) -> Path:
     file = worker_file(folder, life, worker)
-    header = {"v": 1, "run": "r", "life": worker}
-    file.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in (header, *lines)))
-    return file
+    return write_journal(file, lines)
 
 
 async def test_an_order_that_is_lost_is_taken_back_before_the_next_one(tmp_path: Path) -> None:
