@@ -309,9 +309,9 @@ class Recorder:
         """Return the record of an item that has ended."""
         tools, error = self._tools, state.get("error")
         calls.close(done=error is None)
-        shares = [_share(share, tools.tariff) for share in calls.shares.values()]
+        usage = calls.usage
         raw = state.get("raw") if error is not None or tools.keep_raw else None
-        return {
+        record = {
             "stage": "",
             "index": item.index,
             "id": item.id,
@@ -321,33 +321,46 @@ class Recorder:
             "output": None if error else state.get("output"),
             "error_class": error["class"] if error else None,
             "error": error["text"] if error else None,
-            **({"raw": None} if raw is None else _raw(raw)),
+            "raw": raw,
             "endpoint": calls.endpoint,
             "model": calls.model,
             "requests": calls.requests,
             "attempts": calls.attempts,
             "repairs": state.get("repairs", 0),
             "reused": calls.reused,
-            "prompt_tokens": calls.usage.prompt,
-            "cached_tokens": calls.usage.cached,
-            "completion_tokens": calls.usage.completion,
-            **{name: min(MOST, sum(share[name] for share in shares)) for name in _SUMS},
-            **({"shares": shares} if len(shares) > 1 else {}),
+            "prompt_tokens": usage.prompt,
+            "cached_tokens": usage.cached,
+            "completion_tokens": usage.completion,
+            "lost_tokens": 0,
+            "useful_tokens": 0,
+            "nano_usd": 0,
+            "useful_nano_usd": 0,
             "latency_s": round(latency_s, 4),
             "finished_at": _now(),
             "simulated": tools.simulated,
             "fingerprint": self._fingerprint_of(item),
             "origin": None,
         }
+        if raw is not None:
+            record |= _raw(raw)
+        shares = list(calls.shares.values())
+        if len(shares) == 1:
+            record |= _paid(shares[0], tools.tariff)
+        elif shares:
+            told = [_share(share, tools.tariff) for share in shares]
+            sums = {name: min(MOST, sum(one[name] for one in told)) for name in _SUMS}
+            record |= sums | {"shares": told}
+        return record
 
     def _question_of(self, state: ItemState) -> str | None:
         """Return the digest of what was asked first; repairs ask it again."""
-        for message in state.get("messages", ()):
-            if message["role"] == "user":
-                digest = self._question.copy()
-                digest.update(message["content"].encode(errors="replace"))
-                return digest.hexdigest()[:32]
-        return None
+        messages = state.get("messages")
+        if not messages:
+            return None
+        first = messages[0] if messages[0]["role"] == "user" else messages[1]
+        digest = self._question.copy()
+        digest.update(first["content"].encode(errors="replace"))
+        return digest.hexdigest()[:32]
 
     def _fingerprint_of(self, item: Item) -> str:
         digest = self._fingerprint.copy()
@@ -423,10 +436,26 @@ def _share(share: Share, tariff: Tariff) -> dict[str, Json]:
         "prompt_tokens": share.usage.prompt,
         "cached_tokens": share.usage.cached,
         "completion_tokens": share.usage.completion,
-        "lost_tokens": min(MOST, share.lost.tokens),
-        "useful_tokens": share.useful.tokens,
-        "nano_usd": min(MOST, tariff.nano_usd(share.usage) + tariff.nano_usd(share.lost)),
-        "useful_nano_usd": min(MOST, tariff.nano_usd(share.useful)),
+        **_paid(share, tariff),
+    }
+
+
+def _paid(share: Share, tariff: Tariff) -> dict[str, int]:
+    """Return what one endpoint's answers cost, and what of it was useful."""
+    usage, lost, useful = share.usage, share.lost, share.useful
+    nano = tariff.nano_usd(usage)
+    useful_nano = nano if useful is usage else tariff.nano_usd(useful)
+    lost_tokens = lost.tokens
+    if lost_tokens:
+        nano += tariff.nano_usd(lost)
+    if nano > MOST or lost_tokens > MOST:  # prices and limits without bounds
+        nano, lost_tokens = min(MOST, nano), min(MOST, lost_tokens)
+        useful_nano = min(MOST, useful_nano)
+    return {
+        "lost_tokens": lost_tokens,
+        "useful_tokens": useful.tokens,
+        "nano_usd": nano,
+        "useful_nano_usd": useful_nano,
     }
 
 

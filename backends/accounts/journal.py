@@ -32,6 +32,7 @@ from ..contract.types import Json
 VERSION: Final = 2
 
 _CRC, _END = b',"crc":"', b'"}\n'
+_CHECKSUM: Final = _CRC + b"%08x" + _END
 _TAIL: Final = len(_CRC) + 8 + len(_END)
 BEFORE: Final = 8 + len(_END)
 """Bytes before a line that hold the checksum which it continues."""
@@ -53,7 +54,7 @@ def add_crc(data: bytes, before: int) -> tuple[bytes, int]:
     """
     data = data[:-1]
     crc = zlib.crc32(data, before)
-    return b"".join((data, _CRC, b"%08x" % crc, _END)), crc
+    return data + _CHECKSUM % crc, crc
 
 
 def check_crc(line: bytes, before: int) -> int | None:
@@ -64,7 +65,7 @@ def check_crc(line: bytes, before: int) -> int | None:
         before: The checksum of the line before; 0 for the first line.
     """
     crc = zlib.crc32(line[:-_TAIL], before)
-    return crc if line[-_TAIL:] == b"".join((_CRC, b"%08x" % crc, _END)) else None
+    return crc if line[-_TAIL:] == _CHECKSUM % crc else None
 
 
 def crc_before(data: bytes) -> int:
@@ -365,10 +366,12 @@ def _mismatch(source: Source, line: bytes, number: int, start: int) -> LedgerErr
         )
     else:
         what = "not a whole line with a checksum; the file was damaged or edited"
-    way_out = (
-        f"restore the file, or cut it off here with '{_cut(source.path, start)}': the items of the "
-        "lines from here on are then asked again"
-    )
+    way_out = "restore the file from a copy"
+    if source.kind == "journal":
+        way_out += (
+            f", or cut it off here with '{_cut(source.path, start)}': the items of the lines from "
+            "here on are then asked again"
+        )
     return source.fault(number, f"{what}; {way_out}")
 
 

@@ -135,8 +135,9 @@ class Ledger:
         except LedgerError as error:
             self._failure = self._told(error)
             raise self._failure from error
-        self._spent_by(self._own).add(record)
-        self._note(self._own, start, length, facts_of(record))
+        facts = facts_of(record)
+        self._spent_by(self._own).add_numbers(facts[2:])
+        self._note(self._own, start, length, facts)
 
     def _told(self, error: LedgerError) -> LedgerError:
         return LedgerError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
@@ -90,17 +89,22 @@ def _are_shares(shares: Any) -> bool:
 def are_fine(facts: Sequence[Facts], items: int) -> bool:
     """Say whether :func:`check_line` refuses none of these records: looked at column by column."""
     indices, statuses, *columns = zip(*facts, strict=True)
-    numbers = list(filter(None, chain.from_iterable(columns)))  # neither null nor 0
     return (
         _INDEX.issuperset(map(type, indices))
         and min(indices) >= 0
         and max(indices) < items
         and _TEXT.issuperset(map(type, statuses))
         and _STATUS.issuperset(statuses)
-        and _NUMBER.issuperset(map(type, chain.from_iterable(columns)))
-        and min(numbers, default=0) >= 0
-        and max(numbers, default=0) <= MOST
+        and all(map(_are_counts, columns))
     )
+
+
+def _are_counts(column: Sequence[int | None]) -> bool:
+    """Say whether all of a column are counts or null."""
+    if not _NUMBER.issuperset(map(type, column)):
+        return False
+    told = list(filter(None, column))  # neither null nor 0
+    return not told or (min(told) >= 0 and max(told) <= MOST)
 
 
 def check_line(line: Line, source: Source, items: int) -> None:

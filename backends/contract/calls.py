@@ -146,7 +146,7 @@ class CallLog:
         """
         if len(self.attempts) >= MOST_ATTEMPTS:
             return None
-        start = round(time.time(), 3)
+        start = time.time_ns() // 1_000_000 / 1000
         attempt = {"endpoint": endpoint, "start": start, "seconds": None, "outcome": None}
         self.attempts.append(attempt)
         return attempt

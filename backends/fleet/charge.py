@@ -137,7 +137,7 @@ class Charge:
     def _end_attempt(self, outcome: str) -> None:
         """Tell how the request ended, once."""
         if self.attempt is not None:
-            self.attempt["seconds"] = round(time.monotonic() - self.began, 3)
+            self.attempt["seconds"] = int(1000 * (time.monotonic() - self.began)) / 1000
             self.attempt["outcome"] = outcome
             self.attempt = None
 

@@ -193,13 +193,13 @@ async def test_a_file_that_cannot_be_read_is_told_and_read_later(
         async with lab.opened():
             bad = written(tmp_path, lab.ledger.life, "host:1", record(0))
             good = bad.read_bytes()
-            bad.write_bytes(good.replace(b'"run":"r"', b'"run":"x"'))
+            write_journal(bad, [record(0)], "x")
             written(tmp_path, lab.ledger.life, "host:0", record(1))
             await until(lambda: str(bad) in caplog.text)
             assert lab.progress.done == 1  # what was read before is counted
             bad.write_bytes(good)
             await until(lambda: lab.progress.done == 2)
-            written(tmp_path, lab.ledger.life, "host:2").write_bytes(b'{"v":1,"run":"x"}\n')
+            write_journal(written(tmp_path, lab.ledger.life, "host:2"), [], "x")
 
     with pytest.raises(LedgerError, match=r"host-2.*belongs to run 'x'"):
         await life()
