@@ -35,6 +35,7 @@ def fleet_policy(config: RunConfig, place: Place | None = None) -> FleetPolicy:
         affinity=AffinityPolicy(prefix=limits.affinity) if limits.affinity else None,
         load=LoadPolicy(source=limits.load) if limits.load else None,
         whole_answers=place is not None and place.gateway is not None,
+        body_bytes=limits.body_bytes,
     )
 
 

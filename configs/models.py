@@ -124,6 +124,7 @@ class LimitsConfig(Section):
         affinity: So many equal characters at the beginning bring items to one endpoint.
         load: Where endpoints that others use too are asked for their load.
         walltime_s: Seconds that one life of a run may take; a batch job's end bounds it as well.
+        body_bytes: Most bytes of one answer, after decompression; a larger one fails its item.
         margin_s: Seconds kept before that end, beside ``drain_s``, for closing everything.
     """
 
@@ -144,6 +145,7 @@ class LimitsConfig(Section):
     affinity: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     load: Literal["metrics", "load"] | None = None
     walltime_s: Annotated[float, Field(gt=0)] | None = None
+    body_bytes: Annotated[int, Field(ge=1024, le=2**40)] = 64 * 2**20
     margin_s: Annotated[float, Field(ge=0)] = 30.0
 
     @model_validator(mode="after")

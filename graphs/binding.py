@@ -10,12 +10,13 @@ import orjson
 from langchain_core.runnables import RunnableLambda
 from langgraph.runtime import Runtime, get_runtime
 
+from ..backends.contract.errors import FanfoldError
 from ..nodes.context import Context
 from .aside import LoopAside
 from .context import RunContext
 
 _BASES: Final = frozenset({"config", "preset"})
-_MARKS: Final = _BASES | {"overrides"}
+_MARKS: Final = _BASES | {"overrides", "out"}
 
 S = TypeVar("S")
 U = TypeVar("U")
@@ -26,7 +27,7 @@ class Bound:
 
     As a subgraph a graph is given its parent's context, of whatever type, or None. So only
     fanfold's own type counts, or a mapping of nothing but its fields that has ``config``,
-    ``preset`` or ``overrides``: ``model`` and the like are anybody's.
+    ``preset``, ``overrides`` or ``out``: ``model`` and the like are anybody's.
 
     What is handed over and names neither a preset nor a configuration goes on top of what is
     bound.
@@ -78,8 +79,12 @@ class Bound:
 
         async def bound(state: S) -> U:
             runtime: Runtime[Any] = get_runtime()
-            context: Context = self.resolve(runtime.context)
-            return await run(state, runtime.override(context=context))
+            context = self.resolve(runtime.context)
+            try:
+                return await run(state, runtime.override(context=context))
+            except FanfoldError as error:
+                error.hide(context.shown_folders())
+                raise
 
         def waited_for(state: S) -> U:
             _ = inside

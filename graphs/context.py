@@ -11,14 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from ..backends.accounts.folder import RunFolder, open_folder
+from ..backends.accounts.folder import RunFolder, is_run, is_vacant, open_folder, run_ids
 from ..backends.build import open_fleet, serving
+from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.money import Amount
 from ..backends.reuse import reusing
 from ..configs.load import Loaded, load
 from ..configs.presets import preset_text
 from ..nodes.context import ItemContext, Prepared, RunTools
 from ..nodes.meter import Meter
+from ..nodes.state import RunKey
 from .crew import life_end
 from .finish import write_results
 from .form import Form
@@ -28,7 +30,8 @@ from .lives import begin_life, end_life
 from .opened import OpenedRun
 from .opening import Mode, open_run
 from .plan import cut
-from .prepare import default_folder, prepare_run
+from .prepare import RUNS, new_name, prepare_run
+from .resume import resume_run
 from .settings import settle
 from .shared import Shared
 from .spending import allow, shortfall
@@ -47,6 +50,7 @@ class RunContext(Form):
         *,
         embedded: bool = False,
         allow_simulated: bool = True,
+        place: tuple[Path, str] | None = None,
         **settings: Any,
     ) -> Self:
         """Return a context of settings that are loaded already.
@@ -55,11 +59,12 @@ class RunContext(Form):
             loaded: The settings.
             embedded: Whether the graph itself notes the run's lives.
             allow_simulated: Whether a run may ask a simulated fleet.
+            place: Where run folders lie in place of the default place, and the new one's name.
             **settings: The context's own.
         """
         context = cls(**settings)
         given = {"loaded": loaded, "embedded": embedded, "allow_simulated": allow_simulated}
-        context.__dict__ |= given | {"stands_alone": True}
+        context.__dict__ |= given | {"stands_alone": True, "_place": place}
         return context
 
     @cached_property
@@ -90,12 +95,22 @@ class RunContext(Form):
         return True
 
     @cached_property
+    def _place(self) -> tuple[Path, str] | None:
+        return None
+
+    @cached_property
     def _runs(self) -> Shared[RunTools]:
         return Shared()
 
+    @cached_property
+    def _folders(self) -> dict[str, Path]:
+        """Return the folders of the runs that were worked on, by run id."""
+        return {}
+
     def joined(self, other: RunContext) -> Self:
-        """Know which runs another context has open, and return itself."""
+        """Know which runs another context has open and where they lie, and return itself."""
         self.__dict__.setdefault("_runs", other._runs)
+        self.__dict__.setdefault("_folders", other._folders)
         return self
 
     @cached_property
@@ -107,50 +122,108 @@ class RunContext(Form):
         return {}
 
     @cached_property
-    def _by_folder(self) -> dict[str, Loaded]:
+    def _by_folder(self) -> dict[Path, Loaded]:
         return {}
 
     @cached_property
-    def _ends(self) -> dict[str, Walltime | None]:
+    def _ends(self) -> dict[Path, Walltime | None]:
         return {}
-
-    def bound(self, folder: str, end: Walltime | None) -> None:
-        """Have the present life of a run end in time."""
-        self._ends[folder] = end
 
     @cached_property
     def _contexts(self) -> Shared[ItemContext]:
         return Shared()
 
+    # -- the run's folder ----------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path | None:
+        """Return the folder that ``out`` names, one path for all its spellings; blocks."""
+        return Path(self.out).resolve() if self.out else None
+
+    def find(self, run: RunKey) -> Path:
+        """Return where a run's folder lies now; blocks.
+
+        The folder that the context names comes first, then where this process has worked on the
+        run, then the default place.
+
+        Raises:
+            ConfigurationError: It is not found, or the folder that the context names is another
+                run's.
+        """
+        if self.folder is not None:
+            ids = run_ids(open_folder(self.folder).read_provenance())
+            if run["id"] not in ids:
+                msg = (
+                    f"{self.out}: this is the folder of run {ids[0]}, and the thread goes on with "
+                    f"run {run['id']}; set 'out' of the context to that run's folder"
+                )
+                raise ConfigurationError(msg)
+            self._folders[run["id"]] = self.folder
+            return self.folder
+        usual = None if run["name"] is None else self._usual / run["name"]
+        candidates = [p for p in (self._folders.get(run["id"]), usual) if p is not None]
+        for path in candidates:
+            if is_run(path, run["id"]):
+                self._folders[run["id"]] = found = path.resolve()
+                return found
+        looked = "".join(f"; {path} is not it" for path in candidates)
+        msg = (
+            f"the folder of run {run['id']} is not known here{looked}; if it was moved, name it by "
+            "'out' of the context, e.g. context=RunContext(out=DIR)"
+        )
+        raise ConfigurationError(msg)
+
+    @property
+    def _usual(self) -> Path:
+        """Return where run folders lie that ``out`` does not name."""
+        return Path.cwd() / RUNS if self._place is None else self._place[0]
+
+    def shown_folders(self) -> set[str]:
+        """Return the folders as messages may show them."""
+        known = {str(path) for path in self._folders.values()}
+        return known | {text for text in (self.out, self.out and str(self.folder)) if text}
+
     async def prepare(
         self,
-        folder: str | None,
         path: str | None,
         items: Sequence[Mapping[str, Any]] | None,
         preset: str | None = None,
     ) -> Prepared:
-        """Make a run's folder from a path or items, or look up one that was made."""
-        if folder is not None:
-            self._retried.pop(Path(folder), None)  # a further invocation asks once more
-            if self.embedded:
-                self._ends.pop(folder, None)  # a life of its own
-        else:
+        """Make a run's folder from a path or items, or look up the one that the context names.
+
+        An existing run in ``out`` is gone on with when nothing else is given; what the settings
+        ask for must be what it asks for.
+        """
+        given = path is not None or items is not None or preset is not None
+        folder = None if given else await asyncio.to_thread(self._existing)
+        if folder is None:
             loaded, target = await asyncio.to_thread(self._new_run, path, preset)
             made = await prepare_run(loaded, target, items, self.allow_simulated)
             if preset is not None:
                 await asyncio.to_thread(_note_preset, made, preset)
-            folder = str(made.path)
-        run = await asyncio.to_thread(self._look_up, folder)
+            folder = made.path
+        else:
+            self._retried.pop(folder, None)  # a further invocation asks once more
+            if self.embedded:
+                self._ends.pop(folder, None)  # a life of its own
+                loaded = await asyncio.to_thread(self._loaded_of, folder)
+                await resume_run(RunFolder(folder), loaded)
         if self.embedded:
-            await asyncio.to_thread(begin_life, RunFolder(Path(folder)))
-        return run
+            await asyncio.to_thread(begin_life, RunFolder(folder))
+        return await asyncio.to_thread(self._look_up, folder)
+
+    def _existing(self) -> Path | None:
+        """Return the folder that ``out`` names if something is in it."""
+        folder = self.folder
+        return None if folder is None or is_vacant(folder) else open_folder(folder).path
 
     def _new_run(self, path: str | None, preset: str | None) -> tuple[Loaded, Path]:
         loaded = self._with_preset(preset)
         if path is not None:
             changes = {"input.path": str(Path(path).resolve()), "input.dataset": None}
             loaded = load(loaded.raw, settings=changes)
-        return loaded, Path(self.out).resolve() if self.out else default_folder(loaded.config.name)
+        name = new_name(loaded.config.name) if self._place is None else self._place[1]
+        return loaded, self.folder or self._usual / name
 
     def _with_preset(self, preset: str | None) -> Loaded:
         """Return the settings, of a preset that the input names if it names one."""
@@ -158,16 +231,19 @@ class RunContext(Form):
             return self.loaded
         return replace(self, preset=preset, config=None).loaded
 
-    def _look_up(self, folder: str) -> Prepared:
-        total = open_folder(Path(folder)).read_provenance()["input"]["items"]
-        return cut(folder, self._loaded_of(folder).config, total, singly=self.embedded)
+    def _look_up(self, folder: Path) -> Prepared:
+        about = open_folder(folder).read_provenance()
+        self._folders[about["run"]] = folder
+        run: RunKey = {"id": about["run"], "name": None if self.out else folder.name}
+        config, total = self._loaded_of(folder).config, about["input"]["items"]
+        return cut(run, config, total, singly=self.embedded)
 
-    def _loaded_of(self, folder: str) -> Loaded:
+    def _loaded_of(self, folder: Path) -> Loaded:
         """Return the settings of a run that there is; blocks."""
         if not self.embedded:
             return self.loaded
         if folder not in self._by_folder:
-            self._by_folder[folder] = self._settings_of(open_folder(Path(folder)))
+            self._by_folder[folder] = self._settings_of(open_folder(folder))
         return self._by_folder[folder]
 
     def _settings_of(self, run: RunFolder) -> Loaded:
@@ -179,12 +255,29 @@ class RunContext(Form):
         return settle(str(run.settings), self.changes(), endpoints=self.endpoints or None)[0]
 
     @asynccontextmanager
-    async def opened(self, folder: str) -> AsyncIterator[RunTools]:
+    async def opened(self, run: RunKey) -> AsyncIterator[RunTools]:
         """Open a run; users in the same loop share what is open."""
+        folder = self._folders.get(run["id"])
+        if folder is None or self._runs.opened((folder, id(self))) is None:
+            folder = await asyncio.to_thread(self.find, run)
+        async with self._open_at(folder) as tools:
+            yield tools
+
+    @asynccontextmanager
+    async def open_named(self, end: Walltime | None) -> AsyncIterator[RunTools]:
+        """Open the run of the folder that ``out`` names, for a session that ends in time."""
+        folder = await asyncio.to_thread(lambda: self.folder)
+        assert folder is not None, "the command line names a folder"
+        self._ends[folder] = end
+        async with self._open_at(folder) as tools:
+            yield tools
+
+    @asynccontextmanager
+    async def _open_at(self, folder: Path) -> AsyncIterator[RunTools]:
         retried = self._retried if self.retry_failed else None
         loaded = await asyncio.to_thread(self._loaded_of, folder)
         if folder not in self._ends:
-            self.bound(folder, life_end(loaded.config, time.time()))
+            self._ends[folder] = life_end(loaded.config, time.time())
         mode = Mode(
             self.trace,
             self.embedded,
@@ -194,39 +287,41 @@ class RunContext(Form):
             work_shard,
             self._ends[folder],
         )
-        path = await asyncio.to_thread(open_folder, Path(folder))
         # A cancelled run lets its items end, and whoever cancelled it may go on with it meanwhile.
         await self._runs.gone(lambda key: key[0] == folder, lambda tools: tools.gate.cancelled)
         key = folder, id(self)
-        async with self._runs.use(key, lambda: open_run(path, loaded, mode)) as tools:
+        async with self._runs.use(key, lambda: open_run(RunFolder(folder), loaded, mode)) as tools:
             yield tools
 
-    async def shortfall(self, folder: str, needed: Mapping[str, int]) -> dict[str, Any] | None:
+    async def shortfall(self, run: RunKey, needed: Mapping[str, int]) -> dict[str, Any] | None:
         """Return what to ask of the user while the budget does not carry ``needed``, or None."""
+        folder = await asyncio.to_thread(self.find, run)
         loaded = await asyncio.to_thread(self._loaded_of, folder)
         tools = self._runs.opened((folder, id(self)))
         budget = tools.budget if isinstance(tools, OpenedRun) else None
-        run = RunFolder(Path(folder))
-        return await asyncio.to_thread(shortfall, run, loaded.config, Amount(**needed), budget)
+        place, amount = RunFolder(folder), Amount(**needed)
+        return await asyncio.to_thread(shortfall, place, loaded.config, amount, budget)
 
-    async def allow(self, folder: str, answer: Any) -> str | None:
+    async def allow(self, run: RunKey, answer: Any) -> str | None:
         """Take an answer as the run's new caps; return what is wrong with it, or None."""
+        folder = await asyncio.to_thread(self.find, run)
         if self.embedded:
             self._ends.pop(folder, None)  # a life of its own: the answer may have taken days
-        return await asyncio.to_thread(allow, RunFolder(Path(folder)), answer)
+        return await asyncio.to_thread(allow, RunFolder(folder), answer)
 
     async def finish(
-        self, folder: str, aggregate: list[dict[str, Any]], progress: dict[str, Any]
+        self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
     ) -> dict[str, Any]:
         """Write the results' files and return references to them."""
-        run = RunFolder(Path(folder))
-        async with self.opened(folder) as tools:
+        folder = await asyncio.to_thread(self.find, run)
+        place = RunFolder(folder)
+        async with self._open_at(folder) as tools:
             results = await asyncio.to_thread(
-                write_results, run, self._loaded_of(folder), tools, aggregate, progress
+                write_results, place, self._loaded_of(folder), tools, aggregate, progress
             )
             if self.embedded:
-                await asyncio.to_thread(end_life, run)
-        self._meters.pop(run.path, None)
+                await asyncio.to_thread(end_life, place)
+        self._meters.pop(folder, None)
         self._by_folder.pop(folder, None)
         return results
 

@@ -115,6 +115,7 @@ class Form(Context):
     margin_s: float = _of("limits.margin_s")
     item_timeout_s: float | None = _of("limits.item_timeout_s")
     steps_per_item: int | None = _of("limits.steps_per_item")
+    body_bytes: int = _of("limits.body_bytes")
     hedge: bool = _of("limits.hedge")
     requests_per_s: float | None = _of("limits.requests_per_s")
     tokens_per_min: float | None = _of("limits.tokens_per_min")
@@ -152,7 +153,9 @@ class Form(Context):
         examples=[["model.extra_body={top_k: 20}", "endpoints.proxy=true"]],
     )
     out: str | None = _text(
-        None, "Folder of the run, on the server; empty: a new one below fanfold-runs."
+        None,
+        "Folder of the run, on the server: a new one, or that of a run to go on with; empty: a new "
+        "one below fanfold-runs.",
     )
     trace: bool = _text(
         False, "Run every item by LangGraph's engine, visible in traces, however many there are."

@@ -95,11 +95,10 @@ async def fly(
         ConfigurationError: The endpoints do not fit the run, or another process works on it.
         LedgerError: Something could not be written.
     """
-    context = RunContext.of(loaded, trace=options.trace)
-    context.bound(str(folder.path), options.end)
+    context = RunContext.of(loaded, out=str(folder.path), trace=options.trace)
     with stoppable(console) as stop, stop.ending(options.end), spared_modules():
         async with AsyncExitStack() as stack:
-            opened = context.opened(str(folder.path))
+            opened = context.open_named(options.end)
             tools = await stop.opening(stack.enter_async_context(opened))
             async with counted(tools), noted(folder) as (about, this):
                 chosen = spread(len(tools.store), count, about["input"]["digest"])

@@ -7,6 +7,7 @@ from typing import Any, Final
 from ..backends.places import at_a_time, is_elsewhere
 from ..configs.models import RunConfig
 from ..nodes.context import Prepared
+from ..nodes.state import RunKey
 from .items import is_small
 
 _LEAST, _MOST = 256, 4096
@@ -17,18 +18,18 @@ _ROUNDS: Final = 4
 _FEWEST: Final = 16
 
 
-def cut(folder: str, config: RunConfig, total: int, *, singly: bool = False) -> Prepared:
+def cut(run: RunKey, config: RunConfig, total: int, *, singly: bool = False) -> Prepared:
     """Return a run of so many items with its plan.
 
     Args:
-        folder: The run's folder.
+        run: Which run it is.
         config: Its settings.
         total: Its items.
         singly: Whether each item of a small batch shall be a shard of its own.
     """
     here = config.shard.items is None and not is_elsewhere(config.backend)
     size = 1 if singly and here and is_small(total) else shard_items(config, total)
-    return Prepared(folder, total, size, window(config, size), sizing(config))
+    return Prepared(run, total, size, window(config, size), sizing(config))
 
 
 def shard_items(config: RunConfig, total: int) -> int:

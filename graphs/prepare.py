@@ -31,8 +31,13 @@ RUNS: Final = "fanfold-runs"
 
 def default_folder(name: str) -> Path:
     """Return a folder for a new run below the working directory."""
+    return Path.cwd() / RUNS / new_name(name)
+
+
+def new_name(name: str) -> str:
+    """Return a name for the folder of a new run, from the run's own name."""
     stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
-    return Path.cwd() / RUNS / f"{name}-{stamp}-{secrets.token_hex(2)}"
+    return f"{name}-{stamp}-{secrets.token_hex(2)}"
 
 
 async def prepare_run(

@@ -107,6 +107,8 @@ def fit(wide: Sequence[int], width: int) -> list[int]:
     Returns:
         One width per column; fewer than asked for when not even narrow ones have room.
     """
+    if sum(wide) + _FRAME * len(wide) < width:
+        return list(wide)
     shown = max(1, min(len(wide), (width - 1) // (_NARROW + _FRAME)))
     room, free = list(wide[:shown]), width - 1 - _FRAME * shown
     while sum(room) > free and max(room) > 1:

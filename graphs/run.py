@@ -121,10 +121,14 @@ async def lived(  # noqa: PLR0913 - what a life is made of
         opened: Called once the run is open, for whoever watches.
     """
     started = time.monotonic()
-    context = RunContext.of(loaded, trace=options.trace, retry_failed=options.retry_failed)
-    context.bound(str(folder.path), options.end)
+    context = RunContext.of(
+        loaded,
+        out=str(folder.path),
+        trace=options.trace,
+        retry_failed=options.retry_failed,
+    )
     async with AsyncExitStack() as stack:
-        tools = await stop.opening(stack.enter_async_context(context.opened(str(folder.path))))
+        tools = await stop.opening(stack.enter_async_context(context.open_named(options.end)))
         if opened is not None:
             opened(tools)
         async with counted(tools), noted(folder) as (about, this):
@@ -224,7 +228,7 @@ class _Life:
 
     async def _invoked(self, graph: MapReduce, thread: RunnableConfig, going_on: bool) -> RunResult:
         """Go on from the last checkpoint, or fold all items anew: the journal has the finished."""
-        begin: Any = None if going_on else {"folder": str(self.folder.path)}
+        begin: Any = None if going_on else {}
         control = self.stop.control
         invocation = asyncio.ensure_future(
             graph.ainvoke(begin, thread, context=self.context, durability="sync", control=control)

@@ -19,7 +19,7 @@ from ..configs.load import Loaded
 from ..nodes.state import RunInput
 from .context import RunContext
 from .map_reduce import MapReduce, build
-from .prepare import RUNS, default_folder
+from .prepare import RUNS, new_name
 from .tool_allowance import Allowance
 from .tool_reply import complaint, reply
 from .tool_schema import arguments, rows_of
@@ -146,12 +146,13 @@ class _Errand:
             return reply(end, self._rows), end
 
     def _new_folder(self) -> Path:
-        return self._folder / default_folder(self._name).name
+        return self._folder / new_name(self._name)
 
     def _graph(self, loaded: Loaded, folder: Path) -> MapReduce:
         """Return a graph for one call: each has a run folder and a fleet of its own."""
         allowed = self._allow_simulated
-        context = RunContext.of(loaded, embedded=True, allow_simulated=allowed, out=str(folder))
+        place = folder.parent, folder.name
+        context = RunContext.of(loaded, embedded=True, allow_simulated=allowed, place=place)
         return build(context).compile()
 
 

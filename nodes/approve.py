@@ -36,9 +36,9 @@ async def approve(state: RunState, runtime: Runtime[Context]) -> RunState:
     Raises:
         BudgetExhaustedError: The settings say to stop rather than to ask.
     """
-    context, folder, problem = runtime.context, state["run_folder"], None
-    while (question := await context.shortfall(folder, state.get("needed") or {})) is not None:
+    context, run, problem = runtime.context, state["run"], None
+    while (question := await context.shortfall(run, state.get("needed") or {})) is not None:
         asked = question if problem is None else {**question, "problem": problem}
         answer = interrupt(asked, response_schema=ANSWER)
-        problem = await context.allow(folder, answer)
+        problem = await context.allow(run, answer)
     return {}

@@ -19,7 +19,7 @@ from .answer import AnswerCheck
 from .gate import Gate
 from .meter import Meter
 from .progress import Progress
-from .state import ItemState
+from .state import ItemState, RunKey
 
 Delegate: TypeAlias = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -217,14 +217,14 @@ class Prepared:
     """A run that is ready to start.
 
     Attributes:
-        folder: Its folder.
+        key: Which run it is.
         total: Number of items.
         shard_items: Items per shard.
         window: Shards per superstep.
         sizing: How shards that are worked on elsewhere are sized; None keeps ``shard_items``.
     """
 
-    folder: str
+    key: RunKey
     total: int
     shard_items: int
     window: int
@@ -238,19 +238,22 @@ class Context(ABC):
     @abstractmethod
     async def prepare(
         self,
-        folder: str | None,
         path: str | None,
         items: Sequence[Mapping[str, Any]] | None,
         preset: str | None = None,
     ) -> Prepared:
-        """Make a run's folder from a path or items, or look up one that was made."""
+        """Make a run's folder from a path or items, or look up the one that the context names."""
 
     @abstractmethod
-    def opened(self, folder: str) -> AbstractAsyncContextManager[RunTools]:
-        """Open a run; users in the same loop share what is open."""
+    def opened(self, run: RunKey) -> AbstractAsyncContextManager[RunTools]:
+        """Open a run; users in the same loop share what is open.
+
+        Raises:
+            ConfigurationError: Its folder is not found, or the context names another run's.
+        """
 
     @abstractmethod
-    async def shortfall(self, folder: str, needed: Mapping[str, int]) -> dict[str, Json] | None:
+    async def shortfall(self, run: RunKey, needed: Mapping[str, int]) -> dict[str, Json] | None:
         """Return what to ask of the user while the budget does not carry ``needed``, or None.
 
         Raises:
@@ -258,11 +261,11 @@ class Context(ABC):
         """
 
     @abstractmethod
-    async def allow(self, folder: str, answer: Any) -> str | None:
+    async def allow(self, run: RunKey, answer: Any) -> str | None:
         """Take an answer as the run's new caps; return what is wrong with it, or None."""
 
     @abstractmethod
     async def finish(
-        self, folder: str, aggregate: list[dict[str, Any]], progress: dict[str, Any]
+        self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
     ) -> dict[str, Any]:
         """Write the results' files and return references to them."""

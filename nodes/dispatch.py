@@ -45,11 +45,10 @@ def _cut(state: RunState, left: int) -> tuple[int, int]:
 
 def fan_out(state: RunState) -> list[Send]:
     """Send the shards that are left over, or each of the window that the cursor has just passed."""
-    (lo, size), hi, folder = state["sent"], state["cursor"], state["run_folder"]
+    (lo, size), hi, run = state["sent"], state["cursor"], state["run"]
     window = [[lo, min(lo + size, hi)] for lo in range(lo, hi, size)]
     return [
-        Send("shard", {"run_folder": folder, "lo": lo, "hi": hi})
-        for lo, hi in state.get("again") or window
+        Send("shard", {"run": run, "lo": lo, "hi": hi}) for lo, hi in state.get("again") or window
     ]
 
 

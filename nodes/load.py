@@ -22,7 +22,6 @@ def enter(state: RunState) -> list[Send]:
     items = state.get("items")
     given = {
         "path": state.get("path"),
-        "folder": state.get("folder"),
         "preset": state.get("preset"),
         "pasted": items is not None,
     }
@@ -40,9 +39,9 @@ async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
     if given["pasted"] and items is None:
         msg = "the run ended before its items were written; start it again with the items"
         raise InputError(msg)
-    run = await runtime.context.prepare(given["folder"], given["path"], items, given.get("preset"))
+    run = await runtime.context.prepare(given["path"], items, given.get("preset"))
     return {
-        "run_folder": run.folder,
+        "run": run.key,
         "total": run.total,
         "shard_items": run.shard_items,
         "window": run.window,

@@ -17,7 +17,7 @@ _SLICE: Final = 1024
 async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
     """Present the aggregate and write the results' files."""
     context, tally, parts = runtime.context, state["tally"], state["parts"]
-    async with context.opened(state["run_folder"]) as tools:
+    async with context.opened(state["run"]) as tools:
         if tools.crew is not None:
             await tools.crew.rest()
         if tools.ledger.twice:
@@ -29,7 +29,7 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
             "done": tally.get("done", 0),
             "failed": tally.get("failed", 0),
         }
-        results = await context.finish(state["run_folder"], aggregate, progress)
+        results = await context.finish(state["run"], aggregate, progress)
     return {"aggregate": aggregate, "progress": progress, "results": results}
 
 

@@ -29,7 +29,7 @@ async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
     def drain() -> str | None:
         return (runtime.drain_reason or "drain") if runtime.drain_requested else None
 
-    async with runtime.context.opened(state["run_folder"]) as tools:
+    async with runtime.context.opened(state["run"]) as tools:
         range_ = Shard(state["lo"], state["hi"])
         write = runtime.stream_writer
         async with tools.meter.telling(tools.counts, write):

@@ -60,10 +60,23 @@ class ItemOutput(TypedDict, total=False):
     error: dict[str, str]
 
 
-class ShardState(TypedDict):
-    """What a shard is sent: its run's folder and its range of items."""
+class RunKey(TypedDict):
+    """Which run it is; never where its folder lies, for folders move.
 
-    run_folder: str
+    Keys:
+        id: The run's id.
+        name: Name of its folder below the default place of run folders; None when the caller
+            names the folder.
+    """
+
+    id: str
+    name: str | None
+
+
+class ShardState(TypedDict):
+    """What a shard is sent: its run and its range of items."""
+
+    run: RunKey
     lo: int
     hi: int
 
@@ -86,6 +99,9 @@ def add_paces(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 class RunInput(TypedDict, total=False):
     """What a run is given: items, or a path, or nothing for the configured input.
 
+    The run's folder is none of them: LangGraph keeps an input in its first checkpoint, and the
+    folder may move. The context names it.
+
     None of the keys outlives the invocation, so that a thread can be used again.
     """
 
@@ -105,16 +121,13 @@ class RunInput(TypedDict, total=False):
     preset: Annotated[
         str | None, Field(description="Preset to run, in place of the context's."), UntrackedValue
     ]
-    folder: Annotated[
-        str, Field(description="Folder of a run that was prepared, to go on with."), UntrackedValue
-    ]
 
 
 class LoadState(TypedDict, total=False):
     """What ``load`` is sent.
 
     Keys:
-        given: ``path``, ``folder`` and ``preset`` of the input, and whether there are ``items``.
+        given: ``path`` and ``preset`` of the input, and whether there are ``items``.
         items: The items, which no checkpoint keeps.
     """
 
@@ -128,19 +141,19 @@ class RunOutput(TypedDict, total=False):
     Keys:
         aggregate: One entry per reduce stage.
         progress: Counts of items, requests and tokens.
-        results: Where the results lie, and whether they are simulated.
+        results: Where the results lie, and whether they are simulated. No checkpoint keeps it.
     """
 
     aggregate: list[dict[str, Any]]
     progress: dict[str, Any]
-    results: dict[str, Any]
+    results: Annotated[dict[str, Any], UntrackedValue]
 
 
 class RunState(RunInput, RunOutput, total=False):
     """The whole state of a run.
 
     Keys:
-        run_folder: The run's folder.
+        run: Which run it is.
         total: Number of items.
         shard_items: Items per shard.
         window: Shards per superstep.
@@ -156,7 +169,7 @@ class RunState(RunInput, RunOutput, total=False):
         parts: The finished shards' aggregate, combined.
     """
 
-    run_folder: str
+    run: RunKey
     total: int
     shard_items: int
     window: int

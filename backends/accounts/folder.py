@@ -214,6 +214,23 @@ def open_folder(path: Path) -> RunFolder:
     return folder
 
 
+def run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a run's id, and those that its folder had before it was copied.
+
+    Args:
+        about: Its provenance.
+    """
+    return (about["run"], *about.get("earlier", ()))
+
+
+def is_run(path: Path, run: str) -> bool:
+    """Say whether a folder is that of a run, by its id or one that it had before."""
+    try:
+        return run in run_ids(RunFolder(path).read_provenance())
+    except LedgerError:
+        return False
+
+
 def is_vacant(path: Path) -> bool:
     """Say whether a new run may be made at ``path``: nothing there, or an empty folder.
 

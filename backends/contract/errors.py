@@ -35,6 +35,7 @@ Every class survives a pickle round trip, for errors cross processes.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 
@@ -52,6 +53,22 @@ class FanfoldError(RuntimeError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+        self._folders: tuple[str, ...] = ()
+
+    def hide(self, folders: Collection[str]) -> None:
+        """Leave folders out of ``repr``, which is what LangGraph's checkpoints keep of an error.
+
+        Args:
+            folders: Paths as the message may show them.
+        """
+        self._folders = (*sorted(folders, key=len, reverse=True), *self._folders)
+
+    def __repr__(self) -> str:
+        """Return class and message."""
+        text = self.message
+        for folder in self._folders:
+            text = text.replace(folder, "the run folder")
+        return f"{type(self).__name__}({text!r})"
 
 
 class ConfigurationError(FanfoldError):

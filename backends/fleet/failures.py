@@ -25,6 +25,7 @@ from ..contract.errors import (
     RequestRefusedError,
 )
 from .answer import Complaint, RawAnswer, retry_after
+from .transport import BodyTooLargeError, ProxyError
 
 
 class Step(enum.Enum):
@@ -97,6 +98,13 @@ _BUSY: Final = Treatment(EndpointBusyError, Step.WAIT, free=True)
 _SERVER: Final = Treatment(EndpointError, Step.OTHER, Trip.COUNT, poison=True)
 _STRANGE: Final = Treatment(EndpointReplyError, Step.OTHER, Trip.COUNT)
 _LOST: Final = Treatment(EndpointLostError, Step.OTHER, Trip.COUNT)
+_TOO_LARGE: Final = Treatment(
+    EndpointReplyError,
+    Step.OTHER,
+    poison=True,
+    tries=2,
+    advice="limits.body_bytes; raise it if such answers are expected, or lower model.max_tokens",
+)
 
 _BY_STATUS: Final[Mapping[int, Treatment]] = {
     400: _REFUSED,
@@ -256,11 +264,19 @@ def of_mixture(endpoint: str, simulated: bool) -> Failure:
 
 def of_exception(cause: aiohttp.ClientError | TimeoutError, endpoint: str) -> Failure:
     """Classify a connection that failed or an answer that did not come."""
+    if isinstance(cause, BodyTooLargeError):
+        return _of_size(cause, endpoint)
     problem, treatment = _connection(cause)
     hint = f" ({treatment.advice})" if treatment.advice else ""
     error = EndpointLostError(f"{endpoint}: {problem}{hint}", endpoint)
     error.__cause__ = cause
     return Failure(error, treatment)
+
+
+def _of_size(cause: BodyTooLargeError, endpoint: str) -> Failure:
+    error = EndpointReplyError(f"{endpoint}: {cause} ({_TOO_LARGE.advice})", endpoint)
+    error.__cause__ = cause
+    return Failure(error, _TOO_LARGE)
 
 
 def _connection(cause: aiohttp.ClientError | TimeoutError) -> tuple[str, Treatment]:
@@ -270,7 +286,7 @@ def _connection(cause: aiohttp.ClientError | TimeoutError) -> tuple[str, Treatme
         return "no answer in time", replace(_LOST, shrink=True)
     if isinstance(cause, OSError) and cause.errno in _NO_DESCRIPTOR:
         return "this process has too many files open", _DESCRIPTORS
-    if isinstance(cause, aiohttp.ClientConnectorError):
+    if isinstance(cause, aiohttp.ClientConnectorError | ProxyError):
         return f"cannot connect: {cause}", replace(_LOST, trip=Trip.OPEN, free=True)
     if isinstance(cause, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
         return "the connection was closed before an answer", replace(_LOST, stale=True)

@@ -20,7 +20,7 @@ from .address import ApiKey, EndpointSpec, base_url
 from .answer import Complaint, RawAnswer
 from .endpoint import Endpoint
 from .policy import FleetPolicy
-from .probe import Found
+from .probe import Found, describe_error
 from .transport import Transport
 
 _OK: Final = 200
@@ -89,7 +89,7 @@ class Gateway:
         except TimeoutError:
             return self._lost(f"no answer within {timeout_s:g} s")
         except aiohttp.ClientError as error:
-            return self._lost(f"cannot connect: {error}")
+            return self._lost(describe_error(error))
         finally:
             await transport.aclose()
         clusters = _clusters(answer)

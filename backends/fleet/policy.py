@@ -218,6 +218,7 @@ class FleetPolicy:
         whole_answers: Whether the endpoints are not to be asked for streams.
         trust_env: Whether proxy variables of the environment count for all endpoints, and not
             only for those that ask for it (``EndpointSpec.proxied``).
+        body_bytes: Most bytes of one answer, after decompression.
     """
 
     streams: int = 256
@@ -231,6 +232,7 @@ class FleetPolicy:
     load: LoadPolicy | None = None
     whole_answers: bool = False
     trust_env: bool = False
+    body_bytes: int = 64 * 2**20
 
     @classmethod
     def of(

@@ -17,7 +17,7 @@ from .address import EndpointSpec
 from .answer import Complaint, RawAnswer
 from .endpoint import Endpoint
 from .policy import FleetPolicy
-from .transport import Transport
+from .transport import BodyTooLargeError, Transport
 
 _AT_ONCE: Final = 64
 _OK: Final = 200
@@ -90,7 +90,7 @@ async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Fo
     except TimeoutError:
         return _lost(endpoint, f"no answer within {timeout_s:g} s")
     except aiohttp.ClientError as error:
-        return _lost(endpoint, f"cannot connect: {error}")
+        return _lost(endpoint, describe_error(error))
     models = _models(answer)
     if models is None:
         return _lost(endpoint, f"HTTP {answer.status}: {Complaint.read(answer.body).message}")
@@ -108,6 +108,11 @@ async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Fo
 
 def _lost(endpoint: Endpoint, error: str) -> Found:
     return Found(endpoint.spec, endpoint.label, error=error)
+
+
+def describe_error(error: aiohttp.ClientError) -> str:
+    """Return why an endpoint or a gateway could not be asked."""
+    return str(error) if isinstance(error, BodyTooLargeError) else f"cannot connect: {error}"
 
 
 def _models(answer: RawAnswer) -> list[dict[str, Any]] | None:

@@ -120,12 +120,10 @@ class Sender:
     ) -> OpenStream | Failure:
         try:
             headers = await endpoint.headers()
-            response = await self._transport.stream(
+            reader = await self._transport.stream(
                 endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
-            result = await OpenStream.begin(
-                response, endpoint.label, self._transport.silence_s, end
-            )
+            result = await OpenStream.begin(reader, endpoint.label, self._transport.silence_s, end)
             if isinstance(result, Failure):
                 return await _softened(endpoint, result, headers, body, self._warden.answers > 0)
         except (aiohttp.ClientError, TimeoutError) as error:

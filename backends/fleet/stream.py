@@ -12,6 +12,7 @@ import orjson
 from . import failures, judge
 from .answer import Complaint, RawAnswer
 from .failures import Failure
+from .transport import BodyReader
 
 _OK: Final = 200
 _DATA: Final = b"data:"
@@ -24,7 +25,7 @@ class OpenStream:
     """A stream whose first token has come; holds its endpoint until closed.
 
     Args:
-        response: The answer, its head read.
+        reader: Reads the rest of the answer.
         head: The lines up to the first token's.
         endpoint: Label of who answers.
         silence_s: Longest wait for a further line, in seconds.
@@ -37,13 +38,13 @@ class OpenStream:
 
     def __init__(
         self,
-        response: aiohttp.ClientResponse,
+        reader: BodyReader,
         head: Sequence[bytes],
         endpoint: str,
         silence_s: float,
         end: End,
     ) -> None:
-        self._response = response
+        self._reader, self._response = reader, reader.response
         self._head = head
         self._endpoint = endpoint
         self._silence_s = silence_s
@@ -51,28 +52,29 @@ class OpenStream:
         self._summary: dict[str, Any] = {}
         self._failure: Failure | None = None
         self._open = True
-        self.headers = response.headers
+        self.headers = reader.response.headers
 
     @classmethod
     async def begin(
-        cls, response: aiohttp.ClientResponse, endpoint: str, silence_s: float, end: End
+        cls, reader: BodyReader, endpoint: str, silence_s: float, end: End
     ) -> OpenStream | Failure:
         """Read up to the first token, or return why there is none.
 
         What comes before it (the speaker's role) is held back, so that the call may still move.
         """
+        response = reader.response
         if response.status != _OK:
-            raw = RawAnswer(response.status, response.headers, await response.read())
+            raw = RawAnswer(response.status, response.headers, await reader.read())
             return failures.of_answer(raw, endpoint)
         head: list[bytes] = []
-        async for line in response.content:
+        while line := await reader.read_line():
             head.append(line)
             chunk = _decode(line) if line.startswith(_DATA) else None
             if failure := _error_event(chunk, line, response, endpoint):
                 response.close()
                 return failure
             if _says_something(chunk):
-                return cls(response, head, endpoint, silence_s, end)
+                return cls(reader, head, endpoint, silence_s, end)
             if line.startswith(_DONE):
                 break
         if any(map(bytes.strip, head)):
@@ -101,7 +103,7 @@ class OpenStream:
 
     async def _next(self) -> bytes:
         async with asyncio.timeout(self._silence_s):
-            return await self._response.content.readline()
+            return await self._reader.read_line()
 
     def _check_end(self) -> None:
         if self._failure is None and not self._summary.get("finished"):

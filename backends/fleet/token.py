@@ -13,6 +13,8 @@ from typing import Final
 from ..contract.errors import ConfigurationError, RunStoppedError
 
 _LOG: Final = logging.getLogger(__name__)
+_LONGEST: Final = 64 * 1024
+"""Bytes that a command may print; a token takes a few thousand."""
 
 
 class CommandToken:
@@ -95,13 +97,17 @@ class CommandToken:
             raise self._failed(f"cannot be started: {error.strerror}") from None
         try:
             async with asyncio.timeout(self._timeout_s):
-                said, _ = await child.communicate()
+                said = await _read_output(child)
+                if said is not None:
+                    await child.wait()
         except TimeoutError:
             raise self._failed(f"printed no key within {self._timeout_s:g} s") from None
         finally:
             if child.returncode is None:
                 child.kill()
                 await child.wait()
+        if said is None:
+            raise self._failed(f"printed more than {_LONGEST:,} bytes")
         if child.returncode:
             raise self._failed(f"failed with exit status {child.returncode}")
         key = said.decode("ascii", "replace").strip()
@@ -114,3 +120,15 @@ class CommandToken:
             f"{self._where}: the command {self._command[0]!r} {problem}; run it by hand to see "
             "why (a new login may be due)"
         )
+
+
+async def _read_output(child: asyncio.subprocess.Process) -> bytes | None:
+    """Return what a command prints, or None as soon as it is too long for a key."""
+    assert child.stdout is not None, "it is a pipe"
+    blocks, size = list[bytes](), 0
+    while block := await child.stdout.read(_LONGEST):
+        blocks.append(block)
+        size += len(block)
+        if size > _LONGEST:
+            return None
+    return b"".join(blocks)

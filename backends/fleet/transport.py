@@ -1,13 +1,22 @@
-"""One aiohttp session for all endpoints: made in the loop that uses it, closed with the fleet."""
+"""One aiohttp session for all endpoints: made in the loop that uses it, closed with the fleet.
+
+The environment's proxies are passed with each request instead of aiohttp's ``trust_env``, which
+would also read ``.netrc`` and let an entry there replace an endpoint's key. Redirects are never
+followed: a key goes to the address that the settings name, and nowhere else.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import io
+from base64 import b64encode
+from collections import deque
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+from yarl import URL
 
 from ..contract.errors import ConfigurationError
 from .answer import RawAnswer
@@ -15,6 +24,95 @@ from .policy import FleetPolicy
 
 _LARGE: Final = 1 << 20
 """Bytes above which aiohttp warns of a body that is sent in one piece."""
+
+_OK: Final = 200
+_LARGEST_DOCUMENT: Final = 8 * 2**20
+"""Bytes of a list of models, of metrics or of a registry's answer that are read."""
+_LARGEST_ERROR: Final = 64 * 1024
+"""Bytes of an error's body that are read; messages quote its beginning."""
+
+
+class BodyTooLargeError(aiohttp.ClientPayloadError):
+    """An answer has more bytes than may be read of it."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"the answer is larger than {most:,} bytes")
+        self.most = most
+
+
+class ProxyError(aiohttp.ClientConnectionError):
+    """A proxy variable of the environment does not name an HTTP proxy."""
+
+
+class BodyReader:
+    """Reads an answer's body and stops at a bound.
+
+    Bytes count after decompression, so that a small compressed body cannot fill the memory.
+
+    Args:
+        response: The answer, its body unread.
+        most: Most bytes that are read.
+
+    Attributes:
+        response: The answer.
+    """
+
+    def __init__(self, response: aiohttp.ClientResponse, most: int) -> None:
+        self.response = response
+        self._most = self._left = most
+        self._lines = deque[bytes]()
+        self._begun = list[bytes]()
+
+    async def read(self) -> bytes:
+        """Read the whole body, or the beginning of an error's body.
+
+        Raises:
+            BodyTooLargeError: It is larger than the bound; the connection is closed.
+            aiohttp.ClientError: The connection broke.
+        """
+        response, length = self.response, self.response.content_length
+        if length is not None and length <= self._left and _is_plain(response):
+            return await response.read()
+        blocks, size = list[bytes](), 0
+        while block := await self._block():
+            blocks.append(block)
+            size += len(block)
+            if response.status != _OK and size > _LARGEST_ERROR:
+                response.close()
+                break
+        return b"".join(blocks)
+
+    async def read_line(self) -> bytes:
+        """Read up to the next line end, which is included; return ``b""`` at the body's end.
+
+        Raises:
+            BodyTooLargeError: The lines so far are larger than the bound; the connection is closed.
+            aiohttp.ClientError: The connection broke.
+        """
+        while not self._lines:
+            block = await self._block()
+            if not block:
+                last, self._begun = b"".join(self._begun), []
+                return last
+            *ended, rest = block.split(b"\n")
+            for piece in ended:
+                self._lines.append(b"".join((*self._begun, piece, b"\n")))
+                self._begun.clear()
+            if rest:
+                self._begun.append(rest)
+        return self._lines.popleft()
+
+    async def _block(self) -> bytes:
+        block = await self.response.content.readany()
+        self._left -= len(block)
+        if self._left < 0:
+            self.response.close()
+            raise BodyTooLargeError(self._most)
+        return block
+
+
+def _is_plain(response: aiohttp.ClientResponse) -> bool:
+    return response.headers.get("Content-Encoding", "identity").lower() == "identity"
 
 
 class Transport:
@@ -24,12 +122,13 @@ class Transport:
     below it would only hide where calls wait.
 
     Args:
-        policy: Timeouts, and whether proxy variables count.
+        policy: Timeouts, the largest answer, and whether proxy variables count.
     """
 
     def __init__(self, policy: FleetPolicy) -> None:
         self._policy = policy
-        self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._session: aiohttp.ClientSession | None = None
+        self._proxies: dict[str, dict[str, Any]] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -49,19 +148,22 @@ class Transport:
             proxied: Whether the environment's proxy variables count.
 
         Raises:
-            aiohttp.ClientError: The connection failed or broke.
+            aiohttp.ClientError: The connection failed or broke, or the answer is too large.
             TimeoutError: No answer in time.
         """
-        session = self.session(proxied)
-        async with session.post(
-            url, data=_sent(body), headers=headers, allow_redirects=False
+        async with self.session().post(
+            url,
+            data=_sent(body),
+            allow_redirects=False,
+            **self._routed(url, headers, proxied),
         ) as got:
-            return RawAnswer(got.status, got.headers, await got.read())
+            reader = BodyReader(got, self._policy.body_bytes)
+            return RawAnswer(got.status, got.headers, await reader.read())
 
     async def stream(
         self, url: str, body: bytes, headers: Mapping[str, str], proxied: bool = False
-    ) -> aiohttp.ClientResponse:
-        """Post one body and return the answer unread; the caller closes it.
+    ) -> BodyReader:
+        """Post one body and return the reader of the answer; the caller closes the answer.
 
         The limit for the whole answer becomes one for the silence between two chunks.
 
@@ -71,9 +173,14 @@ class Transport:
         """
         limits = self._policy.timeout
         timeout = aiohttp.ClientTimeout(sock_connect=limits.connect_s, sock_read=limits.request_s)
-        return await self.session(proxied).post(
-            url, data=_sent(body), headers=headers, allow_redirects=False, timeout=timeout
+        response = await self.session().post(
+            url,
+            data=_sent(body),
+            allow_redirects=False,
+            timeout=timeout,
+            **self._routed(url, headers, proxied),
         )
+        return BodyReader(response, self._policy.body_bytes)
 
     async def get(
         self, url: str, headers: Mapping[str, str], timeout_s: float, proxied: bool = False
@@ -81,52 +188,91 @@ class Transport:
         """Fetch a small document within ``timeout_s`` seconds.
 
         Raises:
-            aiohttp.ClientError: The connection failed or broke.
+            aiohttp.ClientError: The connection failed or broke, or the document is too large.
             TimeoutError: No answer in time.
         """
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        async with self.session(proxied).get(
-            url, headers=headers, allow_redirects=False, timeout=timeout
+        async with self.session().get(
+            url,
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=timeout_s),
+            **self._routed(url, headers, proxied),
         ) as got:
-            return RawAnswer(got.status, got.headers, await got.read())
+            return RawAnswer(
+                got.status, got.headers, await BodyReader(got, _LARGEST_DOCUMENT).read()
+            )
 
-    def session(self, proxied: bool = False) -> aiohttp.ClientSession:
+    def _routed(self, url: str, headers: Mapping[str, str], proxied: bool) -> dict[str, Any]:
+        """Return a request's headers and its proxy, if the environment names one, for aiohttp."""
+        if not (proxied or self._policy.trust_env):
+            return {"headers": headers}
+        if url not in self._proxies:
+            self._proxies[url] = _proxy_of(URL(url))
+        found = self._proxies[url]
+        return found | {"headers": {**headers, **found.get("headers", {})}}
+
+    def session(self) -> aiohttp.ClientSession:
         """Return the session of the running loop, opening it at the first call.
-
-        Args:
-            proxied: Whether the environment's proxy variables count.
 
         Raises:
             ConfigurationError: The session belongs to another loop that still runs.
         """
-        session = self._sessions.get(proxied)
-        if session is not None and self.loop is asyncio.get_running_loop():
-            return session
-        return self._open(proxied)
+        if self._session is not None and self.loop is asyncio.get_running_loop():
+            return self._session
+        return self._open()
 
-    def _open(self, proxied: bool) -> aiohttp.ClientSession:
+    def _open(self) -> aiohttp.ClientSession:
         here = asyncio.get_running_loop()
         if self.loop is not here:
             if self.loop is not None and not self.loop.is_closed():
                 raise ConfigurationError(
                     "a fleet was used from two event loops at once: build one Fleet per loop"
                 )
-            self._sessions.clear()
             self.loop = here
         limits = self._policy.timeout
-        session = self._sessions[proxied] = aiohttp.ClientSession(
+        self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=limits.keepalive_s),
             timeout=aiohttp.ClientTimeout(total=limits.request_s, sock_connect=limits.connect_s),
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=proxied or self._policy.trust_env,
+            trust_env=False,
         )
-        return session
+        return self._session
 
     async def aclose(self) -> None:
         """Close all connections; a later request opens new ones."""
-        sessions, self._sessions, self.loop = self._sessions, {}, None
-        for session in sessions.values():
+        session, self._session, self.loop = self._session, None, None
+        if session is not None:
             await session.close()
+
+
+def _proxy_of(url: URL) -> dict[str, Any]:
+    """Return aiohttp's arguments for the proxy that the environment names for a URL.
+
+    User and password move from the proxy's URL to a header, since errors show the URL.
+
+    Raises:
+        ProxyError: The variable does not name an HTTP proxy.
+    """
+    text = getproxies().get(url.scheme)
+    if not text or proxy_bypass(f"{url.host}:{url.port}"):
+        return {}
+    try:
+        proxy = URL(text if "://" in text else f"http://{text}")
+        usable = proxy.scheme == "http" and bool(proxy.host)
+    except ValueError:
+        usable = False
+    if not usable:
+        name = f"{url.scheme}_proxy"
+        msg = (
+            f"the environment variable {name} (or {name.upper()}) does not name an HTTP proxy such "
+            "as http://proxy.example:3128; correct it, or add the host to no_proxy"
+        )
+        raise ProxyError(msg)
+    if proxy.user is None and proxy.password is None:
+        return {"proxy": proxy}
+    pair = b64encode(f"{proxy.user or ''}:{proxy.password or ''}".encode()).decode()
+    told = {"Proxy-Authorization": f"Basic {pair}"}
+    bare = proxy.with_user(None)
+    return {"proxy": bare, "proxy_headers" if url.scheme == "https" else "headers": told}
 
 
 def _sent(body: bytes) -> bytes | io.BytesIO:

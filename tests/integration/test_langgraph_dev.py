@@ -77,7 +77,7 @@ async def test_graphs_picture_and_schemas(client: LangGraphClient) -> None:
 
 
 async def test_a_small_batch_is_seen_item_by_item(
-    client: LangGraphClient, simulated: SimulatedFleet
+    client: LangGraphClient, dev_server: Server, simulated: SimulatedFleet
 ) -> None:
     thread = await new_thread(client)
     context = at(simulated, streams=8, reduce=[{"op": "count"}], api_key="${FLEET_KEY}")
@@ -93,7 +93,11 @@ async def test_a_small_batch_is_seen_item_by_item(
     state = await client.threads.get_state(thread)
     assert isinstance(state["values"], dict)
     assert [stage["op"] for stage in state["values"]["aggregate"]] == ["count"]
-    settings = Path(state["values"]["results"]["folder"], "run.yaml").read_text()
+    assert str(dev_server.folder) not in json.dumps(state["values"])
+    runs, name = dev_server.folder / "fanfold-runs", state["values"]["run"]["name"]
+    (told_at,) = [d["reduce"]["results"] for _, d in parts if "reduce" in (d or ())]
+    assert Path(told_at["folder"]) == runs / name
+    settings = (runs / name / "run.yaml").read_text()
     assert "streams: 8" in settings
     assert "sesame" not in settings
 

@@ -90,7 +90,7 @@ async def test_an_embedded_run_notes_its_lives(simulated: SimulatedFleet) -> Non
         assert last["outcome"] == "finished"
         assert last["started"] <= last["ended"]
         assert last["versions"]["fanfold"]
-        await graph.ainvoke({"folder": str(folder.path)})
+        await graph.ainvoke({}, context=RunContext(out=str(folder.path)))
 
 
 async def test_a_path_in_place_of_the_configured_input(
@@ -148,9 +148,10 @@ async def test_failed_items_are_asked_again_once(
     first = await build_graph(config).ainvoke({"items": rows(60)})
     failed = first["progress"]["failed"]
     assert failed > 0
-    again = build_graph(RunContext(config=config, retry_failed=True))
+    out = first["results"]["folder"]
+    again = build_graph(RunContext(config=config, out=out, retry_failed=True))
     for n in (1, 2):
-        end = await again.ainvoke({"folder": first["results"]["folder"]})
+        end = await again.ainvoke({})
         assert end["progress"]["failed"] == failed
         assert len(pq.read_table(end["results"]["table"])) == 60
         assert len(Path(end["results"]["failures"]).read_text().splitlines()) == failed

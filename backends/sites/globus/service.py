@@ -131,6 +131,8 @@ class ComputeService:
         for one in (self._v2, self._v3):
             one.retry_config.max_retries = _RETRIES
             one.retry_config.backoff = _pause
+            # a redirect would send orders to another host, with what .netrc holds for it
+            one.transport.session.max_redirects = 0
 
     def register(self, work: WorkShard) -> str:
         """Register a function by its module and name, and return its id.

@@ -18,6 +18,8 @@ from aiohttp import (
     ClientError,
     ClientSession,
     ClientWebSocketResponse,
+    TraceConfig,
+    TraceRequestRedirectParams,
     WSMsgType,
     WSServerHandshakeError,
 )
@@ -131,7 +133,10 @@ async def attend(url: str, token: str, work: WorkShard, silence_s: float) -> Non
     Raises:
         SiteError: The desk cannot be reached, or wants nobody.
     """
-    async with ClientSession() as session:  # takes no proxy from the environment
+    refuse = TraceConfig()
+    refuse.on_request_redirect.append(_refuse_redirect)
+    # takes no proxy from the environment, and shows its token to the desk only
+    async with ClientSession(trace_configs=[refuse]) as session:
         line = await _connected(session, url, token, silence_s * _BEAT)
         attendant = Attendant(work, line)
         try:
@@ -150,6 +155,17 @@ async def attend(url: str, token: str, work: WorkShard, silence_s: float) -> Non
             raise SiteError(
                 f"the desk at {url} does not want this worker (fanfold {own_version()})"
             )
+
+
+async def _refuse_redirect(
+    _session: ClientSession, _context: object, params: TraceRequestRedirectParams
+) -> None:
+    msg = (
+        f"the desk at {params.url} answers HTTP {params.response.status}, a redirect, which "
+        "workers do not follow; set backend.host to the name by which they reach the coordinator's "
+        "machine"
+    )
+    raise SiteError(msg)
 
 
 async def _connected(

@@ -80,11 +80,11 @@ async def test_an_embedded_run_heeds_the_jobs_end(
         aggregate = await lab.undisturbed()
         folder = await lab.begin()
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 50))  # 60 s are kept
-        context = RunContext.of(load(str(folder.settings)))
-        context.__dict__["embedded"] = True
+        out = str(folder.path)
+        context = RunContext.of(load(str(folder.settings)), embedded=True, out=out)
         graph = build(context).compile()
         with pytest.raises(Exception, match="SLURM_JOB_END_TIME"):
-            await graph.ainvoke({"folder": str(folder.path)}, context=context)
+            await graph.ainvoke({}, context=context)
         assert lab.journal_lines() == 0
         monkeypatch.delenv("SLURM_JOB_END_TIME")
         assert (await lab.live()).code == 0

@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -47,6 +47,7 @@ def test_columns_without_room_are_named() -> None:
     assert "field_29" in text
 
 
+@example([1, 1, 1, 1], 30)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.integers(30, 200))
 def test_tables_fit(wide: list[int], width: int) -> None:
     room = fit(wide, width)

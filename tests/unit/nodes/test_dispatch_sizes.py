@@ -16,9 +16,9 @@ from fanfold.nodes.state import RunState
 
 def planned(total: int, **sections: Any) -> RunState:
     given = {"task": {"prompt": "x"}, "endpoints": {"urls": ["http://h:1"]}} | sections
-    run = cut("f", load(given).config, total)
+    run = cut({"id": "r", "name": "f"}, load(given).config, total)
     return {
-        "run_folder": run.folder,
+        "run": run.key,
         "total": total,
         "shard_items": run.shard_items,
         "window": run.window,

@@ -1,0 +1,234 @@
+"""The folder of a run is the one that the caller names: checkpoints hold no path to it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import RunControl
+from langgraph.types import Command
+from typing_extensions import TypedDict
+
+from fanfold import ConfigurationError, RunContext, build_graph
+from fanfold.backends.contract.errors import FanfoldError
+from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.graphs.map_reduce import build
+
+pytestmark = pytest.mark.integration
+
+THREAD: RunnableConfig = {"configurable": {"thread_id": "t"}}
+ITEMS = 60
+
+
+def settings(fleet: SimulatedFleet, **changes: Any) -> dict[str, Any]:
+    schema = {"type": "object", "required": ["score"], "properties": {"score": {"type": "number"}}}
+    return {
+        "name": "test",
+        "task": {"prompt": "What is {x}?", "schema": schema},
+        "endpoints": {"urls": list(fleet.urls)},
+        "limits": {"streams": 8, "hedge": False},
+        "shard": {"items": 5},
+        "reduce": [{"op": "count"}],
+    } | changes
+
+
+def rows(count: int = ITEMS) -> list[dict[str, Any]]:
+    return [{"id": f"i{n}", "x": f"thing {n}"} for n in range(count)]
+
+
+def asked(fleet: SimulatedFleet) -> int:
+    return int(fleet.stats()["totals"]["requests"])
+
+
+def bytes_below(*folders: Path) -> Iterator[tuple[Path, bytes]]:
+    for folder in folders:
+        for file in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
+            if file.is_file():
+                yield file, file.read_bytes()
+
+
+def assert_no_path(paths: set[str], *folders: Path) -> None:
+    """Assert that no file has one of the paths in it, as plain bytes."""
+    looked = 0
+    for file, data in bytes_below(*folders):
+        looked += 1
+        for path in paths:
+            assert path.encode() not in data, f"{file} holds {path}"
+    assert looked
+
+
+async def drained(graph: Any, fleet: SimulatedFleet, given: Any, **more: Any) -> None:
+    """Begin a run and stop it once some items are asked; the thread can go on."""
+    control = RunControl()
+    task = asyncio.create_task(
+        graph.ainvoke(given, THREAD, control=control, durability="sync", **more)
+    )
+    while asked(fleet) < ITEMS // 4:
+        assert not task.done(), await task
+        await asyncio.sleep(0.005)
+    control.request_drain("test")
+    with pytest.raises(Exception, match="test"):
+        await task
+    assert asked(fleet) < ITEMS
+
+
+@pytest.fixture
+async def slow() -> Any:
+    spec = SimulationSpec.fast(nodes=2, ttft_s=0.03, tpot_s=0.001, jitter=0.1)
+    async with SimulatedFleet(spec) as fleet:
+        yield fleet
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_a_run_that_moved_goes_on_where_out_says(
+    slow: SimulatedFleet, tmp_path: Path, kind: str
+) -> None:
+    """The caller's saver knows which run it is; the folder comes with the context."""
+    config = settings(slow)
+    async with AsyncSqliteSaver.from_conn_string(str(tmp_path / "saver.sqlite")) as sqlite:
+        saver: Any = InMemorySaver() if kind == "memory" else sqlite
+        await drained(build_graph(config, checkpointer=saver), slow, {"items": rows()})
+        (old,) = (tmp_path / "fanfold-runs").iterdir()
+        new = tmp_path / "elsewhere" / "moved"
+        new.parent.mkdir()
+        old.rename(new)
+        graph = build_graph(config, checkpointer=saver)
+        state = await graph.aget_state(THREAD)
+        with pytest.raises(ConfigurationError, match=f"{state.values['run']['id']}.*name it by"):
+            await graph.ainvoke(None, THREAD)
+        end = await graph.ainvoke(None, THREAD, context=RunContext(out="elsewhere/moved"))
+        assert end["progress"]["done"] == ITEMS
+        assert asked(slow) == ITEMS
+        assert Path(end["results"]["folder"]) == new
+        assert not old.exists()
+        if kind == "sqlite":
+            assert_no_path({str(old), str(new), "elsewhere/moved"}, tmp_path / "saver.sqlite", new)
+
+
+async def test_a_process_knows_where_its_runs_lie(
+    slow: SimulatedFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same graph goes on without being told the folder, in another working directory too."""
+    graph = build_graph(settings(slow), checkpointer=InMemorySaver())
+    await drained(graph, slow, {"items": rows()}, context=RunContext(out="mine"))
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    end = await graph.ainvoke(None, THREAD)
+    assert Path(end["results"]["table"]).parent == tmp_path / "mine"
+    assert asked(slow) == ITEMS
+    assert not list((tmp_path / "deeper").iterdir())
+
+
+async def test_another_process_finds_a_run_by_its_name(
+    slow: SimulatedFleet, tmp_path: Path
+) -> None:
+    """A graph built anew, as after a restart, looks below fanfold-runs."""
+    saver = InMemorySaver()
+    await drained(build_graph(settings(slow), checkpointer=saver), slow, {"items": rows()})
+    end = await build_graph(settings(slow), checkpointer=saver).ainvoke(None, THREAD)
+    assert Path(end["results"]["folder"]).parent == tmp_path / "fanfold-runs"
+    assert asked(slow) == ITEMS
+
+
+async def test_the_folder_of_another_run_is_refused(slow: SimulatedFleet, tmp_path: Path) -> None:
+    config, saver = settings(slow), InMemorySaver()
+    await drained(build_graph(config, checkpointer=saver), slow, {"items": rows()})
+    other = await build_graph(config).ainvoke({"items": rows(3)}, context=RunContext(out="other"))
+    before = asked(slow)
+    graph: Any = build_graph(config, checkpointer=saver)
+    run = (await graph.aget_state(THREAD)).values["run"]["id"]
+    with pytest.raises(ConfigurationError, match=f"other: this is the folder of run .*{run}"):
+        await graph.ainvoke(None, THREAD, context={"out": "other"})
+    for wrong, why in (("nowhere", "no such run folder"), (".", "not a run folder")):
+        with pytest.raises(ConfigurationError, match=why):
+            await graph.ainvoke(None, THREAD, context=RunContext(out=wrong))
+    assert asked(slow) == before
+    assert Path(other["results"]["folder"]) == tmp_path / "other"
+
+
+@pytest.mark.parametrize("spelling", ["./out/", "out/../out", "link", "linked/out", "absolute"])
+async def test_all_spellings_of_a_folder_are_one_run(
+    slow: SimulatedFleet, tmp_path: Path, spelling: str
+) -> None:
+    config, saver = settings(slow), InMemorySaver()
+    graph = build_graph(config, checkpointer=saver)
+    await drained(graph, slow, {"items": rows()}, context=RunContext(out="out"))
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    out = str(tmp_path / "out") if spelling == "absolute" else spelling
+    end = await graph.ainvoke(None, THREAD, context=RunContext(out=out))
+    assert Path(end["results"]["folder"]) == tmp_path / "out"
+    assert asked(slow) == ITEMS
+
+
+async def test_out_and_no_input_go_on_with_that_run(slow: SimulatedFleet) -> None:
+    """As ``fanfold run --out`` does, on a thread of its own; another task is refused."""
+    config = settings(slow)
+    await drained(
+        build_graph(config, checkpointer=InMemorySaver()),
+        slow,
+        {"items": rows()},
+        context={"out": "a"},
+    )
+    shutil.move("a", "b")
+    other = config | {"task": {"prompt": "Why {x}?"}}
+    with pytest.raises(ConfigurationError, match="asks for something else"):
+        await build_graph(RunContext(config=other, out="b")).ainvoke({})
+    with pytest.raises(ConfigurationError, match="holds something else already"):
+        await build_graph(RunContext(config=config, out="b")).ainvoke({"items": rows(3)})
+    end = await build_graph(RunContext(config=config, out="b")).ainvoke({})
+    assert end["progress"]["done"] == ITEMS == asked(slow)
+
+
+class Parent(TypedDict, total=False):
+    items: list[dict[str, Any]]
+    progress: dict[str, Any]
+
+
+async def test_a_subgraph_keeps_no_path_either(simulated: SimulatedFleet, tmp_path: Path) -> None:
+    """Interrupted, resumed and finished below a parent whose saver is a file."""
+    file = tmp_path / "saver.sqlite"
+    config = settings(simulated, budget={"requests": 20})
+    parent = StateGraph(Parent)
+    parent.add_node("screen", build_graph(config))
+    parent.add_edge(START, "screen")
+    parent.add_edge("screen", END)
+    async with AsyncSqliteSaver.from_conn_string(str(file)) as saver:
+        graph = parent.compile(checkpointer=saver)
+        paused = await graph.ainvoke({"items": rows()}, THREAD)
+        assert paused["__interrupt__"]
+        end = await graph.ainvoke(Command(resume={"requests": 100}), THREAD)
+        assert end["progress"]["done"] == ITEMS == asked(simulated)
+        (folder,) = (tmp_path / "fanfold-runs").iterdir()
+        assert_no_path({str(folder), str(folder.parent)}, file, folder)
+
+
+async def test_an_error_in_a_checkpoint_names_no_path(
+    simulated: SimulatedFleet, tmp_path: Path
+) -> None:
+    """LangGraph keeps a failed node's error; users still see the path in its message."""
+    file, out = tmp_path / "saver.sqlite", tmp_path / "out"
+    async with AsyncSqliteSaver.from_conn_string(str(file)) as saver:
+        context = RunContext(config=settings(simulated), out=str(out))
+        graph = build(context).compile(checkpointer=saver, interrupt_before=["dispatch"])
+        await graph.ainvoke({"items": rows()}, THREAD)
+        (out / "journal" / "0001.jsonl").write_text("rubbish\n")
+        with pytest.raises(FanfoldError, match=str(out)):
+            await build(context).compile(checkpointer=saver).ainvoke(None, THREAD)
+        (task, *_) = (await graph.aget_state(THREAD)).tasks
+        assert "the run folder/journal/0001.jsonl, line 1: not valid JSON" in repr(task.error)
+        assert_no_path({str(out)}, file, out)
