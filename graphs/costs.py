@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from ..backends.accounts.book import Shelf
@@ -21,7 +21,7 @@ _FINE: Final = 0.1 * NANO
 """Where all amounts are smaller, they are shown with more digits."""
 
 
-def cost_of_life(folder: RunFolder, run: str, tools: OpenedRun) -> Cost:
+def cost_of_life(folder: RunFolder, runs: Sequence[str], tools: OpenedRun) -> Cost:
     """Return what a run has cost by the end of a life, its earlier lives included; blocks.
 
     Raises:
@@ -29,22 +29,22 @@ def cost_of_life(folder: RunFolder, run: str, tools: OpenedRun) -> Cost:
     """
     assert tools.journal is not None, "a run that was opened has one"
     recorded = {life: spent.amount for life, spent in tools.journal.spent.items()}
-    doubt = Shelf(folder.budget, run).doubt(recorded)
+    doubt = Shelf(folder.budget, runs).doubt(recorded)
     return Cost(tools.journal.total(), tools.progress.held, doubt, tools.priced)
 
 
-def cost_so_far(folder: RunFolder, run: str, lives: Mapping[int, Spent]) -> Cost:
+def cost_so_far(folder: RunFolder, runs: Sequence[str], lives: Mapping[int, Spent]) -> Cost:
     """Return what a run has cost, by what lies in its folder; blocks.
 
     Args:
         folder: The folder.
-        run: The run's id.
+        runs: The run's ids.
         lives: By life, what the journal says.
 
     Raises:
         LedgerError: A book is damaged.
     """
-    shelf, total = Shelf(folder.budget, run), total_of(lives)
+    shelf, total = Shelf(folder.budget, runs), total_of(lives)
     doubt = shelf.doubt({life: spent.amount for life, spent in lives.items()})
     return Cost(total, shelf.held(), doubt, total.nano_usd > 0)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.accounts.book import Shelf
-from ..backends.accounts.folder import RunFolder
+from ..backends.accounts.folder import RunFolder, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.build import open_fleet
 from ..backends.contract.errors import ConfigurationError
@@ -100,7 +100,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
         spends: Spending | None = None
         if ledger.counts().open:
             spends = await stack.enter_async_context(
-                spending(folder, config, price, ledger, books.run)
+                spending(folder, config, price, ledger, run_ids(books.about))
             )
             up = await stack.enter_async_context(
                 served(config, loaded.plain["endpoints"], books.model)
@@ -151,7 +151,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
             journal=ledger,
         )
         if ledger.counts().open:
-            shelf = Shelf(folder.budget, books.run)
+            shelf = Shelf(folder.budget, run_ids(books.about))
             await stack.enter_async_context(accounted(tools, spends, shelf, ledger.life))
         await stack.enter_async_context(exposed(tools, config.metrics.port))
         stack.enter_context(closing(tools.gate, mode.end))
@@ -214,8 +214,8 @@ def _open_books(folder: RunFolder, loaded: Loaded) -> _Books:
         stack.enter_context(folder.locked())
         end_earlier(folder.journal)  # before the journal is read: they still write to it
         store = stack.enter_context(ItemStore(folder.items))
-        ledger = Ledger(folder.journal, about["run"], len(store))
-        shelf = Shelf(folder.budget, about["run"])
+        ledger = Ledger(folder.journal, run_ids(about), len(store))
+        shelf = Shelf(folder.budget, run_ids(about))
         return _Books(stack.pop_all(), store, ledger, about, shelf.next_life(), shelf.held())
 
 

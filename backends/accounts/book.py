@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..contract.errors import LedgerError
 from ..contract.money import Amount, Held
 from ..contract.types import Json
 from ..contract.values import MOST
-from .journal import Source, add_crc, find_renamed, make_header, scan, sync_folder
+from .journal import Source, add_crc, find_renamed, ids_of, make_header, scan, sync_folder
 
 KIND: Final = "budget"
 """What the header of a spend log says."""
@@ -137,12 +137,12 @@ class Page:
     late: dict[str, Amount] = field(default_factory=dict)
 
 
-def read_page(path: Path, runs: Collection[str]) -> Page:
+def read_page(path: Path, runs: tuple[str, ...]) -> Page:
     """Read a book.
 
     Args:
         path: The book.
-        runs: Ids of the run: its own, and those of the runs that its folder is a copy of.
+        runs: The run's id, and those that its folder had before it was copied.
 
     Raises:
         LedgerError: It is damaged, or another run's.
@@ -195,12 +195,12 @@ class Shelf:
 
     Args:
         folder: Where they lie.
-        run: The run's id.
-        earlier: Ids of the runs that the run's folder is a copy of; their books are the run's own.
+        runs: The run's id, or its own and those that its folder had before it was copied: the
+            books of all of them are the run's.
     """
 
-    def __init__(self, folder: Path, run: str, earlier: Collection[str] = ()) -> None:
-        self._folder, self._run, self._runs = folder, run, frozenset({run, *earlier})
+    def __init__(self, folder: Path, runs: str | Sequence[str]) -> None:
+        self._folder, self._runs = folder, ids_of(runs)
 
     def of_life(self, life: int) -> Path:
         """Return the path of a life's book."""
@@ -234,7 +234,7 @@ class Shelf:
         Raises:
             LedgerError: It cannot be created.
         """
-        return Book(path, self._run)
+        return Book(path, self._runs[0])
 
     def page(self, lease: str) -> Page:
         """Read a lease's book.

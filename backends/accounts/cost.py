@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from ..contract.money import HOUR_MS, NANO, Amount, Held
 from ..contract.types import Json
-from .journal import Source, scan
+from .journal import Source, ids_of, scan
 from .lines import check_line, life_of
 from .totals import Spent
 
@@ -136,13 +136,13 @@ KEYS: Final[Mapping[str, Key]] = {"endpoint": _endpoint, "node": _node, "day": _
 
 
 def grouped(
-    journal: Path, runs: Collection[str], items: int, key: str | None, model: str
+    journal: Path, runs: str | Sequence[str], items: int, key: str | None, model: str
 ) -> Groups:
     """Add up all records of a run, those that newer ones replaced included; blocks.
 
     Args:
         journal: The journal's folder.
-        runs: Ids of the run: its own, and those of the runs that its folder is a copy of.
+        runs: The run's id, or its own and those that its folder had before it was copied.
         items: Number of items of the run.
         key: ``model``, ``endpoint``, ``node``, ``day``, or None to add up the total only.
         model: The model's name in the run, for endpoints that never answered.
@@ -151,7 +151,7 @@ def grouped(
         LedgerError: A file is damaged or belongs to another run.
     """
     groups = Groups()
-    records = _records(journal, runs, items, groups.lives)
+    records = _records(journal, ids_of(runs), items, groups.lives)
     if key == "model":
         return _by_model(groups, records, model)
     for record in records:
@@ -162,7 +162,7 @@ def grouped(
 
 
 def _records(
-    journal: Path, runs: Collection[str], items: int, lives: dict[int, Spent]
+    journal: Path, runs: tuple[str, ...], items: int, lives: dict[int, Spent]
 ) -> Iterator[dict[str, Any]]:
     """Yield all records, and add them up by life."""
     for path in sorted(journal.glob("*.jsonl")):

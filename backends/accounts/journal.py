@@ -17,7 +17,7 @@ import os
 import secrets
 import shlex
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -276,18 +276,23 @@ class Line(NamedTuple):
     record: dict[str, Any]
 
 
+def ids_of(runs: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the ids of a run that is given by one or by several."""
+    return (runs,) if isinstance(runs, str) else tuple(runs)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """What a file must be to be read as one of a run's.
 
     Attributes:
         path: The file.
-        runs: Ids of the run: its own, and those of the runs that its folder is a copy of.
+        runs: The run's id, and those that its folder had before it was copied.
         kind: ``journal`` or ``budget``.
     """
 
     path: Path
-    runs: Collection[str]
+    runs: tuple[str, ...]
     kind: str = "journal"
 
     def fault(self, number: int, what: str) -> LedgerError:
@@ -418,7 +423,7 @@ def _check_header(source: Source, record: dict[str, Any]) -> None:
         )
 
 
-def find_renamed(folder: Path, runs: Collection[str]) -> None:
+def find_renamed(folder: Path, runs: tuple[str, ...]) -> None:
     """Refuse a folder in which a file of the run has a name that is not read.
 
     Args:

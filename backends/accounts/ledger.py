@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import escape
 from itertools import compress, islice
@@ -23,6 +23,7 @@ from .journal import (
     check_crc,
     crc_before,
     find_renamed,
+    ids_of,
     scan,
 )
 from .lines import Facts, are_fine, check_line, facts_of, life_of, noted, worker_prefix
@@ -59,9 +60,9 @@ class Ledger:
 
     Args:
         folder: The journal's folder.
-        run: The run's id.
+        runs: The run's id, or its own and those that its folder had before it was copied: the
+            files of all of them are the run's.
         items: Number of items of the run.
-        earlier: Ids of the runs that the run's folder is a copy of; their files are the run's own.
 
     Attributes:
         spent: What each session has spent, by its number; records that do not count are included.
@@ -72,8 +73,8 @@ class Ledger:
         LedgerError: A file is damaged or belongs to another run.
     """
 
-    def __init__(self, folder: Path, run: str, items: int, earlier: Collection[str] = ()) -> None:
-        self._folder, self._run, self._runs = folder, run, frozenset({run, *earlier})
+    def __init__(self, folder: Path, runs: str | Sequence[str], items: int) -> None:
+        self._folder, self._runs = folder, ids_of(runs)
         self._state = bytearray(items)
         self._file = array("i", bytes(4 * items))
         self._start = array("q", bytes(8 * items))
@@ -152,7 +153,7 @@ class Ledger:
 
     def _open_writer(self, life: str, fsync_s: float) -> JournalWriter:
         path = self._folder / f"{self.life:04}.jsonl"
-        self._writer = JournalWriter(path, {"run": self._run, "life": life}, fsync_s)
+        self._writer = JournalWriter(path, {"run": self._runs[0], "life": life}, fsync_s)
         self._own = len(self._paths)
         self._paths.append(path)
         return self._writer

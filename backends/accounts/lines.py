@@ -9,14 +9,13 @@ from types import NoneType
 from typing import Any, Final, NamedTuple
 
 from ..contract.errors import LedgerError
-from ..contract.values import MOST, check_counts
+from ..contract.values import MOST, NUMBERS, STATUSES, check_record
 from .journal import Line, Source
-from .totals import NUMBERS
 
 _NUMBER: Final = frozenset({int, NoneType})
 _INDEX: Final = frozenset({int})
 _TEXT: Final = frozenset({str})
-_STATUS: Final = frozenset({"done", "failed"})
+_STATUS: Final = frozenset(STATUSES)
 _FACTS: Final = ("index", "status", *NUMBERS)
 _facts: Final = itemgetter(*_FACTS)
 
@@ -71,19 +70,18 @@ def noted(line: Line) -> Noted:
     """Return what is kept in mind of a line; its record goes."""
     record = line.record
     facts = facts_of(record)
-    if "shares" in record and not _are_shares(record["shares"]):
-        facts = (None, *facts[1:])  # refused with the others, by its line
+    if "shares" in record:
+        facts = _none_if_odd(record, facts)
     return Noted(line.number, line.start, line.length, line.crc, facts)
 
 
-def _are_shares(shares: Any) -> bool:
-    """Say whether the numbers by endpoint are such."""
+def _none_if_odd(record: dict[str, Any], facts: Facts) -> Facts:
+    """Return a record's facts, without the index if it is to be refused."""
     try:
-        for share in shares:
-            check_counts(share, NUMBERS, "share")
-    except (TypeError, ValueError, AttributeError):
-        return False
-    return True
+        check_record(record)
+    except ValueError:
+        return None, *facts[1:]  # refused with the others, by its line
+    return facts
 
 
 def are_fine(facts: Sequence[Facts], items: int) -> bool:
@@ -122,23 +120,17 @@ def find_trouble(record: dict[str, Any], items: int) -> str | None:
     """Return what is wrong with a record, or None.
 
     Args:
-        record: The record, from a file or from a worker.
+        record: The record.
         items: Number of items of the run.
     """
-    name, index = f"item {record.get('id')!r}", record.get("index")
+    index = record.get("index")
     if type(index) is not int:
         found = "a second header" if "v" in record else "not a record of an item"
         return f"{found}; the file was damaged or edited"
     if not 0 <= index < items:
-        return f"{name} has index {index}, this run has {items} items"
-    if record.get("status") not in (*_STATUS,):
-        return f"{name} has no status known here"
-    shares = record.get("shares") or ()
-    if not isinstance(shares, list | tuple) or not all(isinstance(one, dict) for one in shares):
-        return f"{name}: shares is not a list of objects"
+        return f"item {record.get('id')!r} has index {index}, this run has {items} items"
     try:
-        for counted in (record, *shares):
-            check_counts(counted, NUMBERS, name)
+        check_record(record)
     except ValueError as error:
         return str(error)
     return None

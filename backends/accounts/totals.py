@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from ..contract.money import Amount
-
-NUMBERS: Final = (
-    "requests",
-    "prompt_tokens",
-    "completion_tokens",
-    "cached_tokens",
-    "lost_tokens",
-    "useful_tokens",
-    "nano_usd",
-    "useful_nano_usd",
-    "reused",
-)
-"""Counts of a record, which may be null."""
+from ..contract.values import NUMBERS
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,21 @@ DEEPEST: Final = 200
 """Most levels of lists and objects in one value: orjson writes 254, and a value that is recorded,
 sent and aggregated stands some levels down in a larger one."""
 
+NUMBERS: Final = (
+    "requests",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "lost_tokens",
+    "useful_tokens",
+    "nano_usd",
+    "useful_nano_usd",
+    "reused",
+)
+"""Counts of a journal record, and of what one endpoint did for it; they may be null."""
+
+STATUSES: Final = ("done", "failed")
+
 _SHOWN: Final = 200
 
 
@@ -45,6 +60,24 @@ def check_counts(data: Mapping[str, Any], names: Iterable[str], what: str) -> No
         if value is not None and not is_count(value):
             msg = f"{what}: {name} is {_short(value)}, not an integer from 0 to 2^63 - 1"
             raise ValueError(msg)
+
+
+def check_record(record: object) -> None:
+    """Check what is counted of a journal record.
+
+    Raises:
+        ValueError: It is no record, or a number in it is out of range.
+    """
+    if not isinstance(record, dict) or not is_count(record.get("index")):
+        raise ValueError("not a record of an item")
+    name = f"item {record.get('id')!r}"
+    if record.get("status") not in STATUSES:
+        raise ValueError(f"{name} has no status known here")
+    shares = record.get("shares") or ()
+    if not isinstance(shares, list | tuple) or not all(isinstance(one, dict) for one in shares):
+        raise ValueError(f"{name}: shares is not a list of objects")
+    for counted in (record, *shares):
+        check_counts(counted, NUMBERS, name)
 
 
 def is_deep(data: str | bytes, value: Json) -> bool:

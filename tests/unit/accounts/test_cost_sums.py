@@ -79,21 +79,21 @@ def test_records_add_up_by_what_was_asked_for(tmp_path: Path) -> None:
     journal(tmp_path, "0002-w-1.jsonl", record(2, "h2:1", "b"), record(0, "h3:1", None))
 
     def by(key: str) -> dict[str, tuple[int, int]]:
-        groups = grouped(tmp_path, {"run"}, 3, key, "asked").by
+        groups = grouped(tmp_path, "run", 3, key, "asked").by
         return {name: (spent.requests, spent.nano_usd) for name, spent in groups.items()}
 
     assert by("endpoint") == {"h1:1": (2, 7), "h2:1": (3, 8), NOBODY: (0, 0), "h3:1": (1, 5)}
     assert by("node") == {"h1": (2, 7), "h2": (3, 8), NOBODY: (0, 0), "h3": (1, 5)}
     assert by("model") == {"a": (2, 7), NOBODY: (0, 0), "b": (3, 8), "asked": (1, 5)}
     assert by("day") == {"2026-02-03": (6, 20)}
-    lives = grouped(tmp_path, {"run"}, 3, None, "asked").lives
+    lives = grouped(tmp_path, "run", 3, None, "asked").lives
     assert {life: spent.requests for life, spent in lives.items()} == {1: 4, 2: 2}
 
 
 def test_a_foreign_file_is_told(tmp_path: Path) -> None:
     journal(tmp_path, "notes.jsonl", record(0, "h", "a"))
     with pytest.raises(LedgerError, match="not a journal file"):
-        grouped(tmp_path, {"run"}, 1, "day", "m")
+        grouped(tmp_path, "run", 1, "day", "m")
 
 
 def test_dollars_are_null_where_nobody_knows_them() -> None:

@@ -65,7 +65,7 @@ def look(home: Path) -> Seen:
         amounts = {life: spent.amount for life, spent in ledger.spent.items()}
         total = ledger.total()
     for key in (None, "endpoint"):
-        again = total_of(grouped(home / "journal", {"r"}, ITEMS, key, "m").lives)
+        again = total_of(grouped(home / "journal", "r", ITEMS, key, "m").lives)
         assert again == total
     shelf = Shelf(home / "budget", "r")
     held = shelf.held().node_ms

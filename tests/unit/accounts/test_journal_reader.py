@@ -51,7 +51,7 @@ def test_any_cut_keeps_the_whole_lines_before_it(
     cut = data.draw(st.integers(0, len(whole)))
     path = write(tmp_path, whole[:cut])
     complete = whole[:cut].count(b"\n") - 1
-    read = list(scan(Source(path, {"r"})))
+    read = list(scan(Source(path, ("r",))))
     assert [line.record for line in read] == found[: max(complete, 0)]
     for line in read:
         assert whole[line.start : line.start + line.length] == lines[line.number - 1]
@@ -124,7 +124,7 @@ def test_a_value_out_of_range_is_refused(
     assert caught.value.message.startswith(f"{path}, line 4: ")
     assert words in caught.value.message
     with pytest.raises(LedgerError, match="line 4"):
-        grouped(tmp_path, {"r"}, ITEMS, None, "m")
+        grouped(tmp_path, "r", ITEMS, None, "m")
 
 
 def test_the_largest_count_is_one(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_files_of_the_run_that_was_copied_are_read(tmp_path: Path) -> None:
     write_journal(tmp_path / "0002.jsonl", [sample(1)], "r")
     with pytest.raises(LedgerError, match="belongs to run 'before', not to 'r'"):
         Ledger(tmp_path, "r", ITEMS)
-    with Ledger(tmp_path, "r", ITEMS, {"before"}) as ledger:
+    with Ledger(tmp_path, ("r", "before"), ITEMS) as ledger:
         assert ledger.counts().done == 2
 
 
