@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Final, cast
 
+from langchain_core.runnables import RunnableConfig
 from langgraph.graph import START, StateGraph
 
 from ..nodes.context import ItemContext
 from ..nodes.state import ItemState
 from ..nodes.steps import DELEGATED_STEPS, FIRST, ITEM_STEPS, Step
 from .items import ItemEngine
+
+_STEPS: Final = 6
+"""Supersteps of an item without repairs: the input, three nodes, and LangGraph's look at the end;
+one to spare. A repair takes two more."""
 
 ItemGraph = StateGraph[ItemState, ItemContext, ItemState, ItemState]
 
@@ -38,13 +43,16 @@ def described(node: Callable[..., Any]) -> dict[str, Any]:
 def item_engine(delegated: bool) -> ItemEngine:
     """Return a function that runs one item by LangGraph's engine, without a saver.
 
+    Its steps are bounded by the repairs alone, whatever limit the invocation around it has.
+
     Args:
         delegated: Whether a user's ``task.graph`` takes the place of the model call.
     """
     graph = build_item(DELEGATED_STEPS if delegated else ITEM_STEPS).compile(checkpointer=False)
 
     async def run(state: ItemState, context: ItemContext) -> ItemState:
-        final: Any = await graph.ainvoke(state, context=context)
+        config = RunnableConfig(recursion_limit=_STEPS + 2 * context.repairs)
+        final: Any = await graph.ainvoke(state, config, context=context)
         return cast(ItemState, final)
 
     return run

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 from langchain_core.runnables import Runnable, RunnableConfig
-from langgraph.errors import GraphRecursionError
+from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
 from langgraph.runtime import Runtime
+from langgraph.store.base import BaseStore
 from langsmith import tracing_context
 from langsmith.utils import tracing_is_enabled
 
@@ -17,6 +20,7 @@ from ..backends.build import chat_door, chat_fleet, model_params
 from ..backends.contract.errors import (
     ConfigurationError,
     EndpointError,
+    ItemGraphError,
     ItemTimeoutError,
     TooManyStepsError,
 )
@@ -31,8 +35,18 @@ from ..nodes.context import Delegate, ItemContext
 from ..nodes.prepare import failure
 from ..nodes.state import ItemState
 from ..nodes.steps import DELEGATED_STEPS, ITEM_STEPS, walk
+from ..nodes.work import item_config
 
 logger = logging.getLogger(__name__)
+
+_INTERRUPTED: Final = (
+    "task.graph paused at interrupt(), and no item of a batch can wait for an answer; return the "
+    "question as the item's output"
+)
+_NO_PARENT: Final = (
+    "task.graph sent Command(graph=Command.PARENT), and an item's graph has no parent; go to a "
+    "node of task.graph"
+)
 
 SHOWN_ITEMS: Final = 200
 """Above so many items, traces and streams are per shard."""
@@ -135,20 +149,43 @@ def item_context(loaded: Loaded, fleet: Fleet, model: str, *, traced: bool) -> I
 def _bounded(graph: Runnable[Any, Any], steps: int | None) -> Delegate:
     """Return the call of a user's graph, with the most steps that it may take."""
     config: RunnableConfig | None = None if steps is None else {"recursion_limit": steps}
+    store = getattr(graph, "store", None)
+    own = store if isinstance(store, BaseStore) else None
 
     async def delegate(given: dict[str, Any]) -> Any:
         try:
-            return await graph.ainvoke(given, config)
+            with _alone(own):
+                result = await graph.ainvoke(given, config)
         except GraphRecursionError as error:
             where = "its own" if steps is None else f"limits.steps_per_item ({steps})"
             msg = f"task.graph came to no end within {where} steps"
             raise TooManyStepsError(msg) from error
+        except GraphInterrupt as error:  # raised inside another graph, returned outside of one
+            raise ItemGraphError(_INTERRUPTED) from error
+        except ParentCommand as error:
+            raise ItemGraphError(_NO_PARENT) from error
+        except GraphBubbleUp as error:
+            raise ItemGraphError(f"task.graph stopped before its end: {error}") from error
         except Exception as error:
             if isinstance(error.__cause__, EndpointError):  # behind ChatFleet's stock error
                 raise error.__cause__ from error
             raise
+        if isinstance(result, Mapping) and result.get("__interrupt__"):
+            raise ItemGraphError(_INTERRUPTED)
+        return result
 
     return delegate
+
+
+@contextmanager
+def _alone(store: BaseStore | None) -> Iterator[None]:
+    """Let a graph inherit nothing in the block that changes what it does."""
+    outer = var_child_runnable_config.get()
+    token = var_child_runnable_config.set(None if outer is None else item_config(outer, store))
+    try:
+        yield
+    finally:
+        var_child_runnable_config.reset(token)
 
 
 def load_graph(name: str) -> Callable[[Any], Runnable[Any, Any]]:

@@ -17,6 +17,9 @@ _ROUNDS: Final = 4
 """Items per stream in a worker's smallest shard: at its end streams run dry."""
 _FEWEST: Final = 16
 
+UNBOUNDED: Final = 2**31 - 1
+"""A recursion limit that no run reaches: every window of shards is sent once, so runs end."""
+
 
 def cut(run: RunKey, config: RunConfig, total: int, *, singly: bool = False) -> Prepared:
     """Return a run of so many items with its plan.

@@ -28,6 +28,7 @@ from .live import watching
 from .lives import life
 from .map_reduce import MapReduce, build
 from .opened import OpenedRun
+from .plan import UNBOUNDED
 from .saver import open_saver
 from .stopping import Stop, stoppable
 from .walltime import Walltime
@@ -206,7 +207,7 @@ class _Life:
     stop: Stop
 
     async def lived(self) -> RunResult:
-        thread: RunnableConfig = {"configurable": {"thread_id": self.run}}
+        thread = RunnableConfig(configurable={"thread_id": self.run}, recursion_limit=UNBOUNDED)
         async with open_saver(self.options.checkpointer, self.folder.checkpoints) as saver:
             graph = build(self.context).compile(checkpointer=saver)
             going_on = await self._can_go_on(graph, thread)

@@ -19,6 +19,7 @@ from ..configs.load import Loaded
 from ..nodes.state import RunInput
 from .context import RunContext
 from .map_reduce import MapReduce, build
+from .plan import UNBOUNDED
 from .prepare import RUNS, new_name
 from .tool_allowance import Allowance
 from .tool_reply import complaint, reply
@@ -122,7 +123,7 @@ class _Errand:
         with _told(folder):
             loaded = await asyncio.to_thread(self._allowance.begin, count)
             try:
-                end = await self._graph(loaded, folder).ainvoke(_given(items), config)
+                end = await self._graph(loaded, folder).ainvoke(_given(items), _own_steps(config))
             except GraphBubbleUp:
                 count = self._allowance.paused(count)
                 raise
@@ -137,7 +138,7 @@ class _Errand:
         with _told(folder):
             loaded = self._allowance.begin(count)
             try:
-                end = self._graph(loaded, folder).invoke(_given(items), config)
+                end = self._graph(loaded, folder).invoke(_given(items), _own_steps(config))
             except GraphBubbleUp:
                 count = self._allowance.paused(count)
                 raise
@@ -154,6 +155,11 @@ class _Errand:
         place = folder.parent, folder.name
         context = RunContext.of(loaded, embedded=True, allow_simulated=allowed, place=place)
         return build(context).compile()
+
+
+def _own_steps(config: RunnableConfig) -> RunnableConfig:
+    """Return an agent's configuration without the limit on the agent's own steps."""
+    return {**config, "recursion_limit": UNBOUNDED}
 
 
 def _given(items: list[BaseModel]) -> RunInput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +10,7 @@ from langchain_core.messages import BaseMessage
 from langgraph.runtime import Runtime
 from pydantic import BaseModel
 
-from ..backends.contract.errors import (
-    ConfigurationError,
-    EndpointError,
-    InvalidAnswerError,
-    ItemLimitError,
-)
+from ..backends.contract.errors import ENDS_RUN, ConfigurationError, InvalidAnswerError
 from ..backends.contract.types import Json
 from ..backends.contract.values import json_text, plain_json, writable_text
 from .answer import answer_text
@@ -24,7 +20,11 @@ from .state import ItemState
 
 
 async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
-    """Call the user's graph with the columns and the messages; judge what it puts out."""
+    """Call the user's graph with the columns and the messages; judge what it puts out.
+
+    Whatever the graph raises ends the item here, so that no engine around it sees an exception
+    of LangGraph's own and acts on it.
+    """
     context = runtime.context
     if context.delegate is None:
         msg = "the item graph was built for task.graph, but none is set"
@@ -33,9 +33,16 @@ async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
         result = await context.delegate({**state["row"], "messages": state["messages"]})
         output = _plain(_output(result))
         return {"output": context.answer.check(output), "raw": answer_text(output)}
+    except ENDS_RUN:
+        raise
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return {"error": failure(error)}  # this task is not cancelled: the graph raised it
     except InvalidAnswerError as error:
         return {"error": failure(error), "raw": error.raw}
-    except (EndpointError, ItemLimitError) as error:
+    except Exception as error:  # noqa: BLE001 - the boundary of the user's graph
         return {"error": failure(error)}
 
 

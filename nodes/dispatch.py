@@ -8,6 +8,7 @@ from typing import Final, cast
 from langgraph.runtime import Runtime
 from langgraph.types import Overwrite, Send
 
+from ..backends.contract.errors import RunStoppedError
 from .context import Context
 from .state import RunState
 
@@ -16,12 +17,47 @@ _WAVES: Final = 4
 
 
 async def dispatch(state: RunState, runtime: Runtime[Context]) -> RunState:  # noqa: ARG001 - a node
-    """Coordinator: choose the next shards, or those left over; one ``Send`` each fans them out."""
+    """Coordinator: choose the next shards, or those left over; one ``Send`` each fans them out.
+
+    Raises:
+        RunStoppedError: LangGraph's recursion limit ends before the run does; nothing is sent.
+    """
+    check_steps(state, supersteps_left(state))
     if left := state.get("left"):
         return cast(RunState, {"again": left, "left": Overwrite([]), "needed": Overwrite({})})
     lo, total = state["cursor"], state["total"]
     size, count = _cut(state, total - lo)
     return {"cursor": min(total, lo + count * size), "sent": [lo, size], "again": []}
+
+
+def supersteps_left(state: RunState) -> int:
+    """Return how many supersteps follow ``dispatch`` at most, the engine's last look included.
+
+    A window takes three: dispatch, its shards, gather. Shards that are measured elsewhere only
+    grow, so windows only get fewer.
+    """
+    open_ = state["total"] - state["cursor"]
+    size, count = _cut(state, open_)
+    later = open_ if state.get("left") else max(0, open_ - size * count)
+    return 4 + 3 * -(-later // (state["shard_items"] * state["window"]))
+
+
+def check_steps(state: RunState, needed: int) -> None:
+    """Check that the recursion limit leaves so many supersteps after the present one.
+
+    Raises:
+        RunStoppedError: It does not; says which limit is enough.
+    """
+    remaining = state.get("remaining")
+    if remaining is None or remaining >= needed:
+        return
+    start: RunState = {**state, "cursor": 0, "left": [], "pace": {}}
+    enough = 2 + supersteps_left(start)  # the input and load come before
+    msg = (
+        f"run {state['run']['id']}: LangGraph's recursion_limit ends it before its last step; "
+        f"raise recursion_limit to {enough} and go on with the run"
+    )
+    raise RunStoppedError(msg)
 
 
 def _cut(state: RunState, left: int) -> tuple[int, int]:

@@ -7,13 +7,15 @@ from langgraph.runtime import Runtime
 from ..backends.contract.errors import FanfoldError, InvalidItemError
 from ..backends.contract.template import Template
 from ..backends.contract.types import Message, Row
+from ..backends.contract.values import writable_text
 from .context import ItemContext
 from .state import ItemState
 
 
-def failure(error: FanfoldError) -> dict[str, str]:
+def failure(error: BaseException) -> dict[str, str]:
     """Return an error as data: its class and its text."""
-    return {"class": type(error).__name__, "text": error.message}
+    text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
+    return {"class": type(error).__name__, "text": writable_text(text)}
 
 
 async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:

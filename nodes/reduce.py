@@ -8,6 +8,7 @@ from typing import Any, Final
 from langgraph.runtime import Runtime
 
 from .context import Context, RunTools
+from .dispatch import check_steps
 from .state import RunState
 from .work import Part, read_items
 
@@ -15,7 +16,12 @@ _SLICE: Final = 1024
 
 
 async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
-    """Present the aggregate and write the results' files."""
+    """Present the aggregate and write the results' files.
+
+    Raises:
+        RunStoppedError: LangGraph's recursion limit would end the run right after this node.
+    """
+    check_steps(state, 1)
     context, tally, parts = runtime.context, state["tally"], state["parts"]
     async with context.opened(state["run"]) as tools:
         if tools.crew is not None:

@@ -6,6 +6,7 @@ import operator
 from typing import Annotated, Any
 
 from langgraph.channels import UntrackedValue
+from langgraph.managed import RemainingSteps
 from pydantic import Field
 from typing_extensions import TypedDict
 
@@ -167,6 +168,7 @@ class RunState(RunInput, RunOutput, total=False):
             own, added up.
         tally: Counts over the finished shards.
         parts: The finished shards' aggregate, combined.
+        remaining: Supersteps that LangGraph's recursion limit leaves; no checkpoint keeps it.
     """
 
     run: RunKey
@@ -182,3 +184,4 @@ class RunState(RunInput, RunOutput, total=False):
     pace: Annotated[dict[str, float], add_paces]
     tally: Annotated[dict[str, int], add_tallies]
     parts: Annotated[dict[str, Any], combine]
+    remaining: RemainingSteps

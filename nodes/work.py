@@ -7,17 +7,28 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextvars import Context, copy_context
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
 
 import orjson
+from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
-from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.errors import (
+    EmptyInputError,
+    GraphBubbleUp,
+    GraphRecursionError,
+    InvalidUpdateError,
+    NodeCancelledError,
+    NodeTimeoutError,
+)
 from langgraph.runtime import RunControl, Runtime
+from langgraph.store.base import BaseStore
 
 from ..backends.contract.calls import CURRENT_CALLS, CallLog, Share
 from ..backends.contract.errors import (
+    ENDS_RUN,
     ConfigurationError,
     FanfoldError,
     InvalidAnswerError,
@@ -30,22 +41,33 @@ from ..backends.contract.values import MOST, writable_text
 from .aggregators import State, combine
 from .context import Ledger, RunTools
 from .gate import Gate
+from .prepare import failure
 from .state import ItemState
 
 _SLICE: Final = 64
 """Items read at a time, and outcomes folded at a time."""
 
-_DURABILITY: Final = "__pregel_durability"
-"""The key by which LangGraph hands an invocation's durability down to graphs run inside it."""
+_NAMING: Final = ("checkpoint_ns", "__pregel_task_id", "__pregel_stream")
+"""Keys of LangGraph's configuration by which a stream names the graphs run inside a node."""
+
+_RUNTIME: Final = "__pregel_runtime"
+_SCRATCHPAD: Final = "__pregel_scratchpad"
+
+_ENGINE_ERRORS: Final = (
+    GraphBubbleUp,
+    GraphRecursionError,
+    InvalidUpdateError,
+    EmptyInputError,
+    NodeTimeoutError,
+    NodeCancelledError,
+)
+"""LangGraph's own errors. Those of a user's graph end its item before they get here."""
 
 _MOST_RAW: Final = 16_000
 """Most bytes that a record keeps of an answer's text."""
 _CUT: Final = "…"
 
 _SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
-
-_ENDS_RUN: Final = (RunStoppedError, ConfigurationError, LedgerError)
-"""What an item's calls raise that is no fault of the item's: a budget's book is one that writes."""
 
 
 class Part:
@@ -226,7 +248,7 @@ class _Worker:
         started = time.perf_counter()
         try:
             state = await _end_of(item, self._tools)
-        except _ENDS_RUN as error:
+        except ENDS_RUN as error:
             self._tools.gate.close(error.message, error)
             return
         finally:
@@ -258,41 +280,64 @@ def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, 
 
 
 def _surroundings() -> Context:
-    """Return the context for items' tasks, in which LangGraph finds neither saver nor drain.
-
-    A graph that an item runs would inherit both from the shard's node: it would write its steps
-    to the run's checkpoints, and a drain would break it off between two of them. It would also
-    inherit ``durability="sync"``, and then wait for checkpoints that nobody writes.
-    """
+    """Return the context for items' tasks, in which LangGraph finds :func:`item_config`."""
     context = copy_context()
     config = var_child_runnable_config.get()
     if config is not None:
-        inherited = {
-            key: value.override(control=RunControl()) if isinstance(value, Runtime) else value
-            for key, value in config.get("configurable", {}).items()
-            if not isinstance(value, BaseCheckpointSaver) and key != _DURABILITY
-        }
-        context.run(var_child_runnable_config.set, {**config, "configurable": inherited})
+        context.run(var_child_runnable_config.set, item_config(config))
     return context
 
 
+def item_config(outer: RunnableConfig, store: BaseStore | None = None) -> RunnableConfig:
+    """Return what an item inherits from the invocation around it: who watches, and no more.
+
+    Callbacks, metadata and the place in the stream stay. LangGraph would also hand down recursion
+    limit, concurrency, durability, tags, thread, saver, cache, store, context, the request to
+    drain and the answers to interrupts. None of them may change what an item ends with, and an
+    item that runs in another process has none of them.
+
+    Args:
+        outer: The configuration of the node around the item.
+        store: The store of the graph that is to run.
+    """
+    given = outer.get("configurable", {})
+    kept: dict[str, Any] = {key: given[key] for key in _NAMING if key in given}
+    if isinstance(runtime := given.get(_RUNTIME), Runtime):
+        kept[_RUNTIME] = Runtime(
+            store=store,
+            stream_writer=runtime.stream_writer,
+            heartbeat=runtime.heartbeat,
+            server_info=runtime.server_info,
+            control=RunControl(),
+        )
+    if (scratchpad := given.get(_SCRATCHPAD)) is not None:
+        # It numbers the graphs run inside the node, and holds the answers to the node's interrupts.
+        kept[_SCRATCHPAD] = replace(scratchpad, resume=[], get_null_resume=lambda _=False: None)
+    config = RunnableConfig(configurable=kept)
+    if outer.get("callbacks") is not None:
+        config["callbacks"] = outer["callbacks"]
+    if outer.get("metadata"):
+        config["metadata"] = outer["metadata"]
+    return config
+
+
 async def _end_of(item: Item, tools: RunTools) -> ItemState:
+    """Take an item to its end; what is no fault of the item's is raised, and stops the run."""
     try:
         return await tools.run_item(item)
-    except _ENDS_RUN:
+    except ENDS_RUN:
         raise
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        return _unexpected(error)  # nobody has cancelled this task: it comes from the item's graph
-    except Exception as error:  # noqa: BLE001 - the item boundary: whatever a user's graph raises is the item's end
-        return _unexpected(error)
-
-
-def _unexpected(error: BaseException) -> ItemState:
-    text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
-    return {"error": {"class": type(error).__name__, "text": writable_text(text)}}
+        msg = f"item {item.id!r}: its work was cancelled from outside the run; resume the run"
+        raise RunStoppedError(msg) from error
+    except _ENGINE_ERRORS as error:
+        msg = f"item {item.id!r}: LangGraph stopped it ({type(error).__name__}: {error})"
+        raise RunStoppedError(f"{msg}; the item is not recorded, resume the run") from error
+    except Exception as error:  # noqa: BLE001 - the item boundary
+        return {"error": failure(error)}
 
 
 class Recorder:

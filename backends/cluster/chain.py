@@ -125,7 +125,7 @@ class ChainFile:
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 os.write(handle, self._mended(handle) + line)
                 os.fsync(handle)

@@ -24,6 +24,7 @@
     ├── ItemLimitError              the item took more than its limits allow
     │   ├── ItemTimeoutError        limits.item_timeout_s
     │   └── TooManyStepsError       limits.steps_per_item
+    ├── ItemGraphError              task.graph did what no item of a batch can do
     ├── RunStoppedError             the run cannot go on, and can be resumed
     │   └── BudgetExhaustedError    what is left of the budget carries no further call
     ├── SiteError                   the place where a shard runs failed
@@ -36,7 +37,7 @@ Every class survives a pickle round trip, for errors cross processes.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 
 class FanfoldError(RuntimeError):
@@ -215,6 +216,10 @@ class TooManyStepsError(ItemLimitError):
     """The item's graph took more steps than ``limits.steps_per_item``."""
 
 
+class ItemGraphError(FanfoldError):
+    """``task.graph`` paused at ``interrupt()`` or sent a command to a parent graph."""
+
+
 class RunStoppedError(FanfoldError):
     """The run cannot go on; what is done is safe and the run can be resumed."""
 
@@ -235,3 +240,7 @@ class WorkerLostError(SiteError):
 
 class LedgerError(FanfoldError):
     """The journal cannot be written or read, or belongs to another run."""
+
+
+ENDS_RUN: Final = (RunStoppedError, ConfigurationError, LedgerError)
+"""What an item's work raises that is no fault of the item's: it stops the run."""

@@ -56,8 +56,12 @@ def test_any_cut_keeps_the_whole_lines_before_it(
     for line in read:
         assert whole[line.start : line.start + line.length] == lines[line.number - 1]
     with Ledger(tmp_path, "r", ITEMS) as ledger:
-        last = {record["index"]: record for record in found[: max(complete, 0)]}
-        assert list(ledger.records()) == [last[index] for index in sorted(last)]
+        counts = dict[int, dict[str, Any]]()  # an answer before a failure, else the first
+        for record in found[: max(complete, 0)]:
+            other = counts.setdefault(record["index"], record)
+            if (record["status"], other["status"]) == ("done", "failed"):
+                counts[record["index"]] = record
+        assert list(ledger.records()) == [counts[index] for index in sorted(counts)]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -10,8 +10,18 @@ from typing import Any
 import pytest
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.errors import (
+    GraphDrained,
+    GraphInterrupt,
+    GraphRecursionError,
+    InvalidUpdateError,
+    NodeCancelledError,
+    NodeTimeoutError,
+    ParentCommand,
+)
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import RunControl, Runtime
+from langgraph.types import Command
 from typing_extensions import TypedDict
 
 from fanfold.backends.accounts.ledger import Ledger
@@ -129,7 +139,6 @@ class CustomError(Exception):
         (CustomError("odd \ud800"), "CustomError", "odd ?"),
         (KeyError(), "KeyError", "KeyError()"),
         (EndpointLostError("reset", "e"), "EndpointLostError", "reset"),
-        (asyncio.CancelledError("its own"), "CancelledError", "its own"),
         (TimeoutError(), "TimeoutError", "TimeoutError()"),
     ],
 )
@@ -149,6 +158,42 @@ async def test_what_an_item_raises_is_its_end(
         record = tools.ledger.record(5)
         assert (record["error_class"], record["error"]) == (name, text)
         assert record["output"] is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        GraphRecursionError("limit of 3 reached"),
+        InvalidUpdateError("two values"),
+        GraphDrained("SIGTERM"),
+        GraphInterrupt([]),
+        ParentCommand(Command(goto="x")),
+        NodeTimeoutError("n", 1.0, kind="run", run_timeout=1.0),
+        NodeCancelledError("n"),
+        asyncio.CancelledError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_an_error_of_the_engine_is_no_items_end(tmp_path: Path, error: BaseException) -> None:
+    """It stops the run; the item has no record, and is asked when the run goes on."""
+
+    async def act(item: Item) -> ItemState:
+        if item.index == 5:
+            raise error
+        return await answer(item)
+
+    first = Bench(tmp_path, act)
+    async with first.open() as tools:
+        assert await first.work(tools) is None
+        assert isinstance(tools.gate.error, RunStoppedError)
+        assert "resume the run" in tools.gate.error.message
+        assert not tools.ledger.finished(5)
+    second = Bench(tmp_path, answer)
+    async with second.open() as tools:
+        part = await second.work(tools)
+        assert part is not None
+        assert part.summary()["tally"] == {"done": TOTAL, "failed": 0}
+    assert not set(first.asked) & set(second.asked) - {5}
 
 
 @pytest.mark.parametrize(
