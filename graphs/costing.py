@@ -38,15 +38,15 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
         raise ConfigurationError(f"--by {by}: there are {', '.join(COST_BY)}")
     folder = open_folder(path)
     about = folder.read_provenance()
-    run, items, model = about["run"], about["input"]["items"], about["model"]
-    groups = grouped(folder.journal, run_ids(about), items, by, model)
-    cost = cost_so_far(folder, run_ids(about), groups.lives)
+    run, items, model = run_ids(about), about["input"]["items"], about["model"]
+    groups = grouped(folder.journal, run, items, by, model)
+    cost = cost_so_far(folder, run, groups.lives)
     rows = sorted(groups.by.items(), key=lambda one: (by != "day" and -one[1].tokens, one[0]))
     jobs = campaign(path, shares=True)
     if as_json:
         print_json(
             {
-                "run": run,
+                "run": about["run"],
                 "simulated": about["simulated"],
                 "running": folder.in_use(),
                 "requests": cost.spent.requests,

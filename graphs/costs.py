@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import Budget, BudgetTerms, said
 from ..backends.accounts.cost import Cost, total_of
 from ..backends.accounts.folder import RunFolder
+from ..backends.accounts.journal import RunIds
 from ..backends.accounts.totals import Spent
 from ..backends.contract.money import FREE, NANO
 from ..backends.contract.types import Json
@@ -21,7 +22,7 @@ _FINE: Final = 0.1 * NANO
 """Where all amounts are smaller, they are shown with more digits."""
 
 
-def cost_of_life(folder: RunFolder, runs: Sequence[str], tools: OpenedRun) -> Cost:
+def cost_of_life(folder: RunFolder, run: RunIds, tools: OpenedRun) -> Cost:
     """Return what a run has cost by the end of a life, its earlier lives included; blocks.
 
     Raises:
@@ -29,22 +30,22 @@ def cost_of_life(folder: RunFolder, runs: Sequence[str], tools: OpenedRun) -> Co
     """
     assert tools.journal is not None, "a run that was opened has one"
     recorded = {life: spent.amount for life, spent in tools.journal.spent.items()}
-    doubt = Shelf(folder.budget, runs).doubt(recorded)
+    doubt = Shelf(folder.budget, run).doubt(recorded)
     return Cost(tools.journal.total(), tools.progress.held, doubt, tools.priced)
 
 
-def cost_so_far(folder: RunFolder, runs: Sequence[str], lives: Mapping[int, Spent]) -> Cost:
+def cost_so_far(folder: RunFolder, run: RunIds, lives: Mapping[int, Spent]) -> Cost:
     """Return what a run has cost, by what lies in its folder; blocks.
 
     Args:
         folder: The folder.
-        runs: The run's ids.
+        run: The run's ids.
         lives: By life, what the journal says.
 
     Raises:
         LedgerError: A book is damaged.
     """
-    shelf, total = Shelf(folder.budget, runs), total_of(lives)
+    shelf, total = Shelf(folder.budget, run), total_of(lives)
     doubt = shelf.doubt({life: spent.amount for life, spent in lives.items()})
     return Cost(total, shelf.held(), doubt, total.nano_usd > 0)
 

@@ -173,7 +173,7 @@ async def counted(tools: RunTools) -> AsyncIterator[None]:
 @asynccontextmanager
 async def noted(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Note this life in the run's provenance, at its begin and at its end."""
-    about, this = await asyncio.to_thread(lambda: (folder.read_provenance(), life()))
+    about, this = await asyncio.to_thread(lambda: (folder.read_provenance(), life(folder)))
 
     async def note() -> None:
         lives = [*about["lives"], this]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from ..backends.accounts.allowed import read_allowed, write_allowed
 from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import SHOWN, Budget, BudgetTerms
 from ..backends.accounts.folder import RunFolder, run_ids
+from ..backends.accounts.journal import RunIds
 from ..backends.accounts.leases import Leases
 from ..backends.accounts.ledger import Ledger
 from ..backends.contract.errors import BudgetExhaustedError
@@ -87,7 +88,7 @@ def budget_terms(folder: RunFolder, config: RunConfig, price: Tariff) -> BudgetT
 
 @asynccontextmanager
 async def spending(
-    folder: RunFolder, config: RunConfig, price: Tariff, ledger: Ledger, runs: Sequence[str]
+    folder: RunFolder, config: RunConfig, price: Tariff, ledger: Ledger, run: RunIds
 ) -> AsyncIterator[Spending | None]:
     """Open a run's budget; None when it has no limits.
 
@@ -98,7 +99,7 @@ async def spending(
     if not terms.caps.any:
         yield None
         return
-    opened = await asyncio.to_thread(_opened, folder, terms, ledger, runs)
+    opened = await asyncio.to_thread(_opened, folder, terms, ledger, run)
     try:
         yield opened
     finally:
@@ -106,8 +107,8 @@ async def spending(
         await opened.budget.purse.aclose()
 
 
-def _opened(folder: RunFolder, terms: BudgetTerms, ledger: Ledger, runs: Sequence[str]) -> Spending:
-    shelf = Shelf(folder.budget, runs)
+def _opened(folder: RunFolder, terms: BudgetTerms, ledger: Ledger, run: RunIds) -> Spending:
+    shelf = Shelf(folder.budget, run)
     before, earlier = spent_before(shelf, ledger), shelf.lent()
     budget = Budget(terms, before, shelf.open(shelf.of_life(ledger.life)))
     return Spending(budget, Leases(budget.purse, shelf, earlier), shelf)

@@ -63,9 +63,9 @@ def servers_of(folder: RunFolder) -> Path:
 
 def _records(folder: RunFolder) -> Iterator[dict[str, Any]]:
     """Yield all records of the journal; servers worked also for those that were replaced."""
-    runs = run_ids(folder.read_provenance())
+    run = run_ids(folder.read_provenance())
     for path in sorted(folder.journal.glob("*.jsonl")):
-        yield from (line.record for line in scan(Source(path, runs)))
+        yield from (line.record for line in scan(Source(path, run)))
 
 
 def _job(spent: Spent, told: Served, items: Items, instances: int) -> JobTime:

@@ -252,6 +252,7 @@ class _Worker:
             self._tools.gate.close(error.message, error)
             return
         finally:
+            calls.close_streams()
             if account is not None:
                 account.close()
         record = self._recorder.record(item, state, calls, time.perf_counter() - started)

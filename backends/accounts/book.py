@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -24,7 +24,16 @@ from ..contract.errors import LedgerError
 from ..contract.money import Amount, Held
 from ..contract.types import Json
 from ..contract.values import MOST
-from .journal import Source, add_crc, find_renamed, ids_of, make_header, scan, sync_folder
+from .journal import (
+    RunIds,
+    Source,
+    add_crc,
+    find_renamed,
+    make_header,
+    present_id,
+    scan,
+    sync_folder,
+)
 
 KIND: Final = "budget"
 """What the header of a spend log says."""
@@ -137,17 +146,17 @@ class Page:
     late: dict[str, Amount] = field(default_factory=dict)
 
 
-def read_page(path: Path, runs: tuple[str, ...]) -> Page:
+def read_page(path: Path, run: RunIds) -> Page:
     """Read a book.
 
     Args:
         path: The book.
-        runs: The run's id, and those that its folder had before it was copied.
+        run: The run's ids.
 
     Raises:
         LedgerError: It is damaged, or another run's.
     """
-    page, source = Page(), Source(path, runs, KIND)
+    page, source = Page(), Source(path, run, KIND)
     for line in scan(source):
         try:
             _apply(page, line.record)
@@ -195,12 +204,11 @@ class Shelf:
 
     Args:
         folder: Where they lie.
-        runs: The run's id, or its own and those that its folder had before it was copied: the
-            books of all of them are the run's.
+        run: The run's ids; new books carry the present one.
     """
 
-    def __init__(self, folder: Path, runs: str | Sequence[str]) -> None:
-        self._folder, self._runs = folder, ids_of(runs)
+    def __init__(self, folder: Path, run: RunIds) -> None:
+        self._folder, self._run = folder, run
 
     def of_life(self, life: int) -> Path:
         """Return the path of a life's book."""
@@ -234,7 +242,7 @@ class Shelf:
         Raises:
             LedgerError: It cannot be created.
         """
-        return Book(path, self._runs[0])
+        return Book(path, present_id(self._run))
 
     def page(self, lease: str) -> Page:
         """Read a lease's book.
@@ -242,7 +250,7 @@ class Shelf:
         Raises:
             LedgerError: It is damaged.
         """
-        return read_page(self.of_lease(lease), self._runs)
+        return read_page(self.of_lease(lease), self._run)
 
     def pages(self) -> dict[int, Page]:
         """Read the books of all lives.
@@ -252,10 +260,10 @@ class Shelf:
         """
         try:
             if self._folder.is_dir():
-                find_renamed(self._folder, self._runs)
+                find_renamed(self._folder, self._run)
         except OSError as error:
             raise LedgerError(f"{self._folder}: cannot be listed: {error.strerror}") from error
-        return {int(path.stem): read_page(path, self._runs) for path in self._lives()}
+        return {int(path.stem): read_page(path, self._run) for path in self._lives()}
 
     def lent(self, now: float | None = None) -> dict[str, Amount]:
         """Return, by name, what counts as spent of each lease that did not come back to its life.
@@ -293,7 +301,7 @@ class Shelf:
         if not path.exists():
             never_begun = lease.booked and now > lease.until + _SETTLE_S
             return Amount() if never_begun else lease.amount
-        page = read_page(path, self._runs)
+        page = read_page(path, self._run)
         if page.settled is not None:
             return page.settled.least(lease.amount)
         if now < page.until + _SETTLE_S:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from ..contract.money import HOUR_MS, NANO, Amount, Held
 from ..contract.types import Json
-from .journal import Source, ids_of, scan
+from .journal import RunIds, Source, scan
 from .lines import check_line, life_of
 from .totals import Spent
 
@@ -135,14 +135,12 @@ def _day(_: Share, record: Mapping[str, Any]) -> str:
 KEYS: Final[Mapping[str, Key]] = {"endpoint": _endpoint, "node": _node, "day": _day}
 
 
-def grouped(
-    journal: Path, runs: str | Sequence[str], items: int, key: str | None, model: str
-) -> Groups:
+def grouped(journal: Path, run: RunIds, items: int, key: str | None, model: str) -> Groups:
     """Add up all records of a run, those that newer ones replaced included; blocks.
 
     Args:
         journal: The journal's folder.
-        runs: The run's id, or its own and those that its folder had before it was copied.
+        run: The run's ids.
         items: Number of items of the run.
         key: ``model``, ``endpoint``, ``node``, ``day``, or None to add up the total only.
         model: The model's name in the run, for endpoints that never answered.
@@ -151,7 +149,7 @@ def grouped(
         LedgerError: A file is damaged or belongs to another run.
     """
     groups = Groups()
-    records = _records(journal, ids_of(runs), items, groups.lives)
+    records = _records(journal, run, items, groups.lives)
     if key == "model":
         return _by_model(groups, records, model)
     for record in records:
@@ -162,12 +160,12 @@ def grouped(
 
 
 def _records(
-    journal: Path, runs: tuple[str, ...], items: int, lives: dict[int, Spent]
+    journal: Path, run: RunIds, items: int, lives: dict[int, Spent]
 ) -> Iterator[dict[str, Any]]:
     """Yield all records, and add them up by life."""
     for path in sorted(journal.glob("*.jsonl")):
         spent = lives.setdefault(life_of(path), Spent())
-        source = Source(path, runs)
+        source = Source(path, run)
         for line in scan(source):
             check_line(line, source, items)
             spent.add(line.record)

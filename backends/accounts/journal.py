@@ -17,12 +17,12 @@ import os
 import secrets
 import shlex
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
@@ -40,6 +40,9 @@ BEFORE: Final = 8 + len(_END)
 _LONGEST_HEADER: Final = 4096
 _SIGNS: Final = ("beat-", "open-", "stop-", "lock")
 """How the names of other files in a journal's folder begin."""
+
+RunIds: TypeAlias = str | tuple[str, ...]
+"""A run's id; of a run whose folder was copied, the present id and then the earlier ones."""
 
 _NO_FOLDER_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
 """What file systems say that flush folders by themselves, or not at all."""
@@ -276,23 +279,18 @@ class Line(NamedTuple):
     record: dict[str, Any]
 
 
-def ids_of(runs: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the ids of a run that is given by one or by several."""
-    return (runs,) if isinstance(runs, str) else tuple(runs)
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
     """What a file must be to be read as one of a run's.
 
     Attributes:
         path: The file.
-        runs: The run's id, and those that its folder had before it was copied.
+        run: The run's ids, one of which the file's first line must carry.
         kind: ``journal`` or ``budget``.
     """
 
     path: Path
-    runs: tuple[str, ...]
+    run: RunIds
     kind: str = "journal"
 
     def fault(self, number: int, what: str) -> LedgerError:
@@ -404,6 +402,11 @@ def _parse(source: Source, line: bytes, number: int) -> dict[str, Any]:
     return record
 
 
+def present_id(run: RunIds) -> str:
+    """Return the id that a run has now."""
+    return run if isinstance(run, str) else run[0]
+
+
 def _other_version(record: dict[str, Any]) -> str:
     return f"journal version {record.get('v')!r}, this fanfold reads {VERSION}"
 
@@ -411,9 +414,9 @@ def _other_version(record: dict[str, Any]) -> str:
 def _check_header(source: Source, record: dict[str, Any]) -> None:
     if record.get("v") != VERSION:
         raise source.fault(1, _other_version(record))
-    if record.get("run") not in source.runs:
-        own = " or ".join(map(repr, source.runs))
-        raise source.fault(1, f"belongs to run {record.get('run')!r}, not to {own}")
+    if not _is_own(record.get("run"), source.run):
+        found, own = record.get("run"), present_id(source.run)
+        raise source.fault(1, f"belongs to run {found!r}, not to {own!r}")
     kind, name = record.get("kind"), record.get("name")
     if (kind, name) != (source.kind, source.path.stem):
         raise source.fault(
@@ -423,12 +426,16 @@ def _check_header(source: Source, record: dict[str, Any]) -> None:
         )
 
 
-def find_renamed(folder: Path, runs: tuple[str, ...]) -> None:
+def _is_own(found: object, run: RunIds) -> bool:
+    return found in ((run,) if isinstance(run, str) else run)
+
+
+def find_renamed(folder: Path, run: RunIds) -> None:
     """Refuse a folder in which a file of the run has a name that is not read.
 
     Args:
         folder: The folder.
-        runs: Ids of the run.
+        run: The run's ids.
 
     Raises:
         LedgerError: A file with a header of the run is under a name that does not end in
@@ -440,7 +447,7 @@ def find_renamed(folder: Path, runs: tuple[str, ...]) -> None:
             continue
         with path.open("rb") as file:
             header = _header_in(file.readline(_LONGEST_HEADER))
-        if header is None or header.get("run") not in runs:
+        if header is None or not _is_own(header.get("run"), run):
             continue
         proper = folder / f"{header.get('name')}.jsonl"
         if not proper.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import escape
 from itertools import compress, islice
@@ -19,11 +19,12 @@ from .handles import Handles
 from .journal import (
     BEFORE,
     JournalWriter,
+    RunIds,
     Source,
     check_crc,
     crc_before,
     find_renamed,
-    ids_of,
+    present_id,
     scan,
 )
 from .lines import Facts, are_fine, check_line, facts_of, life_of, noted, worker_prefix
@@ -60,8 +61,7 @@ class Ledger:
 
     Args:
         folder: The journal's folder.
-        runs: The run's id, or its own and those that its folder had before it was copied: the
-            files of all of them are the run's.
+        run: The run's ids; new files carry the present one.
         items: Number of items of the run.
 
     Attributes:
@@ -73,8 +73,8 @@ class Ledger:
         LedgerError: A file is damaged or belongs to another run.
     """
 
-    def __init__(self, folder: Path, runs: str | Sequence[str], items: int) -> None:
-        self._folder, self._runs = folder, ids_of(runs)
+    def __init__(self, folder: Path, run: RunIds, items: int) -> None:
+        self._folder, self._run = folder, run
         self._state = bytearray(items)
         self._file = array("i", bytes(4 * items))
         self._start = array("q", bytes(8 * items))
@@ -99,7 +99,7 @@ class Ledger:
 
     def _check_names(self) -> None:
         try:
-            find_renamed(self._folder, self._runs)
+            find_renamed(self._folder, self._run)
         except OSError as error:
             raise LedgerError(f"{self._folder}: cannot be listed: {error.strerror}") from error
 
@@ -153,7 +153,7 @@ class Ledger:
 
     def _open_writer(self, life: str, fsync_s: float) -> JournalWriter:
         path = self._folder / f"{self.life:04}.jsonl"
-        self._writer = JournalWriter(path, {"run": self._runs[0], "life": life}, fsync_s)
+        self._writer = JournalWriter(path, {"run": present_id(self._run), "life": life}, fsync_s)
         self._own = len(self._paths)
         self._paths.append(path)
         return self._writer
@@ -237,7 +237,7 @@ class Ledger:
     def _read_on(self, path: Path, at: _Followed, fresh: Fresh | None = None) -> None:
         """Note a file's further records; count those of items that had not ended before."""
         live = fresh is not None  # else it is read once, from its begin to where it ended
-        source = Source(path, self._runs)
+        source = Source(path, self._run)
         lines = scan(source, at.start, at.line, at.crc, live=live)
         while some := list(map(noted, islice(lines, _TOGETHER))):
             if not are_fine([line.facts for line in some], len(self._state)):

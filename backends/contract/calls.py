@@ -42,16 +42,26 @@ class Hold(Protocol):
 class Account(Protocol):
     """What one item may spend."""
 
-    async def hold(self, most: Usage, body: Mapping[str, Any]) -> Hold:
+    @property
+    def waits(self) -> int:
+        """Calls of the item that wait for the budget."""
+        ...
+
+    async def hold(self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None) -> Hold:
         """Reserve what one request may cost, waiting for what others may give back.
 
         Args:
             most: The most tokens that it may use.
             body: The request, to be counted better when room is scarce.
+            log: The item's calls: whether its reservations can be given back while it waits.
 
         Raises:
             BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.
         """
+        ...
+
+    def review(self) -> None:
+        """Check again whether calls that wait for the budget wait in vain."""
         ...
 
     def hold_now(self, most: Usage) -> Hold | None:
@@ -68,6 +78,15 @@ class Credit(Protocol):
 
     def useful(self, usage: Usage) -> None:
         """Count tokens of answers that count."""
+        ...
+
+
+class Line(Protocol):
+    """Where calls wait for an endpoint."""
+
+    @property
+    def jammed(self) -> bool:
+        """Whether all requests in flight are streams that nobody reads, and no time helps."""
         ...
 
 
@@ -111,6 +130,11 @@ class CallLog:
         reused: Answers taken from earlier requests, which cost nothing.
         shares: What each endpoint did, by its label.
         attempts: The first requests, as the item's record tells them.
+        open: Requests in flight.
+        idle: Those of them that are streams and are not read at the moment.
+        queued: Calls that wait for an endpoint.
+        line: Where they wait.
+        streams: What closes the streams that are open, by the stream.
     """
 
     requests: int = 0
@@ -125,6 +149,18 @@ class CallLog:
     reused: int = 0
     shares: dict[str, Share] = field(default_factory=dict, compare=False)
     attempts: list[dict[str, Any]] = field(default_factory=list, compare=False)
+    open: int = field(default=0, compare=False)
+    idle: int = field(default=0, compare=False)
+    queued: int = field(default=0, compare=False)
+    line: Line | None = field(default=None, compare=False, repr=False)
+    streams: dict[object, Callable[[], None]] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    @property
+    def stalled(self) -> bool:
+        """Whether no request of the item goes on by itself: its streams wait for the item."""
+        return self.open == self.idle
 
     def share(self, endpoint: str, credit: Credit) -> Share:
         """Return what an endpoint does for the item.
@@ -150,6 +186,11 @@ class CallLog:
         attempt = {"endpoint": endpoint, "start": start, "seconds": None, "outcome": None}
         self.attempts.append(attempt)
         return attempt
+
+    def close_streams(self) -> None:
+        """Close the streams that the item has left open: an error's traceback may keep them."""
+        for close in tuple((self.streams or {}).values()):
+            close()
 
     def close(self, *, done: bool) -> None:
         """Settle which tokens were useful; the item has ended.
