@@ -16,6 +16,7 @@ from ..backends.contract.errors import (
     TruncatedAnswerError,
 )
 from ..backends.contract.fenced import unfenced
+from ..backends.contract.schemas import open_validator
 from ..backends.contract.types import Json
 from ..backends.contract.values import DEEPEST, is_deep, json_text
 
@@ -33,7 +34,7 @@ class AnswerCheck:
     """
 
     def __init__(self, schema: Mapping[str, Any] | None, max_tokens: int) -> None:
-        self._validator = None if schema is None else jsonschema_rs.validator_for(dict(schema))
+        self._validator = None if schema is None else open_validator(schema)
         self._max_tokens = max_tokens
 
     def finished(self, content: str, finish_reason: str | None, refusal: str | None) -> str:
