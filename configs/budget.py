@@ -63,8 +63,8 @@ class BudgetConfig(Section):
     )
 
     usd: Annotated[float, Field(gt=0, le=9_000_000)] | None = None
-    tokens: Annotated[int, Field(gt=0)] | None = None
-    requests: Annotated[int, Field(gt=0)] | None = None
-    node_hours: Annotated[float, Field(gt=0)] | None = None
+    tokens: Annotated[int, Field(gt=0, le=2**53)] | None = None
+    requests: Annotated[int, Field(gt=0, le=2**53)] | None = None
+    node_hours: Annotated[float, Field(gt=0, le=1_000_000_000)] | None = None
     on_limit: Literal["pause", "stop"] = "pause"
     warn_at: list[Share] = Field(default_factory=lambda: [0.5, 0.9])

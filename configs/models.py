@@ -247,6 +247,19 @@ class LedgerConfig(Section):
     fsync_s: Annotated[float, Field(gt=0, le=60)] = 0.05
 
 
+class KeepConfig(Section):
+    """What is kept beside the answers.
+
+    Attributes:
+        raw: Of which answers the journal keeps the text as the model wrote it, up to 16,000
+            bytes: ``rejected``, of items that failed for their answer; or ``all``.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare(closed="raw")
+
+    raw: Literal["rejected", "all"] = "rejected"
+
+
 class RunConfig(Section):
     """Everything that describes a run.
 
@@ -274,6 +287,7 @@ class RunConfig(Section):
     limits: LimitsConfig = LimitsConfig()
     shard: ShardConfig = ShardConfig()
     ledger: LedgerConfig = LedgerConfig()
+    keep: KeepConfig = KeepConfig()
     metrics: MetricsConfig = MetricsConfig()
     budget: BudgetConfig = BudgetConfig()
     cache: PathText = "off"

@@ -150,6 +150,7 @@ class Form(Context):
     )
     node: dict[str, Any] | None = _options("node", "How a node serves the model.")
     fsync_s: float = _of("ledger.fsync_s")
+    keep_raw: Literal["rejected", "all"] = _of("keep.raw")
     metrics_port: int | None = _of("metrics.port")
     overrides: list[str] = _text(
         [],
