@@ -155,6 +155,14 @@ def test_a_closed_setting_is_refused_by_name_whatever_way_it_comes(key: str, way
         ({"overrides": ["budget=null"]}, "budget"),
         ({"extra_body": {"api_base": "http://evil"}}, "model.extra_body.api_base"),
         ({"overrides": ["model.extra_body.chat_template=x"]}, "model.extra_body.chat_template"),
+        ({"overrides": ["model.extra_body.evil.top_k=1"]}, "model.extra_body.evil"),
+        ({"extra_body": {"evil.top_k": 1}}, "model.extra_body.evil.top_k"),
+        ({"extra_body": {"evil": {"top_k": 1}}}, "model.extra_body.evil"),
+        ({"overrides": ["model={extra_body: {priority: 9}}"]}, "model.extra_body.priority"),
+        ({"config": {"task.graph": "os:abort"}}, "task.graph"),
+        ({"config": {"task": {"graph.x": "os:abort"}}}, "task.graph.x"),
+        ({"overrides": ["task.graph.x=1"]}, "task.graph.x"),
+        ({"overrides": [" task.graph = os:abort"]}, "task.graph"),
     ],
 )
 def test_other_ways_to_a_closed_setting(context: dict[str, Any], key: str) -> None:
@@ -171,18 +179,21 @@ def test_all_that_is_closed_is_named_at_once() -> None:
 
 def test_the_owner_opens_keys(tmp_path: Path) -> None:
     policy = RequestPolicy.from_environment(
-        {ALLOW: " backend.processes , endpoints,out,limits.streams"}
+        {ALLOW: " backend.processes , endpoints,out,limits.streams,model.extra_body.priority"}
     )
     config = loaded(
         {
             "processes": 3,
             "endpoints": "http://other:1/v1",
             "streams": 77,
+            "extra_body": {"priority": 7},
             "overrides": ["endpoints.wait_s=5"],
         },
         policy,
     ).config
     assert config.backend.processes == 3
+    assert config.model.extra_body == {"priority": 7, "top_k": 5}
+    assert "model.extra_body.user" in refused({"extra_body": {"user": "me"}}, policy)
     assert config.endpoints.urls == ["http://other:1/v1"]
     assert (config.endpoints.wait_s, config.limits.streams) == (5, 77)
     bound = Bound(RunContext(config=OWN), policy)
@@ -259,9 +270,9 @@ def test_a_request_sets_what_is_asked_and_how_it_is_sampled() -> None:
     assert config.budget.usd == 2
 
 
-@pytest.mark.parametrize("name", ["huge", "served-large", ""])
+@pytest.mark.parametrize("name", ["huge", "served-large", "''", "null"])
 def test_a_model_is_one_of_those_bound(name: str) -> None:
-    said = refused({"overrides": [f"model.name={name!r}"]})
+    said = refused({"overrides": [f"model.name={name}"]})
     assert "model.name" in said
 
 
@@ -482,7 +493,16 @@ def test_an_answer_to_a_spent_budget_is_a_request() -> None:
     owner = RunContext(config=OWN).loaded
     policy = RequestPolicy()
     assert policy.check_answer(owner, {"requests": 100, "tokens": 10**6}) is None
-    for answer in ({"requests": 101}, {"usd": 2.01}, {"usd": 1, "requests": 10**9}):
+    answers: list[dict[str, Any]] = [
+        {"requests": 101},
+        {"usd": 2.01},
+        {"usd": 1, "requests": 10**9},
+        {"usd": "1e6"},
+        {"requests": "101"},
+        {"requests": 101.0},
+        {"usd": None},
+    ]
+    for answer in answers:
         said = policy.check_answer(owner, answer)
         assert said is not None
         assert ALLOW in said
