@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from fanfold.backends.contract.errors import ConfigurationError, InputError
 from fanfold.configs.described import declared_access, setting, split_settings
@@ -19,6 +19,7 @@ from fanfold.configs.reduce import Collect, Count, Histogram, Stats, TopK
 from fanfold.configs.section import Access
 from fanfold.graphs.binding import Bound
 from fanfold.graphs.context import RunContext
+from fanfold.graphs.form import request_form
 from fanfold.graphs.requests import ALLOW, ROOT, Request, RequestPolicy
 
 OWN: dict[str, Any] = {
@@ -508,6 +509,35 @@ def test_an_answer_to_a_spent_budget_is_a_request() -> None:
         assert ALLOW in said
     assert RequestPolicy(frozenset({"budget.usd"})).check_answer(owner, {"usd": 50}) is None
     assert RequestPolicy(frozenset({"budget"})).check_answer(owner, {"requests": 500}) is None
+
+
+@pytest.mark.parametrize("own", [RunContext(), RunContext(config=OWN)])
+def test_a_form_that_is_left_alone_asks_for_nothing(own: RunContext) -> None:
+    """Studio sends every field that it shows, each at the default that the schema names."""
+    bound = Bound(own, RequestPolicy())
+    assert bound.policy is not None
+    shown: Any = TypeAdapter(request_form(bound.policy.shows, bound.preset)).json_schema()
+    form = {name: about["default"] for name, about in shown["properties"].items()}
+    assert bound.read(form) is bound.resolve(None)
+    assert bound.read(form | {"config": "", "model": ""}) is bound.resolve(None)
+    asked = bound.read(form | {"streams": 3})
+    assert asked.loaded.config.limits.streams == 3
+    assert asked.loaded.config.task == own.loaded.config.task
+
+
+def test_a_form_hides_what_is_closed() -> None:
+    closed, opened = (
+        request_form(RequestPolicy(allowed).shows, None)
+        for allowed in (frozenset[str](), frozenset({"backend.processes", "task.graph", "out"}))
+    )
+    hidden = {f.name for f in fields(RunContext)} - {f.name for f in fields(closed)}
+    assert hidden >= {"endpoints", "api_key", "backend", "node", "graph", "out", "cache", "trace"}
+    assert {f.name for f in fields(opened)} - {f.name for f in fields(closed)} == {
+        "backend_options",
+        "graph",
+        "out",
+        "processes",
+    }
 
 
 def test_a_context_of_loaded_settings_is_no_request() -> None:
