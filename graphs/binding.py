@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import orjson
@@ -46,7 +48,7 @@ class Bound:
         if given is self._context:
             return self._context
         if isinstance(given, RunContext):
-            filled = given.filled()
+            filled = given.filled() | ({} if given.named is None else {"out": str(given.named)})
             alone = bool(filled.keys() & _BASES) or not self._context.filled()
             if not filled:
                 return self._context
@@ -58,7 +60,10 @@ class Bound:
 
     def _merged(self, given: Mapping[str, Any]) -> dict[str, Any]:
         overrides = [*self._context.overrides, *given.get("overrides", ())]
-        return {**self._context.filled(), **given, "overrides": overrides}
+        bound = self._context.filled()
+        if self._context.named is not None:
+            bound["out"] = str(self._context.named)
+        return {**bound, **given, "overrides": overrides}
 
     def _of(self, values: dict[str, Any]) -> RunContext:
         key = orjson.dumps(values, default=repr, option=orjson.OPT_SORT_KEYS)
@@ -79,11 +84,11 @@ class Bound:
 
         async def bound(state: S) -> U:
             runtime: Runtime[Any] = get_runtime()
-            context = self.resolve(runtime.context)
+            context = self.resolve(await _anchored(runtime.context))
             try:
                 return await run(state, runtime.override(context=context))
             except FanfoldError as error:
-                error.hide(context.shown_folders())
+                error.hide(await asyncio.to_thread(context.shown_folders))
                 raise
 
         def waited_for(state: S) -> U:
@@ -92,6 +97,18 @@ class Bound:
 
         waited_for.__doc__ = bound.__doc__ = run.__doc__
         return RunnableLambda(waited_for, bound)
+
+
+async def _anchored(given: Any) -> Any:
+    """Return what a caller handed over with ``out`` as an absolute path, as it is typed there."""
+    out = given.get("out") if isinstance(given, Mapping) else getattr(given, "out", None)
+    if not isinstance(out, str) or not out or out.startswith("/"):
+        return given
+    if isinstance(given, RunContext):
+        await asyncio.to_thread(lambda: given.named)  # which it remembers
+    if isinstance(given, Mapping):
+        return {**given, "out": await asyncio.to_thread(lambda: str(Path(out).absolute()))}
+    return given
 
 
 def _names() -> set[str]:
