@@ -19,6 +19,7 @@ from .identity import settle_identity
 
 _HIDDEN: Final = re.compile(r"://\S*@")
 _INNER_SECRET: Final = re.compile(r"(?:key|token)\w*[\"']?\s*:")
+_BLANK: Final = re.compile(r"\s")
 DIR: Final = Path("DIR")
 """What stands for the run's folder in a command that is kept."""
 _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai", "pydantic")
@@ -77,13 +78,13 @@ def _without(arguments: Sequence[str], folder: Path) -> Iterator[str]:
             place = Path(text).expanduser().resolve()
             text = str(DIR / place.relative_to(own)) if place.is_relative_to(own) else text
         for spelling in {str(own), str(folder.absolute())}:
-            text = text.replace(spelling, str(DIR))
+            text = re.sub(rf"{re.escape(spelling)}(?![\w.-])", str(DIR), text)
         yield "=".join((*key, text))
 
 
 def _may_be_path(text: str) -> bool:
     try:
-        return "/" in text or (text != "" and Path(text).exists())
+        return ("/" in text and not _BLANK.search(text)) or (text != "" and Path(text).exists())
     except (OSError, ValueError):  # too long for a name, or with a NUL
         return False
 
