@@ -11,7 +11,7 @@ import yaml
 from pydantic import SecretStr
 
 from ..backends.contract.errors import ConfigurationError
-from .models import RunConfig
+from .models import KeepConfig, RunConfig
 from .source import may_be_secret
 
 MASKED: Final = "**********"
@@ -93,6 +93,8 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
         raw: The same as the user wrote them, ``${VAR}`` unexpanded.
     """
     settings = config.model_dump(mode="json", by_alias=True, exclude_none=False)
+    if config.keep == KeepConfig():  # run.yaml names it only where it is set
+        del settings["keep"]
     plain: dict[str, Any] = _unexpand(settings, raw)
     key = raw["endpoints"].get("api_key")
     plain["endpoints"]["api_key"] = _safe_key(key, config.endpoints.api_key)

@@ -36,18 +36,45 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return self.construct_object(node, deep=True)
 
 
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
+class _NoAliasLoader(_UniqueKeyLoader):
+    """Refuses aliases, which let a short text unfold without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed here")
+        return super().compose_node(parent, index)
+
+
+def parse_value(text: str, source: str) -> Any:
+    """Parse one value that arrived with a request.
+
+    Args:
+        text: The value in YAML.
+        source: How messages name it.
+
+    Raises:
+        ConfigurationError: No YAML, or an alias; the message does not repeat the value.
+    """
+    try:
+        return yaml.load(text, Loader=_NoAliasLoader)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        msg = f"{source}: the value is not valid YAML without aliases; put it in quotes"
+        raise ConfigurationError(msg) from None
+
+
+def parse_yaml(text: str, source: str, *, aliases: bool = True) -> dict[str, Any]:
     """Parse a configuration file.
 
     Args:
         text: The file's text.
         source: How messages name the file.
+        aliases: Whether it may contain aliases.
 
     Raises:
         ConfigurationError: No YAML, or not a mapping of keys; names file and line.
     """
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        data = yaml.load(text, Loader=_UniqueKeyLoader if aliases else _NoAliasLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
