@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.accounts.folder import RunFolder, is_run, new_folder, place_of, run_ids
 from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.accounts.totals import Counts
 from fanfold.backends.cluster.chain import chain_file
 from fanfold.backends.contract.errors import ConfigurationError, LedgerError
 from fanfold.backends.sites.globus.book import FILE
@@ -78,10 +80,13 @@ def test_a_copy_that_cannot_be_settled_stays_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("known", ["one", ("two", "one")])
-def test_a_journal_of_an_earlier_id_is_the_runs_own(tmp_path: Path, known: Any) -> None:
-    (tmp_path / "0001.jsonl").write_bytes(orjson.dumps({"v": 1, "run": "one"}) + b"\n")
-    with Ledger(tmp_path, known, 3) as ledger:
-        assert ledger.counts().open == 3
+async def test_a_journal_of_an_earlier_id_is_the_runs_own(tmp_path: Path, known: Any) -> None:
+    ledger = Ledger(tmp_path, "one", 3)
+    ledger.begin("test", 0.001)
+    ledger.put(sample(1))
+    await ledger.aclose()
+    with Ledger(tmp_path, known, 3) as read:
+        assert read.counts() == Counts(done=1, failed=0, open=2)
     with pytest.raises(LedgerError, match="belongs to run 'one', not to 'two'"):
         Ledger(tmp_path, ("two", "three"), 3)
 
