@@ -161,7 +161,7 @@ class Sessions(RuleBasedStateMachine):
 
 
 def test_aggregate_and_results_agree_whatever_comes_late() -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Sessions, settings=settings(max_examples=30, stateful_step_count=15, deadline=None)
     )
 
