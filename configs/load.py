@@ -42,7 +42,7 @@ class Loaded:
             a secret that was written out, so it never leaves the process.
     """
 
-    config: RunConfig
+    config: RunConfig = field(repr=False)
     plain: dict[str, Any]
     source: str
     preset: str | None = None

@@ -9,8 +9,8 @@ from typing import Any, Final
 import yaml
 
 from ..backends.contract.errors import ConfigurationError
+from ..backends.contract.secrets import is_secret, mask_command
 
-_SECRET: Final = frozenset({"token", "secret", "password"})
 _VARIABLE: Final = re.compile(r"\$(\$?)\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -106,16 +106,10 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
-        shown = "" if may_be_secret(path) else f" {text!r}"
+        shown = "" if is_secret(path) else f" {mask_command(text)!r}"
         msg = f"--set {path}: the value{shown} is not valid YAML; put it in quotes"
         raise ConfigurationError(msg) from None
     set_path(data, path.strip(), value)
-
-
-def may_be_secret(key: str) -> bool:
-    """Say whether the value of a key must not be shown."""
-    name = key.rpartition(".")[2].lower()
-    return "key" in key.lower() or not _SECRET.isdisjoint(name.split("_"))
 
 
 def set_path(data: dict[str, Any], path: str, value: Any) -> None:
