@@ -18,6 +18,7 @@ from .endpoint import Endpoint
 from .failures import Failure, Step
 from .pacing import Pacer, estimate
 from .policy import RetryPolicy
+from .stream import OpenStream
 from .warden import Warden
 
 T = TypeVar("T")
@@ -98,6 +99,8 @@ class Repeater:
                     log.endpoint = endpoint.label
                 return result, endpoint
             else:
+                if isinstance(result, OpenStream):
+                    await result.drain()
                 empty.append(endpoint)
                 prefer, avoid = (endpoint, avoid) if len(empty) == 1 else (None, {*avoid, *empty})
                 self._count_repeated()
@@ -164,5 +167,7 @@ class Repeater:
 
 
 def _is_empty(result: object) -> bool:
-    """Tell whether an answer claims to be whole and holds nothing; streams are not looked at."""
+    """Tell whether an answer claims to be whole and holds nothing."""
+    if isinstance(result, OpenStream):
+        return result.is_empty
     return isinstance(result, dict) and judge.is_empty(result)
