@@ -97,7 +97,7 @@ class OpenStream:
             raw = RawAnswer(response.status, response.headers, await reader.read())
             return failures.of_answer(raw, endpoint)
         head: list[bytes] = []
-        started = has_choices = False
+        started = False
         while line := await reader.read_line():
             if not started and line.strip() and not line.startswith(_FIELDS):
                 return await cls._of_document(reader, line, endpoint, silence_s, watch)
@@ -107,14 +107,12 @@ class OpenStream:
             if failure := _error_event(chunk, line, response, endpoint):
                 response.close()
                 return failure
-            has_choices = has_choices or bool(chunk and chunk.get("choices"))
             said, reason = _says_something(chunk), _reason(chunk)
-            done = line.startswith(_DONE)
-            if said or reason or (done and has_choices):
+            if said or reason:
                 stream = cls(reader, head, endpoint, silence_s, watch)
-                stream.is_empty = not said and reason in ("stop", None)
+                stream.is_empty = not said and reason == "stop"
                 return stream
-            if done:
+            if line.startswith(_DONE):
                 break
         if started:
             response.close()
@@ -199,9 +197,7 @@ class OpenStream:
     def _look(self, line: bytes) -> bytes:
         """Note model, fingerprint, usage and the end as they pass."""
         if line.startswith(_DONE):
-            # Readers stop here, so that what is missing must be told here. Some servers name no
-            # reason for the end: this line is one.
-            self._summary["finished"] = True
+            # Readers stop here, so that what is missing must be told here.
             self._check_end()
         elif line.startswith(_DATA) and (chunk := _decode(line)):
             for key in ("model", "system_fingerprint", "usage"):

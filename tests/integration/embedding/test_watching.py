@@ -214,8 +214,9 @@ async def test_a_server_of_any_kind(kind: str) -> None:
     assert ends(plain) == ((3, 1) if reason else (0, 4))
     server = Server(lambda *_: STREAMS[kind], reason)
     assert await result(server, streamed("messages"), ITEMS) == plain
-    assert all(count == 1 for count in server.asked.values())
     assert server.asked["one", True] == 1
+    if reason:
+        assert set(server.asked.values()) == {1}
 
 
 @pytest.mark.parametrize("watch", WATCHES, ids=lambda watch: watch.__name__)
@@ -263,6 +264,6 @@ class Asked(MessagesState):
 def _graph(ask: Any) -> Any:
     async def node(state: Asked) -> dict[str, Any]:
         answer = await ask(state["messages"])
-        return {"output": orjson.loads(answer.text)}
+        return {"output": orjson.loads(str(answer.text))}
 
     return StateGraph(Asked).add_node("n", node).add_edge(START, "n").compile()
