@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..backends.contract.errors import ConfigurationError
+from .section import Access, declare
 
 
 class Stage(BaseModel):
     """One reduce stage; ``op`` says which."""
+
+    access: ClassVar[dict[str, Access]] = {}
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
@@ -23,11 +26,19 @@ class Stage(BaseModel):
 class Count(Stage):
     """How many items are done and failed, the failed ones by error class."""
 
+    access: ClassVar[dict[str, Access]] = declare(
+        open="op",
+    )
+
     op: Literal["count"]
 
 
 class Stats(Stage):
     """Mean, deviation, extremes and quantiles of a number."""
+
+    access: ClassVar[dict[str, Access]] = declare(
+        open="op field quantiles",
+    )
 
     op: Literal["stats"]
     field: str
@@ -36,6 +47,10 @@ class Stats(Stage):
 
 class Histogram(Stage):
     """How often each value comes; ``bins`` groups numbers (a count, or the edges)."""
+
+    access: ClassVar[dict[str, Access]] = declare(
+        open="op field bins low high",
+    )
 
     op: Literal["histogram"]
     field: str
@@ -47,6 +62,10 @@ class Histogram(Stage):
 class TopK(Stage):
     """The k items with the largest (or smallest) value, with columns to ``show`` beside them."""
 
+    access: ClassVar[dict[str, Access]] = declare(
+        open="op field k order show",
+    )
+
     op: Literal["top_k"]
     field: str
     k: Annotated[int, Field(ge=1, le=10_000)] = 10
@@ -56,6 +75,10 @@ class TopK(Stage):
 
 class Collect(Stage):
     """The answers (or one field) of the first ``limit`` items in input order."""
+
+    access: ClassVar[dict[str, Access]] = declare(
+        open="op limit field",
+    )
 
     op: Literal["collect"]
     limit: Annotated[int, Field(ge=1, le=10_000)] = 100

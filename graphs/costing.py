@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..backends.accounts.cost import Cost, grouped, tokens_json
-from ..backends.accounts.folder import open_folder
+from ..backends.accounts.folder import open_folder, run_ids
 from ..backends.accounts.totals import Spent
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.money import HOUR_MS, NANO, Amount
@@ -21,7 +20,7 @@ from .costs import budget_so_far, cost_so_far, doubts, figure
 from .live import short
 from .options import COST_BY
 from .report import cell
-from .saying import print_json
+from .saying import Terminal, print_json
 from .usage import show_use
 
 _NO_PRICE: Final = "-"
@@ -38,7 +37,7 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
         raise ConfigurationError(f"--by {by}: there are {', '.join(COST_BY)}")
     folder = open_folder(path)
     about = folder.read_provenance()
-    run, items, model = about["run"], about["input"]["items"], about["model"]
+    run, items, model = run_ids(about), about["input"]["items"], about["model"]
     groups = grouped(folder.journal, run, items, by, model)
     cost = cost_so_far(folder, run, groups.lives)
     rows = sorted(groups.by.items(), key=lambda one: (by != "day" and -one[1].tokens, one[0]))
@@ -46,7 +45,7 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                "run": run,
+                "run": about["run"],
                 "simulated": about["simulated"],
                 "running": folder.in_use(),
                 "requests": cost.spent.requests,
@@ -57,7 +56,7 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
             | ({} if jobs is None else {"chain": jobs})
         )
         return
-    console = Console()
+    console = Terminal()
     if about["simulated"]:
         console.print(Text("simulated: true", style="bold"))
     if by is not None:

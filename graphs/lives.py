@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, now
-from ..configs.source import may_be_secret
+from ..backends.contract.secrets import mask_arguments
+from .identity import settle_identity
 
-_HIDDEN: Final = re.compile(r"://\S*@")
-_INNER_SECRET: Final = re.compile(r"(?:key|token)\w*[\"']?\s*:")
+DIR: Final = Path("DIR")
+"""What stands for the run's folder in a command that is kept."""
 _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai", "pydantic")
 
 
@@ -28,8 +28,8 @@ def begin_life(folder: RunFolder) -> None:
         ConfigurationError: Another process is working on it.
     """
     with folder.locked():
-        about = folder.read_provenance()
-        folder.write_provenance(about | {"lives": [*about["lives"], life()]})
+        about = settle_identity(folder)
+        folder.write_provenance(about | {"lives": [*about["lives"], life(folder)]})
 
 
 def end_life(folder: RunFolder) -> None:
@@ -40,13 +40,17 @@ def end_life(folder: RunFolder) -> None:
     about = folder.read_provenance()
     lives = about["lives"]
     begun = bool(lives) and lives[-1]["ended"] is None and lives[-1]["pid"] == os.getpid()
-    *before, last = lives if begun else [*lives, life()]
+    *before, last = lives if begun else [*lives, life(folder)]
     last |= {"ended": now(), "outcome": "finished"}
     folder.write_provenance(about | {"lives": [*before, last]})
 
 
-def life() -> dict[str, Any]:
-    """Return what provenance keeps of this process."""
+def life(folder: RunFolder) -> dict[str, Any]:
+    """Return what provenance keeps of this process.
+
+    Args:
+        folder: The run's folder, which stands in the command as ``DIR``.
+    """
     return {
         "started": now(),
         "ended": None,
@@ -56,22 +60,29 @@ def life() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in _PACKAGES},
-        "command": [Path(sys.argv[0]).name, *_public(sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *mask_arguments(_without(sys.argv[1:], folder.path))],
         "git": {"fanfold": _own_commit(), "workdir": _commit(Path.cwd())},
     }
 
 
-def _public(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the command's arguments; what may hold a secret only as far as it is none."""
+def _without(arguments: Sequence[str], folder: Path) -> Iterator[str]:
+    """Yield the command's arguments, the folder and what lies in it without the folder's path."""
+    own = folder.resolve()
     for argument in arguments:
-        if "://" in argument:
-            yield _HIDDEN.sub("://…@", argument.partition("?")[0])
-        elif may_be_secret(argument.partition("=")[0].rpartition(".")[2]):
-            yield argument.partition("=")[0] + ("=…" if "=" in argument else "")
-        elif _INNER_SECRET.search(argument):
-            yield argument.partition("=")[0] + "=…"
-        else:
-            yield argument
+        *key, text = argument.rsplit("=", 1)  # --out=DIR, --set cache=DIR/answers
+        if "://" not in text and _may_be_path(text):
+            place = Path(text).expanduser().resolve()
+            text = str(DIR / place.relative_to(own)) if place.is_relative_to(own) else text
+        for spelling in {str(own), str(folder.absolute())}:
+            text = text.replace(spelling, str(DIR))
+        yield "=".join((*key, text))
+
+
+def _may_be_path(text: str) -> bool:
+    try:
+        return "/" in text or (text != "" and Path(text).exists())
+    except (OSError, ValueError):  # too long for a name, or with a NUL
+        return False
 
 
 def _commit(folder: Path) -> str | None:

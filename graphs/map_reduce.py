@@ -8,29 +8,38 @@ from typing import Any
 
 from langgraph.cache.base import BaseCache
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import END, START
 from langgraph.graph.state import CompiledStateGraph
 
 from ..nodes.approve import approve
 from ..nodes.dispatch import dispatch, fan_out, gather, more
-from ..nodes.load import enter, load
+from ..nodes.load import check_input, enter, load
 from ..nodes.reduce import reduce
 from ..nodes.shard import shard
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
-from .binding import Bound
+from .binding import Bound, BoundGraph
 from .context import RunContext
 from .item import build_item, described
+from .requests import RequestPolicy
 
 MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]
 
 
 def build(
-    context: RunContext | None = None,
-) -> StateGraph[RunState, RunContext, RunInput, RunOutput]:
-    """Make the map-reduce with settings bound to it; None binds the defaults."""
-    bound = Bound(context or RunContext())
-    graph: StateGraph[RunState, RunContext, RunInput, RunOutput]
-    graph = StateGraph(RunState, RunContext, input_schema=RunInput, output_schema=RunOutput)
+    context: RunContext | None = None, *, trust_context: bool = False, fixed: bool = False
+) -> BoundGraph[RunState, RunInput, RunOutput]:
+    """Make the map-reduce with settings bound to it; None binds the defaults.
+
+    Args:
+        context: The settings.
+        trust_context: Whether what arrives with an invocation may set everything.
+        fixed: Whether the settings count alone, whatever context an invocation has.
+    """
+    policy = None if trust_context or fixed else RequestPolicy.from_environment()
+    bound = Bound(context or RunContext(), policy, fixed=fixed)
+    graph: BoundGraph[RunState, RunInput, RunOutput] = BoundGraph(
+        RunState, bound, check_input, input_schema=RunInput, output_schema=RunOutput
+    )
     graph.add_node("load", bound.node(load), input_schema=LoadState, metadata=described(load))
     graph.add_node("dispatch", bound.node(dispatch), metadata=described(dispatch))
     view = bound.node(shard, build_item().compile())
@@ -53,6 +62,7 @@ def build_graph(
     *,
     checkpointer: BaseCheckpointSaver[Any] | None = None,
     cache: BaseCache[Any] | None = None,
+    trust_context: bool = False,
 ) -> MapReduce:
     """Return the compiled map-reduce with its settings bound, for embedding.
 
@@ -61,6 +71,9 @@ def build_graph(
             None runs the molecular_screening preset on the simulated fleet.
         checkpointer: LangGraph's saver; as a subgraph leave it None.
         cache: LangGraph's cache.
+        trust_context: Whether all that arrives with an invocation is trusted: context, input and
+            answers. Where it is not, they may set what docs/embedding.md lists, and nothing that
+            starts a command, reads a file, chooses an endpoint or raises a bound limit.
 
     Returns:
         A graph whose input is ``{"path": …}``, ``{"items": [{…}, …]}`` or ``{}`` for the
@@ -76,7 +89,8 @@ def build_graph(
         context = RunContext(config=config)
     if spec is not None:
         _ = context.loaded  # what is wrong shall show here, not in the first run
-    return build(context).compile(checkpointer=checkpointer, cache=cache)
+    graph = build(context, trust_context=trust_context)
+    return graph.compile(checkpointer=checkpointer, cache=cache)
 
 
 graph = build().compile()

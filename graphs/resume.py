@@ -6,9 +6,9 @@ import asyncio
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from ..backends.accounts.folder import RunFolder, write_bytes
+from ..backends.accounts.folder import RunFolder, place_of, write_bytes
 from ..backends.build import input_spec, needed_columns
 from ..backends.contract.errors import ConfigurationError
 from ..backends.inputs.spill import spill
@@ -16,10 +16,12 @@ from ..backends.inputs.store import ItemStore
 from ..backends.nearby import served
 from ..backends.simulation import simulation
 from ..backends.tariffs import price
-from ..configs.load import Loaded, load
-from ..configs.plain import to_yaml
-from .identity import differences, fingerprint
+from ..configs.load import Loaded, load, portable
+from ..configs.plain import lost_secrets, to_yaml
+from .identity import differences, fingerprint, settle_identity
 from .prepare import stamp
+
+_ASKED_LATER: Final = ("node.env.", "node.serve", "backend.user_endpoint_config.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Resumed:
 async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
     """Check that settings fit an existing run, and write them to its folder.
 
+    A folder that was copied gets a run id of its own.
+
     Args:
         folder: The run's folder.
         loaded: The settings to go on with; None takes the run's own.
@@ -49,6 +53,7 @@ async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
     """
     before = load(folder.settings)
     after = loaded or before
+    _check_secrets(folder, after)
     about = await asyncio.to_thread(folder.read_provenance)
     await asyncio.to_thread(_check, folder, about, before, after)
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
@@ -56,7 +61,24 @@ async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
     changed = before.plain["reduce"] != after.plain["reduce"]
     if after.plain != before.plain:
         await asyncio.to_thread(_keep, folder, about, after)
+    if about.get("place") != await asyncio.to_thread(place_of, folder.path):
+        await asyncio.to_thread(_settle, folder)
     return Resumed(folder, after, changed)
+
+
+def _check_secrets(folder: RunFolder, after: Loaded) -> None:
+    """Check that no secret is missing that the run folder did not keep.
+
+    Those of endpoints, servers and engines are asked for where they are used.
+    """
+    data = after.config.model_dump(by_alias=True)
+    for path in lost_secrets(data):
+        if not path.startswith(_ASKED_LATER):
+            msg = (
+                f"{folder.path}: {path}: a run folder does not keep a secret that was written out; "
+                f"give it again, best by a variable: --set '{path}=${{VAR}}'"
+            )
+            raise ConfigurationError(msg)
 
 
 def _keep(folder: RunFolder, about: dict[str, Any], after: Loaded) -> None:
@@ -64,8 +86,13 @@ def _keep(folder: RunFolder, about: dict[str, Any], after: Loaded) -> None:
     cost = price(after.config, about["model"], bool(about["simulated"]))
     kept = {"price": None if cost is None else cost.to_json()}
     with folder.locked():
-        write_bytes(folder.settings, to_yaml(after.plain).encode())
+        write_bytes(folder.settings, to_yaml(portable(after.plain, folder.path)).encode())
         folder.write_provenance(folder.read_provenance() | kept)
+
+
+def _settle(folder: RunFolder) -> None:
+    with folder.locked():
+        settle_identity(folder)
 
 
 def _check(folder: RunFolder, about: dict[str, Any], before: Loaded, after: Loaded) -> None:

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.accounts.folder import open_folder
+from ..backends.accounts.folder import open_folder, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.money import NANO
@@ -93,7 +93,7 @@ class Seen:
             source: Where they are from, in words.
             step: So many items stand behind each record, if some were left out.
         """
-        asked = [record for record in records if record["attempts"]]
+        asked = [record for record in records if record["requests"]]
         if not asked:
             return None
         told = [record for record in asked if record["completion_tokens"] is not None]
@@ -105,7 +105,7 @@ class Seen:
         return cls(
             items=len(asked),
             failed=dict(Counter(r["error_class"] for r in asked if r["status"] == "failed")),
-            requests=_rare(mean("attempts", asked), len(asked), total),
+            requests=_rare(mean("requests", asked), len(asked), total),
             repairs=_rare(mean("repairs", asked), len(asked), total, 1.0),
             prompt=_rare(mean("prompt_tokens", told), len(told), total),
             completion=_rare(mean("completion_tokens", told), len(told), total),
@@ -174,7 +174,7 @@ def seen_in(path: Path, simulated: bool) -> Seen:
         )
         raise ConfigurationError(msg)
     total = about["input"]["items"]
-    with Ledger(folder.journal, about["run"], total) as ledger:
+    with Ledger(folder.journal, run_ids(about), total) as ledger:
         ended = [index for index in range(total) if ledger.finished(index)]
         step = max(1, len(ended) // _READ)
         records = [ledger.record(index) for index in ended[::step]]

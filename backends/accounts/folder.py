@@ -215,6 +215,19 @@ def open_folder(path: Path) -> RunFolder:
     return folder
 
 
+def place_of(path: Path) -> dict[str, int]:
+    """Return what tells a folder from its copies, whatever it is called: device and inode.
+
+    Raises:
+        LedgerError: The folder cannot be looked at.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise LedgerError(f"{path}: cannot be looked at: {error.strerror}") from error
+    return {"device": found.st_dev, "inode": found.st_ino}
+
+
 def run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a run's id, and those that its folder had before it was copied.
 

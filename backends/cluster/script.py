@@ -100,6 +100,10 @@ def _pbs(plan: JobPlan) -> Iterator[str]:
 def _variables(plan: JobPlan) -> Iterator[str]:
     yield assigned("run", str(plan.run))
     yield "cluster=$run/cluster"
+    yield 'if [ ! -d "$cluster" ]; then   # the folder was moved or removed while the job waited'
+    yield '  echo "$run: no such run folder; if it was moved, submit it from its new place:" >&2'
+    yield '  echo "fanfold submit DIR …" >&2; exit 2'
+    yield "fi"
     yield f"fanfold=({shlex.join(plan.command)})"
     end = f"$(($(date +%s) + {plan.walltime_s}))"
     if plan.site.scheduler == "slurm":

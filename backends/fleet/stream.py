@@ -213,6 +213,7 @@ class OpenStream:
                 self._summary["finished"] = True
             if isinstance(choices[0].get("message"), dict) and not choices[0].get("delta"):
                 self._summary["finished"] = True
+                judge.make_plain(chunk)
                 return b"".join(_event(one) for one in _chunks_of(chunk, self._spoken))
             self._spoken = self._spoken or bool(choices[0].get("delta"))
         return line
@@ -239,7 +240,7 @@ def _chunks_of(document: Mapping[str, Any], spoken: bool = False) -> Iterator[di
     head = {**document, "object": "chat.completion.chunk"}
     usage = head.pop("usage", None)
     choices = []
-    for choice in document["choices"]:
+    for choice in (one for one in document["choices"] if isinstance(one, dict)):
         rest = {key: value for key, value in choice.items() if key not in {"message", "delta"}}
         message = dict(choice.get("message") or {})
         if calls := message.get("tool_calls"):
@@ -255,7 +256,13 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         document = orjson.loads(line[len(_DATA) :])
     except orjson.JSONDecodeError:
         return None
-    return document if isinstance(document, dict) else None
+    if not isinstance(document, dict):
+        return None
+    choices = document.get("choices")
+    if choices:
+        listed = choices if isinstance(choices, list) else []
+        document["choices"] = [one for one in listed if isinstance(one, dict)]
+    return document
 
 
 def _says_something(chunk: Mapping[str, Any] | None) -> bool:
@@ -263,8 +270,8 @@ def _says_something(chunk: Mapping[str, Any] | None) -> bool:
     if chunk is None:
         return False
     for choice in chunk.get("choices") or ():
-        said = choice.get("delta") or choice.get("message") or {}
-        if any(said.get(key) for key in judge.SAID):
+        said = choice.get("delta") or choice.get("message")
+        if isinstance(said, dict) and any(map(said.get, judge.SAID)):
             return True
     return False
 
