@@ -128,6 +128,4 @@ def _memory_rows(items: Sequence[Mapping[str, Json]]) -> Iterator[tuple[int, Row
                 f"items[{at}] is no object but {type(item).__name__}; each item must map names "
                 "of columns to values"
             )
-        if alien := [key for key in item if not isinstance(key, str)]:
-            raise InputError(f"items[{at}]: {alien[0]!r} is no text; names of columns must be")
         yield at, dict(item)
