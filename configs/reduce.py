@@ -89,6 +89,8 @@ ReduceStage = Annotated[Count | Stats | Histogram | TopK | Collect, Field(discri
 
 _NUMBERS = {"integer", "number"}
 _MAX_CATEGORIES = 1000
+_DEEPEST = 9
+"""Levels of alternatives that are looked at for a field."""
 
 
 def check_stages(stages: Iterable[Stage], schema: Mapping[str, Any] | None) -> None:
@@ -130,13 +132,21 @@ def _descend(where: str, field: str, schema: Mapping[str, Any]) -> Mapping[str, 
     return resolve(sub, schema)
 
 
-def _properties(schema: Any, root: Mapping[str, Any], depth: int = 8) -> dict[str, Any]:
-    """Return the properties of an object's schema, those of its alternatives included."""
-    schema = resolve(schema, root)
-    found = dict(schema.get("properties", {}))
-    if depth:
-        for member in (m for key in ("allOf", "anyOf", "oneOf") for m in schema.get(key, ())):
-            found = _properties(member, root, depth - 1) | found
+def _properties(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the properties of an object's schema, those of its alternatives included.
+
+    Alternatives may refer to each other in circles; each is visited once, the nearest first.
+    """
+    found: dict[str, Any] = {}
+    seen, level = set[int](), [resolve(schema, root)]
+    for _ in range(_DEEPEST):
+        fresh = {id(one): one for one in level if id(one) not in seen}
+        seen |= fresh.keys()
+        level = []
+        for one in fresh.values():
+            found = dict(one.get("properties", {})) | found
+            members = (m for key in ("allOf", "anyOf", "oneOf") for m in one.get(key, ()))
+            level += [resolve(member, root) for member in members]
     return found
 
 

@@ -99,7 +99,8 @@ class Bound:
             return self._context
         if isinstance(given, RunContext):
             return self._trusted(given) if self.policy is None else self._requested(given)
-        if not isinstance(given, Mapping) or not given.keys() & _MARKS or given.keys() - _names():
+        marks = _MARKS if self.policy is None else _MARKS - {"out"}
+        if not isinstance(given, Mapping) or not given.keys() & marks or given.keys() - _names():
             return self._context
         if self.policy is not None:
             return self._request_of(given)

@@ -36,6 +36,9 @@ ALLOW: Final = "FANFOLD_SERVER_ALLOW"
 ROOT: Final = "FANFOLD_SERVER_ROOT"
 """Variable with the folder below which a request may name files."""
 
+_SECRETS: Final = frozenset({"endpoints.api_key", "endpoints.first.token"})
+"""Settings that a section's name does not open, and that hold references to variables."""
+
 _MOST_BYTES: Final = 1_000_000
 _EXPANDED: Final = re.compile(r"\$(?=\{[A-Za-z_][A-Za-z0-9_]*\})")
 
@@ -113,7 +116,9 @@ class RequestPolicy:
         return cls(keys, root)
 
     def opens(self, key: str) -> bool:
-        """Say whether the owner opened a key, or a section that it is in."""
+        """Say whether the owner opened a key, or a section that it is in; keys only by name."""
+        if key in _SECRETS:
+            return key in self.allowed
         return any(key == one or key.startswith(f"{one}.") for one in self.allowed)
 
     def shows(self, name: str) -> bool:
@@ -295,13 +300,14 @@ class RequestPolicy:
         elif request.config:
             _clear(raw)
         changes = dict[str, Any]()
+        if any(key.startswith("endpoints.") for key in request.settings):
+            changes["endpoints.api_key"] = "EMPTY"  # the bound key is for the bound endpoints
         for key, value in request.settings.items():
             if key == "input.path" and value is not None:
                 changes["input.dataset"] = None
-            secret = key == "endpoints.api_key" and isinstance(value, str)
-            if secret and not re.fullmatch(VARIABLE, value):
-                raise ConfigurationError("endpoints.api_key: name a variable, as ${MY_KEY}")
-            changes[key] = value if secret else _literal(value)
+            if key in _SECRETS and not (isinstance(value, str) and re.fullmatch(VARIABLE, value)):
+                raise ConfigurationError(f"{key}: name a variable, as ${{MY_KEY}}")
+            changes[key] = value if key in _SECRETS else as_literal(value)
         loaded = load(raw, settings=changes)
         self._check(owner.config, loaded.config, request)
         return replace(loaded, source=owner.source if request.preset is None else request.preset)
@@ -325,6 +331,8 @@ class RequestPolicy:
         for key, access in declared_access():
             old, new = (at_path(data, key.split(".")) for data in (before, after))
             if self.opens(key) or new == old:
+                continue
+            if key == "endpoints.api_key" and new.get_secret_value() == "EMPTY":
                 continue
             if access is Access.LOWER and old is not None and (new is None or new > old):
                 told = "no limit" if new is None else f"{new:g}"
@@ -447,14 +455,14 @@ def _clear(raw: dict[str, Any]) -> None:
     raw.pop("reduce", None)
 
 
-def _literal(value: Any) -> Any:
+def as_literal(value: Any) -> Any:
     """Return a value whose texts stay as they are when variables are expanded."""
     if isinstance(value, str):
         return _EXPANDED.sub("$$", value)
     if isinstance(value, Mapping):
-        return {key: _literal(part) for key, part in value.items()}
+        return {key: as_literal(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_literal(part) for part in value]
+        return [as_literal(part) for part in value]
     return value
 
 

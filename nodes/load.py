@@ -17,42 +17,48 @@ from .state import LoadState, RunState
 _KEYS: Final = ("items", "path", "preset")
 
 
-def check_input(given: object, parents: Sequence[str] = ()) -> None:
+def check_input(
+    given: object,
+    parents: Sequence[str] = (),
+    *,
+    where: str = "input",
+    keys: Sequence[str] = _KEYS,
+) -> None:
     """Check the input of a run: items, or a path, or a preset, or nothing for the bound input.
 
     Args:
         given: The input.
         parents: Keys of a parent graph's state, which are none of this graph's business.
+        where: How messages name the input.
+        keys: The keys that it may have.
 
     Raises:
         InputError: A key is unknown or empty, or two inputs are given.
     """
+    listed = ", ".join(keys)
     if not isinstance(given, Mapping):
         kind = type(given).__name__
-        raise InputError(f"input: give a mapping with items, path or preset (found {kind})")
-    unknown = [str(key) for key in given if key not in _KEYS and key not in parents]
-    if unknown:
-        raise InputError(f"input: {unknown_keys(unknown, _KEYS)}; give items, path, preset or {{}}")
-    named = {key: given[key] for key in _KEYS if key in given}
+        raise InputError(f"{where}: give a mapping with one of {listed} (found {kind})")
+    if unknown := [str(key) for key in given if key not in keys and key not in parents]:
+        raise InputError(f"{where}: {unknown_keys(unknown, keys)}; give {listed}, or {{}}")
+    named = {key: given[key] for key in keys if key in given}
     if named and all(value is None for value in named.values()):
-        msg = f"input.{'/'.join(named)} is null; give a value, or {{}} for the bound input"
+        msg = f"{where}.{'/'.join(named)} is null; give a value, or {{}} for the bound input"
         raise InputError(msg)
     items, path, preset = (named.get(key) for key in _KEYS)
     if items is not None and path is not None:
-        raise InputError("input: give items or path, not both")
+        raise InputError(f"{where}: give items or path, not both")
     if path is not None and not (isinstance(path, str | os.PathLike) and os.fspath(path)):
-        raise InputError(f"input.path: {_named(path, 'a file or a folder')}")
+        raise InputError(f"{where}.path: {_named(path, 'a file or a folder')}")
     if preset is not None and not (isinstance(preset, str) and preset):
-        raise InputError(f"input.preset: {_named(preset, 'a preset')}")
+        raise InputError(f"{where}.preset: {_named(preset, 'a preset')}")
     if items is None:
-        if "items" in named and path is None and preset is None:
-            raise InputError("input.items is null; give items, or {} for the bound input")
         return
     if not isinstance(items, Sequence) or isinstance(items, str | bytes):
-        msg = f"input.items: give a list of mappings (found {type(items).__name__})"
-        raise InputError(msg)
+        kind = type(items).__name__
+        raise InputError(f"{where}.items: give a list of mappings (found {kind})")
     if not items:
-        raise InputError("input.items is empty; it must hold at least one object")
+        raise InputError(f"{where}.items is empty; it must hold at least one object")
 
 
 def _named(value: object, what: str) -> str:

@@ -92,7 +92,7 @@ def running(server: Server) -> Iterator[Server]:
 def dev_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose owner lets requests choose the endpoints."""
     folder = tmp_path_factory.mktemp("studio")
-    with running(Server(folder, FANFOLD_SERVER_ALLOW="endpoints")) as one:
+    with running(Server(folder, FANFOLD_SERVER_ALLOW="endpoints,endpoints.api_key")) as one:
         yield one
 
 

@@ -190,6 +190,31 @@ def test_the_owner_opens_keys(tmp_path: Path) -> None:
     assert "backend.kind" in refused({"backend": "parsl"}, policy)
 
 
+def test_the_bound_key_is_for_the_bound_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWNERS_KEY", "sesame")
+    own = {"endpoints": OWN["endpoints"] | {"api_key": "${OWNERS_KEY}"}}
+    policy = RequestPolicy(frozenset({"endpoints"}))
+    assert loaded({"streams": 2}, policy, **own).config.endpoints.api_key.get_secret_value() == (
+        "sesame"
+    )
+    others: list[dict[str, Any]] = [
+        {"endpoints": "http://other:1/v1"},
+        {"endpoint_options": {"urls": ["http://o"]}},
+    ]
+    for context in others:
+        key = loaded(context, policy, **own).config.endpoints.api_key
+        assert key.get_secret_value() == "EMPTY"
+    overrides = {"overrides": ["endpoints.api_key=${HOME}"]}
+    assert "endpoints.api_key" in refused(overrides, policy, **own)
+    assert "endpoints.api_key" in refused({"api_key": "${OWNERS_KEY}"}, policy, **own)
+    opened = RequestPolicy(frozenset({"endpoints", "endpoints.api_key"}))
+    both = {"endpoints": "http://other:1/v1", "api_key": "${OWNERS_KEY}"}
+    got = loaded(both, opened, **own)
+    assert got.config.endpoints.api_key.get_secret_value() == "sesame"
+    assert got.plain["endpoints"]["api_key"] == "${OWNERS_KEY}"
+    assert "name a variable" in refused({"api_key": "sk-typed"}, opened, **own)
+
+
 def test_a_misspelt_key_of_the_owner_is_an_error() -> None:
     with pytest.raises(ConfigurationError, match=r"'backend.comand' \(did you mean"):
         RequestPolicy.from_environment({ALLOW: "backend.comand"})
