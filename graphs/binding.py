@@ -14,6 +14,7 @@ from ..backends.contract.errors import FanfoldError
 from ..nodes.context import Context
 from .aside import LoopAside
 from .context import RunContext
+from .invocation import CURRENT
 
 _BASES: Final = frozenset({"config", "preset"})
 _MARKS: Final = _BASES | {"overrides", "out"}
@@ -88,6 +89,8 @@ class Bound:
 
         def waited_for(state: S) -> U:
             _ = inside
+            if (invocation := CURRENT.get()) is not None:
+                invocation.entered(get_runtime())
             return self._aside.run(lambda: bound(state))
 
         waited_for.__doc__ = bound.__doc__ = run.__doc__

@@ -22,14 +22,9 @@ _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai"
 
 
 def begin_life(folder: RunFolder) -> None:
-    """Note that this process begins to work on a run; blocks.
-
-    Raises:
-        ConfigurationError: Another process is working on it.
-    """
-    with folder.locked():
-        about = folder.read_provenance()
-        folder.write_provenance(about | {"lives": [*about["lives"], life()]})
+    """Note that this process begins to work on a run that it has locked; blocks."""
+    about = folder.read_provenance()
+    folder.write_provenance(about | {"lives": [*about["lives"], life()]})
 
 
 def end_life(folder: RunFolder) -> None:

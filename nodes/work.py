@@ -37,7 +37,7 @@ from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item, Json, Outcome, Shard
 from .aggregators import State, combine
 from .context import RunTools
-from .gate import Gate
+from .gate import KEPT, Gate, create_kept_task, keep
 from .prepare import failure
 from .state import ItemState
 
@@ -134,8 +134,8 @@ async def work(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -
 async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -> Part:
     """Finish the items of a shard until it ends or the run is stopped.
 
-    Cancelling it stops the run: no further item begins, and those in flight are waited for as in
-    any other stop; cancelling it again cuts them off.
+    Cancelling it, however often, stops the run: no further item begins, and those in flight are
+    waited for as in any other stop. LangGraph cancels more than once.
 
     Returns:
         What was finished, everything in it on disk.
@@ -144,8 +144,8 @@ async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | N
         LedgerError: An item could not be recorded, or the items cannot be read.
     """
     worker = _Worker(shard, tools, drain)
-    watch = asyncio.create_task(worker.watch())
-    working = asyncio.create_task(worker.work())
+    watch = create_kept_task(worker.watch())
+    working = create_kept_task(worker.work())
     try:
         await _ended(working, tools.gate)
     finally:
@@ -156,16 +156,16 @@ async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | N
 
 async def _ended(working: asyncio.Task[None], gate: Gate) -> None:
     """Wait for the work; if cancelled, for the items in flight before that goes on."""
-    try:
-        await asyncio.shield(working)
-    except asyncio.CancelledError:
-        gate.cancel()
+    cancelled: asyncio.CancelledError | None = None
+    while not working.done():
         try:
             await asyncio.wait({working})
-        finally:
-            working.cancel()
-            await asyncio.wait({working})
-        raise
+        except asyncio.CancelledError as error:
+            gate.cancel()
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    working.result()
 
 
 class _Worker:
@@ -210,7 +210,7 @@ class _Worker:
                     continue
                 if not await self._admitted():
                     return
-                task = group.create_task(self._finish(item), context=surroundings.copy())
+                task = keep(group.create_task(self._finish(item), context=surroundings.copy()))
                 self._tasks.add(task)
                 task.add_done_callback(self._left)
 
@@ -274,6 +274,7 @@ def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, 
 def _surroundings() -> Context:
     """Return the context for items' tasks, in which LangGraph finds :func:`item_config`."""
     context = copy_context()
+    context.run(KEPT.set, True)
     config = var_child_runnable_config.get()
     if config is not None:
         context.run(var_child_runnable_config.set, item_config(config))
