@@ -17,9 +17,10 @@ from pydantic import SecretStr
 from ..configs.endpoints import FIRST_URL, FirstConfig
 from ..configs.models import RunConfig
 from .contract.errors import ConfigurationError
-from .fleet.address import EndpointSpec, base_url
+from .fleet.address import ApiKey, EndpointSpec, base_url
 from .fleet.matching import Matched, match
 from .fleet.membership import FileSource, RegistrySource
+from .fleet.sources import trusted_key
 from .locate import Place, endpoints_key, first_place, with_where
 
 _SIDECARS: Final = ("aegis_registry_url.txt", "local_runs/aegis_registry_url.txt")
@@ -97,7 +98,8 @@ async def _candidates(
 ) -> AsyncIterator[_Candidate]:
     for name in _SIDECARS:
         if (text := await asyncio.to_thread(_line, folder / name)) is not None:
-            yield await _registry(name, text, key)
+            trusted = await asyncio.to_thread(trusted_key, folder / name, key)
+            yield await _registry(name, text, trusted)
     for name in _FILES:
         if await asyncio.to_thread((folder / name).is_file):
             yield await _file(name, folder / name, key)
@@ -115,7 +117,7 @@ def _line(path: Path) -> str | None:
         return None
 
 
-async def _registry(name: str, url: str, key: str) -> _Candidate:
+async def _registry(name: str, url: str, key: ApiKey) -> _Candidate:
     try:
         source = RegistrySource(url, key)
         return _Candidate(f"the registry in {name}", Place(tuple(await source.look()), source))

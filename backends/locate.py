@@ -17,7 +17,7 @@ from .fleet.gateway import Gateway
 from .fleet.membership import RegistrySource, Source
 from .fleet.nodelist import expand_slurm, hosts_to_specs, parse_pbs
 from .fleet.probe import Found, discover
-from .fleet.sources import parse_endpoints_file
+from .fleet.sources import parse_endpoints_file, trusted_key
 from .fleet.token import CommandToken
 
 PROBE_TIMEOUT_S: Final = 5.0
@@ -190,25 +190,30 @@ def _from_file(path: Path, key: str) -> list[EndpointSpec]:
     if path.is_dir():
         return HostsFolder(path, key).read()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text, trusted = path.read_text(encoding="utf-8-sig"), trusted_key(path, key)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         kind = NoEndpointError if isinstance(error, FileNotFoundError) else ConfigurationError
         raise kind(f"endpoints.file: {path}: cannot be read: {reason}") from None
-    specs = parse_endpoints_file(text, str(path), key)
+    specs = parse_endpoints_file(text, str(path), trusted)
     for spec in specs:
         with_where(f"endpoints.file: {path}", spec.url)
     return specs
 
 
 def _from_hosts(endpoints: EndpointsConfig, key: str) -> list[EndpointSpec]:
-    hosts = dict.fromkeys(h for text in endpoints.hosts or () for h in hosts_of(text, os.environ))
+    texts = [_expand_variable(text, os.environ) for text in endpoints.hosts or ()]
+    hosts = dict.fromkeys(h for text in texts for h in hosts_of(text, os.environ))
+    trusted: ApiKey = key
+    for text in texts:
+        if "/" in text:
+            trusted = trusted_key(Path(text).expanduser(), trusted)
     specs = hosts_to_specs(
         list(hosts),
         endpoints.port or _PORT,
         per_host=endpoints.per_host or 1,
         suffix=endpoints.suffix,
-        api_key=key,
+        api_key=trusted,
     )
     for spec in specs:
         with_where("endpoints.hosts", spec.url)
@@ -226,15 +231,7 @@ def hosts_of(text: str, environment: Mapping[str, str]) -> Iterator[str]:
     Raises:
         ConfigurationError: The variable is not set, the file cannot be read, or the list.
     """
-    if text.startswith("$"):
-        name = text[1:]
-        if not environment.get(name):
-            msg = (
-                f"endpoints.hosts: the environment variable {name} is not set: it is there inside "
-                "a job of the scheduler; elsewhere name the hosts"
-            )
-            raise ConfigurationError(msg)
-        text = environment[name]
+    text = _expand_variable(text, environment)
     if "/" not in text:
         try:
             yield from expand_slurm(text)
@@ -250,3 +247,21 @@ def hosts_of(text: str, environment: Mapping[str, str]) -> Iterator[str]:
     if not hosts:
         raise ConfigurationError(f"endpoints.hosts: {text} names no host")
     yield from hosts
+
+
+def _expand_variable(text: str, environment: Mapping[str, str]) -> str:
+    """Return what a variable holds, or a text that names none as it is.
+
+    Raises:
+        ConfigurationError: The variable is not set.
+    """
+    if not text.startswith("$"):
+        return text
+    name = text[1:]
+    if not environment.get(name):
+        msg = (
+            f"endpoints.hosts: the environment variable {name} is not set: it is there inside "
+            "a job of the scheduler; elsewhere name the hosts"
+        )
+        raise ConfigurationError(msg)
+    return environment[name]

@@ -16,7 +16,7 @@ from .build import Serving, serving
 from .contract.errors import ConfigurationError, NoEndpointError, RunStoppedError, SiteError
 from .fleet.address import EndpointSpec
 from .fleet.membership import FileSource
-from .fleet.sources import parse_endpoints_file
+from .fleet.sources import parse_endpoints_file, trusted_key
 from .locate import Place, endpoint_specs, endpoints_key
 from .node import node_plan, serves_simulated, starts_servers, this_host
 from .servers.plan import NodePlan
@@ -173,7 +173,8 @@ def node_specs(
         return own
     file = _registered(config.backend.registry, host)
     if file is not None:
-        return parse_endpoints_file(file.read_text(encoding="utf-8-sig"), str(file), key)
+        text = file.read_text(encoding="utf-8-sig")
+        return parse_endpoints_file(text, str(file), trusted_key(file, key))
     for name in PORTS:
         if port := environment.get(name):
             return [EndpointSpec(f"http://127.0.0.1:{port}", key)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -165,21 +165,49 @@ def read_text(path: Path) -> str:
 
 def _inline(data: dict[str, Any], source: str, base: Path) -> None:
     """Make paths absolute and read the schema's file, so that the settings stand alone."""
-    for section, key in (("input", "path"), ("endpoints", "file"), ("backend", "registry")):
-        part = data.get(section)
-        if isinstance(part, dict) and isinstance(part.get(key), str):
-            part[key] = _absolute(part[key], base)
-    if isinstance(cache := data.get("cache"), str) and cache not in ("off", "run"):
-        data["cache"] = _absolute(cache, base)
-    endpoints = data.get("endpoints")
-    if isinstance(endpoints, dict) and (hosts := endpoints.get("hosts")):
-        listed = hosts if isinstance(hosts, list) else [hosts]
-        endpoints["hosts"] = [
-            _absolute(h, base) if isinstance(h, str) and "/" in h else h for h in listed
-        ]
+    _change_paths(data, lambda path: _absolute(path, base))
     task = data.get("task")
     if isinstance(task, dict) and isinstance(task.get("schema"), str):
         task["schema"] = _read_schema(Path(_absolute(task["schema"], base)), source)
+
+
+def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
+    """Change, in place, all settings that are paths of files or folders."""
+    for section, key in (("input", "path"), ("endpoints", "file"), ("backend", "registry")):
+        part = data.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            part[key] = change(part[key])
+    if isinstance(cache := data.get("cache"), str) and cache not in ("off", "run"):
+        data["cache"] = change(cache)
+    endpoints = data.get("endpoints")
+    if isinstance(endpoints, dict) and (hosts := endpoints.get("hosts")):
+        listed = hosts if isinstance(hosts, list) else [hosts]
+        endpoints["hosts"] = [change(h) if isinstance(h, str) and "/" in h else h for h in listed]
+
+
+def portable(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return settings for a file in a folder: paths below the folder are relative to it.
+
+    Reading the file makes them absolute again, wherever the folder lies by then.
+
+    Args:
+        plain: The settings as plain data, paths absolute.
+        folder: The folder.
+    """
+    own = folder.resolve()
+
+    def relative(path: str) -> str:
+        if not path.startswith("/"):  # a variable
+            return path
+        for spelled in (Path(os.path.normpath(path)), Path(path).resolve()):
+            for parent in (folder.absolute(), own):
+                if spelled.is_relative_to(parent):
+                    return f"./{spelled.relative_to(parent)}"
+        return path
+
+    settings = copy.deepcopy(dict(plain))
+    _change_paths(settings, relative)
+    return settings
 
 
 def _absolute(path: str, base: Path) -> str:

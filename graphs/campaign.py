@@ -111,6 +111,8 @@ def _job(job: Job, state: State | None) -> dict[str, Any]:
 def _state(job: Job, state: State | None) -> str:
     if job.ended is not None:
         return job.outcome or "ended"
+    if job.foreign:
+        return "of the run that this one was copied from"
     if state == "ended":
         return "lost" if job.began is not None else "gone before it began"
     return state or ("running?" if job.began is not None else "queued?")

@@ -31,7 +31,9 @@ def cancel(path: Path, at_once: bool) -> None:
     open_folder(path)
     file = chain_file(path)
     chain = file.read()
-    if not chain.jobs:
+    if others := [job.id for job in chain.jobs if job.foreign and job.ended is None]:
+        say([f"{', '.join(others)}: of the run that this folder was copied from; left alone"])
+    if all(job.foreign for job in chain.jobs):
         raise ConfigurationError(f"{path}: no job of this run was ever submitted")
     if chain.halted is None:
         file.note("halted", why="cancelled by fanfold cancel")

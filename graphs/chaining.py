@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from ..backends.accounts.folder import RunFolder, open_folder
+from ..backends.accounts.folder import RunFolder, open_folder, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.cluster.chain import Chain, ChainFile, Job, chain_file
 from ..backends.cluster.schedulers import refusal, scheduler
@@ -108,7 +108,7 @@ def _known(file: ChainFile, name: str) -> Chain:
 def _counted(folder: RunFolder) -> tuple[int, int]:
     """Return how many items are finished, and how many are left."""
     about = folder.read_provenance()
-    with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
+    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
         counts = ledger.counts()
     return counts.done + counts.failed, counts.open
 

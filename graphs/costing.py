@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..backends.accounts.cost import Cost, grouped, tokens_json
-from ..backends.accounts.folder import open_folder
+from ..backends.accounts.folder import open_folder, run_ids
 from ..backends.accounts.totals import Spent
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.money import HOUR_MS, NANO, Amount
@@ -38,7 +38,7 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
         raise ConfigurationError(f"--by {by}: there are {', '.join(COST_BY)}")
     folder = open_folder(path)
     about = folder.read_provenance()
-    run, items, model = about["run"], about["input"]["items"], about["model"]
+    run, items, model = run_ids(about), about["input"]["items"], about["model"]
     groups = grouped(folder.journal, run, items, by, model)
     cost = cost_so_far(folder, run, groups.lives)
     rows = sorted(groups.by.items(), key=lambda one: (by != "day" and -one[1].tokens, one[0]))
@@ -46,7 +46,7 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
     if as_json:
         print_json(
             {
-                "run": run,
+                "run": about["run"],
                 "simulated": about["simulated"],
                 "running": folder.in_use(),
                 "requests": cost.spent.requests,

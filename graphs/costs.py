@@ -9,6 +9,7 @@ from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import Budget, BudgetTerms, said
 from ..backends.accounts.cost import Cost, total_of
 from ..backends.accounts.folder import RunFolder
+from ..backends.accounts.journal import RunIds
 from ..backends.accounts.totals import Spent
 from ..backends.contract.money import FREE, NANO
 from ..backends.contract.types import Json
@@ -21,7 +22,7 @@ _FINE: Final = 0.1 * NANO
 """Where all amounts are smaller, they are shown with more digits."""
 
 
-def cost_of_life(folder: RunFolder, run: str, tools: OpenedRun) -> Cost:
+def cost_of_life(folder: RunFolder, run: RunIds, tools: OpenedRun) -> Cost:
     """Return what a run has cost by the end of a life, its earlier lives included; blocks.
 
     Raises:
@@ -33,12 +34,12 @@ def cost_of_life(folder: RunFolder, run: str, tools: OpenedRun) -> Cost:
     return Cost(tools.journal.total(), tools.progress.held, doubt, tools.priced)
 
 
-def cost_so_far(folder: RunFolder, run: str, lives: Mapping[int, Spent]) -> Cost:
+def cost_so_far(folder: RunFolder, run: RunIds, lives: Mapping[int, Spent]) -> Cost:
     """Return what a run has cost, by what lies in its folder; blocks.
 
     Args:
         folder: The folder.
-        run: The run's id.
+        run: The run's ids.
         lives: By life, what the journal says.
 
     Raises:

@@ -1,14 +1,21 @@
-"""What a run asks: by it, resuming tells the same run from another."""
+"""Which run it is: by what it asks, and by the folder that it was made in."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
+from ..backends.accounts.folder import RunFolder, place_of, run_ids
+from ..backends.contract.errors import LedgerError
+from ..backends.sites.globus.book import FILE as GLOBUS_TASKS
 from ..configs.models import RunConfig
+
+logger = logging.getLogger(__name__)
 
 _INPUT = ("dataset", "id", "limit", "on_duplicate", "smiles")
 
@@ -48,6 +55,44 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], model: str) -> l
             if a.get(key) != b.get(key)
         ]
     return lines
+
+
+def settle_identity(folder: RunFolder) -> dict[str, Any]:
+    """Return what a run is; a folder that was copied becomes a run of its own. Blocks.
+
+    The copy gets a run id of its own, so that neither its checkpoints nor its tasks are those of
+    the run that it was copied from. What the journal and the books of the earlier id tell stays
+    its own. Tasks that the other run left at Globus Compute are forgotten here: they are asked
+    after there. So are the checkpoints: they may have been copied while they were written, and the
+    journal has everything. Whoever calls holds the run's lock.
+
+    A folder that came from another file system cannot be told from a copy; it does no harm.
+
+    Raises:
+        LedgerError: The folder cannot be read or written.
+    """
+    about, place = folder.read_provenance(), place_of(folder.path)
+    if about.get("place") == place:
+        return about
+    saved = folder.checkpoints
+    try:
+        for end in ("", "-wal", "-shm", "-journal"):
+            saved.with_name(f"{saved.name}{end}").unlink(missing_ok=True)
+        (folder.path / GLOBUS_TASKS).unlink(missing_ok=True)
+    except OSError as error:
+        msg = f"{folder.path}: what a copy must not keep cannot be removed: {error}"
+        raise LedgerError(msg) from error
+    ids = run_ids(about)
+    about |= {"run": secrets.token_hex(8), "earlier": [*ids], "place": place}
+    folder.write_provenance(about)  # last: until then it still counts as a copy
+    logger.warning(
+        "%s: a copy of the folder of run %s, or moved from another file system; it goes on as run "
+        "%s, and tasks of the other run are left to it",
+        folder.path,
+        ids[0],
+        about["run"],
+    )
+    return about
 
 
 def _short(value: Any) -> str:

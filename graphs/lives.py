@@ -8,23 +8,26 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, now
 from ..configs.source import may_be_secret
+from .identity import settle_identity
 
 _HIDDEN: Final = re.compile(r"://\S*@")
 _INNER_SECRET: Final = re.compile(r"(?:key|token)\w*[\"']?\s*:")
+DIR: Final = Path("DIR")
+"""What stands for the run's folder in a command that is kept."""
 _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai", "pydantic")
 
 
 def begin_life(folder: RunFolder) -> None:
     """Note that this process begins to work on a run that it has locked; blocks."""
-    about = folder.read_provenance()
-    folder.write_provenance(about | {"lives": [*about["lives"], life()]})
+    about = settle_identity(folder)
+    folder.write_provenance(about | {"lives": [*about["lives"], life(folder)]})
 
 
 def end_life(folder: RunFolder) -> None:
@@ -35,13 +38,17 @@ def end_life(folder: RunFolder) -> None:
     about = folder.read_provenance()
     lives = about["lives"]
     begun = bool(lives) and lives[-1]["ended"] is None and lives[-1]["pid"] == os.getpid()
-    *before, last = lives if begun else [*lives, life()]
+    *before, last = lives if begun else [*lives, life(folder)]
     last |= {"ended": now(), "outcome": "finished"}
     folder.write_provenance(about | {"lives": [*before, last]})
 
 
-def life() -> dict[str, Any]:
-    """Return what provenance keeps of this process."""
+def life(folder: RunFolder) -> dict[str, Any]:
+    """Return what provenance keeps of this process.
+
+    Args:
+        folder: The run's folder, which stands in the command as ``DIR``.
+    """
     return {
         "started": now(),
         "ended": None,
@@ -51,12 +58,32 @@ def life() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in _PACKAGES},
-        "command": [Path(sys.argv[0]).name, *_public(sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *_public(_without(sys.argv[1:], folder.path))],
         "git": {"fanfold": _own_commit(), "workdir": _commit(Path.cwd())},
     }
 
 
-def _public(arguments: Sequence[str]) -> Iterator[str]:
+def _without(arguments: Sequence[str], folder: Path) -> Iterator[str]:
+    """Yield the command's arguments, the folder and what lies in it without the folder's path."""
+    own = folder.resolve()
+    for argument in arguments:
+        *key, text = argument.rsplit("=", 1)  # --out=DIR, --set cache=DIR/answers
+        if "://" not in text and _may_be_path(text):
+            place = Path(text).expanduser().resolve()
+            text = str(DIR / place.relative_to(own)) if place.is_relative_to(own) else text
+        for spelling in {str(own), str(folder.absolute())}:
+            text = text.replace(spelling, str(DIR))
+        yield "=".join((*key, text))
+
+
+def _may_be_path(text: str) -> bool:
+    try:
+        return "/" in text or (text != "" and Path(text).exists())
+    except (OSError, ValueError):  # too long for a name, or with a NUL
+        return False
+
+
+def _public(arguments: Iterable[str]) -> Iterator[str]:
     """Yield the command's arguments; what may hold a secret only as far as it is none."""
     for argument in arguments:
         if "://" in argument:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..backends.accounts.cost import Cost, tokens_json
-from ..backends.accounts.folder import RunFolder, open_folder
+from ..backends.accounts.folder import RunFolder, open_folder, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.accounts.results import rows, write_csv, write_jsonl, write_parquet
 from ..backends.contract.errors import ConfigurationError
@@ -37,9 +37,9 @@ def status(path: Path, as_json: bool, usage: bool = False, batch: int | None = N
     """Show how far a run is, and its jobs if it has any."""
     folder = open_folder(path)
     about = folder.read_provenance()
-    with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
+    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
         counts, spent = ledger.counts(), ledger.total()
-        cost = cost_so_far(folder, about["run"], ledger.spent)
+        cost = cost_so_far(folder, run_ids(about), ledger.spent)
     last = about["lives"][-1] if about["lives"] else {"outcome": None}
     state = "running" if folder.in_use() else last["outcome"] or "killed; resumable"
     facts = {
@@ -107,7 +107,7 @@ def results(path: Path, form: str, target: Path | None) -> None:
     if target is not None:
         _check_target(target)
     about, schema = folder.read_provenance(), _schema(folder)
-    with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
+    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
         records = rows(ledger.records(), priced=ledger.total().nano_usd > 0)
         if form == "parquet" and target is not None:
             write_parquet(records, target, schema)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.accounts.book import Shelf
-from ..backends.accounts.folder import RunFolder
+from ..backends.accounts.folder import RunFolder, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.build import open_fleet
 from ..backends.contract.errors import ConfigurationError
@@ -38,7 +38,7 @@ from ..nodes.meter import Meter
 from ..nodes.progress import Progress
 from ..nodes.state import ItemState
 from .crew import STOP_S, WorkCrew, open_crew
-from .identity import fingerprint
+from .identity import fingerprint, settle_identity
 from .items import ItemEngine, RunItem, is_seen, is_small, item_runner
 from .metrics import exposed
 from .opened import OpenedRun, accounted, reported, reports_of
@@ -184,8 +184,8 @@ class _Books:
     held: Held
 
     @property
-    def run(self) -> str:
-        return str(self.about["run"])
+    def run(self) -> tuple[str, ...]:
+        return run_ids(self.about)
 
     @property
     def model(self) -> str:
@@ -209,10 +209,11 @@ def _open_books(folder: RunFolder, loaded: Loaded) -> _Books:
         )
         raise ConfigurationError(msg)
     with ExitStack() as stack:
+        about = settle_identity(folder)
         end_earlier(folder.journal)  # before the journal is read: they still write to it
         store = stack.enter_context(ItemStore(folder.items))
-        ledger = Ledger(folder.journal, about["run"], len(store))
-        shelf = Shelf(folder.budget, about["run"])
+        ledger = Ledger(folder.journal, run_ids(about), len(store))
+        shelf = Shelf(folder.budget, run_ids(about))
         return _Books(stack.pop_all(), store, ledger, about, shelf.next_life(), shelf.held())
 
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, write_bytes
+from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, place_of, write_bytes
 from ..backends.build import input_spec, needed_columns
 from ..backends.contract.errors import ConfigurationError, MissingExtraError, NoEndpointError
 from ..backends.inputs.spec import InputSummary
@@ -21,7 +21,7 @@ from ..backends.node import starts_servers
 from ..backends.reuse import check_cache
 from ..backends.simulation import simulation
 from ..backends.tariffs import price
-from ..configs.load import Loaded
+from ..configs.load import Loaded, portable
 from ..configs.plain import to_yaml
 from .identity import fingerprint
 from .items import check_graph
@@ -79,6 +79,8 @@ async def prepare_run(
         cost = await asyncio.to_thread(price, loaded.config, model, bool(simulated))
         about: dict[str, Any] = {
             "run": secrets.token_hex(8),
+            "earlier": [],
+            "place": await asyncio.to_thread(place_of, folder.path),  # the rename keeps it
             "name": loaded.config.name,
             "config": loaded.source,
             "simulated": simulated,
@@ -88,7 +90,7 @@ async def prepare_run(
             "input": describe_input(summary, spec.path),
             "lives": [],
         }
-        await asyncio.to_thread(_write, folder, loaded, about)
+        await asyncio.to_thread(_write, folder, path, loaded, about)
     return RunFolder(path)
 
 
@@ -147,8 +149,8 @@ async def _settle_model(loaded: Loaded, unasked: bool) -> tuple[str, bool | None
         return up.model, up.simulated
 
 
-def _write(folder: RunFolder, loaded: Loaded, about: dict[str, Any]) -> None:
-    write_bytes(folder.settings, to_yaml(loaded.plain).encode())
+def _write(folder: RunFolder, path: Path, loaded: Loaded, about: dict[str, Any]) -> None:
+    write_bytes(folder.settings, to_yaml(portable(loaded.plain, path)).encode())
     folder.write_provenance(about)
 
 

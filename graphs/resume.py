@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends.accounts.folder import RunFolder, write_bytes
+from ..backends.accounts.folder import RunFolder, place_of, write_bytes
 from ..backends.build import input_spec, needed_columns
 from ..backends.contract.errors import ConfigurationError
 from ..backends.inputs.spill import spill
@@ -16,9 +16,9 @@ from ..backends.inputs.store import ItemStore
 from ..backends.nearby import served
 from ..backends.simulation import simulation
 from ..backends.tariffs import price
-from ..configs.load import Loaded, load
+from ..configs.load import Loaded, load, portable
 from ..configs.plain import to_yaml
-from .identity import differences, fingerprint
+from .identity import differences, fingerprint, settle_identity
 from .prepare import stamp
 
 
@@ -40,6 +40,8 @@ class Resumed:
 async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
     """Check that settings fit an existing run, and write them to its folder.
 
+    A folder that was copied gets a run id of its own.
+
     Args:
         folder: The run's folder.
         loaded: The settings to go on with; None takes the run's own.
@@ -56,6 +58,8 @@ async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
     changed = before.plain["reduce"] != after.plain["reduce"]
     if after.plain != before.plain:
         await asyncio.to_thread(_keep, folder, about, after)
+    if about.get("place") != await asyncio.to_thread(place_of, folder.path):
+        await asyncio.to_thread(_settle, folder)
     return Resumed(folder, after, changed)
 
 
@@ -64,8 +68,13 @@ def _keep(folder: RunFolder, about: dict[str, Any], after: Loaded) -> None:
     cost = price(after.config, about["model"], bool(about["simulated"]))
     kept = {"price": None if cost is None else cost.to_json()}
     with folder.locked():
-        write_bytes(folder.settings, to_yaml(after.plain).encode())
+        write_bytes(folder.settings, to_yaml(portable(after.plain, folder.path)).encode())
         folder.write_provenance(folder.read_provenance() | kept)
+
+
+def _settle(folder: RunFolder) -> None:
+    with folder.locked():
+        settle_identity(folder)
 
 
 def _check(folder: RunFolder, about: dict[str, Any], before: Loaded, after: Loaded) -> None:

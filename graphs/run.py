@@ -17,7 +17,7 @@ from langgraph.types import Interrupt
 from rich.console import Console
 
 from ..backends.accounts.cost import Cost
-from ..backends.accounts.folder import RunFolder, now
+from ..backends.accounts.folder import RunFolder, now, run_ids
 from ..backends.contract.errors import BudgetExhaustedError, LedgerError, RunStoppedError
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
@@ -138,7 +138,7 @@ async def lived(  # noqa: PLR0913 - what a life is made of
             this["outcome"] = result.reason or "finished"
     budget = {} if tools.budget is None else tools.budget.report()
     assert isinstance(tools, OpenedRun), "the run's own context has opened it"
-    cost = await asyncio.to_thread(cost_of_life, folder, about["run"], tools)
+    cost = await asyncio.to_thread(cost_of_life, folder, run_ids(about), tools)
     seconds = round(time.monotonic() - started, 3)
     return replace(result, seconds=seconds, budget=budget, cost=cost)
 
@@ -173,7 +173,7 @@ async def counted(tools: RunTools) -> AsyncIterator[None]:
 @asynccontextmanager
 async def noted(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Note this life in the run's provenance, at its begin and at its end."""
-    about, this = await asyncio.to_thread(lambda: (folder.read_provenance(), life()))
+    about, this = await asyncio.to_thread(lambda: (folder.read_provenance(), life(folder)))
 
     async def note() -> None:
         lives = [*about["lives"], this]

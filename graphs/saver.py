@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -82,6 +83,9 @@ async def _sqlite(file: Path, network: bool) -> AsyncIterator[AsyncSqliteSaver]:
     saver's own switch to WAL does no harm before it is undone.
     """
     try:
+        # SQLite itself would take write access from a group; it also tells why it cannot write
+        with suppress(OSError):
+            await asyncio.to_thread(file.touch)
         async with aiosqlite.connect(file) as connection:
             saver = AsyncSqliteSaver(connection)
             if network:

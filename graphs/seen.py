@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.accounts.folder import open_folder
+from ..backends.accounts.folder import open_folder, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.money import NANO
@@ -174,7 +174,7 @@ def seen_in(path: Path, simulated: bool) -> Seen:
         )
         raise ConfigurationError(msg)
     total = about["input"]["items"]
-    with Ledger(folder.journal, about["run"], total) as ledger:
+    with Ledger(folder.journal, run_ids(about), total) as ledger:
         ended = [index for index in range(total) if ledger.finished(index)]
         step = max(1, len(ended) // _READ)
         records = [ledger.record(index) for index in ended[::step]]

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from ..backends.accounts.allowed import read_allowed, write_allowed
 from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import SHOWN, Budget, BudgetTerms
-from ..backends.accounts.folder import RunFolder
+from ..backends.accounts.folder import RunFolder, run_ids
+from ..backends.accounts.journal import RunIds
 from ..backends.accounts.leases import Leases
 from ..backends.accounts.ledger import Ledger
 from ..backends.contract.errors import BudgetExhaustedError
@@ -87,7 +88,7 @@ def budget_terms(folder: RunFolder, config: RunConfig, price: Tariff) -> BudgetT
 
 @asynccontextmanager
 async def spending(
-    folder: RunFolder, config: RunConfig, price: Tariff, ledger: Ledger, run: str
+    folder: RunFolder, config: RunConfig, price: Tariff, ledger: Ledger, run: RunIds
 ) -> AsyncIterator[Spending | None]:
     """Open a run's budget; None when it has no limits.
 
@@ -106,7 +107,7 @@ async def spending(
         await opened.budget.purse.aclose()
 
 
-def _opened(folder: RunFolder, terms: BudgetTerms, ledger: Ledger, run: str) -> Spending:
+def _opened(folder: RunFolder, terms: BudgetTerms, ledger: Ledger, run: RunIds) -> Spending:
     shelf = Shelf(folder.budget, run)
     before, earlier = spent_before(shelf, ledger), shelf.lent()
     budget = Budget(terms, before, shelf.open(shelf.of_life(ledger.life)))
@@ -129,10 +130,10 @@ def shortfall(
         LedgerError: Books or journal cannot be read.
     """
     about = folder.read_provenance()
-    with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
+    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
         counts, budget = ledger.counts(), live
         if budget is None:
-            before = spent_before(Shelf(folder.budget, about["run"]), ledger)
+            before = spent_before(Shelf(folder.budget, run_ids(about)), ledger)
             budget = Budget(_terms(folder, config, about), before, None)
     if not (live is not None and live.needed) and budget.carries(needed):
         return None

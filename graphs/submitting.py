@@ -18,6 +18,7 @@ from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
 from ..backends.cluster.script import job_script
 from ..backends.cluster.verdict import PATIENCE
 from ..backends.contract.errors import ConfigurationError, SiteError
+from ..backends.contract.permissions import untrusted_reason
 from ..backends.node import starts_servers
 from ..backends.places import is_elsewhere, works_on_nodes
 from ..configs.endpoints import HOSTS_ONLY, KINDS
@@ -180,6 +181,8 @@ def _plan(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> JobPlan
         raise ConfigurationError(
             f"--pack {archive}: no such file; make it by: fanfold pack -o FILE"
         )
+    if archive is not None and (reason := untrusted_reason(archive)) is not None:
+        raise ConfigurationError(f"--pack: the jobs would run what others can change: {reason}")
     backend = loaded.config.backend
     return JobPlan(
         run=path,
@@ -249,7 +252,10 @@ def _refuse_second(chain: Chain, asked: Scheduler) -> None:
 def _write(plan: JobPlan) -> None:
     plan.folder.mkdir(exist_ok=True)
     for name, text in _scripts(plan).items():
-        write_bytes(plan.folder / name, text.encode())
+        script = plan.folder / name
+        write_bytes(script, text.encode())
+        mode = script.stat().st_mode
+        script.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
 
 
 def _submitted(plan: JobPlan, order: Order) -> str:

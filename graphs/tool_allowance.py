@@ -9,7 +9,7 @@ from typing import Any, Final
 from langchain_core.tools import ToolException
 
 from ..backends.accounts.book import Shelf
-from ..backends.accounts.folder import open_folder
+from ..backends.accounts.folder import open_folder, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.contract.money import NANO, Amount
 from ..configs.budget import BudgetConfig
@@ -108,5 +108,5 @@ def _spent_in(path: Path) -> Amount:
     """Return the most that a run may have spent."""
     folder = open_folder(path)
     about = folder.read_provenance()
-    with Ledger(folder.journal, about["run"], about["input"]["items"]) as ledger:
-        return spent_before(Shelf(folder.budget, about["run"]), ledger)
+    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
+        return spent_before(Shelf(folder.budget, run_ids(about)), ledger)

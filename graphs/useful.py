@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.accounts.folder import RunFolder
+from ..backends.accounts.folder import RunFolder, run_ids
 from ..backends.accounts.journal import scan
 from ..backends.cluster.calls import Items, by_job, calls_of, levels
 from ..backends.cluster.hours import Spent
@@ -63,7 +63,7 @@ def servers_of(folder: RunFolder) -> Path:
 
 def _records(folder: RunFolder) -> Iterator[dict[str, Any]]:
     """Yield all records of the journal; servers worked also for those that were replaced."""
-    run = folder.read_provenance()["run"]
+    run = run_ids(folder.read_provenance())
     for path in sorted(folder.journal.glob("*.jsonl")):
         yield from (line.record for line in scan(path, run))
 

@@ -244,6 +244,7 @@ class _Worker:
             self._tools.gate.close(error.message, error)
             return
         finally:
+            calls.close_streams()
             if account is not None:
                 account.close()
         record = _record(item, state, calls, time.perf_counter() - started, self._tools)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import Any, Final
 
-from ..contract.calls import Count, Hold
+from ..contract.calls import CallLog, Count, Hold
 from ..contract.money import Amount, Tariff
 from ..contract.types import Usage
 from .purse import Purse
@@ -24,9 +24,23 @@ class ItemAccount:
         repairs: How often an answer may be sent back: an item that has begun shall be carried to
             its end.
         count: Counts prompts as the model does, for when room is scarce; or None.
+
+    Attributes:
+        waits: Calls of the item that wait for the budget.
     """
 
-    __slots__ = ("_begun", "_count", "_lock", "_pool", "_purse", "_repairs", "_tariff")
+    __slots__ = (
+        "_begun",
+        "_count",
+        "_holds",
+        "_lock",
+        "_log",
+        "_pool",
+        "_purse",
+        "_repairs",
+        "_tariff",
+        "waits",
+    )
 
     def __init__(
         self, purse: Purse, tariff: Tariff, repairs: int, count: Count | None = None
@@ -34,23 +48,59 @@ class ItemAccount:
         self._purse, self._tariff, self._count = purse, tariff, count
         self._repairs, self._begun = repairs, False
         self._pool, self._lock = Amount(), Lock()
+        self._holds = set[_Hold]()
+        self._log: CallLog | None = None
+        self.waits = 0
 
-    async def hold(self, most: Usage, body: Mapping[str, Any]) -> Hold:
+    @property
+    def reserved(self) -> Amount:
+        """What the item has reserved, for requests in flight and for repairs."""
+        total = self._pool
+        for hold in tuple(self._holds):
+            total = total.plus(hold.amount)
+        return total
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the item gives nothing back while it waits for the budget or an endpoint.
+
+        That is so when no request of it goes on by itself, and what it waits for is held by
+        others that wait, too.
+        """
+        log = self._log
+        if log is None or not log.stalled:
+            return False
+        return self.waits > 0 or (log.queued > 0 and log.line is not None and log.line.jammed)
+
+    def review(self) -> None:
+        """Check again whether calls that wait for the budget wait in vain."""
+        self._purse.review()
+
+    async def hold(self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None) -> Hold:
         """Reserve what one request may cost, waiting for what others may give back.
 
         Args:
             most: The most tokens that it may use.
             body: The request, to be counted better when room is scarce.
+            log: The item's calls: whether its reservations can be given back while it waits.
 
         Raises:
             BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.
             LedgerError: The budget's book cannot be written.
         """
+        if self._log is None and log is not None:
+            self._log = log
+            self._purse.add_holder(self)
         if not self._begun:
             usage = await self._begin(most, body)
         else:
             usage = await self._go_on(most, body)
-        return _Hold(self._purse, self._tariff, usage)
+        return self._held(usage)
+
+    def _held(self, usage: Usage) -> _Hold:
+        hold = _Hold(self._purse, self._tariff, usage, self._holds)
+        self._holds.add(hold)
+        return hold
 
     async def _begin(self, most: Usage, body: Mapping[str, Any]) -> Usage:
         """Reserve the first request and the repairs; return what it was reckoned with."""
@@ -58,7 +108,7 @@ class ItemAccount:
         if not self._purse.reserve_now(self._tariff.amount(usage).plus(repairs)):
             usage = await self._counted(most, body)
             repairs = self._of_repairs(usage)
-            await self._purse.reserve(self._tariff.amount(usage).plus(repairs))
+            await self._purse.reserve(self._tariff.amount(usage).plus(repairs), holder=self)
         self._begun = True
         with self._lock:
             self._pool = self._pool.plus(repairs)
@@ -70,8 +120,9 @@ class ItemAccount:
             return most
         usage = await self._counted(most, body)
         if not self._drawn(self._tariff.amount(usage)):
-            self.close()  # whoever waits holds nothing, or two items could wait for each other
-            await self._purse.reserve(self._tariff.amount(usage), begun=True)
+            # A waiting item holds no repairs, or two items could wait for each other.
+            self._give_repairs_back()
+            await self._purse.reserve(self._tariff.amount(usage), begun=True, holder=self)
         return usage
 
     async def _counted(self, most: Usage, body: Mapping[str, Any]) -> Usage:
@@ -90,7 +141,7 @@ class ItemAccount:
         """Reserve what one further request may cost if there is room at once."""
         if not self._purse.reserve_now(self._tariff.amount(most)):
             return None
-        return _Hold(self._purse, self._tariff, most)
+        return self._held(most)
 
     def _drawn(self, amount: Amount) -> bool:
         """Take a request out of what is reserved for repairs, if it is enough."""
@@ -103,6 +154,10 @@ class ItemAccount:
 
     def close(self) -> None:
         """Give back what was reserved for repairs; the item has ended."""
+        self._give_repairs_back()
+        self._purse.remove_holder(self)
+
+    def _give_repairs_back(self) -> None:
         with self._lock:
             pool, self._pool = self._pool, Amount()
         if any(pool):
@@ -112,11 +167,12 @@ class ItemAccount:
 class _Hold:
     """What is reserved for one request."""
 
-    __slots__ = ("_amount", "_open", "_purse", "_tariff", "_usage")
+    __slots__ = ("_holds", "_open", "_purse", "_tariff", "_usage", "amount")
 
-    def __init__(self, purse: Purse, tariff: Tariff, usage: Usage) -> None:
+    def __init__(self, purse: Purse, tariff: Tariff, usage: Usage, holds: set[_Hold]) -> None:
         self._purse, self._tariff, self._usage = purse, tariff, usage
-        self._amount, self._open = tariff.amount(usage), True
+        self._holds = holds
+        self.amount, self._open = tariff.amount(usage), True
 
     def settle(self, usage: Usage) -> None:
         if usage.prompt is None or usage.completion is None:
@@ -125,7 +181,7 @@ class _Hold:
             self._end(self._tariff.amount(usage))
 
     def keep(self) -> Usage:
-        self._end(self._amount)
+        self._end(self.amount)
         return self._usage
 
     def free(self, *, sent: bool) -> None:
@@ -134,4 +190,5 @@ class _Hold:
     def _end(self, used: Amount) -> None:
         if self._open:
             self._open = False
-            self._purse.settle(self._amount, used)
+            self._holds.discard(self)
+            self._purse.settle(self.amount, used)

@@ -23,7 +23,7 @@ import orjson
 from ..contract.errors import LedgerError
 from ..contract.money import Amount, Held
 from ..contract.types import Json
-from .journal import VERSION, scan
+from .journal import VERSION, RunIds, present_id, scan
 
 Level = Mapping[str, int]
 """A bound for each limited field of an :class:`Amount`."""
@@ -113,7 +113,7 @@ class Page:
     late: dict[str, Amount] = field(default_factory=dict)
 
 
-def read_page(path: Path, run: str) -> Page:
+def read_page(path: Path, run: RunIds) -> Page:
     """Read a book.
 
     Raises:
@@ -153,10 +153,10 @@ class Shelf:
 
     Args:
         folder: Where they lie.
-        run: The run's id.
+        run: The run's ids; new books carry the present one.
     """
 
-    def __init__(self, folder: Path, run: str) -> None:
+    def __init__(self, folder: Path, run: RunIds) -> None:
         self._folder, self._run = folder, run
 
     def of_life(self, life: int) -> Path:
@@ -180,7 +180,7 @@ class Shelf:
         Raises:
             LedgerError: It cannot be created.
         """
-        return Book(path, self._run)
+        return Book(path, present_id(self._run))
 
     def page(self, lease: str) -> Page:
         """Read a lease's book.

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from ..contract.money import HOUR_MS, NANO, Amount, Held
 from ..contract.types import Json
-from .journal import scan
+from .journal import RunIds, scan
 from .lines import check_line, life_of
 from .totals import Spent
 
@@ -135,12 +135,12 @@ def _day(_: Share, record: Mapping[str, Any]) -> str:
 KEYS: Final[Mapping[str, Key]] = {"endpoint": _endpoint, "node": _node, "day": _day}
 
 
-def grouped(journal: Path, run: str, items: int, key: str | None, model: str) -> Groups:
+def grouped(journal: Path, run: RunIds, items: int, key: str | None, model: str) -> Groups:
     """Add up all records of a run, those that newer ones replaced included; blocks.
 
     Args:
         journal: The journal's folder.
-        run: The run's id.
+        run: The run's ids.
         items: Number of items of the run.
         key: ``model``, ``endpoint``, ``node``, ``day``, or None to add up the total only.
         model: The model's name in the run, for endpoints that never answered.
@@ -160,7 +160,7 @@ def grouped(journal: Path, run: str, items: int, key: str | None, model: str) ->
 
 
 def _records(
-    journal: Path, run: str, items: int, lives: dict[int, Spent]
+    journal: Path, run: RunIds, items: int, lives: dict[int, Spent]
 ) -> Iterator[dict[str, Any]]:
     """Yield all records, and add them up by life."""
     for path in sorted(journal.glob("*.jsonl")):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -124,7 +124,7 @@ class RunFolder:
             LedgerError: The folder cannot be written.
         """
         try:
-            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise LedgerError(f"{self._lock}: cannot be opened: {error.strerror}") from error
         try:
@@ -195,7 +195,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:  # never through a link that somebody has put there
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -219,6 +220,19 @@ def open_folder(path: Path) -> RunFolder:
         lacks = ", ".join(missing) or "journal/"
         raise ConfigurationError(f"{path}: not a run folder of fanfold (it lacks {lacks})")
     return folder
+
+
+def place_of(path: Path) -> dict[str, int]:
+    """Return what tells a folder from its copies, whatever it is called: device and inode.
+
+    Raises:
+        LedgerError: The folder cannot be looked at.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise LedgerError(f"{path}: cannot be looked at: {error.strerror}") from error
+    return {"device": found.st_dev, "inode": found.st_ino}
 
 
 def run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
@@ -260,7 +274,8 @@ def new_folder(path: Path) -> Iterator[RunFolder]:
     made = [p for p in path.parents if not p.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        partial.mkdir()  # with the permissions that the umask leaves, unlike mkdtemp
         (partial / "journal").mkdir()
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from None
@@ -276,7 +291,6 @@ def new_folder(path: Path) -> Iterator[RunFolder]:
 
 def _name(partial: Path, path: Path) -> None:
     try:
-        partial.chmod(0o755)
         partial.rename(path)  # an empty folder of that name gives way
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from error

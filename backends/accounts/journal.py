@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
@@ -24,6 +24,9 @@ from ..contract.errors import LedgerError
 from ..contract.types import Json
 
 VERSION: Final = 1
+
+RunIds: TypeAlias = str | tuple[str, ...]
+"""A run's id; of a run whose folder was copied, the present id and then the earlier ones."""
 
 _NO_FOLDER_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
 """What file systems say that flush folders by themselves, or not at all."""
@@ -198,13 +201,13 @@ class Line(NamedTuple):
 
 
 def scan(
-    path: Path, run: str, start: int = 0, first: int = 1, *, live: bool = False
+    path: Path, run: RunIds, start: int = 0, first: int = 1, *, live: bool = False
 ) -> Iterator[Line]:
     """Yield the records of one journal file; a torn last line is left out.
 
     Args:
         path: The file.
-        run: The run's id, which the file's first line must carry.
+        run: The run's ids, one of which the file's first line must carry.
         start: Where to begin, in bytes.
         first: Number of the line there.
         live: Whether it is still written to: then the first line with NUL bytes ends it for now.
@@ -254,10 +257,16 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return record
 
 
-def _check_header(record: dict[str, Any], path: Path, run: str) -> None:
+def present_id(run: RunIds) -> str:
+    """Return the id that a run has now."""
+    return run if isinstance(run, str) else run[0]
+
+
+def _check_header(record: dict[str, Any], path: Path, run: RunIds) -> None:
     if record.get("v") != VERSION:
         msg = f"{path}, line 1: journal version {record.get('v')!r}, this fanfold reads {VERSION}"
         raise LedgerError(msg)
-    if record.get("run") != run:
-        msg = f"{path}, line 1: belongs to run {record.get('run')!r}, not to {run!r}"
+    if record.get("run") not in ((run,) if isinstance(run, str) else run):
+        found, own = record.get("run"), present_id(run)
+        msg = f"{path}, line 1: belongs to run {found!r}, not to {own!r}"
         raise LedgerError(msg)

@@ -16,7 +16,7 @@ import orjson
 from ..contract.errors import LedgerError
 from ..contract.types import Json
 from .handles import Handles
-from .journal import JournalWriter, scan
+from .journal import JournalWriter, RunIds, present_id, scan
 from .lines import Facts, are_fine, check_line, facts_of, life_of, noted, worker_prefix
 from .totals import Counts, Fresh, Spent
 
@@ -50,7 +50,7 @@ class Ledger:
 
     Args:
         folder: The journal's folder.
-        run: The run's id.
+        run: The run's ids; new files carry the present one.
         items: Number of items of the run.
 
     Attributes:
@@ -62,7 +62,7 @@ class Ledger:
         LedgerError: A file is damaged or belongs to another run.
     """
 
-    def __init__(self, folder: Path, run: str, items: int) -> None:
+    def __init__(self, folder: Path, run: RunIds, items: int) -> None:
         self._folder, self._run = folder, run
         self._state = bytearray(items)
         self._file = array("i", bytes(4 * items))
@@ -133,7 +133,7 @@ class Ledger:
 
     def _open_writer(self, life: str, fsync_s: float) -> JournalWriter:
         path = self._folder / f"{self.life:04}.jsonl"
-        self._writer = JournalWriter(path, {"run": self._run, "life": life}, fsync_s)
+        self._writer = JournalWriter(path, {"run": present_id(self._run), "life": life}, fsync_s)
         self._own = len(self._paths)
         self._paths.append(path)
         return self._writer

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
-from typing import Final
+from typing import Final, Protocol
 
 from ..contract.errors import BudgetExhaustedError, FanfoldError, LedgerError
 from ..contract.money import Amount, Caps
@@ -32,11 +32,32 @@ Exhausted = Callable[[Amount], str]
 """Says what is exhausted, given what could not be reserved."""
 
 
+class Holder(Protocol):
+    """An item that has reservations.
+
+    Attributes:
+        waits: How many of its calls wait for a reservation.
+    """
+
+    waits: int
+
+    @property
+    def reserved(self) -> Amount:
+        """What it has reserved."""
+        ...
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it gives nothing back while it waits for a reservation or an endpoint."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class _Waiter:
     amount: Amount
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[None]
+    holder: Holder | None
     granted: bool = False
 
     def grant(self) -> None:
@@ -85,6 +106,7 @@ class Purse:
         self._used = Amount()  # settled, lost and reserved
         self.settled, self.lost, self.aside = Amount(), Amount(), Amount()
         self._begun, self._fresh = deque[_Waiter](), deque[_Waiter]()
+        self._holders = dict[Holder, None]()
         self._raising: Amount | None = None
         self._failure: LedgerError | None = None
         self._lock = Lock()
@@ -108,12 +130,30 @@ class Purse:
         """Return the limited fields of an amount."""
         return {name: getattr(left, name) for name in self._limited}
 
-    async def reserve(self, amount: Amount, *, begun: bool = False) -> None:
+    def add_holder(self, holder: Holder) -> None:
+        """Let an item have reservations of its own."""
+        with self._lock:
+            self._holders[holder] = None
+
+    def remove_holder(self, holder: Holder) -> None:
+        """Forget an item that has ended."""
+        with self._lock:
+            self._holders.pop(holder, None)
+
+    def review(self) -> None:
+        """Check again whether those who wait for a reservation wait in vain."""
+        with self._lock:
+            self._serve()
+
+    async def reserve(
+        self, amount: Amount, *, begun: bool = False, holder: Holder | None = None
+    ) -> None:
         """Reserve an amount, waiting while others may give something back.
 
         Args:
             amount: How much.
             begun: Whether it is for an item that has begun: those come first.
+            holder: The item that it is for.
 
         Raises:
             BudgetExhaustedError: There is not so much left, and nobody gives anything back.
@@ -123,7 +163,9 @@ class Purse:
         with self._lock:
             if self._grab(amount, begun):
                 return
-            waiter = _Waiter(amount, loop, loop.create_future())
+            waiter = _Waiter(amount, loop, loop.create_future(), holder)
+            if holder is not None:
+                holder.waits += 1
             (self._begun if begun else self._fresh).append(waiter)
             self._serve()
         try:
@@ -189,6 +231,8 @@ class Purse:
             for queue in (self._begun, self._fresh):
                 if waiter in queue:
                     queue.remove(waiter)
+                    if waiter.holder is not None:
+                        waiter.holder.waits -= 1
                     self._serve()
                     return
         if waiter.granted:  # whoever waited never saw it
@@ -211,24 +255,36 @@ class Purse:
         while queue := self._begun or self._fresh:
             waiter = queue[0]
             if self._failure is not None:
-                queue.popleft().refuse(self._failure)
+                _first(queue).refuse(self._failure)
                 continue
             wanted = self._used.plus(waiter.amount)
             if time.time() > self._until:
-                queue.popleft().refuse(BudgetExhaustedError("the lease's time is over"))
+                _first(queue).refuse(BudgetExhaustedError("the lease's time is over"))
             elif _within(wanted, self._level):
-                queue.popleft()
+                _first(queue)
                 self._used = wanted
                 self._adjust()
                 waiter.grant()
             elif _within(wanted, self._most):
                 self._raise(waiter.amount)
                 return
-            elif any(self.reserved.minus(self.aside)):
-                return  # somebody may give something back
+            elif self._may_come_back():
+                return
             else:
                 error = BudgetExhaustedError(self._exhausted(waiter.amount))
-                queue.popleft().refuse(error)
+                _first(queue).refuse(error)
+
+    def _may_come_back(self) -> bool:
+        """Tell whether somebody may give something back: not if all of them wait themselves."""
+        loose = self.reserved.minus(self.aside)
+        if not any(loose):
+            return False
+        for holder in self._holders:
+            if not holder.stuck and any(holder.reserved):
+                return True
+        for holder in self._holders:
+            loose = loose.minus(holder.reserved)
+        return any(loose)  # a worker's lease
 
     # -- the book ------------------------------------------------------------------------
 
@@ -300,6 +356,14 @@ class Purse:
         finally:
             self._thread.shutdown(wait=False)
             self._book.close()
+
+
+def _first(queue: deque[_Waiter]) -> _Waiter:
+    """Take the oldest out of a queue."""
+    waiter = queue.popleft()
+    if waiter.holder is not None:
+        waiter.holder.waits -= 1
+    return waiter
 
 
 def _within(amount: Amount, most: Amount) -> bool:

@@ -38,6 +38,7 @@ class Job:
         before: Finished items at its begin, or None.
         done: Finished items at its end, or None.
         unserved: Whether it ended because none of its model servers was left.
+        foreign: Whether it was submitted for the folder that this one was copied from.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Job:
     before: int | None = None
     done: int | None = None
     unserved: bool = False
+    foreign: bool = False
 
     @property
     def progress(self) -> int:
@@ -101,8 +103,8 @@ class Chain:
         )
 
     def unfinished(self) -> tuple[Job, ...]:
-        """Return the jobs of which no end was noted."""
-        return tuple(job for job in self.jobs if job.ended is None)
+        """Return the jobs of this folder of which no end was noted."""
+        return tuple(job for job in self.jobs if job.ended is None and not job.foreign)
 
 
 class ChainFile:
@@ -121,11 +123,12 @@ class ChainFile:
         Raises:
             LedgerError: It cannot be written.
         """
-        record = {"v": VERSION, "at": now(), "event": event, **facts}
-        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            own = {"folder": self._inode()} if event == "submitted" else {}
+            record = {"v": VERSION, "at": now(), "event": event, **own, **facts}
+            line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 os.write(handle, self._mended(handle) + line)
                 os.fsync(handle)
@@ -133,6 +136,13 @@ class ChainFile:
                 os.close(handle)
         except OSError as error:
             raise LedgerError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def _inode(self) -> int:
+        """Return the run folder's inode, which a renamed folder keeps and a copy does not have.
+
+        The device is left out: nodes may know one network file system by several numbers.
+        """
+        return self.path.parent.parent.stat().st_ino
 
     @staticmethod
     def _mended(handle: int) -> bytes:
@@ -147,12 +157,12 @@ class ChainFile:
             LedgerError: It cannot be read, is damaged, or of another version.
         """
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            lines, own = self.path.read_bytes().split(b"\n"), self._inode()
         except FileNotFoundError:
             return Chain()
         except OSError as error:
             raise LedgerError(f"{self.path}: cannot be read: {error.strerror}") from error
-        return told(self._records(lines))
+        return told(self._records(lines), own)
 
     def _records(self, lines: list[bytes]) -> Iterable[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
@@ -174,18 +184,31 @@ def chain_file(run: Path) -> ChainFile:
     return ChainFile(run / "cluster" / "chain.jsonl")
 
 
-def told(records: Iterable[Mapping[str, Any]]) -> Chain:
-    """Return the chain that events tell, in their order."""
+def told(records: Iterable[Mapping[str, Any]], own: int | None = None) -> Chain:
+    """Return the chain that events tell, in their order.
+
+    Args:
+        records: The events.
+        own: The run folder's inode; jobs that were submitted for another one are foreign.
+    """
     chain = Chain()
     for record in records:
-        chain = _after(chain, record)
+        chain = _after(chain, record, own)
     return chain
 
 
-def _after(chain: Chain, record: Mapping[str, Any]) -> Chain:
+def _after(chain: Chain, record: Mapping[str, Any], own: int | None) -> Chain:
     event, name = record["event"], str(record.get("job"))
     if event == "submitted":
-        job = Job(name, record["nodes"], record["walltime_s"], record["at"], record["after"])
+        foreign = own is not None and record.get("folder", own) != own
+        job = Job(
+            name,
+            record["nodes"],
+            record["walltime_s"],
+            record["at"],
+            record["after"],
+            foreign=foreign,
+        )
         if not record["by_hand"]:
             return replace(chain, jobs=(*chain.jobs, job))
         terms, root = record["terms"], len(chain.jobs)

@@ -46,7 +46,8 @@ def spent(
     """Return what each job that has begun used.
 
     One that has not ended counts until now if it runs; else it was lost, or nobody knows, and it
-    counts until the last sign of life. Without any it is left out.
+    counts until the last sign of life. Without any it is left out. So is one that had not ended
+    when the folder was copied from that of another run, to which it belongs.
 
     Args:
         chain: The chain.
@@ -57,7 +58,7 @@ def spent(
     """
     found = []
     for job in chain.jobs:
-        if job.began is None:
+        if job.began is None or (job.foreign and job.ended is None):
             continue
         begin, end = _seconds(job.began), _end(job, states.get(job.id), now, sign)
         own, wall = used.get(job.id), None

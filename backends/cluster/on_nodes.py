@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from typing import Final
 
 from ...configs.site import fill
 from .plan import JobPlan
+
+ARCHIVE: Final = "archive.tar.gz"
+"""Name of the archive in the folder that a job makes on each node."""
+ENVIRONMENT: Final = "environment"
+"""Name of the folder beside it into which it is unpacked."""
+
+_CHECK: Final = """\
+# Nothing is run from a folder that others can write, or in whose place they can put their own.
+private() {
+  [ ! -L "$1" ] && [ -O "$1" ] && [[ $(stat -c %A "$1") == drwx--[-S]---* ]] &&
+    [[ $(stat -c %u%A "$1/..") == @(0|$(id -u))d@(????-??-?|????????[tT])* ]]
+}
+private "$copied" || {
+  echo "$(hostname): $copied: others can write or replace this folder; nothing is run from it"
+  echo "name another folder of the node by 'local' in a site file"
+  exit 1
+} >&2
+"""
 
 
 def node_script(plan: JobPlan) -> str:
@@ -34,22 +53,24 @@ def _unpacking(plan: JobPlan) -> Iterator[str]:
         yield f"fanfold=({shlex.join(plan.command)})"
         return
     yield from _unpacked()
-    yield 'fanfold=("$environment/bin/fanfold")'
+    yield f'fanfold=("$copied/{ENVIRONMENT}/bin/fanfold")'
 
 
 def _unpacked() -> Iterator[str]:
     """Unpack the node's copy unless a server or a worker beside this one has done so."""
-    yield "environment=${FANFOLD_COPY%.tar.gz}"
+    yield "copied=${FANFOLD_COPY%/*}"
+    yield _CHECK.rstrip()
     yield "("
     yield "  flock 9"
-    yield '  [ -e "$environment/.whole" ] || { mkdir -p "$environment" &&'
-    yield '    tar -xzf "$FANFOLD_COPY" -C "$environment" && touch "$environment/.whole"; }'
-    yield ') 9> "$FANFOLD_COPY.lock" || exit 1'
+    yield f'  [ -e "$copied/whole" ] || {{ mkdir -p "$copied/{ENVIRONMENT}" &&'
+    yield f'    tar -xzf "$FANFOLD_COPY" --no-same-owner -C "$copied/{ENVIRONMENT}" &&'
+    yield '    touch "$copied/whole"; }'
+    yield ') 9> "$copied/lock" || exit 1'
 
 
 def _ending(plan: JobPlan) -> Iterator[str]:
     if plan.archive is not None and not plan.works:  # workers go on from the copy
-        yield 'rm -rf "$environment" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'
+        yield 'rm -rf "$copied"'
     yield "exit 0   # some launchers end all nodes when one fails; the others go on serving"
 
 

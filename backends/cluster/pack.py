@@ -98,6 +98,7 @@ def pack(target: Path, without: Collection[str] = ()) -> Packed:
     kept = _kept(without)
     count = 0
     try:
+        partial.unlink(missing_ok=True)
         with _opened(partial, target.name.endswith((".tar.gz", ".tgz"))) as archive:
             for path, inside in _entries(without):
                 archive.add(path, inside, recursive=False)
@@ -115,8 +116,8 @@ def pack(target: Path, without: Collection[str] = ()) -> Packed:
 
 def _opened(path: Path, compressed: bool) -> tarfile.TarFile:
     if compressed:
-        return tarfile.open(path, "w:gz", compresslevel=4)
-    return tarfile.open(path, "w")
+        return tarfile.open(path, "x:gz", compresslevel=4)
+    return tarfile.open(path, "x")
 
 
 def _kept(without: Collection[str]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ...configs.site import fill
-from .on_nodes import assigned, every_s, filled, launcher, text
+from .on_nodes import ARCHIVE, ENVIRONMENT, assigned, every_s, filled, launcher, text
 from .plan import JobPlan
 from .verdict import NOTHING_TO_DO
 
@@ -100,6 +100,10 @@ def _pbs(plan: JobPlan) -> Iterator[str]:
 def _variables(plan: JobPlan) -> Iterator[str]:
     yield assigned("run", str(plan.run))
     yield "cluster=$run/cluster"
+    yield 'if [ ! -d "$cluster" ]; then   # the folder was moved or removed while the job waited'
+    yield '  echo "$run: no such run folder; if it was moved, submit it from its new place:" >&2'
+    yield '  echo "fanfold submit DIR …" >&2; exit 2'
+    yield "fi"
     yield f"fanfold=({shlex.join(plan.command)})"
     end = f"$(($(date +%s) + {plan.walltime_s}))"
     if plan.site.scheduler == "slurm":
@@ -138,14 +142,17 @@ def _own_host(plan: JobPlan) -> str:
 
 
 def _copying(plan: JobPlan) -> Iterator[str]:
-    copy = f"{plan.site.local}/fanfold-$job.tar.gz"
     yield ""
-    yield "# The environment, copied once to each node's own storage."
-    yield f"export FANFOLD_COPY={copy}"
-    yield f"{fill(plan.site.broadcast or '', filled(plan, copy))} ||"
+    yield "# The environment, copied once to each node's own storage: to a new folder that only"
+    yield "# this user can enter, with a name that nobody can foresee. mkdir fails if it exists."
+    yield "random=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"
+    yield f"export FANFOLD_COPY={plan.site.local}/fanfold-$job-$random/{ARCHIVE}"
+    yield f'{{ {launcher(plan)} mkdir -m 700 "${{FANFOLD_COPY%/*}}" &&'
+    yield f"  {fill(plan.site.broadcast or '', filled(plan, '$FANFOLD_COPY'))}; }} ||"
     yield '  { "${fanfold[@]}" chain end "$run" --job "$job" --code 1; exit 1; }'
     if plan.works:
-        yield "export FANFOLD_PYTHON=${FANFOLD_COPY%.tar.gz}/bin/python   # the workers'"
+        python = f"${{FANFOLD_COPY%/*}}/{ENVIRONMENT}/bin/python"
+        yield f"export FANFOLD_PYTHON={python}   # the workers'"
 
 
 def _servers(plan: JobPlan) -> Iterator[str]:
@@ -195,4 +202,4 @@ def _tidying(plan: JobPlan) -> Iterator[str]:
     yield ""
     yield "# The nodes' copies are of no use any more."
     yield f"timeout --kill-after={_END_S} {_STOP_S} {launcher(plan)} \\"
-    yield '  rm -rf "${FANFOLD_COPY%.tar.gz}" "$FANFOLD_COPY" "$FANFOLD_COPY.lock"'
+    yield '  rm -rf "${FANFOLD_COPY%/*}"'

@@ -41,16 +41,26 @@ class Hold(Protocol):
 class Account(Protocol):
     """What one item may spend."""
 
-    async def hold(self, most: Usage, body: Mapping[str, Any]) -> Hold:
+    @property
+    def waits(self) -> int:
+        """Calls of the item that wait for the budget."""
+        ...
+
+    async def hold(self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None) -> Hold:
         """Reserve what one request may cost, waiting for what others may give back.
 
         Args:
             most: The most tokens that it may use.
             body: The request, to be counted better when room is scarce.
+            log: The item's calls: whether its reservations can be given back while it waits.
 
         Raises:
             BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.
         """
+        ...
+
+    def review(self) -> None:
+        """Check again whether calls that wait for the budget wait in vain."""
         ...
 
     def hold_now(self, most: Usage) -> Hold | None:
@@ -67,6 +77,15 @@ class Credit(Protocol):
 
     def useful(self, usage: Usage) -> None:
         """Count tokens of answers that count."""
+        ...
+
+
+class Line(Protocol):
+    """Where calls wait for an endpoint."""
+
+    @property
+    def jammed(self) -> bool:
+        """Whether all requests in flight are streams that nobody reads, and no time helps."""
         ...
 
 
@@ -109,6 +128,11 @@ class CallLog:
         account: What the item may spend; None is no limit.
         reused: Answers taken from earlier requests, which cost nothing.
         shares: What each endpoint did, by its label.
+        open: Requests in flight.
+        idle: Those of them that are streams and are not read at the moment.
+        queued: Calls that wait for an endpoint.
+        line: Where they wait.
+        streams: What closes the streams that are open, by the stream.
     """
 
     requests: int = 0
@@ -122,6 +146,18 @@ class CallLog:
     account: Account | None = None
     reused: int = 0
     shares: dict[str, Share] = field(default_factory=dict, compare=False)
+    open: int = field(default=0, compare=False)
+    idle: int = field(default=0, compare=False)
+    queued: int = field(default=0, compare=False)
+    line: Line | None = field(default=None, compare=False, repr=False)
+    streams: dict[object, Callable[[], None]] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    @property
+    def stalled(self) -> bool:
+        """Whether no request of the item goes on by itself: its streams wait for the item."""
+        return self.open == self.idle
 
     def share(self, endpoint: str, credit: Credit) -> Share:
         """Return what an endpoint does for the item.
@@ -134,6 +170,11 @@ class CallLog:
         if share is None:
             share = self.shares[endpoint] = Share(endpoint, credit)
         return share
+
+    def close_streams(self) -> None:
+        """Close the streams that the item has left open: an error's traceback may keep them."""
+        for close in tuple((self.streams or {}).values()):
+            close()
 
     def close(self, *, done: bool) -> None:
         """Settle which tokens were useful; the item has ended.

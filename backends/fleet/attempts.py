@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
+from typing import Any
+
+from . import room
 from .endpoint import Endpoint
 from .failures import Failure, Step
 from .policy import RetryPolicy
@@ -15,16 +19,21 @@ class Attempts:
 
     Attributes:
         avoid: Endpoints that failed this item, or cannot hold it.
+        unfit: Those of them that cannot hold it.
     """
 
     __slots__ = (
+        "_corrections",
         "_counted",
         "_failures",
         "_limited",
+        "_most",
         "_policy",
         "_server_errors",
         "_until",
+        "_waits",
         "avoid",
+        "unfit",
     )
 
     def __init__(self, policy: RetryPolicy, now: float) -> None:
@@ -33,8 +42,22 @@ class Attempts:
         self._counted = 0
         self._until = now + policy.patience_s
         self._limited = 0
+        self._corrections = 0
+        self._waits = 0
+        self._most: dict[Endpoint, int] = {}
         self._server_errors: dict[tuple[int | None, str | None], set[Endpoint]] = {}
         self.avoid: set[Endpoint] = set()
+        self.unfit: set[Endpoint] = set()
+
+    def exclude(self, unfit: Set[Endpoint]) -> None:
+        """Ask no more of endpoints that cannot hold the request."""
+        self.avoid |= unfit
+        self.unfit |= unfit
+
+    def fitted(self, endpoint: Endpoint, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the request as an endpoint takes it, by what it said when it refused it."""
+        most = self._most.get(endpoint)
+        return body if most is None else room.lowered(body, most)
 
     def after(self, endpoint: Endpoint, failure: Failure, now: float, chance: float) -> float:
         """Count a failure and return the seconds to wait before the next call.
@@ -54,23 +77,40 @@ class Attempts:
         self._failures += 1
         self._counted += not (treatment.free or stale)
         self._limited += treatment.tries is not None
+        if failure.most_tokens is not None:
+            self._corrections += 1
+            self._most[endpoint] = failure.most_tokens
         if (
             treatment.step is Step.FAIL
+            or self._corrections > self._policy.free_retries
             or self._counted >= self._policy.attempts
             or (treatment.tries is not None and self._limited >= treatment.tries)
             or (treatment.poison and self._is_poison(endpoint, failure))
             or now >= self._until
         ):
             raise failure.error
-        if stale or treatment.step is Step.WAIT:
-            # An endpoint that refuses is paused for all callers, not for this one alone.
+        if stale:
             return 0.0
+        if treatment.step is Step.WAIT:
+            return self._wait(endpoint, chance)
         if treatment.step is Step.SAME:
             # What is free is another request than the one that was refused.
             return 0.0 if treatment.free else self._policy.pause(self._failures, chance)
         repeated = endpoint in self.avoid
         self.avoid.add(endpoint)
         return self._policy.pause(self._failures, chance) if repeated else 0.0
+
+    def _wait(self, endpoint: Endpoint, chance: float) -> float:
+        """Return the pause after a refusal for now.
+
+        An endpoint that refuses is paused for all callers. One that goes on with the requests of
+        others, and refuses this one again and again, is asked less and less often.
+        """
+        if endpoint.resting or not endpoint.alive:
+            return 0.0
+        self._waits += 1
+        beyond = self._waits - self._policy.free_retries
+        return self._policy.pause(beyond, chance) if beyond > 0 else 0.0
 
     def _is_poison(self, endpoint: Endpoint, failure: Failure) -> bool:
         """Tell whether the item is at fault: others are answered where it meets this error."""

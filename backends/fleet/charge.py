@@ -34,7 +34,7 @@ def most_tokens(body: Mapping[str, Any]) -> Usage:
     return Usage(prompt, int(answer) * int(body.get("n") or 1))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Charge:
     """One request on behalf of an item; the first end that is told counts.
 
@@ -68,7 +68,7 @@ class Charge:
                 "leave the model's max_tokens as it is given, or set one where the model is called"
             )
             raise ConfigurationError(msg)
-        return cls(log, body, await log.account.hold(most_tokens(body), body))
+        return cls(log, body, await log.account.hold(most_tokens(body), body, log))
 
     def again(self) -> Charge | None:
         """Reserve the same for a second request, if there is room at once."""

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from ..contract.errors import ConfigurationError, EndpointError
 from .fleet import Fleet
 from .params import ModelParams
-from .wire import NO_SECRET, NOWHERE, SERVED_BY, FleetTransport, NoSyncTransport, replayed
+from .wire import FAILED, NO_SECRET, NOWHERE, SERVED_BY, FleetTransport, NoSyncTransport, replayed
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -251,7 +251,7 @@ def _ours_as_cause(error: EndpointError | None = None) -> Iterator[None]:
     try:
         yield
     except _STOCK_ERRORS as stock:
-        cause = error or _find(stock)
+        cause = error or _find(stock) or FAILED.get()
         if cause is not None and stock.__cause__ is not cause:
             raise stock from cause
         raise

@@ -15,6 +15,8 @@ from .stats import EndpointReport, Stats
 
 _SMOOTHING: Final = 0.1
 """Weight of the newest answer in the smoothed latency."""
+_CORRECTIONS: Final = 64
+"""Longest answers that are remembered until they are confirmed."""
 
 
 class Endpoint:
@@ -42,10 +44,12 @@ class Endpoint:
         tokens: Its own quota of tokens, or None.
         foreign: Requests of others that it works on, as far as it is asked.
         most_tokens: Longest answer in tokens that it can be asked for, or None when unknown.
+        longest: The longest answer in tokens that it was asked for by a request that it accepted.
         stats: What it did.
     """
 
     __slots__ = (
+        "_corrections",
         "_headers",
         "_key",
         "breaker",
@@ -57,6 +61,7 @@ class Endpoint:
         "label",
         "lane",
         "latency_s",
+        "longest",
         "most_tokens",
         "outstanding",
         "refusals",
@@ -91,6 +96,8 @@ class Endpoint:
         self.foreign = 0
         self.refusals = 0
         self.most_tokens = spec.max_model_len
+        self.longest = 0
+        self._corrections: dict[int, int] = {}
         self.stats = Stats()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
@@ -119,6 +126,17 @@ class Endpoint:
     def has_answered(self) -> bool:
         """Whether it ever gave a good answer."""
         return self.stats.calls > self.stats.failures.total()
+
+    def confirms(self, most_tokens: int, request: int) -> bool:
+        """Note which longest answer it named, and say whether it did so for another request.
+
+        Args:
+            most_tokens: The longest answer that it named.
+            request: What stands for the request.
+        """
+        if len(self._corrections) >= _CORRECTIONS:
+            self._corrections.clear()
+        return self._corrections.setdefault(most_tokens, request) != request
 
     def observe(self, seconds: float) -> None:
         """Blend one answer's time into the smoothed latency."""

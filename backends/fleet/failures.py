@@ -87,10 +87,17 @@ class Treatment:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One failed call: the error to raise if it was the last, and its treatment."""
+    """One failed call.
+
+    Attributes:
+        error: What to raise if it was the last.
+        treatment: What follows.
+        most_tokens: The longest answer that the same request can ask for, if that was at fault.
+    """
 
     error: EndpointError
     treatment: Treatment
+    most_tokens: int | None = None
 
 
 _REFUSED: Final = Treatment(RequestRefusedError, Step.FAIL)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from ..contract.errors import ConfigurationError, NoEndpointError
+from ..contract.permissions import file_reason, untrusted_reason
 from .address import NO_KEY, ApiKey, EndpointSpec, base_url
-from .sources import parse_endpoints_file
+from .sources import parse_endpoints_file, warn_untrusted
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ _LOG: Final = logging.getLogger(__name__)
 class _Host:
     """What a host's file held when it was last read."""
 
-    stamp: tuple[int, ...]
+    stamp: tuple[object, ...]
     specs: tuple[EndpointSpec, ...]
 
 
@@ -31,13 +32,14 @@ class HostsFolder:
 
     Args:
         path: The folder.
-        key: Key of all endpoints.
+        key: Key of all endpoints, as long as nobody else can write the folder and the files.
     """
 
     def __init__(self, path: Path, key: ApiKey = NO_KEY) -> None:
         self._path, self._key = path, key
         self._hosts = dict[str, _Host]()
         self._trouble = dict[str, str]()
+        self._warned = set[str]()
 
     def read(self) -> list[EndpointSpec]:
         """Return the endpoints that are there now, each once; blocks.
@@ -48,27 +50,31 @@ class HostsFolder:
         """
         try:
             with os.scandir(self._path) as entries:
+                others = None if self._key == NO_KEY else untrusted_reason(self._path)
                 files = sorted((e for e in entries if _is_host(e)), key=lambda e: e.name)
         except OSError as error:
             raise ConfigurationError(
                 f"endpoints.file: {self._path}: cannot be read: {error.strerror}"
             ) from None
-        now = {file.name: host for file in files if (host := self._host(file)) is not None}
+        now = {file.name: host for file in files if (host := self._host(file, others)) is not None}
         self._hosts = now
         specs = {base_url(s.url): s for host in now.values() for s in host.specs}
         if not specs:
             raise NoEndpointError(f"endpoints.file: {self._path}: no host has written its file yet")
         return list(specs.values())
 
-    def _host(self, file: os.DirEntry[str]) -> _Host | None:
+    def _host(self, file: os.DirEntry[str], others: str | None) -> _Host | None:
         known = self._hosts.get(file.name)
         try:
             status = file.stat()
-            stamp = status.st_mtime_ns, status.st_size, status.st_ino
+            reason = others or file_reason(Path(file.path), status)
+            stamp = status.st_mtime_ns, status.st_size, status.st_ino, reason
             if known is not None and known.stamp == stamp:
                 return known
             text = Path(file.path).read_text(encoding="utf-8-sig")
-            return _Host(stamp, tuple(parse_endpoints_file(text, file.path, self._key)))
+            return _Host(
+                stamp, tuple(parse_endpoints_file(text, file.path, self._key_for(file, reason)))
+            )
         except FileNotFoundError:
             return None  # it has left since the folder was listed
         except NoEndpointError:
@@ -79,6 +85,14 @@ class HostsFolder:
                 _LOG.warning("endpoints of host %s stay as they are: %s", file.name, text)
             self._trouble[file.name] = text
             return known
+
+    def _key_for(self, file: os.DirEntry[str], reason: str | None) -> ApiKey:
+        if reason is None or self._key == NO_KEY:
+            return self._key
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warn_untrusted(Path(file.path), reason)
+        return NO_KEY
 
 
 def _is_host(entry: os.DirEntry[str]) -> bool:

@@ -133,7 +133,7 @@ class Hedger:
         return (
             0 < running < self._policy.below * self._peak
             and self._peak >= self._policy.peak
-            and not self._dispatch.waiting
+            and not self._dispatch.contended
             and len(self._recent) >= _ENOUGH
         )
 
@@ -161,7 +161,7 @@ class Hedger:
         if self._pacer is not None and not self._pacer.spare(tokens):
             charge.free(sent=False)
             return
-        endpoint = self._dispatch.take_now(call.asked, tokens)
+        endpoint = self._dispatch.take_now(call.asked, tokens, charge.log)
         if endpoint is None:
             charge.free(sent=False)
             if self._pacer is not None:
@@ -201,7 +201,7 @@ class Hedger:
                 and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
             )
             if unborn and not task.cancelling():
-                self._dispatch.give(endpoint)
+                self._dispatch.give(endpoint, item=charge.log)
                 charge.free(sent=False)
             # At once: the item may be recorded before the task hears that it is cancelled.
             endpoint.stats.lost(charge.lost())

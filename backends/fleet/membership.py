@@ -15,11 +15,12 @@ import aiohttp
 import orjson
 
 from ..contract.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from ..contract.permissions import untrusted_reason
 from .address import NO_KEY, ApiKey, EndpointSpec, base_url
 from .fleet import Fleet
 from .folder import HostsFolder
 from .policy import FleetPolicy
-from .sources import read_endpoints_file
+from .sources import read_endpoints_file, warn_untrusted
 from .transport import Transport
 
 _LOG: Final = logging.getLogger(__name__)
@@ -48,13 +49,13 @@ class FileSource:
 
     Args:
         path: File or folder; a link is followed anew at each look.
-        key: Key of all endpoints in it.
+        key: Key of all endpoints in it, as long as nobody else can write it.
     """
 
     def __init__(self, path: Path, key: ApiKey = NO_KEY) -> None:
         self._path = path
         self._key = key
-        self._stamp: tuple[int, ...] | None = None
+        self._stamp: tuple[object, ...] | None = None
         self._specs = list[EndpointSpec]()
         self._folder = HostsFolder(path, key)
 
@@ -65,15 +66,19 @@ class FileSource:
     def _look(self) -> list[EndpointSpec]:
         try:
             status = self._path.stat()
+            reason = None if self._key == NO_KEY else untrusted_reason(self._path)
         except OSError as error:
             missing = isinstance(error, FileNotFoundError)
             kind = NoEndpointError if missing else ConfigurationError
             raise kind(f"endpoints.file: {self._path}: {error.strerror}") from None
         if S_ISDIR(status.st_mode):
             return self._folder.read()
-        stamp = status.st_mtime_ns, status.st_size, status.st_ino
+        stamp = status.st_mtime_ns, status.st_size, status.st_ino, reason
         if stamp != self._stamp:
-            self._specs = read_endpoints_file(self._path, self._key)
+            if reason is not None and (self._stamp is None or self._stamp[-1] != reason):
+                warn_untrusted(self._path, reason)
+            key = self._key if reason is None else NO_KEY
+            self._specs = read_endpoints_file(self._path, key)
             self._stamp = stamp
         return self._specs
 

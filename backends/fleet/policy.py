@@ -25,6 +25,8 @@ class RetryPolicy:
             used up, when it does not say for how long.
         patience_s: An item is repeated no longer than so many seconds after its first failure,
             however many of its calls were refused without counting.
+        free_retries: So many repetitions that do not count follow each other without a pause
+            (refusals for now), or are made at all (corrections of ``max_tokens``).
         poison_endpoints: The same server error on so many endpoints that answer others fails
             the item.
         hopeless_after: So many refusals of the request itself, before any success, stop the run.
@@ -43,6 +45,7 @@ class RetryPolicy:
     refusal_pause_s: float = 1.0
     long_pause_s: float = 60.0
     patience_s: float = 3600.0
+    free_retries: int = 3
     poison_endpoints: int = 3
     hopeless_after: int = 10
     first_calls: int = 50

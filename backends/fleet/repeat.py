@@ -82,10 +82,12 @@ class Repeater:
         tries = min(_EMPTY_TRIES, self._policy.attempts - 1)
         while True:
             charge = await Charge.open(log, body)
-            endpoint = await self._admitted(charge, tokens, avoid, prefer)
+            unfit = frozenset() if attempts is None else attempts.unfit
+            endpoint = await self._admitted(charge, tokens, avoid, prefer, unfit)
             if self._affinity is not None:
                 self._affinity.met(key, endpoint)
-            result, endpoint = await send(endpoint, body, charge)
+            asked = body if attempts is None else attempts.fitted(endpoint, body)
+            result, endpoint = await send(endpoint, asked, charge)
             if isinstance(result, Failure):
                 attempts = attempts or Attempts(self._policy, time.monotonic())
                 await self._after(attempts, endpoint, result)
@@ -101,7 +103,12 @@ class Repeater:
                 self._count_repeated()
 
     async def _admitted(
-        self, charge: Charge, tokens: int, avoid: Set[Endpoint], prefer: Endpoint | None
+        self,
+        charge: Charge,
+        tokens: int,
+        avoid: Set[Endpoint],
+        prefer: Endpoint | None,
+        unfit: Set[Endpoint],
     ) -> Endpoint:
         """Wait for an endpoint; what is reserved is given back if there will be none."""
         try:
@@ -109,7 +116,7 @@ class Repeater:
             if self._pacer is not None:
                 await asyncio.sleep(self._pacer.admit(tokens))
                 self._go_on()  # a stop fails who waits for an endpoint, and this call did not yet
-            return await self._warden.dispatch.take(avoid, prefer, tokens)
+            return await self._warden.dispatch.take(avoid, prefer, tokens, charge.log, unfit)
         except BaseException:
             charge.free(sent=False)
             raise
@@ -124,7 +131,7 @@ class Repeater:
             raise RunStoppedError(self._warden.stopped) from failure.error
         failure, short = room.elsewhere(endpoint, failure, self._warden.dispatch.alive)
         pause = attempts.after(endpoint, failure, time.monotonic(), random.random())
-        attempts.avoid |= short
+        attempts.exclude(short)
         if not failure.treatment.free:
             self._count_repeated()
         await asyncio.sleep(pause)

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any, Final
 
+import orjson
+
 from ..contract.errors import PromptTooLongError
 from .answer import Complaint, RawAnswer
 from .endpoint import Endpoint
 from .failures import Failure, Step
 
 _FIELDS: Final = ("max_completion_tokens", "max_tokens")
-_NUMBER: Final = re.compile(r"(?<![\w.])\d{1,9}(?![\w.]*\d)")
+_NUMBER: Final = re.compile(r"(?<![\w.-])\d{1,9}(?![\w.-]*\d)")
+"""A whole number by itself: no part of a name, a version or a date."""
 
 
 def asked_tokens(body: Mapping[str, Any]) -> int | None:
@@ -30,13 +33,20 @@ def lowered(body: Mapping[str, Any], most: int) -> Mapping[str, Any]:
     return {**body, **dict.fromkeys(above, most)} if above else body
 
 
-def learn(endpoint: Endpoint, failure: Failure, asked: int | None) -> Failure:
-    """Take an endpoint's word for its longest answer, and let the call be repeated with that.
+def learn(
+    endpoint: Endpoint, failure: Failure, body: Mapping[str, Any], asked: int | None
+) -> Failure:
+    """Take an endpoint's word for the longest answer that a request can ask for.
+
+    The room that is left for an answer may depend on the prompt. So what an endpoint says holds
+    for the request that it refused; for others only once it has said the same of a different
+    request, and has never accepted more.
 
     Args:
         endpoint: Who refused.
         failure: What it said; only a refusal of the answer's length is looked at.
-        asked: The longest answer that was asked for, in tokens.
+        body: The request.
+        asked: The longest answer in tokens that it was sent with.
 
     Returns:
         The failure, to be repeated if less can be asked for.
@@ -45,11 +55,18 @@ def learn(endpoint: Endpoint, failure: Failure, asked: int | None) -> Failure:
     if not failure.treatment.length or asked is None or not isinstance(cause, RawAnswer):
         return failure
     said = map(int, _NUMBER.findall(Complaint.read(cause.body).message))
-    most = max((n for n in said if 0 < n < asked), default=endpoint.most_tokens)
-    if most is None or most >= asked:
+    most = max((n for n in said if 0 < n < asked), default=None)
+    if most is None:
         return failure
-    endpoint.most_tokens = min(most, endpoint.most_tokens or most)
-    return Failure(failure.error, replace(failure.treatment, step=Step.SAME, free=True))
+    if most >= endpoint.longest and endpoint.confirms(most, hash(orjson.dumps(body["messages"]))):
+        endpoint.most_tokens = min(most, endpoint.most_tokens or most)
+    return Failure(failure.error, replace(failure.treatment, step=Step.SAME, free=True), most)
+
+
+def sent_tokens(endpoint: Endpoint, body: Mapping[str, Any]) -> int | None:
+    """Return the longest answer that an endpoint is asked for by a request, in tokens, or None."""
+    asked, most = asked_tokens(body), endpoint.most_tokens
+    return asked if asked is None or most is None else min(asked, most)
 
 
 def elsewhere(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import aiohttp
@@ -17,7 +19,7 @@ from .charge import Charge
 from .endpoint import Endpoint
 from .failures import Failure, Step
 from .pacing import Pacer, estimate
-from .stream import End, OpenStream
+from .stream import OpenStream, Watch
 from .transport import Transport
 from .warden import Warden
 
@@ -69,19 +71,22 @@ class Sender:
             return result
         finally:
             endpoint.stats.lost(charge.lost())  # nothing when its end is known
-            self._warden.dispatch.give(endpoint, seconds)
+            self._warden.dispatch.give(endpoint, seconds, charge.log)
 
     async def _exchange(
         self, endpoint: Endpoint, body: Mapping[str, Any]
     ) -> dict[str, Any] | Failure:
         try:
-            headers = await endpoint.headers()
+            headers, asked = await endpoint.headers(), room.sent_tokens(endpoint, body)
             answer = await self._transport.send(
                 endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
             result = self._guarded(judge.read(answer, endpoint.label), endpoint)
             if isinstance(result, Failure):
-                return await _softened(endpoint, result, headers, body, self._warden.answers > 0)
+                result = await _softened(endpoint, result, headers, self._warden.answers > 0)
+                return room.learn(endpoint, result, body, asked)
+            if asked is not None and asked > endpoint.longest:
+                endpoint.longest = asked
         except (aiohttp.ClientError, TimeoutError) as error:
             return failures.of_exception(error, endpoint.label)
         return result
@@ -94,6 +99,8 @@ class Sender:
 
         def end(summary: dict[str, Any] | Failure | None) -> None:
             seconds: float | None = None
+            if charge.log is not None and charge.log.streams is not None:
+                charge.log.streams.pop(charge, None)
             if isinstance(summary, dict):
                 summary = self._guarded(summary, endpoint)
             if isinstance(summary, Failure):
@@ -103,31 +110,43 @@ class Sender:
                 self._settle(endpoint, body, judge.usage_of(summary))
                 self._succeeded(endpoint, summary, level, seconds, charge)
             endpoint.stats.lost(charge.lost())  # left early: nothing when its end is known
-            self._warden.dispatch.give(endpoint, seconds)
+            self._warden.dispatch.give(endpoint, seconds, charge.log)
 
         result: OpenStream | Failure | None = None
+        dispatch = self._warden.dispatch
+        watch = Watch(
+            partial(dispatch.pause, charge.log), partial(dispatch.resume, charge.log), end
+        )
         charge.sent(endpoint)
         try:
-            result = await self._begin(endpoint, body, end)
+            result = await self._begin(endpoint, body, watch)
             if isinstance(result, Failure):
                 self._failed(endpoint, result, body, charge)
+            elif charge.log is not None:
+                charge.log.streams = charge.log.streams or {}
+                charge.log.streams[charge] = _closer(result)
             return result, endpoint
         finally:
             if not isinstance(result, OpenStream):
                 endpoint.stats.lost(charge.lost())
-                self._warden.dispatch.give(endpoint)
+                self._warden.dispatch.give(endpoint, item=charge.log)
 
     async def _begin(
-        self, endpoint: Endpoint, body: Mapping[str, Any], end: End
+        self, endpoint: Endpoint, body: Mapping[str, Any], watch: Watch
     ) -> OpenStream | Failure:
         try:
-            headers = await endpoint.headers()
+            headers, asked = await endpoint.headers(), room.sent_tokens(endpoint, body)
             reader = await self._transport.stream(
                 endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
-            result = await OpenStream.begin(reader, endpoint.label, self._transport.silence_s, end)
+            result = await OpenStream.begin(
+                reader, endpoint.label, self._transport.silence_s, watch
+            )
             if isinstance(result, Failure):
-                return await _softened(endpoint, result, headers, body, self._warden.answers > 0)
+                result = await _softened(endpoint, result, headers, self._warden.answers > 0)
+                return room.learn(endpoint, result, body, asked)
+            if asked is not None and asked > endpoint.longest:
+                endpoint.longest = asked
         except (aiohttp.ClientError, TimeoutError) as error:
             return failures.of_exception(error, endpoint.label)
         return result
@@ -198,17 +217,33 @@ class Sender:
         return orjson.dumps(body)
 
 
+def _closer(stream: OpenStream) -> Callable[[], None]:
+    """Return what closes a stream, from whichever thread."""
+    home = asyncio.get_running_loop()
+
+    def close() -> None:
+        try:
+            here = asyncio.get_running_loop() is home
+        except RuntimeError:
+            here = False
+        if here:
+            stream.close()
+        elif not home.is_closed():
+            home.call_soon_threadsafe(stream.close)
+
+    return close
+
+
 async def _softened(
     endpoint: Endpoint,
     failure: Failure,
     sent: Mapping[str, str],
-    body: Mapping[str, Any],
     others: bool,
 ) -> Failure:
-    """Let a refused call be repeated where it can be cured: new key, fewer tokens, elsewhere."""
+    """Let a refused call be repeated where it can be cured: with a new key, or elsewhere."""
     if failure.treatment.step is Step.REKEY and await endpoint.rekeyed(sent):
         return Failure(failure.error, replace(failure.treatment, step=Step.SAME))
     if failure.treatment.schema and others and not endpoint.has_answered:
         # Others take the schema: it is this endpoint that lacks something.
         return Failure(failure.error, replace(failure.treatment, step=Step.EJECT))
-    return room.learn(endpoint, failure, room.asked_tokens(body))
+    return failure

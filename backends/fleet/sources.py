@@ -5,14 +5,17 @@ The format is decided per line, for the files that the launchers write do not na
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from ..contract.errors import ConfigurationError, NoEndpointError
+from ..contract.permissions import untrusted_reason
 from .address import NO_KEY, ApiKey, EndpointSpec, base_url, display
 
+_LOG: Final = logging.getLogger(__name__)
 _HOST_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+):(\d{1,5})")
 _SWARM_PORT: Final = 8000
 """Aurora-Swarm's default, where a line names no port."""
@@ -32,6 +35,27 @@ def read_endpoints_file(path: Path, api_key: ApiKey = NO_KEY) -> list[EndpointSp
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"endpoints file {path}: {error}") from error
     return parse_endpoints_file(text, str(path), api_key)
+
+
+def trusted_key(path: Path, key: ApiKey) -> ApiKey:
+    """Return the key for the endpoints that a file names: none where others can write the file.
+
+    Args:
+        path: The file.
+        key: The key of the settings.
+
+    Raises:
+        OSError: The file cannot be looked at.
+    """
+    if key == NO_KEY or (reason := untrusted_reason(path)) is None:
+        return key
+    warn_untrusted(path, reason)
+    return NO_KEY
+
+
+def warn_untrusted(path: Path, reason: str) -> None:
+    """Tell that the endpoints of a file get no key."""
+    _LOG.warning("the endpoints in %s get no API key: %s", path, reason)
 
 
 def parse_endpoints_file(text: str, name: str, api_key: ApiKey = NO_KEY) -> list[EndpointSpec]:

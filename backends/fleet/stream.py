@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
@@ -21,6 +22,22 @@ _DONE: Final = b"data: [DONE]"
 End = Callable[[dict[str, Any] | Failure | None], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a stream reports.
+
+    Attributes:
+        pause: Called when nobody reads it for the moment.
+        resume: Called when it is read again, or has ended.
+        end: Called once: with a summary of a whole answer, with what broke it off, or with None
+            when the caller left early.
+    """
+
+    pause: Callable[[], None]
+    resume: Callable[[], None]
+    end: End
+
+
 class OpenStream:
     """A stream whose first token has come; holds its endpoint until closed.
 
@@ -29,8 +46,7 @@ class OpenStream:
         head: The lines up to the first token's.
         endpoint: Label of who answers.
         silence_s: Longest wait for a further line, in seconds.
-        end: Called once: with a summary of a whole answer, with what broke it off, or with None
-            when the caller left early.
+        watch: Where it reports how it goes on.
 
     Attributes:
         headers: The answer's headers.
@@ -42,21 +58,23 @@ class OpenStream:
         head: Sequence[bytes],
         endpoint: str,
         silence_s: float,
-        end: End,
+        watch: Watch,
     ) -> None:
         self._reader, self._response = reader, reader.response
         self._head = head
         self._endpoint = endpoint
         self._silence_s = silence_s
-        self._end = end
+        self._watch = watch
         self._summary: dict[str, Any] = {}
         self._failure: Failure | None = None
         self._open = True
+        self._reading = False
         self.headers = reader.response.headers
+        watch.pause()
 
     @classmethod
     async def begin(
-        cls, reader: BodyReader, endpoint: str, silence_s: float, end: End
+        cls, reader: BodyReader, endpoint: str, silence_s: float, watch: Watch
     ) -> OpenStream | Failure:
         """Read up to the first token, or return why there is none.
 
@@ -74,7 +92,7 @@ class OpenStream:
                 response.close()
                 return failure
             if _says_something(chunk):
-                return cls(reader, head, endpoint, silence_s, end)
+                return cls(reader, head, endpoint, silence_s, watch)
             if line.startswith(_DONE):
                 break
         if any(map(bytes.strip, head)):
@@ -102,8 +120,15 @@ class OpenStream:
             self.close()
 
     async def _next(self) -> bytes:
-        async with asyncio.timeout(self._silence_s):
-            return await self._reader.read_line()
+        self._reading = True
+        self._watch.resume()
+        try:
+            async with asyncio.timeout(self._silence_s):
+                return await self._reader.read_line()
+        finally:
+            self._reading = False
+            if self._open:
+                self._watch.pause()
 
     def _check_end(self) -> None:
         if self._failure is None and not self._summary.get("finished"):
@@ -116,10 +141,12 @@ class OpenStream:
         if not self._open:
             return
         self._open = False
+        if not self._reading:
+            self._watch.resume()
         whole = self._failure is None and self._summary.get("finished")
         if not self._response.content.at_eof():
             self._response.close()
-        self._end(self._failure or (self._summary if whole else None))
+        self._watch.end(self._failure or (self._summary if whole else None))
 
     def _look(self, line: bytes) -> bytes:
         """Note model, fingerprint, usage and the end as they pass."""

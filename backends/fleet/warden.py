@@ -74,6 +74,7 @@ class Warden:
         self._wakes.clear()
         self._sweeping = False
         self._deadline = None
+        self.dispatch.far.clear()
         for endpoint in self._endpoints:
             endpoint.resting = False
 
@@ -149,11 +150,14 @@ class Warden:
             pending.cancel()
             self._timers.discard(pending)
         endpoint.resting = True
+        if seconds > self._policy.retry.long_wait_s:
+            self.dispatch.far.add(endpoint)
         self._wakes[endpoint] = self._later(seconds, lambda: self._wake(endpoint))
 
     def _wake(self, endpoint: Endpoint) -> None:
         self._wakes.pop(endpoint, None)
         endpoint.resting = False
+        self.dispatch.far.discard(endpoint)
         self.refresh(endpoint)
 
     def _eject(self, endpoint: Endpoint, error: EndpointError) -> None:

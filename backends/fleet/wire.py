@@ -31,6 +31,8 @@ Outcome: TypeAlias = EndpointError | dict[str, Any]
 _REPLAY: ContextVar[Outcome | None] = ContextVar("fanfold_replay", default=None)
 SERVED_BY: Final[ContextVar[str | None]] = ContextVar("fanfold_served_by", default=None)
 """Label of the endpoint that served the last request of this context."""
+FAILED: Final[ContextVar[EndpointError | None]] = ContextVar("fanfold_failed", default=None)
+"""Why the last request of this context has failed, or None."""
 
 _HOP_HEADERS: Final = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 
@@ -71,6 +73,7 @@ class FleetTransport(httpx2.AsyncBaseTransport):
         if outcome is not None:
             return _response(outcome, request)
         body = orjson.loads(await request.aread())
+        FAILED.set(None)
         try:
             if body.get("stream"):
                 stream, server = await self._fleet.here().open_stream(body)
@@ -80,6 +83,7 @@ class FleetTransport(httpx2.AsyncBaseTransport):
                 )
             document, endpoint = await self._fleet.here().post(body)
         except EndpointError as error:
+            FAILED.set(error)
             return _response(error, request)
         SERVED_BY.set(endpoint.label if endpoint else None)
         return _response(document, request)

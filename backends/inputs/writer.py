@@ -33,7 +33,8 @@ def write_store(target: Path, screen: Screen) -> None:
     """
     temporary = target.with_name(f"{target.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that somebody has put there
             _write(file, screen)
             file.flush()
             os.fsync(file.fileno())

@@ -34,7 +34,9 @@ class Listing:
                 return
             head = f"# servers of {self._host} that are ready, as fanfold saw them last\n"
             partial = self._path.with_name(f".{self._path.name}.partial")
-            partial.write_text(head + "".join(f"{name}\n" for name in names), encoding="utf-8")
+            partial.unlink(missing_ok=True)
+            with partial.open("x", encoding="utf-8") as file:
+                file.write(head + "".join(f"{name}\n" for name in names))
             partial.replace(self._path)
 
     def close(self) -> None:

@@ -47,6 +47,8 @@ def node_folder() -> Path:
         raise SiteError(f"{folder}: cannot be made: {error.strerror}") from None
     if found.st_uid != os.getuid() or folder.is_symlink() or not folder.is_dir():
         raise SiteError(f"{folder}: is no folder of this user's; remove it")
+    if found.st_mode & 0o022:
+        raise SiteError(f"{folder}: others can write this folder; remove it, or chmod 700 {folder}")
     return folder
 
 
@@ -55,9 +57,9 @@ def _near(files: Files, kind: str) -> Path:
     return node_folder() / f"{digest.hexdigest()}.{kind}"
 
 
-def _opened(path: Path) -> int:
+def _opened(path: Path, mode: int = 0o600) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode)
     except OSError as error:
         raise SiteError(f"{path}: cannot be opened: {error.strerror}") from None
 
@@ -97,7 +99,7 @@ class HostLock:
             os.close(near)
             return None
         try:
-            far = _opened(files.lock)
+            far = _opened(files.lock, 0o666)
         except SiteError:
             os.close(near)
             raise
@@ -141,8 +143,8 @@ def is_served(files: Files) -> bool:
     Raises:
         SiteError: The files cannot be opened.
     """
-    for path in (_near(files, "lock"), files.lock):
-        handle = _opened(path)
+    for path, mode in ((_near(files, "lock"), 0o600), (files.lock, 0o666)):
+        handle = _opened(path, mode)
         try:
             if _flock(handle, fcntl.LOCK_SH) is False:
                 return True

@@ -10,6 +10,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Final
 
 from ..contract.errors import SiteError
@@ -61,9 +62,12 @@ class Scratch:
 def _sweep(folder: Path) -> None:
     """Remove a folder that nobody owns any more; others' and young ones are left alone."""
     with suppress(OSError):
-        if folder.stat().st_uid != os.getuid() or time.time() - folder.stat().st_mtime < _YOUNG_S:
+        found = folder.lstat()
+        if not S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            return  # somebody else's, or a link that leads elsewhere
+        if time.time() - found.st_mtime < _YOUNG_S:
             return
-        lock = os.open(folder / _OWNER, os.O_RDWR)
+        lock = os.open(folder / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)

@@ -39,7 +39,7 @@ class Claims:
         Raises:
             OSError: It cannot be opened.
         """
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def take(self, key: bytes) -> bool:
         """Lock a key; say whether no other process holds it."""

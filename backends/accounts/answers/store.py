@@ -259,7 +259,7 @@ class AnswerStore:
 
     def _made(self) -> AnswerFile:
         file = AnswerFile(self._folder / f"{self._writer}-{secrets.token_hex(4)}.jsonl")
-        file.handle = os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        file.handle = os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self._own = self._numbers[file.path.name] = len(self._files)
         self._files.append(file)
         header = {**self._header, "by": self._writer}

@@ -32,7 +32,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     partial = path.with_name(f".{path.name}.partial")
     with refusals(str(path)):
-        file = partial.open("wb")
+        partial.unlink(missing_ok=True)
+        file = partial.open("xb")  # never through a link that somebody has put there
         try:
             with file:
                 yield file

@@ -101,7 +101,7 @@ class TaskBook:
 
     def _append(self, data: bytes) -> None:
         try:
-            handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             try:
                 _mend(handle)
                 written = os.write(handle, data)

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import orjson
 import pytest
+from aiohttp import web
 
 Json = Any
 
@@ -54,6 +56,45 @@ def completion(content: str | None = "hello", **changes: Json) -> dict[str, Json
         "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
         **changes,
     }
+
+
+def chunk(text: str, finish: str | None = None, **more: Json) -> dict[str, Json]:
+    choice = {"index": 0, "delta": {"role": "assistant", "content": text}, "finish_reason": finish}
+    head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "served"}
+    return head | {"choices": [choice]} | more
+
+
+def event(document: Json) -> bytes:
+    return b"data: " + orjson.dumps(document) + b"\n\n"
+
+
+def text_of(body: Json) -> str:
+    """Return the text of a request's last message."""
+    return str(body["messages"][-1]["content"])
+
+
+@asynccontextmanager
+async def serving(
+    answer: Callable[[web.Request, Json], Awaitable[web.StreamResponse]],
+) -> AsyncIterator[str]:
+    """Serve chat completions in this loop, and ``/models``; yield the base URL."""
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        return await answer(request, await request.json())
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/chat/completions", chat), web.get("/v1/models", models)])
+    runner = web.AppRunner(app, shutdown_timeout=0)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    finally:
+        await runner.cleanup()
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -146,10 +146,12 @@ async def test_too_many_tokens_are_lowered_with_one_warning(
     refusal = {"error": {"message": words, "param": "max_completion_tokens", "code": 400}}
     stub.answers["m"] = [Canned(400, refusal), GOOD]
     async with Fleet([EndpointSpec(stub.url)], policy(attempts=1)) as fleet:
+        assert (await ask(fleet)).content == "hello"
+        stub.answers["m"] = [Canned(400, refusal), GOOD]
         for _ in range(3):
-            assert (await ask(fleet)).content == "hello"
+            assert (await ask(fleet, "another")).content == "hello"
         await ask(fleet, most=8)
-    assert [b["max_completion_tokens"] for b in stub.bodies] == [64, 32, 32, 32, 8]
+    assert [b["max_completion_tokens"] for b in stub.bodies] == [64, 32, 64, 32, 32, 32, 8]
     assert sum("model.max_tokens" in r.message for r in caplog.records) == 1
 
 

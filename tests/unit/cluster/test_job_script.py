@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import re
+import stat
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +114,7 @@ def test_the_address_of_an_interface(tmp_path: Path) -> None:
 def test_workers_take_the_nodes_own_copy() -> None:
     """It is unpacked once, whether a server or a worker comes first, and removed at the end."""
     asked = replace(plan(), works=True)
-    assert "FANFOLD_PYTHON=${FANFOLD_COPY%.tar.gz}/bin/python" in job_script(asked)
+    assert "FANFOLD_PYTHON=${FANFOLD_COPY%/*}/environment/bin/python" in job_script(asked)
     assert "rm -rf" in job_script(asked)
     assert "rm -rf" not in node_script(asked)
     assert "rm -rf" in node_script(plan())
@@ -131,18 +133,97 @@ def test_a_node_that_cannot_serve_does_not_fail_the_others() -> None:
     assert subprocess.run(["bash", "-c", script], check=False).returncode == 0
 
 
-def test_unpacking_happens_once(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    copy = tmp_path / "env.tar.gz"
-    subprocess.run(["tar", "-czf", copy, "-C", tmp_path, "file"], check=True)
+def packed(folder: Path) -> Path:
+    """Return an archive as a job copies it to a node: in a new folder of this user's alone."""
+    made = folder / "copied"
+    made.mkdir(mode=0o700)
+    (folder / "file").write_text("x")
+    archive = made / "archive.tar.gz"
+    subprocess.run(["tar", "-czf", archive, "-C", folder, "file"], check=True)
+    return archive
+
+
+def on_node(archive: Path, shown: str) -> subprocess.CompletedProcess[str]:
+    """Become a worker on a node, which shows something of the environment."""
     script = worker_script(replace(plan(), works=True)) + "\n"
-    shown = 'echo "$FANFOLD_COPY"; cat "${FANFOLD_COPY%.tar.gz}/file"; rm "$FANFOLD_COPY"'
     command = ["bash", "-c", script, "worker.sh", "bash", "-c", shown]
+    names = {"PATH": "/usr/bin:/bin", "FANFOLD_COPY": str(archive)}
+    return subprocess.run(command, env=names, capture_output=True, text=True, check=False)
+
+
+def test_unpacking_happens_once(tmp_path: Path) -> None:
+    archive = packed(tmp_path)
+    shown = 'echo "$FANFOLD_COPY"; cat "${FANFOLD_COPY%/*}/environment/file"; rm "$FANFOLD_COPY"'
     for code in (0, 1):  # the archive is gone the second time, and not needed until rm
-        names = {"PATH": "/usr/bin:/bin", "FANFOLD_COPY": str(copy)}
-        done = subprocess.run(command, env=names, capture_output=True, check=False)
-        assert done.stdout == f"{copy}\nx".encode()
+        done = on_node(archive, shown)
+        assert done.stdout == f"{archive}\nx"
         assert done.returncode == code
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o702, 0o1777])
+def test_nothing_is_run_from_a_folder_that_others_can_enter(tmp_path: Path, mode: int) -> None:
+    archive = packed(tmp_path)
+    archive.parent.chmod(mode)
+    done = on_node(archive, "echo it runs")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "others can write or replace this folder" in done.stderr
+    assert not (archive.parent / "environment").exists()
+
+
+def test_nothing_is_run_from_a_folder_that_others_can_replace(tmp_path: Path) -> None:
+    archive = packed(tmp_path)
+    for mode, code in ((0o777, 1), (0o775, 1), (0o1777, 0), (0o755, 0), (0o2700, 0)):
+        tmp_path.chmod(mode)
+        assert on_node(archive, "echo it runs").returncode == code, oct(mode)
+
+
+def test_nothing_is_run_from_a_link(tmp_path: Path) -> None:
+    archive = packed(tmp_path)
+    (tmp_path / "link").symlink_to(archive.parent)
+    assert on_node(tmp_path / "link" / archive.name, "echo it runs").returncode == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_nothing_is_run_from_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    archive = packed(tmp_path)
+    os.chown(archive.parent, 12345, -1)
+    assert on_node(archive, "echo it runs").returncode == 1
+    os.chown(archive.parent, 0, -1)
+    os.chown(tmp_path, 12345, -1)
+    assert on_node(archive, "echo it runs").returncode == 1
+
+
+@pytest.mark.parametrize("there", ["nothing", "a folder", "a link"])
+def test_a_job_copies_into_a_new_folder_only(tmp_path: Path, there: str) -> None:
+    """The launcher and the copying of a site, with the lines of a job between them."""
+    source, local = tmp_path / "env.tar.gz", tmp_path / "local"
+    source.write_text("archive")
+    local.mkdir()
+    if there != "nothing":  # od stands for /dev/urandom: nobody can foresee its name else
+        od = tmp_path / "od"
+        od.write_text("#!/bin/sh\necho 77\n")
+        od.chmod(0o755)
+        (tmp_path / "theirs").mkdir()
+        made = local / "fanfold-9-77"
+        made.mkdir() if there == "a folder" else made.symlink_to(tmp_path / "theirs")
+    changes = {"launcher": "env", "broadcast": "cp {archive} {copy}", "local": str(local)}
+    site = plan().site.model_copy(update=changes)
+    lines = job_script(replace(plan(), works=True, site=site, archive=source)).splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith("random="))
+    end = next(n for n, line in enumerate(lines) if "chain end" in line)
+    text = "\n".join(
+        [f"PATH={tmp_path}:$PATH", "job=9 run=r fanfold=(echo)", *lines[begin : end + 1]]
+    )
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
+    if there != "nothing":
+        assert done.returncode == 1
+        assert "chain end r --job 9 --code 1" in done.stdout
+        assert not list((tmp_path / "theirs").iterdir())
+        return
+    (made,) = local.iterdir()
+    assert re.fullmatch(r"fanfold-9-[0-9a-f]{32}", made.name)
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert (made / "archive.tar.gz").read_text() == "archive"
 
 
 def test_a_packed_environment_is_unpacked_on_the_node() -> None:

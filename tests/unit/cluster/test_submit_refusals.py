@@ -51,3 +51,19 @@ def test_others_serve_already(tmp_path: Path, endpoints: dict[str, Any]) -> None
     kind = next(iter(endpoints))
     with pytest.raises(ConfigurationError, match=rf"beside endpoints.{kind}, .* started twice"):
         shown(tmp_path, {"endpoints": endpoints})
+
+
+def test_an_archive_that_others_can_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "packed" / "env.tar.gz"
+    archive.parent.mkdir()
+    archive.touch(0o644)
+    shown(tmp_path, archive=archive)
+    assert "archive.tar.gz" in capsys.readouterr().out
+    for what, mode in ((archive, 0o666), (archive.parent, 0o777)):
+        before = what.stat().st_mode
+        what.chmod(mode)
+        with pytest.raises(ConfigurationError, match=rf"--pack: .* everyone can write {what} "):
+            shown(tmp_path, archive=archive)
+        what.chmod(before)

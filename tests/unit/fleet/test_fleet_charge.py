@@ -29,7 +29,12 @@ class Held:
         self.ends = list[str]()
         self.room = True
 
-    async def hold(self, most: Usage, body: Mapping[str, Any]) -> Hold:
+    waits = 0
+
+    def review(self) -> None: ...
+
+    async def hold(self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None) -> Hold:
+        assert log is not None
         assert most == most_tokens(body)
         return self
 

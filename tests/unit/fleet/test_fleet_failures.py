@@ -265,10 +265,18 @@ def test_refusals_do_not_count_but_patience_ends() -> None:
     attempts = Attempts(RetryPolicy(attempts=2, patience_s=10.0), 0.0)
     busy = failure_of(429, vllm("slow", 429))
     one = endpoint(1)
+    one.resting = True
     assert [attempts.after(one, busy, 1.0, 0.0) for _ in range(6)] == [0.0] * 6
     assert not attempts.avoid
     with pytest.raises(EndpointBusyError):
         attempts.after(one, busy, 10.0, 0.0)
+
+
+def test_an_item_that_alone_is_refused_asks_less_and_less_often() -> None:
+    attempts = Attempts(RetryPolicy(backoff_s=1.0, backoff_max_s=3.0), 0.0)
+    busy, one = failure_of(429, vllm("slow", 429)), endpoint(1)
+    pauses = [attempts.after(one, busy, 1.0, 0.0) for _ in range(7)]
+    assert pauses == [0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 3.0]
 
 
 def test_a_stale_connection_is_free_once() -> None:
@@ -307,7 +315,16 @@ def test_a_process_without_descriptors_stops_and_says_so() -> None:
     assert "limits.streams" in failure.error.message
 
 
-ASKED = {"messages": [], "max_completion_tokens": 5000}
+def asking(text: str, most: int = 5000) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "max_completion_tokens": most}
+
+
+def learn(one: Endpoint, failure: Failure, body: Any) -> Failure:
+    return room.learn(one, failure, body, room.sent_tokens(one, body))
+
+
+def too_long(message: str) -> Failure:
+    return failure_of(400, vllm(message, 400, param="max_completion_tokens"))
 
 
 @pytest.mark.parametrize(
@@ -315,20 +332,55 @@ ASKED = {"messages": [], "max_completion_tokens": 5000}
     [
         ("max_tokens=5000 cannot be greater than max_model_len=2048.", None, 2048),
         ("max_tokens is too large: 5000. This model supports at most 4096 tokens.", None, 4096),
-        ("too large", 1000, 1000),
+        ("The model mini-2024-07-18 supports at most 1024 completion tokens.", None, 1024),
+        ("model v3.5-1000 takes 512, not 5000", None, 512),
+        ("too large", 1000, None),
         ("too large", None, None),
         ("5000 is above 9000", None, None),
+        ("at most 1000 tokens", 1000, None),
     ],
 )
-def test_the_longest_answer_is_learned(message: str, known: int | None, most: int | None) -> None:
+def test_what_an_endpoint_says_of_answers_holds_for_the_request(
+    message: str, known: int | None, most: int | None
+) -> None:
     one = endpoint(1)
     one.most_tokens = known
-    refused = failure_of(400, vllm(message, 400, param="max_completion_tokens"))
-    failure = room.learn(one, refused, room.asked_tokens(ASKED))
-    assert one.most_tokens == most
+    failure = learn(one, too_long(message), asking("a"))
+    assert failure.most_tokens == most
+    assert one.most_tokens == known
     assert failure.treatment.step is (Step.FAIL if most is None else Step.SAME)
-    if most is not None:
-        assert room.lowered(ASKED, most)["max_completion_tokens"] == most
+
+
+def test_the_longest_answer_is_learned_from_two_requests() -> None:
+    one, said = endpoint(1), too_long("at most 2048")
+    for text in ("a", "a"):
+        learn(one, said, asking(text))
+        assert one.most_tokens is None
+    learn(one, too_long("at most 2000"), asking("b"))
+    assert one.most_tokens is None
+    learn(one, said, asking("b"))
+    assert one.most_tokens == 2048
+
+
+def test_what_was_accepted_is_not_forbidden_later() -> None:
+    one, said = endpoint(1), too_long("only 40 tokens are left")
+    one.longest = 256
+    for text in ("a", "b", "c"):
+        assert learn(one, said, asking(text, 256)).most_tokens == 40
+    assert one.most_tokens is None
+
+
+def test_corrections_do_not_count_and_end_after_three() -> None:
+    one, attempts = endpoint(1), Attempts(RetryPolicy(attempts=1), 0.0)
+    asked: Any = asking("a")
+    for most in (4000, 3000, 2000):
+        failure = learn(one, too_long(f"at most {most}"), asked)
+        assert attempts.after(one, failure, 0.0, 0.0) == 0.0
+        asked = attempts.fitted(one, asking("a"))
+        assert room.asked_tokens(asked) == most
+        assert attempts.fitted(endpoint(2), asking("a")) == asking("a")
+    with pytest.raises(RequestRefusedError):
+        attempts.after(one, learn(one, too_long("at most 1000"), asked), 0.0, 0.0)
 
 
 def test_a_long_prompt_passes_over_all_that_are_too_short() -> None:

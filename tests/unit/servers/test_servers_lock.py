@@ -84,3 +84,22 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / f"fanfold-{os.getuid()}").symlink_to(tmp_path)
     with pytest.raises(SiteError, match="no folder of this user's"):
         lock.node_folder()
+
+
+def test_a_folder_that_others_can_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    made = lock.node_folder()
+    assert made.stat().st_mode & 0o777 == 0o700
+    for mode in (0o777, 0o1777, 0o770, 0o702):
+        made.chmod(mode)
+        with pytest.raises(SiteError, match="others can write this folder"):
+            lock.node_folder()
+    made.chmod(0o700)
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    made.rename(tmp_path / f"fanfold-{other}")
+    with pytest.raises(SiteError, match="no folder of this user's"):
+        lock.node_folder()

@@ -85,3 +85,28 @@ def test_a_lock_that_is_refused_leaves_nothing(
     with pytest.raises(SiteError, match="lock cannot be taken: Input/output error"):
         Scratch("test", tmp_path)
     assert os.listdir(tmp_path) == []  # noqa: PTH208 - names alone
+
+
+def test_links_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else may put them into a shared temporary folder."""
+    monkeypatch.setattr(scratch, "_YOUNG_S", -1.0)
+    theirs = tmp_path / "elsewhere"
+    theirs.mkdir()
+    (theirs / "owner").touch()
+    (theirs / "kept").touch()
+    (tmp_path / "fanfold-test-link").symlink_to(theirs)
+    (tmp_path / "fanfold-test-folder").mkdir()
+    (tmp_path / "fanfold-test-folder" / "owner").symlink_to(theirs / "kept")
+    Scratch("test").remove()
+    assert (theirs / "kept").exists()
+    assert (tmp_path / "fanfold-test-folder").exists()
+
+
+def test_it_is_for_this_user_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        made = Scratch("test", tmp_path)
+    finally:
+        os.umask(before)
+    assert made.path.stat().st_mode & 0o777 == 0o700
+    made.remove()

@@ -1,0 +1,375 @@
+"""An item that holds a stream open and makes a further call never waits for itself or its like."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aiohttp import web
+from langchain.agents import create_agent
+from langchain_core.callbacks import AsyncCallbackHandler
+from langchain_core.tools import tool
+
+from fanfold.backends.accounts.budget import Budget, BudgetTerms
+from fanfold.backends.contract.calls import CURRENT_CALLS, CallLog
+from fanfold.backends.contract.errors import BudgetExhaustedError
+from fanfold.backends.contract.money import FREE, Amount, Caps
+from fanfold.backends.contract.types import Usage
+from fanfold.backends.fleet import (
+    AffinityPolicy,
+    ChatFleet,
+    EndpointSpec,
+    Fleet,
+    FleetPolicy,
+    HedgePolicy,
+    ModelParams,
+    PacePolicy,
+)
+from fanfold.backends.fleet.charge import most_tokens
+
+from .conftest import chunk, completion, event, serving, text_of, until
+
+pytestmark = pytest.mark.integration
+
+PARAMS = ModelParams("m", max_tokens=16)
+
+
+class Server:
+    """Streams three tokens, or answers at once; keeps what was asked, and the most at a time."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.now = self.most = 0
+
+    async def answer(self, request: web.Request, body: Any) -> web.StreamResponse:
+        self.asked.append(text_of(body))
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            if not body.get("stream"):
+                await asyncio.sleep(0.005)
+                return web.json_response(_reply(body))
+            got = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await got.prepare(request)
+            for text in ("a", "b"):
+                await got.write(event(chunk(text)))
+            await got.write(event(chunk("c", "stop")))
+            usage = completion()["usage"]
+            await got.write(event(chunk("") | {"choices": [], "usage": usage}))
+            await got.write(b"data: [DONE]\n\n")
+            return got
+        finally:
+            self.now -= 1
+
+
+def _reply(body: Any) -> Any:
+    roles = [m["role"] for m in body["messages"]]
+    if body.get("tools") and "tool" not in roles:
+        call = {"id": "1", "type": "function", "function": {"name": "consult", "arguments": "{}"}}
+        return completion(None, message={"tool_calls": [call]}, finish="tool_calls")
+    return completion("answered")
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@asynccontextmanager
+async def chat_over(server: Server, policy: FleetPolicy, **spec: Any) -> AsyncIterator[ChatFleet]:
+    async with serving(server.answer) as url, Fleet([EndpointSpec(url, **spec)], policy) as fleet:
+        yield ChatFleet.of(fleet, PARAMS)
+        await until(lambda: fleet.in_flight == 0)
+        assert fleet.health().waiting == 0
+
+
+async def as_items(
+    count: int, item: Callable[[int], Awaitable[Any]], budget: Budget | None = None
+) -> list[Any]:
+    """Run items at the same time, each with a log of its own."""
+
+    async def one(number: int) -> Any:
+        account = budget.account() if budget else None
+        calls = CallLog(account=account)
+        CURRENT_CALLS.set(calls)
+        try:
+            return await item(number)
+        finally:
+            calls.close_streams()
+            if account is not None:
+                account.close()
+
+    async with asyncio.timeout(20):
+        tasks = [asyncio.create_task(one(n)) for n in range(count)]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def stream_then_call(chat: ChatFleet, number: int) -> str:
+    text = ""
+    async for part in chat.astream(f"outer {number}"):
+        text += part.text
+        if part.text == "a":
+            text += (await chat.ainvoke(f"inner {number}")).text
+    return text
+
+
+async def stream_in_stream(chat: ChatFleet, number: int) -> str:
+    text = ""
+    async for part in chat.astream(f"outer {number}"):
+        text += part.text
+        if part.text == "a":
+            async for inner in chat.astream(f"inner {number}"):
+                text += inner.text
+    return text
+
+
+async def two_levels(chat: ChatFleet, number: int) -> str:
+    text = ""
+    async for part in chat.astream(f"outer {number}"):
+        text += part.text
+        if part.text == "a":
+            text += await stream_then_call(chat, number)
+    return text
+
+
+async def a_stream_and_a_batch(chat: ChatFleet, number: int) -> str:
+    text = ""
+    async for part in chat.astream(f"outer {number}"):
+        text += part.text
+        if part.text == "a":
+            text += "".join(m.text for m in await chat.abatch(["x", "y", "z"]))
+    return text
+
+
+async def calls_side_by_side(chat: ChatFleet, number: int) -> str:
+    answers = await asyncio.gather(*(chat.ainvoke(f"{number}.{n}") for n in range(5)))
+    return "".join(a.text for a in answers)
+
+
+async def streams_that_wait_for_each_other(chat: ChatFleet, _: int) -> str:
+    """Each of three streams is read on only when all of them have begun."""
+    barrier = asyncio.Barrier(3)
+
+    async def read() -> str:
+        text = ""
+        async for part in chat.astream("q"):
+            text += part.text
+            if part.text == "a":
+                await barrier.wait()
+        return text
+
+    return "".join(await asyncio.gather(read(), read(), read()))
+
+
+async def a_stream_that_waits_for_a_call_before_it(chat: ChatFleet, number: int) -> str:
+    """The call is queued first; the stream gets the slot and waits for the call."""
+    done = asyncio.Event()
+
+    async def call() -> str:
+        await asyncio.sleep(0.01)
+        text = (await chat.ainvoke(f"inner {number}")).text
+        done.set()
+        return text
+
+    async def read() -> str:
+        text = ""
+        async for part in chat.astream(f"outer {number}"):
+            text += part.text
+            if part.text == "a":
+                await done.wait()
+        return text
+
+    return "".join(await asyncio.gather(call(), read()))
+
+
+async def from_a_thread(chat: ChatFleet, number: int) -> str:
+    """The whole item is synchronous: a stream, and a call while it is open."""
+
+    def work() -> str:
+        text = ""
+        for part in chat.stream(f"outer {number}"):
+            text += part.text
+            if part.text == "a":
+                text += chat.invoke(f"inner {number}").text
+        return text
+
+    return await asyncio.to_thread(work)
+
+
+async def a_tool_that_asks(chat: ChatFleet, number: int) -> str:
+    """A ReAct agent is watched token by token, and its tool asks the same model twice."""
+
+    @tool
+    async def consult() -> str:
+        """Ask for help."""
+        return await stream_then_call(chat, number)
+
+    agent = create_agent(chat, [consult])
+    question: Any = {"messages": [{"role": "user", "content": f"agent {number}"}]}
+    text = ""
+    parts: Any
+    async for _, parts in agent.astream(question, stream_mode=["updates"]):
+        for update in parts.values():
+            text += "".join(str(m.text) for m in update["messages"])
+    return text
+
+
+class Asking(AsyncCallbackHandler):
+    """Makes a call of its own at the first token that it hears of."""
+
+    def __init__(self, chat: ChatFleet) -> None:
+        self._chat = chat
+        self.heard = ""
+
+    async def on_llm_new_token(self, token: Any, **_: Any) -> None:
+        if token == "a":
+            self.heard += (await self._chat.ainvoke("from the handler")).text
+
+
+async def a_handler_that_asks(chat: ChatFleet, _: int) -> str:
+    handler, text = Asking(chat), ""
+    async for part in chat.astream("q", {"callbacks": [handler]}):
+        text += part.text
+    return text + handler.heard
+
+
+EXPECTED = {
+    stream_then_call: "aansweredbc",
+    stream_in_stream: "aabcbc",
+    two_levels: "aaansweredbcbc",
+    a_stream_and_a_batch: "aansweredansweredansweredbc",
+    calls_side_by_side: "answered" * 5,
+    streams_that_wait_for_each_other: "abc" * 3,
+    a_stream_that_waits_for_a_call_before_it: "answeredabc",
+    from_a_thread: "aansweredbc",
+    a_handler_that_asks: "abcanswered",
+    a_tool_that_asks: "aansweredbcanswered",
+}
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("item", list(EXPECTED), ids=lambda item: item.__name__)
+async def test_nested_calls_end(server: Server, item: Any, streams: int) -> None:
+    async with chat_over(server, FleetPolicy(streams=streams)) as chat:
+        got = await as_items(6, lambda n: item(chat, n))
+    assert got == [EXPECTED[item]] * 6
+
+
+QUICK = HedgePolicy(quantile=0.0, peak=1, share=9.0, tick_s=0.001)
+
+
+@pytest.mark.parametrize(
+    ("policy", "spec"),
+    [
+        (FleetPolicy(), {"max_in_flight": 1}),
+        (FleetPolicy(streams=2), {"max_in_flight": 1, "requests_per_s": 200.0}),
+        (FleetPolicy(streams=2, pace=PacePolicy(requests_per_s=200.0)), {}),
+        (FleetPolicy(streams=1, pace=PacePolicy(tokens_per_min=1e6)), {"tokens_per_min": 1e6}),
+        (FleetPolicy(streams=2, hedge=QUICK), {}),
+        (FleetPolicy(streams=2, hedge=None, affinity=AffinityPolicy()), {"max_in_flight": 1}),
+    ],
+)
+@pytest.mark.parametrize("item", [stream_then_call, two_levels, from_a_thread])
+async def test_nested_calls_end_within_other_bounds(
+    server: Server, item: Any, policy: FleetPolicy, spec: Any
+) -> None:
+    async with chat_over(server, policy, **spec) as chat:
+        got = await as_items(5, lambda n: item(chat, n))
+    assert got == [EXPECTED[item]] * 5
+
+
+async def test_calls_side_by_side_keep_to_the_bound(server: Server) -> None:
+    """Only a call that others of its item may wait for uses the item's slot."""
+    async with chat_over(server, FleetPolicy(streams=2)) as chat:
+        await as_items(4, lambda n: calls_side_by_side(chat, n))
+    assert server.most <= 2
+
+
+async def test_other_items_begin_while_slots_are_shared(server: Server) -> None:
+    """A nested call takes no place of others, and a stream that ends frees its own."""
+    async with chat_over(server, FleetPolicy(streams=3)) as chat:
+        got = await as_items(30, lambda n: stream_then_call(chat, n))
+    assert got == ["aansweredbc"] * 30
+    assert len(server.asked) == 60
+
+
+def budget_for(requests: int) -> Budget:
+    return Budget(BudgetTerms(Caps(requests=requests), FREE), Amount(), None)
+
+
+def ends(results: list[Any]) -> tuple[int, int]:
+    """Return how many items ended well, and how many were refused for the budget."""
+    refused = sum(isinstance(r, BudgetExhaustedError) for r in results)
+    assert all(isinstance(r, str | BudgetExhaustedError) for r in results), results
+    return len(results) - refused, refused
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("item", [stream_then_call, stream_in_stream, two_levels, from_a_thread])
+async def test_a_budget_of_one_request_per_item_refuses(
+    server: Server, item: Any, streams: int
+) -> None:
+    budget = budget_for(4)
+    async with chat_over(server, FleetPolicy(streams=streams)) as chat:
+        done, refused = ends(await as_items(4, lambda n: item(chat, n), budget))
+    assert refused > 0
+    assert done + refused == 4
+    assert len(server.asked) <= 4
+    assert budget.purse.reserved == Amount()
+    assert budget.spent().requests <= 4
+
+
+async def test_a_budget_waits_for_items_that_go_on(server: Server) -> None:
+    """The cap carries little at a time, and what is settled makes room: nobody is refused."""
+    one = most_tokens({"messages": [{"role": "user", "content": "inner 0"}], "max_tokens": 16})
+    terms = BudgetTerms(Caps(tokens=5 * one.tokens), FREE)
+    budget = Budget(terms, Amount(), None)
+    async with chat_over(server, FleetPolicy(streams=8)) as chat:
+
+        async def item(number: int) -> str:
+            return (await chat.ainvoke(f"inner {number % 10}")).text
+
+        got = await as_items(40, item, budget)
+    assert got == ["answered"] * 40
+    assert budget.spent() == Amount(40, 40 * Usage(3, 2).tokens)
+
+
+async def test_a_call_that_waits_behind_streams_without_budget_is_refused_or_served(
+    server: Server,
+) -> None:
+    """One item holds the only slot and waits for budget; the other holds budget and waits."""
+    budget = budget_for(2)
+    begun = asyncio.Event()
+    async with chat_over(server, FleetPolicy(streams=1)) as chat:
+
+        async def item(number: int) -> Any:
+            if number:
+                await begun.wait()
+                return (await chat.ainvoke("waits for the slot")).text
+            text = ""
+            async for part in chat.astream("holds the slot"):
+                text += part.text
+                if part.text == "a":
+                    begun.set()
+                    await until(lambda: chat.fleet.health().waiting == 1)
+                    text += (await chat.ainvoke("inner")).text
+            return text
+
+        done, refused = ends(await as_items(2, item, budget))
+    assert (done, refused) == (1, 1)
+
+
+async def test_quiet_streams_are_no_sign_of_a_jam_while_they_are_read(server: Server) -> None:
+    """Items that only read keep to the bound, however many wait."""
+    async with chat_over(server, replace(FleetPolicy(), streams=3)) as chat:
+
+        async def item(_: int) -> str:
+            return "".join([part.text async for part in chat.astream("q")])
+
+        got = await as_items(20, item)
+    assert got == ["abc"] * 20
+    assert server.most <= 3
