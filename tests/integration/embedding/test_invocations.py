@@ -486,19 +486,35 @@ async def test_ctrl_c_drains_the_run(fleet: SimulatedFleet, kind: str, tmp_path:
     assert end["progress"]["done"] == asked(fleet) == ITEMS
 
 
-async def test_a_dead_loop_holds_nobody_up(fleet: SimulatedFleet) -> None:
+DEAD = """
+import asyncio
+from pathlib import Path
+from langgraph.checkpoint.memory import InMemorySaver
+from fanfold import RunContext, build_graph
+
+async def begun():
+    files = lambda: Path("fanfold-runs").glob("*/journal/*.jsonl")
+    while not any(b'"done"' in file.read_bytes() for file in files()):
+        await asyncio.sleep(0.01)
+
+graph = build_graph(RunContext(config="c.yaml"), checkpointer=InMemorySaver())
+thread = {"configurable": {"thread_id": "t"}}
+loop = asyncio.new_event_loop()
+kept = loop.create_task(graph.ainvoke({"items": [{"x": f"{n}"} for n in range(60)]}, thread))
+loop.run_until_complete(begun())
+loop.close()
+end = asyncio.run(graph.ainvoke(None, thread, context=RunContext(streams=64)))
+print(end["progress"]["done"])
+"""
+
+
+async def test_a_dead_loop_holds_nobody_up(tmp_path: Path) -> None:
     """Its items in flight are lost with it, and asked again; nothing else is."""
-    graph = build_graph(settings(fleet), checkpointer=InMemorySaver())
-
-    def broken() -> None:
-        loop = asyncio.new_event_loop()
-        kept = loop.create_task(graph.ainvoke({"items": rows()}, THREAD))
-        loop.run_until_complete(until(lambda: asked(fleet) >= STREAMS))
-        loop.close()
-        fleet.held = kept  # type: ignore[attr-defined]
-
-    await asyncio.to_thread(broken)
-    before = asked(fleet)
-    end = await graph.ainvoke(None, THREAD, context=FAST)
-    assert end["progress"]["done"] == ITEMS
-    assert asked(fleet) <= ITEMS + before + STREAMS
+    async with SimulatedFleet(SimulationSpec(nodes=1, jitter=0)) as slow:
+        (tmp_path / "c.yaml").write_text(json.dumps(settings(slow)))
+        command = [sys.executable, "-c", DEAD]
+        done = await asyncio.to_thread(
+            subprocess.run, command, capture_output=True, text=True, check=False
+        )
+        assert done.stdout == f"{ITEMS}\n", done.stderr
+        assert ITEMS < asked(slow) <= ITEMS + STREAMS
