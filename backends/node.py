@@ -12,9 +12,9 @@ from typing import Final
 
 from ..configs.models import RunConfig
 from ..configs.node import NAMES
-from ..configs.plain import MASKED
 from .contract.command import names_of, split_command
 from .contract.errors import ConfigurationError
+from .contract.secrets import MASKED
 from .fleet.simulated.launch import MODULE
 from .locate import endpoints_key
 from .servers.plan import NodePlan, accelerator_ids, server_plans
@@ -93,6 +93,12 @@ def node_plan(
     node, host = config.node, host or this_host(environment)
     if node.serve is None:
         msg = "set node.serve: the command that serves the model, e.g. vllm serve … --port {port}"
+        raise ConfigurationError(msg)
+    if MASKED in node.serve:
+        msg = (
+            "node.serve: a run folder does not keep a secret that was written out; write it as "
+            "${VAR} and set the variable on the nodes"
+        )
         raise ConfigurationError(msg)
     words = split_command(node.serve, NAMES)
     told = node.accelerators

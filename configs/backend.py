@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from ..backends.contract.command import split_command
 from ..backends.contract.errors import ConfigurationError
-from .section import Section
+from .section import Access, Section, declare
 
 _ATTRIBUTE: Final = r"^[\w.]+:[\w.]+$"
 _EVERY: Final = {
@@ -53,6 +53,10 @@ class ExchangeConfig(Section):
         url: URL of an HTTP exchange; None opens one in this process, for the run.
         project: (globus) UUID of the Globus project for the agents' clients.
     """
+
+    access: ClassVar[dict[str, Access]] = declare(
+        closed="kind host port password url project",
+    )
 
     kind: Literal["local", "redis", "http", "globus"] = "http"
     host: str = "127.0.0.1"
@@ -101,6 +105,15 @@ class BackendConfig(Section):
         shard_least_s: Least seconds of work that a shard is sized for.
         shard_most_s: Most seconds of work that a shard is sized for.
     """
+
+    access: ClassVar[dict[str, Access]] = declare(
+        closed=(
+            "kind processes factory config command host endpoints "
+            "user_endpoint_config function client slots executor workers "
+            "shared_folder node_endpoints registry attempts silence_s deadline_s "
+            "queue_s shard_least_s shard_most_s"
+        ),
+    )
 
     kind: Literal["local", "executor", "parsl", "globus_compute", "academy", "launched"] = "local"
     processes: Annotated[int, Field(ge=1, le=1024)] = 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from .section import Section
+from .section import Access, Section, declare
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -20,6 +20,10 @@ class PriceConfig(Section):
         completion: Per million completion tokens.
         node_hour: Per node and hour, for nodes that you pay by time.
     """
+
+    access: ClassVar[dict[str, Access]] = declare(
+        closed="prompt cached_prompt completion node_hour",
+    )
 
     prompt: Annotated[float, Field(ge=0)] | None = None
     cached_prompt: Annotated[float, Field(ge=0)] | None = None
@@ -53,9 +57,14 @@ class BudgetConfig(Section):
         warn_at: Shares of a cap at which a warning is logged.
     """
 
+    access: ClassVar[dict[str, Access]] = declare(
+        lower="usd tokens requests node_hours",
+        closed="on_limit warn_at",
+    )
+
     usd: Annotated[float, Field(gt=0, le=9_000_000)] | None = None
-    tokens: Annotated[int, Field(gt=0)] | None = None
-    requests: Annotated[int, Field(gt=0)] | None = None
-    node_hours: Annotated[float, Field(gt=0)] | None = None
+    tokens: Annotated[int, Field(gt=0, le=2**53)] | None = None
+    requests: Annotated[int, Field(gt=0, le=2**53)] | None = None
+    node_hours: Annotated[float, Field(gt=0, le=1_000_000_000)] | None = None
     on_limit: Literal["pause", "stop"] = "pause"
     warn_at: list[Share] = Field(default_factory=lambda: [0.5, 0.9])

@@ -1,15 +1,19 @@
-"""What every setting means: looked up in the models, for whoever shows a form."""
+"""What every setting means and what a request may do with it: looked up in the models."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Final, get_args
 
 from pydantic import BaseModel, Field, TypeAdapter
 from pydantic.fields import FieldInfo
 
+from ..backends.contract.errors import ConfigurationError
 from .models import RunConfig
+from .section import Access
 
 _ENTRY: Final = re.compile(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 _ASIDE: Final = re.compile(r"^\((key|hosts)\b[^)]*\) ")
@@ -78,6 +82,70 @@ def section_schema(key: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
+def declared_access(
+    model: type[BaseModel] = RunConfig, before: str = ""
+) -> Iterator[tuple[str, Access | None]]:
+    """Yield the dotted key of each setting, and what a request may do with it.
+
+    A setting that declares nothing comes with None.
+
+    Args:
+        model: The section to walk.
+        before: What its keys begin with.
+    """
+    declared: Mapping[str, Access] = getattr(model, "access", {})
+    for name, about in model.model_fields.items():
+        key = about.alias or name
+        section = _section_of(about.annotation)
+        if section is None:
+            yield f"{before}{key}", declared.get(key)
+        else:
+            yield from declared_access(section, f"{before}{key}.")
+
+
+def split_settings(key: str, value: Any) -> Iterator[tuple[str, Any, Access]]:
+    """Yield the single settings that an assignment to a key sets, and their access.
+
+    An assignment to a section sets each of the keys that it names; one to an entry of a mapping
+    or list, ``model.extra_body.top_k``, comes with the access of the whole.
+
+    Args:
+        key: The dotted key, of a setting, a section or an entry within a setting.
+        value: What it is set to.
+
+    Raises:
+        ConfigurationError: There is no such setting, or a section is set to a plain value.
+    """
+    section: type[BaseModel] = RunConfig
+    for part in key.split("."):
+        fields = {about.alias or name: about for name, about in section.model_fields.items()}
+        if part not in fields:
+            close = get_close_matches(part, fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigurationError(f"{key}: there is no setting {part!r} here{hint}")
+        inner = _section_of(fields[part].annotation)
+        if inner is None:
+            access: dict[str, Access] = getattr(section, "access", {})
+            yield key, value, access.get(part, Access.CLOSED)
+            return
+        section = inner
+    if value is None:
+        yield key, value, Access.CLOSED
+    elif isinstance(value, Mapping):
+        for name, inside in value.items():
+            yield from split_settings(f"{key}.{name}", inside)
+    else:
+        msg = f"{key}: is a section; give a mapping of its keys (found {type(value).__name__})"
+        raise ConfigurationError(msg)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
 def _find(key: str) -> tuple[type[BaseModel], FieldInfo, str]:
     *parents, last = key.split(".")
     section: type[BaseModel] = RunConfig
@@ -88,7 +156,6 @@ def _find(key: str) -> tuple[type[BaseModel], FieldInfo, str]:
 
 
 def _section(annotation: Any, key: str) -> type[BaseModel]:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    raise KeyError(key)
+    if (found := _section_of(annotation)) is None:
+        raise KeyError(key)
+    return found

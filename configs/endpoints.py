@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
-from .section import PathText, Section
+from .section import Access, PathText, Section, declare
 
 KINDS: Final = ("urls", "file", "aegis_registry", "hosts", "first", "simulated", "auto")
 """The kinds of endpoints; a configuration names exactly one."""
@@ -56,6 +56,10 @@ class SimulatedConfig(Section):
         faults: Injected failures, as the simulated fleet's fault rules.
     """
 
+    access: ClassVar[dict[str, Access]] = declare(
+        closed="nodes responder seed max_num_seqs ttft_s tpot_s jitter time_scale faults",
+    )
+
     nodes: Annotated[int, Field(ge=1, le=10_000)] = 8
     responder: str = "schema"
     seed: int = 0
@@ -78,6 +82,10 @@ class FirstConfig(Section):
             when the gateway refuses the token.
         requests_per_s: Most requests per second over all paths; the gateway allows 10 per user.
     """
+
+    access: ClassVar[dict[str, Access]] = declare(
+        closed="base_url paths token token_command requests_per_s",
+    )
 
     base_url: Annotated[str, Field(min_length=1)] = FIRST_URL
     paths: Texts
@@ -116,6 +124,13 @@ class EndpointsConfig(Section):
         wait_s: Seconds that this is waited for; 0 waits for nothing.
         proxy: Whether the environment's proxy variables count; None: for gateways only.
     """
+
+    access: ClassVar[dict[str, Access]] = declare(
+        closed=(
+            "urls file aegis_registry hosts port per_host suffix auto api_key models "
+            "refresh_s least wait_s proxy"
+        ),
+    )
 
     urls: list[str] | None = None
     file: PathText | None = None

@@ -8,9 +8,10 @@ from typing import Any, Final, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from ..backends.contract.secrets import is_secret
 from .models import RunConfig
 from .reduce import Collect, Count, Histogram, Stats, TopK
-from .source import at_path, may_be_secret
+from .source import at_path
 
 _OPS: dict[str, type[BaseModel]] = {
     "count": Count,
@@ -88,7 +89,7 @@ def _shown(loc: Sequence[str | int], raw: dict[str, Any]) -> str:
 
 def _may_be_secret(loc: Sequence[str | int], value: object) -> bool:
     hidden = list(loc[:2]) in (["node", "serve"], ["node", "env"])
-    return hidden or may_be_secret(str(loc[-1])) or (isinstance(value, str) and "@" in value)
+    return hidden or is_secret(str(loc[-1])) or (isinstance(value, str) and "@" in value)
 
 
 def _known(loc: Sequence[str | int], raw: dict[str, Any]) -> str:

@@ -11,11 +11,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import jsonschema_rs
 import orjson
 from pydantic import ValidationError
 
 from ..backends.contract.errors import ConfigurationError
+from ..backends.contract.schemas import open_validator
 from ..backends.contract.template import Template
 from .backend import of_another_kind
 from .explain import explain
@@ -42,7 +42,7 @@ class Loaded:
             a secret that was written out, so it never leaves the process.
     """
 
-    config: RunConfig
+    config: RunConfig = field(repr=False)
     plain: dict[str, Any]
     source: str
     preset: str | None = None
@@ -253,20 +253,9 @@ def _check(config: RunConfig, source: str) -> None:
 
 def _check_schema(schema: dict[str, Any]) -> None:
     try:
-        jsonschema_rs.meta.validate(schema)
-        jsonschema_rs.validator_for(schema, retriever=_refuse)
-    except (jsonschema_rs.ValidationError, ValueError) as error:
+        open_validator(schema)
+    except ValueError as error:  # all errors of jsonschema-rs are ValueErrors
         where = ".".join(map(str, getattr(error, "instance_path", ()))) or "its top"
         reason = getattr(error, "message", str(error))
         msg = f"task.schema is no valid JSON Schema: at {where}: {reason}"
         raise ConfigurationError(msg) from None
-
-
-def _refuse(uri: str) -> None:
-    """Keep the validator from fetching a schema: nothing is called while settings are checked.
-
-    Raises:
-        ValueError: Always.
-    """
-    msg = f"{uri} is not part of the schema; copy it below $defs and refer to it as #/$defs/NAME"
-    raise ValueError(msg)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,7 +11,7 @@ from .budget import BudgetConfig, PriceConfig
 from .endpoints import EndpointsConfig
 from .node import NodeConfig
 from .reduce import ReduceStage
-from .section import PathText, Section
+from .section import Access, PathText, Section, declare
 
 RESERVED: Final = {
     "model": "set model.name",
@@ -27,6 +27,26 @@ RESERVED: Final = {
 """Fields of a request that ``model.extra_body`` must leave alone, and what to do instead."""
 
 
+SAMPLING: Final = frozenset(
+    {
+        "frequency_penalty",
+        "length_penalty",
+        "logit_bias",
+        "min_p",
+        "min_tokens",
+        "presence_penalty",
+        "repetition_penalty",
+        "skip_special_tokens",
+        "stop",
+        "stop_token_ids",
+        "top_k",
+        "top_p",
+    }
+)
+"""Fields of a request that only choose how the model samples; ``model.extra_body`` takes them
+from a request."""
+
+
 class InputConfig(Section):
     """Where the items come from.
 
@@ -38,6 +58,12 @@ class InputConfig(Section):
         on_duplicate: What to do with an id that comes twice.
         smiles: Column that RDKit checks before anything is paid.
     """
+
+    access: ClassVar[dict[str, Access]] = declare(
+        path="path",
+        lower="limit",
+        closed="dataset id on_duplicate smiles",
+    )
 
     path: PathText | None = None
     dataset: str | None = None
@@ -67,6 +93,11 @@ class TaskConfig(Section):
             model of its own whose calls are not counted.
     """
 
+    access: ClassVar[dict[str, Access]] = declare(
+        open="system prompt schema repairs",
+        closed="graph",
+    )
+
     system: str = ""
     prompt: Annotated[str, Field(min_length=1)]
     answer_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
@@ -85,6 +116,12 @@ class ModelConfig(Section):
         extra_body: Further fields of the request's body, as they are.
         price: What the model costs; None takes the price list that ships with fanfold.
     """
+
+    access: ClassVar[dict[str, Access]] = declare(
+        open="temperature max_tokens seed",
+        sampling="extra_body",
+        model="name",
+    )
 
     name: Annotated[str, Field(min_length=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
@@ -128,6 +165,16 @@ class LimitsConfig(Section):
         margin_s: Seconds kept before that end, beside ``drain_s``, for closing everything.
     """
 
+    access: ClassVar[dict[str, Access]] = declare(
+        lower=(
+            "streams attempts request_timeout_s item_timeout_s steps_per_item drain_s "
+            "fleet_wait_s hedge requests_per_s tokens_per_min endpoint_streams "
+            "endpoint_requests_per_s endpoint_tokens_per_min retry_budget walltime_s "
+            "margin_s body_bytes"
+        ),
+        closed="affinity load",
+    )
+
     streams: Annotated[int, Field(ge=1, le=100_000)] = 256
     attempts: Annotated[int, Field(ge=1, le=100)] = 4
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
@@ -164,6 +211,10 @@ class MetricsConfig(Section):
         port: Port on loopback; None serves no metrics.
     """
 
+    access: ClassVar[dict[str, Access]] = declare(
+        closed="port",
+    )
+
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
 
 
@@ -175,6 +226,10 @@ class ShardConfig(Section):
             a Send of its own, run by LangGraph's engine.
     """
 
+    access: ClassVar[dict[str, Access]] = declare(
+        closed="items",
+    )
+
     items: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
@@ -185,7 +240,24 @@ class LedgerConfig(Section):
         fsync_s: Seconds between flushes to disk: what a power loss can cost, and no other end.
     """
 
+    access: ClassVar[dict[str, Access]] = declare(
+        closed="fsync_s",
+    )
+
     fsync_s: Annotated[float, Field(gt=0, le=60)] = 0.05
+
+
+class KeepConfig(Section):
+    """What is kept beside the answers.
+
+    Attributes:
+        raw: Of which answers the journal keeps the text as the model wrote it, up to 16,000
+            bytes: ``rejected``, of items that failed for their answer; or ``all``.
+    """
+
+    access: ClassVar[dict[str, Access]] = declare(closed="raw")
+
+    raw: Literal["rejected", "all"] = "rejected"
 
 
 class RunConfig(Section):
@@ -200,6 +272,11 @@ class RunConfig(Section):
             histogram, top_k, collect.
     """
 
+    access: ClassVar[dict[str, Access]] = declare(
+        open="reduce",
+        closed="name cache cache_sampled",
+    )
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = "run"
     input: InputConfig = InputConfig()
     task: TaskConfig
@@ -210,6 +287,7 @@ class RunConfig(Section):
     limits: LimitsConfig = LimitsConfig()
     shard: ShardConfig = ShardConfig()
     ledger: LedgerConfig = LedgerConfig()
+    keep: KeepConfig = KeepConfig()
     metrics: MetricsConfig = MetricsConfig()
     budget: BudgetConfig = BudgetConfig()
     cache: PathText = "off"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..backends.contract.command import names_of, split_command
 from ..backends.contract.errors import ConfigurationError
-from .section import Section
+from .section import Access, Section, declare
 
 NAMES: Final = ("port", "model", "instance", "gpus")
 """What a command may name in braces."""
@@ -55,6 +55,10 @@ class AcceleratorsConfig(Section):
             those count that the variable names where the servers are started.
     """
 
+    access: ClassVar[dict[str, Access]] = declare(
+        closed="variable count ids",
+    )
+
     variable: Literal[
         "none", "ZE_AFFINITY_MASK", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"
     ] = "none"
@@ -99,6 +103,10 @@ class NodeConfig(Section):
         restarts: How often a server that was ready once is started again.
         linger_s: Seconds that servers which a worker started stay up without one.
     """
+
+    access: ClassVar[dict[str, Access]] = declare(
+        closed="serve instances ports address env ready timeout_s restarts linger_s",
+    )
 
     serve: Annotated[str, AfterValidator(_command)] | None = None
     instances: Annotated[int, Field(ge=1, le=1024)] = 1

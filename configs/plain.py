@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import yaml
 from pydantic import SecretStr
 
 from ..backends.contract.errors import ConfigurationError
-from .models import RunConfig
-from .source import may_be_secret
-
-MASKED: Final = "**********"
-"""What stands in ``run.yaml`` for a key that was written out in the configuration."""
+from ..backends.contract.secrets import MASKED, is_secret, mask_command, mask_plain
+from .models import KeepConfig, RunConfig
+from .source import join
 
 _MOST_VALUES: Final = 1_000_000
 _DEEPEST: Final = 100
 _INTEGERS: Final = range(-(2**63), 2**64)
+_NO_SECRETS: Final = (("endpoints", "models"),)
+_COMMANDS: Final = (
+    ("endpoints", "first", "token_command"),
+    ("node", "serve"),
+    ("backend", "command"),
+)
 _VARIABLES_ONLY: Final = re.compile(r"(?:\$\{[A-Za-z_][A-Za-z0-9_]*\})+")
 
 
@@ -93,6 +97,8 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
         raw: The same as the user wrote them, ``${VAR}`` unexpanded.
     """
     settings = config.model_dump(mode="json", by_alias=True, exclude_none=False)
+    if config.keep == KeepConfig():  # run.yaml names it only where it is set
+        del settings["keep"]
     plain: dict[str, Any] = _unexpand(settings, raw)
     key = raw["endpoints"].get("api_key")
     plain["endpoints"]["api_key"] = _safe_key(key, config.endpoints.api_key)
@@ -100,9 +106,6 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     if first is not None and first.token is not None:
         written = raw["endpoints"]["first"]["token"]
         plain["endpoints"]["first"]["token"] = _safe_key(written, first.token)
-    for name, value in plain["node"]["env"].items():
-        if may_be_secret(name) and not _VARIABLES_ONLY.fullmatch(value):
-            plain["node"]["env"][name] = MASKED
     template = plain["backend"]["user_endpoint_config"]
     if template is not None:
         plain["backend"]["user_endpoint_config"] = _masked(template)
@@ -110,7 +113,54 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     if password is not None:
         written = raw["backend"]["exchange"]["password"]
         plain["backend"]["exchange"]["password"] = _safe_key(written, password)
-    return plain
+    return mask_settings(plain)
+
+
+def mask_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return plain settings in which every secret that is written out is masked.
+
+    Names within the task and of models are the user's own, and say nothing of their values.
+
+    Args:
+        plain: The settings, ``${VAR}`` unexpanded.
+    """
+    masked = {name: mask_plain(value, name) for name, value in plain.items() if name != "task"}
+    masked = {name: plain[name] if name == "task" else masked[name] for name in plain}
+    for section, *names in _NO_SECRETS:
+        _copy(plain[section], masked[section], names)
+    for section, *names in _COMMANDS:
+        _copy(plain[section], masked[section], names, mask_command)
+    return masked
+
+
+def _copy(
+    plain: Any, masked: Any, names: list[str], change: Callable[[str], str] | None = None
+) -> None:
+    """Put what stands at a path into masked settings, changed if it is a text."""
+    *parents, last = names
+    for name in parents:
+        plain, masked = plain.get(name), masked.get(name)
+        if plain is None:
+            return
+    value = plain[last]
+    masked[last] = change(value) if change is not None and isinstance(value, str) else value
+
+
+def lost_secrets(settings: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted keys of expanded settings whose texts a run folder did not keep.
+
+    Args:
+        settings: Plain data.
+        path: Where it stands.
+    """
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            yield from lost_secrets(value, join(path, str(name)))
+    elif isinstance(settings, list):
+        for number, value in enumerate(settings):
+            yield from lost_secrets(value, join(path, str(number)))
+    elif isinstance(settings, str) and MASKED in settings:
+        yield path
 
 
 def _masked(plain: Any, key: str = "") -> Any:
@@ -119,7 +169,7 @@ def _masked(plain: Any, key: str = "") -> Any:
         return {name: _masked(value, name) for name, value in plain.items()}
     if isinstance(plain, list):
         return [_masked(value, key) for value in plain]
-    if plain is None or isinstance(plain, bool) or not may_be_secret(key):
+    if plain is None or isinstance(plain, bool) or not is_secret(key):
         return plain
     return plain if _VARIABLES_ONLY.fullmatch(str(plain)) else MASKED
 
@@ -137,7 +187,7 @@ def secret_texts(data: Any, key: str = "") -> Iterator[str]:
     elif isinstance(data, list):
         for value in data:
             yield from secret_texts(value, key)
-    elif isinstance(data, str) and data and may_be_secret(key):
+    elif isinstance(data, str) and data and is_secret(key):
         yield data
 
 

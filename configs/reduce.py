@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..backends.contract.errors import ConfigurationError
+from .section import Access, declare
 
 
 class Stage(BaseModel):
     """One reduce stage; ``op`` says which."""
+
+    access: ClassVar[dict[str, Access]] = {}
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
@@ -23,11 +26,19 @@ class Stage(BaseModel):
 class Count(Stage):
     """How many items are done and failed, the failed ones by error class."""
 
+    access: ClassVar[dict[str, Access]] = declare(
+        open="op",
+    )
+
     op: Literal["count"]
 
 
 class Stats(Stage):
     """Mean, deviation, extremes and quantiles of a number."""
+
+    access: ClassVar[dict[str, Access]] = declare(
+        open="op field quantiles",
+    )
 
     op: Literal["stats"]
     field: str
@@ -36,6 +47,10 @@ class Stats(Stage):
 
 class Histogram(Stage):
     """How often each value comes; ``bins`` groups numbers (a count, or the edges)."""
+
+    access: ClassVar[dict[str, Access]] = declare(
+        open="op field bins low high",
+    )
 
     op: Literal["histogram"]
     field: str
@@ -47,6 +62,10 @@ class Histogram(Stage):
 class TopK(Stage):
     """The k items with the largest (or smallest) value, with columns to ``show`` beside them."""
 
+    access: ClassVar[dict[str, Access]] = declare(
+        open="op field k order show",
+    )
+
     op: Literal["top_k"]
     field: str
     k: Annotated[int, Field(ge=1, le=10_000)] = 10
@@ -57,6 +76,10 @@ class TopK(Stage):
 class Collect(Stage):
     """The answers (or one field) of the first ``limit`` items in input order."""
 
+    access: ClassVar[dict[str, Access]] = declare(
+        open="op limit field",
+    )
+
     op: Literal["collect"]
     limit: Annotated[int, Field(ge=1, le=10_000)] = 100
     field: str | None = None
@@ -66,6 +89,8 @@ ReduceStage = Annotated[Count | Stats | Histogram | TopK | Collect, Field(discri
 
 _NUMBERS = {"integer", "number"}
 _MAX_CATEGORIES = 1000
+_DEEPEST = 9
+"""Levels of alternatives that are looked at for a field."""
 
 
 def check_stages(stages: Iterable[Stage], schema: Mapping[str, Any] | None) -> None:
@@ -107,13 +132,21 @@ def _descend(where: str, field: str, schema: Mapping[str, Any]) -> Mapping[str, 
     return resolve(sub, schema)
 
 
-def _properties(schema: Any, root: Mapping[str, Any], depth: int = 8) -> dict[str, Any]:
-    """Return the properties of an object's schema, those of its alternatives included."""
-    schema = resolve(schema, root)
-    found = dict(schema.get("properties", {}))
-    if depth:
-        for member in (m for key in ("allOf", "anyOf", "oneOf") for m in schema.get(key, ())):
-            found = _properties(member, root, depth - 1) | found
+def _properties(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the properties of an object's schema, those of its alternatives included.
+
+    Alternatives may refer to each other in circles; each is visited once, the nearest first.
+    """
+    found: dict[str, Any] = {}
+    seen, level = set[int](), [resolve(schema, root)]
+    for _ in range(_DEEPEST):
+        fresh = {id(one): one for one in level if id(one) not in seen}
+        seen |= fresh.keys()
+        level = []
+        for one in fresh.values():
+            found = dict(one.get("properties", {})) | found
+            members = (m for key in ("allOf", "anyOf", "oneOf") for m in one.get(key, ()))
+            level += [resolve(member, root) for member in members]
     return found
 
 

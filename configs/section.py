@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+class Access(StrEnum):
+    """What a request may do with a setting: whatever arrives with an invocation is a request."""
+
+    OPEN = "open"
+    """Set it."""
+    LOWER = "lower"
+    """Set it to no more than the value bound to the graph; None is no limit."""
+    SAMPLING = "sampling"
+    """Set the keys of it that only choose how the model samples."""
+    MODEL = "model"
+    """Set it to a name that the settings bound to the graph contain."""
+    PATH = "path"
+    """Set it to a path below the folder that the owner opened."""
+    CLOSED = "closed"
+    """Nothing."""
+
+
+def declare(**keys: str) -> dict[str, Access]:
+    """Return the access of a section's settings.
+
+    Args:
+        **keys: By class of access, the keys of the settings as they stand in a file, separated
+            by blanks.
+    """
+    return {key: Access(name) for name, listed in keys.items() for key in listed.split()}
 
 
 def _path(text: str) -> str:
@@ -18,7 +46,12 @@ PathText = Annotated[str, AfterValidator(_path)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change."""
+    """A part of the configuration: unknown keys are errors, values do not change.
+
+    Each setting declares in ``access`` what a request may do with it.
+    """
+
+    access: ClassVar[dict[str, Access]] = {}
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False

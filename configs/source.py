@@ -9,8 +9,8 @@ from typing import Any, Final
 import yaml
 
 from ..backends.contract.errors import ConfigurationError
+from ..backends.contract.secrets import is_secret, mask_command
 
-_SECRET: Final = frozenset({"token", "secret", "password"})
 _VARIABLE: Final = re.compile(r"\$(\$?)\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -36,18 +36,45 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return self.construct_object(node, deep=True)
 
 
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
+class _NoAliasLoader(_UniqueKeyLoader):
+    """Refuses aliases, which let a short text unfold without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed here")
+        return super().compose_node(parent, index)
+
+
+def parse_value(text: str, source: str) -> Any:
+    """Parse one value that arrived with a request.
+
+    Args:
+        text: The value in YAML.
+        source: How messages name it.
+
+    Raises:
+        ConfigurationError: No YAML, or an alias; the message does not repeat the value.
+    """
+    try:
+        return yaml.load(text, Loader=_NoAliasLoader)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        msg = f"{source}: the value is not valid YAML without aliases; put it in quotes"
+        raise ConfigurationError(msg) from None
+
+
+def parse_yaml(text: str, source: str, *, aliases: bool = True) -> dict[str, Any]:
     """Parse a configuration file.
 
     Args:
         text: The file's text.
         source: How messages name the file.
+        aliases: Whether it may contain aliases.
 
     Raises:
         ConfigurationError: No YAML, or not a mapping of keys; names file and line.
     """
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        data = yaml.load(text, Loader=_UniqueKeyLoader if aliases else _NoAliasLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -79,16 +106,10 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
     try:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
-        shown = "" if may_be_secret(path) else f" {text!r}"
+        shown = "" if is_secret(path) else f" {mask_command(text)!r}"
         msg = f"--set {path}: the value{shown} is not valid YAML; put it in quotes"
         raise ConfigurationError(msg) from None
     set_path(data, path.strip(), value)
-
-
-def may_be_secret(key: str) -> bool:
-    """Say whether the value of a key must not be shown."""
-    name = key.rpartition(".")[2].lower()
-    return "key" in key.lower() or not _SECRET.isdisjoint(name.split("_"))
 
 
 def set_path(data: dict[str, Any], path: str, value: Any) -> None:

@@ -108,8 +108,6 @@ class MapReduceAgent(Agent):
         return served.status()
 
     async def _started(self, run_id: str, request: Mapping[str, Any]) -> Served:
-        if not isinstance(request, Mapping):
-            raise InputError("request: give an object with items, or path, or nothing")
         self._service.folder(run_id)  # says what an id may be
         loaded = await asyncio.to_thread(self._service.settings, request)
         known = self._runs.get(run_id)

@@ -10,7 +10,7 @@ from ..backends.tariffs import explained
 from ..configs.load import Loaded
 from .estimate import Estimate, estimate
 from .options import SAMPLE
-from .saying import print_json, say
+from .saying import print_json, print_lines, say
 from .telling import budget_lines, cost_lines
 from .wish import Wish
 
@@ -37,8 +37,7 @@ def check(
     if as_json:
         print_json(_data(loaded, found))
         return
-    for line in _lines(loaded, found):
-        print(line)
+    print_lines(_lines(loaded, found))
 
 
 def _lines(loaded: Loaded, found: Estimate) -> list[str]:

@@ -40,7 +40,7 @@ from .options import (
     Trace,
     Usd,
 )
-from .saying import say, show_log
+from .saying import print_traceback, say, show_log
 
 if TYPE_CHECKING:
     from . import checking, costing, listing, looking, running, serve_cli
@@ -221,9 +221,13 @@ def results(
     folder: Folder,
     form: Annotated[str, typer.Option("--format", help="jsonl, csv or parquet.")] = "jsonl",
     target: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
+    safe_csv: Annotated[
+        bool,
+        typer.Option("--safe-csv", help="For csv: put ' before all cells that begin a formula."),
+    ] = False,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
-    looking.results(folder, form, target)
+    looking.results(folder, form, target, safe_csv)
 
 
 @app.command()
@@ -303,6 +307,9 @@ def main() -> None:
         sys.exit(_exit_code(error))
     except BrokenPipeError:
         _reader_left()
+    except Exception as error:  # noqa: BLE001 - a fault of fanfold's own: told whole, without controls
+        print_traceback(error)
+        sys.exit(OTHER)
 
 
 def _reader_left() -> NoReturn:

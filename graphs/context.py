@@ -32,6 +32,7 @@ from .opened import OpenedRun
 from .opening import Mode, open_run
 from .plan import cut
 from .prepare import RUNS, new_name, prepare_run
+from .requests import Request, RequestPolicy
 from .resume import resume_run
 from .settings import settle
 from .shared import Shared
@@ -65,8 +66,73 @@ class RunContext(Form):
         """
         context = cls(**settings)
         given = {"loaded": loaded, "embedded": embedded, "allow_simulated": allow_simulated}
-        context.__dict__ |= given | {"stands_alone": True, "_place": place}
+        alone = {"stands_alone": True, "preloaded": True, "_place": place}
+        context.__dict__ |= given | alone
         return context
+
+    @classmethod
+    def of_request(cls, owner: RunContext, policy: RequestPolicy, given: Mapping[str, Any]) -> Self:
+        """Return the context of a request to a graph.
+
+        Args:
+            owner: The settings bound to the graph.
+            policy: What requests may set.
+            given: The fields that the request sets.
+        """
+        own = {key: given.get(key, getattr(owner, key)) for key in ("out", "trace", "retry_failed")}
+        context = cls(**own)
+        kept = {key: getattr(owner, key) for key in ("embedded", "allow_simulated", "_place")}
+        asked = {"policy": policy, "_owner": owner, "_given": given}
+        context.__dict__ |= kept | asked | {"stands_alone": True}
+        return context.joined(owner)
+
+    @cached_property
+    def policy(self) -> RequestPolicy | None:
+        """Return what requests may set; None: these are bound settings, or trusted ones."""
+        return None
+
+    @cached_property
+    def _owner(self) -> RunContext | None:
+        return None
+
+    @cached_property
+    def _given(self) -> Mapping[str, Any]:
+        return {}
+
+    @cached_property
+    def preloaded(self) -> bool:
+        """Say whether the settings were loaded before the context was made."""
+        return False
+
+    def is_request_to(self, owner: RunContext) -> bool:
+        """Say whether this is the context of a request to a graph that is bound to ``owner``."""
+        return self._owner is owner
+
+    def _requested(
+        self,
+        kept: Mapping[str, Any] | None = None,
+        path: str | None = None,
+        preset: str | None = None,
+    ) -> tuple[Loaded, Request]:
+        """Return the settings of a request and the request itself; blocks.
+
+        Args:
+            kept: What the run's provenance keeps of earlier invocations.
+            path: The path that the input names.
+            preset: The preset that the input names, in place of the context's.
+
+        Raises:
+            ConfigurationError: It asks for more than it may.
+        """
+        assert self.policy is not None, "only a request is checked"
+        assert self._owner is not None, "a request is made to bound settings"
+        given = dict(self._given)
+        if preset is not None:
+            given = {k: v for k, v in given.items() if k != "config"} | {"preset": preset}
+        request = Request.from_json(kept).then(self.policy.read(given))
+        if path is not None:
+            request = request.then(Request(settings={"input.path": self.policy.path(path)}))
+        return self.policy.settings(self._owner.loaded, request), request
 
     @cached_property
     def loaded(self) -> Loaded:
@@ -75,6 +141,8 @@ class RunContext(Form):
         Raises:
             ConfigurationError: A setting is wrong.
         """
+        if self.policy is not None:
+            return self._requested()[0]
         config = self.preset if self.config in (None, "") else self.config
         if config is self.preset:
             preset_text(self.preset)  # says which there are, if that is none
@@ -165,12 +233,13 @@ class RunContext(Form):
             if run["id"] not in ids:
                 msg = (
                     f"{self.out}: this is the folder of run {ids[0]}, and the thread goes on with "
-                    f"run {run['id']}; set 'out' of the context to that run's folder"
+                    f"run {run['id']}; set 'out' to that run's folder"
                 )
                 raise ConfigurationError(msg)
             self._folders[run["id"]] = self.folder
             return self.folder
-        usual = None if run["name"] is None else self._usual / run["name"]
+        name = run["name"]
+        usual = self._usual / name if name is not None and Path(name).name == name else None
         candidates = [p for p in (self._folders.get(run["id"]), usual) if p is not None]
         for path in candidates:
             if is_run(path, run["id"]):
@@ -179,7 +248,8 @@ class RunContext(Form):
         looked = "".join(f"; {path} is not it" for path in candidates)
         msg = (
             f"the folder of run {run['id']} is not known here{looked}; if it was moved, name it by "
-            "'out' of the context, e.g. context=RunContext(out=DIR)"
+            "'out', which is bound, build_graph(RunContext(…, out=DIR)), or comes with the context "
+            "of a graph that trusts it"
         )
         raise ConfigurationError(msg)
 
@@ -207,10 +277,10 @@ class RunContext(Form):
         given = path is not None or items is not None or preset is not None
         folder = None if given else await asyncio.to_thread(self._existing)
         if folder is None:
-            loaded, target = await asyncio.to_thread(self._new_run, path, preset)
+            loaded, target, asked = await asyncio.to_thread(self._new_run, path, preset)
             made = await prepare_run(loaded, target, items, self.allow_simulated)
-            if preset is not None:
-                await asyncio.to_thread(_note_preset, made, preset)
+            if asked:
+                await asyncio.to_thread(_note, made, asked)
             folder = made.path
         else:
             await claims().wait_run(RunFolder(folder), self._invocation)
@@ -237,13 +307,20 @@ class RunContext(Form):
         folder = self.folder
         return None if folder is None or is_vacant(folder) else open_folder(folder).path
 
-    def _new_run(self, path: str | None, preset: str | None) -> tuple[Loaded, Path]:
-        loaded = self._with_preset(preset)
-        if path is not None:
+    def _new_run(self, path: str | None, preset: str | None) -> tuple[Loaded, Path, dict[str, Any]]:
+        """Return a new run's settings, its folder, and what its provenance keeps of the input."""
+        asked = dict[str, Any]()
+        if self.policy is not None:
+            loaded, request = self._requested(None, path, preset)
+            asked = {} if request.empty else {"request": request.to_json()}
+        else:
+            loaded = self._with_preset(preset)
+            asked = {} if preset is None else {"preset": preset}
+        if path is not None and self.policy is None:
             changes = {"input.path": str(Path(path).resolve()), "input.dataset": None}
             loaded = load(loaded.raw, settings=changes)
         name = new_name(loaded.config.name) if self._place is None else self._place[1]
-        return loaded, self.folder or self._usual / name
+        return loaded, self.folder or self._usual / name, asked
 
     def _with_preset(self, preset: str | None) -> Loaded:
         """Return the settings, of a preset that the input names if it names one."""
@@ -268,6 +345,8 @@ class RunContext(Form):
 
     def _settings_of(self, run: RunFolder) -> Loaded:
         """Return the run's own settings with these on top, unless these stand alone."""
+        if self.policy is not None:
+            return self._requested(run.read_provenance().get("request"))[0]
         if asked := run.read_provenance().get("preset"):
             return self._with_preset(asked)
         if self.stands_alone:
@@ -328,10 +407,22 @@ class RunContext(Form):
         tools = self._runs.opened((folder, self._invocation))
         budget = tools.budget if isinstance(tools, OpenedRun) else None
         place, amount = RunFolder(folder), Amount(**needed)
-        return await asyncio.to_thread(shortfall, place, loaded.config, amount, budget)
+        asked = await asyncio.to_thread(shortfall, place, loaded.config, amount, budget)
+        if asked is None or self.policy is None or self._owner is None:
+            return asked
+        owner = self._owner
+        return self.policy.question(await asyncio.to_thread(lambda: owner.loaded), asked)
+
+    def _refuse(self, answer: Any) -> str | None:
+        """Return why a request may not give this answer to a spent budget, or None; blocks."""
+        if self.policy is None or self._owner is None:
+            return None
+        return self.policy.check_answer(self._owner.loaded, answer)
 
     async def allow(self, run: RunKey, answer: Any) -> str | None:
         """Take an answer as the run's new caps; return what is wrong with it, or None."""
+        if (problem := await asyncio.to_thread(self._refuse, answer)) is not None:
+            return problem
         folder = await asyncio.to_thread(self.find, run)
         if self.embedded:
             self._ends.pop(folder, None)  # a life of its own: the answer may have taken days
@@ -371,5 +462,5 @@ class RunContext(Form):
             yield context
 
 
-def _note_preset(folder: RunFolder, preset: str) -> None:
-    folder.write_provenance(folder.read_provenance() | {"preset": preset})
+def _note(folder: RunFolder, asked: Mapping[str, Any]) -> None:
+    folder.write_provenance(folder.read_provenance() | dict(asked))

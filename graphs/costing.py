@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +20,7 @@ from .costs import budget_so_far, cost_so_far, doubts, figure
 from .live import short
 from .options import COST_BY
 from .report import cell
-from .saying import print_json
+from .saying import Terminal, print_json
 from .usage import show_use
 
 _NO_PRICE: Final = "-"
@@ -57,7 +56,7 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
             | ({} if jobs is None else {"chain": jobs})
         )
         return
-    console = Console()
+    console = Terminal()
     if about["simulated"]:
         console.print(Text("simulated: true", style="bold"))
     if by is not None:

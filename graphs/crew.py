@@ -26,6 +26,7 @@ from ..backends.sites.pool import ShardPool
 from ..backends.sites.watch import Beat
 from ..configs.models import RunConfig
 from ..nodes.context import Answered
+from ..nodes.elsewhere import check_indices
 from ..nodes.progress import Progress
 from .following import Follower
 from .lending import Lender
@@ -146,6 +147,7 @@ class WorkCrew:
         summary = await self._pool.take_over(name)
         if summary is not None:
             await self._heard(summary)
+            check_indices(summary, self._progress.total)
             for record in summary.records or ():
                 if not self._ledger.finished(record["index"]):
                     self._ledger.put(record)

@@ -37,6 +37,7 @@ from ..nodes.context import RunTools, unlimited
 from ..nodes.gate import Gate
 from ..nodes.progress import Progress
 from .attending import STOPPED, TIME_OVER, StopSign
+from .identity import asked_by_all
 from .items import item_runner
 from .shared import Shared
 
@@ -242,6 +243,8 @@ def errand(order: Order, parts: Parts, stop: StopSign, budget: Budget | None) ->
         gate=Gate(order.streams, loaded.config.limits.drain_s),
         progress=Progress(total=len(items)),
         fingerprint=bytes.fromhex(order.run["fingerprint"]),
+        asked=asked_by_all(loaded.config, parts.model),
+        keep_raw=loaded.config.keep.raw == "all",
         simulated=order.run["simulated"],
         tariff=Tariff(**order.tariff),
         account=unlimited if budget is None else budget.account,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from functools import cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_type_hints
 
 import orjson
 from pydantic_core import PydanticUndefined
@@ -13,17 +14,20 @@ from pydantic_core import PydanticUndefined
 from ..backends.contract.errors import ConfigurationError
 from ..configs.described import description, schema, section_schema, setting
 from ..configs.presets import preset_names
+from ..configs.section import Access
 from ..nodes.context import Context
 from .settings import DEFAULT
 
-_VARIABLE: Final = r"^(\$\{[A-Za-z_][A-Za-z0-9_]*\})?$"
+VARIABLE: Final = r"^(\$\{[A-Za-z_][A-Za-z0-9_]*\})?$"
+"""A reference to a variable of the environment, or nothing."""
+
 _SECRETS: Final = ("api_key", "token", "password")
 _DATASETS: Final = ("rdkit-nci5k", "molecules", "abstracts", "topics", "records")
 
 
-def _text(start: Any, text: str, **more: Any) -> Any:
+def _text(start: Any, text: str, access: Access, **more: Any) -> Any:
     """Return a field that no single setting stands behind."""
-    return _field(start, {"description": text, "json_schema_extra": more})
+    return _field(start, {"description": text, "access": access, "json_schema_extra": more})
 
 
 def _of(key: str, **more: Any) -> Any:
@@ -66,9 +70,9 @@ class Form(Context):
     back to its default.
     """
 
-    preset: str = _text(DEFAULT, "Which use case to start from.", enum=preset_names())
+    preset: str = _text(DEFAULT, "Which use case to start from.", Access.OPEN, enum=preset_names())
     config: str | dict[str, Any] | None = _text(
-        None, "In place of a preset: a YAML file, or the settings themselves."
+        None, "In place of a preset: a YAML file, or the settings themselves.", Access.PATH
     )
     system: str = _of("task.system", langgraph_nodes=["shard", "infer"], langgraph_type="prompt")
     prompt: str = _of(
@@ -90,13 +94,15 @@ class Form(Context):
         "",
         "Where the model is served: base URLs with commas between, an endpoints file, auto, or "
         "simulated; empty: as the preset or file says.",
+        Access.CLOSED,
         examples=["http://node17:8000/v1,http://node18:8000/v1", "endpoints.txt", "auto"],
     )
     api_key: str = _text(
         "",
         "Key of the endpoints, as ${VAR}: the name of a variable of the server's environment, "
         "never the key itself.",
-        pattern=_VARIABLE,
+        Access.CLOSED,
+        pattern=VARIABLE,
         examples=["${MY_KEY}"],
     )
     price: dict[str, Any] | None = _of("model.price")
@@ -144,10 +150,12 @@ class Form(Context):
     )
     node: dict[str, Any] | None = _options("node", "How a node serves the model.")
     fsync_s: float = _of("ledger.fsync_s")
+    keep_raw: Literal["rejected", "all"] = _of("keep.raw")
     metrics_port: int | None = _of("metrics.port")
     overrides: list[str] = _text(
         [],
         "Every other setting, as key.of.section=value; docs/configuration.md lists the keys.",
+        Access.OPEN,
         default=[],
         examples=[["model.extra_body={top_k: 20}", "endpoints.proxy=true"]],
     )
@@ -155,11 +163,16 @@ class Form(Context):
         None,
         "Folder of the run, on the server: a new one, or that of a run to go on with; empty: a new "
         "one below fanfold-runs.",
+        Access.CLOSED,
     )
     trace: bool = _text(
-        False, "Run every item by LangGraph's engine, visible in traces, however many there are."
+        False,
+        "Run every item by LangGraph's engine, visible in traces, however many there are.",
+        Access.CLOSED,
     )
-    retry_failed: bool = _text(False, "On a run that goes on: ask failed items again.")
+    retry_failed: bool = _text(
+        False, "On a run that goes on: ask failed items again.", Access.CLOSED
+    )
 
     def changes(self) -> list[str]:
         """Return what differs from the preset or file, as ``key.of.section=value``.
@@ -186,6 +199,31 @@ class Form(Context):
             for name, default in _defaults(type(self)).items()
             if (value := getattr(self, name)) != default and (default, value) != (None, "")
         }
+
+
+def request_form(shown: Callable[[str], bool], preset: str | None) -> type[Any]:
+    """Return the form that a graph shows to those who may not set everything.
+
+    Args:
+        shown: Says of a field's name whether it is shown.
+        preset: The preset that the graph is bound to, the default of that field.
+    """
+    hints = get_type_hints(Form)
+    made = [
+        (one.name, hints[one.name], _again(one, preset))
+        for one in fields(Form)
+        if one.init and shown(one.name)
+    ]
+    return make_dataclass("Settings", made, kw_only=True)
+
+
+def _again(of: Field[Any], preset: str | None) -> Any:
+    if of.name == "preset":
+        about = dict(of.metadata) | {"description": "Which use case to run in place of the bound."}
+        return field(default=preset or "", metadata=about)
+    if of.default_factory is not MISSING:
+        return field(default_factory=of.default_factory, metadata=of.metadata)
+    return field(default=of.default, metadata=of.metadata)
 
 
 @cache
@@ -218,7 +256,7 @@ def _variable(text: str) -> str:
     Raises:
         ConfigurationError: It is something else; servers keep what was typed into a form.
     """
-    if not re.fullmatch(_VARIABLE, text):
+    if not re.fullmatch(VARIABLE, text):
         msg = (
             "keys: name a variable of the server's environment, as ${MY_KEY}; a key that is "
             "typed in here would be kept in the server's files"

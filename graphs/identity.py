@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from ..backends.accounts.folder import RunFolder, place_of, run_ids
+from ..backends.build import model_params
 from ..backends.contract.errors import LedgerError
 from ..backends.sites.globus.book import FILE as GLOBUS_TASKS
 from ..configs.models import RunConfig
@@ -29,6 +30,19 @@ def fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:
     }
     data = orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def asked_by_all(config: RunConfig, model: str) -> bytes:
+    """Return a digest of what all questions of a run have in common.
+
+    That is the schema, the model, the sampling, the system text and the item graph; what only
+    bounds the length of answers is left out, and so is where the model is served.
+    """
+    common = model_params(config, model).body()
+    common.pop("max_completion_tokens", None)
+    task = {"system": config.task.system, "graph": config.task.graph}
+    data = orjson.dumps([common, task], option=orjson.OPT_SORT_KEYS)
+    return hashlib.sha256(data).digest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], model: str) -> list[str]:

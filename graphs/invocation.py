@@ -12,7 +12,7 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
@@ -402,3 +402,60 @@ class Claims:
 def claims() -> Claims:
     """Return this process's claims."""
     return Claims()
+
+
+async def follow(
+    parts: AsyncIterator[Any], config: RunnableConfig | None, thread: tuple[Hashable, str] | None
+) -> AsyncIterator[Any]:
+    """Yield a graph's stream as an invocation, of which nothing is left open at its end.
+
+    Args:
+        parts: LangGraph's stream.
+        config: What the graph was called with.
+        thread: The saver's thread that it works on, and the thread's name.
+
+    Raises:
+        ConfigurationError: Another invocation works on the thread.
+    """
+    invocation = Invocation(config)
+    try:
+        if thread is not None:
+            await claims().take_thread(*thread, invocation)
+        while True:
+            with invocation.reading():
+                try:
+                    part = await anext(parts)
+                except StopAsyncIteration:
+                    return
+            yield part
+    except asyncio.CancelledError as error:
+        if is_forced(error):
+            invocation.hurry()
+        raise
+    finally:
+        try:
+            await parts.aclose()  # type: ignore[attr-defined]  # it is a generator
+        finally:
+            await invocation.end()
+
+
+def follow_plainly(
+    parts: Iterator[Any], config: RunnableConfig | None, thread: tuple[Hashable, str] | None
+) -> Iterator[Any]:
+    """Do what :func:`follow` does in plain code."""
+    invocation = Invocation(config)
+    try:
+        if thread is not None:
+            claims().take_thread_plainly(*thread, invocation)
+        while True:
+            with invocation.reading():
+                try:
+                    part = next(parts)
+                except StopIteration:
+                    return
+            yield part
+    finally:
+        try:
+            parts.close()  # type: ignore[attr-defined]  # it is a generator
+        finally:
+            invocation.end_plainly()

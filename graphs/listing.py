@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -26,7 +25,7 @@ from .codes import DONE, USAGE
 from .opened import endpoints_file
 from .prepare import check_endpoints
 from .report import cell
-from .saying import print_json, say
+from .saying import Terminal, print_json, say
 from .wish import Wish
 
 _NOTHING: Final = "-"
@@ -57,7 +56,7 @@ def now(config: str, wish: Wish, as_json: bool) -> int:
         _print(_table(listed.rows, _NOW))
         for row in listed.rows:
             if row["error"]:
-                Console().print(Text(f"{row[_ENDPOINT]}: {row['error']}"), soft_wrap=True)
+                Terminal().print(Text(f"{row[_ENDPOINT]}: {row['error']}"), soft_wrap=True)
     if listed.problem is not None:
         say([f"Error: {listed.problem}"])
         return USAGE
@@ -113,7 +112,7 @@ def past(path: Path, as_json: bool) -> None:
         print_json({"endpoints": rows})
     elif rows:
         _print(_table(rows, _PAST))
-        Console().print()
+        Terminal().print()
         _print(_table(rows, _COST))
     else:
         say([f"{path}: nothing is known of endpoints yet; it is written when a life ends"])
@@ -162,7 +161,7 @@ def _table(rows: Sequence[dict[str, Any]], form: Any) -> Table:
 
 
 def _print(table: Table) -> None:
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _brief(error: str) -> str:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, now
-from ..configs.source import may_be_secret
+from ..backends.contract.secrets import mask_arguments
 from .identity import settle_identity
 
-_HIDDEN: Final = re.compile(r"://\S*@")
-_INNER_SECRET: Final = re.compile(r"(?:key|token)\w*[\"']?\s*:")
 DIR: Final = Path("DIR")
 """What stands for the run's folder in a command that is kept."""
 _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai", "pydantic")
@@ -58,7 +55,7 @@ def life(folder: RunFolder) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in _PACKAGES},
-        "command": [Path(sys.argv[0]).name, *_public(_without(sys.argv[1:], folder.path))],
+        "command": [Path(sys.argv[0]).name, *mask_arguments(_without(sys.argv[1:], folder.path))],
         "git": {"fanfold": _own_commit(), "workdir": _commit(Path.cwd())},
     }
 
@@ -81,19 +78,6 @@ def _may_be_path(text: str) -> bool:
         return "/" in text or (text != "" and Path(text).exists())
     except (OSError, ValueError):  # too long for a name, or with a NUL
         return False
-
-
-def _public(arguments: Iterable[str]) -> Iterator[str]:
-    """Yield the command's arguments; what may hold a secret only as far as it is none."""
-    for argument in arguments:
-        if "://" in argument:
-            yield _HIDDEN.sub("://…@", argument.partition("?")[0])
-        elif may_be_secret(argument.partition("=")[0].rpartition(".")[2]):
-            yield argument.partition("=")[0] + ("=…" if "=" in argument else "")
-        elif _INNER_SECRET.search(argument):
-            yield argument.partition("=")[0] + "=…"
-        else:
-            yield argument
 
 
 def _commit(folder: Path) -> str | None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
 import orjson
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -27,7 +25,7 @@ from ..configs.source import at_path
 from .campaign import campaign
 from .costs import budget_so_far, cost_so_far, dollars, doubts, nodes
 from .report import cell
-from .saying import print_json, say
+from .saying import Terminal, data_stream, print_json, say
 from .usage import show_jobs
 
 _FORMATS: Final = ("jsonl", "csv", "parquet")
@@ -64,9 +62,9 @@ def status(path: Path, as_json: bool, usage: bool = False, batch: int | None = N
     table = Table(show_header=False)
     for key, value in (facts | _costs(folder, cost) | {"lives": len(about["lives"])}).items():
         table.add_row(key, _shown(value))
-    Console().print(table)
+    Terminal().print(table)
     if jobs is not None:
-        show_jobs(jobs, Console())
+        show_jobs(jobs, Terminal())
 
 
 def _costs(folder: RunFolder, cost: Cost) -> dict[str, Any]:
@@ -97,12 +95,14 @@ def _shown(value: Any) -> Text:
     return Text(f"{value:,}") if isinstance(value, int) else cell(value)
 
 
-def results(path: Path, form: str, target: Path | None) -> None:
+def results(path: Path, form: str, target: Path | None, safe_csv: bool = False) -> None:
     """Write the finished items' rows."""
     if form not in _FORMATS:
         raise ConfigurationError(f"--format {form}: there are {', '.join(_FORMATS)}")
     if form == "parquet" and target is None:
         raise ConfigurationError("--format parquet is no text; give a file with -o FILE")
+    if safe_csv and form != "csv":
+        raise ConfigurationError(f"--safe-csv goes with --format csv, not with {form}")
     folder = open_folder(path)
     if target is not None:
         _check_target(target)
@@ -112,10 +112,10 @@ def results(path: Path, form: str, target: Path | None) -> None:
         if form == "parquet" and target is not None:
             write_parquet(records, target, schema)
         elif target is None:
-            _write_text(records, form, sys.stdout.buffer, schema)
+            _write_text(records, form, data_stream(form == "jsonl"), schema, safe_csv)
         else:
             with _opened(target) as stream:
-                _write_text(records, form, stream, schema)
+                _write_text(records, form, stream, schema, safe_csv)
 
 
 def _schema(folder: RunFolder) -> dict[str, Any] | None:
@@ -143,9 +143,10 @@ def _write_text(
     form: str,
     stream: IO[bytes],
     schema: dict[str, Any] | None,
+    safe_csv: bool,
 ) -> None:
     if form == "csv":
-        write_csv(records, stream, schema)
+        write_csv(records, stream, schema, safe=safe_csv)
     else:
         write_jsonl(records, stream)
 

@@ -38,7 +38,7 @@ from ..nodes.meter import Meter
 from ..nodes.progress import Progress
 from ..nodes.state import ItemState
 from .crew import STOP_S, WorkCrew, open_crew
-from .identity import fingerprint, settle_identity
+from .identity import asked_by_all, fingerprint, settle_identity
 from .items import ItemEngine, RunItem, is_seen, is_small, item_runner
 from .metrics import exposed
 from .opened import OpenedRun, accounted, reported, reports_of
@@ -100,7 +100,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
         spends: Spending | None = None
         if ledger.counts().open:
             spends = await stack.enter_async_context(
-                spending(folder, config, price, ledger, books.run)
+                spending(folder, config, price, ledger, run_ids(books.about))
             )
             up = await stack.enter_async_context(
                 served(config, loaded.plain["endpoints"], books.model)
@@ -139,6 +139,8 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
             gate=_gate(config, crew is not None),
             progress=progress,
             fingerprint=bytes.fromhex(books.fingerprint),
+            asked=asked_by_all(config, books.model),
+            keep_raw=config.keep.raw == "all",
             simulated=books.simulated,
             tariff=price,
             account=unlimited if spends is None else spends.budget.account,
@@ -149,7 +151,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
             journal=ledger,
         )
         if ledger.counts().open:
-            shelf = Shelf(folder.budget, books.run)
+            shelf = Shelf(folder.budget, run_ids(books.about))
             await stack.enter_async_context(accounted(tools, spends, shelf, ledger.life))
         await stack.enter_async_context(exposed(tools, config.metrics.port))
         stack.enter_context(closing(tools.gate, mode.end))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -11,7 +10,8 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from ..backends.contract.terminal import escape_controls
+
 _CELL: Final = 80
 _NARROW: Final = 6
 _FRAME: Final = 3
@@ -26,7 +26,7 @@ def cell(value: Any) -> Text:
         text = value
     else:
         text = "" if value is None else orjson.dumps(value).decode()
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split()))
+    text = escape_controls(" ".join(text.split()))
     return Text(text if len(text) <= _CELL else text[: _CELL - 1] + "…")
 
 

@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, place_of, write_bytes
 from ..backends.build import input_spec, needed_columns
@@ -17,9 +17,11 @@ from ..backends.nearby import served
 from ..backends.simulation import simulation
 from ..backends.tariffs import price
 from ..configs.load import Loaded, load, portable
-from ..configs.plain import to_yaml
+from ..configs.plain import lost_secrets, to_yaml
 from .identity import differences, fingerprint, settle_identity
 from .prepare import stamp
+
+_ASKED_LATER: Final = ("node.env.", "node.serve", "backend.user_endpoint_config.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
     """
     before = load(folder.settings)
     after = loaded or before
+    _check_secrets(folder, after)
     about = await asyncio.to_thread(folder.read_provenance)
     await asyncio.to_thread(_check, folder, about, before, after)
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
@@ -61,6 +64,21 @@ async def resume_run(folder: RunFolder, loaded: Loaded | None) -> Resumed:
     if about.get("place") != await asyncio.to_thread(place_of, folder.path):
         await asyncio.to_thread(_settle, folder)
     return Resumed(folder, after, changed)
+
+
+def _check_secrets(folder: RunFolder, after: Loaded) -> None:
+    """Check that no secret is missing that the run folder did not keep.
+
+    Those of endpoints, servers and engines are asked for where they are used.
+    """
+    data = after.config.model_dump(by_alias=True)
+    for path in lost_secrets(data):
+        if not path.startswith(_ASKED_LATER):
+            msg = (
+                f"{folder.path}: {path}: a run folder does not keep a secret that was written out; "
+                f"give it again, best by a variable: --set '{path}=${{VAR}}'"
+            )
+            raise ConfigurationError(msg)
 
 
 def _keep(folder: RunFolder, about: dict[str, Any], after: Loaded) -> None:

@@ -209,7 +209,7 @@ class _Life:
     async def lived(self) -> RunResult:
         thread = RunnableConfig(configurable={"thread_id": self.run}, recursion_limit=UNBOUNDED)
         async with open_saver(self.options.checkpointer, self.folder.checkpoints) as saver:
-            graph = build(self.context).compile(checkpointer=saver)
+            graph = build(self.context, trust_context=True).compile(checkpointer=saver)
             going_on = await self._can_go_on(graph, thread)
             async with watching(self.tools, self.console, self.options.quiet):
                 result = await self._invoked(graph, thread, going_on)

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from rich.console import Console
-
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
 from ..backends.contract.errors import FanfoldError, RunStoppedError
 from ..configs.load import Loaded
@@ -27,7 +25,7 @@ from .report import show_aggregate
 from .resume import resume_run
 from .run import RunOptions, RunResult, execute
 from .saver import check_saver
-from .saying import messages, print_json, say
+from .saying import Terminal, messages, print_json, say
 from .stopping import WARNINGS
 from .walltime import within
 from .wish import Wish
@@ -210,7 +208,7 @@ def _finish(result: RunResult, output: Output, pilot: Piloted | None = None) -> 
         )
         return result.code
     if not output.quiet:
-        show_aggregate(result.aggregate, result.simulated, Console())
+        show_aggregate(result.aggregate, result.simulated, Terminal())
     say(_last_lines(result))
     if (jobs := campaign_inside(path, shares=whole)) is not None:
         say(list(usage.in_words(jobs)))

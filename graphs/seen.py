@@ -93,7 +93,7 @@ class Seen:
             source: Where they are from, in words.
             step: So many items stand behind each record, if some were left out.
         """
-        asked = [record for record in records if record["attempts"]]
+        asked = [record for record in records if record["requests"]]
         if not asked:
             return None
         told = [record for record in asked if record["completion_tokens"] is not None]
@@ -105,7 +105,7 @@ class Seen:
         return cls(
             items=len(asked),
             failed=dict(Counter(r["error_class"] for r in asked if r["status"] == "failed")),
-            requests=_rare(mean("attempts", asked), len(asked), total),
+            requests=_rare(mean("requests", asked), len(asked), total),
             repairs=_rare(mean("repairs", asked), len(asked), total, 1.0),
             prompt=_rare(mean("prompt_tokens", told), len(told), total),
             completion=_rare(mean("completion_tokens", told), len(told), total),

@@ -21,9 +21,11 @@ from ..backends.contract.errors import ConfigurationError, FanfoldError, InputEr
 from ..backends.contract.types import Json
 from ..configs.load import Loaded, load
 from ..nodes.context import RunTools
+from ..nodes.load import check_input
 from .codes import BUDGET, INTERRUPTED
 from .crew import life_end
 from .prepare import prepare_run
+from .requests import as_literal, below
 from .run import RunOptions, RunResult, lived
 from .stopping import Stop
 
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHOWN: Final = 500
-_KEYS: Final = frozenset({"items", "path"})
+_KEYS: Final = ("items", "path")
 _STATES: Final = {INTERRUPTED: "interrupted", BUDGET: "paused"}
 """Ends from which a run can be started again."""
 MOST_BYTES: Final = 300_000
@@ -69,23 +71,17 @@ class Service:
         """Return the settings with the request's input; blocks.
 
         Raises:
-            InputError: The request has other keys, both inputs, or a path that is not allowed.
+            InputError: The request has other keys, both inputs, an empty one, or a path that is
+                not allowed.
         """
-        if unknown := sorted(request.keys() - _KEYS):
-            msg = f"request: unknown {', '.join(unknown)}; give items, or path, or neither"
-            raise InputError(msg)
+        check_input(request, where="request", keys=_KEYS)
         path = request.get("path")
         if path is None:
             return self.loaded
-        if request.get("items") is not None:
-            raise InputError("request: give items or path, not both")
         if self.inputs is None:
             raise InputError("request.path: this service takes no paths; give items")
-        root = self.inputs.resolve()
-        full = (root / str(path)).resolve()
-        if not full.is_relative_to(root):
-            raise InputError("request.path: is outside the folder that this service reads from")
-        changes = {"input.path": str(full), "input.dataset": None}
+        full = below(self.inputs, str(path), "request.path")
+        changes = {"input.path": as_literal(str(full)), "input.dataset": None}
         return load(self.loaded.raw, settings=changes)
 
 

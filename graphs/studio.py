@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from langgraph.graph import StateGraph
 from langgraph.runtime import Runtime
 
 from ..nodes.state import ItemInput, ItemOutput, ItemState
 from ..nodes.steps import ITEM_STEPS, ItemNode
-from .binding import Bound
+from .binding import Bound, BoundGraph, check_item
 from .context import RunContext
 from .item import assemble
+from .requests import RequestPolicy
 
-AloneGraph = StateGraph[ItemState, RunContext, ItemInput, ItemOutput]
+AloneGraph = BoundGraph[ItemState, ItemInput, ItemOutput]
 
 
-def build_item_alone(context: RunContext | None = None) -> AloneGraph:
+def build_item_alone(
+    context: RunContext | None = None, *, trust_context: bool = False
+) -> AloneGraph:
     """Make the item graph that runs by itself: settings in place of open parts.
 
     Its input is one item: ``{"id": "aspirin", "row": {"smiles": "CC(=O)Oc1ccccc1C(=O)O"}}``.
+
+    Args:
+        context: The settings.
+        trust_context: Whether what arrives with an invocation may set everything.
     """
-    bound = Bound(context or RunContext())
-    graph: AloneGraph
-    graph = StateGraph(ItemState, RunContext, input_schema=ItemInput, output_schema=ItemOutput)
+    policy = None if trust_context else RequestPolicy.from_environment()
+    bound = Bound(context or RunContext(), policy)
+    graph: AloneGraph = BoundGraph(
+        ItemState, bound, check_item, input_schema=ItemInput, output_schema=ItemOutput
+    )
     assemble(graph, ITEM_STEPS, {name: _alone(s.run, bound) for name, s in ITEM_STEPS.items()})
     return graph
 

@@ -14,7 +14,7 @@ from ..backends.contract.money import Tariff
 from ..backends.places import carried, shares_folder
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
-from ..configs.plain import written_out
+from ..configs.plain import lost_secrets
 from .shares import worker_settings, worker_streams
 
 
@@ -69,7 +69,8 @@ def crew_terms(
             it would have to travel, and does not.
     """
     config = loaded.config
-    for secret in written_out(loaded.plain["endpoints"], "endpoints"):
+    told = {key: loaded.plain[key] for key in ("endpoints", "model")}
+    for secret in lost_secrets(told):
         msg = (
             f"{secret} is written out, and keys do not travel to workers; write it as ${{VAR}} and "
             "set the variable where the workers run"

@@ -154,7 +154,7 @@ class _Errand:
         allowed = self._allow_simulated
         place = folder.parent, folder.name
         context = RunContext.of(loaded, embedded=True, allow_simulated=allowed, place=place)
-        return build(context).compile()
+        return build(context, fixed=True).compile()
 
 
 def _own_steps(config: RunnableConfig) -> RunnableConfig:

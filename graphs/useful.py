@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, run_ids
-from ..backends.accounts.journal import scan
+from ..backends.accounts.journal import Source, scan
 from ..backends.cluster.calls import Items, by_job, calls_of, levels
 from ..backends.cluster.hours import Spent
 from ..backends.cluster.shares import JobTime, Share, useful_share
@@ -65,7 +65,7 @@ def _records(folder: RunFolder) -> Iterator[dict[str, Any]]:
     """Yield all records of the journal; servers worked also for those that were replaced."""
     run = run_ids(folder.read_provenance())
     for path in sorted(folder.journal.glob("*.jsonl")):
-        yield from (line.record for line in scan(path, run))
+        yield from (line.record for line in scan(Source(path, run)))
 
 
 def _job(spent: Spent, told: Served, items: Items, instances: int) -> JobTime:

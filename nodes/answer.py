@@ -16,7 +16,9 @@ from ..backends.contract.errors import (
     TruncatedAnswerError,
 )
 from ..backends.contract.fenced import unfenced
+from ..backends.contract.schemas import open_validator
 from ..backends.contract.types import Json
+from ..backends.contract.values import DEEPEST, is_deep, json_text
 
 _GOOD: Final = frozenset({"stop", "tool_calls"})
 _SHOWN_ERRORS: Final = 3
@@ -32,7 +34,7 @@ class AnswerCheck:
     """
 
     def __init__(self, schema: Mapping[str, Any] | None, max_tokens: int) -> None:
-        self._validator = None if schema is None else jsonschema_rs.validator_for(dict(schema))
+        self._validator = None if schema is None else open_validator(schema)
         self._max_tokens = max_tokens
 
     def finished(self, content: str, finish_reason: str | None, refusal: str | None) -> str:
@@ -45,7 +47,8 @@ class AnswerCheck:
             AnswerError: Any other end, e.g. the model's own repetition check.
         """
         if refusal:
-            raise RefusedAnswerError(f"the model refused: {refusal[:_SHOWN_TEXT]}", content)
+            text = f"the model refused: {refusal[:_SHOWN_TEXT]}"
+            raise RefusedAnswerError(text, content or refusal)
         if finish_reason == "content_filter":
             raise RefusedAnswerError("a content filter withheld the answer", content)
         if finish_reason == "length":
@@ -68,8 +71,7 @@ class AnswerCheck:
             return value
         parsed = _parse(value) if isinstance(value, str) else value
         if not self._validator.is_valid(parsed):
-            raw = value if isinstance(value, str) else orjson.dumps(value).decode()
-            raise InvalidAnswerError(self._reasons(parsed), raw)
+            raise InvalidAnswerError(self._reasons(parsed), answer_text(value))
         return parsed
 
     def _reasons(self, parsed: Json) -> str:
@@ -85,9 +87,18 @@ def _reason(error: jsonschema_rs.ValidationError) -> str:
     return f"{where}: {text}" if where else text
 
 
+def answer_text(value: Json) -> str:
+    """Return an answer as text: its own, or its JSON if it is parsed already."""
+    return value if isinstance(value, str) else json_text(value)
+
+
 def _parse(text: str) -> Json:
     try:
-        return orjson.loads(unfenced(text))
+        parsed: Json = orjson.loads(unfenced(text))
     except orjson.JSONDecodeError as error:
         msg = f"the answer is not valid JSON: {error}"
         raise InvalidAnswerError(msg, text) from None
+    if is_deep(text, parsed):
+        msg = f"the answer has more than {DEEPEST} levels of lists and objects"
+        raise InvalidAnswerError(msg, text)
+    return parsed

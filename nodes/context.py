@@ -73,7 +73,11 @@ class Ledger(Protocol):
         ...
 
     def put(self, record: dict[str, Json]) -> None:
-        """Record how an item ended."""
+        """Record how an item ended.
+
+        Raises:
+            TypeError: JSON has no form for a value in the record; nothing was written.
+        """
         ...
 
     async def flush(self) -> None:
@@ -172,6 +176,8 @@ class RunTools:
         gate: Bounds the items in flight, and stops them.
         progress: Counts for whoever watches.
         fingerprint: Digest of what is asked of every item: prompt, schema, model.
+        asked: Digest of what all questions have in common: schema, model, sampling, system text.
+        keep_raw: Whether the records keep the text of every answer, not of rejected ones only.
         simulated: Whether the fleet is simulated.
         tariff: What tokens cost.
         account: Returns what one item may spend; None is no limit.
@@ -189,6 +195,8 @@ class RunTools:
     fingerprint: bytes
     simulated: bool
     tariff: Tariff = FREE
+    asked: bytes = b""
+    keep_raw: bool = False
     account: Callable[[], Account | None] = unlimited
     budget: Budget | None = None
     crew: Crew | None = None

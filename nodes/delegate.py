@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
 from langchain_core.messages import BaseMessage
 from langgraph.runtime import Runtime
+from pydantic import BaseModel
 
 from ..backends.contract.errors import ENDS_RUN, ConfigurationError, InvalidAnswerError
 from ..backends.contract.types import Json
+from ..backends.contract.values import json_text, plain_json, writable_text
+from .answer import answer_text
 from .context import ItemContext
 from .prepare import failure
 from .state import ItemState
@@ -29,7 +31,8 @@ async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
         raise ConfigurationError(msg)
     try:
         result = await context.delegate({**state["row"], "messages": state["messages"]})
-        return {"output": context.answer.check(_json_safe(_output(result)))}
+        output = _plain(_output(result))
+        return {"output": context.answer.check(output), "raw": answer_text(output)}
     except ENDS_RUN:
         raise
     except asyncio.CancelledError as error:
@@ -37,6 +40,8 @@ async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
         if task is None or task.cancelling():
             raise
         return {"error": failure(error)}  # this task is not cancelled: the graph raised it
+    except InvalidAnswerError as error:
+        return {"error": failure(error), "raw": error.raw}
     except Exception as error:  # noqa: BLE001 - the boundary of the user's graph
         return {"error": failure(error)}
 
@@ -50,28 +55,28 @@ def _output(result: Any) -> Json:
     if isinstance(result, Mapping):
         for key in ("output", "structured_response"):
             if key in result:
-                return _plain(result[key])
+                return result[key]
         messages = result.get("messages")
         if messages:
-            return _plain(messages[-1])
+            return messages[-1]
         keys = ", ".join(map(str, result)) or "nothing"
         msg = f"task.graph must return the key 'output' or 'messages'; it returned {keys}"
         raise ConfigurationError(msg)
-    return _plain(result)
-
-
-def _json_safe(value: Json) -> Json:
-    try:
-        orjson.dumps(value)
-    except TypeError as error:
-        msg = f"what task.graph put out cannot be written as JSON: {error}"
-        raise InvalidAnswerError(msg) from None
-    return value
+    return result
 
 
 def _plain(value: Any) -> Json:
-    if isinstance(value, BaseMessage):
-        return str(value.text)  # a plain str: orjson takes no subclass
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
-    return value
+    """Return an output as plain JSON data.
+
+    Raises:
+        InvalidAnswerError: JSON has no form for it.
+    """
+    try:
+        if isinstance(value, BaseMessage):
+            value = str(value.text)  # a plain str: orjson takes no subclass
+        elif isinstance(value, BaseModel):
+            value = value.model_dump(mode="json")
+        return plain_json(value)
+    except ValueError as error:  # pydantic's own errors are of this kind too
+        msg = f"what task.graph put out cannot be written as JSON: {error}"
+        raise InvalidAnswerError(writable_text(msg), json_text(value)) from None

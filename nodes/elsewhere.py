@@ -135,6 +135,7 @@ class _Errand:
         """Record and fold in what a worker has finished."""
         order, summary = outcome
         alone = True
+        check_indices(summary, len(self._tools.store))
         for record in summary.records or ():
             if self._tools.ledger.finished(record["index"]):
                 alone = False  # somebody else's record counts, and this part is not of it
@@ -230,6 +231,21 @@ class _Errand:
             raise error
         self._forgiven += 1
         logger.warning("shard %s: %s", summary.shard, error)
+
+
+def check_indices(summary: Summary, items: int) -> None:
+    """Check that a worker's records are of items of the run.
+
+    Raises:
+        RunStoppedError: One is not; nothing of the summary is recorded.
+    """
+    for record in summary.records or ():
+        if record["index"] >= items:
+            msg = (
+                f"worker {summary.worker}: a record of shard {summary.shard} has index "
+                f"{record['index']}, and this run has {items:,} items; is it of another run?"
+            )
+            raise RunStoppedError(msg)
 
 
 def _as_error(summary: Summary) -> Exception:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Final
 
 from langgraph.runtime import Runtime
 from langgraph.types import Overwrite, Send
@@ -10,6 +13,67 @@ from langgraph.types import Overwrite, Send
 from ..backends.contract.errors import InputError
 from .context import Context
 from .state import LoadState, RunState
+
+_KEYS: Final = ("items", "path", "preset")
+
+
+def check_input(
+    given: object,
+    parents: Sequence[str] = (),
+    *,
+    where: str = "input",
+    keys: Sequence[str] = _KEYS,
+) -> None:
+    """Check the input of a run: items, or a path, or a preset, or nothing for the bound input.
+
+    Args:
+        given: The input.
+        parents: Keys of a parent graph's state, which are none of this graph's business.
+        where: How messages name the input.
+        keys: The keys that it may have.
+
+    Raises:
+        InputError: A key is unknown or empty, or two inputs are given.
+    """
+    listed = ", ".join(keys)
+    if not isinstance(given, Mapping):
+        kind = type(given).__name__
+        raise InputError(f"{where}: give a mapping with one of {listed} (found {kind})")
+    if unknown := [str(key) for key in given if key not in keys and key not in parents]:
+        raise InputError(f"{where}: {unknown_keys(unknown, keys)}; give {listed}, or {{}}")
+    named = {key: given[key] for key in keys if key in given}
+    if named and all(value is None for value in named.values()):
+        msg = f"{where}.{'/'.join(named)} is null; give a value, or {{}} for the bound input"
+        raise InputError(msg)
+    items, path, preset = (named.get(key) for key in _KEYS)
+    if items is not None and path is not None:
+        raise InputError(f"{where}: give items or path, not both")
+    if path is not None and not (isinstance(path, str | os.PathLike) and os.fspath(path)):
+        raise InputError(f"{where}.path: {_named(path, 'a file or a folder')}")
+    if preset is not None and not (isinstance(preset, str) and preset):
+        raise InputError(f"{where}.preset: {_named(preset, 'a preset')}")
+    if items is None:
+        return
+    if not isinstance(items, Sequence) or isinstance(items, str | bytes):
+        kind = type(items).__name__
+        raise InputError(f"{where}.items: give a list of mappings (found {kind})")
+    if not items:
+        raise InputError(f"{where}.items is empty; it must hold at least one object")
+
+
+def _named(value: object, what: str) -> str:
+    kind = type(value).__name__
+    return f"is empty; name {what}" if value == "" else f"name {what} as text (found {kind})"
+
+
+def unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
+    """Return the words that name unknown keys, with the known ones that come close."""
+
+    def hinted(name: str) -> str:
+        close = get_close_matches(name, known, n=1)
+        return f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name)
+
+    return f"unknown {'key' if len(names) == 1 else 'keys'} {', '.join(map(hinted, names))}"
 
 
 def enter(state: RunState) -> list[Send]:
@@ -19,9 +83,10 @@ def enter(state: RunState) -> list[Send]:
     items; that there were some is kept, lest a run that is resumed before they were written
     goes on with others.
     """
-    items = state.get("items")
+    check_input({key: value for key, value in state.items() if key in _KEYS})
+    items, path = state.get("items"), state.get("path")
     given = {
-        "path": state.get("path"),
+        "path": None if path is None else os.fspath(path),
         "preset": state.get("preset"),
         "pasted": items is not None,
     }

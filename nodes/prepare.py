@@ -7,6 +7,7 @@ from langgraph.runtime import Runtime
 from ..backends.contract.errors import FanfoldError, InvalidItemError
 from ..backends.contract.template import Template
 from ..backends.contract.types import Message, Row
+from ..backends.contract.values import writable_text
 from .context import ItemContext
 from .state import ItemState
 
@@ -14,8 +15,7 @@ from .state import ItemState
 def failure(error: BaseException) -> dict[str, str]:
     """Return an error as data: its class and its text."""
     text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
-    writable = text.encode(errors="replace").decode()  # JSON has no lone surrogates
-    return {"class": type(error).__name__, "text": writable}
+    return {"class": type(error).__name__, "text": writable_text(text)}
 
 
 async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:

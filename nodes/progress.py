@@ -78,7 +78,7 @@ class Progress:
         """Count an item that has just ended, by its journal record."""
         self.done += record["status"] == "done"
         self.failed += record["status"] == "failed"
-        self.requests += record["attempts"]
+        self.requests += record["requests"]
         self.prompt_tokens += record["prompt_tokens"] or 0
         self.cached_tokens += record["cached_tokens"] or 0
         self.completion_tokens += record["completion_tokens"] or 0

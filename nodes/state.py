@@ -26,6 +26,7 @@ class ItemState(TypedDict, total=False):
         repairs: How often the answer was sent back.
         output: The valid answer, once there is one.
         error: Class and text of what ended the item, if it failed.
+        raw: Text of the answer that was rejected last, or of the last answer.
     """
 
     id: str
@@ -36,6 +37,7 @@ class ItemState(TypedDict, total=False):
     repairs: int
     output: Json
     error: dict[str, str]
+    raw: str
 
 
 class ItemInput(TypedDict):

@@ -15,13 +15,13 @@ async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
     context, reply = runtime.context, state["reply"]
     try:
         text = context.answer.finished(reply["content"], reply["finish_reason"], reply["refusal"])
-        return {"output": context.answer.check(text)}
+        return {"output": context.answer.check(text), "raw": text}
     except InvalidAnswerError as error:
         if state["repairs"] < context.repairs:
             return _sent_back(state, error)
-        return {"error": failure(error)}
+        return {"error": failure(error), "raw": error.raw}
     except AnswerError as error:
-        return {"error": failure(error)}
+        return {"error": failure(error), "raw": error.raw}
 
 
 def _sent_back(state: ItemState, error: InvalidAnswerError) -> ItemState:
@@ -30,4 +30,5 @@ def _sent_back(state: ItemState, error: InvalidAnswerError) -> ItemState:
     return {
         "messages": [*state["messages"], answer, request],
         "repairs": state["repairs"] + 1,
+        "raw": error.raw,
     }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 
 import orjson
@@ -30,13 +31,15 @@ from ..backends.contract.errors import (
     ENDS_RUN,
     ConfigurationError,
     FanfoldError,
+    InvalidAnswerError,
     LedgerError,
     RunStoppedError,
 )
 from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item, Json, Outcome, Shard
+from ..backends.contract.values import MOST, writable_text
 from .aggregators import State, combine
-from .context import RunTools
+from .context import Ledger, RunTools
 from .gate import KEPT, Gate, create_kept_task, keep
 from .prepare import failure
 from .state import ItemState
@@ -59,6 +62,10 @@ _ENGINE_ERRORS: Final = (
     NodeCancelledError,
 )
 """LangGraph's own errors. Those of a user's graph end its item before they get here."""
+
+_MOST_RAW: Final = 16_000
+"""Most bytes that a record keeps of an answer's text."""
+_CUT: Final = "…"
 
 _SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
 
@@ -174,6 +181,7 @@ class _Worker:
     def __init__(self, shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -> None:
         self.part = Part(tools)
         self._shard, self._tools, self._drain = shard, tools, drain
+        self._recorder = Recorder(tools)
         self._tasks = set[asyncio.Task[None]]()
 
     async def watch(self) -> None:
@@ -247,9 +255,9 @@ class _Worker:
             calls.close_streams()
             if account is not None:
                 account.close()
-        record = _record(item, state, calls, time.perf_counter() - started, self._tools)
+        record = self._recorder.record(item, state, calls, time.perf_counter() - started)
         try:
-            self._tools.ledger.put(record)
+            record = put_record(self._tools.ledger, record)
         except LedgerError as error:
             self._tools.gate.close(error.message, error)
             raise  # cuts the others off: they could not be recorded either
@@ -334,34 +342,136 @@ async def _end_of(item: Item, tools: RunTools) -> ItemState:
         return {"error": failure(error)}
 
 
-def _record(
-    item: Item, state: ItemState, calls: CallLog, latency_s: float, tools: RunTools
-) -> dict[str, Json]:
-    error = state.get("error")
-    calls.close(done=error is None)
-    shares = [_share(share, tools.tariff) for share in calls.shares.values()]
-    return {
-        "index": item.index,
-        "id": item.id,
-        "status": "failed" if error else "done",
-        "output": None if error else state.get("output"),
-        "error_class": error["class"] if error else None,
-        "error": error["text"] if error else None,
-        "endpoint": calls.endpoint,
-        "model": calls.model,
-        "attempts": calls.requests,
-        "repairs": state.get("repairs", 0),
-        "reused": calls.reused,
-        "prompt_tokens": calls.usage.prompt,
-        "cached_tokens": calls.usage.cached,
-        "completion_tokens": calls.usage.completion,
-        **{name: sum(share[name] for share in shares) for name in _SUMS},
-        **({"shares": shares} if len(shares) > 1 else {}),
-        "latency_s": round(latency_s, 4),
-        "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "simulated": tools.simulated,
-        "fingerprint": _fingerprint(item, tools.fingerprint),
-    }
+class Recorder:
+    """Makes the journal's records of a run; ``docs/resume.md`` describes them."""
+
+    def __init__(self, tools: RunTools) -> None:
+        self._tools = tools
+        self._question = hashlib.sha256(tools.asked)
+        self._fingerprint = hashlib.blake2b(tools.fingerprint, digest_size=12)
+
+    def record(
+        self, item: Item, state: ItemState, calls: CallLog, latency_s: float
+    ) -> dict[str, Json]:
+        """Return the record of an item that has ended."""
+        tools, error = self._tools, state.get("error")
+        calls.close(done=error is None)
+        usage = calls.usage
+        raw = state.get("raw") if error is not None or tools.keep_raw else None
+        record = {
+            "stage": "",
+            "index": item.index,
+            "id": item.id,
+            "sample": 0,
+            "status": "failed" if error else "done",
+            "question": self._question_of(state),
+            "output": None if error else state.get("output"),
+            "error_class": error["class"] if error else None,
+            "error": error["text"] if error else None,
+            "raw": raw,
+            "endpoint": calls.endpoint,
+            "model": calls.model,
+            "requests": calls.requests,
+            "attempts": calls.attempts,
+            "repairs": state.get("repairs", 0),
+            "reused": calls.reused,
+            "prompt_tokens": usage.prompt,
+            "cached_tokens": usage.cached,
+            "completion_tokens": usage.completion,
+            "lost_tokens": 0,
+            "useful_tokens": 0,
+            "nano_usd": 0,
+            "useful_nano_usd": 0,
+            "latency_s": round(latency_s, 4),
+            "finished_at": _now(),
+            "simulated": tools.simulated,
+            "fingerprint": self._fingerprint_of(item),
+            "origin": None,
+        }
+        if raw is not None:
+            record |= _raw(raw)
+        shares = list(calls.shares.values())
+        if len(shares) == 1:
+            record |= _paid(shares[0], tools.tariff)
+        elif shares:
+            told = [_share(share, tools.tariff) for share in shares]
+            sums = {name: min(MOST, sum(one[name] for one in told)) for name in _SUMS}
+            record |= sums | {"shares": told}
+        return record
+
+    def _question_of(self, state: ItemState) -> str | None:
+        """Return the digest of what was asked first; repairs ask it again."""
+        messages = state.get("messages")
+        if not messages:
+            return None
+        first = messages[0] if messages[0]["role"] == "user" else messages[1]
+        digest = self._question.copy()
+        digest.update(first["content"].encode(errors="replace"))
+        return digest.hexdigest()[:32]
+
+    def _fingerprint_of(self, item: Item) -> str:
+        digest = self._fingerprint.copy()
+        digest.update(orjson.dumps([item.id, item.row]))
+        return digest.hexdigest()
+
+
+def put_record(ledger: Ledger, record: dict[str, Any]) -> dict[str, Any]:
+    """Record how an item ended; where JSON has no form for its answer, it has failed.
+
+    Returns:
+        The record that was put.
+
+    Raises:
+        LedgerError: It could not be written.
+    """
+    try:
+        ledger.put(record)
+    except TypeError as error:
+        record = _without_answer(record, error)
+        ledger.put(record)
+    return record
+
+
+def _without_answer(record: dict[str, Any], error: TypeError) -> dict[str, Any]:
+    """Return a record without the value that JSON has no form for; what it cost stays."""
+    if record["status"] != "failed":
+        text = f"the answer cannot be recorded as JSON: {error}"
+        failed = {"status": "failed", "output": None, "error_class": InvalidAnswerError.__name__}
+        record = record | failed | {"error": text}
+    return {name: _writable(value) for name, value in record.items()}
+
+
+def _writable(value: Any) -> Any:
+    """Return plain data whose texts UTF-8 can write."""
+    if isinstance(value, str):
+        return writable_text(value)
+    if isinstance(value, list):
+        return [_writable(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _writable(one) for key, one in value.items()}
+    return value
+
+
+def _raw(text: str) -> dict[str, Json]:
+    """Return what a record keeps of an answer's text."""
+    if 4 * len(text) <= _MOST_RAW:
+        return {"raw": text}
+    data = text.encode(errors="replace")
+    if len(data) <= _MOST_RAW:
+        return {"raw": text}
+    kept = data[: _MOST_RAW - len(_CUT.encode())].decode(errors="ignore")
+    return {"raw": kept + _CUT, "raw_bytes": len(data)}
+
+
+def _now() -> str:
+    """Return the present time as ISO 8601 text in UTC."""
+    seconds, ms = divmod(time.time_ns() // 1_000_000, 1000)
+    return f"{_second(seconds)}.{ms:03}+00:00"
+
+
+@lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
 
 
 def _share(share: Share, tariff: Tariff) -> dict[str, Json]:
@@ -369,21 +479,31 @@ def _share(share: Share, tariff: Tariff) -> dict[str, Json]:
     return {
         "endpoint": share.endpoint,
         "model": share.model,
-        "attempts": share.requests,
+        "requests": share.requests,
         "prompt_tokens": share.usage.prompt,
         "cached_tokens": share.usage.cached,
         "completion_tokens": share.usage.completion,
-        "lost_tokens": share.lost.tokens,
-        "useful_tokens": share.useful.tokens,
-        "nano_usd": tariff.nano_usd(share.usage) + tariff.nano_usd(share.lost),
-        "useful_nano_usd": tariff.nano_usd(share.useful),
+        **_paid(share, tariff),
     }
 
 
-def _fingerprint(item: Item, asked: bytes) -> str:
-    digest = hashlib.blake2b(asked, digest_size=12)
-    digest.update(orjson.dumps([item.id, item.row]))
-    return digest.hexdigest()
+def _paid(share: Share, tariff: Tariff) -> dict[str, int]:
+    """Return what one endpoint's answers cost, and what of it was useful."""
+    usage, lost, useful = share.usage, share.lost, share.useful
+    nano = tariff.nano_usd(usage)
+    useful_nano = nano if useful is usage else tariff.nano_usd(useful)
+    lost_tokens = lost.tokens
+    if lost_tokens:
+        nano += tariff.nano_usd(lost)
+    if nano > MOST or lost_tokens > MOST:  # prices and limits without bounds
+        nano, lost_tokens = min(MOST, nano), min(MOST, lost_tokens)
+        useful_nano = min(MOST, useful_nano)
+    return {
+        "lost_tokens": lost_tokens,
+        "useful_tokens": useful.tokens,
+        "nano_usd": nano,
+        "useful_nano_usd": useful_nano,
+    }
 
 
 def _outcome(record: dict[str, Any], item: Item) -> Outcome:

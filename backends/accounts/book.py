@@ -23,7 +23,20 @@ import orjson
 from ..contract.errors import LedgerError
 from ..contract.money import Amount, Held
 from ..contract.types import Json
-from .journal import VERSION, RunIds, present_id, scan
+from ..contract.values import MOST
+from .journal import (
+    RunIds,
+    Source,
+    add_crc,
+    find_renamed,
+    make_header,
+    present_id,
+    scan,
+    sync_folder,
+)
+
+KIND: Final = "budget"
+"""What the header of a spend log says."""
 
 Level = Mapping[str, int]
 """A bound for each limited field of an :class:`Amount`."""
@@ -44,13 +57,30 @@ class Book:
     """
 
     def __init__(self, path: Path, run: str) -> None:
-        self._path = path
+        self._path, self._crc = path, 0
         try:
+            made = not path.parent.exists()
             path.parent.mkdir(exist_ok=True)
             self._file = FileIO(path, "xb")
         except OSError as error:
             raise LedgerError(f"{path}: cannot be created: {error.strerror}") from error
-        self.write({"v": VERSION, "run": run}, sync=False)
+        try:
+            self._append(make_header(path, KIND, {"run": run}), sync=False)
+            self._sync_names(made)
+        except LedgerError:
+            self._file.close()
+            raise
+
+    def _sync_names(self, made: bool) -> None:
+        """Make the file's name durable, and its folder's: what it allows is spent on that."""
+        folder = self._path.parent
+        try:
+            sync_folder(folder)
+            if made:
+                sync_folder(folder.parent)
+        except OSError as error:
+            msg = f"{folder}: cannot be flushed to disk: {error.strerror}"
+            raise LedgerError(msg) from error
 
     def write(self, line: Mapping[str, Json], *, sync: bool) -> None:
         """Append one line.
@@ -62,7 +92,10 @@ class Book:
         Raises:
             LedgerError: It cannot be written.
         """
-        data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+        self._append(orjson.dumps(line), sync=sync)
+
+    def _append(self, data: bytes, *, sync: bool) -> None:
+        data, self._crc = add_crc(data, self._crc)
         try:
             while data:
                 data = data[self._file.write(data) :]
@@ -116,36 +149,54 @@ class Page:
 def read_page(path: Path, run: RunIds) -> Page:
     """Read a book.
 
+    Args:
+        path: The book.
+        run: The run's ids.
+
     Raises:
         LedgerError: It is damaged, or another run's.
     """
-    page = Page()
-    for line in scan(path, run):
-        _apply(page, line.record, path, line.number)
+    page, source = Page(), Source(path, run, KIND)
+    for line in scan(source):
+        try:
+            _apply(page, line.record)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            msg = f"not a line of a budget's book ({error!r})"
+            raise source.fault(line.number, msg) from None
     return page
 
 
-def _apply(page: Page, record: dict[str, Any], path: Path, number: int) -> None:
-    try:
-        if "level" in record:
-            page.level = {name: int(value) for name, value in record["level"].items()}
-        if "lease" in record:
-            amount = Amount.from_json(record["amount"])
-            until, booked = float(record["until"]), bool(record["booked"])
-            page.leases[record["lease"]] = Lease(amount, until, booked)
-        elif "until" in record:
-            page.until = float(record["until"])
-        if "back" in record:
-            page.leases.pop(record["back"], None)
-        if "late" in record:
-            page.late[record["late"]] = Amount.from_json(record["used"])
-        if "settled" in record:
-            page.settled = Amount.from_json(record["settled"])
-        if "held" in record:
-            page.held = Held.from_json(record["held"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        msg = f"{path}, line {number}: not a line of a budget's book ({error!r})"
-        raise LedgerError(msg) from None
+def _apply(page: Page, record: dict[str, Any]) -> None:
+    if "level" in record:
+        level = Amount.from_json(record["level"])
+        page.level = {name: getattr(level, name) for name in record["level"]}
+    if "lease" in record:
+        amount = Amount.from_json(record["amount"])
+        until, booked = _time(record["until"]), record["booked"]
+        if type(booked) is not bool:
+            raise TypeError(f"booked is {booked!r}")
+        page.leases[record["lease"]] = Lease(amount, until, booked)
+    elif "until" in record:
+        page.until = _time(record["until"])
+    if "back" in record:
+        page.leases.pop(record["back"], None)
+    if "late" in record:
+        page.late[record["late"]] = Amount.from_json(record["used"])
+    if "settled" in record:
+        page.settled = Amount.from_json(record["settled"])
+    if "held" in record:
+        page.held = Held.from_json(record["held"])
+
+
+def _time(value: Any) -> float:
+    """Return seconds since 1970.
+
+    Raises:
+        ValueError: It is no such number.
+    """
+    if type(value) not in (int, float) or not 0 <= value <= MOST:
+        raise ValueError(f"until is {value!r}, not a time in seconds since 1970")
+    return float(value)
 
 
 class Shelf:
@@ -168,7 +219,18 @@ class Shelf:
         return 1 + max((int(p.stem) for p in self._lives()), default=0)
 
     def _lives(self) -> list[Path]:
-        return sorted(p for p in self._folder.glob("[0-9]*.jsonl") if p.stem.isdigit())
+        """Return the books of sessions.
+
+        Raises:
+            LedgerError: A file has a name that no book has.
+        """
+        found = sorted(self._folder.glob("*.jsonl"))
+        lives = [path for path in found if path.stem.isascii() and path.stem.isdigit()]
+        for path in found:
+            if not (path.stem.startswith("lease-") or path in lives):
+                msg = f"{path}, line 1: not a spend log of fanfold; move it out of the run folder"
+                raise LedgerError(msg)
+        return lives
 
     def of_lease(self, lease: str) -> Path:
         """Return the path of the book of a lease, written by who has it."""
@@ -196,6 +258,11 @@ class Shelf:
         Raises:
             LedgerError: One is damaged.
         """
+        try:
+            if self._folder.is_dir():
+                find_renamed(self._folder, self._run)
+        except OSError as error:
+            raise LedgerError(f"{self._folder}: cannot be listed: {error.strerror}") from error
         return {int(path.stem): read_page(path, self._run) for path in self._lives()}
 
     def lent(self, now: float | None = None) -> dict[str, Amount]:
@@ -239,7 +306,7 @@ class Shelf:
             return page.settled.least(lease.amount)
         if now < page.until + _SETTLE_S:
             return lease.amount
-        return Amount.from_json(lease.amount.to_json() | page.level).least(lease.amount)
+        return Amount(**(lease.amount.to_json() | page.level)).least(lease.amount)
 
     def held(self) -> Held:
         """Return how long nodes were held in all lives, as far as noted.
@@ -303,10 +370,10 @@ def _of_life(page: Page, journal: Amount, lent: Mapping[str, Amount]) -> Amount:
         for name in page.leases:
             total = total.plus(lent[name])
         return total
-    total = Amount.from_json(journal.plus(page.held.amount).to_json() | page.level)
+    total = Amount(**(journal.plus(page.held.amount).to_json() | page.level))
     for name, lease in page.leases.items():
         saved = lease.amount.minus(lent[name]).to_json()
-        total = total.minus(Amount.from_json({k: v for k, v in saved.items() if k in page.level}))
+        total = total.minus(Amount(**{k: v for k, v in saved.items() if k in page.level}))
     return total
 
 

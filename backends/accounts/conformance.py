@@ -91,15 +91,18 @@ def sample(index: int, status: Status = "done", output: Json = None) -> dict[str
     """Return a record as the journal carries it."""
     failed = status == "failed"
     return {
+        "stage": "",
         "index": index,
         "id": f"item-{index}",
+        "sample": 0,
         "status": status,
         "output": None if failed else output,
         "error_class": "EndpointLostError" if failed else None,
         "error": "line 1\nline 2 é \u2028" if failed else None,
         "endpoint": "127.0.0.1:8000",
         "model": "m",
-        "attempts": 2,
+        "requests": 2,
+        "attempts": [],
         "repairs": 0,
         "prompt_tokens": 10,
         "completion_tokens": None,
@@ -107,6 +110,7 @@ def sample(index: int, status: Status = "done", output: Json = None) -> dict[str
         "finished_at": "2026-01-01T00:00:00.000+00:00",
         "simulated": True,
         "fingerprint": "00",
+        "origin": None,
     }
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from ..contract.money import HOUR_MS, NANO, Amount, Held
 from ..contract.types import Json
-from .journal import RunIds, scan
+from .journal import RunIds, Source, scan
 from .lines import check_line, life_of
 from .totals import Spent
 
@@ -165,8 +165,9 @@ def _records(
     """Yield all records, and add them up by life."""
     for path in sorted(journal.glob("*.jsonl")):
         spent = lives.setdefault(life_of(path), Spent())
-        for line in scan(path, run):
-            check_line(line, path, items)
+        source = Source(path, run)
+        for line in scan(source):
+            check_line(line, source, items)
             spent.add(line.record)
             yield line.record
 

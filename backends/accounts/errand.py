@@ -49,7 +49,11 @@ class SentLedger:
         return False
 
     def put(self, record: dict[str, Json]) -> None:
-        """Keep a record; one that nothing carries is kept as a failure."""
+        """Keep a record; one that nothing carries is kept as a failure.
+
+        Raises:
+            TypeError: JSON has no form for a value in it; it is not kept.
+        """
         size = len(orjson.dumps(record))
         if size > self._carry:
             record, self.altered = _too_large(record, size, self._carry), True
@@ -97,6 +101,7 @@ class FiledLedger:
         """Append a record.
 
         Raises:
+            TypeError: JSON has no form for a value in it; nothing was written.
             LedgerError: It could not be written.
         """
         self._writer.write(record)

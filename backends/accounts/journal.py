@@ -1,9 +1,12 @@
-"""The append-only journal: one JSON line per finished item, one file per life of the run.
+"""The append-only journal: one JSON line per finished item, one file per session of the run.
 
 A line is handed to the operating system the moment its item ends, so that the end of the
 process loses nothing; rounds of ``fsync``, one per ``fsync_s`` while there is something to
-flush, bound what the end of the machine can cost. Each life of a run writes a file of its own,
+flush, bound what the end of the machine can cost. Each session of a run writes a file of its own,
 so a line can only be torn at the end of a file.
+
+Each line ends in a checksum that continues the one of the line before it, and the first line
+identifies the file: ``docs/resume.md`` describes the form.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import secrets
 import shlex
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -23,13 +29,67 @@ import orjson
 from ..contract.errors import LedgerError
 from ..contract.types import Json
 
-VERSION: Final = 1
+VERSION: Final = 2
+
+_CRC, _END = b',"crc":"', b'"}\n'
+_CHECKSUM: Final = _CRC + b"%08x" + _END
+_TAIL: Final = len(_CRC) + 8 + len(_END)
+BEFORE: Final = 8 + len(_END)
+"""Bytes before a line that hold the checksum which it continues."""
+
+_LONGEST_HEADER: Final = 4096
+_SIGNS: Final = ("beat-", "open-", "stop-", "lock")
+"""How the names of other files in a journal's folder begin."""
 
 RunIds: TypeAlias = str | tuple[str, ...]
 """A run's id; of a run whose folder was copied, the present id and then the earlier ones."""
 
 _NO_FOLDER_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
 """What file systems say that flush folders by themselves, or not at all."""
+
+
+def add_crc(data: bytes, before: int) -> tuple[bytes, int]:
+    """Return a JSON object as a line with its checksum, and the checksum.
+
+    Args:
+        data: The object, without blanks around it and not empty.
+        before: The checksum of the line before; 0 for the first line.
+    """
+    data = data[:-1]
+    crc = zlib.crc32(data, before)
+    return data + _CHECKSUM % crc, crc
+
+
+def check_crc(line: bytes, before: int) -> int | None:
+    """Return the checksum of a line, or None if the line does not match it.
+
+    Args:
+        line: The line, with its end.
+        before: The checksum of the line before; 0 for the first line.
+    """
+    crc = zlib.crc32(line[:-_TAIL], before)
+    return crc if line[-_TAIL:] == _CHECKSUM % crc else None
+
+
+def crc_before(data: bytes) -> int:
+    """Return the checksum of a line whose last :data:`BEFORE` bytes these are.
+
+    Raises:
+        ValueError: They are not the end of a line.
+    """
+    return int(data[:8], 16)
+
+
+def make_header(path: Path, kind: str, about: Mapping[str, Json]) -> bytes:
+    """Return what the first line of a new file says of it.
+
+    Args:
+        path: The file.
+        kind: ``journal`` or ``budget``.
+        about: ``run``, the run's id, and who writes.
+    """
+    identity = {"kind": kind, "name": path.stem, "file": secrets.token_hex(8)}
+    return orjson.dumps({"v": VERSION, "run": about["run"], **identity, **about})
 
 
 class JournalWriter:
@@ -52,7 +112,7 @@ class JournalWriter:
     def __init__(self, path: Path, header: dict[str, Json], fsync_s: float) -> None:
         self._path = path
         self._fsync_s = fsync_s
-        self._written = self._flushed = 0
+        self._written = self._flushed = self._crc = 0
         self._records = self._flushed_records = self.at_risk = 0
         self._failure: LedgerError | None = None
         self._round: asyncio.Task[None] | None = None
@@ -63,7 +123,8 @@ class JournalWriter:
             raise LedgerError(f"{path}: cannot be created: {error.strerror}") from error
         self._thread = ThreadPoolExecutor(1, f"fsync {path.name}")
         try:
-            self._append(orjson.dumps({"v": VERSION, **header}, option=orjson.OPT_APPEND_NEWLINE))
+            line, self._crc = add_crc(make_header(path, "journal", header), 0)
+            self._append(line)
         except LedgerError:
             self._file.close()
             raise
@@ -80,11 +141,12 @@ class JournalWriter:
             Where its line starts, and how long it is, in bytes.
 
         Raises:
+            TypeError: JSON has no form for a value in it; nothing was written.
             LedgerError: The line could not be written, or an earlier write or flush failed.
         """
         if self._failure is not None:
             raise self._failure
-        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+        line, self._crc = add_crc(orjson.dumps(record), self._crc)
         start = self._written
         self._append(line)
         self._records += 1
@@ -166,15 +228,7 @@ class JournalWriter:
         return True
 
     def _sync_folder(self) -> None:
-        """Make the file's name as durable as its content."""
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno not in _NO_FOLDER_SYNC:
-                raise
-        finally:
-            os.close(folder)
+        sync_folder(self._path.parent)
 
     def _fail(self, what: str, error: OSError) -> LedgerError:
         self._failure = self._failure or LedgerError(
@@ -191,25 +245,69 @@ async def _pause(hurry: asyncio.Event, seconds: float) -> None:
         return
 
 
+def sync_folder(path: Path) -> None:
+    """Make the names of the files in a folder as durable as their content; blocks.
+
+    Raises:
+        OSError: The disk refused.
+    """
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(folder)
+
+
 class Line(NamedTuple):
-    """One record as it stands in a journal file: line number, start and length in bytes."""
+    """One record as it stands in a journal file.
+
+    Attributes:
+        number: The line's number, from 1.
+        start: Where it starts, in bytes.
+        length: Its length in bytes, its end included.
+        crc: Its checksum.
+        record: What it says.
+    """
 
     number: int
     start: int
     length: int
+    crc: int
     record: dict[str, Any]
 
 
-def scan(
-    path: Path, run: RunIds, start: int = 0, first: int = 1, *, live: bool = False
-) -> Iterator[Line]:
-    """Yield the records of one journal file; a torn last line is left out.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a file must be to be read as one of a run's.
 
-    Args:
+    Attributes:
         path: The file.
         run: The run's ids, one of which the file's first line must carry.
+        kind: ``journal`` or ``budget``.
+    """
+
+    path: Path
+    run: RunIds
+    kind: str = "journal"
+
+    def fault(self, number: int, what: str) -> LedgerError:
+        """Return the error of a line."""
+        return LedgerError(f"{self.path}, line {number}: {what}")
+
+
+def scan(
+    source: Source, start: int = 0, first: int = 1, before: int = 0, *, live: bool = False
+) -> Iterator[Line]:
+    """Yield the records of one file; a torn last line is left out.
+
+    Args:
+        source: The file.
         start: Where to begin, in bytes.
         first: Number of the line there.
+        before: The checksum of the line before that one.
         live: Whether it is still written to: then the first line with NUL bytes ends it for now.
             Network file systems show zeros where what another node wrote has not arrived.
 
@@ -217,43 +315,90 @@ def scan(
         LedgerError: Anything else that is odd, with file and line.
     """
     try:
-        with path.open("rb") as file:
+        with source.path.open("rb") as file:
             file.seek(start)
             for number, line in enumerate(file, first):
                 if live and b"\0" in line:
                     return
                 if not line.endswith(b"\n"):
-                    _check_torn(line, path, number, start)
+                    _check_torn(source, line, number, start, before)
                     return
-                record = _parse(line, path, number)
+                crc = check_crc(line, before)
+                if crc is None:
+                    raise _mismatch(source, line, number, start)
+                record = _parse(source, line, number)
                 if number == 1:
-                    _check_header(record, path, run)
+                    _check_header(source, record)
                 else:
-                    yield Line(number, start, len(line), record)
-                start += len(line)
+                    yield Line(number, start, len(line), crc, record)
+                start, before = start + len(line), crc
     except OSError as error:
-        raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+        raise LedgerError(f"{source.path}: cannot be read: {error.strerror}") from error
 
 
-def _check_torn(line: bytes, path: Path, number: int, start: int) -> None:
-    """Accept a line that the end of the process cut; no process writes NUL bytes."""
+def _check_torn(source: Source, line: bytes, number: int, start: int, before: int) -> None:
+    """Accept a line that the end of the process cut; no process writes NUL bytes.
+
+    A line that goes on after its checksum was whole: its end was changed.
+    """
     if b"\0" in line:
         msg = (
-            f"{path}, line {number}: {line.count(0):,} NUL bytes, as the loss of a machine's power "
-            f"leaves them; what stands before is whole: cut them off with "
-            f"'truncate -s {start} {shlex.quote(str(path))}', then resume"
+            f"{line.count(0):,} NUL bytes, as the loss of a machine's power leaves them; what "
+            f"stands before is whole: cut them off with '{_cut(source.path, start)}', then resume"
         )
-        raise LedgerError(msg)
+        raise source.fault(number, msg)
+    at = line.find(_CRC)
+    while at >= 0:
+        end = at + _TAIL - 1
+        if len(line) > end and check_crc(line[:end] + b"\n", before) is not None:
+            raise _mismatch(source, line, number, start)
+        at = line.find(_CRC, at + 1)
 
 
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _mismatch(source: Source, line: bytes, number: int, start: int) -> LedgerError:
+    """Return what is wrong with a line that does not match its checksum."""
+    found = _header_in(line)
+    if number == 1 and found is not None and found.get("v") != VERSION:
+        return source.fault(1, _other_version(found))
+    if number > 1 and found is not None and check_crc(line, 0) is not None:
+        what = "a second header: another file was appended to this one"
+    elif line.endswith(_END) and line[-_TAIL:].startswith(_CRC):
+        what = (
+            "the checksum does not match: the line was changed, or lines before it were removed, "
+            "repeated or moved"
+        )
+    else:
+        what = "not a whole line with a checksum; the file was damaged or edited"
+    way_out = "restore the file from a copy"
+    if source.kind == "journal":
+        way_out += (
+            f", or cut it off here with '{_cut(source.path, start)}': the items of the lines from "
+            "here on are then asked again"
+        )
+    return source.fault(number, f"{what}; {way_out}")
+
+
+def _cut(path: Path, size: int) -> str:
+    return f"truncate -s {size} {shlex.quote(str(path))}"
+
+
+def _header_in(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) and "v" in found else None
+
+
+def _parse(source: Source, line: bytes, number: int) -> dict[str, Any]:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        msg = f"{path}, line {number}: not valid JSON ({error}); the file was damaged or edited"
-        raise LedgerError(msg) from None
+        msg = f"not valid JSON ({error}); the file was damaged or edited"
+        raise source.fault(number, msg) from None
     if not isinstance(record, dict):
-        raise LedgerError(f"{path}, line {number}: not a journal record")
+        raise source.fault(number, "not a journal record")
+    record.pop("crc", None)
     return record
 
 
@@ -262,11 +407,49 @@ def present_id(run: RunIds) -> str:
     return run if isinstance(run, str) else run[0]
 
 
-def _check_header(record: dict[str, Any], path: Path, run: RunIds) -> None:
+def _other_version(record: dict[str, Any]) -> str:
+    return f"journal version {record.get('v')!r}, this fanfold reads {VERSION}"
+
+
+def _check_header(source: Source, record: dict[str, Any]) -> None:
     if record.get("v") != VERSION:
-        msg = f"{path}, line 1: journal version {record.get('v')!r}, this fanfold reads {VERSION}"
-        raise LedgerError(msg)
-    if record.get("run") not in ((run,) if isinstance(run, str) else run):
-        found, own = record.get("run"), present_id(run)
-        msg = f"{path}, line 1: belongs to run {found!r}, not to {own!r}"
-        raise LedgerError(msg)
+        raise source.fault(1, _other_version(record))
+    if not _is_own(record.get("run"), source.run):
+        found, own = record.get("run"), present_id(source.run)
+        raise source.fault(1, f"belongs to run {found!r}, not to {own!r}")
+    kind, name = record.get("kind"), record.get("name")
+    if (kind, name) != (source.kind, source.path.stem):
+        raise source.fault(
+            1,
+            f"the file is {kind}/{name}.jsonl of this run under another name: remove it if it is a "
+            "copy, or else rename it back",
+        )
+
+
+def _is_own(found: object, run: RunIds) -> bool:
+    return found in ((run,) if isinstance(run, str) else run)
+
+
+def find_renamed(folder: Path, run: RunIds) -> None:
+    """Refuse a folder in which a file of the run has a name that is not read.
+
+    Args:
+        folder: The folder.
+        run: The run's ids.
+
+    Raises:
+        LedgerError: A file with a header of the run is under a name that does not end in
+            ``.jsonl``, and no file has the name that it was written under.
+    """
+    for path in sorted(folder.iterdir()):
+        signs = path.name.startswith(_SIGNS)  # thousands, where there are many workers
+        if signs or path.suffix == ".jsonl" or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            header = _header_in(file.readline(_LONGEST_HEADER))
+        if header is None or not _is_own(header.get("run"), run):
+            continue
+        proper = folder / f"{header.get('name')}.jsonl"
+        if not proper.exists():
+            msg = f"{path}, line 1: the file is {proper.name} of this run; rename it back"
+            raise LedgerError(msg)

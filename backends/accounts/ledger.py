@@ -16,7 +16,17 @@ import orjson
 from ..contract.errors import LedgerError
 from ..contract.types import Json
 from .handles import Handles
-from .journal import JournalWriter, RunIds, present_id, scan
+from .journal import (
+    BEFORE,
+    JournalWriter,
+    RunIds,
+    Source,
+    check_crc,
+    crc_before,
+    find_renamed,
+    present_id,
+    scan,
+)
 from .lines import Facts, are_fine, check_line, facts_of, life_of, noted, worker_prefix
 from .totals import Counts, Fresh, Spent
 
@@ -34,19 +44,20 @@ class _Followed:
     number: int
     start: int = 0
     line: int = 1
+    crc: int = 0
 
 
 class Ledger:
     """Index over the journal files of one run; writable when opened for a new life.
 
     It holds 17 bytes per item: its state and where its record lies. The records themselves stay
-    on disk. A later record of an item takes the place of an earlier one. Threads may read at the
-    same time; one event loop writes.
+    on disk. Threads may read at the same time; one event loop writes.
 
-    Workers of a life write files of their own beside the coordinator's (``0002-node17-4242.jsonl``
-    beside ``0002.jsonl``); :meth:`refresh` reads on in them. Two copies of a shard may both end an
-    item; then an answer counts before a failure, and else the record that was finished first,
-    whichever is read first.
+    Workers of a session write files of their own beside the coordinator's
+    (``0002-node17-4242.jsonl`` beside ``0002.jsonl``); :meth:`refresh` reads on in them. Of several
+    records of an item that of the later session counts; within a session an answer counts before a
+    failure, and else the record that was finished first. This does not depend on the order in
+    which they are read.
 
     Args:
         folder: The journal's folder.
@@ -54,9 +65,9 @@ class Ledger:
         items: Number of items of the run.
 
     Attributes:
-        spent: What each life has spent, by its number; records that a newer one replaced count.
-        twice: Records that another worker's record of the same life has made void, or was made
-            void by.
+        spent: What each session has spent, by its number; records that do not count are included.
+        twice: Records that took the place of another one, or of the same session as the one that
+            counts: what was folded of their items may differ from what the ledger keeps.
 
     Raises:
         LedgerError: A file is damaged or belongs to another run.
@@ -79,11 +90,18 @@ class Ledger:
         self._failure: LedgerError | None = None
         self.spent: dict[int, Spent] = {}
         self._sums: list[Spent] = []
+        self._check_names()
         for number, path in enumerate(self._paths):
             at = _Followed(number)
             self._read_on(path, at)
             if "-" in path.stem:
                 self._followed[path] = at  # its worker may outlive the coordinator
+
+    def _check_names(self) -> None:
+        try:
+            find_renamed(self._folder, self._run)
+        except OSError as error:
+            raise LedgerError(f"{self._folder}: cannot be listed: {error.strerror}") from error
 
     # -- writing -------------------------------------------------------------------------
 
@@ -104,6 +122,7 @@ class Ledger:
         Needs a running event loop.
 
         Raises:
+            TypeError: JSON has no form for a value in the record; nothing was written.
             LedgerError: It could not be written; says how many items are safe. Every later call
                 raises the same.
         """
@@ -117,8 +136,9 @@ class Ledger:
         except LedgerError as error:
             self._failure = self._told(error)
             raise self._failure from error
-        self._spent_by(self._own).add(record)
-        self._note(self._own, start, length, facts_of(record))
+        facts = facts_of(record)
+        self._spent_by(self._own).add_numbers(facts[2:])
+        self._note(self._own, start, length, facts)
 
     def _told(self, error: LedgerError) -> LedgerError:
         return LedgerError(
@@ -217,14 +237,15 @@ class Ledger:
     def _read_on(self, path: Path, at: _Followed, fresh: Fresh | None = None) -> None:
         """Note a file's further records; count those of items that had not ended before."""
         live = fresh is not None  # else it is read once, from its begin to where it ended
-        lines = scan(path, self._run, at.start, at.line, live=live)
+        source = Source(path, self._run)
+        lines = scan(source, at.start, at.line, at.crc, live=live)
         while some := list(map(noted, islice(lines, _TOGETHER))):
             if not are_fine([line.facts for line in some], len(self._state)):
-                for line in scan(path, self._run, at.start, at.line, live=live):
-                    check_line(line, path, len(self._state))
+                for line in scan(source, at.start, at.line, at.crc, live=live):
+                    check_line(line, source, len(self._state))
             new = [self._note(at.number, line.start, line.length, line.facts) for line in some]
             last = some[-1]
-            at.start, at.line = last.start + last.length, last.number + 1
+            at.start, at.line, at.crc = last.start + last.length, last.number + 1, last.crc
             self._spent_by(at.number).merge(Spent.of(line.facts[2:] for line in some))
             if fresh is not None:
                 fresh.count([line.facts for line in compress(some, new)])
@@ -270,10 +291,14 @@ class Ledger:
     def _read(self, index: int, number: int, start: int, length: int) -> dict[str, Any]:
         path = self._paths[number]
         try:
-            record: dict[str, Any] = orjson.loads(self._handles.read(path, start, length))
+            data = self._handles.read(path, start - BEFORE, BEFORE + length)
+            line = data[BEFORE:]
+            whole = check_crc(line, crc_before(data[:BEFORE])) is not None
+            record: dict[str, Any] = orjson.loads(line) if whole else {}
+            record.pop("crc", None)
         except OSError as error:
             raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
-        except orjson.JSONDecodeError:
+        except ValueError:  # neither a checksum nor JSON
             record = {}
         if record.get("index") != index:
             raise LedgerError(f"{path}: changed while the run was using it")
@@ -290,15 +315,30 @@ class Ledger:
         """Note where an item's record is; return whether the item had not ended before."""
         index = facts[0]
         ended = self._state[index] != _OPEN
-        if ended and self._lives_before(number, self._file[index]):
+        if ended and not self._replaces(index, number, start, length):
             return False
-        if ended and self._rival(number, index):
-            self.twice += 1
-            if _rank(self._read(index, number, start, length)) >= _rank(self.record(index)):
-                return False
         self._state[index] = _CODES[facts[1]]
         self._file[index], self._start[index], self._length[index] = number, start, length
         return not ended
+
+    def _replaces(self, index: int, number: int, start: int, length: int) -> bool:
+        """Say whether a further record of an item counts, rather than the one that is noted."""
+        life, before = (life_of(self._paths[n]) for n in (number, self._file[index]))
+        if life < before:
+            return False  # no session folds what an earlier one records from now on
+        self.twice += 1
+        if life > before:
+            return True
+        one = self._rank(index, number, start, length)
+        other = self._rank(index, self._file[index], self._start[index], self._length[index])
+        return one < other
+
+    def _rank(self, index: int, *place: int) -> tuple[bool, str, str, int]:
+        """Return what orders the records of an item within a session: the least one counts."""
+        record = self._read(index, *place)
+        number, start, _ = place
+        failed = record["status"] != "done"
+        return failed, str(record.get("finished_at")), self._paths[number].stem, start
 
     def _spent_by(self, number: int) -> Spent:
         """Return the sums of the life that wrote a file."""
@@ -313,16 +353,3 @@ class Ledger:
         for spent in self.spent.values():
             total.merge(spent)
         return total
-
-    def _lives_before(self, number: int, other: int) -> bool:
-        """Say whether one file is of an earlier life than another; a later record counts."""
-        return life_of(self._paths[number]) < life_of(self._paths[other])
-
-    def _rival(self, number: int, index: int) -> bool:
-        """Say whether an item's record is of a worker in the same life as a further one."""
-        one, other = self._paths[number], self._paths[self._file[index]]
-        return "-" in one.stem and "-" in other.stem and life_of(one) == life_of(other)
-
-
-def _rank(record: dict[str, Any]) -> tuple[bool, str]:
-    return record["status"] != "done", record["finished_at"]

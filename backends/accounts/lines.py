@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, Final, NamedTuple
 
 from ..contract.errors import LedgerError
-from .journal import Line
-from .totals import NUMBERS
+from ..contract.values import MOST, NUMBERS, STATUSES, check_record
+from .journal import Line, Source
 
 _NUMBER: Final = frozenset({int, NoneType})
 _INDEX: Final = frozenset({int})
 _TEXT: Final = frozenset({str})
-_STATUS: Final = frozenset({"done", "failed"})
+_STATUS: Final = frozenset(STATUSES)
 _FACTS: Final = ("index", "status", *NUMBERS)
 _facts: Final = itemgetter(*_FACTS)
 
@@ -58,59 +57,80 @@ def worker_prefix(life: int, worker: str) -> str:
 
 
 class Noted(NamedTuple):
-    """What is kept in mind of a line: its number, start and length in bytes, and facts."""
+    """What is kept in mind of a line: number, start and length in bytes, checksum, and facts."""
 
     number: int
     start: int
     length: int
+    crc: int
     facts: Facts
 
 
 def noted(line: Line) -> Noted:
     """Return what is kept in mind of a line; its record goes."""
-    return Noted(line.number, line.start, line.length, facts_of(line.record))
+    record = line.record
+    facts = facts_of(record)
+    if "shares" in record:
+        facts = _none_if_odd(record, facts)
+    return Noted(line.number, line.start, line.length, line.crc, facts)
+
+
+def _none_if_odd(record: dict[str, Any], facts: Facts) -> Facts:
+    """Return a record's facts, without the index if it is to be refused."""
+    try:
+        check_record(record)
+    except ValueError:
+        return None, *facts[1:]  # refused with the others, by its line
+    return facts
 
 
 def are_fine(facts: Sequence[Facts], items: int) -> bool:
     """Say whether :func:`check_line` refuses none of these records: looked at column by column."""
-    indices, statuses, *numbers = zip(*facts, strict=True)
+    indices, statuses, *columns = zip(*facts, strict=True)
     return (
         _INDEX.issuperset(map(type, indices))
         and min(indices) >= 0
         and max(indices) < items
         and _TEXT.issuperset(map(type, statuses))
         and _STATUS.issuperset(statuses)
-        and _NUMBER.issuperset(map(type, chain.from_iterable(numbers)))
+        and all(map(_are_counts, columns))
     )
 
 
-def check_line(line: Line, path: Path, items: int) -> None:
+def _are_counts(column: Sequence[int | None]) -> bool:
+    """Say whether all of a column are counts or null."""
+    if not _NUMBER.issuperset(map(type, column)):
+        return False
+    told = list(filter(None, column))  # neither null nor 0
+    return not told or (min(told) >= 0 and max(told) <= MOST)
+
+
+def check_line(line: Line, source: Source, items: int) -> None:
     """Refuse what no ledger of this run has written.
 
     Raises:
         LedgerError: It says something else.
     """
     record = line.record
-    index, status, *numbers = facts_of(record)
-    fine = (
-        type(index) is int
-        and 0 <= index < items
-        and type(status) is str
-        and status in _STATUS
-        and _NUMBER.issuperset(map(type, numbers))
-    )
-    if not fine:
-        raise LedgerError(f"{path}, line {line.number}: {_trouble(record, index, items)}")
+    if (trouble := find_trouble(record, items)) is not None:
+        raise source.fault(line.number, trouble)
 
 
-def _trouble(record: dict[str, Any], index: Any, items: int) -> str:
-    """Say what is wrong with a line."""
-    name = f"item {record.get('id')!r}"
+def find_trouble(record: dict[str, Any], items: int) -> str | None:
+    """Return what is wrong with a record, or None.
+
+    Args:
+        record: The record.
+        items: Number of items of the run.
+    """
+    index = record.get("index")
     if type(index) is not int:
         found = "a second header" if "v" in record else "not a record of an item"
         return f"{found}; the file was damaged or edited"
     if not 0 <= index < items:
-        return f"{name} has index {index}, this run has {items} items"
-    if record.get("status") not in (*_STATUS,):
-        return f"{name} has no status known here"
-    return f"{name}: {', '.join(NUMBERS)}: no numbers"
+        return f"item {record.get('id')!r} has index {index}, this run has {items} items"
+    try:
+        check_record(record)
+    except ValueError as error:
+        return str(error)
+    return None

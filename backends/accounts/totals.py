@@ -4,25 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from ..contract.money import Amount
-
-NUMBERS: Final = (
-    "attempts",
-    "prompt_tokens",
-    "completion_tokens",
-    "cached_tokens",
-    "lost_tokens",
-    "useful_tokens",
-    "nano_usd",
-    "useful_nano_usd",
-    "reused",
-)
-"""Fields of a record that are whole numbers or null."""
-
-_SUMS: Final = ("requests", *NUMBERS[1:])
-"""What their sums are called."""
+from ..contract.values import NUMBERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +67,20 @@ class Spent:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Add what one record says."""
-        get = record.get
-        self.requests += get("attempts") or 0
-        self.prompt_tokens += get("prompt_tokens") or 0
-        self.completion_tokens += get("completion_tokens") or 0
-        self.cached_tokens += get("cached_tokens") or 0
-        self.lost_tokens += get("lost_tokens") or 0
-        self.useful_tokens += get("useful_tokens") or 0
-        self.nano_usd += get("nano_usd") or 0
-        self.useful_nano_usd += get("useful_nano_usd") or 0
-        self.reused += get("reused") or 0
+        self.add_numbers(list(map(record.get, NUMBERS)))
+
+    def add_numbers(self, numbers: Sequence[int | None]) -> None:
+        """Add what one record says of :data:`NUMBERS`."""
+        requests, prompt, completion, cached, lost, useful, nano, useful_nano, reused = numbers
+        self.requests += requests or 0
+        self.prompt_tokens += prompt or 0
+        self.completion_tokens += completion or 0
+        self.cached_tokens += cached or 0
+        self.lost_tokens += lost or 0
+        self.useful_tokens += useful or 0
+        self.nano_usd += nano or 0
+        self.useful_nano_usd += useful_nano or 0
+        self.reused += reused or 0
 
     @classmethod
     def of(cls, numbers: Iterable[Sequence[int | None]]) -> Self:
@@ -101,7 +90,7 @@ class Spent:
             numbers: What each record says of :data:`NUMBERS`.
         """
         sums = [sum(filter(None, column)) for column in zip(*numbers, strict=True)]
-        return cls(**dict(zip(_SUMS, sums, strict=False)))
+        return cls(**dict(zip(NUMBERS, sums, strict=False)))
 
     def counts(self) -> dict[str, int]:
         """Return the sums by their names."""

@@ -7,6 +7,7 @@ and threads that the item's graph starts are counted too.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -128,6 +129,7 @@ class CallLog:
         account: What the item may spend; None is no limit.
         reused: Answers taken from earlier requests, which cost nothing.
         shares: What each endpoint did, by its label.
+        attempts: The first requests, as the item's record tells them.
         open: Requests in flight.
         idle: Those of them that are streams and are not read at the moment.
         queued: Calls that wait for an endpoint.
@@ -146,6 +148,7 @@ class CallLog:
     account: Account | None = None
     reused: int = 0
     shares: dict[str, Share] = field(default_factory=dict, compare=False)
+    attempts: list[dict[str, Any]] = field(default_factory=list, compare=False)
     open: int = field(default=0, compare=False)
     idle: int = field(default=0, compare=False)
     queued: int = field(default=0, compare=False)
@@ -171,6 +174,19 @@ class CallLog:
             share = self.shares[endpoint] = Share(endpoint, credit)
         return share
 
+    def begin_attempt(self, endpoint: str) -> dict[str, Any] | None:
+        """Note that a request is sent; return what is known of it, None after the first ones.
+
+        Args:
+            endpoint: The endpoint's label.
+        """
+        if len(self.attempts) >= MOST_ATTEMPTS:
+            return None
+        start = time.time_ns() // 1_000_000 / 1000
+        attempt = {"endpoint": endpoint, "start": start, "seconds": None, "outcome": None}
+        self.attempts.append(attempt)
+        return attempt
+
     def close_streams(self) -> None:
         """Close the streams that the item has left open: an error's traceback may keep them."""
         for close in tuple((self.streams or {}).values()):
@@ -193,5 +209,8 @@ class CallLog:
                 continue
             share.credit.useful(share.useful)
 
+
+MOST_ATTEMPTS: Final = 8
+"""So many requests of an item are told one by one in its record."""
 
 CURRENT_CALLS: Final[ContextVar[CallLog | None]] = ContextVar("fanfold_calls", default=None)

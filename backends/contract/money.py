@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Final, NamedTuple, Self
 
 from .types import Json, Usage
+from .values import check_counts
 
 NANO: Final = 1_000_000_000
 """Nano-dollars in a dollar."""
@@ -80,8 +81,13 @@ class Amount(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Json]) -> Self:
-        """Read it; what is not there is 0."""
-        return cls(**{name: int(data.get(name) or 0) for name in cls._fields})
+        """Read it; what is not there is 0.
+
+        Raises:
+            ValueError: A field is no count.
+        """
+        check_counts(data, cls._fields, "amount")
+        return cls(**{name: data.get(name) or 0 for name in cls._fields})
 
 
 class Held(NamedTuple):
@@ -117,8 +123,13 @@ class Held(NamedTuple):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Json]) -> Self:
-        """Read it; what is not there is 0."""
-        return cls(**{name: int(data.get(name) or 0) for name in cls._fields})
+        """Read it; what is not there is 0.
+
+        Raises:
+            ValueError: A field is no count.
+        """
+        check_counts(data, cls._fields, "nodes held")
+        return cls(**{name: data.get(name) or 0 for name in cls._fields})
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any, Final, Self
 
 from .errors import ConfigurationError, SiteError
 from .types import Item, Json, Row
+from .values import check_counts, check_record
 
 WIRE: Final = 1
 """Version of the two forms below."""
@@ -137,9 +138,30 @@ class Summary:
 
         Raises:
             ConfigurationError: Another version of the form.
-            SiteError: No summary at all.
+            SiteError: No summary at all, or a number in it is out of range.
         """
-        return cls(**_checked(data, cls))
+        summary = cls(**_checked(data, cls))
+        try:
+            _check_numbers(summary)
+        except (TypeError, ValueError, AttributeError) as error:
+            msg = f"worker {summary.worker}: its summary of shard {summary.shard}: {error}"
+            raise SiteError(msg) from None
+        return summary
+
+
+def _check_numbers(summary: Summary) -> None:
+    """Check what is counted of a summary.
+
+    Raises:
+        ValueError: A number is out of range.
+        TypeError: Something is no object or list.
+        AttributeError: The same.
+    """
+    for name, numbers in (("tally", summary.tally), ("used", summary.used)):
+        if numbers is not None:
+            check_counts(numbers, numbers.keys(), name)
+    for record in summary.records or ():
+        check_record(record)
 
 
 def _plain(form: Order | Summary) -> dict[str, Json]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -44,6 +45,9 @@ class Charge:
         hold: What is reserved for it; None when nothing limits it, or it has ended.
         ended: Whether its end is known.
         share: What its endpoint does for the item; None until it is sent, or without a log.
+        attempt: What the item's record tells of the request; None as for ``share``, or where the
+            record has enough of them.
+        began: Monotonic time in seconds when it was sent.
     """
 
     log: CallLog | None
@@ -51,6 +55,8 @@ class Charge:
     hold: Hold | None = None
     ended: bool = False
     share: Share | None = None
+    attempt: dict[str, Any] | None = None
+    began: float = 0.0
 
     @classmethod
     async def open(cls, log: CallLog | None, body: Mapping[str, Any]) -> Charge:
@@ -83,6 +89,7 @@ class Charge:
             self.log.requests += 1
             self.share = self.log.share(endpoint.label, endpoint.stats)
             self.share.requests += 1
+            self.attempt, self.began = self.log.begin_attempt(endpoint.label), time.monotonic()
 
     def answered(self, usage: Usage, model: str | None) -> None:
         """Settle a request that was answered.
@@ -91,6 +98,7 @@ class Charge:
             usage: What the answer says of its tokens.
             model: The model's name in it.
         """
+        self._end_attempt("answered")
         if self._end() and self.hold is not None:
             self.hold.settle(usage)
         if self.log is not None and self.share is not None:
@@ -102,6 +110,7 @@ class Charge:
         """Settle a request that failed; return the tokens that may have been paid for nothing."""
         if self.log is not None and self.share is not None:
             self.log.endpoint = self.share.endpoint
+        self._end_attempt(type(failure.error).__name__)
         status = failure.error.status
         if status in _CUT_OFF or (status is None and not failure.treatment.free):
             return self.lost()
@@ -112,6 +121,7 @@ class Charge:
         """Settle a request whose answer is lost; return the tokens that it may have cost."""
         if not self._end():
             return _NOTHING
+        self._end_attempt("cancelled")
         most = most_tokens(self.body) if self.hold is None else self.hold.keep()
         if self.log is not None:
             self.log.lost += most
@@ -123,6 +133,13 @@ class Charge:
         """Settle a request that nobody has read."""
         if self._end() and self.hold is not None:
             self.hold.free(sent=sent)
+
+    def _end_attempt(self, outcome: str) -> None:
+        """Tell how the request ended, once."""
+        if self.attempt is not None:
+            self.attempt["seconds"] = int(1000 * (time.monotonic() - self.began)) / 1000
+            self.attempt["outcome"] = outcome
+            self.attempt = None
 
     def _end(self) -> bool:
         first, self.ended = not self.ended, True

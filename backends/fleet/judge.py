@@ -8,12 +8,16 @@ from typing import Any, Final
 import orjson
 
 from ..contract.types import SIMULATED_FINGERPRINT, Reply, Usage
+from ..contract.values import MOST_TOKENS, json_text
 from . import failures
 from .answer import Complaint, RawAnswer
 from .failures import Failure
 
 GATEWAY_ERROR_ID: Final = "chatcmpl-api-error"
 """Id under which the FIRST gateway hides an error of the server behind it."""
+
+_COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
+_DETAILS: Final = ("prompt_tokens_details", "completion_tokens_details")
 
 ABORTED: Final = frozenset({"abort", "error"})
 """Finish reasons of a server that is shutting down; the text is partial."""
@@ -34,6 +38,7 @@ def read(answer: RawAnswer, endpoint: str) -> dict[str, Any] | Failure:
         document = None
     problem = _problem(document)
     if problem is None:
+        make_plain(document)
         return failures.of_abort(answer, endpoint) if _is_aborted(document) else document
     if isinstance(document, dict) and (document.get("error") or document.get("object") == "error"):
         complaint = Complaint.of(document)
@@ -53,6 +58,74 @@ def _problem(document: Any) -> str | None:
     if not isinstance(first, dict) or not isinstance(first.get("message"), dict):
         return "the answer holds no message"
     return None
+
+
+def make_plain(document: dict[str, Any]) -> None:
+    """Give a chat completion's fields the types that they have by its specification, in place.
+
+    Servers and what stands in between write other ones. What is no count is not told, a name that
+    is no text is none, and what is no text becomes its JSON: the answer is paid, and counts.
+    """
+    for name in ("model", "system_fingerprint", "id"):
+        if not isinstance(document.get(name, ""), str):
+            document[name] = None
+    usage = document.get("usage")
+    if usage is not None and not _is_usage(usage):
+        document["usage"] = _plain_usage(usage)
+    for choice in document["choices"]:
+        if isinstance(choice, dict):
+            _make_plain_choice(choice)
+
+
+def _make_plain_choice(choice: dict[str, Any]) -> None:
+    reason, message = choice.get("finish_reason"), choice.get("message")
+    if reason is not None and not isinstance(reason, str):
+        choice["finish_reason"] = json_text(reason)
+    if not isinstance(message, dict):
+        return
+    for name in ("content", "refusal"):
+        value = message.get(name)
+        if value is None or isinstance(value, str):
+            continue
+        message[name] = _joined(value) or json_text(value)
+
+
+def _joined(content: Any) -> str | None:
+    """Return the text of a content that comes in parts, or None if it is none."""
+    if not isinstance(content, list):
+        return None
+    texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+
+
+def _is_usage(usage: Any) -> bool:
+    """Say whether all that is read of a usage is as it should be, as nearly always."""
+    if not isinstance(usage, dict):
+        return False
+    for name in _COUNTS:
+        if (value := usage.get(name)) is not None and _count(value) is None:
+            return False
+    return all(_are_details(usage.get(name)) for name in _DETAILS)
+
+
+def _are_details(details: Any) -> bool:
+    return details is None or (
+        isinstance(details, dict)
+        and all(value is None or _count(value) is not None for value in details.values())
+    )
+
+
+def _plain_usage(usage: Any) -> dict[str, Any] | None:
+    """Return what can be believed of a usage."""
+    if not isinstance(usage, dict):
+        return None
+    plain: dict[str, Any] = {
+        name: value for name in _COUNTS if (value := _count(usage.get(name))) is not None
+    }
+    for name in _DETAILS:
+        if isinstance(details := usage.get(name), dict):
+            plain[name] = {k: v for k, v in details.items() if _count(v) is not None}
+    return plain
 
 
 def is_completion(document: Any) -> bool:
@@ -96,7 +169,8 @@ def usage_of(document: Mapping[str, Any]) -> Usage:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
+    """Return a number of tokens, or None if it is none that a request can have taken."""
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
 
 
 def reply_of(document: dict[str, Any], endpoint: str) -> Reply:

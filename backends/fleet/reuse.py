@@ -190,8 +190,8 @@ class Reuse:
         flight: asyncio.Future[bytes | None] | None,
     ) -> Answer:
         document, endpoint = await ask(body)
-        if self._worth.is_good(body, document):
-            answer = orjson.dumps(document)
+        answer = _as_line(document) if self._worth.is_good(body, document) else None
+        if answer is not None:
             self._answers.put(key, answer)
             if flight is not None:
                 flight.set_result(answer)
@@ -202,6 +202,7 @@ class Reuse:
         document = orjson.loads(answer)
         if not judge.is_completion(document) or judge.is_simulated(document) != self._simulated:
             return None
+        judge.make_plain(document)
         document["usage"] = dict(_FREE)
         log = CURRENT_CALLS.get()
         if log is not None:
@@ -210,3 +211,11 @@ class Reuse:
             log.model, log.simulated = document.get("model"), self._simulated
         found: dict[str, Any] = document
         return found
+
+
+def _as_line(document: Mapping[str, Any]) -> bytes | None:
+    """Return an answer as JSON on one line, or None if it is nested too deep to be written."""
+    try:
+        return orjson.dumps(document)
+    except TypeError:
+        return None

@@ -66,7 +66,6 @@ class Sender:
                 self._failed(endpoint, result, body, charge)
             else:
                 seconds = time.monotonic() - started
-                self._settle(endpoint, body, judge.usage_of(result))
                 self._succeeded(endpoint, result, level, seconds, charge)
             return result
         finally:
@@ -107,7 +106,6 @@ class Sender:
                 self._failed(endpoint, summary, body, charge)
             elif summary is not None:
                 seconds = time.monotonic() - started
-                self._settle(endpoint, body, judge.usage_of(summary))
                 self._succeeded(endpoint, summary, level, seconds, charge)
             endpoint.stats.lost(charge.lost())  # left early: nothing when its end is known
             self._warden.dispatch.give(endpoint, seconds, charge.log)
@@ -170,8 +168,9 @@ class Sender:
         charge: Charge,
     ) -> None:
         """Account for a good answer."""
-        usage = judge.usage_of(document)
-        charge.answered(usage, document.get("model"))
+        usage, model = judge.usage_of(document), document.get("model")
+        self._settle(endpoint, charge.body, usage)
+        charge.answered(usage, model if isinstance(model, str) else None)
         endpoint.stats.answered(seconds, usage)
         self._warden.succeeded(endpoint, level, seconds)
         if charge.log is not None:

@@ -161,7 +161,7 @@ class OpenStream:
                 self._failure = failure
             choices = chunk.get("choices") or [{}]
             reason = choices[0].get("finish_reason")
-            if reason in judge.ABORTED:
+            if isinstance(reason, str) and reason in judge.ABORTED:
                 self._failure = failures.of_end(self._endpoint)
             elif reason:
                 self._summary["finished"] = True
@@ -173,7 +173,13 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         document = orjson.loads(line[len(_DATA) :])
     except orjson.JSONDecodeError:
         return None
-    return document if isinstance(document, dict) else None
+    if not isinstance(document, dict):
+        return None
+    choices = document.get("choices")
+    if choices:
+        listed = choices if isinstance(choices, list) else []
+        document["choices"] = [one for one in listed if isinstance(one, dict)]
+    return document
 
 
 def _says_something(chunk: Mapping[str, Any] | None) -> bool:
@@ -181,8 +187,9 @@ def _says_something(chunk: Mapping[str, Any] | None) -> bool:
     if chunk is None:
         return False
     for choice in chunk.get("choices") or ():
-        delta = choice.get("delta") or {}
-        if choice.get("finish_reason") or any(v for k, v in delta.items() if k != "role"):
+        delta = choice.get("delta")
+        parts = delta if isinstance(delta, dict) else {}
+        if choice.get("finish_reason") or any(v for k, v in parts.items() if k != "role"):
             return True
     return False
 

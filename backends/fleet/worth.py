@@ -9,6 +9,7 @@ import jsonschema_rs
 import orjson
 
 from ..contract.fenced import unfenced
+from ..contract.schemas import open_validator
 from ..contract.types import Json
 from . import judge
 
@@ -63,18 +64,9 @@ class Worth:
 
 def _validator_of(schema: Json) -> jsonschema_rs.Validator | None:
     try:
-        return jsonschema_rs.validator_for(schema, retriever=_refuse)
-    except (jsonschema_rs.ValidationError, ValueError):
+        return open_validator(schema)
+    except ValueError:
         return None
-
-
-def _refuse(uri: str) -> None:
-    """Keep the validator from fetching a schema.
-
-    Raises:
-        ValueError: Always.
-    """
-    raise ValueError(uri)
 
 
 def _is_whole(choice: Json) -> bool:

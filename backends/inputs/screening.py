@@ -11,6 +11,7 @@ import orjson
 
 from ..contract.errors import InputError
 from ..contract.types import Json, Row
+from ..contract.values import DEEPEST, is_deep
 from .chemistry import SmilesCheck, smiles_check
 from .messages import missing_column
 from .naming import Namer
@@ -139,12 +140,16 @@ class Screen:
 
     def _encode(self, place: int, row: Row) -> bytes:
         try:
-            return orjson.dumps(row)
+            payload = orjson.dumps(row)
         except orjson.JSONEncodeError as error:
             raise InputError(
                 f"{self._source.locate(place)}: {_culprit(row)} cannot be written as JSON: "
                 f"{error}; use text, numbers, booleans, null, and lists and objects of them"
             ) from error
+        if is_deep(payload, row):
+            where = self._source.locate(place)
+            raise InputError(f"{where}: more than {DEEPEST} levels of lists and objects")
+        return payload
 
 
 def _culprit(row: Row) -> str:

@@ -13,6 +13,7 @@ import sys
 import time
 
 from ..contract.errors import FanfoldError
+from ..contract.terminal import escape_controls
 from .keeper import Orders
 from .lock import HostLock
 from .plan import NodePlan, files_of
@@ -53,7 +54,7 @@ async def _served(plan: NodePlan, lock: HostLock) -> None:
 
 def _say(text: str) -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    sys.stderr.write("".join(f"{stamp} {line}\n" for line in text.splitlines()))
+    sys.stderr.write("".join(f"{stamp} {line}\n" for line in escape_controls(text).splitlines()))
     sys.stderr.flush()
 
 

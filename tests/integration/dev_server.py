@@ -1,4 +1,4 @@
-"""The real ``langgraph dev``, started once for all tests."""
+"""The real ``langgraph dev``, started once for all tests that need the same variables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,10 +23,15 @@ START_S = 90
 
 
 class Server:
-    """``langgraph dev`` with the repository's own langgraph.json, in a folder of its own."""
+    """``langgraph dev`` with the repository's own langgraph.json, in a folder of its own.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
+    Args:
+        folder: The folder.
+        **variables: What its owner sets in its environment.
+    """
+
+    def __init__(self, folder: Path, **variables: str) -> None:
+        self.folder, self.log, self.variables = folder, folder / "log", variables
         config = json.loads((ROOT / "langgraph.json").read_text()) | {"dependencies": [str(ROOT)]}
         (folder / "langgraph.json").write_text(json.dumps(config))
         (folder / ".env").write_text("FLEET_KEY=sesame\n")
@@ -40,7 +46,8 @@ class Server:
         options = ["--no-reload", "--host", "127.0.0.1", "--port", str(port)]
         more = {"LANGGRAPH_CLI_NO_ANALYTICS": "1", "LANGGRAPH_NO_VERSION_CHECK": "true"}
         keys = ("LANGSMITH_API_KEY", "LANGCHAIN_API_KEY", "OPENAI_API_KEY")
-        environment = {k: v for k, v in os.environ.items() if k not in keys} | more
+        environment = {k: v for k, v in os.environ.items() if k not in keys}
+        environment |= more | self.variables
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, *options, "--n-jobs-per-worker", "2"],
@@ -70,13 +77,29 @@ class Server:
         self.process.wait(timeout=60)
 
 
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Start a server and stop it; its detector of blocking calls is on."""
+    server.start()
+    try:
+        yield server
+        assert "BlockingError" not in server.log.read_text()
+    finally:
+        server.stop()
+
+
 @pytest.fixture(scope="session")
 def dev_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests; its detector of blocking calls is on."""
-    one = Server(tmp_path_factory.mktemp("studio"))
-    one.start()
-    try:
+    """A server whose owner lets requests choose the endpoints."""
+    folder = tmp_path_factory.mktemp("studio")
+    with running(Server(folder, FANFOLD_SERVER_ALLOW="endpoints,endpoints.api_key")) as one:
         yield one
-        assert "BlockingError" not in one.log.read_text()
-    finally:
-        one.stop()
+
+
+@pytest.fixture(scope="session")
+def plain_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose owner opens nothing but a folder to read from."""
+    folder = tmp_path_factory.mktemp("closed")
+    (folder / "shared").mkdir()
+    with running(Server(folder, FANFOLD_SERVER_ROOT=str(folder / "shared"))) as one:
+        yield one

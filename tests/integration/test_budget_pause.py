@@ -45,7 +45,8 @@ async def test_a_pause_is_an_interrupt_that_is_answered_in_several_steps(
     cost, requests = paid(simulated), simulated.stats()["totals"]["requests"]
     simulated.reset()
     cap = cost // 2
-    graph = build_graph(limited(simulated, tokens=cap), checkpointer=InMemorySaver())
+    bound = limited(simulated, tokens=cap)
+    graph = build_graph(bound, checkpointer=InMemorySaver(), trust_context=True)
     state = await graph.ainvoke({"items": rows(80)}, THREAD)
     (pause,) = state["__interrupt__"]
     assert pause.value["question"].startswith("the budget is exhausted: ")

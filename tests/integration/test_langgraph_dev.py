@@ -73,7 +73,9 @@ async def test_graphs_picture_and_schemas(client: LangGraphClient) -> None:
     assert all(field["description"] and "default" in field for field in form.values())
     assert (form["streams"]["minimum"], form["streams"]["default"]) == (1, 256)
     assert "literature_mining" in form["preset"]["enum"]
-    assert form["on_limit"]["enum"] == ["pause", "stop"]
+    assert form["endpoints"]["default"] == ""  # the owner of this server opened it
+    assert not form.keys() & {"graph", "backend", "backend_options", "node", "out", "cache"}
+    assert (schemas["config_schema"] or {})["properties"].keys() == form.keys()
 
 
 async def test_a_small_batch_is_seen_item_by_item(

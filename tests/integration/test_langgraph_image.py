@@ -31,6 +31,7 @@ def test_the_dockerfile_says_what_langgraph_json_says(tmp_path: Path) -> None:
     variables = dict(part.split("=", 1) for (part,) in assigned)
     config = json.loads((ROOT / "langgraph.json").read_text())
     assert json.loads(variables["LANGSERVE_GRAPHS"]) == config["graphs"]
+    assert json.loads(variables["LANGGRAPH_HTTP"]) == config["http"]
     assert json.loads(variables["LANGGRAPH_CHECKPOINTER"]) == config["checkpointer"]
     assert f"ADD . /deps/{ROOT.name}" in lines
     assert any("pip install" in line and line.rstrip().endswith("rdkit") for line in lines)

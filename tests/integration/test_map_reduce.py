@@ -80,7 +80,7 @@ async def test_items_in_aggregate_out(simulated: SimulatedFleet) -> None:
 
 
 async def test_an_embedded_run_notes_its_lives(simulated: SimulatedFleet) -> None:
-    graph = build_graph(settings(simulated))
+    graph = build_graph(settings(simulated), trust_context=True)
     end = await graph.ainvoke({"items": rows(5)})
     folder = open_folder(Path(end["results"]["folder"]))
     for count in (1, 2):
@@ -97,7 +97,7 @@ async def test_a_path_in_place_of_the_configured_input(
     simulated: SimulatedFleet, tmp_path: Path
 ) -> None:
     (tmp_path / "things.csv").write_text("name,x\nA,1\nB,2\n")
-    graph = build_graph(settings(simulated, input={"id": "name"}))
+    graph = build_graph(settings(simulated, input={"id": "name"}), trust_context=True)
     end = await graph.ainvoke({"path": "things.csv"})
     assert [r["id"] for r in pq.read_table(end["results"]["table"]).to_pylist()] == ["A", "B"]
 
@@ -250,7 +250,8 @@ async def test_as_a_subgraph_the_bound_settings_count(
 async def test_a_context_of_fanfolds_own_overrides(simulated: SimulatedFleet, kind: str) -> None:
     other = settings(simulated, reduce=[{"op": "count"}])
     context: Any = RunContext(config=other) if kind == "own" else {"config": other}
-    end = await build_graph(settings(simulated)).ainvoke({"items": rows(9)}, context=context)
+    graph = build_graph(settings(simulated), trust_context=True)
+    end = await graph.ainvoke({"items": rows(9)}, context=context)
     assert [stage["op"] for stage in end["aggregate"]] == ["count"]
 
 
@@ -277,7 +278,8 @@ async def test_pasted_items_are_checked(simulated: SimulatedFleet, tmp_path: Pat
 async def test_a_cancelled_run_drains_and_another_call_goes_on() -> None:
     """The second call has other settings, and comes while the first still waits for its items."""
     async with SimulatedFleet(SimulationSpec(nodes=1, jitter=0)) as slow:
-        graph = build_graph(settings(slow), checkpointer=InMemorySaver())
+        bound = settings(slow, limits={"streams": 64, "hedge": False})
+        graph = build_graph(bound, checkpointer=InMemorySaver())
         config: RunnableConfig = {"configurable": {"thread_id": "t"}}
         context: Any = RunContext(streams=4)
         first = asyncio.create_task(graph.ainvoke({"items": rows(60)}, config, context=context))

@@ -106,7 +106,7 @@ async def test_a_run_that_moved_goes_on_where_out_says(
         new = tmp_path / "elsewhere" / "moved"
         new.parent.mkdir()
         old.rename(new)
-        graph = build_graph(config, checkpointer=saver)
+        graph = build_graph(config, checkpointer=saver, trust_context=True)
         state = await graph.aget_state(THREAD)
         with pytest.raises(ConfigurationError, match=f"{state.values['run']['id']}.*name it by"):
             await graph.ainvoke(None, THREAD)
@@ -123,7 +123,7 @@ async def test_a_process_knows_where_its_runs_lie(
     slow: SimulatedFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same graph goes on without being told the folder, in another working directory too."""
-    graph = build_graph(settings(slow), checkpointer=InMemorySaver())
+    graph = build_graph(settings(slow), checkpointer=InMemorySaver(), trust_context=True)
     await drained(graph, slow, {"items": rows()}, context=RunContext(out="mine"))
     (tmp_path / "deeper").mkdir()
     monkeypatch.chdir(tmp_path / "deeper")
@@ -147,9 +147,9 @@ async def test_another_process_finds_a_run_by_its_name(
 async def test_the_folder_of_another_run_is_refused(slow: SimulatedFleet, tmp_path: Path) -> None:
     config, saver = settings(slow), InMemorySaver()
     await drained(build_graph(config, checkpointer=saver), slow, {"items": rows()})
-    other = await build_graph(config).ainvoke({"items": rows(3)}, context=RunContext(out="other"))
+    other = await build_graph(RunContext(config=config, out="other")).ainvoke({"items": rows(3)})
     before = asked(slow)
-    graph: Any = build_graph(config, checkpointer=saver)
+    graph: Any = build_graph(config, checkpointer=saver, trust_context=True)
     run = (await graph.aget_state(THREAD)).values["run"]["id"]
     with pytest.raises(ConfigurationError, match=f"other: this is the folder of run .*{run}"):
         await graph.ainvoke(None, THREAD, context={"out": "other"})
@@ -165,7 +165,7 @@ async def test_all_spellings_of_a_folder_are_one_run(
     slow: SimulatedFleet, tmp_path: Path, spelling: str
 ) -> None:
     config, saver = settings(slow), InMemorySaver()
-    graph = build_graph(config, checkpointer=saver)
+    graph = build_graph(config, checkpointer=saver, trust_context=True)
     await drained(graph, slow, {"items": rows()}, context=RunContext(out="out"))
     (tmp_path / "link").symlink_to("out")
     (tmp_path / "linked").symlink_to(tmp_path)
@@ -179,7 +179,7 @@ async def test_out_and_no_input_go_on_with_that_run(slow: SimulatedFleet) -> Non
     """As ``fanfold run --out`` does, on a thread of its own; another task is refused."""
     config = settings(slow)
     await drained(
-        build_graph(config, checkpointer=InMemorySaver()),
+        build_graph(config, checkpointer=InMemorySaver(), trust_context=True),
         slow,
         {"items": rows()},
         context={"out": "a"},
@@ -204,7 +204,7 @@ async def test_a_subgraph_keeps_no_path_either(simulated: SimulatedFleet, tmp_pa
     file = tmp_path / "saver.sqlite"
     config = settings(simulated, budget={"requests": 20})
     parent = StateGraph(Parent)
-    parent.add_node("screen", build_graph(config))
+    parent.add_node("screen", build_graph(config, trust_context=True))
     parent.add_edge(START, "screen")
     parent.add_edge("screen", END)
     async with AsyncSqliteSaver.from_conn_string(str(file)) as saver:

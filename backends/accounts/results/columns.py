@@ -51,6 +51,7 @@ def rows(records: Iterable[Record], *, priced: bool) -> Iterator[Record]:
     for record in records:
         yield {
             **record,
+            "attempts": record.get("requests"),
             "wasted_tokens": _wasted(record),
             "usd": _usd(record) if priced else None,
         }

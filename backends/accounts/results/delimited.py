@@ -3,14 +3,16 @@
 Spreadsheets run text that begins with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return as a
 formula, and a model can be talked into writing such text. In the columns that hold what a model
 or an endpoint said (the output, ``error`` and ``model``) it gets an apostrophe in front, as
-OWASP advises on CSV injection. Numbers stay as they are, and so does ``id``, which is the
-user's own. The other formats hold the text unchanged.
+OWASP advises on CSV injection. Numbers stay as they are. ``id`` and the names of columns are the
+user's own and stay too, unless a file is to be safe as a whole (``--safe-csv``). The other formats
+hold the text unchanged.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Final
 
@@ -19,12 +21,17 @@ from .columns import RESULT_COLUMNS, UNFIT, Record, json_text
 from .guard import name_of, refusals
 from .shape import Shape, shape_of
 
-_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
+_NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _FOREIGN: Final = ("error", "model")
 
 
 def write_csv(
-    records: Iterable[Record], stream: IO[bytes], schema: Mapping[str, Json] | None
+    records: Iterable[Record],
+    stream: IO[bytes],
+    schema: Mapping[str, Json] | None,
+    *,
+    safe: bool = False,
 ) -> int:
     """Write a header and one row per record.
 
@@ -36,6 +43,7 @@ def write_csv(
         records: Rows, see :func:`rows`, in the order of the rows.
         stream: Where to write; it stays open.
         schema: The task's JSON Schema, or None.
+        safe: Whether to guard all cells and the header, and not only what a model has written.
 
     Returns:
         Rows written, without the header.
@@ -45,9 +53,10 @@ def write_csv(
     """
     columns, target, rows = _columns(shape_of(schema)), name_of(stream), 0
     with refusals(target):
-        stream.write(_line(list(columns)))
+        stream.write(_line([_guarded(name) for name in columns] if safe else list(columns)))
     for record in records:
-        line = _line([cell(record) for cell in columns.values()])
+        cells = [cell(record) for cell in columns.values()]
+        line = _line([_guarded(text) for text in cells] if safe else cells)
         with refusals(target):
             stream.write(line)
         rows += 1
@@ -96,7 +105,12 @@ def _cell(value: Json, *, guarded: bool) -> str:
         return ""
     if not isinstance(value, str):
         return json_text(value)
-    return f"'{value}" if guarded and value.startswith(_FORMULA) else value
+    return _guarded(value) if guarded else value
+
+
+def _guarded(text: str) -> str:
+    """Return a cell that no spreadsheet runs; numbers stay numbers."""
+    return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
 
 
 def _line(cells: list[str]) -> bytes:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-import jsonschema_rs
 import orjson
 
+from ...contract.schemas import open_validator
 from .dice import Dice, digest
 from .errors import ApiError
 from .keywords import PARAM, check_keywords
@@ -30,9 +30,7 @@ class AnswerSchema:
 
     def __init__(self, schema: Any) -> None:
         try:
-            self._validator = jsonschema_rs.validator_for(
-                schema, validate_formats=True, retriever=_no_retrieval
-            )
+            self._validator = open_validator(schema, formats=True)
         except ValueError as why:  # all errors of jsonschema-rs are ValueErrors
             raise ApiError(f"Invalid JSON schema: {why}", param=PARAM) from why
         check_keywords(schema)
@@ -122,7 +120,3 @@ class SchemaCache:
                 del self._ready[next(iter(self._ready))]
             found = self._ready[text] = AnswerSchema(schema)
         return found
-
-
-def _no_retrieval(uri: str) -> NoReturn:
-    raise ValueError(f"a reference to {uri} is outside the schema")

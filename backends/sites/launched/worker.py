@@ -25,6 +25,7 @@ from aiohttp import (
 )
 
 from ...contract.errors import ConfigurationError, RunStoppedError, SiteError
+from ...contract.terminal import escape_controls
 from ...contract.types import Json
 from ...contract.wire import own_version
 from ..executor import WorkShard, in_thread
@@ -146,7 +147,8 @@ async def attend(url: str, token: str, work: WorkShard, silence_s: float) -> Non
                 if message.type is WSMsgType.BINARY:
                     await attendant.heed(heard(message.data))
             if attendant.leaves is not None:
-                sys.stderr.write(f"{host} pid {pid}: this worker leaves: {attendant.leaves}\n")
+                why = escape_controls(attendant.leaves)
+                sys.stderr.write(f"{host} pid {pid}: this worker leaves: {why}\n")
             elif attendant.busy:
                 os._exit(1)  # it has nobody to work for, and an order may hang
         finally:

@@ -134,15 +134,23 @@ async def test_cancelled_and_started_again_by_another_agent(ward: Ward) -> None:
 async def test_what_is_wrong_comes_as_data(ward: Ward, tmp_path: Path) -> None:
     (tmp_path / "inputs").mkdir()
     (tmp_path / "secret.csv").write_text("x\n1\n")
+    (tmp_path / "inputs" / "link.csv").symlink_to(tmp_path / "secret.csv")
     async with federation(LocalExchangeFactory()) as manager:
         agent = await served(manager, ward, kwargs={"inputs": str(tmp_path / "inputs")})
         cases: list[tuple[Any, Any, str]] = [
-            ({"items": [], "budget": 9}, "a", "unknown budget"),
-            ({"items": [], "path": "x"}, "a", "not both"),
+            ({"items": ward.items, "budget": 9}, "a", "unknown key 'budget'"),
+            ({"itemss": ward.items}, "a", "did you mean 'items'"),
+            ({"preset": "molecular_screening"}, "a", "unknown key 'preset'"),
+            ({"items": ward.items, "path": "x"}, "a", "not both"),
+            ({"items": []}, "a", "is empty"),
+            ({"path": ""}, "a", "is empty"),
+            ({"path": None}, "a", "is null"),
+            ({"items": None}, "a", "is null"),
+            ({"path": "link.csv"}, "a", "outside the folder"),
             ({"path": "../secret.csv"}, "a", "outside the folder"),
             ({"path": str(tmp_path / "secret.csv")}, "a", "outside the folder"),
             ({}, "../a", "run_id"),
-            (["x"], "a", "give an object"),
+            (["x"], "a", "give "),
         ]
         for request, run_id, words in cases:
             said = await agent.start(request, run_id=run_id)
@@ -150,6 +158,9 @@ async def test_what_is_wrong_comes_as_data(ward: Ward, tmp_path: Path) -> None:
             assert words in said["error"]["message"]
         assert (await agent.status("a"))["state"] == "unknown"
 
+        said = await agent.start({"path": "${HOME}/.ssh"})  # no variable is looked up
+        said = await agent.result(said["run_id"], wait_s=60)
+        assert "/inputs/${HOME}/.ssh does not exist" in said["error"]["message"]
         await agent.start({"items": [{"y": 1}]}, run_id="b")
         said = await agent.result("b", wait_s=60)
         assert (said["state"], said["error"]["type"]) == ("failed", "InputError")

@@ -256,7 +256,7 @@ def test_the_command_is_kept_without_secrets(shell: Shell) -> None:
     )
     (life,) = json.loads(Path("r/provenance.json").read_text())["lives"]
     assert life["command"][:2] == ["fanfold", "run"]
-    assert "endpoints.api_key=…" in life["command"]
+    assert "endpoints.api_key=**********" in life["command"]
 
 
 def test_a_reader_that_leaves_early(finished: Shell) -> None:
@@ -293,3 +293,16 @@ def test_reused_answers_are_told(shell: Shell) -> None:
     plain = shell("run", "c.yaml", "--out", "c")
     assert "answers reused" not in plain.err
     assert "4 requests" in plain.err
+
+
+def test_a_secret_of_the_request_is_wanted_again(shell: Shell, fleet: Served) -> None:
+    """The run folder does not keep it, and the model is not sent its mask."""
+    urls = ",".join(fleet.urls)
+    shell.write(model={"name": "simulated-8b", "extra_body": {"proxy": {"api_key": KEY}}})
+    assert shell("run", "c.yaml", "--out", "r", "--endpoints", urls).code == 0
+    assert not [p for p in Path("r").rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+    said = shell("resume", "r")
+    assert said.code == 2
+    assert "model.extra_body.proxy.api_key: a run folder does not keep a secret" in said.err
+    assert shell("resume", "r", "--set", f"model.extra_body.proxy.api_key={KEY}").code == 0
+    assert shell("status", "r").code == shell("results", "r").code == 0

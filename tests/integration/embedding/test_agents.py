@@ -145,7 +145,7 @@ async def test_a_budget_holds_for_all_calls_of_agents(graph: str) -> None:
     async with SimulatedFleet(SimulationSpec.fast(nodes=1, responder="agent")) as fleet:
         config = settings(graph, endpoints={"urls": list(fleet.urls)})
         config |= {"budget": {"requests": 13}, "shard": {"items": 5}}
-        agents = build_graph(config, checkpointer=InMemorySaver())
+        agents = build_graph(config, checkpointer=InMemorySaver(), trust_context=True)
         thread: RunnableConfig = {"configurable": {"thread_id": "t"}}
         end = await agents.ainvoke({}, thread)
         (pause,) = end["__interrupt__"]

@@ -153,7 +153,8 @@ async def test_the_parents_saver_holds_its_steps(simulated: SimulatedFleet, form
 async def test_its_pause_reaches_the_parent(simulated: SimulatedFleet, form: Any) -> None:
     """The parent's caller allows more, and the run goes on within the parent."""
     config = settings({"urls": list(simulated.urls)}) | {"budget": {"requests": 12}}
-    parent = form(build_graph(config)).compile(checkpointer=InMemorySaver())
+    screen = build_graph(config, trust_context=True)
+    parent = form(screen).compile(checkpointer=InMemorySaver())
     letters = [chr(ord("a") + n) for n in range(25)]
     given = {"items": rows(25)} if form is node_itself else {"molecules": letters, "items": 0}
     end = await parent.ainvoke(given, THREAD)

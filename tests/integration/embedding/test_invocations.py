@@ -108,7 +108,7 @@ async def other_thread(graph: Any, _: SimulatedFleet) -> Any:
 
 async def other_graph(_: Any, fleet: SimulatedFleet) -> Any:
     spec = RunContext(config=settings(fleet), out=str(the_folder()))
-    return await build_graph(spec).ainvoke({})
+    return await build_graph(spec, trust_context=True).ainvoke({})
 
 
 async def other_spelling(graph: Any, _: SimulatedFleet) -> Any:
@@ -141,7 +141,7 @@ SECONDS: list[Second] = [
 async def test_a_second_invocation_is_refused_while_one_works(
     fleet: SimulatedFleet, second: Second
 ) -> None:
-    graph = build_graph(settings(fleet), checkpointer=InMemorySaver())
+    graph = build_graph(settings(fleet), checkpointer=InMemorySaver(), trust_context=True)
     first = asyncio.create_task(graph.ainvoke({"items": rows()}, THREAD))
     await until(lambda: asked(fleet) >= STREAMS)
     with pytest.raises(FanfoldError, match=BUSY) as error:
@@ -155,7 +155,7 @@ async def test_a_second_invocation_is_refused_while_one_works(
 
 
 async def test_a_command_is_refused_while_an_embedded_run_works(fleet: SimulatedFleet) -> None:
-    graph = build_graph(settings(fleet))
+    graph = build_graph(settings(fleet), trust_context=True)
     first = asyncio.create_task(graph.ainvoke({"items": rows(1000)}))
     await until(lambda: asked(fleet) >= STREAMS)
     command = [sys.executable, "-m", "fanfold", "resume", str(the_folder())]
@@ -170,7 +170,7 @@ async def test_a_command_is_refused_while_an_embedded_run_works(fleet: Simulated
 
 
 async def test_two_plain_calls_at_once_are_one(fleet: SimulatedFleet) -> None:
-    graph = build_graph(settings(fleet), checkpointer=InMemorySaver())
+    graph = build_graph(settings(fleet), checkpointer=InMemorySaver(), trust_context=True)
     start = threading.Barrier(2)
 
     def call() -> Any:
@@ -189,7 +189,7 @@ async def test_two_plain_calls_at_once_are_one(fleet: SimulatedFleet) -> None:
 async def test_a_pause_is_answered_once(fleet: SimulatedFleet) -> None:
     """The answer that is refused does not change the budget."""
     config = settings(fleet, budget={"requests": 10})
-    graph = build_graph(config, checkpointer=InMemorySaver())
+    graph = build_graph(config, checkpointer=InMemorySaver(), trust_context=True)
     end = await graph.ainvoke({"items": rows()}, THREAD)
     assert end["__interrupt__"]
     answers = [graph.ainvoke(Command(resume={"requests": n}), THREAD) for n in (500, 600)]
@@ -200,7 +200,7 @@ async def test_a_pause_is_answered_once(fleet: SimulatedFleet) -> None:
 
 
 async def test_invocations_of_different_runs_do_not_meet(fleet: SimulatedFleet) -> None:
-    graph = build_graph(settings(fleet), checkpointer=InMemorySaver())
+    graph = build_graph(settings(fleet), checkpointer=InMemorySaver(), trust_context=True)
     threads: list[RunnableConfig] = [{"configurable": {"thread_id": n}} for n in "abc"]
     ends = await asyncio.gather(*(graph.ainvoke({"items": rows(8)}, t) for t in threads))
     assert [end["progress"]["done"] for end in ends] == [8, 8, 8]
@@ -214,7 +214,7 @@ async def test_after_any_end_the_next_invocation_is_accepted(
     fleet: SimulatedFleet, ended: str
 ) -> None:
     budget = {"budget": {"requests": 10}} if ended == "paused" else {}
-    graph = build_graph(settings(fleet, **budget), checkpointer=InMemorySaver())
+    graph = build_graph(settings(fleet, **budget), checkpointer=InMemorySaver(), trust_context=True)
     control = RunControl()
     limit: RunnableConfig = {"recursion_limit": 3} if ended == "failed" else {}
     first = asyncio.create_task(
@@ -294,7 +294,7 @@ async def drained(fleet: SimulatedFleet, bound: int = 5 * STREAMS) -> int:
 
 @pytest.mark.parametrize("levels", [1, 2])
 async def test_a_failing_node_beside_drains_the_run(fleet: SimulatedFleet, levels: int) -> None:
-    trouble, graph = Trouble(fleet), build_graph(settings(fleet))
+    trouble, graph = Trouble(fleet), build_graph(settings(fleet), trust_context=True)
     for level in range(levels):
         node = trouble.waited if level == levels - 1 else passing
         saver = InMemorySaver() if level == levels - 1 else None
@@ -309,7 +309,7 @@ async def test_a_failing_node_beside_drains_the_run(fleet: SimulatedFleet, level
 
 @pytest.mark.parametrize("levels", [1, 2])
 async def test_a_failing_node_beside_drains_a_plain_run(fleet: SimulatedFleet, levels: int) -> None:
-    trouble, graph = Trouble(fleet), build_graph(settings(fleet))
+    trouble, graph = Trouble(fleet), build_graph(settings(fleet), trust_context=True)
     for level in range(levels):
         node = trouble.plain if level == levels - 1 else passing
         saver = InMemorySaver() if level == levels - 1 else None
@@ -327,7 +327,9 @@ async def test_a_failing_node_beside_drains_a_plain_run(fleet: SimulatedFleet, l
 async def test_a_steps_timeout_drains_the_run(
     fleet: SimulatedFleet, nested: bool, plain: bool
 ) -> None:
-    graph: Any = build_graph(settings(fleet), checkpointer=None if nested else InMemorySaver())
+    graph: Any = build_graph(
+        settings(fleet), checkpointer=None if nested else InMemorySaver(), trust_context=True
+    )
     if nested:
         graph = beside(graph, passing, InMemorySaver())
     graph.step_timeout = 0.5
@@ -425,7 +427,9 @@ async def test_an_invocation_that_ends_early_is_drained(
 ) -> None:
     """What is in flight is finished; the next invocation asks for the rest, and nothing twice."""
     changes: dict[str, Any] = {"backend": {"processes": 1}} if elsewhere else {}
-    graph = build_graph(settings(fleet, **changes), checkpointer=InMemorySaver())
+    graph = build_graph(
+        settings(fleet, **changes), checkpointer=InMemorySaver(), trust_context=True
+    )
     await end(graph, fleet)
     await drained(fleet, ITEMS - 1)
     found = await graph.ainvoke(None, THREAD, context=FAST)
@@ -435,7 +439,7 @@ async def test_an_invocation_that_ends_early_is_drained(
 async def test_cancelling_twice_cuts_off() -> None:
     """It ends long before its items would, and what was cut off is asked again."""
     async with SimulatedFleet(SimulationSpec(nodes=1, jitter=0, ttft_s=60, time_scale=1)) as slow:
-        graph = build_graph(settings(slow), checkpointer=InMemorySaver())
+        graph = build_graph(settings(slow), checkpointer=InMemorySaver(), trust_context=True)
         first = asyncio.create_task(graph.ainvoke({"items": rows()}, THREAD))
         await until(lambda: asked(slow) >= STREAMS)
         for _ in range(2):
@@ -497,7 +501,7 @@ async def begun():
     while not any(b'"done"' in file.read_bytes() for file in files()):
         await asyncio.sleep(0.01)
 
-graph = build_graph(RunContext(config="c.yaml"), checkpointer=InMemorySaver())
+graph = build_graph(RunContext(config="c.yaml"), checkpointer=InMemorySaver(), trust_context=True)
 thread = {"configurable": {"thread_id": "t"}}
 loop = asyncio.new_event_loop()
 kept = loop.create_task(graph.ainvoke({"items": [{"x": f"{n}"} for n in range(60)]}, thread))

@@ -177,7 +177,8 @@ async def test_the_answer_to_the_runs_pause_is_no_answer_to_an_item(
     simulated: SimulatedFleet, shard: int
 ) -> None:
     changes: dict[str, Any] = {"budget": {"requests": 10}, "shard": {"items": shard}}
-    graph = build_graph(settings(simulated, "asking", **changes), checkpointer=InMemorySaver())
+    bound = settings(simulated, "asking", **changes)
+    graph = build_graph(bound, checkpointer=InMemorySaver(), trust_context=True)
     end = await graph.ainvoke({"items": ROWS}, THREAD)
     assert end["__interrupt__"]
     end = await graph.ainvoke(Command(resume={"requests": 99}), THREAD)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 
 from fanfold.backends.accounts.book import Shelf
@@ -14,6 +13,7 @@ from fanfold.backends.accounts.results import rows
 from fanfold.backends.accounts.totals import Spent
 from fanfold.backends.contract.errors import LedgerError
 from fanfold.backends.contract.money import NANO, Amount, Held
+from fanfold.tests.journals import write_journal
 
 
 def book(shelf: Shelf, life: int, *lines: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ def test_time_counts_in_a_life_whose_caps_do_not_limit_it(tmp_path: Path) -> Non
 
 def record(index: int, endpoint: str | None, model: str | None, **more: Any) -> dict[str, Any]:
     tokens = {"prompt_tokens": 10, "completion_tokens": 2, "useful_tokens": 12}
-    about = {"index": index, "id": f"i{index}", "status": "done", "attempts": 1, "nano_usd": 5}
+    about = {"index": index, "id": f"i{index}", "status": "done", "requests": 1, "nano_usd": 5}
     return about | tokens | {"endpoint": endpoint, "model": model, "finished_at": DAY} | more
 
 
@@ -67,15 +67,14 @@ DAY = "2026-02-03T04:05:06.000+00:00"
 
 
 def journal(folder: Path, name: str, *records: dict[str, Any]) -> None:
-    lines = [{"v": 1, "run": "run"}, *records]
-    (folder / name).write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    write_journal(folder / name, records, "run")
 
 
 def test_records_add_up_by_what_was_asked_for(tmp_path: Path) -> None:
-    lost = {"endpoint": "h2:1", "model": None, "attempts": 2, "lost_tokens": 100, "nano_usd": 3}
-    mine = {"endpoint": "h1:1", "model": "a", "attempts": 1, "useful_tokens": 12, "nano_usd": 2}
-    shared = record(1, "h1:1", "a", attempts=3, lost_tokens=100, shares=[mine, lost])
-    unasked = record(2, None, None, attempts=0, nano_usd=0, status="failed")
+    lost = {"endpoint": "h2:1", "model": None, "requests": 2, "lost_tokens": 100, "nano_usd": 3}
+    mine = {"endpoint": "h1:1", "model": "a", "requests": 1, "useful_tokens": 12, "nano_usd": 2}
+    shared = record(1, "h1:1", "a", requests=3, lost_tokens=100, shares=[mine, lost])
+    unasked = record(2, None, None, requests=0, nano_usd=0, status="failed")
     journal(tmp_path, "0001.jsonl", record(0, "h1:1", "a"), shared, unasked)
     journal(tmp_path, "0002-w-1.jsonl", record(2, "h2:1", "b"), record(0, "h3:1", None))
 

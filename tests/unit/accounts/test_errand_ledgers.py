@@ -8,7 +8,7 @@ import pytest
 
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.accounts.errand import FiledLedger, SentLedger, worker_file
-from fanfold.backends.accounts.journal import JournalWriter, scan
+from fanfold.backends.accounts.journal import JournalWriter, Source, scan
 from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.accounts.totals import Fresh
 from fanfold.backends.contract.errors import LedgerError
@@ -47,7 +47,7 @@ async def test_a_filed_ledger_is_on_disk_at_its_end(tmp_path: Path) -> None:
         await ledger.flush()  # at once, again and again, however long the rounds are
         assert writer._flushed == writer._written
     await writer.close()
-    assert [line.record["index"] for line in scan(path, "r")] == [0, 1, 2]
+    assert [line.record["index"] for line in scan(Source(path, ("r",)))] == [0, 1, 2]
     for read in (ledger.record, ledger.records):
         with pytest.raises(LedgerError, match="not read"):
             read(None)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 
 from fanfold.backends.accounts import journal
 from fanfold.backends.accounts.conformance import sample
-from fanfold.backends.accounts.journal import JournalWriter, scan
+from fanfold.backends.accounts.journal import JournalWriter, Source, scan
 from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.contract.errors import LedgerError
 
@@ -43,7 +43,7 @@ async def test_a_burst_shares_one_flush(tmp_path: Path, disk: Disk) -> None:
         await asyncio.sleep(0)
     await writer.close()
     assert disk.calls <= 3  # the folder, and at most two rounds of the file
-    assert len(list(scan(tmp_path / "0001.jsonl", "r"))) == 500
+    assert len(list(scan(Source(tmp_path / "0001.jsonl", ("r",))))) == 500
 
 
 async def test_flushes_are_bounded_by_time(tmp_path: Path, disk: Disk) -> None:

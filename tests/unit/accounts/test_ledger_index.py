@@ -22,7 +22,7 @@ async def written(folder: Path, *records: dict[str, object]) -> None:
 
 async def test_counts_and_what_was_spent(tmp_path: Path) -> None:
     await written(tmp_path, sample(0), sample(1, "failed"), sample(1))
-    await written(tmp_path, sample(1) | {"attempts": None, "completion_tokens": 7})
+    await written(tmp_path, sample(1) | {"requests": None, "completion_tokens": 7})
     with Ledger(tmp_path, "r", 10) as ledger:
         assert ledger.counts() == Counts(done=2, failed=0, open=8)
         spent = ledger.total()

@@ -6,20 +6,17 @@ import asyncio
 import random
 from pathlib import Path
 
-import orjson
-
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.accounts.handles import Handles
 from fanfold.backends.accounts.ledger import Ledger
+from fanfold.tests.journals import write_journal
 
 FILES = 200
 
 
 def test_a_ledger_of_many_workers_keeps_few_files_open(tmp_path: Path) -> None:
     for n in range(FILES):
-        lines = [{"v": 1, "run": "r", "life": f"node{n}:1"}, sample(n)]
-        path = tmp_path / f"0001-node{n}-1.jsonl"
-        path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+        write_journal(tmp_path / f"0001-node{n}-1.jsonl", [sample(n)])
     with Ledger(tmp_path, "r", FILES) as ledger:
         for _ in range(2):
             assert [record["index"] for record in ledger.records()] == list(range(FILES))

@@ -25,9 +25,11 @@ def record(output: Json, **more: Json) -> dict[str, Json]:
     return base | {"simulated": True, "attempts": 1, "output": output} | more
 
 
-def rows_of(records: list[dict[str, Json]], schema: dict[str, Json] | None) -> list[dict[str, str]]:
+def rows_of(
+    records: list[dict[str, Json]], schema: dict[str, Json] | None, safe: bool = False
+) -> list[dict[str, str]]:
     stream = io.BytesIO()
-    assert write_csv(records, stream, schema) == len(records)
+    assert write_csv(records, stream, schema, safe=safe) == len(records)
     return list(csv.DictReader(io.StringIO(stream.getvalue().decode(), newline="")))
 
 
@@ -74,6 +76,35 @@ def test_csv_disarms_formulas_of_the_model_only(start: str) -> None:
     assert row["id"] == text
     (row,) = rows_of([record(text)], None)
     assert row["output"] == f"'{text}"
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n"])
+def test_a_safe_csv_disarms_every_cell(start: str) -> None:
+    text = f"{start}cmd|' /C calc'!A1"
+    schema: dict[str, Json] = {
+        "type": "object",
+        "properties": {text: {"type": "string"}, "n": {"type": "number"}},
+    }
+    output = {text: text, "n": -1.5}
+    rows = rows_of([record(output, id=text, error=text)], schema, safe=True)
+    assert all(
+        cell is None
+        or not cell.startswith(("=", "+", "@", "-", "\t", "\r", "\n"))
+        or cell == "-1.5"
+        for row in rows
+        for cell in (*row, *row.values())
+    )
+    assert rows[0]["id"] == f"'{text}"
+
+
+@pytest.mark.parametrize("number", ["-1.5", "+2", "-3e-7", "-.5", "+1.E5"])
+@pytest.mark.parametrize("safe", [False, True])
+def test_numbers_stay_numbers(number: str, safe: bool) -> None:
+    (row,) = rows_of([record(number, id=number)], None, safe=safe)
+    assert (row["output"], row["id"]) == (number, number)
+    for text in (f"{number}+1", f"{number}\n", number + "-cmd", "-", "--1", "-1,5", "-\u0661"):
+        (row,) = rows_of([record(text)], None, safe=safe)
+        assert row["output"] == f"'{text}"
 
 
 @settings(deadline=None)

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.contract.secrets import MASKED
 from fanfold.configs.load import load
-from fanfold.configs.plain import MASKED, to_yaml
+from fanfold.configs.plain import to_yaml
 
 TASK: dict[str, Any] = {"task": {"prompt": "x"}}
 FIRST: dict[str, Any] = {"paths": "sophia/vllm", "token": "${T}"}

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.contract.secrets import MASKED
 from fanfold.backends.places import places
 from fanfold.configs.load import Loaded, load
-from fanfold.configs.plain import MASKED, secret_texts, to_yaml
+from fanfold.configs.plain import secret_texts, to_yaml
 from fanfold.graphs.shares import worker_settings
 from fanfold.graphs.worker import work_shard
 

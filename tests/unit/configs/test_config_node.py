@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.contract.secrets import MASKED
 from fanfold.backends.node import node_plan, short_name, starts_servers, this_host
 from fanfold.configs.load import Loaded, load
-from fanfold.configs.plain import MASKED, to_yaml
+from fanfold.configs.plain import to_yaml
 
 SERVE = "vllm serve {model} --port {port} --tensor-parallel-size {gpus}"
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 
 from fanfold.backends.accounts.errand import worker_file
@@ -23,6 +22,7 @@ from fanfold.backends.sites.watch import PoolPolicy
 from fanfold.graphs import crew as module
 from fanfold.graphs.crew import WorkCrew
 from fanfold.nodes.progress import Progress
+from fanfold.tests.journals import write_journal
 
 ITEMS = 100
 
@@ -138,7 +138,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 def record(index: int, status: str = "done") -> dict[str, Json]:
-    numbers = ("attempts", "prompt_tokens", "cached_tokens", "completion_tokens", "lost_tokens")
+    numbers = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "lost_tokens")
     kept = {"index": index, "id": str(index), "status": status, "finished_at": "2026-01-01"}
     return (
         kept
@@ -154,9 +154,7 @@ def summary(shard: str, indices: range, **more: Any) -> dict[str, Json]:
 
 def written(folder: Path, life: int, worker: str, *lines: dict[str, Json]) -> Path:
     file = worker_file(folder, life, worker)
-    header = {"v": 1, "run": "r", "life": worker}
-    file.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in (header, *lines)))
-    return file
+    return write_journal(file, lines)
 
 
 async def test_an_order_that_is_lost_is_taken_back_before_the_next_one(tmp_path: Path) -> None:
@@ -195,13 +193,13 @@ async def test_a_file_that_cannot_be_read_is_told_and_read_later(
         async with lab.opened():
             bad = written(tmp_path, lab.ledger.life, "host:1", record(0))
             good = bad.read_bytes()
-            bad.write_bytes(good.replace(b'"run":"r"', b'"run":"x"'))
+            write_journal(bad, [record(0)], "x")
             written(tmp_path, lab.ledger.life, "host:0", record(1))
             await until(lambda: str(bad) in caplog.text)
             assert lab.progress.done == 1  # what was read before is counted
             bad.write_bytes(good)
             await until(lambda: lab.progress.done == 2)
-            written(tmp_path, lab.ledger.life, "host:2").write_bytes(b'{"v":1,"run":"x"}\n')
+            write_journal(written(tmp_path, lab.ledger.life, "host:2"), [], "x")
 
     with pytest.raises(LedgerError, match=r"host-2.*belongs to run 'x'"):
         await life()

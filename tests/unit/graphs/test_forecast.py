@@ -23,7 +23,7 @@ def record(index: int, **fields: Any) -> dict[str, Any]:
         "index": index,
         "status": "done",
         "error_class": None,
-        "attempts": 1,
+        "requests": 1,
         "repairs": 0,
         "prompt_tokens": 100,
         "completion_tokens": 50,
@@ -94,7 +94,7 @@ def test_what_was_seen_is_extrapolated() -> None:
 
 
 def test_repairs_send_the_prompt_again() -> None:
-    seen = seen_of(*(record(n, repairs=1, attempts=2) for n in range(1000)))
+    seen = seen_of(*(record(n, repairs=1, requests=2) for n in range(1000)))
     found = forecast(plan(), seen)
     assert found.prompt.likely == 1000 * (100 * 2 + 50 + 60)
     own = forecast(plan(), seen, own=True)
@@ -126,7 +126,7 @@ def test_tokens_that_nobody_reports_stay_unknown() -> None:
 
 
 def test_items_that_were_not_asked_say_nothing() -> None:
-    assert Seen.of([record(0, attempts=0)], 5, "x") is None
+    assert Seen.of([record(0, requests=0)], 5, "x") is None
     seen = seen_of(record(0), record(1, status="failed", error_class="E"), total=2)
     assert seen.failed == {"E": 1}
     assert seen.prompt == Span.of(100)

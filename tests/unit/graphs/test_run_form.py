@@ -17,7 +17,7 @@ from fanfold.configs.models import LimitsConfig, RunConfig
 from fanfold.configs.presets import preset_names
 from fanfold.graphs.binding import Bound
 from fanfold.graphs.context import RunContext
-from fanfold.graphs.map_reduce import graph
+from fanfold.graphs.map_reduce import build
 from fanfold.nodes.approve import ANSWER
 
 OWN: dict[str, Any] = {
@@ -25,7 +25,9 @@ OWN: dict[str, Any] = {
     "endpoints": {"urls": ["http://127.0.0.1:9/v1"]},
     "limits": {"streams": 9},
 }
-FORM: dict[str, Any] = (graph.get_context_jsonschema() or {})["properties"]
+FORM: dict[str, Any] = (build(trust_context=True).compile().get_context_jsonschema() or {})[
+    "properties"
+]
 KEYS = {f.name: f.metadata["key"] for f in fields(RunContext) if "key" in f.metadata}
 
 

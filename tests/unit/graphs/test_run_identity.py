@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from fanfold.backends.contract.secrets import MASKED, mask_arguments
 from fanfold.configs.load import load
 from fanfold.graphs.identity import differences, fingerprint
-from fanfold.graphs.lives import _public
 from fanfold.graphs.plan import shard_items, window
 
 BASE = load("data_annotation")
@@ -60,12 +60,12 @@ def test_secrets_in_the_command_line() -> None:
         "--set",
         "limits.streams=3",
     ]
-    kept = list(_public(given))
+    kept = list(mask_arguments(given))
     assert "s3cr3t" not in " ".join(kept)
-    assert kept[:4] == ["run", "c.yaml", "--set", "endpoints.api_key=…"]
+    assert kept[:4] == ["run", "c.yaml", "--set", f"endpoints.api_key={MASKED}"]
     assert kept[5:] == [
-        "http://…@h:1/v1",
-        "--checkpointer=postgresql://…@h/db",
+        f"http://u:{MASKED}@h:1/v1?token={MASKED}",
+        f"--checkpointer=postgresql://u:{MASKED}@h/db",
         "--set",
         "limits.streams=3",
     ]

@@ -77,7 +77,7 @@ class Workers:
 
 
 def record(index: int) -> dict[str, Json]:
-    numbers = ("attempts", "prompt_tokens", "cached_tokens", "completion_tokens", "lost_tokens")
+    numbers = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "lost_tokens")
     kept = {"index": index, "id": f"i{index}", "status": "done", "output": {}, "error_class": None}
     sums = dict.fromkeys((*numbers, "useful_tokens", "nano_usd", "useful_nano_usd"), 1)
     return kept | sums | {"reused": 0, "finished_at": "2026-01-01"}

@@ -331,7 +331,7 @@ async def test_each_item_has_a_call_log_of_its_own(tmp_path: Path) -> None:
     bench = Bench(tmp_path, act)
     async with bench.open() as tools:
         await bench.work(tools, 0, 20)
-        assert [r["attempts"] for r in tools.ledger.records()] == list(range(20))
+        assert [r["requests"] for r in tools.ledger.records()] == list(range(20))
     assert CURRENT_CALLS.get() is before
 
 

@@ -1,0 +1,30 @@
+"""Text of models, servers and files on its way to a terminal."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+CONTROLS: Final = re.compile(
+    r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+    r"|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What a terminal acts upon, beyond tabs and line ends: C0, DEL and C1 with the escape sequences
+that they begin, marks that change the direction of text, and halves of characters."""
+
+
+def escape_controls(text: str) -> str:
+    r"""Return a text in which characters that control a terminal are spelled out, as ``\x1b``."""
+    if text.isprintable():
+        return text
+    return CONTROLS.sub(_spelled, text)
+
+
+def escape_json(text: str) -> str:
+    r"""Return JSON text with the same value and no such characters, which become ``\u009b``."""
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _spelled(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"  # noqa: PLR2004 - two digits

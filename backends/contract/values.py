@@ -1,0 +1,172 @@
+"""Limits of what fanfold records and sends as JSON, and the checks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import orjson
+
+from .types import Json
+
+MOST: Final = 2**63 - 1
+"""Largest count: what a signed integer of 64 bits holds."""
+
+MOST_TOKENS: Final = 2**32 - 1
+"""Largest number of tokens that a server's report of one request is believed for."""
+
+DEEPEST: Final = 200
+"""Most levels of lists and objects in one value: orjson writes 254, and a value that is recorded,
+sent and aggregated stands some levels down in a larger one."""
+
+NUMBERS: Final = (
+    "requests",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "lost_tokens",
+    "useful_tokens",
+    "nano_usd",
+    "useful_nano_usd",
+    "reused",
+)
+"""Counts of a journal record, and of what one endpoint did for it; they may be null."""
+
+STATUSES: Final = ("done", "failed")
+
+_SHOWN: Final = 200
+
+
+def is_count(value: object) -> bool:
+    """Say whether a value is an integer from 0 to :data:`MOST`."""
+    return type(value) is int and 0 <= value <= MOST
+
+
+def check_counts(data: Mapping[str, Any], names: Iterable[str], what: str) -> None:
+    """Check that values are counts or null.
+
+    Args:
+        data: The values by name; a name may be missing.
+        names: Which of them.
+        what: What holds them, for the message.
+
+    Raises:
+        ValueError: One is neither.
+    """
+    for name in names:
+        value = data.get(name)
+        if value is not None and not is_count(value):
+            msg = f"{what}: {name} is {_short(value)}, not an integer from 0 to 2^63 - 1"
+            raise ValueError(msg)
+
+
+def check_record(record: object) -> None:
+    """Check what is counted of a journal record.
+
+    Raises:
+        ValueError: It is no record, or a number in it is out of range.
+    """
+    if not isinstance(record, dict) or not is_count(record.get("index")):
+        raise ValueError("not a record of an item")
+    name = f"item {record.get('id')!r}"
+    if record.get("status") not in STATUSES:
+        raise ValueError(f"{name} has no status known here")
+    shares = record.get("shares") or ()
+    if not isinstance(shares, list | tuple) or not all(isinstance(one, dict) for one in shares):
+        raise ValueError(f"{name}: shares is not a list of objects")
+    for counted in (record, *shares):
+        check_counts(counted, NUMBERS, name)
+
+
+def is_deep(data: str | bytes, value: Json) -> bool:
+    """Say whether a value has more than :data:`DEEPEST` levels.
+
+    Args:
+        data: The value as JSON text, by which nearly all values are passed without a walk.
+        value: The value.
+    """
+    if isinstance(data, str):
+        brackets = data.count("[") + data.count("{")
+    else:
+        brackets = data.count(b"[") + data.count(b"{")
+    return brackets > DEEPEST and _levels(value) > DEEPEST
+
+
+def _levels(value: Json) -> int:
+    """Count the levels of lists and objects, as far as one more than :data:`DEEPEST`."""
+    levels, level = 0, [value]
+    while levels <= DEEPEST:
+        level = [one for one in level if isinstance(one, dict | list | tuple)]
+        if not level:
+            break
+        levels += 1
+        level = [
+            inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return levels
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON text; where it has none, its Python text, shortened."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:
+        return _short(value)
+
+
+def writable_text(text: str) -> str:
+    """Return a text with ``?`` in place of half surrogate pairs, which UTF-8 has no form for."""
+    return text.encode(errors="replace").decode()
+
+
+def plain_json(value: Any) -> Json:
+    """Return what a user's code put out as plain JSON data, the same for all who read it.
+
+    Tuples become lists, dates and times text in ISO 8601, dataclasses objects.
+
+    Raises:
+        ValueError: JSON has no form for it, or it has more than :data:`DEEPEST` levels.
+    """
+    try:
+        data = orjson.dumps(value)
+        plain: Json = orjson.loads(data)
+    except (TypeError, orjson.JSONDecodeError) as error:
+        raise ValueError(_reason(error)) from None
+    if is_deep(data, plain):
+        raise ValueError(f"it has more than {DEEPEST} levels of lists and objects")
+    if b"null" in data and (odd := _not_finite(value)) is not None:
+        raise ValueError(f"it holds {odd}, which JSON has no number for")
+    return plain
+
+
+def _reason(error: Exception) -> str:
+    if "ecursion" in str(error):
+        return f"it has more than {DEEPEST} levels of lists and objects"
+    return writable_text(str(error))
+
+
+def _not_finite(value: Any) -> float | None:
+    """Return a NaN or an infinity within a value, or None."""
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, float):
+            if not math.isfinite(one):
+                return one
+        elif isinstance(one, dict):
+            todo += one.values()
+        elif isinstance(one, list | tuple):
+            todo += one
+        elif dataclasses.is_dataclass(one):
+            todo += (getattr(one, field.name) for field in dataclasses.fields(one))
+    return None
+
+
+def _short(value: Any) -> str:
+    try:
+        text = writable_text(repr(value))
+    except (RecursionError, ValueError):  # nested too deep; an integer of thousands of digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

@@ -1,0 +1,507 @@
+"""What a request may do: the settings and input that arrive with an invocation, checked.
+
+Settings bound to a graph in Python, on the command line or in a file at the start are trusted.
+What arrives with an invocation is a request, whoever sent it. Each setting declares its
+:class:`~fanfold.configs.section.Access`; a request never reads a variable of the environment.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final, Self
+
+import orjson
+
+from ..backends.contract.errors import ConfigurationError, InputError
+from ..backends.contract.types import Json
+from ..configs.described import declared_access, split_settings
+from ..configs.load import Loaded, load, read_text
+from ..configs.models import SAMPLING, RunConfig
+from ..configs.plain import check_plain
+from ..configs.presets import is_preset
+from ..configs.section import Access
+from ..configs.source import at_path, parse_value, parse_yaml
+from ..nodes.load import unknown_keys
+from .form import VARIABLE, Form
+from .settings import endpoint_settings, settle
+
+ALLOW: Final = "FANFOLD_SERVER_ALLOW"
+"""Variable with the keys that the owner opens to requests, commas between."""
+
+ROOT: Final = "FANFOLD_SERVER_ROOT"
+"""Variable with the folder below which a request may name files."""
+
+_SECRETS: Final = frozenset({"endpoints.api_key", "endpoints.first.token"})
+"""Settings that a section's name does not open, and that hold references to variables."""
+
+_MOST_BYTES: Final = 1_000_000
+_EXPANDED: Final = re.compile(r"\$(?=\{[A-Za-z_][A-Za-z0-9_]*\})")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The settings that one invocation, or all invocations of a run so far, ask for.
+
+    Attributes:
+        preset: The preset in place of the bound task; None keeps the bound one, or takes
+            ``config``.
+        config: Whether the settings stand in place of the bound task, as a configuration does.
+        settings: Dotted keys and their values.
+    """
+
+    preset: str | None = None
+    config: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Say whether it asks for nothing."""
+        return self == Request()
+
+    def then(self, other: Request) -> Request:
+        """Return what both ask for; a preset or a configuration begins anew."""
+        if other.preset is not None or other.config:
+            return other
+        return replace(self, settings={**self.settings, **other.settings})
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the request as a run's provenance keeps it; the input is kept elsewhere."""
+        kept = {k: v for k, v in self.settings.items() if not k.startswith("input.")}
+        return {"v": 1, "preset": self.preset, "config": self.config, "settings": kept}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | None) -> Self:
+        """Return the request that a run's provenance keeps; None is an empty one."""
+        if data is None:
+            return cls()
+        return cls(data["preset"], data["config"], dict(data["settings"]))
+
+
+@dataclass(frozen=True)
+class RequestPolicy:
+    """What the owner of a graph opens to requests.
+
+    Attributes:
+        allowed: Keys that a request may set to anything: dotted keys, sections, or fields of the
+            context that are no settings.
+        root: The folder below which a request may name files; None refuses paths.
+    """
+
+    allowed: frozenset[str] = frozenset()
+    root: Path | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """Return the policy that the variables of the environment describe; read at the start.
+
+        Raises:
+            ConfigurationError: A key is unknown, or the root is no folder.
+        """
+        found = os.environ if environment is None else environment
+        keys = frozenset(filter(None, (key.strip() for key in found.get(ALLOW, "").split(","))))
+        known = _settable()
+        if unknown := sorted(keys - known):
+            msg = f"{ALLOW}: {unknown_keys(unknown, sorted(known))}; see docs/configuration.md"
+            raise ConfigurationError(msg)
+        root = None
+        if text := found.get(ROOT):
+            root = Path(text).expanduser().resolve()
+            if not root.is_dir():
+                raise ConfigurationError(f"{ROOT}: {text} is no folder")
+        return cls(keys, root)
+
+    def opens(self, key: str) -> bool:
+        """Say whether the owner opened a key, or a section that it is in; keys only by name."""
+        if key in _SECRETS:
+            return key in self.allowed
+        return any(key == one or key.startswith(f"{one}.") for one in self.allowed)
+
+    def shows(self, name: str) -> bool:
+        """Say whether a form shows a field of the context: a request may set it, or a part."""
+        found = FORM[name]
+        if "section" in found:
+            section = found["section"]
+            return self.opens(section) or any(k.startswith(f"{section}.") for k in self.allowed)
+        return self.opens(_key_of(name)) or _access_of(name) is not Access.CLOSED
+
+    # -- from an invocation's context to a request -----------------------------------------
+
+    def read(self, given: Mapping[str, Any]) -> Request:
+        """Return the settings that a context asks for.
+
+        Args:
+            given: Fields of the context that differ from their defaults.
+
+        Raises:
+            ConfigurationError: A field is closed to requests, or malformed.
+        """
+        base = Request()
+        if (config := given.get("config")) is not None:
+            base = self._configuration(config)
+        elif "preset" in given:
+            base = Request(preset=self._preset(given["preset"]))
+        settings = dict(self._settings(self._assigned(given), "context"))
+        return base.then(Request(settings=settings))
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Check the fields of a context by themselves; what they contain is checked by ``read``.
+
+        Raises:
+            ConfigurationError: A field is closed to requests, or no plain data.
+        """
+        check_plain(given, "context")
+        if len(orjson.dumps(dict(given))) > _MOST_BYTES:
+            msg = f"context: more than {_MOST_BYTES:,} bytes of settings; give items as the input"
+            raise ConfigurationError(msg)
+        closed = [
+            _key_of(name)
+            for name in given
+            if _access_of(name) is Access.CLOSED
+            and "section" not in FORM[name]
+            and not self.opens(_key_of(name))
+        ]
+        if closed:
+            raise self._refusal("context", closed)
+
+    def _refusal(self, where: str, keys: Sequence[str]) -> ConfigurationError:
+        listed = ", ".join(keys)
+        msg = (
+            f"{where}: a request may not set {listed}; the owner of the graph can bind it, or open "
+            f"it with {ALLOW}={','.join(keys)} in the server's environment, or trust all that "
+            "arrives with an invocation: build_graph(…, trust_context=True)"
+        )
+        return ConfigurationError(msg)
+
+    def _assigned(self, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yield dotted keys and values, as the fields and the overrides of a context say."""
+        for name, value in given.items():
+            about = FORM[name]
+            if "key" in about:
+                yield about["key"], value
+            elif "section" in about:
+                if not isinstance(value, Mapping):
+                    raise ConfigurationError(f"context: {name}: give a mapping of settings")
+                yield from ((f"{about['section']}.{key}", part) for key, part in value.items())
+        if "endpoints" in given:
+            yield from endpoint_settings(str(given["endpoints"]), None).items()
+        if "api_key" in given:
+            yield "endpoints.api_key", given["api_key"]
+        overrides = given.get("overrides", [])
+        if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
+            raise ConfigurationError("context: overrides: give a list of texts, KEY=VALUE each")
+        for one in overrides:
+            key, equals, text = one.partition("=")
+            if not equals:
+                raise ConfigurationError("context: overrides: expected KEY=VALUE")
+            yield key.strip(), parse_value(text, f"context: overrides: {key.strip()}")
+
+    def _settings(
+        self, assigned: Iterator[tuple[str, Any]], where: str, base: Path | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield the single settings of assignments, each of which a request may make.
+
+        Raises:
+            ConfigurationError: A request may not make one of them.
+        """
+        closed = dict[str, None]()
+        for assigned_key, assigned_value in assigned:
+            for key, value, access in split_settings(assigned_key, assigned_value):
+                if key == "task.schema" and isinstance(value, str):
+                    yield key, self._path(key, value, base)
+                elif self.opens(key):
+                    yield key, value
+                elif access is Access.PATH and value is not None:
+                    yield key, self._path(key, value, base)
+                elif access is Access.SAMPLING:
+                    inside = dict(_sampling(key, value))
+                    closed |= dict.fromkeys(
+                        k for k in inside if k.rpartition(".")[2] not in SAMPLING
+                    )
+                    yield from inside.items()
+                elif access is Access.CLOSED:
+                    closed[key] = None
+                else:
+                    yield key, value
+        if closed:
+            raise self._refusal(where, list(closed))
+
+    def _preset(self, name: object) -> str:
+        if not isinstance(name, str) or not is_preset(name):
+            settle(str(name))  # says which presets there are
+            raise ConfigurationError(f"context: preset: {name!r} is no preset")
+        return name
+
+    def _configuration(self, config: object) -> Request:
+        """Return the request that a configuration stands for: a mapping, a preset, or a file."""
+        if isinstance(config, Mapping):
+            data, where, base = config, "context: config", None
+        elif isinstance(config, str) and is_preset(config):
+            return Request(preset=config)
+        elif isinstance(config, str):
+            path = self._path("config", config)
+            data = parse_yaml(read_text(Path(path)), config, aliases=False)
+            check_plain(data, config)
+            where, base = config, Path(path).parent
+        else:
+            raise ConfigurationError("context: config: give a mapping of settings, or a file")
+        return Request(config=True, settings=dict(self._settings(iter(data.items()), where, base)))
+
+    # -- files ------------------------------------------------------------------------------
+
+    def path(self, text: str | os.PathLike[str]) -> str:
+        """Return the file or folder that an input names; blocks.
+
+        Raises:
+            InputError: It does not lie below the root.
+        """
+        try:
+            return self._path("input.path", os.fspath(text))
+        except ConfigurationError as error:
+            raise InputError(error.message) from None
+
+    def _path(self, key: str, text: object, base: Path | None = None) -> str:
+        if not isinstance(text, str) or not text or "\0" in text:
+            raise ConfigurationError(f"{key}: name a file or a folder")
+        if self.opens(key):
+            return str((base or Path.cwd()) / text)
+        if self.root is None:
+            msg = (
+                f"{key}: a request may not name files here; the owner of the graph can open a "
+                f"folder with {ROOT} in the server's environment"
+            )
+            raise ConfigurationError(msg)
+        return str(below(self.root, text, key, base))
+
+    # -- from a request to settings -----------------------------------------------------------
+
+    def settings(self, owner: Loaded, request: Request) -> Loaded:
+        """Return the settings that a request gets: its own upon those that the owner bound.
+
+        Settings that are closed to requests are the owner's, and what may be lowered only is at
+        most the owner's. Blocks.
+
+        Args:
+            owner: The bound settings.
+            request: What is asked for.
+
+        Raises:
+            ConfigurationError: The request asks for more than it may, or the settings do not fit.
+        """
+        if request.empty:
+            return owner
+        raw = copy.deepcopy(owner.raw)
+        if request.preset is not None:
+            _take_preset(raw, owner, settle(request.preset)[0])
+        elif request.config:
+            _clear(raw)
+        changes = dict[str, Any]()
+        if any(key.startswith("endpoints.") for key in request.settings):
+            changes["endpoints.api_key"] = "EMPTY"  # the bound key is for the bound endpoints
+        for key, value in request.settings.items():
+            if key == "input.path" and value is not None:
+                changes["input.dataset"] = None
+            if key in _SECRETS and not (isinstance(value, str) and re.fullmatch(VARIABLE, value)):
+                raise ConfigurationError(f"{key}: name a variable, as ${{MY_KEY}}")
+            changes[key] = value if key in _SECRETS else as_literal(value)
+        loaded = load(raw, settings=changes)
+        self._check(owner.config, loaded.config, request)
+        return replace(loaded, source=owner.source if request.preset is None else request.preset)
+
+    def _check(self, owner: RunConfig, asked: RunConfig, request: Request) -> None:
+        """Check the settings themselves, whatever way a request has led to them.
+
+        Raises:
+            ConfigurationError: Closed ones differ from the owner's, or lowered ones are above.
+        """
+        before, after = owner.model_dump(by_alias=True), asked.model_dump(by_alias=True)
+        given_task = request.preset is not None or request.config
+        closed = [
+            f"reduce.{n}.{key}"
+            for n, stage in enumerate(asked.reduce)
+            for key in stage.model_fields_set
+            if type(stage).access.get(key) is not Access.OPEN
+            and stage not in owner.reduce
+            and not self.opens("reduce")
+        ]
+        for key, access in declared_access():
+            old, new = (at_path(data, key.split(".")) for data in (before, after))
+            if self.opens(key) or new == old:
+                continue
+            if key == "endpoints.api_key" and new.get_secret_value() == "EMPTY":
+                continue
+            if access is Access.LOWER and old is not None and (new is None or new > old):
+                told = "no limit" if new is None else f"{new:g}"
+                msg = (
+                    f"{key}: a request may only lower it: the graph is bound to {old:g}, the "
+                    f"request asks for {told}; the owner can open it with {ALLOW}={key}"
+                )
+                raise ConfigurationError(msg)
+            if access is Access.MODEL and new is not None and new not in _bound_models(owner):
+                bound = ", ".join(sorted(_bound_models(owner))) or "none"
+                msg = (
+                    f"{key}: a request may choose among the models bound to the graph ({bound}); "
+                    f"the owner can open it with {ALLOW}={key}"
+                )
+                raise ConfigurationError(msg)
+            if key == "input.dataset" and asked.input.path is not None:
+                continue
+            free = given_task and (
+                key == "name" or key.startswith(("input.", "endpoints.simulated."))
+            )
+            if access in (Access.CLOSED, None) and not free:
+                closed.append(key)
+        if closed:
+            raise self._refusal("context", closed)
+
+    # -- budgets ------------------------------------------------------------------------------
+
+    def check_answer(self, owner: Loaded, answer: object) -> str | None:
+        """Return why an answer to a spent budget is refused: it is a request like any other."""
+        if not isinstance(answer, Mapping):
+            return None  # the budget itself says what an answer is
+        for key, value in answer.items():
+            most = getattr(owner.config.budget, str(key), None)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if most is None or self.opens(f"budget.{key}") or not number or value <= most:
+                continue
+            return (
+                f"{key}: at most {most:g}, the total bound to the graph; the owner can bind more, "
+                f"open it with {ALLOW}=budget.{key}, or trust the answers of an invocation: "
+                "build_graph(…, trust_context=True)"
+            )
+        return None
+
+    def question(self, owner: Loaded, asked: dict[str, Any]) -> dict[str, Any]:
+        """Return the question of a spent budget, with what no answer to it can raise.
+
+        Args:
+            owner: The bound settings.
+            asked: The question.
+        """
+        budget = owner.config.budget
+        stuck = [
+            key
+            for key, about in asked["budget"].items()
+            if (most := getattr(budget, key)) is not None
+            and not self.opens(f"budget.{key}")
+            and about["cap"] >= most
+        ]
+        if not stuck:
+            return asked
+        keys = ",".join(f"budget.{key}" for key in stuck)
+        told = (
+            f"{', '.join(stuck)}: the graph is bound to this total, and no answer raises it; the "
+            f"owner can bind more, open it with {ALLOW}={keys}, or trust the answers of an "
+            "invocation: build_graph(…, trust_context=True)"
+        )
+        begin = asked["why"] if len(stuck) == len(asked["budget"]) else asked["question"]
+        return asked | {"question": f"{begin.removesuffix('.')}. {told}"}
+
+
+def below(root: Path, text: str, what: str, base: Path | None = None) -> Path:
+    """Return a path below a folder, all links resolved; blocks.
+
+    Args:
+        root: The folder.
+        text: The path, relative to ``base`` or else to the folder.
+        what: How messages name the path.
+        base: Another folder below the root, to which the path is relative.
+
+    Raises:
+        InputError: It, or a file that it leads to, lies elsewhere.
+    """
+    outside = InputError(f"{what}: is outside the folder that requests may read")
+    try:
+        root = root.resolve()
+        full = ((base or root) / text).resolve()
+        if not full.is_relative_to(root):
+            raise outside
+        if full.is_dir():
+            for place, _, names in os.walk(full):
+                for name in names:
+                    if not (Path(place) / name).resolve().is_relative_to(root):
+                        raise outside
+    except (OSError, RuntimeError, ValueError):
+        raise outside from None
+    return full
+
+
+def _take_preset(raw: dict[str, Any], owner: Loaded, preset: Loaded) -> None:
+    """Put a preset's task in place of the bound one; where and how it runs stays the owner's."""
+    _clear(raw)
+    for key in ("name", "reduce", "task", "model", "input"):
+        given, kept = preset.raw.get(key), raw.get(key)
+        if isinstance(given, dict) and isinstance(kept, dict):
+            raw[key] = given | {k: v for k, v in kept.items() if v is not None}
+        else:
+            raw[key] = given
+    limits = [one.config.input.limit for one in (owner, preset)]
+    raw["input"]["limit"] = min((n for n in limits if n is not None), default=None)
+    if owner.preset is not None and owner.config.endpoints.simulated is not None:
+        raw["endpoints"] = preset.raw["endpoints"]
+
+
+def _clear(raw: dict[str, Any]) -> None:
+    """Leave out of the bound settings what a request with a task of its own replaces."""
+    task, model, input_ = (raw.get(key) or {} for key in ("task", "model", "input"))
+    raw["task"] = {"graph": task["graph"]} if task.get("graph") else {}
+    raw["model"] = {k: model[k] for k in ("name", "price", "extra_body") if k in model}
+    raw["input"] = {"limit": input_["limit"]} if input_.get("limit") else {}
+    raw.pop("reduce", None)
+
+
+def as_literal(value: Any) -> Any:
+    """Return a value whose texts stay as they are when variables are expanded."""
+    if isinstance(value, str):
+        return _EXPANDED.sub("$$", value)
+    if isinstance(value, Mapping):
+        return {key: as_literal(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_literal(part) for part in value]
+    return value
+
+
+def _sampling(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of ``model.extra_body``, or the one that a key names."""
+    whole = key.count(".") == 1
+    if whole and not isinstance(value, Mapping):
+        raise ConfigurationError(f"{key}: give a mapping")
+    if whole:
+        yield from ((f"{key}.{name}", part) for name, part in value.items())
+    else:
+        yield ".".join(key.split(".")[:3]), value
+
+
+def _bound_models(owner: RunConfig) -> set[str]:
+    names = {owner.model.name, *owner.endpoints.models.values()}
+    return {name for name in names if name is not None}
+
+
+def _key_of(name: str) -> str:
+    """Return the setting that a field of the context stands for, or the field's own name."""
+    return str(FORM[name].get("key", "endpoints.api_key" if name == "api_key" else name))
+
+
+def _access_of(name: str) -> Access:
+    about = FORM[name]
+    if "key" in about:
+        ((_, _, access),) = split_settings(about["key"], None)
+        return access
+    return Access(about.get("access", Access.CLOSED))
+
+
+def _settable() -> set[str]:
+    """Return every key that an owner can open."""
+    keys = {key for key, _ in declared_access()}
+    parts = (key.split(".") for key in keys)
+    sections = {".".join(part[:n]) for part in parts for n in range(1, len(part))}
+    alone = {_key_of(name) for name, about in FORM.items() if "access" in about}
+    return keys | sections | alone
+
+
+FORM: Final[dict[str, Mapping[str, Any]]] = {f.name: f.metadata for f in fields(Form) if f.init}

@@ -1,0 +1,36 @@
+"""Journal files as the tests write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from fanfold.backends.accounts.journal import add_crc, make_header
+
+
+def chained(*lines: bytes) -> list[bytes]:
+    """Return JSON objects as lines, each with its checksum."""
+    crc, found = 0, list[bytes]()
+    for line in lines:
+        whole, crc = add_crc(line, crc)
+        found.append(whole)
+    return found
+
+
+def journal_lines(
+    path: Path, records: Iterable[Mapping[str, Any]], run: str = "r", kind: str = "journal"
+) -> list[bytes]:
+    """Return the lines of a file, the header first."""
+    header = make_header(path, kind, {"run": run, "life": "x"})
+    return chained(header, *(orjson.dumps(record) for record in records))
+
+
+def write_journal(
+    path: Path, records: Iterable[Mapping[str, Any]], run: str = "r", kind: str = "journal"
+) -> Path:
+    """Write a file; return its path."""
+    path.write_bytes(b"".join(journal_lines(path, records, run, kind)))
+    return path

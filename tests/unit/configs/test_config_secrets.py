@@ -1,0 +1,237 @@
+"""Secrets are masked wherever settings are written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.backends.accounts.folder import RunFolder
+from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.contract.secrets import (
+    MASKED,
+    is_secret,
+    mask_arguments,
+    mask_command,
+    mask_plain,
+    mask_url,
+)
+from fanfold.backends.node import node_plan
+from fanfold.configs.load import Loaded, load
+from fanfold.configs.plain import lost_secrets, mask_settings, to_yaml
+from fanfold.configs.presets import preset_names
+from fanfold.graphs.lives import life
+
+KEY = "s3cr3t-value"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("password", "PASSWORD", "db_password", "api_key", "apiKey", "APIKey", "X-Auth-Token"),
+        *("hf_token", "HF_TOKEN", "client-secret", "ClientSecret", "auth", "Authorization", "key"),
+        *("endpoints.api_key", "node.env.OPENAI_API_KEY2", "apikey", "awsSecretAccessKey"),
+        "proxy-authorization",
+    ],
+)
+def test_names_of_secrets(name: str) -> None:
+    assert is_secret(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("max_tokens", "tokens_per_min", "maxTokens", "keyboard", "monkey", "tokenizer", "author"),
+        *(
+            "keys",
+            "hotkeys",
+            "secretary",
+            "authority",
+            "endpoints",
+            "key.name",
+            "",
+            "passwords_file",
+        ),
+        "limits.endpoint_tokens_per_min",
+    ],
+)
+def test_names_of_others(name: str) -> None:
+    assert not is_secret(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"https://me:{KEY}@host:1/v1", f"https://me:{MASKED}@host:1/v1"),
+        (f"postgresql://u:{KEY}@h/d?sslmode=on", f"postgresql://u:{MASKED}@h/d?sslmode=on"),
+        (f"http://u:{KEY}@h/?token={KEY}", f"http://u:{MASKED}@h/?token={MASKED}"),
+        (f"redis://:{KEY}@h", f"redis://:{MASKED}@h"),
+        (f"https://h/p?a=1&api_key={KEY}&b=2", f"https://h/p?a=1&api_key={MASKED}&b=2"),
+        (f"https://h/p?key={KEY}#x", f"https://h/p?key={MASKED}#x"),
+        ("https://me:${PW}@host", "https://me:${PW}@host"),
+        ("http://host:8000/v1", "http://host:8000/v1"),
+        ("mail me@host: now", "mail me@host: now"),
+        ("https://h/p?max_tokens=5", "https://h/p?max_tokens=5"),
+    ],
+)
+def test_urls(text: str, shown: str) -> None:
+    assert mask_url(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"vllm serve m --api-key {KEY} --port 1",
+        f"vllm serve m --api-key={KEY} --port 1",
+        f"env HF_TOKEN={KEY} serve",
+        f"sh -c 'API_KEY={KEY} serve'",
+        f"curl -H 'Authorization: Bearer {KEY}' http://h",
+        f'curl -H "X-Api-Key: {KEY}" http://h',
+        f"get --token '{KEY}'",
+        f"serve https://u:{KEY}@h/x",
+    ],
+)
+def test_commands(text: str) -> None:
+    shown = mask_command(text)
+    assert KEY not in shown
+    assert MASKED in shown
+    assert mask_command(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "vllm serve {model} --port {port} --max-model-len 8192 --tokenizer x",
+        "vllm serve m --api-key ${VLLM_KEY}",
+        "python get_token.py --scope a=b",
+        "mpiexec -n {workers} -x FANFOLD_DESK_TOKEN -x A=b",
+    ],
+)
+def test_commands_without_secrets_are_unchanged(text: str) -> None:
+    assert mask_command(text) == text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "c.yaml", "--set", f"endpoints.api_key={KEY}"],
+        ["run", "c.yaml", f"--set=endpoints.first.token={KEY}"],
+        ["run", "--set", f"node.env={{HF_TOKEN: {KEY}, A: b}}"],
+        ["run", "--set", f'model.extra_body={{"apiKey": "{KEY}"}}'],
+        ["run", "--set", f"node.serve=vllm serve --api-key {KEY}"],
+        ["run", "--checkpointer", f"postgresql://me:{KEY}@host/db"],
+        ["run", "--endpoints", f"http://h/v1?key={KEY}"],
+    ],
+)
+def test_the_command_in_provenance(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert KEY not in " ".join(mask_arguments(words))
+    monkeypatch.setattr(sys, "argv", ["/bin/fanfold", *words])
+    kept = life(RunFolder(tmp_path))["command"]
+    assert KEY not in json.dumps(kept)
+    assert kept[:2] == ["fanfold", "run"]
+
+
+def loaded(**sections: Any) -> Loaded:
+    settings = {
+        "task": {"prompt": "{q} key: value token=1 http://u:p@h"},
+        "endpoints": {"urls": ["http://n:1"]},
+    }
+    return load(settings | sections, environment={"K": KEY})
+
+
+WRITTEN: dict[str, dict[str, Any]] = {
+    "model.extra_body.api_key": {"model": {"extra_body": {"api_key": KEY}}},
+    "model.extra_body.a.0.authToken": {"model": {"extra_body": {"a": [{"authToken": KEY}]}}},
+    "node.env.MY_SECRET": {"node": {"env": {"MY_SECRET": KEY}}},
+    "node.serve": {"node": {"serve": f"vllm serve m --api-key {KEY}"}},
+    "backend.command": {"backend": {"kind": "launched", "command": f"env A_TOKEN={KEY} mpiexec"}},
+    "endpoints.api_key": {"endpoints": {"urls": ["http://n:1"], "api_key": KEY}},
+    "endpoints.first.token": {"endpoints": {"first": {"paths": ["a/b"], "token": KEY}}},
+    "endpoints.first.token_command": {
+        "endpoints": {"first": {"paths": ["a/b"], "token_command": f"get --password {KEY}"}}
+    },
+    "endpoints.aegis_registry": {"endpoints": {"aegis_registry": f"http://u:{KEY}@head:1"}},
+    "backend.exchange.url": {
+        "backend": {"kind": "academy", "exchange": {"kind": "http", "url": f"http://u:{KEY}@h"}}
+    },
+    "backend.exchange.password": {
+        "backend": {"kind": "academy", "exchange": {"kind": "redis", "password": KEY}}
+    },
+}
+
+
+@pytest.mark.parametrize("path", WRITTEN)
+def test_run_yaml_keeps_no_secret(path: str) -> None:
+    settings = loaded(**WRITTEN[path])
+    text = to_yaml(settings.plain)
+    assert KEY not in text
+    assert list(lost_secrets(settings.plain)) == [path]
+    assert "key: value token=1 http://u:p@h" in text  # a prompt is a prompt
+    assert KEY not in repr(settings)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_run_yaml_of_presets_is_unchanged(name: str) -> None:
+    settings = load(name)
+    before = settings.config.model_dump(mode="json", by_alias=True)
+    before["endpoints"]["api_key"] = "EMPTY"
+    assert mask_settings(before) == before
+    assert to_yaml(settings.plain) == to_yaml(mask_settings(settings.plain))
+    assert MASKED not in to_yaml(settings.plain)
+
+
+def test_what_names_no_secret_is_unchanged() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"token": {"type": "string"}, "key": {"enum": ["a"]}},
+        "dependentRequired": {"token": ["key"]},
+    }
+    settings = loaded(
+        task={"prompt": "{key}", "schema": schema},
+        endpoints={"urls": ["http://n:1"], "models": {"my-key": "llm"}, "api_key": "${K}"},
+        model={"name": "llm", "extra_body": {"key": "${K}", "min_tokens": 3, "token": 5}},
+        node={"serve": "serve --api-key ${K}", "env": {"A_TOKEN": "${K}"}},
+    )
+    assert MASKED not in to_yaml(settings.plain)
+    assert KEY not in to_yaml(settings.plain)
+
+
+def test_nested_headers() -> None:
+    headers = {
+        "X-Auth-Token": KEY,
+        "Accept": "a",
+        "Cookie": KEY,
+        "n": {"list": [{"pass_key": KEY}]},
+    }
+    shown = mask_plain({"headers": headers})
+    assert KEY not in str(shown)
+    assert shown["headers"]["Accept"] == "a"
+
+
+def test_servers_want_a_lost_secret_again() -> None:
+    again = load(loaded(**WRITTEN["node.serve"]).plain)
+    with pytest.raises(ConfigurationError, match=r"node\.serve: a run folder does not keep"):
+        node_plan(again.config, Path("s"), "n", {})
+
+
+@pytest.mark.parametrize(
+    ("sections", "overrides"),
+    [
+        ({"limits": {"streams": 0}, "model": {"extra_body": {"api_key": KEY}}}, []),
+        ({"endpoints": {"urls": ["http://n:1"], "api_key": [KEY]}}, []),
+        ({"backend": {"exchange": {"kind": "http", "port": f"http://u:{KEY}@n:1"}}}, []),
+        ({"model": {"api_key": KEY}}, []),
+        ({}, [f"endpoints.api_key={{{KEY}: [}}"]),
+        ({}, [f"node.serve=serve --token {KEY}: x: ["]),
+    ],
+)
+def test_errors_show_none(sections: dict[str, Any], overrides: list[str]) -> None:
+    settings = {"task": {"prompt": "x"}, "endpoints": {"urls": ["http://n:1"]}} | sections
+    with pytest.raises(ConfigurationError) as caught:
+        load(settings, overrides)
+    assert KEY not in caught.value.message

@@ -1,0 +1,513 @@
+"""What a request may set: each setting's access, and the settings that a request gets."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from fanfold.backends.contract.errors import ConfigurationError, InputError
+from fanfold.configs.described import declared_access, setting, split_settings
+from fanfold.configs.load import Loaded, load
+from fanfold.configs.models import RunConfig
+from fanfold.configs.reduce import Collect, Count, Histogram, Stats, TopK
+from fanfold.configs.section import Access
+from fanfold.graphs.binding import Bound
+from fanfold.graphs.context import RunContext
+from fanfold.graphs.requests import ALLOW, ROOT, Request, RequestPolicy
+
+OWN: dict[str, Any] = {
+    "name": "own",
+    "input": {"dataset": "molecules", "limit": 5},
+    "task": {"prompt": "What is {smiles}?", "system": "Be brief."},
+    "model": {"name": "small", "extra_body": {"priority": 3, "top_k": 5}},
+    "endpoints": {"urls": ["http://127.0.0.1:9/v1"], "models": {"served-large": "large"}},
+    "limits": {"streams": 9, "hedge": False, "walltime_s": 600},
+    "budget": {"usd": 2, "requests": 100},
+}
+CLOSED = sorted(key for key, access in declared_access() if access is Access.CLOSED)
+LOWERED = sorted(key for key, access in declared_access() if access is Access.LOWER)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    (tmp_path / "secret.csv").write_text("smiles\nTOP-SECRET\n")
+    (folder / "mine.csv").write_text("smiles\nC\n")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a.txt").write_text("a")
+    return folder
+
+
+def loaded(context: dict[str, Any], policy: RequestPolicy | None = None, **own: Any) -> Loaded:
+    bound = Bound(RunContext(config=OWN | own), policy or RequestPolicy())
+    return bound.read(context).loaded
+
+
+def refused(context: dict[str, Any], policy: RequestPolicy | None = None, **own: Any) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        loaded(context, policy, **own)
+    return caught.value.message
+
+
+# -- declarations ---------------------------------------------------------------------------
+
+
+def test_every_setting_declares_its_access() -> None:
+    """A new setting is a decision: may a request set it, lower it, or not touch it at all?"""
+    missing = [key for key, access in declared_access() if access is None]
+    assert not missing, (
+        f"{', '.join(missing)}: name the setting in `access` of its section (configs/section.py); "
+        "what starts programs, names files or hosts, or writes anywhere is closed"
+    )
+
+
+def test_no_section_declares_what_it_does_not_have() -> None:
+    def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
+        found = {model}
+        for about in model.model_fields.values():
+            for kind in (about.annotation, *getattr(about.annotation, "__args__", ())):
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    found |= sections(kind)
+        return found
+
+    for section in sections(RunConfig):
+        keys = {about.alias or name for name, about in section.model_fields.items()}
+        assert getattr(section, "access").keys() <= keys, section  # noqa: B009 - of any model
+
+
+@pytest.mark.parametrize("stage", [Count, Stats, Histogram, TopK, Collect])
+def test_every_key_of_a_reduce_stage_declares_its_access(stage: Any) -> None:
+    assert stage.access.keys() == stage.model_fields.keys()
+
+
+def test_every_field_of_the_context_stands_for_settings_or_declares_its_access() -> None:
+    for one in fields(RunContext):
+        assert one.metadata.keys() & {"key", "section", "access"}, one.name
+
+
+def test_what_starts_programs_or_chooses_hosts_and_files_is_closed() -> None:
+    assert {
+        "endpoints.first.token_command",
+        "endpoints.urls",
+        "endpoints.file",
+        "endpoints.api_key",
+        "node.serve",
+        "node.env",
+        "backend.kind",
+        "backend.command",
+        "backend.factory",
+        "backend.client",
+        "backend.executor",
+        "backend.config",
+        "task.graph",
+        "cache",
+        "metrics.port",
+        "model.price.prompt",
+    } <= set(CLOSED)
+
+
+# -- closed settings ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", CLOSED)
+@pytest.mark.parametrize("way", ["overrides", "config"])
+def test_a_closed_setting_is_refused_by_name_whatever_way_it_comes(key: str, way: str) -> None:
+    if way == "overrides":
+        context: dict[str, Any] = {"overrides": [f"{key}=1"]}
+    else:
+        value: Any = 1
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        context = {"config": {"task": {"prompt": "{smiles}"}} | value}
+    said = refused(context)
+    assert f"may not set {key};" in said
+    assert f"{ALLOW}={key} " in said
+
+
+@pytest.mark.parametrize(
+    ("context", "key"),
+    [
+        ({"backend": "launched"}, "backend.kind"),
+        ({"backend_options": {"command": "touch /tmp/x"}}, "backend.command"),
+        ({"endpoint_options": {"first": {"token_command": "id"}}}, "endpoints.first.token_command"),
+        ({"endpoints": "http://evil:1/v1"}, "endpoints"),
+        ({"api_key": "${HOME}"}, "endpoints.api_key"),
+        ({"node": {"serve": "id"}}, "node.serve"),
+        ({"graph": "os:system"}, "task.graph"),
+        ({"out": "/tmp/elsewhere"}, "out"),
+        ({"trace": True}, "trace"),
+        ({"retry_failed": True}, "retry_failed"),
+        ({"cache": "/tmp/answers"}, "cache"),
+        ({"price": {"node_hour": 0}}, "model.price"),
+        ({"dataset": "records"}, "input.dataset"),
+        ({"run_name": "x"}, "name"),
+        ({"metrics_port": 9}, "metrics.port"),
+        ({"on_limit": "stop"}, "budget.on_limit"),
+        ({"overrides": ["backend={kind: launched, command: id}"]}, "backend.kind"),
+        ({"overrides": ["task={prompt: x, graph: 'os:system'}"]}, "task.graph"),
+        ({"overrides": ["budget=null"]}, "budget"),
+        ({"extra_body": {"api_base": "http://evil"}}, "model.extra_body.api_base"),
+        ({"overrides": ["model.extra_body.chat_template=x"]}, "model.extra_body.chat_template"),
+    ],
+)
+def test_other_ways_to_a_closed_setting(context: dict[str, Any], key: str) -> None:
+    assert key in refused(context)
+
+
+def test_all_that_is_closed_is_named_at_once() -> None:
+    said = refused({"graph": "os:system", "out": "/x", "streams": 2})
+    assert "may not set" in said
+    assert "task.graph" in said
+    assert "out" in said
+    assert f"{ALLOW}=task.graph,out" in said or f"{ALLOW}=out,task.graph" in said
+
+
+def test_the_owner_opens_keys(tmp_path: Path) -> None:
+    policy = RequestPolicy.from_environment(
+        {ALLOW: " backend.processes , endpoints,out,limits.streams"}
+    )
+    config = loaded(
+        {
+            "processes": 3,
+            "endpoints": "http://other:1/v1",
+            "streams": 77,
+            "overrides": ["endpoints.wait_s=5"],
+        },
+        policy,
+    ).config
+    assert config.backend.processes == 3
+    assert config.endpoints.urls == ["http://other:1/v1"]
+    assert (config.endpoints.wait_s, config.limits.streams) == (5, 77)
+    bound = Bound(RunContext(config=OWN), policy)
+    assert bound.read({"out": str(tmp_path)}).out == str(tmp_path)
+    assert "backend.kind" in refused({"backend": "parsl"}, policy)
+
+
+def test_the_bound_key_is_for_the_bound_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWNERS_KEY", "sesame")
+    own = {"endpoints": OWN["endpoints"] | {"api_key": "${OWNERS_KEY}"}}
+    policy = RequestPolicy(frozenset({"endpoints"}))
+    assert loaded({"streams": 2}, policy, **own).config.endpoints.api_key.get_secret_value() == (
+        "sesame"
+    )
+    others: list[dict[str, Any]] = [
+        {"endpoints": "http://other:1/v1"},
+        {"endpoint_options": {"urls": ["http://o"]}},
+    ]
+    for context in others:
+        key = loaded(context, policy, **own).config.endpoints.api_key
+        assert key.get_secret_value() == "EMPTY"
+    overrides = {"overrides": ["endpoints.api_key=${HOME}"]}
+    assert "endpoints.api_key" in refused(overrides, policy, **own)
+    assert "endpoints.api_key" in refused({"api_key": "${OWNERS_KEY}"}, policy, **own)
+    opened = RequestPolicy(frozenset({"endpoints", "endpoints.api_key"}))
+    both = {"endpoints": "http://other:1/v1", "api_key": "${OWNERS_KEY}"}
+    got = loaded(both, opened, **own)
+    assert got.config.endpoints.api_key.get_secret_value() == "sesame"
+    assert got.plain["endpoints"]["api_key"] == "${OWNERS_KEY}"
+    assert "name a variable" in refused({"api_key": "sk-typed"}, opened, **own)
+
+
+def test_a_misspelt_key_of_the_owner_is_an_error() -> None:
+    with pytest.raises(ConfigurationError, match=r"'backend.comand' \(did you mean"):
+        RequestPolicy.from_environment({ALLOW: "backend.comand"})
+    with pytest.raises(ConfigurationError, match=ROOT):
+        RequestPolicy.from_environment({ROOT: "/nowhere/at/all"})
+
+
+def test_an_unknown_key_is_refused() -> None:
+    assert "'streamz' (did you mean 'streams'?)" in refused({"streamz": 1})
+    assert "there is no setting 'limit'" in refused({"overrides": ["limit.streams=1"]})
+    assert "there is no setting 'answer_schema'" in refused(
+        {"config": {"task": {"answer_schema": {}}}}
+    )
+
+
+# -- what is open ---------------------------------------------------------------------------
+
+
+def test_a_request_sets_what_is_asked_and_how_it_is_sampled() -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "number"}}}
+    config = loaded(
+        {
+            "system": "Be kind.",
+            "prompt": "Why {smiles}?",
+            "answer_schema": schema,
+            "repairs": 3,
+            "reduce": [{"op": "stats", "field": "x"}],
+            "temperature": 0.5,
+            "max_tokens": 9,
+            "seed": 4,
+            "model": "large",
+            "limit": 2,
+            "extra_body": {"top_k": 50, "top_p": 0.5},
+        }
+    ).config
+    assert (config.task.system, config.task.prompt) == ("Be kind.", "Why {smiles}?")
+    assert (config.task.answer_schema, config.task.repairs) == (schema, 3)
+    assert (config.model.temperature, config.model.max_tokens, config.model.seed) == (0.5, 9, 4)
+    assert (config.model.name, config.input.limit) == ("large", 2)
+    assert config.model.extra_body == {"priority": 3, "top_k": 50, "top_p": 0.5}
+    assert config.endpoints.urls == OWN["endpoints"]["urls"]
+    assert config.budget.usd == 2
+
+
+@pytest.mark.parametrize("name", ["huge", "served-large", ""])
+def test_a_model_is_one_of_those_bound(name: str) -> None:
+    said = refused({"overrides": [f"model.name={name!r}"]})
+    assert "model.name" in said
+
+
+@pytest.mark.parametrize("key", LOWERED)
+def test_limits_go_down_only(key: str) -> None:
+    """Neither above the bound, nor away; where nothing is bound any limit is lower."""
+    field = setting(key)
+    kind = "integer" if "int" in str(field.annotation) else "number"
+    section, name = key.split(".")
+    if name == "hedge":
+        assert "may only lower" in refused({"overrides": ["limits.hedge=true"]})
+        return
+    bound = {"walltime_s": 500, "body_bytes": 5000}.get(name, 50)
+    low: Any = bound - (9 if kind == "integer" else 9.5)
+    own: dict[str, Any] = {section: {name: bound}}
+    unbound: dict[str, Any] = {section: {}}
+    got = loaded({"overrides": [f"{key}={low}"]}, **own).config
+    assert getattr(getattr(got, section), name) == low
+    for more in (bound + 1, f"'{bound + 2}'", bound * 2):
+        assert "may only lower" in refused({"overrides": [f"{key}={more}"]}, **own), key
+    if "None" in str(field.annotation):
+        assert "no limit" in refused({"overrides": [f"{key}=null"]}, **own)
+        assert loaded({"overrides": [f"{key}=99"]}, **unbound).config
+
+
+def test_a_preset_runs_on_the_owners_endpoints_within_the_owners_limits() -> None:
+    got = loaded({"preset": "data_annotation"})
+    config = got.config
+    assert config.name == "data-annotation"
+    assert "{text}" in config.task.prompt
+    assert config.endpoints.urls == OWN["endpoints"]["urls"]
+    assert (config.limits.streams, config.budget.usd, config.model.name) == (9, 2, "small")
+    assert config.input.limit == 5
+    assert [stage.op for stage in config.reduce] == ["histogram", "histogram", "top_k", "count"]
+    as_config = loaded({"config": "data_annotation"}).config
+    assert as_config == config
+
+
+def test_a_preset_brings_its_own_fleet_where_the_owner_bound_none() -> None:
+    bound = Bound(RunContext(), RequestPolicy())
+    config = bound.read({"preset": "literature_mining"}).loaded.config
+    assert config.endpoints.simulated is not None
+    assert config.endpoints.simulated.responder == "schema"
+    again = Bound(RunContext(config=OWN), RequestPolicy())
+    assert again.read({"preset": "molecular_screening"}).loaded.config.name == "molecular-screening"
+    assert bound.read({"preset": "molecular_screening"}) is bound.resolve(None)
+
+
+def test_a_configuration_replaces_the_task_and_nothing_else() -> None:
+    config = loaded(
+        {"config": {"task": {"prompt": "{x}"}, "limits": {"streams": 3}, "budget": {"usd": 1}}}
+    ).config
+    assert (config.task.prompt, config.task.system) == ("{x}", "")
+    assert config.input.dataset is None
+    assert (config.limits.streams, config.limits.hedge, config.budget.usd) == (3, False, 1)
+    assert config.endpoints.urls == OWN["endpoints"]["urls"]
+    assert config.model.extra_body == OWN["model"]["extra_body"]
+    assert "prompt" in refused({"config": {"task": {}}})
+
+
+def test_an_owners_item_graph_stays() -> None:
+    own = {"task": OWN["task"] | {"graph": "my.module:graph"}}
+    assert loaded({"preset": "data_annotation"}, **own).config.task.graph == "my.module:graph"
+    assert loaded({"config": {"task": {"prompt": "{x}"}}}, **own).config.task.graph
+
+
+# -- variables and files ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {"prompt": "{smiles} ${SESAME}"},
+        {"system": "${SESAME}"},
+        {"answer_schema": {"description": "${SESAME}"}},
+        {
+            "answer_schema": {
+                "$ref": "#/$defs/a",
+                "$defs": {"a": {"title": "a ${SESAME} $${SESAME}"}},
+            }
+        },
+        {"overrides": ["task.system='${SESAME}'"]},
+        {"overrides": ["task={system: '$${SESAME}'}"]},
+        {"config": {"task": {"prompt": "{x}", "system": "${SESAME}"}}},
+        {"extra_body": {"stop": ["${SESAME}"]}},
+    ],
+)
+def test_a_request_reads_no_variable(
+    context: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SESAME", "open-sesame")
+    got = loaded(context)
+    assert "open-sesame" not in repr(got.config)
+    assert "${SESAME}" in repr(got.config)
+    again = load(got.plain, environment={"SESAME": "open-sesame"} | {"HOME": "/"})
+    assert "open-sesame" not in repr(again.config)
+
+
+@given(st.text(alphabet="${}ABCa _", max_size=30))
+def test_texts_arrive_as_they_are(text: str) -> None:
+    config = loaded({"config": {"task": {"prompt": "{x}", "system": text}}}).config
+    assert config.task.system == text
+
+
+OUTSIDE = ["../secret.csv", "/etc/passwd", "sub/../../secret.csv", "link.csv", "linked", "~/x.csv"]
+
+
+def linked(root: Path) -> None:
+    (root / "link.csv").symlink_to(root.parent / "secret.csv")
+    (root / "linked").symlink_to(root.parent)
+
+
+@pytest.mark.parametrize("path", [p for p in OUTSIDE if p != "~/x.csv"])
+def test_paths_lie_below_the_root(root: Path, path: str) -> None:
+    linked(root)
+    policy = RequestPolicy(root=root)
+    with pytest.raises(InputError, match="outside the folder"):
+        policy.path(path)
+    assert "outside the folder" in refused({"config": path}, policy)
+    assert "outside the folder" in refused({"overrides": [f"task.schema={path}"]}, policy)
+    assert "outside the folder" in refused({"config": {"input": {"path": path}}}, policy)
+
+
+def test_a_folder_with_a_link_that_leads_out_is_refused(root: Path) -> None:
+    policy = RequestPolicy(root=root)
+    assert policy.path("sub") == str(root / "sub")
+    (root / "sub" / "b.txt").symlink_to(root.parent / "secret.csv")
+    with pytest.raises(InputError, match="outside"):
+        policy.path("sub")
+
+
+@pytest.mark.parametrize("key", ["config", "input.path", "task.schema"])
+def test_without_a_root_no_file_is_read(root: Path, key: str) -> None:
+    for text in (str(root / "mine.csv"), "mine.csv", "/etc/passwd"):
+        context = {"config": text} if key == "config" else {"overrides": [f"{key}={text}"]}
+        assert ROOT in refused(context)
+    with pytest.raises(InputError, match=ROOT):
+        RequestPolicy().path("mine.csv")
+
+
+def test_a_file_below_the_root_is_a_request_as_well(root: Path) -> None:
+    policy = RequestPolicy(root=root)
+    (root / "schema.json").write_text('{"type": "object"}')
+    (root / "good.yaml").write_text(
+        "input: {path: mine.csv}\ntask: {prompt: 'a {smiles}', schema: schema.json}\n"
+    )
+    config = loaded({"config": "good.yaml"}, policy).config
+    assert config.input.path == str(root / "mine.csv")
+    assert config.task.answer_schema == {"type": "object"}
+    (root / "bad.yaml").write_text("task: {prompt: x, graph: 'os:system'}\n")
+    assert "task.graph" in refused({"config": "bad.yaml"}, policy)
+    (root / "bomb.yaml").write_text("task: {prompt: x}\nreduce: [&a {op: count}, *a]\n")
+    assert "alias" in refused({"config": "bomb.yaml"}, policy)
+    (root / "out.yaml").write_text("task: {prompt: x, schema: ../secret.csv}\n")
+    assert "outside" in refused({"config": "out.yaml"}, policy)
+
+
+# -- malformed requests -----------------------------------------------------------------------
+
+
+def nested(depth: int) -> Any:
+    value: Any = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {"overrides": "limits.streams=1"},
+        {"overrides": ["limits.streams"]},
+        {"overrides": [3]},
+        {"overrides": ["reduce=[&a [1], *a]"]},
+        {"overrides": ["task.schema={a: &a [1], b: *a}"]},
+        {"overrides": ["task.system=[" + "[" * 5000]},
+        {"overrides": ["." * 100 + "=1"]},
+        {"overrides": ["task.schema" + ".a" * 5000 + "=1"]},
+        {"overrides": ["reduce.²=1"]},
+        {"config": 5},
+        {"config": ["molecular_screening"]},
+        {"config": "\0"},
+        {"preset": 5},
+        {"preset": "../presets/molecular_screening"},
+        {"answer_schema": nested(300)},
+        {"answer_schema": {"title": "x" * 2_000_000}},
+        {"seed": 2**70},
+        {"system": "\ud800"},
+        {"system": b"bytes"},
+        {"prompt": object()},
+        {"streams": float("nan")},
+        {"extra_body": [1]},
+        {"extra_body": {"model": "x"}},
+        {"backend_options": 3},
+        {"answer_schema": {"$ref": "file:///etc/passwd"}},
+        {"answer_schema": {"$ref": "http://127.0.0.1:9/x.json"}},
+    ],
+)
+def test_malformed_requests_are_refused(context: dict[str, Any]) -> None:
+    assert refused(context)
+
+
+# -- over the sessions of a run -----------------------------------------------------------------
+
+
+def test_a_later_request_goes_on_top_of_an_earlier_one() -> None:
+    first = Request(preset="data_annotation", settings={"limits.streams": 2, "input.limit": 3})
+    kept = Request.from_json(first.to_json())
+    assert kept.preset == "data_annotation"
+    assert kept.settings == {"limits.streams": 2}
+    then = kept.then(Request(settings={"limits.streams": 5}))
+    assert (then.preset, then.settings) == ("data_annotation", {"limits.streams": 5})
+    assert kept.then(Request(config=True)) == Request(config=True)
+    assert Request.from_json(None).empty
+
+
+def test_an_answer_to_a_spent_budget_is_a_request() -> None:
+    owner = RunContext(config=OWN).loaded
+    policy = RequestPolicy()
+    assert policy.check_answer(owner, {"requests": 100, "tokens": 10**6}) is None
+    for answer in ({"requests": 101}, {"usd": 2.01}, {"usd": 1, "requests": 10**9}):
+        said = policy.check_answer(owner, answer)
+        assert said is not None
+        assert ALLOW in said
+    assert RequestPolicy(frozenset({"budget.usd"})).check_answer(owner, {"usd": 50}) is None
+    assert RequestPolicy(frozenset({"budget"})).check_answer(owner, {"requests": 500}) is None
+
+
+def test_a_context_of_loaded_settings_is_no_request() -> None:
+    other = RunContext.of(RunContext(config=OWN | {"budget": {}}).loaded)
+    with pytest.raises(ConfigurationError, match="trust_context=True"):
+        Bound(RunContext(config=OWN), RequestPolicy()).resolve(other)
+
+
+def test_what_a_trusting_graph_is_given_counts() -> None:
+    bound = Bound(RunContext(config=OWN))
+    config = bound.resolve(bound.read({"streams": 500, "endpoints": "http://a:1/v1"})).loaded.config
+    assert config.limits.streams == 500
+    assert config.endpoints.urls == ["http://a:1/v1"]
+    with pytest.raises(ConfigurationError, match="'streamz'"):
+        bound.read({"streamz": 500})
+
+
+def test_split_settings_names_single_settings() -> None:
+    found = list(split_settings("budget", {"usd": 1, "warn_at": []}))
+    assert found == [("budget.usd", 1, Access.LOWER), ("budget.warn_at", [], Access.CLOSED)]
+    assert list(split_settings("task.schema.a.b", 1)) == [("task.schema.a.b", 1, Access.OPEN)]
+    with pytest.raises(ConfigurationError, match="is a section"):
+        list(split_settings("limits", 3))
