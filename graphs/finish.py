@@ -23,13 +23,17 @@ def write_results(
     Raises:
         LedgerError: A file could not be written.
     """
+    extents = tools.ledger.extents()
     schema, priced = loaded.config.task.answer_schema, tools.priced
     write_parquet(rows(tools.ledger.records(), priced=priced), folder.results, schema)
     with replacing(folder.failures) as file:
         write_jsonl(rows(tools.ledger.records("failed"), priced=priced), file)
     about = folder.read_provenance()
     content = {"v": 1, "run": about["run"], "simulated": tools.simulated}
-    write_json(folder.aggregate, {**content, "progress": progress, "aggregate": aggregate})
+    write_json(
+        folder.aggregate,
+        {**content, "progress": progress, "aggregate": aggregate, "journal": extents},
+    )
     return {
         "folder": str(folder.path),
         "table": str(folder.results),

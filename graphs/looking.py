@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..backends.accounts.cost import Cost, tokens_json
-from ..backends.accounts.folder import RunFolder, open_folder, run_ids
+from ..backends.accounts.folder import RunFolder, open_folder, read_extents, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.accounts.results import rows, write_csv, write_jsonl, write_parquet
 from ..backends.contract.errors import ConfigurationError
@@ -107,7 +107,8 @@ def results(path: Path, form: str, target: Path | None, safe_csv: bool = False) 
     if target is not None:
         _check_target(target)
     about, schema = folder.read_provenance(), _schema(folder)
-    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
+    items, extents = about["input"]["items"], read_extents(folder)
+    with Ledger(folder.journal, run_ids(about), items, extents) as ledger:
         records = rows(ledger.records(), priced=ledger.total().nano_usd > 0)
         if form == "parquet" and target is not None:
             write_parquet(records, target, schema)

@@ -90,7 +90,11 @@ class RunLedger(Ledger, Protocol):
 
     @property
     def twice(self) -> int:
-        """Return how many records another record of the same life has made void."""
+        """Return how many records are of items that have another one, which may count."""
+        ...
+
+    def extents(self) -> dict[str, int]:
+        """Return how far each journal file has been read or written, in bytes, by its name."""
         ...
 
 

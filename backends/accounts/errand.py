@@ -64,6 +64,10 @@ class SentLedger:
     async def flush(self) -> None:
         """Do nothing: the coordinator writes the records to disk."""
 
+    def extents(self) -> dict[str, int]:
+        """Return nothing: nothing is read back here."""
+        return {}
+
     def record(self, index: int) -> dict[str, Any]:
         """Refuse: nothing is read back here."""
         raise _unreadable(index)
@@ -113,6 +117,10 @@ class FiledLedger:
             LedgerError: The disk refused.
         """
         await self._writer.flush(at_once=True)
+
+    def extents(self) -> dict[str, int]:
+        """Return nothing: nothing is read back here."""
+        return {}
 
     def record(self, index: int) -> dict[str, Any]:
         """Refuse: nothing is read back here."""

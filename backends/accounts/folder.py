@@ -19,6 +19,7 @@ import orjson
 
 from ..contract.errors import ConfigurationError, LedgerError
 from ..contract.types import Json
+from ..contract.values import check_counts
 
 VERSION: Final = 1
 ANSWERS: Final = "answers"
@@ -204,6 +205,26 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise LedgerError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_extents(folder: RunFolder) -> dict[str, int] | None:
+    """Return how far the journal's files were read for the aggregate; None if there is none yet.
+
+    Raises:
+        LedgerError: The aggregate's file is damaged.
+    """
+    try:
+        found = orjson.loads(folder.aggregate.read_bytes())
+        extents: dict[str, int] = found["journal"]
+        check_counts(extents, extents, "journal")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LedgerError(f"{folder.aggregate}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        msg = f"{folder.aggregate}: damaged ({error}); 'fanfold resume' writes it anew"
+        raise LedgerError(msg) from None
+    return extents
 
 
 def open_folder(path: Path) -> RunFolder:

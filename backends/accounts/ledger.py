@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape
-from itertools import compress, islice
+from itertools import compress, islice, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -63,6 +63,8 @@ class Ledger:
         folder: The journal's folder.
         run: The run's ids; new files carry the present one.
         items: Number of items of the run.
+        extents: What :meth:`extents` returned when the run's aggregate was made: later records of
+            the sessions up to then are not read, so that records and aggregate agree.
 
     Attributes:
         spent: What each session has spent, by its number; records that do not count are included.
@@ -73,7 +75,13 @@ class Ledger:
         LedgerError: A file is damaged or belongs to another run.
     """
 
-    def __init__(self, folder: Path, run: RunIds, items: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: RunIds,
+        items: int,
+        extents: Mapping[str, int] | None = None,
+    ) -> None:
         self._folder, self._run = folder, run
         self._state = bytearray(items)
         self._file = array("i", bytes(4 * items))
@@ -90,10 +98,11 @@ class Ledger:
         self._failure: LedgerError | None = None
         self.spent: dict[int, Spent] = {}
         self._sums: list[Spent] = []
+        self._ends: list[int] = []
         self._check_names()
         for number, path in enumerate(self._paths):
             at = _Followed(number)
-            self._read_on(path, at)
+            self._read_on(path, at, end=_end_in(extents, path))
             if "-" in path.stem:
                 self._followed[path] = at  # its worker may outlive the coordinator
 
@@ -138,6 +147,7 @@ class Ledger:
             raise self._failure from error
         facts = facts_of(record)
         self._spent_by(self._own).add_numbers(facts[2:])
+        self._ends[self._own] = start + length
         self._note(self._own, start, length, facts)
 
     def _told(self, error: LedgerError) -> LedgerError:
@@ -157,6 +167,10 @@ class Ledger:
         self._own = len(self._paths)
         self._paths.append(path)
         return self._writer
+
+    def extents(self) -> dict[str, int]:
+        """Return how far each file has been read or written, in bytes, by its name."""
+        return {path.name: end for path, end in zip(self._paths, self._ends, strict=False) if end}
 
     async def flush(self) -> None:
         """Wait until everything written so far is on disk, by the next common flush.
@@ -234,11 +248,22 @@ class Ledger:
                 self._paths.append(path)
             self._read_on(path, self._followed[path], fresh)
 
-    def _read_on(self, path: Path, at: _Followed, fresh: Fresh | None = None) -> None:
-        """Note a file's further records; count those of items that had not ended before."""
-        live = fresh is not None  # else it is read once, from its begin to where it ended
+    def _read_on(
+        self, path: Path, at: _Followed, fresh: Fresh | None = None, end: int | None = None
+    ) -> None:
+        """Note a file's further records; count those of items that had not ended before.
+
+        Args:
+            path: The file.
+            at: Where to read on.
+            fresh: Is told what is new; None: the file is read once, from its begin to its end.
+            end: Where to end, in bytes.
+        """
+        live = fresh is not None
         source = Source(path, self._run)
         lines = scan(source, at.start, at.line, at.crc, live=live)
+        if end is not None:
+            lines = takewhile(lambda line: line.start < end, lines)
         while some := list(map(noted, islice(lines, _TOGETHER))):
             if not are_fine([line.facts for line in some], len(self._state)):
                 for line in scan(source, at.start, at.line, at.crc, live=live):
@@ -247,6 +272,7 @@ class Ledger:
             last = some[-1]
             at.start, at.line, at.crc = last.start + last.length, last.number + 1, last.crc
             self._spent_by(at.number).merge(Spent.of(line.facts[2:] for line in some))
+            self._ends[at.number] = at.start
             if fresh is not None:
                 fresh.count([line.facts for line in compress(some, new)])
 
@@ -345,6 +371,7 @@ class Ledger:
         while len(self._sums) <= number:
             life = life_of(self._paths[len(self._sums)])
             self._sums.append(self.spent.setdefault(life, Spent()))
+            self._ends.append(0)
         return self._sums[number]
 
     def total(self) -> Spent:
@@ -353,3 +380,11 @@ class Ledger:
         for spent in self.spent.values():
             total.merge(spent)
         return total
+
+
+def _end_in(extents: Mapping[str, int] | None, path: Path) -> int | None:
+    """Return up to where a file is read, or None for all of it."""
+    if extents is None or path.name in extents:
+        return None if extents is None else extents[path.name]
+    last = max((life_of(Path(name)) for name in extents), default=0)
+    return 0 if life_of(path) <= last else None
