@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -13,6 +14,7 @@ from collections.abc import (
 )
 from contextlib import aclosing
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import orjson
@@ -118,7 +120,7 @@ class Bound:
         return self._of(dict(given) if alone else self._merged(given))
 
     def _trusted(self, given: RunContext) -> RunContext:
-        filled = given.filled()
+        filled = _filled(given)
         if not filled and not given.preloaded:
             return self._context
         alone = bool(filled.keys() & _BASES) or given.preloaded or not self._context.filled()
@@ -146,7 +148,10 @@ class Bound:
 
     def _merged(self, given: Mapping[str, Any]) -> dict[str, Any]:
         overrides = [*self._context.overrides, *given.get("overrides", ())]
-        return {**self._context.filled(), **given, "overrides": overrides}
+        bound = self._context.filled()
+        if self._context.named is not None:
+            bound["out"] = str(self._context.named)
+        return {**bound, **given, "overrides": overrides}
 
     def _of(self, values: dict[str, Any]) -> RunContext:
         return self._kept(values, lambda: RunContext(**values).joined(self._context))
@@ -160,7 +165,7 @@ class Bound:
                 "invocation; bind it, or trust what arrives: build_graph(…, trust_context=True)"
             )
             raise ConfigurationError(msg)
-        return self._request_of(given.filled())
+        return self._request_of(_filled(given))
 
     def _request_of(self, given: Mapping[str, Any]) -> RunContext:
         """Return the context of a request; a field at its default asks for nothing."""
@@ -197,11 +202,11 @@ class Bound:
 
         async def bound(state: S) -> U:
             runtime: Runtime[Any] = get_runtime()
-            context = self.resolve(runtime.context)
+            context = self.resolve(await _anchored(runtime.context))
             try:
                 return await run(state, runtime.override(context=context))
             except FanfoldError as error:
-                error.hide(context.shown_folders())
+                error.hide(await asyncio.to_thread(context.shown_folders))
                 raise
 
         def waited_for(state: S) -> U:
@@ -212,6 +217,23 @@ class Bound:
 
         waited_for.__doc__ = bound.__doc__ = run.__doc__
         return RunnableLambda(waited_for, bound)
+
+
+async def _anchored(given: Any) -> Any:
+    """Return what a caller handed over with ``out`` as an absolute path, as it is typed there."""
+    out = given.get("out") if isinstance(given, Mapping) else getattr(given, "out", None)
+    if not isinstance(out, str) or not out or out.startswith("/"):
+        return given
+    if isinstance(given, RunContext):
+        await asyncio.to_thread(lambda: given.named)  # which it remembers
+    if isinstance(given, Mapping):
+        return {**given, "out": await asyncio.to_thread(lambda: str(Path(out).absolute()))}
+    return given
+
+
+def _filled(given: RunContext) -> dict[str, Any]:
+    """Return the fields that are filled in, the folder as an absolute path."""
+    return given.filled() | ({} if given.named is None else {"out": str(given.named)})
 
 
 class BoundGraph(StateGraph[StateT, RunContext, InputT, OutputT]):

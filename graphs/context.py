@@ -213,10 +213,20 @@ class RunContext(Form):
 
     # -- the run's folder ----------------------------------------------------------------
 
+    @cached_property
+    def named(self) -> Path | None:
+        """Return ``out`` as an absolute path; what is relative counts from where it is first used.
+
+        A program may change its working directory between two invocations.
+        """
+        if self._owner is not None and "out" not in self._given:
+            return self._owner.named
+        return Path(self.out).absolute() if self.out else None
+
     @property
     def folder(self) -> Path | None:
         """Return the folder that ``out`` names, one path for all its spellings; blocks."""
-        return Path(self.out).resolve() if self.out else None
+        return None if self.named is None else self.named.resolve()
 
     def find(self, run: RunKey) -> Path:
         """Return where a run's folder lies now; blocks.
@@ -228,16 +238,16 @@ class RunContext(Form):
             ConfigurationError: It is not found, or the folder that the context names is another
                 run's.
         """
-        if self.folder is not None:
-            ids = run_ids(open_folder(self.folder).read_provenance())
+        if (named := self.folder) is not None:
+            ids = run_ids(open_folder(named).read_provenance())
             if run["id"] not in ids:
                 msg = (
                     f"{self.out}: this is the folder of run {ids[0]}, and the thread goes on with "
                     f"run {run['id']}; set 'out' to that run's folder"
                 )
                 raise ConfigurationError(msg)
-            self._folders[run["id"]] = self.folder
-            return self.folder
+            self._folders[run["id"]] = named
+            return named
         name = run["name"]
         usual = self._usual / name if name is not None and Path(name).name == name else None
         candidates = [p for p in (self._folders.get(run["id"]), usual) if p is not None]
@@ -259,9 +269,9 @@ class RunContext(Form):
         return Path.cwd() / RUNS if self._place is None else self._place[0]
 
     def shown_folders(self) -> set[str]:
-        """Return the folders as messages may show them."""
-        known = {str(path) for path in self._folders.values()}
-        return known | {text for text in (self.out, self.out and str(self.folder)) if text}
+        """Return the folders as messages may show them; blocks."""
+        own = {self.out, str(self.named), str(self.folder)} if self.out else set[str]()
+        return own | {str(path) for path in self._folders.values()}
 
     async def prepare(
         self,
@@ -282,6 +292,8 @@ class RunContext(Form):
             if asked:
                 await asyncio.to_thread(_note, made, asked)
             folder = made.path
+            for kept in (self._by_folder, self._meters, self._ends, self._retried):
+                kept.pop(folder, None)  # of a run that lay there before
         else:
             await claims().wait_run(RunFolder(folder), self._invocation)
             self._retried.pop(folder, None)  # a further invocation asks once more

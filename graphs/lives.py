@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from ..backends.accounts.folder import RunFolder, now
 from ..backends.contract.secrets import mask_arguments
 from .identity import settle_identity
 
+_BLANK: Final = re.compile(r"\s")
 DIR: Final = Path("DIR")
 """What stands for the run's folder in a command that is kept."""
 _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai", "pydantic")
@@ -69,13 +71,13 @@ def _without(arguments: Sequence[str], folder: Path) -> Iterator[str]:
             place = Path(text).expanduser().resolve()
             text = str(DIR / place.relative_to(own)) if place.is_relative_to(own) else text
         for spelling in {str(own), str(folder.absolute())}:
-            text = text.replace(spelling, str(DIR))
+            text = re.sub(rf"{re.escape(spelling)}(?![\w.-])", str(DIR), text)
         yield "=".join((*key, text))
 
 
 def _may_be_path(text: str) -> bool:
     try:
-        return "/" in text or (text != "" and Path(text).exists())
+        return ("/" in text and not _BLANK.search(text)) or (text != "" and Path(text).exists())
     except (OSError, ValueError):  # too long for a name, or with a NUL
         return False
 

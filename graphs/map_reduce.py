@@ -88,7 +88,7 @@ def build_graph(
         config = dict(spec) if isinstance(spec, Mapping) else str(spec) if spec else None
         context = RunContext(config=config)
     if spec is not None:
-        _ = context.loaded  # what is wrong shall show here, not in the first run
+        _ = context.loaded, context.named  # what is wrong shall show here, not in the first run
     graph = build(context, trust_context=trust_context)
     return graph.compile(checkpointer=checkpointer, cache=cache)
 

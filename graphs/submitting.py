@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder, write_bytes
-from ..backends.cluster.chain import Chain, chain_file
+from ..backends.cluster.chain import ChainFile, chain_file
 from ..backends.cluster.on_nodes import launch_script, node_script, worker_script
 from ..backends.cluster.plan import JobPlan
 from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
@@ -103,7 +103,7 @@ def submit(config: str, out: Path | None, wish: Wish, order: Order, dry: bool) -
     check_scheduler(site.scheduler)
     say(notices)
     if folder is not None:
-        _refuse_second(chain_file(path).read(), scheduler(site.scheduler))
+        _refuse_second(chain_file(path), scheduler(site.scheduler))
         asyncio.run(resume_run(folder, loaded))
     else:
         asyncio.run(prepare_run(loaded, path, unasked=plan.serves))
@@ -237,16 +237,20 @@ def _scripts(plan: JobPlan) -> dict[str, str]:
     return scripts
 
 
-def _refuse_second(chain: Chain, asked: Scheduler) -> None:
-    """Check that no job of the run is waiting or running.
+def _refuse_second(file: ChainFile, asked: Scheduler) -> None:
+    """Check that no job of the run is waiting or running; note those that are gone.
 
     Raises:
         ConfigurationError: One is.
     """
+    chain = file.read()
     states = asked.states([job.id for job in chain.unfinished()])
     if alive := [job for job, state in states.items() if state != "ended"]:
         msg = f"job {alive[0]} of this run is {states[alive[0]]}; wait for it, or: fanfold cancel"
         raise ConfigurationError(msg)
+    for job in chain.unfinished():
+        if job.began is None:
+            file.note("withdrawn", job=job.id, outcome="gone before it began")
 
 
 def _write(plan: JobPlan) -> None:

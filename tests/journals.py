@@ -8,7 +8,8 @@ from typing import Any
 
 import orjson
 
-from fanfold.backends.accounts.journal import add_crc, make_header
+from fanfold.backends.accounts.journal import make_header
+from fanfold.backends.contract.checksum import add_crc
 
 
 def chained(*lines: bytes) -> list[bytes]:

@@ -20,6 +20,8 @@ from typing import Any, Final
 
 import orjson
 
+from ..contract.checksum import add_crc
+from ..contract.disk import sync_folder
 from ..contract.errors import LedgerError
 from ..contract.money import Amount, Held
 from ..contract.types import Json
@@ -27,12 +29,10 @@ from ..contract.values import MOST
 from .journal import (
     RunIds,
     Source,
-    add_crc,
     find_renamed,
     make_header,
     present_id,
     scan,
-    sync_folder,
 )
 
 KIND: Final = "budget"

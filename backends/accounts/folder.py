@@ -292,6 +292,7 @@ def new_folder(path: Path) -> Iterator[RunFolder]:
     Raises:
         ConfigurationError: The folder cannot be made.
     """
+    path = path.resolve()  # a symbolic link to an empty folder stays one
     made = [p for p in path.parents if not p.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,9 @@ identifies the file: ``docs/resume.md`` describes the form.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import secrets
 import shlex
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,16 +24,12 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
+from ..contract.checksum import END, FIELD, TAIL, add_crc, check_crc
+from ..contract.disk import sync_folder
 from ..contract.errors import LedgerError
 from ..contract.types import Json
 
 VERSION: Final = 2
-
-_CRC, _END = b',"crc":"', b'"}\n'
-_CHECKSUM: Final = _CRC + b"%08x" + _END
-_TAIL: Final = len(_CRC) + 8 + len(_END)
-BEFORE: Final = 8 + len(_END)
-"""Bytes before a line that hold the checksum which it continues."""
 
 _LONGEST_HEADER: Final = 4096
 _SIGNS: Final = ("beat-", "open-", "stop-", "lock")
@@ -43,41 +37,6 @@ _SIGNS: Final = ("beat-", "open-", "stop-", "lock")
 
 RunIds: TypeAlias = str | tuple[str, ...]
 """A run's id; of a run whose folder was copied, the present id and then the earlier ones."""
-
-_NO_FOLDER_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
-"""What file systems say that flush folders by themselves, or not at all."""
-
-
-def add_crc(data: bytes, before: int) -> tuple[bytes, int]:
-    """Return a JSON object as a line with its checksum, and the checksum.
-
-    Args:
-        data: The object, without blanks around it and not empty.
-        before: The checksum of the line before; 0 for the first line.
-    """
-    data = data[:-1]
-    crc = zlib.crc32(data, before)
-    return data + _CHECKSUM % crc, crc
-
-
-def check_crc(line: bytes, before: int) -> int | None:
-    """Return the checksum of a line, or None if the line does not match it.
-
-    Args:
-        line: The line, with its end.
-        before: The checksum of the line before; 0 for the first line.
-    """
-    crc = zlib.crc32(line[:-_TAIL], before)
-    return crc if line[-_TAIL:] == _CHECKSUM % crc else None
-
-
-def crc_before(data: bytes) -> int:
-    """Return the checksum of a line whose last :data:`BEFORE` bytes these are.
-
-    Raises:
-        ValueError: They are not the end of a line.
-    """
-    return int(data[:8], 16)
 
 
 def make_header(path: Path, kind: str, about: Mapping[str, Json]) -> bytes:
@@ -245,22 +204,6 @@ async def _pause(hurry: asyncio.Event, seconds: float) -> None:
         return
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names of the files in a folder as durable as their content; blocks.
-
-    Raises:
-        OSError: The disk refused.
-    """
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
-    finally:
-        os.close(folder)
-
-
 class Line(NamedTuple):
     """One record as it stands in a journal file.
 
@@ -347,12 +290,12 @@ def _check_torn(source: Source, line: bytes, number: int, start: int, before: in
             f"stands before is whole: cut them off with '{_cut(source.path, start)}', then resume"
         )
         raise source.fault(number, msg)
-    at = line.find(_CRC)
+    at = line.find(FIELD)
     while at >= 0:
-        end = at + _TAIL - 1
+        end = at + TAIL - 1
         if len(line) > end and check_crc(line[:end] + b"\n", before) is not None:
             raise _mismatch(source, line, number, start)
-        at = line.find(_CRC, at + 1)
+        at = line.find(FIELD, at + 1)
 
 
 def _mismatch(source: Source, line: bytes, number: int, start: int) -> LedgerError:
@@ -362,7 +305,7 @@ def _mismatch(source: Source, line: bytes, number: int, start: int) -> LedgerErr
         return source.fault(1, _other_version(found))
     if number > 1 and found is not None and check_crc(line, 0) is not None:
         what = "a second header: another file was appended to this one"
-    elif line.endswith(_END) and line[-_TAIL:].startswith(_CRC):
+    elif line.endswith(END) and line[-TAIL:].startswith(FIELD):
         what = (
             "the checksum does not match: the line was changed, or lines before it were removed, "
             "repeated or moved"

@@ -13,16 +13,14 @@ from typing import Any, Final, Self
 
 import orjson
 
+from ..contract.checksum import BEFORE, check_crc, crc_before
 from ..contract.errors import LedgerError
 from ..contract.types import Json
 from .handles import Handles
 from .journal import (
-    BEFORE,
     JournalWriter,
     RunIds,
     Source,
-    check_crc,
-    crc_before,
     find_renamed,
     present_id,
     scan,

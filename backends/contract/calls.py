@@ -135,6 +135,7 @@ class CallLog:
         queued: Calls that wait for an endpoint.
         line: Where they wait.
         streams: What closes the streams that are open, by the stream.
+        counted: Whether the fleet has counted the item as answered.
     """
 
     requests: int = 0
@@ -156,6 +157,8 @@ class CallLog:
     streams: dict[object, Callable[[], None]] | None = field(
         default=None, compare=False, repr=False
     )
+
+    counted: bool = field(default=False, compare=False)
 
     @property
     def stalled(self) -> bool:

@@ -140,7 +140,13 @@ class EndpointBusyError(EndpointError):
 
 
 class EndpointLostError(EndpointError):
-    """Connection refused, reset or cut, or no answer in time."""
+    """Connection refused, reset or cut, or no answer in time.
+
+    Attributes:
+        begun: Whether a part of a streamed answer had been read.
+    """
+
+    begun: bool = False
 
 
 class EndpointReplyError(EndpointError):

@@ -20,6 +20,8 @@ class Attempts:
     Attributes:
         avoid: Endpoints that failed this item, or cannot hold it.
         unfit: Those of them that cannot hold it.
+        refusers: Endpoints that refused it for a reason that may lie in the item, and how.
+        trusted: Endpoints that had lately answered another item when they refused this one.
     """
 
     __slots__ = (
@@ -29,10 +31,13 @@ class Attempts:
         "_limited",
         "_most",
         "_policy",
+        "_refusals",
         "_server_errors",
         "_until",
         "_waits",
         "avoid",
+        "refusers",
+        "trusted",
         "unfit",
     )
 
@@ -44,10 +49,13 @@ class Attempts:
         self._limited = 0
         self._corrections = 0
         self._waits = 0
+        self._refusals = 0
         self._most: dict[Endpoint, int] = {}
         self._server_errors: dict[tuple[int | None, str | None], set[Endpoint]] = {}
         self.avoid: set[Endpoint] = set()
         self.unfit: set[Endpoint] = set()
+        self.refusers: dict[Endpoint, Failure] = {}
+        self.trusted: set[Endpoint] = set()
 
     def exclude(self, unfit: Set[Endpoint]) -> None:
         """Ask no more of endpoints that cannot hold the request."""
@@ -75,14 +83,17 @@ class Attempts:
         # A connection that idled a moment too long is no sign of anything: free, once.
         stale = treatment.stale and self._failures == 0
         self._failures += 1
-        self._counted += not (treatment.free or stale)
+        # An endpoint that answers others refuses the item: another one is asked to confirm it.
+        confirming = failure.is_clear and failure.accepts_others
+        self._counted += not (treatment.free or stale or confirming)
+        self._refusals += confirming
         self._limited += treatment.tries is not None
         if failure.most_tokens is not None:
             self._corrections += 1
             self._most[endpoint] = failure.most_tokens
         if (
             treatment.step is Step.FAIL
-            or self._corrections > self._policy.free_retries
+            or max(self._corrections, self._refusals) > self._policy.free_retries
             or self._counted >= self._policy.attempts
             or (treatment.tries is not None and self._limited >= treatment.tries)
             or (treatment.poison and self._is_poison(endpoint, failure))

@@ -26,7 +26,7 @@ from langchain_openai import ChatOpenAI
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import Field, model_validator
 
-from ..contract.errors import ConfigurationError, EndpointError
+from ..contract.errors import ConfigurationError, EndpointError, EndpointLostError
 from .fleet import Fleet
 from .params import ModelParams
 from .wire import FAILED, NO_SECRET, NOWHERE, SERVED_BY, FleetTransport, NoSyncTransport, replayed
@@ -159,6 +159,40 @@ class ChatFleet(ChatOpenAI):
             payload["extra_body"] = {k: v for k, v in body.items() if k != "response_format"}
         return payload
 
+    async def _agenerate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        """Answer a call that may be watched token by token; watching does not change its result.
+
+        An answer that breaks off is asked for again as a whole, as when nobody watches.
+        """
+        ask = super()._agenerate_with_cache
+        try:
+            return await ask(messages, stop, run_manager, **kwargs)
+        except _STOCK_ERRORS as error:
+            if not _broke_off(error) or kwargs.get("stream"):
+                raise
+        return await ask(messages, stop, run_manager, **{**kwargs, "stream": False})
+
+    def _generate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        ask = super()._generate_with_cache
+        try:
+            return ask(messages, stop, run_manager, **kwargs)
+        except _STOCK_ERRORS as error:
+            if not _broke_off(error) or kwargs.get("stream"):
+                raise
+        return ask(messages, stop, run_manager, **{**kwargs, "stream": False})
+
     @_with_signature
     async def _agenerate(
         self,
@@ -262,6 +296,12 @@ def _find(error: BaseException) -> EndpointError | None:
     while link is not None and not isinstance(link, EndpointError):
         link = link.__cause__
     return link
+
+
+def _broke_off(error: BaseException) -> bool:
+    """Tell whether a part of a streamed answer had come when it failed."""
+    cause = _find(error)
+    return isinstance(cause, EndpointLostError) and cause.begun
 
 
 def _served_by(result: ChatResult, endpoint: str | None) -> ChatResult:

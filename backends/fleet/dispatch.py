@@ -111,6 +111,11 @@ class Dispatcher:
         return sum(map(len, lines))
 
     @property
+    def quiet(self) -> bool:
+        """Whether no request goes on by itself, and none waits to be sent."""
+        return self.in_flight == self._idle and not self.waiting
+
+    @property
     def jammed(self) -> bool:
         """Whether all requests in flight are streams that nobody reads, and no time helps."""
         return (

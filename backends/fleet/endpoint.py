@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypeAlias
 from urllib.parse import urlsplit
 
+from ..contract.calls import CallLog
 from .address import EndpointSpec, base_url, label_of
 from .breaker import Breaker, State
 from .lane import Lane
@@ -15,8 +16,13 @@ from .stats import EndpointReport, Stats
 
 _SMOOTHING: Final = 0.1
 """Weight of the newest answer in the smoothed latency."""
+_LATELY_S: Final = 60.0
+"""An endpoint that answered so many seconds ago is taken to be in order."""
 _CORRECTIONS: Final = 64
 """Longest answers that are remembered until they are confirmed."""
+
+_Accepted: TypeAlias = tuple[CallLog | None, Mapping[str, str], float]
+"""An item, the headers of a request that was accepted, and when."""
 
 
 class Endpoint:
@@ -46,15 +52,20 @@ class Endpoint:
         most_tokens: Longest answer in tokens that it can be asked for, or None when unknown.
         longest: The longest answer in tokens that it was asked for by a request that it accepted.
         stats: What it did.
+        streaming: Streams in flight that have begun.
+        doubts: Items that it has refused since it last accepted another one.
     """
 
     __slots__ = (
+        "_accepted",
+        "_accepted_before",
         "_corrections",
         "_headers",
         "_key",
         "breaker",
         "bucket",
         "chat_url",
+        "doubts",
         "ejected",
         "foreign",
         "host",
@@ -69,6 +80,7 @@ class Endpoint:
         "retired",
         "spec",
         "stats",
+        "streaming",
         "tokens",
         "url",
     )
@@ -98,6 +110,10 @@ class Endpoint:
         self.most_tokens = spec.max_model_len
         self.longest = 0
         self._corrections: dict[int, int] = {}
+        self._accepted: _Accepted = (None, {}, float("-inf"))
+        self._accepted_before: _Accepted = (None, {}, float("-inf"))
+        self.streaming = 0
+        self.doubts: set[int] = set()
         self.stats = Stats()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
@@ -110,7 +126,7 @@ class Endpoint:
     @property
     def width(self) -> int:
         """Requests in flight that it is allowed now."""
-        return 1 if self.breaker.state is State.HALF_OPEN else self.lane.width
+        return 1 if self.doubts or self.breaker.state is State.HALF_OPEN else self.lane.width
 
     @property
     def free(self) -> bool:
@@ -137,6 +153,29 @@ class Endpoint:
         if len(self._corrections) >= _CORRECTIONS:
             self._corrections.clear()
         return self._corrections.setdefault(most_tokens, request) != request
+
+    def accept(self, item: CallLog | None, sent: Mapping[str, str], now: float) -> None:
+        """Note that it has accepted a request.
+
+        Args:
+            item: The item on whose behalf it was made, if any.
+            sent: The request's headers.
+            now: Monotonic time in seconds.
+        """
+        if item is None or item is not self._accepted[0]:
+            self._accepted_before = self._accepted
+        self._accepted = item, sent, now
+
+    def accepts_others(self, item: CallLog | None, sent: Mapping[str, str], now: float) -> bool:
+        """Say whether it has lately accepted a request of another item with the same key."""
+        who, headers, when = self._accepted
+        if item is not None and who is item:
+            _, headers, when = self._accepted_before
+        return now - when <= _LATELY_S and headers == sent
+
+    def proves(self, item: CallLog | None, now: float) -> bool:
+        """Say whether it has lately accepted a request of another item with the present key."""
+        return self.accepts_others(item, self._headers, now)
 
     def observe(self, seconds: float) -> None:
         """Blend one answer's time into the smoothed latency."""

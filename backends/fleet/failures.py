@@ -65,6 +65,7 @@ class Treatment:
         schema: Whether the answer's schema was refused.
         length: Whether the answer's longest length was refused.
         stale: Whether the server may just have closed a connection that idled.
+        refusal: Whether an endpoint that answers others refuses the item rather than the key.
         tries: Most such failures of one item, where waiting longer does not help, or None.
         advice: What to do, for the message.
     """
@@ -81,6 +82,7 @@ class Treatment:
     schema: bool = False
     length: bool = False
     stale: bool = False
+    refusal: bool = False
     tries: int | None = None
     advice: str = ""
 
@@ -93,17 +95,30 @@ class Failure:
         error: What to raise if it was the last.
         treatment: What follows.
         most_tokens: The longest answer that the same request can ask for, if that was at fault.
+        accepts_others: Whether the endpoint has lately answered another item with the same key.
     """
 
     error: EndpointError
     treatment: Treatment
     most_tokens: int | None = None
+    accepts_others: bool = False
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the request was refused, for a reason that may lie in the item."""
+        return self.treatment.refusal and self.treatment.step is not Step.SAME
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether such a refusal needs no further attempt: an odd page may be a moment's matter."""
+        return self.treatment.step in {Step.EJECT, Step.REKEY}
 
 
 _REFUSED: Final = Treatment(RequestRefusedError, Step.FAIL)
 _BUSY: Final = Treatment(EndpointBusyError, Step.WAIT, free=True)
 _SERVER: Final = Treatment(EndpointError, Step.OTHER, Trip.COUNT, poison=True)
 _STRANGE: Final = Treatment(EndpointReplyError, Step.OTHER, Trip.COUNT)
+_REFUSED_ODDLY: Final = replace(_STRANGE, refusal=True)
 _LOST: Final = Treatment(EndpointLostError, Step.OTHER, Trip.COUNT)
 _TOO_LARGE: Final = Treatment(
     EndpointReplyError,
@@ -115,14 +130,24 @@ _TOO_LARGE: Final = Treatment(
 
 _BY_STATUS: Final[Mapping[int, Treatment]] = {
     400: _REFUSED,
-    401: Treatment(AuthenticationError, Step.REKEY, advice="check the endpoint's api_key"),
+    401: Treatment(
+        AuthenticationError, Step.REKEY, refusal=True, advice="check the endpoint's api_key"
+    ),
     403: Treatment(
-        AuthenticationError, Step.EJECT, advice="the key is not allowed to use this endpoint"
+        AuthenticationError,
+        Step.EJECT,
+        refusal=True,
+        advice="the key is not allowed to use this endpoint",
     ),
     404: Treatment(
-        ModelNotServedError, Step.EJECT, advice="check model.name and the endpoint's URL"
+        ModelNotServedError,
+        Step.EJECT,
+        refusal=True,
+        advice="check model.name and the endpoint's URL",
     ),
-    405: Treatment(RequestRefusedError, Step.EJECT, advice="check the endpoint's URL"),
+    405: Treatment(
+        RequestRefusedError, Step.EJECT, refusal=True, advice="check the endpoint's URL"
+    ),
     408: Treatment(EndpointLostError, Step.SAME, shrink=True),
     409: Treatment(EndpointError, Step.SAME),
     413: replace(_REFUSED, advice="shorten the item"),
@@ -134,6 +159,9 @@ _BY_STATUS: Final[Mapping[int, Treatment]] = {
     503: Treatment(EndpointBusyError, Step.OTHER, Trip.COUNT),
     504: replace(_LOST, shrink=True),
 }
+
+_BY_CLASS: Final[Mapping[int, Treatment]] = {4: _REFUSED_ODDLY, 5: _SERVER}
+"""By the first digit of a status that the table above does not have."""
 
 _WRONG_PATH: Final = Treatment(
     RequestRefusedError, Step.EJECT, advice="check endpoints.first.paths"
@@ -205,9 +233,7 @@ def _treatment(status: int, complaint: Complaint) -> Treatment:
     if status == 429 and complaint.message.startswith(_THROTTLE_WORDS):  # noqa: PLR2004 - HTTP's own
         # The gateway counts requests per user: the others of its host would be refused too.
         return replace(_BUSY, rest_s=1.0, shared=True)
-    if treatment := _BY_STATUS.get(status):
-        return treatment
-    return _SERVER if status >= 500 else _STRANGE  # noqa: PLR2004 - HTTP's own number
+    return _BY_STATUS.get(status) or _BY_CLASS.get(status // 100, _STRANGE)
 
 
 def _bad_request(complaint: Complaint) -> Treatment:
@@ -240,7 +266,21 @@ def of_reply(answer: RawAnswer, problem: str, endpoint: str) -> Failure:
     """Classify an answer with status 200 that is no chat completion."""
     error = EndpointReplyError(f"{endpoint}: {problem}: {answer}", endpoint, answer.status)
     error.__cause__ = answer
-    return Failure(error, _STRANGE)
+    page = answer.body.lstrip()[:1] == b"<"
+    return Failure(error, _REFUSED_ODDLY if page else _STRANGE)
+
+
+def of_refused_item(failure: Failure, endpoints: int) -> EndpointError:
+    """Return the error of an item that is refused by endpoints that answer other items."""
+    error, where = failure.error, f"{endpoints} endpoints" if endpoints > 1 else "the endpoint"
+    refused = RequestRefusedError(
+        f"{error.message}; {where} refused this item and answered others with the same key",
+        error.endpoint,
+        error.status,
+        error.code,
+    )
+    refused.__cause__ = error.__cause__
+    return refused
 
 
 def of_abort(answer: RawAnswer, endpoint: str) -> Failure:

@@ -23,6 +23,10 @@ ABORTED: Final = frozenset({"abort", "error"})
 """Finish reasons of a server that is shutting down; the text is partial."""
 
 
+SAID: Final = ("content", "tool_calls", "refusal", "function_call", "audio")
+"""Fields of a message by which it says something."""
+
+
 def read(answer: RawAnswer, endpoint: str) -> dict[str, Any] | Failure:
     """Decode an answer, or say why it is none.
 
@@ -135,16 +139,15 @@ def is_completion(document: Any) -> bool:
 
 def _is_aborted(document: dict[str, Any]) -> bool:
     reason = document["choices"][0].get("finish_reason")
-    return reason in ABORTED or document.get("id") == GATEWAY_ERROR_ID
+    aborted = isinstance(reason, str) and reason in ABORTED
+    return aborted or document.get("id") == GATEWAY_ERROR_ID
 
 
 def is_empty(document: Mapping[str, Any]) -> bool:
     """Tell whether a good answer says nothing at all although it was not cut."""
     choice = document["choices"][0]
     message = choice["message"]
-    if message.get("content") or choice.get("finish_reason") not in {"stop", None}:
-        return False
-    return not any(message.get(k) for k in ("tool_calls", "refusal", "function_call", "audio"))
+    return choice.get("finish_reason") in ("stop", None) and not any(map(message.get, SAID))
 
 
 def _inner_status(complaint: Complaint) -> int:

@@ -29,6 +29,8 @@ class RetryPolicy:
             (refusals for now), or are made at all (corrections of ``max_tokens``).
         poison_endpoints: The same server error on so many endpoints that answer others fails
             the item.
+        refused_share: More than this share of the last 200 items refused by endpoints that answer
+            others stop the run.
         hopeless_after: So many refusals of the request itself, before any success, stop the run.
         first_calls: So many calls show whether a run makes sense, and the budget counts from
             there.
@@ -47,6 +49,7 @@ class RetryPolicy:
     patience_s: float = 3600.0
     free_retries: int = 3
     poison_endpoints: int = 3
+    refused_share: float = 0.05
     hopeless_after: int = 10
     first_calls: int = 50
     first_failed: float = 0.8

@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import Any, Final, TypeAlias, TypeVar
 
-from ..contract.calls import CURRENT_CALLS
+from ..contract.calls import CURRENT_CALLS, CallLog
 from ..contract.errors import EndpointError, PromptTooLongError, RunStoppedError
 from . import judge, room
 from .affinity import Affinity
@@ -18,6 +18,7 @@ from .endpoint import Endpoint
 from .failures import Failure, Step
 from .pacing import Pacer, estimate
 from .policy import RetryPolicy
+from .stream import OpenStream
 from .warden import Warden
 
 T = TypeVar("T")
@@ -90,14 +91,19 @@ class Repeater:
             result, endpoint = await send(endpoint, asked, charge)
             if isinstance(result, Failure):
                 attempts = attempts or Attempts(self._policy, time.monotonic())
-                await self._after(attempts, endpoint, result)
+                await self._after(attempts, endpoint, result, log)
                 avoid = attempts.avoid
                 prefer = endpoint if result.treatment.step is Step.SAME else prefer
             elif not _is_empty(result) or len(empty) >= tries:
                 if log is not None:
                     log.endpoint = endpoint.label
+                self._warden.count_answered(log)
+                if attempts is not None and attempts.refusers:
+                    self._warden.answered_elsewhere(attempts.refusers)
                 return result, endpoint
             else:
+                if isinstance(result, OpenStream):
+                    await result.drain()
                 empty.append(endpoint)
                 prefer, avoid = (endpoint, avoid) if len(empty) == 1 else (None, {*avoid, *empty})
                 self._count_repeated()
@@ -125,16 +131,56 @@ class Repeater:
         if self._warden.stopped is not None:
             raise RunStoppedError(self._warden.stopped)
 
-    async def _after(self, attempts: Attempts, endpoint: Endpoint, failure: Failure) -> None:
+    async def _after(
+        self, attempts: Attempts, endpoint: Endpoint, failure: Failure, log: CallLog | None
+    ) -> None:
         """Wait as a failed request asks, or raise if it was the last."""
         if self._warden.stopped is not None:
             raise RunStoppedError(self._warden.stopped) from failure.error
+        if failure.accepts_others:
+            attempts.trusted.add(endpoint)
+        if failure.is_refusal:
+            await self._judge(attempts, endpoint, failure, log)
         failure, short = room.elsewhere(endpoint, failure, self._warden.dispatch.alive)
-        pause = attempts.after(endpoint, failure, time.monotonic(), random.random())
+        try:
+            pause = attempts.after(endpoint, failure, time.monotonic(), random.random())
+        except EndpointError:
+            if failure.is_refusal and self._is_at_fault(attempts):
+                raise self._warden.count_refused(failure, len(attempts.refusers)) from None
+            raise
         attempts.exclude(short)
         if not failure.treatment.free:
             self._count_repeated()
         await asyncio.sleep(pause)
+
+    async def _judge(
+        self, attempts: Attempts, endpoint: Endpoint, failure: Failure, log: CallLog | None
+    ) -> None:
+        """Raise if an item that is refused is itself at fault.
+
+        An odd page may be a moment's matter: what it says is known after the last attempt.
+        """
+        attempts.refusers[endpoint] = failure
+        others = self._warden.dispatch.alive - attempts.refusers.keys()
+        if not failure.is_clear or (others and len(attempts.refusers) == 1):
+            return
+        at_fault = self._is_at_fault(attempts)
+        if not at_fault:
+            at_fault = await self._warden.settle(attempts.refusers, log)
+            if self._warden.stopped is not None:
+                raise RunStoppedError(self._warden.stopped) from failure.error
+        if at_fault:
+            raise self._warden.count_refused(failure, len(attempts.refusers))
+
+    def _is_at_fault(self, attempts: Attempts) -> bool:
+        """Tell whether the item is to blame for its refusals, rather than the endpoints.
+
+        It is if an endpoint that answered another item lately refuses it, and a second one does
+        too, or there is none.
+        """
+        refusers = attempts.refusers
+        alone = not self._warden.dispatch.alive - refusers.keys()
+        return (alone or len(refusers) > 1) and not attempts.trusted.isdisjoint(refusers)
 
     def _count_repeated(self) -> None:
         self._repeated += 1
@@ -164,5 +210,7 @@ class Repeater:
 
 
 def _is_empty(result: object) -> bool:
-    """Tell whether an answer claims to be whole and holds nothing; streams are not looked at."""
+    """Tell whether an answer claims to be whole and holds nothing."""
+    if isinstance(result, OpenStream):
+        return result.is_empty
     return isinstance(result, dict) and judge.is_empty(result)

@@ -13,6 +13,7 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
+from ..contract.calls import CallLog
 from ..contract.types import Usage
 from . import failures, judge, room
 from .charge import Charge
@@ -61,7 +62,7 @@ class Sender:
         seconds: float | None = None
         charge.sent(endpoint)
         try:
-            result = await self._exchange(endpoint, body)
+            result = await self._exchange(endpoint, body, charge)
             if isinstance(result, Failure):
                 self._failed(endpoint, result, body, charge)
             else:
@@ -73,7 +74,7 @@ class Sender:
             self._warden.dispatch.give(endpoint, seconds, charge.log)
 
     async def _exchange(
-        self, endpoint: Endpoint, body: Mapping[str, Any]
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
     ) -> dict[str, Any] | Failure:
         try:
             headers, asked = await endpoint.headers(), room.sent_tokens(endpoint, body)
@@ -82,10 +83,11 @@ class Sender:
             )
             result = self._guarded(judge.read(answer, endpoint.label), endpoint)
             if isinstance(result, Failure):
-                result = await _softened(endpoint, result, headers, self._warden.answers > 0)
+                result = await self._softened(endpoint, result, headers, charge.log)
                 return room.learn(endpoint, result, body, asked)
             if asked is not None and asked > endpoint.longest:
                 endpoint.longest = asked
+            self._warden.accepted(endpoint, charge.log, headers)
         except (aiohttp.ClientError, TimeoutError) as error:
             return failures.of_exception(error, endpoint.label)
         return result
@@ -98,6 +100,7 @@ class Sender:
 
         def end(summary: dict[str, Any] | Failure | None) -> None:
             seconds: float | None = None
+            endpoint.streaming -= 1
             if charge.log is not None and charge.log.streams is not None:
                 charge.log.streams.pop(charge, None)
             if isinstance(summary, dict):
@@ -117,10 +120,12 @@ class Sender:
         )
         charge.sent(endpoint)
         try:
-            result = await self._begin(endpoint, body, watch)
+            result = await self._begin(endpoint, body, charge, watch)
             if isinstance(result, Failure):
                 self._failed(endpoint, result, body, charge)
-            elif charge.log is not None:
+                return result, endpoint
+            endpoint.streaming += 1
+            if charge.log is not None:
                 charge.log.streams = charge.log.streams or {}
                 charge.log.streams[charge] = _closer(result)
             return result, endpoint
@@ -130,7 +135,7 @@ class Sender:
                 self._warden.dispatch.give(endpoint, item=charge.log)
 
     async def _begin(
-        self, endpoint: Endpoint, body: Mapping[str, Any], watch: Watch
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge, watch: Watch
     ) -> OpenStream | Failure:
         try:
             headers, asked = await endpoint.headers(), room.sent_tokens(endpoint, body)
@@ -141,13 +146,32 @@ class Sender:
                 reader, endpoint.label, self._transport.silence_s, watch
             )
             if isinstance(result, Failure):
-                result = await _softened(endpoint, result, headers, self._warden.answers > 0)
+                result = await self._softened(endpoint, result, headers, charge.log)
                 return room.learn(endpoint, result, body, asked)
             if asked is not None and asked > endpoint.longest:
                 endpoint.longest = asked
+            self._warden.accepted(endpoint, charge.log, headers)
         except (aiohttp.ClientError, TimeoutError) as error:
             return failures.of_exception(error, endpoint.label)
         return result
+
+    async def _softened(
+        self,
+        endpoint: Endpoint,
+        failure: Failure,
+        sent: Mapping[str, str],
+        item: CallLog | None,
+    ) -> Failure:
+        """Let a refused call be repeated where it can be cured: with a new key, or elsewhere."""
+        if failure.treatment.refusal:
+            others = endpoint.accepts_others(item, sent, time.monotonic())
+            failure = replace(failure, accepts_others=others)
+        if failure.treatment.step is Step.REKEY and await endpoint.rekeyed(sent):
+            return replace(failure, treatment=replace(failure.treatment, step=Step.SAME))
+        if failure.treatment.schema and self._warden.answers and not endpoint.has_answered:
+            # Others take the schema: it is this endpoint that lacks something.
+            return replace(failure, treatment=replace(failure.treatment, step=Step.EJECT))
+        return failure
 
     def _failed(
         self, endpoint: Endpoint, failure: Failure, body: Mapping[str, Any], charge: Charge
@@ -157,7 +181,7 @@ class Sender:
         # Who refuses has read nothing; what a lost request cost is unknown, and stays reserved.
         if failure.error.status is not None:
             self._settle(endpoint, body, Usage(0, 0))
-        self._warden.failed(endpoint, failure)
+        self._warden.failed(endpoint, failure, charge.log)
 
     def _succeeded(
         self,
@@ -231,18 +255,3 @@ def _closer(stream: OpenStream) -> Callable[[], None]:
             home.call_soon_threadsafe(stream.close)
 
     return close
-
-
-async def _softened(
-    endpoint: Endpoint,
-    failure: Failure,
-    sent: Mapping[str, str],
-    others: bool,
-) -> Failure:
-    """Let a refused call be repeated where it can be cured: with a new key, or elsewhere."""
-    if failure.treatment.step is Step.REKEY and await endpoint.rekeyed(sent):
-        return Failure(failure.error, replace(failure.treatment, step=Step.SAME))
-    if failure.treatment.schema and others and not endpoint.has_answered:
-        # Others take the schema: it is this endpoint that lacks something.
-        return Failure(failure.error, replace(failure.treatment, step=Step.EJECT))
-    return failure

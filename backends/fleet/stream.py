@@ -1,15 +1,21 @@
-"""An answer that is read token by token (server-sent events)."""
+"""An answer that is read token by token (server-sent events).
+
+Servers differ. One that ignores ``stream`` sends the whole completion as JSON; others send it as
+one event, with ``message`` in place of ``delta``. Both are answers, and are passed on as the events
+that a client expects.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import aiohttp
 import orjson
 
+from ..contract.errors import EndpointError, EndpointLostError
 from . import failures, judge
 from .answer import Complaint, RawAnswer
 from .failures import Failure
@@ -18,6 +24,8 @@ from .transport import BodyReader
 _OK: Final = 200
 _DATA: Final = b"data:"
 _DONE: Final = b"data: [DONE]"
+_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
+"""What a line of an event stream begins with."""
 
 End = Callable[[dict[str, Any] | Failure | None], None]
 
@@ -50,6 +58,7 @@ class OpenStream:
 
     Attributes:
         headers: The answer's headers.
+        is_empty: Whether the answer has ended and says nothing.
     """
 
     def __init__(
@@ -69,7 +78,10 @@ class OpenStream:
         self._failure: Failure | None = None
         self._open = True
         self._reading = False
-        self.headers = reader.response.headers
+        self._spoken = False
+        self.headers = {key.lower(): value for key, value in reader.response.headers.items()}
+        self.headers["content-type"] = "text/event-stream"
+        self.is_empty = False
         watch.pause()
 
     @classmethod
@@ -85,21 +97,55 @@ class OpenStream:
             raw = RawAnswer(response.status, response.headers, await reader.read())
             return failures.of_answer(raw, endpoint)
         head: list[bytes] = []
+        started = False
         while line := await reader.read_line():
+            if not started and line.strip() and not line.startswith(_FIELDS):
+                return await cls._of_document(reader, line, endpoint, silence_s, watch)
+            started = started or bool(line.strip())
             head.append(line)
             chunk = _decode(line) if line.startswith(_DATA) else None
             if failure := _error_event(chunk, line, response, endpoint):
                 response.close()
                 return failure
-            if _says_something(chunk):
-                return cls(reader, head, endpoint, silence_s, watch)
+            said, reason = _says_something(chunk), _reason(chunk)
+            if said or reason:
+                stream = cls(reader, head, endpoint, silence_s, watch)
+                stream.is_empty = not said and reason == "stop"
+                return stream
             if line.startswith(_DONE):
                 break
-        if any(map(bytes.strip, head)):
+        if started:
             response.close()
             return failures.of_end(endpoint)
         raw = RawAnswer(response.status, response.headers, b"")
         return failures.of_reply(raw, "the stream held nothing", endpoint)
+
+    @classmethod
+    async def _of_document(
+        cls, reader: BodyReader, first: bytes, endpoint: str, silence_s: float, watch: Watch
+    ) -> OpenStream | Failure:
+        """Take a body that is no event stream for the whole answer, or say why it is none."""
+        response = reader.response
+        lines = [first]
+        while line := await reader.read_line():
+            lines.append(line)
+        raw = RawAnswer(response.status, response.headers, b"".join(lines))
+        document = judge.read(raw, endpoint)
+        if isinstance(document, Failure):
+            return document
+        events = [_event(chunk) for chunk in _chunks_of(document)]
+        events.append(_DONE + b"\n\n")
+        stream = cls(reader, events, endpoint, silence_s, watch)
+        stream.is_empty = judge.is_empty(document)
+        return stream
+
+    async def drain(self) -> None:
+        """Read what is left of an answer that nobody is waiting for, so that its usage is known."""
+        try:
+            async for _ in self.lines():
+                pass
+        except EndpointLostError:
+            return  # it is counted as lost
 
     async def lines(self) -> AsyncIterator[bytes]:
         """Yield the stream's lines, and close it at the end.
@@ -115,7 +161,7 @@ class OpenStream:
             self._check_end()
         except (aiohttp.ClientError, TimeoutError) as error:
             self._failure = failures.of_exception(error, self._endpoint)
-            raise self._failure.error from error
+            raise _begun(self._failure) from error
         finally:
             self.close()
 
@@ -134,7 +180,7 @@ class OpenStream:
         if self._failure is None and not self._summary.get("finished"):
             self._failure = failures.of_end(self._endpoint)
         if self._failure is not None:
-            raise self._failure.error
+            raise _begun(self._failure)
 
     def close(self) -> None:
         """Let the endpoint go; leaving early frees the server's slot too."""
@@ -165,7 +211,44 @@ class OpenStream:
                 self._failure = failures.of_end(self._endpoint)
             elif reason:
                 self._summary["finished"] = True
+            if isinstance(choices[0].get("message"), dict) and not choices[0].get("delta"):
+                self._summary["finished"] = True
+                judge.make_plain(chunk)
+                return b"".join(_event(one) for one in _chunks_of(chunk, self._spoken))
+            self._spoken = self._spoken or bool(choices[0].get("delta"))
         return line
+
+
+def _begun(failure: Failure) -> EndpointError:
+    """Return a failure's error, which came when a part of the answer was read."""
+    if isinstance(failure.error, EndpointLostError):
+        failure.error.begun = True
+    return failure.error
+
+
+def _event(document: Mapping[str, Any]) -> bytes:
+    return _DATA + b" " + orjson.dumps(document) + b"\n\n"
+
+
+def _chunks_of(document: Mapping[str, Any], spoken: bool = False) -> Iterator[dict[str, Any]]:
+    """Return the events by which a whole completion is streamed.
+
+    Args:
+        document: The completion.
+        spoken: Whether its text has come before, token by token.
+    """
+    head = {**document, "object": "chat.completion.chunk"}
+    usage = head.pop("usage", None)
+    choices = []
+    for choice in (one for one in document["choices"] if isinstance(one, dict)):
+        rest = {key: value for key, value in choice.items() if key not in {"message", "delta"}}
+        message = dict(choice.get("message") or {})
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
+        choices.append({"index": 0, **rest, "delta": {} if spoken else message})
+    yield {**head, "choices": choices}
+    if usage:
+        yield {**head, "choices": [], "usage": usage}
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
@@ -183,15 +266,20 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 
 
 def _says_something(chunk: Mapping[str, Any] | None) -> bool:
-    """Tell whether an event brings a token, a call or an end."""
+    """Tell whether an event brings a token, a call or a refusal."""
     if chunk is None:
         return False
     for choice in chunk.get("choices") or ():
-        delta = choice.get("delta")
-        parts = delta if isinstance(delta, dict) else {}
-        if choice.get("finish_reason") or any(v for k, v in parts.items() if k != "role"):
+        said = choice.get("delta") or choice.get("message")
+        if isinstance(said, dict) and any(map(said.get, judge.SAID)):
             return True
     return False
+
+
+def _reason(chunk: Mapping[str, Any] | None) -> Any:
+    """Return the reason that an event names for the end of the answer, or None."""
+    choices = (chunk or {}).get("choices") or ()
+    return next((c["finish_reason"] for c in choices if c.get("finish_reason")), None)
 
 
 def _error_event(

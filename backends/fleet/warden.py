@@ -8,25 +8,35 @@ that is used up, nobody alive for too long.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 import aiohttp
 
+from ..contract.calls import CallLog
 from ..contract.errors import EndpointError, PromptTooLongError, RunStoppedError
 from .breaker import State
 from .dispatch import Dispatcher
 from .endpoint import Endpoint
-from .failures import Failure, Step, Trip
+from .failures import Failure, Step, Trip, of_refused_item
 from .policy import AffinityPolicy, FleetPolicy
 from .transport import Transport
 
 _LOG: Final = logging.getLogger(__name__)
 _NOBODY_THERE: Final = frozenset({502, 503, 504})
 """Statuses of a proxy or a starting server; any other answer shows that somebody is there."""
+_RECENT: Final = 200
+"""Items of which a share may be refused as themselves at fault."""
+_REFUSED_ITEMS: Final = 2
+"""An endpoint that refuses so many items, and accepts none between them, is itself at fault."""
+_LOOK_S: Final = 0.1
+_QUIET_LOOKS: Final = 2
+"""So many looks at a fleet without any request show that no other item comes."""
 
 
 class Warden:
@@ -56,6 +66,8 @@ class Warden:
         self._sweeping = False
         self._deadline: asyncio.TimerHandle | None = None
         self._refused = 0
+        self._ended: deque[bool] = deque(maxlen=_RECENT)
+        self._changed = asyncio.Event()
         slack = (policy.affinity or AffinityPolicy()).slack
         self._wakes: dict[Endpoint, asyncio.TimerHandle] = {}
         self.dispatch = Dispatcher(endpoints, policy.streams, self._paced, self._starved, slack)
@@ -89,8 +101,98 @@ class Warden:
             _LOG.info("endpoint %s is back", endpoint.label)
             self.refresh(endpoint)
 
-    def failed(self, endpoint: Endpoint, failure: Failure) -> None:
+    def accepted(self, endpoint: Endpoint, item: CallLog | None, sent: Mapping[str, str]) -> None:
+        """Note that an endpoint has accepted a request, with the headers that were sent."""
+        endpoint.accept(item, sent, time.monotonic())
+        if endpoint.doubts and id(item) not in endpoint.doubts:
+            endpoint.doubts.clear()
+            self.refresh(endpoint)
+            self._announce()
+
+    def count_answered(self, item: CallLog | None) -> None:
+        """Count an item that was answered, once."""
+        if item is None:
+            self._ended.append(False)
+        elif not item.counted:
+            item.counted = True
+            self._ended.append(False)
+
+    def count_refused(self, failure: Failure, endpoints: int) -> EndpointError:
+        """Count an item that is itself at fault, and return its error.
+
+        Raises:
+            RunStoppedError: So many items end this way that it looks like an outage.
+        """
+        error, share = of_refused_item(failure, endpoints), self._policy.retry.refused_share
+        self._ended.append(True)
+        count = sum(self._ended)
+        if count <= share * _RECENT:
+            return error
+        self.stop(
+            f"{count} of the last {len(self._ended)} items were refused by endpoints that answered "
+            f"other items; more than {share:.0%} of {_RECENT} look like an outage: check the key "
+            f"and the items, then resume the run; the last answer: {failure.error.message}"
+        )
+        raise RunStoppedError(self.stopped or "") from error
+
+    async def settle(self, refusers: Mapping[Endpoint, Failure], item: CallLog | None) -> bool:
+        """Wait until it is known whether an item is at fault, or the endpoints that refuse it.
+
+        Endpoints that accept another item meanwhile are in order. Those that refuse another one
+        too, or that no other item is there to be sent to, are used no more.
+
+        Args:
+            refusers: Endpoints that have refused the item, and how.
+            item: The item.
+
+        Returns:
+            Whether the item is at fault.
+        """
+        quiet = 0
+        while not any(e.proves(item, time.monotonic()) for e in refusers):
+            if self.stopped is not None or all(e.ejected or e.retired for e in refusers):
+                return False
+            quiet = quiet + 1 if self.dispatch.quiet else 0
+            if quiet > _QUIET_LOOKS:
+                for endpoint, failure in refusers.items():
+                    self._eject(endpoint, failure.error)
+                    self.refresh(endpoint)
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._changed.wait()
+        return True
+
+    def answered_elsewhere(self, refusers: Mapping[Endpoint, Failure]) -> None:
+        """Use endpoints no more that have accepted nothing, and refused what another one answers.
+
+        Those that have other requests in flight are judged by their ends.
+        """
+        for endpoint, failure in refusers.items():
+            if endpoint.doubts and endpoint.outstanding <= endpoint.streaming:
+                self._eject(endpoint, failure.error)
+                self.refresh(endpoint)
+
+    def _announce(self) -> None:
+        """Wake those that wait for news of the endpoints."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _is_open_question(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> bool:
+        """Tell whether a refusal says nothing of the endpoint: the item may be at fault."""
+        if failure.accepts_others:
+            return True
+        if not failure.is_clear:
+            return False
+        endpoint.doubts.add(id(failure if item is None else item))
+        undecided = endpoint.outstanding - endpoint.streaming > 1
+        return undecided or len(endpoint.doubts) < _REFUSED_ITEMS
+
+    def failed(self, endpoint: Endpoint, failure: Failure, item: CallLog | None = None) -> None:
         """Do what a failure means; it may stop the run."""
+        if failure.is_refusal and self._is_open_question(endpoint, failure, item):
+            self.refresh(endpoint)
+            return
         treatment, error = failure.treatment, failure.error
         if treatment.step is Step.STOP:
             self.stop(error.message)
@@ -164,6 +266,7 @@ class Warden:
         if endpoint.ejected:
             return
         endpoint.ejected = True
+        self._announce()
         _LOG.warning("endpoint %s is used no more: %s", endpoint.label, error.message)
         if all(e.ejected or e.retired for e in self._endpoints):
             self.stop(f"no endpoint is left; the last answer: {error.message}")
@@ -243,6 +346,7 @@ class Warden:
         """End the run: no further request is sent, and what waits fails."""
         if self.stopped is None:
             self.stopped = message
+            self._announce()
             _LOG.error("%s", message)
         self.dispatch.fail_all(lambda: RunStoppedError(message))
 

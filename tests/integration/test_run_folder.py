@@ -18,6 +18,7 @@ from langgraph.types import Command
 from typing_extensions import TypedDict
 
 from fanfold import ConfigurationError, RunContext, build_graph
+from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.contract.errors import FanfoldError
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 from fanfold.backends.fleet.simulated.spec import SimulationSpec
@@ -229,6 +230,84 @@ async def test_an_error_in_a_checkpoint_names_no_path(
         (out / "journal" / "0001.jsonl").write_text("rubbish\n")
         with pytest.raises(FanfoldError, match=str(out)):
             await build(context).compile(checkpointer=saver).ainvoke(None, THREAD)
-        (task, *_) = (await graph.aget_state(THREAD)).tasks
-        assert "the run folder/journal/0001.jsonl, line 1: not valid JSON" in repr(task.error)
+        errors = [repr(task.error) for task in (await graph.aget_state(THREAD)).tasks]
+        assert any("the run folder/journal/0001.jsonl, line 1: " in error for error in errors)
         assert_no_path({str(out)}, file, out)
+
+
+async def test_relative_paths_count_from_where_they_were_given(
+    simulated: SimulatedFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program may change its working directory between two invocations."""
+    config, (a, b) = settings(simulated), (tmp_path / "a", tmp_path / "b")
+    for folder in (a, b):
+        folder.mkdir()
+    saver = InMemorySaver()
+    monkeypatch.chdir(a)
+    bound: Any = build_graph(RunContext(config=config, out="bound"), checkpointer=saver)
+    plain: Any = build_graph(config, checkpointer=saver, trust_context=True)
+    first = await bound.ainvoke({"items": rows(3)}, thread("bound"))
+    given = await plain.ainvoke({"items": rows(3)}, thread("1"), context={"out": "given"})
+    monkeypatch.chdir(b)
+    again = await bound.ainvoke({}, thread("bound"))
+    other = await plain.ainvoke({"items": rows(3)}, thread("2"), context={"out": "given"})
+    third = await plain.ainvoke({"items": rows(3)}, thread("3"), context=RunContext(out="third"))
+    assert [Path(end["results"]["folder"]) for end in (first, again, given, other, third)] == [
+        *(a / "bound", a / "bound", a / "given", b / "given", b / "third")
+    ]
+
+
+def thread(name: str) -> RunnableConfig:
+    return {"configurable": {"thread_id": name}}
+
+
+async def test_a_thread_goes_on_in_a_copy(slow: SimulatedFleet, tmp_path: Path) -> None:
+    """The checkpoint has the id of the run that was copied; the copy has one of its own."""
+    config, saver = settings(slow), InMemorySaver()
+    graph = build_graph(config, checkpointer=saver, trust_context=True)
+    await drained(graph, slow, {"items": rows()}, context=RunContext(out="a"))
+    done = asked(slow)
+    shutil.copytree("a", "b")
+    before = dict(bytes_below(tmp_path / "a"))
+    end = await graph.ainvoke(None, THREAD, context=RunContext(out="b"))
+    assert end["progress"]["done"] == ITEMS == asked(slow)
+    assert Path(end["results"]["folder"]) == tmp_path / "b"
+    assert dict(bytes_below(tmp_path / "a")) == before
+    (run, other) = (open_folder(Path(name)).read_provenance() for name in "ab")
+    assert other["earlier"] == [run["run"]] != [other["run"]]
+    end = await build_graph(RunContext(config=config, out="a")).ainvoke({})
+    assert end["progress"]["done"] == ITEMS
+    assert asked(slow) == ITEMS + ITEMS - done
+
+
+async def test_a_place_that_another_run_takes(slow: SimulatedFleet, tmp_path: Path) -> None:
+    """What is known of a place is forgotten when a new run is made there."""
+    graph: Any = build_graph(settings(slow), checkpointer=InMemorySaver(), trust_context=True)
+    await drained(graph, slow, {"items": rows()}, context={"out": "a"})
+    Path("a").rename("b")
+    change = {"out": "a", "overrides": ["task.prompt=Why {x}?"]}
+    other = await graph.ainvoke({"items": rows(3)}, thread("other"), context=change)
+    assert "Why {x}?" in (tmp_path / "a" / "run.yaml").read_text()
+    assert other["progress"]["done"] == 3
+    with pytest.raises(ConfigurationError, match="a: this is the folder of run"):
+        await graph.ainvoke(None, THREAD, context={"out": "a"})
+    end = await graph.ainvoke(None, THREAD, context={"out": "b"})
+    assert end["progress"]["done"] == ITEMS
+
+
+async def test_a_bound_folder_of_a_graph_that_trusts_nothing(
+    slow: SimulatedFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner binds where the moved folder is; a relative one counts from there."""
+    config, saver = settings(slow), InMemorySaver()
+    await drained(build_graph(config, checkpointer=saver), slow, {"items": rows()})
+    (old,) = (tmp_path / "fanfold-runs").iterdir()
+    old.rename(tmp_path / "moved")
+    graph: Any = build_graph(RunContext(config=config, out="moved"), checkpointer=saver)
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    with pytest.raises(ConfigurationError, match="out"):
+        await graph.ainvoke(None, THREAD, context=RunContext(out="../moved"))
+    end = await graph.ainvoke(None, THREAD)
+    assert Path(end["results"]["folder"]) == tmp_path / "moved"
+    assert end["progress"]["done"] == ITEMS == asked(slow)

@@ -1,7 +1,8 @@
 """Which task of the service works on which shard, on disk before anybody waits for it.
 
-One line of JSON per event, appended and flushed; a line that a crash has torn is the last one and
-is left out. A coordinator that follows one that was killed reads here what to ask after.
+One line of JSON per event with a checksum, appended and flushed; a line that a crash has torn is
+the last one and is left out. A coordinator that follows one that was killed reads here what to ask
+after.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any, Final
 
 import orjson
 
+from ...contract.checksum import BEFORE, add_crc, check_crc, crc_before
+from ...contract.disk import sync_folder
 from ...contract.errors import LedgerError
 
 FILE: Final = "globus.jsonl"
@@ -58,14 +61,19 @@ class TaskBook:
             LedgerError: The file is damaged.
         """
         try:
-            lines = self._path.read_bytes().split(b"\n")
+            lines = self._path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return []
         except OSError as error:
             raise LedgerError(f"{self._path}: cannot be read: {error.strerror}") from error
-        entries = dict[str, Entry]()
-        for number, line in enumerate(lines[:-1], 1):  # the rest was torn, or is nothing
-            event = self._event(line, number)
+        entries, crc = dict[str, Entry](), 0
+        if lines and not lines[-1].endswith(b"\n"):
+            del lines[-1]  # it was torn
+        for number, line in enumerate(lines, 1):
+            found = check_crc(line, crc)
+            if found is None:
+                raise self._damaged(number, "the checksum does not match")
+            event, crc = self._event(line, number), found
             if isinstance(event, Entry):
                 entries[event.task] = event
             else:
@@ -80,11 +88,13 @@ class TaskBook:
                 return list(data["closed"])
             return Entry(**{field.name: data[field.name] for field in fields(Entry)})
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-            msg = (
-                f"{self._path}, line {number}: damaged ({error}); remove the file to give up what "
-                "still runs, then resume"
-            )
-            raise LedgerError(msg) from error
+            raise self._damaged(number, str(error)) from error
+
+    def _damaged(self, number: int, what: str) -> LedgerError:
+        return LedgerError(
+            f"{self._path}, line {number}: damaged ({what}); remove the file to give up what "
+            "still runs, then resume"
+        )
 
     def write(self, closed: list[str], posted: Iterable[Entry]) -> None:
         """Write down which tasks nobody need ask after any more, and which are new.
@@ -97,26 +107,56 @@ class TaskBook:
         events: list[dict[str, Any]] = [{"closed": closed}] if closed else []
         events += [asdict(entry) for entry in posted]
         if events:
-            self._append(b"".join(orjson.dumps(event) + b"\n" for event in events))
+            self._append(events)
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, events: Iterable[dict[str, Any]]) -> None:
         try:
             handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             try:
                 _mend(handle)
+                data, is_new = _lines(events, _last_crc(handle)), os.fstat(handle).st_size == 0
                 written = os.write(handle, data)
                 os.fsync(handle)
             finally:
                 os.close(handle)
+            if is_new:
+                sync_folder(self._path.parent)
         except OSError as error:
             raise LedgerError(f"{self._path}: cannot be written: {error.strerror}") from error
+        except ValueError:
+            text = "its end is damaged; remove the file to give up what still runs, then resume"
+            raise LedgerError(f"{self._path}: cannot be written: {text}") from None
         if written < len(data):
             raise LedgerError(f"{self._path}: cannot be written: the disk is full")
 
 
-def _mend(handle: int) -> None:
-    """Cut off a line that a crash has torn."""
+def _lines(events: Iterable[dict[str, Any]], crc: int) -> bytes:
+    lines = list[bytes]()
+    for event in events:
+        line, crc = add_crc(orjson.dumps(event), crc)
+        lines.append(line)
+    return b"".join(lines)
+
+
+def _last_crc(handle: int) -> int:
+    """Return the checksum of the last line; 0 where there is none.
+
+    Raises:
+        ValueError: The file does not end in a line.
+    """
     size = os.fstat(handle).st_size
-    tail = os.pread(handle, _TAIL, max(0, size - _TAIL))
-    if tail and not tail.endswith(b"\n"):
-        os.ftruncate(handle, size - len(tail) + tail.rfind(b"\n") + 1)
+    return crc_before(os.pread(handle, BEFORE, max(0, size - BEFORE))) if size else 0
+
+
+def _mend(handle: int) -> None:
+    """Cut off a line that a crash has torn, however long it is."""
+    size, end = os.fstat(handle).st_size, os.fstat(handle).st_size
+    while end:
+        begin = max(0, end - _TAIL)
+        at = os.pread(handle, end - begin, begin).rfind(b"\n")
+        if at >= 0:
+            end = begin + at + 1
+            break
+        end = begin
+    if end < size:
+        os.ftruncate(handle, end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 
 import pytest
@@ -23,6 +24,10 @@ pytestmark = pytest.mark.integration
 def in_hand(lab: Lab) -> int:
     """Return how many tasks are written down and not closed."""
     return len(TaskBook(lab.out / FILE).open_entries())
+
+
+def requests(lab: Lab) -> int:
+    return int(lab.fleet.stats()["totals"]["requests"])
 
 
 async def test_two_endpoints_share_a_run(
@@ -103,6 +108,32 @@ async def test_a_killed_coordinators_shards_are_found_again(
         lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
         assert lab.again == 0
         assert sum(posted(service, before).values()) == SHARDS or shared
+
+
+async def test_a_copy_leaves_the_tasks_of_the_original_alone(
+    service: GlobusService, endpoint: UserEndpoint, lab_over: LabOf
+) -> None:
+    """It posts what it has to, and the original finds its own tasks again afterwards."""
+    before = len(service.submissions)
+    async with lab_over(endpoint, shared_folder=False) as lab:
+        async with lab.process() as process:
+            await lab.until(lambda: lab.journal_lines() >= 20 and in_hand(lab) >= 2)
+            process.kill()
+            assert await process.wait() == -signal.SIGKILL
+        await lab.until(lab.fleet_is_idle)
+        copy, book = lab.home / "copy", (lab.out / FILE).read_bytes()
+        shutil.copytree(lab.out, copy)
+        left, asked = ITEMS - lab.journal_lines(), requests(lab)
+        first = sum(posted(service, before).values())
+        assert left > 0
+        assert (await lab.live(open_folder(copy))).code == 0
+        assert requests(lab) == asked + left
+        assert (lab.out / FILE).read_bytes() == book
+        between = sum(posted(service, before).values())
+        assert (await lab.live()).code == 0
+        assert in_hand(lab) == 0
+        assert requests(lab) == ITEMS + left
+        assert sum(posted(service, before).values()) - between == SHARDS - first
 
 
 async def test_a_budget_is_not_charged_twice_for_shards_that_are_found_again(

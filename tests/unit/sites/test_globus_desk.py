@@ -294,6 +294,36 @@ def test_a_torn_line_of_the_book_is_left_out_and_cut_off(tmp_path: Path) -> None
         book.open_entries()
 
 
+def test_a_long_torn_line_of_the_book_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "book"
+    book = TaskBook(path)
+    book.write([], [entry("t1", "0-1")])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"closed":["' + b"x" * 10_000)
+    book.write([], [entry("t2", "1-2")])
+    assert path.read_bytes().startswith(whole + b'{"shard":"1-2"')
+    assert [e.task for e in book.open_entries()] == ["t1", "t2"]
+
+
+@pytest.mark.parametrize("damage", ["bit", "repeated", "removed", "moved", "cut of its head"])
+def test_damage_of_the_book_is_told(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "book"
+    TaskBook(path).write([], [entry("t1", "0-1"), entry("t2", "1-2")])
+    TaskBook(path).write(["t1"], [entry("t3", "2-3")])
+    assert [e.task for e in TaskBook(path).open_entries()] == ["t2", "t3"]
+    one, two, three, four = path.read_bytes().splitlines(keepends=True)
+    changed = {
+        "bit": [one, two.replace(b"t2", b"t0"), three, four],
+        "repeated": [one, two, one, three, four],
+        "removed": [one, two, four],
+        "moved": [two, one, three, four],
+        "cut of its head": [two, three, four],
+    }
+    path.write_bytes(b"".join(changed[damage]))
+    with pytest.raises(LedgerError, match=r"line [123]: damaged \(the checksum"):
+        TaskBook(path).open_entries()
+
+
 def test_an_order_travels_as_json_in_the_services_form() -> None:
     parcel = packed({"shard": "ü", "rows": ['"\\\n']})
     length, _, rest = parcel.text.partition("\n")

@@ -1,0 +1,52 @@
+"""Checksums of JSON lines: each continues the one of the line before it."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Final
+
+FIELD: Final = b',"crc":"'
+"""How the last key of a line begins."""
+
+END: Final = b'"}\n'
+"""How a line ends."""
+
+_CHECKSUM: Final = FIELD + b"%08x" + END
+
+TAIL: Final = len(FIELD) + 8 + len(END)
+"""Bytes at a line's end that the checksum does not cover."""
+
+BEFORE: Final = 8 + len(END)
+"""Bytes before a line that hold the checksum which it continues."""
+
+
+def add_crc(data: bytes, before: int) -> tuple[bytes, int]:
+    """Return a JSON object as a line with its checksum, and the checksum.
+
+    Args:
+        data: The object, without blanks around it and not empty.
+        before: The checksum of the line before; 0 for the first line.
+    """
+    data = data[:-1]
+    crc = zlib.crc32(data, before)
+    return data + _CHECKSUM % crc, crc
+
+
+def check_crc(line: bytes, before: int) -> int | None:
+    """Return the checksum of a line, or None if the line does not match it.
+
+    Args:
+        line: The line, with its end.
+        before: The checksum of the line before; 0 for the first line.
+    """
+    crc = zlib.crc32(line[:-TAIL], before)
+    return crc if line[-TAIL:] == _CHECKSUM % crc else None
+
+
+def crc_before(data: bytes) -> int:
+    """Return the checksum of a line whose last :data:`BEFORE` bytes these are.
+
+    Raises:
+        ValueError: They are not the end of a line.
+    """
+    return int(data[:8], 16)

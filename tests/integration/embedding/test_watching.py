@@ -1,0 +1,269 @@
+"""Watching a run never changes its results, whatever the server makes of a stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import web
+from langchain_core.callbacks import AsyncCallbackHandler
+from langgraph.graph import START, MessagesState, StateGraph
+
+from fanfold import build_graph
+
+pytestmark = pytest.mark.integration
+
+GOOD = '{"score": 0.5}'
+SSE = "text/event-stream"
+
+
+def completion(content: str | None = GOOD, finish: str | None = "stop") -> dict[str, Any]:
+    message = {"role": "assistant", "content": content}
+    return {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+    }
+
+
+def chunk(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    return head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
+def events(*documents: Any, done: bool = True) -> str:
+    lines = "".join(f"data: {orjson.dumps(d).decode()}\n\n" for d in documents)
+    return lines + ("data: [DONE]\n\n" if done else "")
+
+
+ROLE = chunk({"role": "assistant", "content": ""})
+PARTS = [chunk({"content": GOOD[:4]}), chunk({"content": GOOD[4:]})]
+END = chunk({}, "stop")
+USAGE = chunk({}) | {"choices": [], "usage": completion()["usage"]}
+EMPTY = completion("")
+
+STREAMS: dict[str, tuple[str, str]] = {
+    "as it should be": (events(ROLE, *PARTS, END, USAGE), SSE),
+    "whole, as JSON": (orjson.dumps(completion()).decode(), "application/json"),
+    "whole, on many lines": (
+        orjson.dumps(completion(), option=orjson.OPT_INDENT_2).decode(),
+        "application/json; charset=utf-8",
+    ),
+    "whole, called a stream": (orjson.dumps(completion()).decode(), SSE),
+    "whole, called text": ("\n" + orjson.dumps(completion()).decode(), "text/plain"),
+    "a stream called JSON": (events(ROLE, *PARTS, END, USAGE), "application/json"),
+    "whole, in one event": (events(completion()), SSE),
+    "a message at the end": (events(ROLE, *PARTS, completion()), SSE),
+    "no end mark": (events(ROLE, *PARTS, END, USAGE, done=False), SSE),
+    "no reason for the end": (events(ROLE, *PARTS), SSE),
+    "no usage": (events(ROLE, *PARTS, END), SSE),
+    "comments between": (": hello\n\n" + events(ROLE, *PARTS, END), SSE),
+    "no space after data": (events(ROLE, *PARTS, END).replace("data: {", "data:{"), SSE),
+}
+
+
+class Server:
+    """Answers a plain request well; a stream as it is told.
+
+    Attributes:
+        asked: Requests by the item's text and whether a stream was asked for.
+    """
+
+    def __init__(
+        self, stream: Callable[[str, int], tuple[str, str]], reason: str | None = "stop"
+    ) -> None:
+        self._stream, self._reason = stream, reason
+        self.asked: Counter[tuple[str, bool]] = Counter()
+        self.first: Counter[str] = Counter()
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        item, streamed = str(body["messages"][-1]["content"]), bool(body.get("stream"))
+        self.asked[item, streamed] += 1
+        self.first[item] += 1
+        number = self.first[item]
+        if item == "refused":
+            return web.json_response({"error": {"message": "no"}}, status=400)
+        if not streamed:
+            whole = EMPTY if "empty" in item and number == 1 else completion(finish=self._reason)
+            if "cut" in item and number == 1:
+                return await _cut(request, orjson.dumps(whole).decode()[:-5], "application/json")
+            return web.json_response(whole)
+        text, kind = self._stream(item, number)
+        if "empty" in item and number == 1:
+            text, kind = events(ROLE, END), SSE
+        if "cut" in item and number == 1:
+            return await _cut(request, events(ROLE, *PARTS[:1], done=False), SSE)
+        return web.Response(text=text, headers={"Content-Type": kind})
+
+
+async def _cut(request: web.Request, text: str, kind: str) -> web.StreamResponse:
+    """Announce more than is sent, and close the connection."""
+    headers = {"Content-Type": kind, "Content-Length": str(len(text) + 100)}
+    response = web.StreamResponse(headers=headers)
+    await response.prepare(request)
+    await response.write(text.encode())
+    assert request.transport is not None
+    request.transport.close()
+    return response
+
+
+@asynccontextmanager
+async def serving(server: Server) -> AsyncIterator[str]:
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/chat/completions", server.answer), web.get("/v1/models", models)])
+    runner = web.AppRunner(app, shutdown_timeout=0)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    finally:
+        await runner.cleanup()
+
+
+def graph_over(url: str, **task: Any) -> Any:
+    return build_graph(
+        {
+            "name": "watched",
+            "task": {
+                "prompt": "{x}",
+                "schema": {"type": "object", "required": ["score"]},
+                **task,
+            },
+            "endpoints": {"urls": [url]},
+            "limits": {"hedge": False, "streams": 4},
+            "reduce": [{"op": "collect", "limit": 99}, {"op": "count"}],
+        }
+    )
+
+
+async def invoked(graph: Any, items: Any) -> Any:
+    return await graph.ainvoke(items)
+
+
+async def with_callbacks(graph: Any, items: Any) -> Any:
+    return await graph.ainvoke(items, {"callbacks": [AsyncCallbackHandler()]})
+
+
+async def event_by_event(graph: Any, items: Any) -> Any:
+    last: Any = None
+    async for event in graph.astream_events(items, version="v2"):
+        if event["event"] == "on_chain_end" and not event["parent_ids"]:
+            last = event["data"]["output"]
+    return last
+
+
+def streamed(*modes: str) -> Callable[[Any, Any], Any]:
+    async def watch(graph: Any, items: Any) -> Any:
+        last: Any = None
+        wanted = [*dict.fromkeys((*modes, "values"))]
+        async for _, mode, part in graph.astream(items, stream_mode=wanted, subgraphs=True):
+            if mode == "values" and "results" in part:
+                last = part
+        return last
+
+    watch.__name__ = "+".join(modes)
+    return watch
+
+
+WATCHES = [
+    with_callbacks,
+    event_by_event,
+    streamed("messages"),
+    streamed("values", "updates", "custom", "debug"),
+    streamed("messages", "debug"),
+]
+
+
+async def result(server: Server, watch: Any, items: list[str], **task: Any) -> Any:
+    async with serving(server) as url:
+        given = {"items": [{"x": item} for item in items]}
+        state = await watch(graph_over(url, **task), given)
+    collected, counts = state["aggregate"]
+    return collected, counts
+
+
+def ends(got: Any) -> tuple[int, int]:
+    return got[1]["done"], got[1]["failed"]
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+ITEMS = ["one", "two", "refused", "three"]
+
+
+@pytest.mark.parametrize("kind", list(STREAMS))
+async def test_a_server_of_any_kind(kind: str) -> None:
+    reason = None if kind == "no reason for the end" else "stop"
+    plain = await result(Server(lambda *_: STREAMS[kind], reason), invoked, ITEMS)
+    assert ends(plain) == ((3, 1) if reason else (0, 4))
+    server = Server(lambda *_: STREAMS[kind], reason)
+    assert await result(server, streamed("messages"), ITEMS) == plain
+    assert server.asked["one", True] == 1
+    if reason:
+        assert set(server.asked.values()) == {1}
+
+
+@pytest.mark.parametrize("watch", WATCHES, ids=lambda watch: watch.__name__)
+@pytest.mark.parametrize("kind", ["as it should be", "whole, as JSON"])
+async def test_every_way_to_watch(kind: str, watch: Any) -> None:
+    items = ["one", "refused", "cut", "empty"]
+    plain_server = Server(lambda *_: STREAMS[kind])
+    plain = await result(plain_server, invoked, items)
+    assert ends(plain) == (3, 1)
+    server = Server(lambda *_: STREAMS[kind])
+    assert await result(server, watch, items) == plain
+    assert server.first == plain_server.first
+
+
+@pytest.mark.parametrize("graph", ["asking", "streaming"])
+async def test_a_users_own_graph(graph: str) -> None:
+    task = {"graph": f"{__name__}:{graph}"}
+    items = ["one", "refused", "empty", "two"]
+    for kind in ("as it should be", "whole, as JSON", "whole, in one event"):
+        plain = await result(Server(lambda *_, kind=kind: STREAMS[kind]), invoked, items, **task)
+        assert ends(plain) == (3, 1)
+        for watch in (streamed("messages"), event_by_event):
+            server = Server(lambda *_, kind=kind: STREAMS[kind])
+            assert await result(server, watch, items, **task) == plain
+
+
+def asking(model: Any) -> Any:
+    return _graph(model.ainvoke)
+
+
+def streaming(model: Any) -> Any:
+    async def read(messages: Any) -> Any:
+        whole: Any = None
+        async for part in model.astream(messages):
+            whole = part if whole is None else whole + part
+        return whole
+
+    return _graph(read)
+
+
+class Asked(MessagesState):
+    output: Any
+
+
+def _graph(ask: Any) -> Any:
+    async def node(state: Asked) -> dict[str, Any]:
+        answer = await ask(state["messages"])
+        return {"output": orjson.loads(str(answer.text))}
+
+    return StateGraph(Asked).add_node("n", node).add_edge(START, "n").compile()
