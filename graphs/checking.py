@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from urllib.parse import urlsplit
 
+from pydantic import SecretStr
+
+from ..backends.contract.errors import NoEndpointError
+from ..backends.fleet.encoding import encoding_name
+from ..backends.locate import endpoint_specs
 from ..backends.tariffs import explained
 from ..configs.load import Loaded
+from ..configs.models import RunConfig
 from .estimate import Estimate, estimate
 from .options import SAMPLE
 from .saying import print_json, print_lines, say
 from .telling import budget_lines, cost_lines
 from .wish import Wish
+
+_SHOWN_HOSTS: Final = 5
+_TRACING: Final = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LANGSMITH_TRACING_V2")
+_TRACERS: Final = ("LANGSMITH_ENDPOINT", "LANGCHAIN_ENDPOINT")
+_LANGSMITH: Final = "https://api.smith.langchain.com"
 
 
 def check(
@@ -66,6 +80,7 @@ def _lines(loaded: Loaded, found: Estimate) -> list[str]:
         *budget_lines(found.forecast, found.plan),
         *_own_graph(loaded),
         *_reuse(loaded),
+        *_host_lines(loaded.config),
     ]
 
 
@@ -119,6 +134,78 @@ def _own_graph(loaded: Loaded) -> list[str]:
     ]
 
 
+def receiving_hosts(
+    config: RunConfig, environment: Mapping[str, str] | None = None
+) -> list[tuple[str, str]]:
+    """Return the hosts to which a run sends data, each with what they are.
+
+    Nobody is asked: servers that a registry lists, or that ``auto`` finds, are not known here.
+
+    Args:
+        config: The settings.
+        environment: Variables; the process's own by default.
+    """
+    environment = os.environ if environment is None else environment
+    return list(dict.fromkeys((*_endpoint_hosts(config), *_other_hosts(config, environment))))
+
+
+def _endpoint_hosts(config: RunConfig) -> Iterator[tuple[str, str]]:
+    endpoints = config.endpoints.model_copy(update={"api_key": SecretStr("EMPTY")})
+    if endpoints.simulated is not None:
+        yield "127.0.0.1", "simulated fleet"
+    elif endpoints.auto:
+        yield "(not known yet)", "endpoints that auto finds, see docs/configuration.md"
+    elif endpoints.aegis_registry is not None:
+        yield _host(endpoints.aegis_registry), "registry of endpoints, gets no items"
+        yield "(not known yet)", "endpoints that the registry lists"
+    else:
+        what = "gateway" if endpoints.first is not None else "endpoint"
+        try:
+            specs = endpoint_specs(endpoints, {})
+        except NoEndpointError:
+            yield "(not known yet)", f"endpoints that {endpoints.file} will list"
+            return
+        yield from ((_host(spec.url), what) for spec in specs)
+
+
+def _other_hosts(config: RunConfig, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    backend = config.backend
+    if backend.kind == "globus_compute":
+        yield "compute.api.globus.org", "Globus Compute, carries shards and their items"
+        yield "auth.globus.org", "Globus, login"
+    elif backend.kind == "academy":
+        exchange = backend.exchange
+        if exchange.kind == "globus":
+            yield (
+                "exchange.academy-agents.org",
+                "Academy's exchange, carries shards and their items",
+            )
+        elif exchange.kind != "local":
+            host = _host(exchange.url) if exchange.url else exchange.host
+            yield host, f"Academy's {exchange.kind} exchange, carries shards and their items"
+    elif backend.kind == "launched" and backend.host:
+        yield backend.host, "this machine, to which launched workers connect"
+    if any(environment.get(name, "").lower() in {"true", "1"} for name in _TRACING):
+        url = next((environment[n] for n in _TRACERS if environment.get(n)), _LANGSMITH)
+        yield _host(url), "LangSmith, gets prompts and answers (tracing is on)"
+    name = config.model.name
+    if config.endpoints.simulated is None and name is not None and encoding_name(name) is not None:
+        yield "openaipublic.blob.core.windows.net", "vocabulary of tiktoken, gets no items"
+
+
+def _host(url: str) -> str:
+    return urlsplit(url if "://" in url else f"//{url}").hostname or url
+
+
+def _host_lines(config: RunConfig) -> Iterator[str]:
+    by_what = dict[str, list[str]]()
+    for host, what in receiving_hosts(config):
+        by_what.setdefault(what, []).append(host)
+    for what, hosts in by_what.items():
+        more = f" and {len(hosts) - _SHOWN_HOSTS:,} more" if len(hosts) > _SHOWN_HOSTS else ""
+        yield f"connects to: {', '.join(hosts[:_SHOWN_HOSTS])}{more} ({what})"
+
+
 def _data(loaded: Loaded, found: Estimate) -> dict[str, Any]:
     read, counted = found.input, found.counted
     return {
@@ -130,6 +217,7 @@ def _data(loaded: Loaded, found: Estimate) -> dict[str, Any]:
             "invalid": read.invalid,
         },
         "endpoints": list(found.endpoints),
+        "hosts": [{"host": h, "what": what} for h, what in receiving_hosts(loaded.config)],
         "model": found.model,
         "simulated": found.simulated,
         "first_item": found.first_id,

@@ -51,6 +51,7 @@ class Endpoint:
         foreign: Requests of others that it works on, as far as it is asked.
         most_tokens: Longest answer in tokens that it can be asked for, or None when unknown.
         longest: The longest answer in tokens that it was asked for by a request that it accepted.
+        longest_asked: The field of the last such request from which that was taken.
         stats: What it did.
         streaming: Streams in flight that have begun.
         doubts: Items that it has refused since it last accepted another one.
@@ -73,6 +74,7 @@ class Endpoint:
         "lane",
         "latency_s",
         "longest",
+        "longest_asked",
         "most_tokens",
         "outstanding",
         "refusals",
@@ -109,6 +111,7 @@ class Endpoint:
         self.refusals = 0
         self.most_tokens = spec.max_model_len
         self.longest = 0
+        self.longest_asked: object = None
         self._corrections: dict[int, int] = {}
         self._accepted: _Accepted = (None, {}, float("-inf"))
         self._accepted_before: _Accepted = (None, {}, float("-inf"))

@@ -126,7 +126,7 @@ class Reuse:
                 document = await self._kept(key)
                 if document is None and key not in self._flights:
                     return await self._lead(key, body, ask)
-            elif waits < _WAITS:
+            elif waits < _WAITS and not _holds_a_slot():
                 await asyncio.wait({flight})
                 answer, waits = flight.result(), waits + 1
                 document = None if answer is None else self._fitting(answer)
@@ -158,7 +158,7 @@ class Reuse:
         """Ask for all who come meanwhile, here and in other processes."""
         flight: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         self._flights[key] = flight
-        contested = self._answers.contested
+        contested = self._answers.contested and not _holds_a_slot()
         try:
             if contested:
                 await self._wait_for_claim(key)
@@ -219,3 +219,12 @@ def _as_line(document: Mapping[str, Any]) -> bytes | None:
         return orjson.dumps(document)
     except TypeError:
         return None
+
+
+def _holds_a_slot() -> bool:
+    """Tell whether the caller's item has streams open that nobody reads.
+
+    Who else asks may wait for its slot, so that it must not wait for their answer.
+    """
+    log = CURRENT_CALLS.get()
+    return log is not None and log.open > 0 and log.stalled

@@ -63,9 +63,14 @@ def learn(
     return Failure(failure.error, replace(failure.treatment, step=Step.SAME, free=True), most)
 
 
-def sent_tokens(endpoint: Endpoint, body: Mapping[str, Any]) -> int | None:
-    """Return the longest answer that an endpoint is asked for by a request, in tokens, or None."""
-    asked, most = asked_tokens(body), endpoint.most_tokens
+def sent_tokens(body: Mapping[str, Any], most: int | None) -> int | None:
+    """Return the longest answer in tokens that a request is sent with, or None.
+
+    Args:
+        body: The request.
+        most: The longest answer that its endpoint can be asked for, or None when unknown.
+    """
+    asked = asked_tokens(body)
     return asked if asked is None or most is None else min(asked, most)
 
 

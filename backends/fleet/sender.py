@@ -77,17 +77,15 @@ class Sender:
         self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
     ) -> dict[str, Any] | Failure:
         try:
-            headers, asked = await endpoint.headers(), room.sent_tokens(endpoint, body)
+            headers, most = await endpoint.headers(), endpoint.most_tokens
             answer = await self._transport.send(
                 endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
             result = self._guarded(judge.read(answer, endpoint.label), endpoint)
             if isinstance(result, Failure):
                 result = await self._softened(endpoint, result, headers, charge.log)
-                return room.learn(endpoint, result, body, asked)
-            if asked is not None and asked > endpoint.longest:
-                endpoint.longest = asked
-            self._warden.accepted(endpoint, charge.log, headers)
+                return room.learn(endpoint, result, body, room.sent_tokens(body, most))
+            self._accepted(endpoint, body, headers, charge.log)
         except (aiohttp.ClientError, TimeoutError) as error:
             return failures.of_exception(error, endpoint.label)
         return result
@@ -138,7 +136,7 @@ class Sender:
         self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge, watch: Watch
     ) -> OpenStream | Failure:
         try:
-            headers, asked = await endpoint.headers(), room.sent_tokens(endpoint, body)
+            headers, most = await endpoint.headers(), endpoint.most_tokens
             reader = await self._transport.stream(
                 endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
@@ -147,10 +145,8 @@ class Sender:
             )
             if isinstance(result, Failure):
                 result = await self._softened(endpoint, result, headers, charge.log)
-                return room.learn(endpoint, result, body, asked)
-            if asked is not None and asked > endpoint.longest:
-                endpoint.longest = asked
-            self._warden.accepted(endpoint, charge.log, headers)
+                return room.learn(endpoint, result, body, room.sent_tokens(body, most))
+            self._accepted(endpoint, body, headers, charge.log)
         except (aiohttp.ClientError, TimeoutError) as error:
             return failures.of_exception(error, endpoint.label)
         return result
@@ -172,6 +168,23 @@ class Sender:
             # Others take the schema: it is this endpoint that lacks something.
             return replace(failure, treatment=replace(failure.treatment, step=Step.EJECT))
         return failure
+
+    def _accepted(
+        self,
+        endpoint: Endpoint,
+        body: Mapping[str, Any],
+        sent: Mapping[str, str],
+        item: CallLog | None,
+    ) -> None:
+        """Note what an endpoint has accepted."""
+        asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        if asked is not endpoint.longest_asked:  # nearly all requests of a run ask the same
+            endpoint.longest_asked = asked
+            most = room.sent_tokens(body, endpoint.most_tokens)
+            endpoint.longest = max(endpoint.longest, most or 0)
+        endpoint.accept(item, sent, time.monotonic())
+        if endpoint.doubts:
+            self._warden.clear(endpoint, item)
 
     def _failed(
         self, endpoint: Endpoint, failure: Failure, body: Mapping[str, Any], charge: Charge

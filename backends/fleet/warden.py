@@ -101,10 +101,9 @@ class Warden:
             _LOG.info("endpoint %s is back", endpoint.label)
             self.refresh(endpoint)
 
-    def accepted(self, endpoint: Endpoint, item: CallLog | None, sent: Mapping[str, str]) -> None:
-        """Note that an endpoint has accepted a request, with the headers that were sent."""
-        endpoint.accept(item, sent, time.monotonic())
-        if endpoint.doubts and id(item) not in endpoint.doubts:
+    def clear(self, endpoint: Endpoint, item: CallLog | None) -> None:
+        """Trust an endpoint again that has accepted another item than those that it refused."""
+        if id(item) not in endpoint.doubts:
             endpoint.doubts.clear()
             self.refresh(endpoint)
             self._announce()

@@ -63,7 +63,7 @@ def htex_local(workers: int, folder: Path) -> Any:
         loopback_address="127.0.0.1",
         cores_per_worker=1e-6,
         max_workers_per_node=workers,
-        encrypted=False,
+        encrypted=True,  # loopback is open to every user of the machine
         heartbeat_period=_HEARTBEAT_S,
         heartbeat_threshold=_SILENCE_S,
         interchange_launch_cmd=[sys.executable, "-m", f"{__package__}.leash", _INTERCHANGE],

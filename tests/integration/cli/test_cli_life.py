@@ -95,6 +95,7 @@ def test_urls_of_a_simulated_fleet_are_found_out(
         "check", "c.yaml", "--endpoints", ",".join(fleet.urls), "--set", "endpoints.api_key=k"
     )
     assert check.code == 0, check.err
+    assert "connects to: 127.0.0.1 (endpoint)" in check.out
     assert check.out.count(": SIMULATED serves simulated-8b") == 2
     assert "Say one" in check.out
     assert "requests: 3 to 6" in check.out

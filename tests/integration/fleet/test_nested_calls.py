@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,6 +30,7 @@ from fanfold.backends.fleet import (
     PacePolicy,
 )
 from fanfold.backends.fleet.charge import most_tokens
+from fanfold.backends.fleet.reuse import Reuse
 
 from .conftest import chunk, completion, event, serving, text_of, until
 
@@ -361,6 +362,55 @@ async def test_a_call_that_waits_behind_streams_without_budget_is_refused_or_ser
 
         done, refused = ends(await as_items(2, item, budget))
     assert (done, refused) == (1, 1)
+
+
+class Kept:
+    """Answers are shared while they are asked for, and kept nowhere."""
+
+    contested = False
+
+    def find(self, key: bytes) -> int | None:
+        del key
+        return None
+
+    def read(self, key: bytes, place: int) -> bytes | None:
+        del key, place
+        return None
+
+    def put(self, key: bytes, answer: bytes) -> None: ...
+
+    def forget(self, key: bytes, place: int) -> None: ...
+
+    def claim(self, wishes: Sequence[tuple[bytes, bool]]) -> list[bool]:
+        return [True] * len(wishes)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+async def test_a_nested_call_does_not_wait_for_an_equal_one_that_waits_for_its_slot(
+    server: Server, streams: int
+) -> None:
+    params = ModelParams("m", temperature=0.0, max_tokens=16)
+    async with serving(server.answer) as url:
+        reuse = Reuse(Kept(), simulated=False)
+        policy = FleetPolicy(streams=streams)
+        async with Fleet([EndpointSpec(url)], policy, reuse=reuse) as fleet:
+            chat, begun = ChatFleet.of(fleet, params), asyncio.Event()
+
+            async def item(number: int) -> str:
+                if number >= streams:
+                    await begun.wait()
+                    return (await chat.ainvoke("the same")).text
+                text = ""
+                async for part in chat.astream(f"outer {number}"):
+                    text += part.text
+                    if part.text == "a":
+                        begun.set()
+                        await until(lambda: fleet.health().waiting > 0)
+                        text += (await chat.ainvoke("the same")).text
+                return text
+
+            got = await as_items(streams + 1, item)
+    assert got == [*["aansweredbc"] * streams, "answered"]
 
 
 async def test_quiet_streams_are_no_sign_of_a_jam_while_they_are_read(server: Server) -> None:

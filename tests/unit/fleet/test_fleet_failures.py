@@ -320,7 +320,7 @@ def asking(text: str, most: int = 5000) -> dict[str, Any]:
 
 
 def learn(one: Endpoint, failure: Failure, body: Any) -> Failure:
-    return room.learn(one, failure, body, room.sent_tokens(one, body))
+    return room.learn(one, failure, body, room.sent_tokens(body, one.most_tokens))
 
 
 def too_long(message: str) -> Failure:

@@ -1,0 +1,93 @@
+"""The hosts that a run connects to, as ``fanfold check`` lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold.configs.load import load
+from fanfold.graphs.checking import receiving_hosts
+
+GLOBUS = {"kind": "globus_compute", "endpoints": ["11111111-2222-4333-8444-555555555555"]}
+URLS = {"urls": ["http://n1:8000/v1", "http://n1:8001/v1", "https://n2.example/v1"]}
+
+
+def hosts(environment: dict[str, str] | None = None, **sections: Any) -> list[str]:
+    settings = {"task": {"prompt": "x"}, "model": {"name": "llm"}, "endpoints": URLS}
+    found = receiving_hosts(load(settings | sections).config, environment or {})
+    assert all(what for _, what in found)
+    return [host for host, _ in found]
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "expected"),
+    [
+        (URLS, ["n1", "n2.example"]),
+        ({"simulated": {"nodes": 1}}, ["127.0.0.1"]),
+        ({"hosts": ["a[1-2]"]}, ["a1", "a2"]),
+        ({"aegis_registry": "http://head:8471"}, ["head", "(not known yet)"]),
+        (
+            {"first": {"base_url": "https://gate.example/x", "paths": ["a/b"], "token": "t"}},
+            ["gate.example"],
+        ),
+        ({"auto": True}, ["(not known yet)"]),
+        ({"urls": ["http://[::1]:8000"]}, ["::1"]),
+    ],
+)
+def test_endpoints(endpoints: dict[str, Any], expected: list[str]) -> None:
+    assert hosts(endpoints=endpoints) == expected
+
+
+def test_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "endpoints.txt"
+    endpoints = {"file": str(file), "api_key": "k", "least": 2}
+    assert hosts(endpoints=endpoints) == ["(not known yet)"]
+    file.write_text("n7:8000\nn8:8000\n")
+    file.chmod(0o666)
+    assert hosts(endpoints=endpoints) == ["n7", "n8"]
+    assert not caplog.records  # the list itself says nothing of keys
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [
+        (GLOBUS, ["compute.api.globus.org", "auth.globus.org"]),
+        ({"kind": "academy", "exchange": {"kind": "redis", "host": "r"}}, ["r"]),
+        ({"kind": "academy", "exchange": {"kind": "http", "url": "https://u:p@ex/x"}}, ["ex"]),
+        ({"kind": "academy"}, ["127.0.0.1"]),
+        ({"kind": "launched", "host": "login1"}, ["login1"]),
+        ({"kind": "local", "processes": 2}, []),
+    ],
+)
+def test_backends(backend: dict[str, Any], expected: list[str]) -> None:
+    assert hosts(backend=backend) == ["n1", "n2.example", *expected]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"LANGSMITH_TRACING": "true"}, ["api.smith.langchain.com"]),
+        (
+            {"LANGCHAIN_TRACING_V2": "true", "LANGSMITH_ENDPOINT": "https://ls.example"},
+            ["ls.example"],
+        ),
+        ({"LANGSMITH_TRACING": "false"}, []),
+    ],
+)
+def test_tracing(environment: dict[str, str], expected: list[str]) -> None:
+    assert hosts(environment) == ["n1", "n2.example", *expected]
+
+
+def test_vocabularies() -> None:
+    assert "openaipublic.blob.core.windows.net" in hosts(model={"name": "gpt-4o"})
+
+
+def test_secrets_of_urls_are_not_shown() -> None:
+    settings = {
+        "task": {"prompt": "x"},
+        "endpoints": {"aegis_registry": "http://u:s3cr3t@head:1"},
+        "backend": {"kind": "academy", "exchange": {"kind": "http", "url": "http://u:s3cr3t@h"}},
+    }
+    assert "s3cr3t" not in str(receiving_hosts(load(settings).config, {}))
