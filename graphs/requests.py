@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import orjson
+from pydantic import ValidationError
 
 from ..backends.contract.errors import ConfigurationError, InputError
 from ..backends.contract.types import Json
+from ..configs.budget import BudgetConfig
 from ..configs.described import declared_access, split_settings
 from ..configs.load import Loaded, load, read_text
 from ..configs.models import SAMPLING, RunConfig
@@ -38,6 +40,8 @@ ROOT: Final = "FANFOLD_SERVER_ROOT"
 
 _SECRETS: Final = frozenset({"endpoints.api_key", "endpoints.first.token"})
 """Settings that a section's name does not open, and that hold references to variables."""
+
+_SAMPLED: Final = "model.extra_body"
 
 _MOST_BYTES: Final = 1_000_000
 _EXPANDED: Final = re.compile(r"\$(?=\{[A-Za-z_][A-Za-z0-9_]*\})")
@@ -105,7 +109,7 @@ class RequestPolicy:
         found = os.environ if environment is None else environment
         keys = frozenset(filter(None, (key.strip() for key in found.get(ALLOW, "").split(","))))
         known = _settable()
-        if unknown := sorted(keys - known):
+        if unknown := sorted(key for key in keys - known if not _is_entry(key)):
             msg = f"{ALLOW}: {unknown_keys(unknown, sorted(known))}; see docs/configuration.md"
             raise ConfigurationError(msg)
         root = None
@@ -219,10 +223,10 @@ class RequestPolicy:
                     yield key, self._path(key, value, base)
                 elif access is Access.SAMPLING:
                     inside = dict(_sampling(key, value))
-                    closed |= dict.fromkeys(
-                        k for k in inside if k.rpartition(".")[2] not in SAMPLING
-                    )
-                    yield from inside.items()
+                    names = (n for n in inside if n not in SAMPLING)
+                    fields_ = (f"{_SAMPLED}.{name}" for name in names)
+                    closed |= dict.fromkeys(key for key in fields_ if not self.opens(key))
+                    yield from ((f"{_SAMPLED}.{name}", part) for name, part in inside.items())
                 elif access is Access.CLOSED:
                     closed[key] = None
                 else:
@@ -341,7 +345,7 @@ class RequestPolicy:
                     f"request asks for {told}; the owner can open it with {ALLOW}={key}"
                 )
                 raise ConfigurationError(msg)
-            if access is Access.MODEL and new is not None and new not in _bound_models(owner):
+            if access is Access.MODEL and new not in _bound_models(owner):
                 bound = ", ".join(sorted(_bound_models(owner))) or "none"
                 msg = (
                     f"{key}: a request may choose among the models bound to the graph ({bound}); "
@@ -350,6 +354,10 @@ class RequestPolicy:
                 raise ConfigurationError(msg)
             if key == "input.dataset" and asked.input.path is not None:
                 continue
+            if access is Access.SAMPLING:
+                changed = {k for k in new.keys() | old.keys() if new.get(k) != old.get(k)}
+                alien = (f"{key}.{name}" for name in sorted(changed - SAMPLING))
+                closed += [name for name in alien if not self.opens(name)]
             free = given_task and (
                 key == "name" or key.startswith(("input.", "endpoints.simulated."))
             )
@@ -364,10 +372,13 @@ class RequestPolicy:
         """Return why an answer to a spent budget is refused: it is a request like any other."""
         if not isinstance(answer, Mapping):
             return None  # the budget itself says what an answer is
-        for key, value in answer.items():
-            most = getattr(owner.config.budget, str(key), None)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if most is None or self.opens(f"budget.{key}") or not number or value <= most:
+        try:
+            asked = BudgetConfig.model_validate(dict(answer))
+        except ValidationError:
+            return None
+        for key in asked.model_fields_set:
+            most, more = getattr(owner.config.budget, key), getattr(asked, key)
+            if most is None or self.opens(f"budget.{key}") or (more is not None and more <= most):
                 continue
             return (
                 f"{key}: at most {most:g}, the total bound to the graph; the owner can bind more, "
@@ -467,14 +478,13 @@ def as_literal(value: Any) -> Any:
 
 
 def _sampling(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the entries of ``model.extra_body``, or the one that a key names."""
-    whole = key.count(".") == 1
-    if whole and not isinstance(value, Mapping):
-        raise ConfigurationError(f"{key}: give a mapping")
-    if whole:
-        yield from ((f"{key}.{name}", part) for name, part in value.items())
+    """Yield the fields of a request's body that a key sets: all of them, or one."""
+    if key != _SAMPLED:
+        yield key.removeprefix(f"{_SAMPLED}.").partition(".")[0], value
+    elif isinstance(value, Mapping):
+        yield from value.items()
     else:
-        yield ".".join(key.split(".")[:3]), value
+        raise ConfigurationError(f"{key}: give a mapping")
 
 
 def _bound_models(owner: RunConfig) -> set[str]:
@@ -502,6 +512,14 @@ def _settable() -> set[str]:
     sections = {".".join(part[:n]) for part in parts for n in range(1, len(part))}
     alone = {_key_of(name) for name, about in FORM.items() if "access" in about}
     return keys | sections | alone
+
+
+def _is_entry(key: str) -> bool:
+    """Say whether a key names an entry within a setting: ``model.extra_body.priority``."""
+    try:
+        return bool(list(split_settings(key, None)))
+    except ConfigurationError:
+        return False
 
 
 FORM: Final[dict[str, Mapping[str, Any]]] = {f.name: f.metadata for f in fields(Form) if f.init}

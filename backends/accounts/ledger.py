@@ -25,7 +25,7 @@ from .journal import (
     present_id,
     scan,
 )
-from .lines import Facts, are_fine, check_line, facts_of, life_of, noted, worker_prefix
+from .lines import Facts, add_up, check_line, facts_of, life_of, noted, worker_prefix
 from .totals import Counts, Fresh, Spent
 
 _OPEN, _DONE, _FAILED = 0, 1, 2
@@ -263,13 +263,15 @@ class Ledger:
         if end is not None:
             lines = takewhile(lambda line: line.start < end, lines)
         while some := list(map(noted, islice(lines, _TOGETHER))):
-            if not are_fine([line.facts for line in some], len(self._state)):
+            spent = add_up([line.facts for line in some], len(self._state))
+            if spent is None:
                 for line in scan(source, at.start, at.line, at.crc, live=live):
                     check_line(line, source, len(self._state))
             new = [self._note(at.number, line.start, line.length, line.facts) for line in some]
             last = some[-1]
             at.start, at.line, at.crc = last.start + last.length, last.number + 1, last.crc
-            self._spent_by(at.number).merge(Spent.of(line.facts[2:] for line in some))
+            assert spent is not None, "check_line has refused what does not add up"
+            self._spent_by(at.number).merge(spent)
             self._ends[at.number] = at.start
             if fresh is not None:
                 fresh.count([line.facts for line in compress(some, new)])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from fanfold.backends.contract.errors import ConfigurationError, InputError
 from fanfold.configs.described import declared_access, setting, split_settings
@@ -19,6 +19,7 @@ from fanfold.configs.reduce import Collect, Count, Histogram, Stats, TopK
 from fanfold.configs.section import Access
 from fanfold.graphs.binding import Bound
 from fanfold.graphs.context import RunContext
+from fanfold.graphs.form import request_form
 from fanfold.graphs.requests import ALLOW, ROOT, Request, RequestPolicy
 
 OWN: dict[str, Any] = {
@@ -155,6 +156,14 @@ def test_a_closed_setting_is_refused_by_name_whatever_way_it_comes(key: str, way
         ({"overrides": ["budget=null"]}, "budget"),
         ({"extra_body": {"api_base": "http://evil"}}, "model.extra_body.api_base"),
         ({"overrides": ["model.extra_body.chat_template=x"]}, "model.extra_body.chat_template"),
+        ({"overrides": ["model.extra_body.evil.top_k=1"]}, "model.extra_body.evil"),
+        ({"extra_body": {"evil.top_k": 1}}, "model.extra_body.evil.top_k"),
+        ({"extra_body": {"evil": {"top_k": 1}}}, "model.extra_body.evil"),
+        ({"overrides": ["model={extra_body: {priority: 9}}"]}, "model.extra_body.priority"),
+        ({"config": {"task.graph": "os:abort"}}, "task.graph"),
+        ({"config": {"task": {"graph.x": "os:abort"}}}, "task.graph.x"),
+        ({"overrides": ["task.graph.x=1"]}, "task.graph.x"),
+        ({"overrides": [" task.graph = os:abort"]}, "task.graph"),
     ],
 )
 def test_other_ways_to_a_closed_setting(context: dict[str, Any], key: str) -> None:
@@ -171,18 +180,21 @@ def test_all_that_is_closed_is_named_at_once() -> None:
 
 def test_the_owner_opens_keys(tmp_path: Path) -> None:
     policy = RequestPolicy.from_environment(
-        {ALLOW: " backend.processes , endpoints,out,limits.streams"}
+        {ALLOW: " backend.processes , endpoints,out,limits.streams,model.extra_body.priority"}
     )
     config = loaded(
         {
             "processes": 3,
             "endpoints": "http://other:1/v1",
             "streams": 77,
+            "extra_body": {"priority": 7},
             "overrides": ["endpoints.wait_s=5"],
         },
         policy,
     ).config
     assert config.backend.processes == 3
+    assert config.model.extra_body == {"priority": 7, "top_k": 5}
+    assert "model.extra_body.user" in refused({"extra_body": {"user": "me"}}, policy)
     assert config.endpoints.urls == ["http://other:1/v1"]
     assert (config.endpoints.wait_s, config.limits.streams) == (5, 77)
     bound = Bound(RunContext(config=OWN), policy)
@@ -259,9 +271,9 @@ def test_a_request_sets_what_is_asked_and_how_it_is_sampled() -> None:
     assert config.budget.usd == 2
 
 
-@pytest.mark.parametrize("name", ["huge", "served-large", ""])
+@pytest.mark.parametrize("name", ["huge", "served-large", "''", "null"])
 def test_a_model_is_one_of_those_bound(name: str) -> None:
-    said = refused({"overrides": [f"model.name={name!r}"]})
+    said = refused({"overrides": [f"model.name={name}"]})
     assert "model.name" in said
 
 
@@ -482,12 +494,50 @@ def test_an_answer_to_a_spent_budget_is_a_request() -> None:
     owner = RunContext(config=OWN).loaded
     policy = RequestPolicy()
     assert policy.check_answer(owner, {"requests": 100, "tokens": 10**6}) is None
-    for answer in ({"requests": 101}, {"usd": 2.01}, {"usd": 1, "requests": 10**9}):
+    answers: list[dict[str, Any]] = [
+        {"requests": 101},
+        {"usd": 2.01},
+        {"usd": 1, "requests": 10**9},
+        {"usd": "1e6"},
+        {"requests": "101"},
+        {"requests": 101.0},
+        {"usd": None},
+    ]
+    for answer in answers:
         said = policy.check_answer(owner, answer)
         assert said is not None
         assert ALLOW in said
     assert RequestPolicy(frozenset({"budget.usd"})).check_answer(owner, {"usd": 50}) is None
     assert RequestPolicy(frozenset({"budget"})).check_answer(owner, {"requests": 500}) is None
+
+
+@pytest.mark.parametrize("own", [RunContext(), RunContext(config=OWN)])
+def test_a_form_that_is_left_alone_asks_for_nothing(own: RunContext) -> None:
+    """Studio sends every field that it shows, each at the default that the schema names."""
+    bound = Bound(own, RequestPolicy())
+    assert bound.policy is not None
+    shown: Any = TypeAdapter(request_form(bound.policy.shows, bound.preset)).json_schema()
+    form = {name: about["default"] for name, about in shown["properties"].items()}
+    assert bound.read(form) is bound.resolve(None)
+    assert bound.read(form | {"config": "", "model": ""}) is bound.resolve(None)
+    asked = bound.read(form | {"streams": 3})
+    assert asked.loaded.config.limits.streams == 3
+    assert asked.loaded.config.task == own.loaded.config.task
+
+
+def test_a_form_hides_what_is_closed() -> None:
+    closed, opened = (
+        request_form(RequestPolicy(allowed).shows, None)
+        for allowed in (frozenset[str](), frozenset({"backend.processes", "task.graph", "out"}))
+    )
+    hidden = {f.name for f in fields(RunContext)} - {f.name for f in fields(closed)}
+    assert hidden >= {"endpoints", "api_key", "backend", "node", "graph", "out", "cache", "trace"}
+    assert {f.name for f in fields(opened)} - {f.name for f in fields(closed)} == {
+        "backend_options",
+        "graph",
+        "out",
+        "processes",
+    }
 
 
 def test_a_context_of_loaded_settings_is_no_request() -> None:
