@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Hashable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +19,8 @@ from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import orjson
 from langchain_core.runnables import RunnableConfig, RunnableLambda
-from langchain_core.runnables.config import ensure_config
+from langchain_core.runnables.config import ensure_config, merge_configs
+from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.errors import EmptyInputError
 from langgraph.graph import StateGraph
 from langgraph.graph.state import CompiledStateGraph
@@ -26,6 +35,7 @@ from ..nodes.load import unknown_keys
 from .aside import LoopAside
 from .context import RunContext
 from .form import request_form
+from .invocation import CURRENT, follow, follow_plainly
 from .requests import RequestPolicy
 
 _BASES: Final = frozenset({"config", "preset"})
@@ -201,6 +211,8 @@ class Bound:
 
         def waited_for(state: S) -> U:
             _ = inside
+            if (invocation := CURRENT.get()) is not None:
+                invocation.entered(get_runtime())
             return self._aside.run(lambda: bound(state))
 
         waited_for.__doc__ = bound.__doc__ = run.__doc__
@@ -282,9 +294,9 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         """Stream the graph's steps; see LangGraph."""
         given = self._checked(input, config), config
         more["context"] = self._context_of(context)
-        if input is not None:
-            return super().stream(*given, **more)
-        return self._streamed(config, more)
+        parts: Iterator[Any]
+        parts = self._streamed(config, more) if input is None else super().stream(*given, **more)
+        return follow_plainly(parts, config, self._thread(config))
 
     def astream(
         self,
@@ -297,9 +309,17 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         """Stream the graph's steps; see LangGraph."""
         given = self._checked(input, config), config
         more["context"] = self._context_of(context)
-        if input is not None:
-            return super().astream(*given, **more)
-        return self._astreamed(config, more)
+        parts: AsyncIterator[Any]
+        parts = self._astreamed(config, more) if input is None else super().astream(*given, **more)
+        return follow(parts, config, self._thread(config))
+
+    def _thread(self, config: RunnableConfig | None) -> tuple[Hashable, str] | None:
+        """Return the thread of the graph's own saver that a call works on, and its name."""
+        if not isinstance(self.checkpointer, BaseCheckpointSaver):
+            return None
+        given = merge_configs(self.config, config).get("configurable", {})
+        name = given.get("thread_id")
+        return None if name is None else ((id(self.checkpointer), str(name)), f"thread {name}")
 
     def _streamed(self, config: RunnableConfig | None, more: dict[str, Any]) -> Iterator[Any]:
         """Go on with what there is, or else run the bound input."""

@@ -24,6 +24,7 @@ from ..nodes.state import RunKey
 from .crew import life_end
 from .finish import write_results
 from .form import Form
+from .invocation import CURRENT, Invocation, claims
 from .item import item_engine
 from .items import item_context
 from .lives import begin_life, end_life
@@ -182,6 +183,15 @@ class RunContext(Form):
         return self
 
     @cached_property
+    def _own(self) -> Invocation:
+        """Return what works on runs outside of an invocation of the graph: a command's session."""
+        return Invocation(lasting=False)
+
+    @property
+    def _invocation(self) -> Invocation:
+        return (CURRENT.get() if self.embedded else None) or self._own
+
+    @cached_property
     def _retried(self) -> dict[Path, int]:
         return {}
 
@@ -285,14 +295,24 @@ class RunContext(Form):
             for kept in (self._by_folder, self._meters, self._ends, self._retried):
                 kept.pop(folder, None)  # of a run that lay there before
         else:
+            await claims().wait_run(RunFolder(folder), self._invocation)
             self._retried.pop(folder, None)  # a further invocation asks once more
             if self.embedded:
                 self._ends.pop(folder, None)  # a life of its own
                 loaded = await asyncio.to_thread(self._loaded_of, folder)
                 await resume_run(RunFolder(folder), loaded)
         if self.embedded:
+            await self._claim(folder)
             await asyncio.to_thread(begin_life, RunFolder(folder))
         return await asyncio.to_thread(self._look_up, folder)
+
+    async def _claim(self, folder: Path) -> None:
+        """Have nobody else work on a run until the present invocation ends.
+
+        Raises:
+            ConfigurationError: Somebody does.
+        """
+        await claims().take_run(RunFolder(folder), self._invocation)
 
     def _existing(self) -> Path | None:
         """Return the folder that ``out`` names if something is in it."""
@@ -347,9 +367,9 @@ class RunContext(Form):
 
     @asynccontextmanager
     async def opened(self, run: RunKey) -> AsyncIterator[RunTools]:
-        """Open a run; users in the same loop share what is open."""
+        """Open a run; the nodes of one invocation share what is open."""
         folder = self._folders.get(run["id"])
-        if folder is None or self._runs.opened((folder, id(self))) is None:
+        if folder is None or self._runs.opened((folder, self._invocation)) is None:
             folder = await asyncio.to_thread(self.find, run)
         async with self._open_at(folder) as tools:
             yield tools
@@ -378,17 +398,25 @@ class RunContext(Form):
             work_shard,
             self._ends[folder],
         )
-        # A cancelled run lets its items end, and whoever cancelled it may go on with it meanwhile.
-        await self._runs.gone(lambda key: key[0] == folder, lambda tools: tools.gate.cancelled)
-        key = folder, id(self)
-        async with self._runs.use(key, lambda: open_run(RunFolder(folder), loaded, mode)) as tools:
+        invocation, place = self._invocation, RunFolder(folder)
+
+        @asynccontextmanager
+        async def make() -> AsyncIterator[RunTools]:
+            with invocation.opening():
+                await claims().take_run(place, invocation)
+                async with open_run(place, loaded, mode) as tools:
+                    with invocation.using(tools):
+                        yield tools
+
+        async with self._runs.use((folder, invocation), make) as tools:
             yield tools
 
     async def shortfall(self, run: RunKey, needed: Mapping[str, int]) -> dict[str, Any] | None:
         """Return what to ask of the user while the budget does not carry ``needed``, or None."""
         folder = await asyncio.to_thread(self.find, run)
+        await self._claim(folder)
         loaded = await asyncio.to_thread(self._loaded_of, folder)
-        tools = self._runs.opened((folder, id(self)))
+        tools = self._runs.opened((folder, self._invocation))
         budget = tools.budget if isinstance(tools, OpenedRun) else None
         place, amount = RunFolder(folder), Amount(**needed)
         asked = await asyncio.to_thread(shortfall, place, loaded.config, amount, budget)

@@ -24,14 +24,9 @@ _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai"
 
 
 def begin_life(folder: RunFolder) -> None:
-    """Note that this process begins to work on a run; blocks.
-
-    Raises:
-        ConfigurationError: Another process is working on it.
-    """
-    with folder.locked():
-        about = settle_identity(folder)
-        folder.write_provenance(about | {"lives": [*about["lives"], life(folder)]})
+    """Note that this process begins to work on a run that it has locked; blocks."""
+    about = settle_identity(folder)
+    folder.write_provenance(about | {"lives": [*about["lives"], life(folder)]})
 
 
 def end_life(folder: RunFolder) -> None:

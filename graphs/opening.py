@@ -76,10 +76,10 @@ class Mode:
 
 @asynccontextmanager
 async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterator[RunTools]:
-    """Open a run for work; the fleet only if items are open.
+    """Open a run for work, which the caller has locked; the fleet only if items are open.
 
     Raises:
-        ConfigurationError: The settings do not fit the run, or another process works on it.
+        ConfigurationError: The settings do not fit the run.
         LedgerError: The journal is damaged.
     """
     config = loaded.config
@@ -211,7 +211,6 @@ def _open_books(folder: RunFolder, loaded: Loaded) -> _Books:
         )
         raise ConfigurationError(msg)
     with ExitStack() as stack:
-        stack.enter_context(folder.locked())
         about = settle_identity(folder)
         end_earlier(folder.journal)  # before the journal is read: they still write to it
         store = stack.enter_context(ItemStore(folder.items))

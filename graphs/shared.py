@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
+
+from ..nodes.gate import create_kept_task
 
 T = TypeVar("T")
 
@@ -23,7 +25,7 @@ class _Held(Generic[T]):
         self.users = 0
         self.released = asyncio.Event()
         self.ready: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self.task = asyncio.create_task(self._hold(manager))
+        self.task = create_kept_task(self._hold(manager), with_its_own=True)
 
     async def _hold(self, manager: AbstractAsyncContextManager[T]) -> T:
         async with manager as value:
@@ -89,26 +91,6 @@ class Shared(Generic[T]):
             held.users -= 1
             if held.users == 0:
                 await held.release()
-
-    async def gone(self, which: Callable[[Any], bool], stale: Callable[[T], bool]) -> None:
-        """Wait until nothing of this loop is being closed, or about to be.
-
-        Args:
-            which: Chooses by the key.
-            stale: Says of what is open whether its users are about to leave it.
-        """
-        loop = asyncio.get_running_loop()
-
-        def leaving(held: _Held[T]) -> bool:
-            return held.ending or (held.ready.done() and stale(held.ready.result()))
-
-        while tasks := {
-            held.task
-            for (of, key), held in self._held.items()
-            if of is loop and which(key) and leaving(held)
-        }:
-            await asyncio.wait(tasks)
-            await asyncio.sleep(0)  # its users forget it
 
     def opened(self, key: Hashable) -> T | None:
         """Return what is open under a key in this loop, or None."""

@@ -40,7 +40,7 @@ from ..backends.contract.types import Item, Json, Outcome, Shard
 from ..backends.contract.values import MOST, writable_text
 from .aggregators import State, combine
 from .context import Ledger, RunTools
-from .gate import Gate
+from .gate import KEPT, Gate, create_kept_task, keep
 from .prepare import failure
 from .state import ItemState
 
@@ -141,8 +141,8 @@ async def work(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -
 async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -> Part:
     """Finish the items of a shard until it ends or the run is stopped.
 
-    Cancelling it stops the run: no further item begins, and those in flight are waited for as in
-    any other stop; cancelling it again cuts them off.
+    Cancelling it, however often, stops the run: no further item begins, and those in flight are
+    waited for as in any other stop. LangGraph cancels more than once.
 
     Returns:
         What was finished, everything in it on disk.
@@ -151,8 +151,8 @@ async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | N
         LedgerError: An item could not be recorded, or the items cannot be read.
     """
     worker = _Worker(shard, tools, drain)
-    watch = asyncio.create_task(worker.watch())
-    working = asyncio.create_task(worker.work())
+    watch = create_kept_task(worker.watch())
+    working = create_kept_task(worker.work())
     try:
         await _ended(working, tools.gate)
     finally:
@@ -163,16 +163,16 @@ async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | N
 
 async def _ended(working: asyncio.Task[None], gate: Gate) -> None:
     """Wait for the work; if cancelled, for the items in flight before that goes on."""
-    try:
-        await asyncio.shield(working)
-    except asyncio.CancelledError:
-        gate.cancel()
+    cancelled: asyncio.CancelledError | None = None
+    while not working.done():
         try:
             await asyncio.wait({working})
-        finally:
-            working.cancel()
-            await asyncio.wait({working})
-        raise
+        except asyncio.CancelledError as error:
+            gate.cancel()
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    working.result()
 
 
 class _Worker:
@@ -218,7 +218,7 @@ class _Worker:
                     continue
                 if not await self._admitted():
                     return
-                task = group.create_task(self._finish(item), context=surroundings.copy())
+                task = keep(group.create_task(self._finish(item), context=surroundings.copy()))
                 self._tasks.add(task)
                 task.add_done_callback(self._left)
 
@@ -283,6 +283,7 @@ def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, 
 def _surroundings() -> Context:
     """Return the context for items' tasks, in which LangGraph finds :func:`item_config`."""
     context = copy_context()
+    context.run(KEPT.set, True)
     config = var_child_runnable_config.get()
     if config is not None:
         context.run(var_child_runnable_config.set, item_config(config))

@@ -130,8 +130,7 @@ class RunFolder:
             raise LedgerError(f"{self._lock}: cannot be opened: {error.strerror}") from error
         try:
             if not self._take(handle, fcntl.LOCK_EX):
-                msg = f"{self.path}: another process is working on this run; wait for it or stop it"
-                raise ConfigurationError(msg)
+                raise ConfigurationError(busy(self.path))
             yield
         finally:
             os.close(handle)
@@ -170,6 +169,14 @@ class RunFolder:
             else:
                 return True
         return False
+
+
+def busy(what: object) -> str:
+    """Return the message that refuses a second session of a run, or of a graph's thread."""
+    return (
+        f"{what}: another process or invocation is working on this run; wait for it or stop it "
+        "(LangGraph Server waits or replaces by multitask_strategy)"
+    )
 
 
 def write_json(path: Path, data: Json) -> None:

@@ -95,7 +95,7 @@ async def test_a_running_run_is_refused_to_others(lab_of: Any) -> None:
         )
         _, said = await asyncio.wait_for(other.communicate(), 60)
         assert (other.returncode, life.done()) == (2, False)
-        assert b"another process is working on this run" in said
+        assert b"another process or invocation is working on this run" in said
         life.cancel()
         with pytest.raises(asyncio.CancelledError):
             await life

@@ -43,7 +43,7 @@ def test_a_lock_ends_with_its_process_even_by_kill(folder: RunFolder) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         assert folder.in_use()
-        with pytest.raises(ConfigurationError, match="another process is working"):
+        with pytest.raises(ConfigurationError, match="another process or invocation is working"):
             folder.locked().__enter__()
         holder.kill()
         holder.wait()

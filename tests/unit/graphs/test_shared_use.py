@@ -195,34 +195,3 @@ async def test_loops_are_apart(maker: Maker, shared: Shared[int | None]) -> None
         await asyncio.to_thread(thread.join)
         assert (maker.closed, other.opened, other.closed) == (0, 1, 1)
     assert not shared._held
-
-
-@pytest.mark.parametrize("stale", [True, False])
-async def test_who_must_not_share_waits_until_it_is_gone(
-    maker: Maker, shared: Shared[int | None], stale: bool
-) -> None:
-    """What is in use counts only if it is about to be left; what is being closed always counts."""
-    go = asyncio.Event()
-
-    async def user() -> None:
-        async with shared.use(("run", 1), maker):
-            await go.wait()
-
-    async def gone(name: str) -> None:
-        await shared.gone(lambda key: key[0] == name, lambda _: stale)
-
-    using = asyncio.create_task(user())
-    await settle()
-    await gone("another")
-    waiting = asyncio.create_task(gone("run"))
-    await settle()
-    assert waiting.done() is not stale
-    maker.closing.clear()
-    go.set()
-    await settle()
-    late = asyncio.create_task(gone("run"))
-    await settle()
-    assert not late.done()
-    maker.closing.set()
-    await asyncio.gather(using, waiting, late)
-    assert maker.closed == 1
