@@ -144,7 +144,7 @@ async def test_two_spellings_have_one_lock(lab_of: Any, tmp_path: Path) -> None:
         (tmp_path / "link").symlink_to("run")
         with open_folder(Path("link")).locked():
             for spelling in ("run", str(tmp_path / "run"), "./link/../run/"):
-                with pytest.raises(ConfigurationError, match="another process or invocation is working on"):
+                with pytest.raises(ConfigurationError, match="is working on this run"):
                     await lab.live(open_folder(Path(spelling)))
         assert (await lab.live(open_folder(Path("run")))).code == 0
 
