@@ -202,7 +202,7 @@ class House:
 
     # ---- files
     def tracked(self) -> list[str]:
-        return [f for f in sh("git", "-C", str(self.root), "ls-files").splitlines() if (self.root / f).is_file() and not (self.root / f).is_symlink()]
+        return [f for f in sh("git", "-C", str(self.root), "ls-files").splitlines() if not f.startswith(".dev/") and (self.root / f).is_file() and not (self.root / f).is_symlink()]
 
     def modules(self) -> list[str]:
         return [f for f in self.tracked() if f.endswith(".py")]
