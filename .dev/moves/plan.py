@@ -63,7 +63,7 @@ import importlib, subprocess, sys
 bad = 0
 for f in subprocess.run(['git','ls-files','-co','--exclude-standard','*.py'],capture_output=True,text=True).stdout.split():
     import os
-    if not os.path.exists(f) or f.startswith(('tests/','examples/')) or f.endswith('__main__.py') or 'watchdog' in f or 'mpi' in f: continue
+    if not os.path.exists(f) or f.startswith(('tests/','examples/','.dev/')) or f.endswith('__main__.py') or 'watchdog' in f or 'mpi' in f: continue
     m = 'fanfold.' + f[:-3].replace('/', '.'); m = m.removesuffix('.__init__')
     try: importlib.import_module(m)
     except Exception as e: print(m, type(e).__name__, e); bad = 1
