@@ -167,7 +167,7 @@ _BY_CLASS: Final[Mapping[int, Treatment]] = {4: _REFUSED_ODDLY, 5: _SERVER}
 """By the first digit of a status that the table above does not have."""
 
 _WRONG_PATH: Final = Treatment(
-    RequestRefusedError, Step.EJECT, advice="check endpoints.first.paths"
+    RequestRefusedError, Step.EJECT, refusal=True, advice="check endpoints.first.paths"
 )
 
 _BY_CODE: Final[Mapping[str, Treatment]] = {
