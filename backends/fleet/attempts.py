@@ -136,11 +136,11 @@ class Attempts:
         Where others are refused too, the endpoint may have a limit that they share.
         """
         mark = self.marks.get(endpoint)
-        if failure.accepts_others and mark is not None:
-            if mark.throttled == endpoint.throttled:
-                if endpoint.accepted - mark.accepted < _OTHERS:
-                    return  # those that are accepted from now on count as well
-                self._alone += 1
+        clean = mark is not None and mark.throttled == endpoint.throttled
+        if clean and mark is not None and failure.accepts_others:
+            if endpoint.accepted - mark.accepted < _OTHERS:
+                return  # those that are accepted from now on count as well
+            self._alone += 1
         self.marks[endpoint] = endpoint.mark(now)
 
     def _wait(self, endpoint: Endpoint, failure: Failure, chance: float) -> float:
