@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, Final
 
 from . import room
-from .endpoint import Endpoint
+from .endpoint import Endpoint, Mark
 from .failures import Failure, Step
 from .policy import RetryPolicy
+
+_OTHERS: Final = 8
+"""So many requests of others must be accepted in between: one of few is refused by chance."""
+_REFUSED_ALONE: Final = 2
+"""So many refusals for now of a call alone, after the first, show that its item is at fault."""
 
 
 class Attempts:
@@ -21,10 +26,12 @@ class Attempts:
         avoid: Endpoints that failed this item, or cannot hold it.
         unfit: Those of them that cannot hold it.
         refusers: Endpoints that refused it for a reason that may lie in the item, and how.
+        marks: Endpoints that refused it for now, and what each had done then.
         trusted: Endpoints that had lately answered another item when they refused this one.
     """
 
     __slots__ = (
+        "_alone",
         "_corrections",
         "_counted",
         "_failures",
@@ -36,6 +43,7 @@ class Attempts:
         "_until",
         "_waits",
         "avoid",
+        "marks",
         "refusers",
         "trusted",
         "unfit",
@@ -48,6 +56,7 @@ class Attempts:
         self._until = now + policy.patience_s
         self._limited = 0
         self._corrections = 0
+        self._alone = 0
         self._waits = 0
         self._refusals = 0
         self._most: dict[Endpoint, int] = {}
@@ -56,6 +65,7 @@ class Attempts:
         self.unfit: set[Endpoint] = set()
         self.refusers: dict[Endpoint, Failure] = {}
         self.trusted: set[Endpoint] = set()
+        self.marks: dict[Endpoint, Mark] = {}
 
     def exclude(self, unfit: Set[Endpoint]) -> None:
         """Ask no more of endpoints that cannot hold the request."""
@@ -85,9 +95,12 @@ class Attempts:
         self._failures += 1
         # An endpoint that answers others refuses the item: another one is asked to confirm it.
         confirming = failure.is_clear and failure.accepts_others
-        self._counted += not (treatment.free or stale or confirming)
+        alone = treatment.step is Step.WAIT and failure.accepts_others
+        self._counted += not (treatment.free or stale or confirming or alone)
         self._refusals += confirming
         self._limited += treatment.tries is not None
+        if treatment.step is Step.WAIT:
+            self._count_alone(endpoint, failure, now)
         if failure.most_tokens is not None:
             self._corrections += 1
             self._most[endpoint] = failure.most_tokens
@@ -97,13 +110,14 @@ class Attempts:
             or self._counted >= self._policy.attempts
             or (treatment.tries is not None and self._limited >= treatment.tries)
             or (treatment.poison and self._is_poison(endpoint, failure))
+            or self.refused_alone
             or now >= self._until
         ):
             raise failure.error
         if stale:
             return 0.0
         if treatment.step is Step.WAIT:
-            return self._wait(endpoint, chance)
+            return self._wait(endpoint, failure, chance)
         if treatment.step is Step.SAME:
             # What is free is another request than the one that was refused.
             return 0.0 if treatment.free else self._policy.pause(self._failures, chance)
@@ -111,12 +125,33 @@ class Attempts:
         self.avoid.add(endpoint)
         return self._policy.pause(self._failures, chance) if repeated else 0.0
 
-    def _wait(self, endpoint: Endpoint, chance: float) -> float:
+    @property
+    def refused_alone(self) -> bool:
+        """Whether endpoints refuse it for now again and again, and answer others in between."""
+        return self._alone >= _REFUSED_ALONE
+
+    def _count_alone(self, endpoint: Endpoint, failure: Failure, now: float) -> None:
+        """Count a refusal for now that no other item has met since the last one.
+
+        Where others are refused too, the endpoint may have a limit that they share.
+        """
+        mark = self.marks.get(endpoint)
+        clean = mark is not None and mark.throttled == endpoint.throttled
+        if clean and mark is not None and failure.accepts_others:
+            if endpoint.accepted - mark.accepted < _OTHERS:
+                return  # those that are accepted from now on count as well
+            self._alone += 1
+        self.marks[endpoint] = endpoint.mark(now)
+
+    def _wait(self, endpoint: Endpoint, failure: Failure, chance: float) -> float:
         """Return the pause after a refusal for now.
 
         An endpoint that refuses is paused for all callers. One that goes on with the requests of
         others, and refuses this one again and again, is asked less and less often.
         """
+        if failure.accepts_others:
+            seconds = failure.error.retry_after or self._policy.backoff_s
+            return self._policy.spread(min(seconds, self._policy.backoff_max_s), chance)
         if endpoint.resting or not endpoint.alive:
             return 0.0
         self._waits += 1

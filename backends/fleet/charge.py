@@ -12,7 +12,7 @@ import orjson
 from ..contract.calls import CallLog, Hold, Share
 from ..contract.errors import ConfigurationError
 from ..contract.types import Usage
-from .endpoint import Endpoint
+from .endpoint import Endpoint, Mark
 from .failures import Failure
 
 _TEMPLATE: Final = 64
@@ -48,6 +48,8 @@ class Charge:
         attempt: What the item's record tells of the request; None as for ``share``, or where the
             record has enough of them.
         began: Monotonic time in seconds when it was sent.
+        marks: Endpoints that have refused the call for now before, and what each had done then;
+            None for its first request.
     """
 
     log: CallLog | None
@@ -57,6 +59,7 @@ class Charge:
     share: Share | None = None
     attempt: dict[str, Any] | None = None
     began: float = 0.0
+    marks: Mapping[Endpoint, Mark] | None = None
 
     @classmethod
     async def open(cls, log: CallLog | None, body: Mapping[str, Any]) -> Charge:
@@ -79,9 +82,9 @@ class Charge:
     def again(self) -> Charge | None:
         """Reserve the same for a second request, if there is room at once."""
         if self.log is None or self.log.account is None:
-            return Charge(self.log, self.body)
+            return Charge(self.log, self.body, marks=self.marks)
         hold = self.log.account.hold_now(most_tokens(self.body))
-        return None if hold is None else Charge(self.log, self.body, hold)
+        return None if hold is None else Charge(self.log, self.body, hold, marks=self.marks)
 
     def sent(self, endpoint: Endpoint) -> None:
         """Count the request: it is on its way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 from urllib.parse import urlsplit
 
@@ -20,6 +21,22 @@ _LATELY_S: Final = 60.0
 """An endpoint that answered so many seconds ago is taken to be in order."""
 _CORRECTIONS: Final = 64
 """Longest answers that are remembered until they are confirmed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What an endpoint had done when it refused an item for now.
+
+    Attributes:
+        when: Monotonic time in seconds.
+        accepted: Requests that it had accepted.
+        throttled: Times that it had asked for a pause.
+    """
+
+    when: float
+    accepted: int
+    throttled: int
+
 
 _Accepted: TypeAlias = tuple[CallLog | None, Mapping[str, str], float]
 """An item, the headers of a request that was accepted, and when."""
@@ -55,6 +72,8 @@ class Endpoint:
         stats: What it did.
         streaming: Streams in flight that have begun.
         doubts: Items that it has refused since it last accepted another one.
+        accepted: Requests that it has accepted.
+        throttled: Times that it asked for a pause, other than for one item alone.
     """
 
     __slots__ = (
@@ -63,6 +82,7 @@ class Endpoint:
         "_corrections",
         "_headers",
         "_key",
+        "accepted",
         "breaker",
         "bucket",
         "chat_url",
@@ -83,6 +103,7 @@ class Endpoint:
         "spec",
         "stats",
         "streaming",
+        "throttled",
         "tokens",
         "url",
     )
@@ -117,6 +138,8 @@ class Endpoint:
         self._accepted_before: _Accepted = (None, {}, float("-inf"))
         self.streaming = 0
         self.doubts: set[int] = set()
+        self.accepted = 0
+        self.throttled = 0
         self.stats = Stats()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
@@ -168,6 +191,7 @@ class Endpoint:
         if item is None or item is not self._accepted[0]:
             self._accepted_before = self._accepted
         self._accepted = item, sent, now
+        self.accepted += 1
 
     def accepts_others(self, item: CallLog | None, sent: Mapping[str, str], now: float) -> bool:
         """Say whether it has lately accepted a request of another item with the same key."""
@@ -179,6 +203,18 @@ class Endpoint:
     def proves(self, item: CallLog | None, now: float) -> bool:
         """Say whether it has lately accepted a request of another item with the present key."""
         return self.accepts_others(item, self._headers, now)
+
+    def mark(self, now: float) -> Mark:
+        """Return what to compare an item's next refusal with."""
+        return Mark(now, self.accepted, self.throttled)
+
+    def refuses_alone(self, item: CallLog | None, mark: Mark) -> bool:
+        """Say whether since ``mark`` it has accepted others, and more than it has refused."""
+        who, _, when = self._accepted
+        if item is not None and who is item:
+            _, _, when = self._accepted_before
+        accepted = self.accepted - mark.accepted
+        return when > mark.when and accepted > self.throttled - mark.throttled
 
     def observe(self, seconds: float) -> None:
         """Blend one answer's time into the smoothed latency."""

@@ -95,7 +95,8 @@ class Failure:
         error: What to raise if it was the last.
         treatment: What follows.
         most_tokens: The longest answer that the same request can ask for, if that was at fault.
-        accepts_others: Whether the endpoint has lately answered another item with the same key.
+        accepts_others: Whether the endpoint has lately answered another item with the same key; of
+            a refusal for now: since it refused this item before.
     """
 
     error: EndpointError
@@ -107,6 +108,15 @@ class Failure:
     def is_refusal(self) -> bool:
         """Whether the request was refused, for a reason that may lie in the item."""
         return self.treatment.refusal and self.treatment.step is not Step.SAME
+
+    @property
+    def names_pause(self) -> bool:
+        """Whether the endpoint is to rest for a known time, rather than to get less at once."""
+        treatment = self.treatment
+        if treatment.step is not Step.WAIT:
+            return False
+        known = self.error.retry_after is not None or treatment.rest_s is not None
+        return known or treatment.long
 
     @property
     def is_clear(self) -> bool:

@@ -87,7 +87,9 @@ class Repeater:
             endpoint = await self._admitted(charge, tokens, avoid, prefer, unfit)
             if self._affinity is not None:
                 self._affinity.met(key, endpoint)
-            asked = body if attempts is None else attempts.fitted(endpoint, body)
+            asked = body
+            if attempts is not None:
+                asked, charge.marks = attempts.fitted(endpoint, body), attempts.marks
             result, endpoint = await send(endpoint, asked, charge)
             if isinstance(result, Failure):
                 attempts = attempts or Attempts(self._policy, time.monotonic())
@@ -147,6 +149,8 @@ class Repeater:
         except EndpointError:
             if failure.is_refusal and self._is_at_fault(attempts):
                 raise self._warden.count_refused(failure, len(attempts.refusers)) from None
+            if attempts.refused_alone:
+                raise self._warden.count_refused(failure, len(attempts.marks)) from None
             raise
         attempts.exclude(short)
         if not failure.treatment.free:

@@ -83,7 +83,7 @@ class Sender:
             )
             result = self._guarded(judge.read(answer, endpoint.label), endpoint)
             if isinstance(result, Failure):
-                result = await self._softened(endpoint, result, headers, charge.log)
+                result = await self._softened(endpoint, result, headers, charge)
                 return room.learn(endpoint, result, body, room.sent_tokens(body, most))
             self._accepted(endpoint, body, headers, charge.log)
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -144,7 +144,7 @@ class Sender:
                 reader, endpoint.label, self._transport.silence_s, watch
             )
             if isinstance(result, Failure):
-                result = await self._softened(endpoint, result, headers, charge.log)
+                result = await self._softened(endpoint, result, headers, charge)
                 return room.learn(endpoint, result, body, room.sent_tokens(body, most))
             self._accepted(endpoint, body, headers, charge.log)
         except (aiohttp.ClientError, TimeoutError) as error:
@@ -156,12 +156,16 @@ class Sender:
         endpoint: Endpoint,
         failure: Failure,
         sent: Mapping[str, str],
-        item: CallLog | None,
+        charge: Charge,
     ) -> Failure:
         """Let a refused call be repeated where it can be cured: with a new key, or elsewhere."""
         if failure.treatment.refusal:
-            others = endpoint.accepts_others(item, sent, time.monotonic())
+            others = endpoint.accepts_others(charge.log, sent, time.monotonic())
             failure = replace(failure, accepts_others=others)
+        mark = charge.marks.get(endpoint) if charge.marks else None
+        if mark is not None and failure.names_pause:
+            alone = endpoint.refuses_alone(charge.log, mark)
+            failure = replace(failure, accepts_others=alone)
         if failure.treatment.step is Step.REKEY and await endpoint.rekeyed(sent):
             return replace(failure, treatment=replace(failure.treatment, step=Step.SAME))
         if failure.treatment.schema and self._warden.answers and not endpoint.has_answered:

@@ -193,6 +193,11 @@ class Warden:
             self.refresh(endpoint)
             return
         treatment, error = failure.treatment, failure.error
+        if treatment.step is Step.WAIT and failure.accepts_others:
+            # It refuses this item and answers others: the item waits, the endpoint works on.
+            self.refusals += 1
+            self.refresh(endpoint)
+            return
         if treatment.step is Step.STOP:
             self.stop(error.message)
         if treatment.step in {Step.EJECT, Step.REKEY}:
@@ -204,7 +209,7 @@ class Warden:
         if treatment.trip is not Trip.NO and endpoint.breaker.fail(treatment.trip is Trip.OPEN):
             self._open(endpoint, error)
         if treatment.step is Step.WAIT:
-            self._refuse(endpoint, failure)
+            self._refuse(endpoint, failure, item)
         self.refresh(endpoint)
 
     def _count_hopeless(self, endpoint: Endpoint, failure: Failure) -> None:
@@ -216,13 +221,16 @@ class Warden:
         elif self.answers and not endpoint.has_answered and endpoint.stats.calls >= most:
             self._eject(endpoint, failure.error)
 
-    def _refuse(self, endpoint: Endpoint, failure: Failure) -> None:
+    def _refuse(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> None:
         """Let an endpoint rest as long as it asked; all of its host, where the quota is shared."""
         self.refusals += 1
+        endpoint.throttled += 1
         retry, treatment = self._policy.retry, failure.treatment
         seconds = failure.error.retry_after or treatment.rest_s
         if seconds is None and treatment.long:
-            seconds = retry.long_pause_s
+            # One that answers other items is asked again soon: the item may be at fault.
+            first = endpoint.refusals == 0 and endpoint.proves(item, time.monotonic())
+            seconds = retry.refusal_pause_s if first else retry.long_pause_s
         endpoint.lane.refused(endpoint.outstanding)
         if seconds is None and endpoint.outstanding > 1:
             # It works at the others that it has: the narrower lane is answer enough.

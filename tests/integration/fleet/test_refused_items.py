@@ -21,6 +21,7 @@ from fanfold.backends.contract.errors import (
     RunStoppedError,
 )
 from fanfold.backends.fleet import (
+    BreakerPolicy,
     ChatFleet,
     EndpointSpec,
     Fleet,
@@ -169,6 +170,31 @@ def refused(ends: dict[str, str | BaseException]) -> list[str]:
 
 def states(fleet: Fleet) -> set[str]:
     return {report.state for report in fleet.report()}
+
+
+def throttle(seconds: str, **fields: Any) -> Callable[[], web.Response]:
+    def answer() -> web.Response:
+        response = error(429, "Request too large on tokens per min", **fields)
+        response.headers["Retry-After"] = seconds
+        return response
+
+    return answer
+
+
+def overloaded() -> web.Response:
+    response = error(503, "overloaded")
+    response.headers["Retry-After"] = "0.3"
+    return response
+
+
+REFUSALS_FOR_NOW: dict[str, Callable[[], web.Response]] = {
+    "429": throttle("0.3", code="rate_limit_exceeded", type="tokens"),
+    "503": overloaded,
+    "quota": lambda: error(429, "quota", code="quota_exceeded"),
+    "cold": lambda: error(503, "not ready to receive tasks"),
+    "offline": lambda: error(503, "x is offline"),
+    "maintenance": lambda: error(503, "later", code="cluster_under_maintenance"),
+}
 
 
 ITEMS = [*(f"ok {n}" for n in range(12)), "bad 0", *(f"ok {n}" for n in range(12, 24)), "bad 1"]
@@ -348,3 +374,59 @@ async def test_more_than_five_per_cent_stop_the_run_and_the_next_one_goes_on() -
                 break
     assert len(ends) == 300
     assert len(refused(ends)) == 30
+
+
+async def steady(fleet: Fleet, bad: list[str], seconds: float = 20) -> dict[str, Any]:
+    """Ask for other items as long as some are refused; return how the refused ones ended."""
+    ends: dict[str, Any] = {}
+    answered = 0
+    await run(fleet, [f"before {n}" for n in range(16)])
+    tasks = [asyncio.create_task(run(fleet, [item])) for item in bad]
+    async with asyncio.timeout(seconds):
+        while not all(task.done() for task in tasks):
+            more = await run(fleet, [f"ok {answered + n}" for n in range(8)])
+            assert refused(more) == []
+            answered += len(more)
+    for task in tasks:
+        ends |= await task
+    return ends
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("refusal", list(REFUSALS_FOR_NOW))
+async def test_an_item_that_alone_is_refused_for_now_fails(refusal: str, count: int) -> None:
+    servers = [Server(REFUSALS_FOR_NOW[refusal]) for _ in range(count)]
+    policy = replace(POLICY, breaker=BreakerPolicy(open_s=0.05))
+    async with fleet_over(*servers, policy=policy) as fleet:
+        ends = await steady(fleet, ["bad 0"])
+        assert refused(ends) == ["bad 0"]
+        assert "answered others" in str(ends["bad 0"])
+        assert sum(report.opened for report in fleet.report()) <= count
+    assert sum(server.asked["bad 0"] for server in servers) <= 12
+
+
+async def test_several_items_that_are_refused_for_now() -> None:
+    servers = [Server(REFUSALS_FOR_NOW["429"]) for _ in range(2)]
+    bad = [f"bad {n}" for n in range(3)]
+    async with fleet_over(*servers) as fleet:
+        assert refused(await steady(fleet, bad)) == bad
+
+
+@pytest.mark.parametrize("seconds", ["0.02", "0.2"])
+async def test_a_limit_that_all_items_share_fails_none(seconds: str) -> None:
+    """The server answers so many in each window, and refuses whatever else comes."""
+    limit, window = 30, 0.25
+    state = {"until": 0.0, "left": 0}
+
+    def refuse(_: str) -> bool:
+        now = asyncio.get_running_loop().time()
+        if now >= state["until"]:
+            state["until"], state["left"] = now + window, limit
+        state["left"] -= 1
+        return state["left"] < 0
+
+    server = Server(throttle(seconds), refuse)
+    async with fleet_over(server) as fleet:
+        ends = await run(fleet, [f"ok {n}" for n in range(300)], places=64)
+        assert refused(ends) == []
+        assert fleet.health().refusals > 0
