@@ -168,7 +168,7 @@ def _inline(data: dict[str, Any], source: str, base: Path) -> None:
     _change_paths(data, lambda path: _absolute(path, base))
     task = data.get("task")
     if isinstance(task, dict) and isinstance(task.get("schema"), str):
-        task["schema"] = _read_schema(Path(_absolute(task["schema"], base)), source)
+        task["schema"] = read_schema(Path(_absolute(task["schema"], base)), source)
 
 
 def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
@@ -217,7 +217,12 @@ def _absolute(path: str, base: Path) -> str:
     return str(base / Path(path).expanduser())
 
 
-def _read_schema(path: Path, source: str) -> dict[str, Any]:
+def read_schema(path: Path, source: str) -> dict[str, Any]:
+    """Read a file with a JSON Schema; its texts are as they stand there.
+
+    Raises:
+        ConfigurationError: It cannot be read, or holds no schema; names ``source`` and the file.
+    """
     try:
         schema = orjson.loads(path.read_bytes())
     except OSError as error:

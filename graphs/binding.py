@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -14,6 +15,7 @@ from collections.abc import (
 )
 from contextlib import aclosing
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar, cast
 
@@ -41,6 +43,11 @@ from .requests import RequestPolicy
 _BASES: Final = frozenset({"config", "preset"})
 _MARKS: Final = _BASES | {"overrides", "out"}
 _KEPT: Final = 256
+_SAVER: Final = "__pregel_checkpointer"
+_NOTHING: Final = (
+    "there is nothing to resume: no interrupt of this thread waits for an answer; start a run with "
+    "an input, or name the thread of the run that asked"
+)
 _READ: Final = "__pregel_read"
 """Where LangGraph hands a node the reader of its graph's state."""
 
@@ -59,6 +66,11 @@ _SERVERS: Final = frozenset(
 )
 """Keys that LangGraph's server moves from ``configurable`` to the context, beside its private
 ones."""
+
+_PRIVATE: Final = re.compile(
+    r"__pregel_\w+|__\w+__"
+    r"|langgraph_(auth_(user|user_id|permissions)|request_id|version|api_version|api_url|plan|host)"
+)
 
 S = TypeVar("S")
 U = TypeVar("U")
@@ -134,9 +146,7 @@ class Bound:
         """
         names = _names()
         fields_ = {
-            key: value
-            for key, value in given.items()
-            if key in names or not (key in _SERVERS or key.startswith(("__", "langgraph_")))
+            key: value for key, value in given.items() if key in names or not _is_servers(key)
         }
         if unknown := sorted(fields_.keys() - names):
             known = sorted(names if self.policy is None else filter(self.policy.shows, names))
@@ -293,9 +303,14 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
     ) -> Iterator[Any]:
         """Stream the graph's steps; see LangGraph."""
         given = self._checked(input, config), config
-        more["context"] = self._context_of(context)
+        more["context"] = self._context_of(context, config)
         parts: Iterator[Any]
-        parts = self._streamed(config, more) if input is None else super().stream(*given, **more)
+        if input is None:
+            parts = self._streamed(config, more)
+        elif isinstance(input, Command) and input.resume is not None:
+            parts = self._resumed(input, config, more)
+        else:
+            parts = super().stream(*given, **more)
         return follow_plainly(parts, config, self._thread(config))
 
     def astream(
@@ -308,9 +323,14 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
     ) -> AsyncIterator[Any]:
         """Stream the graph's steps; see LangGraph."""
         given = self._checked(input, config), config
-        more["context"] = self._context_of(context)
+        more["context"] = self._context_of(context, config)
         parts: AsyncIterator[Any]
-        parts = self._astreamed(config, more) if input is None else super().astream(*given, **more)
+        if input is None:
+            parts = self._astreamed(config, more)
+        elif isinstance(input, Command) and input.resume is not None:
+            parts = self._aresumed(input, config, more)
+        else:
+            parts = super().astream(*given, **more)
         return follow(parts, config, self._thread(config))
 
     def _thread(self, config: RunnableConfig | None) -> tuple[Hashable, str] | None:
@@ -340,6 +360,28 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
                 async for part in parts:
                     yield part
 
+    def _resumed(
+        self, command: Any, config: RunnableConfig | None, more: dict[str, Any]
+    ) -> Iterator[Any]:
+        """Answer an interrupt, if there is one."""
+        if self._saves(config) and not self.get_state(ensure_config(config)).next:
+            raise InputError(_NOTHING)
+        yield from super().stream(command, config, **more)
+
+    async def _aresumed(
+        self, command: Any, config: RunnableConfig | None, more: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        if self._saves(config) and not (await self.aget_state(ensure_config(config))).next:
+            raise InputError(_NOTHING)
+        async with aclosing(cast(Any, super().astream(command, config, **more))) as parts:
+            async for part in parts:
+                yield part
+
+    def _saves(self, config: RunnableConfig | None) -> bool:
+        """Say whether a call has a saver; LangGraph itself refuses an answer without one."""
+        given = ensure_config(merge_configs(self.config, config)).get("configurable", {})
+        return isinstance(given.get(_SAVER, self.checkpointer), BaseCheckpointSaver)
+
     def _checked(self, given: Any, config: RunnableConfig | None) -> Any:
         """Return an input that may be run.
 
@@ -348,6 +390,12 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
             ConfigurationError: A request commands more than an answer to an interrupt.
         """
         if isinstance(given, Command):
+            if given.resume is None and not (given.update or given.goto or given.graph):
+                raise InputError("an empty Command: give the answer to an interrupt as resume=…")
+            if isinstance(given.resume, Mapping) and (
+                odd := [key for key in given.resume if not isinstance(key, str)]
+            ):
+                raise InputError(f"resume: the key {odd[0]!r} is no text; name a total, as 'usd'")
             if self._bound.policy is not None and (given.update or given.goto or given.graph):
                 msg = (
                     "a Command with update, goto or graph: a request may only answer an interrupt "
@@ -373,8 +421,24 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
 
         return tuple(key for key in given if isinstance(key, str) and has(key))
 
-    def _context_of(self, given: Any) -> Any:
-        return self._bound.read(given) if isinstance(given, Mapping) else given
+    def _context_of(self, given: Any, config: RunnableConfig | None) -> Any:
+        """Return the context of a call.
+
+        Raises:
+            ConfigurationError: It is of another type, or settings are in ``configurable``.
+        """
+        configurable = merge_configs(self.config, config).get("configurable", {})
+        if _READ not in configurable:
+            _check_configurable(configurable, given)
+        if given is None or isinstance(given, RunContext):
+            return given
+        if not isinstance(given, Mapping):
+            msg = (
+                "context: give a mapping of settings, or a RunContext "
+                f"(found {type(given).__name__})"
+            )
+            raise ConfigurationError(msg)
+        return self._bound.read(given)
 
     def bulk_update_state(self, *args: Any, **more: Any) -> RunnableConfig:
         """Write the state; see LangGraph.
@@ -417,6 +481,29 @@ class _Shown(dict[str, Any]):
 
     def __contains__(self, key: object) -> bool:
         return True
+
+
+def _is_servers(key: object) -> bool:
+    """Say whether LangGraph's server, not a caller, has put a key into a context."""
+    return key in _SERVERS or (isinstance(key, str) and _PRIVATE.fullmatch(key) is not None)
+
+
+def _check_configurable(configurable: Mapping[str, Any], context: object) -> None:
+    """Check that a call has no settings in ``configurable``, where LangGraph does not read them.
+
+    Raises:
+        ConfigurationError: There is a setting, or a misspelt one, that the context does not have.
+    """
+    names = _names()
+    there = context.keys() if isinstance(context, Mapping) else ()
+    for key in configurable:
+        if key in there or _is_servers(key) or not get_close_matches(str(key), names):
+            continue
+        msg = (
+            f"configurable: {key!r} looks like a setting, and settings are read from the context "
+            "only: invoke(input, config, context={…})"
+        )
+        raise ConfigurationError(msg)
 
 
 def check_item(given: object, parents: Sequence[str] = ()) -> None:

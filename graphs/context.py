@@ -36,7 +36,7 @@ from .requests import Request, RequestPolicy
 from .resume import resume_run
 from .settings import settle
 from .shared import Shared
-from .spending import allow, shortfall
+from .spending import allow, lower_allowed, shortfall
 from .walltime import Walltime
 from .worker import work_shard
 
@@ -404,6 +404,7 @@ class RunContext(Form):
         async def make() -> AsyncIterator[RunTools]:
             with invocation.opening():
                 await claims().take_run(place, invocation)
+                await asyncio.to_thread(self._lower_caps, folder)
                 async with open_run(place, loaded, mode) as tools:
                     with invocation.using(tools):
                         yield tools
@@ -415,6 +416,7 @@ class RunContext(Form):
         """Return what to ask of the user while the budget does not carry ``needed``, or None."""
         folder = await asyncio.to_thread(self.find, run)
         await self._claim(folder)
+        await asyncio.to_thread(self._lower_caps, folder)
         loaded = await asyncio.to_thread(self._loaded_of, folder)
         tools = self._runs.opened((folder, self._invocation))
         budget = tools.budget if isinstance(tools, OpenedRun) else None
@@ -424,6 +426,11 @@ class RunContext(Form):
             return asked
         owner = self._owner
         return self.policy.question(await asyncio.to_thread(lambda: owner.loaded), asked)
+
+    def _lower_caps(self, folder: Path) -> None:
+        """Hold what requests were allowed to what is bound now; blocks."""
+        if self.policy is not None and self._owner is not None:
+            lower_allowed(RunFolder(folder), self.policy.bound_totals(self._owner.loaded))
 
     def _refuse(self, answer: Any) -> str | None:
         """Return why a request may not give this answer to a spent budget, or None; blocks."""
@@ -438,7 +445,8 @@ class RunContext(Form):
         folder = await asyncio.to_thread(self.find, run)
         if self.embedded:
             self._ends.pop(folder, None)  # a life of its own: the answer may have taken days
-        return await asyncio.to_thread(allow, RunFolder(folder), answer)
+        requested = self.policy is not None
+        return await asyncio.to_thread(allow, RunFolder(folder), answer, requested=requested)
 
     async def finish(
         self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]

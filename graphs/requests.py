@@ -18,13 +18,15 @@ from typing import Any, Final, Self
 import orjson
 from pydantic import ValidationError
 
+from ..backends.accounts.budget import SHOWN
 from ..backends.contract.errors import ConfigurationError, InputError
+from ..backends.contract.secrets import is_secret, mask_command, mask_plain
 from ..backends.contract.types import Json
 from ..configs.budget import BudgetConfig
 from ..configs.described import declared_access, split_settings
-from ..configs.load import Loaded, load, read_text
+from ..configs.load import Loaded, load, read_schema, read_text
 from ..configs.models import SAMPLING, RunConfig
-from ..configs.plain import check_plain
+from ..configs.plain import check_plain, lost_secrets
 from ..configs.presets import is_preset
 from ..configs.section import Access
 from ..configs.source import at_path, parse_value, parse_yaml
@@ -41,7 +43,18 @@ ROOT: Final = "FANFOLD_SERVER_ROOT"
 _SECRETS: Final = frozenset({"endpoints.api_key", "endpoints.first.token"})
 """Settings that a section's name does not open, and that hold references to variables."""
 
+_BOUND: Final = frozenset({"endpoints.first.token", "endpoints.first.token_command"})
+"""How the owner gets the token of a gateway."""
+
 _SAMPLED: Final = "model.extra_body"
+
+_NO_ADDRESS: Final = re.compile(
+    r"endpoints\.(api_key|models(\..*)?|refresh_s|least|wait_s"
+    r"|first\.(token|token_command|requests_per_s))"
+)
+"""Settings of the endpoints that do not say where requests go."""
+
+_COMMANDS: Final = frozenset({"endpoints.first.token_command", "node.serve", "backend.command"})
 
 _MOST_BYTES: Final = 1_000_000
 _EXPANDED: Final = re.compile(r"\$(?=\{[A-Za-z_][A-Za-z0-9_]*\})")
@@ -74,8 +87,11 @@ class Request:
         return replace(self, settings={**self.settings, **other.settings})
 
     def to_json(self) -> dict[str, Json]:
-        """Return the request as a run's provenance keeps it; the input is kept elsewhere."""
-        kept = {k: v for k, v in self.settings.items() if not k.startswith("input.")}
+        """Return the request as a run's provenance keeps it: no secrets, as in ``run.yaml``.
+
+        The input is kept elsewhere.
+        """
+        kept = {k: _mask(k, v) for k, v in self.settings.items() if not k.startswith("input.")}
         return {"v": 1, "preset": self.preset, "config": self.config, "settings": kept}
 
     @classmethod
@@ -298,19 +314,29 @@ class RequestPolicy:
         """
         if request.empty:
             return owner
+        if lost := list(lost_secrets(request.settings)):
+            msg = (
+                f"{', '.join(lost)}: an earlier request of this run set it to a secret, which the "
+                "run folder does not keep; give it again in the context"
+            )
+            raise ConfigurationError(msg)
         raw = copy.deepcopy(owner.raw)
         if request.preset is not None:
             _take_preset(raw, owner, settle(request.preset)[0])
         elif request.config:
             _clear(raw)
         changes = dict[str, Any]()
-        if any(key.startswith("endpoints.") for key in request.settings):
-            changes["endpoints.api_key"] = "EMPTY"  # the bound key is for the bound endpoints
+        if _chooses_hosts(request):
+            _withhold(raw, request)
         for key, value in request.settings.items():
             if key == "input.path" and value is not None:
                 changes["input.dataset"] = None
             if key in _SECRETS and not (isinstance(value, str) and re.fullmatch(VARIABLE, value)):
                 raise ConfigurationError(f"{key}: name a variable, as ${{MY_KEY}}")
+            if key == "endpoints.hosts" and "$" in str(value):
+                raise ConfigurationError(f"{key}: a request names hosts, not variables")
+            if key == "task.schema" and isinstance(value, str):
+                value = read_schema(Path(value), "context")  # noqa: PLW2901 - in its place
             changes[key] = value if key in _SECRETS else as_literal(value)
         loaded = load(raw, settings=changes)
         self._check(owner.config, loaded.config, request)
@@ -338,6 +364,8 @@ class RequestPolicy:
                 continue
             if key == "endpoints.api_key" and new.get_secret_value() == "EMPTY":
                 continue
+            if key in _BOUND and new is None:
+                continue
             if access is Access.LOWER and old is not None and (new is None or new > old):
                 told = "no limit" if new is None else f"{new:g}"
                 msg = (
@@ -355,7 +383,8 @@ class RequestPolicy:
             if key == "input.dataset" and asked.input.path is not None:
                 continue
             if access is Access.SAMPLING:
-                changed = {k for k in new.keys() | old.keys() if new.get(k) != old.get(k)}
+                names = new.keys() if _chooses_hosts(request) else new.keys() | old.keys()
+                changed = {name for name in names if new.get(name) != old.get(name)}
                 alien = (f"{key}.{name}" for name in sorted(changed - SAMPLING))
                 closed += [name for name in alien if not self.opens(name)]
             free = given_task and (
@@ -370,7 +399,7 @@ class RequestPolicy:
 
     def check_answer(self, owner: Loaded, answer: object) -> str | None:
         """Return why an answer to a spent budget is refused: it is a request like any other."""
-        if not isinstance(answer, Mapping):
+        if not isinstance(answer, Mapping) or answer.keys() - {key for key, _ in SHOWN.values()}:
             return None  # the budget itself says what an answer is
         try:
             asked = BudgetConfig.model_validate(dict(answer))
@@ -386,6 +415,11 @@ class RequestPolicy:
                 "build_graph(…, trust_context=True)"
             )
         return None
+
+    def bound_totals(self, owner: Loaded) -> dict[str, float]:
+        """Return the totals that no answer of a request raises, by name."""
+        totals = ((key, getattr(owner.config.budget, key)) for key, _ in SHOWN.values())
+        return {k: most for k, most in totals if most is not None and not self.opens(f"budget.{k}")}
 
     def question(self, owner: Loaded, asked: dict[str, Any]) -> dict[str, Any]:
         """Return the question of a spent budget, with what no answer to it can raise.
@@ -440,6 +474,56 @@ def below(root: Path, text: str, what: str, base: Path | None = None) -> Path:
     except (OSError, RuntimeError, ValueError):
         raise outside from None
     return full
+
+
+def _chooses_hosts(request: Request) -> bool:
+    """Say whether a request says where requests to the model go."""
+    keys = (key for key in request.settings if key.startswith("endpoints."))
+    return any(_NO_ADDRESS.fullmatch(key) is None for key in keys)
+
+
+def _withhold(raw: dict[str, Any], request: Request) -> None:
+    """Leave out of the bound settings the secrets and commands that are for the bound hosts.
+
+    Raises:
+        ConfigurationError: A gateway would be left without a token.
+    """
+    endpoints = raw["endpoints"]
+    endpoints.pop("api_key", None)
+    if isinstance(first := endpoints.get("first"), dict):
+        bound = [key for key in ("token", "token_command") if first.pop(key, None) is not None]
+        given = request.settings.keys() & {"endpoints.first", *_BOUND}
+        if bound and not given:
+            msg = (
+                f"endpoints.first.{bound[0]}: the bound one is for the bound gateway only, and the "
+                "request chooses another address; the owner can open endpoints.first.token, so "
+                "that a request names a variable of its own"
+            )
+            raise ConfigurationError(msg)
+    body = (raw.get("model") or {}).get("extra_body")
+    if isinstance(body, dict):
+        kept = {name: part for name, part in body.items() if not _holds_secret(name, part)}
+        raw["model"]["extra_body"] = kept
+
+
+def _holds_secret(key: str, value: Any) -> bool:
+    """Say whether a bound value has a secret or a variable of the environment in it."""
+    if isinstance(value, Mapping):
+        return any(_holds_secret(str(name), part) for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return any(_holds_secret(key, part) for part in value)
+    if not isinstance(value, str):
+        return False
+    return is_secret(key) or bool(_EXPANDED.search(value)) or mask_command(value) != value
+
+
+def _mask(key: str, value: Any) -> Any:
+    """Return a setting of a request without the secrets in it."""
+    if key.startswith(("task.", "endpoints.models")):
+        return value
+    if key in _COMMANDS and isinstance(value, str):
+        return mask_command(value)
+    return mask_plain(value, key.rpartition(".")[2])
 
 
 def _take_preset(raw: dict[str, Any], owner: Loaded, preset: Loaded) -> None:

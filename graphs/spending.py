@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..backends.accounts.allowed import read_allowed, write_allowed
+from ..backends.accounts.allowed import read_allowed, read_requested, write_allowed
 from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import SHOWN, Budget, BudgetTerms
 from ..backends.accounts.folder import RunFolder, run_ids
@@ -51,8 +51,13 @@ def caps_of(folder: RunFolder, config: BudgetConfig) -> Caps:
     return Caps.of(**{**given, **read_allowed(folder.caps)})
 
 
-def allow(folder: RunFolder, answer: Any) -> str | None:
+def allow(folder: RunFolder, answer: Any, *, requested: bool = False) -> str | None:
     """Take an answer to a pause as the run's new caps; return what is wrong with it, or None.
+
+    Args:
+        folder: The run's folder.
+        answer: The answer.
+        requested: Whether it comes from a request.
 
     Raises:
         LedgerError: The caps cannot be read or written.
@@ -60,14 +65,37 @@ def allow(folder: RunFolder, answer: Any) -> str | None:
     names = [key for key, _ in SHOWN.values()]
     if not isinstance(answer, Mapping) or not answer or answer.keys() - set(names):
         return f"answer with new totals, e.g. {{'usd': 20}}; names: {', '.join(names)}"
-    caps = {**read_allowed(folder.caps), **answer}
+    if truths := [key for key, value in answer.items() if isinstance(value, bool)]:
+        return f"{truths[0]}: give a number"
     try:
-        BudgetConfig.model_validate(caps)
+        asked = BudgetConfig.model_validate(dict(answer))
     except ValidationError as error:
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    write_allowed(folder.caps, caps)
+    checked = asked.model_dump(include=set(answer))
+    before = read_requested(folder.caps)
+    marked = before | checked.keys() if requested else before - checked.keys()
+    write_allowed(folder.caps, {**read_allowed(folder.caps), **checked}, marked)
     return None
+
+
+def lower_allowed(folder: RunFolder, most: Mapping[str, float]) -> None:
+    """Lower the caps that requests have set to what their graph is bound to now.
+
+    Args:
+        folder: The run's folder.
+        most: The bound totals by name.
+
+    Raises:
+        LedgerError: The caps cannot be read or written.
+    """
+    caps, requested = read_allowed(folder.caps), read_requested(folder.caps)
+    lowered = dict(caps)
+    for key in requested & most.keys():
+        cap: Any = caps[key]
+        lowered[key] = most[key] if cap is None else min(cap, most[key])
+    if lowered != caps:
+        write_allowed(folder.caps, lowered, requested)
 
 
 def spent_before(shelf: Shelf, ledger: Ledger) -> Amount:

@@ -37,7 +37,7 @@ from ..backends.contract.errors import (
 )
 from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item, Json, Outcome, Shard
-from ..backends.contract.values import MOST, writable_text
+from ..backends.contract.values import MOST, bound_counts, writable_text
 from .aggregators import State, combine
 from .context import Ledger, RunTools
 from .gate import KEPT, Gate, create_kept_task, keep
@@ -397,6 +397,9 @@ class Recorder:
             told = [_share(share, tools.tariff) for share in shares]
             sums = {name: min(MOST, sum(one[name] for one in told)) for name in _SUMS}
             record |= sums | {"shares": told}
+            for one in told:
+                bound_counts(one)
+        bound_counts(record)
         return record
 
     def _question_of(self, state: ItemState) -> str | None:

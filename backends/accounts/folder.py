@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -25,6 +26,7 @@ VERSION: Final = 1
 ANSWERS: Final = "answers"
 _TRIES: Final = 3
 _BETWEEN_TRIES_S: Final = 0.02
+_NOT_EMPTY: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +292,8 @@ def new_folder(path: Path) -> Iterator[RunFolder]:
     """Make a run folder that appears under its name only when the block ends well.
 
     Raises:
-        ConfigurationError: The folder cannot be made.
+        ConfigurationError: The folder cannot be made, or another process or invocation has made
+            it meanwhile.
     """
     path = path.resolve()  # a symbolic link to an empty folder stays one
     made = [p for p in path.parents if not p.exists()]
@@ -315,6 +318,11 @@ def _name(partial: Path, path: Path) -> None:
     try:
         partial.rename(path)  # an empty folder of that name gives way
     except OSError as error:
+        if error.errno in _NOT_EMPTY:
+            if RunFolder(path).provenance.exists():  # made by another one meanwhile
+                raise ConfigurationError(busy(path)) from error
+            msg = f"{path}: holds something else already; choose another --out"
+            raise ConfigurationError(msg) from error
         raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from error
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, Final
 
 import orjson
@@ -34,9 +35,12 @@ NUMBERS: Final = (
 )
 """Counts of a journal record, and of what one endpoint did for it; they may be null."""
 
+_USAGE: Final = ("prompt_tokens", "completion_tokens", "cached_tokens")
+
 STATUSES: Final = ("done", "failed")
 
 _SHOWN: Final = 200
+_MOST_DIGITS: Final = 30
 
 
 def is_count(value: object) -> bool:
@@ -60,6 +64,27 @@ def check_counts(data: Mapping[str, Any], names: Iterable[str], what: str) -> No
         if value is not None and not is_count(value):
             msg = f"{what}: {name} is {_short(value)}, not an integer from 0 to 2^63 - 1"
             raise ValueError(msg)
+
+
+def token_count(value: object) -> int | None:
+    """Return a number of tokens, or None if it is none that one request can have taken."""
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
+
+
+def bound_counts(counted: MutableMapping[str, Any]) -> None:
+    """Replace, in place, what is no count in a record: it could not be read back.
+
+    A count that is too large becomes :data:`MOST`. Of what is no count at all, a usage is
+    unknown, and the rest 0.
+    """
+    for name in NUMBERS:
+        value = counted.get(name)
+        if value is None or (type(value) is int and 0 <= value <= MOST):
+            continue
+        if type(value) is int and value > MOST:
+            counted[name] = MOST
+        else:
+            counted[name] = None if name in _USAGE else 0
 
 
 def check_record(record: object) -> None:
@@ -119,6 +144,83 @@ def json_text(value: Any) -> str:
 def writable_text(text: str) -> str:
     """Return a text with ``?`` in place of half surrogate pairs, which UTF-8 has no form for."""
     return text.encode(errors="replace").decode()
+
+
+def read_json(data: bytes) -> Any:
+    """Read JSON of a foreign program, also where it breaks the rules of JSON.
+
+    A byte order mark, UTF-16 and bytes that are no UTF-8 are accepted. A number that is not
+    finite is null, and half a surrogate pair is ``?``.
+
+    Raises:
+        ValueError: It is no JSON.
+        RecursionError: It has more levels of lists and objects than can be read.
+    """
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        text = data.decode(json.detect_encoding(data), errors="replace").removeprefix("\ufeff")
+    value = json.loads(
+        text, parse_int=_finite, parse_float=_finite, parse_constant=lambda _name: None
+    )
+    return _with_writable_text(value)
+
+
+def _finite(text: str) -> int | float | None:
+    """Return a number as orjson reads it, or None if no float holds it."""
+    if (
+        text.lstrip("-").isdecimal()
+        and len(text) < _MOST_DIGITS
+        and -MOST - 1 <= int(text) <= 2 * MOST + 1
+    ):
+        return int(text)
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+def _with_writable_text(value: Any) -> Any:
+    """Return a value of JSON with :func:`writable_text` for each text and key; not recursive."""
+    root = [value]
+    todo: list[Any] = [root]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, dict):
+            if any(writable_text(key) != key for key in one):
+                pairs = [(writable_text(key), inner) for key, inner in one.items()]
+                one.clear()
+                one.update(pairs)
+            places: Iterable[Any] = list(one)
+        else:
+            places = range(len(one))
+        for place in places:
+            inner = one[place]
+            if isinstance(inner, str):
+                one[place] = writable_text(inner)
+            elif isinstance(inner, dict | list):
+                todo.append(inner)
+    return root[0]
+
+
+def cut_levels(data: bytes, value: Any) -> None:
+    """Replace with null, in place, what lies below :data:`DEEPEST` levels.
+
+    Args:
+        data: The value as JSON text.
+        value: The value.
+    """
+    if not is_deep(data, value):
+        return
+    level = [value]
+    for levels in range(DEEPEST):
+        below = []
+        for one in level:
+            for place in list(one) if isinstance(one, dict) else range(len(one)):
+                if isinstance(one[place], dict | list):
+                    if levels == DEEPEST - 1:
+                        one[place] = None
+                    else:
+                        below.append(one[place])
+        level = below
 
 
 def plain_json(value: Any) -> Json:

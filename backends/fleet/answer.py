@@ -18,6 +18,7 @@ from urllib.parse import quote
 import orjson
 
 from ..contract.secrets import MASKED
+from ..contract.values import read_json
 from .address import NO_KEY
 
 _PREVIEW: Final = 200
@@ -55,8 +56,8 @@ class RawAnswer(Exception):  # noqa: N818 - an answer that travels as a cause, n
         if not keys:
             return self
         try:
-            body = orjson.dumps(orjson.loads(self.body))  # undoes escapes that could hide a key
-        except (orjson.JSONDecodeError, orjson.JSONEncodeError):
+            body = orjson.dumps(read_json(self.body))  # undoes escapes that could hide a key
+        except (ValueError, RecursionError, orjson.JSONEncodeError):
             body = self.body
         if (masked := _without(body, keys)) == body:
             masked = _without(self.body, keys)

@@ -212,7 +212,8 @@ class ChatFleet(ChatOpenAI):
             document, endpoint = await self.fleet.here().post(payload)
         except EndpointError as error:
             with _ours_as_cause(error), replayed(error):
-                return _not_empty(await super()._agenerate(messages, stop, run_manager, **kwargs))
+                _check_not_empty(await super()._agenerate(messages, stop, run_manager, **kwargs))
+            raise  # stock's reading is more tolerant, but the answer is accounted for as a failure
         if "response_format" in kwargs and _unfinished(document):
             with replayed(document):
                 return await super()._agenerate(messages, stop, run_manager, **kwargs)
@@ -310,10 +311,9 @@ def _served_by(result: ChatResult, endpoint: str | None) -> ChatResult:
     return result
 
 
-def _not_empty(result: ChatResult) -> ChatResult:
+def _check_not_empty(result: ChatResult) -> None:
     """Fail where ``ainvoke`` would, so that the fleet's error can be named as the cause."""
     result.generations[0]
-    return result
 
 
 def _unfinished(document: dict[str, Any]) -> bool:

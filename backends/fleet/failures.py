@@ -120,6 +120,9 @@ _SERVER: Final = Treatment(EndpointError, Step.OTHER, Trip.COUNT, poison=True)
 _STRANGE: Final = Treatment(EndpointReplyError, Step.OTHER, Trip.COUNT)
 _REFUSED_ODDLY: Final = replace(_STRANGE, refusal=True)
 _LOST: Final = Treatment(EndpointLostError, Step.OTHER, Trip.COUNT)
+_UNREADABLE: Final = Treatment(
+    EndpointReplyError, Step.FAIL, advice="look at what the server or a proxy adds to its answers"
+)
 _TOO_LARGE: Final = Treatment(
     EndpointReplyError,
     Step.OTHER,
@@ -164,7 +167,7 @@ _BY_CLASS: Final[Mapping[int, Treatment]] = {4: _REFUSED_ODDLY, 5: _SERVER}
 """By the first digit of a status that the table above does not have."""
 
 _WRONG_PATH: Final = Treatment(
-    RequestRefusedError, Step.EJECT, advice="check endpoints.first.paths"
+    RequestRefusedError, Step.EJECT, refusal=True, advice="check endpoints.first.paths"
 )
 
 _BY_CODE: Final[Mapping[str, Treatment]] = {
@@ -270,6 +273,17 @@ def of_reply(answer: RawAnswer, problem: str, endpoint: str) -> Failure:
     return Failure(error, _REFUSED_ODDLY if page else _STRANGE)
 
 
+def of_levels(answer: RawAnswer, endpoint: str) -> Failure:
+    """Classify an answer that is nested too deep to be read: it would be so elsewhere, too."""
+    error = EndpointReplyError(
+        f"{endpoint}: the answer has more levels of lists and objects than can be read: "
+        f"{answer} ({_UNREADABLE.advice})",
+        endpoint,
+        answer.status,
+    )
+    return Failure(error, _UNREADABLE)
+
+
 def of_refused_item(failure: Failure, endpoints: int) -> EndpointError:
     """Return the error of an item that is refused by endpoints that answer other items."""
     error, where = failure.error, f"{endpoints} endpoints" if endpoints > 1 else "the endpoint"
@@ -296,6 +310,14 @@ def of_end(endpoint: str) -> Failure:
     """Classify a stream that ended without an end."""
     message = f"{endpoint}: the stream ended before the answer was whole"
     return Failure(EndpointLostError(message, endpoint), _LOST)
+
+
+def of_event(endpoint: str) -> Failure:
+    """Classify a stream with an event that cannot be read: a part of the answer is missing."""
+    message = f"{endpoint}: an event of the stream is no JSON: a part of the answer is missing"
+    error = EndpointLostError(message, endpoint)
+    error.begun = True  # so it is asked for again as a whole
+    return Failure(error, replace(_LOST, step=Step.FAIL))
 
 
 def of_mixture(endpoint: str, simulated: bool) -> Failure:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-import orjson
-
 from ..contract.types import SIMULATED_FINGERPRINT, Reply, Usage
-from ..contract.values import MOST_TOKENS, json_text
+from ..contract.values import cut_levels, json_text, read_json, token_count
 from . import failures
 from .answer import Complaint, RawAnswer
 from .failures import Failure
@@ -37,19 +35,22 @@ def read(answer: RawAnswer, endpoint: str) -> dict[str, Any] | Failure:
     if answer.status != 200:  # noqa: PLR2004 - HTTP's own number
         return failures.of_answer(answer.masked(), endpoint)
     try:
-        document = orjson.loads(answer.body)
-    except orjson.JSONDecodeError:
+        document = read_json(answer.body)
+    except RecursionError:
+        return failures.of_levels(answer.masked(), endpoint)
+    except ValueError:
         document = None
     problem = _problem(document)
     if problem is None:
         make_plain(document)
+        cut_levels(answer.body, document)
         if _is_aborted(document):
             return failures.of_abort(answer.masked(), endpoint)
         plain: dict[str, Any] = document
         return plain
     answer = answer.masked()
     if isinstance(document, dict) and (document.get("error") or document.get("object") == "error"):
-        complaint = Complaint.read(answer.body)
+        complaint = Complaint.of(read_json(answer.body))
         return failures.of_complaint(answer, complaint, _inner_status(complaint), endpoint)
     return failures.of_reply(answer, problem, endpoint)
 
@@ -62,40 +63,143 @@ def _problem(document: Any) -> str | None:
     choices = document.get("choices")
     if not isinstance(choices, list) or not choices:
         return "the answer holds no choices"
-    first = choices[0]
-    if not isinstance(first, dict) or not isinstance(first.get("message"), dict):
-        return "the answer holds no message"
-    return None
+    return None if any(map(_has_message, choices)) else "the answer holds no message"
+
+
+def _has_message(choice: Any) -> bool:
+    return isinstance(choice, dict) and isinstance(choice.get("message"), dict)
 
 
 def make_plain(document: dict[str, Any]) -> None:
     """Give a chat completion's fields the types that they have by its specification, in place.
 
     Servers and what stands in between write other ones. What is no count is not told, a name that
-    is no text is none, and what is no text becomes its JSON: the answer is paid, and counts.
+    is no text is none, a choice without a message and tool calls that are no calls are left out,
+    and what is no text becomes its JSON: the answer is paid, and counts.
     """
-    for name in ("model", "system_fingerprint", "id"):
+    _make_plain_top(document)
+    choices = document["choices"] = [one for one in document["choices"] if _has_message(one)]
+    for choice in choices:
+        message = choice["message"]
+        if message.get("role") != "assistant":
+            message["role"] = "assistant"
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = _plain_calls(calls)
+        if call := message.get("function_call"):
+            message["function_call"] = _plain_function(call)
+        _make_plain_choice(choice, message)
+
+
+def make_plain_chunk(chunk: dict[str, Any]) -> None:
+    """Give the fields of one event of a stream their types, as :func:`make_plain` does, in place.
+
+    Unlike in a whole answer, each part of a tool call may be missing: another event brings it.
+    """
+    _make_plain_top(chunk)
+    chunk.pop("chunk", None)  # LangChain looks for choices there
+    choices = chunk.get("choices")
+    choices = chunk["choices"] = (
+        [one for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
+    )
+    for choice in choices:
+        delta = choice.get("delta")
+        if not isinstance(delta, dict):
+            delta = choice["delta"] = {"content": delta} if isinstance(delta, str) else {}
+        if delta.get("role", "assistant") != "assistant":
+            delta["role"] = "assistant"
+        if calls := delta.get("tool_calls"):
+            delta["tool_calls"] = _plain_call_parts(calls)
+        if call := delta.get("function_call"):
+            delta["function_call"] = _plain_function_part(call)
+        _make_plain_choice(choice, delta)
+        if logprobs := choice.get("logprobs"):  # LangChain joins those of all events
+            lists = {name: one for name, one in logprobs.items() if isinstance(one, list)}
+            choice["logprobs"] = lists or None
+
+
+def _make_plain_top(document: dict[str, Any]) -> None:
+    for name in ("model", "system_fingerprint", "id", "service_tier"):
         if not isinstance(document.get(name, ""), str):
             document[name] = None
     usage = document.get("usage")
     if usage is not None and not _is_usage(usage):
         document["usage"] = _plain_usage(usage)
-    for choice in document["choices"]:
-        if isinstance(choice, dict):
-            _make_plain_choice(choice)
 
 
-def _make_plain_choice(choice: dict[str, Any]) -> None:
-    reason, message = choice.get("finish_reason"), choice.get("message")
+def _make_plain_choice(choice: dict[str, Any], said: dict[str, Any]) -> None:
+    """Give a choice's fields and those of its message, or of a part of it, their types."""
+    reason, logprobs = choice.get("finish_reason"), choice.get("logprobs")
     if reason is not None and not isinstance(reason, str):
         choice["finish_reason"] = json_text(reason)
-    if not isinstance(message, dict):
-        return
+    if logprobs is not None and not isinstance(logprobs, dict):
+        choice["logprobs"] = None
     for name in ("content", "refusal"):
-        value = message.get(name)
+        value = said.get(name)
         if value is None or isinstance(value, str):
             continue
-        message[name] = _joined(value) or json_text(value)
+        said[name] = _joined(value) or json_text(value)
+    if (audio := said.get("audio")) is not None and not isinstance(audio, dict):
+        said["audio"] = None
+    for name in ("name", "id"):
+        if not isinstance(said.get(name, ""), str):
+            said[name] = None
+
+
+def _plain_calls(calls: Any) -> list[dict[str, Any]] | None:
+    """Return the tool calls of a message, or None if one is no call of a function."""
+    if not isinstance(calls, list):
+        return None
+    found = []
+    for call in calls:
+        function = _plain_function(call.get("function")) if isinstance(call, dict) else None
+        if function is None:
+            return None
+        name = call.get("id")
+        plain_id = name if name is None or isinstance(name, str) else json_text(name)
+        found.append({**call, "id": plain_id, "function": function})
+    return found
+
+
+def _plain_function(function: Any) -> dict[str, Any] | None:
+    """Return a function's call with its arguments as JSON text, or None if it is no call."""
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return None
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return function
+    return {**function, "arguments": json_text({} if arguments is None else arguments)}
+
+
+def _plain_call_parts(calls: Any) -> list[dict[str, Any]] | None:
+    """Return the parts of tool calls that an event brings, or None if one is none."""
+    if not isinstance(calls, list):
+        return None
+    found = []
+    for place, call in enumerate(calls):
+        function = _plain_function_part(call.get("function")) if isinstance(call, dict) else None
+        if function is None:
+            return None
+        index, name = call.get("index"), call.get("id")
+        found.append(
+            {
+                **call,
+                "index": index if type(index) is int else place,
+                "id": name if name is None or isinstance(name, str) else json_text(name),
+                "function": function,
+            }
+        )
+    return found
+
+
+def _plain_function_part(function: Any) -> dict[str, Any] | None:
+    if function is None:
+        return {}
+    if not isinstance(function, dict):
+        return None
+    name, arguments = function.get("name"), function.get("arguments")
+    if arguments is not None and not isinstance(arguments, str):
+        arguments = json_text(arguments)
+    return {**function, "name": name if isinstance(name, str) else None, "arguments": arguments}
 
 
 def _joined(content: Any) -> str | None:
@@ -111,7 +215,7 @@ def _is_usage(usage: Any) -> bool:
     if not isinstance(usage, dict):
         return False
     for name in _COUNTS:
-        if (value := usage.get(name)) is not None and _count(value) is None:
+        if (value := usage.get(name)) is not None and token_count(value) is None:
             return False
     return all(_are_details(usage.get(name)) for name in _DETAILS)
 
@@ -119,7 +223,7 @@ def _is_usage(usage: Any) -> bool:
 def _are_details(details: Any) -> bool:
     return details is None or (
         isinstance(details, dict)
-        and all(value is None or _count(value) is not None for value in details.values())
+        and all(value is None or token_count(value) is not None for value in details.values())
     )
 
 
@@ -128,11 +232,11 @@ def _plain_usage(usage: Any) -> dict[str, Any] | None:
     if not isinstance(usage, dict):
         return None
     plain: dict[str, Any] = {
-        name: value for name in _COUNTS if (value := _count(usage.get(name))) is not None
+        name: value for name in _COUNTS if (value := token_count(usage.get(name))) is not None
     }
     for name in _DETAILS:
         if isinstance(details := usage.get(name), dict):
-            plain[name] = {k: v for k, v in details.items() if _count(v) is not None}
+            plain[name] = {k: v for k, v in details.items() if token_count(v) is not None}
     return plain
 
 
@@ -170,14 +274,9 @@ def usage_of(document: Mapping[str, Any]) -> Usage:
     if not isinstance(usage, dict):
         return Usage()
     details = usage.get("prompt_tokens_details")
-    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    cached = token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return Usage(_count(prompt), _count(completion), cached)
-
-
-def _count(value: Any) -> int | None:
-    """Return a number of tokens, or None if it is none that a request can have taken."""
-    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
+    return Usage(token_count(prompt), token_count(completion), cached)
 
 
 def reply_of(document: dict[str, Any], endpoint: str) -> Reply:

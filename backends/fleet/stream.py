@@ -16,6 +16,7 @@ import aiohttp
 import orjson
 
 from ..contract.errors import EndpointError, EndpointLostError
+from ..contract.values import cut_levels, read_json
 from . import failures, judge
 from .answer import Complaint, RawAnswer
 from .failures import Failure
@@ -24,6 +25,8 @@ from .transport import BodyReader
 _OK: Final = 200
 _DATA: Final = b"data:"
 _DONE: Final = b"data: [DONE]"
+_MARK: Final = b"\xef\xbb\xbf"
+"""A byte order mark, which may stand before the first line."""
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 """What a line of an event stream begins with."""
 
@@ -79,6 +82,7 @@ class OpenStream:
         self._open = True
         self._reading = False
         self._spoken = False
+        self._ended = set[str]()
         self.headers = {key.lower(): value for key, value in reader.response.headers.items()}
         self.headers["content-type"] = "text/event-stream"
         self.is_empty = False
@@ -100,12 +104,18 @@ class OpenStream:
         head: list[bytes] = []
         started = False
         while line := await reader.read_line():
-            if not started and line.strip() and not line.startswith(_FIELDS):
-                return await cls._of_document(reader, line, endpoint, silence_s, watch)
+            if not started:
+                line = line.removeprefix(_MARK)
+                if line.strip() and not line.startswith(_FIELDS):
+                    return await cls._of_document(reader, line, endpoint, silence_s, watch)
             started = started or bool(line.strip())
             head.append(line)
-            chunk = _decode(line) if line.startswith(_DATA) else None
-            if failure := _error_event(chunk, line, response, endpoint):
+            try:
+                chunk = _decode(line) if line.startswith(_DATA) else None
+                failure = _error_event(chunk, line, response, endpoint)
+            except ValueError:
+                chunk, failure = None, failures.of_event(endpoint)
+            if failure is not None:
                 response.close()
                 return failure
             said, reason = _says_something(chunk), _reason(chunk)
@@ -151,16 +161,18 @@ class OpenStream:
             return  # it is counted as lost
 
     async def lines(self) -> AsyncIterator[bytes]:
-        """Yield the stream's lines, and close it at the end.
+        """Yield the stream's events, and close it at the end.
 
         Raises:
             EndpointLostError: The stream was cut or fell silent.
         """
         try:
             for line in self._head:
-                yield self._look(line)
+                if event := self._look(line):
+                    yield event
             while line := await self._next():
-                yield self._look(line)
+                if event := self._look(line):
+                    yield event
             self._check_end()
         except (aiohttp.ClientError, TimeoutError) as error:
             self._failure = failures.of_exception(
@@ -200,30 +212,48 @@ class OpenStream:
         self._watch.end(self._failure or (self._summary if whole else None))
 
     def _look(self, line: bytes) -> bytes:
-        """Note model, fingerprint, usage and the end as they pass."""
+        """Note model, fingerprint, usage and the end as they pass; return a line's event."""
         if line.startswith(_DONE):
             # Readers stop here, so that what is missing must be told here.
             self._check_end()
-        elif line.startswith(_DATA) and (chunk := _decode(line)):
+            return _DONE + b"\n\n"
+        if line.startswith(_DATA):
+            try:
+                chunk = _decode(line)
+            except ValueError:
+                self._failure = failures.of_event(self._endpoint)
+                raise _begun(self._failure) from None
+            if chunk is None:
+                return b""  # a sign of life, and no part of an answer
             for key in ("model", "system_fingerprint", "usage"):
                 if chunk.get(key):
                     self._summary[key] = chunk[key]
             if failure := _error_event(chunk, line, self._response, self._endpoint):
                 self._failure = failure
                 if isinstance(answer := failure.error.__cause__, RawAnswer):
-                    line = _DATA + b" " + answer.body + b"\n"  # the line without the key
+                    chunk = _decode(_DATA + answer.body) or chunk  # without the key
             choices = chunk.get("choices") or [{}]
             reason = choices[0].get("finish_reason")
+            self._end_once(choices)
             if isinstance(reason, str) and reason in judge.ABORTED:
                 self._failure = failures.of_end(self._endpoint)
             elif reason:
                 self._summary["finished"] = True
-            if isinstance(choices[0].get("message"), dict) and not choices[0].get("delta"):
+            if _is_whole(choices):
                 self._summary["finished"] = True
-                judge.make_plain(chunk)
                 return b"".join(_event(one) for one in _chunks_of(chunk, self._spoken))
             self._spoken = self._spoken or bool(choices[0].get("delta"))
-        return line
+            return _event(chunk)
+        return b""  # of an event, readers need no more than its data
+
+    def _end_once(self, choices: list[dict[str, Any]]) -> None:
+        """Drop a reason for the end that is told again: LangChain joins them to one text."""
+        for choice in choices:
+            if choice.get("finish_reason"):
+                index = str(choice.get("index"))
+                if index in self._ended:
+                    choice["finish_reason"] = None
+                self._ended.add(index)
 
 
 def _begun(failure: Failure) -> EndpointError:
@@ -259,17 +289,31 @@ def _chunks_of(document: Mapping[str, Any], spoken: bool = False) -> Iterator[di
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
+    """Return what an event holds, its fields made plain; None if it is no object.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    data = line[len(_DATA) :].strip()
+    if not data.startswith(b"{"):
+        return None
     try:
-        document = orjson.loads(line[len(_DATA) :])
-    except orjson.JSONDecodeError:
-        return None
-    if not isinstance(document, dict):
-        return None
+        document: dict[str, Any] = read_json(data)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
     choices = document.get("choices")
-    if choices:
-        listed = choices if isinstance(choices, list) else []
-        document["choices"] = [one for one in listed if isinstance(one, dict)]
+    if isinstance(choices, list) and _is_whole(choices):
+        judge.make_plain(document)
+    else:
+        judge.make_plain_chunk(document)
+    cut_levels(data, document)
     return document
+
+
+def _is_whole(choices: Sequence[Any]) -> bool:
+    """Tell whether an event holds the whole message in place of a part of it."""
+    first = next((one for one in choices if isinstance(one, dict)), {})
+    return isinstance(first.get("message"), dict) and not first.get("delta")
 
 
 def _says_something(chunk: Mapping[str, Any] | None) -> bool:
@@ -299,7 +343,7 @@ def _error_event(
     if not (document.get("error") or document.get("object") == "error"):
         return None
     raw = _line_answer(line, 500, response)
-    complaint = Complaint.read(raw.body)
+    complaint = Complaint.of(read_json(raw.body))
     code = complaint.code or ""
     raw.status = int(code) if code.isdigit() else 500
     return failures.of_complaint(raw, complaint, raw.status, endpoint)

@@ -15,6 +15,7 @@ from langchain_core.messages.ai import UsageMetadata
 
 from ..contract.errors import EndpointError
 from ..contract.types import SIMULATED_FINGERPRINT, Message, Reply, Usage
+from ..contract.values import token_count
 from .chat import ChatFleet
 
 
@@ -64,4 +65,8 @@ def _usage(usage: UsageMetadata | None) -> Usage:
     if usage is None:
         return Usage()
     cached = usage.get("input_token_details", {}).get("cache_read")
-    return Usage(usage["input_tokens"], usage["output_tokens"], cached)
+    return Usage(
+        token_count(usage["input_tokens"]),
+        token_count(usage["output_tokens"]),
+        token_count(cached),
+    )

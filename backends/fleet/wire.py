@@ -84,7 +84,7 @@ class FleetTransport(httpx2.AsyncBaseTransport):
             document, endpoint = await self._fleet.here().post(body)
         except EndpointError as error:
             FAILED.set(error)
-            return _response(error, request)
+            return _response(error, request, streamed=bool(body.get("stream")))
         SERVED_BY.set(endpoint.label if endpoint else None)
         return _response(document, request)
 
@@ -120,12 +120,17 @@ class _Lines(httpx2.AsyncByteStream):
         self._stream.close()
 
 
-def _response(outcome: Outcome, request: httpx2.Request) -> httpx2.Response:
+def _response(
+    outcome: Outcome, request: httpx2.Request, *, streamed: bool = False
+) -> httpx2.Response:
+    """Return what stock reads; to stock, a body that is no event stream is an empty stream."""
     if isinstance(outcome, dict):
         headers = {"content-type": "application/json"}
         return httpx2.Response(200, headers=headers, content=orjson.dumps(outcome))
     raw = outcome.__cause__
-    if not isinstance(raw, RawAnswer) or (raw.status < 400 and _partial(outcome)):  # noqa: PLR2004
+    if not isinstance(raw, RawAnswer) or (
+        raw.status < 400 and (streamed or _partial(outcome))  # noqa: PLR2004
+    ):
         kind = httpx2.ReadTimeout if isinstance(raw, TimeoutError) else httpx2.ConnectError
         raise kind(outcome.message, request=request) from outcome
     return httpx2.Response(raw.status, headers=_end_to_end(raw.headers), content=raw.body)

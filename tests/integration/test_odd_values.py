@@ -116,8 +116,52 @@ CASES: dict[str, tuple[Change, str | None, dict[str, Any]]] = {
     "refusal object": (message(refusal={"why": "no"}), "RefusedAnswerError", {}),
     "tool calls": (message(tool_calls=nested(240)), DONE, {}),
     "logprobs": (choice(logprobs=[1]), DONE, {}),
+    "logprobs text": (choice(logprobs="x"), DONE, {}),
     "second choice": (lambda a: a["choices"].append("odd"), DONE, {}),
+    "second null": (lambda a: a["choices"].append(None), DONE, {}),
+    "second empty": (lambda a: a["choices"].append({"index": 1}), DONE, {}),
+    "first null": (lambda a: a["choices"].insert(0, None), DONE, {"prompt_tokens": 11}),
+    "tool calls text": (message(tool_calls="x"), DONE, {}),
+    "tool calls number": (message(tool_calls=[1]), DONE, {}),
+    "tool calls function": (message(tool_calls=[{"function": {"name": 5}}]), DONE, {}),
+    "function call": (message(function_call="f"), DONE, {}),
+    "audio": (message(audio=[1], name=5, id=[]), DONE, {}),
+    "role": (message(role=["a"]), DONE, {}),
+    "tier": (top(service_tier=["default"]), DONE, {}),
+    "300 levels": (top(x=nested(240)), DONE, {"prompt_tokens": 11}),
 }
+
+ONCE = {"requests": 1, "prompt_tokens": 11, "completion_tokens": 5}
+RAW: dict[str, tuple[Callable[[bytes], bytes], str | None, dict[str, Any]]] = {
+    "raw half pair": (lambda b: b.replace(b'"m"', b'"\\ud83d"'), DONE, ONCE | {"model": "?"}),
+    "raw half key": (lambda b: b.replace(b'"created"', b'"\\ud83d"'), DONE, ONCE),
+    "raw mark": (lambda b: b"\xef\xbb\xbf" + b, DONE, ONCE | {"model": "m"}),
+    "raw infinite": (lambda b: b.replace(b'"created":1', b'"created":-Infinity'), DONE, ONCE),
+    "raw no number": (
+        lambda b: b.replace(b'"prompt_tokens":11', b'"prompt_tokens":NaN'),
+        DONE,
+        ONCE | {"prompt_tokens": None},
+    ),
+    "raw digits": (
+        lambda b: b.replace(b'"created":1', b'"created":NaN,"x":' + b"9" * 5000),
+        DONE,
+        ONCE,
+    ),
+    "raw utf-16": (lambda b: b.decode().encode("utf-16"), DONE, ONCE),
+    "raw latin-1": (lambda b: b.replace(b'"m"', b'"\xe9"'), DONE, ONCE),
+    "raw 999 levels": (
+        lambda b: b.replace(b'"created":1', b'"y":' + deep(999).encode()),
+        DONE,
+        ONCE,
+    ),
+    "raw 5000 levels": (
+        lambda b: b.replace(b'"created":1', b'"y":' + deep(5000).encode()),
+        "EndpointReplyError",
+        {"requests": 1},
+    ),
+}
+"""Changes of the answer's bytes."""
+CASES |= {name: (top(), error, expected) for name, (_, error, expected) in RAW.items()}
 
 
 @asynccontextmanager
@@ -130,7 +174,10 @@ async def served(cases: dict[str, Change], asked: list[str]) -> AsyncIterator[st
         asked.append(name)
         answer = completion()
         cases.get(name, top())(answer)
-        return web.Response(body=orjson.dumps(answer), content_type="application/json")
+        data = orjson.dumps(answer)
+        if name in RAW:
+            data = RAW[name][0](data)
+        return web.Response(body=data, content_type="application/json")
 
     async def models(_: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})

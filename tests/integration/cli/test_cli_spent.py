@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from fanfold.tests.journals import edit_journal
+
 from .conftest import Served, Shell
 
 pytestmark = pytest.mark.integration
@@ -130,8 +132,7 @@ def test_deployments_of_other_names_have_rows_of_their_own(shell: Shell, fleet: 
     shell.write(endpoints={"urls": [*fleet.urls]}, limits={"streams": 1})
     assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
     (file,) = (shell.folder / "r" / "journal").glob("*.jsonl")
-    lines = file.read_text().replace('"model":"simulated-8b"', '"model":"other-8b"', 1)
-    file.write_text(lines)
+    edit_journal(file, '"model":"simulated-8b"', '"model":"other-8b"')
     found = json.loads(shell("cost", "r", "--by", "model", "--json").out)["model"]
     assert {row["name"]: row["requests"] for row in found} == {"simulated-8b": 2, "other-8b": 1}
 
@@ -139,8 +140,8 @@ def test_deployments_of_other_names_have_rows_of_their_own(shell: Shell, fleet: 
 def test_damage_is_told(shell: Shell) -> None:
     assert shell("run", "c.yaml", "--out", "r", "--quiet").code == 0
     (file,) = (shell.folder / "r" / "journal").glob("*.jsonl")
-    file.write_text(file.read_text().replace('"nano_usd":0', '"nano_usd":"0"', 1))
+    edit_journal(file, '"nano_usd":0', '"nano_usd":"0"')
     said = shell("cost", "r")
     assert said.code == 1
-    assert "no numbers" in said.err
+    assert "nano_usd is '0', not an integer" in said.err
     assert shell("cost", "nowhere").code == 2

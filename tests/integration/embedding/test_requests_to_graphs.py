@@ -397,3 +397,135 @@ async def test_an_agents_context_is_not_its_tools(simulated: SimulatedFleet, con
     end = await parent.compile().ainvoke({"messages": [message]}, context=context)
     assert '"done":1' in end["messages"][-1].content
     assert '"op":"top_k"' in end["messages"][-1].content
+
+
+SMALL: dict[str, Any] = {"limits": {"streams": 2}, "shard": {"items": 5}}
+FOUR: Any = {"requests": 4}
+
+
+@pytest.mark.parametrize(
+    ("answer", "taken"),
+    [
+        ({"requests": "8"}, True),
+        ({"requests": 8.0}, True),
+        ({"requests": 8, "warn_at": [0.99]}, False),
+        ({"requests": 8, "on_limit": "stop"}, False),
+        ({"requests": True}, False),
+        ({"requests": 8.5}, False),
+        ({"requests": []}, False),
+        ({"requests": 0}, False),
+        (["requests"], False),
+    ],
+)
+async def test_no_answer_to_a_spent_budget_breaks_the_run(
+    simulated: SimulatedFleet, answer: Any, taken: bool
+) -> None:
+    bound = settings(simulated, budget={"requests": 20}, **SMALL)
+    graph: Any = build_graph(bound, checkpointer=InMemorySaver())
+    await graph.ainvoke({"items": rows(15)}, THREAD, context=FOUR)
+    end = await graph.ainvoke(Command(resume=answer), THREAD)
+    (pause,) = end["__interrupt__"]
+    assert ("problem" not in pause.value) is taken
+    assert (4 < asked(simulated) <= 8) if taken else asked(simulated) <= 4
+    assert pause.value["budget"]["requests"]["cap"] == (8 if taken else 4)
+    end = await graph.ainvoke(Command(resume={"requests": 20}), THREAD)
+    assert end["progress"]["done"] == 15
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+async def test_a_lowered_bound_holds_for_what_a_request_was_allowed(
+    simulated: SimulatedFleet, trusted: bool
+) -> None:
+    saver = InMemorySaver()
+
+    def graph(most: int, trust: bool = False) -> Any:
+        bound = settings(simulated, budget={"requests": most}, **SMALL)
+        return build_graph(bound, checkpointer=saver, trust_context=trust)
+
+    if trusted:
+        first, context = graph(4, True), None
+    else:
+        first, context = graph(30), FOUR
+    await first.ainvoke({"items": rows(20)}, THREAD, context=context)
+    end = await first.ainvoke(Command(resume={"requests": 12}), THREAD)
+    assert end["__interrupt__"][0].value["budget"]["requests"]["cap"] == 12
+    assert 4 < asked(simulated) <= 12
+    end = await graph(10).ainvoke(None, THREAD)
+    (pause,) = end["__interrupt__"]
+    assert pause.value["budget"]["requests"]["cap"] == (12 if trusted else 10)
+    end = await graph(10).ainvoke(Command(resume={"requests": 11}), THREAD)
+    assert "at most 10" in end["__interrupt__"][0].value["problem"]
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("answer", ["x", {"requests": 5}, False, "", 0])
+async def test_an_answer_where_nothing_asked_starts_nothing(
+    simulated: SimulatedFleet, answer: Any, trust: bool
+) -> None:
+    graph: Any = build_graph(
+        with_input(simulated), checkpointer=InMemorySaver(), trust_context=trust
+    )
+    with pytest.raises(InputError, match="nothing to resume"):
+        await graph.ainvoke(Command(resume=answer), THREAD)
+    with pytest.raises(InputError, match="nothing to resume"):
+        await asyncio.to_thread(graph.invoke, Command(resume=answer), THREAD)
+    with pytest.raises(InputError, match="nothing to resume"):
+        async for _ in graph.astream_events(Command(resume=answer), THREAD, version="v2"):
+            pass
+    assert_nothing_began(simulated)
+    await graph.ainvoke({"items": rows(2)}, THREAD)
+    with pytest.raises(InputError, match="nothing to resume"):
+        await graph.ainvoke(Command(resume=answer), THREAD)
+    assert asked(simulated) == 2
+
+
+@pytest.mark.parametrize("answer", [{1: 2}, {"requests": 8, None: 1}])
+async def test_an_answer_has_names(simulated: SimulatedFleet, answer: Any) -> None:
+    graph: Any = build_graph(
+        settings(simulated, budget={"requests": 20}, **SMALL), checkpointer=InMemorySaver()
+    )
+    await graph.ainvoke({"items": rows(15)}, THREAD, context=FOUR)
+    with pytest.raises(InputError, match="no text"):
+        await graph.ainvoke(Command(resume=answer), THREAD)
+    assert (await graph.ainvoke(Command(resume={"requests": 20}), THREAD))["progress"]["done"] == 15
+
+
+@pytest.mark.parametrize("command", [Command(), Command(update=[]), Command(goto=())])
+async def test_an_empty_command_is_refused(simulated: SimulatedFleet, command: Any) -> None:
+    graph: Any = build_graph(with_input(simulated), checkpointer=InMemorySaver())
+    with pytest.raises(InputError, match="empty Command"):
+        await graph.ainvoke(command, THREAD)
+    with pytest.raises(InputError, match="empty Command"):
+        await asyncio.to_thread(graph.invoke, command, THREAD)
+    assert_nothing_began(simulated)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize(
+    "context",
+    ["str", "", [], 5, False, [("limit", 1)], {"__limit": 1}, {"langgraph_limit": 1}, Parent],
+)
+async def test_a_context_of_no_use_starts_nothing(
+    simulated: SimulatedFleet, context: Any, trust: bool
+) -> None:
+    graph: Any = build_graph(with_input(simulated), trust_context=trust)
+    with pytest.raises(ConfigurationError, match="context"):
+        await graph.ainvoke({}, context=context)
+    with pytest.raises(ConfigurationError, match="context"):
+        await asyncio.to_thread(lambda: graph.invoke({}, context=context))
+    assert_nothing_began(simulated)
+
+
+@pytest.mark.parametrize("configurable", [{"limitt": 1}, {"endpoints": "http://x"}, {"limit": 1}])
+async def test_settings_in_configurable_start_nothing(
+    simulated: SimulatedFleet, configurable: Any
+) -> None:
+    graph: Any = build_graph(with_input(simulated))
+    with pytest.raises(ConfigurationError, match="configurable"):
+        await graph.ainvoke({}, {"configurable": configurable})
+    with pytest.raises(ConfigurationError, match="configurable"):
+        await graph.with_config(configurable=configurable).ainvoke({})
+    assert_nothing_began(simulated)
+    parent = below(graph)
+    end = await parent.ainvoke({"items": rows(2)}, {"configurable": configurable}, context="other")
+    assert end["progress"]["done"] == 2

@@ -67,6 +67,63 @@ STREAMS: dict[str, tuple[str, str]] = {
     "no usage": (events(ROLE, *PARTS, END), SSE),
     "comments between": (": hello\n\n" + events(ROLE, *PARTS, END), SSE),
     "no space after data": (events(ROLE, *PARTS, END).replace("data: {", "data:{"), SSE),
+    "signs of life": ("data:\n\ndata: ping\n\ndata: null\n\n" + events(ROLE, *PARTS, END), SSE),
+    "names of events": (
+        events(ROLE, *PARTS, END).replace("data: {", "event: message\nid: 1\nretry: 9\ndata: {"),
+        SSE,
+    ),
+    "empty lines": (events(ROLE, *PARTS, END).replace("data: {", "id: 1\n\n\n\ndata: {"), SSE),
+    "a mark before all": ("\ufeff" + events(ROLE, *PARTS, END), SSE),
+    "whole, after a mark": ("\ufeff" + orjson.dumps(completion()).decode(), "application/json"),
+    "the end told twice": (events(ROLE, *PARTS, END, END, USAGE), SSE),
+}
+
+
+def used(usage: Any) -> tuple[str, str]:
+    return events(ROLE, *PARTS, END, USAGE | {"usage": usage}), SSE
+
+
+def odd(part: dict[str, Any]) -> tuple[str, str]:
+    """Return a stream with one more event, which brings nothing."""
+    return events(ROLE, PARTS[0], part, PARTS[1], END, USAGE), SSE
+
+
+def choice(**values: Any) -> dict[str, Any]:
+    return chunk({}) | {"choices": [{"index": 0, "delta": {}, "finish_reason": None} | values]}
+
+
+COUNTS: dict[str, Any] = {
+    "negative": {"prompt_tokens": -5, "completion_tokens": -1},
+    "64 bits": {"prompt_tokens": 2**64 - 1, "completion_tokens": -1},
+    "63 bits": {"prompt_tokens": 2**63, "completion_tokens": 2**63, "total_tokens": 2},
+    "text": "x",
+    "list": [1],
+    "fraction": {"prompt_tokens": 1.5, "completion_tokens": 2},
+    "true": {"prompt_tokens": True, "completion_tokens": "7"},
+    "details": {"prompt_tokens_details": {"cached_tokens": -1}, "completion_tokens_details": [1]},
+}
+STREAMS |= {f"usage: {name}": used(usage) for name, usage in COUNTS.items()}
+STREAMS |= {
+    "odd: tool calls text": odd(chunk({"tool_calls": "x"})),
+    "odd: tool calls number": odd(chunk({"tool_calls": [1]})),
+    "odd: function text": odd(chunk({"tool_calls": [{"index": 0, "function": "f"}]})),
+    "odd: function call": odd(chunk({"function_call": "f"})),
+    "odd: choices text": odd(chunk({}) | {"choices": ["x"]}),
+    "odd: choices object": odd(chunk({}) | {"choices": {"a": 1}}),
+    "odd: choices null": odd(chunk({}) | {"choices": [None]}),
+    "odd: delta text": odd(choice(delta="")),
+    "odd: delta list": odd(choice(delta=[1])),
+    "odd: role": odd(chunk({"role": ["assistant"]})),
+    "odd: name and id": odd(chunk({"name": 5, "id": {}})),
+    "odd: logprobs text": odd(choice(logprobs="x")),
+    "odd: logprobs nested": odd(choice(logprobs={"content": 5})),
+    "odd: tier": odd(chunk({}) | {"service_tier": ["default"]}),
+    "odd: nested deep": (
+        odd(chunk({}))[0].replace('"created":1', f'"y":{"[" * 999}{"]" * 999}'),
+        SSE,
+    ),
+    "odd: half pair": (odd(chunk({}))[0].replace('"id":"c"', '"id":"\\ud83d"'), SSE),
+    "odd: infinite": (odd(chunk({}))[0].replace('"created":1', '"created":-Infinity'), SSE),
 }
 
 
@@ -217,6 +274,32 @@ async def test_a_server_of_any_kind(kind: str) -> None:
     assert server.asked["one", True] == 1
     if reason:
         assert set(server.asked.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "broken", ['data: {"choices": [\n\n', f"data: {{{chr(34)}x{chr(34)}: {'[' * 5000}\n\n"]
+)
+@pytest.mark.parametrize("place", ["first", "later"])
+async def test_an_event_that_cannot_be_read(broken: str, place: str) -> None:
+    parts = [broken, events(ROLE, PARTS[0], done=False), events(PARTS[1], END)]
+    if place == "later":
+        parts[:2] = parts[1::-1]
+    plain = await result(Server(lambda *_: ("", SSE)), invoked, ITEMS)
+    server = Server(lambda *_: ("".join(parts), SSE))
+    assert await result(server, streamed("messages"), ITEMS) == plain
+    assert server.asked["one", True] == server.asked["one", False] == 1  # asked again as a whole
+
+
+async def test_lines_of_events_are_named_as_what_they_are() -> None:
+    lines = "".join(orjson.dumps(part).decode() + "\n" for part in (ROLE, *PARTS, END))
+    last: Any = None
+    async with serving(Server(lambda *_: (lines, "application/x-ndjson"))) as url:
+        async for mode, part in graph_over(url).astream(
+            {"items": [{"x": "one"}]}, stream_mode=["messages", "values"]
+        ):
+            last = part if mode == "values" else last
+    (failed,) = Path(last["results"]["failures"]).read_bytes().splitlines()
+    assert "the answer is no JSON object: HTTP 200" in orjson.loads(failed)["error"]
 
 
 @pytest.mark.parametrize("watch", WATCHES, ids=lambda watch: watch.__name__)

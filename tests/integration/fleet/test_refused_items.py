@@ -63,6 +63,8 @@ REFUSALS: dict[str, Callable[[], web.Response]] = {
     "413": lambda: web.Response(status=413, text="too large"),
     "451": lambda: error(451, "Unavailable for legal reasons"),
     "400 policy": lambda: error(400, "content policy", code="content_policy_violation"),
+    "400 path": lambda: error(400, "no such path", code="unsupported_endpoint"),
+    "400 framework": lambda: error(400, "no such path", code="unsupported_framework"),
     "418": lambda: web.Response(status=418, text="I'm a teapot"),
 }
 
@@ -264,7 +266,7 @@ async def test_a_token_that_is_fetched_anew_for_one_item(items: list[str]) -> No
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("refusal", ["401", "403", "404", "405", "403 page"])
+@pytest.mark.parametrize("refusal", ["401", "403", "404", "405", "403 page", "400 path"])
 @pytest.mark.parametrize("items", [1, 30])
 async def test_a_run_of_which_every_item_is_refused_stops(
     refusal: str, count: int, items: int

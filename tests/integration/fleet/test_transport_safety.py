@@ -387,15 +387,10 @@ async def test_a_key_that_a_server_repeats_is_masked(status: str, streams: bool)
     assert KEY not in f"{caught.value!r} {caught.value.__cause__!r}"
 
 
-async def test_a_key_in_an_event_is_masked() -> None:
-    event = b"data: " + ECHOED + b"\n\n"
-    first = b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'
-    for body in (event, first + event):
-        answer = plain(body, Content_Type="text/event-stream")
-        async with (
-            serving(lambda _, a=answer: a) as server,
-            Fleet([spec(server)], small()) as fleet,
-        ):  # type: ignore[misc]
-            with pytest.raises(EndpointError, match=r"Bearer \*{10}") as caught:
-                await read_stream(fleet)
-        assert KEY not in f"{caught.value!r} {caught.value.__cause__!r}"
+@pytest.mark.parametrize("head", [b"", b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'])
+async def test_a_key_in_an_event_is_masked(head: bytes) -> None:
+    answer = plain(head + b"data: " + ECHOED + b"\n\n", Content_Type="text/event-stream")
+    async with serving(lambda _: answer) as server, Fleet([spec(server)], small()) as fleet:
+        with pytest.raises(EndpointError, match=r"Bearer \*{10}") as caught:
+            await read_stream(fleet)
+    assert KEY not in f"{caught.value!r} {caught.value.__cause__!r}"

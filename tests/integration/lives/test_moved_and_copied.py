@@ -122,7 +122,7 @@ async def test_all_spellings_are_the_same_run(
     lab_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Begun as ``run``, gone on with from another working directory under other names."""
-    async with lab_of(items=200) as lab:
+    async with lab_of(items=400) as lab:
         aggregate = await lab.undisturbed()
         await drained(lab, 20)
         before = ids(Path("run"))
@@ -144,7 +144,7 @@ async def test_two_spellings_have_one_lock(lab_of: Any, tmp_path: Path) -> None:
         (tmp_path / "link").symlink_to("run")
         with open_folder(Path("link")).locked():
             for spelling in ("run", str(tmp_path / "run"), "./link/../run/"):
-                with pytest.raises(ConfigurationError, match="another process is working on"):
+                with pytest.raises(ConfigurationError, match="is working on this run"):
                     await lab.live(open_folder(Path(spelling)))
         assert (await lab.live(open_folder(Path("run")))).code == 0
 

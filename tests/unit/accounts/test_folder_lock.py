@@ -112,9 +112,23 @@ def test_a_place_that_is_taken_meanwhile_is_left_alone(tmp_path: Path) -> None:
             target.mkdir()
             (target / "mine").touch()
 
-    with pytest.raises(ConfigurationError, match="cannot be made: Directory not empty"):
+    with pytest.raises(ConfigurationError, match="holds something else already; choose another"):
         failing()
     assert [p.name for p in target.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("parents", ["", "a/b"])
+def test_a_run_that_another_one_makes_meanwhile_is_in_use(tmp_path: Path, parents: str) -> None:
+    target = tmp_path / parents / "run"
+
+    def second() -> None:
+        with new_folder(target), new_folder(target) as first:
+            first.write_provenance({"run": "first"})
+
+    with pytest.raises(ConfigurationError, match="another process or invocation is working on"):
+        second()
+    assert RunFolder(target).read_provenance()["run"] == "first"
+    assert [p.name for p in target.parent.iterdir()] == ["run"]
 
 
 def test_what_is_no_run_folder(tmp_path: Path) -> None:

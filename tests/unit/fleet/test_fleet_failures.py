@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import pickle
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -23,6 +24,7 @@ from fanfold.backends.contract.errors import (
     RequestRefusedError,
 )
 from fanfold.backends.contract.secrets import MASKED
+from fanfold.backends.contract.values import cut_levels, read_json
 from fanfold.backends.fleet import RetryPolicy, failures, judge, room
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.answer import Complaint, RawAnswer, retry_after
@@ -164,6 +166,40 @@ ROWS: list[tuple[str, int, Any, type[EndpointError], Step, Trip]] = [
         Trip.COUNT,
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b'\xef\xbb\xbf{"a": 1}', {"a": 1}),
+        ('{"a": 1}'.encode("utf-16"), {"a": 1}),
+        (b'{"a": [NaN, Infinity, -Infinity, 1e999]}', {"a": [None] * 4}),
+        (b'{"a": "\\ud83d", "\\udc00": ["\\ud83d"]}', {"a": "?", "?": ["?"]}),
+        (b'{"a": "\xe9"}', {"a": "\ufffd"}),
+        (b"[NaN, 18446744073709551615, -9223372036854775808]", [None, 2**64 - 1, -(2**63)]),
+        (b"[NaN, 1" + b"0" * 30 + b", " + b"9" * 5000 + b"]", [None, 1e30, None]),
+    ],
+    ids=["mark", "utf-16", "not finite", "half pairs", "no utf-8", "64 bits", "digits"],
+)
+def test_json_that_breaks_the_rules_is_read(text: bytes, value: Any) -> None:
+    assert read_json(text) == value
+    assert orjson.loads(orjson.dumps(read_json(text))) == value
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"hello", b'{"a": }', b"\xff\xfe", b"<html>"])
+def test_what_is_no_json_is_refused(text: bytes) -> None:
+    with pytest.raises(json.JSONDecodeError):
+        read_json(text)
+
+
+def test_levels_are_cut() -> None:
+    for levels, kept in ((200, 200), (201, 200), (900, 200)):
+        text = b"[" * levels + b"]" * levels
+        value = read_json(text)
+        cut_levels(text, value)
+        data = orjson.dumps(value)
+        assert data.count(b"[") == kept
+        assert (b"null" in data) == (levels > kept)
 
 
 def failure_of(status: int, body: Any, headers: dict[str, str] | None = None) -> Failure:

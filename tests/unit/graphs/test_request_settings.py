@@ -561,3 +561,106 @@ def test_split_settings_names_single_settings() -> None:
     assert list(split_settings("task.schema.a.b", 1)) == [("task.schema.a.b", 1, Access.OPEN)]
     with pytest.raises(ConfigurationError, match="is a section"):
         list(split_settings("limits", 3))
+
+
+# -- texts, secrets and commands of requests and owners -------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["override", "mapping", "file", "opened"])
+def test_a_schemas_file_is_never_expanded(
+    root: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("SECRETX", "hunter2")
+    (root / "schema.json").write_text(
+        '{"type": "object", "title": "${SECRETX} $${SECRETX}", "properties":'
+        ' {"x": {"enum": ["${SECRETX}", "${UNSET_VARIABLE}"]}}}'
+    )
+    (root / "c.yaml").write_text("task: {prompt: '${SECRETX} {smiles}', schema: schema.json}\n")
+    task = {"prompt": "{smiles}", "schema": "schema.json"}
+    contexts: dict[str, dict[str, Any]] = {
+        "override": {"overrides": ["task.schema=schema.json"]},
+        "mapping": {"config": {"task": task}},
+        "file": {"config": "c.yaml"},
+        "opened": {"overrides": [f"task.schema={root / 'schema.json'}"]},
+    }
+    policy = RequestPolicy(frozenset({"task"} if form == "opened" else ()), root)
+    got = loaded(contexts[form], policy)
+    schema = got.config.task.answer_schema
+    assert schema is not None
+    assert schema["title"] == "${SECRETX} $${SECRETX}"
+    assert schema["properties"]["x"]["enum"] == ["${SECRETX}", "${UNSET_VARIABLE}"]
+    assert "hunter2" not in got.config.task.prompt
+    assert load(got.plain).config.task.answer_schema == schema  # as workers read run.yaml
+
+
+def test_a_request_does_not_take_hosts_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRETX", "hunter2")
+    policy = RequestPolicy(frozenset({"endpoints"}))
+    for hosts in ("$SECRETX", "[a, '${SECRETX}']"):
+        said = refused({"overrides": [f"endpoints.hosts={hosts}", "endpoints.urls=null"]}, policy)
+        assert "not variables" in said
+
+
+@pytest.mark.parametrize("bound", [{"token": "${TOK}"}, {"token_command": "cat /my/token"}])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "endpoints.first.base_url=http://evil:1",
+        "endpoints.first.paths=[evil/vllm]",
+        "endpoints.proxy=true",
+        "endpoints={first: {base_url: 'http://evil:1'}}",
+    ],
+)
+def test_a_bound_token_is_for_the_bound_gateway(
+    monkeypatch: pytest.MonkeyPatch, bound: dict[str, str], override: str
+) -> None:
+    monkeypatch.setenv("TOK", "sesame")
+    first = {"base_url": "http://gateway:1", "paths": ["a/b"]} | bound
+    own: dict[str, Any] = {"endpoints": {"first": first}}
+    policy = RequestPolicy(frozenset({"endpoints", "endpoints.first.token"}))
+    said = refused({"overrides": [override]}, policy, **own)
+    assert "for the bound gateway only" in said
+    monkeypatch.setenv("MINE", "mine")
+    got = loaded({"overrides": [override, "endpoints.first.token=${MINE}"]}, policy, **own).config
+    assert got.endpoints.first is not None
+    assert got.endpoints.first.token is not None
+    assert got.endpoints.first.token.get_secret_value() == "mine"
+    assert got.endpoints.first.token_command is None
+    kept = loaded({"overrides": ["endpoints.wait_s=3"]}, policy, **own).config.endpoints.first
+    assert kept is not None
+    assert kept.token_command == bound.get("token_command")
+    assert (kept.token is None) == ("token" not in bound)
+
+
+def test_a_bound_body_gives_no_secret_to_hosts_of_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TOK", "sesame")
+    body = {"api_key": "sk-1", "user": "${TOK}", "meta": {"token": "t"}, "priority": 3}
+    own: dict[str, Any] = {"model": {"name": "small", "extra_body": body}}
+    policy = RequestPolicy(frozenset({"endpoints.urls"}))
+    got = loaded({"overrides": ["endpoints.urls=['http://evil:1/v1']"]}, policy, **own).config
+    assert got.model.extra_body == {"priority": 3}
+    same = loaded({"streams": 2}, policy, **own).config
+    assert same.model.extra_body == body | {"user": "sesame"}
+
+
+def test_a_request_is_kept_without_its_secrets() -> None:
+    policy = RequestPolicy(frozenset({"endpoints", "model.extra_body", "node.serve"}))
+    bound = Bound(RunContext(config=OWN), policy)
+    context: dict[str, Any] = {
+        "extra_body": {"api_key": "hunter2", "meta": {"auth_token": "hunter2"}},
+        "endpoints": "http://me:hunter2@other:1/v1",
+        "overrides": ["node.serve=vllm serve m --api-key hunter2"],
+        "prompt": "Which token is {smiles}?",
+    }
+    kept = bound.read(context)._requested()[1].to_json()
+    assert "hunter2" not in str(kept)
+    again = Request.from_json(kept)
+    assert again.settings["task.prompt"] == "Which token is {smiles}?"
+    owner = load(OWN)
+    with pytest.raises(ConfigurationError, match="give it again") as caught:
+        policy.settings(owner, again)
+    assert "model.extra_body.api_key" in caught.value.message
+    asked = policy.settings(owner, again.then(policy.read(context))).config
+    assert asked.model.extra_body["api_key"] == "hunter2"

@@ -189,5 +189,5 @@ def test_a_new_folder_at_a_symbolic_link(tmp_path: Path) -> None:
     made(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target" / "provenance.json").exists()
-    with pytest.raises(ConfigurationError, match="cannot be made"):
+    with pytest.raises(ConfigurationError, match="another process or invocation"):
         made(tmp_path / "link")

@@ -17,6 +17,7 @@ from fanfold.backends.contract.calls import CallLog
 from fanfold.backends.contract.errors import EndpointLostError
 from fanfold.backends.contract.template import Template
 from fanfold.backends.contract.types import Item, Message, Reply, Usage
+from fanfold.backends.contract.values import MOST, check_record
 from fanfold.backends.fleet import failures
 from fanfold.backends.fleet.charge import Charge
 from fanfold.configs.load import load
@@ -267,3 +268,29 @@ async def test_what_cannot_be_written_fails_its_item(tmp_path: Path, output: Any
     await asyncio.sleep(0)
     assert isinstance(tools.ledger, Ledger)
     await tools.ledger.aclose()
+
+
+@pytest.mark.parametrize("endpoints", [1, 2])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        Usage(-5, -1, -2),
+        Usage(2**63, 2**64, 2**65),
+        Usage(1.5, "7", [1]),  # type: ignore[arg-type]
+        Usage(True, 3, None),
+    ],
+    ids=["negative", "huge", "other types", "true"],
+)
+def test_a_record_can_always_be_read_back(tmp_path: Path, usage: Usage, endpoints: int) -> None:
+    """Whatever has counted: a count out of range never reaches the journal."""
+    log = CallLog(requests=-1, usage=usage)
+    for number in range(endpoints):
+        share = log.share(f"e{number}", Sent(f"e{number}"))
+        share.usage = share.useful = Usage(-7, 2**63)
+    state: ItemState = {"output": {}}
+    log.useful, log.useful_at = Usage(-7, 2**63), "e0"
+    tools = tools_of(tmp_path, SETTINGS)
+    record = Recorder(tools).record(Item(0, "i", {}), state, log, 0.1)
+    check_record(record)
+    assert record["requests"] == 0
+    assert record["prompt_tokens"] in (None, MOST)
