@@ -120,6 +120,8 @@ def mask_plain(plain: Any, key: str = "", text: Callable[[str], str] = mask_comm
             for name, value in plain.items()
         }
     if isinstance(plain, list):
+        if text is mask_command and not is_secret(key) and all(isinstance(v, str) for v in plain):
+            return list(mask_arguments(plain))
         return [mask_plain(value, key, text) for value in plain]
     if not isinstance(plain, str):
         return plain

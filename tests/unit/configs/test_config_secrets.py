@@ -226,6 +226,7 @@ def test_servers_want_a_lost_secret_again() -> None:
         ({"endpoints": {"urls": ["http://n:1"], "api_key": [KEY]}}, []),
         ({"backend": {"exchange": {"kind": "http", "port": f"http://u:{KEY}@n:1"}}}, []),
         ({"model": {"api_key": KEY}}, []),
+        ({"limits": {"streams": f"--api-key {KEY}"}}, []),
         ({}, [f"endpoints.api_key={{{KEY}: [}}"]),
         ({}, [f"node.serve=serve --token {KEY}: x: ["]),
     ],
@@ -284,6 +285,7 @@ def test_only_variables_in_braces_are_shown() -> None:
         {"key": {"a": [{"b": KEY}]}},
         {"headers": [f"Authorization: Bearer {KEY}"]},
         {"a": {"ARGS": f"--api-key {KEY}"}},
+        {"a": ["--api-key", KEY]},
     ],
 )
 def test_texts_below_secret_keys(extra: dict[str, Any]) -> None:
