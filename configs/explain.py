@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ..backends.contract.secrets import is_secret
+from ..backends.contract.secrets import is_secret, mask_command
 from .models import RunConfig
 from .reduce import Collect, Count, Histogram, Stats, TopK
 from .source import at_path
@@ -83,7 +83,7 @@ def _shown(loc: Sequence[str | int], raw: dict[str, Any]) -> str:
     value = at_path(raw, loc)
     if value is None or isinstance(value, dict | list) or _may_be_secret(loc, value):
         return ""
-    text = repr(value)
+    text = repr(mask_command(value) if isinstance(value, str) else value)
     return f" (found {text if len(text) <= 80 else text[:77] + '…'})"  # noqa: PLR2004 - one line
 
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import SecretStr
 
 from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.secrets import MASKED, is_secret, mask_command, mask_plain
+from ..backends.contract.secrets import MASKED, is_secret, mask_command, mask_plain, mask_url
 from .models import KeepConfig, RunConfig
 from .source import join
 
@@ -124,7 +124,11 @@ def mask_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         plain: The settings, ``${VAR}`` unexpanded.
     """
-    masked = {name: mask_plain(value, name) for name, value in plain.items() if name != "task"}
+    masked = {
+        name: mask_plain(value, name, mask_url if name == "reduce" else mask_command)
+        for name, value in plain.items()
+        if name != "task"
+    }
     masked = {name: plain[name] if name == "task" else masked[name] for name in plain}
     for section, *names in _NO_SECRETS:
         _copy(plain[section], masked[section], names)
@@ -166,7 +170,8 @@ def lost_secrets(settings: Any, path: str = "") -> Iterator[str]:
 def _masked(plain: Any, key: str = "") -> Any:
     """Return plain data, the values of keys that name secrets masked unless by a variable."""
     if isinstance(plain, Mapping):
-        return {name: _masked(value, name) for name, value in plain.items()}
+        below = key if is_secret(key) else None
+        return {name: _masked(value, below or name) for name, value in plain.items()}
     if isinstance(plain, list):
         return [_masked(value, key) for value in plain]
     if plain is None or isinstance(plain, bool) or not is_secret(key):
@@ -183,7 +188,7 @@ def secret_texts(data: Any, key: str = "") -> Iterator[str]:
     """
     if isinstance(data, Mapping):
         for name, value in data.items():
-            yield from secret_texts(value, name)
+            yield from secret_texts(value, key if is_secret(key) else name)
     elif isinstance(data, list):
         for value in data:
             yield from secret_texts(value, key)

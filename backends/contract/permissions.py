@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
+
+_MOST_LINKS: Final = 40
+"""As many as Linux follows on the way to one file."""
 
 
 def untrusted_reason(path: Path) -> str | None:
     """Return why the content of a file may be somebody else's, or None.
 
-    The file and its folder count, and for a link also what it names and the folder of that.
+    Others must not be able to write the file, nor a folder that holds it or a link to it, nor to
+    replace a folder or a link on the way there: every folder that everyone can write counts,
+    except sticky ones such as ``/tmp``. A group that can write a folder further up is trusted.
 
     Args:
         path: A file or a folder.
@@ -22,10 +30,52 @@ def untrusted_reason(path: Path) -> str | None:
         OSError: It cannot be looked at.
     """
     real = path.resolve(strict=True)
-    reason = file_reason(real, real.stat())
-    for folder in dict.fromkeys((path.absolute().parent, real.parent)):
-        reason = reason or folder_reason(folder, folder.stat())
-    return reason
+    if reason := file_reason(real, real.stat()):
+        return reason
+    for folder, entry, last in _steps(path.absolute()):
+        reason = folder_reason(folder, folder.stat()) if last else None
+        if reason := reason or _replaceable(folder, entry):
+            return reason
+    return None
+
+
+def _steps(path: Path) -> Iterator[tuple[Path, Path, bool]]:
+    """Yield each folder in which the way to a file looks up a name, links followed.
+
+    Yields:
+        The folder, what is looked up there, and whether that is the file or a link to it.
+    """
+    todo, here, links = list(reversed(path.parts[1:])), Path(path.anchor), 0
+    while todo:
+        name = todo.pop()
+        if name == "..":
+            here = here.parent
+            continue
+        entry = here / name
+        yield here, entry, not todo
+        if not entry.is_symlink():
+            here = entry
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+        target = entry.readlink()
+        if target.is_absolute():
+            here = Path(target.anchor)
+        todo += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+
+
+def _replaceable(folder: Path, entry: Path) -> str | None:
+    """Return why everyone, or whoever made a link in a sticky folder, can replace an entry."""
+    status = folder.stat()
+    if not status.st_mode & stat.S_IWOTH:
+        return None
+    if not status.st_mode & stat.S_ISVTX:
+        return f"everyone can write {folder} (chmod o-w {folder})"
+    made = entry.lstat()
+    if stat.S_ISLNK(made.st_mode) and made.st_uid not in {os.geteuid(), 0}:
+        return f"the link {entry} belongs to {_user(made.st_uid)} (name what it points to)"
+    return None
 
 
 def file_reason(path: Path, status: os.stat_result) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 MASKED: Final = "**********"
@@ -16,14 +16,17 @@ _NAMES: Final = frozenset(
     }
 )
 _WORD: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_VARIABLES: Final = re.compile(r"(?:Bearer |Basic )?(?:\$\{[A-Za-z_]\w*\}|\$[A-Za-z_]\w*)+")
+_VARIABLES: Final = re.compile(r"(?:(?:Bearer|Basic) )?(?:\$\{[A-Za-z_]\w*\})+")
+_HARMLESS: Final = re.compile(rf"(?:{_VARIABLES.pattern}|EMPTY)?(?=[\s\"'\\&,;}}\])]|$)")
 _USERINFO: Final = re.compile(r"(?<=://)([^\s/?#@:]*)(?::([^\s/?#]*))?@")
+_SIGNS: Final = (":", "=")
 _QUERY: Final = re.compile(r"([?&;])([\w.-]+)=([^&#\s\"']*)")
-_PAIR: Final = re.compile(
-    r"""(?P<name>["']?[\w.-]+["']?)(?P<sign>\s*:\s+|["']:)(?P<value>"[^"]*"|'[^']*'|[^,}\]"']+)"""
+_ASSIGNED: Final = re.compile(
+    r"""(?<![\w.-])(?P<name>[\w.-]+)[\\"'\])]*(?:\s*[:=][\s\\"']*|(?P<gap>[\\"',\s]+))"""
 )
-_PART: Final = re.compile(r"""(?:"[^"]*"|'[^']*'|[^\s])+""")
-_SCHEMES: Final = frozenset({"bearer", "basic"})
+_LOGIN: Final = re.compile(
+    r"""(?<![\w-])(?:-u|--user|--proxy-user)[\s=\\"',]*(?!\$\{)[^\s:"']*:|\b(?i:bearer|basic)\s+"""
+)
 
 
 def is_secret(name: str) -> bool:
@@ -53,70 +56,76 @@ def mask_url(text: str) -> str:
 
 
 def mask_command(text: str) -> str:
-    """Return a command line in which the values of secret words are masked.
+    """Return a text, such as a command line, that is masked from its first secret to its end.
 
-    ``KEY=VALUE``, ``--api-key VALUE``, ``Authorization: VALUE`` and URLs are known, also within
-    an argument.
+    A secret follows the name of one (``KEY=VALUE``, ``--api-key VALUE``, ``Authorization: VALUE``),
+    a scheme (``Bearer VALUE``) or a user (``-u NAME:VALUE``). Quotes nest in ways that only the
+    program that reads them knows, so the end of the secret is not searched for. Passwords in URLs
+    are masked alone.
     """
-    follows = False
-
-    def shown(match: re.Match[str]) -> str:
-        nonlocal follows
-        word, hidden = match[0], follows
-        bare = word.strip("\"'")
-        if hidden and bare.lower() in _SCHEMES:
-            return word  # the value is the next word
-        follows = _announces(bare)
-        return _hidden(word) if hidden and not bare.startswith("--") else _mask_word(word)
-
-    return _PART.sub(shown, text)
+    text = mask_url(text)
+    starts = _secret_starts(text)
+    return text[: min(starts)] + MASKED if starts else text
 
 
 def mask_arguments(words: Iterable[str]) -> Iterator[str]:
     """Yield the arguments of a command, those that are secret masked."""
-    follows = False
+    before, rest = "", False
     for word in words:
-        hidden, follows = follows, _announces(word)
-        yield _hidden(word) if hidden and not word.startswith("--") else mask_command(word)
+        shown = mask_command(word)
+        # The words before decide, as if all of them stood in one text.
+        joined = f"{before} {word}"
+        rest = rest and not word.startswith("-")
+        follows = any(start > len(before) for start in _secret_starts(joined))
+        if shown == word and (rest or follows):
+            shown = _hidden(word)
+            rest = rest or not before.startswith("-")
+        yield shown
+        before = f"{before} {word}" if word in _SIGNS or before.endswith(_SIGNS) else word
 
 
-def mask_plain(plain: Any, key: str = "") -> Any:
-    """Return plain data in which the texts of secret keys, and passwords in URLs, are masked.
+def _secret_starts(text: str) -> list[int]:
+    starts = [start for match in _ASSIGNED.finditer(text) if (start := _secret_start(match))]
+    logins = (match.end() for match in _LOGIN.finditer(text))
+    return starts + [end for end in logins if _is_value(text, end)]
+
+
+def _secret_start(match: re.Match[str]) -> int | None:
+    """Return where the secret begins that a name announces, or None."""
+    name, end = match["name"], match.end()
+    if match["gap"] is not None and not name.startswith("-"):
+        return None  # only an option's value follows a blank
+    parts = name.split(".")
+    secret = is_secret(name) or (match["gap"] is None and any(map(is_secret, parts)))
+    return end if secret and _is_value(match.string, end) else None
+
+
+def _is_value(text: str, start: int) -> bool:
+    """Say whether a secret begins here: not the end, a variable, or ``EMPTY``."""
+    return text[start:].strip("\"'\\ ") != "" and _HARMLESS.match(text, start) is None
+
+
+def mask_plain(plain: Any, key: str = "", text: Callable[[str], str] = mask_command) -> Any:
+    """Return plain data, the texts at and below secret keys and secrets in other texts masked.
 
     Args:
         plain: The data.
         key: The key that it stands at.
+        text: Masks the texts at other keys.
     """
     if isinstance(plain, Mapping):
-        return {name: mask_plain(value, str(name)) for name, value in plain.items()}
+        secret = is_secret(key)
+        return {
+            name: mask_plain(value, key if secret else str(name), text)
+            for name, value in plain.items()
+        }
     if isinstance(plain, list):
-        return [mask_plain(value, key) for value in plain]
+        if text is mask_command and not is_secret(key) and all(isinstance(v, str) for v in plain):
+            return list(mask_arguments(plain))
+        return [mask_plain(value, key, text) for value in plain]
     if not isinstance(plain, str):
         return plain
-    return _hidden(plain) if is_secret(key) else mask_url(plain)
-
-
-def _announces(word: str) -> bool:
-    """Say whether the value of a word is the next one."""
-    if word.lower() in _SCHEMES:
-        return True
-    if word.endswith(":"):
-        return is_secret(word[:-1].rpartition("=")[2])
-    return word.startswith("-") and "=" not in word and is_secret(word.lstrip("-"))
-
-
-def _mask_word(word: str) -> str:
-    name, sign, value = word.partition("=")
-    if sign and "://" not in name:  # else the sign is of the URL's query
-        hidden = is_secret(name.strip("\"'-"))
-        return f"{name}={_hidden(value) if hidden else mask_command(value)}"
-    return _PAIR.sub(_pair, mask_url(word))
-
-
-def _pair(match: re.Match[str]) -> str:
-    if not is_secret(match["name"].strip("\"'")):
-        return match[0]
-    return f"{match['name']}{match['sign']}{_hidden(match['value'])}"
+    return _hidden(plain) if is_secret(key) else text(plain)
 
 
 def _userinfo(match: re.Match[str]) -> str:

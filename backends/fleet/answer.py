@@ -8,15 +8,23 @@ Servers describe an error in five shapes (vLLM, the FIRST gateway and proxies be
 from __future__ import annotations
 
 import email.utils
-from collections.abc import Mapping
+import html
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
+from urllib.parse import quote
 
 import orjson
 
+from ..contract.secrets import MASKED
+from ..contract.values import read_json
+from .address import NO_KEY
+
 _PREVIEW: Final = 200
 """Characters of a body that a message may quote."""
+_KEY_HEADERS: Final = ("Authorization", "Proxy-Authorization")
+_SHORTEST_KEY: Final = 4
 
 
 class RawAnswer(Exception):  # noqa: N818 - an answer that travels as a cause, not an error's name
@@ -26,13 +34,34 @@ class RawAnswer(Exception):  # noqa: N818 - an answer that travels as a cause, n
         status: HTTP status.
         headers: Headers, names in lower case.
         body: The body as it came.
+        sent: The headers of the request, whose keys ``masked`` removes.
     """
 
-    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes,
+        sent: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(status, headers, body)
+        self._sent = sent
         self.status = status
         self.headers = headers
         self.body = body
+
+    def masked(self) -> RawAnswer:
+        """Return the answer without the keys of the request, which some servers quote in errors."""
+        keys = sent_keys(self._sent)
+        if not keys:
+            return self
+        try:
+            body = orjson.dumps(read_json(self.body))  # undoes escapes that could hide a key
+        except (ValueError, RecursionError, orjson.JSONEncodeError):
+            body = self.body
+        if (masked := _without(body, keys)) == body:
+            masked = _without(self.body, keys)
+        return RawAnswer(self.status, self.headers, masked)
 
     def __str__(self) -> str:
         """Return status and the body's beginning; headers may hold cookies."""
@@ -88,6 +117,27 @@ class Complaint:
                 _text(document.get("param")),
             )
         return cls(preview(document))
+
+
+def sent_keys(headers: Mapping[str, str] | None) -> list[str]:
+    """Return the keys that the headers of a request hold, none that is too short to be secret."""
+    values = (headers.get(name, "") for name in _KEY_HEADERS) if headers else ()
+    keys = (value.partition(" ")[2].strip() or value for value in values)
+    return [key for key in keys if len(key) >= _SHORTEST_KEY and key != NO_KEY]
+
+
+def without_keys(text: str, headers: Mapping[str, str] | None) -> str:
+    """Return a text without the keys that the headers of a request hold."""
+    keys = sent_keys(headers)
+    return _without(text.encode(errors="replace"), keys).decode() if keys else text
+
+
+def _without(body: bytes, keys: Iterable[str]) -> bytes:
+    for key in keys:
+        forms = (key, orjson.dumps(key).decode()[1:-1], html.escape(key), quote(key, safe=""))
+        for form in sorted(dict.fromkeys((*forms, quote(key))), key=len, reverse=True):
+            body = body.replace(form.encode(), MASKED.encode())
+    return body
 
 
 def preview(value: Any) -> str:

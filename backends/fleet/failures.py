@@ -24,7 +24,7 @@ from ..contract.errors import (
     PromptTooLongError,
     RequestRefusedError,
 )
-from .answer import Complaint, RawAnswer, retry_after
+from .answer import Complaint, RawAnswer, retry_after, without_keys
 from .transport import BodyTooLargeError, ProxyError
 
 
@@ -341,14 +341,26 @@ def of_mixture(endpoint: str, simulated: bool) -> Failure:
     return Failure(error, Treatment(EndpointReplyError, Step.STOP))
 
 
-def of_exception(cause: aiohttp.ClientError | TimeoutError, endpoint: str) -> Failure:
-    """Classify a connection that failed or an answer that did not come."""
+def of_exception(
+    cause: aiohttp.ClientError | TimeoutError,
+    endpoint: str,
+    sent: Mapping[str, str] | None = None,
+) -> Failure:
+    """Classify a connection that failed or an answer that did not come.
+
+    Args:
+        cause: What happened; it may quote a broken answer.
+        endpoint: The endpoint's label.
+        sent: The headers of the request, whose keys the message must not show.
+    """
     if isinstance(cause, BodyTooLargeError):
         return _of_size(cause, endpoint)
     problem, treatment = _connection(cause)
     hint = f" ({treatment.advice})" if treatment.advice else ""
-    error = EndpointLostError(f"{endpoint}: {problem}{hint}", endpoint)
-    error.__cause__ = cause
+    shown = without_keys(problem, sent)
+    error = EndpointLostError(f"{endpoint}: {shown}{hint}", endpoint)
+    if shown == problem:
+        error.__cause__ = cause  # else its text holds the key
     return Failure(error, treatment)
 
 

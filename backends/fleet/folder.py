@@ -67,6 +67,8 @@ class HostsFolder:
         known = self._hosts.get(file.name)
         try:
             status = file.stat()
+            if others is None and file.is_symlink() and self._key != NO_KEY:
+                others = untrusted_reason(Path(file.path))
             reason = others or file_reason(Path(file.path), status)
             stamp = status.st_mtime_ns, status.st_size, status.st_ino, reason
             if known is not None and known.stamp == stamp:

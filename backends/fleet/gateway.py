@@ -120,7 +120,7 @@ def _clusters(answer: RawAnswer) -> Mapping[str, Any] | None:
 
 
 def _refusal(answer: RawAnswer) -> str:
-    complaint = Complaint.read(answer.body)
+    complaint = Complaint.read(answer.masked().body)
     hint = " (is the token still valid?)" if answer.status == _UNAUTHORIZED else ""
     if complaint.html:
         hint = " (a web page came: check base_url and any proxy in between)"

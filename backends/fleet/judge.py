@@ -33,20 +33,24 @@ def read(answer: RawAnswer, endpoint: str) -> dict[str, Any] | Failure:
         endpoint: The endpoint's label.
     """
     if answer.status != 200:  # noqa: PLR2004 - HTTP's own number
-        return failures.of_answer(answer, endpoint)
+        return failures.of_answer(answer.masked(), endpoint)
     try:
         document = read_json(answer.body)
     except RecursionError:
-        return failures.of_levels(answer, endpoint)
+        return failures.of_levels(answer.masked(), endpoint)
     except ValueError:
         document = None
     problem = _problem(document)
     if problem is None:
         make_plain(document)
         cut_levels(answer.body, document)
-        return failures.of_abort(answer, endpoint) if _is_aborted(document) else document
+        if _is_aborted(document):
+            return failures.of_abort(answer.masked(), endpoint)
+        plain: dict[str, Any] = document
+        return plain
+    answer = answer.masked()
     if isinstance(document, dict) and (document.get("error") or document.get("object") == "error"):
-        complaint = Complaint.of(document)
+        complaint = Complaint.of(read_json(answer.body))
         return failures.of_complaint(answer, complaint, _inner_status(complaint), endpoint)
     return failures.of_reply(answer, problem, endpoint)
 

@@ -93,7 +93,9 @@ async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Fo
         return _lost(endpoint, describe_error(error))
     models = _models(answer)
     if models is None:
-        return _lost(endpoint, f"HTTP {answer.status}: {Complaint.read(answer.body).message}")
+        return _lost(
+            endpoint, f"HTTP {answer.status}: {Complaint.read(answer.masked().body).message}"
+        )
     return Found(
         endpoint.spec,
         endpoint.label,

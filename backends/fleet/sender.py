@@ -76,6 +76,7 @@ class Sender:
     async def _exchange(
         self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
     ) -> dict[str, Any] | Failure:
+        headers: Mapping[str, str] | None = None
         try:
             headers, most = await endpoint.headers(), endpoint.most_tokens
             answer = await self._transport.send(
@@ -87,7 +88,7 @@ class Sender:
                 return room.learn(endpoint, result, body, room.sent_tokens(body, most))
             self._accepted(endpoint, body, headers, charge.log)
         except (aiohttp.ClientError, TimeoutError) as error:
-            return failures.of_exception(error, endpoint.label)
+            return failures.of_exception(error, endpoint.label, headers)
         return result
 
     async def open(
@@ -135,6 +136,7 @@ class Sender:
     async def _begin(
         self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge, watch: Watch
     ) -> OpenStream | Failure:
+        headers: Mapping[str, str] | None = None
         try:
             headers, most = await endpoint.headers(), endpoint.most_tokens
             reader = await self._transport.stream(
@@ -148,7 +150,7 @@ class Sender:
                 return room.learn(endpoint, result, body, room.sent_tokens(body, most))
             self._accepted(endpoint, body, headers, charge.log)
         except (aiohttp.ClientError, TimeoutError) as error:
-            return failures.of_exception(error, endpoint.label)
+            return failures.of_exception(error, endpoint.label, headers)
         return result
 
     async def _softened(

@@ -98,8 +98,9 @@ class OpenStream:
         """
         response = reader.response
         if response.status != _OK:
-            raw = RawAnswer(response.status, response.headers, await reader.read())
-            return failures.of_answer(raw, endpoint)
+            sent = response.request_info.headers
+            raw = RawAnswer(response.status, response.headers, await reader.read(), sent)
+            return failures.of_answer(raw.masked(), endpoint)
         head: list[bytes] = []
         started = False
         while line := await reader.read_line():
@@ -139,7 +140,9 @@ class OpenStream:
         lines = [first]
         while line := await reader.read_line():
             lines.append(line)
-        raw = RawAnswer(response.status, response.headers, b"".join(lines))
+        raw = RawAnswer(
+            response.status, response.headers, b"".join(lines), response.request_info.headers
+        )
         document = judge.read(raw, endpoint)
         if isinstance(document, Failure):
             return document
@@ -172,7 +175,9 @@ class OpenStream:
                     yield event
             self._check_end()
         except (aiohttp.ClientError, TimeoutError) as error:
-            self._failure = failures.of_exception(error, self._endpoint)
+            self._failure = failures.of_exception(
+                error, self._endpoint, self._response.request_info.headers
+            )
             raise _begun(self._failure) from error
         finally:
             self.close()
@@ -225,6 +230,8 @@ class OpenStream:
                     self._summary[key] = chunk[key]
             if failure := _error_event(chunk, line, self._response, self._endpoint):
                 self._failure = failure
+                if isinstance(answer := failure.error.__cause__, RawAnswer):
+                    chunk = _decode(_DATA + answer.body) or chunk  # without the key
             choices = chunk.get("choices") or [{}]
             reason = choices[0].get("finish_reason")
             self._end_once(choices)
@@ -332,12 +339,17 @@ def _error_event(
     if document is None:
         return None
     if document.get("id") == judge.GATEWAY_ERROR_ID:
-        raw = RawAnswer(_OK, response.headers, line[len(_DATA) :].strip())
-        return failures.of_abort(raw, endpoint)
+        return failures.of_abort(_line_answer(line, _OK, response), endpoint)
     if not (document.get("error") or document.get("object") == "error"):
         return None
-    complaint = Complaint.of(document)
+    raw = _line_answer(line, 500, response)
+    complaint = Complaint.of(read_json(raw.body))
     code = complaint.code or ""
-    status = int(code) if code.isdigit() else 500
-    raw = RawAnswer(status, response.headers, line[len(_DATA) :].strip())
-    return failures.of_complaint(raw, complaint, status, endpoint)
+    raw.status = int(code) if code.isdigit() else 500
+    return failures.of_complaint(raw, complaint, raw.status, endpoint)
+
+
+def _line_answer(line: bytes, status: int, response: aiohttp.ClientResponse) -> RawAnswer:
+    """Return an event as if it were an answer, without the request's keys."""
+    body = line[len(_DATA) :].strip()
+    return RawAnswer(status, response.headers, body, response.request_info.headers).masked()

@@ -158,7 +158,8 @@ class Transport:
             **self._routed(url, headers, proxied),
         ) as got:
             reader = BodyReader(got, self._policy.body_bytes)
-            return RawAnswer(got.status, got.headers, await reader.read())
+            sent = got.request_info.headers
+            return RawAnswer(got.status, got.headers, await reader.read(), sent)
 
     async def stream(
         self, url: str, body: bytes, headers: Mapping[str, str], proxied: bool = False
@@ -197,9 +198,8 @@ class Transport:
             timeout=aiohttp.ClientTimeout(total=timeout_s),
             **self._routed(url, headers, proxied),
         ) as got:
-            return RawAnswer(
-                got.status, got.headers, await BodyReader(got, _LARGEST_DOCUMENT).read()
-            )
+            body = await BodyReader(got, _LARGEST_DOCUMENT).read()
+            return RawAnswer(got.status, got.headers, body, got.request_info.headers)
 
     def _routed(self, url: str, headers: Mapping[str, str], proxied: bool) -> dict[str, Any]:
         """Return a request's headers and its proxy, if the environment names one, for aiohttp."""

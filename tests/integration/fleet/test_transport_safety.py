@@ -369,3 +369,28 @@ async def test_no_session_reads_the_environment() -> None:
     assert isinstance(transport.session(), aiohttp.ClientSession)
     assert not transport.session().trust_env
     await transport.aclose()
+
+
+ECHOED = orjson.dumps({"error": {"message": f"Incorrect API key provided: Bearer {KEY}"}})
+
+
+@pytest.mark.parametrize("status", ["200 OK", "400 Bad Request", "401 Unauthorized", "500 Error"])
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_key_that_a_server_repeats_is_masked(status: str, streams: bool) -> None:
+    async with (
+        serving(lambda _: plain(ECHOED, status)) as server,
+        Fleet([spec(server)], small()) as fleet,
+    ):
+        expected = (EndpointError, RunStoppedError)
+        with pytest.raises(expected, match=r"Bearer \*{10}") as caught:
+            await (read_stream(fleet) if streams else ask(fleet))
+    assert KEY not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+
+@pytest.mark.parametrize("head", [b"", b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n'])
+async def test_a_key_in_an_event_is_masked(head: bytes) -> None:
+    answer = plain(head + b"data: " + ECHOED + b"\n\n", Content_Type="text/event-stream")
+    async with serving(lambda _: answer) as server, Fleet([spec(server)], small()) as fleet:
+        with pytest.raises(EndpointError, match=r"Bearer \*{10}") as caught:
+            await read_stream(fleet)
+    assert KEY not in f"{caught.value!r} {caught.value.__cause__!r}"

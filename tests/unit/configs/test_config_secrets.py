@@ -226,6 +226,7 @@ def test_servers_want_a_lost_secret_again() -> None:
         ({"endpoints": {"urls": ["http://n:1"], "api_key": [KEY]}}, []),
         ({"backend": {"exchange": {"kind": "http", "port": f"http://u:{KEY}@n:1"}}}, []),
         ({"model": {"api_key": KEY}}, []),
+        ({"limits": {"streams": f"--api-key {KEY}"}}, []),
         ({}, [f"endpoints.api_key={{{KEY}: [}}"]),
         ({}, [f"node.serve=serve --token {KEY}: x: ["]),
     ],
@@ -234,4 +235,81 @@ def test_errors_show_none(sections: dict[str, Any], overrides: list[str]) -> Non
     settings = {"task": {"prompt": "x"}, "endpoints": {"urls": ["http://n:1"]}} | sections
     with pytest.raises(ConfigurationError) as caught:
         load(settings, overrides)
+    assert KEY not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'bash -c "vllm serve m --api-key {KEY}"',
+        f"vllm serve m -H 'X-Api-Key:{KEY}'",
+        f"{{HF_TOKEN: a b {KEY}}}",
+        f"{{HF_TOKEN: !!str {KEY}}}",
+        f'{{token: "hun\\" {KEY}"}}',
+        f"{{api_key : {KEY}}}",
+        f"--token=a\\ {KEY}",
+        f"--api-key --{KEY}",
+        f"--api_key:{KEY}",
+        f"password:{KEY}",
+        f"password = {KEY}",
+        f"KEY=${KEY[1:]}pass {KEY}",
+        f"curl -u user:{KEY}",
+        f"curl --user=user:{KEY}",
+        *(f"Authorization:{scheme} {KEY}" for scheme in ("Bearer", "Basic", "Token", "Digest")),
+        f'["--api-key", "{KEY}"]',
+        f'{{\\"api_key\\": \\"{KEY}\\"}}',
+        f"model.extra_body.auth.value={KEY}",
+        f"serve --api-key ${{K}} --hf-token {KEY}",
+        f"--api-key ${{K}}{KEY}",
+        f"bearer {KEY}",
+    ],
+)
+def test_a_secret_is_masked_to_the_end(text: str) -> None:
+    shown = mask_command(text)
+    assert KEY not in shown
+    assert shown.endswith(MASKED)
+    assert mask_command(shown) == shown
+    assert KEY not in str(loaded(model={"extra_body": {"user": [text]}}).plain)
+
+
+def test_only_variables_in_braces_are_shown() -> None:
+    assert mask_command("serve --api-key $hunter2") == f"serve --api-key {MASKED}"
+    assert mask_plain({"HF_TOKEN": "$hunter2"}) == {"HF_TOKEN": MASKED}
+    assert mask_plain({"HF_TOKEN": "Bearer ${K}"}) == {"HF_TOKEN": "Bearer ${K}"}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"auth": {"value": KEY}},
+        {"key": {"a": [{"b": KEY}]}},
+        {"headers": [f"Authorization: Bearer {KEY}"]},
+        {"a": {"ARGS": f"--api-key {KEY}"}},
+        {"a": ["--api-key", KEY]},
+    ],
+)
+def test_texts_below_secret_keys(extra: dict[str, Any]) -> None:
+    assert KEY not in to_yaml(loaded(model={"extra_body": extra}).plain)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--token", f"--{KEY}"],
+        ["Authorization:", "Token", KEY],
+        ["password", "=", KEY],
+        ["-u", f"user:{KEY}"],
+        ["--set", f'model.extra_body.user=bash -c "vllm --api-key {KEY}"'],
+        ["--set", f'model.extra_body.h=["X-Api-Key:{KEY}"]'],
+    ],
+)
+def test_secrets_in_several_words(words: list[str]) -> None:
+    shown = list(mask_arguments([*words, "--limit", "3"]))
+    assert KEY not in " ".join(shown)
+    assert shown[-2:] == ["--limit", "3"]
+
+
+def test_an_override_that_is_no_yaml_shows_no_secret() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load({"task": {"prompt": "x"}}, [f"model.temperature={{token : {KEY}"])
     assert KEY not in caught.value.message

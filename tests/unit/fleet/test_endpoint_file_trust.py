@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from fanfold.backends.auto import choose
 from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.contract.permissions import untrusted_reason
 from fanfold.backends.fleet.address import NO_KEY, EndpointSpec
 from fanfold.backends.fleet.folder import HostsFolder
 from fanfold.backends.fleet.membership import FileSource
@@ -202,3 +203,29 @@ async def test_what_auto_finds_in_the_working_directory(
     with pytest.raises(ConfigurationError):
         await choose(load(settings).config, {}, tmp_path, ports=[1])
     assert sum("get no API key" in r.getMessage() for r in caplog.records) == 2
+
+
+def test_every_folder_and_link_on_the_way_counts(tmp_path: Path) -> None:
+    for name in ("pa", "pb", "w", "w/mine", "dir"):
+        (tmp_path / name).mkdir(mode=0o755)
+        (tmp_path / name).chmod(0o755)
+    real, w = tmp_path / "pb" / "real.txt", tmp_path / "w"
+    for file in (real, tmp_path / "dir" / "real.txt", w / "mine" / "ep.txt"):
+        file.write_text("http://n:1")
+        file.chmod(0o644)
+    (w / "l").symlink_to(real)
+    (w / "dirl").symlink_to("../dir")
+    (tmp_path / "pa" / "ep.txt").symlink_to(w / "l")
+    (tmp_path / "pa" / "up").symlink_to("../w/dirl/real.txt")
+    ways = (tmp_path / "pa/ep.txt", tmp_path / "pa/up", w / "mine/ep.txt", w / "dirl/real.txt")
+    for way in ways:
+        assert untrusted_reason(way) is None
+    w.chmod(0o777)
+    for way in (*ways, w / ".." / "w" / "mine" / "ep.txt"):
+        assert f"everyone can write {w} (chmod" in str(untrusted_reason(way))
+    assert untrusted_reason(real) is None
+    w.chmod(0o1777)
+    for way in ways:
+        assert untrusted_reason(way) is None
+    w.chmod(0o775)  # a project's folder further up
+    assert untrusted_reason(w / "mine" / "ep.txt") is None

@@ -23,6 +23,7 @@ from fanfold.backends.contract.errors import (
     PromptTooLongError,
     RequestRefusedError,
 )
+from fanfold.backends.contract.secrets import MASKED
 from fanfold.backends.contract.values import cut_levels, read_json
 from fanfold.backends.fleet import RetryPolicy, failures, judge, room
 from fanfold.backends.fleet.address import EndpointSpec
@@ -430,3 +431,46 @@ def test_a_long_prompt_passes_over_all_that_are_too_short() -> None:
     assert short == set(members[:3])
     failure, short = room.elsewhere(members[3], long, members)
     assert (failure.treatment.step, short) == (Step.FAIL, frozenset())
+
+
+SENT = {"Authorization": "Bearer sk-se/cr+et=1"}
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 429, 500, 503])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error": {"message": "Incorrect API key provided: Bearer sk-se/cr+et=1"}}',
+        b'{"error": {"message": "no", "code": "sk-se/cr+et=1"}}',
+        b'{"error": "sk-se\\/cr+et=1"}',
+        b'{"detail": [{"input": "\\u0073k-se/cr+et=1"}]}',
+        b"<html>sk-se/cr+et=1</html>",
+        b"key=sk-se%2Fcr%2Bet%3D1",
+        b"x" * 185 + b" sk-se/cr+et=1",
+    ],
+)
+def test_the_key_of_the_request_is_not_quoted(status: int, body: bytes) -> None:
+    failure = judge.read(RawAnswer(status, {}, body, SENT), "node")
+    assert isinstance(failure, Failure)
+    cause = failure.error.__cause__
+    assert isinstance(cause, RawAnswer)
+    for text in (str(failure.error), repr(failure.error), str(cause), cause.body.decode()):
+        assert "se/cr" not in text
+        assert "cr%2Bet" not in text
+    assert MASKED in cause.body.decode()
+
+
+def test_a_broken_answer_does_not_show_the_key() -> None:
+    cause = aiohttp.ClientPayloadError("invalid header b'X: sk-se/cr+et=1'")
+    failure = failures.of_exception(cause, "node", SENT)
+    assert "sk-se" not in str(failure.error)
+    assert failure.error.__cause__ is None
+
+
+def test_answers_and_short_keys_are_left_alone() -> None:
+    good = b'{"choices": [{"message": {"content": "sk-se/cr+et=1"}}]}'
+    answer = judge.read(RawAnswer(200, {}, good, SENT), "node")
+    assert isinstance(answer, dict)
+    assert answer["choices"][0]["message"]["content"] == "sk-se/cr+et=1"
+    none = RawAnswer(400, {}, b"EMPTY", {"Authorization": "Bearer EMPTY"})
+    assert none.masked().body == b"EMPTY"
