@@ -80,13 +80,20 @@ async def test_an_answer_that_stays_empty_is_the_callers(
     assert len(stub.bodies) == calls
 
 
+CALL: dict[str, Any] = {
+    "id": "1",
+    "type": "function",
+    "function": {"name": "look_up", "arguments": "{}"},
+}
+
+
 @pytest.mark.parametrize(
     "answer",
     [
         completion("", finish="length"),
         completion("", finish="content_filter"),
         completion(None, message={"refusal": "no"}),
-        completion(None, message={"tool_calls": [{"id": "1"}]}),
+        completion(None, message={"tool_calls": [CALL]}),
     ],
 )
 async def test_answers_that_are_empty_for_a_reason_are_not_repeated(
