@@ -15,7 +15,6 @@ from collections.abc import (
 )
 from contextlib import aclosing
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar, cast
 
@@ -303,7 +302,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
     ) -> Iterator[Any]:
         """Stream the graph's steps; see LangGraph."""
         given = self._checked(input, config), config
-        more["context"] = self._context_of(context, config)
+        more["context"] = self._context_of(context)
         parts: Iterator[Any]
         if input is None:
             parts = self._streamed(config, more)
@@ -323,7 +322,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
     ) -> AsyncIterator[Any]:
         """Stream the graph's steps; see LangGraph."""
         given = self._checked(input, config), config
-        more["context"] = self._context_of(context, config)
+        more["context"] = self._context_of(context)
         parts: AsyncIterator[Any]
         if input is None:
             parts = self._astreamed(config, more)
@@ -421,15 +420,12 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
 
         return tuple(key for key in given if isinstance(key, str) and has(key))
 
-    def _context_of(self, given: Any, config: RunnableConfig | None) -> Any:
+    def _context_of(self, given: Any) -> Any:
         """Return the context of a call.
 
         Raises:
-            ConfigurationError: It is of another type, or settings are in ``configurable``.
+            ConfigurationError: It is of another type.
         """
-        configurable = merge_configs(self.config, config).get("configurable", {})
-        if _READ not in configurable:
-            _check_configurable(configurable, given)
         if given is None or isinstance(given, RunContext):
             return given
         if not isinstance(given, Mapping):
@@ -486,24 +482,6 @@ class _Shown(dict[str, Any]):
 def _is_servers(key: object) -> bool:
     """Say whether LangGraph's server, not a caller, has put a key into a context."""
     return key in _SERVERS or (isinstance(key, str) and _PRIVATE.fullmatch(key) is not None)
-
-
-def _check_configurable(configurable: Mapping[str, Any], context: object) -> None:
-    """Check that a call has no settings in ``configurable``, where LangGraph does not read them.
-
-    Raises:
-        ConfigurationError: There is a setting, or a misspelt one, that the context does not have.
-    """
-    names = _names()
-    there = context.keys() if isinstance(context, Mapping) else ()
-    for key in configurable:
-        if key in there or _is_servers(key) or not get_close_matches(str(key), names):
-            continue
-        msg = (
-            f"configurable: {key!r} looks like a setting, and settings are read from the context "
-            "only: invoke(input, config, context={…})"
-        )
-        raise ConfigurationError(msg)
 
 
 def check_item(given: object, parents: Sequence[str] = ()) -> None:

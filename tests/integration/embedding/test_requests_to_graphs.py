@@ -514,18 +514,3 @@ async def test_a_context_of_no_use_starts_nothing(
     with pytest.raises(ConfigurationError, match="context"):
         await asyncio.to_thread(lambda: graph.invoke({}, context=context))
     assert_nothing_began(simulated)
-
-
-@pytest.mark.parametrize("configurable", [{"limitt": 1}, {"endpoints": "http://x"}, {"limit": 1}])
-async def test_settings_in_configurable_start_nothing(
-    simulated: SimulatedFleet, configurable: Any
-) -> None:
-    graph: Any = build_graph(with_input(simulated))
-    with pytest.raises(ConfigurationError, match="configurable"):
-        await graph.ainvoke({}, {"configurable": configurable})
-    with pytest.raises(ConfigurationError, match="configurable"):
-        await graph.with_config(configurable=configurable).ainvoke({})
-    assert_nothing_began(simulated)
-    parent = below(graph)
-    end = await parent.ainvoke({"items": rows(2)}, {"configurable": configurable}, context="other")
-    assert end["progress"]["done"] == 2
