@@ -32,7 +32,8 @@ def cancel(path: Path, at_once: bool) -> None:
     file = chain_file(path)
     chain = file.read()
     if others := [job.id for job in chain.jobs if job.foreign and job.ended is None]:
-        say([f"{', '.join(others)}: jobs of the run that this folder was copied from; not cancelled"])
+        names = ", ".join(others)
+        say([f"{names}: jobs of the run that this folder was copied from; not cancelled"])
     if all(job.foreign for job in chain.jobs):
         raise ConfigurationError(f"{path}: no job of this run was ever submitted")
     if chain.halted is None:
