@@ -341,7 +341,8 @@ class Ledger:
         """Note where an item's record is; return whether the item had not ended before."""
         index = facts[0]
         ended = self._state[index] != _OPEN
-        if ended and not self._replaces(index, number, start, length):
+        known = self._length[index] > 0  # also of a failed item that is asked again
+        if known and not self._replaces(index, number, start, length):
             return False
         self._state[index] = _CODES[facts[1]]
         self._file[index], self._start[index], self._length[index] = number, start, length
@@ -352,7 +353,7 @@ class Ledger:
         life, before = (life_of(self._paths[n]) for n in (number, self._file[index]))
         if life < before:
             return False  # no session folds what an earlier one records from now on
-        self.twice += 1
+        self.twice += self._state[index] != _OPEN
         if life > before:
             return True
         one = self._rank(index, number, start, length)

@@ -89,7 +89,10 @@ def test_the_jobs_of_a_run_are_none_of_its_copys(
     shutil.copytree(trial.path, copy.path)
     with pytest.raises(ConfigurationError, match="no job of this run was ever submitted"):
         cancel(copy.path, at_once=True)
-    assert "1.standin, 2.standin: of the run that this folder was copied" in capsys.readouterr().err
+    assert (
+        "1.standin, 2.standin: jobs of the run that this folder was copied"
+        in capsys.readouterr().err
+    )
     facts = campaign(copy.path)
     assert facts is not None
     assert {job["state"] for job in facts["jobs"]} == {"of the run that this one was copied from"}

@@ -263,3 +263,24 @@ def test_the_order_of_reading_decides_nothing(
         finally:
             shutil.rmtree(folder)
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("late", ["done", "failed"])
+def test_a_late_record_of_a_failed_item_that_is_asked_again_changes_nothing(
+    tmp_path: Path, late: str
+) -> None:
+    """The failure of the later session counts for every reader, until the item ends anew."""
+    first = Worker(tmp_path, 1, "n1")
+    Worker(tmp_path, 2, "n1").write(sample(0, "failed"))
+    ledger = Ledger(tmp_path, "r", ITEMS)
+    ledger.begin("test", 60.0)
+    ledger.reopen_failed(ledger.life)
+    first.write(sample(0, late, "late"))  # type: ignore[arg-type]
+    ledger.refresh(fresh := Fresh(), earlier=True)
+    assert (fresh.done, fresh.failed, ledger.finished(0)) == (0, 0, False)
+    with Ledger(tmp_path, "r", ITEMS, ledger.extents()) as reader:
+        assert [record["error_class"] for record in reader.records()] == ["EndpointLostError"]
+    Worker(tmp_path, ledger.life, "n1").write(sample(0, "done", "now"))
+    ledger.refresh(fresh, earlier=True)
+    assert (fresh.done, ledger.record(0)["output"], ledger.twice) == (1, "now", 0)
+    ledger.close()
