@@ -52,6 +52,7 @@ _READ: Final = "__pregel_read"
 
 _SERVERS: Final = frozenset(
     {
+        "__event_streaming_v2",
         "assistant_id",
         "checkpoint_id",
         "checkpoint_map",

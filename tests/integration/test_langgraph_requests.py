@@ -235,6 +235,45 @@ async def test_state_is_not_a_clients_to_write(plain_server: Server, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+async def test_an_answer_where_nothing_asked_starts_nothing(plain_server: Server) -> None:
+    """A fresh thread has no interrupt, and the bound batch is no answer to one."""
+    runs = plain_server.folder / "fanfold-runs"
+    before = sorted(runs.glob("*"))
+    async with get_client(url=plain_server.url) as client:
+        thread = str((await client.threads.create())["thread_id"])
+        command: Any = {"resume": {"usd": 5}}
+        for graph in ("map_reduce", "item"):
+            with pytest.raises(Exception, match="there is nothing to resume"):
+                await client.runs.wait(thread, graph, command=command)
+        assert not (await client.threads.get_state(thread))["values"]
+    assert sorted(runs.glob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("configurable", "words"),
+    [({"limit": 1}, None), ({"out": "elsewhere"}, "may not set out")],
+)
+async def test_event_streams_start_runs_as_well(
+    plain_server: Server, configurable: dict[str, Any], words: str | None
+) -> None:
+    """The server marks these runs in what it hands over as the context."""
+    async with get_client(url=plain_server.url) as client:
+        thread = str((await client.threads.create())["thread_id"])
+        given = {"items": [*ITEMS, {"id": "b", "smiles": "CCC"}]}
+        params = {"assistant_id": "map_reduce", "input": given}
+        params["config"] = {"configurable": configurable}
+        command = {"id": 1, "method": "run.start", "params": params}
+        path = f"/threads/{thread}/commands"
+        status, text = await asyncio.to_thread(sent, plain_server, path, command)
+        assert status == 200, text
+        await client.runs.join(thread, json.loads(text)["result"]["run_id"])
+        end: Any = await client.threads.get(thread)
+        if words is None:
+            assert end["values"]["progress"]["done"] == configurable["limit"]
+        else:
+            assert words in end["error"]["message"]
+
+
 async def test_unintended_input_starts_nothing(plain_server: Server) -> None:
     cases: list[tuple[Any, str]] = [
         ({"itemss": ITEMS}, "did you mean 'items'"),
