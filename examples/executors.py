@@ -15,15 +15,34 @@ from typing import Any
 WORKERS = 2
 
 
+class DaskExecutor(Executor):
+    """Dask's executor with a cluster of its own, which ends with it."""
+
+    def __init__(self) -> None:
+        import dask  # noqa: PLC0415 - an engine of several
+        from dask.distributed import Client, LocalCluster  # noqa: PLC0415 - an engine of several
+
+        dask.config.set({"distributed.scheduler.allowed-failures": 0})
+        self._cluster = LocalCluster(
+            n_workers=WORKERS, threads_per_worker=1, dashboard_address=None
+        )
+        self._client = Client(self._cluster)
+        self._executor: Executor = self._client.get_executor(pure=False)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Send one call."""
+        return self._executor.submit(fn, *args, **kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
+        """End the calls, the client and the cluster."""
+        self._executor.shutdown(wait)
+        self._client.close()
+        self._cluster.close()
+
+
 def on_dask() -> Executor:
     """Return Dask's executor; ``pip install 'dask[distributed]'``."""
-    import dask  # noqa: PLC0415 - an engine of several
-    from dask.distributed import Client, LocalCluster  # noqa: PLC0415 - an engine of several
-
-    dask.config.set({"distributed.scheduler.allowed-failures": 0})
-    cluster = LocalCluster(n_workers=WORKERS, threads_per_worker=1, dashboard_address=None)
-    executor: Executor = Client(cluster).get_executor(pure=False)
-    return executor
+    return DaskExecutor()
 
 
 def on_mpi() -> Executor:

@@ -30,9 +30,13 @@ class ItemAccount:
     """
 
     __slots__ = (
+        "_asking",
+        "_beginning",
         "_begun",
+        "_closed",
         "_count",
         "_holds",
+        "_known",
         "_lock",
         "_log",
         "_pool",
@@ -46,7 +50,8 @@ class ItemAccount:
         self, purse: Purse, tariff: Tariff, repairs: int, count: Count | None = None
     ) -> None:
         self._purse, self._tariff, self._count = purse, tariff, count
-        self._repairs, self._begun = repairs, False
+        self._repairs, self._asking = repairs, 0
+        self._beginning = self._begun = self._known = self._closed = False
         self._pool, self._lock = Amount(), Lock()
         self._holds = set[_Hold]()
         self._log: CallLog | None = None
@@ -61,20 +66,15 @@ class ItemAccount:
         return total
 
     @property
-    def stuck(self) -> bool:
-        """Whether the item gives nothing back while it waits for the budget or an endpoint.
+    def gives_back(self) -> bool:
+        """Whether the item may give something back before any other item does.
 
-        That is so when no request of it goes on by itself, and what it waits for is held by
-        others that wait, too.
+        An item without a call under way works by itself, and ends.
         """
         log = self._log
-        if log is None or not log.stalled:
-            return False
-        return self.waits > 0 or (log.queued > 0 and log.line is not None and log.line.jammed)
-
-    def review(self) -> None:
-        """Check again whether calls that wait for the budget wait in vain."""
-        self._purse.review()
+        if log is not None and log.calls:
+            return log.goes_on
+        return any(self.reserved)
 
     async def hold(self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None) -> Hold:
         """Reserve what one request may cost, waiting for what others may give back.
@@ -88,19 +88,38 @@ class ItemAccount:
             BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.
             LedgerError: The budget's book cannot be written.
         """
-        if self._log is None and log is not None:
-            self._log = log
+        self._asking += 1
+        if log is not None and not self._known:
+            self._log, self._known = log, True
             self._purse.add_holder(self)
-        if not self._begun:
-            usage = await self._begin(most, body)
-        else:
-            usage = await self._go_on(most, body)
-        return self._held(usage)
+        try:
+            if self._beginning:
+                usage = await self._go_on(most, body)
+            else:
+                self._beginning = True
+                try:
+                    usage = await self._begin(most, body)
+                finally:
+                    self._beginning = self._begun
+            return self._held(usage)
+        finally:
+            self._asking -= 1
+            self._forget()
 
     def _held(self, usage: Usage) -> _Hold:
-        hold = _Hold(self._purse, self._tariff, usage, self._holds)
+        hold = _Hold(usage, self._tariff.amount(usage), self)
         self._holds.add(hold)
         return hold
+
+    def end(self, hold: _Hold, used: Amount) -> None:
+        """Settle one request."""
+        self._holds.discard(hold)
+        self._purse.settle(hold.amount, used)
+        self._forget()
+
+    def price(self, usage: Usage) -> Amount:
+        """Return what a request costs."""
+        return self._tariff.amount(usage)
 
     async def _begin(self, most: Usage, body: Mapping[str, Any]) -> Usage:
         """Reserve the first request and the repairs; return what it was reckoned with."""
@@ -112,6 +131,8 @@ class ItemAccount:
         self._begun = True
         with self._lock:
             self._pool = self._pool.plus(repairs)
+        if self.waits or self._closed:
+            self._give_repairs_back()
         return usage
 
     async def _go_on(self, most: Usage, body: Mapping[str, Any]) -> Usage:
@@ -122,7 +143,8 @@ class ItemAccount:
         if not self._drawn(self._tariff.amount(usage)):
             # A waiting item holds no repairs, or two items could wait for each other.
             self._give_repairs_back()
-            await self._purse.reserve(self._tariff.amount(usage), begun=True, holder=self)
+            amount = self._tariff.amount(usage)
+            await self._purse.reserve(amount, begun=self._begun, holder=self)
         return usage
 
     async def _counted(self, most: Usage, body: Mapping[str, Any]) -> Usage:
@@ -154,8 +176,15 @@ class ItemAccount:
 
     def close(self) -> None:
         """Give back what was reserved for repairs; the item has ended."""
+        self._closed = True
         self._give_repairs_back()
-        self._purse.remove_holder(self)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Leave the purse when the item has ended, and requests that it left behind, too."""
+        if self._closed and self._known and not self._holds and not self._asking:
+            self._known = False
+            self._purse.remove_holder(self)
 
     def _give_repairs_back(self) -> None:
         with self._lock:
@@ -167,18 +196,17 @@ class ItemAccount:
 class _Hold:
     """What is reserved for one request."""
 
-    __slots__ = ("_holds", "_open", "_purse", "_tariff", "_usage", "amount")
+    __slots__ = ("_account", "_open", "_usage", "amount")
 
-    def __init__(self, purse: Purse, tariff: Tariff, usage: Usage, holds: set[_Hold]) -> None:
-        self._purse, self._tariff, self._usage = purse, tariff, usage
-        self._holds = holds
-        self.amount, self._open = tariff.amount(usage), True
+    def __init__(self, usage: Usage, amount: Amount, account: ItemAccount) -> None:
+        self._usage, self._account = usage, account
+        self.amount, self._open = amount, True
 
     def settle(self, usage: Usage) -> None:
         if usage.prompt is None or usage.completion is None:
             self.keep()
         else:
-            self._end(self._tariff.amount(usage))
+            self._end(self._account.price(usage))
 
     def keep(self) -> Usage:
         self._end(self.amount)
@@ -190,5 +218,4 @@ class _Hold:
     def _end(self, used: Amount) -> None:
         if self._open:
             self._open = False
-            self._holds.discard(self)
-            self._purse.settle(self.amount, used)
+            self._account.end(self, used)

@@ -27,6 +27,10 @@ _BLOCKS: Final = 100
 """A hundredth of a cap is taken at a time: what a killed process leaves in doubt."""
 _SLACK: Final = 3
 """The book's level is lowered when it is so many blocks above what is in use."""
+_LOOK_S: Final = 0.1
+"""So often is looked whether those who wait do so in vain: twice in a row shows it."""
+_NEXT_S: Final = 0.01
+"""The same while one after the other is refused."""
 
 Exhausted = Callable[[Amount], str]
 """Says what is exhausted, given what could not be reserved."""
@@ -47,8 +51,8 @@ class Holder(Protocol):
         ...
 
     @property
-    def stuck(self) -> bool:
-        """Whether it gives nothing back while it waits for a reservation or an endpoint."""
+    def gives_back(self) -> bool:
+        """Whether it may give something back before any other item does."""
         ...
 
 
@@ -107,6 +111,7 @@ class Purse:
         self.settled, self.lost, self.aside = Amount(), Amount(), Amount()
         self._begun, self._fresh = deque[_Waiter](), deque[_Waiter]()
         self._holders = dict[Holder, None]()
+        self._vain, self._look_at, self._look_s = False, 0.0, _LOOK_S
         self._raising: Amount | None = None
         self._failure: LedgerError | None = None
         self._lock = Lock()
@@ -140,15 +145,13 @@ class Purse:
         with self._lock:
             self._holders.pop(holder, None)
 
-    def review(self) -> None:
-        """Check again whether those who wait for a reservation wait in vain."""
-        with self._lock:
-            self._serve()
-
     async def reserve(
         self, amount: Amount, *, begun: bool = False, holder: Holder | None = None
     ) -> None:
         """Reserve an amount, waiting while others may give something back.
+
+        What an item waits for (a reservation, an endpoint, another item's answer) may be held by
+        an item that waits, too. No single event tells that all of them do, so it is looked at.
 
         Args:
             amount: How much.
@@ -169,8 +172,11 @@ class Purse:
             (self._begun if begun else self._fresh).append(waiter)
             self._serve()
         try:
-            await waiter.future
+            while not (await asyncio.wait({waiter.future}, timeout=self._look_s))[0]:
+                self._look()
+            waiter.future.result()
         except asyncio.CancelledError:
+            waiter.future.cancel()
             self._withdraw(waiter)
             raise
 
@@ -184,6 +190,7 @@ class Purse:
         with self._lock:
             self.settled = self.settled.plus(used)
             self._used = self._used.instead(reserved, used)
+            self._vain = False
             self._adjust()
             self._serve()
 
@@ -262,26 +269,42 @@ class Purse:
                 _first(queue).refuse(BudgetExhaustedError("the lease's time is over"))
             elif _within(wanted, self._level):
                 _first(queue)
+                self._vain, self._look_s = False, _LOOK_S
                 self._used = wanted
                 self._adjust()
                 waiter.grant()
             elif _within(wanted, self._most):
                 self._raise(waiter.amount)
                 return
-            elif self._may_come_back():
+            elif any(self.reserved.minus(self.aside)):
                 return
             else:
-                error = BudgetExhaustedError(self._exhausted(waiter.amount))
-                _first(queue).refuse(error)
+                self._refuse(_first(queue))
 
-    def _may_come_back(self) -> bool:
+    def _refuse(self, waiter: _Waiter) -> None:
+        waiter.refuse(BudgetExhaustedError(self._exhausted(waiter.amount)))
+
+    def _look(self) -> None:
+        """Refuse who is first in line if nobody gives anything back, and has not for a while."""
+        with self._lock:
+            self._serve()
+            queue, now = self._begun or self._fresh, time.monotonic()
+            if not queue or now < self._look_at:
+                return
+            was, self._vain = self._vain, not self._may_come_back(queue[0].amount)
+            if was and self._vain:
+                self._vain, self._look_s = False, _NEXT_S
+                self._refuse(_first(queue))
+                self._serve()
+            self._look_at = now + self._look_s
+
+    def _may_come_back(self, amount: Amount) -> bool:
         """Tell whether somebody may give something back: not if all of them wait themselves."""
+        if _within(self._used.plus(amount), self._most):
+            return True  # the book is being written
+        if any(holder.gives_back for holder in self._holders):
+            return True
         loose = self.reserved.minus(self.aside)
-        if not any(loose):
-            return False
-        for holder in self._holders:
-            if not holder.stuck and any(holder.reserved):
-                return True
         for holder in self._holders:
             loose = loose.minus(holder.reserved)
         return any(loose)  # a worker's lease

@@ -60,10 +60,6 @@ class Account(Protocol):
         """
         ...
 
-    def review(self) -> None:
-        """Check again whether calls that wait for the budget wait in vain."""
-        ...
-
     def hold_now(self, most: Usage) -> Hold | None:
         """Reserve what one request may cost if there is room at once."""
         ...
@@ -130,9 +126,12 @@ class CallLog:
         reused: Answers taken from earlier requests, which cost nothing.
         shares: What each endpoint did, by its label.
         attempts: The first requests, as the item's record tells them.
+        calls: Calls that the fleet has begun and not ended; a stream's call ends with its first
+            token.
+        following: Those of them that wait for the answer to an equal request.
         open: Requests in flight.
         idle: Those of them that are streams and are not read at the moment.
-        queued: Calls that wait for an endpoint.
+        queued: Calls that wait for an endpoint, or for what other items' calls show of one.
         line: Where they wait.
         streams: What closes the streams that are open, by the stream.
         counted: Whether the fleet has counted the item as answered.
@@ -150,6 +149,8 @@ class CallLog:
     reused: int = 0
     shares: dict[str, Share] = field(default_factory=dict, compare=False)
     attempts: list[dict[str, Any]] = field(default_factory=list, compare=False)
+    calls: int = field(default=0, compare=False)
+    following: int = field(default=0, compare=False)
     open: int = field(default=0, compare=False)
     idle: int = field(default=0, compare=False)
     queued: int = field(default=0, compare=False)
@@ -164,6 +165,16 @@ class CallLog:
     def stalled(self) -> bool:
         """Whether no request of the item goes on by itself: its streams wait for the item."""
         return self.open == self.idle
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a call of the item goes on by itself: it waits for no other item."""
+        if not self.stalled:
+            return True
+        waits = 0 if self.account is None else self.account.waits
+        if self.calls > waits + self.following + self.queued:
+            return True
+        return self.queued > 0 and (self.line is None or not self.line.jammed)
 
     def share(self, endpoint: str, credit: Credit) -> Share:
         """Return what an endpoint does for the item.

@@ -177,8 +177,6 @@ class Dispatcher:
         if item is not None:
             item.queued += 1
             item.line = self
-            if item.account is not None and self.jammed:
-                item.account.review()
         if self.hungry:
             self._starved()
         if avoid:
@@ -233,8 +231,7 @@ class Dispatcher:
         if item is None:
             return
         item.idle += 1
-        waits = item.queued or (item.account is not None and item.account.waits)
-        if waits and item.stalled:
+        if item.queued and item.stalled:
             asyncio.get_running_loop().call_later(_IDLE_S, self._look_at, item)
 
     def resume(self, item: CallLog | None) -> None:
@@ -245,12 +242,15 @@ class Dispatcher:
 
     def _look_at(self, item: CallLog) -> None:
         """Let an item go on whose streams have waited for a while."""
-        if not (item.open and item.stalled):
-            return
-        if item.queued:
+        if item.open and item.queued:
             self._serve_item(item)
-        if item.account is not None and item.account.waits:
-            item.account.review()
+
+    def lend(self) -> None:
+        """Serve the oldest waiting call, though streams that nobody reads hold all slots."""
+        lines = (self._urgent, self._queue, *self._picky.values())
+        waiting = [w for line in lines for w in line if not w.future.done()]
+        if waiting:
+            self._serve_stalled(min(waiting, key=lambda waiter: waiter.turn))
 
     def refresh(self, endpoint: Endpoint) -> None:
         """Rank an endpoint anew after its state changed, and serve who waits."""

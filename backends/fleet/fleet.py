@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+from ..contract.calls import CURRENT_CALLS
 from ..contract.errors import ConfigurationError
 from .address import EndpointSpec, base_url
 from .affinity import Affinity
@@ -229,9 +230,16 @@ class Fleet:
             EndpointError: No endpoint answered within the attempts allowed.
             RunStoppedError: Asking on is hopeless for every item.
         """
-        if self._reuse is not None:
-            return await self._reuse.post(body, self._post)
-        return await self._post(body)
+        log = CURRENT_CALLS.get()
+        if log is not None:
+            log.calls += 1
+        try:
+            if self._reuse is not None:
+                return await self._reuse.post(body, self._post)
+            return await self._post(body)
+        finally:
+            if log is not None:
+                log.calls -= 1
 
     async def _post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint]:
         self._look_around()
@@ -251,7 +259,14 @@ class Fleet:
             RunStoppedError: Asking on is hopeless for every item.
         """
         self._look_around()
-        return await self._repeater.call(body, self._sender.open)
+        log = CURRENT_CALLS.get()
+        if log is not None:
+            log.calls += 1
+        try:
+            return await self._repeater.call(body, self._sender.open)
+        finally:
+            if log is not None:
+                log.calls -= 1
 
     def _look_around(self) -> None:
         if self._load is not None:

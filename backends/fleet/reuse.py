@@ -21,6 +21,7 @@ from .worth import Worth
 _WAITS: Final = 2
 """So many failures of others does a request wait for, before it is sent whoever else asks."""
 
+_LOOK_S: Final = 0.1
 _POLL_S: Final = 0.05
 _LONG_POLL_S: Final = 2.0
 
@@ -127,7 +128,8 @@ class Reuse:
                 if document is None and key not in self._flights:
                     return await self._lead(key, body, ask)
             elif waits < _WAITS and not _holds_a_slot():
-                await asyncio.wait({flight})
+                if not await _follow(flight):
+                    continue
                 answer, waits = flight.result(), waits + 1
                 document = None if answer is None else self._fitting(answer)
             else:
@@ -179,6 +181,8 @@ class Reuse:
         while not await self._claim.of((key, True)):
             if self._answers.find(key) is not None or time.monotonic() > until:
                 return
+            if _holds_a_slot():
+                return
             await asyncio.sleep(pause * (1 + random.random()))
             pause = min(1.5 * pause, _LONG_POLL_S)
 
@@ -219,6 +223,21 @@ def _as_line(document: Mapping[str, Any]) -> bytes | None:
         return orjson.dumps(document)
     except TypeError:
         return None
+
+
+async def _follow(flight: asyncio.Future[bytes | None]) -> bool:
+    """Wait for an equal request's end; return False once the item has come to hold a slot."""
+    log = CURRENT_CALLS.get()
+    if log is None:
+        await asyncio.wait({flight})
+        return True
+    log.following += 1
+    try:
+        while not flight.done() and not _holds_a_slot():
+            await asyncio.wait({flight}, timeout=_LOOK_S)
+    finally:
+        log.following -= 1
+    return flight.done()
 
 
 def _holds_a_slot() -> bool:

@@ -170,7 +170,7 @@ class OpenStream:
             for line in self._head:
                 if event := self._look(line):
                     yield event
-            while line := await self._next():
+            while self._open and (line := await self._next()):
                 if event := self._look(line):
                     yield event
             self._check_end()

@@ -138,7 +138,8 @@ class Warden:
         """Wait until it is known whether an item is at fault, or the endpoints that refuse it.
 
         Endpoints that accept another item meanwhile are in order. Those that refuse another one
-        too, or that no other item is there to be sent to, are used no more.
+        too, or that no other item is there to be sent to, are used no more. Streams of the item
+        that wait for this call keep no other item away.
 
         Args:
             refusers: Endpoints that have refused the item, and how.
@@ -147,6 +148,16 @@ class Warden:
         Returns:
             Whether the item is at fault.
         """
+        if item is None:
+            return await self._settled(refusers, item)
+        item.queued += 1
+        item.line = self.dispatch
+        try:
+            return await self._settled(refusers, item)
+        finally:
+            item.queued -= 1
+
+    async def _settled(self, refusers: Mapping[Endpoint, Failure], item: CallLog | None) -> bool:
         quiet = 0
         while not any(e.proves(item, time.monotonic()) for e in refusers):
             if self.stopped is not None or all(e.ejected or e.retired for e in refusers):
@@ -157,6 +168,8 @@ class Warden:
                     self._eject(endpoint, failure.error)
                     self.refresh(endpoint)
                 continue
+            if item is not None and item.idle and self.dispatch.jammed:
+                self.dispatch.lend()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._changed.wait()

@@ -37,7 +37,9 @@ def run_of(ward: Ward, executor: str) -> asyncio.Task[dict[str, Any]]:
     return asyncio.create_task(graph.ainvoke({"items": ward.items}))
 
 
-@pytest.mark.parametrize("executor", [PARSL, PROCESSES], ids=["parsl", "processes"])
+@pytest.mark.parametrize(
+    "executor", [PARSL, pytest.param(PROCESSES, marks=pytest.mark.long)], ids=["parsl", "processes"]
+)
 async def test_an_agents_process_is_killed(ward: Ward, executor: str) -> None:
     """Its shard goes on with another agent, and what was recorded is not asked again."""
     ward.fleet.fault(FaultRule("slow", value=1 / SLOWER))  # so that items are left for the second

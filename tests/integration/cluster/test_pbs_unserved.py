@@ -16,7 +16,10 @@ from .conftest import Cluster, Trial, ended, served, until
 
 pytestmark = pytest.mark.integration
 PLAIN = Path(__file__).parent.parent / "servers" / "plain.py"
-SHAPES = [{"kind": "local"}, {"kind": "launched", "node_endpoints": True}]
+SHAPES = [
+    pytest.param({"kind": "local"}, id="alone", marks=pytest.mark.long),
+    pytest.param({"kind": "launched", "node_endpoints": True}, id="workers"),
+]
 NEVER_S = 3600
 
 
@@ -37,7 +40,7 @@ def started(record: Path) -> list[int]:
     return [line["pid"] for line in read_record(record) if line["event"] == "start"]
 
 
-@pytest.mark.parametrize("backend", SHAPES, ids=["alone", "workers"])
+@pytest.mark.parametrize("backend", SHAPES)
 def test_servers_that_cannot_start_end_the_job_and_two_jobs_the_chain(
     pbs: Cluster, backend: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,7 +63,7 @@ def test_servers_that_cannot_start_end_the_job_and_two_jobs_the_chain(
     assert not trial.finished()
 
 
-@pytest.mark.parametrize("backend", SHAPES, ids=["alone", "workers"])
+@pytest.mark.parametrize("backend", SHAPES)
 def test_servers_that_are_given_up_end_the_run_and_the_successor_goes_on(
     pbs: Cluster, backend: dict[str, Any]
 ) -> None:
@@ -79,7 +82,7 @@ def test_servers_that_are_given_up_end_the_run_and_the_successor_goes_on(
     assert "was ended by SIGKILL; it is given up" in trial.logs()
 
 
-@pytest.mark.parametrize("backend", SHAPES, ids=["alone", "workers"])
+@pytest.mark.parametrize("backend", SHAPES)
 @pytest.mark.parametrize("begins", [False, True], ids=["at-first", "later"])
 def test_a_node_that_serves_no_more_is_left_alone(
     pbs: Cluster, tmp_path: Path, backend: dict[str, Any], begins: bool

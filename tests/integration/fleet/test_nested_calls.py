@@ -6,17 +6,21 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from langchain.agents import create_agent
 from langchain_core.callbacks import AsyncCallbackHandler
 from langchain_core.tools import tool
 
+from fanfold.backends.accounts import purse
 from fanfold.backends.accounts.budget import Budget, BudgetTerms
 from fanfold.backends.contract.calls import CURRENT_CALLS, CallLog
-from fanfold.backends.contract.errors import BudgetExhaustedError
+from fanfold.backends.contract.errors import BudgetExhaustedError, EndpointLostError
 from fanfold.backends.contract.money import FREE, Amount, Caps
 from fanfold.backends.contract.types import Usage
 from fanfold.backends.fleet import (
@@ -104,7 +108,7 @@ async def as_items(
             if account is not None:
                 account.close()
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(5):
         tasks = [asyncio.create_task(one(n)) for n in range(count)]
         return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -394,7 +398,8 @@ async def test_a_nested_call_does_not_wait_for_an_equal_one_that_waits_for_its_s
         reuse = Reuse(Kept(), simulated=False)
         policy = FleetPolicy(streams=streams)
         async with Fleet([EndpointSpec(url)], policy, reuse=reuse) as fleet:
-            chat, begun = ChatFleet.of(fleet, params), asyncio.Event()
+            chat = ChatFleet.of(fleet, params)
+            begun, queued = asyncio.Barrier(streams + 1), asyncio.Barrier(streams)
 
             async def item(number: int) -> str:
                 if number >= streams:
@@ -404,8 +409,9 @@ async def test_a_nested_call_does_not_wait_for_an_equal_one_that_waits_for_its_s
                 async for part in chat.astream(f"outer {number}"):
                     text += part.text
                     if part.text == "a":
-                        begun.set()
+                        await begun.wait()
                         await until(lambda: fleet.health().waiting > 0)
+                        await queued.wait()
                         text += (await chat.ainvoke("the same")).text
                 return text
 
@@ -423,3 +429,180 @@ async def test_quiet_streams_are_no_sign_of_a_jam_while_they_are_read(server: Se
         got = await as_items(20, item)
     assert got == ["abc"] * 20
     assert server.most <= 3
+
+
+async def perform(chat: ChatFleet, what: Any, number: int) -> None:
+    """Do as a small program says: ask, or open a stream or several branches around others."""
+    match what:
+        case str():
+            await chat.ainvoke(what.format(number))
+        case ("stream", *inner):
+            parts = 0
+            async for _ in chat.astream(f"outer {number}"):
+                for one in inner[parts : parts + 1]:
+                    await perform(chat, one, number)
+                parts += 1
+        case ("gather", *inner):
+            async with asyncio.TaskGroup() as group:
+                for one in inner:
+                    group.create_task(perform(chat, one, number))
+        case (*inner,):
+            for one in inner:
+                await perform(chat, one, number)
+
+
+async def all_of(
+    server: Any, programs: Any, policy: FleetPolicy, spec: Any, *bounds: Any
+) -> list[Any]:
+    """Run programs as items, within a budget and with shared answers if there are any."""
+    budget, reuse = (*bounds, None, None)[:2]
+    async with (
+        serving(server.answer) as url,
+        Fleet([EndpointSpec(url, **spec)], policy, reuse=reuse) as fleet,
+    ):
+        chat = ChatFleet.of(fleet, ModelParams("m", temperature=0.0, max_tokens=16))
+        got = await as_items(len(programs), lambda n: perform(chat, programs[n], n), budget)
+        await until(lambda: fleet.in_flight == 0)
+        assert fleet.health().waiting == 0
+    return got
+
+
+def reasons(results: list[Any]) -> list[str]:
+    """Return how items ended."""
+    found = []
+    for result in results:
+        error = result
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        found.append("done" if error is None else type(error).__name__)
+    return found
+
+
+REFUSED = "BudgetExhaustedError"
+NARROW = {"max_in_flight": 1}
+
+
+@pytest.mark.parametrize(
+    ("programs", "caps", "spec", "expected"),
+    [
+        # A branch ends, and only then does nobody go on: what it held came back before.
+        ([("stream", ("gather", "x", "y")), "z"], (3, 0), NARROW, [REFUSED, "done"]),
+        ([("stream", ("gather", "x", ("stream", "y"))), "z"], (5, 0), NARROW, ["done", "done"]),
+        ([("stream", ("gather", "x", ("stream", "y"))), "z"], (3, 0), NARROW, [REFUSED, "done"]),
+        # The endpoint rests until after the last event.
+        ([("stream", "x"), "z"], (2, 0), NARROW | {"requests_per_s": 1.5}, [REFUSED, "done"]),
+        # One item waits for the answer to an equal request, whose item waits for its repairs.
+        ([("x", "equal"), "equal"], (3, 1), {}, ["done", REFUSED]),
+        # What the first of several branches keeps for repairs carries the others.
+        ([("gather", "x", "y", "z")], (3, 2), {}, ["done"]),
+    ],
+)
+async def test_items_that_wait_for_budget_and_for_each_other_end(
+    server: Server, programs: Any, caps: tuple[int, int], spec: Any, expected: list[str]
+) -> None:
+    budget = Budget(BudgetTerms(Caps(requests=caps[0]), FREE, caps[1]), Amount(), None)
+    reuse = Reuse(Kept(), simulated=False)
+    got = await all_of(server, programs, FleetPolicy(), spec, budget, reuse)
+    assert reasons(got) == expected
+    assert budget.purse.reserved == Amount()
+
+
+@pytest.mark.parametrize("other", ["plain", ("stream", "plain")])
+@pytest.mark.parametrize("spec", [{}, NARROW])
+@pytest.mark.parametrize("streams", [1, 8])
+async def test_an_item_that_is_refused_while_it_streams_lets_others_prove_the_endpoint(
+    server: Server, streams: int, spec: Any, other: Any
+) -> None:
+    """Its stream holds the only slot, and who could show whether it is at fault waits for it."""
+
+    async def answer(request: web.Request, body: Any) -> web.StreamResponse:
+        if text_of(body) == "flagged":
+            return web.json_response({"error": {"message": "flagged"}}, status=403)
+        return await server.answer(request, body)
+
+    programs: list[Any] = [("stream", "flagged"), *[other] * 3]
+    got = await all_of(SimpleNamespace(answer=answer), programs, FleetPolicy(streams=streams), spec)
+    assert reasons(got) == ["OpenAIPermissionDeniedError", *["done"] * 3]
+
+
+async def test_who_waits_for_an_equal_answer_does_not_keep_its_slot_from_it(
+    server: Server,
+) -> None:
+    begun, told = asyncio.Event(), asyncio.Event()
+
+    async def answer(request: web.Request, body: Any) -> web.StreamResponse:
+        if body.get("stream"):
+            begun.set()
+            await told.wait()
+        return await server.answer(request, body)
+
+    reuse, policy = Reuse(Kept(), simulated=False), FleetPolicy(streams=1)
+    async with (
+        serving(answer) as url,
+        Fleet([EndpointSpec(url)], policy, reuse=reuse) as fleet,
+    ):
+        chat = ChatFleet.of(fleet, ModelParams("m", temperature=0.0, max_tokens=16))
+
+        async def item(number: int) -> None:
+            if number:
+                await begun.wait()
+                await chat.ainvoke("the same")
+                return
+            stream = chat.astream("outer")
+            reading = asyncio.ensure_future(anext(stream))
+            await until(lambda: fleet.health().waiting > 0)
+            asking = asyncio.create_task(chat.ainvoke("the same"))
+            await asyncio.sleep(0)
+            told.set()
+            await reading
+            await asking
+            async for _ in stream:
+                pass
+
+        got = await as_items(2, item)
+    assert reasons(got) == ["done", "done"]
+
+
+PROGRAMS = st.recursive(
+    st.sampled_from(["call {}", "equal"]),
+    lambda inner: st.tuples(st.sampled_from(["stream", "gather"]), inner, inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    programs=st.lists(PROGRAMS, min_size=2, max_size=5),
+    streams=st.sampled_from([1, 2, 8]),
+    spec=st.sampled_from([{}, NARROW, {"max_in_flight": 2, "requests_per_s": 200.0}]),
+    caps=st.tuples(st.integers(2, 20), st.integers(0, 2)),
+    shared=st.booleans(),
+)
+def test_whatever_items_do_within_whatever_bounds_they_end(
+    monkeypatch: pytest.MonkeyPatch, programs: Any, caps: tuple[int, int], **bounds: Any
+) -> None:
+    monkeypatch.setattr(purse, "_LOOK_S", 0.01)
+    budget = Budget(BudgetTerms(Caps(requests=caps[0]), FREE, caps[1]), Amount(), None)
+    policy = FleetPolicy(streams=bounds["streams"])
+    reuse = Reuse(Kept(), simulated=False) if bounds["shared"] else None
+    got = asyncio.run(all_of(Server(), programs, policy, bounds["spec"], budget, reuse))
+    assert set(reasons(got)) <= {"done", REFUSED}
+    assert budget.purse.reserved == Amount()
+    assert budget.spent().requests <= caps[0]
+
+
+async def test_a_stream_that_is_closed_while_it_is_read_is_counted_once(server: Server) -> None:
+    """An item ends and leaves a branch behind that reads on."""
+    async with chat_over(server, FleetPolicy()) as chat:
+        log = CallLog()
+        CURRENT_CALLS.set(log)
+        stream, _ = await chat.fleet.open_stream(
+            {"messages": [{"role": "user", "content": "q"}], "max_tokens": 9, "stream": True}
+        )
+        lines = stream.lines()
+        await anext(lines)
+        log.close_streams()
+        with pytest.raises(EndpointLostError):
+            async for _ in lines:
+                pass
+    assert (log.open, log.idle, chat.fleet.in_flight) == (0, 0, 0)

@@ -97,6 +97,7 @@ async def test_values_that_are_refused_are_told(
     assert "s3cr3t" not in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.long
 async def test_an_endpoint_that_is_killed_is_waited_for(
     service: GlobusService, tmp_path: Path, lab_over: LabOf
 ) -> None:

@@ -13,7 +13,13 @@ import orjson
 import pytest
 
 from fanfold.backends.places import places
-from fanfold.backends.sites.conformance import CHECKS, Check, Subject
+from fanfold.backends.sites.conformance import (
+    CHECKS,
+    Check,
+    Subject,
+    item_errors_are_data,
+    survives_a_dead_worker,
+)
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard
 from fanfold.tests.integration.academy.ward import alive
@@ -42,6 +48,10 @@ ENGINES = [
     )
     for name, package in (("dask", "distributed"), ("ray", "ray"))
 ]
+
+
+QUICK = (item_errors_are_data, survives_a_dead_worker)
+"""Checks that run each time; each of them starts an engine of its own."""
 
 
 class Deaf(Executor):
@@ -80,7 +90,13 @@ async def test_an_executor_whose_workers_never_come(lab_of: Any) -> None:
     assert "could not be shut down" not in done.stderr
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=check.__name__, marks=[] if check in QUICK else pytest.mark.long)
+        for check in CHECKS
+    ],
+)
 @pytest.mark.parametrize("backend", ENGINES)
 async def test_an_engine_keeps_the_contract(
     backend: dict[str, Any], check: Check, tmp_path: Any

@@ -133,6 +133,7 @@ async def test_a_config_of_ones_own(
         await lab.until(lambda: not marked(token))
 
 
+@pytest.mark.long
 async def test_worker_and_manager_of_ones_own_config_are_killed(lab_of: Any) -> None:
     """Parsl gives such an executor up; a new one is made of the same module's Config."""
     async with lab_of(items=400) as lab:
@@ -170,6 +171,7 @@ async def test_a_kernel_that_a_program_has_loaded_stays_its_own(lab_of: Any) -> 
         lab.assert_whole(aggregate, again=0)
 
 
+@pytest.mark.long
 async def test_workers_of_a_loaded_kernel_are_killed(lab_of: Any, tmp_path: Path) -> None:
     """Of one, its shard goes to another; of all, the run ends, and goes on under a new kernel."""
     async with lab_of(items=400) as lab:

@@ -120,7 +120,12 @@ async def test_parsls_worker_and_manager_are_killed(lab_of: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend", [PROCESSES, PARSL, LAUNCHED], ids=["processes", "parsl", "launched"]
+    "backend",
+    [
+        pytest.param(PROCESSES, id="processes"),
+        pytest.param(PARSL, id="parsl", marks=pytest.mark.long),
+        pytest.param(LAUNCHED, id="launched", marks=pytest.mark.long),
+    ],
 )
 async def test_the_coordinator_is_interrupted_and_then_killed(
     lab_of: Any, backend: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -31,8 +31,6 @@ class Held:
 
     waits = 0
 
-    def review(self) -> None: ...
-
     async def hold(self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None) -> Hold:
         assert log is not None
         assert most == most_tokens(body)
