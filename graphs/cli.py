@@ -31,6 +31,7 @@ from .options import (
     Limit,
     Metrics,
     NodeHours,
+    Out,
     Quiet,
     Requests,
     Retry,
@@ -39,6 +40,8 @@ from .options import (
     Tokens,
     Trace,
     Usd,
+    nonempty,
+    nonempty_path,
 )
 from .saying import print_traceback, say, show_log
 
@@ -89,7 +92,7 @@ def _setup(
 @app.command()
 def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     config: Config,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
+    out: Out = None,
     input_path: Input = None,
     limit: Limit = None,
     endpoints: Endpoints = None,
@@ -220,7 +223,9 @@ def endpoints(
 def results(
     folder: Folder,
     form: Annotated[str, typer.Option("--format", help="jsonl, csv or parquet.")] = "jsonl",
-    target: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None,
+    target: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", parser=nonempty_path)
+    ] = None,
     safe_csv: Annotated[
         bool,
         typer.Option("--safe-csv", help="For csv: put ' before all cells that begin a formula."),
@@ -246,7 +251,12 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = SAMPLE,
     like: Annotated[
         Path | None,
-        typer.Option("--like", metavar="DIR", help="A run whose answers and times were alike."),
+        typer.Option(
+            "--like",
+            metavar="DIR",
+            parser=nonempty_path,
+            help="A run whose answers and times were alike.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -271,7 +281,10 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     model: Annotated[str, typer.Option(help="Name of the model.")] = "simulated-8b",
     responder: Annotated[str, typer.Option(help="schema or esol.")] = "schema",
     file: Annotated[
-        Path, typer.Option("--file", metavar="FILE", help="Where to write the endpoints.")
+        Path,
+        typer.Option(
+            "--file", metavar="FILE", parser=nonempty_path, help="Where to write the endpoints."
+        ),
     ] = Path("endpoints.txt"),
 ) -> None:
     """Serve a simulated fleet on this machine until interrupted."""
@@ -282,10 +295,16 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
 @app.command()
 def serve(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG|DIR", help="A YAML file, a preset or a run folder.")
+        str,
+        typer.Argument(
+            metavar="CONFIG|DIR", parser=nonempty, help="A YAML file, a preset or a run folder."
+        ),
     ],
     servers: Annotated[
-        Path, typer.Option("--servers", metavar="DIR", help="Folder of the endpoints files.")
+        Path,
+        typer.Option(
+            "--servers", metavar="DIR", parser=nonempty_path, help="Folder of the endpoints files."
+        ),
     ],
     host: Annotated[
         str | None, typer.Option("--host", metavar="NAME", help="Name of this node.")

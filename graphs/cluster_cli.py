@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .lazily import Later
-from .options import Folder, Input, Limit, Sets
+from .options import Folder, Input, Limit, Out, Sets, nonempty, nonempty_path
 from .saying import say
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ def add_to(app: typer.Typer) -> None:
 
 def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG|PRESET|DIR", help="Settings, or a run to go on with.")
+        str,
+        typer.Argument(
+            metavar="CONFIG|PRESET|DIR", parser=nonempty, help="Settings, or a run to go on with."
+        ),
     ],
     site: Annotated[
         str, typer.Option("--site", metavar="NAME|FILE", help="The cluster: a name or a site file.")
@@ -43,7 +46,7 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     walltime: Annotated[str, typer.Option("--walltime", help="Most time of each job: 2h, 90m.")],
     queue: Annotated[str | None, typer.Option("--queue", help="Queue, partition or QOS.")] = None,
     account: Annotated[str | None, typer.Option("--account", help="Allocation to charge.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
+    out: Out = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Most jobs of the chain.")
     ] = None,
@@ -52,7 +55,12 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = None,
     pack: Annotated[
         Path | None,
-        typer.Option("--pack", metavar="FILE", help="Copy this environment to the nodes first."),
+        typer.Option(
+            "--pack",
+            metavar="FILE",
+            parser=nonempty_path,
+            help="Copy this environment to the nodes first.",
+        ),
     ] = None,
     input_path: Input = None,
     limit: Limit = None,
@@ -79,7 +87,10 @@ def cancel(
 
 def pack(
     target: Annotated[
-        Path, typer.Option("-o", "--output", metavar="FILE", help="….tar.gz, or ….tar.")
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE", parser=nonempty_path, help="….tar.gz, or ….tar."
+        ),
     ] = Path("fanfold-env.tar.gz"),
     without: Annotated[
         list[str] | None,

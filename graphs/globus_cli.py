@@ -13,6 +13,7 @@ import typer
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.wire import own_version
 from .lazily import Later
+from .options import nonempty_path
 
 if TYPE_CHECKING:
     from ..backends import places
@@ -29,7 +30,10 @@ Client = Annotated[
     typer.Option("--client", metavar="MODULE:ATTR", help="A function that makes the SDK's Client."),
 ]
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to; else printed.")
+    Path | None,
+    typer.Option(
+        "-o", "--output", metavar="FILE", parser=nonempty_path, help="Where to; else printed."
+    ),
 ]
 Schema = Annotated[
     bool, typer.Option("--schema", help="The schema of the template's values in its place.")

@@ -13,8 +13,34 @@ SAMPLE: Final = 200
 COST_BY: Final = ("model", "endpoint", "node", "day")
 """What costs can be told by."""
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG|PRESET", help="A YAML file or a preset.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]
+
+def nonempty(text: str | Path) -> str:
+    """Return the name of a file or folder; an empty one would be the working directory.
+
+    Raises:
+        typer.BadParameter: It is empty, as a variable of the shell is that is not set.
+    """
+    if not str(text):
+        raise typer.BadParameter("is empty; name a file or a folder")
+    return str(text)
+
+
+def nonempty_path(text: str | Path) -> Path:
+    """Return a file or folder that was named.
+
+    Raises:
+        typer.BadParameter: It is empty.
+    """
+    return Path(nonempty(text))
+
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG|PRESET", parser=nonempty, help="A YAML file or a preset.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=nonempty_path, help="A run folder.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", parser=nonempty_path, help="Run folder.")
+]
 Input = Annotated[str | None, typer.Option("--input", metavar="PATH", help="Input file or folder.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many items.")]
 Endpoints = Annotated[

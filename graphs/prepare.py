@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, place_of, write_bytes
+from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, place_to_be, write_bytes
 from ..backends.build import input_spec, needed_columns
 from ..backends.contract.errors import ConfigurationError, MissingExtraError, NoEndpointError
 from ..backends.inputs.spec import InputSummary
@@ -80,7 +80,7 @@ async def prepare_run(
         about: dict[str, Any] = {
             "run": secrets.token_hex(8),
             "earlier": [],
-            "place": await asyncio.to_thread(place_of, folder.path),  # the rename keeps it
+            "place": await asyncio.to_thread(place_to_be, folder),
             "name": loaded.config.name,
             "config": loaded.source,
             "simulated": simulated,

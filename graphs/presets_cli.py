@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .lazily import Later
+from .options import nonempty_path
 
 if TYPE_CHECKING:
     from . import looking
@@ -30,6 +31,8 @@ def presets_show(name: str) -> None:
 
 
 @app.command("copy")
-def presets_copy(name: str, target: Annotated[Path | None, typer.Argument()] = None) -> None:
+def presets_copy(
+    name: str, target: Annotated[Path | None, typer.Argument(parser=nonempty_path)] = None
+) -> None:
     """Write a preset to a file for editing, its endpoints left for you to fill."""
     looking.presets_copy(name, target or Path(f"{name}.yaml"))

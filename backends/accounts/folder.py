@@ -26,6 +26,8 @@ VERSION: Final = 1
 ANSWERS: Final = "answers"
 _TRIES: Final = 3
 _BETWEEN_TRIES_S: Final = 0.02
+_NEW: Final = ".new-"
+"""How the name of a folder begins that is prepared within an existing empty one."""
 _NOT_EMPTY: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 
 logger = logging.getLogger(__name__)
@@ -258,6 +260,19 @@ def place_of(path: Path) -> dict[str, int]:
     return {"device": found.st_dev, "inode": found.st_ino}
 
 
+def place_to_be(folder: RunFolder) -> dict[str, int]:
+    """Return what :func:`place_of` will say of a folder that is being prepared.
+
+    Args:
+        folder: What :func:`new_folder` has yielded.
+
+    Raises:
+        LedgerError: The folder cannot be looked at.
+    """
+    path = folder.path
+    return place_of(path.parent if path.name.startswith(_NEW) else path)  # a rename keeps it
+
+
 def run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a run's id, and those that its folder had before it was copied.
 
@@ -282,7 +297,7 @@ def is_vacant(path: Path) -> bool:
         ConfigurationError: Something is there that is no folder, or cannot be looked into.
     """
     try:
-        return not path.exists() or not any(path.iterdir())
+        return not path.exists() or all(one.name.startswith(_NEW) for one in path.iterdir())
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be a run folder: {error.strerror}") from None
 
@@ -291,22 +306,29 @@ def is_vacant(path: Path) -> bool:
 def new_folder(path: Path) -> Iterator[RunFolder]:
     """Make a run folder that appears under its name only when the block ends well.
 
+    An empty folder that is there already is filled, not replaced: its permissions, group and
+    striping stay, and it may be a mount point or somebody's working directory.
+
     Raises:
         ConfigurationError: The folder cannot be made, or another process or invocation has made
             it meanwhile.
     """
     path = path.resolve()  # a symbolic link to an empty folder stays one
-    made = [p for p in path.parents if not p.exists()]
+    made, filled = [p for p in path.parents if not p.exists()], path.is_dir()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        token = secrets.token_hex(8)
+        partial = path / f"{_NEW}{token}" if filled else path.with_name(f".{path.name}.{token}")
         partial.mkdir()  # with the permissions that the umask leaves, unlike mkdtemp
         (partial / "journal").mkdir()
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from None
     try:
         yield RunFolder(partial)
-        _name(partial, path)
+        if filled:
+            _fill(partial, path)
+        else:
+            _name(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made if not path.exists() else ():
@@ -319,11 +341,30 @@ def _name(partial: Path, path: Path) -> None:
         partial.rename(path)  # an empty folder of that name gives way
     except OSError as error:
         if error.errno in _NOT_EMPTY:
-            if RunFolder(path).provenance.exists():  # made by another one meanwhile
-                raise ConfigurationError(busy(path)) from error
-            msg = f"{path}: holds something else already; choose another --out"
-            raise ConfigurationError(msg) from error
+            raise _taken(path) from error
         raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from error
+
+
+def _fill(partial: Path, path: Path) -> None:
+    """Move what was prepared into an existing folder; who makes the journal's has the folder."""
+    if not is_vacant(path):
+        raise _taken(path)
+    try:
+        (path / "journal").mkdir()
+        (partial / "journal").rmdir()
+        for file in sorted(partial.iterdir(), key=lambda one: one.name == "provenance.json"):
+            file.rename(path / file.name)
+    except FileExistsError as error:
+        raise ConfigurationError(busy(path)) from error
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from error
+
+
+def _taken(path: Path) -> ConfigurationError:
+    """Return the error that says what lies in the place of a new run folder."""
+    if RunFolder(path).provenance.exists():  # made by another one meanwhile
+        return ConfigurationError(busy(path))
+    return ConfigurationError(f"{path}: holds something else already; choose another --out")
 
 
 def now() -> str:

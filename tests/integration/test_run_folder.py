@@ -176,6 +176,22 @@ async def test_all_spellings_of_a_folder_are_one_run(
     assert asked(slow) == ITEMS
 
 
+async def test_the_working_directory_may_be_the_runs_folder(
+    simulated: SimulatedFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir(mode=0o700)
+    before = here.stat()
+    monkeypatch.chdir(here)
+    graph = build_graph(RunContext(config=settings(simulated), out="."))
+    await graph.ainvoke({"items": rows(3)})
+    end = await graph.ainvoke({})
+    assert end["progress"]["done"] == 3 == asked(simulated)
+    assert Path("provenance.json").exists()
+    assert not open_folder(here).read_provenance()["earlier"]
+    assert (here.stat().st_ino, here.stat().st_mode) == (before.st_ino, before.st_mode)
+
+
 async def test_out_and_no_input_go_on_with_that_run(slow: SimulatedFleet) -> None:
     """As ``fanfold run --out`` does, on a thread of its own; another task is refused."""
     config = settings(slow)

@@ -363,6 +363,16 @@ def test_one_message_and_nothing_written(broken: Broken, shell: Shell) -> None:
         (["simulate", "--nodes", "0"], ["--nodes"]),
         (["simulate", "--file", "x/y"], ["x/y: cannot be written"]),
         (["check", "nope.yaml"], ["no such file"]),
+        # an empty name is not the working directory: so a variable that is not set looks
+        (["run", ""], ["CONFIG|PRESET", "is empty"]),
+        (["run", "c.yaml", "--out="], ["--out", "is empty"]),
+        (["resume", ""], ["DIR", "is empty"]),
+        (["status", ""], ["DIR", "is empty"]),
+        (["results", ".", "-o", ""], ["--output", "is empty"]),
+        (["cancel", ""], ["DIR", "is empty"]),
+        (["submit", "", "--site", "x", "--nodes", "1", "--walltime", "1h"], ["DIR", "is empty"]),
+        (["serve", "", "--servers", "x"], ["CONFIG|DIR", "is empty"]),
+        (["presets", "copy", "data_annotation", ""], ["is empty"]),
     ],
     ids=" ".join,
 )

@@ -16,6 +16,8 @@ from fanfold.backends.accounts.folder import (
     is_vacant,
     new_folder,
     open_folder,
+    place_of,
+    place_to_be,
     write_bytes,
     write_json,
 )
@@ -117,9 +119,43 @@ def test_a_place_that_is_taken_meanwhile_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in target.iterdir()] == ["mine"]
 
 
+def test_an_empty_folder_is_filled_not_replaced(tmp_path: Path) -> None:
+    """It may be private, striped, a mount point, or where somebody's shell is."""
+    target = tmp_path / "run"
+    target.mkdir(mode=0o700)
+    (target / ".new-of-a-killed-process").mkdir()
+    before = target.stat()
+
+    def failing() -> None:
+        with new_folder(target) as partial:
+            write_json(partial.provenance, {})
+            raise OSError(errno.EIO, "not about the folder")
+
+    with pytest.raises(OSError, match="not about the folder"):
+        failing()
+    assert is_vacant(target)
+    tmp_path.chmod(0o500)  # nobody but its owner need be allowed to write beside it
+    try:
+        with new_folder(target) as partial:
+            write_json(partial.provenance, {})
+            place = place_to_be(partial)
+    finally:
+        tmp_path.chmod(0o700)
+    assert not is_vacant(target)
+    assert RunFolder(target).provenance.exists()
+    assert RunFolder(target).journal.is_dir()
+    assert (target.stat().st_ino, target.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert place == place_of(target)
+
+
+@pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("parents", ["", "a/b"])
-def test_a_run_that_another_one_makes_meanwhile_is_in_use(tmp_path: Path, parents: str) -> None:
+def test_a_run_that_another_one_makes_meanwhile_is_in_use(
+    tmp_path: Path, parents: str, there: bool
+) -> None:
     target = tmp_path / parents / "run"
+    if there:
+        target.mkdir(parents=True)
 
     def second() -> None:
         with new_folder(target), new_folder(target) as first:
@@ -129,6 +165,7 @@ def test_a_run_that_another_one_makes_meanwhile_is_in_use(tmp_path: Path, parent
         second()
     assert RunFolder(target).read_provenance()["run"] == "first"
     assert [p.name for p in target.parent.iterdir()] == ["run"]
+    assert sorted(p.name for p in target.iterdir()) == ["journal", "provenance.json"]
 
 
 def test_what_is_no_run_folder(tmp_path: Path) -> None:

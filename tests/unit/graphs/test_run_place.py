@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.accounts.conformance import sample
-from fanfold.backends.accounts.folder import RunFolder, is_run, new_folder, place_of, run_ids
+from fanfold.backends.accounts.folder import (
+    RunFolder,
+    is_run,
+    new_folder,
+    place_to_be,
+    run_ids,
+)
 from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.accounts.totals import Counts
 from fanfold.backends.cluster.chain import chain_file
@@ -26,7 +32,7 @@ from fanfold.graphs.lives import life
 
 def made(path: Path) -> RunFolder:
     with new_folder(path) as folder:
-        place = place_of(folder.path)
+        place = place_to_be(folder)
         folder.write_provenance({"run": "one", "earlier": [], "place": place, "lives": []})
         (folder.path / FILE).write_text("{}\n")
         for end in ("", "-wal", "-shm"):
@@ -186,7 +192,8 @@ def test_a_new_folder_at_a_symbolic_link(tmp_path: Path) -> None:
     """A link to an empty folder stays a link; one of another run's folder is refused."""
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to("target")
-    made(tmp_path / "link")
+    folder = made(tmp_path / "link")
+    assert settle_identity(folder)["run"] == "one"
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target" / "provenance.json").exists()
     with pytest.raises(ConfigurationError, match="another process or invocation"):
