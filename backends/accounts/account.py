@@ -72,6 +72,8 @@ class ItemAccount:
         An item without a call under way works by itself, and ends.
         """
         log = self._log
+        if log is not None and log.blocked:
+            return False
         if log is not None and log.calls:
             return log.goes_on
         return any(self.reserved)

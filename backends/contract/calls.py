@@ -7,6 +7,7 @@ and threads that the item's graph starts are counted too.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
@@ -129,6 +130,7 @@ class CallLog:
         calls: Calls that the fleet has begun and not ended; a stream's call ends with its first
             token.
         following: Those of them that wait for the answer to an equal request.
+        loop: Where the last one runs.
         open: Requests in flight.
         idle: Those of them that are streams and are not read at the moment.
         queued: Calls that wait for an endpoint, or for what other items' calls show of one.
@@ -151,6 +153,7 @@ class CallLog:
     attempts: list[dict[str, Any]] = field(default_factory=list, compare=False)
     calls: int = field(default=0, compare=False)
     following: int = field(default=0, compare=False)
+    loop: asyncio.AbstractEventLoop | None = field(default=None, compare=False, repr=False)
     open: int = field(default=0, compare=False)
     idle: int = field(default=0, compare=False)
     queued: int = field(default=0, compare=False)
@@ -165,6 +168,11 @@ class CallLog:
     def stalled(self) -> bool:
         """Whether no request of the item goes on by itself: its streams wait for the item."""
         return self.open == self.idle
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a synchronous call of any item blocks the loop in which this one runs."""
+        return self.loop in BLOCKED_LOOPS
 
     @property
     def goes_on(self) -> bool:
@@ -226,5 +234,8 @@ class CallLog:
 
 MOST_ATTEMPTS: Final = 8
 """So many requests of an item are told one by one in its record."""
+
+BLOCKED_LOOPS: Final[set[asyncio.AbstractEventLoop | None]] = set()
+"""Loops that wait for a synchronous call: nothing in them goes on before it has ended."""
 
 CURRENT_CALLS: Final[ContextVar[CallLog | None]] = ContextVar("fanfold_calls", default=None)

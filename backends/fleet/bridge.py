@@ -12,6 +12,8 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+from ..contract.calls import BLOCKED_LOOPS
+
 _T = TypeVar("_T")
 
 
@@ -43,13 +45,17 @@ class SyncBridge:
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Run one coroutine to its end, with the caller's context variables."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop())
+        future, here = asyncio.run_coroutine_threadsafe(coroutine, self._loop()), _running()
+        if here is not None:
+            BLOCKED_LOOPS.add(here)
         try:
             return future.result()
         except BaseException:
             # Also KeyboardInterrupt: the call must not go on unseen. No effect when it is done.
             future.cancel()
             raise
+        finally:
+            BLOCKED_LOOPS.discard(here)
 
     def iterate(self, source: AsyncIterator[_T]) -> Iterator[_T]:
         """Yield what an asynchronous generator yields, and close it at the end."""

@@ -233,6 +233,7 @@ class Fleet:
         log = CURRENT_CALLS.get()
         if log is not None:
             log.calls += 1
+            log.loop = asyncio.get_running_loop()
         try:
             if self._reuse is not None:
                 return await self._reuse.post(body, self._post)
@@ -262,6 +263,7 @@ class Fleet:
         log = CURRENT_CALLS.get()
         if log is not None:
             log.calls += 1
+            log.loop = asyncio.get_running_loop()
         try:
             return await self._repeater.call(body, self._sender.open)
         finally:

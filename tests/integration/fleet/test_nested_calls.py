@@ -606,3 +606,18 @@ async def test_a_stream_that_is_closed_while_it_is_read_is_counted_once(server: 
             async for _ in lines:
                 pass
     assert (log.open, log.idle, chat.fleet.in_flight) == (0, 0, 0)
+
+
+async def test_a_call_that_blocks_the_loop_does_not_wait_for_items_in_it(server: Server) -> None:
+    budget = budget_for(2)
+    async with chat_over(server, FleetPolicy()) as chat:
+
+        async def item(number: int) -> None:
+            if number < 2:
+                await chat.ainvoke("in flight")
+            else:
+                await until(lambda: chat.fleet.in_flight == 2)
+                chat.invoke("nothing answers the others while this waits")
+
+        got = await as_items(3, item, budget)
+    assert reasons(got) == ["done", "done", REFUSED]
