@@ -346,6 +346,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         try:
             yield from super().stream(None, config, **more)
         except EmptyInputError:
+            self._check_unnamed(config)
             yield from super().stream(cast(Any, {}), config, **more)
 
     async def _astreamed(
@@ -356,9 +357,24 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
                 async for part in parts:
                     yield part
         except EmptyInputError:
+            self._check_unnamed(config)
             async with aclosing(cast(Any, super().astream(cast(Any, {}), config, **more))) as parts:
                 async for part in parts:
                     yield part
+
+    def _check_unnamed(self, config: RunnableConfig | None) -> None:
+        """Check that a call without an input names no checkpoint: it meant to go on from there.
+
+        Raises:
+            InputError: It names one.
+        """
+        given = ensure_config(merge_configs(self.config, config)).get("configurable", {})
+        if name := given.get("checkpoint_id"):
+            msg = (
+                f"there is no checkpoint {name} to go on from; name one of the thread's history, "
+                "or give an input, {} for the bound one"
+            )
+            raise InputError(msg)
 
     def _resumed(
         self, command: Any, config: RunnableConfig | None, more: dict[str, Any]

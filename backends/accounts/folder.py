@@ -132,12 +132,13 @@ class RunFolder:
             handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise LedgerError(f"{self._lock}: cannot be opened: {error.strerror}") from error
+        owner = os.getpid()
         try:
             if not self._take(handle, fcntl.LOCK_EX):
                 raise ConfigurationError(busy(self.path))
             yield
         finally:
-            os.close(handle)
+            _unlock(handle, owner)
 
     def in_use(self) -> bool:
         """Say whether a process is working on the run, as far as the file system has locks.
@@ -151,10 +152,11 @@ class RunFolder:
             return False
         except OSError as error:
             raise LedgerError(f"{self._lock}: cannot be opened: {error.strerror}") from error
+        owner = os.getpid()
         try:
             return not self._take(handle, fcntl.LOCK_SH)
         finally:
-            os.close(handle)
+            _unlock(handle, owner)
 
     @property
     def _lock(self) -> Path:
@@ -173,6 +175,22 @@ class RunFolder:
             else:
                 return True
         return False
+
+
+def _unlock(handle: int, owner: int) -> None:
+    """Give up a lock and close its file.
+
+    A process that was forked meanwhile has a copy of the handle: to close this one would leave
+    the lock to it, and what it does with its copy must not end the lock.
+
+    Args:
+        handle: The file.
+        owner: Id of the process that took the lock.
+    """
+    if os.getpid() == owner:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_UN)
+    os.close(handle)
 
 
 def busy(what: object) -> str:

@@ -116,9 +116,10 @@ async def _own_exchange(
     host: str, config: ExchangeClientConfig
 ) -> AsyncIterator[ExchangeFactory[Any]]:
     """Serve an HTTP exchange in this process; it answers those only who know its token."""
-    from academy.exchange import HttpExchangeFactory  # noqa: PLC0415 - an extra
     from academy.exchange.cloud.app import create_app  # noqa: PLC0415 - an extra
     from academy.exchange.cloud.config import ExchangeServingConfig  # noqa: PLC0415 - an extra
+
+    from .client import OwnExchangeFactory  # noqa: PLC0415 - needs the extra
 
     bearer = f"Bearer {secrets.token_urlsafe(32)}"
     app = create_app(ExchangeServingConfig(host=host))
@@ -129,7 +130,7 @@ async def _own_exchange(
         await _listen(runner, host)
         where = f"http://{host}:{runner.addresses[0][1]}"
         headers = {"Authorization": bearer}
-        yield HttpExchangeFactory(where, additional_headers=headers, config=config)
+        yield OwnExchangeFactory(where, additional_headers=headers, config=config)
     finally:
         await runner.cleanup()
 

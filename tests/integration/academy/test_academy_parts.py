@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 from academy.exchange import UserExchangeClient
+from academy.exchange.mailbox_status import MailboxStatus
 from academy.manager import Manager
 
 from fanfold.backends.contract.errors import (
@@ -95,6 +96,21 @@ async def test_the_runs_own_exchange_answers_nobody_else() -> None:
                 assert response.status == 401
         async with await Manager.from_exchange_factory(factory) as manager:
             assert manager.user_id is not None
+
+
+async def test_the_environment_is_not_the_own_exchanges_business(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry of .netrc replaced the token, and a proxy was sent it."""
+    (tmp_path / "netrc").write_text("default login other password netrc-secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    async with (
+        meeting(Meeting()) as factory,
+        await Manager.from_exchange_factory(factory) as manager,
+        await manager.exchange_factory.create_user_client() as other,  # as a worker has it
+    ):
+        assert await other.status(manager.user_id) is MailboxStatus.ACTIVE
 
 
 @pytest.mark.parametrize("kind", ["redis", "http"])

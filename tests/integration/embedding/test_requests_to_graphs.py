@@ -479,6 +479,23 @@ async def test_an_answer_where_nothing_asked_starts_nothing(
     assert asked(simulated) == 2
 
 
+@pytest.mark.parametrize("thread", ["t", "other"])
+async def test_a_checkpoint_that_is_not_there_starts_nothing(
+    simulated: SimulatedFleet, thread: str
+) -> None:
+    graph: Any = build_graph(with_input(simulated), checkpointer=InMemorySaver())
+    await graph.ainvoke({"items": rows(2)}, THREAD)
+    gone: RunnableConfig = {"configurable": {"thread_id": thread, "checkpoint_id": "1f0"}}
+    with pytest.raises(InputError, match="no checkpoint 1f0"):
+        await graph.ainvoke(None, gone)
+    with pytest.raises(InputError, match="no checkpoint 1f0"):
+        await asyncio.to_thread(graph.invoke, None, gone)
+    with pytest.raises(InputError, match="no checkpoint 1f0"):
+        await graph.with_config(gone).ainvoke(None)
+    assert asked(simulated) == 2
+    assert (await graph.ainvoke({}, gone))["progress"]["done"] == 3
+
+
 @pytest.mark.parametrize("answer", [{1: 2}, {"requests": 8, None: 1}])
 async def test_an_answer_has_names(simulated: SimulatedFleet, answer: Any) -> None:
     graph: Any = build_graph(

@@ -54,6 +54,43 @@ def test_a_lock_ends_with_its_process_even_by_kill(folder: RunFolder) -> None:
         assert folder.in_use()
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_neither_keeps_nor_ends_a_lock(folder: RunFolder) -> None:
+    """A pool of processes that somebody else's code starts in the meantime has copies of it."""
+    (ends, end), (tells, tell) = os.pipe(), os.pipe()
+    lock = folder.locked()
+    lock.__enter__()
+    child = os.fork()
+    if child == 0:  # it unwinds what it has copied, and goes on
+        lock.__exit__(None, None, None)
+        os.write(tell, b"x")
+        os.read(ends, 1)
+        os._exit(0)
+    try:
+        assert os.read(tells, 1) == b"x"
+        assert folder.in_use()
+    finally:
+        os.write(end, b"x")
+        os.waitpid(child, 0)
+        lock.__exit__(None, None, None)
+    lock = folder.locked()
+    lock.__enter__()
+    child = os.fork()
+    if child == 0:
+        os.read(ends, 1)
+        os._exit(0)
+    lock.__exit__(None, None, None)
+    try:
+        assert not folder.in_use()
+        with folder.locked():
+            assert folder.in_use()
+    finally:
+        os.write(end, b"x")
+        os.waitpid(child, 0)
+        for handle in (ends, end, tells, tell):
+            os.close(handle)
+
+
 def test_looking_keeps_nobody_out(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody looks at the run in the moment in which it is to be locked."""
     with folder.locked():
