@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Set
 from typing import Any, Final
 
@@ -12,6 +13,8 @@ from .policy import RetryPolicy
 
 _OTHERS: Final = 8
 """So many requests of others must be accepted in between: one of few is refused by chance."""
+_PUT_OFF: Final = 2
+"""After so many refusals for now elsewhere, the endpoints that failed the item are asked again."""
 _REFUSED_ALONE: Final = 2
 """So many refusals for now of a call alone, after the first, show that its item is at fault."""
 
@@ -28,21 +31,25 @@ class Attempts:
         refusers: Endpoints that refused it for a reason that may lie in the item, and how.
         marks: Endpoints that refused it for now, and what each had done then.
         trusted: Endpoints that had lately answered another item when they refused this one.
+        full: Endpoints that had no room for it again and again: no answer of theirs is waited for.
     """
 
     __slots__ = (
         "_alone",
         "_corrections",
         "_counted",
+        "_failed",
         "_failures",
         "_limited",
         "_most",
         "_policy",
+        "_put_off",
         "_refusals",
         "_server_errors",
         "_until",
         "_waits",
         "avoid",
+        "full",
         "marks",
         "refusers",
         "trusted",
@@ -58,13 +65,16 @@ class Attempts:
         self._corrections = 0
         self._alone = 0
         self._waits = 0
+        self._put_off: Counter[Endpoint] = Counter()
         self._refusals = 0
         self._most: dict[Endpoint, int] = {}
         self._server_errors: dict[tuple[int | None, str | None], set[Endpoint]] = {}
+        self._failed: set[Endpoint] = set()
         self.avoid: set[Endpoint] = set()
         self.unfit: set[Endpoint] = set()
         self.refusers: dict[Endpoint, Failure] = {}
         self.trusted: set[Endpoint] = set()
+        self.full: set[Endpoint] = set()
         self.marks: dict[Endpoint, Mark] = {}
 
     def exclude(self, unfit: Set[Endpoint]) -> None:
@@ -117,11 +127,19 @@ class Attempts:
         if stale:
             return 0.0
         if treatment.step is Step.WAIT:
+            if len(self.avoid) > len(self.unfit):
+                self._put_off[endpoint] += 1
+            if self._put_off.total() >= _PUT_OFF:
+                # Nobody else has room for it: it ends where it failed, or is answered after all.
+                self.full |= self._put_off.keys()
+                self._put_off.clear()
+                self.avoid = set(self.unfit)
             return self._wait(endpoint, failure, chance)
         if treatment.step is Step.SAME:
             # What is free is another request than the one that was refused.
             return 0.0 if treatment.free else self._policy.pause(self._failures, chance)
-        repeated = endpoint in self.avoid
+        repeated = endpoint in self._failed
+        self._failed.add(endpoint)
         self.avoid.add(endpoint)
         return self._policy.pause(self._failures, chance) if repeated else 0.0
 

@@ -165,7 +165,7 @@ class Repeater:
         An odd page may be a moment's matter: what it says is known after the last attempt.
         """
         attempts.refusers[endpoint] = failure
-        others = self._warden.dispatch.alive - attempts.refusers.keys()
+        others = self._warden.dispatch.alive - attempts.refusers.keys() - attempts.full
         if not failure.is_clear or (others and len(attempts.refusers) == 1):
             return
         at_fault = self._is_at_fault(attempts)
@@ -183,7 +183,7 @@ class Repeater:
         too, or there is none.
         """
         refusers = attempts.refusers
-        alone = not self._warden.dispatch.alive - refusers.keys()
+        alone = not self._warden.dispatch.alive - refusers.keys() - attempts.full
         return (alone or len(refusers) > 1) and not attempts.trusted.isdisjoint(refusers)
 
     def _count_repeated(self) -> None:

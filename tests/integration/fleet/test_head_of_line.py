@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from fanfold.backends.contract.errors import EndpointError, PromptTooLongError
+from fanfold.backends.contract.errors import EndpointError, PromptTooLongError, RequestRefusedError
 from fanfold.backends.contract.types import Reply
 from fanfold.backends.fleet import (
     BreakerPolicy,
@@ -62,6 +62,8 @@ class Pair:
         await asyncio.sleep(0.002)
         if kind == "bad":
             return web.json_response({"error": {"message": "boom"}}, status=500)
+        if kind == "flagged":
+            return web.json_response({"error": {"message": "flagged"}}, status=403)
         if kind == "long":
             error = {"message": "too long", "param": "input_tokens"}
             return web.json_response({"error": error}, status=400)
@@ -232,6 +234,21 @@ async def test_a_long_rest_is_a_reason_to_ask_again_where_the_item_failed() -> N
             got = await asyncio.gather(*tasks.values(), return_exceptions=True)
             assert sum(isinstance(end, EndpointError) for end in got) == 6
             assert pair.asked == {("healthy", "good"): 20, ("healthy", "bad"): 24}
+
+
+@pytest.mark.parametrize("kind", ["bad", "flagged"])
+@pytest.mark.parametrize("mood", ["rests", "refuses"])
+async def test_an_item_does_not_ask_a_full_endpoint_for_ever(mood: str, kind: str) -> None:
+    """The other endpoint never has room: an item that fails at the healthy one ends there."""
+    pair = Pair(mood, retry_after="0.02")
+    policy = replace(POLICY, retry=replace(POLICY.retry, refusal_pause_s=0.01))
+    async with fleet_of(pair, policy) as fleet, working(fleet, mixed(40, 3, kind)) as tasks:
+        got = await asyncio.gather(*tasks.values(), return_exceptions=True)
+    failed = [end for end in got if isinstance(end, EndpointError)]
+    assert len(failed) == 3
+    assert {type(end) is RequestRefusedError for end in failed} == {kind == "flagged"}
+    assert pair.asked["healthy", kind] <= 3 * 4
+    assert pair.asked["other", kind] <= 3 * 8
 
 
 async def test_one_place_is_not_held_for_an_endpoint_that_rests() -> None:
