@@ -2,10 +2,11 @@ PY ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long check fix bench studio clean
+.PHONY: help run test test-unit integration_tests test-long check lint fix format bench studio clean
 
 help:
-	@echo 'make run | test | test-long | check | fix | bench | studio | clean     (PY=python3.12 to choose)'
+	@echo 'make run | test | test-unit | integration_tests | test-long | check (lint) | fix (format) | bench | studio | clean'
+	@echo 'PY=python3.12 chooses the Python of .venv'
 .venv/pyvenv.cfg:
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'needs Python 3.11+; try: make PY=python3.12'; exit 1; }
 	@test -L .dev/fanfold || { mkdir -p .dev; rm -f .dev/fanfold; ln -s .. .dev/fanfold; }
@@ -22,12 +23,18 @@ run: .venv/.run
 	$(BIN)/fanfold run molecular_screening
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 3 --dist loadgroup
+test-unit: .venv/.dev
+	$(BIN)/python -m pytest -n 3 tests/unit tests/test_house.py
+integration_tests: .venv/.dev
+	$(BIN)/python -m pytest -n 3 --dist loadgroup tests/integration tests/conformance
 test-long: .venv/.dev
 	$(BIN)/python -m pytest -n 2 -m long
 check: .venv/.dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+lint: check
 fix: .venv/.dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+format: fix
 bench: .venv/.dev
 	$(BIN)/python -m fanfold.tests.benchmarks
 studio: .venv/.studio
