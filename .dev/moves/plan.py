@@ -47,6 +47,7 @@ OVER = {
     "graphs/item.py": "graphs/run/items.py",
     "nodes/context.py": "nodes/context.py",
     "backends/sites/leash.py": "backends/core/exit_with_parent.py",
+    "backends/sites/academy/client.py": "backends/workers/academy/client.py",
 }
 TARGET |= OVER
 TARGET |= {f"backends/contract/{m}.py": f"backends/core/{m}.py" for m in ("permissions", "schemas", "secrets", "terminal", "values", "checksum", "disk")} | {"graphs/http_app.py": "graphs/integrations/http_app.py", "graphs/requests.py": "graphs/requests.py", "graphs/invocation.py": "graphs/invocation.py"}
