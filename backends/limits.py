@@ -8,7 +8,6 @@ from ..configs.models import LimitsConfig, RunConfig
 from .fleet.address import EndpointSpec
 from .fleet.policy import AffinityPolicy, FleetPolicy, HedgePolicy, LoadPolicy, PacePolicy
 from .locate import Place
-from .places import at_a_time
 
 
 def fleet_policy(config: RunConfig, place: Place | None = None) -> FleetPolicy:
@@ -40,7 +39,7 @@ def fleet_policy(config: RunConfig, place: Place | None = None) -> FleetPolicy:
 
 
 def _pace(config: RunConfig, place: Place | None) -> PacePolicy:
-    limits, share = config.limits, at_a_time(config.backend)
+    limits, share = config.limits, config.backend.concurrent_shards
     gateway = place.requests_per_s if place is not None else None
     rates = [rate for rate in (limits.requests_per_s, gateway) if rate is not None]
     return PacePolicy(

@@ -14,7 +14,6 @@ from ..configs.backend import BackendConfig
 from ..configs.plain import secret_texts, written_out
 from .contract.errors import ConfigurationError
 from .contract.protocols import Backend
-from .contract.wire import CARRY
 from .fleet.descriptors import make_room
 from .sites.academy.backend import AcademyBackend
 from .sites.academy.exchange import Meeting
@@ -34,42 +33,8 @@ from .sites.parsl_configs import JobNodes
 from .sites.pool import ShardPool
 from .sites.watch import PoolPolicy
 
-_SMALL: Final = 400_000
-"""Academy's HTTP exchanges carry 512 kB, of which a message's frame takes some."""
-
-
 WORKERS_LOG: Final = "workers.log"
 """In the run's folder: what workers that a launcher started say."""
-
-
-def is_elsewhere(config: BackendConfig) -> bool:
-    """Say whether shards run outside this process."""
-    return config.kind != "local" or config.processes > 1
-
-
-def works_on_nodes(config: BackendConfig) -> bool:
-    """Say whether the coordinator has workers started on the nodes of the job around it."""
-    return config.kind == "launched" or (config.kind == "parsl" and config.config == "htex_job")
-
-
-def at_a_time(config: BackendConfig) -> int:
-    """Return how many shards are worked on at a time, over all places."""
-    if config.kind == "local":
-        return config.processes
-    return config.workers * (config.slots if config.kind == "academy" else 1)
-
-
-def carried(config: BackendConfig) -> int:
-    """Return the most bytes of an order, and of a summary."""
-    small = config.kind == "academy" and config.exchange.kind in ("http", "globus")
-    return _SMALL if small else CARRY
-
-
-def shares_folder(config: BackendConfig) -> bool:
-    """Say whether workers reach the run folder."""
-    if config.shared_folder is not None:
-        return config.shared_folder
-    return config.kind != "globus_compute"
 
 
 def shard_pool(

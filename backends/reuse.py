@@ -17,7 +17,6 @@ from ..configs.models import RunConfig
 from .accounts.answers.store import AnswerStore
 from .contract.errors import ConfigurationError
 from .fleet.reuse import Reuse
-from .places import is_elsewhere, shares_folder
 
 _LOOK_S: Final = 2.0
 _SHARE: Final = 10.0
@@ -31,7 +30,7 @@ def check_cache(config: RunConfig) -> None:
     Raises:
         ConfigurationError: They cannot. Nothing is said of a folder that only workers reach.
     """
-    remote = is_elsewhere(config.backend) and not shares_folder(config.backend)
+    remote = config.backend.is_remote and not config.backend.workers_share_folder
     if config.cache in ("off", "run") or remote:
         return
     path = Path(config.cache)
@@ -63,7 +62,7 @@ async def reusing(
         return
     async with AsyncExitStack() as stack:
         shared = config.cache != "run"
-        contested = shared or (own is not None and is_elsewhere(config.backend))
+        contested = shared or (own is not None and config.backend.is_remote)
         folder = Path(config.cache) if shared else own
         if folder is None:
             made = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="fanfold-")

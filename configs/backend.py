@@ -9,9 +9,12 @@ from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from ..backends.contract.command import split_command
 from ..backends.contract.errors import ConfigurationError
+from ..backends.contract.wire import CARRY
 from .section import Access, Section, declare
 
 _ATTRIBUTE: Final = r"^[\w.]+:[\w.]+$"
+_SMALL_MESSAGE: Final = 400_000
+"""Academy's HTTP exchanges carry 512 kB, of which the envelope takes some."""
 _EVERY: Final = {
     "kind",
     "shared_folder",
@@ -140,6 +143,36 @@ class BackendConfig(Section):
     queue_s: Annotated[float, Field(gt=0)] = 86400.0
     shard_least_s: Annotated[float, Field(gt=0)] = 120.0
     shard_most_s: Annotated[float, Field(gt=0)] = 600.0
+
+    @property
+    def is_remote(self) -> bool:
+        """Return True if shards run outside this process."""
+        return self.kind != "local" or self.processes > 1
+
+    @property
+    def starts_workers_on_nodes(self) -> bool:
+        """Return True if the coordinator starts workers on the nodes of its own batch job."""
+        return self.kind == "launched" or (self.kind == "parsl" and self.config == "htex_job")
+
+    @property
+    def concurrent_shards(self) -> int:
+        """Return how many shards are worked on at the same time, over all workers."""
+        if self.kind == "local":
+            return self.processes
+        return self.workers * (self.slots if self.kind == "academy" else 1)
+
+    @property
+    def message_bytes(self) -> int:
+        """Return the largest size of a task, and of a result, in bytes."""
+        small = self.kind == "academy" and self.exchange.kind in {"http", "globus"}
+        return _SMALL_MESSAGE if small else CARRY
+
+    @property
+    def workers_share_folder(self) -> bool:
+        """Return True if workers reach the run folder."""
+        if self.shared_folder is not None:
+            return self.shared_folder
+        return self.kind != "globus_compute"
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> BackendConfig:

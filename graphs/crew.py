@@ -20,7 +20,7 @@ from ..backends.contract.errors import ConfigurationError, LedgerError
 from ..backends.contract.types import Item, Shard
 from ..backends.contract.wire import Order, Summary, own_version
 from ..backends.fleet.news import Gathered
-from ..backends.places import is_elsewhere, shard_pool
+from ..backends.places import shard_pool
 from ..backends.sites.executor import WorkShard
 from ..backends.sites.pool import ShardPool
 from ..backends.sites.watch import Beat
@@ -319,7 +319,7 @@ def life_end(config: RunConfig, began: float) -> Walltime | None:
     Raises:
         ConfigurationError: What the environment says of the end is no time.
     """
-    extra_s = STOP_S if is_elsewhere(config.backend) else 0.0
+    extra_s = STOP_S if config.backend.is_remote else 0.0
     return walltime(config.limits, os.environ, began, extra_s)
 
 

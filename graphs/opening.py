@@ -22,7 +22,6 @@ from ..backends.contract.types import Item
 from ..backends.fleet.fleet import Fleet
 from ..backends.inputs.store import ItemStore
 from ..backends.nearby import served
-from ..backends.places import is_elsewhere
 from ..backends.reuse import reusing
 from ..backends.sites.executor import WorkShard
 from ..backends.tariffs import price as price_of
@@ -109,7 +108,7 @@ async def open_run(folder: RunFolder, loaded: Loaded, mode: Mode) -> AsyncIterat
             if spends is not None:
                 counter = await stack.enter_async_context(token_counter(up))
                 spends.budget.count = exact_count(counter)
-            if is_elsewhere(config.backend):
+            if config.backend.is_remote:
                 _check_mode(mode)
                 about = {**books.about, "life": ledger.life}
                 terms = crew_terms(folder, loaded, up, about, price)

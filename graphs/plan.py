@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ..backends.places import at_a_time, is_elsewhere
 from ..configs.models import RunConfig
 from ..nodes.context import Prepared
 from ..nodes.state import RunKey
@@ -30,7 +29,7 @@ def cut(run: RunKey, config: RunConfig, total: int, *, singly: bool = False) -> 
         total: Its items.
         singly: Whether each item of a small batch shall be a shard of its own.
     """
-    here = config.shard.items is None and not is_elsewhere(config.backend)
+    here = config.shard.items is None and not config.backend.is_remote
     size = 1 if singly and here and is_small(total) else shard_items(config, total)
     return Prepared(run, total, size, window(config, size), sizing(config))
 
@@ -44,8 +43,8 @@ def shard_items(config: RunConfig, total: int) -> int:
     """
     if config.shard.items is not None:
         return config.shard.items
-    if is_elsewhere(config.backend):
-        workers = at_a_time(config.backend)
+    if config.backend.is_remote:
+        workers = config.backend.concurrent_shards
         least = max(_LEAST, _ROUNDS * config.limits.streams // workers)
         return max(_FEWEST, min(least, -(-total // (2 * workers))))
     return min(_MOST, max(_LEAST, config.limits.streams // 4, -(-total // _SHARDS)))
@@ -54,10 +53,10 @@ def shard_items(config: RunConfig, total: int) -> int:
 def sizing(config: RunConfig) -> dict[str, Any] | None:
     """Return how shards are sized by what an item takes; None keeps one size."""
     backend = config.backend
-    if config.shard.items is not None or not is_elsewhere(backend):
+    if config.shard.items is not None or not backend.is_remote:
         return None
     return {
-        "workers": at_a_time(backend),
+        "workers": backend.concurrent_shards,
         "least_s": backend.shard_least_s,
         "most_s": backend.shard_most_s,
     }
@@ -65,6 +64,6 @@ def sizing(config: RunConfig) -> dict[str, Any] | None:
 
 def window(config: RunConfig, size: int) -> int:
     """Return the shards per superstep: 256, or more to keep many streams or workers busy."""
-    if is_elsewhere(config.backend):
-        return max(_WINDOW, 8 * at_a_time(config.backend))
+    if config.backend.is_remote:
+        return max(_WINDOW, 8 * config.backend.concurrent_shards)
     return max(_WINDOW, min(_MOST, 16 * config.limits.streams // size))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any, Final
 
-from ..backends.places import at_a_time
 from ..configs.load import Loaded
 
 _OF_THE_RUN: Final = ("requests_per_s", "tokens_per_min")
@@ -15,7 +14,7 @@ _OF_AN_ENDPOINT: Final = ("endpoint_requests_per_s", "endpoint_tokens_per_min")
 def worker_streams(loaded: Loaded) -> int:
     """Return the most items in flight in one worker."""
     config = loaded.config
-    return max(1, -(-config.limits.streams // at_a_time(config.backend)))
+    return max(1, -(-config.limits.streams // config.backend.concurrent_shards))
 
 
 def worker_settings(loaded: Loaded) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def worker_settings(loaded: Loaded) -> dict[str, Any]:
     """
     settings = copy.deepcopy(loaded.plain)
     backend, limits = loaded.config.backend, settings["limits"]
-    workers = at_a_time(backend)
+    workers = backend.concurrent_shards
     keys = _OF_THE_RUN if backend.node_endpoints else (*_OF_THE_RUN, *_OF_AN_ENDPOINT)
     for key in keys:
         if limits.get(key) is not None:

@@ -20,7 +20,6 @@ from ..backends.cluster.verdict import PATIENCE
 from ..backends.contract.errors import ConfigurationError, SiteError
 from ..backends.contract.permissions import untrusted_reason
 from ..backends.node import starts_servers
-from ..backends.places import is_elsewhere, works_on_nodes
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load
 from ..configs.site import SiteConfig, load_site
@@ -128,7 +127,7 @@ def _settled(
     loaded, notices = wish.settled(config)
     settings: dict[str, Any] = {}
     backend = loaded.config.backend
-    if works_on_nodes(backend) and backend.command is None:
+    if backend.starts_workers_on_nodes and backend.command is None:
         settings["backend.workers"] = order.nodes
     if loaded.config.node.serve is not None:
         settings |= _served_by(loaded, path, order, site)
@@ -191,9 +190,9 @@ def _plan(loaded: Loaded, path: Path, order: Order, site: SiteConfig) -> JobPlan
         site=site,
         nodes=order.nodes,
         walltime_s=seconds(order.walltime),
-        drain_s=loaded.config.limits.drain_s + (STOP_S if is_elsewhere(backend) else 0.0),
+        drain_s=loaded.config.limits.drain_s + (STOP_S if backend.is_remote else 0.0),
         serves=loaded.config.node.serve is not None,
-        works=works_on_nodes(backend) and backend.command is None,
+        works=backend.starts_workers_on_nodes and backend.command is None,
         queue=order.queue,
         account=order.account,
         archive=archive,

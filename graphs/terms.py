@@ -11,7 +11,6 @@ from ..backends.accounts.folder import RunFolder
 from ..backends.build import Serving
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.money import Tariff
-from ..backends.places import carried, shares_folder
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..configs.plain import lost_secrets
@@ -81,10 +80,10 @@ def crew_terms(
         run=run | {"id": about["run"], "token": secrets.token_hex(4)},
         settings=worker_settings(loaded),
         urls=_started(up, config),
-        journal=folder.journal.resolve() if shares_folder(config.backend) else None,
+        journal=folder.journal.resolve() if config.backend.workers_share_folder else None,
         streams=worker_streams(loaded),
         deadline_s=config.backend.deadline_s,
-        carry=carried(config.backend),
+        carry=config.backend.message_bytes,
         nodewise=config.backend.node_endpoints,
         folder=folder.path,
         config=config,

@@ -16,38 +16,68 @@ from fanfold.tests.benchmarks.__main__ import NAMES
 
 ROOT, ROOMS = Path(str(files("fanfold"))), ("backends", "nodes", "graphs", "configs")
 MODULES = sorted(p.relative_to(ROOT) for r in ROOMS for p in (ROOT / r).rglob("*.py"))
-FLOORS: dict[str, set[str]] = {  # room -> rooms it may import; the longest prefix wins
-    "configs": {"backends.contract"},
+BACKENDS = {
+    "backends.contract",
+    "backends.fleet",
+    "backends.inputs",
+    "backends.simulated",
+    "backends.servers",
+    "backends.storage",
+    "backends.workers",
+    "backends.discovery",
+    "backends.budget",
+    "backends.cluster",
+}
+FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest prefix wins
     "backends.contract": set(),
+    "configs": {"backends.contract"},
     "backends.fleet": {"backends.contract"},
-    "backends.accounts": {"backends.contract"},
-    "backends.inputs": {"backends.contract"},
     "backends.servers": {"backends.contract"},
-    "backends.sites": {"backends.contract"},
-    "backends.cluster": {"backends.contract", "configs"},
-    "backends": {
-        "configs",
+    "backends.inputs": {"backends.contract", "configs"},
+    "backends.simulated": {"backends.contract", "configs"},
+    "backends.storage": {"backends.contract", "configs"},
+    "backends.workers": {"backends.contract", "configs"},
+    "backends.discovery": {
         "backends.contract",
         "backends.fleet",
-        "backends.accounts",
-        "backends.inputs",
         "backends.servers",
-        "backends.sites",
-        "backends.cluster",
+        "backends.simulated",
+        "backends.storage",
+        "configs",
     },
+    "backends.budget": {
+        "backends.contract",
+        "backends.discovery",
+        "backends.fleet",
+        "backends.storage",
+        "configs",
+    },
+    "backends.cluster": {"backends.contract", "backends.servers", "configs"},
     "nodes": {"backends.contract"},
-    "graphs": {
-        "nodes",
+    "graphs.remote": {"configs", "nodes"} | BACKENDS,
+    "graphs.run": {"configs", "nodes", "graphs.remote"} | BACKENDS,
+    "graphs": {"configs", "nodes", "graphs.remote", "graphs.run"} | BACKENDS,
+    "graphs.integrations": {"configs", "nodes", "graphs", "graphs.run"} | BACKENDS,
+    "graphs.jobs": {"configs", "nodes", "graphs", "graphs.run"} | BACKENDS,
+    "graphs.cli": {
         "configs",
-        "backends",
-        "backends.contract",
-        "backends.fleet",
-        "backends.accounts",
-        "backends.inputs",
-        "backends.servers",
-        "backends.sites",
-        "backends.cluster",
-    },
+        "nodes",
+        "graphs",
+        "graphs.run",
+        "graphs.remote",
+        "graphs.jobs",
+        "graphs.integrations",
+    }
+    | BACKENDS,
+}
+OLD = {"backends", "backends.accounts", "backends.sites"}  # folders that are being emptied
+FLOORS |= {name: {"configs"} | OLD | BACKENDS for name in OLD}
+FLOORS = {name: may | (OLD - {name}) for name, may in FLOORS.items()}
+FLOORS |= {
+    name: may
+    | {"graphs", "graphs.cli", "graphs.jobs", "graphs.run", "graphs.remote", "graphs.integrations"}
+    for name, may in FLOORS.items()
+    if name.startswith("graphs")
 }
 
 

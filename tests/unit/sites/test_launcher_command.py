@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.places import places, works_on_nodes
+from fanfold.backends.places import places
 from fanfold.backends.sites.launched.command import launcher_words, own_host, python_words
 from fanfold.configs.backend import BackendConfig
 from fanfold.configs.load import load
@@ -63,7 +63,7 @@ def test_who_works_on_the_nodes_of_a_job() -> None:
         ({"kind": "local"}, False),
     )
     for settings, works in kinds:
-        assert works_on_nodes(BackendConfig.model_validate(settings)) is works
+        assert BackendConfig.model_validate(settings).starts_workers_on_nodes is works
 
 
 def test_htex_job_needs_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
