@@ -31,9 +31,9 @@ from .estimate import nodes_of, plan_of
 from .forecast import Forecast, Plan, forecast
 from .live import watching
 from .opened import OpenedRun
-from .run import RunOptions, counted, noted, spared_modules
 from .sampling import spread
 from .seen import Seen
+from .session import RunOptions, counted, noted, spared_modules
 from .spans import Span
 from .stopping import Stop, stoppable
 

@@ -23,9 +23,9 @@ from .piloting import agreed, asks, pilot_lines
 from .prepare import default_folder, prepare_run
 from .report import show_aggregate
 from .resume import resume_run
-from .run import RunOptions, RunResult, execute
 from .saver import check_saver
 from .saying import Terminal, messages, print_json, say
+from .session import RunOptions, RunResult, execute
 from .stopping import WARNINGS
 from .walltime import within
 from .wish import Wish

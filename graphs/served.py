@@ -26,7 +26,7 @@ from .codes import BUDGET, INTERRUPTED
 from .crew import life_end
 from .prepare import prepare_run
 from .requests import as_literal, below
-from .run import RunOptions, RunResult, lived
+from .session import RunOptions, RunResult, lived
 from .stopping import Stop
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from fanfold.backends.fleet.simulated.spec import SimulationSpec
 from fanfold.configs.load import load
 from fanfold.graphs.finish import write_results
 from fanfold.graphs.prepare import prepare_run
-from fanfold.graphs.run import RunOptions, execute
+from fanfold.graphs.session import RunOptions, execute
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "processes": {"kind": "local", "processes": 2},

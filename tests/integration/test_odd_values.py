@@ -22,7 +22,7 @@ from fanfold.configs.load import load
 from fanfold.graphs.looking import results
 from fanfold.graphs.prepare import prepare_run
 from fanfold.graphs.resume import resume_run
-from fanfold.graphs.run import RunOptions, RunResult, execute
+from fanfold.graphs.session import RunOptions, RunResult, execute
 
 pytestmark = pytest.mark.integration
 

@@ -24,7 +24,7 @@ from fanfold.backends.fleet.simulated.spec import SimulationSpec
 from fanfold.configs.load import load
 from fanfold.graphs.prepare import prepare_run
 from fanfold.graphs.resume import resume_run
-from fanfold.graphs.run import RunOptions, RunResult, execute
+from fanfold.graphs.session import RunOptions, RunResult, execute
 
 DEADLINE_S = 60.0
 STREAMS = 16

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.contract.errors import LedgerError
-from fanfold.graphs.run import RunResult
+from fanfold.graphs.session import RunResult
 
 pytestmark = pytest.mark.integration
 

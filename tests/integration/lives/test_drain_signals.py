@@ -17,7 +17,7 @@ from fanfold.backends.contract.errors import RunStoppedError
 from fanfold.backends.fleet.simulated.rules import FaultRule
 from fanfold.configs.load import load
 from fanfold.graphs.resume import resume_run
-from fanfold.graphs.run import RunResult
+from fanfold.graphs.session import RunResult
 from fanfold.graphs.stopping import Stop
 
 pytestmark = pytest.mark.integration

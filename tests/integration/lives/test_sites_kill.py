@@ -14,7 +14,7 @@ import pytest
 
 from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.fleet.simulated.rules import FaultRule
-from fanfold.graphs.run import RunResult
+from fanfold.graphs.session import RunResult
 
 pytestmark = pytest.mark.integration
 

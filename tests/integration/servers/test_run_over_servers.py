@@ -14,7 +14,7 @@ from rich.console import Console
 from fanfold.backends.servers.record import server_seconds
 from fanfold.configs.load import Loaded, load
 from fanfold.graphs.prepare import prepare_run
-from fanfold.graphs.run import RunOptions, execute
+from fanfold.graphs.session import RunOptions, execute
 
 from .conftest import Node, free_port, until
 

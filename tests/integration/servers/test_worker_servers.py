@@ -21,7 +21,7 @@ from fanfold.backends.servers.use import used
 from fanfold.configs.load import Loaded, load
 from fanfold.graphs import worker
 from fanfold.graphs.prepare import prepare_run
-from fanfold.graphs.run import RunOptions, execute
+from fanfold.graphs.session import RunOptions, execute
 
 from .conftest import PLAIN, Node, free_port, until
 
