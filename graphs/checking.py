@@ -18,7 +18,6 @@ from ..backends.tariffs import explained
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from .estimate import Estimate, estimate
-from .options import SAMPLE
 from .saying import print_json, print_lines, say
 from .telling import budget_lines, cost_lines
 from .wish import Wish
@@ -32,7 +31,7 @@ _LANGSMITH: Final = "https://api.smith.langchain.com"
 def check(
     config: str,
     wish: Wish,
-    sample: int = SAMPLE,
+    sample: int,
     like: Path | None = None,
     as_json: bool = False,
 ) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import typer
 
@@ -19,7 +19,6 @@ from ..backends.contract.errors import (
 from ..backends.contract.wire import own_version
 from . import cluster_cli, globus_cli, presets_cli
 from .codes import BUDGET, INTERRUPTED, OTHER, USAGE
-from .lazily import Later
 from .options import (
     COST_BY,
     SAMPLE,
@@ -44,14 +43,6 @@ from .options import (
     nonempty_path,
 )
 from .saying import print_traceback, say, show_log
-
-if TYPE_CHECKING:
-    from . import checking, costing, listing, looking, running, serve_cli
-    from . import wish as wish_of
-else:
-    listing, looking, running = Later(".listing"), Later(".looking"), Later(".running")
-    checking, costing = Later(".checking"), Later(".costing")
-    serve_cli, wish_of = Later(".serve_cli"), Later(".wish")
 
 _CHOICES: Final = "fanfold.backends.build.choice"
 """The log that tells what ``auto`` chose; it is always shown."""
@@ -114,7 +105,11 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     yes: Annotated[bool, typer.Option("--yes", help="Go on after the pilot unasked.")] = False,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
-    wish = wish_of.Wish(
+    from .running import Output
+    from .running import run as running_run
+    from .wish import Wish
+
+    wish = Wish(
         overrides=overrides or [],
         input_path=input_path,
         limit=limit,
@@ -132,7 +127,7 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         pilot=pilot,
         yes=yes,
     )
-    raise typer.Exit(running.run(config, out, wish, running.Output(as_json, quiet)))
+    raise typer.Exit(running_run(config, out, wish, Output(as_json, quiet)))
 
 
 @app.command()
@@ -154,7 +149,11 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_node_hours: NodeHours = None,
 ) -> None:
     """Go on with a run: only what is not finished is called."""
-    wish = wish_of.Wish(
+    from .running import Output
+    from .running import resume as running_resume
+    from .wish import Wish
+
+    wish = Wish(
         overrides=overrides or [],
         input_path=input_path,
         limit=limit,
@@ -170,7 +169,7 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
             "node_hours": budget_node_hours,
         },
     )
-    raise typer.Exit(running.resume(folder, wish, running.Output(as_json, quiet)))
+    raise typer.Exit(running_resume(folder, wish, Output(as_json, quiet)))
 
 
 @app.command()
@@ -189,10 +188,13 @@ def status(
     ] = None,
 ) -> None:
     """Show how far a run is."""
+    from .listing import past
+    from .looking import status as looking_status
+
     if endpoints:
-        listing.past(folder, as_json)
+        past(folder, as_json)
     else:
-        looking.status(folder, as_json, usage or batch is not None, batch)
+        looking_status(folder, as_json, usage or batch is not None, batch)
 
 
 @app.command()
@@ -204,7 +206,9 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run has cost so far, over all of its lives: tokens, dollars, node-hours."""
-    costing.show(folder, by, as_json)
+    from .costing import show
+
+    show(folder, by, as_json)
 
 
 @app.command()
@@ -215,8 +219,11 @@ def endpoints(
     as_json: AsJson = False,
 ) -> None:
     """List the endpoints as they are now; exit with 2 when none serves the model."""
-    wish = wish_of.Wish(overrides or [], endpoints=where)
-    raise typer.Exit(listing.now(config, wish, as_json))
+    from .listing import now
+    from .wish import Wish
+
+    wish = Wish(overrides or [], endpoints=where)
+    raise typer.Exit(now(config, wish, as_json))
 
 
 @app.command()
@@ -232,7 +239,9 @@ def results(
     ] = False,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
-    looking.results(folder, form, target, safe_csv)
+    from .looking import results as looking_results
+
+    looking_results(folder, form, target, safe_csv)
 
 
 @app.command()
@@ -261,14 +270,17 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     as_json: AsJson = False,
 ) -> None:
     """Check settings, input and endpoints, and estimate cost and time; calls no model."""
+    from .checking import check as checking_check
+    from .wish import Wish
+
     budget = {
         "usd": budget_usd,
         "tokens": budget_tokens,
         "requests": budget_requests,
         "node_hours": budget_node_hours,
     }
-    wish = wish_of.Wish(overrides or [], input_path, limit, endpoints, budget=budget)
-    checking.check(config, wish, sample, like, as_json)
+    wish = Wish(overrides or [], input_path, limit, endpoints, budget=budget)
+    checking_check(config, wish, sample, like, as_json)
 
 
 @app.command()
@@ -288,8 +300,10 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = Path("endpoints.txt"),
 ) -> None:
     """Serve a simulated fleet on this machine until interrupted."""
+    from .looking import simulate as looking_simulate
+
     fields = {"nodes": nodes, "port": port, "addressing": addressing}
-    looking.simulate(fields | {"model": model, "responder": responder}, file)
+    looking_simulate(fields | {"model": model, "responder": responder}, file)
 
 
 @app.command()
@@ -312,7 +326,10 @@ def serve(
     overrides: Sets = None,
 ) -> None:
     """Serve the model on this node (section node), until interrupted."""
-    serve_cli.serve_node(config, wish_of.Wish(overrides or []), servers, host)
+    from .serve_cli import serve_node
+    from .wish import Wish
+
+    serve_node(config, Wish(overrides or []), servers, host)
 
 
 def main() -> None:

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .lazily import Later
 from .options import Folder, Input, Limit, Out, Sets, nonempty, nonempty_path
 from .saying import say
-
-if TYPE_CHECKING:
-    from ..backends.cluster import pack as packing
-    from . import cancelling, chaining, submitting
-    from . import wish as wish_of
-else:
-    cancelling, chaining, wish_of = Later(".cancelling"), Later(".chaining"), Later(".wish")
-    submitting, packing = Later(".submitting"), Later("..backends.cluster.pack")
 
 chain = typer.Typer(help="What the job script calls.", no_args_is_help=True, hidden=True)
 
@@ -70,9 +61,13 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = False,
 ) -> None:
     """Run a batch by jobs of a cluster that follow each other until it is finished."""
-    wish = wish_of.Wish(overrides or [], input_path, limit)
-    order = submitting.Order(site, nodes, walltime, queue, account, jobs, node_hours, pack)
-    submitting.submit(config, out, wish, order, dry_run)
+    from .submitting import Order
+    from .submitting import submit as submitting_submit
+    from .wish import Wish
+
+    wish = Wish(overrides or [], input_path, limit)
+    order = Order(site, nodes, walltime, queue, account, jobs, node_hours, pack)
+    submitting_submit(config, out, wish, order, dry_run)
 
 
 def cancel(
@@ -82,7 +77,9 @@ def cancel(
     ] = False,
 ) -> None:
     """End the jobs of a run; no other follows."""
-    cancelling.cancel(folder, now)
+    from .cancelling import cancel as cancelling_cancel
+
+    cancelling_cancel(folder, now)
 
 
 def pack(
@@ -98,7 +95,9 @@ def pack(
     ] = None,
 ) -> None:
     """Write one archive of this Python with its packages, to unpack on nodes."""
-    packed = packing.pack(target, without or [])
+    from ..backends.cluster.pack import pack as pack_pack
+
+    packed = pack_pack(target, without or [])
     say(
         [
             f"{packed.path}: {len(packed.packages)} packages in {packed.files:,} files, "
@@ -111,7 +110,9 @@ def pack(
 @chain.command()
 def begin(folder: Folder, job: JobId) -> None:
     """Note that a job begins, and submit its successor."""
-    raise typer.Exit(chaining.begin(folder, job))
+    from .chaining import begin as chaining_begin
+
+    raise typer.Exit(chaining_begin(folder, job))
 
 
 @chain.command()
@@ -124,4 +125,6 @@ def end(
     ] = False,
 ) -> None:
     """Note how a job ended; see that another follows, or that none does."""
-    raise typer.Exit(chaining.end(folder, job, code, unserved))
+    from .chaining import end as chaining_end
+
+    raise typer.Exit(chaining_end(folder, job, code, unserved))

@@ -29,7 +29,6 @@ from ..configs.models import RunConfig
 from ..configs.prices import provider_at
 from .forecast import Forecast, Plan, forecast
 from .items import check_graph
-from .options import SAMPLE
 from .prepare import check_endpoints, check_input
 from .sampling import Sample, take_sample
 from .seen import seen_in
@@ -90,7 +89,7 @@ class Estimate:
     forecast: Forecast
 
 
-async def estimate(loaded: Loaded, sample: int = SAMPLE, like: Path | None = None) -> Estimate:
+async def estimate(loaded: Loaded, sample: int = 200, like: Path | None = None) -> Estimate:
     """Read the input, probe the endpoints, render a sample, count its tokens.
 
     Args:

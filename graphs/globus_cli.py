@@ -6,22 +6,13 @@ import shlex
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..backends.contract.errors import ConfigurationError
 from ..backends.contract.wire import own_version
-from .lazily import Later
 from .options import nonempty_path
-
-if TYPE_CHECKING:
-    from ..backends import places
-    from ..backends.sites.globus import login
-    from . import worker
-else:
-    places, worker = Later("..backends.places"), Later(".worker")
-    login = Later("..backends.sites.globus.login")
 
 app = typer.Typer(help="Set up endpoints of Globus Compute.", no_args_is_help=True)
 
@@ -46,10 +37,14 @@ def register(client: Client = None) -> None:
 
     An endpoint with allowed_functions needs the id there; runs name it in backend.function.
     """
-    make = places.imported(client, "--client") if client else None
-    service = login.connect(make, ask=sys.stdin.isatty())
+    from ..backends.places import imported
+    from ..backends.sites.globus.login import connect
+    from .worker import work_shard
+
+    make = imported(client, "--client") if client else None
+    service = connect(make, ask=sys.stdin.isatty())
     try:
-        print(service.register(worker.work_shard))
+        print(service.register(work_shard))
     finally:
         service.close()
 
