@@ -35,12 +35,13 @@ from ..backends.contract.errors import (
     LedgerError,
     RunStoppedError,
 )
+from ..backends.contract.kept_tasks import KEPT, create_kept_task, keep
 from ..backends.contract.money import Tariff
 from ..backends.contract.types import Item, Json, Outcome, Shard
 from ..backends.contract.values import MOST, bound_counts, writable_text
 from .aggregators import State, combine
 from .context import Ledger, RunTools
-from .gate import KEPT, Gate, create_kept_task, keep
+from .gate import Gate
 from .prepare import failure
 from .state import ItemState
 
