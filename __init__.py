@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backends.contract.errors import ConfigurationError, FanfoldError
+    from .backends.core.errors import ConfigurationError, FanfoldError
     from .backends.fleet.chat import ChatFleet
     from .backends.fleet.fleet import Fleet
     from .backends.fleet.simulated.fleet import SimulatedFleet
@@ -35,8 +35,8 @@ __all__ = [
 
 _WHERE = {
     "ChatFleet": "backends.fleet.chat",
-    "ConfigurationError": "backends.contract.errors",
-    "FanfoldError": "backends.contract.errors",
+    "ConfigurationError": "backends.core.errors",
+    "FanfoldError": "backends.core.errors",
     "Fleet": "backends.fleet.fleet",
     "MapReduceAgent": "graphs.academy_agent",
     "RunContext": "graphs.context",

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from ..configs.endpoints import FIRST_URL, FirstConfig
 from ..configs.models import RunConfig
-from .contract.errors import ConfigurationError
+from .core.errors import ConfigurationError
 from .fleet.address import ApiKey, EndpointSpec, base_url
 from .fleet.matching import Matched, match
 from .fleet.membership import FileSource, RegistrySource

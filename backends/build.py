@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..configs.models import RunConfig
 from .auto import choose
-from .contract.errors import ConfigurationError
-from .contract.template import Template
+from .core.errors import ConfigurationError
+from .core.templates import Template
 from .fleet.address import EndpointSpec
 from .fleet.door import FleetModel
 from .fleet.fleet import Fleet

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..configs.endpoints import EndpointsConfig, FirstConfig
-from .contract.errors import ConfigurationError, NoEndpointError, RunStoppedError
-from .contract.secrets import MASKED
+from .core.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from .core.secrets import MASKED
 from .fleet.address import ApiKey, EndpointSpec, base_url
 from .fleet.folder import HostsFolder
 from .fleet.gateway import Gateway

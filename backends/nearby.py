@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from ..configs.models import RunConfig
 from .build import Serving, serving
-from .contract.errors import ConfigurationError, NoEndpointError, RunStoppedError, SiteError
+from .core.errors import ConfigurationError, NoEndpointError, RunStoppedError, SiteError
 from .fleet.address import EndpointSpec
 from .fleet.membership import FileSource
 from .fleet.sources import parse_endpoints_file, trusted_key

@@ -12,9 +12,10 @@ from typing import Any, Final
 
 from ..configs.backend import BackendConfig
 from ..configs.plain import secret_texts, written_out
-from .contract.errors import ConfigurationError
-from .contract.protocols import Backend
-from .fleet.descriptors import make_room
+from .core.descriptors import make_room
+from .core.errors import ConfigurationError
+from .core.exit_with_parent import follow_parent
+from .core.protocols import Backend
 from .sites.academy.backend import AcademyBackend
 from .sites.academy.exchange import Meeting
 from .sites.academy.hall import Hall
@@ -27,7 +28,6 @@ from .sites.globus.service import Service
 from .sites.globus.tasks import TaskList
 from .sites.launched.backend import Launch, LaunchedBackend
 from .sites.launched.command import launcher_words, local_words, own_host, python_words
-from .sites.leash import follow_parent
 from .sites.parsl import ParslBackend
 from .sites.parsl_configs import JobNodes
 from .sites.pool import ShardPool

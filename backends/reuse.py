@@ -15,7 +15,7 @@ from typing import Final
 
 from ..configs.models import RunConfig
 from .accounts.answers.store import AnswerStore
-from .contract.errors import ConfigurationError
+from .core.errors import ConfigurationError
 from .fleet.reuse import Reuse
 
 _LOOK_S: Final = 2.0

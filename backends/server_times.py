@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .cluster.shares import State, Stretch
-from .contract.errors import LedgerError
+from .core.errors import LedgerError
 from .servers.record import read_record, times_of
 
 _SILENT_S: Final = 90.0

@@ -10,7 +10,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from ..configs.models import RunConfig
-from .contract.errors import ConfigurationError, MissingExtraError
+from .core.errors import ConfigurationError, MissingExtraError
 from .fleet.simulated.responders import RESPONDERS
 from .fleet.simulated.rules import FaultRule
 from .fleet.simulated.spec import SimulationSpec

@@ -11,9 +11,9 @@ from pydantic import SecretStr
 
 from ..configs.models import RunConfig
 from ..configs.prices import Listed, hosts, listed, provider_at
-from .contract.errors import ConfigurationError, NoEndpointError
-from .contract.money import Tariff
-from .contract.types import Json
+from .core.errors import ConfigurationError, NoEndpointError
+from .core.money import Tariff
+from .core.types import Json
 from .fleet.address import NO_KEY, EndpointSpec
 from .locate import endpoint_specs
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Protocol, TypeVar
 
 from ..configs.endpoints import EndpointsConfig
-from .contract.errors import NoEndpointError, RunStoppedError
+from .core.errors import NoEndpointError, RunStoppedError
 
 _SAY_S: Final = 60.0
 

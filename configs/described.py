@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, get_args
 from pydantic import BaseModel, Field, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from ..backends.contract.errors import ConfigurationError
+from ..backends.core.errors import ConfigurationError
 from .models import RunConfig
 from .section import Access
 

@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from ..backends.contract.secrets import is_secret, mask_command
+from ..backends.core.secrets import is_secret, mask_command
 from .models import RunConfig
 from .reduce import Collect, Count, Histogram, Stats, TopK
 from .source import at_path

@@ -14,9 +14,9 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.schemas import open_validator
-from ..backends.contract.template import Template
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.schemas import open_validator
+from ..backends.core.templates import Template
 from .backend import of_another_kind
 from .explain import explain
 from .models import RunConfig

@@ -10,8 +10,8 @@ from typing import Any, Final
 import yaml
 from pydantic import SecretStr
 
-from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.secrets import MASKED, is_secret, mask_command, mask_plain, mask_url
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.secrets import MASKED, is_secret, mask_command, mask_plain, mask_url
 from .models import KeepConfig, RunConfig
 from .source import join
 

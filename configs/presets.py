@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
-from ..backends.contract.errors import ConfigurationError
+from ..backends.core.errors import ConfigurationError
 
 _ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..backends.contract.errors import ConfigurationError
+from ..backends.core.errors import ConfigurationError
 from .section import Access, declare
 
 

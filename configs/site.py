@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from ..backends.contract.errors import ConfigurationError
+from ..backends.core.errors import ConfigurationError
 from .section import Section
 from .source import parse_yaml
 

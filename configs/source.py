@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import yaml
 
-from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.secrets import is_secret, mask_command
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.secrets import is_secret, mask_command
 
 _VARIABLE: Final = re.compile(r"\$(\$?)\{([A-Za-z_][A-Za-z0-9_]*)\}")
 

@@ -10,13 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.contract.errors import (
-    ConfigurationError,
-    FanfoldError,
-    InputError,
-    MissingExtraError,
-)
-from ..backends.contract.types import Json
+from ..backends.core.errors import ConfigurationError, FanfoldError, InputError, MissingExtraError
+from ..backends.core.types import Json
 from .served import Served, Service, as_data
 from .settings import settle
 

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from ..backends.contract.wire import REPEATED, WALLTIME, Order
+from ..backends.core.messages import REPEATED, WALLTIME, Order
 from ..configs.models import LimitsConfig
 from .signs import beat_file
 from .walltime import Walltime, walltime

@@ -29,11 +29,11 @@ from langgraph.runtime import Runtime, get_runtime
 from langgraph.types import Command
 from langgraph.typing import InputT, OutputT, StateT
 
-from ..backends.contract.errors import ConfigurationError, FanfoldError, InputError
+from ..backends.core.aside import LoopAside
+from ..backends.core.errors import ConfigurationError, FanfoldError, InputError
 from ..configs.presets import is_preset
 from ..nodes.context import Context
 from ..nodes.load import unknown_keys
-from .aside import LoopAside
 from .context import RunContext
 from .form import request_form
 from .invocation import CURRENT, follow, follow_plainly

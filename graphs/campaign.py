@@ -13,7 +13,7 @@ from ..backends.cluster.chain import Chain, Job, chain_file
 from ..backends.cluster.hours import spent
 from ..backends.cluster.schedulers import Scheduler, State, Used, scheduler
 from ..backends.cluster.shares import Share
-from ..backends.contract.errors import FanfoldError
+from ..backends.core.errors import FanfoldError
 from .useful import last_sign, share_of
 
 _JOB: Final = ("SLURM_JOB_ID", "PBS_JOBID")

@@ -20,7 +20,7 @@ from ..backends.cluster.verdict import (
     Verdict,
     verdict,
 )
-from ..backends.contract.errors import ConfigurationError, SiteError
+from ..backends.core.errors import ConfigurationError, SiteError
 from ..backends.servers.parting import last_words
 from .saying import say
 

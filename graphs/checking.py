@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from ..backends.contract.errors import NoEndpointError
+from ..backends.core.errors import NoEndpointError
 from ..backends.fleet.encoding import encoding_name
 from ..backends.locate import endpoint_specs
 from ..backends.tariffs import explained

@@ -10,15 +10,15 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from ..backends.contract.errors import (
+from ..backends.core.codes import BUDGET, INTERRUPTED, OTHER, USAGE
+from ..backends.core.errors import (
     BudgetExhaustedError,
     ConfigurationError,
     FanfoldError,
     RunStoppedError,
 )
-from ..backends.contract.wire import own_version
+from ..backends.core.messages import own_version
 from . import cluster_cli, globus_cli, presets_cli
-from .codes import BUDGET, INTERRUPTED, OTHER, USAGE
 from .options import (
     COST_BY,
     SAMPLE,

@@ -13,8 +13,9 @@ from typing import Any, Self
 
 from ..backends.accounts.folder import RunFolder, is_run, is_vacant, open_folder, run_ids
 from ..backends.build import open_fleet, serving
-from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.money import Amount
+from ..backends.core.aio import Shared
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.money import Amount
 from ..backends.reuse import reusing
 from ..configs.load import Loaded, load
 from ..configs.presets import preset_text
@@ -35,7 +36,6 @@ from .prepare import RUNS, new_name, prepare_run
 from .requests import Request, RequestPolicy
 from .resume import resume_run
 from .settings import settle
-from .shared import Shared
 from .spending import allow, lower_allowed, shortfall
 from .walltime import Walltime
 from .worker import work_shard

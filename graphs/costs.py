@@ -11,8 +11,8 @@ from ..backends.accounts.cost import Cost, total_of
 from ..backends.accounts.folder import RunFolder
 from ..backends.accounts.journal import RunIds
 from ..backends.accounts.totals import Spent
-from ..backends.contract.money import FREE, NANO
-from ..backends.contract.types import Json
+from ..backends.core.money import FREE, NANO
+from ..backends.core.types import Json
 from ..configs.budget import BudgetConfig
 from ..configs.load import peek
 from .opened import OpenedRun

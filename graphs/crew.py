@@ -16,9 +16,9 @@ from typing import Any, Final
 import orjson
 
 from ..backends.accounts.ledger import Ledger
-from ..backends.contract.errors import ConfigurationError, LedgerError
-from ..backends.contract.types import Item, Shard
-from ..backends.contract.wire import Order, Summary, own_version
+from ..backends.core.errors import ConfigurationError, LedgerError
+from ..backends.core.messages import Order, Summary, own_version
+from ..backends.core.types import Item, Shard
 from ..backends.fleet.news import Gathered
 from ..backends.places import shard_pool
 from ..backends.sites.executor import WorkShard

@@ -19,11 +19,12 @@ from ..backends.accounts.errand import FiledLedger, SentLedger, WorkerLedger, wo
 from ..backends.accounts.folder import ANSWERS
 from ..backends.accounts.journal import JournalWriter
 from ..backends.build import Serving, located, open_fleet, survey
-from ..backends.contract.calls import Count
-from ..backends.contract.errors import SiteError
-from ..backends.contract.money import Tariff
-from ..backends.contract.types import Item
-from ..backends.contract.wire import Order
+from ..backends.core.aio import Shared
+from ..backends.core.calls import Count
+from ..backends.core.errors import SiteError
+from ..backends.core.messages import Order
+from ..backends.core.money import Tariff
+from ..backends.core.types import Item
 from ..backends.fleet.address import EndpointSpec
 from ..backends.fleet.fleet import Fleet
 from ..backends.fleet.news import Teller
@@ -39,7 +40,6 @@ from ..nodes.progress import Progress
 from .attending import STOPPED, TIME_OVER, StopSign
 from .identity import asked_by_all
 from .items import item_runner
-from .shared import Shared
 
 FSYNC_S: Final = 1.0
 """Workers flush their journal once a second: what a node's loss may cost."""

@@ -11,8 +11,8 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from ..backends.build import Serving, located, model_params
-from ..backends.contract.errors import NoEndpointError
-from ..backends.contract.money import Caps
+from ..backends.core.errors import NoEndpointError
+from ..backends.core.money import Caps
 from ..backends.fleet.lengths import LEAST, LIKELY
 from ..backends.fleet.matching import match
 from ..backends.fleet.probe import Found

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, get_type_hints
 import orjson
 from pydantic_core import PydanticUndefined
 
-from ..backends.contract.errors import ConfigurationError
+from ..backends.core.errors import ConfigurationError
 from ..configs.described import description, schema, section_schema, setting
 from ..configs.presets import preset_names
 from ..configs.section import Access

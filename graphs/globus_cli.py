@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.wire import own_version
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.messages import own_version
 from .options import nonempty_path
 
 app = typer.Typer(help="Set up endpoints of Globus Compute.", no_args_is_help=True)

@@ -12,7 +12,7 @@ import orjson
 
 from ..backends.accounts.folder import RunFolder, place_of, run_ids
 from ..backends.build import model_params
-from ..backends.contract.errors import LedgerError
+from ..backends.core.errors import LedgerError
 from ..backends.sites.globus.book import FILE as GLOBUS_TASKS
 from ..configs.models import RunConfig
 

@@ -24,7 +24,7 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.runtime import Runtime
 
 from ..backends.accounts.folder import RunFolder, busy
-from ..backends.contract.errors import ConfigurationError, RunStoppedError
+from ..backends.core.errors import ConfigurationError, RunStoppedError
 from ..nodes.context import RunTools
 
 _LOOK_S: Final = 0.05

@@ -17,15 +17,15 @@ from langsmith import tracing_context
 from langsmith.utils import tracing_is_enabled
 
 from ..backends.build import chat_door, chat_fleet, model_params
-from ..backends.contract.errors import (
+from ..backends.core.errors import (
     ConfigurationError,
     EndpointError,
     ItemGraphError,
     ItemTimeoutError,
     TooManyStepsError,
 )
-from ..backends.contract.template import Template
-from ..backends.contract.types import Item
+from ..backends.core.templates import Template
+from ..backends.core.types import Item
 from ..backends.fleet.fleet import Fleet
 from ..backends.places import imported
 from ..configs.load import Loaded

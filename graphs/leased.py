@@ -11,9 +11,9 @@ from typing import Final
 
 from ..backends.accounts.book import Book, Shelf
 from ..backends.accounts.budget import Budget, BudgetTerms
-from ..backends.contract.errors import BudgetExhaustedError
-from ..backends.contract.money import Amount, Caps, Tariff
-from ..backends.contract.wire import WALLTIME, Order
+from ..backends.core.errors import BudgetExhaustedError
+from ..backends.core.messages import WALLTIME, Order
+from ..backends.core.money import Amount, Caps, Tariff
 from ..configs.models import RunConfig
 
 _LOOK_S: Final = 1.0

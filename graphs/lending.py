@@ -9,11 +9,11 @@ from typing import Final
 
 from ..backends.accounts.book import Lease
 from ..backends.build import model_params
-from ..backends.contract.errors import FanfoldError
-from ..backends.contract.money import Amount, Tariff
-from ..backends.contract.template import Template
-from ..backends.contract.types import Item, Json, Usage
-from ..backends.contract.wire import Order, Summary
+from ..backends.core.errors import FanfoldError
+from ..backends.core.messages import Order, Summary
+from ..backends.core.money import Amount, Tariff
+from ..backends.core.templates import Template
+from ..backends.core.types import Item, Json, Usage
 from ..backends.fleet.charge import most_tokens
 from .spending import Spending
 from .terms import Terms

@@ -14,14 +14,14 @@ from rich.text import Text
 from ..backends.accounts.endpoints import over_lives, read_endpoints
 from ..backends.accounts.folder import open_folder
 from ..backends.build import located
-from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.gauges import Gauges
+from ..backends.core.codes import DONE, USAGE
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.parsing import Gauges
 from ..backends.fleet.gauges import read_gauges
 from ..backends.fleet.matching import match
 from ..backends.fleet.probe import Found
 from ..backends.simulation import simulation
 from ..configs.load import Loaded
-from .codes import DONE, USAGE
 from .opened import endpoints_file
 from .prepare import check_endpoints
 from .report import cell

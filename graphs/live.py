@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ..backends.contract.money import NANO
+from ..backends.core.money import NANO
 from ..backends.fleet.fleet import Fleet
 from ..nodes.context import RunTools
 from .opened import OpenedRun

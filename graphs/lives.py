@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, now
-from ..backends.contract.secrets import mask_arguments
+from ..backends.core.secrets import mask_arguments
 from .identity import settle_identity
 
 _BLANK: Final = re.compile(r"\s")

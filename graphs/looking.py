@@ -16,7 +16,7 @@ from ..backends.accounts.cost import Cost, tokens_json
 from ..backends.accounts.folder import RunFolder, open_folder, read_extents, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.accounts.results import rows, write_csv, write_jsonl, write_parquet
-from ..backends.contract.errors import ConfigurationError
+from ..backends.core.errors import ConfigurationError
 from ..backends.fleet.simulated.fleet import SimulatedFleet
 from ..backends.fleet.simulated.spec import SimulationSpec
 from ..configs.load import peek

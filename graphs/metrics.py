@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.money import HOUR_MS, NANO
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.money import HOUR_MS, NANO
 from ..backends.fleet.stats import EndpointReport, FleetHealth
 from .opened import OpenedRun
 from .settings import check_metrics

@@ -11,9 +11,9 @@ from typing import Final, TypeAlias
 
 from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import Budget
-from ..backends.contract.errors import BudgetExhaustedError, FanfoldError, LedgerError
-from ..backends.contract.money import Amount, Held, Tariff
-from ..backends.contract.types import Json
+from ..backends.core.errors import BudgetExhaustedError, FanfoldError, LedgerError
+from ..backends.core.money import Amount, Held, Tariff
+from ..backends.core.types import Json
 from ..nodes.gate import Gate
 from .spending import Spending
 

@@ -15,9 +15,9 @@ from ..backends.accounts.budget import Budget
 from ..backends.accounts.endpoints import FILE, append_endpoints
 from ..backends.accounts.folder import RunFolder
 from ..backends.accounts.ledger import Ledger
-from ..backends.contract.errors import LedgerError
-from ..backends.contract.money import NANO, Tariff
-from ..backends.contract.types import Usage
+from ..backends.core.errors import LedgerError
+from ..backends.core.money import NANO, Tariff
+from ..backends.core.types import Usage
 from ..backends.fleet.fleet import Fleet
 from ..nodes.context import RunTools
 from .nodetime import Timesheet, noting, watched

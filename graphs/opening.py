@@ -16,9 +16,9 @@ from ..backends.accounts.book import Shelf
 from ..backends.accounts.folder import RunFolder, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.build import open_fleet
-from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.money import FREE, Held
-from ..backends.contract.types import Item
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.money import FREE, Held
+from ..backends.core.types import Item
 from ..backends.fleet.fleet import Fleet
 from ..backends.inputs.store import ItemStore
 from ..backends.nearby import served

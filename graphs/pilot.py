@@ -11,14 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from ..backends.accounts.folder import RunFolder
-from ..backends.contract.errors import (
+from ..backends.core.errors import (
     BudgetExhaustedError,
     FanfoldError,
     InvalidItemError,
     RunStoppedError,
 )
-from ..backends.contract.template import Template
-from ..backends.contract.types import Shard
+from ..backends.core.templates import Template
+from ..backends.core.types import Shard
 from ..backends.fleet.lengths import LIKELY, prompt_tokens
 from ..backends.tariffs import kept_price
 from ..configs.load import Loaded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from ..backends.contract.money import NANO
+from ..backends.core.money import NANO
 from .pilot import Piloted
 from .telling import budget_lines, cost_lines, dollars, duration
 

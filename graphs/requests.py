@@ -19,9 +19,9 @@ import orjson
 from pydantic import ValidationError
 
 from ..backends.accounts.budget import SHOWN
-from ..backends.contract.errors import ConfigurationError, InputError
-from ..backends.contract.secrets import is_secret, mask_command, mask_plain
-from ..backends.contract.types import Json
+from ..backends.core.errors import ConfigurationError, InputError
+from ..backends.core.secrets import is_secret, mask_command, mask_plain
+from ..backends.core.types import Json
 from ..configs.budget import BudgetConfig
 from ..configs.described import declared_access, split_settings
 from ..configs.load import Loaded, load, read_schema, read_text

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, place_of, write_bytes
 from ..backends.build import input_spec, needed_columns
-from ..backends.contract.errors import ConfigurationError
+from ..backends.core.errors import ConfigurationError
 from ..backends.inputs.spill import spill
 from ..backends.inputs.store import ItemStore
 from ..backends.nearby import served

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
-from ..backends.contract.errors import FanfoldError, RunStoppedError
+from ..backends.core.codes import BUDGET, INTERRUPTED
+from ..backends.core.errors import FanfoldError, RunStoppedError
 from ..configs.load import Loaded
 from . import usage
 from .campaign import campaign_inside
-from .codes import BUDGET, INTERRUPTED
 from .costs import in_words
 from .crew import life_end
 from .pilot import Piloted, fly

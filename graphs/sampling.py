@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..backends.build import input_spec, needed_columns
-from ..backends.contract.errors import InvalidItemError
-from ..backends.contract.template import Template
-from ..backends.contract.types import Item, Message
+from ..backends.core.errors import InvalidItemError
+from ..backends.core.templates import Template
+from ..backends.core.types import Item, Message
 from ..backends.inputs.spec import InputSummary
 from ..backends.inputs.spill import spill
 from ..backends.inputs.store import ItemStore

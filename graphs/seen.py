@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from ..backends.accounts.folder import open_folder, run_ids
 from ..backends.accounts.ledger import Ledger
-from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.money import NANO
-from ..backends.contract.types import Usage
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.money import NANO
+from ..backends.core.types import Usage
 from .spans import Span
 
 _UNSEEN: Final = 3.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from ..backends.accounts.folder import open_folder
-from ..backends.contract.errors import ConfigurationError
+from ..backends.core.errors import ConfigurationError
 from ..backends.node import node_plan, starts_servers
 from ..backends.servers.keeper import Orders
 from ..backends.servers.plan import NodePlan

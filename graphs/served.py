@@ -17,12 +17,12 @@ import orjson
 from rich.console import Console
 
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder, write_json
-from ..backends.contract.errors import ConfigurationError, FanfoldError, InputError, RunStoppedError
-from ..backends.contract.types import Json
+from ..backends.core.codes import BUDGET, INTERRUPTED
+from ..backends.core.errors import ConfigurationError, FanfoldError, InputError, RunStoppedError
+from ..backends.core.types import Json
 from ..configs.load import Loaded, load
 from ..nodes.context import RunTools
 from ..nodes.load import check_input
-from .codes import BUDGET, INTERRUPTED
 from .crew import life_end
 from .prepare import prepare_run
 from .requests import as_literal, below

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from ..backends.accounts.cost import Cost
 from ..backends.accounts.folder import RunFolder, now, run_ids
-from ..backends.contract.errors import BudgetExhaustedError, LedgerError, RunStoppedError
+from ..backends.core.codes import BUDGET, DONE, FAILURES, INTERRUPTED
+from ..backends.core.errors import BudgetExhaustedError, LedgerError, RunStoppedError
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
-from .codes import BUDGET, DONE, FAILURES, INTERRUPTED
 from .context import RunContext
 from .costs import cost_of_life
 from .live import watching

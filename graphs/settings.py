@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.contract.errors import ConfigurationError, MissingExtraError
+from ..backends.core.errors import ConfigurationError, MissingExtraError
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load, peek
 from ..configs.source import at_path

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from ..backends.contract.errors import LedgerError
+from ..backends.core.errors import LedgerError
 from ..backends.sites.watch import Beat
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from ..backends.accounts.folder import RunFolder, run_ids
 from ..backends.accounts.journal import RunIds
 from ..backends.accounts.leases import Leases
 from ..backends.accounts.ledger import Ledger
-from ..backends.contract.errors import BudgetExhaustedError
-from ..backends.contract.money import FREE, Amount, Caps, Tariff
-from ..backends.contract.types import Json
+from ..backends.core.errors import BudgetExhaustedError
+from ..backends.core.money import FREE, Amount, Caps, Tariff
+from ..backends.core.types import Json
 from ..backends.tariffs import tariff
 from ..configs.budget import BudgetConfig
 from ..configs.models import RunConfig

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from langgraph.runtime import RunControl
 from rich.console import Console
 
-from ..backends.contract.errors import RunStoppedError
+from ..backends.core.errors import RunStoppedError
 from ..nodes.gate import Gate
 from .walltime import Walltime
 

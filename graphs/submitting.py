@@ -17,8 +17,8 @@ from ..backends.cluster.plan import JobPlan
 from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
 from ..backends.cluster.script import job_script
 from ..backends.cluster.verdict import PATIENCE
-from ..backends.contract.errors import ConfigurationError, SiteError
-from ..backends.contract.permissions import untrusted_reason
+from ..backends.core.errors import ConfigurationError, SiteError
+from ..backends.core.permissions import untrusted_reason
 from ..backends.node import starts_servers
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load

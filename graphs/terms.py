@@ -9,8 +9,8 @@ from typing import Any
 
 from ..backends.accounts.folder import RunFolder
 from ..backends.build import Serving
-from ..backends.contract.errors import ConfigurationError
-from ..backends.contract.money import Tariff
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.money import Tariff
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..configs.plain import lost_secrets

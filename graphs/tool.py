@@ -14,7 +14,7 @@ from langchain_core.tools import StructuredTool, ToolException
 from langgraph.errors import GraphBubbleUp
 from pydantic import BaseModel, ValidationError
 
-from ..backends.contract.errors import ConfigurationError, FanfoldError
+from ..backends.core.errors import ConfigurationError, FanfoldError
 from ..configs.load import Loaded
 from ..nodes.state import RunInput
 from .context import RunContext

@@ -11,7 +11,7 @@ from langchain_core.tools import ToolException
 from ..backends.accounts.book import Shelf
 from ..backends.accounts.folder import open_folder, run_ids
 from ..backends.accounts.ledger import Ledger
-from ..backends.contract.money import NANO, Amount
+from ..backends.core.money import NANO, Amount
 from ..configs.budget import BudgetConfig
 from ..configs.load import Loaded, load
 from .spending import spent_before

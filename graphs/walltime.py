@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, TypeVar
 
-from ..backends.contract.errors import ConfigurationError, RunStoppedError
-from ..backends.contract.wire import WALLTIME
+from ..backends.core.errors import ConfigurationError, RunStoppedError
+from ..backends.core.messages import WALLTIME
 from ..configs.models import LimitsConfig
 from ..nodes.gate import Gate
 

@@ -19,9 +19,9 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from ..backends.contract.errors import FanfoldError, SiteError
-from ..backends.contract.types import Json, Shard
-from ..backends.contract.wire import Order, Summary, own_version
+from ..backends.core.errors import FanfoldError, SiteError
+from ..backends.core.messages import Order, Summary, own_version
+from ..backends.core.types import Json, Shard
 from ..nodes.work import finish_some
 from .attending import attending
 from .errand import Bag, errand

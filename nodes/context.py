@@ -8,12 +8,12 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
-from ..backends.contract.calls import Account
-from ..backends.contract.money import FREE, Amount, Tariff
-from ..backends.contract.protocols import ChatModel
-from ..backends.contract.template import Template
-from ..backends.contract.types import Item, Json, Shard
-from ..backends.contract.wire import Order, Summary
+from ..backends.core.calls import Account
+from ..backends.core.messages import Order, Summary
+from ..backends.core.money import FREE, Amount, Tariff
+from ..backends.core.protocols import ChatModel
+from ..backends.core.templates import Template
+from ..backends.core.types import Item, Json, Shard
 from .aggregators import Aggregate
 from .answer import AnswerCheck
 from .gate import Gate

@@ -10,9 +10,9 @@ from langchain_core.messages import BaseMessage
 from langgraph.runtime import Runtime
 from pydantic import BaseModel
 
-from ..backends.contract.errors import ENDS_RUN, ConfigurationError, InvalidAnswerError
-from ..backends.contract.types import Json
-from ..backends.contract.values import json_text, plain_json, writable_text
+from ..backends.core.errors import ENDS_RUN, ConfigurationError, InvalidAnswerError
+from ..backends.core.types import Json
+from ..backends.core.values import json_text, plain_json, writable_text
 from .answer import answer_text
 from .context import ItemContext
 from .prepare import failure

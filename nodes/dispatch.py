@@ -8,7 +8,7 @@ from typing import Final, cast
 from langgraph.runtime import Runtime
 from langgraph.types import Overwrite, Send
 
-from ..backends.contract.errors import RunStoppedError
+from ..backends.core.errors import RunStoppedError
 from .context import Context
 from .state import RunState
 

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from ..backends.contract.errors import (
+from ..backends.core.errors import (
     BudgetExhaustedError,
     ConfigurationError,
     LedgerError,
     RunStoppedError,
 )
-from ..backends.contract.types import Item, Shard
-from ..backends.contract.wire import REPEATED, WALLTIME, Order, Summary
+from ..backends.core.messages import REPEATED, WALLTIME, Order, Summary
+from ..backends.core.types import Item, Shard
 from .context import Answered, Crew, RunTools
 from .work import Part, read_items
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from langgraph.runtime import Runtime
 
-from ..backends.contract.calls import CURRENT_CALLS
-from ..backends.contract.errors import EndpointError
+from ..backends.core.calls import CURRENT_CALLS
+from ..backends.core.errors import EndpointError
 from .context import ItemContext
 from .prepare import failure
 from .state import ItemState

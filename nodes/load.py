@@ -10,7 +10,7 @@ from typing import Any, Final
 from langgraph.runtime import Runtime
 from langgraph.types import Overwrite, Send
 
-from ..backends.contract.errors import InputError
+from ..backends.core.errors import InputError
 from .context import Context
 from .state import LoadState, RunState
 

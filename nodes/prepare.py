@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from langgraph.runtime import Runtime
 
-from ..backends.contract.errors import FanfoldError, InvalidItemError
-from ..backends.contract.template import Template
-from ..backends.contract.types import Message, Row
-from ..backends.contract.values import writable_text
+from ..backends.core.errors import FanfoldError, InvalidItemError
+from ..backends.core.templates import Template
+from ..backends.core.types import Message, Row
+from ..backends.core.values import writable_text
 from .context import ItemContext
 from .state import ItemState
 

@@ -7,8 +7,8 @@ from typing import Any
 from langgraph.errors import GraphDrained
 from langgraph.runtime import Runtime
 
-from ..backends.contract.errors import BudgetExhaustedError
-from ..backends.contract.types import Shard
+from ..backends.core.errors import BudgetExhaustedError
+from ..backends.core.types import Shard
 from .context import Context, RunTools
 from .elsewhere import work_elsewhere
 from .state import ShardState

@@ -10,7 +10,7 @@ from langgraph.managed import RemainingSteps
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from ..backends.contract.types import Json, Message
+from ..backends.core.types import Json, Message
 from .aggregators import combine
 
 

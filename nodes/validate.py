@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from langgraph.runtime import Runtime
 
-from ..backends.contract.errors import AnswerError, InvalidAnswerError
+from ..backends.core.errors import AnswerError, InvalidAnswerError
 from .context import ItemContext
 from .prepare import failure
 from .state import ItemState

@@ -26,8 +26,8 @@ from langgraph.errors import (
 from langgraph.runtime import RunControl, Runtime
 from langgraph.store.base import BaseStore
 
-from ..backends.contract.calls import CURRENT_CALLS, CallLog, Share
-from ..backends.contract.errors import (
+from ..backends.core.calls import CURRENT_CALLS, CallLog, Share
+from ..backends.core.errors import (
     ENDS_RUN,
     ConfigurationError,
     FanfoldError,
@@ -35,10 +35,10 @@ from ..backends.contract.errors import (
     LedgerError,
     RunStoppedError,
 )
-from ..backends.contract.kept_tasks import KEPT, create_kept_task, keep
-from ..backends.contract.money import Tariff
-from ..backends.contract.types import Item, Json, Outcome, Shard
-from ..backends.contract.values import MOST, bound_counts, writable_text
+from ..backends.core.kept_tasks import KEPT, create_kept_task, keep
+from ..backends.core.money import Tariff
+from ..backends.core.types import Item, Json, Outcome, Shard
+from ..backends.core.values import MOST, bound_counts, writable_text
 from .aggregators import State, combine
 from .context import Ledger, RunTools
 from .gate import Gate

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from fanfold.backends.accounts.journal import make_header
-from fanfold.backends.contract.checksum import add_crc
+from fanfold.backends.core.checksum import add_crc
 
 
 def chained(*lines: bytes) -> list[bytes]:

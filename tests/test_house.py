@@ -17,7 +17,7 @@ from fanfold.tests.benchmarks.__main__ import NAMES
 ROOT, ROOMS = Path(str(files("fanfold"))), ("backends", "nodes", "graphs", "configs")
 MODULES = sorted(p.relative_to(ROOT) for r in ROOMS for p in (ROOT / r).rglob("*.py"))
 BACKENDS = {
-    "backends.contract",
+    "backends.core",
     "backends.fleet",
     "backends.inputs",
     "backends.simulated",
@@ -29,16 +29,16 @@ BACKENDS = {
     "backends.cluster",
 }
 FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest prefix wins
-    "backends.contract": set(),
-    "configs": {"backends.contract"},
-    "backends.fleet": {"backends.contract"},
-    "backends.servers": {"backends.contract"},
-    "backends.inputs": {"backends.contract", "configs"},
-    "backends.simulated": {"backends.contract", "configs"},
-    "backends.storage": {"backends.contract", "configs"},
-    "backends.workers": {"backends.contract", "configs"},
+    "backends.core": set(),
+    "configs": {"backends.core"},
+    "backends.fleet": {"backends.core"},
+    "backends.servers": {"backends.core"},
+    "backends.inputs": {"backends.core", "configs"},
+    "backends.simulated": {"backends.core", "configs"},
+    "backends.storage": {"backends.core", "configs"},
+    "backends.workers": {"backends.core", "configs"},
     "backends.discovery": {
-        "backends.contract",
+        "backends.core",
         "backends.fleet",
         "backends.servers",
         "backends.simulated",
@@ -46,14 +46,14 @@ FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest 
         "configs",
     },
     "backends.budget": {
-        "backends.contract",
+        "backends.core",
         "backends.discovery",
         "backends.fleet",
         "backends.storage",
         "configs",
     },
-    "backends.cluster": {"backends.contract", "backends.servers", "configs"},
-    "nodes": {"backends.contract"},
+    "backends.cluster": {"backends.core", "backends.servers", "configs"},
+    "nodes": {"backends.core"},
     "graphs.remote": {"configs", "nodes"} | BACKENDS,
     "graphs.run": {"configs", "nodes", "graphs.remote"} | BACKENDS,
     "graphs": {"configs", "nodes", "graphs.remote", "graphs.run"} | BACKENDS,
@@ -131,9 +131,7 @@ def test_no_module_changes_globals() -> None:
     assert not changed
 
 
-@pytest.mark.parametrize(
-    "name", ["backends.contract.types", "configs.load", "nodes.steps", "graphs"]
-)
+@pytest.mark.parametrize("name", ["backends.core.types", "configs.load", "nodes.steps", "graphs"])
 def test_rooms_import_alone(name: str) -> None:
     """A fresh interpreter imports each room by itself, without a warning."""
     command = [sys.executable, "-W", "error", "-c", f"import fanfold.{name}"]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import Any, Final
 
-from ..contract.calls import CallLog, Count, Hold
-from ..contract.money import Amount, Tariff
-from ..contract.types import Usage
+from ..core.calls import CallLog, Count, Hold
+from ..core.money import Amount, Tariff
+from ..core.types import Usage
 from .purse import Purse
 
 _SAID: Final = 512

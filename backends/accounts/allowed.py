@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import orjson
 
-from ..contract.errors import LedgerError
-from ..contract.types import Json
+from ..core.errors import LedgerError
+from ..core.types import Json
 from .folder import write_json
 
 _VERSION: Final = 2

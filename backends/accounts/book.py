@@ -20,12 +20,12 @@ from typing import Any, Final
 
 import orjson
 
-from ..contract.checksum import add_crc
-from ..contract.disk import sync_folder
-from ..contract.errors import LedgerError
-from ..contract.money import Amount, Held
-from ..contract.types import Json
-from ..contract.values import MOST
+from ..core.checksum import add_crc
+from ..core.disk import sync_folder
+from ..core.errors import LedgerError
+from ..core.money import Amount, Held
+from ..core.types import Json
+from ..core.values import MOST
 from .journal import (
     RunIds,
     Source,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..contract.calls import Count
-from ..contract.money import HOUR_MS, NANO, Amount, Caps, Tariff
-from ..contract.types import Json
+from ..core.calls import Count
+from ..core.money import HOUR_MS, NANO, Amount, Caps, Tariff
+from ..core.types import Json
 from .account import ItemAccount
 from .book import Book
 from .purse import Purse

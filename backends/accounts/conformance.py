@@ -14,7 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
-from ..contract.types import Json, Status
+from ..core.types import Json, Status
 
 
 class Tally(Protocol):

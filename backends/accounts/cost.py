@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
-from ..contract.money import HOUR_MS, NANO, Amount, Held
-from ..contract.types import Json
+from ..core.money import HOUR_MS, NANO, Amount, Held
+from ..core.types import Json
 from .journal import RunIds, Source, scan
 from .lines import check_line, life_of
 from .totals import Spent

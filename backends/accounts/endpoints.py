@@ -9,7 +9,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..contract.errors import LedgerError
+from ..core.errors import LedgerError
 from .results.guard import replacing
 
 FILE: Final = "endpoints.parquet"

@@ -9,9 +9,9 @@ from typing import Any
 
 import orjson
 
-from ..contract.errors import LedgerError
-from ..contract.types import Json
-from ..contract.wire import CARRY
+from ..core.errors import LedgerError
+from ..core.messages import CARRY
+from ..core.types import Json
 from .journal import JournalWriter
 from .lines import worker_prefix
 

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import orjson
 
-from ..contract.errors import ConfigurationError, LedgerError
-from ..contract.types import Json
-from ..contract.values import check_counts
+from ..core.errors import ConfigurationError, LedgerError
+from ..core.types import Json
+from ..core.values import check_counts
 
 VERSION: Final = 1
 ANSWERS: Final = "answers"

@@ -24,10 +24,10 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
-from ..contract.checksum import END, FIELD, TAIL, add_crc, check_crc
-from ..contract.disk import sync_folder
-from ..contract.errors import LedgerError
-from ..contract.types import Json
+from ..core.checksum import END, FIELD, TAIL, add_crc, check_crc
+from ..core.disk import sync_folder
+from ..core.errors import LedgerError
+from ..core.types import Json
 
 VERSION: Final = 2
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from ..contract.errors import LedgerError
-from ..contract.money import Amount
+from ..core.errors import LedgerError
+from ..core.money import Amount
 from .book import Lease, Shelf
 from .purse import Purse
 

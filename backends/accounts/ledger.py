@@ -13,9 +13,9 @@ from typing import Any, Final, Self
 
 import orjson
 
-from ..contract.checksum import BEFORE, check_crc, crc_before
-from ..contract.errors import LedgerError
-from ..contract.types import Json
+from ..core.checksum import BEFORE, check_crc, crc_before
+from ..core.errors import LedgerError
+from ..core.types import Json
 from .handles import Handles
 from .journal import (
     JournalWriter,

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Final, NamedTuple
 
-from ..contract.errors import LedgerError
-from ..contract.values import MOST, NUMBERS, STATUSES, check_record
+from ..core.errors import LedgerError
+from ..core.values import MOST, NUMBERS, STATUSES, check_record
 from .journal import Line, Source
 from .totals import Spent
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Final, Protocol
 
-from ..contract.errors import BudgetExhaustedError, FanfoldError, LedgerError
-from ..contract.money import Amount, Caps
-from ..contract.types import Json
+from ..core.errors import BudgetExhaustedError, FanfoldError, LedgerError
+from ..core.money import Amount, Caps
+from ..core.types import Json
 from .book import Book
 
 logger = logging.getLogger(__name__)

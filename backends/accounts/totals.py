@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from ..contract.money import Amount
-from ..contract.values import NUMBERS
+from ..core.money import Amount
+from ..core.values import NUMBERS
 
 
 @dataclass(frozen=True, slots=True)

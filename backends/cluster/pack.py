@@ -21,7 +21,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
-from ..contract.errors import ConfigurationError
+from ..core.errors import ConfigurationError
 
 _OWN: Final = ("__init__.py", "__main__.py", "py.typed", "graphs", "nodes", "backends", "configs")
 """What of fanfold is in its wheel; from a checkout no more than that is packed."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from ...configs.site import SiteConfig
-from ..contract.errors import ConfigurationError
+from ..core.errors import ConfigurationError
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./+=@,:-]+")
 _MINUTE: Final = 60

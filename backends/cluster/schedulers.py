@@ -13,7 +13,7 @@ from typing import Final, Literal, Protocol
 
 import orjson
 
-from ..contract.errors import ConfigurationError, FanfoldError, SiteError
+from ..core.errors import ConfigurationError, FanfoldError, SiteError
 
 _PATIENCE_S: Final = 120
 _INHERITED: Final = re.compile(

@@ -17,8 +17,8 @@ from urllib.parse import quote
 
 import orjson
 
-from ..contract.secrets import MASKED
-from ..contract.values import read_json
+from ..core.secrets import MASKED
+from ..core.values import read_json
 from .address import NO_KEY
 
 _PREVIEW: Final = 200

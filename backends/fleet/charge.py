@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import orjson
 
-from ..contract.calls import CallLog, Hold, Share
-from ..contract.errors import ConfigurationError
-from ..contract.types import Usage
+from ..core.calls import CallLog, Hold, Share
+from ..core.errors import ConfigurationError
+from ..core.types import Usage
 from .endpoint import Endpoint, Mark
 from .failures import Failure
 

@@ -26,7 +26,7 @@ from langchain_openai import ChatOpenAI
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import Field, model_validator
 
-from ..contract.errors import ConfigurationError, EndpointError, EndpointLostError
+from ..core.errors import ConfigurationError, EndpointError, EndpointLostError
 from .fleet import Fleet
 from .params import ModelParams
 from .wire import FAILED, NO_SECRET, NOWHERE, SERVED_BY, FleetTransport, NoSyncTransport, replayed

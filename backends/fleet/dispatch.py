@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..contract.calls import CallLog
+from ..core.calls import CallLog
 from .breaker import State
 from .endpoint import Endpoint
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..contract.types import Message, Reply
+from ..core.types import Message, Reply
 from . import judge
 from .fleet import Fleet
 from .params import ModelParams

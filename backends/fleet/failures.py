@@ -14,7 +14,7 @@ from typing import Final
 
 import aiohttp
 
-from ..contract.errors import (
+from ..core.errors import (
     AuthenticationError,
     EndpointBusyError,
     EndpointError,

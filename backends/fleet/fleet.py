@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from ..contract.calls import CURRENT_CALLS
-from ..contract.errors import ConfigurationError
+from ..core.bridge import SyncBridge
+from ..core.calls import CURRENT_CALLS
+from ..core.descriptors import make_room
+from ..core.errors import ConfigurationError
 from .address import EndpointSpec, base_url
 from .affinity import Affinity
-from .bridge import SyncBridge
 from .charge import Charge
-from .descriptors import make_room
 from .endpoint import Endpoint
 from .failures import Failure
 from .hedge import Hedger

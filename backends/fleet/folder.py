@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ..contract.errors import ConfigurationError, NoEndpointError
-from ..contract.permissions import file_reason, untrusted_reason
+from ..core.errors import ConfigurationError, NoEndpointError
+from ..core.permissions import file_reason, untrusted_reason
 from .address import NO_KEY, ApiKey, EndpointSpec, base_url
 from .sources import parse_endpoints_file, warn_untrusted
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from ..contract.errors import ConfigurationError
+from ..core.errors import ConfigurationError
 from .address import ApiKey, EndpointSpec, base_url
 from .answer import Complaint, RawAnswer
 from .endpoint import Endpoint

@@ -9,7 +9,7 @@ from typing import Final
 import aiohttp
 import orjson
 
-from ..contract.gauges import Gauges, read_metrics
+from ..core.parsing import Gauges, read_metrics
 from .address import EndpointSpec
 from .endpoint import Endpoint
 from .policy import FleetPolicy

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from ..contract.types import SIMULATED_FINGERPRINT, Reply, Usage
-from ..contract.values import cut_levels, json_text, read_json, token_count
+from ..core.types import SIMULATED_FINGERPRINT, Reply, Usage
+from ..core.values import cut_levels, json_text, read_json, token_count
 from . import failures
 from .answer import Complaint, RawAnswer
 from .failures import Failure

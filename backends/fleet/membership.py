@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol, TypeAlias
 import aiohttp
 import orjson
 
-from ..contract.errors import ConfigurationError, NoEndpointError, RunStoppedError
-from ..contract.permissions import untrusted_reason
+from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from ..core.permissions import untrusted_reason
 from .address import NO_KEY, ApiKey, EndpointSpec, base_url
 from .fleet import Fleet
 from .folder import HostsFolder

@@ -6,7 +6,7 @@ import itertools
 import re
 from typing import Final
 
-from ..contract.errors import ConfigurationError
+from ..core.errors import ConfigurationError
 from .address import NO_KEY, ApiKey, EndpointSpec
 
 _LIST: Final = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")

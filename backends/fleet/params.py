@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..contract.types import Json
+from ..core.types import Json
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from ..contract.errors import ConfigurationError, NoEndpointError
-from ..contract.types import SIMULATED_FINGERPRINT
+from ..core.errors import ConfigurationError, NoEndpointError
+from ..core.types import SIMULATED_FINGERPRINT
 from .address import EndpointSpec
 from .answer import Complaint, RawAnswer
 from .endpoint import Endpoint

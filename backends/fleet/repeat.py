@@ -8,8 +8,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import Any, Final, TypeAlias, TypeVar
 
-from ..contract.calls import CURRENT_CALLS, CallLog
-from ..contract.errors import EndpointError, PromptTooLongError, RunStoppedError
+from ..core.calls import CURRENT_CALLS, CallLog
+from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
 from . import judge, room
 from .affinity import Affinity
 from .attempts import Attempts

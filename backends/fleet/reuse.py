@@ -11,10 +11,10 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from ..contract.calls import CURRENT_CALLS
-from ..contract.types import Usage
+from ..core.batch import Batch
+from ..core.calls import CURRENT_CALLS
+from ..core.types import Usage
 from . import judge
-from .batch import Batch
 from .endpoint import Endpoint
 from .worth import Worth
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import orjson
 
-from ..contract.errors import PromptTooLongError
+from ..core.errors import PromptTooLongError
 from .answer import Complaint, RawAnswer
 from .endpoint import Endpoint
 from .failures import Failure, Step

@@ -13,8 +13,8 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from ..contract.calls import CallLog
-from ..contract.types import Usage
+from ..core.calls import CallLog
+from ..core.types import Usage
 from . import failures, judge, room
 from .charge import Charge
 from .endpoint import Endpoint

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from ..contract.errors import ConfigurationError, NoEndpointError
-from ..contract.permissions import untrusted_reason
+from ..core.errors import ConfigurationError, NoEndpointError
+from ..core.permissions import untrusted_reason
 from .address import NO_KEY, ApiKey, EndpointSpec, base_url, display
 
 _LOG: Final = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from ..contract.types import Usage
+from ..core.types import Usage
 
 _PER_DOUBLING: Final = 8
 """Histogram cells per doubling of the latency: quantiles are within 9 %."""

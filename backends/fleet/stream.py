@@ -15,8 +15,8 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from ..contract.errors import EndpointError, EndpointLostError
-from ..contract.values import cut_levels, read_json
+from ..core.errors import EndpointError, EndpointLostError
+from ..core.values import cut_levels, read_json
 from . import failures, judge
 from .answer import Complaint, RawAnswer
 from .failures import Failure

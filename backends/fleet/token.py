@@ -10,7 +10,7 @@ from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable
 from typing import Final
 
-from ..contract.errors import ConfigurationError, RunStoppedError
+from ..core.errors import ConfigurationError, RunStoppedError
 
 _LOG: Final = logging.getLogger(__name__)
 _LONGEST: Final = 64 * 1024

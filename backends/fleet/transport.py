@@ -18,7 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from yarl import URL
 
-from ..contract.errors import ConfigurationError
+from ..core.errors import ConfigurationError
 from .answer import RawAnswer
 from .policy import FleetPolicy
 

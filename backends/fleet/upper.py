@@ -13,9 +13,9 @@ import openai
 from langchain_core.messages import AIMessage
 from langchain_core.messages.ai import UsageMetadata
 
-from ..contract.errors import EndpointError
-from ..contract.types import SIMULATED_FINGERPRINT, Message, Reply, Usage
-from ..contract.values import token_count
+from ..core.errors import EndpointError
+from ..core.types import SIMULATED_FINGERPRINT, Message, Reply, Usage
+from ..core.values import token_count
 from .chat import ChatFleet
 
 

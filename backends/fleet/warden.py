@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import aiohttp
 
-from ..contract.calls import CallLog
-from ..contract.errors import EndpointError, PromptTooLongError, RunStoppedError
+from ..core.calls import CallLog
+from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
 from .breaker import State
 from .dispatch import Dispatcher
 from .endpoint import Endpoint

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 import httpx2
 import orjson
 
-from ..contract.errors import ConfigurationError, EndpointError, EndpointLostError
+from ..core.errors import ConfigurationError, EndpointError, EndpointLostError
 from .answer import RawAnswer
 from .fleet import Fleet
 from .stream import OpenStream

@@ -8,9 +8,9 @@ from typing import Any, Final
 import jsonschema_rs
 import orjson
 
-from ..contract.fenced import unfenced
-from ..contract.schemas import open_validator
-from ..contract.types import Json
+from ..core.fenced import unfenced
+from ..core.schemas import open_validator
+from ..core.types import Json
 from . import judge
 
 _SCHEMAS: Final = 64

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from ..contract.errors import InputError, MissingExtraError
-from ..contract.types import Json
+from ..core.errors import InputError, MissingExtraError
+from ..core.types import Json
 
 NCI: Final = "rdkit-nci5k"
 

@@ -8,8 +8,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Final
 
-from ..contract.errors import InputError
-from ..contract.types import Row
+from ..core.errors import InputError
+from ..core.types import Row
 from .chemistry import NCI, nci_file
 from .delimited import read_delimited, read_smi
 from .jsonl import read_jsonl

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from ..contract.errors import InputError
-from ..contract.types import Row
+from ..core.errors import InputError
+from ..core.types import Row
 from .lines import unreadable, whole_text
 
 SUFFIXES: Final = (".txt", ".md")

@@ -8,8 +8,8 @@ from typing import Final
 
 import orjson
 
-from ..contract.errors import InputError
-from ..contract.types import Row
+from ..core.errors import InputError
+from ..core.types import Row
 from .lines import decode, numbered
 
 _SHOWN: Final = 60

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from ..contract.errors import InputError
+from ..core.errors import InputError
 
 MAX_LINE_BYTES: Final = 64 * 2**20
 """Longest line and longest text accepted; a binary file without line ends stops here."""

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from ..contract.errors import InputError
-from ..contract.types import Json, Row
+from ..core.errors import InputError
+from ..core.types import Json, Row
 from .datasets import open_dataset
 from .delimited import read_delimited, read_smi
 from .folder import read_folder, text_files

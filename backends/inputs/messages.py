@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from typing import Final
 
-from ..contract.errors import InputError
+from ..core.errors import InputError
 
 _SHOWN: Final = 30
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from ..contract.errors import InputError
-from ..contract.types import Row
+from ..core.errors import InputError
+from ..core.types import Row
 from .sources import Source, id_text
 from .spec import OnDuplicate
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..contract.errors import InputError
-from ..contract.types import Json, Row
+from ..core.errors import InputError
+from ..core.types import Json, Row
 from .lines import unreadable
 
 _BATCH_ROWS: Final = 256

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..contract.errors import InputError
+from ..core.errors import InputError
 from .lines import MAX_LINE_BYTES
 
 

@@ -9,9 +9,9 @@ from typing import Final
 
 import orjson
 
-from ..contract.errors import InputError
-from ..contract.types import Json, Row
-from ..contract.values import DEEPEST, is_deep
+from ..core.errors import InputError
+from ..core.types import Json, Row
+from ..core.values import DEEPEST, is_deep
 from .chemistry import SmilesCheck, smiles_check
 from .messages import missing_column
 from .naming import Namer

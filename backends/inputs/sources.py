@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..contract.types import Json, Row
+from ..core.types import Json, Row
 
 
 @dataclass(frozen=True, slots=True)

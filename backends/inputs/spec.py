@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ..contract.errors import InputError
-from ..contract.types import Item, Json
+from ..core.errors import InputError
+from ..core.types import Item, Json
 
 OnDuplicate: TypeAlias = Literal["error", "first", "suffix"]
 

@@ -12,8 +12,8 @@ from typing import Any, Self
 import orjson
 import pyarrow as pa
 
-from ..contract.errors import LedgerError
-from ..contract.types import Item
+from ..core.errors import LedgerError
+from ..core.types import Item
 from .layout import SUMMARY_KEY, VERSION, VERSION_KEY, Header
 from .spec import InputSummary, Skipped
 

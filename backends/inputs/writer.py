@@ -12,7 +12,7 @@ from typing import Final
 
 import pyarrow as pa
 
-from ..contract.errors import LedgerError
+from ..core.errors import LedgerError
 from .layout import SCHEMA, SUMMARY_KEY, Header
 from .screening import Entry, Screen
 

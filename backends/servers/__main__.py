@@ -12,8 +12,8 @@ import signal
 import sys
 import time
 
-from ..contract.errors import FanfoldError
-from ..contract.terminal import escape_controls
+from ..core.errors import FanfoldError
+from ..core.terminal import escape_controls
 from .keeper import Orders
 from .lock import HostLock
 from .plan import NodePlan, files_of

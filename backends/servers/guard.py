@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from ..contract.errors import SiteError
+from ..core.errors import SiteError
 from .lock import HostLock
 from .plan import Files
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from ..contract.errors import FanfoldError, SiteError
+from ..core.errors import FanfoldError, SiteError
 from .guard import Guard, guarded
 from .listing import Listing
 from .load import LoadNotes

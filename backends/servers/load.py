@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
-from ..contract.gauges import Gauges, read_metrics
+from ..core.parsing import Gauges, read_metrics
 from .look import fetch
 from .plan import NodePlan
 from .record import Record

@@ -9,8 +9,8 @@ from typing import Any, Final, Self
 
 import orjson
 
-from ..contract.command import fill
-from ..contract.errors import ConfigurationError, SiteError
+from ..core.command import fill
+from ..core.errors import ConfigurationError, SiteError
 
 VERSION: Final = 1
 """Version of a plan's JSON."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from ..contract.errors import SiteError
+from ..core.errors import SiteError
 from .guard import Guard
 from .plan import ServerPlan
 from .watcher import alive

@@ -33,7 +33,7 @@ from typing import Any, Final
 
 import orjson
 
-from ..contract.errors import SiteError
+from ..core.errors import SiteError
 
 _LOG: Final = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from ..contract.errors import SiteError
+from ..core.errors import SiteError
 from .guard import Guard
 from .look import is_taken, look
 from .plan import NodePlan, ServerPlan, files_of

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from ..contract.errors import ConfigurationError, RunStoppedError
+from ..core.errors import ConfigurationError, RunStoppedError
 from .lock import is_served, using
 from .plan import Files, NodePlan, files_of
 

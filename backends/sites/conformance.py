@@ -22,10 +22,10 @@ from typing import Any, Final, TypeAlias
 
 import orjson
 
-from ..contract.errors import SiteError
-from ..contract.protocols import Backend
-from ..contract.types import Json, Row
-from ..contract.wire import CARRY, Order, Summary, own_version
+from ..core.errors import SiteError
+from ..core.messages import CARRY, Order, Summary, own_version
+from ..core.protocols import Backend
+from ..core.types import Json, Row
 from .rehearsal import GRAPH
 
 

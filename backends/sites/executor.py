@@ -9,8 +9,8 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from inspect import signature
 from typing import Any, Final
 
-from ..contract.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
-from ..contract.types import Json
+from ..core.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
+from ..core.types import Json
 from . import parsl_pool
 
 WorkShard = Callable[[dict[str, Json]], dict[str, Json]]

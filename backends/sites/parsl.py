@@ -11,10 +11,10 @@ from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
-from ..contract.errors import ConfigurationError, FanfoldError, MissingExtraError, SiteError
+from ..core.errors import ConfigurationError, FanfoldError, MissingExtraError, SiteError
+from ..core.process import Scratch
 from .executor import ExecutorBackend, WorkShard
 from .parsl_configs import JobNodes, htex_job, htex_local
-from .scratch import Scratch
 
 
 class ParslBackend(ExecutorBackend):

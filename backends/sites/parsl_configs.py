@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..contract.errors import ConfigurationError
-from .leash import launcher_leash, shell_leash
+from ..core import exit_with_parent
+from ..core.errors import ConfigurationError
+from ..core.exit_with_parent import launcher_leash, shell_leash
 
 _INTERCHANGE: Final = "parsl.executors.high_throughput.interchange"
 _POOL: Final = "parsl.executors.high_throughput.process_worker_pool"
@@ -66,7 +67,7 @@ def htex_local(workers: int, folder: Path) -> Any:
         encrypted=True,  # loopback is open to every user of the machine
         heartbeat_period=_HEARTBEAT_S,
         heartbeat_threshold=_SILENCE_S,
-        interchange_launch_cmd=[sys.executable, "-m", f"{__package__}.leash", _INTERCHANGE],
+        interchange_launch_cmd=[sys.executable, "-m", exit_with_parent.__name__, _INTERCHANGE],
         worker_logdir_root=str(folder),
         provider=provider,
     )
@@ -114,7 +115,7 @@ def htex_job(nodes: JobNodes, folder: Path) -> Any:
         heartbeat_period=_JOB_HEARTBEAT_S,
         heartbeat_threshold=_JOB_SILENCE_S,
         launch_cmd=DEFAULT_LAUNCH_CMD.replace(_POOL_SCRIPT, pool, 1),
-        interchange_launch_cmd=[sys.executable, "-m", f"{__package__}.leash", _INTERCHANGE],
+        interchange_launch_cmd=[sys.executable, "-m", exit_with_parent.__name__, _INTERCHANGE],
         worker_logdir_root=str(folder),
         provider=provider,
     )

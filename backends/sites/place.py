@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Final
 
-from ..contract.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
-from ..contract.protocols import Backend
-from ..contract.types import Json
-from ..contract.wire import Summary
+from ..core.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
+from ..core.messages import Summary
+from ..core.protocols import Backend
+from ..core.types import Json
 from .watch import PoolPolicy, Watch
 
 logger = logging.getLogger(__name__)

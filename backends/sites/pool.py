@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
-from ..contract.errors import RunStoppedError, SiteError, WorkerLostError
-from ..contract.protocols import Backend, Stoppable
-from ..contract.wire import Order, Summary
+from ..core.errors import RunStoppedError, SiteError, WorkerLostError
+from ..core.messages import Order, Summary
+from ..core.protocols import Backend, Stoppable
 from .arrival import Arrival
 from .place import Flight, Place
 from .room import PoolDrainedError, Room

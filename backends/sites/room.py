@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from ..contract.errors import ConfigurationError, FanfoldError, RunStoppedError
+from ..core.errors import ConfigurationError, FanfoldError, RunStoppedError
 from .place import Place
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
-from ...backends.contract.errors import ConfigurationError, LedgerError
-from ...backends.contract.types import Json, Outcome
+from ...backends.core.errors import ConfigurationError, LedgerError
+from ...backends.core.types import Json, Outcome
 from .base import Aggregator, State, configure
 from .collect import Collect
 from .count import Count

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
-from ...backends.contract.errors import ConfigurationError
-from ...backends.contract.types import Json, Outcome
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.types import Json, Outcome
 
 State: TypeAlias = dict[str, Json]
 """What a stage has folded so far: JSON-safe, bounded in size, and never changed in place.

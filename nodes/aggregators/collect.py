@@ -8,7 +8,7 @@ from heapq import nsmallest
 from operator import attrgetter, itemgetter
 from typing import ClassVar
 
-from ...backends.contract.types import Json, Outcome
+from ...backends.core.types import Json, Outcome
 from .base import Parameters, State, done
 from .values import carried, path_of, pick
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from ...backends.contract.types import Json, Outcome
+from ...backends.core.types import Json, Outcome
 from .base import Parameters, State, tally
 
 CLASSES: Final = 100

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt, ldexp
 
-from ...backends.contract.types import Json
+from ...backends.core.types import Json
 
 
 @dataclass(frozen=True, slots=True)

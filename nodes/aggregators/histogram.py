@@ -13,8 +13,8 @@ from itertools import pairwise
 from math import isfinite
 from typing import ClassVar, Final
 
-from ...backends.contract.errors import ConfigurationError
-from ...backends.contract.types import Json, Outcome
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.types import Json, Outcome
 from .base import Parameters, State, done, tally
 from .values import SHOWN_CHARACTERS, carried, number, path_of, pick
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import frexp, ldexp
 from typing import ClassVar, Final
 
-from ...backends.contract.types import Json, Outcome
+from ...backends.core.types import Json, Outcome
 from . import sketch
 from .base import Parameters, State, done
 from .exact import Exact, mean, sample_sd

@@ -8,7 +8,7 @@ from heapq import nsmallest
 from operator import itemgetter
 from typing import ClassVar, Literal
 
-from ...backends.contract.types import Json, Outcome
+from ...backends.core.types import Json, Outcome
 from .base import Parameters, State, done
 from .values import SHOWN_CHARACTERS, carried, number, path_of, pick
 

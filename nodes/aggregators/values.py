@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import Final, TypeAlias
 
-from ...backends.contract.types import Json
+from ...backends.core.types import Json
 
 Path: TypeAlias = tuple[str, ...]
 """Keys from the output down to a value."""

@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 
 from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.budget import Budget, BudgetTerms
-from fanfold.backends.contract.calls import CallLog
-from fanfold.backends.contract.money import Amount, Caps, Tariff
-from fanfold.backends.contract.types import Usage
+from fanfold.backends.core.calls import CallLog
+from fanfold.backends.core.descriptors import make_room
+from fanfold.backends.core.money import Amount, Caps, Tariff
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet.charge import Charge
-from fanfold.backends.fleet.descriptors import make_room
 from fanfold.backends.fleet.simulated.launch import launch
 from fanfold.backends.fleet.simulated.spec import SimulationSpec
 

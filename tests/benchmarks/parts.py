@@ -15,8 +15,8 @@ from statistics import median
 
 import orjson
 
-from fanfold.backends.contract.calls import CURRENT_CALLS, CallLog
-from fanfold.backends.contract.types import Usage
+from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import (
     AffinityPolicy,
     Endpoint,

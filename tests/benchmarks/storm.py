@@ -26,7 +26,7 @@ from statistics import median
 
 import orjson
 
-from fanfold.backends.contract.errors import FanfoldError
+from fanfold.backends.core.errors import FanfoldError
 from fanfold.backends.fleet import (
     EndpointSpec,
     Fleet,

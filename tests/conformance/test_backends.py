@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import WorkerLostError
-from fanfold.backends.contract.protocols import Backend
-from fanfold.backends.contract.types import Json
+from fanfold.backends.core.errors import WorkerLostError
+from fanfold.backends.core.protocols import Backend
+from fanfold.backends.core.types import Json
 from fanfold.backends.places import places
 from fanfold.backends.sites import conformance
 from fanfold.backends.sites.conformance import CHECKS, Subject

@@ -11,7 +11,7 @@ from typing import Final
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import PromptTooLongError, RunStoppedError
+from fanfold.backends.core.errors import PromptTooLongError, RunStoppedError
 from fanfold.backends.fleet import (
     ChatFleet,
     Checked,

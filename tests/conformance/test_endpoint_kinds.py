@@ -17,7 +17,7 @@ import pytest
 from fanfold import build_graph
 from fanfold.backends import auto
 from fanfold.backends.build import choice_logger
-from fanfold.backends.contract.errors import ConfigurationError, RunStoppedError
+from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 from fanfold.backends.fleet.simulated.spec import SimulationSpec
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.build import chat_fleet
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.contract.gauges import Gauges
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.parsing import Gauges
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.gateway import Gateway

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langgraph.runtime import Runtime
 
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.errors import (
     EndpointBusyError,
     EndpointLostError,
     ModelNotServedError,
     RunStoppedError,
 )
-from fanfold.backends.contract.template import Template
-from fanfold.backends.contract.types import Message, Reply, Usage
+from fanfold.backends.core.templates import Template
+from fanfold.backends.core.types import Message, Reply, Usage
 from fanfold.graphs.item import build_item
 from fanfold.nodes.answer import AnswerCheck
 from fanfold.nodes.context import ItemContext

@@ -11,7 +11,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 
 from fanfold import build_graph
-from fanfold.backends.contract.errors import BudgetExhaustedError
+from fanfold.backends.core.errors import BudgetExhaustedError
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 from fanfold.tests.integration.test_map_reduce import rows, settings
 

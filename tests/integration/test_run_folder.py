@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from fanfold import ConfigurationError, RunContext, build_graph
 from fanfold.backends.accounts.folder import open_folder
-from fanfold.backends.contract.errors import FanfoldError
+from fanfold.backends.core.errors import FanfoldError
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 from fanfold.backends.fleet.simulated.spec import SimulationSpec
 from fanfold.graphs.map_reduce import build

@@ -12,7 +12,7 @@ import aiohttp
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError, SiteError
+from fanfold.backends.core.errors import ConfigurationError, SiteError
 from fanfold.backends.fleet.simulated import SimulationSpec, launch
 from fanfold.backends.fleet.simulated import launch as launch_module
 from fanfold.backends.fleet.simulated.child import main

@@ -18,7 +18,7 @@ import pytest
 from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
-from fanfold.backends.contract.types import SIMULATED_FINGERPRINT
+from fanfold.backends.core.types import SIMULATED_FINGERPRINT
 from fanfold.backends.fleet.simulated import SimulatedFleet, SimulationSpec
 
 pytestmark = pytest.mark.integration

@@ -12,7 +12,7 @@ import aiohttp
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.fleet.simulated import FaultRule, SimulatedFleet, SimulationSpec
 
 pytestmark = pytest.mark.integration

@@ -10,7 +10,7 @@ import aiohttp
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.fleet.simulated import SimulatedFleet, SimulationSpec
 from fanfold.backends.fleet.simulated.questions import Question
 from fanfold.backends.fleet.simulated.responders import RESPONDERS

@@ -14,7 +14,7 @@ from typing import Final
 
 import orjson
 
-from ...contract.errors import ConfigurationError
+from ...core.errors import ConfigurationError
 from .claims import Claims
 from .file import LONGEST, AnswerFile, header_of, line_at
 from .index import Index

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Final
 
-from ...contract.types import Json
+from ...core.types import Json
 from .columns import RESULT_COLUMNS, UNFIT, Record, json_text
 from .guard import name_of, refusals
 from .shape import Shape, shape_of

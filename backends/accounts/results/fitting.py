@@ -7,7 +7,7 @@ from itertools import chain
 from types import NoneType
 from typing import Any, Final, TypeAlias
 
-from ...contract.types import Json
+from ...core.types import Json
 from .columns import json_text
 from .shape import INT64, Kind, Shape
 

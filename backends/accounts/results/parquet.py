@@ -11,8 +11,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...contract.errors import LedgerError
-from ...contract.types import Json
+from ...core.errors import LedgerError
+from ...core.types import Json
 from .columns import RESULT_COLUMNS, UNFIT, Record, json_text
 from .fitting import fit_all
 from .guard import replacing

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import orjson
 
-from ...contract.schemas import open_validator
+from ...core.schemas import open_validator
 from .dice import Dice, digest
 from .errors import ApiError
 from .keywords import PARAM, check_keywords

@@ -13,9 +13,9 @@ from typing import Any, Final
 
 import orjson
 
-from ...contract.errors import ConfigurationError
+from ...core.errors import ConfigurationError
+from ...core.limits import raise_file_limit
 from .fleet import SimulatedFleet
-from .limits import raise_file_limit
 from .spec import SimulationSpec
 
 PROTOCOL: Final = 1

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import orjson
 
-from ...contract.errors import MissingExtraError
+from ...core.errors import MissingExtraError
 from .dice import chance, normal
 from .errors import ApiError
 from .merging import merge, resolve

@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from ...contract.errors import ConfigurationError
+from ...core.errors import ConfigurationError
+from ...core.limits import raise_file_limit
 from .accounting import NodeCounts, ServingBook
 from .completions import CompletionService
 from .faults import FaultBook
 from .jobs import Job
-from .limits import raise_file_limit
 from .listeners import Listeners
 from .node import Node
 from .responders import RESPONDERS, ResponderFactory, make_responder

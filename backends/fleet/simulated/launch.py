@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import orjson
 
-from ...contract.errors import ConfigurationError, SiteError
+from ...core.errors import ConfigurationError, SiteError
 from .spec import SimulationSpec
 
 MODULE: Final = "fanfold.backends.fleet.simulated"

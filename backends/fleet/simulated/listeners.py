@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from ...contract.errors import ConfigurationError
+from ...core.errors import ConfigurationError
 from .http import Connection, Exchange, Handler
 from .spec import SimulationSpec
 

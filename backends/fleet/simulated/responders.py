@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import orjson
 
-from ...contract.errors import ConfigurationError
+from ...core.errors import ConfigurationError
 from .answers import SchemaCache
 from .dice import Dice
 from .esol import EsolResponder, find_smiles

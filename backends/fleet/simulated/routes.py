@@ -9,8 +9,8 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import orjson
 
-from ...contract.errors import ConfigurationError
-from ...contract.types import SIMULATED_FINGERPRINT
+from ...core.errors import ConfigurationError
+from ...core.types import SIMULATED_FINGERPRINT
 from .completions import CompletionService
 from .errors import ApiError, error_body
 from .faults import FaultBook

@@ -15,9 +15,9 @@ from academy.exchange.mailbox_status import MailboxStatus
 from academy.identifier import EntityId
 from academy.logging.configs.base import LogConfig
 
-from ...contract.types import Json
+from ...core.process import Scratch
+from ...core.types import Json
 from ..executor import WorkShard, in_thread
-from ..scratch import Scratch
 from .parcel import pack, unpack
 
 _OVER: Final = frozenset({MailboxStatus.TERMINATED, MailboxStatus.MISSING})

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Final
 
-from ...contract.errors import ConfigurationError, SiteError
-from ...contract.types import Json
+from ...core.errors import ConfigurationError, SiteError
+from ...core.types import Json
 from .hall import Hall
 from .parcel import pack, unpack
 from .process import OneProcess

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from ...contract.errors import ConfigurationError, SiteError
+from ...core.errors import ConfigurationError, SiteError
 
 if TYPE_CHECKING:
     from academy.exchange import ExchangeFactory

@@ -9,7 +9,7 @@ from concurrent.futures import BrokenExecutor, Executor
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final
 
-from ...contract.errors import ConfigurationError, MissingExtraError, SiteError
+from ...core.errors import ConfigurationError, MissingExtraError, SiteError
 from ..executor import WorkShard, end, in_thread, make_executor
 from ..parsl_pool import is_fatal
 from .exchange import Meeting, meeting, sweep

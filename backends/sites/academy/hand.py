@@ -15,7 +15,7 @@ from academy.manager import Manager
 from academy.message import Message
 from academy.serialize import SerializationStrategy, allowed_deserializers
 
-from ...contract.errors import WorkerLostError
+from ...core.errors import WorkerLostError
 from .exchange import Meeting
 from .process import OneProcess
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import orjson
 
-from ...contract.errors import SiteError
-from ...contract.types import Json
+from ...core.errors import SiteError
+from ...core.types import Json
 
 MOST: Final = 64_000_000
 """Most bytes that a parcel may unfold to."""

@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from ...contract.errors import FanfoldError, SiteError
-from ...contract.types import Json
+from ...core.errors import FanfoldError, SiteError
+from ...core.types import Json
 from .errors import forgotten, offline
 from .line import Talk
 from .pace import Pace

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Awaitable, Sequence
 from typing import Final
 
-from ...contract.errors import SiteError, WorkerLostError
-from ...contract.protocols import Backend
-from ...contract.types import Json
+from ...core.errors import SiteError, WorkerLostError
+from ...core.protocols import Backend
+from ...core.types import Json
 from .desk import Desk
 
 logger = logging.getLogger(__name__)

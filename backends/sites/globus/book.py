@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import orjson
 
-from ...contract.checksum import BEFORE, add_crc, check_crc, crc_before
-from ...contract.disk import sync_folder
-from ...contract.errors import LedgerError
+from ...core.checksum import BEFORE, add_crc, check_crc, crc_before
+from ...core.disk import sync_folder
+from ...core.errors import LedgerError
 
 FILE: Final = "globus.jsonl"
 """Its name in the run folder."""

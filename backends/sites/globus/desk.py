@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from ...contract.errors import FanfoldError, SiteError
-from ...contract.types import Json
+from ...core.errors import FanfoldError, SiteError
+from ...core.types import Json
 from .asking import ASKED, Answer, Asking, settle
 from .line import Talk
 from .pace import Pace

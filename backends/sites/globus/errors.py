@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from ...contract.errors import (
+from ...core.errors import (
     ConfigurationError,
     FanfoldError,
     RunStoppedError,
     SiteError,
     WorkerLostError,
 )
-from ...contract.wire import own_version
+from ...core.messages import own_version
 
 if TYPE_CHECKING:
     from globus_sdk import GlobusError

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from ...contract.errors import FanfoldError
+from ...core.errors import FanfoldError
 from .errors import forgot, offline, overdue
 
 _COUNTING: Final = {"GlobusComputeEngine", "GlobusMPIEngine"}

@@ -14,7 +14,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from ...contract.errors import SiteError
+from ...core.errors import SiteError
 from .pace import Bucket, Pace
 from .service import Service
 

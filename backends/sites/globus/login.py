@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...contract.errors import ConfigurationError
+from ...core.errors import ConfigurationError
 from .errors import LOGIN
 from .service import ComputeService, refusals
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from ...contract.errors import ConfigurationError, FanfoldError, SiteError
-from ...contract.types import Json
+from ...core.errors import ConfigurationError, FanfoldError, SiteError
+from ...core.types import Json
 from .errors import odd, refused, task_failed, unreadable
 from .health import Health
 

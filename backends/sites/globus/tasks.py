@@ -8,8 +8,8 @@ import time
 from collections.abc import Generator, Iterable
 from typing import Any, Final
 
-from ...contract.errors import WorkerLostError
-from ...contract.types import Json
+from ...core.errors import WorkerLostError
+from ...core.types import Json
 from .asking import Answer, Asking, settle
 from .book import Entry, TaskBook
 from .errors import overdue

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ...contract.errors import ConfigurationError, SiteError
-from ...contract.types import Json
+from ...core.errors import ConfigurationError, SiteError
+from ...core.types import Json
 from ..executor import WorkShard
 from .command import python_words
 from .desk import Desk

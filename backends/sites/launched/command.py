@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
-from ...contract.command import fill, split_command
-from ...contract.errors import ConfigurationError
+from ...core.command import fill, split_command
+from ...core.errors import ConfigurationError
 
 LAUNCHER: Final = "FANFOLD_LAUNCHER"
 """Variable of a coordinator: the command that starts one program per node; for job scripts."""

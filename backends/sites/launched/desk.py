@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from aiohttp import WSMsgType, web
 
-from ...contract.errors import ConfigurationError, SiteError, WorkerLostError
-from ...contract.types import Json
+from ...core.errors import ConfigurationError, SiteError, WorkerLostError
+from ...core.types import Json
 from .hand import Errand, Hand
 from .words import MOST, REFUSED, VERSION, heard
 

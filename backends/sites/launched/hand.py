@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from ...contract.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
-from ...contract.types import Json
+from ...core.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
+from ...core.types import Json
 from .words import said
 
 _SAY_S: Final = 5.0

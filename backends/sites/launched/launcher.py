@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
-from ...contract.errors import ConfigurationError
-from ..leash import launcher_leash
+from ...core.errors import ConfigurationError
+from ...core.exit_with_parent import launcher_leash
 
 _SHOWN_BYTES: Final = 8192
 _SHOWN_LINES: Final = 20

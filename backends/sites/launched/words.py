@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import orjson
 
-from ...contract.errors import SiteError
-from ...contract.types import Json
+from ...core.errors import SiteError
+from ...core.types import Json
 
 VERSION: Final = 1
 """Version of these messages."""

@@ -24,12 +24,12 @@ from aiohttp import (
     WSServerHandshakeError,
 )
 
-from ...contract.errors import ConfigurationError, RunStoppedError, SiteError
-from ...contract.terminal import escape_controls
-from ...contract.types import Json
-from ...contract.wire import own_version
+from ...core.errors import ConfigurationError, RunStoppedError, SiteError
+from ...core.messages import own_version
+from ...core.process import Scratch
+from ...core.terminal import escape_controls
+from ...core.types import Json
 from ..executor import WorkShard, in_thread
-from ..scratch import Scratch
 from .words import MOST, REFUSED, TOKEN, URL, heard, said
 
 _CONNECT_S: Final = 60.0

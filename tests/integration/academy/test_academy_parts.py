@@ -14,7 +14,7 @@ from academy.exchange import UserExchangeClient
 from academy.exchange.mailbox_status import MailboxStatus
 from academy.manager import Manager
 
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.errors import (
     ConfigurationError,
     MissingExtraError,
     SiteError,

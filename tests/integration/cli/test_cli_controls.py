@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fanfold.backends.contract.terminal import CONTROLS
+from fanfold.backends.core.terminal import CONTROLS
 
 from .conftest import Shell
 

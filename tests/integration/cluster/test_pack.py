@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.cluster.pack import pack
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 
 NEEDED = {  # of what is run below; all packages would take a minute
     *("fanfold", "typer", "typer-slim", "click", "rich", "pygments", "markdown-it-py", "mdurl"),

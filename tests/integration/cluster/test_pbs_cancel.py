@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError, SiteError
+from fanfold.backends.core.errors import ConfigurationError, SiteError
 from fanfold.graphs.cancelling import cancel
 
 from .conftest import Cluster, Trial, ended, until

@@ -10,7 +10,7 @@ import pytest
 
 from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.cluster.schedulers import Pbs
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.graphs.campaign import campaign
 from fanfold.graphs.cancelling import cancel
 from fanfold.graphs.submitting import Order, submit

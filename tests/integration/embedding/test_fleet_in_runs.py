@@ -17,7 +17,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 
 from fanfold import build_graph
-from fanfold.backends.contract.errors import BudgetExhaustedError, RunStoppedError
+from fanfold.backends.core.errors import BudgetExhaustedError, RunStoppedError
 
 pytestmark = pytest.mark.integration
 

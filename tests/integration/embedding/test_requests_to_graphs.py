@@ -18,7 +18,7 @@ from langgraph.types import Command, Send
 from typing_extensions import TypedDict
 
 from fanfold import ConfigurationError, RunContext, as_tool, build_graph
-from fanfold.backends.contract.errors import InputError
+from fanfold.backends.core.errors import InputError
 from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
 from fanfold.backends.fleet.simulated.spec import SimulationSpec
 from fanfold.graphs.studio import build_item_alone

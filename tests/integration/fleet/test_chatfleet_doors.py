@@ -13,14 +13,14 @@ from langchain_core.tools import tool
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel
 
-from fanfold.backends.contract.calls import CURRENT_CALLS, CallLog
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
+from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointError,
     EndpointLostError,
     PromptTooLongError,
 )
-from fanfold.backends.contract.types import Usage
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import (
     ChatFleet,
     EndpointSpec,

@@ -11,7 +11,7 @@ from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
-from fanfold.backends.contract.errors import EndpointError
+from fanfold.backends.core.errors import EndpointError
 from fanfold.backends.fleet import (
     ChatFleet,
     EndpointSpec,

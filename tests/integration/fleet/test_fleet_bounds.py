@@ -12,13 +12,14 @@ from typing import Any
 import openai
 import pytest
 
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.descriptors import make_room
+from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointError,
     PromptTooLongError,
     RunStoppedError,
 )
-from fanfold.backends.contract.types import Reply
+from fanfold.backends.core.types import Reply
 from fanfold.backends.fleet import (
     AffinityPolicy,
     ChatFleet,
@@ -34,7 +35,6 @@ from fanfold.backends.fleet import (
     discover,
 )
 from fanfold.backends.fleet.answer import RawAnswer
-from fanfold.backends.fleet.descriptors import make_room
 from fanfold.backends.fleet.load import read_load
 from fanfold.backends.fleet.simulated import FaultRule, SimulatedFleet, SimulationSpec
 

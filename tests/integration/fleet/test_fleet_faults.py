@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.calls import CURRENT_CALLS, CallLog
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
+from fanfold.backends.core.errors import (
     AuthenticationError,
     EndpointBusyError,
     EndpointError,
@@ -20,7 +20,7 @@ from fanfold.backends.contract.errors import (
     RequestRefusedError,
     RunStoppedError,
 )
-from fanfold.backends.contract.types import Reply, Usage
+from fanfold.backends.core.types import Reply, Usage
 from fanfold.backends.fleet import (
     BreakerPolicy,
     EndpointSpec,

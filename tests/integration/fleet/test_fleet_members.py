@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.fleet import (
     EndpointSpec,
     Fleet,

@@ -11,7 +11,7 @@ import pytest_asyncio
 from pydantic import BaseModel
 
 from fanfold.backends.accounts.answers.store import AnswerStore
-from fanfold.backends.contract.types import Usage
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import (
     ChatFleet,
     EndpointSpec,

@@ -11,8 +11,8 @@ import openai
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import EndpointError, RequestRefusedError, RunStoppedError
-from fanfold.backends.contract.types import Reply
+from fanfold.backends.core.errors import EndpointError, RequestRefusedError, RunStoppedError
+from fanfold.backends.core.types import Reply
 from fanfold.backends.fleet import (
     BreakerPolicy,
     ChatFleet,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError, RunStoppedError
+from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.backends.fleet.token import CommandToken
 
 pytestmark = pytest.mark.integration

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.errors import (
     AuthenticationError,
     EndpointBusyError,
     EndpointLostError,

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from fanfold.backends.contract.errors import EndpointError, PromptTooLongError, RequestRefusedError
-from fanfold.backends.contract.types import Reply
+from fanfold.backends.core.errors import EndpointError, PromptTooLongError, RequestRefusedError
+from fanfold.backends.core.types import Reply
 from fanfold.backends.fleet import (
     BreakerPolicy,
     EndpointSpec,

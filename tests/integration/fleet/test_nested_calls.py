@@ -19,10 +19,10 @@ from langchain_core.tools import tool
 
 from fanfold.backends.accounts import purse
 from fanfold.backends.accounts.budget import Budget, BudgetTerms
-from fanfold.backends.contract.calls import CURRENT_CALLS, CallLog
-from fanfold.backends.contract.errors import BudgetExhaustedError, EndpointLostError
-from fanfold.backends.contract.money import FREE, Amount, Caps
-from fanfold.backends.contract.types import Usage
+from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
+from fanfold.backends.core.errors import BudgetExhaustedError, EndpointLostError
+from fanfold.backends.core.money import FREE, Amount, Caps
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import (
     AffinityPolicy,
     ChatFleet,

@@ -14,12 +14,8 @@ import openai
 import pytest
 from aiohttp import web
 
-from fanfold.backends.contract.calls import CURRENT_CALLS, CallLog
-from fanfold.backends.contract.errors import (
-    EndpointError,
-    RequestRefusedError,
-    RunStoppedError,
-)
+from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
+from fanfold.backends.core.errors import EndpointError, RequestRefusedError, RunStoppedError
 from fanfold.backends.fleet import (
     BreakerPolicy,
     ChatFleet,

@@ -21,7 +21,7 @@ import globus_sdk
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointError,
     EndpointLostError,
@@ -30,7 +30,7 @@ from fanfold.backends.contract.errors import (
     RunStoppedError,
     SiteError,
 )
-from fanfold.backends.contract.types import Reply
+from fanfold.backends.core.types import Reply
 from fanfold.backends.fleet import Fleet, FleetModel, ModelParams
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.counting import TokenCounter

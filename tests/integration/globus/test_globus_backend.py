@@ -14,14 +14,14 @@ import pytest
 import yaml
 from jinja2 import Environment, meta
 
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.errors import (
     ConfigurationError,
     RunStoppedError,
     SiteError,
     WorkerLostError,
 )
-from fanfold.backends.contract.protocols import Backend
-from fanfold.backends.contract.wire import Summary, own_version
+from fanfold.backends.core.messages import Summary, own_version
+from fanfold.backends.core.protocols import Backend
 from fanfold.backends.places import places
 from fanfold.backends.sites.conformance import CHECKS, Check, Subject, order
 from fanfold.backends.sites.globus.backend import globus_backends

@@ -13,8 +13,8 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.contract.wire import own_version
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.messages import own_version
 from fanfold.backends.places import places
 from fanfold.backends.sites.conformance import order
 from fanfold.configs.backend import BackendConfig

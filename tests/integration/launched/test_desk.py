@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import ClientSession, ClientWebSocketResponse
 
-from fanfold.backends.contract.errors import ConfigurationError, SiteError, WorkerLostError
+from fanfold.backends.core.errors import ConfigurationError, SiteError, WorkerLostError
 from fanfold.backends.sites.launched.desk import Desk
 
 pytestmark = pytest.mark.integration

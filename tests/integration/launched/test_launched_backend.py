@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError, SiteError, WorkerLostError
+from fanfold.backends.core.errors import ConfigurationError, SiteError, WorkerLostError
 from fanfold.backends.sites.launched.backend import Launch, LaunchedBackend
 from fanfold.backends.sites.launched.command import local_words
 from fanfold.tests.integration.launched.work import play

@@ -10,7 +10,7 @@ import pytest
 from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.contract.money import Amount
+from fanfold.backends.core.money import Amount
 from fanfold.graphs.costs import budget_so_far, cost_so_far
 
 pytestmark = pytest.mark.integration

@@ -14,7 +14,7 @@ from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.cost import KEYS, grouped
 from fanfold.backends.accounts.folder import RunFolder
 from fanfold.backends.accounts.totals import Spent
-from fanfold.backends.contract.money import NANO
+from fanfold.backends.core.money import NANO
 from fanfold.backends.fleet.simulated.rules import FaultRule
 
 pytestmark = pytest.mark.integration

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import LedgerError
+from fanfold.backends.core.errors import LedgerError
 from fanfold.graphs.session import RunResult
 
 pytestmark = pytest.mark.integration

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.accounts.folder import open_folder
-from fanfold.backends.contract.errors import RunStoppedError
+from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.fleet.simulated.rules import FaultRule
 from fanfold.configs.load import load
 from fanfold.graphs.resume import resume_run

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import RunStoppedError
+from fanfold.backends.core.errors import RunStoppedError
 
 pytestmark = pytest.mark.integration
 

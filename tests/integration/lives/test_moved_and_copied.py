@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from fanfold.backends.accounts.folder import RunFolder, open_folder
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 
 from .test_postgres_saver import server
 

@@ -12,10 +12,10 @@ import orjson
 import pytest
 
 from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.contract.types import Item, Shard
+from fanfold.backends.core.exit_with_parent import follow_parent
+from fanfold.backends.core.types import Item, Shard
 from fanfold.backends.sites.conformance import order
 from fanfold.backends.sites.executor import ExecutorBackend
-from fanfold.backends.sites.leash import follow_parent
 from fanfold.backends.sites.pool import ShardPool
 from fanfold.backends.sites.watch import PoolPolicy
 from fanfold.graphs.crew import WorkCrew

@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 
 pytestmark = pytest.mark.integration
 

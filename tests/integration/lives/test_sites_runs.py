@@ -14,7 +14,7 @@ import pytest
 
 from fanfold.backends.accounts.endpoints import read_endpoints
 from fanfold.backends.accounts.folder import open_folder
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.load import load
 from fanfold.graphs import worker
 from fanfold.graphs.opened import endpoints_file

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.accounts.folder import open_folder
-from fanfold.backends.contract.errors import RunStoppedError
+from fanfold.backends.core.errors import RunStoppedError
 from fanfold.configs.load import load
 from fanfold.graphs import worker
 from fanfold.graphs.context import RunContext

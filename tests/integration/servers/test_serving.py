@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import SiteError
+from fanfold.backends.core.errors import SiteError
 from fanfold.backends.servers.keeper import Orders
 from fanfold.backends.servers.lock import is_served
 from fanfold.backends.servers.record import server_seconds

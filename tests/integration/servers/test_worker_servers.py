@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fanfold.backends.contract.errors import ConfigurationError, RunStoppedError
+from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.backends.nearby import served_here
 from fanfold.backends.servers.lock import holder, is_served
 from fanfold.backends.servers.use import used

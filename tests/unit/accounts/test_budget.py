@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from fanfold.backends.accounts.book import Lease, Shelf
 from fanfold.backends.accounts.budget import Budget, BudgetTerms
 from fanfold.backends.accounts.leases import Leases
-from fanfold.backends.contract.errors import BudgetExhaustedError, LedgerError
-from fanfold.backends.contract.money import NANO, Amount, Caps, Tariff
-from fanfold.backends.contract.types import Usage
+from fanfold.backends.core.errors import BudgetExhaustedError, LedgerError
+from fanfold.backends.core.money import NANO, Amount, Caps, Tariff
+from fanfold.backends.core.types import Usage
 
 TARIFF = Tariff.of(prompt=1.0, completion=2.0)
 

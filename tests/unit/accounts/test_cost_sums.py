@@ -11,8 +11,8 @@ from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.cost import NOBODY, Cost, grouped
 from fanfold.backends.accounts.results import rows
 from fanfold.backends.accounts.totals import Spent
-from fanfold.backends.contract.errors import LedgerError
-from fanfold.backends.contract.money import NANO, Amount, Held
+from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.core.money import NANO, Amount, Held
 from fanfold.tests.journals import write_journal
 
 

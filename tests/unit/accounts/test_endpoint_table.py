@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.accounts.endpoints import append_endpoints, over_lives, read_endpoints
-from fanfold.backends.contract.errors import LedgerError
+from fanfold.backends.core.errors import LedgerError
 
 
 def report(

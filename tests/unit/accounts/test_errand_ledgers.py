@@ -11,7 +11,7 @@ from fanfold.backends.accounts.errand import FiledLedger, SentLedger, worker_fil
 from fanfold.backends.accounts.journal import JournalWriter, Source, scan
 from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.accounts.totals import Fresh
-from fanfold.backends.contract.errors import LedgerError
+from fanfold.backends.core.errors import LedgerError
 
 
 def test_records_stop_before_the_bound() -> None:

@@ -21,7 +21,7 @@ from fanfold.backends.accounts.folder import (
     write_bytes,
     write_json,
 )
-from fanfold.backends.contract.errors import ConfigurationError, LedgerError
+from fanfold.backends.core.errors import ConfigurationError, LedgerError
 
 HOLD = """
 import sys

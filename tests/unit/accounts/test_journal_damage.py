@@ -14,8 +14,8 @@ from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.accounts.cost import grouped, total_of
 from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.contract.errors import LedgerError
-from fanfold.backends.contract.money import Amount
+from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.core.money import Amount
 from fanfold.tests.journals import write_journal
 
 ITEMS = 12

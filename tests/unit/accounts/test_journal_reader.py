@@ -13,7 +13,7 @@ from fanfold.backends.accounts.cost import grouped
 from fanfold.backends.accounts.journal import Source, scan
 from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.accounts.totals import Fresh
-from fanfold.backends.contract.errors import LedgerError
+from fanfold.backends.core.errors import LedgerError
 from fanfold.tests.journals import chained, journal_lines, write_journal
 
 ITEMS = 6

@@ -12,7 +12,7 @@ from fanfold.backends.accounts import journal
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.accounts.journal import JournalWriter, Source, scan
 from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.contract.errors import LedgerError
+from fanfold.backends.core.errors import LedgerError
 
 
 class Disk:

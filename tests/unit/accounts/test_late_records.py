@@ -26,7 +26,7 @@ from fanfold.backends.accounts.journal import make_header
 from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.accounts.lines import life_of
 from fanfold.backends.accounts.totals import Fresh
-from fanfold.backends.contract.checksum import add_crc
+from fanfold.backends.core.checksum import add_crc
 
 ITEMS, WORKERS = 4, 2
 indices, statuses = st.integers(0, ITEMS - 1), st.sampled_from(["done", "failed"])

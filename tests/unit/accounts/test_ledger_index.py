@@ -9,7 +9,7 @@ import pytest
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.accounts.totals import Counts
-from fanfold.backends.contract.errors import LedgerError
+from fanfold.backends.core.errors import LedgerError
 
 
 async def written(folder: Path, *records: dict[str, object]) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from fanfold.backends.accounts.endpoints import append_endpoints
 from fanfold.backends.accounts.results import RESULT_COLUMNS
 from fanfold.backends.accounts.results.columns import UNFIT
-from fanfold.backends.contract.errors import FanfoldError
+from fanfold.backends.core.errors import FanfoldError
 from fanfold.backends.fleet.breaker import State
 from fanfold.nodes.aggregators.aggregate import OPS
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from fanfold.backends.accounts.results import RESULT_COLUMNS, write_parquet
 from fanfold.backends.accounts.results.parquet import ROWS
-from fanfold.backends.contract.errors import LedgerError
-from fanfold.backends.contract.types import Json
+from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.core.types import Json
 
 SCORED: dict[str, Json] = {
     "type": "object",

@@ -12,7 +12,7 @@ from fanfold.backends.accounts.results.shape import (
     Shape,
     shape_of,
 )
-from fanfold.backends.contract.types import Json
+from fanfold.backends.core.types import Json
 
 INTEGERS = Shape("list", (("element", INTEGER),))
 PAIR: dict[str, Json] = {"type": "object", "properties": {"a": {"type": "string"}, "b": {}}}

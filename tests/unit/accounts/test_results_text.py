@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fanfold.backends.accounts.results import RESULT_COLUMNS, write_csv, write_jsonl
-from fanfold.backends.contract.errors import LedgerError
-from fanfold.backends.contract.types import Json
+from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.core.types import Json
 
 SCHEMA: dict[str, Json] = {
     "type": "object",

@@ -18,7 +18,7 @@ from fanfold.backends.accounts.answers import file as files
 from fanfold.backends.accounts.answers import store as stores
 from fanfold.backends.accounts.answers.line import answer_of, key_of, pack
 from fanfold.backends.accounts.answers.store import AnswerStore
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 
 
 def key(number: int) -> bytes:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.locate import check_place, endpoint_specs, hosts_of
 from fanfold.configs.load import load
 

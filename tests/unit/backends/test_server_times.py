@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fanfold.backends.cluster.shares import JobTime, Stretch, useful_share
-from fanfold.backends.contract.errors import LedgerError
+from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.server_times import Served, served
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.contract.money import Tariff
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.money import Tariff
 from fanfold.backends.tariffs import Price, explained, kept_price, price, tariff
 from fanfold.configs.models import RunConfig
 

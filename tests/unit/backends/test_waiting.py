@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fanfold.backends.contract.errors import (
-    ConfigurationError,
-    NoEndpointError,
-    RunStoppedError,
-)
+from fanfold.backends.core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from fanfold.backends.waiting import enough
 from fanfold.configs.endpoints import EndpointsConfig
 

@@ -6,7 +6,7 @@ import pytest
 
 from fanfold.backends.cluster.chain import Chain, ChainFile
 from fanfold.backends.cluster.verdict import verdict
-from fanfold.backends.contract.errors import LedgerError
+from fanfold.backends.core.errors import LedgerError
 
 
 @pytest.fixture

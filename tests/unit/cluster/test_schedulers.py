@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.cluster.schedulers import Pbs, Slurm, Used, refusal, scheduler
-from fanfold.backends.contract.errors import ConfigurationError, SiteError
+from fanfold.backends.core.errors import ConfigurationError, SiteError
 
 
 @pytest.fixture

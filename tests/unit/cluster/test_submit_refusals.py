@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.graphs.submitting import Order, submit
 from fanfold.graphs.wish import Wish
 

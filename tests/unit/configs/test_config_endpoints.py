@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.contract.secrets import MASKED
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.secrets import MASKED
 from fanfold.configs.load import load
 from fanfold.configs.plain import to_yaml
 

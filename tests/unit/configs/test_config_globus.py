@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.contract.secrets import MASKED
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.secrets import MASKED
 from fanfold.backends.places import places
 from fanfold.configs.load import Loaded, load
 from fanfold.configs.plain import secret_texts, to_yaml

@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.contract.secrets import MASKED
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.secrets import MASKED
 from fanfold.configs.load import load, peek
 from fanfold.configs.plain import to_yaml
 from fanfold.configs.presets import copy_preset, preset_names, preset_text

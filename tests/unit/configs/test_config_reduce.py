@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.reduce import ReduceStage, Stage, check_stages, with_bounds
 
 ADAPTER: TypeAdapter[Stage] = TypeAdapter(ReduceStage)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.contract.schemas import open_validator
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.schemas import open_validator
 from fanfold.backends.fleet.simulated.answers import AnswerSchema
 from fanfold.backends.fleet.simulated.errors import ApiError
 from fanfold.backends.fleet.worth import Worth
@@ -100,4 +100,4 @@ def test_validators_are_opened_in_one_place() -> None:
         and node.value.id in {"jsonschema_rs", "jsonschema"}
         and node.attr not in {"ValidationError", "Validator"}
     }
-    assert users == {"backends/contract/schemas.py"}
+    assert users == {"backends/core/schemas.py"}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fanfold.backends.accounts.folder import RunFolder
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.contract.secrets import (
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.secrets import (
     MASKED,
     is_secret,
     mask_arguments,

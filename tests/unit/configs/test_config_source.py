@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.plain import check_plain
 from fanfold.configs.source import apply_override, expand, parse_yaml
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.errors import ConfigurationError, InvalidItemError
-from fanfold.backends.contract.template import Template
+from fanfold.backends.core.errors import ConfigurationError, InvalidItemError
+from fanfold.backends.core.templates import Template
 
 NAMES = st.text(min_size=1).filter(lambda t: not set(t) & set("{}") and t == t.strip())
 

@@ -12,8 +12,8 @@ import pytest
 from pydantic import SecretStr
 
 from fanfold.backends.auto import choose
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.contract.permissions import untrusted_reason
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.permissions import untrusted_reason
 from fanfold.backends.fleet.address import NO_KEY, EndpointSpec
 from fanfold.backends.fleet.folder import HostsFolder
 from fanfold.backends.fleet.membership import FileSource

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.calls import CallLog, Hold
-from fanfold.backends.contract.errors import ConfigurationError, EndpointLostError
-from fanfold.backends.contract.types import Usage
+from fanfold.backends.core.calls import CallLog, Hold
+from fanfold.backends.core.errors import ConfigurationError, EndpointLostError
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import failures
 from fanfold.backends.fleet.answer import RawAnswer
 from fanfold.backends.fleet.charge import Charge, most_tokens

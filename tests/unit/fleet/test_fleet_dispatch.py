@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.errors import RunStoppedError
+from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.fleet import AffinityPolicy, Endpoint, EndpointSpec, LanePolicy
 from fanfold.backends.fleet.affinity import Affinity
 from fanfold.backends.fleet.dispatch import Dispatcher

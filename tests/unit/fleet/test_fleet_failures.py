@@ -13,7 +13,7 @@ import aiohttp
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.errors import (
     AuthenticationError,
     EndpointBusyError,
     EndpointError,
@@ -23,8 +23,8 @@ from fanfold.backends.contract.errors import (
     PromptTooLongError,
     RequestRefusedError,
 )
-from fanfold.backends.contract.secrets import MASKED
-from fanfold.backends.contract.values import cut_levels, read_json
+from fanfold.backends.core.secrets import MASKED
+from fanfold.backends.core.values import cut_levels, read_json
 from fanfold.backends.fleet import RetryPolicy, failures, judge, room
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.answer import Complaint, RawAnswer, retry_after

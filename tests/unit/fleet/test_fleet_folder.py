@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError, NoEndpointError
+from fanfold.backends.core.errors import ConfigurationError, NoEndpointError
 from fanfold.backends.fleet.folder import HostsFolder
 from fanfold.backends.fleet.membership import FileSource
 

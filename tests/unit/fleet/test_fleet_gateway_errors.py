@@ -5,7 +5,7 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import EndpointBusyError, RequestRefusedError
+from fanfold.backends.core.errors import EndpointBusyError, RequestRefusedError
 from fanfold.backends.fleet.answer import RawAnswer
 from fanfold.backends.fleet.failures import Failure, Step, of_answer
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.matching import match
 from fanfold.backends.fleet.probe import Found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import orjson
 
-from fanfold.backends.contract.types import Usage
+from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import Endpoint, EndpointSpec
 from fanfold.backends.fleet.news import Gathered, Teller
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.fleet.nodelist import expand_slurm, hosts_to_specs, parse_pbs
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.contract.calls import CURRENT_CALLS, CallLog
-from fanfold.backends.contract.errors import EndpointLostError
-from fanfold.backends.contract.types import SIMULATED_FINGERPRINT, Usage
+from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
+from fanfold.backends.core.errors import EndpointLostError
+from fanfold.backends.core.types import SIMULATED_FINGERPRINT, Usage
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.endpoint import Endpoint
 from fanfold.backends.fleet.policy import BreakerPolicy, LanePolicy

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.fleet import EndpointSpec, parse_endpoints_file
 from fanfold.backends.fleet.address import base_url, label_of
 

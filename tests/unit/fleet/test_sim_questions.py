@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import MissingExtraError
+from fanfold.backends.core.errors import MissingExtraError
 from fanfold.backends.fleet.simulated import SimulationSpec
 from fanfold.backends.fleet.simulated.answering import Answer, answer_to, limited, partial, spoiled
 from fanfold.backends.fleet.simulated.errors import ApiError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.fleet.simulated import (
     FaultRule,
     SimulationSpec,

@@ -14,9 +14,9 @@ import pytest
 
 from fanfold.backends.accounts.errand import worker_file
 from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.contract.errors import LedgerError, WorkerLostError
-from fanfold.backends.contract.types import Item, Json, Shard
-from fanfold.backends.contract.wire import Order, Summary
+from fanfold.backends.core.errors import LedgerError, WorkerLostError
+from fanfold.backends.core.messages import Order, Summary
+from fanfold.backends.core.types import Item, Json, Shard
 from fanfold.backends.sites.pool import ShardPool
 from fanfold.backends.sites.watch import PoolPolicy
 from fanfold.graphs import crew as module

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.money import Caps
+from fanfold.backends.core.money import Caps
 from fanfold.backends.tariffs import Price
 from fanfold.graphs.forecast import Forecast, Plan, forecast
 from fanfold.graphs.sampling import spread

@@ -12,9 +12,9 @@ import pytest
 from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.budget import Budget, BudgetTerms
 from fanfold.backends.accounts.leases import Leases
-from fanfold.backends.contract.errors import BudgetExhaustedError
-from fanfold.backends.contract.money import FREE, Amount, Caps
-from fanfold.backends.contract.wire import WALLTIME, Order, own_version
+from fanfold.backends.core.errors import BudgetExhaustedError
+from fanfold.backends.core.messages import WALLTIME, Order, own_version
+from fanfold.backends.core.money import FREE, Amount, Caps
 from fanfold.backends.sites.conformance import order as rehearsal
 from fanfold.configs.load import load
 from fanfold.graphs import leased as module

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 
 from fanfold.backends.accounts.budget import Budget, BudgetTerms
-from fanfold.backends.contract.money import FREE, NANO, Amount, Caps, Held
+from fanfold.backends.core.money import FREE, NANO, Amount, Caps, Held
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth

@@ -13,8 +13,8 @@ import pytest
 from fanfold.backends.accounts.book import Lease, Shelf
 from fanfold.backends.accounts.budget import Budget, BudgetTerms
 from fanfold.backends.accounts.leases import Leases
-from fanfold.backends.contract.money import FREE, Amount, Caps
-from fanfold.backends.contract.types import Json
+from fanfold.backends.core.money import FREE, Amount, Caps
+from fanfold.backends.core.types import Json
 from fanfold.graphs import nodetime
 from fanfold.graphs.nodetime import Timesheet, watched
 from fanfold.graphs.spending import Spending

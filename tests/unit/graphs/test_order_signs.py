@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import LedgerError
-from fanfold.backends.contract.wire import REPEATED, Order
+from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.core.messages import REPEATED, Order
 from fanfold.graphs import attending
 from fanfold.graphs.signs import LOOKS, Signs, beat_file, stop_file
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
-from fanfold.backends.contract.errors import ConfigurationError, InputError
+from fanfold.backends.core.errors import ConfigurationError, InputError
 from fanfold.configs.described import declared_access, setting, split_settings
 from fanfold.configs.load import Loaded, load
 from fanfold.configs.models import RunConfig

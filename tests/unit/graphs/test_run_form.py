@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from fanfold.backends.accounts.budget import SHOWN
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.budget import BudgetConfig
 from fanfold.configs.described import description, schema, setting
 from fanfold.configs.models import LimitsConfig, RunConfig

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.secrets import MASKED, mask_arguments
+from fanfold.backends.core.secrets import MASKED, mask_arguments
 from fanfold.configs.load import load
 from fanfold.graphs.identity import differences, fingerprint
 from fanfold.graphs.plan import shard_items, window

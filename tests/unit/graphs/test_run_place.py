@@ -23,7 +23,7 @@ from fanfold.backends.accounts.folder import (
 from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.accounts.totals import Counts
 from fanfold.backends.cluster.chain import chain_file
-from fanfold.backends.contract.errors import ConfigurationError, LedgerError
+from fanfold.backends.core.errors import ConfigurationError, LedgerError
 from fanfold.backends.sites.globus.book import FILE
 from fanfold.configs.load import load, portable
 from fanfold.graphs.identity import settle_identity

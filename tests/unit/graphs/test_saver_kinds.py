@@ -8,7 +8,7 @@ import aiosqlite
 import pytest
 from langgraph.checkpoint.base import empty_checkpoint
 
-from fanfold.backends.contract.errors import ConfigurationError, LedgerError
+from fanfold.backends.core.errors import ConfigurationError, LedgerError
 from fanfold.graphs import saver as savers
 from fanfold.graphs.saver import check_saver, is_network, open_saver
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.graphs import settings
 from fanfold.graphs.settings import endpoint_settings, settle
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fanfold.graphs.shared import Shared
+from fanfold.backends.core.aio import Shared
 
 
 @dataclass

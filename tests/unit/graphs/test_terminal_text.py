@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from fanfold.backends.contract.terminal import CONTROLS, escape_controls, escape_json
+from fanfold.backends.core.terminal import CONTROLS, escape_controls, escape_json
 from fanfold.graphs.report import cell, show_aggregate
 from fanfold.graphs.saying import (
     Terminal,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError, RunStoppedError
+from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.configs.load import load
 from fanfold.configs.models import LimitsConfig
 from fanfold.graphs.attending import StopSign

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.types import Item
+from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.spec import InputSpec
 from fanfold.backends.inputs.spill import spill
 from fanfold.backends.inputs.store import ItemStore

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.errors import InputError
-from fanfold.backends.contract.types import Item
+from fanfold.backends.core.errors import InputError
+from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.quoting import Splitter
 from fanfold.backends.inputs.spec import InputSpec
 

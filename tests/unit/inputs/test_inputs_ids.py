@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.errors import InputError
-from fanfold.backends.contract.types import Item
+from fanfold.backends.core.errors import InputError
+from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.naming import Namer
 from fanfold.backends.inputs.sources import Source, id_text
 from fanfold.backends.inputs.spec import InputSpec, Skipped

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import InputError
-from fanfold.backends.contract.types import Item
+from fanfold.backends.core.errors import InputError
+from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.spec import InputSpec
 
 Load = Callable[..., list[Item]]

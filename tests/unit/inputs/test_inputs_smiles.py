@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import InputError, MissingExtraError
-from fanfold.backends.contract.types import Item, Row
+from fanfold.backends.core.errors import InputError, MissingExtraError
+from fanfold.backends.core.types import Item, Row
 from fanfold.backends.inputs.spec import InputSpec
 from fanfold.backends.inputs.spill import spill
 

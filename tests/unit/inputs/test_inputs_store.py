@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.errors import InputError, LedgerError
-from fanfold.backends.contract.types import Item, Json
+from fanfold.backends.core.errors import InputError, LedgerError
+from fanfold.backends.core.types import Item, Json
 from fanfold.backends.inputs.layout import SCHEMA, SUMMARY_KEY, VERSION_KEY, Header
 from fanfold.backends.inputs.spec import InputSpec
 from fanfold.backends.inputs.spill import spill

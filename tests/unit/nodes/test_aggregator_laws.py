@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.errors import ConfigurationError, LedgerError
-from fanfold.backends.contract.types import Outcome
+from fanfold.backends.core.errors import ConfigurationError, LedgerError
+from fanfold.backends.core.types import Outcome
 from fanfold.nodes.aggregators import Aggregate, State, build, combine
 
 SPECS: list[dict[str, Any]] = [

@@ -6,8 +6,8 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
-from fanfold.backends.contract.types import Json, Outcome
+from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.core.types import Json, Outcome
 from fanfold.nodes.aggregators import build, combine
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.contract.types import Json, Outcome
+from fanfold.backends.core.types import Json, Outcome
 from fanfold.nodes.aggregators import build, combine
 from fanfold.nodes.aggregators.exact import Exact
 

@@ -13,11 +13,11 @@ import pytest
 from langgraph.runtime import Runtime
 
 from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.contract.calls import CallLog
-from fanfold.backends.contract.errors import EndpointLostError
-from fanfold.backends.contract.template import Template
-from fanfold.backends.contract.types import Item, Message, Reply, Usage
-from fanfold.backends.contract.values import MOST, check_record
+from fanfold.backends.core.calls import CallLog
+from fanfold.backends.core.errors import EndpointLostError
+from fanfold.backends.core.templates import Template
+from fanfold.backends.core.types import Item, Message, Reply, Usage
+from fanfold.backends.core.values import MOST, check_record
 from fanfold.backends.fleet import failures
 from fanfold.backends.fleet.charge import Charge
 from fanfold.configs.load import load

@@ -25,14 +25,14 @@ from langgraph.types import Command
 from typing_extensions import TypedDict
 
 from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.contract.calls import CURRENT_CALLS
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.calls import CURRENT_CALLS
+from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointLostError,
     LedgerError,
     RunStoppedError,
 )
-from fanfold.backends.contract.types import Item, Shard
+from fanfold.backends.core.types import Item, Shard
 from fanfold.nodes.aggregators import build
 from fanfold.nodes.context import RunTools
 from fanfold.nodes.gate import Gate

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import SiteError
+from fanfold.backends.core.errors import SiteError
 from fanfold.backends.servers import lock
 from fanfold.backends.servers.lock import HostLock, Users, holder, is_served, using
 from fanfold.backends.servers.plan import Files

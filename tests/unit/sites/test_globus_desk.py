@@ -16,7 +16,7 @@ import orjson
 import pytest
 import requests
 
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.errors import (
     ConfigurationError,
     FanfoldError,
     LedgerError,
@@ -24,7 +24,7 @@ from fanfold.backends.contract.errors import (
     SiteError,
     WorkerLostError,
 )
-from fanfold.backends.contract.wire import Order
+from fanfold.backends.core.messages import Order
 from fanfold.backends.sites.conformance import order as rehearsal
 from fanfold.backends.sites.globus import pace as pacing
 from fanfold.backends.sites.globus.backend import globus_backends

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError
+from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.places import places
 from fanfold.backends.sites.launched.command import launcher_words, own_host, python_words
 from fanfold.configs.backend import BackendConfig

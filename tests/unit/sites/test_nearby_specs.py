@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError, SiteError
+from fanfold.backends.core.errors import ConfigurationError, SiteError
 from fanfold.backends.nearby import node_specs, served
 from fanfold.configs.load import Loaded, load
 

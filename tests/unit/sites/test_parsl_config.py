@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.contract.errors import ConfigurationError, MissingExtraError
+from fanfold.backends.core.errors import ConfigurationError, MissingExtraError
 from fanfold.backends.sites import parsl
 from fanfold.backends.sites.parsl import ParslBackend
 from fanfold.backends.sites.parsl_configs import JobNodes, htex_job, htex_local

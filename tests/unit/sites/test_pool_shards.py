@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from fanfold.backends.contract.errors import (
+from fanfold.backends.core.errors import (
     ConfigurationError,
     RunStoppedError,
     SiteError,
     WorkerLostError,
 )
-from fanfold.backends.contract.types import Json
-from fanfold.backends.contract.wire import Order, Summary
+from fanfold.backends.core.messages import Order, Summary
+from fanfold.backends.core.types import Json
 from fanfold.backends.sites.pool import ShardPool
 from fanfold.backends.sites.watch import PoolPolicy
 

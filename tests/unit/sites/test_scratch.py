@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.contract.errors import SiteError
-from fanfold.backends.sites import scratch
-from fanfold.backends.sites.scratch import Scratch
+from fanfold.backends.core import process
+from fanfold.backends.core.errors import SiteError
+from fanfold.backends.core.process import Scratch
 
 OWNER = """
 import sys
-from fanfold.backends.sites.scratch import Scratch
+from fanfold.backends.core.process import Scratch
 print(Scratch("test").path, flush=True)
 sys.stdin.read()
 """
@@ -39,14 +39,14 @@ def test_what_killed_owners_leave_is_swept_up(
         assert owner.stdout is not None
         theirs = Path(owner.stdout.readline().strip())
         (theirs / "within").mkdir()
-        monkeypatch.setattr(scratch, "_YOUNG_S", -1.0)
+        monkeypatch.setattr(process, "_YOUNG_S", -1.0)
         mine = Scratch("test")
         assert theirs.exists()
         owner.kill()
-    monkeypatch.setattr(scratch, "_YOUNG_S", 60.0)
+    monkeypatch.setattr(process, "_YOUNG_S", 60.0)
     Scratch("test").remove()
     assert theirs.exists()
-    monkeypatch.setattr(scratch, "_YOUNG_S", -1.0)
+    monkeypatch.setattr(process, "_YOUNG_S", -1.0)
     Scratch("other").remove()
     assert theirs.exists()
     (tmp_path / "fanfold-test-file").touch()
@@ -61,7 +61,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def flock(*_: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(scratch.fcntl, "flock", flock)  # type: ignore[attr-defined]
+    monkeypatch.setattr(process.fcntl, "flock", flock)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
@@ -70,7 +70,7 @@ def test_a_shared_file_system_may_have_no_locks(
 ) -> None:
     """Then nothing is swept up, for it may be another's that lives."""
     refusing(monkeypatch, number)
-    monkeypatch.setattr(scratch, "_YOUNG_S", -1.0)
+    monkeypatch.setattr(process, "_YOUNG_S", -1.0)
     first, second = Scratch("test", tmp_path), Scratch("test", tmp_path)
     assert first.path.exists()
     first.remove()
@@ -89,7 +89,7 @@ def test_a_lock_that_is_refused_leaves_nothing(
 
 def test_links_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else may put them into a shared temporary folder."""
-    monkeypatch.setattr(scratch, "_YOUNG_S", -1.0)
+    monkeypatch.setattr(process, "_YOUNG_S", -1.0)
     theirs = tmp_path / "elsewhere"
     theirs.mkdir()
     (theirs / "owner").touch()

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Generic, TypeVar
 
-from ..backends.contract.kept_tasks import create_kept_task
+from .kept_tasks import create_kept_task
 
 T = TypeVar("T")
 

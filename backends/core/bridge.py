@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from ..contract.calls import BLOCKED_LOOPS
+from .calls import BLOCKED_LOOPS
 
 _T = TypeVar("_T")
 

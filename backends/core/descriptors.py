@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import Final
 
-from ..contract.errors import ConfigurationError
+from .errors import ConfigurationError
 
 _LOG: Final = logging.getLogger(__name__)
 _RESERVE: Final = 256

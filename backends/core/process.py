@@ -13,7 +13,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Final
 
-from ..contract.errors import SiteError
+from .errors import SiteError
 
 _OWNER: Final = "owner"
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
