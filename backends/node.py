@@ -12,9 +12,9 @@ from typing import Final
 
 from ..configs.models import RunConfig
 from ..configs.node import NAMES
-from .core.command import names_of, split_command
 from .core.errors import ConfigurationError
 from .core.secrets import MASKED
+from .core.templates import names_of, split_command
 from .fleet.simulated.launch import MODULE
 from .locate import endpoints_key
 from .servers.plan import NodePlan, accelerator_ids, server_plans

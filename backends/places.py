@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from ..configs.backend import BackendConfig
 from ..configs.plain import secret_texts, written_out
-from .core.descriptors import make_room
 from .core.errors import ConfigurationError
 from .core.exit_with_parent import follow_parent
+from .core.process import make_room
 from .core.protocols import Backend
 from .sites.academy.backend import AcademyBackend
 from .sites.academy.exchange import Meeting

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from ..configs.prices import provider_at
 from .build import Serving
-from .core.calls import Count
+from .core.protocols import Count
 from .fleet.address import EndpointSpec
 from .fleet.counting import TokenCounter
 

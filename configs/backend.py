@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from ..backends.core.command import split_command
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.messages import CARRY
+from ..backends.core.templates import split_command
 from .section import Access, Section, declare
 
 _ATTRIBUTE: Final = r"^[\w.]+:[\w.]+$"

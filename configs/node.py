@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ..backends.core.command import names_of, split_command
 from ..backends.core.errors import ConfigurationError
+from ..backends.core.templates import names_of, split_command
 from .section import Access, Section, declare
 
 NAMES: Final = ("port", "model", "instance", "gpus")

@@ -29,7 +29,7 @@ from langgraph.runtime import Runtime, get_runtime
 from langgraph.types import Command
 from langgraph.typing import InputT, OutputT, StateT
 
-from ..backends.core.aside import LoopAside
+from ..backends.core.aio import LoopAside
 from ..backends.core.errors import ConfigurationError, FanfoldError, InputError
 from ..configs.presets import is_preset
 from ..nodes.context import Context

@@ -10,8 +10,11 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from ..backends.core.codes import BUDGET, INTERRUPTED, OTHER, USAGE
 from ..backends.core.errors import (
+    BUDGET,
+    INTERRUPTED,
+    OTHER,
+    USAGE,
     BudgetExhaustedError,
     ConfigurationError,
     FanfoldError,

@@ -20,10 +20,10 @@ from ..backends.accounts.folder import ANSWERS
 from ..backends.accounts.journal import JournalWriter
 from ..backends.build import Serving, located, open_fleet, survey
 from ..backends.core.aio import Shared
-from ..backends.core.calls import Count
 from ..backends.core.errors import SiteError
 from ..backends.core.messages import Order
 from ..backends.core.money import Tariff
+from ..backends.core.protocols import Count
 from ..backends.core.types import Item
 from ..backends.fleet.address import EndpointSpec
 from ..backends.fleet.fleet import Fleet

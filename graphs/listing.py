@@ -14,8 +14,7 @@ from rich.text import Text
 from ..backends.accounts.endpoints import over_lives, read_endpoints
 from ..backends.accounts.folder import open_folder
 from ..backends.build import located
-from ..backends.core.codes import DONE, USAGE
-from ..backends.core.errors import ConfigurationError
+from ..backends.core.errors import DONE, USAGE, ConfigurationError
 from ..backends.core.parsing import Gauges
 from ..backends.fleet.gauges import read_gauges
 from ..backends.fleet.matching import match

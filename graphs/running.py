@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
-from ..backends.core.codes import BUDGET, INTERRUPTED
-from ..backends.core.errors import FanfoldError, RunStoppedError
+from ..backends.core.errors import BUDGET, INTERRUPTED, FanfoldError, RunStoppedError
 from ..configs.load import Loaded
 from . import usage
 from .campaign import campaign_inside

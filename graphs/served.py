@@ -17,8 +17,14 @@ import orjson
 from rich.console import Console
 
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder, write_json
-from ..backends.core.codes import BUDGET, INTERRUPTED
-from ..backends.core.errors import ConfigurationError, FanfoldError, InputError, RunStoppedError
+from ..backends.core.errors import (
+    BUDGET,
+    INTERRUPTED,
+    ConfigurationError,
+    FanfoldError,
+    InputError,
+    RunStoppedError,
+)
 from ..backends.core.types import Json
 from ..configs.load import Loaded, load
 from ..nodes.context import RunTools

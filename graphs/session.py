@@ -18,8 +18,15 @@ from rich.console import Console
 
 from ..backends.accounts.cost import Cost
 from ..backends.accounts.folder import RunFolder, now, run_ids
-from ..backends.core.codes import BUDGET, DONE, FAILURES, INTERRUPTED
-from ..backends.core.errors import BudgetExhaustedError, LedgerError, RunStoppedError
+from ..backends.core.errors import (
+    BUDGET,
+    DONE,
+    FAILURES,
+    INTERRUPTED,
+    BudgetExhaustedError,
+    LedgerError,
+    RunStoppedError,
+)
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
 from .context import RunContext

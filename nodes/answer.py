@@ -15,7 +15,7 @@ from ..backends.core.errors import (
     RefusedAnswerError,
     TruncatedAnswerError,
 )
-from ..backends.core.fenced import unfenced
+from ..backends.core.parsing import unfenced
 from ..backends.core.schemas import open_validator
 from ..backends.core.types import Json
 from ..backends.core.values import DEEPEST, is_deep, json_text

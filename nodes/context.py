@@ -8,10 +8,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
-from ..backends.core.calls import Account
 from ..backends.core.messages import Order, Summary
 from ..backends.core.money import FREE, Amount, Tariff
-from ..backends.core.protocols import ChatModel
+from ..backends.core.protocols import Account, ChatModel
 from ..backends.core.templates import Template
 from ..backends.core.types import Item, Json, Shard
 from .aggregators import Aggregate

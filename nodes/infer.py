@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from langgraph.runtime import Runtime
 
-from ..backends.core.calls import CURRENT_CALLS
 from ..backends.core.errors import EndpointError
+from ..backends.core.protocols import CURRENT_CALLS
 from .context import ItemContext
 from .prepare import failure
 from .state import ItemState

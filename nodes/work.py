@@ -26,7 +26,7 @@ from langgraph.errors import (
 from langgraph.runtime import RunControl, Runtime
 from langgraph.store.base import BaseStore
 
-from ..backends.core.calls import CURRENT_CALLS, CallLog, Share
+from ..backends.core.aio import KEPT, create_kept_task, keep
 from ..backends.core.errors import (
     ENDS_RUN,
     ConfigurationError,
@@ -35,8 +35,8 @@ from ..backends.core.errors import (
     LedgerError,
     RunStoppedError,
 )
-from ..backends.core.kept_tasks import KEPT, create_kept_task, keep
 from ..backends.core.money import Tariff
+from ..backends.core.protocols import CURRENT_CALLS, CallLog, Share
 from ..backends.core.types import Item, Json, Outcome, Shard
 from ..backends.core.values import MOST, bound_counts, writable_text
 from .aggregators import State, combine

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import Any, Final
 
-from ..core.calls import CallLog, Count, Hold
 from ..core.money import Amount, Tariff
+from ..core.protocols import CallLog, Count, Hold
 from ..core.types import Usage
 from .purse import Purse
 

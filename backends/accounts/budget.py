@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..core.calls import Count
 from ..core.money import HOUR_MS, NANO, Amount, Caps, Tariff
+from ..core.protocols import Count
 from ..core.types import Json
 from .account import ItemAccount
 from .book import Book

@@ -1,16 +1,76 @@
-"""Resources that several nodes of one run use at once."""
+"""Asyncio helpers: shared resources, portal for sync callers, batched thread calls."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Hashable
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar, copy_context
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
-from .kept_tasks import create_kept_task
+from .protocols import BLOCKED_LOOPS
 
 T = TypeVar("T")
+
+
+KEPT: Final = ContextVar("fanfold_kept", default=False)
+"""Whether tasks that are created here are to outlive the cancelling of all tasks."""
+
+
+def create_kept_task(
+    work: Coroutine[Any, Any, T], *, with_its_own: bool = False
+) -> asyncio.Task[T]:
+    """Create a task that is not cancelled where ``asyncio.run`` ends, and drain what is in flight.
+
+    ``asyncio.run`` ends with cancelling all tasks at once and waiting for them. Only tasks that
+    are hidden from ``asyncio.all_tasks`` then go on. Somebody who is not hidden must wait for
+    them: whoever waits is cancelled, and drains them.
+
+    Args:
+        work: What the task does.
+        with_its_own: Whether the tasks that it creates are kept as well, whoever's code does it.
+    """
+    loop, context = asyncio.get_running_loop(), copy_context()
+    if with_its_own:
+        context.run(KEPT.set, True)
+        _keep_marked(loop)
+    return keep(loop.create_task(work, context=context))
+
+
+def keep(task: asyncio.Task[T]) -> asyncio.Task[T]:
+    """Hide a task from ``asyncio.all_tasks``, and return it."""
+    asyncio.tasks._unregister_task(task)  # noqa: SLF001 - documented for whoever extends asyncio
+    return task
+
+
+def _keep_marked(loop: asyncio.AbstractEventLoop) -> None:
+    """Have a loop keep the tasks that are created where :data:`KEPT` says so."""
+    before = loop.get_task_factory()
+    if isinstance(before, _Keeping):
+        return
+    loop.set_task_factory(_Keeping(before))
+
+
+class _Keeping:
+    """A factory of tasks, around the one that a loop had."""
+
+    def __init__(self, before: Any) -> None:
+        self._before = before
+
+    def __call__(
+        self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any
+    ) -> asyncio.Future[Any]:
+        if self._before is None:
+            task = asyncio.Task(work, loop=loop, **options)
+        else:
+            task = self._before(loop, work, **options)
+        context = options.get("context")
+        if KEPT.get() if context is None else context.get(KEPT, False):
+            asyncio.tasks._unregister_task(task)  # noqa: SLF001 - see keep
+        return task
+
 
 _Place = tuple[asyncio.AbstractEventLoop, Hashable]
 
@@ -101,3 +161,194 @@ class Shared(Generic[T]):
     def _forget(self, place: _Place, held: _Held[T], _: object = None) -> None:
         if self._held.get(place) is held:
             del self._held[place]
+
+
+R = TypeVar("R")
+
+
+class Batch(Generic[T, R]):
+    """Gathers what is asked for while a thread is at work, and hands it over together.
+
+    It belongs to the loop that first uses it.
+
+    Args:
+        work: Takes pieces, and returns one result for each; it blocks.
+    """
+
+    def __init__(self, work: Callable[[list[T]], list[R]]) -> None:
+        self._work = work
+        self._next: tuple[list[T], asyncio.Task[list[R]]] | None = None
+        self._tasks = set[asyncio.Task[list[R]]]()
+        self._working = asyncio.Lock()
+
+    async def of(self, piece: T) -> R:
+        """Return the result for one piece.
+
+        Raises:
+            Exception: What the work raised, to all whose pieces went together.
+        """
+        number, task = self._enter(piece)
+        return (await asyncio.shield(task))[number]
+
+    def soon(self, piece: T) -> None:
+        """Have a piece worked on, and wait for nothing."""
+        self._enter(piece)
+
+    async def settled(self) -> None:
+        """Wait until nothing is being worked on."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _enter(self, piece: T) -> tuple[int, asyncio.Task[list[R]]]:
+        if self._next is None:
+            pieces = list[T]()
+            task = asyncio.create_task(self._run(pieces))
+            self._next = pieces, task
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        pieces, task = self._next
+        pieces.append(piece)
+        return len(pieces) - 1, task
+
+    async def _run(self, pieces: list[T]) -> list[R]:
+        async with self._working:
+            self._next = None  # complete: what comes now belongs to the next one
+            return await asyncio.to_thread(self._work, pieces)
+
+
+_T = TypeVar("_T")
+
+
+def _running() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+class SyncBridge:
+    """Runs coroutines for callers that are not in a loop, or block one.
+
+    Args:
+        home: Returns the loop that the fleet lives in, or None.
+        farewell: Called in the private loop before it ends, to close what was opened there.
+    """
+
+    def __init__(
+        self,
+        home: Callable[[], asyncio.AbstractEventLoop | None],
+        farewell: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._home = home
+        self._farewell = farewell
+        self._lock = threading.Lock()
+        self._private: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run one coroutine to its end, with the caller's context variables."""
+        future, here = asyncio.run_coroutine_threadsafe(coroutine, self._loop()), _running()
+        if here is not None:
+            BLOCKED_LOOPS.add(here)
+        try:
+            return future.result()
+        except BaseException:
+            # Also KeyboardInterrupt: the call must not go on unseen. No effect when it is done.
+            future.cancel()
+            raise
+        finally:
+            BLOCKED_LOOPS.discard(here)
+
+    def iterate(self, source: AsyncIterator[_T]) -> Iterator[_T]:
+        """Yield what an asynchronous generator yields, and close it at the end."""
+
+        async def step() -> list[_T]:
+            try:
+                return [await anext(source)]
+            except StopAsyncIteration:
+                return []
+
+        try:
+            while got := self.run(step()):
+                yield from got
+        finally:
+            if (close := getattr(source, "aclose", None)) is not None:
+                self.run(close())
+
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        home = self._home()
+        if home is not None and home.is_running() and home is not _running():
+            return home
+        with self._lock:
+            if self._private is None:
+                self._private = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._private.run_forever, name="fanfold-sync", daemon=True
+                )
+                self._thread.start()
+            return self._private
+
+    def close(self) -> None:
+        """End the private loop, if there is one."""
+        with self._lock:
+            loop, thread = self._private, self._thread
+            self._private = self._thread = None
+        if loop is None or thread is None:
+            return
+        asyncio.run_coroutine_threadsafe(self._farewell(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+class LoopAside:
+    """Runs coroutines for threads without a loop; its own thread lives only while it is used."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._thread: _Thread | None = None
+
+    def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine to its end, with the caller's context variables.
+
+        Args:
+            make: Makes the coroutine.
+        """
+        with self._lock:
+            self._users += 1
+            thread = self._thread = self._thread or _Thread()
+        try:
+            future = asyncio.run_coroutine_threadsafe(make(), thread.loop)
+            try:
+                return future.result()
+            except BaseException:
+                future.cancel()  # also on KeyboardInterrupt; of no effect on one that has ended
+                raise
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._thread = None
+                    thread.end()
+
+
+class _Thread:
+    """A thread that runs a loop."""
+
+    def __init__(self) -> None:
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="fanfold-aside", daemon=True)
+        self._thread.start()
+        self._started.wait()
+
+    def _serve(self) -> None:
+        with asyncio.Runner() as runner:  # at its end it cancels what is left, and waits for it
+            self.loop = runner.get_loop()
+            self.loop.call_soon(self._started.set)
+            self.loop.run_forever()
+
+    def end(self) -> None:
+        """End the loop, and wait for its thread."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()

@@ -1,38 +1,4 @@
-"""The one exception tree of fanfold.
-
-::
-
-    FanfoldError
-    ├── ConfigurationError          a setting is missing, wrong or contradicts another
-    │   ├── InputError              the input cannot be read, or its rows do not fit the task
-    │   ├── MissingExtraError       names the extra to install
-    │   └── NoEndpointError         no endpoint is there, or answers, yet
-    ├── EndpointError               one call to one endpoint failed
-    │   ├── EndpointBusyError       429, 503: carries retry_after (seconds) or None
-    │   ├── EndpointLostError       connection refused, reset, cut, or timed out
-    │   ├── EndpointReplyError      an answer that is no chat completion
-    │   ├── AuthenticationError     401, 403
-    │   └── RequestRefusedError     400, 404, 413, 422: the request itself is at fault
-    │       ├── ModelNotServedError the endpoint does not serve the model
-    │       └── PromptTooLongError  the prompt exceeds the model's context
-    ├── AnswerError                 the model answered, but not with what was asked
-    │   ├── TruncatedAnswerError    cut at max_tokens
-    │   ├── EmptyAnswerError        no text
-    │   ├── RefusedAnswerError      the model or a content filter refused
-    │   └── InvalidAnswerError      does not parse, or breaks the schema
-    ├── InvalidItemError            the item cannot be asked (an unparsable SMILES, say)
-    ├── ItemLimitError              the item took more than its limits allow
-    │   ├── ItemTimeoutError        limits.item_timeout_s
-    │   └── TooManyStepsError       limits.steps_per_item
-    ├── ItemGraphError              task.graph did what no item of a batch can do
-    ├── RunStoppedError             the run cannot go on, and can be resumed
-    │   └── BudgetExhaustedError    what is left of the budget carries no further call
-    ├── SiteError                   the place where a shard runs failed
-    │   └── WorkerLostError         retryable on another place
-    └── LedgerError                 the journal cannot be written or read, or is another run's
-
-Every class survives a pickle round trip, for errors cross processes.
-"""
+"""The exception tree, and exit codes."""
 
 from __future__ import annotations
 
@@ -250,3 +216,17 @@ class LedgerError(FanfoldError):
 
 ENDS_RUN: Final = (RunStoppedError, ConfigurationError, LedgerError)
 """What an item's work raises that is no fault of the item's: it stops the run."""
+
+
+DONE: Final = 0
+"""All items are done."""
+OTHER: Final = 1
+"""Anything else."""
+USAGE: Final = 2
+"""Wrong usage or settings."""
+FAILURES: Final = 3
+"""Some items failed."""
+BUDGET: Final = 4
+"""The budget is exhausted; resumable with a higher one."""
+INTERRUPTED: Final = 5
+"""Interrupted, and resumable."""

@@ -1,4 +1,4 @@
-"""What a model server says of its load, in the text of vLLM's ``/metrics``."""
+"""Small parsers: fenced JSON, vLLM metrics text."""
 
 from __future__ import annotations
 
@@ -39,3 +39,12 @@ def read_metrics(body: bytes) -> Gauges | None:
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
+
+
+_FENCE: Final = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
+
+
+def unfenced(text: str) -> str:
+    """Return a text without the Markdown fence around the whole of it, if there is one."""
+    fenced = _FENCE.match(text)
+    return fenced.group(1) if fenced else text

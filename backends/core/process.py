@@ -1,11 +1,14 @@
-"""Temporary folders that do not outlive their owners for long, however those end."""
+"""Temporary folders that do not outlive their owners, and limits on open files."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
+import resource
 import shutil
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -13,7 +16,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Final
 
-from .errors import SiteError
+from .errors import ConfigurationError, SiteError
 
 _OWNER: Final = "owner"
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -73,3 +76,60 @@ def _sweep(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(lock)
+
+
+_LOG: Final = logging.getLogger(__name__)
+_RESERVE: Final = 256
+"""For files, pipes, and connections that idle."""
+
+
+def make_room(
+    streams: int, what: str = "requests in flight", setting: str = "limits.streams"
+) -> None:
+    """Raise this process' soft limit of open files so that ``streams`` connections fit.
+
+    Args:
+        streams: How many there are at most.
+        what: What needs one each.
+        setting: What bounds them.
+
+    Raises:
+        ConfigurationError: The hard limit is too low.
+    """
+    if sys.platform == "win32":
+        return
+    import resource  # noqa: PLC0415 - Windows has none
+
+    wanted = streams + _RESERVE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise ConfigurationError(
+            f"{streams} {what} need {wanted} open files, but this process may have {hard} at "
+            f"most (ulimit -Hn): set {setting} to {max(1, hard - _RESERVE)} or less, use more "
+            "processes or jobs, or have the hard limit raised"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    _LOG.info("raised the limit of open files from %d to %d", soft, wanted)
+
+
+_WANTED: Final = 65_536
+
+
+def raise_file_limit(wanted: int = _WANTED) -> int:
+    """Raise the soft limit on open files, as far as the hard limit lets it.
+
+    Args:
+        wanted: The limit wished for; a higher one stays as it is.
+
+    Returns:
+        The soft limit afterwards.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    most = wanted if hard == unlimited else min(wanted, hard)
+    if soft == unlimited or soft >= most:
+        return soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most

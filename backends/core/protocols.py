@@ -1,11 +1,15 @@
-"""What is injected: the seams between nodes and the parts that do the work."""
+"""Protocols between folders, and the log of an item's calls."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
-from typing import Protocol, runtime_checkable
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
-from .types import Json, Message, Reply
+from .types import Json, Message, Reply, Usage
 
 
 @runtime_checkable
@@ -86,3 +90,228 @@ class Stoppable(Protocol):
     async def stop(self) -> None:
         """Ask the workers to begin no further item; their summaries come as ever."""
         ...
+
+
+Count: TypeAlias = Callable[[Mapping[str, Any]], Awaitable[int | None]]
+"""Counts the tokens of a request's prompt as the model does; None when nobody can."""
+
+
+class Hold(Protocol):
+    """What is reserved for one request; the first of the three that is called ends it."""
+
+    def settle(self, usage: Usage) -> None:
+        """Take what an answer used, and give the rest back; all of it if it does not say."""
+        ...
+
+    def keep(self) -> Usage:
+        """Take all of it: the request may have been paid, and its answer is lost.
+
+        Returns:
+            The tokens that it was reserved for.
+        """
+        ...
+
+    def free(self, *, sent: bool) -> None:
+        """Give it back: nothing was read; a request that was sent counts all the same."""
+        ...
+
+
+class Account(Protocol):
+    """What one item may spend."""
+
+    @property
+    def waits(self) -> int:
+        """Calls of the item that wait for the budget."""
+        ...
+
+    async def hold(self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None) -> Hold:
+        """Reserve what one request may cost, waiting for what others may give back.
+
+        Args:
+            most: The most tokens that it may use.
+            body: The request, to be counted better when room is scarce.
+            log: The item's calls: whether its reservations can be given back while it waits.
+
+        Raises:
+            BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.
+        """
+        ...
+
+    def hold_now(self, most: Usage) -> Hold | None:
+        """Reserve what one request may cost if there is room at once."""
+        ...
+
+    def close(self) -> None:
+        """Give back what no request has taken; the item has ended."""
+        ...
+
+
+class Credit(Protocol):
+    """Who was asked, and is told in the end what it was good for."""
+
+    def useful(self, usage: Usage) -> None:
+        """Count tokens of answers that count."""
+        ...
+
+
+class Line(Protocol):
+    """Where calls wait for an endpoint."""
+
+    @property
+    def jammed(self) -> bool:
+        """Whether all requests in flight are streams that nobody reads, and no time helps."""
+        ...
+
+
+@dataclass(slots=True)
+class Share:
+    """What one endpoint did for an item.
+
+    Attributes:
+        endpoint: Its label.
+        model: Model's name in its last answer; None: it gave none.
+        requests: Requests that it was sent.
+        usage: Tokens over all of its answers.
+        lost: The most tokens of requests that may have been paid and brought no answer.
+        useful: Tokens of its answers that count; known when the item has ended.
+        credit: Who is told that.
+    """
+
+    endpoint: str
+    credit: Credit
+    model: str | None = None
+    requests: int = 0
+    usage: Usage = field(default_factory=Usage)
+    lost: Usage = field(default_factory=Usage)
+    useful: Usage = field(default_factory=Usage)
+
+
+@dataclass(slots=True)
+class CallLog:
+    """The calls of one item.
+
+    Attributes:
+        requests: Requests sent, failed ones and retries included.
+        usage: Tokens over all answers.
+        endpoint: Label of the endpoint that answered last, or that failed last.
+        model: Model's name in the last answer.
+        simulated: Whether the last answer came from a simulated fleet.
+        lost: The most tokens of requests that may have been paid and brought no answer.
+        useful: Tokens of the answer that counts; None: of all answers.
+        useful_at: Label of the endpoint that gave this answer.
+        account: What the item may spend; None is no limit.
+        reused: Answers taken from earlier requests, which cost nothing.
+        shares: What each endpoint did, by its label.
+        attempts: The first requests, as the item's record tells them.
+        calls: Calls that the fleet has begun and not ended; a stream's call ends with its first
+            token.
+        following: Those of them that wait for the answer to an equal request.
+        loop: Where the last one runs.
+        open: Requests in flight.
+        idle: Those of them that are streams and are not read at the moment.
+        queued: Calls that wait for an endpoint, or for what other items' calls show of one.
+        line: Where they wait.
+        streams: What closes the streams that are open, by the stream.
+        counted: Whether the fleet has counted the item as answered.
+    """
+
+    requests: int = 0
+    usage: Usage = field(default_factory=Usage)
+    endpoint: str | None = None
+    model: str | None = None
+    simulated: bool | None = None
+    lost: Usage = field(default_factory=Usage)
+    useful: Usage | None = None
+    useful_at: str | None = None
+    account: Account | None = None
+    reused: int = 0
+    shares: dict[str, Share] = field(default_factory=dict, compare=False)
+    attempts: list[dict[str, Any]] = field(default_factory=list, compare=False)
+    calls: int = field(default=0, compare=False)
+    following: int = field(default=0, compare=False)
+    loop: asyncio.AbstractEventLoop | None = field(default=None, compare=False, repr=False)
+    open: int = field(default=0, compare=False)
+    idle: int = field(default=0, compare=False)
+    queued: int = field(default=0, compare=False)
+    line: Line | None = field(default=None, compare=False, repr=False)
+    streams: dict[object, Callable[[], None]] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+    counted: bool = field(default=False, compare=False)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether no request of the item goes on by itself: its streams wait for the item."""
+        return self.open == self.idle
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a synchronous call of any item blocks the loop in which this one runs."""
+        return self.loop in BLOCKED_LOOPS
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a call of the item goes on by itself: it waits for no other item."""
+        if not self.stalled:
+            return True
+        waits = 0 if self.account is None else self.account.waits
+        if self.calls > waits + self.following + self.queued:
+            return True
+        return self.queued > 0 and (self.line is None or not self.line.jammed)
+
+    def share(self, endpoint: str, credit: Credit) -> Share:
+        """Return what an endpoint does for the item.
+
+        Args:
+            endpoint: Its label.
+            credit: Is told what was useful.
+        """
+        share = self.shares.get(endpoint)
+        if share is None:
+            share = self.shares[endpoint] = Share(endpoint, credit)
+        return share
+
+    def begin_attempt(self, endpoint: str) -> dict[str, Any] | None:
+        """Note that a request is sent; return what is known of it, None after the first ones.
+
+        Args:
+            endpoint: The endpoint's label.
+        """
+        if len(self.attempts) >= MOST_ATTEMPTS:
+            return None
+        start = time.time_ns() // 1_000_000 / 1000
+        attempt = {"endpoint": endpoint, "start": start, "seconds": None, "outcome": None}
+        self.attempts.append(attempt)
+        return attempt
+
+    def close_streams(self) -> None:
+        """Close the streams that the item has left open: an error's traceback may keep them."""
+        for close in tuple((self.streams or {}).values()):
+            close()
+
+    def close(self, *, done: bool) -> None:
+        """Settle which tokens were useful; the item has ended.
+
+        Args:
+            done: Whether it has an answer.
+        """
+        if not done:
+            return
+        for share in self.shares.values():
+            if self.useful is None:
+                share.useful = share.usage
+            elif share.endpoint == self.useful_at:
+                share.useful = self.useful
+            else:
+                continue
+            share.credit.useful(share.useful)
+
+
+MOST_ATTEMPTS: Final = 8
+"""So many requests of an item are told one by one in its record."""
+
+BLOCKED_LOOPS: Final[set[asyncio.AbstractEventLoop | None]] = set()
+"""Loops that wait for a synchronous call: nothing in them goes on before it has ended."""
+
+CURRENT_CALLS: Final[ContextVar[CallLog | None]] = ContextVar("fanfold_calls", default=None)

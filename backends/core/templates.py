@@ -1,14 +1,10 @@
-"""Prompt templates: text with column names in braces, and nothing that could be executed.
-
-``{name}`` stands for the column ``name``, taken literally (blanks and dots included);
-``{{`` and ``}}`` stand for single braces. There are no formats, attributes or indices, so an
-untrusted template can do no more than show a column.
-"""
+"""Prompt templates and command lines with names in braces."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,3 +75,39 @@ def _lone_brace(text: str, at: int, where: str) -> str:
         f"{where}: line {line}: a brace stands alone near {text[at : at + 20]!r}; "
         "write {column} for a column, {{ and }} for the characters"
     )
+
+
+_NAME: Final = re.compile(r"(?<!\$)\{([A-Za-z_]\w*)\}")
+
+
+def split_command(text: str, known: Collection[str]) -> tuple[str, ...]:
+    """Split a command line into words, names in braces still in them.
+
+    Args:
+        text: The command line.
+        known: The names that it may use.
+
+    Raises:
+        ConfigurationError: It is empty, a quotation is not closed, or a name is not known.
+    """
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise ConfigurationError(f"is no command line: {str(error).lower()}") from None
+    if not words:
+        raise ConfigurationError("is empty; write the command")
+    for name in names_of(words):
+        if name not in known:
+            there = ", ".join(f"{{{n}}}" for n in sorted(known))
+            raise ConfigurationError(f"there is no {{{name}}}; there are {there}")
+    return words
+
+
+def names_of(words: Sequence[str]) -> set[str]:
+    """Return the names in braces."""
+    return {name for word in words for name in _NAME.findall(word)}
+
+
+def fill(words: Sequence[str], values: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the words with the names in braces replaced."""
+    return tuple(_NAME.sub(lambda match: values[match[1]], word) for word in words)

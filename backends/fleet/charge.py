@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import orjson
 
-from ..core.calls import CallLog, Hold, Share
 from ..core.errors import ConfigurationError
+from ..core.protocols import CallLog, Hold, Share
 from ..core.types import Usage
 from .endpoint import Endpoint, Mark
 from .failures import Failure

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ..core.calls import CallLog
+from ..core.protocols import CallLog
 from .breaker import State
 from .endpoint import Endpoint
 

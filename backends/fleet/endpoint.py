@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 from urllib.parse import urlsplit
 
-from ..core.calls import CallLog
+from ..core.protocols import CallLog
 from .address import EndpointSpec, base_url, label_of
 from .breaker import Breaker, State
 from .lane import Lane

@@ -10,10 +10,10 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from ..core.bridge import SyncBridge
-from ..core.calls import CURRENT_CALLS
-from ..core.descriptors import make_room
+from ..core.aio import SyncBridge
 from ..core.errors import ConfigurationError
+from ..core.process import make_room
+from ..core.protocols import CURRENT_CALLS
 from .address import EndpointSpec, base_url
 from .affinity import Affinity
 from .charge import Charge

@@ -8,8 +8,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Set
 from typing import Any, Final, TypeAlias, TypeVar
 
-from ..core.calls import CURRENT_CALLS, CallLog
 from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
+from ..core.protocols import CURRENT_CALLS, CallLog
 from . import judge, room
 from .affinity import Affinity
 from .attempts import Attempts

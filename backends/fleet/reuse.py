@@ -11,8 +11,8 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from ..core.batch import Batch
-from ..core.calls import CURRENT_CALLS
+from ..core.aio import Batch
+from ..core.protocols import CURRENT_CALLS
 from ..core.types import Usage
 from . import judge
 from .endpoint import Endpoint

@@ -13,7 +13,7 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from ..core.calls import CallLog
+from ..core.protocols import CallLog
 from ..core.types import Usage
 from . import failures, judge, room
 from .charge import Charge

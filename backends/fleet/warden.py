@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import aiohttp
 
-from ..core.calls import CallLog
 from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
+from ..core.protocols import CallLog
 from .breaker import State
 from .dispatch import Dispatcher
 from .endpoint import Endpoint

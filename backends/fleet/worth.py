@@ -8,7 +8,7 @@ from typing import Any, Final
 import jsonschema_rs
 import orjson
 
-from ..core.fenced import unfenced
+from ..core.parsing import unfenced
 from ..core.schemas import open_validator
 from ..core.types import Json
 from . import judge

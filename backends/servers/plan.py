@@ -9,8 +9,8 @@ from typing import Any, Final, Self
 
 import orjson
 
-from ..core.command import fill
 from ..core.errors import ConfigurationError, SiteError
+from ..core.templates import fill
 
 VERSION: Final = 1
 """Version of a plan's JSON."""

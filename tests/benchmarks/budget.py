@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.budget import Budget, BudgetTerms
-from fanfold.backends.core.calls import CallLog
-from fanfold.backends.core.descriptors import make_room
 from fanfold.backends.core.money import Amount, Caps, Tariff
+from fanfold.backends.core.process import make_room
+from fanfold.backends.core.protocols import CallLog
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet.charge import Charge
 from fanfold.backends.fleet.simulated.launch import launch

@@ -15,7 +15,7 @@ from statistics import median
 
 import orjson
 
-from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
+from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import (
     AffinityPolicy,

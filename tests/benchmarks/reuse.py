@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from fanfold.backends.accounts.answers.store import AnswerStore
-from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
+from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.fleet import EndpointSpec, Fleet, FleetModel, FleetPolicy, ModelParams
 from fanfold.backends.fleet.reuse import Reuse
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fanfold.backends.core.descriptors import make_room
+from fanfold.backends.core.process import make_room
 from fanfold.backends.fleet import EndpointSpec, Fleet, FleetModel, FleetPolicy, ModelParams
 from fanfold.backends.fleet.simulated.launch import launch
 from fanfold.backends.fleet.simulated.spec import SimulationSpec

@@ -14,7 +14,7 @@ from typing import Any, Final
 import orjson
 
 from ...core.errors import ConfigurationError
-from ...core.limits import raise_file_limit
+from ...core.process import raise_file_limit
 from .fleet import SimulatedFleet
 from .spec import SimulationSpec
 

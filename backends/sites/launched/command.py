@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
-from ...core.command import fill, split_command
 from ...core.errors import ConfigurationError
+from ...core.templates import fill, split_command
 
 LAUNCHER: Final = "FANFOLD_LAUNCHER"
 """Variable of a coordinator: the command that starts one program per node; for job scripts."""

@@ -13,13 +13,13 @@ from langchain_core.tools import tool
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel
 
-from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
 from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointError,
     EndpointLostError,
     PromptTooLongError,
 )
+from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import (
     ChatFleet,

@@ -12,13 +12,13 @@ from typing import Any
 import openai
 import pytest
 
-from fanfold.backends.core.descriptors import make_room
 from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointError,
     PromptTooLongError,
     RunStoppedError,
 )
+from fanfold.backends.core.process import make_room
 from fanfold.backends.core.types import Reply
 from fanfold.backends.fleet import (
     AffinityPolicy,

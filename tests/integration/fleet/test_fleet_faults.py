@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
 from fanfold.backends.core.errors import (
     AuthenticationError,
     EndpointBusyError,
@@ -20,6 +19,7 @@ from fanfold.backends.core.errors import (
     RequestRefusedError,
     RunStoppedError,
 )
+from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Reply, Usage
 from fanfold.backends.fleet import (
     BreakerPolicy,

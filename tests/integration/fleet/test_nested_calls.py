@@ -19,9 +19,9 @@ from langchain_core.tools import tool
 
 from fanfold.backends.accounts import purse
 from fanfold.backends.accounts.budget import Budget, BudgetTerms
-from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
 from fanfold.backends.core.errors import BudgetExhaustedError, EndpointLostError
 from fanfold.backends.core.money import FREE, Amount, Caps
+from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import (
     AffinityPolicy,

@@ -14,8 +14,8 @@ import openai
 import pytest
 from aiohttp import web
 
-from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
 from fanfold.backends.core.errors import EndpointError, RequestRefusedError, RunStoppedError
+from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.fleet import (
     BreakerPolicy,
     ChatFleet,

@@ -10,7 +10,7 @@ import pytest
 
 from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.folder import open_folder
-from fanfold.backends.core.codes import BUDGET
+from fanfold.backends.core.errors import BUDGET
 
 pytestmark = pytest.mark.integration
 

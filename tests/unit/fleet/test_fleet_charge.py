@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.core.calls import CallLog, Hold
 from fanfold.backends.core.errors import ConfigurationError, EndpointLostError
+from fanfold.backends.core.protocols import CallLog, Hold
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import failures
 from fanfold.backends.fleet.answer import RawAnswer

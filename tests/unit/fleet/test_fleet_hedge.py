@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from fanfold.backends.core.calls import CallLog
+from fanfold.backends.core.protocols import CallLog
 from fanfold.backends.fleet import Endpoint, EndpointSpec, HedgePolicy
 from fanfold.backends.fleet.charge import Charge, most_tokens
 from fanfold.backends.fleet.dispatch import Dispatcher

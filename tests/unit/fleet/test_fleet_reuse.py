@@ -7,8 +7,8 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.core.calls import CURRENT_CALLS, CallLog
 from fanfold.backends.core.errors import EndpointLostError
+from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import SIMULATED_FINGERPRINT, Usage
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.endpoint import Endpoint

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.core.limits import raise_file_limit
+from fanfold.backends.core.process import raise_file_limit
 from fanfold.backends.fleet.simulated.framing import BadFramingError, chunked_body, parse_head
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from fanfold.backends.core.aside import LoopAside
+from fanfold.backends.core.aio import LoopAside
 
 NAME: contextvars.ContextVar[str] = contextvars.ContextVar("name", default="nobody")
 

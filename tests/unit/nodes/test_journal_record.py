@@ -13,8 +13,8 @@ import pytest
 from langgraph.runtime import Runtime
 
 from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.core.calls import CallLog
 from fanfold.backends.core.errors import EndpointLostError
+from fanfold.backends.core.protocols import CallLog
 from fanfold.backends.core.templates import Template
 from fanfold.backends.core.types import Item, Message, Reply, Usage
 from fanfold.backends.core.values import MOST, check_record

@@ -25,13 +25,13 @@ from langgraph.types import Command
 from typing_extensions import TypedDict
 
 from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.core.calls import CURRENT_CALLS
 from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointLostError,
     LedgerError,
     RunStoppedError,
 )
+from fanfold.backends.core.protocols import CURRENT_CALLS
 from fanfold.backends.core.types import Item, Shard
 from fanfold.nodes.aggregators import build
 from fanfold.nodes.context import RunTools

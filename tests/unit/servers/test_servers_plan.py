@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.core.command import fill, names_of, split_command
 from fanfold.backends.core.errors import ConfigurationError, SiteError
+from fanfold.backends.core.templates import fill, names_of, split_command
 from fanfold.backends.servers.plan import (
     NodePlan,
     ServerPlan,
