@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 from ..configs.models import RunConfig
 from .auto import choose
 from .core.errors import ConfigurationError
-from .core.templates import Template
 from .fleet.address import EndpointSpec
 from .fleet.door import FleetModel
 from .fleet.fleet import Fleet
@@ -25,7 +24,6 @@ from .fleet.params import ModelParams
 from .fleet.probe import discover
 from .fleet.reuse import Reuse
 from .fleet.simulated.launch import launch
-from .inputs.spec import InputSpec
 from .limits import fleet_policy, limited
 from .locate import (
     PROBE_TIMEOUT_S,
@@ -48,37 +46,6 @@ _WARNED: Final = 5
 logger = logging.getLogger(__name__)
 choice_logger = logging.getLogger(f"{__name__}.choice")
 """Tells what ``auto`` chose, and what is waited for; the command line always shows it."""
-
-
-def input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> InputSpec:
-    """Return where the items come from; pasted ``items`` take the place of what is configured.
-
-    Pasted items are named by the configured id column if any of them has it.
-    """
-    given = config.input
-    if items is None:
-        return InputSpec(
-            path=Path(given.path) if given.path else None,
-            dataset=given.dataset,
-            id=given.id,
-            limit=given.limit,
-            on_duplicate=given.on_duplicate,
-            smiles=given.smiles,
-        )
-    named = any(isinstance(item, Mapping) and given.id in item for item in items)
-    return InputSpec(
-        items=items,
-        id=given.id if named else None,
-        limit=given.limit,
-        on_duplicate=given.on_duplicate,
-        smiles=given.smiles,
-    )
-
-
-def needed_columns(config: RunConfig) -> tuple[str, ...]:
-    """Return the columns that the prompt and the reduce stages show, each once."""
-    shown = [name for stage in config.reduce for name in getattr(stage, "show", ())]
-    return tuple(dict.fromkeys([*Template.parse(config.task.prompt).columns, *shown]))
 
 
 def model_params(config: RunConfig, name: str) -> ModelParams:

@@ -16,7 +16,7 @@ from ..backends.core.money import Caps
 from ..backends.fleet.lengths import LEAST, LIKELY
 from ..backends.fleet.matching import match
 from ..backends.fleet.probe import Found
-from ..backends.inputs.spec import InputSummary
+from ..backends.inputs.base import InputSummary
 from ..backends.locate import Place
 from ..backends.nearby import served
 from ..backends.node import serves_simulated, starts_servers

@@ -20,7 +20,7 @@ from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import FREE, Held
 from ..backends.core.types import Item
 from ..backends.fleet.fleet import Fleet
-from ..backends.inputs.store import ItemStore
+from ..backends.inputs.item_store import ItemStore
 from ..backends.nearby import served
 from ..backends.reuse import reusing
 from ..backends.sites.executor import WorkShard

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, place_of, write_bytes
-from ..backends.build import input_spec, needed_columns
 from ..backends.core.errors import ConfigurationError
+from ..backends.inputs.item_store import ItemStore
+from ..backends.inputs.settings_part import input_spec, needed_columns
 from ..backends.inputs.spill import spill
-from ..backends.inputs.store import ItemStore
 from ..backends.nearby import served
 from ..backends.simulation import simulation
 from ..backends.tariffs import price

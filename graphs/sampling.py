@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ..backends.build import input_spec, needed_columns
 from ..backends.core.errors import InvalidItemError
 from ..backends.core.templates import Template
 from ..backends.core.types import Item, Message
-from ..backends.inputs.spec import InputSummary
+from ..backends.inputs.base import InputSummary
+from ..backends.inputs.item_store import ItemStore
+from ..backends.inputs.settings_part import input_spec, needed_columns
 from ..backends.inputs.spill import spill
-from ..backends.inputs.store import ItemStore
 from ..configs.models import RunConfig
 from ..nodes.prepare import asked
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import orjson
 import pyarrow as pa
 
-from .spec import Skipped
+from .base import Skipped
 
 VERSION: Final = "1"
 VERSION_KEY: Final = b"fanfold.items"

@@ -6,8 +6,8 @@ from typing import Final
 
 from ..core.errors import InputError
 from ..core.types import Row
+from .base import OnDuplicate
 from .sources import Source, id_text
-from .spec import OnDuplicate
 
 _REPORTED: Final = 5
 

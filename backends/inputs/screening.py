@@ -12,11 +12,11 @@ import orjson
 from ..core.errors import InputError
 from ..core.types import Json, Row
 from ..core.values import DEEPEST, is_deep
+from .base import InputSpec, Skipped
 from .chemistry import SmilesCheck, smiles_check
 from .messages import missing_column
 from .naming import Namer
 from .sources import Source
-from .spec import InputSpec, Skipped
 
 NAMED_SKIPS: Final = 1_000
 """Rows left out that are named; more are only counted."""

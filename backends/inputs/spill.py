@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from .locate import open_source
+from .base import InputSpec, InputSummary
+from .item_store import ItemStore
 from .screening import Screen
-from .spec import InputSpec, InputSummary
-from .store import ItemStore
+from .source import open_source
 from .writer import write_store
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.spec import InputSpec
+from fanfold.backends.inputs.base import InputSpec
+from fanfold.backends.inputs.item_store import ItemStore
 from fanfold.backends.inputs.spill import spill
-from fanfold.backends.inputs.store import ItemStore
 
 
 @pytest.fixture

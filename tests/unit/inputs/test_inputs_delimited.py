@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
+from fanfold.backends.inputs.base import InputSpec
 from fanfold.backends.inputs.quoting import Splitter
-from fanfold.backends.inputs.spec import InputSpec
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
+from fanfold.backends.inputs.base import InputSpec, Skipped
 from fanfold.backends.inputs.naming import Namer
 from fanfold.backends.inputs.sources import Source, id_text
-from fanfold.backends.inputs.spec import InputSpec, Skipped
 from fanfold.backends.inputs.spill import spill
 
 Load = Callable[..., list[Item]]

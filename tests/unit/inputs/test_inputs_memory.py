@@ -7,7 +7,7 @@ import pytest
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.spec import InputSpec
+from fanfold.backends.inputs.base import InputSpec
 
 Load = Callable[..., list[Item]]
 

@@ -8,7 +8,7 @@ import pytest
 
 from fanfold.backends.core.errors import InputError, MissingExtraError
 from fanfold.backends.core.types import Item, Row
-from fanfold.backends.inputs.spec import InputSpec
+from fanfold.backends.inputs.base import InputSpec
 from fanfold.backends.inputs.spill import spill
 
 Load = Callable[..., list[Item]]

@@ -10,15 +10,15 @@ from typing import Final
 
 from ..core.errors import InputError
 from ..core.types import Json, Row
+from .base import InputSpec
 from .datasets import open_dataset
 from .delimited import read_delimited, read_smi
 from .folder import read_folder, text_files
 from .jsonl import read_jsonl
 from .lines import unreadable
 from .messages import did_you_mean
-from .parquet import read_parquet
+from .readers import read_parquet
 from .sources import Source, at_line
-from .spec import InputSpec
 
 _TEXT_FORMATS: Final[dict[str, Callable[[Path], Iterator[tuple[int, Row]]]]] = {
     ".csv": partial(read_delimited, delimiter=","),

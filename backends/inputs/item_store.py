@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from ..core.errors import LedgerError
 from ..core.types import Item
+from .base import InputSummary, Skipped
 from .layout import SUMMARY_KEY, VERSION, VERSION_KEY, Header
-from .spec import InputSummary, Skipped
 
 
 class ItemStore:
