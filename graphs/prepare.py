@@ -13,8 +13,8 @@ from typing import Any, Final
 from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, place_to_be, write_bytes
 from ..backends.core.errors import ConfigurationError, MissingExtraError, NoEndpointError
 from ..backends.inputs.base import InputSummary
-from ..backends.inputs.settings_part import input_spec, needed_columns
-from ..backends.inputs.spill import spill
+from ..backends.inputs.item_store import spill
+from ..backends.inputs.source import input_spec, needed_columns
 from ..backends.locate import check_place
 from ..backends.nearby import served
 from ..backends.node import starts_servers

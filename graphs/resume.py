@@ -10,9 +10,8 @@ from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, place_of, write_bytes
 from ..backends.core.errors import ConfigurationError
-from ..backends.inputs.item_store import ItemStore
-from ..backends.inputs.settings_part import input_spec, needed_columns
-from ..backends.inputs.spill import spill
+from ..backends.inputs.item_store import ItemStore, spill
+from ..backends.inputs.source import input_spec, needed_columns
 from ..backends.nearby import served
 from ..backends.simulation import simulation
 from ..backends.tariffs import price

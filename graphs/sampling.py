@@ -13,9 +13,8 @@ from ..backends.core.errors import InvalidItemError
 from ..backends.core.templates import Template
 from ..backends.core.types import Item, Message
 from ..backends.inputs.base import InputSummary
-from ..backends.inputs.item_store import ItemStore
-from ..backends.inputs.settings_part import input_spec, needed_columns
-from ..backends.inputs.spill import spill
+from ..backends.inputs.item_store import ItemStore, spill
+from ..backends.inputs.source import input_spec, needed_columns
 from ..configs.models import RunConfig
 from ..nodes.prepare import asked
 

@@ -1,14 +1,16 @@
-"""What to read (`InputSpec`) and what was found (`InputSummary`)."""
+"""Sources, input summary, messages, RDKit helpers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
-from ..core.errors import InputError
-from ..core.types import Item, Json
+from ..core.errors import InputError, MissingExtraError
+from ..core.types import Item, Json, Row
 
 OnDuplicate: TypeAlias = Literal["error", "first", "suffix"]
 
@@ -91,3 +93,134 @@ class InputSummary:
     invalid: int
     source: str
     first: Item
+
+
+NCI: Final = "rdkit-nci5k"
+
+SmilesCheck: TypeAlias = Callable[[Json], str | None]
+"""Tells what is wrong with a SMILES, or None."""
+
+
+@contextmanager
+def smiles_check(feature: str = "checking SMILES") -> Iterator[SmilesCheck]:
+    """Lend a check of SMILES; RDKit's own log is silent meanwhile.
+
+    Args:
+        feature: What needs RDKit, for the message.
+
+    Yields:
+        The check.
+
+    Raises:
+        MissingExtraError: RDKit is not installed.
+    """
+    try:
+        from rdkit import Chem, rdBase  # noqa: PLC0415 - the extra 'chem' may be absent
+    except ImportError as error:
+        raise MissingExtraError(feature, "chem") from error
+    with rdBase.BlockLogs():
+        yield lambda value: _problem(Chem.MolFromSmiles, value)
+
+
+def nci_file() -> Path:
+    """Find the NCI molecules inside RDKit: ``smiles``, white space, ``mol_id`` on each line.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        MissingExtraError: RDKit is not installed.
+        InputError: RDKit was built without its data.
+    """
+    try:
+        from rdkit import RDConfig  # noqa: PLC0415 - the extra 'chem' may be absent
+    except ImportError as error:
+        feature = f"'dataset: {NCI}' (or take 'dataset: molecules', 20 molecules without RDKit)"
+        raise MissingExtraError(feature, "chem") from error
+    path = Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi"
+    if not path.is_file():
+        raise InputError(
+            f"'dataset: {NCI}' needs {path}, which this build of RDKit lacks; install RDKit's "
+            "wheel (pip install rdkit), or take 'dataset: molecules'"
+        )
+    return path
+
+
+def _problem(parse: Callable[[str], Any], value: Json) -> str | None:
+    if not isinstance(value, str):
+        return f"SMILES {value!r} is no text"
+    if not value.strip():
+        return "SMILES is blank"
+    return None if parse(value) is not None else f"SMILES {value!r} cannot be parsed by RDKit"
+
+
+_SHOWN: Final = 30
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the nearest known name, or ``""``."""
+    by_fold = {one.casefold(): one for one in known}
+    near = get_close_matches(name.casefold(), by_fold, n=1)
+    return f"; did you mean {by_fold[near[0]]!r}?" if near else ""
+
+
+def missing_column(where: str, name: str, user: str, there: Collection[str]) -> InputError:
+    """Return the error for a column that something needs and the input lacks.
+
+    Args:
+        where: The file, or the place of the row.
+        name: The column.
+        user: What needs it, e.g. ``"input.id"``.
+        there: The columns that there are.
+    """
+    shown = ", ".join(list(there)[:_SHOWN]) or "none"
+    more = ", …" if len(there) > _SHOWN else ""
+    hint = did_you_mean(name, there)
+    return InputError(
+        f"{where} has no column {name!r}, which {user} needs; its columns: {shown}{more}{hint}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Something that yields rows.
+
+    Attributes:
+        name: The input in words, for messages and summaries.
+        rows: Opens the input and yields ``(place, row)``; reads no further than it is asked.
+        locate: Puts a place in words, e.g. ``a.jsonl, line 7``.
+        id: Column of ids when the user names none; None for row numbers.
+        drop_unparsable: Column of SMILES; rows that RDKit cannot parse become no item.
+        ragged: Whether rows may differ in their columns.
+    """
+
+    name: str
+    rows: Callable[[], Iterator[tuple[int, Row]]]
+    locate: Callable[[int], str]
+    id: str | None = None
+    drop_unparsable: str | None = None
+    ragged: bool = False
+
+
+def at_line(path: Path) -> Callable[[int], str]:
+    """Return a `Source.locate` for text files, whose places are physical lines from 1."""
+    return lambda line: f"{path}, line {line}"
+
+
+def id_text(value: Json) -> str | None:
+    """Write a cell of the id column as an id.
+
+    Args:
+        value: Text or a number; None counts as blank.
+
+    Returns:
+        The text without surrounding blanks (``""`` when blank); None when the value is neither
+        text nor a number.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return None

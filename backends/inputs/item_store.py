@@ -1,21 +1,95 @@
-"""Reads an item store."""
+"""Items.arrow: write once, read by index; load_input()."""
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from io import IOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import orjson
 import pyarrow as pa
 
 from ..core.errors import LedgerError
 from ..core.types import Item
-from .base import InputSummary, Skipped
-from .layout import SUMMARY_KEY, VERSION, VERSION_KEY, Header
+from .base import InputSpec, InputSummary, Skipped
+from .screening import Entry, Screen
+from .source import open_source
+
+VERSION: Final = "1"
+VERSION_KEY: Final = b"fanfold.items"
+SUMMARY_KEY: Final = b"fanfold.summary"
+_FIELDS: Final[list[tuple[str, pa.DataType]]] = [
+    ("id", pa.string()),
+    ("row", pa.binary()),
+    ("problem", pa.string()),
+]
+SCHEMA: Final = pa.schema(
+    _FIELDS,
+    metadata={VERSION_KEY: VERSION.encode()},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the store knows about its items.
+
+    Attributes:
+        starts: Index of the first item of each batch, ascending from 0.
+        items: Number of items.
+        columns: Names of the columns over all items.
+        digest: Digest over ids and rows, hexadecimal.
+        skipped: Rows left out, the first ones.
+        skipped_total: Number of rows left out.
+        invalid: Number of items that carry a problem.
+        source: The input in words.
+    """
+
+    starts: tuple[int, ...]
+    items: int
+    columns: tuple[str, ...]
+    digest: str
+    skipped: tuple[Skipped, ...]
+    skipped_total: int
+    invalid: int
+    source: str
+
+    def dumps(self) -> bytes:
+        """Write as JSON."""
+        return orjson.dumps(self)
+
+    @classmethod
+    def loads(cls, data: bytes) -> Header:
+        """Read from JSON.
+
+        Args:
+            data: What `dumps` wrote.
+
+        Returns:
+            The header.
+
+        Raises:
+            ValueError: It is no JSON.
+            KeyError: A field is missing.
+            TypeError: A field has another type.
+        """
+        found: dict[str, Any] = orjson.loads(data)
+        return cls(
+            starts=tuple(found["starts"]),
+            items=found["items"],
+            columns=tuple(found["columns"]),
+            digest=found["digest"],
+            skipped=tuple(Skipped(one["id"], one["reason"]) for one in found["skipped"]),
+            skipped_total=found["skipped_total"],
+            invalid=found["invalid"],
+            source=found["source"],
+        )
 
 
 class ItemStore:
@@ -165,3 +239,112 @@ class ItemStore:
                 f"{self._path} is no whole item store of fanfold: {reason}; if the run folder is "
                 "yours and this file was damaged, begin a new run in another folder"
             ) from error
+
+
+_BATCH_ROWS: Final = 256
+_BATCH_BYTES: Final = 2**20
+_DIGEST_BYTES: Final = 16
+
+
+def write_store(target: Path, screen: Screen) -> None:
+    """Write the screen's items to a temporary file beside the target, then rename it.
+
+    Args:
+        target: The store's path; its folder must exist.
+        screen: Yields the items; whatever it raises passes through.
+
+    Raises:
+        LedgerError: The file cannot be written.
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that somebody has put there
+            _write(file, screen)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except OSError as error:  # of writing only: sources turn their own into InputError
+        raise LedgerError(
+            f"the items cannot be written to {target}: {error.strerror or error}; free some space "
+            "or choose another folder for the run"
+        ) from error
+    finally:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            temporary.unlink()
+
+
+def _write(file: IOBase, screen: Screen) -> None:
+    digest = blake2b(digest_size=_DIGEST_BYTES)
+    starts: list[int] = []
+    items = 0
+    with pa.ipc.new_file(file, SCHEMA) as sink, closing(screen.entries()) as entries:
+        for batch in _batches(entries):
+            _feed(digest, batch)
+            sink.write_batch(_columns(batch))
+            starts.append(items)
+            items += len(batch)
+        header = Header(
+            starts=tuple(starts),
+            items=items,
+            columns=tuple(screen.columns),
+            digest=digest.hexdigest(),
+            skipped=tuple(screen.skipped),
+            skipped_total=screen.skipped_total,
+            invalid=screen.invalid,
+            source=screen.source,
+        )
+        sink.write_batch(_columns([]), custom_metadata={SUMMARY_KEY: header.dumps()})
+
+
+def _batches(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
+    """Group entries, so that neither many rows nor long ones make a batch large."""
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        batch.append(entry)
+        size += len(entry.row)
+        if len(batch) == _BATCH_ROWS or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _columns(batch: list[Entry]) -> pa.RecordBatch:
+    ids = pa.array([entry.id for entry in batch], pa.string())
+    rows = pa.array([entry.row for entry in batch], pa.binary())
+    problems = pa.array([entry.problem for entry in batch], pa.string())
+    return pa.record_batch([ids, rows, problems], schema=SCHEMA)
+
+
+def _feed(digest: blake2b, batch: list[Entry]) -> None:
+    """Add ids and rows, each after its length, so that no two inputs read alike."""
+    for entry in batch:
+        name = entry.id.encode()
+        digest.update(b"%d %d " % (len(name), len(entry.row)) + name + entry.row)
+
+
+def spill(spec: InputSpec, target: Path, columns: Collection[str]) -> InputSummary:
+    """Read and check an input and write its items to a store.
+
+    It blocks: from a coroutine call it through `asyncio.to_thread`. Rows are read one by one;
+    memory grows with the number of ids only (about 100 bytes each, to find repeated ones).
+
+    Args:
+        spec: What to read.
+        target: The store's path; its folder must exist. A store that stands there is replaced.
+        columns: Columns that the task needs.
+
+    Returns:
+        What was found.
+
+    Raises:
+        InputError: The input cannot be read, or its rows do not fit; nothing was written.
+        MissingExtraError: An extra is needed and not installed; nothing was written.
+        LedgerError: The store cannot be written.
+    """
+    needed = {*columns, *(name for name in (spec.id, spec.smiles) if name is not None)}
+    write_store(target, Screen(spec, open_source(spec, needed), columns))
+    with ItemStore(target) as store:
+        return store.summary()

@@ -1,17 +1,20 @@
-"""Rows of Parquet files, batch by batch."""
+"""Csv, tsv, smi, jsonl, parquet, folders of texts."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import InputError
 from ..core.types import Json, Row
-from .lines import unreadable
+from .lines import MAX_LINE_BYTES, decode, numbered, unreadable, whole_text
 
 _BATCH_ROWS: Final = 256
 _AS_THEY_ARE: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
@@ -109,3 +112,284 @@ def _cells(column: pa.Array[Any]) -> list[Json]:
     elif pa.types.is_float16(column.type):
         column = column.cast(pa.float32())
     return column.to_pylist()
+
+
+SUFFIXES: Final = (".txt", ".md")
+
+
+def text_files(folder: Path) -> list[Path]:
+    """Find the texts of a folder and its subfolders; hidden ones are left out.
+
+    Args:
+        folder: The folder; links to other folders are not followed.
+
+    Returns:
+        Paths relative to the folder, sorted.
+
+    Raises:
+        InputError: The folder cannot be read, or holds no .txt or .md file.
+    """
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(place).relative_to(folder)
+        found += [inside / name for name in files if _is_text(name)]
+    if not found:
+        raise InputError(
+            f"the folder {folder} holds no .txt or .md file; input.path must name a folder of "
+            "texts, or a csv, tsv, jsonl, parquet or smi file"
+        )
+    return sorted(found)
+
+
+def read_folder(folder: Path, files: list[Path]) -> Iterator[tuple[int, Row]]:
+    """Read one text after the other.
+
+    Args:
+        folder: The folder.
+        files: Paths relative to it.
+
+    Yields:
+        The file's position in ``files``, and a row of ``file`` (relative path) and ``text``.
+
+    Raises:
+        InputError: A file cannot be read, is empty, binary or no UTF-8.
+    """
+    for at, file in enumerate(files):
+        yield at, {"file": file.as_posix(), "text": whole_text(folder / file)}
+
+
+def _is_text(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
+
+
+def _refuse(error: OSError) -> None:
+    raise unreadable(Path(error.filename), error) from error
+
+
+_SHOWN: Final = 60
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+    """Read a file with one JSON object a line; empty lines are skipped.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The line's number (from 1), and the row.
+
+    Raises:
+        InputError: The file cannot be read or is no text, or a line is no JSON object.
+    """
+    for number, raw in numbered(path):
+        if not raw or raw.isspace():
+            continue
+        try:
+            row = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise _broken(path, number, raw, error) from error
+        if type(row) is not dict:
+            raise InputError(
+                f"{path}, line {number}: the row is no JSON object but {_kind(row)}"
+                f"{_array_hint(path, raw)}"
+            )
+        yield number, row
+
+
+def _broken(path: Path, number: int, raw: bytes, error: orjson.JSONDecodeError) -> InputError:
+    text = decode(path, number, raw)
+    start = max(0, error.pos - _SHOWN // 2)
+    hint = "; NaN is no JSON, write null" if "NaN" in text else _array_hint(path, raw)
+    return InputError(
+        f"{path}, line {number}: the row is no JSON: {error.msg} at character {error.pos + 1}, "
+        f"near {text[start : start + _SHOWN]!r}{hint}"
+    )
+
+
+def _array_hint(path: Path, raw: bytes) -> str:
+    if not raw.lstrip().startswith(b"["):
+        return "; each line must be one object, {...}"
+    return f"; of one array make one object a line with: jq -c '.[]' '{path}'"
+
+
+def _kind(value: object) -> str:
+    kinds = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+@dataclass(frozen=True, slots=True)
+class Splitter:
+    """Splits lines into records; a quoted cell may run over several lines.
+
+    Blanks around a quoted cell are no part of it. A quote inside an unquoted cell is plain text.
+
+    Attributes:
+        path: The file, for messages.
+        delimiter: ``","`` or a tab.
+    """
+
+    path: Path
+    delimiter: str
+
+    def records(self, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
+        """Split lines into records.
+
+        Args:
+            lines: Line numbers and lines without their ends.
+
+        Yields:
+            The number of the record's first line, and its cells.
+
+        Raises:
+            InputError: A quote is never closed, or text follows a closing quote.
+        """
+        for number, line in lines:
+            if '"' in line:
+                yield number, self._quoted(number, line, lines)
+            else:
+                yield number, line.split(self.delimiter)
+
+    def _quoted(self, number: int, line: str, lines: Iterator[tuple[int, str]]) -> list[str]:
+        cells: list[str] = []
+        at = 0
+        while True:
+            start = _past_blanks(line, at)
+            if line.startswith('"', start):
+                cell, number, line, at = self._cell(number, line, start + 1, lines)
+                cells.append(cell)
+                if at == len(line):
+                    return cells
+                if not line.startswith(self.delimiter, at):
+                    raise InputError(
+                        f"{self.path}, line {number}: text follows the closing quote of cell "
+                        f"{len(cells)}; write a quote inside a quoted cell twice"
+                    )
+            else:
+                end = line.find(self.delimiter, at)
+                if end < 0:
+                    return [*cells, line[at:]]
+                cells.append(line[at:end])
+                at = end
+            at += len(self.delimiter)
+
+    def _cell(
+        self, number: int, line: str, at: int, lines: Iterator[tuple[int, str]]
+    ) -> tuple[str, int, str, int]:
+        """Read a quoted cell from after its opening quote; return where it ended."""
+        parts: list[str] = []
+        opened, size = number, 0
+        while True:
+            end = line.find('"', at)
+            if end >= 0:
+                if not line.startswith('"', end + 1):
+                    parts.append(line[at:end])
+                    return "".join(parts), number, line, _past_blanks(line, end + 1)
+                parts.append(line[at : end + 1])
+                at = end + 2
+                continue
+            parts += line[at:], "\n"
+            size += len(line)
+            number, line = next(lines, (0, ""))
+            if not number or size > MAX_LINE_BYTES:
+                raise InputError(
+                    f"{self.path}, line {opened}: a quote opens here and is never closed; "
+                    "write a quote inside a quoted cell twice"
+                )
+            at = 0
+
+
+def _past_blanks(line: str, at: int) -> int:
+    while line.startswith(" ", at):
+        at += 1
+    return at
+
+
+_SMI_TITLES: Final = frozenset({"smiles", "canonical_smiles", "isomeric_smiles"})
+
+
+def read_delimited(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
+    """Read a csv or tsv file with a header.
+
+    Cells and names of columns are text without surrounding blanks; a column without a name is
+    called ``unnamed_N`` by its position from 0. Blank lines are skipped.
+
+    Args:
+        path: The file.
+        delimiter: ``","`` or a tab.
+
+    Yields:
+        The line on which the row begins (from 1), and the row.
+
+    Raises:
+        InputError: The file cannot be read or is no text, its header is faulty or without rows,
+            or a row has more or fewer cells than the header.
+    """
+    records = Splitter(path, delimiter).records(_text_lines(path))
+    full = ((line, cells) for line, cells in records if len(cells) > 1 or cells[0].strip())
+    line, cells = next(full, (0, []))
+    if not line:
+        raise InputError(f"{path} holds nothing but blanks; its first line must name the columns")
+    header = _header(path, line, cells, delimiter)
+    width = len(header)
+    for line, cells in full:
+        if len(cells) != width:
+            raise InputError(
+                f"{path}, line {line}: {len(cells)} cells, but the header names {width} columns; "
+                "put quotes around cells that contain the delimiter"
+            )
+        yield line, dict(zip(header, map(str.strip, cells), strict=True))
+
+
+def read_smi(path: Path) -> Iterator[tuple[int, Row]]:
+    """Read a smi file: on each line a SMILES, then optionally a name after white space.
+
+    Blank lines, lines that begin with ``#`` and a title line are skipped.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The line's number (from 1), and a row of ``smiles`` and ``name`` (``""`` when absent).
+
+    Raises:
+        InputError: The file cannot be read or is no text.
+    """
+    begun = False
+    for number, line in _text_lines(path):
+        parts = line.split(maxsplit=1)
+        if not parts or parts[0].startswith("#"):
+            continue
+        if begun or parts[0].lower() not in _SMI_TITLES:
+            yield number, {"smiles": parts[0], "name": parts[1].strip() if parts[1:] else ""}
+        begun = True
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    return ((number, decode(path, number, raw)) for number, raw in numbered(path))
+
+
+def _header(path: Path, line: int, cells: list[str], delimiter: str) -> list[str]:
+    names = [cell.strip() or f"unnamed_{at}" for at, cell in enumerate(cells)]
+    if any("\r" in name for name in names):
+        raise InputError(
+            f"{path}, line {line}: lines end with bare carriage returns; "
+            f"convert it with: tr '\\r' '\\n' < '{path}' > converted{path.suffix}"
+        )
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"{path}, line {line}: the header names {', '.join(map(repr, repeated))} twice; "
+            "give every column a name of its own"
+        )
+    if len(names) == 1:
+        _check_delimiter(path, line, names[0], delimiter)
+    return names
+
+
+def _check_delimiter(path: Path, line: int, name: str, delimiter: str) -> None:
+    for other, what in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
+        if other != delimiter and other in name:
+            raise InputError(
+                f"{path}, line {line}: the columns seem to be separated by {what}; a .csv file "
+                "needs commas, a .tsv file needs tabs"
+            )

@@ -1,24 +1,78 @@
-"""From an `InputSpec` to the source that it names."""
+"""Input_spec, needed_columns: read section input directly."""
 
 from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
+from ...configs.models import RunConfig
 from ..core.errors import InputError
+from ..core.templates import Template
 from ..core.types import Json, Row
-from .base import InputSpec
-from .datasets import open_dataset
-from .delimited import read_delimited, read_smi
-from .folder import read_folder, text_files
-from .jsonl import read_jsonl
+from .base import NCI, InputSpec, Source, at_line, did_you_mean, nci_file
 from .lines import unreadable
-from .messages import did_you_mean
-from .readers import read_parquet
-from .sources import Source, at_line
+from .readers import read_delimited, read_folder, read_jsonl, read_parquet, read_smi, text_files
+
+if TYPE_CHECKING:
+    pass
+
+
+_SHIPPED: Final = {
+    "molecules": ("molecules.csv", "mol_id"),
+    "abstracts": ("abstracts.jsonl", "id"),
+    "topics": ("topics.csv", "topic_id"),
+    "records": ("records.jsonl", "record_id"),
+}
+DATASETS: Final = (*_SHIPPED, NCI)
+"""Names that ``input.dataset`` may have."""
+
+
+def open_dataset(name: str) -> Source:
+    """Open a dataset.
+
+    Args:
+        name: One of `DATASETS`.
+
+    Returns:
+        The source.
+
+    Raises:
+        InputError: There is no such dataset.
+        MissingExtraError: The dataset comes with an extra that is not installed.
+    """
+    if name == NCI:
+        path = nci_file()
+        return Source(
+            f"dataset {name}",
+            partial(_nci_rows, path),
+            at_line(path),
+            id="mol_id",
+            drop_unparsable="smiles",
+        )
+    if name not in _SHIPPED:
+        hint = did_you_mean(name, DATASETS)
+        raise InputError(
+            f"input.dataset: there is no dataset {name!r}; there are {', '.join(DATASETS)}{hint}"
+        )
+    file, column = _SHIPPED[name]
+    return Source(f"dataset {name}", partial(_shipped_rows, file), at_line(Path(file)), id=column)
+
+
+def _shipped_rows(file: str) -> Iterator[tuple[int, Row]]:
+    read: Callable[[Path], Iterator[tuple[int, Row]]]
+    read = read_jsonl if file.endswith(".jsonl") else partial(read_delimited, delimiter=",")
+    with as_file(files("fanfold.configs") / "data" / file) as path:
+        yield from read(path)
+
+
+def _nci_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    for line, row in read_smi(path):
+        yield line, {"mol_id": row["name"], "smiles": row["smiles"]}
+
 
 _TEXT_FORMATS: Final[dict[str, Callable[[Path], Iterator[tuple[int, Row]]]]] = {
     ".csv": partial(read_delimited, delimiter=","),
@@ -129,3 +183,34 @@ def _memory_rows(items: Sequence[Mapping[str, Json]]) -> Iterator[tuple[int, Row
                 "of columns to values"
             )
         yield at, dict(item)
+
+
+def input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> InputSpec:
+    """Return where the items come from; pasted ``items`` take the place of what is configured.
+
+    Pasted items are named by the configured id column if any of them has it.
+    """
+    given = config.input
+    if items is None:
+        return InputSpec(
+            path=Path(given.path) if given.path else None,
+            dataset=given.dataset,
+            id=given.id,
+            limit=given.limit,
+            on_duplicate=given.on_duplicate,
+            smiles=given.smiles,
+        )
+    named = any(isinstance(item, Mapping) and given.id in item for item in items)
+    return InputSpec(
+        items=items,
+        id=given.id if named else None,
+        limit=given.limit,
+        on_duplicate=given.on_duplicate,
+        smiles=given.smiles,
+    )
+
+
+def needed_columns(config: RunConfig) -> tuple[str, ...]:
+    """Return the columns that the prompt and the reduce stages show, each once."""
+    shown = [name for stage in config.reduce for name in getattr(stage, "show", ())]
+    return tuple(dict.fromkeys([*Template.parse(config.task.prompt).columns, *shown]))

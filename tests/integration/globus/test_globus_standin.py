@@ -18,7 +18,7 @@ from globus_compute_sdk import Client, Executor
 from globus_compute_sdk.errors import TaskExecutionFailed
 from globus_compute_sdk.serialize import ComputeSerializer, JSONData
 
-from fanfold.backends.inputs.messages import did_you_mean
+from fanfold.backends.inputs.base import did_you_mean
 from fanfold.tests.integration.globus.endpoint import THREADS, UserEndpoint
 from fanfold.tests.integration.globus.fixtures import MakeExecutor, StartEndpoint
 from fanfold.tests.integration.globus.service import GlobusService

@@ -7,8 +7,7 @@ import pytest
 
 from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.base import InputSpec
-from fanfold.backends.inputs.item_store import ItemStore
-from fanfold.backends.inputs.spill import spill
+from fanfold.backends.inputs.item_store import ItemStore, spill
 
 
 @pytest.fixture

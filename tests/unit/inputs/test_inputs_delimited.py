@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.base import InputSpec
-from fanfold.backends.inputs.quoting import Splitter
+from fanfold.backends.inputs.readers import Splitter
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]
@@ -130,7 +130,7 @@ def test_a_line_without_end_is_refused(
 def test_an_endless_quoted_cell_is_refused(
     put: Put, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fanfold.backends.inputs.quoting.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("fanfold.backends.inputs.readers.MAX_LINE_BYTES", 100)
     with pytest.raises(InputError, match="line 2: a quote opens here and is never closed"):
         load(InputSpec(path=put("a.csv", 'x\n"' + "y\n" * 200 + '"\n')))
 

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.base import InputSpec, Skipped
-from fanfold.backends.inputs.naming import Namer
-from fanfold.backends.inputs.sources import Source, id_text
-from fanfold.backends.inputs.spill import spill
+from fanfold.backends.inputs.base import InputSpec, Skipped, Source, id_text
+from fanfold.backends.inputs.item_store import spill
+from fanfold.backends.inputs.screening import Namer
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]

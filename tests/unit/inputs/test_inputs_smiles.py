@@ -9,7 +9,7 @@ import pytest
 from fanfold.backends.core.errors import InputError, MissingExtraError
 from fanfold.backends.core.types import Item, Row
 from fanfold.backends.inputs.base import InputSpec
-from fanfold.backends.inputs.spill import spill
+from fanfold.backends.inputs.item_store import spill
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]

@@ -15,9 +15,14 @@ from hypothesis import strategies as st
 from fanfold.backends.core.errors import InputError, LedgerError
 from fanfold.backends.core.types import Item, Json
 from fanfold.backends.inputs.base import InputSpec
-from fanfold.backends.inputs.item_store import ItemStore
-from fanfold.backends.inputs.layout import SCHEMA, SUMMARY_KEY, VERSION_KEY, Header
-from fanfold.backends.inputs.spill import spill
+from fanfold.backends.inputs.item_store import (
+    SCHEMA,
+    SUMMARY_KEY,
+    VERSION_KEY,
+    Header,
+    ItemStore,
+    spill,
+)
 
 Put = Callable[[str, str | bytes], Path]
 
