@@ -12,7 +12,7 @@ from ..backends.accounts.folder import open_folder
 from ..backends.cluster.chain import Chain, Job, chain_file
 from ..backends.cluster.hours import spent
 from ..backends.cluster.schedulers import Scheduler, State, Used, scheduler
-from ..backends.cluster.shares import Share
+from ..backends.cluster.utilization import Share
 from ..backends.core.errors import FanfoldError
 from .useful import last_sign, share_of
 

@@ -95,7 +95,7 @@ def pack(
     ] = None,
 ) -> None:
     """Write one archive of this Python with its packages, to unpack on nodes."""
-    from ..backends.cluster.pack import pack as pack_pack
+    from ..backends.cluster.environment import pack as pack_pack
 
     packed = pack_pack(target, without or [])
     say(

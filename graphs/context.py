@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from ..backends.accounts.folder import RunFolder, is_run, is_vacant, open_folder, run_ids
 from ..backends.build import open_fleet, serving
+from ..backends.cluster.walltime import Walltime
 from ..backends.core.aio import Shared
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import Amount
@@ -37,7 +38,6 @@ from .requests import Request, RequestPolicy
 from .resume import resume_run
 from .settings import settle
 from .spending import allow, lower_allowed, shortfall
-from .walltime import Walltime
 from .worker import work_shard
 
 

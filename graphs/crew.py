@@ -16,6 +16,7 @@ from typing import Any, Final
 import orjson
 
 from ..backends.accounts.ledger import Ledger
+from ..backends.cluster.walltime import Walltime, walltime
 from ..backends.core.errors import ConfigurationError, LedgerError
 from ..backends.core.messages import Order, Summary, own_version
 from ..backends.core.types import Item, Shard
@@ -33,7 +34,6 @@ from .lending import Lender
 from .signs import LOOKS, Signs, beat_file, stop_file
 from .spending import Spending
 from .terms import Terms
-from .walltime import Walltime, walltime
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from ..backends.accounts.book import Shelf
 from ..backends.accounts.folder import RunFolder, run_ids
 from ..backends.accounts.ledger import Ledger
 from ..backends.build import open_fleet
+from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import FREE, Held
 from ..backends.core.types import Item
@@ -44,7 +45,7 @@ from .opened import OpenedRun, accounted, reported, reports_of
 from .signs import end_earlier
 from .spending import Spending, spending
 from .terms import crew_terms
-from .walltime import Walltime, closing
+from .walltime import closing
 
 
 @dataclass(frozen=True, slots=True)

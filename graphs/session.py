@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ..backends.accounts.cost import Cost
 from ..backends.accounts.folder import RunFolder, now, run_ids
+from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import (
     BUDGET,
     DONE,
@@ -38,7 +39,6 @@ from .opened import OpenedRun
 from .plan import UNBOUNDED
 from .saver import open_saver
 from .stopping import Stop, stoppable
-from .walltime import Walltime
 
 logger = logging.getLogger(__name__)
 

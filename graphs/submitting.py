@@ -15,7 +15,7 @@ from ..backends.cluster.chain import ChainFile, chain_file
 from ..backends.cluster.on_nodes import launch_script, node_script, worker_script
 from ..backends.cluster.plan import JobPlan
 from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
-from ..backends.cluster.script import job_script
+from ..backends.cluster.scripts import job_script
 from ..backends.cluster.verdict import PATIENCE
 from ..backends.core.errors import ConfigurationError, SiteError
 from ..backends.core.permissions import untrusted_reason

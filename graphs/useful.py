@@ -11,9 +11,9 @@ from ..backends.accounts.folder import RunFolder, run_ids
 from ..backends.accounts.journal import Source, scan
 from ..backends.cluster.calls import Items, by_job, calls_of, levels
 from ..backends.cluster.hours import Spent
-from ..backends.cluster.shares import JobTime, Share, useful_share
+from ..backends.cluster.server_times import Served, served
+from ..backends.cluster.utilization import JobTime, Share, useful_share
 from ..backends.cluster.verdict import DONE, FAILURES
-from ..backends.server_times import Served, served
 from ..configs.load import peek
 from ..configs.source import at_path
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from .shares import Stretch
+from .utilization import Stretch
 
 
 class Call(NamedTuple):

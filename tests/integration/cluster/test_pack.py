@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.cluster.pack import pack
+from fanfold.backends.cluster.environment import pack
 from fanfold.backends.core.errors import ConfigurationError
 
 NEEDED = {  # of what is run below; all packages would take a minute

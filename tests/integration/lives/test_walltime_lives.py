@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from fanfold.backends.accounts.folder import open_folder
+from fanfold.backends.cluster.walltime import Walltime
 from fanfold.backends.core.errors import RunStoppedError
 from fanfold.configs.load import load
 from fanfold.graphs import worker
 from fanfold.graphs.context import RunContext
 from fanfold.graphs.map_reduce import build
-from fanfold.graphs.walltime import Walltime
 
 pytestmark = pytest.mark.integration
 

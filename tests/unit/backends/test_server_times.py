@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.cluster.shares import JobTime, Stretch, useful_share
+from fanfold.backends.cluster.server_times import Served, served
+from fanfold.backends.cluster.utilization import JobTime, Stretch, useful_share
 from fanfold.backends.core.errors import LedgerError
-from fanfold.backends.server_times import Served, served
 
 
 def line(at: float, event: str, instance: int | None = None, **what: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from fanfold.backends.cluster.on_nodes import launch_script, node_script, worker_script
 from fanfold.backends.cluster.plan import JobPlan
-from fanfold.backends.cluster.script import clock, job_script
+from fanfold.backends.cluster.scripts import clock, job_script
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.site import load_site, site_names
 from fanfold.graphs.submitting import seconds

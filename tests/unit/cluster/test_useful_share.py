@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.cluster.calls import Call, by_job, calls_of, levels
-from fanfold.backends.cluster.shares import CAUSES, JobTime, Share, State, Stretch, useful_share
+from fanfold.backends.cluster.utilization import (
+    CAUSES,
+    JobTime,
+    Share,
+    State,
+    Stretch,
+    useful_share,
+)
 
 NOTHING = dict.fromkeys(CAUSES, 0.0)
 

@@ -6,9 +6,9 @@ import io
 import pytest
 from rich.console import Console
 
+from fanfold.backends.cluster.walltime import Walltime
 from fanfold.backends.core.errors import RunStoppedError
 from fanfold.graphs.stopping import Stop
-from fanfold.graphs.walltime import Walltime
 from fanfold.nodes.gate import Gate
 
 

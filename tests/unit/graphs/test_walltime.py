@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 
+from fanfold.backends.cluster.walltime import Walltime, walltime
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.configs.load import load
 from fanfold.configs.models import LimitsConfig
 from fanfold.graphs.attending import StopSign
-from fanfold.graphs.walltime import Walltime, closing, walltime, within
+from fanfold.graphs.walltime import closing, within
 from fanfold.nodes.gate import Gate
 
 NOW = Walltime(0.0, 0.0, "walltime: over")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from .cluster.shares import State, Stretch
-from .core.errors import LedgerError
-from .servers.record import read_record, times_of
+from ..core.errors import LedgerError
+from ..servers.record import read_record, times_of
+from .utilization import State, Stretch
 
 _SILENT_S: Final = 90.0
 """So long a node may say nothing and be well: it says so once a minute."""
