@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import open_folder
-from ..backends.cluster.chain import Chain, Job, chain_file
-from ..backends.cluster.hours import spent
+from ..backends.cluster.chain import Chain, Job, chain_file, spent
 from ..backends.cluster.schedulers import Scheduler, State, Used, scheduler
 from ..backends.cluster.utilization import Share
 from ..backends.core.errors import FanfoldError

@@ -8,18 +8,21 @@ from typing import Final
 
 from ..backends.accounts.folder import RunFolder, open_folder, run_ids
 from ..backends.accounts.ledger import Ledger
-from ..backends.cluster.chain import Chain, ChainFile, Job, chain_file
-from ..backends.cluster.schedulers import refusal, scheduler
-from ..backends.cluster.verdict import (
+from ..backends.cluster.chain import (
     BUDGET,
     DONE,
     FAILURES,
     INTERRUPTED,
     NOTHING_TO_DO,
     USAGE,
+    Chain,
+    ChainFile,
+    Job,
     Verdict,
+    chain_file,
     verdict,
 )
+from ..backends.cluster.schedulers import refusal, scheduler
 from ..backends.core.errors import ConfigurationError, SiteError
 from ..backends.servers.parting import last_words
 from .saying import say

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, is_vacant, open_folder, write_bytes
-from ..backends.cluster.chain import ChainFile, chain_file
-from ..backends.cluster.on_nodes import launch_script, node_script, worker_script
-from ..backends.cluster.plan import JobPlan
+from ..backends.cluster.chain import PATIENCE, ChainFile, chain_file
 from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
-from ..backends.cluster.scripts import job_script
-from ..backends.cluster.verdict import PATIENCE
+from ..backends.cluster.scripts import (
+    JobPlan,
+    job_script,
+    launch_script,
+    node_script,
+    worker_script,
+)
 from ..backends.core.errors import ConfigurationError, SiteError
 from ..backends.core.permissions import untrusted_reason
 from ..backends.node import starts_servers

@@ -9,11 +9,18 @@ from typing import Any, Final
 
 from ..backends.accounts.folder import RunFolder, run_ids
 from ..backends.accounts.journal import Source, scan
-from ..backends.cluster.calls import Items, by_job, calls_of, levels
-from ..backends.cluster.hours import Spent
-from ..backends.cluster.server_times import Served, served
-from ..backends.cluster.utilization import JobTime, Share, useful_share
-from ..backends.cluster.verdict import DONE, FAILURES
+from ..backends.cluster.chain import DONE, FAILURES, Spent
+from ..backends.cluster.utilization import (
+    Items,
+    JobTime,
+    Served,
+    Share,
+    by_job,
+    calls_of,
+    levels,
+    served,
+    useful_share,
+)
 from ..configs.load import peek
 from ..configs.source import at_path
 

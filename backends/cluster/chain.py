@@ -1,8 +1,4 @@
-"""The chain: one JSON line for everything that happened to the jobs of a run.
-
-Jobs write it one after another, and ``fanfold submit`` and ``cancel`` beside them; each line is
-one append, so that no two of them mix.
-"""
+"""Job chain: event log, whether another job follows, node-hours."""
 
 from __future__ import annotations
 
@@ -17,6 +13,7 @@ import orjson
 
 from ..core.errors import LedgerError
 from ..core.types import Json
+from .schedulers import State, Used
 
 VERSION: Final = 1
 
@@ -234,3 +231,174 @@ def now() -> str:
 def seconds_between(begin: str, end: str) -> float:
     """Return the seconds from one ISO 8601 time to another."""
     return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What one job used, so far if it has not ended.
+
+    Attributes:
+        job: The job.
+        nodes: Its nodes; on average, where it lost some.
+        begin: When fanfold began in it, in seconds since 1970.
+        end: Until when it is counted from there.
+        before_s: Seconds that the scheduler counts besides: until fanfold began, and after its end.
+        by_scheduler: Whether the scheduler says so; else it is the chain's own times.
+    """
+
+    job: Job
+    nodes: float
+    begin: float
+    end: float
+    before_s: float
+    by_scheduler: bool
+
+    @property
+    def node_s(self) -> float:
+        """Return the node-seconds."""
+        return self.nodes * (self.end - self.begin + self.before_s)
+
+
+def spent(
+    chain: Chain,
+    used: Mapping[str, Used],
+    states: Mapping[str, State],
+    now: float,
+    sign: float | None = None,
+) -> list[Spent]:
+    """Return what each job that has begun used.
+
+    One that has not ended counts until now if it runs; else it was lost, or nobody knows, and it
+    counts until the last sign of life. Without any it is left out. So is one that had not ended
+    when the folder was copied from that of another run, to which it belongs.
+
+    Args:
+        chain: The chain.
+        used: The scheduler's numbers, by job, as far as it has them.
+        states: What the scheduler says of jobs that have not ended.
+        now: The present time, in seconds since 1970.
+        sign: When anybody of the run was last heard of.
+    """
+    found = []
+    for job in chain.jobs:
+        if job.began is None or (job.foreign and job.ended is None):
+            continue
+        begin, end = _seconds(job.began), _end(job, states.get(job.id), now, sign)
+        own, wall = used.get(job.id), None
+        if end is not None:
+            wall = min(max(0.0, end - begin), float(job.walltime_s))
+        if own is not None and own.wall_s > 0:
+            inside = own.wall_s if wall is None else min(wall, own.wall_s)
+            before = own.wall_s - inside
+            nodes = own.node_s / own.wall_s
+            found.append(Spent(job, nodes, begin, begin + inside, before, by_scheduler=True))
+        elif wall is not None:
+            found.append(Spent(job, job.nodes, begin, begin + wall, 0.0, by_scheduler=False))
+    return found
+
+
+def _end(job: Job, state: State | None, now: float, sign: float | None) -> float | None:
+    if job.ended is not None:
+        return _seconds(job.ended)
+    return now if state == "running" else sign
+
+
+def _seconds(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()
+
+
+DONE, USAGE, FAILURES, BUDGET, INTERRUPTED = 0, 2, 3, 4, 5
+"""Exit codes of a run that the chain knows."""
+
+NOTHING_TO_DO: Final = 10
+"""Exit code of ``chain begin``: this job has nothing to do, and none follows."""
+
+PATIENCE: Final = 2
+"""So many jobs in a row end a chain that finish no item, or lose all their model servers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a chain goes on.
+
+    Attributes:
+        on: Whether another job follows.
+        why: The reason, as a message.
+    """
+
+    on: bool
+    why: str
+
+
+def verdict(chain: Chain, open_items: int) -> Verdict:
+    """Say whether another job should follow the jobs so far.
+
+    Args:
+        chain: The chain; the last job that began has ended or is about to.
+        open_items: Items that are not finished.
+    """
+    if chain.halted is not None:
+        return Verdict(False, chain.halted)
+    if open_items == 0:
+        return Verdict(False, "all items are finished")
+    last = _last(chain)
+    if last is not None and (why := _final(last)) is not None:
+        return Verdict(False, why)
+    if (idle := _without_progress(chain)) >= PATIENCE:
+        lost = " or lost all their model servers" if last is not None and last.unserved else ""
+        return Verdict(
+            False,
+            f"{idle} jobs in a row finished no item{lost}; see the logs beside the chain's file, "
+            "mend it, then submit the run folder again",
+        )
+    if (why := _spent(chain)) is not None:
+        return Verdict(False, why)
+    return Verdict(True, f"{open_items:,} items remain")
+
+
+def _last(chain: Chain) -> Job | None:
+    return next((job for job in reversed(chain.recent) if job.began is not None), None)
+
+
+def _final(job: Job) -> str | None:
+    """Return why a job's exit code ends the chain, or None."""
+    if job.code in (DONE, FAILURES):
+        return "the run is finished"
+    if job.code == USAGE:
+        return f"job {job.id} ended with a wrong setting (exit code 2); its log says which"
+    if job.code == BUDGET:
+        return "the run's budget is spent (exit code 4)"
+    return None
+
+
+def _without_progress(chain: Chain) -> int:
+    """Return how many of the last jobs in a row ended without an item, or without servers.
+
+    Servers that are given up time and again cost a job each; a few items do not make up for it.
+    """
+    count = 0
+    for job in reversed(chain.recent):
+        if job.began is None or job.ended is None:
+            continue
+        if job.progress > 0 and not job.unserved:
+            break
+        count += 1
+    return count
+
+
+def _spent(chain: Chain) -> str | None:
+    """Return which bound of the chain is reached, or None."""
+    most, hours = chain.terms.get("jobs"), chain.terms.get("node_hours")
+    begun = [job for job in chain.recent if job.began is not None]
+    if most is not None and len(begun) >= most:
+        return f"the chain has had its {most} jobs (--jobs)"
+    if hours is None or not begun:
+        return None
+    used = sum(job.nodes * job.wall_s for job in begun) / 3600
+    due = chain.recent[-1].nodes * chain.recent[-1].walltime_s / 3600
+    if used + due > hours:
+        return (
+            f"{used:.2f} of {hours:g} node-hours are used (--node-hours), and one more job may "
+            f"take {due:.2f}"
+        )
+    return None

@@ -1,15 +1,230 @@
-"""Job scripts: what a scheduler runs, written to be read and edited."""
+"""Job, node, launcher and worker scripts from a site and a plan."""
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-from ...configs.site import fill
-from .on_nodes import ARCHIVE, ENVIRONMENT, assigned, every_s, filled, launcher, text
-from .plan import JobPlan
-from .verdict import NOTHING_TO_DO
+from ...configs.site import SiteConfig, fill
+from ..core.errors import ConfigurationError
+from .chain import NOTHING_TO_DO
+
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_./+=@,:-]+")
+_MINUTE: Final = 60
+_MOST_RESERVE: Final = 0.2
+"""At most this share of a job is kept for stopping; trials have jobs of a minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """What a job of a chain is.
+
+    Attributes:
+        run: The run folder, absolute.
+        name: The run's name.
+        command: How fanfold is started, e.g. ``[python, -m, fanfold]``.
+        site: The site.
+        nodes: Nodes of the job.
+        walltime_s: Most seconds of the job.
+        drain_s: Seconds that a stop waits for items in flight.
+        serves: Whether the job starts model servers on its nodes.
+        works: Whether the coordinator starts workers on them.
+        queue: Queue, partition or quality of service.
+        account: Account or project.
+        archive: An environment by ``fanfold pack`` to copy to the nodes, absolute.
+    """
+
+    run: Path
+    name: str
+    command: Sequence[str]
+    site: SiteConfig
+    nodes: int
+    walltime_s: int
+    drain_s: float
+    serves: bool
+    works: bool = False
+    queue: str | None = None
+    account: str | None = None
+    archive: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of scripts, logs and servers."""
+        return self.run / "cluster"
+
+    @property
+    def on_nodes(self) -> bool:
+        """Say whether fanfold itself runs on the nodes."""
+        return self.serves or self.works
+
+    @property
+    def reserve_s(self) -> int:
+        """Return the seconds that are kept at the job's end."""
+        return min(self.site.reserve_s, int(self.walltime_s * _MOST_RESERVE))
+
+    @property
+    def warning_s(self) -> int:
+        """Return how many seconds before its end the scheduler signals the job."""
+        return min(self.reserve_s + int(self.drain_s), self.walltime_s // 2)
+
+    def check(self) -> None:
+        """Check what the site asks for and the scheduler's lines can hold.
+
+        Raises:
+            ConfigurationError: An option is missing, or holds what a scheduler cannot read.
+        """
+        for option in self.site.required:
+            if getattr(self, option) is None:
+                msg = f"site {self.site.name} needs --{option}; your allocation says which"
+                raise ConfigurationError(msg)
+        if self.archive is not None and self.site.broadcast is None:
+            msg = f"--pack: site {self.site.name} has no 'broadcast' line to copy it to the nodes"
+            raise ConfigurationError(msg)
+        given = {"--out": str(self.run), "--queue": self.queue, "--account": self.account}
+        for name, text in given.items():
+            if text is not None and not _PLAIN.fullmatch(text):
+                msg = f"{name} {text!r}: schedulers read only letters, digits and _./+=@,:- there"
+                raise ConfigurationError(msg)
+        if self.walltime_s < _MINUTE:
+            raise ConfigurationError(
+                f"--walltime: {self.walltime_s} s; a job takes a minute at least"
+            )
+
+
+ARCHIVE: Final = "archive.tar.gz"
+"""Name of the archive in the folder that a job makes on each node."""
+ENVIRONMENT: Final = "environment"
+"""Name of the folder beside it into which it is unpacked."""
+
+_CHECK: Final = """\
+# Nothing is run from a folder that others can write, or in whose place they can put their own.
+private() {
+  [ ! -L "$1" ] && [ -O "$1" ] && [[ $(stat -c %A "$1") == drwx--[-S]---* ]] &&
+    [[ $(stat -c %u%A "$1/..") == @(0|$(id -u))d@(????-??-?|????????[tT])* ]]
+}
+private "$copied" || {
+  echo "$(hostname): $copied: others can write or replace this folder; nothing is run from it"
+  echo "name another folder of the node by 'local' in a site file"
+  exit 1
+} >&2
+"""
+
+
+def node_script(plan: JobPlan) -> str:
+    """Return the script that the launcher starts on each node."""
+    host = f' --host "{plan.site.host}"' if plan.site.host else ""
+    return text(
+        "#!/bin/bash",
+        f"# On each node of a job of the run {plan.name!r}: serve the model until SIGUSR2.",
+        "trap '' USR1   # the scheduler's warning is for the coordinator, not for servers",
+        "serve= asked=",
+        'trap \'asked=1; [ -z "$serve" ] || kill -TERM "$serve" 2>/dev/null\' USR2 TERM',
+        assigned("run", str(plan.run)),
+        *_unpacking(plan),
+        f'"${{fanfold[@]}}" serve "$run" --servers "$run/cluster/servers"{host} &',
+        'serve=$!; [ -z "$asked" ] || kill -TERM "$serve"',
+        *(_watching(plan) if plan.site.scheduler == "slurm" else ()),
+        'while kill -0 "$serve" 2>/dev/null; do wait "$serve"; done',
+        *(('kill "$watch" 2>/dev/null',) if plan.site.scheduler == "slurm" else ()),
+        *_ending(plan),
+    )
+
+
+def _unpacking(plan: JobPlan) -> Iterator[str]:
+    if plan.archive is None:
+        yield f"fanfold=({shlex.join(plan.command)})"
+        return
+    yield from _unpacked()
+    yield f'fanfold=("$copied/{ENVIRONMENT}/bin/fanfold")'
+
+
+def _unpacked() -> Iterator[str]:
+    """Unpack the node's copy unless a server or a worker beside this one has done so."""
+    yield "copied=${FANFOLD_COPY%/*}"
+    yield _CHECK.rstrip()
+    yield "("
+    yield "  flock 9"
+    yield f'  [ -e "$copied/whole" ] || {{ mkdir -p "$copied/{ENVIRONMENT}" &&'
+    yield f'    tar -xzf "$FANFOLD_COPY" --no-same-owner -C "$copied/{ENVIRONMENT}" &&'
+    yield '    touch "$copied/whole"; }'
+    yield ') 9> "$copied/lock" || exit 1'
+
+
+def _ending(plan: JobPlan) -> Iterator[str]:
+    if plan.archive is not None and not plan.works:  # workers go on from the copy
+        yield 'rm -rf "$copied"'
+    yield "exit 0   # some launchers end all nodes when one fails; the others go on serving"
+
+
+def every_s(plan: JobPlan) -> int:
+    """Return the seconds between two signs of life, and between two looks for them."""
+    return max(1, plan.site.silence_s // 10)
+
+
+def _watching(plan: JobPlan) -> Iterator[str]:
+    yield "# Slurm keeps a job whose first node is lost until its walltime: this node ends it."
+    yield "("
+    yield "  silent=0"
+    yield '  while [ "$silent" -lt 2 ]; do'
+    yield f"    sleep {every_s(plan)}"
+    yield '    seen=$(stat -c %Y "$run/cluster/alive") || continue   # it does not answer now'
+    yield "    age=$(($(date +%s) - seen))"
+    yield f'    [ "$age" -gt {plan.site.silence_s} ] && silent=$((silent + 1)) || silent=0'
+    yield "  done"
+    yield f"  sleep $((RANDOM % {every_s(plan)}))   # not all nodes at once"
+    yield '  echo "the first node of job $SLURM_JOB_ID is silent: the job is ended"'
+    yield '  scancel "$SLURM_JOB_ID"'
+    yield ") &"
+    yield "watch=$!"
+
+
+def launch_script(plan: JobPlan) -> str:
+    """Return the script by which the coordinator starts a program on each node."""
+    return text(
+        "#!/bin/bash",
+        f"# Starts a program on each node of a job of the run {plan.name!r}: FANFOLD_LAUNCHER.",
+        f'exec {launcher(plan)} bash {plan.folder}/worker.sh "$@"',
+    )
+
+
+def launcher(plan: JobPlan) -> str:
+    """Return what starts one process on each node."""
+    return fill(plan.site.launcher, filled(plan, "$FANFOLD_COPY"))
+
+
+def filled(plan: JobPlan, copy: str) -> dict[str, object]:
+    """Return what a site's lines may name, with the path of the environment's copy."""
+    archive = shlex.quote(str(plan.archive)) if plan.archive is not None else ""
+    return {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": plan.site.local}
+
+
+def worker_script(plan: JobPlan) -> str:
+    """Return the script that becomes the program on each node."""
+    # the name by which 'fanfold serve' knows the node, or its servers would be started twice
+    host = (f'export FANFOLD_HOST="{plan.site.host}"',) if plan.site.host else ()
+    return text(
+        "#!/bin/bash",
+        f"# On each node of a job of the run {plan.name!r}: becomes one of its workers.",
+        "trap '' USR1 USR2   # these are for the coordinator and the servers",
+        *host,
+        *(_unpacked() if plan.archive is not None else ()),
+        'exec "$@"',
+    )
+
+
+def assigned(name: str, value: str) -> str:
+    """Return a shell assignment."""
+    return f"{name}={shlex.quote(value)}"
+
+
+def text(*lines: str) -> str:
+    """Return lines as a file's text."""
+    return "\n".join(lines) + "\n"
+
 
 _STOP_S: Final = 30
 """So long servers have for ending; fanfold serve gives each of them 20 s."""

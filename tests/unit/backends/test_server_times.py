@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.cluster.server_times import Served, served
-from fanfold.backends.cluster.utilization import JobTime, Stretch, useful_share
+from fanfold.backends.cluster.utilization import JobTime, Served, Stretch, served, useful_share
 from fanfold.backends.core.errors import LedgerError
 
 

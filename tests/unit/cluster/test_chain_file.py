@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.cluster.chain import Chain, ChainFile
-from fanfold.backends.cluster.verdict import verdict
+from fanfold.backends.cluster.chain import Chain, ChainFile, verdict
 from fanfold.backends.core.errors import LedgerError
 
 

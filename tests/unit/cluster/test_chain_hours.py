@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from fanfold.backends.cluster.chain import Chain, Job
-from fanfold.backends.cluster.hours import spent
+from fanfold.backends.cluster.chain import Chain, Job, spent
 from fanfold.backends.cluster.schedulers import State, Used
 
 

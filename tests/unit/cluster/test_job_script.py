@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.cluster.on_nodes import launch_script, node_script, worker_script
-from fanfold.backends.cluster.plan import JobPlan
-from fanfold.backends.cluster.scripts import clock, job_script
+from fanfold.backends.cluster.scripts import (
+    JobPlan,
+    clock,
+    job_script,
+    launch_script,
+    node_script,
+    worker_script,
+)
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.site import load_site, site_names
 from fanfold.graphs.submitting import seconds

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.cluster.on_nodes import node_script
-from fanfold.backends.cluster.scripts import job_script
+from fanfold.backends.cluster.scripts import job_script, node_script
 
 from .test_job_script import plan
 

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.cluster.calls import Call, by_job, calls_of, levels
 from fanfold.backends.cluster.utilization import (
     CAUSES,
+    Call,
     JobTime,
     Share,
     State,
     Stretch,
+    by_job,
+    calls_of,
+    levels,
     useful_share,
 )
 
