@@ -19,8 +19,8 @@ from .fleet.membership import FileSource
 from .fleet.sources import parse_endpoints_file, trusted_key
 from .locate import Place, endpoint_specs, endpoints_key
 from .node import node_plan, serves_simulated, starts_servers, this_host
+from .servers.client import check_failure, used
 from .servers.plan import NodePlan
-from .servers.use import check_failure, used
 
 EXPLICIT: Final = "FANFOLD_ENDPOINTS"
 """Variable of a worker: base URLs of its node's endpoints, separated by blanks or commas."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from ..core.errors import LedgerError
-from ..servers.record import read_record, times_of
+from ..servers.events import read_record, times_of
 
 CAUSES: Final = ("start-up", "cold", "starved", "tail", "drain", "down")
 """Why a node that is paid for does not work at full batch, in the order of a job's life.

@@ -14,10 +14,10 @@ import time
 
 from ..core.errors import FanfoldError
 from ..core.terminal import escape_controls
-from .keeper import Orders
 from .lock import HostLock
 from .plan import NodePlan, files_of
 from .serve import serve_users
+from .supervisor import Orders
 
 _FAILED = 1
 

@@ -14,7 +14,7 @@ from ..core.errors import SiteError
 from .lock import HostLock
 from .plan import Files
 
-_WATCHER: Final = Path(__file__).with_name("watcher.py")
+_WATCHER: Final = Path(__file__).with_name("watchdog.py")
 
 
 class Guard:

@@ -15,9 +15,9 @@ from contextlib import suppress
 from typing import Final
 
 from ..core.parsing import Gauges, read_metrics
+from .events import Record
 from .look import fetch
 from .plan import NodePlan
-from .record import Record
 from .server import Server
 
 _METRICS: Final = "/metrics"

@@ -15,7 +15,7 @@ from typing import Final
 from ..core.errors import SiteError
 from .guard import Guard
 from .plan import ServerPlan
-from .watcher import alive
+from .watchdog import alive
 
 _GATE: Final = 'trap "" USR1 USR2; read -r _ && exec "$@" </dev/null'
 """Waits for a line before it becomes the server: if this process is killed before the watcher

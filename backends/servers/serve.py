@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from .keeper import Orders, keep
 from .lock import HostLock, Users, holder, linger_not, lingers, using
 from .plan import Files, NodePlan, files_of
+from .supervisor import Orders, keep
 
 _STANDBY_S: Final = 1.0
 _LOOK_S: Final = 1.0

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..core.errors import SiteError
+from .events import Record
 from .guard import Guard
 from .look import is_taken, look
 from .plan import NodePlan, ServerPlan, files_of
 from .process import ServerProcess
-from .record import Record
 
 _LONGEST_PAUSE_S: Final = 30.0
 _FIRST_LOOK_S: Final = 0.1

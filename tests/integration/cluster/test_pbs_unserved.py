@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.servers.record import read_record
+from fanfold.backends.servers.events import read_record
 
 from .conftest import Cluster, Trial, ended, served, until
 

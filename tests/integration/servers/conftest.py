@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.servers.keeper import Orders
+from fanfold.backends.servers.events import read_record
 from fanfold.backends.servers.plan import Files, NodePlan, ServerPlan, Watching, files_of
-from fanfold.backends.servers.record import read_record
 from fanfold.backends.servers.serve import serve
-from fanfold.backends.servers.watcher import alive
+from fanfold.backends.servers.supervisor import Orders
+from fanfold.backends.servers.watchdog import alive
 
 PLAIN = str(Path(__file__).with_name("plain.py"))
 QUICK = Watching(every_s=0.05, answer_s=5.0, out_s=0.1, dead_s=0.4, stop_s=5.0, pause_s=0.01)

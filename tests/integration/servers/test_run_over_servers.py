@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fanfold.backends.servers.record import server_seconds
+from fanfold.backends.servers.events import server_seconds
 from fanfold.configs.load import Loaded, load
 from fanfold.graphs.prepare import prepare_run
 from fanfold.graphs.session import RunOptions, execute

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fanfold.backends.servers.record import read_record
-from fanfold.backends.servers.watcher import alive
+from fanfold.backends.servers.events import read_record
+from fanfold.backends.servers.watchdog import alive
 from fanfold.graphs import cli
 
 from .conftest import PLAIN, free_port

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import SiteError
-from fanfold.backends.servers.keeper import Orders
+from fanfold.backends.servers.events import server_seconds
 from fanfold.backends.servers.lock import is_served
-from fanfold.backends.servers.record import server_seconds
 from fanfold.backends.servers.serve import serve
+from fanfold.backends.servers.supervisor import Orders
 
 from .conftest import Node, free_port, until
 

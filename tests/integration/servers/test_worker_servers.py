@@ -16,8 +16,8 @@ from rich.console import Console
 
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.backends.nearby import served_here
+from fanfold.backends.servers.client import used
 from fanfold.backends.servers.lock import holder, is_served
-from fanfold.backends.servers.use import used
 from fanfold.configs.load import Loaded, load
 from fanfold.graphs import worker
 from fanfold.graphs.prepare import prepare_run

@@ -7,12 +7,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.servers.record import (
-    Record,
-    ServerSeconds,
-    read_record,
-    server_seconds,
-)
+from fanfold.backends.servers.events import Record, ServerSeconds, read_record, server_seconds
 
 
 def line(at: float, event: str, instance: int | None = None, **what: Any) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ..core.errors import FanfoldError, SiteError
+from .events import Record
 from .guard import Guard, guarded
 from .listing import Listing
 from .load import LoadNotes
 from .lock import HostLock
 from .plan import NodePlan, files_of
-from .record import Record
 from .server import Desk, Server
 
 _ALIVE_S: Final = 60.0
