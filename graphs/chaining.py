@@ -24,7 +24,7 @@ from ..backends.cluster.chain import (
 )
 from ..backends.cluster.schedulers import refusal, scheduler
 from ..backends.core.errors import ConfigurationError, SiteError
-from ..backends.servers.parting import last_words
+from ..backends.servers.events import last_words
 from .saying import say
 
 _ENDS: Final = (DONE, FAILURES, USAGE, BUDGET)

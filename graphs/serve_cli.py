@@ -11,8 +11,7 @@ from ..backends.accounts.folder import open_folder
 from ..backends.core.errors import ConfigurationError
 from ..backends.node import node_plan, starts_servers
 from ..backends.servers.plan import NodePlan
-from ..backends.servers.serve import serve
-from ..backends.servers.supervisor import Orders
+from ..backends.servers.supervisor import Orders, serve
 from .saying import say
 from .wish import Wish
 

@@ -16,8 +16,7 @@ from ..core.errors import FanfoldError
 from ..core.terminal import escape_controls
 from .lock import HostLock
 from .plan import NodePlan, files_of
-from .serve import serve_users
-from .supervisor import Orders
+from .supervisor import Orders, serve_users
 
 _FAILED = 1
 

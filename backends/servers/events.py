@@ -1,26 +1,4 @@
-"""What happened to a node's servers: JSON lines, from which node-seconds can be told.
-
-``logs/HOST.jsonl`` in the servers folder, appended to by every process that serves the node. Each
-line has ``v`` (1), ``at`` (seconds since 1970), ``host`` and ``event``:
-
-=============  ==============================================================================
-``begin``      the node is served from now on: ``instances``, ``pid``
-``start``      a server is started: ``instance``, ``port``, ``pid``, ``restart`` (0: the first)
-``ready``      it is ready: ``instance``, ``seconds`` since its start
-``out``        its endpoint is taken out: ``instance``, ``why``
-``back``       its endpoint is put back without a restart: ``instance``
-``down``       it has ended, or is being ended: ``instance``, ``why``, ``seconds`` that it was up
-``given_up``   it is not started again: ``instance``, ``why``
-``alive``      once a minute: ``ready``, how many servers are
-``load``       what the servers work on, by their own counts, and what waits in them: ``running``
-               and ``waiting``, one number per instance; null: it did not say, its last word stands
-``end``        the node is served no more: ``why``
-=============  ==============================================================================
-
-A node that is lost writes no ``end``; it counts until its last line. Loads are noted when they
-change, and once a minute: with 12 servers some 10 kB an hour, at most 130 kB and 30 kB more in the
-first minutes, and nothing where servers have no such counts.
-"""
+"""Event log of a node's servers; last words."""
 
 from __future__ import annotations
 
@@ -157,3 +135,29 @@ def _one(lines: Iterable[Mapping[str, Any]], begin: float, end: float) -> tuple[
     if since is not None:
         up += end - since
     return (end if first is None else first) - begin, up
+
+
+_NODES: Final = 3
+_BYTES: Final = 8192
+_LINES: Final = 20
+
+
+def last_words(servers: Path, log: Path) -> list[str]:
+    """Return why no server was left: by the nodes, or else by the log of what started them.
+
+    Args:
+        servers: The servers folder.
+        log: What the processes that serve have said; blocks while it is read.
+    """
+    files = sorted((servers / "logs").glob("*.failed"))
+    lines = [line for file in files[:_NODES] for line in _text(file).splitlines()]
+    if len(files) > _NODES:
+        lines.append(f"… and {len(files) - _NODES:,} more nodes: {servers}/logs/*.failed")
+    return lines or [f"from {log}:", *_text(log)[-_BYTES:].splitlines()[-_LINES:]]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        return f"({file} cannot be read: {error.strerror})"

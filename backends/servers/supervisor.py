@@ -1,22 +1,158 @@
-"""Serving a node: all of its servers, its endpoints file and its record, until told to stop."""
+"""All servers of a node: start, watch, restart, publish, load samples."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from ..core.errors import FanfoldError, SiteError
+from ..core.parsing import Gauges, read_metrics
 from .events import Record
-from .guard import Guard, guarded
-from .listing import Listing
-from .load import LoadNotes
-from .lock import HostLock
-from .plan import NodePlan, files_of
-from .server import Desk, Server
+from .lock import Guard, HostLock, Users, guarded, holder, linger_not, lingers, using
+from .plan import Files, NodePlan, files_of
+from .server import Desk, Server, fetch
+
+
+class Listing:
+    """Writes the endpoints file; its methods block.
+
+    Args:
+        path: The file.
+        host: The node's name.
+    """
+
+    def __init__(self, path: Path, host: str) -> None:
+        self._path, self._host = path, host
+        self._lock, self._closed = threading.Lock(), False
+
+    def write(self, names: Sequence[str]) -> None:
+        """List servers; without any the file is removed. After :meth:`close` nothing is written.
+
+        Raises:
+            OSError: The file cannot be written; the old one is as it was.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            if not names:
+                self._path.unlink(missing_ok=True)
+                return
+            head = f"# servers of {self._host} that are ready, as fanfold saw them last\n"
+            partial = self._path.with_name(f".{self._path.name}.partial")
+            partial.unlink(missing_ok=True)
+            with partial.open("x", encoding="utf-8") as file:
+                file.write(head + "".join(f"{name}\n" for name in names))
+            partial.replace(self._path)
+
+    def close(self) -> None:
+        """Remove the file for good."""
+        with self._lock:
+            self._closed = True
+            with suppress(OSError):  # the folder is gone: so is the file
+                self._path.unlink(missing_ok=True)
+
+
+_METRICS: Final = "/metrics"
+_OK: Final = 200
+_REFUSED: Final = range(400, 500)
+_LONGEST_S: Final = 60.0
+"""So long nothing is noted where nothing changes."""
+
+_FINE: Final = 32
+"""A change is noted from this part of the most that a server ever worked on."""
+
+_LEAST_S: Final = 0.5
+_PART: Final = 60
+"""Looks are at most this part of the time apart for which the node is served: jobs of a minute
+have too few of them else."""
+
+_LAST_S: Final = 1.0
+
+
+class LoadNotes:
+    """Asks a node's servers what they work on, and notes it.
+
+    Args:
+        plan: The node's plan.
+        servers: Its servers, in the order of their numbers.
+        record: Where it is noted.
+    """
+
+    def __init__(self, plan: NodePlan, servers: Sequence[Server], record: Record) -> None:
+        self._plan, self._servers, self._record = plan, servers, record
+        self._mute = set[int]()
+        self._most = 0
+        self._noted: list[tuple[int, Gauges] | None] = [None] * len(servers)
+        self._when = float("-inf")
+
+    async def run(self) -> None:
+        """Look again and again."""
+        begun = time.monotonic()
+        while True:
+            await self.look()
+            pause = max(_LEAST_S, (time.monotonic() - begun) / _PART)
+            await asyncio.sleep(min(self._plan.watching.every_s, pause))
+
+    async def look(self) -> None:
+        """Ask all servers that are ready, and note what they say if it is news."""
+        told = await asyncio.gather(*map(self._ask, self._servers))
+        if not any(told):
+            return
+        self._most = max(self._most, *(one.running or 0 for one in told if one))
+        both = zip(self._servers, told, strict=True)
+        now = [None if one is None else (server.starts, one) for server, one in both]
+        pairs = zip(self._noted, now, strict=True)
+        if time.monotonic() - self._when < _LONGEST_S and not any(self._news(*p) for p in pairs):
+            return
+        self._when = time.monotonic()
+        self._noted = [this or before for before, this in zip(self._noted, now, strict=True)]
+        self._record.note(
+            "load",
+            running=[one and one.running for one in told],
+            waiting=[one and one.waiting for one in told],
+        )
+
+    async def last(self) -> None:
+        """Look once more before the servers end; waits for a second at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_S):
+                await self.look()
+
+    async def _ask(self, server: Server) -> Gauges | None:
+        number, watching = server.plan.instance, self._plan.watching
+        if not server.ready or number in self._mute:
+            return None
+        address, key = self._plan.address, self._plan.key
+        answer = await fetch(address, server.plan.port, _METRICS, watching.answer_s, key)
+        if answer is None:
+            return None
+        status, body = answer
+        if status in _REFUSED:
+            self._mute.add(number)
+        gauges = read_metrics(body) if status == _OK else None
+        return gauges if gauges is not None and gauges.running is not None else None
+
+    def _news(self, before: tuple[int, Gauges] | None, now: tuple[int, Gauges] | None) -> bool:
+        """Say whether a server does notably more or less than was noted of this start of it."""
+        if now is None:
+            return False
+        if before is None or before[0] != now[0]:
+            return True
+        was, this = before[1], now[1]
+        change = abs((this.running or 0) - (was.running or 0))
+        return (
+            bool(was.running) != bool(this.running)
+            or bool(was.waiting) != bool(this.waiting)
+            or change >= max(1, self._most / _FINE)
+        )
+
 
 _ALIVE_S: Final = 60.0
 
@@ -145,3 +281,94 @@ class _Keeper:
         with suppress(OSError):  # the error itself says it as well
             files_of(self._plan).failure.write_text(text, encoding="utf-8")
         return text
+
+
+_STANDBY_S: Final = 1.0
+_LOOK_S: Final = 1.0
+
+
+async def serve(plan: NodePlan, orders: Orders) -> None:
+    """Serve a node until told to stop.
+
+    Where another process serves it already, nothing is started; this one stands by, and takes
+    over when the other has ended. What a worker has started ends with this one, or when the last
+    worker has left.
+
+    Raises:
+        SiteError: All servers were given up; with the last lines of each.
+        ConfigurationError: The servers folder cannot be made.
+    """
+    files = files_of(plan)
+    await asyncio.to_thread(files.make)
+    async with using(files):
+        lock = await _taken(plan, files, orders)
+        if lock is not None:
+            await keep(plan, lock, orders)
+            return
+    if await asyncio.to_thread(lingers, files):
+        orders.say(f"{plan.host}: the servers that a worker has started end with the last worker")
+        await _ended(files, orders)
+
+
+async def _taken(plan: NodePlan, files: Files, orders: Orders) -> HostLock | None:
+    """Wait for the right to serve the node; None when told to stop before."""
+    told = False
+    while not orders.stop.is_set():
+        lock = await asyncio.to_thread(HostLock.patiently, files)
+        if lock is not None:
+            return lock
+        if not told:
+            who = await asyncio.to_thread(holder, files)
+            orders.say(f"{plan.host}: is served already, by {who}; standing by")
+            told = True
+        await _happens(orders.stop, _STANDBY_S)
+    return None
+
+
+async def _ended(files: Files, orders: Orders) -> None:
+    """Have the servers that a worker has started end, and wait for that unless in a hurry."""
+    while await asyncio.to_thread(lingers, files):
+        await asyncio.to_thread(linger_not, files)  # again: it may just have begun
+        if orders.hurry.is_set():
+            return
+        await _happens(orders.hurry, _LOOK_S)
+
+
+async def serve_users(plan: NodePlan, lock: HostLock, orders: Orders) -> None:
+    """Serve a node for as long as somebody uses it.
+
+    Args:
+        plan: What to serve.
+        lock: The right to do so; it is given back at the end.
+        orders: What the process is told from outside.
+
+    Raises:
+        SiteError: All servers were given up; with the last lines of each.
+    """
+    users = await asyncio.to_thread(Users, files_of(plan))
+    watch = asyncio.create_task(_until_unused(users, plan.linger_s, orders))
+    try:
+        await keep(plan, lock, orders)
+    finally:
+        watch.cancel()
+        users.close()
+
+
+async def _until_unused(users: Users, linger_s: float, orders: Orders) -> None:
+    """Order a stop when nobody has used the servers for a while."""
+    loop = asyncio.get_running_loop()
+    used = loop.time()
+    while True:
+        if users.any():
+            used = loop.time()
+        elif (users.asked() or loop.time() - used >= linger_s) and users.shut_out():
+            orders.say(f"nobody has used the servers for {loop.time() - used:.0f} s")
+            orders.stop.set()
+            return
+        await asyncio.sleep(min(_LOOK_S, max(0.05, linger_s / 4)))
+
+
+async def _happens(event: asyncio.Event, timeout_s: float) -> None:
+    waiting = asyncio.ensure_future(event.wait())
+    await asyncio.wait({waiting}, timeout=timeout_s)
+    waiting.cancel()

@@ -12,7 +12,7 @@ import pytest
 from fanfold.backends.accounts.folder import new_folder, write_bytes
 from fanfold.backends.accounts.results.guard import replacing
 from fanfold.backends.fleet.simulated.lists import write_urls
-from fanfold.backends.servers.listing import Listing
+from fanfold.backends.servers.supervisor import Listing
 
 from .conftest import Shell
 

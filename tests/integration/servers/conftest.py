@@ -18,8 +18,7 @@ import pytest
 
 from fanfold.backends.servers.events import read_record
 from fanfold.backends.servers.plan import Files, NodePlan, ServerPlan, Watching, files_of
-from fanfold.backends.servers.serve import serve
-from fanfold.backends.servers.supervisor import Orders
+from fanfold.backends.servers.supervisor import Orders, serve
 from fanfold.backends.servers.watchdog import alive
 
 PLAIN = str(Path(__file__).with_name("plain.py"))

@@ -12,11 +12,10 @@ from typing import Any, cast
 import pytest
 
 from fanfold.backends.servers.events import Record
-from fanfold.backends.servers.guard import Guard
-from fanfold.backends.servers.load import LoadNotes
-from fanfold.backends.servers.look import fetch
+from fanfold.backends.servers.lock import Guard
 from fanfold.backends.servers.plan import files_of
-from fanfold.backends.servers.server import Desk, Server
+from fanfold.backends.servers.server import Desk, Server, fetch
+from fanfold.backends.servers.supervisor import LoadNotes
 
 from .conftest import Node, until
 

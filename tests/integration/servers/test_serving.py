@@ -18,8 +18,7 @@ import pytest
 from fanfold.backends.core.errors import SiteError
 from fanfold.backends.servers.events import server_seconds
 from fanfold.backends.servers.lock import is_served
-from fanfold.backends.servers.serve import serve
-from fanfold.backends.servers.supervisor import Orders
+from fanfold.backends.servers.supervisor import Orders, serve
 
 from .conftest import Node, free_port, until
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fanfold.backends.servers.parting import last_words
+from fanfold.backends.servers.events import last_words
 
 
 def test_some_nodes_tell_and_the_others_are_counted(tmp_path: Path) -> None:
