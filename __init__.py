@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .backends.core.errors import ConfigurationError, FanfoldError
     from .backends.fleet.chat import ChatFleet
     from .backends.fleet.fleet import Fleet
-    from .backends.fleet.simulated.fleet import SimulatedFleet
-    from .backends.fleet.simulated.spec import SimulationSpec
+    from .backends.simulated.fleet import SimulatedFleet
+    from .backends.simulated.spec import SimulationSpec
     from .graphs.academy_agent import MapReduceAgent
     from .graphs.context import RunContext
     from .graphs.map_reduce import build_graph
@@ -40,8 +40,8 @@ _WHERE = {
     "Fleet": "backends.fleet.fleet",
     "MapReduceAgent": "graphs.academy_agent",
     "RunContext": "graphs.context",
-    "SimulatedFleet": "backends.fleet.simulated.fleet",
-    "SimulationSpec": "backends.fleet.simulated.spec",
+    "SimulatedFleet": "backends.simulated.fleet",
+    "SimulationSpec": "backends.simulated.spec",
     "as_tool": "graphs.tool",
     "build_graph": "graphs.map_reduce",
 }

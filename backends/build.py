@@ -23,7 +23,6 @@ from .fleet.membership import Admit, FileSource, Source, kept_up
 from .fleet.params import ModelParams
 from .fleet.probe import discover
 from .fleet.reuse import Reuse
-from .fleet.simulated.launch import launch
 from .limits import fleet_policy, limited
 from .locate import (
     PROBE_TIMEOUT_S,
@@ -34,7 +33,8 @@ from .locate import (
     registry,
 )
 from .node import most_servers
-from .simulation import simulation
+from .simulated.launch import launch
+from .simulated.simulation import simulation
 from .waiting import enough
 
 if TYPE_CHECKING:

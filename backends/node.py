@@ -15,9 +15,9 @@ from ..configs.node import NAMES
 from .core.errors import ConfigurationError
 from .core.secrets import MASKED
 from .core.templates import names_of, split_command
-from .fleet.simulated.launch import MODULE
 from .locate import endpoints_key
 from .servers.plan import NodePlan, accelerator_ids, server_plans
+from .simulated.launch import MODULE
 
 HOST: Final = ("FANFOLD_HOST", "SLURMD_NODENAME")
 """Variables that name the node; the system is asked where none is set."""

@@ -21,8 +21,8 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from fanfold import SimulatedFleet, SimulationSpec, as_tool
-from fanfold.backends.fleet.simulated.questions import Question
-from fanfold.backends.fleet.simulated.responders import ToolUse
+from fanfold.backends.simulated.requests import Question
+from fanfold.backends.simulated.responders import ToolUse
 
 SETTINGS: dict[str, Any] = {
     "name": "screen_solubility",

@@ -17,8 +17,8 @@ from ..backends.accounts.folder import RunFolder, open_folder, read_extents, run
 from ..backends.accounts.ledger import Ledger
 from ..backends.accounts.results import rows, write_csv, write_jsonl, write_parquet
 from ..backends.core.errors import ConfigurationError
-from ..backends.fleet.simulated.fleet import SimulatedFleet
-from ..backends.fleet.simulated.spec import SimulationSpec
+from ..backends.simulated.fleet import SimulatedFleet
+from ..backends.simulated.spec import SimulationSpec
 from ..configs.load import peek
 from ..configs.presets import copy_preset, preset_names, preset_text
 from ..configs.source import at_path

@@ -8,8 +8,8 @@ import pytest
 import pytest_asyncio
 from hypothesis import settings
 
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 
 settings.register_profile("fanfold", deadline=None)  # shared machines have slow moments
 settings.load_profile("fanfold")

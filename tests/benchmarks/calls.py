@@ -20,8 +20,8 @@ from fanfold.backends.fleet import (
     FleetPolicy,
     ModelParams,
 )
-from fanfold.backends.fleet.simulated.launch import launch
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.launch import launch
+from fanfold.backends.simulated.spec import SimulationSpec
 
 CALLS, AT_ONCE, ROUNDS = 300, 32, 7
 MESSAGES = [{"role": "user", "content": "Judge this text: " + "some text of a record " * 30}]

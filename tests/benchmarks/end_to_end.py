@@ -13,8 +13,8 @@ from pathlib import Path
 
 import orjson
 
-from fanfold.backends.fleet.simulated.launch import launch
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.launch import launch
+from fanfold.backends.simulated.spec import SimulationSpec
 
 CONFIG = """\
 name: bench

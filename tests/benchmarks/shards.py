@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 from rich.console import Console
 
-from fanfold.backends.fleet.simulated.launch import launch
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.launch import launch
+from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.configs.load import load
 from fanfold.graphs.finish import write_results
 from fanfold.graphs.prepare import prepare_run

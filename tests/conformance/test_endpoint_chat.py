@@ -23,7 +23,7 @@ from fanfold.backends.fleet import (
     check_models,
     discover,
 )
-from fanfold.backends.fleet.simulated import SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated import SimulatedFleet, SimulationSpec
 
 pytestmark = pytest.mark.integration
 

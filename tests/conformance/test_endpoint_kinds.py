@@ -18,8 +18,8 @@ from fanfold import build_graph
 from fanfold.backends import auto
 from fanfold.backends.build import choice_logger
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 
 from .standins import First, Model, Registry, serve
 

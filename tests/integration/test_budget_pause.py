@@ -12,7 +12,7 @@ from langgraph.types import Command
 
 from fanfold import build_graph
 from fanfold.backends.core.errors import BudgetExhaustedError
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.tests.integration.test_map_reduce import rows, settings
 
 pytestmark = pytest.mark.integration

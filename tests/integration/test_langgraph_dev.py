@@ -12,8 +12,8 @@ import pytest_asyncio
 from langgraph_sdk import get_client
 from langgraph_sdk.client import LangGraphClient
 
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.tests.integration.dev_server import Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("langgraph-dev")]

@@ -20,8 +20,8 @@ from typing_extensions import TypedDict
 from fanfold import ConfigurationError, RunContext, build_graph
 from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.core.errors import FanfoldError
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.graphs.map_reduce import build
 
 pytestmark = pytest.mark.integration

@@ -13,9 +13,9 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, SiteError
-from fanfold.backends.fleet.simulated import SimulationSpec, launch
-from fanfold.backends.fleet.simulated import launch as launch_module
-from fanfold.backends.fleet.simulated.child import main
+from fanfold.backends.simulated import SimulationSpec, launch
+from fanfold.backends.simulated import launch as launch_module
+from fanfold.backends.simulated.process import main
 
 pytestmark = pytest.mark.integration
 
@@ -50,7 +50,7 @@ async def test_a_launched_fleet_serves_and_ends() -> None:
 
 PARENT = """
 import asyncio
-from fanfold.backends.fleet.simulated import SimulationSpec, launch
+from fanfold.backends.simulated import SimulationSpec, launch
 async def main():
     async with launch(SimulationSpec.fast(nodes=1)) as fleet:
         print(fleet.pid, flush=True)
@@ -116,7 +116,7 @@ async def test_sigint_does_not_reach_the_child_and_sigterm_ends_it() -> None:
 
 async def test_options_instead_of_standard_input() -> None:
     child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "fanfold.backends.fleet.simulated"),
+        *(sys.executable, "-m", "fanfold.backends.simulated"),
         *("--spec", FAST.to_json(), "--nodes", "3", "--model", "other"),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,

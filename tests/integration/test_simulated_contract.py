@@ -19,7 +19,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from fanfold.backends.core.types import SIMULATED_FINGERPRINT
-from fanfold.backends.fleet.simulated import SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated import SimulatedFleet, SimulationSpec
 
 pytestmark = pytest.mark.integration
 

@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.fleet.simulated import FaultRule, SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
 
 pytestmark = pytest.mark.integration
 

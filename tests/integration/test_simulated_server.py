@@ -11,9 +11,9 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.fleet.simulated import SimulatedFleet, SimulationSpec
-from fanfold.backends.fleet.simulated.questions import Question
-from fanfold.backends.fleet.simulated.responders import RESPONDERS
+from fanfold.backends.simulated import SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated.requests import Question
+from fanfold.backends.simulated.responders import RESPONDERS
 
 pytestmark = pytest.mark.integration
 

@@ -15,7 +15,7 @@ from langchain_core.runnables import RunnableLambda
 from langsmith import Client, tracing_context
 
 from fanfold import RunContext, build_graph
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.fleet import SimulatedFleet
 
 pytestmark = pytest.mark.integration
 

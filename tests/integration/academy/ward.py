@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pyarrow.parquet as pq
 
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.fleet import SimulatedFleet
 
 DEADLINE_S: Final = 60.0
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.graphs import cli as command_line
 
 SCHEMA: dict[str, Any] = {

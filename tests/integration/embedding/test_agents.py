@@ -15,9 +15,9 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 
 from fanfold import ConfigurationError, build_graph
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
-from fanfold.backends.fleet.simulated.rules import FaultRule
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.rules import FaultRule
+from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
 EXAMPLES = Path(str(files("fanfold"))) / "examples"

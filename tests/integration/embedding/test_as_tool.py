@@ -28,11 +28,11 @@ from langgraph.types import Command
 from pydantic import SecretStr
 
 from fanfold import ConfigurationError, RunContext, as_tool
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
-from fanfold.backends.fleet.simulated.questions import Question
-from fanfold.backends.fleet.simulated.responders import ToolUse
-from fanfold.backends.fleet.simulated.rules import FaultRule
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.requests import Question
+from fanfold.backends.simulated.responders import ToolUse
+from fanfold.backends.simulated.rules import FaultRule
+from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
 

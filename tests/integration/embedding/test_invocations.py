@@ -25,8 +25,8 @@ from langgraph.types import Command
 from typing_extensions import TypedDict
 
 from fanfold import FanfoldError, RunContext, build_graph
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
 

@@ -36,7 +36,7 @@ from fanfold.backends.fleet import (
 )
 from fanfold.backends.fleet.answer import RawAnswer
 from fanfold.backends.fleet.load import read_load
-from fanfold.backends.fleet.simulated import FaultRule, SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
 
 from .conftest import Canned, Stub, completion, until
 

@@ -35,7 +35,7 @@ from fanfold.backends.fleet import (
     TimeoutPolicy,
 )
 from fanfold.backends.fleet.pacing import Pacer
-from fanfold.backends.fleet.simulated import FaultRule, SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
 
 from .conftest import Canned, Stub, completion, until
 

@@ -21,7 +21,7 @@ from fanfold.backends.fleet import (
     ModelParams,
 )
 from fanfold.backends.fleet.reuse import Reuse
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.fleet import SimulatedFleet
 
 from .conftest import Canned, Stub, completion
 

@@ -25,7 +25,7 @@ from fanfold.backends.fleet import (
     RetryPolicy,
     TimeoutPolicy,
 )
-from fanfold.backends.fleet.simulated import FaultRule, SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
 
 from .conftest import Canned, Stub, completion
 

@@ -9,7 +9,7 @@ from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.counting import TokenCounter
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.lengths import prompt_tokens
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.fleet import SimulatedFleet
 
 pytestmark = pytest.mark.integration
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import pytest
 
 from fanfold.backends import places
-from fanfold.backends.fleet.simulated.fleet import SimulatedFleet
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.sites.globus.desk import Desk
 from fanfold.backends.sites.globus.pace import Pace
 from fanfold.tests.integration.lives.conftest import Lab

@@ -24,7 +24,7 @@ from .conftest import PLAIN, free_port
 pytestmark = pytest.mark.integration
 
 SIMULATED = (
-    f"{sys.executable} -P -m fanfold.backends.fleet.simulated --nodes 1 --addressing port "
+    f"{sys.executable} -P -m fanfold.backends.simulated --nodes 1 --addressing port "
     "--port {port} --model {model}"
 )
 

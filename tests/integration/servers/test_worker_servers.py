@@ -183,7 +183,7 @@ async def test_a_folder_is_needed(node: Node) -> None:
 
 
 async def test_a_simulated_server_makes_a_simulated_run(node: Node, tmp_path: Path) -> None:
-    module = "fanfold.backends.fleet.simulated --nodes 1 --addressing port"
+    module = "fanfold.backends.simulated --nodes 1 --addressing port"
     serve = f"{sys.executable} -P -m {module} --port {{port}}"
     loaded = settings(node, serve, model={"name": "simulated-8b"})
     folder = await prepare_run(loaded, tmp_path / "r")

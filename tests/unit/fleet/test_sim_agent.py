@@ -7,11 +7,11 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.fleet.simulated.answering import answer_to
-from fanfold.backends.fleet.simulated.errors import ApiError
-from fanfold.backends.fleet.simulated.questions import Question, QuestionReader
-from fanfold.backends.fleet.simulated.responders import ToolUse, make_responder
-from fanfold.backends.fleet.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.answering import answer_to
+from fanfold.backends.simulated.errors import ApiError
+from fanfold.backends.simulated.requests import Question, QuestionReader
+from fanfold.backends.simulated.responders import ToolUse, make_responder
+from fanfold.backends.simulated.spec import SimulationSpec
 
 SPEC = SimulationSpec(responder="agent")
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from fanfold.backends.fleet.simulated import FaultRule
-from fanfold.backends.fleet.simulated.accounting import ServingBook
-from fanfold.backends.fleet.simulated.errors import ApiError
-from fanfold.backends.fleet.simulated.faults import Call, FaultBook
-from fanfold.backends.fleet.simulated.metrics import metrics_text
-from fanfold.backends.fleet.simulated.node import Node
+from fanfold.backends.simulated import FaultRule
+from fanfold.backends.simulated.accounting import ServingBook
+from fanfold.backends.simulated.errors import ApiError
+from fanfold.backends.simulated.faults import Call, FaultBook
+from fanfold.backends.simulated.metrics import metrics_text
+from fanfold.backends.simulated.node import Node
 
 CALL = Call(node=0, arrival=1, key=b"k", attempt=0, now=0.0)
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.fleet.simulated import SimulationSpec
-from fanfold.backends.fleet.simulated.dice import Dice, chance, digest, normal
-from fanfold.backends.fleet.simulated.latency import LatencyModel
-from fanfold.backends.fleet.simulated.tokens import conversation_tokens, cut, text_tokens
+from fanfold.backends.simulated import SimulationSpec
+from fanfold.backends.simulated.dice import Dice, chance, digest, normal
+from fanfold.backends.simulated.latency import LatencyModel
+from fanfold.backends.simulated.tokens import conversation_tokens, cut, text_tokens
 
 
 def exact(**changes: object) -> LatencyModel:

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from fanfold.backends.fleet.simulated.dice import Dice
-from fanfold.backends.fleet.simulated.errors import ApiError
-from fanfold.backends.fleet.simulated.pattern import pattern_maker
+from fanfold.backends.simulated.dice import Dice
+from fanfold.backends.simulated.errors import ApiError
+from fanfold.backends.simulated.values import pattern_maker
 
 
 @pytest.mark.parametrize(

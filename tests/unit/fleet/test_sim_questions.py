@@ -9,11 +9,11 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import MissingExtraError
-from fanfold.backends.fleet.simulated import SimulationSpec
-from fanfold.backends.fleet.simulated.answering import Answer, answer_to, limited, partial, spoiled
-from fanfold.backends.fleet.simulated.errors import ApiError
-from fanfold.backends.fleet.simulated.questions import Question, QuestionReader
-from fanfold.backends.fleet.simulated.responders import SchemaResponder, make_responder
+from fanfold.backends.simulated import SimulationSpec
+from fanfold.backends.simulated.answering import Answer, answer_to, limited, partial, spoiled
+from fanfold.backends.simulated.errors import ApiError
+from fanfold.backends.simulated.requests import Question, QuestionReader
+from fanfold.backends.simulated.responders import SchemaResponder, make_responder
 
 ASK = {"role": "user", "content": "What?"}
 LENGTH = 1000

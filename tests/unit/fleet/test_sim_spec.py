@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.fleet.simulated import (
+from fanfold.backends.simulated import (
     FaultRule,
     SimulationSpec,
     write_aegis,
     write_hostfile,
     write_urls,
 )
-from fanfold.backends.fleet.simulated.errors import ApiError
-from fanfold.backends.fleet.simulated.responders import make_responder
+from fanfold.backends.simulated.errors import ApiError
+from fanfold.backends.simulated.responders import make_responder
 
 
 def test_json_round_trip() -> None:

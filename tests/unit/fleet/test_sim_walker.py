@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.fleet.simulated.answers import AnswerSchema, SchemaCache
-from fanfold.backends.fleet.simulated.errors import ApiError
-from fanfold.backends.fleet.simulated.responders import compact
-from fanfold.backends.fleet.simulated.strings import FORMATS
+from fanfold.backends.simulated.answers import AnswerSchema, SchemaCache
+from fanfold.backends.simulated.errors import ApiError
+from fanfold.backends.simulated.responders import compact
+from fanfold.backends.simulated.strings import FORMATS
 
 Schema = dict[str, Any]
 DRAFT_4 = "http://json-schema.org/draft-04/schema#"

@@ -6,11 +6,11 @@ from typing import Any, Final
 
 import orjson
 
-from ...core.schemas import open_validator
+from ..core.schemas import open_validator
 from .dice import Dice, digest
 from .errors import ApiError
+from .json_schema import Walker
 from .keywords import PARAM, check_keywords
-from .walker import Walker
 
 _TRIES: Final = 20
 

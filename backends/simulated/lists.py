@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ...core.errors import ConfigurationError
+from ..core.errors import ConfigurationError
 
 
 def write_urls(path: Path, urls: Sequence[str]) -> None:

@@ -11,8 +11,8 @@ import orjson
 from .answers import AnswerSchema, SchemaCache
 from .dice import digest
 from .errors import ApiError
-from .pattern import Maker, pattern_maker
 from .tokens import conversation_tokens, text_tokens
+from .values import Maker, pattern_maker
 
 _RANGES: Final = {
     "temperature": (0.0, None),

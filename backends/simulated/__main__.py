@@ -1,10 +1,10 @@
-"""``python -m fanfold.backends.fleet.simulated``; see `child.main`."""
+"""``python -m fanfold.backends.simulated``; see `child.main`."""
 
 from __future__ import annotations
 
 import sys
 
-from .child import main
+from .process import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,8 +12,8 @@ from .errors import ApiError
 from .keywords import PARAM
 from .merging import height, merge, resolve
 from .numbers import integer, number
-from .pattern import pattern_maker
 from .strings import FORMATS, text
+from .values import pattern_maker
 
 DEPTH: Final = 6
 """Below this depth everything optional is left out."""

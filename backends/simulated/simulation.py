@@ -9,11 +9,11 @@ from typing import Any
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from ..configs.models import RunConfig
-from .core.errors import ConfigurationError, MissingExtraError
-from .fleet.simulated.responders import RESPONDERS
-from .fleet.simulated.rules import FaultRule
-from .fleet.simulated.spec import SimulationSpec
+from ...configs.models import RunConfig
+from ..core.errors import ConfigurationError, MissingExtraError
+from .responders import RESPONDERS
+from .rules import FaultRule
+from .spec import SimulationSpec
 
 
 def simulation(config: RunConfig) -> SimulationSpec:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from ...core.errors import ConfigurationError
-from .http import Connection, Exchange, Handler
+from ..core.errors import ConfigurationError
+from .server import Connection, Exchange, Handler
 from .spec import SimulationSpec
 
 _BACKLOG: Final = 4096

@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 from .accounting import ServingBook
 from .answering import Answer, answer_to, spoiled
-from .bodies import Envelope, usage_object
 from .dice import digest
 from .errors import ApiError
 from .faults import Call, FaultBook, Strike
-from .http import Exchange
 from .jobs import Job
 from .latency import LatencyModel, Timing
 from .node import Node
-from .questions import Question, QuestionReader
 from .refusals import BROKEN, REFUSED_BY, refuse
+from .requests import Question, QuestionReader
 from .responders import Responder
+from .responses import Envelope, usage_object
+from .server import Exchange
 from .spec import SimulationSpec
 
 

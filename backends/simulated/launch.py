@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import orjson
 
-from ...core.errors import ConfigurationError, SiteError
+from ..core.errors import ConfigurationError, SiteError
 from .spec import SimulationSpec
 
-MODULE: Final = "fanfold.backends.fleet.simulated"
+MODULE: Final = "fanfold.backends.simulated"
 _START_S: Final = 120.0
 _STOP_S: Final = 5.0
 _LINES: Final = 20

@@ -20,11 +20,11 @@ from typing import Any, Final
 
 import orjson
 
-from ...core.errors import MissingExtraError
+from ..core.errors import MissingExtraError
 from .dice import chance, normal
 from .errors import ApiError
 from .merging import merge, resolve
-from .questions import Question
+from .requests import Question
 from .tokens import message_text
 
 _SMILES: Final = re.compile(r"SMILES:[ \t]*(\S+)", re.IGNORECASE)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import orjson
 
-from ...core.types import SIMULATED_FINGERPRINT
+from ..core.types import SIMULATED_FINGERPRINT
 from .answering import Answer
 from .spec import UsageMode
 from .tokens import cut

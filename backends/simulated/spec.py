@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import orjson
 
-from ...core.errors import ConfigurationError
+from ..core.errors import ConfigurationError
 from .rules import FaultRule
 
 Addressing: TypeAlias = Literal["path", "port", "addr"]

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import orjson
 
 from .answering import Answer, partial
-from .bodies import DONE, Envelope, closing, completion_body, event, middle, opening
 from .errors import error_body
-from .http import Exchange
 from .latency import Timing
 from .node import Node
-from .questions import Question
 from .refusals import DISTORTIONS, distort
+from .requests import Question
+from .responses import DONE, Envelope, closing, completion_body, event, middle, opening
+from .server import Exchange
 
 
 @dataclass(slots=True, eq=False)

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from ...core.errors import ConfigurationError
-from ...core.process import raise_file_limit
+from ..core.errors import ConfigurationError
+from ..core.process import raise_file_limit
 from .accounting import NodeCounts, ServingBook
 from .completions import CompletionService
 from .faults import FaultBook

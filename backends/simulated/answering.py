@@ -7,7 +7,7 @@ from typing import Any
 
 from .dice import digest
 from .errors import ApiError
-from .questions import Question
+from .requests import Question
 from .responders import Responder, ToolUse, compact
 from .tokens import cut, text_tokens
 

@@ -8,11 +8,11 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import orjson
 
-from ...core.errors import ConfigurationError
+from ..core.errors import ConfigurationError
 from .answers import SchemaCache
 from .dice import Dice
 from .esol import EsolResponder, find_smiles
-from .questions import Question
+from .requests import Question
 from .spec import SimulationSpec
 from .strings import prose
 

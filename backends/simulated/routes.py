@@ -9,17 +9,17 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import orjson
 
-from ...core.errors import ConfigurationError
-from ...core.types import SIMULATED_FINGERPRINT
+from ..core.errors import ConfigurationError
+from ..core.types import SIMULATED_FINGERPRINT
 from .completions import CompletionService
 from .errors import ApiError, error_body
 from .faults import FaultBook
-from .http import Exchange
 from .metrics import metrics_text
 from .node import Node
-from .questions import load_object
 from .refusals import unauthorized
+from .requests import load_object
 from .rules import FaultRule
+from .server import Exchange
 from .spec import SimulationSpec
 from .tokens import conversation_tokens, text_tokens
 

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import orjson
 
-from ...core.errors import ConfigurationError
-from ...core.process import raise_file_limit
+from ..core.errors import ConfigurationError
+from ..core.process import raise_file_limit
 from .fleet import SimulatedFleet
 from .spec import SimulationSpec
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fanfold.backends.fleet.simulated",
+        prog="python -m fanfold.backends.simulated",
         description="Serve a simulated fleet. Without options the specification is read as one "
         "line of JSON from standard input, and the fleet ends when standard input does.",
     )

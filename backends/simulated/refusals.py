@@ -9,8 +9,8 @@ from typing import Any, Final
 import orjson
 
 from .errors import error_body
-from .http import JSON, Exchange
 from .rules import IN_STREAM, FaultRule
+from .server import JSON, Exchange
 
 _HTML: Final = b"text/html"
 _TEXT: Final = b"text/plain; charset=utf-8"

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from ...core.errors import FanfoldError
+from ..core.errors import FanfoldError
 
 
 class ApiError(FanfoldError):

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, TypeAlias
 
-from ...core.errors import ConfigurationError
+from ..core.errors import ConfigurationError
 
 Draw: TypeAlias = Literal["arrival", "item", "attempt"]
 

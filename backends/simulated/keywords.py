@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from .errors import ApiError
-from .pattern import pattern_maker
 from .strings import FORMATS
+from .values import pattern_maker
 
 PARAM: Final = "response_format"
 
