@@ -33,8 +33,7 @@ from .locate import (
     registry,
 )
 from .node import most_servers
-from .simulated.launch import launch
-from .simulated.simulation import simulation
+from .simulated.process import launch, simulation
 from .waiting import enough
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from .core.secrets import MASKED
 from .core.templates import names_of, split_command
 from .locate import endpoints_key
 from .servers.plan import NodePlan, accelerator_ids, server_plans
-from .simulated.launch import MODULE
+from .simulated.process import MODULE
 
 HOST: Final = ("FANFOLD_HOST", "SLURMD_NODENAME")
 """Variables that name the node; the system is asked where none is set."""

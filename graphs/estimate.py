@@ -21,7 +21,7 @@ from ..backends.locate import Place
 from ..backends.nearby import served
 from ..backends.node import serves_simulated, starts_servers
 from ..backends.reuse import check_cache
-from ..backends.simulated.simulation import simulation
+from ..backends.simulated.process import simulation
 from ..backends.tariffs import Price, price
 from ..backends.tokens import token_counter
 from ..configs.load import Loaded

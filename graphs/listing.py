@@ -19,7 +19,7 @@ from ..backends.core.parsing import Gauges
 from ..backends.fleet.gauges import read_gauges
 from ..backends.fleet.matching import match
 from ..backends.fleet.probe import Found
-from ..backends.simulated.simulation import simulation
+from ..backends.simulated.process import simulation
 from ..configs.load import Loaded
 from .opened import endpoints_file
 from .prepare import check_endpoints

@@ -19,7 +19,7 @@ from ..backends.locate import check_place
 from ..backends.nearby import served
 from ..backends.node import starts_servers
 from ..backends.reuse import check_cache
-from ..backends.simulated.simulation import simulation
+from ..backends.simulated.process import simulation
 from ..backends.tariffs import price
 from ..configs.load import Loaded, portable
 from ..configs.plain import to_yaml

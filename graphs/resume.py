@@ -13,7 +13,7 @@ from ..backends.core.errors import ConfigurationError
 from ..backends.inputs.item_store import ItemStore, spill
 from ..backends.inputs.source import input_spec, needed_columns
 from ..backends.nearby import served
-from ..backends.simulated.simulation import simulation
+from ..backends.simulated.process import simulation
 from ..backends.tariffs import price
 from ..configs.load import Loaded, load, portable
 from ..configs.plain import lost_secrets, to_yaml

@@ -6,10 +6,9 @@ that ends with its parent. Every answer carries the system fingerprint ``fanfold
 
 from __future__ import annotations
 
-from .fleet import SimulatedFleet
-from .launch import LaunchedFleet, launch
-from .lists import write_aegis, write_hostfile, write_urls
-from .rules import FaultRule
+from .faults import FaultRule
+from .fleet import SimulatedFleet, write_aegis, write_hostfile, write_urls
+from .process import LaunchedFleet, launch
 from .spec import SimulationSpec
 
 __all__ = [

@@ -1,19 +1,297 @@
-"""A value that conforms to a JSON Schema, drawn from a key."""
+"""Values that conform to a JSON Schema."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+import math
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from typing import Any, Final, TypeVar
 
 import orjson
 
-from .dice import Dice
-from .errors import ApiError
-from .keywords import PARAM
-from .merging import height, merge, resolve
-from .numbers import integer, number
-from .strings import FORMATS, text
-from .values import pattern_maker
+from .values import FORMATS, ApiError, Dice, pattern_maker, text
+
+PARAM: Final = "response_format"
+
+_BEYOND: Final = (
+    "not if then else dependentRequired dependentSchemas dependencies patternProperties "
+    "propertyNames contains minContains maxContains unevaluatedItems unevaluatedProperties "
+    "additionalItems $dynamicRef $recursiveRef $anchor $dynamicAnchor"
+)
+_UNSUPPORTED: Final = frozenset(_BEYOND.split())
+_ONE: Final = ("items", "additionalProperties")
+_MANY: Final = ("anyOf", "oneOf", "allOf", "prefixItems")
+_NAMED: Final = ("properties", "$defs", "definitions")
+_SIZES: Final = ("minItems", "minProperties")
+_LARGEST: Final = 1_000
+_LONGEST: Final = 100_000
+
+
+def check_keywords(schema: Any) -> None:
+    """Refuse a schema that needs a word which the walker does not know.
+
+    Words outside JSON Schema's vocabulary are annotations, and as such ignored.
+
+    Args:
+        schema: A schema: an object or a boolean.
+
+    Raises:
+        ApiError: 400, with the word and its place.
+    """
+    waiting = [("#", schema)]
+    while waiting:
+        where, part = waiting.pop()
+        if isinstance(part, dict):
+            _check_one(where, part)
+            waiting.extend(_parts(where, part))
+        elif not isinstance(part, bool):
+            raise _refused(where, "a schema must be an object or a boolean")
+
+
+def _parts(where: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for word in _ONE:
+        if word in schema:
+            yield f"{where}/{word}", schema[word]
+    for word in _MANY:
+        for number, part in enumerate(schema.get(word, ())):
+            yield f"{where}/{word}/{number}", part
+    for word in _NAMED:
+        for name, part in schema.get(word, {}).items():
+            yield f"{where}/{word}/{name}", part
+
+
+def _check_one(where: str, schema: dict[str, Any]) -> None:
+    for word in schema.keys() & _UNSUPPORTED:
+        raise _refused(where, f"the keyword '{word}' is not supported")
+    if not str(schema.get("$ref", "#")).startswith("#"):
+        raise _refused(where, "'$ref' must point into the same schema")
+    if isinstance(schema.get("items"), list):
+        raise _refused(where, "a list of 'items' is not supported; use 'prefixItems'")
+    for word in ("exclusiveMinimum", "exclusiveMaximum"):
+        if isinstance(schema.get(word), bool):
+            raise _refused(where, f"'{word}' must be a number")
+    if schema.get("format", "date") not in FORMATS:
+        raise _refused(where, f"the format '{schema['format']}' is not supported")
+    if "pattern" in schema:
+        pattern_maker(str(schema["pattern"]))
+    _check_sizes(where, schema)
+
+
+def _check_sizes(where: str, schema: dict[str, Any]) -> None:
+    limits = dict.fromkeys(_SIZES, _LARGEST) | {"minLength": _LONGEST}
+    for word, most in limits.items():
+        size = schema.get(word, 0)
+        if not isinstance(size, int | float) or size > most:
+            raise _refused(where, f"'{word}' must be a number of at most {most}")
+
+
+def _refused(where: str, why: str) -> ApiError:
+    return ApiError(f"The JSON schema cannot be simulated: {why} (at {where}).", param=PARAM)
+
+
+def resolve(root: Any, reference: str) -> Any:
+    """Follow a JSON pointer within the schema (RFC 6901).
+
+    Args:
+        root: The whole schema.
+        reference: ``#`` or ``#/...``.
+
+    Returns:
+        The part that it names.
+
+    Raises:
+        ApiError: It names nothing.
+    """
+    part = root
+    for step in reference.split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        try:
+            part = part[int(name)] if isinstance(part, list) else part[name]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ApiError(f"The reference {reference!r} leads nowhere.", param=PARAM) from None
+    return part
+
+
+def height(root: Any, schema: Any, seen: tuple[str, ...] = ()) -> float:
+    """Estimate how deep the shallowest value of a schema is.
+
+    Args:
+        root: The whole schema.
+        schema: The part in question.
+        seen: References followed so far.
+
+    Returns:
+        Levels; infinity where every value is endless.
+    """
+    if not isinstance(schema, dict) or "const" in schema or "enum" in schema:
+        return 0.0
+    choices = [schema[word] for word in ("anyOf", "oneOf") if schema.get(word)]
+    inner = [0.0, *(min(height(root, part, seen) for part in parts) for parts in choices)]
+    if reference := schema.get("$ref"):
+        if reference in seen:
+            return float("inf")
+        inner.append(height(root, resolve(root, reference), (*seen, reference)))
+    properties = schema.get("properties", {})
+    needed = [properties[name] for name in schema.get("required", ()) if name in properties]
+    needed += schema.get("allOf", ())
+    if schema.get("minItems", 0) > 0:
+        needed += [schema.get("items", True), *schema.get("prefixItems", ())]
+    return max(inner + [1 + height(root, part, seen) for part in needed])
+
+
+def merge(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
+    """Join two schemas that both must hold.
+
+    Args:
+        one: A schema.
+        other: Another; may be a boolean.
+
+    Returns:
+        One schema with the words of both.
+
+    Raises:
+        ApiError: Both say different things with the same word, and the walker cannot join them.
+    """
+    if other is True or one == other:
+        return dict(one)
+    if other is False:
+        return {"enum": []}
+    joined = dict(one)
+    for word, value in other.items():
+        joined[word] = value if word not in one else _join(word, one[word], value)
+    return joined
+
+
+def _join(word: str, one: Any, other: Any) -> Any:
+    if one == other or word in _ANNOTATIONS:
+        return other
+    joiner = _JOINERS.get(word)
+    if joiner is None:
+        raise ApiError(f"The JSON schema combines two different '{word}'.", param=PARAM)
+    return joiner(one, other)
+
+
+def _join_named(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    shared = {k: merge(_schema(one[k]), other[k]) for k in one.keys() & other.keys()}
+    return {**one, **other, **shared}
+
+
+def _join_parts(one: Any, other: Any) -> Any:
+    return False if one is False or other is False else merge(_schema(one), other)
+
+
+_ANNOTATIONS: Final = frozenset(
+    ["title", "description", "default", "examples", "$comment", "$id", "$schema"]
+)
+
+
+def _schema(part: Any) -> dict[str, Any]:
+    if isinstance(part, bool):
+        return {} if part else {"enum": []}
+    return dict(part)
+
+
+def _join_types(one: Any, other: Any) -> list[str]:
+    ones = one if isinstance(one, list) else [one]
+    others = set(other if isinstance(other, list) else [other])
+    if "number" in others:
+        others.add("integer")
+    both = [kind for kind in ones if kind in others]
+    if "number" in ones and "integer" in others and "integer" not in both:
+        both.append("integer")
+    return both
+
+
+_JOINERS: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
+    "required": lambda one, other: [*one, *(name for name in other if name not in one)],
+    "enum": lambda one, other: [value for value in one if value in other],
+    "type": _join_types,
+    **dict.fromkeys(("properties", "$defs", "definitions"), _join_named),
+    **dict.fromkeys(("items", "additionalProperties"), _join_parts),
+    **dict.fromkeys(("minimum", "exclusiveMinimum"), max),
+    **dict.fromkeys(("minLength", "minItems", "minProperties"), max),
+    **dict.fromkeys(("maximum", "exclusiveMaximum"), min),
+    **dict.fromkeys(("maxLength", "maxItems", "maxProperties"), min),
+}
+
+
+_RANGE: Final = 100
+"""Width of an interval that the schema leaves open."""
+_DIGITS: Final = 4
+
+_Number = TypeVar("_Number", float, Fraction)
+
+
+def _exact(written: float) -> Fraction:
+    return Fraction(str(written))  # the decimal number, not its binary neighbour
+
+
+def _bounds(
+    schema: Mapping[str, Any], width: _Number, read: Callable[[float], _Number]
+) -> tuple[_Number, _Number]:
+    """Return the closed hull of what the bounds allow."""
+    lows = [read(schema[k]) for k in ("minimum", "exclusiveMinimum") if k in schema]
+    highs = [read(schema[k]) for k in ("maximum", "exclusiveMaximum") if k in schema]
+    if not lows:
+        lows = [min(read(0), highs[0] - width)] if highs else [read(0)]
+    return max(lows), min(highs) if highs else max(lows) + width
+
+
+def _step(schema: Mapping[str, Any], whole: bool) -> Fraction:
+    """Return the distance of allowed values; 0 where there is none."""
+    step = _exact(schema["multipleOf"]) if "multipleOf" in schema else Fraction(int(whole))
+    return Fraction(step.numerator) if whole else step
+
+
+def _stepped(dice: Dice, schema: Mapping[str, Any], step: Fraction) -> Fraction:
+    low, high = _bounds(schema, max(Fraction(_RANGE), step * _RANGE), _exact)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    if "exclusiveMinimum" in schema and first * step <= _exact(schema["exclusiveMinimum"]):
+        first += 1
+    if "exclusiveMaximum" in schema and last * step >= _exact(schema["exclusiveMaximum"]):
+        last -= 1
+    if last < first:
+        raise ApiError("The schema's bounds leave no number.", param="response_format")
+    return dice.between(first, last) * step
+
+
+def integer(dice: Dice, schema: Mapping[str, Any]) -> int:
+    """Draw an integer within the schema's bounds.
+
+    Args:
+        dice: The source of chance.
+        schema: The number's schema.
+
+    Returns:
+        The integer.
+
+    Raises:
+        ApiError: The bounds leave none.
+    """
+    return int(_stepped(dice, schema, _step(schema, whole=True)))
+
+
+def number(dice: Dice, schema: Mapping[str, Any]) -> float:
+    """Draw a number within the schema's bounds, with four decimals where they allow it.
+
+    Args:
+        dice: The source of chance.
+        schema: The number's schema.
+
+    Returns:
+        The number.
+
+    Raises:
+        ApiError: The bounds leave none.
+    """
+    if "multipleOf" in schema:
+        return float(_stepped(dice, schema, _step(schema, whole=False)))
+    low, high = _bounds(schema, float(_RANGE), float)
+    share = dice.unit()
+    drawn = low * (1 - share) + high * share  # not low + (high - low) * share: may overflow
+    rounded = round(drawn, _DIGITS)
+    return rounded if low < rounded < high else drawn
+
 
 DEPTH: Final = 6
 """Below this depth everything optional is left out."""

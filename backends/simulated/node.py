@@ -1,12 +1,152 @@
-"""One node: slots, a queue, and its counters."""
+"""One node: slots, queue, latency, jobs, counters."""
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Protocol
+import asyncio
+import math
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from .accounting import NodeCounts
-from .errors import ApiError
+import orjson
+
+from .requests import Question
+from .responders import Answer, partial
+from .responses import (
+    DISTORTIONS,
+    DONE,
+    Envelope,
+    closing,
+    completion_body,
+    distort,
+    event,
+    middle,
+    opening,
+)
+from .server import Exchange
+from .spec import SimulationSpec
+from .values import ApiError, error_body, normal
+
+
+@dataclass(slots=True)
+class NodeCounts:
+    """Counters of one node.
+
+    Attributes:
+        requests: Completion requests that arrived, refused ones included.
+        refused: Requests refused for their own fault or for a full queue, by status.
+        finished: Answers sent, by finish reason.
+        injected: Faults that struck, by kind.
+        disconnects: Clients that left before their answer.
+        prompt_tokens: Of the answers sent.
+        completion_tokens: Of the answers sent.
+        broken_tokens: Prompt and output tokens of those of them that nobody can read.
+        abandoned_tokens: Prompt tokens read, and output tokens written, for clients that left
+            or when the node died.
+        running_max: Most requests worked on at once.
+        waiting_max: Longest queue.
+    """
+
+    requests: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    finished: Counter[str] = field(default_factory=Counter)
+    injected: Counter[str] = field(default_factory=Counter)
+    disconnects: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    broken_tokens: int = 0
+    abandoned_tokens: int = 0
+    running_max: int = 0
+    waiting_max: int = 0
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the counters as JSON can say them."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {k: dict(v) if isinstance(v, Counter) else v for k, v in values.items()}
+
+
+@dataclass(slots=True)
+class Servings:
+    """What became of one question.
+
+    Attributes:
+        asked: Times that it arrived.
+        served: Times that it was answered completely.
+        tokens: Prompt and output tokens of these answers.
+        first_s: When it was first served, in simulated seconds since the start.
+        last_s: When it was last served.
+    """
+
+    asked: int = 0
+    served: int = 0
+    tokens: int = 0
+    first_s: float | None = None
+    last_s: float | None = None
+
+
+class ServingBook:
+    """All questions by key: which were served more than once, and what that wasted."""
+
+    def __init__(self) -> None:
+        self._servings: dict[bytes, Servings] = {}
+        self._wasted = 0
+
+    def asked(self, key: bytes) -> int:
+        """Note an arrival.
+
+        Args:
+            key: The question's key.
+
+        Returns:
+            How often it arrived before.
+        """
+        serving = self._servings.get(key)
+        if serving is None:
+            serving = self._servings[key] = Servings()
+        serving.asked += 1
+        return serving.asked - 1
+
+    def served(self, key: bytes, tokens: int, now: float) -> None:
+        """Note a complete answer.
+
+        Args:
+            key: The question's key.
+            tokens: Prompt and output tokens.
+            now: Simulated seconds since the start.
+        """
+        serving = self._servings.setdefault(key, Servings())
+        if serving.served:
+            self._wasted += tokens
+        else:
+            serving.first_s = now
+        serving.served += 1
+        serving.tokens += tokens
+        serving.last_s = now
+
+    def summary(self) -> dict[str, int]:
+        """Return totals: distinct questions, servings, duplicates, tokens wasted on these."""
+        served = sum(serving.served for serving in self._servings.values())
+        answered = sum(serving.served > 0 for serving in self._servings.values())
+        return {
+            "distinct": len(self._servings),
+            "answered": answered,
+            "served": served,
+            "duplicates": served - answered,
+            "wasted_tokens": self._wasted,
+        }
+
+    def by_key(self) -> dict[str, dict[str, Any]]:
+        """Return every question's servings, by its key in hexadecimal."""
+        return {
+            key.hex(): {name: getattr(serving, name) for name in Servings.__slots__}
+            for key, serving in self._servings.items()
+        }
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._servings.clear()
+        self._wasted = 0
 
 
 class Work(Protocol):
@@ -92,3 +232,197 @@ class Node:
         self._running[work] = None
         self.counts.running_max = max(self.counts.running_max, len(self._running))
         work.start()
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Real seconds from the start of the work on a request.
+
+    Attributes:
+        first_s: Until the first token.
+        total_s: Until the last one.
+    """
+
+    first_s: float
+    total_s: float
+
+
+class LatencyModel:
+    """Time to first token and per token, as the specification sets them.
+
+    ``first = ttft_s + prompt / prefill_rate``, then ``tpot_s * (1 + alpha * (running - 1) /
+    slots)`` per output token; all of it times a log-normal factor, divided by the node's speed
+    and by ``time_scale``. The wait in the queue comes on top.
+
+    Args:
+        spec: The fleet's specification.
+    """
+
+    def __init__(self, spec: SimulationSpec) -> None:
+        self._spec = spec
+
+    def timing(
+        self, prompt: int, output: int, load: float, speed: float, key: tuple[object, ...]
+    ) -> Timing:
+        """Return how long one request takes.
+
+        Args:
+            prompt: Prompt tokens.
+            output: Output tokens.
+            load: Other requests running on the node, as a share of its slots.
+            speed: The node's speed; 1 is the specification's.
+            key: What the jitter is drawn from.
+
+        Returns:
+            The times.
+        """
+        spec = self._spec
+        factor = 1.0 / (speed * spec.time_scale)
+        if spec.jitter:
+            factor *= math.exp(spec.jitter * normal(spec.seed, "jitter", *key))
+        first = spec.ttft_s + prompt / spec.prefill_rate
+        return Timing(
+            first_s=first * factor,
+            total_s=(first + output * spec.tpot_s * (1 + spec.alpha * load)) * factor,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request that a node works on.
+
+    Attributes:
+        exchange: Where the answer goes.
+        node: The node that works on it.
+        question: What is asked.
+        answer: What will be said.
+        envelope: What surrounds the answer.
+        fault: Kind of the fault that struck, or ``""``.
+        clock: Gives the times once the work starts.
+        finished: Called with the job when the answer is sent; not when the client left.
+    """
+
+    exchange: Exchange
+    node: Node
+    question: Question
+    answer: Answer
+    envelope: Envelope
+    fault: str
+    clock: Callable[[], Timing]
+    finished: Callable[[Job], None]
+    _timer: asyncio.TimerHandle | None = field(default=None, init=False)
+    _begun: bool = field(default=False, init=False)
+    _timing: Timing | None = field(default=None, init=False)
+    _started: float = field(default=0.0, init=False)
+
+    def submit(self) -> None:
+        """Hand the job to its node.
+
+        Raises:
+            ApiError: 503: the node's queue is full.
+        """
+        self.node.admit(self)
+        self.exchange.on_lost = self._left
+
+    def start(self) -> None:
+        """Begin the work; see `node.Work`."""
+        timing, loop = self.clock(), asyncio.get_running_loop()
+        self._timing, self._started = timing, loop.time()
+        if self.question.stream and self.fault not in DISTORTIONS:
+            self._timer = loop.call_later(timing.first_s, self._first, timing)
+        else:
+            self._timer = loop.call_later(timing.total_s, self._whole)
+
+    def abort(self) -> None:
+        """End early, as a server does that is told to stop: half an answer, marked ``abort``."""
+        self._stop()
+        self.answer = partial(self.answer)
+        if self._begun or self.question.stream:
+            self._last()
+        else:
+            self._whole()
+
+    def crash(self) -> None:
+        """End without an answer, as a server does that dies: the client sees a reset."""
+        self._stop()
+        self.node.counts.abandoned_tokens += self._written()
+        self.exchange.on_lost = None
+        self.exchange.reset()
+        self.node.release(self)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _left(self) -> None:
+        self._stop()
+        self.node.counts.disconnects += 1
+        self.node.counts.abandoned_tokens += self._written()
+        self.node.release(self)
+
+    def _written(self) -> int:
+        """Return the tokens read and written so far; none while the request is queued."""
+        if self._timing is None:
+            return 0
+        seconds = asyncio.get_running_loop().time() - self._started - self._timing.first_s
+        whole = max(self._timing.total_s - self._timing.first_s, 1e-9)
+        share = min(1.0, max(0.0, seconds / whole))
+        return self.question.prompt_tokens + int(share * self.answer.tokens)
+
+    def _whole(self) -> None:
+        distort(self.exchange, completion_body(self.envelope, self.answer), self.fault)
+        self._end()
+
+    def _first(self, timing: Timing) -> None:
+        self._begun = True
+        self.exchange.begin()
+        self.exchange.write(opening(self.envelope, self.answer))
+        rest = timing.total_s - timing.first_s
+        self._timer = asyncio.get_running_loop().call_later(rest, self._last)
+
+    def _last(self) -> None:
+        if not self._begun:
+            self.exchange.begin()
+            self.exchange.write(opening(self.envelope, self.answer))
+        body = middle(self.envelope, self.answer)
+        match self.fault:
+            case "stream_cut":
+                self.exchange.write(body[: len(body) // 2] or b":")
+                self.exchange.drop()
+            case "stream_error":
+                failure = error_body("Simulated engine failure.", "InternalServerError", 500)
+                self._send(event(orjson.Fragment(failure)) + DONE)
+            case "stream_no_finish":
+                self._send(body + DONE)
+            case "stream_api_error":
+                self._send(body + _gateway_error(self.envelope))
+            case _:
+                usage = self.question.include_usage and self.fault != "no_usage"
+                self._send(body + closing(self.envelope, self.answer, usage))
+        self._end()
+
+    def _send(self, data: bytes) -> None:
+        self.exchange.write(data)
+        self.exchange.end()
+
+    def _end(self) -> None:
+        self.exchange.on_lost = None
+        self.finished(self)
+        self.node.release(self)
+
+
+def _gateway_error(envelope: Envelope) -> bytes:
+    """Return how the FIRST gateway ends a stream whose source failed: as if all were well."""
+    choice = {
+        "index": 0,
+        "delta": {"content": "\n\n[ERROR] Error: the endpoint failed."},
+        "finish_reason": "stop",
+    }
+    chunk = {
+        "id": "chatcmpl-api-error",
+        "object": "chat.completion.chunk",
+        "created": envelope.created,
+        "model": envelope.model,
+        "choices": [choice],
+    }
+    return event(chunk) + DONE

@@ -1,4 +1,4 @@
-"""What a node answers besides completions, and the fleet's control plane."""
+"""Routes of a node: completions, models, tokenize, metrics; control plane."""
 
 from __future__ import annotations
 
@@ -11,17 +11,177 @@ import orjson
 
 from ..core.errors import ConfigurationError
 from ..core.types import SIMULATED_FINGERPRINT
-from .completions import CompletionService
-from .errors import ApiError, error_body
-from .faults import FaultBook
-from .metrics import metrics_text
-from .node import Node
-from .refusals import unauthorized
-from .requests import load_object
-from .rules import FaultRule
+from .faults import Call, FaultBook, FaultRule, Strike
+from .node import Job, LatencyModel, Node, ServingBook, Timing
+from .requests import Question, QuestionReader, load_object
+from .responders import Answer, Responder, answer_to, spoiled
+from .responses import BROKEN, REFUSED_BY, Envelope, refuse, unauthorized, usage_object
 from .server import Exchange
 from .spec import SimulationSpec
-from .tokens import conversation_tokens, text_tokens
+from .values import ApiError, conversation_tokens, digest, error_body, text_tokens
+
+
+class CompletionService:
+    """What all nodes share in answering ``/v1/chat/completions`` and ``/v1/completions``.
+
+    Args:
+        spec: The fleet's specification.
+        responder: Writes the answers.
+        faults: Decides what goes wrong.
+        servings: Counts the questions.
+        now: Gives simulated seconds since the start.
+    """
+
+    def __init__(
+        self,
+        spec: SimulationSpec,
+        responder: Responder,
+        faults: FaultBook,
+        servings: ServingBook,
+        now: Callable[[], float],
+    ) -> None:
+        self._spec = spec
+        self._responder = responder
+        self._faults = faults
+        self._servings = servings
+        self._now = now
+        self._latency = LatencyModel(spec)
+        self.reader = QuestionReader(spec.model, spec.seed)
+
+    def serve(self, node: Node, exchange: Exchange, chat: bool) -> None:
+        """Answer a request, now or later.
+
+        Args:
+            node: The node asked.
+            exchange: The request.
+            chat: Whether it asks for a chat completion.
+        """
+        node.arrivals += 1
+        node.counts.requests += 1
+        try:
+            self._serve(node, exchange, chat)
+        except ApiError as error:
+            node.counts.refused[str(error.status)] += 1
+            exchange.reply(error.body, error.status)
+
+    def max_model_len(self, node: Node) -> int:
+        """Return a node's context length in tokens."""
+        return self._faults.max_model_len(node.index, self._now(), self._spec.max_model_len)
+
+    def _serve(self, node: Node, exchange: Exchange, chat: bool) -> None:
+        question = self.reader.read(exchange.body, chat, self.max_model_len(node))
+        strike = self._strike(node, exchange, question)
+        kind = strike.rule.kind if strike.rule else ""
+        if kind:
+            node.counts.injected[kind] += 1
+        if strike.rule and kind in REFUSED_BY:
+            refuse(exchange, strike.rule)
+            return
+        answer = spoiled(answer_to(question, self._responder), kind, question)
+        envelope = self._envelope(node, exchange, question, answer)
+
+        def clock() -> Timing:
+            load = (node.running - 1) / node.slots
+            speed = node.speed * strike.speed
+            key = (question.key, node.index)
+            return self._latency.timing(question.prompt_tokens, answer.tokens, load, speed, key)
+
+        Job(exchange, node, question, answer, envelope, kind, clock, self._finished).submit()
+
+    def _strike(self, node: Node, exchange: Exchange, question: Question) -> Strike:
+        strike = self._faults.strike(
+            Call(
+                node=node.index,
+                arrival=node.arrivals,
+                key=question.key,
+                attempt=self._servings.asked(question.key),
+                now=self._now(),
+                stream=question.stream,
+                first_round=question.first_round,
+                token=exchange.head.header(b"authorization"),
+            )
+        )
+        if strike.speed != 1:
+            node.counts.injected["slow"] += 1
+        return strike
+
+    def _envelope(
+        self, node: Node, exchange: Exchange, question: Question, answer: Answer
+    ) -> Envelope:
+        name = exchange.head.header(b"x-request-id")
+        if name is None:
+            name = digest(question.key, node.index, node.arrivals).hex()
+        mode = self._spec.usage
+        return Envelope(
+            id=f"{'chatcmpl' if question.chat else 'cmpl'}-{name}",
+            created=int(time.time()),
+            model=self._spec.model,
+            chat=question.chat,
+            usage=usage_object(mode, question.prompt_tokens, answer.tokens),
+            omit_usage=mode == "omit",
+        )
+
+    def _finished(self, job: Job) -> None:
+        counts, tokens = job.node.counts, job.answer.tokens
+        counts.finished[job.answer.finish_reason] += 1
+        counts.prompt_tokens += job.question.prompt_tokens
+        counts.completion_tokens += tokens
+        total = job.question.prompt_tokens + tokens
+        if job.fault in BROKEN:
+            counts.broken_tokens += total
+        self._faults.record_tokens(job.node.index, total, self._now())
+        if job.fault in {"", "no_usage"} and job.answer.finish_reason != "abort":
+            self._servings.served(job.question.key, total, self._now())
+
+
+def metrics_text(node: Node, model: str) -> bytes:
+    """Write a node's metrics.
+
+    Args:
+        node: The node.
+        model: The model's name, a label of every metric.
+
+    Returns:
+        The text.
+    """
+    counts = node.counts
+    gauges = {
+        "num_requests_running": node.running,
+        "num_requests_waiting": node.waiting,
+        "kv_cache_usage_perc": node.running / node.slots,
+    }
+    counters = {
+        "prompt_tokens": counts.prompt_tokens,
+        "generation_tokens": counts.completion_tokens,
+        "num_preemptions": 0,
+        "prefix_cache_queries": counts.prompt_tokens,
+        "prefix_cache_hits": 0,
+    }
+    label = model.replace("\\", "\\\\").replace('"', '\\"')
+    base = f'engine="0",model_name="{label}"'
+    lines: list[str] = []
+    for name, value in gauges.items():
+        lines += [f"# TYPE vllm:{name} gauge", f"vllm:{name}{{{base}}} {float(value)}"]
+    lines.append("# TYPE vllm:num_requests_waiting_by_reason gauge")
+    for reason, value in (("capacity", node.waiting), ("deferred", 0)):
+        lines.append(
+            f'vllm:num_requests_waiting_by_reason{{{base},reason="{reason}"}} {float(value)}'
+        )
+    for name, value in counters.items():
+        lines += [f"# TYPE vllm:{name} counter", f"vllm:{name}_total{{{base}}} {float(value)}"]
+    lines.append("# TYPE vllm:request_success counter")
+    for reason in ("stop", "length", "abort", "error", "repetition"):
+        lines.append(
+            f'vllm:request_success_total{{{base},finished_reason="{reason}"}} '
+            f"{float(counts.finished[reason])}"
+        )
+    rejected = float(counts.refused["503"])
+    lines.append("# TYPE vllm:admission_rejections counter")
+    lines.append(
+        f'vllm:admission_rejections_total{{{base},reason="max_num_queued_reqs"}} {rejected}'
+    )
+    return ("\n".join(lines) + "\n").encode()
+
 
 _NODE: Final = re.compile(r"/node-(\d+)(/.*)?")
 _PLAIN: Final = b"text/plain; version=0.0.4; charset=utf-8"

@@ -1,9 +1,4 @@
-"""A small HTTP/1.1 server: keep-alive, one request at a time per connection, no framework.
-
-RFC 9112 as far as clients of a model server use it: request bodies with ``Content-Length`` or
-chunked, ``Expect: 100-continue``, ``Connection: close``, chunked answers for streams; and, on
-purpose, the misbehaviour that a broken server shows.
-"""
+"""HTTP server with deliberate misbehaviour."""
 
 from __future__ import annotations
 
@@ -11,11 +6,143 @@ import asyncio
 import socket
 import struct
 from collections.abc import Callable, MutableSet
+from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Final, TypeAlias, cast
 from urllib.parse import parse_qs
 
-from .framing import BadFramingError, Head, chunked_body, parse_head
+from ..core.errors import ConfigurationError
+from .spec import SimulationSpec
+
+
+class BadFramingError(ValueError):
+    """Bytes that are no HTTP request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A request's line and the headers that matter here.
+
+    Attributes:
+        method: ``GET``, ``POST``, …
+        path: The path, without the query.
+        query: The query, without ``?``.
+        raw: All header lines, as received.
+        lower: The same in lower case, for searching.
+        length: The body's bytes, 0 when chunked.
+        chunked: Whether the body is chunked.
+        keep_alive: Whether the connection stays open afterwards.
+        expects_continue: Whether the client waits for ``100 Continue``.
+    """
+
+    method: str
+    path: str
+    query: str
+    raw: bytes
+    lower: bytes
+    length: int
+    chunked: bool
+    keep_alive: bool
+    expects_continue: bool
+
+    def header(self, name: bytes) -> str | None:
+        """Return a header's value.
+
+        Args:
+            name: The header's name in lower case.
+
+        Returns:
+            The value, or None.
+        """
+        span = _span(self.lower, name)
+        return None if span is None else self.raw[span[0] : span[1]].strip().decode("latin-1")
+
+
+def parse_head(data: bytes) -> Head:
+    """Read a request's head.
+
+    Args:
+        data: Everything before the empty line.
+
+    Returns:
+        The head.
+
+    Raises:
+        BadFramingError: It is none.
+    """
+    line, _, raw = data.partition(b"\r\n")
+    parts = line.split(b" ")
+    if len(parts) != 3 or not parts[2].startswith(b"HTTP/1."):  # noqa: PLR2004 - RFC 9112, 3
+        raise BadFramingError("no request line")
+    lower = b"\r\n" + raw.lower()
+    raw = b"\r\n" + raw
+    path, _, query = parts[1].decode("latin-1").partition("?")
+    length = _value(lower, b"content-length") or b"0"
+    if not length.isdigit():
+        raise BadFramingError("content-length is no number")
+    connection = _value(lower, b"connection") or b""
+    return Head(
+        method=parts[0].decode("latin-1"),
+        path=path,
+        query=query,
+        raw=raw,
+        lower=lower,
+        length=int(length),
+        chunked=_value(lower, b"transfer-encoding") == b"chunked",
+        keep_alive=connection == b"keep-alive"
+        if parts[2] == b"HTTP/1.0"
+        else connection != b"close",
+        expects_continue=_value(lower, b"expect") == b"100-continue",
+    )
+
+
+def _span(lower: bytes, name: bytes) -> tuple[int, int] | None:
+    start = lower.find(b"\r\n" + name + b":")
+    if start < 0:
+        return None
+    start += len(name) + 3
+    end = lower.find(b"\r\n", start)
+    return start, len(lower) if end < 0 else end
+
+
+def _value(lower: bytes, name: bytes) -> bytes | None:
+    span = _span(lower, name)
+    return None if span is None else lower[span[0] : span[1]].strip()
+
+
+def chunked_body(buffer: bytearray) -> bytes | None:
+    """Take a chunked body off the front of a buffer, once it is whole.
+
+    Args:
+        buffer: What was received after the head; shortened by the body.
+
+    Returns:
+        The body, or None while some of it is missing.
+
+    Raises:
+        BadFramingError: A chunk's size is no number.
+    """
+    body, place = bytearray(), 0
+    while (line_end := buffer.find(b"\r\n", place)) >= 0:
+        size = _chunk_size(bytes(buffer[place:line_end]))
+        start, end = line_end + 2, line_end + 2 + size
+        if len(buffer) < end + 2:
+            return None
+        if size == 0:
+            del buffer[: end + 2]
+            return bytes(body)
+        body += buffer[start:end]
+        place = end + 2
+    return None
+
+
+def _chunk_size(line: bytes) -> int:
+    try:
+        return int(line.split(b";")[0], 16)
+    except ValueError:
+        raise BadFramingError("a chunk's size is no number") from None
+
 
 _MOST_HEAD: Final = 64 * 1024
 _MOST_BODY: Final = 64 * 1024 * 1024
@@ -264,3 +391,156 @@ def _head(status: int, content_type: bytes, extra: bytes, length: int | None) ->
         content_type,
         extra,
     )
+
+
+_BACKLOG: Final = 4096
+_PER_BYTE: Final = 250  # addresses used of each 127.0.b.0/24
+_HIGHEST_PORT: Final = 65_535
+
+
+class Listener:
+    """One listening socket and the connections that it accepted.
+
+    Args:
+        host: Address.
+        port: Port, or 0 for a free one; afterwards the port in use.
+        handler: Gets the requests.
+    """
+
+    def __init__(self, host: str, port: int, handler: Handler) -> None:
+        self.host = host
+        self.port = port
+        self._handler = handler
+        self._connections: set[Connection] = set()
+        self._server: asyncio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        """``http://host:port``."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    async def open(self) -> None:
+        """Start to listen.
+
+        Raises:
+            ConfigurationError: The address or the port cannot be had.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                lambda: Connection(self._handler, self._connections),
+                self.host,
+                self.port,
+                backlog=_BACKLOG,
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                f"the simulated fleet cannot listen on {self.host}:{self.port}: "
+                f"{error.strerror or error}; choose another port, or 0 for a free one"
+            ) from error
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def close(self, abruptly: bool) -> None:
+        """Stop to listen and end all connections.
+
+        Args:
+            abruptly: Whether the clients see a reset, not an orderly end.
+        """
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in tuple(self._connections):
+            if abruptly:
+                connection.reset()
+            else:
+                connection.close()
+        await self._server.wait_closed()
+        self._server = None
+
+
+class Listeners:
+    """All sockets of a fleet.
+
+    Args:
+        spec: The fleet's specification.
+        on_root: Gets requests to the shared socket.
+        on_node: Gets a node's number and a request to its own socket.
+    """
+
+    def __init__(
+        self,
+        spec: SimulationSpec,
+        on_root: Handler,
+        on_node: Callable[[int, Exchange], None],
+    ) -> None:
+        self._spec = spec
+        self._on_node = on_node
+        own = spec.addressing != "path"
+        self._root = Listener(spec.host, 0 if own else spec.port, on_root)
+        self._nodes: list[Listener] = []
+
+    @property
+    def control(self) -> str:
+        """URL of the control plane, without a path."""
+        return self._root.url
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Base URL of each node, ending in ``/v1``."""
+        if self._spec.addressing == "path":
+            return tuple(f"{self._root.url}/node-{k}/v1" for k in range(self._spec.nodes))
+        return tuple(f"{listener.url}/v1" for listener in self._nodes)
+
+    async def open(self) -> None:
+        """Open every socket.
+
+        Raises:
+            ConfigurationError: One cannot be had; those opened before are closed again.
+        """
+        try:
+            await self._root.open()
+            if self._spec.addressing != "path":
+                for node in range(self._spec.nodes):
+                    listener = Listener(*self._place(node), partial(self._on_node, node))
+                    await listener.open()
+                    self._nodes.append(listener)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close every socket and connection."""
+        for listener in (*self._nodes, self._root):
+            await listener.close(abruptly=True)
+
+    async def close_node(self, node: int, abruptly: bool) -> None:
+        """Close a node's own socket; none where nodes share one.
+
+        Args:
+            node: The node's number.
+            abruptly: As for `Listener.close`.
+        """
+        if self._nodes:
+            await self._nodes[node].close(abruptly)
+
+    async def open_node(self, node: int) -> None:
+        """Open a node's own socket again, at the same place.
+
+        Args:
+            node: The node's number.
+
+        Raises:
+            ConfigurationError: The port is taken by now.
+        """
+        if self._nodes:
+            await self._nodes[node].open()
+
+    def _place(self, node: int) -> tuple[str, int]:
+        port = self._spec.port
+        if self._spec.addressing == "port":
+            if port and port + node > _HIGHEST_PORT:
+                raise ConfigurationError(f"simulated fleet: port {port + node} does not exist")
+            return self._spec.host, port + node if port else 0
+        shared = self._nodes[0].port if self._nodes else port
+        return f"127.0.{1 + node // _PER_BYTE}.{1 + node % _PER_BYTE}", shared

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import orjson
 
 from ..core.errors import ConfigurationError
-from .rules import FaultRule
+from .faults import FaultRule
 
 Addressing: TypeAlias = Literal["path", "port", "addr"]
 UsageMode: TypeAlias = Literal["full", "details", "null", "omit"]

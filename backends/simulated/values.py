@@ -1,18 +1,147 @@
-r"""Strings that match a simple regular expression.
-
-The subset: literals, ``.``, classes, ``\d \w \s``, groups, ``|``, quantifiers, ``^`` and ``$``
-at the ends. Anything else (look-around, back references, ``\b``, Unicode classes, negated
-escapes) is refused.
-"""
+"""Seeded random, tokens, texts, strings by format or pattern; ApiError."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
+from random import Random
 from string import ascii_letters, digits
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
+from uuid import UUID
 
-from .dice import Dice
-from .errors import ApiError
+import orjson
+
+from ..core.errors import FanfoldError
+
+_SPAN: Final = float(1 << 64)
+
+
+def digest(*parts: object) -> bytes:
+    """Hash some values.
+
+    Args:
+        *parts: Bytes as they are; anything else by its ``str``.
+
+    Returns:
+        16 bytes.
+    """
+    hasher = blake2b(digest_size=16)
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode()
+        hasher.update(b"%d:" % len(data) + data)
+    return hasher.digest()
+
+
+def chance(*parts: object) -> float:
+    """Draw a uniform number in [0, 1) from some values.
+
+    Args:
+        *parts: As for `digest`.
+
+    Returns:
+        The number; equal parts give an equal number.
+    """
+    return int.from_bytes(digest(*parts)[:8]) / _SPAN
+
+
+def normal(*parts: object) -> float:
+    """Draw a standard normal number from some values (Box and Muller).
+
+    Args:
+        *parts: As for `digest`.
+
+    Returns:
+        The number.
+    """
+    data = digest(*parts)
+    one = (int.from_bytes(data[:8]) + 1) / (_SPAN + 1)
+    two = int.from_bytes(data[8:]) / _SPAN
+    return math.sqrt(-2.0 * math.log(one)) * math.cos(2.0 * math.pi * two)
+
+
+class Dice:
+    """A stream of draws from one key.
+
+    Only ``random()`` and ``getrandbits`` of `random.Random` are used: Python promises the same
+    sequence for these from version to version.
+
+    Args:
+        key: Any bytes.
+    """
+
+    __slots__ = ("_random",)
+
+    def __init__(self, key: bytes) -> None:
+        self._random = Random(int.from_bytes(key))
+
+    def unit(self) -> float:
+        """Return a uniform number in [0, 1)."""
+        return self._random.random()
+
+    def below(self, bound: int) -> int:
+        """Return a uniform integer from 0 to below ``bound`` (which must be positive)."""
+        if bound <= 1 << 32:
+            return int(self._random.random() * bound)
+        return self._random.getrandbits(bound.bit_length() + 64) % bound
+
+    def between(self, low: int, high: int) -> int:
+        """Return a uniform integer from ``low`` to ``high``, both included."""
+        return low + self.below(high - low + 1)
+
+    def coin(self) -> bool:
+        """Return one fair bit."""
+        return self._random.random() < 0.5  # noqa: PLR2004 - the fair half
+
+
+class ApiError(FanfoldError):
+    """A request that the simulated node refuses.
+
+    Args:
+        message: What is wrong, in vLLM's words where it has some.
+        status: HTTP status.
+        kind: The body's ``type``.
+        param: The field at fault, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        kind: str = "BadRequestError",
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the fields over a pickle round trip."""
+        return type(self), (self.message, self.status, self.kind, self.param)
+
+    @property
+    def body(self) -> bytes:
+        """The JSON body: ``{"error": {"message", "type", "param", "code"}}``."""
+        return error_body(self.message, self.kind, self.status, self.param)
+
+
+def error_body(message: str, kind: str, code: int, param: str | None = None) -> bytes:
+    """Encode an error as vLLM 0.32 does.
+
+    Args:
+        message: The text.
+        kind: The ``type``.
+        code: The HTTP status, repeated as an integer.
+        param: The field at fault, or None.
+
+    Returns:
+        The JSON body.
+    """
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    return orjson.dumps({"error": error})
+
 
 Maker: TypeAlias = Callable[[Dice], str]
 
@@ -159,3 +288,159 @@ class _Parser:
 
 def _one_of(characters: str) -> Maker:
     return lambda dice: characters[dice.below(len(characters))]
+
+
+_BYTES: Final = 4
+_PER_MESSAGE: Final = 4
+_PER_CONVERSATION: Final = 3
+
+
+def text_tokens(text: str) -> int:
+    """Count the tokens of a text.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        A quarter of its UTF-8 bytes, rounded up.
+    """
+    size = len(text) if text.isascii() else len(text.encode())
+    return -(-size // _BYTES)
+
+
+def conversation_tokens(messages: Iterable[dict[str, Any]]) -> int:
+    """Count the tokens of a conversation.
+
+    Args:
+        messages: Chat messages in OpenAI's form.
+
+    Returns:
+        The prompt's tokens.
+    """
+    return _PER_CONVERSATION + sum(
+        text_tokens(message_text(message)) + _PER_MESSAGE for message in messages
+    )
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """Return the text of a message.
+
+    Args:
+        message: One chat message; its content a string, a list of parts, or None.
+
+    Returns:
+        The text; parts and tool calls that are no text stand in it as JSON.
+    """
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [p["text"] if _is_text(p) else orjson.dumps(p).decode() for p in parts]
+    if calls := message.get("tool_calls"):
+        texts.append(orjson.dumps(calls).decode())
+    return "\n".join(texts)
+
+
+def _is_text(part: object) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str)
+
+
+def cut(text: str, tokens: int) -> str:
+    """Cut a text after some tokens, never inside a character.
+
+    Args:
+        text: The whole text.
+        tokens: Most tokens to keep.
+
+    Returns:
+        The beginning of the text.
+    """
+    return text.encode()[: tokens * _BYTES].decode(errors="ignore")
+
+
+_LEXICON: Final = (
+    "the of and a in is with for by on from to this that between under over each sample model "
+    "measured value result structure surface energy binding reaction catalyst solvent polymer "
+    "membrane protein ligand molecule crystal lattice phase temperature pressure gradient field "
+    "signal noise estimate trend effect rate yield stable weak strong moderate high low observed "
+    "expected consistent relative several data evidence method study suggests indicates depends "
+    "increases decreases remains across within without first second further"
+)
+_WORDS: Final = tuple(_LEXICON.split())
+_EPOCH: Final = datetime(2020, 1, 1, tzinfo=UTC)
+_SECONDS: Final = 5 * 365 * 86_400
+_SENTENCE: Final = (6, 14)
+
+
+def words(dice: Dice, count: int) -> str:
+    """Draw a sentence.
+
+    Args:
+        dice: The source of chance.
+        count: How many words.
+
+    Returns:
+        The words, with a capital letter and a full stop.
+    """
+    chosen = " ".join([_WORDS[dice.below(len(_WORDS))] for _ in range(count)])
+    return f"{chosen.capitalize()}."
+
+
+def prose(dice: Dice, tokens: int) -> str:
+    """Draw a text of exactly some tokens.
+
+    Args:
+        dice: The source of chance.
+        tokens: Its length.
+
+    Returns:
+        Sentences, the last one cut to fit.
+    """
+    sentences: list[str] = []
+    while text_tokens(" ".join(sentences)) < tokens:
+        sentences.append(words(dice, dice.between(*_SENTENCE)))
+    return cut(" ".join(sentences), tokens)
+
+
+def text(dice: Dice, least: int, most: int | None) -> str:
+    """Draw a text with bounds on its length.
+
+    Args:
+        dice: The source of chance.
+        least: Fewest characters.
+        most: Most characters, or None.
+
+    Returns:
+        One sentence or more.
+    """
+    drawn = words(dice, dice.between(3, 12))
+    while len(drawn) < least:
+        drawn = f"{drawn} {words(dice, dice.between(3, 12))}"
+    return drawn if most is None else drawn[:most]
+
+
+def _moment(dice: Dice) -> datetime:
+    return _EPOCH + timedelta(seconds=dice.below(_SECONDS))
+
+
+def _uuid(dice: Dice) -> str:
+    return str(UUID(int=dice.below(1 << 128), version=4))
+
+
+def _name(dice: Dice) -> str:
+    return f"{_WORDS[dice.between(20, len(_WORDS) - 1)]}{dice.below(1000)}"
+
+
+FORMATS: Final[Mapping[str, Callable[[Dice], str]]] = {
+    "date": lambda dice: _moment(dice).date().isoformat(),
+    "time": lambda dice: f"{_moment(dice).time().isoformat()}Z",
+    "date-time": lambda dice: _moment(dice).isoformat().replace("+00:00", "Z"),
+    "duration": lambda dice: f"PT{dice.between(1, 59)}M",
+    "email": lambda dice: f"{_name(dice)}@example.org",
+    "hostname": lambda dice: f"{_name(dice)}.example.org",
+    "ipv4": lambda dice: f"192.0.2.{dice.below(256)}",
+    "ipv6": lambda dice: f"2001:db8::{dice.below(1 << 16):x}",
+    "uri": lambda dice: f"https://example.org/{_name(dice)}",
+    "uuid": _uuid,
+}
+"""Makers by the name of JSON Schema's ``format``."""

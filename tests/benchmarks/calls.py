@@ -20,7 +20,7 @@ from fanfold.backends.fleet import (
     FleetPolicy,
     ModelParams,
 )
-from fanfold.backends.simulated.launch import launch
+from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 
 CALLS, AT_ONCE, ROUNDS = 300, 32, 7

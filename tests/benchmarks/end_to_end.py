@@ -13,7 +13,7 @@ from pathlib import Path
 
 import orjson
 
-from fanfold.backends.simulated.launch import launch
+from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 
 CONFIG = """\

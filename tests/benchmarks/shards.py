@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from rich.console import Console
 
-from fanfold.backends.simulated.launch import launch
+from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.configs.load import load
 from fanfold.graphs.finish import write_results

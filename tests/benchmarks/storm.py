@@ -35,11 +35,11 @@ from fanfold.backends.fleet import (
     ModelParams,
     TimeoutPolicy,
 )
-from fanfold.backends.simulated.dice import normal
-from fanfold.backends.simulated.launch import launch
+from fanfold.backends.simulated.faults import FaultRule
+from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.requests import QuestionReader
-from fanfold.backends.simulated.rules import FaultRule
 from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.values import normal
 
 NODES, SLOTS, SIGMA = 100, 8, 0.5
 SLOW, DEAD, DYING, SLOWNESS = 5, 2, 10, 5.0

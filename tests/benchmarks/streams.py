@@ -13,7 +13,7 @@ from typing import Any
 
 from fanfold.backends.core.process import make_room
 from fanfold.backends.fleet import EndpointSpec, Fleet, FleetModel, FleetPolicy, ModelParams
-from fanfold.backends.simulated.launch import launch
+from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 
 NODES, SIGMA, TOKENS = 20, 0.2, 100

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fanfold import RunContext, build_graph
-from fanfold.backends.simulated.rules import FaultRule
+from fanfold.backends.simulated.faults import FaultRule
 from fanfold.tests.integration.academy.engines import FOLDER, PARSL, PROCESSES
 from fanfold.tests.integration.academy.ward import Ward, alive
 

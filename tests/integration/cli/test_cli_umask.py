@@ -12,7 +12,7 @@ import pytest
 from fanfold.backends.accounts.folder import new_folder, write_bytes
 from fanfold.backends.accounts.results.guard import replacing
 from fanfold.backends.servers.supervisor import Listing
-from fanfold.backends.simulated.lists import write_urls
+from fanfold.backends.simulated.fleet import write_urls
 
 from .conftest import Shell
 

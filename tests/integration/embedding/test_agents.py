@@ -15,8 +15,8 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command
 
 from fanfold import ConfigurationError, build_graph
+from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.fleet import SimulatedFleet
-from fanfold.backends.simulated.rules import FaultRule
 from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration

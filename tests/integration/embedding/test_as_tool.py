@@ -28,10 +28,10 @@ from langgraph.types import Command
 from pydantic import SecretStr
 
 from fanfold import ConfigurationError, RunContext, as_tool
+from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.requests import Question
 from fanfold.backends.simulated.responders import ToolUse
-from fanfold.backends.simulated.rules import FaultRule
 from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration

@@ -23,8 +23,8 @@ from langgraph.types import Command
 from typing_extensions import TypedDict
 
 from fanfold import FanfoldError, RunContext, as_tool, build_graph
+from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.fleet import SimulatedFleet
-from fanfold.backends.simulated.rules import FaultRule
 from fanfold.graphs.map_reduce import build
 
 pytestmark = pytest.mark.integration

@@ -15,7 +15,7 @@ from fanfold.backends.accounts.cost import KEYS, grouped
 from fanfold.backends.accounts.folder import RunFolder
 from fanfold.backends.accounts.totals import Spent
 from fanfold.backends.core.money import NANO
-from fanfold.backends.simulated.rules import FaultRule
+from fanfold.backends.simulated.faults import FaultRule
 
 pytestmark = pytest.mark.integration
 

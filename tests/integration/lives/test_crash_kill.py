@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.simulated.rules import FaultRule
+from fanfold.backends.simulated.faults import FaultRule
 
 pytestmark = pytest.mark.integration
 

@@ -14,7 +14,7 @@ import pytest
 
 from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.core.errors import RunStoppedError
-from fanfold.backends.simulated.rules import FaultRule
+from fanfold.backends.simulated.faults import FaultRule
 from fanfold.configs.load import load
 from fanfold.graphs.resume import resume_run
 from fanfold.graphs.session import RunResult

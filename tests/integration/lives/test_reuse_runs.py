@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from langchain_core.runnables import RunnableLambda
 
-from fanfold.backends.simulated.rules import FaultRule
+from fanfold.backends.simulated.faults import FaultRule
 from fanfold.graphs import worker
 
 pytestmark = pytest.mark.integration

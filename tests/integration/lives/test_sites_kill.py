@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.accounts.folder import open_folder
-from fanfold.backends.simulated.rules import FaultRule
+from fanfold.backends.simulated.faults import FaultRule
 from fanfold.graphs.session import RunResult
 
 pytestmark = pytest.mark.integration

@@ -15,8 +15,8 @@ import pytest
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.schemas import open_validator
 from fanfold.backends.fleet.worth import Worth
-from fanfold.backends.simulated.answers import AnswerSchema
-from fanfold.backends.simulated.errors import ApiError
+from fanfold.backends.simulated.requests import AnswerSchema
+from fanfold.backends.simulated.values import ApiError
 from fanfold.configs.load import load
 from fanfold.nodes.answer import AnswerCheck
 

@@ -7,11 +7,10 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.simulated.answering import answer_to
-from fanfold.backends.simulated.errors import ApiError
 from fanfold.backends.simulated.requests import Question, QuestionReader
-from fanfold.backends.simulated.responders import ToolUse, make_responder
+from fanfold.backends.simulated.responders import ToolUse, answer_to, make_responder
 from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.values import ApiError
 
 SPEC = SimulationSpec(responder="agent")
 

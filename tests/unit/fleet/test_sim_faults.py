@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 
 from fanfold.backends.simulated import FaultRule
-from fanfold.backends.simulated.accounting import ServingBook
-from fanfold.backends.simulated.errors import ApiError
 from fanfold.backends.simulated.faults import Call, FaultBook
-from fanfold.backends.simulated.metrics import metrics_text
-from fanfold.backends.simulated.node import Node
+from fanfold.backends.simulated.node import Node, ServingBook
+from fanfold.backends.simulated.routes import metrics_text
+from fanfold.backends.simulated.values import ApiError
 
 CALL = Call(node=0, arrival=1, key=b"k", attempt=0, now=0.0)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.core.process import raise_file_limit
-from fanfold.backends.simulated.framing import BadFramingError, chunked_body, parse_head
+from fanfold.backends.simulated.server import BadFramingError, chunked_body, parse_head
 
 
 def test_head() -> None:

@@ -7,9 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.simulated import SimulationSpec
-from fanfold.backends.simulated.dice import Dice, chance, digest, normal
-from fanfold.backends.simulated.latency import LatencyModel
-from fanfold.backends.simulated.tokens import conversation_tokens, cut, text_tokens
+from fanfold.backends.simulated.node import LatencyModel
+from fanfold.backends.simulated.values import (
+    Dice,
+    chance,
+    conversation_tokens,
+    cut,
+    digest,
+    normal,
+    text_tokens,
+)
 
 
 def exact(**changes: object) -> LatencyModel:

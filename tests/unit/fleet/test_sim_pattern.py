@@ -4,9 +4,7 @@ import re
 
 import pytest
 
-from fanfold.backends.simulated.dice import Dice
-from fanfold.backends.simulated.errors import ApiError
-from fanfold.backends.simulated.values import pattern_maker
+from fanfold.backends.simulated.values import ApiError, Dice, pattern_maker
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,17 @@ import pytest
 
 from fanfold.backends.core.errors import MissingExtraError
 from fanfold.backends.simulated import SimulationSpec
-from fanfold.backends.simulated.answering import Answer, answer_to, limited, partial, spoiled
-from fanfold.backends.simulated.errors import ApiError
 from fanfold.backends.simulated.requests import Question, QuestionReader
-from fanfold.backends.simulated.responders import SchemaResponder, make_responder
+from fanfold.backends.simulated.responders import (
+    Answer,
+    SchemaResponder,
+    answer_to,
+    limited,
+    make_responder,
+    partial,
+    spoiled,
+)
+from fanfold.backends.simulated.values import ApiError
 
 ASK = {"role": "user", "content": "What?"}
 LENGTH = 1000

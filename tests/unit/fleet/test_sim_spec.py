@@ -14,8 +14,8 @@ from fanfold.backends.simulated import (
     write_hostfile,
     write_urls,
 )
-from fanfold.backends.simulated.errors import ApiError
 from fanfold.backends.simulated.responders import make_responder
+from fanfold.backends.simulated.values import ApiError
 
 
 def test_json_round_trip() -> None:

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.simulated.answers import AnswerSchema, SchemaCache
-from fanfold.backends.simulated.errors import ApiError
+from fanfold.backends.simulated.requests import AnswerSchema, SchemaCache
 from fanfold.backends.simulated.responders import compact
-from fanfold.backends.simulated.strings import FORMATS
+from fanfold.backends.simulated.values import FORMATS, ApiError
 
 Schema = dict[str, Any]
 DRAFT_4 = "http://json-schema.org/draft-04/schema#"
