@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from ..configs.models import RunConfig
-from .accounts.answers.store import AnswerStore
 from .core.errors import ConfigurationError
 from .fleet.reuse import Reuse
+from .storage.response_cache import AnswerStore
 
 _LOOK_S: Final = 2.0
 _SHARE: Final = 10.0

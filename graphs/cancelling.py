@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from ..backends.accounts.folder import open_folder
 from ..backends.cluster.chain import Chain, ChainFile, Job, chain_file
 from ..backends.cluster.schedulers import Scheduler, State, refusal, scheduler
 from ..backends.core.errors import ConfigurationError, FanfoldError, SiteError
+from ..backends.storage.run_folder import open_folder
 from .saying import say
 
 _BY_HAND: Final = {"slurm": "scancel", "pbs": "qdel"}

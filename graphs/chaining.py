@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import Final
 
-from ..backends.accounts.folder import RunFolder, open_folder, run_ids
-from ..backends.accounts.ledger import Ledger
 from ..backends.cluster.chain import (
     BUDGET,
     DONE,
@@ -25,6 +23,8 @@ from ..backends.cluster.chain import (
 from ..backends.cluster.schedulers import refusal, scheduler
 from ..backends.core.errors import ConfigurationError, SiteError
 from ..backends.servers.events import last_words
+from ..backends.storage.journal_index import Ledger
+from ..backends.storage.run_folder import RunFolder, open_folder, run_ids
 from .saying import say
 
 _ENDS: Final = (DONE, FAILURES, USAGE, BUDGET)

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..backends.accounts.cost import Cost, grouped, tokens_json
-from ..backends.accounts.folder import open_folder, run_ids
-from ..backends.accounts.totals import Spent
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import HOUR_MS, NANO, Amount
 from ..backends.core.types import Json
+from ..backends.storage.run_folder import open_folder, run_ids
+from ..backends.storage.totals import Spent
 from .campaign import campaign
 from .costs import budget_so_far, cost_so_far, doubts, figure
 from .live import short

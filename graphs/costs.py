@@ -8,11 +8,11 @@ from typing import Final
 from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import Budget, BudgetTerms, said
 from ..backends.accounts.cost import Cost, total_of
-from ..backends.accounts.folder import RunFolder
-from ..backends.accounts.journal import RunIds
-from ..backends.accounts.totals import Spent
 from ..backends.core.money import FREE, NANO
 from ..backends.core.types import Json
+from ..backends.storage.journal import RunIds
+from ..backends.storage.run_folder import RunFolder
+from ..backends.storage.totals import Spent
 from ..configs.budget import BudgetConfig
 from ..configs.load import peek
 from .opened import OpenedRun

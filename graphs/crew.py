@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import orjson
 
-from ..backends.accounts.ledger import Ledger
 from ..backends.cluster.walltime import Walltime, walltime
 from ..backends.core.errors import ConfigurationError, LedgerError
 from ..backends.core.messages import Order, Summary, own_version
@@ -25,6 +24,7 @@ from ..backends.places import shard_pool
 from ..backends.sites.executor import WorkShard
 from ..backends.sites.pool import ShardPool
 from ..backends.sites.watch import Beat
+from ..backends.storage.journal_index import Ledger
 from ..configs.models import RunConfig
 from ..nodes.context import Answered
 from ..nodes.elsewhere import check_indices

@@ -15,9 +15,6 @@ from typing import Final
 import orjson
 
 from ..backends.accounts.budget import Budget
-from ..backends.accounts.errand import FiledLedger, SentLedger, WorkerLedger, worker_file
-from ..backends.accounts.folder import ANSWERS
-from ..backends.accounts.journal import JournalWriter
 from ..backends.build import Serving, located, open_fleet, survey
 from ..backends.core.aio import Shared
 from ..backends.core.errors import SiteError
@@ -30,6 +27,9 @@ from ..backends.fleet.fleet import Fleet
 from ..backends.fleet.news import Teller
 from ..backends.nearby import served_here
 from ..backends.reuse import reusing
+from ..backends.storage.journal import JournalWriter
+from ..backends.storage.run_folder import ANSWERS
+from ..backends.storage.worker_journal import FiledLedger, SentLedger, WorkerLedger, worker_file
 from ..backends.tokens import exact_count, token_counter
 from ..configs.load import Loaded, load
 from ..configs.reduce import with_bounds

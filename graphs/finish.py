@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backends.accounts.folder import RunFolder, write_json
-from ..backends.accounts.results import rows, write_jsonl, write_parquet
-from ..backends.accounts.results.guard import replacing
+from ..backends.storage.guard import replacing
+from ..backends.storage.results_init import rows, write_jsonl, write_parquet
+from ..backends.storage.run_folder import RunFolder, write_json
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 
-from ..backends.accounts.folder import RunFolder, place_of, run_ids
 from ..backends.build import model_params
 from ..backends.core.errors import LedgerError
 from ..backends.sites.globus.book import FILE as GLOBUS_TASKS
+from ..backends.storage.run_folder import RunFolder, place_of, run_ids
 from ..configs.models import RunConfig
 
 logger = logging.getLogger(__name__)

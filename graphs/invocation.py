@@ -23,8 +23,8 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.runtime import Runtime
 
-from ..backends.accounts.folder import RunFolder, busy
 from ..backends.core.errors import ConfigurationError, RunStoppedError
+from ..backends.storage.run_folder import RunFolder, busy
 from ..nodes.context import RunTools
 
 _LOOK_S: Final = 0.05

@@ -11,8 +11,6 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from ..backends.accounts.endpoints import over_lives, read_endpoints
-from ..backends.accounts.folder import open_folder
 from ..backends.build import located
 from ..backends.core.errors import DONE, USAGE, ConfigurationError
 from ..backends.core.parsing import Gauges
@@ -20,6 +18,8 @@ from ..backends.fleet.gauges import read_gauges
 from ..backends.fleet.matching import match
 from ..backends.fleet.probe import Found
 from ..backends.simulated.process import simulation
+from ..backends.storage.endpoints_table import over_lives, read_endpoints
+from ..backends.storage.run_folder import open_folder
 from ..configs.load import Loaded
 from .opened import endpoints_file
 from .prepare import check_endpoints

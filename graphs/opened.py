@@ -12,13 +12,13 @@ from typing import Any
 
 from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import Budget
-from ..backends.accounts.endpoints import FILE, append_endpoints
-from ..backends.accounts.folder import RunFolder
-from ..backends.accounts.ledger import Ledger
 from ..backends.core.errors import LedgerError
 from ..backends.core.money import NANO, Tariff
 from ..backends.core.types import Usage
 from ..backends.fleet.fleet import Fleet
+from ..backends.storage.endpoints_table import FILE, append_endpoints
+from ..backends.storage.journal_index import Ledger
+from ..backends.storage.run_folder import RunFolder
 from ..nodes.context import RunTools
 from .nodetime import Timesheet, noting, watched
 from .spending import Spending

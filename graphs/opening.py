@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.accounts.book import Shelf
-from ..backends.accounts.folder import RunFolder, run_ids
-from ..backends.accounts.ledger import Ledger
 from ..backends.build import open_fleet
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import ConfigurationError
@@ -25,6 +23,8 @@ from ..backends.inputs.item_store import ItemStore
 from ..backends.nearby import served
 from ..backends.reuse import reusing
 from ..backends.sites.executor import WorkShard
+from ..backends.storage.journal_index import Ledger
+from ..backends.storage.run_folder import RunFolder, run_ids
 from ..backends.tariffs import price as price_of
 from ..backends.tariffs import tariff
 from ..backends.tokens import exact_count, token_counter

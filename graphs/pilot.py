@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from ..backends.accounts.folder import RunFolder
 from ..backends.core.errors import (
     BudgetExhaustedError,
     FanfoldError,
@@ -20,6 +19,7 @@ from ..backends.core.errors import (
 from ..backends.core.templates import Template
 from ..backends.core.types import Shard
 from ..backends.fleet.lengths import LIKELY, prompt_tokens
+from ..backends.storage.run_folder import RunFolder
 from ..backends.tariffs import kept_price
 from ..configs.load import Loaded
 from ..nodes.context import RunTools

@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.accounts.folder import RunFolder, is_vacant, new_folder, place_to_be, write_bytes
 from ..backends.core.errors import ConfigurationError, MissingExtraError, NoEndpointError
 from ..backends.inputs.base import InputSummary
 from ..backends.inputs.item_store import spill
@@ -20,6 +19,7 @@ from ..backends.nearby import served
 from ..backends.node import starts_servers
 from ..backends.reuse import check_cache
 from ..backends.simulated.process import simulation
+from ..backends.storage.run_folder import RunFolder, is_vacant, new_folder, place_to_be, write_bytes
 from ..backends.tariffs import price
 from ..configs.load import Loaded, portable
 from ..configs.plain import to_yaml

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ..backends.accounts.folder import RunFolder, is_vacant, open_folder
 from ..backends.core.errors import BUDGET, INTERRUPTED, FanfoldError, RunStoppedError
+from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder
 from ..configs.load import Loaded
 from . import usage
 from .campaign import campaign_inside

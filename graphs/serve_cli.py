@@ -7,11 +7,11 @@ import signal
 from pathlib import Path
 from typing import Final
 
-from ..backends.accounts.folder import open_folder
 from ..backends.core.errors import ConfigurationError
 from ..backends.node import node_plan, starts_servers
 from ..backends.servers.plan import NodePlan
 from ..backends.servers.supervisor import Orders, serve
+from ..backends.storage.run_folder import open_folder
 from .saying import say
 from .wish import Wish
 

@@ -16,7 +16,6 @@ from typing import Any, Final
 import orjson
 from rich.console import Console
 
-from ..backends.accounts.folder import RunFolder, is_vacant, open_folder, write_json
 from ..backends.core.errors import (
     BUDGET,
     INTERRUPTED,
@@ -26,6 +25,7 @@ from ..backends.core.errors import (
     RunStoppedError,
 )
 from ..backends.core.types import Json
+from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_json
 from ..configs.load import Loaded, load
 from ..nodes.context import RunTools
 from ..nodes.load import check_input

@@ -17,7 +17,6 @@ from langgraph.types import Interrupt
 from rich.console import Console
 
 from ..backends.accounts.cost import Cost
-from ..backends.accounts.folder import RunFolder, now, run_ids
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import (
     BUDGET,
@@ -28,6 +27,7 @@ from ..backends.core.errors import (
     LedgerError,
     RunStoppedError,
 )
+from ..backends.storage.run_folder import RunFolder, now, run_ids
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
 from .context import RunContext

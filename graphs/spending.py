@@ -11,16 +11,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..backends.accounts.allowed import read_allowed, read_requested, write_allowed
 from ..backends.accounts.book import Shelf
 from ..backends.accounts.budget import SHOWN, Budget, BudgetTerms
-from ..backends.accounts.folder import RunFolder, run_ids
-from ..backends.accounts.journal import RunIds
 from ..backends.accounts.leases import Leases
-from ..backends.accounts.ledger import Ledger
 from ..backends.core.errors import BudgetExhaustedError
 from ..backends.core.money import FREE, Amount, Caps, Tariff
 from ..backends.core.types import Json
+from ..backends.storage.allowed import read_allowed, read_requested, write_allowed
+from ..backends.storage.journal import RunIds
+from ..backends.storage.journal_index import Ledger
+from ..backends.storage.run_folder import RunFolder, run_ids
 from ..backends.tariffs import tariff
 from ..configs.budget import BudgetConfig
 from ..configs.models import RunConfig

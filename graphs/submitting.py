@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.accounts.folder import RunFolder, is_vacant, open_folder, write_bytes
 from ..backends.cluster.chain import PATIENCE, ChainFile, chain_file
 from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
 from ..backends.cluster.scripts import (
@@ -23,6 +22,7 @@ from ..backends.cluster.scripts import (
 from ..backends.core.errors import ConfigurationError, SiteError
 from ..backends.core.permissions import untrusted_reason
 from ..backends.node import starts_servers
+from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_bytes
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load
 from ..configs.site import SiteConfig, load_site

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends.accounts.folder import RunFolder
 from ..backends.build import Serving
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import Tariff
+from ..backends.storage.run_folder import RunFolder
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..configs.plain import lost_secrets

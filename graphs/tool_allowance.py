@@ -9,9 +9,9 @@ from typing import Any, Final
 from langchain_core.tools import ToolException
 
 from ..backends.accounts.book import Shelf
-from ..backends.accounts.folder import open_folder, run_ids
-from ..backends.accounts.ledger import Ledger
 from ..backends.core.money import NANO, Amount
+from ..backends.storage.journal_index import Ledger
+from ..backends.storage.run_folder import open_folder, run_ids
 from ..configs.budget import BudgetConfig
 from ..configs.load import Loaded, load
 from .spending import spent_before

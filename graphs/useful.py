@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.accounts.folder import RunFolder, run_ids
-from ..backends.accounts.journal import Source, scan
 from ..backends.cluster.chain import DONE, FAILURES, Spent
 from ..backends.cluster.utilization import (
     Items,
@@ -21,6 +19,8 @@ from ..backends.cluster.utilization import (
     served,
     useful_share,
 )
+from ..backends.storage.journal import Source, scan
+from ..backends.storage.run_folder import RunFolder, run_ids
 from ..configs.load import peek
 from ..configs.source import at_path
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-from fanfold.backends.accounts.journal import make_header
 from fanfold.backends.core.checksum import add_crc
+from fanfold.backends.storage.journal import make_header
 
 
 def chained(*lines: bytes) -> list[bytes]:

@@ -26,14 +26,7 @@ from ..core.errors import LedgerError
 from ..core.money import Amount, Held
 from ..core.types import Json
 from ..core.values import MOST
-from .journal import (
-    RunIds,
-    Source,
-    find_renamed,
-    make_header,
-    present_id,
-    scan,
-)
+from ..storage.journal import RunIds, Source, find_renamed, make_header, present_id, scan
 
 KIND: Final = "budget"
 """What the header of a spend log says."""

@@ -14,10 +14,10 @@ import tracemalloc
 from pathlib import Path
 from statistics import median
 
-from fanfold.backends.accounts.answers.store import AnswerStore
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.fleet import EndpointSpec, Fleet, FleetModel, FleetPolicy, ModelParams
 from fanfold.backends.fleet.reuse import Reuse
+from fanfold.backends.storage.response_cache import AnswerStore
 
 from .parts import ANSWER, AT_ONCE, MESSAGES, SCHEMA, _send
 

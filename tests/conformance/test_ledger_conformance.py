@@ -8,7 +8,7 @@ import pytest
 
 from fanfold.backends.accounts import conformance
 from fanfold.backends.accounts.conformance import CHECKS, Check, Subject
-from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.storage.journal_index import Ledger
 
 
 def opener(folder: Path) -> Callable[[int], AbstractAsyncContextManager[Ledger]]:

@@ -17,10 +17,10 @@ from langgraph.graph import END, START, StateGraph
 from typing_extensions import TypedDict
 
 from fanfold import ConfigurationError, RunContext, build_graph
-from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.backends.storage.run_folder import open_folder
 from fanfold.graphs.map_reduce import build
 from fanfold.graphs.studio import build_item_alone
 

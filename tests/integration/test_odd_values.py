@@ -16,8 +16,8 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
-from fanfold.backends.accounts.folder import RunFolder, open_folder
-from fanfold.backends.accounts.ledger import Ledger
+from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.configs.load import load
 from fanfold.graphs.looking import results
 from fanfold.graphs.prepare import prepare_run

@@ -18,10 +18,10 @@ from langgraph.types import Command
 from typing_extensions import TypedDict
 
 from fanfold import ConfigurationError, RunContext, build_graph
-from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.core.errors import FanfoldError
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.backends.storage.run_folder import open_folder
 from fanfold.graphs.map_reduce import build
 
 pytestmark = pytest.mark.integration

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.accounts.folder import new_folder, write_bytes
-from fanfold.backends.accounts.results.guard import replacing
 from fanfold.backends.servers.supervisor import Listing
 from fanfold.backends.simulated.fleet import write_urls
+from fanfold.backends.storage.guard import replacing
+from fanfold.backends.storage.run_folder import new_folder, write_bytes
 
 from .conftest import Shell
 

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 import fanfold
-from fanfold.backends.accounts.folder import RunFolder
 from fanfold.backends.cluster.chain import Chain, chain_file
 from fanfold.backends.simulated.process import MODULE
+from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.graphs.submitting import Order, submit
 from fanfold.graphs.wish import Wish
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.cluster.schedulers import Pbs
 from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.storage.run_folder import open_folder
 from fanfold.graphs.campaign import campaign
 from fanfold.graphs.cancelling import cancel
 from fanfold.graphs.submitting import Order, submit

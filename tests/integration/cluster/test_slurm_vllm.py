@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.accounts.folder import RunFolder
+from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.graphs.campaign import campaign
 
 from .conftest import Cluster, ended, served, until

@@ -10,7 +10,6 @@ import pytest
 import pytest_asyncio
 from pydantic import BaseModel
 
-from fanfold.backends.accounts.answers.store import AnswerStore
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import (
     ChatFleet,
@@ -22,6 +21,7 @@ from fanfold.backends.fleet import (
 )
 from fanfold.backends.fleet.reuse import Reuse
 from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.storage.response_cache import AnswerStore
 
 from .conftest import Canned, Stub, completion
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fanfold.backends.accounts.book import Shelf
-from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.core.errors import BUDGET
+from fanfold.backends.storage.run_folder import open_folder
 
 pytestmark = pytest.mark.integration
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fanfold.backends.accounts.book import Shelf
-from fanfold.backends.accounts.folder import open_folder
-from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.core.money import Amount
+from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.run_folder import open_folder
 from fanfold.graphs.costs import budget_so_far, cost_so_far
 
 pytestmark = pytest.mark.integration

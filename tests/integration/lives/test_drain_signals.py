@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.simulated.faults import FaultRule
+from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.load import load
 from fanfold.graphs.resume import resume_run
 from fanfold.graphs.session import RunResult

@@ -16,8 +16,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from fanfold.backends.accounts.folder import RunFolder, open_folder
 from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.storage.run_folder import RunFolder, open_folder
 
 from .test_postgres_saver import server
 

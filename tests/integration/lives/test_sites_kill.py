@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.simulated.faults import FaultRule
+from fanfold.backends.storage.run_folder import open_folder
 from fanfold.graphs.session import RunResult
 
 pytestmark = pytest.mark.integration

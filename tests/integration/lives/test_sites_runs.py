@@ -12,9 +12,9 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.accounts.endpoints import read_endpoints
-from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.storage.endpoints_table import read_endpoints
+from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.load import load
 from fanfold.graphs import worker
 from fanfold.graphs.opened import endpoints_file

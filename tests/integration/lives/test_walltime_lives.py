@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.accounts.folder import open_folder
 from fanfold.backends.cluster.walltime import Walltime
 from fanfold.backends.core.errors import RunStoppedError
+from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.load import load
 from fanfold.graphs import worker
 from fanfold.graphs.context import RunContext

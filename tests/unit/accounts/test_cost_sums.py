@@ -9,10 +9,10 @@ import pytest
 
 from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.cost import NOBODY, Cost, grouped
-from fanfold.backends.accounts.results import rows
-from fanfold.backends.accounts.totals import Spent
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.money import NANO, Amount, Held
+from fanfold.backends.storage.results_init import rows
+from fanfold.backends.storage.totals import Spent
 from fanfold.tests.journals import write_journal
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.accounts.endpoints import append_endpoints, over_lives, read_endpoints
 from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.storage.endpoints_table import append_endpoints, over_lives, read_endpoints
 
 
 def report(

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.accounts.conformance import sample
-from fanfold.backends.accounts.errand import FiledLedger, SentLedger, worker_file
-from fanfold.backends.accounts.journal import JournalWriter, Source, scan
-from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.accounts.totals import Fresh
 from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.storage.journal import JournalWriter, Source, scan
+from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.totals import Fresh
+from fanfold.backends.storage.worker_journal import FiledLedger, SentLedger, worker_file
 
 
 def test_records_stop_before_the_bound() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.accounts.folder import (
+from fanfold.backends.core.errors import ConfigurationError, LedgerError
+from fanfold.backends.storage.run_folder import (
     RunFolder,
     is_vacant,
     new_folder,
@@ -21,12 +22,11 @@ from fanfold.backends.accounts.folder import (
     write_bytes,
     write_json,
 )
-from fanfold.backends.core.errors import ConfigurationError, LedgerError
 
 HOLD = """
 import sys
 from pathlib import Path
-from fanfold.backends.accounts.folder import RunFolder
+from fanfold.backends.storage.run_folder import RunFolder
 with RunFolder(Path(sys.argv[1])).locked():
     print("held", flush=True)
     sys.stdin.read()

@@ -13,9 +13,9 @@ import pytest
 from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.accounts.cost import grouped, total_of
-from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.money import Amount
+from fanfold.backends.storage.journal_index import Ledger
 from fanfold.tests.journals import write_journal
 
 ITEMS = 12

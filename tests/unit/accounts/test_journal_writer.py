@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.accounts import journal
 from fanfold.backends.accounts.conformance import sample
-from fanfold.backends.accounts.journal import JournalWriter, Source, scan
-from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.storage import journal
+from fanfold.backends.storage.journal import JournalWriter, Source, scan
+from fanfold.backends.storage.journal_index import Ledger
 
 
 class Disk:

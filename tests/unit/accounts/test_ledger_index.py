@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.accounts.conformance import sample
-from fanfold.backends.accounts.ledger import Ledger
-from fanfold.backends.accounts.totals import Counts
 from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.totals import Counts
 
 
 async def written(folder: Path, *records: dict[str, object]) -> None:

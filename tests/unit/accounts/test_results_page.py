@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from fanfold.backends.accounts.endpoints import append_endpoints
-from fanfold.backends.accounts.results import RESULT_COLUMNS
-from fanfold.backends.accounts.results.columns import UNFIT
 from fanfold.backends.core.errors import FanfoldError
 from fanfold.backends.fleet.breaker import State
+from fanfold.backends.storage.columns import UNFIT
+from fanfold.backends.storage.endpoints_table import append_endpoints
+from fanfold.backends.storage.results_init import RESULT_COLUMNS
 from fanfold.nodes.aggregators.aggregate import OPS
 
 PAGE = Path(str(files("fanfold")), "docs", "results.md").read_text()

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.accounts.results import RESULT_COLUMNS, write_parquet
-from fanfold.backends.accounts.results.parquet import ROWS
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.types import Json
+from fanfold.backends.storage.results import ROWS
+from fanfold.backends.storage.results_init import RESULT_COLUMNS, write_parquet
 
 SCORED: dict[str, Json] = {
     "type": "object",

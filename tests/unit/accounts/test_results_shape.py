@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fanfold.backends.accounts.results.shape import (
+from fanfold.backends.core.types import Json
+from fanfold.backends.storage.results_schema import (
     BOOLEAN,
     FREE,
     INTEGER,
@@ -12,7 +13,6 @@ from fanfold.backends.accounts.results.shape import (
     Shape,
     shape_of,
 )
-from fanfold.backends.core.types import Json
 
 INTEGERS = Shape("list", (("element", INTEGER),))
 PAIR: dict[str, Json] = {"type": "object", "properties": {"a": {"type": "string"}, "b": {}}}

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.accounts.results import RESULT_COLUMNS, write_csv, write_jsonl
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.types import Json
+from fanfold.backends.storage.results_init import RESULT_COLUMNS, write_csv, write_jsonl
 
 SCHEMA: dict[str, Json] = {
     "type": "object",

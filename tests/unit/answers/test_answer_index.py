@@ -6,7 +6,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.accounts.answers.index import Index
+from fanfold.backends.storage.response_files import Index
 
 
 def key(number: int) -> bytes:

@@ -13,12 +13,12 @@ from pathlib import Path
 import orjson
 import pytest
 
-from fanfold.backends.accounts.answers import claims
-from fanfold.backends.accounts.answers import file as files
-from fanfold.backends.accounts.answers import store as stores
-from fanfold.backends.accounts.answers.line import answer_of, key_of, pack
-from fanfold.backends.accounts.answers.store import AnswerStore
 from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.storage import claims
+from fanfold.backends.storage import file as files
+from fanfold.backends.storage import response_cache as stores
+from fanfold.backends.storage.line import answer_of, key_of, pack
+from fanfold.backends.storage.response_cache import AnswerStore
 
 
 def key(number: int) -> bytes:
@@ -288,7 +288,7 @@ def test_threads_put_and_look_at_the_same_time(tmp_path: Path) -> None:
 WRITER = """
 import os, sys
 from pathlib import Path
-from fanfold.backends.accounts.answers.store import AnswerStore
+from fanfold.backends.storage.response_cache import AnswerStore
 sys.path.insert(0, sys.argv[3])
 from test_answer_store import answer, key
 store = AnswerStore(Path(sys.argv[1]), simulated=False, writer=f"w{os.getpid()}")
@@ -333,7 +333,7 @@ def test_processes_that_are_killed_leave_what_they_kept(tmp_path: Path) -> None:
 CLAIMER = """
 import sys
 from pathlib import Path
-from fanfold.backends.accounts.answers.store import AnswerStore
+from fanfold.backends.storage.response_cache import AnswerStore
 sys.path.insert(0, sys.argv[2])
 from test_answer_store import answer, key
 store = AnswerStore(Path(sys.argv[1]), simulated=False, writer="other")

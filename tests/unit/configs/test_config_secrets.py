@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.accounts.folder import RunFolder
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import (
     MASKED,
@@ -20,6 +19,7 @@ from fanfold.backends.core.secrets import (
     mask_url,
 )
 from fanfold.backends.node import node_plan
+from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.configs.load import Loaded, load
 from fanfold.configs.plain import lost_secrets, mask_settings, to_yaml
 from fanfold.configs.presets import preset_names

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from langgraph.runtime import Runtime
 
-from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.core.errors import EndpointLostError
 from fanfold.backends.core.protocols import CallLog
 from fanfold.backends.core.templates import Template
@@ -20,6 +19,7 @@ from fanfold.backends.core.types import Item, Message, Reply, Usage
 from fanfold.backends.core.values import MOST, check_record
 from fanfold.backends.fleet import failures
 from fanfold.backends.fleet.charge import Charge
+from fanfold.backends.storage.journal_index import Ledger
 from fanfold.configs.load import load
 from fanfold.graphs.identity import asked_by_all
 from fanfold.nodes.aggregators import build

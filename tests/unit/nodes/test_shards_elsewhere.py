@@ -15,10 +15,10 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import Send
 from typing_extensions import TypedDict
 
-from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.core.errors import LedgerError, RunStoppedError
 from fanfold.backends.core.messages import Order, Summary
 from fanfold.backends.core.types import Item, Json, Shard
+from fanfold.backends.storage.journal_index import Ledger
 from fanfold.nodes.aggregators import build
 from fanfold.nodes.context import Answered, RunTools
 from fanfold.nodes.elsewhere import work_elsewhere

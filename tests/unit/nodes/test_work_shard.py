@@ -24,7 +24,6 @@ from langgraph.runtime import RunControl, Runtime
 from langgraph.types import Command
 from typing_extensions import TypedDict
 
-from fanfold.backends.accounts.ledger import Ledger
 from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointLostError,
@@ -33,6 +32,7 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.protocols import CURRENT_CALLS
 from fanfold.backends.core.types import Item, Shard
+from fanfold.backends.storage.journal_index import Ledger
 from fanfold.nodes.aggregators import build
 from fanfold.nodes.context import RunTools
 from fanfold.nodes.gate import Gate

@@ -14,11 +14,11 @@ from typing import Final
 
 import orjson
 
-from ...core.errors import ConfigurationError
+from ..core.errors import ConfigurationError
 from .claims import Claims
 from .file import LONGEST, AnswerFile, header_of, line_at
-from .index import Index
 from .line import answer_of, key_of, pack
+from .response_files import Index
 
 VERSION: Final = 1
 

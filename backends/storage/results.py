@@ -11,12 +11,12 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...core.errors import LedgerError
-from ...core.types import Json
+from ..core.errors import LedgerError
+from ..core.types import Json
 from .columns import RESULT_COLUMNS, UNFIT, Record, json_text
 from .fitting import fit_all
 from .guard import replacing
-from .shape import FREE, JSON, Shape, shape_of
+from .results_schema import FREE, JSON, Shape, shape_of
 
 ROWS: Final = 4_096
 """Rows held in memory and written together."""

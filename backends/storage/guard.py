@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ...core.errors import LedgerError
+from ..core.errors import LedgerError
 
 
 @contextmanager

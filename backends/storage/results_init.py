@@ -6,6 +6,6 @@ All functions block; call them in a thread.
 from .columns import RESULT_COLUMNS, rows
 from .delimited import write_csv
 from .jsonl import write_jsonl
-from .parquet import write_parquet
+from .results import write_parquet
 
 __all__ = ["RESULT_COLUMNS", "rows", "write_csv", "write_jsonl", "write_parquet"]

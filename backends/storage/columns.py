@@ -7,8 +7,8 @@ from typing import Final, TypeAlias
 
 import orjson
 
-from ...core.money import NANO
-from ...core.types import Json
+from ..core.money import NANO
+from ..core.types import Json
 
 Record: TypeAlias = Mapping[str, Json]
 """A row of the results. What it lacks is null in them."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 from urllib.parse import unquote
 
-from ...core.types import Json
+from ..core.types import Json
 
 Kind: TypeAlias = Literal["free", "json", "text", "integer", "number", "boolean", "list", "struct"]
 

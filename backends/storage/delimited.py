@@ -16,10 +16,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Final
 
-from ...core.types import Json
+from ..core.types import Json
 from .columns import RESULT_COLUMNS, UNFIT, Record, json_text
 from .guard import name_of, refusals
-from .shape import Shape, shape_of
+from .results_schema import Shape, shape_of
 
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
 _NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")

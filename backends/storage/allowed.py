@@ -10,7 +10,7 @@ import orjson
 
 from ..core.errors import LedgerError
 from ..core.types import Json
-from .folder import write_json
+from .run_folder import write_json
 
 _VERSION: Final = 2
 

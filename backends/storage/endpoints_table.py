@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import LedgerError
-from .results.guard import replacing
+from .guard import replacing
 
 FILE: Final = "endpoints.parquet"
 

@@ -7,9 +7,9 @@ from itertools import chain
 from types import NoneType
 from typing import Any, Final, TypeAlias
 
-from ...core.types import Json
+from ..core.types import Json
 from .columns import json_text
-from .shape import INT64, Kind, Shape
+from .results_schema import INT64, Kind, Shape
 
 _EXACT: Final = range(-(1 << 53), (1 << 53) + 1)
 """Integers that a float holds exactly."""
