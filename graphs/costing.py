@@ -13,8 +13,8 @@ from ..backends.accounts.cost import Cost, grouped, tokens_json
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import HOUR_MS, NANO, Amount
 from ..backends.core.types import Json
+from ..backends.storage.journal import Spent
 from ..backends.storage.run_folder import open_folder, run_ids
-from ..backends.storage.totals import Spent
 from .campaign import campaign
 from .costs import budget_so_far, cost_so_far, doubts, figure
 from .live import short

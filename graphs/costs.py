@@ -10,9 +10,8 @@ from ..backends.accounts.budget import Budget, BudgetTerms, said
 from ..backends.accounts.cost import Cost, total_of
 from ..backends.core.money import FREE, NANO
 from ..backends.core.types import Json
-from ..backends.storage.journal import RunIds
+from ..backends.storage.journal import RunIds, Spent
 from ..backends.storage.run_folder import RunFolder
-from ..backends.storage.totals import Spent
 from ..configs.budget import BudgetConfig
 from ..configs.load import peek
 from .opened import OpenedRun

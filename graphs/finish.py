@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backends.storage.guard import replacing
-from ..backends.storage.results_init import rows, write_jsonl, write_parquet
+from ..backends.storage.results import replacing, rows, write_jsonl, write_parquet
 from ..backends.storage.run_folder import RunFolder, write_json
 from ..configs.load import Loaded
 from ..nodes.context import RunTools

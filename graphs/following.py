@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from ..backends.storage.journal import Fresh
 from ..backends.storage.journal_index import Ledger
-from ..backends.storage.totals import Fresh
 from ..nodes.progress import Progress
 
 

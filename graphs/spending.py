@@ -17,10 +17,15 @@ from ..backends.accounts.leases import Leases
 from ..backends.core.errors import BudgetExhaustedError
 from ..backends.core.money import FREE, Amount, Caps, Tariff
 from ..backends.core.types import Json
-from ..backends.storage.allowed import read_allowed, read_requested, write_allowed
 from ..backends.storage.journal import RunIds
 from ..backends.storage.journal_index import Ledger
-from ..backends.storage.run_folder import RunFolder, run_ids
+from ..backends.storage.run_folder import (
+    RunFolder,
+    read_allowed,
+    read_requested,
+    run_ids,
+    write_allowed,
+)
 from ..backends.tariffs import tariff
 from ..configs.budget import BudgetConfig
 from ..configs.models import RunConfig

@@ -10,9 +10,7 @@ from urllib.parse import urlsplit
 
 from ..core.money import HOUR_MS, NANO, Amount, Held
 from ..core.types import Json
-from ..storage.journal import RunIds, Source, scan
-from ..storage.lines import check_line, life_of
-from ..storage.totals import Spent
+from ..storage.journal import RunIds, Source, Spent, check_line, life_of, scan
 
 NOBODY: Final = "(nobody)"
 """Stands for the endpoint of items that ended without a call."""

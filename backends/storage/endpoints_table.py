@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import LedgerError
-from .guard import replacing
+from .results import replacing
 
 FILE: Final = "endpoints.parquet"
 

@@ -1,13 +1,4 @@
-"""The append-only journal: one JSON line per finished item, one file per session of the run.
-
-A line is handed to the operating system the moment its item ends, so that the end of the
-process loses nothing; rounds of ``fsync``, one per ``fsync_s`` while there is something to
-flush, bound what the end of the machine can cost. Each session of a run writes a file of its own,
-so a line can only be torn at the end of a file.
-
-Each line ends in a checksum that continues the one of the line before it, and the first line
-identifies the file: ``docs/resume.md`` describes the form.
-"""
+"""Append-only journal: writer, scan, line checks, sums of records."""
 
 from __future__ import annotations
 
@@ -15,19 +6,23 @@ import asyncio
 import os
 import secrets
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import FileIO
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from types import NoneType
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 import orjson
 
 from ..core.checksum import END, FIELD, TAIL, add_crc, check_crc
 from ..core.disk import sync_folder
 from ..core.errors import LedgerError
+from ..core.money import Amount
 from ..core.types import Json
+from ..core.values import MOST, NUMBERS, STATUSES, check_record
 
 VERSION: Final = 2
 
@@ -396,3 +391,249 @@ def find_renamed(folder: Path, run: RunIds) -> None:
         if not proper.exists():
             msg = f"{path}, line 1: the file is {proper.name} of this run; rename it back"
             raise LedgerError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many items are done, failed, and still open."""
+
+    done: int
+    failed: int
+    open: int
+
+
+@dataclass(slots=True)
+class Spent:
+    """Sums over records; what a record lacks counts as nothing.
+
+    Attributes:
+        requests: Requests sent, failed ones included.
+        prompt_tokens: Tokens of the prompts that were answered, as far as reported.
+        completion_tokens: Tokens of the answers, as far as reported.
+        cached_tokens: Prompt tokens that prefix caches held.
+        lost_tokens: The most tokens of requests that may have been paid and brought no answer.
+        useful_tokens: Tokens of the answers that count.
+        nano_usd: Nano-dollars.
+        useful_nano_usd: Nano-dollars of the answers that count.
+        reused: Answers that cost nothing, for they were given to an equal request before.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    lost_tokens: int = 0
+    useful_tokens: int = 0
+    nano_usd: int = 0
+    useful_nano_usd: int = 0
+    reused: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Return all tokens that may have been paid."""
+        return self.prompt_tokens + self.completion_tokens + self.lost_tokens
+
+    @property
+    def wasted_tokens(self) -> int:
+        """Return the tokens that may have been paid for nothing: failed, hedged, sent back."""
+        return self.tokens - self.useful_tokens
+
+    @property
+    def wasted_nano_usd(self) -> int:
+        """Return the nano-dollars that may have been paid for nothing."""
+        return self.nano_usd - self.useful_nano_usd
+
+    @property
+    def amount(self) -> Amount:
+        """Return what a budget counts of it."""
+        return Amount(self.requests, self.tokens, self.nano_usd)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add what one record says."""
+        self.add_numbers(list(map(record.get, NUMBERS)))
+
+    def add_numbers(self, numbers: Sequence[int | None]) -> None:
+        """Add what one record says of :data:`NUMBERS`."""
+        requests, prompt, completion, cached, lost, useful, nano, useful_nano, reused = numbers
+        self.requests += requests or 0
+        self.prompt_tokens += prompt or 0
+        self.completion_tokens += completion or 0
+        self.cached_tokens += cached or 0
+        self.lost_tokens += lost or 0
+        self.useful_tokens += useful or 0
+        self.nano_usd += nano or 0
+        self.useful_nano_usd += useful_nano or 0
+        self.reused += reused or 0
+
+    @classmethod
+    def of(cls, numbers: Iterable[Sequence[int | None]]) -> Self:
+        """Return the sums over records: column by column, which is less work.
+
+        Args:
+            numbers: What each record says of :data:`NUMBERS`.
+        """
+        sums = [sum(filter(None, column)) for column in zip(*numbers, strict=True)]
+        return cls(**dict(zip(NUMBERS, sums, strict=False)))
+
+    def counts(self) -> dict[str, int]:
+        """Return the sums by their names."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def merge(self, other: Spent) -> None:
+        """Add other sums."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(slots=True)
+class Fresh:
+    """Items that have ended since somebody looked last.
+
+    Attributes:
+        done: How many were answered.
+        failed: How many ended without an answer.
+        spent: What they have spent.
+    """
+
+    done: int = 0
+    failed: int = 0
+    spent: Spent = field(default_factory=Spent)
+
+    def count(self, facts: Sequence[tuple[Any, ...]]) -> None:
+        """Count records, by their index, status and :data:`NUMBERS`."""
+        done = sum(status == "done" for _, status, *_ in facts)
+        self.done, self.failed = self.done + done, self.failed + len(facts) - done
+        self.spent.merge(Spent.of(numbers for _, _, *numbers in facts))
+
+
+_NUMBER: Final = frozenset({int, NoneType})
+_INDEX: Final = frozenset({int})
+_TEXT: Final = frozenset({str})
+_STATUS: Final = frozenset(STATUSES)
+_FACTS: Final = ("index", "status", *NUMBERS)
+_facts: Final = itemgetter(*_FACTS)
+
+
+def life_of(path: Path) -> int:
+    """Return the number of the life in which a journal file was written.
+
+    Raises:
+        LedgerError: It is none.
+    """
+    life = path.stem.partition("-")[0]
+    if not (life.isascii() and life.isdigit()):
+        msg = f"{path}: not a journal file of fanfold; move it out of the run folder"
+        raise LedgerError(msg)
+    return int(life)
+
+
+Facts = tuple[Any, ...]
+"""A record's index, status, and :data:`NUMBERS`; what it lacks is None."""
+
+
+def facts_of(record: dict[str, Any]) -> Facts:
+    """Return what a ledger keeps in mind of a record."""
+    try:
+        facts: Facts = _facts(record)
+    except KeyError:
+        return tuple(map(record.get, _FACTS))
+    return facts
+
+
+def worker_prefix(life: int, worker: str) -> str:
+    """Return how the names of a worker's journal files begin.
+
+    Args:
+        life: Number of the coordinator's life.
+        worker: Host and process, e.g. ``node17:4242``.
+    """
+    return f"{life:04}-{worker.replace(':', '-').replace('/', '-')}-"
+
+
+class Noted(NamedTuple):
+    """What is kept in mind of a line: number, start and length in bytes, checksum, and facts."""
+
+    number: int
+    start: int
+    length: int
+    crc: int
+    facts: Facts
+
+
+def noted(line: Line) -> Noted:
+    """Return what is kept in mind of a line; its record goes."""
+    record = line.record
+    facts = facts_of(record)
+    if "shares" in record:
+        facts = _none_if_odd(record, facts)
+    return Noted(line.number, line.start, line.length, line.crc, facts)
+
+
+def _none_if_odd(record: dict[str, Any], facts: Facts) -> Facts:
+    """Return a record's facts, without the index if it is to be refused."""
+    try:
+        check_record(record)
+    except ValueError:
+        return None, *facts[1:]  # refused with the others, by its line
+    return facts
+
+
+def add_up(facts: Sequence[Facts], items: int) -> Spent | None:
+    """Return the sums over records: column by column, which is less work.
+
+    Args:
+        facts: What is kept in mind of each record; at least one.
+        items: Number of items of the run.
+
+    Returns:
+        The sums; None where :func:`check_line` refuses one of the records.
+    """
+    indices, statuses, *columns = zip(*facts, strict=True)
+    fine = (
+        _INDEX.issuperset(map(type, indices))
+        and min(indices) >= 0
+        and max(indices) < items
+        and _TEXT.issuperset(map(type, statuses))
+        and _STATUS.issuperset(statuses)
+    )
+    sums = list[int]()
+    for column in columns if fine else ():
+        if not _NUMBER.issuperset(map(type, column)):
+            return None
+        told = list(filter(None, column))  # neither null nor 0
+        total = sum(told)
+        if told and (min(told) < 0 or (total > MOST and max(told) > MOST)):
+            return None
+        sums.append(total)
+    return Spent(*sums) if fine else None
+
+
+def check_line(line: Line, source: Source, items: int) -> None:
+    """Refuse what no ledger of this run has written.
+
+    Raises:
+        LedgerError: It says something else.
+    """
+    record = line.record
+    if (trouble := find_trouble(record, items)) is not None:
+        raise source.fault(line.number, trouble)
+
+
+def find_trouble(record: dict[str, Any], items: int) -> str | None:
+    """Return what is wrong with a record, or None.
+
+    Args:
+        record: The record.
+        items: Number of items of the run.
+    """
+    index = record.get("index")
+    if type(index) is not int:
+        found = "a second header" if "v" in record else "not a record of an item"
+        return f"{found}; the file was damaged or edited"
+    if not 0 <= index < items:
+        return f"item {record.get('id')!r} has index {index}, this run has {items} items"
+    try:
+        check_record(record)
+    except ValueError as error:
+        return str(error)
+    return None

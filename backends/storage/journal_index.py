@@ -1,7 +1,9 @@
-"""The ledger of a run: which items are finished, and how, over all of the run's lives."""
+"""Journal: index over all journal files of a run (17 bytes per item)."""
 
 from __future__ import annotations
 
+import os
+import threading
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,17 +18,74 @@ import orjson
 from ..core.checksum import BEFORE, check_crc, crc_before
 from ..core.errors import LedgerError
 from ..core.types import Json
-from .handles import Handles
 from .journal import (
+    Counts,
+    Facts,
+    Fresh,
     JournalWriter,
     RunIds,
     Source,
+    Spent,
+    add_up,
+    check_line,
+    facts_of,
     find_renamed,
+    life_of,
+    noted,
     present_id,
     scan,
+    worker_prefix,
 )
-from .lines import Facts, add_up, check_line, facts_of, life_of, noted, worker_prefix
-from .totals import Counts, Fresh, Spent
+
+_KEPT: Final = 128
+"""Files kept open: processes are set up for few, and connections need most of them."""
+
+
+class _Handle:
+    """An open file; it is closed when neither those kept nor a reader refers to it any more."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+class Handles:
+    """Keeps open the files that were read last; threads may read at the same time.
+
+    Args:
+        most: How many are kept.
+    """
+
+    def __init__(self, most: int = _KEPT) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._kept = dict[Path, _Handle]()  # the one read last comes last
+
+    def __len__(self) -> int:
+        """Return how many are open."""
+        return len(self._kept)
+
+    def read(self, path: Path, start: int, length: int) -> bytes:
+        """Return a part of a file.
+
+        Raises:
+            OSError: It cannot be opened or read.
+        """
+        with self._lock:
+            handle = self._kept.pop(path, None) or _Handle(os.open(path, os.O_RDONLY))
+            self._kept[path] = handle
+            if len(self._kept) > self._most:
+                del self._kept[next(iter(self._kept))]
+        return os.pread(handle.number, length, start)
+
+    def close(self) -> None:
+        """Close all; whoever reads just now still ends."""
+        with self._lock:
+            self._kept.clear()
+
 
 _OPEN, _DONE, _FAILED = 0, 1, 2
 _CODES: Final = {"done": _DONE, "failed": _FAILED}

@@ -1,7 +1,9 @@
-"""The folder of kept answers: a file per process, and an index over all of them."""
+"""On-disk cache of responses, shared by processes; claims by lock."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import secrets
@@ -15,10 +17,71 @@ from typing import Final
 import orjson
 
 from ..core.errors import ConfigurationError
-from .claims import Claims
-from .file import LONGEST, AnswerFile, header_of, line_at
-from .line import answer_of, key_of, pack
-from .response_files import Index
+from .response_files import LONGEST, AnswerFile, Index, answer_of, header_of, key_of, line_at, pack
+
+_TAKEN: Final = frozenset({errno.EAGAIN, errno.EACCES})
+
+logger = logging.getLogger(__name__)
+
+
+class Claims:
+    """Locks by key, one process at a time; a file system that has none is used without.
+
+    All of it blocks. Threads may use it at the same time; they are one process.
+
+    Args:
+        path: The file to lock; made when missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._handle: int | None = None
+
+    def open(self) -> None:
+        """Open the file.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def take(self, key: bytes) -> bool:
+        """Lock a key; say whether no other process holds it."""
+        return self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB, key)
+
+    def give(self, key: bytes) -> None:
+        """Let go of a key, if it is ours."""
+        self._locked(fcntl.LOCK_UN, key)
+
+    def _locked(self, how: int, key: bytes) -> bool:
+        with self._lock:
+            if self._handle is None:
+                return True
+            try:
+                fcntl.lockf(self._handle, how, 1, _byte(key))
+            except OSError as error:
+                if error.errno in _TAKEN:
+                    return False
+                text = "%s: cannot be locked: %s; processes may send equal requests at one time"
+                logger.warning(text, self._path, error.strerror)
+                self._close()
+            return True
+
+    def close(self) -> None:
+        """Let go of all keys."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def _byte(key: bytes) -> int:
+    return int.from_bytes(key[:8]) >> 2  # offsets end at 2^63
+
 
 VERSION: Final = 1
 
@@ -28,8 +91,6 @@ _BATCH: Final = 512
 _LIVE_S: Final = 3600.0
 _FEW: Final = 64
 _TICK_NS: Final = 2_000_000_000
-
-logger = logging.getLogger(__name__)
 
 
 class AnswerStore:

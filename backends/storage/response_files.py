@@ -1,9 +1,15 @@
-"""Where answers lie, by key, in some 30 bytes each; a dictionary would take 200."""
+"""Its files, lines and in-memory index."""
 
 from __future__ import annotations
 
+import os
+import zlib
 from array import array
-from typing import Final
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
 
 _PARTS: Final = 256
 _FIRST: Final = 16
@@ -80,3 +86,108 @@ class _Part:
                 at = grown.slot(key)
                 grown.keys[at], grown.places[at] = key, place
         self.keys, self.places, self.used = grown.keys, grown.places, self.live
+
+
+LONGEST: Final = 1 << 26
+"""Bytes of the longest line."""
+
+_READ: Final = 8192
+
+
+@dataclass(slots=True)
+class AnswerFile:
+    """A file, and how far it is known.
+
+    Attributes:
+        path: Where it is.
+        read: Bytes from its beginning that have been read, or written by us.
+        handle: Its descriptor while it is open, else None.
+        strange: Whether it is of another kind or version, and left alone.
+    """
+
+    path: Path
+    read: int = 0
+    handle: int | None = None
+    strange: bool = False
+
+    def append(self, line: bytes) -> None:
+        """Write a line at the end of one's own file.
+
+        Raises:
+            OSError: It could not be written; what was written of it has no end, and does not count.
+        """
+        assert self.handle is not None, "one's own file is open"
+        done = 0
+        while done < len(line):
+            done += os.write(self.handle, line[done:])
+        self.read += len(line)
+
+
+def line_at(handle: int, offset: int) -> bytes:
+    """Return the line that begins at an offset; empty when it has no end.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    line, size = b"", _READ
+    while True:
+        piece = os.pread(handle, size, offset + len(line))
+        end = piece.find(b"\n")
+        if end >= 0:
+            return line + piece[: end + 1]
+        line, size = line + piece, 2 * size
+        if not piece or len(line) > LONGEST:
+            return b""
+
+
+def header_of(line: bytes) -> Any:
+    """Return what a file's first line says of its form, or None; not who wrote it."""
+    try:
+        header = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return {k: v for k, v in header.items() if k != "by"} if isinstance(header, dict) else None
+
+
+KEY_BYTES: Final = 16
+
+_KEY, _CRC, _ANSWER, _END = b'{"key":"', b'","crc":"', b'","answer":', b"}\n"
+_HEX: Final = 2 * KEY_BYTES
+_CRC_AT: Final = len(_KEY) + _HEX
+_SUM_AT: Final = _CRC_AT + len(_CRC)
+_ANSWER_AT: Final = _SUM_AT + 8
+_TEXT_AT: Final = _ANSWER_AT + len(_ANSWER)
+
+
+def pack(key: bytes, answer: bytes) -> bytes:
+    """Return the line of an answer.
+
+    Args:
+        key: Of the request, 16 bytes.
+        answer: JSON on one line.
+    """
+    name = key.hex().encode()
+    return b"".join((_KEY, name, _CRC, _sum(name, answer), _ANSWER, answer, _END))
+
+
+def key_of(line: bytes) -> bytes | None:
+    """Return the key of a line, or None when it is none; the answer is not looked at."""
+    if not (line.startswith(_KEY) and line.endswith(_END) and line[_CRC_AT:_SUM_AT] == _CRC):
+        return None
+    try:
+        return bytes.fromhex(line[len(_KEY) : _CRC_AT].decode("ascii"))
+    except ValueError:
+        return None
+
+
+def answer_of(line: bytes, key: bytes) -> bytes | None:
+    """Return the answer that a line holds for a key, or None when it is another's or damaged."""
+    answer = line[_TEXT_AT : -len(_END)]
+    mine = key_of(line) == key and line[_ANSWER_AT:_TEXT_AT] == _ANSWER
+    if not mine or line[_SUM_AT:_ANSWER_AT] != _sum(key.hex().encode(), answer):
+        return None
+    return answer
+
+
+def _sum(name: bytes, answer: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(answer, zlib.crc32(name))

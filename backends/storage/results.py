@@ -1,11 +1,16 @@
-"""Results as a Parquet file with typed columns."""
+"""Result writers: Parquet, CSV, JSON lines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import csv
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import orjson
 import pyarrow as pa
@@ -13,10 +18,59 @@ import pyarrow.parquet as pq
 
 from ..core.errors import LedgerError
 from ..core.types import Json
-from .columns import RESULT_COLUMNS, UNFIT, Record, json_text
-from .fitting import fit_all
-from .guard import replacing
-from .results_schema import FREE, JSON, Shape, shape_of
+from .results_schema import (
+    FREE,
+    JSON,
+    RESULT_COLUMNS,
+    UNFIT,
+    Record,
+    Shape,
+    fit_all,
+    json_text,
+    rows,
+    shape_of,
+)
+
+
+@contextmanager
+def refusals(target: str) -> Iterator[None]:
+    """Turn an OSError of the block into a LedgerError that names ``target``."""
+    try:
+        yield
+    except OSError as error:
+        raise LedgerError(
+            f"{target}: the results cannot be written: {error.strerror or error}; "
+            "the journal still holds them: make room or choose another place, and try again"
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a temporary file beside ``path`` that takes its place when the block ends well.
+
+    Raises:
+        LedgerError: The file cannot be written; the old one is untouched.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with refusals(str(path)):
+        partial.unlink(missing_ok=True)
+        file = partial.open("xb")  # never through a link that somebody has put there
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def name_of(stream: IO[bytes]) -> str:
+    """Return what to call a stream in a message."""
+    name = getattr(stream, "name", None)
+    return name if isinstance(name, str) else "the output stream"
+
 
 ROWS: Final = 4_096
 """Rows held in memory and written together."""
@@ -150,3 +204,129 @@ def _time(record: Record) -> datetime | None:
             f"the record of item {record.get('id')!r} is damaged: finished_at is {text!r}, "
             "not a time in ISO 8601"
         ) from error
+
+
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
+_NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_FOREIGN: Final = ("error", "model")
+
+
+def write_csv(
+    records: Iterable[Record],
+    stream: IO[bytes],
+    schema: Mapping[str, Json] | None,
+    *,
+    safe: bool = False,
+) -> int:
+    """Write a header and one row per record.
+
+    A schema of an object gives a column ``output.NAME`` per property, with lists and objects as
+    JSON text, and a last column for outputs that have more; else there is one column ``output``.
+    Null is an empty cell.
+
+    Args:
+        records: Rows, see :func:`rows`, in the order of the rows.
+        stream: Where to write; it stays open.
+        schema: The task's JSON Schema, or None.
+        safe: Whether to guard all cells and the header, and not only what a model has written.
+
+    Returns:
+        Rows written, without the header.
+
+    Raises:
+        LedgerError: The stream cannot be written.
+    """
+    columns, target, rows = _csv_columns(shape_of(schema)), name_of(stream), 0
+    with refusals(target):
+        stream.write(_line([_guarded(name) for name in columns] if safe else list(columns)))
+    for record in records:
+        cells = [cell(record) for cell in columns.values()]
+        line = _line([_guarded(text) for text in cells] if safe else cells)
+        with refusals(target):
+            stream.write(line)
+        rows += 1
+    with refusals(target):
+        stream.flush()
+    return rows
+
+
+def _csv_columns(shape: Shape) -> dict[str, Callable[[Record], str]]:
+    """Return how to make each column's cell from a record."""
+    columns: dict[str, Callable[[Record], str]] = {}
+    for name in RESULT_COLUMNS:
+        if name == "output" and shape.kind == "struct":
+            columns |= {f"output.{part}": _property(part) for part, _ in shape.parts}
+        else:
+            columns[name] = _plain(name, guarded=name == "output" or name in _FOREIGN)
+    if shape.kind == "struct":
+        columns[UNFIT] = _unfit(frozenset(part for part, _ in shape.parts))
+    return columns
+
+
+def _plain(name: str, *, guarded: bool) -> Callable[[Record], str]:
+    return lambda record: _cell(record.get(name), guarded=guarded)
+
+
+def _property(name: str) -> Callable[[Record], str]:
+    def cell(record: Record) -> str:
+        output = record.get("output")
+        return _cell(output.get(name), guarded=True) if isinstance(output, Mapping) else ""
+
+    return cell
+
+
+def _unfit(known: frozenset[str]) -> Callable[[Record], str]:
+    def cell(record: Record) -> str:
+        output = record.get("output")
+        if output is None or (isinstance(output, Mapping) and output.keys() <= known):
+            return ""
+        return json_text(output)
+
+    return cell
+
+
+def _cell(value: Json, *, guarded: bool) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return json_text(value)
+    return _guarded(value) if guarded else value
+
+
+def _guarded(text: str) -> str:
+    """Return a cell that no spreadsheet runs; numbers stay numbers."""
+    return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
+
+
+def _line(cells: list[str]) -> bytes:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\r\n").writerow(cells)
+    return buffer.getvalue().encode()
+
+
+def write_jsonl(records: Iterable[Record], stream: IO[bytes]) -> int:
+    """Write one JSON object per line, in UTF-8, ``output`` as the model gave it.
+
+    Args:
+        records: Rows, see :func:`rows`, in the order of the lines.
+        stream: Where to write; it stays open.
+
+    Returns:
+        Lines written.
+
+    Raises:
+        LedgerError: The stream cannot be written.
+    """
+    target = name_of(stream)
+    lines = 0
+    for record in records:
+        row = {name: record.get(name) for name in RESULT_COLUMNS}
+        with refusals(target):
+            stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        lines += 1
+    with refusals(target):
+        stream.flush()
+    return lines
+
+
+__all__ = ["RESULT_COLUMNS", "rows", "write_csv", "write_jsonl", "write_parquet"]

@@ -1,17 +1,17 @@
-"""What a table's cell can hold of the values that a JSON Schema allows.
-
-The shape is worked out once, from the schema alone, so that no value met later can change it.
-Where a schema leaves the type open (no type, several, a union, free properties), the cell holds
-JSON text.
-"""
+"""Result columns, and cells typed by the answer schema."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from itertools import chain
+from types import NoneType
+from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import unquote
 
+import orjson
+
+from ..core.money import NANO
 from ..core.types import Json
 
 Kind: TypeAlias = Literal["free", "json", "text", "integer", "number", "boolean", "list", "struct"]
@@ -144,3 +144,201 @@ def _within_int64(schema: Mapping[str, Json]) -> bool:
     """Say whether no bound reaches beyond 64 bits; without bounds, 64 bits are taken to do."""
     bounds = [schema[name] for name in _BOUNDS if isinstance(schema.get(name), int | float)]
     return all(INT64[0] <= bound <= INT64[-1] for bound in bounds)
+
+
+Record: TypeAlias = Mapping[str, Json]
+"""A row of the results. What it lacks is null in them."""
+
+RESULT_COLUMNS: Final = (
+    "id",
+    "status",
+    "output",
+    "error_class",
+    "error",
+    "endpoint",
+    "model",
+    "attempts",
+    "repairs",
+    "reused",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "wasted_tokens",
+    "usd",
+    "latency_s",
+    "finished_at",
+    "simulated",
+    "fingerprint",
+)
+"""Columns in order."""
+
+UNFIT: Final = "output_unfit"
+"""Last column where a schema gives the output typed columns: the whole output as JSON text where
+they cannot hold all of it (an undeclared property, an integer beyond 64 bits), else null."""
+
+
+def rows(records: Iterable[Record], *, priced: bool) -> Iterator[Record]:
+    """Yield rows for journal records: what an item has cost in place of the parts it adds up from.
+
+    Args:
+        records: Journal records, in the order of the rows.
+        priced: Whether tokens have a price; else nobody knows what an item has cost.
+    """
+    for record in records:
+        yield {
+            **record,
+            "attempts": record.get("requests"),
+            "wasted_tokens": _wasted(record),
+            "usd": _usd(record) if priced else None,
+        }
+
+
+def _wasted(record: Record) -> int | None:
+    """Return the tokens that may have been paid for nothing: failed, hedged, sent back."""
+    useful = record.get("useful_tokens")
+    return None if useful is None else _tokens(record) - int(useful)
+
+
+def _tokens(record: Record) -> int:
+    get = record.get
+    return (get("prompt_tokens") or 0) + (get("completion_tokens") or 0) + (get("lost_tokens") or 0)
+
+
+def _usd(record: Record) -> float | None:
+    nano = record.get("nano_usd")
+    asked_without_price = nano == 0 and _tokens(record) > 0
+    return None if nano is None or asked_without_price else nano / NANO
+
+
+def json_text(value: Json) -> str:
+    """Return a value as compact JSON."""
+    return orjson.dumps(value).decode()
+
+
+_EXACT: Final = range(-(1 << 53), (1 << 53) + 1)
+"""Integers that a float holds exactly."""
+
+_CELLS: Final[Mapping[Kind, set[type]]] = {
+    "free": {str},
+    "json": set(),
+    "text": {str},
+    "boolean": {bool},
+    "integer": {int},
+    "number": {int, float},
+    "list": {list},
+    "struct": {dict},
+}
+"""Types of the values that a cell holds as they are."""
+
+Fitted: TypeAlias = tuple[Json, bool]
+"""A cell, and whether it holds all of the value."""
+
+
+def fit_all(shape: Shape, values: Sequence[Json]) -> tuple[Sequence[Json], list[int]]:
+    """Return the cells of a column, and the numbers of the values that they do not hold all of.
+
+    Args:
+        shape: The column's type.
+        values: Any values read from JSON.
+    """
+    if _are_cells(shape, values):
+        return values, []
+    fitted = [fit(shape, value) for value in values]
+    return [cell for cell, _ in fitted], [n for n, (_, fits) in enumerate(fitted) if not fits]
+
+
+def _are_cells(shape: Shape, values: Sequence[Any]) -> bool:
+    """Say whether all values are cells already, as nearly all are: Arrow takes them as they are.
+
+    Looking at a column's types costs less than looking at its values one by one.
+    """
+    types = set(map(type, values)) - {NoneType}
+    if not types <= _CELLS[shape.kind]:
+        return False
+    if int in types:
+        bounds = INT64 if shape.kind == "integer" else _EXACT
+        return all(value in bounds for value in values if value is not None and type(value) is int)
+    present = [value for value in values if value is not None]
+    if shape.kind == "list":
+        return _are_cells(shape.parts[0][1], list(chain.from_iterable(present)))
+    if shape.kind == "struct":
+        names = {name for name, _ in shape.parts}
+        return all(map(names.issuperset, present)) and all(
+            _are_cells(part, [value.get(name) for value in present]) for name, part in shape.parts
+        )
+    return True
+
+
+def fit(shape: Shape, value: Json) -> Fitted:
+    """Return the cell for a value.
+
+    Args:
+        shape: The cell's type.
+        value: Any value read from JSON, allowed by the schema or not.
+
+    Returns:
+        The cell, null where the shape cannot hold the value, and whether it holds all of it.
+    """
+    if value is None:
+        return None, True
+    if shape.kind == "list":
+        return _list(shape.parts[0][1], value)
+    if shape.kind == "struct":
+        return _struct(shape, value)
+    return _SCALARS_FITTING[shape.kind](value)
+
+
+def _free(value: Json) -> Fitted:
+    return (value if isinstance(value, str) else json_text(value)), True
+
+
+def _json(value: Json) -> Fitted:
+    return json_text(value), True
+
+
+def _text(value: Json) -> Fitted:
+    return (value, True) if isinstance(value, str) else (None, False)
+
+
+def _boolean(value: Json) -> Fitted:
+    return (value, True) if isinstance(value, bool) else (None, False)
+
+
+def _integer(value: Json) -> Fitted:
+    """Take 3.0 for 3, as JSON Schema does."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value not in INT64:
+        return None, False
+    return value, True
+
+
+def _number(value: Json) -> Fitted:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None, False
+    return float(value), True
+
+
+def _list(element: Shape, value: Json) -> Fitted:
+    if not isinstance(value, list):
+        return None, False
+    fitted = [fit(element, item) for item in value]
+    return [cell for cell, _ in fitted], all(fits for _, fits in fitted)
+
+
+def _struct(shape: Shape, value: Json) -> Fitted:
+    if not isinstance(value, Mapping):
+        return None, False
+    fitted = {name: fit(part, value.get(name)) for name, part in shape.parts}
+    whole = value.keys() <= fitted.keys() and all(fits for _, fits in fitted.values())
+    return {name: cell for name, (cell, _) in fitted.items()}, whole
+
+
+_SCALARS_FITTING: Final[Mapping[Kind, Callable[[Json], Fitted]]] = {
+    "free": _free,
+    "json": _json,
+    "text": _text,
+    "boolean": _boolean,
+    "integer": _integer,
+    "number": _number,
+}

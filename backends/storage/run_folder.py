@@ -1,4 +1,4 @@
-"""The run folder: where everything of one run lies, and who is using it."""
+"""The run folder: layout, lock, atomic writes, raised budget limits, provenance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -388,3 +388,50 @@ def _taken(path: Path) -> ConfigurationError:
 def now() -> str:
     """Return the present time as ISO 8601 text in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+_VERSION: Final = 2
+
+
+def read_allowed(path: Path) -> dict[str, Json]:
+    """Return the caps by their names in settings; none when nothing was allowed.
+
+    Raises:
+        LedgerError: The file is damaged.
+    """
+    return dict(_read(path)["caps"])
+
+
+def read_requested(path: Path) -> set[str]:
+    """Return the names of the caps that requests have set.
+
+    Raises:
+        LedgerError: The file is damaged.
+    """
+    return set(_read(path)["requested"])
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        data: Any = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {"caps": {}, "requested": []}
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise LedgerError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(data, dict) or data.get("v") != _VERSION:
+        raise LedgerError(f"{path}: not a file of this version of fanfold; remove it, and resume")
+    return dict(data)
+
+
+def write_allowed(path: Path, caps: Mapping[str, Json], requested: Set[str] = frozenset()) -> None:
+    """Write the caps, in one step.
+
+    Args:
+        path: The file.
+        caps: The caps by their names in settings.
+        requested: Those that requests have set; they are at most what their graph is bound to.
+
+    Raises:
+        LedgerError: The file cannot be written.
+    """
+    write_json(path, {"v": _VERSION, "caps": dict(caps), "requested": sorted(requested)})

@@ -12,8 +12,7 @@ import orjson
 from ..core.errors import LedgerError
 from ..core.messages import CARRY
 from ..core.types import Json
-from .journal import JournalWriter
-from .lines import worker_prefix
+from .journal import JournalWriter, worker_prefix
 
 
 class SentLedger:

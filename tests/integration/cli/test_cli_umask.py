@@ -11,7 +11,7 @@ import pytest
 
 from fanfold.backends.servers.supervisor import Listing
 from fanfold.backends.simulated.fleet import write_urls
-from fanfold.backends.storage.guard import replacing
+from fanfold.backends.storage.results import replacing
 from fanfold.backends.storage.run_folder import new_folder, write_bytes
 
 from .conftest import Shell

@@ -14,8 +14,8 @@ from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.cost import KEYS, grouped
 from fanfold.backends.core.money import NANO
 from fanfold.backends.simulated.faults import FaultRule
+from fanfold.backends.storage.journal import Spent
 from fanfold.backends.storage.run_folder import RunFolder
-from fanfold.backends.storage.totals import Spent
 
 pytestmark = pytest.mark.integration
 

@@ -11,8 +11,8 @@ from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.cost import NOBODY, Cost, grouped
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.money import NANO, Amount, Held
-from fanfold.backends.storage.results_init import rows
-from fanfold.backends.storage.totals import Spent
+from fanfold.backends.storage.journal import Spent
+from fanfold.backends.storage.results import rows
 from fanfold.tests.journals import write_journal
 
 

@@ -8,9 +8,8 @@ import pytest
 
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.core.errors import LedgerError
-from fanfold.backends.storage.journal import JournalWriter, Source, scan
+from fanfold.backends.storage.journal import Fresh, JournalWriter, Source, scan
 from fanfold.backends.storage.journal_index import Ledger
-from fanfold.backends.storage.totals import Fresh
 from fanfold.backends.storage.worker_journal import FiledLedger, SentLedger, worker_file
 
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.accounts.cost import grouped
 from fanfold.backends.core.errors import LedgerError
-from fanfold.backends.storage.journal import Source, scan
+from fanfold.backends.storage.journal import Fresh, Source, scan
 from fanfold.backends.storage.journal_index import Ledger
-from fanfold.backends.storage.totals import Fresh
 from fanfold.tests.journals import chained, journal_lines, write_journal
 
 ITEMS = 6

@@ -23,10 +23,8 @@ from hypothesis.stateful import (
 
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.core.checksum import add_crc
-from fanfold.backends.storage.journal import make_header
+from fanfold.backends.storage.journal import Fresh, life_of, make_header
 from fanfold.backends.storage.journal_index import Ledger
-from fanfold.backends.storage.lines import life_of
-from fanfold.backends.storage.totals import Fresh
 
 ITEMS, WORKERS = 4, 2
 indices, statuses = st.integers(0, ITEMS - 1), st.sampled_from(["done", "failed"])

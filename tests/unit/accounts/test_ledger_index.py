@@ -8,8 +8,8 @@ import pytest
 
 from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.storage.journal import Counts
 from fanfold.backends.storage.journal_index import Ledger
-from fanfold.backends.storage.totals import Counts
 
 
 async def written(folder: Path, *records: dict[str, object]) -> None:

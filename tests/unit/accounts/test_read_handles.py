@@ -7,8 +7,7 @@ import random
 from pathlib import Path
 
 from fanfold.backends.accounts.conformance import sample
-from fanfold.backends.storage.handles import Handles
-from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.journal_index import Handles, Ledger
 from fanfold.tests.journals import write_journal
 
 FILES = 200

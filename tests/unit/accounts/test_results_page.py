@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from fanfold.backends.core.errors import FanfoldError
 from fanfold.backends.fleet.breaker import State
-from fanfold.backends.storage.columns import UNFIT
 from fanfold.backends.storage.endpoints_table import append_endpoints
-from fanfold.backends.storage.results_init import RESULT_COLUMNS
+from fanfold.backends.storage.results import RESULT_COLUMNS
+from fanfold.backends.storage.results_schema import UNFIT
 from fanfold.nodes.aggregators.aggregate import OPS
 
 PAGE = Path(str(files("fanfold")), "docs", "results.md").read_text()

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.types import Json
-from fanfold.backends.storage.results import ROWS
-from fanfold.backends.storage.results_init import RESULT_COLUMNS, write_parquet
+from fanfold.backends.storage.results import RESULT_COLUMNS, ROWS, write_parquet
 
 SCORED: dict[str, Json] = {
     "type": "object",

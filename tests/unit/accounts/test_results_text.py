@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.types import Json
-from fanfold.backends.storage.results_init import RESULT_COLUMNS, write_csv, write_jsonl
+from fanfold.backends.storage.results import RESULT_COLUMNS, write_csv, write_jsonl
 
 SCHEMA: dict[str, Json] = {
     "type": "object",

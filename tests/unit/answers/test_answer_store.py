@@ -14,11 +14,11 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.storage import claims
-from fanfold.backends.storage import file as files
+from fanfold.backends.storage import response_cache
 from fanfold.backends.storage import response_cache as stores
-from fanfold.backends.storage.line import answer_of, key_of, pack
+from fanfold.backends.storage import response_files as files
 from fanfold.backends.storage.response_cache import AnswerStore
+from fanfold.backends.storage.response_files import answer_of, key_of, pack
 
 
 def key(number: int) -> bytes:
@@ -395,7 +395,7 @@ def test_without_locks_it_goes_on_and_says_so(
         raise OSError(number, os.strerror(number))
 
     store = opened(tmp_path)
-    monkeypatch.setattr(claims.fcntl, "lockf", unlockable)  # type: ignore[attr-defined]
+    monkeypatch.setattr(response_cache.fcntl, "lockf", unlockable)  # type: ignore[attr-defined]
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert store.claim([(key(1), True), (key(1), False)]) == [True, True]
