@@ -12,14 +12,12 @@ import aiohttp
 from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
-from fanfold.backends.fleet import (
-    ChatFleet,
-    EndpointSpec,
-    Fleet,
-    FleetModel,
-    FleetPolicy,
-    ModelParams,
-)
+from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.chat import ChatFleet
+from fanfold.backends.fleet.door import FleetModel
+from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.params import ModelParams
+from fanfold.backends.fleet.policy import FleetPolicy
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 

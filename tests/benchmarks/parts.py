@@ -17,21 +17,22 @@ import orjson
 
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet import (
-    AffinityPolicy,
-    Endpoint,
-    EndpointSpec,
-    Fleet,
-    FleetModel,
-    FleetPolicy,
-    ModelParams,
-    PacePolicy,
-)
+from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.answer import RawAnswer
 from fanfold.backends.fleet.breaker import Breaker
 from fanfold.backends.fleet.dispatch import Dispatcher
+from fanfold.backends.fleet.door import FleetModel
+from fanfold.backends.fleet.endpoint import Endpoint
+from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.lane import Lane
-from fanfold.backends.fleet.policy import BreakerPolicy, LanePolicy
+from fanfold.backends.fleet.params import ModelParams
+from fanfold.backends.fleet.policy import (
+    AffinityPolicy,
+    BreakerPolicy,
+    FleetPolicy,
+    LanePolicy,
+    PacePolicy,
+)
 from fanfold.backends.fleet.stats import Stats
 from fanfold.nodes.answer import AnswerCheck
 

@@ -12,14 +12,10 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 from fanfold.backends.core.errors import EndpointError
-from fanfold.backends.fleet import (
-    ChatFleet,
-    EndpointSpec,
-    Fleet,
-    FleetPolicy,
-    RetryPolicy,
-    TimeoutPolicy,
-)
+from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.chat import ChatFleet
+from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.policy import FleetPolicy, RetryPolicy, TimeoutPolicy
 
 from .conftest import Canned, Stub, completion
 

@@ -19,17 +19,12 @@ from fanfold.backends.core.errors import (
     EndpointLostError,
     RequestRefusedError,
 )
-from fanfold.backends.fleet import (
-    BreakerPolicy,
-    ChatFleet,
-    EndpointSpec,
-    Fleet,
-    FleetModel,
-    FleetPolicy,
-    LanePolicy,
-    ModelParams,
-    RetryPolicy,
-)
+from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.chat import ChatFleet
+from fanfold.backends.fleet.door import FleetModel
+from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.params import ModelParams
+from fanfold.backends.fleet.policy import BreakerPolicy, FleetPolicy, LanePolicy, RetryPolicy
 
 from .conftest import chunk, completion, event, serving, text_of, until
 

@@ -31,12 +31,14 @@ from fanfold.backends.core.errors import (
     SiteError,
 )
 from fanfold.backends.core.types import Reply
-from fanfold.backends.fleet import Fleet, FleetModel, ModelParams
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.counting import TokenCounter
+from fanfold.backends.fleet.door import FleetModel
+from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.gateway import Gateway
 from fanfold.backends.fleet.gauges import read_gauges
 from fanfold.backends.fleet.membership import RegistrySource
+from fanfold.backends.fleet.params import ModelParams
 from fanfold.backends.fleet.policy import FleetPolicy, RetryPolicy, TimeoutPolicy
 from fanfold.backends.fleet.probe import discover
 from fanfold.backends.fleet.token import CommandToken

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import RunStoppedError
-from fanfold.backends.fleet import AffinityPolicy, Endpoint, EndpointSpec, LanePolicy
+from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.affinity import Affinity
 from fanfold.backends.fleet.dispatch import Dispatcher
+from fanfold.backends.fleet.endpoint import Endpoint
+from fanfold.backends.fleet.policy import AffinityPolicy, LanePolicy
 
 
 def members(count: int, width: int = 4) -> list[Endpoint]:

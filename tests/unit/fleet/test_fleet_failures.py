@@ -25,12 +25,13 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.secrets import MASKED
 from fanfold.backends.core.values import cut_levels, read_json
-from fanfold.backends.fleet import RetryPolicy, failures, judge, room
+from fanfold.backends.fleet import failures, judge, room
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.answer import Complaint, RawAnswer, retry_after
 from fanfold.backends.fleet.attempts import Attempts
 from fanfold.backends.fleet.endpoint import Endpoint
 from fanfold.backends.fleet.failures import Failure, Step, Trip
+from fanfold.backends.fleet.policy import RetryPolicy
 
 
 def vllm(message: str, code: int, kind: str = "x", param: str | None = None) -> dict[str, Any]:
