@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import quote
 
+import aiohttp
 import orjson
 
 from ..core.secrets import MASKED
@@ -176,3 +177,15 @@ def _seconds(text: str, per_second: float) -> float | None:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+class BodyTooLargeError(aiohttp.ClientPayloadError):
+    """An answer has more bytes than may be read of it."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"the answer is larger than {most:,} bytes")
+        self.most = most
+
+
+class ProxyError(aiohttp.ClientConnectionError):
+    """A proxy variable of the environment does not name an HTTP proxy."""

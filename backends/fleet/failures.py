@@ -24,8 +24,7 @@ from ..core.errors import (
     PromptTooLongError,
     RequestRefusedError,
 )
-from .answer import Complaint, RawAnswer, retry_after, without_keys
-from .transport import BodyTooLargeError, ProxyError
+from .answer import BodyTooLargeError, Complaint, ProxyError, RawAnswer, retry_after, without_keys
 
 
 class Step(enum.Enum):

@@ -14,10 +14,10 @@ import orjson
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.types import SIMULATED_FINGERPRINT
 from .address import EndpointSpec
-from .answer import Complaint, RawAnswer
+from .answer import BodyTooLargeError, Complaint, RawAnswer
 from .endpoint import Endpoint
 from .policy import FleetPolicy
-from .transport import BodyTooLargeError, Transport
+from .transport import Transport
 
 _AT_ONCE: Final = 64
 _OK: Final = 200

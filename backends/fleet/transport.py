@@ -19,7 +19,7 @@ import aiohttp
 from yarl import URL
 
 from ..core.errors import ConfigurationError
-from .answer import RawAnswer
+from .answer import BodyTooLargeError, ProxyError, RawAnswer
 from .policy import FleetPolicy
 
 _LARGE: Final = 1 << 20
@@ -30,18 +30,6 @@ _LARGEST_DOCUMENT: Final = 8 * 2**20
 """Bytes of a list of models, of metrics or of a registry's answer that are read."""
 _LARGEST_ERROR: Final = 64 * 1024
 """Bytes of an error's body that are read; messages quote its beginning."""
-
-
-class BodyTooLargeError(aiohttp.ClientPayloadError):
-    """An answer has more bytes than may be read of it."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__(f"the answer is larger than {most:,} bytes")
-        self.most = most
-
-
-class ProxyError(aiohttp.ClientConnectionError):
-    """A proxy variable of the environment does not name an HTTP proxy."""
 
 
 class BodyReader:
