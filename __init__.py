@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backends.core.errors import ConfigurationError, FanfoldError
-    from .backends.fleet.chat import ChatFleet
     from .backends.fleet.fleet import Fleet
+    from .backends.fleet.langchain import ChatFleet
     from .backends.simulated.fleet import SimulatedFleet
     from .backends.simulated.spec import SimulationSpec
     from .graphs.academy_agent import MapReduceAgent
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _WHERE = {
-    "ChatFleet": "backends.fleet.chat",
+    "ChatFleet": "backends.fleet.langchain",
     "ConfigurationError": "backends.core.errors",
     "FanfoldError": "backends.core.errors",
     "Fleet": "backends.fleet.fleet",

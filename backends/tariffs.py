@@ -14,8 +14,8 @@ from ..configs.prices import Listed, hosts, listed, provider_at
 from .core.errors import ConfigurationError, NoEndpointError
 from .core.money import Tariff
 from .core.types import Json
+from .discovery.resolve import endpoint_specs
 from .fleet.address import NO_KEY, EndpointSpec
-from .locate import endpoint_specs
 
 SETTING: Final = "model.price"
 """The source of a price that the settings give."""

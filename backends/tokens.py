@@ -7,8 +7,8 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from ..configs.prices import provider_at
-from .build import Serving
 from .core.protocols import Count
+from .discovery.connect import Serving
 from .fleet.address import EndpointSpec
 from .fleet.counting import TokenCounter
 

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from ..backends.core.errors import NoEndpointError
+from ..backends.discovery.resolve import endpoint_specs
 from ..backends.fleet.encoding import encoding_name
-from ..backends.locate import endpoint_specs
 from ..backends.tariffs import explained
 from ..configs.load import Loaded
 from ..configs.models import RunConfig

@@ -47,7 +47,7 @@ from .options import (
 )
 from .saying import print_traceback, say, show_log
 
-_CHOICES: Final = "fanfold.backends.build.choice"
+_CHOICES: Final = "fanfold.backends.discovery.connect.choice"
 """The log that tells what ``auto`` chose; it is always shown."""
 
 app = typer.Typer(

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from ..backends.build import open_fleet, serving
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.aio import Shared
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import Amount
-from ..backends.reuse import reusing
+from ..backends.discovery.connect import open_fleet, serving
+from ..backends.discovery.reuse import reusing
 from ..backends.storage.run_folder import RunFolder, is_run, is_vacant, open_folder, run_ids
 from ..configs.load import Loaded, load
 from ..configs.presets import preset_text

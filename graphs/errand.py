@@ -15,18 +15,18 @@ from typing import Final
 import orjson
 
 from ..backends.accounts.budget import Budget
-from ..backends.build import Serving, located, open_fleet, survey
 from ..backends.core.aio import Shared
 from ..backends.core.errors import SiteError
 from ..backends.core.messages import Order
 from ..backends.core.money import Tariff
 from ..backends.core.protocols import Count
 from ..backends.core.types import Item
+from ..backends.discovery.connect import Serving, located, open_fleet, survey
+from ..backends.discovery.node_local import served_here
+from ..backends.discovery.reuse import reusing
 from ..backends.fleet.address import EndpointSpec
 from ..backends.fleet.fleet import Fleet
 from ..backends.fleet.news import Teller
-from ..backends.nearby import served_here
-from ..backends.reuse import reusing
 from ..backends.storage.journal import JournalWriter
 from ..backends.storage.run_folder import ANSWERS
 from ..backends.storage.worker_journal import FiledLedger, SentLedger, WorkerLedger, worker_file

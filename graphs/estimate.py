@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from ..backends.build import Serving, located, model_params
 from ..backends.core.errors import NoEndpointError
 from ..backends.core.money import Caps
+from ..backends.discovery.connect import Serving, located, model_params
+from ..backends.discovery.matching import match
+from ..backends.discovery.node import serves_simulated, starts_servers
+from ..backends.discovery.node_local import served
+from ..backends.discovery.probe import Found
+from ..backends.discovery.resolve import Place
+from ..backends.discovery.reuse import check_cache
 from ..backends.fleet.lengths import LEAST, LIKELY
-from ..backends.fleet.matching import match
-from ..backends.fleet.probe import Found
 from ..backends.inputs.base import InputSummary
-from ..backends.locate import Place
-from ..backends.nearby import served
-from ..backends.node import serves_simulated, starts_servers
-from ..backends.reuse import check_cache
 from ..backends.simulated.process import simulation
 from ..backends.tariffs import Price, price
 from ..backends.tokens import token_counter

@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
-from ..backends.build import model_params
 from ..backends.core.errors import LedgerError
+from ..backends.discovery.connect import model_params
 from ..backends.sites.globus.book import FILE as GLOBUS_TASKS
 from ..backends.storage.run_folder import RunFolder, place_of, run_ids
 from ..configs.models import RunConfig

@@ -16,7 +16,6 @@ from langgraph.store.base import BaseStore
 from langsmith import tracing_context
 from langsmith.utils import tracing_is_enabled
 
-from ..backends.build import chat_door, chat_fleet, model_params
 from ..backends.core.errors import (
     ConfigurationError,
     EndpointError,
@@ -26,6 +25,7 @@ from ..backends.core.errors import (
 )
 from ..backends.core.templates import Template
 from ..backends.core.types import Item
+from ..backends.discovery.connect import chat_door, chat_fleet, model_params
 from ..backends.fleet.fleet import Fleet
 from ..backends.places import imported
 from ..configs.load import Loaded

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Final
 
 from ..backends.accounts.book import Lease
-from ..backends.build import model_params
 from ..backends.core.errors import FanfoldError
 from ..backends.core.messages import Order, Summary
 from ..backends.core.money import Amount, Tariff
 from ..backends.core.templates import Template
 from ..backends.core.types import Item, Json, Usage
+from ..backends.discovery.connect import model_params
 from ..backends.fleet.charge import most_tokens
 from .spending import Spending
 from .terms import Terms

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.accounts.book import Shelf
-from ..backends.build import open_fleet
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import FREE, Held
 from ..backends.core.types import Item
+from ..backends.discovery.connect import open_fleet
+from ..backends.discovery.node_local import served
+from ..backends.discovery.reuse import reusing
 from ..backends.fleet.fleet import Fleet
 from ..backends.inputs.item_store import ItemStore
-from ..backends.nearby import served
-from ..backends.reuse import reusing
 from ..backends.sites.executor import WorkShard
 from ..backends.storage.journal_index import Ledger
 from ..backends.storage.run_folder import RunFolder, run_ids

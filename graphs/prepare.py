@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.core.errors import ConfigurationError, MissingExtraError, NoEndpointError
+from ..backends.discovery.node import starts_servers
+from ..backends.discovery.node_local import served
+from ..backends.discovery.resolve import check_place
+from ..backends.discovery.reuse import check_cache
 from ..backends.inputs.base import InputSummary
 from ..backends.inputs.item_store import spill
 from ..backends.inputs.source import input_spec, needed_columns
-from ..backends.locate import check_place
-from ..backends.nearby import served
-from ..backends.node import starts_servers
-from ..backends.reuse import check_cache
 from ..backends.simulated.process import simulation
 from ..backends.storage.run_folder import RunFolder, is_vacant, new_folder, place_to_be, write_bytes
 from ..backends.tariffs import price

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.core.errors import ConfigurationError
+from ..backends.discovery.node_local import served
 from ..backends.inputs.item_store import ItemStore, spill
 from ..backends.inputs.source import input_spec, needed_columns
-from ..backends.nearby import served
 from ..backends.simulated.process import simulation
 from ..backends.storage.run_folder import RunFolder, place_of, write_bytes
 from ..backends.tariffs import price

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends.build import Serving
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import Tariff
+from ..backends.discovery.connect import Serving
 from ..backends.storage.run_folder import RunFolder
 from ..configs.load import Loaded
 from ..configs.models import RunConfig

@@ -16,6 +16,7 @@ from ..core.process import make_room
 from ..core.protocols import CURRENT_CALLS
 from .address import EndpointSpec, base_url
 from .affinity import Affinity
+from .cache import Reuse
 from .charge import Charge
 from .endpoint import Endpoint
 from .failures import Failure
@@ -23,9 +24,8 @@ from .hedge import Hedger
 from .load import LoadWatch
 from .pacing import Pacer
 from .policy import FleetPolicy, PacePolicy
-from .repeat import Repeater
-from .reuse import Reuse
-from .sender import Sender
+from .request import Sender
+from .retry import Repeater
 from .stats import EndpointReport, FleetHealth
 from .stream import OpenStream
 from .transport import Transport

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+from .balancer import Dispatcher
 from .charge import Charge
-from .dispatch import Dispatcher
 from .endpoint import Endpoint
 from .failures import Failure
 from .pacing import Pacer, estimate

@@ -16,7 +16,7 @@ from langchain_core.messages.ai import UsageMetadata
 from ..core.errors import EndpointError
 from ..core.types import SIMULATED_FINGERPRINT, Message, Reply, Usage
 from ..core.values import token_count
-from .chat import ChatFleet
+from .langchain import ChatFleet
 
 
 class LangChainModel:

@@ -20,8 +20,8 @@ import aiohttp
 
 from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
 from ..core.protocols import CallLog
+from .balancer import Dispatcher
 from .breaker import State
-from .dispatch import Dispatcher
 from .endpoint import Endpoint
 from .failures import Failure, Step, Trip, of_refused_item
 from .policy import AffinityPolicy, FleetPolicy

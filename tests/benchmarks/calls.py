@@ -13,9 +13,9 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.chat import ChatFleet
 from fanfold.backends.fleet.door import FleetModel
 from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.params import ModelParams
 from fanfold.backends.fleet.policy import FleetPolicy
 from fanfold.backends.simulated.process import launch

@@ -19,8 +19,8 @@ from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.answer import RawAnswer
+from fanfold.backends.fleet.balancer import Dispatcher
 from fanfold.backends.fleet.breaker import Breaker
-from fanfold.backends.fleet.dispatch import Dispatcher
 from fanfold.backends.fleet.door import FleetModel
 from fanfold.backends.fleet.endpoint import Endpoint
 from fanfold.backends.fleet.fleet import Fleet

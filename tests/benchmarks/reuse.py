@@ -16,11 +16,11 @@ from statistics import median
 
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.cache import Reuse
 from fanfold.backends.fleet.door import FleetModel
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.params import ModelParams
 from fanfold.backends.fleet.policy import FleetPolicy
-from fanfold.backends.fleet.reuse import Reuse
 from fanfold.backends.storage.response_cache import AnswerStore
 
 from .parts import ANSWER, AT_ONCE, MESSAGES, SCHEMA, _send

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from fanfold import build_graph
-from fanfold.backends import auto
-from fanfold.backends.build import choice_logger
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
+from fanfold.backends.discovery import auto
+from fanfold.backends.discovery.connect import choice_logger
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 

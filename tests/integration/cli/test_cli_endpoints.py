@@ -144,7 +144,7 @@ def test_metrics_need_a_free_port_and_the_extra(
 
 
 def test_auto_says_what_it_found_nowhere(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fanfold.backends.auto.PORTS", (9,))
+    monkeypatch.setattr("fanfold.backends.discovery.auto.PORTS", (9,))
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     monkeypatch.delenv("FIRST_API_KEY", raising=False)
     before = shell.files()

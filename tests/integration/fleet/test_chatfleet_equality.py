@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from fanfold.backends.core.errors import EndpointError
 from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.chat import ChatFleet
 from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.policy import FleetPolicy, RetryPolicy, TimeoutPolicy
 
 from .conftest import Canned, Stub, completion

@@ -20,11 +20,12 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.process import make_room
 from fanfold.backends.core.types import Reply
+from fanfold.backends.discovery.probe import check_models, discover
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.answer import RawAnswer
-from fanfold.backends.fleet.chat import ChatFleet
 from fanfold.backends.fleet.door import FleetModel
 from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.load import read_load
 from fanfold.backends.fleet.params import ModelParams
 from fanfold.backends.fleet.policy import (
@@ -34,7 +35,6 @@ from fanfold.backends.fleet.policy import (
     RetryPolicy,
     TimeoutPolicy,
 )
-from fanfold.backends.fleet.probe import check_models, discover
 from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
 
 from .conftest import Canned, Stub, completion, until

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.discovery.membership import FileSource, kept_up
+from fanfold.backends.discovery.sources import read_endpoints_file
 from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.door import FleetModel
 from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.membership import FileSource, kept_up
 from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.sources import read_endpoints_file
 
 from .conftest import Canned, Stub, completion, until
 

@@ -12,11 +12,11 @@ from pydantic import BaseModel
 
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.chat import ChatFleet
+from fanfold.backends.fleet.cache import Reuse
 from fanfold.backends.fleet.door import FleetModel
 from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.reuse import Reuse
 from fanfold.backends.fleet.upper import LangChainModel
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.storage.response_cache import AnswerStore

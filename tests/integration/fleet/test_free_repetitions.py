@@ -20,9 +20,9 @@ from fanfold.backends.core.errors import (
     RequestRefusedError,
 )
 from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.chat import ChatFleet
 from fanfold.backends.fleet.door import FleetModel
 from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.params import ModelParams
 from fanfold.backends.fleet.policy import BreakerPolicy, FleetPolicy, LanePolicy, RetryPolicy
 

@@ -17,9 +17,9 @@ from aiohttp import web
 from fanfold.backends.core.errors import EndpointError, RequestRefusedError, RunStoppedError
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.chat import ChatFleet
 from fanfold.backends.fleet.door import FleetModel
 from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.params import ModelParams
 from fanfold.backends.fleet.policy import BreakerPolicy, FleetPolicy, LanePolicy, RetryPolicy
 

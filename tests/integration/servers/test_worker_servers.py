@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
-from fanfold.backends.nearby import served_here
+from fanfold.backends.discovery.node_local import served_here
 from fanfold.backends.servers.client import used
 from fanfold.backends.servers.lock import holder, is_served
 from fanfold.configs.load import Loaded, load

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.locate import check_place, endpoint_specs, hosts_of
+from fanfold.backends.discovery.resolve import check_place, endpoint_specs, hosts_of
 from fanfold.configs.load import load
 
 

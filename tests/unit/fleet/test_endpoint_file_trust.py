@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from fanfold.backends.auto import choose
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.permissions import untrusted_reason
+from fanfold.backends.discovery.auto import choose
+from fanfold.backends.discovery.folder import HostsFolder
+from fanfold.backends.discovery.membership import FileSource
+from fanfold.backends.discovery.node_local import node_specs
+from fanfold.backends.discovery.resolve import endpoint_specs
 from fanfold.backends.fleet.address import NO_KEY, EndpointSpec
-from fanfold.backends.fleet.folder import HostsFolder
-from fanfold.backends.fleet.membership import FileSource
-from fanfold.backends.locate import endpoint_specs
-from fanfold.backends.nearby import node_specs
 from fanfold.configs.endpoints import EndpointsConfig
 from fanfold.configs.load import load
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, NoEndpointError
-from fanfold.backends.fleet.folder import HostsFolder
-from fanfold.backends.fleet.membership import FileSource
+from fanfold.backends.discovery.folder import HostsFolder
+from fanfold.backends.discovery.membership import FileSource
 
 
 def urls(folder: HostsFolder) -> list[str]:

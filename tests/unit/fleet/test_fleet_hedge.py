@@ -8,8 +8,8 @@ from typing import Any
 
 from fanfold.backends.core.protocols import CallLog
 from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.balancer import Dispatcher
 from fanfold.backends.fleet.charge import Charge, most_tokens
-from fanfold.backends.fleet.dispatch import Dispatcher
 from fanfold.backends.fleet.endpoint import Endpoint
 from fanfold.backends.fleet.hedge import Hedger, Result
 from fanfold.backends.fleet.policy import HedgePolicy

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
+from fanfold.backends.discovery.matching import match
+from fanfold.backends.discovery.probe import Found
 from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.matching import match
-from fanfold.backends.fleet.probe import Found
 
 
 def found(host: str, *models: str, tag: str | None = None, error: str | None = None) -> Found:

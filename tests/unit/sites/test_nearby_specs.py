@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, SiteError
-from fanfold.backends.nearby import node_specs, served
+from fanfold.backends.discovery.node_local import node_specs, served
 from fanfold.configs.load import Loaded, load
 
 HOST = "node7.cluster.example"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from .address import EndpointSpec
+from ..fleet.address import EndpointSpec
 from .probe import Found, check_models
 
 _SHOWN: Final = 3

@@ -16,12 +16,12 @@ import aiohttp
 import orjson
 
 from ..core.errors import ConfigurationError
-from .address import ApiKey, EndpointSpec, base_url
-from .answer import Complaint, RawAnswer
-from .endpoint import Endpoint
-from .policy import FleetPolicy
+from ..fleet.address import ApiKey, EndpointSpec, base_url
+from ..fleet.answer import Complaint, RawAnswer
+from ..fleet.endpoint import Endpoint
+from ..fleet.policy import FleetPolicy
+from ..fleet.transport import Transport
 from .probe import Found, describe_error
-from .transport import Transport
 
 _OK: Final = 200
 _UNAUTHORIZED: Final = 401

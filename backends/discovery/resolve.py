@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from ..configs.endpoints import EndpointsConfig, FirstConfig
-from .core.errors import ConfigurationError, NoEndpointError, RunStoppedError
-from .core.secrets import MASKED
-from .fleet.address import ApiKey, EndpointSpec, base_url
-from .fleet.folder import HostsFolder
-from .fleet.gateway import Gateway
-from .fleet.membership import RegistrySource, Source
-from .fleet.nodelist import expand_slurm, hosts_to_specs, parse_pbs
-from .fleet.probe import Found, discover
-from .fleet.sources import parse_endpoints_file, trusted_key
-from .fleet.token import CommandToken
+from ...configs.endpoints import EndpointsConfig, FirstConfig
+from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from ..core.secrets import MASKED
+from ..fleet.address import ApiKey, EndpointSpec, base_url
+from .folder import HostsFolder
+from .gateway import Gateway
+from .membership import RegistrySource, Source
+from .nodelist import expand_slurm, hosts_to_specs, parse_pbs
+from .probe import Found, discover
+from .sources import parse_endpoints_file, trusted_key
+from .token import CommandToken
 
 PROBE_TIMEOUT_S: Final = 5.0
 _PORT: Final = 8000

@@ -13,7 +13,7 @@ from typing import Final
 
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.permissions import untrusted_reason
-from .address import NO_KEY, ApiKey, EndpointSpec, base_url, display
+from ..fleet.address import NO_KEY, ApiKey, EndpointSpec, base_url, display
 
 _LOG: Final = logging.getLogger(__name__)
 _HOST_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+):(\d{1,5})")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..configs.models import LimitsConfig, RunConfig
-from .fleet.address import EndpointSpec
-from .fleet.policy import AffinityPolicy, FleetPolicy, HedgePolicy, LoadPolicy, PacePolicy
-from .locate import Place
+from ...configs.models import LimitsConfig, RunConfig
+from ..fleet.address import EndpointSpec
+from ..fleet.policy import AffinityPolicy, FleetPolicy, HedgePolicy, LoadPolicy, PacePolicy
+from .resolve import Place
 
 
 def fleet_policy(config: RunConfig, place: Place | None = None) -> FleetPolicy:

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from ..configs.models import RunConfig
-from ..configs.node import NAMES
-from .core.errors import ConfigurationError
-from .core.secrets import MASKED
-from .core.templates import names_of, split_command
-from .locate import endpoints_key
-from .servers.plan import NodePlan, accelerator_ids, server_plans
-from .simulated.process import MODULE
+from ...configs.models import RunConfig
+from ...configs.node import NAMES
+from ..core.errors import ConfigurationError
+from ..core.secrets import MASKED
+from ..core.templates import names_of, split_command
+from ..servers.plan import NodePlan, accelerator_ids, server_plans
+from ..simulated.process import MODULE
+from .resolve import endpoints_key
 
 HOST: Final = ("FANFOLD_HOST", "SLURMD_NODENAME")
 """Variables that name the node; the system is asked where none is set."""

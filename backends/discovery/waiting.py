@@ -7,8 +7,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, Protocol, TypeVar
 
-from ..configs.endpoints import EndpointsConfig
-from .core.errors import NoEndpointError, RunStoppedError
+from ...configs.endpoints import EndpointsConfig
+from ..core.errors import NoEndpointError, RunStoppedError
 
 _SAY_S: Final = 60.0
 

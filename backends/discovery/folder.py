@@ -10,7 +10,7 @@ from typing import Final
 
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.permissions import file_reason, untrusted_reason
-from .address import NO_KEY, ApiKey, EndpointSpec, base_url
+from ..fleet.address import NO_KEY, ApiKey, EndpointSpec, base_url
 from .sources import parse_endpoints_file, warn_untrusted
 
 _LOG: Final = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ import orjson
 
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.types import SIMULATED_FINGERPRINT
-from .address import EndpointSpec
-from .answer import BodyTooLargeError, Complaint, RawAnswer
-from .endpoint import Endpoint
-from .policy import FleetPolicy
-from .transport import Transport
+from ..fleet.address import EndpointSpec
+from ..fleet.answer import BodyTooLargeError, Complaint, RawAnswer
+from ..fleet.endpoint import Endpoint
+from ..fleet.policy import FleetPolicy
+from ..fleet.transport import Transport
 
 _AT_ONCE: Final = 64
 _OK: Final = 200

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from ..configs.models import RunConfig
-from .build import Serving, serving
-from .core.errors import ConfigurationError, NoEndpointError, RunStoppedError, SiteError
-from .fleet.address import EndpointSpec
-from .fleet.membership import FileSource
-from .fleet.sources import parse_endpoints_file, trusted_key
-from .locate import Place, endpoint_specs, endpoints_key
+from ...configs.models import RunConfig
+from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError, SiteError
+from ..fleet.address import EndpointSpec
+from ..servers.client import check_failure, used
+from ..servers.plan import NodePlan
+from .connect import Serving, serving
+from .membership import FileSource
 from .node import node_plan, serves_simulated, starts_servers, this_host
-from .servers.client import check_failure, used
-from .servers.plan import NodePlan
+from .resolve import Place, endpoint_specs, endpoints_key
+from .sources import parse_endpoints_file, trusted_key
 
 EXPLICIT: Final = "FANFOLD_ENDPOINTS"
 """Variable of a worker: base URLs of its node's endpoints, separated by blanks or commas."""

@@ -13,10 +13,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from ..configs.models import RunConfig
-from .core.errors import ConfigurationError
-from .fleet.reuse import Reuse
-from .storage.response_cache import AnswerStore
+from ...configs.models import RunConfig
+from ..core.errors import ConfigurationError
+from ..fleet.cache import Reuse
+from ..storage.response_cache import AnswerStore
 
 _LOOK_S: Final = 2.0
 _SHARE: Final = 10.0

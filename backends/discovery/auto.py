@@ -14,14 +14,14 @@ from typing import Final
 
 from pydantic import SecretStr
 
-from ..configs.endpoints import FIRST_URL, FirstConfig
-from ..configs.models import RunConfig
-from .core.errors import ConfigurationError
-from .fleet.address import ApiKey, EndpointSpec, base_url
-from .fleet.matching import Matched, match
-from .fleet.membership import FileSource, RegistrySource
-from .fleet.sources import trusted_key
-from .locate import Place, endpoints_key, first_place, with_where
+from ...configs.endpoints import FIRST_URL, FirstConfig
+from ...configs.models import RunConfig
+from ..core.errors import ConfigurationError
+from ..fleet.address import ApiKey, EndpointSpec, base_url
+from .matching import Matched, match
+from .membership import FileSource, RegistrySource
+from .resolve import Place, endpoints_key, first_place, with_where
+from .sources import trusted_key
 
 _SIDECARS: Final = ("aegis_registry_url.txt", "local_runs/aegis_registry_url.txt")
 _FILES: Final = ("aegis_endpoints.txt", "local_runs/aegis_endpoints.txt", "endpoints.txt")

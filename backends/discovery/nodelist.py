@@ -7,7 +7,7 @@ import re
 from typing import Final
 
 from ..core.errors import ConfigurationError
-from .address import NO_KEY, ApiKey, EndpointSpec
+from ..fleet.address import NO_KEY, ApiKey, EndpointSpec
 
 _LIST: Final = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
 _PART: Final = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")

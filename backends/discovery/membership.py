@@ -16,12 +16,12 @@ import orjson
 
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..core.permissions import untrusted_reason
-from .address import NO_KEY, ApiKey, EndpointSpec, base_url
-from .fleet import Fleet
+from ..fleet.address import NO_KEY, ApiKey, EndpointSpec, base_url
+from ..fleet.fleet import Fleet
+from ..fleet.policy import FleetPolicy
+from ..fleet.transport import Transport
 from .folder import HostsFolder
-from .policy import FleetPolicy
 from .sources import read_endpoints_file, warn_untrusted
-from .transport import Transport
 
 _LOG: Final = logging.getLogger(__name__)
 _OK: Final = 200

@@ -12,33 +12,26 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..configs.models import RunConfig
+from ...configs.models import RunConfig
+from ..core.errors import ConfigurationError
+from ..fleet.address import EndpointSpec
+from ..fleet.cache import Reuse
+from ..fleet.door import FleetModel
+from ..fleet.fleet import Fleet
+from ..fleet.params import ModelParams
+from ..simulated.process import launch, simulation
 from .auto import choose
-from .core.errors import ConfigurationError
-from .fleet.address import EndpointSpec
-from .fleet.door import FleetModel
-from .fleet.fleet import Fleet
-from .fleet.matching import match
-from .fleet.membership import Admit, FileSource, Source, kept_up
-from .fleet.params import ModelParams
-from .fleet.probe import discover
-from .fleet.reuse import Reuse
 from .limits import fleet_policy, limited
-from .locate import (
-    PROBE_TIMEOUT_S,
-    Place,
-    endpoint_specs,
-    endpoints_key,
-    first_place,
-    registry,
-)
+from .matching import match
+from .membership import Admit, FileSource, Source, kept_up
 from .node import most_servers
-from .simulated.process import launch, simulation
+from .probe import discover
+from .resolve import PROBE_TIMEOUT_S, Place, endpoint_specs, endpoints_key, first_place, registry
 from .waiting import enough
 
 if TYPE_CHECKING:
-    from .fleet.chat import ChatFleet
-    from .fleet.upper import LangChainModel
+    from ..fleet.langchain import ChatFleet
+    from ..fleet.upper import LangChainModel
 
 _WARNED: Final = 5
 
@@ -220,7 +213,7 @@ def chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
     Behind a gateway answers come whole, also where a stream is asked for.
     """
     # LangChain takes half a second to import, and workers seldom need it
-    from .fleet.chat import ChatFleet  # noqa: PLC0415
+    from ..fleet.langchain import ChatFleet  # noqa: PLC0415
 
     chat = ChatFleet.of(fleet, params)
     chat.disable_streaming = fleet.policy.whole_answers
@@ -230,7 +223,7 @@ def chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
 def chat_door(fleet: Fleet, params: ModelParams, traced: bool) -> FleetModel | LangChainModel:
     """Return the fleet's door for item graphs: LangChain's when calls are to be traced."""
     if traced:
-        from .fleet.upper import LangChainModel  # noqa: PLC0415 - as above
+        from ..fleet.upper import LangChainModel  # noqa: PLC0415 - as above
 
         return LangChainModel(chat_fleet(fleet, params))
     return FleetModel(fleet, params)
