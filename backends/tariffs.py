@@ -15,7 +15,7 @@ from .core.errors import ConfigurationError, NoEndpointError
 from .core.money import Tariff
 from .core.types import Json
 from .discovery.resolve import endpoint_specs
-from .fleet.address import NO_KEY, EndpointSpec
+from .fleet.endpoint import NO_KEY, EndpointSpec
 
 SETTING: Final = "model.price"
 """The source of a price that the settings give."""

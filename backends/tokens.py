@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 from ..configs.prices import provider_at
 from .core.protocols import Count
 from .discovery.connect import Serving
-from .fleet.address import EndpointSpec
 from .fleet.counting import TokenCounter
+from .fleet.endpoint import EndpointSpec
 
 _ASKED: Final = 8
 """So many of the endpoints are asked; they serve the same model."""

@@ -15,8 +15,7 @@ from ..backends.cluster.walltime import Walltime
 from ..backends.core.aio import Shared
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import Amount
-from ..backends.discovery.connect import open_fleet, serving
-from ..backends.discovery.reuse import reusing
+from ..backends.discovery.connect import open_fleet, reusing, serving
 from ..backends.storage.run_folder import RunFolder, is_run, is_vacant, open_folder, run_ids
 from ..configs.load import Loaded, load
 from ..configs.presets import preset_text

@@ -19,7 +19,7 @@ from ..backends.cluster.walltime import Walltime, walltime
 from ..backends.core.errors import ConfigurationError, LedgerError
 from ..backends.core.messages import Order, Summary, own_version
 from ..backends.core.types import Item, Shard
-from ..backends.fleet.news import Gathered
+from ..backends.fleet.fleet import Gathered
 from ..backends.places import shard_pool
 from ..backends.sites.executor import WorkShard
 from ..backends.sites.pool import ShardPool

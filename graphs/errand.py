@@ -21,12 +21,10 @@ from ..backends.core.messages import Order
 from ..backends.core.money import Tariff
 from ..backends.core.protocols import Count
 from ..backends.core.types import Item
-from ..backends.discovery.connect import Serving, located, open_fleet, survey
+from ..backends.discovery.connect import Serving, located, open_fleet, reusing, survey
 from ..backends.discovery.node_local import served_here
-from ..backends.discovery.reuse import reusing
-from ..backends.fleet.address import EndpointSpec
-from ..backends.fleet.fleet import Fleet
-from ..backends.fleet.news import Teller
+from ..backends.fleet.endpoint import EndpointSpec
+from ..backends.fleet.fleet import Fleet, Teller
 from ..backends.storage.journal import JournalWriter
 from ..backends.storage.run_folder import ANSWERS
 from ..backends.storage.worker_journal import FiledLedger, SentLedger, WorkerLedger, worker_file

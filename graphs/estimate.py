@@ -12,13 +12,10 @@ from urllib.parse import urlsplit
 
 from ..backends.core.errors import NoEndpointError
 from ..backends.core.money import Caps
-from ..backends.discovery.connect import Serving, located, model_params
-from ..backends.discovery.matching import match
-from ..backends.discovery.node import serves_simulated, starts_servers
+from ..backends.discovery.connect import Serving, check_cache, located, model_params
 from ..backends.discovery.node_local import served
-from ..backends.discovery.probe import Found
-from ..backends.discovery.resolve import Place
-from ..backends.discovery.reuse import check_cache
+from ..backends.discovery.probe import Found, match
+from ..backends.discovery.resolve import Place, serves_simulated, starts_servers
 from ..backends.fleet.lengths import LEAST, LIKELY
 from ..backends.inputs.base import InputSummary
 from ..backends.simulated.process import simulation

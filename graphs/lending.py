@@ -14,7 +14,7 @@ from ..backends.core.money import Amount, Tariff
 from ..backends.core.templates import Template
 from ..backends.core.types import Item, Json, Usage
 from ..backends.discovery.connect import model_params
-from ..backends.fleet.charge import most_tokens
+from ..backends.fleet.request import most_tokens
 from .spending import Spending
 from .terms import Terms
 

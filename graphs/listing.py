@@ -14,9 +14,8 @@ from rich.text import Text
 from ..backends.core.errors import DONE, USAGE, ConfigurationError
 from ..backends.core.parsing import Gauges
 from ..backends.discovery.connect import located
-from ..backends.discovery.matching import match
-from ..backends.discovery.probe import Found
-from ..backends.fleet.gauges import read_gauges
+from ..backends.discovery.probe import Found, match
+from ..backends.fleet.load import read_gauges
 from ..backends.simulated.process import simulation
 from ..backends.storage.endpoints_table import over_lives, read_endpoints
 from ..backends.storage.run_folder import open_folder

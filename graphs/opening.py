@@ -17,9 +17,8 @@ from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import FREE, Held
 from ..backends.core.types import Item
-from ..backends.discovery.connect import open_fleet
+from ..backends.discovery.connect import open_fleet, reusing
 from ..backends.discovery.node_local import served
-from ..backends.discovery.reuse import reusing
 from ..backends.fleet.fleet import Fleet
 from ..backends.inputs.item_store import ItemStore
 from ..backends.sites.executor import WorkShard

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.core.errors import ConfigurationError, MissingExtraError, NoEndpointError
-from ..backends.discovery.node import starts_servers
+from ..backends.discovery.connect import check_cache
 from ..backends.discovery.node_local import served
-from ..backends.discovery.resolve import check_place
-from ..backends.discovery.reuse import check_cache
+from ..backends.discovery.resolve import check_place, starts_servers
 from ..backends.inputs.base import InputSummary
 from ..backends.inputs.item_store import spill
 from ..backends.inputs.source import input_spec, needed_columns

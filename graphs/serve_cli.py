@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from ..backends.core.errors import ConfigurationError
-from ..backends.discovery.node import node_plan, starts_servers
+from ..backends.discovery.resolve import node_plan, starts_servers
 from ..backends.servers.plan import NodePlan
 from ..backends.servers.supervisor import Orders, serve
 from ..backends.storage.run_folder import open_folder

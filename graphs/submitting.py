@@ -21,7 +21,7 @@ from ..backends.cluster.scripts import (
 )
 from ..backends.core.errors import ConfigurationError, SiteError
 from ..backends.core.permissions import untrusted_reason
-from ..backends.discovery.node import starts_servers
+from ..backends.discovery.resolve import starts_servers
 from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_bytes
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.load import Loaded, load

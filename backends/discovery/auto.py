@@ -17,11 +17,10 @@ from pydantic import SecretStr
 from ...configs.endpoints import FIRST_URL, FirstConfig
 from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError
-from ..fleet.address import ApiKey, EndpointSpec, base_url
-from .matching import Matched, match
-from .membership import FileSource, RegistrySource
+from ..fleet.endpoint import ApiKey, EndpointSpec, base_url
+from .probe import Matched, match
 from .resolve import Place, endpoints_key, first_place, with_where
-from .sources import trusted_key
+from .sources import FileSource, RegistrySource, trusted_key
 
 _SIDECARS: Final = ("aegis_registry_url.txt", "local_runs/aegis_registry_url.txt")
 _FILES: Final = ("aegis_endpoints.txt", "local_runs/aegis_endpoints.txt", "endpoints.txt")

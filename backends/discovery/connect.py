@@ -1,41 +1,265 @@
-"""From settings to concrete parts: the one place that knows both."""
+"""From settings to endpoints that answer, and to an open fleet."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from ...configs.models import RunConfig
-from ..core.errors import ConfigurationError
-from ..fleet.address import EndpointSpec
+from ...configs.endpoints import EndpointsConfig
+from ...configs.models import LimitsConfig, RunConfig
+from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..fleet.cache import Reuse
-from ..fleet.door import FleetModel
-from ..fleet.fleet import Fleet
-from ..fleet.params import ModelParams
+from ..fleet.endpoint import EndpointSpec
+from ..fleet.fleet import Fleet, FleetModel
+from ..fleet.policy import (
+    AffinityPolicy,
+    FleetPolicy,
+    HedgePolicy,
+    LoadPolicy,
+    ModelParams,
+    PacePolicy,
+)
 from ..simulated.process import launch, simulation
+from ..storage.response_cache import AnswerStore
 from .auto import choose
-from .limits import fleet_policy, limited
-from .matching import match
-from .membership import Admit, FileSource, Source, kept_up
-from .node import most_servers
-from .probe import discover
-from .resolve import PROBE_TIMEOUT_S, Place, endpoint_specs, endpoints_key, first_place, registry
-from .waiting import enough
+from .probe import discover, match
+from .resolve import (
+    PROBE_TIMEOUT_S,
+    Place,
+    endpoint_specs,
+    endpoints_key,
+    first_place,
+    most_servers,
+    registry,
+)
+from .sources import Admit, FileSource, Source, kept_up
 
 if TYPE_CHECKING:
-    from ..fleet.langchain import ChatFleet
-    from ..fleet.upper import LangChainModel
+    from ..fleet.langchain import ChatFleet, LangChainModel
+
+
+def fleet_policy(config: RunConfig, place: Place | None = None) -> FleetPolicy:
+    """Return how one process drives the fleet.
+
+    Quotas hold for the run; where several workers share it, each gets its part.
+
+    Args:
+        config: The settings.
+        place: Where the endpoints come from; a gateway has a quota of its own.
+    """
+    limits = config.limits
+    policy = FleetPolicy.of(
+        streams=limits.streams,
+        attempts=limits.attempts,
+        request_timeout_s=limits.request_timeout_s,
+        fleet_wait_s=limits.fleet_wait_s,
+    )
+    return replace(
+        policy,
+        retry=replace(policy.retry, budget=limits.retry_budget),
+        pace=_pace(config, place),
+        hedge=HedgePolicy() if limits.hedge else None,
+        affinity=AffinityPolicy(prefix=limits.affinity) if limits.affinity else None,
+        load=LoadPolicy(source=limits.load) if limits.load else None,
+        whole_answers=place is not None and place.gateway is not None,
+        body_bytes=limits.body_bytes,
+    )
+
+
+def _pace(config: RunConfig, place: Place | None) -> PacePolicy:
+    limits, share = config.limits, config.backend.concurrent_shards
+    gateway = place.requests_per_s if place is not None else None
+    rates = [rate for rate in (limits.requests_per_s, gateway) if rate is not None]
+    return PacePolicy(
+        requests_per_s=min(rates) / share if rates else None,
+        tokens_per_min=limits.tokens_per_min / share if limits.tokens_per_min else None,
+        # A gateway counts each second by itself: what was saved up would be refused.
+        burst=1.0 if gateway is not None else None,
+    )
+
+
+def limited(limits: LimitsConfig, spec: EndpointSpec) -> EndpointSpec:
+    """Return an endpoint with the limits that hold for each, unless it has its own."""
+    return replace(
+        spec,
+        max_in_flight=spec.max_in_flight or limits.endpoint_streams,
+        requests_per_s=spec.requests_per_s or limits.endpoint_requests_per_s,
+        tokens_per_min=spec.tokens_per_min or limits.endpoint_tokens_per_min,
+    )
+
+
+_LOOK_S: Final = 2.0
+_SHARE: Final = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+def check_cache(config: RunConfig) -> None:
+    """Check, without writing, that answers can be kept where the settings say.
+
+    Raises:
+        ConfigurationError: They cannot. Nothing is said of a folder that only workers reach.
+    """
+    remote = config.backend.is_remote and not config.backend.workers_share_folder
+    if config.cache in ("off", "run") or remote:
+        return
+    path = Path(config.cache)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigurationError(f"cache: {there} is no folder; name another, or say cache: off")
+    if not os.access(there, os.W_OK | os.X_OK):
+        msg = f"cache: {there} cannot be written to; name another folder, or say cache: off"
+        raise ConfigurationError(msg)
+
+
+@asynccontextmanager
+async def reusing(
+    config: RunConfig, simulated: bool, own: Path | None
+) -> AsyncIterator[Reuse | None]:
+    """Open the answers that the settings name; None when each request is to be sent.
+
+    Args:
+        config: The settings.
+        simulated: Whether the fleet is.
+        own: The run's own folder for them; None where it cannot be reached: a worker then keeps
+            them as long as it lives.
+
+    Raises:
+        ConfigurationError: The folder cannot be used.
+    """
+    if config.cache == "off":
+        yield None
+        return
+    async with AsyncExitStack() as stack:
+        shared = config.cache != "run"
+        contested = shared or (own is not None and config.backend.is_remote)
+        folder = Path(config.cache) if shared else own
+        if folder is None:
+            made = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="fanfold-")
+            stack.push_async_callback(asyncio.to_thread, made.cleanup)
+            folder = Path(made.name)
+        writer = f"{socket.gethostname()}-{os.getpid()}"
+        store = AnswerStore(folder, simulated=simulated, writer=writer, contested=contested)
+        stack.push_async_callback(asyncio.to_thread, store.close)
+        await asyncio.to_thread(store.open)
+        if contested:
+            await stack.enter_async_context(_followed(store))
+        reuse = Reuse(
+            store,
+            simulated=simulated,
+            sampled=config.cache_sampled,
+            patience_s=config.limits.request_timeout_s,
+        )
+        stack.push_async_callback(reuse.aclose)
+        yield reuse
+
+
+@asynccontextmanager
+async def _followed(store: AnswerStore) -> AsyncIterator[None]:
+    """Read on what other processes keep while the block runs."""
+    following = asyncio.create_task(_follow(store), name="follow kept answers")
+    try:
+        yield
+    finally:
+        following.cancel()
+        await asyncio.wait({following})
+
+
+async def _follow(store: AnswerStore) -> None:
+    """Read what other processes keep, again and again; less often where that takes long."""
+    took, warned = 0.0, False
+    while True:
+        await asyncio.sleep(max(_LOOK_S, _SHARE * took))
+        began = time.monotonic()
+        try:
+            await asyncio.to_thread(store.refresh)
+        except OSError as error:  # a cleared folder, or a file system that is away for a while
+            if not warned:
+                logger.warning("cache: others' answers cannot be read at the moment: %s", error)
+            warned = True
+        took = time.monotonic() - began
+
+
+_SAY_S: Final = 60.0
+
+
+class _Counted(Protocol):
+    """Endpoints that were asked."""
+
+    @property
+    def ready(self) -> int:
+        """Return how many answer and serve the model."""
+        ...
+
+
+T = TypeVar("T", bound=_Counted)
+
+
+def _unknown() -> None:
+    return None
+
+
+async def enough(
+    ask: Callable[[], Awaitable[T]],
+    endpoints: EndpointsConfig,
+    say: Callable[[str], None],
+    most: Callable[[], int | None] = _unknown,
+) -> T:
+    """Ask again and again until as many endpoints are ready as the settings want.
+
+    Args:
+        ask: Asks all endpoints that are there.
+        endpoints: How many are wanted, and how long that is waited for.
+        say: Tells the user what is waited for: when it changes, and once a minute.
+        most: Tells how many can still be ready in the end, or None where nobody knows; may block.
+
+    Raises:
+        RunStoppedError: They have not come in time, or cannot come any more.
+        ConfigurationError: They serve another model, or waiting does not help for another reason.
+    """
+    begun, told, said = time.monotonic(), "", float("-inf")
+    while True:
+        found: T | None = None
+        try:
+            found = await ask()
+            state = f"{found.ready} of {endpoints.least} ready"
+        except NoEndpointError as error:
+            state = f"0 of {endpoints.least} ready ({error.message})"
+        if found is not None and found.ready >= endpoints.least:
+            return found
+        can = await asyncio.to_thread(most)
+        if can is not None and can < endpoints.least:
+            msg = (
+                f"endpoints: {state}, and no more than {can} can be, for servers were given up "
+                f"({endpoints.file}/logs/*.failed); nothing was asked, and the same command goes "
+                "on when they are there"
+            )
+            raise RunStoppedError(msg)
+        waited = time.monotonic() - begun
+        if waited >= endpoints.wait_s:
+            msg = (
+                f"endpoints: {state} after {waited:.0f} s (endpoints.least, endpoints.wait_s); "
+                "nothing was asked, and the same command goes on when they are there"
+            )
+            raise RunStoppedError(msg)
+        if state != told or waited - said >= _SAY_S:
+            say(f"endpoints: {state}; waiting, {endpoints.wait_s - waited:.0f} s more at most")
+            told, said = state, waited
+        await asyncio.sleep(min(endpoints.refresh_s, endpoints.wait_s - waited))
+
 
 _WARNED: Final = 5
 
-logger = logging.getLogger(__name__)
 choice_logger = logging.getLogger(f"{__name__}.choice")
 """Tells what ``auto`` chose, and what is waited for; the command line always shows it."""
 
@@ -223,7 +447,7 @@ def chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
 def chat_door(fleet: Fleet, params: ModelParams, traced: bool) -> FleetModel | LangChainModel:
     """Return the fleet's door for item graphs: LangChain's when calls are to be traced."""
     if traced:
-        from ..fleet.upper import LangChainModel  # noqa: PLC0415 - as above
+        from ..fleet.langchain import LangChainModel  # noqa: PLC0415 - as above
 
         return LangChainModel(chat_fleet(fleet, params))
     return FleetModel(fleet, params)

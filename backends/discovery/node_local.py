@@ -13,14 +13,20 @@ from urllib.parse import urlsplit
 
 from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError, SiteError
-from ..fleet.address import EndpointSpec
+from ..fleet.endpoint import EndpointSpec
 from ..servers.client import check_failure, used
 from ..servers.plan import NodePlan
 from .connect import Serving, serving
-from .membership import FileSource
-from .node import node_plan, serves_simulated, starts_servers, this_host
-from .resolve import Place, endpoint_specs, endpoints_key
-from .sources import parse_endpoints_file, trusted_key
+from .resolve import (
+    Place,
+    endpoint_specs,
+    endpoints_key,
+    node_plan,
+    serves_simulated,
+    starts_servers,
+    this_host,
+)
+from .sources import FileSource, parse_endpoints_file, trusted_key
 
 EXPLICIT: Final = "FANFOLD_ENDPOINTS"
 """Variable of a worker: base URLs of its node's endpoints, separated by blanks or commas."""

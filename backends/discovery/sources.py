@@ -1,19 +1,29 @@
-"""Endpoint lists in files: Aegis' ``host:port`` lines, Aurora-Swarm's TAB columns, plain URLs.
-
-The format is decided per line, for the files that the launchers write do not name theirs.
-"""
+"""Lists of endpoints: files, folders, node lists, Aegis registry; following changes."""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
+import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from stat import S_ISDIR
+from typing import Any, Final, Protocol, TypeAlias
 
-from ..core.errors import ConfigurationError, NoEndpointError
-from ..core.permissions import untrusted_reason
-from ..fleet.address import NO_KEY, ApiKey, EndpointSpec, base_url, display
+import aiohttp
+import orjson
+
+from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
+from ..core.permissions import file_reason, untrusted_reason
+from ..fleet.endpoint import NO_KEY, ApiKey, EndpointSpec, base_url, display
+from ..fleet.fleet import Fleet
+from ..fleet.policy import FleetPolicy
+from ..fleet.transport import Transport
 
 _LOG: Final = logging.getLogger(__name__)
 _HOST_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+):(\d{1,5})")
@@ -125,3 +135,360 @@ def _spec(url: str, columns: Iterable[str], api_key: ApiKey) -> EndpointSpec:
     if weight <= 0 or (most is not None and most < 1):
         raise ConfigurationError(f"{display(url)}: weight and max_in_flight must be positive")
     return EndpointSpec(url, api_key, model=tags.get("model"), max_in_flight=most, weight=weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What a host's file held when it was last read."""
+
+    stamp: tuple[object, ...]
+    specs: tuple[EndpointSpec, ...]
+
+
+class HostsFolder:
+    """The endpoints of all hosts; files are read only when they changed.
+
+    Hidden files and folders inside it are no hosts. A file that cannot be read leaves its host as
+    it was, and is reported once.
+
+    Args:
+        path: The folder.
+        key: Key of all endpoints, as long as nobody else can write the folder and the files.
+    """
+
+    def __init__(self, path: Path, key: ApiKey = NO_KEY) -> None:
+        self._path, self._key = path, key
+        self._hosts = dict[str, _Host]()
+        self._trouble = dict[str, str]()
+        self._warned = set[str]()
+
+    def read(self) -> list[EndpointSpec]:
+        """Return the endpoints that are there now, each once; blocks.
+
+        Raises:
+            NoEndpointError: None is there.
+            ConfigurationError: The folder cannot be read.
+        """
+        try:
+            with os.scandir(self._path) as entries:
+                others = None if self._key == NO_KEY else untrusted_reason(self._path)
+                files = sorted((e for e in entries if _is_host(e)), key=lambda e: e.name)
+        except OSError as error:
+            raise ConfigurationError(
+                f"endpoints.file: {self._path}: cannot be read: {error.strerror}"
+            ) from None
+        now = {file.name: host for file in files if (host := self._host(file, others)) is not None}
+        self._hosts = now
+        specs = {base_url(s.url): s for host in now.values() for s in host.specs}
+        if not specs:
+            raise NoEndpointError(f"endpoints.file: {self._path}: no host has written its file yet")
+        return list(specs.values())
+
+    def _host(self, file: os.DirEntry[str], others: str | None) -> _Host | None:
+        known = self._hosts.get(file.name)
+        try:
+            status = file.stat()
+            if others is None and file.is_symlink() and self._key != NO_KEY:
+                others = untrusted_reason(Path(file.path))
+            reason = others or file_reason(Path(file.path), status)
+            stamp = status.st_mtime_ns, status.st_size, status.st_ino, reason
+            if known is not None and known.stamp == stamp:
+                return known
+            text = Path(file.path).read_text(encoding="utf-8-sig")
+            return _Host(
+                stamp, tuple(parse_endpoints_file(text, file.path, self._key_for(file, reason)))
+            )
+        except FileNotFoundError:
+            return None  # it has left since the folder was listed
+        except NoEndpointError:
+            return _Host(stamp, ())
+        except (OSError, UnicodeDecodeError, ConfigurationError) as error:
+            text = f"{file.path}: {error}"
+            if self._trouble.get(file.name) != text:
+                _LOG.warning("endpoints of host %s stay as they are: %s", file.name, text)
+            self._trouble[file.name] = text
+            return known
+
+    def _key_for(self, file: os.DirEntry[str], reason: str | None) -> ApiKey:
+        if reason is None or self._key == NO_KEY:
+            return self._key
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warn_untrusted(Path(file.path), reason)
+        return NO_KEY
+
+
+def _is_host(entry: os.DirEntry[str]) -> bool:
+    return not entry.name.startswith(".") and entry.is_file()
+
+
+_OK: Final = 200
+_MOST_PORT: Final = 65535
+
+Admit: TypeAlias = Callable[[list[EndpointSpec]], Awaitable[Sequence[EndpointSpec]]]
+"""Returns those of new endpoints that fit the run."""
+
+
+class Source(Protocol):
+    """A list of endpoints that may change."""
+
+    async def look(self) -> list[EndpointSpec]:
+        """Return the endpoints as they are listed now.
+
+        Raises:
+            ConfigurationError: The list cannot be read now.
+            RunStoppedError: Nothing will be listed any more.
+        """
+        ...
+
+
+class FileSource:
+    """An endpoints file, or a folder with one per host; read only when they changed.
+
+    Args:
+        path: File or folder; a link is followed anew at each look.
+        key: Key of all endpoints in it, as long as nobody else can write it.
+    """
+
+    def __init__(self, path: Path, key: ApiKey = NO_KEY) -> None:
+        self._path = path
+        self._key = key
+        self._stamp: tuple[object, ...] | None = None
+        self._specs = list[EndpointSpec]()
+        self._folder = HostsFolder(path, key)
+
+    async def look(self) -> list[EndpointSpec]:
+        """Return the endpoints in the file, or in all files of the folder."""
+        return await asyncio.to_thread(self._look)
+
+    def _look(self) -> list[EndpointSpec]:
+        try:
+            status = self._path.stat()
+            reason = None if self._key == NO_KEY else untrusted_reason(self._path)
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            kind = NoEndpointError if missing else ConfigurationError
+            raise kind(f"endpoints.file: {self._path}: {error.strerror}") from None
+        if S_ISDIR(status.st_mode):
+            return self._folder.read()
+        stamp = status.st_mtime_ns, status.st_size, status.st_ino, reason
+        if stamp != self._stamp:
+            if reason is not None and (self._stamp is None or self._stamp[-1] != reason):
+                warn_untrusted(self._path, reason)
+            key = self._key if reason is None else NO_KEY
+            self._specs = read_endpoints_file(self._path, key)
+            self._stamp = stamp
+        return self._specs
+
+
+class RegistrySource:
+    """Aegis' registry: a hint who is there; whether they work is seen by asking them.
+
+    Its heartbeat lags behind its own freshness window, so that healthy servers come and go in
+    its list. One that is missing is kept until it has been missing for a while.
+
+    Args:
+        url: The registry, e.g. ``http://head:8471``.
+        key: Key of the endpoints.
+        patience: Looks in a row that a server may be missing.
+        timeout_s: Longest wait for the registry's answer, in seconds.
+
+    Raises:
+        ConfigurationError: The URL is none.
+    """
+
+    def __init__(
+        self, url: str, key: ApiKey = NO_KEY, patience: int = 12, timeout_s: float = 5.0
+    ) -> None:
+        self._url = base_url(url).removesuffix("/v1")
+        self._key = key
+        self._patience = patience
+        self._timeout_s = timeout_s
+        self._known: dict[str, EndpointSpec] = {}
+        self._missing = Counter[str]()
+
+    async def look(self) -> list[EndpointSpec]:
+        """Return the servers that the registry lists, or listed lately."""
+        listed = {spec.url: spec for spec in self._specs(await self._services())}
+        self._missing = Counter({u: self._missing[u] + 1 for u in self._known if u not in listed})
+        kept = {u: s for u, s in self._known.items() if self._missing[u] < self._patience}
+        self._known = kept | listed
+        if not self._known:
+            raise NoEndpointError(f"endpoints.aegis_registry: {self._url} lists no server")
+        return list(self._known.values())
+
+    async def _services(self) -> list[dict[str, Any]]:
+        transport = Transport(FleetPolicy())
+        try:
+            answer = await transport.get(
+                f"{self._url}/services?type=vllm", {}, timeout_s=self._timeout_s
+            )
+            document = orjson.loads(answer.body) if answer.status == _OK else None
+        except (aiohttp.ClientError, TimeoutError) as error:
+            reason = str(error) or f"no answer within {self._timeout_s:g} s"
+            raise NoEndpointError(
+                f"endpoints.aegis_registry: {self._url} cannot be asked: {reason}"
+            ) from None
+        except orjson.JSONDecodeError:
+            document = None
+        finally:
+            await transport.aclose()
+        if not isinstance(document, list):
+            raise ConfigurationError(
+                f"endpoints.aegis_registry: {self._url} is no registry of Aegis: HTTP "
+                f"{answer.status} without a list of services"
+            )
+        return [service for service in document if isinstance(service, dict)]
+
+    def _specs(self, services: Iterable[dict[str, Any]]) -> list[EndpointSpec]:
+        specs = []
+        for service in services:
+            host, port = service.get("host"), service.get("port")
+            if not isinstance(host, str) or not host or not isinstance(port, int):
+                continue
+            if 0 < port <= _MOST_PORT:
+                name = f"[{host}]" if ":" in host else host
+                tag = (service.get("metadata") or {}).get("model")
+                model = tag if isinstance(tag, str) else None
+                specs.append(EndpointSpec(f"http://{name}:{port}", self._key, model=model))
+        return specs
+
+
+@asynccontextmanager
+async def kept_up(
+    fleet: Fleet, source: Source, listed: Sequence[EndpointSpec], admit: Admit, every_s: float
+) -> AsyncIterator[None]:
+    """Keep a fleet's members equal to a list that may change, while the block runs.
+
+    A list that cannot be read changes nothing, and is reported once.
+
+    Args:
+        fleet: The fleet.
+        source: The list.
+        listed: What it held when the fleet was opened.
+        admit: Says which of the endpoints that join fit the run.
+        every_s: Seconds between two looks.
+    """
+    task = asyncio.create_task(_keep_up(fleet, source, listed, admit, every_s))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task  # whatever else ended it is raised here
+
+
+async def _keep_up(
+    fleet: Fleet, source: Source, listed: Sequence[EndpointSpec], admit: Admit, every_s: float
+) -> None:
+    members = {e.url: e.spec for e in fleet.endpoints if not e.retired}
+    seen, trouble = {base_url(spec.url) for spec in listed}, ""
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            now = {base_url(spec.url): spec for spec in await source.look()}
+            if now.keys() == seen:
+                trouble = ""
+                continue
+            fresh = [spec for url, spec in now.items() if url not in seen]
+            fitting = {base_url(spec.url): spec for spec in await admit(fresh)} if fresh else {}
+            wanted = {u: s for u, s in (members | fitting).items() if u in now}
+            joined, left = fleet.update(list(wanted.values()))
+        except ConfigurationError as error:
+            if error.message != trouble:
+                _LOG.warning("the fleet's members stay as they are: %s", error.message)
+            trouble = error.message
+            continue
+        except RunStoppedError as error:
+            fleet.stop(error.message)
+            return
+        members, seen, trouble = wanted, set(now), ""
+        _LOG.info("endpoints changed: %d joined, %d left, %d now", joined, left, len(wanted))
+
+
+_LIST: Final = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
+_PART: Final = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")
+_RANGE: Final = re.compile(r"(\d+)(?:-(\d+))?")
+_MOST: Final = 100_000
+"""Hosts that one list may name: a typing error must not fill the memory."""
+
+
+def parse_pbs(text: str) -> list[str]:
+    """Read the text of ``$PBS_NODEFILE``: one host a line, repeated per slot on some systems.
+
+    Returns:
+        The hosts in the file's order, each once.
+    """
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def expand_slurm(text: str) -> list[str]:
+    """Expand ``$SLURM_JOB_NODELIST``, such as ``nid[001-003,010],gpu-[a,b]7,login1``.
+
+    Numbers keep the width of the range's lower bound; several brackets in a name give every
+    combination, as ``scontrol show hostnames`` does.
+
+    Raises:
+        ConfigurationError: Unbalanced brackets, an empty or a backward range, or too many hosts.
+    """
+    names = _LIST.findall(text.strip())
+    if not names or ",".join(names) != text.strip():
+        raise ConfigurationError(f"node list {text!r}: brackets or commas are out of place")
+    return list(dict.fromkeys(host for name in names for host in _expand(name)))
+
+
+def _expand(name: str) -> list[str]:
+    parts = [
+        _members(inside, name) if bracket else [plain]
+        for bracket, inside, plain in (
+            (m[0].startswith("["), m[1] or "", m[2] or "") for m in _PART.finditer(name)
+        )
+    ]
+    count = 1
+    for part in parts:
+        count *= len(part)
+    if count > _MOST:
+        raise ConfigurationError(f"node list: {name!r} names {count} hosts; {_MOST} is the most")
+    return ["".join(combination) for combination in itertools.product(*parts)]
+
+
+def _members(inside: str, name: str) -> list[str]:
+    members: list[str] = []
+    for piece in inside.split(","):
+        if not piece:
+            raise ConfigurationError(f"node list: {name!r} has an empty member in its brackets")
+        match = _RANGE.fullmatch(piece)
+        if match is None:
+            members.append(piece)
+            continue
+        low, high = match[1], match[2] or match[1]
+        if int(high) < int(low) or int(high) - int(low) >= _MOST:
+            raise ConfigurationError(f"node list: {name!r} has the impossible range {piece!r}")
+        members += [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
+    return members
+
+
+def hosts_to_specs(
+    hosts: list[str],
+    port: int,
+    *,
+    per_host: int = 1,
+    suffix: str | None = None,
+    api_key: ApiKey = NO_KEY,
+) -> list[EndpointSpec]:
+    """Turn host names into endpoints.
+
+    Args:
+        hosts: Names as the scheduler gave them.
+        port: Port of the first server on each host; the others follow.
+        per_host: Servers on each host.
+        suffix: Domain of the fast network, put behind the short name (``.hsn.cm.example``),
+            or None to use the names as they are.
+        api_key: Key for all of them.
+    """
+    names = [h if suffix is None else h.split(".")[0] + suffix for h in hosts]
+    return [
+        EndpointSpec(f"http://{name}:{port + rank}", api_key)
+        for name in names
+        for rank in range(per_host)
+    ]

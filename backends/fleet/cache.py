@@ -1,4 +1,4 @@
-"""Equal requests are sent once: their answer is kept, and asked for by one of those in flight."""
+"""Request cache: single flight and cacheability rules."""
 
 from __future__ import annotations
 
@@ -9,14 +9,92 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
+import jsonschema_rs
 import orjson
 
 from ..core.aio import Batch
+from ..core.parsing import unfenced
 from ..core.protocols import CURRENT_CALLS
-from ..core.types import Usage
-from . import judge
+from ..core.schemas import open_validator
+from ..core.types import Json, Usage
+from . import transport
 from .endpoint import Endpoint
-from .worth import Worth
+
+_SCHEMAS: Final = 64
+
+
+class Worth:
+    """Judges requests and answers by what stands in them.
+
+    Args:
+        sampled: Whether requests at a temperature above 0 may share an answer, too.
+    """
+
+    def __init__(self, sampled: bool) -> None:
+        self._sampled = sampled
+        self._validators: dict[bytes, jsonschema_rs.Validator | None] = {}
+
+    def may_share(self, body: Mapping[str, Any]) -> bool:
+        """Say whether a request's answer may be given to equal ones."""
+        return self._sampled or body.get("temperature") == 0
+
+    def is_good(self, body: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
+        """Say whether an answer is whole, no refusal, and what its request asks for."""
+        wanted = body.get("response_format")
+        return not transport.is_empty(document) and all(
+            _is_whole(choice) and self._fits(wanted, choice["message"])
+            for choice in document["choices"]
+        )
+
+    def _fits(self, wanted: Json, message: Mapping[str, Any]) -> bool:
+        kind = wanted.get("type") if isinstance(wanted, dict) else None
+        if kind not in ("json_schema", "json_object") or not message.get("content"):
+            return True
+        try:
+            value = orjson.loads(unfenced(message["content"]))
+        except orjson.JSONDecodeError:
+            return False
+        if kind == "json_object":
+            return True
+        validator = self._validator((wanted.get("json_schema") or {}).get("schema"))
+        return validator is not None and validator.is_valid(value)
+
+    def _validator(self, schema: Json) -> jsonschema_rs.Validator | None:
+        """Return what checks answers against a schema, or None when nothing can."""
+        name = orjson.dumps(schema)
+        if name not in self._validators:
+            if len(self._validators) >= _SCHEMAS:
+                self._validators.clear()
+            self._validators[name] = _validator_of(schema)
+        return self._validators[name]
+
+
+def _validator_of(schema: Json) -> jsonschema_rs.Validator | None:
+    try:
+        return open_validator(schema)
+    except ValueError:
+        return None
+
+
+def _is_whole(choice: Json) -> bool:
+    """Say whether the model ended a choice by itself, and did not refuse."""
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict) or message.get("refusal"):
+        return False
+    reason = choice.get("finish_reason")
+    if reason == "tool_calls":
+        return all(map(_is_callable, message.get("tool_calls") or [None]))
+    return bool(reason == "stop")
+
+
+def _is_callable(call: Json) -> bool:
+    """Say whether a tool can be called: it is named, and its arguments are an object."""
+    try:
+        function = call["function"]
+        return bool(function["name"]) and isinstance(orjson.loads(function["arguments"]), dict)
+    except (TypeError, KeyError, orjson.JSONDecodeError):
+        return False
+
 
 _WAITS: Final = 2
 """So many failures of others does a request wait for, before it is sent whoever else asks."""
@@ -204,9 +282,12 @@ class Reuse:
     def _fitting(self, answer: bytes) -> dict[str, Any] | None:
         """Return a kept answer at no cost, and count it; None when it is none for this fleet."""
         document = orjson.loads(answer)
-        if not judge.is_completion(document) or judge.is_simulated(document) != self._simulated:
+        if (
+            not transport.is_completion(document)
+            or transport.is_simulated(document) != self._simulated
+        ):
             return None
-        judge.make_plain(document)
+        transport.make_plain(document)
         document["usage"] = dict(_FREE)
         log = CURRENT_CALLS.get()
         if log is not None:

@@ -12,9 +12,8 @@ import aiohttp
 import orjson
 import tiktoken
 
-from .address import EndpointSpec
 from .encoding import Load, encoding_name, load_encoding
-from .endpoint import Endpoint
+from .endpoint import Endpoint, EndpointSpec
 from .lengths import prompt_sum, prompt_tokens
 from .policy import FleetPolicy
 from .transport import Transport

@@ -1,19 +1,273 @@
-"""One live endpoint: its load, its health and what it has done."""
+"""One endpoint: address, adaptive concurrency limit, circuit breaker, state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import enum
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
+from ..core.errors import ConfigurationError
 from ..core.protocols import CallLog
-from .address import EndpointSpec, base_url, label_of
-from .breaker import Breaker, State
-from .lane import Lane
-from .pacing import Bucket
-from .policy import BreakerPolicy, LanePolicy
+from .policy import BreakerPolicy, Bucket, LanePolicy
 from .stats import EndpointReport, Stats
+
+ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
+"""A key, or a function that fetches the current one."""
+
+NO_KEY: Final = "EMPTY"
+"""What servers without authentication are sent, as vLLM's documentation does."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSpec:
+    """An endpoint as configured.
+
+    Attributes:
+        url: Base URL with scheme; ``/v1`` is appended when the path does not end in it.
+        api_key: Key or function returning it; never shown.
+        label: Name in results and messages; None takes host, port and path from the URL.
+        model: The id under which this endpoint serves the run's model, when it differs.
+        max_in_flight: Most requests in flight to this endpoint, or None for the policy's.
+        weight: Relative speed known beforehand; 2.0 is expected to be twice as fast.
+        requests_per_s: Most requests per second that this endpoint may be sent, or None.
+        tokens_per_min: Most tokens per minute, prompt and answer, or None.
+        max_model_len: Context length in tokens, or None when unknown.
+        proxied: Whether the environment's proxy variables count: for gateways, never for nodes.
+    """
+
+    url: str
+    api_key: ApiKey = field(default=NO_KEY, repr=False)
+    label: str | None = None
+    model: str | None = None
+    max_in_flight: int | None = None
+    weight: float = 1.0
+    requests_per_s: float | None = None
+    tokens_per_min: float | None = None
+    max_model_len: int | None = field(default=None, compare=False)
+    proxied: bool = False
+
+
+def base_url(url: str) -> str:
+    """Return an endpoint's base URL in one spelling: no credentials, no slash, ending in /v1.
+
+    Raises:
+        ConfigurationError: No http(s) URL, or one without a host or with a bad port.
+    """
+    try:
+        parts = urlsplit(url.strip())
+    except ValueError as error:
+        raise ConfigurationError(f"an endpoint is no URL: {error}") from error
+    shown = display(url)
+    if parts.scheme not in {"http", "https"}:
+        raise ConfigurationError(
+            f"endpoint {shown!r}: write a full URL, such as http://host:8000/v1"
+        )
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise ConfigurationError(f"endpoint {shown!r}: the port must be 1 to 65535") from error
+    if not parts.hostname or port == 0:
+        raise ConfigurationError(f"endpoint {shown!r}: host or port is missing")
+    if re.search(r"[\s\x00-\x1f\x7f]", parts.netloc + parts.path):
+        raise ConfigurationError(f"endpoint {shown!r}: a URL holds no blanks")
+    if parts.query or parts.fragment:
+        raise ConfigurationError(f"endpoint {shown!r}: a base URL has no query or fragment")
+    path = parts.path.rstrip("/")
+    if not re.search(r"/v\d+$", path):
+        path += "/v1"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2].lower(), path, "", ""))
+
+
+def display(url: str) -> str:
+    """Return a URL without user, password, query and fragment, fit for messages."""
+    parts = urlsplit(url.strip())
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def label_of(url: str) -> str:
+    """Return the short name of a base URL: host, port and path without ``/v1``."""
+    parts = urlsplit(base_url(url))
+    return parts.netloc + re.sub(r"/v\d+$", "", parts.path)
+
+
+class State(enum.Enum):
+    """How much an endpoint is trusted."""
+
+    CLOSED = "in use"
+    OPEN = "left alone"
+    HALF_OPEN = "tried with one request"
+
+
+class Breaker:
+    """Pure state; who owns it sets the timers.
+
+    Args:
+        policy: When to open, and for how long.
+
+    Attributes:
+        state: Closed, open or half-open.
+        opened: Times that it opened.
+    """
+
+    __slots__ = ("_in_a_row", "_pauses", "_policy", "opened", "state")
+
+    def __init__(self, policy: BreakerPolicy) -> None:
+        self._policy = policy
+        self._in_a_row = 0
+        self._pauses = 0
+        self.state = State.CLOSED
+        self.opened = 0
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds to stay open now; doubled while the endpoint does not recover."""
+        # The exponent is bounded, for 2.0**1024 overflows.
+        doubled = self._policy.open_s * 2.0 ** min(max(self._pauses - 1, 0), 32)
+        return min(self._policy.open_max_s, doubled)
+
+    def fail(self, at_once: bool = False) -> bool:
+        """Count a failure; return True when it opens the breaker.
+
+        Calls that were in flight when it opened fail late; they open nothing again.
+        """
+        if self.state is State.OPEN:
+            return False
+        self._in_a_row += 1
+        tried = self.state is State.HALF_OPEN
+        if not (at_once or tried or self._in_a_row >= self._policy.failures):
+            return False
+        self.state = State.OPEN
+        self._pauses += 1
+        self.opened += not tried
+        return True
+
+    def miss(self) -> None:
+        """Stay open longer: a probe found nobody."""
+        self._pauses += 1
+
+    def probed(self) -> None:
+        """Let one request through: a probe was answered."""
+        self.state = State.HALF_OPEN
+
+    def succeed(self) -> bool:
+        """Count a success; return True when it closes the breaker."""
+        self._in_a_row = 0
+        if self.state is not State.HALF_OPEN:
+            # An answer that was under way when the breaker opened says nothing of now.
+            return False
+        self._pauses = 0
+        self.state = State.CLOSED
+        return True
+
+
+class Lane:
+    """The width of one endpoint's lane; pure, time is passed in.
+
+    Args:
+        policy: How to find it.
+        ceiling: Most requests in flight to this endpoint, or None for the policy's.
+
+    Attributes:
+        width: Requests in flight allowed now.
+    """
+
+    __slots__ = (
+        "_ceiling",
+        "_changed",
+        "_credit",
+        "_done",
+        "_doubling",
+        "_held_until",
+        "_knee",
+        "_levels",
+        "_policy",
+        "width",
+    )
+
+    def __init__(self, policy: LanePolicy, ceiling: int | None = None) -> None:
+        self._policy = policy
+        self._ceiling = ceiling or policy.ceiling
+        self._knee = self._ceiling
+        self._levels: dict[int, tuple[int, float]] = {}
+        self._done = self._credit = 0
+        self._doubling = True
+        self._changed = self._held_until = float("-inf")
+        self.width = min(policy.start, self._ceiling)
+
+    def _most(self, now: float) -> int:
+        return self._knee if now < self._held_until else self._ceiling
+
+    def widen(self, now: float) -> bool:
+        """Give more, after the lane was full for a while; return whether it did."""
+        most = self._most(now)
+        if self.width >= most or now - self._changed < self._policy.settle_s:
+            return False
+        step = max(1, int(self.width * self._policy.step))
+        grown = int(self.width * self._policy.widen) if self._doubling else self.width + step
+        self.width = min(most, grown)
+        self._changed = now
+        return True
+
+    def answered(self, level: int, seconds: float, now: float) -> None:
+        """Count an answer; as many as the lane is wide make up for one refusal.
+
+        Args:
+            level: Requests in flight, its own included, when it was sent.
+            seconds: How long it took.
+            now: Monotonic time in seconds.
+        """
+        key = level.bit_length()
+        count, mean = self._levels.get(key, (0, 0.0))
+        weight = 1.0 / min(count + 1, 4 * self._policy.samples)
+        self._levels[key] = count + 1, mean + (seconds - mean) * weight
+        self._done += 1
+        if self._done % self._policy.samples == 0:
+            self._look_for_knee(key, now)
+        self._credit += not self._doubling
+        if self._credit >= self.width:
+            self._credit = 0
+            self.width = min(self._most(now), self.width + 1)
+
+    def _look_for_knee(self, key: int, now: float) -> None:
+        count, mean = self._levels[key]
+        before, base = self._levels.get(key - 1, (0, 0.0))
+        if min(count, before) < self._policy.samples or mean <= base * self._policy.knee:
+            return
+        # The half below this level is what the server serves at once: the rest waits there.
+        self._knee = min(self._ceiling, 1 << (key - 1))
+        self._levels.clear()
+        self._doubling = False
+        self._held_until = now + self._policy.explore_s
+        self.width = min(self.width, self._knee)
+
+    def refused(self, outstanding: int) -> None:
+        """Take less: the endpoint had room for the others in flight, but not for this one.
+
+        Args:
+            outstanding: Requests in flight, the refused one included.
+        """
+        self._doubling = False
+        self._credit = 0
+        self.width = max(1, min(self.width, outstanding - 1))
+
+    def shrink(self, now: float) -> None:
+        """Take a good deal less: answers did not come in time. A burst counts once."""
+        self._doubling = False
+        if now - self._changed >= self._policy.settle_s:
+            self.width = max(1, int(self.width * self._policy.shrink))
+            self._changed = now
+
+    def reset(self, now: float) -> None:
+        """Start small again: the endpoint was away."""
+        self._levels.clear()
+        self._doubling = True
+        self._changed = now
+        self._held_until = float("-inf")
+        self.width = min(self._policy.start, self._ceiling)
+
 
 _SMOOTHING: Final = 0.1
 """Weight of the newest answer in the smoothed latency."""

@@ -1,35 +1,28 @@
-"""The fleet: many endpoints behind one call, the only place where requests are sent.
-
-Balancing, retries, accounting and the mapping of errors happen here and nowhere else; every door
-(the lower one, LangChain's, streams) comes through.
-"""
+"""Fleet: many endpoints behind post(); FleetClient (ChatModel); statistics deltas."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from ..core.aio import SyncBridge
 from ..core.errors import ConfigurationError
 from ..core.process import make_room
 from ..core.protocols import CURRENT_CALLS
-from .address import EndpointSpec, base_url
-from .affinity import Affinity
+from ..core.types import Message, Reply
+from . import transport
+from .balancer import Affinity, Warden
 from .cache import Reuse
-from .charge import Charge
-from .endpoint import Endpoint
+from .endpoint import Endpoint, EndpointSpec, base_url
 from .failures import Failure
-from .hedge import Hedger
 from .load import LoadWatch
-from .pacing import Pacer
-from .policy import FleetPolicy, PacePolicy
-from .request import Sender
-from .retry import Repeater
-from .stats import EndpointReport, FleetHealth
-from .stream import OpenStream
-from .transport import Transport
-from .warden import Warden
+from .policy import FleetPolicy, ModelParams, PacePolicy, Pacer
+from .request import Charge, Sender
+from .retry import Hedger, Repeater
+from .stats import QUANTILES, EndpointReport, FleetHealth, Stats
+from .transport import OpenStream, Transport
 
 
 class Fleet:
@@ -282,3 +275,80 @@ class Fleet:
         self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
     ) -> tuple[dict[str, Any] | Failure, Endpoint]:
         return await self._sender.send(endpoint, body, charge), endpoint
+
+
+class FleetModel:
+    """The lower door: no LangChain between the question and the wire.
+
+    It sends the same bodies as ``ChatFleet.of(fleet, params)``.
+
+    Args:
+        fleet: The endpoints.
+        params: What every request has in common.
+    """
+
+    def __init__(self, fleet: Fleet, params: ModelParams) -> None:
+        self._fleet = fleet
+        self._constant = params.body()
+
+    async def ask(self, messages: Sequence[Message]) -> Reply:
+        """Answer one conversation.
+
+        Raises:
+            EndpointError: No endpoint answered within the attempts allowed.
+            RunStoppedError: Asking on is hopeless for every item.
+        """
+        body = {**self._constant, "messages": messages}
+        document, endpoint = await self._fleet.post(body)
+        if endpoint is None:
+            return replace(transport.reply_of(document, ""), cached=True)
+        return transport.reply_of(document, endpoint.label)
+
+
+class Teller:
+    """Tells what the endpoints of a fleet did since it was last asked; each call is told once.
+
+    Args:
+        endpoints: Returns the fleet's members, present and past.
+    """
+
+    def __init__(self, endpoints: Callable[[], Sequence[Endpoint]]) -> None:
+        self._endpoints = endpoints
+        self._told: dict[Endpoint, tuple[Stats, int]] = {}
+
+    def news(self) -> list[dict[str, Any]]:
+        """Return, as plain data, what is new of each endpoint of which anything is."""
+        return [told for endpoint in self._endpoints() if (told := self._of(endpoint))]
+
+    def _of(self, endpoint: Endpoint) -> dict[str, Any] | None:
+        before, opened = self._told.get(endpoint, (Stats(), 0))
+        fresh, reopened = endpoint.stats - before, endpoint.breaker.opened - opened
+        if not (fresh.calls or fresh.hedges or fresh.useful_tokens or reopened):
+            return None
+        self._told[endpoint] = before + fresh, endpoint.breaker.opened
+        about = {"endpoint": endpoint.label, "state": endpoint.state, "opened": reopened}
+        return about | fresh.to_json()
+
+
+class Gathered:
+    """What all workers have told of the endpoints, added up."""
+
+    def __init__(self) -> None:
+        self._stats: dict[str, Stats] = {}
+        self._about: dict[str, dict[str, Any]] = {}
+
+    def add(self, news: Iterable[Mapping[str, Any]]) -> None:
+        """Add what a worker has told; of an endpoint's states the last one is kept."""
+        for told in news:
+            name = told["endpoint"]
+            self._stats.setdefault(name, Stats()).merge(Stats.from_json(told))
+            opened = self._about.get(name, {"opened": 0})["opened"] + told["opened"]
+            self._about[name] = {"endpoint": name, "state": told["state"], "opened": opened}
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Return one row per endpoint, as for the run folder's table."""
+        return [self._about[name] | _row(stats) for name, stats in self._stats.items()]
+
+
+def _row(stats: Stats) -> dict[str, Any]:
+    return stats.to_json() | {name: stats.latency_s(q) for name, q in QUANTILES.items()}

@@ -1,35 +1,157 @@
-"""ChatFleet: a ChatOpenAI whose every call goes to a fleet.
-
-Payloads are built and answers are read by ChatOpenAI's own methods. The common call posts through
-the fleet directly; what needs the openai package (streams, pydantic answers) takes the stock path
-over ``FleetTransport``, and a failed call is replayed through it, so that its error is stock's.
-"""
+"""ChatFleet (ChatOpenAI over a fleet), its openai transport, LangChainClient."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from typing import Any, Final, Self, TypeVar, cast
+from contextvars import ContextVar
+from typing import Any, Final, Self, TypeAlias, TypeVar, cast
 
 import httpx2
 import openai
-from langchain_core.callbacks import (
-    AsyncCallbackManagerForLLMRun,
-    CallbackManagerForLLMRun,
-)
+import orjson
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai import ChatOpenAI
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import Field, model_validator
 
 from ..core.errors import ConfigurationError, EndpointError, EndpointLostError
+from ..core.types import SIMULATED_FINGERPRINT, Message, Reply, Usage
+from ..core.values import token_count
+from .failures import RawAnswer
 from .fleet import Fleet
-from .params import ModelParams
-from .wire import FAILED, NO_SECRET, NOWHERE, SERVED_BY, FleetTransport, NoSyncTransport, replayed
+from .policy import ModelParams
+from .transport import OpenStream
+
+NOWHERE: Final = "http://fleet.invalid/v1"
+"""Base URL of the stock clients: a name that never resolves (RFC 6761, 6.4)."""
+
+NO_SECRET: Final = "no-key-is-ever-sent"
+
+Outcome: TypeAlias = EndpointError | dict[str, Any]
+
+_REPLAY: ContextVar[Outcome | None] = ContextVar("fanfold_replay", default=None)
+SERVED_BY: Final[ContextVar[str | None]] = ContextVar("fanfold_served_by", default=None)
+"""Label of the endpoint that served the last request of this context."""
+FAILED: Final[ContextVar[EndpointError | None]] = ContextVar("fanfold_failed", default=None)
+"""Why the last request of this context has failed, or None."""
+
+_HOP_HEADERS: Final = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+
+
+@contextmanager
+def replayed(outcome: Outcome) -> Iterator[None]:
+    """Make the next request of this context end with an outcome that is already known."""
+    token = _REPLAY.set(outcome)
+    try:
+        yield
+    finally:
+        _REPLAY.reset(token)
+
+
+class FleetTransport(httpx2.AsyncBaseTransport):
+    """Sends the openai package's requests through a fleet.
+
+    Args:
+        fleet: Where they go.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Answer one request.
+
+        Raises:
+            ConfigurationError: The request is no chat completion.
+            httpx2.TransportError: No endpoint answered.
+            RunStoppedError: Asking on is hopeless.
+        """
+        if not request.url.path.endswith("/chat/completions"):
+            raise ConfigurationError(
+                f"a fleet serves chat completions only, not {request.url.path}"
+            )
+        outcome = _REPLAY.get()
+        if outcome is not None:
+            return _response(outcome, request)
+        body = orjson.loads(await request.aread())
+        FAILED.set(None)
+        try:
+            if body.get("stream"):
+                stream, server = await self._fleet.here().open_stream(body)
+                SERVED_BY.set(server.label)
+                return httpx2.Response(
+                    200, headers=_end_to_end(stream.headers), stream=_Lines(stream)
+                )
+            document, endpoint = await self._fleet.here().post(body)
+        except EndpointError as error:
+            FAILED.set(error)
+            return _response(error, request, streamed=bool(body.get("stream")))
+        SERVED_BY.set(endpoint.label if endpoint else None)
+        return _response(document, request)
+
+
+class NoSyncTransport(httpx2.BaseTransport):
+    """Refuses: the synchronous doors go through the asynchronous ones."""
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Refuse.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError(
+            f"{request.url.path}: a fleet has no synchronous client of its own"
+        )
+
+
+class _Lines(httpx2.AsyncByteStream):
+    """The lines of an open stream, as httpx2 reads a body."""
+
+    def __init__(self, stream: OpenStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for line in self._stream.lines():
+                yield line
+        except EndpointLostError as error:
+            raise httpx2.ReadError(error.message) from error
+
+    async def aclose(self) -> None:
+        self._stream.close()
+
+
+def _response(
+    outcome: Outcome, request: httpx2.Request, *, streamed: bool = False
+) -> httpx2.Response:
+    """Return what stock reads; to stock, a body that is no event stream is an empty stream."""
+    if isinstance(outcome, dict):
+        headers = {"content-type": "application/json"}
+        return httpx2.Response(200, headers=headers, content=orjson.dumps(outcome))
+    raw = outcome.__cause__
+    if not isinstance(raw, RawAnswer) or (
+        raw.status < 400 and (streamed or _partial(outcome))  # noqa: PLR2004
+    ):
+        kind = httpx2.ReadTimeout if isinstance(raw, TimeoutError) else httpx2.ConnectError
+        raise kind(outcome.message, request=request) from outcome
+    return httpx2.Response(raw.status, headers=_end_to_end(raw.headers), content=raw.body)
+
+
+def _partial(error: EndpointError) -> bool:
+    """Tell whether the answer looks whole but is not: stock would take it for a good one."""
+    return isinstance(error, EndpointLostError)
+
+
+def _end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(k, v) for k, v in headers.items() if k.lower() not in _HOP_HEADERS]
+
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -320,3 +442,56 @@ def _unfinished(document: dict[str, Any]) -> bool:
     """Tell whether stock raises for this answer to a request with a schema."""
     reasons = {choice.get("finish_reason") for choice in document["choices"]}
     return bool(reasons & {"length", "content_filter"})
+
+
+class LangChainModel:
+    """The upper door: through a chat model, so that callbacks, traces and streams see the call.
+
+    LangGraph's ambient configuration applies, for ``ainvoke`` reads it.
+
+    Args:
+        chat: The model.
+    """
+
+    def __init__(self, chat: ChatFleet) -> None:
+        self._chat = chat
+
+    async def ask(self, messages: Sequence[Message]) -> Reply:
+        """Answer one conversation.
+
+        Raises:
+            EndpointError: No endpoint answered within the attempts allowed.
+            RunStoppedError: Asking on is hopeless for every item.
+        """
+        try:
+            answer = await self._chat.ainvoke(list(messages))
+        except (openai.OpenAIError, ValueError, TypeError, LookupError) as error:
+            if isinstance(error.__cause__, EndpointError):
+                raise error.__cause__ from error.__cause__.__cause__
+            raise
+        return _reply(answer)
+
+
+def _reply(answer: AIMessage) -> Reply:
+    about: dict[str, Any] = answer.response_metadata
+    return Reply(
+        content=str(answer.text),  # a plain str: orjson takes no subclass
+        finish_reason=about.get("finish_reason"),
+        refusal=answer.additional_kwargs.get("refusal"),
+        usage=_usage(answer.usage_metadata),
+        endpoint=about.get("endpoint") or "",
+        model=about.get("model_name") or "",
+        simulated=about.get("system_fingerprint") == SIMULATED_FINGERPRINT,
+        cached=about.get("endpoint") is None,
+    )
+
+
+def _usage(usage: UsageMetadata | None) -> Usage:
+    if usage is None:
+        return Usage()
+    cached = usage.get("input_token_details", {}).get("cache_read")
+    return Usage(
+        token_count(usage["input_tokens"]),
+        token_count(usage["output_tokens"]),
+        token_count(cached),
+    )

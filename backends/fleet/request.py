@@ -1,28 +1,239 @@
-"""One request to one endpoint: sent, judged and accounted for."""
+"""One request to one endpoint: context length, reservation, send, outcome."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
 import aiohttp
 import orjson
 
-from ..core.protocols import CallLog
+from ..core.errors import ConfigurationError, PromptTooLongError
+from ..core.protocols import CallLog, Hold, Share
 from ..core.types import Usage
-from . import failures, judge, room
-from .charge import Charge
-from .endpoint import Endpoint
-from .failures import Failure, Step
-from .pacing import Pacer, estimate
-from .stream import OpenStream, Watch
-from .transport import Transport
-from .warden import Warden
+from . import failures, transport
+from .balancer import Warden
+from .endpoint import Endpoint, Mark
+from .failures import Complaint, Failure, RawAnswer, Step
+from .policy import Pacer, estimate
+from .transport import OpenStream, Transport, Watch
+
+_TEMPLATE: Final = 64
+"""Tokens that a chat template adds of its own: markers, a standing system text."""
+_PER_MESSAGE: Final = 8
+_CUT_OFF: Final = frozenset({200, 408, 499, 502, 504, 520, 522, 524})
+"""Statuses with which an answer was lost on its way: the server itself may have written it."""
+_NOTHING: Final = Usage()
+
+
+def most_tokens(body: Mapping[str, Any]) -> Usage:
+    """Return the most tokens that a request may use.
+
+    The tokenizers of today's models work on bytes: a token stands for one byte at least.
+    """
+    texts = [body["messages"], body.get("tools"), body.get("response_format")]
+    size = sum(len(orjson.dumps(text)) for text in texts if text)
+    prompt = size + _PER_MESSAGE * len(body["messages"]) + _TEMPLATE
+    answer = body.get("max_completion_tokens") or body.get("max_tokens") or 0
+    return Usage(prompt, int(answer) * int(body.get("n") or 1))
+
+
+@dataclass(slots=True, eq=False)
+class Charge:
+    """One request on behalf of an item; the first end that is told counts.
+
+    Attributes:
+        log: The item's log, or None.
+        body: The request.
+        hold: What is reserved for it; None when nothing limits it, or it has ended.
+        ended: Whether its end is known.
+        share: What its endpoint does for the item; None until it is sent, or without a log.
+        attempt: What the item's record tells of the request; None as for ``share``, or where the
+            record has enough of them.
+        began: Monotonic time in seconds when it was sent.
+        marks: Endpoints that have refused the call for now before, and what each had done then;
+            None for its first request.
+    """
+
+    log: CallLog | None
+    body: Mapping[str, Any]
+    hold: Hold | None = None
+    ended: bool = False
+    share: Share | None = None
+    attempt: dict[str, Any] | None = None
+    began: float = 0.0
+    marks: Mapping[Endpoint, Mark] | None = None
+
+    @classmethod
+    async def open(cls, log: CallLog | None, body: Mapping[str, Any]) -> Charge:
+        """Reserve what a request may cost.
+
+        Raises:
+            BudgetExhaustedError: The budget does not carry it.
+            ConfigurationError: Nothing bounds its answer.
+        """
+        if log is None or log.account is None:
+            return cls(log, body)
+        if not (body.get("max_completion_tokens") or body.get("max_tokens")):
+            msg = (
+                "a budget is set, and a request has no max_tokens: nothing bounds what it takes; "
+                "leave the model's max_tokens as it is given, or set one where the model is called"
+            )
+            raise ConfigurationError(msg)
+        return cls(log, body, await log.account.hold(most_tokens(body), body, log))
+
+    def again(self) -> Charge | None:
+        """Reserve the same for a second request, if there is room at once."""
+        if self.log is None or self.log.account is None:
+            return Charge(self.log, self.body, marks=self.marks)
+        hold = self.log.account.hold_now(most_tokens(self.body))
+        return None if hold is None else Charge(self.log, self.body, hold, marks=self.marks)
+
+    def sent(self, endpoint: Endpoint) -> None:
+        """Count the request: it is on its way."""
+        if self.log is not None:
+            self.log.requests += 1
+            self.share = self.log.share(endpoint.label, endpoint.stats)
+            self.share.requests += 1
+            self.attempt, self.began = self.log.begin_attempt(endpoint.label), time.monotonic()
+
+    def answered(self, usage: Usage, model: str | None) -> None:
+        """Settle a request that was answered.
+
+        Args:
+            usage: What the answer says of its tokens.
+            model: The model's name in it.
+        """
+        self._end_attempt("answered")
+        if self._end() and self.hold is not None:
+            self.hold.settle(usage)
+        if self.log is not None and self.share is not None:
+            self.log.usage += usage
+            self.log.model = self.share.model = model
+            self.share.usage += usage
+
+    def failed(self, failure: Failure) -> Usage:
+        """Settle a request that failed; return the tokens that may have been paid for nothing."""
+        if self.log is not None and self.share is not None:
+            self.log.endpoint = self.share.endpoint
+        self._end_attempt(type(failure.error).__name__)
+        status = failure.error.status
+        if status in _CUT_OFF or (status is None and not failure.treatment.free):
+            return self.lost()
+        self.free(sent=status is not None)
+        return _NOTHING
+
+    def lost(self) -> Usage:
+        """Settle a request whose answer is lost; return the tokens that it may have cost."""
+        if not self._end():
+            return _NOTHING
+        self._end_attempt("cancelled")
+        most = most_tokens(self.body) if self.hold is None else self.hold.keep()
+        if self.log is not None:
+            self.log.lost += most
+        if self.share is not None:
+            self.share.lost += most
+        return most
+
+    def free(self, *, sent: bool) -> None:
+        """Settle a request that nobody has read."""
+        if self._end() and self.hold is not None:
+            self.hold.free(sent=sent)
+
+    def _end_attempt(self, outcome: str) -> None:
+        """Tell how the request ended, once."""
+        if self.attempt is not None:
+            self.attempt["seconds"] = int(1000 * (time.monotonic() - self.began)) / 1000
+            self.attempt["outcome"] = outcome
+            self.attempt = None
+
+    def _end(self) -> bool:
+        first, self.ended = not self.ended, True
+        return first
+
+
+_FIELDS: Final = ("max_completion_tokens", "max_tokens")
+_NUMBER: Final = re.compile(r"(?<![\w.-])\d{1,9}(?![\w.-]*\d)")
+"""A whole number by itself: no part of a name, a version or a date."""
+
+
+def asked_tokens(body: Mapping[str, Any]) -> int | None:
+    """Return the longest answer that a request asks for, in tokens, or None."""
+    for field in _FIELDS:
+        if isinstance(most := body.get(field), int):
+            return most
+    return None
+
+
+def lowered(body: Mapping[str, Any], most: int) -> Mapping[str, Any]:
+    """Return a request that asks for no longer an answer than ``most`` tokens."""
+    above = [f for f in _FIELDS if isinstance(body.get(f), int) and body[f] > most]
+    return {**body, **dict.fromkeys(above, most)} if above else body
+
+
+def learn(
+    endpoint: Endpoint, failure: Failure, body: Mapping[str, Any], asked: int | None
+) -> Failure:
+    """Take an endpoint's word for the longest answer that a request can ask for.
+
+    The room that is left for an answer may depend on the prompt. So what an endpoint says holds
+    for the request that it refused; for others only once it has said the same of a different
+    request, and has never accepted more.
+
+    Args:
+        endpoint: Who refused.
+        failure: What it said; only a refusal of the answer's length is looked at.
+        body: The request.
+        asked: The longest answer in tokens that it was sent with.
+
+    Returns:
+        The failure, to be repeated if less can be asked for.
+    """
+    cause = failure.error.__cause__
+    if not failure.treatment.length or asked is None or not isinstance(cause, RawAnswer):
+        return failure
+    said = map(int, _NUMBER.findall(Complaint.read(cause.body).message))
+    most = max((n for n in said if 0 < n < asked), default=None)
+    if most is None:
+        return failure
+    if most >= endpoint.longest and endpoint.confirms(most, hash(orjson.dumps(body["messages"]))):
+        endpoint.most_tokens = min(most, endpoint.most_tokens or most)
+    return Failure(failure.error, replace(failure.treatment, step=Step.SAME, free=True), most)
+
+
+def sent_tokens(body: Mapping[str, Any], most: int | None) -> int | None:
+    """Return the longest answer in tokens that a request is sent with, or None.
+
+    Args:
+        body: The request.
+        most: The longest answer that its endpoint can be asked for, or None when unknown.
+    """
+    asked = asked_tokens(body)
+    return asked if asked is None or most is None else min(asked, most)
+
+
+def elsewhere(
+    endpoint: Endpoint, failure: Failure, alive: Iterable[Endpoint]
+) -> tuple[Failure, Set[Endpoint]]:
+    """Send a prompt that is too long for one endpoint to one with a longer context.
+
+    Returns:
+        The failure, to be repeated if there is one; and all endpoints that are too short.
+    """
+    room = endpoint.spec.max_model_len
+    if not isinstance(failure.error, PromptTooLongError) or room is None:
+        return failure, frozenset()
+    short = {e for e in alive if (e.spec.max_model_len or 0) <= room}
+    if short.issuperset(alive):
+        return failure, frozenset()
+    return Failure(failure.error, replace(failure.treatment, step=Step.OTHER)), short
+
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -82,10 +293,10 @@ class Sender:
             answer = await self._transport.send(
                 endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
-            result = self._guarded(judge.read(answer, endpoint.label), endpoint)
+            result = self._guarded(transport.read(answer, endpoint.label), endpoint)
             if isinstance(result, Failure):
                 result = await self._softened(endpoint, result, headers, charge)
-                return room.learn(endpoint, result, body, room.sent_tokens(body, most))
+                return learn(endpoint, result, body, sent_tokens(body, most))
             self._accepted(endpoint, body, headers, charge.log)
         except (aiohttp.ClientError, TimeoutError) as error:
             return failures.of_exception(error, endpoint.label, headers)
@@ -147,7 +358,7 @@ class Sender:
             )
             if isinstance(result, Failure):
                 result = await self._softened(endpoint, result, headers, charge)
-                return room.learn(endpoint, result, body, room.sent_tokens(body, most))
+                return learn(endpoint, result, body, sent_tokens(body, most))
             self._accepted(endpoint, body, headers, charge.log)
         except (aiohttp.ClientError, TimeoutError) as error:
             return failures.of_exception(error, endpoint.label, headers)
@@ -186,7 +397,7 @@ class Sender:
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
         if asked is not endpoint.longest_asked:  # nearly all requests of a run ask the same
             endpoint.longest_asked = asked
-            most = room.sent_tokens(body, endpoint.most_tokens)
+            most = sent_tokens(body, endpoint.most_tokens)
             endpoint.longest = max(endpoint.longest, most or 0)
         endpoint.accept(item, sent, time.monotonic())
         if endpoint.doubts:
@@ -211,13 +422,13 @@ class Sender:
         charge: Charge,
     ) -> None:
         """Account for a good answer."""
-        usage, model = judge.usage_of(document), document.get("model")
+        usage, model = transport.usage_of(document), document.get("model")
         self._settle(endpoint, charge.body, usage)
         charge.answered(usage, model if isinstance(model, str) else None)
         endpoint.stats.answered(seconds, usage)
         self._warden.succeeded(endpoint, level, seconds)
         if charge.log is not None:
-            charge.log.simulated = judge.is_simulated(document)
+            charge.log.simulated = transport.is_simulated(document)
 
     def _guarded(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
@@ -225,7 +436,7 @@ class Sender:
         """Keep simulated and real answers apart."""
         if isinstance(result, Failure):
             return result
-        simulated = judge.is_simulated(result)
+        simulated = transport.is_simulated(result)
         if self.simulated is None:
             self.simulated = simulated
         if simulated is self.simulated:
@@ -246,7 +457,7 @@ class Sender:
         if endpoint.spec.model is not None:
             body = {**body, "model": endpoint.spec.model}
         if endpoint.most_tokens is not None:
-            fitting = room.lowered(body, endpoint.most_tokens)
+            fitting = lowered(body, endpoint.most_tokens)
             if fitting is not body and not self._warned:
                 self._warned = True
                 _LOG.warning(

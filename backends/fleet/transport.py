@@ -1,9 +1,4 @@
-"""One aiohttp session for all endpoints: made in the loop that uses it, closed with the fleet.
-
-The environment's proxies are passed with each request instead of aiohttp's ``trust_env``, which
-would also read ``.netrc`` and let an entry there replace an endpoint's key. Redirects are never
-followed: a key goes to the address that the settings name, and nowhere else.
-"""
+"""Aiohttp session, SSE stream, reading of completions."""
 
 from __future__ import annotations
 
@@ -11,15 +6,20 @@ import asyncio
 import io
 from base64 import b64encode
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+import orjson
 from yarl import URL
 
-from ..core.errors import ConfigurationError
-from .answer import BodyTooLargeError, ProxyError, RawAnswer
+from ..core.errors import ConfigurationError, EndpointError, EndpointLostError
+from ..core.types import SIMULATED_FINGERPRINT, Reply, Usage
+from ..core.values import cut_levels, json_text, read_json, token_count
+from . import failures
+from .failures import BodyTooLargeError, Complaint, Failure, ProxyError, RawAnswer
 from .policy import FleetPolicy
 
 _LARGE: Final = 1 << 20
@@ -266,3 +266,623 @@ def _proxy_of(url: URL) -> dict[str, Any]:
 def _sent(body: bytes) -> bytes | io.BytesIO:
     """Return a body as aiohttp likes it: a large one is read in pieces, not to hold the loop up."""
     return io.BytesIO(body) if len(body) > _LARGE else body
+
+
+GATEWAY_ERROR_ID: Final = "chatcmpl-api-error"
+"""Id under which the FIRST gateway hides an error of the server behind it."""
+
+_COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
+_DETAILS: Final = ("prompt_tokens_details", "completion_tokens_details")
+
+ABORTED: Final = frozenset({"abort", "error"})
+"""Finish reasons of a server that is shutting down; the text is partial."""
+
+
+SAID: Final = ("content", "tool_calls", "refusal", "function_call", "audio")
+"""Fields of a message by which it says something."""
+
+
+def read(answer: RawAnswer, endpoint: str) -> dict[str, Any] | Failure:
+    """Decode an answer, or say why it is none.
+
+    Args:
+        answer: The answer as it came, with any status.
+        endpoint: The endpoint's label.
+    """
+    if answer.status != 200:  # noqa: PLR2004 - HTTP's own number
+        return failures.of_answer(answer.masked(), endpoint)
+    try:
+        document = read_json(answer.body)
+    except RecursionError:
+        return failures.of_levels(answer.masked(), endpoint)
+    except ValueError:
+        document = None
+    problem = _problem(document)
+    if problem is None:
+        make_plain(document)
+        cut_levels(answer.body, document)
+        if _is_aborted(document):
+            return failures.of_abort(answer.masked(), endpoint)
+        plain: dict[str, Any] = document
+        return plain
+    answer = answer.masked()
+    if isinstance(document, dict) and (document.get("error") or document.get("object") == "error"):
+        complaint = Complaint.of(read_json(answer.body))
+        return failures.of_complaint(answer, complaint, _inner_status(complaint), endpoint)
+    return failures.of_reply(answer, problem, endpoint)
+
+
+def _problem(document: Any) -> str | None:
+    if not isinstance(document, dict):
+        return "the answer is no JSON object"
+    if document.get("error"):
+        return "an error in an answer with status 200"
+    choices = document.get("choices")
+    if not isinstance(choices, list) or not choices:
+        return "the answer holds no choices"
+    return None if any(map(_has_message, choices)) else "the answer holds no message"
+
+
+def _has_message(choice: Any) -> bool:
+    return isinstance(choice, dict) and isinstance(choice.get("message"), dict)
+
+
+def make_plain(document: dict[str, Any]) -> None:
+    """Give a chat completion's fields the types that they have by its specification, in place.
+
+    Servers and what stands in between write other ones. What is no count is not told, a name that
+    is no text is none, a choice without a message and tool calls that are no calls are left out,
+    and what is no text becomes its JSON: the answer is paid, and counts.
+    """
+    _make_plain_top(document)
+    choices = document["choices"] = [one for one in document["choices"] if _has_message(one)]
+    for choice in choices:
+        message = choice["message"]
+        if message.get("role") != "assistant":
+            message["role"] = "assistant"
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = _plain_calls(calls)
+        if call := message.get("function_call"):
+            message["function_call"] = _plain_function(call)
+        _make_plain_choice(choice, message)
+
+
+def make_plain_chunk(chunk: dict[str, Any]) -> None:
+    """Give the fields of one event of a stream their types, as :func:`make_plain` does, in place.
+
+    Unlike in a whole answer, each part of a tool call may be missing: another event brings it.
+    """
+    _make_plain_top(chunk)
+    chunk.pop("chunk", None)  # LangChain looks for choices there
+    choices = chunk.get("choices")
+    choices = chunk["choices"] = (
+        [one for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
+    )
+    for choice in choices:
+        delta = choice.get("delta")
+        if not isinstance(delta, dict):
+            delta = choice["delta"] = {"content": delta} if isinstance(delta, str) else {}
+        if delta.get("role", "assistant") != "assistant":
+            delta["role"] = "assistant"
+        if calls := delta.get("tool_calls"):
+            delta["tool_calls"] = _plain_call_parts(calls)
+        if call := delta.get("function_call"):
+            delta["function_call"] = _plain_function_part(call)
+        _make_plain_choice(choice, delta)
+        if logprobs := choice.get("logprobs"):  # LangChain joins those of all events
+            lists = {name: one for name, one in logprobs.items() if isinstance(one, list)}
+            choice["logprobs"] = lists or None
+
+
+def _make_plain_top(document: dict[str, Any]) -> None:
+    for name in ("model", "system_fingerprint", "id", "service_tier"):
+        if not isinstance(document.get(name, ""), str):
+            document[name] = None
+    usage = document.get("usage")
+    if usage is not None and not _is_usage(usage):
+        document["usage"] = _plain_usage(usage)
+
+
+def _make_plain_choice(choice: dict[str, Any], said: dict[str, Any]) -> None:
+    """Give a choice's fields and those of its message, or of a part of it, their types."""
+    reason, logprobs = choice.get("finish_reason"), choice.get("logprobs")
+    if reason is not None and not isinstance(reason, str):
+        choice["finish_reason"] = json_text(reason)
+    if logprobs is not None and not isinstance(logprobs, dict):
+        choice["logprobs"] = None
+    for name in ("content", "refusal"):
+        value = said.get(name)
+        if value is None or isinstance(value, str):
+            continue
+        said[name] = _joined(value) or json_text(value)
+    if (audio := said.get("audio")) is not None and not isinstance(audio, dict):
+        said["audio"] = None
+    for name in ("name", "id"):
+        if not isinstance(said.get(name, ""), str):
+            said[name] = None
+
+
+def _plain_calls(calls: Any) -> list[dict[str, Any]] | None:
+    """Return the tool calls of a message, or None if one is no call of a function."""
+    if not isinstance(calls, list):
+        return None
+    found = []
+    for call in calls:
+        function = _plain_function(call.get("function")) if isinstance(call, dict) else None
+        if function is None:
+            return None
+        name = call.get("id")
+        plain_id = name if name is None or isinstance(name, str) else json_text(name)
+        found.append({**call, "id": plain_id, "function": function})
+    return found
+
+
+def _plain_function(function: Any) -> dict[str, Any] | None:
+    """Return a function's call with its arguments as JSON text, or None if it is no call."""
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return None
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return function
+    return {**function, "arguments": json_text({} if arguments is None else arguments)}
+
+
+def _plain_call_parts(calls: Any) -> list[dict[str, Any]] | None:
+    """Return the parts of tool calls that an event brings, or None if one is none."""
+    if not isinstance(calls, list):
+        return None
+    found = []
+    for place, call in enumerate(calls):
+        function = _plain_function_part(call.get("function")) if isinstance(call, dict) else None
+        if function is None:
+            return None
+        index, name = call.get("index"), call.get("id")
+        found.append(
+            {
+                **call,
+                "index": index if type(index) is int else place,
+                "id": name if name is None or isinstance(name, str) else json_text(name),
+                "function": function,
+            }
+        )
+    return found
+
+
+def _plain_function_part(function: Any) -> dict[str, Any] | None:
+    if function is None:
+        return {}
+    if not isinstance(function, dict):
+        return None
+    name, arguments = function.get("name"), function.get("arguments")
+    if arguments is not None and not isinstance(arguments, str):
+        arguments = json_text(arguments)
+    return {**function, "name": name if isinstance(name, str) else None, "arguments": arguments}
+
+
+def _joined(content: Any) -> str | None:
+    """Return the text of a content that comes in parts, or None if it is none."""
+    if not isinstance(content, list):
+        return None
+    texts = [part.get("text") if isinstance(part, dict) else None for part in content]
+    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+
+
+def _is_usage(usage: Any) -> bool:
+    """Say whether all that is read of a usage is as it should be, as nearly always."""
+    if not isinstance(usage, dict):
+        return False
+    for name in _COUNTS:
+        if (value := usage.get(name)) is not None and token_count(value) is None:
+            return False
+    return all(_are_details(usage.get(name)) for name in _DETAILS)
+
+
+def _are_details(details: Any) -> bool:
+    return details is None or (
+        isinstance(details, dict)
+        and all(value is None or token_count(value) is not None for value in details.values())
+    )
+
+
+def _plain_usage(usage: Any) -> dict[str, Any] | None:
+    """Return what can be believed of a usage."""
+    if not isinstance(usage, dict):
+        return None
+    plain: dict[str, Any] = {
+        name: value for name in _COUNTS if (value := token_count(usage.get(name))) is not None
+    }
+    for name in _DETAILS:
+        if isinstance(details := usage.get(name), dict):
+            plain[name] = {k: v for k, v in details.items() if token_count(v) is not None}
+    return plain
+
+
+def is_completion(document: Any) -> bool:
+    """Tell whether something is a chat completion."""
+    return _problem(document) is None
+
+
+def _is_aborted(document: dict[str, Any]) -> bool:
+    reason = document["choices"][0].get("finish_reason")
+    aborted = isinstance(reason, str) and reason in ABORTED
+    return aborted or document.get("id") == GATEWAY_ERROR_ID
+
+
+def is_empty(document: Mapping[str, Any]) -> bool:
+    """Tell whether a good answer says nothing at all although it was not cut."""
+    choice = document["choices"][0]
+    message = choice["message"]
+    return choice.get("finish_reason") in ("stop", None) and not any(map(message.get, SAID))
+
+
+def _inner_status(complaint: Complaint) -> int:
+    code = complaint.code or ""
+    return int(code) if code.isdigit() and 400 <= int(code) < 600 else 500  # noqa: PLR2004
+
+
+def is_simulated(document: Mapping[str, Any]) -> bool:
+    """Tell whether a simulated fleet made this answer."""
+    return document.get("system_fingerprint") == SIMULATED_FINGERPRINT
+
+
+def usage_of(document: Mapping[str, Any]) -> Usage:
+    """Return the tokens that an answer reports; unknown stays None."""
+    usage = document.get("usage")
+    if not isinstance(usage, dict):
+        return Usage()
+    details = usage.get("prompt_tokens_details")
+    cached = token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return Usage(token_count(prompt), token_count(completion), cached)
+
+
+def reply_of(document: dict[str, Any], endpoint: str) -> Reply:
+    """Turn a chat completion into a reply.
+
+    Args:
+        document: The decoded answer, judged good.
+        endpoint: Label of the endpoint that gave it.
+    """
+    choice = document["choices"][0]
+    message = choice["message"]
+    return Reply(
+        content=message.get("content") or "",
+        finish_reason=choice.get("finish_reason"),
+        refusal=message.get("refusal"),
+        usage=usage_of(document),
+        endpoint=endpoint,
+        model=document.get("model") or "",
+        simulated=is_simulated(document),
+    )
+
+
+_DATA: Final = b"data:"
+_DONE: Final = b"data: [DONE]"
+_MARK: Final = b"\xef\xbb\xbf"
+"""A byte order mark, which may stand before the first line."""
+_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
+"""What a line of an event stream begins with."""
+
+End = Callable[[dict[str, Any] | Failure | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a stream reports.
+
+    Attributes:
+        pause: Called when nobody reads it for the moment.
+        resume: Called when it is read again, or has ended.
+        end: Called once: with a summary of a whole answer, with what broke it off, or with None
+            when the caller left early.
+    """
+
+    pause: Callable[[], None]
+    resume: Callable[[], None]
+    end: End
+
+
+class OpenStream:
+    """A stream whose first token has come; holds its endpoint until closed.
+
+    Args:
+        reader: Reads the rest of the answer.
+        head: The lines up to the first token's.
+        endpoint: Label of who answers.
+        silence_s: Longest wait for a further line, in seconds.
+        watch: Where it reports how it goes on.
+
+    Attributes:
+        headers: The answer's headers.
+        is_empty: Whether the answer has ended and says nothing.
+    """
+
+    def __init__(
+        self,
+        reader: BodyReader,
+        head: Sequence[bytes],
+        endpoint: str,
+        silence_s: float,
+        watch: Watch,
+    ) -> None:
+        self._reader, self._response = reader, reader.response
+        self._head = head
+        self._endpoint = endpoint
+        self._silence_s = silence_s
+        self._watch = watch
+        self._summary: dict[str, Any] = {}
+        self._failure: Failure | None = None
+        self._open = True
+        self._reading = False
+        self._spoken = False
+        self._ended = set[str]()
+        self.headers = {key.lower(): value for key, value in reader.response.headers.items()}
+        self.headers["content-type"] = "text/event-stream"
+        self.is_empty = False
+        watch.pause()
+
+    @classmethod
+    async def begin(
+        cls, reader: BodyReader, endpoint: str, silence_s: float, watch: Watch
+    ) -> OpenStream | Failure:
+        """Read up to the first token, or return why there is none.
+
+        What comes before it (the speaker's role) is held back, so that the call may still move.
+        """
+        response = reader.response
+        if response.status != _OK:
+            sent = response.request_info.headers
+            raw = RawAnswer(response.status, response.headers, await reader.read(), sent)
+            return failures.of_answer(raw.masked(), endpoint)
+        head: list[bytes] = []
+        started = False
+        while line := await reader.read_line():
+            if not started:
+                line = line.removeprefix(_MARK)
+                if line.strip() and not line.startswith(_FIELDS):
+                    return await cls._of_document(reader, line, endpoint, silence_s, watch)
+            started = started or bool(line.strip())
+            head.append(line)
+            try:
+                chunk = _decode(line) if line.startswith(_DATA) else None
+                failure = _error_event(chunk, line, response, endpoint)
+            except ValueError:
+                chunk, failure = None, failures.of_event(endpoint)
+            if failure is not None:
+                response.close()
+                return failure
+            said, reason = _says_something(chunk), _reason(chunk)
+            if said or reason:
+                stream = cls(reader, head, endpoint, silence_s, watch)
+                stream.is_empty = not said and reason == "stop"
+                return stream
+            if line.startswith(_DONE):
+                break
+        if started:
+            response.close()
+            return failures.of_end(endpoint)
+        raw = RawAnswer(response.status, response.headers, b"")
+        return failures.of_reply(raw, "the stream held nothing", endpoint)
+
+    @classmethod
+    async def _of_document(
+        cls, reader: BodyReader, first: bytes, endpoint: str, silence_s: float, watch: Watch
+    ) -> OpenStream | Failure:
+        """Take a body that is no event stream for the whole answer, or say why it is none."""
+        response = reader.response
+        lines = [first]
+        while line := await reader.read_line():
+            lines.append(line)
+        raw = RawAnswer(
+            response.status, response.headers, b"".join(lines), response.request_info.headers
+        )
+        document = read(raw, endpoint)
+        if isinstance(document, Failure):
+            return document
+        events = [_event(chunk) for chunk in _chunks_of(document)]
+        events.append(_DONE + b"\n\n")
+        stream = cls(reader, events, endpoint, silence_s, watch)
+        stream.is_empty = is_empty(document)
+        return stream
+
+    async def drain(self) -> None:
+        """Read what is left of an answer that nobody is waiting for, so that its usage is known."""
+        try:
+            async for _ in self.lines():
+                pass
+        except EndpointLostError:
+            return  # it is counted as lost
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """Yield the stream's events, and close it at the end.
+
+        Raises:
+            EndpointLostError: The stream was cut or fell silent.
+        """
+        try:
+            for line in self._head:
+                if event := self._look(line):
+                    yield event
+            while self._open and (line := await self._next()):
+                if event := self._look(line):
+                    yield event
+            self._check_end()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._failure = failures.of_exception(
+                error, self._endpoint, self._response.request_info.headers
+            )
+            raise _begun(self._failure) from error
+        finally:
+            self.close()
+
+    async def _next(self) -> bytes:
+        self._reading = True
+        self._watch.resume()
+        try:
+            async with asyncio.timeout(self._silence_s):
+                return await self._reader.read_line()
+        finally:
+            self._reading = False
+            if self._open:
+                self._watch.pause()
+
+    def _check_end(self) -> None:
+        if self._failure is None and not self._summary.get("finished"):
+            self._failure = failures.of_end(self._endpoint)
+        if self._failure is not None:
+            raise _begun(self._failure)
+
+    def close(self) -> None:
+        """Let the endpoint go; leaving early frees the server's slot too."""
+        if not self._open:
+            return
+        self._open = False
+        if not self._reading:
+            self._watch.resume()
+        whole = self._failure is None and self._summary.get("finished")
+        if not self._response.content.at_eof():
+            self._response.close()
+        self._watch.end(self._failure or (self._summary if whole else None))
+
+    def _look(self, line: bytes) -> bytes:
+        """Note model, fingerprint, usage and the end as they pass; return a line's event."""
+        if line.startswith(_DONE):
+            # Readers stop here, so that what is missing must be told here.
+            self._check_end()
+            return _DONE + b"\n\n"
+        if line.startswith(_DATA):
+            try:
+                chunk = _decode(line)
+            except ValueError:
+                self._failure = failures.of_event(self._endpoint)
+                raise _begun(self._failure) from None
+            if chunk is None:
+                return b""  # a sign of life, and no part of an answer
+            for key in ("model", "system_fingerprint", "usage"):
+                if chunk.get(key):
+                    self._summary[key] = chunk[key]
+            if failure := _error_event(chunk, line, self._response, self._endpoint):
+                self._failure = failure
+                if isinstance(answer := failure.error.__cause__, RawAnswer):
+                    chunk = _decode(_DATA + answer.body) or chunk  # without the key
+            choices = chunk.get("choices") or [{}]
+            reason = choices[0].get("finish_reason")
+            self._end_once(choices)
+            if isinstance(reason, str) and reason in ABORTED:
+                self._failure = failures.of_end(self._endpoint)
+            elif reason:
+                self._summary["finished"] = True
+            if _is_whole(choices):
+                self._summary["finished"] = True
+                return b"".join(_event(one) for one in _chunks_of(chunk, self._spoken))
+            self._spoken = self._spoken or bool(choices[0].get("delta"))
+            return _event(chunk)
+        return b""  # of an event, readers need no more than its data
+
+    def _end_once(self, choices: list[dict[str, Any]]) -> None:
+        """Drop a reason for the end that is told again: LangChain joins them to one text."""
+        for choice in choices:
+            if choice.get("finish_reason"):
+                index = str(choice.get("index"))
+                if index in self._ended:
+                    choice["finish_reason"] = None
+                self._ended.add(index)
+
+
+def _begun(failure: Failure) -> EndpointError:
+    """Return a failure's error, which came when a part of the answer was read."""
+    if isinstance(failure.error, EndpointLostError):
+        failure.error.begun = True
+    return failure.error
+
+
+def _event(document: Mapping[str, Any]) -> bytes:
+    return _DATA + b" " + orjson.dumps(document) + b"\n\n"
+
+
+def _chunks_of(document: Mapping[str, Any], spoken: bool = False) -> Iterator[dict[str, Any]]:
+    """Return the events by which a whole completion is streamed.
+
+    Args:
+        document: The completion.
+        spoken: Whether its text has come before, token by token.
+    """
+    head = {**document, "object": "chat.completion.chunk"}
+    usage = head.pop("usage", None)
+    choices = []
+    for choice in (one for one in document["choices"] if isinstance(one, dict)):
+        rest = {key: value for key, value in choice.items() if key not in {"message", "delta"}}
+        message = dict(choice.get("message") or {})
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
+        choices.append({"index": 0, **rest, "delta": {} if spoken else message})
+    yield {**head, "choices": choices}
+    if usage:
+        yield {**head, "choices": [], "usage": usage}
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """Return what an event holds, its fields made plain; None if it is no object.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    data = line[len(_DATA) :].strip()
+    if not data.startswith(b"{"):
+        return None
+    try:
+        document: dict[str, Any] = read_json(data)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    choices = document.get("choices")
+    if isinstance(choices, list) and _is_whole(choices):
+        make_plain(document)
+    else:
+        make_plain_chunk(document)
+    cut_levels(data, document)
+    return document
+
+
+def _is_whole(choices: Sequence[Any]) -> bool:
+    """Tell whether an event holds the whole message in place of a part of it."""
+    first = next((one for one in choices if isinstance(one, dict)), {})
+    return isinstance(first.get("message"), dict) and not first.get("delta")
+
+
+def _says_something(chunk: Mapping[str, Any] | None) -> bool:
+    """Tell whether an event brings a token, a call or a refusal."""
+    if chunk is None:
+        return False
+    for choice in chunk.get("choices") or ():
+        said = choice.get("delta") or choice.get("message")
+        if isinstance(said, dict) and any(map(said.get, SAID)):
+            return True
+    return False
+
+
+def _reason(chunk: Mapping[str, Any] | None) -> Any:
+    """Return the reason that an event names for the end of the answer, or None."""
+    choices = (chunk or {}).get("choices") or ()
+    return next((c["finish_reason"] for c in choices if c.get("finish_reason")), None)
+
+
+def _error_event(
+    document: dict[str, Any] | None, line: bytes, response: aiohttp.ClientResponse, endpoint: str
+) -> Failure | None:
+    if document is None:
+        return None
+    if document.get("id") == GATEWAY_ERROR_ID:
+        return failures.of_abort(_line_answer(line, _OK, response), endpoint)
+    if not (document.get("error") or document.get("object") == "error"):
+        return None
+    raw = _line_answer(line, 500, response)
+    complaint = Complaint.of(read_json(raw.body))
+    code = complaint.code or ""
+    raw.status = int(code) if code.isdigit() else 500
+    return failures.of_complaint(raw, complaint, raw.status, endpoint)
+
+
+def _line_answer(line: bytes, status: int, response: aiohttp.ClientResponse) -> RawAnswer:
+    """Return an event as if it were an answer, without the request's keys."""
+    body = line[len(_DATA) :].strip()
+    return RawAnswer(status, response.headers, body, response.request_info.headers).masked()

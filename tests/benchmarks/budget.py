@@ -21,7 +21,7 @@ from fanfold.backends.core.money import Amount, Caps, Tariff
 from fanfold.backends.core.process import make_room
 from fanfold.backends.core.protocols import CallLog
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet.charge import Charge
+from fanfold.backends.fleet.request import Charge
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 

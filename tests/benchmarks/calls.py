@@ -12,12 +12,10 @@ import aiohttp
 from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
 from fanfold.backends.fleet.langchain import ChatFleet
-from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.policy import FleetPolicy
+from fanfold.backends.fleet.policy import FleetPolicy, ModelParams
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 

@@ -17,20 +17,16 @@ import orjson
 
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.answer import RawAnswer
 from fanfold.backends.fleet.balancer import Dispatcher
-from fanfold.backends.fleet.breaker import Breaker
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.endpoint import Endpoint
-from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.lane import Lane
-from fanfold.backends.fleet.params import ModelParams
+from fanfold.backends.fleet.endpoint import Breaker, Endpoint, EndpointSpec, Lane
+from fanfold.backends.fleet.failures import RawAnswer
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
 from fanfold.backends.fleet.policy import (
     AffinityPolicy,
     BreakerPolicy,
     FleetPolicy,
     LanePolicy,
+    ModelParams,
     PacePolicy,
 )
 from fanfold.backends.fleet.stats import Stats

@@ -15,12 +15,10 @@ from pathlib import Path
 from statistics import median
 
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
-from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.cache import Reuse
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.policy import FleetPolicy
+from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.policy import FleetPolicy, ModelParams
 from fanfold.backends.storage.response_cache import AnswerStore
 
 from .parts import ANSWER, AT_ONCE, MESSAGES, SCHEMA, _send

@@ -27,11 +27,9 @@ from statistics import median
 import orjson
 
 from fanfold.backends.core.errors import FanfoldError
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.policy import FleetPolicy, TimeoutPolicy
+from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.policy import FleetPolicy, ModelParams, TimeoutPolicy
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.requests import QuestionReader

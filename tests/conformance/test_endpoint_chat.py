@@ -13,12 +13,10 @@ import pytest
 
 from fanfold.backends.core.errors import PromptTooLongError, RunStoppedError
 from fanfold.backends.discovery.probe import Checked, check_models, discover
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
 from fanfold.backends.fleet.langchain import ChatFleet
-from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.policy import FleetPolicy
+from fanfold.backends.fleet.policy import FleetPolicy, ModelParams
 from fanfold.backends.simulated import SimulatedFleet, SimulationSpec
 
 pytestmark = pytest.mark.integration

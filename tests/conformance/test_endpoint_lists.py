@@ -12,12 +12,11 @@ from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.parsing import Gauges
 from fanfold.backends.discovery.connect import chat_fleet
 from fanfold.backends.discovery.gateway import Gateway
-from fanfold.backends.discovery.membership import FileSource, RegistrySource, kept_up
-from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.discovery.sources import FileSource, RegistrySource, kept_up
+from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.gauges import read_gauges
-from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.policy import FleetPolicy
+from fanfold.backends.fleet.load import read_gauges
+from fanfold.backends.fleet.policy import FleetPolicy, ModelParams
 
 from .standins import First, Model, Registry, serve
 

@@ -21,13 +21,10 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.langchain import ChatFleet
-from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.policy import FleetPolicy, RetryPolicy
-from fanfold.backends.fleet.upper import LangChainModel
+from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.langchain import ChatFleet, LangChainModel
+from fanfold.backends.fleet.policy import FleetPolicy, ModelParams, RetryPolicy
 
 from .conftest import Canned, Stub, completion, until
 

@@ -12,7 +12,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 from fanfold.backends.core.errors import EndpointError
-from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.policy import FleetPolicy, RetryPolicy, TimeoutPolicy

@@ -21,17 +21,16 @@ from fanfold.backends.core.errors import (
 from fanfold.backends.core.process import make_room
 from fanfold.backends.core.types import Reply
 from fanfold.backends.discovery.probe import check_models, discover
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.answer import RawAnswer
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.fleet import Fleet
+from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.failures import RawAnswer
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
 from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.load import read_load
-from fanfold.backends.fleet.params import ModelParams
 from fanfold.backends.fleet.policy import (
     AffinityPolicy,
     FleetPolicy,
     LoadPolicy,
+    ModelParams,
     RetryPolicy,
     TimeoutPolicy,
 )

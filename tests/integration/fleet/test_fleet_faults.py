@@ -21,17 +21,16 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Reply, Usage
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.pacing import Pacer
-from fanfold.backends.fleet.params import ModelParams
+from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
 from fanfold.backends.fleet.policy import (
     BreakerPolicy,
     FleetPolicy,
     HedgePolicy,
     LanePolicy,
+    ModelParams,
     PacePolicy,
+    Pacer,
     RetryPolicy,
     TimeoutPolicy,
 )

@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.discovery.membership import FileSource, kept_up
-from fanfold.backends.discovery.sources import read_endpoints_file
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.params import ModelParams
+from fanfold.backends.discovery.sources import FileSource, kept_up, read_endpoints_file
+from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.policy import ModelParams
 
 from .conftest import Canned, Stub, completion, until
 

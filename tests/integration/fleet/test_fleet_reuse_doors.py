@@ -11,13 +11,11 @@ import pytest_asyncio
 from pydantic import BaseModel
 
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.cache import Reuse
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.langchain import ChatFleet
-from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.upper import LangChainModel
+from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.langchain import ChatFleet, LangChainModel
+from fanfold.backends.fleet.policy import ModelParams
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.storage.response_cache import AnswerStore
 

@@ -23,13 +23,18 @@ from fanfold.backends.core.errors import BudgetExhaustedError, EndpointLostError
 from fanfold.backends.core.money import FREE, Amount, Caps
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.cache import Reuse
-from fanfold.backends.fleet.charge import most_tokens
+from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.langchain import ChatFleet
-from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.policy import AffinityPolicy, FleetPolicy, HedgePolicy, PacePolicy
+from fanfold.backends.fleet.policy import (
+    AffinityPolicy,
+    FleetPolicy,
+    HedgePolicy,
+    ModelParams,
+    PacePolicy,
+)
+from fanfold.backends.fleet.request import most_tokens
 
 from .conftest import chunk, completion, event, serving, text_of, until
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.counting import TokenCounter
+from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.lengths import prompt_tokens
 from fanfold.backends.simulated.fleet import SimulatedFleet

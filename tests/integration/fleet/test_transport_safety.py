@@ -31,17 +31,14 @@ from fanfold.backends.core.errors import (
     SiteError,
 )
 from fanfold.backends.core.types import Reply
-from fanfold.backends.discovery.gateway import Gateway
-from fanfold.backends.discovery.membership import RegistrySource
+from fanfold.backends.discovery.gateway import CommandToken, Gateway
 from fanfold.backends.discovery.probe import discover
-from fanfold.backends.discovery.token import CommandToken
-from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.discovery.sources import RegistrySource
 from fanfold.backends.fleet.counting import TokenCounter
-from fanfold.backends.fleet.door import FleetModel
-from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.gauges import read_gauges
-from fanfold.backends.fleet.params import ModelParams
-from fanfold.backends.fleet.policy import FleetPolicy, RetryPolicy, TimeoutPolicy
+from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.load import read_gauges
+from fanfold.backends.fleet.policy import FleetPolicy, ModelParams, RetryPolicy, TimeoutPolicy
 from fanfold.backends.fleet.transport import Transport
 from fanfold.backends.sites.globus.service import ComputeService
 from fanfold.backends.sites.launched.worker import attend

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from fanfold.backends.core.errors import FanfoldError
-from fanfold.backends.fleet.breaker import State
+from fanfold.backends.fleet.endpoint import State
 from fanfold.backends.storage.endpoints_table import append_endpoints
 from fanfold.backends.storage.results import RESULT_COLUMNS
 from fanfold.backends.storage.results_schema import UNFIT

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.discovery.limits import fleet_policy, limited
+from fanfold.backends.discovery.connect import fleet_policy, limited
 from fanfold.backends.discovery.resolve import first_place
-from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.policy import FleetPolicy, PacePolicy
 from fanfold.configs.load import load
 from fanfold.configs.models import RunConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, NoEndpointError, RunStoppedError
-from fanfold.backends.discovery.waiting import enough
+from fanfold.backends.discovery.connect import enough
 from fanfold.configs.endpoints import EndpointsConfig
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
-from fanfold.backends.discovery.node import node_plan, short_name, starts_servers, this_host
+from fanfold.backends.discovery.resolve import node_plan, short_name, starts_servers, this_host
 from fanfold.configs.load import Loaded, load
 from fanfold.configs.plain import to_yaml
 

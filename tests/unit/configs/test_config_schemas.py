@@ -14,7 +14,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.schemas import open_validator
-from fanfold.backends.fleet.worth import Worth
+from fanfold.backends.fleet.cache import Worth
 from fanfold.backends.simulated.requests import AnswerSchema
 from fanfold.backends.simulated.values import ApiError
 from fanfold.configs.load import load

@@ -18,7 +18,7 @@ from fanfold.backends.core.secrets import (
     mask_plain,
     mask_url,
 )
-from fanfold.backends.discovery.node import node_plan
+from fanfold.backends.discovery.resolve import node_plan
 from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.configs.load import Loaded, load
 from fanfold.configs.plain import lost_secrets, mask_settings, to_yaml

@@ -14,11 +14,10 @@ from pydantic import SecretStr
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.permissions import untrusted_reason
 from fanfold.backends.discovery.auto import choose
-from fanfold.backends.discovery.folder import HostsFolder
-from fanfold.backends.discovery.membership import FileSource
 from fanfold.backends.discovery.node_local import node_specs
 from fanfold.backends.discovery.resolve import endpoint_specs
-from fanfold.backends.fleet.address import NO_KEY, EndpointSpec
+from fanfold.backends.discovery.sources import FileSource, HostsFolder
+from fanfold.backends.fleet.endpoint import NO_KEY, EndpointSpec
 from fanfold.configs.endpoints import EndpointsConfig
 from fanfold.configs.load import load
 

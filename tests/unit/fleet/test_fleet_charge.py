@@ -12,9 +12,8 @@ from fanfold.backends.core.errors import ConfigurationError, EndpointLostError
 from fanfold.backends.core.protocols import CallLog, Hold
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import failures
-from fanfold.backends.fleet.answer import RawAnswer
-from fanfold.backends.fleet.charge import Charge, most_tokens
-from fanfold.backends.fleet.failures import Failure
+from fanfold.backends.fleet.failures import Failure, RawAnswer
+from fanfold.backends.fleet.request import Charge, most_tokens
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "é" * 50}], "max_tokens": 20}
 

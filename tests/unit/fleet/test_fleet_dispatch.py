@@ -8,10 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import RunStoppedError
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.affinity import Affinity
-from fanfold.backends.fleet.balancer import Dispatcher
-from fanfold.backends.fleet.endpoint import Endpoint
+from fanfold.backends.fleet.balancer import Affinity, Dispatcher
+from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.policy import AffinityPolicy, LanePolicy
 
 

@@ -25,13 +25,11 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.secrets import MASKED
 from fanfold.backends.core.values import cut_levels, read_json
-from fanfold.backends.fleet import failures, judge, room
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.answer import Complaint, RawAnswer, retry_after
-from fanfold.backends.fleet.attempts import Attempts
-from fanfold.backends.fleet.endpoint import Endpoint
-from fanfold.backends.fleet.failures import Failure, Step, Trip
+from fanfold.backends.fleet import failures, request, transport
+from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
+from fanfold.backends.fleet.failures import Complaint, Failure, RawAnswer, Step, Trip, retry_after
 from fanfold.backends.fleet.policy import RetryPolicy
+from fanfold.backends.fleet.retry import Attempts
 
 
 def vllm(message: str, code: int, kind: str = "x", param: str | None = None) -> dict[str, Any]:
@@ -205,7 +203,7 @@ def test_levels_are_cut() -> None:
 
 def failure_of(status: int, body: Any, headers: dict[str, str] | None = None) -> Failure:
     raw = body if isinstance(body, bytes) else orjson.dumps(body)
-    result = judge.read(RawAnswer(status, headers or {}, raw), "node")
+    result = transport.read(RawAnswer(status, headers or {}, raw), "node")
     assert isinstance(result, Failure)
     return result
 
@@ -358,7 +356,7 @@ def asking(text: str, most: int = 5000) -> dict[str, Any]:
 
 
 def learn(one: Endpoint, failure: Failure, body: Any) -> Failure:
-    return room.learn(one, failure, body, room.sent_tokens(body, one.most_tokens))
+    return request.learn(one, failure, body, request.sent_tokens(body, one.most_tokens))
 
 
 def too_long(message: str) -> Failure:
@@ -415,7 +413,7 @@ def test_corrections_do_not_count_and_end_after_three() -> None:
         failure = learn(one, too_long(f"at most {most}"), asked)
         assert attempts.after(one, failure, 0.0, 0.0) == 0.0
         asked = attempts.fitted(one, asking("a"))
-        assert room.asked_tokens(asked) == most
+        assert request.asked_tokens(asked) == most
         assert attempts.fitted(endpoint(2), asking("a")) == asking("a")
     with pytest.raises(RequestRefusedError):
         attempts.after(one, learn(one, too_long("at most 1000"), asked), 0.0, 0.0)
@@ -427,10 +425,10 @@ def test_a_long_prompt_passes_over_all_that_are_too_short() -> None:
         for n, room_ in enumerate((10, 10, None, 99))
     ]
     long = failure_of(400, vllm(LONG, 400))
-    failure, short = room.elsewhere(members[0], long, members)
+    failure, short = request.elsewhere(members[0], long, members)
     assert failure.treatment.step is Step.OTHER
     assert short == set(members[:3])
-    failure, short = room.elsewhere(members[3], long, members)
+    failure, short = request.elsewhere(members[3], long, members)
     assert (failure.treatment.step, short) == (Step.FAIL, frozenset())
 
 
@@ -451,7 +449,7 @@ SENT = {"Authorization": "Bearer sk-se/cr+et=1"}
     ],
 )
 def test_the_key_of_the_request_is_not_quoted(status: int, body: bytes) -> None:
-    failure = judge.read(RawAnswer(status, {}, body, SENT), "node")
+    failure = transport.read(RawAnswer(status, {}, body, SENT), "node")
     assert isinstance(failure, Failure)
     cause = failure.error.__cause__
     assert isinstance(cause, RawAnswer)
@@ -470,7 +468,7 @@ def test_a_broken_answer_does_not_show_the_key() -> None:
 
 def test_answers_and_short_keys_are_left_alone() -> None:
     good = b'{"choices": [{"message": {"content": "sk-se/cr+et=1"}}]}'
-    answer = judge.read(RawAnswer(200, {}, good, SENT), "node")
+    answer = transport.read(RawAnswer(200, {}, good, SENT), "node")
     assert isinstance(answer, dict)
     assert answer["choices"][0]["message"]["content"] == "sk-se/cr+et=1"
     none = RawAnswer(400, {}, b"EMPTY", {"Authorization": "Bearer EMPTY"})

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, NoEndpointError
-from fanfold.backends.discovery.folder import HostsFolder
-from fanfold.backends.discovery.membership import FileSource
+from fanfold.backends.discovery.sources import FileSource, HostsFolder
 
 
 def urls(folder: HostsFolder) -> list[str]:

@@ -6,8 +6,7 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import EndpointBusyError, RequestRefusedError
-from fanfold.backends.fleet.answer import RawAnswer
-from fanfold.backends.fleet.failures import Failure, Step, of_answer
+from fanfold.backends.fleet.failures import Failure, RawAnswer, Step, of_answer
 
 
 def failure(status: int, body: Any) -> Failure:

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fanfold.backends.core.protocols import CallLog
-from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.balancer import Dispatcher
-from fanfold.backends.fleet.charge import Charge, most_tokens
-from fanfold.backends.fleet.endpoint import Endpoint
-from fanfold.backends.fleet.hedge import Hedger, Result
+from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.policy import HedgePolicy
+from fanfold.backends.fleet.request import Charge, most_tokens
+from fanfold.backends.fleet.retry import Hedger, Result
 
 BODY: dict[str, Any] = {"messages": []}
 

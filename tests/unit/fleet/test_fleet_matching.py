@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.discovery.matching import match
-from fanfold.backends.discovery.probe import Found
-from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.discovery.probe import Found, match
+from fanfold.backends.fleet.endpoint import EndpointSpec
 
 
 def found(host: str, *models: str, tag: str | None = None, error: str | None = None) -> Found:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import orjson
 
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet.address import EndpointSpec
-from fanfold.backends.fleet.endpoint import Endpoint
-from fanfold.backends.fleet.news import Gathered, Teller
+from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
+from fanfold.backends.fleet.fleet import Gathered, Teller
 
 
 def test_news_of_two_workers_add_up() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.discovery.nodelist import expand_slurm, hosts_to_specs, parse_pbs
+from fanfold.backends.discovery.sources import expand_slurm, hosts_to_specs, parse_pbs
 
 
 def test_pbs_repeats_are_dropped_in_order() -> None:

@@ -10,9 +10,8 @@ import pytest
 from fanfold.backends.core.errors import EndpointLostError
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import SIMULATED_FINGERPRINT, Usage
-from fanfold.backends.fleet.address import EndpointSpec
 from fanfold.backends.fleet.cache import Reuse
-from fanfold.backends.fleet.endpoint import Endpoint
+from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.policy import BreakerPolicy, LanePolicy
 
 BODY = {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.discovery.sources import parse_endpoints_file
-from fanfold.backends.fleet.address import EndpointSpec, base_url, label_of
+from fanfold.backends.fleet.endpoint import EndpointSpec, base_url, label_of
 
 BOTH = """\ufeff# written by a launcher
 x4616c3s4b0n0:8001\r

@@ -6,10 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.fleet.breaker import Breaker, State
-from fanfold.backends.fleet.lane import Lane
-from fanfold.backends.fleet.pacing import Bucket, Pacer, estimate
-from fanfold.backends.fleet.policy import BreakerPolicy, LanePolicy, PacePolicy
+from fanfold.backends.fleet.endpoint import Breaker, Lane, State
+from fanfold.backends.fleet.policy import (
+    BreakerPolicy,
+    Bucket,
+    LanePolicy,
+    PacePolicy,
+    Pacer,
+    estimate,
+)
 
 LANE = LanePolicy(start=8, ceiling=1024, settle_s=1.0, samples=4)
 

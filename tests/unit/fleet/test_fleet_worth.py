@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.fleet.worth import Worth
+from fanfold.backends.fleet.cache import Worth
 
 SCHEMA = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
 WANTED = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}

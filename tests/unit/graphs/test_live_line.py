@@ -7,7 +7,7 @@ import pytest
 
 from fanfold.backends.accounts.budget import Budget, BudgetTerms
 from fanfold.backends.core.money import FREE, NANO, Amount, Caps, Held
-from fanfold.backends.fleet.address import EndpointSpec
+from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
 from fanfold.graphs.live import Line, short

@@ -18,7 +18,7 @@ from fanfold.backends.core.templates import Template
 from fanfold.backends.core.types import Item, Message, Reply, Usage
 from fanfold.backends.core.values import MOST, check_record
 from fanfold.backends.fleet import failures
-from fanfold.backends.fleet.charge import Charge
+from fanfold.backends.fleet.request import Charge
 from fanfold.backends.storage.journal_index import Ledger
 from fanfold.configs.load import load
 from fanfold.graphs.identity import asked_by_all
