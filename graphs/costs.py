@@ -14,23 +14,10 @@ from ..backends.storage.journal import RunIds, Spent
 from ..backends.storage.run_folder import RunFolder
 from ..configs.budget import BudgetConfig
 from ..configs.load import peek
-from .opened import OpenedRun
 from .spending import caps_of
 
 _FINE: Final = 0.1 * NANO
 """Where all amounts are smaller, they are shown with more digits."""
-
-
-def cost_of_life(folder: RunFolder, run: RunIds, tools: OpenedRun) -> Cost:
-    """Return what a run has cost by the end of a life, its earlier lives included; blocks.
-
-    Raises:
-        LedgerError: A book is damaged.
-    """
-    assert tools.journal is not None, "a run that was opened has one"
-    recorded = {life: spent.amount for life, spent in tools.journal.spent.items()}
-    doubt = Shelf(folder.budget, run).doubt(recorded)
-    return Cost(tools.journal.total(), tools.progress.held, doubt, tools.priced)
 
 
 def cost_so_far(folder: RunFolder, run: RunIds, lives: Mapping[int, Spent]) -> Cost:

@@ -16,6 +16,7 @@ from langgraph.errors import GraphDrained
 from langgraph.types import Interrupt
 from rich.console import Console
 
+from ..backends.accounts.book import Shelf
 from ..backends.accounts.cost import Cost
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import (
@@ -27,11 +28,11 @@ from ..backends.core.errors import (
     LedgerError,
     RunStoppedError,
 )
+from ..backends.storage.journal import RunIds
 from ..backends.storage.run_folder import RunFolder, now, run_ids
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
 from .context import RunContext
-from .costs import cost_of_life
 from .live import watching
 from .lives import life
 from .map_reduce import MapReduce, build
@@ -297,3 +298,15 @@ def _stages(parts: dict[str, Any]) -> Any:
 
 def _counts(tools: RunTools) -> dict[str, Any]:
     return tools.counts()
+
+
+def cost_of_life(folder: RunFolder, run: RunIds, tools: OpenedRun) -> Cost:
+    """Return what a run has cost by the end of a life, its earlier lives included; blocks.
+
+    Raises:
+        LedgerError: A book is damaged.
+    """
+    assert tools.journal is not None, "a run that was opened has one"
+    recorded = {life: spent.amount for life, spent in tools.journal.spent.items()}
+    doubt = Shelf(folder.budget, run).doubt(recorded)
+    return Cost(tools.journal.total(), tools.progress.held, doubt, tools.priced)
