@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+from ..backends.budget.encoding import encoding_name
+from ..backends.budget.pricing import explained
 from ..backends.core.errors import NoEndpointError
 from ..backends.discovery.resolve import endpoint_specs
-from ..backends.fleet.encoding import encoding_name
-from ..backends.tariffs import explained
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from .estimate import Estimate, estimate

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from ..backends.budget.spending import allow, lower_allowed, shortfall
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.aio import Shared
 from ..backends.core.errors import ConfigurationError
@@ -36,7 +37,6 @@ from .prepare import RUNS, new_name, prepare_run
 from .requests import Request, RequestPolicy
 from .resume import resume_run
 from .settings import settle
-from .spending import allow, lower_allowed, shortfall
 from .worker import work_shard
 
 

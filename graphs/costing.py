@@ -9,14 +9,14 @@ from typing import Final
 from rich.table import Table
 from rich.text import Text
 
-from ..backends.accounts.cost import Cost, grouped, tokens_json
+from ..backends.budget.cost import Cost, grouped, tokens_json
+from ..backends.budget.costs import budget_so_far, cost_so_far, doubts, figure
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import HOUR_MS, NANO, Amount
 from ..backends.core.types import Json
 from ..backends.storage.journal import Spent
 from ..backends.storage.run_folder import open_folder, run_ids
 from .campaign import campaign
-from .costs import budget_so_far, cost_so_far, doubts, figure
 from .live import short
 from .options import COST_BY
 from .report import cell

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import orjson
 
+from ..backends.budget.spending import Spending
 from ..backends.cluster.walltime import Walltime, walltime
 from ..backends.core.errors import ConfigurationError, LedgerError
 from ..backends.core.messages import Order, Summary, own_version
@@ -32,7 +33,6 @@ from ..nodes.progress import Progress
 from .following import Follower
 from .lending import Lender
 from .signs import LOOKS, Signs, beat_file, stop_file
-from .spending import Spending
 from .terms import Terms
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from typing import Final
 
 import orjson
 
-from ..backends.accounts.budget import Budget
+from ..backends.budget.budget import Budget
+from ..backends.budget.tokens import exact_count, token_counter
 from ..backends.core.aio import Shared
 from ..backends.core.errors import SiteError
 from ..backends.core.messages import Order
@@ -28,7 +29,6 @@ from ..backends.fleet.fleet import Fleet, Teller
 from ..backends.storage.journal import JournalWriter
 from ..backends.storage.run_folder import ANSWERS
 from ..backends.storage.worker_journal import FiledLedger, SentLedger, WorkerLedger, worker_file
-from ..backends.tokens import exact_count, token_counter
 from ..configs.load import Loaded, load
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build

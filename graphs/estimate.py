@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from ..backends.budget.lengths import LEAST, LIKELY
+from ..backends.budget.pricing import Price, price
+from ..backends.budget.tokens import token_counter
 from ..backends.core.errors import NoEndpointError
 from ..backends.core.money import Caps
 from ..backends.discovery.connect import Serving, check_cache, located, model_params
 from ..backends.discovery.node_local import served
 from ..backends.discovery.probe import Found, match
 from ..backends.discovery.resolve import Place, serves_simulated, starts_servers
-from ..backends.fleet.lengths import LEAST, LIKELY
 from ..backends.inputs.base import InputSummary
 from ..backends.simulated.process import simulation
-from ..backends.tariffs import Price, price
-from ..backends.tokens import token_counter
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..configs.prices import provider_at

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from ..backends.accounts.book import Book, Shelf
-from ..backends.accounts.budget import Budget, BudgetTerms
+from ..backends.budget.budget import Budget, BudgetTerms
+from ..backends.budget.spend_log import Book, Shelf
 from ..backends.core.errors import BudgetExhaustedError
 from ..backends.core.messages import WALLTIME, Order
 from ..backends.core.money import Amount, Caps, Tariff

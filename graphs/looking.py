@@ -12,7 +12,8 @@ import orjson
 from rich.table import Table
 from rich.text import Text
 
-from ..backends.accounts.cost import Cost, tokens_json
+from ..backends.budget.cost import Cost, tokens_json
+from ..backends.budget.costs import budget_so_far, cost_so_far, dollars, doubts, nodes
 from ..backends.core.errors import ConfigurationError
 from ..backends.simulated.fleet import SimulatedFleet
 from ..backends.simulated.spec import SimulationSpec
@@ -23,7 +24,6 @@ from ..configs.load import peek
 from ..configs.presets import copy_preset, preset_names, preset_text
 from ..configs.source import at_path
 from .campaign import campaign
-from .costs import budget_so_far, cost_so_far, dollars, doubts, nodes
 from .report import cell
 from .saying import Terminal, data_stream, print_json, say
 from .usage import show_jobs

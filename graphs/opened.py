@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends.accounts.book import Shelf
-from ..backends.accounts.budget import Budget
+from ..backends.budget.budget import Budget
+from ..backends.budget.spend_log import Shelf
+from ..backends.budget.spending import Spending
 from ..backends.core.errors import LedgerError
 from ..backends.core.money import NANO, Tariff
 from ..backends.core.types import Usage
@@ -21,7 +22,6 @@ from ..backends.storage.journal_index import Ledger
 from ..backends.storage.run_folder import RunFolder
 from ..nodes.context import RunTools
 from .nodetime import Timesheet, noting, watched
-from .spending import Spending
 
 logger = logging.getLogger(__name__)
 

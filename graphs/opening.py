@@ -12,7 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..backends.accounts.book import Shelf
+from ..backends.budget.pricing import price as price_of
+from ..backends.budget.pricing import tariff
+from ..backends.budget.spend_log import Shelf
+from ..backends.budget.spending import Spending, spending
+from ..backends.budget.tokens import exact_count, token_counter
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import FREE, Held
@@ -24,9 +28,6 @@ from ..backends.inputs.item_store import ItemStore
 from ..backends.sites.executor import WorkShard
 from ..backends.storage.journal_index import Ledger
 from ..backends.storage.run_folder import RunFolder, run_ids
-from ..backends.tariffs import price as price_of
-from ..backends.tariffs import tariff
-from ..backends.tokens import exact_count, token_counter
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..configs.reduce import with_bounds
@@ -42,7 +43,6 @@ from .items import ItemEngine, RunItem, is_seen, is_small, item_runner
 from .metrics import exposed
 from .opened import OpenedRun, accounted, reported, reports_of
 from .signs import end_earlier
-from .spending import Spending, spending
 from .terms import crew_terms
 from .walltime import closing
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from ..backends.budget.lengths import LIKELY, prompt_tokens
+from ..backends.budget.pricing import kept_price
 from ..backends.core.errors import (
     BudgetExhaustedError,
     FanfoldError,
@@ -18,9 +20,7 @@ from ..backends.core.errors import (
 )
 from ..backends.core.templates import Template
 from ..backends.core.types import Shard
-from ..backends.fleet.lengths import LIKELY, prompt_tokens
 from ..backends.storage.run_folder import RunFolder
-from ..backends.tariffs import kept_price
 from ..configs.load import Loaded
 from ..nodes.context import RunTools
 from ..nodes.elsewhere import work_elsewhere

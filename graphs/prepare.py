@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from ..backends.budget.pricing import price
 from ..backends.core.errors import ConfigurationError, MissingExtraError, NoEndpointError
 from ..backends.discovery.connect import check_cache
 from ..backends.discovery.node_local import served
@@ -19,7 +20,6 @@ from ..backends.inputs.item_store import spill
 from ..backends.inputs.source import input_spec, needed_columns
 from ..backends.simulated.process import simulation
 from ..backends.storage.run_folder import RunFolder, is_vacant, new_folder, place_to_be, write_bytes
-from ..backends.tariffs import price
 from ..configs.load import Loaded, portable
 from ..configs.plain import to_yaml
 from .identity import fingerprint

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import orjson
 from pydantic import ValidationError
 
-from ..backends.accounts.budget import SHOWN
+from ..backends.budget.budget import SHOWN
 from ..backends.core.errors import ConfigurationError, InputError
 from ..backends.core.secrets import is_secret, mask_command, mask_plain
 from ..backends.core.types import Json

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from ..backends.budget.costs import in_words
 from ..backends.core.errors import BUDGET, INTERRUPTED, FanfoldError, RunStoppedError
 from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder
 from ..configs.load import Loaded
 from . import usage
 from .campaign import campaign_inside
-from .costs import in_words
 from .crew import life_end
 from .pilot import Piloted, fly
 from .piloting import agreed, asks, pilot_lines

@@ -16,8 +16,8 @@ from langgraph.errors import GraphDrained
 from langgraph.types import Interrupt
 from rich.console import Console
 
-from ..backends.accounts.book import Shelf
-from ..backends.accounts.cost import Cost
+from ..backends.budget.cost import Cost
+from ..backends.budget.spend_log import Shelf
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import (
     BUDGET,

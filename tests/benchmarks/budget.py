@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fanfold.backends.accounts.book import Shelf
-from fanfold.backends.accounts.budget import Budget, BudgetTerms
+from fanfold.backends.budget.budget import Budget, BudgetTerms
+from fanfold.backends.budget.spend_log import Shelf
 from fanfold.backends.core.money import Amount, Caps, Tariff
 from fanfold.backends.core.process import make_room
 from fanfold.backends.core.protocols import CallLog

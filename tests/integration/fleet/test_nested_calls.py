@@ -17,8 +17,8 @@ from langchain.agents import create_agent
 from langchain_core.callbacks import AsyncCallbackHandler
 from langchain_core.tools import tool
 
-from fanfold.backends.accounts import purse
-from fanfold.backends.accounts.budget import Budget, BudgetTerms
+from fanfold.backends.budget import reservations
+from fanfold.backends.budget.budget import Budget, BudgetTerms
 from fanfold.backends.core.errors import BudgetExhaustedError, EndpointLostError
 from fanfold.backends.core.money import FREE, Amount, Caps
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
@@ -581,7 +581,7 @@ PROGRAMS = st.recursive(
 def test_whatever_items_do_within_whatever_bounds_they_end(
     monkeypatch: pytest.MonkeyPatch, programs: Any, caps: tuple[int, int], **bounds: Any
 ) -> None:
-    monkeypatch.setattr(purse, "_LOOK_S", 0.01)
+    monkeypatch.setattr(reservations, "_LOOK_S", 0.01)
     budget = Budget(BudgetTerms(Caps(requests=caps[0]), FREE, caps[1]), Amount(), None)
     policy = FleetPolicy(streams=bounds["streams"])
     reuse = Reuse(Kept(), simulated=False) if bounds["shared"] else None

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.fleet.counting import TokenCounter
+from fanfold.backends.budget.counting import TokenCounter
+from fanfold.backends.budget.lengths import prompt_tokens
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.lengths import prompt_tokens
 from fanfold.backends.simulated.fleet import SimulatedFleet
 
 pytestmark = pytest.mark.integration

@@ -21,6 +21,7 @@ import globus_sdk
 import orjson
 import pytest
 
+from fanfold.backends.budget.counting import TokenCounter
 from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointError,
@@ -34,7 +35,6 @@ from fanfold.backends.core.types import Reply
 from fanfold.backends.discovery.gateway import CommandToken, Gateway
 from fanfold.backends.discovery.probe import discover
 from fanfold.backends.discovery.sources import RegistrySource
-from fanfold.backends.fleet.counting import TokenCounter
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet, FleetModel
 from fanfold.backends.fleet.load import read_gauges

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from fanfold.backends.accounts.book import Shelf
+from fanfold.backends.budget.spend_log import Shelf
 from fanfold.backends.sites.globus.book import FILE, TaskBook
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.tests.integration.globus.endpoint import UserEndpoint

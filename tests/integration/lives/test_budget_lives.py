@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.accounts.book import Shelf
+from fanfold.backends.budget.spend_log import Shelf
 from fanfold.backends.core.errors import BUDGET
 from fanfold.backends.storage.run_folder import open_folder
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.accounts.book import Shelf
+from fanfold.backends.budget.costs import budget_so_far, cost_so_far
+from fanfold.backends.budget.spend_log import Shelf
 from fanfold.backends.core.money import Amount
 from fanfold.backends.storage.journal_index import Ledger
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.graphs.costs import budget_so_far, cost_so_far
 
 pytestmark = pytest.mark.integration
 

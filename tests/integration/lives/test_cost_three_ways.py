@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from fanfold.backends.accounts.book import Shelf
-from fanfold.backends.accounts.cost import KEYS, grouped
+from fanfold.backends.budget.cost import KEYS, grouped
+from fanfold.backends.budget.spend_log import Shelf
 from fanfold.backends.core.money import NANO
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.storage.journal import Spent

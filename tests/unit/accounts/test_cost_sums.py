@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.accounts.book import Shelf
-from fanfold.backends.accounts.cost import NOBODY, Cost, grouped
+from fanfold.backends.budget.cost import NOBODY, Cost, grouped
+from fanfold.backends.budget.spend_log import Shelf
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.money import NANO, Amount, Held
 from fanfold.backends.storage.journal import Spent

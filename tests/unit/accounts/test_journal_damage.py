@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fanfold.backends.accounts.book import Shelf
 from fanfold.backends.accounts.conformance import sample
-from fanfold.backends.accounts.cost import grouped, total_of
+from fanfold.backends.budget.cost import grouped, total_of
+from fanfold.backends.budget.spend_log import Shelf
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.money import Amount
 from fanfold.backends.storage.journal_index import Ledger

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fanfold.backends.accounts.conformance import sample
-from fanfold.backends.accounts.cost import grouped
+from fanfold.backends.budget.cost import grouped
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.storage.journal import Fresh, Source, scan
 from fanfold.backends.storage.journal_index import Ledger

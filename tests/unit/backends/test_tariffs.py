@@ -6,9 +6,9 @@ from typing import Any
 import orjson
 import pytest
 
+from fanfold.backends.budget.pricing import Price, explained, kept_price, price, tariff
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.money import Tariff
-from fanfold.backends.tariffs import Price, explained, kept_price, price, tariff
 from fanfold.configs.models import RunConfig
 
 OPENAI = "https://api.openai.com/v1"

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fanfold.backends.budget.pricing import Price
 from fanfold.backends.core.money import Caps
-from fanfold.backends.tariffs import Price
 from fanfold.graphs.forecast import Forecast, Plan, forecast
 from fanfold.graphs.sampling import spread
 from fanfold.graphs.seen import Seen

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.accounts.book import Shelf
-from fanfold.backends.accounts.budget import Budget, BudgetTerms
-from fanfold.backends.accounts.leases import Leases
+from fanfold.backends.budget.budget import Budget, BudgetTerms
+from fanfold.backends.budget.leases import Leases
+from fanfold.backends.budget.spend_log import Shelf
+from fanfold.backends.budget.spending import Spending
 from fanfold.backends.core.errors import BudgetExhaustedError
 from fanfold.backends.core.messages import WALLTIME, Order, own_version
 from fanfold.backends.core.money import FREE, Amount, Caps
@@ -21,7 +22,6 @@ from fanfold.graphs import leased as module
 from fanfold.graphs.errand import Bag
 from fanfold.graphs.leased import leased, used_of
 from fanfold.graphs.lending import Lender
-from fanfold.graphs.spending import Spending
 from fanfold.graphs.terms import Terms
 from fanfold.graphs.worker import answer
 

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from fanfold.backends.accounts.budget import Budget, BudgetTerms
+from fanfold.backends.budget.budget import Budget, BudgetTerms
 from fanfold.backends.core.money import FREE, NANO, Amount, Caps, Held
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet

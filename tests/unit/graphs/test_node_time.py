@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.accounts.book import Lease, Shelf
-from fanfold.backends.accounts.budget import Budget, BudgetTerms
-from fanfold.backends.accounts.leases import Leases
+from fanfold.backends.budget.budget import Budget, BudgetTerms
+from fanfold.backends.budget.leases import Leases
+from fanfold.backends.budget.spend_log import Lease, Shelf
+from fanfold.backends.budget.spending import Spending
 from fanfold.backends.core.money import FREE, Amount, Caps
 from fanfold.backends.core.types import Json
 from fanfold.graphs import nodetime
 from fanfold.graphs.nodetime import Timesheet, watched
-from fanfold.graphs.spending import Spending
 from fanfold.nodes.gate import Gate
 
 

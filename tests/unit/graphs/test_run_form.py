@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from fanfold.backends.accounts.budget import SHOWN
+from fanfold.backends.budget.budget import SHOWN
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.budget import BudgetConfig
 from fanfold.configs.described import description, schema, setting

@@ -11,8 +11,8 @@ from ..core.money import HOUR_MS, NANO, Amount, Caps, Tariff
 from ..core.protocols import Count
 from ..core.types import Json
 from .account import ItemAccount
-from .book import Book
-from .purse import Purse
+from .reservations import Purse
+from .spend_log import Book
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from ..configs.prices import provider_at
-from .core.protocols import Count
-from .discovery.connect import Serving
-from .fleet.counting import TokenCounter
-from .fleet.endpoint import EndpointSpec
+from ...configs.prices import provider_at
+from ..core.protocols import Count
+from ..discovery.connect import Serving
+from ..fleet.endpoint import EndpointSpec
+from .counting import TokenCounter
 
 _ASKED: Final = 8
 """So many of the endpoints are asked; they serve the same model."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from ..core.errors import LedgerError
 from ..core.money import Amount
-from .book import Lease, Shelf
-from .purse import Purse
+from .reservations import Purse
+from .spend_log import Lease, Shelf
 
 
 class Leases:

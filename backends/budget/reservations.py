@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from ..core.errors import BudgetExhaustedError, FanfoldError, LedgerError
 from ..core.money import Amount, Caps
 from ..core.types import Json
-from .book import Book
+from .spend_log import Book
 
 logger = logging.getLogger(__name__)
 

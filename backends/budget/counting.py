@@ -12,11 +12,11 @@ import aiohttp
 import orjson
 import tiktoken
 
+from ..fleet.endpoint import Endpoint, EndpointSpec
+from ..fleet.policy import FleetPolicy
+from ..fleet.transport import Transport
 from .encoding import Load, encoding_name, load_encoding
-from .endpoint import Endpoint, EndpointSpec
 from .lengths import prompt_sum, prompt_tokens
-from .policy import FleetPolicy
-from .transport import Transport
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from ..configs.models import RunConfig
-from ..configs.prices import Listed, hosts, listed, provider_at
-from .core.errors import ConfigurationError, NoEndpointError
-from .core.money import Tariff
-from .core.types import Json
-from .discovery.resolve import endpoint_specs
-from .fleet.endpoint import NO_KEY, EndpointSpec
+from ...configs.models import RunConfig
+from ...configs.prices import Listed, hosts, listed, provider_at
+from ..core.errors import ConfigurationError, NoEndpointError
+from ..core.money import Tariff
+from ..core.types import Json
+from ..discovery.resolve import endpoint_specs
+from ..fleet.endpoint import NO_KEY, EndpointSpec
 
 SETTING: Final = "model.price"
 """The source of a price that the settings give."""

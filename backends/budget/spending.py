@@ -11,24 +11,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..backends.accounts.book import Shelf
-from ..backends.accounts.budget import SHOWN, Budget, BudgetTerms
-from ..backends.accounts.leases import Leases
-from ..backends.core.errors import BudgetExhaustedError
-from ..backends.core.money import FREE, Amount, Caps, Tariff
-from ..backends.core.types import Json
-from ..backends.storage.journal import RunIds
-from ..backends.storage.journal_index import Ledger
-from ..backends.storage.run_folder import (
-    RunFolder,
-    read_allowed,
-    read_requested,
-    run_ids,
-    write_allowed,
-)
-from ..backends.tariffs import tariff
-from ..configs.budget import BudgetConfig
-from ..configs.models import RunConfig
+from ...configs.budget import BudgetConfig
+from ...configs.models import RunConfig
+from ..core.errors import BudgetExhaustedError
+from ..core.money import FREE, Amount, Caps, Tariff
+from ..core.types import Json
+from ..storage.journal import RunIds
+from ..storage.journal_index import Ledger
+from ..storage.run_folder import RunFolder, read_allowed, read_requested, run_ids, write_allowed
+from .budget import SHOWN, Budget, BudgetTerms
+from .leases import Leases
+from .pricing import tariff
+from .spend_log import Shelf
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from ..backends.accounts.book import Shelf
-from ..backends.accounts.budget import Budget, BudgetTerms, said
-from ..backends.accounts.cost import Cost, total_of
-from ..backends.core.money import FREE, NANO
-from ..backends.core.types import Json
-from ..backends.storage.journal import RunIds, Spent
-from ..backends.storage.run_folder import RunFolder
-from ..configs.budget import BudgetConfig
-from ..configs.load import peek
+from ...configs.budget import BudgetConfig
+from ...configs.load import peek
+from ..core.money import FREE, NANO
+from ..core.types import Json
+from ..storage.journal import RunIds, Spent
+from ..storage.run_folder import RunFolder
+from .budget import Budget, BudgetTerms, said
+from .cost import Cost, total_of
+from .spend_log import Shelf
 from .spending import caps_of
 
 _FINE: Final = 0.1 * NANO

@@ -9,7 +9,7 @@ from typing import Any, Final
 from ..core.money import Amount, Tariff
 from ..core.protocols import CallLog, Count, Hold
 from ..core.types import Usage
-from .purse import Purse
+from .reservations import Purse
 
 _SAID: Final = 512
 """Tokens of what is said to a model whose answer is sent back, besides its own answer."""
