@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from ..backends.budget.encoding import encoding_name
 from ..backends.budget.pricing import explained
+from ..backends.budget.tokens import encoding_name
 from ..backends.core.errors import NoEndpointError
 from ..backends.discovery.resolve import endpoint_specs
 from ..configs.load import Loaded

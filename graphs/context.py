@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from ..backends.budget.spending import allow, lower_allowed, shortfall
+from ..backends.budget.budget import allow, lower_allowed, shortfall
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.aio import Shared
 from ..backends.core.errors import ConfigurationError

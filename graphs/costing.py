@@ -9,8 +9,15 @@ from typing import Final
 from rich.table import Table
 from rich.text import Text
 
-from ..backends.budget.cost import Cost, grouped, tokens_json
-from ..backends.budget.costs import budget_so_far, cost_so_far, doubts, figure
+from ..backends.budget.cost import (
+    Cost,
+    budget_so_far,
+    cost_so_far,
+    doubts,
+    figure,
+    grouped,
+    tokens_json,
+)
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import HOUR_MS, NANO, Amount
 from ..backends.core.types import Json

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import orjson
 
-from ..backends.budget.spending import Spending
+from ..backends.budget.budget import Spending
 from ..backends.cluster.walltime import Walltime, walltime
 from ..backends.core.errors import ConfigurationError, LedgerError
 from ..backends.core.messages import Order, Summary, own_version

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from ..backends.budget.lengths import LEAST, LIKELY
 from ..backends.budget.pricing import Price, price
-from ..backends.budget.tokens import token_counter
+from ..backends.budget.tokens import LEAST, LIKELY, token_counter
 from ..backends.core.errors import NoEndpointError
 from ..backends.core.money import Caps
 from ..backends.discovery.connect import Serving, check_cache, located, model_params

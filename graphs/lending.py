@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
+from ..backends.budget.budget import Spending
 from ..backends.budget.spend_log import Lease
-from ..backends.budget.spending import Spending
 from ..backends.core.errors import FanfoldError
 from ..backends.core.messages import Order, Summary
 from ..backends.core.money import Amount, Tariff

@@ -12,8 +12,15 @@ import orjson
 from rich.table import Table
 from rich.text import Text
 
-from ..backends.budget.cost import Cost, tokens_json
-from ..backends.budget.costs import budget_so_far, cost_so_far, dollars, doubts, nodes
+from ..backends.budget.cost import (
+    Cost,
+    budget_so_far,
+    cost_so_far,
+    dollars,
+    doubts,
+    nodes,
+    tokens_json,
+)
 from ..backends.core.errors import ConfigurationError
 from ..backends.simulated.fleet import SimulatedFleet
 from ..backends.simulated.spec import SimulationSpec

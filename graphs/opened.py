@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends.budget.budget import Budget
+from ..backends.budget.budget import Budget, Spending
 from ..backends.budget.spend_log import Shelf
-from ..backends.budget.spending import Spending
 from ..backends.core.errors import LedgerError
 from ..backends.core.money import NANO, Tariff
 from ..backends.core.types import Usage

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..backends.budget.budget import Spending, spending
 from ..backends.budget.pricing import price as price_of
 from ..backends.budget.pricing import tariff
 from ..backends.budget.spend_log import Shelf
-from ..backends.budget.spending import Spending, spending
 from ..backends.budget.tokens import exact_count, token_counter
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import ConfigurationError

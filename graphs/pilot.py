@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..backends.budget.lengths import LIKELY, prompt_tokens
 from ..backends.budget.pricing import kept_price
+from ..backends.budget.tokens import LIKELY, prompt_tokens
 from ..backends.core.errors import (
     BudgetExhaustedError,
     FanfoldError,

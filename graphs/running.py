@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ..backends.budget.costs import in_words
+from ..backends.budget.cost import in_words
 from ..backends.core.errors import BUDGET, INTERRUPTED, FanfoldError, RunStoppedError
 from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder
 from ..configs.load import Loaded

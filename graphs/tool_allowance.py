@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from langchain_core.tools import ToolException
 
+from ..backends.budget.budget import spent_before
 from ..backends.budget.spend_log import Shelf
-from ..backends.budget.spending import spent_before
 from ..backends.core.money import NANO, Amount
 from ..backends.storage.journal_index import Ledger
 from ..backends.storage.run_folder import open_folder, run_ids

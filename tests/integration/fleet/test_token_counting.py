@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.budget.counting import TokenCounter
-from fanfold.backends.budget.lengths import prompt_tokens
+from fanfold.backends.budget.tokens import TokenCounter, prompt_tokens
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.simulated.fleet import SimulatedFleet

@@ -21,7 +21,7 @@ import globus_sdk
 import orjson
 import pytest
 
-from fanfold.backends.budget.counting import TokenCounter
+from fanfold.backends.budget.tokens import TokenCounter
 from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointError,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.budget.costs import budget_so_far, cost_so_far
+from fanfold.backends.budget.cost import budget_so_far, cost_so_far
 from fanfold.backends.budget.spend_log import Shelf
 from fanfold.backends.core.money import Amount
 from fanfold.backends.storage.journal_index import Ledger

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.budget.budget import Budget, BudgetTerms
-from fanfold.backends.budget.leases import Leases
+from fanfold.backends.budget.budget import Budget, BudgetTerms, Leases
 from fanfold.backends.budget.spend_log import Lease, Shelf
 from fanfold.backends.core.errors import BudgetExhaustedError, LedgerError
 from fanfold.backends.core.money import NANO, Amount, Caps, Tariff

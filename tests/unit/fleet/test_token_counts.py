@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from fanfold.backends.budget.counting import TokenCounter
-from fanfold.backends.budget.encoding import encoding_name, load_encoding
-from fanfold.backends.budget.lengths import prompt_tokens, text_tokens
+from fanfold.backends.budget.tokens import (
+    TokenCounter,
+    encoding_name,
+    load_encoding,
+    prompt_tokens,
+    text_tokens,
+)
 
 BODY = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]}
 

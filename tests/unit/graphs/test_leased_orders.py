@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.budget.budget import Budget, BudgetTerms
-from fanfold.backends.budget.leases import Leases
+from fanfold.backends.budget.budget import Budget, BudgetTerms, Leases, Spending
 from fanfold.backends.budget.spend_log import Shelf
-from fanfold.backends.budget.spending import Spending
 from fanfold.backends.core.errors import BudgetExhaustedError
 from fanfold.backends.core.messages import WALLTIME, Order, own_version
 from fanfold.backends.core.money import FREE, Amount, Caps

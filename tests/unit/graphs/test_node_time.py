@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.budget.budget import Budget, BudgetTerms
-from fanfold.backends.budget.leases import Leases
+from fanfold.backends.budget.budget import Budget, BudgetTerms, Leases, Spending
 from fanfold.backends.budget.spend_log import Lease, Shelf
-from fanfold.backends.budget.spending import Spending
 from fanfold.backends.core.money import FREE, Amount, Caps
 from fanfold.backends.core.types import Json
 from fanfold.graphs import nodetime
