@@ -21,11 +21,11 @@ from ..backends.core.errors import ConfigurationError, LedgerError
 from ..backends.core.messages import Order, Summary, own_version
 from ..backends.core.types import Item, Shard
 from ..backends.fleet.fleet import Gathered
-from ..backends.places import shard_pool
-from ..backends.sites.executor import WorkShard
-from ..backends.sites.pool import ShardPool
-from ..backends.sites.watch import Beat
 from ..backends.storage.journal_index import Ledger
+from ..backends.workers.executor import WorkShard
+from ..backends.workers.factory import shard_pool
+from ..backends.workers.pool import ShardPool
+from ..backends.workers.watch import Beat
 from ..configs.models import RunConfig
 from ..nodes.context import Answered
 from ..nodes.elsewhere import check_indices

@@ -37,8 +37,8 @@ def register(client: Client = None) -> None:
 
     An endpoint with allowed_functions needs the id there; runs name it in backend.function.
     """
-    from ..backends.places import imported
-    from ..backends.sites.globus.login import connect
+    from ..backends.workers.factory import imported
+    from ..backends.workers.globus.login import connect
     from .worker import work_shard
 
     make = imported(client, "--client") if client else None
@@ -84,4 +84,4 @@ def schema_text() -> str:
 
 
 def _shipped(name: str) -> str:
-    return (files("fanfold.backends.sites.globus") / name).read_text(encoding="utf-8")
+    return (files("fanfold.backends.workers.globus") / name).read_text(encoding="utf-8")

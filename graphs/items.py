@@ -27,7 +27,7 @@ from ..backends.core.templates import Template
 from ..backends.core.types import Item
 from ..backends.discovery.connect import chat_door, chat_fleet, model_params
 from ..backends.fleet.fleet import Fleet
-from ..backends.places import imported
+from ..backends.workers.factory import imported
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..nodes.answer import AnswerCheck

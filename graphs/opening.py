@@ -25,9 +25,9 @@ from ..backends.discovery.connect import open_fleet, reusing
 from ..backends.discovery.node_local import served
 from ..backends.fleet.fleet import Fleet
 from ..backends.inputs.item_store import ItemStore
-from ..backends.sites.executor import WorkShard
 from ..backends.storage.journal_index import Ledger
 from ..backends.storage.run_folder import RunFolder, run_ids
+from ..backends.workers.executor import WorkShard
 from ..configs.load import Loaded
 from ..configs.models import RunConfig
 from ..configs.reduce import with_bounds

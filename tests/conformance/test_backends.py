@@ -14,11 +14,11 @@ import pytest
 from fanfold.backends.core.errors import WorkerLostError
 from fanfold.backends.core.protocols import Backend
 from fanfold.backends.core.types import Json
-from fanfold.backends.places import places
-from fanfold.backends.sites import conformance
-from fanfold.backends.sites.conformance import CHECKS, Subject
-from fanfold.backends.sites.executor import ExecutorBackend
-from fanfold.backends.sites.launched.command import local_words
+from fanfold.backends.workers import testing
+from fanfold.backends.workers.executor import ExecutorBackend
+from fanfold.backends.workers.factory import places
+from fanfold.backends.workers.launched.command import local_words
+from fanfold.backends.workers.testing import CHECKS, Subject
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard
 
@@ -87,12 +87,12 @@ async def test_a_backend_keeps_the_contract(name: str, tmp_path: Path) -> None:
     kept = replace(subject, make=lambda: Kept(backend))
     try:
         for check in HEAVY.get(name, CHECKS):
-            if check is not conformance.closes_in_time:
+            if check is not testing.closes_in_time:
                 await check(kept)
     finally:
         await backend.close(2.0)
     if name not in HEAVY:
-        await conformance.closes_in_time(subject)
+        await testing.closes_in_time(subject)
 
 
 class Hasty(ExecutorBackend):
@@ -105,7 +105,7 @@ class Hasty(ExecutorBackend):
 async def test_the_checks_can_fail(tmp_path: Path) -> None:
     subject = Subject(lambda: Hasty(lambda: ThreadPoolExecutor(1), work_shard, 1, "h"), tmp_path)
     with pytest.raises(AssertionError, match="shard"):
-        await conformance.answers_in_any_order(subject)
+        await testing.answers_in_any_order(subject)
 
 
 async def test_a_place_that_is_not_started_takes_nothing(tmp_path: Path) -> None:

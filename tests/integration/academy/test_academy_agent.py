@@ -22,7 +22,7 @@ from academy.manager import Manager
 from academy.serialize import SerializationStrategy
 
 from fanfold import ConfigurationError, MapReduceAgent
-from fanfold.backends.sites.academy.exchange import Meeting, sweep
+from fanfold.backends.workers.academy.exchange import Meeting, sweep
 from fanfold.graphs.academy_agent import plain_exchange
 from fanfold.tests.integration.academy.ward import Ward
 

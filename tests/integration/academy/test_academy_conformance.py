@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.places import places
-from fanfold.backends.sites import conformance as checks
-from fanfold.backends.sites.conformance import CHECKS, Check, Subject
+from fanfold.backends.workers import testing as checks
+from fanfold.backends.workers.factory import places
+from fanfold.backends.workers.testing import CHECKS, Check, Subject
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard
 

@@ -20,12 +20,12 @@ from fanfold.backends.core.errors import (
     SiteError,
     WorkerLostError,
 )
-from fanfold.backends.places import places
-from fanfold.backends.sites.academy.backend import AcademyBackend
-from fanfold.backends.sites.academy.exchange import Meeting, meeting
-from fanfold.backends.sites.academy.hall import Hall
-from fanfold.backends.sites.academy.process import OneProcess
-from fanfold.backends.sites.conformance import order
+from fanfold.backends.workers.academy.backend import AcademyBackend
+from fanfold.backends.workers.academy.exchange import Meeting, meeting
+from fanfold.backends.workers.academy.hall import Hall
+from fanfold.backends.workers.factory import places
+from fanfold.backends.workers.process import OneProcess
+from fanfold.backends.workers.testing import order
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard
 

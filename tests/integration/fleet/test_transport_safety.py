@@ -40,8 +40,8 @@ from fanfold.backends.fleet.fleet import Fleet, FleetModel
 from fanfold.backends.fleet.load import read_gauges
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams, RetryPolicy, TimeoutPolicy
 from fanfold.backends.fleet.transport import Transport
-from fanfold.backends.sites.globus.service import ComputeService
-from fanfold.backends.sites.launched.worker import attend
+from fanfold.backends.workers.globus.service import ComputeService
+from fanfold.backends.workers.launched.worker import attend
 
 from .conftest import completion
 from .raw_server import Answer, RawServer, Request, good, head, plain, serving

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import pytest
 
-from fanfold.backends import places
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
-from fanfold.backends.sites.globus.desk import Desk
-from fanfold.backends.sites.globus.pace import Pace
+from fanfold.backends.workers import factory
+from fanfold.backends.workers.globus.desk import Desk
+from fanfold.backends.workers.globus.pace import Pace
 from fanfold.tests.integration.lives.conftest import Lab
 
 from .client import URL_VARIABLE
@@ -41,7 +41,7 @@ class HasId(Protocol):
 def lab_over(service: GlobusService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabOf:
     """Make labs whose shards run on endpoints; runs in this process ask often."""
     monkeypatch.setenv(URL_VARIABLE, service.url)
-    monkeypatch.setattr(places, "Desk", partial(Desk, pace=QUICK))
+    monkeypatch.setattr(factory, "Desk", partial(Desk, pace=QUICK))
 
     @asynccontextmanager
     async def make(*endpoints: HasId, ttft_s: float = 0.2, **backend: Any) -> Any:

@@ -15,8 +15,8 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.messages import own_version
-from fanfold.backends.places import places
-from fanfold.backends.sites.conformance import order
+from fanfold.backends.workers.factory import places
+from fanfold.backends.workers.testing import order
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.globus_cli import schema_text, template_text
 from fanfold.graphs.worker import work_shard

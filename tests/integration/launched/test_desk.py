@@ -13,7 +13,7 @@ import pytest_asyncio
 from aiohttp import ClientSession, ClientWebSocketResponse
 
 from fanfold.backends.core.errors import ConfigurationError, SiteError, WorkerLostError
-from fanfold.backends.sites.launched.desk import Desk
+from fanfold.backends.workers.launched.server import Desk
 
 pytestmark = pytest.mark.integration
 

@@ -12,8 +12,8 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.places import places
-from fanfold.backends.sites.conformance import (
+from fanfold.backends.workers.factory import places
+from fanfold.backends.workers.testing import (
     CHECKS,
     Check,
     Subject,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fanfold.backends.sites.arrival import Arrival
+from fanfold.backends.workers.arrival import Arrival
 
 
 @dataclass

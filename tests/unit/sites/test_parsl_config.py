@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, MissingExtraError
-from fanfold.backends.sites import parsl
-from fanfold.backends.sites.parsl import ParslBackend
-from fanfold.backends.sites.parsl_configs import JobNodes, htex_job, htex_local
+from fanfold.backends.workers import parsl
+from fanfold.backends.workers.parsl import ParslBackend
+from fanfold.backends.workers.parsl_configs import JobNodes, htex_job, htex_local
 
 MODULE = """
 from parsl.config import Config

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fanfold.backends.sites import watch as module
-from fanfold.backends.sites.watch import PoolPolicy, Watch
+from fanfold.backends.workers import watch as module
+from fanfold.backends.workers.watch import PoolPolicy, Watch
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..core.errors import ConfigurationError, FanfoldError, RunStoppedError
-from .place import Place
+from .member import Place
 
 
 class PoolDrainedError(FanfoldError):

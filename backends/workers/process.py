@@ -11,7 +11,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future
 from multiprocessing.connection import Connection
 from typing import Any, Final, ParamSpec, TypeVar
 
-from ...core.exit_with_parent import follow_parent
+from ..core.exit_with_parent import follow_parent
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """What every backend must do, as checks that a site can run against one of its own.
 
-The orders are real and call no model: :mod:`~fanfold.backends.sites.rehearsal` stands in for it.
+The orders are real and call no model: :mod:`~fanfold.backends.workers.rehearsal` stands in for it.
 
 Example, with pytest::
 
@@ -56,7 +56,7 @@ def order(name: str, rows: Sequence[Row], journal: Path | None = None, **changes
 
     Args:
         name: Name of the shard.
-        rows: One per item; see :class:`~fanfold.backends.sites.rehearsal.play`.
+        rows: One per item; see :class:`~fanfold.backends.workers.rehearsal.play`.
         journal: Folder for the worker's journal; None has the records sent home.
         changes: Fields of the order to replace.
     """

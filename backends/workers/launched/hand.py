@@ -9,7 +9,7 @@ from aiohttp import web
 
 from ...core.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
 from ...core.types import Json
-from .words import said
+from .protocol import said
 
 _SAY_S: Final = 5.0
 _CANNOT_LOAD: Final = ("ImportError", "ModuleNotFoundError", "AttributeError")

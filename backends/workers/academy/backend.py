@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...core.errors import ConfigurationError, SiteError
 from ...core.types import Json
+from ..process import OneProcess
 from .hall import Hall
 from .parcel import pack, unpack
-from .process import OneProcess
 
 if TYPE_CHECKING:
     from .hand import Hand

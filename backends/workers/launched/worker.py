@@ -30,7 +30,7 @@ from ...core.process import Scratch
 from ...core.terminal import escape_controls
 from ...core.types import Json
 from ..executor import WorkShard, in_thread
-from .words import MOST, REFUSED, TOKEN, URL, heard, said
+from .protocol import MOST, REFUSED, TOKEN, URL, heard, said
 
 _CONNECT_S: Final = 60.0
 """So long a desk is looked for: thousands of workers come at once."""

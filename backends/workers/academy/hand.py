@@ -16,8 +16,8 @@ from academy.message import Message
 from academy.serialize import SerializationStrategy, allowed_deserializers
 
 from ...core.errors import WorkerLostError
+from ..process import OneProcess
 from .exchange import Meeting
-from .process import OneProcess
 
 _JSON: Final = SerializationStrategy.JSON
 _HEED_S: Final = 1.0

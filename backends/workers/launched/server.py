@@ -17,7 +17,7 @@ from aiohttp import WSMsgType, web
 from ...core.errors import ConfigurationError, SiteError, WorkerLostError
 from ...core.types import Json
 from .hand import Errand, Hand
-from .words import MOST, REFUSED, VERSION, heard
+from .protocol import MOST, REFUSED, VERSION, heard
 
 logger = logging.getLogger(__name__)
 

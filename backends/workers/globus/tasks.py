@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from ...core.errors import WorkerLostError
 from ...core.types import Json
-from .asking import Answer, Asking, settle
 from .book import Entry, TaskBook
 from .errors import overdue
+from .poller import Answer, Asking, settle
 
 _KEEP_S: Final = 5.0
 """Seconds for which a task stays in the book after its summary came: for its records to be safe."""

@@ -13,9 +13,9 @@ from typing import Final
 
 from ...core.errors import FanfoldError, SiteError
 from ...core.types import Json
-from .asking import ASKED, Answer, Asking, settle
 from .line import Talk
 from .pace import Pace
+from .poller import ASKED, Answer, Asking, settle
 from .service import MOST_BYTES, Parcel, Service, WorkShard, packed
 from .tasks import TaskList
 

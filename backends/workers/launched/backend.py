@@ -14,9 +14,9 @@ from ...core.errors import ConfigurationError, SiteError
 from ...core.types import Json
 from ..executor import WorkShard
 from .command import python_words
-from .desk import Desk
 from .launcher import Launcher
-from .words import TOKEN, URL
+from .protocol import TOKEN, URL
+from .server import Desk
 
 logger = logging.getLogger(__name__)
 

@@ -10,28 +10,28 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
-from ..configs.backend import BackendConfig
-from ..configs.plain import secret_texts, written_out
-from .core.errors import ConfigurationError
-from .core.exit_with_parent import follow_parent
-from .core.process import make_room
-from .core.protocols import Backend
-from .sites.academy.backend import AcademyBackend
-from .sites.academy.exchange import Meeting
-from .sites.academy.hall import Hall
-from .sites.executor import ExecutorBackend, WorkShard
-from .sites.globus.backend import globus_backends
-from .sites.globus.book import FILE, TaskBook
-from .sites.globus.desk import Desk
-from .sites.globus.login import connect
-from .sites.globus.service import Service
-from .sites.globus.tasks import TaskList
-from .sites.launched.backend import Launch, LaunchedBackend
-from .sites.launched.command import launcher_words, local_words, own_host, python_words
-from .sites.parsl import ParslBackend
-from .sites.parsl_configs import JobNodes
-from .sites.pool import ShardPool
-from .sites.watch import PoolPolicy
+from ...configs.backend import BackendConfig
+from ...configs.plain import secret_texts, written_out
+from ..core.errors import ConfigurationError
+from ..core.exit_with_parent import follow_parent
+from ..core.process import make_room
+from ..core.protocols import Backend
+from .academy.backend import AcademyBackend
+from .academy.exchange import Meeting
+from .academy.hall import Hall
+from .executor import ExecutorBackend, WorkShard
+from .globus.backend import globus_backends
+from .globus.book import FILE, TaskBook
+from .globus.desk import Desk
+from .globus.login import connect
+from .globus.service import Service
+from .globus.tasks import TaskList
+from .launched.backend import Launch, LaunchedBackend
+from .launched.command import launcher_words, local_words, own_host, python_words
+from .parsl import ParslBackend
+from .parsl_configs import JobNodes
+from .pool import ShardPool
+from .watch import PoolPolicy
 
 WORKERS_LOG: Final = "workers.log"
 """In the run's folder: what workers that a launcher started say."""

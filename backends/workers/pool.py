@@ -12,7 +12,7 @@ from ..core.errors import RunStoppedError, SiteError, WorkerLostError
 from ..core.messages import Order, Summary
 from ..core.protocols import Backend, Stoppable
 from .arrival import Arrival
-from .place import Flight, Place
+from .member import Flight, Place
 from .room import PoolDrainedError, Room
 from .watch import Beat, PoolPolicy, Watch
 

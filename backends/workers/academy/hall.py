@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from ...core.errors import ConfigurationError, MissingExtraError, SiteError
 from ..executor import WorkShard, end, in_thread, make_executor
 from ..parsl_pool import is_fatal
+from ..process import OneProcess
 from .exchange import Meeting, meeting, sweep
-from .process import OneProcess
 
 if TYPE_CHECKING:
     from academy.exchange import ExchangeClient, ExchangeFactory

@@ -1,4 +1,4 @@
-"""The launcher of a machine without one: ``… -m fanfold.backends.sites.launched.local N COMMAND``.
+"""A launcher for this machine: ``python -m …launched.local N COMMAND``.
 
 It starts the command N times. A process that a signal has ended is started again, a number of
 times; one that ends by itself is not. The launcher ends with the last of them.

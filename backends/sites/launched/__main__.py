@@ -1,6 +1,0 @@
-"""``python -P -m fanfold.backends.sites.launched WORK SILENCE_S``: one worker."""
-
-from .worker import main
-
-if __name__ == "__main__":
-    main()
