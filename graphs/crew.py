@@ -24,8 +24,8 @@ from ..backends.fleet.fleet import Gathered
 from ..backends.storage.journal_index import Ledger
 from ..backends.workers.executor import WorkShard
 from ..backends.workers.factory import shard_pool
+from ..backends.workers.member import Beat
 from ..backends.workers.pool import ShardPool
-from ..backends.workers.watch import Beat
 from ..configs.models import RunConfig
 from ..nodes.context import Answered
 from ..nodes.elsewhere import check_indices

@@ -38,7 +38,7 @@ def register(client: Client = None) -> None:
     An endpoint with allowed_functions needs the id there; runs name it in backend.function.
     """
     from ..backends.workers.factory import imported
-    from ..backends.workers.globus.login import connect
+    from ..backends.workers.globus.service import connect
     from .worker import work_shard
 
     make = imported(client, "--client") if client else None

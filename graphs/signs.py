@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from ..backends.core.errors import LedgerError
-from ..backends.workers.watch import Beat
+from ..backends.workers.member import Beat
 
 logger = logging.getLogger(__name__)
 

@@ -1,23 +1,134 @@
-"""Shards on any ``concurrent.futures.Executor``: processes, Dask, MPI, Ray."""
+"""Any concurrent.futures.Executor; one-process executor."""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import concurrent.futures
+import multiprocessing
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future
 from inspect import signature
-from typing import Any, Final
+from multiprocessing.connection import Connection
+from typing import Any, Final, ParamSpec, TypeVar
 
 from ..core.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
+from ..core.exit_with_parent import follow_parent
 from ..core.types import Json
-from . import parsl_pool
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_KILLED_S: Final = 5.0
+
+
+class OneProcess(Executor):
+    """Runs one call, in a process of its own that ends with this one.
+
+    The future tells that the call returned, not what; an agent returns nothing. A process that
+    dies breaks nothing but its own future.
+    """
+
+    def __init__(self) -> None:
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._future: Future[Any] = Future()
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Start the process.
+
+        Raises:
+            RuntimeError: There was a call before.
+        """
+        if self._process is not None:
+            raise RuntimeError("a process of its own takes one call")
+        context = multiprocessing.get_context("spawn")  # this process has threads and a loop
+        said, saying = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(saying, fn, args, kwargs), name="agent")
+        process.start()
+        saying.close()
+        atexit.register(process.kill)  # before multiprocessing waits for it there
+        self._process = process
+        self._future.set_running_or_notify_cancel()
+        watching = (process, said, self._future)
+        threading.Thread(target=_watch, args=watching, name="agent watch", daemon=True).start()
+        return self._future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
+        """Kill the process if it still runs; ``cancel_futures`` is of no use here."""
+        if self._process is not None and not self._future.done():
+            self._process.kill()
+            if wait:
+                concurrent.futures.wait({self._future}, _KILLED_S)
+
+
+def _watch(
+    process: multiprocessing.process.BaseProcess, said: Connection, future: Future[Any]
+) -> None:
+    try:
+        text = said.recv_bytes().decode()
+    except (EOFError, OSError):
+        text = ""
+    said.close()
+    process.join()
+    atexit.unregister(process.kill)
+    if process.exitcode == 0:
+        future.set_result(None)
+    else:
+        text = text or f"it ended with exit code {process.exitcode}"
+        future.set_exception(BrokenExecutor(f"process {process.pid}: {text}"))
+
+
+def _child(
+    saying: Connection, call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    follow_parent()
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        saying.send_bytes(f"{type(error).__name__}: {error}"[:2000].encode())
+        raise SystemExit(1) from error
+
+
+def is_parsl(executor: Executor) -> bool:
+    """Say whether an executor is a pool of Parsl's."""
+    module = sys.modules.get("parsl.concurrent")
+    return module is not None and isinstance(executor, module.ParslPoolExecutor)
+
+
+def end_parsl_pool(executor: Executor) -> None:
+    """End a pool of Parsl's and what it loaded, whatever it still works on; blocks."""
+    import parsl  # noqa: PLC0415 - an extra
+
+    kernel: Any = getattr(executor, "_dfk", None)
+    executor.shutdown(wait=False)
+    if kernel is not None and kernel.cleanup_called and _loaded() is kernel:
+        parsl.clear()
+
+
+def _loaded() -> Any:
+    import parsl  # noqa: PLC0415 - an extra
+    from parsl.errors import NoDataFlowKernelError  # noqa: PLC0415 - an extra
+
+    try:
+        return parsl.dfk()
+    except NoDataFlowKernelError:
+        return None
+
+
+def is_fatal(error: BaseException | None) -> bool:
+    """Say whether an error means that a pool of Parsl's is dead: it never mends itself."""
+    if error is None or "parsl.concurrent" not in sys.modules:
+        return False
+    from parsl.executors.errors import ExecutorError  # noqa: PLC0415 - an extra
+    from parsl.jobs.errors import TooManyJobFailuresError  # noqa: PLC0415 - an extra
+
+    return isinstance(error, ExecutorError | TooManyJobFailuresError)
+
 
 WorkShard = Callable[[dict[str, Json]], dict[str, Json]]
 """An importable function: executors ship it by reference."""
-
-_KILLED_S: Final = 5.0
-"""Seconds that an executor may take to notice that its workers were killed."""
 
 
 class ExecutorBackend:
@@ -90,7 +201,7 @@ class ExecutorBackend:
 
     def is_fatal(self, error: Exception) -> bool:
         """Say whether an error means that the executor is of no use any more."""
-        return parsl_pool.is_fatal(error)
+        return is_fatal(error)
 
     def _breaks(self, executor: Executor) -> None:
         if executor is self._executor:  # not the one that took its place meanwhile
@@ -155,8 +266,8 @@ async def make_executor(factory: Callable[[], Any], name: str) -> Executor:
 
 def end(executor: Executor) -> None:
     """Shut an executor down, without what it has not begun; blocks as long as the executor does."""
-    if parsl_pool.is_parsl(executor):
-        parsl_pool.end(executor)
+    if is_parsl(executor):
+        end_parsl_pool(executor)
     elif "cancel_futures" in signature(executor.shutdown).parameters:
         executor.shutdown(wait=True, cancel_futures=True)
     else:  # Dask's

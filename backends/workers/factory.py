@@ -16,22 +16,23 @@ from ..core.errors import ConfigurationError
 from ..core.exit_with_parent import follow_parent
 from ..core.process import make_room
 from ..core.protocols import Backend
-from .academy.backend import AcademyBackend
+from .academy.backend import AcademyBackend, Hall
 from .academy.exchange import Meeting
-from .academy.hall import Hall
 from .executor import ExecutorBackend, WorkShard
-from .globus.backend import globus_backends
-from .globus.book import FILE, TaskBook
-from .globus.desk import Desk
-from .globus.login import connect
-from .globus.service import Service
-from .globus.tasks import TaskList
-from .launched.backend import Launch, LaunchedBackend
-from .launched.command import launcher_words, local_words, own_host, python_words
-from .parsl import ParslBackend
-from .parsl_configs import JobNodes
+from .globus.backend import Desk, globus_backends
+from .globus.service import Service, connect
+from .globus.tasks import FILE, TaskBook, TaskList
+from .launched.backend import (
+    Launch,
+    LaunchedBackend,
+    launcher_words,
+    local_words,
+    own_host,
+    python_words,
+)
+from .member import PoolPolicy
+from .parsl import JobNodes, ParslBackend
 from .pool import ShardPool
-from .watch import PoolPolicy
 
 WORKERS_LOG: Final = "workers.log"
 """In the run's folder: what workers that a launcher started say."""

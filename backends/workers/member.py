@@ -1,21 +1,174 @@
-"""One place of a pool: its backend, what it has in hand, and its mending."""
+"""One backend of the pool: tasks in flight, timeouts, first-worker watch, rebuild."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
 from ..core.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
 from ..core.messages import Summary
 from ..core.protocols import Backend
 from ..core.types import Json
-from .watch import PoolPolicy, Watch
 
 logger = logging.getLogger(__name__)
+
+_TELL_S: Final = 60.0
+_TELL_MOST_S: Final = 3600.0
+
+
+class Hearing(Protocol):
+    """A place that may have been heard of."""
+
+    @property
+    def busy(self) -> int:
+        """Return how many orders it has."""
+        ...
+
+    @property
+    def heard(self) -> bool:
+        """Say whether a worker there has begun or answered."""
+        ...
+
+
+class Arrival:
+    """Looks out for the first worker of all, and tells what is waited for until it comes.
+
+    Args:
+        queue_s: Seconds to wait for it.
+        clock: Returns the time in seconds, of a clock that never goes back.
+    """
+
+    def __init__(self, queue_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._queue_s, self._clock = queue_s, clock
+        self._since: float | None = None
+        self._tell_s = _TELL_S
+        self._over = False
+
+    def sent(self) -> None:
+        """Note that an order goes out: from the first one on somebody is waited for."""
+        if self._since is None:
+            self._since = self._clock()
+
+    def look(self, places: Sequence[Hearing]) -> str | None:
+        """Return, once, why nobody is waited for any longer; else None."""
+        if self._over or self._since is None:
+            return None
+        orders = sum(place.busy for place in places)
+        if orders == 0:
+            self._since = None
+            return None
+        if any(place.heard for place in places):
+            self._over = True
+            return None
+        return self._waited(self._clock() - self._since, orders)
+
+    def _waited(self, seconds: float, orders: int) -> str | None:
+        said = f"no worker has been heard of in the {seconds:.0f} s since the first order"
+        if seconds > self._queue_s:
+            self._over = True
+            return (
+                f"{said} (backend.queue_s); see whether workers were started, and what the engine "
+                "says of them"
+            )
+        if seconds >= self._tell_s:
+            self._tell_s += min(self._tell_s, _TELL_MOST_S)
+            logger.warning(
+                "%s (%d are out): workers may still start or wait in a batch system's queue; the "
+                "run waits for %.0f s in all (backend.queue_s)",
+                said,
+                orders,
+                self._queue_s,
+            )
+        return None
+
+
+Beat = Callable[[], float | None]
+"""Returns for how many seconds a worker has been silent, or None before its first sign of life."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPolicy:
+    """How patient a pool is.
+
+    Attributes:
+        attempts: Most orders for one shard that were begun.
+        deadline_s: Seconds after its first sign of life until an order counts as lost.
+        silence_s: Seconds without a sign of life until an order that gave one counts as lost.
+        queue_s: Seconds that an order may wait before it begins, besides those in which the ones
+            before it are worked on.
+        ahead: Orders that a worker holds: the one in work and those that wait for it.
+        rebuild_s: Pause before a broken place is rebuilt, doubled at each further time.
+        tick_s: Seconds between two looks at what is out.
+    """
+
+    attempts: int = 3
+    deadline_s: float = 7200.0
+    silence_s: float = 120.0
+    queue_s: float = 86400.0
+    ahead: int = 2
+    rebuild_s: float = 1.0
+    tick_s: float = 0.5
+
+
+class Answering(Protocol):
+    """A place that has answered before, or not yet."""
+
+    @property
+    def answered(self) -> float | None:
+        """Return when it last answered (monotonic seconds)."""
+        ...
+
+
+class Watch:
+    """Tells whether an order is lost.
+
+    Without signs of life the clock starts when the place answers something else: before that the
+    order may wait in a batch system's queue.
+
+    Args:
+        policy: How patient to be.
+        beat: Tells how long the worker has been silent; None where nothing can tell.
+        place: Where the order went.
+    """
+
+    def __init__(self, policy: PoolPolicy, beat: Beat | None, place: Answering) -> None:
+        self._policy, self._beat, self._place = policy, beat, place
+        self._ordered = time.monotonic()
+        self._first: float | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Say whether a worker had begun, as far as anybody can tell."""
+        return self._beat is None or self.heard
+
+    @property
+    def heard(self) -> bool:
+        """Say whether its worker has given a sign of life."""
+        return self._beat is not None and self._beat() is not None
+
+    def verdict(self) -> str | None:
+        """Return why the order counts as lost, or None."""
+        now, policy = time.monotonic(), self._policy
+        silent = self._beat() if self._beat is not None else None
+        if silent is not None:
+            self._first = self._first or now
+            if silent > policy.silence_s:
+                return f"no sign of life for {silent:.0f} s"
+        elif self._beat is None and self._first is None:
+            answered = self._place.answered
+            self._first = answered if answered and answered > self._ordered else None
+        if self._first is not None and now - self._first > policy.deadline_s:
+            return f"not finished {policy.deadline_s:.0f} s after it began"
+        waited = now - max(self._ordered, self._place.answered or 0.0)
+        if self._first is None and waited > policy.queue_s + (policy.ahead - 1) * policy.deadline_s:
+            return f"not begun {waited:.0f} s after it was sent, or its place last answered"
+        return None
+
 
 _CLOSE_S: Final = 10.0
 """Seconds that a backend may take to close beyond what it was given."""

@@ -1,32 +1,62 @@
-"""What every backend must do, as checks that a site can run against one of its own.
-
-The orders are real and call no model: :mod:`~fanfold.backends.workers.rehearsal` stands in for it.
-
-Example, with pytest::
-
-    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-    async def test_my_backend(check: Check, tmp_path: Path) -> None:
-        await check(Subject(lambda: MyBackend(work_shard), tmp_path))
-
-``work_shard`` is :func:`fanfold.graphs.worker.work_shard`.
-"""
+"""Conformance checks for backends of one's own (documented for users)."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import orjson
+from langchain_core.runnables import Runnable, RunnableLambda
 
 from ..core.errors import SiteError
 from ..core.messages import CARRY, Order, Summary, own_version
 from ..core.protocols import Backend
 from ..core.types import Json, Row
-from .rehearsal import GRAPH
+
+GRAPH: Final = f"{__name__}:actor"
+"""What to write in ``task.graph``."""
+
+
+async def play(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what an item says.
+
+    ``answer`` answers with the item's ``text``; ``fail`` raises; ``large`` answers with ``bytes``
+    bytes; ``die`` kills the process; ``hang`` blocks the event loop for ``seconds``. With ``once``,
+    the name of a file, the last two happen at most once. ``seconds`` is slept before an answer.
+    """
+    do = columns.get("do", "answer")
+    if do in ("die", "hang") and _first_time(columns.get("once")):
+        if do == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(columns["seconds"])  # noqa: ASYNC251 - a hang is what is wanted
+    elif do == "fail":
+        raise ValueError(f"item {columns.get('text')!r} fails as it was told")
+    elif do == "large":
+        return {"output": "x" * columns["bytes"]}
+    await asyncio.sleep(columns.get("seconds", 0) if do == "answer" else 0)
+    return {"output": columns.get("text", "")}
+
+
+def _first_time(file: str | None) -> bool:
+    if file is None:
+        return True
+    try:
+        Path(file).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def actor(model: object) -> Runnable[Any, Any]:  # noqa: ARG001 - every item graph's factory is given the model
+    """Return the graph; the model is not called."""
+    return RunnableLambda(play)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +86,7 @@ def order(name: str, rows: Sequence[Row], journal: Path | None = None, **changes
 
     Args:
         name: Name of the shard.
-        rows: One per item; see :class:`~fanfold.backends.workers.rehearsal.play`.
+        rows: One per item; see :class:`~fanfold.backends.workers.testing.play`.
         journal: Folder for the worker's journal; None has the records sent home.
         changes: Fields of the order to replace.
     """

@@ -17,7 +17,7 @@ from fanfold.backends.core.types import Json
 from fanfold.backends.workers import testing
 from fanfold.backends.workers.executor import ExecutorBackend
 from fanfold.backends.workers.factory import places
-from fanfold.backends.workers.launched.command import local_words
+from fanfold.backends.workers.launched.backend import local_words
 from fanfold.backends.workers.testing import CHECKS, Subject
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard

@@ -1,24 +1,31 @@
-"""The agent: it works on orders that its coordinator sends. Needs the extra ``academy``."""
+"""The agent, and the coordinator's connection to it (imports academy)."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from academy.agent import Agent, action, loop
+from academy.exception import AcademyRemoteError
 from academy.exchange.mailbox_status import MailboxStatus
-from academy.identifier import EntityId
+from academy.handle import Handle
+from academy.identifier import AgentId, EntityId
 from academy.logging.configs.base import LogConfig
+from academy.manager import Manager
+from academy.message import Message
+from academy.serialize import SerializationStrategy, allowed_deserializers
 
+from ...core.errors import WorkerLostError
 from ...core.process import Scratch
 from ...core.types import Json
-from ..executor import WorkShard, in_thread
-from .parcel import pack, unpack
+from ..executor import OneProcess, WorkShard, in_thread
+from .exchange import Meeting, pack, unpack
 
 _OVER: Final = frozenset({MailboxStatus.TERMINATED, MailboxStatus.MISSING})
 
@@ -134,3 +141,177 @@ class Quiet(LogConfig):
             logger.setLevel(logging.CRITICAL)
             return lambda: logger.setLevel(logging.NOTSET)
         return lambda: None
+
+
+_JSON: Final = SerializationStrategy.JSON
+_HEED_S: Final = 1.0
+_STOP_S: Final = 2.0
+_KILLED_S: Final = 5.0
+
+
+class Hand:
+    """An agent that was launched.
+
+    Args:
+        name: What messages call it.
+        manager: What launched it.
+        agent: Its id.
+        at: Where it is met.
+        executor: What it runs on; None is this event loop.
+
+    Attributes:
+        up: Whether it has answered.
+        deaf: Whether it lives, and yet we do not hear it.
+        lost: Done once nothing is expected of it any more, with the reason.
+        ended: Done when it has ended, with its error if it had one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        manager: Manager[Any],
+        agent: AgentId[Any],
+        at: Meeting,
+        executor: Executor | None,
+    ) -> None:
+        self.name, self.manager, self.executor = name, manager, executor
+        self.up = self.deaf = False
+        self._client, self._agent, self._at = manager.exchange_client, agent, at
+        self._handle = _Handle(
+            agent, exchange=self._client, ignore_context=True, request_serializer=_JSON
+        )
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.create_task(manager.wait({agent}, raise_error=True))
+        self.ended.add_done_callback(self._has_ended)
+        self.arrived = asyncio.create_task(self._handle.ping())
+        self.arrived.add_done_callback(self._has_arrived)
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def error(self) -> BaseException | None:
+        """Return what it ended with, if it ended with an error."""
+        over = self.ended.done() and not self.ended.cancelled()
+        return self.ended.exception() if over else None
+
+    def _has_arrived(self, ping: asyncio.Task[float]) -> None:
+        if ping.cancelled():
+            return
+        if (error := ping.exception()) is not None:
+            self._lose(f"did not answer: {type(error).__name__}: {error}")
+        elif not self.lost.done():
+            self.up = True
+            self._watching = asyncio.create_task(self._watch())
+
+    def _has_ended(self, _: asyncio.Task[None]) -> None:
+        self._lose(f"{self.error}" if self.error else "it ended")
+
+    def _lose(self, reason: str) -> None:
+        self.up = False
+        if not self.lost.done():
+            self.lost.set_result(reason)
+
+    async def _watch(self) -> None:
+        """Ask for a sign of life again and again, until none comes."""
+        missed_s = 0.0
+        while not self.lost.done():
+            await asyncio.sleep(self._at.beat_s)
+            ping = self._handle.ping(timeout=self._at.silence_s)
+            (sign,) = await asyncio.gather(ping, return_exceptions=True)
+            missed_s = missed_s + self._at.beat_s if isinstance(sign, BaseException) else 0.0
+            if isinstance(sign, TimeoutError):
+                await self._is_silent()
+            elif missed_s >= self._at.silence_s:
+                self._lose(f"{self._at.place} does not answer: {sign!r}")
+
+    async def _is_silent(self) -> None:
+        """Tell by its heartbeat whether it is dead, or our own ears are."""
+        status = self._client.status(self._agent)
+        (found,) = await asyncio.gather(status, return_exceptions=True)
+        self.deaf = found is MailboxStatus.ACTIVE
+        what = "it cannot be heard any more" if self.deaf else "no heartbeat"
+        self._lose(f"{what} for {self._at.silence_s:g} s")
+
+    async def work_on(self, parcel: str) -> str:
+        """Have one order worked on.
+
+        Raises:
+            WorkerLostError: The agent died, or broke on the order.
+        """
+        call = asyncio.create_task(self._call("work_on", parcel))
+        call.add_done_callback(_heard)
+        try:
+            either: set[asyncio.Future[Any]] = {call, self.lost}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not call.done():
+                call.cancel()  # the agent is told, if it still lives
+        if not call.done():
+            raise WorkerLostError(f"{self.name}: {self.lost.result()}")
+        try:
+            return str(call.result())
+        except AcademyRemoteError as error:
+            raise WorkerLostError(f"{self.name}: {_last_line(error)}") from error
+        except Exception as error:  # of the exchange, or the agent is about to end
+            self._lose(f"{type(error).__name__}: {error}")
+            raise WorkerLostError(f"{self.name}: {self.lost.result()}") from error
+
+    async def _call(self, name: str, *args: str) -> str | None:
+        allowed_deserializers.set({_JSON})  # in this task
+        answer: str | None = await self._handle.action(name, *args)
+        return answer
+
+    async def stop(self) -> None:
+        """Ask it to begin no further item; bounded, and no error if it does not hear."""
+        if self.up:
+            call = asyncio.create_task(self._call("stop"))
+            call.add_done_callback(_heard)
+            await asyncio.wait({call}, timeout=_STOP_S)
+
+    async def dismiss(self, grace_s: float) -> None:
+        """End it within ``grace_s`` and a little more.
+
+        An agent on Redis may read on though it was told to shut down; ending its mailbox wakes
+        it. What still runs then is killed, where it has a process of its own.
+        """
+        if self.up and grace_s > 0:
+            await self._within(self._handle.shutdown(), grace_s / 2)
+            await asyncio.wait({self.ended}, timeout=min(_HEED_S, grace_s / 2))
+        self._lose("it was dismissed")
+        if not self.ended.done():
+            await self._within(self._client.terminate(self._agent), _STOP_S)
+            await asyncio.wait({self.ended}, timeout=grace_s / 2)
+        if isinstance(self.executor, OneProcess):
+            await asyncio.to_thread(self.executor.shutdown)
+            await asyncio.wait({self.ended}, timeout=_KILLED_S)
+        for task in (self.arrived, self._watching, self.ended):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    @staticmethod
+    async def _within(call: Any, seconds: float) -> None:
+        task = asyncio.ensure_future(call)
+        task.add_done_callback(_heard)
+        await asyncio.wait({task}, timeout=seconds)
+        task.cancel()
+
+
+class _Handle(Handle[Any]):
+    """Survives an answer that comes twice; of one such, Academy's listener dies unheard.
+
+    It comes twice when an agent answers, or its process ends, while its mailbox is being ended.
+    """
+
+    async def _process_response(self, response: Message[Any]) -> None:
+        with suppress(KeyError):  # it was answered before
+            await super()._process_response(response)
+
+
+def _heard(call: asyncio.Future[Any]) -> None:
+    if not call.cancelled():
+        call.exception()  # nobody may be waiting for it any more
+
+
+def _last_line(error: Exception) -> str:
+    """Return the end of a remote traceback."""
+    return str(error).strip().rpartition("\n")[2]

@@ -1,26 +1,31 @@
-"""The exchange: where coordinator and agents leave messages for each other."""
+"""Exchange set-up and packed messages."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import math
 import secrets
 import uuid
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from ...core.errors import ConfigurationError, SiteError
+from ...core.types import Json
 
 if TYPE_CHECKING:
     from academy.exchange import ExchangeFactory
     from academy.exchange.client_config import ExchangeClientConfig
     from academy.identifier import EntityId
+
 
 _BEAT_S: Final = 5.0
 _BEATS: Final = 6
@@ -172,3 +177,34 @@ async def sweep(at: Meeting, mailboxes: list[EntityId]) -> None:
             await client.delete(*keys)
     except RedisError as error:
         raise SiteError(f"{at.place}: {type(error).__name__}: {error}") from error
+
+
+MOST: Final = 64_000_000
+"""Most bytes that a parcel may unfold to."""
+
+
+def pack(data: Mapping[str, Any]) -> str:
+    """Return plain data as text that no JSON encoder has to escape; blocks.
+
+    Academy wraps what it sends in JSON up to three times, and each time doubles every quotation
+    mark and backslash.
+    """
+    return base64.b64encode(zlib.compress(orjson.dumps(data), 1)).decode("ascii")
+
+
+def unpack(parcel: str) -> dict[str, Json]:
+    """Return what was packed; blocks.
+
+    Raises:
+        SiteError: It is no parcel, or unfolds to more than :data:`MOST` bytes.
+    """
+    unfold = zlib.decompressobj()
+    try:
+        raw = unfold.decompress(base64.b64decode(parcel, validate=True), MOST)
+        data = orjson.loads(raw) if unfold.eof else None
+    except (ValueError, zlib.error) as error:
+        raise SiteError(f"a message between coordinator and agent is broken: {error}") from error
+    if not isinstance(data, dict):
+        msg = f"a message between coordinator and agent is cut, above {MOST:,} bytes, or no object"
+        raise SiteError(msg)
+    return data

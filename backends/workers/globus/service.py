@@ -1,28 +1,79 @@
-"""The web service of Globus Compute, by its own SDK: what blocks, and nothing else.
-
-Tasks are posted and asked after by HTTP, as the SDK's ``Client`` does it, rather than by its
-``Executor``: a POST then carries exactly what is meant to travel together, the tasks' ids are
-known before anything is waited for, a POST that fails costs its own tasks only, results need no
-AMQP connection (which no HTTP proxy lets through), and no thread waits at the exit for results
-that never come. The client itself asks after tasks in a way that hides why one failed, and it
-unpickles whatever result comes; here only JSON is read.
-"""
+"""The web service by its SDK; login; endpoint health."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from ...core.errors import ConfigurationError, FanfoldError, SiteError
 from ...core.types import Json
-from .errors import odd, refused, task_failed, unreadable
-from .health import Health
+from .errors import LOGIN, forgot, odd, offline, overdue, refused, task_failed, unreadable
 
 if TYPE_CHECKING:
     from globus_sdk.transport import RetryContext
+
+
+_COUNTING: Final = {"GlobusComputeEngine", "GlobusMPIEngine"}
+"""Engines that count their tasks; others always report none."""
+_UNQUEUED: Final = {"ThreadPoolEngine", "ProcessPoolEngine"}
+"""Engines that begin at once; behind others there may be a batch system's queue."""
+_BEAT_S: Final = 30.0
+_BEATS: Final = 3
+_AHEAD: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """An endpoint's state.
+
+    Attributes:
+        online: Whether it can be reached.
+        holds: Tasks that it has, or None where it does not count.
+        queued: Whether a task may wait before it begins.
+        beat_s: Seconds between its reports.
+    """
+
+    online: bool
+    holds: int | None = None
+    queued: bool = True
+    beat_s: float = _BEAT_S
+
+    @classmethod
+    def from_json(cls, status: Mapping[str, Any]) -> Self:
+        """Read the service's answer."""
+        details = status.get("details") or {}
+        engine = details.get("engine_type")
+        holds = details.get("outstanding_tasks") if engine in _COUNTING else None
+        beat_s = float(details.get("heartbeat_period") or _BEAT_S)
+        return cls(status.get("status") == "online", holds, engine not in _UNQUEUED, beat_s)
+
+    @property
+    def idle(self) -> bool:
+        """Say whether it reports to have no task at all."""
+        return self.holds == 0
+
+    def lost(
+        self, endpoint: str, age_s: float, deadline_s: float, idle: bool
+    ) -> FanfoldError | None:
+        """Return why a task is lost, or None.
+
+        Args:
+            endpoint: The endpoint's id.
+            age_s: Seconds since the task was posted.
+            deadline_s: Seconds that a worker may take for it.
+            idle: Whether the endpoint was idle when last looked at, too.
+        """
+        if not self.online:
+            return offline(endpoint)
+        if self.idle and idle and age_s > _BEATS * self.beat_s:
+            return forgot(endpoint)
+        if not self.queued and age_s > _AHEAD * deadline_s:
+            return overdue(endpoint)
+        return None
+
 
 WorkShard = Callable[[dict[str, Json]], dict[str, Json]]
 
@@ -244,3 +295,57 @@ def refusals(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
         raise
     except Exception as error:  # noqa: BLE001 - of an answer that is none, the SDK raises anything
         raise odd(error, where) from None if hidden else error
+
+
+def connect(
+    make: Callable[[], Any] | None,
+    user_endpoint_config: dict[str, Any] | None = None,
+    ask: bool = False,
+    hidden: Sequence[str] = (),
+) -> ComputeService:
+    """Return the service; blocks.
+
+    Args:
+        make: Makes the SDK's client; None takes the SDK's usual one.
+        user_endpoint_config: Values for the endpoint's template, or None.
+        ask: Whether somebody at a terminal may be asked to log in.
+        hidden: Texts among these values that no message may show.
+
+    Raises:
+        ConfigurationError: There is no login.
+        FanfoldError: The service refused, or did not answer.
+    """
+    client = make() if make is not None else _usual_client()
+    if not ask:
+        _require_login(client)
+    with refusals("connecting"):
+        if make is None:
+            _check_version(client)
+        return ComputeService(client, user_endpoint_config, hidden)
+
+
+def _usual_client() -> Any:
+    from globus_compute_sdk import Client  # noqa: PLC0415 - slow to import, rarely needed
+
+    try:
+        return Client(do_version_check=False)
+    except ValueError as error:  # half a pair of credentials in the environment
+        raise ConfigurationError(f"globus_compute: {error}") from error
+
+
+def _require_login(client: Any) -> None:
+    """Refuse where the SDK would ask at the terminal, in the middle of a run."""
+    from globus_sdk import UserApp  # noqa: PLC0415 - slow to import, rarely needed
+
+    if isinstance(client.app, UserApp) and client.app.login_required():
+        raise ConfigurationError(f"globus_compute: there is no login on this machine: {LOGIN}")
+
+
+def _check_version(client: Any) -> None:
+    from globus_compute_sdk.errors import VersionMismatch  # noqa: PLC0415 - slow to import
+
+    try:
+        client.version_check()
+    except VersionMismatch as error:
+        msg = f"globus_compute: {error}; install a newer globus-compute-sdk"
+        raise ConfigurationError(msg) from error

@@ -1,22 +1,165 @@
-"""Workers that a launcher starts as one place where shards run."""
+"""Workers started by mpiexec or srun as a backend; launcher process and command."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Sequence
+import signal
+import sys
+import tempfile
+from collections.abc import Awaitable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final, Self
 
 from ...core.errors import ConfigurationError, SiteError
+from ...core.exit_with_parent import launcher_leash
+from ...core.templates import fill, split_command
 from ...core.types import Json
 from ..executor import WorkShard
-from .command import python_words
-from .launcher import Launcher
 from .protocol import TOKEN, URL
 from .server import Desk
+
+LAUNCHER: Final = "FANFOLD_LAUNCHER"
+"""Variable of a coordinator: the command that starts one program per node; for job scripts."""
+PYTHON: Final = "FANFOLD_PYTHON"
+"""Variable of a coordinator: the Python of its workers, where that is not its own."""
+HOST: Final = "FANFOLD_DESK_HOST"
+"""Variable of a coordinator: the name or address by which workers reach it; for job scripts."""
+NAMES: Final = ("workers",)
+"""What a command may name in braces."""
+
+
+def launcher_words(
+    command: str | None, workers: int, environment: Mapping[str, str]
+) -> tuple[str, ...] | None:
+    """Return the launcher's words, or None where nobody names one.
+
+    Args:
+        command: ``backend.command``.
+        workers: How many workers it shall start.
+        environment: Variables of the coordinator.
+
+    Raises:
+        ConfigurationError: It is no command line.
+    """
+    text = command or environment.get(LAUNCHER)
+    if not text:
+        return None
+    try:
+        words = split_command(text, NAMES)
+    except ConfigurationError as error:
+        source = "backend.command" if command else LAUNCHER
+        raise ConfigurationError(f"{source}: {error.message}") from None
+    return fill(words, {"workers": str(workers)})
+
+
+def local_words(workers: int) -> tuple[str, ...]:
+    """Return a launcher of processes of this machine."""
+    return (sys.executable, "-P", "-m", f"{__package__}.local", str(workers))
+
+
+def python_words(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Return how Python is started where workers run."""
+    return (environment.get(PYTHON) or sys.executable, "-P")
+
+
+def own_host(host: str | None, environment: Mapping[str, str]) -> str:
+    """Return the name or address by which workers reach this machine; loopback by default."""
+    return host or environment.get(HOST) or "127.0.0.1"
+
+
+_SHOWN_BYTES: Final = 8192
+_SHOWN_LINES: Final = 20
+_TERM_S: Final = 5.0
+_KILL_S: Final = 5.0
+
+
+class Launcher:
+    """A launcher's process, and everything in its process group.
+
+    Args:
+        process: The process.
+        log: What it and its workers say.
+        begin: Where that begins in the log.
+
+    Attributes:
+        ended: Done when it has ended, with its exit code.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, log: IO[bytes], begin: int) -> None:
+        self._process, self._log, self._begin = process, log, begin
+        self.ended = asyncio.create_task(process.wait())
+
+    @classmethod
+    async def start(
+        cls, words: Sequence[str], environment: Mapping[str, str], log: Path | None
+    ) -> Self:
+        """Start it.
+
+        Args:
+            words: The command.
+            environment: Its variables.
+            log: File for what it says, appended to; None keeps it out of sight.
+
+        Raises:
+            ConfigurationError: The log cannot be written.
+        """
+        file = await asyncio.to_thread(_opened, log)
+        try:
+            begin = file.seek(0, os.SEEK_END)
+            script = launcher_leash(os.getpid()) + '\nexec "$@"'
+            process = await asyncio.create_subprocess_exec(
+                *("/bin/sh", "-c", script, "launcher", *words),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=dict(environment),
+                process_group=0,  # a terminal's interrupt is the coordinator's to heed
+            )
+        except BaseException:
+            file.close()
+            raise
+        return cls(process, file, begin)
+
+    def last_lines(self) -> str:
+        """Return the last lines that it and its workers have said; blocks."""
+        end = os.fstat(self._log.fileno()).st_size
+        begin = max(self._begin, end - _SHOWN_BYTES)
+        text = os.pread(self._log.fileno(), end - begin, begin).decode(errors="replace")
+        return "\n".join(text.strip().splitlines()[-_SHOWN_LINES:]) or "it said nothing"
+
+    async def end(self, grace_s: float) -> None:
+        """End it and its group within ``grace_s`` and a little more.
+
+        Args:
+            grace_s: Seconds in which it may end by itself, its workers being dismissed.
+        """
+        await asyncio.wait({self.ended}, timeout=grace_s)
+        if not self.ended.done():
+            self._tell(signal.SIGTERM)  # mpiexec and srun end their workers on other nodes
+            await asyncio.wait({self.ended}, timeout=_TERM_S)
+        self._tell(signal.SIGKILL)  # its leash, and what it has left behind
+        await asyncio.wait({self.ended}, timeout=_KILL_S)
+        self.ended.cancel()
+        await asyncio.gather(self.ended, return_exceptions=True)
+        self._log.close()
+
+    def _tell(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+
+def _opened(log: Path | None) -> IO[Any]:
+    if log is None:
+        return tempfile.TemporaryFile()
+    try:
+        return log.open("ab+")
+    except OSError as error:
+        raise ConfigurationError(f"{log}: cannot be written: {error.strerror}") from None
+
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from parsl.concurrent import ParslPoolExecutor
 
-from fanfold.backends.workers.parsl_configs import htex_local
+from fanfold.backends.workers.parsl import htex_local
 
 FOLDER = "FANFOLD_TEST_PARSL_FOLDER"
 PARSL = f"{__name__}:parsl_pool"

@@ -20,11 +20,10 @@ from fanfold.backends.core.errors import (
     SiteError,
     WorkerLostError,
 )
-from fanfold.backends.workers.academy.backend import AcademyBackend
+from fanfold.backends.workers.academy.backend import AcademyBackend, Hall
 from fanfold.backends.workers.academy.exchange import Meeting, meeting
-from fanfold.backends.workers.academy.hall import Hall
+from fanfold.backends.workers.executor import OneProcess
 from fanfold.backends.workers.factory import places
-from fanfold.backends.workers.process import OneProcess
 from fanfold.backends.workers.testing import order
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard

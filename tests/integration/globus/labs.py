@@ -13,8 +13,8 @@ import pytest
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.workers import factory
-from fanfold.backends.workers.globus.desk import Desk
-from fanfold.backends.workers.globus.pace import Pace
+from fanfold.backends.workers.globus.backend import Desk
+from fanfold.backends.workers.globus.poller import Pace
 from fanfold.tests.integration.lives.conftest import Lab
 
 from .client import URL_VARIABLE

@@ -23,13 +23,10 @@ from fanfold.backends.core.errors import (
 from fanfold.backends.core.messages import Summary, own_version
 from fanfold.backends.core.protocols import Backend
 from fanfold.backends.workers.factory import places
-from fanfold.backends.workers.globus.backend import globus_backends
-from fanfold.backends.workers.globus.book import FILE, TaskBook
-from fanfold.backends.workers.globus.desk import Desk
-from fanfold.backends.workers.globus.login import connect
-from fanfold.backends.workers.globus.pace import Pace
-from fanfold.backends.workers.globus.service import Service
-from fanfold.backends.workers.globus.tasks import TaskList
+from fanfold.backends.workers.globus.backend import Desk, globus_backends
+from fanfold.backends.workers.globus.poller import Pace
+from fanfold.backends.workers.globus.service import Service, connect
+from fanfold.backends.workers.globus.tasks import FILE, TaskBook, TaskList
 from fanfold.backends.workers.testing import CHECKS, Check, Subject, order
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs import globus_cli

@@ -10,7 +10,7 @@ import pytest
 
 from fanfold.backends.budget.spend_log import Shelf
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.backends.workers.globus.book import FILE, TaskBook
+from fanfold.backends.workers.globus.tasks import FILE, TaskBook
 from fanfold.tests.integration.globus.endpoint import UserEndpoint
 from fanfold.tests.integration.globus.fixtures import StartEndpoint
 from fanfold.tests.integration.globus.labs import ITEMS, SHARDS, LabOf, posted

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, SiteError, WorkerLostError
-from fanfold.backends.workers.launched.backend import Launch, LaunchedBackend
-from fanfold.backends.workers.launched.command import local_words
+from fanfold.backends.workers.launched.backend import Launch, LaunchedBackend, local_words
 from fanfold.tests.integration.launched.work import play
 
 pytestmark = pytest.mark.integration

@@ -15,9 +15,9 @@ from fanfold.backends.core.exit_with_parent import follow_parent
 from fanfold.backends.core.types import Item, Shard
 from fanfold.backends.storage.journal_index import Ledger
 from fanfold.backends.workers.executor import ExecutorBackend
+from fanfold.backends.workers.member import PoolPolicy
 from fanfold.backends.workers.pool import ShardPool
 from fanfold.backends.workers.testing import order
-from fanfold.backends.workers.watch import PoolPolicy
 from fanfold.graphs.crew import WorkCrew
 from fanfold.graphs.worker import work_shard
 from fanfold.nodes.progress import Progress

@@ -14,7 +14,7 @@ import orjson
 import parsl
 import pytest
 
-from fanfold.backends.workers.parsl_configs import htex_local
+from fanfold.backends.workers.parsl import htex_local
 from fanfold.tests.integration.lives.conftest import STREAMS
 from fanfold.tests.integration.lives.test_sites_kill import (
     asked_again,

@@ -17,8 +17,8 @@ from fanfold.backends.core.messages import Order, Summary
 from fanfold.backends.core.types import Item, Json, Shard
 from fanfold.backends.storage.journal_index import Ledger
 from fanfold.backends.storage.worker_journal import worker_file
+from fanfold.backends.workers.member import PoolPolicy
 from fanfold.backends.workers.pool import ShardPool
-from fanfold.backends.workers.watch import PoolPolicy
 from fanfold.graphs import crew as module
 from fanfold.graphs.crew import WorkCrew
 from fanfold.nodes.progress import Progress

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fanfold.backends.workers.arrival import Arrival
+from fanfold.backends.workers.member import Arrival
 
 
 @dataclass

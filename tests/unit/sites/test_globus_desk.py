@@ -25,27 +25,24 @@ from fanfold.backends.core.errors import (
     WorkerLostError,
 )
 from fanfold.backends.core.messages import Order
-from fanfold.backends.workers.globus import pace as pacing
-from fanfold.backends.workers.globus.backend import globus_backends
-from fanfold.backends.workers.globus.book import Entry, TaskBook
-from fanfold.backends.workers.globus.desk import Desk
+from fanfold.backends.workers.globus import poller as pacing
+from fanfold.backends.workers.globus.backend import Desk, globus_backends
 from fanfold.backends.workers.globus.errors import refused, task_failed
-from fanfold.backends.workers.globus.health import Health
-from fanfold.backends.workers.globus.line import Line, Talk
-from fanfold.backends.workers.globus.pace import Bucket, Pace
+from fanfold.backends.workers.globus.poller import Bucket, Line, Pace, Talk
 from fanfold.backends.workers.globus.service import (
     MOST_BYTES,
     End,
+    Health,
     Parcel,
     Posted,
     _end,
     packed,
     refusals,
 )
-from fanfold.backends.workers.globus.tasks import TaskList
+from fanfold.backends.workers.globus.tasks import Entry, TaskBook, TaskList
+from fanfold.backends.workers.member import PoolPolicy
 from fanfold.backends.workers.pool import ShardPool
 from fanfold.backends.workers.testing import order as rehearsal
-from fanfold.backends.workers.watch import PoolPolicy
 
 AT_ONCE = Pace(burst=1000, per_s=1000.0, first_s=0.0, last_s=0.0, look_s=0.0, missing_s=0.0)
 

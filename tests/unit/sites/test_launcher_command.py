@@ -9,7 +9,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.workers.factory import places
-from fanfold.backends.workers.launched.command import launcher_words, own_host, python_words
+from fanfold.backends.workers.launched.backend import launcher_words, own_host, python_words
 from fanfold.configs.backend import BackendConfig
 from fanfold.configs.load import load
 from fanfold.graphs.worker import work_shard

@@ -11,8 +11,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, MissingExtraError
 from fanfold.backends.workers import parsl
-from fanfold.backends.workers.parsl import ParslBackend
-from fanfold.backends.workers.parsl_configs import JobNodes, htex_job, htex_local
+from fanfold.backends.workers.parsl import JobNodes, ParslBackend, htex_job, htex_local
 
 MODULE = """
 from parsl.config import Config

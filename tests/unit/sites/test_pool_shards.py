@@ -16,8 +16,8 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.messages import Order, Summary
 from fanfold.backends.core.types import Json
+from fanfold.backends.workers.member import PoolPolicy
 from fanfold.backends.workers.pool import ShardPool
-from fanfold.backends.workers.watch import PoolPolicy
 
 POLICY = PoolPolicy(ahead=1, rebuild_s=0.001, tick_s=0.005)
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fanfold.backends.workers import watch as module
-from fanfold.backends.workers.watch import PoolPolicy, Watch
+from fanfold.backends.workers import member as module
+from fanfold.backends.workers.member import PoolPolicy, Watch
 
 
 @dataclass
