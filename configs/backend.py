@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, SecretStr, model_validator
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.messages import CARRY
 from ..backends.core.templates import split_command
-from .section import Access, Section, declare
+from .base import Access, Section, declare
 
 _ATTRIBUTE: Final = r"^[\w.]+:[\w.]+$"
 _SMALL_MESSAGE: Final = 400_000

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from .section import Access, Section, declare
+from .base import Access, Section, declare
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
-from .section import Access, PathText, Section, declare
+from .base import Access, PathText, Section, declare
 
 KINDS: Final = ("urls", "file", "aegis_registry", "hosts", "first", "simulated", "auto")
 """The kinds of endpoints; a configuration names exactly one."""

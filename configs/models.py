@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .backend import BackendConfig
+from .base import Access, PathText, Section, declare
 from .budget import BudgetConfig, PriceConfig
 from .endpoints import EndpointsConfig
 from .node import NodeConfig
 from .reduce import ReduceStage
-from .section import Access, PathText, Section, declare
 
 RESERVED: Final = {
     "model": "set model.name",

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.templates import names_of, split_command
-from .section import Access, Section, declare
+from .base import Access, Section, declare
 
 NAMES: Final = ("port", "model", "instance", "gpus")
 """What a command may name in braces."""

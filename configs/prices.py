@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 import yaml
 from pydantic import Field
 
-from .section import Section
+from .base import Section
 
 _SNAPSHOT: Final = re.compile(r"-\d{4}-\d{2}-\d{2}$", re.ASCII)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..backends.core.errors import ConfigurationError
-from .section import Access, declare
+from .base import Access, declare
 
 
 class Stage(BaseModel):

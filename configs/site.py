@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from ..backends.core.errors import ConfigurationError
-from .section import Section
+from .base import Section
 from .source import parse_yaml
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from ..backends.core.errors import ConfigurationError, FanfoldError, InputError, MissingExtraError
 from ..backends.core.types import Json
+from ..configs.resolve import settle
 from .served import Served, Service, as_data
-from .settings import settle
 
 try:
     from academy.agent import Agent, action

@@ -15,12 +15,12 @@ from ..backends.budget.pricing import explained
 from ..backends.budget.tokens import encoding_name
 from ..backends.core.errors import NoEndpointError
 from ..backends.discovery.resolve import endpoint_specs
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
 from ..configs.models import RunConfig
+from ..configs.wish import Wish
 from .estimate import Estimate, estimate
 from .saying import print_json, print_lines, say
 from .telling import budget_lines, cost_lines
-from .wish import Wish
 
 _SHOWN_HOSTS: Final = 5
 _TRACING: Final = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LANGSMITH_TRACING_V2")

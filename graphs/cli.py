@@ -108,9 +108,9 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     yes: Annotated[bool, typer.Option("--yes", help="Go on after the pilot unasked.")] = False,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
+    from ..configs.wish import Wish
     from .running import Output
     from .running import run as running_run
-    from .wish import Wish
 
     wish = Wish(
         overrides=overrides or [],
@@ -152,9 +152,9 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_node_hours: NodeHours = None,
 ) -> None:
     """Go on with a run: only what is not finished is called."""
+    from ..configs.wish import Wish
     from .running import Output
     from .running import resume as running_resume
-    from .wish import Wish
 
     wish = Wish(
         overrides=overrides or [],
@@ -222,8 +222,8 @@ def endpoints(
     as_json: AsJson = False,
 ) -> None:
     """List the endpoints as they are now; exit with 2 when none serves the model."""
+    from ..configs.wish import Wish
     from .listing import now
-    from .wish import Wish
 
     wish = Wish(overrides or [], endpoints=where)
     raise typer.Exit(now(config, wish, as_json))
@@ -273,8 +273,8 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     as_json: AsJson = False,
 ) -> None:
     """Check settings, input and endpoints, and estimate cost and time; calls no model."""
+    from ..configs.wish import Wish
     from .checking import check as checking_check
-    from .wish import Wish
 
     budget = {
         "usd": budget_usd,
@@ -329,8 +329,8 @@ def serve(
     overrides: Sets = None,
 ) -> None:
     """Serve the model on this node (section node), until interrupted."""
+    from ..configs.wish import Wish
     from .serve_cli import serve_node
-    from .wish import Wish
 
     serve_node(config, Wish(overrides or []), servers, host)
 

@@ -61,9 +61,9 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = False,
 ) -> None:
     """Run a batch by jobs of a cluster that follow each other until it is finished."""
+    from ..configs.wish import Wish
     from .submitting import Order
     from .submitting import submit as submitting_submit
-    from .wish import Wish
 
     wish = Wish(overrides or [], input_path, limit)
     order = Order(site, nodes, walltime, queue, account, jobs, node_hours, pack)

@@ -18,8 +18,9 @@ from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import Amount
 from ..backends.discovery.connect import open_fleet, reusing, serving
 from ..backends.storage.run_folder import RunFolder, is_run, is_vacant, open_folder, run_ids
-from ..configs.load import Loaded, load
+from ..configs.loader import Loaded, load
 from ..configs.presets import preset_text
+from ..configs.resolve import settle
 from ..nodes.context import ItemContext, Prepared, RunTools
 from ..nodes.meter import Meter
 from ..nodes.state import RunKey
@@ -36,7 +37,6 @@ from .plan import cut
 from .prepare import RUNS, new_name, prepare_run
 from .requests import Request, RequestPolicy
 from .resume import resume_run
-from .settings import settle
 from .worker import work_shard
 
 

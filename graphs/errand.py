@@ -29,7 +29,7 @@ from ..backends.fleet.fleet import Fleet, Teller
 from ..backends.storage.journal import JournalWriter
 from ..backends.storage.run_folder import ANSWERS
 from ..backends.storage.worker_journal import FiledLedger, SentLedger, WorkerLedger, worker_file
-from ..configs.load import Loaded, load
+from ..configs.loader import Loaded, load
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
 from ..nodes.context import RunTools, unlimited

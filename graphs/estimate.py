@@ -20,7 +20,7 @@ from ..backends.discovery.probe import Found, match
 from ..backends.discovery.resolve import Place, serves_simulated, starts_servers
 from ..backends.inputs.base import InputSummary
 from ..backends.simulated.process import simulation
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
 from ..configs.models import RunConfig
 from ..configs.prices import provider_at
 from .forecast import Forecast, Plan, forecast

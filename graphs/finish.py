@@ -6,7 +6,7 @@ from typing import Any
 
 from ..backends.storage.results import replacing, rows, write_jsonl, write_parquet
 from ..backends.storage.run_folder import RunFolder, write_json
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
 from ..nodes.context import RunTools
 
 

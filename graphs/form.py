@@ -12,11 +12,11 @@ import orjson
 from pydantic_core import PydanticUndefined
 
 from ..backends.core.errors import ConfigurationError
-from ..configs.described import description, schema, section_schema, setting
+from ..configs.base import Access
+from ..configs.describe import description, schema, section_schema, setting
 from ..configs.presets import preset_names
-from ..configs.section import Access
+from ..configs.resolve import DEFAULT
 from ..nodes.context import Context
-from .settings import DEFAULT
 
 VARIABLE: Final = r"^(\$\{[A-Za-z_][A-Za-z0-9_]*\})?$"
 """A reference to a variable of the environment, or nothing."""

@@ -28,7 +28,7 @@ from ..backends.core.types import Item
 from ..backends.discovery.connect import chat_door, chat_fleet, model_params
 from ..backends.fleet.fleet import Fleet
 from ..backends.workers.factory import imported
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
 from ..configs.models import RunConfig
 from ..nodes.answer import AnswerCheck
 from ..nodes.context import Delegate, ItemContext

@@ -19,12 +19,12 @@ from ..backends.fleet.load import read_gauges
 from ..backends.simulated.process import simulation
 from ..backends.storage.endpoints_table import over_lives, read_endpoints
 from ..backends.storage.run_folder import open_folder
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
+from ..configs.wish import Wish
 from .opened import endpoints_file
 from .prepare import check_endpoints
 from .report import cell
 from .saying import Terminal, print_json, say
-from .wish import Wish
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"

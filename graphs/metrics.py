@@ -13,8 +13,8 @@ from aiohttp import web
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import HOUR_MS, NANO
 from ..backends.fleet.stats import EndpointReport, FleetHealth
+from ..configs.resolve import check_metrics
 from .opened import OpenedRun
-from .settings import check_metrics
 
 _HOST: Final = "127.0.0.1"
 

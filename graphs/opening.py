@@ -28,7 +28,7 @@ from ..backends.inputs.item_store import ItemStore
 from ..backends.storage.journal_index import Ledger
 from ..backends.storage.run_folder import RunFolder, run_ids
 from ..backends.workers.executor import WorkShard
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
 from ..configs.models import RunConfig
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build

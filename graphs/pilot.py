@@ -21,7 +21,7 @@ from ..backends.core.errors import (
 from ..backends.core.templates import Template
 from ..backends.core.types import Shard
 from ..backends.storage.run_folder import RunFolder
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
 from ..nodes.context import RunTools
 from ..nodes.elsewhere import work_elsewhere
 from ..nodes.prepare import asked

@@ -20,8 +20,8 @@ from ..backends.inputs.item_store import spill
 from ..backends.inputs.source import input_spec, needed_columns
 from ..backends.simulated.process import simulation
 from ..backends.storage.run_folder import RunFolder, is_vacant, new_folder, place_to_be, write_bytes
-from ..configs.load import Loaded, portable
-from ..configs.plain import to_yaml
+from ..configs.loader import Loaded, portable
+from ..configs.serialize import to_yaml
 from .identity import fingerprint
 from .items import check_graph
 

@@ -2,7 +2,7 @@
 
 Settings bound to a graph in Python, on the command line or in a file at the start are trusted.
 What arrives with an invocation is a request, whoever sent it. Each setting declares its
-:class:`~fanfold.configs.section.Access`; a request never reads a variable of the environment.
+:class:`~fanfold.configs.base.Access`; a request never reads a variable of the environment.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ..backends.budget.budget import SHOWN
 from ..backends.core.errors import ConfigurationError, InputError
 from ..backends.core.secrets import is_secret, mask_command, mask_plain
 from ..backends.core.types import Json
+from ..configs.base import Access
 from ..configs.budget import BudgetConfig
-from ..configs.described import declared_access, split_settings
-from ..configs.load import Loaded, load, read_schema, read_text
+from ..configs.describe import declared_access, split_settings
+from ..configs.loader import Loaded, load, read_schema, read_text
 from ..configs.models import SAMPLING, RunConfig
-from ..configs.plain import check_plain, lost_secrets
 from ..configs.presets import is_preset
-from ..configs.section import Access
+from ..configs.resolve import endpoint_settings, settle
+from ..configs.serialize import check_plain, lost_secrets
 from ..configs.source import at_path, parse_value, parse_yaml
 from ..nodes.load import unknown_keys
 from .form import VARIABLE, Form
-from .settings import endpoint_settings, settle
 
 ALLOW: Final = "FANFOLD_SERVER_ALLOW"
 """Variable with the keys that the owner opens to requests, commas between."""

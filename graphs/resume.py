@@ -15,8 +15,8 @@ from ..backends.inputs.item_store import ItemStore, spill
 from ..backends.inputs.source import input_spec, needed_columns
 from ..backends.simulated.process import simulation
 from ..backends.storage.run_folder import RunFolder, place_of, write_bytes
-from ..configs.load import Loaded, load, portable
-from ..configs.plain import lost_secrets, to_yaml
+from ..configs.loader import Loaded, load, portable
+from ..configs.serialize import lost_secrets, to_yaml
 from .identity import differences, fingerprint, settle_identity
 from .prepare import stamp
 

@@ -13,7 +13,8 @@ from typing import Any, Final, TypeVar
 from ..backends.budget.cost import in_words
 from ..backends.core.errors import BUDGET, INTERRUPTED, FanfoldError, RunStoppedError
 from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
+from ..configs.wish import Wish
 from . import usage
 from .campaign import campaign_inside
 from .crew import life_end
@@ -27,7 +28,6 @@ from .saying import Terminal, messages, print_json, say
 from .session import RunOptions, RunResult, execute
 from .stopping import WARNINGS
 from .walltime import within
-from .wish import Wish
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from ..backends.discovery.resolve import node_plan, starts_servers
 from ..backends.servers.plan import NodePlan
 from ..backends.servers.supervisor import Orders, serve
 from ..backends.storage.run_folder import open_folder
+from ..configs.wish import Wish
 from .saying import say
-from .wish import Wish
 
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOT_FOR_SERVERS: Final = (signal.SIGUSR1, signal.SIGUSR2)

@@ -26,7 +26,7 @@ from ..backends.core.errors import (
 )
 from ..backends.core.types import Json
 from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_json
-from ..configs.load import Loaded, load
+from ..configs.loader import Loaded, load
 from ..nodes.context import RunTools
 from ..nodes.load import check_input
 from .crew import life_end

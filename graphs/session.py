@@ -30,7 +30,7 @@ from ..backends.core.errors import (
 )
 from ..backends.storage.journal import RunIds
 from ..backends.storage.run_folder import RunFolder, now, run_ids
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
 from ..nodes.context import RunTools
 from .context import RunContext
 from .live import watching

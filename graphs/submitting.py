@@ -24,14 +24,14 @@ from ..backends.core.permissions import untrusted_reason
 from ..backends.discovery.resolve import starts_servers
 from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_bytes
 from ..configs.endpoints import HOSTS_ONLY, KINDS
-from ..configs.load import Loaded, load
+from ..configs.loader import Loaded, load
 from ..configs.site import SiteConfig, load_site
 from ..configs.source import at_path
+from ..configs.wish import Wish
 from .crew import STOP_S
 from .prepare import default_folder, prepare_run
 from .resume import resume_run
 from .saying import say
-from .wish import Wish
 
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _UNITS: Final = (86400, 3600, 60, 1)

@@ -11,9 +11,9 @@ from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import Tariff
 from ..backends.discovery.connect import Serving
 from ..backends.storage.run_folder import RunFolder
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
 from ..configs.models import RunConfig
-from ..configs.plain import lost_secrets
+from ..configs.serialize import lost_secrets
 from .shares import worker_settings, worker_streams
 
 

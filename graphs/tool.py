@@ -15,7 +15,7 @@ from langgraph.errors import GraphBubbleUp
 from pydantic import BaseModel, ValidationError
 
 from ..backends.core.errors import ConfigurationError, FanfoldError
-from ..configs.load import Loaded
+from ..configs.loader import Loaded
 from ..nodes.state import RunInput
 from .context import RunContext
 from .map_reduce import MapReduce, build

@@ -21,7 +21,7 @@ from ..backends.cluster.utilization import (
 )
 from ..backends.storage.journal import Source, scan
 from ..backends.storage.run_folder import RunFolder, run_ids
-from ..configs.load import peek
+from ..configs.loader import peek
 from ..configs.source import at_path
 
 _SEQUENCES: Final = re.compile(r"--max-num-seqs[= ](\d+)")

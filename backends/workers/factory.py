@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...configs.backend import BackendConfig
-from ...configs.plain import secret_texts, written_out
+from ...configs.serialize import secret_texts, written_out
 from ..core.errors import ConfigurationError
 from ..core.exit_with_parent import follow_parent
 from ..core.process import make_room

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs.finish import write_results
 from fanfold.graphs.prepare import prepare_run
 from fanfold.graphs.session import RunOptions, execute

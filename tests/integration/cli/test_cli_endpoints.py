@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from fanfold.graphs import settings
+from fanfold.configs import resolve
 
 from .conftest import Served, Shell
 
@@ -136,7 +136,7 @@ def test_metrics_need_a_free_port_and_the_extra(
         said = shell("run", "c.yaml", "--out", "r", "--metrics-port", port)
     assert said.code == 2
     assert f"{port}: cannot listen there" in said.err
-    monkeypatch.setattr(settings, "find_spec", lambda _: None)
+    monkeypatch.setattr(resolve, "find_spec", lambda _: None)
     said = shell("run", "c.yaml", "--out", "other", "--metrics-port", port)
     assert said.code == 2
     assert "fanfold[metrics]" in said.err

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs.identity import fingerprint
 
 from .conftest import Served, Shell

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fanfold.backends.cluster.schedulers import Pbs
+from fanfold.configs.wish import Wish
 from fanfold.graphs.campaign import campaign
 from fanfold.graphs.submitting import Order, submit
-from fanfold.graphs.wish import Wish
 
 from .conftest import Cluster, Trial, ended, served, until
 from .standin_pbs import members

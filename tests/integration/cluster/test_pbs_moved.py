@@ -11,10 +11,10 @@ import pytest
 from fanfold.backends.cluster.schedulers import Pbs
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.run_folder import open_folder
+from fanfold.configs.wish import Wish
 from fanfold.graphs.campaign import campaign
 from fanfold.graphs.cancelling import cancel
 from fanfold.graphs.submitting import Order, submit
-from fanfold.graphs.wish import Wish
 
 from .conftest import Cluster, Trial, ended, served, until
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs.prepare import prepare_run
 from fanfold.graphs.resume import resume_run
 from fanfold.graphs.session import RunOptions, RunResult, execute

@@ -15,7 +15,7 @@ import pytest
 from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs.resume import resume_run
 from fanfold.graphs.session import RunResult
 from fanfold.graphs.stopping import Stop

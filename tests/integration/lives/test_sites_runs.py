@@ -15,7 +15,7 @@ import pytest
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.endpoints_table import read_endpoints
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs import worker
 from fanfold.graphs.opened import endpoints_file
 from fanfold.graphs.signs import beat_file

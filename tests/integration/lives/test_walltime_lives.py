@@ -13,7 +13,7 @@ import pytest
 from fanfold.backends.cluster.walltime import Walltime
 from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs import worker
 from fanfold.graphs.context import RunContext
 from fanfold.graphs.map_reduce import build

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from fanfold.backends.servers.events import server_seconds
-from fanfold.configs.load import Loaded, load
+from fanfold.configs.loader import Loaded, load
 from fanfold.graphs.prepare import prepare_run
 from fanfold.graphs.session import RunOptions, execute
 

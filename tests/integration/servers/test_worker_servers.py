@@ -18,7 +18,7 @@ from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.backends.discovery.node_local import served_here
 from fanfold.backends.servers.client import used
 from fanfold.backends.servers.lock import holder, is_served
-from fanfold.configs.load import Loaded, load
+from fanfold.configs.loader import Loaded, load
 from fanfold.graphs import worker
 from fanfold.graphs.prepare import prepare_run
 from fanfold.graphs.session import RunOptions, execute

@@ -8,7 +8,7 @@ from fanfold.backends.discovery.connect import fleet_policy, limited
 from fanfold.backends.discovery.resolve import first_place
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.policy import FleetPolicy, PacePolicy
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.configs.models import RunConfig
 
 

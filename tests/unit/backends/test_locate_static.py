@@ -7,7 +7,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.discovery.resolve import check_place, endpoint_specs, hosts_of
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 
 
 def specs(section: Any) -> list[str]:

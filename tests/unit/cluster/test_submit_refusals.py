@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from fanfold.backends.core.errors import ConfigurationError
+from fanfold.configs.wish import Wish
 from fanfold.graphs.submitting import Order, submit
-from fanfold.graphs.wish import Wish
 
 SETTINGS: dict[str, Any] = {
     "name": "trial",

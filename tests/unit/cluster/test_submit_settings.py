@@ -10,8 +10,8 @@ import yaml
 
 from fanfold.configs.models import RunConfig
 from fanfold.configs.site import load_site
+from fanfold.configs.wish import Wish
 from fanfold.graphs.submitting import Order, _plan, _scripts, _settled
-from fanfold.graphs.wish import Wish
 
 ORDER = Order("polaris", nodes=5, walltime="1h", queue="prod", account="CHEM")
 SERVED = {"node": {"serve": "vllm serve {model} --port {port}"}, "model": {"name": "m"}}

@@ -7,8 +7,8 @@ import yaml
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
-from fanfold.configs.load import load
-from fanfold.configs.plain import to_yaml
+from fanfold.configs.loader import load
+from fanfold.configs.serialize import to_yaml
 
 TASK: dict[str, Any] = {"task": {"prompt": "x"}}
 FIRST: dict[str, Any] = {"paths": "sophia/vllm", "token": "${T}"}

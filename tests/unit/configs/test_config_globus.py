@@ -9,8 +9,8 @@ import pytest
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
 from fanfold.backends.workers.factory import places
-from fanfold.configs.load import Loaded, load
-from fanfold.configs.plain import secret_texts, to_yaml
+from fanfold.configs.loader import Loaded, load
+from fanfold.configs.serialize import secret_texts, to_yaml
 from fanfold.graphs.shares import worker_settings
 from fanfold.graphs.worker import work_shard
 

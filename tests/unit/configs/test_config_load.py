@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
-from fanfold.configs.load import load, peek
-from fanfold.configs.plain import to_yaml
+from fanfold.configs.loader import load, peek
 from fanfold.configs.presets import copy_preset, preset_names, preset_text
+from fanfold.configs.serialize import to_yaml
 
 GOOD: dict[str, Any] = {
     "input": {"path": "in.csv"},

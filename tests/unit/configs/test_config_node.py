@@ -11,8 +11,8 @@ import yaml
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
 from fanfold.backends.discovery.resolve import node_plan, short_name, starts_servers, this_host
-from fanfold.configs.load import Loaded, load
-from fanfold.configs.plain import to_yaml
+from fanfold.configs.loader import Loaded, load
+from fanfold.configs.serialize import to_yaml
 
 SERVE = "vllm serve {model} --port {port} --tensor-parallel-size {gpus}"
 

@@ -17,7 +17,7 @@ from fanfold.backends.core.schemas import open_validator
 from fanfold.backends.fleet.cache import Worth
 from fanfold.backends.simulated.requests import AnswerSchema
 from fanfold.backends.simulated.values import ApiError
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.nodes.answer import AnswerCheck
 
 Open = Callable[[dict[str, Any]], object]

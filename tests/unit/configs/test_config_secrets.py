@@ -20,9 +20,9 @@ from fanfold.backends.core.secrets import (
 )
 from fanfold.backends.discovery.resolve import node_plan
 from fanfold.backends.storage.run_folder import RunFolder
-from fanfold.configs.load import Loaded, load
-from fanfold.configs.plain import lost_secrets, mask_settings, to_yaml
+from fanfold.configs.loader import Loaded, load
 from fanfold.configs.presets import preset_names
+from fanfold.configs.serialize import lost_secrets, mask_settings, to_yaml
 from fanfold.graphs.lives import life
 
 KEY = "s3cr3t-value"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.configs.plain import check_plain
+from fanfold.configs.serialize import check_plain
 from fanfold.configs.source import apply_override, expand, parse_yaml
 
 PLAIN = st.recursive(

@@ -19,7 +19,7 @@ from fanfold.backends.discovery.resolve import endpoint_specs
 from fanfold.backends.discovery.sources import FileSource, HostsFolder
 from fanfold.backends.fleet.endpoint import NO_KEY, EndpointSpec
 from fanfold.configs.endpoints import EndpointsConfig
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 
 KEY = "sk-secret"
 Read = Callable[[Path], list[EndpointSpec]]

@@ -15,7 +15,7 @@ from fanfold.backends.core.errors import BudgetExhaustedError
 from fanfold.backends.core.messages import WALLTIME, Order, own_version
 from fanfold.backends.core.money import FREE, Amount, Caps
 from fanfold.backends.workers.testing import order as rehearsal
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs import leased as module
 from fanfold.graphs.errand import Bag
 from fanfold.graphs.leased import leased, used_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs.checking import receiving_hosts
 
 GLOBUS = {"kind": "globus_compute", "endpoints": ["11111111-2222-4333-8444-555555555555"]}

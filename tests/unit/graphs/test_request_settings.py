@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
 from fanfold.backends.core.errors import ConfigurationError, InputError
-from fanfold.configs.described import declared_access, setting, split_settings
-from fanfold.configs.load import Loaded, load
+from fanfold.configs.base import Access
+from fanfold.configs.describe import declared_access, setting, split_settings
+from fanfold.configs.loader import Loaded, load
 from fanfold.configs.models import RunConfig
 from fanfold.configs.reduce import Collect, Count, Histogram, Stats, TopK
-from fanfold.configs.section import Access
 from fanfold.graphs.binding import Bound
 from fanfold.graphs.context import RunContext
 from fanfold.graphs.form import request_form
@@ -64,7 +64,7 @@ def test_every_setting_declares_its_access() -> None:
     """A new setting is a decision: may a request set it, lower it, or not touch it at all?"""
     missing = [key for key, access in declared_access() if access is None]
     assert not missing, (
-        f"{', '.join(missing)}: name the setting in `access` of its section (configs/section.py); "
+        f"{', '.join(missing)}: name the setting in `access` of its section (configs/base.py); "
         "what starts programs, names files or hosts, or writes anywhere is closed"
     )
 

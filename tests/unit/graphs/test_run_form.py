@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from fanfold.backends.budget.budget import SHOWN
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.budget import BudgetConfig
-from fanfold.configs.described import description, schema, setting
+from fanfold.configs.describe import description, schema, setting
 from fanfold.configs.models import LimitsConfig, RunConfig
 from fanfold.configs.presets import preset_names
 from fanfold.graphs.binding import Bound

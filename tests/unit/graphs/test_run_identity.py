@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.secrets import MASKED, mask_arguments
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs.identity import differences, fingerprint
 from fanfold.graphs.plan import shard_items, window
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.graphs import settings
-from fanfold.graphs.settings import endpoint_settings, settle
+from fanfold.configs import resolve
+from fanfold.configs.resolve import endpoint_settings, settle
 
 URL = "http://127.0.0.1:9/v1"
 OWN: dict[str, Any] = {
@@ -43,12 +43,12 @@ def test_no_settings_are_molecular_screening() -> None:
 
 
 def test_without_rdkit_twenty_molecules_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "find_spec", lambda _: None)
+    monkeypatch.setattr(resolve, "find_spec", lambda _: None)
     loaded, notices = settle("molecular_screening")
     assert loaded.config.input.dataset == "molecules"
     assert loaded.config.endpoints.simulated is not None
     assert loaded.config.endpoints.simulated.responder == "schema"
-    assert notices[1] == settings.NO_RDKIT
+    assert notices[1] == resolve.NO_RDKIT
     assert len(settle("data_annotation")[1]) == 1
 
 

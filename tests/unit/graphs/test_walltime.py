@@ -10,7 +10,7 @@ import pytest
 
 from fanfold.backends.cluster.walltime import Walltime, walltime
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.configs.models import LimitsConfig
 from fanfold.graphs.attending import StopSign
 from fanfold.graphs.walltime import closing, within

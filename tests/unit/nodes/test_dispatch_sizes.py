@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs.plan import cut
 from fanfold.nodes.dispatch import dispatch, fan_out
 from fanfold.nodes.state import RunState

@@ -20,7 +20,7 @@ from fanfold.backends.core.values import MOST, check_record
 from fanfold.backends.fleet import failures
 from fanfold.backends.fleet.request import Charge
 from fanfold.backends.storage.journal_index import Ledger
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs.identity import asked_by_all
 from fanfold.nodes.aggregators import build
 from fanfold.nodes.answer import AnswerCheck

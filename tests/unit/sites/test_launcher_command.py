@@ -11,7 +11,7 @@ from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.workers.factory import places
 from fanfold.backends.workers.launched.backend import launcher_words, own_host, python_words
 from fanfold.configs.backend import BackendConfig
-from fanfold.configs.load import load
+from fanfold.configs.loader import load
 from fanfold.graphs.worker import work_shard
 
 JOB = {"FANFOLD_LAUNCHER": "bash /run/launch.sh", "FANFOLD_DESK_HOST": "n1"}

@@ -9,7 +9,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, SiteError
 from fanfold.backends.discovery.node_local import node_specs, served
-from fanfold.configs.load import Loaded, load
+from fanfold.configs.loader import Loaded, load
 
 HOST = "node7.cluster.example"
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from ..backends.core.errors import ConfigurationError
+from .base import Access
 from .models import RunConfig
-from .section import Access
 
 _ENTRY: Final = re.compile(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 _ASIDE: Final = re.compile(r"^\((key|hosts)\b[^)]*\) ")

@@ -20,9 +20,9 @@ from ..backends.core.templates import Template
 from .backend import of_another_kind
 from .explain import explain
 from .models import RunConfig
-from .plain import check_plain, to_plain
 from .presets import is_preset, preset_names, preset_text
 from .reduce import check_stages
+from .serialize import check_plain, to_plain
 from .source import apply_override, expand, parse_yaml, set_path
 
 logger = logging.getLogger(__name__)

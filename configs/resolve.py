@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.core.errors import ConfigurationError, MissingExtraError
-from ..configs.endpoints import HOSTS_ONLY, KINDS
-from ..configs.load import Loaded, load, peek
-from ..configs.source import at_path
+from .endpoints import HOSTS_ONLY, KINDS
+from .loader import Loaded, load, peek
+from .source import at_path
 
 DEFAULT: Final = "molecular_screening"
 

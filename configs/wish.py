@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..configs.load import Loaded
-from .settings import check_metrics, settle
+from .loader import Loaded
+from .resolve import check_metrics, settle
 
 
 @dataclass(frozen=True, slots=True)
