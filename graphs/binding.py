@@ -31,7 +31,7 @@ from langgraph.typing import InputT, OutputT, StateT
 
 from ..backends.core.aio import LoopAside
 from ..backends.core.errors import ConfigurationError, FanfoldError, InputError
-from ..configs.presets import is_preset
+from ..configs.loader import is_preset
 from ..nodes.context import Context
 from ..nodes.load import unknown_keys
 from .context import RunContext

@@ -17,7 +17,7 @@ from ..backends.core.errors import NoEndpointError
 from ..backends.discovery.resolve import endpoint_specs
 from ..configs.loader import Loaded
 from ..configs.models import RunConfig
-from ..configs.wish import Wish
+from ..configs.resolve import Wish
 from .estimate import Estimate, estimate
 from .saying import print_json, print_lines, say
 from .telling import budget_lines, cost_lines

@@ -108,7 +108,7 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     yes: Annotated[bool, typer.Option("--yes", help="Go on after the pilot unasked.")] = False,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
-    from ..configs.wish import Wish
+    from ..configs.resolve import Wish
     from .running import Output
     from .running import run as running_run
 
@@ -152,7 +152,7 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_node_hours: NodeHours = None,
 ) -> None:
     """Go on with a run: only what is not finished is called."""
-    from ..configs.wish import Wish
+    from ..configs.resolve import Wish
     from .running import Output
     from .running import resume as running_resume
 
@@ -222,7 +222,7 @@ def endpoints(
     as_json: AsJson = False,
 ) -> None:
     """List the endpoints as they are now; exit with 2 when none serves the model."""
-    from ..configs.wish import Wish
+    from ..configs.resolve import Wish
     from .listing import now
 
     wish = Wish(overrides or [], endpoints=where)
@@ -273,7 +273,7 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     as_json: AsJson = False,
 ) -> None:
     """Check settings, input and endpoints, and estimate cost and time; calls no model."""
-    from ..configs.wish import Wish
+    from ..configs.resolve import Wish
     from .checking import check as checking_check
 
     budget = {
@@ -329,7 +329,7 @@ def serve(
     overrides: Sets = None,
 ) -> None:
     """Serve the model on this node (section node), until interrupted."""
-    from ..configs.wish import Wish
+    from ..configs.resolve import Wish
     from .serve_cli import serve_node
 
     serve_node(config, Wish(overrides or []), servers, host)

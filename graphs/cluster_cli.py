@@ -61,7 +61,7 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = False,
 ) -> None:
     """Run a batch by jobs of a cluster that follow each other until it is finished."""
-    from ..configs.wish import Wish
+    from ..configs.resolve import Wish
     from .submitting import Order
     from .submitting import submit as submitting_submit
 

@@ -18,8 +18,7 @@ from ..backends.core.errors import ConfigurationError
 from ..backends.core.money import Amount
 from ..backends.discovery.connect import open_fleet, reusing, serving
 from ..backends.storage.run_folder import RunFolder, is_run, is_vacant, open_folder, run_ids
-from ..configs.loader import Loaded, load
-from ..configs.presets import preset_text
+from ..configs.loader import Loaded, load, preset_text
 from ..configs.resolve import settle
 from ..nodes.context import ItemContext, Prepared, RunTools
 from ..nodes.meter import Meter

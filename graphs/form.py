@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from ..backends.core.errors import ConfigurationError
 from ..configs.base import Access
 from ..configs.describe import description, schema, section_schema, setting
-from ..configs.presets import preset_names
+from ..configs.loader import preset_names
 from ..configs.resolve import DEFAULT
 from ..nodes.context import Context
 

@@ -20,7 +20,7 @@ from ..backends.simulated.process import simulation
 from ..backends.storage.endpoints_table import over_lives, read_endpoints
 from ..backends.storage.run_folder import open_folder
 from ..configs.loader import Loaded
-from ..configs.wish import Wish
+from ..configs.resolve import Wish
 from .opened import endpoints_file
 from .prepare import check_endpoints
 from .report import cell

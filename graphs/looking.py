@@ -27,8 +27,7 @@ from ..backends.simulated.spec import SimulationSpec
 from ..backends.storage.journal_index import Ledger
 from ..backends.storage.results import rows, write_csv, write_jsonl, write_parquet
 from ..backends.storage.run_folder import RunFolder, open_folder, read_extents, run_ids
-from ..configs.loader import peek
-from ..configs.presets import copy_preset, preset_names, preset_text
+from ..configs.loader import copy_preset, peek, preset_names, preset_text
 from ..configs.source import at_path
 from .campaign import campaign
 from .report import cell

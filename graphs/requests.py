@@ -23,11 +23,9 @@ from ..backends.core.errors import ConfigurationError, InputError
 from ..backends.core.secrets import is_secret, mask_command, mask_plain
 from ..backends.core.types import Json
 from ..configs.base import Access
-from ..configs.budget import BudgetConfig
 from ..configs.describe import declared_access, split_settings
-from ..configs.loader import Loaded, load, read_schema, read_text
-from ..configs.models import SAMPLING, RunConfig
-from ..configs.presets import is_preset
+from ..configs.loader import Loaded, is_preset, load, read_schema, read_text
+from ..configs.models import SAMPLING, BudgetConfig, RunConfig
 from ..configs.resolve import endpoint_settings, settle
 from ..configs.serialize import check_plain, lost_secrets
 from ..configs.source import at_path, parse_value, parse_yaml

@@ -14,7 +14,7 @@ from ..backends.budget.cost import in_words
 from ..backends.core.errors import BUDGET, INTERRUPTED, FanfoldError, RunStoppedError
 from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder
 from ..configs.loader import Loaded
-from ..configs.wish import Wish
+from ..configs.resolve import Wish
 from . import usage
 from .campaign import campaign_inside
 from .crew import life_end

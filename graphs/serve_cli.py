@@ -12,7 +12,7 @@ from ..backends.discovery.resolve import node_plan, starts_servers
 from ..backends.servers.plan import NodePlan
 from ..backends.servers.supervisor import Orders, serve
 from ..backends.storage.run_folder import open_folder
-from ..configs.wish import Wish
+from ..configs.resolve import Wish
 from .saying import say
 
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

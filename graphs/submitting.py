@@ -25,9 +25,9 @@ from ..backends.discovery.resolve import starts_servers
 from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_bytes
 from ..configs.endpoints import HOSTS_ONLY, KINDS
 from ..configs.loader import Loaded, load
+from ..configs.resolve import Wish
 from ..configs.site import SiteConfig, load_site
 from ..configs.source import at_path
-from ..configs.wish import Wish
 from .crew import STOP_S
 from .prepare import default_folder, prepare_run
 from .resume import resume_run

@@ -13,8 +13,8 @@ from ..backends.budget.spend_log import Shelf
 from ..backends.core.money import NANO, Amount
 from ..backends.storage.journal_index import Ledger
 from ..backends.storage.run_folder import open_folder, run_ids
-from ..configs.budget import BudgetConfig
 from ..configs.loader import Loaded, load
+from ..configs.models import BudgetConfig
 
 _CAPS: Final = ("usd", "tokens", "requests")
 _REPORT: Final = "Report this to the user: only the tool's owner can allow more."

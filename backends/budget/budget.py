@@ -12,8 +12,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from ...configs.budget import BudgetConfig
-from ...configs.models import RunConfig
+from ...configs.models import BudgetConfig, RunConfig
 from ..core.errors import BudgetExhaustedError, LedgerError
 from ..core.money import FREE, HOUR_MS, NANO, Amount, Caps, Tariff
 from ..core.protocols import Count

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
-from ...configs.budget import BudgetConfig
 from ...configs.loader import peek
+from ...configs.models import BudgetConfig
 from ..core.money import FREE, HOUR_MS, NANO, Amount, Held
 from ..core.types import Json
 from ..storage.journal import RunIds, Source, Spent, check_line, life_of, scan

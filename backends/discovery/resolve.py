@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from ...configs.backend import NAMES
 from ...configs.endpoints import EndpointsConfig, FirstConfig
 from ...configs.models import RunConfig
-from ...configs.node import NAMES
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..core.secrets import MASKED
 from ..core.templates import names_of, split_command

@@ -18,7 +18,7 @@ import fanfold
 from fanfold.backends.cluster.chain import Chain, chain_file
 from fanfold.backends.simulated.process import MODULE
 from fanfold.backends.storage.run_folder import RunFolder
-from fanfold.configs.wish import Wish
+from fanfold.configs.resolve import Wish
 from fanfold.graphs.submitting import Order, submit
 
 from .slurm import PrivateSlurm, private_slurm

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.cluster.schedulers import Pbs
-from fanfold.configs.wish import Wish
+from fanfold.configs.resolve import Wish
 from fanfold.graphs.campaign import campaign
 from fanfold.graphs.submitting import Order, submit
 

@@ -11,7 +11,7 @@ import pytest
 from fanfold.backends.cluster.schedulers import Pbs
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.configs.wish import Wish
+from fanfold.configs.resolve import Wish
 from fanfold.graphs.campaign import campaign
 from fanfold.graphs.cancelling import cancel
 from fanfold.graphs.submitting import Order, submit

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.configs.wish import Wish
+from fanfold.configs.resolve import Wish
 from fanfold.graphs.submitting import Order, submit
 
 SETTINGS: dict[str, Any] = {

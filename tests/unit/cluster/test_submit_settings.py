@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from fanfold.configs.models import RunConfig
+from fanfold.configs.resolve import Wish
 from fanfold.configs.site import load_site
-from fanfold.configs.wish import Wish
 from fanfold.graphs.submitting import Order, _plan, _scripts, _settled
 
 ORDER = Order("polaris", nodes=5, walltime="1h", queue="prod", account="CHEM")

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
-from fanfold.configs.loader import load, peek
-from fanfold.configs.presets import copy_preset, preset_names, preset_text
+from fanfold.configs.loader import copy_preset, load, peek, preset_names, preset_text
 from fanfold.configs.serialize import to_yaml
 
 GOOD: dict[str, Any] = {

@@ -20,8 +20,7 @@ from fanfold.backends.core.secrets import (
 )
 from fanfold.backends.discovery.resolve import node_plan
 from fanfold.backends.storage.run_folder import RunFolder
-from fanfold.configs.loader import Loaded, load
-from fanfold.configs.presets import preset_names
+from fanfold.configs.loader import Loaded, load, preset_names
 from fanfold.configs.serialize import lost_secrets, mask_settings, to_yaml
 from fanfold.graphs.lives import life
 

@@ -11,10 +11,9 @@ from pydantic import BaseModel
 
 from fanfold.backends.budget.budget import SHOWN
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.configs.budget import BudgetConfig
 from fanfold.configs.describe import description, schema, setting
-from fanfold.configs.models import LimitsConfig, RunConfig
-from fanfold.configs.presets import preset_names
+from fanfold.configs.loader import preset_names
+from fanfold.configs.models import BudgetConfig, LimitsConfig, RunConfig
 from fanfold.graphs.binding import Bound
 from fanfold.graphs.context import RunContext
 from fanfold.graphs.map_reduce import build
