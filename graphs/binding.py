@@ -32,8 +32,8 @@ from langgraph.typing import InputT, OutputT, StateT
 from ..backends.core.aio import LoopAside
 from ..backends.core.errors import ConfigurationError, FanfoldError, InputError
 from ..configs.loader import is_preset
+from ..nodes.batch.load import unknown_keys
 from ..nodes.context import Context
-from ..nodes.load import unknown_keys
 from .context import RunContext
 from .form import request_form
 from .invocation import CURRENT, follow, follow_plainly

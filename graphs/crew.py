@@ -28,8 +28,8 @@ from ..backends.workers.member import Beat
 from ..backends.workers.pool import ShardPool
 from ..configs.models import RunConfig
 from ..nodes.context import Answered
-from ..nodes.elsewhere import check_indices
-from ..nodes.progress import Progress
+from ..nodes.shard.progress import Progress
+from ..nodes.shard.remote import check_indices
 from .following import Follower
 from .lending import Lender
 from .signs import LOOKS, Signs, beat_file, stop_file

@@ -33,8 +33,8 @@ from ..configs.loader import Loaded, load
 from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
 from ..nodes.context import RunTools, unlimited
-from ..nodes.gate import Gate
-from ..nodes.progress import Progress
+from ..nodes.shard.gate import Gate
+from ..nodes.shard.progress import Progress
 from .attending import STOPPED, TIME_OVER, StopSign
 from .identity import asked_by_all
 from .items import item_runner

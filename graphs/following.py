@@ -6,7 +6,7 @@ import asyncio
 
 from ..backends.storage.journal import Fresh
 from ..backends.storage.journal_index import Ledger
-from ..nodes.progress import Progress
+from ..nodes.shard.progress import Progress
 
 
 class Follower:

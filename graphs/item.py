@@ -9,8 +9,8 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph import START, StateGraph
 
 from ..nodes.context import ItemContext
+from ..nodes.item.steps import DELEGATED_STEPS, FIRST, ITEM_STEPS, Step
 from ..nodes.state import ItemState
-from ..nodes.steps import DELEGATED_STEPS, FIRST, ITEM_STEPS, Step
 from .items import ItemEngine
 
 _STEPS: Final = 6

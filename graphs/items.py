@@ -30,12 +30,12 @@ from ..backends.fleet.fleet import Fleet
 from ..backends.workers.factory import imported
 from ..configs.loader import Loaded
 from ..configs.models import RunConfig
-from ..nodes.answer import AnswerCheck
 from ..nodes.context import Delegate, ItemContext
-from ..nodes.prepare import failure
+from ..nodes.item.answer import AnswerCheck
+from ..nodes.item.prepare import failure
+from ..nodes.item.steps import DELEGATED_STEPS, ITEM_STEPS, walk
+from ..nodes.shard.local import item_config
 from ..nodes.state import ItemState
-from ..nodes.steps import DELEGATED_STEPS, ITEM_STEPS, walk
-from ..nodes.work import item_config
 
 logger = logging.getLogger(__name__)
 

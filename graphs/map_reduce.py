@@ -11,11 +11,11 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START
 from langgraph.graph.state import CompiledStateGraph
 
-from ..nodes.approve import approve
-from ..nodes.dispatch import dispatch, fan_out, gather, more
-from ..nodes.load import check_input, enter, load
-from ..nodes.reduce import reduce
-from ..nodes.shard import shard
+from ..nodes.batch.approve import approve
+from ..nodes.batch.dispatch import dispatch, fan_out, gather, more
+from ..nodes.batch.load import check_input, enter, load
+from ..nodes.batch.reduce import reduce
+from ..nodes.batch.shard import shard
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
 from .binding import Bound, BoundGraph
 from .context import RunContext

@@ -14,7 +14,7 @@ from ..backends.budget.spend_log import Shelf
 from ..backends.core.errors import BudgetExhaustedError, FanfoldError, LedgerError
 from ..backends.core.money import Amount, Held, Tariff
 from ..backends.core.types import Json
-from ..nodes.gate import Gate
+from ..nodes.shard.gate import Gate
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from ..backends.core.types import Shard
 from ..backends.storage.run_folder import RunFolder
 from ..configs.loader import Loaded
 from ..nodes.context import RunTools
-from ..nodes.elsewhere import work_elsewhere
-from ..nodes.prepare import asked
-from ..nodes.work import work
+from ..nodes.item.prepare import asked
+from ..nodes.shard.local import work
+from ..nodes.shard.remote import work_elsewhere
 from .context import RunContext
 from .estimate import nodes_of, plan_of
 from .forecast import Forecast, Plan, forecast

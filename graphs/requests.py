@@ -29,7 +29,7 @@ from ..configs.models import SAMPLING, BudgetConfig, RunConfig
 from ..configs.resolve import endpoint_settings, settle
 from ..configs.serialize import check_plain, lost_secrets
 from ..configs.source import at_path, parse_value, parse_yaml
-from ..nodes.load import unknown_keys
+from ..nodes.batch.load import unknown_keys
 from .form import VARIABLE, Form
 
 ALLOW: Final = "FANFOLD_SERVER_ALLOW"

@@ -16,7 +16,7 @@ from ..backends.inputs.base import InputSummary
 from ..backends.inputs.item_store import ItemStore, spill
 from ..backends.inputs.source import input_spec, needed_columns
 from ..configs.models import RunConfig
-from ..nodes.prepare import asked
+from ..nodes.item.prepare import asked
 
 
 def spread(total: int, count: int, seed: str = "") -> list[int]:

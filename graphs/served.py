@@ -27,8 +27,8 @@ from ..backends.core.errors import (
 from ..backends.core.types import Json
 from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_json
 from ..configs.loader import Loaded, load
+from ..nodes.batch.load import check_input
 from ..nodes.context import RunTools
-from ..nodes.load import check_input
 from .crew import life_end
 from .prepare import prepare_run
 from .requests import as_literal, below

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import RunStoppedError
-from ..nodes.gate import Gate
+from ..nodes.shard.gate import Gate
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from langgraph.runtime import Runtime
 
+from ..nodes.item.steps import ITEM_STEPS, ItemNode
 from ..nodes.state import ItemInput, ItemOutput, ItemState
-from ..nodes.steps import ITEM_STEPS, ItemNode
 from .binding import Bound, BoundGraph, check_item
 from .context import RunContext
 from .item import assemble

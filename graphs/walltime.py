@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import RunStoppedError
-from ..nodes.gate import Gate
+from ..nodes.shard.gate import Gate
 
 T = TypeVar("T")
 

@@ -14,10 +14,10 @@ from ..backends.core.protocols import Account, ChatModel
 from ..backends.core.templates import Template
 from ..backends.core.types import Item, Json, Shard
 from .aggregators import Aggregate
-from .answer import AnswerCheck
-from .gate import Gate
-from .meter import Meter
-from .progress import Progress
+from .item.answer import AnswerCheck
+from .shard.gate import Gate
+from .shard.meter import Meter
+from .shard.progress import Progress
 from .state import ItemState, RunKey
 
 Delegate: TypeAlias = Callable[[dict[str, Any]], Awaitable[Any]]

@@ -131,7 +131,9 @@ def test_no_module_changes_globals() -> None:
     assert not changed
 
 
-@pytest.mark.parametrize("name", ["backends.core.types", "configs.loader", "nodes.steps", "graphs"])
+@pytest.mark.parametrize(
+    "name", ["backends.core.types", "configs.loader", "nodes.item.steps", "graphs"]
+)
 def test_rooms_import_alone(name: str) -> None:
     """A fresh interpreter imports each room by itself, without a warning."""
     command = [sys.executable, "-W", "error", "-c", f"import fanfold.{name}"]

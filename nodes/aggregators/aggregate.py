@@ -13,8 +13,8 @@ from .base import Aggregator, State, configure
 from .collect import Collect
 from .count import Count
 from .histogram import Histogram
+from .listing import TopK
 from .stats import Stats
-from .top_k import TopK
 
 VERSION: Final = 1
 """Of the states' form."""

@@ -9,12 +9,12 @@ from math import frexp, ldexp
 from typing import ClassVar, Final
 
 from ...backends.core.types import Json, Outcome
-from . import sketch
+from . import numeric
 from .base import Parameters, State, done
 from .exact import Exact, mean, sample_sd
 from .values import number, path_of, pick
 
-_SCALE: Final = ldexp(1.0, sketch.MANTISSA_BITS)
+_SCALE: Final = ldexp(1.0, numeric.MANTISSA_BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Stats(Parameters):
             "max": max(_known(a["max"], b["max"]), default=None),
             **{name: a[name] + b[name] for name in ("count", "missing", "zeros")},
             **{n: (Exact.read(a[n]) + Exact.read(b[n])).write() for n in ("sum", "squares")},
-            **{n: sketch.merge(a[n], b[n]) for n in ("negative", "positive")},
+            **{n: numeric.merge(a[n], b[n]) for n in ("negative", "positive")},
         }
 
     def present(self, state: State) -> dict[str, Json]:
@@ -89,7 +89,7 @@ class Stats(Parameters):
         if not state["count"]:
             return dict.fromkeys(names)
         low, high = state["min"], state["max"]
-        found = sketch.quantiles(
+        found = numeric.quantiles(
             state["negative"], state["zeros"], state["positive"], self.quantiles
         )
         return {name: min(max(q, low), high) for name, q in zip(names, found, strict=True)}
@@ -107,13 +107,13 @@ def _sums(values: Iterable[float]) -> State:
         if n:
             sums[exponent] += n
             squares[2 * exponent] += n * n
-            buckets[n > 0][sketch.bucket(abs(n), exponent)] += 1
+            buckets[n > 0][numeric.bucket(abs(n), exponent)] += 1
         else:
             zeros += 1
     total, square = Exact.of(sums), Exact.of(squares)
     return {
-        "sum": Exact(total.n, total.e - sketch.MANTISSA_BITS).write(),
-        "squares": Exact(square.n, square.e - 2 * sketch.MANTISSA_BITS).write(),
+        "sum": Exact(total.n, total.e - numeric.MANTISSA_BITS).write(),
+        "squares": Exact(square.n, square.e - 2 * numeric.MANTISSA_BITS).write(),
         "negative": {str(index): count for index, count in buckets[False].items()},
         "zeros": zeros,
         "positive": {str(index): count for index, count in buckets[True].items()},

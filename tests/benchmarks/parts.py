@@ -30,7 +30,7 @@ from fanfold.backends.fleet.policy import (
     PacePolicy,
 )
 from fanfold.backends.fleet.stats import Stats
-from fanfold.nodes.answer import AnswerCheck
+from fanfold.nodes.item.answer import AnswerCheck
 
 CALLS, ROUNDS, AT_ONCE = 2_000, 9, 256
 MESSAGES = [{"role": "user", "content": "Judge this text: " + "some text of a record " * 30}]

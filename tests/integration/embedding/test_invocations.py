@@ -44,7 +44,7 @@ BUSY = "another process or invocation is working on this run; wait for it or sto
 @pytest.fixture(autouse=True)
 def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fanfold.nodes.gate._POLL_S", 0.1)
+    monkeypatch.setattr("fanfold.nodes.shard.gate._POLL_S", 0.1)
 
 
 @pytest_asyncio.fixture

@@ -20,7 +20,7 @@ from fanfold.backends.workers.pool import ShardPool
 from fanfold.backends.workers.testing import order
 from fanfold.graphs.crew import WorkCrew
 from fanfold.graphs.worker import work_shard
-from fanfold.nodes.progress import Progress
+from fanfold.nodes.shard.progress import Progress
 from fanfold.tests.unit.graphs.test_crew_orders import Lender, Terms, until
 
 pytestmark = pytest.mark.integration

@@ -18,7 +18,7 @@ from fanfold.backends.fleet.cache import Worth
 from fanfold.backends.simulated.requests import AnswerSchema
 from fanfold.backends.simulated.values import ApiError
 from fanfold.configs.loader import load
-from fanfold.nodes.answer import AnswerCheck
+from fanfold.nodes.item.answer import AnswerCheck
 
 Open = Callable[[dict[str, Any]], object]
 

@@ -21,7 +21,7 @@ from fanfold.backends.workers.member import PoolPolicy
 from fanfold.backends.workers.pool import ShardPool
 from fanfold.graphs import crew as module
 from fanfold.graphs.crew import WorkCrew
-from fanfold.nodes.progress import Progress
+from fanfold.nodes.shard.progress import Progress
 from fanfold.tests.journals import write_journal
 
 ITEMS = 100

@@ -12,8 +12,8 @@ from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
 from fanfold.graphs.live import Line, short
 from fanfold.graphs.opened import OpenedRun
-from fanfold.nodes.gate import Gate
-from fanfold.nodes.progress import Progress
+from fanfold.nodes.shard.gate import Gate
+from fanfold.nodes.shard.progress import Progress
 
 
 class Watched(Fleet):

@@ -16,7 +16,7 @@ from fanfold.backends.core.money import FREE, Amount, Caps
 from fanfold.backends.core.types import Json
 from fanfold.graphs import nodetime
 from fanfold.graphs.nodetime import Timesheet, watched
-from fanfold.nodes.gate import Gate
+from fanfold.nodes.shard.gate import Gate
 
 
 async def nowhere(line: Mapping[str, Json]) -> None:

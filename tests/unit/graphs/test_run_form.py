@@ -17,7 +17,7 @@ from fanfold.configs.models import BudgetConfig, LimitsConfig, RunConfig
 from fanfold.graphs.binding import Bound
 from fanfold.graphs.context import RunContext
 from fanfold.graphs.map_reduce import build
-from fanfold.nodes.approve import ANSWER
+from fanfold.nodes.batch.approve import ANSWER
 
 OWN: dict[str, Any] = {
     "task": {"prompt": "What is {x}?"},

@@ -14,7 +14,7 @@ from fanfold.configs.loader import load
 from fanfold.configs.models import LimitsConfig
 from fanfold.graphs.attending import StopSign
 from fanfold.graphs.walltime import closing, within
-from fanfold.nodes.gate import Gate
+from fanfold.nodes.shard.gate import Gate
 
 NOW = Walltime(0.0, 0.0, "walltime: over")
 LATER = replace(NOW, stop_at=time.time() + 3600)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fanfold.configs.loader import load
 from fanfold.graphs.plan import cut
-from fanfold.nodes.dispatch import dispatch, fan_out
+from fanfold.nodes.batch.dispatch import dispatch, fan_out
 from fanfold.nodes.state import RunState
 
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fanfold.nodes.gate import Gate
+from fanfold.nodes.shard.gate import Gate
 
 
 class GateMachine(RuleBasedStateMachine):

@@ -23,14 +23,14 @@ from fanfold.backends.storage.journal_index import Ledger
 from fanfold.configs.loader import load
 from fanfold.graphs.identity import asked_by_all
 from fanfold.nodes.aggregators import build
-from fanfold.nodes.answer import AnswerCheck
 from fanfold.nodes.context import ItemContext, RunTools
-from fanfold.nodes.gate import Gate
-from fanfold.nodes.prepare import asked
-from fanfold.nodes.progress import Progress
+from fanfold.nodes.item.answer import AnswerCheck
+from fanfold.nodes.item.prepare import asked
+from fanfold.nodes.item.steps import ITEM_STEPS, walk
+from fanfold.nodes.shard.gate import Gate
+from fanfold.nodes.shard.local import Recorder, put_record
+from fanfold.nodes.shard.progress import Progress
 from fanfold.nodes.state import ItemState
-from fanfold.nodes.steps import ITEM_STEPS, walk
-from fanfold.nodes.work import Recorder, put_record
 
 SETTINGS: dict[str, Any] = {
     "task": {

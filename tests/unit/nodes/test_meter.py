@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.nodes.meter import Counts, Meter
-from fanfold.nodes.progress import Progress
+from fanfold.nodes.shard.meter import Counts, Meter
+from fanfold.nodes.shard.progress import Progress
 
 
 def counts_of(progress: Progress) -> Counts:

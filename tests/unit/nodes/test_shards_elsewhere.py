@@ -21,9 +21,9 @@ from fanfold.backends.core.types import Item, Json, Shard
 from fanfold.backends.storage.journal_index import Ledger
 from fanfold.nodes.aggregators import build
 from fanfold.nodes.context import Answered, RunTools
-from fanfold.nodes.elsewhere import work_elsewhere
-from fanfold.nodes.gate import Gate
-from fanfold.nodes.progress import Progress
+from fanfold.nodes.shard.gate import Gate
+from fanfold.nodes.shard.progress import Progress
+from fanfold.nodes.shard.remote import work_elsewhere
 
 SHARDS, SIZE = 4, 5
 OTHERS = build([{"op": "count"}]).empty()

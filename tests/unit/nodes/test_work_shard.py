@@ -35,10 +35,10 @@ from fanfold.backends.core.types import Item, Shard
 from fanfold.backends.storage.journal_index import Ledger
 from fanfold.nodes.aggregators import build
 from fanfold.nodes.context import RunTools
-from fanfold.nodes.gate import Gate
-from fanfold.nodes.progress import Progress
+from fanfold.nodes.shard.gate import Gate
+from fanfold.nodes.shard.local import Part, work
+from fanfold.nodes.shard.progress import Progress
 from fanfold.nodes.state import ItemState
-from fanfold.nodes.work import Part, work
 
 TOTAL = 200
 

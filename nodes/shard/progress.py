@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..backends.core.money import NANO, Held
+from ...backends.core.money import NANO, Held
 
 
 @dataclass(slots=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from langgraph.runtime import Runtime
 
-from ..backends.core.errors import EndpointError
-from ..backends.core.protocols import CURRENT_CALLS
-from .context import ItemContext
+from ...backends.core.errors import EndpointError
+from ...backends.core.protocols import CURRENT_CALLS
+from ..context import ItemContext
+from ..state import ItemState
 from .prepare import failure
-from .state import ItemState
 
 
 async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:

@@ -7,8 +7,8 @@ from typing import Any, Final
 from langgraph.runtime import Runtime
 from langgraph.types import interrupt
 
-from .context import Context
-from .state import RunState
+from ..context import Context
+from ..state import RunState
 
 _NUMBER: Final = {"type": "number", "exclusiveMinimum": 0}
 ANSWER: Final[dict[str, Any]] = {

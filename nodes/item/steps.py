@@ -14,11 +14,11 @@ from typing import Final
 from langgraph.graph import END
 from langgraph.runtime import Runtime
 
-from .context import ItemContext
+from ..context import ItemContext
+from ..state import ItemState
 from .delegate import delegate
 from .infer import infer
 from .prepare import prepare
-from .state import ItemState
 from .validate import validate
 
 ItemNode = Callable[[ItemState, Runtime[ItemContext]], Awaitable[ItemState]]

@@ -10,13 +10,13 @@ from langchain_core.messages import BaseMessage
 from langgraph.runtime import Runtime
 from pydantic import BaseModel
 
-from ..backends.core.errors import ENDS_RUN, ConfigurationError, InvalidAnswerError
-from ..backends.core.types import Json
-from ..backends.core.values import json_text, plain_json, writable_text
+from ...backends.core.errors import ENDS_RUN, ConfigurationError, InvalidAnswerError
+from ...backends.core.types import Json
+from ...backends.core.values import json_text, plain_json, writable_text
+from ..context import ItemContext
+from ..state import ItemState
 from .answer import answer_text
-from .context import ItemContext
 from .prepare import failure
-from .state import ItemState
 
 
 async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from langgraph.runtime import Runtime
 
-from .context import Context, RunTools
+from ..context import Context, RunTools
+from ..shard.local import Part, read_items
+from ..state import RunState
 from .dispatch import check_steps
-from .state import RunState
-from .work import Part, read_items
 
 _SLICE: Final = 1024
 

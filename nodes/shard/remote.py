@@ -7,16 +7,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from ..backends.core.errors import (
+from ...backends.core.errors import (
     BudgetExhaustedError,
     ConfigurationError,
     LedgerError,
     RunStoppedError,
 )
-from ..backends.core.messages import REPEATED, WALLTIME, Order, Summary
-from ..backends.core.types import Item, Shard
-from .context import Answered, Crew, RunTools
-from .work import Part, read_items
+from ...backends.core.messages import REPEATED, WALLTIME, Order, Summary
+from ...backends.core.types import Item, Shard
+from ..context import Answered, Crew, RunTools
+from .local import Part, read_items
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from langgraph.runtime import Runtime
 
-from ..backends.core.errors import AnswerError, InvalidAnswerError
-from .context import ItemContext
+from ...backends.core.errors import AnswerError, InvalidAnswerError
+from ..context import ItemContext
+from ..state import ItemState
 from .prepare import failure
-from .state import ItemState
 
 
 async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:

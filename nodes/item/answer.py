@@ -8,17 +8,17 @@ from typing import Any, Final
 import jsonschema_rs
 import orjson
 
-from ..backends.core.errors import (
+from ...backends.core.errors import (
     AnswerError,
     EmptyAnswerError,
     InvalidAnswerError,
     RefusedAnswerError,
     TruncatedAnswerError,
 )
-from ..backends.core.parsing import unfenced
-from ..backends.core.schemas import open_validator
-from ..backends.core.types import Json
-from ..backends.core.values import DEEPEST, is_deep, json_text
+from ...backends.core.parsing import unfenced
+from ...backends.core.schemas import open_validator
+from ...backends.core.types import Json
+from ...backends.core.values import DEEPEST, is_deep, json_text
 
 _GOOD: Final = frozenset({"stop", "tool_calls"})
 _SHOWN_ERRORS: Final = 3

@@ -10,9 +10,9 @@ from typing import Any, Final
 from langgraph.runtime import Runtime
 from langgraph.types import Overwrite, Send
 
-from ..backends.core.errors import InputError
-from .context import Context
-from .state import LoadState, RunState
+from ...backends.core.errors import InputError
+from ..context import Context
+from ..state import LoadState, RunState
 
 _KEYS: Final = ("items", "path", "preset")
 

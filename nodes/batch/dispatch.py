@@ -8,9 +8,9 @@ from typing import Final, cast
 from langgraph.runtime import Runtime
 from langgraph.types import Overwrite, Send
 
-from ..backends.core.errors import RunStoppedError
-from .context import Context
-from .state import RunState
+from ...backends.core.errors import RunStoppedError
+from ..context import Context
+from ..state import RunState
 
 _WAVES: Final = 4
 """Shards per worker that the items left are cut into, so that all workers end at about a time."""

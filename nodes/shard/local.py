@@ -26,8 +26,8 @@ from langgraph.errors import (
 from langgraph.runtime import RunControl, Runtime
 from langgraph.store.base import BaseStore
 
-from ..backends.core.aio import KEPT, create_kept_task, keep
-from ..backends.core.errors import (
+from ...backends.core.aio import KEPT, create_kept_task, keep
+from ...backends.core.errors import (
     ENDS_RUN,
     ConfigurationError,
     FanfoldError,
@@ -35,15 +35,15 @@ from ..backends.core.errors import (
     LedgerError,
     RunStoppedError,
 )
-from ..backends.core.money import Tariff
-from ..backends.core.protocols import CURRENT_CALLS, CallLog, Share
-from ..backends.core.types import Item, Json, Outcome, Shard
-from ..backends.core.values import MOST, bound_counts, writable_text
-from .aggregators import State, combine
-from .context import Ledger, RunTools
+from ...backends.core.money import Tariff
+from ...backends.core.protocols import CURRENT_CALLS, CallLog, Share
+from ...backends.core.types import Item, Json, Outcome, Shard
+from ...backends.core.values import MOST, bound_counts, writable_text
+from ..aggregators import State, combine
+from ..context import Ledger, RunTools
+from ..item.prepare import failure
+from ..state import ItemState
 from .gate import Gate
-from .prepare import failure
-from .state import ItemState
 
 _SLICE: Final = 64
 """Items read at a time, and outcomes folded at a time."""

@@ -7,12 +7,12 @@ from typing import Any
 from langgraph.errors import GraphDrained
 from langgraph.runtime import Runtime
 
-from ..backends.core.errors import BudgetExhaustedError
-from ..backends.core.types import Shard
-from .context import Context, RunTools
-from .elsewhere import work_elsewhere
-from .state import ShardState
-from .work import work
+from ...backends.core.errors import BudgetExhaustedError
+from ...backends.core.types import Shard
+from ..context import Context, RunTools
+from ..shard.local import work
+from ..shard.remote import work_elsewhere
+from ..state import ShardState
 
 
 async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from langgraph.runtime import Runtime
 
-from ..backends.core.errors import FanfoldError, InvalidItemError
-from ..backends.core.templates import Template
-from ..backends.core.types import Message, Row
-from ..backends.core.values import writable_text
-from .context import ItemContext
-from .state import ItemState
+from ...backends.core.errors import FanfoldError, InvalidItemError
+from ...backends.core.templates import Template
+from ...backends.core.types import Message, Row
+from ...backends.core.values import writable_text
+from ..context import ItemContext
+from ..state import ItemState
 
 
 def failure(error: BaseException) -> dict[str, str]:
