@@ -21,7 +21,7 @@ from ..backends.storage.run_folder import RunFolder, is_run, is_vacant, open_fol
 from ..configs.loader import Loaded, load, preset_text
 from ..configs.resolve import settle
 from ..nodes.context import ItemContext, Prepared, RunTools
-from ..nodes.shard.meter import Meter
+from ..nodes.shard.progress import Meter
 from ..nodes.state import RunKey
 from .crew import life_end
 from .finish import write_results

@@ -34,8 +34,7 @@ from ..configs.reduce import with_bounds
 from ..nodes.aggregators import build
 from ..nodes.context import RunTools, unlimited
 from ..nodes.shard.gate import Gate
-from ..nodes.shard.meter import Meter
-from ..nodes.shard.progress import Progress
+from ..nodes.shard.progress import Meter, Progress
 from ..nodes.state import ItemState
 from .crew import STOP_S, WorkCrew, open_crew
 from .identity import asked_by_all, fingerprint, settle_identity

@@ -16,8 +16,7 @@ from ..backends.core.types import Item, Json, Shard
 from .aggregators import Aggregate
 from .item.answer import AnswerCheck
 from .shard.gate import Gate
-from .shard.meter import Meter
-from .shard.progress import Progress
+from .shard.progress import Meter, Progress
 from .state import ItemState, RunKey
 
 Delegate: TypeAlias = Callable[[dict[str, Any]], Awaitable[Any]]

@@ -10,10 +10,8 @@ from typing import Final, TypeAlias
 from ...backends.core.errors import ConfigurationError, LedgerError
 from ...backends.core.types import Json, Outcome
 from .base import Aggregator, State, configure
-from .collect import Collect
-from .count import Count
 from .histogram import Histogram
-from .listing import TopK
+from .listing import Collect, Count, TopK
 from .stats import Stats
 
 VERSION: Final = 1

@@ -15,8 +15,7 @@ from typing import ClassVar, Final
 
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.types import Json, Outcome
-from .base import Parameters, State, done, tally
-from .values import SHOWN_CHARACTERS, carried, number, path_of, pick
+from .base import SHOWN_CHARACTERS, Parameters, State, carried, done, number, path_of, pick, tally
 
 DISTINCT: Final = 1_000
 """Most different values, and most bins."""

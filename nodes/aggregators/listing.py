@@ -1,16 +1,15 @@
-"""Stage ``top_k``: the items with the largest or smallest number."""
+"""Stages top_k, collect and count."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
-from operator import itemgetter
-from typing import ClassVar, Literal
+from operator import attrgetter, itemgetter
+from typing import ClassVar, Final, Literal
 
 from ...backends.core.types import Json, Outcome
-from .base import Parameters, State, done
-from .values import SHOWN_CHARACTERS, carried, number, path_of, pick
+from .base import SHOWN_CHARACTERS, Parameters, State, carried, done, number, path_of, pick, tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +86,100 @@ class TopK(Parameters):
 
 def _sign(order: str) -> int:
     return -1 if order == "largest" else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Collect(Parameters):
+    """Outputs of the first done items in input order.
+
+    Attributes:
+        limit: How many items.
+        field: Dotted path to collect, or None for the whole output.
+    """
+
+    op: ClassVar[str] = "collect"
+    limit: int = 100
+    field: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a limit below 1."""
+        if self.limit < 1:
+            raise self.fault("limit", "at least 1")
+
+    def empty(self) -> State:
+        """Return the state of no outcomes."""
+        return self.lift(())
+
+    def lift(self, outcomes: Sequence[Outcome]) -> State:
+        """Return the state of a batch of outcomes."""
+        path = () if self.field is None else path_of(self.field)
+        first = nsmallest(self.limit, done(outcomes), key=attrgetter("index"))
+        rows = [[o.index, carried(o.id), carried(pick(o.output, path))] for o in first]
+        return {"of": self.of(), "rows": rows}
+
+    @staticmethod
+    def combine(a: State, b: State) -> State:
+        """Return the state of the outcomes of both."""
+        rows = sorted([*a["rows"], *b["rows"]], key=itemgetter(0))
+        return {"of": a["of"], "rows": rows[: a["of"]["limit"]]}
+
+    def present(self, state: State) -> dict[str, Json]:
+        """Return the rows in input order: ``id`` and ``output``, or ``value`` of a field."""
+        name = "output" if self.field is None else "value"
+        rows = [{"id": item, name: value} for _, item, value in state["rows"]]
+        return {"op": self.op, "field": self.field, "rows": rows}
+
+
+CLASSES: Final = 100
+"""Most error classes that are told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Count(Parameters):
+    """Counts of items, failed ones by error class.
+
+    Beyond 100 classes the alphabetically first 100 are kept and the rest counted together. A
+    class once dropped stays dropped, so the choice does not depend on the order.
+    """
+
+    op: ClassVar[str] = "count"
+
+    def empty(self) -> State:
+        """Return the state of no outcomes."""
+        return _state(self.of(), 0, {}, 0)
+
+    def lift(self, outcomes: Sequence[Outcome]) -> State:
+        """Return the state of a batch of outcomes."""
+        classes: dict[str, int] = {}
+        for outcome in outcomes:
+            if outcome.status == "failed":
+                name = outcome.error_class or "unknown"
+                classes[name] = classes.get(name, 0) + 1
+        return _state(self.of(), len(outcomes) - sum(classes.values()), classes, 0)
+
+    @staticmethod
+    def combine(a: State, b: State) -> State:
+        """Return the state of the outcomes of both."""
+        classes = tally(a["classes"], b["classes"])
+        return _state(a["of"], a["done"] + b["done"], classes, a["others"] + b["others"])
+
+    def present(self, state: State) -> dict[str, Json]:
+        """Return ``done``, ``failed``, and failures by class, the most frequent first."""
+        classes: dict[str, int] = state["classes"]
+        ranked = sorted(classes.items(), key=lambda pair: (-pair[1], pair[0]))
+        if state["others"]:
+            ranked.append(("other classes", state["others"]))
+        failed = sum(count for _, count in ranked)
+        return {
+            "op": self.op,
+            "done": state["done"],
+            "failed": failed,
+            "failed_by_class": dict(ranked),
+        }
+
+
+def _state(of: Json, done: int, classes: Mapping[str, int], others: int) -> State:
+    names = sorted(classes)
+    kept = {name: classes[name] for name in names[:CLASSES]}
+    others += sum(classes[name] for name in names[CLASSES:])
+    return {"of": of, "done": done, "classes": kept, "others": others}

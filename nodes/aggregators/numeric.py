@@ -1,18 +1,13 @@
-"""Quantiles of a stream within 1 %, by counts in logarithmic buckets.
-
-The sketch is DDSketch (Masson, Rim and Lee 2019, doi:10.14778/3352063.3352135) with buckets read
-off the double's own bits: every octave is cut into 64 equal parts, so that a bucket's middle is
-within 1/129 of all that falls in it, and no logarithm is taken that might differ between two
-machines. Buckets lie at most 128 octaves below the largest magnitude; what is smaller shares the
-lowest bucket. The cut depends on the largest magnitude alone, so the order does not matter.
-"""
+"""Exact sums and quantile sketch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import floor, ldexp
+from dataclasses import dataclass
+from math import floor, isqrt, ldexp
 from typing import Final
 
+from ...backends.core.types import Json
 from .base import tally
 
 MANTISSA_BITS: Final = 53
@@ -97,3 +92,85 @@ def _middle(index: int) -> float:
     exponent, part = divmod(index, PARTS)
     low, high = PARTS + part, PARTS + part + 1
     return ldexp(2 * low * high / ((low + high) * 2 * PARTS), exponent)
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """The number n * 2**e."""
+
+    n: int = 0
+    e: int = 0
+
+    @classmethod
+    def of(cls, parts: Mapping[int, int]) -> Exact:
+        """Return the sum of ``n * 2**e`` over the pairs e: n."""
+        if not parts:
+            return cls()
+        least = min(parts)
+        return cls(sum(n << (e - least) for e, n in parts.items()), least)
+
+    @classmethod
+    def read(cls, written: Json) -> Exact:
+        """Return the number that ``write`` wrote."""
+        return cls(int(written[0], 16), written[1])
+
+    def write(self) -> list[Json]:
+        """Return the number as JSON, the same for equal numbers."""
+        if self.n == 0:
+            return ["0", 0]
+        zeros = (self.n & -self.n).bit_length() - 1
+        return [format(self.n >> zeros, "x"), self.e + zeros]
+
+    def __add__(self, other: Exact) -> Exact:
+        """Add exactly."""
+        if self.e > other.e:
+            return Exact(other.n + (self.n << (self.e - other.e)), other.e)
+        return Exact(self.n + (other.n << (other.e - self.e)), self.e)
+
+
+def mean(total: Exact, count: int) -> float:
+    """Return total / count, correctly rounded.
+
+    Args:
+        total: Sum of the values.
+        count: How many, at least 1.
+    """
+    if total.e >= 0:
+        return (total.n << total.e) / count
+    return total.n / (count << -total.e)
+
+
+def sample_sd(total: Exact, squares: Exact, count: int) -> float | None:
+    """Return the sample standard deviation, correctly rounded.
+
+    sd**2 = (count * squares - total**2) / (count * (count - 1)), all in integers.
+
+    Args:
+        total: Sum of the values.
+        squares: Sum of their squares.
+        count: How many.
+
+    Returns:
+        None for fewer than two values, and where the result exceeds the range of doubles.
+    """
+    if count <= 1:
+        return None
+    spread = Exact(count * squares.n, squares.e) + Exact(-total.n * total.n, 2 * total.e)
+    try:
+        return _root(spread, count * (count - 1))
+    except OverflowError:
+        return None
+
+
+def _root(square: Exact, divisor: int) -> float:
+    """Return sqrt(square / divisor), rounded once: the root has 64 bits and a sticky last one."""
+    if square.n == 0:
+        return 0.0
+    shift = 128 + divisor.bit_length() - square.n.bit_length()
+    shift += (square.e - shift) % 2
+    scaled = square.n << shift if shift >= 0 else square.n
+    scale = divisor if shift >= 0 else divisor << -shift
+    quotient, rest = divmod(scaled, scale)
+    root = isqrt(quotient)
+    sticky = rest or root * root != quotient
+    return ldexp((root << 1) | bool(sticky), (square.e - shift) // 2 - 1)

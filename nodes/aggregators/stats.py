@@ -10,9 +10,8 @@ from typing import ClassVar, Final
 
 from ...backends.core.types import Json, Outcome
 from . import numeric
-from .base import Parameters, State, done
-from .exact import Exact, mean, sample_sd
-from .values import number, path_of, pick
+from .base import Parameters, State, done, number, path_of, pick
+from .numeric import Exact, mean, sample_sd
 
 _SCALE: Final = ldexp(1.0, numeric.MANTISSA_BITS)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.types import Json, Outcome
 from fanfold.nodes.aggregators import build, combine
-from fanfold.nodes.aggregators.exact import Exact
+from fanfold.nodes.aggregators.numeric import Exact
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 QUANTILES = [0, 0.02, 0.05, 0.25, 0.5, 0.75, 0.95, 1]

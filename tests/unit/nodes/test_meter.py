@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.nodes.shard.meter import Counts, Meter
-from fanfold.nodes.shard.progress import Progress
+from fanfold.nodes.shard.progress import Counts, Meter, Progress
 
 
 def counts_of(progress: Progress) -> Counts:
