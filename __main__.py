@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graphs.cli import main
+from .graphs.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -19,7 +19,7 @@ from rich.console import Console
 from fanfold.backends.storage.journal_index import Ledger
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.configs.loader import load
-from fanfold.graphs.looking import results
+from fanfold.graphs.cli.status import results
 from fanfold.graphs.prepare import prepare_run
 from fanfold.graphs.resume import resume_run
 from fanfold.graphs.session import RunOptions, RunResult, execute

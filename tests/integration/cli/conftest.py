@@ -15,7 +15,7 @@ import yaml
 
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
-from fanfold.graphs import cli as command_line
+from fanfold.graphs.cli import app as command_line
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

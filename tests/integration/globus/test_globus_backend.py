@@ -29,7 +29,7 @@ from fanfold.backends.workers.globus.service import Service, connect
 from fanfold.backends.workers.globus.tasks import FILE, TaskBook, TaskList
 from fanfold.backends.workers.testing import CHECKS, Check, Subject, order
 from fanfold.configs.backend import BackendConfig
-from fanfold.graphs import globus_cli
+from fanfold.graphs.cli import setup
 from fanfold.graphs.worker import work_shard
 from fanfold.tests.integration.globus.client import URL_VARIABLE
 from fanfold.tests.integration.globus.endpoint import THREADS, UserEndpoint
@@ -217,7 +217,7 @@ async def test_an_endpoint_may_allow_certain_functions_only(
     endpoint_of: StartEndpoint, place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The id comes from ``fanfold globus register``, and goes into ``backend.function``."""
-    await asyncio.to_thread(globus_cli.register, LOGIN)
+    await asyncio.to_thread(setup.register, LOGIN)
     known = capsys.readouterr().out.strip()
     config = f"{THREADS}allowed_functions: [{known}]"
     strict = await asyncio.to_thread(endpoint_of, config)
@@ -273,7 +273,7 @@ async def test_a_later_coordinator_finds_what_is_left(
 
 def test_the_template_renders_and_pins_the_version(tmp_path: Path) -> None:
     target = tmp_path / "mine.j2"
-    globus_cli.template(target)
+    setup.template(target)
     text = target.read_text()
     cluster = {"account": "it's: mine", "walltime": "00:30:00", "blocks": 3}
     rendered = yaml.safe_load(render_config(text, cluster, tmp_path))
@@ -288,9 +288,9 @@ def test_the_template_renders_and_pins_the_version(tmp_path: Path) -> None:
 
 def test_the_schema_knows_what_the_template_takes(tmp_path: Path) -> None:
     target = tmp_path / "mine.json"
-    globus_cli.template(target, schema=True)
+    setup.template(target, schema=True)
     schema = json.loads(target.read_text())
-    text = globus_cli.template_text("1", "/bin")
+    text = setup.template_text("1", "/bin")
     names = meta.find_undeclared_variables(Environment(autoescape=True).parse(text))
     assert schema["properties"].keys() == names
     jsonschema_rs.validate(schema, {"account": "mine", "walltime": "12:00:00", "nodes": 4})

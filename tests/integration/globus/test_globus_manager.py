@@ -18,7 +18,7 @@ from fanfold.backends.core.messages import own_version
 from fanfold.backends.workers.factory import places
 from fanfold.backends.workers.testing import order
 from fanfold.configs.backend import BackendConfig
-from fanfold.graphs.globus_cli import schema_text, template_text
+from fanfold.graphs.cli.setup import schema_text, template_text
 from fanfold.graphs.worker import work_shard
 from fanfold.tests.integration.globus.client import URL_VARIABLE
 from fanfold.tests.integration.globus.labs import ITEMS, SHARDS, LabOf

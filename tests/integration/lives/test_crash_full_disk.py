@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 
 LIMITED = """
 import resource, sys
-from fanfold.graphs.cli import main
+from fanfold.graphs.cli.app import main
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 main()
 """

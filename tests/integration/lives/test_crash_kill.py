@@ -50,7 +50,7 @@ async def test_killed_at_a_random_moment(lab_of: Any, seed: int) -> None:
 KILLED_BEFORE = """
 import os, signal, sys
 from pathlib import Path
-from fanfold.graphs.cli import main
+from fanfold.graphs.cli.app import main
 replace = Path.replace
 def deadly(self, target):
     if Path(target).name == {name!r}:

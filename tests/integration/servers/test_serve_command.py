@@ -17,7 +17,7 @@ import yaml
 
 from fanfold.backends.servers.events import read_record
 from fanfold.backends.servers.watchdog import alive
-from fanfold.graphs import cli
+from fanfold.graphs.cli import app
 
 from .conftest import PLAIN, free_port
 
@@ -69,7 +69,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int |
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["fanfold", *arguments])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        app.main()
     return end.value.code
 
 

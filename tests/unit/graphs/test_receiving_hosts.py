@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fanfold.configs.loader import load
-from fanfold.graphs.checking import receiving_hosts
+from fanfold.graphs.cli.check import receiving_hosts
 
 GLOBUS = {"kind": "globus_compute", "endpoints": ["11111111-2222-4333-8444-555555555555"]}
 URLS = {"urls": ["http://n1:8000/v1", "http://n1:8001/v1", "https://n2.example/v1"]}

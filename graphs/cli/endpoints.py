@@ -11,20 +11,20 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from ..backends.core.errors import DONE, USAGE, ConfigurationError
-from ..backends.core.parsing import Gauges
-from ..backends.discovery.connect import located
-from ..backends.discovery.probe import Found, match
-from ..backends.fleet.load import read_gauges
-from ..backends.simulated.process import simulation
-from ..backends.storage.endpoints_table import over_lives, read_endpoints
-from ..backends.storage.run_folder import open_folder
-from ..configs.loader import Loaded
-from ..configs.resolve import Wish
-from .opened import endpoints_file
-from .prepare import check_endpoints
+from ...backends.core.errors import DONE, USAGE, ConfigurationError
+from ...backends.core.parsing import Gauges
+from ...backends.discovery.connect import located
+from ...backends.discovery.probe import Found, match
+from ...backends.fleet.load import read_gauges
+from ...backends.simulated.process import simulation
+from ...backends.storage.endpoints_table import over_lives, read_endpoints
+from ...backends.storage.run_folder import open_folder
+from ...configs.loader import Loaded
+from ...configs.resolve import Wish
+from ..opened import endpoints_file
+from ..prepare import check_endpoints
+from ..saying import Terminal, print_json, say
 from .report import cell
-from .saying import Terminal, print_json, say
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"

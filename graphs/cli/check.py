@@ -11,16 +11,16 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from ..backends.budget.pricing import explained
-from ..backends.budget.tokens import encoding_name
-from ..backends.core.errors import NoEndpointError
-from ..backends.discovery.resolve import endpoint_specs
-from ..configs.loader import Loaded
-from ..configs.models import RunConfig
-from ..configs.resolve import Wish
-from .estimate import Estimate, estimate
-from .saying import print_json, print_lines, say
-from .telling import budget_lines, cost_lines
+from ...backends.budget.pricing import explained
+from ...backends.budget.tokens import encoding_name
+from ...backends.core.errors import NoEndpointError
+from ...backends.discovery.resolve import endpoint_specs
+from ...configs.loader import Loaded
+from ...configs.models import RunConfig
+from ...configs.resolve import Wish
+from ..estimate import Estimate, estimate
+from ..saying import print_json, print_lines, say
+from .format import budget_lines, cost_lines
 
 _SHOWN_HOSTS: Final = 5
 _TRACING: Final = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LANGSMITH_TRACING_V2")

@@ -10,7 +10,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from ..backends.core.errors import (
+from ...backends.core.errors import (
     BUDGET,
     INTERRUPTED,
     OTHER,
@@ -20,8 +20,9 @@ from ..backends.core.errors import (
     FanfoldError,
     RunStoppedError,
 )
-from ..backends.core.messages import own_version
-from . import cluster_cli, globus_cli, presets_cli
+from ...backends.core.messages import own_version
+from ..saying import print_traceback, say, show_log
+from . import jobs, presets_cli, setup
 from .options import (
     COST_BY,
     SAMPLE,
@@ -45,7 +46,6 @@ from .options import (
     nonempty,
     nonempty_path,
 )
-from .saying import print_traceback, say, show_log
 
 _CHOICES: Final = "fanfold.backends.discovery.connect.choice"
 """The log that tells what ``auto`` chose; it is always shown."""
@@ -57,9 +57,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(presets_cli.app, name="presets")
-app.add_typer(globus_cli.app, name="globus")
-cluster_cli.add_to(app)
+app.add_typer(presets_cli.presets, name="presets")
+app.add_typer(setup.globus, name="globus")
+jobs.add_to(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -108,9 +108,9 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     yes: Annotated[bool, typer.Option("--yes", help="Go on after the pilot unasked.")] = False,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
-    from ..configs.resolve import Wish
-    from .running import Output
-    from .running import run as running_run
+    from ...configs.resolve import Wish
+    from .run import Output
+    from .run import run as running_run
 
     wish = Wish(
         overrides=overrides or [],
@@ -152,9 +152,9 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_node_hours: NodeHours = None,
 ) -> None:
     """Go on with a run: only what is not finished is called."""
-    from ..configs.resolve import Wish
-    from .running import Output
-    from .running import resume as running_resume
+    from ...configs.resolve import Wish
+    from .run import Output
+    from .run import resume as running_resume
 
     wish = Wish(
         overrides=overrides or [],
@@ -191,8 +191,8 @@ def status(
     ] = None,
 ) -> None:
     """Show how far a run is."""
-    from .listing import past
-    from .looking import status as looking_status
+    from .endpoints import past
+    from .status import status as looking_status
 
     if endpoints:
         past(folder, as_json)
@@ -222,8 +222,8 @@ def endpoints(
     as_json: AsJson = False,
 ) -> None:
     """List the endpoints as they are now; exit with 2 when none serves the model."""
-    from ..configs.resolve import Wish
-    from .listing import now
+    from ...configs.resolve import Wish
+    from .endpoints import now
 
     wish = Wish(overrides or [], endpoints=where)
     raise typer.Exit(now(config, wish, as_json))
@@ -242,7 +242,7 @@ def results(
     ] = False,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
-    from .looking import results as looking_results
+    from .status import results as looking_results
 
     looking_results(folder, form, target, safe_csv)
 
@@ -273,8 +273,8 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     as_json: AsJson = False,
 ) -> None:
     """Check settings, input and endpoints, and estimate cost and time; calls no model."""
-    from ..configs.resolve import Wish
-    from .checking import check as checking_check
+    from ...configs.resolve import Wish
+    from .check import check as checking_check
 
     budget = {
         "usd": budget_usd,
@@ -303,7 +303,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = Path("endpoints.txt"),
 ) -> None:
     """Serve a simulated fleet on this machine until interrupted."""
-    from .looking import simulate as looking_simulate
+    from .simulate_part import simulate as looking_simulate
 
     fields = {"nodes": nodes, "port": port, "addressing": addressing}
     looking_simulate(fields | {"model": model, "responder": responder}, file)
@@ -329,8 +329,8 @@ def serve(
     overrides: Sets = None,
 ) -> None:
     """Serve the model on this node (section node), until interrupted."""
-    from ..configs.resolve import Wish
-    from .serve_cli import serve_node
+    from ...configs.resolve import Wish
+    from .servers import serve_node
 
     serve_node(config, Wish(overrides or []), servers, host)
 

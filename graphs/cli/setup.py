@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from ..backends.core.errors import ConfigurationError
-from ..backends.core.messages import own_version
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.messages import own_version
 from .options import nonempty_path
 
-app = typer.Typer(help="Set up endpoints of Globus Compute.", no_args_is_help=True)
+globus = typer.Typer(help="Set up endpoints of Globus Compute.", no_args_is_help=True)
 
 Client = Annotated[
     str | None,
@@ -31,15 +31,15 @@ Schema = Annotated[
 ]
 
 
-@app.command()
+@globus.command()
 def register(client: Client = None) -> None:
     """Log in, register what runs on endpoints, and print the function's id.
 
     An endpoint with allowed_functions needs the id there; runs name it in backend.function.
     """
-    from ..backends.workers.factory import imported
-    from ..backends.workers.globus.service import connect
-    from .worker import work_shard
+    from ...backends.workers.factory import imported
+    from ...backends.workers.globus.service import connect
+    from ..worker import work_shard
 
     make = imported(client, "--client") if client else None
     service = connect(make, ask=sys.stdin.isatty())
@@ -49,7 +49,7 @@ def register(client: Client = None) -> None:
         service.close()
 
 
-@app.command()
+@globus.command()
 def template(output: Output = None, schema: Schema = False) -> None:
     """Write a configuration template for an endpoint, for this version of fanfold."""
     text = schema_text() if schema else template_text(own_version(), str(Path(sys.prefix) / "bin"))

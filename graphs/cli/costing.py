@@ -9,7 +9,7 @@ from typing import Final
 from rich.table import Table
 from rich.text import Text
 
-from ..backends.budget.cost import (
+from ...backends.budget.cost import (
     Cost,
     budget_so_far,
     cost_so_far,
@@ -18,16 +18,16 @@ from ..backends.budget.cost import (
     grouped,
     tokens_json,
 )
-from ..backends.core.errors import ConfigurationError
-from ..backends.core.money import HOUR_MS, NANO, Amount
-from ..backends.core.types import Json
-from ..backends.storage.journal import Spent
-from ..backends.storage.run_folder import open_folder, run_ids
-from .campaign import campaign
-from .live import short
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.money import HOUR_MS, NANO, Amount
+from ...backends.core.types import Json
+from ...backends.storage.journal import Spent
+from ...backends.storage.run_folder import open_folder, run_ids
+from ..campaign import campaign
+from ..live import short
+from ..saying import Terminal, print_json
 from .options import COST_BY
 from .report import cell
-from .saying import Terminal, print_json
 from .usage import show_use
 
 _NO_PRICE: Final = "-"

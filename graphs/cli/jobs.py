@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..saying import say
 from .options import Folder, Input, Limit, Out, Sets, nonempty, nonempty_path
-from .saying import say
 
 chain = typer.Typer(help="What the job script calls.", no_args_is_help=True, hidden=True)
 
@@ -61,9 +61,9 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = False,
 ) -> None:
     """Run a batch by jobs of a cluster that follow each other until it is finished."""
-    from ..configs.resolve import Wish
-    from .submitting import Order
-    from .submitting import submit as submitting_submit
+    from ...configs.resolve import Wish
+    from ..submitting import Order
+    from ..submitting import submit as submitting_submit
 
     wish = Wish(overrides or [], input_path, limit)
     order = Order(site, nodes, walltime, queue, account, jobs, node_hours, pack)
@@ -77,7 +77,7 @@ def cancel(
     ] = False,
 ) -> None:
     """End the jobs of a run; no other follows."""
-    from .cancelling import cancel as cancelling_cancel
+    from ..cancelling import cancel as cancelling_cancel
 
     cancelling_cancel(folder, now)
 
@@ -95,7 +95,7 @@ def pack(
     ] = None,
 ) -> None:
     """Write one archive of this Python with its packages, to unpack on nodes."""
-    from ..backends.cluster.environment import pack as pack_pack
+    from ...backends.cluster.environment import pack as pack_pack
 
     packed = pack_pack(target, without or [])
     say(
@@ -110,7 +110,7 @@ def pack(
 @chain.command()
 def begin(folder: Folder, job: JobId) -> None:
     """Note that a job begins, and submit its successor."""
-    from .chaining import begin as chaining_begin
+    from ..chaining import begin as chaining_begin
 
     raise typer.Exit(chaining_begin(folder, job))
 
@@ -125,6 +125,6 @@ def end(
     ] = False,
 ) -> None:
     """Note how a job ended; see that another follows, or that none does."""
-    from .chaining import end as chaining_end
+    from ..chaining import end as chaining_end
 
     raise typer.Exit(chaining_end(folder, job, code, unserved))

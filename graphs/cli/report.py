@@ -10,7 +10,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from ..backends.core.terminal import escape_controls
+from ...backends.core.terminal import escape_controls
 
 _CELL: Final = 80
 _NARROW: Final = 6

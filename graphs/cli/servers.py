@@ -7,13 +7,13 @@ import signal
 from pathlib import Path
 from typing import Final
 
-from ..backends.core.errors import ConfigurationError
-from ..backends.discovery.resolve import node_plan, starts_servers
-from ..backends.servers.plan import NodePlan
-from ..backends.servers.supervisor import Orders, serve
-from ..backends.storage.run_folder import open_folder
-from ..configs.resolve import Wish
-from .saying import say
+from ...backends.core.errors import ConfigurationError
+from ...backends.discovery.resolve import node_plan, starts_servers
+from ...backends.servers.plan import NodePlan
+from ...backends.servers.supervisor import Orders, serve
+from ...backends.storage.run_folder import open_folder
+from ...configs.resolve import Wish
+from ..saying import say
 
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOT_FOR_SERVERS: Final = (signal.SIGUSR1, signal.SIGUSR2)

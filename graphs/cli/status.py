@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
-import orjson
 from rich.table import Table
 from rich.text import Text
 
-from ..backends.budget.cost import (
+from ...backends.budget.cost import (
     Cost,
     budget_so_far,
     cost_so_far,
@@ -21,17 +18,15 @@ from ..backends.budget.cost import (
     nodes,
     tokens_json,
 )
-from ..backends.core.errors import ConfigurationError
-from ..backends.simulated.fleet import SimulatedFleet
-from ..backends.simulated.spec import SimulationSpec
-from ..backends.storage.journal_index import Ledger
-from ..backends.storage.results import rows, write_csv, write_jsonl, write_parquet
-from ..backends.storage.run_folder import RunFolder, open_folder, read_extents, run_ids
-from ..configs.loader import copy_preset, peek, preset_names, preset_text
-from ..configs.source import at_path
-from .campaign import campaign
+from ...backends.core.errors import ConfigurationError
+from ...backends.storage.journal_index import Ledger
+from ...backends.storage.results import rows, write_csv, write_jsonl, write_parquet
+from ...backends.storage.run_folder import RunFolder, open_folder, read_extents, run_ids
+from ...configs.loader import peek
+from ...configs.source import at_path
+from ..campaign import campaign
+from ..saying import Terminal, data_stream, print_json
 from .report import cell
-from .saying import Terminal, data_stream, print_json, say
 from .usage import show_jobs
 
 _FORMATS: Final = ("jsonl", "csv", "parquet")
@@ -156,50 +151,3 @@ def _write_text(
         write_csv(records, stream, schema, safe=safe_csv)
     else:
         write_jsonl(records, stream)
-
-
-def simulate(fields: dict[str, Any], file: Path) -> None:
-    """Serve a simulated fleet until interrupted."""
-    spec = SimulationSpec.from_json(orjson.dumps(fields))
-    asyncio.run(_serve(spec, file))
-
-
-async def _serve(spec: SimulationSpec, file: Path) -> None:
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    async with SimulatedFleet(spec) as fleet:
-        text = "".join(f"{url}\n" for url in fleet.urls)
-        await asyncio.to_thread(_write_endpoints, file, text)
-        say(
-            [
-                f"SIMULATED fleet of {spec.nodes} nodes serving {spec.model!r}",
-                f"endpoints: {file}  (fanfold run CONFIG --endpoints {file})",
-                f"control: {fleet.base_url}   Ctrl-C ends it",
-            ]
-        )
-        await stop.wait()
-
-
-def _write_endpoints(file: Path, text: str) -> None:
-    try:
-        file.write_text(text)
-    except OSError as error:
-        raise ConfigurationError(f"{file}: cannot be written: {error.strerror}") from None
-
-
-def presets_list() -> None:
-    """List the presets with the first line of each."""
-    for name in preset_names():
-        print(f"{name:24} {preset_text(name).splitlines()[0].removeprefix('# ')}")
-
-
-def presets_show(name: str) -> None:
-    """Print a preset."""
-    print(preset_text(name), end="")
-
-
-def presets_copy(name: str, target: Path) -> None:
-    """Write a preset to a file."""
-    copy_preset(name, target)
-    print(f"{target} written; fill in endpoints and input, then: fanfold check {target}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from .forecast import Forecast, Plan
-from .spans import Span
+from ..forecast import Forecast, Plan
+from ..spans import Span
 
 _CENT: Final = 0.01
 

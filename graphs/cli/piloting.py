@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from ..backends.core.money import NANO
-from .pilot import Piloted
-from .telling import budget_lines, cost_lines, dollars, duration
+from ...backends.core.money import NANO
+from ..pilot import Piloted
+from .format import budget_lines, cost_lines, dollars, duration
 
 
 def pilot_lines(found: Piloted) -> Iterator[str]:

@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ..backends.budget.cost import in_words
-from ..backends.core.errors import BUDGET, INTERRUPTED, FanfoldError, RunStoppedError
-from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder
-from ..configs.loader import Loaded
-from ..configs.resolve import Wish
+from ...backends.budget.cost import in_words
+from ...backends.core.errors import BUDGET, INTERRUPTED, FanfoldError, RunStoppedError
+from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder
+from ...configs.loader import Loaded
+from ...configs.resolve import Wish
+from ..campaign import campaign_inside
+from ..crew import life_end
+from ..pilot import Piloted, fly
+from ..prepare import default_folder, prepare_run
+from ..resume import resume_run
+from ..saver import check_saver
+from ..saying import Terminal, messages, print_json, say
+from ..session import RunOptions, RunResult, execute
+from ..stopping import WARNINGS
+from ..walltime import within
 from . import usage
-from .campaign import campaign_inside
-from .crew import life_end
-from .pilot import Piloted, fly
 from .piloting import agreed, asks, pilot_lines
-from .prepare import default_folder, prepare_run
 from .report import show_aggregate
-from .resume import resume_run
-from .saver import check_saver
-from .saying import Terminal, messages, print_json, say
-from .session import RunOptions, RunResult, execute
-from .stopping import WARNINGS
-from .walltime import within
 
 T = TypeVar("T")
 
