@@ -22,7 +22,7 @@ from ...backends.core.errors import (
 )
 from ...backends.core.messages import own_version
 from ..saying import print_traceback, say, show_log
-from . import jobs, presets_cli, setup
+from . import jobs, setup
 from .options import (
     COST_BY,
     SAMPLE,
@@ -57,7 +57,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(presets_cli.presets, name="presets")
+app.add_typer(setup.presets, name="presets")
 app.add_typer(setup.globus, name="globus")
 jobs.add_to(app)
 
@@ -209,7 +209,7 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run has cost so far, over all of its lives: tokens, dollars, node-hours."""
-    from .costing import show
+    from .status import show
 
     show(folder, by, as_json)
 
@@ -303,7 +303,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = Path("endpoints.txt"),
 ) -> None:
     """Serve a simulated fleet on this machine until interrupted."""
-    from .simulate_part import simulate as looking_simulate
+    from .servers import simulate as looking_simulate
 
     fields = {"nodes": nodes, "port": port, "addressing": addressing}
     looking_simulate(fields | {"model": model, "responder": responder}, file)

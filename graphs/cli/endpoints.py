@@ -24,7 +24,7 @@ from ...configs.resolve import Wish
 from ..opened import endpoints_file
 from ..prepare import check_endpoints
 from ..saying import Terminal, print_json, say
-from .report import cell
+from .format import cell
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"

@@ -1,4 +1,4 @@
-"""The commands that look: status, results, presets; and the simulated fleet."""
+"""Status, results, cost and job usage, as tables and JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -15,19 +16,135 @@ from ...backends.budget.cost import (
     cost_so_far,
     dollars,
     doubts,
+    figure,
+    grouped,
     nodes,
     tokens_json,
 )
 from ...backends.core.errors import ConfigurationError
+from ...backends.core.money import HOUR_MS, NANO, Amount
+from ...backends.core.types import Json
+from ...backends.storage.journal import Spent
 from ...backends.storage.journal_index import Ledger
 from ...backends.storage.results import rows, write_csv, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, open_folder, read_extents, run_ids
 from ...configs.loader import peek
 from ...configs.source import at_path
 from ..campaign import campaign
+from ..live import short
 from ..saying import Terminal, data_stream, print_json
-from .report import cell
-from .usage import show_jobs
+from .format import cell
+from .options import COST_BY
+
+
+def show_jobs(facts: Mapping[str, Any], console: Console) -> None:
+    """Print what :func:`~fanfold.graphs.campaign.campaign` returned, one row per job."""
+    table = Table("job", "state", "nodes", "began", "ended", "items")
+    for job in facts["jobs"]:
+        row = [job["job"], job["state"], job["nodes"], _time(job["began"]), _time(job["ended"])]
+        items = "" if job["items"] is None else f"{job['items']:,}"
+        table.add_row(*map(str, row), items)
+    console.print(table)
+    _print(_lines(facts), console)
+
+
+def show_use(facts: Mapping[str, Any], console: Console) -> None:
+    """Print how well the jobs used their nodes, as a table."""
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(no_wrap=True, justify="right")
+    jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
+    table.add_row("jobs that have begun", f"{jobs:,}", "")
+    paid, useful = facts["node_hours"], facts["useful"]
+    table.add_row("node-hours of jobs", f"{paid:,.3f}", "")
+    for name in ("busy", "idle"):
+        hours = facts[f"{name}_node_hours"]
+        table.add_row(f"  {name}", f"{hours:,.3f}", f"{hours / (paid or 1):.1%}")
+    table.add_row(
+        "  useful: batch full", f"{useful['share'] * paid:,.3f}", f"{useful['share']:.1%}"
+    )
+    for cause, part in useful["lost"].items():
+        table.add_row(f"  lost: {cause}", f"{part * paid:,.3f}", f"{part:.1%}")
+    console.print(table)
+    _print(_sources(facts), console)
+
+
+def in_words(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines for the end of a run."""
+    jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
+    yield f"Jobs: {jobs:,} so far, {_hours(facts)}"
+    if useful := facts.get("useful"):
+        yield f"Useful share: {_share(useful)}"
+
+
+def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    yield f"site {facts['site']}; {_hours(facts)}"
+    if facts["scheduler_says"]:
+        yield f"the scheduler does not tell: {facts['scheduler_says']}"
+    if facts["ends"]:
+        yield f"no further job: {facts['ends']}"
+    if useful := facts.get("useful"):
+        yield f"useful share {_share(useful)}"
+
+
+def _sources(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield whose numbers these are, and why there are others."""
+    useful = facts["useful"]
+    yield "node-hours held: while the run itself works; its jobs have them from begin to end"
+    yield f"node-hours by {_whose(facts)}; use by {_by(useful)}: {_full(useful)}"
+    if facts["scheduler_says"]:
+        yield f"the scheduler does not tell: {facts['scheduler_says']}"
+
+
+def _hours(facts: Mapping[str, Any]) -> str:
+    words = f"{facts['node_hours']:,.3f} node-hours of jobs by {_whose(facts)}"
+    if "busy_node_hours" not in facts:
+        return words
+    return f"{words}, {facts['busy_node_hours']:,.3f} busy, {facts['idle_node_hours']:,.3f} idle"
+
+
+def _whose(facts: Mapping[str, Any]) -> str:
+    if not facts["jobs_by_scheduler"]:
+        return "fanfold's own times"
+    if not facts["jobs_by_fanfold"]:
+        return "the scheduler's times"
+    jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
+    return (
+        f"the scheduler's times of {facts['jobs_by_scheduler']:,} of {jobs:,} jobs, else fanfold's"
+    )
+
+
+def _share(useful: Mapping[str, Any]) -> str:
+    lost = ", ".join(f"{cause} {part:.1%}" for cause, part in useful["lost"].items() if part)
+    return (
+        f"{useful['share']:.1%} of the node-hours by {_by(useful)}: {_full(useful)}; "
+        f"the rest: {lost or 'nothing'}"
+    )
+
+
+def _full(useful: Mapping[str, Any]) -> str:
+    places = useful["full_batch_items"]
+    return f"a server with at least nine tenths of {places:,} items at once"
+
+
+def _by(useful: Mapping[str, Any]) -> str:
+    counted, other = useful["jobs_by_servers_counts"], useful["jobs_by_journal"]
+    if not counted:
+        return "the journal"
+    if not other:
+        return "the servers' own counts"
+    return f"the servers' own counts ({counted:,} of {counted + other:,} jobs, else the journal)"
+
+
+def _print(lines: Iterator[str], console: Console) -> None:
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _time(text: str | None) -> str:
+    return "" if text is None else text[5:16].replace("T", " ")
+
 
 _FORMATS: Final = ("jsonl", "csv", "parquet")
 
@@ -151,3 +268,110 @@ def _write_text(
         write_csv(records, stream, schema, safe=safe_csv)
     else:
         write_jsonl(records, stream)
+
+
+_NO_PRICE: Final = "-"
+
+
+def show(path: Path, by: str | None, as_json: bool) -> None:
+    """Show what a run has cost over all its lives, whatever became of them.
+
+    Raises:
+        ConfigurationError: No run folder, or no such grouping.
+        LedgerError: Journal or books are damaged.
+    """
+    if by is not None and by not in COST_BY:
+        raise ConfigurationError(f"--by {by}: there are {', '.join(COST_BY)}")
+    folder = open_folder(path)
+    about = folder.read_provenance()
+    run, items, model = run_ids(about), about["input"]["items"], about["model"]
+    groups = grouped(folder.journal, run, items, by, model)
+    cost = cost_so_far(folder, run, groups.lives)
+    rows = sorted(groups.by.items(), key=lambda one: (by != "day" and -one[1].tokens, one[0]))
+    jobs = campaign(path, shares=True)
+    if as_json:
+        print_json(
+            {
+                "run": about["run"],
+                "simulated": about["simulated"],
+                "running": folder.in_use(),
+                "requests": cost.spent.requests,
+                **cost.to_json(),
+                "budget": budget_so_far(folder, cost),
+            }
+            | ({by: [_row_json(name, spent, cost.priced) for name, spent in rows]} if by else {})
+            | ({} if jobs is None else {"chain": jobs})
+        )
+        return
+    console = Terminal()
+    if about["simulated"]:
+        console.print(Text("simulated: true", style="bold"))
+    if by is not None:
+        console.print(_grouped_table(by, [*rows, ("total", cost.spent)], cost.priced))
+    else:
+        console.print(_total_table(cost, folder.in_use()))
+    if jobs is not None:
+        show_use(jobs, console)
+
+
+def _row_json(name: str, spent: Spent, priced: bool) -> dict[str, Json]:
+    return {
+        "name": name,
+        "requests": spent.requests,
+        "tokens": tokens_json(spent),
+        "usd": spent.nano_usd / NANO if priced else None,
+        "wasted_usd": spent.wasted_nano_usd / NANO if priced else None,
+    }
+
+
+def _grouped_table(by: str, rows: list[tuple[str, Spent]], priced: bool) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(by, overflow="fold")
+    for head in ("requests", "prompt", "cached", "completion", "wasted", "USD"):
+        table.add_column(head, justify="right", no_wrap=True)
+    largest = max(spent.nano_usd for _, spent in rows)
+    for name, spent in rows:
+        numbers = (
+            spent.requests,
+            spent.prompt_tokens,
+            spent.cached_tokens,
+            spent.completion_tokens,
+            spent.wasted_tokens,
+        )
+        usd = figure(spent.nano_usd, largest) if priced else _NO_PRICE
+        table.add_row(cell(name), *map(short, numbers), usd)
+    return table
+
+
+def _total_table(cost: Cost, running: bool) -> Table:
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(no_wrap=True, justify="right")
+    for name, amount, nano in _cost_lines(cost, running):
+        priced = cost.nano_usd is not None and nano is not None
+        usd = f"{figure(nano or 0, cost.nano_usd or 0)} USD" if priced else ""
+        table.add_row(name, amount, usd)
+    return table
+
+
+def _cost_lines(cost: Cost, running: bool) -> Iterator[tuple[str, str, int | None]]:
+    """Yield what is shown of a total: name, amount, and nano-dollars."""
+    spent, held, doubt = cost.spent, cost.held, cost.doubt
+    tokens = spent.nano_usd if cost.priced else None
+    yield "requests", f"{spent.requests:,}", None
+    yield "prompt tokens", f"{spent.prompt_tokens:,}", None
+    yield "  of them cached", f"{spent.cached_tokens:,}", None
+    yield "completion tokens", f"{spent.completion_tokens:,}", None
+    yield "lost with their answers, at most", f"{spent.lost_tokens:,}", None
+    yield "all tokens", f"{spent.tokens:,}", tokens
+    yield "  useful", f"{spent.useful_tokens:,}", tokens and spent.useful_nano_usd
+    wasted = spent.wasted_nano_usd if cost.priced else None
+    yield "  wasted", f"{spent.wasted_tokens:,}", wasted
+    price = held.nano_usd or None
+    yield "node-hours held", f"{held.node_ms / HOUR_MS:,.3f}", price
+    yield "  idle", f"{held.idle_ms / HOUR_MS:,.3f}", price and held.idle_nano_usd
+    if cost.nano_usd is not None:
+        yield "tokens and nodes", "", cost.nano_usd
+    if doubt != Amount():
+        yield ("reserved or in doubt" if running else "in doubt"), doubts(cost), None

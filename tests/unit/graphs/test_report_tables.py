@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fanfold.graphs.cli.report import cell, fit, show_aggregate
+from fanfold.graphs.cli.format import cell, fit, show_aggregate
 
 RANKED = {
     "op": "top_k",

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fanfold.backends.core.terminal import CONTROLS, escape_controls, escape_json
-from fanfold.graphs.cli.report import cell, show_aggregate
+from fanfold.graphs.cli.format import cell, show_aggregate
 from fanfold.graphs.saying import (
     Terminal,
     data_stream,
