@@ -62,8 +62,8 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
 ) -> None:
     """Run a batch by jobs of a cluster that follow each other until it is finished."""
     from ...configs.resolve import Wish
-    from ..submitting import Order
-    from ..submitting import submit as submitting_submit
+    from ..jobs.submit import Order
+    from ..jobs.submit import submit as submitting_submit
 
     wish = Wish(overrides or [], input_path, limit)
     order = Order(site, nodes, walltime, queue, account, jobs, node_hours, pack)
@@ -77,7 +77,7 @@ def cancel(
     ] = False,
 ) -> None:
     """End the jobs of a run; no other follows."""
-    from ..cancelling import cancel as cancelling_cancel
+    from ..jobs.cancelling import cancel as cancelling_cancel
 
     cancelling_cancel(folder, now)
 
@@ -110,7 +110,7 @@ def pack(
 @chain.command()
 def begin(folder: Folder, job: JobId) -> None:
     """Note that a job begins, and submit its successor."""
-    from ..chaining import begin as chaining_begin
+    from ..jobs.chain import begin as chaining_begin
 
     raise typer.Exit(chaining_begin(folder, job))
 
@@ -125,6 +125,6 @@ def end(
     ] = False,
 ) -> None:
     """Note how a job ended; see that another follows, or that none does."""
-    from ..chaining import end as chaining_end
+    from ..jobs.chain import end as chaining_end
 
     raise typer.Exit(chaining_end(folder, job, code, unserved))

@@ -17,8 +17,8 @@ from ...backends.core.money import NANO
 from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder
 from ...configs.loader import Loaded
 from ...configs.resolve import Wish
-from ..campaign import campaign_inside
 from ..crew import life_end
+from ..jobs.usage import campaign_inside
 from ..pilot import Piloted, fly
 from ..prepare import default_folder, prepare_run
 from ..resume import resume_run

@@ -30,7 +30,7 @@ from ...backends.storage.results import rows, write_csv, write_jsonl, write_parq
 from ...backends.storage.run_folder import RunFolder, open_folder, read_extents, run_ids
 from ...configs.loader import peek
 from ...configs.source import at_path
-from ..campaign import campaign
+from ..jobs.usage import campaign
 from ..live import short
 from ..saying import Terminal, data_stream, print_json
 from .format import cell
@@ -38,7 +38,7 @@ from .options import COST_BY
 
 
 def show_jobs(facts: Mapping[str, Any], console: Console) -> None:
-    """Print what :func:`~fanfold.graphs.campaign.campaign` returned, one row per job."""
+    """Print what :func:`~fanfold.graphs.jobs.usage.campaign` returned, one row per job."""
     table = Table("job", "state", "nodes", "began", "ended", "items")
     for job in facts["jobs"]:
         row = [job["job"], job["state"], job["nodes"], _time(job["began"]), _time(job["ended"])]

@@ -19,7 +19,7 @@ from fanfold.backends.cluster.chain import Chain, chain_file
 from fanfold.backends.simulated.process import MODULE
 from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.configs.resolve import Wish
-from fanfold.graphs.submitting import Order, submit
+from fanfold.graphs.jobs.submit import Order, submit
 
 from .slurm import PrivateSlurm, private_slurm
 from .slurm_accounts import no_accounts

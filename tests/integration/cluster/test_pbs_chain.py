@@ -11,8 +11,8 @@ import pytest
 
 from fanfold.backends.cluster.schedulers import Pbs
 from fanfold.configs.resolve import Wish
-from fanfold.graphs.campaign import campaign
-from fanfold.graphs.submitting import Order, submit
+from fanfold.graphs.jobs.submit import Order, submit
+from fanfold.graphs.jobs.usage import campaign
 
 from .conftest import Cluster, Trial, ended, served, until
 from .standin_pbs import members

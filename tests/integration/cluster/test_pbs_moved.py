@@ -12,9 +12,9 @@ from fanfold.backends.cluster.schedulers import Pbs
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.resolve import Wish
-from fanfold.graphs.campaign import campaign
-from fanfold.graphs.cancelling import cancel
-from fanfold.graphs.submitting import Order, submit
+from fanfold.graphs.jobs.cancelling import cancel
+from fanfold.graphs.jobs.submit import Order, submit
+from fanfold.graphs.jobs.usage import campaign
 
 from .conftest import Cluster, Trial, ended, served, until
 

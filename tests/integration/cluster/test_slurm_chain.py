@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.cluster.schedulers import Slurm, refusal
-from fanfold.graphs.campaign import campaign
-from fanfold.graphs.cancelling import cancel
+from fanfold.graphs.jobs.cancelling import cancel
+from fanfold.graphs.jobs.usage import campaign
 
 from .conftest import Cluster, Trial, ended, served, until
 from .slurm import PrivateSlurm, missing

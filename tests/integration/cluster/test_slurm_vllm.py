@@ -15,7 +15,7 @@ import orjson
 import pytest
 
 from fanfold.backends.storage.run_folder import RunFolder
-from fanfold.graphs.campaign import campaign
+from fanfold.graphs.jobs.usage import campaign
 
 from .conftest import Cluster, ended, served, until
 from .slurm import PrivateSlurm, missing

@@ -19,7 +19,7 @@ from fanfold.backends.cluster.scripts import (
 )
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.site import load_site, site_names
-from fanfold.graphs.submitting import seconds
+from fanfold.graphs.jobs.submit import seconds
 
 
 def plan(site: str = "perlmutter") -> JobPlan:

@@ -10,7 +10,7 @@ import yaml
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.resolve import Wish
-from fanfold.graphs.submitting import Order, submit
+from fanfold.graphs.jobs.submit import Order, submit
 
 SETTINGS: dict[str, Any] = {
     "name": "trial",

@@ -11,7 +11,7 @@ import yaml
 from fanfold.configs.models import RunConfig
 from fanfold.configs.resolve import Wish
 from fanfold.configs.site import load_site
-from fanfold.graphs.submitting import Order, _plan, _scripts, _settled
+from fanfold.graphs.jobs.submit import Order, _plan, _scripts, _settled
 
 ORDER = Order("polaris", nodes=5, walltime="1h", queue="prod", account="CHEM")
 SERVED = {"node": {"serve": "vllm serve {model} --port {port}"}, "model": {"name": "m"}}

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.cluster.chain import Chain, Job, chain_file, spent
-from ..backends.cluster.schedulers import Scheduler, State, Used, scheduler
-from ..backends.cluster.utilization import Share
-from ..backends.core.errors import FanfoldError
-from ..backends.storage.run_folder import open_folder
+from ...backends.cluster.chain import Chain, Job, chain_file, spent
+from ...backends.cluster.schedulers import Scheduler, State, Used, scheduler
+from ...backends.cluster.utilization import Share
+from ...backends.core.errors import FanfoldError
+from ...backends.storage.run_folder import open_folder
 from .useful import last_sign, share_of
 
 _JOB: Final = ("SLURM_JOB_ID", "PBS_JOBID")

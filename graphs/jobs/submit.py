@@ -10,28 +10,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.cluster.chain import PATIENCE, ChainFile, chain_file
-from ..backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
-from ..backends.cluster.scripts import (
+from ...backends.cluster.chain import PATIENCE, ChainFile, chain_file
+from ...backends.cluster.schedulers import Scheduler, check_scheduler, scheduler
+from ...backends.cluster.scripts import (
     JobPlan,
     job_script,
     launch_script,
     node_script,
     worker_script,
 )
-from ..backends.core.errors import ConfigurationError, SiteError
-from ..backends.core.permissions import untrusted_reason
-from ..backends.discovery.resolve import starts_servers
-from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_bytes
-from ..configs.endpoints import HOSTS_ONLY, KINDS
-from ..configs.loader import Loaded, load
-from ..configs.resolve import Wish
-from ..configs.site import SiteConfig, load_site
-from ..configs.source import at_path
-from .crew import STOP_S
-from .prepare import default_folder, prepare_run
-from .resume import resume_run
-from .saying import say
+from ...backends.core.errors import ConfigurationError, SiteError
+from ...backends.core.permissions import untrusted_reason
+from ...backends.discovery.resolve import starts_servers
+from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_bytes
+from ...configs.endpoints import HOSTS_ONLY, KINDS
+from ...configs.loader import Loaded, load
+from ...configs.resolve import Wish
+from ...configs.site import SiteConfig, load_site
+from ...configs.source import at_path
+from ..crew import STOP_S
+from ..prepare import default_folder, prepare_run
+from ..resume import resume_run
+from ..saying import say
 
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _UNITS: Final = (86400, 3600, 60, 1)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.cluster.chain import DONE, FAILURES, Spent
-from ..backends.cluster.utilization import (
+from ...backends.cluster.chain import DONE, FAILURES, Spent
+from ...backends.cluster.utilization import (
     Items,
     JobTime,
     Served,
@@ -19,10 +19,10 @@ from ..backends.cluster.utilization import (
     served,
     useful_share,
 )
-from ..backends.storage.journal import Source, scan
-from ..backends.storage.run_folder import RunFolder, run_ids
-from ..configs.loader import peek
-from ..configs.source import at_path
+from ...backends.storage.journal import Source, scan
+from ...backends.storage.run_folder import RunFolder, run_ids
+from ...configs.loader import peek
+from ...configs.source import at_path
 
 _SEQUENCES: Final = re.compile(r"--max-num-seqs[= ](\d+)")
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from ..backends.cluster.chain import Chain, ChainFile, Job, chain_file
-from ..backends.cluster.schedulers import Scheduler, State, refusal, scheduler
-from ..backends.core.errors import ConfigurationError, FanfoldError, SiteError
-from ..backends.storage.run_folder import open_folder
-from .saying import say
+from ...backends.cluster.chain import Chain, ChainFile, Job, chain_file
+from ...backends.cluster.schedulers import Scheduler, State, refusal, scheduler
+from ...backends.core.errors import ConfigurationError, FanfoldError, SiteError
+from ...backends.storage.run_folder import open_folder
+from ..saying import say
 
 _BY_HAND: Final = {"slurm": "scancel", "pbs": "qdel"}
 _NONE_FOLLOWS: Final = "no job follows; what is finished stays, and fanfold submit goes on with it"

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from ..backends.cluster.chain import (
+from ...backends.cluster.chain import (
     BUDGET,
     DONE,
     FAILURES,
@@ -20,12 +20,12 @@ from ..backends.cluster.chain import (
     chain_file,
     verdict,
 )
-from ..backends.cluster.schedulers import refusal, scheduler
-from ..backends.core.errors import ConfigurationError, SiteError
-from ..backends.servers.events import last_words
-from ..backends.storage.journal_index import Ledger
-from ..backends.storage.run_folder import RunFolder, open_folder, run_ids
-from .saying import say
+from ...backends.cluster.schedulers import refusal, scheduler
+from ...backends.core.errors import ConfigurationError, SiteError
+from ...backends.servers.events import last_words
+from ...backends.storage.journal_index import Ledger
+from ...backends.storage.run_folder import RunFolder, open_folder, run_ids
+from ..saying import say
 
 _ENDS: Final = (DONE, FAILURES, USAGE, BUDGET)
 """Exit codes that end a chain, whatever became of the servers."""

@@ -1,0 +1,1 @@
+"""Chains of batch jobs: submit, begin, end, cancel, and what they used."""
