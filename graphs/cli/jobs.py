@@ -77,7 +77,7 @@ def cancel(
     ] = False,
 ) -> None:
     """End the jobs of a run; no other follows."""
-    from ..jobs.cancelling import cancel as cancelling_cancel
+    from ..jobs.chain import cancel as cancelling_cancel
 
     cancelling_cancel(folder, now)
 

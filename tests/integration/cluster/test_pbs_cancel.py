@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, SiteError
-from fanfold.graphs.jobs.cancelling import cancel
+from fanfold.graphs.jobs.chain import cancel
 
 from .conftest import Cluster, Trial, ended, until
 

@@ -12,7 +12,7 @@ from fanfold.backends.cluster.schedulers import Pbs
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.resolve import Wish
-from fanfold.graphs.jobs.cancelling import cancel
+from fanfold.graphs.jobs.chain import cancel
 from fanfold.graphs.jobs.submit import Order, submit
 from fanfold.graphs.jobs.usage import campaign
 

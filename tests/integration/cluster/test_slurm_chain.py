@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.cluster.schedulers import Slurm, refusal
-from fanfold.graphs.jobs.cancelling import cancel
+from fanfold.graphs.jobs.chain import cancel
 from fanfold.graphs.jobs.usage import campaign
 
 from .conftest import Cluster, Trial, ended, served, until
