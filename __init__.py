@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from .backends.fleet.langchain import ChatFleet
     from .backends.simulated.fleet import SimulatedFleet
     from .backends.simulated.spec import SimulationSpec
-    from .graphs.academy_agent import MapReduceAgent
     from .graphs.context import RunContext
+    from .graphs.integrations.academy import MapReduceAgent
+    from .graphs.integrations.tool import as_tool
     from .graphs.map_reduce import build_graph
-    from .graphs.tool import as_tool
 
 __all__ = [
     "ChatFleet",
@@ -38,11 +38,11 @@ _WHERE = {
     "ConfigurationError": "backends.core.errors",
     "FanfoldError": "backends.core.errors",
     "Fleet": "backends.fleet.fleet",
-    "MapReduceAgent": "graphs.academy_agent",
+    "MapReduceAgent": "graphs.integrations.academy",
     "RunContext": "graphs.context",
     "SimulatedFleet": "backends.simulated.fleet",
     "SimulationSpec": "backends.simulated.spec",
-    "as_tool": "graphs.tool",
+    "as_tool": "graphs.integrations.tool",
     "build_graph": "graphs.map_reduce",
 }
 

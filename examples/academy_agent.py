@@ -20,7 +20,7 @@ from academy.handle import Handle
 from academy.manager import Manager
 
 from fanfold import MapReduceAgent
-from fanfold.graphs.academy_agent import plain_exchange
+from fanfold.graphs.integrations.academy import plain_exchange
 
 SETTINGS: dict[str, Any] = {
     "name": "solubility",

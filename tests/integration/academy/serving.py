@@ -12,7 +12,7 @@ from academy.exchange import RedisExchangeFactory
 from academy.manager import Manager
 
 from fanfold import MapReduceAgent
-from fanfold.graphs.academy_agent import plain_exchange
+from fanfold.graphs.integrations.academy import plain_exchange
 
 
 class Listener(Agent):

@@ -23,7 +23,7 @@ from academy.serialize import SerializationStrategy
 
 from fanfold import ConfigurationError, MapReduceAgent
 from fanfold.backends.workers.academy.exchange import Meeting, sweep
-from fanfold.graphs.academy_agent import plain_exchange
+from fanfold.graphs.integrations.academy import plain_exchange
 from fanfold.tests.integration.academy.ward import Ward
 
 pytestmark = [

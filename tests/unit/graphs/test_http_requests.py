@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.graphs.http_app import HOSTS, RequestSource
+from fanfold.graphs.integrations.http_app import HOSTS, RequestSource
 
 HTTP = json.loads((files("fanfold") / "langgraph.json").read_text())["http"]
 

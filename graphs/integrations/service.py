@@ -16,7 +16,7 @@ from typing import Any, Final
 import orjson
 from rich.console import Console
 
-from ..backends.core.errors import (
+from ...backends.core.errors import (
     BUDGET,
     INTERRUPTED,
     ConfigurationError,
@@ -24,16 +24,16 @@ from ..backends.core.errors import (
     InputError,
     RunStoppedError,
 )
-from ..backends.core.types import Json
-from ..backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_json
-from ..configs.loader import Loaded, load
-from ..nodes.batch.load import check_input
-from ..nodes.context import RunTools
-from .crew import life_end
-from .prepare import prepare_run
-from .requests import as_literal, below
-from .session import RunOptions, RunResult, lived
-from .stopping import Stop
+from ...backends.core.types import Json
+from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_json
+from ...configs.loader import Loaded, load
+from ...nodes.batch.load import check_input
+from ...nodes.context import RunTools
+from ..crew import life_end
+from ..prepare import prepare_run
+from ..requests import as_literal, below
+from ..session import RunOptions, RunResult, lived
+from ..stopping import Stop
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 import orjson
 import pyarrow.parquet as pq
 
-from ..backends.core.errors import BudgetExhaustedError, FanfoldError, InputError, RunStoppedError
-from ..backends.core.types import Json
+from ...backends.core.errors import BudgetExhaustedError, FanfoldError, InputError, RunStoppedError
+from ...backends.core.types import Json
 
 _TEXT: Final = 300
 _FAILURES: Final = 5

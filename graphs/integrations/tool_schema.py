@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from ..backends.inputs.source import needed_columns
-from ..configs.models import RunConfig
+from ...backends.inputs.source import needed_columns
+from ...configs.models import RunConfig
 
 Value: TypeAlias = str | int | float | bool
 

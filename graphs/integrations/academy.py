@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.core.errors import ConfigurationError, FanfoldError, InputError, MissingExtraError
-from ..backends.core.types import Json
-from ..configs.resolve import settle
-from .served import Served, Service, as_data
+from ...backends.core.errors import ConfigurationError, FanfoldError, InputError, MissingExtraError
+from ...backends.core.types import Json
+from ...configs.resolve import settle
+from .service import Served, Service, as_data
 
 try:
     from academy.agent import Agent, action

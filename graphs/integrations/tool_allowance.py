@@ -8,13 +8,13 @@ from typing import Any, Final
 
 from langchain_core.tools import ToolException
 
-from ..backends.budget.budget import spent_before
-from ..backends.budget.spend_log import Shelf
-from ..backends.core.money import NANO, Amount
-from ..backends.storage.journal_index import Ledger
-from ..backends.storage.run_folder import open_folder, run_ids
-from ..configs.loader import Loaded, load
-from ..configs.models import BudgetConfig
+from ...backends.budget.budget import spent_before
+from ...backends.budget.spend_log import Shelf
+from ...backends.core.money import NANO, Amount
+from ...backends.storage.journal_index import Ledger
+from ...backends.storage.run_folder import open_folder, run_ids
+from ...configs.loader import Loaded, load
+from ...configs.models import BudgetConfig
 
 _CAPS: Final = ("usd", "tokens", "requests")
 _REPORT: Final = "Report this to the user: only the tool's owner can allow more."

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..backends.core.errors import FanfoldError
+from ...backends.core.errors import FanfoldError
 
 HOSTS: Final = "FANFOLD_SERVER_HOSTS"
 """Variable with the names by which clients reach the server, commas between; loopback always is."""

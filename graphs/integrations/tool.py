@@ -14,13 +14,13 @@ from langchain_core.tools import StructuredTool, ToolException
 from langgraph.errors import GraphBubbleUp
 from pydantic import BaseModel, ValidationError
 
-from ..backends.core.errors import ConfigurationError, FanfoldError
-from ..configs.loader import Loaded
-from ..nodes.state import RunInput
-from .context import RunContext
-from .map_reduce import MapReduce, build
-from .plan import UNBOUNDED
-from .prepare import RUNS, new_name
+from ...backends.core.errors import ConfigurationError, FanfoldError
+from ...configs.loader import Loaded
+from ...nodes.state import RunInput
+from ..context import RunContext
+from ..map_reduce import MapReduce, build
+from ..plan import UNBOUNDED
+from ..prepare import RUNS, new_name
 from .tool_allowance import Allowance
 from .tool_reply import complaint, reply
 from .tool_schema import arguments, rows_of
