@@ -1,29 +1,274 @@
-"""A run as a tool that an agent calls."""
+"""As_tool(): a batch as a LangChain tool (schema, allowance, reply)."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+import orjson
+import pyarrow.parquet as pq
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import StructuredTool, ToolException
 from langgraph.errors import GraphBubbleUp
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from ...backends.core.errors import ConfigurationError, FanfoldError
-from ...configs.loader import Loaded
+from ...backends.budget.budget import spent_before
+from ...backends.budget.spend_log import Shelf
+from ...backends.core.errors import (
+    BudgetExhaustedError,
+    ConfigurationError,
+    FanfoldError,
+    InputError,
+    RunStoppedError,
+)
+from ...backends.core.money import NANO, Amount
+from ...backends.core.types import Json
+from ...backends.inputs.source import needed_columns
+from ...backends.storage.journal_index import Ledger
+from ...backends.storage.run_folder import open_folder, run_ids
+from ...configs.loader import Loaded, load
+from ...configs.models import BudgetConfig, RunConfig
 from ...nodes.state import RunInput
 from ..context import RunContext
 from ..map_reduce import MapReduce, build
 from ..plan import UNBOUNDED
 from ..prepare import RUNS, new_name
-from .tool_allowance import Allowance
-from .tool_reply import complaint, reply
-from .tool_schema import arguments, rows_of
+
+_CAPS: Final = ("usd", "tokens", "requests")
+_REPORT: Final = "Report this to the user: only the tool's owner can allow more."
+
+
+class Allowance:
+    """Items and budget over all calls; what one call may still spend is what the others left.
+
+    Args:
+        loaded: The settings; their ``budget`` holds for all calls together, or for each.
+        most_items: Most items over all calls; None sets no limit.
+        each: Whether the budget is each call's.
+    """
+
+    def __init__(self, loaded: Loaded, most_items: int | None, *, each: bool) -> None:
+        self._loaded, self._caps = loaded, {} if each else _capped(loaded.config.budget)
+        self._most = self._left = most_items
+        self._spent, self._busy = Amount(), False
+        self._lock = threading.Lock()  # sync calls come from several threads
+
+    def begin(self, items: int) -> Loaded:
+        """Take so many items; return the settings of a call, its budget being what is left.
+
+        Every call that begins must :meth:`end`. Blocks.
+
+        Raises:
+            ToolException: So much is not left, or another call is spending it.
+        """
+        with self._lock:
+            loaded = self._bounded() if self._caps else self._loaded
+            self._take(items)
+            self._busy = bool(self._caps)
+            return loaded
+
+    def paused(self, items: int) -> int:
+        """Give items back that a call will take again when its graph goes on; return what is left.
+
+        Args:
+            items: What it has taken.
+        """
+        with self._lock:
+            self._left = None if self._left is None else self._left + items
+        return 0
+
+    def end(self, items: int, folder: Path) -> None:
+        """Count what a call has spent; blocks.
+
+        Args:
+            items: What it has taken; given back if it made no run, for then nothing was asked.
+            folder: Its run folder.
+        """
+        with self._lock:
+            self._busy = False
+            if not folder.exists():
+                self._left = None if self._left is None else self._left + items
+            elif self._caps:
+                self._spent = self._spent.plus(_spent_in(folder))
+
+    def _take(self, items: int) -> None:
+        if self._left is None or items <= self._left:
+            self._left = None if self._left is None else self._left - items
+            return
+        msg = (
+            f"{items:,} items are more than the {self._left:,} left of the {self._most:,} that "
+            f"this tool's owner allows. {'Ask for fewer.' if self._left else _REPORT}"
+        )
+        raise ToolException(msg)
+
+    def _bounded(self) -> Loaded:
+        if self._busy:
+            msg = "Another call of this tool is spending its budget; call again when it has ended."
+            raise ToolException(msg)
+        spent = {
+            "usd": self._spent.nano_usd / NANO,
+            "tokens": self._spent.tokens,
+            "requests": self._spent.requests,
+        }
+        left = {key: cap - spent[key] for key, cap in self._caps.items()}
+        if gone := [key for key, rest in left.items() if rest <= 0]:
+            msg = f"The budget of this tool is spent ({', '.join(gone)}). {_REPORT}"
+            raise ToolException(msg)
+        changes = {f"budget.{key}": rest for key, rest in left.items()}
+        return load(self._loaded.raw, settings={**changes, "budget.on_limit": "stop"})
+
+
+def _capped(budget: BudgetConfig) -> dict[str, Any]:
+    return {key: cap for key in _CAPS if (cap := getattr(budget, key)) is not None}
+
+
+def _spent_in(path: Path) -> Amount:
+    """Return the most that a run may have spent."""
+    folder = open_folder(path)
+    about = folder.read_provenance()
+    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
+        return spent_before(Shelf(folder.budget, run_ids(about)), ledger)
+
+
+_TEXT: Final = 300
+_FAILURES: Final = 5
+
+
+def reply(end: Mapping[str, Any], rows: int) -> str:
+    """Return a run's end as JSON text for a model; blocks.
+
+    Args:
+        end: What the graph ended with.
+        rows: Most rows of each reduce stage.
+
+    Raises:
+        BudgetExhaustedError: The run asks for a higher budget, and no agent is there to be
+            interrupted.
+    """
+    if asked := end.get("__interrupt__"):
+        raise BudgetExhaustedError(str(asked[0].value["why"]))
+    progress, results = end["progress"], end["results"]
+    said: dict[str, Json] = {
+        "items": progress["items"],
+        "done": progress["done"],
+        "failed": progress["failed"],
+        "simulated": results["simulated"],
+        "aggregate": [_stage(stage, rows) for stage in end["aggregate"]],
+        "results": {"table": results["table"], "folder": results["folder"]},
+    }
+    if rows and not any("rows" in stage for stage in end["aggregate"]):
+        said["first"] = list(_first(Path(results["table"]), rows))
+    if progress["failed"]:
+        said["failures"] = list(_failures(Path(results["failures"])))
+    if results["simulated"]:
+        said["note"] = "simulated answers: they come from no model and mean nothing"
+    return orjson.dumps(said).decode()
+
+
+def _stage(stage: Mapping[str, Any], rows: int) -> dict[str, Json]:
+    """Return a stage with its first rows, and how many there are beside them."""
+    shown = dict(_short(stage))
+    for key in ("rows", "counts"):
+        found = stage.get(key)
+        if isinstance(found, Sequence) and len(found) > rows:
+            shown[key] = _short(found[:rows])
+            shown[f"more_{key}"] = len(found) - rows
+    return shown
+
+
+def _short(value: Json) -> Json:
+    """Return plain data with its texts cut."""
+    if isinstance(value, str):
+        return value if len(value) <= _TEXT else value[: _TEXT - 1] + "…"
+    if isinstance(value, Mapping):
+        return {key: _short(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_short(part) for part in value]
+    return value
+
+
+def _first(table: Path, rows: int) -> Iterator[Json]:
+    """Yield the first answers of a results table; blocks."""
+    for batch in pq.ParquetFile(table).iter_batches(rows, columns=["id", "output"]):
+        yield from (_short(row) for row in batch.to_pylist() if row["output"] is not None)
+        return
+
+
+def _failures(file: Path) -> Iterator[Json]:
+    """Yield the first failed items; blocks."""
+    with file.open("rb") as lines:
+        for line, _ in zip(lines, range(_FAILURES), strict=False):
+            record = orjson.loads(line)
+            yield _short({key: record[key] for key in ("id", "error_class", "error")})
+
+
+def complaint(error: FanfoldError, folder: Path) -> str:
+    """Return an error as the text that tells an agent what to do.
+
+    Args:
+        error: What happened.
+        folder: The run's folder.
+    """
+    if isinstance(error, InputError):
+        return f"{error.message}. Nothing was asked; correct the items and call again."
+    if isinstance(error, RunStoppedError):
+        return (
+            f"{error.message}. What is finished is kept in {folder}. Calling again does not help "
+            "now: report this to the user."
+        )
+    return f"{error.message}. You cannot mend this: report it to the user."
+
+
+Value: TypeAlias = str | int | float | bool
+
+_FORBID = ConfigDict(extra="forbid", populate_by_name=False)
+
+
+class Rows(BaseModel):
+    """The arguments of one call; a subclass per task says what ``items`` are."""
+
+    model_config = _FORBID
+
+
+def arguments(config: RunConfig, most: int) -> type[Rows]:
+    """Return the argument schema of a task.
+
+    Columns may have names that Python does not allow, so each is the alias of a numbered field.
+
+    Args:
+        config: The task.
+        most: Most items of one call.
+    """
+    names = needed_columns(config)
+    smiles, id_column = config.input.smiles, config.input.id or "id"
+    needed = dict.fromkeys([*names, *([smiles] if smiles else [])])
+    fields: dict[str, Any] = {}
+    for number, name in enumerate(needed):
+        kind: Any = str if _is_smiles(name, smiles) else Value
+        about = "SMILES of one molecule" if _is_smiles(name, smiles) else f"Column {name!r}"
+        fields[f"column_{number}"] = (kind, Field(alias=name, description=about))
+    if id_column not in needed:
+        about = "Name of the item, unique; give one to all items or to none"
+        fields["name"] = (str | int | None, Field(None, alias=id_column, description=about))
+    row = create_model("Item", __config__=_FORBID, **fields)
+    about = f"The items, one object each; at most {most:,} in one call"
+    items: Any = (list[row], Field(min_length=1, max_length=most, description=about))  # type: ignore[valid-type]
+    return create_model("Arguments", __base__=Rows, items=items)
+
+
+def rows_of(items: Sequence[BaseModel]) -> list[dict[str, Any]]:
+    """Return rows as plain data, by the columns' own names; a name that was left out is none."""
+    return [item.model_dump(by_alias=True, exclude_unset=True, exclude_none=True) for item in items]
+
+
+def _is_smiles(name: str, column: str | None) -> bool:
+    return name == column or name.lower() == "smiles"
+
 
 _NAME: Final = re.compile(r"[^A-Za-z0-9_-]+")
 _SHOWN: Final = 600
