@@ -23,7 +23,6 @@ from ..configs.resolve import settle
 from ..nodes.context import ItemContext, Prepared, RunTools
 from ..nodes.shard.progress import Meter
 from ..nodes.state import RunKey
-from .crew import life_end
 from .finish import write_results
 from .form import Form
 from .invocation import CURRENT, Invocation, claims
@@ -36,6 +35,7 @@ from .plan import cut
 from .prepare import RUNS, new_name, prepare_run
 from .requests import Request, RequestPolicy
 from .resume import resume_run
+from .shutdown_part import life_end
 from .worker import work_shard
 
 

@@ -36,13 +36,13 @@ from ..nodes.context import RunTools, unlimited
 from ..nodes.shard.gate import Gate
 from ..nodes.shard.progress import Meter, Progress
 from ..nodes.state import ItemState
-from .crew import STOP_S, WorkCrew, open_crew
 from .identity import asked_by_all, fingerprint, settle_identity
 from .items import ItemEngine, RunItem, is_seen, is_small, item_runner
 from .metrics import exposed
 from .opened import OpenedRun, accounted, reported, reports_of
-from .signs import end_earlier
-from .terms import crew_terms
+from .remote.coordinator import STOP_S, WorkCrew, open_crew
+from .remote.heartbeat import end_earlier
+from .remote.terms import crew_terms
 from .walltime import closing
 
 

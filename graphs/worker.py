@@ -23,9 +23,9 @@ from ..backends.core.errors import FanfoldError, SiteError
 from ..backends.core.messages import Order, Summary, own_version
 from ..backends.core.types import Json, Shard
 from ..nodes.shard.local import finish_some
-from .attending import attending
 from .errand import Bag, errand
-from .leased import leased, out_of_lease, too_late, used_of
+from .remote.attending import attending
+from .remote.leased import leased, out_of_lease, too_late, used_of
 
 T = TypeVar("T")
 

@@ -17,7 +17,6 @@ from ...backends.core.money import NANO
 from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder
 from ...configs.loader import Loaded
 from ...configs.resolve import Wish
-from ..crew import life_end
 from ..jobs.usage import campaign_inside
 from ..pilot import Piloted, fly
 from ..prepare import default_folder, prepare_run
@@ -25,6 +24,7 @@ from ..resume import resume_run
 from ..saver import check_saver
 from ..saying import Terminal, messages, print_json, say
 from ..session import RunOptions, RunResult, execute
+from ..shutdown_part import life_end
 from ..stopping import WARNINGS
 from ..walltime import within
 from . import status

@@ -29,10 +29,10 @@ from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, wr
 from ...configs.loader import Loaded, load
 from ...nodes.batch.load import check_input
 from ...nodes.context import RunTools
-from ..crew import life_end
 from ..prepare import prepare_run
 from ..requests import as_literal, below
 from ..session import RunOptions, RunResult, lived
+from ..shutdown_part import life_end
 from ..stopping import Stop
 
 logger = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from ...configs.loader import Loaded, load
 from ...configs.resolve import Wish
 from ...configs.site import SiteConfig, load_site
 from ...configs.source import at_path
-from ..crew import STOP_S
 from ..prepare import default_folder, prepare_run
+from ..remote.coordinator import STOP_S
 from ..resume import resume_run
 from ..saying import say
 

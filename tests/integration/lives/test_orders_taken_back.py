@@ -18,7 +18,7 @@ from fanfold.backends.workers.executor import ExecutorBackend
 from fanfold.backends.workers.member import PoolPolicy
 from fanfold.backends.workers.pool import ShardPool
 from fanfold.backends.workers.testing import order
-from fanfold.graphs.crew import WorkCrew
+from fanfold.graphs.remote.coordinator import WorkCrew
 from fanfold.graphs.worker import work_shard
 from fanfold.nodes.shard.progress import Progress
 from fanfold.tests.unit.graphs.test_crew_orders import Lender, Terms, until

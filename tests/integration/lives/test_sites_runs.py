@@ -18,7 +18,7 @@ from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.loader import load
 from fanfold.graphs import worker
 from fanfold.graphs.opened import endpoints_file
-from fanfold.graphs.signs import beat_file
+from fanfold.graphs.remote.heartbeat import beat_file
 
 pytestmark = pytest.mark.integration
 
@@ -63,7 +63,7 @@ async def test_orders_and_summaries_of_bounded_size(
     lab_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither an order nor a summary may exceed the bound: the shards go in pieces."""
-    monkeypatch.setattr("fanfold.graphs.terms.carried", lambda _: 4_000)
+    monkeypatch.setattr("fanfold.graphs.remote.terms.carried", lambda _: 4_000)
     sizes, real = list[int](), worker.work_shard
 
     def weighed(order: dict[str, Any]) -> dict[str, Any]:

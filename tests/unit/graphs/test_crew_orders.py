@@ -19,8 +19,8 @@ from fanfold.backends.storage.journal_index import Ledger
 from fanfold.backends.storage.worker_journal import worker_file
 from fanfold.backends.workers.member import PoolPolicy
 from fanfold.backends.workers.pool import ShardPool
-from fanfold.graphs import crew as module
-from fanfold.graphs.crew import WorkCrew
+from fanfold.graphs.remote import coordinator as module
+from fanfold.graphs.remote.coordinator import WorkCrew
 from fanfold.nodes.shard.progress import Progress
 from fanfold.tests.journals import write_journal
 

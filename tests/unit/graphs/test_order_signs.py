@@ -13,8 +13,8 @@ import pytest
 
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.messages import REPEATED, Order
-from fanfold.graphs import attending
-from fanfold.graphs.signs import LOOKS, Signs, beat_file, stop_file
+from fanfold.graphs.remote import attending
+from fanfold.graphs.remote.heartbeat import LOOKS, Signs, beat_file, stop_file
 
 SILENCE_S = 2.0
 ORDER = Order("0-1", 0, "0", {"token": "t"}, {}, [(0, "i", {}, None)], None, None, 1, 60.0)
@@ -36,7 +36,9 @@ def file(tmp_path: Path) -> Path:
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Return what lets seconds pass."""
     real, passed = time.monotonic, [0.0]
-    monkeypatch.setattr("fanfold.graphs.signs.time.monotonic", lambda: real() + passed[0])
+    monkeypatch.setattr(
+        "fanfold.graphs.remote.heartbeat.time.monotonic", lambda: real() + passed[0]
+    )
 
     def let_pass(seconds: float) -> None:
         passed[0] += seconds

@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from ..backends.budget.budget import Budget, BudgetTerms
-from ..backends.budget.spend_log import Book, Shelf
-from ..backends.core.errors import BudgetExhaustedError
-from ..backends.core.messages import WALLTIME, Order
-from ..backends.core.money import Amount, Caps, Tariff
-from ..configs.models import RunConfig
+from ...backends.budget.budget import Budget, BudgetTerms
+from ...backends.budget.spend_log import Book, Shelf
+from ...backends.core.errors import BudgetExhaustedError
+from ...backends.core.messages import WALLTIME, Order
+from ...backends.core.money import Amount, Caps, Tariff
+from ...configs.models import RunConfig
 
 _LOOK_S: Final = 1.0
 TOO_LATE: Final = f"{WALLTIME}: the order waited until its lease was over (backend.queue_s)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, Final
 
-from ..configs.loader import Loaded
+from ...configs.loader import Loaded
 
 _OF_THE_RUN: Final = ("requests_per_s", "tokens_per_min")
 _OF_AN_ENDPOINT: Final = ("endpoint_requests_per_s", "endpoint_tokens_per_min")

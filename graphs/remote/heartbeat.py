@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from ..backends.core.errors import LedgerError
-from ..backends.workers.member import Beat
+from ...backends.core.errors import LedgerError
+from ...backends.workers.member import Beat
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from ..backends.storage.journal import Fresh
-from ..backends.storage.journal_index import Ledger
-from ..nodes.shard.progress import Progress
+from ...backends.storage.journal import Fresh
+from ...backends.storage.journal_index import Ledger
+from ...nodes.shard.progress import Progress
 
 
 class Follower:

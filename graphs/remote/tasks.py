@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from ..backends.budget.budget import Spending
-from ..backends.budget.spend_log import Lease
-from ..backends.core.errors import FanfoldError
-from ..backends.core.messages import Order, Summary
-from ..backends.core.money import Amount, Tariff
-from ..backends.core.templates import Template
-from ..backends.core.types import Item, Json, Usage
-from ..backends.discovery.connect import model_params
-from ..backends.fleet.request import most_tokens
+from ...backends.budget.budget import Spending
+from ...backends.budget.spend_log import Lease
+from ...backends.core.errors import FanfoldError
+from ...backends.core.messages import Order, Summary
+from ...backends.core.money import Amount, Tariff
+from ...backends.core.templates import Template
+from ...backends.core.types import Item, Json, Usage
+from ...backends.discovery.connect import model_params
+from ...backends.fleet.request import most_tokens
 from .terms import Terms
 
 _PER_WORKER: Final = 2

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends.core.errors import ConfigurationError
-from ..backends.core.money import Tariff
-from ..backends.discovery.connect import Serving
-from ..backends.storage.run_folder import RunFolder
-from ..configs.loader import Loaded
-from ..configs.models import RunConfig
-from ..configs.serialize import lost_secrets
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.money import Tariff
+from ...backends.discovery.connect import Serving
+from ...backends.storage.run_folder import RunFolder
+from ...configs.loader import Loaded
+from ...configs.models import RunConfig
+from ...configs.serialize import lost_secrets
 from .shares import worker_settings, worker_streams
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,24 +14,22 @@ from typing import Any, Final
 
 import orjson
 
-from ..backends.budget.budget import Spending
-from ..backends.cluster.walltime import Walltime, walltime
-from ..backends.core.errors import ConfigurationError, LedgerError
-from ..backends.core.messages import Order, Summary, own_version
-from ..backends.core.types import Item, Shard
-from ..backends.fleet.fleet import Gathered
-from ..backends.storage.journal_index import Ledger
-from ..backends.workers.executor import WorkShard
-from ..backends.workers.factory import shard_pool
-from ..backends.workers.member import Beat
-from ..backends.workers.pool import ShardPool
-from ..configs.models import RunConfig
-from ..nodes.context import Answered
-from ..nodes.shard.progress import Progress
-from ..nodes.shard.remote import check_indices
+from ...backends.budget.budget import Spending
+from ...backends.core.errors import ConfigurationError, LedgerError
+from ...backends.core.messages import Order, Summary, own_version
+from ...backends.core.types import Item, Shard
+from ...backends.fleet.fleet import Gathered
+from ...backends.storage.journal_index import Ledger
+from ...backends.workers.executor import WorkShard
+from ...backends.workers.factory import shard_pool
+from ...backends.workers.member import Beat
+from ...backends.workers.pool import ShardPool
+from ...nodes.context import Answered
+from ...nodes.shard.progress import Progress
+from ...nodes.shard.remote import check_indices
 from .following import Follower
-from .lending import Lender
-from .signs import LOOKS, Signs, beat_file, stop_file
+from .heartbeat import LOOKS, Signs, beat_file, stop_file
+from .tasks import Lender
 from .terms import Terms
 
 logger = logging.getLogger(__name__)
@@ -307,20 +304,6 @@ def _trimmed(order: Order) -> Order:
             order.items[count:] = []
             break
     return order
-
-
-def life_end(config: RunConfig, began: float) -> Walltime | None:
-    """Return when a life of a run must end, or None when nothing bounds it.
-
-    Args:
-        config: The settings.
-        began: When the life began, in seconds since 1970.
-
-    Raises:
-        ConfigurationError: What the environment says of the end is no time.
-    """
-    extra_s = STOP_S if config.backend.is_remote else 0.0
-    return walltime(config.limits, os.environ, began, extra_s)
 
 
 @asynccontextmanager

@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from ..backends.cluster.walltime import Walltime, walltime
-from ..backends.core.messages import REPEATED, WALLTIME, Order
-from ..configs.models import LimitsConfig
-from .signs import beat_file
+from ...backends.cluster.walltime import Walltime, walltime
+from ...backends.core.messages import REPEATED, WALLTIME, Order
+from ...configs.models import LimitsConfig
+from .heartbeat import beat_file
 
 logger = logging.getLogger(__name__)
 
