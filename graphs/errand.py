@@ -37,7 +37,7 @@ from ..nodes.shard.gate import Gate
 from ..nodes.shard.progress import Progress
 from .identity import asked_by_all
 from .items import item_runner
-from .remote.attending import STOPPED, TIME_OVER, StopSign
+from .remote.heartbeat import STOPPED, TIME_OVER, StopSign
 
 FSYNC_S: Final = 1.0
 """Workers flush their journal once a second: what a node's loss may cost."""

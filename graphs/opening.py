@@ -42,7 +42,7 @@ from .metrics import exposed
 from .opened import OpenedRun, accounted, reported, reports_of
 from .remote.coordinator import STOP_S, WorkCrew, open_crew
 from .remote.heartbeat import end_earlier
-from .remote.terms import crew_terms
+from .remote.tasks import crew_terms
 from .walltime import closing
 
 

@@ -24,8 +24,8 @@ from ..backends.core.messages import Order, Summary, own_version
 from ..backends.core.types import Json, Shard
 from ..nodes.shard.local import finish_some
 from .errand import Bag, errand
-from .remote.attending import attending
-from .remote.leased import leased, out_of_lease, too_late, used_of
+from .remote.heartbeat import attending
+from .remote.tasks import leased, out_of_lease, too_late, used_of
 
 T = TypeVar("T")
 

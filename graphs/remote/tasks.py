@@ -1,22 +1,222 @@
-"""Leases for the orders of one life: how much each worker may spend, and what came back."""
+"""What the tasks of a session carry, and what each may spend (leases)."""
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Final
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
-from ...backends.budget.budget import Spending
-from ...backends.budget.spend_log import Lease
-from ...backends.core.errors import FanfoldError
-from ...backends.core.messages import Order, Summary
-from ...backends.core.money import Amount, Tariff
+from ...backends.budget.budget import Budget, BudgetTerms, Spending
+from ...backends.budget.spend_log import Book, Lease, Shelf
+from ...backends.core.errors import BudgetExhaustedError, ConfigurationError, FanfoldError
+from ...backends.core.messages import WALLTIME, Order, Summary
+from ...backends.core.money import Amount, Caps, Tariff
 from ...backends.core.templates import Template
 from ...backends.core.types import Item, Json, Usage
-from ...backends.discovery.connect import model_params
+from ...backends.discovery.connect import Serving, model_params
 from ...backends.fleet.request import most_tokens
-from .terms import Terms
+from ...backends.storage.run_folder import RunFolder
+from ...configs.loader import Loaded
+from ...configs.models import RunConfig
+from ...configs.serialize import lost_secrets
+
+_LOOK_S: Final = 1.0
+TOO_LATE: Final = f"{WALLTIME}: the order waited until its lease was over (backend.queue_s)"
+
+
+@asynccontextmanager
+async def leased(order: Order, config: RunConfig) -> AsyncIterator[Budget | None]:
+    """Open what an order may spend; None is no limit.
+
+    An order that is delivered twice may spend its lease once: the second waits until the first has
+    ended, and then may spend nothing. Nor may one that begins when its lease is over: what was
+    lent may have been given back.
+
+    Raises:
+        LedgerError: The lease's book cannot be written.
+    """
+    lease = order.lease
+    if lease is None:
+        yield None
+        return
+    until, book, caps = time.time() + order.deadline_s, None, lease["caps"]
+    if too_late(order):
+        caps = dict.fromkeys(caps, 0)
+    elif lease["booked"] and order.journal is not None:
+        shelf = Shelf(Path(order.journal).parent / "budget", order.run["id"])
+        book = await asyncio.to_thread(_book, shelf, lease["name"], until)
+        if book is None:
+            await _other_ended(shelf, lease["name"])
+            caps = dict.fromkeys(caps, 0)
+    repairs = 0 if config.task.graph else config.task.repairs
+    terms = BudgetTerms(Caps(**caps), Tariff(**order.tariff), repairs)
+    budget = Budget(terms, Amount(), book, until)
+    try:
+        yield budget
+    finally:
+        await budget.purse.aclose()
+
+
+def too_late(order: Order) -> str | None:
+    """Tell why an order must not be begun now, or None."""
+    lease = order.lease or {}
+    return TOO_LATE if time.time() > lease.get("until", float("inf")) else None
+
+
+def _book(shelf: Shelf, name: str, until: float) -> Book | None:
+    """Begin a lease's book; None when somebody has it already."""
+    path = shelf.of_lease(name)
+    if path.exists():
+        return None
+    book = shelf.open(path)
+    book.write({"until": until}, sync=True)
+    return book
+
+
+async def _other_ended(shelf: Shelf, name: str) -> None:
+    """Wait until whoever has a lease has settled it, or its time is over."""
+    while True:
+        page = await asyncio.to_thread(shelf.page, name)
+        if page.settled is not None or time.time() > page.until:
+            return
+        await asyncio.sleep(_LOOK_S)
+
+
+def out_of_lease(error: Exception) -> bool:
+    """Say whether an order ended because its lease is used up: the coordinator may lend more."""
+    return isinstance(error, BudgetExhaustedError)
+
+
+def used_of(budget: Budget | None) -> Amount | None:
+    """Return what was spent of an order's own lease; what is still reserved may have been.
+
+    Of a lease that another has, nothing is known here.
+    """
+    if budget is None or not budget.terms.caps.some:
+        return None
+    return budget.purse.settled.plus(budget.purse.reserved)
+
+
+_OF_THE_RUN: Final = ("requests_per_s", "tokens_per_min")
+_OF_AN_ENDPOINT: Final = ("endpoint_requests_per_s", "endpoint_tokens_per_min")
+
+
+def worker_streams(loaded: Loaded) -> int:
+    """Return the most items in flight in one worker."""
+    config = loaded.config
+    return max(1, -(-config.limits.streams // config.backend.concurrent_shards))
+
+
+def worker_settings(loaded: Loaded) -> dict[str, Any]:
+    """Return the settings that travel: rates divided by the workers, nothing served twice.
+
+    Limits of an endpoint are divided as well, unless each worker has endpoints of its own.
+    """
+    settings = copy.deepcopy(loaded.plain)
+    backend, limits = loaded.config.backend, settings["limits"]
+    workers = backend.concurrent_shards
+    keys = _OF_THE_RUN if backend.node_endpoints else (*_OF_THE_RUN, *_OF_AN_ENDPOINT)
+    for key in keys:
+        if limits.get(key) is not None:
+            limits[key] = limits[key] / workers
+    if limits.get("endpoint_streams") is not None and not backend.node_endpoints:
+        limits["endpoint_streams"] = max(1, limits["endpoint_streams"] // workers)
+    gateway = settings["endpoints"].get("first")
+    if gateway and gateway.get("requests_per_s") is not None:
+        gateway["requests_per_s"] = gateway["requests_per_s"] / workers
+    settings["backend"]["user_endpoint_config"] = None  # for the endpoint, not for its workers
+    if settings.get("metrics"):
+        settings["metrics"] = {"port": None}  # the coordinator serves them
+    return settings
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all orders of a life have in common.
+
+    Attributes:
+        run: The run's ``id``, ``model``, ``simulated``, ``fingerprint``, ``life`` and the life's
+            ``token``.
+        settings: Its plain settings.
+        urls: Endpoints for the workers, in place of the settings' own; or None.
+        journal: The run's journal folder if workers share it, else None.
+        streams: Most items in flight in one worker.
+        deadline_s: Seconds that a worker may take for one order.
+        carry: Most bytes of an order, and of a summary.
+        nodewise: Whether each worker has endpoints of its own.
+        folder: The run's folder.
+        config: The run's settings.
+        tariff: What tokens cost.
+        ends_at: When workers take no more items, in seconds since 1970; or None.
+    """
+
+    run: dict[str, Any]
+    settings: dict[str, Any]
+    urls: list[str] | None
+    journal: Path | None
+    streams: int
+    deadline_s: float
+    carry: int
+    nodewise: bool
+    folder: Path
+    config: RunConfig
+    tariff: dict[str, int]
+    ends_at: float | None = None
+
+
+def crew_terms(
+    folder: RunFolder, loaded: Loaded, up: Serving, about: dict[str, Any], tariff: Tariff
+) -> Terms:
+    """Return what the orders of one life of a run have in common.
+
+    Args:
+        folder: The run's folder.
+        loaded: Its settings.
+        up: Its endpoints.
+        about: What the run is, its ``life`` included.
+        tariff: What tokens cost.
+
+    Raises:
+        ConfigurationError: A key or token of the endpoints stands in the settings in clear text;
+            it would have to travel, and does not.
+    """
+    config = loaded.config
+    told = {key: loaded.plain[key] for key in ("endpoints", "model")}
+    for secret in lost_secrets(told):
+        msg = (
+            f"{secret} is written out, and keys do not travel to workers; write it as ${{VAR}} and "
+            "set the variable where the workers run"
+        )
+        raise ConfigurationError(msg)
+    run = {key: about[key] for key in ("model", "simulated", "fingerprint", "life")}
+    return Terms(
+        run=run | {"id": about["run"], "token": secrets.token_hex(4)},
+        settings=worker_settings(loaded),
+        urls=_started(up, config),
+        journal=folder.journal.resolve() if config.backend.workers_share_folder else None,
+        streams=worker_streams(loaded),
+        deadline_s=config.backend.deadline_s,
+        carry=config.backend.message_bytes,
+        nodewise=config.backend.node_endpoints,
+        folder=folder.path,
+        config=config,
+        tariff=tariff.to_json(),
+    )
+
+
+def _started(up: Serving, config: RunConfig) -> list[str] | None:
+    """Return the URLs of a simulated fleet that was started here."""
+    if config.endpoints.simulated is None or config.backend.node_endpoints:
+        return None
+    return [spec.url for spec in up.specs]
+
 
 _PER_WORKER: Final = 2
 """A lease takes at most one of so many parts of what is left, per worker."""

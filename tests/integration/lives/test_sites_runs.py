@@ -63,7 +63,7 @@ async def test_orders_and_summaries_of_bounded_size(
     lab_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither an order nor a summary may exceed the bound: the shards go in pieces."""
-    monkeypatch.setattr("fanfold.graphs.remote.terms.carried", lambda _: 4_000)
+    monkeypatch.setattr("fanfold.graphs.remote.tasks.carried", lambda _: 4_000)
     sizes, real = list[int](), worker.work_shard
 
     def weighed(order: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ async def test_a_worker_whose_job_ends_sends_its_shards_back(
         orders.append(None)
         return in_time(-60) if len(orders) <= 3 else None
 
-    monkeypatch.setattr("fanfold.graphs.remote.attending.walltime", over_at_first)
+    monkeypatch.setattr("fanfold.graphs.remote.heartbeat.walltime", over_at_first)
     async with lab_of(items=40) as lab:
         aggregate = await lab.undisturbed()
         lab.config["backend"] = THREADS

@@ -11,7 +11,7 @@ from fanfold.backends.core.secrets import MASKED
 from fanfold.backends.workers.factory import places
 from fanfold.configs.loader import Loaded, load
 from fanfold.configs.serialize import secret_texts, to_yaml
-from fanfold.graphs.remote.shares import worker_settings
+from fanfold.graphs.remote.tasks import worker_settings
 from fanfold.graphs.worker import work_shard
 
 WRITTEN = {

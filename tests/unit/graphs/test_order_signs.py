@@ -13,7 +13,7 @@ import pytest
 
 from fanfold.backends.core.errors import LedgerError
 from fanfold.backends.core.messages import REPEATED, Order
-from fanfold.graphs.remote import attending
+from fanfold.graphs.remote import heartbeat
 from fanfold.graphs.remote.heartbeat import LOOKS, Signs, beat_file, stop_file
 
 SILENCE_S = 2.0
@@ -112,13 +112,13 @@ def test_what_cannot_be_looked_at_is_told_and_not_silent(
 @pytest.fixture
 async def told(
     signs: Signs, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[attending.StopSign]:
+) -> AsyncIterator[heartbeat.StopSign]:
     """Attend to an order as its worker does."""
-    monkeypatch.setattr(attending, "_BEAT_S", 0.01)
-    monkeypatch.setattr(attending, "_STOP_S", 0.01)
+    monkeypatch.setattr(heartbeat, "_BEAT_S", 0.01)
+    monkeypatch.setattr(heartbeat, "_STOP_S", 0.01)
     signs.allow(file)
     stop = str(stop_file(tmp_path, "t"))
-    async with attending.attending(replace(ORDER, journal=str(tmp_path), stop_file=stop)) as sign:
+    async with heartbeat.attending(replace(ORDER, journal=str(tmp_path), stop_file=stop)) as sign:
         yield sign
 
 
@@ -129,26 +129,26 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def test_a_worker_stops_when_its_order_is_taken_back(
-    told: attending.StopSign, signs: Signs, file: Path
+    told: heartbeat.StopSign, signs: Signs, file: Path
 ) -> None:
     assert file.stat().st_mtime > 0
     assert told.reason() is None
     signs.withdraw(file)
     await until(told.reason)
-    assert told.reason() == attending.WITHDRAWN
+    assert told.reason() == heartbeat.WITHDRAWN
     assert not file.exists()
 
 
 async def test_a_worker_stops_with_its_coordinators_life(
-    told: attending.StopSign, signs: Signs
+    told: heartbeat.StopSign, signs: Signs
 ) -> None:
     signs.stop()
     await until(told.reason)
-    assert told.reason() == attending.STOPPED
+    assert told.reason() == heartbeat.STOPPED
 
 
 async def test_a_worker_survives_a_file_system_that_fails_for_a_while(
-    told: attending.StopSign,
+    told: heartbeat.StopSign,
     signs: Signs,
     file: Path,
     tmp_path: Path,
@@ -164,15 +164,15 @@ async def test_a_worker_survives_a_file_system_that_fails_for_a_while(
     before = file.stat().st_mtime_ns
     await until(lambda: file.stat().st_mtime_ns > before)
     signs.stop()
-    await until(lambda: told.reason() == attending.STOPPED)
+    await until(lambda: told.reason() == heartbeat.STOPPED)
 
 
 async def test_an_order_that_was_taken_back_is_not_begun(tmp_path: Path) -> None:
-    async with attending.attending(replace(ORDER, journal=str(tmp_path))) as sign:
-        assert sign.reason() == attending.WITHDRAWN
+    async with heartbeat.attending(replace(ORDER, journal=str(tmp_path))) as sign:
+        assert sign.reason() == heartbeat.WITHDRAWN
 
 
-async def test_an_order_is_begun_once(told: attending.StopSign, tmp_path: Path) -> None:
-    async with attending.attending(replace(ORDER, journal=str(tmp_path))) as sign:
+async def test_an_order_is_begun_once(told: heartbeat.StopSign, tmp_path: Path) -> None:
+    async with heartbeat.attending(replace(ORDER, journal=str(tmp_path))) as sign:
         assert sign.reason() == REPEATED
     assert told.reason() is None

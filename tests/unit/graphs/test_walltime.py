@@ -12,7 +12,7 @@ from fanfold.backends.cluster.walltime import Walltime, walltime
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.configs.loader import load
 from fanfold.configs.models import LimitsConfig
-from fanfold.graphs.remote.attending import StopSign
+from fanfold.graphs.remote.heartbeat import StopSign
 from fanfold.graphs.walltime import closing, within
 from fanfold.nodes.shard.gate import Gate
 
