@@ -23,19 +23,19 @@ from ..configs.resolve import settle
 from ..nodes.context import ItemContext, Prepared, RunTools
 from ..nodes.shard.progress import Meter
 from ..nodes.state import RunKey
-from .finish import write_results
 from .form import Form
 from .invocation import CURRENT, Invocation, claims
-from .item import item_engine
-from .items import item_context
-from .lives import begin_life, end_life
-from .opened import OpenedRun
-from .opening import Mode, open_run
-from .plan import cut
-from .prepare import RUNS, new_name, prepare_run
 from .requests import Request, RequestPolicy
-from .resume import resume_run
-from .shutdown_part import life_end
+from .run.finish import write_results
+from .run.item import item_engine
+from .run.items import item_context
+from .run.lives import begin_life, end_life
+from .run.open_run import OpenedRun
+from .run.plan import cut
+from .run.prepare import RUNS, new_name, prepare_run
+from .run.resources import Mode, open_run
+from .run.resume import resume_run
+from .run.shutdown_part import life_end
 from .worker import work_shard
 
 

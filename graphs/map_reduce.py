@@ -16,10 +16,10 @@ from ..nodes.batch.dispatch import dispatch, fan_out, gather, more
 from ..nodes.batch.load import check_input, enter, load
 from ..nodes.batch.reduce import reduce
 from ..nodes.batch.shard import shard
+from ..nodes.item.graph_part import build_item, described
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
 from .binding import Bound, BoundGraph
 from .context import RunContext
-from .item import build_item, described
 from .requests import RequestPolicy
 
 MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]

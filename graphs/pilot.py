@@ -27,15 +27,15 @@ from ..nodes.item.prepare import asked
 from ..nodes.shard.local import work
 from ..nodes.shard.remote import work_elsewhere
 from .context import RunContext
-from .estimate import nodes_of, plan_of
-from .forecast import Forecast, Plan, forecast
-from .live import watching
-from .opened import OpenedRun
-from .sampling import spread
-from .seen import Seen
+from .run.estimate import nodes_of, plan_of
+from .run.forecast import Forecast, Plan, forecast
+from .run.monitor import watching
+from .run.open_run import OpenedRun
+from .run.sampling import spread
+from .run.seen import Seen
+from .run.shutdown import Stop, stoppable
+from .run.spans import Span
 from .session import RunOptions, counted, noted, spared_modules
-from .spans import Span
-from .stopping import Stop, stoppable
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,13 @@ from ..backends.storage.run_folder import RunFolder, now, run_ids
 from ..configs.loader import Loaded
 from ..nodes.context import RunTools
 from .context import RunContext
-from .live import watching
-from .lives import life
 from .map_reduce import MapReduce, build
-from .opened import OpenedRun
-from .plan import UNBOUNDED
-from .saver import open_saver
-from .stopping import Stop, stoppable
+from .run.checkpoints import open_saver
+from .run.lives import life
+from .run.monitor import watching
+from .run.open_run import OpenedRun
+from .run.plan import UNBOUNDED
+from .run.shutdown import Stop, stoppable
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ async def execute(
 ) -> RunResult:
     """Run or resume a prepared run to its end, and note this life in its provenance.
 
-    Signals and the end of its time stop it: see :class:`~fanfold.graphs.stopping.Stop`.
+    Signals and the end of its time stop it: see :class:`~fanfold.graphs.run.shutdown.Stop`.
 
     Raises:
         ConfigurationError: The endpoints do not fit the run, or another process works on it.

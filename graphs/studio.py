@@ -6,11 +6,11 @@ from typing import Any
 
 from langgraph.runtime import Runtime
 
+from ..nodes.item.graph_part import assemble
 from ..nodes.item.steps import ITEM_STEPS, ItemNode
 from ..nodes.state import ItemInput, ItemOutput, ItemState
 from .binding import Bound, BoundGraph, check_item
 from .context import RunContext
-from .item import assemble
 from .requests import RequestPolicy
 
 AloneGraph = BoundGraph[ItemState, ItemInput, ItemOutput]

@@ -21,7 +21,7 @@ from ...backends.core.errors import (
     RunStoppedError,
 )
 from ...backends.core.messages import own_version
-from ..saying import print_traceback, say, show_log
+from ..run.console import print_traceback, say, show_log
 from . import jobs, setup
 from .options import (
     COST_BY,

@@ -18,8 +18,8 @@ from ...backends.discovery.resolve import endpoint_specs
 from ...configs.loader import Loaded
 from ...configs.models import RunConfig
 from ...configs.resolve import Wish
-from ..estimate import Estimate, estimate
-from ..saying import print_json, print_lines, say
+from ..run.console import print_json, print_lines, say
+from ..run.estimate import Estimate, estimate
 from .format import budget_lines, cost_lines
 
 _SHOWN_HOSTS: Final = 5

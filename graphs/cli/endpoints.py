@@ -21,9 +21,9 @@ from ...backends.storage.endpoints_table import over_lives, read_endpoints
 from ...backends.storage.run_folder import open_folder
 from ...configs.loader import Loaded
 from ...configs.resolve import Wish
-from ..opened import endpoints_file
-from ..prepare import check_endpoints
-from ..saying import Terminal, print_json, say
+from ..run.console import Terminal, print_json, say
+from ..run.open_run import endpoints_file
+from ..run.prepare import check_endpoints
 from .format import cell
 
 _NOTHING: Final = "-"

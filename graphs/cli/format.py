@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.terminal import escape_controls
-from ..forecast import Forecast, Plan
-from ..spans import Span
+from ..run.forecast import Forecast, Plan
+from ..run.spans import Span
 
 _CENT: Final = 0.01
 

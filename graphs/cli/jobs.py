@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..saying import say
+from ..run.console import say
 from .options import Folder, Input, Limit, Out, Sets, nonempty, nonempty_path
 
 chain = typer.Typer(help="What the job script calls.", no_args_is_help=True, hidden=True)

@@ -19,14 +19,14 @@ from ...configs.loader import Loaded
 from ...configs.resolve import Wish
 from ..jobs.usage import campaign_inside
 from ..pilot import Piloted, fly
-from ..prepare import default_folder, prepare_run
-from ..resume import resume_run
-from ..saver import check_saver
-from ..saying import Terminal, messages, print_json, say
+from ..run.checkpoints import check_saver
+from ..run.console import Terminal, messages, print_json, say
+from ..run.prepare import default_folder, prepare_run
+from ..run.resume import resume_run
+from ..run.shutdown import WARNINGS
+from ..run.shutdown_part import life_end
+from ..run.walltime import within
 from ..session import RunOptions, RunResult, execute
-from ..shutdown_part import life_end
-from ..stopping import WARNINGS
-from ..walltime import within
 from . import status
 from .format import budget_lines, cost_lines, dollars, duration, show_aggregate
 

@@ -17,7 +17,7 @@ from ...backends.simulated.fleet import SimulatedFleet
 from ...backends.simulated.spec import SimulationSpec
 from ...backends.storage.run_folder import open_folder
 from ...configs.resolve import Wish
-from ..saying import say
+from ..run.console import say
 
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOT_FOR_SERVERS: Final = (signal.SIGUSR1, signal.SIGUSR2)

@@ -31,8 +31,8 @@ from ...backends.storage.run_folder import RunFolder, open_folder, read_extents,
 from ...configs.loader import peek
 from ...configs.source import at_path
 from ..jobs.usage import campaign
-from ..live import short
-from ..saying import Terminal, data_stream, print_json
+from ..run.console import Terminal, data_stream, print_json
+from ..run.monitor import short
 from .format import cell
 from .options import COST_BY
 

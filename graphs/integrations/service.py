@@ -29,11 +29,11 @@ from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, wr
 from ...configs.loader import Loaded, load
 from ...nodes.batch.load import check_input
 from ...nodes.context import RunTools
-from ..prepare import prepare_run
 from ..requests import as_literal, below
+from ..run.prepare import prepare_run
+from ..run.shutdown import Stop
+from ..run.shutdown_part import life_end
 from ..session import RunOptions, RunResult, lived
-from ..shutdown_part import life_end
-from ..stopping import Stop
 
 logger = logging.getLogger(__name__)
 

@@ -36,8 +36,8 @@ from ...configs.models import BudgetConfig, RunConfig
 from ...nodes.state import RunInput
 from ..context import RunContext
 from ..map_reduce import MapReduce, build
-from ..plan import UNBOUNDED
-from ..prepare import RUNS, new_name
+from ..run.plan import UNBOUNDED
+from ..run.prepare import RUNS, new_name
 
 _CAPS: Final = ("usd", "tokens", "requests")
 _REPORT: Final = "Report this to the user: only the tool's owner can allow more."

@@ -27,7 +27,7 @@ from ...backends.core.errors import ConfigurationError, FanfoldError, SiteError
 from ...backends.servers.events import last_words
 from ...backends.storage.journal_index import Ledger
 from ...backends.storage.run_folder import RunFolder, open_folder, run_ids
-from ..saying import say
+from ..run.console import say
 
 _ENDS: Final = (DONE, FAILURES, USAGE, BUDGET)
 """Exit codes that end a chain, whatever became of the servers."""

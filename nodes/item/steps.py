@@ -1,6 +1,6 @@
 """The item graph as data: its steps and what comes after each.
 
-From the same table :func:`fanfold.graphs.item.build_item` makes a StateGraph, and shards
+From the same table :func:`fanfold.graphs.run.item.build_item` makes a StateGraph, and shards
 :func:`walk` directly: LangGraph's loop costs several milliseconds per item, the walk a few
 microseconds, and a conformance test holds both to the same results.
 """

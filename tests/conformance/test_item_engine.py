@@ -18,9 +18,9 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.templates import Template
 from fanfold.backends.core.types import Message, Reply, Usage
-from fanfold.graphs.item import build_item
 from fanfold.nodes.context import ItemContext
 from fanfold.nodes.item.answer import AnswerCheck
+from fanfold.nodes.item.graph_part import build_item
 from fanfold.nodes.item.steps import DELEGATED_STEPS, ITEM_STEPS, Step, walk
 from fanfold.nodes.state import ItemState
 

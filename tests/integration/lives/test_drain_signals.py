@@ -16,9 +16,9 @@ from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.loader import load
-from fanfold.graphs.resume import resume_run
+from fanfold.graphs.run.resume import resume_run
+from fanfold.graphs.run.shutdown import Stop
 from fanfold.graphs.session import RunResult
-from fanfold.graphs.stopping import Stop
 
 pytestmark = pytest.mark.integration
 
@@ -81,7 +81,7 @@ async def test_drained_and_resumed_over_and_over(lab_of: Any, shards: str) -> No
 async def test_many_small_supersteps(lab_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with lab_of(items=120) as lab:
         lab.config["shard"] = {"items": 5}
-        monkeypatch.setattr("fanfold.graphs.plan.window", lambda *_: 3)
+        monkeypatch.setattr("fanfold.graphs.run.plan.window", lambda *_: 3)
         aggregate = await lab.undisturbed()
         for lines in (1, 20, 31, 75):
             result = await stopped(lab, lines, signal.SIGTERM)
@@ -129,7 +129,7 @@ async def test_a_signal_while_the_run_is_opened(
             yield
 
         with monkeypatch.context() as patched:
-            patched.setattr("fanfold.graphs.opening.served", never)
+            patched.setattr("fanfold.graphs.run.resources.served", never)
             life = asyncio.create_task(lab.live(folder))
             await asyncio.wait_for(opening.wait(), 60)
             os.kill(os.getpid(), signal.SIGTERM)

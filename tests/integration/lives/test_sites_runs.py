@@ -17,8 +17,8 @@ from fanfold.backends.storage.endpoints_table import read_endpoints
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.loader import load
 from fanfold.graphs import worker
-from fanfold.graphs.opened import endpoints_file
 from fanfold.graphs.remote.heartbeat import beat_file
+from fanfold.graphs.run.open_run import endpoints_file
 
 pytestmark = pytest.mark.integration
 

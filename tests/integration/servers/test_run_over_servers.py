@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fanfold.backends.servers.events import server_seconds
 from fanfold.configs.loader import Loaded, load
-from fanfold.graphs.prepare import prepare_run
+from fanfold.graphs.run.prepare import prepare_run
 from fanfold.graphs.session import RunOptions, execute
 
 from .conftest import Node, free_port, until

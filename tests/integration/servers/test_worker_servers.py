@@ -20,7 +20,7 @@ from fanfold.backends.servers.client import used
 from fanfold.backends.servers.lock import holder, is_served
 from fanfold.configs.loader import Loaded, load
 from fanfold.graphs import worker
-from fanfold.graphs.prepare import prepare_run
+from fanfold.graphs.run.prepare import prepare_run
 from fanfold.graphs.session import RunOptions, execute
 
 from .conftest import PLAIN, Node, free_port, until

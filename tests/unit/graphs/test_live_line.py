@@ -10,8 +10,8 @@ from fanfold.backends.core.money import FREE, NANO, Amount, Caps, Held
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
-from fanfold.graphs.live import Line, short
-from fanfold.graphs.opened import OpenedRun
+from fanfold.graphs.run.monitor import Line, short
+from fanfold.graphs.run.open_run import OpenedRun
 from fanfold.nodes.shard.gate import Gate
 from fanfold.nodes.shard.progress import Progress
 

@@ -14,8 +14,8 @@ from fanfold.backends.budget.budget import Budget, BudgetTerms, Leases, Spending
 from fanfold.backends.budget.spend_log import Lease, Shelf
 from fanfold.backends.core.money import FREE, Amount, Caps
 from fanfold.backends.core.types import Json
-from fanfold.graphs import nodetime
-from fanfold.graphs.nodetime import Timesheet, watched
+from fanfold.graphs.run import node_time
+from fanfold.graphs.run.node_time import Timesheet, watched
 from fanfold.nodes.shard.gate import Gate
 
 
@@ -33,8 +33,8 @@ async def test_a_damaged_book_of_a_lost_worker_ends_no_watch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Node-hours are spent, and end the run, as before; what is wrong is told once."""
-    monkeypatch.setattr(nodetime, "_TICK_S", 0.01)
-    monkeypatch.setattr(nodetime, "_RECOVER_S", 0.0)
+    monkeypatch.setattr(node_time, "_TICK_S", 0.01)
+    monkeypatch.setattr(node_time, "_RECOVER_S", 0.0)
     shelf = Shelf(tmp_path / "budget", "run")
     terms = BudgetTerms(Caps(requests=10, node_ms=2000), FREE)
     budget = Budget(terms, Amount(), shelf.open(shelf.of_life(1)))
@@ -44,7 +44,7 @@ async def test_a_damaged_book_of_a_lost_worker_ends_no_watch(
     shelf.of_lease("1.0-1.0").write_bytes(b"?\n")
     gate = Gate(1, 0.0, "shards")
     sheet = Timesheet(lambda: (4, 4), FREE, lambda _: None, nowhere)
-    with caplog.at_level(logging.WARNING, "fanfold.graphs.nodetime"):
+    with caplog.at_level(logging.WARNING, "fanfold.graphs.run.node_time"):
         async with watched(sheet, gate, Spending(budget, leases, shelf)):
             await asyncio.wait_for(gate.wait_closed(float("inf")), 60)
     assert budget.purse.settled.node_ms > 1000

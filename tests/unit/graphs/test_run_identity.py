@@ -6,8 +6,8 @@ import pytest
 
 from fanfold.backends.core.secrets import MASKED, mask_arguments
 from fanfold.configs.loader import load
-from fanfold.graphs.identity import differences, fingerprint
-from fanfold.graphs.plan import shard_items, window
+from fanfold.graphs.run.identity import differences, fingerprint
+from fanfold.graphs.run.plan import shard_items, window
 
 BASE = load("data_annotation")
 

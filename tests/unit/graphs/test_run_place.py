@@ -20,8 +20,8 @@ from fanfold.backends.storage.journal_index import Ledger
 from fanfold.backends.storage.run_folder import RunFolder, is_run, new_folder, place_to_be, run_ids
 from fanfold.backends.workers.globus.tasks import FILE
 from fanfold.configs.loader import load, portable
-from fanfold.graphs.identity import settle_identity
-from fanfold.graphs.lives import life
+from fanfold.graphs.run.identity import settle_identity
+from fanfold.graphs.run.lives import life
 
 
 def made(path: Path) -> RunFolder:

@@ -9,8 +9,8 @@ import pytest
 from langgraph.checkpoint.base import empty_checkpoint
 
 from fanfold.backends.core.errors import ConfigurationError, LedgerError
-from fanfold.graphs import saver as savers
-from fanfold.graphs.saver import check_saver, is_network, open_saver
+from fanfold.graphs.run import checkpoints as savers
+from fanfold.graphs.run.checkpoints import check_saver, is_network, open_saver
 
 MOUNTS = r"""
 22 1 254:1 / / rw,relatime - ext4 /dev/vda1 rw

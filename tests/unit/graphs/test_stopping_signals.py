@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fanfold.backends.cluster.walltime import Walltime
 from fanfold.backends.core.errors import RunStoppedError
-from fanfold.graphs.stopping import Stop
+from fanfold.graphs.run.shutdown import Stop
 from fanfold.nodes.shard.gate import Gate
 
 

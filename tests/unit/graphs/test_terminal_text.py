@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fanfold.backends.core.terminal import CONTROLS, escape_controls, escape_json
 from fanfold.graphs.cli.format import cell, show_aggregate
-from fanfold.graphs.saying import (
+from fanfold.graphs.run.console import (
     Terminal,
     data_stream,
     print_json,

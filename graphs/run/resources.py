@@ -12,37 +12,37 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..backends.budget.budget import Spending, spending
-from ..backends.budget.pricing import price as price_of
-from ..backends.budget.pricing import tariff
-from ..backends.budget.spend_log import Shelf
-from ..backends.budget.tokens import exact_count, token_counter
-from ..backends.cluster.walltime import Walltime
-from ..backends.core.errors import ConfigurationError
-from ..backends.core.money import FREE, Held
-from ..backends.core.types import Item
-from ..backends.discovery.connect import open_fleet, reusing
-from ..backends.discovery.node_local import served
-from ..backends.fleet.fleet import Fleet
-from ..backends.inputs.item_store import ItemStore
-from ..backends.storage.journal_index import Ledger
-from ..backends.storage.run_folder import RunFolder, run_ids
-from ..backends.workers.executor import WorkShard
-from ..configs.loader import Loaded
-from ..configs.models import RunConfig
-from ..configs.reduce import with_bounds
-from ..nodes.aggregators import build
-from ..nodes.context import RunTools, unlimited
-from ..nodes.shard.gate import Gate
-from ..nodes.shard.progress import Meter, Progress
-from ..nodes.state import ItemState
+from ...backends.budget.budget import Spending, spending
+from ...backends.budget.pricing import price as price_of
+from ...backends.budget.pricing import tariff
+from ...backends.budget.spend_log import Shelf
+from ...backends.budget.tokens import exact_count, token_counter
+from ...backends.cluster.walltime import Walltime
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.money import FREE, Held
+from ...backends.core.types import Item
+from ...backends.discovery.connect import open_fleet, reusing
+from ...backends.discovery.node_local import served
+from ...backends.fleet.fleet import Fleet
+from ...backends.inputs.item_store import ItemStore
+from ...backends.storage.journal_index import Ledger
+from ...backends.storage.run_folder import RunFolder, run_ids
+from ...backends.workers.executor import WorkShard
+from ...configs.loader import Loaded
+from ...configs.models import RunConfig
+from ...configs.reduce import with_bounds
+from ...nodes.aggregators import build
+from ...nodes.context import RunTools, unlimited
+from ...nodes.shard.gate import Gate
+from ...nodes.shard.progress import Meter, Progress
+from ...nodes.state import ItemState
+from ..remote.coordinator import STOP_S, WorkCrew, open_crew
+from ..remote.heartbeat import end_earlier
+from ..remote.tasks import crew_terms
 from .identity import asked_by_all, fingerprint, settle_identity
 from .items import ItemEngine, RunItem, is_seen, is_small, item_runner
 from .metrics import exposed
-from .opened import OpenedRun, accounted, reported, reports_of
-from .remote.coordinator import STOP_S, WorkCrew, open_crew
-from .remote.heartbeat import end_earlier
-from .remote.tasks import crew_terms
+from .open_run import OpenedRun, accounted, reported, reports_of
 from .walltime import closing
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ..configs.models import RunConfig
-from ..nodes.context import Prepared
-from ..nodes.state import RunKey
+from ...configs.models import RunConfig
+from ...nodes.context import Prepared
+from ...nodes.state import RunKey
 from .items import is_small
 
 _LEAST, _MOST = 256, 4096

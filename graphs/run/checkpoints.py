@@ -16,7 +16,7 @@ import aiosqlite
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
-from ..backends.core.errors import ConfigurationError, LedgerError, MissingExtraError
+from ...backends.core.errors import ConfigurationError, LedgerError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 

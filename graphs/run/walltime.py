@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from ..backends.cluster.walltime import Walltime
-from ..backends.core.errors import RunStoppedError
-from ..nodes.shard.gate import Gate
+from ...backends.cluster.walltime import Walltime
+from ...backends.core.errors import RunStoppedError
+from ...nodes.shard.gate import Gate
 
 T = TypeVar("T")
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.budget.pricing import price
-from ..backends.core.errors import ConfigurationError
-from ..backends.discovery.node_local import served
-from ..backends.inputs.item_store import ItemStore, spill
-from ..backends.inputs.source import input_spec, needed_columns
-from ..backends.simulated.process import simulation
-from ..backends.storage.run_folder import RunFolder, place_of, write_bytes
-from ..configs.loader import Loaded, load, portable
-from ..configs.serialize import lost_secrets, to_yaml
+from ...backends.budget.pricing import price
+from ...backends.core.errors import ConfigurationError
+from ...backends.discovery.node_local import served
+from ...backends.inputs.item_store import ItemStore, spill
+from ...backends.inputs.source import input_spec, needed_columns
+from ...backends.simulated.process import simulation
+from ...backends.storage.run_folder import RunFolder, place_of, write_bytes
+from ...configs.loader import Loaded, load, portable
+from ...configs.serialize import lost_secrets, to_yaml
 from .identity import differences, fingerprint, settle_identity
 from .prepare import stamp
 

@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends.budget.budget import Budget, Spending
-from ..backends.budget.spend_log import Shelf
-from ..backends.core.errors import LedgerError
-from ..backends.core.money import NANO, Tariff
-from ..backends.core.types import Usage
-from ..backends.fleet.fleet import Fleet
-from ..backends.storage.endpoints_table import FILE, append_endpoints
-from ..backends.storage.journal_index import Ledger
-from ..backends.storage.run_folder import RunFolder
-from ..nodes.context import RunTools
-from .nodetime import Timesheet, noting, watched
+from ...backends.budget.budget import Budget, Spending
+from ...backends.budget.spend_log import Shelf
+from ...backends.core.errors import LedgerError
+from ...backends.core.money import NANO, Tariff
+from ...backends.core.types import Usage
+from ...backends.fleet.fleet import Fleet
+from ...backends.storage.endpoints_table import FILE, append_endpoints
+from ...backends.storage.journal_index import Ledger
+from ...backends.storage.run_folder import RunFolder
+from ...nodes.context import RunTools
+from .node_time import Timesheet, noting, watched
 
 logger = logging.getLogger(__name__)
 

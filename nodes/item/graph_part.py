@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, cast
+from typing import Any
 
-from langchain_core.runnables import RunnableConfig
 from langgraph.graph import START, StateGraph
 
-from ..nodes.context import ItemContext
-from ..nodes.item.steps import DELEGATED_STEPS, FIRST, ITEM_STEPS, Step
-from ..nodes.state import ItemState
-from .items import ItemEngine
-
-_STEPS: Final = 6
-"""Supersteps of an item without repairs: the input, three nodes, and LangGraph's look at the end;
-one to spare. A repair takes two more."""
+from ..context import ItemContext
+from ..state import ItemState
+from .steps import FIRST, ITEM_STEPS, Step
 
 ItemGraph = StateGraph[ItemState, ItemContext, ItemState, ItemState]
 
@@ -38,21 +32,3 @@ def assemble(graph: Any, steps: Mapping[str, Step], nodes: Mapping[str, Any]) ->
 def described(node: Callable[..., Any]) -> dict[str, Any]:
     """Return a node's metadata: what it does, for whoever draws the graph."""
     return {"description": (node.__doc__ or "").partition("\n")[0].replace("``", "")}
-
-
-def item_engine(delegated: bool) -> ItemEngine:
-    """Return a function that runs one item by LangGraph's engine, without a saver.
-
-    Its steps are bounded by the repairs alone, whatever limit the invocation around it has.
-
-    Args:
-        delegated: Whether a user's ``task.graph`` takes the place of the model call.
-    """
-    graph = build_item(DELEGATED_STEPS if delegated else ITEM_STEPS).compile(checkpointer=False)
-
-    async def run(state: ItemState, context: ItemContext) -> ItemState:
-        config = RunnableConfig(recursion_limit=_STEPS + 2 * context.repairs)
-        final: Any = await graph.ainvoke(state, config, context=context)
-        return cast(ItemState, final)
-
-    return run

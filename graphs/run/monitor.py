@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ..backends.core.money import NANO
-from ..backends.fleet.fleet import Fleet
-from ..nodes.context import RunTools
-from .opened import OpenedRun
+from ...backends.core.money import NANO
+from ...backends.fleet.fleet import Fleet
+from ...nodes.context import RunTools
+from .open_run import OpenedRun
 
 _PLAIN_S: Final = 10.0
 _LIVE_S: Final = 0.25

@@ -10,11 +10,11 @@ from typing import Any
 
 import orjson
 
-from ..backends.core.errors import LedgerError
-from ..backends.discovery.connect import model_params
-from ..backends.storage.run_folder import RunFolder, place_of, run_ids
-from ..backends.workers.globus.tasks import FILE as GLOBUS_TASKS
-from ..configs.models import RunConfig
+from ...backends.core.errors import LedgerError
+from ...backends.discovery.connect import model_params
+from ...backends.storage.run_folder import RunFolder, place_of, run_ids
+from ...backends.workers.globus.tasks import FILE as GLOBUS_TASKS
+from ...configs.models import RunConfig
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from ..backends.cluster.walltime import Walltime, walltime
-from ..configs.models import RunConfig
-from .remote.coordinator import STOP_S
+from ...backends.cluster.walltime import Walltime, walltime
+from ...configs.models import RunConfig
+from ..remote.coordinator import STOP_S
 
 
 def life_end(config: RunConfig, began: float) -> Walltime | None:

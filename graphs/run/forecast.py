@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..backends.budget.pricing import Price
-from ..backends.core.money import HOUR_MS, NANO, Caps
+from ...backends.budget.pricing import Price
+from ...backends.core.money import HOUR_MS, NANO, Caps
 from .seen import Seen
 from .spans import Span
 

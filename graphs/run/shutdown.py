@@ -11,9 +11,9 @@ from typing import Any, Final, TypeVar
 from langgraph.runtime import RunControl
 from rich.console import Console
 
-from ..backends.cluster.walltime import Walltime
-from ..backends.core.errors import RunStoppedError
-from ..nodes.shard.gate import Gate
+from ...backends.cluster.walltime import Walltime
+from ...backends.core.errors import RunStoppedError
+from ...nodes.shard.gate import Gate
 
 T = TypeVar("T")
 

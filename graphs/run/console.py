@@ -18,7 +18,7 @@ import orjson
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from ..backends.core.terminal import escape_controls, escape_json
+from ...backends.core.terminal import escape_controls, escape_json
 
 
 class Terminal(Console):

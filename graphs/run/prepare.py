@@ -10,18 +10,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.budget.pricing import price
-from ..backends.core.errors import ConfigurationError, MissingExtraError, NoEndpointError
-from ..backends.discovery.connect import check_cache
-from ..backends.discovery.node_local import served
-from ..backends.discovery.resolve import check_place, starts_servers
-from ..backends.inputs.base import InputSummary
-from ..backends.inputs.item_store import spill
-from ..backends.inputs.source import input_spec, needed_columns
-from ..backends.simulated.process import simulation
-from ..backends.storage.run_folder import RunFolder, is_vacant, new_folder, place_to_be, write_bytes
-from ..configs.loader import Loaded, portable
-from ..configs.serialize import to_yaml
+from ...backends.budget.pricing import price
+from ...backends.core.errors import ConfigurationError, MissingExtraError, NoEndpointError
+from ...backends.discovery.connect import check_cache
+from ...backends.discovery.node_local import served
+from ...backends.discovery.resolve import check_place, starts_servers
+from ...backends.inputs.base import InputSummary
+from ...backends.inputs.item_store import spill
+from ...backends.inputs.source import input_spec, needed_columns
+from ...backends.simulated.process import simulation
+from ...backends.storage.run_folder import (
+    RunFolder,
+    is_vacant,
+    new_folder,
+    place_to_be,
+    write_bytes,
+)
+from ...configs.loader import Loaded, portable
+from ...configs.serialize import to_yaml
 from .identity import fingerprint
 from .items import check_graph
 

@@ -16,26 +16,26 @@ from langgraph.store.base import BaseStore
 from langsmith import tracing_context
 from langsmith.utils import tracing_is_enabled
 
-from ..backends.core.errors import (
+from ...backends.core.errors import (
     ConfigurationError,
     EndpointError,
     ItemGraphError,
     ItemTimeoutError,
     TooManyStepsError,
 )
-from ..backends.core.templates import Template
-from ..backends.core.types import Item
-from ..backends.discovery.connect import chat_door, chat_fleet, model_params
-from ..backends.fleet.fleet import Fleet
-from ..backends.workers.factory import imported
-from ..configs.loader import Loaded
-from ..configs.models import RunConfig
-from ..nodes.context import Delegate, ItemContext
-from ..nodes.item.answer import AnswerCheck
-from ..nodes.item.prepare import failure
-from ..nodes.item.steps import DELEGATED_STEPS, ITEM_STEPS, walk
-from ..nodes.shard.local import item_config
-from ..nodes.state import ItemState
+from ...backends.core.templates import Template
+from ...backends.core.types import Item
+from ...backends.discovery.connect import chat_door, chat_fleet, model_params
+from ...backends.fleet.fleet import Fleet
+from ...backends.workers.factory import imported
+from ...configs.loader import Loaded
+from ...configs.models import RunConfig
+from ...nodes.context import Delegate, ItemContext
+from ...nodes.item.answer import AnswerCheck
+from ...nodes.item.prepare import failure
+from ...nodes.item.steps import DELEGATED_STEPS, ITEM_STEPS, walk
+from ...nodes.shard.local import item_config
+from ...nodes.state import ItemState
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from ..backends.core.errors import ConfigurationError
-from ..backends.core.money import HOUR_MS, NANO
-from ..backends.fleet.stats import EndpointReport, FleetHealth
-from ..configs.resolve import check_metrics
-from .opened import OpenedRun
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.money import HOUR_MS, NANO
+from ...backends.fleet.stats import EndpointReport, FleetHealth
+from ...configs.resolve import check_metrics
+from .open_run import OpenedRun
 
 _HOST: Final = "127.0.0.1"
 

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from ..backends.budget.pricing import Price, price
-from ..backends.budget.tokens import LEAST, LIKELY, token_counter
-from ..backends.core.errors import NoEndpointError
-from ..backends.core.money import Caps
-from ..backends.discovery.connect import Serving, check_cache, located, model_params
-from ..backends.discovery.node_local import served
-from ..backends.discovery.probe import Found, match
-from ..backends.discovery.resolve import Place, serves_simulated, starts_servers
-from ..backends.inputs.base import InputSummary
-from ..backends.simulated.process import simulation
-from ..configs.loader import Loaded
-from ..configs.models import RunConfig
-from ..configs.prices import provider_at
+from ...backends.budget.pricing import Price, price
+from ...backends.budget.tokens import LEAST, LIKELY, token_counter
+from ...backends.core.errors import NoEndpointError
+from ...backends.core.money import Caps
+from ...backends.discovery.connect import Serving, check_cache, located, model_params
+from ...backends.discovery.node_local import served
+from ...backends.discovery.probe import Found, match
+from ...backends.discovery.resolve import Place, serves_simulated, starts_servers
+from ...backends.inputs.base import InputSummary
+from ...backends.simulated.process import simulation
+from ...configs.loader import Loaded
+from ...configs.models import RunConfig
+from ...configs.prices import provider_at
 from .forecast import Forecast, Plan, forecast
 from .items import check_graph
 from .prepare import check_endpoints, check_input

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..backends.storage.results import replacing, rows, write_jsonl, write_parquet
-from ..backends.storage.run_folder import RunFolder, write_json
-from ..configs.loader import Loaded
-from ..nodes.context import RunTools
+from ...backends.storage.results import replacing, rows, write_jsonl, write_parquet
+from ...backends.storage.run_folder import RunFolder, write_json
+from ...configs.loader import Loaded
+from ...nodes.context import RunTools
 
 
 def write_results(

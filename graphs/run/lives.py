@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.core.secrets import mask_arguments
-from ..backends.storage.run_folder import RunFolder, now
+from ...backends.core.secrets import mask_arguments
+from ...backends.storage.run_folder import RunFolder, now
 from .identity import settle_identity
 
 _BLANK: Final = re.compile(r"\s")

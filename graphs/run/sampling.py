@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ..backends.core.errors import InvalidItemError
-from ..backends.core.templates import Template
-from ..backends.core.types import Item, Message
-from ..backends.inputs.base import InputSummary
-from ..backends.inputs.item_store import ItemStore, spill
-from ..backends.inputs.source import input_spec, needed_columns
-from ..configs.models import RunConfig
-from ..nodes.item.prepare import asked
+from ...backends.core.errors import InvalidItemError
+from ...backends.core.templates import Template
+from ...backends.core.types import Item, Message
+from ...backends.inputs.base import InputSummary
+from ...backends.inputs.item_store import ItemStore, spill
+from ...backends.inputs.source import input_spec, needed_columns
+from ...configs.models import RunConfig
+from ...nodes.item.prepare import asked
 
 
 def spread(total: int, count: int, seed: str = "") -> list[int]:

@@ -11,11 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ..backends.core.errors import ConfigurationError
-from ..backends.core.money import NANO
-from ..backends.core.types import Usage
-from ..backends.storage.journal_index import Ledger
-from ..backends.storage.run_folder import open_folder, run_ids
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.money import NANO
+from ...backends.core.types import Usage
+from ...backends.storage.journal_index import Ledger
+from ...backends.storage.run_folder import open_folder, run_ids
 from .spans import Span
 
 _UNSEEN: Final = 3.0

@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Final, TypeAlias
 
-from ..backends.budget.budget import Budget, Spending
-from ..backends.budget.spend_log import Shelf
-from ..backends.core.errors import BudgetExhaustedError, FanfoldError, LedgerError
-from ..backends.core.money import Amount, Held, Tariff
-from ..backends.core.types import Json
-from ..nodes.shard.gate import Gate
+from ...backends.budget.budget import Budget, Spending
+from ...backends.budget.spend_log import Shelf
+from ...backends.core.errors import BudgetExhaustedError, FanfoldError, LedgerError
+from ...backends.core.money import Amount, Held, Tariff
+from ...backends.core.types import Json
+from ...nodes.shard.gate import Gate
 
 logger = logging.getLogger(__name__)
 

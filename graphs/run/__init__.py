@@ -1,0 +1,1 @@
+"""What a session of a run consists of, from its folder to its end."""
