@@ -26,16 +26,11 @@ from ..nodes.state import RunKey
 from .form import Form
 from .invocation import CURRENT, Invocation, claims
 from .requests import Request, RequestPolicy
-from .run.finish import write_results
-from .run.item import item_engine
-from .run.items import item_context
-from .run.lives import begin_life, end_life
+from .run.items import cut, item_context, item_engine
 from .run.open_run import OpenedRun
-from .run.plan import cut
-from .run.prepare import RUNS, new_name, prepare_run
-from .run.resources import Mode, open_run
-from .run.resume import resume_run
-from .run.shutdown_part import life_end
+from .run.prepare import RUNS, begin_life, end_life, new_name, prepare_run, resume_run
+from .run.resources import Mode, open_run, write_results
+from .run.shutdown import life_end
 from .worker import work_shard
 
 

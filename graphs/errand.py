@@ -36,8 +36,8 @@ from ..nodes.context import RunTools, unlimited
 from ..nodes.shard.gate import Gate
 from ..nodes.shard.progress import Progress
 from .remote.heartbeat import STOPPED, TIME_OVER, StopSign
-from .run.identity import asked_by_all
 from .run.items import item_runner
+from .run.prepare import asked_by_all
 
 FSYNC_S: Final = 1.0
 """Workers flush their journal once a second: what a node's loss may cost."""

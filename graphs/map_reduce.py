@@ -16,7 +16,7 @@ from ..nodes.batch.dispatch import dispatch, fan_out, gather, more
 from ..nodes.batch.load import check_input, enter, load
 from ..nodes.batch.reduce import reduce
 from ..nodes.batch.shard import shard
-from ..nodes.item.graph_part import build_item, described
+from ..nodes.item.steps import build_item, described
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
 from .binding import Bound, BoundGraph
 from .context import RunContext

@@ -27,14 +27,11 @@ from ..nodes.item.prepare import asked
 from ..nodes.shard.local import work
 from ..nodes.shard.remote import work_elsewhere
 from .context import RunContext
-from .run.estimate import nodes_of, plan_of
-from .run.forecast import Forecast, Plan, forecast
+from .run.estimate import nodes_of, plan_of, spread
+from .run.forecast import Forecast, Plan, Seen, Span, forecast
 from .run.monitor import watching
 from .run.open_run import OpenedRun
-from .run.sampling import spread
-from .run.seen import Seen
 from .run.shutdown import Stop, stoppable
-from .run.spans import Span
 from .session import RunOptions, counted, noted, spared_modules
 
 

@@ -35,10 +35,10 @@ from ..nodes.context import RunTools
 from .context import RunContext
 from .map_reduce import MapReduce, build
 from .run.checkpoints import open_saver
-from .run.lives import life
+from .run.items import UNBOUNDED
 from .run.monitor import watching
 from .run.open_run import OpenedRun
-from .run.plan import UNBOUNDED
+from .run.prepare import life
 from .run.shutdown import Stop, stoppable
 
 logger = logging.getLogger(__name__)

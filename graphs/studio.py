@@ -6,8 +6,7 @@ from typing import Any
 
 from langgraph.runtime import Runtime
 
-from ..nodes.item.graph_part import assemble
-from ..nodes.item.steps import ITEM_STEPS, ItemNode
+from ..nodes.item.steps import ITEM_STEPS, ItemNode, assemble
 from ..nodes.state import ItemInput, ItemOutput, ItemState
 from .binding import Bound, BoundGraph, check_item
 from .context import RunContext

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.terminal import escape_controls
-from ..run.forecast import Forecast, Plan
-from ..run.spans import Span
+from ..run.forecast import Forecast, Plan, Span
 
 _CENT: Final = 0.01
 

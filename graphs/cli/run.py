@@ -21,11 +21,8 @@ from ..jobs.usage import campaign_inside
 from ..pilot import Piloted, fly
 from ..run.checkpoints import check_saver
 from ..run.console import Terminal, messages, print_json, say
-from ..run.prepare import default_folder, prepare_run
-from ..run.resume import resume_run
-from ..run.shutdown import WARNINGS
-from ..run.shutdown_part import life_end
-from ..run.walltime import within
+from ..run.prepare import default_folder, prepare_run, resume_run
+from ..run.shutdown import WARNINGS, life_end, within
 from ..session import RunOptions, RunResult, execute
 from . import status
 from .format import budget_lines, cost_lines, dollars, duration, show_aggregate

@@ -31,8 +31,7 @@ from ...nodes.batch.load import check_input
 from ...nodes.context import RunTools
 from ..requests import as_literal, below
 from ..run.prepare import prepare_run
-from ..run.shutdown import Stop
-from ..run.shutdown_part import life_end
+from ..run.shutdown import Stop, life_end
 from ..session import RunOptions, RunResult, lived
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ from ...configs.models import BudgetConfig, RunConfig
 from ...nodes.state import RunInput
 from ..context import RunContext
 from ..map_reduce import MapReduce, build
-from ..run.plan import UNBOUNDED
+from ..run.items import UNBOUNDED
 from ..run.prepare import RUNS, new_name
 
 _CAPS: Final = ("usd", "tokens", "requests")

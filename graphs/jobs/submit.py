@@ -30,8 +30,7 @@ from ...configs.site import SiteConfig, load_site
 from ...configs.source import at_path
 from ..remote.coordinator import STOP_S
 from ..run.console import say
-from ..run.prepare import default_folder, prepare_run
-from ..run.resume import resume_run
+from ..run.prepare import default_folder, prepare_run, resume_run
 
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _UNITS: Final = (86400, 3600, 60, 1)

@@ -1,4 +1,4 @@
-"""An open run: its items, journal, fleet and item graph, for as long as somebody uses them."""
+"""Open what a session needs: journal, items, budget, fleet or coordinator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from ...backends.discovery.node_local import served
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.item_store import ItemStore
 from ...backends.storage.journal_index import Ledger
-from ...backends.storage.run_folder import RunFolder, run_ids
+from ...backends.storage.results import replacing, rows, write_jsonl, write_parquet
+from ...backends.storage.run_folder import RunFolder, run_ids, write_json
 from ...backends.workers.executor import WorkShard
 from ...configs.loader import Loaded
 from ...configs.models import RunConfig
@@ -39,11 +40,11 @@ from ...nodes.state import ItemState
 from ..remote.coordinator import STOP_S, WorkCrew, open_crew
 from ..remote.heartbeat import end_earlier
 from ..remote.tasks import crew_terms
-from .identity import asked_by_all, fingerprint, settle_identity
 from .items import ItemEngine, RunItem, is_seen, is_small, item_runner
-from .metrics import exposed
+from .monitor import exposed
 from .open_run import OpenedRun, accounted, reported, reports_of
-from .walltime import closing
+from .prepare import asked_by_all, fingerprint, settle_identity
+from .shutdown import closing
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,3 +269,34 @@ def _check_kind(now: bool, before: bool) -> None:
 
 async def _nothing_to_ask(item: Item) -> ItemState:
     raise ConfigurationError(f"item {item.id!r} is open, though the journal says that none is")
+
+
+def write_results(
+    folder: RunFolder,
+    loaded: Loaded,
+    tools: RunTools,
+    aggregate: list[dict[str, Any]],
+    progress: dict[str, Any],
+) -> dict[str, Any]:
+    """Write results, failures and aggregate; return references to them.
+
+    Raises:
+        LedgerError: A file could not be written.
+    """
+    extents = tools.ledger.extents()
+    schema, priced = loaded.config.task.answer_schema, tools.priced
+    write_parquet(rows(tools.ledger.records(), priced=priced), folder.results, schema)
+    with replacing(folder.failures) as file:
+        write_jsonl(rows(tools.ledger.records("failed"), priced=priced), file)
+    about = folder.read_provenance()
+    content = {"v": 1, "run": about["run"], "simulated": tools.simulated}
+    write_json(
+        folder.aggregate,
+        {**content, "progress": progress, "aggregate": aggregate, "journal": extents},
+    )
+    return {
+        "folder": str(folder.path),
+        "table": str(folder.results),
+        "failures": str(folder.failures),
+        "simulated": tools.simulated,
+    }

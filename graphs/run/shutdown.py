@@ -1,8 +1,9 @@
-"""How a run is stopped from outside: signals, and the end of its time."""
+"""Life_end -> session_deadline()."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,11 @@ from typing import Any, Final, TypeVar
 from langgraph.runtime import RunControl
 from rich.console import Console
 
-from ...backends.cluster.walltime import Walltime
+from ...backends.cluster.walltime import Walltime, walltime
 from ...backends.core.errors import RunStoppedError
+from ...configs.models import RunConfig
 from ...nodes.shard.gate import Gate
+from ..remote.coordinator import STOP_S
 
 T = TypeVar("T")
 
@@ -130,3 +133,46 @@ def stoppable(console: Console) -> Iterator[Stop]:
             # a warning that comes while the run ends must not break that off
             late = number in WARNINGS and callable(handler)
             signal.signal(number, signal.SIG_IGN if late else handler)
+
+
+def life_end(config: RunConfig, began: float) -> Walltime | None:
+    """Return when a life of a run must end, or None when nothing bounds it.
+
+    Args:
+        config: The settings.
+        began: When the life began, in seconds since 1970.
+
+    Raises:
+        ConfigurationError: What the environment says of the end is no time.
+    """
+    extra_s = STOP_S if config.backend.is_remote else 0.0
+    return walltime(config.limits, os.environ, began, extra_s)
+
+
+@contextmanager
+def closing(gate: Gate, end: Walltime | None) -> Iterator[None]:
+    """Close a gate in time, while the block runs."""
+    if end is None:
+        yield
+        return
+    timer = asyncio.get_running_loop().call_later(end.left(), gate.close, end.reason)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+async def within(work: Awaitable[T], end: Walltime | None) -> T:
+    """Do something that comes before the first item, unless there is no time left for it.
+
+    Raises:
+        RunStoppedError: There is none.
+    """
+    try:
+        async with asyncio.timeout(None if end is None else end.left()) as timer:
+            return await work
+    except TimeoutError:
+        if end is None or not timer.expired():
+            raise
+        msg = f"{end.reason}; nothing was asked, the same command goes on in a job with more time"
+        raise RunStoppedError(msg) from None

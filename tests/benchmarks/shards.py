@@ -16,8 +16,8 @@ from rich.console import Console
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.configs.loader import load
-from fanfold.graphs.run.finish import write_results
 from fanfold.graphs.run.prepare import prepare_run
+from fanfold.graphs.run.resources import write_results
 from fanfold.graphs.session import RunOptions, execute
 
 BACKENDS: dict[str, dict[str, Any]] = {

@@ -20,8 +20,7 @@ from fanfold.backends.core.templates import Template
 from fanfold.backends.core.types import Message, Reply, Usage
 from fanfold.nodes.context import ItemContext
 from fanfold.nodes.item.answer import AnswerCheck
-from fanfold.nodes.item.graph_part import build_item
-from fanfold.nodes.item.steps import DELEGATED_STEPS, ITEM_STEPS, Step, walk
+from fanfold.nodes.item.steps import DELEGATED_STEPS, ITEM_STEPS, Step, build_item, walk
 from fanfold.nodes.state import ItemState
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}

@@ -20,8 +20,7 @@ from fanfold.backends.storage.journal_index import Ledger
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.configs.loader import load
 from fanfold.graphs.cli.status import results
-from fanfold.graphs.run.prepare import prepare_run
-from fanfold.graphs.run.resume import resume_run
+from fanfold.graphs.run.prepare import prepare_run, resume_run
 from fanfold.graphs.session import RunOptions, RunResult, execute
 
 pytestmark = pytest.mark.integration

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fanfold.configs.loader import load
-from fanfold.graphs.run.identity import fingerprint
+from fanfold.graphs.run.prepare import fingerprint
 
 from .conftest import Served, Shell
 

@@ -22,8 +22,7 @@ from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.configs.loader import load
-from fanfold.graphs.run.prepare import prepare_run
-from fanfold.graphs.run.resume import resume_run
+from fanfold.graphs.run.prepare import prepare_run, resume_run
 from fanfold.graphs.session import RunOptions, RunResult, execute
 
 DEADLINE_S = 60.0

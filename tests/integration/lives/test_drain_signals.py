@@ -16,7 +16,7 @@ from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.configs.loader import load
-from fanfold.graphs.run.resume import resume_run
+from fanfold.graphs.run.prepare import resume_run
 from fanfold.graphs.run.shutdown import Stop
 from fanfold.graphs.session import RunResult
 
@@ -81,7 +81,7 @@ async def test_drained_and_resumed_over_and_over(lab_of: Any, shards: str) -> No
 async def test_many_small_supersteps(lab_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with lab_of(items=120) as lab:
         lab.config["shard"] = {"items": 5}
-        monkeypatch.setattr("fanfold.graphs.run.plan.window", lambda *_: 3)
+        monkeypatch.setattr("fanfold.graphs.run.items.window", lambda *_: 3)
         aggregate = await lab.undisturbed()
         for lines in (1, 20, 31, 75):
             result = await stopped(lab, lines, signal.SIGTERM)

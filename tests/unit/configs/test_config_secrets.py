@@ -22,7 +22,7 @@ from fanfold.backends.discovery.resolve import node_plan
 from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.configs.loader import Loaded, load, preset_names
 from fanfold.configs.serialize import lost_secrets, mask_settings, to_yaml
-from fanfold.graphs.run.lives import life
+from fanfold.graphs.run.prepare import life
 
 KEY = "s3cr3t-value"
 

@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from fanfold.backends.budget.pricing import Price
 from fanfold.backends.core.money import Caps
 from fanfold.graphs.cli.format import budget_lines, carried, cost_lines, dollars, duration
-from fanfold.graphs.run.forecast import Forecast, Plan, forecast
-from fanfold.graphs.run.sampling import spread
-from fanfold.graphs.run.seen import Seen
-from fanfold.graphs.run.spans import Span
+from fanfold.graphs.run.estimate import spread
+from fanfold.graphs.run.forecast import Forecast, Plan, Seen, Span, forecast
 
 PRICE = Price(prompt=1.0, cached_prompt=0.1, completion=4.0)
 

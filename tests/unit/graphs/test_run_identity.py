@@ -6,8 +6,8 @@ import pytest
 
 from fanfold.backends.core.secrets import MASKED, mask_arguments
 from fanfold.configs.loader import load
-from fanfold.graphs.run.identity import differences, fingerprint
-from fanfold.graphs.run.plan import shard_items, window
+from fanfold.graphs.run.items import shard_items, window
+from fanfold.graphs.run.prepare import differences, fingerprint
 
 BASE = load("data_annotation")
 

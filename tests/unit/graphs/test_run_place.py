@@ -20,8 +20,7 @@ from fanfold.backends.storage.journal_index import Ledger
 from fanfold.backends.storage.run_folder import RunFolder, is_run, new_folder, place_to_be, run_ids
 from fanfold.backends.workers.globus.tasks import FILE
 from fanfold.configs.loader import load, portable
-from fanfold.graphs.run.identity import settle_identity
-from fanfold.graphs.run.lives import life
+from fanfold.graphs.run.prepare import life, settle_identity
 
 
 def made(path: Path) -> RunFolder:

@@ -13,7 +13,7 @@ from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
 from fanfold.configs.loader import load
 from fanfold.configs.models import LimitsConfig
 from fanfold.graphs.remote.heartbeat import StopSign
-from fanfold.graphs.run.walltime import closing, within
+from fanfold.graphs.run.shutdown import closing, within
 from fanfold.nodes.shard.gate import Gate
 
 NOW = Walltime(0.0, 0.0, "walltime: over")

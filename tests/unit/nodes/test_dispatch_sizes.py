@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.configs.loader import load
-from fanfold.graphs.run.plan import cut
+from fanfold.graphs.run.items import cut
 from fanfold.nodes.batch.dispatch import dispatch, fan_out
 from fanfold.nodes.state import RunState
 

@@ -21,7 +21,7 @@ from fanfold.backends.fleet import failures
 from fanfold.backends.fleet.request import Charge
 from fanfold.backends.storage.journal_index import Ledger
 from fanfold.configs.loader import load
-from fanfold.graphs.run.identity import asked_by_all
+from fanfold.graphs.run.prepare import asked_by_all
 from fanfold.nodes.aggregators import build
 from fanfold.nodes.context import ItemContext, RunTools
 from fanfold.nodes.item.answer import AnswerCheck
