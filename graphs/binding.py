@@ -35,7 +35,7 @@ from ..configs.loader import is_preset
 from ..nodes.batch.load import unknown_keys
 from ..nodes.context import Context
 from .context import RunContext
-from .form import request_form
+from .context_schema import request_form
 from .invocation import CURRENT, follow, follow_plainly
 from .requests import RequestPolicy
 

@@ -23,7 +23,7 @@ from ..configs.resolve import settle
 from ..nodes.context import ItemContext, Prepared, RunTools
 from ..nodes.shard.progress import Meter
 from ..nodes.state import RunKey
-from .form import Form
+from .context_schema import Form
 from .invocation import CURRENT, Invocation, claims
 from .requests import Request, RequestPolicy
 from .run.items import cut, item_context, item_engine

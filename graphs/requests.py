@@ -30,7 +30,7 @@ from ..configs.resolve import endpoint_settings, settle
 from ..configs.serialize import check_plain, lost_secrets
 from ..configs.source import at_path, parse_value, parse_yaml
 from ..nodes.batch.load import unknown_keys
-from .form import VARIABLE, Form
+from .context_schema import VARIABLE, Form
 
 ALLOW: Final = "FANFOLD_SERVER_ALLOW"
 """Variable with the keys that the owner opens to requests, commas between."""

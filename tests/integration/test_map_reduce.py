@@ -21,8 +21,8 @@ from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.storage.run_folder import open_folder
+from fanfold.graphs.item import build_item_alone
 from fanfold.graphs.map_reduce import build
-from fanfold.graphs.studio import build_item_alone
 
 pytestmark = pytest.mark.integration
 

@@ -21,7 +21,7 @@ from fanfold import ConfigurationError, RunContext, as_tool, build_graph
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
-from fanfold.graphs.studio import build_item_alone
+from fanfold.graphs.item import build_item_alone
 from fanfold.tests.integration.test_map_reduce import rows, settings
 
 pytestmark = pytest.mark.integration

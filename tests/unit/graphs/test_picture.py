@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from langchain_core.runnables.graph import Edge
 
+from fanfold.graphs.item import item
 from fanfold.graphs.map_reduce import graph
-from fanfold.graphs.studio import item
 
 ROOT = Path(str(files("fanfold")))
 BLOCK = re.compile(r"```mermaid\n(.*?)```", re.DOTALL)

@@ -19,7 +19,7 @@ from fanfold.configs.models import RunConfig
 from fanfold.configs.reduce import Collect, Count, Histogram, Stats, TopK
 from fanfold.graphs.binding import Bound
 from fanfold.graphs.context import RunContext
-from fanfold.graphs.form import request_form
+from fanfold.graphs.context_schema import request_form
 from fanfold.graphs.requests import ALLOW, ROOT, Request, RequestPolicy
 
 OWN: dict[str, Any] = {
