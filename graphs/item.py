@@ -8,8 +8,7 @@ from langgraph.runtime import Runtime
 
 from ..nodes.item.steps import ITEM_STEPS, ItemNode, assemble
 from ..nodes.state import ItemInput, ItemOutput, ItemState
-from .binding import Bound, BoundGraph, check_item
-from .context import RunContext
+from .context import Bound, BoundGraph, RunContext, check_item
 from .requests import RequestPolicy
 
 AloneGraph = BoundGraph[ItemState, ItemInput, ItemOutput]

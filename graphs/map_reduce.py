@@ -18,8 +18,7 @@ from ..nodes.batch.reduce import reduce
 from ..nodes.batch.shard import shard
 from ..nodes.item.steps import build_item, described
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
-from .binding import Bound, BoundGraph
-from .context import RunContext
+from .context import Bound, BoundGraph, RunContext
 from .requests import RequestPolicy
 
 MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]

@@ -18,12 +18,11 @@ from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder
 from ...configs.loader import Loaded
 from ...configs.resolve import Wish
 from ..jobs.usage import campaign_inside
-from ..pilot import Piloted, fly
 from ..run.checkpoints import check_saver
 from ..run.console import Terminal, messages, print_json, say
 from ..run.prepare import default_folder, prepare_run, resume_run
 from ..run.shutdown import WARNINGS, life_end, within
-from ..session import RunOptions, RunResult, execute
+from ..session import Piloted, RunOptions, RunResult, execute, fly
 from . import status
 from .format import budget_lines, cost_lines, dollars, duration, show_aggregate
 

@@ -16,10 +16,9 @@ from fanfold.backends.core.messages import WALLTIME, Order, own_version
 from fanfold.backends.core.money import FREE, Amount, Caps
 from fanfold.backends.workers.testing import order as rehearsal
 from fanfold.configs.loader import load
-from fanfold.graphs.errand import Bag
 from fanfold.graphs.remote import tasks as module
 from fanfold.graphs.remote.tasks import Lender, Terms, leased, used_of
-from fanfold.graphs.worker import answer
+from fanfold.graphs.worker import Bag, answer
 
 CONFIG = load({"task": {"prompt": "{x}"}, "endpoints": {"urls": ["http://127.0.0.1:9/v1"]}}).config
 

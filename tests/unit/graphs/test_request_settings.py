@@ -17,8 +17,7 @@ from fanfold.configs.describe import declared_access, setting, split_settings
 from fanfold.configs.loader import Loaded, load
 from fanfold.configs.models import RunConfig
 from fanfold.configs.reduce import Collect, Count, Histogram, Stats, TopK
-from fanfold.graphs.binding import Bound
-from fanfold.graphs.context import RunContext
+from fanfold.graphs.context import Bound, RunContext
 from fanfold.graphs.context_schema import request_form
 from fanfold.graphs.requests import ALLOW, ROOT, Request, RequestPolicy
 

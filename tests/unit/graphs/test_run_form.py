@@ -14,8 +14,7 @@ from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.describe import description, schema, setting
 from fanfold.configs.loader import preset_names
 from fanfold.configs.models import BudgetConfig, LimitsConfig, RunConfig
-from fanfold.graphs.binding import Bound
-from fanfold.graphs.context import RunContext
+from fanfold.graphs.context import Bound, RunContext
 from fanfold.graphs.map_reduce import build
 from fanfold.nodes.batch.approve import ANSWER
 
