@@ -24,7 +24,7 @@ run: .venv/.run
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 3 --dist loadgroup
 test-unit: .venv/.dev
-	$(BIN)/python -m pytest -n 3 tests/unit tests/test_house.py
+	$(BIN)/python -m pytest -n 3 tests/unit tests/test_architecture.py
 integration_tests: .venv/.dev
 	$(BIN)/python -m pytest -n 3 --dist loadgroup tests/integration tests/conformance
 test-long: .venv/.dev

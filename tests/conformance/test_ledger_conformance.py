@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.accounts import conformance
-from fanfold.backends.accounts.conformance import CHECKS, Check, Subject
 from fanfold.backends.storage.journal_index import Ledger
+from fanfold.tests.conformance import journal_checks
+from fanfold.tests.conformance.journal_checks import CHECKS, Check, Subject
 
 
 def opener(folder: Path) -> Callable[[int], AbstractAsyncContextManager[Ledger]]:
@@ -52,4 +52,4 @@ async def test_the_checks_can_fail(tmp_path: Path) -> None:
         await ledger.aclose()
 
     with pytest.raises(AssertionError, match="records"):
-        await conformance.keeps_over_lives(Subject(opened))
+        await journal_checks.keeps_over_lives(Subject(opened))

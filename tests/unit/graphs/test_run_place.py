@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.accounts.conformance import sample
 from fanfold.backends.cluster.chain import chain_file
 from fanfold.backends.core.errors import ConfigurationError, LedgerError
 from fanfold.backends.storage.journal import Counts
@@ -21,6 +20,7 @@ from fanfold.backends.storage.run_folder import RunFolder, is_run, new_folder, p
 from fanfold.backends.workers.globus.tasks import FILE
 from fanfold.configs.loader import load, portable
 from fanfold.graphs.run.prepare import life, settle_identity
+from fanfold.tests.conformance.journal_checks import sample
 
 
 def made(path: Path) -> RunFolder:

@@ -1,0 +1,55 @@
+"""Agents on executors of a user's own: Parsl's, and a pool of processes that breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fanfold import RunContext, build_graph
+from fanfold.backends.simulated.faults import FaultRule
+from fanfold.tests.integration.workers.academy.engines import FOLDER, PARSL, PROCESSES
+from fanfold.tests.integration.workers.academy.ward import Ward, alive
+
+pytestmark = [
+    pytest.mark.integration,
+    # Academy's own habits
+    pytest.mark.filterwarnings("ignore:Call to deprecated close:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Unclosed (connection|client session):ResourceWarning"),
+]
+
+SLOWER = 10.0
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path / "parsl"))
+
+
+def run_of(ward: Ward, executor: str) -> asyncio.Task[dict[str, Any]]:
+    """Begin a run in this process."""
+    backend = {"kind": "academy", "workers": 2, "executor": executor, "silence_s": 20.0}
+    graph = build_graph(RunContext(config=ward.settings | {"backend": backend}, out=str(ward.out)))
+    return asyncio.create_task(graph.ainvoke({"items": ward.items}))
+
+
+@pytest.mark.parametrize(
+    "executor", [PARSL, pytest.param(PROCESSES, marks=pytest.mark.long)], ids=["parsl", "processes"]
+)
+async def test_an_agents_process_is_killed(ward: Ward, executor: str) -> None:
+    """Its shard goes on with another agent, and what was recorded is not asked again."""
+    ward.fleet.fault(FaultRule("slow", value=1 / SLOWER))  # so that items are left for the second
+    run = run_of(ward, executor)
+    await ward.until(lambda: len(ward.workers()) == 2 or run.done())
+    assert not run.done()
+    os.kill(ward.workers()[0], signal.SIGKILL)
+    ward.fleet.fault(FaultRule("slow", value=4 * SLOWER))
+    end = await run
+    assert end["progress"]["done"] == len(ward.items)
+    ward.assert_whole(again=ward.settings["limits"]["streams"])
+    assert len(ward.workers()) >= 2
+    await ward.until(lambda: not any(map(alive, ward.workers())))

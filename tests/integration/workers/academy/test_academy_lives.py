@@ -1,0 +1,114 @@
+"""Agents and coordinators die, hang and go deaf; nothing is lost and nothing counts twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import redis
+
+from fanfold import RunContext, build_graph
+from fanfold.tests.integration.workers.academy.ward import DEADLINE_S, Ward, alive
+
+pytestmark = [
+    pytest.mark.integration,
+    # Academy's own habits
+    pytest.mark.filterwarnings("ignore:Call to deprecated close:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Unclosed (connection|client session):ResourceWarning"),
+]
+
+
+def run_of(ward: Ward, **backend: Any) -> asyncio.Task[dict[str, Any]]:
+    """Begin a run in this process."""
+    settings = ward.settings | {"backend": {"kind": "academy", "workers": 2} | backend}
+    graph = build_graph(RunContext(config=settings, out=str(ward.out)))
+    return asyncio.create_task(graph.ainvoke({"items": ward.items}))
+
+
+def agents() -> list[int]:
+    """Return the processes of this process's agents."""
+    found = multiprocessing.active_children()
+    return [child.pid for child in found if child.name == "agent" and child.pid]
+
+
+def keys_of(exchange: dict[str, Any]) -> set[bytes]:
+    at = {key: exchange[key] for key in ("host", "port", "password") if key in exchange}
+    with redis.Redis(**at) as client:
+        return set(client.keys("*"))
+
+
+async def test_a_run_over_the_local_exchange(ward: Ward) -> None:
+    end = await run_of(ward, exchange={"kind": "local"})
+    assert end["progress"]["done"] == len(ward.items)
+    ward.assert_whole(again=0)
+
+
+@pytest.mark.xdist_group("redis")  # it looks at all keys
+async def test_an_agent_is_killed_over_redis(ward: Ward, redis_exchange: dict[str, Any]) -> None:
+    """Its shard goes on elsewhere, a new agent takes its place, and no key is left behind."""
+    before = keys_of(redis_exchange)
+    run = run_of(ward, exchange=redis_exchange)
+    await ward.until(lambda: ward.journal_lines() >= 40)
+    victim, other = agents()
+    os.kill(victim, signal.SIGKILL)
+    await ward.until(lambda: len(set(agents()) - {victim}) > 1 or run.done())
+    end = await run
+    assert end["progress"]["done"] == len(ward.items)
+    ward.assert_whole(again=ward.settings["limits"]["streams"])
+    assert not alive(victim)
+    assert not alive(other)
+    assert agents() == []
+    assert keys_of(redis_exchange) <= before
+
+
+async def test_an_agent_hangs(ward: Ward) -> None:
+    """Stopped in its tracks, it answers nothing; it counts as dead, and is killed."""
+    run = run_of(ward, silence_s=2.0)
+    await ward.until(lambda: ward.journal_lines() >= 40)
+    victim = agents()[0]
+    os.kill(victim, signal.SIGSTOP)
+    end = await run
+    assert end["progress"]["done"] == len(ward.items)
+    ward.assert_whole(again=ward.settings["limits"]["streams"])
+    assert not alive(victim)
+
+
+async def test_the_coordinator_is_killed(ward: Ward, tmp_path: Path) -> None:
+    """Its agents end with it, and another life goes on from the journal."""
+    with (tmp_path / "in.jsonl").open("wb") as file:
+        file.writelines(orjson.dumps(item) + b"\n" for item in ward.items)
+    settings = ward.settings | {"input": {"path": "in.jsonl", "id": "id"}}
+    settings["backend"] = {"kind": "academy", "workers": 1}
+    (tmp_path / "c.yaml").write_bytes(orjson.dumps(settings))
+    fanfold = [sys.executable, "-m", "fanfold"]
+    first = await asyncio.create_subprocess_exec(
+        *fanfold, "run", "c.yaml", "--out", ward.out, cwd=tmp_path, stdout=DEVNULL, stderr=DEVNULL
+    )
+    await ward.until(lambda: ward.journal_lines() >= 40)
+    children = [int(pid) for pid in _children(first.pid)]
+    assert children
+    first.kill()
+    await first.wait()
+    await ward.until(lambda: not any(map(alive, children)))
+    safe = ward.journal_lines()
+    assert 40 <= safe < len(ward.items)
+    here = ["--set", "backend={kind: local}"]
+    second = await asyncio.create_subprocess_exec(
+        *fanfold, "resume", ward.out, "--json", *here, cwd=tmp_path, stdout=PIPE, stderr=DEVNULL
+    )
+    out, _ = await asyncio.wait_for(second.communicate(), DEADLINE_S)
+    assert (second.returncode, json.loads(out)["done"]) == (0, len(ward.items))
+    ward.assert_whole(again=ward.settings["limits"]["streams"])
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

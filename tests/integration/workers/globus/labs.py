@@ -1,0 +1,69 @@
+"""Runs whose shards go to endpoints of the stand-in, on a fleet that keeps its own books."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.backends.workers import factory
+from fanfold.backends.workers.globus.backend import Desk
+from fanfold.backends.workers.globus.poller import Pace
+from fanfold.tests.integration.runs.conftest import Lab
+
+from .client import URL_VARIABLE
+from .logins import LOGIN
+from .service import GlobusService
+
+SHARDS = 6
+ITEMS = 120
+QUICK = Pace(burst=20, per_s=20.0, first_s=0.1, last_s=0.5, look_s=0.5, missing_s=0.5)
+
+LabOf = Callable[..., AbstractAsyncContextManager[Lab]]
+
+
+class HasId(Protocol):
+    """An endpoint or a manager."""
+
+    @property
+    def endpoint_id(self) -> str:
+        """Its UUID."""
+        ...
+
+
+@pytest.fixture
+def lab_over(service: GlobusService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabOf:
+    """Make labs whose shards run on endpoints; runs in this process ask often."""
+    monkeypatch.setenv(URL_VARIABLE, service.url)
+    monkeypatch.setattr(factory, "Desk", partial(Desk, pace=QUICK))
+
+    @asynccontextmanager
+    async def make(*endpoints: HasId, ttft_s: float = 0.2, **backend: Any) -> Any:
+        spec = SimulationSpec.fast(nodes=2, ttft_s=ttft_s, tpot_s=0.001, jitter=0.3)
+        async with SimulatedFleet(spec) as fleet:
+            lab = Lab(tmp_path, fleet, ITEMS)
+            lab.whole = await lab.undisturbed()  # type: ignore[attr-defined]
+            lab.config["limits"] = {"streams": 8, "drain_s": 1.0, "hedge": False}
+            lab.config["backend"] = {
+                "kind": "globus_compute",
+                "endpoints": [endpoint.endpoint_id for endpoint in endpoints],
+                "client": LOGIN,
+                "workers": 2 * len(endpoints),
+            } | backend
+            yield lab
+
+    return make
+
+
+def posted(service: GlobusService, since: int) -> dict[str, int]:
+    """Return, by endpoint, how many tasks were posted since so many submissions."""
+    counts = dict[str, int]()
+    for post in service.submissions[since:]:
+        counts[post.endpoint_id] = counts.get(post.endpoint_id, 0) + len(post.task_ids)
+    return counts
