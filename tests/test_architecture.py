@@ -29,6 +29,7 @@ BACKENDS = {
     "backends.cluster",
 }
 FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest prefix wins
+    "backends": set(),
     "backends.core": set(),
     "configs": {"backends.core"},
     "backends.fleet": {"backends.core"},
@@ -58,7 +59,7 @@ FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest 
     "graphs.run": {"configs", "nodes", "graphs.remote"} | BACKENDS,
     "graphs": {"configs", "nodes", "graphs.remote", "graphs.run"} | BACKENDS,
     "graphs.integrations": {"configs", "nodes", "graphs", "graphs.run"} | BACKENDS,
-    "graphs.jobs": {"configs", "nodes", "graphs", "graphs.run"} | BACKENDS,
+    "graphs.jobs": {"configs", "nodes", "graphs", "graphs.run", "graphs.remote"} | BACKENDS,
     "graphs.cli": {
         "configs",
         "nodes",
@@ -69,15 +70,6 @@ FLOORS: dict[str, set[str]] = {  # folder -> folders it may import; the longest 
         "graphs.integrations",
     }
     | BACKENDS,
-}
-OLD = {"backends", "backends.accounts", "backends.sites"}  # folders that are being emptied
-FLOORS |= {name: {"configs"} | OLD | BACKENDS for name in OLD}
-FLOORS = {name: may | (OLD - {name}) for name, may in FLOORS.items()}
-FLOORS |= {
-    name: may
-    | {"graphs", "graphs.cli", "graphs.jobs", "graphs.run", "graphs.remote", "graphs.integrations"}
-    for name, may in FLOORS.items()
-    if name.startswith("graphs")
 }
 
 
