@@ -8,14 +8,14 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
 from ..backends.core.errors import ConfigurationError
-from ..backends.core.messages import CARRY
-from ..backends.core.templates import names_of, split_command
-from .base import Access, Section, declare
+from ..backends.core.messages import MAX_MESSAGE_BYTES
+from ..backends.core.templates import find_names, split_command
+from .base import Access, Section, declare_access
 
 _ATTRIBUTE: Final = r"^[\w.]+:[\w.]+$"
 _SMALL_MESSAGE: Final = 400_000
 """Academy's HTTP exchanges carry 512 kB, of which the envelope takes some."""
-_EVERY: Final = {
+_COMMON_KEYS: Final = {
     "kind",
     "shared_folder",
     "node_endpoints",
@@ -27,7 +27,7 @@ _EVERY: Final = {
     "shard_least_s",
     "shard_most_s",
 }
-_OWN: Final[dict[str, set[str]]] = {
+_KIND_KEYS: Final[dict[str, set[str]]] = {
     "local": {"processes"},
     "executor": {"factory", "workers"},
     "parsl": {"config", "command", "host", "workers"},
@@ -37,7 +37,7 @@ _OWN: Final[dict[str, set[str]]] = {
 }
 
 
-def _command(value: str) -> str:
+def _check_command(value: str) -> str:
     try:
         split_command(value, ("workers",))
     except ConfigurationError as error:
@@ -57,7 +57,7 @@ class ExchangeConfig(Section):
         project: (globus) UUID of the Globus project for the agents' clients.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed="kind host port password url project",
     )
 
@@ -109,7 +109,7 @@ class BackendConfig(Section):
         shard_most_s: Most seconds of work that a shard is sized for.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed=(
             "kind processes factory config command host endpoints "
             "user_endpoint_config function client slots executor workers "
@@ -124,7 +124,7 @@ class BackendConfig(Section):
     config: Annotated[str, Field(pattern=r"^(htex_local|htex_job|loaded|[\w.]+:[\w.]+)$")] = (
         "htex_local"
     )
-    command: Annotated[str, AfterValidator(_command)] | None = None
+    command: Annotated[str, AfterValidator(_check_command)] | None = None
     host: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:%-]+$")] | None = None
     endpoints: list[str] = Field(default_factory=list)
     user_endpoint_config: dict[str, Any] | None = None
@@ -165,7 +165,7 @@ class BackendConfig(Section):
     def message_bytes(self) -> int:
         """Return the largest size of a task, and of a result, in bytes."""
         small = self.kind == "academy" and self.exchange.kind in {"http", "globus"}
-        return _SMALL_MESSAGE if small else CARRY
+        return _SMALL_MESSAGE if small else MAX_MESSAGE_BYTES
 
     @property
     def workers_share_folder(self) -> bool:
@@ -177,11 +177,11 @@ class BackendConfig(Section):
     @model_validator(mode="after")
     def _of_its_kind(self) -> BackendConfig:
         defaults = type(self).model_fields
-        for name in sorted(self.model_fields_set - _EVERY - _OWN[self.kind]):
+        for name in sorted(self.model_fields_set - _COMMON_KEYS - _KIND_KEYS[self.kind]):
             if getattr(self, name) != defaults[name].get_default(
                 call_default_factory=True
             ):  # run.yaml holds every default
-                kinds = " and ".join(kind for kind, own in _OWN.items() if name in own)
+                kinds = " and ".join(kind for kind, own in _KIND_KEYS.items() if name in own)
                 msg = f"the key {name!r} is for kind {kinds}, not for {self.kind}"
                 raise ValueError(msg)
         if self.shard_least_s > self.shard_most_s:
@@ -196,7 +196,7 @@ class BackendConfig(Section):
         return self
 
 
-def of_another_kind(section: Mapping[str, Any], kind: str) -> dict[str, bool]:
+def find_unfit_keys(section: Mapping[str, Any], kind: str) -> dict[str, bool]:
     """Return the keys of a plain section that are for other kinds only.
 
     Args:
@@ -206,14 +206,14 @@ def of_another_kind(section: Mapping[str, Any], kind: str) -> dict[str, bool]:
     Returns:
         Of each key, whether it says something else than what is so anyway.
     """
-    if kind not in _OWN:
+    if kind not in _KIND_KEYS:
         return {}
     usual = BackendConfig().model_dump(mode="json")
-    unfit = [key for key in section if key in usual and key not in _EVERY | _OWN[kind]]
+    unfit = [key for key in section if key in usual and key not in _COMMON_KEYS | _KIND_KEYS[kind]]
     return {key: section[key] != usual[key] for key in unfit}
 
 
-NAMES: Final = ("port", "model", "instance", "gpus")
+COMMAND_FIELDS: Final = ("port", "model", "instance", "gpus")
 """What a command may name in braces."""
 
 _MOST_PORT: Final = 65535
@@ -228,15 +228,15 @@ def _listed(value: object) -> object:
     return value
 
 
-def _server_command(value: str) -> str:
+def _check_server_command(value: str) -> str:
     try:
-        split_command(value, NAMES)
+        split_command(value, COMMAND_FIELDS)
     except ConfigurationError as error:
         raise ValueError(error.message) from None
     return value
 
 
-def _no_zero(value: str) -> str:
+def _check_no_nul(value: str) -> str:
     if "\0" in value:
         msg = "holds a NUL character, which no variable can"
         raise ValueError(msg)
@@ -244,7 +244,7 @@ def _no_zero(value: str) -> str:
 
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-VariableText = Annotated[str, AfterValidator(_no_zero)]
+VariableText = Annotated[str, AfterValidator(_check_no_nul)]
 AcceleratorId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]+$")]
 
 
@@ -258,7 +258,7 @@ class AcceleratorsConfig(Section):
             those count that the variable names where the servers are started.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed="variable count ids",
     )
 
@@ -284,7 +284,7 @@ class AcceleratorsConfig(Section):
         return self
 
     @property
-    def told(self) -> int | None:
+    def declared_count(self) -> int | None:
         """Return how many accelerators the settings tell of, or None."""
         return self.count if self.ids is None else len(self.ids)
 
@@ -307,11 +307,11 @@ class NodeConfig(Section):
         linger_s: Seconds that servers which a worker started stay up without one.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed="serve instances ports address env ready timeout_s restarts linger_s",
     )
 
-    serve: Annotated[str, AfterValidator(_server_command)] | None = None
+    serve: Annotated[str, AfterValidator(_check_server_command)] | None = None
     instances: Annotated[int, Field(ge=1, le=1024)] = 1
     ports: Annotated[int, Field(ge=1, le=_MOST_PORT)] = 8000
     address: Annotated[str, Field(pattern=r"^([A-Za-z0-9_.:-]|\{host\})+$")] = "{host}"
@@ -327,11 +327,15 @@ class NodeConfig(Section):
         if self.ports + self.instances - 1 > _MOST_PORT:
             msg = f"{self.instances} ports from {self.ports} go beyond {_MOST_PORT}"
             raise ValueError(msg)
-        named = {"port"} if self.serve is None else names_of(split_command(self.serve, NAMES))
+        named = (
+            {"port"}
+            if self.serve is None
+            else find_names(split_command(self.serve, COMMAND_FIELDS))
+        )
         if self.instances > 1 and "port" not in named:
             msg = "several instances need {port} in serve, or they take each other's"
             raise ValueError(msg)
-        told = self.accelerators.told
+        told = self.accelerators.declared_count
         if told is not None and told % self.instances:
             msg = f"{told} accelerators cannot be divided among {self.instances} instances"
             raise ValueError(msg)

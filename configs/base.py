@@ -25,7 +25,7 @@ class Access(StrEnum):
     """Nothing."""
 
 
-def declare(**keys: str) -> dict[str, Access]:
+def declare_access(**keys: str) -> dict[str, Access]:
     """Return the access of a section's settings.
 
     Args:
@@ -35,14 +35,14 @@ def declare(**keys: str) -> dict[str, Access]:
     return {key: Access(name) for name, listed in keys.items() for key in listed.split()}
 
 
-def _path(text: str) -> str:
+def _check_path(text: str) -> str:
     if not text or "\0" in text:
         msg = "is empty; name a file or a folder" if not text else "a path holds no NUL character"
         raise ValueError(msg)
     return text
 
 
-PathText = Annotated[str, AfterValidator(_path)]
+PathText = Annotated[str, AfterValidator(_check_path)]
 
 
 class Section(BaseModel):

@@ -15,14 +15,14 @@ from ..backends.core.errors import ConfigurationError
 from ..backends.core.secrets import is_secret, mask_command
 from .base import Access
 from .models import RunConfig
-from .reduce import Collect, Count, Histogram, Stats, TopK
-from .source import at_path
+from .reduce import CollectConfig, CountConfig, HistogramConfig, StatsConfig, TopKConfig
+from .source import get_at_path
 
 _ENTRY: Final = re.compile(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 _ASIDE: Final = re.compile(r"^\((key|hosts)\b[^)]*\) ")
 
 
-def setting(key: str) -> FieldInfo:
+def find_setting(key: str) -> FieldInfo:
     """Return pydantic's account of a setting.
 
     Args:
@@ -34,7 +34,7 @@ def setting(key: str) -> FieldInfo:
     return _find(key)[1]
 
 
-def description(key: str) -> str:
+def describe_setting(key: str) -> str:
     """Return what a setting means, as the docstring of its section says; no markup.
 
     Raises:
@@ -45,13 +45,13 @@ def description(key: str) -> str:
     return _ASIDE.sub("", " ".join(entries[name].split()).replace("``", ""))
 
 
-def schema(key: str) -> dict[str, Any]:
+def setting_schema(key: str) -> dict[str, Any]:
     """Return the JSON Schema of a setting's value: type, choices and bounds, and no default.
 
     Raises:
         KeyError: There is no such setting.
     """
-    found = setting(key)
+    found = find_setting(key)
     kind: Any = Annotated[found.annotation, Field(), *found.metadata]
     made = TypeAdapter(kind).json_schema()
     sections = made.pop("$defs", {})
@@ -71,13 +71,13 @@ def section_schema(key: str) -> dict[str, Any]:
     Raises:
         KeyError: There is no such section.
     """
-    section = _section(setting(key).annotation, key)
+    section = _require_section(find_setting(key).annotation, key)
     properties = {}
     for name, about in section.model_fields.items():
         inner = f"{key}.{about.alias or name}"
         if "Secret" in str(about.annotation):
             continue
-        shown = schema(inner) | {"description": description(inner)}
+        shown = setting_schema(inner) | {"description": describe_setting(inner)}
         default = about.get_default(call_default_factory=True)
         if default is None or isinstance(default, bool | int | float | str | list | dict):
             shown["default"] = default
@@ -85,7 +85,7 @@ def section_schema(key: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def declared_access(
+def iter_access(
     model: type[BaseModel] = RunConfig, before: str = ""
 ) -> Iterator[tuple[str, Access | None]]:
     """Yield the dotted key of each setting, and what a request may do with it.
@@ -99,11 +99,11 @@ def declared_access(
     declared: Mapping[str, Access] = getattr(model, "access", {})
     for name, about in model.model_fields.items():
         key = about.alias or name
-        section = _section_of(about.annotation)
+        section = _find_section(about.annotation)
         if section is None:
             yield f"{before}{key}", declared.get(key)
         else:
-            yield from declared_access(section, f"{before}{key}.")
+            yield from iter_access(section, f"{before}{key}.")
 
 
 def split_settings(key: str, value: Any) -> Iterator[tuple[str, Any, Access]]:
@@ -126,7 +126,7 @@ def split_settings(key: str, value: Any) -> Iterator[tuple[str, Any, Access]]:
             close = get_close_matches(part, fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigurationError(f"{key}: there is no setting {part!r} here{hint}")
-        inner = _section_of(fields[part].annotation)
+        inner = _find_section(fields[part].annotation)
         if inner is None:
             access: dict[str, Access] = getattr(section, "access", {})
             yield key, value, access.get(part, Access.CLOSED)
@@ -142,7 +142,7 @@ def split_settings(key: str, value: Any) -> Iterator[tuple[str, Any, Access]]:
         raise ConfigurationError(msg)
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def _find_section(annotation: Any) -> type[BaseModel] | None:
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
@@ -153,23 +153,23 @@ def _find(key: str) -> tuple[type[BaseModel], FieldInfo, str]:
     *parents, last = key.split(".")
     section: type[BaseModel] = RunConfig
     for part in parents:
-        section = _section(section.model_fields[part].annotation, key)
+        section = _require_section(section.model_fields[part].annotation, key)
     names = {field.alias or name: name for name, field in section.model_fields.items()}
     return section, section.model_fields[names[last]], names[last]
 
 
-def _section(annotation: Any, key: str) -> type[BaseModel]:
-    if (found := _section_of(annotation)) is None:
+def _require_section(annotation: Any, key: str) -> type[BaseModel]:
+    if (found := _find_section(annotation)) is None:
         raise KeyError(key)
     return found
 
 
 _OPS: dict[str, type[BaseModel]] = {
-    "count": Count,
-    "stats": Stats,
-    "histogram": Histogram,
-    "top_k": TopK,
-    "collect": Collect,
+    "count": CountConfig,
+    "stats": StatsConfig,
+    "histogram": HistogramConfig,
+    "top_k": TopKConfig,
+    "collect": CollectConfig,
 }
 
 _MAPPING: Final = "expected keys with values below it"
@@ -186,7 +186,7 @@ _WORDS: Final = {
 """What to say in place of pydantic's words, by key or by its kind of finding."""
 
 
-def explain(error: ValidationError, raw: dict[str, Any], source: str) -> str:
+def explain_validation(error: ValidationError, raw: dict[str, Any], source: str) -> str:
     """Return one line per finding: ``file: key: what is wrong``.
 
     Values are shown as the user wrote them (``${VAR}`` unexpanded), and never below a key.
@@ -207,7 +207,7 @@ def _line(finding: Any, raw: dict[str, Any]) -> str:
     if kind == "missing":
         return f"the key {key!r} is missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{key}: {_unknown_op(at_path(raw, [*loc, 'op']))}"
+        return f"{key}: {_unknown_op(get_at_path(raw, [*loc, 'op']))}"
     message = (
         _WORDS.get(_unnumbered(loc))
         or _WORDS.get(kind)
@@ -231,7 +231,7 @@ def _unknown_op(op: object) -> str:
 
 
 def _shown(loc: Sequence[str | int], raw: dict[str, Any]) -> str:
-    value = at_path(raw, loc)
+    value = get_at_path(raw, loc)
     if value is None or isinstance(value, dict | list) or _may_be_secret(loc, value):
         return ""
     text = repr(mask_command(value) if isinstance(value, str) else value)
@@ -255,7 +255,7 @@ def _fields(loc: Sequence[str | int], raw: dict[str, Any]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for n, name in enumerate(loc):
         if loc[0] == "reduce":
-            model = _OPS.get(str(at_path(raw, [*loc[:2], "op"])), Count)
+            model = _OPS.get(str(get_at_path(raw, [*loc[:2], "op"])), CountConfig)
             break
         model = _model_of(model, str(name)) if n < len(loc) else model
     return [field.alias or name for name, field in model.model_fields.items()]

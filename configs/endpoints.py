@@ -6,12 +6,12 @@ from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
-from .base import Access, PathText, Section, declare
+from .base import Access, PathText, Section, declare_access
 
-KINDS: Final = ("urls", "file", "aegis_registry", "hosts", "first", "simulated", "auto")
+ENDPOINT_KINDS: Final = ("urls", "file", "aegis_registry", "hosts", "first", "simulated", "auto")
 """The kinds of endpoints; a configuration names exactly one."""
 
-HOSTS_ONLY: Final = ("port", "per_host", "suffix")
+HOSTS_ONLY_KEYS: Final = ("port", "per_host", "suffix")
 """Keys that go with ``hosts`` alone."""
 
 FIRST_URL: Final = "https://inference-api.alcf.anl.gov/resource_server"
@@ -56,7 +56,7 @@ class SimulatedConfig(Section):
         faults: Injected failures, as the simulated fleet's fault rules.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed="nodes responder seed max_num_seqs ttft_s tpot_s jitter time_scale faults",
     )
 
@@ -83,7 +83,7 @@ class FirstConfig(Section):
         requests_per_s: Most requests per second over all paths; the gateway allows 10 per user.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed="base_url paths token token_command requests_per_s",
     )
 
@@ -125,7 +125,7 @@ class EndpointsConfig(Section):
         proxy: Whether the environment's proxy variables count; None: for gateways only.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed=(
             "urls file aegis_registry hosts port per_host suffix auto api_key models "
             "refresh_s least wait_s proxy"
@@ -150,25 +150,25 @@ class EndpointsConfig(Section):
     proxy: bool | None = None
 
     @property
-    def must_be_asked(self) -> bool:
+    def needs_probe(self) -> bool:
         """Say whether nobody knows who serves the model, or as what, before asking."""
         named_otherwise = bool(self.models) or self.first is not None
         return bool(self.auto) or self.aegis_registry is not None or named_otherwise
 
     @property
-    def awaited(self) -> bool:
+    def waits_for_endpoints(self) -> bool:
         """Say whether endpoints need not be there when a run begins."""
         return self.least > 1 or self.wait_s > 0
 
     @model_validator(mode="after")
     def _one_kind(self) -> EndpointsConfig:
-        given = [k for k in KINDS if getattr(self, k) not in (None, False)]
+        given = [k for k in ENDPOINT_KINDS if getattr(self, k) not in (None, False)]
         if len(given) != 1:
             found = " and ".join(given) or "none"
-            *others, last = KINDS
+            *others, last = ENDPOINT_KINDS
             msg = f"give exactly one of {', '.join(others)} and {last} (found {found})"
             raise ValueError(msg)
-        alien = [k for k in HOSTS_ONLY if getattr(self, k) is not None]
+        alien = [k for k in HOSTS_ONLY_KEYS if getattr(self, k) is not None]
         if alien and self.hosts is None:
             msg = f"{' and '.join(alien)} goes with hosts, not with {given[0]}"
             raise ValueError(msg)

@@ -19,12 +19,12 @@ from pydantic import ValidationError
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.schemas import open_validator
 from ..backends.core.templates import Template
-from .backend import of_another_kind
-from .describe import explain
+from .backend import find_unfit_keys
+from .describe import explain_validation
 from .models import RunConfig
-from .reduce import check_stages
+from .reduce import check_aggregators
 from .serialize import check_plain, to_plain
-from .source import apply_override, expand, parse_yaml, set_path
+from .source import apply_override, expand_variables, parse_yaml, set_path
 
 _ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)
 
@@ -49,7 +49,7 @@ def is_preset(name: str) -> bool:
     return name in preset_names()
 
 
-def preset_text(name: str) -> str:
+def read_preset(name: str) -> str:
     """Return a preset's YAML.
 
     Raises:
@@ -70,7 +70,7 @@ def copy_preset(name: str, target: Path) -> None:
     Raises:
         ConfigurationError: No such preset, or the file exists or cannot be written.
     """
-    text = _ENDPOINTS.sub(lambda _: _TO_FILL, preset_text(name), count=1)
+    text = _ENDPOINTS.sub(lambda _: _TO_FILL, read_preset(name), count=1)
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -86,7 +86,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedConfig:
     """A checked configuration.
 
     Attributes:
@@ -106,12 +106,12 @@ class Loaded:
     raw: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
-def load(
+def load_config(
     config: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
-) -> Loaded:
+) -> LoadedConfig:
     """Load and check a configuration.
 
     Args:
@@ -124,20 +124,20 @@ def load(
     Raises:
         ConfigurationError: Something is missing, unknown, of the wrong type or contradictory.
     """
-    data, source, base, preset = _read(config)
-    for note in _override(data, overrides):
+    data, source, base, preset = _read_config(config)
+    for note in _apply_overrides(data, overrides):
         logger.warning("%s", note)
     for path, value in (settings or {}).items():
         set_path(data, path, value)
     check_plain(data, source)
-    _inline(data, source, base)
+    _resolve_files(data, source, base)
     environment = os.environ if environment is None else environment
-    checked = _validate(data, expand(data, environment, source), source)
+    checked = _validate(data, expand_variables(data, environment, source), source)
     _check(checked, source)
-    return Loaded(checked, to_plain(checked, data), source, preset, data)
+    return LoadedConfig(checked, to_plain(checked, data), source, preset, data)
 
 
-def peek(
+def read_settings(
     config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> tuple[dict[str, Any], str | None]:
     """Read settings without checking them.
@@ -148,28 +148,30 @@ def peek(
     Raises:
         ConfigurationError: The file cannot be read, or an override not be applied.
     """
-    data, _, _, preset = _read(config)
-    _override(data, overrides)
+    data, _, _, preset = _read_config(config)
+    _apply_overrides(data, overrides)
     return data, preset
 
 
-def _override(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     """Apply overrides in place; return what was left out for them, for the user to know."""
-    _spell_out(data)
+    _expand_auto(data)
     before = copy.deepcopy(data.get("backend"))
     for assignment in overrides:
         apply_override(data, assignment)
-        _spell_out(data)
+        _expand_auto(data)
     named = {assignment.partition("=")[0].strip() for assignment in overrides}
     if "backend.kind" in named and "backend" not in named and isinstance(before, dict):
-        return _change_kind(data["backend"], before, named)
+        return _drop_unfit_keys(data["backend"], before, named)
     return []
 
 
-def _change_kind(section: dict[str, Any], before: Mapping[str, Any], named: Set[str]) -> list[str]:
+def _drop_unfit_keys(
+    section: dict[str, Any], before: Mapping[str, Any], named: Set[str]
+) -> list[str]:
     """Leave out what a section says of the kind that it was, unless it is said anew."""
     old, new = before.get("kind", "local"), str(section["kind"])
-    unfit = of_another_kind(before, new) if new != old else {}
+    unfit = find_unfit_keys(before, new) if new != old else {}
     left = {key: told for key, told in unfit.items() if not _is_named(f"backend.{key}", named)}
     for key in left:
         del section[key]
@@ -181,23 +183,30 @@ def _is_named(path: str, named: Set[str]) -> bool:
     return any(name == path or name.startswith(f"{path}.") for name in named)
 
 
-def _spell_out(data: dict[str, Any]) -> None:
+def _expand_auto(data: dict[str, Any]) -> None:
     """Let ``endpoints: auto`` stand for a section, to which keys can be added."""
     if data.get("endpoints") == "auto":
         data["endpoints"] = {"auto": True}
 
 
-def _read(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, Path, str | None]:
+def _read_config(
+    config: str | Path | Mapping[str, Any],
+) -> tuple[dict[str, Any], str, Path, str | None]:
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config)), "settings", Path.cwd(), None
     if isinstance(config, str) and is_preset(config):
         source = f"preset {config}"
-        return parse_yaml(preset_text(config), source), source, Path.cwd(), config
+        return parse_yaml(read_preset(config), source), source, Path.cwd(), config
     path = Path(config)
-    return parse_yaml(read_text(path), str(config)), str(config), path.resolve().parent, None
+    return (
+        parse_yaml(read_settings_file(path), str(config)),
+        str(config),
+        path.resolve().parent,
+        None,
+    )
 
 
-def read_text(path: Path) -> str:
+def read_settings_file(path: Path) -> str:
     """Read a settings file.
 
     Raises:
@@ -220,7 +229,7 @@ def read_text(path: Path) -> str:
         raise ConfigurationError(f"{str(path)!r} is no path") from None
 
 
-def _inline(data: dict[str, Any], source: str, base: Path) -> None:
+def _resolve_files(data: dict[str, Any], source: str, base: Path) -> None:
     """Make paths absolute and read the schema's file, so that the settings stand alone."""
     _change_paths(data, lambda path: _absolute(path, base))
     task = data.get("task")
@@ -242,7 +251,7 @@ def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
         endpoints["hosts"] = [change(h) if isinstance(h, str) and "/" in h else h for h in listed]
 
 
-def portable(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def make_portable(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return settings for a file in a folder: paths below the folder are relative to it.
 
     Reading the file makes them absolute again, wherever the folder lies by then.
@@ -298,7 +307,7 @@ def _validate(raw: dict[str, Any], expanded: dict[str, Any], source: str) -> Run
     try:
         return RunConfig.model_validate(expanded)
     except ValidationError as error:
-        raise ConfigurationError(explain(error, raw, source)) from None
+        raise ConfigurationError(explain_validation(error, raw, source)) from None
 
 
 def _check(config: RunConfig, source: str) -> None:
@@ -307,7 +316,7 @@ def _check(config: RunConfig, source: str) -> None:
         Template.parse(config.task.prompt)
         if schema is not None:
             _check_schema(schema)
-        check_stages(config.reduce, schema)
+        check_aggregators(config.reduce, schema)
     except ConfigurationError as error:
         msg = f"{source}: {error.message}"
         raise ConfigurationError(msg) from None

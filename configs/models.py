@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .backend import BackendConfig, NodeConfig
-from .base import Access, PathText, Section, declare
+from .base import Access, PathText, Section, declare_access
 from .endpoints import EndpointsConfig
-from .reduce import ReduceStage
+from .reduce import AnyAggregatorConfig
 
-Share = Annotated[float, Field(gt=0, lt=1)]
+WarnShare = Annotated[float, Field(gt=0, lt=1)]
 
 
 class PriceConfig(Section):
@@ -24,7 +24,7 @@ class PriceConfig(Section):
         node_hour: Per node and hour, for nodes that you pay by time.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed="prompt cached_prompt completion node_hour",
     )
 
@@ -60,7 +60,7 @@ class BudgetConfig(Section):
         warn_at: Shares of a cap at which a warning is logged.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         lower="usd tokens requests node_hours",
         closed="on_limit warn_at",
     )
@@ -70,7 +70,7 @@ class BudgetConfig(Section):
     requests: Annotated[int, Field(gt=0, le=2**53)] | None = None
     node_hours: Annotated[float, Field(gt=0, le=1_000_000_000)] | None = None
     on_limit: Literal["pause", "stop"] = "pause"
-    warn_at: list[Share] = Field(default_factory=lambda: [0.5, 0.9])
+    warn_at: list[WarnShare] = Field(default_factory=lambda: [0.5, 0.9])
 
 
 RESERVED: Final = {
@@ -87,7 +87,7 @@ RESERVED: Final = {
 """Fields of a request that ``model.extra_body`` must leave alone, and what to do instead."""
 
 
-SAMPLING: Final = frozenset(
+SAMPLING_FIELDS: Final = frozenset(
     {
         "frequency_penalty",
         "length_penalty",
@@ -119,7 +119,7 @@ class InputConfig(Section):
         smiles: Column that RDKit checks before anything is paid.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         path="path",
         lower="limit",
         closed="dataset id on_duplicate smiles",
@@ -153,7 +153,7 @@ class TaskConfig(Section):
             model of its own whose calls are not counted.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         open="system prompt schema repairs",
         closed="graph",
     )
@@ -177,7 +177,7 @@ class ModelConfig(Section):
         price: What the model costs; None takes the price list that ships with fanfold.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         open="temperature max_tokens seed",
         sampling="extra_body",
         model="name",
@@ -225,7 +225,7 @@ class LimitsConfig(Section):
         margin_s: Seconds kept before that end, beside ``drain_s``, for closing everything.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         lower=(
             "streams attempts request_timeout_s item_timeout_s steps_per_item drain_s "
             "fleet_wait_s hedge requests_per_s tokens_per_min endpoint_streams "
@@ -271,7 +271,7 @@ class MetricsConfig(Section):
         port: Port on loopback; None serves no metrics.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed="port",
     )
 
@@ -286,21 +286,21 @@ class ShardConfig(Section):
             a Send of its own, run by LangGraph's engine.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed="items",
     )
 
     items: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
-class LedgerConfig(Section):
+class JournalConfig(Section):
     """How the journal is written.
 
     Attributes:
         fsync_s: Seconds between flushes to disk: what a power loss can cost, and no other end.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         closed="fsync_s",
     )
 
@@ -315,7 +315,7 @@ class KeepConfig(Section):
             bytes: ``rejected``, of items that failed for their answer; or ``all``.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(closed="raw")
+    access: ClassVar[dict[str, Access]] = declare_access(closed="raw")
 
     raw: Literal["rejected", "all"] = "rejected"
 
@@ -332,7 +332,7 @@ class RunConfig(Section):
             histogram, top_k, collect.
     """
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         open="reduce",
         closed="name cache cache_sampled",
     )
@@ -346,13 +346,13 @@ class RunConfig(Section):
     node: NodeConfig = NodeConfig()
     limits: LimitsConfig = LimitsConfig()
     shard: ShardConfig = ShardConfig()
-    ledger: LedgerConfig = LedgerConfig()
+    ledger: JournalConfig = JournalConfig()
     keep: KeepConfig = KeepConfig()
     metrics: MetricsConfig = MetricsConfig()
     budget: BudgetConfig = BudgetConfig()
     cache: PathText = "off"
     cache_sampled: bool = False
-    reduce: list[ReduceStage] = Field(default_factory=list)
+    reduce: list[AnyAggregatorConfig] = Field(default_factory=list)
 
     @field_validator("cache", mode="before")
     @classmethod

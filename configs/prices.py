@@ -36,13 +36,13 @@ class _Provider(Section):
     models: dict[str, _Entry]
 
 
-class _List(Section):
+class _PriceList(Section):
     v: Literal[1]
     providers: list[_Provider]
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedPrice:
     """What a provider asks for a model, in US dollars per million tokens.
 
     Attributes:
@@ -66,13 +66,13 @@ class Listed:
     source: str
 
 
-def provider_at(host: str) -> str | None:
+def find_provider_name(host: str) -> str | None:
     """Return the name of the provider that answers at a host, or None for a stranger's."""
-    found = _at(host)
+    found = _find_provider(host)
     return None if found is None else found.name
 
 
-def listed(host: str, model: str) -> Listed | None:
+def find_listed_price(host: str, model: str) -> ListedPrice | None:
     """Look a model up in the list of whoever answers at a host.
 
     A model's name says nothing by itself: whoever serves ``openai/gpt-oss-120b`` on nodes of their
@@ -82,7 +82,7 @@ def listed(host: str, model: str) -> Listed | None:
         host: Name of the host that is asked.
         model: The id that it is asked for; a snapshot's date may stand behind it.
     """
-    provider = _at(host)
+    provider = _find_provider(host)
     if provider is None:
         return None
     name = model
@@ -91,7 +91,7 @@ def listed(host: str, model: str) -> Listed | None:
     entry = provider.models.get(name)
     if entry is None:
         return None
-    return Listed(
+    return ListedPrice(
         provider=provider.name,
         model=name,
         prompt=max(entry.prompt, entry.cache_write or 0.0),
@@ -103,17 +103,17 @@ def listed(host: str, model: str) -> Listed | None:
     )
 
 
-def hosts() -> tuple[str, ...]:
+def list_priced_hosts() -> tuple[str, ...]:
     """Return all hosts whose prices are listed."""
-    return tuple(host for provider in _read().providers for host in provider.hosts)
+    return tuple(host for provider in _read_prices().providers for host in provider.hosts)
 
 
-def _at(host: str) -> _Provider | None:
+def _find_provider(host: str) -> _Provider | None:
     wanted = host.casefold().removesuffix(".")
-    return next((p for p in _read().providers if wanted in p.hosts), None)
+    return next((p for p in _read_prices().providers if wanted in p.hosts), None)
 
 
 @cache
-def _read() -> _List:
+def _read_prices() -> _PriceList:
     text = (files("fanfold.configs") / "data" / "prices.yaml").read_text(encoding="utf-8")
-    return _List.model_validate(yaml.safe_load(text))
+    return _PriceList.model_validate(yaml.safe_load(text))

@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..backends.core.errors import ConfigurationError
-from .base import Access, declare
+from .base import Access, declare_access
 
 
-class Stage(BaseModel):
+class AggregatorConfig(BaseModel):
     """One reduce stage; ``op`` says which."""
 
     access: ClassVar[dict[str, Access]] = {}
@@ -23,20 +23,20 @@ class Stage(BaseModel):
     )
 
 
-class Count(Stage):
+class CountConfig(AggregatorConfig):
     """How many items are done and failed, the failed ones by error class."""
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         open="op",
     )
 
     op: Literal["count"]
 
 
-class Stats(Stage):
+class StatsConfig(AggregatorConfig):
     """Mean, deviation, extremes and quantiles of a number."""
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         open="op field quantiles",
     )
 
@@ -45,10 +45,10 @@ class Stats(Stage):
     quantiles: list[Annotated[float, Field(ge=0, le=1)]] = [0.05, 0.25, 0.5, 0.75, 0.95]
 
 
-class Histogram(Stage):
+class HistogramConfig(AggregatorConfig):
     """How often each value comes; ``bins`` groups numbers (a count, or the edges)."""
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         open="op field bins low high",
     )
 
@@ -59,10 +59,10 @@ class Histogram(Stage):
     high: float | None = None
 
 
-class TopK(Stage):
+class TopKConfig(AggregatorConfig):
     """The k items with the largest (or smallest) value, with columns to ``show`` beside them."""
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         open="op field k order show",
     )
 
@@ -73,10 +73,10 @@ class TopK(Stage):
     show: list[str] = []
 
 
-class Collect(Stage):
+class CollectConfig(AggregatorConfig):
     """The answers (or one field) of the first ``limit`` items in input order."""
 
-    access: ClassVar[dict[str, Access]] = declare(
+    access: ClassVar[dict[str, Access]] = declare_access(
         open="op limit field",
     )
 
@@ -85,7 +85,10 @@ class Collect(Stage):
     field: str | None = None
 
 
-ReduceStage = Annotated[Count | Stats | Histogram | TopK | Collect, Field(discriminator="op")]
+AnyAggregatorConfig = Annotated[
+    CountConfig | StatsConfig | HistogramConfig | TopKConfig | CollectConfig,
+    Field(discriminator="op"),
+]
 
 _NUMBERS = {"integer", "number"}
 _MAX_CATEGORIES = 1000
@@ -93,7 +96,7 @@ _DEEPEST = 9
 """Levels of alternatives that are looked at for a field."""
 
 
-def check_stages(stages: Iterable[Stage], schema: Mapping[str, Any] | None) -> None:
+def check_aggregators(stages: Iterable[AggregatorConfig], schema: Mapping[str, Any] | None) -> None:
     """Check that every stage's field exists in the answer and is of a usable type.
 
     Raises:
@@ -106,20 +109,22 @@ def check_stages(stages: Iterable[Stage], schema: Mapping[str, Any] | None) -> N
             _check_field(where, stage, field, schema)
 
 
-def _check_field(where: str, stage: Stage, field: str, schema: Mapping[str, Any] | None) -> None:
+def _check_field(
+    where: str, stage: AggregatorConfig, field: str, schema: Mapping[str, Any] | None
+) -> None:
     if schema is None:
         msg = f"{where}: field {field!r} needs task.schema; a free-text answer has no fields"
         raise ConfigurationError(msg)
-    sub = _descend(where, field, schema)
+    sub = _find_property(where, field, schema)
     types = _types(sub)
-    if isinstance(stage, Stats | TopK) and types and not types & _NUMBERS:
+    if isinstance(stage, StatsConfig | TopKConfig) and types and not types & _NUMBERS:
         msg = f"{where}: field {field!r} is {'/'.join(sorted(types))} in task.schema, not a number"
         raise ConfigurationError(msg)
-    if isinstance(stage, Histogram):
+    if isinstance(stage, HistogramConfig):
         _check_histogram(where, stage, sub, types)
 
 
-def _descend(where: str, field: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+def _find_property(where: str, field: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
     sub: Mapping[str, Any] = schema
     for name in field.split("."):
         properties = _properties(sub, schema)
@@ -173,7 +178,7 @@ def _names(properties: Mapping[str, Any]) -> str:
 
 
 def _check_histogram(
-    where: str, stage: Histogram, schema: Mapping[str, Any], types: set[str]
+    where: str, stage: HistogramConfig, schema: Mapping[str, Any], types: set[str]
 ) -> None:
     if stage.bins is not None:
         _check_bins(where, stage, schema)
@@ -181,7 +186,7 @@ def _check_histogram(
         if len(schema["enum"]) > _MAX_CATEGORIES:
             msg = f"{where}: the enum of {stage.field!r} has more than {_MAX_CATEGORIES} values"
             raise ConfigurationError(msg)
-    elif types - {"boolean", "null"} and not _bounded_integer(schema, types):
+    elif types - {"boolean", "null"} and not _is_bounded_integer(schema, types):
         msg = (
             f"{where}: {stage.field!r} can take endlessly many values; give it an enum in "
             "task.schema, or (for numbers) set bins with low and high"
@@ -189,7 +194,7 @@ def _check_histogram(
         raise ConfigurationError(msg)
 
 
-def _check_bins(where: str, stage: Histogram, schema: Mapping[str, Any]) -> None:
+def _check_bins(where: str, stage: HistogramConfig, schema: Mapping[str, Any]) -> None:
     if isinstance(stage.bins, list):
         edges = stage.bins
         if len(edges) < 2 or any(b <= a for a, b in pairwise(edges)):  # noqa: PLR2004 - two edges make one bin
@@ -203,18 +208,18 @@ def _check_bins(where: str, stage: Histogram, schema: Mapping[str, Any]) -> None
         raise ConfigurationError(msg)
 
 
-def _bounded_integer(schema: Mapping[str, Any], types: set[str]) -> bool:
+def _is_bounded_integer(schema: Mapping[str, Any], types: set[str]) -> bool:
     low, high = schema.get("minimum"), schema.get("maximum")
     if not types <= {"integer", "null"} or low is None or high is None:
         return False
     return bool(high - low < _MAX_CATEGORIES)
 
 
-def with_bounds(stage: Stage, schema: Mapping[str, Any] | None) -> dict[str, Any]:
+def to_aggregator_spec(stage: AggregatorConfig, schema: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the stage as a plain dict, a histogram's range filled in from the schema."""
     plain = stage.model_dump()
-    if isinstance(stage, Histogram) and isinstance(stage.bins, int) and schema is not None:
-        sub = _descend("reduce", stage.field, schema)
+    if isinstance(stage, HistogramConfig) and isinstance(stage.bins, int) and schema is not None:
+        sub = _find_property("reduce", stage.field, schema)
         plain["low"] = stage.low if stage.low is not None else sub.get("minimum")
         plain["high"] = stage.high if stage.high is not None else sub.get("maximum")
     return plain

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..backends.core.errors import ConfigurationError, MissingExtraError
-from .endpoints import HOSTS_ONLY, KINDS
-from .loader import Loaded, load, peek
-from .source import at_path
+from .endpoints import ENDPOINT_KINDS, HOSTS_ONLY_KEYS
+from .loader import LoadedConfig, load_config, read_settings
+from .source import get_at_path
 
-DEFAULT: Final = "molecular_screening"
+DEFAULT_PRESET: Final = "molecular_screening"
 
 NO_RDKIT: Final = (
     "rdkit is not installed: 20 molecules that ship with fanfold take the place of the 4,991, "
@@ -21,13 +21,13 @@ NO_RDKIT: Final = (
 )
 
 
-def settle(
+def resolve_config(
     config: str | Path | Mapping[str, Any] | None,
     overrides: Sequence[str] = (),
     input_path: str | None = None,
     limit: int | None = None,
     endpoints: str | None = None,
-) -> tuple[Loaded, list[str]]:
+) -> tuple[LoadedConfig, list[str]]:
     """Load a configuration with the options that were given beside it.
 
     Args:
@@ -44,22 +44,22 @@ def settle(
         ConfigurationError: Something does not fit; a preset with an input of the user's own
             needs endpoints of their own.
     """
-    config = DEFAULT if config is None else config
-    data, preset = peek(config, overrides)
+    config = DEFAULT_PRESET if config is None else config
+    data, preset = read_settings(config, overrides)
     settings, notices = _input_settings(input_path, limit), list[str]()
-    simulated = at_path(data, ("endpoints", "simulated"))
+    simulated = get_at_path(data, ("endpoints", "simulated"))
     if endpoints is not None:
         settings |= endpoint_settings(endpoints, simulated)
     if preset and simulated is not None and endpoints in (None, "simulated"):
-        own = input_path is not None or at_path(data, ("input", "path")) is not None
+        own = input_path is not None or get_at_path(data, ("input", "path")) is not None
         if own and endpoints is None:
             raise ConfigurationError(_needs_endpoints(preset))
         notices.append(_simulated_notice(preset))
         if find_spec("rdkit") is None:
-            more, notice = _without_rdkit(data, own)
+            more, notice = _replace_rdkit(data, own)
             settings |= more
             notices += notice
-    return load(config, overrides, settings), notices
+    return load_config(config, overrides, settings), notices
 
 
 def _input_settings(input_path: str | None, limit: int | None) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
     Raises:
         ConfigurationError: None of the four.
     """
-    kinds: dict[str, Any] = dict.fromkeys((*KINDS, *HOSTS_ONLY))
+    kinds: dict[str, Any] = dict.fromkeys((*ENDPOINT_KINDS, *HOSTS_ONLY_KEYS))
     if text == "simulated":
         kinds["simulated"] = simulated or {}
     elif text == "auto":
@@ -116,11 +116,11 @@ def _simulated_notice(preset: str) -> str:
     )
 
 
-def _without_rdkit(data: dict[str, Any], own: bool) -> tuple[dict[str, Any], list[str]]:
+def _replace_rdkit(data: dict[str, Any], own: bool) -> tuple[dict[str, Any], list[str]]:
     changed = dict[str, Any]()
-    if at_path(data, ("input", "dataset")) == "rdkit-nci5k" and not own:
+    if get_at_path(data, ("input", "dataset")) == "rdkit-nci5k" and not own:
         changed["input.dataset"] = "molecules"
-    if at_path(data, ("endpoints", "simulated", "responder")) == "esol":
+    if get_at_path(data, ("endpoints", "simulated", "responder")) == "esol":
         changed["endpoints.simulated.responder"] = "schema"
     return changed, [NO_RDKIT] if changed else []
 
@@ -136,10 +136,10 @@ def check_metrics() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class Overrides:
     """What the options ask for; each field is as in the command line."""
 
-    overrides: list[str]
+    assignments: list[str]
     input_path: str | None = None
     limit: int | None = None
     endpoints: str | None = None
@@ -152,22 +152,24 @@ class Wish:
     yes: bool = False
 
     @property
-    def caps(self) -> list[str]:
+    def budget_assignments(self) -> list[str]:
         """Return the caps as overrides of settings."""
         return [f"budget.{key}={cap}" for key, cap in self.budget.items() if cap is not None]
 
     @property
     def changes_settings(self) -> bool:
         """Say whether any of them changes the configuration."""
-        given = (self.overrides, self.input_path, self.limit, self.endpoints, self.metrics_port)
-        return any(given) or bool(self.caps)
+        given = (self.assignments, self.input_path, self.limit, self.endpoints, self.metrics_port)
+        return any(given) or bool(self.budget_assignments)
 
-    def settled(self, config: str) -> tuple[Loaded, list[str]]:
+    def resolve(self, config: str) -> tuple[LoadedConfig, list[str]]:
         """Return the configuration with the options applied, and notices."""
-        overrides = [*self.overrides, *self.caps]
+        overrides = [*self.assignments, *self.budget_assignments]
         if self.metrics_port is not None:
             overrides.append(f"metrics.port={self.metrics_port}")
-        loaded, notices = settle(config, overrides, self.input_path, self.limit, self.endpoints)
+        loaded, notices = resolve_config(
+            config, overrides, self.input_path, self.limit, self.endpoints
+        )
         if loaded.config.metrics.port is not None:
             check_metrics()
         return loaded, notices

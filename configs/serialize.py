@@ -11,9 +11,9 @@ import yaml
 from pydantic import SecretStr
 
 from ..backends.core.errors import ConfigurationError
-from ..backends.core.secrets import MASKED, is_secret, mask_command, mask_plain, mask_url
+from ..backends.core.secrets import MASKED, is_secret, mask_command, mask_data, mask_url
 from .models import KeepConfig, RunConfig
-from .source import join
+from .source import join_path
 
 _MOST_VALUES: Final = 1_000_000
 _DEEPEST: Final = 100
@@ -70,7 +70,9 @@ def _member(source: str, path: tuple[str, ...], key: object, value: Any) -> Any:
 def _problem(value: object) -> str | None:
     """Say what is wrong with a value that is neither a mapping nor a list."""
     if isinstance(value, str):
-        return None if _encodable(value) else "the text holds half a character (a lone surrogate)"
+        return (
+            None if _is_encodable(value) else "the text holds half a character (a lone surrogate)"
+        )
     if value is None or isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -81,7 +83,7 @@ def _problem(value: object) -> str | None:
     return f"a {kind} is no plain value (text, number, true, false, null); put quotes around it"
 
 
-def _encodable(text: str) -> bool:
+def _is_encodable(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -108,7 +110,7 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
         plain["endpoints"]["first"]["token"] = _safe_key(written, first.token)
     template = plain["backend"]["user_endpoint_config"]
     if template is not None:
-        plain["backend"]["user_endpoint_config"] = _masked(template)
+        plain["backend"]["user_endpoint_config"] = _mask_secrets(template)
     password = config.backend.exchange.password
     if password is not None:
         written = raw["backend"]["exchange"]["password"]
@@ -125,7 +127,7 @@ def mask_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
         plain: The settings, ``${VAR}`` unexpanded.
     """
     masked = {
-        name: mask_plain(value, name, mask_url if name == "reduce" else mask_command)
+        name: mask_data(value, name, mask_url if name == "reduce" else mask_command)
         for name, value in plain.items()
         if name != "task"
     }
@@ -150,7 +152,7 @@ def _copy(
     masked[last] = change(value) if change is not None and isinstance(value, str) else value
 
 
-def lost_secrets(settings: Any, path: str = "") -> Iterator[str]:
+def find_lost_secrets(settings: Any, path: str = "") -> Iterator[str]:
     """Yield the dotted keys of expanded settings whose texts a run folder did not keep.
 
     Args:
@@ -159,27 +161,27 @@ def lost_secrets(settings: Any, path: str = "") -> Iterator[str]:
     """
     if isinstance(settings, Mapping):
         for name, value in settings.items():
-            yield from lost_secrets(value, join(path, str(name)))
+            yield from find_lost_secrets(value, join_path(path, str(name)))
     elif isinstance(settings, list):
         for number, value in enumerate(settings):
-            yield from lost_secrets(value, join(path, str(number)))
+            yield from find_lost_secrets(value, join_path(path, str(number)))
     elif isinstance(settings, str) and MASKED in settings:
         yield path
 
 
-def _masked(plain: Any, key: str = "") -> Any:
+def _mask_secrets(plain: Any, key: str = "") -> Any:
     """Return plain data, the values of keys that name secrets masked unless by a variable."""
     if isinstance(plain, Mapping):
         below = key if is_secret(key) else None
-        return {name: _masked(value, below or name) for name, value in plain.items()}
+        return {name: _mask_secrets(value, below or name) for name, value in plain.items()}
     if isinstance(plain, list):
-        return [_masked(value, key) for value in plain]
+        return [_mask_secrets(value, key) for value in plain]
     if plain is None or isinstance(plain, bool) or not is_secret(key):
         return plain
     return plain if _VARIABLES_ONLY.fullmatch(str(plain)) else MASKED
 
 
-def secret_texts(data: Any, key: str = "") -> Iterator[str]:
+def iter_secret_texts(data: Any, key: str = "") -> Iterator[str]:
     """Yield the texts within plain data that must not be shown.
 
     Args:
@@ -188,15 +190,15 @@ def secret_texts(data: Any, key: str = "") -> Iterator[str]:
     """
     if isinstance(data, Mapping):
         for name, value in data.items():
-            yield from secret_texts(value, key if is_secret(key) else name)
+            yield from iter_secret_texts(value, key if is_secret(key) else name)
     elif isinstance(data, list):
         for value in data:
-            yield from secret_texts(value, key)
+            yield from iter_secret_texts(value, key)
     elif isinstance(data, str) and data and is_secret(key):
         yield data
 
 
-def written_out(plain: Any, where: str) -> Iterator[str]:
+def find_masked_keys(plain: Any, where: str) -> Iterator[str]:
     """Yield the dotted keys of the secrets that plain settings do not keep.
 
     Args:
@@ -207,10 +209,10 @@ def written_out(plain: Any, where: str) -> Iterator[str]:
         yield where
     elif isinstance(plain, Mapping):
         for key, value in plain.items():
-            yield from written_out(value, f"{where}.{key}")
+            yield from find_masked_keys(value, f"{where}.{key}")
     elif isinstance(plain, list):
         for number, value in enumerate(plain):
-            yield from written_out(value, f"{where}.{number}")
+            yield from find_masked_keys(value, f"{where}.{number}")
 
 
 def _unexpand(plain: Any, raw: Any) -> Any:

@@ -19,11 +19,11 @@ _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _FIELD: Final = re.compile(r"\{(\w+)\}")
 _ONE_LINE: Final = r"^[^\n\r\x00]+$"
 
-Line = Annotated[str, Field(pattern=_ONE_LINE)]
+OneLine = Annotated[str, Field(pattern=_ONE_LINE)]
 """Text on one line, not empty."""
 
 
-class Accelerators(Section):
+class SiteAccelerators(Section):
     """A node's accelerators.
 
     Attributes:
@@ -68,25 +68,25 @@ class SiteConfig(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
-    tested: Line = "not run on that machine"
-    facts: list[Line] = Field(default_factory=list)
+    tested: OneLine = "not run on that machine"
+    facts: list[OneLine] = Field(default_factory=list)
     scheduler: Literal["pbs", "slurm"]
     required: list[Literal["queue", "account"]] = Field(default_factory=list)
     queue_option: Literal["--partition", "--qos"] = "--partition"
-    chunk: Line | None = None
-    filesystems: Line | None = None
-    directives: list[Line] = Field(default_factory=list)
-    modules: list[Line] = Field(default_factory=list)
-    setup: list[Line] = Field(default_factory=list)
+    chunk: OneLine | None = None
+    filesystems: OneLine | None = None
+    directives: list[OneLine] = Field(default_factory=list)
+    modules: list[OneLine] = Field(default_factory=list)
+    setup: list[OneLine] = Field(default_factory=list)
     environment: dict[str, str] = Field(default_factory=dict)
     proxies: dict[str, str] = Field(default_factory=dict)
-    accelerators: Accelerators | None = None
-    interface: Line | None = None
-    host: Line | None = None
-    launcher: Line
-    local: Line = "/tmp"
-    broadcast: Line | None = None
-    hints: list[Line] = Field(default_factory=list)
+    accelerators: SiteAccelerators | None = None
+    interface: OneLine | None = None
+    host: OneLine | None = None
+    launcher: OneLine
+    local: OneLine = "/tmp"
+    broadcast: OneLine | None = None
+    hints: list[OneLine] = Field(default_factory=list)
     reserve_s: Annotated[int, Field(ge=0, le=3600)] = 60
     silence_s: Annotated[int, Field(ge=5, le=3600)] = 300
 
@@ -131,16 +131,16 @@ def load_site(name: str) -> SiteConfig:
     Raises:
         ConfigurationError: No such site, or the file does not fit; says what is wrong.
     """
-    source, data = _read(name)
+    source, data = _read_site(name)
     like = data.pop("like", None)
     if like is not None:
         if like not in site_names():
             raise ConfigurationError(f"{source}: like: {_unknown(str(like))}")
-        data = {"tested": "not run on that machine"} | _shipped(str(like)) | data
+        data = {"tested": "not run on that machine"} | _read_shipped(str(like)) | data
     try:
         return SiteConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigurationError(_explained(error, source)) from None
+        raise ConfigurationError(_explain_error(error, source)) from None
 
 
 def fill(text: str, values: Mapping[str, object]) -> str:
@@ -148,9 +148,9 @@ def fill(text: str, values: Mapping[str, object]) -> str:
     return _FIELD.sub(lambda m: str(values.get(m[1], m[0])), text)
 
 
-def _read(name: str) -> tuple[str, dict[str, Any]]:
+def _read_site(name: str) -> tuple[str, dict[str, Any]]:
     if name in site_names():
-        return f"site {name}", _shipped(name)
+        return f"site {name}", _read_shipped(name)
     path = Path(name).expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -162,7 +162,7 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
     return name, parse_yaml(text, name)
 
 
-def _shipped(name: str) -> dict[str, Any]:
+def _read_shipped(name: str) -> dict[str, Any]:
     text = (files("fanfold.configs") / "sites" / f"{name}.yaml").read_text(encoding="utf-8")
     return parse_yaml(text, f"site {name}")
 
@@ -173,7 +173,7 @@ def _unknown(name: str) -> str:
     return f"{name!r}: neither one of {', '.join(site_names())}{hint}"
 
 
-def _explained(error: ValidationError, source: str) -> str:
+def _explain_error(error: ValidationError, source: str) -> str:
     lines = []
     for finding in error.errors(include_url=False):
         key = ".".join(map(str, finding["loc"]))

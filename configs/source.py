@@ -151,16 +151,22 @@ def _no_keys(path: str) -> str:
     return f"--set {path}: there is a plain value on the way, which has no keys"
 
 
-def expand(data: Any, environment: Mapping[str, str], source: str, key: str = "") -> Any:
+def expand_variables(data: Any, environment: Mapping[str, str], source: str, key: str = "") -> Any:
     """Return a copy with ``${VAR}`` replaced in string values; ``$${VAR}`` stays ``${VAR}``.
 
     Raises:
         ConfigurationError: A variable is not set; names file, key and variable.
     """
     if isinstance(data, dict):
-        return {k: expand(v, environment, source, join(key, str(k))) for k, v in data.items()}
+        return {
+            k: expand_variables(v, environment, source, join_path(key, str(k)))
+            for k, v in data.items()
+        }
     if isinstance(data, list | tuple):
-        return [expand(v, environment, source, join(key, str(n))) for n, v in enumerate(data)]
+        return [
+            expand_variables(v, environment, source, join_path(key, str(n)))
+            for n, v in enumerate(data)
+        ]
     if not isinstance(data, str):
         return data
 
@@ -179,12 +185,12 @@ def expand(data: Any, environment: Mapping[str, str], source: str, key: str = ""
     return _VARIABLE.sub(value, data)
 
 
-def join(prefix: str, key: str) -> str:
+def join_path(prefix: str, key: str) -> str:
     """Return the dotted path of a key below ``prefix``."""
     return f"{prefix}.{key}" if prefix else key
 
 
-def at_path(data: Any, path: Sequence[str | int]) -> Any:
+def get_at_path(data: Any, path: Sequence[str | int]) -> Any:
     """Return what stands at a path, or None."""
     for name in path:
         try:

@@ -22,7 +22,7 @@ from pydantic import SecretStr
 
 from fanfold import SimulatedFleet, SimulationSpec, as_tool
 from fanfold.backends.simulated.requests import Question
-from fanfold.backends.simulated.responders import ToolUse
+from fanfold.backends.simulated.responders import ToolCall
 
 SETTINGS: dict[str, Any] = {
     "name": "screen_solubility",
@@ -42,14 +42,14 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def script(question: Question) -> str | ToolUse:
+def script(question: Question) -> str | ToolCall:
     """Play a model: call the tool with the user's molecules, then say what it found."""
     last = question.messages[-1]
     if last["role"] == "tool":
         best = json.loads(last["content"])["aggregate"][0]["rows"][0]
         return f"The most soluble is {best['show']['smiles']} (log S {best['value']})."
     smiles = last["content"].partition(":")[2].split()
-    return ToolUse("screen_solubility", {"items": [{"smiles": text} for text in smiles]})
+    return ToolCall("screen_solubility", {"items": [{"smiles": text} for text in smiles]})
 
 
 async def main(count: int) -> str:

@@ -31,38 +31,57 @@ from langgraph.runtime import Runtime, get_runtime
 from langgraph.types import Command
 from langgraph.typing import InputT, OutputT, StateT
 
-from ..backends.budget.budget import allow, lower_allowed, shortfall
+from ..backends.budget.budget import budget_gap, lower_raised_limits, raise_limits
 from ..backends.cluster.walltime import Walltime
-from ..backends.core.aio import LoopAside, Shared
+from ..backends.core.aio import PortalProvider, SharedResource
 from ..backends.core.errors import ConfigurationError, FanfoldError, InputError
 from ..backends.core.money import Amount
-from ..backends.discovery.connect import open_fleet, reusing, serving
-from ..backends.storage.run_folder import RunFolder, is_run, is_vacant, open_folder, run_ids
-from ..configs.loader import Loaded, is_preset, load, preset_text
-from ..configs.resolve import settle
-from ..nodes.batch.load import unknown_keys
-from ..nodes.context import Context, ItemContext, Prepared, RunTools
-from ..nodes.shard.progress import Meter
+from ..backends.discovery.connect import open_cache, open_fleet, open_ready_endpoints
+from ..backends.storage.run_folder import (
+    RunFolder,
+    get_run_ids,
+    is_folder_of_run,
+    is_vacant,
+    open_folder,
+)
+from ..configs.loader import LoadedConfig, is_preset, load_config, read_preset
+from ..configs.resolve import resolve_config
+from ..nodes.batch.load import describe_unknown_keys
+from ..nodes.context import Context, ItemContext, PreparedRun, RunTools
+from ..nodes.shard.progress import ProgressStream
 from ..nodes.state import RunKey
-from .context_schema import Form, request_form
-from .invocation import CURRENT, Invocation, claims, follow, follow_plainly
+from .context_schema import SettingsForm, build_request_form
+from .invocation import (
+    CURRENT_INVOCATION,
+    Invocation,
+    follow_stream,
+    follow_stream_sync,
+    get_claims,
+)
 from .requests import Request, RequestPolicy
-from .run.items import cut, item_context, item_engine
+from .run.items import make_item_context, make_item_engine, plan_shards
 from .run.open_run import OpenedRun
-from .run.prepare import RUNS, begin_life, end_life, new_name, prepare_run, resume_run
-from .run.resources import Mode, open_run, write_results
-from .run.shutdown import life_end
+from .run.prepare import (
+    RUNS_FOLDER,
+    begin_session,
+    end_session,
+    new_folder_name,
+    prepare_run,
+    resume_run,
+)
+from .run.resources import OpenOptions, open_run, write_results
+from .run.shutdown import session_deadline
 from .worker import work_shard
 
 
 @dataclass(kw_only=True)
-class RunContext(Form):
+class RunContext(SettingsForm):
     """Settings of a run; a field that is left as it is changes nothing."""
 
     @classmethod
-    def of(
+    def from_loaded(
         cls,
-        loaded: Loaded,
+        loaded: LoadedConfig,
         *,
         embedded: bool = False,
         allow_simulated: bool = True,
@@ -85,7 +104,9 @@ class RunContext(Form):
         return context
 
     @classmethod
-    def of_request(cls, owner: RunContext, policy: RequestPolicy, given: Mapping[str, Any]) -> Self:
+    def from_request(
+        cls, owner: RunContext, policy: RequestPolicy, given: Mapping[str, Any]
+    ) -> Self:
         """Return the context of a request to a graph.
 
         Args:
@@ -98,7 +119,7 @@ class RunContext(Form):
         kept = {key: getattr(owner, key) for key in ("embedded", "allow_simulated", "_place")}
         asked = {"policy": policy, "_owner": owner, "_given": given}
         context.__dict__ |= kept | asked | {"stands_alone": True}
-        return context.joined(owner)
+        return context.share_runs(owner)
 
     @cached_property
     def policy(self) -> RequestPolicy | None:
@@ -122,12 +143,12 @@ class RunContext(Form):
         """Say whether this is the context of a request to a graph that is bound to ``owner``."""
         return self._owner is owner
 
-    def _requested(
+    def _resolve_request(
         self,
         kept: Mapping[str, Any] | None = None,
         path: str | None = None,
         preset: str | None = None,
-    ) -> tuple[Loaded, Request]:
+    ) -> tuple[LoadedConfig, Request]:
         """Return the settings of a request and the request itself; blocks.
 
         Args:
@@ -143,29 +164,31 @@ class RunContext(Form):
         given = dict(self._given)
         if preset is not None:
             given = {k: v for k, v in given.items() if k != "config"} | {"preset": preset}
-        request = Request.from_json(kept).then(self.policy.read(given))
+        request = Request.from_json(kept).merge(self.policy.read_request(given))
         if path is not None:
-            request = request.then(Request(settings={"input.path": self.policy.path(path)}))
-        return self.policy.settings(self._owner.loaded, request), request
+            request = request.merge(
+                Request(settings={"input.path": self.policy.resolve_path(path)})
+            )
+        return self.policy.apply_request(self._owner.loaded, request), request
 
     @cached_property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> LoadedConfig:
         """Return the checked configuration.
 
         Raises:
             ConfigurationError: A setting is wrong.
         """
         if self.policy is not None:
-            return self._requested()[0]
+            return self._resolve_request()[0]
         config = self.preset if self.config in (None, "") else self.config
         if config is self.preset:
-            preset_text(self.preset)  # says which there are, if that is none
-        return settle(config, self.changes(), endpoints=self.endpoints or None)[0]
+            read_preset(self.preset)  # says which there are, if that is none
+        return resolve_config(config, self.to_assignments(), endpoints=self.endpoints or None)[0]
 
     @cached_property
     def stands_alone(self) -> bool:
         """Say whether these are all settings; else they go on top of what a run has already."""
-        return bool(self.filled().keys() & {"config", "preset"})
+        return bool(self.changed_fields().keys() & {"config", "preset"})
 
     @cached_property
     def embedded(self) -> bool:
@@ -182,67 +205,67 @@ class RunContext(Form):
         return None
 
     @cached_property
-    def _runs(self) -> Shared[RunTools]:
-        return Shared()
+    def _runs(self) -> SharedResource[RunTools]:
+        return SharedResource()
 
     @cached_property
     def _folders(self) -> dict[str, Path]:
         """Return the folders of the runs that were worked on, by run id."""
         return {}
 
-    def joined(self, other: RunContext) -> Self:
+    def share_runs(self, other: RunContext) -> Self:
         """Know which runs another context has open and where they lie, and return itself."""
         self.__dict__.setdefault("_runs", other._runs)
         self.__dict__.setdefault("_folders", other._folders)
         return self
 
     @cached_property
-    def _own(self) -> Invocation:
+    def _own_invocation(self) -> Invocation:
         """Return what works on runs outside of an invocation of the graph: a command's session."""
-        return Invocation(lasting=False)
+        return Invocation(keeps_claims=False)
 
     @property
     def _invocation(self) -> Invocation:
-        return (CURRENT.get() if self.embedded else None) or self._own
+        return (CURRENT_INVOCATION.get() if self.embedded else None) or self._own_invocation
 
     @cached_property
-    def _retried(self) -> dict[Path, int]:
+    def _retry_before(self) -> dict[Path, int]:
         return {}
 
     @cached_property
-    def _meters(self) -> dict[Path, Meter]:
+    def _progress_streams(self) -> dict[Path, ProgressStream]:
         return {}
 
     @cached_property
-    def _by_folder(self) -> dict[Path, Loaded]:
+    def _loaded_by_folder(self) -> dict[Path, LoadedConfig]:
         return {}
 
     @cached_property
-    def _ends(self) -> dict[Path, Walltime | None]:
+    def _deadlines(self) -> dict[Path, Walltime | None]:
         return {}
 
     @cached_property
-    def _contexts(self) -> Shared[ItemContext]:
-        return Shared()
+    def _item_contexts(self) -> SharedResource[ItemContext]:
+        return SharedResource()
 
     # -- the run's folder ----------------------------------------------------------------
 
     @cached_property
-    def named(self) -> Path | None:
+    def out_path(self) -> Path | None:
         """Return ``out`` as an absolute path; what is relative counts from where it is first used.
 
         A program may change its working directory between two invocations.
         """
         if self._owner is not None and "out" not in self._given:
-            return self._owner.named
+            return self._owner.out_path
         return Path(self.out).absolute() if self.out else None
 
     @property
-    def folder(self) -> Path | None:
+    def out_folder(self) -> Path | None:
         """Return the folder that ``out`` names, one path for all its spellings; blocks."""
-        return None if self.named is None else self.named.resolve()
+        return None if self.out_path is None else self.out_path.resolve()
 
-    def find(self, run: RunKey) -> Path:
+    def find_folder(self, run: RunKey) -> Path:
         """Return where a run's folder lies now; blocks.
 
         The folder that the context names comes first, then where this process has worked on the
@@ -252,8 +275,8 @@ class RunContext(Form):
             ConfigurationError: It is not found, or the folder that the context names is another
                 run's.
         """
-        if (named := self.folder) is not None:
-            ids = run_ids(open_folder(named).read_provenance())
+        if (named := self.out_folder) is not None:
+            ids = get_run_ids(open_folder(named).read_provenance())
             if run["id"] not in ids:
                 msg = (
                     f"{self.out}: this is the folder of run {ids[0]}, and the thread goes on with "
@@ -263,10 +286,10 @@ class RunContext(Form):
             self._folders[run["id"]] = named
             return named
         name = run["name"]
-        usual = self._usual / name if name is not None and Path(name).name == name else None
+        usual = self._default_root / name if name is not None and Path(name).name == name else None
         candidates = [p for p in (self._folders.get(run["id"]), usual) if p is not None]
         for path in candidates:
-            if is_run(path, run["id"]):
+            if is_folder_of_run(path, run["id"]):
                 self._folders[run["id"]] = found = path.resolve()
                 return found
         looked = "".join(f"; {path} is not it" for path in candidates)
@@ -278,13 +301,13 @@ class RunContext(Form):
         raise ConfigurationError(msg)
 
     @property
-    def _usual(self) -> Path:
+    def _default_root(self) -> Path:
         """Return where run folders lie that ``out`` does not name."""
-        return Path.cwd() / RUNS if self._place is None else self._place[0]
+        return Path.cwd() / RUNS_FOLDER if self._place is None else self._place[0]
 
-    def shown_folders(self) -> set[str]:
+    def list_shown_folders(self) -> set[str]:
         """Return the folders as messages may show them; blocks."""
-        own = {self.out, str(self.named), str(self.folder)} if self.out else set[str]()
+        own = {self.out, str(self.out_path), str(self.out_folder)} if self.out else set[str]()
         return own | {str(path) for path in self._folders.values()}
 
     async def prepare(
@@ -292,32 +315,37 @@ class RunContext(Form):
         path: str | None,
         items: Sequence[Mapping[str, Any]] | None,
         preset: str | None = None,
-    ) -> Prepared:
+    ) -> PreparedRun:
         """Make a run's folder from a path or items, or look up the one that the context names.
 
         An existing run in ``out`` is gone on with when nothing else is given; what the settings
         ask for must be what it asks for.
         """
         given = path is not None or items is not None or preset is not None
-        folder = None if given else await asyncio.to_thread(self._existing)
+        folder = None if given else await asyncio.to_thread(self._find_existing)
         if folder is None:
-            loaded, target, asked = await asyncio.to_thread(self._new_run, path, preset)
+            loaded, target, asked = await asyncio.to_thread(self._resolve_new_run, path, preset)
             made = await prepare_run(loaded, target, items, self.allow_simulated)
             if asked:
-                await asyncio.to_thread(_note, made, asked)
+                await asyncio.to_thread(_extend_provenance, made, asked)
             folder = made.path
-            for kept in (self._by_folder, self._meters, self._ends, self._retried):
+            for kept in (
+                self._loaded_by_folder,
+                self._progress_streams,
+                self._deadlines,
+                self._retry_before,
+            ):
                 kept.pop(folder, None)  # of a run that lay there before
         else:
-            await claims().wait_run(RunFolder(folder), self._invocation)
-            self._retried.pop(folder, None)  # a further invocation asks once more
+            await get_claims().wait_for_run(RunFolder(folder), self._invocation)
+            self._retry_before.pop(folder, None)  # a further invocation asks once more
             if self.embedded:
-                self._ends.pop(folder, None)  # a life of its own
-                loaded = await asyncio.to_thread(self._loaded_of, folder)
+                self._deadlines.pop(folder, None)  # a life of its own
+                loaded = await asyncio.to_thread(self._get_settings, folder)
                 await resume_run(RunFolder(folder), loaded)
         if self.embedded:
             await self._claim(folder)
-            await asyncio.to_thread(begin_life, RunFolder(folder))
+            await asyncio.to_thread(begin_session, RunFolder(folder))
         return await asyncio.to_thread(self._look_up, folder)
 
     async def _claim(self, folder: Path) -> None:
@@ -326,177 +354,181 @@ class RunContext(Form):
         Raises:
             ConfigurationError: Somebody does.
         """
-        await claims().take_run(RunFolder(folder), self._invocation)
+        await get_claims().claim_run(RunFolder(folder), self._invocation)
 
-    def _existing(self) -> Path | None:
+    def _find_existing(self) -> Path | None:
         """Return the folder that ``out`` names if something is in it."""
-        folder = self.folder
+        folder = self.out_folder
         return None if folder is None or is_vacant(folder) else open_folder(folder).path
 
-    def _new_run(self, path: str | None, preset: str | None) -> tuple[Loaded, Path, dict[str, Any]]:
+    def _resolve_new_run(
+        self, path: str | None, preset: str | None
+    ) -> tuple[LoadedConfig, Path, dict[str, Any]]:
         """Return a new run's settings, its folder, and what its provenance keeps of the input."""
         asked = dict[str, Any]()
         if self.policy is not None:
-            loaded, request = self._requested(None, path, preset)
-            asked = {} if request.empty else {"request": request.to_json()}
+            loaded, request = self._resolve_request(None, path, preset)
+            asked = {} if request.is_empty else {"request": request.to_json()}
         else:
-            loaded = self._with_preset(preset)
+            loaded = self._load_with_preset(preset)
             asked = {} if preset is None else {"preset": preset}
         if path is not None and self.policy is None:
             changes = {"input.path": str(Path(path).resolve()), "input.dataset": None}
-            loaded = load(loaded.raw, settings=changes)
-        name = new_name(loaded.config.name) if self._place is None else self._place[1]
-        return loaded, self.folder or self._usual / name, asked
+            loaded = load_config(loaded.raw, settings=changes)
+        name = new_folder_name(loaded.config.name) if self._place is None else self._place[1]
+        return loaded, self.out_folder or self._default_root / name, asked
 
-    def _with_preset(self, preset: str | None) -> Loaded:
+    def _load_with_preset(self, preset: str | None) -> LoadedConfig:
         """Return the settings, of a preset that the input names if it names one."""
         if preset is None:
             return self.loaded
         return replace(self, preset=preset, config=None).loaded
 
-    def _look_up(self, folder: Path) -> Prepared:
+    def _look_up(self, folder: Path) -> PreparedRun:
         about = open_folder(folder).read_provenance()
         self._folders[about["run"]] = folder
         run: RunKey = {"id": about["run"], "name": None if self.out else folder.name}
-        config, total = self._loaded_of(folder).config, about["input"]["items"]
-        return cut(run, config, total, singly=self.embedded)
+        config, total = self._get_settings(folder).config, about["input"]["items"]
+        return plan_shards(run, config, total, singly=self.embedded)
 
-    def _loaded_of(self, folder: Path) -> Loaded:
+    def _get_settings(self, folder: Path) -> LoadedConfig:
         """Return the settings of a run that there is; blocks."""
         if not self.embedded:
             return self.loaded
-        if folder not in self._by_folder:
-            self._by_folder[folder] = self._settings_of(open_folder(folder))
-        return self._by_folder[folder]
+        if folder not in self._loaded_by_folder:
+            self._loaded_by_folder[folder] = self._load_settings(open_folder(folder))
+        return self._loaded_by_folder[folder]
 
-    def _settings_of(self, run: RunFolder) -> Loaded:
+    def _load_settings(self, run: RunFolder) -> LoadedConfig:
         """Return the run's own settings with these on top, unless these stand alone."""
         if self.policy is not None:
-            return self._requested(run.read_provenance().get("request"))[0]
+            return self._resolve_request(run.read_provenance().get("request"))[0]
         if asked := run.read_provenance().get("preset"):
-            return self._with_preset(asked)
+            return self._load_with_preset(asked)
         if self.stands_alone:
             return self.loaded
-        return settle(str(run.settings), self.changes(), endpoints=self.endpoints or None)[0]
+        return resolve_config(
+            str(run.settings), self.to_assignments(), endpoints=self.endpoints or None
+        )[0]
 
     @asynccontextmanager
-    async def opened(self, run: RunKey) -> AsyncIterator[RunTools]:
+    async def open_run(self, run: RunKey) -> AsyncIterator[RunTools]:
         """Open a run; the nodes of one invocation share what is open."""
         folder = self._folders.get(run["id"])
-        if folder is None or self._runs.opened((folder, self._invocation)) is None:
-            folder = await asyncio.to_thread(self.find, run)
+        if folder is None or self._runs.get_open((folder, self._invocation)) is None:
+            folder = await asyncio.to_thread(self.find_folder, run)
         async with self._open_at(folder) as tools:
             yield tools
 
     @asynccontextmanager
-    async def open_named(self, end: Walltime | None) -> AsyncIterator[RunTools]:
+    async def open_session_run(self, end: Walltime | None) -> AsyncIterator[RunTools]:
         """Open the run of the folder that ``out`` names, for a session that ends in time."""
-        folder = await asyncio.to_thread(lambda: self.folder)
+        folder = await asyncio.to_thread(lambda: self.out_folder)
         assert folder is not None, "the command line names a folder"
-        self._ends[folder] = end
+        self._deadlines[folder] = end
         async with self._open_at(folder) as tools:
             yield tools
 
     @asynccontextmanager
     async def _open_at(self, folder: Path) -> AsyncIterator[RunTools]:
-        retried = self._retried if self.retry_failed else None
-        loaded = await asyncio.to_thread(self._loaded_of, folder)
-        if folder not in self._ends:
-            self._ends[folder] = life_end(loaded.config, time.time())
-        mode = Mode(
+        retried = self._retry_before if self.retry_failed else None
+        loaded = await asyncio.to_thread(self._get_settings, folder)
+        if folder not in self._deadlines:
+            self._deadlines[folder] = session_deadline(loaded.config, time.time())
+        mode = OpenOptions(
             self.trace,
             self.embedded,
             retried,
-            self._meters,
-            item_engine,
+            self._progress_streams,
+            make_item_engine,
             work_shard,
-            self._ends[folder],
+            self._deadlines[folder],
         )
         invocation, place = self._invocation, RunFolder(folder)
 
         @asynccontextmanager
         async def make() -> AsyncIterator[RunTools]:
-            with invocation.opening():
-                await claims().take_run(place, invocation)
-                await asyncio.to_thread(self._lower_caps, folder)
+            with invocation.track_opening():
+                await get_claims().claim_run(place, invocation)
+                await asyncio.to_thread(self._lower_limits, folder)
                 async with open_run(place, loaded, mode) as tools:
-                    with invocation.using(tools):
+                    with invocation.track_run(tools):
                         yield tools
 
         async with self._runs.use((folder, invocation), make) as tools:
             yield tools
 
-    async def shortfall(self, run: RunKey, needed: Mapping[str, int]) -> dict[str, Any] | None:
+    async def budget_gap(self, run: RunKey, needed: Mapping[str, int]) -> dict[str, Any] | None:
         """Return what to ask of the user while the budget does not carry ``needed``, or None."""
-        folder = await asyncio.to_thread(self.find, run)
+        folder = await asyncio.to_thread(self.find_folder, run)
         await self._claim(folder)
-        await asyncio.to_thread(self._lower_caps, folder)
-        loaded = await asyncio.to_thread(self._loaded_of, folder)
-        tools = self._runs.opened((folder, self._invocation))
+        await asyncio.to_thread(self._lower_limits, folder)
+        loaded = await asyncio.to_thread(self._get_settings, folder)
+        tools = self._runs.get_open((folder, self._invocation))
         budget = tools.budget if isinstance(tools, OpenedRun) else None
         place, amount = RunFolder(folder), Amount(**needed)
-        asked = await asyncio.to_thread(shortfall, place, loaded.config, amount, budget)
+        asked = await asyncio.to_thread(budget_gap, place, loaded.config, amount, budget)
         if asked is None or self.policy is None or self._owner is None:
             return asked
         owner = self._owner
-        return self.policy.question(await asyncio.to_thread(lambda: owner.loaded), asked)
+        return self.policy.limit_question(await asyncio.to_thread(lambda: owner.loaded), asked)
 
-    def _lower_caps(self, folder: Path) -> None:
+    def _lower_limits(self, folder: Path) -> None:
         """Hold what requests were allowed to what is bound now; blocks."""
         if self.policy is not None and self._owner is not None:
-            lower_allowed(RunFolder(folder), self.policy.bound_totals(self._owner.loaded))
+            lower_raised_limits(RunFolder(folder), self.policy.bound_totals(self._owner.loaded))
 
-    def _refuse(self, answer: Any) -> str | None:
+    def _check_answer(self, answer: Any) -> str | None:
         """Return why a request may not give this answer to a spent budget, or None; blocks."""
         if self.policy is None or self._owner is None:
             return None
         return self.policy.check_answer(self._owner.loaded, answer)
 
-    async def allow(self, run: RunKey, answer: Any) -> str | None:
+    async def raise_limits(self, run: RunKey, answer: Any) -> str | None:
         """Take an answer as the run's new caps; return what is wrong with it, or None."""
-        if (problem := await asyncio.to_thread(self._refuse, answer)) is not None:
+        if (problem := await asyncio.to_thread(self._check_answer, answer)) is not None:
             return problem
-        folder = await asyncio.to_thread(self.find, run)
+        folder = await asyncio.to_thread(self.find_folder, run)
         if self.embedded:
-            self._ends.pop(folder, None)  # a life of its own: the answer may have taken days
+            self._deadlines.pop(folder, None)  # a life of its own: the answer may have taken days
         requested = self.policy is not None
-        return await asyncio.to_thread(allow, RunFolder(folder), answer, requested=requested)
+        return await asyncio.to_thread(raise_limits, RunFolder(folder), answer, requested=requested)
 
-    async def finish(
+    async def finish_run(
         self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
     ) -> dict[str, Any]:
         """Write the results' files and return references to them."""
-        folder = await asyncio.to_thread(self.find, run)
+        folder = await asyncio.to_thread(self.find_folder, run)
         place = RunFolder(folder)
         async with self._open_at(folder) as tools:
             results = await asyncio.to_thread(
-                write_results, place, self._loaded_of(folder), tools, aggregate, progress
+                write_results, place, self._get_settings(folder), tools, aggregate, progress
             )
             if self.embedded:
-                await asyncio.to_thread(end_life, place)
-        self._meters.pop(folder, None)
-        self._by_folder.pop(folder, None)
+                await asyncio.to_thread(end_session, place)
+        self._progress_streams.pop(folder, None)
+        self._loaded_by_folder.pop(folder, None)
         return results
 
     @asynccontextmanager
-    async def item_context(self) -> AsyncIterator[ItemContext]:
+    async def open_item_context(self) -> AsyncIterator[ItemContext]:
         """Open what the item graph needs when it runs by itself."""
 
         @asynccontextmanager
         async def make() -> AsyncIterator[ItemContext]:
             loaded = await asyncio.to_thread(lambda: self.loaded)
             async with (
-                serving(loaded.config, loaded.plain["endpoints"]) as up,
-                reusing(loaded.config, up.simulated, None) as reuse,
+                open_ready_endpoints(loaded.config, loaded.plain["endpoints"]) as up,
+                open_cache(loaded.config, up.simulated, None) as reuse,
                 open_fleet(loaded.config, up, reuse) as fleet,
             ):
-                yield item_context(loaded, fleet, up.model, traced=True)
+                yield make_item_context(loaded, fleet, up.model, traced=True)
 
-        async with self._contexts.use("item", make) as context:
+        async with self._item_contexts.use("item", make) as context:
             yield context
 
 
-def _note(folder: RunFolder, asked: Mapping[str, Any]) -> None:
+def _extend_provenance(folder: RunFolder, asked: Mapping[str, Any]) -> None:
     folder.write_provenance(folder.read_provenance() | dict(asked))
 
 
@@ -541,7 +573,7 @@ CheckInput: TypeAlias = Callable[[object, Sequence[str]], None]
 belong to a parent graph's state."""
 
 
-class Bound:
+class BoundSettings:
     """The settings bound to a graph, and the contexts made of what callers handed over.
 
     As a subgraph a graph is given its parent's context, of whatever type, or None. So only
@@ -562,9 +594,9 @@ class Bound:
         self, context: RunContext, policy: RequestPolicy | None = None, *, fixed: bool = False
     ) -> None:
         self._owner, self.policy, self._fixed = context, policy, fixed
-        self._context = context if policy is None else RunContext.of_request(context, policy, {})
-        self._made: dict[bytes, RunContext] = {}
-        self._aside = LoopAside()
+        self._context = context if policy is None else RunContext.from_request(context, policy, {})
+        self._contexts: dict[bytes, RunContext] = {}
+        self._portal = PortalProvider()
 
     @property
     def preset(self) -> str | None:
@@ -583,23 +615,29 @@ class Bound:
         if self._fixed or given is self._owner:
             return self._context
         if isinstance(given, RunContext):
-            return self._trusted(given) if self.policy is None else self._requested(given)
+            return (
+                self._resolve_trusted(given)
+                if self.policy is None
+                else self._resolve_request(given)
+            )
         marks = _MARKS if self.policy is None else _MARKS - {"out"}
         if not isinstance(given, Mapping) or not given.keys() & marks or given.keys() - _names():
             return self._context
         if self.policy is not None:
-            return self._request_of(given)
+            return self._make_request_context(given)
         alone = bool(given.keys() & _BASES)
-        return self._of(dict(given) if alone else self._merged(given))
+        return self._make_context(dict(given) if alone else self._merge(given))
 
-    def _trusted(self, given: RunContext) -> RunContext:
-        filled = _filled(given)
+    def _resolve_trusted(self, given: RunContext) -> RunContext:
+        filled = _changed_fields(given)
         if not filled and not given.preloaded:
             return self._context
-        alone = bool(filled.keys() & _BASES) or given.preloaded or not self._context.filled()
-        return given.joined(self._context) if alone else self._of(self._merged(filled))
+        alone = (
+            bool(filled.keys() & _BASES) or given.preloaded or not self._context.changed_fields()
+        )
+        return given.share_runs(self._context) if alone else self._make_context(self._merge(filled))
 
-    def read(self, given: Mapping[str, Any]) -> RunContext:
+    def read_context(self, given: Mapping[str, Any]) -> RunContext:
         """Return the settings of a mapping that is this graph's own context.
 
         Raises:
@@ -607,27 +645,30 @@ class Bound:
         """
         names = _names()
         fields_ = {
-            key: value for key, value in given.items() if key in names or not _is_servers(key)
+            key: value for key, value in given.items() if key in names or not _is_server_key(key)
         }
         if unknown := sorted(fields_.keys() - names):
-            known = sorted(names if self.policy is None else filter(self.policy.shows, names))
-            msg = f"context: {unknown_keys(unknown, known)}; the settings are {', '.join(known)}"
+            known = sorted(names if self.policy is None else filter(self.policy.is_shown, names))
+            msg = (
+                f"context: {describe_unknown_keys(unknown, known)}; the settings are "
+                f"{', '.join(known)}"
+            )
             raise ConfigurationError(msg)
         if self.policy is None or self._fixed:
             return RunContext(**fields_)
-        return self._request_of(fields_)
+        return self._make_request_context(fields_)
 
-    def _merged(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _merge(self, given: Mapping[str, Any]) -> dict[str, Any]:
         overrides = [*self._context.overrides, *given.get("overrides", ())]
-        bound = self._context.filled()
-        if self._context.named is not None:
-            bound["out"] = str(self._context.named)
+        bound = self._context.changed_fields()
+        if self._context.out_path is not None:
+            bound["out"] = str(self._context.out_path)
         return {**bound, **given, "overrides": overrides}
 
-    def _of(self, values: dict[str, Any]) -> RunContext:
-        return self._kept(values, lambda: RunContext(**values).joined(self._context))
+    def _make_context(self, values: dict[str, Any]) -> RunContext:
+        return self._get_or_make(values, lambda: RunContext(**values).share_runs(self._context))
 
-    def _requested(self, given: RunContext) -> RunContext:
+    def _resolve_request(self, given: RunContext) -> RunContext:
         if given.is_request_to(self._owner):
             return given
         if given.preloaded:
@@ -636,31 +677,35 @@ class Bound:
                 "invocation; bind it, or trust what arrives: build_graph(…, trust_context=True)"
             )
             raise ConfigurationError(msg)
-        return self._request_of(_filled(given))
+        return self._make_request_context(_changed_fields(given))
 
-    def _request_of(self, given: Mapping[str, Any]) -> RunContext:
+    def _make_request_context(self, given: Mapping[str, Any]) -> RunContext:
         """Return the context of a request; a field at its default asks for nothing."""
         policy = self.policy
         assert policy is not None, "only a request is checked"
-        filled = RunContext(**given).filled()
+        filled = RunContext(**given).changed_fields()
         if (preset := given.get("preset")) in (None, "", self.preset):
             filled.pop("preset", None)
         else:
             filled["preset"] = preset  # also the one that is the form's default
         if not filled:
             return self._context
-        policy.check(filled)
-        return self._kept(filled, lambda: RunContext.of_request(self._owner, policy, filled))
+        policy.check_fields(filled)
+        return self._get_or_make(
+            filled, lambda: RunContext.from_request(self._owner, policy, filled)
+        )
 
-    def _kept(self, values: Mapping[str, Any], make: Callable[[], RunContext]) -> RunContext:
+    def _get_or_make(self, values: Mapping[str, Any], make: Callable[[], RunContext]) -> RunContext:
         key = orjson.dumps(dict(values), default=repr, option=orjson.OPT_SORT_KEYS)
-        made = self._made.pop(key, None) or make()
-        self._made[key] = made  # the last one used is the last one to go
-        if len(self._made) > _KEPT:
-            del self._made[next(iter(self._made))]
+        made = self._contexts.pop(key, None) or make()
+        self._contexts[key] = made  # the last one used is the last one to go
+        if len(self._contexts) > _KEPT:
+            del self._contexts[next(iter(self._contexts))]
         return made
 
-    def node(self, run: Callable[[S, Runtime[Context]], Awaitable[U]], inside: Any = None) -> Any:
+    def bind_node(
+        self, run: Callable[[S, Runtime[Context]], Awaitable[U]], inside: Any = None
+    ) -> Any:
         """Return a node that runs with the settings that count, in a loop or without one.
 
         LangGraph refuses ``invoke`` to a graph of coroutines alone; here the thread that it
@@ -673,38 +718,38 @@ class Bound:
 
         async def bound(state: S) -> U:
             runtime: Runtime[Any] = get_runtime()
-            context = self.resolve(await _anchored(runtime.context))
+            context = self.resolve(await _absolute_out(runtime.context))
             try:
                 return await run(state, runtime.override(context=context))
             except FanfoldError as error:
-                error.hide(await asyncio.to_thread(context.shown_folders))
+                error.hide_folders(await asyncio.to_thread(context.list_shown_folders))
                 raise
 
         def waited_for(state: S) -> U:
             _ = inside
-            if (invocation := CURRENT.get()) is not None:
-                invocation.entered(get_runtime())
-            return self._aside.run(lambda: bound(state))
+            if (invocation := CURRENT_INVOCATION.get()) is not None:
+                invocation.set_runtime(get_runtime())
+            return self._portal.run(lambda: bound(state))
 
         waited_for.__doc__ = bound.__doc__ = run.__doc__
         return RunnableLambda(waited_for, bound)
 
 
-async def _anchored(given: Any) -> Any:
+async def _absolute_out(given: Any) -> Any:
     """Return what a caller handed over with ``out`` as an absolute path, as it is typed there."""
     out = given.get("out") if isinstance(given, Mapping) else getattr(given, "out", None)
     if not isinstance(out, str) or not out or out.startswith("/"):
         return given
     if isinstance(given, RunContext):
-        await asyncio.to_thread(lambda: given.named)  # which it remembers
+        await asyncio.to_thread(lambda: given.out_path)  # which it remembers
     if isinstance(given, Mapping):
         return {**given, "out": await asyncio.to_thread(lambda: str(Path(out).absolute()))}
     return given
 
 
-def _filled(given: RunContext) -> dict[str, Any]:
+def _changed_fields(given: RunContext) -> dict[str, Any]:
     """Return the fields that are filled in, the folder as an absolute path."""
-    return given.filled() | ({} if given.named is None else {"out": str(given.named)})
+    return given.changed_fields() | ({} if given.out_path is None else {"out": str(given.out_path)})
 
 
 class BoundGraph(StateGraph[StateT, RunContext, InputT, OutputT]):
@@ -721,7 +766,7 @@ class BoundGraph(StateGraph[StateT, RunContext, InputT, OutputT]):
     def __init__(
         self,
         state: type[StateT],
-        bound: Bound,
+        bound: BoundSettings,
         check_input: CheckInput,
         *,
         input_schema: type[InputT],
@@ -730,7 +775,7 @@ class BoundGraph(StateGraph[StateT, RunContext, InputT, OutputT]):
         self.bound, self.check_input = bound, check_input
         shown: Any = RunContext
         if bound.policy is not None:
-            shown = request_form(bound.policy.shows, bound.preset)
+            shown = build_request_form(bound.policy.is_shown, bound.preset)
         super().__init__(state, shown, input_schema=input_schema, output_schema=output_schema)
 
     def compile(
@@ -751,7 +796,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
     """
 
     @property
-    def _bound(self) -> Bound:
+    def _bound(self) -> BoundSettings:
         return cast(Any, self.builder).bound  # type: ignore[no-any-return]
 
     def stream(
@@ -763,16 +808,16 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         **more: Any,
     ) -> Iterator[Any]:
         """Stream the graph's steps; see LangGraph."""
-        given = self._checked(input, config), config
-        more["context"] = self._context_of(context)
+        given = self._check_input(input, config), config
+        more["context"] = self._read_context(context)
         parts: Iterator[Any]
         if input is None:
-            parts = self._streamed(config, more)
+            parts = self._stream_or_start(config, more)
         elif isinstance(input, Command) and input.resume is not None:
-            parts = self._resumed(input, config, more)
+            parts = self._stream_resume(input, config, more)
         else:
             parts = super().stream(*given, **more)
-        return follow_plainly(parts, config, self._thread(config))
+        return follow_stream_sync(parts, config, self._thread(config))
 
     def astream(
         self,
@@ -783,16 +828,16 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         **more: Any,
     ) -> AsyncIterator[Any]:
         """Stream the graph's steps; see LangGraph."""
-        given = self._checked(input, config), config
-        more["context"] = self._context_of(context)
+        given = self._check_input(input, config), config
+        more["context"] = self._read_context(context)
         parts: AsyncIterator[Any]
         if input is None:
-            parts = self._astreamed(config, more)
+            parts = self._astream_or_start(config, more)
         elif isinstance(input, Command) and input.resume is not None:
-            parts = self._aresumed(input, config, more)
+            parts = self._astream_resume(input, config, more)
         else:
             parts = super().astream(*given, **more)
-        return follow(parts, config, self._thread(config))
+        return follow_stream(parts, config, self._thread(config))
 
     def _thread(self, config: RunnableConfig | None) -> tuple[Hashable, str] | None:
         """Return the thread of the graph's own saver that a call works on, and its name."""
@@ -802,7 +847,9 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         name = given.get("thread_id")
         return None if name is None else ((id(self.checkpointer), str(name)), f"thread {name}")
 
-    def _streamed(self, config: RunnableConfig | None, more: dict[str, Any]) -> Iterator[Any]:
+    def _stream_or_start(
+        self, config: RunnableConfig | None, more: dict[str, Any]
+    ) -> Iterator[Any]:
         """Go on with what there is, or else run the bound input."""
         try:
             yield from super().stream(None, config, **more)
@@ -810,7 +857,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
             self._check_unnamed(config)
             yield from super().stream(cast(Any, {}), config, **more)
 
-    async def _astreamed(
+    async def _astream_or_start(
         self, config: RunnableConfig | None, more: dict[str, Any]
     ) -> AsyncIterator[Any]:
         try:
@@ -837,29 +884,29 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
             )
             raise InputError(msg)
 
-    def _resumed(
+    def _stream_resume(
         self, command: Any, config: RunnableConfig | None, more: dict[str, Any]
     ) -> Iterator[Any]:
         """Answer an interrupt, if there is one."""
-        if self._saves(config) and not self.get_state(ensure_config(config)).next:
+        if self._has_saver(config) and not self.get_state(ensure_config(config)).next:
             raise InputError(_NOTHING)
         yield from super().stream(command, config, **more)
 
-    async def _aresumed(
+    async def _astream_resume(
         self, command: Any, config: RunnableConfig | None, more: dict[str, Any]
     ) -> AsyncIterator[Any]:
-        if self._saves(config) and not (await self.aget_state(ensure_config(config))).next:
+        if self._has_saver(config) and not (await self.aget_state(ensure_config(config))).next:
             raise InputError(_NOTHING)
         async with aclosing(cast(Any, super().astream(command, config, **more))) as parts:
             async for part in parts:
                 yield part
 
-    def _saves(self, config: RunnableConfig | None) -> bool:
+    def _has_saver(self, config: RunnableConfig | None) -> bool:
         """Say whether a call has a saver; LangGraph itself refuses an answer without one."""
         given = ensure_config(merge_configs(self.config, config)).get("configurable", {})
         return isinstance(given.get(_SAVER, self.checkpointer), BaseCheckpointSaver)
 
-    def _checked(self, given: Any, config: RunnableConfig | None) -> Any:
+    def _check_input(self, given: Any, config: RunnableConfig | None) -> Any:
         """Return an input that may be run.
 
         Raises:
@@ -898,7 +945,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
 
         return tuple(key for key in given if isinstance(key, str) and has(key))
 
-    def _context_of(self, given: Any) -> Any:
+    def _read_context(self, given: Any) -> Any:
         """Return the context of a call.
 
         Raises:
@@ -912,7 +959,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
                 f"(found {type(given).__name__})"
             )
             raise ConfigurationError(msg)
-        return self._bound.read(given)
+        return self._bound.read_context(given)
 
     def bulk_update_state(self, *args: Any, **more: Any) -> RunnableConfig:
         """Write the state; see LangGraph.
@@ -943,10 +990,12 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
     def get_context_jsonschema(self) -> dict[str, Any] | None:
         """Return the JSON Schema of the settings that a request may make."""
         schema = super().get_context_jsonschema()
-        return None if schema is None else schema | {"properties": _Shown(schema["properties"])}
+        return (
+            None if schema is None else schema | {"properties": _AnyKeyDict(schema["properties"])}
+        )
 
 
-class _Shown(dict[str, Any]):
+class _AnyKeyDict(dict[str, Any]):
     """The fields that a form shows.
 
     LangGraph's server drops the keys of a context that the schema does not have, and says
@@ -957,12 +1006,12 @@ class _Shown(dict[str, Any]):
         return True
 
 
-def _is_servers(key: object) -> bool:
+def _is_server_key(key: object) -> bool:
     """Say whether LangGraph's server, not a caller, has put a key into a context."""
     return key in _SERVERS or (isinstance(key, str) and _PRIVATE.fullmatch(key) is not None)
 
 
-def check_item(given: object, parents: Sequence[str] = ()) -> None:
+def check_item_input(given: object, parents: Sequence[str] = ()) -> None:
     """Check the input of the item graph: ``id`` and ``row``, and nothing else.
 
     Args:
@@ -976,7 +1025,7 @@ def check_item(given: object, parents: Sequence[str] = ()) -> None:
         raise InputError(f"input: give a mapping with id and row (found {type(given).__name__})")
     known = ("id", "row")
     if unknown := [str(key) for key in given if key not in known and key not in parents]:
-        raise InputError(f"input: {unknown_keys(unknown, known)}; give id and row")
+        raise InputError(f"input: {describe_unknown_keys(unknown, known)}; give id and row")
     if not isinstance(given.get("id"), str) or not isinstance(given.get("row"), Mapping):
         raise InputError("input: give id, a text, and row, a mapping of columns")
 

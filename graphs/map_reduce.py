@@ -12,19 +12,19 @@ from langgraph.graph import END, START
 from langgraph.graph.state import CompiledStateGraph
 
 from ..nodes.batch.approve import approve
-from ..nodes.batch.dispatch import dispatch, fan_out, gather, more
-from ..nodes.batch.load import check_input, enter, load
+from ..nodes.batch.dispatch import dispatch, fan_out, gather, route_after_gather
+from ..nodes.batch.load import check_run_input, load, send_input
 from ..nodes.batch.reduce import reduce
 from ..nodes.batch.shard import shard
-from ..nodes.item.steps import build_item, described
+from ..nodes.item.steps import build_item_graph, node_metadata
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
-from .context import Bound, BoundGraph, RunContext
+from .context import BoundGraph, BoundSettings, RunContext
 from .requests import RequestPolicy
 
 MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]
 
 
-def build(
+def build_bound_graph(
     context: RunContext | None = None, *, trust_context: bool = False, fixed: bool = False
 ) -> BoundGraph[RunState, RunInput, RunOutput]:
     """Make the map-reduce with settings bound to it; None binds the defaults.
@@ -35,22 +35,24 @@ def build(
         fixed: Whether the settings count alone, whatever context an invocation has.
     """
     policy = None if trust_context or fixed else RequestPolicy.from_environment()
-    bound = Bound(context or RunContext(), policy, fixed=fixed)
+    bound = BoundSettings(context or RunContext(), policy, fixed=fixed)
     graph: BoundGraph[RunState, RunInput, RunOutput] = BoundGraph(
-        RunState, bound, check_input, input_schema=RunInput, output_schema=RunOutput
+        RunState, bound, check_run_input, input_schema=RunInput, output_schema=RunOutput
     )
-    graph.add_node("load", bound.node(load), input_schema=LoadState, metadata=described(load))
-    graph.add_node("dispatch", bound.node(dispatch), metadata=described(dispatch))
-    view = bound.node(shard, build_item().compile())
-    graph.add_node("shard", view, input_schema=ShardState, metadata=described(shard))
-    graph.add_node("gather", bound.node(gather), metadata=described(gather))
-    graph.add_node("approve", bound.node(approve), metadata=described(approve))
-    graph.add_node("reduce", bound.node(reduce), metadata=described(reduce))
-    graph.add_conditional_edges(START, enter, ["load"])
+    graph.add_node(
+        "load", bound.bind_node(load), input_schema=LoadState, metadata=node_metadata(load)
+    )
+    graph.add_node("dispatch", bound.bind_node(dispatch), metadata=node_metadata(dispatch))
+    view = bound.bind_node(shard, build_item_graph().compile())
+    graph.add_node("shard", view, input_schema=ShardState, metadata=node_metadata(shard))
+    graph.add_node("gather", bound.bind_node(gather), metadata=node_metadata(gather))
+    graph.add_node("approve", bound.bind_node(approve), metadata=node_metadata(approve))
+    graph.add_node("reduce", bound.bind_node(reduce), metadata=node_metadata(reduce))
+    graph.add_conditional_edges(START, send_input, ["load"])
     graph.add_edge("load", "dispatch")
     graph.add_conditional_edges("dispatch", fan_out, ["shard"])
     graph.add_edge("shard", "gather")
-    graph.add_conditional_edges("gather", more, ["dispatch", "approve", "reduce"])
+    graph.add_conditional_edges("gather", route_after_gather, ["dispatch", "approve", "reduce"])
     graph.add_edge("approve", "dispatch")
     graph.add_edge("reduce", END)
     return graph
@@ -87,10 +89,10 @@ def build_graph(
         config = dict(spec) if isinstance(spec, Mapping) else str(spec) if spec else None
         context = RunContext(config=config)
     if spec is not None:
-        _ = context.loaded, context.named  # what is wrong shall show here, not in the first run
-    graph = build(context, trust_context=trust_context)
+        _ = context.loaded, context.out_path  # what is wrong shall show here, not in the first run
+    graph = build_bound_graph(context, trust_context=trust_context)
     return graph.compile(checkpointer=checkpointer, cache=cache)
 
 
-graph = build().compile()
+graph = build_bound_graph().compile()
 """What ``langgraph.json`` names ``map_reduce``."""

@@ -18,24 +18,24 @@ from typing import Any, Final, Self
 import orjson
 from pydantic import ValidationError
 
-from ..backends.budget.budget import SHOWN
+from ..backends.budget.budget import SETTING_UNITS
 from ..backends.core.errors import ConfigurationError, InputError
-from ..backends.core.secrets import is_secret, mask_command, mask_plain
+from ..backends.core.secrets import is_secret, mask_command, mask_data
 from ..backends.core.types import Json
 from ..configs.base import Access
-from ..configs.describe import declared_access, split_settings
-from ..configs.loader import Loaded, is_preset, load, read_schema, read_text
-from ..configs.models import SAMPLING, BudgetConfig, RunConfig
-from ..configs.resolve import endpoint_settings, settle
-from ..configs.serialize import check_plain, lost_secrets
-from ..configs.source import at_path, parse_value, parse_yaml
-from ..nodes.batch.load import unknown_keys
-from .context_schema import VARIABLE, Form
+from ..configs.describe import iter_access, split_settings
+from ..configs.loader import LoadedConfig, is_preset, load_config, read_schema, read_settings_file
+from ..configs.models import SAMPLING_FIELDS, BudgetConfig, RunConfig
+from ..configs.resolve import endpoint_settings, resolve_config
+from ..configs.serialize import check_plain, find_lost_secrets
+from ..configs.source import get_at_path, parse_value, parse_yaml
+from ..nodes.batch.load import describe_unknown_keys
+from .context_schema import VARIABLE_PATTERN, SettingsForm
 
-ALLOW: Final = "FANFOLD_SERVER_ALLOW"
+ALLOW_ENV: Final = "FANFOLD_SERVER_ALLOW"
 """Variable with the keys that the owner opens to requests, commas between."""
 
-ROOT: Final = "FANFOLD_SERVER_ROOT"
+ROOT_ENV: Final = "FANFOLD_SERVER_ROOT"
 """Variable with the folder below which a request may name files."""
 
 _SECRETS: Final = frozenset({"endpoints.api_key", "endpoints.first.token"})
@@ -74,11 +74,11 @@ class Request:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def empty(self) -> bool:
+    def is_empty(self) -> bool:
         """Say whether it asks for nothing."""
         return self == Request()
 
-    def then(self, other: Request) -> Request:
+    def merge(self, other: Request) -> Request:
         """Return what both ask for; a preset or a configuration begins anew."""
         if other.preset is not None or other.config:
             return other
@@ -121,35 +121,38 @@ class RequestPolicy:
             ConfigurationError: A key is unknown, or the root is no folder.
         """
         found = os.environ if environment is None else environment
-        keys = frozenset(filter(None, (key.strip() for key in found.get(ALLOW, "").split(","))))
-        known = _settable()
+        keys = frozenset(filter(None, (key.strip() for key in found.get(ALLOW_ENV, "").split(","))))
+        known = _list_openable_keys()
         if unknown := sorted(key for key in keys - known if not _is_entry(key)):
-            msg = f"{ALLOW}: {unknown_keys(unknown, sorted(known))}; see docs/configuration.md"
+            msg = (
+                f"{ALLOW_ENV}: {describe_unknown_keys(unknown, sorted(known))}; see "
+                "docs/configuration.md"
+            )
             raise ConfigurationError(msg)
         root = None
-        if text := found.get(ROOT):
+        if text := found.get(ROOT_ENV):
             root = Path(text).expanduser().resolve()
             if not root.is_dir():
-                raise ConfigurationError(f"{ROOT}: {text} is no folder")
+                raise ConfigurationError(f"{ROOT_ENV}: {text} is no folder")
         return cls(keys, root)
 
-    def opens(self, key: str) -> bool:
+    def is_open(self, key: str) -> bool:
         """Say whether the owner opened a key, or a section that it is in; keys only by name."""
         if key in _SECRETS:
             return key in self.allowed
         return any(key == one or key.startswith(f"{one}.") for one in self.allowed)
 
-    def shows(self, name: str) -> bool:
+    def is_shown(self, name: str) -> bool:
         """Say whether a form shows a field of the context: a request may set it, or a part."""
-        found = FORM[name]
+        found = FORM_FIELDS[name]
         if "section" in found:
             section = found["section"]
-            return self.opens(section) or any(k.startswith(f"{section}.") for k in self.allowed)
-        return self.opens(_key_of(name)) or _access_of(name) is not Access.CLOSED
+            return self.is_open(section) or any(k.startswith(f"{section}.") for k in self.allowed)
+        return self.is_open(_setting_key(name)) or _field_access(name) is not Access.CLOSED
 
     # -- from an invocation's context to a request -----------------------------------------
 
-    def read(self, given: Mapping[str, Any]) -> Request:
+    def read_request(self, given: Mapping[str, Any]) -> Request:
         """Return the settings that a context asks for.
 
         Args:
@@ -160,13 +163,13 @@ class RequestPolicy:
         """
         base = Request()
         if (config := given.get("config")) is not None:
-            base = self._configuration(config)
+            base = self._read_config(config)
         elif "preset" in given:
             base = Request(preset=self._preset(given["preset"]))
-        settings = dict(self._settings(self._assigned(given), "context"))
-        return base.then(Request(settings=settings))
+        settings = dict(self._iter_settings(self._iter_assignments(given), "context"))
+        return base.merge(Request(settings=settings))
 
-    def check(self, given: Mapping[str, Any]) -> None:
+    def check_fields(self, given: Mapping[str, Any]) -> None:
         """Check the fields of a context by themselves; what they contain is checked by ``read``.
 
         Raises:
@@ -177,11 +180,11 @@ class RequestPolicy:
             msg = f"context: more than {_MOST_BYTES:,} bytes of settings; give items as the input"
             raise ConfigurationError(msg)
         closed = [
-            _key_of(name)
+            _setting_key(name)
             for name in given
-            if _access_of(name) is Access.CLOSED
-            and "section" not in FORM[name]
-            and not self.opens(_key_of(name))
+            if _field_access(name) is Access.CLOSED
+            and "section" not in FORM_FIELDS[name]
+            and not self.is_open(_setting_key(name))
         ]
         if closed:
             raise self._refusal("context", closed)
@@ -190,15 +193,15 @@ class RequestPolicy:
         listed = ", ".join(keys)
         msg = (
             f"{where}: a request may not set {listed}; the owner of the graph can bind it, or open "
-            f"it with {ALLOW}={','.join(keys)} in the server's environment, or trust all that "
+            f"it with {ALLOW_ENV}={','.join(keys)} in the server's environment, or trust all that "
             "arrives with an invocation: build_graph(…, trust_context=True)"
         )
         return ConfigurationError(msg)
 
-    def _assigned(self, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    def _iter_assignments(self, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """Yield dotted keys and values, as the fields and the overrides of a context say."""
         for name, value in given.items():
-            about = FORM[name]
+            about = FORM_FIELDS[name]
             if "key" in about:
                 yield about["key"], value
             elif "section" in about:
@@ -218,7 +221,7 @@ class RequestPolicy:
                 raise ConfigurationError("context: overrides: expected KEY=VALUE")
             yield key.strip(), parse_value(text, f"context: overrides: {key.strip()}")
 
-    def _settings(
+    def _iter_settings(
         self, assigned: Iterator[tuple[str, Any]], where: str, base: Path | None = None
     ) -> Iterator[tuple[str, Any]]:
         """Yield the single settings of assignments, each of which a request may make.
@@ -230,16 +233,16 @@ class RequestPolicy:
         for assigned_key, assigned_value in assigned:
             for key, value, access in split_settings(assigned_key, assigned_value):
                 if key == "task.schema" and isinstance(value, str):
-                    yield key, self._path(key, value, base)
-                elif self.opens(key):
+                    yield key, self._resolve_path(key, value, base)
+                elif self.is_open(key):
                     yield key, value
                 elif access is Access.PATH and value is not None:
-                    yield key, self._path(key, value, base)
+                    yield key, self._resolve_path(key, value, base)
                 elif access is Access.SAMPLING:
-                    inside = dict(_sampling(key, value))
-                    names = (n for n in inside if n not in SAMPLING)
+                    inside = dict(_iter_sampling(key, value))
+                    names = (n for n in inside if n not in SAMPLING_FIELDS)
                     fields_ = (f"{_SAMPLED}.{name}" for name in names)
-                    closed |= dict.fromkeys(key for key in fields_ if not self.opens(key))
+                    closed |= dict.fromkeys(key for key in fields_ if not self.is_open(key))
                     yield from ((f"{_SAMPLED}.{name}", part) for name, part in inside.items())
                 elif access is Access.CLOSED:
                     closed[key] = None
@@ -250,54 +253,56 @@ class RequestPolicy:
 
     def _preset(self, name: object) -> str:
         if not isinstance(name, str) or not is_preset(name):
-            settle(str(name))  # says which presets there are
+            resolve_config(str(name))  # says which presets there are
             raise ConfigurationError(f"context: preset: {name!r} is no preset")
         return name
 
-    def _configuration(self, config: object) -> Request:
+    def _read_config(self, config: object) -> Request:
         """Return the request that a configuration stands for: a mapping, a preset, or a file."""
         if isinstance(config, Mapping):
             data, where, base = config, "context: config", None
         elif isinstance(config, str) and is_preset(config):
             return Request(preset=config)
         elif isinstance(config, str):
-            path = self._path("config", config)
-            data = parse_yaml(read_text(Path(path)), config, aliases=False)
+            path = self._resolve_path("config", config)
+            data = parse_yaml(read_settings_file(Path(path)), config, aliases=False)
             check_plain(data, config)
             where, base = config, Path(path).parent
         else:
             raise ConfigurationError("context: config: give a mapping of settings, or a file")
-        return Request(config=True, settings=dict(self._settings(iter(data.items()), where, base)))
+        return Request(
+            config=True, settings=dict(self._iter_settings(iter(data.items()), where, base))
+        )
 
     # -- files ------------------------------------------------------------------------------
 
-    def path(self, text: str | os.PathLike[str]) -> str:
+    def resolve_path(self, text: str | os.PathLike[str]) -> str:
         """Return the file or folder that an input names; blocks.
 
         Raises:
             InputError: It does not lie below the root.
         """
         try:
-            return self._path("input.path", os.fspath(text))
+            return self._resolve_path("input.path", os.fspath(text))
         except ConfigurationError as error:
             raise InputError(error.message) from None
 
-    def _path(self, key: str, text: object, base: Path | None = None) -> str:
+    def _resolve_path(self, key: str, text: object, base: Path | None = None) -> str:
         if not isinstance(text, str) or not text or "\0" in text:
             raise ConfigurationError(f"{key}: name a file or a folder")
-        if self.opens(key):
+        if self.is_open(key):
             return str((base or Path.cwd()) / text)
         if self.root is None:
             msg = (
                 f"{key}: a request may not name files here; the owner of the graph can open a "
-                f"folder with {ROOT} in the server's environment"
+                f"folder with {ROOT_ENV} in the server's environment"
             )
             raise ConfigurationError(msg)
-        return str(below(self.root, text, key, base))
+        return str(resolve_below(self.root, text, key, base))
 
     # -- from a request to settings -----------------------------------------------------------
 
-    def settings(self, owner: Loaded, request: Request) -> Loaded:
+    def apply_request(self, owner: LoadedConfig, request: Request) -> LoadedConfig:
         """Return the settings that a request gets: its own upon those that the owner bound.
 
         Settings that are closed to requests are the owner's, and what may be lowered only is at
@@ -310,9 +315,9 @@ class RequestPolicy:
         Raises:
             ConfigurationError: The request asks for more than it may, or the settings do not fit.
         """
-        if request.empty:
+        if request.is_empty:
             return owner
-        if lost := list(lost_secrets(request.settings)):
+        if lost := list(find_lost_secrets(request.settings)):
             msg = (
                 f"{', '.join(lost)}: an earlier request of this run set it to a secret, which the "
                 "run folder does not keep; give it again in the context"
@@ -320,27 +325,29 @@ class RequestPolicy:
             raise ConfigurationError(msg)
         raw = copy.deepcopy(owner.raw)
         if request.preset is not None:
-            _take_preset(raw, owner, settle(request.preset)[0])
+            _apply_preset(raw, owner, resolve_config(request.preset)[0])
         elif request.config:
-            _clear(raw)
+            _clear_task(raw)
         changes = dict[str, Any]()
-        if _chooses_hosts(request):
-            _withhold(raw, request)
+        if _changes_hosts(request):
+            _remove_secrets(raw, request)
         for key, value in request.settings.items():
             if key == "input.path" and value is not None:
                 changes["input.dataset"] = None
-            if key in _SECRETS and not (isinstance(value, str) and re.fullmatch(VARIABLE, value)):
+            if key in _SECRETS and not (
+                isinstance(value, str) and re.fullmatch(VARIABLE_PATTERN, value)
+            ):
                 raise ConfigurationError(f"{key}: name a variable, as ${{MY_KEY}}")
             if key == "endpoints.hosts" and "$" in str(value):
                 raise ConfigurationError(f"{key}: a request names hosts, not variables")
             if key == "task.schema" and isinstance(value, str):
                 value = read_schema(Path(value), "context")  # noqa: PLW2901 - in its place
-            changes[key] = value if key in _SECRETS else as_literal(value)
-        loaded = load(raw, settings=changes)
-        self._check(owner.config, loaded.config, request)
+            changes[key] = value if key in _SECRETS else escape_variables(value)
+        loaded = load_config(raw, settings=changes)
+        self._check_result(owner.config, loaded.config, request)
         return replace(loaded, source=owner.source if request.preset is None else request.preset)
 
-    def _check(self, owner: RunConfig, asked: RunConfig, request: Request) -> None:
+    def _check_result(self, owner: RunConfig, asked: RunConfig, request: Request) -> None:
         """Check the settings themselves, whatever way a request has led to them.
 
         Raises:
@@ -354,11 +361,11 @@ class RequestPolicy:
             for key in stage.model_fields_set
             if type(stage).access.get(key) is not Access.OPEN
             and stage not in owner.reduce
-            and not self.opens("reduce")
+            and not self.is_open("reduce")
         ]
-        for key, access in declared_access():
-            old, new = (at_path(data, key.split(".")) for data in (before, after))
-            if self.opens(key) or new == old:
+        for key, access in iter_access():
+            old, new = (get_at_path(data, key.split(".")) for data in (before, after))
+            if self.is_open(key) or new == old:
                 continue
             if key == "endpoints.api_key" and new.get_secret_value() == "EMPTY":
                 continue
@@ -368,23 +375,23 @@ class RequestPolicy:
                 told = "no limit" if new is None else f"{new:g}"
                 msg = (
                     f"{key}: a request may only lower it: the graph is bound to {old:g}, the "
-                    f"request asks for {told}; the owner can open it with {ALLOW}={key}"
+                    f"request asks for {told}; the owner can open it with {ALLOW_ENV}={key}"
                 )
                 raise ConfigurationError(msg)
             if access is Access.MODEL and new not in _bound_models(owner):
                 bound = ", ".join(sorted(_bound_models(owner))) or "none"
                 msg = (
                     f"{key}: a request may choose among the models bound to the graph ({bound}); "
-                    f"the owner can open it with {ALLOW}={key}"
+                    f"the owner can open it with {ALLOW_ENV}={key}"
                 )
                 raise ConfigurationError(msg)
             if key == "input.dataset" and asked.input.path is not None:
                 continue
             if access is Access.SAMPLING:
-                names = new.keys() if _chooses_hosts(request) else new.keys() | old.keys()
+                names = new.keys() if _changes_hosts(request) else new.keys() | old.keys()
                 changed = {name for name in names if new.get(name) != old.get(name)}
-                alien = (f"{key}.{name}" for name in sorted(changed - SAMPLING))
-                closed += [name for name in alien if not self.opens(name)]
+                alien = (f"{key}.{name}" for name in sorted(changed - SAMPLING_FIELDS))
+                closed += [name for name in alien if not self.is_open(name)]
             free = given_task and (
                 key == "name" or key.startswith(("input.", "endpoints.simulated."))
             )
@@ -395,9 +402,11 @@ class RequestPolicy:
 
     # -- budgets ------------------------------------------------------------------------------
 
-    def check_answer(self, owner: Loaded, answer: object) -> str | None:
+    def check_answer(self, owner: LoadedConfig, answer: object) -> str | None:
         """Return why an answer to a spent budget is refused: it is a request like any other."""
-        if not isinstance(answer, Mapping) or answer.keys() - {key for key, _ in SHOWN.values()}:
+        if not isinstance(answer, Mapping) or answer.keys() - {
+            key for key, _ in SETTING_UNITS.values()
+        }:
             return None  # the budget itself says what an answer is
         try:
             asked = BudgetConfig.model_validate(dict(answer))
@@ -405,21 +414,23 @@ class RequestPolicy:
             return None
         for key in asked.model_fields_set:
             most, more = getattr(owner.config.budget, key), getattr(asked, key)
-            if most is None or self.opens(f"budget.{key}") or (more is not None and more <= most):
+            if most is None or self.is_open(f"budget.{key}") or (more is not None and more <= most):
                 continue
             return (
                 f"{key}: at most {most:g}, the total bound to the graph; the owner can bind more, "
-                f"open it with {ALLOW}=budget.{key}, or trust the answers of an invocation: "
+                f"open it with {ALLOW_ENV}=budget.{key}, or trust the answers of an invocation: "
                 "build_graph(…, trust_context=True)"
             )
         return None
 
-    def bound_totals(self, owner: Loaded) -> dict[str, float]:
+    def bound_totals(self, owner: LoadedConfig) -> dict[str, float]:
         """Return the totals that no answer of a request raises, by name."""
-        totals = ((key, getattr(owner.config.budget, key)) for key, _ in SHOWN.values())
-        return {k: most for k, most in totals if most is not None and not self.opens(f"budget.{k}")}
+        totals = ((key, getattr(owner.config.budget, key)) for key, _ in SETTING_UNITS.values())
+        return {
+            k: most for k, most in totals if most is not None and not self.is_open(f"budget.{k}")
+        }
 
-    def question(self, owner: Loaded, asked: dict[str, Any]) -> dict[str, Any]:
+    def limit_question(self, owner: LoadedConfig, asked: dict[str, Any]) -> dict[str, Any]:
         """Return the question of a spent budget, with what no answer to it can raise.
 
         Args:
@@ -431,7 +442,7 @@ class RequestPolicy:
             key
             for key, about in asked["budget"].items()
             if (most := getattr(budget, key)) is not None
-            and not self.opens(f"budget.{key}")
+            and not self.is_open(f"budget.{key}")
             and about["cap"] >= most
         ]
         if not stuck:
@@ -439,14 +450,14 @@ class RequestPolicy:
         keys = ",".join(f"budget.{key}" for key in stuck)
         told = (
             f"{', '.join(stuck)}: the graph is bound to this total, and no answer raises it; the "
-            f"owner can bind more, open it with {ALLOW}={keys}, or trust the answers of an "
+            f"owner can bind more, open it with {ALLOW_ENV}={keys}, or trust the answers of an "
             "invocation: build_graph(…, trust_context=True)"
         )
         begin = asked["why"] if len(stuck) == len(asked["budget"]) else asked["question"]
         return asked | {"question": f"{begin.removesuffix('.')}. {told}"}
 
 
-def below(root: Path, text: str, what: str, base: Path | None = None) -> Path:
+def resolve_below(root: Path, text: str, what: str, base: Path | None = None) -> Path:
     """Return a path below a folder, all links resolved; blocks.
 
     Args:
@@ -474,13 +485,13 @@ def below(root: Path, text: str, what: str, base: Path | None = None) -> Path:
     return full
 
 
-def _chooses_hosts(request: Request) -> bool:
+def _changes_hosts(request: Request) -> bool:
     """Say whether a request says where requests to the model go."""
     keys = (key for key in request.settings if key.startswith("endpoints."))
     return any(_NO_ADDRESS.fullmatch(key) is None for key in keys)
 
 
-def _withhold(raw: dict[str, Any], request: Request) -> None:
+def _remove_secrets(raw: dict[str, Any], request: Request) -> None:
     """Leave out of the bound settings the secrets and commands that are for the bound hosts.
 
     Raises:
@@ -521,12 +532,12 @@ def _mask(key: str, value: Any) -> Any:
         return value
     if key in _COMMANDS and isinstance(value, str):
         return mask_command(value)
-    return mask_plain(value, key.rpartition(".")[2])
+    return mask_data(value, key.rpartition(".")[2])
 
 
-def _take_preset(raw: dict[str, Any], owner: Loaded, preset: Loaded) -> None:
+def _apply_preset(raw: dict[str, Any], owner: LoadedConfig, preset: LoadedConfig) -> None:
     """Put a preset's task in place of the bound one; where and how it runs stays the owner's."""
-    _clear(raw)
+    _clear_task(raw)
     for key in ("name", "reduce", "task", "model", "input"):
         given, kept = preset.raw.get(key), raw.get(key)
         if isinstance(given, dict) and isinstance(kept, dict):
@@ -539,7 +550,7 @@ def _take_preset(raw: dict[str, Any], owner: Loaded, preset: Loaded) -> None:
         raw["endpoints"] = preset.raw["endpoints"]
 
 
-def _clear(raw: dict[str, Any]) -> None:
+def _clear_task(raw: dict[str, Any]) -> None:
     """Leave out of the bound settings what a request with a task of its own replaces."""
     task, model, input_ = (raw.get(key) or {} for key in ("task", "model", "input"))
     raw["task"] = {"graph": task["graph"]} if task.get("graph") else {}
@@ -548,18 +559,18 @@ def _clear(raw: dict[str, Any]) -> None:
     raw.pop("reduce", None)
 
 
-def as_literal(value: Any) -> Any:
+def escape_variables(value: Any) -> Any:
     """Return a value whose texts stay as they are when variables are expanded."""
     if isinstance(value, str):
         return _EXPANDED.sub("$$", value)
     if isinstance(value, Mapping):
-        return {key: as_literal(part) for key, part in value.items()}
+        return {key: escape_variables(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [as_literal(part) for part in value]
+        return [escape_variables(part) for part in value]
     return value
 
 
-def _sampling(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _iter_sampling(key: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the fields of a request's body that a key sets: all of them, or one."""
     if key != _SAMPLED:
         yield key.removeprefix(f"{_SAMPLED}.").partition(".")[0], value
@@ -574,25 +585,25 @@ def _bound_models(owner: RunConfig) -> set[str]:
     return {name for name in names if name is not None}
 
 
-def _key_of(name: str) -> str:
+def _setting_key(name: str) -> str:
     """Return the setting that a field of the context stands for, or the field's own name."""
-    return str(FORM[name].get("key", "endpoints.api_key" if name == "api_key" else name))
+    return str(FORM_FIELDS[name].get("key", "endpoints.api_key" if name == "api_key" else name))
 
 
-def _access_of(name: str) -> Access:
-    about = FORM[name]
+def _field_access(name: str) -> Access:
+    about = FORM_FIELDS[name]
     if "key" in about:
         ((_, _, access),) = split_settings(about["key"], None)
         return access
     return Access(about.get("access", Access.CLOSED))
 
 
-def _settable() -> set[str]:
+def _list_openable_keys() -> set[str]:
     """Return every key that an owner can open."""
-    keys = {key for key, _ in declared_access()}
+    keys = {key for key, _ in iter_access()}
     parts = (key.split(".") for key in keys)
     sections = {".".join(part[:n]) for part in parts for n in range(1, len(part))}
-    alone = {_key_of(name) for name, about in FORM.items() if "access" in about}
+    alone = {_setting_key(name) for name, about in FORM_FIELDS.items() if "access" in about}
     return keys | sections | alone
 
 
@@ -604,4 +615,6 @@ def _is_entry(key: str) -> bool:
         return False
 
 
-FORM: Final[dict[str, Mapping[str, Any]]] = {f.name: f.metadata for f in fields(Form) if f.init}
+FORM_FIELDS: Final[dict[str, Mapping[str, Any]]] = {
+    f.name: f.metadata for f in fields(SettingsForm) if f.init
+}

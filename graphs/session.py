@@ -17,40 +17,40 @@ from langgraph.types import Interrupt
 from rich.console import Console
 
 from ..backends.budget.cost import Cost
-from ..backends.budget.pricing import kept_price
-from ..backends.budget.spend_log import Shelf
-from ..backends.budget.tokens import LIKELY, prompt_tokens
+from ..backends.budget.pricing import read_price
+from ..backends.budget.spend_log import SpendLogs
+from ..backends.budget.tokens import LIKELY_SHARE, estimate_prompt_tokens
 from ..backends.cluster.walltime import Walltime
 from ..backends.core.errors import (
-    BUDGET,
-    DONE,
-    FAILURES,
-    INTERRUPTED,
+    EXIT_BUDGET,
+    EXIT_DONE,
+    EXIT_FAILURES,
+    EXIT_INTERRUPTED,
     BudgetExhaustedError,
     FanfoldError,
     InvalidItemError,
-    LedgerError,
+    JournalError,
     RunStoppedError,
 )
 from ..backends.core.templates import Template
 from ..backends.core.types import Shard
 from ..backends.storage.journal import RunIds
-from ..backends.storage.run_folder import RunFolder, now, run_ids
-from ..configs.loader import Loaded
+from ..backends.storage.run_folder import RunFolder, get_run_ids, utc_timestamp
+from ..configs.loader import LoadedConfig
 from ..nodes.context import RunTools
-from ..nodes.item.prepare import asked
-from ..nodes.shard.local import work
-from ..nodes.shard.remote import work_elsewhere
+from ..nodes.item.prepare import build_messages
+from ..nodes.shard.local import run_local_shard
+from ..nodes.shard.remote import run_remote_shard
 from .context import RunContext
-from .map_reduce import MapReduce, build
+from .map_reduce import MapReduce, build_bound_graph
 from .run.checkpoints import open_saver
-from .run.estimate import nodes_of, plan_of, spread
-from .run.forecast import Forecast, Plan, Seen, Span, forecast
-from .run.items import UNBOUNDED
-from .run.monitor import watching
+from .run.estimate import count_nodes, make_run_plan, sample_indices
+from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
+from .run.items import UNBOUNDED_STEPS
+from .run.monitor import show_progress
 from .run.open_run import OpenedRun
-from .run.prepare import life
-from .run.shutdown import Stop, stoppable
+from .run.prepare import describe_session
+from .run.shutdown import Shutdown, handle_signals
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +63,17 @@ class RunOptions:
         checkpointer: ``postgresql://…``, or None for SQLite in the run folder.
         trace: Run every item by LangGraph's engine.
         retry_failed: Ask failed items again.
-        anew: Fold from the first item instead of from the last checkpoint.
+        refold: Fold from the first item instead of from the last checkpoint.
         quiet: Show no progress.
-        end: When it must end, or None.
+        deadline: When it must end, or None.
     """
 
     checkpointer: str | None = None
     trace: bool = False
     retry_failed: bool = False
-    anew: bool = False
+    refold: bool = False
     quiet: bool = False
-    end: Walltime | None = None
+    deadline: Walltime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,9 @@ class RunResult:
     """How one life of a run ended.
 
     Attributes:
-        code: Exit code.
+        exit_code: Exit code.
         folder: The run's folder.
-        run: The run's id.
+        run_id: The run's id.
         seconds: Wall time of this life.
         progress: Counts of items, requests and tokens.
         aggregate: One entry per reduce stage; empty when the run is not finished.
@@ -93,9 +93,9 @@ class RunResult:
         cost: What all lives have cost; None until the life has ended.
     """
 
-    code: int
+    exit_code: int
     folder: RunFolder
-    run: str
+    run_id: str
     seconds: float
     progress: dict[str, Any]
     aggregate: list[dict[str, Any]]
@@ -105,30 +105,30 @@ class RunResult:
     cost: Cost | None = None
 
 
-async def execute(
-    folder: RunFolder, loaded: Loaded, options: RunOptions, console: Console
+async def execute_run(
+    folder: RunFolder, loaded: LoadedConfig, options: RunOptions, console: Console
 ) -> RunResult:
     """Run or resume a prepared run to its end, and note this life in its provenance.
 
-    Signals and the end of its time stop it: see :class:`~fanfold.graphs.run.shutdown.Stop`.
+    Signals and the end of its time stop it: see :class:`~fanfold.graphs.run.shutdown.Shutdown`.
 
     Raises:
         ConfigurationError: The endpoints do not fit the run, or another process works on it.
-        LedgerError: Something could not be written; says how many items are safe.
+        JournalError: Something could not be written; says how many items are safe.
         RunStoppedError: It was stopped while it was being opened.
     """
-    with stoppable(console) as stop, stop.ending(options.end), spared_modules():
-        return await lived(folder, loaded, options, console, stop)
+    with handle_signals(console) as stop, stop.stop_at_deadline(options.deadline), freeze_gc():
+        return await run_session(folder, loaded, options, console, stop)
 
 
-async def lived(  # noqa: PLR0913 - what a life is made of
+async def run_session(  # noqa: PLR0913 - what a life is made of
     folder: RunFolder,
-    loaded: Loaded,
+    loaded: LoadedConfig,
     options: RunOptions,
     console: Console,
-    stop: Stop,
+    stop: Shutdown,
     *,
-    opened: Callable[[RunTools], None] | None = None,
+    on_open: Callable[[RunTools], None] | None = None,
 ) -> RunResult:
     """Do the same in any loop; what stops the run is the caller's.
 
@@ -138,32 +138,34 @@ async def lived(  # noqa: PLR0913 - what a life is made of
         options: How this life goes.
         console: Where to say what is going on.
         stop: By which the caller stops it.
-        opened: Called once the run is open, for whoever watches.
+        on_open: Called once the run is open, for whoever watches.
     """
     started = time.monotonic()
-    context = RunContext.of(
+    context = RunContext.from_loaded(
         loaded,
         out=str(folder.path),
         trace=options.trace,
         retry_failed=options.retry_failed,
     )
     async with AsyncExitStack() as stack:
-        tools = await stop.opening(stack.enter_async_context(context.open_named(options.end)))
-        if opened is not None:
-            opened(tools)
-        async with counted(tools), noted(folder) as (about, this):
-            life = _Life(folder, about["run"], context, tools, options, console, stop)
-            result = await life.lived()
+        tools = await stop.open_unless_stopped(
+            stack.enter_async_context(context.open_session_run(options.deadline))
+        )
+        if on_open is not None:
+            on_open(tools)
+        async with add_saved_count(tools), record_session(folder) as (about, this):
+            life = Session(folder, about["run"], context, tools, options, console, stop)
+            result = await life.run_graph()
             this["outcome"] = result.reason or "finished"
     budget = {} if tools.budget is None else tools.budget.report()
     assert isinstance(tools, OpenedRun), "the run's own context has opened it"
-    cost = await asyncio.to_thread(cost_of_life, folder, run_ids(about), tools)
+    cost = await asyncio.to_thread(compute_run_cost, folder, get_run_ids(about), tools)
     seconds = round(time.monotonic() - started, 3)
     return replace(result, seconds=seconds, budget=budget, cost=cost)
 
 
 @contextmanager
-def spared_modules() -> Iterator[None]:
+def freeze_gc() -> Iterator[None]:
     """Keep the garbage collector from what is loaded already.
 
     Some 200,000 objects of imported modules never become garbage, and each full collection
@@ -177,22 +179,24 @@ def spared_modules() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def counted(tools: RunTools) -> AsyncIterator[None]:
+async def add_saved_count(tools: RunTools) -> AsyncIterator[None]:
     """Let every failed write say how many items are safe."""
     try:
         yield
-    except LedgerError as error:
+    except JournalError as error:
         if "items are safe" in error.message:
             raise
         safe, total = tools.progress.done + tools.progress.failed, tools.progress.total
         msg = f"{error.message}. {safe:,} of {total:,} items are safe; mend it, then resume"
-        raise LedgerError(msg) from error
+        raise JournalError(msg) from error
 
 
 @asynccontextmanager
-async def noted(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
+async def record_session(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Note this life in the run's provenance, at its begin and at its end."""
-    about, this = await asyncio.to_thread(lambda: (folder.read_provenance(), life(folder)))
+    about, this = await asyncio.to_thread(
+        lambda: (folder.read_provenance(), describe_session(folder))
+    )
 
     async def note() -> None:
         lives = [*about["lives"], this]
@@ -203,60 +207,66 @@ async def noted(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any], dict[s
     try:
         yield about, this
     except BaseException:
-        this["ended"] = now()
+        this["ended"] = utc_timestamp()
         try:
             await note()
-        except LedgerError as error:
+        except JournalError as error:
             logger.warning("%s", error.message)  # what ended the run matters more
         raise
-    this["ended"] = now()
+    this["ended"] = utc_timestamp()
     await note()
 
 
 @dataclass(frozen=True, slots=True)
-class _Life:
+class Session:
     """The parts of one life of a run, and how it is lived."""
 
     folder: RunFolder
-    run: str
+    run_id: str
     context: RunContext
     tools: RunTools
     options: RunOptions
     console: Console
-    stop: Stop
+    stop: Shutdown
 
-    async def lived(self) -> RunResult:
-        thread = RunnableConfig(configurable={"thread_id": self.run}, recursion_limit=UNBOUNDED)
+    async def run_graph(self) -> RunResult:
+        """Run the graph until it ends or the session is stopped; return the result."""
+        thread = RunnableConfig(
+            configurable={"thread_id": self.run_id}, recursion_limit=UNBOUNDED_STEPS
+        )
         async with open_saver(self.options.checkpointer, self.folder.checkpoints) as saver:
-            graph = build(self.context, trust_context=True).compile(checkpointer=saver)
-            going_on = await self._can_go_on(graph, thread)
-            async with watching(self.tools, self.console, self.options.quiet):
-                result = await self._invoked(graph, thread, going_on)
-                if result.code not in {BUDGET, INTERRUPTED} and not self._agrees(result):
-                    result = await self._invoked(graph, thread, going_on=False)
+            graph = build_bound_graph(self.context, trust_context=True).compile(checkpointer=saver)
+            going_on = await self._can_resume(graph, thread)
+            async with show_progress(self.tools, self.console, self.options.quiet):
+                result = await self._invoke(graph, thread, going_on)
+                if result.exit_code not in {
+                    EXIT_BUDGET,
+                    EXIT_INTERRUPTED,
+                } and not self._matches_journal(result):
+                    result = await self._invoke(graph, thread, going_on=False)
                 return result
 
-    async def _can_go_on(self, graph: MapReduce, thread: RunnableConfig) -> bool:
+    async def _can_resume(self, graph: MapReduce, thread: RunnableConfig) -> bool:
         """Say whether the last checkpoint is of an unfinished run of the same reduce stages."""
         state = await graph.aget_state(thread)
-        parts, empty = state.values.get("parts"), self.tools.aggregate.empty()
+        parts, empty = state.values.get("parts"), self.tools.aggregators.empty()
         return (
             bool(state.next)
-            and not (self.options.anew or self.options.retry_failed)
+            and not (self.options.refold or self.options.retry_failed)
             and (not parts or _stages(parts) == _stages(empty))
         )
 
-    async def _invoked(self, graph: MapReduce, thread: RunnableConfig, going_on: bool) -> RunResult:
+    async def _invoke(self, graph: MapReduce, thread: RunnableConfig, going_on: bool) -> RunResult:
         """Go on from the last checkpoint, or fold all items anew: the journal has the finished."""
         begin: Any = None if going_on else {}
         control = self.stop.control
         invocation = asyncio.ensure_future(
             graph.ainvoke(begin, thread, context=self.context, durability="sync", control=control)
         )
-        with self.stop.working(self.tools.gate, invocation):
+        with self.stop.watch_work(self.tools.gate, invocation):
             return await self._outcome(invocation)
 
-    def _agrees(self, result: RunResult) -> bool:
+    def _matches_journal(self, result: RunResult) -> bool:
         """Say whether the fold counts what the journal counts.
 
         It does not when it went on from a checkpoint that is older than the journal: failed
@@ -270,16 +280,16 @@ class _Life:
         try:
             final = await invocation
         except BudgetExhaustedError as error:
-            return self._result(BUDGET, _counts(self.tools), [], error.message)
+            return self._result(EXIT_BUDGET, _counts(self.tools), [], error.message)
         except (GraphDrained, RunStoppedError, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and self.stop.reason is None:
                 raise
             reason = self.tools.gate.reason or str(error)
-            return self._result(INTERRUPTED, _counts(self.tools), [], reason)
+            return self._result(EXIT_INTERRUPTED, _counts(self.tools), [], reason)
         if asked := final.get("__interrupt__"):
-            return self._result(BUDGET, _counts(self.tools), [], _reason(asked, self.tools))
+            return self._result(EXIT_BUDGET, _counts(self.tools), [], _reason(asked, self.tools))
         progress = final["progress"]
-        code = FAILURES if progress["failed"] else DONE
+        code = EXIT_FAILURES if progress["failed"] else EXIT_DONE
         return self._result(code, progress, final["aggregate"])
 
     def _result(
@@ -290,7 +300,7 @@ class _Life:
         reason: str | None = None,
     ) -> RunResult:
         return RunResult(
-            code, self.folder, self.run, 0.0, progress, aggregate, self.tools.simulated, reason
+            code, self.folder, self.run_id, 0.0, progress, aggregate, self.tools.simulated, reason
         )
 
 
@@ -308,23 +318,23 @@ def _stages(parts: dict[str, Any]) -> Any:
 
 
 def _counts(tools: RunTools) -> dict[str, Any]:
-    return tools.counts()
+    return tools.progress_json()
 
 
-def cost_of_life(folder: RunFolder, run: RunIds, tools: OpenedRun) -> Cost:
+def compute_run_cost(folder: RunFolder, run: RunIds, tools: OpenedRun) -> Cost:
     """Return what a run has cost by the end of a life, its earlier lives included; blocks.
 
     Raises:
-        LedgerError: A book is damaged.
+        JournalError: A book is damaged.
     """
     assert tools.journal is not None, "a run that was opened has one"
-    recorded = {life: spent.amount for life, spent in tools.journal.spent.items()}
-    doubt = Shelf(folder.budget, run).doubt(recorded)
-    return Cost(tools.journal.total(), tools.progress.held, doubt, tools.priced)
+    recorded = {life: spent.amount for life, spent in tools.journal.usage_by_session.items()}
+    doubt = SpendLogs(folder.budget, run).unaccounted(recorded)
+    return Cost(tools.journal.total_usage(), tools.progress.node_time, doubt, tools.is_priced)
 
 
 @dataclass(frozen=True, slots=True)
-class Piloted:
+class PilotResult:
     """How a pilot went.
 
     Attributes:
@@ -333,7 +343,7 @@ class Piloted:
         left: Items of the run that have not ended yet.
         done: Items of the pilot that were answered.
         failed: Items of the pilot that failed.
-        seen: What they took; None when none of them was asked.
+        stats: What they took; None when none of them was asked.
         plan: What the whole run asks.
         forecast: What it will take, going by the pilot; None when none of it was asked.
         simulated: Whether the answers are simulated.
@@ -344,8 +354,8 @@ class Piloted:
     left: int
     done: int
     failed: int
-    seen: Seen | None
-    plan: Plan
+    stats: ItemStats | None
+    plan: RunPlan
     forecast: Forecast | None
     simulated: bool
 
@@ -356,14 +366,14 @@ class Piloted:
             "done": self.done,
             "failed": self.failed,
             "left": self.left,
-            "seen": None if self.seen is None else self.seen.to_json(),
+            "seen": None if self.stats is None else self.stats.to_json(),
             "estimate": None if self.forecast is None else self.forecast.to_json(),
         }
 
 
-async def fly(
-    folder: RunFolder, loaded: Loaded, options: RunOptions, count: int, console: Console
-) -> Piloted:
+async def run_pilot(
+    folder: RunFolder, loaded: LoadedConfig, options: RunOptions, count: int, console: Console
+) -> PilotResult:
     """Finish some items of a prepared run, as a life of it; the next one asks the others.
 
     Items that an earlier life has finished are not asked again, so that a pilot can be repeated.
@@ -378,34 +388,36 @@ async def fly(
     Raises:
         RunStoppedError: It was stopped, or cannot go on.
         ConfigurationError: The endpoints do not fit the run, or another process works on it.
-        LedgerError: Something could not be written.
+        JournalError: Something could not be written.
     """
-    context = RunContext.of(loaded, out=str(folder.path), trace=options.trace)
-    with stoppable(console) as stop, stop.ending(options.end), spared_modules():
+    context = RunContext.from_loaded(loaded, out=str(folder.path), trace=options.trace)
+    with handle_signals(console) as stop, stop.stop_at_deadline(options.deadline), freeze_gc():
         async with AsyncExitStack() as stack:
-            opened = context.open_named(options.end)
-            tools = await stop.opening(stack.enter_async_context(opened))
-            async with counted(tools), noted(folder) as (about, this):
-                chosen = spread(len(tools.store), count, about["input"]["digest"])
-                async with watching(tools, console, options.quiet):
-                    await _ask(tools, chosen, stop, folder)
+            opened = context.open_session_run(options.deadline)
+            tools = await stop.open_unless_stopped(stack.enter_async_context(opened))
+            async with add_saved_count(tools), record_session(folder) as (about, this):
+                chosen = sample_indices(len(tools.store), count, about["input"]["digest"])
+                async with show_progress(tools, console, options.quiet):
+                    await _run_items(tools, chosen, stop, folder)
                 this["outcome"] = f"pilot of {len(chosen):,} items; resumable"
-            return await asyncio.to_thread(_measured, tools, loaded, about, chosen)
+            return await asyncio.to_thread(_measure_pilot, tools, loaded, about, chosen)
 
 
-async def _ask(tools: RunTools, chosen: Sequence[int], stop: Stop, folder: RunFolder) -> None:
-    asking = asyncio.ensure_future(_each(tools, chosen, stop))
-    with stop.working(tools.gate, asking):
+async def _run_items(
+    tools: RunTools, chosen: Sequence[int], stop: Shutdown, folder: RunFolder
+) -> None:
+    asking = asyncio.ensure_future(_run_each_item(tools, chosen, stop))
+    with stop.watch_work(tools.gate, asking):
         try:
             await asking
         except asyncio.CancelledError:
             if stop.reason is None:
                 raise
-    if tools.gate.closed:
-        raise _ended(tools, folder)
+    if tools.gate.is_closed:
+        raise _pilot_error(tools, folder)
 
 
-def _ended(tools: RunTools, folder: RunFolder) -> Exception:
+def _pilot_error(tools: RunTools, folder: RunFolder) -> Exception:
     """Return why a pilot was not flown to its end, and how to go on."""
     error, again = tools.gate.error, f"fanfold resume {folder.path}"
     if isinstance(error, BudgetExhaustedError):
@@ -415,15 +427,15 @@ def _ended(tools: RunTools, folder: RunFolder) -> Exception:
     return error or RunStoppedError(f"{tools.gate.reason} during the pilot. Go on with: {again}")
 
 
-async def _each(tools: RunTools, chosen: Sequence[int], stop: Stop) -> None:
+async def _run_each_item(tools: RunTools, chosen: Sequence[int], stop: Shutdown) -> None:
     """Finish the items, each as a shard of its own."""
 
     async def one(index: int) -> None:
         shard = Shard(index, index + 1)
-        if tools.crew is None:
-            await work(shard, tools, lambda: stop.reason)
+        if tools.coordinator is None:
+            await run_local_shard(shard, tools, lambda: stop.reason)
         else:
-            await work_elsewhere(shard, tools, tools.crew, lambda: stop.reason)
+            await run_remote_shard(shard, tools, tools.coordinator, lambda: stop.reason)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -433,46 +445,48 @@ async def _each(tools: RunTools, chosen: Sequence[int], stop: Stop) -> None:
         raise errors.exceptions[0] from None
 
 
-def _measured(
-    tools: RunTools, loaded: Loaded, about: dict[str, Any], chosen: Sequence[int]
-) -> Piloted:
+def _measure_pilot(
+    tools: RunTools, loaded: LoadedConfig, about: dict[str, Any], chosen: Sequence[int]
+) -> PilotResult:
     """Sum up what the items took, and foretell the run; blocks."""
-    records = [tools.ledger.record(index) for index in chosen]
+    records = [tools.item_journal.read_record(index) for index in chosen]
     total = len(tools.store)
-    seen = Seen.of(records, total, "the pilot")
+    seen = ItemStats.from_records(records, total, "the pilot")
     items = total - about["input"]["invalid"]
     first = _first_prompts(tools, loaded, chosen, items)
-    plan = plan_of(loaded.config, items, first, kept_price(about), _nodes(tools, loaded))
+    plan = make_run_plan(loaded.config, items, first, read_price(about), _nodes(tools, loaded))
     done = sum(record["status"] == "done" for record in records)
-    return Piloted(
+    return PilotResult(
         items=len(records),
         total=total,
         left=total - tools.progress.done - tools.progress.failed,
         done=done,
         failed=len(records) - done,
-        seen=seen,
+        stats=seen,
         plan=plan,
         forecast=None if seen is None else forecast(plan, seen, own=True),
         simulated=tools.simulated,
     )
 
 
-def _nodes(tools: RunTools, loaded: Loaded) -> int | None:
+def _nodes(tools: RunTools, loaded: LoadedConfig) -> int | None:
     fleet = tools.fleet if isinstance(tools, OpenedRun) else None
     own = fleet is not None and not fleet.policy.whole_answers  # a gateway's are whole
     endpoints = fleet.endpoints if fleet is not None and own else ()
-    return nodes_of(loaded.config, [endpoint.url for endpoint in endpoints])
+    return count_nodes(loaded.config, [endpoint.url for endpoint in endpoints])
 
 
-def _first_prompts(tools: RunTools, loaded: Loaded, chosen: Sequence[int], items: int) -> Span:
+def _first_prompts(
+    tools: RunTools, loaded: LoadedConfig, chosen: Sequence[int], items: int
+) -> Range:
     """Return the tokens of first prompts by length, for servers that report none."""
     task, tokens = loaded.config.task, list[float]()
     prompt = Template.parse(task.prompt)
     for index in chosen:
         (item,) = tools.store.read(index, index + 1)
         try:
-            messages = asked(task.system, prompt, item.row)
+            messages = build_messages(task.system, prompt, item.row)
         except InvalidItemError:
             continue
-        tokens.append(prompt_tokens({"messages": messages}) * LIKELY)
-    return Span.mean(tokens, items)
+        tokens.append(estimate_prompt_tokens({"messages": messages}) * LIKELY_SHARE)
+    return Range.from_sample(tokens, items)

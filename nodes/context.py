@@ -8,15 +8,15 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
-from ..backends.core.messages import Order, Summary
-from ..backends.core.money import FREE, Amount, Tariff
+from ..backends.core.messages import ShardResult, ShardTask
+from ..backends.core.money import NO_PRICES, Amount, TokenPrices
 from ..backends.core.protocols import Account, ChatModel
 from ..backends.core.templates import Template
 from ..backends.core.types import Item, Json, Shard
-from .aggregators import Aggregate
+from .aggregators import AggregatorSet
 from .item.answer import AnswerCheck
 from .shard.gate import Gate
-from .shard.progress import Meter, Progress
+from .shard.progress import Progress, ProgressStream
 from .state import ItemState, RunKey
 
 Delegate: TypeAlias = Callable[[dict[str, Any]], Awaitable[Any]]
@@ -30,7 +30,7 @@ class ItemContext:
         system: The constant system text, or ``""``.
         prompt: The template of the question.
         model: Who answers.
-        answer: How answers are judged.
+        answer_check: How answers are judged.
         repairs: How often an invalid answer is sent back.
         delegate: A user's own item graph, called with the columns and the messages.
     """
@@ -38,12 +38,12 @@ class ItemContext:
     system: str
     prompt: Template
     model: ChatModel
-    answer: AnswerCheck
+    answer_check: AnswerCheck
     repairs: int = 1
     delegate: Delegate | None = None
 
 
-class Store(Protocol):
+class ItemSequence(Protocol):
     """The items of a run."""
 
     def __len__(self) -> int:
@@ -55,18 +55,18 @@ class Store(Protocol):
         ...
 
 
-class Ledger(Protocol):
+class ItemJournal(Protocol):
     """The journal of finished items."""
 
-    def finished(self, index: int) -> bool:
+    def is_finished(self, index: int) -> bool:
         """Say whether an item has ended."""
         ...
 
-    def record(self, index: int) -> dict[str, Any]:
+    def read_record(self, index: int) -> dict[str, Any]:
         """Return the record of a finished item."""
         ...
 
-    def records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
+    def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the records in input order."""
         ...
 
@@ -83,11 +83,11 @@ class Ledger(Protocol):
         ...
 
 
-class RunLedger(Ledger, Protocol):
+class RunJournal(ItemJournal, Protocol):
     """A run's journal, which workers write to as well."""
 
     @property
-    def twice(self) -> int:
+    def duplicates(self) -> int:
         """Return how many records are of items that have another one, which may count."""
         ...
 
@@ -96,20 +96,20 @@ class RunLedger(Ledger, Protocol):
         ...
 
 
-Answered: TypeAlias = tuple[Order | None, Summary]
+AnsweredTask: TypeAlias = tuple[ShardTask | None, ShardResult]
 """A worker's summary, with the order that it answers; None: an earlier life has ordered it."""
 
 
-class Crew(Protocol):
+class ShardCoordinator(Protocol):
     """Those who work elsewhere."""
 
     @property
-    def nodewise(self) -> bool:
+    def has_node_endpoints(self) -> bool:
         """Say whether each worker has endpoints of its own."""
         ...
 
     @property
-    def out(self) -> int:
+    def in_flight(self) -> int:
         """Return how many shards are out."""
         ...
 
@@ -118,9 +118,9 @@ class Crew(Protocol):
         """Return how many nodes are held, and how many of them work."""
         ...
 
-    async def work(
+    async def run_shard(
         self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
-    ) -> Answered | None:
+    ) -> AnsweredTask | None:
         """Have the remaining items of a shard worked on.
 
         Args:
@@ -144,12 +144,12 @@ class Crew(Protocol):
         """Let no worker begin a further item."""
         ...
 
-    async def rest(self) -> None:
+    async def finish_reading(self) -> None:
         """Read the journal a last time: what workers record from now on counts for nothing."""
         ...
 
 
-class Budget(Protocol):
+class BudgetStatus(Protocol):
     """What a run may spend."""
 
     @property
@@ -162,7 +162,7 @@ class Budget(Protocol):
         ...
 
 
-def unlimited() -> None:
+def no_account() -> None:
     """Return no account."""
 
 
@@ -172,50 +172,51 @@ class RunTools:
 
     Attributes:
         store: Its items.
-        ledger: Its journal.
-        aggregate: Its reduce stages.
+        item_journal: Its journal.
+        aggregators: Its reduce stages.
         run_item: Takes an item through the item graph and returns the final state.
         gate: Bounds the items in flight, and stops them.
         progress: Counts for whoever watches.
         fingerprint: Digest of what is asked of every item: prompt, schema, model.
-        asked: Digest of what all questions have in common: schema, model, sampling, system text.
+        question_digest: Digest of what all questions have in common: schema, model, sampling,
+            system text.
         keep_raw: Whether the records keep the text of every answer, not of rejected ones only.
         simulated: Whether the fleet is simulated.
-        tariff: What tokens cost.
-        account: Returns what one item may spend; None is no limit.
+        token_prices: What tokens cost.
+        open_account: Returns what one item may spend; None is no limit.
         budget: What the run may spend; None is no limit.
-        crew: Those who work on shards elsewhere; None: they are worked on here.
-        meter: Tells whoever streams the graph how the run goes on.
+        coordinator: Those who work on shards elsewhere; None: they are worked on here.
+        progress_stream: Tells whoever streams the graph how the run goes on.
     """
 
-    store: Store
-    ledger: RunLedger
-    aggregate: Aggregate
+    store: ItemSequence
+    item_journal: RunJournal
+    aggregators: AggregatorSet
     run_item: Callable[[Item], Awaitable[ItemState]]
     gate: Gate
     progress: Progress
     fingerprint: bytes
     simulated: bool
-    tariff: Tariff = FREE
-    asked: bytes = b""
+    token_prices: TokenPrices = NO_PRICES
+    question_digest: bytes = b""
     keep_raw: bool = False
-    account: Callable[[], Account | None] = unlimited
-    budget: Budget | None = None
-    crew: Crew | None = None
-    meter: Meter = field(default_factory=Meter)
+    open_account: Callable[[], Account | None] = no_account
+    budget: BudgetStatus | None = None
+    coordinator: ShardCoordinator | None = None
+    progress_stream: ProgressStream = field(default_factory=ProgressStream)
 
-    def counts(self) -> dict[str, Any]:
+    def progress_json(self) -> dict[str, Any]:
         """Return the run's counts as its state, its streams and its ``--json`` tell them."""
-        return self.progress.to_json(simulated=self.simulated, priced=self.priced)
+        return self.progress.to_json(simulated=self.simulated, priced=self.is_priced)
 
     @property
-    def priced(self) -> bool:
+    def is_priced(self) -> bool:
         """Say whether tokens have a price, or had one in an earlier life."""
-        return self.tariff.priced or self.progress.nano_usd > 0
+        return self.token_prices.priced or self.progress.nano_usd > 0
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedRun:
     """A run that is ready to start.
 
     Attributes:
@@ -243,11 +244,11 @@ class Context(ABC):
         path: str | None,
         items: Sequence[Mapping[str, Any]] | None,
         preset: str | None = None,
-    ) -> Prepared:
+    ) -> PreparedRun:
         """Make a run's folder from a path or items, or look up the one that the context names."""
 
     @abstractmethod
-    def opened(self, run: RunKey) -> AbstractAsyncContextManager[RunTools]:
+    def open_run(self, run: RunKey) -> AbstractAsyncContextManager[RunTools]:
         """Open a run; users in the same loop share what is open.
 
         Raises:
@@ -255,7 +256,7 @@ class Context(ABC):
         """
 
     @abstractmethod
-    async def shortfall(self, run: RunKey, needed: Mapping[str, int]) -> dict[str, Json] | None:
+    async def budget_gap(self, run: RunKey, needed: Mapping[str, int]) -> dict[str, Json] | None:
         """Return what to ask of the user while the budget does not carry ``needed``, or None.
 
         Raises:
@@ -263,11 +264,11 @@ class Context(ABC):
         """
 
     @abstractmethod
-    async def allow(self, run: RunKey, answer: Any) -> str | None:
+    async def raise_limits(self, run: RunKey, answer: Any) -> str | None:
         """Take an answer as the run's new caps; return what is wrong with it, or None."""
 
     @abstractmethod
-    async def finish(
+    async def finish_run(
         self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
     ) -> dict[str, Any]:
         """Write the results' files and return references to them."""

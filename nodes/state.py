@@ -11,7 +11,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from ..backends.core.types import Json, Message
-from .aggregators import combine
+from .aggregators import combine_states
 
 
 class ItemState(TypedDict, total=False):
@@ -87,7 +87,7 @@ def add_tallies(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
     return {key: a.get(key, 0) + b.get(key, 0) for key in a | b}
 
 
-def most_needed(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+def max_by_key(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
     """Keep the larger of each."""
     return {key: max(a.get(key, 0), b.get(key, 0)) for key in a | b}
 
@@ -179,9 +179,9 @@ class RunState(RunInput, RunOutput, total=False):
     sent: list[int]
     cursor: int
     left: Annotated[list[list[int]], operator.add]
-    needed: Annotated[dict[str, int], most_needed]
+    needed: Annotated[dict[str, int], max_by_key]
     again: list[list[int]]
     pace: Annotated[dict[str, float], add_paces]
     tally: Annotated[dict[str, int], add_tallies]
-    parts: Annotated[dict[str, Any], combine]
+    parts: Annotated[dict[str, Any], combine_states]
     remaining: RemainingSteps

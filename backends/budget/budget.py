@@ -13,44 +13,50 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from ...configs.models import BudgetConfig, RunConfig
-from ..core.errors import BudgetExhaustedError, LedgerError
-from ..core.money import FREE, HOUR_MS, NANO, Amount, Caps, Tariff
-from ..core.protocols import Count
+from ..core.errors import BudgetExhaustedError, JournalError
+from ..core.money import MS_PER_HOUR, NANO_PER_USD, NO_PRICES, Amount, BudgetLimits, TokenPrices
+from ..core.protocols import PromptCounter
 from ..core.types import Json
 from ..storage.journal import RunIds
-from ..storage.journal_index import Ledger
-from ..storage.run_folder import RunFolder, read_allowed, read_requested, run_ids, write_allowed
-from .pricing import tariff
-from .reservations import ItemAccount, Purse
-from .spend_log import Book, Lease, Shelf
+from ..storage.journal_index import Journal
+from ..storage.run_folder import (
+    RunFolder,
+    get_run_ids,
+    read_raised_limits,
+    read_requested_limits,
+    write_raised_limits,
+)
+from .pricing import find_token_prices
+from .reservations import BudgetBalance, ItemAccount
+from .spend_log import Lease, SpendLog, SpendLogs
 
 logger = logging.getLogger(__name__)
 
-SHOWN: Final[dict[str, tuple[str, int]]] = {
+SETTING_UNITS: Final[dict[str, tuple[str, int]]] = {
     "requests": ("requests", 1),
     "tokens": ("tokens", 1),
-    "nano_usd": ("usd", NANO),
-    "node_ms": ("node_hours", HOUR_MS),
+    "nano_usd": ("usd", NANO_PER_USD),
+    "node_ms": ("node_hours", MS_PER_HOUR),
 }
 """By field of an amount: its name in settings, and how many of the field's unit make one."""
 
-_FINE: Final = 0.1 * NANO
+_FINE: Final = 0.1 * NANO_PER_USD
 """Smaller sums are shown with more digits."""
 
 
 @dataclass(frozen=True, slots=True)
-class BudgetTerms:
+class BudgetSettings:
     """What a budget is.
 
     Attributes:
-        caps: The most that all lives of a run may spend together.
-        tariff: What things cost.
+        limits: The most that all lives of a run may spend together.
+        prices: What things cost.
         repairs: How often an answer may be sent back.
         warn_at: Shares of a cap at which to warn.
     """
 
-    caps: Caps
-    tariff: Tariff
+    limits: BudgetLimits
+    prices: TokenPrices
     repairs: int = 0
     warn_at: Sequence[float] = ()
 
@@ -59,99 +65,108 @@ class Budget:
     """What an open run may still spend.
 
     Args:
-        terms: What the budget is.
+        settings: What the budget is.
         before: What earlier lives have spent.
         book: Where this life's level is kept; None in a worker that keeps none.
         until: Unix time in seconds after which nothing is spent any more.
 
     Attributes:
-        terms: As given.
+        settings: As given.
         before: As given.
-        purse: What is left.
+        balance: What is left.
         needed: What could not be reserved, if that has been refused.
-        count: Counts prompts as the model does, for when room is scarce; or None.
+        count_prompt: Counts prompts as the model does, for when room is scarce; or None.
     """
 
     def __init__(
         self,
-        terms: BudgetTerms,
+        settings: BudgetSettings,
         before: Amount,
-        book: Book | None,
+        log: SpendLog | None,
         until: float = float("inf"),
     ) -> None:
-        self.terms, self.before = terms, before
-        self.purse = Purse(_left(terms.caps, before), book, self.refusal, until)
+        self.settings, self.before = settings, before
+        self.balance = BudgetBalance(
+            _left(settings.limits, before), log, self.record_refusal, until
+        )
         self.needed: Amount | None = None
-        self.count: Count | None = None
+        self.count_prompt: PromptCounter | None = None
         self._warned = set[tuple[str, float]]()
 
-    def account(self) -> ItemAccount:
+    def open_account(self) -> ItemAccount:
         """Return an account for one item."""
-        terms = self.terms
-        return ItemAccount(self.purse, terms.tariff, terms.repairs, self.count)
+        terms = self.settings
+        return ItemAccount(self.balance, terms.prices, terms.repairs, self.count_prompt)
 
-    def spent(self) -> Amount:
+    def total_spent(self) -> Amount:
         """Return what all lives have spent, with what is in doubt."""
-        return self.before.plus(self.purse.settled).plus(self.purse.lost)
+        return self.before.plus(self.balance.settled).plus(self.balance.lost)
 
-    def carries(self, needed: Amount) -> bool:
+    def can_carry(self, needed: Amount) -> bool:
         """Say whether what is left carries an amount, once nothing is in flight."""
-        return min(self.purse.left.plus(self.purse.reserved).minus(needed)) >= 0
+        return min(self.balance.left.plus(self.balance.reserved).minus(needed)) >= 0
 
     def warn(self) -> None:
         """Log, once each, the shares of caps that are passed; of several at once the highest."""
-        spent = self.spent()
-        for name, cap in _limits(self.terms.caps):
+        spent = self.total_spent()
+        for name, cap in _limits(self.settings.limits):
             value = getattr(spent, name)
-            passed = {(name, share) for share in self.terms.warn_at if value >= share * cap}
+            passed = {(name, share) for share in self.settings.warn_at if value >= share * cap}
             if passed - self._warned:
                 self._warned |= passed
                 part = f"{100 * value / cap:.0f} % of the budget"
-                logger.warning("%s: %s of %s", part, said(name, value), said(name, cap))
+                logger.warning(
+                    "%s: %s of %s", part, format_amount(name, value), format_amount(name, cap)
+                )
 
     def report(self) -> dict[str, Json]:
         """Return, by limit, what is spent of which cap."""
-        spent = self.spent()
+        spent = self.total_spent()
         return {
             key: {"spent": getattr(spent, name) / unit, "cap": cap / unit}
-            for name, cap in _limits(self.terms.caps)
-            for key, unit in [SHOWN[name]]
+            for name, cap in _limits(self.settings.limits)
+            for key, unit in [SETTING_UNITS[name]]
         }
 
-    def refusal(self, needed: Amount) -> str:
+    def record_refusal(self, needed: Amount) -> str:
         """Say what is exhausted, and keep what was needed."""
         self.needed = needed
-        spent = self.spent()
+        spent = self.total_spent()
         short = [
-            f"{said(name, getattr(spent, name))} are spent of {said(name, cap)}, and the next item "
-            f"may take {said(name, getattr(needed, name))}"
-            for name, cap in _limits(self.terms.caps)
-            if getattr(spent.plus(self.purse.reserved).plus(needed), name) > cap
+            f"{format_amount(name, getattr(spent, name))} are spent of "
+            f"{format_amount(name, cap)}, and the next item "
+            f"may take {format_amount(name, getattr(needed, name))}"
+            for name, cap in _limits(self.settings.limits)
+            if getattr(spent.plus(self.balance.reserved).plus(needed), name) > cap
         ]
         return f"the budget is exhausted: {'; '.join(short)}"
 
 
-def _limits(caps: Caps) -> list[tuple[str, int]]:
-    pairs = zip(Amount._fields, caps.each(), strict=True)
+def _limits(caps: BudgetLimits) -> list[tuple[str, int]]:
+    pairs = zip(Amount._fields, caps.as_tuple(), strict=True)
     return [(name, cap) for name, cap in pairs if cap is not None]
 
 
-def _left(caps: Caps, before: Amount) -> Caps:
-    pairs = zip(caps.each(), before, strict=True)
-    return Caps(*(None if cap is None else max(0, cap - spent) for cap, spent in pairs))
+def _left(caps: BudgetLimits, before: Amount) -> BudgetLimits:
+    pairs = zip(caps.as_tuple(), before, strict=True)
+    return BudgetLimits(*(None if cap is None else max(0, cap - spent) for cap, spent in pairs))
 
 
-def said(name: str, value: int) -> str:
+def format_amount(name: str, value: int) -> str:
     """Return one field of an amount in words, e.g. ``12.50 USD``."""
     if name == "nano_usd":
-        return f"{value / NANO:,.2f} USD" if value >= _FINE else f"{value / NANO:.6f} USD"
+        return (
+            f"{value / NANO_PER_USD:,.2f} USD"
+            if value >= _FINE
+            else f"{value / NANO_PER_USD:.6f} USD"
+        )
     if name == "node_ms":
-        digits = 2 if 10 * value >= HOUR_MS else 4
-        return f"{value / HOUR_MS:,.{digits}f} node-hours"
+        digits = 2 if 10 * value >= MS_PER_HOUR else 4
+        return f"{value / MS_PER_HOUR:,.{digits}f} node-hours"
     return f"{value:,} {name}"
 
 
-class Leases:
+class LeaseTable:
     """The leases of one life of a run.
 
     Args:
@@ -160,8 +175,10 @@ class Leases:
         earlier: What counts as spent of leases that earlier lives lent, and may come back.
     """
 
-    def __init__(self, purse: Purse, shelf: Shelf, earlier: Mapping[str, Amount]) -> None:
-        self._purse, self._shelf = purse, shelf
+    def __init__(
+        self, balance: BudgetBalance, logs: SpendLogs, earlier: Mapping[str, Amount]
+    ) -> None:
+        self._balance, self._logs = balance, logs
         self._out, self._lost = dict[str, Lease](), dict[str, Lease]()
         self._earlier = dict(earlier)
 
@@ -174,14 +191,14 @@ class Leases:
 
         Raises:
             BudgetExhaustedError: There is not so much left, and nothing will come back.
-            LedgerError: The book cannot be written.
+            JournalError: The book cannot be written.
         """
-        await self._purse.reserve(lease.amount)
+        await self._balance.reserve(lease.amount)
         self._out[name] = lease
-        line = {"amount": lease.amount.to_json(), "until": lease.until, "booked": lease.booked}
-        await self._purse.note({"lease": name} | line, sync=True)
+        line = {"amount": lease.amount.to_json(), "until": lease.until, "booked": lease.has_log}
+        await self._balance.append_line({"lease": name} | line, sync=True)
 
-    async def returned(self, name: str, used: Amount) -> None:
+    async def return_lease(self, name: str, used: Amount) -> None:
         """Take back what was not spent; a second return of a lease counts for nothing.
 
         Args:
@@ -189,76 +206,76 @@ class Leases:
             used: What was spent of it.
 
         Raises:
-            LedgerError: The book cannot be written.
+            JournalError: The book cannot be written.
         """
         if lease := self._out.pop(name, None):
-            self._purse.settle(lease.amount, used.least(lease.amount))
-            await self._purse.note({"back": name}, sync=False)
+            self._balance.settle(lease.amount, used.minimum(lease.amount))
+            await self._balance.append_line({"back": name}, sync=False)
         elif lease := self._lost.pop(name, None):
-            self._purse.refund(lease.amount, used.least(lease.amount))
-            await self._purse.note({"back": name}, sync=False)
+            self._balance.refund(lease.amount, used.minimum(lease.amount))
+            await self._balance.append_line({"back": name}, sync=False)
         elif name in self._earlier:
             counted = self._earlier.pop(name)
-            used = used.least(counted)
-            self._purse.widen(counted.minus(used))
-            await self._purse.note({"late": name, "used": used.to_json()}, sync=False)
+            used = used.minimum(counted)
+            self._balance.extend_limits(counted.minus(used))
+            await self._balance.append_line({"late": name, "used": used.to_json()}, sync=False)
 
-    def lost(self, name: str) -> None:
+    def mark_lost(self, name: str) -> None:
         """Count a lease as spent whose worker is lost, until its book proves otherwise."""
         if lease := self._out.pop(name, None):
             self._lost[name] = lease
-            self._purse.write_off(lease.amount)
+            self._balance.write_off(lease.amount)
 
-    async def recover(self) -> None:
+    async def recover_lost(self) -> None:
         """Look whether the books of lost leases prove by now that less was spent.
 
         Raises:
-            LedgerError: A book is damaged, or cannot be written; the others are read all the same.
+            JournalError: A book is damaged, or cannot be written; the others are read all the same.
         """
-        failed: LedgerError | None = None
+        failed: JournalError | None = None
         for name, lease in list(self._lost.items()):
             try:
-                spent = await asyncio.to_thread(self._shelf.proven, name, lease)
-            except LedgerError as error:
+                spent = await asyncio.to_thread(self._logs.proven_spending, name, lease)
+            except JournalError as error:
                 failed = failed or error
                 continue
             if spent != lease.amount:
-                await self.returned(name, spent)
+                await self.return_lease(name, spent)
         if failed is not None:
             raise failed
 
-    def give_up(self) -> None:
+    def mark_all_lost(self) -> None:
         """Count all that is still out as spent: this life ends."""
         for name in list(self._out):
-            self.lost(name)
+            self.mark_lost(name)
 
 
 @dataclass(frozen=True, slots=True)
-class Spending:
+class RunBudget:
     """A budget in use.
 
     Attributes:
         budget: What is left.
         leases: What workers elsewhere have of it.
-        shelf: The run's books.
+        logs: The run's books.
     """
 
     budget: Budget
-    leases: Leases
-    shelf: Shelf
+    leases: LeaseTable
+    logs: SpendLogs
 
 
-def caps_of(folder: RunFolder, config: BudgetConfig) -> Caps:
+def read_limits(folder: RunFolder, config: BudgetConfig) -> BudgetLimits:
     """Return a run's caps: the settings', with what was allowed at a pause on top.
 
     Raises:
-        LedgerError: What was allowed cannot be read.
+        JournalError: What was allowed cannot be read.
     """
-    given = config.model_dump(include={key for key, _ in SHOWN.values()})
-    return Caps.of(**{**given, **read_allowed(folder.caps)})
+    given = config.model_dump(include={key for key, _ in SETTING_UNITS.values()})
+    return BudgetLimits.from_settings(**{**given, **read_raised_limits(folder.raised_limits)})
 
 
-def allow(folder: RunFolder, answer: Any, *, requested: bool = False) -> str | None:
+def raise_limits(folder: RunFolder, answer: Any, *, requested: bool = False) -> str | None:
     """Take an answer to a pause as the run's new caps; return what is wrong with it, or None.
 
     Args:
@@ -267,9 +284,9 @@ def allow(folder: RunFolder, answer: Any, *, requested: bool = False) -> str | N
         requested: Whether it comes from a request.
 
     Raises:
-        LedgerError: The caps cannot be read or written.
+        JournalError: The caps cannot be read or written.
     """
-    names = [key for key, _ in SHOWN.values()]
+    names = [key for key, _ in SETTING_UNITS.values()]
     if not isinstance(answer, Mapping) or not answer or answer.keys() - set(names):
         return f"answer with new totals, e.g. {{'usd': 20}}; names: {', '.join(names)}"
     if truths := [key for key, value in answer.items() if isinstance(value, bool)]:
@@ -280,13 +297,15 @@ def allow(folder: RunFolder, answer: Any, *, requested: bool = False) -> str | N
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     checked = asked.model_dump(include=set(answer))
-    before = read_requested(folder.caps)
+    before = read_requested_limits(folder.raised_limits)
     marked = before | checked.keys() if requested else before - checked.keys()
-    write_allowed(folder.caps, {**read_allowed(folder.caps), **checked}, marked)
+    write_raised_limits(
+        folder.raised_limits, {**read_raised_limits(folder.raised_limits), **checked}, marked
+    )
     return None
 
 
-def lower_allowed(folder: RunFolder, most: Mapping[str, float]) -> None:
+def lower_raised_limits(folder: RunFolder, most: Mapping[str, float]) -> None:
     """Lower the caps that requests have set to what their graph is bound to now.
 
     Args:
@@ -294,62 +313,71 @@ def lower_allowed(folder: RunFolder, most: Mapping[str, float]) -> None:
         most: The bound totals by name.
 
     Raises:
-        LedgerError: The caps cannot be read or written.
+        JournalError: The caps cannot be read or written.
     """
-    caps, requested = read_allowed(folder.caps), read_requested(folder.caps)
+    caps, requested = (
+        read_raised_limits(folder.raised_limits),
+        read_requested_limits(folder.raised_limits),
+    )
     lowered = dict(caps)
     for key in requested & most.keys():
         cap: Any = caps[key]
         lowered[key] = most[key] if cap is None else min(cap, most[key])
     if lowered != caps:
-        write_allowed(folder.caps, lowered, requested)
+        write_raised_limits(folder.raised_limits, lowered, requested)
 
 
-def spent_before(shelf: Shelf, ledger: Ledger) -> Amount:
+def read_spent_before(shelf: SpendLogs, ledger: Journal) -> Amount:
     """Return the most that all lives so far may have spent.
 
     Raises:
-        LedgerError: A book is damaged.
+        JournalError: A book is damaged.
     """
-    return shelf.spent({life: spent.amount for life, spent in ledger.spent.items()})
+    return shelf.total_spent(
+        {life: spent.amount for life, spent in ledger.usage_by_session.items()}
+    )
 
 
-def budget_terms(folder: RunFolder, config: RunConfig, price: Tariff) -> BudgetTerms:
+def make_budget_settings(
+    folder: RunFolder, config: RunConfig, price: TokenPrices
+) -> BudgetSettings:
     """Return what a run's budget is."""
     repairs = 0 if config.task.graph else config.task.repairs
-    caps = caps_of(folder, config.budget)
-    return BudgetTerms(caps, price, repairs, tuple(config.budget.warn_at))
+    caps = read_limits(folder, config.budget)
+    return BudgetSettings(caps, price, repairs, tuple(config.budget.warn_at))
 
 
 @asynccontextmanager
-async def spending(
-    folder: RunFolder, config: RunConfig, price: Tariff, ledger: Ledger, run: RunIds
-) -> AsyncIterator[Spending | None]:
+async def open_budget(
+    folder: RunFolder, config: RunConfig, price: TokenPrices, ledger: Journal, run: RunIds
+) -> AsyncIterator[RunBudget | None]:
     """Open a run's budget; None when it has no limits.
 
     Raises:
-        LedgerError: A book is damaged, or cannot be written.
+        JournalError: A book is damaged, or cannot be written.
     """
-    terms = await asyncio.to_thread(budget_terms, folder, config, price)
-    if not terms.caps.any:
+    terms = await asyncio.to_thread(make_budget_settings, folder, config, price)
+    if not terms.limits.has_any:
         yield None
         return
-    opened = await asyncio.to_thread(_opened, folder, terms, ledger, run)
+    opened = await asyncio.to_thread(_open_run_budget, folder, terms, ledger, run)
     try:
         yield opened
     finally:
-        opened.leases.give_up()
-        await opened.budget.purse.aclose()
+        opened.leases.mark_all_lost()
+        await opened.budget.balance.aclose()
 
 
-def _opened(folder: RunFolder, terms: BudgetTerms, ledger: Ledger, run: RunIds) -> Spending:
-    shelf = Shelf(folder.budget, run)
-    before, earlier = spent_before(shelf, ledger), shelf.lent()
-    budget = Budget(terms, before, shelf.open(shelf.of_life(ledger.life)))
-    return Spending(budget, Leases(budget.purse, shelf, earlier), shelf)
+def _open_run_budget(
+    folder: RunFolder, terms: BudgetSettings, ledger: Journal, run: RunIds
+) -> RunBudget:
+    shelf = SpendLogs(folder.budget, run)
+    before, earlier = read_spent_before(shelf, ledger), shelf.unreturned_leases()
+    budget = Budget(terms, before, shelf.create(shelf.session_path(ledger.session_number)))
+    return RunBudget(budget, LeaseTable(budget.balance, shelf, earlier), shelf)
 
 
-def shortfall(
+def budget_gap(
     folder: RunFolder, config: RunConfig, needed: Amount, live: Budget | None
 ) -> dict[str, Json] | None:
     """Return what to ask of the user while a run's budget does not carry something, or None.
@@ -362,17 +390,17 @@ def shortfall(
 
     Raises:
         BudgetExhaustedError: The settings say to stop rather than to ask.
-        LedgerError: Books or journal cannot be read.
+        JournalError: Books or journal cannot be read.
     """
     about = folder.read_provenance()
-    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
-        counts, budget = ledger.counts(), live
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as ledger:
+        counts, budget = ledger.count_items(), live
         if budget is None:
-            before = spent_before(Shelf(folder.budget, run_ids(about)), ledger)
-            budget = Budget(_terms(folder, config, about), before, None)
-    if not (live is not None and live.needed) and budget.carries(needed):
+            before = read_spent_before(SpendLogs(folder.budget, get_run_ids(about)), ledger)
+            budget = Budget(_read_budget_settings(folder, config, about), before, None)
+    if not (live is not None and live.needed) and budget.can_carry(needed):
         return None
-    refusal = budget.refusal(needed)
+    refusal = budget.record_refusal(needed)
     if config.budget.on_limit == "stop":
         raise BudgetExhaustedError(refusal)
     return {
@@ -384,24 +412,26 @@ def shortfall(
     }
 
 
-def _terms(folder: RunFolder, config: RunConfig, about: Mapping[str, Any]) -> BudgetTerms:
-    price = tariff(config, about["model"], about["simulated"])
-    return budget_terms(folder, config, price or FREE)
+def _read_budget_settings(
+    folder: RunFolder, config: RunConfig, about: Mapping[str, Any]
+) -> BudgetSettings:
+    price = find_token_prices(config, about["model"], about["simulated"])
+    return make_budget_settings(folder, config, price or NO_PRICES)
 
 
 def _to_finish(budget: Budget, ended: int, left: int) -> dict[str, Json]:
     """Return what all items will have taken, by what those that ended have."""
-    spent, report = budget.spent(), budget.report()
+    spent, report = budget.total_spent(), budget.report()
     if not ended:
         return {}
     return {
-        key: _rounded(getattr(spent, name) * (ended + left) / ended, unit)
-        for name, (key, unit) in SHOWN.items()
+        key: _round_up(getattr(spent, name) * (ended + left) / ended, unit)
+        for name, (key, unit) in SETTING_UNITS.items()
         if key in report
     }
 
 
-def _rounded(value: float, unit: int) -> float:
+def _round_up(value: float, unit: int) -> float:
     """Return a value in what a user counts, rounded up; money to the cent or a millionth."""
     if unit == 1:
         return math.ceil(value)

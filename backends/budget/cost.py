@@ -8,19 +8,26 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
-from ...configs.loader import peek
+from ...configs.loader import read_settings
 from ...configs.models import BudgetConfig
-from ..core.money import FREE, HOUR_MS, NANO, Amount, Held
+from ..core.money import MS_PER_HOUR, NANO_PER_USD, NO_PRICES, Amount, NodeTime
 from ..core.types import Json
-from ..storage.journal import RunIds, Source, Spent, check_line, life_of, scan
+from ..storage.journal import (
+    JournalSource,
+    RunIds,
+    UsageTotals,
+    check_line,
+    parse_session_number,
+    scan_lines,
+)
 from ..storage.run_folder import RunFolder
-from .budget import Budget, BudgetTerms, caps_of, said
-from .spend_log import Shelf
+from .budget import Budget, BudgetSettings, format_amount, read_limits
+from .spend_log import SpendLogs
 
-NOBODY: Final = "(nobody)"
+NO_ENDPOINT: Final = "(nobody)"
 """Stands for the endpoint of items that ended without a call."""
 
-Share: TypeAlias = Mapping[str, Any]
+UsageRecord: TypeAlias = Mapping[str, Any]
 """What one endpoint did for an item; has the names of a journal record."""
 
 
@@ -29,53 +36,53 @@ class Cost:
     """What a run has cost so far.
 
     Attributes:
-        spent: What the journal says.
-        held: How long nodes were held, and what that costs.
-        doubt: What may have been spent besides: by a life that was killed, on items that were cut
-            off, on answers that do not say what they used; while a run goes on, also what is
-            reserved.
+        usage: What the journal says.
+        node_time: How long nodes were held, and what that costs.
+        unaccounted: What may have been spent besides: by a life that was killed, on items that
+            were cut off, on answers that do not say what they used; while a run goes on, also what
+            is reserved.
         priced: Whether tokens have a price.
     """
 
-    spent: Spent
-    held: Held = field(default_factory=Held)
-    doubt: Amount = field(default_factory=Amount)
+    usage: UsageTotals
+    node_time: NodeTime = field(default_factory=NodeTime)
+    unaccounted: Amount = field(default_factory=Amount)
     priced: bool = False
 
     @property
     def nano_usd(self) -> int | None:
         """Return nano-dollars for tokens and nodes; None: nothing has a price."""
-        if not self.priced and not self.held.nano_usd:
+        if not self.priced and not self.node_time.nano_usd:
             return None
-        return self.spent.nano_usd + self.held.nano_usd
+        return self.usage.nano_usd + self.node_time.nano_usd
 
     def to_json(self) -> dict[str, Json]:
         """Return it as ``--json`` tells it; dollars are null where nothing has a price."""
-        held, nano = self.held, self.nano_usd
+        held, nano = self.node_time, self.nano_usd
         return {
-            "tokens": tokens_json(self.spent),
-            "usd": None if nano is None else nano / NANO,
-            "wasted_usd": self.spent.wasted_nano_usd / NANO if self.priced else None,
-            "node_hours": held.node_ms / HOUR_MS,
-            "idle_node_hours": held.idle_ms / HOUR_MS,
-            "node_usd": held.nano_usd / NANO if held.nano_usd else None,
-            "idle_node_usd": held.idle_nano_usd / NANO if held.nano_usd else None,
-            "in_doubt": self.doubt_json(),
+            "tokens": tokens_json(self.usage),
+            "usd": None if nano is None else nano / NANO_PER_USD,
+            "wasted_usd": self.usage.wasted_nano_usd / NANO_PER_USD if self.priced else None,
+            "node_hours": held.node_ms / MS_PER_HOUR,
+            "idle_node_hours": held.idle_ms / MS_PER_HOUR,
+            "node_usd": held.nano_usd / NANO_PER_USD if held.nano_usd else None,
+            "idle_node_usd": held.idle_nano_usd / NANO_PER_USD if held.nano_usd else None,
+            "in_doubt": self.unaccounted_json(),
         }
 
-    def doubt_json(self) -> dict[str, Json]:
+    def unaccounted_json(self) -> dict[str, Json]:
         """Return what is in doubt; dollars are null where tokens are and no cap reckons in them."""
-        doubt = self.doubt
+        doubt = self.unaccounted
         unknown = self.nano_usd is None or (doubt.tokens > 0 and doubt.nano_usd == 0)
         return {
             "requests": doubt.requests,
             "tokens": doubt.tokens,
-            "usd": None if unknown else doubt.nano_usd / NANO,
-            "node_hours": doubt.node_ms / HOUR_MS,
+            "usd": None if unknown else doubt.nano_usd / NANO_PER_USD,
+            "node_hours": doubt.node_ms / MS_PER_HOUR,
         }
 
 
-def tokens_json(spent: Spent) -> dict[str, Json]:
+def tokens_json(spent: UsageTotals) -> dict[str, Json]:
     """Return tokens by kind."""
     return {
         "prompt": spent.prompt_tokens,
@@ -86,59 +93,59 @@ def tokens_json(spent: Spent) -> dict[str, Json]:
     }
 
 
-def total_of(lives: Mapping[int, Spent]) -> Spent:
+def sum_usage(lives: Mapping[int, UsageTotals]) -> UsageTotals:
     """Return the sums over all lives."""
-    total = Spent()
+    total = UsageTotals()
     for spent in lives.values():
         total.merge(spent)
     return total
 
 
 @dataclass(slots=True)
-class Groups:
+class UsageGroups:
     """Sums over all records of a journal, in memory that grows with the groups only.
 
     Attributes:
-        lives: By life of the run.
-        by: By the key that was asked for.
+        sessions: By life of the run.
+        by_key: By the key that was asked for.
     """
 
-    lives: dict[int, Spent] = field(default_factory=dict)
-    by: dict[str, Spent] = field(default_factory=dict)
+    sessions: dict[int, UsageTotals] = field(default_factory=dict)
+    by_key: dict[str, UsageTotals] = field(default_factory=dict)
 
     @property
-    def total(self) -> Spent:
+    def total(self) -> UsageTotals:
         """Return the sums over all."""
-        return total_of(self.lives)
+        return sum_usage(self.sessions)
 
-    def add(self, key: str, share: Share) -> None:
+    def add(self, key: str, share: UsageRecord) -> None:
         """Add what one endpoint did for an item."""
-        self.by.setdefault(key, Spent()).add(share)
+        self.by_key.setdefault(key, UsageTotals()).add(share)
 
 
-Key: TypeAlias = Callable[[Share, Mapping[str, Any]], str]
+GroupKey: TypeAlias = Callable[[UsageRecord, Mapping[str, Any]], str]
 """Names the group of a share of a record."""
 
 
-def _endpoint(share: Share, _: Mapping[str, Any]) -> str:
-    return share.get("endpoint") or NOBODY
+def _endpoint(share: UsageRecord, _: Mapping[str, Any]) -> str:
+    return share.get("endpoint") or NO_ENDPOINT
 
 
-def _node(share: Share, _: Mapping[str, Any]) -> str:
+def _node(share: UsageRecord, _: Mapping[str, Any]) -> str:
     label = share.get("endpoint")
     if not label:
-        return NOBODY
+        return NO_ENDPOINT
     return urlsplit(label if "//" in label else f"//{label}").hostname or str(label)
 
 
-def _day(_: Share, record: Mapping[str, Any]) -> str:
+def _day(_: UsageRecord, record: Mapping[str, Any]) -> str:
     return str(record.get("finished_at"))[:10]
 
 
-KEYS: Final[Mapping[str, Key]] = {"endpoint": _endpoint, "node": _node, "day": _day}
+GROUP_KEYS: Final[Mapping[str, GroupKey]] = {"endpoint": _endpoint, "node": _node, "day": _day}
 
 
-def grouped(journal: Path, run: RunIds, items: int, key: str | None, model: str) -> Groups:
+def group_usage(journal: Path, run: RunIds, items: int, key: str | None, model: str) -> UsageGroups:
     """Add up all records of a run, those that newer ones replaced included; blocks.
 
     Args:
@@ -149,55 +156,55 @@ def grouped(journal: Path, run: RunIds, items: int, key: str | None, model: str)
         model: The model's name in the run, for endpoints that never answered.
 
     Raises:
-        LedgerError: A file is damaged or belongs to another run.
+        JournalError: A file is damaged or belongs to another run.
     """
-    groups = Groups()
-    records = _records(journal, run, items, groups.lives)
+    groups = UsageGroups()
+    records = _records(journal, run, items, groups.sessions)
     if key == "model":
         return _by_model(groups, records, model)
     for record in records:
         if key is not None:
             for share in record.get("shares") or (record,):
-                groups.add(KEYS[key](share, record), share)
+                groups.add(GROUP_KEYS[key](share, record), share)
     return groups
 
 
 def _records(
-    journal: Path, run: RunIds, items: int, lives: dict[int, Spent]
+    journal: Path, run: RunIds, items: int, lives: dict[int, UsageTotals]
 ) -> Iterator[dict[str, Any]]:
     """Yield all records, and add them up by life."""
     for path in sorted(journal.glob("*.jsonl")):
-        spent = lives.setdefault(life_of(path), Spent())
-        source = Source(path, run)
-        for line in scan(source):
+        spent = lives.setdefault(parse_session_number(path), UsageTotals())
+        source = JournalSource(path, run)
+        for line in scan_lines(source):
             check_line(line, source, items)
             spent.add(line.record)
             yield line.record
 
 
-def _by_model(groups: Groups, records: Iterator[dict[str, Any]], model: str) -> Groups:
+def _by_model(groups: UsageGroups, records: Iterator[dict[str, Any]], model: str) -> UsageGroups:
     """Group by the name in the answers; where an endpoint gave none, by that of its others."""
-    names, unnamed = dict[str, str](), dict[str, Spent]()
+    names, unnamed = dict[str, str](), dict[str, UsageTotals]()
     for record in records:
         for share in record.get("shares") or (record,):
             endpoint, name = share.get("endpoint"), share.get("model")
             if name:
                 groups.add(name, share)
-                names[endpoint or NOBODY] = name
+                names[endpoint or NO_ENDPOINT] = name
             elif endpoint is None:
-                groups.add(NOBODY, share)
+                groups.add(NO_ENDPOINT, share)
             else:
-                unnamed.setdefault(endpoint, Spent()).add(share)
+                unnamed.setdefault(endpoint, UsageTotals()).add(share)
     for endpoint, spent in unnamed.items():
-        groups.by.setdefault(names.get(endpoint, model), Spent()).merge(spent)
+        groups.by_key.setdefault(names.get(endpoint, model), UsageTotals()).merge(spent)
     return groups
 
 
-_FINE: Final = 0.1 * NANO
+_FINE: Final = 0.1 * NANO_PER_USD
 """Where all amounts are smaller, they are shown with more digits."""
 
 
-def cost_so_far(folder: RunFolder, run: RunIds, lives: Mapping[int, Spent]) -> Cost:
+def read_cost(folder: RunFolder, run: RunIds, lives: Mapping[int, UsageTotals]) -> Cost:
     """Return what a run has cost, by what lies in its folder; blocks.
 
     Args:
@@ -206,66 +213,70 @@ def cost_so_far(folder: RunFolder, run: RunIds, lives: Mapping[int, Spent]) -> C
         lives: By life, what the journal says.
 
     Raises:
-        LedgerError: A book is damaged.
+        JournalError: A book is damaged.
     """
-    shelf, total = Shelf(folder.budget, run), total_of(lives)
-    doubt = shelf.doubt({life: spent.amount for life, spent in lives.items()})
-    return Cost(total, shelf.held(), doubt, total.nano_usd > 0)
+    shelf, total = SpendLogs(folder.budget, run), sum_usage(lives)
+    doubt = shelf.unaccounted({life: spent.amount for life, spent in lives.items()})
+    return Cost(total, shelf.total_node_time(), doubt, total.nano_usd > 0)
 
 
-def budget_so_far(folder: RunFolder, cost: Cost) -> dict[str, Json]:
+def read_budget(folder: RunFolder, cost: Cost) -> dict[str, Json]:
     """Return, by limit, what is spent of which cap, what is in doubt included; blocks.
 
     Raises:
         ConfigurationError: The settings' budget is none.
-        LedgerError: The caps cannot be read.
+        JournalError: The caps cannot be read.
     """
-    config = BudgetConfig.model_validate(peek(folder.settings)[0].get("budget") or {})
-    before = cost.spent.amount.plus(cost.held.amount).plus(cost.doubt)
-    return Budget(BudgetTerms(caps_of(folder, config), FREE), before, None).report()
+    config = BudgetConfig.model_validate(read_settings(folder.settings)[0].get("budget") or {})
+    before = cost.usage.amount.plus(cost.node_time.amount).plus(cost.unaccounted)
+    return Budget(BudgetSettings(read_limits(folder, config), NO_PRICES), before, None).report()
 
 
-def in_words(cost: Cost, *, timed: bool) -> Iterator[str]:
+def describe_cost(cost: Cost, *, timed: bool) -> Iterator[str]:
     """Yield lines that say what a run has cost; none where nothing has a price.
 
     Args:
         cost: What it has cost.
         timed: Whether node-hours matter though they have no price.
     """
-    priced, held = cost.nano_usd is not None, cost.held
-    parts = [dollars(cost)] * priced + [nodes(cost)] * bool(timed or held.nano_usd)
+    priced, held = cost.nano_usd is not None, cost.node_time
+    parts = [format_dollars(cost)] * priced + [format_node_hours(cost)] * bool(
+        timed or held.nano_usd
+    )
     if parts:
         yield f"Cost: {'; '.join(parts)}"
-    if more := doubts(cost):
+    if more := format_unaccounted(cost):
         yield f"In doubt, and counted against the budget: up to {more}"
 
 
-def dollars(cost: Cost) -> str:
+def format_dollars(cost: Cost) -> str:
     """Return dollars in words, e.g. ``3.21 USD, of which up to 0.12 wasted``."""
-    total, wasted = cost.nano_usd or 0, cost.spent.wasted_nano_usd
-    words = f"{figure(total, total)} USD"
+    total, wasted = cost.nano_usd or 0, cost.usage.wasted_nano_usd
+    words = f"{format_usd(total, total)} USD"
     if not wasted:
         return words
-    bound = "up to " if cost.spent.lost_tokens else ""
-    return f"{words}, of which {bound}{figure(wasted, total)} wasted"
+    bound = "up to " if cost.usage.lost_tokens else ""
+    return f"{words}, of which {bound}{format_usd(wasted, total)} wasted"
 
 
-def figure(nano_usd: int, largest: int) -> str:
+def format_usd(nano_usd: int, largest: int) -> str:
     """Return dollars with as many digits as the largest of several amounts needs."""
-    return f"{nano_usd / NANO:,.2f}" if largest >= _FINE else f"{nano_usd / NANO:.6f}"
+    return (
+        f"{nano_usd / NANO_PER_USD:,.2f}" if largest >= _FINE else f"{nano_usd / NANO_PER_USD:.6f}"
+    )
 
 
-def nodes(cost: Cost) -> str:
+def format_node_hours(cost: Cost) -> str:
     """Return node-hours in words, e.g. ``2.00 node-hours held, 0.10 idle, for 5.00 USD``."""
-    held = cost.held
-    idle = said("node_ms", held.idle_ms).removesuffix(" node-hours")
-    price = f", for {said('nano_usd', held.nano_usd)}" if held.nano_usd else ""
-    return f"{said('node_ms', held.node_ms)} held, {idle} idle{price}"
+    held = cost.node_time
+    idle = format_amount("node_ms", held.idle_ms).removesuffix(" node-hours")
+    price = f", for {format_amount('nano_usd', held.nano_usd)}" if held.nano_usd else ""
+    return f"{format_amount('node_ms', held.node_ms)} held, {idle} idle{price}"
 
 
-def doubts(cost: Cost) -> str:
+def format_unaccounted(cost: Cost) -> str:
     """Return what is in doubt, in words; empty if nothing is."""
-    shown = cost.doubt.to_json()
+    shown = cost.unaccounted.to_json()
     if cost.nano_usd is None:
         del shown["nano_usd"]
-    return ", ".join(said(name, value) for name, value in shown.items() if value)
+    return ", ".join(format_amount(name, value) for name, value in shown.items() if value)

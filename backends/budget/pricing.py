@@ -10,14 +10,14 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from ...configs.models import RunConfig
-from ...configs.prices import Listed, hosts, listed, provider_at
+from ...configs.prices import ListedPrice, find_listed_price, find_provider_name, list_priced_hosts
 from ..core.errors import ConfigurationError, NoEndpointError
-from ..core.money import Tariff
+from ..core.money import TokenPrices
 from ..core.types import Json
-from ..discovery.resolve import endpoint_specs
+from ..discovery.resolve import list_endpoint_specs
 from ..fleet.endpoint import NO_KEY, EndpointSpec
 
-SETTING: Final = "model.price"
+PRICE_SETTING: Final = "model.price"
 """The source of a price that the settings give."""
 
 _STANDARD: Final = frozenset({None, "auto", "default"})
@@ -44,16 +44,16 @@ class Price:
     cached_prompt: float | None = None
     completion: float | None = None
     node_hour: float | None = None
-    source: str = SETTING
+    source: str = PRICE_SETTING
     provider: str | None = None
     date: str | None = None
     longest_prompt: int | None = None
     simulated: bool = False
 
     @property
-    def tariff(self) -> Tariff:
+    def token_prices(self) -> TokenPrices:
         """Return it in whole small units; what is not priced costs nothing."""
-        return Tariff.of(
+        return TokenPrices.from_usd(
             self.prompt or 0.0, self.cached_prompt, self.completion or 0.0, self.node_hour or 0.0
         )
 
@@ -80,7 +80,7 @@ class Price:
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 
-def price(config: RunConfig, model: str, simulated: bool) -> Price | None:
+def find_model_price(config: RunConfig, model: str, simulated: bool) -> Price | None:
     """Return what a model costs where the settings say that it is served; may read a file.
 
     ``model.price`` comes first. fanfold's own list holds only for calls that go to the provider
@@ -106,7 +106,7 @@ def price(config: RunConfig, model: str, simulated: bool) -> Price | None:
         )
     found = None if simulated else _from_list(config, model)
     node_hour = None if given is None else given.node_hour
-    if isinstance(found, Listed):
+    if isinstance(found, ListedPrice):
         return Price(
             found.prompt,
             found.cached_prompt,
@@ -124,14 +124,14 @@ def price(config: RunConfig, model: str, simulated: bool) -> Price | None:
     return None
 
 
-def tariff(config: RunConfig, model: str, simulated: bool) -> Tariff | None:
-    """Return what calls cost, as :func:`price` finds it; None when nobody knows.
+def find_token_prices(config: RunConfig, model: str, simulated: bool) -> TokenPrices | None:
+    """Return what calls cost, as :func:`find_model_price` finds it; None when nobody knows.
 
     Raises:
-        ConfigurationError: As :func:`price`.
+        ConfigurationError: As :func:`find_model_price`.
     """
-    found = price(config, model, simulated)
-    return None if found is None else found.tariff
+    found = find_model_price(config, model, simulated)
+    return None if found is None else found.token_prices
 
 
 def _unknown(model: str, why: str | None) -> str:
@@ -144,37 +144,37 @@ def _unknown(model: str, why: str | None) -> str:
     )
 
 
-def _from_list(config: RunConfig, model: str) -> Listed | str:
+def _from_list(config: RunConfig, model: str) -> ListedPrice | str:
     """Return the listed price, or why there is none."""
     tier = config.model.extra_body.get("service_tier")
     if tier not in _STANDARD:
         return f"the listed prices are not those of service_tier {tier!r}"
     try:
-        specs = [] if config.backend.node_endpoints else _named(config)
+        specs = [] if config.backend.node_endpoints else _list_named(config)
     except ConfigurationError as error:
         return error.message
-    strange = f"fanfold lists only prices of {', '.join(hosts())}"
+    strange = f"fanfold lists only prices of {', '.join(list_priced_hosts())}"
     if not specs:
         return f"{strange}, and the endpoints are other ones"
-    found = list[Listed]()
+    found = list[ListedPrice]()
     for spec in specs:
         host = urlsplit(spec.url).hostname or ""
-        if (provider := provider_at(host)) is None:
+        if (provider := find_provider_name(host)) is None:
             return f"{strange}, not of {host}"
         ids = list(_ids(config, spec, model))
-        entries = [entry for i in ids if (entry := listed(host, i)) is not None]
+        entries = [entry for i in ids if (entry := find_listed_price(host, i)) is not None]
         if not entries:
             return f"fanfold's list for {provider} does not have it"
         found += entries
     return max(found, key=lambda entry: (entry.completion, entry.prompt))
 
 
-def _named(config: RunConfig) -> list[EndpointSpec]:
+def _list_named(config: RunConfig) -> list[EndpointSpec]:
     """Return the endpoints if the settings name them one by one."""
     # nobody is asked: a key that a run folder does not keep is not missed here
     endpoints = config.endpoints.model_copy(update={"api_key": SecretStr(NO_KEY)})
     try:
-        return endpoint_specs(endpoints, {}) if endpoints.urls or endpoints.file else []
+        return list_endpoint_specs(endpoints, {}) if endpoints.urls or endpoints.file else []
     except NoEndpointError:
         return []  # those that come later are nodes
 
@@ -188,13 +188,13 @@ def _ids(config: RunConfig, spec: EndpointSpec, model: str) -> Iterator[str]:
     yield from (served for served, name in config.endpoints.models.items() if name == model)
 
 
-def explained(config: RunConfig, model: str, simulated: bool) -> str:
+def explain_no_price(config: RunConfig, model: str, simulated: bool) -> str:
     """Return why a model has no price, for whoever wonders; it must have none."""
     found = None if simulated else _from_list(config, model)
     return found if isinstance(found, str) else "simulated answers cost nothing"
 
 
-def kept_price(about: Mapping[str, Any]) -> Price | None:
+def read_price(about: Mapping[str, Any]) -> Price | None:
     """Return the price that a run's provenance keeps, or None."""
     kept = about.get("price")
     return Price.from_json(kept) if isinstance(kept, Mapping) else None

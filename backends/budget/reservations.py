@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Final, Protocol
 
-from ..core.errors import BudgetExhaustedError, FanfoldError, LedgerError
-from ..core.money import Amount, Caps, Tariff
-from ..core.protocols import CallLog, Count, Hold
+from ..core.errors import BudgetExhaustedError, FanfoldError, JournalError
+from ..core.money import Amount, BudgetLimits, TokenPrices
+from ..core.protocols import CallLog, PromptCounter, Reservation
 from ..core.types import Json, Usage
-from .spend_log import Book
+from .spend_log import SpendLog
 
 logger = logging.getLogger(__name__)
 
@@ -30,18 +30,18 @@ _LOOK_S: Final = 0.1
 _NEXT_S: Final = 0.01
 """The same while one after the other is refused."""
 
-Exhausted = Callable[[Amount], str]
+DescribeExhausted = Callable[[Amount], str]
 """Says what is exhausted, given what could not be reserved."""
 
 
-class Holder(Protocol):
+class ReservationHolder(Protocol):
     """An item that has reservations.
 
     Attributes:
-        waits: How many of its calls wait for a reservation.
+        waiting: How many of its calls wait for a reservation.
     """
 
-    waits: int
+    waiting: int
 
     @property
     def reserved(self) -> Amount:
@@ -59,7 +59,7 @@ class _Waiter:
     amount: Amount
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[None]
-    holder: Holder | None
+    holder: ReservationHolder | None
     granted: bool = False
 
     def grant(self) -> None:
@@ -79,7 +79,7 @@ def _set(future: asyncio.Future[None], error: FanfoldError | None) -> None:
         future.set_exception(error)
 
 
-class Purse:
+class BudgetBalance:
     """Reservations against caps.
 
     Args:
@@ -91,29 +91,35 @@ class Purse:
     Attributes:
         settled: Spent so far.
         lost: Lent and not come back; it counts as spent.
-        aside: Reserved to the end, for what goes by itself: no waiting brings it back.
+        set_aside: Reserved to the end, for what goes by itself: no waiting brings it back.
     """
 
     def __init__(
-        self, caps: Caps, book: Book | None, exhausted: Exhausted, until: float = float("inf")
+        self,
+        limits: BudgetLimits,
+        log: SpendLog | None,
+        exhausted: DescribeExhausted,
+        until: float = float("inf"),
     ) -> None:
-        self._most = Amount(*(_UNLIMITED if cap is None else cap for cap in caps.each()))
+        self._most = Amount(*(_UNLIMITED if cap is None else cap for cap in limits.as_tuple()))
         self._limited = [
-            name for name, cap in zip(Amount._fields, caps.each(), strict=True) if cap is not None
+            name
+            for name, cap in zip(Amount._fields, limits.as_tuple(), strict=True)
+            if cap is not None
         ]
         self._at = [Amount._fields.index(name) for name in self._limited]
         self._block = Amount(*(-(-value // _BLOCKS) for value in self._most))
-        self._book, self._exhausted, self._until = book, exhausted, until
-        self._level = self._most if book is None else self._unlimited_only()
+        self._log, self._exhausted, self._until = log, exhausted, until
+        self._level = self._most if log is None else self._unlimited_only()
         self._used = Amount()  # settled, lost and reserved
-        self.settled, self.lost, self.aside = Amount(), Amount(), Amount()
+        self.settled, self.lost, self.set_aside = Amount(), Amount(), Amount()
         self._begun, self._fresh = deque[_Waiter](), deque[_Waiter]()
-        self._holders = dict[Holder, None]()
+        self._holders = dict[ReservationHolder, None]()
         self._vain, self._look_at, self._look_s = False, 0.0, _LOOK_S
         self._raising: Amount | None = None
-        self._failure: LedgerError | None = None
+        self._failure: JournalError | None = None
         self._lock = Lock()
-        self._thread = ThreadPoolExecutor(1, "budget") if book is not None else None
+        self._thread = ThreadPoolExecutor(1, "budget") if log is not None else None
 
     def _unlimited_only(self) -> Amount:
         values = self._most.to_json()
@@ -129,22 +135,22 @@ class Purse:
         """What is reserved and not settled."""
         return self._used.minus(self.settled).minus(self.lost)
 
-    def limits(self, left: Amount) -> Mapping[str, int]:
+    def limited_fields(self, left: Amount) -> Mapping[str, int]:
         """Return the limited fields of an amount."""
         return {name: getattr(left, name) for name in self._limited}
 
-    def add_holder(self, holder: Holder) -> None:
+    def add_holder(self, holder: ReservationHolder) -> None:
         """Let an item have reservations of its own."""
         with self._lock:
             self._holders[holder] = None
 
-    def remove_holder(self, holder: Holder) -> None:
+    def remove_holder(self, holder: ReservationHolder) -> None:
         """Forget an item that has ended."""
         with self._lock:
             self._holders.pop(holder, None)
 
     async def reserve(
-        self, amount: Amount, *, begun: bool = False, holder: Holder | None = None
+        self, amount: Amount, *, begun: bool = False, holder: ReservationHolder | None = None
     ) -> None:
         """Reserve an amount, waiting while others may give something back.
 
@@ -158,62 +164,62 @@ class Purse:
 
         Raises:
             BudgetExhaustedError: There is not so much left, and nobody gives anything back.
-            LedgerError: The book cannot be written.
+            JournalError: The book cannot be written.
         """
         loop = asyncio.get_running_loop()
         with self._lock:
-            if self._grab(amount, begun):
+            if self._reserve_if_free(amount, begun):
                 return
             waiter = _Waiter(amount, loop, loop.create_future(), holder)
             if holder is not None:
-                holder.waits += 1
+                holder.waiting += 1
             (self._begun if begun else self._fresh).append(waiter)
-            self._serve()
+            self._grant_waiters()
         try:
             while not (await asyncio.wait({waiter.future}, timeout=self._look_s))[0]:
                 self._look()
             waiter.future.result()
         except asyncio.CancelledError:
             waiter.future.cancel()
-            self._withdraw(waiter)
+            self._cancel_waiter(waiter)
             raise
 
-    def reserve_now(self, amount: Amount) -> bool:
+    def try_reserve(self, amount: Amount) -> bool:
         """Reserve an amount if nobody waits and it is there; say whether."""
         with self._lock:
-            return self._grab(amount, begun=False)
+            return self._reserve_if_free(amount, begun=False)
 
     def settle(self, reserved: Amount, used: Amount) -> None:
         """Turn what was reserved into what was spent; the rest is free again."""
         with self._lock:
             self.settled = self.settled.plus(used)
-            self._used = self._used.instead(reserved, used)
+            self._used = self._used.replace_part(reserved, used)
             self._vain = False
             self._adjust()
-            self._serve()
+            self._grant_waiters()
 
     def write_off(self, reserved: Amount) -> None:
         """Count something reserved as spent until it is known better."""
         with self._lock:
             self.lost = self.lost.plus(reserved)
-            self._serve()
+            self._grant_waiters()
 
-    def widen(self, amount: Amount) -> None:
+    def extend_limits(self, amount: Amount) -> None:
         """Have so much more: an earlier life has spent less than was thought."""
         with self._lock:
-            self._most = self._most.plus(amount).least(Amount(*(_UNLIMITED,) * len(amount)))
-            self._serve()
+            self._most = self._most.plus(amount).minimum(Amount(*(_UNLIMITED,) * len(amount)))
+            self._grant_waiters()
 
     def refund(self, lost: Amount, used: Amount) -> None:
         """Turn what was written off into what was spent of it."""
         with self._lock:
             self.lost = self.lost.minus(lost)
             self.settled = self.settled.plus(used)
-            self._used = self._used.instead(lost, used)
+            self._used = self._used.replace_part(lost, used)
             self._adjust()
-            self._serve()
+            self._grant_waiters()
 
-    def tick(self, used: Amount) -> bool | None:
+    def try_spend(self, used: Amount) -> bool | None:
         """Spend something that goes by itself, such as time.
 
         Returns:
@@ -230,20 +236,20 @@ class Purse:
             self._raise(used)
             return None
 
-    def _withdraw(self, waiter: _Waiter) -> None:
+    def _cancel_waiter(self, waiter: _Waiter) -> None:
         """Undo what a cancelled wait holds: its place, or what it was granted."""
         with self._lock:
             for queue in (self._begun, self._fresh):
                 if waiter in queue:
                     queue.remove(waiter)
                     if waiter.holder is not None:
-                        waiter.holder.waits -= 1
-                    self._serve()
+                        waiter.holder.waiting -= 1
+                    self._grant_waiters()
                     return
         if waiter.granted:  # whoever waited never saw it
             self.settle(waiter.amount, Amount())
 
-    def _grab(self, amount: Amount, begun: bool) -> bool:
+    def _reserve_if_free(self, amount: Amount, begun: bool) -> bool:
         if self._failure is not None or self._begun or (self._fresh and not begun):
             return False
         if time.time() > self._until:
@@ -255,7 +261,7 @@ class Purse:
         self._adjust()
         return True
 
-    def _serve(self) -> None:
+    def _grant_waiters(self) -> None:
         """Grant what can be granted, oldest first, begun items before others."""
         while queue := self._begun or self._fresh:
             waiter = queue[0]
@@ -274,7 +280,7 @@ class Purse:
             elif _within(wanted, self._most):
                 self._raise(waiter.amount)
                 return
-            elif any(self.reserved.minus(self.aside)):
+            elif any(self.reserved.minus(self.set_aside)):
                 return
             else:
                 self._refuse(_first(queue))
@@ -285,24 +291,24 @@ class Purse:
     def _look(self) -> None:
         """Refuse who is first in line if nobody gives anything back, and has not for a while."""
         with self._lock:
-            self._serve()
+            self._grant_waiters()
             queue, now = self._begun or self._fresh, time.monotonic()
             if not queue or now < self._look_at:
                 return
-            was, self._vain = self._vain, not self._may_come_back(queue[0].amount)
+            was, self._vain = self._vain, not self._can_come_back(queue[0].amount)
             if was and self._vain:
                 self._vain, self._look_s = False, _NEXT_S
                 self._refuse(_first(queue))
-                self._serve()
+                self._grant_waiters()
             self._look_at = now + self._look_s
 
-    def _may_come_back(self, amount: Amount) -> bool:
+    def _can_come_back(self, amount: Amount) -> bool:
         """Tell whether somebody may give something back: not if all of them wait themselves."""
         if _within(self._used.plus(amount), self._most):
             return True  # the book is being written
         if any(holder.gives_back for holder in self._holders):
             return True
-        loose = self.reserved.minus(self.aside)
+        loose = self.reserved.minus(self.set_aside)
         for holder in self._holders:
             loose = loose.minus(holder.reserved)
         return any(loose)  # a worker's lease
@@ -311,7 +317,7 @@ class Purse:
 
     def _adjust(self) -> None:
         """Raise the level ahead of need; lower it where it is far above."""
-        if self._book is None or self._raising is not None:
+        if self._log is None or self._raising is not None:
             return
         for at in self._at:
             gap, block = self._level[at] - self._used[at], self._block[at]
@@ -325,41 +331,43 @@ class Purse:
     def _raise(self, amount: Amount) -> None:
         if self._raising is None and self._thread is not None:
             goal = self._used.plus(amount).plus(self._block)
-            self._raising = goal.most(self._level).least(self._most)
-            self._thread.submit(self._raised, self._raising)
+            self._raising = goal.maximum(self._level).minimum(self._most)
+            self._thread.submit(self._finish_raise, self._raising)
 
-    def _raised(self, level: Amount) -> None:
-        failure = self._written({"level": self.limits(level)}, sync=True)
+    def _finish_raise(self, level: Amount) -> None:
+        failure = self._write_line({"level": self.limited_fields(level)}, sync=True)
         with self._lock:
             self._raising, self._failure = None, failure or self._failure
             if failure is None:
                 self._level = level
-            self._serve()
+            self._grant_waiters()
 
     def _lower(self) -> None:
         """Lower the level; the old one stands on disk until the new one does."""
         assert self._thread is not None
-        self._level = self._used.plus(self._block).least(self._level)
-        self._thread.submit(self._written, {"level": self.limits(self._level)}, sync=False)
+        self._level = self._used.plus(self._block).minimum(self._level)
+        self._thread.submit(
+            self._write_line, {"level": self.limited_fields(self._level)}, sync=False
+        )
 
-    def _written(self, line: Mapping[str, Json], *, sync: bool) -> LedgerError | None:
-        assert self._book is not None
+    def _write_line(self, line: Mapping[str, Json], *, sync: bool) -> JournalError | None:
+        assert self._log is not None
         try:
-            self._book.write(line, sync=sync)
-        except LedgerError as error:
+            self._log.write(line, sync=sync)
+        except JournalError as error:
             logger.warning("%s", error.message)
             return error
         return None
 
-    async def note(self, line: Mapping[str, Json], *, sync: bool) -> None:
+    async def append_line(self, line: Mapping[str, Json], *, sync: bool) -> None:
         """Append a line of another's to the book, after what was noted before.
 
         Raises:
-            LedgerError: It cannot be written.
+            JournalError: It cannot be written.
         """
         if self._thread is None:
             return
-        noting = asyncio.wrap_future(self._thread.submit(self._written, line, sync=sync))
+        noting = asyncio.wrap_future(self._thread.submit(self._write_line, line, sync=sync))
         if (failure := await noting) is not None:
             raise failure
 
@@ -367,23 +375,23 @@ class Purse:
         """Say what was spent, and close the book.
 
         Raises:
-            LedgerError: It cannot be written.
+            JournalError: It cannot be written.
         """
-        if self._thread is None or self._book is None:
+        if self._thread is None or self._log is None:
             return
         try:
             spent = self.settled.plus(self.reserved)
-            await self.note({"settled": spent.to_json()}, sync=True)
+            await self.append_line({"settled": spent.to_json()}, sync=True)
         finally:
             self._thread.shutdown(wait=False)
-            self._book.close()
+            self._log.close()
 
 
 def _first(queue: deque[_Waiter]) -> _Waiter:
     """Take the oldest out of a queue."""
     waiter = queue.popleft()
     if waiter.holder is not None:
-        waiter.holder.waits -= 1
+        waiter.holder.waiting -= 1
     return waiter
 
 
@@ -396,7 +404,7 @@ def _within(amount: Amount, most: Amount) -> bool:
     )
 
 
-_SAID: Final = 512
+_REPAIR_TOKENS: Final = 512
 """Tokens of what is said to a model whose answer is sent back, besides its own answer."""
 
 
@@ -411,42 +419,46 @@ class ItemAccount:
         count: Counts prompts as the model does, for when room is scarce; or None.
 
     Attributes:
-        waits: Calls of the item that wait for the budget.
+        waiting: Calls of the item that wait for the budget.
     """
 
     __slots__ = (
         "_asking",
+        "_balance",
         "_beginning",
         "_begun",
         "_closed",
         "_count",
-        "_holds",
         "_known",
         "_lock",
         "_log",
         "_pool",
-        "_purse",
+        "_prices",
         "_repairs",
-        "_tariff",
-        "waits",
+        "_reservations",
+        "waiting",
     )
 
     def __init__(
-        self, purse: Purse, tariff: Tariff, repairs: int, count: Count | None = None
+        self,
+        balance: BudgetBalance,
+        prices: TokenPrices,
+        repairs: int,
+        count: PromptCounter | None = None,
     ) -> None:
-        self._purse, self._tariff, self._count = purse, tariff, count
+        self._balance, self._prices, self._count = balance, prices, count
         self._repairs, self._asking = repairs, 0
         self._beginning = self._begun = self._known = self._closed = False
         self._pool, self._lock = Amount(), Lock()
-        self._holds = set[_Hold]()
+        self._reservations = set[_Reservation]()
         self._log: CallLog | None = None
-        self.waits = 0
+        self.waiting = 0
 
     @property
     def reserved(self) -> Amount:
         """What the item has reserved, for requests in flight and for repairs."""
         total = self._pool
-        for hold in tuple(self._holds):
+        for hold in tuple(self._reservations):
             total = total.plus(hold.amount)
         return total
 
@@ -463,7 +475,9 @@ class ItemAccount:
             return log.goes_on
         return any(self.reserved)
 
-    async def hold(self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None) -> Hold:
+    async def reserve(
+        self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None
+    ) -> Reservation:
         """Reserve what one request may cost, waiting for what others may give back.
 
         Args:
@@ -473,86 +487,86 @@ class ItemAccount:
 
         Raises:
             BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.
-            LedgerError: The budget's book cannot be written.
+            JournalError: The budget's book cannot be written.
         """
         self._asking += 1
         if log is not None and not self._known:
             self._log, self._known = log, True
-            self._purse.add_holder(self)
+            self._balance.add_holder(self)
         try:
             if self._beginning:
-                usage = await self._go_on(most, body)
+                usage = await self._reserve_further(most, body)
             else:
                 self._beginning = True
                 try:
-                    usage = await self._begin(most, body)
+                    usage = await self._reserve_first(most, body)
                 finally:
                     self._beginning = self._begun
-            return self._held(usage)
+            return self._make_reservation(usage)
         finally:
             self._asking -= 1
             self._forget()
 
-    def _held(self, usage: Usage) -> _Hold:
-        hold = _Hold(usage, self._tariff.amount(usage), self)
-        self._holds.add(hold)
+    def _make_reservation(self, usage: Usage) -> _Reservation:
+        hold = _Reservation(usage, self._prices.amount(usage), self)
+        self._reservations.add(hold)
         return hold
 
-    def end(self, hold: _Hold, used: Amount) -> None:
+    def end(self, hold: _Reservation, used: Amount) -> None:
         """Settle one request."""
-        self._holds.discard(hold)
-        self._purse.settle(hold.amount, used)
+        self._reservations.discard(hold)
+        self._balance.settle(hold.amount, used)
         self._forget()
 
     def price(self, usage: Usage) -> Amount:
         """Return what a request costs."""
-        return self._tariff.amount(usage)
+        return self._prices.amount(usage)
 
-    async def _begin(self, most: Usage, body: Mapping[str, Any]) -> Usage:
+    async def _reserve_first(self, most: Usage, body: Mapping[str, Any]) -> Usage:
         """Reserve the first request and the repairs; return what it was reckoned with."""
-        usage, repairs = most, self._of_repairs(most)
-        if not self._purse.reserve_now(self._tariff.amount(usage).plus(repairs)):
-            usage = await self._counted(most, body)
-            repairs = self._of_repairs(usage)
-            await self._purse.reserve(self._tariff.amount(usage).plus(repairs), holder=self)
+        usage, repairs = most, self._sum_repairs(most)
+        if not self._balance.try_reserve(self._prices.amount(usage).plus(repairs)):
+            usage = await self._count_usage(most, body)
+            repairs = self._sum_repairs(usage)
+            await self._balance.reserve(self._prices.amount(usage).plus(repairs), holder=self)
         self._begun = True
         with self._lock:
             self._pool = self._pool.plus(repairs)
-        if self.waits or self._closed:
-            self._give_repairs_back()
+        if self.waiting or self._closed:
+            self._release_pool()
         return usage
 
-    async def _go_on(self, most: Usage, body: Mapping[str, Any]) -> Usage:
+    async def _reserve_further(self, most: Usage, body: Mapping[str, Any]) -> Usage:
         """Reserve a further request, of what is reserved for repairs if it is enough."""
-        if self._drawn(self._tariff.amount(most)):
+        if self._draw_from_pool(self._prices.amount(most)):
             return most
-        usage = await self._counted(most, body)
-        if not self._drawn(self._tariff.amount(usage)):
+        usage = await self._count_usage(most, body)
+        if not self._draw_from_pool(self._prices.amount(usage)):
             # A waiting item holds no repairs, or two items could wait for each other.
-            self._give_repairs_back()
-            amount = self._tariff.amount(usage)
-            await self._purse.reserve(amount, begun=self._begun, holder=self)
+            self._release_pool()
+            amount = self._prices.amount(usage)
+            await self._balance.reserve(amount, begun=self._begun, holder=self)
         return usage
 
-    async def _counted(self, most: Usage, body: Mapping[str, Any]) -> Usage:
+    async def _count_usage(self, most: Usage, body: Mapping[str, Any]) -> Usage:
         """Return the most that a request may use, its prompt counted if somebody can."""
         prompt = None if self._count is None else await self._count(body)
         return most if prompt is None else Usage(prompt, most.completion)
 
-    def _of_repairs(self, usage: Usage) -> Amount:
+    def _sum_repairs(self, usage: Usage) -> Amount:
         prompt, answer, total = usage.prompt or 0, usage.completion or 0, Amount()
         for _ in range(self._repairs):
-            prompt += answer + _SAID
-            total = total.plus(self._tariff.amount(Usage(prompt, answer)))
+            prompt += answer + _REPAIR_TOKENS
+            total = total.plus(self._prices.amount(Usage(prompt, answer)))
         return total
 
-    def hold_now(self, most: Usage) -> Hold | None:
+    def try_reserve(self, most: Usage) -> Reservation | None:
         """Reserve what one further request may cost if there is room at once."""
-        if not self._purse.reserve_now(self._tariff.amount(most)):
+        if not self._balance.try_reserve(self._prices.amount(most)):
             return None
-        return self._held(most)
+        return self._make_reservation(most)
 
-    def _drawn(self, amount: Amount) -> bool:
+    def _draw_from_pool(self, amount: Amount) -> bool:
         """Take a request out of what is reserved for repairs, if it is enough."""
         with self._lock:
             rest = self._pool.minus(amount)
@@ -564,23 +578,23 @@ class ItemAccount:
     def close(self) -> None:
         """Give back what was reserved for repairs; the item has ended."""
         self._closed = True
-        self._give_repairs_back()
+        self._release_pool()
         self._forget()
 
     def _forget(self) -> None:
         """Leave the purse when the item has ended, and requests that it left behind, too."""
-        if self._closed and self._known and not self._holds and not self._asking:
+        if self._closed and self._known and not self._reservations and not self._asking:
             self._known = False
-            self._purse.remove_holder(self)
+            self._balance.remove_holder(self)
 
-    def _give_repairs_back(self) -> None:
+    def _release_pool(self) -> None:
         with self._lock:
             pool, self._pool = self._pool, Amount()
         if any(pool):
-            self._purse.settle(pool, Amount())
+            self._balance.settle(pool, Amount())
 
 
-class _Hold:
+class _Reservation:
     """What is reserved for one request."""
 
     __slots__ = ("_account", "_open", "_usage", "amount")
@@ -591,15 +605,15 @@ class _Hold:
 
     def settle(self, usage: Usage) -> None:
         if usage.prompt is None or usage.completion is None:
-            self.keep()
+            self.settle_all()
         else:
             self._end(self._account.price(usage))
 
-    def keep(self) -> Usage:
+    def settle_all(self) -> Usage:
         self._end(self.amount)
         return self._usage
 
-    def free(self, *, sent: bool) -> None:
+    def release(self, *, sent: bool) -> None:
         self._end(Amount(requests=int(sent)))
 
     def _end(self, used: Amount) -> None:

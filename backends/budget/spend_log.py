@@ -22,13 +22,20 @@ import orjson
 
 from ..core.checksum import add_crc
 from ..core.disk import sync_folder
-from ..core.errors import LedgerError
-from ..core.money import Amount, Held
+from ..core.errors import JournalError
+from ..core.money import Amount, NodeTime
 from ..core.types import Json
-from ..core.values import MOST
-from ..storage.journal import RunIds, Source, find_renamed, make_header, present_id, scan
+from ..core.values import MAX_COUNT
+from ..storage.journal import (
+    JournalSource,
+    RunIds,
+    check_renamed_files,
+    get_current_run_id,
+    make_header,
+    scan_lines,
+)
 
-KIND: Final = "budget"
+HEADER_KIND: Final = "budget"
 """What the header of a spend log says."""
 
 Level = Mapping[str, int]
@@ -38,7 +45,7 @@ _SETTLE_S: Final = 60.0
 """Seconds after a lease's end until its book is believed: clocks differ, files show late."""
 
 
-class Book:
+class SpendLog:
     """Writes one file; every method blocks.
 
     Args:
@@ -46,7 +53,7 @@ class Book:
         run: The run's id.
 
     Raises:
-        LedgerError: The file cannot be created.
+        JournalError: The file cannot be created.
     """
 
     def __init__(self, path: Path, run: str) -> None:
@@ -56,11 +63,11 @@ class Book:
             path.parent.mkdir(exist_ok=True)
             self._file = FileIO(path, "xb")
         except OSError as error:
-            raise LedgerError(f"{path}: cannot be created: {error.strerror}") from error
+            raise JournalError(f"{path}: cannot be created: {error.strerror}") from error
         try:
-            self._append(make_header(path, KIND, {"run": run}), sync=False)
+            self._append(make_header(path, HEADER_KIND, {"run": run}), sync=False)
             self._sync_names(made)
-        except LedgerError:
+        except JournalError:
             self._file.close()
             raise
 
@@ -73,7 +80,7 @@ class Book:
                 sync_folder(folder.parent)
         except OSError as error:
             msg = f"{folder}: cannot be flushed to disk: {error.strerror}"
-            raise LedgerError(msg) from error
+            raise JournalError(msg) from error
 
     def write(self, line: Mapping[str, Json], *, sync: bool) -> None:
         """Append one line.
@@ -83,7 +90,7 @@ class Book:
             sync: Return only when it is on disk.
 
         Raises:
-            LedgerError: It cannot be written.
+            JournalError: It cannot be written.
         """
         self._append(orjson.dumps(line), sync=sync)
 
@@ -96,7 +103,7 @@ class Book:
                 os.fsync(self._file.fileno())
         except OSError as error:
             msg = f"{self._path}: the budget's book cannot be written: {error.strerror}"
-            raise LedgerError(msg) from error
+            raise JournalError(msg) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -110,36 +117,36 @@ class Lease:
     Attributes:
         amount: How much.
         until: Unix time in seconds after which no worker begins on it.
-        booked: Whether the worker keeps a book of it that is seen here.
+        has_log: Whether the worker keeps a book of it that is seen here.
     """
 
     amount: Amount
     until: float
-    booked: bool = False
+    has_log: bool = False
 
 
 @dataclass(slots=True)
-class Page:
+class SpendState:
     """A book as it was read.
 
     Attributes:
         level: The last bound, by field.
         settled: What was spent, leases apart; None: the life was killed, or still goes on.
-        held: How long nodes were held, as far as noted.
+        node_time: How long nodes were held, as far as noted.
         leases: What was lent and has not come back.
         until: (a lease's book) Unix time in seconds after which nothing more is spent.
-        late: Leases of earlier lives that came back in this one: what was spent of each.
+        late_returns: Leases of earlier lives that came back in this one: what was spent of each.
     """
 
     level: dict[str, int] = field(default_factory=dict)
     settled: Amount | None = None
-    held: Held = field(default_factory=Held)
+    node_time: NodeTime = field(default_factory=NodeTime)
     leases: dict[str, Lease] = field(default_factory=dict)
     until: float = float("inf")
-    late: dict[str, Amount] = field(default_factory=dict)
+    late_returns: dict[str, Amount] = field(default_factory=dict)
 
 
-def read_page(path: Path, run: RunIds) -> Page:
+def read_spend_state(path: Path, run: RunIds) -> SpendState:
     """Read a book.
 
     Args:
@@ -147,19 +154,19 @@ def read_page(path: Path, run: RunIds) -> Page:
         run: The run's ids.
 
     Raises:
-        LedgerError: It is damaged, or another run's.
+        JournalError: It is damaged, or another run's.
     """
-    page, source = Page(), Source(path, run, KIND)
-    for line in scan(source):
+    page, source = SpendState(), JournalSource(path, run, HEADER_KIND)
+    for line in scan_lines(source):
         try:
             _apply(page, line.record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             msg = f"not a line of a budget's book ({error!r})"
-            raise source.fault(line.number, msg) from None
+            raise source.make_error(line.number, msg) from None
     return page
 
 
-def _apply(page: Page, record: dict[str, Any]) -> None:
+def _apply(page: SpendState, record: dict[str, Any]) -> None:
     if "level" in record:
         level = Amount.from_json(record["level"])
         page.level = {name: getattr(level, name) for name in record["level"]}
@@ -174,11 +181,11 @@ def _apply(page: Page, record: dict[str, Any]) -> None:
     if "back" in record:
         page.leases.pop(record["back"], None)
     if "late" in record:
-        page.late[record["late"]] = Amount.from_json(record["used"])
+        page.late_returns[record["late"]] = Amount.from_json(record["used"])
     if "settled" in record:
         page.settled = Amount.from_json(record["settled"])
     if "held" in record:
-        page.held = Held.from_json(record["held"])
+        page.node_time = NodeTime.from_json(record["held"])
 
 
 def _time(value: Any) -> float:
@@ -187,12 +194,12 @@ def _time(value: Any) -> float:
     Raises:
         ValueError: It is no such number.
     """
-    if type(value) not in (int, float) or not 0 <= value <= MOST:
+    if type(value) not in (int, float) or not 0 <= value <= MAX_COUNT:
         raise ValueError(f"until is {value!r}, not a time in seconds since 1970")
     return float(value)
 
 
-class Shelf:
+class SpendLogs:
     """The books of a run.
 
     Args:
@@ -203,79 +210,79 @@ class Shelf:
     def __init__(self, folder: Path, run: RunIds) -> None:
         self._folder, self._run = folder, run
 
-    def of_life(self, life: int) -> Path:
+    def session_path(self, session: int) -> Path:
         """Return the path of a life's book."""
-        return self._folder / f"{life:04}.jsonl"
+        return self._folder / f"{session:04}.jsonl"
 
-    def next_life(self) -> int:
+    def next_session(self) -> int:
         """Return the number of the first life without a book, from 1."""
-        return 1 + max((int(p.stem) for p in self._lives()), default=0)
+        return 1 + max((int(p.stem) for p in self._session_paths()), default=0)
 
-    def _lives(self) -> list[Path]:
+    def _session_paths(self) -> list[Path]:
         """Return the books of sessions.
 
         Raises:
-            LedgerError: A file has a name that no book has.
+            JournalError: A file has a name that no book has.
         """
         found = sorted(self._folder.glob("*.jsonl"))
         lives = [path for path in found if path.stem.isascii() and path.stem.isdigit()]
         for path in found:
             if not (path.stem.startswith("lease-") or path in lives):
                 msg = f"{path}, line 1: not a spend log of fanfold; move it out of the run folder"
-                raise LedgerError(msg)
+                raise JournalError(msg)
         return lives
 
-    def of_lease(self, lease: str) -> Path:
+    def lease_path(self, lease: str) -> Path:
         """Return the path of the book of a lease, written by who has it."""
         return self._folder / f"lease-{lease}.jsonl"
 
-    def open(self, path: Path) -> Book:
+    def create(self, path: Path) -> SpendLog:
         """Begin a book.
 
         Raises:
-            LedgerError: It cannot be created.
+            JournalError: It cannot be created.
         """
-        return Book(path, present_id(self._run))
+        return SpendLog(path, get_current_run_id(self._run))
 
-    def page(self, lease: str) -> Page:
+    def read_lease(self, lease: str) -> SpendState:
         """Read a lease's book.
 
         Raises:
-            LedgerError: It is damaged.
+            JournalError: It is damaged.
         """
-        return read_page(self.of_lease(lease), self._run)
+        return read_spend_state(self.lease_path(lease), self._run)
 
-    def pages(self) -> dict[int, Page]:
+    def read_sessions(self) -> dict[int, SpendState]:
         """Read the books of all lives.
 
         Raises:
-            LedgerError: One is damaged.
+            JournalError: One is damaged.
         """
         try:
             if self._folder.is_dir():
-                find_renamed(self._folder, self._run)
+                check_renamed_files(self._folder, self._run)
         except OSError as error:
-            raise LedgerError(f"{self._folder}: cannot be listed: {error.strerror}") from error
-        return {int(path.stem): read_page(path, self._run) for path in self._lives()}
+            raise JournalError(f"{self._folder}: cannot be listed: {error.strerror}") from error
+        return {int(path.stem): read_spend_state(path, self._run) for path in self._session_paths()}
 
-    def lent(self, now: float | None = None) -> dict[str, Amount]:
+    def unreturned_leases(self, now: float | None = None) -> dict[str, Amount]:
         """Return, by name, what counts as spent of each lease that did not come back to its life.
 
         Args:
             now: Unix time in seconds.
 
         Raises:
-            LedgerError: A book is damaged.
+            JournalError: A book is damaged.
         """
-        pages = self.pages()
-        late = _late(pages)
+        pages = self.read_sessions()
+        late = _collect_late(pages)
         return {
-            name: late[name] if name in late else self.proven(name, lease, now)
+            name: late[name] if name in late else self.proven_spending(name, lease, now)
             for page in pages.values()
             for name, lease in page.leases.items()
         }
 
-    def proven(self, name: str, lease: Lease, now: float | None = None) -> Amount:
+    def proven_spending(self, name: str, lease: Lease, now: float | None = None) -> Amount:
         """Return the most that was spent of a lease, as far as its own book tells.
 
         A worker that is taken for lost may go on until its time ends; only then its book is
@@ -288,31 +295,31 @@ class Shelf:
             now: Unix time in seconds.
 
         Raises:
-            LedgerError: The lease's book is damaged.
+            JournalError: The lease's book is damaged.
         """
-        path, now = self.of_lease(name), time.time() if now is None else now
+        path, now = self.lease_path(name), time.time() if now is None else now
         if not path.exists():
-            never_begun = lease.booked and now > lease.until + _SETTLE_S
+            never_begun = lease.has_log and now > lease.until + _SETTLE_S
             return Amount() if never_begun else lease.amount
-        page = read_page(path, self._run)
+        page = read_spend_state(path, self._run)
         if page.settled is not None:
-            return page.settled.least(lease.amount)
+            return page.settled.minimum(lease.amount)
         if now < page.until + _SETTLE_S:
             return lease.amount
-        return Amount(**(lease.amount.to_json() | page.level)).least(lease.amount)
+        return Amount(**(lease.amount.to_json() | page.level)).minimum(lease.amount)
 
-    def held(self) -> Held:
+    def total_node_time(self) -> NodeTime:
         """Return how long nodes were held in all lives, as far as noted.
 
         Raises:
-            LedgerError: A book is damaged.
+            JournalError: A book is damaged.
         """
-        total = Held()
-        for page in self.pages().values():
-            total = total.plus(page.held)
+        total = NodeTime()
+        for page in self.read_sessions().values():
+            total = total.plus(page.node_time)
         return total
 
-    def spent(self, recorded: Mapping[int, Amount], now: float | None = None) -> Amount:
+    def total_spent(self, recorded: Mapping[int, Amount], now: float | None = None) -> Amount:
         """Return the most that all lives so far may have spent.
 
         Args:
@@ -320,16 +327,16 @@ class Shelf:
             now: Unix time in seconds.
 
         Raises:
-            LedgerError: A book is damaged.
+            JournalError: A book is damaged.
         """
-        pages, lent, total = self.pages(), self.lent(now), Amount()
+        pages, lent, total = self.read_sessions(), self.unreturned_leases(now), Amount()
         for life in pages.keys() | recorded.keys():
             journal = recorded.get(life, Amount())
             page = pages.get(life)
-            total = total.plus(journal if page is None else _of_life(page, journal, lent))
+            total = total.plus(journal if page is None else _sum_session(page, journal, lent))
         return total
 
-    def doubt(self, recorded: Mapping[int, Amount], now: float | None = None) -> Amount:
+    def unaccounted(self, recorded: Mapping[int, Amount], now: float | None = None) -> Amount:
         """Return what may have been spent besides what the journal and the time of nodes tell.
 
         Args:
@@ -337,20 +344,20 @@ class Shelf:
             now: Unix time in seconds.
 
         Raises:
-            LedgerError: A book is damaged.
+            JournalError: A book is damaged.
         """
-        lent, total = self.lent(now), Amount()
-        for life, page in self.pages().items():
+        lent, total = self.unreturned_leases(now), Amount()
+        for life, page in self.read_sessions().items():
             journal = recorded.get(life, Amount())
-            known = journal.plus(page.held.amount)
-            more = _of_life(page, journal, lent).minus(known).most(Amount())
+            known = journal.plus(page.node_time.amount)
+            more = _sum_session(page, journal, lent).minus(known).maximum(Amount())
             if more.nano_usd <= journal.requests:  # each request's price is rounded up by itself
                 more = more._replace(nano_usd=0)
             total = total.plus(more)
         return total
 
 
-def _of_life(page: Page, journal: Amount, lent: Mapping[str, Amount]) -> Amount:
+def _sum_session(page: SpendState, journal: Amount, lent: Mapping[str, Amount]) -> Amount:
     """Return the most that a life may have spent.
 
     Args:
@@ -359,17 +366,17 @@ def _of_life(page: Page, journal: Amount, lent: Mapping[str, Amount]) -> Amount:
         lent: What counts as spent of each lease.
     """
     if page.settled is not None:
-        total = page.settled.most(Amount(node_ms=page.held.node_ms))
+        total = page.settled.maximum(Amount(node_ms=page.node_time.node_ms))
         for name in page.leases:
             total = total.plus(lent[name])
         return total
-    total = Amount(**(journal.plus(page.held.amount).to_json() | page.level))
+    total = Amount(**(journal.plus(page.node_time.amount).to_json() | page.level))
     for name, lease in page.leases.items():
         saved = lease.amount.minus(lent[name]).to_json()
         total = total.minus(Amount(**{k: v for k, v in saved.items() if k in page.level}))
     return total
 
 
-def _late(pages: Mapping[int, Page]) -> dict[str, Amount]:
+def _collect_late(pages: Mapping[int, SpendState]) -> dict[str, Amount]:
     """Return what was spent of leases that came back in a later life."""
-    return {name: used for page in pages.values() for name, used in page.late.items()}
+    return {name: used for page in pages.values() for name, used in page.late_returns.items()}

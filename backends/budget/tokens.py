@@ -16,19 +16,19 @@ import orjson
 import tiktoken
 from tiktoken.model import encoding_name_for_model
 
-from ...configs.prices import provider_at
-from ..core.protocols import Count
-from ..discovery.connect import Serving
+from ...configs.prices import find_provider_name
+from ..core.protocols import PromptCounter
+from ..discovery.connect import ReadyEndpoints
 from ..fleet.endpoint import Endpoint, EndpointSpec
 from ..fleet.policy import FleetPolicy
 from ..fleet.transport import Transport
 
 logger = logging.getLogger(__name__)
 
-Load = Callable[[str], tiktoken.Encoding]
+LoadEncoding = Callable[[str], tiktoken.Encoding]
 
 
-def encoding_name(model: str) -> str | None:
+def find_encoding_name(model: str) -> str | None:
     """Return the name of a model's vocabulary, or None when tiktoken does not know the model.
 
     What stands before a slash (``openai/gpt-oss-120b``) is left away.
@@ -40,7 +40,7 @@ def encoding_name(model: str) -> str | None:
 
 
 async def load_encoding(
-    name: str, timeout_s: float, load: Load = tiktoken.get_encoding
+    name: str, timeout_s: float, load: LoadEncoding = tiktoken.get_encoding
 ) -> tiktoken.Encoding | None:
     """Load a vocabulary, which tiktoken downloads once and keeps; log why it cannot be had.
 
@@ -86,13 +86,13 @@ _RUN: Final = re.compile(r"[A-Za-z]+|\s?[0-9]+|[^\x00-\x7f]+|[^\sA-Za-z0-9]|\n\s
 _MESSAGE: Final = 8
 """Tokens that a chat template puts around a message."""
 _CONVERSATION: Final = 8
-LIKELY: Final = 0.8
+LIKELY_SHARE: Final = 0.8
 """What the tokens usually come to, as a share of the figure given here."""
-LEAST: Final = 0.55
+LEAST_SHARE: Final = 0.55
 """The same at the lower end."""
 
 
-def text_tokens(text: str) -> int:
+def estimate_text_tokens(text: str) -> int:
     """Return about how many tokens a text has, high rather than low."""
     return sum(map(_weight, _RUN.findall(text)))
 
@@ -109,16 +109,16 @@ def _weight(run: str) -> int:
     return 1
 
 
-def prompt_tokens(body: Mapping[str, Any]) -> int:
+def estimate_prompt_tokens(body: Mapping[str, Any]) -> int:
     """Return about how many tokens a request's prompt has, high rather than low.
 
     Args:
         body: The request: ``messages``, and ``tools`` and ``response_format`` if there are any.
     """
-    return prompt_sum(body, text_tokens)
+    return sum_prompt_tokens(body, estimate_text_tokens)
 
 
-def prompt_sum(
+def sum_prompt_tokens(
     body: Mapping[str, Any],
     count: Callable[[str], int],
     message: int = _MESSAGE,
@@ -133,14 +133,14 @@ def prompt_sum(
         conversation: Tokens that it puts around all of them.
     """
     messages = body["messages"]
-    total = sum(count(message_text(one)) for one in messages)
+    total = sum(count(read_message_text(one)) for one in messages)
     total += conversation + message * len(messages)
     extras = (body.get(key) for key in ("tools", "response_format"))
     total += sum(count(orjson.dumps(extra).decode()) for extra in extras if extra)
     return total
 
 
-def message_text(message: Mapping[str, Any]) -> str:
+def read_message_text(message: Mapping[str, Any]) -> str:
     """Return all text of a message; what is no text stands in it as JSON."""
     content, calls = message.get("content"), message.get("tool_calls")
     parts = [content] if isinstance(content, str) else list(content or ())
@@ -191,7 +191,7 @@ class TokenCounter:
         load: Loads a vocabulary of tiktoken.
 
     Attributes:
-        how: By what means the last prompt was counted, in words.
+        method: By what means the last prompt was counted, in words.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class TokenCounter:
         specs: Sequence[EndpointSpec],
         model: str,
         timeout_s: float = 5.0,
-        load: Load = tiktoken.get_encoding,
+        load: LoadEncoding = tiktoken.get_encoding,
     ) -> None:
         self._model, self._timeout_s, self._load = model, timeout_s, load
         self._offering = [Endpoint(spec) for spec in specs]
@@ -207,7 +207,7 @@ class TokenCounter:
         self._transport = Transport(FleetPolicy())
         self._gate = asyncio.Semaphore(_AT_ONCE)
         self._vocabulary: asyncio.Task[tiktoken.Encoding | None] | None = None
-        self.how = "by length"
+        self.method = "by length"
 
     async def __aenter__(self) -> Self:
         """Return the counter itself."""
@@ -236,14 +236,14 @@ class TokenCounter:
                     break
                 tokens = await self._ask(self._next(), body)
                 if tokens is not None:
-                    self.how = "by the endpoint's tokenizer"
+                    self.method = "by the endpoint's tokenizer"
                     return TokenCount(tokens, exact=True)
             vocabulary = await self._encoding()
         if vocabulary is not None:
-            self.how = f"by tiktoken's {vocabulary.name}"
-            return await _encoded(vocabulary, body)
-        self.how = "by length"
-        return TokenCount(prompt_tokens(body), exact=False)
+            self.method = f"by tiktoken's {vocabulary.name}"
+            return await _count_encoded(vocabulary, body)
+        self.method = "by length"
+        return TokenCount(estimate_prompt_tokens(body), exact=False)
 
     def _next(self) -> Endpoint:
         self._turn = (self._turn + 1) % len(self._offering)
@@ -264,7 +264,7 @@ class TokenCounter:
             return None
         if answer.status in _BAD_REQUEST:
             return None  # it is this prompt
-        tokens = _counted(answer.body) if answer.status == _OK else None
+        tokens = _read_count(answer.body) if answer.status == _OK else None
         if tokens is None:
             self._drop(endpoint, f"HTTP {answer.status}")
         return tokens
@@ -276,7 +276,7 @@ class TokenCounter:
 
     async def _encoding(self) -> tiktoken.Encoding | None:
         """Load tiktoken's vocabulary of the model, once."""
-        name = encoding_name(self._model)
+        name = find_encoding_name(self._model)
         if name is None:
             return None
         if self._vocabulary is None:
@@ -285,7 +285,7 @@ class TokenCounter:
         return await asyncio.shield(self._vocabulary)
 
 
-def _counted(answer: bytes) -> int | None:
+def _read_count(answer: bytes) -> int | None:
     """Return the count in an answer of ``/tokenize``, or None when it is none."""
     try:
         data = orjson.loads(answer)
@@ -295,7 +295,7 @@ def _counted(answer: bytes) -> int | None:
     return count if type(count) is int and count >= 0 else None
 
 
-async def _encoded(vocabulary: tiktoken.Encoding, body: Mapping[str, Any]) -> TokenCount:
+async def _count_encoded(vocabulary: tiktoken.Encoding, body: Mapping[str, Any]) -> TokenCount:
     """Count by a vocabulary; what a provider makes of schemas, tools and pictures is not known."""
 
     def count(text: str) -> int:
@@ -305,9 +305,9 @@ async def _encoded(vocabulary: tiktoken.Encoding, body: Mapping[str, Any]) -> To
     plain = all(isinstance(message.get("content"), str) for message in body["messages"])
     size = sum(len(str(message.get("content"))) for message in body["messages"])
     if size > _LONG:
-        tokens = await asyncio.to_thread(prompt_sum, body, count, *_AROUND)
+        tokens = await asyncio.to_thread(sum_prompt_tokens, body, count, *_AROUND)
     else:
-        tokens = prompt_sum(body, count, *_AROUND)
+        tokens = sum_prompt_tokens(body, count, *_AROUND)
     return TokenCount(tokens, exact=plain and not extras)
 
 
@@ -315,7 +315,7 @@ _TOKENIZERS_ASKED: Final = 8
 """So many of the endpoints are asked; they serve the same model."""
 
 
-def token_counter(serving: Serving) -> TokenCounter:
+def open_token_counter(serving: ReadyEndpoints) -> TokenCounter:
     """Return what counts the prompts' tokens; the caller closes it.
 
     Gateways and hosted services offer no tokenizer and are not sent the prompts in vain.
@@ -323,12 +323,12 @@ def token_counter(serving: Serving) -> TokenCounter:
     Args:
         serving: The endpoints, and the model that they serve.
     """
-    behind = serving.place is not None and serving.place.gateway is not None
+    behind = serving.endpoint_set is not None and serving.endpoint_set.gateway is not None
     specs = () if behind else tuple(spec for spec in serving.specs if _is_server(spec))
     return TokenCounter(specs[:_TOKENIZERS_ASKED], serving.model)
 
 
-def exact_count(counter: TokenCounter) -> Count:
+def make_prompt_counter(counter: TokenCounter) -> PromptCounter:
     """Return a function that counts a prompt's tokens exactly, or says None."""
 
     async def count(body: Mapping[str, Any]) -> int | None:
@@ -339,4 +339,4 @@ def exact_count(counter: TokenCounter) -> Count:
 
 
 def _is_server(spec: EndpointSpec) -> bool:
-    return provider_at(urlsplit(spec.url).hostname or "") is None
+    return find_provider_name(urlsplit(spec.url).hostname or "") is None

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import orjson
 
-from ..core.errors import LedgerError
+from ..core.errors import JournalError
 from ..core.types import Json
-from .schedulers import State, Used
+from .schedulers import JobState, SchedulerUsage
 
 VERSION: Final = 1
 
@@ -53,7 +53,7 @@ class Job:
     foreign: bool = False
 
     @property
-    def progress(self) -> int:
+    def finished_items(self) -> int:
         """Return how many items it finished, as far as is known."""
         return (self.done or 0) - (self.before or 0) if self.done is not None else 0
 
@@ -69,37 +69,37 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class JobChain:
     """The jobs of a run.
 
     Attributes:
         jobs: All of them, in the order of submission.
         root: Position of the first job since somebody last submitted by hand.
-        terms: What ``submit`` was told: site, nodes, limits of the chain.
-        halted: Why no job follows, or None.
+        options: What ``submit`` was told: site, nodes, limits of the chain.
+        halt_reason: Why no job follows, or None.
     """
 
     jobs: tuple[Job, ...] = ()
     root: int = 0
-    terms: dict[str, Any] = field(default_factory=dict)
-    halted: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    halt_reason: str | None = None
 
     @property
     def recent(self) -> tuple[Job, ...]:
         """Return the jobs since somebody last submitted by hand."""
         return self.jobs[self.root :]
 
-    def job(self, name: str) -> Job | None:
+    def find_job(self, name: str) -> Job | None:
         """Return a job by its id."""
         return next((job for job in reversed(self.jobs) if job.id == name), None)
 
-    def successor(self, name: str) -> Job | None:
+    def find_successor(self, name: str) -> Job | None:
         """Return the job that waits for another one, if it has neither begun nor ended."""
         return next(
             (j for j in self.jobs if j.after == name and j.began is None and j.ended is None), None
         )
 
-    def unfinished(self) -> tuple[Job, ...]:
+    def unfinished_jobs(self) -> tuple[Job, ...]:
         """Return the jobs of this folder of which no end was noted."""
         return tuple(job for job in self.jobs if job.ended is None and not job.foreign)
 
@@ -114,25 +114,25 @@ class ChainFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def note(self, event: str, **facts: Json) -> None:
+    def append(self, event: str, **facts: Json) -> None:
         """Append one event with the present time.
 
         Raises:
-            LedgerError: It cannot be written.
+            JournalError: It cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             own = {"folder": self._inode()} if event == "submitted" else {}
-            record = {"v": VERSION, "at": now(), "event": event, **own, **facts}
+            record = {"v": VERSION, "at": utc_now(), "event": event, **own, **facts}
             line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
-                os.write(handle, self._mended(handle) + line)
+                os.write(handle, self._line_break(handle) + line)
                 os.fsync(handle)
             finally:
                 os.close(handle)
         except OSError as error:
-            raise LedgerError(f"{self.path}: cannot be written: {error.strerror}") from error
+            raise JournalError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def _inode(self) -> int:
         """Return the run folder's inode, which a renamed folder keeps and a copy does not have.
@@ -142,24 +142,24 @@ class ChainFile:
         return self.path.parent.parent.stat().st_ino
 
     @staticmethod
-    def _mended(handle: int) -> bytes:
+    def _line_break(handle: int) -> bytes:
         """Return what must stand before a new line: a line break after a torn one."""
         size = os.fstat(handle).st_size
         return b"\n" if size and os.pread(handle, 1, size - 1) != b"\n" else b""
 
-    def read(self) -> Chain:
+    def read(self) -> JobChain:
         """Return what the file tells; an empty chain if there is none.
 
         Raises:
-            LedgerError: It cannot be read, is damaged, or of another version.
+            JournalError: It cannot be read, is damaged, or of another version.
         """
         try:
             lines, own = self.path.read_bytes().split(b"\n"), self._inode()
         except FileNotFoundError:
-            return Chain()
+            return JobChain()
         except OSError as error:
-            raise LedgerError(f"{self.path}: cannot be read: {error.strerror}") from error
-        return told(self._records(lines), own)
+            raise JournalError(f"{self.path}: cannot be read: {error.strerror}") from error
+        return replay_events(self._records(lines), own)
 
     def _records(self, lines: list[bytes]) -> Iterable[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
@@ -172,7 +172,7 @@ class ChainFile:
                 continue  # torn: the machine stopped in the middle of it
             if version != VERSION:
                 msg = f"{self.path}, line {number}: version {version!r}, not {VERSION}"
-                raise LedgerError(msg)
+                raise JournalError(msg)
             yield record
 
 
@@ -181,20 +181,20 @@ def chain_file(run: Path) -> ChainFile:
     return ChainFile(run / "cluster" / "chain.jsonl")
 
 
-def told(records: Iterable[Mapping[str, Any]], own: int | None = None) -> Chain:
+def replay_events(records: Iterable[Mapping[str, Any]], own: int | None = None) -> JobChain:
     """Return the chain that events tell, in their order.
 
     Args:
         records: The events.
         own: The run folder's inode; jobs that were submitted for another one are foreign.
     """
-    chain = Chain()
+    chain = JobChain()
     for record in records:
-        chain = _after(chain, record, own)
+        chain = _apply_event(chain, record, own)
     return chain
 
 
-def _after(chain: Chain, record: Mapping[str, Any], own: int | None) -> Chain:
+def _apply_event(chain: JobChain, record: Mapping[str, Any], own: int | None) -> JobChain:
     event, name = record["event"], str(record.get("job"))
     if event == "submitted":
         foreign = own is not None and record.get("folder", own) != own
@@ -209,9 +209,9 @@ def _after(chain: Chain, record: Mapping[str, Any], own: int | None) -> Chain:
         if not record["by_hand"]:
             return replace(chain, jobs=(*chain.jobs, job))
         terms, root = record["terms"], len(chain.jobs)
-        return Chain((*chain.jobs, job), root, terms)
+        return JobChain((*chain.jobs, job), root, terms)
     if event == "halted":
-        return replace(chain, halted=record["why"])
+        return replace(chain, halt_reason=record["why"])
     changes: dict[str, Any] = {}
     if event == "began":
         changes = {"began": record["at"], "before": record["finished"]}
@@ -223,7 +223,7 @@ def _after(chain: Chain, record: Mapping[str, Any], own: int | None) -> Chain:
     return replace(chain, jobs=jobs)
 
 
-def now() -> str:
+def utc_now() -> str:
     """Return the present time as ISO 8601 text in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
@@ -234,7 +234,7 @@ def seconds_between(begin: str, end: str) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class JobUsage:
     """What one job used, so far if it has not ended.
 
     Attributes:
@@ -242,7 +242,8 @@ class Spent:
         nodes: Its nodes; on average, where it lost some.
         begin: When fanfold began in it, in seconds since 1970.
         end: Until when it is counted from there.
-        before_s: Seconds that the scheduler counts besides: until fanfold began, and after its end.
+        overhead_s: Seconds that the scheduler counts besides: until fanfold began, and after its
+            end.
         by_scheduler: Whether the scheduler says so; else it is the chain's own times.
     """
 
@@ -250,22 +251,22 @@ class Spent:
     nodes: float
     begin: float
     end: float
-    before_s: float
+    overhead_s: float
     by_scheduler: bool
 
     @property
     def node_s(self) -> float:
         """Return the node-seconds."""
-        return self.nodes * (self.end - self.begin + self.before_s)
+        return self.nodes * (self.end - self.begin + self.overhead_s)
 
 
-def spent(
-    chain: Chain,
-    used: Mapping[str, Used],
-    states: Mapping[str, State],
+def list_job_usage(
+    chain: JobChain,
+    used: Mapping[str, SchedulerUsage],
+    states: Mapping[str, JobState],
     now: float,
-    sign: float | None = None,
-) -> list[Spent]:
+    last_alive: float | None = None,
+) -> list[JobUsage]:
     """Return what each job that has begun used.
 
     One that has not ended counts until now if it runs; else it was lost, or nobody knows, and it
@@ -277,13 +278,13 @@ def spent(
         used: The scheduler's numbers, by job, as far as it has them.
         states: What the scheduler says of jobs that have not ended.
         now: The present time, in seconds since 1970.
-        sign: When anybody of the run was last heard of.
+        last_alive: When anybody of the run was last heard of.
     """
     found = []
     for job in chain.jobs:
         if job.began is None or (job.foreign and job.ended is None):
             continue
-        begin, end = _seconds(job.began), _end(job, states.get(job.id), now, sign)
+        begin, end = _seconds(job.began), _end(job, states.get(job.id), now, last_alive)
         own, wall = used.get(job.id), None
         if end is not None:
             wall = min(max(0.0, end - begin), float(job.walltime_s))
@@ -291,13 +292,13 @@ def spent(
             inside = own.wall_s if wall is None else min(wall, own.wall_s)
             before = own.wall_s - inside
             nodes = own.node_s / own.wall_s
-            found.append(Spent(job, nodes, begin, begin + inside, before, by_scheduler=True))
+            found.append(JobUsage(job, nodes, begin, begin + inside, before, by_scheduler=True))
         elif wall is not None:
-            found.append(Spent(job, job.nodes, begin, begin + wall, 0.0, by_scheduler=False))
+            found.append(JobUsage(job, job.nodes, begin, begin + wall, 0.0, by_scheduler=False))
     return found
 
 
-def _end(job: Job, state: State | None, now: float, sign: float | None) -> float | None:
+def _end(job: Job, state: JobState | None, now: float, sign: float | None) -> float | None:
     if job.ended is not None:
         return _seconds(job.ended)
     return now if state == "running" else sign
@@ -310,53 +311,53 @@ def _seconds(time: str) -> float:
 DONE, USAGE, FAILURES, BUDGET, INTERRUPTED = 0, 2, 3, 4, 5
 """Exit codes of a run that the chain knows."""
 
-NOTHING_TO_DO: Final = 10
+EXIT_NOTHING_TO_DO: Final = 10
 """Exit code of ``chain begin``: this job has nothing to do, and none follows."""
 
-PATIENCE: Final = 2
+MAX_IDLE_JOBS: Final = 2
 """So many jobs in a row end a chain that finish no item, or lose all their model servers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class NextJob:
     """Whether a chain goes on.
 
     Attributes:
-        on: Whether another job follows.
-        why: The reason, as a message.
+        is_due: Whether another job follows.
+        reason: The reason, as a message.
     """
 
-    on: bool
-    why: str
+    is_due: bool
+    reason: str
 
 
-def verdict(chain: Chain, open_items: int) -> Verdict:
+def next_job(chain: JobChain, open_items: int) -> NextJob:
     """Say whether another job should follow the jobs so far.
 
     Args:
         chain: The chain; the last job that began has ended or is about to.
         open_items: Items that are not finished.
     """
-    if chain.halted is not None:
-        return Verdict(False, chain.halted)
+    if chain.halt_reason is not None:
+        return NextJob(False, chain.halt_reason)
     if open_items == 0:
-        return Verdict(False, "all items are finished")
+        return NextJob(False, "all items are finished")
     last = _last(chain)
     if last is not None and (why := _final(last)) is not None:
-        return Verdict(False, why)
-    if (idle := _without_progress(chain)) >= PATIENCE:
+        return NextJob(False, why)
+    if (idle := _count_idle_jobs(chain)) >= MAX_IDLE_JOBS:
         lost = " or lost all their model servers" if last is not None and last.unserved else ""
-        return Verdict(
+        return NextJob(
             False,
             f"{idle} jobs in a row finished no item{lost}; see the logs beside the chain's file, "
             "mend it, then submit the run folder again",
         )
-    if (why := _spent(chain)) is not None:
-        return Verdict(False, why)
-    return Verdict(True, f"{open_items:,} items remain")
+    if (why := _limit_reached(chain)) is not None:
+        return NextJob(False, why)
+    return NextJob(True, f"{open_items:,} items remain")
 
 
-def _last(chain: Chain) -> Job | None:
+def _last(chain: JobChain) -> Job | None:
     return next((job for job in reversed(chain.recent) if job.began is not None), None)
 
 
@@ -371,7 +372,7 @@ def _final(job: Job) -> str | None:
     return None
 
 
-def _without_progress(chain: Chain) -> int:
+def _count_idle_jobs(chain: JobChain) -> int:
     """Return how many of the last jobs in a row ended without an item, or without servers.
 
     Servers that are given up time and again cost a job each; a few items do not make up for it.
@@ -380,15 +381,15 @@ def _without_progress(chain: Chain) -> int:
     for job in reversed(chain.recent):
         if job.began is None or job.ended is None:
             continue
-        if job.progress > 0 and not job.unserved:
+        if job.finished_items > 0 and not job.unserved:
             break
         count += 1
     return count
 
 
-def _spent(chain: Chain) -> str | None:
+def _limit_reached(chain: JobChain) -> str | None:
     """Return which bound of the chain is reached, or None."""
-    most, hours = chain.terms.get("jobs"), chain.terms.get("node_hours")
+    most, hours = chain.options.get("jobs"), chain.options.get("node_hours")
     begun = [job for job in chain.recent if job.began is not None]
     if most is not None and len(begun) >= most:
         return f"the chain has had its {most} jobs (--jobs)"

@@ -67,7 +67,7 @@ _LIBRARY: Final = 'export LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBR
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class EnvironmentArchive:
     """What an archive holds.
 
     Attributes:
@@ -83,7 +83,7 @@ class Packed:
     packages: tuple[str, ...]
 
 
-def pack(target: Path, without: Collection[str] = ()) -> Packed:
+def pack_environment(target: Path, without: Collection[str] = ()) -> EnvironmentArchive:
     """Write an archive of this process' Python, standard library and packages.
 
     Args:
@@ -95,15 +95,15 @@ def pack(target: Path, without: Collection[str] = ()) -> Packed:
             written.
     """
     partial = target.with_name(f".{target.name}.partial")
-    kept = _kept(without)
+    kept = _list_packages(without)
     count = 0
     try:
         partial.unlink(missing_ok=True)
-        with _opened(partial, target.name.endswith((".tar.gz", ".tgz"))) as archive:
+        with _open_archive(partial, target.name.endswith((".tar.gz", ".tgz"))) as archive:
             for path, inside in _entries(without):
                 archive.add(path, inside, recursive=False)
                 count += 1
-            for inside, text, mode in _written():
+            for inside, text, mode in _generated_files():
                 _add_text(archive, inside, text, mode)
                 count += 1
         partial.replace(target)
@@ -111,29 +111,29 @@ def pack(target: Path, without: Collection[str] = ()) -> Packed:
         raise ConfigurationError(f"{target}: cannot be written: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
-    return Packed(target, count, target.stat().st_size, tuple(kept))
+    return EnvironmentArchive(target, count, target.stat().st_size, tuple(kept))
 
 
-def _opened(path: Path, compressed: bool) -> tarfile.TarFile:
+def _open_archive(path: Path, compressed: bool) -> tarfile.TarFile:
     if compressed:
         return tarfile.open(path, "x:gz", compresslevel=4)
     return tarfile.open(path, "x")
 
 
-def _kept(without: Collection[str]) -> list[str]:
+def _list_packages(without: Collection[str]) -> list[str]:
     """Return the names of the distributions that are packed.
 
     Raises:
         ConfigurationError: One is installed as a checkout, or one to leave out is not there.
     """
     here = {str(Path(folder).resolve()) for folder in _folders()}
-    names, missing = [], {_plain(name) for name in without}
+    names, missing = [], {_normalize_name(name) for name in without}
     for found in distributions():
         name = found.metadata["Name"]
-        missing.discard(_plain(name))
-        if _plain(name) in map(_plain, without) or str(_place(found)) not in here:
+        missing.discard(_normalize_name(name))
+        if _normalize_name(name) in map(_normalize_name, without) or str(_place(found)) not in here:
             continue
-        if _plain(name) != "fanfold" and _is_editable(found):
+        if _normalize_name(name) != "fanfold" and _is_editable(found):
             msg = f"{name} is installed as a checkout (pip install -e); install it without -e"
             raise ConfigurationError(msg)
         names.append(name)
@@ -142,7 +142,7 @@ def _kept(without: Collection[str]) -> list[str]:
     return sorted(set(names))
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
 
@@ -165,13 +165,13 @@ def _entries(without: Collection[str]) -> Iterator[tuple[Path, str]]:
     """Yield files and where they go."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     yield Path(getattr(sys, "_base_executable", sys.executable)).resolve(), f"bin/{version}"
-    yield from _shared(version)
+    yield from _shared_libraries(version)
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
-    library = {sysconfig.get_path(key, vars=base | _installed()) for key in _LIBRARIES}
+    library = {sysconfig.get_path(key, vars=base | _base_paths()) for key in _LIBRARIES}
     for folder in sorted(library):
         yield from _tree(Path(folder), f"lib/{version}", _NO_LIBRARY)
     packages = f"lib/{version}/site-packages"
-    left_out = _files_of(without)
+    left_out = _distribution_files(without)
     for folder in _folders():
         for path, inside in _tree(Path(folder), packages, frozenset()):
             if path not in left_out and not _is_own(path, Path(folder)):
@@ -182,11 +182,11 @@ def _entries(without: Collection[str]) -> Iterator[tuple[Path, str]]:
 _LIBRARIES: Final = ("stdlib", "platstdlib")
 
 
-def _installed() -> dict[str, str]:
+def _base_paths() -> dict[str, str]:
     return {"installed_base": sys.base_prefix, "installed_platbase": sys.base_exec_prefix}
 
 
-def _shared(version: str) -> Iterator[tuple[Path, str]]:
+def _shared_libraries(version: str) -> Iterator[tuple[Path, str]]:
     """Yield the interpreter's shared libraries; a system's own are there on every node."""
     folder = Path(sysconfig.get_config_var("LIBDIR") or "")
     pattern = f"lib{version}*.so*" if sys.base_prefix in _SYSTEM else "*.so*"
@@ -225,17 +225,17 @@ def _fanfold(inside: str) -> Iterator[tuple[Path, str]]:
             yield path, f"{inside}/{name}"
 
 
-def _files_of(names: Collection[str]) -> set[Path]:
-    wanted = set(map(_plain, names))
+def _distribution_files(names: Collection[str]) -> set[Path]:
+    wanted = set(map(_normalize_name, names))
     return {
         Path(str(found.locate_file(file)))
         for found in distributions()
-        if _plain(found.metadata["Name"]) in wanted
+        if _normalize_name(found.metadata["Name"]) in wanted
         for file in found.files or ()
     }
 
 
-def _written() -> Iterator[tuple[str, str, int]]:
+def _generated_files() -> Iterator[tuple[str, str, int]]:
     """Yield the files that are made for the archive: name, text, mode."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     shared = bool(sysconfig.get_config_var("Py_ENABLE_SHARED"))

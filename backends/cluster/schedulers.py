@@ -13,7 +13,7 @@ from typing import Final, Literal, Protocol
 
 import orjson
 
-from ..core.errors import ConfigurationError, FanfoldError, SiteError
+from ..core.errors import BackendError, ConfigurationError, FanfoldError
 
 _PATIENCE_S: Final = 120
 _INHERITED: Final = re.compile(
@@ -24,11 +24,11 @@ _INHERITED: Final = re.compile(
 _PURGED: Final = re.compile(r"unknown job", re.IGNORECASE)
 """What ``qstat`` says of a job that ended a while ago."""
 
-State = Literal["queued", "running", "ended", "unknown"]
+JobState = Literal["queued", "running", "ended", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
-class Used:
+class SchedulerUsage:
     """What a job used, by the scheduler's own numbers.
 
     Attributes:
@@ -49,11 +49,11 @@ class Scheduler(Protocol):
         """Submit a script; with ``after``, to start once that job has ended, however it ended.
 
         Raises:
-            SiteError: The scheduler refuses; says why.
+            BackendError: The scheduler refuses; says why.
             ConfigurationError: There is no such scheduler here.
         """
 
-    def states(self, jobs: Sequence[str]) -> dict[str, State]:
+    def fetch_states(self, jobs: Sequence[str]) -> dict[str, JobState]:
         """Return the state of jobs; one that the scheduler has forgotten has ended."""
 
     def drain(self, job: str) -> None:
@@ -62,11 +62,11 @@ class Scheduler(Protocol):
     def cancel(self, job: str) -> None:
         """End a job, queued or running."""
 
-    def used(self, jobs: Sequence[str]) -> dict[str, Used]:
+    def fetch_usage(self, jobs: Sequence[str]) -> dict[str, SchedulerUsage]:
         """Return what jobs used; without those of which the scheduler has no account yet.
 
         Raises:
-            SiteError: The scheduler keeps no accounts; says why.
+            BackendError: The scheduler keeps no accounts; says why.
             ConfigurationError: There is no such scheduler here.
         """
 
@@ -77,40 +77,46 @@ class Slurm:
     def submit(self, script: Path, after: str | None = None) -> str:
         """Submit a script; returns the job's id."""
         depend = [f"--dependency=afterany:{after}"] if after else []
-        return _said(["sbatch", "--parsable", *depend, str(script)]).strip().partition(";")[0]
+        return (
+            _run_command(["sbatch", "--parsable", *depend, str(script)]).strip().partition(";")[0]
+        )
 
-    def states(self, jobs: Sequence[str]) -> dict[str, State]:
+    def fetch_states(self, jobs: Sequence[str]) -> dict[str, JobState]:
         """Return the state of jobs."""
         if not jobs:
             return {}
         user = str(os.getuid())
-        said = _said(["squeue", "--noheader", f"--user={user}", "--states=all", "--format=%i %T"])
+        said = _run_command(
+            ["squeue", "--noheader", f"--user={user}", "--states=all", "--format=%i %T"]
+        )
         found = dict(line.split(maxsplit=1) for line in said.splitlines() if " " in line)
         return {job: _slurm_state(found.get(job)) for job in jobs}
 
     def drain(self, job: str) -> None:
         """Signal the job's script."""
-        _said(["scancel", "--batch", "--signal=USR1", job])
+        _run_command(["scancel", "--batch", "--signal=USR1", job])
 
     def cancel(self, job: str) -> None:
         """End a job."""
-        _said(["scancel", job])
+        _run_command(["scancel", job])
 
-    def used(self, jobs: Sequence[str]) -> dict[str, Used]:
+    def fetch_usage(self, jobs: Sequence[str]) -> dict[str, SchedulerUsage]:
         """Return what ``sacct`` says."""
         if not jobs:
             return {}
         fields = "--format=JobIDRaw,State,ElapsedRaw,NNodes"
         command = ["sacct", "-n", "-P", "-X", "-D", f"--jobs={','.join(jobs)}", fields]
-        rows = [line.split("|") for line in _said(command).splitlines()]
-        used = dict[str, Used]()
+        rows = [line.split("|") for line in _run_command(command).splitlines()]
+        used = dict[str, SchedulerUsage]()
         for job, state, elapsed, nodes in (row for row in rows if len(row) == 4):  # noqa: PLR2004 - four fields
             if nodes.isdigit() and elapsed.isdigit():
-                used[job] = _and_then(used.get(job), int(nodes), float(elapsed), state)
+                used[job] = _add_usage_row(used.get(job), int(nodes), float(elapsed), state)
         return used
 
 
-def _and_then(before: Used | None, nodes: int, wall_s: float, state: str) -> Used:
+def _add_usage_row(
+    before: SchedulerUsage | None, nodes: int, wall_s: float, state: str
+) -> SchedulerUsage:
     """Return what a job used with one more row of it.
 
     When it loses a node and goes on, its row ends as ``RESIZING`` and another one begins. Without
@@ -118,11 +124,11 @@ def _and_then(before: Used | None, nodes: int, wall_s: float, state: str) -> Use
     """
     node_s = nodes * wall_s
     if before is not None and before.state == "RESIZING":
-        return Used(before.node_s + node_s, before.wall_s + wall_s, state)
-    return Used(node_s, wall_s, state)
+        return SchedulerUsage(before.node_s + node_s, before.wall_s + wall_s, state)
+    return SchedulerUsage(node_s, wall_s, state)
 
 
-def _slurm_state(word: str | None) -> State:
+def _slurm_state(word: str | None) -> JobState:
     if word in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
         return "queued"
     return "running" if word in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") else "ended"
@@ -134,52 +140,54 @@ class Pbs:
     def submit(self, script: Path, after: str | None = None) -> str:
         """Submit a script; returns the job's id."""
         depend = ["-W", f"depend=afterany:{after}"] if after else []
-        return _said(["qsub", *depend, str(script)]).strip()
+        return _run_command(["qsub", *depend, str(script)]).strip()
 
-    def states(self, jobs: Sequence[str]) -> dict[str, State]:
+    def fetch_states(self, jobs: Sequence[str]) -> dict[str, JobState]:
         """Return the state of jobs."""
-        found = {name: str(one.get("job_state")) for name, one in self._asked(jobs).items()}
+        found = {name: str(one.get("job_state")) for name, one in self._query_jobs(jobs).items()}
         return {job: _pbs_state(found.get(job)) for job in jobs}
 
     def drain(self, job: str) -> None:
         """Signal the job."""
-        _said(["qsig", "-s", "SIGUSR1", job])
+        _run_command(["qsig", "-s", "SIGUSR1", job])
 
     def cancel(self, job: str) -> None:
         """End a job."""
-        _said(["qdel", job])
+        _run_command(["qdel", job])
 
-    def used(self, jobs: Sequence[str]) -> dict[str, Used]:
+    def fetch_usage(self, jobs: Sequence[str]) -> dict[str, SchedulerUsage]:
         """Return what ``qstat`` remembers of jobs."""
         used = {}
-        for name, one in self._asked(jobs).items():
+        for name, one in self._query_jobs(jobs).items():
             wall, nodes = (
                 _mapping(one.get("resources_used")).get("walltime"),
                 _mapping(one.get("Resource_List")).get("nodect"),
             )
             if wall is not None and str(nodes).isdigit():
                 wall_s = _seconds(str(wall))
-                used[name] = Used(int(str(nodes)) * wall_s, wall_s, str(one.get("job_state")))
+                used[name] = SchedulerUsage(
+                    int(str(nodes)) * wall_s, wall_s, str(one.get("job_state"))
+                )
         return used
 
-    def _asked(self, jobs: Sequence[str]) -> dict[str, Mapping[str, object]]:
+    def _query_jobs(self, jobs: Sequence[str]) -> dict[str, Mapping[str, object]]:
         """Return what ``qstat`` says of jobs, those that have ended included."""
         if not jobs:
             return {}
         try:
-            said = _said(["qstat", "-x", "-f", "-F", "json", *jobs], errors_too=True)
-        except SiteError as error:
+            said = _run_command(["qstat", "-x", "-f", "-F", "json", *jobs], errors_too=True)
+        except BackendError as error:
             if not _PURGED.search(error.message):
                 raise
             return {}  # it remembers none of them
         try:
             found = orjson.loads(said or "{}").get("Jobs", {})
         except (orjson.JSONDecodeError, AttributeError):
-            raise SiteError(f"qstat: this is no JSON: {said[:200]!r}") from None
-        return {job: one for job in jobs for name, one in found.items() if _same(job, name)}
+            raise BackendError(f"qstat: this is no JSON: {said[:200]!r}") from None
+        return {job: one for job in jobs for name, one in found.items() if _is_same_job(job, name)}
 
 
-def _same(a: str, b: str) -> bool:
+def _is_same_job(a: str, b: str) -> bool:
     """Say whether two ids name the same job; a server's name may be short or long."""
     return a == b or a.partition(".")[0] == b.partition(".")[0]
 
@@ -188,7 +196,7 @@ def _mapping(value: object) -> Mapping[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _pbs_state(letter: str | None) -> State:
+def _pbs_state(letter: str | None) -> JobState:
     if letter in ("Q", "H", "W", "T", "M"):
         return "queued"
     return "running" if letter in ("R", "E", "B", "S", "U") else "ended"
@@ -202,12 +210,12 @@ def _seconds(text: str) -> float:
     return total
 
 
-def scheduler(kind: Literal["pbs", "slurm"]) -> Scheduler:
+def make_scheduler(kind: Literal["pbs", "slurm"]) -> Scheduler:
     """Return a scheduler by its kind."""
     return Slurm() if kind == "slurm" else Pbs()
 
 
-def refusal(asked: Scheduler, job: str, tell: Callable[[str], None]) -> FanfoldError | None:
+def try_job_command(asked: Scheduler, job: str, tell: Callable[[str], None]) -> FanfoldError | None:
     """Tell a scheduler something of one job, and return why it refuses.
 
     None also where it refuses because the job is gone: then nothing is left to be told.
@@ -221,7 +229,7 @@ def refusal(asked: Scheduler, job: str, tell: Callable[[str], None]) -> FanfoldE
         tell(job)
     except FanfoldError as error:
         try:
-            gone = asked.states([job])[job] == "ended"
+            gone = asked.fetch_states([job])[job] == "ended"
         except FanfoldError:
             return error
         return None if gone else error
@@ -244,7 +252,7 @@ def _absent(program: str) -> str:
     return f"{program}: no such command here; {what} from a login node of the cluster"
 
 
-def _said(command: Sequence[str], errors_too: bool = False) -> str:
+def _run_command(command: Sequence[str], errors_too: bool = False) -> str:
     """Run a command of the scheduler and return what it printed.
 
     Args:
@@ -253,7 +261,7 @@ def _said(command: Sequence[str], errors_too: bool = False) -> str:
 
     Raises:
         ConfigurationError: There is no such command.
-        SiteError: It failed or did not end.
+        BackendError: It failed or did not end.
     """
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or not _INHERITED.match(k)}
     try:
@@ -269,10 +277,10 @@ def _said(command: Sequence[str], errors_too: bool = False) -> str:
     except FileNotFoundError:
         raise ConfigurationError(_absent(command[0])) from None
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise SiteError(f"{command[0]}: {error}") from error
+        raise BackendError(f"{command[0]}: {error}") from error
     if done.returncode and not (errors_too and done.stdout.strip()):
         reason = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
-        raise SiteError(f"{command[0]} says: {reason}")
+        raise BackendError(f"{command[0]} says: {reason}")
     return done.stdout
 
 

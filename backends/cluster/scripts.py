@@ -11,7 +11,7 @@ from typing import Final
 
 from ...configs.site import SiteConfig, fill
 from ..core.errors import ConfigurationError
-from .chain import NOTHING_TO_DO
+from .chain import EXIT_NOTHING_TO_DO
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./+=@,:-]+")
 _MINUTE: Final = 60
@@ -31,8 +31,8 @@ class JobPlan:
         nodes: Nodes of the job.
         walltime_s: Most seconds of the job.
         drain_s: Seconds that a stop waits for items in flight.
-        serves: Whether the job starts model servers on its nodes.
-        works: Whether the coordinator starts workers on them.
+        starts_servers: Whether the job starts model servers on its nodes.
+        starts_workers: Whether the coordinator starts workers on them.
         queue: Queue, partition or quality of service.
         account: Account or project.
         archive: An environment by ``fanfold pack`` to copy to the nodes, absolute.
@@ -45,8 +45,8 @@ class JobPlan:
     nodes: int
     walltime_s: int
     drain_s: float
-    serves: bool
-    works: bool = False
+    starts_servers: bool
+    starts_workers: bool = False
     queue: str | None = None
     account: str | None = None
     archive: Path | None = None
@@ -57,9 +57,9 @@ class JobPlan:
         return self.run / "cluster"
 
     @property
-    def on_nodes(self) -> bool:
+    def runs_on_nodes(self) -> bool:
         """Say whether fanfold itself runs on the nodes."""
-        return self.serves or self.works
+        return self.starts_servers or self.starts_workers
 
     @property
     def reserve_s(self) -> int:
@@ -95,9 +95,9 @@ class JobPlan:
             )
 
 
-ARCHIVE: Final = "archive.tar.gz"
+ARCHIVE_NAME: Final = "archive.tar.gz"
 """Name of the archive in the folder that a job makes on each node."""
-ENVIRONMENT: Final = "environment"
+ENVIRONMENT_FOLDER: Final = "environment"
 """Name of the folder beside it into which it is unpacked."""
 
 _CHECK: Final = """\
@@ -117,65 +117,65 @@ private "$copied" || {
 def node_script(plan: JobPlan) -> str:
     """Return the script that the launcher starts on each node."""
     host = f' --host "{plan.site.host}"' if plan.site.host else ""
-    return text(
+    return join_lines(
         "#!/bin/bash",
         f"# On each node of a job of the run {plan.name!r}: serve the model until SIGUSR2.",
         "trap '' USR1   # the scheduler's warning is for the coordinator, not for servers",
         "serve= asked=",
         'trap \'asked=1; [ -z "$serve" ] || kill -TERM "$serve" 2>/dev/null\' USR2 TERM',
-        assigned("run", str(plan.run)),
-        *_unpacking(plan),
+        shell_assignment("run", str(plan.run)),
+        *_fanfold_lines(plan),
         f'"${{fanfold[@]}}" serve "$run" --servers "$run/cluster/servers"{host} &',
         'serve=$!; [ -z "$asked" ] || kill -TERM "$serve"',
-        *(_watching(plan) if plan.site.scheduler == "slurm" else ()),
+        *(_watch_lines(plan) if plan.site.scheduler == "slurm" else ()),
         'while kill -0 "$serve" 2>/dev/null; do wait "$serve"; done',
         *(('kill "$watch" 2>/dev/null',) if plan.site.scheduler == "slurm" else ()),
-        *_ending(plan),
+        *_node_end_lines(plan),
     )
 
 
-def _unpacking(plan: JobPlan) -> Iterator[str]:
+def _fanfold_lines(plan: JobPlan) -> Iterator[str]:
     if plan.archive is None:
         yield f"fanfold=({shlex.join(plan.command)})"
         return
-    yield from _unpacked()
-    yield f'fanfold=("$copied/{ENVIRONMENT}/bin/fanfold")'
+    yield from _unpack_lines()
+    yield f'fanfold=("$copied/{ENVIRONMENT_FOLDER}/bin/fanfold")'
 
 
-def _unpacked() -> Iterator[str]:
+def _unpack_lines() -> Iterator[str]:
     """Unpack the node's copy unless a server or a worker beside this one has done so."""
     yield "copied=${FANFOLD_COPY%/*}"
     yield _CHECK.rstrip()
     yield "("
     yield "  flock 9"
-    yield f'  [ -e "$copied/whole" ] || {{ mkdir -p "$copied/{ENVIRONMENT}" &&'
-    yield f'    tar -xzf "$FANFOLD_COPY" --no-same-owner -C "$copied/{ENVIRONMENT}" &&'
+    yield f'  [ -e "$copied/whole" ] || {{ mkdir -p "$copied/{ENVIRONMENT_FOLDER}" &&'
+    yield f'    tar -xzf "$FANFOLD_COPY" --no-same-owner -C "$copied/{ENVIRONMENT_FOLDER}" &&'
     yield '    touch "$copied/whole"; }'
     yield ') 9> "$copied/lock" || exit 1'
 
 
-def _ending(plan: JobPlan) -> Iterator[str]:
-    if plan.archive is not None and not plan.works:  # workers go on from the copy
+def _node_end_lines(plan: JobPlan) -> Iterator[str]:
+    if plan.archive is not None and not plan.starts_workers:  # workers go on from the copy
         yield 'rm -rf "$copied"'
     yield "exit 0   # some launchers end all nodes when one fails; the others go on serving"
 
 
-def every_s(plan: JobPlan) -> int:
+def heartbeat_s(plan: JobPlan) -> int:
     """Return the seconds between two signs of life, and between two looks for them."""
     return max(1, plan.site.silence_s // 10)
 
 
-def _watching(plan: JobPlan) -> Iterator[str]:
+def _watch_lines(plan: JobPlan) -> Iterator[str]:
     yield "# Slurm keeps a job whose first node is lost until its walltime: this node ends it."
     yield "("
     yield "  silent=0"
     yield '  while [ "$silent" -lt 2 ]; do'
-    yield f"    sleep {every_s(plan)}"
+    yield f"    sleep {heartbeat_s(plan)}"
     yield '    seen=$(stat -c %Y "$run/cluster/alive") || continue   # it does not answer now'
     yield "    age=$(($(date +%s) - seen))"
     yield f'    [ "$age" -gt {plan.site.silence_s} ] && silent=$((silent + 1)) || silent=0'
     yield "  done"
-    yield f"  sleep $((RANDOM % {every_s(plan)}))   # not all nodes at once"
+    yield f"  sleep $((RANDOM % {heartbeat_s(plan)}))   # not all nodes at once"
     yield '  echo "the first node of job $SLURM_JOB_ID is silent: the job is ended"'
     yield '  scancel "$SLURM_JOB_ID"'
     yield ") &"
@@ -184,19 +184,19 @@ def _watching(plan: JobPlan) -> Iterator[str]:
 
 def launch_script(plan: JobPlan) -> str:
     """Return the script by which the coordinator starts a program on each node."""
-    return text(
+    return join_lines(
         "#!/bin/bash",
         f"# Starts a program on each node of a job of the run {plan.name!r}: FANFOLD_LAUNCHER.",
-        f'exec {launcher(plan)} bash {plan.folder}/worker.sh "$@"',
+        f'exec {node_launcher(plan)} bash {plan.folder}/worker.sh "$@"',
     )
 
 
-def launcher(plan: JobPlan) -> str:
+def node_launcher(plan: JobPlan) -> str:
     """Return what starts one process on each node."""
-    return fill(plan.site.launcher, filled(plan, "$FANFOLD_COPY"))
+    return fill(plan.site.launcher, template_values(plan, "$FANFOLD_COPY"))
 
 
-def filled(plan: JobPlan, copy: str) -> dict[str, object]:
+def template_values(plan: JobPlan, copy: str) -> dict[str, object]:
     """Return what a site's lines may name, with the path of the environment's copy."""
     archive = shlex.quote(str(plan.archive)) if plan.archive is not None else ""
     return {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": plan.site.local}
@@ -206,22 +206,22 @@ def worker_script(plan: JobPlan) -> str:
     """Return the script that becomes the program on each node."""
     # the name by which 'fanfold serve' knows the node, or its servers would be started twice
     host = (f'export FANFOLD_HOST="{plan.site.host}"',) if plan.site.host else ()
-    return text(
+    return join_lines(
         "#!/bin/bash",
         f"# On each node of a job of the run {plan.name!r}: becomes one of its workers.",
         "trap '' USR1 USR2   # these are for the coordinator and the servers",
         *host,
-        *(_unpacked() if plan.archive is not None else ()),
+        *(_unpack_lines() if plan.archive is not None else ()),
         'exec "$@"',
     )
 
 
-def assigned(name: str, value: str) -> str:
+def shell_assignment(name: str, value: str) -> str:
     """Return a shell assignment."""
     return f"{name}={shlex.quote(value)}"
 
 
-def text(*lines: str) -> str:
+def join_lines(*lines: str) -> str:
     """Return lines as a file's text."""
     return "\n".join(lines) + "\n"
 
@@ -232,14 +232,14 @@ _END_S: Final = 10
 """So long their launcher has then."""
 
 
-def clock(seconds: int) -> str:
+def format_hms(seconds: int) -> str:
     """Return seconds as ``HH:MM:SS``."""
     return f"{seconds // 3600:02}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
 
 
 def job_script(plan: JobPlan) -> str:
     """Return the script that the scheduler runs on the first node."""
-    return text(
+    return join_lines(
         "#!/bin/bash",
         *_directives(plan),
         "",
@@ -248,7 +248,7 @@ def job_script(plan: JobPlan) -> str:
         *_variables(plan),
         'exec > "$cluster/job-$job.log" 2>&1',
         *_environment(plan),
-        *(_working(plan) if plan.works else ()),
+        *(_worker_lines(plan) if plan.starts_workers else ()),
         "",
         "# A signal, by the scheduler near the end or by 'fanfold cancel', is for the run.",
         "work= asked=",
@@ -258,17 +258,17 @@ def job_script(plan: JobPlan) -> str:
         "# Is there anything to do? If so, the successor is submitted now and waits for this job:",
         "# it comes even if this node is lost.",
         '"${fanfold[@]}" chain begin "$run" --job "$job"; begun=$?',
-        f'[ "$begun" -ne {NOTHING_TO_DO} ] || exit 0   # nothing is left to do',
+        f'[ "$begun" -ne {EXIT_NOTHING_TO_DO} ] || exit 0   # nothing is left to do',
         '[ "$begun" -eq 0 ] || exit "$begun"   # why stands above; fanfold submit "$run" goes on',
-        *(_copying(plan) if plan.archive is not None and plan.on_nodes else ()),
-        *(_servers(plan) if plan.serves else ()),
+        *(_copy_lines(plan) if plan.archive is not None and plan.runs_on_nodes else ()),
+        *(_servers(plan) if plan.starts_servers else ()),
         *_coordinator(plan),
-        *(_stopping(plan) if plan.serves else ()),
-        *(_tidying(plan) if plan.archive is not None and plan.works else ()),
+        *(_stop_lines(plan) if plan.starts_servers else ()),
+        *(_remove_copy_lines(plan) if plan.archive is not None and plan.starts_workers else ()),
         "",
         "# Note how it ended; take the successor back when nothing is left to do.",
         '"${fanfold[@]}" chain end "$run" --job "$job" --code "$code"'
-        + (" $unserved" if plan.serves else ""),
+        + (" $unserved" if plan.starts_servers else ""),
     )
 
 
@@ -282,14 +282,14 @@ def _directives(plan: JobPlan) -> Iterator[str]:
 def _slurm(plan: JobPlan) -> Iterator[str]:
     yield f"--job-name=fanfold-{plan.name}"
     yield f"--nodes={plan.nodes}"
-    yield f"--time={clock(plan.walltime_s)}"
+    yield f"--time={format_hms(plan.walltime_s)}"
     if plan.account is not None:
         yield f"--account={plan.account}"
     if plan.queue is not None:
         yield f"{plan.site.queue_option}={plan.queue}"
     yield f"--output={plan.folder}/scheduler-%j.log"
     yield "--no-requeue"
-    if plan.serves or not plan.works:
+    if plan.starts_servers or not plan.starts_workers:
         yield "--no-kill"  # the servers of other nodes then see to it that somebody ends the job
     yield f"--signal=B:USR1@{plan.warning_s}"
     yield from plan.site.directives
@@ -299,7 +299,7 @@ def _pbs(plan: JobPlan) -> Iterator[str]:
     chunk = f":{plan.site.chunk}" if plan.site.chunk else ""
     yield f"-N fanfold-{plan.name}"[:18]  # PBS takes 15 characters of a name in its older versions
     yield f"-l select={plan.nodes}{chunk}"
-    yield f"-l walltime={clock(plan.walltime_s)}"
+    yield f"-l walltime={format_hms(plan.walltime_s)}"
     if plan.site.filesystems is not None:
         yield f"-l filesystems={plan.site.filesystems}"
     if plan.account is not None:
@@ -313,7 +313,7 @@ def _pbs(plan: JobPlan) -> Iterator[str]:
 
 
 def _variables(plan: JobPlan) -> Iterator[str]:
-    yield assigned("run", str(plan.run))
+    yield shell_assignment("run", str(plan.run))
     yield "cluster=$run/cluster"
     yield 'if [ ! -d "$cluster" ]; then   # the folder was moved or removed while the job waited'
     yield '  echo "$run: no such run folder; if it was moved, submit it from its new place:" >&2'
@@ -336,17 +336,17 @@ def _environment(plan: JobPlan) -> Iterator[str]:
         yield f"module load {shlex.join(site.modules)}"
     yield from site.setup
     for name, value in (site.environment | site.proxies).items():
-        yield f"export {assigned(name, value)}"
+        yield f"export {shell_assignment(name, value)}"
 
 
-def _working(plan: JobPlan) -> Iterator[str]:
+def _worker_lines(plan: JobPlan) -> Iterator[str]:
     yield ""
     yield "# Workers: how the coordinator starts a program on each node, and how they reach it."
     yield 'export FANFOLD_LAUNCHER="bash $cluster/launch.sh"'
-    yield f"export FANFOLD_DESK_HOST={_own_host(plan)}"
+    yield f"export FANFOLD_DESK_HOST={_host_expression(plan)}"
 
 
-def _own_host(plan: JobPlan) -> str:
+def _host_expression(plan: JobPlan) -> str:
     """Return shell text that gives the name or address of the node on which it runs."""
     if plan.site.host is not None:
         return f'"{plan.site.host}"'
@@ -356,17 +356,17 @@ def _own_host(plan: JobPlan) -> str:
     return "$(hostname)"
 
 
-def _copying(plan: JobPlan) -> Iterator[str]:
+def _copy_lines(plan: JobPlan) -> Iterator[str]:
     yield ""
     yield "# The environment, copied once to each node's own storage: to a new folder that only"
     yield "# this user can enter, with a name that nobody can foresee. mkdir fails if it exists."
     yield "random=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"
-    yield f"export FANFOLD_COPY={plan.site.local}/fanfold-$job-$random/{ARCHIVE}"
-    yield f'{{ {launcher(plan)} mkdir -m 700 "${{FANFOLD_COPY%/*}}" &&'
-    yield f"  {fill(plan.site.broadcast or '', filled(plan, '$FANFOLD_COPY'))}; }} ||"
+    yield f"export FANFOLD_COPY={plan.site.local}/fanfold-$job-$random/{ARCHIVE_NAME}"
+    yield f'{{ {node_launcher(plan)} mkdir -m 700 "${{FANFOLD_COPY%/*}}" &&'
+    yield f"  {fill(plan.site.broadcast or '', template_values(plan, '$FANFOLD_COPY'))}; }} ||"
     yield '  { "${fanfold[@]}" chain end "$run" --job "$job" --code 1; exit 1; }'
-    if plan.works:
-        python = f"${{FANFOLD_COPY%/*}}/{ENVIRONMENT}/bin/python"
+    if plan.starts_workers:
+        python = f"${{FANFOLD_COPY%/*}}/{ENVIRONMENT_FOLDER}/bin/python"
         yield f"export FANFOLD_PYTHON={python}   # the workers'"
 
 
@@ -374,22 +374,22 @@ def _servers(plan: JobPlan) -> Iterator[str]:
     yield ""
     if plan.site.scheduler == "slurm":
         yield "# A sign of life for the other nodes: Slurm keeps a job whose first node is lost."
-        yield f'(while :; do touch "$cluster/alive"; sleep {every_s(plan)}; done) & alive=$!'
+        yield f'(while :; do touch "$cluster/alive"; sleep {heartbeat_s(plan)}; done) & alive=$!'
         yield ""
     yield "# The model's servers: one process on each node, which starts and watches that node's."
-    yield f"(trap '' USR1; exec {launcher(plan)} \\"
+    yield f"(trap '' USR1; exec {node_launcher(plan)} \\"
     yield '  bash "$cluster/node.sh") > "$cluster/serve-$job.log" 2>&1 &'
     yield "servers=$!"
     yield f"export FANFOLD_NODES={plan.nodes}   # so many of them may be given up that the run ends"
 
 
 def _coordinator(plan: JobPlan) -> Iterator[str]:
-    how = "has workers on the nodes ask" if plan.works else "asks all nodes from here"
+    how = "has workers on the nodes ask" if plan.starts_workers else "asks all nodes from here"
     yield ""
     yield f"# The run: {how} until nothing is left, or the time is nearly up."
     yield '"${fanfold[@]}" resume "$run" &'
     yield 'work=$!; [ -z "$asked" ] || kill -USR1 "$work"'
-    if plan.serves:
+    if plan.starts_servers:
         yield "# When nobody serves on any node any more, no server can come: the run ends as well."
         yield "(trap '' USR1"
         yield ' while kill -0 "$servers" 2>/dev/null; do sleep 1; done'
@@ -399,7 +399,7 @@ def _coordinator(plan: JobPlan) -> Iterator[str]:
     yield "trap '' TERM USR1"
 
 
-def _stopping(plan: JobPlan) -> Iterator[str]:
+def _stop_lines(plan: JobPlan) -> Iterator[str]:
     yield 'kill "$gone" 2>/dev/null; unserved='
     yield '[ -n "$asked" ] || kill -0 "$servers" 2>/dev/null || unserved=--unserved'
     yield ""
@@ -413,8 +413,8 @@ def _stopping(plan: JobPlan) -> Iterator[str]:
         yield 'kill "$alive"'
 
 
-def _tidying(plan: JobPlan) -> Iterator[str]:
+def _remove_copy_lines(plan: JobPlan) -> Iterator[str]:
     yield ""
     yield "# The nodes' copies are of no use any more."
-    yield f"timeout --kill-after={_END_S} {_STOP_S} {launcher(plan)} \\"
+    yield f"timeout --kill-after={_END_S} {_STOP_S} {node_launcher(plan)} \\"
     yield '  rm -rf "${FANFOLD_COPY%/*}"'

@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from ..core.errors import LedgerError
-from ..servers.events import read_record, times_of
+from ..core.errors import JournalError
+from ..servers.events import read_events, split_periods
 
 CAUSES: Final = ("start-up", "cold", "starved", "tail", "drain", "down")
 """Why a node that is paid for does not work at full batch, in the order of a job's life.
@@ -26,13 +26,13 @@ journal it is ``starved``. Who wants to know five causes adds it to ``start-up``
 which a server starts once more.
 """
 
-NEARLY: Final = 0.9
+FULL_SHARE: Final = 0.9
 """A batch counts as full from this share of its places on, or when something waits for one."""
 
-State = Literal["starting", "up", "down", "over"]
+ServerState = Literal["starting", "up", "down", "over"]
 
 
-class Stretch(NamedTuple):
+class Interval(NamedTuple):
     """A while in which a server did the same.
 
     Attributes:
@@ -41,19 +41,19 @@ class Stretch(NamedTuple):
         state: ``starting``: it was never ready so far; ``up``: it is ready; ``down``: not any
             more; ``over``: its node was told to end it.
         items: Requests that it works on at a time.
-        queued: Whether more of them wait in the server.
+        has_queue: Whether more of them wait in the server.
     """
 
     begin: float
     end: float
-    state: State = "up"
+    state: ServerState = "up"
     items: int = 0
-    queued: bool = False
+    has_queue: bool = False
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Say whether it works on anything."""
-        return self.state == "up" and (self.items > 0 or self.queued)
+        return self.state == "up" and (self.items > 0 or self.has_queue)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,36 +65,36 @@ class JobTime:
         begin: When fanfold began in it, in seconds since 1970.
         end: When it ended, or the present time.
         inside_s: Node-seconds paid from begin to end; fewer where nodes were lost.
-        before_s: Node-seconds besides that the scheduler counts.
+        overhead_s: Node-seconds besides that the scheduler counts.
         servers: Servers that it should have had.
-        first: When its first item began, or None: none did.
-        last: When its last item began.
-        stopped: Whether it was ended rather than finished.
-        by_counts: Whether the servers' own counts tell what follows; else the journal does.
-        did: What each server did, in order of time; what is left out is time in which it was not
-            there.
+        first_item_at: When its first item began, or None: none did.
+        last_item_at: When its last item began.
+        was_stopped: Whether it was ended rather than finished.
+        has_counts: Whether the servers' own counts tell what follows; else the journal does.
+        intervals: What each server did, in order of time; what is left out is time in which it was
+            not there.
     """
 
     nodes: int
     begin: float
     end: float
     inside_s: float
-    before_s: float
+    overhead_s: float
     servers: int
-    first: float | None
-    last: float | None
-    stopped: bool
-    by_counts: bool
-    did: tuple[tuple[Stretch, ...], ...] = field(repr=False, default=())
+    first_item_at: float | None
+    last_item_at: float | None
+    was_stopped: bool
+    has_counts: bool
+    intervals: tuple[tuple[Interval, ...], ...] = field(repr=False, default=())
 
     @property
     def paid_s(self) -> float:
         """Return its node-seconds."""
-        return self.inside_s + self.before_s
+        return self.inside_s + self.overhead_s
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Utilization:
     """Of node-seconds paid, those with a full batch, and where the others went.
 
     Attributes:
@@ -103,7 +103,7 @@ class Share:
             which one works has a quarter.
         full_s: Of these those with a full batch.
         lost_s: All but the full ones by cause.
-        places: Items that count as a full batch of one server.
+        full_batch: Items that count as a full batch of one server.
         by_counts: Of the jobs those of which the servers' own counts tell.
         by_journal: Those of which only the journal does.
     """
@@ -112,17 +112,17 @@ class Share:
     busy_s: float
     full_s: float
     lost_s: Mapping[str, float]
-    places: int
+    full_batch: int
     by_counts: int
     by_journal: int
 
     @property
-    def useful(self) -> float:
+    def useful_share(self) -> float:
         """Return the useful share, from 0 to 1."""
         return self.full_s / self.paid_s if self.paid_s else 0.0
 
 
-def useful_share(jobs: Sequence[JobTime], places: int | None = None) -> Share:
+def compute_utilization(jobs: Sequence[JobTime], places: int | None = None) -> Utilization:
     """Return how much of the jobs' node-seconds had a full batch, and why the rest had not.
 
     Args:
@@ -131,41 +131,47 @@ def useful_share(jobs: Sequence[JobTime], places: int | None = None) -> Share:
             counts, or where there are none, what the busiest kept up for half of its time by the
             journal, for there more seem to be in the batch than have a place.
     """
-    counted = [job for job in jobs if job.by_counts]
-    most = places or _places(counted, jobs)
+    counted = [job for job in jobs if job.has_counts]
+    most = places or _full_batch(counted, jobs)
     lost: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
     paid = busy = full = 0.0
     for job in jobs:
         paid += job.paid_s
-        lost["start-up"] += job.before_s
-        for (heading, works), seconds in _headings(job, max(1.0, NEARLY * most)).items():
+        lost["start-up"] += job.overhead_s
+        for (heading, works), seconds in _seconds_by_heading(
+            job, max(1.0, FULL_SHARE * most)
+        ).items():
             busy += seconds * works
             if heading == "full":
                 full += seconds
             else:
                 lost[heading] += seconds
-    return Share(paid, busy, full, lost, most, len(counted), len(jobs) - len(counted))
+    return Utilization(paid, busy, full, lost, most, len(counted), len(jobs) - len(counted))
 
 
-def _headings(job: JobTime, threshold: float) -> dict[tuple[str, bool], float]:
+def _seconds_by_heading(job: JobTime, threshold: float) -> dict[tuple[str, bool], float]:
     """Return the node-seconds paid from begin to end, by heading and whether a server works."""
     seconds: dict[tuple[str, bool], float] = defaultdict(float)
-    expected = max(job.servers, len(job.did), 1)
-    absent = expected - len(job.did)
-    first = job.end if job.first is None else min(max(job.first, job.begin), job.end)
+    expected = max(job.servers, len(job.intervals), 1)
+    absent = expected - len(job.intervals)
+    first = (
+        job.end if job.first_item_at is None else min(max(job.first_item_at, job.begin), job.end)
+    )
     seconds["start-up", False] += absent * (first - job.begin)
     seconds["cold", False] += absent * (job.end - first)
-    for did in job.did:
-        whole = list(_whole(did, job, first))
+    for did in job.intervals:
+        whole = list(_fill_job_time(did, job, first))
         warm = _warm(whole, threshold)
         for stretch in whole:
             heading = _heading(stretch, job, first, warm, threshold)
-            seconds[heading, stretch.busy] += stretch.end - stretch.begin
+            seconds[heading, stretch.is_busy] += stretch.end - stretch.begin
     weight = job.nodes / expected
-    return _paid(job, {heading: weight * each for heading, each in seconds.items()})
+    return _scale_to_paid(job, {heading: weight * each for heading, each in seconds.items()})
 
 
-def _paid(job: JobTime, seconds: dict[tuple[str, bool], float]) -> dict[tuple[str, bool], float]:
+def _scale_to_paid(
+    job: JobTime, seconds: dict[tuple[str, bool], float]
+) -> dict[tuple[str, bool], float]:
     """Return what is paid of node-seconds: a node that is lost costs nothing more."""
     gone, down = sum(seconds.values()) - job.inside_s, ("down", False)
     if gone > 0 and down in seconds:
@@ -174,53 +180,53 @@ def _paid(job: JobTime, seconds: dict[tuple[str, bool], float]) -> dict[tuple[st
     return {heading: each * job.inside_s / left for heading, each in seconds.items() if left}
 
 
-def _warm(did: Sequence[Stretch], threshold: float) -> float:
+def _warm(did: Sequence[Interval], threshold: float) -> float:
     """Return when a server's batch is first full; else when it first works; else never."""
     full = (one.begin for one in did if _full(one, threshold))
-    works = (one.begin for one in did if one.busy)
+    works = (one.begin for one in did if one.is_busy)
     return next(full, next(works, float("inf")))
 
 
-def _full(one: Stretch, threshold: float) -> bool:
-    return one.busy and (one.items >= threshold or one.queued)
+def _full(one: Interval, threshold: float) -> bool:
+    return one.is_busy and (one.items >= threshold or one.has_queue)
 
 
-def _heading(stretch: Stretch, job: JobTime, first: float, warm: float, threshold: float) -> str:
+def _heading(stretch: Interval, job: JobTime, first: float, warm: float, threshold: float) -> str:
     """Return the heading of a stretch that neither the first nor the last begin divides."""
-    closing = job.last is not None and stretch.begin >= job.last
+    closing = job.last_item_at is not None and stretch.begin >= job.last_item_at
     if stretch.state == "down":
         return "down"
     if stretch.state == "starting":
         return "start-up"
     if _full(stretch, threshold):
         return "full"
-    if stretch.begin < first or job.first is None:
+    if stretch.begin < first or job.first_item_at is None:
         return "start-up"
     if closing or stretch.state == "over":
-        return "drain" if job.stopped else "tail"
+        return "drain" if job.was_stopped else "tail"
     return "starved" if stretch.begin >= warm else "cold"
 
 
-def _whole(did: Iterable[Stretch], job: JobTime, first: float) -> Iterator[Stretch]:
+def _fill_job_time(did: Iterable[Interval], job: JobTime, first: float) -> Iterator[Interval]:
     """Yield stretches that fill a job's time, and that no item's first or last begin divides."""
     at, state = job.begin, "starting"
-    marks = sorted({first, first if job.last is None else job.last})
+    marks = sorted({first, first if job.last_item_at is None else job.last_item_at})
     for one in did:
         begin, end = max(one.begin, at), min(one.end, job.end)
         if end <= begin:
             continue
-        yield from _cut(Stretch(at, begin, _absent(state)), marks)
+        yield from _cut(Interval(at, begin, _absent(state)), marks)
         yield from _cut(one._replace(begin=begin, end=end), marks)
         at, state = end, one.state
-    yield from _cut(Stretch(at, job.end, _absent(state)), marks)
+    yield from _cut(Interval(at, job.end, _absent(state)), marks)
 
 
-def _absent(before: str) -> State:
+def _absent(before: str) -> ServerState:
     """Return what a server of which nothing is known does after what it did."""
     return "starting" if before == "starting" else "over" if before == "over" else "down"
 
 
-def _cut(one: Stretch, marks: Iterable[float]) -> Iterator[Stretch]:
+def _cut(one: Interval, marks: Iterable[float]) -> Iterator[Interval]:
     at = one.begin
     for end in (*(mark for mark in marks if one.begin < mark < one.end), one.end):
         if end > at:
@@ -228,19 +234,19 @@ def _cut(one: Stretch, marks: Iterable[float]) -> Iterator[Stretch]:
         at = end
 
 
-def _places(counted: Sequence[JobTime], jobs: Sequence[JobTime]) -> int:
+def _full_batch(counted: Sequence[JobTime], jobs: Sequence[JobTime]) -> int:
     """Return the items that count as a full batch where nobody says it."""
     if counted:
-        seen = (one.items for job in counted for did in job.did for one in did if one.busy)
+        seen = (one.items for job in counted for did in job.intervals for one in did if one.is_busy)
         return max(seen, default=1) or 1
-    return max((_kept_up(did) for job in jobs for did in job.did), default=1)
+    return max((_typical_load(did) for job in jobs for did in job.intervals), default=1)
 
 
-def _kept_up(did: Iterable[Stretch]) -> int:
+def _typical_load(did: Iterable[Interval]) -> int:
     """Return the items that a server had at a time for half of the time in which it worked."""
     seconds: dict[int, float] = defaultdict(float)
     for stretch in did:
-        if stretch.busy:
+        if stretch.is_busy:
             seconds[stretch.items] += stretch.end - stretch.begin
     left = sum(seconds.values()) / 2
     for items in sorted(seconds, reverse=True):
@@ -250,7 +256,7 @@ def _kept_up(did: Iterable[Stretch]) -> int:
     return 1
 
 
-class Call(NamedTuple):
+class AnsweredItem(NamedTuple):
     """One item as the journal knows it: where it was answered, and when (seconds since 1970).
 
     The time includes what the item waited in the client and in the server's queue, so that
@@ -262,17 +268,17 @@ class Call(NamedTuple):
     end: float
 
 
-def calls_of(records: Iterable[Mapping[str, Any]]) -> Iterator[Call]:
+def read_answered_items(records: Iterable[Mapping[str, Any]]) -> Iterator[AnsweredItem]:
     """Yield the calls that journal records tell of."""
     for record in records:
         endpoint, took = record.get("endpoint"), record.get("latency_s")
         if endpoint and took is not None:
             end = datetime.fromisoformat(record["finished_at"]).timestamp()
-            yield Call(str(endpoint), end - float(took), end)
+            yield AnsweredItem(str(endpoint), end - float(took), end)
 
 
 @dataclass(slots=True)
-class Items:
+class JobItems:
     """The items that ended within a job.
 
     Attributes:
@@ -283,9 +289,9 @@ class Items:
 
     first: float | None = None
     last: float | None = None
-    calls: dict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
+    calls: dict[str, list[AnsweredItem]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, call: Call, earliest: float, keep: bool) -> None:
+    def add(self, call: AnsweredItem, earliest: float, keep: bool) -> None:
         """Count one; it did not begin before its job."""
         begin = max(call.begin, earliest)
         self.first = begin if self.first is None else min(self.first, begin)
@@ -294,9 +300,9 @@ class Items:
             self.calls[call.endpoint].append(call._replace(begin=begin))
 
 
-def by_job(
-    calls: Iterable[Call], times: Sequence[tuple[float, float]], keep: Sequence[bool]
-) -> list[Items]:
+def group_by_job(
+    calls: Iterable[AnsweredItem], times: Sequence[tuple[float, float]], keep: Sequence[bool]
+) -> list[JobItems]:
     """Return the items of each job; those that ended outside of all are left out.
 
     Args:
@@ -304,7 +310,7 @@ def by_job(
         times: Begin and end of each job, one after another.
         keep: Whether a job's calls are kept, which takes some 200 bytes for each.
     """
-    begins, found = [begin for begin, _ in times], [Items() for _ in times]
+    begins, found = [begin for begin, _ in times], [JobItems() for _ in times]
     for call in calls:
         number = bisect_right(begins, call.end) - 1
         if number >= 0 and call.end <= times[number][1]:
@@ -312,13 +318,15 @@ def by_job(
     return found
 
 
-def levels(calls: Iterable[Call], begin: float, end: float) -> tuple[Stretch, ...]:
+def intervals_of_items(
+    calls: Iterable[AnsweredItem], begin: float, end: float
+) -> tuple[Interval, ...]:
     """Return what a server did by its items: it was there all the time, with so many of them."""
     steps = [(call.begin, 1) for call in calls] + [(call.end, -1) for call in calls]
-    did, at, items = list[Stretch](), begin, 0
+    did, at, items = list[Interval](), begin, 0
     for time, change in sorted([*steps, (end, 0)]):
         if min(time, end) > at:
-            did.append(Stretch(at, min(time, end), items=items))
+            did.append(Interval(at, min(time, end), items=items))
             at = time
         items += change
     return tuple(did)
@@ -330,7 +338,7 @@ _SILENT_S: Final = 90.0
 _FINE: Final = 32
 """A change counts from this part of the most that a server worked on."""
 
-_STATES: Final[Mapping[str, State]] = {
+_STATES: Final[Mapping[str, ServerState]] = {
     "ready": "up",
     "back": "up",
     "out": "down",
@@ -341,24 +349,26 @@ _ENDED: Final = frozenset({"down", "given_up"})
 
 
 @dataclass(slots=True)
-class Served:
+class JobServers:
     """What the nodes of one job tell.
 
     Attributes:
-        did: By host and instance, what the server did.
-        counted: Whether any of them tells what servers work on.
+        intervals: By host and instance, what the server did.
+        has_counts: Whether any of them tells what servers work on.
     """
 
-    did: dict[tuple[str, int], list[Stretch]] = field(default_factory=dict)
-    counted: bool = False
+    intervals: dict[tuple[str, int], list[Interval]] = field(default_factory=dict)
+    has_counts: bool = False
 
     @property
-    def first(self) -> float | None:
+    def first_busy_at(self) -> float | None:
         """Return when a server first worked on anything."""
-        return min((s.begin for did in self.did.values() for s in did if s.busy), default=None)
+        return min(
+            (s.begin for did in self.intervals.values() for s in did if s.is_busy), default=None
+        )
 
 
-def served(folder: Path, times: Sequence[tuple[float, float]]) -> list[Served]:
+def read_job_servers(folder: Path, times: Sequence[tuple[float, float]]) -> list[JobServers]:
     """Return what the nodes tell of each job; blocks.
 
     A node that falls silent more than a minute before its job's end was lost: its servers are
@@ -369,63 +379,65 @@ def served(folder: Path, times: Sequence[tuple[float, float]]) -> list[Served]:
         times: Begin and end of each job.
 
     Raises:
-        LedgerError: A record cannot be read.
+        JournalError: A record cannot be read.
     """
-    found = [Served() for _ in times]
+    found = [JobServers() for _ in times]
     for path in sorted((folder / "logs").glob("*.jsonl")):
         try:
-            record = read_record(path)
+            record = read_events(path)
         except OSError as error:
-            raise LedgerError(f"{path}: cannot be read: {error.strerror}") from None
-        for lines in times_of(record):
+            raise JournalError(f"{path}: cannot be read: {error.strerror}") from None
+        for lines in split_periods(record):
             for job, (begin, end) in zip(found, times, strict=True):
                 if begin <= lines[0]["at"] <= end:
                     _add(job, path.stem, lines, end)
     return found
 
 
-def _add(job: Served, host: str, lines: Sequence[Mapping[str, Any]], end: float) -> None:
+def _add(job: JobServers, host: str, lines: Sequence[Mapping[str, Any]], end: float) -> None:
     """Add one time that a node was served."""
-    job.counted = job.counted or any(line["event"] == "load" for line in lines)
+    job.has_counts = job.has_counts or any(line["event"] == "load" for line in lines)
     for instance in range(max(1, int(lines[0].get("instances", 1)))):
-        did = job.did.setdefault((host, instance), [])
-        did += _did(lines, instance, end)
+        did = job.intervals.setdefault((host, instance), [])
+        did += _server_intervals(lines, instance, end)
 
 
-def _did(lines: Sequence[Mapping[str, Any]], instance: int, end: float) -> list[Stretch]:
+def _server_intervals(
+    lines: Sequence[Mapping[str, Any]], instance: int, end: float
+) -> list[Interval]:
     """Return what one server did from the first line on."""
-    most = max((_told(line, instance)[0] for line in lines), default=0)
-    found, now = list[Stretch](), Stretch(lines[0]["at"], end, "starting")
+    most = max((_read_load(line, instance)[0] for line in lines), default=0)
+    found, now = list[Interval](), Interval(lines[0]["at"], end, "starting")
     for line in lines:
-        after = _after(now, line, instance, max(1.0, most / _FINE))
+        after = _apply_event(now, line, instance, max(1.0, most / _FINE))
         if after is not now:
             found.append(now._replace(end=line["at"]))
             now = after._replace(begin=line["at"])
     last = lines[-1]
     if last["event"] == "end":
-        state: State = "over" if last.get("why") == "stopped" else "down"
+        state: ServerState = "over" if last.get("why") == "stopped" else "down"
     else:
         state = "down" if end - last["at"] > _SILENT_S else now.state
     if state != now.state:
         found.append(now._replace(end=last["at"]))
-        now = Stretch(last["at"], end, state)
+        now = Interval(last["at"], end, state)
     return [one for one in (*found, now) if one.end > one.begin]
 
 
-def _after(now: Stretch, line: Mapping[str, Any], instance: int, fine: float) -> Stretch:
+def _apply_event(now: Interval, line: Mapping[str, Any], instance: int, fine: float) -> Interval:
     """Return what a server does after a line, or the same if that is nearly the same."""
     if line["event"] == "load":
-        items, queued = _told(line, instance, (now.items, now.queued))
+        items, queued = _read_load(line, instance, (now.items, now.has_queue))
         alike = bool(items) == bool(now.items) and abs(items - now.items) < fine
-        same = alike and queued == now.queued
-        return now if same else now._replace(items=items, queued=queued)
+        same = alike and queued == now.has_queue
+        return now if same else now._replace(items=items, has_queue=queued)
     if line.get("instance") != instance or line["event"] not in _STATES:
         return now
     after = now._replace(state=_STATES[line["event"]])
-    return after._replace(items=0, queued=False) if line["event"] in _ENDED else after
+    return after._replace(items=0, has_queue=False) if line["event"] in _ENDED else after
 
 
-def _told(
+def _read_load(
     line: Mapping[str, Any], instance: int, before: tuple[int, bool] = (0, False)
 ) -> tuple[int, bool]:
     """Return what a line says of a server's load; where it says nothing, what was before."""

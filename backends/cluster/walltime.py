@@ -11,13 +11,13 @@ from typing import Final
 
 from ...configs.models import LimitsConfig
 from ..core.errors import ConfigurationError
-from ..core.messages import WALLTIME
+from ..core.messages import WALLTIME_REASON
 
-END: Final = "FANFOLD_END_TIME"
+END_TIME_ENV: Final = "FANFOLD_END_TIME"
 """Variable with the time at which the job ends, in seconds since 1970; for job scripts."""
 
 
-SLURM: Final = "SLURM_JOB_END_TIME"
+SLURM_END_TIME_ENV: Final = "SLURM_JOB_END_TIME"
 """The same, as Slurm sets it."""
 
 
@@ -32,15 +32,15 @@ class Walltime:
 
     Attributes:
         stop_at: The time, in seconds since 1970.
-        workers_at: The same for workers elsewhere.
+        workers_stop_at: The same for workers elsewhere.
         reason: Why, in words.
     """
 
     stop_at: float
-    workers_at: float
+    workers_stop_at: float
     reason: str
 
-    def left(self) -> float:
+    def remaining_s(self) -> float:
         """Return the seconds until then, 0 when it has passed."""
         return max(0.0, self.stop_at - time.time())
 
@@ -68,7 +68,9 @@ def walltime(
     end, source = min(ends)
     kept = limits.drain_s + limits.margin_s + extra_s
     clock = datetime.fromtimestamp(end).astimezone().strftime("%H:%M:%S")
-    reason = f"{WALLTIME}: this life ends at {clock} ({source}), {kept:g} s are kept to close it"
+    reason = (
+        f"{WALLTIME_REASON}: this life ends at {clock} ({source}), {kept:g} s are kept to close it"
+    )
     later = min(_LATER_S, limits.margin_s / 2)
     return Walltime(end - kept, end - kept + later, reason)
 
@@ -78,14 +80,17 @@ def _ends(
 ) -> Iterator[tuple[float, str]]:
     if limits.walltime_s is not None:
         yield began + limits.walltime_s, "limits.walltime_s"
-    if given := environment.get(END):
+    if given := environment.get(END_TIME_ENV):
         end = _time(given)
         if end is None:
-            msg = f"{END} is {given!r}; it must be a time in seconds since 1970, as date +%s prints"
+            msg = (
+                f"{END_TIME_ENV} is {given!r}; it must be a time in seconds since 1970, as date "
+                "+%s prints"
+            )
             raise ConfigurationError(msg)
-        yield end, END
-    if (end := _time(environment.get(SLURM, ""))) is not None:
-        yield end, SLURM  # Slurm has other words where a job has no end
+        yield end, END_TIME_ENV
+    if (end := _time(environment.get(SLURM_END_TIME_ENV, ""))) is not None:
+        yield end, SLURM_END_TIME_ENV  # Slurm has other words where a job has no end
 
 
 def _time(text: str) -> float | None:

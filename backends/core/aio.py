@@ -15,12 +15,12 @@ from .protocols import BLOCKED_LOOPS
 T = TypeVar("T")
 
 
-KEPT: Final = ContextVar("fanfold_kept", default=False)
+DETACH_TASKS: Final = ContextVar("fanfold_kept", default=False)
 """Whether tasks that are created here are to outlive the cancelling of all tasks."""
 
 
-def create_kept_task(
-    work: Coroutine[Any, Any, T], *, with_its_own: bool = False
+def create_detached_task(
+    work: Coroutine[Any, Any, T], *, with_children: bool = False
 ) -> asyncio.Task[T]:
     """Create a task that is not cancelled where ``asyncio.run`` ends, and drain what is in flight.
 
@@ -30,30 +30,30 @@ def create_kept_task(
 
     Args:
         work: What the task does.
-        with_its_own: Whether the tasks that it creates are kept as well, whoever's code does it.
+        with_children: Whether the tasks that it creates are kept as well, whoever's code does it.
     """
     loop, context = asyncio.get_running_loop(), copy_context()
-    if with_its_own:
-        context.run(KEPT.set, True)
-        _keep_marked(loop)
-    return keep(loop.create_task(work, context=context))
+    if with_children:
+        context.run(DETACH_TASKS.set, True)
+        _install_task_factory(loop)
+    return detach_task(loop.create_task(work, context=context))
 
 
-def keep(task: asyncio.Task[T]) -> asyncio.Task[T]:
+def detach_task(task: asyncio.Task[T]) -> asyncio.Task[T]:
     """Hide a task from ``asyncio.all_tasks``, and return it."""
     asyncio.tasks._unregister_task(task)  # noqa: SLF001 - documented for whoever extends asyncio
     return task
 
 
-def _keep_marked(loop: asyncio.AbstractEventLoop) -> None:
-    """Have a loop keep the tasks that are created where :data:`KEPT` says so."""
+def _install_task_factory(loop: asyncio.AbstractEventLoop) -> None:
+    """Have a loop keep the tasks that are created where :data:`DETACH_TASKS` says so."""
     before = loop.get_task_factory()
-    if isinstance(before, _Keeping):
+    if isinstance(before, _DetachingTaskFactory):
         return
-    loop.set_task_factory(_Keeping(before))
+    loop.set_task_factory(_DetachingTaskFactory(before))
 
 
-class _Keeping:
+class _DetachingTaskFactory:
     """A factory of tasks, around the one that a loop had."""
 
     def __init__(self, before: Any) -> None:
@@ -67,15 +67,15 @@ class _Keeping:
         else:
             task = self._before(loop, work, **options)
         context = options.get("context")
-        if KEPT.get() if context is None else context.get(KEPT, False):
+        if DETACH_TASKS.get() if context is None else context.get(DETACH_TASKS, False):
             asyncio.tasks._unregister_task(task)  # noqa: SLF001 - see keep
         return task
 
 
-_Place = tuple[asyncio.AbstractEventLoop, Hashable]
+_LoopKey = tuple[asyncio.AbstractEventLoop, Hashable]
 
 
-class _Held(Generic[T]):
+class _OpenResource(Generic[T]):
     """One resource, opened and closed by a task of its own.
 
     So it does not matter which user comes first, which leaves last, and which is cancelled.
@@ -83,22 +83,22 @@ class _Held(Generic[T]):
 
     def __init__(self, manager: AbstractAsyncContextManager[T]) -> None:
         self.users = 0
-        self.released = asyncio.Event()
+        self.close_requested = asyncio.Event()
         self.ready: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self.task = create_kept_task(self._hold(manager), with_its_own=True)
+        self.task = create_detached_task(self._run_manager(manager), with_children=True)
 
-    async def _hold(self, manager: AbstractAsyncContextManager[T]) -> T:
+    async def _run_manager(self, manager: AbstractAsyncContextManager[T]) -> T:
         async with manager as value:
             self.ready.set_result(value)
-            await self.released.wait()
+            await self.close_requested.wait()
         return value
 
     @property
-    def ending(self) -> bool:
+    def is_closing(self) -> bool:
         """Say whether nobody can use it any more."""
-        return self.released.is_set() or self.task.done()
+        return self.close_requested.is_set() or self.task.done()
 
-    async def value(self) -> T:
+    async def wait_ready(self) -> T:
         """Wait until it is open.
 
         Raises:
@@ -107,13 +107,13 @@ class _Held(Generic[T]):
         await asyncio.wait({self.ready, self.task}, return_when=asyncio.FIRST_COMPLETED)
         return self.ready.result() if self.ready.done() else self.task.result()
 
-    async def release(self) -> None:
+    async def close(self) -> None:
         """Close it, or stop opening it; if the caller is cancelled the task closes it alone.
 
         Raises:
             Exception: What closing it raised.
         """
-        self.released.set()
+        self.close_requested.set()
         if not self.ready.done():
             self.task.cancel()
         await asyncio.wait({self.task})
@@ -122,11 +122,11 @@ class _Held(Generic[T]):
             raise error
 
 
-class Shared(Generic[T]):
+class SharedResource(Generic[T]):
     """One resource per key and event loop, opened by its first user, closed by its last."""
 
     def __init__(self) -> None:
-        self._held: dict[_Place, _Held[T]] = {}
+        self._resources: dict[_LoopKey, _OpenResource[T]] = {}
 
     @asynccontextmanager
     async def use(
@@ -138,35 +138,35 @@ class Shared(Generic[T]):
         opens it afresh. While it is being closed, a new user waits.
         """
         place = (asyncio.get_running_loop(), key)
-        while (held := self._held.get(place)) is not None and held.ending:
+        while (held := self._resources.get(place)) is not None and held.is_closing:
             await asyncio.wait({held.task})
-            self._forget(place, held)
+            self._remove(place, held)
         if held is None:
-            held = self._held[place] = _Held(make())
-            held.task.add_done_callback(partial(self._forget, place, held))
+            held = self._resources[place] = _OpenResource(make())
+            held.task.add_done_callback(partial(self._remove, place, held))
         held.users += 1
         try:
-            yield await held.value()
+            yield await held.wait_ready()
         finally:
             held.users -= 1
             if held.users == 0:
-                await held.release()
+                await held.close()
 
-    def opened(self, key: Hashable) -> T | None:
+    def get_open(self, key: Hashable) -> T | None:
         """Return what is open under a key in this loop, or None."""
-        held = self._held.get((asyncio.get_running_loop(), key))
-        ready = held is not None and held.ready.done() and not held.ending
+        held = self._resources.get((asyncio.get_running_loop(), key))
+        ready = held is not None and held.ready.done() and not held.is_closing
         return held.ready.result() if held is not None and ready else None
 
-    def _forget(self, place: _Place, held: _Held[T], _: object = None) -> None:
-        if self._held.get(place) is held:
-            del self._held[place]
+    def _remove(self, place: _LoopKey, held: _OpenResource[T], _: object = None) -> None:
+        if self._resources.get(place) is held:
+            del self._resources[place]
 
 
 R = TypeVar("R")
 
 
-class Batch(Generic[T, R]):
+class ThreadBatcher(Generic[T, R]):
     """Gathers what is asked for while a thread is at work, and hands it over together.
 
     It belongs to the loop that first uses it.
@@ -181,28 +181,28 @@ class Batch(Generic[T, R]):
         self._tasks = set[asyncio.Task[list[R]]]()
         self._working = asyncio.Lock()
 
-    async def of(self, piece: T) -> R:
+    async def run(self, piece: T) -> R:
         """Return the result for one piece.
 
         Raises:
             Exception: What the work raised, to all whose pieces went together.
         """
-        number, task = self._enter(piece)
+        number, task = self._enqueue(piece)
         return (await asyncio.shield(task))[number]
 
-    def soon(self, piece: T) -> None:
+    def submit(self, piece: T) -> None:
         """Have a piece worked on, and wait for nothing."""
-        self._enter(piece)
+        self._enqueue(piece)
 
-    async def settled(self) -> None:
+    async def wait_idle(self) -> None:
         """Wait until nothing is being worked on."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _enter(self, piece: T) -> tuple[int, asyncio.Task[list[R]]]:
+    def _enqueue(self, piece: T) -> tuple[int, asyncio.Task[list[R]]]:
         if self._next is None:
             pieces = list[T]()
-            task = asyncio.create_task(self._run(pieces))
+            task = asyncio.create_task(self._run_batch(pieces))
             self._next = pieces, task
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -210,7 +210,7 @@ class Batch(Generic[T, R]):
         pieces.append(piece)
         return len(pieces) - 1, task
 
-    async def _run(self, pieces: list[T]) -> list[R]:
+    async def _run_batch(self, pieces: list[T]) -> list[R]:
         async with self._working:
             self._next = None  # complete: what comes now belongs to the next one
             return await asyncio.to_thread(self._work, pieces)
@@ -219,14 +219,14 @@ class Batch(Generic[T, R]):
 _T = TypeVar("_T")
 
 
-def _running() -> asyncio.AbstractEventLoop | None:
+def _get_running_loop() -> asyncio.AbstractEventLoop | None:
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
 
 
-class SyncBridge:
+class SyncPortal:
     """Runs coroutines for callers that are not in a loop, or block one.
 
     Args:
@@ -236,18 +236,21 @@ class SyncBridge:
 
     def __init__(
         self,
-        home: Callable[[], asyncio.AbstractEventLoop | None],
-        farewell: Callable[[], Coroutine[Any, Any, None]],
+        get_home_loop: Callable[[], asyncio.AbstractEventLoop | None],
+        on_close: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
-        self._home = home
-        self._farewell = farewell
+        self._get_home_loop = get_home_loop
+        self._on_close = on_close
         self._lock = threading.Lock()
         self._private: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Run one coroutine to its end, with the caller's context variables."""
-        future, here = asyncio.run_coroutine_threadsafe(coroutine, self._loop()), _running()
+        future, here = (
+            asyncio.run_coroutine_threadsafe(coroutine, self._choose_loop()),
+            _get_running_loop(),
+        )
         if here is not None:
             BLOCKED_LOOPS.add(here)
         try:
@@ -275,9 +278,9 @@ class SyncBridge:
             if (close := getattr(source, "aclose", None)) is not None:
                 self.run(close())
 
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        home = self._home()
-        if home is not None and home.is_running() and home is not _running():
+    def _choose_loop(self) -> asyncio.AbstractEventLoop:
+        home = self._get_home_loop()
+        if home is not None and home.is_running() and home is not _get_running_loop():
             return home
         with self._lock:
             if self._private is None:
@@ -295,13 +298,13 @@ class SyncBridge:
             self._private = self._thread = None
         if loop is None or thread is None:
             return
-        asyncio.run_coroutine_threadsafe(self._farewell(), loop).result()
+        asyncio.run_coroutine_threadsafe(self._on_close(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
 
 
-class LoopAside:
+class PortalProvider:
     """Runs coroutines for threads without a loop; its own thread lives only while it is used."""
 
     def __init__(self) -> None:
@@ -330,7 +333,7 @@ class LoopAside:
                 self._users -= 1
                 if self._users == 0:
                     self._thread = None
-                    thread.end()
+                    thread.stop()
 
 
 class _Thread:
@@ -338,17 +341,17 @@ class _Thread:
 
     def __init__(self) -> None:
         self._started = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="fanfold-aside", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="fanfold-aside", daemon=True)
         self._thread.start()
         self._started.wait()
 
-    def _serve(self) -> None:
+    def _run_loop(self) -> None:
         with asyncio.Runner() as runner:  # at its end it cancels what is left, and waits for it
             self.loop = runner.get_loop()
             self.loop.call_soon(self._started.set)
             self.loop.run_forever()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """End the loop, and wait for its thread."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()

@@ -5,18 +5,18 @@ from __future__ import annotations
 import zlib
 from typing import Final
 
-FIELD: Final = b',"crc":"'
+CRC_FIELD: Final = b',"crc":"'
 """How the last key of a line begins."""
 
-END: Final = b'"}\n'
+CRC_END: Final = b'"}\n'
 """How a line ends."""
 
-_CHECKSUM: Final = FIELD + b"%08x" + END
+_CHECKSUM: Final = CRC_FIELD + b"%08x" + CRC_END
 
-TAIL: Final = len(FIELD) + 8 + len(END)
+CRC_TAIL_BYTES: Final = len(CRC_FIELD) + 8 + len(CRC_END)
 """Bytes at a line's end that the checksum does not cover."""
 
-BEFORE: Final = 8 + len(END)
+PREVIOUS_CRC_BYTES: Final = 8 + len(CRC_END)
 """Bytes before a line that hold the checksum which it continues."""
 
 
@@ -39,12 +39,12 @@ def check_crc(line: bytes, before: int) -> int | None:
         line: The line, with its end.
         before: The checksum of the line before; 0 for the first line.
     """
-    crc = zlib.crc32(line[:-TAIL], before)
-    return crc if line[-TAIL:] == _CHECKSUM % crc else None
+    crc = zlib.crc32(line[:-CRC_TAIL_BYTES], before)
+    return crc if line[-CRC_TAIL_BYTES:] == _CHECKSUM % crc else None
 
 
-def crc_before(data: bytes) -> int:
-    """Return the checksum of a line whose last :data:`BEFORE` bytes these are.
+def parse_crc(data: bytes) -> int:
+    """Return the checksum of a line whose last :data:`PREVIOUS_CRC_BYTES` bytes these are.
 
     Raises:
         ValueError: They are not the end of a line.

@@ -22,7 +22,7 @@ class FanfoldError(RuntimeError):
         self.message = message
         self._folders: tuple[str, ...] = ()
 
-    def hide(self, folders: Collection[str]) -> None:
+    def hide_folders(self, folders: Collection[str]) -> None:
         """Leave folders out of ``repr``, which is what LangGraph's checkpoints keep of an error.
 
         Args:
@@ -109,10 +109,10 @@ class EndpointLostError(EndpointError):
     """Connection refused, reset or cut, or no answer in time.
 
     Attributes:
-        begun: Whether a part of a streamed answer had been read.
+        has_partial_answer: Whether a part of a streamed answer had been read.
     """
 
-    begun: bool = False
+    has_partial_answer: bool = False
 
 
 class EndpointReplyError(EndpointError):
@@ -200,33 +200,33 @@ class BudgetExhaustedError(RunStoppedError):
     """What is left of the budget carries no further call; a higher cap lets the run go on."""
 
 
-class SiteError(FanfoldError):
+class BackendError(FanfoldError):
     """The place where a shard runs failed."""
 
 
-class WorkerLostError(SiteError):
+class WorkerLostError(BackendError):
     """A worker died; its shard can run elsewhere."""
 
     retryable: ClassVar[bool] = True
 
 
-class LedgerError(FanfoldError):
+class JournalError(FanfoldError):
     """The journal cannot be written or read, or belongs to another run."""
 
 
-ENDS_RUN: Final = (RunStoppedError, ConfigurationError, LedgerError)
+RUN_ENDING_ERRORS: Final = (RunStoppedError, ConfigurationError, JournalError)
 """What an item's work raises that is no fault of the item's: it stops the run."""
 
 
-DONE: Final = 0
+EXIT_DONE: Final = 0
 """All items are done."""
-OTHER: Final = 1
+EXIT_OTHER: Final = 1
 """Anything else."""
-USAGE: Final = 2
+EXIT_USAGE: Final = 2
 """Wrong usage or settings."""
-FAILURES: Final = 3
+EXIT_FAILURES: Final = 3
 """Some items failed."""
-BUDGET: Final = 4
+EXIT_BUDGET: Final = 4
 """The budget is exhausted; resumable with a higher one."""
-INTERRUPTED: Final = 5
+EXIT_INTERRUPTED: Final = 5
 """Interrupted, and resumable."""

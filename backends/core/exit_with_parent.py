@@ -14,25 +14,25 @@ from typing import Final
 
 _LOOK_S: Final = 0.5
 _TERM_S: Final = 5
-_OF_THE_JOB: Final = (signal.SIGUSR1, signal.SIGUSR2)
+_JOB_SIGNALS: Final = (signal.SIGUSR1, signal.SIGUSR2)
 """Schedulers send these to all processes of a job; they are for the coordinator."""
 
 
-def follow_parent() -> None:
+def exit_with_parent() -> None:
     """Tie this worker process to its parent; an initializer for process pools.
 
     A pool's workers hold both ends of its queues, so they would wait for ever for a parent that
     was killed. The interrupt of a terminal reaches them as well and is left to the parent, which
     lets items in flight finish; so is a scheduler's warning.
     """
-    for number in (signal.SIGINT, *_OF_THE_JOB):
+    for number in (signal.SIGINT, *_JOB_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        _end_after(parent.join)
+        _exit_after(parent.join)
 
 
-def _end_after(wait: Callable[[], object]) -> None:
+def _exit_after(wait: Callable[[], object]) -> None:
     def end() -> None:
         wait()
         os._exit(1)
@@ -49,20 +49,20 @@ def main() -> None:
             time.sleep(_LOOK_S)
 
     os.setpgrp()  # a terminal's interrupt is the parent's to heed
-    for number in _OF_THE_JOB:
+    for number in _JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    _end_after(orphaned)
+    _exit_after(orphaned)
     module, *sys.argv[1:] = sys.argv[1:]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def shell_leash(pid: int) -> str:
+def shell_exit_with_parent(pid: int) -> str:
     """Return a line for a batch script: its process group ends with the script and with ``pid``."""
     alive = f"kill -0 {pid} 2>/dev/null && kill -0 $$ 2>/dev/null"
     return f"( while {alive}; do sleep {_LOOK_S}; done; kill -9 0 ) </dev/null >/dev/null 2>&1 &"
 
 
-def launcher_leash(pid: int) -> str:
+def launcher_exit_with_parent(pid: int) -> str:
     """Return lines for a shell that becomes a launcher: its group ends with it and with ``pid``.
 
     The launcher has some seconds to end what it has started on other nodes. Signals that schedulers

@@ -8,21 +8,21 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any, Final, Self
 
-from .errors import ConfigurationError, SiteError
+from .errors import BackendError, ConfigurationError
 from .types import Item, Json, Row
 from .values import check_counts, check_record
 
-WIRE: Final = 1
+WIRE_VERSION: Final = 1
 """Version of the two forms below."""
 
-CARRY: Final = 4_000_000
+MAX_MESSAGE_BYTES: Final = 4_000_000
 """Most bytes of an order or a summary: engines carry 10 MB at most, some of them inflated."""
 
 
-WALLTIME: Final = "walltime"
+WALLTIME_REASON: Final = "walltime"
 """How the reason begins for which a worker or a run stops when its time is over."""
 
-REPEATED: Final = "the order has been begun before"
+DUPLICATE_REASON: Final = "the order has been begun before"
 """Why a worker does nothing with an order that its engine delivers once more."""
 
 
@@ -33,7 +33,7 @@ def own_version() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ShardTask:
     """What a worker is asked to do: one shard.
 
     Attributes:
@@ -69,13 +69,13 @@ class Order:
     deadline_s: float
     stop_file: str | None = None
     ends_at: float | None = None
-    carry: int = CARRY
+    carry: int = MAX_MESSAGE_BYTES
     tariff: dict[str, int] = field(default_factory=dict)
     lease: dict[str, Json] | None = None
 
     def to_json(self) -> dict[str, Json]:
         """Return it as plain data."""
-        return _plain(self)
+        return _to_plain(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -83,17 +83,17 @@ class Order:
 
         Raises:
             ConfigurationError: Another version of the form.
-            SiteError: No order at all.
+            BackendError: No order at all.
         """
-        return cls(**_checked(data, cls))
+        return cls(**_check_fields(data, cls))
 
-    def unpacked(self) -> list[Item]:
+    def unpack_items(self) -> list[Item]:
         """Return the items."""
         return [Item(index, name, row, problem) for index, name, row, problem in self.items]
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class ShardResult:
     """What a worker brings home.
 
     Attributes:
@@ -130,7 +130,7 @@ class Summary:
 
     def to_json(self) -> dict[str, Json]:
         """Return it as plain data."""
-        return _plain(self)
+        return _to_plain(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -138,18 +138,18 @@ class Summary:
 
         Raises:
             ConfigurationError: Another version of the form.
-            SiteError: No summary at all, or a number in it is out of range.
+            BackendError: No summary at all, or a number in it is out of range.
         """
-        summary = cls(**_checked(data, cls))
+        summary = cls(**_check_fields(data, cls))
         try:
             _check_numbers(summary)
         except (TypeError, ValueError, AttributeError) as error:
             msg = f"worker {summary.worker}: its summary of shard {summary.shard}: {error}"
-            raise SiteError(msg) from None
+            raise BackendError(msg) from None
         return summary
 
 
-def _check_numbers(summary: Summary) -> None:
+def _check_numbers(summary: ShardResult) -> None:
     """Check what is counted of a summary.
 
     Raises:
@@ -164,19 +164,19 @@ def _check_numbers(summary: Summary) -> None:
         check_record(record)
 
 
-def _plain(form: Order | Summary) -> dict[str, Json]:
+def _to_plain(form: ShardTask | ShardResult) -> dict[str, Json]:
     """Return the fields with the version; not a deep copy, which costs more than the items."""
-    return {"v": WIRE} | {one.name: getattr(form, one.name) for one in fields(form)}
+    return {"v": WIRE_VERSION} | {one.name: getattr(form, one.name) for one in fields(form)}
 
 
-def _checked(data: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+def _check_fields(data: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         msg = f"expected {kind.__name__} as a JSON object, found {type(data).__name__}"
-        raise SiteError(msg)
-    if data.get("v") != WIRE:
+        raise BackendError(msg)
+    if data.get("v") != WIRE_VERSION:
         msg = (
             f"a worker and its coordinator speak different versions (found {data.get('v')!r}, "
-            f"expected {WIRE}); install the same fanfold on both, here {own_version()}"
+            f"expected {WIRE_VERSION}); install the same fanfold on both, here {own_version()}"
         )
         raise ConfigurationError(msg)
     names = {one.name for one in fields(kind)}
@@ -187,5 +187,5 @@ def _checked(data: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
         if one.default is MISSING and one.default_factory is MISSING
     }
     if missing := needed - found.keys():
-        raise SiteError(f"{kind.__name__}: lacks {', '.join(sorted(missing))}")
+        raise BackendError(f"{kind.__name__}: lacks {', '.join(sorted(missing))}")
     return found

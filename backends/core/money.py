@@ -10,10 +10,10 @@ from typing import Final, NamedTuple, Self
 from .types import Json, Usage
 from .values import check_counts
 
-NANO: Final = 1_000_000_000
+NANO_PER_USD: Final = 1_000_000_000
 """Nano-dollars in a dollar."""
 
-HOUR_MS: Final = 3_600_000
+MS_PER_HOUR: Final = 3_600_000
 """Milliseconds in an hour."""
 
 _PICO_PER_NANO: Final = 1000
@@ -54,7 +54,7 @@ class Amount(NamedTuple):
             self.node_ms - other.node_ms,
         )
 
-    def instead(self, old: Amount, new: Amount) -> Amount:
+    def replace_part(self, old: Amount, new: Amount) -> Amount:
         """Return it with one part of it replaced by another."""
         return Amount(
             self.requests - old.requests + new.requests,
@@ -67,11 +67,11 @@ class Amount(NamedTuple):
         """Return a multiple."""
         return Amount(*(factor * value for value in self))
 
-    def least(self, other: Amount) -> Amount:
+    def minimum(self, other: Amount) -> Amount:
         """Return the smaller of each."""
         return Amount(*map(min, self, other))
 
-    def most(self, other: Amount) -> Amount:
+    def maximum(self, other: Amount) -> Amount:
         """Return the larger of each."""
         return Amount(*map(max, self, other))
 
@@ -90,7 +90,7 @@ class Amount(NamedTuple):
         return cls(**{name: data.get(name) or 0 for name in cls._fields})
 
 
-class Held(NamedTuple):
+class NodeTime(NamedTuple):
     """Nodes that were held.
 
     Attributes:
@@ -103,9 +103,9 @@ class Held(NamedTuple):
     idle_ms: int = 0
     nano_usd: int = 0
 
-    def plus(self, other: Held) -> Held:
+    def plus(self, other: NodeTime) -> NodeTime:
         """Return the sum."""
-        return Held(*(a + b for a, b in zip(self, other, strict=True)))
+        return NodeTime(*(a + b for a, b in zip(self, other, strict=True)))
 
     @property
     def amount(self) -> Amount:
@@ -133,7 +133,7 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Caps:
+class BudgetLimits:
     """The most of each that may be spent; None is no limit.
 
     Attributes:
@@ -149,7 +149,7 @@ class Caps:
     node_ms: int | None = None
 
     @classmethod
-    def of(
+    def from_settings(
         cls,
         usd: float | None = None,
         tokens: int | None = None,
@@ -160,27 +160,27 @@ class Caps:
         return cls(
             requests=requests,
             tokens=tokens,
-            nano_usd=None if usd is None else int(Fraction(str(usd)) * NANO),
-            node_ms=None if node_hours is None else int(Fraction(str(node_hours)) * HOUR_MS),
+            nano_usd=None if usd is None else int(Fraction(str(usd)) * NANO_PER_USD),
+            node_ms=None if node_hours is None else int(Fraction(str(node_hours)) * MS_PER_HOUR),
         )
 
     @property
-    def any(self) -> bool:
+    def has_any(self) -> bool:
         """Say whether there is any limit."""
-        return any(cap is not None for cap in self.each())
+        return any(cap is not None for cap in self.as_tuple())
 
     @property
-    def some(self) -> bool:
+    def can_spend(self) -> bool:
         """Say whether any limit lets something be spent."""
-        return any(cap for cap in self.each())
+        return any(cap for cap in self.as_tuple())
 
-    def each(self) -> tuple[int | None, ...]:
+    def as_tuple(self) -> tuple[int | None, ...]:
         """Return them in the order of :class:`Amount`'s fields."""
         return self.requests, self.tokens, self.nano_usd, self.node_ms
 
 
 @dataclass(frozen=True, slots=True)
-class Tariff:
+class TokenPrices:
     """What tokens and nodes cost.
 
     Attributes:
@@ -196,7 +196,7 @@ class Tariff:
     node: int = 0
 
     @classmethod
-    def of(
+    def from_usd(
         cls,
         prompt: float = 0.0,
         cached: float | None = None,
@@ -216,7 +216,7 @@ class Tariff:
             prompt=_up(prompt, pico),
             cached=_up(prompt if cached is None else cached, pico),
             completion=_up(completion, pico),
-            node=_up(node_hour / 3600, NANO),
+            node=_up(node_hour / 3600, NANO_PER_USD),
         )
 
     @property
@@ -240,12 +240,12 @@ class Tariff:
         tokens = (usage.prompt or 0) + (usage.completion or 0)
         return Amount(requests, tokens, self.nano_usd(usage))
 
-    def held(self, node_ms: int) -> Amount:
+    def node_amount(self, node_ms: int) -> Amount:
         """Return what nodes held for a while come to."""
         return Amount(0, 0, -(-node_ms * self.node // 1000), node_ms)
 
 
-FREE: Final = Tariff()
+NO_PRICES: Final = TokenPrices()
 """Nothing costs anything, as far as known."""
 
 

@@ -12,7 +12,7 @@ _GAUGE: Final = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Gauges:
+class ServerLoad:
     """The requests of one server, whoever sent them; None where it does not say.
 
     Attributes:
@@ -24,7 +24,7 @@ class Gauges:
     waiting: int | None = None
 
 
-def read_metrics(body: bytes) -> Gauges | None:
+def parse_load_metrics(body: bytes) -> ServerLoad | None:
     """Read Prometheus' text with vLLM's names; None where it has none of them.
 
     A server with several engines has one line for each; they are added up.
@@ -34,7 +34,7 @@ def read_metrics(body: bytes) -> Gauges | None:
         sums[name] = sums.get(name, 0.0) + float(value)
     if not sums:
         return None
-    return Gauges(_whole(sums.get(b"running")), _whole(sums.get(b"waiting")))
+    return ServerLoad(_whole(sums.get(b"running")), _whole(sums.get(b"waiting")))
 
 
 def _whole(value: float | None) -> int | None:
@@ -44,7 +44,7 @@ def _whole(value: float | None) -> int | None:
 _FENCE: Final = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 
 
-def unfenced(text: str) -> str:
+def strip_fence(text: str) -> str:
     """Return a text without the Markdown fence around the whole of it, if there is one."""
     fenced = _FENCE.match(text)
     return fenced.group(1) if fenced else text

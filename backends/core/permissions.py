@@ -16,7 +16,7 @@ _MOST_LINKS: Final = 40
 """As many as Linux follows on the way to one file."""
 
 
-def untrusted_reason(path: Path) -> str | None:
+def find_path_risk(path: Path) -> str | None:
     """Return why the content of a file may be somebody else's, or None.
 
     Others must not be able to write the file, nor a folder that holds it or a link to it, nor to
@@ -30,11 +30,11 @@ def untrusted_reason(path: Path) -> str | None:
         OSError: It cannot be looked at.
     """
     real = path.resolve(strict=True)
-    if reason := file_reason(real, real.stat()):
+    if reason := find_file_risk(real, real.stat()):
         return reason
     for folder, entry, last in _steps(path.absolute()):
-        reason = folder_reason(folder, folder.stat()) if last else None
-        if reason := reason or _replaceable(folder, entry):
+        reason = find_folder_risk(folder, folder.stat()) if last else None
+        if reason := reason or _find_replaceable(folder, entry):
             return reason
     return None
 
@@ -65,7 +65,7 @@ def _steps(path: Path) -> Iterator[tuple[Path, Path, bool]]:
         todo += reversed(target.parts[1:] if target.is_absolute() else target.parts)
 
 
-def _replaceable(folder: Path, entry: Path) -> str | None:
+def _find_replaceable(folder: Path, entry: Path) -> str | None:
     """Return why everyone, or whoever made a link in a sticky folder, can replace an entry."""
     status = folder.stat()
     if not status.st_mode & stat.S_IWOTH:
@@ -78,7 +78,7 @@ def _replaceable(folder: Path, entry: Path) -> str | None:
     return None
 
 
-def file_reason(path: Path, status: os.stat_result) -> str | None:
+def find_file_risk(path: Path, status: os.stat_result) -> str | None:
     """Return why others can change a file itself, or None.
 
     Args:
@@ -87,10 +87,10 @@ def file_reason(path: Path, status: os.stat_result) -> str | None:
     """
     if status.st_uid not in {os.geteuid(), 0}:
         return f"{path} belongs to {_user(status.st_uid)} (put a copy of your own in its place)"
-    return _writable(path, status)
+    return _find_writable(path, status)
 
 
-def folder_reason(path: Path, status: os.stat_result) -> str | None:
+def find_folder_risk(path: Path, status: os.stat_result) -> str | None:
     """Return why others can put their own files in the place of a folder's, or None.
 
     Args:
@@ -99,10 +99,10 @@ def folder_reason(path: Path, status: os.stat_result) -> str | None:
     """
     if status.st_uid not in {os.geteuid(), 0}:
         return f"the folder {path} belongs to {_user(status.st_uid)} (use a folder of your own)"
-    return None if status.st_mode & stat.S_ISVTX else _writable(path, status)
+    return None if status.st_mode & stat.S_ISVTX else _find_writable(path, status)
 
 
-def _writable(path: Path, status: os.stat_result) -> str | None:
+def _find_writable(path: Path, status: os.stat_result) -> str | None:
     mode = status.st_mode
     if mode & stat.S_IWOTH:
         return f"everyone can write {path} (chmod go-w {path})"

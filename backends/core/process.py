@@ -16,7 +16,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Final
 
-from .errors import ConfigurationError, SiteError
+from .errors import BackendError, ConfigurationError
 
 _OWNER: Final = "owner"
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -25,7 +25,7 @@ _YOUNG_S: Final = 60.0
 """A folder this young may not be locked yet."""
 
 
-class Scratch:
+class TemporaryFolder:
     """A temporary folder, locked by this process while it lives.
 
     Making one sweeps up those of the same kind whose owners are gone without removing them.
@@ -38,13 +38,13 @@ class Scratch:
         path: The folder.
 
     Raises:
-        SiteError: It cannot be locked, on a file system that has locks.
+        BackendError: It cannot be locked, on a file system that has locks.
     """
 
     def __init__(self, kind: str, parent: Path | None = None) -> None:
         prefix, parent = f"fanfold-{kind}-", parent or Path(tempfile.gettempdir())
         for folder in parent.glob(f"{prefix}*"):
-            _sweep(folder)
+            _remove_orphan(folder)
         self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         self._lock = os.open(self.path / _OWNER, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -53,7 +53,7 @@ class Scratch:
             if error.errno not in _NO_LOCKS:
                 self.remove()
                 msg = f"{self.path}: its lock cannot be taken: {error.strerror}; set another TMPDIR"
-                raise SiteError(msg) from error
+                raise BackendError(msg) from error
             # without locks nobody sweeps it up either, not even once this process is killed
 
     def remove(self) -> None:
@@ -62,7 +62,7 @@ class Scratch:
         os.close(self._lock)
 
 
-def _sweep(folder: Path) -> None:
+def _remove_orphan(folder: Path) -> None:
     """Remove a folder that nobody owns any more; others' and young ones are left alone."""
     with suppress(OSError):
         found = folder.lstat()
@@ -83,7 +83,7 @@ _RESERVE: Final = 256
 """For files, pipes, and connections that idle."""
 
 
-def make_room(
+def ensure_open_files(
     streams: int, what: str = "requests in flight", setting: str = "limits.streams"
 ) -> None:
     """Raise this process' soft limit of open files so that ``streams`` connections fit.

@@ -54,7 +54,7 @@ class Backend(Protocol):
 
         Raises:
             ConfigurationError: It cannot be, whatever is tried again.
-            SiteError: It could not be this time.
+            BackendError: It could not be this time.
         """
         ...
 
@@ -66,7 +66,7 @@ class Backend(Protocol):
 
         Raises:
             WorkerLostError: The worker or the connection to it died; others may live.
-            SiteError: The place itself is down; :meth:`rebuild` may help.
+            BackendError: The place itself is down; :meth:`rebuild` may help.
         """
         ...
 
@@ -92,18 +92,18 @@ class Stoppable(Protocol):
         ...
 
 
-Count: TypeAlias = Callable[[Mapping[str, Any]], Awaitable[int | None]]
+PromptCounter: TypeAlias = Callable[[Mapping[str, Any]], Awaitable[int | None]]
 """Counts the tokens of a request's prompt as the model does; None when nobody can."""
 
 
-class Hold(Protocol):
+class Reservation(Protocol):
     """What is reserved for one request; the first of the three that is called ends it."""
 
     def settle(self, usage: Usage) -> None:
         """Take what an answer used, and give the rest back; all of it if it does not say."""
         ...
 
-    def keep(self) -> Usage:
+    def settle_all(self) -> Usage:
         """Take all of it: the request may have been paid, and its answer is lost.
 
         Returns:
@@ -111,7 +111,7 @@ class Hold(Protocol):
         """
         ...
 
-    def free(self, *, sent: bool) -> None:
+    def release(self, *, sent: bool) -> None:
         """Give it back: nothing was read; a request that was sent counts all the same."""
         ...
 
@@ -120,11 +120,13 @@ class Account(Protocol):
     """What one item may spend."""
 
     @property
-    def waits(self) -> int:
+    def waiting(self) -> int:
         """Calls of the item that wait for the budget."""
         ...
 
-    async def hold(self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None) -> Hold:
+    async def reserve(
+        self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None
+    ) -> Reservation:
         """Reserve what one request may cost, waiting for what others may give back.
 
         Args:
@@ -137,7 +139,7 @@ class Account(Protocol):
         """
         ...
 
-    def hold_now(self, most: Usage) -> Hold | None:
+    def try_reserve(self, most: Usage) -> Reservation | None:
         """Reserve what one request may cost if there is room at once."""
         ...
 
@@ -146,25 +148,25 @@ class Account(Protocol):
         ...
 
 
-class Credit(Protocol):
+class UsageSink(Protocol):
     """Who was asked, and is told in the end what it was good for."""
 
-    def useful(self, usage: Usage) -> None:
+    def add_useful(self, usage: Usage) -> None:
         """Count tokens of answers that count."""
         ...
 
 
-class Line(Protocol):
+class EndpointQueue(Protocol):
     """Where calls wait for an endpoint."""
 
     @property
-    def jammed(self) -> bool:
+    def is_deadlocked(self) -> bool:
         """Whether all requests in flight are streams that nobody reads, and no time helps."""
         ...
 
 
 @dataclass(slots=True)
-class Share:
+class EndpointUsage:
     """What one endpoint did for an item.
 
     Attributes:
@@ -174,11 +176,11 @@ class Share:
         usage: Tokens over all of its answers.
         lost: The most tokens of requests that may have been paid and brought no answer.
         useful: Tokens of its answers that count; known when the item has ended.
-        credit: Who is told that.
+        sink: Who is told that.
     """
 
     endpoint: str
-    credit: Credit
+    sink: UsageSink
     model: str | None = None
     requests: int = 0
     usage: Usage = field(default_factory=Usage)
@@ -198,19 +200,19 @@ class CallLog:
         simulated: Whether the last answer came from a simulated fleet.
         lost: The most tokens of requests that may have been paid and brought no answer.
         useful: Tokens of the answer that counts; None: of all answers.
-        useful_at: Label of the endpoint that gave this answer.
+        useful_endpoint: Label of the endpoint that gave this answer.
         account: What the item may spend; None is no limit.
         reused: Answers taken from earlier requests, which cost nothing.
-        shares: What each endpoint did, by its label.
+        usage_by_endpoint: What each endpoint did, by its label.
         attempts: The first requests, as the item's record tells them.
         calls: Calls that the fleet has begun and not ended; a stream's call ends with its first
             token.
         following: Those of them that wait for the answer to an equal request.
         loop: Where the last one runs.
-        open: Requests in flight.
-        idle: Those of them that are streams and are not read at the moment.
+        in_flight: Requests in flight.
+        idle_streams: Those of them that are streams and are not read at the moment.
         queued: Calls that wait for an endpoint, or for what other items' calls show of one.
-        line: Where they wait.
+        queue: Where they wait.
         streams: What closes the streams that are open, by the stream.
         counted: Whether the fleet has counted the item as answered.
     """
@@ -222,18 +224,18 @@ class CallLog:
     simulated: bool | None = None
     lost: Usage = field(default_factory=Usage)
     useful: Usage | None = None
-    useful_at: str | None = None
+    useful_endpoint: str | None = None
     account: Account | None = None
     reused: int = 0
-    shares: dict[str, Share] = field(default_factory=dict, compare=False)
+    usage_by_endpoint: dict[str, EndpointUsage] = field(default_factory=dict, compare=False)
     attempts: list[dict[str, Any]] = field(default_factory=list, compare=False)
     calls: int = field(default=0, compare=False)
     following: int = field(default=0, compare=False)
     loop: asyncio.AbstractEventLoop | None = field(default=None, compare=False, repr=False)
-    open: int = field(default=0, compare=False)
-    idle: int = field(default=0, compare=False)
+    in_flight: int = field(default=0, compare=False)
+    idle_streams: int = field(default=0, compare=False)
     queued: int = field(default=0, compare=False)
-    line: Line | None = field(default=None, compare=False, repr=False)
+    queue: EndpointQueue | None = field(default=None, compare=False, repr=False)
     streams: dict[object, Callable[[], None]] | None = field(
         default=None, compare=False, repr=False
     )
@@ -243,7 +245,7 @@ class CallLog:
     @property
     def stalled(self) -> bool:
         """Whether no request of the item goes on by itself: its streams wait for the item."""
-        return self.open == self.idle
+        return self.in_flight == self.idle_streams
 
     @property
     def blocked(self) -> bool:
@@ -255,21 +257,21 @@ class CallLog:
         """Whether a call of the item goes on by itself: it waits for no other item."""
         if not self.stalled:
             return True
-        waits = 0 if self.account is None else self.account.waits
+        waits = 0 if self.account is None else self.account.waiting
         if self.calls > waits + self.following + self.queued:
             return True
-        return self.queued > 0 and (self.line is None or not self.line.jammed)
+        return self.queued > 0 and (self.queue is None or not self.queue.is_deadlocked)
 
-    def share(self, endpoint: str, credit: Credit) -> Share:
+    def get_endpoint_usage(self, endpoint: str, sink: UsageSink) -> EndpointUsage:
         """Return what an endpoint does for the item.
 
         Args:
             endpoint: Its label.
-            credit: Is told what was useful.
+            sink: Is told what was useful.
         """
-        share = self.shares.get(endpoint)
+        share = self.usage_by_endpoint.get(endpoint)
         if share is None:
-            share = self.shares[endpoint] = Share(endpoint, credit)
+            share = self.usage_by_endpoint[endpoint] = EndpointUsage(endpoint, sink)
         return share
 
     def begin_attempt(self, endpoint: str) -> dict[str, Any] | None:
@@ -278,7 +280,7 @@ class CallLog:
         Args:
             endpoint: The endpoint's label.
         """
-        if len(self.attempts) >= MOST_ATTEMPTS:
+        if len(self.attempts) >= MAX_ATTEMPT_RECORDS:
             return None
         start = time.time_ns() // 1_000_000 / 1000
         attempt = {"endpoint": endpoint, "start": start, "seconds": None, "outcome": None}
@@ -298,17 +300,17 @@ class CallLog:
         """
         if not done:
             return
-        for share in self.shares.values():
+        for share in self.usage_by_endpoint.values():
             if self.useful is None:
                 share.useful = share.usage
-            elif share.endpoint == self.useful_at:
+            elif share.endpoint == self.useful_endpoint:
                 share.useful = self.useful
             else:
                 continue
-            share.credit.useful(share.useful)
+            share.sink.add_useful(share.useful)
 
 
-MOST_ATTEMPTS: Final = 8
+MAX_ATTEMPT_RECORDS: Final = 8
 """So many requests of an item are told one by one in its record."""
 
 BLOCKED_LOOPS: Final[set[asyncio.AbstractEventLoop | None]] = set()

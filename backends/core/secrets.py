@@ -19,7 +19,7 @@ _WORD: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _VARIABLES: Final = re.compile(r"(?:(?:Bearer|Basic) )?(?:\$\{[A-Za-z_]\w*\})+")
 _HARMLESS: Final = re.compile(rf"(?:{_VARIABLES.pattern}|EMPTY)?(?=[\s\"'\\&,;}}\])]|$)")
 _USERINFO: Final = re.compile(r"(?<=://)([^\s/?#@:]*)(?::([^\s/?#]*))?@")
-_SIGNS: Final = (":", "=")
+_SEPARATORS: Final = (":", "=")
 _QUERY: Final = re.compile(r"([?&;])([\w.-]+)=([^&#\s\"']*)")
 _ASSIGNED: Final = re.compile(
     r"""(?<![\w.-])(?P<name>[\w.-]+)[\\"'\])]*(?:\s*[:=][\s\\"']*|(?P<gap>[\\"',\s]+))"""
@@ -52,7 +52,7 @@ def mask_url(text: str) -> str:
     if "://" not in text:
         return text
     text = _USERINFO.sub(_userinfo, text)
-    return _QUERY.sub(lambda m: f"{m[1]}{m[2]}={_hidden(m[3])}" if is_secret(m[2]) else m[0], text)
+    return _QUERY.sub(lambda m: f"{m[1]}{m[2]}={_mask(m[3])}" if is_secret(m[2]) else m[0], text)
 
 
 def mask_command(text: str) -> str:
@@ -78,10 +78,10 @@ def mask_arguments(words: Iterable[str]) -> Iterator[str]:
         rest = rest and not word.startswith("-")
         follows = any(start > len(before) for start in _secret_starts(joined))
         if shown == word and (rest or follows):
-            shown = _hidden(word)
+            shown = _mask(word)
             rest = rest or not before.startswith("-")
         yield shown
-        before = f"{before} {word}" if word in _SIGNS or before.endswith(_SIGNS) else word
+        before = f"{before} {word}" if word in _SEPARATORS or before.endswith(_SEPARATORS) else word
 
 
 def _secret_starts(text: str) -> list[int]:
@@ -105,7 +105,7 @@ def _is_value(text: str, start: int) -> bool:
     return text[start:].strip("\"'\\ ") != "" and _HARMLESS.match(text, start) is None
 
 
-def mask_plain(plain: Any, key: str = "", text: Callable[[str], str] = mask_command) -> Any:
+def mask_data(plain: Any, key: str = "", text: Callable[[str], str] = mask_command) -> Any:
     """Return plain data, the texts at and below secret keys and secrets in other texts masked.
 
     Args:
@@ -116,26 +116,26 @@ def mask_plain(plain: Any, key: str = "", text: Callable[[str], str] = mask_comm
     if isinstance(plain, Mapping):
         secret = is_secret(key)
         return {
-            name: mask_plain(value, key if secret else str(name), text)
+            name: mask_data(value, key if secret else str(name), text)
             for name, value in plain.items()
         }
     if isinstance(plain, list):
         if text is mask_command and not is_secret(key) and all(isinstance(v, str) for v in plain):
             return list(mask_arguments(plain))
-        return [mask_plain(value, key, text) for value in plain]
+        return [mask_data(value, key, text) for value in plain]
     if not isinstance(plain, str):
         return plain
-    return _hidden(plain) if is_secret(key) else text(plain)
+    return _mask(plain) if is_secret(key) else text(plain)
 
 
 def _userinfo(match: re.Match[str]) -> str:
     user, password = match[1], match[2]
     if password is None:
         return match[0]
-    return f"{user}:{_hidden(password)}@"
+    return f"{user}:{_mask(password)}@"
 
 
-def _hidden(text: str) -> str:
+def _mask(text: str) -> str:
     bare = text.strip("\"'")
     if not bare or is_variable(bare) or bare == "EMPTY":
         return text

@@ -96,18 +96,18 @@ def split_command(text: str, known: Collection[str]) -> tuple[str, ...]:
         raise ConfigurationError(f"is no command line: {str(error).lower()}") from None
     if not words:
         raise ConfigurationError("is empty; write the command")
-    for name in names_of(words):
+    for name in find_names(words):
         if name not in known:
             there = ", ".join(f"{{{n}}}" for n in sorted(known))
             raise ConfigurationError(f"there is no {{{name}}}; there are {there}")
     return words
 
 
-def names_of(words: Sequence[str]) -> set[str]:
+def find_names(words: Sequence[str]) -> set[str]:
     """Return the names in braces."""
     return {name for word in words for name in _NAME.findall(word)}
 
 
-def fill(words: Sequence[str], values: Mapping[str, str]) -> tuple[str, ...]:
+def fill_names(words: Sequence[str], values: Mapping[str, str]) -> tuple[str, ...]:
     """Return the words with the names in braces replaced."""
     return tuple(_NAME.sub(lambda match: values[match[1]], word) for word in words)

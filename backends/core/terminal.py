@@ -17,7 +17,7 @@ def escape_controls(text: str) -> str:
     r"""Return a text in which characters that control a terminal are spelled out, as ``\x1b``."""
     if text.isprintable():
         return text
-    return CONTROLS.sub(_spelled, text)
+    return CONTROLS.sub(_escape, text)
 
 
 def escape_json(text: str) -> str:
@@ -25,6 +25,6 @@ def escape_json(text: str) -> str:
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _spelled(match: re.Match[str]) -> str:
+def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"  # noqa: PLR2004 - two digits

@@ -12,17 +12,17 @@ import orjson
 
 from .types import Json
 
-MOST: Final = 2**63 - 1
+MAX_COUNT: Final = 2**63 - 1
 """Largest count: what a signed integer of 64 bits holds."""
 
-MOST_TOKENS: Final = 2**32 - 1
+MAX_TOKENS: Final = 2**32 - 1
 """Largest number of tokens that a server's report of one request is believed for."""
 
-DEEPEST: Final = 200
+MAX_DEPTH: Final = 200
 """Most levels of lists and objects in one value: orjson writes 254, and a value that is recorded,
 sent and aggregated stands some levels down in a larger one."""
 
-NUMBERS: Final = (
+COUNT_FIELDS: Final = (
     "requests",
     "prompt_tokens",
     "completion_tokens",
@@ -44,8 +44,8 @@ _MOST_DIGITS: Final = 30
 
 
 def is_count(value: object) -> bool:
-    """Say whether a value is an integer from 0 to :data:`MOST`."""
-    return type(value) is int and 0 <= value <= MOST
+    """Say whether a value is an integer from 0 to :data:`MAX_COUNT`."""
+    return type(value) is int and 0 <= value <= MAX_COUNT
 
 
 def check_counts(data: Mapping[str, Any], names: Iterable[str], what: str) -> None:
@@ -62,27 +62,27 @@ def check_counts(data: Mapping[str, Any], names: Iterable[str], what: str) -> No
     for name in names:
         value = data.get(name)
         if value is not None and not is_count(value):
-            msg = f"{what}: {name} is {_short(value)}, not an integer from 0 to 2^63 - 1"
+            msg = f"{what}: {name} is {_shorten(value)}, not an integer from 0 to 2^63 - 1"
             raise ValueError(msg)
 
 
-def token_count(value: object) -> int | None:
+def parse_token_count(value: object) -> int | None:
     """Return a number of tokens, or None if it is none that one request can have taken."""
-    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
+    return value if type(value) is int and 0 <= value <= MAX_TOKENS else None
 
 
-def bound_counts(counted: MutableMapping[str, Any]) -> None:
+def clamp_counts(counted: MutableMapping[str, Any]) -> None:
     """Replace, in place, what is no count in a record: it could not be read back.
 
-    A count that is too large becomes :data:`MOST`. Of what is no count at all, a usage is
+    A count that is too large becomes :data:`MAX_COUNT`. Of what is no count at all, a usage is
     unknown, and the rest 0.
     """
-    for name in NUMBERS:
+    for name in COUNT_FIELDS:
         value = counted.get(name)
-        if value is None or (type(value) is int and 0 <= value <= MOST):
+        if value is None or (type(value) is int and 0 <= value <= MAX_COUNT):
             continue
-        if type(value) is int and value > MOST:
-            counted[name] = MOST
+        if type(value) is int and value > MAX_COUNT:
+            counted[name] = MAX_COUNT
         else:
             counted[name] = None if name in _USAGE else 0
 
@@ -102,11 +102,11 @@ def check_record(record: object) -> None:
     if not isinstance(shares, list | tuple) or not all(isinstance(one, dict) for one in shares):
         raise ValueError(f"{name}: shares is not a list of objects")
     for counted in (record, *shares):
-        check_counts(counted, NUMBERS, name)
+        check_counts(counted, COUNT_FIELDS, name)
 
 
-def is_deep(data: str | bytes, value: Json) -> bool:
-    """Say whether a value has more than :data:`DEEPEST` levels.
+def is_too_deep(data: str | bytes, value: Json) -> bool:
+    """Say whether a value has more than :data:`MAX_DEPTH` levels.
 
     Args:
         data: The value as JSON text, by which nearly all values are passed without a walk.
@@ -116,13 +116,13 @@ def is_deep(data: str | bytes, value: Json) -> bool:
         brackets = data.count("[") + data.count("{")
     else:
         brackets = data.count(b"[") + data.count(b"{")
-    return brackets > DEEPEST and _levels(value) > DEEPEST
+    return brackets > MAX_DEPTH and _levels(value) > MAX_DEPTH
 
 
 def _levels(value: Json) -> int:
-    """Count the levels of lists and objects, as far as one more than :data:`DEEPEST`."""
+    """Count the levels of lists and objects, as far as one more than :data:`MAX_DEPTH`."""
     levels, level = 0, [value]
-    while levels <= DEEPEST:
+    while levels <= MAX_DEPTH:
         level = [one for one in level if isinstance(one, dict | list | tuple)]
         if not level:
             break
@@ -133,20 +133,20 @@ def _levels(value: Json) -> int:
     return levels
 
 
-def json_text(value: Any) -> str:
+def to_json_text(value: Any) -> str:
     """Return a value as JSON text; where it has none, its Python text, shortened."""
     try:
         return orjson.dumps(value).decode()
     except TypeError:
-        return _short(value)
+        return _shorten(value)
 
 
-def writable_text(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Return a text with ``?`` in place of half surrogate pairs, which UTF-8 has no form for."""
     return text.encode(errors="replace").decode()
 
 
-def read_json(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
     """Read JSON of a foreign program, also where it breaks the rules of JSON.
 
     A byte order mark, UTF-16 and bytes that are no UTF-8 are accepted. A number that is not
@@ -161,32 +161,32 @@ def read_json(data: bytes) -> Any:
     except orjson.JSONDecodeError:
         text = data.decode(json.detect_encoding(data), errors="replace").removeprefix("\ufeff")
     value = json.loads(
-        text, parse_int=_finite, parse_float=_finite, parse_constant=lambda _name: None
+        text, parse_int=_parse_finite, parse_float=_parse_finite, parse_constant=lambda _name: None
     )
-    return _with_writable_text(value)
+    return _replace_all_surrogates(value)
 
 
-def _finite(text: str) -> int | float | None:
+def _parse_finite(text: str) -> int | float | None:
     """Return a number as orjson reads it, or None if no float holds it."""
     if (
         text.lstrip("-").isdecimal()
         and len(text) < _MOST_DIGITS
-        and -MOST - 1 <= int(text) <= 2 * MOST + 1
+        and -MAX_COUNT - 1 <= int(text) <= 2 * MAX_COUNT + 1
     ):
         return int(text)
     number = float(text)
     return number if math.isfinite(number) else None
 
 
-def _with_writable_text(value: Any) -> Any:
-    """Return a value of JSON with :func:`writable_text` for each text and key; not recursive."""
+def _replace_all_surrogates(value: Any) -> Any:
+    """Apply :func:`replace_surrogates` to each text and key of a JSON value, without recursion."""
     root = [value]
     todo: list[Any] = [root]
     while todo:
         one = todo.pop()
         if isinstance(one, dict):
-            if any(writable_text(key) != key for key in one):
-                pairs = [(writable_text(key), inner) for key, inner in one.items()]
+            if any(replace_surrogates(key) != key for key in one):
+                pairs = [(replace_surrogates(key), inner) for key, inner in one.items()]
                 one.clear()
                 one.update(pairs)
             places: Iterable[Any] = list(one)
@@ -195,61 +195,61 @@ def _with_writable_text(value: Any) -> Any:
         for place in places:
             inner = one[place]
             if isinstance(inner, str):
-                one[place] = writable_text(inner)
+                one[place] = replace_surrogates(inner)
             elif isinstance(inner, dict | list):
                 todo.append(inner)
     return root[0]
 
 
-def cut_levels(data: bytes, value: Any) -> None:
-    """Replace with null, in place, what lies below :data:`DEEPEST` levels.
+def cut_deep_levels(data: bytes, value: Any) -> None:
+    """Replace with null, in place, what lies below :data:`MAX_DEPTH` levels.
 
     Args:
         data: The value as JSON text.
         value: The value.
     """
-    if not is_deep(data, value):
+    if not is_too_deep(data, value):
         return
     level = [value]
-    for levels in range(DEEPEST):
+    for levels in range(MAX_DEPTH):
         below = []
         for one in level:
             for place in list(one) if isinstance(one, dict) else range(len(one)):
                 if isinstance(one[place], dict | list):
-                    if levels == DEEPEST - 1:
+                    if levels == MAX_DEPTH - 1:
                         one[place] = None
                     else:
                         below.append(one[place])
         level = below
 
 
-def plain_json(value: Any) -> Json:
+def to_plain_json(value: Any) -> Json:
     """Return what a user's code put out as plain JSON data, the same for all who read it.
 
     Tuples become lists, dates and times text in ISO 8601, dataclasses objects.
 
     Raises:
-        ValueError: JSON has no form for it, or it has more than :data:`DEEPEST` levels.
+        ValueError: JSON has no form for it, or it has more than :data:`MAX_DEPTH` levels.
     """
     try:
         data = orjson.dumps(value)
         plain: Json = orjson.loads(data)
     except (TypeError, orjson.JSONDecodeError) as error:
         raise ValueError(_reason(error)) from None
-    if is_deep(data, plain):
-        raise ValueError(f"it has more than {DEEPEST} levels of lists and objects")
-    if b"null" in data and (odd := _not_finite(value)) is not None:
+    if is_too_deep(data, plain):
+        raise ValueError(f"it has more than {MAX_DEPTH} levels of lists and objects")
+    if b"null" in data and (odd := _find_non_finite(value)) is not None:
         raise ValueError(f"it holds {odd}, which JSON has no number for")
     return plain
 
 
 def _reason(error: Exception) -> str:
     if "ecursion" in str(error):
-        return f"it has more than {DEEPEST} levels of lists and objects"
-    return writable_text(str(error))
+        return f"it has more than {MAX_DEPTH} levels of lists and objects"
+    return replace_surrogates(str(error))
 
 
-def _not_finite(value: Any) -> float | None:
+def _find_non_finite(value: Any) -> float | None:
     """Return a NaN or an infinity within a value, or None."""
     todo = [value]
     while todo:
@@ -266,9 +266,9 @@ def _not_finite(value: Any) -> float | None:
     return None
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     try:
-        text = writable_text(repr(value))
+        text = replace_surrogates(repr(value))
     except (RecursionError, ValueError):  # nested too deep; an integer of thousands of digits
         return f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"

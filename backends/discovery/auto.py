@@ -17,12 +17,12 @@ from pydantic import SecretStr
 from ...configs.endpoints import FIRST_URL, FirstConfig
 from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError
-from ..fleet.endpoint import ApiKey, EndpointSpec, base_url
-from .probe import Matched, match
-from .resolve import Place, endpoints_key, first_place, with_where
-from .sources import FileSource, RegistrySource, trusted_key
+from ..fleet.endpoint import ApiKey, EndpointSpec, normalize_base_url
+from .probe import SelectedModel, select_model
+from .resolve import EndpointSet, check_setting_url, get_endpoints_key, make_gateway_set
+from .sources import FileSource, RegistrySource, get_trusted_key
 
-_SIDECARS: Final = ("aegis_registry_url.txt", "local_runs/aegis_registry_url.txt")
+_REGISTRY_FILES: Final = ("aegis_registry_url.txt", "local_runs/aegis_registry_url.txt")
 _FILES: Final = ("aegis_endpoints.txt", "local_runs/aegis_endpoints.txt", "endpoints.txt")
 PORTS: Final = tuple(range(8000, 8012))
 """Where vLLM listens by default, and Aegis' instances of one node."""
@@ -37,16 +37,16 @@ class _Candidate:
     """Something that was found, or why nothing was found there."""
 
     name: str
-    place: Place | None = None
+    endpoint_set: EndpointSet | None = None
     reason: str = ""
 
 
-async def choose(
+async def choose_endpoints(
     config: RunConfig,
     environment: Mapping[str, str],
     folder: Path,
     ports: Sequence[int] | None = None,
-) -> Place:
+) -> EndpointSet:
     """Return the first place whose endpoints answer and serve the model.
 
     Tried in this order: the registry and the endpoints file of Aegis in the working directory
@@ -62,32 +62,32 @@ async def choose(
         ConfigurationError: There is none; says what was looked at, and what to set.
     """
     reasons = []
-    key = endpoints_key(config.endpoints)
+    key = get_endpoints_key(config.endpoints)
     async for candidate in _candidates(key, environment, folder, ports or PORTS):
-        place, reason = candidate.place, candidate.reason
+        place, reason = candidate.endpoint_set, candidate.reason
         if place is not None:
-            fitting = await _fitting(config, place)
-            if isinstance(fitting, Place):
-                return replace(fitting, why=f"auto chose {candidate.name}: {fitting.why}")
+            fitting = await _probe_candidate(config, place)
+            if isinstance(fitting, EndpointSet):
+                return replace(fitting, reason=f"auto chose {candidate.name}: {fitting.reason}")
             reason = fitting
         reasons.append(f"{candidate.name}: {reason}")
     raise ConfigurationError(_nothing(reasons, environment))
 
 
-async def _fitting(config: RunConfig, place: Place) -> Place | str:
+async def _probe_candidate(config: RunConfig, place: EndpointSet) -> EndpointSet | str:
     """Ask a place; return it with what it said, or why it does not fit."""
-    found = await place.ask(_QUICK_S)
+    found = await place.probe(_QUICK_S)
     name = config.model.name or place.model
     try:
-        matched = match(found, name, config.endpoints.models)
+        matched = select_model(found, name, config.endpoints.models)
     except ConfigurationError as error:
         return error.message
     if matched.simulated:
         return "a simulated fleet, which auto never chooses (endpoints.file would)"
-    return replace(place, found=tuple(found), model=name, why=_why(matched))
+    return replace(place, probe_results=tuple(found), model=name, reason=_why(matched))
 
 
-def _why(matched: Matched) -> str:
+def _why(matched: SelectedModel) -> str:
     count = len(matched.specs)
     return f"{count} endpoint{'s' if count > 1 else ''} for {matched.model}"
 
@@ -95,9 +95,9 @@ def _why(matched: Matched) -> str:
 async def _candidates(
     key: str, environment: Mapping[str, str], folder: Path, ports: Sequence[int]
 ) -> AsyncIterator[_Candidate]:
-    for name in _SIDECARS:
+    for name in _REGISTRY_FILES:
         if (text := await asyncio.to_thread(_line, folder / name)) is not None:
-            trusted = await asyncio.to_thread(trusted_key, folder / name, key)
+            trusted = await asyncio.to_thread(get_trusted_key, folder / name, key)
             yield await _registry(name, text, trusted)
     for name in _FILES:
         if await asyncio.to_thread((folder / name).is_file):
@@ -119,7 +119,9 @@ def _line(path: Path) -> str | None:
 async def _registry(name: str, url: str, key: ApiKey) -> _Candidate:
     try:
         source = RegistrySource(url, key)
-        return _Candidate(f"the registry in {name}", Place(tuple(await source.look()), source))
+        return _Candidate(
+            f"the registry in {name}", EndpointSet(tuple(await source.list_endpoints()), source)
+        )
     except ConfigurationError as error:
         return _Candidate(f"the registry in {name}", reason=error.message)
 
@@ -127,43 +129,45 @@ async def _registry(name: str, url: str, key: ApiKey) -> _Candidate:
 async def _file(name: str, path: Path, key: str) -> _Candidate:
     source = FileSource(path, key)
     try:
-        return _Candidate(f"the file {name}", Place(tuple(await source.look()), source))
+        return _Candidate(
+            f"the file {name}", EndpointSet(tuple(await source.list_endpoints()), source)
+        )
     except ConfigurationError as error:
         return _Candidate(f"the file {name}", reason=error.message)
 
 
 async def _this_host(ports: Sequence[int], key: str) -> _Candidate:
     name = f"this host, ports {ports[0]} to {ports[-1]}"
-    place = Place(tuple(EndpointSpec(f"http://127.0.0.1:{port}", key) for port in ports))
-    there = [found for found in await place.ask(_QUICK_S) if found.reachable]
+    place = EndpointSet(tuple(EndpointSpec(f"http://127.0.0.1:{port}", key) for port in ports))
+    there = [found for found in await place.probe(_QUICK_S) if found.reachable]
     if not there:
         return _Candidate(name, reason="no model server answers")
-    return _Candidate(name, Place(tuple(f.spec for f in there), found=tuple(there)))
+    return _Candidate(name, EndpointSet(tuple(f.spec for f in there), probe_results=tuple(there)))
 
 
 def _ollama(environment: Mapping[str, str]) -> _Candidate:
     host = environment.get("OLLAMA_HOST") or _OLLAMA
     url = host if "://" in host else f"http://{host}"
     try:
-        spec = EndpointSpec(with_where("OLLAMA_HOST", url), "ollama")
+        spec = EndpointSpec(check_setting_url("OLLAMA_HOST", url), "ollama")
     except ConfigurationError as error:
         return _Candidate("Ollama", reason=error.message)
     model = environment.get("OLLAMA_MODEL") or None
-    return _Candidate(f"Ollama at {spec.url}", Place((spec,), model=model))
+    return _Candidate(f"Ollama at {spec.url}", EndpointSet((spec,), model=model))
 
 
 def _first(environment: Mapping[str, str]) -> _Candidate:
     """Return FIRST, from the variables that its examples use."""
     address = environment.get("FIRST_API_BASE") or f"{FIRST_URL}/{_FIRST_PATH}/v1"
     try:
-        with_where("FIRST_API_BASE", address)
-        root, cluster, framework, _ = base_url(address).rsplit("/", 3)
+        check_setting_url("FIRST_API_BASE", address)
+        root, cluster, framework, _ = normalize_base_url(address).rsplit("/", 3)
         first = FirstConfig(
             base_url=root,
             paths=[f"{cluster}/{framework}"],
             token=SecretStr(environment["FIRST_API_KEY"]),
         )
-        place = first_place(first, None)
+        place = make_gateway_set(first, None)
     except ConfigurationError as error:
         return _Candidate("FIRST", reason=error.message)
     except ValueError:

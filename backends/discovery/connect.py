@@ -18,47 +18,47 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from ...configs.endpoints import EndpointsConfig
 from ...configs.models import LimitsConfig, RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
-from ..fleet.cache import Reuse
+from ..fleet.cache import RequestCache
 from ..fleet.endpoint import EndpointSpec
-from ..fleet.fleet import Fleet, FleetModel
+from ..fleet.fleet import Fleet, FleetClient
 from ..fleet.policy import (
     AffinityPolicy,
     FleetPolicy,
     HedgePolicy,
     LoadPolicy,
     ModelParams,
-    PacePolicy,
+    RateLimitPolicy,
 )
-from ..simulated.process import launch, simulation
-from ..storage.response_cache import AnswerStore
-from .auto import choose
-from .probe import discover, match
+from ..simulated.process import launch, make_simulation_spec
+from ..storage.response_cache import ResponseCache
+from .auto import choose_endpoints
+from .probe import probe_models, select_model
 from .resolve import (
     PROBE_TIMEOUT_S,
-    Place,
-    endpoint_specs,
-    endpoints_key,
-    first_place,
-    most_servers,
-    registry,
+    EndpointSet,
+    count_possible_servers,
+    get_endpoints_key,
+    list_endpoint_specs,
+    make_gateway_set,
+    open_registry,
 )
-from .sources import Admit, FileSource, Source, kept_up
+from .sources import AdmitEndpoints, EndpointSource, FileSource, follow_source
 
 if TYPE_CHECKING:
-    from ..fleet.langchain import ChatFleet, LangChainModel
+    from ..fleet.langchain import ChatFleet, LangChainClient
 
 
-def fleet_policy(config: RunConfig, place: Place | None = None) -> FleetPolicy:
+def make_fleet_policy(config: RunConfig, endpoint_set: EndpointSet | None = None) -> FleetPolicy:
     """Return how one process drives the fleet.
 
     Quotas hold for the run; where several workers share it, each gets its part.
 
     Args:
         config: The settings.
-        place: Where the endpoints come from; a gateway has a quota of its own.
+        endpoint_set: Where the endpoints come from; a gateway has a quota of its own.
     """
     limits = config.limits
-    policy = FleetPolicy.of(
+    policy = FleetPolicy.from_limits(
         streams=limits.streams,
         attempts=limits.attempts,
         request_timeout_s=limits.request_timeout_s,
@@ -67,20 +67,20 @@ def fleet_policy(config: RunConfig, place: Place | None = None) -> FleetPolicy:
     return replace(
         policy,
         retry=replace(policy.retry, budget=limits.retry_budget),
-        pace=_pace(config, place),
+        rate_limit=_make_rate_limit(config, endpoint_set),
         hedge=HedgePolicy() if limits.hedge else None,
         affinity=AffinityPolicy(prefix=limits.affinity) if limits.affinity else None,
         load=LoadPolicy(source=limits.load) if limits.load else None,
-        whole_answers=place is not None and place.gateway is not None,
+        whole_answers=endpoint_set is not None and endpoint_set.gateway is not None,
         body_bytes=limits.body_bytes,
     )
 
 
-def _pace(config: RunConfig, place: Place | None) -> PacePolicy:
+def _make_rate_limit(config: RunConfig, place: EndpointSet | None) -> RateLimitPolicy:
     limits, share = config.limits, config.backend.concurrent_shards
     gateway = place.requests_per_s if place is not None else None
     rates = [rate for rate in (limits.requests_per_s, gateway) if rate is not None]
-    return PacePolicy(
+    return RateLimitPolicy(
         requests_per_s=min(rates) / share if rates else None,
         tokens_per_min=limits.tokens_per_min / share if limits.tokens_per_min else None,
         # A gateway counts each second by itself: what was saved up would be refused.
@@ -88,7 +88,7 @@ def _pace(config: RunConfig, place: Place | None) -> PacePolicy:
     )
 
 
-def limited(limits: LimitsConfig, spec: EndpointSpec) -> EndpointSpec:
+def apply_limits(limits: LimitsConfig, spec: EndpointSpec) -> EndpointSpec:
     """Return an endpoint with the limits that hold for each, unless it has its own."""
     return replace(
         spec,
@@ -123,16 +123,16 @@ def check_cache(config: RunConfig) -> None:
 
 
 @asynccontextmanager
-async def reusing(
-    config: RunConfig, simulated: bool, own: Path | None
-) -> AsyncIterator[Reuse | None]:
+async def open_cache(
+    config: RunConfig, simulated: bool, own_folder: Path | None
+) -> AsyncIterator[RequestCache | None]:
     """Open the answers that the settings name; None when each request is to be sent.
 
     Args:
         config: The settings.
         simulated: Whether the fleet is.
-        own: The run's own folder for them; None where it cannot be reached: a worker then keeps
-            them as long as it lives.
+        own_folder: The run's own folder for them; None where it cannot be reached: a worker then
+            keeps them as long as it lives.
 
     Raises:
         ConfigurationError: The folder cannot be used.
@@ -142,19 +142,19 @@ async def reusing(
         return
     async with AsyncExitStack() as stack:
         shared = config.cache != "run"
-        contested = shared or (own is not None and config.backend.is_remote)
-        folder = Path(config.cache) if shared else own
+        contested = shared or (own_folder is not None and config.backend.is_remote)
+        folder = Path(config.cache) if shared else own_folder
         if folder is None:
             made = await asyncio.to_thread(tempfile.TemporaryDirectory, prefix="fanfold-")
             stack.push_async_callback(asyncio.to_thread, made.cleanup)
             folder = Path(made.name)
         writer = f"{socket.gethostname()}-{os.getpid()}"
-        store = AnswerStore(folder, simulated=simulated, writer=writer, contested=contested)
+        store = ResponseCache(folder, simulated=simulated, writer=writer, contested=contested)
         stack.push_async_callback(asyncio.to_thread, store.close)
         await asyncio.to_thread(store.open)
         if contested:
-            await stack.enter_async_context(_followed(store))
-        reuse = Reuse(
+            await stack.enter_async_context(_follow_cache(store))
+        reuse = RequestCache(
             store,
             simulated=simulated,
             sampled=config.cache_sampled,
@@ -165,9 +165,9 @@ async def reusing(
 
 
 @asynccontextmanager
-async def _followed(store: AnswerStore) -> AsyncIterator[None]:
+async def _follow_cache(store: ResponseCache) -> AsyncIterator[None]:
     """Read on what other processes keep while the block runs."""
-    following = asyncio.create_task(_follow(store), name="follow kept answers")
+    following = asyncio.create_task(_poll_cache(store), name="follow kept answers")
     try:
         yield
     finally:
@@ -175,7 +175,7 @@ async def _followed(store: AnswerStore) -> AsyncIterator[None]:
         await asyncio.wait({following})
 
 
-async def _follow(store: AnswerStore) -> None:
+async def _poll_cache(store: ResponseCache) -> None:
     """Read what other processes keep, again and again; less often where that takes long."""
     took, warned = 0.0, False
     while True:
@@ -193,7 +193,7 @@ async def _follow(store: AnswerStore) -> None:
 _SAY_S: Final = 60.0
 
 
-class _Counted(Protocol):
+class _HasReady(Protocol):
     """Endpoints that were asked."""
 
     @property
@@ -202,17 +202,17 @@ class _Counted(Protocol):
         ...
 
 
-T = TypeVar("T", bound=_Counted)
+T = TypeVar("T", bound=_HasReady)
 
 
 def _unknown() -> None:
     return None
 
 
-async def enough(
+async def wait_for_endpoints(
     ask: Callable[[], Awaitable[T]],
     endpoints: EndpointsConfig,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     most: Callable[[], int | None] = _unknown,
 ) -> T:
     """Ask again and again until as many endpoints are ready as the settings want.
@@ -220,7 +220,7 @@ async def enough(
     Args:
         ask: Asks all endpoints that are there.
         endpoints: How many are wanted, and how long that is waited for.
-        say: Tells the user what is waited for: when it changes, and once a minute.
+        report: Tells the user what is waited for: when it changes, and once a minute.
         most: Tells how many can still be ready in the end, or None where nobody knows; may block.
 
     Raises:
@@ -253,7 +253,7 @@ async def enough(
             )
             raise RunStoppedError(msg)
         if state != told or waited - said >= _SAY_S:
-            say(f"endpoints: {state}; waiting, {endpoints.wait_s - waited:.0f} s more at most")
+            report(f"endpoints: {state}; waiting, {endpoints.wait_s - waited:.0f} s more at most")
             told, said = state, waited
         await asyncio.sleep(min(endpoints.refresh_s, endpoints.wait_s - waited))
 
@@ -264,7 +264,7 @@ choice_logger = logging.getLogger(f"{__name__}.choice")
 """Tells what ``auto`` chose, and what is waited for; the command line always shows it."""
 
 
-def model_params(config: RunConfig, name: str) -> ModelParams:
+def make_model_params(config: RunConfig, name: str) -> ModelParams:
     """Return the constant part of every request."""
     return ModelParams(
         name=name,
@@ -277,7 +277,9 @@ def model_params(config: RunConfig, name: str) -> ModelParams:
 
 
 @asynccontextmanager
-async def located(config: RunConfig, written: Mapping[str, Any]) -> AsyncIterator[Place]:
+async def open_endpoint_set(
+    config: RunConfig, written: Mapping[str, Any]
+) -> AsyncIterator[EndpointSet]:
     """Return where the settings say that the model is served; start it, if it is simulated.
 
     Args:
@@ -289,23 +291,23 @@ async def located(config: RunConfig, written: Mapping[str, Any]) -> AsyncIterato
     """
     endpoints = config.endpoints
     if endpoints.simulated is not None:
-        async with launch(simulation(config)) as fleet:
-            yield Place(tuple(map(EndpointSpec, fleet.urls)))
+        async with launch(make_simulation_spec(config)) as fleet:
+            yield EndpointSet(tuple(map(EndpointSpec, fleet.urls)))
     elif endpoints.auto:
-        yield await choose(config, os.environ, Path.cwd())
+        yield await choose_endpoints(config, os.environ, Path.cwd())
     elif endpoints.aegis_registry is not None:
-        source: Source = registry(endpoints)
-        yield Place(tuple(await source.look()), source)
+        source: EndpointSource = open_registry(endpoints)
+        yield EndpointSet(tuple(await source.list_endpoints()), source)
     elif endpoints.first is not None:
-        yield first_place(endpoints.first, endpoints.proxy)
+        yield make_gateway_set(endpoints.first, endpoints.proxy)
     else:
-        specs = await asyncio.to_thread(endpoint_specs, endpoints, written)
-        key, file = endpoints_key(endpoints), endpoints.file
-        yield Place(tuple(specs), None if file is None else FileSource(Path(file), key))
+        specs = await asyncio.to_thread(list_endpoint_specs, endpoints, written)
+        key, file = get_endpoints_key(endpoints), endpoints.file
+        yield EndpointSet(tuple(specs), None if file is None else FileSource(Path(file), key))
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class ReadyEndpoints:
     """Endpoints that are up, and what they serve.
 
     Attributes:
@@ -313,7 +315,7 @@ class Serving:
         model: The model's name.
         simulated: Whether they are simulated.
         absent: A line for each endpoint that did not answer, or is left out.
-        place: Where they come from, when that may change or is special.
+        endpoint_set: Where they come from, when that may change or is special.
         ready: How many answer, as far as they were asked.
     """
 
@@ -321,14 +323,14 @@ class Serving:
     model: str
     simulated: bool
     absent: tuple[str, ...] = ()
-    place: Place | None = None
+    endpoint_set: EndpointSet | None = None
     ready: int = 0
 
 
 @asynccontextmanager
-async def serving(
+async def open_ready_endpoints(
     config: RunConfig, written: Mapping[str, Any], model: str | None = None
-) -> AsyncIterator[Serving]:
+) -> AsyncIterator[ReadyEndpoints]:
     """Start the simulated fleet, or ask the configured endpoints what they serve.
 
     Where the settings say so, it is waited for endpoints that are not there yet.
@@ -343,22 +345,26 @@ async def serving(
         RunStoppedError: Those that are waited for have not come.
     """
     if config.endpoints.simulated is not None:
-        async with located(config, written) as place:
-            yield Serving(place.specs, simulation(config).model, simulated=True)
+        async with open_endpoint_set(config, written) as place:
+            yield ReadyEndpoints(place.specs, make_simulation_spec(config).model, simulated=True)
         return
 
-    async def ask() -> Serving:
-        async with located(config, written) as place:
-            return await survey(place, model or config.model.name, config.endpoints.models)
+    async def ask() -> ReadyEndpoints:
+        async with open_endpoint_set(config, written) as place:
+            return await find_ready_endpoints(
+                place, model or config.model.name, config.endpoints.models
+            )
 
-    if config.endpoints.awaited:
-        most = partial(most_servers, config, os.environ)
-        yield await enough(ask, config.endpoints, choice_logger.info, most)
+    if config.endpoints.waits_for_endpoints:
+        most = partial(count_possible_servers, config, os.environ)
+        yield await wait_for_endpoints(ask, config.endpoints, choice_logger.info, most)
     else:
         yield await ask()
 
 
-async def survey(place: Place, model: str | None, names: Mapping[str, str]) -> Serving:
+async def find_ready_endpoints(
+    place: EndpointSet, model: str | None, names: Mapping[str, str]
+) -> ReadyEndpoints:
     """Ask endpoints what they serve, and check that it fits.
 
     Args:
@@ -370,15 +376,15 @@ async def survey(place: Place, model: str | None, names: Mapping[str, str]) -> S
         ConfigurationError: No endpoint answers, none serves the model, the model is not
             settled, or simulated endpoints stand beside real ones.
     """
-    matched = match(await place.ask(), model or place.model, names)
-    return Serving(
+    matched = select_model(await place.probe(), model or place.model, names)
+    return ReadyEndpoints(
         matched.specs, matched.model, matched.simulated, matched.absent, place, matched.ready
     )
 
 
 @asynccontextmanager
 async def open_fleet(
-    config: RunConfig, serving: Serving, reuse: Reuse | None = None
+    config: RunConfig, ready: ReadyEndpoints, cache: RequestCache | None = None
 ) -> AsyncIterator[Fleet]:
     """Open the fleet over endpoints that are up; warn of those that are not.
 
@@ -386,36 +392,36 @@ async def open_fleet(
 
     Args:
         config: The settings.
-        serving: The endpoints.
-        reuse: Answers that equal requests share, or None.
+        ready: The endpoints.
+        cache: Answers that equal requests share, or None.
     """
-    place = serving.place
-    if place is not None and place.why is not None:
-        choice_logger.info("endpoints: %s", place.why)
-    for line in serving.absent[:_WARNED]:
+    place = ready.endpoint_set
+    if place is not None and place.reason is not None:
+        choice_logger.info("endpoints: %s", place.reason)
+    for line in ready.absent[:_WARNED]:
         logger.warning("endpoint %s", line)
-    if len(serving.absent) > _WARNED:
-        logger.warning("… and %d more endpoints", len(serving.absent) - _WARNED)
-    policy = fleet_policy(config, place)
-    specs = [limited(config.limits, spec) for spec in serving.specs]
-    async with Fleet(specs, policy, simulated=serving.simulated, reuse=reuse) as fleet:
+    if len(ready.absent) > _WARNED:
+        logger.warning("… and %d more endpoints", len(ready.absent) - _WARNED)
+    policy = make_fleet_policy(config, place)
+    specs = [apply_limits(config.limits, spec) for spec in ready.specs]
+    async with Fleet(specs, policy, simulated=ready.simulated, cache=cache) as fleet:
         if place is None or place.source is None:
             yield fleet
             return
-        admit, every_s = _admission(config, serving), config.endpoints.refresh_s
-        async with kept_up(fleet, place.source, place.specs, admit, every_s):
+        admit, every_s = _admission(config, ready), config.endpoints.refresh_s
+        async with follow_source(fleet, place.source, place.specs, admit, every_s):
             yield fleet
 
 
-def _admission(config: RunConfig, serving: Serving) -> Admit:
+def _admission(config: RunConfig, serving: ReadyEndpoints) -> AdmitEndpoints:
     """Return what says which endpoints that join a run fit it."""
 
     async def admit(specs: list[EndpointSpec]) -> list[EndpointSpec]:
-        found = await discover(specs, PROBE_TIMEOUT_S)
+        found = await probe_models(specs, PROBE_TIMEOUT_S)
         if not any(one.reachable for one in found):
-            return [limited(config.limits, spec) for spec in specs]
+            return [apply_limits(config.limits, spec) for spec in specs]
         try:
-            matched = match(found, serving.model, config.endpoints.models)
+            matched = select_model(found, serving.model, config.endpoints.models)
         except ConfigurationError as error:
             logger.warning("%d endpoints are left out: %s", len(specs), error.message)
             return []
@@ -426,12 +432,12 @@ def _admission(config: RunConfig, serving: Serving) -> Admit:
                 "%d endpoints are left out: simulated and real ones never mix", len(specs)
             )
             return []
-        return [limited(config.limits, spec) for spec in matched.specs]
+        return [apply_limits(config.limits, spec) for spec in matched.specs]
 
     return admit
 
 
-def chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
+def make_chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
     """Return the fleet as a LangChain chat model.
 
     Behind a gateway answers come whole, also where a stream is asked for.
@@ -444,10 +450,12 @@ def chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
     return chat
 
 
-def chat_door(fleet: Fleet, params: ModelParams, traced: bool) -> FleetModel | LangChainModel:
+def make_chat_client(
+    fleet: Fleet, params: ModelParams, traced: bool
+) -> FleetClient | LangChainClient:
     """Return the fleet's door for item graphs: LangChain's when calls are to be traced."""
     if traced:
-        from ..fleet.langchain import LangChainModel  # noqa: PLC0415 - as above
+        from ..fleet.langchain import LangChainClient  # noqa: PLC0415 - as above
 
-        return LangChainModel(chat_fleet(fleet, params))
-    return FleetModel(fleet, params)
+        return LangChainClient(make_chat_fleet(fleet, params))
+    return FleetClient(fleet, params)

@@ -16,11 +16,11 @@ import aiohttp
 import orjson
 
 from ..core.errors import ConfigurationError, RunStoppedError
-from ..fleet.endpoint import ApiKey, Endpoint, EndpointSpec, base_url
-from ..fleet.failures import Complaint, RawAnswer
+from ..fleet.endpoint import ApiKey, Endpoint, EndpointSpec, normalize_base_url
+from ..fleet.failures import ErrorBody, HTTPAnswer
 from ..fleet.policy import FleetPolicy
 from ..fleet.transport import Transport
-from .probe import Found, describe_error
+from .probe import ProbeResult, describe_error
 
 _OK: Final = 200
 _UNAUTHORIZED: Final = 401
@@ -41,7 +41,9 @@ class Gateway:
     specs: tuple[EndpointSpec, ...]
 
     @classmethod
-    def of(cls, base: str, paths: Sequence[str], key: ApiKey, proxied: bool = True) -> Gateway:
+    def from_paths(
+        cls, base: str, paths: Sequence[str], key: ApiKey, proxied: bool = True
+    ) -> Gateway:
         """Name the deployments.
 
         Args:
@@ -53,7 +55,7 @@ class Gateway:
         Raises:
             ConfigurationError: The address is no URL, or a path is none.
         """
-        root = base_url(base.rstrip("/")).removesuffix("/v1")
+        root = normalize_base_url(base.rstrip("/")).removesuffix("/v1")
         for path in paths:
             if not _PATH.fullmatch(path):
                 msg = f"{path!r} is no cluster/framework, such as sophia/vllm"
@@ -66,7 +68,7 @@ class Gateway:
             ),
         )
 
-    async def discover(self, timeout_s: float = 10.0) -> list[Found]:
+    async def probe_models(self, timeout_s: float = 10.0) -> list[ProbeResult]:
         """Ask which models the deployments serve, by one request.
 
         Args:
@@ -83,7 +85,7 @@ class Gateway:
         try:
             headers = await first.headers()
             answer = await self._ask(transport, first, headers, timeout_s)
-            if answer.status == _UNAUTHORIZED and await first.rekeyed(headers):
+            if answer.status == _UNAUTHORIZED and await first.renew_key(headers):
                 answer = await self._ask(transport, first, await first.headers(), timeout_s)
         except TimeoutError:
             return self._lost(f"no answer within {timeout_s:g} s")
@@ -95,19 +97,19 @@ class Gateway:
         if clusters is None:
             return self._lost(_refusal(answer))
         seconds = time.monotonic() - started
-        return [_found(spec, clusters, seconds) for spec in self.specs]
+        return [_make_result(spec, clusters, seconds) for spec in self.specs]
 
     async def _ask(
         self, transport: Transport, first: Endpoint, headers: Mapping[str, str], timeout_s: float
-    ) -> RawAnswer:
+    ) -> HTTPAnswer:
         url = f"{self.base}/list-endpoints"
         return await transport.get(url, headers, timeout_s, first.spec.proxied)
 
-    def _lost(self, error: str) -> list[Found]:
-        return [Found(spec, spec.label or spec.url, error=error) for spec in self.specs]
+    def _lost(self, error: str) -> list[ProbeResult]:
+        return [ProbeResult(spec, spec.label or spec.url, error=error) for spec in self.specs]
 
 
-def _clusters(answer: RawAnswer) -> Mapping[str, Any] | None:
+def _clusters(answer: HTTPAnswer) -> Mapping[str, Any] | None:
     if answer.status != _OK:
         return None
     try:
@@ -118,26 +120,26 @@ def _clusters(answer: RawAnswer) -> Mapping[str, Any] | None:
     return clusters if isinstance(clusters, dict) else None
 
 
-def _refusal(answer: RawAnswer) -> str:
-    complaint = Complaint.read(answer.masked().body)
+def _refusal(answer: HTTPAnswer) -> str:
+    complaint = ErrorBody.parse(answer.mask_keys().body)
     hint = " (is the token still valid?)" if answer.status == _UNAUTHORIZED else ""
     if complaint.html:
         hint = " (a web page came: check base_url and any proxy in between)"
     return f"HTTP {answer.status}: {complaint.message}{hint}"
 
 
-def _found(spec: EndpointSpec, clusters: Mapping[str, Any], seconds: float) -> Found:
+def _make_result(spec: EndpointSpec, clusters: Mapping[str, Any], seconds: float) -> ProbeResult:
     label = spec.label or ""
     cluster, _, framework = label.partition("/")
     frameworks = (clusters.get(cluster) or {}).get("frameworks") or {}
     if framework not in frameworks:
         known = [f"{c}/{f}" for c, v in clusters.items() for f in v.get("frameworks") or ()]
-        return Found(spec, label, error=f"the gateway has {', '.join(known) or 'nothing'}")
+        return ProbeResult(spec, label, error=f"the gateway has {', '.join(known) or 'nothing'}")
     offered = frameworks[framework]
     if _CHAT not in (offered.get("endpoints") or [_CHAT]):
-        return Found(spec, label, error="it offers no chat completions")
+        return ProbeResult(spec, label, error="it offers no chat completions")
     models = tuple(m for m in offered.get("models") or () if isinstance(m, str))
-    return Found(spec, label, models, latency_s=seconds)
+    return ProbeResult(spec, label, models, latency_s=seconds)
 
 
 _LOG: Final = logging.getLogger(__name__)
@@ -222,28 +224,28 @@ class CommandToken:
                 *self._command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL
             )
         except OSError as error:
-            raise self._failed(f"cannot be started: {error.strerror}") from None
+            raise self._make_error(f"cannot be started: {error.strerror}") from None
         try:
             async with asyncio.timeout(self._timeout_s):
                 said = await _read_output(child)
                 if said is not None:
                     await child.wait()
         except TimeoutError:
-            raise self._failed(f"printed no key within {self._timeout_s:g} s") from None
+            raise self._make_error(f"printed no key within {self._timeout_s:g} s") from None
         finally:
             if child.returncode is None:
                 child.kill()
                 await child.wait()
         if said is None:
-            raise self._failed(f"printed more than {_LONGEST:,} bytes")
+            raise self._make_error(f"printed more than {_LONGEST:,} bytes")
         if child.returncode:
-            raise self._failed(f"failed with exit status {child.returncode}")
+            raise self._make_error(f"failed with exit status {child.returncode}")
         key = said.decode("ascii", "replace").strip()
         if not key or not key.isascii() or not key.isprintable() or " " in key:
-            raise self._failed("printed something else than one key")
+            raise self._make_error("printed something else than one key")
         return key
 
-    def _failed(self, problem: str) -> RunStoppedError:
+    def _make_error(self, problem: str) -> RunStoppedError:
         return RunStoppedError(
             f"{self._where}: the command {self._command[0]!r} {problem}; run it by hand to see "
             "why (a new login may be due)"

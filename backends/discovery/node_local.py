@@ -12,33 +12,33 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from ...configs.models import RunConfig
-from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError, SiteError
+from ..core.errors import BackendError, ConfigurationError, NoEndpointError, RunStoppedError
 from ..fleet.endpoint import EndpointSpec
-from ..servers.client import check_failure, used
+from ..servers.client import check_failure, use_servers
 from ..servers.plan import NodePlan
-from .connect import Serving, serving
+from .connect import ReadyEndpoints, open_ready_endpoints
 from .resolve import (
-    Place,
-    endpoint_specs,
-    endpoints_key,
-    node_plan,
-    serves_simulated,
-    starts_servers,
-    this_host,
+    EndpointSet,
+    get_endpoints_key,
+    get_host_name,
+    has_own_servers,
+    is_simulated_command,
+    list_endpoint_specs,
+    make_node_plan,
 )
-from .sources import FileSource, parse_endpoints_file, trusted_key
+from .sources import FileSource, get_trusted_key, parse_endpoints_file
 
-EXPLICIT: Final = "FANFOLD_ENDPOINTS"
+ENDPOINTS_VARIABLE: Final = "FANFOLD_ENDPOINTS"
 """Variable of a worker: base URLs of its node's endpoints, separated by blanks or commas."""
-PORTS: Final = ("FANFOLD_PORT", "PORT")
+PORT_VARIABLES: Final = ("FANFOLD_PORT", "PORT")
 """Variables of a worker: port of the one server on its node."""
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 
 @asynccontextmanager
-async def served(
+async def ready_endpoints(
     config: RunConfig, written: Mapping[str, Any], model: str | None = None
-) -> AsyncIterator[Serving]:
+) -> AsyncIterator[ReadyEndpoints]:
     """Ask the endpoints what they serve, unless each worker has endpoints of its own.
 
     Args:
@@ -51,28 +51,28 @@ async def served(
             and nobody can be asked from here.
     """
     if not config.backend.node_endpoints:
-        async with serving(config, written, model) as up:
+        async with open_ready_endpoints(config, written, model) as up:
             yield up
         return
     own = config.endpoints.simulated is not None
-    name, simulated = model or config.model.name, own or serves_simulated(config)
+    name, simulated = model or config.model.name, own or is_simulated_command(config)
     if name is None and not own:
         msg = (
             "backend.node_endpoints: the nodes' endpoints cannot be asked from here what they "
             "serve; set model.name"
         )
         raise ConfigurationError(msg)
-    yield Serving((), name or "", simulated)
+    yield ReadyEndpoints((), name or "", simulated)
 
 
 @asynccontextmanager
-async def served_here(
+async def node_endpoints(
     config: RunConfig,
     written: Mapping[str, Any],
     model: str,
     simulated: bool,
-    over: Callable[[], str | None],
-) -> AsyncIterator[Serving]:
+    get_stop_reason: Callable[[], str | None],
+) -> AsyncIterator[ReadyEndpoints]:
     """Return what a worker asks on its own node.
 
     A simulated fleet is started there; so are the servers of ``node.serve``, unless they are
@@ -83,31 +83,32 @@ async def served_here(
         written: The ``endpoints`` section as the user wrote it.
         model: The run's model.
         simulated: Whether the run is simulated.
-        over: Tells why servers are waited for no longer, or None; may block for a moment.
+        get_stop_reason: Tells why servers are waited for no longer, or None; may block for a
+            moment.
 
     Raises:
-        SiteError: Nothing says where this node's endpoints are.
+        BackendError: Nothing says where this node's endpoints are.
         RunStoppedError: The node's servers do not come up; with their last lines.
         ConfigurationError: The settings do not fit this node.
     """
     if config.endpoints.simulated is not None:
-        async with serving(config, written, model) as up:
+        async with open_ready_endpoints(config, written, model) as up:
             yield up
-    elif starts_servers(config) and not os.environ.get(EXPLICIT):
-        key = endpoints_key(config.endpoints)
-        plan = node_plan(config, servers_folder(config))
-        async with used(plan, over) as file:
-            source = _OwnServers(plan, FileSource(file, key))
+    elif has_own_servers(config) and not os.environ.get(ENDPOINTS_VARIABLE):
+        key = get_endpoints_key(config.endpoints)
+        plan = make_node_plan(config, get_servers_folder(config))
+        async with use_servers(plan, get_stop_reason) as file:
+            source = _NodeServers(plan, FileSource(file, key))
             try:
-                specs = tuple(await source.look())
+                specs = tuple(await source.list_endpoints())
             except NoEndpointError as error:  # it was there a moment ago
-                raise RunStoppedError(f"{this_host()}: {error.message}") from None
-            yield Serving(specs, model, simulated, place=Place(specs, source))
+                raise RunStoppedError(f"{get_host_name()}: {error.message}") from None
+            yield ReadyEndpoints(specs, model, simulated, endpoint_set=EndpointSet(specs, source))
     else:
-        yield Serving(tuple(node_specs(config, written)), model, simulated)
+        yield ReadyEndpoints(tuple(find_node_specs(config, written)), model, simulated)
 
 
-class _OwnServers:
+class _NodeServers:
     """The servers of this node, until they are given up.
 
     Args:
@@ -118,7 +119,7 @@ class _OwnServers:
     def __init__(self, plan: NodePlan, source: FileSource) -> None:
         self._plan, self._source = plan, source
 
-    async def look(self) -> list[EndpointSpec]:
+    async def list_endpoints(self) -> list[EndpointSpec]:
         """Return the servers that are ready.
 
         Raises:
@@ -126,13 +127,13 @@ class _OwnServers:
             RunStoppedError: None will be any more.
         """
         try:
-            return await self._source.look()
+            return await self._source.list_endpoints()
         except NoEndpointError:
             await asyncio.to_thread(check_failure, self._plan)
             raise
 
 
-def servers_folder(config: RunConfig) -> Path:
+def get_servers_folder(config: RunConfig) -> Path:
     """Return the folder to which nodes write whom they serve.
 
     Raises:
@@ -148,7 +149,7 @@ def servers_folder(config: RunConfig) -> Path:
     return Path(folder)
 
 
-def node_specs(
+def find_node_specs(
     config: RunConfig,
     written: Mapping[str, Any],
     environment: Mapping[str, str] | None = None,
@@ -167,28 +168,29 @@ def node_specs(
         host: Name of this host; asked of the system by default.
 
     Raises:
-        SiteError: None of them is there.
+        BackendError: None of them is there.
         ConfigurationError: One is there and cannot be read.
     """
     environment = os.environ if environment is None else environment
-    host = host or this_host()
+    host = host or get_host_name()
     key = config.endpoints.api_key.get_secret_value()
-    if given := environment.get(EXPLICIT):
+    if given := environment.get(ENDPOINTS_VARIABLE):
         return [EndpointSpec(url, key) for url in re.split(r"[,\s]+", given.strip())]
-    if own := [s for s in endpoint_specs(config.endpoints, written) if _is_here(s.url, host)]:
+    if own := [s for s in list_endpoint_specs(config.endpoints, written) if _is_here(s.url, host)]:
         return own
-    file = _registered(config.backend.registry, host)
+    file = _find_host_file(config.backend.registry, host)
     if file is not None:
         text = file.read_text(encoding="utf-8-sig")
-        return parse_endpoints_file(text, str(file), trusted_key(file, key))
-    for name in PORTS:
+        return parse_endpoints_file(text, str(file), get_trusted_key(file, key))
+    for name in PORT_VARIABLES:
         if port := environment.get(name):
             return [EndpointSpec(f"http://127.0.0.1:{port}", key)]
     msg = (
-        f"{host}: nothing says where this node's endpoints are: set {EXPLICIT} or PORT where "
+        f"{host}: nothing says where this node's endpoints are: set {ENDPOINTS_VARIABLE} or PORT "
+        "where "
         "workers run, name them in endpoints, or write one file per host into backend.registry"
     )
-    raise SiteError(msg)
+    raise BackendError(msg)
 
 
 def _is_here(url: str, host: str) -> bool:
@@ -197,7 +199,7 @@ def _is_here(url: str, host: str) -> bool:
     return named in _LOOPBACK or re.fullmatch(rf"{re.escape(short)}(-hsn\d*)?", label) is not None
 
 
-def _registered(registry: str | None, host: str) -> Path | None:
+def _find_host_file(registry: str | None, host: str) -> Path | None:
     if registry is None:
         return None
     files = (Path(registry) / name for name in dict.fromkeys((host, host.partition(".")[0])))

@@ -14,7 +14,7 @@ import orjson
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.types import SIMULATED_FINGERPRINT
 from ..fleet.endpoint import Endpoint, EndpointSpec
-from ..fleet.failures import BodyTooLargeError, Complaint, RawAnswer
+from ..fleet.failures import BodyTooLargeError, ErrorBody, HTTPAnswer
 from ..fleet.policy import FleetPolicy
 from ..fleet.transport import Transport
 
@@ -24,7 +24,7 @@ _SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ProbeResult:
     """What one endpoint said about itself.
 
     Attributes:
@@ -51,7 +51,7 @@ class Found:
         return self.error is None
 
 
-async def discover(specs: Sequence[EndpointSpec], timeout_s: float = 5.0) -> list[Found]:
+async def probe_models(specs: Sequence[EndpointSpec], timeout_s: float = 5.0) -> list[ProbeResult]:
     """Ask every endpoint for its models, 64 at a time.
 
     Args:
@@ -68,7 +68,7 @@ async def discover(specs: Sequence[EndpointSpec], timeout_s: float = 5.0) -> lis
     gate = asyncio.Semaphore(_AT_ONCE)
     transport = Transport(FleetPolicy())
 
-    async def one(endpoint: Endpoint) -> Found:
+    async def one(endpoint: Endpoint) -> ProbeResult:
         async with gate:
             return await _ask(transport, endpoint, timeout_s)
 
@@ -80,22 +80,22 @@ async def discover(specs: Sequence[EndpointSpec], timeout_s: float = 5.0) -> lis
     return [task.result() for task in tasks]
 
 
-async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Found:
+async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> ProbeResult:
     started = time.monotonic()
     try:
         answer = await transport.get(
             f"{endpoint.url}/models", await endpoint.headers(), timeout_s, endpoint.spec.proxied
         )
     except TimeoutError:
-        return _lost(endpoint, f"no answer within {timeout_s:g} s")
+        return _make_unreachable(endpoint, f"no answer within {timeout_s:g} s")
     except aiohttp.ClientError as error:
-        return _lost(endpoint, describe_error(error))
+        return _make_unreachable(endpoint, describe_error(error))
     models = _models(answer)
     if models is None:
-        return _lost(
-            endpoint, f"HTTP {answer.status}: {Complaint.read(answer.masked().body).message}"
+        return _make_unreachable(
+            endpoint, f"HTTP {answer.status}: {ErrorBody.parse(answer.mask_keys().body).message}"
         )
-    return Found(
+    return ProbeResult(
         endpoint.spec,
         endpoint.label,
         models=tuple(m["id"] for m in models),
@@ -107,8 +107,8 @@ async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Fo
     )
 
 
-def _lost(endpoint: Endpoint, error: str) -> Found:
-    return Found(endpoint.spec, endpoint.label, error=error)
+def _make_unreachable(endpoint: Endpoint, error: str) -> ProbeResult:
+    return ProbeResult(endpoint.spec, endpoint.label, error=error)
 
 
 def describe_error(error: aiohttp.ClientError) -> str:
@@ -116,7 +116,7 @@ def describe_error(error: aiohttp.ClientError) -> str:
     return str(error) if isinstance(error, BodyTooLargeError) else f"cannot connect: {error}"
 
 
-def _models(answer: RawAnswer) -> list[dict[str, Any]] | None:
+def _models(answer: HTTPAnswer) -> list[dict[str, Any]] | None:
     """Return the entries of a list of models, or None when the answer is none."""
     if answer.status != _OK:
         return None
@@ -131,7 +131,7 @@ def _models(answer: RawAnswer) -> list[dict[str, Any]] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckedModel:
     """Endpoints that agree with the run.
 
     Attributes:
@@ -149,7 +149,7 @@ class Checked:
     unreachable: tuple[tuple[str, str], ...]
 
 
-def check_models(found: Sequence[Found], name: str | None) -> Checked:
+def check_models(found: Sequence[ProbeResult], name: str | None) -> CheckedModel:
     """Settle on one model and drop the endpoints that do not serve it.
 
     Args:
@@ -175,11 +175,11 @@ def check_models(found: Sequence[Found], name: str | None) -> Checked:
     serving = [f for f in there if f.spec.model or model in f.models]
     if not serving:
         raise ConfigurationError(
-            f"no endpoint serves model.name {model!r}; served: {', '.join(_served(there))}"
+            f"no endpoint serves model.name {model!r}; served: {', '.join(_list_served(there))}"
         )
     lengths = [n for f in serving for m, n in f.max_model_len if m == (f.spec.model or model)]
     lost = [f for f in found if not f.reachable]
-    return Checked(
+    return CheckedModel(
         model,
         tuple(_sized(f, model) for f in found if f in serving or f in lost),
         simulated.pop(),
@@ -188,22 +188,22 @@ def check_models(found: Sequence[Found], name: str | None) -> Checked:
     )
 
 
-def _sized(found: Found, model: str) -> EndpointSpec:
+def _sized(found: ProbeResult, model: str) -> EndpointSpec:
     """Return an endpoint with the context length that it named, unless one is configured."""
     length = dict(found.max_model_len).get(found.spec.model or model)
     return replace(found.spec, max_model_len=found.spec.max_model_len or length)
 
 
-def _served(found: Sequence[Found]) -> list[str]:
+def _list_served(found: Sequence[ProbeResult]) -> list[str]:
     return sorted({m for f in found for m in f.models}) or ["nothing"]
 
 
-def _only_model(found: Sequence[Found]) -> str:
+def _only_model(found: Sequence[ProbeResult]) -> str:
     common = set[str](found[0].models).intersection(*(f.models for f in found))
     if len(common) == 1:
         return common.pop()
     raise ConfigurationError(
-        f"set model.name: the endpoints serve {', '.join(_served(found))}"
+        f"set model.name: the endpoints serve {', '.join(_list_served(found))}"
         + ("" if common else ", and no model is served by all")
     )
 
@@ -212,7 +212,7 @@ _MODELS_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Matched:
+class SelectedModel:
     """Endpoints that agree with the run.
 
     Attributes:
@@ -230,7 +230,9 @@ class Matched:
     ready: int
 
 
-def match(found: Sequence[Found], name: str | None, names: Mapping[str, str]) -> Matched:
+def select_model(
+    found: Sequence[ProbeResult], name: str | None, names: Mapping[str, str]
+) -> SelectedModel:
     """Settle on one model, and on the id by which each endpoint knows it.
 
     An endpoint that its list tags with a model (``model=…``) is held to it.
@@ -244,9 +246,9 @@ def match(found: Sequence[Found], name: str | None, names: Mapping[str, str]) ->
         ConfigurationError: No endpoint answers, none serves the model, the model is not
             settled, or simulated endpoints stand beside real ones.
     """
-    settled = check_models([_translated(one, names) for one in found], name)
-    matches = [_matching(one, names, settled.model) for one in found]
-    return Matched(
+    settled = check_models([_translate_ids(one, names) for one in found], name)
+    matches = [_match_endpoint(one, names, settled.model) for one in found]
+    return SelectedModel(
         settled.model,
         tuple(spec for spec in matches if spec is not None),
         settled.simulated,
@@ -255,22 +257,24 @@ def match(found: Sequence[Found], name: str | None, names: Mapping[str, str]) ->
     )
 
 
-def _translated(found: Found, names: Mapping[str, str]) -> Found:
+def _translate_ids(found: ProbeResult, names: Mapping[str, str]) -> ProbeResult:
     """Put the run's names in place of the served ids."""
     return replace(
         found,
         spec=replace(found.spec, model=None),
-        models=tuple(dict.fromkeys(names.get(i, i) for i in _offered(found))),
+        models=tuple(dict.fromkeys(names.get(i, i) for i in _list_offered(found))),
     )
 
 
-def _offered(found: Found) -> list[str]:
+def _list_offered(found: ProbeResult) -> list[str]:
     return [i for i in found.models if found.spec.model in {None, i}]
 
 
-def _matching(found: Found, names: Mapping[str, str], model: str) -> EndpointSpec | None:
+def _match_endpoint(
+    found: ProbeResult, names: Mapping[str, str], model: str
+) -> EndpointSpec | None:
     """Return the endpoint with its id of the model, or None when it does not serve it."""
-    offered = _offered(found)
+    offered = _list_offered(found)
     if not found.reachable:
         offered = [model if found.spec.model is None else found.spec.model]
     fitting = [i for i in offered if i == model] or [i for i in offered if names.get(i) == model]
@@ -286,7 +290,7 @@ def _matching(found: Found, names: Mapping[str, str], model: str) -> EndpointSpe
 
 
 def _absent(
-    found: Sequence[Found], matches: Sequence[EndpointSpec | None], model: str
+    found: Sequence[ProbeResult], matches: Sequence[EndpointSpec | None], model: str
 ) -> Iterator[str]:
     for one, spec in zip(found, matches, strict=True):
         if spec is None:

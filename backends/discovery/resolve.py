@@ -11,26 +11,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from ...configs.backend import NAMES
+from ...configs.backend import COMMAND_FIELDS
 from ...configs.endpoints import EndpointsConfig, FirstConfig
 from ...configs.models import RunConfig
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..core.secrets import MASKED
-from ..core.templates import names_of, split_command
-from ..fleet.endpoint import ApiKey, EndpointSpec, base_url
-from ..servers.plan import NodePlan, accelerator_ids, server_plans
+from ..core.templates import find_names, split_command
+from ..fleet.endpoint import ApiKey, EndpointSpec, normalize_base_url
+from ..servers.plan import NodePlan, list_accelerators, plan_servers
 from ..simulated.process import MODULE
 from .gateway import CommandToken, Gateway
-from .probe import Found, discover
+from .probe import ProbeResult, probe_models
 from .sources import (
+    EndpointSource,
     HostsFolder,
     RegistrySource,
-    Source,
     expand_slurm,
+    get_trusted_key,
     hosts_to_specs,
     parse_endpoints_file,
     parse_pbs,
-    trusted_key,
 )
 
 PROBE_TIMEOUT_S: Final = 5.0
@@ -39,7 +39,7 @@ _PORT: Final = 8000
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class EndpointSet:
     """Where a model may be served.
 
     Attributes:
@@ -47,36 +47,38 @@ class Place:
         source: Their list, when it may change during a run.
         gateway: The gateway that they are behind, or None for nodes.
         requests_per_s: The gateway's quota, or None.
-        found: What they said, when they were asked already.
+        probe_results: What they said, when they were asked already.
         model: The model's name, when the place settles it and the settings do not.
-        why: Why the place was chosen, when nobody named it.
+        reason: Why the place was chosen, when nobody named it.
     """
 
     specs: tuple[EndpointSpec, ...]
-    source: Source | None = None
+    source: EndpointSource | None = None
     gateway: Gateway | None = None
     requests_per_s: float | None = None
-    found: tuple[Found, ...] | None = None
+    probe_results: tuple[ProbeResult, ...] | None = None
     model: str | None = None
-    why: str | None = None
+    reason: str | None = None
 
-    async def ask(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[Found]:
+    async def probe(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[ProbeResult]:
         """Return what the endpoints say of themselves.
 
         Raises:
             ConfigurationError: The gateway's token cannot be had.
         """
-        if self.found is not None:
-            return list(self.found)
+        if self.probe_results is not None:
+            return list(self.probe_results)
         if self.gateway is None:
-            return await discover(self.specs, timeout_s)
+            return await probe_models(self.specs, timeout_s)
         try:
-            return await self.gateway.discover(2 * timeout_s)
+            return await self.gateway.probe_models(2 * timeout_s)
         except RunStoppedError as error:
             raise ConfigurationError(error.message) from None
 
 
-def endpoint_specs(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> list[EndpointSpec]:
+def list_endpoint_specs(
+    endpoints: EndpointsConfig, written: Mapping[str, Any]
+) -> list[EndpointSpec]:
     """Return the endpoints that can be named without asking anybody.
 
     A registry and ``auto`` name none.
@@ -88,7 +90,7 @@ def endpoint_specs(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> li
     Raises:
         ConfigurationError: None given, a malformed URL, an unreadable file, no key.
     """
-    key = endpoints_key(endpoints)
+    key = get_endpoints_key(endpoints)
     if endpoints.auto or endpoints.aegis_registry is not None:
         return []
     if endpoints.first is not None:
@@ -102,29 +104,29 @@ def endpoint_specs(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> li
     return [replace(spec, proxied=bool(endpoints.proxy)) for spec in specs]
 
 
-def check_place(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> None:
+def check_endpoint_set(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> None:
     """Check what can be said of the endpoints without asking anybody.
 
     Raises:
         ConfigurationError: Something is malformed, or cannot be read.
     """
     if endpoints.aegis_registry is not None:
-        registry(endpoints)
+        open_registry(endpoints)
     elif not endpoints.auto:
         try:
-            endpoint_specs(endpoints, written)
+            list_endpoint_specs(endpoints, written)
         except NoEndpointError:
-            if not endpoints.awaited:
+            if not endpoints.waits_for_endpoints:
                 raise
 
 
-def first_place(first: FirstConfig, proxy: bool | None) -> Place:
+def make_gateway_set(first: FirstConfig, proxy: bool | None) -> EndpointSet:
     """Return the deployments behind a gateway."""
     gateway = _gateway(first, proxy)
-    return Place(gateway.specs, gateway=gateway, requests_per_s=first.requests_per_s)
+    return EndpointSet(gateway.specs, gateway=gateway, requests_per_s=first.requests_per_s)
 
 
-def endpoints_key(endpoints: EndpointsConfig) -> str:
+def get_endpoints_key(endpoints: EndpointsConfig) -> str:
     """Return the key of all endpoints.
 
     Raises:
@@ -132,26 +134,26 @@ def endpoints_key(endpoints: EndpointsConfig) -> str:
     """
     key = endpoints.api_key.get_secret_value()
     if key == MASKED:
-        raise ConfigurationError(_masked("endpoints.api_key"))
+        raise ConfigurationError(_explain_masked("endpoints.api_key"))
     return key
 
 
-def _masked(where: str) -> str:
+def _explain_masked(where: str) -> str:
     return (
         f"{where}: a run folder does not keep a key that was written out; give it "
         f"again, best by a variable: --set '{where}=${{VAR}}'"
     )
 
 
-def registry(endpoints: EndpointsConfig) -> RegistrySource:
+def open_registry(endpoints: EndpointsConfig) -> RegistrySource:
     """Return Aegis' registry.
 
     Raises:
         ConfigurationError: Its URL is none.
     """
     url = endpoints.aegis_registry or ""
-    with_where("endpoints.aegis_registry", url)
-    return RegistrySource(url, endpoints_key(endpoints))
+    check_setting_url("endpoints.aegis_registry", url)
+    return RegistrySource(url, get_endpoints_key(endpoints))
 
 
 def _gateway(first: FirstConfig, proxy: bool | None) -> Gateway:
@@ -162,10 +164,10 @@ def _gateway(first: FirstConfig, proxy: bool | None) -> Gateway:
         assert first.token is not None, "one of the two is given"
         key = first.token.get_secret_value()
         if key == MASKED:
-            raise ConfigurationError(_masked("endpoints.first.token"))
-    with_where("endpoints.first.base_url", first.base_url)
+            raise ConfigurationError(_explain_masked("endpoints.first.token"))
+    check_setting_url("endpoints.first.base_url", first.base_url)
     try:
-        return Gateway.of(first.base_url, first.paths, key, proxy is not False)
+        return Gateway.from_paths(first.base_url, first.paths, key, proxy is not False)
     except ConfigurationError as error:
         raise ConfigurationError(f"endpoints.first.paths: {error.message}") from None
 
@@ -179,13 +181,13 @@ def _from_urls(
     shown = written.get("urls") or endpoints.urls
     return [
         EndpointSpec(
-            with_where(f"endpoints.urls.{n}", url), key, label=text if "${" in text else None
+            check_setting_url(f"endpoints.urls.{n}", url), key, label=text if "${" in text else None
         )
         for n, (url, text) in enumerate(zip(endpoints.urls, shown, strict=True))
     ]
 
 
-def with_where(where: str, url: str) -> str:
+def check_setting_url(where: str, url: str) -> str:
     """Return a base URL in one spelling.
 
     Raises:
@@ -194,7 +196,7 @@ def with_where(where: str, url: str) -> str:
     if "@" in url.partition("//")[2].partition("/")[0]:
         raise ConfigurationError(f"{where}: no user or password in a URL; use api_key: ${{VAR}}")
     try:
-        return base_url(url)
+        return normalize_base_url(url)
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error.message}") from None
 
@@ -203,24 +205,24 @@ def _from_file(path: Path, key: str) -> list[EndpointSpec]:
     if path.is_dir():
         return HostsFolder(path, key).read()
     try:
-        text, trusted = path.read_text(encoding="utf-8-sig"), trusted_key(path, key)
+        text, trusted = path.read_text(encoding="utf-8-sig"), get_trusted_key(path, key)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         kind = NoEndpointError if isinstance(error, FileNotFoundError) else ConfigurationError
         raise kind(f"endpoints.file: {path}: cannot be read: {reason}") from None
     specs = parse_endpoints_file(text, str(path), trusted)
     for spec in specs:
-        with_where(f"endpoints.file: {path}", spec.url)
+        check_setting_url(f"endpoints.file: {path}", spec.url)
     return specs
 
 
 def _from_hosts(endpoints: EndpointsConfig, key: str) -> list[EndpointSpec]:
     texts = [_expand_variable(text, os.environ) for text in endpoints.hosts or ()]
-    hosts = dict.fromkeys(h for text in texts for h in hosts_of(text, os.environ))
+    hosts = dict.fromkeys(h for text in texts for h in expand_hosts(text, os.environ))
     trusted: ApiKey = key
     for text in texts:
         if "/" in text:
-            trusted = trusted_key(Path(text).expanduser(), trusted)
+            trusted = get_trusted_key(Path(text).expanduser(), trusted)
     specs = hosts_to_specs(
         list(hosts),
         endpoints.port or _PORT,
@@ -229,11 +231,11 @@ def _from_hosts(endpoints: EndpointsConfig, key: str) -> list[EndpointSpec]:
         api_key=trusted,
     )
     for spec in specs:
-        with_where("endpoints.hosts", spec.url)
+        check_setting_url("endpoints.hosts", spec.url)
     return specs
 
 
-def hosts_of(text: str, environment: Mapping[str, str]) -> Iterator[str]:
+def expand_hosts(text: str, environment: Mapping[str, str]) -> Iterator[str]:
     """Yield the hosts that one entry of ``endpoints.hosts`` stands for.
 
     Args:
@@ -280,25 +282,28 @@ def _expand_variable(text: str, environment: Mapping[str, str]) -> str:
     return environment[name]
 
 
-HOST: Final = ("FANFOLD_HOST", "SLURMD_NODENAME")
+HOST_VARIABLES: Final = ("FANFOLD_HOST", "SLURMD_NODENAME")
 """Variables that name the node; the system is asked where none is set."""
-NODES: Final = "FANFOLD_NODES"
+NODES_VARIABLE: Final = "FANFOLD_NODES"
 """Variable of a job's coordinator: how many nodes serve."""
 _ADDRESS: Final = re.compile(r"[\d.]+|.*:.*")
 
 
-def this_host(environment: Mapping[str, str] | None = None) -> str:
+def get_host_name(environment: Mapping[str, str] | None = None) -> str:
     """Return this node's name."""
     environment = os.environ if environment is None else environment
-    return next((environment[name] for name in HOST if environment.get(name)), socket.gethostname())
+    return next(
+        (environment[name] for name in HOST_VARIABLES if environment.get(name)),
+        socket.gethostname(),
+    )
 
 
-def short_name(host: str) -> str:
+def shorten_host(host: str) -> str:
     """Return a host's name without its domain, in small letters; an address as it is."""
     return host if _ADDRESS.fullmatch(host) else host.lower().partition(".")[0]
 
 
-def starts_servers(config: RunConfig) -> bool:
+def has_own_servers(config: RunConfig) -> bool:
     """Say whether fanfold starts the model servers.
 
     It does not where somebody else has: Aegis, by its registry or its endpoints file, a gateway, a
@@ -312,7 +317,7 @@ def starts_servers(config: RunConfig) -> bool:
     return endpoints.hosts is not None or endpoints.urls is not None
 
 
-def most_servers(config: RunConfig, environment: Mapping[str, str]) -> int | None:
+def count_possible_servers(config: RunConfig, environment: Mapping[str, str]) -> int | None:
     """Return how many servers of a job can be ready in the end; blocks.
 
     None where nobody says how many nodes the job has, or it does not serve.
@@ -321,19 +326,19 @@ def most_servers(config: RunConfig, environment: Mapping[str, str]) -> int | Non
         config: The settings.
         environment: Variables of the coordinator.
     """
-    nodes = environment.get(NODES, "")
-    if not nodes.isdigit() or config.endpoints.file is None or not starts_servers(config):
+    nodes = environment.get(NODES_VARIABLE, "")
+    if not nodes.isdigit() or config.endpoints.file is None or not has_own_servers(config):
         return None
     failed = sum(1 for _ in (Path(config.endpoints.file) / "logs").glob("*.failed"))
     return max(0, int(nodes) - failed) * config.node.instances
 
 
-def serves_simulated(config: RunConfig) -> bool:
+def is_simulated_command(config: RunConfig) -> bool:
     """Say whether the command serves a simulated fleet, whose answers mean nothing."""
     return config.node.serve is not None and MODULE in shlex.split(config.node.serve)
 
 
-def node_plan(
+def make_node_plan(
     config: RunConfig,
     folder: Path,
     host: str | None = None,
@@ -351,7 +356,7 @@ def node_plan(
         ConfigurationError: Something is missing, or does not fit this node.
     """
     environment = os.environ if environment is None else environment
-    node, host = config.node, host or this_host(environment)
+    node, host = config.node, host or get_host_name(environment)
     if node.serve is None:
         msg = "set node.serve: the command that serves the model, e.g. vllm serve … --port {port}"
         raise ConfigurationError(msg)
@@ -361,10 +366,10 @@ def node_plan(
             "${VAR} and set the variable on the nodes"
         )
         raise ConfigurationError(msg)
-    words = split_command(node.serve, NAMES)
+    words = split_command(node.serve, COMMAND_FIELDS)
     told = node.accelerators
-    ids = accelerator_ids(told.variable, told.ids, told.count, environment)
-    named = names_of(words)
+    ids = list_accelerators(told.variable, told.ids, told.count, environment)
+    named = find_names(words)
     if "model" in named and config.model.name is None:
         raise ConfigurationError("node.serve names {model}: set model.name")
     if "gpus" in named and not ids:
@@ -376,12 +381,12 @@ def node_plan(
                 f"it by a variable: --set 'node.env.{name}=${{VAR}}'"
             )
             raise ConfigurationError(msg)
-    key = endpoints_key(config.endpoints)
+    key = get_endpoints_key(config.endpoints)
     return NodePlan(
-        host=short_name(host),
+        host=shorten_host(host),
         address=node.address.replace("{host}", host),
         folder=str(folder.absolute()),
-        servers=server_plans(
+        servers=plan_servers(
             words,
             ports=node.ports,
             instances=node.instances,

@@ -19,8 +19,8 @@ import aiohttp
 import orjson
 
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
-from ..core.permissions import file_reason, untrusted_reason
-from ..fleet.endpoint import NO_KEY, ApiKey, EndpointSpec, base_url, display
+from ..core.permissions import find_file_risk, find_path_risk
+from ..fleet.endpoint import NO_KEY, ApiKey, EndpointSpec, normalize_base_url, redact_url
 from ..fleet.fleet import Fleet
 from ..fleet.policy import FleetPolicy
 from ..fleet.transport import Transport
@@ -47,7 +47,7 @@ def read_endpoints_file(path: Path, api_key: ApiKey = NO_KEY) -> list[EndpointSp
     return parse_endpoints_file(text, str(path), api_key)
 
 
-def trusted_key(path: Path, key: ApiKey) -> ApiKey:
+def get_trusted_key(path: Path, key: ApiKey) -> ApiKey:
     """Return the key for the endpoints that a file names: none where others can write the file.
 
     Args:
@@ -57,7 +57,7 @@ def trusted_key(path: Path, key: ApiKey) -> ApiKey:
     Raises:
         OSError: The file cannot be looked at.
     """
-    if key == NO_KEY or (reason := untrusted_reason(path)) is None:
+    if key == NO_KEY or (reason := find_path_risk(path)) is None:
         return key
     warn_untrusted(path, reason)
     return NO_KEY
@@ -90,7 +90,7 @@ def parse_endpoints_file(text: str, name: str, api_key: ApiKey = NO_KEY) -> list
             continue
         try:
             spec = _parse_line(line, api_key)
-            specs.setdefault(base_url(spec.url), spec)
+            specs.setdefault(normalize_base_url(spec.url), spec)
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}, line {number}: {error.message}") from error
     if not specs:
@@ -131,9 +131,9 @@ def _spec(url: str, columns: Iterable[str], api_key: ApiKey) -> EndpointSpec:
         most = int(tags["max_in_flight"]) if "max_in_flight" in tags else None
         weight = float(tags.get("weight", "1"))
     except ValueError as error:
-        raise ConfigurationError(f"{display(url)}: tag is no number: {error}") from error
+        raise ConfigurationError(f"{redact_url(url)}: tag is no number: {error}") from error
     if weight <= 0 or (most is not None and most < 1):
-        raise ConfigurationError(f"{display(url)}: weight and max_in_flight must be positive")
+        raise ConfigurationError(f"{redact_url(url)}: weight and max_in_flight must be positive")
     return EndpointSpec(url, api_key, model=tags.get("model"), max_in_flight=most, weight=weight)
 
 
@@ -171,7 +171,7 @@ class HostsFolder:
         """
         try:
             with os.scandir(self._path) as entries:
-                others = None if self._key == NO_KEY else untrusted_reason(self._path)
+                others = None if self._key == NO_KEY else find_path_risk(self._path)
                 files = sorted((e for e in entries if _is_host(e)), key=lambda e: e.name)
         except OSError as error:
             raise ConfigurationError(
@@ -179,7 +179,7 @@ class HostsFolder:
             ) from None
         now = {file.name: host for file in files if (host := self._host(file, others)) is not None}
         self._hosts = now
-        specs = {base_url(s.url): s for host in now.values() for s in host.specs}
+        specs = {normalize_base_url(s.url): s for host in now.values() for s in host.specs}
         if not specs:
             raise NoEndpointError(f"endpoints.file: {self._path}: no host has written its file yet")
         return list(specs.values())
@@ -189,8 +189,8 @@ class HostsFolder:
         try:
             status = file.stat()
             if others is None and file.is_symlink() and self._key != NO_KEY:
-                others = untrusted_reason(Path(file.path))
-            reason = others or file_reason(Path(file.path), status)
+                others = find_path_risk(Path(file.path))
+            reason = others or find_file_risk(Path(file.path), status)
             stamp = status.st_mtime_ns, status.st_size, status.st_ino, reason
             if known is not None and known.stamp == stamp:
                 return known
@@ -225,14 +225,14 @@ def _is_host(entry: os.DirEntry[str]) -> bool:
 _OK: Final = 200
 _MOST_PORT: Final = 65535
 
-Admit: TypeAlias = Callable[[list[EndpointSpec]], Awaitable[Sequence[EndpointSpec]]]
+AdmitEndpoints: TypeAlias = Callable[[list[EndpointSpec]], Awaitable[Sequence[EndpointSpec]]]
 """Returns those of new endpoints that fit the run."""
 
 
-class Source(Protocol):
+class EndpointSource(Protocol):
     """A list of endpoints that may change."""
 
-    async def look(self) -> list[EndpointSpec]:
+    async def list_endpoints(self) -> list[EndpointSpec]:
         """Return the endpoints as they are listed now.
 
         Raises:
@@ -257,14 +257,14 @@ class FileSource:
         self._specs = list[EndpointSpec]()
         self._folder = HostsFolder(path, key)
 
-    async def look(self) -> list[EndpointSpec]:
+    async def list_endpoints(self) -> list[EndpointSpec]:
         """Return the endpoints in the file, or in all files of the folder."""
-        return await asyncio.to_thread(self._look)
+        return await asyncio.to_thread(self._read)
 
-    def _look(self) -> list[EndpointSpec]:
+    def _read(self) -> list[EndpointSpec]:
         try:
             status = self._path.stat()
-            reason = None if self._key == NO_KEY else untrusted_reason(self._path)
+            reason = None if self._key == NO_KEY else find_path_risk(self._path)
         except OSError as error:
             missing = isinstance(error, FileNotFoundError)
             kind = NoEndpointError if missing else ConfigurationError
@@ -300,14 +300,14 @@ class RegistrySource:
     def __init__(
         self, url: str, key: ApiKey = NO_KEY, patience: int = 12, timeout_s: float = 5.0
     ) -> None:
-        self._url = base_url(url).removesuffix("/v1")
+        self._url = normalize_base_url(url).removesuffix("/v1")
         self._key = key
         self._patience = patience
         self._timeout_s = timeout_s
         self._known: dict[str, EndpointSpec] = {}
         self._missing = Counter[str]()
 
-    async def look(self) -> list[EndpointSpec]:
+    async def list_endpoints(self) -> list[EndpointSpec]:
         """Return the servers that the registry lists, or listed lately."""
         listed = {spec.url: spec for spec in self._specs(await self._services())}
         self._missing = Counter({u: self._missing[u] + 1 for u in self._known if u not in listed})
@@ -355,8 +355,12 @@ class RegistrySource:
 
 
 @asynccontextmanager
-async def kept_up(
-    fleet: Fleet, source: Source, listed: Sequence[EndpointSpec], admit: Admit, every_s: float
+async def follow_source(
+    fleet: Fleet,
+    source: EndpointSource,
+    listed: Sequence[EndpointSpec],
+    admit: AdmitEndpoints,
+    every_s: float,
 ) -> AsyncIterator[None]:
     """Keep a fleet's members equal to a list that may change, while the block runs.
 
@@ -369,7 +373,7 @@ async def kept_up(
         admit: Says which of the endpoints that join fit the run.
         every_s: Seconds between two looks.
     """
-    task = asyncio.create_task(_keep_up(fleet, source, listed, admit, every_s))
+    task = asyncio.create_task(_follow_changes(fleet, source, listed, admit, every_s))
     try:
         yield
     finally:
@@ -378,20 +382,26 @@ async def kept_up(
             await task  # whatever else ended it is raised here
 
 
-async def _keep_up(
-    fleet: Fleet, source: Source, listed: Sequence[EndpointSpec], admit: Admit, every_s: float
+async def _follow_changes(
+    fleet: Fleet,
+    source: EndpointSource,
+    listed: Sequence[EndpointSpec],
+    admit: AdmitEndpoints,
+    every_s: float,
 ) -> None:
     members = {e.url: e.spec for e in fleet.endpoints if not e.retired}
-    seen, trouble = {base_url(spec.url) for spec in listed}, ""
+    seen, trouble = {normalize_base_url(spec.url) for spec in listed}, ""
     while True:
         await asyncio.sleep(every_s)
         try:
-            now = {base_url(spec.url): spec for spec in await source.look()}
+            now = {normalize_base_url(spec.url): spec for spec in await source.list_endpoints()}
             if now.keys() == seen:
                 trouble = ""
                 continue
             fresh = [spec for url, spec in now.items() if url not in seen]
-            fitting = {base_url(spec.url): spec for spec in await admit(fresh)} if fresh else {}
+            fitting = (
+                {normalize_base_url(spec.url): spec for spec in await admit(fresh)} if fresh else {}
+            )
             wanted = {u: s for u, s in (members | fitting).items() if u in now}
             joined, left = fleet.update(list(wanted.values()))
         except ConfigurationError as error:

@@ -18,8 +18,8 @@ import aiohttp
 
 from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
 from ..core.protocols import CallLog
-from .endpoint import Endpoint, State
-from .failures import Failure, Step, Trip, of_refused_item
+from .endpoint import BreakerState, Endpoint
+from .failures import BreakerEffect, Failure, RetryAction, make_refused_item_error
 from .policy import AffinityPolicy, FleetPolicy
 from .transport import Transport
 
@@ -40,10 +40,10 @@ class _Waiter:
     tokens: int
     item: CallLog | None
     turn: int
-    line: deque[_Waiter]
+    queue: deque[_Waiter]
 
 
-class Dispatcher:
+class LoadBalancer:
     """Hands out endpoints, first come first served.
 
     Args:
@@ -59,41 +59,41 @@ class Dispatcher:
     Attributes:
         in_flight: Requests in flight.
         alive: Endpoints that are in use.
-        far: Endpoints that rest for so long that it is better to go elsewhere.
+        long_resting: Endpoints that rest for so long that it is better to go elsewhere.
     """
 
     def __init__(
         self,
         endpoints: Sequence[Endpoint],
         streams: int,
-        paced: Callable[[Endpoint, int], None],
-        starved: Callable[[], None],
+        on_quota: Callable[[Endpoint, int], None],
+        on_starved: Callable[[], None],
         slack: float = 2.0,
     ) -> None:
         self._streams = streams
         self._slack = slack
-        self._paced = paced
-        self._starved = starved
+        self._on_quota = on_quota
+        self._on_starved = on_starved
         self._tick = itertools.count()
         self._ranks: dict[Endpoint, int] = {}
         self._heap: list[tuple[float, int, Endpoint]] = []
         self._queue: deque[_Waiter] = deque()
         self._urgent: deque[_Waiter] = deque()
-        self._picky: dict[frozenset[Endpoint], deque[_Waiter]] = {}
+        self._excluding: dict[frozenset[Endpoint], deque[_Waiter]] = {}
         self._mean_s = 0.0
         self._idle = 0
         self._extra = 0
         self._extra_of: dict[int, int] = {}
         self.in_flight = 0
         self.alive: set[Endpoint] = set()
-        self.far: set[Endpoint] = set()
+        self.long_resting: set[Endpoint] = set()
         for endpoint in endpoints:
             self.refresh(endpoint)
 
     @property
-    def hungry(self) -> bool:
+    def is_starved(self) -> bool:
         """Whether calls wait that ``streams`` would allow."""
-        waits = self._queue or self._picky or self._urgent
+        waits = self._queue or self._excluding or self._urgent
         return bool(waits) and self.in_flight - self._extra < self._streams
 
     @property
@@ -104,16 +104,16 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         """Calls that wait for an endpoint."""
-        lines = (self._queue, self._urgent, *self._picky.values())
+        lines = (self._queue, self._urgent, *self._excluding.values())
         return sum(map(len, lines))
 
     @property
-    def quiet(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether no request goes on by itself, and none waits to be sent."""
         return self.in_flight == self._idle and not self.waiting
 
     @property
-    def jammed(self) -> bool:
+    def is_deadlocked(self) -> bool:
         """Whether all requests in flight are streams that nobody reads, and no time helps."""
         return (
             0 < self.in_flight == self._idle
@@ -121,7 +121,7 @@ class Dispatcher:
             and not any(endpoint.resting for endpoint in self.alive)
         )
 
-    async def take(
+    async def acquire(
         self,
         avoid: Collection[Endpoint] = (),
         prefer: Endpoint | None = None,
@@ -138,7 +138,7 @@ class Dispatcher:
             item: The item on whose behalf the request is made, if any.
             unfit: Those of ``avoid`` that cannot serve the request at all.
         """
-        if item is not None and item.open and item.stalled:
+        if item is not None and item.in_flight and item.stalled:
             endpoint = self._choose_for_stalled(avoid, prefer, unfit)
         else:
             endpoint = None if self._queue else self._choose(avoid, prefer, unfit)
@@ -148,7 +148,7 @@ class Dispatcher:
         try:
             return await waiter.future
         except asyncio.CancelledError:
-            self._withdraw(waiter)
+            self._cancel_waiter(waiter)
             raise
         finally:
             if item is not None:
@@ -162,34 +162,34 @@ class Dispatcher:
         item: CallLog | None,
         unfit: Collection[Endpoint],
     ) -> _Waiter:
-        stalled = item is not None and item.open > 0 and item.stalled
+        stalled = item is not None and item.in_flight > 0 and item.stalled
         if stalled:
             line = self._urgent
         else:
-            line = self._picky.setdefault(frozenset(avoid), deque()) if avoid else self._queue
+            line = self._excluding.setdefault(frozenset(avoid), deque()) if avoid else self._queue
         future = asyncio.get_running_loop().create_future()
         turn = next(self._tick)
         waiter = _Waiter(future, avoid, unfit, prefer, tokens, item, turn, line)
         line.append(waiter)
         if item is not None:
             item.queued += 1
-            item.line = self
-        if self.hungry:
-            self._starved()
+            item.queue = self
+        if self.is_starved:
+            self._on_starved()
         if avoid:
-            self._serve()  # too many calls that exclude endpoints give their exclusions up
+            self._serve_waiters()  # too many calls that exclude endpoints give their exclusions up
         return waiter
 
-    def _withdraw(self, waiter: _Waiter) -> None:
+    def _cancel_waiter(self, waiter: _Waiter) -> None:
         """Undo what a cancelled call holds: its place in the queue, or the endpoint it won."""
         if waiter.future.done() and not waiter.future.cancelled():
             if waiter.future.exception() is None:
-                self.give(waiter.future.result(), item=waiter.item)
-        elif waiter in waiter.line:
-            waiter.line.remove(waiter)
+                self.release(waiter.future.result(), item=waiter.item)
+        elif waiter in waiter.queue:
+            waiter.queue.remove(waiter)
             self._drop_empty(waiter)
 
-    def give(
+    def release(
         self, endpoint: Endpoint, seconds: float | None = None, item: CallLog | None = None
     ) -> None:
         """Count one request less in flight.
@@ -200,19 +200,19 @@ class Dispatcher:
             item: The item on whose behalf it was taken.
         """
         self.in_flight -= 1
-        endpoint.outstanding -= 1
+        endpoint.in_flight -= 1
         if item is not None:
-            item.open -= 1
+            item.in_flight -= 1
             if self._extra_of:
-                self._give_extra(item)
+                self._release_extra(item)
         if seconds is not None:
-            endpoint.observe(seconds)
+            endpoint.record_latency(seconds)
             self._mean_s += (seconds - self._mean_s) * (0.02 if self._mean_s else 1.0)
         self.refresh(endpoint)
-        if item is not None and item.queued and item.open:
+        if item is not None and item.queued and item.in_flight:
             self._serve_item(item)
 
-    def _give_extra(self, item: CallLog) -> None:
+    def _release_extra(self, item: CallLog) -> None:
         """Take a request beyond ``streams`` back; what the item still has open keeps its slot."""
         count = self._extra_of.get(id(item), 0)
         if count:
@@ -222,29 +222,29 @@ class Dispatcher:
             else:
                 self._extra_of[id(item)] = count - 1
 
-    def pause(self, item: CallLog | None) -> None:
+    def mark_stream_idle(self, item: CallLog | None) -> None:
         """Take note that nobody reads a stream of an item at the moment."""
         self._idle += 1
         if item is None:
             return
-        item.idle += 1
+        item.idle_streams += 1
         if item.queued and item.stalled:
-            asyncio.get_running_loop().call_later(_IDLE_S, self._look_at, item)
+            asyncio.get_running_loop().call_later(_IDLE_S, self._check_idle_item, item)
 
-    def resume(self, item: CallLog | None) -> None:
+    def mark_stream_read(self, item: CallLog | None) -> None:
         """Take note that a stream of an item is read again, or has ended."""
         self._idle -= 1
         if item is not None:
-            item.idle -= 1
+            item.idle_streams -= 1
 
-    def _look_at(self, item: CallLog) -> None:
+    def _check_idle_item(self, item: CallLog) -> None:
         """Let an item go on whose streams have waited for a while."""
-        if item.open and item.queued:
+        if item.in_flight and item.queued:
             self._serve_item(item)
 
     def lend(self) -> None:
         """Serve the oldest waiting call, though streams that nobody reads hold all slots."""
-        lines = (self._urgent, self._queue, *self._picky.values())
+        lines = (self._urgent, self._queue, *self._excluding.values())
         waiting = [w for line in lines for w in line if not w.future.done()]
         if waiting:
             self._serve_stalled(min(waiting, key=lambda waiter: waiter.turn))
@@ -253,12 +253,12 @@ class Dispatcher:
         """Rank an endpoint anew after its state changed, and serve who waits."""
         (self.alive.add if endpoint.alive else self.alive.discard)(endpoint)
         self._rank(endpoint)
-        self._serve()
+        self._serve_waiters()
 
     def fail_all(self, error: Callable[[], BaseException]) -> None:
         """Raise a new error in every waiting call."""
-        lines = [self._queue, self._urgent, *self._picky.values()]
-        self._picky.clear()
+        lines = [self._queue, self._urgent, *self._excluding.values()]
+        self._excluding.clear()
         for line in lines:
             while line:
                 waiter = line.popleft()
@@ -277,13 +277,13 @@ class Dispatcher:
 
     def _score(self, endpoint: Endpoint) -> float:
         latency = endpoint.latency_s or self._mean_s or 1.0
-        return (endpoint.outstanding + endpoint.foreign + 1) * latency / endpoint.spec.weight
+        return (endpoint.in_flight + endpoint.foreign_load + 1) * latency / endpoint.spec.weight
 
-    def _excluded(
+    def _find_excluded(
         self, avoid: Collection[Endpoint], unfit: Collection[Endpoint]
     ) -> Collection[Endpoint]:
         """Return which endpoints a call passes over, given which others there are."""
-        near = self.alive - self.far if self.far else self.alive
+        near = self.alive - self.long_resting if self.long_resting else self.alive
         if not near.issubset(avoid):
             return avoid
         return () if self.alive.issubset(unfit) else unfit
@@ -297,7 +297,7 @@ class Dispatcher:
         if self.in_flight - self._extra >= self._streams:
             return None
         if avoid:
-            avoid = self._excluded(avoid, unfit)
+            avoid = self._find_excluded(avoid, unfit)
         passed: list[tuple[float, int, Endpoint]] = []
         chosen: Endpoint | None = None
         while self._heap and chosen is None:
@@ -329,30 +329,30 @@ class Dispatcher:
         endpoint = self._choose(avoid, prefer, unfit)
         if endpoint is not None:
             return endpoint
-        excluded = self._excluded(avoid, unfit)
+        excluded = self._find_excluded(avoid, unfit)
         able = [e for e in self.alive if not e.resting and e not in excluded]
         if not able:
             return None
 
         def rank(one: Endpoint) -> tuple[bool, bool, float]:
-            return not one.free, one.breaker.state is not State.CLOSED, self._score(one)
+            return not one.free, one.breaker.state is not BreakerState.CLOSED, self._score(one)
 
         return min(able, key=rank)
 
     def _start(self, endpoint: Endpoint, tokens: int, item: CallLog | None) -> Endpoint:
         if item is not None:
-            item.open += 1
+            item.in_flight += 1
             if self.in_flight - self._extra >= self._streams:
                 self._extra += 1
                 self._extra_of[id(item)] = self._extra_of.get(id(item), 0) + 1
         self.in_flight += 1
-        endpoint.outstanding += 1
-        if endpoint.bucket is not None or endpoint.tokens is not None:
-            self._paced(endpoint, tokens)
+        endpoint.in_flight += 1
+        if endpoint.request_bucket is not None or endpoint.token_bucket is not None:
+            self._on_quota(endpoint, tokens)
         self._rank(endpoint)
         return endpoint
 
-    def take_now(
+    def try_acquire(
         self, avoid: Collection[Endpoint], tokens: int = 0, item: CallLog | None = None
     ) -> Endpoint | None:
         """Take the quickest endpoint that is free, or None when none is, or somebody waits.
@@ -367,15 +367,15 @@ class Dispatcher:
 
     def _expected_s(self, endpoint: Endpoint) -> float:
         latency = endpoint.latency_s or self._mean_s
-        return latency * (1.0 + endpoint.outstanding / endpoint.width)
+        return latency * (1.0 + endpoint.in_flight / endpoint.width)
 
-    def _serve(self) -> None:
+    def _serve_waiters(self) -> None:
         """Hand free endpoints to the calls that wait, oldest first."""
         if self._urgent:
             self._serve_urgent()
-        while (self._queue or self._picky) and self.in_flight - self._extra < self._streams:
-            if self._picky:
-                if not self._serve_lines():
+        while (self._queue or self._excluding) and self.in_flight - self._extra < self._streams:
+            if self._excluding:
+                if not self._serve_oldest():
                     return
                 continue
             waiter = self._queue[0]
@@ -387,16 +387,16 @@ class Dispatcher:
                 return
             self._grant(waiter, endpoint)
 
-    def _serve_lines(self) -> bool:
+    def _serve_oldest(self) -> bool:
         """Serve the oldest call that a free endpoint suits; say whether there is one."""
-        for key, line in list(self._picky.items()):
+        for key, line in list(self._excluding.items()):
             while line and line[0].future.done():
                 line.popleft()
             if not line:
-                del self._picky[key]
+                del self._excluding[key]
         while self._queue and self._queue[0].future.done():
             self._queue.popleft()
-        heads = [line[0] for line in (self._queue, *self._picky.values()) if line]
+        heads = [line[0] for line in (self._queue, *self._excluding.values()) if line]
         heads.sort(key=lambda waiter: waiter.turn)
         for waiter in heads:
             endpoint = self._choose(waiter.avoid, waiter.prefer, waiter.unfit)
@@ -405,14 +405,14 @@ class Dispatcher:
                 return True
             if not waiter.avoid:
                 break  # nothing is free
-        return self._give_up_exclusions(heads)
+        return self._drop_exclusions(heads)
 
-    def _give_up_exclusions(self, heads: Sequence[_Waiter]) -> bool:
+    def _drop_exclusions(self, heads: Sequence[_Waiter]) -> bool:
         """Serve a call by an endpoint that it excludes, once such calls take half of all places.
 
         The number of items in flight is bounded: other items would soon have no place left.
         """
-        if 2 * sum(map(len, self._picky.values())) < self._streams:
+        if 2 * sum(map(len, self._excluding.values())) < self._streams:
             return False
         for waiter in heads:
             if waiter.avoid and len(waiter.avoid) > len(waiter.unfit):
@@ -431,36 +431,36 @@ class Dispatcher:
         """Serve the oldest waiting call of an item whose open requests wait for it."""
         if not item.stalled:
             return
-        lines = (self._urgent, self._queue, *self._picky.values())
+        lines = (self._urgent, self._queue, *self._excluding.values())
         mine = [w for line in lines for w in line if w.item is item and not w.future.done()]
         if mine:
             self._serve_stalled(min(mine, key=lambda waiter: waiter.turn))
 
     def _serve_stalled(self, waiter: _Waiter) -> None:
         if waiter.future.done():
-            waiter.line.remove(waiter)
+            waiter.queue.remove(waiter)
             return
         endpoint = self._choose_for_stalled(waiter.avoid, waiter.prefer, waiter.unfit)
         if endpoint is not None:
             self._grant(waiter, endpoint)
-        elif waiter.line is not self._urgent:
-            waiter.line.remove(waiter)
+        elif waiter.queue is not self._urgent:
+            waiter.queue.remove(waiter)
             self._drop_empty(waiter)
-            waiter.line = self._urgent
+            waiter.queue = self._urgent
             self._urgent.append(waiter)
 
     def _grant(self, waiter: _Waiter, endpoint: Endpoint) -> None:
-        if waiter.line[0] is waiter:
-            waiter.line.popleft()
+        if waiter.queue[0] is waiter:
+            waiter.queue.popleft()
         else:
-            waiter.line.remove(waiter)
+            waiter.queue.remove(waiter)
         self._drop_empty(waiter)
         waiter.future.set_result(self._start(endpoint, waiter.tokens, waiter.item))
 
     def _drop_empty(self, waiter: _Waiter) -> None:
         """Forget a line of exclusions when nobody is left in it."""
-        if waiter.avoid and not waiter.line and waiter.line is not self._urgent:
-            self._picky.pop(frozenset(waiter.avoid), None)
+        if waiter.avoid and not waiter.queue and waiter.queue is not self._urgent:
+            self._excluding.pop(frozenset(waiter.avoid), None)
 
 
 class Affinity:
@@ -472,9 +472,9 @@ class Affinity:
 
     def __init__(self, policy: AffinityPolicy) -> None:
         self._policy = policy
-        self._homes: OrderedDict[int, Endpoint] = OrderedDict()
+        self._endpoints: OrderedDict[int, Endpoint] = OrderedDict()
 
-    def key(self, body: Mapping[str, Any]) -> int:
+    def make_key(self, body: Mapping[str, Any]) -> int:
         """Return what stands for a request's beginning; equal ones are equal in this process."""
         parts: list[str] = []
         room = self._policy.prefix
@@ -486,25 +486,25 @@ class Affinity:
                 break
         return hash(tuple(parts))
 
-    def home(self, key: int) -> Endpoint | None:
+    def find_endpoint(self, key: int) -> Endpoint | None:
         """Return who met a beginning first and is still there, or None."""
-        endpoint = self._homes.get(key)
+        endpoint = self._endpoints.get(key)
         if endpoint is None or not endpoint.alive:
             return None
-        self._homes.move_to_end(key)
+        self._endpoints.move_to_end(key)
         return endpoint
 
-    def met(self, key: int, endpoint: Endpoint) -> None:
+    def record(self, key: int, endpoint: Endpoint) -> None:
         """Note who was asked; a home that is only loaded stays home."""
-        home = self._homes.get(key)
+        home = self._endpoints.get(key)
         if home is None or not home.alive:
-            self._homes[key] = endpoint
-            if len(self._homes) > self._policy.keys:
-                self._homes.popitem(last=False)
+            self._endpoints[key] = endpoint
+            if len(self._endpoints) > self._policy.keys:
+                self._endpoints.popitem(last=False)
 
 
 _LOG: Final = logging.getLogger(__name__)
-_NOBODY_THERE: Final = frozenset({502, 503, 504})
+_UNREACHABLE_STATUSES: Final = frozenset({502, 503, 504})
 """Statuses of a proxy or a starting server; any other answer shows that somebody is there."""
 _RECENT: Final = 200
 """Items of which a share may be refused as themselves at fault."""
@@ -515,7 +515,7 @@ _QUIET_LOOKS: Final = 2
 """So many looks at a fleet without any request show that no other item comes."""
 
 
-class Warden:
+class HealthMonitor:
     """Watches over the endpoints of one fleet.
 
     Args:
@@ -524,9 +524,9 @@ class Warden:
         transport: For probes.
 
     Attributes:
-        dispatch: Who hands the endpoints out.
-        stopped: Why no further request is sent, or None.
-        paused: Why nothing goes on at the moment, or None.
+        balancer: Who hands the endpoints out.
+        stop_reason: Why no further request is sent, or None.
+        pause_reason: Why nothing goes on at the moment, or None.
         answers: Good answers so far.
         refusals: Times that an endpoint said "not now".
     """
@@ -546,9 +546,11 @@ class Warden:
         self._changed = asyncio.Event()
         slack = (policy.affinity or AffinityPolicy()).slack
         self._wakes: dict[Endpoint, asyncio.TimerHandle] = {}
-        self.dispatch = Dispatcher(endpoints, policy.streams, self._paced, self._starved, slack)
-        self.stopped: str | None = None
-        self.paused: str | None = None
+        self.balancer = LoadBalancer(
+            endpoints, policy.streams, self._pause_for_quota, self._schedule_widening, slack
+        )
+        self.stop_reason: str | None = None
+        self.pause_reason: str | None = None
         self.answers = 0
         self.refusals = 0
 
@@ -562,27 +564,27 @@ class Warden:
         self._wakes.clear()
         self._sweeping = False
         self._deadline = None
-        self.dispatch.far.clear()
+        self.balancer.long_resting.clear()
         for endpoint in self._endpoints:
             endpoint.resting = False
 
-    def succeeded(self, endpoint: Endpoint, level: int, seconds: float) -> None:
+    def record_success(self, endpoint: Endpoint, level: int, seconds: float) -> None:
         """Take note of a good answer, sent as one of ``level`` requests in flight."""
         now = time.monotonic()
         self.answers += 1
         endpoint.refusals = 0
-        endpoint.lane.answered(level, seconds, now)
-        if endpoint.breaker.succeed():
-            endpoint.lane.reset(now)
+        endpoint.limit.record_answer(level, seconds, now)
+        if endpoint.breaker.record_success():
+            endpoint.limit.reset(now)
             _LOG.info("endpoint %s is back", endpoint.label)
             self.refresh(endpoint)
 
-    def clear(self, endpoint: Endpoint, item: CallLog | None) -> None:
+    def clear_refusals(self, endpoint: Endpoint, item: CallLog | None) -> None:
         """Trust an endpoint again that has accepted another item than those that it refused."""
-        if id(item) not in endpoint.doubts:
-            endpoint.doubts.clear()
+        if id(item) not in endpoint.refused_items:
+            endpoint.refused_items.clear()
             self.refresh(endpoint)
-            self._announce()
+            self._notify_changed()
 
     def count_answered(self, item: CallLog | None) -> None:
         """Count an item that was answered, once."""
@@ -598,7 +600,7 @@ class Warden:
         Raises:
             RunStoppedError: So many items end this way that it looks like an outage.
         """
-        error, share = of_refused_item(failure, endpoints), self._policy.retry.refused_share
+        error, share = make_refused_item_error(failure, endpoints), self._policy.retry.refused_share
         self._ended.append(True)
         count = sum(self._ended)
         if count <= share * _RECENT:
@@ -608,9 +610,11 @@ class Warden:
             f"other items; more than {share:.0%} of {_RECENT} look like an outage: check the key "
             f"and the items, then resume the run; the last answer: {failure.error.message}"
         )
-        raise RunStoppedError(self.stopped or "") from error
+        raise RunStoppedError(self.stop_reason or "") from error
 
-    async def settle(self, refusers: Mapping[Endpoint, Failure], item: CallLog | None) -> bool:
+    async def resolve_fault(
+        self, refusers: Mapping[Endpoint, Failure], item: CallLog | None
+    ) -> bool:
         """Wait until it is known whether an item is at fault, or the endpoints that refuse it.
 
         Endpoints that accept another item meanwhile are in order. Those that refuse another one
@@ -627,7 +631,7 @@ class Warden:
         if item is None:
             return await self._settled(refusers, item)
         item.queued += 1
-        item.line = self.dispatch
+        item.queue = self.balancer
         try:
             return await self._settled(refusers, item)
         finally:
@@ -635,111 +639,115 @@ class Warden:
 
     async def _settled(self, refusers: Mapping[Endpoint, Failure], item: CallLog | None) -> bool:
         quiet = 0
-        while not any(e.proves(item, time.monotonic()) for e in refusers):
-            if self.stopped is not None or all(e.ejected or e.retired for e in refusers):
+        while not any(e.is_proven(item, time.monotonic()) for e in refusers):
+            if self.stop_reason is not None or all(e.ejected or e.retired for e in refusers):
                 return False
-            quiet = quiet + 1 if self.dispatch.quiet else 0
+            quiet = quiet + 1 if self.balancer.is_idle else 0
             if quiet > _QUIET_LOOKS:
                 for endpoint, failure in refusers.items():
                     self._eject(endpoint, failure.error)
                     self.refresh(endpoint)
                 continue
-            if item is not None and item.idle and self.dispatch.jammed:
-                self.dispatch.lend()
+            if item is not None and item.idle_streams and self.balancer.is_deadlocked:
+                self.balancer.lend()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._changed.wait()
         return True
 
-    def answered_elsewhere(self, refusers: Mapping[Endpoint, Failure]) -> None:
+    def eject_refusers(self, refusers: Mapping[Endpoint, Failure]) -> None:
         """Use endpoints no more that have accepted nothing, and refused what another one answers.
 
         Those that have other requests in flight are judged by their ends.
         """
         for endpoint, failure in refusers.items():
-            if endpoint.doubts and endpoint.outstanding <= endpoint.streaming:
+            if endpoint.refused_items and endpoint.in_flight <= endpoint.streaming:
                 self._eject(endpoint, failure.error)
                 self.refresh(endpoint)
 
-    def _announce(self) -> None:
+    def _notify_changed(self) -> None:
         """Wake those that wait for news of the endpoints."""
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _is_open_question(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> bool:
+    def _is_undecided(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> bool:
         """Tell whether a refusal says nothing of the endpoint: the item may be at fault."""
         if failure.accepts_others:
             return True
         if not failure.is_clear:
             return False
-        endpoint.doubts.add(id(failure if item is None else item))
-        undecided = endpoint.outstanding - endpoint.streaming > 1
-        return undecided or len(endpoint.doubts) < _REFUSED_ITEMS
+        endpoint.refused_items.add(id(failure if item is None else item))
+        undecided = endpoint.in_flight - endpoint.streaming > 1
+        return undecided or len(endpoint.refused_items) < _REFUSED_ITEMS
 
-    def failed(self, endpoint: Endpoint, failure: Failure, item: CallLog | None = None) -> None:
+    def record_failure(
+        self, endpoint: Endpoint, failure: Failure, item: CallLog | None = None
+    ) -> None:
         """Do what a failure means; it may stop the run."""
-        if failure.is_refusal and self._is_open_question(endpoint, failure, item):
+        if failure.is_refusal and self._is_undecided(endpoint, failure, item):
             self.refresh(endpoint)
             return
-        treatment, error = failure.treatment, failure.error
-        if treatment.step is Step.WAIT and failure.accepts_others:
+        treatment, error = failure.rule, failure.error
+        if treatment.action is RetryAction.WAIT and failure.accepts_others:
             # It refuses this item and answers others: the item waits, the endpoint works on.
             self.refusals += 1
             self.refresh(endpoint)
             return
-        if treatment.step is Step.STOP:
+        if treatment.action is RetryAction.STOP:
             self.stop(error.message)
-        if treatment.step in {Step.EJECT, Step.REKEY}:
+        if treatment.action in {RetryAction.EJECT, RetryAction.REKEY}:
             self._eject(endpoint, error)
-        if treatment.step is Step.FAIL and not isinstance(error, PromptTooLongError):
+        if treatment.action is RetryAction.FAIL and not isinstance(error, PromptTooLongError):
             self._count_hopeless(endpoint, failure)
         if treatment.shrink:
-            endpoint.lane.shrink(time.monotonic())
-        if treatment.trip is not Trip.NO and endpoint.breaker.fail(treatment.trip is Trip.OPEN):
+            endpoint.limit.shrink(time.monotonic())
+        if treatment.breaker_effect is not BreakerEffect.NO and endpoint.breaker.record_failure(
+            treatment.breaker_effect is BreakerEffect.OPEN
+        ):
             self._open(endpoint, error)
-        if treatment.step is Step.WAIT:
-            self._refuse(endpoint, failure, item)
+        if treatment.action is RetryAction.WAIT:
+            self._record_refusal(endpoint, failure, item)
         self.refresh(endpoint)
 
     def _count_hopeless(self, endpoint: Endpoint, failure: Failure) -> None:
         """Stop a run that nobody accepts, or eject who alone accepts nothing."""
         self._refused += 1
         most = self._policy.retry.hopeless_after
-        if not self.answers and (self._refused >= most or failure.treatment.schema):
+        if not self.answers and (self._refused >= most or failure.rule.schema):
             self.stop(f"no request was accepted; the last answer: {failure.error.message}")
         elif self.answers and not endpoint.has_answered and endpoint.stats.calls >= most:
             self._eject(endpoint, failure.error)
 
-    def _refuse(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> None:
+    def _record_refusal(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> None:
         """Let an endpoint rest as long as it asked; all of its host, where the quota is shared."""
         self.refusals += 1
         endpoint.throttled += 1
-        retry, treatment = self._policy.retry, failure.treatment
+        retry, treatment = self._policy.retry, failure.rule
         seconds = failure.error.retry_after or treatment.rest_s
         if seconds is None and treatment.long:
             # One that answers other items is asked again soon: the item may be at fault.
-            first = endpoint.refusals == 0 and endpoint.proves(item, time.monotonic())
+            first = endpoint.refusals == 0 and endpoint.is_proven(item, time.monotonic())
             seconds = retry.refusal_pause_s if first else retry.long_pause_s
-        endpoint.lane.refused(endpoint.outstanding)
-        if seconds is None and endpoint.outstanding > 1:
+        endpoint.limit.record_refusal(endpoint.in_flight)
+        if seconds is None and endpoint.in_flight > 1:
             # It works at the others that it has: the narrower lane is answer enough.
             return
         endpoint.refusals += 1
-        pause = retry.spread(seconds or retry.rest(endpoint.refusals), random.random())
+        pause = retry.add_jitter(seconds or retry.rest(endpoint.refusals), random.random())
         host = endpoint.url.split("/")[2]
         for other in self._endpoints:
             if other is endpoint or (treatment.shared and other.url.split("/")[2] == host):
-                self.rest(other, pause)
-        self._check_rest(failure.error)
+                self.pause_endpoint(other, pause)
+        self._check_pause(failure.error)
 
-    def _check_rest(self, error: EndpointError) -> None:
+    def _check_pause(self, error: EndpointError) -> None:
         seconds = error.retry_after or 0.0
         if seconds > max(self._policy.timeout.fleet_s, self._policy.retry.long_wait_s) and all(
-            e.resting for e in self.dispatch.alive
+            e.resting for e in self.balancer.alive
         ):
             self.stop(f"{error.message}; resume the run in {seconds:.0f} s")
 
-    def rest(self, endpoint: Endpoint, seconds: float) -> None:
+    def pause_endpoint(self, endpoint: Endpoint, seconds: float) -> None:
         """Send an endpoint nothing for a while; of two pauses the later end counts."""
         pending = self._wakes.get(endpoint)
         if pending is not None:
@@ -749,20 +757,20 @@ class Warden:
             self._timers.discard(pending)
         endpoint.resting = True
         if seconds > self._policy.retry.long_wait_s:
-            self.dispatch.far.add(endpoint)
-        self._wakes[endpoint] = self._later(seconds, lambda: self._wake(endpoint))
+            self.balancer.long_resting.add(endpoint)
+        self._wakes[endpoint] = self._later(seconds, lambda: self._resume_endpoint(endpoint))
 
-    def _wake(self, endpoint: Endpoint) -> None:
+    def _resume_endpoint(self, endpoint: Endpoint) -> None:
         self._wakes.pop(endpoint, None)
         endpoint.resting = False
-        self.dispatch.far.discard(endpoint)
+        self.balancer.long_resting.discard(endpoint)
         self.refresh(endpoint)
 
     def _eject(self, endpoint: Endpoint, error: EndpointError) -> None:
         if endpoint.ejected:
             return
         endpoint.ejected = True
-        self._announce()
+        self._notify_changed()
         _LOG.warning("endpoint %s is used no more: %s", endpoint.label, error.message)
         if all(e.ejected or e.retired for e in self._endpoints):
             self.stop(f"no endpoint is left; the last answer: {error.message}")
@@ -780,58 +788,60 @@ class Warden:
                 self._policy.breaker.probe_s,
                 endpoint.spec.proxied,
             )
-            there = answer.status not in _NOBODY_THERE
+            there = answer.status not in _UNREACHABLE_STATUSES
         except (aiohttp.ClientError, TimeoutError):
             there = False
         if there:
-            endpoint.breaker.probed()
+            endpoint.breaker.half_open()
             self.refresh(endpoint)
         else:
-            endpoint.breaker.miss()
+            endpoint.breaker.record_missed_probe()
             self._later(endpoint.breaker.pause_s, lambda: self._spawn(self._probe(endpoint)))
 
-    def _paced(self, endpoint: Endpoint, tokens: int) -> None:
+    def _pause_for_quota(self, endpoint: Endpoint, tokens: int) -> None:
         """Let an endpoint with a quota of its own rest until the next request is due."""
         now, wait = time.monotonic(), 0.0
-        if endpoint.bucket is not None:
-            wait = endpoint.bucket.take(1.0, now, reserve=1.0)
-        if endpoint.tokens is not None:
-            wait = max(wait, endpoint.tokens.take(tokens, now, reserve=tokens))
+        if endpoint.request_bucket is not None:
+            wait = endpoint.request_bucket.take(1.0, now, reserve=1.0)
+        if endpoint.token_bucket is not None:
+            wait = max(wait, endpoint.token_bucket.take(tokens, now, reserve=tokens))
         if wait > 0:
-            self.rest(endpoint, wait)
+            self.pause_endpoint(endpoint, wait)
 
-    def _starved(self) -> None:
+    def _schedule_widening(self) -> None:
         """Look for full lanes soon: calls wait although more could be in flight."""
         if not self._sweeping:
             self._sweeping = True
-            self._later(self._policy.lane.settle_s, self._sweep)
+            self._later(self._policy.limit.settle_s, self._widen_limits)
 
-    def _sweep(self) -> None:
+    def _widen_limits(self) -> None:
         """Widen the lanes that are full, and go on while calls wait."""
         self._sweeping = False
         now = time.monotonic()
-        for endpoint in list(self.dispatch.alive) if self.dispatch.hungry else ():
-            full = endpoint.outstanding >= endpoint.width
-            if full and endpoint.breaker.state is State.CLOSED and endpoint.lane.widen(now):
+        for endpoint in list(self.balancer.alive) if self.balancer.is_starved else ():
+            full = endpoint.in_flight >= endpoint.width
+            if full and endpoint.breaker.state is BreakerState.CLOSED and endpoint.limit.widen(now):
                 self.refresh(endpoint)
-        if self.dispatch.hungry:
-            self._starved()
+        if self.balancer.is_starved:
+            self._schedule_widening()
 
     def refresh(self, endpoint: Endpoint) -> None:
         """Rank an endpoint anew, and watch whether any is alive."""
-        self.dispatch.refresh(endpoint)
-        if self.dispatch.alive:
+        self.balancer.refresh(endpoint)
+        if self.balancer.alive:
             if self._deadline is not None:
                 self._deadline.cancel()
-                self._deadline = self.paused = None
+                self._deadline = self.pause_reason = None
                 _LOG.warning("an endpoint is back; the run goes on")
-        elif self._deadline is None and self.stopped is None:
+        elif self._deadline is None and self.stop_reason is None:
             seconds = self._policy.timeout.fleet_s
-            self.paused = f"no endpoint is alive; waiting up to {seconds:g} s for one to return"
-            _LOG.warning("%s", self.paused)
-            self._deadline = self._later(seconds, self._give_up)
+            self.pause_reason = (
+                f"no endpoint is alive; waiting up to {seconds:g} s for one to return"
+            )
+            _LOG.warning("%s", self.pause_reason)
+            self._deadline = self._later(seconds, self._stop_waiting)
 
-    def _give_up(self) -> None:
+    def _stop_waiting(self) -> None:
         seconds = self._policy.timeout.fleet_s
         self.stop(
             f"no endpoint came back within {seconds:g} s (limits.fleet_wait_s): start them again "
@@ -840,11 +850,11 @@ class Warden:
 
     def stop(self, message: str) -> None:
         """End the run: no further request is sent, and what waits fails."""
-        if self.stopped is None:
-            self.stopped = message
-            self._announce()
+        if self.stop_reason is None:
+            self.stop_reason = message
+            self._notify_changed()
             _LOG.error("%s", message)
-        self.dispatch.fail_all(lambda: RunStoppedError(message))
+        self.balancer.fail_all(lambda: RunStoppedError(message))
 
     def _later(self, seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
         def run() -> None:

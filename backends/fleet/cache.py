@@ -12,8 +12,8 @@ from typing import Any, Final, Protocol
 import jsonschema_rs
 import orjson
 
-from ..core.aio import Batch
-from ..core.parsing import unfenced
+from ..core.aio import ThreadBatcher
+from ..core.parsing import strip_fence
 from ..core.protocols import CURRENT_CALLS
 from ..core.schemas import open_validator
 from ..core.types import Json, Usage
@@ -23,7 +23,7 @@ from .endpoint import Endpoint
 _SCHEMAS: Final = 64
 
 
-class Worth:
+class CachePolicy:
     """Judges requests and answers by what stands in them.
 
     Args:
@@ -34,24 +34,24 @@ class Worth:
         self._sampled = sampled
         self._validators: dict[bytes, jsonschema_rs.Validator | None] = {}
 
-    def may_share(self, body: Mapping[str, Any]) -> bool:
+    def is_shareable(self, body: Mapping[str, Any]) -> bool:
         """Say whether a request's answer may be given to equal ones."""
         return self._sampled or body.get("temperature") == 0
 
-    def is_good(self, body: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
+    def is_cacheable(self, body: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
         """Say whether an answer is whole, no refusal, and what its request asks for."""
         wanted = body.get("response_format")
         return not transport.is_empty(document) and all(
-            _is_whole(choice) and self._fits(wanted, choice["message"])
+            _is_whole(choice) and self._matches_format(wanted, choice["message"])
             for choice in document["choices"]
         )
 
-    def _fits(self, wanted: Json, message: Mapping[str, Any]) -> bool:
+    def _matches_format(self, wanted: Json, message: Mapping[str, Any]) -> bool:
         kind = wanted.get("type") if isinstance(wanted, dict) else None
         if kind not in ("json_schema", "json_object") or not message.get("content"):
             return True
         try:
-            value = orjson.loads(unfenced(message["content"]))
+            value = orjson.loads(strip_fence(message["content"]))
         except orjson.JSONDecodeError:
             return False
         if kind == "json_object":
@@ -105,11 +105,11 @@ _LONG_POLL_S: Final = 2.0
 
 _FREE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
-Answer = tuple[dict[str, Any], Endpoint]
-Ask = Callable[[Mapping[str, Any]], Awaitable[Answer]]
+SentAnswer = tuple[dict[str, Any], Endpoint]
+SendRequest = Callable[[Mapping[str, Any]], Awaitable[SentAnswer]]
 
 
-class Answers(Protocol):
+class ResponseStore(Protocol):
     """Where answers are kept, as JSON on one line, by keys of 16 bytes."""
 
     def find(self, key: bytes) -> int | None:
@@ -133,7 +133,7 @@ class Answers(Protocol):
         """Say whether other processes may keep answers there at the same time."""
         ...
 
-    def claim(self, wishes: Sequence[tuple[bytes, bool]]) -> list[bool]:
+    def update_claims(self, requests: Sequence[tuple[bytes, bool]]) -> list[bool]:
         """Claim keys (True) or give claims back; it may block.
 
         Returns:
@@ -142,7 +142,7 @@ class Answers(Protocol):
         ...
 
 
-class Reuse:
+class RequestCache:
     """Gives equal requests of one event loop one answer.
 
     Requests are equal when their bodies are: model, messages, schema, sampling, seed, and any
@@ -158,22 +158,22 @@ class Reuse:
 
     def __init__(
         self,
-        answers: Answers,
+        store: ResponseStore,
         *,
         simulated: bool,
         sampled: bool = False,
         patience_s: float = 600.0,
     ) -> None:
-        self._answers, self._simulated, self._sampled = answers, simulated, sampled
+        self._answers, self._simulated, self._sampled = store, simulated, sampled
         self._patience_s = patience_s
-        self._worth = Worth(sampled)
-        self._flights: dict[bytes, asyncio.Future[bytes | None]] = {}
-        self._read = Batch(self._read_these)
-        self._claim = Batch(answers.claim)
+        self._policy = CachePolicy(sampled)
+        self._in_flight: dict[bytes, asyncio.Future[bytes | None]] = {}
+        self._read = ThreadBatcher(self._read_batch)
+        self._claim = ThreadBatcher(store.update_claims)
 
-    def twin(self) -> Reuse:
+    def copy_for_loop(self) -> RequestCache:
         """Return one for another loop, over the same answers."""
-        return Reuse(
+        return RequestCache(
             self._answers,
             simulated=self._simulated,
             sampled=self._sampled,
@@ -182,10 +182,10 @@ class Reuse:
 
     async def aclose(self) -> None:
         """Wait for claims that are being given back."""
-        await self._claim.settled()
+        await self._claim.wait_idle()
 
     async def post(
-        self, body: Mapping[str, Any], ask: Ask
+        self, body: Mapping[str, Any], ask: SendRequest
     ) -> tuple[dict[str, Any], Endpoint | None]:
         """Answer one request.
 
@@ -196,35 +196,35 @@ class Reuse:
         Returns:
             The answer, and who gave it; None when it was given to an equal request.
         """
-        if not self._worth.may_share(body):
+        if not self._policy.is_shareable(body):
             return await ask(body)
         key, waits = self._key(body), 0
         while True:
-            flight = self._flights.get(key)
+            flight = self._in_flight.get(key)
             if flight is None:
-                document = await self._kept(key)
-                if document is None and key not in self._flights:
-                    return await self._lead(key, body, ask)
-            elif waits < _WAITS and not _holds_a_slot():
+                document = await self._find_cached(key)
+                if document is None and key not in self._in_flight:
+                    return await self._send_as_leader(key, body, ask)
+            elif waits < _WAITS and not _is_holding_slot():
                 if not await _follow(flight):
                     continue
                 answer, waits = flight.result(), waits + 1
-                document = None if answer is None else self._fitting(answer)
+                document = None if answer is None else self._load_answer(answer)
             else:
-                return await self._asked(key, body, ask, None)
+                return await self._send_and_store(key, body, ask, None)
             if document is not None:
                 return document, None
 
-    async def _kept(self, key: bytes) -> dict[str, Any] | None:
+    async def _find_cached(self, key: bytes) -> dict[str, Any] | None:
         """Return a kept answer, or None; without a pause if none is known of."""
         while (place := self._answers.find(key)) is not None:
-            answer = await self._read.of((key, place))
-            if answer is not None and (document := self._fitting(answer)) is not None:
+            answer = await self._read.run((key, place))
+            if answer is not None and (document := self._load_answer(answer)) is not None:
                 return document
             self._answers.forget(key, place)
         return None
 
-    def _read_these(self, wanted: list[tuple[bytes, int]]) -> list[bytes | None]:
+    def _read_batch(self, wanted: list[tuple[bytes, int]]) -> list[bytes | None]:
         return [self._answers.read(key, place) for key, place in wanted]
 
     def _key(self, body: Mapping[str, Any]) -> bytes:
@@ -232,54 +232,54 @@ class Reuse:
         person = b"simulated" if self._simulated else b"real"
         return hashlib.blake2b(text, digest_size=16, person=person).digest()
 
-    async def _lead(
-        self, key: bytes, body: Mapping[str, Any], ask: Ask
+    async def _send_as_leader(
+        self, key: bytes, body: Mapping[str, Any], ask: SendRequest
     ) -> tuple[dict[str, Any], Endpoint | None]:
         """Ask for all who come meanwhile, here and in other processes."""
         flight: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        self._flights[key] = flight
-        contested = self._answers.contested and not _holds_a_slot()
+        self._in_flight[key] = flight
+        contested = self._answers.contested and not _is_holding_slot()
         try:
             if contested:
                 await self._wait_for_claim(key)
-                document = await self._kept(key)
+                document = await self._find_cached(key)
                 if document is not None:
                     return document, None
-            return await self._asked(key, body, ask, flight)
+            return await self._send_and_store(key, body, ask, flight)
         finally:
-            del self._flights[key]
+            del self._in_flight[key]
             if not flight.done():
                 flight.set_result(None)
             if contested:  # we may have it, also if we were cancelled while we waited
-                self._claim.soon((key, False))
+                self._claim.submit((key, False))
 
     async def _wait_for_claim(self, key: bytes) -> None:
         """Wait until no other process asks for an answer, or it is there, or patience ends."""
         until, pause = time.monotonic() + self._patience_s, _POLL_S
-        while not await self._claim.of((key, True)):
+        while not await self._claim.run((key, True)):
             if self._answers.find(key) is not None or time.monotonic() > until:
                 return
-            if _holds_a_slot():
+            if _is_holding_slot():
                 return
             await asyncio.sleep(pause * (1 + random.random()))
             pause = min(1.5 * pause, _LONG_POLL_S)
 
-    async def _asked(
+    async def _send_and_store(
         self,
         key: bytes,
         body: Mapping[str, Any],
-        ask: Ask,
+        ask: SendRequest,
         flight: asyncio.Future[bytes | None] | None,
-    ) -> Answer:
+    ) -> SentAnswer:
         document, endpoint = await ask(body)
-        answer = _as_line(document) if self._worth.is_good(body, document) else None
+        answer = _as_line(document) if self._policy.is_cacheable(body, document) else None
         if answer is not None:
             self._answers.put(key, answer)
             if flight is not None:
                 flight.set_result(answer)
         return document, endpoint
 
-    def _fitting(self, answer: bytes) -> dict[str, Any] | None:
+    def _load_answer(self, answer: bytes) -> dict[str, Any] | None:
         """Return a kept answer at no cost, and count it; None when it is none for this fleet."""
         document = orjson.loads(answer)
         if (
@@ -287,7 +287,7 @@ class Reuse:
             or transport.is_simulated(document) != self._simulated
         ):
             return None
-        transport.make_plain(document)
+        transport.normalize_completion(document)
         document["usage"] = dict(_FREE)
         log = CURRENT_CALLS.get()
         if log is not None:
@@ -314,17 +314,17 @@ async def _follow(flight: asyncio.Future[bytes | None]) -> bool:
         return True
     log.following += 1
     try:
-        while not flight.done() and not _holds_a_slot():
+        while not flight.done() and not _is_holding_slot():
             await asyncio.wait({flight}, timeout=_LOOK_S)
     finally:
         log.following -= 1
     return flight.done()
 
 
-def _holds_a_slot() -> bool:
+def _is_holding_slot() -> bool:
     """Tell whether the caller's item has streams open that nobody reads.
 
     Who else asks may wait for its slot, so that it must not wait for their answer.
     """
     log = CURRENT_CALLS.get()
-    return log is not None and log.open > 0 and log.stalled
+    return log is not None and log.in_flight > 0 and log.stalled

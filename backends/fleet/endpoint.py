@@ -11,8 +11,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ..core.errors import ConfigurationError
 from ..core.protocols import CallLog
-from .policy import BreakerPolicy, Bucket, LanePolicy
-from .stats import EndpointReport, Stats
+from .policy import AdaptiveLimitPolicy, BreakerPolicy, TokenBucket
+from .stats import EndpointReport, EndpointStats
 
 ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
 """A key, or a function that fetches the current one."""
@@ -50,7 +50,7 @@ class EndpointSpec:
     proxied: bool = False
 
 
-def base_url(url: str) -> str:
+def normalize_base_url(url: str) -> str:
     """Return an endpoint's base URL in one spelling: no credentials, no slash, ending in /v1.
 
     Raises:
@@ -60,7 +60,7 @@ def base_url(url: str) -> str:
         parts = urlsplit(url.strip())
     except ValueError as error:
         raise ConfigurationError(f"an endpoint is no URL: {error}") from error
-    shown = display(url)
+    shown = redact_url(url)
     if parts.scheme not in {"http", "https"}:
         raise ConfigurationError(
             f"endpoint {shown!r}: write a full URL, such as http://host:8000/v1"
@@ -81,19 +81,19 @@ def base_url(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2].lower(), path, "", ""))
 
 
-def display(url: str) -> str:
+def redact_url(url: str) -> str:
     """Return a URL without user, password, query and fragment, fit for messages."""
     parts = urlsplit(url.strip())
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def label_of(url: str) -> str:
+def make_label(url: str) -> str:
     """Return the short name of a base URL: host, port and path without ``/v1``."""
-    parts = urlsplit(base_url(url))
+    parts = urlsplit(normalize_base_url(url))
     return parts.netloc + re.sub(r"/v\d+$", "", parts.path)
 
 
-class State(enum.Enum):
+class BreakerState(enum.Enum):
     """How much an endpoint is trusted."""
 
     CLOSED = "in use"
@@ -109,17 +109,17 @@ class Breaker:
 
     Attributes:
         state: Closed, open or half-open.
-        opened: Times that it opened.
+        times_opened: Times that it opened.
     """
 
-    __slots__ = ("_in_a_row", "_pauses", "_policy", "opened", "state")
+    __slots__ = ("_in_a_row", "_pauses", "_policy", "state", "times_opened")
 
     def __init__(self, policy: BreakerPolicy) -> None:
         self._policy = policy
         self._in_a_row = 0
         self._pauses = 0
-        self.state = State.CLOSED
-        self.opened = 0
+        self.state = BreakerState.CLOSED
+        self.times_opened = 0
 
     @property
     def pause_s(self) -> float:
@@ -128,42 +128,42 @@ class Breaker:
         doubled = self._policy.open_s * 2.0 ** min(max(self._pauses - 1, 0), 32)
         return min(self._policy.open_max_s, doubled)
 
-    def fail(self, at_once: bool = False) -> bool:
+    def record_failure(self, at_once: bool = False) -> bool:
         """Count a failure; return True when it opens the breaker.
 
         Calls that were in flight when it opened fail late; they open nothing again.
         """
-        if self.state is State.OPEN:
+        if self.state is BreakerState.OPEN:
             return False
         self._in_a_row += 1
-        tried = self.state is State.HALF_OPEN
+        tried = self.state is BreakerState.HALF_OPEN
         if not (at_once or tried or self._in_a_row >= self._policy.failures):
             return False
-        self.state = State.OPEN
+        self.state = BreakerState.OPEN
         self._pauses += 1
-        self.opened += not tried
+        self.times_opened += not tried
         return True
 
-    def miss(self) -> None:
+    def record_missed_probe(self) -> None:
         """Stay open longer: a probe found nobody."""
         self._pauses += 1
 
-    def probed(self) -> None:
+    def half_open(self) -> None:
         """Let one request through: a probe was answered."""
-        self.state = State.HALF_OPEN
+        self.state = BreakerState.HALF_OPEN
 
-    def succeed(self) -> bool:
+    def record_success(self) -> bool:
         """Count a success; return True when it closes the breaker."""
         self._in_a_row = 0
-        if self.state is not State.HALF_OPEN:
+        if self.state is not BreakerState.HALF_OPEN:
             # An answer that was under way when the breaker opened says nothing of now.
             return False
         self._pauses = 0
-        self.state = State.CLOSED
+        self.state = BreakerState.CLOSED
         return True
 
 
-class Lane:
+class AdaptiveLimit:
     """The width of one endpoint's lane; pure, time is passed in.
 
     Args:
@@ -187,7 +187,7 @@ class Lane:
         "width",
     )
 
-    def __init__(self, policy: LanePolicy, ceiling: int | None = None) -> None:
+    def __init__(self, policy: AdaptiveLimitPolicy, ceiling: int | None = None) -> None:
         self._policy = policy
         self._ceiling = ceiling or policy.ceiling
         self._knee = self._ceiling
@@ -211,7 +211,7 @@ class Lane:
         self._changed = now
         return True
 
-    def answered(self, level: int, seconds: float, now: float) -> None:
+    def record_answer(self, level: int, seconds: float, now: float) -> None:
         """Count an answer; as many as the lane is wide make up for one refusal.
 
         Args:
@@ -225,13 +225,13 @@ class Lane:
         self._levels[key] = count + 1, mean + (seconds - mean) * weight
         self._done += 1
         if self._done % self._policy.samples == 0:
-            self._look_for_knee(key, now)
+            self._find_knee(key, now)
         self._credit += not self._doubling
         if self._credit >= self.width:
             self._credit = 0
             self.width = min(self._most(now), self.width + 1)
 
-    def _look_for_knee(self, key: int, now: float) -> None:
+    def _find_knee(self, key: int, now: float) -> None:
         count, mean = self._levels[key]
         before, base = self._levels.get(key - 1, (0, 0.0))
         if min(count, before) < self._policy.samples or mean <= base * self._policy.knee:
@@ -243,7 +243,7 @@ class Lane:
         self._held_until = now + self._policy.explore_s
         self.width = min(self.width, self._knee)
 
-    def refused(self, outstanding: int) -> None:
+    def record_refusal(self, outstanding: int) -> None:
         """Take less: the endpoint had room for the others in flight, but not for this one.
 
         Args:
@@ -278,7 +278,7 @@ _CORRECTIONS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class RefusalMark:
     """What an endpoint had done when it refused an item for now.
 
     Attributes:
@@ -292,7 +292,7 @@ class Mark:
     throttled: int
 
 
-_Accepted: TypeAlias = tuple[CallLog | None, Mapping[str, str], float]
+_AcceptedRequest: TypeAlias = tuple[CallLog | None, Mapping[str, str], float]
 """An item, the headers of a request that was accepted, and when."""
 
 
@@ -301,7 +301,7 @@ class Endpoint:
 
     Args:
         spec: The endpoint as configured.
-        lane: How its share of requests in flight is found.
+        limit: How its share of requests in flight is found.
         breaker: When it is left alone.
 
     Attributes:
@@ -309,23 +309,23 @@ class Endpoint:
         url: Base URL.
         host: Name or address of the machine.
         chat_url: URL of the chat completions.
-        outstanding: Requests in flight.
+        in_flight: Requests in flight.
         latency_s: Smoothed time to an answer in seconds, 0 when none has come.
         ejected: Whether it is used no more.
         refusals: Times in a row that it asked for a pause.
         retired: Whether it has left the fleet.
         resting: Whether it asked for a pause that still lasts.
-        lane: How many requests it gets at once.
+        limit: How many requests it gets at once.
         breaker: Whether it is trusted.
-        bucket: Its own quota of requests, or None.
-        tokens: Its own quota of tokens, or None.
-        foreign: Requests of others that it works on, as far as it is asked.
-        most_tokens: Longest answer in tokens that it can be asked for, or None when unknown.
+        request_bucket: Its own quota of requests, or None.
+        token_bucket: Its own quota of tokens, or None.
+        foreign_load: Requests of others that it works on, as far as it is asked.
+        max_answer_tokens: Longest answer in tokens that it can be asked for, or None when unknown.
         longest: The longest answer in tokens that it was asked for by a request that it accepted.
         longest_asked: The field of the last such request from which that was taken.
         stats: What it did.
         streaming: Streams in flight that have begun.
-        doubts: Items that it has refused since it last accepted another one.
+        refused_items: Items that it has refused since it last accepted another one.
         accepted: Requests that it has accepted.
         throttled: Times that it asked for a pause, other than for one item alone.
     """
@@ -338,92 +338,98 @@ class Endpoint:
         "_key",
         "accepted",
         "breaker",
-        "bucket",
         "chat_url",
-        "doubts",
         "ejected",
-        "foreign",
+        "foreign_load",
         "host",
+        "in_flight",
         "label",
-        "lane",
         "latency_s",
+        "limit",
         "longest",
         "longest_asked",
-        "most_tokens",
-        "outstanding",
+        "max_answer_tokens",
         "refusals",
+        "refused_items",
+        "request_bucket",
         "resting",
         "retired",
         "spec",
         "stats",
         "streaming",
         "throttled",
-        "tokens",
+        "token_bucket",
         "url",
     )
 
     def __init__(
         self,
         spec: EndpointSpec,
-        lane: LanePolicy | None = None,
+        limit: AdaptiveLimitPolicy | None = None,
         breaker: BreakerPolicy | None = None,
     ) -> None:
         self.spec = spec
-        self.url = base_url(spec.url)
+        self.url = normalize_base_url(spec.url)
         self.host = urlsplit(self.url).hostname or ""
-        self.label = spec.label or label_of(spec.url)
+        self.label = spec.label or make_label(spec.url)
         self.chat_url = f"{self.url}/chat/completions"
-        self.outstanding = 0
+        self.in_flight = 0
         self.latency_s = 0.0
         self.ejected = False
         self.retired = False
         self.resting = False
-        self.lane = Lane(lane or LanePolicy(), spec.max_in_flight)
+        self.limit = AdaptiveLimit(limit or AdaptiveLimitPolicy(), spec.max_in_flight)
         self.breaker = Breaker(breaker or BreakerPolicy())
-        self.bucket = Bucket(spec.requests_per_s) if spec.requests_per_s else None
-        self.tokens = Bucket.per_minute(spec.tokens_per_min) if spec.tokens_per_min else None
-        self.foreign = 0
+        self.request_bucket = TokenBucket(spec.requests_per_s) if spec.requests_per_s else None
+        self.token_bucket = (
+            TokenBucket.per_minute(spec.tokens_per_min) if spec.tokens_per_min else None
+        )
+        self.foreign_load = 0
         self.refusals = 0
-        self.most_tokens = spec.max_model_len
+        self.max_answer_tokens = spec.max_model_len
         self.longest = 0
         self.longest_asked: object = None
         self._corrections: dict[int, int] = {}
-        self._accepted: _Accepted = (None, {}, float("-inf"))
-        self._accepted_before: _Accepted = (None, {}, float("-inf"))
+        self._accepted: _AcceptedRequest = (None, {}, float("-inf"))
+        self._accepted_before: _AcceptedRequest = (None, {}, float("-inf"))
         self.streaming = 0
-        self.doubts: set[int] = set()
+        self.refused_items: set[int] = set()
         self.accepted = 0
         self.throttled = 0
-        self.stats = Stats()
+        self.stats = EndpointStats()
         self._key: str | None = None
         self._headers: Mapping[str, str] = {}
 
     @property
     def alive(self) -> bool:
         """Whether it is used at all."""
-        return not (self.ejected or self.retired) and self.breaker.state is not State.OPEN
+        return not (self.ejected or self.retired) and self.breaker.state is not BreakerState.OPEN
 
     @property
     def width(self) -> int:
         """Requests in flight that it is allowed now."""
-        return 1 if self.doubts or self.breaker.state is State.HALF_OPEN else self.lane.width
+        return (
+            1
+            if self.refused_items or self.breaker.state is BreakerState.HALF_OPEN
+            else self.limit.width
+        )
 
     @property
     def free(self) -> bool:
         """Whether it may be sent a request now."""
-        return self.alive and not self.resting and self.outstanding < self.width
+        return self.alive and not self.resting and self.in_flight < self.width
 
     @property
     def serves_others(self) -> bool:
         """Whether it has answered, and is trusted: a failure may be the item's fault."""
-        return self.has_answered and self.breaker.state is State.CLOSED
+        return self.has_answered and self.breaker.state is BreakerState.CLOSED
 
     @property
     def has_answered(self) -> bool:
         """Whether it ever gave a good answer."""
         return self.stats.calls > self.stats.failures.total()
 
-    def confirms(self, most_tokens: int, request: int) -> bool:
+    def confirm_max_tokens(self, most_tokens: int, request: int) -> bool:
         """Note which longest answer it named, and say whether it did so for another request.
 
         Args:
@@ -434,7 +440,7 @@ class Endpoint:
             self._corrections.clear()
         return self._corrections.setdefault(most_tokens, request) != request
 
-    def accept(self, item: CallLog | None, sent: Mapping[str, str], now: float) -> None:
+    def record_accepted(self, item: CallLog | None, sent: Mapping[str, str], now: float) -> None:
         """Note that it has accepted a request.
 
         Args:
@@ -454,15 +460,15 @@ class Endpoint:
             _, headers, when = self._accepted_before
         return now - when <= _LATELY_S and headers == sent
 
-    def proves(self, item: CallLog | None, now: float) -> bool:
+    def is_proven(self, item: CallLog | None, now: float) -> bool:
         """Say whether it has lately accepted a request of another item with the present key."""
         return self.accepts_others(item, self._headers, now)
 
-    def mark(self, now: float) -> Mark:
+    def mark(self, now: float) -> RefusalMark:
         """Return what to compare an item's next refusal with."""
-        return Mark(now, self.accepted, self.throttled)
+        return RefusalMark(now, self.accepted, self.throttled)
 
-    def refuses_alone(self, item: CallLog | None, mark: Mark) -> bool:
+    def refuses_alone(self, item: CallLog | None, mark: RefusalMark) -> bool:
         """Say whether since ``mark`` it has accepted others, and more than it has refused."""
         who, _, when = self._accepted
         if item is not None and who is item:
@@ -470,7 +476,7 @@ class Endpoint:
         accepted = self.accepted - mark.accepted
         return when > mark.when and accepted > self.throttled - mark.throttled
 
-    def observe(self, seconds: float) -> None:
+    def record_latency(self, seconds: float) -> None:
         """Blend one answer's time into the smoothed latency."""
         self.latency_s += (seconds - self.latency_s) * (_SMOOTHING if self.latency_s else 1.0)
 
@@ -490,7 +496,7 @@ class Endpoint:
             }
         return self._headers
 
-    async def rekeyed(self, sent: Mapping[str, str]) -> bool:
+    async def renew_key(self, sent: Mapping[str, str]) -> bool:
         """Say whether there is another key than the one that was refused.
 
         Args:
@@ -515,7 +521,7 @@ class Endpoint:
         return EndpointReport(
             endpoint=self.label,
             state=self.state,
-            in_flight=self.outstanding,
+            in_flight=self.in_flight,
             width=self.width,
             calls=stats.calls,
             failures=dict(stats.failures),
@@ -528,10 +534,10 @@ class Endpoint:
             latency_p50_s=stats.latency_s(0.5),
             latency_p90_s=stats.latency_s(0.9),
             latency_p99_s=stats.latency_s(0.99),
-            opened=self.breaker.opened,
+            opened=self.breaker.times_opened,
             hedges=stats.hedges,
         )
 
     def __repr__(self) -> str:
         """Show the label only: keys stay secret."""
-        return f"Endpoint({self.label!r}, outstanding={self.outstanding})"
+        return f"Endpoint({self.label!r}, outstanding={self.in_flight})"

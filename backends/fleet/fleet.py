@@ -7,21 +7,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-from ..core.aio import SyncBridge
+from ..core.aio import SyncPortal
 from ..core.errors import ConfigurationError
-from ..core.process import make_room
+from ..core.process import ensure_open_files
 from ..core.protocols import CURRENT_CALLS
 from ..core.types import Message, Reply
 from . import transport
-from .balancer import Affinity, Warden
-from .cache import Reuse
-from .endpoint import Endpoint, EndpointSpec, base_url
+from .balancer import Affinity, HealthMonitor
+from .cache import RequestCache
+from .endpoint import Endpoint, EndpointSpec, normalize_base_url
 from .failures import Failure
-from .load import LoadWatch
-from .policy import FleetPolicy, ModelParams, PacePolicy, Pacer
-from .request import Charge, Sender
-from .retry import Hedger, Repeater
-from .stats import QUANTILES, EndpointReport, FleetHealth, Stats
+from .load import LoadPoller
+from .policy import FleetPolicy, ModelParams, RateLimiter, RateLimitPolicy
+from .request import RequestCharge, RequestSender
+from .retry import Hedger, Retrier
+from .stats import QUANTILES, EndpointReport, EndpointStats, FleetHealth
 from .transport import OpenStream, Transport
 
 
@@ -50,33 +50,33 @@ class Fleet:
         policy: FleetPolicy | None = None,
         *,
         simulated: bool | None = None,
-        pacer: Pacer | None = None,
-        reuse: Reuse | None = None,
+        limiter: RateLimiter | None = None,
+        cache: RequestCache | None = None,
     ) -> None:
         if not endpoints:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
         self.policy = policy or FleetPolicy()
-        make_room(self.policy.streams)
-        self.endpoints = [self._member(spec) for spec in endpoints]
+        ensure_open_files(self.policy.streams)
+        self.endpoints = [self._make_endpoint(spec) for spec in endpoints]
         self._specs = tuple(endpoints)
         self._counts_tokens = self._has_token_quota()
         self._transport = Transport(self.policy)
-        self._warden = Warden(self.endpoints, self.policy, self._transport)
-        paced = self.policy.pace != PacePolicy()
-        self._pacer = pacer or (Pacer(self.policy.pace) if paced else None)
-        self._sender = Sender(self._transport, self._warden, self._pacer, simulated)
-        dispatch, hedge = self._warden.dispatch, self.policy.hedge
-        self._hedger = Hedger(hedge, dispatch, self._sender.send, self._pacer) if hedge else None
+        self._monitor = HealthMonitor(self.endpoints, self.policy, self._transport)
+        paced = self.policy.rate_limit != RateLimitPolicy()
+        self._limiter = limiter or (RateLimiter(self.policy.rate_limit) if paced else None)
+        self._sender = RequestSender(self._transport, self._monitor, self._limiter, simulated)
+        dispatch, hedge = self._monitor.balancer, self.policy.hedge
+        self._hedger = Hedger(hedge, dispatch, self._sender.send, self._limiter) if hedge else None
         affinity = Affinity(self.policy.affinity) if self.policy.affinity else None
-        self._repeater = Repeater(
-            self.policy.retry, self._warden, self._pacer, affinity, self._weighs
+        self._retrier = Retrier(
+            self.policy.retry, self._monitor, self._limiter, affinity, self._is_counting_tokens
         )
         load = self.policy.load
         watch = (load, self.endpoints, self._transport, dispatch.refresh) if load else None
-        self._load = LoadWatch(*watch) if watch else None
-        self._reuse = reuse
-        self._twins: dict[asyncio.AbstractEventLoop, Fleet] = {}
-        self.bridge = SyncBridge(lambda: self.loop, self._disconnect)
+        self._load = LoadPoller(*watch) if watch else None
+        self._cache = cache
+        self._loop_fleets: dict[asyncio.AbstractEventLoop, Fleet] = {}
+        self.portal = SyncPortal(lambda: self.loop, self._disconnect)
 
     def __repr__(self) -> str:
         """Show size and load, no keys."""
@@ -92,17 +92,17 @@ class Fleet:
 
     async def aclose(self) -> None:
         """Close all connections that belong to the running loop, and end the private one."""
-        await asyncio.to_thread(self.bridge.close)
+        await asyncio.to_thread(self.portal.close)
         await self._disconnect()
 
     def close(self) -> None:
         """Close what synchronous calls opened; for callers that have no loop."""
-        self.bridge.close()
+        self.portal.close()
 
     async def _disconnect(self) -> None:
-        here = self.here()
+        here = self.get_loop_fleet()
         if here is self:
-            self._warden.close()
+            self._monitor.close()
             if self._load is not None:
                 self._load.close()
             if self._hedger is not None:
@@ -110,14 +110,14 @@ class Fleet:
             await self._transport.aclose()
         else:
             await here.aclose()
-            del self._twins[asyncio.get_running_loop()]
+            del self._loop_fleets[asyncio.get_running_loop()]
 
     def _has_token_quota(self) -> bool:
-        ours = self.policy.pace.tokens_per_min is not None
+        ours = self.policy.rate_limit.tokens_per_min is not None
         return ours or any(spec.tokens_per_min for spec in self._specs)
 
-    def _member(self, spec: EndpointSpec) -> Endpoint:
-        return Endpoint(spec, self.policy.lane, self.policy.breaker)
+    def _make_endpoint(self, spec: EndpointSpec) -> Endpoint:
+        return Endpoint(spec, self.policy.limit, self.policy.breaker)
 
     def update(self, specs: Sequence[EndpointSpec]) -> tuple[int, int]:
         """Let endpoints join and leave during a run; who stays keeps state and statistics.
@@ -133,26 +133,26 @@ class Fleet:
         Raises:
             ConfigurationError: A URL is malformed, or the list is empty.
         """
-        wanted = {base_url(spec.url): spec for spec in specs}
+        wanted = {normalize_base_url(spec.url): spec for spec in specs}
         if not wanted:
             raise ConfigurationError("a fleet needs at least one endpoint: set endpoints")
         present = {e.url for e in self.endpoints if not e.retired}
-        joining = [self._member(spec) for url, spec in wanted.items() if url not in present]
+        joining = [self._make_endpoint(spec) for url, spec in wanted.items() if url not in present]
         leaving = [e for e in self.endpoints if not e.retired and e.url not in wanted]
         self.endpoints += joining
         for endpoint in leaving:
             endpoint.retired = True
         for endpoint in (*joining, *leaving):
-            self._warden.refresh(endpoint)
+            self._monitor.refresh(endpoint)
         self._specs = tuple(wanted.values())
         self._counts_tokens = self._has_token_quota()
         return len(joining), len(leaving)
 
     def stop(self, why: str) -> None:
         """Send no further request, and let those that wait fail: nobody will answer any more."""
-        self._warden.stop(why)
+        self._monitor.stop(why)
 
-    def here(self) -> Fleet:
+    def get_loop_fleet(self) -> Fleet:
         """Return the fleet of the running loop: this one, or a twin with its own connections.
 
         Connections belong to the loop that opened them. Limits hold per loop.
@@ -161,16 +161,16 @@ class Fleet:
         home = self._transport.loop
         if home is loop or home is None or home.is_closed():
             return self
-        if loop not in self._twins:
-            self._twins = {k: v for k, v in self._twins.items() if not k.is_closed()}
-            self._twins[loop] = Fleet(
+        if loop not in self._loop_fleets:
+            self._loop_fleets = {k: v for k, v in self._loop_fleets.items() if not k.is_closed()}
+            self._loop_fleets[loop] = Fleet(
                 self._specs,
                 self.policy,
                 simulated=self.simulated,
-                pacer=self._pacer,
-                reuse=self._reuse.twin() if self._reuse else None,
+                limiter=self._limiter,
+                cache=self._cache.copy_for_loop() if self._cache else None,
             )
-        return self._twins[loop]
+        return self._loop_fleets[loop]
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -185,24 +185,24 @@ class Fleet:
     @property
     def in_flight(self) -> int:
         """Requests in flight over all endpoints."""
-        return self._warden.dispatch.in_flight
+        return self._monitor.balancer.in_flight
 
     @property
     def nodes(self) -> tuple[int, int]:
         """How many hosts serve the fleet, and how many of them have requests in flight."""
         here = [e for e in self.endpoints if not e.retired]
-        return len({e.host for e in here}), len({e.host for e in here if e.outstanding})
+        return len({e.host for e in here}), len({e.host for e in here if e.in_flight})
 
     def health(self) -> FleetHealth:
         """Return the fleet at a glance, for a live line."""
-        warden = self._warden
+        warden = self._monitor
         return FleetHealth(
-            healthy=len(warden.dispatch.alive),
+            healthy=len(warden.balancer.alive),
             total=sum(not e.retired for e in self.endpoints),
-            in_flight=warden.dispatch.in_flight,
-            waiting=warden.dispatch.waiting,
+            in_flight=warden.balancer.in_flight,
+            waiting=warden.balancer.waiting,
             refusals=warden.refusals,
-            paused=warden.stopped or warden.paused,
+            paused=warden.stop_reason or warden.pause_reason,
         )
 
     def report(self) -> list[EndpointReport]:
@@ -228,16 +228,16 @@ class Fleet:
             log.calls += 1
             log.loop = asyncio.get_running_loop()
         try:
-            if self._reuse is not None:
-                return await self._reuse.post(body, self._post)
+            if self._cache is not None:
+                return await self._cache.post(body, self._post)
             return await self._post(body)
         finally:
             if log is not None:
                 log.calls -= 1
 
     async def _post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint]:
-        self._look_around()
-        return await self._repeater.call(body, self._hedger.send if self._hedger else self._plain)
+        self._start_load_polling()
+        return await self._retrier.call(body, self._hedger.send if self._hedger else self._plain)
 
     async def open_stream(self, body: Mapping[str, Any]) -> tuple[OpenStream, Endpoint]:
         """Send one chat request whose answer is read token by token.
@@ -252,32 +252,32 @@ class Fleet:
             EndpointError: No endpoint began to answer within the attempts allowed.
             RunStoppedError: Asking on is hopeless for every item.
         """
-        self._look_around()
+        self._start_load_polling()
         log = CURRENT_CALLS.get()
         if log is not None:
             log.calls += 1
             log.loop = asyncio.get_running_loop()
         try:
-            return await self._repeater.call(body, self._sender.open)
+            return await self._retrier.call(body, self._sender.open_stream)
         finally:
             if log is not None:
                 log.calls -= 1
 
-    def _look_around(self) -> None:
+    def _start_load_polling(self) -> None:
         if self._load is not None:
             self._load.start()
 
-    def _weighs(self) -> bool:
+    def _is_counting_tokens(self) -> bool:
         """Tell whether a quota counts tokens."""
         return self._counts_tokens
 
     async def _plain(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
     ) -> tuple[dict[str, Any] | Failure, Endpoint]:
         return await self._sender.send(endpoint, body, charge), endpoint
 
 
-class FleetModel:
+class FleetClient:
     """The lower door: no LangChain between the question and the wire.
 
     It sends the same bodies as ``ChatFleet.of(fleet, params)``.
@@ -301,11 +301,11 @@ class FleetModel:
         body = {**self._constant, "messages": messages}
         document, endpoint = await self._fleet.post(body)
         if endpoint is None:
-            return replace(transport.reply_of(document, ""), cached=True)
-        return transport.reply_of(document, endpoint.label)
+            return replace(transport.make_reply(document, ""), cached=True)
+        return transport.make_reply(document, endpoint.label)
 
 
-class Teller:
+class StatsReporter:
     """Tells what the endpoints of a fleet did since it was last asked; each call is told once.
 
     Args:
@@ -314,34 +314,34 @@ class Teller:
 
     def __init__(self, endpoints: Callable[[], Sequence[Endpoint]]) -> None:
         self._endpoints = endpoints
-        self._told: dict[Endpoint, tuple[Stats, int]] = {}
+        self._reported: dict[Endpoint, tuple[EndpointStats, int]] = {}
 
-    def news(self) -> list[dict[str, Any]]:
+    def delta(self) -> list[dict[str, Any]]:
         """Return, as plain data, what is new of each endpoint of which anything is."""
-        return [told for endpoint in self._endpoints() if (told := self._of(endpoint))]
+        return [told for endpoint in self._endpoints() if (told := self._endpoint_delta(endpoint))]
 
-    def _of(self, endpoint: Endpoint) -> dict[str, Any] | None:
-        before, opened = self._told.get(endpoint, (Stats(), 0))
-        fresh, reopened = endpoint.stats - before, endpoint.breaker.opened - opened
+    def _endpoint_delta(self, endpoint: Endpoint) -> dict[str, Any] | None:
+        before, opened = self._reported.get(endpoint, (EndpointStats(), 0))
+        fresh, reopened = endpoint.stats - before, endpoint.breaker.times_opened - opened
         if not (fresh.calls or fresh.hedges or fresh.useful_tokens or reopened):
             return None
-        self._told[endpoint] = before + fresh, endpoint.breaker.opened
+        self._reported[endpoint] = before + fresh, endpoint.breaker.times_opened
         about = {"endpoint": endpoint.label, "state": endpoint.state, "opened": reopened}
         return about | fresh.to_json()
 
 
-class Gathered:
+class StatsCollector:
     """What all workers have told of the endpoints, added up."""
 
     def __init__(self) -> None:
-        self._stats: dict[str, Stats] = {}
+        self._stats: dict[str, EndpointStats] = {}
         self._about: dict[str, dict[str, Any]] = {}
 
-    def add(self, news: Iterable[Mapping[str, Any]]) -> None:
+    def add(self, deltas: Iterable[Mapping[str, Any]]) -> None:
         """Add what a worker has told; of an endpoint's states the last one is kept."""
-        for told in news:
+        for told in deltas:
             name = told["endpoint"]
-            self._stats.setdefault(name, Stats()).merge(Stats.from_json(told))
+            self._stats.setdefault(name, EndpointStats()).merge(EndpointStats.from_json(told))
             opened = self._about.get(name, {"opened": 0})["opened"] + told["opened"]
             self._about[name] = {"endpoint": name, "state": told["state"], "opened": opened}
 
@@ -350,5 +350,5 @@ class Gathered:
         return [self._about[name] | _row(stats) for name, stats in self._stats.items()]
 
 
-def _row(stats: Stats) -> dict[str, Any]:
+def _row(stats: EndpointStats) -> dict[str, Any]:
     return stats.to_json() | {name: stats.latency_s(q) for name, q in QUANTILES.items()}

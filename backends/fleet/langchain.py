@@ -23,30 +23,30 @@ from pydantic import Field, model_validator
 
 from ..core.errors import ConfigurationError, EndpointError, EndpointLostError
 from ..core.types import SIMULATED_FINGERPRINT, Message, Reply, Usage
-from ..core.values import token_count
-from .failures import RawAnswer
+from ..core.values import parse_token_count
+from .failures import HTTPAnswer
 from .fleet import Fleet
 from .policy import ModelParams
 from .transport import OpenStream
 
-NOWHERE: Final = "http://fleet.invalid/v1"
+UNRESOLVABLE_URL: Final = "http://fleet.invalid/v1"
 """Base URL of the stock clients: a name that never resolves (RFC 6761, 6.4)."""
 
-NO_SECRET: Final = "no-key-is-ever-sent"
+PLACEHOLDER_KEY: Final = "no-key-is-ever-sent"
 
-Outcome: TypeAlias = EndpointError | dict[str, Any]
+ReplayOutcome: TypeAlias = EndpointError | dict[str, Any]
 
-_REPLAY: ContextVar[Outcome | None] = ContextVar("fanfold_replay", default=None)
-SERVED_BY: Final[ContextVar[str | None]] = ContextVar("fanfold_served_by", default=None)
+_REPLAY: ContextVar[ReplayOutcome | None] = ContextVar("fanfold_replay", default=None)
+LAST_ENDPOINT: Final[ContextVar[str | None]] = ContextVar("fanfold_served_by", default=None)
 """Label of the endpoint that served the last request of this context."""
-FAILED: Final[ContextVar[EndpointError | None]] = ContextVar("fanfold_failed", default=None)
+LAST_ERROR: Final[ContextVar[EndpointError | None]] = ContextVar("fanfold_failed", default=None)
 """Why the last request of this context has failed, or None."""
 
 _HOP_HEADERS: Final = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 
 
 @contextmanager
-def replayed(outcome: Outcome) -> Iterator[None]:
+def replay_outcome(outcome: ReplayOutcome) -> Iterator[None]:
     """Make the next request of this context end with an outcome that is already known."""
     token = _REPLAY.set(outcome)
     try:
@@ -55,7 +55,7 @@ def replayed(outcome: Outcome) -> Iterator[None]:
         _REPLAY.reset(token)
 
 
-class FleetTransport(httpx2.AsyncBaseTransport):
+class OpenAITransport(httpx2.AsyncBaseTransport):
     """Sends the openai package's requests through a fleet.
 
     Args:
@@ -81,19 +81,19 @@ class FleetTransport(httpx2.AsyncBaseTransport):
         if outcome is not None:
             return _response(outcome, request)
         body = orjson.loads(await request.aread())
-        FAILED.set(None)
+        LAST_ERROR.set(None)
         try:
             if body.get("stream"):
-                stream, server = await self._fleet.here().open_stream(body)
-                SERVED_BY.set(server.label)
+                stream, server = await self._fleet.get_loop_fleet().open_stream(body)
+                LAST_ENDPOINT.set(server.label)
                 return httpx2.Response(
                     200, headers=_end_to_end(stream.headers), stream=_Lines(stream)
                 )
-            document, endpoint = await self._fleet.here().post(body)
+            document, endpoint = await self._fleet.get_loop_fleet().post(body)
         except EndpointError as error:
-            FAILED.set(error)
+            LAST_ERROR.set(error)
             return _response(error, request, streamed=bool(body.get("stream")))
-        SERVED_BY.set(endpoint.label if endpoint else None)
+        LAST_ENDPOINT.set(endpoint.label if endpoint else None)
         return _response(document, request)
 
 
@@ -129,22 +129,22 @@ class _Lines(httpx2.AsyncByteStream):
 
 
 def _response(
-    outcome: Outcome, request: httpx2.Request, *, streamed: bool = False
+    outcome: ReplayOutcome, request: httpx2.Request, *, streamed: bool = False
 ) -> httpx2.Response:
     """Return what stock reads; to stock, a body that is no event stream is an empty stream."""
     if isinstance(outcome, dict):
         headers = {"content-type": "application/json"}
         return httpx2.Response(200, headers=headers, content=orjson.dumps(outcome))
     raw = outcome.__cause__
-    if not isinstance(raw, RawAnswer) or (
-        raw.status < 400 and (streamed or _partial(outcome))  # noqa: PLR2004
+    if not isinstance(raw, HTTPAnswer) or (
+        raw.status < 400 and (streamed or _is_partial(outcome))  # noqa: PLR2004
     ):
         kind = httpx2.ReadTimeout if isinstance(raw, TimeoutError) else httpx2.ConnectError
         raise kind(outcome.message, request=request) from outcome
     return httpx2.Response(raw.status, headers=_end_to_end(raw.headers), content=raw.body)
 
 
-def _partial(error: EndpointError) -> bool:
+def _is_partial(error: EndpointError) -> bool:
     """Tell whether the answer looks whole but is not: stock would take it for a good one."""
     return isinstance(error, EndpointLostError)
 
@@ -155,7 +155,7 @@ def _end_to_end(headers: Mapping[str, str]) -> list[tuple[str, str]]:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_BELONGS_TO_FLEET: Final = (
+_FLEET_SETTINGS: Final = (
     "base_url",
     "openai_api_base",
     "api_key",
@@ -217,22 +217,22 @@ class ChatFleet(ChatOpenAI):
 
     @model_validator(mode="before")
     @classmethod
-    def _point_nowhere(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _replace_stock_clients(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Give the stock clients no address, no key and no connection of their own."""
-        if given := [k for k in _BELONGS_TO_FLEET if values.get(k) is not None]:
+        if given := [k for k in _FLEET_SETTINGS if values.get(k) is not None]:
             raise ConfigurationError(
                 f"ChatFleet takes no {', '.join(given)}: addresses, keys, timeouts and retries "
                 "are the fleet's (EndpointSpec, FleetPolicy)"
             )
-        transport = FleetTransport(values["fleet"])
+        transport = OpenAITransport(values["fleet"])
         # ChatOpenAI pops what it knows out of the caller's own model_kwargs.
         settings = {k: copy.deepcopy(v) if k == "model_kwargs" else v for k, v in values.items()}
         return (
             {"stream_usage": True, "use_responses_api": False}
             | settings
             | {
-                "openai_api_base": NOWHERE,
-                "openai_api_key": NO_SECRET,
+                "openai_api_base": UNRESOLVABLE_URL,
+                "openai_api_key": PLACEHOLDER_KEY,
                 "openai_proxy": None,
                 "max_retries": 0,
                 "http_client": httpx2.Client(transport=NoSyncTransport(), trust_env=False),
@@ -296,7 +296,7 @@ class ChatFleet(ChatOpenAI):
         try:
             return await ask(messages, stop, run_manager, **kwargs)
         except _STOCK_ERRORS as error:
-            if not _broke_off(error) or kwargs.get("stream"):
+            if not _has_broken_off(error) or kwargs.get("stream"):
                 raise
         return await ask(messages, stop, run_manager, **{**kwargs, "stream": False})
 
@@ -311,7 +311,7 @@ class ChatFleet(ChatOpenAI):
         try:
             return ask(messages, stop, run_manager, **kwargs)
         except _STOCK_ERRORS as error:
-            if not _broke_off(error) or kwargs.get("stream"):
+            if not _has_broken_off(error) or kwargs.get("stream"):
                 raise
         return ask(messages, stop, run_manager, **{**kwargs, "stream": False})
 
@@ -325,21 +325,21 @@ class ChatFleet(ChatOpenAI):
     ) -> ChatResult:
         payload = self._get_request_payload(messages, stop=stop, **kwargs)
         if self._needs_stock(payload):
-            with _ours_as_cause():
+            with _set_fleet_cause():
                 result = await super()._agenerate(messages, stop, run_manager, **kwargs)
-            return _served_by(result, SERVED_BY.get())
+            return _set_endpoint(result, LAST_ENDPOINT.get())
         payload.pop("stream", None)
         payload.update(payload.pop("extra_body", None) or {})
         try:
-            document, endpoint = await self.fleet.here().post(payload)
+            document, endpoint = await self.fleet.get_loop_fleet().post(payload)
         except EndpointError as error:
-            with _ours_as_cause(error), replayed(error):
+            with _set_fleet_cause(error), replay_outcome(error):
                 _check_not_empty(await super()._agenerate(messages, stop, run_manager, **kwargs))
             raise  # stock's reading is more tolerant, but the answer is accounted for as a failure
-        if "response_format" in kwargs and _unfinished(document):
-            with replayed(document):
+        if "response_format" in kwargs and _is_unfinished(document):
+            with replay_outcome(document):
                 return await super()._agenerate(messages, stop, run_manager, **kwargs)
-        return _served_by(self._read(document, payload), endpoint.label if endpoint else None)
+        return _set_endpoint(self._read(document, payload), endpoint.label if endpoint else None)
 
     def _needs_stock(self, payload: dict[str, Any]) -> bool:
         """Tell whether the openai package must build the body or read the answer."""
@@ -370,12 +370,12 @@ class ChatFleet(ChatOpenAI):
 
     async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
         stream = super()._astream(*args, **kwargs)
-        with _ours_as_cause():
+        with _set_fleet_cause():
             async with aclosing(cast(AsyncGenerator[ChatGenerationChunk, None], stream)):
                 first = True
                 async for chunk in stream:
                     if first:
-                        chunk.message.response_metadata["endpoint"] = SERVED_BY.get()
+                        chunk.message.response_metadata["endpoint"] = LAST_ENDPOINT.get()
                         first = False
                     yield chunk
 
@@ -386,7 +386,7 @@ class ChatFleet(ChatOpenAI):
         run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - the parent's signature
         **kwargs: Any,
     ) -> ChatResult:
-        return self.fleet.bridge.run(self._agenerate(messages, stop, None, **kwargs))
+        return self.fleet.portal.run(self._agenerate(messages, stop, None, **kwargs))
 
     def _stream(
         self,
@@ -395,7 +395,7 @@ class ChatFleet(ChatOpenAI):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        for chunk in self.fleet.bridge.iterate(self._astream(messages, stop, None, **kwargs)):
+        for chunk in self.fleet.portal.iterate(self._astream(messages, stop, None, **kwargs)):
             if run_manager is not None:
                 logprobs = (chunk.generation_info or {}).get("logprobs")
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk, logprobs=logprobs)
@@ -403,12 +403,12 @@ class ChatFleet(ChatOpenAI):
 
 
 @contextmanager
-def _ours_as_cause(error: EndpointError | None = None) -> Iterator[None]:
+def _set_fleet_cause(error: EndpointError | None = None) -> Iterator[None]:
     """Let stock's exception name the fleet's own error as its cause."""
     try:
         yield
     except _STOCK_ERRORS as stock:
-        cause = error or _find(stock) or FAILED.get()
+        cause = error or _find(stock) or LAST_ERROR.get()
         if cause is not None and stock.__cause__ is not cause:
             raise stock from cause
         raise
@@ -421,13 +421,13 @@ def _find(error: BaseException) -> EndpointError | None:
     return link
 
 
-def _broke_off(error: BaseException) -> bool:
+def _has_broken_off(error: BaseException) -> bool:
     """Tell whether a part of a streamed answer had come when it failed."""
     cause = _find(error)
-    return isinstance(cause, EndpointLostError) and cause.begun
+    return isinstance(cause, EndpointLostError) and cause.has_partial_answer
 
 
-def _served_by(result: ChatResult, endpoint: str | None) -> ChatResult:
+def _set_endpoint(result: ChatResult, endpoint: str | None) -> ChatResult:
     for generation in result.generations:
         generation.message.response_metadata["endpoint"] = endpoint
     return result
@@ -438,13 +438,13 @@ def _check_not_empty(result: ChatResult) -> None:
     result.generations[0]
 
 
-def _unfinished(document: dict[str, Any]) -> bool:
+def _is_unfinished(document: dict[str, Any]) -> bool:
     """Tell whether stock raises for this answer to a request with a schema."""
     reasons = {choice.get("finish_reason") for choice in document["choices"]}
     return bool(reasons & {"length", "content_filter"})
 
 
-class LangChainModel:
+class LangChainClient:
     """The upper door: through a chat model, so that callbacks, traces and streams see the call.
 
     LangGraph's ambient configuration applies, for ``ainvoke`` reads it.
@@ -491,7 +491,7 @@ def _usage(usage: UsageMetadata | None) -> Usage:
         return Usage()
     cached = usage.get("input_token_details", {}).get("cache_read")
     return Usage(
-        token_count(usage["input_tokens"]),
-        token_count(usage["output_tokens"]),
-        token_count(cached),
+        parse_token_count(usage["input_tokens"]),
+        parse_token_count(usage["output_tokens"]),
+        parse_token_count(cached),
     )

@@ -10,9 +10,9 @@ from typing import Final
 import aiohttp
 import orjson
 
-from ..core.parsing import Gauges, read_metrics
+from ..core.parsing import ServerLoad, parse_load_metrics
 from .endpoint import Endpoint, EndpointSpec
-from .failures import RawAnswer
+from .failures import HTTPAnswer
 from .policy import FleetPolicy, LoadPolicy
 from .transport import Transport
 
@@ -20,7 +20,9 @@ _GAUGES_AT_ONCE: Final = 64
 _OK: Final = 200
 
 
-async def read_gauges(specs: Sequence[EndpointSpec], timeout_s: float = 2.0) -> list[Gauges]:
+async def read_server_loads(
+    specs: Sequence[EndpointSpec], timeout_s: float = 2.0
+) -> list[ServerLoad]:
     """Ask endpoints for their load: by ``/metrics``, or else ``/load``.
 
     Args:
@@ -29,7 +31,7 @@ async def read_gauges(specs: Sequence[EndpointSpec], timeout_s: float = 2.0) -> 
     """
     gate, transport = asyncio.Semaphore(_GAUGES_AT_ONCE), Transport(FleetPolicy())
 
-    async def one(spec: EndpointSpec) -> Gauges:
+    async def one(spec: EndpointSpec) -> ServerLoad:
         async with gate:
             return await _ask(transport, Endpoint(spec), timeout_s)
 
@@ -41,7 +43,7 @@ async def read_gauges(specs: Sequence[EndpointSpec], timeout_s: float = 2.0) -> 
     return [task.result() for task in tasks]
 
 
-async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Gauges:
+async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> ServerLoad:
     root = endpoint.url.rpartition("/")[0]
     for path in ("metrics", "load"):
         try:
@@ -49,30 +51,32 @@ async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Ga
                 f"{root}/{path}", await endpoint.headers(), timeout_s, endpoint.spec.proxied
             )
         except (aiohttp.ClientError, TimeoutError):
-            return Gauges()
-        gauges = parse_gauges(answer.body) if answer.status == _OK else None
-        if gauges is not None and gauges != Gauges(0):  # a server that does not count says 0 too
+            return ServerLoad()
+        gauges = parse_server_load(answer.body) if answer.status == _OK else None
+        if gauges is not None and gauges != ServerLoad(
+            0
+        ):  # a server that does not count says 0 too
             return gauges
-    return Gauges()
+    return ServerLoad()
 
 
-def parse_gauges(body: bytes) -> Gauges | None:
+def parse_server_load(body: bytes) -> ServerLoad | None:
     """Read the answer of vLLM's ``/metrics`` or ``/load``; None where it says neither."""
-    if (gauges := read_metrics(body)) is not None:
+    if (gauges := parse_load_metrics(body)) is not None:
         return gauges
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
     load = document.get("server_load") if isinstance(document, dict) else None
-    return Gauges(load) if isinstance(load, int) else None
+    return ServerLoad(load) if isinstance(load, int) else None
 
 
 _LOG: Final = logging.getLogger(__name__)
 _AT_ONCE: Final = 32
 
 
-class LoadWatch:
+class LoadPoller:
     """Asks all endpoints for their load, again and again.
 
     Args:
@@ -112,7 +116,7 @@ class LoadWatch:
 
         async def one(endpoint: Endpoint) -> None:
             async with gate:
-                await self._look(endpoint)
+                await self._poll(endpoint)
 
         while True:
             async with asyncio.TaskGroup() as group:
@@ -121,7 +125,7 @@ class LoadWatch:
                         group.create_task(one(endpoint))
             await asyncio.sleep(self._policy.every_s)
 
-    async def _look(self, endpoint: Endpoint) -> None:
+    async def _poll(self, endpoint: Endpoint) -> None:
         """Ask one endpoint; who says nothing is judged by the fleet's own requests alone."""
         root = endpoint.url.rpartition("/")[0]
         try:
@@ -131,19 +135,19 @@ class LoadWatch:
                 self._policy.timeout_s,
                 endpoint.spec.proxied,
             )
-            total = read_load(answer)
+            total = count_requests(answer)
         except (aiohttp.ClientError, TimeoutError):
             total = None
         if total is None and endpoint not in self._silent:
             self._silent.add(endpoint)
             _LOG.info("endpoint %s does not tell its load", endpoint.label)
-        foreign = max(0, (total or 0) - endpoint.outstanding)
-        if foreign != endpoint.foreign:
-            endpoint.foreign = foreign
+        foreign = max(0, (total or 0) - endpoint.in_flight)
+        if foreign != endpoint.foreign_load:
+            endpoint.foreign_load = foreign
             self._refresh(endpoint)
 
 
-def read_load(answer: RawAnswer) -> int | None:
+def count_requests(answer: HTTPAnswer) -> int | None:
     """Return the requests that a server works on or has waiting, or None when it does not say."""
-    gauges = parse_gauges(answer.body) if answer.status == _OK else None
+    gauges = parse_server_load(answer.body) if answer.status == _OK else None
     return None if gauges is None else (gauges.running or 0) + (gauges.waiting or 0)

@@ -62,17 +62,17 @@ class RetryPolicy:
 
     def pause(self, failures: int, chance: float) -> float:
         """Return the seconds to wait after ``failures`` failures (``chance`` in 0 to 1)."""
-        return self.spread(self._grown(self.backoff_s, failures), chance)
+        return self.add_jitter(self._back_off(self.backoff_s, failures), chance)
 
     def rest(self, refusals: int) -> float:
         """Return the seconds that an endpoint rests after ``refusals`` refusals in a row."""
-        return self._grown(self.refusal_pause_s, refusals)
+        return self._back_off(self.refusal_pause_s, refusals)
 
-    def spread(self, seconds: float, chance: float) -> float:
+    def add_jitter(self, seconds: float, chance: float) -> float:
         """Return a pause that was asked for, a little longer (``chance`` in 0 to 1)."""
         return seconds * (1.0 + self.jitter * chance)
 
-    def _grown(self, first_s: float, times: int) -> float:
+    def _back_off(self, first_s: float, times: int) -> float:
         # The exponent is bounded, for 2.0**1024 overflows.
         return min(self.backoff_max_s, first_s * 2.0 ** min(times - 1, 32))
 
@@ -98,7 +98,7 @@ class TimeoutPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class LanePolicy:
+class AdaptiveLimitPolicy:
     """How an endpoint's share of requests in flight is found.
 
     Attributes:
@@ -144,7 +144,7 @@ class BreakerPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class PacePolicy:
+class RateLimitPolicy:
     """Limits of the whole process against services with a quota.
 
     Attributes:
@@ -220,9 +220,9 @@ class FleetPolicy:
         streams: Most requests in flight over all endpoints.
         retry: When a call is repeated.
         timeout: How long to wait.
-        lane: How many requests an endpoint gets at once.
+        limit: How many requests an endpoint gets at once.
         breaker: When an endpoint is left alone.
-        pace: Quotas of the whole process.
+        rate_limit: Quotas of the whole process.
         hedge: Second requests at the end, or None.
         affinity: Whether items that begin alike meet the same endpoint, or None.
         load: Whether the endpoints' own load is read, or None.
@@ -235,9 +235,9 @@ class FleetPolicy:
     streams: int = 256
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     timeout: TimeoutPolicy = field(default_factory=TimeoutPolicy)
-    lane: LanePolicy = field(default_factory=LanePolicy)
+    limit: AdaptiveLimitPolicy = field(default_factory=AdaptiveLimitPolicy)
     breaker: BreakerPolicy = field(default_factory=BreakerPolicy)
-    pace: PacePolicy = field(default_factory=PacePolicy)
+    rate_limit: RateLimitPolicy = field(default_factory=RateLimitPolicy)
     hedge: HedgePolicy | None = field(default_factory=HedgePolicy)
     affinity: AffinityPolicy | None = None
     load: LoadPolicy | None = None
@@ -246,7 +246,7 @@ class FleetPolicy:
     body_bytes: int = 64 * 2**20
 
     @classmethod
-    def of(
+    def from_limits(
         cls,
         *,
         streams: int = 256,
@@ -269,7 +269,7 @@ _BYTES_PER_TOKEN: Final = 4
 _MINUTE_S: Final = 60.0
 
 
-class Bucket:
+class TokenBucket:
     """Spreads amounts over time; pure, time is passed in.
 
     Args:
@@ -292,7 +292,7 @@ class Bucket:
 
     def has(self, amount: float, now: float) -> bool:
         """Tell whether an amount could be taken at once."""
-        self._flow(now)
+        self._refill(now)
         return self._level >= amount
 
     def take(self, amount: float, now: float, reserve: float = 0.0) -> float:
@@ -306,11 +306,11 @@ class Bucket:
         Returns:
             Seconds to wait until it has flowed in; callers that come later wait longer.
         """
-        self._flow(now)
+        self._refill(now)
         self._level -= amount
         return max(0.0, (reserve - self._level) / self._per_s)
 
-    def _flow(self, now: float) -> None:
+    def _refill(self, now: float) -> None:
         if self._seen is not None:
             self._level = min(self._burst, self._level + (now - self._seen) * self._per_s)
         self._seen = now
@@ -320,7 +320,7 @@ class Bucket:
         self._level = min(self._burst, self._level + amount)
 
 
-class Pacer:
+class RateLimiter:
     """Holds a whole process to its quotas of requests and tokens.
 
     Tokens are reserved before a request is sent, by an estimate, and settled when its answer
@@ -332,15 +332,17 @@ class Pacer:
         clock: Monotonic time in seconds.
     """
 
-    def __init__(self, policy: PacePolicy, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, policy: RateLimitPolicy, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         per_s, burst = policy.requests_per_s, policy.burst
-        self._requests = Bucket(per_s, burst) if per_s else None
+        self._requests = TokenBucket(per_s, burst) if per_s else None
         per_min = policy.tokens_per_min
-        self._tokens = Bucket.per_minute(per_min) if per_min else None
+        self._tokens = TokenBucket.per_minute(per_min) if per_min else None
         self._clock = clock
         self._lock = Lock()
 
-    def admit(self, tokens: int) -> float:
+    def reserve(self, tokens: int) -> float:
         """Reserve one request of so many tokens; return the seconds to wait first."""
         with self._lock:
             now, waits = self._clock(), [0.0]
@@ -350,14 +352,14 @@ class Pacer:
                 waits.append(self._tokens.take(tokens, now))
             return max(waits)
 
-    def spare(self, tokens: int) -> bool:
+    def try_reserve(self, tokens: int) -> bool:
         """Reserve one request of so many tokens if none has to wait for it."""
         with self._lock:
             now = self._clock()
             short = self._requests is not None and not self._requests.has(1.0, now)
             if short or (self._tokens is not None and not self._tokens.has(tokens, now)):
                 return False
-        return self.admit(tokens) <= 0.0
+        return self.reserve(tokens) <= 0.0
 
     def settle(self, estimated: int, used: int | None) -> None:
         """Correct a reservation by what was used, where the server said so."""
@@ -366,7 +368,7 @@ class Pacer:
                 self._tokens.refund(estimated - used)
 
 
-def estimate(body: Mapping[str, Any]) -> int:
+def estimate_tokens(body: Mapping[str, Any]) -> int:
     """Estimate the tokens of a request: four bytes each, and the longest answer allowed."""
     text = sum(len(str(m.get("content") or "").encode()) for m in body["messages"])
     most = body.get("max_completion_tokens") or body.get("max_tokens") or 0

@@ -15,24 +15,24 @@ import aiohttp
 import orjson
 
 from ..core.errors import ConfigurationError, PromptTooLongError
-from ..core.protocols import CallLog, Hold, Share
+from ..core.protocols import CallLog, EndpointUsage, Reservation
 from ..core.types import Usage
 from . import failures, transport
-from .balancer import Warden
-from .endpoint import Endpoint, Mark
-from .failures import Complaint, Failure, RawAnswer, Step
-from .policy import Pacer, estimate
-from .transport import OpenStream, Transport, Watch
+from .balancer import HealthMonitor
+from .endpoint import Endpoint, RefusalMark
+from .failures import ErrorBody, Failure, HTTPAnswer, RetryAction
+from .policy import RateLimiter, estimate_tokens
+from .transport import OpenStream, StreamHooks, Transport
 
 _TEMPLATE: Final = 64
 """Tokens that a chat template adds of its own: markers, a standing system text."""
 _PER_MESSAGE: Final = 8
 _CUT_OFF: Final = frozenset({200, 408, 499, 502, 504, 520, 522, 524})
 """Statuses with which an answer was lost on its way: the server itself may have written it."""
-_NOTHING: Final = Usage()
+_NO_USAGE: Final = Usage()
 
 
-def most_tokens(body: Mapping[str, Any]) -> Usage:
+def max_usage(body: Mapping[str, Any]) -> Usage:
     """Return the most tokens that a request may use.
 
     The tokenizers of today's models work on bytes: a token stands for one byte at least.
@@ -45,33 +45,34 @@ def most_tokens(body: Mapping[str, Any]) -> Usage:
 
 
 @dataclass(slots=True, eq=False)
-class Charge:
+class RequestCharge:
     """One request on behalf of an item; the first end that is told counts.
 
     Attributes:
         log: The item's log, or None.
         body: The request.
-        hold: What is reserved for it; None when nothing limits it, or it has ended.
+        reservation: What is reserved for it; None when nothing limits it, or it has ended.
         ended: Whether its end is known.
-        share: What its endpoint does for the item; None until it is sent, or without a log.
-        attempt: What the item's record tells of the request; None as for ``share``, or where the
-            record has enough of them.
-        began: Monotonic time in seconds when it was sent.
+        endpoint_usage: What its endpoint does for the item; None until it is sent, or without a
+            log.
+        attempt: What the item's record tells of the request; None as for ``endpoint_usage``, or
+            where the record has enough of them.
+        sent_at: Monotonic time in seconds when it was sent.
         marks: Endpoints that have refused the call for now before, and what each had done then;
             None for its first request.
     """
 
     log: CallLog | None
     body: Mapping[str, Any]
-    hold: Hold | None = None
+    reservation: Reservation | None = None
     ended: bool = False
-    share: Share | None = None
+    endpoint_usage: EndpointUsage | None = None
     attempt: dict[str, Any] | None = None
-    began: float = 0.0
-    marks: Mapping[Endpoint, Mark] | None = None
+    sent_at: float = 0.0
+    marks: Mapping[Endpoint, RefusalMark] | None = None
 
     @classmethod
-    async def open(cls, log: CallLog | None, body: Mapping[str, Any]) -> Charge:
+    async def reserve(cls, log: CallLog | None, body: Mapping[str, Any]) -> RequestCharge:
         """Reserve what a request may cost.
 
         Raises:
@@ -86,24 +87,24 @@ class Charge:
                 "leave the model's max_tokens as it is given, or set one where the model is called"
             )
             raise ConfigurationError(msg)
-        return cls(log, body, await log.account.hold(most_tokens(body), body, log))
+        return cls(log, body, await log.account.reserve(max_usage(body), body, log))
 
-    def again(self) -> Charge | None:
+    def reserve_again(self) -> RequestCharge | None:
         """Reserve the same for a second request, if there is room at once."""
         if self.log is None or self.log.account is None:
-            return Charge(self.log, self.body, marks=self.marks)
-        hold = self.log.account.hold_now(most_tokens(self.body))
-        return None if hold is None else Charge(self.log, self.body, hold, marks=self.marks)
+            return RequestCharge(self.log, self.body, marks=self.marks)
+        hold = self.log.account.try_reserve(max_usage(self.body))
+        return None if hold is None else RequestCharge(self.log, self.body, hold, marks=self.marks)
 
-    def sent(self, endpoint: Endpoint) -> None:
+    def record_sent(self, endpoint: Endpoint) -> None:
         """Count the request: it is on its way."""
         if self.log is not None:
             self.log.requests += 1
-            self.share = self.log.share(endpoint.label, endpoint.stats)
-            self.share.requests += 1
-            self.attempt, self.began = self.log.begin_attempt(endpoint.label), time.monotonic()
+            self.endpoint_usage = self.log.get_endpoint_usage(endpoint.label, endpoint.stats)
+            self.endpoint_usage.requests += 1
+            self.attempt, self.sent_at = self.log.begin_attempt(endpoint.label), time.monotonic()
 
-    def answered(self, usage: Usage, model: str | None) -> None:
+    def settle_answered(self, usage: Usage, model: str | None) -> None:
         """Settle a request that was answered.
 
         Args:
@@ -111,49 +112,49 @@ class Charge:
             model: The model's name in it.
         """
         self._end_attempt("answered")
-        if self._end() and self.hold is not None:
-            self.hold.settle(usage)
-        if self.log is not None and self.share is not None:
+        if self._mark_ended() and self.reservation is not None:
+            self.reservation.settle(usage)
+        if self.log is not None and self.endpoint_usage is not None:
             self.log.usage += usage
-            self.log.model = self.share.model = model
-            self.share.usage += usage
+            self.log.model = self.endpoint_usage.model = model
+            self.endpoint_usage.usage += usage
 
-    def failed(self, failure: Failure) -> Usage:
+    def settle_failed(self, failure: Failure) -> Usage:
         """Settle a request that failed; return the tokens that may have been paid for nothing."""
-        if self.log is not None and self.share is not None:
-            self.log.endpoint = self.share.endpoint
+        if self.log is not None and self.endpoint_usage is not None:
+            self.log.endpoint = self.endpoint_usage.endpoint
         self._end_attempt(type(failure.error).__name__)
         status = failure.error.status
-        if status in _CUT_OFF or (status is None and not failure.treatment.free):
-            return self.lost()
-        self.free(sent=status is not None)
-        return _NOTHING
+        if status in _CUT_OFF or (status is None and not failure.rule.free):
+            return self.settle_lost()
+        self.release(sent=status is not None)
+        return _NO_USAGE
 
-    def lost(self) -> Usage:
+    def settle_lost(self) -> Usage:
         """Settle a request whose answer is lost; return the tokens that it may have cost."""
-        if not self._end():
-            return _NOTHING
+        if not self._mark_ended():
+            return _NO_USAGE
         self._end_attempt("cancelled")
-        most = most_tokens(self.body) if self.hold is None else self.hold.keep()
+        most = max_usage(self.body) if self.reservation is None else self.reservation.settle_all()
         if self.log is not None:
             self.log.lost += most
-        if self.share is not None:
-            self.share.lost += most
+        if self.endpoint_usage is not None:
+            self.endpoint_usage.lost += most
         return most
 
-    def free(self, *, sent: bool) -> None:
+    def release(self, *, sent: bool) -> None:
         """Settle a request that nobody has read."""
-        if self._end() and self.hold is not None:
-            self.hold.free(sent=sent)
+        if self._mark_ended() and self.reservation is not None:
+            self.reservation.release(sent=sent)
 
     def _end_attempt(self, outcome: str) -> None:
         """Tell how the request ended, once."""
         if self.attempt is not None:
-            self.attempt["seconds"] = int(1000 * (time.monotonic() - self.began)) / 1000
+            self.attempt["seconds"] = int(1000 * (time.monotonic() - self.sent_at)) / 1000
             self.attempt["outcome"] = outcome
             self.attempt = None
 
-    def _end(self) -> bool:
+    def _mark_ended(self) -> bool:
         first, self.ended = not self.ended, True
         return first
 
@@ -163,7 +164,7 @@ _NUMBER: Final = re.compile(r"(?<![\w.-])\d{1,9}(?![\w.-]*\d)")
 """A whole number by itself: no part of a name, a version or a date."""
 
 
-def asked_tokens(body: Mapping[str, Any]) -> int | None:
+def read_max_tokens(body: Mapping[str, Any]) -> int | None:
     """Return the longest answer that a request asks for, in tokens, or None."""
     for field in _FIELDS:
         if isinstance(most := body.get(field), int):
@@ -171,13 +172,13 @@ def asked_tokens(body: Mapping[str, Any]) -> int | None:
     return None
 
 
-def lowered(body: Mapping[str, Any], most: int) -> Mapping[str, Any]:
+def lower_max_tokens(body: Mapping[str, Any], most: int) -> Mapping[str, Any]:
     """Return a request that asks for no longer an answer than ``most`` tokens."""
     above = [f for f in _FIELDS if isinstance(body.get(f), int) and body[f] > most]
     return {**body, **dict.fromkeys(above, most)} if above else body
 
 
-def learn(
+def learn_max_tokens(
     endpoint: Endpoint, failure: Failure, body: Mapping[str, Any], asked: int | None
 ) -> Failure:
     """Take an endpoint's word for the longest answer that a request can ask for.
@@ -196,29 +197,31 @@ def learn(
         The failure, to be repeated if less can be asked for.
     """
     cause = failure.error.__cause__
-    if not failure.treatment.length or asked is None or not isinstance(cause, RawAnswer):
+    if not failure.rule.length or asked is None or not isinstance(cause, HTTPAnswer):
         return failure
-    said = map(int, _NUMBER.findall(Complaint.read(cause.body).message))
+    said = map(int, _NUMBER.findall(ErrorBody.parse(cause.body).message))
     most = max((n for n in said if 0 < n < asked), default=None)
     if most is None:
         return failure
-    if most >= endpoint.longest and endpoint.confirms(most, hash(orjson.dumps(body["messages"]))):
-        endpoint.most_tokens = min(most, endpoint.most_tokens or most)
-    return Failure(failure.error, replace(failure.treatment, step=Step.SAME, free=True), most)
+    if most >= endpoint.longest and endpoint.confirm_max_tokens(
+        most, hash(orjson.dumps(body["messages"]))
+    ):
+        endpoint.max_answer_tokens = min(most, endpoint.max_answer_tokens or most)
+    return Failure(failure.error, replace(failure.rule, action=RetryAction.SAME, free=True), most)
 
 
-def sent_tokens(body: Mapping[str, Any], most: int | None) -> int | None:
+def resolve_max_tokens(body: Mapping[str, Any], most: int | None) -> int | None:
     """Return the longest answer in tokens that a request is sent with, or None.
 
     Args:
         body: The request.
         most: The longest answer that its endpoint can be asked for, or None when unknown.
     """
-    asked = asked_tokens(body)
+    asked = read_max_tokens(body)
     return asked if asked is None or most is None else min(asked, most)
 
 
-def elsewhere(
+def redirect_long_prompt(
     endpoint: Endpoint, failure: Failure, alive: Iterable[Endpoint]
 ) -> tuple[Failure, Set[Endpoint]]:
     """Send a prompt that is too long for one endpoint to one with a longer context.
@@ -232,13 +235,13 @@ def elsewhere(
     short = {e for e in alive if (e.spec.max_model_len or 0) <= room}
     if short.issuperset(alive):
         return failure, frozenset()
-    return Failure(failure.error, replace(failure.treatment, step=Step.OTHER)), short
+    return Failure(failure.error, replace(failure.rule, action=RetryAction.OTHER)), short
 
 
 _LOG: Final = logging.getLogger(__name__)
 
 
-class Sender:
+class RequestSender:
     """Sends to endpoints that were taken, and lets them go.
 
     Args:
@@ -255,58 +258,60 @@ class Sender:
     def __init__(
         self,
         transport: Transport,
-        warden: Warden,
-        pacer: Pacer | None,
+        monitor: HealthMonitor,
+        limiter: RateLimiter | None,
         simulated: bool | None,
     ) -> None:
         self._transport = transport
-        self._warden = warden
-        self._pacer = pacer
+        self._monitor = monitor
+        self._limiter = limiter
         self._warned = False
         self.simulated = simulated
 
     async def send(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
     ) -> dict[str, Any] | Failure:
         """Send one request to one endpoint that was taken, and let it go."""
-        started, level = time.monotonic(), endpoint.outstanding
+        started, level = time.monotonic(), endpoint.in_flight
         seconds: float | None = None
-        charge.sent(endpoint)
+        charge.record_sent(endpoint)
         try:
             result = await self._exchange(endpoint, body, charge)
             if isinstance(result, Failure):
-                self._failed(endpoint, result, body, charge)
+                self._record_failure(endpoint, result, body, charge)
             else:
                 seconds = time.monotonic() - started
-                self._succeeded(endpoint, result, level, seconds, charge)
+                self._record_success(endpoint, result, level, seconds, charge)
             return result
         finally:
-            endpoint.stats.lost(charge.lost())  # nothing when its end is known
-            self._warden.dispatch.give(endpoint, seconds, charge.log)
+            endpoint.stats.add_lost(charge.settle_lost())  # nothing when its end is known
+            self._monitor.balancer.release(endpoint, seconds, charge.log)
 
     async def _exchange(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
     ) -> dict[str, Any] | Failure:
         headers: Mapping[str, str] | None = None
         try:
-            headers, most = await endpoint.headers(), endpoint.most_tokens
+            headers, most = await endpoint.headers(), endpoint.max_answer_tokens
             answer = await self._transport.send(
                 endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
-            result = self._guarded(transport.read(answer, endpoint.label), endpoint)
+            result = self._check_simulated(
+                transport.read_completion(answer, endpoint.label), endpoint
+            )
             if isinstance(result, Failure):
-                result = await self._softened(endpoint, result, headers, charge)
-                return learn(endpoint, result, body, sent_tokens(body, most))
-            self._accepted(endpoint, body, headers, charge.log)
+                result = await self._soften_failure(endpoint, result, headers, charge)
+                return learn_max_tokens(endpoint, result, body, resolve_max_tokens(body, most))
+            self._record_accepted(endpoint, body, headers, charge.log)
         except (aiohttp.ClientError, TimeoutError) as error:
-            return failures.of_exception(error, endpoint.label, headers)
+            return failures.classify_exception(error, endpoint.label, headers)
         return result
 
-    async def open(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
+    async def open_stream(
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
     ) -> tuple[OpenStream | Failure, Endpoint]:
         """Send one request to one endpoint that was taken; the stream lets it go."""
-        started, level = time.monotonic(), endpoint.outstanding
+        started, level = time.monotonic(), endpoint.in_flight
 
         def end(summary: dict[str, Any] | Failure | None) -> None:
             seconds: float | None = None
@@ -314,25 +319,29 @@ class Sender:
             if charge.log is not None and charge.log.streams is not None:
                 charge.log.streams.pop(charge, None)
             if isinstance(summary, dict):
-                summary = self._guarded(summary, endpoint)
+                summary = self._check_simulated(summary, endpoint)
             if isinstance(summary, Failure):
-                self._failed(endpoint, summary, body, charge)
+                self._record_failure(endpoint, summary, body, charge)
             elif summary is not None:
                 seconds = time.monotonic() - started
-                self._succeeded(endpoint, summary, level, seconds, charge)
-            endpoint.stats.lost(charge.lost())  # left early: nothing when its end is known
-            self._warden.dispatch.give(endpoint, seconds, charge.log)
+                self._record_success(endpoint, summary, level, seconds, charge)
+            endpoint.stats.add_lost(
+                charge.settle_lost()
+            )  # left early: nothing when its end is known
+            self._monitor.balancer.release(endpoint, seconds, charge.log)
 
         result: OpenStream | Failure | None = None
-        dispatch = self._warden.dispatch
-        watch = Watch(
-            partial(dispatch.pause, charge.log), partial(dispatch.resume, charge.log), end
+        dispatch = self._monitor.balancer
+        watch = StreamHooks(
+            partial(dispatch.mark_stream_idle, charge.log),
+            partial(dispatch.mark_stream_read, charge.log),
+            end,
         )
-        charge.sent(endpoint)
+        charge.record_sent(endpoint)
         try:
-            result = await self._begin(endpoint, body, charge, watch)
+            result = await self._begin_stream(endpoint, body, charge, watch)
             if isinstance(result, Failure):
-                self._failed(endpoint, result, body, charge)
+                self._record_failure(endpoint, result, body, charge)
                 return result, endpoint
             endpoint.streaming += 1
             if charge.log is not None:
@@ -341,15 +350,15 @@ class Sender:
             return result, endpoint
         finally:
             if not isinstance(result, OpenStream):
-                endpoint.stats.lost(charge.lost())
-                self._warden.dispatch.give(endpoint, item=charge.log)
+                endpoint.stats.add_lost(charge.settle_lost())
+                self._monitor.balancer.release(endpoint, item=charge.log)
 
-    async def _begin(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge, watch: Watch
+    async def _begin_stream(
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge, watch: StreamHooks
     ) -> OpenStream | Failure:
         headers: Mapping[str, str] | None = None
         try:
-            headers, most = await endpoint.headers(), endpoint.most_tokens
+            headers, most = await endpoint.headers(), endpoint.max_answer_tokens
             reader = await self._transport.stream(
                 endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
@@ -357,36 +366,36 @@ class Sender:
                 reader, endpoint.label, self._transport.silence_s, watch
             )
             if isinstance(result, Failure):
-                result = await self._softened(endpoint, result, headers, charge)
-                return learn(endpoint, result, body, sent_tokens(body, most))
-            self._accepted(endpoint, body, headers, charge.log)
+                result = await self._soften_failure(endpoint, result, headers, charge)
+                return learn_max_tokens(endpoint, result, body, resolve_max_tokens(body, most))
+            self._record_accepted(endpoint, body, headers, charge.log)
         except (aiohttp.ClientError, TimeoutError) as error:
-            return failures.of_exception(error, endpoint.label, headers)
+            return failures.classify_exception(error, endpoint.label, headers)
         return result
 
-    async def _softened(
+    async def _soften_failure(
         self,
         endpoint: Endpoint,
         failure: Failure,
         sent: Mapping[str, str],
-        charge: Charge,
+        charge: RequestCharge,
     ) -> Failure:
         """Let a refused call be repeated where it can be cured: with a new key, or elsewhere."""
-        if failure.treatment.refusal:
+        if failure.rule.refusal:
             others = endpoint.accepts_others(charge.log, sent, time.monotonic())
             failure = replace(failure, accepts_others=others)
         mark = charge.marks.get(endpoint) if charge.marks else None
-        if mark is not None and failure.names_pause:
+        if mark is not None and failure.has_known_pause:
             alone = endpoint.refuses_alone(charge.log, mark)
             failure = replace(failure, accepts_others=alone)
-        if failure.treatment.step is Step.REKEY and await endpoint.rekeyed(sent):
-            return replace(failure, treatment=replace(failure.treatment, step=Step.SAME))
-        if failure.treatment.schema and self._warden.answers and not endpoint.has_answered:
+        if failure.rule.action is RetryAction.REKEY and await endpoint.renew_key(sent):
+            return replace(failure, rule=replace(failure.rule, action=RetryAction.SAME))
+        if failure.rule.schema and self._monitor.answers and not endpoint.has_answered:
             # Others take the schema: it is this endpoint that lacks something.
-            return replace(failure, treatment=replace(failure.treatment, step=Step.EJECT))
+            return replace(failure, rule=replace(failure.rule, action=RetryAction.EJECT))
         return failure
 
-    def _accepted(
+    def _record_accepted(
         self,
         endpoint: Endpoint,
         body: Mapping[str, Any],
@@ -397,40 +406,40 @@ class Sender:
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
         if asked is not endpoint.longest_asked:  # nearly all requests of a run ask the same
             endpoint.longest_asked = asked
-            most = sent_tokens(body, endpoint.most_tokens)
+            most = resolve_max_tokens(body, endpoint.max_answer_tokens)
             endpoint.longest = max(endpoint.longest, most or 0)
-        endpoint.accept(item, sent, time.monotonic())
-        if endpoint.doubts:
-            self._warden.clear(endpoint, item)
+        endpoint.record_accepted(item, sent, time.monotonic())
+        if endpoint.refused_items:
+            self._monitor.clear_refusals(endpoint, item)
 
-    def _failed(
-        self, endpoint: Endpoint, failure: Failure, body: Mapping[str, Any], charge: Charge
+    def _record_failure(
+        self, endpoint: Endpoint, failure: Failure, body: Mapping[str, Any], charge: RequestCharge
     ) -> None:
-        endpoint.stats.failed(type(failure.error).__name__)
-        endpoint.stats.lost(charge.failed(failure))
+        endpoint.stats.add_failure(type(failure.error).__name__)
+        endpoint.stats.add_lost(charge.settle_failed(failure))
         # Who refuses has read nothing; what a lost request cost is unknown, and stays reserved.
         if failure.error.status is not None:
             self._settle(endpoint, body, Usage(0, 0))
-        self._warden.failed(endpoint, failure, charge.log)
+        self._monitor.record_failure(endpoint, failure, charge.log)
 
-    def _succeeded(
+    def _record_success(
         self,
         endpoint: Endpoint,
         document: Mapping[str, Any],
         level: int,
         seconds: float,
-        charge: Charge,
+        charge: RequestCharge,
     ) -> None:
         """Account for a good answer."""
-        usage, model = transport.usage_of(document), document.get("model")
+        usage, model = transport.read_usage(document), document.get("model")
         self._settle(endpoint, charge.body, usage)
-        charge.answered(usage, model if isinstance(model, str) else None)
-        endpoint.stats.answered(seconds, usage)
-        self._warden.succeeded(endpoint, level, seconds)
+        charge.settle_answered(usage, model if isinstance(model, str) else None)
+        endpoint.stats.add_answer(seconds, usage)
+        self._monitor.record_success(endpoint, level, seconds)
         if charge.log is not None:
             charge.log.simulated = transport.is_simulated(document)
 
-    def _guarded(
+    def _check_simulated(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
     ) -> dict[str, Any] | Failure:
         """Keep simulated and real answers apart."""
@@ -441,29 +450,29 @@ class Sender:
             self.simulated = simulated
         if simulated is self.simulated:
             return result
-        return failures.of_mixture(endpoint.label, simulated)
+        return failures.classify_mixture(endpoint.label, simulated)
 
     def _settle(self, endpoint: Endpoint, body: Mapping[str, Any], usage: Usage) -> None:
         """Correct what was reserved for a request by what it used, in tokens."""
-        if usage.prompt is None or (self._pacer is None and endpoint.tokens is None):
+        if usage.prompt is None or (self._limiter is None and endpoint.token_bucket is None):
             return
         used = usage.prompt + (usage.completion or 0)
-        if self._pacer is not None:
-            self._pacer.settle(estimate(body), used)
-        if endpoint.tokens is not None:
-            endpoint.tokens.refund(estimate(body) - used)
+        if self._limiter is not None:
+            self._limiter.settle(estimate_tokens(body), used)
+        if endpoint.token_bucket is not None:
+            endpoint.token_bucket.refund(estimate_tokens(body) - used)
 
     def _encode(self, endpoint: Endpoint, body: Mapping[str, Any]) -> bytes:
         if endpoint.spec.model is not None:
             body = {**body, "model": endpoint.spec.model}
-        if endpoint.most_tokens is not None:
-            fitting = lowered(body, endpoint.most_tokens)
+        if endpoint.max_answer_tokens is not None:
+            fitting = lower_max_tokens(body, endpoint.max_answer_tokens)
             if fitting is not body and not self._warned:
                 self._warned = True
                 _LOG.warning(
                     "max_tokens is lowered to %d, which is all that %s allows: lower "
                     "model.max_tokens",
-                    endpoint.most_tokens,
+                    endpoint.max_answer_tokens,
                     endpoint.label,
                 )
             body = fitting

@@ -14,11 +14,11 @@ from typing import Any, Final, TypeAlias, TypeVar
 from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
 from ..core.protocols import CURRENT_CALLS, CallLog
 from . import request, transport
-from .balancer import Affinity, Dispatcher, Warden
-from .endpoint import Endpoint, Mark
-from .failures import Failure, Step
-from .policy import HedgePolicy, Pacer, RetryPolicy, estimate
-from .request import Charge
+from .balancer import Affinity, HealthMonitor, LoadBalancer
+from .endpoint import Endpoint, RefusalMark
+from .failures import Failure, RetryAction
+from .policy import HedgePolicy, RateLimiter, RetryPolicy, estimate_tokens
+from .request import RequestCharge
 from .transport import OpenStream
 
 _OTHERS: Final = 8
@@ -29,7 +29,7 @@ _REFUSED_ALONE: Final = 2
 """So many refusals for now of a call alone, after the first, show that its item is at fault."""
 
 
-class Attempts:
+class AttemptLog:
     """Made at an item's first failure, so that a call that succeeds at once pays nothing.
 
     Args:
@@ -85,19 +85,21 @@ class Attempts:
         self.refusers: dict[Endpoint, Failure] = {}
         self.trusted: set[Endpoint] = set()
         self.full: set[Endpoint] = set()
-        self.marks: dict[Endpoint, Mark] = {}
+        self.marks: dict[Endpoint, RefusalMark] = {}
 
     def exclude(self, unfit: Set[Endpoint]) -> None:
         """Ask no more of endpoints that cannot hold the request."""
         self.avoid |= unfit
         self.unfit |= unfit
 
-    def fitted(self, endpoint: Endpoint, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    def adapt_body(self, endpoint: Endpoint, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the request as an endpoint takes it, by what it said when it refused it."""
         most = self._most.get(endpoint)
-        return body if most is None else request.lowered(body, most)
+        return body if most is None else request.lower_max_tokens(body, most)
 
-    def after(self, endpoint: Endpoint, failure: Failure, now: float, chance: float) -> float:
+    def record_failure(
+        self, endpoint: Endpoint, failure: Failure, now: float, chance: float
+    ) -> float:
         """Count a failure and return the seconds to wait before the next call.
 
         Args:
@@ -109,34 +111,34 @@ class Attempts:
         Raises:
             EndpointError: It was the last attempt, or asking again is hopeless.
         """
-        treatment = failure.treatment
+        treatment = failure.rule
         # A connection that idled a moment too long is no sign of anything: free, once.
         stale = treatment.stale and self._failures == 0
         self._failures += 1
         # An endpoint that answers others refuses the item: another one is asked to confirm it.
         confirming = failure.is_clear and failure.accepts_others
-        alone = treatment.step is Step.WAIT and failure.accepts_others
+        alone = treatment.action is RetryAction.WAIT and failure.accepts_others
         self._counted += not (treatment.free or stale or confirming or alone)
         self._refusals += confirming
         self._limited += treatment.tries is not None
-        if treatment.step is Step.WAIT:
+        if treatment.action is RetryAction.WAIT:
             self._count_alone(endpoint, failure, now)
-        if failure.most_tokens is not None:
+        if failure.max_answer_tokens is not None:
             self._corrections += 1
-            self._most[endpoint] = failure.most_tokens
+            self._most[endpoint] = failure.max_answer_tokens
         if (
-            treatment.step is Step.FAIL
+            treatment.action is RetryAction.FAIL
             or max(self._corrections, self._refusals) > self._policy.free_retries
             or self._counted >= self._policy.attempts
             or (treatment.tries is not None and self._limited >= treatment.tries)
             or (treatment.poison and self._is_poison(endpoint, failure))
-            or self.refused_alone
+            or self.is_refused_alone
             or now >= self._until
         ):
             raise failure.error
         if stale:
             return 0.0
-        if treatment.step is Step.WAIT:
+        if treatment.action is RetryAction.WAIT:
             if len(self.avoid) > len(self.unfit):
                 self._put_off[endpoint] += 1
             if self._put_off.total() >= _PUT_OFF:
@@ -144,8 +146,8 @@ class Attempts:
                 self.full |= self._put_off.keys()
                 self._put_off.clear()
                 self.avoid = set(self.unfit)
-            return self._wait(endpoint, failure, chance)
-        if treatment.step is Step.SAME:
+            return self._pause_after_refusal(endpoint, failure, chance)
+        if treatment.action is RetryAction.SAME:
             # What is free is another request than the one that was refused.
             return 0.0 if treatment.free else self._policy.pause(self._failures, chance)
         repeated = endpoint in self._failed
@@ -154,7 +156,7 @@ class Attempts:
         return self._policy.pause(self._failures, chance) if repeated else 0.0
 
     @property
-    def refused_alone(self) -> bool:
+    def is_refused_alone(self) -> bool:
         """Whether endpoints refuse it for now again and again, and answer others in between."""
         return self._alone >= _REFUSED_ALONE
 
@@ -171,7 +173,7 @@ class Attempts:
             self._alone += 1
         self.marks[endpoint] = endpoint.mark(now)
 
-    def _wait(self, endpoint: Endpoint, failure: Failure, chance: float) -> float:
+    def _pause_after_refusal(self, endpoint: Endpoint, failure: Failure, chance: float) -> float:
         """Return the pause after a refusal for now.
 
         An endpoint that refuses is paused for all callers. One that goes on with the requests of
@@ -179,7 +181,7 @@ class Attempts:
         """
         if failure.accepts_others:
             seconds = failure.error.retry_after or self._policy.backoff_s
-            return self._policy.spread(min(seconds, self._policy.backoff_max_s), chance)
+            return self._policy.add_jitter(min(seconds, self._policy.backoff_max_s), chance)
         if endpoint.resting or not endpoint.alive:
             return 0.0
         self._waits += 1
@@ -196,15 +198,15 @@ class Attempts:
 
 
 T = TypeVar("T")
-Send: TypeAlias = Callable[
-    [Endpoint, Mapping[str, Any], Charge], Awaitable[tuple[T | Failure, Endpoint]]
+SendFunction: TypeAlias = Callable[
+    [Endpoint, Mapping[str, Any], RequestCharge], Awaitable[tuple[T | Failure, Endpoint]]
 ]
 
 _EMPTY_TRIES: Final = 2
 """An empty answer is asked for again on the same endpoint, then on another; attempts allowing."""
 
 
-class Repeater:
+class Retrier:
     """Carries calls from endpoint to endpoint, and counts how the run as a whole fares.
 
     Args:
@@ -218,21 +220,21 @@ class Repeater:
     def __init__(
         self,
         policy: RetryPolicy,
-        warden: Warden,
-        pacer: Pacer | None,
+        monitor: HealthMonitor,
+        limiter: RateLimiter | None,
         affinity: Affinity | None,
-        weighs: Callable[[], bool],
+        counts_tokens: Callable[[], bool],
     ) -> None:
         self._policy = policy
-        self._warden = warden
-        self._pacer = pacer
+        self._monitor = monitor
+        self._limiter = limiter
         self._affinity = affinity
-        self._weighs = weighs
+        self._counts_tokens = counts_tokens
         self._calls = 0
         self._repeated = 0
         self._failed = 0
 
-    async def call(self, body: Mapping[str, Any], send: Send[T]) -> tuple[T, Endpoint]:
+    async def call(self, body: Mapping[str, Any], send: SendFunction[T]) -> tuple[T, Endpoint]:
         """Send one request until its answer is good.
 
         Raises:
@@ -241,52 +243,52 @@ class Repeater:
         """
         self._calls += 1
         try:
-            return await self._call(body, send)
+            return await self._retry(body, send)
         except EndpointError as error:
             self._count_failed(error)
             raise
 
-    async def _call(self, body: Mapping[str, Any], send: Send[T]) -> tuple[T, Endpoint]:
+    async def _retry(self, body: Mapping[str, Any], send: SendFunction[T]) -> tuple[T, Endpoint]:
         log = CURRENT_CALLS.get()
-        tokens = estimate(body) if self._weighs() else 0
-        key = self._affinity.key(body) if self._affinity else 0
-        prefer = self._affinity.home(key) if self._affinity else None
-        attempts: Attempts | None = None
+        tokens = estimate_tokens(body) if self._counts_tokens() else 0
+        key = self._affinity.make_key(body) if self._affinity else 0
+        prefer = self._affinity.find_endpoint(key) if self._affinity else None
+        attempts: AttemptLog | None = None
         avoid: Set[Endpoint] = frozenset()
         empty: list[Endpoint] = []
         tries = min(_EMPTY_TRIES, self._policy.attempts - 1)
         while True:
-            charge = await Charge.open(log, body)
+            charge = await RequestCharge.reserve(log, body)
             unfit = frozenset() if attempts is None else attempts.unfit
-            endpoint = await self._admitted(charge, tokens, avoid, prefer, unfit)
+            endpoint = await self._acquire_endpoint(charge, tokens, avoid, prefer, unfit)
             if self._affinity is not None:
-                self._affinity.met(key, endpoint)
+                self._affinity.record(key, endpoint)
             asked = body
             if attempts is not None:
-                asked, charge.marks = attempts.fitted(endpoint, body), attempts.marks
+                asked, charge.marks = attempts.adapt_body(endpoint, body), attempts.marks
             result, endpoint = await send(endpoint, asked, charge)
             if isinstance(result, Failure):
-                attempts = attempts or Attempts(self._policy, time.monotonic())
-                await self._after(attempts, endpoint, result, log)
+                attempts = attempts or AttemptLog(self._policy, time.monotonic())
+                await self._handle_failure(attempts, endpoint, result, log)
                 avoid = attempts.avoid
-                prefer = endpoint if result.treatment.step is Step.SAME else prefer
+                prefer = endpoint if result.rule.action is RetryAction.SAME else prefer
             elif not _is_empty(result) or len(empty) >= tries:
                 if log is not None:
                     log.endpoint = endpoint.label
-                self._warden.count_answered(log)
+                self._monitor.count_answered(log)
                 if attempts is not None and attempts.refusers:
-                    self._warden.answered_elsewhere(attempts.refusers)
+                    self._monitor.eject_refusers(attempts.refusers)
                 return result, endpoint
             else:
                 if isinstance(result, OpenStream):
                     await result.drain()
                 empty.append(endpoint)
                 prefer, avoid = (endpoint, avoid) if len(empty) == 1 else (None, {*avoid, *empty})
-                self._count_repeated()
+                self._count_retry()
 
-    async def _admitted(
+    async def _acquire_endpoint(
         self,
-        charge: Charge,
+        charge: RequestCharge,
         tokens: int,
         avoid: Set[Endpoint],
         prefer: Endpoint | None,
@@ -294,73 +296,76 @@ class Repeater:
     ) -> Endpoint:
         """Wait for an endpoint; what is reserved is given back if there will be none."""
         try:
-            self._go_on()
-            if self._pacer is not None:
-                await asyncio.sleep(self._pacer.admit(tokens))
-                self._go_on()  # a stop fails who waits for an endpoint, and this call did not yet
-            return await self._warden.dispatch.take(avoid, prefer, tokens, charge.log, unfit)
+            self._check_stopped()
+            if self._limiter is not None:
+                await asyncio.sleep(self._limiter.reserve(tokens))
+                # a stop fails who waits for an endpoint, and this call did not yet
+                self._check_stopped()
+            return await self._monitor.balancer.acquire(avoid, prefer, tokens, charge.log, unfit)
         except BaseException:
-            charge.free(sent=False)
+            charge.release(sent=False)
             raise
 
-    def _go_on(self) -> None:
-        if self._warden.stopped is not None:
-            raise RunStoppedError(self._warden.stopped)
+    def _check_stopped(self) -> None:
+        if self._monitor.stop_reason is not None:
+            raise RunStoppedError(self._monitor.stop_reason)
 
-    async def _after(
-        self, attempts: Attempts, endpoint: Endpoint, failure: Failure, log: CallLog | None
+    async def _handle_failure(
+        self, attempts: AttemptLog, endpoint: Endpoint, failure: Failure, log: CallLog | None
     ) -> None:
         """Wait as a failed request asks, or raise if it was the last."""
-        if self._warden.stopped is not None:
-            raise RunStoppedError(self._warden.stopped) from failure.error
+        if self._monitor.stop_reason is not None:
+            raise RunStoppedError(self._monitor.stop_reason) from failure.error
         if failure.accepts_others:
             attempts.trusted.add(endpoint)
         if failure.is_refusal:
-            await self._judge(attempts, endpoint, failure, log)
-        failure, short = request.elsewhere(endpoint, failure, self._warden.dispatch.alive)
+            await self._check_item_fault(attempts, endpoint, failure, log)
+        failure, short = request.redirect_long_prompt(
+            endpoint, failure, self._monitor.balancer.alive
+        )
         try:
-            pause = attempts.after(endpoint, failure, time.monotonic(), random.random())
+            pause = attempts.record_failure(endpoint, failure, time.monotonic(), random.random())
         except EndpointError:
-            if failure.is_refusal and self._is_at_fault(attempts):
-                raise self._warden.count_refused(failure, len(attempts.refusers)) from None
-            if attempts.refused_alone:
-                raise self._warden.count_refused(failure, len(attempts.marks)) from None
+            if failure.is_refusal and self._is_item_at_fault(attempts):
+                raise self._monitor.count_refused(failure, len(attempts.refusers)) from None
+            if attempts.is_refused_alone:
+                raise self._monitor.count_refused(failure, len(attempts.marks)) from None
             raise
         attempts.exclude(short)
-        if not failure.treatment.free:
-            self._count_repeated()
+        if not failure.rule.free:
+            self._count_retry()
         await asyncio.sleep(pause)
 
-    async def _judge(
-        self, attempts: Attempts, endpoint: Endpoint, failure: Failure, log: CallLog | None
+    async def _check_item_fault(
+        self, attempts: AttemptLog, endpoint: Endpoint, failure: Failure, log: CallLog | None
     ) -> None:
         """Raise if an item that is refused is itself at fault.
 
         An odd page may be a moment's matter: what it says is known after the last attempt.
         """
         attempts.refusers[endpoint] = failure
-        others = self._warden.dispatch.alive - attempts.refusers.keys() - attempts.full
+        others = self._monitor.balancer.alive - attempts.refusers.keys() - attempts.full
         if not failure.is_clear or (others and len(attempts.refusers) == 1):
             return
-        at_fault = self._is_at_fault(attempts)
+        at_fault = self._is_item_at_fault(attempts)
         if not at_fault:
-            at_fault = await self._warden.settle(attempts.refusers, log)
-            if self._warden.stopped is not None:
-                raise RunStoppedError(self._warden.stopped) from failure.error
+            at_fault = await self._monitor.resolve_fault(attempts.refusers, log)
+            if self._monitor.stop_reason is not None:
+                raise RunStoppedError(self._monitor.stop_reason) from failure.error
         if at_fault:
-            raise self._warden.count_refused(failure, len(attempts.refusers))
+            raise self._monitor.count_refused(failure, len(attempts.refusers))
 
-    def _is_at_fault(self, attempts: Attempts) -> bool:
+    def _is_item_at_fault(self, attempts: AttemptLog) -> bool:
         """Tell whether the item is to blame for its refusals, rather than the endpoints.
 
         It is if an endpoint that answered another item lately refuses it, and a second one does
         too, or there is none.
         """
         refusers = attempts.refusers
-        alone = not self._warden.dispatch.alive - refusers.keys() - attempts.full
+        alone = not self._monitor.balancer.alive - refusers.keys() - attempts.full
         return (alone or len(refusers) > 1) and not attempts.trusted.isdisjoint(refusers)
 
-    def _count_repeated(self) -> None:
+    def _count_retry(self) -> None:
         self._repeated += 1
         budget = self._policy.budget
         if budget is None:
@@ -376,14 +381,14 @@ class Repeater:
         # A prompt that is too long is its item's matter, and long items may stand together.
         self._failed += not isinstance(error, PromptTooLongError)
         first = self._policy.first_calls
-        ended = self._warden.answers + self._failed
+        ended = self._monitor.answers + self._failed
         if self._failed > self._policy.first_failed * first and ended <= first:
             self._stop(
                 f"{self._failed} of the first {ended} calls failed; the last: {error.message}"
             )
 
     def _stop(self, message: str) -> None:
-        self._warden.stop(message)
+        self._monitor.stop(message)
         raise RunStoppedError(message)
 
 
@@ -398,32 +403,32 @@ _RECENT: Final = 512
 _ENOUGH: Final = 20
 """Answers before a quantile means anything."""
 
-Result: TypeAlias = dict[str, Any] | Failure
+SendResult: TypeAlias = dict[str, Any] | Failure
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class HedgedCall:
     """One request in flight that may be doubled.
 
     Attributes:
-        asked: Who was asked, the first one included.
+        endpoints: Who was asked, the first one included.
         charge: What the request costs, and what it asks.
         task: The task that waits for the answer.
         cancelling: The task's pending cancellations at the start.
         started: Monotonic time in seconds.
-        due: Monotonic time in seconds before which no further request is sent.
-        others: The further requests under way, who was asked, and what they cost.
+        next_hedge_at: Monotonic time in seconds before which no further request is sent.
+        hedges: The further requests under way, who was asked, and what they cost.
         answer: Their first good answer and who gave it, when it came first.
         failed: Whether the first request has failed and the others are waited for.
     """
 
-    asked: set[Endpoint]
-    charge: Charge
+    endpoints: set[Endpoint]
+    charge: RequestCharge
     task: asyncio.Task[Any]
     cancelling: int
     started: float
-    due: float = 0.0
-    others: dict[asyncio.Task[None], tuple[Endpoint, Charge]] = field(default_factory=dict)
+    next_hedge_at: float = 0.0
+    hedges: dict[asyncio.Task[None], tuple[Endpoint, RequestCharge]] = field(default_factory=dict)
     answer: tuple[dict[str, Any], Endpoint] | None = None
     failed: bool = False
 
@@ -441,15 +446,15 @@ class Hedger:
     def __init__(
         self,
         policy: HedgePolicy,
-        dispatch: Dispatcher,
-        send: Callable[[Endpoint, Mapping[str, Any], Charge], Awaitable[Result]],
-        pacer: Pacer | None = None,
+        balancer: LoadBalancer,
+        send: Callable[[Endpoint, Mapping[str, Any], RequestCharge], Awaitable[SendResult]],
+        limiter: RateLimiter | None = None,
     ) -> None:
-        self._pacer = pacer
+        self._limiter = limiter
         self._policy = policy
-        self._dispatch = dispatch
+        self._balancer = balancer
         self._send = send
-        self._calls: dict[Call, None] = {}
+        self._calls: dict[HedgedCall, None] = {}
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._timer: asyncio.TimerHandle | None = None
         self._peak = 0
@@ -457,14 +462,14 @@ class Hedger:
         self._doubled = 0
 
     async def send(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: Charge
-    ) -> tuple[Result, Endpoint]:
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
+    ) -> tuple[SendResult, Endpoint]:
         """Send one request, and a second one if it turns out to be a straggler.
 
         Returns:
             The result that counts, and the endpoint that gave it.
         """
-        call = self._enter(endpoint, charge)
+        call = self._add_call(endpoint, charge)
         try:
             result = await self._send(endpoint, body, charge)
         except asyncio.CancelledError:
@@ -473,47 +478,47 @@ class Hedger:
             raise
         else:
             if not isinstance(result, Failure):
-                self._answered(call)
+                self._record_answer(call)
                 return result, endpoint
             call.failed = True
-            while call.others and call.answer is None:
-                await asyncio.wait(call.others, return_when=asyncio.FIRST_COMPLETED)
+            while call.hedges and call.answer is None:
+                await asyncio.wait(call.hedges, return_when=asyncio.FIRST_COMPLETED)
             return call.answer or (result, endpoint)
         finally:
-            self._leave(call)
+            self._remove_call(call)
 
-    def _enter(self, endpoint: Endpoint, charge: Charge) -> Call:
+    def _add_call(self, endpoint: Endpoint, charge: RequestCharge) -> HedgedCall:
         task = asyncio.current_task()
         assert task is not None, "a request is sent from a task"
-        call = Call({endpoint}, charge, task, task.cancelling(), time.monotonic())
+        call = HedgedCall({endpoint}, charge, task, task.cancelling(), time.monotonic())
         self._calls[call] = None
         self._peak = max(self._peak, len(self._calls))
         return call
 
-    def _leave(self, call: Call) -> None:
+    def _remove_call(self, call: HedgedCall) -> None:
         del self._calls[call]
-        self._drop_others(call)
-        if self._timer is None and self._is_end_game():
-            self._tick()
+        self._cancel_hedges(call)
+        if self._timer is None and self._is_run_ending():
+            self._check_stragglers()
 
-    def _answered(self, call: Call) -> None:
+    def _record_answer(self, call: HedgedCall) -> None:
         """Take note of how long a good answer took."""
         self._answers += 1
         self._recent.append(time.monotonic() - call.started)
 
-    def _is_end_game(self) -> bool:
+    def _is_run_ending(self) -> bool:
         running = len(self._calls)
         return (
             0 < running < self._policy.below * self._peak
             and self._peak >= self._policy.peak
-            and not self._dispatch.contended
+            and not self._balancer.contended
             and len(self._recent) >= _ENOUGH
         )
 
-    def _tick(self) -> None:
+    def _check_stragglers(self) -> None:
         """Look for stragglers now and, while the end game lasts, again and again."""
         self._timer = None
-        if not self._is_end_game():
+        if not self._is_run_ending():
             return
         times = sorted(self._recent)
         limit = times[int(self._policy.quantile * len(times))]
@@ -521,35 +526,35 @@ class Hedger:
         for call in list(self._calls):
             if now - call.started <= limit:
                 break
-            wanted = now >= call.due and len(call.asked) <= self._policy.copies
+            wanted = now >= call.next_hedge_at and len(call.endpoints) <= self._policy.copies
             if wanted and self._doubled < self._policy.share * self._answers:
-                self._double(call, now + times[len(times) // 2])
+                self._hedge(call, now + times[len(times) // 2])
         pause = max(self._policy.tick_s, limit / 10)
-        self._timer = asyncio.get_running_loop().call_later(pause, self._tick)
+        self._timer = asyncio.get_running_loop().call_later(pause, self._check_stragglers)
 
-    def _double(self, call: Call, due: float) -> None:
-        tokens, charge = estimate(call.charge.body), call.charge.again()
+    def _hedge(self, call: HedgedCall, due: float) -> None:
+        tokens, charge = estimate_tokens(call.charge.body), call.charge.reserve_again()
         if charge is None:  # the budget does not carry a second request
             return
-        if self._pacer is not None and not self._pacer.spare(tokens):
-            charge.free(sent=False)
+        if self._limiter is not None and not self._limiter.try_reserve(tokens):
+            charge.release(sent=False)
             return
-        endpoint = self._dispatch.take_now(call.asked, tokens, charge.log)
+        endpoint = self._balancer.try_acquire(call.endpoints, tokens, charge.log)
         if endpoint is None:
-            charge.free(sent=False)
-            if self._pacer is not None:
-                self._pacer.settle(tokens, 0)
+            charge.release(sent=False)
+            if self._limiter is not None:
+                self._limiter.settle(tokens, 0)
             return
         self._doubled += 1
         endpoint.stats.hedges += 1
-        call.due = due
-        call.asked.add(endpoint)
-        further = self._further(call, endpoint, charge)
+        call.next_hedge_at = due
+        call.endpoints.add(endpoint)
+        further = self._run_hedge(call, endpoint, charge)
         task = asyncio.get_running_loop().create_task(further)
-        call.others[task] = endpoint, charge
-        task.add_done_callback(lambda done: call.others.pop(done, None))
+        call.hedges[task] = endpoint, charge
+        task.add_done_callback(lambda done: call.hedges.pop(done, None))
 
-    async def _further(self, call: Call, endpoint: Endpoint, charge: Charge) -> None:
+    async def _run_hedge(self, call: HedgedCall, endpoint: Endpoint, charge: RequestCharge) -> None:
         result = await self._send(endpoint, charge.body, charge)
         if not isinstance(result, Failure) and call in self._calls and call.answer is None:
             call.answer = (result, endpoint)
@@ -562,10 +567,10 @@ class Hedger:
             self._timer.cancel()
             self._timer = None
         for call in self._calls:
-            self._drop_others(call)
+            self._cancel_hedges(call)
 
-    def _drop_others(self, call: Call) -> None:
-        for task, (endpoint, charge) in call.others.items():
+    def _cancel_hedges(self, call: HedgedCall) -> None:
+        for task, (endpoint, charge) in call.hedges.items():
             # A task that is cancelled before its first step runs nothing, not even what gives
             # its endpoint back.
             coroutine = task.get_coro()
@@ -574,8 +579,8 @@ class Hedger:
                 and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
             )
             if unborn and not task.cancelling():
-                self._dispatch.give(endpoint, item=charge.log)
-                charge.free(sent=False)
+                self._balancer.release(endpoint, item=charge.log)
+                charge.release(sent=False)
             # At once: the item may be recorded before the task hears that it is cancelled.
-            endpoint.stats.lost(charge.lost())
+            endpoint.stats.add_lost(charge.settle_lost())
             task.cancel()

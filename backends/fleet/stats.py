@@ -25,7 +25,7 @@ _SUMS: Final = ("calls", *_TOKENS, "hedges")
 
 
 @dataclass(slots=True)
-class Stats:
+class EndpointStats:
     """Totals of one endpoint.
 
     Attributes:
@@ -52,7 +52,7 @@ class Stats:
     hedges: int = 0
     _cells: Counter[int] = field(default_factory=Counter)
 
-    def answered(self, seconds: float, usage: Usage) -> None:
+    def add_answer(self, seconds: float, usage: Usage) -> None:
         """Count a good answer."""
         self.calls += 1
         self.prompt_tokens += usage.prompt or 0
@@ -60,21 +60,21 @@ class Stats:
         self.cached_tokens += usage.cached or 0
         self._cells[math.ceil(math.log2(max(seconds, 1e-4)) * _PER_DOUBLING)] += 1
 
-    def failed(self, error: str) -> None:
+    def add_failure(self, error: str) -> None:
         """Count a failure by the name of its class."""
         self.calls += 1
         self.failures[error] += 1
 
-    def lost(self, usage: Usage) -> None:
+    def add_lost(self, usage: Usage) -> None:
         """Count what a request may have cost that brought no answer."""
         self.lost_prompt_tokens += usage.prompt or 0
         self.lost_completion_tokens += usage.completion or 0
 
-    def useful(self, usage: Usage) -> None:
+    def add_useful(self, usage: Usage) -> None:
         """Count tokens of answers that count: their item has ended well."""
         self.useful_tokens += usage.tokens
 
-    def merge(self, other: Stats) -> None:
+    def merge(self, other: EndpointStats) -> None:
         """Add other sums to these."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -83,17 +83,17 @@ class Stats:
         for cell, count in other._cells.items():
             self._cells[cell] += count
 
-    def __add__(self, other: Stats) -> Stats:
+    def __add__(self, other: EndpointStats) -> EndpointStats:
         """Return the sums of both."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMS}
-        return Stats(
+        return EndpointStats(
             failures=self.failures + other.failures, _cells=self._cells + other._cells, **sums
         )
 
-    def __sub__(self, before: Stats) -> Stats:
+    def __sub__(self, before: EndpointStats) -> EndpointStats:
         """Return what was counted since an earlier state of the same."""
         sums = {name: getattr(self, name) - getattr(before, name) for name in _SUMS}
-        return Stats(
+        return EndpointStats(
             failures=self.failures - before.failures, _cells=self._cells - before._cells, **sums
         )
 

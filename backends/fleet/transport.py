@@ -17,9 +17,9 @@ from yarl import URL
 
 from ..core.errors import ConfigurationError, EndpointError, EndpointLostError
 from ..core.types import SIMULATED_FINGERPRINT, Reply, Usage
-from ..core.values import cut_levels, json_text, read_json, token_count
+from ..core.values import cut_deep_levels, parse_json, parse_token_count, to_json_text
 from . import failures
-from .failures import BodyTooLargeError, Complaint, Failure, ProxyError, RawAnswer
+from .failures import BodyTooLargeError, ErrorBody, Failure, HTTPAnswer, ProxyError
 from .policy import FleetPolicy
 
 _LARGE: Final = 1 << 20
@@ -126,7 +126,7 @@ class Transport:
 
     async def send(
         self, url: str, body: bytes, headers: Mapping[str, str], proxied: bool = False
-    ) -> RawAnswer:
+    ) -> HTTPAnswer:
         """Post one body and read the whole answer.
 
         Args:
@@ -141,13 +141,13 @@ class Transport:
         """
         async with self.session().post(
             url,
-            data=_sent(body),
+            data=_to_payload(body),
             allow_redirects=False,
-            **self._routed(url, headers, proxied),
+            **self._route_options(url, headers, proxied),
         ) as got:
             reader = BodyReader(got, self._policy.body_bytes)
             sent = got.request_info.headers
-            return RawAnswer(got.status, got.headers, await reader.read(), sent)
+            return HTTPAnswer(got.status, got.headers, await reader.read(), sent)
 
     async def stream(
         self, url: str, body: bytes, headers: Mapping[str, str], proxied: bool = False
@@ -164,16 +164,16 @@ class Transport:
         timeout = aiohttp.ClientTimeout(sock_connect=limits.connect_s, sock_read=limits.request_s)
         response = await self.session().post(
             url,
-            data=_sent(body),
+            data=_to_payload(body),
             allow_redirects=False,
             timeout=timeout,
-            **self._routed(url, headers, proxied),
+            **self._route_options(url, headers, proxied),
         )
         return BodyReader(response, self._policy.body_bytes)
 
     async def get(
         self, url: str, headers: Mapping[str, str], timeout_s: float, proxied: bool = False
-    ) -> RawAnswer:
+    ) -> HTTPAnswer:
         """Fetch a small document within ``timeout_s`` seconds.
 
         Raises:
@@ -184,12 +184,12 @@ class Transport:
             url,
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=timeout_s),
-            **self._routed(url, headers, proxied),
+            **self._route_options(url, headers, proxied),
         ) as got:
             body = await BodyReader(got, _LARGEST_DOCUMENT).read()
-            return RawAnswer(got.status, got.headers, body, got.request_info.headers)
+            return HTTPAnswer(got.status, got.headers, body, got.request_info.headers)
 
-    def _routed(self, url: str, headers: Mapping[str, str], proxied: bool) -> dict[str, Any]:
+    def _route_options(self, url: str, headers: Mapping[str, str], proxied: bool) -> dict[str, Any]:
         """Return a request's headers and its proxy, if the environment names one, for aiohttp."""
         if not (proxied or self._policy.trust_env):
             return {"headers": headers}
@@ -263,7 +263,7 @@ def _proxy_of(url: URL) -> dict[str, Any]:
     return {"proxy": bare, "proxy_headers" if url.scheme == "https" else "headers": told}
 
 
-def _sent(body: bytes) -> bytes | io.BytesIO:
+def _to_payload(body: bytes) -> bytes | io.BytesIO:
     """Return a body as aiohttp likes it: a large one is read in pieces, not to hold the loop up."""
     return io.BytesIO(body) if len(body) > _LARGE else body
 
@@ -274,15 +274,15 @@ GATEWAY_ERROR_ID: Final = "chatcmpl-api-error"
 _COUNTS: Final = ("prompt_tokens", "completion_tokens", "total_tokens")
 _DETAILS: Final = ("prompt_tokens_details", "completion_tokens_details")
 
-ABORTED: Final = frozenset({"abort", "error"})
+ABORT_REASONS: Final = frozenset({"abort", "error"})
 """Finish reasons of a server that is shutting down; the text is partial."""
 
 
-SAID: Final = ("content", "tool_calls", "refusal", "function_call", "audio")
+CONTENT_FIELDS: Final = ("content", "tool_calls", "refusal", "function_call", "audio")
 """Fields of a message by which it says something."""
 
 
-def read(answer: RawAnswer, endpoint: str) -> dict[str, Any] | Failure:
+def read_completion(answer: HTTPAnswer, endpoint: str) -> dict[str, Any] | Failure:
     """Decode an answer, or say why it is none.
 
     Args:
@@ -290,26 +290,26 @@ def read(answer: RawAnswer, endpoint: str) -> dict[str, Any] | Failure:
         endpoint: The endpoint's label.
     """
     if answer.status != 200:  # noqa: PLR2004 - HTTP's own number
-        return failures.of_answer(answer.masked(), endpoint)
+        return failures.classify_answer(answer.mask_keys(), endpoint)
     try:
-        document = read_json(answer.body)
+        document = parse_json(answer.body)
     except RecursionError:
-        return failures.of_levels(answer.masked(), endpoint)
+        return failures.classify_too_deep(answer.mask_keys(), endpoint)
     except ValueError:
         document = None
     problem = _problem(document)
     if problem is None:
-        make_plain(document)
-        cut_levels(answer.body, document)
+        normalize_completion(document)
+        cut_deep_levels(answer.body, document)
         if _is_aborted(document):
-            return failures.of_abort(answer.masked(), endpoint)
+            return failures.classify_abort(answer.mask_keys(), endpoint)
         plain: dict[str, Any] = document
         return plain
-    answer = answer.masked()
+    answer = answer.mask_keys()
     if isinstance(document, dict) and (document.get("error") or document.get("object") == "error"):
-        complaint = Complaint.of(read_json(answer.body))
-        return failures.of_complaint(answer, complaint, _inner_status(complaint), endpoint)
-    return failures.of_reply(answer, problem, endpoint)
+        complaint = ErrorBody.from_json(parse_json(answer.body))
+        return failures.classify_error_body(answer, complaint, _inner_status(complaint), endpoint)
+    return failures.classify_bad_reply(answer, problem, endpoint)
 
 
 def _problem(document: Any) -> str | None:
@@ -327,32 +327,32 @@ def _has_message(choice: Any) -> bool:
     return isinstance(choice, dict) and isinstance(choice.get("message"), dict)
 
 
-def make_plain(document: dict[str, Any]) -> None:
+def normalize_completion(document: dict[str, Any]) -> None:
     """Give a chat completion's fields the types that they have by its specification, in place.
 
     Servers and what stands in between write other ones. What is no count is not told, a name that
     is no text is none, a choice without a message and tool calls that are no calls are left out,
     and what is no text becomes its JSON: the answer is paid, and counts.
     """
-    _make_plain_top(document)
+    _normalize_top(document)
     choices = document["choices"] = [one for one in document["choices"] if _has_message(one)]
     for choice in choices:
         message = choice["message"]
         if message.get("role") != "assistant":
             message["role"] = "assistant"
         if calls := message.get("tool_calls"):
-            message["tool_calls"] = _plain_calls(calls)
+            message["tool_calls"] = _normalize_calls(calls)
         if call := message.get("function_call"):
-            message["function_call"] = _plain_function(call)
-        _make_plain_choice(choice, message)
+            message["function_call"] = _normalize_function(call)
+        _normalize_choice(choice, message)
 
 
-def make_plain_chunk(chunk: dict[str, Any]) -> None:
-    """Give the fields of one event of a stream their types, as :func:`make_plain` does, in place.
+def normalize_chunk(chunk: dict[str, Any]) -> None:
+    """Narrow the fields of one event of a stream in place, as :func:`normalize_completion` does.
 
     Unlike in a whole answer, each part of a tool call may be missing: another event brings it.
     """
-    _make_plain_top(chunk)
+    _normalize_top(chunk)
     chunk.pop("chunk", None)  # LangChain looks for choices there
     choices = chunk.get("choices")
     choices = chunk["choices"] = (
@@ -365,36 +365,36 @@ def make_plain_chunk(chunk: dict[str, Any]) -> None:
         if delta.get("role", "assistant") != "assistant":
             delta["role"] = "assistant"
         if calls := delta.get("tool_calls"):
-            delta["tool_calls"] = _plain_call_parts(calls)
+            delta["tool_calls"] = _normalize_call_parts(calls)
         if call := delta.get("function_call"):
-            delta["function_call"] = _plain_function_part(call)
-        _make_plain_choice(choice, delta)
+            delta["function_call"] = _normalize_function_part(call)
+        _normalize_choice(choice, delta)
         if logprobs := choice.get("logprobs"):  # LangChain joins those of all events
             lists = {name: one for name, one in logprobs.items() if isinstance(one, list)}
             choice["logprobs"] = lists or None
 
 
-def _make_plain_top(document: dict[str, Any]) -> None:
+def _normalize_top(document: dict[str, Any]) -> None:
     for name in ("model", "system_fingerprint", "id", "service_tier"):
         if not isinstance(document.get(name, ""), str):
             document[name] = None
     usage = document.get("usage")
     if usage is not None and not _is_usage(usage):
-        document["usage"] = _plain_usage(usage)
+        document["usage"] = _normalize_usage(usage)
 
 
-def _make_plain_choice(choice: dict[str, Any], said: dict[str, Any]) -> None:
+def _normalize_choice(choice: dict[str, Any], said: dict[str, Any]) -> None:
     """Give a choice's fields and those of its message, or of a part of it, their types."""
     reason, logprobs = choice.get("finish_reason"), choice.get("logprobs")
     if reason is not None and not isinstance(reason, str):
-        choice["finish_reason"] = json_text(reason)
+        choice["finish_reason"] = to_json_text(reason)
     if logprobs is not None and not isinstance(logprobs, dict):
         choice["logprobs"] = None
     for name in ("content", "refusal"):
         value = said.get(name)
         if value is None or isinstance(value, str):
             continue
-        said[name] = _joined(value) or json_text(value)
+        said[name] = _join_parts(value) or to_json_text(value)
     if (audio := said.get("audio")) is not None and not isinstance(audio, dict):
         said["audio"] = None
     for name in ("name", "id"):
@@ -402,38 +402,40 @@ def _make_plain_choice(choice: dict[str, Any], said: dict[str, Any]) -> None:
             said[name] = None
 
 
-def _plain_calls(calls: Any) -> list[dict[str, Any]] | None:
+def _normalize_calls(calls: Any) -> list[dict[str, Any]] | None:
     """Return the tool calls of a message, or None if one is no call of a function."""
     if not isinstance(calls, list):
         return None
     found = []
     for call in calls:
-        function = _plain_function(call.get("function")) if isinstance(call, dict) else None
+        function = _normalize_function(call.get("function")) if isinstance(call, dict) else None
         if function is None:
             return None
         name = call.get("id")
-        plain_id = name if name is None or isinstance(name, str) else json_text(name)
+        plain_id = name if name is None or isinstance(name, str) else to_json_text(name)
         found.append({**call, "id": plain_id, "function": function})
     return found
 
 
-def _plain_function(function: Any) -> dict[str, Any] | None:
+def _normalize_function(function: Any) -> dict[str, Any] | None:
     """Return a function's call with its arguments as JSON text, or None if it is no call."""
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         return None
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         return function
-    return {**function, "arguments": json_text({} if arguments is None else arguments)}
+    return {**function, "arguments": to_json_text({} if arguments is None else arguments)}
 
 
-def _plain_call_parts(calls: Any) -> list[dict[str, Any]] | None:
+def _normalize_call_parts(calls: Any) -> list[dict[str, Any]] | None:
     """Return the parts of tool calls that an event brings, or None if one is none."""
     if not isinstance(calls, list):
         return None
     found = []
     for place, call in enumerate(calls):
-        function = _plain_function_part(call.get("function")) if isinstance(call, dict) else None
+        function = (
+            _normalize_function_part(call.get("function")) if isinstance(call, dict) else None
+        )
         if function is None:
             return None
         index, name = call.get("index"), call.get("id")
@@ -441,25 +443,25 @@ def _plain_call_parts(calls: Any) -> list[dict[str, Any]] | None:
             {
                 **call,
                 "index": index if type(index) is int else place,
-                "id": name if name is None or isinstance(name, str) else json_text(name),
+                "id": name if name is None or isinstance(name, str) else to_json_text(name),
                 "function": function,
             }
         )
     return found
 
 
-def _plain_function_part(function: Any) -> dict[str, Any] | None:
+def _normalize_function_part(function: Any) -> dict[str, Any] | None:
     if function is None:
         return {}
     if not isinstance(function, dict):
         return None
     name, arguments = function.get("name"), function.get("arguments")
     if arguments is not None and not isinstance(arguments, str):
-        arguments = json_text(arguments)
+        arguments = to_json_text(arguments)
     return {**function, "name": name if isinstance(name, str) else None, "arguments": arguments}
 
 
-def _joined(content: Any) -> str | None:
+def _join_parts(content: Any) -> str | None:
     """Return the text of a content that comes in parts, or None if it is none."""
     if not isinstance(content, list):
         return None
@@ -472,7 +474,7 @@ def _is_usage(usage: Any) -> bool:
     if not isinstance(usage, dict):
         return False
     for name in _COUNTS:
-        if (value := usage.get(name)) is not None and token_count(value) is None:
+        if (value := usage.get(name)) is not None and parse_token_count(value) is None:
             return False
     return all(_are_details(usage.get(name)) for name in _DETAILS)
 
@@ -480,20 +482,20 @@ def _is_usage(usage: Any) -> bool:
 def _are_details(details: Any) -> bool:
     return details is None or (
         isinstance(details, dict)
-        and all(value is None or token_count(value) is not None for value in details.values())
+        and all(value is None or parse_token_count(value) is not None for value in details.values())
     )
 
 
-def _plain_usage(usage: Any) -> dict[str, Any] | None:
+def _normalize_usage(usage: Any) -> dict[str, Any] | None:
     """Return what can be believed of a usage."""
     if not isinstance(usage, dict):
         return None
     plain: dict[str, Any] = {
-        name: value for name in _COUNTS if (value := token_count(usage.get(name))) is not None
+        name: value for name in _COUNTS if (value := parse_token_count(usage.get(name))) is not None
     }
     for name in _DETAILS:
         if isinstance(details := usage.get(name), dict):
-            plain[name] = {k: v for k, v in details.items() if token_count(v) is not None}
+            plain[name] = {k: v for k, v in details.items() if parse_token_count(v) is not None}
     return plain
 
 
@@ -504,7 +506,7 @@ def is_completion(document: Any) -> bool:
 
 def _is_aborted(document: dict[str, Any]) -> bool:
     reason = document["choices"][0].get("finish_reason")
-    aborted = isinstance(reason, str) and reason in ABORTED
+    aborted = isinstance(reason, str) and reason in ABORT_REASONS
     return aborted or document.get("id") == GATEWAY_ERROR_ID
 
 
@@ -512,10 +514,12 @@ def is_empty(document: Mapping[str, Any]) -> bool:
     """Tell whether a good answer says nothing at all although it was not cut."""
     choice = document["choices"][0]
     message = choice["message"]
-    return choice.get("finish_reason") in ("stop", None) and not any(map(message.get, SAID))
+    return choice.get("finish_reason") in ("stop", None) and not any(
+        map(message.get, CONTENT_FIELDS)
+    )
 
 
-def _inner_status(complaint: Complaint) -> int:
+def _inner_status(complaint: ErrorBody) -> int:
     code = complaint.code or ""
     return int(code) if code.isdigit() and 400 <= int(code) < 600 else 500  # noqa: PLR2004
 
@@ -525,18 +529,18 @@ def is_simulated(document: Mapping[str, Any]) -> bool:
     return document.get("system_fingerprint") == SIMULATED_FINGERPRINT
 
 
-def usage_of(document: Mapping[str, Any]) -> Usage:
+def read_usage(document: Mapping[str, Any]) -> Usage:
     """Return the tokens that an answer reports; unknown stays None."""
     usage = document.get("usage")
     if not isinstance(usage, dict):
         return Usage()
     details = usage.get("prompt_tokens_details")
-    cached = token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    cached = parse_token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return Usage(token_count(prompt), token_count(completion), cached)
+    return Usage(parse_token_count(prompt), parse_token_count(completion), cached)
 
 
-def reply_of(document: dict[str, Any], endpoint: str) -> Reply:
+def make_reply(document: dict[str, Any], endpoint: str) -> Reply:
     """Turn a chat completion into a reply.
 
     Args:
@@ -549,7 +553,7 @@ def reply_of(document: dict[str, Any], endpoint: str) -> Reply:
         content=message.get("content") or "",
         finish_reason=choice.get("finish_reason"),
         refusal=message.get("refusal"),
-        usage=usage_of(document),
+        usage=read_usage(document),
         endpoint=endpoint,
         model=document.get("model") or "",
         simulated=is_simulated(document),
@@ -563,23 +567,23 @@ _MARK: Final = b"\xef\xbb\xbf"
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
 """What a line of an event stream begins with."""
 
-End = Callable[[dict[str, Any] | Failure | None], None]
+OnEnd = Callable[[dict[str, Any] | Failure | None], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
+class StreamHooks:
     """What a stream reports.
 
     Attributes:
-        pause: Called when nobody reads it for the moment.
-        resume: Called when it is read again, or has ended.
-        end: Called once: with a summary of a whole answer, with what broke it off, or with None
+        on_idle: Called when nobody reads it for the moment.
+        on_read: Called when it is read again, or has ended.
+        on_end: Called once: with a summary of a whole answer, with what broke it off, or with None
             when the caller left early.
     """
 
-    pause: Callable[[], None]
-    resume: Callable[[], None]
-    end: End
+    on_idle: Callable[[], None]
+    on_read: Callable[[], None]
+    on_end: OnEnd
 
 
 class OpenStream:
@@ -603,27 +607,27 @@ class OpenStream:
         head: Sequence[bytes],
         endpoint: str,
         silence_s: float,
-        watch: Watch,
+        hooks: StreamHooks,
     ) -> None:
         self._reader, self._response = reader, reader.response
         self._head = head
         self._endpoint = endpoint
         self._silence_s = silence_s
-        self._watch = watch
+        self._hooks = hooks
         self._summary: dict[str, Any] = {}
         self._failure: Failure | None = None
         self._open = True
         self._reading = False
-        self._spoken = False
+        self._has_content = False
         self._ended = set[str]()
         self.headers = {key.lower(): value for key, value in reader.response.headers.items()}
         self.headers["content-type"] = "text/event-stream"
         self.is_empty = False
-        watch.pause()
+        hooks.on_idle()
 
     @classmethod
     async def begin(
-        cls, reader: BodyReader, endpoint: str, silence_s: float, watch: Watch
+        cls, reader: BodyReader, endpoint: str, silence_s: float, hooks: StreamHooks
     ) -> OpenStream | Failure:
         """Read up to the first token, or return why there is none.
 
@@ -632,51 +636,51 @@ class OpenStream:
         response = reader.response
         if response.status != _OK:
             sent = response.request_info.headers
-            raw = RawAnswer(response.status, response.headers, await reader.read(), sent)
-            return failures.of_answer(raw.masked(), endpoint)
+            raw = HTTPAnswer(response.status, response.headers, await reader.read(), sent)
+            return failures.classify_answer(raw.mask_keys(), endpoint)
         head: list[bytes] = []
         started = False
         while line := await reader.read_line():
             if not started:
                 line = line.removeprefix(_MARK)
                 if line.strip() and not line.startswith(_FIELDS):
-                    return await cls._of_document(reader, line, endpoint, silence_s, watch)
+                    return await cls._from_document(reader, line, endpoint, silence_s, hooks)
             started = started or bool(line.strip())
             head.append(line)
             try:
                 chunk = _decode(line) if line.startswith(_DATA) else None
                 failure = _error_event(chunk, line, response, endpoint)
             except ValueError:
-                chunk, failure = None, failures.of_event(endpoint)
+                chunk, failure = None, failures.classify_bad_event(endpoint)
             if failure is not None:
                 response.close()
                 return failure
             said, reason = _says_something(chunk), _reason(chunk)
             if said or reason:
-                stream = cls(reader, head, endpoint, silence_s, watch)
+                stream = cls(reader, head, endpoint, silence_s, hooks)
                 stream.is_empty = not said and reason == "stop"
                 return stream
             if line.startswith(_DONE):
                 break
         if started:
             response.close()
-            return failures.of_end(endpoint)
-        raw = RawAnswer(response.status, response.headers, b"")
-        return failures.of_reply(raw, "the stream held nothing", endpoint)
+            return failures.classify_early_end(endpoint)
+        raw = HTTPAnswer(response.status, response.headers, b"")
+        return failures.classify_bad_reply(raw, "the stream held nothing", endpoint)
 
     @classmethod
-    async def _of_document(
-        cls, reader: BodyReader, first: bytes, endpoint: str, silence_s: float, watch: Watch
+    async def _from_document(
+        cls, reader: BodyReader, first: bytes, endpoint: str, silence_s: float, watch: StreamHooks
     ) -> OpenStream | Failure:
         """Take a body that is no event stream for the whole answer, or say why it is none."""
         response = reader.response
         lines = [first]
         while line := await reader.read_line():
             lines.append(line)
-        raw = RawAnswer(
+        raw = HTTPAnswer(
             response.status, response.headers, b"".join(lines), response.request_info.headers
         )
-        document = read(raw, endpoint)
+        document = read_completion(raw, endpoint)
         if isinstance(document, Failure):
             return document
         events = [_event(chunk) for chunk in _chunks_of(document)]
@@ -701,36 +705,36 @@ class OpenStream:
         """
         try:
             for line in self._head:
-                if event := self._look(line):
+                if event := self._process_line(line):
                     yield event
             while self._open and (line := await self._next()):
-                if event := self._look(line):
+                if event := self._process_line(line):
                     yield event
             self._check_end()
         except (aiohttp.ClientError, TimeoutError) as error:
-            self._failure = failures.of_exception(
+            self._failure = failures.classify_exception(
                 error, self._endpoint, self._response.request_info.headers
             )
-            raise _begun(self._failure) from error
+            raise _mark_partial(self._failure) from error
         finally:
             self.close()
 
     async def _next(self) -> bytes:
         self._reading = True
-        self._watch.resume()
+        self._hooks.on_read()
         try:
             async with asyncio.timeout(self._silence_s):
                 return await self._reader.read_line()
         finally:
             self._reading = False
             if self._open:
-                self._watch.pause()
+                self._hooks.on_idle()
 
     def _check_end(self) -> None:
         if self._failure is None and not self._summary.get("finished"):
-            self._failure = failures.of_end(self._endpoint)
+            self._failure = failures.classify_early_end(self._endpoint)
         if self._failure is not None:
-            raise _begun(self._failure)
+            raise _mark_partial(self._failure)
 
     def close(self) -> None:
         """Let the endpoint go; leaving early frees the server's slot too."""
@@ -738,13 +742,13 @@ class OpenStream:
             return
         self._open = False
         if not self._reading:
-            self._watch.resume()
+            self._hooks.on_read()
         whole = self._failure is None and self._summary.get("finished")
         if not self._response.content.at_eof():
             self._response.close()
-        self._watch.end(self._failure or (self._summary if whole else None))
+        self._hooks.on_end(self._failure or (self._summary if whole else None))
 
-    def _look(self, line: bytes) -> bytes:
+    def _process_line(self, line: bytes) -> bytes:
         """Note model, fingerprint, usage and the end as they pass; return a line's event."""
         if line.startswith(_DONE):
             # Readers stop here, so that what is missing must be told here.
@@ -754,8 +758,8 @@ class OpenStream:
             try:
                 chunk = _decode(line)
             except ValueError:
-                self._failure = failures.of_event(self._endpoint)
-                raise _begun(self._failure) from None
+                self._failure = failures.classify_bad_event(self._endpoint)
+                raise _mark_partial(self._failure) from None
             if chunk is None:
                 return b""  # a sign of life, and no part of an answer
             for key in ("model", "system_fingerprint", "usage"):
@@ -763,23 +767,23 @@ class OpenStream:
                     self._summary[key] = chunk[key]
             if failure := _error_event(chunk, line, self._response, self._endpoint):
                 self._failure = failure
-                if isinstance(answer := failure.error.__cause__, RawAnswer):
+                if isinstance(answer := failure.error.__cause__, HTTPAnswer):
                     chunk = _decode(_DATA + answer.body) or chunk  # without the key
             choices = chunk.get("choices") or [{}]
             reason = choices[0].get("finish_reason")
-            self._end_once(choices)
-            if isinstance(reason, str) and reason in ABORTED:
-                self._failure = failures.of_end(self._endpoint)
+            self._drop_repeated_reason(choices)
+            if isinstance(reason, str) and reason in ABORT_REASONS:
+                self._failure = failures.classify_early_end(self._endpoint)
             elif reason:
                 self._summary["finished"] = True
             if _is_whole(choices):
                 self._summary["finished"] = True
-                return b"".join(_event(one) for one in _chunks_of(chunk, self._spoken))
-            self._spoken = self._spoken or bool(choices[0].get("delta"))
+                return b"".join(_event(one) for one in _chunks_of(chunk, self._has_content))
+            self._has_content = self._has_content or bool(choices[0].get("delta"))
             return _event(chunk)
         return b""  # of an event, readers need no more than its data
 
-    def _end_once(self, choices: list[dict[str, Any]]) -> None:
+    def _drop_repeated_reason(self, choices: list[dict[str, Any]]) -> None:
         """Drop a reason for the end that is told again: LangChain joins them to one text."""
         for choice in choices:
             if choice.get("finish_reason"):
@@ -789,10 +793,10 @@ class OpenStream:
                 self._ended.add(index)
 
 
-def _begun(failure: Failure) -> EndpointError:
+def _mark_partial(failure: Failure) -> EndpointError:
     """Return a failure's error, which came when a part of the answer was read."""
     if isinstance(failure.error, EndpointLostError):
-        failure.error.begun = True
+        failure.error.has_partial_answer = True
     return failure.error
 
 
@@ -831,15 +835,15 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     if not data.startswith(b"{"):
         return None
     try:
-        document: dict[str, Any] = read_json(data)
+        document: dict[str, Any] = parse_json(data)
     except RecursionError as error:
         raise ValueError(str(error)) from None
     choices = document.get("choices")
     if isinstance(choices, list) and _is_whole(choices):
-        make_plain(document)
+        normalize_completion(document)
     else:
-        make_plain_chunk(document)
-    cut_levels(data, document)
+        normalize_chunk(document)
+    cut_deep_levels(data, document)
     return document
 
 
@@ -855,7 +859,7 @@ def _says_something(chunk: Mapping[str, Any] | None) -> bool:
         return False
     for choice in chunk.get("choices") or ():
         said = choice.get("delta") or choice.get("message")
-        if isinstance(said, dict) and any(map(said.get, SAID)):
+        if isinstance(said, dict) and any(map(said.get, CONTENT_FIELDS)):
             return True
     return False
 
@@ -872,17 +876,17 @@ def _error_event(
     if document is None:
         return None
     if document.get("id") == GATEWAY_ERROR_ID:
-        return failures.of_abort(_line_answer(line, _OK, response), endpoint)
+        return failures.classify_abort(_line_answer(line, _OK, response), endpoint)
     if not (document.get("error") or document.get("object") == "error"):
         return None
     raw = _line_answer(line, 500, response)
-    complaint = Complaint.of(read_json(raw.body))
+    complaint = ErrorBody.from_json(parse_json(raw.body))
     code = complaint.code or ""
     raw.status = int(code) if code.isdigit() else 500
-    return failures.of_complaint(raw, complaint, raw.status, endpoint)
+    return failures.classify_error_body(raw, complaint, raw.status, endpoint)
 
 
-def _line_answer(line: bytes, status: int, response: aiohttp.ClientResponse) -> RawAnswer:
+def _line_answer(line: bytes, status: int, response: aiohttp.ClientResponse) -> HTTPAnswer:
     """Return an event as if it were an answer, without the request's keys."""
     body = line[len(_DATA) :].strip()
-    return RawAnswer(status, response.headers, body, response.request_info.headers).masked()
+    return HTTPAnswer(status, response.headers, body, response.request_info.headers).mask_keys()

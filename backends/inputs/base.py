@@ -58,7 +58,7 @@ class InputSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
+class SkippedRow:
     """A row that became no item.
 
     Attributes:
@@ -88,21 +88,21 @@ class InputSummary:
     items: int
     columns: tuple[str, ...]
     digest: str
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedRow, ...]
     skipped_total: int
     invalid: int
     source: str
     first: Item
 
 
-NCI: Final = "rdkit-nci5k"
+NCI_DATASET: Final = "rdkit-nci5k"
 
 SmilesCheck: TypeAlias = Callable[[Json], str | None]
 """Tells what is wrong with a SMILES, or None."""
 
 
 @contextmanager
-def smiles_check(feature: str = "checking SMILES") -> Iterator[SmilesCheck]:
+def open_smiles_check(feature: str = "checking SMILES") -> Iterator[SmilesCheck]:
     """Lend a check of SMILES; RDKit's own log is silent meanwhile.
 
     Args:
@@ -119,10 +119,10 @@ def smiles_check(feature: str = "checking SMILES") -> Iterator[SmilesCheck]:
     except ImportError as error:
         raise MissingExtraError(feature, "chem") from error
     with rdBase.BlockLogs():
-        yield lambda value: _problem(Chem.MolFromSmiles, value)
+        yield lambda value: _check_smiles(Chem.MolFromSmiles, value)
 
 
-def nci_file() -> Path:
+def find_nci_file() -> Path:
     """Find the NCI molecules inside RDKit: ``smiles``, white space, ``mol_id`` on each line.
 
     Returns:
@@ -135,18 +135,21 @@ def nci_file() -> Path:
     try:
         from rdkit import RDConfig  # noqa: PLC0415 - the extra 'chem' may be absent
     except ImportError as error:
-        feature = f"'dataset: {NCI}' (or take 'dataset: molecules', 20 molecules without RDKit)"
+        feature = (
+            f"'dataset: {NCI_DATASET}' (or take 'dataset: molecules', 20 molecules without RDKit)"
+        )
         raise MissingExtraError(feature, "chem") from error
     path = Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi"
     if not path.is_file():
         raise InputError(
-            f"'dataset: {NCI}' needs {path}, which this build of RDKit lacks; install RDKit's "
+            f"'dataset: {NCI_DATASET}' needs {path}, which this build of RDKit lacks; install "
+            "RDKit's "
             "wheel (pip install rdkit), or take 'dataset: molecules'"
         )
     return path
 
 
-def _problem(parse: Callable[[str], Any], value: Json) -> str | None:
+def _check_smiles(parse: Callable[[str], Any], value: Json) -> str | None:
     if not isinstance(value, str):
         return f"SMILES {value!r} is no text"
     if not value.strip():
@@ -164,7 +167,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {by_fold[near[0]]!r}?" if near else ""
 
 
-def missing_column(where: str, name: str, user: str, there: Collection[str]) -> InputError:
+def missing_column_error(where: str, name: str, user: str, there: Collection[str]) -> InputError:
     """Return the error for a column that something needs and the input lacks.
 
     Args:
@@ -182,13 +185,13 @@ def missing_column(where: str, name: str, user: str, there: Collection[str]) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class RowSource:
     """Something that yields rows.
 
     Attributes:
         name: The input in words, for messages and summaries.
         rows: Opens the input and yields ``(place, row)``; reads no further than it is asked.
-        locate: Puts a place in words, e.g. ``a.jsonl, line 7``.
+        describe_place: Puts a place in words, e.g. ``a.jsonl, line 7``.
         id: Column of ids when the user names none; None for row numbers.
         drop_unparsable: Column of SMILES; rows that RDKit cannot parse become no item.
         ragged: Whether rows may differ in their columns.
@@ -196,18 +199,18 @@ class Source:
 
     name: str
     rows: Callable[[], Iterator[tuple[int, Row]]]
-    locate: Callable[[int], str]
+    describe_place: Callable[[int], str]
     id: str | None = None
     drop_unparsable: str | None = None
     ragged: bool = False
 
 
-def at_line(path: Path) -> Callable[[int], str]:
+def describe_line(path: Path) -> Callable[[int], str]:
     """Return a `Source.locate` for text files, whose places are physical lines from 1."""
     return lambda line: f"{path}, line {line}"
 
 
-def id_text(value: Json) -> str | None:
+def format_id(value: Json) -> str | None:
     """Write a cell of the id column as an id.
 
     Args:

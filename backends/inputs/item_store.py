@@ -16,10 +16,10 @@ from typing import Any, Final, Self
 import orjson
 import pyarrow as pa
 
-from ..core.errors import LedgerError
+from ..core.errors import JournalError
 from ..core.types import Item
-from .base import InputSpec, InputSummary, Skipped
-from .screening import Entry, Screen
+from .base import InputSpec, InputSummary, SkippedRow
+from .screening import ItemEntry, RowValidator
 from .source import open_source
 
 VERSION: Final = "1"
@@ -37,7 +37,7 @@ SCHEMA: Final = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class StoreHeader:
     """What the store knows about its items.
 
     Attributes:
@@ -55,17 +55,17 @@ class Header:
     items: int
     columns: tuple[str, ...]
     digest: str
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedRow, ...]
     skipped_total: int
     invalid: int
     source: str
 
-    def dumps(self) -> bytes:
+    def to_json(self) -> bytes:
         """Write as JSON."""
         return orjson.dumps(self)
 
     @classmethod
-    def loads(cls, data: bytes) -> Header:
+    def from_json(cls, data: bytes) -> StoreHeader:
         """Read from JSON.
 
         Args:
@@ -85,7 +85,7 @@ class Header:
             items=found["items"],
             columns=tuple(found["columns"]),
             digest=found["digest"],
-            skipped=tuple(Skipped(one["id"], one["reason"]) for one in found["skipped"]),
+            skipped=tuple(SkippedRow(one["id"], one["reason"]) for one in found["skipped"]),
             skipped_total=found["skipped_total"],
             invalid=found["invalid"],
             source=found["source"],
@@ -108,10 +108,10 @@ class ItemStore:
             path: The store's path.
 
         Raises:
-            LedgerError: There is no such file, or it is no whole item store.
+            JournalError: There is no such file, or it is no whole item store.
         """
         self._path = path
-        with self._reported():
+        with self._convert_errors():
             self._file = pa.OSFile(str(path), "r")
             try:
                 self._reader = pa.ipc.open_file(self._file)
@@ -135,7 +135,7 @@ class ItemStore:
         return self._header.digest
 
     @property
-    def skipped(self) -> tuple[Skipped, ...]:
+    def skipped(self) -> tuple[SkippedRow, ...]:
         """Rows that became no item, the first 1,000."""
         return self._header.skipped
 
@@ -156,11 +156,11 @@ class ItemStore:
 
         Raises:
             IndexError: The range is not within the store.
-            LedgerError: The file is damaged.
+            JournalError: The file is damaged.
         """
         if not 0 <= lo <= hi <= len(self):
             raise IndexError(f"items {lo} to {hi} of {len(self)} in {self._path}")
-        with self._reported():
+        with self._convert_errors():
             return list(self._items(lo, hi))
 
     def summary(self) -> InputSummary:
@@ -170,7 +170,7 @@ class ItemStore:
             The summary, as `spill` gave it.
 
         Raises:
-            LedgerError: The file is damaged.
+            JournalError: The file is damaged.
         """
         header = self._header
         return InputSummary(
@@ -217,25 +217,25 @@ class ItemStore:
             lo += part.num_rows
             at += 1
 
-    def _load_header(self) -> Header:
+    def _load_header(self) -> StoreHeader:
         version = (self._reader.schema.metadata or {}).get(VERSION_KEY)
         if version is None:
             raise ValueError("it holds something else")
         if version.decode() != VERSION:
             raise ValueError(f"it has the layout {version.decode()}, this fanfold reads {VERSION}")
         last = self._reader.get_batch_with_custom_metadata(self._reader.num_record_batches - 1)
-        header = Header.loads(last.custom_metadata[SUMMARY_KEY])
+        header = StoreHeader.from_json(last.custom_metadata[SUMMARY_KEY])
         if len(header.starts) != self._reader.num_record_batches - 1:
             raise ValueError("its summary counts other batches than it has")
         return header
 
     @contextmanager
-    def _reported(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
-            raise LedgerError(
+            raise JournalError(
                 f"{self._path} is no whole item store of fanfold: {reason}; if the run folder is "
                 "yours and this file was damaged, begin a new run in another folder"
             ) from error
@@ -246,7 +246,7 @@ _BATCH_BYTES: Final = 2**20
 _DIGEST_BYTES: Final = 16
 
 
-def write_store(target: Path, screen: Screen) -> None:
+def write_store(target: Path, screen: RowValidator) -> None:
     """Write the screen's items to a temporary file beside the target, then rename it.
 
     Args:
@@ -254,7 +254,7 @@ def write_store(target: Path, screen: Screen) -> None:
         screen: Yields the items; whatever it raises passes through.
 
     Raises:
-        LedgerError: The file cannot be written.
+        JournalError: The file cannot be written.
     """
     temporary = target.with_name(f"{target.name}.tmp")
     try:
@@ -265,7 +265,7 @@ def write_store(target: Path, screen: Screen) -> None:
             os.fsync(file.fileno())
         temporary.replace(target)
     except OSError as error:  # of writing only: sources turn their own into InputError
-        raise LedgerError(
+        raise JournalError(
             f"the items cannot be written to {target}: {error.strerror or error}; free some space "
             "or choose another folder for the run"
         ) from error
@@ -274,17 +274,17 @@ def write_store(target: Path, screen: Screen) -> None:
             temporary.unlink()
 
 
-def _write(file: IOBase, screen: Screen) -> None:
+def _write(file: IOBase, screen: RowValidator) -> None:
     digest = blake2b(digest_size=_DIGEST_BYTES)
     starts: list[int] = []
     items = 0
-    with pa.ipc.new_file(file, SCHEMA) as sink, closing(screen.entries()) as entries:
+    with pa.ipc.new_file(file, SCHEMA) as sink, closing(screen.iter_entries()) as entries:
         for batch in _batches(entries):
-            _feed(digest, batch)
+            _update_digest(digest, batch)
             sink.write_batch(_columns(batch))
             starts.append(items)
             items += len(batch)
-        header = Header(
+        header = StoreHeader(
             starts=tuple(starts),
             items=items,
             columns=tuple(screen.columns),
@@ -294,12 +294,12 @@ def _write(file: IOBase, screen: Screen) -> None:
             invalid=screen.invalid,
             source=screen.source,
         )
-        sink.write_batch(_columns([]), custom_metadata={SUMMARY_KEY: header.dumps()})
+        sink.write_batch(_columns([]), custom_metadata={SUMMARY_KEY: header.to_json()})
 
 
-def _batches(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
+def _batches(entries: Iterable[ItemEntry]) -> Iterable[list[ItemEntry]]:
     """Group entries, so that neither many rows nor long ones make a batch large."""
-    batch: list[Entry] = []
+    batch: list[ItemEntry] = []
     size = 0
     for entry in entries:
         batch.append(entry)
@@ -311,21 +311,21 @@ def _batches(entries: Iterable[Entry]) -> Iterable[list[Entry]]:
         yield batch
 
 
-def _columns(batch: list[Entry]) -> pa.RecordBatch:
+def _columns(batch: list[ItemEntry]) -> pa.RecordBatch:
     ids = pa.array([entry.id for entry in batch], pa.string())
     rows = pa.array([entry.row for entry in batch], pa.binary())
     problems = pa.array([entry.problem for entry in batch], pa.string())
     return pa.record_batch([ids, rows, problems], schema=SCHEMA)
 
 
-def _feed(digest: blake2b, batch: list[Entry]) -> None:
+def _update_digest(digest: blake2b, batch: list[ItemEntry]) -> None:
     """Add ids and rows, each after its length, so that no two inputs read alike."""
     for entry in batch:
         name = entry.id.encode()
         digest.update(b"%d %d " % (len(name), len(entry.row)) + name + entry.row)
 
 
-def spill(spec: InputSpec, target: Path, columns: Collection[str]) -> InputSummary:
+def load_input(spec: InputSpec, target: Path, columns: Collection[str]) -> InputSummary:
     """Read and check an input and write its items to a store.
 
     It blocks: from a coroutine call it through `asyncio.to_thread`. Rows are read one by one;
@@ -342,9 +342,9 @@ def spill(spec: InputSpec, target: Path, columns: Collection[str]) -> InputSumma
     Raises:
         InputError: The input cannot be read, or its rows do not fit; nothing was written.
         MissingExtraError: An extra is needed and not installed; nothing was written.
-        LedgerError: The store cannot be written.
+        JournalError: The store cannot be written.
     """
     needed = {*columns, *(name for name in (spec.id, spec.smiles) if name is not None)}
-    write_store(target, Screen(spec, open_source(spec, needed), columns))
+    write_store(target, RowValidator(spec, open_source(spec, needed), columns))
     with ItemStore(target) as store:
         return store.summary()

@@ -19,7 +19,7 @@ _UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def open_text(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading, past a UTF-8 byte order mark.
 
     Args:
@@ -38,16 +38,16 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             file.seek(len(_UTF8_BOM) if head.startswith(_UTF8_BOM) else 0)
             yield file
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
 
 
-def unreadable(path: Path, error: OSError) -> InputError:
+def unreadable_error(path: Path, error: OSError) -> InputError:
     """Return the error for a file that the system does not let us read."""
     reason = error.strerror or str(error)
     return InputError(f"{path} cannot be read: {reason}; check input.path and its permissions")
 
 
-def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Read a text file line by line.
 
     Args:
@@ -59,7 +59,7 @@ def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     Raises:
         InputError: The file cannot be read, is empty, binary or UTF-16, or a line is too long.
     """
-    with opened(path) as file:
+    with open_text(path) as file:
         number = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -73,7 +73,7 @@ def numbered(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, raw.rstrip(b"\r\n")
 
 
-def decode(path: Path, number: int, raw: bytes) -> str:
+def decode_line(path: Path, number: int, raw: bytes) -> str:
     """Decode one line of UTF-8.
 
     Args:
@@ -94,7 +94,7 @@ def decode(path: Path, number: int, raw: bytes) -> str:
         raise _encoding(path, byte, "ISO-8859-1") from error
 
 
-def whole_text(path: Path) -> str:
+def read_text_file(path: Path) -> str:
     """Read a whole text file; its lines end with a line feed.
 
     Args:
@@ -107,7 +107,7 @@ def whole_text(path: Path) -> str:
         InputError: The file cannot be read, is empty, too large, binary or no UTF-8.
     """
     _check_size(path)
-    lines = [decode(path, number, raw) for number, raw in numbered(path)]
+    lines = [decode_line(path, number, raw) for number, raw in read_lines(path)]
     text = "\n".join(lines)
     if not text.strip():
         raise InputError(f"{path} holds nothing but blanks; remove it from the folder, or fill it")
@@ -115,7 +115,7 @@ def whole_text(path: Path) -> str:
 
 
 def _check_size(path: Path) -> None:
-    with opened(path) as file:
+    with open_text(path) as file:
         size = os.fstat(file.fileno()).st_size
     if size > MAX_LINE_BYTES:
         raise InputError(

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ..core.errors import InputError
 from ..core.types import Json, Row
-from .lines import MAX_LINE_BYTES, decode, numbered, unreadable, whole_text
+from .lines import MAX_LINE_BYTES, decode_line, read_lines, read_text_file, unreadable_error
 
 _BATCH_ROWS: Final = 256
 _AS_THEY_ARE: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
@@ -65,7 +65,7 @@ def read_parquet(path: Path, needed: Collection[str]) -> Iterator[tuple[int, Row
     except OSError as error:
         if error.errno is None:  # Arrow's word for damaged content
             raise InputError(f"{path} is no readable Parquet file: {error}") from error
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
 
 
 def _columns(path: Path, schema: pa.Schema, needed: Collection[str]) -> list[str]:
@@ -73,26 +73,26 @@ def _columns(path: Path, schema: pa.Schema, needed: Collection[str]) -> list[str
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{path} has several columns named {', '.join(map(repr, repeated))}")
     for name in needed:
-        if name in names and not _sayable(schema.field(name).type):
+        if name in names and not _is_representable(schema.field(name).type):
             raise InputError(
                 f"{path}: column {name!r} is of the type {schema.field(name).type}, which is "
                 "neither text nor a number; convert the column, or use another one"
             )
-    if not (sayable := [name for name in names if _sayable(schema.field(name).type)]):
+    if not (sayable := [name for name in names if _is_representable(schema.field(name).type)]):
         raise InputError(f"{path} has no column of text or numbers; its columns: {names}")
     return sayable
 
 
-def _sayable(kind: pa.DataType) -> bool:
-    return _is(kind, _AS_TEXT) or pa.types.is_float16(kind) or _plain(kind)
+def _is_representable(kind: pa.DataType) -> bool:
+    return _is(kind, _AS_TEXT) or pa.types.is_float16(kind) or _is_json_type(kind)
 
 
-def _plain(kind: pa.DataType) -> bool:
+def _is_json_type(kind: pa.DataType) -> bool:
     if isinstance(kind, pa.DictionaryType):
-        return _plain(kind.value_type)
+        return _is_json_type(kind.value_type)
     if pa.types.is_nested(kind):
         inner = [kind.field(at).type for at in range(kind.num_fields)]
-        return not pa.types.is_union(kind) and all(map(_plain, inner))
+        return not pa.types.is_union(kind) and all(map(_is_json_type, inner))
     return _is(kind, _AS_THEY_ARE)
 
 
@@ -114,10 +114,10 @@ def _cells(column: pa.Array[Any]) -> list[Json]:
     return column.to_pylist()
 
 
-SUFFIXES: Final = (".txt", ".md")
+TEXT_SUFFIXES: Final = (".txt", ".md")
 
 
-def text_files(folder: Path) -> list[Path]:
+def find_text_files(folder: Path) -> list[Path]:
     """Find the texts of a folder and its subfolders; hidden ones are left out.
 
     Args:
@@ -130,7 +130,7 @@ def text_files(folder: Path) -> list[Path]:
         InputError: The folder cannot be read, or holds no .txt or .md file.
     """
     found: list[Path] = []
-    for place, folders, files in os.walk(folder, onerror=_refuse):
+    for place, folders, files in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(place).relative_to(folder)
         found += [inside / name for name in files if _is_text(name)]
@@ -156,15 +156,15 @@ def read_folder(folder: Path, files: list[Path]) -> Iterator[tuple[int, Row]]:
         InputError: A file cannot be read, is empty, binary or no UTF-8.
     """
     for at, file in enumerate(files):
-        yield at, {"file": file.as_posix(), "text": whole_text(folder / file)}
+        yield at, {"file": file.as_posix(), "text": read_text_file(folder / file)}
 
 
 def _is_text(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
+    return not name.startswith(".") and name.lower().endswith(TEXT_SUFFIXES)
 
 
-def _refuse(error: OSError) -> None:
-    raise unreadable(Path(error.filename), error) from error
+def _raise_unreadable(error: OSError) -> None:
+    raise unreadable_error(Path(error.filename), error) from error
 
 
 _SHOWN: Final = 60
@@ -182,13 +182,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
     Raises:
         InputError: The file cannot be read or is no text, or a line is no JSON object.
     """
-    for number, raw in numbered(path):
+    for number, raw in read_lines(path):
         if not raw or raw.isspace():
             continue
         try:
             row = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
-            raise _broken(path, number, raw, error) from error
+            raise _invalid_json_error(path, number, raw, error) from error
         if type(row) is not dict:
             raise InputError(
                 f"{path}, line {number}: the row is no JSON object but {_kind(row)}"
@@ -197,8 +197,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
         yield number, row
 
 
-def _broken(path: Path, number: int, raw: bytes, error: orjson.JSONDecodeError) -> InputError:
-    text = decode(path, number, raw)
+def _invalid_json_error(
+    path: Path, number: int, raw: bytes, error: orjson.JSONDecodeError
+) -> InputError:
+    text = decode_line(path, number, raw)
     start = max(0, error.pos - _SHOWN // 2)
     hint = "; NaN is no JSON, write null" if "NaN" in text else _array_hint(path, raw)
     return InputError(
@@ -219,7 +221,7 @@ def _kind(value: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Splitter:
+class CsvSplitter:
     """Splits lines into records; a quoted cell may run over several lines.
 
     Blanks around a quoted cell are no part of it. A quote inside an unquoted cell is plain text.
@@ -232,7 +234,7 @@ class Splitter:
     path: Path
     delimiter: str
 
-    def records(self, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
+    def split(self, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
         """Split lines into records.
 
         Args:
@@ -246,17 +248,17 @@ class Splitter:
         """
         for number, line in lines:
             if '"' in line:
-                yield number, self._quoted(number, line, lines)
+                yield number, self._split_quoted(number, line, lines)
             else:
                 yield number, line.split(self.delimiter)
 
-    def _quoted(self, number: int, line: str, lines: Iterator[tuple[int, str]]) -> list[str]:
+    def _split_quoted(self, number: int, line: str, lines: Iterator[tuple[int, str]]) -> list[str]:
         cells: list[str] = []
         at = 0
         while True:
             start = _past_blanks(line, at)
             if line.startswith('"', start):
-                cell, number, line, at = self._cell(number, line, start + 1, lines)
+                cell, number, line, at = self._read_quoted_cell(number, line, start + 1, lines)
                 cells.append(cell)
                 if at == len(line):
                     return cells
@@ -273,7 +275,7 @@ class Splitter:
                 at = end
             at += len(self.delimiter)
 
-    def _cell(
+    def _read_quoted_cell(
         self, number: int, line: str, at: int, lines: Iterator[tuple[int, str]]
     ) -> tuple[str, int, str, int]:
         """Read a quoted cell from after its opening quote; return where it ended."""
@@ -325,7 +327,7 @@ def read_delimited(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
         InputError: The file cannot be read or is no text, its header is faulty or without rows,
             or a row has more or fewer cells than the header.
     """
-    records = Splitter(path, delimiter).records(_text_lines(path))
+    records = CsvSplitter(path, delimiter).split(_text_lines(path))
     full = ((line, cells) for line, cells in records if len(cells) > 1 or cells[0].strip())
     line, cells = next(full, (0, []))
     if not line:
@@ -366,7 +368,7 @@ def read_smi(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    return ((number, decode(path, number, raw)) for number, raw in numbered(path))
+    return ((number, decode_line(path, number, raw)) for number, raw in read_lines(path))
 
 
 def _header(path: Path, line: int, cells: list[str], delimiter: str) -> list[str]:

@@ -11,29 +11,29 @@ import orjson
 
 from ..core.errors import InputError
 from ..core.types import Json, Row
-from ..core.values import DEEPEST, is_deep
+from ..core.values import MAX_DEPTH, is_too_deep
 from .base import (
     InputSpec,
     OnDuplicate,
-    Skipped,
+    RowSource,
+    SkippedRow,
     SmilesCheck,
-    Source,
-    id_text,
-    missing_column,
-    smiles_check,
+    format_id,
+    missing_column_error,
+    open_smiles_check,
 )
 
 _REPORTED: Final = 5
 
 
-class Namer:
+class IdAssigner:
     """Names the rows of one input, in order.
 
     It keeps every id it gave (about 100 bytes each) to recognise repeated ones; row numbers need
     no such memory.
     """
 
-    def __init__(self, source: Source, column: str | None, on_duplicate: OnDuplicate) -> None:
+    def __init__(self, source: RowSource, column: str | None, on_duplicate: OnDuplicate) -> None:
         """Start with no id given.
 
         Args:
@@ -49,7 +49,7 @@ class Namer:
         self._blank: list[str] = []
         self._repeated: list[str] = []
 
-    def raw(self, number: int, place: int, row: Row) -> str:
+    def read_id(self, number: int, place: int, row: Row) -> str:
         """Return what the row calls itself, ``""`` when blank.
 
         Args:
@@ -62,15 +62,16 @@ class Namer:
         """
         if self._column is None:
             return str(number)
-        value = id_text(row[self._column])
+        value = format_id(row[self._column])
         if value is None:
             raise InputError(
-                f"{self._source.locate(place)}: the id in column {self._column!r} is neither text "
+                f"{self._source.describe_place(place)}: the id in column {self._column!r} is "
+                "neither text "
                 "nor a number; name another column in input.id"
             )
         return value
 
-    def admit(self, name: str, place: int) -> str | None:
+    def assign(self, name: str, place: int) -> str | None:
         """Make the id unique.
 
         Args:
@@ -91,11 +92,11 @@ class Namer:
         if name and self._on_duplicate == "first":
             return None
         if name and self._on_duplicate == "suffix":
-            return self._suffixed(name)
+            return self._add_suffix(name)
         self._note(name, place)
         return None
 
-    def close(self) -> None:
+    def report_problems(self) -> None:
         """Report the blank and repeated ids noted so far.
 
         Raises:
@@ -113,7 +114,7 @@ class Namer:
                 "input.id to another column or null"
             )
 
-    def _suffixed(self, name: str) -> str:
+    def _add_suffix(self, name: str) -> str:
         count = self._suffixes.get(name, 1) + 1
         while (unique := f"{name}#{count}") in self._seen:
             count += 1
@@ -122,21 +123,21 @@ class Namer:
         return unique
 
     def _note(self, name: str, place: int) -> None:
-        where = self._source.locate(place)
+        where = self._source.describe_place(place)
         if name:
             self._repeated.append(f"{name!r} ({where})")
         else:
             self._blank.append(where)
         if len(self._blank) + len(self._repeated) >= _REPORTED:
-            self.close()
+            self.report_problems()
 
 
-NAMED_SKIPS: Final = 1_000
+MAX_SKIPPED_ROWS: Final = 1_000
 """Rows left out that are named; more are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ItemEntry:
     """One item, ready for the store.
 
     Attributes:
@@ -150,7 +151,7 @@ class Entry:
     problem: str | None
 
 
-class Screen:
+class RowValidator:
     """Passes the rows of one source, and counts.
 
     Attributes:
@@ -161,7 +162,7 @@ class Screen:
         invalid: Number of items that carry a problem.
     """
 
-    def __init__(self, spec: InputSpec, source: Source, columns: Collection[str]) -> None:
+    def __init__(self, spec: InputSpec, source: RowSource, columns: Collection[str]) -> None:
         """Open nothing yet.
 
         Args:
@@ -171,20 +172,20 @@ class Screen:
         """
         self.source = source.name
         self.columns: dict[str, None] = {}
-        self.skipped: list[Skipped] = []
+        self.skipped: list[SkippedRow] = []
         self.skipped_total = 0
         self.invalid = 0
         self._spec = spec
         self._source = source
         id_column = spec.id if spec.id is not None else source.id
-        self._namer = Namer(source, id_column, spec.on_duplicate)
+        self._ids = IdAssigner(source, id_column, spec.on_duplicate)
         self._needed = dict.fromkeys(columns, "the task")
         if spec.smiles is not None:
             self._needed[spec.smiles] = "input.smiles"
         if id_column is not None:
             self._needed[id_column] = "input.id"
 
-    def entries(self) -> Generator[Entry, None, None]:
+    def iter_entries(self) -> Generator[ItemEntry, None, None]:
         """Read the source up to the limit.
 
         Yields:
@@ -198,13 +199,13 @@ class Screen:
         with ExitStack() as stack:
             check = self._open_check(stack)
             for number, (place, row) in enumerate(self._source.rows(), start=1):
-                entry = self._admit(number, place, row, check)
+                entry = self._validate_row(number, place, row, check)
                 if entry is not None:
                     yield entry
                     count += 1
                     if count == self._spec.limit:
                         break
-        self._namer.close()
+        self._ids.report_problems()
         if not count:
             left_out = f" ({self.skipped_total} were left out)" if self.skipped_total else ""
             raise InputError(f"{self._source.name} holds no rows{left_out}; there is nothing to do")
@@ -212,29 +213,31 @@ class Screen:
     def _open_check(self, stack: ExitStack) -> SmilesCheck | None:
         if self._spec.smiles is None and self._source.drop_unparsable is None:
             return None
-        return stack.enter_context(smiles_check())
+        return stack.enter_context(open_smiles_check())
 
-    def _admit(self, number: int, place: int, row: Row, check: SmilesCheck | None) -> Entry | None:
+    def _validate_row(
+        self, number: int, place: int, row: Row, check: SmilesCheck | None
+    ) -> ItemEntry | None:
         if missing := self._needed.keys() - row.keys():
             raise self._missing(place, row, missing)
         payload = self._encode(place, row)
-        name = self._namer.raw(number, place, row)
+        name = self._ids.read_id(number, place, row)
         problem = None
         if check is not None:
-            dropped, problem = self._judge(row, check)
+            dropped, problem = self._check_smiles(row, check)
             if dropped is not None:
                 self._skip(name, dropped)
                 return None
-        unique = self._namer.admit(name, place)
+        unique = self._ids.assign(name, place)
         if unique is None:
-            self._skip(name, f"repeated id, {self._source.locate(place)}")
+            self._skip(name, f"repeated id, {self._source.describe_place(place)}")
             return None
         if not row.keys() <= self.columns.keys():
             self.columns.update(dict.fromkeys(row))
         self.invalid += problem is not None
-        return Entry(unique, payload, problem)
+        return ItemEntry(unique, payload, problem)
 
-    def _judge(self, row: Row, check: SmilesCheck) -> tuple[str | None, str | None]:
+    def _check_smiles(self, row: Row, check: SmilesCheck) -> tuple[str | None, str | None]:
         """Return why the row is left out, or else why its item must not be asked."""
         drop, flag = self._source.drop_unparsable, self._spec.smiles
         if drop is not None and (reason := check(row[drop])):
@@ -243,36 +246,37 @@ class Screen:
 
     def _skip(self, name: str, reason: str) -> None:
         self.skipped_total += 1
-        if len(self.skipped) < NAMED_SKIPS:
-            self.skipped.append(Skipped(name, reason))
+        if len(self.skipped) < MAX_SKIPPED_ROWS:
+            self.skipped.append(SkippedRow(name, reason))
 
     def _missing(self, place: int, row: Row, missing: Collection[str]) -> InputError:
         name = next(name for name in self._needed if name in missing)
-        where = self._source.locate(place) if self._source.ragged else self._source.name
-        return missing_column(where, name, self._needed[name], row)
+        where = self._source.describe_place(place) if self._source.ragged else self._source.name
+        return missing_column_error(where, name, self._needed[name], row)
 
     def _encode(self, place: int, row: Row) -> bytes:
         try:
             payload = orjson.dumps(row)
         except orjson.JSONEncodeError as error:
             raise InputError(
-                f"{self._source.locate(place)}: {_culprit(row)} cannot be written as JSON: "
+                f"{self._source.describe_place(place)}: {_unencodable_columns(row)} cannot be "
+                "written as JSON: "
                 f"{error}; use text, numbers, booleans, null, and lists and objects of them"
             ) from error
-        if is_deep(payload, row):
-            where = self._source.locate(place)
-            raise InputError(f"{where}: more than {DEEPEST} levels of lists and objects")
+        if is_too_deep(payload, row):
+            where = self._source.describe_place(place)
+            raise InputError(f"{where}: more than {MAX_DEPTH} levels of lists and objects")
         return payload
 
 
-def _culprit(row: Row) -> str:
+def _unencodable_columns(row: Row) -> str:
     """Name the columns that JSON cannot say."""
     return "column " + ", ".join(
-        repr(name) for name, value in row.items() if not _said(name, value)
+        repr(name) for name, value in row.items() if not _is_encodable(name, value)
     )
 
 
-def _said(name: str, value: Json) -> bool:
+def _is_encodable(name: str, value: Json) -> bool:
     try:
         orjson.dumps({name: value})
     except orjson.JSONEncodeError:

@@ -13,9 +13,16 @@ from ...configs.models import RunConfig
 from ..core.errors import InputError
 from ..core.templates import Template
 from ..core.types import Json, Row
-from .base import NCI, InputSpec, Source, at_line, did_you_mean, nci_file
-from .lines import unreadable
-from .readers import read_delimited, read_folder, read_jsonl, read_parquet, read_smi, text_files
+from .base import NCI_DATASET, InputSpec, RowSource, describe_line, did_you_mean, find_nci_file
+from .lines import unreadable_error
+from .readers import (
+    find_text_files,
+    read_delimited,
+    read_folder,
+    read_jsonl,
+    read_parquet,
+    read_smi,
+)
 
 if TYPE_CHECKING:
     pass
@@ -27,11 +34,11 @@ _SHIPPED: Final = {
     "topics": ("topics.csv", "topic_id"),
     "records": ("records.jsonl", "record_id"),
 }
-DATASETS: Final = (*_SHIPPED, NCI)
+DATASETS: Final = (*_SHIPPED, NCI_DATASET)
 """Names that ``input.dataset`` may have."""
 
 
-def open_dataset(name: str) -> Source:
+def open_dataset(name: str) -> RowSource:
     """Open a dataset.
 
     Args:
@@ -44,12 +51,12 @@ def open_dataset(name: str) -> Source:
         InputError: There is no such dataset.
         MissingExtraError: The dataset comes with an extra that is not installed.
     """
-    if name == NCI:
-        path = nci_file()
-        return Source(
+    if name == NCI_DATASET:
+        path = find_nci_file()
+        return RowSource(
             f"dataset {name}",
             partial(_nci_rows, path),
-            at_line(path),
+            describe_line(path),
             id="mol_id",
             drop_unparsable="smiles",
         )
@@ -59,7 +66,9 @@ def open_dataset(name: str) -> Source:
             f"input.dataset: there is no dataset {name!r}; there are {', '.join(DATASETS)}{hint}"
         )
     file, column = _SHIPPED[name]
-    return Source(f"dataset {name}", partial(_shipped_rows, file), at_line(Path(file)), id=column)
+    return RowSource(
+        f"dataset {name}", partial(_shipped_rows, file), describe_line(Path(file)), id=column
+    )
 
 
 def _shipped_rows(file: str) -> Iterator[tuple[int, Row]]:
@@ -90,7 +99,7 @@ _HINTS: Final = {
 }
 
 
-def open_source(spec: InputSpec, needed: Collection[str]) -> Source:
+def open_source(spec: InputSpec, needed: Collection[str]) -> RowSource:
     """Find the source of a spec; rows are read later.
 
     Args:
@@ -111,40 +120,42 @@ def open_source(spec: InputSpec, needed: Collection[str]) -> Source:
     return _from_memory(spec.items if spec.items is not None else ())
 
 
-def _from_path(path: Path, needed: Collection[str]) -> Source:
+def _from_path(path: Path, needed: Collection[str]) -> RowSource:
     mode = _mode(path)
     if stat.S_ISDIR(mode):
-        files = text_files(path)
+        files = find_text_files(path)
         rows = partial(read_folder, path, files)
-        return Source(f"folder {path}", rows, lambda at: str(path / files[at]), id="file")
+        return RowSource(f"folder {path}", rows, lambda at: str(path / files[at]), id="file")
     if not stat.S_ISREG(mode):
         raise InputError(f"{path} is no regular file; copy its content to a file first")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         if not path.stat().st_size:
             raise InputError(f"{path} is empty; input.path must name a file with rows")
-        return Source(
+        return RowSource(
             str(path), partial(read_parquet, path, needed), lambda row: f"{path}, row {row}"
         )
     if suffix not in _TEXT_FORMATS:
         raise _unknown_format(path, suffix)
     ragged = _TEXT_FORMATS[suffix] is read_jsonl
-    return Source(str(path), partial(_TEXT_FORMATS[suffix], path), at_line(path), ragged=ragged)
+    return RowSource(
+        str(path), partial(_TEXT_FORMATS[suffix], path), describe_line(path), ragged=ragged
+    )
 
 
 def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
     except FileNotFoundError as error:
-        hint = did_you_mean(path.name, _beside(path))
+        hint = did_you_mean(path.name, _list_siblings(path))
         raise InputError(
             f"input.path: {path} does not exist (looked for {path.absolute()}){hint}"
         ) from error
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
 
 
-def _beside(path: Path) -> list[str]:
+def _list_siblings(path: Path) -> list[str]:
     try:
         return [one.name for one in path.parent.iterdir()]
     except OSError:  # only a hint is lost; the missing file is reported all the same
@@ -160,13 +171,13 @@ def _unknown_format(path: Path, suffix: str) -> InputError:
     )
 
 
-def _from_memory(items: Sequence[Mapping[str, Json]]) -> Source:
+def _from_memory(items: Sequence[Mapping[str, Json]]) -> RowSource:
     if isinstance(items, str | bytes) or not isinstance(items, Sequence):
         raise InputError(f"input.items must be a list of objects, not {type(items).__name__}")
     if not items:
         raise InputError("input.items is empty; it must hold at least one object")
     has_id = any(isinstance(item, Mapping) and "id" in item for item in items)
-    return Source(
+    return RowSource(
         "items",
         partial(_memory_rows, items),
         lambda at: f"items[{at}]",
@@ -185,7 +196,7 @@ def _memory_rows(items: Sequence[Mapping[str, Json]]) -> Iterator[tuple[int, Row
         yield at, dict(item)
 
 
-def input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> InputSpec:
+def make_input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> InputSpec:
     """Return where the items come from; pasted ``items`` take the place of what is configured.
 
     Pasted items are named by the configured id column if any of them has it.

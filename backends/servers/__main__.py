@@ -14,9 +14,9 @@ import time
 
 from ..core.errors import FanfoldError
 from ..core.terminal import escape_controls
-from .lock import HostLock
-from .plan import NodePlan, files_of
-from .supervisor import Orders, serve_users
+from .lock import NodeLock
+from .plan import NodePlan, node_files
+from .supervisor import SupervisorControl, serve_on_demand
 
 _FAILED = 1
 
@@ -25,33 +25,33 @@ def main() -> int:
     """Take the lock, leave a process behind that serves, and return its exit code."""
     try:
         plan = NodePlan.from_json(sys.stdin.buffer.read())
-        files_of(plan).make()
-        lock = HostLock.patiently(files_of(plan))
+        node_files(plan).create_folders()
+        lock = NodeLock.acquire_with_retries(node_files(plan))
         if lock is None:
             return 0
         if os.fork():
             os._exit(0)  # the lock stays with the child
-        lock.sign()
-        asyncio.run(_served(plan, lock))
+        lock.write_owner()
+        asyncio.run(_run(plan, lock))
     except FanfoldError as error:
-        _say(error.message)
+        _report(error.message)
         return _FAILED
     return 0
 
 
-async def _served(plan: NodePlan, lock: HostLock) -> None:
-    orders, loop = Orders(_say), asyncio.get_running_loop()
+async def _run(plan: NodePlan, lock: NodeLock) -> None:
+    orders, loop = SupervisorControl(_report), asyncio.get_running_loop()
 
     def asked() -> None:
-        (orders.hurry if orders.stop.is_set() else orders.stop).set()
+        (orders.stop_waiting if orders.stop.is_set() else orders.stop).set()
 
     loop.add_signal_handler(signal.SIGTERM, asked)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    await serve_users(plan, lock, orders)
+    await serve_on_demand(plan, lock, orders)
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     sys.stderr.write("".join(f"{stamp} {line}\n" for line in escape_controls(text).splitlines()))
     sys.stderr.flush()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from ..core.errors import ConfigurationError, RunStoppedError
-from .lock import is_served, using
-from .plan import Files, NodePlan, files_of
+from .lock import hold_user_lock, is_served
+from .plan import NodeFiles, NodePlan, node_files
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +29,14 @@ def _never() -> str | None:
 
 
 @asynccontextmanager
-async def used(plan: NodePlan, over: Callable[[], str | None] = _never) -> AsyncIterator[Path]:
+async def use_servers(
+    plan: NodePlan, stop_reason: Callable[[], str | None] = _never
+) -> AsyncIterator[Path]:
     """Use this node's servers while the block runs; where nobody serves the node, have it served.
 
     Args:
         plan: What to serve.
-        over: Tells why it is waited no longer, or None; may block for a moment.
+        stop_reason: Tells why it is waited no longer, or None; may block for a moment.
 
     Yields:
         The node's endpoints file; at least one server is in it.
@@ -44,14 +46,14 @@ async def used(plan: NodePlan, over: Callable[[], str | None] = _never) -> Async
             with their last lines.
         ConfigurationError: The servers folder cannot be made.
     """
-    files = files_of(plan)
-    await asyncio.to_thread(files.make)
-    async with using(files):
-        await _up(plan, files, over)
+    files = node_files(plan)
+    await asyncio.to_thread(files.create_folders)
+    async with hold_user_lock(files):
+        await _wait_until_up(plan, files, stop_reason)
         yield files.endpoints
 
 
-async def _up(plan: NodePlan, files: Files, over: Callable[[], str | None]) -> None:
+async def _wait_until_up(plan: NodePlan, files: NodeFiles, over: Callable[[], str | None]) -> None:
     """Wait until a server is ready."""
     begun, starts = time.monotonic(), 0
     while True:
@@ -59,19 +61,19 @@ async def _up(plan: NodePlan, files: Files, over: Callable[[], str | None]) -> N
             if await asyncio.to_thread(files.endpoints.is_file):
                 return
         elif starts >= _MOST_STARTS:
-            msg = f"{plan.host}: whoever serves the node ends again; see {files.keeper_log}"
+            msg = f"{plan.host}: whoever serves the node ends again; see {files.supervisor_log}"
             raise RunStoppedError(msg)
         else:
             await asyncio.to_thread(check_failure, plan)
             logger.info("%s: this worker has the node's servers started", plan.host)
-            await asyncio.to_thread(_start, plan, files)
+            await asyncio.to_thread(_start_supervisor, plan, files)
             starts += 1
         if why := await asyncio.to_thread(over):
             raise RunStoppedError(f"{plan.host}: {why} before the node's servers were ready")
         if time.monotonic() - begun > plan.timeout_s + _SLACK_S:
             msg = (
                 f"{plan.host}: no server of this node was ready within {plan.timeout_s:g} s "
-                f"(node.timeout_s); what they say: {files.log(0).parent}"
+                f"(node.timeout_s); what they say: {files.server_log(0).parent}"
             )
             raise RunStoppedError(msg)
         await asyncio.sleep(_LOOK_S)
@@ -83,7 +85,7 @@ def check_failure(plan: NodePlan) -> None:
     Raises:
         RunStoppedError: They were; with their last lines.
     """
-    files = files_of(plan)
+    files = node_files(plan)
     try:
         age = time.time() - files.failure.stat().st_mtime
         text = files.failure.read_text(encoding="utf-8")
@@ -93,7 +95,7 @@ def check_failure(plan: NodePlan) -> None:
         raise RunStoppedError(f"the servers of {plan.host} were given up: {text}")
 
 
-def _start(plan: NodePlan, files: Files) -> None:
+def _start_supervisor(plan: NodePlan, files: NodeFiles) -> None:
     """Have a process left behind that serves the node.
 
     Raises:
@@ -102,7 +104,7 @@ def _start(plan: NodePlan, files: Files) -> None:
     """
     command = [sys.executable, "-P", "-m", __package__]
     try:
-        with files.keeper_log.open("ab") as log:
+        with files.supervisor_log.open("ab") as log:
             done = subprocess.run(
                 command,
                 input=plan.to_json(),
@@ -112,8 +114,8 @@ def _start(plan: NodePlan, files: Files) -> None:
                 check=False,
             )
     except OSError as error:
-        msg = f"{files.keeper_log}: cannot be written: {error.strerror}"
+        msg = f"{files.supervisor_log}: cannot be written: {error.strerror}"
         raise ConfigurationError(msg) from None
     if done.returncode:
-        msg = f"{plan.host}: the node's servers cannot be started; see {files.keeper_log}"
+        msg = f"{plan.host}: the node's servers cannot be started; see {files.supervisor_log}"
         raise RunStoppedError(msg)

@@ -11,16 +11,16 @@ from typing import Any, Final
 
 import orjson
 
-from ..core.errors import SiteError
+from ..core.errors import BackendError
 
-_LOG: Final = logging.getLogger(__name__)
+logger: Final = logging.getLogger(__name__)
 
 VERSION: Final = 1
 _OFF: Final = frozenset({"out", "down", "given_up"})
 _ON: Final = frozenset({"ready", "back"})
 
 
-class Record:
+class EventLog:
     """Writes a node's record; every line is there for others when the call returns.
 
     Args:
@@ -28,7 +28,7 @@ class Record:
         host: The node's name.
 
     Raises:
-        SiteError: The file cannot be opened.
+        BackendError: The file cannot be opened.
     """
 
     def __init__(self, path: Path, host: str) -> None:
@@ -36,9 +36,9 @@ class Record:
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise SiteError(f"{path}: cannot be written: {error.strerror}") from None
+            raise BackendError(f"{path}: cannot be written: {error.strerror}") from None
 
-    def note(self, event: str, **what: Any) -> None:
+    def append(self, event: str, **what: Any) -> None:
         """Append one line; blocks for as long as a short write takes.
 
         A disk that is full must not end servers: a line that cannot be written is logged.
@@ -47,14 +47,14 @@ class Record:
         try:
             self._file.write(orjson.dumps(line | what) + b"\n")
         except OSError as error:
-            _LOG.warning("%s: %s is not recorded: %s", self._file.name, event, error.strerror)
+            logger.warning("%s: %s is not recorded: %s", self._file.name, event, error.strerror)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def read_record(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a record; one that is cut off, or of another version, is left out."""
     lines = list[dict[str, Any]]()
     for raw in path.read_bytes().splitlines():
@@ -90,12 +90,12 @@ def server_seconds(lines: Iterable[Mapping[str, Any]], until: float | None = Non
     """Add up a node's record.
 
     Args:
-        lines: The lines, as :func:`read_record` returns them.
+        lines: The lines, as :func:`read_events` returns them.
         until: When a time without ``end`` is taken to have ended, in seconds since 1970; None
             takes its last line.
     """
     startup = down = up = paid = 0.0
-    for served in times_of(lines):
+    for served in split_periods(lines):
         first, last = served[0], served[-1]
         end = last["at"] if until is None or last["event"] == "end" else max(until, last["at"])
         span, instances = end - first["at"], max(1, int(first.get("instances", 1)))
@@ -109,7 +109,7 @@ def server_seconds(lines: Iterable[Mapping[str, Any]], until: float | None = Non
     return ServerSeconds(*(round(s, 3) for s in (startup, down, up, paid)))
 
 
-def times_of(lines: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def split_periods(lines: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Return the lines of each time that the node was served."""
     times = list[list[Mapping[str, Any]]]()
     for line in lines:
@@ -142,7 +142,7 @@ _BYTES: Final = 8192
 _LINES: Final = 20
 
 
-def last_words(servers: Path, log: Path) -> list[str]:
+def last_errors(servers: Path, log: Path) -> list[str]:
     """Return why no server was left: by the nodes, or else by the log of what started them.
 
     Args:

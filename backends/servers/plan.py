@@ -9,8 +9,8 @@ from typing import Any, Final, Self
 
 import orjson
 
-from ..core.errors import ConfigurationError, SiteError
-from ..core.templates import fill
+from ..core.errors import BackendError, ConfigurationError
+from ..core.templates import fill_names
 
 VERSION: Final = 1
 """Version of a plan's JSON."""
@@ -19,7 +19,7 @@ NO_VARIABLE: Final = "none"
 
 
 @dataclass(frozen=True, slots=True)
-class Watching:
+class WatchSettings:
     """How closely servers are watched, in seconds.
 
     Attributes:
@@ -82,9 +82,9 @@ class NodePlan:
     restarts: int
     linger_s: float
     key: str | None = field(default=None, repr=False)
-    watching: Watching = Watching()
+    watching: WatchSettings = WatchSettings()
 
-    def named(self, server: ServerPlan) -> str:
+    def server_address(self, server: ServerPlan) -> str:
         """Return ``address:port`` of a server, as endpoints files write it."""
         address = f"[{self.address}]" if ":" in self.address else self.address
         return f"{address}:{server.port}"
@@ -98,24 +98,24 @@ class NodePlan:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            SiteError: It is none, or of another version.
+            BackendError: It is none, or of another version.
         """
         try:
             plain: dict[str, Any] = orjson.loads(data)
             if plain.pop("v") != VERSION:
-                raise SiteError(f"a plan of another version than {VERSION}")
+                raise BackendError(f"a plan of another version than {VERSION}")
             plain["servers"] = tuple(
                 ServerPlan(**{**server, "command": tuple(server["command"])})
                 for server in plain["servers"]
             )
-            plain["watching"] = Watching(**plain["watching"])
+            plain["watching"] = WatchSettings(**plain["watching"])
             return cls(**plain)
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise SiteError(f"no plan of a node's servers: {type(error).__name__}") from None
+            raise BackendError(f"no plan of a node's servers: {type(error).__name__}") from None
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class NodeFiles:
     """Where a node's files lie in the servers folder.
 
     The folder itself holds nothing but one endpoints file per host; a host's is there while at
@@ -140,7 +140,7 @@ class Files:
         return self.folder / "locks" / self.host
 
     @property
-    def record(self) -> Path:
+    def event_log(self) -> Path:
         """Return what happened to the servers, as JSON lines."""
         return self.folder / "logs" / f"{self.host}.jsonl"
 
@@ -150,34 +150,34 @@ class Files:
         return self.folder / "logs" / f"{self.host}.failed"
 
     @property
-    def keeper_log(self) -> Path:
+    def supervisor_log(self) -> Path:
         """Return what a keeper that a worker started says."""
         return self.folder / "logs" / f"{self.host}.log"
 
-    def log(self, instance: int) -> Path:
+    def server_log(self, instance: int) -> Path:
         """Return what a server says."""
         return self.folder / "logs" / f"{self.host}-{instance}.log"
 
-    def make(self) -> None:
+    def create_folders(self) -> None:
         """Make the folders.
 
         Raises:
             ConfigurationError: They cannot be made.
         """
         try:
-            for folder in (self.lock.parent, self.record.parent):
+            for folder in (self.lock.parent, self.event_log.parent):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             msg = f"servers folder {self.folder}: cannot be made: {error.strerror}"
             raise ConfigurationError(msg) from None
 
 
-def files_of(plan: NodePlan) -> Files:
+def node_files(plan: NodePlan) -> NodeFiles:
     """Return where a plan's files lie."""
-    return Files(Path(plan.folder), plan.host)
+    return NodeFiles(Path(plan.folder), plan.host)
 
 
-def divided(ids: Sequence[str], instances: int) -> list[tuple[str, ...]]:
+def split_accelerators(ids: Sequence[str], instances: int) -> list[tuple[str, ...]]:
     """Divide accelerators among servers, neighbours together.
 
     Raises:
@@ -193,7 +193,7 @@ def divided(ids: Sequence[str], instances: int) -> list[tuple[str, ...]]:
     return [tuple(ids[n * each : (n + 1) * each]) for n in range(instances)]
 
 
-def accelerator_ids(
+def list_accelerators(
     variable: str,
     ids: Sequence[str] | None,
     count: int | None,
@@ -227,7 +227,7 @@ def accelerator_ids(
     raise ConfigurationError(msg)
 
 
-def server_plans(  # noqa: PLR0913 - one value per setting
+def plan_servers(  # noqa: PLR0913 - one value per setting
     words: Sequence[str],
     *,
     ports: int,
@@ -252,10 +252,10 @@ def server_plans(  # noqa: PLR0913 - one value per setting
         ConfigurationError: The accelerators cannot be divided evenly.
     """
     plans = []
-    for instance, own in enumerate(divided(ids, instances)):
+    for instance, own in enumerate(split_accelerators(ids, instances)):
         port = ports + instance
         values = {"port": str(port), "instance": str(instance), "gpus": str(len(own))}
         told = {} if variable == NO_VARIABLE else {variable: ",".join(own)}
-        command = fill(words, values | {"model": model})
+        command = fill_names(words, values | {"model": model})
         plans.append(ServerPlan(instance, port, command, {**told, **env}))
     return tuple(plans)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ..core.errors import SiteError
-from .events import Record
-from .lock import Guard
-from .plan import NodePlan, ServerPlan, files_of
-from .watchdog import alive
+from ..core.errors import BackendError
+from .events import EventLog
+from .lock import WatchdogClient
+from .plan import NodePlan, ServerPlan, node_files
+from .watchdog import is_alive
 
 _OK: Final = range(200, 300)
 _LONGEST_LINE: Final = 16_384
@@ -28,7 +28,9 @@ _MOST: Final = 8 * 1024 * 1024
 """Bytes of an answer that are read; vLLM's metrics take some ten thousand."""
 
 
-async def look(address: str, port: int, path: str, timeout_s: float, key: str | None) -> str | None:
+async def probe(
+    address: str, port: int, path: str, timeout_s: float, key: str | None
+) -> str | None:
     """Ask a server whether it is ready.
 
     Args:
@@ -42,7 +44,10 @@ async def look(address: str, port: int, path: str, timeout_s: float, key: str | 
         None when it answers well; else what is wrong.
     """
     try:
-        async with asyncio.timeout(timeout_s), _asked(address, port, path, key) as (status, _):
+        async with (
+            asyncio.timeout(timeout_s),
+            _open_response(address, port, path, key) as (status, _),
+        ):
             pass
     except TimeoutError:
         return f"no answer within {timeout_s:g} s"
@@ -68,14 +73,17 @@ async def fetch(
         The status and the body; None when there is no whole answer.
     """
     try:
-        async with asyncio.timeout(timeout_s), _asked(address, port, path, key) as (status, reader):
+        async with (
+            asyncio.timeout(timeout_s),
+            _open_response(address, port, path, key) as (status, reader),
+        ):
             return status, await _body(reader)
     except (OSError, ValueError, EOFError):  # too late is an OSError
         return None
 
 
 @asynccontextmanager
-async def _asked(
+async def _open_response(
     address: str, port: int, path: str, key: str | None
 ) -> AsyncIterator[tuple[int, StreamReader]]:
     """Ask, and yield the answer's status and what follows the first line."""
@@ -134,7 +142,7 @@ async def _read(reader: StreamReader, size: int, *, whole: bool, most: int = _MO
     return b"".join(parts)
 
 
-async def is_taken(address: str, port: int, timeout_s: float) -> bool:
+async def is_port_in_use(address: str, port: int, timeout_s: float) -> bool:
     """Say whether somebody listens on a port."""
     try:
         async with asyncio.timeout(timeout_s):
@@ -147,7 +155,7 @@ async def is_taken(address: str, port: int, timeout_s: float) -> bool:
     return True
 
 
-_GATE: Final = 'trap "" USR1 USR2; read -r _ && exec "$@" </dev/null'
+_WAIT_SCRIPT: Final = 'trap "" USR1 USR2; read -r _ && exec "$@" </dev/null'
 """Waits for a line before it becomes the server: if this process is killed before the watcher
 knows of the server, there is none. Signals that ask a run to drain are not for servers."""
 
@@ -169,17 +177,17 @@ class ServerProcess:
         begin: Where in the log this start begins, in bytes.
     """
 
-    def __init__(self, process: Process, guard: Guard, log: Path, begin: int) -> None:
-        self._process, self._guard = process, guard
+    def __init__(self, process: Process, guard: WatchdogClient, log: Path, begin: int) -> None:
+        self._process, self._watchdog = process, guard
         self._log, self._begin = log, begin
         self.pid = process.pid
 
     @classmethod
-    async def start(cls, plan: ServerPlan, guard: Guard, log: Path) -> ServerProcess:
+    async def start(cls, plan: ServerPlan, guard: WatchdogClient, log: Path) -> ServerProcess:
         """Start a server.
 
         Raises:
-            SiteError: The program is not there, or the log cannot be written.
+            BackendError: The program is not there, or the log cannot be written.
         """
         environment = os.environ | plan.env
         program = await asyncio.to_thread(
@@ -187,11 +195,11 @@ class ServerProcess:
         )
         if program is None:
             msg = f"node.serve: there is no program {plan.command[0]!r} on this node's PATH"
-            raise SiteError(msg)
-        handle, begin = await asyncio.to_thread(_opened, log)
+            raise BackendError(msg)
+        handle, begin = await asyncio.to_thread(_open_log, log)
         try:
             process = await asyncio.create_subprocess_exec(
-                *("/bin/sh", "-c", _GATE, "sh", program, *plan.command[1:]),
+                *("/bin/sh", "-c", _WAIT_SCRIPT, "sh", program, *plan.command[1:]),
                 stdin=PIPE,
                 stdout=handle,
                 stderr=STDOUT,
@@ -199,14 +207,14 @@ class ServerProcess:
                 start_new_session=True,
             )
         except OSError as error:
-            raise SiteError(f"node.serve: cannot be started: {error.strerror}") from None
+            raise BackendError(f"node.serve: cannot be started: {error.strerror}") from None
         finally:
             os.close(handle)
-        await cls._let_go(process, guard)
+        await cls._release_process(process, guard)
         return cls(process, guard, log, begin)
 
     @staticmethod
-    async def _let_go(process: Process, guard: Guard) -> None:
+    async def _release_process(process: Process, guard: WatchdogClient) -> None:
         """Let a process become the server, once the watcher knows it."""
         assert process.stdin is not None, "it was opened as a pipe"
         try:
@@ -221,7 +229,7 @@ class ServerProcess:
         finally:
             process.stdin.close()
 
-    async def ended(self) -> str:
+    async def wait_for_exit(self) -> str:
         """Wait for its end, and say how it ended."""
         code = await self._process.wait()
         if code >= 0:
@@ -231,11 +239,11 @@ class ServerProcess:
         except ValueError:
             return f"was ended by signal {-code}"
 
-    async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
-        """End it with all that it has started; at once if there is ``hurry``."""
+    async def stop(self, grace_s: float, stop_waiting: asyncio.Event) -> None:
+        """End it with all that it has started; at once if there is ``stop_waiting``."""
         self._send(signal.SIGTERM)
-        gone = asyncio.ensure_future(self._gone())
-        hurried = asyncio.ensure_future(hurry.wait())
+        gone = asyncio.ensure_future(self._wait_group_gone())
+        hurried = asyncio.ensure_future(stop_waiting.wait())
         try:
             await asyncio.wait({gone, hurried}, timeout=grace_s, return_when=_FIRST)
         finally:
@@ -244,19 +252,19 @@ class ServerProcess:
             # what it has started may hold ports and memory a moment longer
             await asyncio.wait({gone}, timeout=_KILLED_S)
             gone.cancel()
-            await self._guard.drop(self.pid)
+            await self._watchdog.remove(self.pid)
 
-    async def _gone(self) -> None:
+    async def _wait_group_gone(self) -> None:
         """Wait until nobody of its group is left."""
         await self._process.wait()
-        while await asyncio.to_thread(alive, self.pid):  # noqa: ASYNC110 - nothing tells of it
+        while await asyncio.to_thread(is_alive, self.pid):  # noqa: ASYNC110 - nothing tells of it
             await asyncio.sleep(_TICK_S)
 
     def _send(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
-    def last_lines(self) -> list[str]:
+    def read_last_lines(self) -> list[str]:
         """Return the last lines that it has said since this start; blocks."""
         try:
             with self._log.open("rb") as file:
@@ -274,11 +282,11 @@ def _plain(line: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else " " for c in line).rstrip()
 
 
-def _opened(log: Path) -> tuple[int, int]:
+def _open_log(log: Path) -> tuple[int, int]:
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError as error:
-        raise SiteError(f"{log}: cannot be written: {error.strerror}") from None
+        raise BackendError(f"{log}: cannot be written: {error.strerror}") from None
     return handle, os.fstat(handle).st_size
 
 
@@ -289,39 +297,39 @@ _LOOPBACK: Final = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class NodeState:
     """What all servers of a node share.
 
     Attributes:
         plan: The node's plan.
-        guard: What ends them if this process is killed.
-        record: Where their lives are noted.
-        say: Tells the user something.
-        changed: Called when a server is ready, or is no more.
-        hurry: Set when nothing is waited for any more.
+        watchdog: What ends them if this process is killed.
+        event_log: Where their lives are noted.
+        report: Tells the user something.
+        on_change: Called when a server is ready, or is no more.
+        stop_waiting: Set when nothing is waited for any more.
     """
 
     plan: NodePlan
-    guard: Guard
-    record: Record
-    say: Callable[[str], None]
-    changed: Callable[[], None]
-    hurry: asyncio.Event
+    watchdog: WatchdogClient
+    event_log: EventLog
+    report: Callable[[str], None]
+    on_change: Callable[[], None]
+    stop_waiting: asyncio.Event
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
+class _ServerExit:
     """How one start of a server ended.
 
     Attributes:
-        why: In words.
+        reason: In words.
         lines: What it said last.
-        ready: Whether it had been ready.
+        was_ready: Whether it had been ready.
     """
 
-    why: str
+    reason: str
     lines: list[str]
-    ready: bool
+    was_ready: bool
 
 
 class Server:
@@ -336,74 +344,76 @@ class Server:
         name: ``address:port``.
         ready: Whether its endpoint is to be listed.
         starts: How often it was started.
-        given_up: Why it is not started again, with its last lines; or None.
+        failure: Why it is not started again, with its last lines; or None.
     """
 
-    def __init__(self, plan: ServerPlan, desk: Desk) -> None:
-        self.plan, self._desk = plan, desk
-        self.name = desk.plan.named(plan)
+    def __init__(self, plan: ServerPlan, desk: NodeState) -> None:
+        self.plan, self._node = plan, desk
+        self.name = desk.plan.server_address(plan)
         self.ready = False
         self.starts = 0
-        self.given_up: str | None = None
+        self.failure: str | None = None
 
-    async def live(self) -> None:
+    async def run(self) -> None:
         """Keep it up until it is given up; cancelled, it ends the process first.
 
         One that fails before it was ever ready is given up at once: most often its command is
         wrong.
         """
-        restarts, once, most = 0, False, self._desk.plan.restarts
+        restarts, once, most = 0, False, self._node.plan.restarts
         while True:
-            end = await self._lived(restarts)
-            once = once or end.ready
+            end = await self._run_once(restarts)
+            once = once or end.was_ready
             if not once or restarts >= most:
-                self._give_up(end, restarts)
+                self._mark_failed(end, restarts)
                 return
             restarts += 1
-            self._desk.say(f"{self.name} {end.why}; restart {restarts} of {most}")
-            pause = self._desk.plan.watching.pause_s * 2.0 ** (restarts - 1)
+            self._node.report(f"{self.name} {end.reason}; restart {restarts} of {most}")
+            pause = self._node.plan.watching.pause_s * 2.0 ** (restarts - 1)
             await asyncio.sleep(min(_LONGEST_PAUSE_S, pause))
 
-    async def _lived(self, restart: int) -> _End:
+    async def _run_once(self, restart: int) -> _ServerExit:
         """Start it, and return when it is down again."""
-        desk, began = self._desk, time.monotonic()
-        if await self._port_is_taken():
+        desk, began = self._node, time.monotonic()
+        if await self._is_port_in_use():
             why = f"cannot be started: another process listens on port {self.plan.port}"
-            return _End(why, [], ready=False)
+            return _ServerExit(why, [], was_ready=False)
         try:
-            log = files_of(desk.plan).log(self.plan.instance)
-            process = await ServerProcess.start(self.plan, desk.guard, log)
-        except SiteError as error:
-            return _End(f"cannot be started: {error.message}", [], ready=False)
+            log = node_files(desk.plan).server_log(self.plan.instance)
+            process = await ServerProcess.start(self.plan, desk.watchdog, log)
+        except BackendError as error:
+            return _ServerExit(f"cannot be started: {error.message}", [], was_ready=False)
         self.starts += 1
-        self._note("start", port=self.plan.port, pid=process.pid, restart=restart)
+        self._log_event("start", port=self.plan.port, pid=process.pid, restart=restart)
         try:
-            failed = await self._comes_up(process, began)
-            why = failed or await self._stays_up(process, began)
+            failed = await self._wait_until_ready(process, began)
+            why = failed or await self._monitor(process, began)
         finally:
-            self._off()
-            await process.stop(desk.plan.watching.stop_s, desk.hurry)
-        return _End(why, await asyncio.to_thread(process.last_lines), failed is None)
+            self._mark_unready()
+            await process.stop(desk.plan.watching.stop_s, desk.stop_waiting)
+        return _ServerExit(why, await asyncio.to_thread(process.read_last_lines), failed is None)
 
-    async def _port_is_taken(self) -> bool:
-        port, wait_s = self.plan.port, self._desk.plan.watching.answer_s
-        for address in dict.fromkeys((_LOOPBACK, self._desk.plan.address)):
-            if await is_taken(address, port, wait_s):
+    async def _is_port_in_use(self) -> bool:
+        port, wait_s = self.plan.port, self._node.plan.watching.answer_s
+        for address in dict.fromkeys((_LOOPBACK, self._node.plan.address)):
+            if await is_port_in_use(address, port, wait_s):
                 return True
         return False
 
-    async def _comes_up(self, process: ServerProcess, began: float) -> str | None:
+    async def _wait_until_ready(self, process: ServerProcess, began: float) -> str | None:
         """Wait until it is ready; return None, or why it will not be."""
-        plan, pause, odd = self._desk.plan, _FIRST_LOOK_S, ""
-        ended = asyncio.ensure_future(process.ended())
+        plan, pause, odd = self._node.plan, _FIRST_LOOK_S, ""
+        ended = asyncio.ensure_future(process.wait_for_exit())
         try:
             while not ended.done():
-                wrong = await self._look()
+                wrong = await self._probe()
                 if wrong is None and not ended.done():
                     return None
                 if wrong and wrong.startswith(_HTTP) and wrong != odd:
                     odd = wrong
-                    self._desk.say(f"{self.name} answers {plan.ready} with {wrong}; still waiting")
+                    self._node.report(
+                        f"{self.name} answers {plan.ready} with {wrong}; still waiting"
+                    )
                 if time.monotonic() - began > plan.timeout_s:
                     return (
                         f"was not ready after {plan.timeout_s:g} s: {plan.ready}: {wrong} (does "
@@ -415,66 +425,66 @@ class Server:
         finally:
             ended.cancel()
 
-    async def _stays_up(self, process: ServerProcess, began: float) -> str:
+    async def _monitor(self, process: ServerProcess, began: float) -> str:
         """Watch it while it is ready; return why it is no more."""
         up, seconds = time.monotonic(), round(time.monotonic() - began, 3)
-        self._note("ready", seconds=seconds)
-        self._on(f"{self.name} is ready after {seconds:.1f} s")
-        ended = asyncio.ensure_future(process.ended())
+        self._log_event("ready", seconds=seconds)
+        self._mark_ready(f"{self.name} is ready after {seconds:.1f} s")
+        ended = asyncio.ensure_future(process.wait_for_exit())
         try:
-            why = await self._watched(ended)
+            why = await self._probe_until_down(ended)
         finally:
             ended.cancel()
-        self._note("down", why=why, seconds=round(time.monotonic() - up, 3))
+        self._log_event("down", why=why, seconds=round(time.monotonic() - up, 3))
         return why
 
-    async def _watched(self, ended: asyncio.Future[str]) -> str:
-        watching, silent_since = self._desk.plan.watching, None
+    async def _probe_until_down(self, ended: asyncio.Future[str]) -> str:
+        watching, silent_since = self._node.plan.watching, None
         while True:
             await asyncio.wait({ended}, timeout=watching.every_s)
             if ended.done():
                 return ended.result()
             asked = time.monotonic()
-            wrong = await self._look()
+            wrong = await self._probe()
             if wrong is None:
                 silent_since = None
                 if not self.ready:
-                    self._note("back")
-                    self._on(f"{self.name} answers again")
+                    self._log_event("back")
+                    self._mark_ready(f"{self.name} answers again")
                 continue
             silent_since = silent_since or asked
             silent = time.monotonic() - silent_since
             if silent >= watching.dead_s:
                 return f"does not answer any more ({wrong})"
             if silent >= watching.out_s and self.ready:
-                self._note("out", why=wrong)
-                self._desk.say(f"{self.name} does not answer ({wrong}); it is taken out")
-                self._off()
+                self._log_event("out", why=wrong)
+                self._node.report(f"{self.name} does not answer ({wrong}); it is taken out")
+                self._mark_unready()
 
-    async def _look(self) -> str | None:
-        plan = self._desk.plan
+    async def _probe(self) -> str | None:
+        plan = self._node.plan
         wait_s = plan.watching.answer_s
-        return await look(plan.address, self.plan.port, plan.ready, wait_s, plan.key)
+        return await probe(plan.address, self.plan.port, plan.ready, wait_s, plan.key)
 
-    def _on(self, text: str) -> None:
+    def _mark_ready(self, text: str) -> None:
         self.ready = True
-        self._desk.say(text)
-        self._desk.changed()
+        self._node.report(text)
+        self._node.on_change()
 
-    def _off(self) -> None:
+    def _mark_unready(self) -> None:
         if self.ready:
             self.ready = False
-            self._desk.changed()
+            self._node.on_change()
 
-    def _give_up(self, end: _End, restarts: int) -> None:
+    def _mark_failed(self, end: _ServerExit, restarts: int) -> None:
         times = f" after {restarts} restarts" if restarts else ""
-        lines = [f"{self.name} {end.why}; it is given up{times}"]
+        lines = [f"{self.name} {end.reason}; it is given up{times}"]
         if end.lines:
-            log = files_of(self._desk.plan).log(self.plan.instance)
+            log = node_files(self._node.plan).server_log(self.plan.instance)
             lines.append(f"  its last words, from {log}:")
             lines += [f"  | {line}" for line in end.lines]
-        self.given_up = "\n".join(lines)
-        self._note("given_up", why=end.why)
+        self.failure = "\n".join(lines)
+        self._log_event("given_up", why=end.reason)
 
-    def _note(self, event: str, **what: object) -> None:
-        self._desk.record.note(event, instance=self.plan.instance, **what)
+    def _log_event(self, event: str, **what: object) -> None:
+        self._node.event_log.append(event, instance=self.plan.instance, **what)

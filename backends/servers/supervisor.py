@@ -12,15 +12,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ..core.errors import FanfoldError, SiteError
-from ..core.parsing import Gauges, read_metrics
-from .events import Record
-from .lock import Guard, HostLock, Users, guarded, holder, linger_not, lingers, using
-from .plan import Files, NodePlan, files_of
-from .server import Desk, Server, fetch
+from ..core.errors import BackendError, FanfoldError
+from ..core.parsing import ServerLoad, parse_load_metrics
+from .events import EventLog
+from .lock import (
+    NodeLock,
+    NodeUsers,
+    WatchdogClient,
+    hold_user_lock,
+    is_on_demand,
+    read_owner,
+    request_stop_when_unused,
+    run_watchdog,
+)
+from .plan import NodeFiles, NodePlan, node_files
+from .server import NodeState, Server, fetch
 
 
-class Listing:
+class EndpointsFile:
     """Writes the endpoints file; its methods block.
 
     Args:
@@ -76,7 +85,7 @@ have too few of them else."""
 _LAST_S: Final = 1.0
 
 
-class LoadNotes:
+class LoadSampler:
     """Asks a node's servers what they work on, and notes it.
 
     Args:
@@ -85,47 +94,49 @@ class LoadNotes:
         record: Where it is noted.
     """
 
-    def __init__(self, plan: NodePlan, servers: Sequence[Server], record: Record) -> None:
-        self._plan, self._servers, self._record = plan, servers, record
+    def __init__(self, plan: NodePlan, servers: Sequence[Server], record: EventLog) -> None:
+        self._plan, self._servers, self._event_log = plan, servers, record
         self._mute = set[int]()
         self._most = 0
-        self._noted: list[tuple[int, Gauges] | None] = [None] * len(servers)
+        self._recorded: list[tuple[int, ServerLoad] | None] = [None] * len(servers)
         self._when = float("-inf")
 
     async def run(self) -> None:
         """Look again and again."""
         begun = time.monotonic()
         while True:
-            await self.look()
+            await self.sample()
             pause = max(_LEAST_S, (time.monotonic() - begun) / _PART)
             await asyncio.sleep(min(self._plan.watching.every_s, pause))
 
-    async def look(self) -> None:
+    async def sample(self) -> None:
         """Ask all servers that are ready, and note what they say if it is news."""
-        told = await asyncio.gather(*map(self._ask, self._servers))
+        told = await asyncio.gather(*map(self._fetch_load, self._servers))
         if not any(told):
             return
         self._most = max(self._most, *(one.running or 0 for one in told if one))
         both = zip(self._servers, told, strict=True)
         now = [None if one is None else (server.starts, one) for server, one in both]
-        pairs = zip(self._noted, now, strict=True)
-        if time.monotonic() - self._when < _LONGEST_S and not any(self._news(*p) for p in pairs):
+        pairs = zip(self._recorded, now, strict=True)
+        if time.monotonic() - self._when < _LONGEST_S and not any(
+            self._has_changed(*p) for p in pairs
+        ):
             return
         self._when = time.monotonic()
-        self._noted = [this or before for before, this in zip(self._noted, now, strict=True)]
-        self._record.note(
+        self._recorded = [this or before for before, this in zip(self._recorded, now, strict=True)]
+        self._event_log.append(
             "load",
             running=[one and one.running for one in told],
             waiting=[one and one.waiting for one in told],
         )
 
-    async def last(self) -> None:
+    async def sample_last(self) -> None:
         """Look once more before the servers end; waits for a second at most."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_S):
-                await self.look()
+                await self.sample()
 
-    async def _ask(self, server: Server) -> Gauges | None:
+    async def _fetch_load(self, server: Server) -> ServerLoad | None:
         number, watching = server.plan.instance, self._plan.watching
         if not server.ready or number in self._mute:
             return None
@@ -136,10 +147,12 @@ class LoadNotes:
         status, body = answer
         if status in _REFUSED:
             self._mute.add(number)
-        gauges = read_metrics(body) if status == _OK else None
+        gauges = parse_load_metrics(body) if status == _OK else None
         return gauges if gauges is not None and gauges.running is not None else None
 
-    def _news(self, before: tuple[int, Gauges] | None, now: tuple[int, Gauges] | None) -> bool:
+    def _has_changed(
+        self, before: tuple[int, ServerLoad] | None, now: tuple[int, ServerLoad] | None
+    ) -> bool:
         """Say whether a server does notably more or less than was noted of this start of it."""
         if now is None:
             return False
@@ -158,21 +171,21 @@ _ALIVE_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class SupervisorControl:
     """What a serving process is told from outside.
 
     Attributes:
-        say: Tells the user something.
+        report: Tells the user something.
         stop: Set when the servers shall end.
-        hurry: Set when nothing is waited for any more.
+        stop_waiting: Set when nothing is waited for any more.
     """
 
-    say: Callable[[str], None]
+    report: Callable[[str], None]
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    stop_waiting: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-async def keep(plan: NodePlan, lock: HostLock, orders: Orders) -> None:
+async def run_supervisor(plan: NodePlan, lock: NodeLock, orders: SupervisorControl) -> None:
     """Serve a node until told to stop.
 
     Args:
@@ -181,64 +194,70 @@ async def keep(plan: NodePlan, lock: HostLock, orders: Orders) -> None:
         orders: What the process is told from outside.
 
     Raises:
-        SiteError: All servers were given up; with the last lines of each.
+        BackendError: All servers were given up; with the last lines of each.
     """
-    files, stack = files_of(plan), ExitStack()
+    files, stack = node_files(plan), ExitStack()
     with stack:
-        stack.callback(lock.give_back)
-        record = await asyncio.to_thread(Record, files.record, plan.host)
+        stack.callback(lock.release)
+        record = await asyncio.to_thread(EventLog, files.event_log, plan.host)
         stack.callback(record.close)
         await asyncio.to_thread(files.failure.unlink, missing_ok=True)
-        async with guarded(files, lock, plan.watching.stop_s) as guard:
-            await _Keeper(plan, guard, record, orders).run()
+        async with run_watchdog(files, lock, plan.watching.stop_s) as guard:
+            await Supervisor(plan, guard, record, orders).run()
 
 
-class _Keeper:
+class Supervisor:
     """Serves one node."""
 
-    def __init__(self, plan: NodePlan, guard: Guard, record: Record, orders: Orders) -> None:
-        self._plan, self._guard, self._record, self._orders = plan, guard, record, orders
+    def __init__(
+        self, plan: NodePlan, guard: WatchdogClient, record: EventLog, orders: SupervisorControl
+    ) -> None:
+        self._plan, self._watchdog, self._event_log, self._control = plan, guard, record, orders
         self._changed = asyncio.Event()
-        desk = Desk(plan, guard, record, orders.say, self._changed.set, orders.hurry)
+        desk = NodeState(plan, guard, record, orders.report, self._changed.set, orders.stop_waiting)
         self._servers = [Server(server, desk) for server in plan.servers]
-        self._listing = Listing(files_of(plan).endpoints, plan.host)
-        self._loads = LoadNotes(plan, self._servers, record)
+        self._endpoints_file = EndpointsFile(node_files(plan).endpoints, plan.host)
+        self._load_sampler = LoadSampler(plan, self._servers, record)
 
     async def run(self) -> None:
         """Serve until told to stop."""
-        self._record.note("begin", instances=len(self._servers), pid=os.getpid())
-        self._orders.say(self._beginning())
+        self._event_log.append("begin", instances=len(self._servers), pid=os.getpid())
+        self._control.report(self._beginning())
         self._changed.set()  # removes what a killed process has left
         try:
             async with asyncio.TaskGroup() as group:
-                lives = [group.create_task(server.live()) for server in self._servers]
-                several = (self._list(), self._tick(), self._loads.run())
+                lives = [group.create_task(server.run()) for server in self._servers]
+                several = (
+                    self._publish_endpoints(),
+                    self._send_heartbeats(),
+                    self._load_sampler.run(),
+                )
                 helpers = [group.create_task(one) for one in several]
-                await self._until_over(lives)
-                await asyncio.to_thread(self._listing.close)  # before its servers end
-                await self._loads.last()
+                await self._wait_until_done(lives)
+                await asyncio.to_thread(self._endpoints_file.close)  # before its servers end
+                await self._load_sampler.sample_last()
                 for task in (*lives, *helpers):
                     task.cancel()
         except* FanfoldError as errors:
             raise errors.exceptions[0] from None
         finally:
-            self._listing.close()
-            why = "stopped" if self._orders.stop.is_set() else "given up"
-            self._record.note("end", why=why)
-        if not self._orders.stop.is_set():
-            raise SiteError(self._failure())
-        self._orders.say(f"{self._plan.host}: all servers have ended")
+            self._endpoints_file.close()
+            why = "stopped" if self._control.stop.is_set() else "given up"
+            self._event_log.append("end", why=why)
+        if not self._control.stop.is_set():
+            raise BackendError(self._write_failure())
+        self._control.report(f"{self._plan.host}: all servers have ended")
 
     def _beginning(self) -> str:
         ports = [server.plan.port for server in self._servers]
         many = f"{len(ports)} servers, ports {ports[0]} to {ports[-1]}"
         what = many if len(ports) > 1 else f"a server, port {ports[0]}"
-        logs = files_of(self._plan).record.parent
+        logs = node_files(self._plan).event_log.parent
         return f"{self._plan.host}: starting {what}; logs: {logs}"
 
-    async def _until_over(self, lives: Sequence[asyncio.Task[None]]) -> None:
+    async def _wait_until_done(self, lives: Sequence[asyncio.Task[None]]) -> None:
         """Wait until told to stop, or until no server lives; tell of each that is given up."""
-        stop = asyncio.ensure_future(self._orders.stop.wait())
+        stop = asyncio.ensure_future(self._control.stop.wait())
         try:
             while not stop.done() and (alive := {task for task in lives if not task.done()}):
                 await asyncio.wait({stop, *alive}, return_when=asyncio.FIRST_COMPLETED)
@@ -246,40 +265,40 @@ class _Keeper:
                     return  # the error tells of all
                 for server, task in zip(self._servers, lives, strict=True):
                     if task in alive and task.done():
-                        self._orders.say(server.given_up or server.name)
+                        self._control.report(server.failure or server.name)
         finally:
             stop.cancel()
 
-    async def _list(self) -> None:
+    async def _publish_endpoints(self) -> None:
         """Keep the endpoints file equal to what is ready."""
         while True:
             await self._changed.wait()
             self._changed.clear()
             names = [server.name for server in self._servers if server.ready]
             try:
-                await asyncio.to_thread(self._listing.write, names)
+                await asyncio.to_thread(self._endpoints_file.write, names)
             except OSError as error:
-                path = files_of(self._plan).endpoints
-                self._orders.say(f"{path}: cannot be written, tried again: {error.strerror}")
+                path = node_files(self._plan).endpoints
+                self._control.report(f"{path}: cannot be written, tried again: {error.strerror}")
                 await asyncio.sleep(self._plan.watching.every_s)
                 self._changed.set()
 
-    async def _tick(self) -> None:
+    async def _send_heartbeats(self) -> None:
         """Look after the watcher, and note that the node lives."""
         loop, said = asyncio.get_running_loop(), float("-inf")
         while True:
-            await self._guard.check()
+            await self._watchdog.ensure_running()
             if loop.time() - said >= _ALIVE_S:
                 said = loop.time()
-                self._record.note("alive", ready=sum(server.ready for server in self._servers))
+                self._event_log.append("alive", ready=sum(server.ready for server in self._servers))
             await asyncio.sleep(self._plan.watching.every_s)
 
-    def _failure(self) -> str:
+    def _write_failure(self) -> str:
         """Return why no server is left, and leave it for whoever wants to serve next."""
-        reasons = "\n".join(server.given_up or server.name for server in self._servers)
+        reasons = "\n".join(server.failure or server.name for server in self._servers)
         text = f"{self._plan.host}: no server is left\n{reasons}"
         with suppress(OSError):  # the error itself says it as well
-            files_of(self._plan).failure.write_text(text, encoding="utf-8")
+            node_files(self._plan).failure.write_text(text, encoding="utf-8")
         return text
 
 
@@ -287,7 +306,7 @@ _STANDBY_S: Final = 1.0
 _LOOK_S: Final = 1.0
 
 
-async def serve(plan: NodePlan, orders: Orders) -> None:
+async def serve_or_standby(plan: NodePlan, orders: SupervisorControl) -> None:
     """Serve a node until told to stop.
 
     Where another process serves it already, nothing is started; this one stands by, and takes
@@ -295,46 +314,50 @@ async def serve(plan: NodePlan, orders: Orders) -> None:
     worker has left.
 
     Raises:
-        SiteError: All servers were given up; with the last lines of each.
+        BackendError: All servers were given up; with the last lines of each.
         ConfigurationError: The servers folder cannot be made.
     """
-    files = files_of(plan)
-    await asyncio.to_thread(files.make)
-    async with using(files):
-        lock = await _taken(plan, files, orders)
+    files = node_files(plan)
+    await asyncio.to_thread(files.create_folders)
+    async with hold_user_lock(files):
+        lock = await _acquire_lock(plan, files, orders)
         if lock is not None:
-            await keep(plan, lock, orders)
+            await run_supervisor(plan, lock, orders)
             return
-    if await asyncio.to_thread(lingers, files):
-        orders.say(f"{plan.host}: the servers that a worker has started end with the last worker")
-        await _ended(files, orders)
+    if await asyncio.to_thread(is_on_demand, files):
+        orders.report(
+            f"{plan.host}: the servers that a worker has started end with the last worker"
+        )
+        await _stop_on_demand(files, orders)
 
 
-async def _taken(plan: NodePlan, files: Files, orders: Orders) -> HostLock | None:
+async def _acquire_lock(
+    plan: NodePlan, files: NodeFiles, orders: SupervisorControl
+) -> NodeLock | None:
     """Wait for the right to serve the node; None when told to stop before."""
     told = False
     while not orders.stop.is_set():
-        lock = await asyncio.to_thread(HostLock.patiently, files)
+        lock = await asyncio.to_thread(NodeLock.acquire_with_retries, files)
         if lock is not None:
             return lock
         if not told:
-            who = await asyncio.to_thread(holder, files)
-            orders.say(f"{plan.host}: is served already, by {who}; standing by")
+            who = await asyncio.to_thread(read_owner, files)
+            orders.report(f"{plan.host}: is served already, by {who}; standing by")
             told = True
-        await _happens(orders.stop, _STANDBY_S)
+        await _wait_event(orders.stop, _STANDBY_S)
     return None
 
 
-async def _ended(files: Files, orders: Orders) -> None:
+async def _stop_on_demand(files: NodeFiles, orders: SupervisorControl) -> None:
     """Have the servers that a worker has started end, and wait for that unless in a hurry."""
-    while await asyncio.to_thread(lingers, files):
-        await asyncio.to_thread(linger_not, files)  # again: it may just have begun
-        if orders.hurry.is_set():
+    while await asyncio.to_thread(is_on_demand, files):
+        await asyncio.to_thread(request_stop_when_unused, files)  # again: it may just have begun
+        if orders.stop_waiting.is_set():
             return
-        await _happens(orders.hurry, _LOOK_S)
+        await _wait_event(orders.stop_waiting, _LOOK_S)
 
 
-async def serve_users(plan: NodePlan, lock: HostLock, orders: Orders) -> None:
+async def serve_on_demand(plan: NodePlan, lock: NodeLock, orders: SupervisorControl) -> None:
     """Serve a node for as long as somebody uses it.
 
     Args:
@@ -343,32 +366,34 @@ async def serve_users(plan: NodePlan, lock: HostLock, orders: Orders) -> None:
         orders: What the process is told from outside.
 
     Raises:
-        SiteError: All servers were given up; with the last lines of each.
+        BackendError: All servers were given up; with the last lines of each.
     """
-    users = await asyncio.to_thread(Users, files_of(plan))
-    watch = asyncio.create_task(_until_unused(users, plan.linger_s, orders))
+    users = await asyncio.to_thread(NodeUsers, node_files(plan))
+    watch = asyncio.create_task(_stop_when_unused(users, plan.linger_s, orders))
     try:
-        await keep(plan, lock, orders)
+        await run_supervisor(plan, lock, orders)
     finally:
         watch.cancel()
         users.close()
 
 
-async def _until_unused(users: Users, linger_s: float, orders: Orders) -> None:
+async def _stop_when_unused(users: NodeUsers, linger_s: float, orders: SupervisorControl) -> None:
     """Order a stop when nobody has used the servers for a while."""
     loop = asyncio.get_running_loop()
     used = loop.time()
     while True:
-        if users.any():
+        if users.has_users():
             used = loop.time()
-        elif (users.asked() or loop.time() - used >= linger_s) and users.shut_out():
-            orders.say(f"nobody has used the servers for {loop.time() - used:.0f} s")
+        elif (
+            users.is_stop_requested() or loop.time() - used >= linger_s
+        ) and users.try_block_users():
+            orders.report(f"nobody has used the servers for {loop.time() - used:.0f} s")
             orders.stop.set()
             return
         await asyncio.sleep(min(_LOOK_S, max(0.05, linger_s / 4)))
 
 
-async def _happens(event: asyncio.Event, timeout_s: float) -> None:
+async def _wait_event(event: asyncio.Event, timeout_s: float) -> None:
     waiting = asyncio.ensure_future(event.wait())
     await asyncio.wait({waiting}, timeout=timeout_s)
     waiting.cancel()

@@ -28,18 +28,18 @@ def main() -> None:
     endpoints, record, host, grace = sys.argv[1:5]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    groups = listen()
+    groups = read_groups()
     if not groups:
         return
     with suppress(OSError):
         os.unlink(endpoints)  # noqa: PTH108 - the fewest imports
-    end(groups, float(grace))
+    kill_groups(groups, float(grace))
     line = {"v": 1, "at": time.time(), "host": host, "event": "end", "why": "keeper lost"}
     with suppress(OSError), open(record, "a", encoding="utf-8") as file:  # noqa: PTH123
         file.write(json.dumps(line) + "\n")
 
 
-def listen() -> set[int]:
+def read_groups() -> set[int]:
     """Return the groups that are there when the input ends."""
     groups = set[int]()
     for line in sys.stdin:
@@ -51,11 +51,11 @@ def listen() -> set[int]:
     return groups
 
 
-def end(groups: set[int], grace_s: float) -> None:
+def kill_groups(groups: set[int], grace_s: float) -> None:
     """End process groups."""
     deadline = time.monotonic() + grace_s
     _send(groups, signal.SIGTERM)
-    while any(map(alive, groups)) and time.monotonic() < deadline:
+    while any(map(is_alive, groups)) and time.monotonic() < deadline:
         time.sleep(_TICK_S)
     _send(groups, signal.SIGKILL)
 
@@ -66,7 +66,7 @@ def _send(groups: set[int], number: signal.Signals) -> None:
             os.killpg(group, number)
 
 
-def alive(group: int) -> bool:
+def is_alive(group: int) -> bool:
     """Say whether a process group has a member that has not ended.
 
     One that has ended may stay in its group for long: some containers' first process waits for
@@ -80,10 +80,10 @@ def alive(group: int) -> bool:
         numbers = [name for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208
     except OSError:
         return True  # no Linux: nobody tells
-    return any(_runs_in(group, number) for number in numbers)
+    return any(_is_alive_member(group, number) for number in numbers)
 
 
-def _runs_in(group: int, number: str) -> bool:
+def _is_alive_member(group: int, number: str) -> bool:
     try:
         with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
             state, _, its_group = file.read().rpartition(")")[2].split()[:3]

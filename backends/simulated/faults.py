@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Literal, TypeAlias
 
 from ..core.errors import ConfigurationError
-from .values import chance
+from .values import draw_uniform
 
 Draw: TypeAlias = Literal["arrival", "item", "attempt"]
 
@@ -100,7 +100,7 @@ class FaultRule:
         if self.value is None and self.kind in _NEEDS_VALUE:
             raise ConfigurationError(f"fault {self.kind} needs a value (a number)")
 
-    def active(self, now: float) -> bool:
+    def is_active(self, now: float) -> bool:
         """Tell whether the rule applies at a moment.
 
         Args:
@@ -147,7 +147,7 @@ _KEEP_ALIVE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class FaultContext:
     """What the draw of a fault may depend on.
 
     Attributes:
@@ -172,7 +172,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Strike:
+class FaultDecision:
     """What befalls one request.
 
     Attributes:
@@ -185,7 +185,7 @@ class Strike:
 
 
 @dataclass(slots=True)
-class _Active:
+class _ActiveRule:
     """A rule with what it remembers."""
 
     rule: FaultRule
@@ -196,7 +196,7 @@ class _Active:
     tokens: dict[int, float] = field(default_factory=dict)
     old: set[str | None] = field(default_factory=set)
 
-    def spent(self) -> bool:
+    def is_exhausted(self) -> bool:
         limit = self.rule.max_count
         return limit is not None and self.count >= limit
 
@@ -204,7 +204,7 @@ class _Active:
         return default if self.rule.value is None else self.rule.value
 
 
-class FaultBook:
+class FaultInjector:
     """The fleet's fault rules.
 
     Args:
@@ -217,8 +217,8 @@ class FaultBook:
         self._seed = seed
         self._nodes = nodes
         self._numbered = 0
-        self._active: list[_Active] = []
-        self._by_state: dict[str, Callable[[_Active, Call], bool]] = {
+        self._active: list[_ActiveRule] = []
+        self._by_state: dict[str, Callable[[_ActiveRule, FaultContext], bool]] = {
             "cold": _cold,
             "tpm": _over_tokens,
             "401_after": _old_token,
@@ -235,7 +235,7 @@ class FaultBook:
         Returns:
             The numbers of the nodes concerned.
         """
-        active = _Active(rule, self._numbered, self._concerned(rule))
+        active = _ActiveRule(rule, self._numbered, self._affected_nodes(rule))
         self._numbered += 1
         self._active.append(active)
         return active.nodes
@@ -244,7 +244,7 @@ class FaultBook:
         """Forget all rules."""
         self._active.clear()
 
-    def strike(self, call: Call) -> Strike:
+    def decide(self, call: FaultContext) -> FaultDecision:
         """Decide what befalls a request.
 
         Args:
@@ -256,14 +256,14 @@ class FaultBook:
         struck, speed = None, 1.0
         for active in self._active:
             kind = active.rule.kind
-            if (struck is not None and kind != "slow") or not self._strikes(active, call):
+            if (struck is not None and kind != "slow") or not self._applies(active, call):
                 continue
             active.count += 1
             if kind == "slow":
                 speed *= active.value(1.0)
             else:
                 struck = active.rule
-        return Strike(struck, speed)
+        return FaultDecision(struck, speed)
 
     def record_tokens(self, node: int, tokens: int, now: float) -> None:
         """Count tokens against the token windows.
@@ -303,27 +303,28 @@ class FaultBook:
             for active in self._of(node, now, "cold")
         )
 
-    def _of(self, node: int, now: float, kind: str) -> list[_Active]:
+    def _of(self, node: int, now: float, kind: str) -> list[_ActiveRule]:
         return [
             active
             for active in self._active
-            if active.rule.kind == kind and node in active.nodes and active.rule.active(now)
+            if active.rule.kind == kind and node in active.nodes and active.rule.is_active(now)
         ]
 
-    def _concerned(self, rule: FaultRule) -> frozenset[int]:
+    def _affected_nodes(self, rule: FaultRule) -> frozenset[int]:
         if rule.nodes is None:
             return frozenset(range(self._nodes))
         if isinstance(rule.nodes, tuple):
             return frozenset(rule.nodes)
         count = -int(-rule.nodes * self._nodes // 1)
         ranked = sorted(
-            range(self._nodes), key=lambda node: chance(self._seed, self._numbered, "node", node)
+            range(self._nodes),
+            key=lambda node: draw_uniform(self._seed, self._numbered, "node", node),
         )
         return frozenset(ranked[:count])
 
-    def _strikes(self, active: _Active, call: Call) -> bool:
+    def _applies(self, active: _ActiveRule, call: FaultContext) -> bool:
         rule = active.rule
-        if call.node not in active.nodes or not rule.active(call.now) or active.spent():
+        if call.node not in active.nodes or not rule.is_active(call.now) or active.is_exhausted():
             return False
         if rule.first_round and not call.first_round:
             return False
@@ -331,31 +332,31 @@ class FaultBook:
             return False
         if rule.kind in self._by_state:
             return self._by_state[rule.kind](active, call)
-        return rule.p >= 1 or self._drawn(active, call) < rule.p
+        return rule.p >= 1 or self._draw_chance(active, call) < rule.p
 
-    def _drawn(self, active: _Active, call: Call) -> float:
+    def _draw_chance(self, active: _ActiveRule, call: FaultContext) -> float:
         match active.rule.draw:
             case "arrival":
-                return chance(self._seed, active.number, call.node, call.arrival)
+                return draw_uniform(self._seed, active.number, call.node, call.arrival)
             case "item":
-                return chance(self._seed, active.number, call.key)
+                return draw_uniform(self._seed, active.number, call.key)
             case _:
-                return chance(self._seed, active.number, call.key, call.attempt)
+                return draw_uniform(self._seed, active.number, call.key, call.attempt)
 
 
 _PROPERTIES: Final = frozenset(["die_at", "revive_at", "context", "keepalive_race"])
 
 
-def _cold(active: _Active, call: Call) -> bool:
+def _cold(active: _ActiveRule, call: FaultContext) -> bool:
     since = active.cold_since.setdefault(call.node, call.now)
     return call.now < since + active.value()
 
 
-def _over_tokens(active: _Active, call: Call) -> bool:
+def _over_tokens(active: _ActiveRule, call: FaultContext) -> bool:
     return active.tokens.get(int(call.now // _MINUTE), 0.0) >= active.value()
 
 
-def _old_token(active: _Active, call: Call) -> bool:
+def _old_token(active: _ActiveRule, call: FaultContext) -> bool:
     if call.now < active.value():
         active.old.add(call.token)
         return False

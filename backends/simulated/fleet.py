@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 
 from ..core.errors import ConfigurationError
 from ..core.process import raise_file_limit
-from .faults import FaultBook, FaultRule
-from .node import Job, Node, NodeCounts, ServingBook
+from .faults import FaultInjector, FaultRule
+from .node import CompletionJob, Node, NodeCounts, QuestionLog
 from .responders import RESPONDERS, ResponderFactory, make_responder
 from .routes import CompletionService, NodeRoutes, Router
-from .server import Listeners
+from .server import FleetListeners
 from .spec import SimulationSpec
 
 
@@ -48,15 +48,15 @@ class SimulatedFleet:
     ) -> None:
         self.spec = spec = spec or SimulationSpec()
         self._started = 0.0
-        self._faults = FaultBook(spec.seed, spec.nodes)
-        self._servings = ServingBook()
+        self._faults = FaultInjector(spec.seed, spec.nodes)
+        self._questions = QuestionLog()
         self._nodes = tuple(_node(spec, index) for index in range(spec.nodes))
         self._tasks: set[asyncio.Task[None]] = set()
         responder = make_responder(spec, responders)
-        service = CompletionService(spec, responder, self._faults, self._servings, self.now)
+        service = CompletionService(spec, responder, self._faults, self._questions, self.now)
         routes = NodeRoutes(spec, service, self._faults, self.now)
         router = Router(self._nodes, routes, self, self._spawn)
-        self._listeners = Listeners(spec, router.on_root, router.on_node)
+        self._listeners = FleetListeners(spec, router.on_root, router.on_node)
 
     async def __aenter__(self) -> Self:
         """Open the sockets.
@@ -68,7 +68,7 @@ class SimulatedFleet:
         await self._listeners.open()
         self._started = asyncio.get_running_loop().time()
         for rule in self.spec.faults:
-            self.fault(rule)
+            self.add_fault(rule)
         return self
 
     async def __aexit__(
@@ -89,9 +89,9 @@ class SimulatedFleet:
         return self._listeners.urls
 
     @property
-    def base_url(self) -> str:
+    def control_url(self) -> str:
         """URL of the control plane (``/_sim/...``), without a path."""
-        return self._listeners.control
+        return self._listeners.control_url
 
     def now(self) -> float:
         """Return the simulated seconds since the start."""
@@ -121,12 +121,12 @@ class SimulatedFleet:
         stats: dict[str, Any] = {
             "totals": _totals(self._nodes),
             "nodes": nodes,
-            "questions": self._servings.summary(),
+            "questions": self._questions.summary(),
             "uptime_s": self.now(),
         }
-        return {**stats, "prompts": self._servings.by_key()} if prompts else stats
+        return {**stats, "prompts": self._questions.by_key()} if prompts else stats
 
-    def fault(self, rule: FaultRule) -> None:
+    def add_fault(self, rule: FaultRule) -> None:
         """Add a fault from now on.
 
         Args:
@@ -160,7 +160,7 @@ class SimulatedFleet:
         victim = self._nodes[node]
         victim.alive = False
         for work in reversed(victim.work):  # queued ones first, so that none of them starts
-            if isinstance(work, Job):
+            if isinstance(work, CompletionJob):
                 if graceful:
                     work.abort()
                 else:
@@ -183,7 +183,7 @@ class SimulatedFleet:
     def reset(self) -> None:
         """Forget all faults and set all counters to nothing; nodes keep their state."""
         self._faults.clear()
-        self._servings.clear()
+        self._questions.clear()
         for node in self._nodes:
             node.counts = NodeCounts()
 

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from .values import FORMATS, ApiError, Dice, pattern_maker, text
+from .values import FORMATS, ApiError, SeededRandom, compile_pattern, draw_text
 
 PARAM: Final = "response_format"
 
@@ -45,7 +45,7 @@ def check_keywords(schema: Any) -> None:
             _check_one(where, part)
             waiting.extend(_parts(where, part))
         elif not isinstance(part, bool):
-            raise _refused(where, "a schema must be an object or a boolean")
+            raise _unsupported_error(where, "a schema must be an object or a boolean")
 
 
 def _parts(where: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -62,18 +62,18 @@ def _parts(where: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _check_one(where: str, schema: dict[str, Any]) -> None:
     for word in schema.keys() & _UNSUPPORTED:
-        raise _refused(where, f"the keyword '{word}' is not supported")
+        raise _unsupported_error(where, f"the keyword '{word}' is not supported")
     if not str(schema.get("$ref", "#")).startswith("#"):
-        raise _refused(where, "'$ref' must point into the same schema")
+        raise _unsupported_error(where, "'$ref' must point into the same schema")
     if isinstance(schema.get("items"), list):
-        raise _refused(where, "a list of 'items' is not supported; use 'prefixItems'")
+        raise _unsupported_error(where, "a list of 'items' is not supported; use 'prefixItems'")
     for word in ("exclusiveMinimum", "exclusiveMaximum"):
         if isinstance(schema.get(word), bool):
-            raise _refused(where, f"'{word}' must be a number")
+            raise _unsupported_error(where, f"'{word}' must be a number")
     if schema.get("format", "date") not in FORMATS:
-        raise _refused(where, f"the format '{schema['format']}' is not supported")
+        raise _unsupported_error(where, f"the format '{schema['format']}' is not supported")
     if "pattern" in schema:
-        pattern_maker(str(schema["pattern"]))
+        compile_pattern(str(schema["pattern"]))
     _check_sizes(where, schema)
 
 
@@ -82,14 +82,14 @@ def _check_sizes(where: str, schema: dict[str, Any]) -> None:
     for word, most in limits.items():
         size = schema.get(word, 0)
         if not isinstance(size, int | float) or size > most:
-            raise _refused(where, f"'{word}' must be a number of at most {most}")
+            raise _unsupported_error(where, f"'{word}' must be a number of at most {most}")
 
 
-def _refused(where: str, why: str) -> ApiError:
+def _unsupported_error(where: str, why: str) -> ApiError:
     return ApiError(f"The JSON schema cannot be simulated: {why} (at {where}).", param=PARAM)
 
 
-def resolve(root: Any, reference: str) -> Any:
+def resolve_reference(root: Any, reference: str) -> Any:
     """Follow a JSON pointer within the schema (RFC 6901).
 
     Args:
@@ -112,7 +112,7 @@ def resolve(root: Any, reference: str) -> Any:
     return part
 
 
-def height(root: Any, schema: Any, seen: tuple[str, ...] = ()) -> float:
+def min_depth(root: Any, schema: Any, seen: tuple[str, ...] = ()) -> float:
     """Estimate how deep the shallowest value of a schema is.
 
     Args:
@@ -126,20 +126,20 @@ def height(root: Any, schema: Any, seen: tuple[str, ...] = ()) -> float:
     if not isinstance(schema, dict) or "const" in schema or "enum" in schema:
         return 0.0
     choices = [schema[word] for word in ("anyOf", "oneOf") if schema.get(word)]
-    inner = [0.0, *(min(height(root, part, seen) for part in parts) for parts in choices)]
+    inner = [0.0, *(min(min_depth(root, part, seen) for part in parts) for parts in choices)]
     if reference := schema.get("$ref"):
         if reference in seen:
             return float("inf")
-        inner.append(height(root, resolve(root, reference), (*seen, reference)))
+        inner.append(min_depth(root, resolve_reference(root, reference), (*seen, reference)))
     properties = schema.get("properties", {})
     needed = [properties[name] for name in schema.get("required", ()) if name in properties]
     needed += schema.get("allOf", ())
     if schema.get("minItems", 0) > 0:
         needed += [schema.get("items", True), *schema.get("prefixItems", ())]
-    return max(inner + [1 + height(root, part, seen) for part in needed])
+    return max(inner + [1 + min_depth(root, part, seen) for part in needed])
 
 
-def merge(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
+def merge_schemas(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
     """Join two schemas that both must hold.
 
     Args:
@@ -172,12 +172,12 @@ def _join(word: str, one: Any, other: Any) -> Any:
 
 
 def _join_named(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    shared = {k: merge(_schema(one[k]), other[k]) for k in one.keys() & other.keys()}
+    shared = {k: merge_schemas(_schema(one[k]), other[k]) for k in one.keys() & other.keys()}
     return {**one, **other, **shared}
 
 
 def _join_parts(one: Any, other: Any) -> Any:
-    return False if one is False or other is False else merge(_schema(one), other)
+    return False if one is False or other is False else merge_schemas(_schema(one), other)
 
 
 _ANNOTATIONS: Final = frozenset(
@@ -243,7 +243,7 @@ def _step(schema: Mapping[str, Any], whole: bool) -> Fraction:
     return Fraction(step.numerator) if whole else step
 
 
-def _stepped(dice: Dice, schema: Mapping[str, Any], step: Fraction) -> Fraction:
+def _draw_multiple(dice: SeededRandom, schema: Mapping[str, Any], step: Fraction) -> Fraction:
     low, high = _bounds(schema, max(Fraction(_RANGE), step * _RANGE), _exact)
     first, last = math.ceil(low / step), math.floor(high / step)
     if "exclusiveMinimum" in schema and first * step <= _exact(schema["exclusiveMinimum"]):
@@ -255,7 +255,7 @@ def _stepped(dice: Dice, schema: Mapping[str, Any], step: Fraction) -> Fraction:
     return dice.between(first, last) * step
 
 
-def integer(dice: Dice, schema: Mapping[str, Any]) -> int:
+def draw_integer(dice: SeededRandom, schema: Mapping[str, Any]) -> int:
     """Draw an integer within the schema's bounds.
 
     Args:
@@ -268,10 +268,10 @@ def integer(dice: Dice, schema: Mapping[str, Any]) -> int:
     Raises:
         ApiError: The bounds leave none.
     """
-    return int(_stepped(dice, schema, _step(schema, whole=True)))
+    return int(_draw_multiple(dice, schema, _step(schema, whole=True)))
 
 
-def number(dice: Dice, schema: Mapping[str, Any]) -> float:
+def draw_number(dice: SeededRandom, schema: Mapping[str, Any]) -> float:
     """Draw a number within the schema's bounds, with four decimals where they allow it.
 
     Args:
@@ -285,15 +285,15 @@ def number(dice: Dice, schema: Mapping[str, Any]) -> float:
         ApiError: The bounds leave none.
     """
     if "multipleOf" in schema:
-        return float(_stepped(dice, schema, _step(schema, whole=False)))
+        return float(_draw_multiple(dice, schema, _step(schema, whole=False)))
     low, high = _bounds(schema, float(_RANGE), float)
-    share = dice.unit()
+    share = dice.uniform()
     drawn = low * (1 - share) + high * share  # not low + (high - low) * share: may overflow
     rounded = round(drawn, _DIGITS)
     return rounded if low < rounded < high else drawn
 
 
-DEPTH: Final = 6
+MAX_OPTIONAL_DEPTH: Final = 6
 """Below this depth everything optional is left out."""
 _BOTTOM: Final = 40
 _VALUES: Final = 20_000
@@ -309,7 +309,7 @@ _HINTS: Final = (
 )
 
 
-class Walker:
+class ValueGenerator:
     """One walk over one schema.
 
     Args:
@@ -317,12 +317,12 @@ class Walker:
         dice: The source of chance.
     """
 
-    def __init__(self, root: Any, dice: Dice) -> None:
+    def __init__(self, root: Any, dice: SeededRandom) -> None:
         self._root = root
         self._dice = dice
         self._budget = _VALUES
 
-    def value(self, schema: Any, depth: int = 0) -> Any:
+    def draw(self, schema: Any, depth: int = 0) -> Any:
         """Draw a value.
 
         Args:
@@ -341,13 +341,13 @@ class Walker:
         if isinstance(schema, bool):
             if not schema:
                 raise ApiError("The JSON schema allows no answer.", param=PARAM)
-            return text(self._dice, 0, None)
+            return draw_text(self._dice, 0, None)
         if "const" in schema:
             return schema["const"]
         if "enum" in schema:
             return self._pick(schema["enum"])
         if combined := self._combined(schema, depth):
-            return self.value(combined, depth + 1)
+            return self.draw(combined, depth + 1)
         return self._typed(schema, depth)
 
     def _pick(self, choices: list[Any]) -> Any:
@@ -362,24 +362,28 @@ class Walker:
         plain = {k: v for k, v in schema.items() if k not in _COMBINING}
         parts = [*schema.get("allOf", ())]
         if "$ref" in schema:
-            parts.append(resolve(self._root, schema["$ref"]))
+            parts.append(resolve_reference(self._root, schema["$ref"]))
         branches = [schema[word] for word in ("anyOf", "oneOf") if word in schema]
         parts += [self._branch(choices, depth) for choices in branches]
         for part in parts:
-            plain = merge(plain, part)
+            plain = merge_schemas(plain, part)
         return plain
 
     def _branch(self, branches: list[Any], depth: int) -> Any:
-        if depth < DEPTH or not branches:
+        if depth < MAX_OPTIONAL_DEPTH or not branches:
             return self._pick(branches)
-        return min(branches, key=lambda branch: height(self._root, branch))
+        return min(branches, key=lambda branch: min_depth(self._root, branch))
 
     def _typed(self, schema: Mapping[str, Any], depth: int) -> Any:
         kind = schema.get("type") or next(
             (name for name, words in _HINTS if any(word in schema for word in words)), "string"
         )
         if isinstance(kind, list):
-            kind = self._pick(kind) if depth < DEPTH else min(kind, key=_WEIGHT.__getitem__)
+            kind = (
+                self._pick(kind)
+                if depth < MAX_OPTIONAL_DEPTH
+                else min(kind, key=_WEIGHT.__getitem__)
+            )
         if kind == "object":
             return self._object(schema, depth + 1)
         if kind == "array":
@@ -388,9 +392,9 @@ class Walker:
 
     def _scalar(self, kind: str, schema: Mapping[str, Any]) -> float | bool | None:
         if kind == "integer":
-            return integer(self._dice, schema)
+            return draw_integer(self._dice, schema)
         if kind == "number":
-            return number(self._dice, schema)
+            return draw_number(self._dice, schema)
         return self._dice.coin() if kind == "boolean" else None
 
     def _object(self, schema: Mapping[str, Any], depth: int) -> dict[str, Any]:
@@ -399,7 +403,7 @@ class Walker:
         others = schema.get("additionalProperties", True)
         least, most = int(schema.get("minProperties", 0)), schema.get("maxProperties", _VALUES)
         optional = [name for name in properties if name not in required]
-        chosen = {name for name in optional if depth <= DEPTH and self._dice.coin()}
+        chosen = {name for name in optional if depth <= MAX_OPTIONAL_DEPTH and self._dice.coin()}
         for name in optional:
             if len(chosen) + len(required) < least:
                 chosen.add(name)
@@ -408,16 +412,16 @@ class Walker:
         names = [name for name in properties if name in chosen or name in required]
         names += [name for name in required if name not in properties]
         names += [f"extra_{n}" for n in range(1, least - len(names) + 1)]
-        return {name: self.value(properties.get(name, others), depth) for name in names}
+        return {name: self.draw(properties.get(name, others), depth) for name in names}
 
     def _array(self, schema: Mapping[str, Any], depth: int) -> list[Any]:
         prefix, items = schema.get("prefixItems", []), schema.get("items", True)
         least = int(schema.get("minItems", 0))
-        usual = max(least, 1) if depth <= DEPTH else least
+        usual = max(least, 1) if depth <= MAX_OPTIONAL_DEPTH else least
         most = int(schema.get("maxItems", max(usual, _ITEMS)))
         if items is False:
             most = min(most, len(prefix))
-        count = least if depth > DEPTH else self._dice.between(min(usual, most), most)
+        count = least if depth > MAX_OPTIONAL_DEPTH else self._dice.between(min(usual, most), most)
         drawn: list[Any] = []
         for place in range(count):
             part = prefix[place] if place < len(prefix) else items
@@ -427,7 +431,7 @@ class Walker:
     def _item(self, schema: Any, depth: int, others: list[Any]) -> Any:
         taken = {orjson.dumps(other, option=orjson.OPT_SORT_KEYS) for other in others}
         for _ in range(_REDRAWS):
-            drawn = self.value(schema, depth)
+            drawn = self.draw(schema, depth)
             if orjson.dumps(drawn, option=orjson.OPT_SORT_KEYS) not in taken:
                 return drawn
         raise ApiError("The JSON schema asks for more distinct items than exist.", param=PARAM)
@@ -436,10 +440,10 @@ class Walker:
         if "format" in schema:
             return FORMATS[schema["format"]](self._dice)
         if "pattern" in schema:
-            return pattern_maker(schema["pattern"])(self._dice)
+            return compile_pattern(schema["pattern"])(self._dice)
         most = schema.get("maxLength")
         least = int(schema.get("minLength", 0))
-        return text(self._dice, least, None if most is None else int(most))
+        return draw_text(self._dice, least, None if most is None else int(most))
 
 
 _WEIGHT: Final = {

@@ -12,21 +12,21 @@ from typing import Any, Protocol
 import orjson
 
 from .requests import Question
-from .responders import Answer, partial
+from .responders import Answer, halve_answer
 from .responses import (
     DISTORTIONS,
     DONE,
     Envelope,
-    closing,
     completion_body,
-    distort,
-    event,
-    middle,
-    opening,
+    encode_event,
+    send_distorted,
+    stream_end,
+    stream_middle,
+    stream_start,
 )
 from .server import Exchange
 from .spec import SimulationSpec
-from .values import ApiError, error_body, normal
+from .values import ApiError, draw_normal, error_body
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class NodeCounts:
 
 
 @dataclass(slots=True)
-class Servings:
+class QuestionStats:
     """What became of one question.
 
     Attributes:
@@ -85,14 +85,14 @@ class Servings:
     last_s: float | None = None
 
 
-class ServingBook:
+class QuestionLog:
     """All questions by key: which were served more than once, and what that wasted."""
 
     def __init__(self) -> None:
-        self._servings: dict[bytes, Servings] = {}
+        self._questions: dict[bytes, QuestionStats] = {}
         self._wasted = 0
 
-    def asked(self, key: bytes) -> int:
+    def record_arrival(self, key: bytes) -> int:
         """Note an arrival.
 
         Args:
@@ -101,13 +101,13 @@ class ServingBook:
         Returns:
             How often it arrived before.
         """
-        serving = self._servings.get(key)
+        serving = self._questions.get(key)
         if serving is None:
-            serving = self._servings[key] = Servings()
+            serving = self._questions[key] = QuestionStats()
         serving.asked += 1
         return serving.asked - 1
 
-    def served(self, key: bytes, tokens: int, now: float) -> None:
+    def record_answer(self, key: bytes, tokens: int, now: float) -> None:
         """Note a complete answer.
 
         Args:
@@ -115,7 +115,7 @@ class ServingBook:
             tokens: Prompt and output tokens.
             now: Simulated seconds since the start.
         """
-        serving = self._servings.setdefault(key, Servings())
+        serving = self._questions.setdefault(key, QuestionStats())
         if serving.served:
             self._wasted += tokens
         else:
@@ -126,10 +126,10 @@ class ServingBook:
 
     def summary(self) -> dict[str, int]:
         """Return totals: distinct questions, servings, duplicates, tokens wasted on these."""
-        served = sum(serving.served for serving in self._servings.values())
-        answered = sum(serving.served > 0 for serving in self._servings.values())
+        served = sum(serving.served for serving in self._questions.values())
+        answered = sum(serving.served > 0 for serving in self._questions.values())
         return {
-            "distinct": len(self._servings),
+            "distinct": len(self._questions),
             "answered": answered,
             "served": served,
             "duplicates": served - answered,
@@ -139,17 +139,17 @@ class ServingBook:
     def by_key(self) -> dict[str, dict[str, Any]]:
         """Return every question's servings, by its key in hexadecimal."""
         return {
-            key.hex(): {name: getattr(serving, name) for name in Servings.__slots__}
-            for key, serving in self._servings.items()
+            key.hex(): {name: getattr(serving, name) for name in QuestionStats.__slots__}
+            for key, serving in self._questions.items()
         }
 
     def clear(self) -> None:
         """Forget everything."""
-        self._servings.clear()
+        self._questions.clear()
         self._wasted = 0
 
 
-class Work(Protocol):
+class NodeWork(Protocol):
     """A request that a node works on."""
 
     def start(self) -> None:
@@ -176,8 +176,8 @@ class Node:
         """Completion requests since the start; unlike the counters, a reset keeps it."""
         self.counts = NodeCounts()
         self._queue_limit = queue_limit
-        self._running: dict[Work, None] = {}
-        self._waiting: deque[Work] = deque()
+        self._running: dict[NodeWork, None] = {}
+        self._waiting: deque[NodeWork] = deque()
 
     @property
     def running(self) -> int:
@@ -190,11 +190,11 @@ class Node:
         return len(self._waiting)
 
     @property
-    def work(self) -> tuple[Work, ...]:
+    def work(self) -> tuple[NodeWork, ...]:
         """All requests, running ones first."""
         return (*self._running, *self._waiting)
 
-    def admit(self, work: Work) -> None:
+    def admit(self, work: NodeWork) -> None:
         """Take a request: start or queue it.
 
         Args:
@@ -215,7 +215,7 @@ class Node:
             self._waiting.append(work)
             self.counts.waiting_max = max(self.counts.waiting_max, len(self._waiting))
 
-    def release(self, work: Work) -> None:
+    def release(self, work: NodeWork) -> None:
         """Give back a request's slot or place in the queue, and start the next one.
 
         Args:
@@ -228,7 +228,7 @@ class Node:
         if self._waiting:
             self._start(self._waiting.popleft())
 
-    def _start(self, work: Work) -> None:
+    def _start(self, work: NodeWork) -> None:
         self._running[work] = None
         self.counts.running_max = max(self.counts.running_max, len(self._running))
         work.start()
@@ -261,7 +261,7 @@ class LatencyModel:
     def __init__(self, spec: SimulationSpec) -> None:
         self._spec = spec
 
-    def timing(
+    def compute_timing(
         self, prompt: int, output: int, load: float, speed: float, key: tuple[object, ...]
     ) -> Timing:
         """Return how long one request takes.
@@ -279,7 +279,7 @@ class LatencyModel:
         spec = self._spec
         factor = 1.0 / (speed * spec.time_scale)
         if spec.jitter:
-            factor *= math.exp(spec.jitter * normal(spec.seed, "jitter", *key))
+            factor *= math.exp(spec.jitter * draw_normal(spec.seed, "jitter", *key))
         first = spec.ttft_s + prompt / spec.prefill_rate
         return Timing(
             first_s=first * factor,
@@ -288,7 +288,7 @@ class LatencyModel:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class CompletionJob:
     """One request that a node works on.
 
     Attributes:
@@ -298,8 +298,8 @@ class Job:
         answer: What will be said.
         envelope: What surrounds the answer.
         fault: Kind of the fault that struck, or ``""``.
-        clock: Gives the times once the work starts.
-        finished: Called with the job when the answer is sent; not when the client left.
+        compute_timing: Gives the times once the work starts.
+        on_finished: Called with the job when the answer is sent; not when the client left.
     """
 
     exchange: Exchange
@@ -308,8 +308,8 @@ class Job:
     answer: Answer
     envelope: Envelope
     fault: str
-    clock: Callable[[], Timing]
-    finished: Callable[[Job], None]
+    compute_timing: Callable[[], Timing]
+    on_finished: Callable[[CompletionJob], None]
     _timer: asyncio.TimerHandle | None = field(default=None, init=False)
     _begun: bool = field(default=False, init=False)
     _timing: Timing | None = field(default=None, init=False)
@@ -322,11 +322,11 @@ class Job:
             ApiError: 503: the node's queue is full.
         """
         self.node.admit(self)
-        self.exchange.on_lost = self._left
+        self.exchange.on_lost = self._on_client_lost
 
     def start(self) -> None:
         """Begin the work; see `node.Work`."""
-        timing, loop = self.clock(), asyncio.get_running_loop()
+        timing, loop = self.compute_timing(), asyncio.get_running_loop()
         self._timing, self._started = timing, loop.time()
         if self.question.stream and self.fault not in DISTORTIONS:
             self._timer = loop.call_later(timing.first_s, self._first, timing)
@@ -336,7 +336,7 @@ class Job:
     def abort(self) -> None:
         """End early, as a server does that is told to stop: half an answer, marked ``abort``."""
         self._stop()
-        self.answer = partial(self.answer)
+        self.answer = halve_answer(self.answer)
         if self._begun or self.question.stream:
             self._last()
         else:
@@ -345,7 +345,7 @@ class Job:
     def crash(self) -> None:
         """End without an answer, as a server does that dies: the client sees a reset."""
         self._stop()
-        self.node.counts.abandoned_tokens += self._written()
+        self.node.counts.abandoned_tokens += self._count_tokens_so_far()
         self.exchange.on_lost = None
         self.exchange.reset()
         self.node.release(self)
@@ -354,13 +354,13 @@ class Job:
         if self._timer is not None:
             self._timer.cancel()
 
-    def _left(self) -> None:
+    def _on_client_lost(self) -> None:
         self._stop()
         self.node.counts.disconnects += 1
-        self.node.counts.abandoned_tokens += self._written()
+        self.node.counts.abandoned_tokens += self._count_tokens_so_far()
         self.node.release(self)
 
-    def _written(self) -> int:
+    def _count_tokens_so_far(self) -> int:
         """Return the tokens read and written so far; none while the request is queued."""
         if self._timing is None:
             return 0
@@ -370,35 +370,35 @@ class Job:
         return self.question.prompt_tokens + int(share * self.answer.tokens)
 
     def _whole(self) -> None:
-        distort(self.exchange, completion_body(self.envelope, self.answer), self.fault)
+        send_distorted(self.exchange, completion_body(self.envelope, self.answer), self.fault)
         self._end()
 
     def _first(self, timing: Timing) -> None:
         self._begun = True
         self.exchange.begin()
-        self.exchange.write(opening(self.envelope, self.answer))
+        self.exchange.write(stream_start(self.envelope, self.answer))
         rest = timing.total_s - timing.first_s
         self._timer = asyncio.get_running_loop().call_later(rest, self._last)
 
     def _last(self) -> None:
         if not self._begun:
             self.exchange.begin()
-            self.exchange.write(opening(self.envelope, self.answer))
-        body = middle(self.envelope, self.answer)
+            self.exchange.write(stream_start(self.envelope, self.answer))
+        body = stream_middle(self.envelope, self.answer)
         match self.fault:
             case "stream_cut":
                 self.exchange.write(body[: len(body) // 2] or b":")
                 self.exchange.drop()
             case "stream_error":
                 failure = error_body("Simulated engine failure.", "InternalServerError", 500)
-                self._send(event(orjson.Fragment(failure)) + DONE)
+                self._send(encode_event(orjson.Fragment(failure)) + DONE)
             case "stream_no_finish":
                 self._send(body + DONE)
             case "stream_api_error":
                 self._send(body + _gateway_error(self.envelope))
             case _:
                 usage = self.question.include_usage and self.fault != "no_usage"
-                self._send(body + closing(self.envelope, self.answer, usage))
+                self._send(body + stream_end(self.envelope, self.answer, usage))
         self._end()
 
     def _send(self, data: bytes) -> None:
@@ -407,7 +407,7 @@ class Job:
 
     def _end(self) -> None:
         self.exchange.on_lost = None
-        self.finished(self)
+        self.on_finished(self)
         self.node.release(self)
 
 
@@ -425,4 +425,4 @@ def _gateway_error(envelope: Envelope) -> bytes:
         "model": envelope.model,
         "choices": [choice],
     }
-    return event(chunk) + DONE
+    return encode_event(chunk) + DONE

@@ -19,7 +19,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from ...configs.models import RunConfig
-from ..core.errors import ConfigurationError, MissingExtraError, SiteError
+from ..core.errors import BackendError, ConfigurationError, MissingExtraError
 from ..core.process import raise_file_limit
 from .faults import FaultRule
 from .fleet import SimulatedFleet
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         watched = spec is None
         if spec is None:
             spec = SimulationSpec.from_json(sys.stdin.buffer.readline() or b"{}")
-        asyncio.run(serve(spec, watched))
+        asyncio.run(serve_fleet(spec, watched))
     except ConfigurationError as error:
         sys.stderr.write(f"{error}\n")
         return _FAILED
@@ -83,12 +83,13 @@ def _from_options(options: argparse.Namespace) -> SimulationSpec | None:
     return replace(spec, **given)
 
 
-async def serve(spec: SimulationSpec, watched: bool) -> None:
+async def serve_fleet(spec: SimulationSpec, ends_with_parent: bool) -> None:
     """Serve a fleet until told to stop.
 
     Args:
         spec: The fleet's specification.
-        watched: Whether the end of standard input, or of the parent process, is such a sign.
+        ends_with_parent: Whether the end of standard input, or of the parent process, is such a
+            sign.
 
     Raises:
         ConfigurationError: The fleet cannot start.
@@ -98,7 +99,7 @@ async def serve(spec: SimulationSpec, watched: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with SimulatedFleet(spec) as fleet, asyncio.TaskGroup() as tasks:
-        signs = (_stdin_ends(), _orphaned(parent)) if watched else ()
+        signs = (_wait_stdin_end(), _wait_parent_exit(parent)) if ends_with_parent else ()
         watchers = [tasks.create_task(sign) for sign in signs]
         for task in watchers:
             task.add_done_callback(lambda _: stop.set())
@@ -112,7 +113,7 @@ def _announce(fleet: SimulatedFleet) -> None:
     line = {
         "v": PROTOCOL,
         "urls": fleet.urls,
-        "control": fleet.base_url,
+        "control": fleet.control_url,
         "model": fleet.spec.model,
         "open_files": raise_file_limit(),
     }
@@ -120,7 +121,7 @@ def _announce(fleet: SimulatedFleet) -> None:
     sys.stdout.flush()
 
 
-async def _stdin_ends() -> None:
+async def _wait_stdin_end() -> None:
     """Return when standard input is at its end: the parent closed it, or died."""
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
@@ -134,7 +135,7 @@ async def _stdin_ends() -> None:
         pass
 
 
-async def _orphaned(parent: int) -> None:
+async def _wait_parent_exit(parent: int) -> None:
     """Return when the parent is gone; a process that it forked may still hold the pipe."""
     while os.getppid() == parent:  # noqa: ASYNC110 - nothing tells of a parent's death
         await asyncio.sleep(_ORPHAN_CHECK_S)
@@ -154,13 +155,13 @@ class LaunchedFleet:
 
     Attributes:
         urls: Base URL of each node, ending in ``/v1``.
-        control: URL of the control plane, without a path.
+        control_url: URL of the control plane, without a path.
         model: The model served.
         pid: The process.
     """
 
     urls: tuple[str, ...]
-    control: str
+    control_url: str
     model: str
     pid: int
 
@@ -182,12 +183,12 @@ async def launch(
 
     Raises:
         ConfigurationError: The fleet refuses the specification, with its own words.
-        SiteError: The child cannot be started, died at the start or did not get ready.
+        BackendError: The child cannot be started, died at the start or did not get ready.
     """
     child, said = await _start(), deque[str](maxlen=_LINES)
     listening = asyncio.create_task(_collect(child, said))
     try:
-        ready = await _ready(child, spec, start_timeout_s, said, listening)
+        ready = await _wait_ready(child, spec, start_timeout_s, said, listening)
         yield LaunchedFleet(
             tuple(ready["urls"]), str(ready["control"]), str(ready["model"]), child.pid
         )
@@ -207,7 +208,7 @@ async def _start() -> Process:
             start_new_session=True,  # Ctrl-C reaches the parent, which still needs the fleet
         )
     except OSError as error:
-        raise SiteError(f"the simulated fleet's process cannot be started: {error}") from error
+        raise BackendError(f"the simulated fleet's process cannot be started: {error}") from error
 
 
 async def _collect(child: Process, said: deque[str]) -> None:
@@ -216,7 +217,7 @@ async def _collect(child: Process, said: deque[str]) -> None:
             said.append(line.decode(errors="replace").rstrip())
 
 
-async def _ready(
+async def _wait_ready(
     child: Process,
     spec: SimulationSpec,
     timeout_s: float,
@@ -226,25 +227,25 @@ async def _ready(
     """Hand over the specification and wait for the child's line."""
     try:
         async with asyncio.timeout(timeout_s):
-            line = await _converse(child, spec)
+            line = await _send_spec(child, spec)
             if line:
                 return dict(orjson.loads(line))
             code = await child.wait()
             await listening
     except TimeoutError:
-        raise SiteError(
+        raise BackendError(
             f"the simulated fleet was not ready after {timeout_s:g} s; its last words: "
             f"{' / '.join(said) or 'none'}"
         ) from None
     words = "\n".join(said) or "it said nothing"
     if code == _REFUSED:
         raise ConfigurationError(words)
-    raise SiteError(f"the simulated fleet ended at its start with exit code {code}: {words}")
+    raise BackendError(f"the simulated fleet ended at its start with exit code {code}: {words}")
 
 
-async def _converse(child: Process, spec: SimulationSpec) -> bytes:
+async def _send_spec(child: Process, spec: SimulationSpec) -> bytes:
     if child.stdin is None or child.stdout is None:
-        raise SiteError("the simulated fleet's process has no pipes")
+        raise BackendError("the simulated fleet's process has no pipes")
     child.stdin.write(spec.to_json().encode() + b"\n")
     try:
         await child.stdin.drain()
@@ -265,7 +266,7 @@ async def _stop(child: Process) -> None:
         await child.wait()
 
 
-def simulation(config: RunConfig) -> SimulationSpec:
+def make_simulation_spec(config: RunConfig) -> SimulationSpec:
     """Return the simulated fleet that the settings describe.
 
     Raises:

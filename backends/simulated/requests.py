@@ -9,8 +9,16 @@ from typing import Any, Final
 import orjson
 
 from ..core.schemas import open_validator
-from .json_schema import PARAM, Walker, check_keywords
-from .values import ApiError, Dice, Maker, conversation_tokens, digest, pattern_maker, text_tokens
+from .json_schema import PARAM, ValueGenerator, check_keywords
+from .values import (
+    ApiError,
+    SeededRandom,
+    TextMaker,
+    compile_pattern,
+    count_chat_tokens,
+    count_text_tokens,
+    hash_parts,
+)
 
 _TRIES: Final = 20
 
@@ -60,12 +68,14 @@ class AnswerSchema:
             ApiError: The schema allows no value that the walker finds.
         """
         for attempt in range(_TRIES):
-            value = Walker(self.schema, Dice(digest(key, attempt))).value(self.schema)
+            value = ValueGenerator(self.schema, SeededRandom(hash_parts(key, attempt))).draw(
+                self.schema
+            )
             if self._validator.is_valid(value):
                 return value
         raise ApiError("No answer that conforms to the JSON schema was found.", param=PARAM)
 
-    def broken(self, key: bytes) -> Any:
+    def draw_invalid(self, key: bytes) -> Any:
         """Draw a value that does not conform, as a model that ignores its instructions.
 
         Args:
@@ -131,7 +141,7 @@ _RANGES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class AnswerForm:
     """The form that an answer must have; at most one attribute is set.
 
     Attributes:
@@ -143,7 +153,7 @@ class Form:
 
     schema: AnswerSchema | None = None
     choices: tuple[str, ...] = ()
-    pattern: Maker | None = None
+    pattern: TextMaker | None = None
     tool: str | None = None
 
 
@@ -168,7 +178,7 @@ class Question:
     key: bytes
     messages: list[dict[str, Any]]
     prompt_tokens: int
-    form: Form
+    form: AnswerForm
     max_tokens: int
     stop: tuple[str, ...]
     chat: bool
@@ -213,12 +223,14 @@ class QuestionReader:
         self.check_model(data)
         _check_ranges(data)
         messages = _messages(data) if chat else [{"role": "user", "content": _prompt(data)}]
-        tokens = conversation_tokens(messages) if chat else text_tokens(messages[0]["content"])
+        tokens = count_chat_tokens(messages) if chat else count_text_tokens(messages[0]["content"])
         limit = _limit(data, tokens, max_model_len)
         stop = data.get("stop") or ()
         asked = [messages, *(data.get(k) for k in _KEYED)]
         return Question(
-            key=digest(self._seed, self._model, orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)),
+            key=hash_parts(
+                self._seed, self._model, orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)
+            ),
             messages=messages,
             prompt_tokens=tokens,
             form=self._form(data),
@@ -227,7 +239,7 @@ class QuestionReader:
             chat=chat,
             stream=bool(data.get("stream")),
             include_usage=bool((data.get("stream_options") or {}).get("include_usage")),
-            tools=_offered(data) if chat else (),
+            tools=_offered_tools(data) if chat else (),
         )
 
     def check_model(self, data: Mapping[str, Any]) -> None:
@@ -244,25 +256,27 @@ class QuestionReader:
             text = f"The model `{model}` does not exist."
             raise ApiError(text, 404, "NotFoundError", "model")
 
-    def _form(self, data: Mapping[str, Any]) -> Form:
+    def _form(self, data: Mapping[str, Any]) -> AnswerForm:
         tool = _forced_tool(data)
         if tool is not None:
             schema = tool.get("parameters") or {"type": "object", "additionalProperties": False}
-            return Form(self._schemas.get(schema), tool=str(tool.get("name")))
+            return AnswerForm(self._schemas.get(schema), tool=str(tool.get("name")))
         if structured := data.get("structured_outputs"):
             return self._structured(structured)
         wanted = data.get("response_format") or {"type": "text"}
         match wanted.get("type"):
             case "json_schema":
-                return Form(self._schemas.get((wanted.get("json_schema") or {}).get("schema", {})))
+                return AnswerForm(
+                    self._schemas.get((wanted.get("json_schema") or {}).get("schema", {}))
+                )
             case "json_object":
-                return Form(self._schemas.get(_SMALL_OBJECT))
+                return AnswerForm(self._schemas.get(_SMALL_OBJECT))
             case "text":
-                return Form()
+                return AnswerForm()
             case other:
                 raise ApiError(f"Unknown response format {other!r}.", param="response_format")
 
-    def _structured(self, wanted: Mapping[str, Any]) -> Form:
+    def _structured(self, wanted: Mapping[str, Any]) -> AnswerForm:
         kinds = [kind for kind in _STRUCTURED if wanted.get(kind) not in (None, False)]
         if len(kinds) != 1:
             raise ApiError(
@@ -272,13 +286,13 @@ class QuestionReader:
         match kinds[0]:
             case "json":
                 schema = wanted["json"]
-                return Form(self._schemas.get(_parsed(schema)))
+                return AnswerForm(self._schemas.get(_parse_schema(schema)))
             case "json_object":
-                return Form(self._schemas.get(_SMALL_OBJECT))
+                return AnswerForm(self._schemas.get(_SMALL_OBJECT))
             case "choice" if wanted["choice"]:
-                return Form(choices=tuple(map(str, wanted["choice"])))
+                return AnswerForm(choices=tuple(map(str, wanted["choice"])))
             case "regex":
-                return Form(pattern=pattern_maker(wanted["regex"]))
+                return AnswerForm(pattern=compile_pattern(wanted["regex"]))
             case kind:
                 raise ApiError(
                     f"structured_outputs.{kind} cannot be simulated.", param="structured_outputs"
@@ -315,7 +329,7 @@ def load_object(body: bytes) -> dict[str, Any]:
     return data
 
 
-def _parsed(schema: Any) -> Any:
+def _parse_schema(schema: Any) -> Any:
     return load_object(schema.encode()) if isinstance(schema, str) else schema
 
 
@@ -372,7 +386,7 @@ def _limit(data: Mapping[str, Any], prompt_tokens: int, max_model_len: int) -> i
     return min(asked, max_model_len - prompt_tokens)
 
 
-def _offered(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+def _offered_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Return the functions that may be called."""
     choice = data.get("tool_choice")
     wanted = choice.get("function", {}).get("name") if isinstance(choice, dict) else None
@@ -385,7 +399,7 @@ def _forced_tool(data: Mapping[str, Any]) -> dict[str, Any] | None:
     choice = data.get("tool_choice")
     if choice in {None, "none", "auto"} if not isinstance(choice, dict) else False:
         return None
-    fitting = _offered(data)
+    fitting = _offered_tools(data)
     if not fitting:
         raise ApiError("tool_choice names no function of tools", param="tool_choice")
     return fitting[0]

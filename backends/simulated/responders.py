@@ -11,10 +11,20 @@ from typing import Any, Final, Protocol, TypeAlias
 import orjson
 
 from ..core.errors import ConfigurationError, MissingExtraError
-from .json_schema import merge, resolve
+from .json_schema import merge_schemas, resolve_reference
 from .requests import Question, SchemaCache
 from .spec import SimulationSpec
-from .values import ApiError, Dice, chance, cut, digest, message_text, normal, prose, text_tokens
+from .values import (
+    ApiError,
+    SeededRandom,
+    count_text_tokens,
+    draw_normal,
+    draw_prose,
+    draw_uniform,
+    hash_parts,
+    message_text,
+    truncate_tokens,
+)
 
 _SMILES: Final = re.compile(r"SMILES:[ \t]*(\S+)", re.IGNORECASE)
 _QUOTES: Final = "`\"'"
@@ -83,9 +93,9 @@ class EsolResponder:
         """Write an answer; see `responders.Responder`."""
         smiles = find_smiles(question.messages)
         molecule = self._describe(smiles)
-        log_s = molecule.log_s + self._noise * normal(question.key, "esol")
+        log_s = molecule.log_s + self._noise * draw_normal(question.key, "esol")
         schema = question.form.schema
-        if chance(question.key, "accuracy") >= self._accuracy:
+        if draw_uniform(question.key, "accuracy") >= self._accuracy:
             return self._fallback(question)
         if schema is None:
             return _sentence(molecule, log_s)
@@ -151,7 +161,9 @@ def _properties(schema: Any) -> Mapping[str, Any]:
     """Return the schema's fields, with what they refer to."""
     found = schema.get("properties", {}) if isinstance(schema, dict) else {}
     return {
-        name: merge(resolve(schema, part["$ref"]), {k: v for k, v in part.items() if k != "$ref"})
+        name: merge_schemas(
+            resolve_reference(schema, part["$ref"]), {k: v for k, v in part.items() if k != "$ref"}
+        )
         if isinstance(part, dict) and "$ref" in part
         else part
         for name, part in found.items()
@@ -217,7 +229,7 @@ def _sentence(molecule: Molecule, log_s: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolUse:
+class ToolCall:
     """The answer of a model that calls a function, where the request leaves it the choice.
 
     Attributes:
@@ -232,7 +244,7 @@ class ToolUse:
 class Responder(Protocol):
     """Writes the answer to one question."""
 
-    def __call__(self, question: Question) -> str | ToolUse:
+    def __call__(self, question: Question) -> str | ToolCall:
         """Write an answer.
 
         Args:
@@ -259,14 +271,14 @@ class SchemaResponder:
 
     def __call__(self, question: Question) -> str:
         """Write an answer; see `Responder`."""
-        form, dice = question.form, Dice(question.key)
+        form, dice = question.form, SeededRandom(question.key)
         if form.schema is not None:
-            return compact(form.schema.draw(question.key))
+            return dump_compact(form.schema.draw(question.key))
         if form.choices:
             return form.choices[dice.below(len(form.choices))]
         if form.pattern is not None:
             return form.pattern(dice)
-        return prose(dice, dice.between(*self._output_tokens))
+        return draw_prose(dice, dice.between(*self._output_tokens))
 
 
 ResponderFactory: TypeAlias = Callable[[SimulationSpec], Responder]
@@ -289,9 +301,9 @@ class AgentResponder:
         self._fallback = fallback
         self._schemas = SchemaCache()
 
-    def __call__(self, question: Question) -> str | ToolUse:
+    def __call__(self, question: Question) -> str | ToolCall:
         """Write an answer, or call the next function; see `Responder`."""
-        used = _used(question.messages)
+        used = _called_functions(question.messages)
         left = [tool for tool in question.tools if tool.get("name") not in used]
         if not left and question.form.tool is not None:
             left = [question.tools[-1]]  # one must be called, and the last one often ends a task
@@ -301,10 +313,10 @@ class AgentResponder:
         arguments = self._schemas.get(schema).draw(question.key)
         if "smiles" in arguments:
             arguments["smiles"] = find_smiles(question.messages)
-        return ToolUse(str(left[0].get("name")), arguments)
+        return ToolCall(str(left[0].get("name")), arguments)
 
 
-def _used(messages: list[dict[str, Any]]) -> set[str]:
+def _called_functions(messages: list[dict[str, Any]]) -> set[str]:
     """Return the functions called since the user spoke last."""
     used = set[str]()
     for message in messages:
@@ -348,7 +360,7 @@ def make_responder(
     return factory(spec)
 
 
-def compact(value: Any) -> str:
+def dump_compact(value: Any) -> str:
     """Write JSON without spaces.
 
     Args:
@@ -379,7 +391,7 @@ class Answer:
     refusal: str | None = None
 
 
-def answer_to(question: Question, responder: Responder) -> Answer:
+def answer_question(question: Question, responder: Responder) -> Answer:
     """Answer a question.
 
     Args:
@@ -393,14 +405,14 @@ def answer_to(question: Question, responder: Responder) -> Answer:
         ApiError: The question cannot be answered.
     """
     said = responder(question)
-    if not isinstance(said, ToolUse):
-        return limited(question, said)
+    if not isinstance(said, ToolCall):
+        return limit_answer(question, said)
     if said.name not in {tool.get("name") for tool in question.tools}:
         raise ApiError(f"the responder calls {said.name!r}, which is no function of tools")
-    return limited(question, compact(said.arguments), said.name)
+    return limit_answer(question, dump_compact(said.arguments), said.name)
 
 
-def limited(question: Question, text: str, tool: str | None = None) -> Answer:
+def limit_answer(question: Question, text: str, tool: str | None = None) -> Answer:
     """Cut a text as a server does.
 
     Args:
@@ -413,16 +425,16 @@ def limited(question: Question, text: str, tool: str | None = None) -> Answer:
     """
     ends = [place for stop in question.stop if stop and (place := text.find(stop)) >= 0]
     whole = text[: min(ends)] if ends else text
-    tokens = text_tokens(whole)
+    tokens = count_text_tokens(whole)
     tool = tool or question.form.tool
     if tokens <= question.max_tokens:
         return Answer(whole, "tool_calls" if tool else "stop", tokens, tool)
     if tool:
         whole = f'<tool_call>\n{{"name": "{tool}", "arguments": {whole}'
-    return Answer(cut(whole, question.max_tokens), "length", question.max_tokens)
+    return Answer(truncate_tokens(whole, question.max_tokens), "length", question.max_tokens)
 
 
-def spoiled(answer: Answer, kind: str, question: Question) -> Answer:
+def spoil_answer(answer: Answer, kind: str, question: Question) -> Answer:
     """Spoil an answer in the way of a fault.
 
     Args:
@@ -441,15 +453,15 @@ def spoiled(answer: Answer, kind: str, question: Question) -> Answer:
             return replace(answer, finish_reason="content_filter")
         case "refusal":
             refusal = "I'm sorry, but I can't help with that."
-            tokens = text_tokens(refusal)
+            tokens = count_text_tokens(refusal)
             return replace(answer, text="", refusal=refusal, tokens=tokens, finish_reason="stop")
         case "bad_schema":
-            return limited(question, _broken(question))
+            return limit_answer(question, _invalid_answer(question))
         case _:
             return answer
 
 
-def partial(answer: Answer) -> Answer:
+def halve_answer(answer: Answer) -> Answer:
     """Return the answer of a node that is told to stop: half of it, marked ``abort``.
 
     Args:
@@ -459,12 +471,12 @@ def partial(answer: Answer) -> Answer:
         Its first half.
     """
     tokens = answer.tokens // 2
-    return Answer(cut(answer.text, tokens), "abort", tokens)
+    return Answer(truncate_tokens(answer.text, tokens), "abort", tokens)
 
 
-def _broken(question: Question) -> str:
+def _invalid_answer(question: Question) -> str:
     schema = question.form.schema
     if schema is None:
         return '{"answer": '
-    value: Any = schema.broken(digest(question.key, "broken"))
-    return compact(value)
+    value: Any = schema.draw_invalid(hash_parts(question.key, "broken"))
+    return dump_compact(value)

@@ -12,9 +12,9 @@ import orjson
 from ..core.types import SIMULATED_FINGERPRINT
 from .faults import IN_STREAM, FaultRule
 from .responders import Answer
-from .server import JSON, Exchange
+from .server import JSON_TYPE, Exchange
 from .spec import UsageMode
-from .values import cut, error_body
+from .values import error_body, truncate_tokens
 
 DONE: Final = b"data: [DONE]\n\n"
 _FIRST_TOKENS: Final = 1
@@ -136,7 +136,7 @@ def _tool_call(envelope: Envelope, answer: Answer) -> dict[str, Any]:
     }
 
 
-def event(data: Any) -> bytes:
+def encode_event(data: Any) -> bytes:
     """Encode one server-sent event.
 
     Args:
@@ -148,7 +148,7 @@ def event(data: Any) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-def opening(envelope: Envelope, answer: Answer) -> bytes:
+def stream_start(envelope: Envelope, answer: Answer) -> bytes:
     """Return a stream's first events: the role and the first token.
 
     Args:
@@ -158,14 +158,14 @@ def opening(envelope: Envelope, answer: Answer) -> bytes:
     Returns:
         The events' bytes.
     """
-    first = cut(answer.text, _FIRST_TOKENS)
+    first = truncate_tokens(answer.text, _FIRST_TOKENS)
     if not envelope.chat:
-        return event(_chunk(envelope, {"text": first}))
-    role = event(_chunk(envelope, {"delta": {"role": "assistant", "content": ""}}))
-    return role + event(_chunk(envelope, _delta(envelope, answer, first, named=True)))
+        return encode_event(_chunk(envelope, {"text": first}))
+    role = encode_event(_chunk(envelope, {"delta": {"role": "assistant", "content": ""}}))
+    return role + encode_event(_chunk(envelope, _delta(envelope, answer, first, named=True)))
 
 
-def middle(envelope: Envelope, answer: Answer) -> bytes:
+def stream_middle(envelope: Envelope, answer: Answer) -> bytes:
     """Return a stream's events between the first token and the finish.
 
     Args:
@@ -175,16 +175,16 @@ def middle(envelope: Envelope, answer: Answer) -> bytes:
     Returns:
         The events' bytes.
     """
-    rest, events = answer.text[len(cut(answer.text, _FIRST_TOKENS)) :], []
+    rest, events = answer.text[len(truncate_tokens(answer.text, _FIRST_TOKENS)) :], []
     while rest:
-        burst = cut(rest, _BURST)
+        burst = truncate_tokens(rest, _BURST)
         rest = rest[len(burst) :]
         delta = _delta(envelope, answer, burst) if envelope.chat else {"text": burst}
-        events.append(event(_chunk(envelope, delta)))
+        events.append(encode_event(_chunk(envelope, delta)))
     return b"".join(events)
 
 
-def closing(envelope: Envelope, answer: Answer, include_usage: bool) -> bytes:
+def stream_end(envelope: Envelope, answer: Answer, include_usage: bool) -> bytes:
     """Return a stream's last events: the finish, the usage if asked for, and ``[DONE]``.
 
     Args:
@@ -196,11 +196,11 @@ def closing(envelope: Envelope, answer: Answer, include_usage: bool) -> bytes:
         The events' bytes.
     """
     empty: dict[str, Any] = {"delta": {}} if envelope.chat else {"text": ""}
-    finish = event(_chunk(envelope, empty, answer.finish_reason))
+    finish = encode_event(_chunk(envelope, empty, answer.finish_reason))
     if not include_usage or envelope.omit_usage:
         return finish + DONE
     last = {**_chunk(envelope, empty), "choices": [], "usage": envelope.usage}
-    return finish + event(last) + DONE
+    return finish + encode_event(last) + DONE
 
 
 def _delta(envelope: Envelope, answer: Answer, part: str, named: bool = False) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def _gateway(code: str, message: str, **info: Any) -> bytes:
     return orjson.dumps({"error": {"code": code, "message": message, "info": info}})
 
 
-def _too_many(rule: FaultRule) -> bytes:
+def _rate_limit_body(rule: FaultRule) -> bytes:
     if rule.shape == "first":
         return b'{"detail":"Too many requests."}'
     return error_body("Rate limit exceeded, please slow down.", "Too Many Requests", 429)
@@ -252,14 +252,14 @@ def _retry_after(rule: FaultRule) -> bytes:
     return f"retry-after: {format_datetime(moment, usegmt=True)}\r\n".encode()
 
 
-_PLAIN: Final[dict[str, tuple[int, bytes, bytes]]] = {
-    "500": (500, JSON, error_body("Simulated engine failure.", "InternalServerError", 500)),
+_ERROR_REPLIES: Final[dict[str, tuple[int, bytes, bytes]]] = {
+    "500": (500, JSON_TYPE, error_body("Simulated engine failure.", "InternalServerError", 500)),
     "500_text": (500, _TEXT, b"Internal Server Error"),
     "502_html": (502, _HTML, _PAGE % (b"502 Bad Gateway", b"502 Bad Gateway")),
-    "503": (503, JSON, error_body("Simulated failure.", "ServiceUnavailableError", 503)),
+    "503": (503, JSON_TYPE, error_body("Simulated failure.", "ServiceUnavailableError", 503)),
     "503_busy": (
         503,
-        JSON,
+        JSON_TYPE,
         error_body(
             "The engine is currently busy and cannot accept new requests. Please try again later.",
             "Service Unavailable",
@@ -268,12 +268,12 @@ _PLAIN: Final[dict[str, tuple[int, bytes, bytes]]] = {
     ),
     "504": (
         504,
-        JSON,
+        JSON_TYPE,
         _gateway("internal_endpoint_error", "Error: the endpoint did not answer.", timeout=120),
     ),
     "cold": (
         503,
-        JSON,
+        JSON_TYPE,
         _gateway(
             "internal_endpoint_error",
             "Error: Endpoint simulated online but not ready to receive tasks. "
@@ -282,7 +282,7 @@ _PLAIN: Final[dict[str, tuple[int, bytes, bytes]]] = {
     ),
     "tpm": (
         429,
-        JSON,
+        JSON_TYPE,
         _gateway(
             "too_many_requests",
             "Error: Too many tokens per minute.",
@@ -292,16 +292,16 @@ _PLAIN: Final[dict[str, tuple[int, bytes, bytes]]] = {
     ),
     "401_after": (
         401,
-        JSON,
+        JSON_TYPE,
         _gateway("unauthorized", "Error: Token is expired or has been revoked."),
     ),
 }
 
-REFUSED_BY: Final = frozenset([*_PLAIN, "429", "429_ra", "drop", "reset", "hang"])
+REFUSING_FAULTS: Final = frozenset([*_ERROR_REPLIES, "429", "429_ra", "drop", "reset", "hang"])
 """Faults that need no answer of the model."""
 
 
-def refuse(exchange: Exchange, rule: FaultRule) -> None:
+def send_fault(exchange: Exchange, rule: FaultRule) -> None:
     """Treat a request as a fault demands that strikes before any work is done.
 
     Args:
@@ -310,9 +310,9 @@ def refuse(exchange: Exchange, rule: FaultRule) -> None:
     """
     match rule.kind:
         case "429":
-            exchange.reply(_too_many(rule), 429)
+            exchange.reply(_rate_limit_body(rule), 429)
         case "429_ra":
-            exchange.reply(_too_many(rule), 429, extra=_retry_after(rule))
+            exchange.reply(_rate_limit_body(rule), 429, extra=_retry_after(rule))
         case "drop":
             exchange.drop()
         case "reset":
@@ -320,11 +320,11 @@ def refuse(exchange: Exchange, rule: FaultRule) -> None:
         case "hang":
             pass  # the exchange stays open until the client leaves
         case kind:
-            status, content_type, body = _PLAIN[kind]
+            status, content_type, body = _ERROR_REPLIES[kind]
             exchange.reply(body, status, content_type)
 
 
-def unauthorized(exchange: Exchange) -> None:
+def send_unauthorized(exchange: Exchange) -> None:
     """Refuse a wrong key as vLLM does: here ``error`` is a string.
 
     Args:
@@ -333,7 +333,7 @@ def unauthorized(exchange: Exchange) -> None:
     exchange.reply(b'{"error":"Unauthorized"}', 401)
 
 
-def distort(exchange: Exchange, body: dict[str, Any], kind: str) -> None:
+def send_distorted(exchange: Exchange, body: dict[str, Any], kind: str) -> None:
     """Send a complete answer with something wrong about it.
 
     Args:
@@ -346,7 +346,7 @@ def distort(exchange: Exchange, body: dict[str, Any], kind: str) -> None:
             whole = orjson.dumps(body)
             exchange.reply(whole[: len(whole) // 2])
         case "cut_body":
-            exchange.cut(orjson.dumps(body))
+            exchange.send_truncated(orjson.dumps(body))
         case "html200":
             exchange.reply(_PAGE % (b"Sign in", b"Please sign in"), content_type=_HTML)
         case "error200":
@@ -366,5 +366,5 @@ DISTORTIONS: Final = frozenset(
 )
 """Faults that replace a stream by one body."""
 
-BROKEN: Final = DISTORTIONS | IN_STREAM
+UNREADABLE_FAULTS: Final = DISTORTIONS | IN_STREAM
 """Faults that leave an answer that was paid and cannot be read."""

@@ -11,14 +11,21 @@ import orjson
 
 from ..core.errors import ConfigurationError
 from ..core.types import SIMULATED_FINGERPRINT
-from .faults import Call, FaultBook, FaultRule, Strike
-from .node import Job, LatencyModel, Node, ServingBook, Timing
+from .faults import FaultContext, FaultDecision, FaultInjector, FaultRule
+from .node import CompletionJob, LatencyModel, Node, QuestionLog, Timing
 from .requests import Question, QuestionReader, load_object
-from .responders import Answer, Responder, answer_to, spoiled
-from .responses import BROKEN, REFUSED_BY, Envelope, refuse, unauthorized, usage_object
+from .responders import Answer, Responder, answer_question, spoil_answer
+from .responses import (
+    REFUSING_FAULTS,
+    UNREADABLE_FAULTS,
+    Envelope,
+    send_fault,
+    send_unauthorized,
+    usage_object,
+)
 from .server import Exchange
 from .spec import SimulationSpec
-from .values import ApiError, conversation_tokens, digest, error_body, text_tokens
+from .values import ApiError, count_chat_tokens, count_text_tokens, error_body, hash_parts
 
 
 class CompletionService:
@@ -36,14 +43,14 @@ class CompletionService:
         self,
         spec: SimulationSpec,
         responder: Responder,
-        faults: FaultBook,
-        servings: ServingBook,
+        faults: FaultInjector,
+        servings: QuestionLog,
         now: Callable[[], float],
     ) -> None:
         self._spec = spec
         self._responder = responder
         self._faults = faults
-        self._servings = servings
+        self._questions = servings
         self._now = now
         self._latency = LatencyModel(spec)
         self.reader = QuestionReader(spec.model, spec.seed)
@@ -70,31 +77,35 @@ class CompletionService:
 
     def _serve(self, node: Node, exchange: Exchange, chat: bool) -> None:
         question = self.reader.read(exchange.body, chat, self.max_model_len(node))
-        strike = self._strike(node, exchange, question)
+        strike = self._decide_fault(node, exchange, question)
         kind = strike.rule.kind if strike.rule else ""
         if kind:
             node.counts.injected[kind] += 1
-        if strike.rule and kind in REFUSED_BY:
-            refuse(exchange, strike.rule)
+        if strike.rule and kind in REFUSING_FAULTS:
+            send_fault(exchange, strike.rule)
             return
-        answer = spoiled(answer_to(question, self._responder), kind, question)
+        answer = spoil_answer(answer_question(question, self._responder), kind, question)
         envelope = self._envelope(node, exchange, question, answer)
 
         def clock() -> Timing:
             load = (node.running - 1) / node.slots
             speed = node.speed * strike.speed
             key = (question.key, node.index)
-            return self._latency.timing(question.prompt_tokens, answer.tokens, load, speed, key)
+            return self._latency.compute_timing(
+                question.prompt_tokens, answer.tokens, load, speed, key
+            )
 
-        Job(exchange, node, question, answer, envelope, kind, clock, self._finished).submit()
+        CompletionJob(
+            exchange, node, question, answer, envelope, kind, clock, self._record_finished
+        ).submit()
 
-    def _strike(self, node: Node, exchange: Exchange, question: Question) -> Strike:
-        strike = self._faults.strike(
-            Call(
+    def _decide_fault(self, node: Node, exchange: Exchange, question: Question) -> FaultDecision:
+        strike = self._faults.decide(
+            FaultContext(
                 node=node.index,
                 arrival=node.arrivals,
                 key=question.key,
-                attempt=self._servings.asked(question.key),
+                attempt=self._questions.record_arrival(question.key),
                 now=self._now(),
                 stream=question.stream,
                 first_round=question.first_round,
@@ -110,7 +121,7 @@ class CompletionService:
     ) -> Envelope:
         name = exchange.head.header(b"x-request-id")
         if name is None:
-            name = digest(question.key, node.index, node.arrivals).hex()
+            name = hash_parts(question.key, node.index, node.arrivals).hex()
         mode = self._spec.usage
         return Envelope(
             id=f"{'chatcmpl' if question.chat else 'cmpl'}-{name}",
@@ -121,17 +132,17 @@ class CompletionService:
             omit_usage=mode == "omit",
         )
 
-    def _finished(self, job: Job) -> None:
+    def _record_finished(self, job: CompletionJob) -> None:
         counts, tokens = job.node.counts, job.answer.tokens
         counts.finished[job.answer.finish_reason] += 1
         counts.prompt_tokens += job.question.prompt_tokens
         counts.completion_tokens += tokens
         total = job.question.prompt_tokens + tokens
-        if job.fault in BROKEN:
+        if job.fault in UNREADABLE_FAULTS:
             counts.broken_tokens += total
         self._faults.record_tokens(job.node.index, total, self._now())
         if job.fault in {"", "no_usage"} and job.answer.finish_reason != "abort":
-            self._servings.served(job.question.key, total, self._now())
+            self._questions.record_answer(job.question.key, total, self._now())
 
 
 def metrics_text(node: Node, model: str) -> bytes:
@@ -184,20 +195,20 @@ def metrics_text(node: Node, model: str) -> bytes:
 
 
 _NODE: Final = re.compile(r"/node-(\d+)(/.*)?")
-_PLAIN: Final = b"text/plain; version=0.0.4; charset=utf-8"
+_METRICS_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
 VERSION: Final = "0.32.0+fanfold.simulated"
 
 _Route: TypeAlias = Callable[[Node, Exchange], None]
 
 
-class Control(Protocol):
+class FleetControl(Protocol):
     """What the control plane may do to the fleet."""
 
     def stats(self, prompts: bool = False) -> dict[str, Any]:
         """Return what happened so far."""
         ...
 
-    def fault(self, rule: FaultRule) -> None:
+    def add_fault(self, rule: FaultRule) -> None:
         """Add a fault."""
         ...
 
@@ -228,7 +239,7 @@ class NodeRoutes:
         self,
         spec: SimulationSpec,
         service: CompletionService,
-        faults: FaultBook,
+        faults: FaultInjector,
         now: Callable[[], float],
     ) -> None:
         self._spec = spec
@@ -259,18 +270,18 @@ class NodeRoutes:
         if not node.alive:
             exchange.reset()
             return
-        exchange.set_idle(self._faults.idle_s(node.index, self._now()))
+        exchange.set_idle_timeout(self._faults.idle_s(node.index, self._now()))
         method, route = self._routes.get(path, ("", None))
         if route is None:
             exchange.reply(error_body("Not Found", "Not Found", 404), 404)
         elif method != exchange.head.method:
             exchange.reply(error_body("Method Not Allowed", "Method Not Allowed", 405), 405)
-        elif path.startswith("/v1/") and not self._allowed(exchange):
-            unauthorized(exchange)
+        elif path.startswith("/v1/") and not self._is_authorized(exchange):
+            send_unauthorized(exchange)
         else:
             route(node, exchange)
 
-    def _allowed(self, exchange: Exchange) -> bool:
+    def _is_authorized(self, exchange: Exchange) -> bool:
         key = self._spec.api_key
         return key is None or exchange.head.header(b"authorization") == f"Bearer {key}"
 
@@ -292,16 +303,16 @@ class NodeRoutes:
         exchange.reply(b"", 503 if cold else 200)
 
     def _metrics(self, node: Node, exchange: Exchange) -> None:
-        exchange.reply(metrics_text(node, self._spec.model), content_type=_PLAIN)
+        exchange.reply(metrics_text(node, self._spec.model), content_type=_METRICS_TYPE)
 
     def _tokenize(self, node: Node, exchange: Exchange) -> None:
         try:
             data = load_object(exchange.body)
             self._service.reader.check_model(data)
             if isinstance(data.get("messages"), list):
-                count = conversation_tokens(data["messages"])
+                count = count_chat_tokens(data["messages"])
             else:
-                count = text_tokens(str(data.get("prompt", "")))
+                count = count_text_tokens(str(data.get("prompt", "")))
         except ApiError as error:
             exchange.reply(error.body, error.status)
             return
@@ -332,7 +343,7 @@ class Router:
         self,
         nodes: tuple[Node, ...],
         routes: NodeRoutes,
-        control: Control,
+        control: FleetControl,
         spawn: Callable[[Awaitable[None]], None],
     ) -> None:
         self._nodes = nodes
@@ -376,7 +387,7 @@ class Router:
                 prompts = exchange.query("prompts") == "1"
                 exchange.reply(orjson.dumps(self._control.stats(prompts=prompts)))
             case "POST", "/_sim/fault":
-                self._control.fault(FaultRule.from_mapping(load_object(exchange.body)))
+                self._control.add_fault(FaultRule.from_mapping(load_object(exchange.body)))
                 exchange.reply(b"{}")
             case "POST", "/_sim/kill":
                 graceful = exchange.query("graceful") == "1"

@@ -21,7 +21,7 @@ class BadFramingError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class RequestHead:
     """A request's line and the headers that matter here.
 
     Attributes:
@@ -59,7 +59,7 @@ class Head:
         return None if span is None else self.raw[span[0] : span[1]].strip().decode("latin-1")
 
 
-def parse_head(data: bytes) -> Head:
+def parse_head(data: bytes) -> RequestHead:
     """Read a request's head.
 
     Args:
@@ -82,7 +82,7 @@ def parse_head(data: bytes) -> Head:
     if not length.isdigit():
         raise BadFramingError("content-length is no number")
     connection = _value(lower, b"connection") or b""
-    return Head(
+    return RequestHead(
         method=parts[0].decode("latin-1"),
         path=path,
         query=query,
@@ -111,7 +111,7 @@ def _value(lower: bytes, name: bytes) -> bytes | None:
     return None if span is None else lower[span[0] : span[1]].strip()
 
 
-def chunked_body(buffer: bytearray) -> bytes | None:
+def take_chunked_body(buffer: bytearray) -> bytes | None:
     """Take a chunked body off the front of a buffer, once it is whole.
 
     Args:
@@ -146,7 +146,7 @@ def _chunk_size(line: bytes) -> int:
 
 _MOST_HEAD: Final = 64 * 1024
 _MOST_BODY: Final = 64 * 1024 * 1024
-JSON: Final = b"application/json"
+JSON_TYPE: Final = b"application/json"
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
@@ -161,14 +161,14 @@ class Exchange:
 
     __slots__ = ("_connection", "body", "head", "on_lost")
 
-    def __init__(self, connection: Connection, head: Head, body: bytes) -> None:
+    def __init__(self, connection: Connection, head: RequestHead, body: bytes) -> None:
         self._connection: Connection | None = connection
         self.head = head
         self.body = body
         self.on_lost: Callable[[], None] | None = None
 
     @property
-    def open(self) -> bool:
+    def is_open(self) -> bool:
         """Whether the answer is not complete and the client is still there."""
         return self._connection is not None
 
@@ -177,7 +177,7 @@ class Exchange:
         values = parse_qs(self.head.query).get(name)
         return values[0] if values else None
 
-    def set_idle(self, seconds: float | None) -> None:
+    def set_idle_timeout(self, seconds: float | None) -> None:
         """Set after how long the connection is closed when it idles afterwards.
 
         Args:
@@ -187,7 +187,7 @@ class Exchange:
             self._connection.idle_s = seconds
 
     def reply(
-        self, body: bytes, status: int = 200, content_type: bytes = JSON, extra: bytes = b""
+        self, body: bytes, status: int = 200, content_type: bytes = JSON_TYPE, extra: bytes = b""
     ) -> None:
         """Answer at once and completely.
 
@@ -218,13 +218,13 @@ class Exchange:
         self._send(b"0\r\n\r\n")
         self._finish()
 
-    def cut(self, body: bytes) -> None:
+    def send_truncated(self, body: bytes) -> None:
         """Promise more than is sent, then close.
 
         Args:
             body: What would be the whole body; half of it is sent.
         """
-        self._send(_head(200, JSON, b"", len(body)) + body[: len(body) // 2])
+        self._send(_head(200, JSON_TYPE, b"", len(body)) + body[: len(body) // 2])
         self.drop()
 
     def drop(self) -> None:
@@ -235,7 +235,7 @@ class Exchange:
         """Break the connection without an answer (RST)."""
         self._release().reset()
 
-    def lost(self) -> None:
+    def notify_lost(self) -> None:
         """Note that the client left."""
         self._connection = None
         if self.on_lost is not None:
@@ -254,7 +254,7 @@ class Exchange:
 
     def _finish(self) -> None:
         if self._connection is not None:
-            self._release().done(self.head.keep_alive)
+            self._release().end_exchange(self.head.keep_alive)
 
 
 Handler: TypeAlias = Callable[[Exchange], None]
@@ -273,7 +273,7 @@ class Connection(asyncio.Protocol):
         self._connections = connections
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
-        self._head: Head | None = None
+        self._head: RequestHead | None = None
         self._idle: asyncio.TimerHandle | None = None
         self.exchange: Exchange | None = None
         self.idle_s: float | None = None
@@ -290,7 +290,7 @@ class Connection(asyncio.Protocol):
         self._stop_idling()
         exchange, self.exchange, self._transport = self.exchange, None, None
         if exchange is not None:
-            exchange.lost()
+            exchange.notify_lost()
 
     def data_received(self, data: bytes) -> None:
         """Collect bytes and serve whole requests; see `asyncio.Protocol`."""
@@ -330,7 +330,7 @@ class Connection(asyncio.Protocol):
             if self._head.expects_continue:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._head.chunked:
-            return chunked_body(self._buffer)
+            return take_chunked_body(self._buffer)
         length = self._head.length
         if len(self._buffer) < length:
             return None
@@ -343,7 +343,7 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(data)
 
-    def done(self, keep: bool) -> None:
+    def end_exchange(self, keep: bool) -> None:
         """End one exchange.
 
         Args:
@@ -459,7 +459,7 @@ class Listener:
         self._server = None
 
 
-class Listeners:
+class FleetListeners:
     """All sockets of a fleet.
 
     Args:
@@ -481,7 +481,7 @@ class Listeners:
         self._nodes: list[Listener] = []
 
     @property
-    def control(self) -> str:
+    def control_url(self) -> str:
         """URL of the control plane, without a path."""
         return self._root.url
 

@@ -18,7 +18,7 @@ from ..core.errors import FanfoldError
 _SPAN: Final = float(1 << 64)
 
 
-def digest(*parts: object) -> bytes:
+def hash_parts(*parts: object) -> bytes:
     """Hash some values.
 
     Args:
@@ -34,7 +34,7 @@ def digest(*parts: object) -> bytes:
     return hasher.digest()
 
 
-def chance(*parts: object) -> float:
+def draw_uniform(*parts: object) -> float:
     """Draw a uniform number in [0, 1) from some values.
 
     Args:
@@ -43,10 +43,10 @@ def chance(*parts: object) -> float:
     Returns:
         The number; equal parts give an equal number.
     """
-    return int.from_bytes(digest(*parts)[:8]) / _SPAN
+    return int.from_bytes(hash_parts(*parts)[:8]) / _SPAN
 
 
-def normal(*parts: object) -> float:
+def draw_normal(*parts: object) -> float:
     """Draw a standard normal number from some values (Box and Muller).
 
     Args:
@@ -55,13 +55,13 @@ def normal(*parts: object) -> float:
     Returns:
         The number.
     """
-    data = digest(*parts)
+    data = hash_parts(*parts)
     one = (int.from_bytes(data[:8]) + 1) / (_SPAN + 1)
     two = int.from_bytes(data[8:]) / _SPAN
     return math.sqrt(-2.0 * math.log(one)) * math.cos(2.0 * math.pi * two)
 
 
-class Dice:
+class SeededRandom:
     """A stream of draws from one key.
 
     Only ``random()`` and ``getrandbits`` of `random.Random` are used: Python promises the same
@@ -76,7 +76,7 @@ class Dice:
     def __init__(self, key: bytes) -> None:
         self._random = Random(int.from_bytes(key))
 
-    def unit(self) -> float:
+    def uniform(self) -> float:
         """Return a uniform number in [0, 1)."""
         return self._random.random()
 
@@ -143,7 +143,7 @@ def error_body(message: str, kind: str, code: int, param: str | None = None) -> 
     return orjson.dumps({"error": error})
 
 
-Maker: TypeAlias = Callable[[Dice], str]
+TextMaker: TypeAlias = Callable[[SeededRandom], str]
 
 _PRINTABLE: Final = "".join(map(chr, range(0x20, 0x7F)))
 _CLASSES: Final = {"d": digits, "w": ascii_letters + digits + "_", "s": " "}
@@ -153,7 +153,7 @@ _EXTRA: Final = 4  # repetitions beyond the least, where the pattern sets no lim
 _MOST: Final = 1000  # repetitions that a pattern may ask for
 
 
-def pattern_maker(pattern: str) -> Maker:
+def compile_pattern(pattern: str) -> TextMaker:
     """Compile a pattern into a maker of matching strings.
 
     Args:
@@ -165,10 +165,10 @@ def pattern_maker(pattern: str) -> Maker:
     Raises:
         ApiError: The pattern is outside the subset.
     """
-    return _Parser(pattern).parse()
+    return _PatternParser(pattern).parse()
 
 
-class _Parser:
+class _PatternParser:
     """Recursive descent over one pattern."""
 
     def __init__(self, pattern: str) -> None:
@@ -177,7 +177,7 @@ class _Parser:
         if self._rest.endswith("$") and not self._rest.endswith("\\$"):
             self._rest = self._rest[:-1]
 
-    def parse(self) -> Maker:
+    def parse(self) -> TextMaker:
         outer = self._pattern != self._rest
         maker, branches = self._alternatives()
         if self._rest or (outer and branches > 1):  # ^a|b$ anchors each branch differently
@@ -202,19 +202,19 @@ class _Parser:
             self._rest = self._rest[len(text) :]
         return found
 
-    def _alternatives(self) -> tuple[Maker, int]:
+    def _alternatives(self) -> tuple[TextMaker, int]:
         branches = [self._sequence()]
         while self._try("|"):
             branches.append(self._sequence())
         return lambda dice: branches[dice.below(len(branches))](dice), len(branches)
 
-    def _sequence(self) -> Maker:
-        makers: list[Maker] = []
+    def _sequence(self) -> TextMaker:
+        makers: list[TextMaker] = []
         while self._rest and self._rest[0] not in "|)":
             makers.append(self._quantified(self._atom()))
         return lambda dice: "".join([make(dice) for make in makers])
 
-    def _atom(self) -> Maker:
+    def _atom(self) -> TextMaker:
         char = self._take()
         if char == "(":
             if self._rest.startswith("?") and not self._try("?:"):
@@ -265,7 +265,7 @@ class _Parser:
             raise self._refused()  # nested sets mean different things to different engines
         return self._escape() if char == "\\" else char
 
-    def _quantified(self, atom: Maker) -> Maker:
+    def _quantified(self, atom: TextMaker) -> TextMaker:
         if not self._rest or self._rest[0] not in "*+?{":
             return atom
         char = self._take()
@@ -286,7 +286,7 @@ class _Parser:
         return int(low), int(high) if high else None
 
 
-def _one_of(characters: str) -> Maker:
+def _one_of(characters: str) -> TextMaker:
     return lambda dice: characters[dice.below(len(characters))]
 
 
@@ -295,7 +295,7 @@ _PER_MESSAGE: Final = 4
 _PER_CONVERSATION: Final = 3
 
 
-def text_tokens(text: str) -> int:
+def count_text_tokens(text: str) -> int:
     """Count the tokens of a text.
 
     Args:
@@ -308,7 +308,7 @@ def text_tokens(text: str) -> int:
     return -(-size // _BYTES)
 
 
-def conversation_tokens(messages: Iterable[dict[str, Any]]) -> int:
+def count_chat_tokens(messages: Iterable[dict[str, Any]]) -> int:
     """Count the tokens of a conversation.
 
     Args:
@@ -318,7 +318,7 @@ def conversation_tokens(messages: Iterable[dict[str, Any]]) -> int:
         The prompt's tokens.
     """
     return _PER_CONVERSATION + sum(
-        text_tokens(message_text(message)) + _PER_MESSAGE for message in messages
+        count_text_tokens(message_text(message)) + _PER_MESSAGE for message in messages
     )
 
 
@@ -345,7 +345,7 @@ def _is_text(part: object) -> bool:
     return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
-def cut(text: str, tokens: int) -> str:
+def truncate_tokens(text: str, tokens: int) -> str:
     """Cut a text after some tokens, never inside a character.
 
     Args:
@@ -372,7 +372,7 @@ _SECONDS: Final = 5 * 365 * 86_400
 _SENTENCE: Final = (6, 14)
 
 
-def words(dice: Dice, count: int) -> str:
+def draw_sentence(dice: SeededRandom, count: int) -> str:
     """Draw a sentence.
 
     Args:
@@ -386,7 +386,7 @@ def words(dice: Dice, count: int) -> str:
     return f"{chosen.capitalize()}."
 
 
-def prose(dice: Dice, tokens: int) -> str:
+def draw_prose(dice: SeededRandom, tokens: int) -> str:
     """Draw a text of exactly some tokens.
 
     Args:
@@ -397,12 +397,12 @@ def prose(dice: Dice, tokens: int) -> str:
         Sentences, the last one cut to fit.
     """
     sentences: list[str] = []
-    while text_tokens(" ".join(sentences)) < tokens:
-        sentences.append(words(dice, dice.between(*_SENTENCE)))
-    return cut(" ".join(sentences), tokens)
+    while count_text_tokens(" ".join(sentences)) < tokens:
+        sentences.append(draw_sentence(dice, dice.between(*_SENTENCE)))
+    return truncate_tokens(" ".join(sentences), tokens)
 
 
-def text(dice: Dice, least: int, most: int | None) -> str:
+def draw_text(dice: SeededRandom, least: int, most: int | None) -> str:
     """Draw a text with bounds on its length.
 
     Args:
@@ -413,25 +413,25 @@ def text(dice: Dice, least: int, most: int | None) -> str:
     Returns:
         One sentence or more.
     """
-    drawn = words(dice, dice.between(3, 12))
+    drawn = draw_sentence(dice, dice.between(3, 12))
     while len(drawn) < least:
-        drawn = f"{drawn} {words(dice, dice.between(3, 12))}"
+        drawn = f"{drawn} {draw_sentence(dice, dice.between(3, 12))}"
     return drawn if most is None else drawn[:most]
 
 
-def _moment(dice: Dice) -> datetime:
+def _moment(dice: SeededRandom) -> datetime:
     return _EPOCH + timedelta(seconds=dice.below(_SECONDS))
 
 
-def _uuid(dice: Dice) -> str:
+def _uuid(dice: SeededRandom) -> str:
     return str(UUID(int=dice.below(1 << 128), version=4))
 
 
-def _name(dice: Dice) -> str:
+def _name(dice: SeededRandom) -> str:
     return f"{_WORDS[dice.between(20, len(_WORDS) - 1)]}{dice.below(1000)}"
 
 
-FORMATS: Final[Mapping[str, Callable[[Dice], str]]] = {
+FORMATS: Final[Mapping[str, Callable[[SeededRandom], str]]] = {
     "date": lambda dice: _moment(dice).date().isoformat(),
     "time": lambda dice: f"{_moment(dice).time().isoformat()}Z",
     "date-time": lambda dice: _moment(dice).isoformat().replace("+00:00", "Z"),

@@ -9,10 +9,10 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..core.errors import LedgerError
-from .results import replacing
+from ..core.errors import JournalError
+from .results import replace_file
 
-FILE: Final = "endpoints.parquet"
+FILE_NAME: Final = "endpoints.parquet"
 
 _FAILURE: Final = pa.struct([("class", pa.string()), ("count", pa.int64())])
 _FIELDS: Final[list[tuple[str, pa.DataType]]] = [
@@ -49,20 +49,20 @@ _SUMS: Final = (
 _LATENCIES: Final = ("latency_p50_s", "latency_p90_s", "latency_p99_s")
 
 
-def append_endpoints(path: Path, reports: Sequence[Mapping[str, Any]], life: int) -> None:
+def append_endpoints(path: Path, reports: Sequence[Mapping[str, Any]], session: int) -> None:
     """Add one row per endpoint to the table, in one step.
 
     Args:
         path: The table; it is made if there is none.
         reports: What each endpoint did, ``failures`` as counts by class.
-        life: The life of the run, from 1; its rows take the place of older ones.
+        session: The life of the run, from 1; its rows take the place of older ones.
 
     Raises:
-        LedgerError: The table cannot be read or written.
+        JournalError: The table cannot be read or written.
     """
-    before = [row for row in _rows(path) if row["life"] != life]
-    rows = [*before, *(_row(report, life) for report in reports)]
-    with replacing(path) as file:
+    before = [row for row in _rows(path) if row["life"] != session]
+    rows = [*before, *(_row(report, session) for report in reports)]
+    with replace_file(path) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=_TABLE), file)
 
 
@@ -70,7 +70,7 @@ def read_endpoints(path: Path) -> list[dict[str, Any]]:
     """Return the table's rows; none when no life has ended yet.
 
     Raises:
-        LedgerError: It cannot be read.
+        JournalError: It cannot be read.
     """
     rows = _rows(path)
     named = ({f["class"]: f["count"] for f in row["failures"]} for row in rows)
@@ -83,21 +83,21 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, pa.ArrowException) as error:
-        raise LedgerError(f"{path}: cannot be read: {error}; remove it to begin anew") from None
+        raise JournalError(f"{path}: cannot be read: {error}; remove it to begin anew") from None
     return rows
 
 
-def _row(report: Mapping[str, Any], life: int) -> dict[str, Any]:
+def _row(report: Mapping[str, Any], session: int) -> dict[str, Any]:
     counts = report["failures"]
     return {
         **report,
-        "life": life,
+        "life": session,
         "failed": sum(counts.values()),
         "failures": [{"class": name, "count": counts[name]} for name in sorted(counts)],
     }
 
 
-def over_lives(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def sum_sessions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Add up the lives of each endpoint; state and latencies are those of its last one."""
     totals: dict[str, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row["life"]):
@@ -108,12 +108,12 @@ def over_lives(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 total[name] = (row.get(name) or 0) + (before.get(name) or 0)
             if row.get("usd") is not None or before.get("usd") is not None:
                 total["usd"] = (row.get("usd") or 0.0) + (before.get("usd") or 0.0)
-            total["failures"] = _added(before["failures"], row["failures"])
+            total["failures"] = _add_counts(before["failures"], row["failures"])
             for name in _LATENCIES:
                 total[name] = row[name] if row[name] is not None else before[name]
         totals[row["endpoint"]] = total
     return list(totals.values())
 
 
-def _added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+def _add_counts(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
     return {name: a.get(name, 0) + b.get(name, 0) for name in sorted(a.keys() | b.keys())}

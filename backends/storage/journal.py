@@ -17,17 +17,17 @@ from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 import orjson
 
-from ..core.checksum import END, FIELD, TAIL, add_crc, check_crc
+from ..core.checksum import CRC_END, CRC_FIELD, CRC_TAIL_BYTES, add_crc, check_crc
 from ..core.disk import sync_folder
-from ..core.errors import LedgerError
+from ..core.errors import JournalError
 from ..core.money import Amount
 from ..core.types import Json
-from ..core.values import MOST, NUMBERS, STATUSES, check_record
+from ..core.values import COUNT_FIELDS, MAX_COUNT, STATUSES, check_record
 
-VERSION: Final = 2
+JOURNAL_VERSION: Final = 2
 
 _LONGEST_HEADER: Final = 4096
-_SIGNS: Final = ("beat-", "open-", "stop-", "lock")
+_OTHER_FILES: Final = ("beat-", "open-", "stop-", "lock")
 """How the names of other files in a journal's folder begin."""
 
 RunIds: TypeAlias = str | tuple[str, ...]
@@ -43,7 +43,7 @@ def make_header(path: Path, kind: str, about: Mapping[str, Json]) -> bytes:
         about: ``run``, the run's id, and who writes.
     """
     identity = {"kind": kind, "name": path.stem, "file": secrets.token_hex(8)}
-    return orjson.dumps({"v": VERSION, "run": about["run"], **identity, **about})
+    return orjson.dumps({"v": JOURNAL_VERSION, "run": about["run"], **identity, **about})
 
 
 class JournalWriter:
@@ -60,7 +60,7 @@ class JournalWriter:
         at_risk: Records that a failed flush may have lost; else 0.
 
     Raises:
-        LedgerError: The file cannot be created or written.
+        JournalError: The file cannot be created or written.
     """
 
     def __init__(self, path: Path, header: dict[str, Json], fsync_s: float) -> None:
@@ -68,18 +68,18 @@ class JournalWriter:
         self._fsync_s = fsync_s
         self._written = self._flushed = self._crc = 0
         self._records = self._flushed_records = self.at_risk = 0
-        self._failure: LedgerError | None = None
+        self._failure: JournalError | None = None
         self._round: asyncio.Task[None] | None = None
         self._hurry, self._closing = asyncio.Event(), False
         try:
             self._file = FileIO(path, "xb")
         except OSError as error:
-            raise LedgerError(f"{path}: cannot be created: {error.strerror}") from error
+            raise JournalError(f"{path}: cannot be created: {error.strerror}") from error
         self._thread = ThreadPoolExecutor(1, f"fsync {path.name}")
         try:
             line, self._crc = add_crc(make_header(path, "journal", header), 0)
             self._append(line)
-        except LedgerError:
+        except JournalError:
             self._file.close()
             raise
 
@@ -96,7 +96,7 @@ class JournalWriter:
 
         Raises:
             TypeError: JSON has no form for a value in it; nothing was written.
-            LedgerError: The line could not be written, or an earlier write or flush failed.
+            JournalError: The line could not be written, or an earlier write or flush failed.
         """
         if self._failure is not None:
             raise self._failure
@@ -113,7 +113,7 @@ class JournalWriter:
             at_once: Bring the next flush forward: nothing more is written meanwhile.
 
         Raises:
-            LedgerError: The disk refused.
+            JournalError: The disk refused.
         """
         goal = self._written
         if at_once and self._flushed < goal:
@@ -127,7 +127,7 @@ class JournalWriter:
         """Flush and close the file.
 
         Raises:
-            LedgerError: A write or a flush failed, now or before.
+            JournalError: A write or a flush failed, now or before.
         """
         self._closing = True
         self._hurry.set()
@@ -184,8 +184,8 @@ class JournalWriter:
     def _sync_folder(self) -> None:
         sync_folder(self._path.parent)
 
-    def _fail(self, what: str, error: OSError) -> LedgerError:
-        self._failure = self._failure or LedgerError(
+    def _fail(self, what: str, error: OSError) -> JournalError:
+        self._failure = self._failure or JournalError(
             f"{self._path}: the journal {what}: {error.strerror}"
         )
         return self._failure
@@ -199,7 +199,7 @@ async def _pause(hurry: asyncio.Event, seconds: float) -> None:
         return
 
 
-class Line(NamedTuple):
+class JournalLine(NamedTuple):
     """One record as it stands in a journal file.
 
     Attributes:
@@ -218,7 +218,7 @@ class Line(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class JournalSource:
     """What a file must be to be read as one of a run's.
 
     Attributes:
@@ -231,14 +231,14 @@ class Source:
     run: RunIds
     kind: str = "journal"
 
-    def fault(self, number: int, what: str) -> LedgerError:
+    def make_error(self, number: int, what: str) -> JournalError:
         """Return the error of a line."""
-        return LedgerError(f"{self.path}, line {number}: {what}")
+        return JournalError(f"{self.path}, line {number}: {what}")
 
 
-def scan(
-    source: Source, start: int = 0, first: int = 1, before: int = 0, *, live: bool = False
-) -> Iterator[Line]:
+def scan_lines(
+    source: JournalSource, start: int = 0, first: int = 1, before: int = 0, *, live: bool = False
+) -> Iterator[JournalLine]:
     """Yield the records of one file; a torn last line is left out.
 
     Args:
@@ -250,7 +250,7 @@ def scan(
             Network file systems show zeros where what another node wrote has not arrived.
 
     Raises:
-        LedgerError: Anything else that is odd, with file and line.
+        JournalError: Anything else that is odd, with file and line.
     """
     try:
         with source.path.open("rb") as file:
@@ -268,13 +268,13 @@ def scan(
                 if number == 1:
                     _check_header(source, record)
                 else:
-                    yield Line(number, start, len(line), crc, record)
+                    yield JournalLine(number, start, len(line), crc, record)
                 start, before = start + len(line), crc
     except OSError as error:
-        raise LedgerError(f"{source.path}: cannot be read: {error.strerror}") from error
+        raise JournalError(f"{source.path}: cannot be read: {error.strerror}") from error
 
 
-def _check_torn(source: Source, line: bytes, number: int, start: int, before: int) -> None:
+def _check_torn(source: JournalSource, line: bytes, number: int, start: int, before: int) -> None:
     """Accept a line that the end of the process cut; no process writes NUL bytes.
 
     A line that goes on after its checksum was whole: its end was changed.
@@ -284,23 +284,23 @@ def _check_torn(source: Source, line: bytes, number: int, start: int, before: in
             f"{line.count(0):,} NUL bytes, as the loss of a machine's power leaves them; what "
             f"stands before is whole: cut them off with '{_cut(source.path, start)}', then resume"
         )
-        raise source.fault(number, msg)
-    at = line.find(FIELD)
+        raise source.make_error(number, msg)
+    at = line.find(CRC_FIELD)
     while at >= 0:
-        end = at + TAIL - 1
+        end = at + CRC_TAIL_BYTES - 1
         if len(line) > end and check_crc(line[:end] + b"\n", before) is not None:
             raise _mismatch(source, line, number, start)
-        at = line.find(FIELD, at + 1)
+        at = line.find(CRC_FIELD, at + 1)
 
 
-def _mismatch(source: Source, line: bytes, number: int, start: int) -> LedgerError:
+def _mismatch(source: JournalSource, line: bytes, number: int, start: int) -> JournalError:
     """Return what is wrong with a line that does not match its checksum."""
     found = _header_in(line)
-    if number == 1 and found is not None and found.get("v") != VERSION:
-        return source.fault(1, _other_version(found))
+    if number == 1 and found is not None and found.get("v") != JOURNAL_VERSION:
+        return source.make_error(1, _other_version(found))
     if number > 1 and found is not None and check_crc(line, 0) is not None:
         what = "a second header: another file was appended to this one"
-    elif line.endswith(END) and line[-TAIL:].startswith(FIELD):
+    elif line.endswith(CRC_END) and line[-CRC_TAIL_BYTES:].startswith(CRC_FIELD):
         what = (
             "the checksum does not match: the line was changed, or lines before it were removed, "
             "repeated or moved"
@@ -313,7 +313,7 @@ def _mismatch(source: Source, line: bytes, number: int, start: int) -> LedgerErr
             f", or cut it off here with '{_cut(source.path, start)}': the items of the lines from "
             "here on are then asked again"
         )
-    return source.fault(number, f"{what}; {way_out}")
+    return source.make_error(number, f"{what}; {way_out}")
 
 
 def _cut(path: Path, size: int) -> str:
@@ -328,36 +328,36 @@ def _header_in(line: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and "v" in found else None
 
 
-def _parse(source: Source, line: bytes, number: int) -> dict[str, Any]:
+def _parse(source: JournalSource, line: bytes, number: int) -> dict[str, Any]:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         msg = f"not valid JSON ({error}); the file was damaged or edited"
-        raise source.fault(number, msg) from None
+        raise source.make_error(number, msg) from None
     if not isinstance(record, dict):
-        raise source.fault(number, "not a journal record")
+        raise source.make_error(number, "not a journal record")
     record.pop("crc", None)
     return record
 
 
-def present_id(run: RunIds) -> str:
+def get_current_run_id(run: RunIds) -> str:
     """Return the id that a run has now."""
     return run if isinstance(run, str) else run[0]
 
 
 def _other_version(record: dict[str, Any]) -> str:
-    return f"journal version {record.get('v')!r}, this fanfold reads {VERSION}"
+    return f"journal version {record.get('v')!r}, this fanfold reads {JOURNAL_VERSION}"
 
 
-def _check_header(source: Source, record: dict[str, Any]) -> None:
-    if record.get("v") != VERSION:
-        raise source.fault(1, _other_version(record))
+def _check_header(source: JournalSource, record: dict[str, Any]) -> None:
+    if record.get("v") != JOURNAL_VERSION:
+        raise source.make_error(1, _other_version(record))
     if not _is_own(record.get("run"), source.run):
-        found, own = record.get("run"), present_id(source.run)
-        raise source.fault(1, f"belongs to run {found!r}, not to {own!r}")
+        found, own = record.get("run"), get_current_run_id(source.run)
+        raise source.make_error(1, f"belongs to run {found!r}, not to {own!r}")
     kind, name = record.get("kind"), record.get("name")
     if (kind, name) != (source.kind, source.path.stem):
-        raise source.fault(
+        raise source.make_error(
             1,
             f"the file is {kind}/{name}.jsonl of this run under another name: remove it if it is a "
             "copy, or else rename it back",
@@ -368,7 +368,7 @@ def _is_own(found: object, run: RunIds) -> bool:
     return found in ((run,) if isinstance(run, str) else run)
 
 
-def find_renamed(folder: Path, run: RunIds) -> None:
+def check_renamed_files(folder: Path, run: RunIds) -> None:
     """Refuse a folder in which a file of the run has a name that is not read.
 
     Args:
@@ -376,11 +376,11 @@ def find_renamed(folder: Path, run: RunIds) -> None:
         run: The run's ids.
 
     Raises:
-        LedgerError: A file with a header of the run is under a name that does not end in
+        JournalError: A file with a header of the run is under a name that does not end in
             ``.jsonl``, and no file has the name that it was written under.
     """
     for path in sorted(folder.iterdir()):
-        signs = path.name.startswith(_SIGNS)  # thousands, where there are many workers
+        signs = path.name.startswith(_OTHER_FILES)  # thousands, where there are many workers
         if signs or path.suffix == ".jsonl" or not path.is_file():
             continue
         with path.open("rb") as file:
@@ -390,11 +390,11 @@ def find_renamed(folder: Path, run: RunIds) -> None:
         proper = folder / f"{header.get('name')}.jsonl"
         if not proper.exists():
             msg = f"{path}, line 1: the file is {proper.name} of this run; rename it back"
-            raise LedgerError(msg)
+            raise JournalError(msg)
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class ItemCounts:
     """How many items are done, failed, and still open."""
 
     done: int
@@ -403,7 +403,7 @@ class Counts:
 
 
 @dataclass(slots=True)
-class Spent:
+class UsageTotals:
     """Sums over records; what a record lacks counts as nothing.
 
     Attributes:
@@ -450,10 +450,10 @@ class Spent:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Add what one record says."""
-        self.add_numbers(list(map(record.get, NUMBERS)))
+        self.add_numbers(list(map(record.get, COUNT_FIELDS)))
 
     def add_numbers(self, numbers: Sequence[int | None]) -> None:
-        """Add what one record says of :data:`NUMBERS`."""
+        """Add what one record says of :data:`COUNT_FIELDS`."""
         requests, prompt, completion, cached, lost, useful, nano, useful_nano, reused = numbers
         self.requests += requests or 0
         self.prompt_tokens += prompt or 0
@@ -466,110 +466,110 @@ class Spent:
         self.reused += reused or 0
 
     @classmethod
-    def of(cls, numbers: Iterable[Sequence[int | None]]) -> Self:
+    def from_numbers(cls, numbers: Iterable[Sequence[int | None]]) -> Self:
         """Return the sums over records: column by column, which is less work.
 
         Args:
-            numbers: What each record says of :data:`NUMBERS`.
+            numbers: What each record says of :data:`COUNT_FIELDS`.
         """
         sums = [sum(filter(None, column)) for column in zip(*numbers, strict=True)]
-        return cls(**dict(zip(NUMBERS, sums, strict=False)))
+        return cls(**dict(zip(COUNT_FIELDS, sums, strict=False)))
 
-    def counts(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int]:
         """Return the sums by their names."""
         return {name: getattr(self, name) for name in self.__slots__}
 
-    def merge(self, other: Spent) -> None:
+    def merge(self, other: UsageTotals) -> None:
         """Add other sums."""
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass(slots=True)
-class Fresh:
+class JournalDelta:
     """Items that have ended since somebody looked last.
 
     Attributes:
         done: How many were answered.
         failed: How many ended without an answer.
-        spent: What they have spent.
+        usage: What they have spent.
     """
 
     done: int = 0
     failed: int = 0
-    spent: Spent = field(default_factory=Spent)
+    usage: UsageTotals = field(default_factory=UsageTotals)
 
-    def count(self, facts: Sequence[tuple[Any, ...]]) -> None:
-        """Count records, by their index, status and :data:`NUMBERS`."""
+    def add_records(self, facts: Sequence[tuple[Any, ...]]) -> None:
+        """Count records, by their index, status and :data:`COUNT_FIELDS`."""
         done = sum(status == "done" for _, status, *_ in facts)
         self.done, self.failed = self.done + done, self.failed + len(facts) - done
-        self.spent.merge(Spent.of(numbers for _, _, *numbers in facts))
+        self.usage.merge(UsageTotals.from_numbers(numbers for _, _, *numbers in facts))
 
 
 _NUMBER: Final = frozenset({int, NoneType})
 _INDEX: Final = frozenset({int})
 _TEXT: Final = frozenset({str})
 _STATUS: Final = frozenset(STATUSES)
-_FACTS: Final = ("index", "status", *NUMBERS)
-_facts: Final = itemgetter(*_FACTS)
+_KEY_FIELDS: Final = ("index", "status", *COUNT_FIELDS)
+_get_key_fields: Final = itemgetter(*_KEY_FIELDS)
 
 
-def life_of(path: Path) -> int:
+def parse_session_number(path: Path) -> int:
     """Return the number of the life in which a journal file was written.
 
     Raises:
-        LedgerError: It is none.
+        JournalError: It is none.
     """
     life = path.stem.partition("-")[0]
     if not (life.isascii() and life.isdigit()):
         msg = f"{path}: not a journal file of fanfold; move it out of the run folder"
-        raise LedgerError(msg)
+        raise JournalError(msg)
     return int(life)
 
 
-Facts = tuple[Any, ...]
-"""A record's index, status, and :data:`NUMBERS`; what it lacks is None."""
+RecordKey = tuple[Any, ...]
+"""A record's index, status, and :data:`COUNT_FIELDS`; what it lacks is None."""
 
 
-def facts_of(record: dict[str, Any]) -> Facts:
+def make_record_key(record: dict[str, Any]) -> RecordKey:
     """Return what a ledger keeps in mind of a record."""
     try:
-        facts: Facts = _facts(record)
+        facts: RecordKey = _get_key_fields(record)
     except KeyError:
-        return tuple(map(record.get, _FACTS))
+        return tuple(map(record.get, _KEY_FIELDS))
     return facts
 
 
-def worker_prefix(life: int, worker: str) -> str:
+def make_worker_prefix(session: int, worker: str) -> str:
     """Return how the names of a worker's journal files begin.
 
     Args:
-        life: Number of the coordinator's life.
+        session: Number of the coordinator's life.
         worker: Host and process, e.g. ``node17:4242``.
     """
-    return f"{life:04}-{worker.replace(':', '-').replace('/', '-')}-"
+    return f"{session:04}-{worker.replace(':', '-').replace('/', '-')}-"
 
 
-class Noted(NamedTuple):
+class IndexedLine(NamedTuple):
     """What is kept in mind of a line: number, start and length in bytes, checksum, and facts."""
 
     number: int
     start: int
     length: int
     crc: int
-    facts: Facts
+    key: RecordKey
 
 
-def noted(line: Line) -> Noted:
+def index_line(line: JournalLine) -> IndexedLine:
     """Return what is kept in mind of a line; its record goes."""
     record = line.record
-    facts = facts_of(record)
+    facts = make_record_key(record)
     if "shares" in record:
-        facts = _none_if_odd(record, facts)
-    return Noted(line.number, line.start, line.length, line.crc, facts)
+        facts = _drop_bad_index(record, facts)
+    return IndexedLine(line.number, line.start, line.length, line.crc, facts)
 
 
-def _none_if_odd(record: dict[str, Any], facts: Facts) -> Facts:
+def _drop_bad_index(record: dict[str, Any], facts: RecordKey) -> RecordKey:
     """Return a record's facts, without the index if it is to be refused."""
     try:
         check_record(record)
@@ -578,7 +578,7 @@ def _none_if_odd(record: dict[str, Any], facts: Facts) -> Facts:
     return facts
 
 
-def add_up(facts: Sequence[Facts], items: int) -> Spent | None:
+def sum_records(facts: Sequence[RecordKey], items: int) -> UsageTotals | None:
     """Return the sums over records: column by column, which is less work.
 
     Args:
@@ -602,24 +602,24 @@ def add_up(facts: Sequence[Facts], items: int) -> Spent | None:
             return None
         told = list(filter(None, column))  # neither null nor 0
         total = sum(told)
-        if told and (min(told) < 0 or (total > MOST and max(told) > MOST)):
+        if told and (min(told) < 0 or (total > MAX_COUNT and max(told) > MAX_COUNT)):
             return None
         sums.append(total)
-    return Spent(*sums) if fine else None
+    return UsageTotals(*sums) if fine else None
 
 
-def check_line(line: Line, source: Source, items: int) -> None:
+def check_line(line: JournalLine, source: JournalSource, items: int) -> None:
     """Refuse what no ledger of this run has written.
 
     Raises:
-        LedgerError: It says something else.
+        JournalError: It says something else.
     """
     record = line.record
-    if (trouble := find_trouble(record, items)) is not None:
-        raise source.fault(line.number, trouble)
+    if (trouble := find_record_problem(record, items)) is not None:
+        raise source.make_error(line.number, trouble)
 
 
-def find_trouble(record: dict[str, Any], items: int) -> str | None:
+def find_record_problem(record: dict[str, Any], items: int) -> str | None:
     """Return what is wrong with a record, or None.
 
     Args:

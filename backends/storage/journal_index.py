@@ -15,29 +15,29 @@ from typing import Any, Final, Self
 
 import orjson
 
-from ..core.checksum import BEFORE, check_crc, crc_before
-from ..core.errors import LedgerError
+from ..core.checksum import PREVIOUS_CRC_BYTES, check_crc, parse_crc
+from ..core.errors import JournalError
 from ..core.types import Json
 from .journal import (
-    Counts,
-    Facts,
-    Fresh,
+    ItemCounts,
+    JournalDelta,
+    JournalSource,
     JournalWriter,
+    RecordKey,
     RunIds,
-    Source,
-    Spent,
-    add_up,
+    UsageTotals,
     check_line,
-    facts_of,
-    find_renamed,
-    life_of,
-    noted,
-    present_id,
-    scan,
-    worker_prefix,
+    check_renamed_files,
+    get_current_run_id,
+    index_line,
+    make_record_key,
+    make_worker_prefix,
+    parse_session_number,
+    scan_lines,
+    sum_records,
 )
 
-_KEPT: Final = 128
+_MAX_OPEN_FILES: Final = 128
 """Files kept open: processes are set up for few, and connections need most of them."""
 
 
@@ -53,14 +53,14 @@ class _Handle:
         os.close(self.number)
 
 
-class Handles:
+class FileHandles:
     """Keeps open the files that were read last; threads may read at the same time.
 
     Args:
         most: How many are kept.
     """
 
-    def __init__(self, most: int = _KEPT) -> None:
+    def __init__(self, most: int = _MAX_OPEN_FILES) -> None:
         self._most, self._lock = most, threading.Lock()
         self._kept = dict[Path, _Handle]()  # the one read last comes last
 
@@ -90,12 +90,12 @@ class Handles:
 _OPEN, _DONE, _FAILED = 0, 1, 2
 _CODES: Final = {"done": _DONE, "failed": _FAILED}
 
-_TOGETHER: Final = 256
+_BATCH_LINES: Final = 256
 """Lines that are checked and added up together."""
 
 
 @dataclass(slots=True)
-class _Followed:
+class _FollowedFile:
     """A worker's file: its number, and where to read on."""
 
     number: int
@@ -104,7 +104,7 @@ class _Followed:
     crc: int = 0
 
 
-class Ledger:
+class Journal:
     """Index over the journal files of one run; writable when opened for a new life.
 
     It holds 17 bytes per item: its state and where its record lies. The records themselves stay
@@ -124,12 +124,14 @@ class Ledger:
             the sessions up to then are not read, so that records and aggregate agree.
 
     Attributes:
-        spent: What each session has spent, by its number; records that do not count are included.
-        twice: Records that took the place of another one, or of the same session as the one that
-            counts: what was folded of their items may differ from what the ledger keeps.
+        usage_by_session: What each session has spent, by its number; records that do not count are
+            included.
+        duplicates: Records that took the place of another one, or of the same session as the one
+            that
+            count_items: what was folded of their items may differ from what the ledger keeps.
 
     Raises:
-        LedgerError: A file is damaged or belongs to another run.
+        JournalError: A file is damaged or belongs to another run.
     """
 
     def __init__(
@@ -144,43 +146,47 @@ class Ledger:
         self._file = array("i", bytes(4 * items))
         self._start = array("q", bytes(8 * items))
         self._length = array("i", bytes(4 * items))
-        self._paths = sorted(folder.glob("*.jsonl"), key=lambda path: (life_of(path), path.stem))
-        self._followed: dict[Path, _Followed] = {}
-        self._handles = Handles()
+        self._paths = sorted(
+            folder.glob("*.jsonl"), key=lambda path: (parse_session_number(path), path.stem)
+        )
+        self._followed: dict[Path, _FollowedFile] = {}
+        self._handles = FileHandles()
         self._writer: JournalWriter | None = None
         self._own = -1
-        self._life: tuple[str, float] | None = None
-        self.life = 0
-        self.twice = 0
-        self._failure: LedgerError | None = None
-        self.spent: dict[int, Spent] = {}
-        self._sums: list[Spent] = []
+        self._session: tuple[str, float] | None = None
+        self.session_number = 0
+        self.duplicates = 0
+        self._failure: JournalError | None = None
+        self.usage_by_session: dict[int, UsageTotals] = {}
+        self._sums: list[UsageTotals] = []
         self._ends: list[int] = []
         self._check_names()
         for number, path in enumerate(self._paths):
-            at = _Followed(number)
+            at = _FollowedFile(number)
             self._read_on(path, at, end=_end_in(extents, path))
             if "-" in path.stem:
                 self._followed[path] = at  # its worker may outlive the coordinator
 
     def _check_names(self) -> None:
         try:
-            find_renamed(self._folder, self._run)
+            check_renamed_files(self._folder, self._run)
         except OSError as error:
-            raise LedgerError(f"{self._folder}: cannot be listed: {error.strerror}") from error
+            raise JournalError(f"{self._folder}: cannot be listed: {error.strerror}") from error
 
     # -- writing -------------------------------------------------------------------------
 
-    def begin(self, life: str, fsync_s: float, least: int = 1) -> None:
+    def start_session(self, session: str, fsync_s: float, least: int = 1) -> None:
         """Allow writing; the new journal file is made when the first item ends.
 
         Args:
-            life: What the file's header says of the process that writes it.
+            session: What the file's header says of the process that writes it.
             fsync_s: Seconds between flushes to disk.
             least: The life's number at least; a life may have ended before its first item did.
         """
-        self._life = (life, fsync_s)
-        self.life = max(least, 1 + (life_of(self._paths[-1]) if self._paths else 0))
+        self._session = (session, fsync_s)
+        self.session_number = max(
+            least, 1 + (parse_session_number(self._paths[-1]) if self._paths else 0)
+        )
 
     def put(self, record: dict[str, Json]) -> None:
         """Record how an item ended; on return it is safe from the end of this process.
@@ -189,38 +195,41 @@ class Ledger:
 
         Raises:
             TypeError: JSON has no form for a value in the record; nothing was written.
-            LedgerError: It could not be written; says how many items are safe. Every later call
+            JournalError: It could not be written; says how many items are safe. Every later call
                 raises the same.
         """
         if self._failure is not None:
             raise self._failure
-        if self._life is None:
-            raise LedgerError(f"{self._folder}: the ledger is open for reading only")
+        if self._session is None:
+            raise JournalError(f"{self._folder}: the ledger is open for reading only")
         try:
-            writer = self._writer or self._open_writer(*self._life)
+            writer = self._writer or self._open_writer(*self._session)
             start, length = writer.write(record)
-        except LedgerError as error:
-            self._failure = self._told(error)
+        except JournalError as error:
+            self._failure = self._explain_failure(error)
             raise self._failure from error
-        facts = facts_of(record)
-        self._spent_by(self._own).add_numbers(facts[2:])
+        facts = make_record_key(record)
+        self._get_session_usage(self._own).add_numbers(facts[2:])
         self._ends[self._own] = start + length
-        self._note(self._own, start, length, facts)
+        self._index_record(self._own, start, length, facts)
 
-    def _told(self, error: LedgerError) -> LedgerError:
-        return LedgerError(
-            f"{error.message}. {self.safe()}; make room or mend the permissions, then resume"
+    def _explain_failure(self, error: JournalError) -> JournalError:
+        return JournalError(
+            f"{error.message}. {self.describe_saved()}; make room or mend the permissions, then "
+            "resume"
         )
 
-    def safe(self) -> str:
+    def describe_saved(self) -> str:
         """Say how many items will be read back, whatever becomes of this process."""
         at_risk = self._writer.at_risk if self._writer is not None else 0
         safe = len(self._state) - self._state.count(_OPEN) - at_risk
         return f"{safe:,} of {len(self._state):,} items are safe"
 
     def _open_writer(self, life: str, fsync_s: float) -> JournalWriter:
-        path = self._folder / f"{self.life:04}.jsonl"
-        self._writer = JournalWriter(path, {"run": present_id(self._run), "life": life}, fsync_s)
+        path = self._folder / f"{self.session_number:04}.jsonl"
+        self._writer = JournalWriter(
+            path, {"run": get_current_run_id(self._run), "life": life}, fsync_s
+        )
         self._own = len(self._paths)
         self._paths.append(path)
         return self._writer
@@ -233,21 +242,21 @@ class Ledger:
         """Wait until everything written so far is on disk, by the next common flush.
 
         Raises:
-            LedgerError: The disk refused; says how many items are safe.
+            JournalError: The disk refused; says how many items are safe.
         """
         if self._writer is None:
             return
         try:
             await self._writer.flush()
-        except LedgerError as error:
-            self._failure = self._failure or self._told(error)
+        except JournalError as error:
+            self._failure = self._failure or self._explain_failure(error)
             raise self._failure from error
 
     async def aclose(self) -> None:
         """Flush and close all files.
 
         Raises:
-            LedgerError: Something could not be flushed, and nobody has been told yet.
+            JournalError: Something could not be flushed, and nobody has been told yet.
         """
         try:
             if self._writer is not None:
@@ -260,9 +269,9 @@ class Ledger:
         told, at_risk = self._failure is not None, writer.at_risk
         try:
             await writer.close()
-        except LedgerError as error:
+        except JournalError as error:
             if not told or writer.at_risk > at_risk:
-                self._failure = self._told(error)
+                self._failure = self._explain_failure(error)
                 raise self._failure from error
 
     def close(self) -> None:
@@ -282,65 +291,77 @@ class Ledger:
         """Close the files opened for reading."""
         self.close()
 
-    def refresh(self, fresh: Fresh, earlier: bool = False, worker: str | None = None) -> None:
+    def refresh(
+        self, delta: JournalDelta, all_sessions: bool = False, worker: str | None = None
+    ) -> None:
         """Read what workers have written since the last call; blocks.
 
         Args:
-            fresh: Is told of items that had not ended before, also of those before an error.
-            earlier: Whether those of earlier lives may still write, not only this one's.
+            delta: Is told of items that had not ended before, also of those before an error.
+            all_sessions: Whether those of earlier lives may still write, not only this one's.
             worker: Only this one of this life, as ``host:process``; there may be thousands.
 
         Raises:
-            LedgerError: A file is damaged, cannot be read, or belongs to another run.
+            JournalError: A file is damaged, cannot be read, or belongs to another run.
         """
-        begin = f"{self.life:04}-" if worker is None else worker_prefix(self.life, worker)
-        pattern = "*-*.jsonl" if earlier and worker is None else f"{escape(begin)}*.jsonl"
+        begin = (
+            f"{self.session_number:04}-"
+            if worker is None
+            else make_worker_prefix(self.session_number, worker)
+        )
+        pattern = "*-*.jsonl" if all_sessions and worker is None else f"{escape(begin)}*.jsonl"
         try:
             paths = sorted(self._folder.glob(pattern))
         except OSError as error:
-            raise LedgerError(f"{self._folder}: cannot be listed: {error.strerror}") from error
+            raise JournalError(f"{self._folder}: cannot be listed: {error.strerror}") from error
         for path in paths:
             if path not in self._followed:
-                self._followed[path] = _Followed(len(self._paths))
+                self._followed[path] = _FollowedFile(len(self._paths))
                 self._paths.append(path)
-            self._read_on(path, self._followed[path], fresh)
+            self._read_on(path, self._followed[path], delta)
 
     def _read_on(
-        self, path: Path, at: _Followed, fresh: Fresh | None = None, end: int | None = None
+        self,
+        path: Path,
+        at: _FollowedFile,
+        delta: JournalDelta | None = None,
+        end: int | None = None,
     ) -> None:
         """Note a file's further records; count those of items that had not ended before.
 
         Args:
             path: The file.
             at: Where to read on.
-            fresh: Is told what is new; None: the file is read once, from its begin to its end.
+            delta: Is told what is new; None: the file is read once, from its begin to its end.
             end: Where to end, in bytes.
         """
-        live = fresh is not None
-        source = Source(path, self._run)
-        lines = scan(source, at.start, at.line, at.crc, live=live)
+        live = delta is not None
+        source = JournalSource(path, self._run)
+        lines = scan_lines(source, at.start, at.line, at.crc, live=live)
         if end is not None:
             lines = takewhile(lambda line: line.start < end, lines)
-        while some := list(map(noted, islice(lines, _TOGETHER))):
-            spent = add_up([line.facts for line in some], len(self._state))
+        while some := list(map(index_line, islice(lines, _BATCH_LINES))):
+            spent = sum_records([line.key for line in some], len(self._state))
             if spent is None:
-                for line in scan(source, at.start, at.line, at.crc, live=live):
+                for line in scan_lines(source, at.start, at.line, at.crc, live=live):
                     check_line(line, source, len(self._state))
-            new = [self._note(at.number, line.start, line.length, line.facts) for line in some]
+            new = [
+                self._index_record(at.number, line.start, line.length, line.key) for line in some
+            ]
             last = some[-1]
             at.start, at.line, at.crc = last.start + last.length, last.number + 1, last.crc
             assert spent is not None, "check_line has refused what does not add up"
-            self._spent_by(at.number).merge(spent)
+            self._get_session_usage(at.number).merge(spent)
             self._ends[at.number] = at.start
-            if fresh is not None:
-                fresh.count([line.facts for line in compress(some, new)])
+            if delta is not None:
+                delta.add_records([line.key for line in compress(some, new)])
 
     # -- reading -------------------------------------------------------------------------
 
-    def counts(self) -> Counts:
+    def count_items(self) -> ItemCounts:
         """Count the items by state."""
         state = self._state
-        return Counts(state.count(_DONE), state.count(_FAILED), state.count(_OPEN))
+        return ItemCounts(state.count(_DONE), state.count(_FAILED), state.count(_OPEN))
 
     def reopen_failed(self, before: int | None = None) -> int:
         """Treat failed items as open again; their records stay until newer ones come.
@@ -351,7 +372,7 @@ class Ledger:
         Returns:
             How many they are.
         """
-        lives = [life_of(path) for path in self._paths]
+        lives = [parse_session_number(path) for path in self._paths]
         failed = [
             index
             for index, state in enumerate(self._state)
@@ -361,58 +382,58 @@ class Ledger:
             self._state[index] = _OPEN
         return len(failed)
 
-    def finished(self, index: int) -> bool:
+    def is_finished(self, index: int) -> bool:
         """Say whether an item has ended."""
         return self._state[index] != _OPEN
 
-    def record(self, index: int) -> dict[str, Any]:
+    def read_record(self, index: int) -> dict[str, Any]:
         """Read back the record of a finished item.
 
         Raises:
-            LedgerError: The journal changed under our feet.
+            JournalError: The journal changed under our feet.
         """
         return self._read(index, self._file[index], self._start[index], self._length[index])
 
     def _read(self, index: int, number: int, start: int, length: int) -> dict[str, Any]:
         path = self._paths[number]
         try:
-            data = self._handles.read(path, start - BEFORE, BEFORE + length)
-            line = data[BEFORE:]
-            whole = check_crc(line, crc_before(data[:BEFORE])) is not None
+            data = self._handles.read(path, start - PREVIOUS_CRC_BYTES, PREVIOUS_CRC_BYTES + length)
+            line = data[PREVIOUS_CRC_BYTES:]
+            whole = check_crc(line, parse_crc(data[:PREVIOUS_CRC_BYTES])) is not None
             record: dict[str, Any] = orjson.loads(line) if whole else {}
             record.pop("crc", None)
         except OSError as error:
-            raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+            raise JournalError(f"{path}: cannot be read: {error.strerror}") from error
         except ValueError:  # neither a checksum nor JSON
             record = {}
         if record.get("index") != index:
-            raise LedgerError(f"{path}: changed while the run was using it")
+            raise JournalError(f"{path}: changed while the run was using it")
         return record
 
-    def records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
+    def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the records of finished items in input order, or those of one status."""
         wanted = _CODES[status] if status else None
         for index, state in enumerate(self._state):
             if state != _OPEN and wanted in (None, state):
-                yield self.record(index)
+                yield self.read_record(index)
 
-    def _note(self, number: int, start: int, length: int, facts: Facts) -> bool:
+    def _index_record(self, number: int, start: int, length: int, facts: RecordKey) -> bool:
         """Note where an item's record is; return whether the item had not ended before."""
         index = facts[0]
         ended = self._state[index] != _OPEN
         known = self._length[index] > 0  # also of a failed item that is asked again
-        if known and not self._replaces(index, number, start, length):
+        if known and not self._is_replacing(index, number, start, length):
             return False
         self._state[index] = _CODES[facts[1]]
         self._file[index], self._start[index], self._length[index] = number, start, length
         return not ended
 
-    def _replaces(self, index: int, number: int, start: int, length: int) -> bool:
+    def _is_replacing(self, index: int, number: int, start: int, length: int) -> bool:
         """Say whether a further record of an item counts, rather than the one that is noted."""
-        life, before = (life_of(self._paths[n]) for n in (number, self._file[index]))
+        life, before = (parse_session_number(self._paths[n]) for n in (number, self._file[index]))
         if life < before:
             return False  # no session folds what an earlier one records from now on
-        self.twice += self._state[index] != _OPEN
+        self.duplicates += self._state[index] != _OPEN
         if life > before:
             return True
         one = self._rank(index, number, start, length)
@@ -426,18 +447,18 @@ class Ledger:
         failed = record["status"] != "done"
         return failed, str(record.get("finished_at")), self._paths[number].stem, start
 
-    def _spent_by(self, number: int) -> Spent:
+    def _get_session_usage(self, number: int) -> UsageTotals:
         """Return the sums of the life that wrote a file."""
         while len(self._sums) <= number:
-            life = life_of(self._paths[len(self._sums)])
-            self._sums.append(self.spent.setdefault(life, Spent()))
+            life = parse_session_number(self._paths[len(self._sums)])
+            self._sums.append(self.usage_by_session.setdefault(life, UsageTotals()))
             self._ends.append(0)
         return self._sums[number]
 
-    def total(self) -> Spent:
+    def total_usage(self) -> UsageTotals:
         """Return what all lives have spent."""
-        total = Spent()
-        for spent in self.spent.values():
+        total = UsageTotals()
+        for spent in self.usage_by_session.values():
             total.merge(spent)
         return total
 
@@ -446,5 +467,5 @@ def _end_in(extents: Mapping[str, int] | None, path: Path) -> int | None:
     """Return up to where a file is read, or None for all of it."""
     if extents is None or path.name in extents:
         return None if extents is None else extents[path.name]
-    last = max((life_of(Path(name)) for name in extents), default=0)
-    return 0 if life_of(path) <= last else None
+    last = max((parse_session_number(Path(name)) for name in extents), default=0)
+    return 0 if parse_session_number(path) <= last else None

@@ -17,14 +17,23 @@ from typing import Final
 import orjson
 
 from ..core.errors import ConfigurationError
-from .response_files import LONGEST, AnswerFile, Index, answer_of, header_of, key_of, line_at, pack
+from .response_files import (
+    MAX_ANSWER_LINE_BYTES,
+    KeyIndex,
+    ResponseFile,
+    format_line,
+    parse_answer,
+    parse_header,
+    parse_key,
+    read_line_at,
+)
 
-_TAKEN: Final = frozenset({errno.EAGAIN, errno.EACCES})
+_LOCKED_ERRORS: Final = frozenset({errno.EAGAIN, errno.EACCES})
 
 logger = logging.getLogger(__name__)
 
 
-class Claims:
+class ClaimLocks:
     """Locks by key, one process at a time; a file system that has none is used without.
 
     All of it blocks. Threads may use it at the same time; they are one process.
@@ -46,22 +55,22 @@ class Claims:
         """
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
 
-    def take(self, key: bytes) -> bool:
+    def acquire(self, key: bytes) -> bool:
         """Lock a key; say whether no other process holds it."""
-        return self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB, key)
+        return self._lock_key(fcntl.LOCK_EX | fcntl.LOCK_NB, key)
 
-    def give(self, key: bytes) -> None:
+    def release(self, key: bytes) -> None:
         """Let go of a key, if it is ours."""
-        self._locked(fcntl.LOCK_UN, key)
+        self._lock_key(fcntl.LOCK_UN, key)
 
-    def _locked(self, how: int, key: bytes) -> bool:
+    def _lock_key(self, how: int, key: bytes) -> bool:
         with self._lock:
             if self._handle is None:
                 return True
             try:
                 fcntl.lockf(self._handle, how, 1, _byte(key))
             except OSError as error:
-                if error.errno in _TAKEN:
+                if error.errno in _LOCKED_ERRORS:
                     return False
                 text = "%s: cannot be locked: %s; processes may send equal requests at one time"
                 logger.warning(text, self._path, error.strerror)
@@ -83,7 +92,7 @@ def _byte(key: bytes) -> int:
     return int.from_bytes(key[:8]) >> 2  # offsets end at 2^63
 
 
-VERSION: Final = 1
+CACHE_VERSION: Final = 1
 
 _OFFSET_BITS: Final = 40
 _OPEN_FILES: Final = 64
@@ -93,7 +102,7 @@ _FEW: Final = 64
 _TICK_NS: Final = 2_000_000_000
 
 
-class AnswerStore:
+class ResponseCache:
     """Answers by key, found by every process that uses the folder.
 
     A process that is killed leaves half a line at the end of its own file, which nobody reads.
@@ -116,18 +125,18 @@ class AnswerStore:
         self, folder: Path, *, simulated: bool, writer: str, contested: bool = True
     ) -> None:
         kind = "simulated" if simulated else "real"
-        self._folder = folder / f"{kind}-v{VERSION}"
-        self._header = {"v": VERSION, "simulated": simulated}
+        self._folder = folder / f"{kind}-v{CACHE_VERSION}"
+        self._header = {"v": CACHE_VERSION, "simulated": simulated}
         self._writer = writer
-        self._index = Index()
-        self._files: list[AnswerFile] = []
+        self._index = KeyIndex()
+        self._files: list[ResponseFile] = []
         self._numbers: dict[str, int] = {}
         self._own: int | None = None
         self._lock, self._opening, self._opened = threading.Lock(), threading.Lock(), 0
-        self._deaf = False
+        self._is_closed = False
         self.contested = contested
         self._refused = set[bytes]()
-        self._claims = Claims(self._folder / "claims")
+        self._claims = ClaimLocks(self._folder / "claims")
         self._looking, self._changed_ns, self._live = threading.Lock(), 0, list[int]()
 
     def __len__(self) -> int:
@@ -160,9 +169,9 @@ class AnswerStore:
             OSError: The folder cannot be read.
         """
         with self._looking:
-            self._look()
+            self._scan_folder()
 
-    def _look(self) -> None:
+    def _scan_folder(self) -> None:
         changed_ns = self._folder.stat().st_mtime_ns
         with os.scandir(self._folder) as entries:
             looked = [(entry.name, _stat(entry)) for entry in entries if _is_ours(entry)]
@@ -172,7 +181,7 @@ class AnswerStore:
         for name, stat in found:
             number = self._numbers.get(name)
             if number is None:
-                number = self._add(AnswerFile(self._folder / name))
+                number = self._add(ResponseFile(self._folder / name))
             if number != self._own:
                 self._read_to(number, stat.st_size)
                 live += [number] * (stat.st_mtime > newest - _LIVE_S)
@@ -181,82 +190,85 @@ class AnswerStore:
         settled = abs(time.time_ns() - changed_ns) > _TICK_NS
         self._changed_ns = changed_ns if settled else 0
 
-    def _glance(self) -> None:
+    def _scan_live_files(self) -> None:
         """Look where others are writing at the moment; with many of them, leave it to refresh."""
         if len(self._live) > _FEW:
             return
         with self._looking:
             if self._folder.stat().st_mtime_ns != self._changed_ns:
-                self._look()
+                self._scan_folder()
                 return
             for number in self._live:
                 if (stat := _stat(self._files[number].path)) is not None:
                     self._read_to(number, stat.st_size)
 
-    def claim(self, wishes: Sequence[tuple[bytes, bool]]) -> list[bool]:
+    def update_claims(self, requests: Sequence[tuple[bytes, bool]]) -> list[bool]:
         """Become the process that asks for an answer, or be it no longer; it blocks.
 
         Who has got a claim knows of the answers that its last holder has kept.
 
         Args:
-            wishes: Keys, each with whether it is claimed (or given back).
+            requests: Keys, each with whether it is claimed (or given back).
 
         Returns:
             For each key, whether no other process holds it.
         """
-        free = [self._claims.take(key) if take else self._given(key) for key, take in wishes]
-        refused = {key for (key, _), is_free in zip(wishes, free, strict=True) if not is_free}
-        taken = {key for key, take in wishes if take} - refused
+        free = [
+            self._claims.acquire(key) if take else self._release_claim(key)
+            for key, take in requests
+        ]
+        refused = {key for (key, _), is_free in zip(requests, free, strict=True) if not is_free}
+        taken = {key for key, take in requests if take} - refused
         with suppress(OSError):  # the folder is being cleared
             if taken & self._refused:
                 self.refresh()  # somebody had them, and may have kept their answers
             elif taken:
-                self._glance()
+                self._scan_live_files()
         self._refused = (self._refused - taken) | refused
         return free
 
-    def _given(self, key: bytes) -> bool:
-        self._claims.give(key)
+    def _release_claim(self, key: bytes) -> bool:
+        self._claims.release(key)
         return True
 
     def _read_to(self, number: int, size: int) -> None:
         file = self._files[number]
-        if size > file.read and not file.strange:
+        if size > file.known_bytes and not file.strange:
             with suppress(FileNotFoundError):  # somebody clears the folder
                 self._read_on(number, file)
 
-    def _add(self, file: AnswerFile) -> int:
+    def _add(self, file: ResponseFile) -> int:
         with self._lock:  # put may just have made it
             number = self._numbers.setdefault(file.path.name, len(self._files))
             if number == len(self._files):
                 self._files.append(file)
             return number
 
-    def _read_on(self, number: int, file: AnswerFile) -> None:
+    def _read_on(self, number: int, file: ResponseFile) -> None:
         batch: list[tuple[bytes, int]] = []
         with file.path.open("rb") as lines:
-            lines.seek(file.read)
+            lines.seek(file.known_bytes)
             for line in lines:
                 if not line.endswith(b"\n"):
                     break  # being written, or cut by the end of its process
-                if file.read == 0 and not self._is_known(line, file):
+                if file.known_bytes == 0 and not self._check_header(line, file):
                     return
-                if (key := key_of(line)) is not None:
-                    batch.append((key, _place(number, file.read)))
-                file.read += len(line)
+                if (key := parse_key(line)) is not None:
+                    batch.append((key, _place(number, file.known_bytes)))
+                file.known_bytes += len(line)
                 if len(batch) == _BATCH:
-                    self._note(batch)
-        self._note(batch)
+                    self._index_batch(batch)
+        self._index_batch(batch)
 
-    def _note(self, batch: list[tuple[bytes, int]]) -> None:
+    def _index_batch(self, batch: list[tuple[bytes, int]]) -> None:
         with self._lock:
             for key, place in batch:
                 self._index.put(key, place)
         batch.clear()
 
-    def _is_known(self, line: bytes, file: AnswerFile) -> bool:
+    def _check_header(self, line: bytes, file: ResponseFile) -> bool:
         """Look at a file's first line; leave files of another form alone."""
-        if header_of(line) == self._header:
+        if parse_header(line) == self._header:
             return True
         file.strange = True
         logger.warning("%s: holds no answers of this kind and version; it is not used", file.path)
@@ -280,13 +292,13 @@ class AnswerStore:
         try:
             handle = self._handle(file)
             if handle is not None:
-                return answer_of(line_at(handle, offset), key)
+                return parse_answer(read_line_at(handle, offset), key)
             with file.path.open("rb") as own:
-                return answer_of(line_at(own.fileno(), offset), key)
+                return parse_answer(read_line_at(own.fileno(), offset), key)
         except OSError:
             return None
 
-    def _handle(self, file: AnswerFile) -> int | None:
+    def _handle(self, file: ResponseFile) -> int | None:
         """Return the file's handle, or None when enough files are open."""
         with self._opening:
             if file.handle is None and self._opened < _OPEN_FILES:
@@ -303,23 +315,23 @@ class AnswerStore:
             key: Of the request, 16 bytes.
             answer: JSON on one line.
         """
-        line = pack(key, answer)
+        line = format_line(key, answer)
         with self._lock:
-            if self._deaf or len(line) > LONGEST:
+            if self._is_closed or len(line) > MAX_ANSWER_LINE_BYTES:
                 return
             try:
-                file = self._files[self._own] if self._own is not None else self._made()
+                file = self._files[self._own] if self._own is not None else self._create_file()
                 file.append(line)
             except OSError as error:
-                self._deaf = True
+                self._is_closed = True
                 text = "%s: cannot be written: %s; no further answers are kept for equal requests"
                 logger.warning(text, self._folder, error.strerror)
                 return
             assert self._own is not None, "it has just been written to"
-            self._index.put(key, _place(self._own, file.read - len(line)))
+            self._index.put(key, _place(self._own, file.known_bytes - len(line)))
 
-    def _made(self) -> AnswerFile:
-        file = AnswerFile(self._folder / f"{self._writer}-{secrets.token_hex(4)}.jsonl")
+    def _create_file(self) -> ResponseFile:
+        file = ResponseFile(self._folder / f"{self._writer}-{secrets.token_hex(4)}.jsonl")
         file.handle = os.open(file.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self._own = self._numbers[file.path.name] = len(self._files)
         self._files.append(file)
@@ -331,7 +343,7 @@ class AnswerStore:
         """Close all files."""
         self._claims.close()
         with self._lock, self._opening:
-            self._deaf, self._opened = True, _OPEN_FILES
+            self._is_closed, self._opened = True, _OPEN_FILES
             for file in self._files:
                 if file.handle is not None:
                     os.close(file.handle)

@@ -14,10 +14,10 @@ import orjson
 _PARTS: Final = 256
 _FIRST: Final = 16
 _EMPTY: Final = 0
-_GONE: Final = 2**64 - 1
+_REMOVED: Final = 2**64 - 1
 
 
-class Index:
+class KeyIndex:
     """Maps keys to places, numbers from 0 to 2^63.
 
     It compares the first 8 bytes of a key: whoever reads what lies at a place compares the rest.
@@ -35,7 +35,7 @@ class Index:
         """Return a key's place, or None."""
         part = self._parts[key[-1]]
         place = part.places[part.slot(int.from_bytes(key[:8]))]
-        return None if place in (_EMPTY, _GONE) else place - 1
+        return None if place in (_EMPTY, _REMOVED) else place - 1
 
     def put(self, key: bytes, place: int) -> None:
         """Set a key's place."""
@@ -68,45 +68,45 @@ class _Part:
         at = self.slot(key)
         before = self.places[at]
         self.keys[at], self.places[at] = key, place
-        self.live += before in (_EMPTY, _GONE)
+        self.live += before in (_EMPTY, _REMOVED)
         self.used += before == _EMPTY
         if 3 * self.used > 2 * len(self.keys):
             self._grow()
 
     def forget(self, key: int) -> None:
         at = self.slot(key)
-        if self.places[at] not in (_EMPTY, _GONE):
-            self.places[at] = _GONE  # not empty: keys that were met by it lie behind
+        if self.places[at] not in (_EMPTY, _REMOVED):
+            self.places[at] = _REMOVED  # not empty: keys that were met by it lie behind
             self.live -= 1
 
     def _grow(self) -> None:
         grown = _Part(2 * len(self.keys) if 2 * self.live > len(self.keys) else len(self.keys))
         for key, place in zip(self.keys, self.places, strict=True):
-            if place not in (_EMPTY, _GONE):
+            if place not in (_EMPTY, _REMOVED):
                 at = grown.slot(key)
                 grown.keys[at], grown.places[at] = key, place
         self.keys, self.places, self.used = grown.keys, grown.places, self.live
 
 
-LONGEST: Final = 1 << 26
+MAX_ANSWER_LINE_BYTES: Final = 1 << 26
 """Bytes of the longest line."""
 
 _READ: Final = 8192
 
 
 @dataclass(slots=True)
-class AnswerFile:
+class ResponseFile:
     """A file, and how far it is known.
 
     Attributes:
         path: Where it is.
-        read: Bytes from its beginning that have been read, or written by us.
+        known_bytes: Bytes from its beginning that have been read, or written by us.
         handle: Its descriptor while it is open, else None.
         strange: Whether it is of another kind or version, and left alone.
     """
 
     path: Path
-    read: int = 0
+    known_bytes: int = 0
     handle: int | None = None
     strange: bool = False
 
@@ -120,10 +120,10 @@ class AnswerFile:
         done = 0
         while done < len(line):
             done += os.write(self.handle, line[done:])
-        self.read += len(line)
+        self.known_bytes += len(line)
 
 
-def line_at(handle: int, offset: int) -> bytes:
+def read_line_at(handle: int, offset: int) -> bytes:
     """Return the line that begins at an offset; empty when it has no end.
 
     Raises:
@@ -136,11 +136,11 @@ def line_at(handle: int, offset: int) -> bytes:
         if end >= 0:
             return line + piece[: end + 1]
         line, size = line + piece, 2 * size
-        if not piece or len(line) > LONGEST:
+        if not piece or len(line) > MAX_ANSWER_LINE_BYTES:
             return b""
 
 
-def header_of(line: bytes) -> Any:
+def parse_header(line: bytes) -> Any:
     """Return what a file's first line says of its form, or None; not who wrote it."""
     try:
         header = orjson.loads(line)
@@ -159,7 +159,7 @@ _ANSWER_AT: Final = _SUM_AT + 8
 _TEXT_AT: Final = _ANSWER_AT + len(_ANSWER)
 
 
-def pack(key: bytes, answer: bytes) -> bytes:
+def format_line(key: bytes, answer: bytes) -> bytes:
     """Return the line of an answer.
 
     Args:
@@ -170,7 +170,7 @@ def pack(key: bytes, answer: bytes) -> bytes:
     return b"".join((_KEY, name, _CRC, _sum(name, answer), _ANSWER, answer, _END))
 
 
-def key_of(line: bytes) -> bytes | None:
+def parse_key(line: bytes) -> bytes | None:
     """Return the key of a line, or None when it is none; the answer is not looked at."""
     if not (line.startswith(_KEY) and line.endswith(_END) and line[_CRC_AT:_SUM_AT] == _CRC):
         return None
@@ -180,10 +180,10 @@ def key_of(line: bytes) -> bytes | None:
         return None
 
 
-def answer_of(line: bytes, key: bytes) -> bytes | None:
+def parse_answer(line: bytes, key: bytes) -> bytes | None:
     """Return the answer that a line holds for a key, or None when it is another's or damaged."""
     answer = line[_TEXT_AT : -len(_END)]
-    mine = key_of(line) == key and line[_ANSWER_AT:_TEXT_AT] == _ANSWER
+    mine = parse_key(line) == key and line[_ANSWER_AT:_TEXT_AT] == _ANSWER
     if not mine or line[_SUM_AT:_ANSWER_AT] != _sum(key.hex().encode(), answer):
         return None
     return answer

@@ -16,43 +16,43 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..core.errors import LedgerError
+from ..core.errors import JournalError
 from ..core.types import Json
 from .results_schema import (
-    FREE,
+    FREE_TEXT,
     JSON,
     RESULT_COLUMNS,
-    UNFIT,
-    Record,
-    Shape,
-    fit_all,
-    json_text,
-    rows,
-    shape_of,
+    UNFIT_COLUMN,
+    CellType,
+    ResultRow,
+    fit_column,
+    make_rows,
+    read_cell_type,
+    to_compact_json,
 )
 
 
 @contextmanager
-def refusals(target: str) -> Iterator[None]:
-    """Turn an OSError of the block into a LedgerError that names ``target``."""
+def explain_write_errors(target: str) -> Iterator[None]:
+    """Turn an OSError of the block into a JournalError that names ``target``."""
     try:
         yield
     except OSError as error:
-        raise LedgerError(
+        raise JournalError(
             f"{target}: the results cannot be written: {error.strerror or error}; "
             "the journal still holds them: make room or choose another place, and try again"
         ) from error
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replace_file(path: Path) -> Iterator[IO[bytes]]:
     """Yield a temporary file beside ``path`` that takes its place when the block ends well.
 
     Raises:
-        LedgerError: The file cannot be written; the old one is untouched.
+        JournalError: The file cannot be written; the old one is untouched.
     """
     partial = path.with_name(f".{path.name}.partial")
-    with refusals(str(path)):
+    with explain_write_errors(str(path)):
         partial.unlink(missing_ok=True)
         file = partial.open("xb")  # never through a link that somebody has put there
         try:
@@ -66,16 +66,16 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             raise
 
 
-def name_of(stream: IO[bytes]) -> str:
+def get_stream_name(stream: IO[bytes]) -> str:
     """Return what to call a stream in a message."""
     name = getattr(stream, "name", None)
     return name if isinstance(name, str) else "the output stream"
 
 
-ROWS: Final = 4_096
+BATCH_ROWS: Final = 4_096
 """Rows held in memory and written together."""
 
-BYTES: Final = 16 << 20
+BATCH_BYTES: Final = 16 << 20
 """Fewer rows are written together once their outputs and errors are this long."""
 
 _INTEGERS: Final = (
@@ -98,11 +98,13 @@ _TYPES: Final[Mapping[str, pa.DataType]] = {
 }
 
 
-def write_parquet(records: Iterable[Record], path: Path, schema: Mapping[str, Json] | None) -> int:
+def write_parquet(
+    records: Iterable[ResultRow], path: Path, schema: Mapping[str, Json] | None
+) -> int:
     """Write the results to a file, whole or not at all, in memory that does not grow with them.
 
     Args:
-        records: Rows, see :func:`rows`, in the order of the rows.
+        records: Rows, see :func:`make_rows`, in the order of the rows.
         path: The file to make or replace.
         schema: The task's JSON Schema, which gives ``output`` its type; None makes it text.
 
@@ -110,26 +112,26 @@ def write_parquet(records: Iterable[Record], path: Path, schema: Mapping[str, Js
         Rows written.
 
     Raises:
-        LedgerError: The file cannot be written (an older one is then untouched), or a record is
+        JournalError: The file cannot be written (an older one is then untouched), or a record is
             damaged.
     """
-    shape = shape_of(schema)
+    shape = read_cell_type(schema)
     table = _table(shape)
     rows = 0
-    with replacing(path) as file, pq.ParquetWriter(file, table, compression="zstd") as writer:
+    with replace_file(path) as file, pq.ParquetWriter(file, table, compression="zstd") as writer:
         for batch in _batches(records):
             writer.write_batch(_columns(batch, table, shape))
             rows += len(batch)
     return rows
 
 
-def _table(shape: Shape) -> pa.Schema:
+def _table(shape: CellType) -> pa.Schema:
     types = {**_TYPES, "output": _arrow(shape)}
-    tail = {} if shape in {FREE, JSON} else {UNFIT: pa.string()}
+    tail = {} if shape in {FREE_TEXT, JSON} else {UNFIT_COLUMN: pa.string()}
     return pa.schema({name: types[name] for name in RESULT_COLUMNS} | tail)
 
 
-def _arrow(shape: Shape) -> pa.DataType:
+def _arrow(shape: CellType) -> pa.DataType:
     match shape.kind:
         case "integer":
             return pa.int64()
@@ -145,13 +147,13 @@ def _arrow(shape: Shape) -> pa.DataType:
             return pa.string()
 
 
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
+def _batches(records: Iterable[ResultRow]) -> Iterator[list[ResultRow]]:
+    batch: list[ResultRow] = []
     size = 0
     for record in records:
         batch.append(record)
         size += _weight(record.get("output")) + _weight(record.get("error"))
-        if len(batch) == ROWS or size >= BYTES:
+        if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
@@ -165,15 +167,15 @@ def _weight(value: Json) -> int:
     return len(value if isinstance(value, str) else orjson.dumps(value))
 
 
-def _columns(batch: list[Record], table: pa.Schema, shape: Shape) -> pa.RecordBatch:
+def _columns(batch: list[ResultRow], table: pa.Schema, shape: CellType) -> pa.RecordBatch:
     columns: dict[str, Any] = {
         name: [record.get(name) for record in batch] for name in RESULT_COLUMNS
     }
     outputs = columns["output"]
-    columns["output"], unfit = fit_all(shape, outputs)
-    columns[UNFIT] = [None] * len(batch)
+    columns["output"], unfit = fit_column(shape, outputs)
+    columns[UNFIT_COLUMN] = [None] * len(batch)
     for row in unfit:
-        columns[UNFIT][row] = json_text(outputs[row])
+        columns[UNFIT_COLUMN][row] = to_compact_json(outputs[row])
     arrays = [
         _times(batch)
         if column.name == "finished_at"
@@ -183,7 +185,7 @@ def _columns(batch: list[Record], table: pa.Schema, shape: Shape) -> pa.RecordBa
     return pa.record_batch(arrays, schema=table)
 
 
-def _times(batch: list[Record]) -> pa.Array[Any]:
+def _times(batch: list[ResultRow]) -> pa.Array[Any]:
     """Return the times at which items ended."""
     kind = _TYPES["finished_at"]
     texts = pa.array([record.get("finished_at") for record in batch], pa.string())
@@ -193,14 +195,14 @@ def _times(batch: list[Record]) -> pa.Array[Any]:
         return pa.array([_time(record) for record in batch], kind)
 
 
-def _time(record: Record) -> datetime | None:
+def _time(record: ResultRow) -> datetime | None:
     text = record.get("finished_at")
     if text is None:
         return None
     try:
         return datetime.fromisoformat(text)
     except ValueError as error:
-        raise LedgerError(
+        raise JournalError(
             f"the record of item {record.get('id')!r} is damaged: finished_at is {text!r}, "
             "not a time in ISO 8601"
         ) from error
@@ -212,7 +214,7 @@ _FOREIGN: Final = ("error", "model")
 
 
 def write_csv(
-    records: Iterable[Record],
+    records: Iterable[ResultRow],
     stream: IO[bytes],
     schema: Mapping[str, Json] | None,
     *,
@@ -225,7 +227,7 @@ def write_csv(
     Null is an empty cell.
 
     Args:
-        records: Rows, see :func:`rows`, in the order of the rows.
+        records: Rows, see :func:`make_rows`, in the order of the rows.
         stream: Where to write; it stays open.
         schema: The task's JSON Schema, or None.
         safe: Whether to guard all cells and the header, and not only what a model has written.
@@ -234,53 +236,53 @@ def write_csv(
         Rows written, without the header.
 
     Raises:
-        LedgerError: The stream cannot be written.
+        JournalError: The stream cannot be written.
     """
-    columns, target, rows = _csv_columns(shape_of(schema)), name_of(stream), 0
-    with refusals(target):
-        stream.write(_line([_guarded(name) for name in columns] if safe else list(columns)))
+    columns, target, rows = _csv_columns(read_cell_type(schema)), get_stream_name(stream), 0
+    with explain_write_errors(target):
+        stream.write(_line([_guard_formula(name) for name in columns] if safe else list(columns)))
     for record in records:
         cells = [cell(record) for cell in columns.values()]
-        line = _line([_guarded(text) for text in cells] if safe else cells)
-        with refusals(target):
+        line = _line([_guard_formula(text) for text in cells] if safe else cells)
+        with explain_write_errors(target):
             stream.write(line)
         rows += 1
-    with refusals(target):
+    with explain_write_errors(target):
         stream.flush()
     return rows
 
 
-def _csv_columns(shape: Shape) -> dict[str, Callable[[Record], str]]:
+def _csv_columns(shape: CellType) -> dict[str, Callable[[ResultRow], str]]:
     """Return how to make each column's cell from a record."""
-    columns: dict[str, Callable[[Record], str]] = {}
+    columns: dict[str, Callable[[ResultRow], str]] = {}
     for name in RESULT_COLUMNS:
         if name == "output" and shape.kind == "struct":
             columns |= {f"output.{part}": _property(part) for part, _ in shape.parts}
         else:
             columns[name] = _plain(name, guarded=name == "output" or name in _FOREIGN)
     if shape.kind == "struct":
-        columns[UNFIT] = _unfit(frozenset(part for part, _ in shape.parts))
+        columns[UNFIT_COLUMN] = _unfit(frozenset(part for part, _ in shape.parts))
     return columns
 
 
-def _plain(name: str, *, guarded: bool) -> Callable[[Record], str]:
+def _plain(name: str, *, guarded: bool) -> Callable[[ResultRow], str]:
     return lambda record: _cell(record.get(name), guarded=guarded)
 
 
-def _property(name: str) -> Callable[[Record], str]:
-    def cell(record: Record) -> str:
+def _property(name: str) -> Callable[[ResultRow], str]:
+    def cell(record: ResultRow) -> str:
         output = record.get("output")
         return _cell(output.get(name), guarded=True) if isinstance(output, Mapping) else ""
 
     return cell
 
 
-def _unfit(known: frozenset[str]) -> Callable[[Record], str]:
-    def cell(record: Record) -> str:
+def _unfit(known: frozenset[str]) -> Callable[[ResultRow], str]:
+    def cell(record: ResultRow) -> str:
         output = record.get("output")
         if output is None or (isinstance(output, Mapping) and output.keys() <= known):
             return ""
-        return json_text(output)
+        return to_compact_json(output)
 
     return cell
 
@@ -289,11 +291,11 @@ def _cell(value: Json, *, guarded: bool) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        return json_text(value)
-    return _guarded(value) if guarded else value
+        return to_compact_json(value)
+    return _guard_formula(value) if guarded else value
 
 
-def _guarded(text: str) -> str:
+def _guard_formula(text: str) -> str:
     """Return a cell that no spreadsheet runs; numbers stay numbers."""
     return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
 
@@ -304,29 +306,29 @@ def _line(cells: list[str]) -> bytes:
     return buffer.getvalue().encode()
 
 
-def write_jsonl(records: Iterable[Record], stream: IO[bytes]) -> int:
+def write_jsonl(records: Iterable[ResultRow], stream: IO[bytes]) -> int:
     """Write one JSON object per line, in UTF-8, ``output`` as the model gave it.
 
     Args:
-        records: Rows, see :func:`rows`, in the order of the lines.
+        records: Rows, see :func:`make_rows`, in the order of the lines.
         stream: Where to write; it stays open.
 
     Returns:
         Lines written.
 
     Raises:
-        LedgerError: The stream cannot be written.
+        JournalError: The stream cannot be written.
     """
-    target = name_of(stream)
+    target = get_stream_name(stream)
     lines = 0
     for record in records:
         row = {name: record.get(name) for name in RESULT_COLUMNS}
-        with refusals(target):
+        with explain_write_errors(target):
             stream.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
         lines += 1
-    with refusals(target):
+    with explain_write_errors(target):
         stream.flush()
     return lines
 
 
-__all__ = ["RESULT_COLUMNS", "rows", "write_csv", "write_jsonl", "write_parquet"]
+__all__ = ["RESULT_COLUMNS", "make_rows", "write_csv", "write_jsonl", "write_parquet"]

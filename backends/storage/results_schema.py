@@ -11,14 +11,14 @@ from urllib.parse import unquote
 
 import orjson
 
-from ..core.money import NANO
+from ..core.money import NANO_PER_USD
 from ..core.types import Json
 
 Kind: TypeAlias = Literal["free", "json", "text", "integer", "number", "boolean", "list", "struct"]
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class CellType:
     """A type of cells; every cell may be null.
 
     Attributes:
@@ -27,15 +27,15 @@ class Shape:
     """
 
     kind: Kind
-    parts: tuple[tuple[str, Shape], ...] = ()
+    parts: tuple[tuple[str, CellType], ...] = ()
 
 
-FREE: Final = Shape("free")
-JSON: Final = Shape("json")
-TEXT: Final = Shape("text")
-INTEGER: Final = Shape("integer")
-NUMBER: Final = Shape("number")
-BOOLEAN: Final = Shape("boolean")
+FREE_TEXT: Final = CellType("free")
+JSON: Final = CellType("json")
+TEXT: Final = CellType("text")
+INTEGER: Final = CellType("integer")
+NUMBER: Final = CellType("number")
+BOOLEAN: Final = CellType("boolean")
 
 INT64: Final = range(-(1 << 63), 1 << 63)
 
@@ -47,13 +47,13 @@ _PYTHON: Final = {str: TEXT, int: INTEGER, float: NUMBER, bool: BOOLEAN}
 _BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
-def shape_of(schema: Mapping[str, Json] | None) -> Shape:
+def read_cell_type(schema: Mapping[str, Json] | None) -> CellType:
     """Return the shape of the answers that a schema allows.
 
     Args:
         schema: A JSON Schema, or None for free text.
     """
-    return FREE if schema is None else _Reader(schema).read(schema)
+    return FREE_TEXT if schema is None else _Reader(schema).read(schema)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +70,20 @@ class _Reader:
     refs: frozenset[str] = frozenset()
     depth: int = 0
 
-    def read(self, schema: Json) -> Shape:
+    def read(self, schema: Json) -> CellType:
         if not isinstance(schema, Mapping) or self.depth > _DEPTH:
             return JSON
         if "$ref" in schema:
             return self._follow(schema["$ref"])
         if "type" in schema:
-            return self._typed(schema)
+            return self._read_typed(schema)
         for union in ("anyOf", "oneOf", "allOf"):
             if union in schema:
-                return self._united(schema[union], every=union == "allOf")
+                return self._read_union(schema[union], every=union == "allOf")
         listed = schema.get("enum", [schema["const"]] if "const" in schema else [])
         return _common(_PYTHON.get(type(value), JSON) for value in listed if value is not None)
 
-    def _follow(self, ref: Json) -> Shape:
+    def _follow(self, ref: Json) -> CellType:
         if not isinstance(ref, str) or not ref.startswith("#") or ref in self.refs:
             return JSON
         target: Json = self.root
@@ -92,41 +92,41 @@ class _Reader:
             target = target.get(key) if isinstance(target, Mapping) else None
         return _Reader(self.root, self.refs | {ref}, self.depth + 1).read(target)
 
-    def _typed(self, schema: Mapping[str, Json]) -> Shape:
+    def _read_typed(self, schema: Mapping[str, Json]) -> CellType:
         declared = schema["type"]
         types = [declared] if isinstance(declared, str) else declared
         if not isinstance(types, Sequence):
             return JSON
         return _common(self._of_type(name, schema) for name in types if name != "null")
 
-    def _of_type(self, name: Json, schema: Mapping[str, Json]) -> Shape:
+    def _of_type(self, name: Json, schema: Mapping[str, Json]) -> CellType:
         if name == "integer":
             return INTEGER if _within_int64(schema) else JSON
         if name == "array":
-            return Shape("list", (("element", self._below(schema.get("items"))),))
+            return CellType("list", (("element", self._below(schema.get("items"))),))
         if name == "object":
             return self._object(schema)
         return _SCALARS.get(name, JSON) if isinstance(name, str) else JSON
 
-    def _object(self, schema: Mapping[str, Json]) -> Shape:
+    def _object(self, schema: Mapping[str, Json]) -> CellType:
         properties = schema.get("properties")
         if not isinstance(properties, Mapping) or not properties:
             return JSON
         # An unsaid additionalProperties allows more, too, but is seldom meant.
         if schema.get("additionalProperties", False) is not False or "patternProperties" in schema:
             return JSON
-        return Shape("struct", tuple((n, self._below(s)) for n, s in properties.items()))
+        return CellType("struct", tuple((n, self._below(s)) for n, s in properties.items()))
 
-    def _united(self, options: Json, *, every: bool) -> Shape:
+    def _read_union(self, options: Json, *, every: bool) -> CellType:
         if not isinstance(options, Sequence) or (every and len(options) != 1):
             return JSON
         return _common(self._below(option) for option in options if not _is_null(option))
 
-    def _below(self, schema: Json) -> Shape:
+    def _below(self, schema: Json) -> CellType:
         return _Reader(self.root, self.refs, self.depth + 1).read(schema)
 
 
-def _common(shapes: Iterable[Shape]) -> Shape:
+def _common(shapes: Iterable[CellType]) -> CellType:
     """Return the one shape that holds all, JSON text where there is none."""
     different = set(shapes)
     if different == {INTEGER, NUMBER}:
@@ -146,7 +146,7 @@ def _within_int64(schema: Mapping[str, Json]) -> bool:
     return all(INT64[0] <= bound <= INT64[-1] for bound in bounds)
 
 
-Record: TypeAlias = Mapping[str, Json]
+ResultRow: TypeAlias = Mapping[str, Json]
 """A row of the results. What it lacks is null in them."""
 
 RESULT_COLUMNS: Final = (
@@ -172,12 +172,12 @@ RESULT_COLUMNS: Final = (
 )
 """Columns in order."""
 
-UNFIT: Final = "output_unfit"
+UNFIT_COLUMN: Final = "output_unfit"
 """Last column where a schema gives the output typed columns: the whole output as JSON text where
 they cannot hold all of it (an undeclared property, an integer beyond 64 bits), else null."""
 
 
-def rows(records: Iterable[Record], *, priced: bool) -> Iterator[Record]:
+def make_rows(records: Iterable[ResultRow], *, priced: bool) -> Iterator[ResultRow]:
     """Yield rows for journal records: what an item has cost in place of the parts it adds up from.
 
     Args:
@@ -193,24 +193,24 @@ def rows(records: Iterable[Record], *, priced: bool) -> Iterator[Record]:
         }
 
 
-def _wasted(record: Record) -> int | None:
+def _wasted(record: ResultRow) -> int | None:
     """Return the tokens that may have been paid for nothing: failed, hedged, sent back."""
     useful = record.get("useful_tokens")
     return None if useful is None else _tokens(record) - int(useful)
 
 
-def _tokens(record: Record) -> int:
+def _tokens(record: ResultRow) -> int:
     get = record.get
     return (get("prompt_tokens") or 0) + (get("completion_tokens") or 0) + (get("lost_tokens") or 0)
 
 
-def _usd(record: Record) -> float | None:
+def _usd(record: ResultRow) -> float | None:
     nano = record.get("nano_usd")
     asked_without_price = nano == 0 and _tokens(record) > 0
-    return None if nano is None or asked_without_price else nano / NANO
+    return None if nano is None or asked_without_price else nano / NANO_PER_USD
 
 
-def json_text(value: Json) -> str:
+def to_compact_json(value: Json) -> str:
     """Return a value as compact JSON."""
     return orjson.dumps(value).decode()
 
@@ -230,11 +230,11 @@ _CELLS: Final[Mapping[Kind, set[type]]] = {
 }
 """Types of the values that a cell holds as they are."""
 
-Fitted: TypeAlias = tuple[Json, bool]
+FittedCell: TypeAlias = tuple[Json, bool]
 """A cell, and whether it holds all of the value."""
 
 
-def fit_all(shape: Shape, values: Sequence[Json]) -> tuple[Sequence[Json], list[int]]:
+def fit_column(shape: CellType, values: Sequence[Json]) -> tuple[Sequence[Json], list[int]]:
     """Return the cells of a column, and the numbers of the values that they do not hold all of.
 
     Args:
@@ -243,11 +243,11 @@ def fit_all(shape: Shape, values: Sequence[Json]) -> tuple[Sequence[Json], list[
     """
     if _are_cells(shape, values):
         return values, []
-    fitted = [fit(shape, value) for value in values]
+    fitted = [fit_cell(shape, value) for value in values]
     return [cell for cell, _ in fitted], [n for n, (_, fits) in enumerate(fitted) if not fits]
 
 
-def _are_cells(shape: Shape, values: Sequence[Any]) -> bool:
+def _are_cells(shape: CellType, values: Sequence[Any]) -> bool:
     """Say whether all values are cells already, as nearly all are: Arrow takes them as they are.
 
     Looking at a column's types costs less than looking at its values one by one.
@@ -269,7 +269,7 @@ def _are_cells(shape: Shape, values: Sequence[Any]) -> bool:
     return True
 
 
-def fit(shape: Shape, value: Json) -> Fitted:
+def fit_cell(shape: CellType, value: Json) -> FittedCell:
     """Return the cell for a value.
 
     Args:
@@ -288,23 +288,23 @@ def fit(shape: Shape, value: Json) -> Fitted:
     return _SCALARS_FITTING[shape.kind](value)
 
 
-def _free(value: Json) -> Fitted:
-    return (value if isinstance(value, str) else json_text(value)), True
+def _free(value: Json) -> FittedCell:
+    return (value if isinstance(value, str) else to_compact_json(value)), True
 
 
-def _json(value: Json) -> Fitted:
-    return json_text(value), True
+def _json(value: Json) -> FittedCell:
+    return to_compact_json(value), True
 
 
-def _text(value: Json) -> Fitted:
+def _text(value: Json) -> FittedCell:
     return (value, True) if isinstance(value, str) else (None, False)
 
 
-def _boolean(value: Json) -> Fitted:
+def _boolean(value: Json) -> FittedCell:
     return (value, True) if isinstance(value, bool) else (None, False)
 
 
-def _integer(value: Json) -> Fitted:
+def _integer(value: Json) -> FittedCell:
     """Take 3.0 for 3, as JSON Schema does."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -313,28 +313,28 @@ def _integer(value: Json) -> Fitted:
     return value, True
 
 
-def _number(value: Json) -> Fitted:
+def _number(value: Json) -> FittedCell:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None, False
     return float(value), True
 
 
-def _list(element: Shape, value: Json) -> Fitted:
+def _list(element: CellType, value: Json) -> FittedCell:
     if not isinstance(value, list):
         return None, False
-    fitted = [fit(element, item) for item in value]
+    fitted = [fit_cell(element, item) for item in value]
     return [cell for cell, _ in fitted], all(fits for _, fits in fitted)
 
 
-def _struct(shape: Shape, value: Json) -> Fitted:
+def _struct(shape: CellType, value: Json) -> FittedCell:
     if not isinstance(value, Mapping):
         return None, False
-    fitted = {name: fit(part, value.get(name)) for name, part in shape.parts}
+    fitted = {name: fit_cell(part, value.get(name)) for name, part in shape.parts}
     whole = value.keys() <= fitted.keys() and all(fits for _, fits in fitted.values())
     return {name: cell for name, (cell, _) in fitted.items()}, whole
 
 
-_SCALARS_FITTING: Final[Mapping[Kind, Callable[[Json], Fitted]]] = {
+_SCALARS_FITTING: Final[Mapping[Kind, Callable[[Json], FittedCell]]] = {
     "free": _free,
     "json": _json,
     "text": _text,

@@ -18,12 +18,12 @@ from typing import Any, Final
 
 import orjson
 
-from ..core.errors import ConfigurationError, LedgerError
+from ..core.errors import ConfigurationError, JournalError
 from ..core.types import Json
 from ..core.values import check_counts
 
-VERSION: Final = 1
-ANSWERS: Final = "answers"
+PROVENANCE_VERSION: Final = 1
+RESPONSES_FOLDER: Final = "answers"
 _TRIES: Final = 3
 _BETWEEN_TRIES_S: Final = 0.02
 _NEW: Final = ".new-"
@@ -69,14 +69,14 @@ class RunFolder:
         return self.path / "budget"
 
     @property
-    def caps(self) -> Path:
+    def raised_limits(self) -> Path:
         """Return the caps that were allowed at a pause, on top of the settings'."""
         return self.path / "caps.json"
 
     @property
-    def answers(self) -> Path:
+    def responses(self) -> Path:
         """Return the answers that the run's own items share."""
-        return self.path / ANSWERS
+        return self.path / RESPONSES_FOLDER
 
     @property
     def results(self) -> Path:
@@ -102,56 +102,56 @@ class RunFolder:
         """Read what the run is.
 
         Raises:
-            LedgerError: The file is damaged or of another version.
+            JournalError: The file is damaged or of another version.
         """
         try:
             data: Json = orjson.loads(self.provenance.read_bytes())
         except (OSError, orjson.JSONDecodeError) as error:
-            raise LedgerError(f"{self.provenance}: cannot be read: {error}") from None
+            raise JournalError(f"{self.provenance}: cannot be read: {error}") from None
         version = data.get("v") if isinstance(data, dict) else None
-        if version != VERSION:
-            msg = f"{self.provenance}: version {version!r}, this fanfold reads {VERSION}"
-            raise LedgerError(msg)
+        if version != PROVENANCE_VERSION:
+            msg = f"{self.provenance}: version {version!r}, this fanfold reads {PROVENANCE_VERSION}"
+            raise JournalError(msg)
         return dict(data)
 
     def write_provenance(self, data: Mapping[str, Json]) -> None:
         """Replace the provenance file in one step."""
-        write_json(self.provenance, {"v": VERSION, **data})
+        write_json(self.provenance, {"v": PROVENANCE_VERSION, **data})
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Hold the run for this process; the lock ends with the process, however it ends.
 
         A file system that has no locks is used without.
 
         Raises:
             ConfigurationError: Another process is working on the run.
-            LedgerError: The folder cannot be written.
+            JournalError: The folder cannot be written.
         """
         try:
             handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise LedgerError(f"{self._lock}: cannot be opened: {error.strerror}") from error
+            raise JournalError(f"{self._lock}: cannot be opened: {error.strerror}") from error
         owner = os.getpid()
         try:
             if not self._take(handle, fcntl.LOCK_EX):
-                raise ConfigurationError(busy(self.path))
+                raise ConfigurationError(make_busy_message(self.path))
             yield
         finally:
             _unlock(handle, owner)
 
-    def in_use(self) -> bool:
+    def is_in_use(self) -> bool:
         """Say whether a process is working on the run, as far as the file system has locks.
 
         Raises:
-            LedgerError: The lock cannot be looked at.
+            JournalError: The lock cannot be looked at.
         """
         try:
             handle = os.open(self._lock, os.O_RDONLY)
         except FileNotFoundError:
             return False
         except OSError as error:
-            raise LedgerError(f"{self._lock}: cannot be opened: {error.strerror}") from error
+            raise JournalError(f"{self._lock}: cannot be opened: {error.strerror}") from error
         owner = os.getpid()
         try:
             return not self._take(handle, fcntl.LOCK_SH)
@@ -193,7 +193,7 @@ def _unlock(handle: int, owner: int) -> None:
     os.close(handle)
 
 
-def busy(what: object) -> str:
+def make_busy_message(what: object) -> str:
     """Return the message that refuses a second session of a run, or of a graph's thread."""
     return (
         f"{what}: another process or invocation is working on this run; wait for it or stop it "
@@ -205,7 +205,7 @@ def write_json(path: Path, data: Json) -> None:
     """Write JSON in one step: a reader sees the old file or the new one.
 
     Raises:
-        LedgerError: The file cannot be written.
+        JournalError: The file cannot be written.
     """
     write_bytes(path, orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
@@ -214,7 +214,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file in one step.
 
     Raises:
-        LedgerError: The file cannot be written; the old one is untouched.
+        JournalError: The file cannot be written; the old one is untouched.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -226,14 +226,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise LedgerError(f"{path}: cannot be written: {error.strerror}") from error
+        raise JournalError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def read_extents(folder: RunFolder) -> dict[str, int] | None:
     """Return how far the journal's files were read for the aggregate; None if there is none yet.
 
     Raises:
-        LedgerError: The aggregate's file is damaged.
+        JournalError: The aggregate's file is damaged.
     """
     try:
         found = orjson.loads(folder.aggregate.read_bytes())
@@ -242,10 +242,10 @@ def read_extents(folder: RunFolder) -> dict[str, int] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise LedgerError(f"{folder.aggregate}: cannot be read: {error.strerror}") from error
+        raise JournalError(f"{folder.aggregate}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         msg = f"{folder.aggregate}: damaged ({error}); 'fanfold resume' writes it anew"
-        raise LedgerError(msg) from None
+        raise JournalError(msg) from None
     return extents
 
 
@@ -265,33 +265,35 @@ def open_folder(path: Path) -> RunFolder:
     return folder
 
 
-def place_of(path: Path) -> dict[str, int]:
+def get_folder_identity(path: Path) -> dict[str, int]:
     """Return what tells a folder from its copies, whatever it is called: device and inode.
 
     Raises:
-        LedgerError: The folder cannot be looked at.
+        JournalError: The folder cannot be looked at.
     """
     try:
         found = path.stat()
     except OSError as error:
-        raise LedgerError(f"{path}: cannot be looked at: {error.strerror}") from error
+        raise JournalError(f"{path}: cannot be looked at: {error.strerror}") from error
     return {"device": found.st_dev, "inode": found.st_ino}
 
 
 def place_to_be(folder: RunFolder) -> dict[str, int]:
-    """Return what :func:`place_of` will say of a folder that is being prepared.
+    """Return what :func:`get_folder_identity` will say of a folder that is being prepared.
 
     Args:
-        folder: What :func:`new_folder` has yielded.
+        folder: What :func:`create_folder` has yielded.
 
     Raises:
-        LedgerError: The folder cannot be looked at.
+        JournalError: The folder cannot be looked at.
     """
     path = folder.path
-    return place_of(path.parent if path.name.startswith(_NEW) else path)  # a rename keeps it
+    return get_folder_identity(
+        path.parent if path.name.startswith(_NEW) else path
+    )  # a rename keeps it
 
 
-def run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
+def get_run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
     """Return a run's id, and those that its folder had before it was copied.
 
     Args:
@@ -300,11 +302,11 @@ def run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
     return (about["run"], *about.get("earlier", ()))
 
 
-def is_run(path: Path, run: str) -> bool:
+def is_folder_of_run(path: Path, run: str) -> bool:
     """Say whether a folder is that of a run, by its id or one that it had before."""
     try:
-        return run in run_ids(RunFolder(path).read_provenance())
-    except LedgerError:
+        return run in get_run_ids(RunFolder(path).read_provenance())
+    except JournalError:
         return False
 
 
@@ -321,7 +323,7 @@ def is_vacant(path: Path) -> bool:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[RunFolder]:
+def create_folder(path: Path) -> Iterator[RunFolder]:
     """Make a run folder that appears under its name only when the block ends well.
 
     An empty folder that is there already is filled, not replaced: its permissions, group and
@@ -346,7 +348,7 @@ def new_folder(path: Path) -> Iterator[RunFolder]:
         if filled:
             _fill(partial, path)
         else:
-            _name(partial, path)
+            _rename_partial(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made if not path.exists() else ():
@@ -354,7 +356,7 @@ def new_folder(path: Path) -> Iterator[RunFolder]:
                 parent.rmdir()
 
 
-def _name(partial: Path, path: Path) -> None:
+def _rename_partial(partial: Path, path: Path) -> None:
     try:
         partial.rename(path)  # an empty folder of that name gives way
     except OSError as error:
@@ -373,7 +375,7 @@ def _fill(partial: Path, path: Path) -> None:
         for file in sorted(partial.iterdir(), key=lambda one: one.name == "provenance.json"):
             file.rename(path / file.name)
     except FileExistsError as error:
-        raise ConfigurationError(busy(path)) from error
+        raise ConfigurationError(make_busy_message(path)) from error
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from error
 
@@ -381,11 +383,11 @@ def _fill(partial: Path, path: Path) -> None:
 def _taken(path: Path) -> ConfigurationError:
     """Return the error that says what lies in the place of a new run folder."""
     if RunFolder(path).provenance.exists():  # made by another one meanwhile
-        return ConfigurationError(busy(path))
+        return ConfigurationError(make_busy_message(path))
     return ConfigurationError(f"{path}: holds something else already; choose another --out")
 
 
-def now() -> str:
+def utc_timestamp() -> str:
     """Return the present time as ISO 8601 text in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
@@ -393,20 +395,20 @@ def now() -> str:
 _VERSION: Final = 2
 
 
-def read_allowed(path: Path) -> dict[str, Json]:
+def read_raised_limits(path: Path) -> dict[str, Json]:
     """Return the caps by their names in settings; none when nothing was allowed.
 
     Raises:
-        LedgerError: The file is damaged.
+        JournalError: The file is damaged.
     """
     return dict(_read(path)["caps"])
 
 
-def read_requested(path: Path) -> set[str]:
+def read_requested_limits(path: Path) -> set[str]:
     """Return the names of the caps that requests have set.
 
     Raises:
-        LedgerError: The file is damaged.
+        JournalError: The file is damaged.
     """
     return set(_read(path)["requested"])
 
@@ -417,13 +419,15 @@ def _read(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         return {"caps": {}, "requested": []}
     except (OSError, orjson.JSONDecodeError) as error:
-        raise LedgerError(f"{path}: cannot be read: {error}") from None
+        raise JournalError(f"{path}: cannot be read: {error}") from None
     if not isinstance(data, dict) or data.get("v") != _VERSION:
-        raise LedgerError(f"{path}: not a file of this version of fanfold; remove it, and resume")
+        raise JournalError(f"{path}: not a file of this version of fanfold; remove it, and resume")
     return dict(data)
 
 
-def write_allowed(path: Path, caps: Mapping[str, Json], requested: Set[str] = frozenset()) -> None:
+def write_raised_limits(
+    path: Path, caps: Mapping[str, Json], requested: Set[str] = frozenset()
+) -> None:
     """Write the caps, in one step.
 
     Args:
@@ -432,6 +436,6 @@ def write_allowed(path: Path, caps: Mapping[str, Json], requested: Set[str] = fr
         requested: Those that requests have set; they are at most what their graph is bound to.
 
     Raises:
-        LedgerError: The file cannot be written.
+        JournalError: The file cannot be written.
     """
     write_json(path, {"v": _VERSION, "caps": dict(caps), "requested": sorted(requested)})

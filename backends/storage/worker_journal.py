@@ -9,13 +9,13 @@ from typing import Any
 
 import orjson
 
-from ..core.errors import LedgerError
-from ..core.messages import CARRY
+from ..core.errors import JournalError
+from ..core.messages import MAX_MESSAGE_BYTES
 from ..core.types import Json
-from .journal import JournalWriter, worker_prefix
+from .journal import JournalWriter, make_worker_prefix
 
 
-class SentLedger:
+class ResultJournal:
     """Keeps the records in memory, to be sent home with the summary.
 
     Args:
@@ -23,27 +23,27 @@ class SentLedger:
         streams: Items that may be in flight when it is full, and still come.
 
     Attributes:
-        sent: The records.
+        records_to_send: The records.
         altered: Whether a record is not what was put, for it alone was too large.
     """
 
-    twice = 0
+    duplicates = 0
 
-    def __init__(self, carry: int = CARRY, streams: int = 1) -> None:
-        self.sent: list[dict[str, Json]] = []
+    def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES, streams: int = 1) -> None:
+        self.records_to_send: list[dict[str, Json]] = []
         self.altered = False
-        self._carry, self._streams = carry, streams
+        self._carry, self._streams = max_bytes, streams
         self._bytes = 0
 
     @property
-    def full(self) -> str | None:
+    def full_reason(self) -> str | None:
         """Say why no further item shall begin, or None."""
-        coming = self._streams * self._bytes / max(1, len(self.sent))
-        if not self.sent or self._bytes + coming < self._carry:
+        coming = self._streams * self._bytes / max(1, len(self.records_to_send))
+        if not self.records_to_send or self._bytes + coming < self._carry:
             return None
         return f"the records take {self._bytes:,} bytes; the rest comes with the next order"
 
-    def finished(self, index: int) -> bool:  # noqa: ARG002 - the protocol's form
+    def is_finished(self, index: int) -> bool:  # noqa: ARG002 - the protocol's form
         """Say that no item has ended yet: an order holds open items only."""
         return False
 
@@ -58,7 +58,7 @@ class SentLedger:
             record, self.altered = _too_large(record, size, self._carry), True
             size = len(orjson.dumps(record))
         self._bytes += size
-        self.sent.append(record)
+        self.records_to_send.append(record)
 
     async def flush(self) -> None:
         """Do nothing: the coordinator writes the records to disk."""
@@ -67,11 +67,11 @@ class SentLedger:
         """Return nothing: nothing is read back here."""
         return {}
 
-    def record(self, index: int) -> dict[str, Any]:
+    def read_record(self, index: int) -> dict[str, Any]:
         """Refuse: nothing is read back here."""
         raise _unreadable(index)
 
-    def records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
+    def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
         """Refuse: nothing is read back here."""
         raise _unreadable(status)
 
@@ -85,18 +85,18 @@ def _too_large(record: dict[str, Json], size: int, carry: int) -> dict[str, Json
     return record | failed | {"error": text}
 
 
-class FiledLedger:
+class WorkerJournal:
     """Appends to a journal file of this worker's own in the shared run folder."""
 
-    twice = 0
-    sent: None = None
-    full: None = None
+    duplicates = 0
+    records_to_send: None = None
+    full_reason: None = None
     altered = False
 
     def __init__(self, writer: JournalWriter) -> None:
         self._writer = writer
 
-    def finished(self, index: int) -> bool:  # noqa: ARG002 - the protocol's form
+    def is_finished(self, index: int) -> bool:  # noqa: ARG002 - the protocol's form
         """Say that no item has ended yet: an order holds open items only."""
         return False
 
@@ -105,7 +105,7 @@ class FiledLedger:
 
         Raises:
             TypeError: JSON has no form for a value in it; nothing was written.
-            LedgerError: It could not be written.
+            JournalError: It could not be written.
         """
         self._writer.write(record)
 
@@ -113,7 +113,7 @@ class FiledLedger:
         """Bring everything recorded so far to disk; the order is at its end.
 
         Raises:
-            LedgerError: The disk refused.
+            JournalError: The disk refused.
         """
         await self._writer.flush(at_once=True)
 
@@ -121,30 +121,30 @@ class FiledLedger:
         """Return nothing: nothing is read back here."""
         return {}
 
-    def record(self, index: int) -> dict[str, Any]:
+    def read_record(self, index: int) -> dict[str, Any]:
         """Refuse: nothing is read back here."""
         raise _unreadable(index)
 
-    def records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
+    def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
         """Refuse: nothing is read back here."""
         raise _unreadable(status)
 
 
-WorkerLedger = SentLedger | FiledLedger
+TaskJournal = ResultJournal | WorkerJournal
 
 
-def _unreadable(what: object) -> LedgerError:
-    return LedgerError(f"a worker's ledger is not read ({what!r})")
+def _unreadable(what: object) -> JournalError:
+    return JournalError(f"a worker's ledger is not read ({what!r})")
 
 
-def worker_file(folder: Path, life: int, worker: str) -> Path:
+def make_worker_path(folder: Path, session: int, worker: str) -> Path:
     """Return a new journal file's path for a worker in one life of a run.
 
     Host and process do not name a worker for good: containers may share both.
 
     Args:
         folder: The journal's folder.
-        life: Number of the coordinator's life.
+        session: Number of the coordinator's life.
         worker: Host and process, e.g. ``node17:4242``.
     """
-    return folder / f"{worker_prefix(life, worker)}{secrets.token_hex(3)}.jsonl"
+    return folder / f"{make_worker_prefix(session, worker)}{secrets.token_hex(3)}.jsonl"

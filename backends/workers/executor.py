@@ -14,8 +14,8 @@ from inspect import signature
 from multiprocessing.connection import Connection
 from typing import Any, Final, ParamSpec, TypeVar
 
-from ..core.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
-from ..core.exit_with_parent import follow_parent
+from ..core.errors import BackendError, ConfigurationError, FanfoldError, WorkerLostError
+from ..core.exit_with_parent import exit_with_parent
 from ..core.types import Json
 
 P = ParamSpec("P")
@@ -24,7 +24,7 @@ T = TypeVar("T")
 _KILLED_S: Final = 5.0
 
 
-class OneProcess(Executor):
+class SingleProcessExecutor(Executor):
     """Runs one call, in a process of its own that ends with this one.
 
     The future tells that the call returned, not what; an agent returns nothing. A process that
@@ -52,7 +52,9 @@ class OneProcess(Executor):
         self._process = process
         self._future.set_running_or_notify_cancel()
         watching = (process, said, self._future)
-        threading.Thread(target=_watch, args=watching, name="agent watch", daemon=True).start()
+        threading.Thread(
+            target=_watch_process, args=watching, name="agent watch", daemon=True
+        ).start()
         return self._future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
@@ -63,7 +65,7 @@ class OneProcess(Executor):
                 concurrent.futures.wait({self._future}, _KILLED_S)
 
 
-def _watch(
+def _watch_process(
     process: multiprocessing.process.BaseProcess, said: Connection, future: Future[Any]
 ) -> None:
     try:
@@ -83,7 +85,7 @@ def _watch(
 def _child(
     saying: Connection, call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    follow_parent()
+    exit_with_parent()
     try:
         call(*args, **kwargs)
     except Exception as error:
@@ -91,13 +93,13 @@ def _child(
         raise SystemExit(1) from error
 
 
-def is_parsl(executor: Executor) -> bool:
+def is_parsl_pool(executor: Executor) -> bool:
     """Say whether an executor is a pool of Parsl's."""
     module = sys.modules.get("parsl.concurrent")
     return module is not None and isinstance(executor, module.ParslPoolExecutor)
 
 
-def end_parsl_pool(executor: Executor) -> None:
+def shutdown_parsl_pool(executor: Executor) -> None:
     """End a pool of Parsl's and what it loaded, whatever it still works on; blocks."""
     import parsl  # noqa: PLC0415 - an extra
 
@@ -159,7 +161,7 @@ class ExecutorBackend:
         """Make the executor.
 
         Raises:
-            SiteError: It cannot be made.
+            BackendError: It cannot be made.
             ConfigurationError: It never can, or the factory makes something else.
         """
         self._executor, self._broken = await make_executor(self._factory, self.name), False
@@ -169,24 +171,24 @@ class ExecutorBackend:
 
         Raises:
             WorkerLostError: A worker died; the executor may be broken with it.
-            SiteError: The executor takes no work.
+            BackendError: The executor takes no work.
             ConfigurationError: Workers cannot import fanfold.
         """
         executor = self._executor
         if executor is None:
-            raise SiteError(f"{self.name}: not started")
+            raise BackendError(f"{self.name}: not started")
         try:
             future = await asyncio.to_thread(executor.submit, self._work, order)
         except RuntimeError as error:  # BrokenExecutor is one, and so is "after shutdown"
-            self._breaks(executor)
-            raise SiteError(f"{self.name}: takes no work: {error}") from error
+            self._mark_broken(executor)
+            raise BackendError(f"{self.name}: takes no work: {error}") from error
         return await self._result(executor, future)
 
     async def _result(self, executor: Executor, future: Future[dict[str, Json]]) -> dict[str, Json]:
         try:
             return await asyncio.shield(asyncio.wrap_future(future))
         except BrokenExecutor as error:
-            self._breaks(executor)
+            self._mark_broken(executor)
             raise WorkerLostError(f"{self.name}: a worker died: {error}") from error
         except CancelledError as error:  # not asyncio's: the executor was shut down meanwhile
             raise WorkerLostError(f"{self.name}: was shut down") from error
@@ -195,7 +197,7 @@ class ExecutorBackend:
             raise ConfigurationError(msg) from error
         except Exception as error:
             if self.is_fatal(error):
-                self._breaks(executor)
+                self._mark_broken(executor)
             msg = f"{self.name}: {type(error).__name__}: {error}"
             raise WorkerLostError(msg) from error
 
@@ -203,7 +205,7 @@ class ExecutorBackend:
         """Say whether an error means that the executor is of no use any more."""
         return is_fatal(error)
 
-    def _breaks(self, executor: Executor) -> None:
+    def _mark_broken(self, executor: Executor) -> None:
         if executor is self._executor:  # not the one that took its place meanwhile
             self._broken = True
 
@@ -225,16 +227,16 @@ class ExecutorBackend:
     async def dispose(self, executor: Executor, grace_s: float) -> None:
         """Shut one executor down, within ``grace_s`` and a little more."""
         workers = _processes(executor)  # an executor that is shut down shows them no more
-        ended = in_thread(lambda: self.shutdown(executor))
-        if not await _within(ended, grace_s):
+        ended = run_in_thread(lambda: self.shutdown(executor))
+        if not await _wait_shutdown(ended, grace_s):
             for process in workers:
                 process.kill()
             if workers:
-                await _within(ended, _KILLED_S)
+                await _wait_shutdown(ended, _KILLED_S)
 
     def shutdown(self, executor: Executor) -> None:
         """End an executor; blocks as long as the executor does."""
-        end(executor)
+        shutdown_executor(executor)
 
 
 async def make_executor(factory: Callable[[], Any], name: str) -> Executor:
@@ -245,7 +247,7 @@ async def make_executor(factory: Callable[[], Any], name: str) -> Executor:
         name: What messages call it.
 
     Raises:
-        SiteError: It cannot be made.
+        BackendError: It cannot be made.
         ConfigurationError: It never can, or the function makes something else.
     """
     try:
@@ -256,7 +258,7 @@ async def make_executor(factory: Callable[[], Any], name: str) -> Executor:
         msg = f"{name}: cannot be made: {type(error).__name__}: {error}"
         raise ConfigurationError(msg) from error
     except Exception as error:
-        raise SiteError(f"{name}: cannot be made: {type(error).__name__}: {error}") from error
+        raise BackendError(f"{name}: cannot be made: {type(error).__name__}: {error}") from error
     if not isinstance(made, Executor):
         raise ConfigurationError(
             f"{name}: made {type(made).__name__}, no concurrent.futures.Executor"
@@ -264,10 +266,10 @@ async def make_executor(factory: Callable[[], Any], name: str) -> Executor:
     return made
 
 
-def end(executor: Executor) -> None:
+def shutdown_executor(executor: Executor) -> None:
     """Shut an executor down, without what it has not begun; blocks as long as the executor does."""
-    if is_parsl(executor):
-        end_parsl_pool(executor)
+    if is_parsl_pool(executor):
+        shutdown_parsl_pool(executor)
     elif "cancel_futures" in signature(executor.shutdown).parameters:
         executor.shutdown(wait=True, cancel_futures=True)
     else:  # Dask's
@@ -279,7 +281,7 @@ def _processes(executor: Executor) -> list[Any]:
     return list((getattr(executor, "_processes", None) or {}).values())
 
 
-def in_thread(call: Callable[[], None]) -> asyncio.Future[None]:
+def run_in_thread(call: Callable[[], None]) -> asyncio.Future[None]:
     """Run a blocking call in a thread that holds up neither the loop's end nor the process's."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -302,8 +304,8 @@ def in_thread(call: Callable[[], None]) -> asyncio.Future[None]:
     return ended
 
 
-async def _within(ended: asyncio.Future[None], seconds: float) -> bool:
+async def _wait_shutdown(ended: asyncio.Future[None], seconds: float) -> bool:
     await asyncio.wait({ended}, timeout=seconds)
     if ended.done() and (error := ended.exception()) is not None:
-        raise SiteError(f"the executor could not be shut down: {error}") from error
+        raise BackendError(f"the executor could not be shut down: {error}") from error
     return ended.done()

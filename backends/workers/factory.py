@@ -11,36 +11,36 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...configs.backend import BackendConfig
-from ...configs.serialize import secret_texts, written_out
+from ...configs.serialize import find_masked_keys, iter_secret_texts
 from ..core.errors import ConfigurationError
-from ..core.exit_with_parent import follow_parent
-from ..core.process import make_room
+from ..core.exit_with_parent import exit_with_parent
+from ..core.process import ensure_open_files
 from ..core.protocols import Backend
-from .academy.backend import AcademyBackend, Hall
-from .academy.exchange import Meeting
+from .academy.backend import AcademyBackend, AgentManager
+from .academy.exchange import ExchangeSettings
 from .executor import ExecutorBackend, WorkShard
-from .globus.backend import Desk, globus_backends
-from .globus.service import Service, connect
-from .globus.tasks import FILE, TaskBook, TaskList
+from .globus.backend import TaskSubmitter, make_globus_backends
+from .globus.service import TaskService, connect_service
+from .globus.tasks import TASK_LOG_FILE, TaskLog, TaskRegistry
 from .launched.backend import (
-    Launch,
     LaunchedBackend,
-    launcher_words,
-    local_words,
-    own_host,
-    python_words,
+    LaunchSettings,
+    coordinator_host,
+    launcher_command,
+    local_launcher_command,
+    python_command,
 )
 from .member import PoolPolicy
 from .parsl import JobNodes, ParslBackend
-from .pool import ShardPool
+from .pool import WorkerPool
 
 WORKERS_LOG: Final = "workers.log"
 """In the run's folder: what workers that a launcher started say."""
 
 
-def shard_pool(
+def make_worker_pool(
     config: BackendConfig, work: WorkShard, drain_s: float, folder: Path | None = None
-) -> ShardPool:
+) -> WorkerPool:
     """Return the places that the settings name, as one.
 
     Args:
@@ -58,13 +58,17 @@ def shard_pool(
         deadline_s=config.deadline_s + drain_s,
         silence_s=config.silence_s,
         queue_s=config.queue_s,
-        ahead=1 if config.kind == "local" else 2,  # beside us nothing waits for the next order
+        tasks_per_worker=1
+        if config.kind == "local"
+        else 2,  # beside us nothing waits for the next order
     )
-    return ShardPool(places(config, work, folder), policy)
+    return WorkerPool(make_backends(config, work, folder), policy)
 
 
-def places(config: BackendConfig, work: WorkShard, folder: Path | None = None) -> list[Backend]:
-    """Return the places that the settings name, not started; see :func:`shard_pool`.
+def make_backends(
+    config: BackendConfig, work: WorkShard, folder: Path | None = None
+) -> list[Backend]:
+    """Return the places that the settings name, not started; see :func:`make_worker_pool`.
 
     Raises:
         ConfigurationError: Something that the settings name is not there.
@@ -73,67 +77,69 @@ def places(config: BackendConfig, work: WorkShard, folder: Path | None = None) -
     return _KINDS[config.kind](config, work, folder)
 
 
-def _processes(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
+def _local_backends(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
     """Return a place per process: one that dies takes no other with it."""
 
     def make() -> Executor:
         # spawned, not forked: this process has threads and an event loop
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, mp_context=context, initializer=follow_parent)
+        return ProcessPoolExecutor(1, mp_context=context, initializer=exit_with_parent)
 
     return [ExecutorBackend(make, work, 1, f"process {n + 1}") for n in range(config.processes)]
 
 
-def _executor(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
-    factory = imported(config.factory or "", "backend.factory")
+def _executor_backends(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
+    factory = import_object(config.factory or "", "backend.factory")
     return [ExecutorBackend(factory, work, config.workers, f"executor {config.factory}")]
 
 
-def _globus(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
-    book = TaskBook(folder / FILE) if folder is not None else None
+def _globus_backends(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
+    book = TaskLog(folder / TASK_LOG_FILE) if folder is not None else None
     options = config.user_endpoint_config
-    for key in written_out(options, "backend.user_endpoint_config"):
+    for key in find_masked_keys(options, "backend.user_endpoint_config"):
         msg = (
             f"{key}: a run folder does not keep a secret that was written out; give it again, "
             f"best by a variable: --set '{key}=${{VAR}}'"
         )
         raise ConfigurationError(msg)
 
-    def connected() -> Service:  # off the loop: the SDK takes seconds to import
-        make = imported(config.client, "backend.client") if config.client else None
-        return connect(make, options, hidden=tuple(secret_texts(options)))
+    def connected() -> TaskService:  # off the loop: the SDK takes seconds to import
+        make = import_object(config.client, "backend.client") if config.client else None
+        return connect_service(make, options, hidden=tuple(iter_secret_texts(options)))
 
-    desk = Desk(connected, work, config.function, TaskList(book))
-    return globus_backends(config.endpoints, config.workers, desk)
+    desk = TaskSubmitter(connected, work, config.function, TaskRegistry(book))
+    return make_globus_backends(config.endpoints, config.workers, desk)
 
 
-def _academy(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
+def _academy_backends(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
     """Return a place per agent: one that dies takes no other with it."""
-    make = imported(config.executor, "backend.executor") if config.executor else None
+    make = import_object(config.executor, "backend.executor") if config.executor else None
     told = config.exchange.model_dump(exclude={"password"})
     secret = config.exchange.password
     password = None if secret is None else secret.get_secret_value()
-    at = Meeting(**told, password=password, silence_s=config.silence_s)
-    hall = Hall(at, work, config.slots, make)
+    at = ExchangeSettings(**told, password=password, silence_s=config.silence_s)
+    hall = AgentManager(at, work, config.slots, make)
     return [AcademyBackend(hall, f"agent {n + 1}", config.queue_s) for n in range(config.workers)]
 
 
-def _parsl(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
+def _parsl_backends(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
     nodes = JobNodes(
-        launcher=launcher_words(config.command, config.workers, os.environ) or (),
-        python=python_words(os.environ),
-        host=own_host(config.host, os.environ),
+        launcher=launcher_command(config.command, config.workers, os.environ) or (),
+        python=python_command(os.environ),
+        host=coordinator_host(config.host, os.environ),
         folder=folder,
     )
     return [ParslBackend(config.config, work, config.workers, nodes)]
 
 
-def _launched(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
-    words = launcher_words(config.command, config.workers, os.environ)
-    make_room(config.workers, "workers", "backend.workers")  # each keeps a connection
-    launch = Launch(
-        words=words or local_words(config.workers),
-        host=own_host(config.host, os.environ),
+def _launched_backends(
+    config: BackendConfig, work: WorkShard, folder: Path | None
+) -> list[Backend]:
+    words = launcher_command(config.command, config.workers, os.environ)
+    ensure_open_files(config.workers, "workers", "backend.workers")  # each keeps a connection
+    launch = LaunchSettings(
+        command=words or local_launcher_command(config.workers),
+        host=coordinator_host(config.host, os.environ),
         silence_s=config.silence_s,
         queue_s=config.queue_s,
         log=None if folder is None else folder / WORKERS_LOG,
@@ -142,16 +148,16 @@ def _launched(config: BackendConfig, work: WorkShard, folder: Path | None) -> li
 
 
 _KINDS: dict[str, Callable[[BackendConfig, WorkShard, Path | None], list[Backend]]] = {
-    "local": _processes,
-    "executor": _executor,
-    "parsl": _parsl,
-    "globus_compute": _globus,
-    "academy": _academy,
-    "launched": _launched,
+    "local": _local_backends,
+    "executor": _executor_backends,
+    "parsl": _parsl_backends,
+    "globus_compute": _globus_backends,
+    "academy": _academy_backends,
+    "launched": _launched_backends,
 }
 
 
-def imported(name: str, key: str) -> Any:
+def import_object(name: str, key: str) -> Any:
     """Return what ``module:attr`` names.
 
     Raises:

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from ..core.errors import ConfigurationError, FanfoldError, SiteError, WorkerLostError
-from ..core.messages import Summary
+from ..core.errors import BackendError, ConfigurationError, FanfoldError, WorkerLostError
+from ..core.messages import ShardResult
 from ..core.protocols import Backend
 from ..core.types import Json
 
@@ -21,21 +21,21 @@ _TELL_S: Final = 60.0
 _TELL_MOST_S: Final = 3600.0
 
 
-class Hearing(Protocol):
+class WorkerActivity(Protocol):
     """A place that may have been heard of."""
 
     @property
-    def busy(self) -> int:
+    def used_slots(self) -> int:
         """Return how many orders it has."""
         ...
 
     @property
-    def heard(self) -> bool:
+    def has_responded(self) -> bool:
         """Say whether a worker there has begun or answered."""
         ...
 
 
-class Arrival:
+class FirstWorkerTimer:
     """Looks out for the first worker of all, and tells what is waited for until it comes.
 
     Args:
@@ -49,25 +49,25 @@ class Arrival:
         self._tell_s = _TELL_S
         self._over = False
 
-    def sent(self) -> None:
+    def start(self) -> None:
         """Note that an order goes out: from the first one on somebody is waited for."""
         if self._since is None:
             self._since = self._clock()
 
-    def look(self, places: Sequence[Hearing]) -> str | None:
+    def poll(self, places: Sequence[WorkerActivity]) -> str | None:
         """Return, once, why nobody is waited for any longer; else None."""
         if self._over or self._since is None:
             return None
-        orders = sum(place.busy for place in places)
+        orders = sum(place.used_slots for place in places)
         if orders == 0:
             self._since = None
             return None
-        if any(place.heard for place in places):
+        if any(place.has_responded for place in places):
             self._over = True
             return None
-        return self._waited(self._clock() - self._since, orders)
+        return self._check_wait(self._clock() - self._since, orders)
 
-    def _waited(self, seconds: float, orders: int) -> str | None:
+    def _check_wait(self, seconds: float, orders: int) -> str | None:
         said = f"no worker has been heard of in the {seconds:.0f} s since the first order"
         if seconds > self._queue_s:
             self._over = True
@@ -87,7 +87,7 @@ class Arrival:
         return None
 
 
-Beat = Callable[[], float | None]
+Heartbeat = Callable[[], float | None]
 """Returns for how many seconds a worker has been silent, or None before its first sign of life."""
 
 
@@ -101,30 +101,30 @@ class PoolPolicy:
         silence_s: Seconds without a sign of life until an order that gave one counts as lost.
         queue_s: Seconds that an order may wait before it begins, besides those in which the ones
             before it are worked on.
-        ahead: Orders that a worker holds: the one in work and those that wait for it.
-        rebuild_s: Pause before a broken place is rebuilt, doubled at each further time.
-        tick_s: Seconds between two looks at what is out.
+        tasks_per_worker: Orders that a worker holds: the one in work and those that wait for it.
+        rebuild_pause_s: Pause before a broken place is rebuilt, doubled at each further time.
+        poll_s: Seconds between two looks at what is out.
     """
 
     attempts: int = 3
     deadline_s: float = 7200.0
     silence_s: float = 120.0
     queue_s: float = 86400.0
-    ahead: int = 2
-    rebuild_s: float = 1.0
-    tick_s: float = 0.5
+    tasks_per_worker: int = 2
+    rebuild_pause_s: float = 1.0
+    poll_s: float = 0.5
 
 
-class Answering(Protocol):
+class AnswerTime(Protocol):
     """A place that has answered before, or not yet."""
 
     @property
-    def answered(self) -> float | None:
+    def answered_at(self) -> float | None:
         """Return when it last answered (monotonic seconds)."""
         ...
 
 
-class Watch:
+class TaskTimeout:
     """Tells whether an order is lost.
 
     Without signs of life the clock starts when the place answers something else: before that the
@@ -136,36 +136,39 @@ class Watch:
         place: Where the order went.
     """
 
-    def __init__(self, policy: PoolPolicy, beat: Beat | None, place: Answering) -> None:
-        self._policy, self._beat, self._place = policy, beat, place
-        self._ordered = time.monotonic()
+    def __init__(self, policy: PoolPolicy, beat: Heartbeat | None, place: AnswerTime) -> None:
+        self._policy, self._heartbeat, self._member = policy, beat, place
+        self._submitted_at = time.monotonic()
         self._first: float | None = None
 
     @property
-    def begun(self) -> bool:
+    def has_begun(self) -> bool:
         """Say whether a worker had begun, as far as anybody can tell."""
-        return self._beat is None or self.heard
+        return self._heartbeat is None or self.has_heartbeat
 
     @property
-    def heard(self) -> bool:
+    def has_heartbeat(self) -> bool:
         """Say whether its worker has given a sign of life."""
-        return self._beat is not None and self._beat() is not None
+        return self._heartbeat is not None and self._heartbeat() is not None
 
-    def verdict(self) -> str | None:
+    def lost_reason(self) -> str | None:
         """Return why the order counts as lost, or None."""
         now, policy = time.monotonic(), self._policy
-        silent = self._beat() if self._beat is not None else None
+        silent = self._heartbeat() if self._heartbeat is not None else None
         if silent is not None:
             self._first = self._first or now
             if silent > policy.silence_s:
                 return f"no sign of life for {silent:.0f} s"
-        elif self._beat is None and self._first is None:
-            answered = self._place.answered
-            self._first = answered if answered and answered > self._ordered else None
+        elif self._heartbeat is None and self._first is None:
+            answered = self._member.answered_at
+            self._first = answered if answered and answered > self._submitted_at else None
         if self._first is not None and now - self._first > policy.deadline_s:
             return f"not finished {policy.deadline_s:.0f} s after it began"
-        waited = now - max(self._ordered, self._place.answered or 0.0)
-        if self._first is None and waited > policy.queue_s + (policy.ahead - 1) * policy.deadline_s:
+        waited = now - max(self._submitted_at, self._member.answered_at or 0.0)
+        if (
+            self._first is None
+            and waited > policy.queue_s + (policy.tasks_per_worker - 1) * policy.deadline_s
+        ):
             return f"not begun {waited:.0f} s after it was sent, or its place last answered"
         return None
 
@@ -174,7 +177,7 @@ _CLOSE_S: Final = 10.0
 """Seconds that a backend may take to close beyond what it was given."""
 
 
-class Place:
+class PoolMember:
     """A backend as the pool sees it.
 
     Args:
@@ -183,132 +186,137 @@ class Place:
         changed: Called when there may be room.
 
     Attributes:
-        busy: Room taken: orders that are out, those that count as lost but still occupy their
+        used_slots: Room taken: orders that are out, those that count as lost but still occupy their
             worker included.
-        answered: When it last answered (monotonic seconds), or None.
-        given_up: Why nothing is expected of it any more, or None.
+        answered_at: When it last answered (monotonic seconds), or None.
+        failure: Why nothing is expected of it any more, or None.
     """
 
     def __init__(self, backend: Backend, policy: PoolPolicy, changed: Callable[[], None]) -> None:
-        self.backend, self.busy = backend, 0
-        self.answered: float | None = None
-        self.given_up: FanfoldError | None = None
+        self.backend, self.used_slots = backend, 0
+        self.answered_at: float | None = None
+        self.failure: FanfoldError | None = None
         self._policy, self._changed = policy, changed
-        self._flights = set[Flight]()
-        self._mending: asyncio.Task[None] | None = None
+        self._tasks = set[InFlightTask]()
+        self._rebuild_task: asyncio.Task[None] | None = None
         self._failures = 0
 
-    def idle(self) -> int:
+    def free_slots(self) -> int:
         """Return how many workers have nothing to do; negative where orders wait for them."""
-        return self.backend.capacity() - self.busy if self.room() > 0 else -(10**9)
+        return self.backend.capacity() - self.used_slots if self.capacity_left() > 0 else -(10**9)
 
-    def room(self) -> int:
+    def capacity_left(self) -> int:
         """Return how many more orders it can take."""
-        if self._mending is not None:
+        if self._rebuild_task is not None:
             return 0
-        return self.backend.capacity() * self._policy.ahead - self.busy
+        return self.backend.capacity() * self._policy.tasks_per_worker - self.used_slots
 
     @property
-    def heard(self) -> bool:
+    def has_responded(self) -> bool:
         """Say whether a worker here has begun or answered."""
-        return self.answered is not None or any(flight.heard for flight in self._flights)
+        return self.answered_at is not None or any(flight.has_heartbeat for flight in self._tasks)
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Take room for one order."""
-        self.busy += 1
+        self.used_slots += 1
 
     def release(self) -> None:
         """Give room back that no order went to."""
-        self.busy -= 1
+        self.used_slots -= 1
         self._changed()
 
-    def fly(
-        self, name: str, answer: Awaitable[dict[str, Json]], watch: Watch, *, taken: bool = False
-    ) -> Flight:
+    def submit(
+        self,
+        name: str,
+        answer: Awaitable[dict[str, Json]],
+        watch: TaskTimeout,
+        *,
+        acquired: bool = False,
+    ) -> InFlightTask:
         """Send an order, or watch one that was sent before.
 
         Args:
             name: What messages call it.
             answer: The backend's answer.
             watch: Tells whether it is lost.
-            taken: Whether room was taken for it.
+            acquired: Whether room was taken for it.
         """
-        if not taken:
-            self.take()
-        flight = Flight(name, answer, watch, self._landed)
-        self._flights.add(flight)
+        if not acquired:
+            self.acquire()
+        flight = InFlightTask(name, answer, watch, self._complete)
+        self._tasks.add(flight)
         return flight
 
-    def _landed(self, flight: Flight) -> None:
-        if flight not in self._flights:
+    def _complete(self, flight: InFlightTask) -> None:
+        if flight not in self._tasks:
             return  # it was left behind when the place was rebuilt
-        self._flights.discard(flight)
-        if flight.succeeded:
-            self.answered, self._failures = time.monotonic(), 0
+        self._tasks.discard(flight)
+        if flight.has_succeeded:
+            self.answered_at, self._failures = time.monotonic(), 0
         self.release()  # the pool looks after a place that is broken: not once per answer
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Look after what is out, and begin to mend what is broken."""
-        for flight in self._flights:
-            flight.look()
-        lost = sum(flight.is_lost for flight in self._flights)
+        for flight in self._tasks:
+            flight.poll()
+        lost = sum(flight.is_lost for flight in self._tasks)
         capacity = self.backend.capacity()
-        if capacity <= lost and self._mending is None and self.given_up is None:
-            self._mending = asyncio.create_task(self._mend())
-            self._mending.add_done_callback(self._mended)
+        if capacity <= lost and self._rebuild_task is None and self.failure is None:
+            self._rebuild_task = asyncio.create_task(self._rebuild())
+            self._rebuild_task.add_done_callback(self._finish_rebuild)
 
-    def lose(self, reason: str) -> None:
+    def mark_lost(self, reason: str) -> None:
         """Declare all that is out lost."""
-        for flight in self._flights:
-            flight.lose(reason)
+        for flight in self._tasks:
+            flight.mark_lost(reason)
 
-    async def _mend(self) -> None:
+    async def _rebuild(self) -> None:
         """Rebuild the place; what it still holds is lost."""
         for _ in range(self._policy.attempts):
-            await asyncio.sleep(self._policy.rebuild_s * 2.0 ** min(self._failures, 6))
+            await asyncio.sleep(self._policy.rebuild_pause_s * 2.0 ** min(self._failures, 6))
             self._failures += 1
-            self._leave_behind()
+            self._cancel_tasks()
             try:
                 return await self.backend.rebuild()
             except ConfigurationError:
                 raise
-            except SiteError as error:
+            except BackendError as error:
                 logger.warning("%s", error.message)
                 last = error
         raise last
 
-    def _mended(self, task: asyncio.Task[None]) -> None:
-        self._mending = None
+    def _finish_rebuild(self, task: asyncio.Task[None]) -> None:
+        self._rebuild_task = None
         error = None if task.cancelled() else task.exception()
         if error is not None:
             known = isinstance(error, FanfoldError)
             text = f"{self.backend.name}: cannot be rebuilt: {type(error).__name__}: {error}"
-            self.given_up = error if known else SiteError(text)  # type: ignore[assignment]
-            logger.warning("%s", self.given_up)
+            self.failure = error if known else BackendError(text)  # type: ignore[assignment]
+            logger.warning("%s", self.failure)
         self._changed()
 
-    def _leave_behind(self) -> None:
-        left, self._flights = self._flights, set()
-        self.busy -= len(left)
+    def _cancel_tasks(self) -> None:
+        left, self._tasks = self._tasks, set()
+        self.used_slots -= len(left)
         for flight in left:
-            flight.lose("its place broke down", SiteError)
-            flight.abandon()
+            flight.mark_lost("its place broke down", BackendError)
+            flight.cancel()
 
     async def close(self, grace_s: float) -> None:
         """Close the backend within ``grace_s`` and a little more."""
-        if self._mending is not None:
-            self._mending.cancel()
-            with suppress(asyncio.CancelledError, SiteError, ConfigurationError):
-                await self._mending
-        self._leave_behind()
+        if self._rebuild_task is not None:
+            self._rebuild_task.cancel()
+            with suppress(asyncio.CancelledError, BackendError, ConfigurationError):
+                await self._rebuild_task
+        self._cancel_tasks()
         try:
             await asyncio.wait_for(self.backend.close(grace_s), grace_s + _CLOSE_S)
         except TimeoutError:
             msg = f"{self.backend.name}: could not be closed in {grace_s + _CLOSE_S:.0f} s"
-            raise SiteError(msg) from None
+            raise BackendError(msg) from None
 
 
-class Flight:
+class InFlightTask:
     """An order that is out.
 
     Whoever waits for it may go: the room stays taken until the backend answers.
@@ -324,22 +332,22 @@ class Flight:
         self,
         name: str,
         answer: Awaitable[dict[str, Json]],
-        watch: Watch,
-        landed: Callable[[Flight], None],
+        watch: TaskTimeout,
+        landed: Callable[[InFlightTask], None],
     ) -> None:
         self.name = name
-        self._watch, self._landed = watch, landed
-        self._lost: asyncio.Future[SiteError] = asyncio.get_running_loop().create_future()
+        self._timeout, self._on_complete = watch, landed
+        self._lost: asyncio.Future[BackendError] = asyncio.get_running_loop().create_future()
         self._answer = asyncio.ensure_future(answer)
-        self._answer.add_done_callback(self._answered)
+        self._answer.add_done_callback(self._on_answer)
 
-    def _answered(self, answer: asyncio.Future[dict[str, Json]]) -> None:
+    def _on_answer(self, answer: asyncio.Future[dict[str, Json]]) -> None:
         if not answer.cancelled():
             answer.exception()  # nobody may be waiting for it any more
-        self._landed(self)
+        self._on_complete(self)
 
     @property
-    def succeeded(self) -> bool:
+    def has_succeeded(self) -> bool:
         """Say whether the backend gave an answer."""
         answer = self._answer
         return answer.done() and not answer.cancelled() and answer.exception() is None
@@ -350,30 +358,30 @@ class Flight:
         return self._lost.done()
 
     @property
-    def heard(self) -> bool:
+    def has_heartbeat(self) -> bool:
         """Say whether its worker has given a sign of life."""
-        return self._watch.heard
+        return self._timeout.has_heartbeat
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Declare it lost if it is."""
-        if not self._lost.done() and (reason := self._watch.verdict()):
-            self.lose(reason)
+        if not self._lost.done() and (reason := self._timeout.lost_reason()):
+            self.mark_lost(reason)
 
-    def lose(self, reason: str, kind: type[SiteError] = WorkerLostError) -> None:
+    def mark_lost(self, reason: str, kind: type[BackendError] = WorkerLostError) -> None:
         """Declare it lost, with its worker or else with its place."""
         if not self._lost.done():
             self._lost.set_result(kind(f"{self.name}: {reason}"))
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """Break off waiting for the backend."""
         self._answer.cancel()
 
-    async def summary(self) -> Summary:
+    async def wait_result(self) -> ShardResult:
         """Wait for the worker's summary.
 
         Raises:
             WorkerLostError: Its worker is lost.
-            SiteError: The place failed.
+            BackendError: The place failed.
             ConfigurationError: The worker or the place cannot do its work.
         """
         either: set[asyncio.Future[Any]] = {self._answer, self._lost}
@@ -381,8 +389,8 @@ class Flight:
         if self._lost.done():
             raise self._lost.result()
         try:
-            return Summary.from_json(self._answer.result())
-        except SiteError as error:
+            return ShardResult.from_json(self._answer.result())
+        except BackendError as error:
             raise type(error)(f"{self.name}: {error.message}") from error
         except asyncio.CancelledError:
             raise WorkerLostError(f"{self.name}: the backend broke it off") from None

@@ -18,9 +18,9 @@ from types import ModuleType
 from typing import Any, Final
 
 from ..core import exit_with_parent
-from ..core.errors import ConfigurationError, FanfoldError, MissingExtraError, SiteError
-from ..core.exit_with_parent import launcher_leash, shell_leash
-from ..core.process import Scratch
+from ..core.errors import BackendError, ConfigurationError, FanfoldError, MissingExtraError
+from ..core.exit_with_parent import launcher_exit_with_parent, shell_exit_with_parent
+from ..core.process import TemporaryFolder
 from .executor import ExecutorBackend, WorkShard
 
 _INTERCHANGE: Final = "parsl.executors.high_throughput.interchange"
@@ -63,7 +63,9 @@ def htex_local(workers: int, folder: Path) -> Any:
     from parsl.providers import LocalProvider  # noqa: PLC0415 - an extra
 
     scripts = Path(sys.executable).parent  # Parsl's own scripts, without an activated environment
-    setup = f'export PATH={shlex.quote(str(scripts))}:"$PATH"\n{shell_leash(os.getpid())}'
+    setup = (
+        f'export PATH={shlex.quote(str(scripts))}:"$PATH"\n{shell_exit_with_parent(os.getpid())}'
+    )
     make_provider: Any = LocalProvider  # Parsl does not say its type
     provider = make_provider(init_blocks=1, min_blocks=1, max_blocks=1, worker_init=setup)
     executor = HighThroughputExecutor(
@@ -79,7 +81,7 @@ def htex_local(workers: int, folder: Path) -> Any:
         worker_logdir_root=str(folder),
         provider=provider,
     )
-    return Config(executors=[executor], **_quiet(folder))
+    return Config(executors=[executor], **_common_options(folder))
 
 
 def htex_job(nodes: JobNodes, folder: Path) -> Any:
@@ -109,7 +111,7 @@ def htex_job(nodes: JobNodes, folder: Path) -> Any:
         min_blocks=1,
         max_blocks=1,
         launcher=WrappedLauncher(prepend=shlex.join(nodes.launcher), debug=False),
-        worker_init=launcher_leash(os.getpid()),
+        worker_init=launcher_exit_with_parent(os.getpid()),
     )
     # not by PATH: nodes may have a Python of their own, and a script names the one of its making
     pool = f"{shlex.join(nodes.python)} -m {_POOL}"
@@ -127,10 +129,10 @@ def htex_job(nodes: JobNodes, folder: Path) -> Any:
         worker_logdir_root=str(folder),
         provider=provider,
     )
-    return Config(executors=[executor], **_quiet(folder))
+    return Config(executors=[executor], **_common_options(folder))
 
 
-def _quiet(folder: Path) -> dict[str, Any]:
+def _common_options(folder: Path) -> dict[str, Any]:
     """Return what both have in common: one block, no retries, nothing told to anybody."""
     return {
         "strategy": "none",
@@ -185,61 +187,61 @@ class ParslBackend(ExecutorBackend):
                 "{workers} --ppn 1, srun …); on one machine take htex_local"
             )
             raise ConfigurationError(msg)
-        super().__init__(self._kernel, work, workers, f"parsl ({config})")
+        super().__init__(self._make_pool, work, workers, f"parsl ({config})")
         self._config, self._nodes = config, nodes
-        self._scratches = dict[Executor, Scratch | None]()
+        self._temporary_folders = dict[Executor, TemporaryFolder | None]()
 
-    def _kernel(self) -> Executor:
+    def _make_pool(self) -> Executor:
         """Make the executor over a DataFlowKernel of its own; blocks."""
         # an extra, and it takes a second to import
         from parsl.concurrent import ParslPoolExecutor  # noqa: PLC0415
 
         if self._config == "loaded":
-            return ParslPoolExecutor(dfk=self._living(_loaded()))
+            return ParslPoolExecutor(dfk=self._check_kernel(_require_loaded_kernel()))
         # not parsl.load(): the one global kernel is the user's
         from parsl.dataflow.dflow import DataFlowKernel  # noqa: PLC0415
 
-        scratch: Scratch | None = None
+        scratch: TemporaryFolder | None = None
         if self._config == "htex_local":
-            scratch = Scratch("parsl")
+            scratch = TemporaryFolder("parsl")
             config = htex_local(self._workers, scratch.path)
         elif self._config == "htex_job" and self._nodes is not None:
-            scratch = Scratch("parsl", self._nodes.folder)
+            scratch = TemporaryFolder("parsl", self._nodes.folder)
             config = htex_job(self._nodes, scratch.path)
         else:
-            config = self._users_config(*self._config.split(":"))
+            config = self._load_user_config(*self._config.split(":"))
         try:
             executor: Executor = ParslPoolExecutor(dfk=DataFlowKernel(config))
-            self._scratches[executor] = scratch
+            self._temporary_folders[executor] = scratch
             return executor
         except Exception as error:
             if scratch is not None:
                 scratch.remove()
-            raise self._unstartable(error) from error
+            raise self._start_error(error) from error
 
-    def _unstartable(self, error: Exception) -> FanfoldError:
+    def _start_error(self, error: Exception) -> FanfoldError:
         said = f"{self.name}: cannot be started: {error}"
         if isinstance(error, FileNotFoundError) and "/" not in str(error.filename):
             scripts = sysconfig.get_path("scripts")
             advice = f'activate the environment, or export PATH="{scripts}:$PATH"'
             return ConfigurationError(f"{said}: Parsl looks for it on PATH; {advice}")
-        return SiteError(said)
+        return BackendError(said)
 
-    def _living(self, kernel: Any) -> Any:
+    def _check_kernel(self, kernel: Any) -> Any:
         """Return the user's DataFlowKernel, unless it has ended: nobody here may make a new one.
 
         Raises:
-            SiteError: It has.
+            BackendError: It has.
         """
-        if _ended(kernel):
+        if _has_ended(kernel):
             msg = (
                 f"{self.name}: the DataFlowKernel has no workers left and gets no new ones; load "
                 "another one (parsl.clear(), parsl.load(...)) and go on with the run"
             )
-            raise SiteError(msg)
+            raise BackendError(msg)
         return kernel
 
-    def _users_config(self, module: str, attribute: str) -> Any:
+    def _load_user_config(self, module: str, attribute: str) -> Any:
         """Return the user's Config: a new one each time, for Parsl starts one only once.
 
         Raises:
@@ -251,7 +253,7 @@ class ParslBackend(ExecutorBackend):
         if spec is None or spec.loader is None:
             raise ConfigurationError(f"backend.config: no module {module} (PYTHONPATH names more)")
         try:
-            found: Any = _fresh(spec, spec.loader)
+            found: Any = _reload_module(spec, spec.loader)
             for part in attribute.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
@@ -265,7 +267,7 @@ class ParslBackend(ExecutorBackend):
     def capacity(self) -> int:
         """Return the number of workers; none once all blocks have ended for good."""
         kernel = getattr(self._executor, "_dfk", None)
-        return 0 if kernel is None or _ended(kernel) else super().capacity()
+        return 0 if kernel is None or _has_ended(kernel) else super().capacity()
 
     def shutdown(self, executor: Executor) -> None:
         """End the DataFlowKernel unless it is the user's; blocks."""
@@ -273,11 +275,11 @@ class ParslBackend(ExecutorBackend):
         if self._config == "loaded" or kernel is None or kernel.cleanup_called:
             return
         kernel.cleanup()
-        if (scratch := self._scratches.pop(executor, None)) is not None:
+        if (scratch := self._temporary_folders.pop(executor, None)) is not None:
             scratch.remove()
 
 
-def _fresh(spec: ModuleSpec, loader: Loader) -> ModuleType:
+def _reload_module(spec: ModuleSpec, loader: Loader) -> ModuleType:
     """Return a module, executed anew; whoever has imported it keeps the one that they have."""
     fresh, name = module_from_spec(spec), spec.name
     kept = sys.modules.get(name)
@@ -292,7 +294,7 @@ def _fresh(spec: ModuleSpec, loader: Loader) -> ModuleType:
     return fresh
 
 
-def _loaded() -> Any:
+def _require_loaded_kernel() -> Any:
     import parsl  # noqa: PLC0415 - an extra
     from parsl.errors import NoDataFlowKernelError  # noqa: PLC0415 - an extra
 
@@ -306,7 +308,7 @@ def _loaded() -> Any:
         raise ConfigurationError(msg) from None
 
 
-def _ended(kernel: Any) -> bool:
+def _has_ended(kernel: Any) -> bool:
     """Say whether all blocks have ended and no strategy will start new ones."""
     if kernel.cleanup_called:
         return True

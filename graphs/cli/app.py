@@ -11,21 +11,21 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from ...backends.core.errors import (
-    BUDGET,
-    INTERRUPTED,
-    OTHER,
-    USAGE,
+    EXIT_BUDGET,
+    EXIT_INTERRUPTED,
+    EXIT_OTHER,
+    EXIT_USAGE,
     BudgetExhaustedError,
     ConfigurationError,
     FanfoldError,
     RunStoppedError,
 )
 from ...backends.core.messages import own_version
-from ..run.console import print_traceback, say, show_log
+from ..run.console import print_messages, print_traceback, setup_logging
 from . import jobs, setup
 from .options import (
     COST_BY,
-    SAMPLE,
+    SAMPLE_ITEMS,
     AsJson,
     Config,
     Endpoints,
@@ -47,7 +47,7 @@ from .options import (
     nonempty_path,
 )
 
-_CHOICES: Final = "fanfold.backends.discovery.connect.choice"
+_CHOICE_LOGGER: Final = "fanfold.backends.discovery.connect.choice"
 """The log that tells what ``auto`` chose; it is always shown."""
 
 app = typer.Typer(
@@ -59,7 +59,7 @@ app = typer.Typer(
 )
 app.add_typer(setup.presets, name="presets")
 app.add_typer(setup.globus, name="globus")
-jobs.add_to(app)
+jobs.add_commands(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -79,8 +79,8 @@ def _setup(
     ] = False,
 ) -> None:
     level = logging.INFO if verbose else logging.WARNING
-    logging.getLogger(_CHOICES).setLevel(logging.INFO)
-    show_log(level, _CHOICES)
+    logging.getLogger(_CHOICE_LOGGER).setLevel(logging.INFO)
+    setup_logging(level, _CHOICE_LOGGER)
 
 
 @app.command()
@@ -108,12 +108,12 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     yes: Annotated[bool, typer.Option("--yes", help="Go on after the pilot unasked.")] = False,
 ) -> None:
     """Run a batch; on an existing run folder, go on with it."""
-    from ...configs.resolve import Wish
-    from .run import Output
-    from .run import run as running_run
+    from ...configs.resolve import Overrides
+    from .run import OutputMode
+    from .run import run_or_resume as running_run
 
-    wish = Wish(
-        overrides=overrides or [],
+    wish = Overrides(
+        assignments=overrides or [],
         input_path=input_path,
         limit=limit,
         endpoints=endpoints,
@@ -130,7 +130,7 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         pilot=pilot,
         yes=yes,
     )
-    raise typer.Exit(running_run(config, out, wish, Output(as_json, quiet)))
+    raise typer.Exit(running_run(config, out, wish, OutputMode(as_json, quiet)))
 
 
 @app.command()
@@ -152,12 +152,12 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_node_hours: NodeHours = None,
 ) -> None:
     """Go on with a run: only what is not finished is called."""
-    from ...configs.resolve import Wish
-    from .run import Output
-    from .run import resume as running_resume
+    from ...configs.resolve import Overrides
+    from .run import OutputMode
+    from .run import resume_folder as running_resume
 
-    wish = Wish(
-        overrides=overrides or [],
+    wish = Overrides(
+        assignments=overrides or [],
         input_path=input_path,
         limit=limit,
         endpoints=endpoints,
@@ -172,7 +172,7 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
             "node_hours": budget_node_hours,
         },
     )
-    raise typer.Exit(running_resume(folder, wish, Output(as_json, quiet)))
+    raise typer.Exit(running_resume(folder, wish, OutputMode(as_json, quiet)))
 
 
 @app.command()
@@ -191,11 +191,11 @@ def status(
     ] = None,
 ) -> None:
     """Show how far a run is."""
-    from .endpoints import past
-    from .status import status as looking_status
+    from .endpoints import show_past_endpoints
+    from .status import show_status as looking_status
 
     if endpoints:
-        past(folder, as_json)
+        show_past_endpoints(folder, as_json)
     else:
         looking_status(folder, as_json, usage or batch is not None, batch)
 
@@ -209,9 +209,9 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Show what a run has cost so far, over all of its lives: tokens, dollars, node-hours."""
-    from .status import show
+    from .status import show_cost
 
-    show(folder, by, as_json)
+    show_cost(folder, by, as_json)
 
 
 @app.command()
@@ -222,11 +222,11 @@ def endpoints(
     as_json: AsJson = False,
 ) -> None:
     """List the endpoints as they are now; exit with 2 when none serves the model."""
-    from ...configs.resolve import Wish
-    from .endpoints import now
+    from ...configs.resolve import Overrides
+    from .endpoints import list_endpoints
 
-    wish = Wish(overrides or [], endpoints=where)
-    raise typer.Exit(now(config, wish, as_json))
+    wish = Overrides(overrides or [], endpoints=where)
+    raise typer.Exit(list_endpoints(config, wish, as_json))
 
 
 @app.command()
@@ -242,7 +242,7 @@ def results(
     ] = False,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
-    from .status import results as looking_results
+    from .status import export_results as looking_results
 
     looking_results(folder, form, target, safe_csv)
 
@@ -260,7 +260,7 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_node_hours: NodeHours = None,
     sample: Annotated[
         int, typer.Option("--sample", min=1, help="Items whose prompts are counted.")
-    ] = SAMPLE,
+    ] = SAMPLE_ITEMS,
     like: Annotated[
         Path | None,
         typer.Option(
@@ -273,8 +273,8 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     as_json: AsJson = False,
 ) -> None:
     """Check settings, input and endpoints, and estimate cost and time; calls no model."""
-    from ...configs.resolve import Wish
-    from .check import check as checking_check
+    from ...configs.resolve import Overrides
+    from .check import check_config as checking_check
 
     budget = {
         "usd": budget_usd,
@@ -282,7 +282,7 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         "requests": budget_requests,
         "node_hours": budget_node_hours,
     }
-    wish = Wish(overrides or [], input_path, limit, endpoints, budget=budget)
+    wish = Overrides(overrides or [], input_path, limit, endpoints, budget=budget)
     checking_check(config, wish, sample, like, as_json)
 
 
@@ -303,7 +303,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = Path("endpoints.txt"),
 ) -> None:
     """Serve a simulated fleet on this machine until interrupted."""
-    from .servers import simulate as looking_simulate
+    from .servers import serve_simulated as looking_simulate
 
     fields = {"nodes": nodes, "port": port, "addressing": addressing}
     looking_simulate(fields | {"model": model, "responder": responder}, file)
@@ -329,10 +329,10 @@ def serve(
     overrides: Sets = None,
 ) -> None:
     """Serve the model on this node (section node), until interrupted."""
-    from ...configs.resolve import Wish
+    from ...configs.resolve import Overrides
     from .servers import serve_node
 
-    serve_node(config, Wish(overrides or []), servers, host)
+    serve_node(config, Overrides(overrides or []), servers, host)
 
 
 def main() -> None:
@@ -341,26 +341,26 @@ def main() -> None:
         app()
     except FanfoldError as error:
         if isinstance(error.__cause__, BrokenPipeError):
-            _reader_left()
-        say([f"Error: {error.message}"])
+            _exit_quietly()
+        print_messages([f"Error: {error.message}"])
         sys.exit(_exit_code(error))
     except BrokenPipeError:
-        _reader_left()
+        _exit_quietly()
     except Exception as error:  # noqa: BLE001 - a fault of fanfold's own: told whole, without controls
         print_traceback(error)
-        sys.exit(OTHER)
+        sys.exit(EXIT_OTHER)
 
 
-def _reader_left() -> NoReturn:
+def _exit_quietly() -> NoReturn:
     """End quietly: whoever read our output has left, e.g. ``head``."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())  # or Python complains when it flushes at its end
-    sys.exit(OTHER)
+    sys.exit(EXIT_OTHER)
 
 
 def _exit_code(error: FanfoldError) -> int:
     if isinstance(error, ConfigurationError):
-        return USAGE
+        return EXIT_USAGE
     if isinstance(error, BudgetExhaustedError):
-        return BUDGET
-    return INTERRUPTED if isinstance(error, RunStoppedError) else OTHER
+        return EXIT_BUDGET
+    return EXIT_INTERRUPTED if isinstance(error, RunStoppedError) else EXIT_OTHER

@@ -1,4 +1,4 @@
-"""The command ``check``: what a run would ask and take, in words."""
+"""The command ``check_config``: what a run would ask and take, in words."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from ...backends.budget.pricing import explained
-from ...backends.budget.tokens import encoding_name
+from ...backends.budget.pricing import explain_no_price
+from ...backends.budget.tokens import find_encoding_name
 from ...backends.core.errors import NoEndpointError
-from ...backends.discovery.resolve import endpoint_specs
-from ...configs.loader import Loaded
+from ...backends.discovery.resolve import list_endpoint_specs
+from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
-from ...configs.resolve import Wish
-from ..run.console import print_json, print_lines, say
-from ..run.estimate import Estimate, estimate
+from ...configs.resolve import Overrides
+from ..run.console import print_json, print_lines, print_messages
+from ..run.estimate import Estimate, estimate_run
 from .format import budget_lines, cost_lines
 
 _SHOWN_HOSTS: Final = 5
@@ -28,9 +28,9 @@ _TRACERS: Final = ("LANGSMITH_ENDPOINT", "LANGCHAIN_ENDPOINT")
 _LANGSMITH: Final = "https://api.smith.langchain.com"
 
 
-def check(
+def check_config(
     config: str,
-    wish: Wish,
+    wish: Overrides,
     sample: int,
     like: Path | None = None,
     as_json: bool = False,
@@ -44,16 +44,16 @@ def check(
         like: Folder of a run that tells how long answers are and what they take.
         as_json: Whether to print one JSON object instead.
     """
-    loaded, notices = wish.settled(config)
-    found = asyncio.run(estimate(loaded, sample, like))
-    say(notices)
+    loaded, notices = wish.resolve(config)
+    found = asyncio.run(estimate_run(loaded, sample, like))
+    print_messages(notices)
     if as_json:
         print_json(_data(loaded, found))
         return
     print_lines(_lines(loaded, found))
 
 
-def _lines(loaded: Loaded, found: Estimate) -> list[str]:
+def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
     read = found.input
     return [
         f"settings: {loaded.source}: valid",
@@ -68,7 +68,7 @@ def _lines(loaded: Loaded, found: Estimate) -> list[str]:
         f"first prompt (item {found.first_id}):",
         *(f"  {line}" for line in found.first_prompt.splitlines()),
         _sample_line(found),
-        *_too_long(found),
+        *_context_lines(found),
         *_price_lines(loaded, found),
         *(
             [f"answers and times: as in {found.forecast.measured}"]
@@ -77,14 +77,14 @@ def _lines(loaded: Loaded, found: Estimate) -> list[str]:
         ),
         *cost_lines(found.forecast, found.plan),
         *budget_lines(found.forecast, found.plan),
-        *_own_graph(loaded),
+        *_graph_lines(loaded),
         *_reuse(loaded),
         *_host_lines(loaded.config),
     ]
 
 
 def _sample_line(found: Estimate) -> str:
-    counted = found.counted
+    counted = found.prompt_count
     if not counted.items:
         return "sample: no item can be asked"
     about = "" if counted.exact else "about "
@@ -94,8 +94,8 @@ def _sample_line(found: Estimate) -> str:
     )
 
 
-def _too_long(found: Estimate) -> list[str]:
-    longest, answer = found.counted.longest, found.plan.max_tokens
+def _context_lines(found: Estimate) -> list[str]:
+    longest, answer = found.prompt_count.longest, found.plan.max_tokens
     if found.context is None or longest + answer <= found.context:
         return []
     return [
@@ -104,13 +104,13 @@ def _too_long(found: Estimate) -> list[str]:
     ]
 
 
-def _price_lines(loaded: Loaded, found: Estimate) -> list[str]:
+def _price_lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
     if found.price is None:
-        why = explained(loaded.config, found.model, found.simulated)
+        why = explain_no_price(loaded.config, found.model, found.simulated)
         return [f"price: none: {why}; model.price sets one"]
     lines = [f"price: {found.price}"]
     longest = found.price.longest_prompt
-    if longest is not None and found.counted.longest > longest:
+    if longest is not None and found.prompt_count.longest > longest:
         lines.append(
             f"WARNING: prompts above {longest:,} tokens cost more than this price says; "
             "set model.price for them"
@@ -118,13 +118,13 @@ def _price_lines(loaded: Loaded, found: Estimate) -> list[str]:
     return lines
 
 
-def _reuse(loaded: Loaded) -> list[str]:
+def _reuse(loaded: LoadedConfig) -> list[str]:
     if loaded.config.cache == "off":
         return []
     return ["equal requests are paid once (cache); what that may save is not counted here"]
 
 
-def _own_graph(loaded: Loaded) -> list[str]:
+def _graph_lines(loaded: LoadedConfig) -> list[str]:
     if loaded.config.task.graph is None:
         return []
     return [
@@ -133,7 +133,7 @@ def _own_graph(loaded: Loaded) -> list[str]:
     ]
 
 
-def receiving_hosts(
+def list_receiving_hosts(
     config: RunConfig, environment: Mapping[str, str] | None = None
 ) -> list[tuple[str, str]]:
     """Return the hosts to which a run sends data, each with what they are.
@@ -160,7 +160,7 @@ def _endpoint_hosts(config: RunConfig) -> Iterator[tuple[str, str]]:
     else:
         what = "gateway" if endpoints.first is not None else "endpoint"
         try:
-            specs = endpoint_specs(endpoints, {})
+            specs = list_endpoint_specs(endpoints, {})
         except NoEndpointError:
             yield "(not known yet)", f"endpoints that {endpoints.file} will list"
             return
@@ -188,7 +188,11 @@ def _other_hosts(config: RunConfig, environment: Mapping[str, str]) -> Iterator[
         url = next((environment[n] for n in _TRACERS if environment.get(n)), _LANGSMITH)
         yield _host(url), "LangSmith, gets prompts and answers (tracing is on)"
     name = config.model.name
-    if config.endpoints.simulated is None and name is not None and encoding_name(name) is not None:
+    if (
+        config.endpoints.simulated is None
+        and name is not None
+        and find_encoding_name(name) is not None
+    ):
         yield "openaipublic.blob.core.windows.net", "vocabulary of tiktoken, gets no items"
 
 
@@ -198,15 +202,15 @@ def _host(url: str) -> str:
 
 def _host_lines(config: RunConfig) -> Iterator[str]:
     by_what = dict[str, list[str]]()
-    for host, what in receiving_hosts(config):
+    for host, what in list_receiving_hosts(config):
         by_what.setdefault(what, []).append(host)
     for what, hosts in by_what.items():
         more = f" and {len(hosts) - _SHOWN_HOSTS:,} more" if len(hosts) > _SHOWN_HOSTS else ""
         yield f"connects to: {', '.join(hosts[:_SHOWN_HOSTS])}{more} ({what})"
 
 
-def _data(loaded: Loaded, found: Estimate) -> dict[str, Any]:
-    read, counted = found.input, found.counted
+def _data(loaded: LoadedConfig, found: Estimate) -> dict[str, Any]:
+    read, counted = found.input, found.prompt_count
     return {
         "config": loaded.source,
         "input": {
@@ -216,7 +220,7 @@ def _data(loaded: Loaded, found: Estimate) -> dict[str, Any]:
             "invalid": read.invalid,
         },
         "endpoints": list(found.endpoints),
-        "hosts": [{"host": h, "what": what} for h, what in receiving_hosts(loaded.config)],
+        "hosts": [{"host": h, "what": what} for h, what in list_receiving_hosts(loaded.config)],
         "model": found.model,
         "simulated": found.simulated,
         "first_item": found.first_id,

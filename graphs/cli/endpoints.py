@@ -11,20 +11,20 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from ...backends.core.errors import DONE, USAGE, ConfigurationError
-from ...backends.core.parsing import Gauges
-from ...backends.discovery.connect import located
-from ...backends.discovery.probe import Found, match
-from ...backends.fleet.load import read_gauges
-from ...backends.simulated.process import simulation
-from ...backends.storage.endpoints_table import over_lives, read_endpoints
+from ...backends.core.errors import EXIT_DONE, EXIT_USAGE, ConfigurationError
+from ...backends.core.parsing import ServerLoad
+from ...backends.discovery.connect import open_endpoint_set
+from ...backends.discovery.probe import ProbeResult, select_model
+from ...backends.fleet.load import read_server_loads
+from ...backends.simulated.process import make_simulation_spec
+from ...backends.storage.endpoints_table import read_endpoints, sum_sessions
 from ...backends.storage.run_folder import open_folder
-from ...configs.loader import Loaded
-from ...configs.resolve import Wish
-from ..run.console import Terminal, print_json, say
-from ..run.open_run import endpoints_file
+from ...configs.loader import LoadedConfig
+from ...configs.resolve import Overrides
+from ..run.console import Terminal, print_json, print_messages
+from ..run.open_run import endpoints_table_path
 from ..run.prepare import check_endpoints
-from .format import cell
+from .format import format_cell
 
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"
@@ -33,7 +33,7 @@ _FOLDED: Final = frozenset({"reachable", "models", "failures"})
 
 
 @dataclass(frozen=True, slots=True)
-class _Listed:
+class _EndpointList:
     """The endpoints as they are now, and what is wrong with all of them together."""
 
     rows: list[dict[str, Any]]
@@ -42,44 +42,44 @@ class _Listed:
     problem: str | None
 
 
-def now(config: str, wish: Wish, as_json: bool) -> int:
+def list_endpoints(config: str, wish: Overrides, as_json: bool) -> int:
     """List the endpoints of a configuration; return the exit code."""
-    loaded, notices = wish.settled(config)
+    loaded, notices = wish.resolve(config)
     check_endpoints(loaded)
-    listed = asyncio.run(_listed(loaded))
+    listed = asyncio.run(_read_endpoint_list(loaded))
     if as_json:
         print_json({"model": listed.model, "chosen": listed.why, "endpoints": listed.rows})
     else:
-        say([*notices, *([f"endpoints: {listed.why}"] if listed.why else ())])
+        print_messages([*notices, *([f"endpoints: {listed.why}"] if listed.why else ())])
         _print(_table(listed.rows, _NOW))
         for row in listed.rows:
             if row["error"]:
                 Terminal().print(Text(f"{row[_ENDPOINT]}: {row['error']}"), soft_wrap=True)
     if listed.problem is not None:
-        say([f"Error: {listed.problem}"])
-        return USAGE
-    return DONE
+        print_messages([f"Error: {listed.problem}"])
+        return EXIT_USAGE
+    return EXIT_DONE
 
 
-async def _listed(loaded: Loaded) -> _Listed:
+async def _read_endpoint_list(loaded: LoadedConfig) -> _EndpointList:
     config = loaded.config
-    async with located(config, loaded.plain["endpoints"]) as place:
-        found = await place.ask()
+    async with open_endpoint_set(config, loaded.plain["endpoints"]) as place:
+        found = await place.probe()
         nodes = [one.spec for one in found if one.reachable and place.gateway is None]
-        gauges = dict(zip(nodes, await read_gauges(nodes), strict=True)) if nodes else {}
+        gauges = dict(zip(nodes, await read_server_loads(nodes), strict=True)) if nodes else {}
         name = config.model.name or place.model
         if config.endpoints.simulated is not None:
-            name = simulation(config).model
+            name = make_simulation_spec(config).model
         problem = None
         try:
-            name = match(found, name, config.endpoints.models).model
+            name = select_model(found, name, config.endpoints.models).model
         except ConfigurationError as error:
             problem = error.message
-        rows = [_row(one, gauges.get(one.spec, Gauges())) for one in found]
-        return _Listed(rows, name, place.why, problem)
+        rows = [_row(one, gauges.get(one.spec, ServerLoad())) for one in found]
+        return _EndpointList(rows, name, place.reason, problem)
 
 
-def _row(found: Found, gauges: Gauges) -> dict[str, Any]:
+def _row(found: ProbeResult, gauges: ServerLoad) -> dict[str, Any]:
     return {
         _ENDPOINT: found.label,
         "reachable": found.reachable,
@@ -103,9 +103,9 @@ def _cells_now(row: dict[str, Any]) -> Iterator[str]:
     yield _milliseconds(row["latency_s"])
 
 
-def past(path: Path, as_json: bool) -> None:
+def show_past_endpoints(path: Path, as_json: bool) -> None:
     """Show what each endpoint did over the lives of a run that have ended."""
-    rows = over_lives(read_endpoints(endpoints_file(open_folder(path))))
+    rows = sum_sessions(read_endpoints(endpoints_table_path(open_folder(path))))
     if as_json:
         print_json({"endpoints": rows})
     elif rows:
@@ -113,14 +113,19 @@ def past(path: Path, as_json: bool) -> None:
         Terminal().print()
         _print(_table(rows, _COST))
     else:
-        say([f"{path}: nothing is known of endpoints yet; it is written when a life ends"])
+        print_messages(
+            [f"{path}: nothing is known of endpoints yet; it is written when a life ends"]
+        )
 
 
 def _cells_past(row: dict[str, Any]) -> Iterator[str]:
     yield row[_ENDPOINT]
     yield row["state"]
     yield _count(row["calls"])
-    yield ", ".join(f"{n:,} {_brief(name)}" for name, n in row["failures"].items()) or _NOTHING
+    yield (
+        ", ".join(f"{n:,} {_shorten_error(name)}" for name, n in row["failures"].items())
+        or _NOTHING
+    )
     yield " ".join(_milliseconds(row[f"latency_p{q}_s"]) for q in (50, 90, 99))
     yield _count(row["opened"])
 
@@ -154,7 +159,7 @@ def _table(rows: Sequence[dict[str, Any]], form: Any) -> Table:
         least = len("SIMULATED") if folded else None
         table.add_column(head, overflow="fold", no_wrap=not folded, min_width=least)
     for row in rows:
-        table.add_row(*(cell(text) for text in cells(row)))
+        table.add_row(*(format_cell(text) for text in cells(row)))
     return table
 
 
@@ -162,7 +167,7 @@ def _print(table: Table) -> None:
     Terminal().print(table)
 
 
-def _brief(error: str) -> str:
+def _shorten_error(error: str) -> str:
     """Return what tells an error's class from the others: ``EndpointLostError`` is ``Lost``."""
     return error.removeprefix("Endpoint").removesuffix("Error") or "Endpoint"
 

@@ -11,12 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ...backends.core.terminal import escape_controls
-from ..run.forecast import Forecast, Plan, Span
+from ..run.forecast import Forecast, Range, RunPlan
 
 _CENT: Final = 0.01
 
 
-def dollars(amount: float) -> str:
+def format_usd_amount(amount: float) -> str:
     """Return an amount with as many digits as it deserves: ``$1,234.50``, ``$0.0032``."""
     if amount == 0 or amount >= 1:
         return f"${amount:,.2f}"
@@ -25,7 +25,7 @@ def dollars(amount: float) -> str:
     return f"${amount:.2g}" if amount >= _CENT**3 else "$0.000001"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a time in the largest units that fit: ``45 s``, ``12 min``, ``3 h 20 min``."""
     if seconds < 0.1:  # noqa: PLR2004 - a tenth of a second has digits enough
         return f"{1000 * seconds:.3g} ms"
@@ -40,7 +40,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
-def spanned(span: Span, write: Callable[[float], str]) -> str:
+def format_range(span: Range, write: Callable[[float], str]) -> str:
     """Return a figure with its range, or alone where the range says nothing."""
     low, likely, high = map(write, (span.low, span.likely, span.high))
     return likely if low == high else f"{low} to {high}, likely {likely}"
@@ -50,37 +50,38 @@ def _hours(hours: float) -> str:
     return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"  # noqa: PLR2004 - two digits
 
 
-def whole(number: float) -> str:
+def format_whole(number: float) -> str:
     """Return a whole number."""
     return f"{number:,.0f}"
 
 
-def cost_lines(found: Forecast, plan: Plan) -> Iterator[str]:
+def cost_lines(found: Forecast, plan: RunPlan) -> Iterator[str]:
     """Yield what a run takes: requests, tokens, dollars, time, node-hours."""
     yield f"requests: {_requests(found, plan)}"
-    yield f"prompt tokens: {spanned(found.prompt, whole)}"
+    yield f"prompt tokens: {format_range(found.prompt, format_whole)}"
     if found.measured is None:
-        most = whole(found.completion.high)
+        most = format_whole(found.completion.high)
         at = f"answers of {plan.max_tokens:,}" + (" and every repair" if plan.repairs else "")
         yield f"completion tokens: at most {most} ({at})"
     else:
-        yield f"completion tokens: {spanned(found.completion, whole)}"
+        yield f"completion tokens: {format_range(found.completion, format_whole)}"
     if found.usd is not None:
         if found.measured is None:
-            yield f"dollars: {dollars(found.usd.low)} to {dollars(found.usd.high)}"
+            low, high = map(format_usd_amount, (found.usd.low, found.usd.high))
+            yield f"dollars: {low} to {high}"
         else:
-            yield f"dollars: {spanned(found.usd, dollars)}"
+            yield f"dollars: {format_range(found.usd, format_usd_amount)}"
     yield from _times(found, plan)
 
 
-def _requests(found: Forecast, plan: Plan) -> str:
+def _requests(found: Forecast, plan: RunPlan) -> str:
     if found.measured is not None:
-        return spanned(found.requests, whole)
-    low, high = whole(found.requests.low), whole(found.requests.high)
+        return format_range(found.requests, format_whole)
+    low, high = format_whole(found.requests.low), format_whole(found.requests.high)
     return f"{low} to {high} (with every repair)" if plan.repairs else low
 
 
-def _times(found: Forecast, plan: Plan) -> Iterator[str]:
+def _times(found: Forecast, plan: RunPlan) -> Iterator[str]:
     streams = f"{min(plan.streams, max(1, plan.items)):,} streams"
     if found.seconds is None:
         yield (
@@ -88,22 +89,22 @@ def _times(found: Forecast, plan: Plan) -> Iterator[str]:
             "of a run alike, tells it"
         )
         return
-    likely, high = duration(found.seconds.likely), duration(found.seconds.high)
+    likely, high = format_duration(found.seconds.likely), format_duration(found.seconds.high)
     yield f"time at {streams}: {likely} if latency stays as seen, {high} at most"
     if found.node_hours is not None and plan.nodes is not None:
         nodes = f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''}"
-        yield f"node-hours: {spanned(found.node_hours, _hours)} on {nodes}"
+        yield f"node-hours: {format_range(found.node_hours, _hours)} on {nodes}"
 
 
-def budget_lines(found: Forecast, plan: Plan) -> Iterator[str]:
+def budget_lines(found: Forecast, plan: RunPlan) -> Iterator[str]:
     """Yield whether the budget carries the run."""
-    if not plan.caps.any:
+    if not plan.caps.has_any:
         yield "budget: none"
         return
-    for cap in found.unknown:
+    for cap in found.unknown_limits:
         yield f"budget.{cap}: nothing can be said yet ({_missing(cap)})"
-    if found.carried is not None:
-        yield f"budget: {carried(found)}"
+    if found.budget_reach is not None:
+        yield f"budget: {format_budget_reach(found)}"
 
 
 def _missing(cap: str) -> str:
@@ -111,10 +112,14 @@ def _missing(cap: str) -> str:
     return needs.get(cap, "nothing is known of it")
 
 
-def carried(found: Forecast) -> str:
+def format_budget_reach(found: Forecast) -> str:
     """Return how far the budget reaches, in words; there must be one."""
-    assert found.carried is not None
-    cap, worst, share = found.carried.cap, found.carried.worst, found.carried.share
+    assert found.budget_reach is not None
+    cap, worst, share = (
+        found.budget_reach.limit,
+        found.budget_reach.worst_limit,
+        found.budget_reach.share,
+    )
     name, binds = f"budget.{cap}", f"budget.{cap} binds"
     binds += f", at worst budget.{worst}" if worst != cap else ""
     if share.low >= 1:
@@ -145,7 +150,7 @@ _FRAME: Final = 3
 _HIDDEN: Final = frozenset({"op", "field", "k", "order"})
 
 
-def cell(value: Any) -> Text:
+def format_cell(value: Any) -> Text:
     """Return a value fit for a table: no markup, no control characters, one line, cut."""
     if isinstance(value, float):
         text = f"{value:.4g}"
@@ -160,7 +165,7 @@ def cell(value: Any) -> Text:
 def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Console) -> None:
     """Print one table per reduce stage; a simulated one says so."""
     for stage in aggregate:
-        field = cell(stage.get("field")).plain
+        field = format_cell(stage.get("field")).plain
         title = f"{stage['op']} of {field}" if field else str(stage["op"])
         mark = "   simulated: true" if simulated else ""
         console.print(Text(f"{title}{mark}", style="bold"), soft_wrap=True)
@@ -183,7 +188,7 @@ def _facts(stage: Mapping[str, Any]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     for name, value in _pairs(stage):
-        table.add_row(cell(name), cell(value))
+        table.add_row(format_cell(name), format_cell(value))
     return table
 
 
@@ -201,17 +206,17 @@ def _pairs(stage: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _pair(entry: Mapping[str, Any]) -> tuple[str, Any]:
     *names, value = entry.values()
-    return " to ".join(cell(name).plain for name in names), value
+    return " to ".join(format_cell(name).plain for name in names), value
 
 
 def _ranking(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
     """Show one row per item: short columns whole, long ones cut, those without room named."""
-    flat = [_flat(row, stage.get("field")) for row in stage["rows"]]
+    flat = [_flatten_row(row, stage.get("field")) for row in stage["rows"]]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    heads = [cell(name) for name in names]
-    cells = [[cell(row.get(name)) for row in flat] for name in names]
+    heads = [format_cell(name) for name in names]
+    cells = [[format_cell(row.get(name)) for row in flat] for name in names]
     wide = [max(map(len, (head, *column))) for head, column in zip(heads, cells, strict=True)]
-    room = fit(wide, width)
+    room = fit_columns(wide, width)
     table = Table()
     for name, head, most in zip(names, heads, room, strict=False):
         numeric = all(isinstance(row.get(name), int | float) for row in flat)
@@ -224,7 +229,7 @@ def _ranking(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
         yield Text(f"no room for {', '.join(h.plain for h in heads[len(room) :])}")
 
 
-def fit(wide: Sequence[int], width: int) -> list[int]:
+def fit_columns(wide: Sequence[int], width: int) -> list[int]:
     """Return the columns' widths in a table: the widest give way first.
 
     Args:
@@ -247,7 +252,7 @@ def fit(wide: Sequence[int], width: int) -> list[int]:
     return room
 
 
-def _flat(row: Mapping[str, Any], field: str | None) -> dict[str, Any]:
+def _flatten_row(row: Mapping[str, Any], field: str | None) -> dict[str, Any]:
     """Lay the row's columns and the answer's fields beside rank, id and value."""
     flat = {key: row[key] for key in ("rank", "id") if key in row}
     if field is not None and "value" in row:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..run.console import say
+from ..run.console import print_messages
 from .options import Folder, Input, Limit, Out, Sets, nonempty, nonempty_path
 
 chain = typer.Typer(help="What the job script calls.", no_args_is_help=True, hidden=True)
@@ -15,7 +15,7 @@ chain = typer.Typer(help="What the job script calls.", no_args_is_help=True, hid
 JobId = Annotated[str, typer.Option("--job", help="The scheduler's name of this job.")]
 
 
-def add_to(app: typer.Typer) -> None:
+def add_commands(app: typer.Typer) -> None:
     """Add the commands to fanfold's."""
     app.command()(submit)
     app.command()(cancel)
@@ -61,12 +61,12 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = False,
 ) -> None:
     """Run a batch by jobs of a cluster that follow each other until it is finished."""
-    from ...configs.resolve import Wish
-    from ..jobs.submit import Order
-    from ..jobs.submit import submit as submitting_submit
+    from ...configs.resolve import Overrides
+    from ..jobs.submit import SubmitOptions
+    from ..jobs.submit import submit_job as submitting_submit
 
-    wish = Wish(overrides or [], input_path, limit)
-    order = Order(site, nodes, walltime, queue, account, jobs, node_hours, pack)
+    wish = Overrides(overrides or [], input_path, limit)
+    order = SubmitOptions(site, nodes, walltime, queue, account, jobs, node_hours, pack)
     submitting_submit(config, out, wish, order, dry_run)
 
 
@@ -77,7 +77,7 @@ def cancel(
     ] = False,
 ) -> None:
     """End the jobs of a run; no other follows."""
-    from ..jobs.chain import cancel as cancelling_cancel
+    from ..jobs.chain import cancel_jobs as cancelling_cancel
 
     cancelling_cancel(folder, now)
 
@@ -95,10 +95,10 @@ def pack(
     ] = None,
 ) -> None:
     """Write one archive of this Python with its packages, to unpack on nodes."""
-    from ...backends.cluster.environment import pack as pack_pack
+    from ...backends.cluster.environment import pack_environment as pack_pack
 
     packed = pack_pack(target, without or [])
-    say(
+    print_messages(
         [
             f"{packed.path}: {len(packed.packages)} packages in {packed.files:,} files, "
             f"{packed.size / 1e6:,.0f} MB",
@@ -110,7 +110,7 @@ def pack(
 @chain.command()
 def begin(folder: Folder, job: JobId) -> None:
     """Note that a job begins, and submit its successor."""
-    from ..jobs.chain import begin as chaining_begin
+    from ..jobs.chain import begin_job as chaining_begin
 
     raise typer.Exit(chaining_begin(folder, job))
 
@@ -125,6 +125,6 @@ def end(
     ] = False,
 ) -> None:
     """Note how a job ended; see that another follows, or that none does."""
-    from ..jobs.chain import end as chaining_end
+    from ..jobs.chain import end_job as chaining_end
 
     raise typer.Exit(chaining_end(folder, job, code, unserved))

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-SAMPLE: Final = 200
+SAMPLE_ITEMS: Final = 200
 """Items that a check renders."""
 
 COST_BY: Final = ("model", "endpoint", "node", "day")

@@ -11,26 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ...backends.budget.cost import in_words
-from ...backends.core.errors import BUDGET, INTERRUPTED, FanfoldError, RunStoppedError
-from ...backends.core.money import NANO
+from ...backends.budget.cost import describe_cost
+from ...backends.core.errors import EXIT_BUDGET, EXIT_INTERRUPTED, FanfoldError, RunStoppedError
+from ...backends.core.money import NANO_PER_USD
 from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder
-from ...configs.loader import Loaded
-from ...configs.resolve import Wish
-from ..jobs.usage import campaign_inside
+from ...configs.loader import LoadedConfig
+from ...configs.resolve import Overrides
+from ..jobs.usage import job_report_offline
 from ..run.checkpoints import check_saver
-from ..run.console import Terminal, messages, print_json, say
-from ..run.prepare import default_folder, prepare_run, resume_run
-from ..run.shutdown import WARNINGS, life_end, within
-from ..session import Piloted, RunOptions, RunResult, execute, fly
+from ..run.console import Terminal, open_message_console, print_json, print_messages
+from ..run.prepare import default_run_folder, prepare_run, resume_run
+from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
+from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
 from . import status
-from .format import budget_lines, cost_lines, dollars, duration, show_aggregate
+from .format import budget_lines, cost_lines, format_duration, format_usd_amount, show_aggregate
 
 
-def pilot_lines(found: Piloted) -> Iterator[str]:
+def pilot_lines(found: PilotResult) -> Iterator[str]:
     """Yield what a pilot measured, and what the run will take going by it."""
     kind = "SIMULATED: " if found.simulated else ""
-    seen = found.seen
+    seen = found.stats
     yield (
         f"{kind}pilot: {found.items:,} of {found.total:,} items, spread over the input: "
         f"{found.done:,} done, {found.failed:,} failed"
@@ -50,8 +50,8 @@ def pilot_lines(found: Piloted) -> Iterator[str]:
     )
     if lost := round(seen.lost.likely * seen.items):
         yield f"  {lost:,} tokens of requests without an answer may have been paid as well"
-    yield from _paid(found)
-    median, late = map(duration, seen.latencies)
+    yield from _pilot_cost_lines(found)
+    median, late = map(format_duration, seen.latencies)
     yield f"  latency: median {median}, 95 % within {late}"
     yield f"all {found.total:,} items, going by these:"
     for line in (
@@ -61,19 +61,19 @@ def pilot_lines(found: Piloted) -> Iterator[str]:
         yield f"  {line}"
 
 
-def _paid(found: Piloted) -> Iterator[str]:
+def _pilot_cost_lines(found: PilotResult) -> Iterator[str]:
     """Yield what the answers of the pilot have cost, if there is a price of tokens."""
-    price, seen = found.plan.price, found.seen
+    price, seen = found.plan.price, found.stats
     if price is not None and price.prompt is not None and seen is not None:
-        yield f"  cost: {dollars(seen.nano_usd / NANO)}, at {price}"
+        yield f"  cost: {format_usd_amount(seen.nano_usd / NANO_PER_USD)}, at {price}"
 
 
-def asks() -> bool:
+def is_interactive() -> bool:
     """Say whether there is somebody to ask."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def agreed(left: int) -> bool:
+def confirm_rest(left: int) -> bool:
     """Ask whether to go on with the other items; no answer is no."""
     try:  # Ctrl-C may come before the question is out
         sys.stderr.write(f"Go on with the other {left:,} items? [y/N] ")
@@ -91,62 +91,66 @@ _NAMED: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class OutputMode:
     """How a run reports: as one JSON object, or quietly, or with progress and tables."""
 
     as_json: bool
     quiet: bool
 
     @property
-    def silent(self) -> bool:
+    def is_silent(self) -> bool:
         """Say whether progress and tables are left out."""
         return self.as_json or self.quiet
 
 
-def run(config: str, out: Path | None, wish: Wish, output: Output) -> int:
+def run_or_resume(config: str, out: Path | None, wish: Overrides, output: OutputMode) -> int:
     """Start a run, or go on with the one in ``out``; return the exit code."""
-    loaded, notices = wish.settled(config)
-    say(notices)
+    loaded, notices = wish.resolve(config)
+    print_messages(notices)
     if wish.pilot is not None:
-        return _piloted(loaded, out, wish, output)
+        return _run_with_pilot(loaded, out, wish, output)
     if out is not None and not is_vacant(out):
-        result = _lived(_resume(open_folder(out), loaded, wish, output), out)
+        result = _run_guarded(_resume_session(open_folder(out), loaded, wish, output), out)
     else:
-        path = out or default_folder(loaded.config.name)
-        result = _lived(_start(loaded, path, wish, output), path)
-    return _finish(result, output)
+        path = out or default_run_folder(loaded.config.name)
+        result = _run_guarded(_start_session(loaded, path, wish, output), path)
+    return _print_result(result, output)
 
 
-def _piloted(loaded: Loaded, out: Path | None, wish: Wish, output: Output) -> int:
+def _run_with_pilot(
+    loaded: LoadedConfig, out: Path | None, wish: Overrides, output: OutputMode
+) -> int:
     """Run some items, show what they took, and go on with the others if that is agreed to."""
-    path = out or default_folder(loaded.config.name)
+    path = out or default_run_folder(loaded.config.name)
     fresh = out is None or is_vacant(out)
-    found = _lived(_pilot(loaded, path, fresh, wish, output), path)
+    found = _run_guarded(_pilot_session(loaded, path, fresh, wish, output), path)
     if not output.as_json:
-        say(pilot_lines(found))
+        print_messages(pilot_lines(found))
     if found.left and not wish.yes:
-        asked = asks() and not output.as_json
-        if not asked or not agreed(found.left):
-            return _ended(found, path, asked, output)
-    result = _lived(_resume(open_folder(path), loaded, wish, output), path)
-    return _finish(result, output, found)
+        asked = is_interactive() and not output.as_json
+        if not asked or not confirm_rest(found.left):
+            return _stop_after_pilot(found, path, asked, output)
+    result = _run_guarded(_resume_session(open_folder(path), loaded, wish, output), path)
+    return _print_result(result, output, found)
 
 
-async def _pilot(loaded: Loaded, path: Path, fresh: bool, wish: Wish, output: Output) -> Piloted:
-    end = life_end(loaded.config, time.time())
+async def _pilot_session(
+    loaded: LoadedConfig, path: Path, fresh: bool, wish: Overrides, output: OutputMode
+) -> PilotResult:
+    end = session_deadline(loaded.config, time.time())
     await check_saver(wish.checkpointer)
     if fresh:
-        folder = await within(prepare_run(loaded, path), end)
+        folder = await with_deadline(prepare_run(loaded, path), end)
         if not output.quiet:
-            say(_about(folder))
+            print_messages(_about(folder))
     else:
-        resumed = await within(resume_run(open_folder(path), loaded), end)
+        resumed = await with_deadline(resume_run(open_folder(path), loaded), end)
         folder, loaded = resumed.folder, resumed.loaded
-    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.silent, end=end)
-    return await fly(folder, loaded, options, wish.pilot or 1, messages())
+    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.is_silent, deadline=end)
+    return await run_pilot(folder, loaded, options, wish.pilot or 1, open_message_console())
 
 
-def _ended(found: Piloted, path: Path, asked: bool, output: Output) -> int:
+def _stop_after_pilot(found: PilotResult, path: Path, asked: bool, output: OutputMode) -> int:
     """Say that the run stops after its pilot, and how to go on; return the exit code."""
     why = "no" if asked else "nobody there to be asked; --yes goes on without asking"
     if output.as_json:
@@ -157,22 +161,22 @@ def _ended(found: Piloted, path: Path, asked: bool, output: Output) -> int:
                 "folder": str(path),
                 "simulated": found.simulated,
                 "pilot": found.to_json(),
-                "exit_code": INTERRUPTED,
+                "exit_code": EXIT_INTERRUPTED,
             }
         )
     else:
-        say([f"Stopped after the pilot: {why}", f"Go on with: fanfold resume {path}"])
-    return INTERRUPTED
+        print_messages([f"Stopped after the pilot: {why}", f"Go on with: fanfold resume {path}"])
+    return EXIT_INTERRUPTED
 
 
-def _lived(life: Coroutine[Any, Any, T], path: Path) -> T:
+def _run_guarded(life: Coroutine[Any, Any, T], path: Path) -> T:
     """Run one life; other signals stop it like SIGINT also while it begins, SIGTERM at its end too.
 
     Raises:
         RunStoppedError: It was stopped, and can be resumed.
         FanfoldError: It was stopped before there was anything to resume.
     """
-    numbers = (signal.SIGTERM, *WARNINGS)
+    numbers = (signal.SIGTERM, *WARNING_SIGNALS)
     before = {n: signal.signal(n, lambda *_: signal.raise_signal(signal.SIGINT)) for n in numbers}
     try:
         return asyncio.run(life)
@@ -186,41 +190,43 @@ def _lived(life: Coroutine[Any, Any, T], path: Path) -> T:
             signal.signal(number, handler)
 
 
-def resume(path: Path, wish: Wish, output: Output) -> int:
+def resume_folder(path: Path, wish: Overrides, output: OutputMode) -> int:
     """Go on with a run; return the exit code."""
     folder = open_folder(path)
-    loaded = wish.settled(str(folder.settings))[0] if wish.changes_settings else None
-    return _finish(_lived(_resume(folder, loaded, wish, output), path), output)
+    loaded = wish.resolve(str(folder.settings))[0] if wish.changes_settings else None
+    return _print_result(_run_guarded(_resume_session(folder, loaded, wish, output), path), output)
 
 
-async def _start(loaded: Loaded, path: Path, wish: Wish, output: Output) -> RunResult:
-    end = life_end(loaded.config, time.time())
+async def _start_session(
+    loaded: LoadedConfig, path: Path, wish: Overrides, output: OutputMode
+) -> RunResult:
+    end = session_deadline(loaded.config, time.time())
     await check_saver(wish.checkpointer)
-    folder = await within(prepare_run(loaded, path), end)
+    folder = await with_deadline(prepare_run(loaded, path), end)
     if not output.quiet:
-        say(_about(folder))
-    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.silent, end=end)
-    return await execute(folder, loaded, options, messages())
+        print_messages(_about(folder))
+    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.is_silent, deadline=end)
+    return await execute_run(folder, loaded, options, open_message_console())
 
 
-async def _resume(
-    folder: RunFolder, loaded: Loaded | None, wish: Wish, output: Output
+async def _resume_session(
+    folder: RunFolder, loaded: LoadedConfig | None, wish: Overrides, output: OutputMode
 ) -> RunResult:
     began = time.time()
-    end = None if loaded is None else life_end(loaded.config, began)
+    end = None if loaded is None else session_deadline(loaded.config, began)
     await check_saver(wish.checkpointer)
-    resumed = await within(resume_run(folder, loaded), end)
-    if wish.caps:  # the latest word counts
-        await asyncio.to_thread(folder.caps.unlink, missing_ok=True)
+    resumed = await with_deadline(resume_run(folder, loaded), end)
+    if wish.budget_assignments:  # the latest word counts
+        await asyncio.to_thread(folder.raised_limits.unlink, missing_ok=True)
     options = RunOptions(
         wish.checkpointer,
         wish.trace,
         wish.retry_failed,
-        anew=resumed.reduce_changed,
-        quiet=output.silent,
-        end=end or life_end(resumed.loaded.config, began),
+        refold=resumed.reduce_changed,
+        quiet=output.is_silent,
+        deadline=end or session_deadline(resumed.loaded.config, began),
     )
-    return await execute(folder, resumed.loaded, options, messages())
+    return await execute_run(folder, resumed.loaded, options, open_message_console())
 
 
 def _about(folder: RunFolder) -> list[str]:
@@ -237,18 +243,18 @@ def _about(folder: RunFolder) -> list[str]:
     return lines
 
 
-def _finish(result: RunResult, output: Output, pilot: Piloted | None = None) -> int:
+def _print_result(result: RunResult, output: OutputMode, pilot: PilotResult | None = None) -> int:
     """Print how a life of a run ended; return the exit code.
 
     One that was cut short by its job's end tells of its jobs no more than their node-hours.
     """
-    path, whole = result.folder.path, result.code != INTERRUPTED
+    path, whole = result.folder.path, result.exit_code != EXIT_INTERRUPTED
     if output.as_json:
         first = {} if pilot is None else {"pilot": pilot.to_json()}
-        jobs = campaign_inside(path, shares=whole)
+        jobs = job_report_offline(path, utilization=whole)
         print_json(
             {
-                "run": result.run,
+                "run": result.run_id,
                 "folder": str(path),
                 **result.progress,
                 **first,
@@ -257,16 +263,16 @@ def _finish(result: RunResult, output: Output, pilot: Piloted | None = None) -> 
                 "seconds": result.seconds,
                 "aggregate": result.aggregate,
                 **({} if jobs is None else {"chain": jobs}),
-                "exit_code": result.code,
+                "exit_code": result.exit_code,
             }
         )
-        return result.code
+        return result.exit_code
     if not output.quiet:
         show_aggregate(result.aggregate, result.simulated, Terminal())
-    say(_last_lines(result))
-    if (jobs := campaign_inside(path, shares=whole)) is not None:
-        say(list(status.in_words(jobs)))
-    return result.code
+    print_messages(_last_lines(result))
+    if (jobs := job_report_offline(path, utilization=whole)) is not None:
+        print_messages(list(status.job_lines(jobs)))
+    return result.exit_code
 
 
 def _last_lines(result: RunResult) -> list[str]:
@@ -281,12 +287,14 @@ def _last_lines(result: RunResult) -> list[str]:
         + (f", {wasted:,} wasted" if wasted else "")
     ]
     if result.cost is not None:
-        lines += in_words(result.cost, timed="node_hours" in result.budget)
-    if result.code == BUDGET:
+        lines += describe_cost(result.cost, timed="node_hours" in result.budget)
+    if result.exit_code == EXIT_BUDGET:
         lines.append(f"Paused: {result.reason}")
-        lines.append(f"Go on with a higher total: fanfold resume {folder.path} {_raise(result)}")
+        lines.append(
+            f"Go on with a higher total: fanfold resume {folder.path} {_raise_options(result)}"
+        )
         return lines
-    if result.code == INTERRUPTED:
+    if result.exit_code == EXIT_INTERRUPTED:
         lines.append(f"Interrupted: {result.reason}")
         lines.append(f"Go on with: fanfold resume {folder.path}")
         return lines
@@ -296,6 +304,6 @@ def _last_lines(result: RunResult) -> list[str]:
     return lines
 
 
-def _raise(result: RunResult) -> str:
+def _raise_options(result: RunResult) -> str:
     """Return the options that raise what limits the run."""
     return " ".join(f"--budget-{name.replace('_', '-')} N" for name in result.budget)

@@ -37,12 +37,12 @@ def register(client: Client = None) -> None:
 
     An endpoint with allowed_functions needs the id there; runs name it in backend.function.
     """
-    from ...backends.workers.factory import imported
-    from ...backends.workers.globus.service import connect
+    from ...backends.workers.factory import import_object
+    from ...backends.workers.globus.service import connect_service
     from ..worker import work_shard
 
-    make = imported(client, "--client") if client else None
-    service = connect(make, ask=sys.stdin.isatty())
+    make = import_object(client, "--client") if client else None
+    service = connect_service(make, may_prompt=sys.stdin.isatty())
     try:
         print(service.register(work_shard))
     finally:
@@ -93,18 +93,18 @@ presets = typer.Typer(help="Ready configurations, one per use case.", no_args_is
 @presets.command("list")
 def presets_list() -> None:
     """List the presets."""
-    from ...configs.loader import preset_names, preset_text
+    from ...configs.loader import preset_names, read_preset
 
     for name in preset_names():
-        print(f"{name:24} {preset_text(name).splitlines()[0].removeprefix('# ')}")
+        print(f"{name:24} {read_preset(name).splitlines()[0].removeprefix('# ')}")
 
 
 @presets.command("show")
 def presets_show(name: str) -> None:
     """Print a preset."""
-    from ...configs.loader import preset_text
+    from ...configs.loader import read_preset
 
-    print(preset_text(name), end="")
+    print(read_preset(name), end="")
 
 
 @presets.command("copy")

@@ -12,33 +12,33 @@ from rich.text import Text
 
 from ...backends.budget.cost import (
     Cost,
-    budget_so_far,
-    cost_so_far,
-    dollars,
-    doubts,
-    figure,
-    grouped,
-    nodes,
+    format_dollars,
+    format_node_hours,
+    format_unaccounted,
+    format_usd,
+    group_usage,
+    read_budget,
+    read_cost,
     tokens_json,
 )
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.money import HOUR_MS, NANO, Amount
+from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount
 from ...backends.core.types import Json
-from ...backends.storage.journal import Spent
-from ...backends.storage.journal_index import Ledger
-from ...backends.storage.results import rows, write_csv, write_jsonl, write_parquet
-from ...backends.storage.run_folder import RunFolder, open_folder, read_extents, run_ids
-from ...configs.loader import peek
-from ...configs.source import at_path
-from ..jobs.usage import campaign
-from ..run.console import Terminal, data_stream, print_json
-from ..run.monitor import short
-from .format import cell
+from ...backends.storage.journal import UsageTotals
+from ...backends.storage.journal_index import Journal
+from ...backends.storage.results import make_rows, write_csv, write_jsonl, write_parquet
+from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_extents
+from ...configs.loader import read_settings
+from ...configs.source import get_at_path
+from ..jobs.usage import job_report
+from ..run.console import Terminal, open_data_stream, print_json
+from ..run.monitor import format_count
+from .format import format_cell
 from .options import COST_BY
 
 
 def show_jobs(facts: Mapping[str, Any], console: Console) -> None:
-    """Print what :func:`~fanfold.graphs.jobs.usage.campaign` returned, one row per job."""
+    """Print what :func:`~fanfold.graphs.jobs.usage.job_report` returned, one row per job."""
     table = Table("job", "state", "nodes", "began", "ended", "items")
     for job in facts["jobs"]:
         row = [job["job"], job["state"], job["nodes"], _time(job["began"]), _time(job["ended"])]
@@ -48,7 +48,7 @@ def show_jobs(facts: Mapping[str, Any], console: Console) -> None:
     _print(_lines(facts), console)
 
 
-def show_use(facts: Mapping[str, Any], console: Console) -> None:
+def show_utilization(facts: Mapping[str, Any], console: Console) -> None:
     """Print how well the jobs used their nodes, as a table."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
@@ -70,7 +70,7 @@ def show_use(facts: Mapping[str, Any], console: Console) -> None:
     _print(_sources(facts), console)
 
 
-def in_words(facts: Mapping[str, Any]) -> Iterator[str]:
+def job_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield lines for the end of a run."""
     jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
     yield f"Jobs: {jobs:,} so far, {_hours(facts)}"
@@ -149,15 +149,15 @@ def _time(text: str | None) -> str:
 _FORMATS: Final = ("jsonl", "csv", "parquet")
 
 
-def status(path: Path, as_json: bool, usage: bool = False, batch: int | None = None) -> None:
+def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | None = None) -> None:
     """Show how far a run is, and its jobs if it has any."""
     folder = open_folder(path)
     about = folder.read_provenance()
-    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
-        counts, spent = ledger.counts(), ledger.total()
-        cost = cost_so_far(folder, run_ids(about), ledger.spent)
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as ledger:
+        counts, spent = ledger.count_items(), ledger.total_usage()
+        cost = read_cost(folder, get_run_ids(about), ledger.usage_by_session)
     last = about["lives"][-1] if about["lives"] else {"outcome": None}
-    state = "running" if folder.in_use() else last["outcome"] or "killed; resumable"
+    state = "running" if folder.is_in_use() else last["outcome"] or "killed; resumable"
     facts = {
         "run": about["run"],
         "name": about["name"],
@@ -171,15 +171,15 @@ def status(path: Path, as_json: bool, usage: bool = False, batch: int | None = N
         "requests": spent.requests,
         "reused": spent.reused,
     }
-    jobs = campaign(path, usage, batch)
+    jobs = job_report(path, usage, batch)
     if as_json:
-        costs = cost.to_json() | {"budget": budget_so_far(folder, cost)}
+        costs = cost.to_json() | {"budget": read_budget(folder, cost)}
         chain = {} if jobs is None else {"chain": jobs}
         print_json(facts | costs | {"lives": len(about["lives"])} | chain)
         return
     table = Table(show_header=False)
     for key, value in (facts | _costs(folder, cost) | {"lives": len(about["lives"])}).items():
-        table.add_row(key, _shown(value))
+        table.add_row(key, _format_value(value))
     Terminal().print(table)
     if jobs is not None:
         show_jobs(jobs, Terminal())
@@ -187,14 +187,14 @@ def status(path: Path, as_json: bool, usage: bool = False, batch: int | None = N
 
 def _costs(folder: RunFolder, cost: Cost) -> dict[str, Any]:
     """Return what a run has cost as it is shown; what nobody counts or limits is left out."""
-    limits = budget_so_far(folder, cost)
-    shown: dict[str, Any] = {"tokens": tokens_json(cost.spent)}
+    limits = read_budget(folder, cost)
+    shown: dict[str, Any] = {"tokens": tokens_json(cost.usage)}
     if cost.nano_usd is not None:
-        shown["cost"] = dollars(cost)
-    shown["nodes"] = nodes(cost)
+        shown["cost"] = format_dollars(cost)
+    shown["nodes"] = format_node_hours(cost)
     for name, limit in limits.items():
         shown[f"budget.{name}"] = f"{_number(limit['spent'])} of {_number(limit['cap'])}"
-    if more := doubts(cost):
+    if more := format_unaccounted(cost):
         shown["in doubt"] = more
     return shown
 
@@ -205,15 +205,15 @@ def _number(value: float) -> str:
     return f"{value:,.2f}" if value >= 1 else f"{value:.4g}"
 
 
-def _shown(value: Any) -> Text:
+def _format_value(value: Any) -> Text:
     if isinstance(value, dict):
-        return Text(", ".join(f"{_shown(inner)} {name}" for name, inner in value.items()))
+        return Text(", ".join(f"{_format_value(inner)} {name}" for name, inner in value.items()))
     if isinstance(value, bool):
         return Text(str(value).lower())
-    return Text(f"{value:,}") if isinstance(value, int) else cell(value)
+    return Text(f"{value:,}") if isinstance(value, int) else format_cell(value)
 
 
-def results(path: Path, form: str, target: Path | None, safe_csv: bool = False) -> None:
+def export_results(path: Path, form: str, target: Path | None, safe_csv: bool = False) -> None:
     """Write the finished items' rows."""
     if form not in _FORMATS:
         raise ConfigurationError(f"--format {form}: there are {', '.join(_FORMATS)}")
@@ -226,20 +226,20 @@ def results(path: Path, form: str, target: Path | None, safe_csv: bool = False) 
         _check_target(target)
     about, schema = folder.read_provenance(), _schema(folder)
     items, extents = about["input"]["items"], read_extents(folder)
-    with Ledger(folder.journal, run_ids(about), items, extents) as ledger:
-        records = rows(ledger.records(), priced=ledger.total().nano_usd > 0)
+    with Journal(folder.journal, get_run_ids(about), items, extents) as ledger:
+        records = make_rows(ledger.read_records(), priced=ledger.total_usage().nano_usd > 0)
         if form == "parquet" and target is not None:
             write_parquet(records, target, schema)
         elif target is None:
-            _write_text(records, form, data_stream(form == "jsonl"), schema, safe_csv)
+            _write_text(records, form, open_data_stream(form == "jsonl"), schema, safe_csv)
         else:
-            with _opened(target) as stream:
+            with _open_target(target) as stream:
                 _write_text(records, form, stream, schema, safe_csv)
 
 
 def _schema(folder: RunFolder) -> dict[str, Any] | None:
     """Return the answers' schema; nobody needs the endpoints' key to read results."""
-    schema = at_path(peek(folder.settings)[0], ("task", "schema"))
+    schema = get_at_path(read_settings(folder.settings)[0], ("task", "schema"))
     return schema if isinstance(schema, dict) else None
 
 
@@ -250,7 +250,7 @@ def _check_target(target: Path) -> None:
         raise ConfigurationError(f"-o {target}: there is no folder {target.parent}")
 
 
-def _opened(target: Path) -> IO[bytes]:
+def _open_target(target: Path) -> IO[bytes]:
     try:
         return target.open("wb")
     except OSError as error:
@@ -273,31 +273,31 @@ def _write_text(
 _NO_PRICE: Final = "-"
 
 
-def show(path: Path, by: str | None, as_json: bool) -> None:
+def show_cost(path: Path, by: str | None, as_json: bool) -> None:
     """Show what a run has cost over all its lives, whatever became of them.
 
     Raises:
         ConfigurationError: No run folder, or no such grouping.
-        LedgerError: Journal or books are damaged.
+        JournalError: Journal or books are damaged.
     """
     if by is not None and by not in COST_BY:
         raise ConfigurationError(f"--by {by}: there are {', '.join(COST_BY)}")
     folder = open_folder(path)
     about = folder.read_provenance()
-    run, items, model = run_ids(about), about["input"]["items"], about["model"]
-    groups = grouped(folder.journal, run, items, by, model)
-    cost = cost_so_far(folder, run, groups.lives)
-    rows = sorted(groups.by.items(), key=lambda one: (by != "day" and -one[1].tokens, one[0]))
-    jobs = campaign(path, shares=True)
+    run, items, model = get_run_ids(about), about["input"]["items"], about["model"]
+    groups = group_usage(folder.journal, run, items, by, model)
+    cost = read_cost(folder, run, groups.sessions)
+    rows = sorted(groups.by_key.items(), key=lambda one: (by != "day" and -one[1].tokens, one[0]))
+    jobs = job_report(path, utilization=True)
     if as_json:
         print_json(
             {
                 "run": about["run"],
                 "simulated": about["simulated"],
-                "running": folder.in_use(),
-                "requests": cost.spent.requests,
+                "running": folder.is_in_use(),
+                "requests": cost.usage.requests,
                 **cost.to_json(),
-                "budget": budget_so_far(folder, cost),
+                "budget": read_budget(folder, cost),
             }
             | ({by: [_row_json(name, spent, cost.priced) for name, spent in rows]} if by else {})
             | ({} if jobs is None else {"chain": jobs})
@@ -307,24 +307,24 @@ def show(path: Path, by: str | None, as_json: bool) -> None:
     if about["simulated"]:
         console.print(Text("simulated: true", style="bold"))
     if by is not None:
-        console.print(_grouped_table(by, [*rows, ("total", cost.spent)], cost.priced))
+        console.print(_grouped_table(by, [*rows, ("total", cost.usage)], cost.priced))
     else:
-        console.print(_total_table(cost, folder.in_use()))
+        console.print(_total_table(cost, folder.is_in_use()))
     if jobs is not None:
-        show_use(jobs, console)
+        show_utilization(jobs, console)
 
 
-def _row_json(name: str, spent: Spent, priced: bool) -> dict[str, Json]:
+def _row_json(name: str, spent: UsageTotals, priced: bool) -> dict[str, Json]:
     return {
         "name": name,
         "requests": spent.requests,
         "tokens": tokens_json(spent),
-        "usd": spent.nano_usd / NANO if priced else None,
-        "wasted_usd": spent.wasted_nano_usd / NANO if priced else None,
+        "usd": spent.nano_usd / NANO_PER_USD if priced else None,
+        "wasted_usd": spent.wasted_nano_usd / NANO_PER_USD if priced else None,
     }
 
 
-def _grouped_table(by: str, rows: list[tuple[str, Spent]], priced: bool) -> Table:
+def _grouped_table(by: str, rows: list[tuple[str, UsageTotals]], priced: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(by, overflow="fold")
     for head in ("requests", "prompt", "cached", "completion", "wasted", "USD"):
@@ -338,8 +338,8 @@ def _grouped_table(by: str, rows: list[tuple[str, Spent]], priced: bool) -> Tabl
             spent.completion_tokens,
             spent.wasted_tokens,
         )
-        usd = figure(spent.nano_usd, largest) if priced else _NO_PRICE
-        table.add_row(cell(name), *map(short, numbers), usd)
+        usd = format_usd(spent.nano_usd, largest) if priced else _NO_PRICE
+        table.add_row(format_cell(name), *map(format_count, numbers), usd)
     return table
 
 
@@ -348,16 +348,16 @@ def _total_table(cost: Cost, running: bool) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
     table.add_column(no_wrap=True, justify="right")
-    for name, amount, nano in _cost_lines(cost, running):
+    for name, amount, nano in _total_rows(cost, running):
         priced = cost.nano_usd is not None and nano is not None
-        usd = f"{figure(nano or 0, cost.nano_usd or 0)} USD" if priced else ""
+        usd = f"{format_usd(nano or 0, cost.nano_usd or 0)} USD" if priced else ""
         table.add_row(name, amount, usd)
     return table
 
 
-def _cost_lines(cost: Cost, running: bool) -> Iterator[tuple[str, str, int | None]]:
+def _total_rows(cost: Cost, running: bool) -> Iterator[tuple[str, str, int | None]]:
     """Yield what is shown of a total: name, amount, and nano-dollars."""
-    spent, held, doubt = cost.spent, cost.held, cost.doubt
+    spent, held, doubt = cost.usage, cost.node_time, cost.unaccounted
     tokens = spent.nano_usd if cost.priced else None
     yield "requests", f"{spent.requests:,}", None
     yield "prompt tokens", f"{spent.prompt_tokens:,}", None
@@ -369,9 +369,9 @@ def _cost_lines(cost: Cost, running: bool) -> Iterator[tuple[str, str, int | Non
     wasted = spent.wasted_nano_usd if cost.priced else None
     yield "  wasted", f"{spent.wasted_tokens:,}", wasted
     price = held.nano_usd or None
-    yield "node-hours held", f"{held.node_ms / HOUR_MS:,.3f}", price
-    yield "  idle", f"{held.idle_ms / HOUR_MS:,.3f}", price and held.idle_nano_usd
+    yield "node-hours held", f"{held.node_ms / MS_PER_HOUR:,.3f}", price
+    yield "  idle", f"{held.idle_ms / MS_PER_HOUR:,.3f}", price and held.idle_nano_usd
     if cost.nano_usd is not None:
         yield "tokens and nodes", "", cost.nano_usd
     if doubt != Amount():
-        yield ("reserved or in doubt" if running else "in doubt"), doubts(cost), None
+        yield ("reserved or in doubt" if running else "in doubt"), format_unaccounted(cost), None

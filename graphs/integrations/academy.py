@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from ...backends.core.errors import ConfigurationError, FanfoldError, InputError, MissingExtraError
 from ...backends.core.types import Json
-from ...configs.resolve import settle
-from .service import Served, Service, as_data
+from ...configs.resolve import resolve_config
+from .service import Service, ServiceRun, make_error_reply
 
 try:
     from academy.agent import Agent, action
@@ -68,14 +68,14 @@ class MapReduceAgent(Agent):
         event_s: float = _EVENT_S,
     ) -> None:
         super().__init__()
-        loaded = settle(spec)[0]
+        loaded = resolve_config(spec)[0]
         if loaded.config.endpoints.simulated is not None and not allow_simulated:
             msg = "the settings run on a simulated fleet; set endpoints, or allow_simulated=True"
             raise ConfigurationError(msg)
         given = None if inputs is None else Path(inputs)
         self._service = Service(loaded, Path(home).absolute(), given, allow_simulated)
-        self._runs: dict[str, Served] = {}
-        self._telling = set[asyncio.Task[None]]()
+        self._runs: dict[str, ServiceRun] = {}
+        self._notifications = set[asyncio.Task[None]]()
         self._event_s = event_s
 
     @action
@@ -92,24 +92,24 @@ class MapReduceAgent(Agent):
         """
         run_id = run_id or secrets.token_hex(8)
         try:
-            served = await self._started(run_id, request)
+            served = await self._get_or_start(run_id, request)
             if listener is not None:
                 agent: AgentId[Any] = AgentId(uid=_uuid(listener), name=None, role="agent")
-                task = asyncio.create_task(self._tell(served, Handle(agent)))
-                self._telling.add(task)
-                task.add_done_callback(self._telling.discard)
+                task = asyncio.create_task(self._notify_listener(served, Handle(agent)))
+                self._notifications.add(task)
+                task.add_done_callback(self._notifications.discard)
         except FanfoldError as error:
-            return {"v": 1, "run_id": run_id, "error": as_data(error)}
+            return {"v": 1, "run_id": run_id, "error": make_error_reply(error)}
         return served.status()
 
-    async def _started(self, run_id: str, request: Mapping[str, Any]) -> Served:
-        self._service.folder(run_id)  # says what an id may be
-        loaded = await asyncio.to_thread(self._service.settings, request)
+    async def _get_or_start(self, run_id: str, request: Mapping[str, Any]) -> ServiceRun:
+        self._service.run_folder(run_id)  # says what an id may be
+        loaded = await asyncio.to_thread(self._service.load_settings, request)
         known = self._runs.get(run_id)
         state = "unknown" if known is None else known.status()["state"]
         if known is None or state in {"failed", "interrupted", "paused"}:
-            known = self._runs[run_id] = Served(self._service, loaded, run_id, request)
-        elif not known.same(request):
+            known = self._runs[run_id] = ServiceRun(self._service, loaded, run_id, request)
+        elif not known.is_same_request(request):
             msg = f"run_id: {run_id} was started with another request; choose another id"
             raise InputError(msg)
         return known
@@ -118,7 +118,7 @@ class MapReduceAgent(Agent):
     async def status(self, run_id: str) -> dict[str, Json]:
         """Tell where a run is."""
         served = self._runs.get(run_id)
-        return _unknown(run_id) if served is None else served.status()
+        return _unknown_run(run_id) if served is None else served.status()
 
     @action
     async def result(self, run_id: str, wait_s: float = 30.0) -> dict[str, Json]:
@@ -130,8 +130,8 @@ class MapReduceAgent(Agent):
         """
         served = self._runs.get(run_id)
         if served is None:
-            return _unknown(run_id)
-        await asyncio.wait({served.ended}, timeout=min(max(0.0, wait_s), _MOST_WAIT_S))
+            return _unknown_run(run_id)
+        await asyncio.wait({served.task}, timeout=min(max(0.0, wait_s), _MOST_WAIT_S))
         return served.outcome()
 
     @action
@@ -139,15 +139,15 @@ class MapReduceAgent(Agent):
         """Let no further item of a run begin; what is finished is kept."""
         served = self._runs.get(run_id)
         if served is None:
-            return _unknown(run_id)
+            return _unknown_run(run_id)
         served.cancel()
         return served.status()
 
-    async def _tell(self, served: Served, listener: Handle[Any]) -> None:
+    async def _notify_listener(self, served: ServiceRun, listener: Handle[Any]) -> None:
         """Tell a listener how a run goes on until it ends; a deaf one is given up."""
         told: dict[str, Json] | None = None
         while True:
-            ended, _ = await asyncio.wait({served.ended}, timeout=self._event_s)
+            ended, _ = await asyncio.wait({served.task}, timeout=self._event_s)
             event = served.outcome() if ended else served.status()
             if event == told:
                 continue
@@ -162,16 +162,16 @@ class MapReduceAgent(Agent):
 
     async def agent_on_shutdown(self) -> None:
         """Stop all runs as ``cancel`` does, and wait for them."""
-        running = {served.ended for served in self._runs.values() if not served.ended.done()}
+        running = {served.task for served in self._runs.values() if not served.task.done()}
         for served in self._runs.values():
             served.cancel()
-        for task in self._telling:
+        for task in self._notifications:
             task.cancel()
         if running:
             await asyncio.wait(running, timeout=self._service.loaded.config.limits.drain_s + 5)
 
 
-def _unknown(run_id: str) -> dict[str, Json]:
+def _unknown_run(run_id: str) -> dict[str, Json]:
     return {"v": 1, "run_id": run_id, "state": "unknown"}
 
 

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...backends.core.errors import FanfoldError
 
-HOSTS: Final = "FANFOLD_SERVER_HOSTS"
+HOSTS_ENV: Final = "FANFOLD_SERVER_HOSTS"
 """Variable with the names by which clients reach the server, commas between; loopback always is."""
 
 _SERVER: Final = "LANGGRAPH_HTTP"
@@ -37,7 +37,7 @@ _OWN: Final = "/noauth"
 _POLICY_VIOLATION: Final = 1008
 
 
-class RequestSource:
+class SourceMiddleware:
     """Refuses requests that name another host, or come from the page of a foreign site.
 
     Args:
@@ -49,7 +49,7 @@ class RequestSource:
         found = os.environ if environment is None else environment
         cors = (json.loads(found.get(_SERVER) or "{}") or {}).get("cors") or {}
         self._app = app
-        self._hosts = {name.strip().lower() for name in found.get(HOSTS, "").split(",")} - {""}
+        self._hosts = {name.strip().lower() for name in found.get(HOSTS_ENV, "").split(",")} - {""}
         self._origins = set(cors.get("allow_origins", ()))
         self._pattern = re.compile(cors.get("allow_origin_regex") or "(?!)")
 
@@ -57,7 +57,7 @@ class RequestSource:
         """Serve a request, or refuse it."""
         inside = str(scope.get("root_path", "")).split("/")[:2] == _OWN.split("/")
         outside = scope["type"] in ("http", "websocket") and not inside
-        problem = self._problem(Headers(scope=scope)) if outside else None
+        problem = self._find_problem(Headers(scope=scope)) if outside else None
         if problem is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -65,22 +65,22 @@ class RequestSource:
         else:
             await JSONResponse({"detail": problem}, status_code=403)(scope, receive, send)
 
-    def _problem(self, headers: Headers) -> str | None:
+    def _find_problem(self, headers: Headers) -> str | None:
         for host in headers.getlist("host") or [""]:
-            if not self._is_here(_hostname(f"//{host}")):
+            if not self._is_own_host(_hostname(f"//{host}")):
                 return (
                     "the request names a host that is not this server's; list the names by which "
-                    f"clients reach it in {HOSTS}, commas between"
+                    f"clients reach it in {HOSTS_ENV}, commas between"
                 )
         for origin in headers.getlist("origin"):
-            if not self._may_send(origin):
+            if not self._is_allowed_origin(origin):
                 return (
                     "the request comes from the page of a site that this server does not serve; "
                     "list the site in http.cors.allow_origins of langgraph.json"
                 )
         return None
 
-    def _is_here(self, name: str | None) -> bool:
+    def _is_own_host(self, name: str | None) -> bool:
         if name is None:
             return False
         try:
@@ -88,7 +88,7 @@ class RequestSource:
         except ValueError:
             return name == "localhost" or name in self._hosts
 
-    def _may_send(self, origin: str) -> bool:
+    def _is_allowed_origin(self, origin: str) -> bool:
         listed = origin in self._origins or self._pattern.fullmatch(origin) is not None
         return listed or (_hostname(origin) or "") in self._hosts
 
@@ -100,12 +100,12 @@ def _hostname(url: str) -> str | None:
         return None
 
 
-async def show_error(_: Request, error: Exception) -> JSONResponse:
+async def respond_with_error(_: Request, error: Exception) -> JSONResponse:
     """Answer a request that fanfold refuses with the reason."""
     return JSONResponse({"detail": str(error)}, status_code=422)
 
 
 app = Starlette(
-    middleware=[Middleware(RequestSource)], exception_handlers={FanfoldError: show_error}
+    middleware=[Middleware(SourceMiddleware)], exception_handlers={FanfoldError: respond_with_error}
 )
 """What ``langgraph.json`` names ``http.app``."""

@@ -17,8 +17,8 @@ import orjson
 from rich.console import Console
 
 from ...backends.core.errors import (
-    BUDGET,
-    INTERRUPTED,
+    EXIT_BUDGET,
+    EXIT_INTERRUPTED,
     ConfigurationError,
     FanfoldError,
     InputError,
@@ -26,22 +26,22 @@ from ...backends.core.errors import (
 )
 from ...backends.core.types import Json
 from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_json
-from ...configs.loader import Loaded, load
-from ...nodes.batch.load import check_input
+from ...configs.loader import LoadedConfig, load_config
+from ...nodes.batch.load import check_run_input
 from ...nodes.context import RunTools
-from ..requests import as_literal, below
+from ..requests import escape_variables, resolve_below
 from ..run.prepare import prepare_run
-from ..run.shutdown import Stop, life_end
-from ..session import RunOptions, RunResult, lived
+from ..run.shutdown import Shutdown, session_deadline
+from ..session import RunOptions, RunResult, run_session
 
 logger = logging.getLogger(__name__)
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHOWN: Final = 500
 _KEYS: Final = ("items", "path")
-_STATES: Final = {INTERRUPTED: "interrupted", BUDGET: "paused"}
+_STATES: Final = {EXIT_INTERRUPTED: "interrupted", EXIT_BUDGET: "paused"}
 """Ends from which a run can be started again."""
-MOST_BYTES: Final = 300_000
+MAX_AGGREGATE_BYTES: Final = 300_000
 """A larger aggregate is not sent: HTTP exchanges carry messages of 512,000 bytes."""
 
 
@@ -56,12 +56,12 @@ class Service:
         allow_simulated: Whether a simulated fleet may be asked.
     """
 
-    loaded: Loaded
+    loaded: LoadedConfig
     home: Path
     inputs: Path | None = None
     allow_simulated: bool = True
 
-    def folder(self, run_id: str) -> Path:
+    def run_folder(self, run_id: str) -> Path:
         """Return the folder of a run.
 
         Raises:
@@ -72,25 +72,25 @@ class Service:
             raise InputError(msg)
         return self.home / run_id
 
-    def settings(self, request: Mapping[str, Any]) -> Loaded:
+    def load_settings(self, request: Mapping[str, Any]) -> LoadedConfig:
         """Return the settings with the request's input; blocks.
 
         Raises:
             InputError: The request has other keys, both inputs, an empty one, or a path that is
                 not allowed.
         """
-        check_input(request, where="request", keys=_KEYS)
+        check_run_input(request, where="request", keys=_KEYS)
         path = request.get("path")
         if path is None:
             return self.loaded
         if self.inputs is None:
             raise InputError("request.path: this service takes no paths; give items")
-        full = below(self.inputs, str(path), "request.path")
-        changes = {"input.path": as_literal(str(full)), "input.dataset": None}
-        return load(self.loaded.raw, settings=changes)
+        full = resolve_below(self.inputs, str(path), "request.path")
+        changes = {"input.path": escape_variables(str(full)), "input.dataset": None}
+        return load_config(self.loaded.raw, settings=changes)
 
 
-class Served:
+class ServiceRun:
     """One run of a service.
 
     Args:
@@ -101,45 +101,45 @@ class Served:
     """
 
     def __init__(
-        self, service: Service, loaded: Loaded, run_id: str, request: Mapping[str, Any]
+        self, service: Service, loaded: LoadedConfig, run_id: str, request: Mapping[str, Any]
     ) -> None:
         self.run_id = run_id
         self._service, self._loaded, self._request = service, loaded, request
-        self._path = service.folder(run_id)
-        self._stop = Stop(Console(file=io.StringIO()))
+        self._path = service.run_folder(run_id)
+        self._stop = Shutdown(Console(file=io.StringIO()))
         self._tools: RunTools | None = None
         self._task = asyncio.create_task(self._run())
-        self._task.add_done_callback(self._note)
+        self._task.add_done_callback(self._log_failure)
 
-    def _note(self, task: asyncio.Task[RunResult]) -> None:
+    def _log_failure(self, task: asyncio.Task[RunResult]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             told = isinstance(error, FanfoldError)
             logger.warning("run %s: %s", self.run_id, error, exc_info=None if told else error)
 
     @property
-    def ended(self) -> asyncio.Task[RunResult]:
+    def task(self) -> asyncio.Task[RunResult]:
         """Return what is done when the run has ended."""
         return self._task
 
     def cancel(self) -> None:
         """Let no further item begin; those in flight end. It can be started again later."""
         if not self._task.done():
-            self._stop.asked("cancel")
+            self._stop.request_stop("cancel")
 
-    def same(self, request: Mapping[str, Any]) -> bool:
+    def is_same_request(self, request: Mapping[str, Any]) -> bool:
         """Say whether it was started with this request."""
         return _digest(self._request) == _digest(request)
 
     async def _run(self) -> RunResult:
-        began, folder = time.time(), await self._opened()
-        end = life_end(self._loaded.config, began)
-        options, console = RunOptions(quiet=True, end=end), Console(file=io.StringIO())
-        with self._stop.ending(end):
-            return await lived(
-                folder, self._loaded, options, console, self._stop, opened=self._watch
+        began, folder = time.time(), await self._open_folder()
+        end = session_deadline(self._loaded.config, began)
+        options, console = RunOptions(quiet=True, deadline=end), Console(file=io.StringIO())
+        with self._stop.stop_at_deadline(end):
+            return await run_session(
+                folder, self._loaded, options, console, self._stop, on_open=self._set_tools
             )
 
-    async def _opened(self) -> RunFolder:
+    async def _open_folder(self) -> RunFolder:
         """Make the run's folder, or go on with the one of an earlier process."""
         asked = {"v": 1, "request": _digest(self._request)}
         if await asyncio.to_thread(is_vacant, self._path):
@@ -155,7 +155,7 @@ class Served:
             raise InputError(msg)
         return folder
 
-    def _watch(self, tools: RunTools) -> None:
+    def _set_tools(self, tools: RunTools) -> None:
         self._tools = tools
 
     def status(self) -> dict[str, Json]:
@@ -167,7 +167,7 @@ class Served:
             return "starting" if self._tools is None else "running"
         if (error := self._error()) is not None:
             return "interrupted" if isinstance(error, RunStoppedError) else "failed"
-        return _STATES.get(self._task.result().code, "done")
+        return _STATES.get(self._task.result().exit_code, "done")
 
     def _error(self) -> BaseException | None:
         return asyncio.CancelledError() if self._task.cancelled() else self._task.exception()
@@ -187,13 +187,13 @@ class Served:
         if not self._task.done():
             return said
         if (error := self._error()) is not None:
-            return said | {"error": as_data(error)}
+            return said | {"error": make_error_reply(error)}
         result = self._task.result()
         if said["state"] in _STATES.values():
             return said | {"reason": result.reason}
         return said | {
             "progress": result.progress,
-            **bounded(result.aggregate),
+            **limit_aggregate(result.aggregate),
             "results": {
                 "folder": str(result.folder.path),
                 "table": str(result.folder.results),
@@ -203,16 +203,16 @@ class Served:
         }
 
 
-def bounded(aggregate: list[dict[str, Any]]) -> dict[str, Json]:
+def limit_aggregate(aggregate: list[dict[str, Any]]) -> dict[str, Json]:
     """Return the aggregate if a message carries it, else what to do instead."""
     size = len(orjson.dumps(aggregate))
-    if size <= MOST_BYTES:
+    if size <= MAX_AGGREGATE_BYTES:
         return {"aggregate": aggregate}
     left_out = f"the aggregate has {size:,} bytes; read aggregate.json in results.folder"
     return {"aggregate": None, "left_out": left_out}
 
 
-def as_data(error: BaseException) -> dict[str, Json]:
+def make_error_reply(error: BaseException) -> dict[str, Json]:
     """Return an error as data: no exception crosses an exchange."""
     text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
     kind = "configuration" if isinstance(error, ConfigurationError) else "run"

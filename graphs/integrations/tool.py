@@ -17,8 +17,8 @@ from langchain_core.tools import StructuredTool, ToolException
 from langgraph.errors import GraphBubbleUp
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from ...backends.budget.budget import spent_before
-from ...backends.budget.spend_log import Shelf
+from ...backends.budget.budget import read_spent_before
+from ...backends.budget.spend_log import SpendLogs
 from ...backends.core.errors import (
     BudgetExhaustedError,
     ConfigurationError,
@@ -26,18 +26,18 @@ from ...backends.core.errors import (
     InputError,
     RunStoppedError,
 )
-from ...backends.core.money import NANO, Amount
+from ...backends.core.money import NANO_PER_USD, Amount
 from ...backends.core.types import Json
 from ...backends.inputs.source import needed_columns
-from ...backends.storage.journal_index import Ledger
-from ...backends.storage.run_folder import open_folder, run_ids
-from ...configs.loader import Loaded, load
+from ...backends.storage.journal_index import Journal
+from ...backends.storage.run_folder import get_run_ids, open_folder
+from ...configs.loader import LoadedConfig, load_config
 from ...configs.models import BudgetConfig, RunConfig
 from ...nodes.state import RunInput
 from ..context import RunContext
-from ..map_reduce import MapReduce, build
-from ..run.items import UNBOUNDED
-from ..run.prepare import RUNS, new_name
+from ..map_reduce import MapReduce, build_bound_graph
+from ..run.items import UNBOUNDED_STEPS
+from ..run.prepare import RUNS_FOLDER, new_folder_name
 
 _CAPS: Final = ("usd", "tokens", "requests")
 _REPORT: Final = "Report this to the user: only the tool's owner can allow more."
@@ -52,27 +52,30 @@ class Allowance:
         each: Whether the budget is each call's.
     """
 
-    def __init__(self, loaded: Loaded, most_items: int | None, *, each: bool) -> None:
-        self._loaded, self._caps = loaded, {} if each else _capped(loaded.config.budget)
+    def __init__(self, loaded: LoadedConfig, most_items: int | None, *, each: bool) -> None:
+        self._loaded, self._limits = (
+            loaded,
+            {} if each else _configured_limits(loaded.config.budget),
+        )
         self._most = self._left = most_items
         self._spent, self._busy = Amount(), False
         self._lock = threading.Lock()  # sync calls come from several threads
 
-    def begin(self, items: int) -> Loaded:
+    def begin_call(self, items: int) -> LoadedConfig:
         """Take so many items; return the settings of a call, its budget being what is left.
 
-        Every call that begins must :meth:`end`. Blocks.
+        Every call that begins must :meth:`end_call`. Blocks.
 
         Raises:
             ToolException: So much is not left, or another call is spending it.
         """
         with self._lock:
-            loaded = self._bounded() if self._caps else self._loaded
-            self._take(items)
-            self._busy = bool(self._caps)
+            loaded = self._remaining_settings() if self._limits else self._loaded
+            self._take_items(items)
+            self._busy = bool(self._limits)
             return loaded
 
-    def paused(self, items: int) -> int:
+    def pause_call(self, items: int) -> int:
         """Give items back that a call will take again when its graph goes on; return what is left.
 
         Args:
@@ -82,7 +85,7 @@ class Allowance:
             self._left = None if self._left is None else self._left + items
         return 0
 
-    def end(self, items: int, folder: Path) -> None:
+    def end_call(self, items: int, folder: Path) -> None:
         """Count what a call has spent; blocks.
 
         Args:
@@ -93,10 +96,10 @@ class Allowance:
             self._busy = False
             if not folder.exists():
                 self._left = None if self._left is None else self._left + items
-            elif self._caps:
-                self._spent = self._spent.plus(_spent_in(folder))
+            elif self._limits:
+                self._spent = self._spent.plus(_read_spent(folder))
 
-    def _take(self, items: int) -> None:
+    def _take_items(self, items: int) -> None:
         if self._left is None or items <= self._left:
             self._left = None if self._left is None else self._left - items
             return
@@ -106,40 +109,40 @@ class Allowance:
         )
         raise ToolException(msg)
 
-    def _bounded(self) -> Loaded:
+    def _remaining_settings(self) -> LoadedConfig:
         if self._busy:
             msg = "Another call of this tool is spending its budget; call again when it has ended."
             raise ToolException(msg)
         spent = {
-            "usd": self._spent.nano_usd / NANO,
+            "usd": self._spent.nano_usd / NANO_PER_USD,
             "tokens": self._spent.tokens,
             "requests": self._spent.requests,
         }
-        left = {key: cap - spent[key] for key, cap in self._caps.items()}
+        left = {key: cap - spent[key] for key, cap in self._limits.items()}
         if gone := [key for key, rest in left.items() if rest <= 0]:
             msg = f"The budget of this tool is spent ({', '.join(gone)}). {_REPORT}"
             raise ToolException(msg)
         changes = {f"budget.{key}": rest for key, rest in left.items()}
-        return load(self._loaded.raw, settings={**changes, "budget.on_limit": "stop"})
+        return load_config(self._loaded.raw, settings={**changes, "budget.on_limit": "stop"})
 
 
-def _capped(budget: BudgetConfig) -> dict[str, Any]:
+def _configured_limits(budget: BudgetConfig) -> dict[str, Any]:
     return {key: cap for key in _CAPS if (cap := getattr(budget, key)) is not None}
 
 
-def _spent_in(path: Path) -> Amount:
+def _read_spent(path: Path) -> Amount:
     """Return the most that a run may have spent."""
     folder = open_folder(path)
     about = folder.read_provenance()
-    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
-        return spent_before(Shelf(folder.budget, run_ids(about)), ledger)
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as ledger:
+        return read_spent_before(SpendLogs(folder.budget, get_run_ids(about)), ledger)
 
 
 _TEXT: Final = 300
 _FAILURES: Final = 5
 
 
-def reply(end: Mapping[str, Any], rows: int) -> str:
+def format_reply(end: Mapping[str, Any], rows: int) -> str:
     """Return a run's end as JSON text for a model; blocks.
 
     Args:
@@ -207,7 +210,7 @@ def _failures(file: Path) -> Iterator[Json]:
             yield _short({key: record[key] for key in ("id", "error_class", "error")})
 
 
-def complaint(error: FanfoldError, folder: Path) -> str:
+def format_error(error: FanfoldError, folder: Path) -> str:
     """Return an error as the text that tells an agent what to do.
 
     Args:
@@ -229,13 +232,13 @@ Value: TypeAlias = str | int | float | bool
 _FORBID = ConfigDict(extra="forbid", populate_by_name=False)
 
 
-class Rows(BaseModel):
+class ToolArguments(BaseModel):
     """The arguments of one call; a subclass per task says what ``items`` are."""
 
     model_config = _FORBID
 
 
-def arguments(config: RunConfig, most: int) -> type[Rows]:
+def make_arguments_schema(config: RunConfig, most: int) -> type[ToolArguments]:
     """Return the argument schema of a task.
 
     Columns may have names that Python does not allow, so each is the alias of a numbered field.
@@ -258,10 +261,10 @@ def arguments(config: RunConfig, most: int) -> type[Rows]:
     row = create_model("Item", __config__=_FORBID, **fields)
     about = f"The items, one object each; at most {most:,} in one call"
     items: Any = (list[row], Field(min_length=1, max_length=most, description=about))  # type: ignore[valid-type]
-    return create_model("Arguments", __base__=Rows, items=items)
+    return create_model("Arguments", __base__=ToolArguments, items=items)
 
 
-def rows_of(items: Sequence[BaseModel]) -> list[dict[str, Any]]:
+def dump_rows(items: Sequence[BaseModel]) -> list[dict[str, Any]]:
     """Return rows as plain data, by the columns' own names; a name that was left out is none."""
     return [item.model_dump(by_alias=True, exclude_unset=True, exclude_none=True) for item in items]
 
@@ -273,7 +276,7 @@ def _is_smiles(name: str, column: str | None) -> bool:
 _NAME: Final = re.compile(r"[^A-Za-z0-9_-]+")
 _SHOWN: Final = 600
 
-_Said: TypeAlias = tuple[str, dict[str, Any]]
+_Reply: TypeAlias = tuple[str, dict[str, Any]]
 
 
 def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
@@ -327,17 +330,17 @@ def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
     if loaded.config.input.limit is not None:
         max_items = min(max_items, loaded.config.input.limit)
     allowance = Allowance(loaded, max_items_in_all, each=interrupt)
-    where = (Path(folder) if folder is not None else Path(RUNS)).absolute()
-    errand = _Errand(loaded.config.name, where, allowance, rows, allow_simulated)
+    where = (Path(folder) if folder is not None else Path(RUNS_FOLDER)).absolute()
+    errand = BatchTool(loaded.config.name, where, allowance, rows, allow_simulated)
     return StructuredTool(
         name=_NAME.sub("_", name or loaded.config.name)[:64],
         description=description or _description(loaded),
-        args_schema=arguments(loaded.config, max_items),
+        args_schema=make_arguments_schema(loaded.config, max_items),
         func=errand.run,
         coroutine=errand.arun,
         response_format="content_and_artifact",
         handle_tool_error=True,
-        handle_validation_error=_unfit,
+        handle_validation_error=_explain_arguments,
     )
 
 
@@ -345,7 +348,7 @@ def _config(spec: str | Path | Mapping[str, Any]) -> str | dict[str, Any]:
     return dict(spec) if isinstance(spec, Mapping) else str(spec)
 
 
-class _Errand:
+class BatchTool:
     """What the tool does.
 
     Args:
@@ -362,65 +365,71 @@ class _Errand:
         self._name, self._folder, self._allowance = name, folder, allowance
         self._rows, self._allow_simulated = rows, allow_simulated
 
-    async def arun(self, items: list[BaseModel], config: RunnableConfig) -> _Said:
+    async def arun(self, items: list[BaseModel], config: RunnableConfig) -> _Reply:
         """Run the items and say how it ended."""
         folder, count = self._new_folder(), len(items)
-        with _told(folder):
-            loaded = await asyncio.to_thread(self._allowance.begin, count)
+        with _explain_errors(folder):
+            loaded = await asyncio.to_thread(self._allowance.begin_call, count)
             try:
-                end = await self._graph(loaded, folder).ainvoke(_given(items), _own_steps(config))
+                end = await self._build_graph(loaded, folder).ainvoke(
+                    _make_input(items), _without_step_limit(config)
+                )
             except GraphBubbleUp:
-                count = self._allowance.paused(count)
+                count = self._allowance.pause_call(count)
                 raise
             finally:
-                ending = asyncio.to_thread(self._allowance.end, count, folder)
+                ending = asyncio.to_thread(self._allowance.end_call, count, folder)
                 await asyncio.shield(asyncio.create_task(ending))
-            return await asyncio.to_thread(reply, end, self._rows), end
+            return await asyncio.to_thread(format_reply, end, self._rows), end
 
-    def run(self, items: list[BaseModel], config: RunnableConfig) -> _Said:
+    def run(self, items: list[BaseModel], config: RunnableConfig) -> _Reply:
         """Do the same for callers without a loop."""
         folder, count = self._new_folder(), len(items)
-        with _told(folder):
-            loaded = self._allowance.begin(count)
+        with _explain_errors(folder):
+            loaded = self._allowance.begin_call(count)
             try:
-                end = self._graph(loaded, folder).invoke(_given(items), _own_steps(config))
+                end = self._build_graph(loaded, folder).invoke(
+                    _make_input(items), _without_step_limit(config)
+                )
             except GraphBubbleUp:
-                count = self._allowance.paused(count)
+                count = self._allowance.pause_call(count)
                 raise
             finally:
-                self._allowance.end(count, folder)
-            return reply(end, self._rows), end
+                self._allowance.end_call(count, folder)
+            return format_reply(end, self._rows), end
 
     def _new_folder(self) -> Path:
-        return self._folder / new_name(self._name)
+        return self._folder / new_folder_name(self._name)
 
-    def _graph(self, loaded: Loaded, folder: Path) -> MapReduce:
+    def _build_graph(self, loaded: LoadedConfig, folder: Path) -> MapReduce:
         """Return a graph for one call: each has a run folder and a fleet of its own."""
         allowed = self._allow_simulated
         place = folder.parent, folder.name
-        context = RunContext.of(loaded, embedded=True, allow_simulated=allowed, place=place)
-        return build(context, fixed=True).compile()
+        context = RunContext.from_loaded(
+            loaded, embedded=True, allow_simulated=allowed, place=place
+        )
+        return build_bound_graph(context, fixed=True).compile()
 
 
-def _own_steps(config: RunnableConfig) -> RunnableConfig:
+def _without_step_limit(config: RunnableConfig) -> RunnableConfig:
     """Return an agent's configuration without the limit on the agent's own steps."""
-    return {**config, "recursion_limit": UNBOUNDED}
+    return {**config, "recursion_limit": UNBOUNDED_STEPS}
 
 
-def _given(items: list[BaseModel]) -> RunInput:
-    return {"items": rows_of(items)}
+def _make_input(items: list[BaseModel]) -> RunInput:
+    return {"items": dump_rows(items)}
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _explain_errors(folder: Path) -> Iterator[None]:
     """Turn fanfold's errors into messages for the agent."""
     try:
         yield
     except FanfoldError as error:
-        raise ToolException(complaint(error, folder)) from error
+        raise ToolException(format_error(error, folder)) from error
 
 
-def _unfit(error: ValidationError | Any) -> str:
+def _explain_arguments(error: ValidationError | Any) -> str:
     """Say what is wrong with the arguments, without the values."""
     found = [
         f"{'.'.join(map(str, part['loc']))}: {part['msg']}"
@@ -430,7 +439,7 @@ def _unfit(error: ValidationError | Any) -> str:
     return f"The arguments do not fit: {'; '.join(found[:5])}{more}. Correct them and call again."
 
 
-def _description(loaded: Loaded) -> str:
+def _description(loaded: LoadedConfig) -> str:
     task = loaded.config.task
     asked = " ".join(task.prompt.split())
     asked = asked if len(asked) <= _SHOWN else asked[: _SHOWN - 1] + "…"

@@ -11,23 +11,23 @@ from typing import Final
 from ...backends.cluster.chain import (
     BUDGET,
     DONE,
+    EXIT_NOTHING_TO_DO,
     FAILURES,
     INTERRUPTED,
-    NOTHING_TO_DO,
     USAGE,
-    Chain,
     ChainFile,
     Job,
-    Verdict,
+    JobChain,
+    NextJob,
     chain_file,
-    verdict,
+    next_job,
 )
-from ...backends.cluster.schedulers import Scheduler, State, refusal, scheduler
-from ...backends.core.errors import ConfigurationError, FanfoldError, SiteError
-from ...backends.servers.events import last_words
-from ...backends.storage.journal_index import Ledger
-from ...backends.storage.run_folder import RunFolder, open_folder, run_ids
-from ..run.console import say
+from ...backends.cluster.schedulers import JobState, Scheduler, make_scheduler, try_job_command
+from ...backends.core.errors import BackendError, ConfigurationError, FanfoldError
+from ...backends.servers.events import last_errors
+from ...backends.storage.journal_index import Journal
+from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
+from ..run.console import print_messages
 
 _ENDS: Final = (DONE, FAILURES, USAGE, BUDGET)
 """Exit codes that end a chain, whatever became of the servers."""
@@ -38,7 +38,7 @@ _SIGNALLED: Final = 128
 """What a shell adds to the number of the signal that ended a program."""
 
 
-def begin(path: Path, name: str) -> int:
+def begin_job(path: Path, name: str) -> int:
     """Note that a job begins, and submit its successor; return 0 if there is something to do.
 
     Args:
@@ -46,25 +46,25 @@ def begin(path: Path, name: str) -> int:
         name: The job's id.
     """
     folder, file = open_folder(path), chain_file(path)
-    chain = _known(file, name)
-    finished, left = _counted(folder)
-    for lost in _lost(chain, name):
-        file.note("lost", job=lost.id, outcome="lost", finished=finished)
+    chain = _wait_for_job(file, name)
+    finished, left = _count_items(folder)
+    for lost in _find_lost_jobs(chain, name):
+        file.append("lost", job=lost.id, outcome="lost", finished=finished)
     chain = file.read()
-    found = verdict(chain, left)
-    if not found.on:
-        file.note("ended", job=name, outcome="nothing to do", code=None, finished=finished)
-        _halt(file, chain, found)
-        return NOTHING_TO_DO
+    found = next_job(chain, left)
+    if not found.is_due:
+        file.append("ended", job=name, outcome="nothing to do", code=None, finished=finished)
+        _halt_chain(file, chain, found)
+        return EXIT_NOTHING_TO_DO
     _clear(path / "cluster" / "servers")
-    file.note("began", job=name, finished=finished)
-    say([f"job {name}: {found.why}"])
+    file.append("began", job=name, finished=finished)
+    print_messages([f"job {name}: {found.reason}"])
     chain = file.read()
-    _follow(path, file, chain, name, verdict(chain, left))
+    _submit_next(path, file, chain, name, next_job(chain, left))
     return 0
 
 
-def end(path: Path, name: str, code: int, unserved: bool = False) -> int:
+def end_job(path: Path, name: str, code: int, unserved: bool = False) -> int:
     """Note how a job ended; take the successor back, or see that there is one.
 
     Args:
@@ -74,35 +74,37 @@ def end(path: Path, name: str, code: int, unserved: bool = False) -> int:
         unserved: Whether no model server was left before it ended.
     """
     folder, file = open_folder(path), chain_file(path)
-    _known(file, name)
-    finished, left = _counted(folder)
+    _wait_for_job(file, name)
+    finished, left = _count_items(folder)
     unserved = unserved and code not in _ENDS
-    outcome = _UNSERVED if unserved else _outcome(code)
+    outcome = _UNSERVED if unserved else _describe_exit(code)
     if unserved:
         cluster = path / "cluster"
-        words = last_words(cluster / "servers", cluster / f"serve-{name}.log")
-        say([f"job {name}: {_UNSERVED}, and none could come; what was said last:", *words])
-    file.note("ended", job=name, outcome=outcome, code=code, finished=finished, unserved=unserved)
+        words = last_errors(cluster / "servers", cluster / f"serve-{name}.log")
+        print_messages(
+            [f"job {name}: {_UNSERVED}, and none could come; what was said last:", *words]
+        )
+    file.append("ended", job=name, outcome=outcome, code=code, finished=finished, unserved=unserved)
     chain = file.read()
-    found = verdict(chain, left)
-    if found.on:
-        _follow(path, file, chain, name, found)
+    found = next_job(chain, left)
+    if found.is_due:
+        _submit_next(path, file, chain, name, found)
     else:
-        waiting = chain.successor(name)
+        waiting = chain.find_successor(name)
         if waiting is not None:
-            _withdraw(file, chain, waiting.id)
-        _halt(file, chain, found)
+            _withdraw_job(file, chain, waiting.id)
+        _halt_chain(file, chain, found)
     return code
 
 
-def _known(file: ChainFile, name: str) -> Chain:
+def _wait_for_job(file: ChainFile, name: str) -> JobChain:
     """Return the chain once it names the job; whoever submits a job notes it a moment later.
 
     Raises:
         ConfigurationError: It does not.
     """
     patience = time.monotonic() + _PATIENCE_S
-    while (chain := file.read()).job(name) is None:
+    while (chain := file.read()).find_job(name) is None:
         if time.monotonic() > patience:
             msg = f"job {name} is not of this run's chain; submit jobs by: fanfold submit"
             raise ConfigurationError(msg)
@@ -110,17 +112,17 @@ def _known(file: ChainFile, name: str) -> Chain:
     return chain
 
 
-def _counted(folder: RunFolder) -> tuple[int, int]:
+def _count_items(folder: RunFolder) -> tuple[int, int]:
     """Return how many items are finished, and how many are left."""
     about = folder.read_provenance()
-    with Ledger(folder.journal, run_ids(about), about["input"]["items"]) as ledger:
-        counts = ledger.counts()
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as ledger:
+        counts = ledger.count_items()
     return counts.done + counts.failed, counts.open
 
 
-def _lost(chain: Chain, name: str) -> list[Job]:
+def _find_lost_jobs(chain: JobChain, name: str) -> list[Job]:
     """Return the jobs that began before this one and never said how they ended."""
-    return [j for j in chain.unfinished() if j.began is not None and j.id != name]
+    return [j for j in chain.unfinished_jobs() if j.began is not None and j.id != name]
 
 
 def _clear(servers: Path) -> None:
@@ -134,26 +136,28 @@ def _clear(servers: Path) -> None:
     servers.mkdir(parents=True, exist_ok=True)
 
 
-def _follow(path: Path, file: ChainFile, chain: Chain, name: str, found: Verdict) -> None:
+def _submit_next(path: Path, file: ChainFile, chain: JobChain, name: str, found: NextJob) -> None:
     """Submit the job after this one, unless there is one, or none is to be."""
-    this = chain.job(name)
-    if not found.on or this is None or chain.successor(name) is not None:
-        if not found.on:
-            say([f"no further job: {found.why}"])
+    this = chain.find_job(name)
+    if not found.is_due or this is None or chain.find_successor(name) is not None:
+        if not found.is_due:
+            print_messages([f"no further job: {found.reason}"])
         return
     script = path / "cluster" / "job.sh"
     try:
-        after = scheduler(chain.terms["scheduler"]).submit(script, name)
-    except (SiteError, ConfigurationError) as error:
+        after = make_scheduler(chain.options["scheduler"]).submit(script, name)
+    except (BackendError, ConfigurationError) as error:
         why = f"the next job could not be submitted: {error.message}"
         by_hand = f"go on from a login node: fanfold submit {path} …"
         if this.ended is None:
-            say([why, f"it is tried again at the end of this one; if that fails, {by_hand}"])
+            print_messages(
+                [why, f"it is tried again at the end of this one; if that fails, {by_hand}"]
+            )
         else:
-            say([why, by_hand])
-            file.note("halted", why=f"{why}; {by_hand}")
+            print_messages([why, by_hand])
+            file.append("halted", why=f"{why}; {by_hand}")
         return
-    file.note(
+    file.append(
         "submitted",
         job=after,
         nodes=this.nodes,
@@ -161,25 +165,27 @@ def _follow(path: Path, file: ChainFile, chain: Chain, name: str, found: Verdict
         after=name,
         by_hand=False,
     )
-    say([f"job {after} follows when this one has ended"])
+    print_messages([f"job {after} follows when this one has ended"])
 
 
-def _withdraw(file: ChainFile, chain: Chain, name: str) -> None:
-    asked = scheduler(chain.terms["scheduler"])
-    refused = refusal(asked, name, asked.cancel)
+def _withdraw_job(file: ChainFile, chain: JobChain, name: str) -> None:
+    asked = make_scheduler(chain.options["scheduler"])
+    refused = try_job_command(asked, name, asked.cancel)
     if refused is None:
-        file.note("withdrawn", job=name, outcome="withdrawn before it began")
+        file.append("withdrawn", job=name, outcome="withdrawn before it began")
     else:
-        say([f"job {name} could not be withdrawn: {refused.message}", "it ends as it begins"])
+        print_messages(
+            [f"job {name} could not be withdrawn: {refused.message}", "it ends as it begins"]
+        )
 
 
-def _halt(file: ChainFile, chain: Chain, found: Verdict) -> None:
-    say([f"the chain ends: {found.why}"])
-    if chain.halted is None:
-        file.note("halted", why=found.why)
+def _halt_chain(file: ChainFile, chain: JobChain, found: NextJob) -> None:
+    print_messages([f"the chain ends: {found.reason}"])
+    if chain.halt_reason is None:
+        file.append("halted", why=found.reason)
 
 
-def _outcome(code: int) -> str:
+def _describe_exit(code: int) -> str:
     words = {
         DONE: "finished",
         FAILURES: "finished, some items failed",
@@ -196,7 +202,7 @@ _BY_HAND: Final = {"slurm": "scancel", "pbs": "qdel"}
 _NONE_FOLLOWS: Final = "no job follows; what is finished stays, and fanfold submit goes on with it"
 
 
-def cancel(path: Path, at_once: bool) -> None:
+def cancel_jobs(path: Path, at_once: bool) -> None:
     """Let no job follow, and end those that wait or run; each of them is tried.
 
     Args:
@@ -205,71 +211,73 @@ def cancel(path: Path, at_once: bool) -> None:
 
     Raises:
         ConfigurationError: No job was ever submitted, or the scheduler's commands are not here.
-        SiteError: Jobs could not be ended; says which, why, and what to do.
+        BackendError: Jobs could not be ended; says which, why, and what to do.
     """
     open_folder(path)
     file = chain_file(path)
     chain = file.read()
     if others := [job.id for job in chain.jobs if job.foreign and job.ended is None]:
         names = ", ".join(others)
-        say([f"{names}: jobs of the run that this folder was copied from; not cancelled"])
+        print_messages(
+            [f"{names}: jobs of the run that this folder was copied from; not cancelled"]
+        )
     if all(job.foreign for job in chain.jobs):
         raise ConfigurationError(f"{path}: no job of this run was ever submitted")
-    if chain.halted is None:
-        file.note("halted", why="cancelled by fanfold cancel")
-    asked = scheduler(chain.terms["scheduler"])
-    states = _states(asked, chain.unfinished(), path)
+    if chain.halt_reason is None:
+        file.append("halted", why="cancelled by fanfold cancel")
+    asked = make_scheduler(chain.options["scheduler"])
+    states = _states(asked, chain.unfinished_jobs(), path)
     did, refused = defaultdict[str, list[str]](list), dict[str, FanfoldError]()
-    for job in chain.unfinished():
-        outcome = _ended(asked, file, job, states[job.id], at_once)
+    for job in chain.unfinished_jobs():
+        outcome = _end_job(asked, file, job, states[job.id], at_once)
         if isinstance(outcome, FanfoldError):
             refused[job.id] = outcome
         else:
             did[outcome].append(job.id)
-    say([f"{', '.join(jobs)}: {outcome}" for outcome, jobs in did.items()])
+    print_messages([f"{', '.join(jobs)}: {outcome}" for outcome, jobs in did.items()])
     if refused:
-        raise SiteError(_advice(path, chain, refused))
-    say([_NONE_FOLLOWS])
+        raise BackendError(_advice(path, chain, refused))
+    print_messages([_NONE_FOLLOWS])
 
 
-def _states(asked: Scheduler, jobs: Sequence[Job], path: Path) -> dict[str, State]:
+def _states(asked: Scheduler, jobs: Sequence[Job], path: Path) -> dict[str, JobState]:
     """Return what the scheduler says of jobs, or what the chain's notes let expect.
 
     Raises:
         ConfigurationError: The scheduler's commands are not here.
     """
     try:
-        return asked.states([job.id for job in jobs])
+        return asked.fetch_states([job.id for job in jobs])
     except ConfigurationError as error:
         msg = f"{error.message}: fanfold cancel {path}\nNo job follows those that are there."
         raise ConfigurationError(msg) from None
-    except SiteError as error:
-        say([error.message, "each job is tried all the same"])
+    except BackendError as error:
+        print_messages([error.message, "each job is tried all the same"])
         return {job.id: "running" if job.began else "queued" for job in jobs}
 
 
-def _ended(
-    asked: Scheduler, file: ChainFile, job: Job, state: State, at_once: bool
+def _end_job(
+    asked: Scheduler, file: ChainFile, job: Job, state: JobState, at_once: bool
 ) -> str | FanfoldError:
     """End one job; return what became of it, or why it could not be."""
     if state == "ended":
         outcome = "is gone already"
     elif state == "running" and not at_once:
         outcome = "is asked to end; items in flight are waited for (--now ends it at once)"
-        return refusal(asked, job.id, asked.drain) or outcome
+        return try_job_command(asked, job.id, asked.drain) or outcome
     else:
-        if (error := refusal(asked, job.id, asked.cancel)) is not None:
+        if (error := try_job_command(asked, job.id, asked.cancel)) is not None:
             return error
         outcome = "is withdrawn" if state == "queued" else "is cancelled"
     if job.began is None and state != "running":
         before = "cancelled" if state == "queued" else "gone"
-        file.note("withdrawn", job=job.id, outcome=f"{before} before it began")
+        file.append("withdrawn", job=job.id, outcome=f"{before} before it began")
     return outcome
 
 
-def _advice(path: Path, chain: Chain, refused: Mapping[str, FanfoldError]) -> str:
+def _advice(path: Path, chain: JobChain, refused: Mapping[str, FanfoldError]) -> str:
     why = (f"job {job} could not be ended: {error.message}" for job, error in refused.items())
-    by_hand = " ".join((_BY_HAND[chain.terms["scheduler"]], *refused))
+    by_hand = " ".join((_BY_HAND[chain.options["scheduler"]], *refused))
     return "\n".join(
         (
             *why,

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from ...backends.cluster.walltime import Walltime, walltime
-from ...backends.core.errors import LedgerError
-from ...backends.core.messages import REPEATED, WALLTIME, Order
-from ...backends.workers.member import Beat
+from ...backends.core.errors import JournalError
+from ...backends.core.messages import DUPLICATE_REASON, WALLTIME_REASON, ShardTask
+from ...backends.workers.member import Heartbeat
 from ...configs.models import LimitsConfig
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _OPEN: Final = "open-"
 _STOP: Final = "stop-"
 _BEAT: Final = "beat-"
-LOOKS: Final = 4
+MISSED_POLLS: Final = 4
 """So many looks in a row, at least, must find a worker silent before it counts as lost."""
 
 
@@ -31,12 +31,12 @@ def stop_file(journal: Path, token: str) -> Path:
     return journal / f"{_STOP}{token}"
 
 
-def beat_file(journal: Path, token: str, shard: str, attempt: int) -> Path:
+def heartbeat_file(journal: Path, token: str, shard: str, attempt: int) -> Path:
     """Return the file that a worker touches while it works on an order, and that allows it to."""
     return journal / f"{_BEAT}{token}-{shard}-{attempt}"
 
 
-def end_earlier(journal: Path) -> None:
+def stop_earlier_workers(journal: Path) -> None:
     """Stop the workers of earlier lives and sweep up after them, whoever works in this one; blocks.
 
     Args:
@@ -48,7 +48,7 @@ def end_earlier(journal: Path) -> None:
         _rename(file, stop_file(journal, file.name.removeprefix(_OPEN)))
 
 
-class Signs:
+class ControlFiles:
     """The files of one life of a run.
 
     While a life lasts there is ``open-TOKEN``. Renamed to ``stop-TOKEN`` it stops the workers; a
@@ -65,78 +65,78 @@ class Signs:
 
     def __init__(self, journal: Path | None, token: str, silence_s: float) -> None:
         self._journal, self._token = journal, token
-        self._beats = dict[Path, _Seen]()
-        self._most_s, self._looked = silence_s / LOOKS, time.monotonic()
+        self._watched = dict[Path, _FileState]()
+        self._most_s, self._looked = silence_s / MISSED_POLLS, time.monotonic()
         self._blind = False
 
-    def begin(self) -> None:
+    def open_session(self) -> None:
         """Open this life; blocks."""
         if self._journal is not None:
             self._open(self._journal).touch()
 
-    def stop(self) -> None:
+    def stop_workers(self) -> None:
         """Stop the workers of this life; blocks."""
         if self._journal is not None:
             _rename(self._open(self._journal), stop_file(self._journal, self._token))
 
-    def end(self, still_out: bool) -> None:
+    def close_session(self, still_out: bool) -> None:
         """Close this life; if orders are still out, they stop. Blocks."""
         if self._journal is None:
             return
         if still_out:
-            self.stop()
+            self.stop_workers()
         self._open(self._journal).unlink(missing_ok=True)
         for file in self._journal.glob(f"{_BEAT}{self._token}-*"):
             file.unlink(missing_ok=True)
 
-    def allow(self, file: Path) -> None:
+    def create(self, file: Path) -> None:
         """Make an order's file, not touched by any worker yet; blocks.
 
         Raises:
-            LedgerError: It cannot be made.
+            JournalError: It cannot be made.
         """
         try:
             file.touch()
             made = file.stat().st_mtime_ns
         except OSError as error:
             msg = f"{file}: cannot be made: {error.strerror}; mend the folder, then resume"
-            raise LedgerError(msg) from error
-        if (seen := self._beats.get(file)) is not None:
-            seen.made = made
+            raise JournalError(msg) from error
+        if (seen := self._watched.get(file)) is not None:
+            seen.mtime_ns = made
 
-    def withdraw(self, file: Path) -> None:
+    def revoke(self, file: Path) -> None:
         """Take an order back: its worker stops, should it still live. Blocks."""
-        self.forget(file)
+        self.unwatch(file)
         try:
             file.unlink(missing_ok=True)
         except OSError as error:  # its worker then ends items that others end as well
             logger.warning("%s: cannot be removed: %s", file, error.strerror)
 
-    def of(self, file: Path) -> Beat:
+    def watch(self, file: Path) -> Heartbeat:
         """Return what tells for how long a file has not changed, as of the last look."""
-        seen = self._beats[file] = _Seen()
+        seen = self._watched[file] = _FileState()
         return lambda: seen.silent_s
 
-    def forget(self, file: Path) -> None:
+    def unwatch(self, file: Path) -> None:
         """Look at a file no more."""
-        self._beats.pop(file, None)
+        self._watched.pop(file, None)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Look at all files that somebody asked for; blocks.
 
         What passes while nobody looks, or while the file system answers nobody, is no worker's
         silence: one look adds a part of the patience at most.
         """
         passed, failed = min(time.monotonic() - self._looked, self._most_s), list[str]()
-        for file, seen in list(self._beats.items()):
+        for file, seen in list(self._watched.items()):
             try:
                 stamp = file.stat().st_mtime_ns
             except FileNotFoundError:
-                seen.note(None, passed)
+                seen.update(None, passed)
             except OSError as error:
                 failed.append(f"{file}: cannot be looked at: {error.strerror}")
             else:
-                seen.note(stamp, passed)
+                seen.update(stamp, passed)
         self._looked = time.monotonic()
         if failed and not self._blind:  # told once, for thousands of files may be looked at
             text = "%s (%d such files); their workers are waited for until it can be"
@@ -152,34 +152,34 @@ def _rename(file: Path, target: Path) -> None:
         file.rename(target)
 
 
-class _Seen:
+class _FileState:
     """For how long a file has not changed, by this machine's clock: those of nodes may differ.
 
     Attributes:
-        made: When it was made or last seen to change (ns since 1970); None before it is made.
+        mtime_ns: When it was made or last seen to change (ns since 1970); None before it is made.
         silent_s: Seconds since it was last seen to change; None before a worker has touched it.
     """
 
     def __init__(self) -> None:
-        self.made: int | None = None
+        self.mtime_ns: int | None = None
         self.silent_s: float | None = None
 
-    def note(self, stamp: int | None, passed_s: float) -> None:
-        if stamp is not None and self.made is not None and stamp != self.made:
-            self.made, self.silent_s = stamp, 0.0
+    def update(self, stamp: int | None, passed_s: float) -> None:
+        if stamp is not None and self.mtime_ns is not None and stamp != self.mtime_ns:
+            self.mtime_ns, self.silent_s = stamp, 0.0
         elif self.silent_s is not None:
             self.silent_s += passed_s
 
 
 STOPPED: Final = "the coordinator stopped the run"
-WITHDRAWN: Final = "the coordinator has taken the order back"
-TIME_OVER: Final = f"{WALLTIME}: the run's time is over"
+REVOKED: Final = "the coordinator has taken the order back"
+TIME_OVER: Final = f"{WALLTIME_REASON}: the run's time is over"
 _STOP_S: Final = 1.0
 _BEAT_S: Final = 2.0
 """Seconds between a worker's signs of life."""
 
 
-class StopSign:
+class StopSignal:
     """An order's deadline, and whether its coordinator stops all workers.
 
     Args:
@@ -188,55 +188,57 @@ class StopSign:
 
     Attributes:
         stopped: Whether the coordinator has stopped the run.
-        withdrawn: Whether it has taken the order back: this worker was silent for too long.
+        revoked: Whether it has taken the order back: this worker was silent for too long.
         repeated: Whether the order was begun before, here or elsewhere.
     """
 
     def __init__(self, deadline_s: float, ends_at: float | None = None) -> None:
         self._deadline, self._ends_at = time.monotonic() + deadline_s, ends_at
-        self._own: Walltime | None = None
-        self.stopped = self.withdrawn = self.repeated = False
+        self._job_end: Walltime | None = None
+        self.stopped = self.revoked = self.repeated = False
 
-    def reason(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """Tell why no further item shall begin, or None."""
         if self.stopped:
             return STOPPED
-        if self.withdrawn:
-            return WITHDRAWN
+        if self.revoked:
+            return REVOKED
         if self.repeated:
-            return REPEATED
+            return DUPLICATE_REASON
         if self._ends_at is not None and time.time() > self._ends_at:
             return TIME_OVER
-        if self._own is not None and not self._own.left():
-            return self._own.reason
+        if self._job_end is not None and not self._job_end.remaining_s():
+            return self._job_end.reason
         return "the order's deadline" if time.monotonic() > self._deadline else None
 
-    def heed(self, limits: LimitsConfig, environment: Mapping[str, str]) -> None:
+    def check_walltime(self, limits: LimitsConfig, environment: Mapping[str, str]) -> None:
         """Stop also before this worker's own batch job ends.
 
         Raises:
             ConfigurationError: What the environment says of the end is no time.
         """
-        self._own = walltime(
+        self._job_end = walltime(
             limits.model_copy(update={"walltime_s": None}), environment, time.time()
         )
 
 
 @asynccontextmanager
-async def attending(order: Order) -> AsyncIterator[StopSign]:
+async def heartbeat(order: ShardTask) -> AsyncIterator[StopSignal]:
     """Look for the coordinator's stop, and give signs of life, while the block runs.
 
     The event loop does both: a worker whose loop hangs gives no sign of life.
     """
-    sign = StopSign(order.deadline_s, order.ends_at)
+    sign = StopSignal(order.deadline_s, order.ends_at)
     tasks = list[asyncio.Task[None]]()
     try:
         if order.stop_file is not None:
-            tasks.append(asyncio.create_task(_look(Path(order.stop_file), sign)))
+            tasks.append(asyncio.create_task(_poll_stop_file(Path(order.stop_file), sign)))
         if order.journal is not None and "token" in order.run:
-            file = beat_file(Path(order.journal), order.run["token"], order.shard, order.attempt)
-            await _heed(_begin, file, sign)
-            tasks.append(asyncio.create_task(_beat_on(file, sign)))
+            file = heartbeat_file(
+                Path(order.journal), order.run["token"], order.shard, order.attempt
+            )
+            await _check_file(_mark_begun, file, sign)
+            tasks.append(asyncio.create_task(_send_heartbeats(file, sign)))
         yield sign
     finally:
         for task in tasks:
@@ -244,23 +246,23 @@ async def attending(order: Order) -> AsyncIterator[StopSign]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _beat_on(file: Path, sign: StopSign) -> None:
-    while not sign.withdrawn:
+async def _send_heartbeats(file: Path, sign: StopSignal) -> None:
+    while not sign.revoked:
         await asyncio.sleep(_BEAT_S)
-        await _heed(_touch, file, sign)
+        await _check_file(_touch, file, sign)
 
 
-async def _heed(do: Callable[[Path, StopSign], None], file: Path, sign: StopSign) -> None:
+async def _check_file(do: Callable[[Path, StopSignal], None], file: Path, sign: StopSignal) -> None:
     """Give a sign of life; the coordinator has made the file, and takes it away with the order."""
     try:
         await asyncio.to_thread(do, file, sign)
     except FileNotFoundError:
-        sign.withdrawn = True
+        sign.revoked = True
     except OSError as error:  # it may be well again before the coordinator's patience ends
         logger.warning("%s: cannot be touched: %s", file, error.strerror)
 
 
-def _begin(file: Path, sign: StopSign) -> None:
+def _mark_begun(file: Path, sign: StopSignal) -> None:
     """Note that the order is begun; engines may deliver it again, however much of it is done."""
     with file.open("r+b") as opened:
         sign.repeated = bool(opened.read(1))
@@ -268,11 +270,11 @@ def _begin(file: Path, sign: StopSign) -> None:
             opened.write(b"begun\n")
 
 
-def _touch(file: Path, _: StopSign) -> None:
+def _touch(file: Path, _: StopSignal) -> None:
     os.utime(file)
 
 
-async def _look(file: Path, sign: StopSign) -> None:
+async def _poll_stop_file(file: Path, sign: StopSignal) -> None:
     while not sign.stopped:
         try:
             sign.stopped = await asyncio.to_thread(file.exists)

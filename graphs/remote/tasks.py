@@ -13,26 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ...backends.budget.budget import Budget, BudgetTerms, Spending
-from ...backends.budget.spend_log import Book, Lease, Shelf
+from ...backends.budget.budget import Budget, BudgetSettings, RunBudget
+from ...backends.budget.spend_log import Lease, SpendLog, SpendLogs
 from ...backends.core.errors import BudgetExhaustedError, ConfigurationError, FanfoldError
-from ...backends.core.messages import WALLTIME, Order, Summary
-from ...backends.core.money import Amount, Caps, Tariff
+from ...backends.core.messages import WALLTIME_REASON, ShardResult, ShardTask
+from ...backends.core.money import Amount, BudgetLimits, TokenPrices
 from ...backends.core.templates import Template
 from ...backends.core.types import Item, Json, Usage
-from ...backends.discovery.connect import Serving, model_params
-from ...backends.fleet.request import most_tokens
+from ...backends.discovery.connect import ReadyEndpoints, make_model_params
+from ...backends.fleet.request import max_usage
 from ...backends.storage.run_folder import RunFolder
-from ...configs.loader import Loaded
+from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
-from ...configs.serialize import lost_secrets
+from ...configs.serialize import find_lost_secrets
 
 _LOOK_S: Final = 1.0
-TOO_LATE: Final = f"{WALLTIME}: the order waited until its lease was over (backend.queue_s)"
+LEASE_EXPIRED: Final = (
+    f"{WALLTIME_REASON}: the order waited until its lease was over (backend.queue_s)"
+)
 
 
 @asynccontextmanager
-async def leased(order: Order, config: RunConfig) -> AsyncIterator[Budget | None]:
+async def open_lease(order: ShardTask, config: RunConfig) -> AsyncIterator[Budget | None]:
     """Open what an order may spend; None is no limit.
 
     An order that is delivered twice may spend its lease once: the second waits until the first has
@@ -40,81 +42,81 @@ async def leased(order: Order, config: RunConfig) -> AsyncIterator[Budget | None
     lent may have been given back.
 
     Raises:
-        LedgerError: The lease's book cannot be written.
+        JournalError: The lease's book cannot be written.
     """
     lease = order.lease
     if lease is None:
         yield None
         return
     until, book, caps = time.time() + order.deadline_s, None, lease["caps"]
-    if too_late(order):
+    if expiry_reason(order):
         caps = dict.fromkeys(caps, 0)
     elif lease["booked"] and order.journal is not None:
-        shelf = Shelf(Path(order.journal).parent / "budget", order.run["id"])
-        book = await asyncio.to_thread(_book, shelf, lease["name"], until)
+        shelf = SpendLogs(Path(order.journal).parent / "budget", order.run["id"])
+        book = await asyncio.to_thread(_open_lease_log, shelf, lease["name"], until)
         if book is None:
-            await _other_ended(shelf, lease["name"])
+            await _wait_for_holder(shelf, lease["name"])
             caps = dict.fromkeys(caps, 0)
     repairs = 0 if config.task.graph else config.task.repairs
-    terms = BudgetTerms(Caps(**caps), Tariff(**order.tariff), repairs)
+    terms = BudgetSettings(BudgetLimits(**caps), TokenPrices(**order.tariff), repairs)
     budget = Budget(terms, Amount(), book, until)
     try:
         yield budget
     finally:
-        await budget.purse.aclose()
+        await budget.balance.aclose()
 
 
-def too_late(order: Order) -> str | None:
+def expiry_reason(order: ShardTask) -> str | None:
     """Tell why an order must not be begun now, or None."""
     lease = order.lease or {}
-    return TOO_LATE if time.time() > lease.get("until", float("inf")) else None
+    return LEASE_EXPIRED if time.time() > lease.get("until", float("inf")) else None
 
 
-def _book(shelf: Shelf, name: str, until: float) -> Book | None:
+def _open_lease_log(shelf: SpendLogs, name: str, until: float) -> SpendLog | None:
     """Begin a lease's book; None when somebody has it already."""
-    path = shelf.of_lease(name)
+    path = shelf.lease_path(name)
     if path.exists():
         return None
-    book = shelf.open(path)
+    book = shelf.create(path)
     book.write({"until": until}, sync=True)
     return book
 
 
-async def _other_ended(shelf: Shelf, name: str) -> None:
+async def _wait_for_holder(shelf: SpendLogs, name: str) -> None:
     """Wait until whoever has a lease has settled it, or its time is over."""
     while True:
-        page = await asyncio.to_thread(shelf.page, name)
+        page = await asyncio.to_thread(shelf.read_lease, name)
         if page.settled is not None or time.time() > page.until:
             return
         await asyncio.sleep(_LOOK_S)
 
 
-def out_of_lease(error: Exception) -> bool:
+def is_lease_exhausted(error: Exception) -> bool:
     """Say whether an order ended because its lease is used up: the coordinator may lend more."""
     return isinstance(error, BudgetExhaustedError)
 
 
-def used_of(budget: Budget | None) -> Amount | None:
+def spent_of_lease(budget: Budget | None) -> Amount | None:
     """Return what was spent of an order's own lease; what is still reserved may have been.
 
     Of a lease that another has, nothing is known here.
     """
-    if budget is None or not budget.terms.caps.some:
+    if budget is None or not budget.settings.limits.can_spend:
         return None
-    return budget.purse.settled.plus(budget.purse.reserved)
+    return budget.balance.settled.plus(budget.balance.reserved)
 
 
 _OF_THE_RUN: Final = ("requests_per_s", "tokens_per_min")
 _OF_AN_ENDPOINT: Final = ("endpoint_requests_per_s", "endpoint_tokens_per_min")
 
 
-def worker_streams(loaded: Loaded) -> int:
+def worker_streams(loaded: LoadedConfig) -> int:
     """Return the most items in flight in one worker."""
     config = loaded.config
     return max(1, -(-config.limits.streams // config.backend.concurrent_shards))
 
 
-def worker_settings(loaded: Loaded) -> dict[str, Any]:
+def worker_settings(loaded: LoadedConfig) -> dict[str, Any]:
     """Return the settings that travel: rates divided by the workers, nothing served twice.
 
     Limits of an endpoint are divided as well, unless each worker has endpoints of its own.
@@ -138,7 +140,7 @@ def worker_settings(loaded: Loaded) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class TaskTemplate:
     """What all orders of a life have in common.
 
     Attributes:
@@ -149,11 +151,11 @@ class Terms:
         journal: The run's journal folder if workers share it, else None.
         streams: Most items in flight in one worker.
         deadline_s: Seconds that a worker may take for one order.
-        carry: Most bytes of an order, and of a summary.
-        nodewise: Whether each worker has endpoints of its own.
+        message_bytes: Most bytes of an order, and of a summary.
+        has_node_endpoints: Whether each worker has endpoints of its own.
         folder: The run's folder.
         config: The run's settings.
-        tariff: What tokens cost.
+        token_prices: What tokens cost.
         ends_at: When workers take no more items, in seconds since 1970; or None.
     """
 
@@ -163,17 +165,21 @@ class Terms:
     journal: Path | None
     streams: int
     deadline_s: float
-    carry: int
-    nodewise: bool
+    message_bytes: int
+    has_node_endpoints: bool
     folder: Path
     config: RunConfig
-    tariff: dict[str, int]
+    token_prices: dict[str, int]
     ends_at: float | None = None
 
 
-def crew_terms(
-    folder: RunFolder, loaded: Loaded, up: Serving, about: dict[str, Any], tariff: Tariff
-) -> Terms:
+def make_task_template(
+    folder: RunFolder,
+    loaded: LoadedConfig,
+    up: ReadyEndpoints,
+    about: dict[str, Any],
+    tariff: TokenPrices,
+) -> TaskTemplate:
     """Return what the orders of one life of a run have in common.
 
     Args:
@@ -189,29 +195,29 @@ def crew_terms(
     """
     config = loaded.config
     told = {key: loaded.plain[key] for key in ("endpoints", "model")}
-    for secret in lost_secrets(told):
+    for secret in find_lost_secrets(told):
         msg = (
             f"{secret} is written out, and keys do not travel to workers; write it as ${{VAR}} and "
             "set the variable where the workers run"
         )
         raise ConfigurationError(msg)
     run = {key: about[key] for key in ("model", "simulated", "fingerprint", "life")}
-    return Terms(
+    return TaskTemplate(
         run=run | {"id": about["run"], "token": secrets.token_hex(4)},
         settings=worker_settings(loaded),
-        urls=_started(up, config),
+        urls=_simulated_urls(up, config),
         journal=folder.journal.resolve() if config.backend.workers_share_folder else None,
         streams=worker_streams(loaded),
         deadline_s=config.backend.deadline_s,
-        carry=config.backend.message_bytes,
-        nodewise=config.backend.node_endpoints,
+        message_bytes=config.backend.message_bytes,
+        has_node_endpoints=config.backend.node_endpoints,
         folder=folder.path,
         config=config,
-        tariff=tariff.to_json(),
+        token_prices=tariff.to_json(),
     )
 
 
-def _started(up: Serving, config: RunConfig) -> list[str] | None:
+def _simulated_urls(up: ReadyEndpoints, config: RunConfig) -> list[str] | None:
     """Return the URLs of a simulated fleet that was started here."""
     if config.endpoints.simulated is None or config.backend.node_endpoints:
         return None
@@ -224,7 +230,7 @@ _MARGIN: Final = 5, 4
 """Items to come are reckoned to take a quarter more than those that were seen."""
 
 
-class Lender:
+class LeaseManager:
     """Lends orders out of a run's budget.
 
     Args:
@@ -233,17 +239,19 @@ class Lender:
         workers: Says how many work now.
     """
 
-    def __init__(self, spending: Spending | None, terms: Terms, workers: Callable[[], int]) -> None:
-        self._spending, self._terms, self._workers = spending, terms, workers
+    def __init__(
+        self, spending: RunBudget | None, terms: TaskTemplate, workers: Callable[[], int]
+    ) -> None:
+        self._spending, self._template, self._workers = spending, terms, workers
         self._config = config = terms.config
-        self._body = model_params(config, terms.run["model"]).body()
+        self._body = make_model_params(config, terms.run["model"]).body()
         self._prompt, self._system = Template.parse(config.task.prompt), config.task.system
         self._booked = terms.journal is not None
         self._open = dict[str, str]()
         self._boost = Counter[str]()
         self._items, self._used = 0, Amount()
 
-    async def lend(self, order: Order) -> dict[str, Json] | None:
+    async def lend(self, order: ShardTask) -> dict[str, Json] | None:
         """Lend an order what its items may take.
 
         Returns:
@@ -251,36 +259,36 @@ class Lender:
 
         Raises:
             BudgetExhaustedError: Not one item can be carried.
-            LedgerError: The book cannot be written.
+            JournalError: The book cannot be written.
         """
         if self._spending is None:
             return None
-        shard, attempt, items = order.shard, order.attempt, order.unpacked()
-        self.lost(shard)
+        shard, attempt, items = order.shard, order.attempt, order.unpack_items()
+        self.mark_lost(shard)
         budget, leases = self._spending.budget, self._spending.leases
-        item = self._of_one(items[0], budget.terms.tariff)
+        item = self._of_one(items[0], budget.settings.prices)
         least = item.times(2 ** self._boost[shard])
         wanted = self._of_items(len(items), item).plus(
-            item.times(min(self._terms.streams, len(items)))
+            item.times(min(self._template.streams, len(items)))
         )
         parts = _PER_WORKER * max(1, self._workers())
-        part = Amount(*(max(0, left) // parts for left in budget.purse.left))
-        amount = wanted.least(part).most(least)
-        name = f"{self._terms.run['life']}.{shard}.{attempt}"
-        until = time.time() + self._config.backend.queue_s + self._terms.deadline_s
+        part = Amount(*(max(0, left) // parts for left in budget.balance.left))
+        amount = wanted.minimum(part).maximum(least)
+        name = f"{self._template.run['life']}.{shard}.{attempt}"
+        until = time.time() + self._config.backend.queue_s + self._template.deadline_s
         await leases.lend(name, Lease(amount, until, self._booked))
         self._open[shard] = name
-        caps = dict(budget.purse.limits(amount))
+        caps = dict(budget.balance.limited_fields(amount))
         return {"name": name, "caps": caps, "booked": self._booked, "until": until}
 
-    def _of_one(self, item: Item, tariff: Tariff) -> Amount:
+    def _of_one(self, item: Item, tariff: TokenPrices) -> Amount:
         """Return what one item may take, its repairs included."""
         try:
             question = self._prompt.render(item.row)
         except FanfoldError:
             question = ""  # it will fail without a call
         messages = [{"role": "system", "content": self._system}] if self._system else []
-        most = most_tokens(
+        most = max_usage(
             {**self._body, "messages": [*messages, {"role": "user", "content": question}]}
         )
         rounds = 1 + (0 if self._config.task.graph else self._config.task.repairs)
@@ -294,11 +302,11 @@ class Lender:
         more, of = _MARGIN
         return Amount(*(-(-count * more * used // (of * self._items)) for used in self._used))
 
-    async def answered(self, summary: Summary) -> None:
+    async def settle(self, summary: ShardResult) -> None:
         """Take back what an order has not spent.
 
         Raises:
-            LedgerError: The book cannot be written.
+            JournalError: The book cannot be written.
         """
         if self._spending is None or summary.lease is None or summary.used is None:
             return  # what is not told counts as spent until a book proves less
@@ -307,9 +315,9 @@ class Lender:
         self._boost[summary.shard] = 0 if ended else self._boost[summary.shard] + 1
         if self._open.get(summary.shard) == summary.lease:
             del self._open[summary.shard]
-        await self._spending.leases.returned(summary.lease, used)
+        await self._spending.leases.return_lease(summary.lease, used)
 
-    def lost(self, shard: str) -> None:
+    def mark_lost(self, shard: str) -> None:
         """Count a shard's lease as spent, if one is out: its worker is lost."""
         if self._spending is not None and (name := self._open.pop(shard, None)) is not None:
-            self._spending.leases.lost(name)
+            self._spending.leases.mark_lost(name)

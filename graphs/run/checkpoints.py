@@ -16,7 +16,7 @@ import aiosqlite
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
-from ...backends.core.errors import ConfigurationError, LedgerError, MissingExtraError
+from ...backends.core.errors import ConfigurationError, JournalError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,13 @@ async def open_saver(url: str | None, file: Path) -> AsyncIterator[BaseCheckpoin
     Raises:
         ConfigurationError: Another kind of URL, or the database cannot be reached.
         MissingExtraError: PostgreSQL without the extra ``postgres``.
-        LedgerError: A checkpoint cannot be written or read.
+        JournalError: A checkpoint cannot be written or read.
     """
     if url is None:
-        async with _sqlite(file, is_network(file)) as saver:
+        async with _open_sqlite(file, is_network(file)) as saver:
             yield saver
     elif url.partition(":")[0] in ("postgresql", "postgres"):
-        async with _postgres(url) as saver:
+        async with _open_postgres(url) as saver:
             yield saver
     else:
         scheme = url.partition("://")[0] if "://" in url else "no scheme"
@@ -67,7 +67,7 @@ async def check_saver(url: str | None) -> None:
     Raises:
         ConfigurationError: Another kind of URL, or the database cannot be reached.
         MissingExtraError: PostgreSQL without the extra ``postgres``.
-        LedgerError: The database can be reached, but not be used.
+        JournalError: The database can be reached, but not be used.
     """
     if url is not None:
         async with open_saver(url, Path()):
@@ -75,7 +75,7 @@ async def check_saver(url: str | None) -> None:
 
 
 @asynccontextmanager
-async def _sqlite(file: Path, network: bool) -> AsyncIterator[AsyncSqliteSaver]:
+async def _open_sqlite(file: Path, network: bool) -> AsyncIterator[AsyncSqliteSaver]:
     """Open SQLite, on a network file system with a rollback journal in place of WAL.
 
     WAL needs memory shared by all users of the file, which network file systems do not offer
@@ -101,7 +101,7 @@ async def _sqlite(file: Path, network: bool) -> AsyncIterator[AsyncSqliteSaver]:
             "items: if the file is damaged, delete it; if this file system has no locks, use "
             "--checkpointer postgresql://…)"
         )
-        raise LedgerError(msg) from error
+        raise JournalError(msg) from error
 
 
 def is_network(path: Path, mounts: str | None = None) -> bool:
@@ -128,7 +128,7 @@ def is_network(path: Path, mounts: str | None = None) -> bool:
 
 
 @asynccontextmanager
-async def _postgres(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
+async def _open_postgres(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
     try:
         import psycopg  # noqa: PLC0415 - an extra
         from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver  # noqa: PLC0415 - an extra
@@ -159,7 +159,7 @@ async def _postgres(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
     except psycopg.Error as error:
         reason = str(error).strip() or type(error).__name__
         msg = f"--checkpointer: PostgreSQL at {host}: checkpoints cannot be written: {reason}"
-        raise LedgerError(msg) from error
+        raise JournalError(msg) from error
 
 
 def _host(url: str) -> str:

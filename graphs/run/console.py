@@ -41,14 +41,14 @@ class Terminal(Console):
             yield part if text == part.text else Segment(text, part.style)
 
 
-def messages() -> Console:
+def open_message_console() -> Console:
     """Return the console for everything that is not a command's result."""
     return Terminal(stderr=True)
 
 
-def say(lines: Iterable[str]) -> None:
+def print_messages(lines: Iterable[str]) -> None:
     """Print messages as they are, without markup."""
-    console = messages()
+    console = open_message_console()
     for line in lines:
         console.print(escape_controls(line), soft_wrap=True)
 
@@ -66,7 +66,7 @@ def print_json(data: Any) -> None:
     sys.stdout.flush()
 
 
-def data_stream(json: bool) -> IO[bytes]:
+def open_data_stream(json: bool) -> IO[bytes]:
     """Return standard output for data: as it is for a pipe or a file, escaped for a terminal.
 
     Args:
@@ -74,10 +74,10 @@ def data_stream(json: bool) -> IO[bytes]:
     """
     if not sys.stdout.isatty():
         return sys.stdout.buffer
-    return _Escaping(sys.stdout.buffer, escape_json if json else escape_controls)
+    return _EscapingStream(sys.stdout.buffer, escape_json if json else escape_controls)
 
 
-class _Escaping(io.BytesIO):
+class _EscapingStream(io.BytesIO):
     """A stream of whole lines that a terminal shows."""
 
     def __init__(self, stream: IO[bytes], escape: Callable[[str], str]) -> None:
@@ -106,7 +106,7 @@ class _Formatter(logging.Formatter):
         return escape_controls(super().format(record))
 
 
-def show_log(level: int, always: str) -> None:
+def setup_logging(level: int, always: str) -> None:
     """Show the log on standard error.
 
     Engines lower the levels of their own loggers (Dask to INFO, Parsl to DEBUG for its log file),

@@ -13,30 +13,35 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from ...backends.budget.pricing import Price, price
-from ...backends.budget.tokens import LEAST, LIKELY, token_counter
+from ...backends.budget.pricing import Price, find_model_price
+from ...backends.budget.tokens import LEAST_SHARE, LIKELY_SHARE, open_token_counter
 from ...backends.core.errors import InvalidItemError, NoEndpointError
-from ...backends.core.money import Caps
+from ...backends.core.money import BudgetLimits
 from ...backends.core.templates import Template
 from ...backends.core.types import Item, Message
-from ...backends.discovery.connect import Serving, check_cache, located, model_params
-from ...backends.discovery.node_local import served
-from ...backends.discovery.probe import Found, match
-from ...backends.discovery.resolve import Place, serves_simulated, starts_servers
+from ...backends.discovery.connect import (
+    ReadyEndpoints,
+    check_cache,
+    make_model_params,
+    open_endpoint_set,
+)
+from ...backends.discovery.node_local import ready_endpoints
+from ...backends.discovery.probe import ProbeResult, select_model
+from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
 from ...backends.inputs.base import InputSummary
-from ...backends.inputs.item_store import ItemStore, spill
-from ...backends.inputs.source import input_spec, needed_columns
-from ...backends.simulated.process import simulation
-from ...configs.loader import Loaded
+from ...backends.inputs.item_store import ItemStore, load_input
+from ...backends.inputs.source import make_input_spec, needed_columns
+from ...backends.simulated.process import make_simulation_spec
+from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
-from ...configs.prices import provider_at
-from ...nodes.item.prepare import asked
-from .forecast import Forecast, Plan, Span, forecast, seen_in
-from .items import check_graph
-from .prepare import check_endpoints, check_input
+from ...configs.prices import find_provider_name
+from ...nodes.item.prepare import build_messages
+from .forecast import Forecast, Range, RunPlan, forecast, read_item_stats
+from .items import check_item_graph
+from .prepare import check_endpoints, check_input_setting
 
 
-def spread(total: int, count: int, seed: str = "") -> list[int]:
+def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
     """Return so many indices, one by chance out of each of as many equal parts.
 
     Inputs are often sorted, by length for one; the first items tell little about the others.
@@ -70,7 +75,7 @@ class Sample:
     first: list[Message]
 
 
-def take_sample(config: RunConfig, count: int) -> Sample:
+def read_sample(config: RunConfig, count: int) -> Sample:
     """Read an input and render a sample of it; blocks.
 
     Args:
@@ -82,15 +87,15 @@ def take_sample(config: RunConfig, count: int) -> Sample:
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "items.arrow"
-        summary = spill(input_spec(config, None), file, needed_columns(config))
+        summary = load_input(make_input_spec(config, None), file, needed_columns(config))
         with ItemStore(file) as store:
-            chosen = spread(len(store), count, summary.digest)
-            rendered = tuple(messages for _, messages in _rendered(config, store, chosen))
-            first = next(_rendered(config, store, range(len(store))), (summary.first, []))
+            chosen = sample_indices(len(store), count, summary.digest)
+            rendered = tuple(messages for _, messages in _render_prompts(config, store, chosen))
+            first = next(_render_prompts(config, store, range(len(store))), (summary.first, []))
     return Sample(summary, rendered, first[0].id, first[1])
 
 
-def _rendered(
+def _render_prompts(
     config: RunConfig, store: ItemStore, indices: Sequence[int]
 ) -> Iterator[tuple[Item, list[Message]]]:
     """Yield the items that can be asked, with what would be sent."""
@@ -99,7 +104,7 @@ def _rendered(
         (item,) = store.read(index, index + 1)
         if item.problem is None:
             try:
-                yield item, asked(config.task.system, prompt, item.row)
+                yield item, build_messages(config.task.system, prompt, item.row)
             except InvalidItemError:
                 continue  # it will fail without a call
 
@@ -108,7 +113,7 @@ _SHOWN: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class PromptCount:
     """The prompts of a sample, counted.
 
     Attributes:
@@ -120,7 +125,7 @@ class Counted:
     """
 
     items: int
-    tokens: Span
+    tokens: Range
     longest: int
     exact: bool
     how: str
@@ -138,7 +143,7 @@ class Estimate:
         system: The constant text, sent first.
         first_id: Name of the first item that can be asked.
         first_prompt: Its question, as it would be sent.
-        counted: The sample's prompts.
+        prompt_count: The sample's prompts.
         context: Tokens of the shortest context among the endpoints, or None when unknown.
         price: What the model costs, or None.
         plan: What is going to be asked.
@@ -152,14 +157,16 @@ class Estimate:
     system: str
     first_id: str
     first_prompt: str
-    counted: Counted
+    prompt_count: PromptCount
     context: int | None
     price: Price | None
-    plan: Plan
+    plan: RunPlan
     forecast: Forecast
 
 
-async def estimate(loaded: Loaded, sample: int = 200, like: Path | None = None) -> Estimate:
+async def estimate_run(
+    loaded: LoadedConfig, sample: int = 200, like: Path | None = None
+) -> Estimate:
     """Read the input, probe the endpoints, render a sample, count its tokens.
 
     Args:
@@ -171,20 +178,22 @@ async def estimate(loaded: Loaded, sample: int = 200, like: Path | None = None) 
         ConfigurationError: Something does not fit, no endpoint serves the model, or a budget in
             dollars meets a model without a price.
     """
-    check_input(loaded)
-    check_graph(loaded.config)
+    check_input_setting(loaded)
+    check_item_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
     config = loaded.config
-    async with _answering(loaded) as (serving, lines):
-        cost = await asyncio.to_thread(price, config, serving.model, serving.simulated)
+    async with _open_probed(loaded) as (serving, lines):
+        cost = await asyncio.to_thread(find_model_price, config, serving.model, serving.simulated)
         seen = None
         if like is not None:
-            seen = await asyncio.to_thread(seen_in, like, serving.simulated)
-        taken = await asyncio.to_thread(take_sample, config, sample)
-        counted = await _count(config, serving, taken)
+            seen = await asyncio.to_thread(read_item_stats, like, serving.simulated)
+        taken = await asyncio.to_thread(read_sample, config, sample)
+        counted = await _count_prompts(config, serving, taken)
     asked = taken.summary.items - taken.summary.invalid
-    plan = plan_of(config, asked, counted.tokens, cost, nodes_of(config, _own_urls(serving)))
+    plan = make_run_plan(
+        config, asked, counted.tokens, cost, count_nodes(config, _node_urls(serving))
+    )
     return Estimate(
         input=taken.summary,
         endpoints=lines,
@@ -193,7 +202,7 @@ async def estimate(loaded: Loaded, sample: int = 200, like: Path | None = None) 
         system=config.task.system,
         first_id=taken.first_id,
         first_prompt=_question(taken),
-        counted=counted,
+        prompt_count=counted,
         context=min((s.max_model_len for s in serving.specs if s.max_model_len), default=None),
         price=cost,
         plan=plan,
@@ -205,9 +214,9 @@ def _question(taken: Sample) -> str:
     return str(taken.first[-1]["content"]) if taken.first else "(no item can be asked)"
 
 
-def plan_of(
-    config: RunConfig, items: int, first: Span, cost: Price | None, nodes: int | None
-) -> Plan:
+def make_run_plan(
+    config: RunConfig, items: int, first: Range, cost: Price | None, nodes: int | None
+) -> RunPlan:
     """Return what a run is going to ask.
 
     Args:
@@ -218,7 +227,7 @@ def plan_of(
         nodes: Nodes that are held meanwhile, or None.
     """
     budget, limits = config.budget, config.limits
-    return Plan(
+    return RunPlan(
         items=items,
         first=first,
         max_tokens=config.model.max_tokens,
@@ -228,11 +237,13 @@ def plan_of(
         tokens_per_min=limits.tokens_per_min,
         nodes=nodes,
         price=cost,
-        caps=Caps.of(budget.usd, budget.tokens, budget.requests, budget.node_hours),
+        caps=BudgetLimits.from_settings(
+            budget.usd, budget.tokens, budget.requests, budget.node_hours
+        ),
     )
 
 
-def nodes_of(config: RunConfig, urls: Iterable[str]) -> int | None:
+def count_nodes(config: RunConfig, urls: Iterable[str]) -> int | None:
     """Return how many nodes serve the model; None where nobody knows.
 
     Args:
@@ -240,55 +251,59 @@ def nodes_of(config: RunConfig, urls: Iterable[str]) -> int | None:
         urls: The endpoints that are nodes' own, not a gateway's.
     """
     if config.endpoints.simulated is not None:
-        return simulation(config).nodes
+        return make_simulation_spec(config).nodes
     if config.backend.node_endpoints:
         return config.backend.workers * max(1, len(config.backend.endpoints))
     named = {urlsplit(url).hostname or "" for url in urls}
-    return sum(provider_at(host) is None for host in named) or None
+    return sum(find_provider_name(host) is None for host in named) or None
 
 
-def _own_urls(serving: Serving) -> list[str]:
-    behind = serving.place is not None and serving.place.gateway is not None
+def _node_urls(serving: ReadyEndpoints) -> list[str]:
+    behind = serving.endpoint_set is not None and serving.endpoint_set.gateway is not None
     return [] if behind else [spec.url for spec in serving.specs]
 
 
 @asynccontextmanager
-async def _answering(loaded: Loaded) -> AsyncIterator[tuple[Serving, tuple[str, ...]]]:
+async def _open_probed(
+    loaded: LoadedConfig,
+) -> AsyncIterator[tuple[ReadyEndpoints, tuple[str, ...]]]:
     """Return who would be asked, with a line for each."""
     config, written = loaded.config, loaded.plain["endpoints"]
     if config.backend.node_endpoints and config.endpoints.simulated is None:
-        async with served(config, written) as up:
+        async with ready_endpoints(config, written) as up:
             yield up, ("each worker asks its own node, which is not asked from here",)
         return
     try:
-        async with located(config, written) as place:
+        async with open_endpoint_set(config, written) as place:
             if config.endpoints.simulated is not None:
-                spec = simulation(config)
+                spec = make_simulation_spec(config)
                 nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
                 line = f"SIMULATED fleet of {nodes} serving {spec.model!r}"
-                yield Serving(place.specs, spec.model, simulated=True), (line,)
+                yield ReadyEndpoints(place.specs, spec.model, simulated=True), (line,)
                 return
-            up, lines = await _asked(config, place)
+            up, lines = await _probe_endpoints(config, place)
     except NoEndpointError as error:
-        if not config.endpoints.awaited and not starts_servers(config):
+        if not config.endpoints.waits_for_endpoints and not has_own_servers(config):
             raise
         if config.model.name is None:
             msg = f"{error.message}; to check before endpoints are there, set model.name"
             raise NoEndpointError(msg) from None
-        up = Serving((), config.model.name, serves_simulated(config))
+        up = ReadyEndpoints((), config.model.name, is_simulated_command(config))
         lines = (f"none yet: {error.message}",)
     yield up, lines
 
 
-async def _asked(config: RunConfig, place: Place) -> tuple[Serving, tuple[str, ...]]:
-    found = await place.ask()
-    matched = match(found, config.model.name or place.model, config.endpoints.models)
-    chosen = () if place.why is None else (place.why,)
-    up = Serving(matched.specs, matched.model, matched.simulated, matched.absent, place)
+async def _probe_endpoints(
+    config: RunConfig, place: EndpointSet
+) -> tuple[ReadyEndpoints, tuple[str, ...]]:
+    found = await place.probe()
+    matched = select_model(found, config.model.name or place.model, config.endpoints.models)
+    chosen = () if place.reason is None else (place.reason,)
+    up = ReadyEndpoints(matched.specs, matched.model, matched.simulated, matched.absent, place)
     return up, (*chosen, *(_line(one, matched.model) for one in found))
 
 
-def _line(found: Found, model: str) -> str:
+def _line(found: ProbeResult, model: str) -> str:
     """Return what an endpoint said of itself; ours is the first of many models."""
     if found.error:
         return f"{found.label}: not reachable: {found.error}"
@@ -300,19 +315,19 @@ def _line(found: Found, model: str) -> str:
     return f"{found.label}:{kind} serves {models}{context}, {1000 * (found.latency_s or 0):.0f} ms"
 
 
-async def _count(config: RunConfig, serving: Serving, taken: Sample) -> Counted:
+async def _count_prompts(config: RunConfig, serving: ReadyEndpoints, taken: Sample) -> PromptCount:
     """Count the tokens of a sample's prompts."""
-    fixed = model_params(config, serving.model).body()
-    async with token_counter(serving) as counter, asyncio.TaskGroup() as group:
+    fixed = make_model_params(config, serving.model).body()
+    async with open_token_counter(serving) as counter, asyncio.TaskGroup() as group:
         bodies = ({**fixed, "messages": messages} for messages in taken.messages)
         tasks = [group.create_task(counter.count(body)) for body in bodies]
         await asyncio.wait(tasks) if tasks else None
-        how = counter.how
+        how = counter.method
     counts = [task.result() for task in tasks]
     tokens = [float(count.tokens) for count in counts]
-    mean = Span.mean(tokens, taken.summary.items - taken.summary.invalid)
+    mean = Range.from_sample(tokens, taken.summary.items - taken.summary.invalid)
     exact = all(count.exact for count in counts)
     if not exact:
-        mean = Span(mean.low * LEAST, mean.likely * LIKELY, mean.high)
+        mean = Range(mean.low * LEAST_SHARE, mean.likely * LIKELY_SHARE, mean.high)
     longest = max((count.tokens for count in counts), default=0)
-    return Counted(len(counts), mean, longest, exact, how)
+    return PromptCount(len(counts), mean, longest, exact, how)

@@ -13,17 +13,17 @@ from typing import Any, Final, Self
 
 from ...backends.budget.pricing import Price
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.money import HOUR_MS, NANO, Caps
+from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, BudgetLimits
 from ...backends.core.types import Usage
-from ...backends.storage.journal_index import Ledger
-from ...backends.storage.run_folder import open_folder, run_ids
+from ...backends.storage.journal_index import Journal
+from ...backends.storage.run_folder import get_run_ids, open_folder
 
 _SIGMAS: Final = 2.0
 """Standard errors to either side: about 95 of 100 such ranges hold the true mean."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class Range:
     """A figure with its range.
 
     Attributes:
@@ -37,12 +37,12 @@ class Span:
     high: float
 
     @classmethod
-    def of(cls, value: float) -> Self:
+    def exact(cls, value: float) -> Self:
         """Return a figure that is known."""
         return cls(value, value, value)
 
     @classmethod
-    def mean(cls, values: Sequence[float], total: int) -> Self:
+    def from_sample(cls, values: Sequence[float], total: int) -> Self:
         """Return the mean over all of a population by a sample of it.
 
         Args:
@@ -51,10 +51,10 @@ class Span:
         """
         count = len(values)
         if not count:
-            return cls.of(0.0)
+            return cls.exact(0.0)
         mean = math.fsum(values) / count
         if count >= total:
-            return cls.of(mean)
+            return cls.exact(mean)
         if count == 1:
             return cls(0.0, mean, 2 * mean)
         variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
@@ -66,17 +66,17 @@ class Span:
         """Return the same under a function that does not fall."""
         return type(self)(change(self.low), change(self.likely), change(self.high))
 
-    def __add__(self, other: Span) -> Span:
+    def __add__(self, other: Range) -> Range:
         """Add two figures."""
-        return Span(self.low + other.low, self.likely + other.likely, self.high + other.high)
+        return Range(self.low + other.low, self.likely + other.likely, self.high + other.high)
 
-    def __mul__(self, other: Span) -> Span:
+    def __mul__(self, other: Range) -> Range:
         """Multiply two figures, neither below 0."""
-        return Span(self.low * other.low, self.likely * other.likely, self.high * other.high)
+        return Range(self.low * other.low, self.likely * other.likely, self.high * other.high)
 
-    def most(self, other: Span) -> Span:
+    def maximum(self, other: Range) -> Range:
         """Return the larger of each."""
-        return Span(
+        return Range(
             max(self.low, other.low), max(self.likely, other.likely), max(self.high, other.high)
         )
 
@@ -95,7 +95,7 @@ _READ: Final = 5000
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ItemStats:
     """What a number of items took.
 
     Attributes:
@@ -108,7 +108,7 @@ class Seen:
         lost: Tokens of an item's requests that brought no answer and may have been paid.
         dollars: What an item cost, lost requests included, at the price that the run had.
         latency: Seconds that an item took.
-        flight: Items that were in flight at a time, on average.
+        in_flight: Items that were in flight at a time, on average.
         latencies: (median, 95th percentile) of the same.
         usage: Tokens of all of them together.
         nano_usd: Nano-dollars of all of them together.
@@ -118,14 +118,14 @@ class Seen:
 
     items: int
     failed: dict[str, int]
-    requests: Span
-    repairs: Span
-    prompt: Span
-    completion: Span
-    lost: Span
-    dollars: Span
-    latency: Span
-    flight: float
+    requests: Range
+    repairs: Range
+    prompt: Range
+    completion: Range
+    lost: Range
+    dollars: Range
+    latency: Range
+    in_flight: float
     latencies: tuple[float, float]
     usage: Usage
     nano_usd: int
@@ -144,7 +144,7 @@ class Seen:
             "lost_tokens": self.lost.to_json(1),
             "usd": self.dollars.to_json(9),
             "latency_s": self.latency.to_json(4),
-            "in_flight": round(self.flight, 1),
+            "in_flight": round(self.in_flight, 1),
             "latency_median_s": self.latencies[0],
             "latency_p95_s": self.latencies[1],
             "unreported": self.unreported,
@@ -152,9 +152,9 @@ class Seen:
         }
 
     @classmethod
-    def of(
+    def from_records(
         cls, records: Iterable[dict[str, Any]], total: int, source: str, step: int = 1
-    ) -> Seen | None:
+    ) -> ItemStats | None:
         """Sum up journal records; None when none of them was asked.
 
         Args:
@@ -169,20 +169,22 @@ class Seen:
         told = [record for record in asked if record["completion_tokens"] is not None]
         latencies = sorted(record["latency_s"] for record in asked)
 
-        def mean(name: str, of: Sequence[dict[str, Any]]) -> Span:
-            return Span.mean([record.get(name) or 0 for record in of], total)
+        def mean(name: str, of: Sequence[dict[str, Any]]) -> Range:
+            return Range.from_sample([record.get(name) or 0 for record in of], total)
 
         return cls(
             items=len(asked),
             failed=dict(Counter(r["error_class"] for r in asked if r["status"] == "failed")),
-            requests=_rare(mean("requests", asked), len(asked), total),
-            repairs=_rare(mean("repairs", asked), len(asked), total, 1.0),
-            prompt=_rare(mean("prompt_tokens", told), len(told), total),
-            completion=_rare(mean("completion_tokens", told), len(told), total),
+            requests=_widen_rare(mean("requests", asked), len(asked), total),
+            repairs=_widen_rare(mean("repairs", asked), len(asked), total, 1.0),
+            prompt=_widen_rare(mean("prompt_tokens", told), len(told), total),
+            completion=_widen_rare(mean("completion_tokens", told), len(told), total),
             lost=mean("lost_tokens", asked),
-            dollars=_rare(mean("nano_usd", asked).map(lambda n: n / NANO), len(asked), total),
-            latency=Span.mean(latencies, total),
-            flight=step * _flight(asked),
+            dollars=_widen_rare(
+                mean("nano_usd", asked).map(lambda n: n / NANO_PER_USD), len(asked), total
+            ),
+            latency=Range.from_sample(latencies, total),
+            in_flight=step * _flight(asked),
             latencies=(_quantile(latencies, 0.5), _quantile(latencies, 0.95)),
             usage=_sum(told),
             nano_usd=sum(record.get("nano_usd") or 0 for record in asked),
@@ -191,12 +193,12 @@ class Seen:
         )
 
 
-def _rare(mean: Span, count: int, total: int, least: float = 0.0) -> Span:
+def _widen_rare(mean: Range, count: int, total: int, least: float = 0.0) -> Range:
     """Allow for what was too rare to be seen, such as repairs."""
     if not count or count >= total:
         return mean
     once = (mean.likely or least) * _UNSEEN / count
-    return Span(mean.low, mean.likely, max(mean.high, mean.likely + once))
+    return Range(mean.low, mean.likely, max(mean.high, mean.likely + once))
 
 
 def _flight(records: Sequence[dict[str, Any]]) -> float:
@@ -224,7 +226,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def seen_in(path: Path, simulated: bool) -> Seen:
+def read_item_stats(path: Path, simulated: bool) -> ItemStats:
     """Return what the finished items of a run took; blocks.
 
     Args:
@@ -244,11 +246,11 @@ def seen_in(path: Path, simulated: bool) -> Seen:
         )
         raise ConfigurationError(msg)
     total = about["input"]["items"]
-    with Ledger(folder.journal, run_ids(about), total) as ledger:
-        ended = [index for index in range(total) if ledger.finished(index)]
+    with Journal(folder.journal, get_run_ids(about), total) as ledger:
+        ended = [index for index in range(total) if ledger.is_finished(index)]
         step = max(1, len(ended) // _READ)
-        records = [ledger.record(index) for index in ended[::step]]
-    found = Seen.of(records, sys.maxsize, f"{len(ended):,} items of {path}", step)
+        records = [ledger.read_record(index) for index in ended[::step]]
+    found = ItemStats.from_records(records, sys.maxsize, f"{len(ended):,} items of {path}", step)
     if found is None:
         msg = f"--like {path}: no item of this run has been asked yet"
         raise ConfigurationError(msg)
@@ -261,7 +263,7 @@ _MILLION: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """What a run is going to ask.
 
     Attributes:
@@ -278,7 +280,7 @@ class Plan:
     """
 
     items: int
-    first: Span
+    first: Range
     max_tokens: int
     repairs: int
     streams: int
@@ -286,22 +288,22 @@ class Plan:
     tokens_per_min: float | None = None
     nodes: int | None = None
     price: Price | None = None
-    caps: Caps = field(default_factory=Caps)
+    caps: BudgetLimits = field(default_factory=BudgetLimits)
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class BudgetReach:
     """How far a budget reaches.
 
     Attributes:
-        cap: The cap that is reached first: ``usd``, ``tokens``, ``requests`` or ``node_hours``.
-        worst: The one that is reached first when all is as dear as it may be.
+        limit: The cap that is reached first: ``usd``, ``tokens``, ``requests`` or ``node_hours``.
+        worst_limit: The one that is reached first when all is as dear as it may be.
         share: Share of the items that all of them carry; above 1 when something is left.
     """
 
-    cap: str
-    worst: str
-    share: Span
+    limit: str
+    worst_limit: str
+    share: Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,24 +318,25 @@ class Forecast:
         seconds: Wall time, or None without a latency; at most, if the fleet does no more at a time
             than it was seen to do.
         node_hours: Hours times nodes, or None without a time or nodes.
-        carried: How far the budget reaches; None without one, or when nothing can be said of it.
-        unknown: Caps of which nothing can be said.
+        budget_reach: How far the budget reaches; None without one, or when nothing can be said of
+            it.
+        unknown_limits: Caps of which nothing can be said.
         measured: Where answers' lengths and times were seen, or None.
     """
 
-    requests: Span
-    prompt: Span
-    completion: Span
-    usd: Span | None
-    seconds: Span | None
-    node_hours: Span | None
-    carried: Carried | None
-    unknown: tuple[str, ...] = ()
+    requests: Range
+    prompt: Range
+    completion: Range
+    usd: Range | None
+    seconds: Range | None
+    node_hours: Range | None
+    budget_reach: BudgetReach | None
+    unknown_limits: tuple[str, ...] = ()
     measured: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data."""
-        carried = self.carried
+        carried = self.budget_reach
         return {
             "requests": self.requests.to_json(),
             "prompt_tokens": self.prompt.to_json(),
@@ -343,118 +346,129 @@ class Forecast:
             "node_hours": None if self.node_hours is None else self.node_hours.to_json(6),
             "budget": None
             if carried is None
-            else {"cap": carried.cap, "worst": carried.worst, "carries": carried.share.to_json(4)},
-            "unknown_caps": list(self.unknown),
+            else {
+                "cap": carried.limit,
+                "worst": carried.worst_limit,
+                "carries": carried.share.to_json(4),
+            },
+            "unknown_caps": list(self.unknown_limits),
             "measured": self.measured,
         }
 
 
-def forecast(plan: Plan, seen: Seen | None, own: bool = False) -> Forecast:
+def forecast(plan: RunPlan, stats: ItemStats | None, own: bool = False) -> Forecast:
     """Foretell what a run takes.
 
     Args:
         plan: What it is going to ask.
-        seen: What items have taken; None: answers may be as long as they are allowed to be.
+        stats: What items have taken; None: answers may be as long as they are allowed to be.
         own: Whether the items seen are the run's own, so that their prompts count as they are.
     """
-    items = Span.of(plan.items)
-    if seen is None:
-        requests, prompt, completion = _unseen(plan)
-    elif seen.unreported == seen.items:
-        _, prompt, completion = _unseen(plan)
-        requests = items * seen.requests
+    items = Range.exact(plan.items)
+    if stats is None:
+        requests, prompt, completion = _bound_tokens(plan)
+    elif stats.unreported == stats.items:
+        _, prompt, completion = _bound_tokens(plan)
+        requests = items * stats.requests
     else:
-        requests = items * seen.requests
-        completion = items * seen.completion
-        prompt = items * (seen.prompt if own else _prompts(plan.first, seen))
+        requests = items * stats.requests
+        completion = items * stats.completion
+        prompt = items * (stats.prompt if own else _prompts(plan.first, stats))
     tokens = prompt + completion
-    if seen is not None:
-        tokens += items * seen.lost
-    seconds = None if seen is None else _seconds(plan, seen, requests, tokens)
+    if stats is not None:
+        tokens += items * stats.lost
+    seconds = None if stats is None else _seconds(plan, stats, requests, tokens)
     hours = None
     if seconds is not None and plan.nodes is not None:
         nodes = plan.nodes
         hours = seconds.map(lambda s: s / 3600 * nodes)
-    paid = items * seen.dollars if own and seen is not None and seen.nano_usd else None
-    usd = _usd(plan.price, paid or _answers(plan.price, prompt, completion, _cached(seen)), hours)
-    carried, unknown = _carried(plan.caps, requests, tokens, usd, hours)
-    source = None if seen is None else seen.source
+    paid = items * stats.dollars if own and stats is not None and stats.nano_usd else None
+    usd = _usd(
+        plan.price,
+        paid or _token_dollars(plan.price, prompt, completion, _cached_share(stats)),
+        hours,
+    )
+    carried, unknown = _budget_reach(plan.caps, requests, tokens, usd, hours)
+    source = None if stats is None else stats.source
     return Forecast(requests, prompt, completion, usd, seconds, hours, carried, unknown, source)
 
 
-def _unseen(plan: Plan) -> tuple[Span, Span, Span]:
+def _bound_tokens(plan: RunPlan) -> tuple[Range, Range, Range]:
     """Return requests, prompt and completion tokens when no answer has been seen."""
     n, rounds, longest = plan.items, 1 + plan.repairs, plan.max_tokens
     again = plan.repairs * (longest + _REPAIR)
     first = plan.first
     return (
-        Span(n, n, n * rounds),
-        Span(n * first.low, n * first.likely, n * (first.high * rounds + again)),
-        Span(n, n * longest, n * longest * rounds),
+        Range(n, n, n * rounds),
+        Range(n * first.low, n * first.likely, n * (first.high * rounds + again)),
+        Range(n, n * longest, n * longest * rounds),
     )
 
 
-def _prompts(first: Span, seen: Seen) -> Span:
+def _prompts(first: Range, seen: ItemStats) -> Range:
     """Return an item's prompt tokens: a repair sends prompt and answer again."""
     repairs = seen.repairs
     answer = seen.completion.map(lambda tokens: tokens + _REPAIR)
     return first * repairs.map(lambda r: 1 + r) + repairs * answer
 
 
-def _seconds(plan: Plan, seen: Seen, requests: Span, tokens: Span) -> Span:
+def _seconds(plan: RunPlan, seen: ItemStats, requests: Range, tokens: Range) -> Range:
     """Return the time with as many in flight as allowed; at most, with as many as were seen.
 
     A fleet that was not driven to its limit does not show where that is.
     """
     streams = max(1, min(plan.streams, plan.items))
     seconds = seen.latency.map(lambda latency: plan.items * latency / streams)
-    slow = max(1.0, streams / seen.flight)
-    seconds = Span(seconds.low, seconds.likely, seconds.high * slow)
+    slow = max(1.0, streams / seen.in_flight)
+    seconds = Range(seconds.low, seconds.likely, seconds.high * slow)
     if plan.requests_per_s is not None:
         rate = plan.requests_per_s
-        seconds = seconds.most(requests.map(lambda r: r / rate))
+        seconds = seconds.maximum(requests.map(lambda r: r / rate))
     if plan.tokens_per_min is not None:
         flow = plan.tokens_per_min / 60
-        seconds = seconds.most(tokens.map(lambda t: t / flow))
+        seconds = seconds.maximum(tokens.map(lambda t: t / flow))
     return seconds
 
 
-def _cached(seen: Seen | None) -> float:
+def _cached_share(seen: ItemStats | None) -> float:
     """Return the share of prompt tokens that caches held."""
     if seen is None or not seen.usage.prompt:
         return 0.0
     return min(1.0, (seen.usage.cached or 0) / seen.usage.prompt)
 
 
-def _answers(price: Price | None, prompt: Span, completion: Span, cached: float) -> Span:
+def _token_dollars(price: Price | None, prompt: Range, completion: Range, cached: float) -> Range:
     """Return the dollars of tokens; a cache may hold as many as it did, or none."""
     if price is None or price.prompt is None:
-        return Span.of(0.0)
+        return Range.exact(0.0)
     full = price.prompt
     less = full if price.cached_prompt is None else price.cached_prompt
     likely = (1 - cached) * full + cached * less
-    rate = Span(likely, likely, full).map(lambda r: r / _MILLION)
-    return rate * prompt + Span.of((price.completion or 0.0) / _MILLION) * completion
+    rate = Range(likely, likely, full).map(lambda r: r / _MILLION)
+    return rate * prompt + Range.exact((price.completion or 0.0) / _MILLION) * completion
 
 
-def _usd(price: Price | None, answers: Span, hours: Span | None) -> Span | None:
+def _usd(price: Price | None, answers: Range, hours: Range | None) -> Range | None:
     """Return the dollars of tokens and nodes; None when nobody knows them."""
     if price is None:
         return None
     if price.node_hour is None:
         return answers
-    return None if hours is None else answers + Span.of(price.node_hour) * hours
+    return None if hours is None else answers + Range.exact(price.node_hour) * hours
 
 
-def _carried(
-    caps: Caps, requests: Span, tokens: Span, usd: Span | None, hours: Span | None
-) -> tuple[Carried | None, tuple[str, ...]]:
+def _budget_reach(
+    caps: BudgetLimits, requests: Range, tokens: Range, usd: Range | None, hours: Range | None
+) -> tuple[BudgetReach | None, tuple[str, ...]]:
     """Return the cap that is reached first, and those of which nothing is known."""
-    needs: dict[str, tuple[int | None, Span | None]] = {
+    needs: dict[str, tuple[int | None, Range | None]] = {
         "requests": (caps.requests, requests),
         "tokens": (caps.tokens, tokens),
-        "usd": (caps.nano_usd, None if usd is None else usd.map(lambda d: d * NANO)),
-        "node_hours": (caps.node_ms, None if hours is None else hours.map(lambda h: h * HOUR_MS)),
+        "usd": (caps.nano_usd, None if usd is None else usd.map(lambda d: d * NANO_PER_USD)),
+        "node_hours": (
+            caps.node_ms,
+            None if hours is None else hours.map(lambda h: h * MS_PER_HOUR),
+        ),
     }
     given = {name: (cap, need) for name, (cap, need) in needs.items() if cap is not None}
     shares = {name: _share(cap, need) for name, (cap, need) in given.items() if need is not None}
@@ -464,10 +478,10 @@ def _carried(
     first = min(shares, key=lambda name: shares[name].likely)
     worst = min(shares, key=lambda name: (shares[name].low, name != first))
     every = shares.values()
-    share = Span(min(s.low for s in every), shares[first].likely, min(s.high for s in every))
-    return Carried(first, worst, share), unknown
+    share = Range(min(s.low for s in every), shares[first].likely, min(s.high for s in every))
+    return BudgetReach(first, worst, share), unknown
 
 
-def _share(cap: int, need: Span) -> Span:
+def _share(cap: int, need: Range) -> Range:
     high, likely, low = (cap / max(figure, 1.0) for figure in (need.low, need.likely, need.high))
-    return Span(low, likely, high)
+    return Range(low, likely, high)

@@ -25,16 +25,16 @@ from ...backends.core.errors import (
 )
 from ...backends.core.templates import Template
 from ...backends.core.types import Item
-from ...backends.discovery.connect import chat_door, chat_fleet, model_params
+from ...backends.discovery.connect import make_chat_client, make_chat_fleet, make_model_params
 from ...backends.fleet.fleet import Fleet
-from ...backends.workers.factory import imported
-from ...configs.loader import Loaded
+from ...backends.workers.factory import import_object
+from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
-from ...nodes.context import Delegate, ItemContext, Prepared
+from ...nodes.context import Delegate, ItemContext, PreparedRun
 from ...nodes.item.answer import AnswerCheck
-from ...nodes.item.prepare import failure
-from ...nodes.item.steps import DELEGATED_STEPS, ITEM_STEPS, build_item, walk
-from ...nodes.shard.local import item_config
+from ...nodes.item.prepare import make_item_error
+from ...nodes.item.steps import DELEGATED_STEPS, ITEM_STEPS, build_item_graph, walk_steps
+from ...nodes.shard.local import inherit_config
 from ...nodes.state import ItemState, RunKey
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,12 @@ RunItem = Callable[[Item], Awaitable[ItemState]]
 ItemEngine = Callable[[ItemState, ItemContext], Awaitable[ItemState]]
 
 
-def is_small(total: int) -> bool:
+def is_small_batch(total: int) -> bool:
     """Say whether a batch is small enough to show every item of it."""
     return total <= SHOWN_ITEMS
 
 
-def is_seen(config: RunConfig, *, trace: bool, embedded: bool, total: int) -> bool:
+def is_run_by_engine(config: RunConfig, *, trace: bool, embedded: bool, total: int) -> bool:
     """Say whether items are run by LangGraph's engine, where traces and Studio see them.
 
     So are one-item shards, every item on ``trace``, and small batches that somebody may look at:
@@ -73,11 +73,11 @@ def is_seen(config: RunConfig, *, trace: bool, embedded: bool, total: int) -> bo
         total: Items of the run.
     """
     watched = embedded or tracing_is_enabled() is True
-    return trace or config.shard.items == 1 or (watched and is_small(total))
+    return trace or config.shard.items == 1 or (watched and is_small_batch(total))
 
 
-def item_runner(
-    loaded: Loaded, fleet: Fleet, model: str, engine: ItemEngine | None, quiet: bool
+def make_item_runner(
+    loaded: LoadedConfig, fleet: Fleet, model: str, engine: ItemEngine | None, quiet: bool
 ) -> RunItem:
     """Return what takes one item through the item graph.
 
@@ -89,10 +89,10 @@ def item_runner(
             microseconds in place of milliseconds.
         quiet: Whether to keep what items do out of traces.
     """
-    context = item_context(loaded, fleet, model, traced=engine is not None)
-    run = engine or _walker(loaded.config.task.graph)
+    context = make_item_context(loaded, fleet, model, traced=engine is not None)
+    run = engine or _make_walker(loaded.config.task.graph)
     if (most := loaded.config.limits.item_timeout_s) is not None:
-        run = _timed(run, most)
+        run = _with_timeout(run, most)
     silence = quiet and tracing_is_enabled() is True
 
     async def run_item(item: Item) -> ItemState:
@@ -105,16 +105,16 @@ def item_runner(
     return run_item
 
 
-def _walker(graph: str | None) -> ItemEngine:
+def _make_walker(graph: str | None) -> ItemEngine:
     steps = DELEGATED_STEPS if graph else ITEM_STEPS
 
     async def walked(state: ItemState, context: ItemContext) -> ItemState:
-        return await walk(steps, state, Runtime(context=context))
+        return await walk_steps(steps, state, Runtime(context=context))
 
     return walked
 
 
-def _timed(run: ItemEngine, seconds: float) -> ItemEngine:
+def _with_timeout(run: ItemEngine, seconds: float) -> ItemEngine:
     async def timed(state: ItemState, context: ItemContext) -> ItemState:
         try:
             async with asyncio.timeout(seconds) as limit:
@@ -123,30 +123,32 @@ def _timed(run: ItemEngine, seconds: float) -> ItemEngine:
             if not limit.expired():
                 raise
             msg = f"it took longer than limits.item_timeout_s ({seconds:g} s) and was given up"
-            return state | ItemState(error=failure(ItemTimeoutError(msg)))
+            return state | ItemState(error=make_item_error(ItemTimeoutError(msg)))
 
     return timed
 
 
-def item_context(loaded: Loaded, fleet: Fleet, model: str, *, traced: bool) -> ItemContext:
+def make_item_context(
+    loaded: LoadedConfig, fleet: Fleet, model: str, *, traced: bool
+) -> ItemContext:
     """Return what the item graph may use."""
     config = loaded.config
-    params = model_params(config, model)
+    params = make_model_params(config, model)
     delegate = None
     if config.task.graph is not None:
-        graph = load_graph(config.task.graph)(chat_fleet(fleet, params))
-        delegate = _bounded(graph, config.limits.steps_per_item)
+        graph = load_item_graph(config.task.graph)(make_chat_fleet(fleet, params))
+        delegate = _make_delegate(graph, config.limits.steps_per_item)
     return ItemContext(
         system=config.task.system,
         prompt=Template.parse(config.task.prompt),
-        model=chat_door(fleet, params, traced),
-        answer=AnswerCheck(config.task.answer_schema, config.model.max_tokens),
+        model=make_chat_client(fleet, params, traced),
+        answer_check=AnswerCheck(config.task.answer_schema, config.model.max_tokens),
         repairs=config.task.repairs,
         delegate=delegate,
     )
 
 
-def _bounded(graph: Runnable[Any, Any], steps: int | None) -> Delegate:
+def _make_delegate(graph: Runnable[Any, Any], steps: int | None) -> Delegate:
     """Return the call of a user's graph, with the most steps that it may take."""
     config: RunnableConfig | None = None if steps is None else {"recursion_limit": steps}
     store = getattr(graph, "store", None)
@@ -154,7 +156,7 @@ def _bounded(graph: Runnable[Any, Any], steps: int | None) -> Delegate:
 
     async def delegate(given: dict[str, Any]) -> Any:
         try:
-            with _alone(own):
+            with _isolate_graph(own):
                 result = await graph.ainvoke(given, config)
         except GraphRecursionError as error:
             where = "its own" if steps is None else f"limits.steps_per_item ({steps})"
@@ -178,23 +180,23 @@ def _bounded(graph: Runnable[Any, Any], steps: int | None) -> Delegate:
 
 
 @contextmanager
-def _alone(store: BaseStore | None) -> Iterator[None]:
+def _isolate_graph(store: BaseStore | None) -> Iterator[None]:
     """Let a graph inherit nothing in the block that changes what it does."""
     outer = var_child_runnable_config.get()
-    token = var_child_runnable_config.set(None if outer is None else item_config(outer, store))
+    token = var_child_runnable_config.set(None if outer is None else inherit_config(outer, store))
     try:
         yield
     finally:
         var_child_runnable_config.reset(token)
 
 
-def load_graph(name: str) -> Callable[[Any], Runnable[Any, Any]]:
+def load_item_graph(name: str) -> Callable[[Any], Runnable[Any, Any]]:
     """Return the factory that ``task.graph`` names; a ready graph stands for its own factory.
 
     Raises:
         ConfigurationError: It cannot be imported, or is neither function nor graph.
     """
-    found = imported(name, "task.graph")
+    found = import_object(name, "task.graph")
     if isinstance(found, Runnable):
         return lambda _: found
     if not callable(found):
@@ -214,7 +216,7 @@ def load_graph(name: str) -> Callable[[Any], Runnable[Any, Any]]:
     return factory
 
 
-def check_graph(config: RunConfig) -> None:
+def check_item_graph(config: RunConfig) -> None:
     """Check that the item graph of the user's own can be imported, if there is one.
 
     A ready graph asks a model of its own, behind fanfold's back.
@@ -226,8 +228,8 @@ def check_graph(config: RunConfig) -> None:
     name, budget = config.task.graph, config.budget
     if name is None:
         return
-    load_graph(name)
-    if not isinstance(imported(name, "task.graph"), Runnable):
+    load_item_graph(name)
+    if not isinstance(import_object(name, "task.graph"), Runnable):
         return
     caps = {key: getattr(budget, key) for key in ("usd", "tokens", "requests")}
     if any(cap is not None for cap in caps.values()):
@@ -244,7 +246,7 @@ _STEPS: Final = 6
 one to spare. A repair takes two more."""
 
 
-def item_engine(delegated: bool) -> ItemEngine:
+def make_item_engine(delegated: bool) -> ItemEngine:
     """Return a function that runs one item by LangGraph's engine, without a saver.
 
     Its steps are bounded by the repairs alone, whatever limit the invocation around it has.
@@ -252,7 +254,9 @@ def item_engine(delegated: bool) -> ItemEngine:
     Args:
         delegated: Whether a user's ``task.graph`` takes the place of the model call.
     """
-    graph = build_item(DELEGATED_STEPS if delegated else ITEM_STEPS).compile(checkpointer=False)
+    graph = build_item_graph(DELEGATED_STEPS if delegated else ITEM_STEPS).compile(
+        checkpointer=False
+    )
 
     async def run(state: ItemState, context: ItemContext) -> ItemState:
         config = RunnableConfig(recursion_limit=_STEPS + 2 * context.repairs)
@@ -269,11 +273,11 @@ _ROUNDS: Final = 4
 """Items per stream in a worker's smallest shard: at its end streams run dry."""
 _FEWEST: Final = 16
 
-UNBOUNDED: Final = 2**31 - 1
+UNBOUNDED_STEPS: Final = 2**31 - 1
 """A recursion limit that no run reaches: every window of shards is sent once, so runs end."""
 
 
-def cut(run: RunKey, config: RunConfig, total: int, *, singly: bool = False) -> Prepared:
+def plan_shards(run: RunKey, config: RunConfig, total: int, *, singly: bool = False) -> PreparedRun:
     """Return a run of so many items with its plan.
 
     Args:
@@ -283,11 +287,11 @@ def cut(run: RunKey, config: RunConfig, total: int, *, singly: bool = False) -> 
         singly: Whether each item of a small batch shall be a shard of its own.
     """
     here = config.shard.items is None and not config.backend.is_remote
-    size = 1 if singly and here and is_small(total) else shard_items(config, total)
-    return Prepared(run, total, size, window(config, size), sizing(config))
+    size = 1 if singly and here and is_small_batch(total) else choose_shard_items(config, total)
+    return PreparedRun(run, total, size, choose_window(config, size), make_sizing(config))
 
 
-def shard_items(config: RunConfig, total: int) -> int:
+def choose_shard_items(config: RunConfig, total: int) -> int:
     """Return the items per shard: as configured, or so many that about 64 shards result.
 
     A superstep's barrier must not show, so few shards of many items beat many of few; below
@@ -303,7 +307,7 @@ def shard_items(config: RunConfig, total: int) -> int:
     return min(_MOST, max(_LEAST, config.limits.streams // 4, -(-total // _SHARDS)))
 
 
-def sizing(config: RunConfig) -> dict[str, Any] | None:
+def make_sizing(config: RunConfig) -> dict[str, Any] | None:
     """Return how shards are sized by what an item takes; None keeps one size."""
     backend = config.backend
     if config.shard.items is not None or not backend.is_remote:
@@ -315,7 +319,7 @@ def sizing(config: RunConfig) -> dict[str, Any] | None:
     }
 
 
-def window(config: RunConfig, size: int) -> int:
+def choose_window(config: RunConfig, size: int) -> int:
     """Return the shards per superstep: 256, or more to keep many streams or workers busy."""
     if config.backend.is_remote:
         return max(_WINDOW, 8 * config.backend.concurrent_shards)

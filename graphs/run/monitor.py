@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.money import HOUR_MS, NANO
+from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD
 from ...backends.fleet.fleet import Fleet
 from ...backends.fleet.stats import EndpointReport, FleetHealth
 from ...configs.resolve import check_metrics
@@ -33,7 +33,7 @@ _UNITS: Final = {"usd": "USD", "tokens": "tok", "requests": "req", "node_hours":
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class _LineParts:
     """The parts of a line, in their order."""
 
     counts: str
@@ -46,7 +46,7 @@ class _Parts:
     spent: str
     eta: str
 
-    def line(self, mark: str, *, without: tuple[str, ...] = ()) -> str:
+    def join(self, mark: str, *, without: tuple[str, ...] = ()) -> str:
         names = (
             *("counts", "failed", "reused", "rate", "flow"),
             *("flying", "refused", "spent", "eta"),
@@ -55,19 +55,19 @@ class _Parts:
         return "  ".join(part for part in (mark, *shown) if part)
 
 
-class Line:
+class ProgressLine:
     """Renders one line of progress; rates are over ten seconds."""
 
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
-        self._seen = [(time.monotonic(), *self._so_far())]
+        self._seen = [(time.monotonic(), *self._new_counts())]
         self._paused: float | None = None
 
     def __str__(self) -> str:
         """Return the line as it stands now, whole."""
-        return self.within(sys.maxsize)
+        return self.render(sys.maxsize)
 
-    def within(self, width: int) -> str:
+    def render(self, width: int) -> str:
         """Return the line as it stands now, in so many characters; what tells least goes first."""
         parts, simulated = self._parts(), self._tools.simulated
         tries: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -78,12 +78,12 @@ class Line:
             ("SIM", ("flow", "rate")),
             ("SIM", ("flow", "rate", "reused")),
         )
-        lines = [parts.line(mark if simulated else "", without=out) for mark, out in tries]
+        lines = [parts.join(mark if simulated else "", without=out) for mark, out in tries]
         return next((line for line in lines if len(line) <= width), lines[-1][:width])
 
-    def _parts(self) -> _Parts:
+    def _parts(self) -> _LineParts:
         progress, now = self._tools.progress, time.monotonic()
-        fresh, tokens = self._so_far()
+        fresh, tokens = self._new_counts()
         self._seen.append((now, fresh, tokens))
         while len(self._seen) > 2 and now - self._seen[1][0] > _RATE_S:  # noqa: PLR2004 - a span has two ends
             del self._seen[0]
@@ -95,14 +95,14 @@ class Line:
         fleet = self._tools.fleet if isinstance(self._tools, OpenedRun) else None
         refused = fleet.health().refusals if fleet is not None else 0
         pause = self._pause(fleet, now)
-        return _Parts(
-            counts=f"{short(progress.done)}/{short(progress.total)}",
-            failed=f"{short(progress.failed)} failed",
-            reused=f"{short(progress.reused)} reused" if progress.reused else "",
-            rate="" if pause else f"{short(rate)}/s",
-            flow="" if pause else f"{short(flow)} tok/s",
-            flying=pause or self._flying(fleet),
-            refused=f"{short(refused)} refused" if refused and not pause else "",
+        return _LineParts(
+            counts=f"{format_count(progress.done)}/{format_count(progress.total)}",
+            failed=f"{format_count(progress.failed)} failed",
+            reused=f"{format_count(progress.reused)} reused" if progress.reused else "",
+            rate="" if pause else f"{format_count(rate)}/s",
+            flow="" if pause else f"{format_count(flow)} tok/s",
+            flying=pause or self._in_flight(fleet),
+            refused=f"{format_count(refused)} refused" if refused and not pause else "",
             spent=self._spent(),
             eta="" if pause else eta,
         )
@@ -115,16 +115,16 @@ class Line:
             name = max(limits, key=lambda limit: limits[limit]["spent"] / limits[limit]["cap"])
             spent, cap = limits[name]["spent"], limits[name]["cap"]
             return f"{_amount(spent)}/{_amount(cap)} {_UNITS[name]}"
-        nano = progress.nano_usd + progress.held.nano_usd
-        return f"{_amount(nano / NANO)} USD" if nano else ""
+        nano = progress.nano_usd + progress.node_time.nano_usd
+        return f"{_amount(nano / NANO_PER_USD)} USD" if nano else ""
 
-    def _flying(self, fleet: Fleet | None) -> str:
-        if (crew := self._tools.crew) is not None:
-            return f"{short(crew.out)} shards out"
+    def _in_flight(self, fleet: Fleet | None) -> str:
+        if (crew := self._tools.coordinator) is not None:
+            return f"{format_count(crew.in_flight)} shards out"
         if fleet is None:
-            return f"{short(self._tools.gate.in_flight)} in flight"
+            return f"{format_count(self._tools.gate.in_flight)} in flight"
         health = fleet.health()
-        return f"{health.healthy}/{health.total} up  {short(health.in_flight)} in flight"
+        return f"{health.healthy}/{health.total} up  {format_count(health.in_flight)} in flight"
 
     def _pause(self, fleet: Fleet | None, now: float) -> str:
         """Return why nothing goes on, since when and for how long at most; or nothing."""
@@ -136,13 +136,13 @@ class Line:
         waited, most = _duration(now - self._paused), _duration(fleet.policy.timeout.fleet_s)
         return f"NO ENDPOINT ALIVE 0/{health.total}: waiting {waited} of {most}"
 
-    def _so_far(self) -> tuple[int, int]:
+    def _new_counts(self) -> tuple[int, int]:
         progress = self._tools.progress
         tokens = progress.prompt_tokens + progress.completion_tokens
-        return progress.done + progress.failed - progress.before, tokens
+        return progress.done + progress.failed - progress.ended_before, tokens
 
 
-def short(number: float) -> str:
+def format_count(number: float) -> str:
     """Return a number in five characters at most, large ones with a unit: ``143k``, ``1.2M``."""
     if round(number) < _WHOLE:
         return f"{number:,.0f}"
@@ -156,7 +156,7 @@ def short(number: float) -> str:
 def _amount(value: float) -> str:
     """Return an amount in five or six characters: small ones with digits behind the point."""
     if value >= 1000 or value == int(value):  # noqa: PLR2004 - larger ones are whole
-        return short(value)
+        return format_count(value)
     return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"  # noqa: PLR2004 - a cent
 
 
@@ -167,13 +167,13 @@ def _duration(seconds: float) -> str:
 
 
 @asynccontextmanager
-async def watching(tools: RunTools, console: Console, quiet: bool) -> AsyncIterator[None]:
+async def show_progress(tools: RunTools, console: Console, quiet: bool) -> AsyncIterator[None]:
     """Show progress while the block runs: live on a terminal, else a line every 10 s."""
     if quiet:
         yield
         return
-    show = _live if console.is_terminal else _plain
-    task = asyncio.create_task(show(Line(tools), console))
+    show = _show_live if console.is_terminal else _print_lines
+    task = asyncio.create_task(show(ProgressLine(tools), console))
     try:
         yield
     finally:
@@ -182,17 +182,17 @@ async def watching(tools: RunTools, console: Console, quiet: bool) -> AsyncItera
             await task
 
 
-async def _live(line: Line, console: Console) -> None:
+async def _show_live(line: ProgressLine, console: Console) -> None:
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                live.update(Text(line.within(console.width)), refresh=True)
+                live.update(Text(line.render(console.width)), refresh=True)
                 await asyncio.sleep(_LIVE_S)
         finally:
-            live.update(Text(line.within(console.width)), refresh=True)
+            live.update(Text(line.render(console.width)), refresh=True)
 
 
-async def _plain(line: Line, console: Console) -> None:
+async def _print_lines(line: ProgressLine, console: Console) -> None:
     try:
         while True:
             await asyncio.sleep(_PLAIN_S)
@@ -217,7 +217,7 @@ class _Snapshot:
 
 
 @asynccontextmanager
-async def exposed(tools: OpenedRun, port: int | None) -> AsyncIterator[None]:
+async def serve_metrics(tools: OpenedRun, port: int | None) -> AsyncIterator[None]:
     """Serve ``/metrics`` on loopback while the block runs.
 
     Args:
@@ -234,7 +234,7 @@ async def exposed(tools: OpenedRun, port: int | None) -> AsyncIterator[None]:
     check_metrics()
 
     async def answer(_: web.Request) -> web.Response:
-        text = await asyncio.to_thread(_rendered, _snapshot(tools))
+        text = await asyncio.to_thread(_render_metrics, _snapshot(tools))
         return web.Response(body=text, headers={"Content-Type": _content_type()})
 
     app = web.Application()
@@ -257,15 +257,17 @@ async def _listen(runner: web.AppRunner, port: int) -> None:
 
 
 def _snapshot(tools: OpenedRun) -> _Snapshot:
-    progress, fleet, held = tools.progress, tools.fleet, tools.progress.held
+    progress, fleet, held = tools.progress, tools.fleet, tools.progress.node_time
     left = progress.total - progress.done - progress.failed
     return _Snapshot(
         {"done": progress.done, "failed": progress.failed, "open": left},
         {"useful": progress.useful_tokens, "wasted": progress.wasted_tokens},
-        (progress.nano_usd + held.nano_usd) / NANO if tools.priced or held.nano_usd else None,
+        (progress.nano_usd + held.nano_usd) / NANO_PER_USD
+        if tools.is_priced or held.nano_usd
+        else None,
         {
-            "busy": (held.node_ms - held.idle_ms) / HOUR_MS,
-            "idle": held.idle_ms / HOUR_MS,
+            "busy": (held.node_ms - held.idle_ms) / MS_PER_HOUR,
+            "idle": held.idle_ms / MS_PER_HOUR,
         },
         fleet.health() if fleet is not None else None,
         fleet.report() if fleet is not None else (),
@@ -278,7 +280,7 @@ def _content_type() -> str:
     return CONTENT_TYPE_LATEST
 
 
-def _rendered(snapshot: _Snapshot) -> bytes:
+def _render_metrics(snapshot: _Snapshot) -> bytes:
     from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415 - an extra
 
     class Collector:
@@ -297,13 +299,13 @@ def _families(snapshot: _Snapshot) -> Iterator[Any]:
     for status, count in snapshot.items.items():
         items.add_metric([status], count)
     yield items
-    yield from _of_cost(snapshot)
+    yield from _cost_metrics(snapshot)
     if snapshot.health is not None:
-        yield from _of_fleet(snapshot.health)
-        yield from _of_endpoints(snapshot.endpoints)
+        yield from _fleet_metrics(snapshot.health)
+        yield from _endpoint_metrics(snapshot.endpoints)
 
 
-def _of_cost(snapshot: _Snapshot) -> Iterator[Any]:
+def _cost_metrics(snapshot: _Snapshot) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily  # noqa: PLC0415 - an extra
 
     tokens = CounterMetricFamily(
@@ -321,7 +323,7 @@ def _of_cost(snapshot: _Snapshot) -> Iterator[Any]:
         yield CounterMetricFamily("fanfold_usd", "US dollars, over all lives.", value=snapshot.usd)
 
 
-def _of_fleet(health: FleetHealth) -> Iterator[Any]:
+def _fleet_metrics(health: FleetHealth) -> Iterator[Any]:
     from prometheus_client.core import (  # noqa: PLC0415 - an extra
         CounterMetricFamily,
         GaugeMetricFamily,
@@ -339,7 +341,7 @@ def _of_fleet(health: FleetHealth) -> Iterator[Any]:
     yield CounterMetricFamily("fanfold_refusals", "Refusals so far.", value=health.refusals)
 
 
-def _of_endpoints(reports: Sequence[EndpointReport]) -> Iterator[Any]:
+def _endpoint_metrics(reports: Sequence[EndpointReport]) -> Iterator[Any]:
     from prometheus_client.core import (  # noqa: PLC0415 - an extra
         CounterMetricFamily,
         GaugeMetricFamily,

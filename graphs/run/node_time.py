@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Final, TypeAlias
 
-from ...backends.budget.budget import Budget, Spending
-from ...backends.budget.spend_log import Shelf
-from ...backends.core.errors import BudgetExhaustedError, FanfoldError, LedgerError
-from ...backends.core.money import Amount, Held, Tariff
+from ...backends.budget.budget import Budget, RunBudget
+from ...backends.budget.spend_log import SpendLogs
+from ...backends.core.errors import BudgetExhaustedError, FanfoldError, JournalError
+from ...backends.core.money import Amount, NodeTime, TokenPrices
 from ...backends.core.types import Json
 from ...nodes.shard.gate import Gate
 
@@ -22,77 +22,85 @@ _TICK_S: Final = 1.0
 _NOTE_S: Final = 5.0
 _RECOVER_S: Final = 15.0
 
-Nodes: TypeAlias = Callable[[], tuple[int, int]]
+ReadNodeCounts: TypeAlias = Callable[[], tuple[int, int]]
 """Says how many nodes are held, and how many of them work."""
 
-Note: TypeAlias = Callable[[Mapping[str, Json]], Awaitable[None]]
+WriteLine: TypeAlias = Callable[[Mapping[str, Json]], Awaitable[None]]
 """Appends a line to a book."""
 
 
 @asynccontextmanager
-async def noting(spending: Spending | None, shelf: Shelf, life: int) -> AsyncIterator[Note]:
+async def open_time_log(
+    spending: RunBudget | None, shelf: SpendLogs, life: int
+) -> AsyncIterator[WriteLine]:
     """Open what notes lines in a life's book: the budget's, or one that only tells the time.
 
     Raises:
-        LedgerError: The book cannot be created.
+        JournalError: The book cannot be created.
     """
     if spending is not None:
-        purse = spending.budget.purse
-        yield lambda line: purse.note(line, sync=False)
+        purse = spending.budget.balance
+        yield lambda line: purse.append_line(line, sync=False)
         return
-    book = await asyncio.to_thread(shelf.open, shelf.of_life(life))
+    book = await asyncio.to_thread(shelf.create, shelf.session_path(life))
     try:
         yield lambda line: asyncio.to_thread(book.write, line, sync=False)
     finally:
         book.close()
 
 
-class Timesheet:
+class NodeTimeMeter:
     """Measures how long nodes are held in one life.
 
     Args:
         nodes: How many are held, and how many work.
         tariff: What they cost.
         count: Is told of each further while.
-        note: Notes it.
+        write: Notes it.
     """
 
     def __init__(
-        self, nodes: Nodes, tariff: Tariff, count: Callable[[Held], None], note: Note
+        self,
+        nodes: ReadNodeCounts,
+        tariff: TokenPrices,
+        count: Callable[[NodeTime], None],
+        note: WriteLine,
     ) -> None:
         self._nodes, self._tariff, self._count, self._note = nodes, tariff, count, note
         self._then, self._busy = time.monotonic(), 0
-        self._held, self._noted = Held(), Held()
+        self._held, self._noted = NodeTime(), NodeTime()
 
-    def cost(self, seconds: float) -> Amount:
+    def estimate_cost(self, seconds: float) -> Amount:
         """Return what the nodes that are held now, one at least, cost for a while."""
         held, _ = self._nodes()
-        return self._tariff.held(round(1000 * max(1, held) * seconds))
+        return self._tariff.node_amount(round(1000 * max(1, held) * seconds))
 
     def tick(self) -> Amount:
         """Count the time since the last tick; return what it comes to."""
         now = time.monotonic()
         held, busy = self._nodes()
-        cost = self._tariff.held(round(1000 * held * (now - self._then)))
+        cost = self._tariff.node_amount(round(1000 * held * (now - self._then)))
         idle = max(0, held - max(busy, self._busy))  # idle at both ends of the while
-        further = Held(cost.node_ms, round(1000 * idle * (now - self._then)), cost.nano_usd)
+        further = NodeTime(cost.node_ms, round(1000 * idle * (now - self._then)), cost.nano_usd)
         self._held, self._then, self._busy = self._held.plus(further), now, busy
         self._count(further)
         return cost
 
-    async def note(self) -> None:
+    async def write(self) -> None:
         """Note what has been counted, if anything is new."""
         if self._held == self._noted:
             return
         self._noted = self._held
         try:
             await self._note({"held": self._held.to_json()})
-        except LedgerError as error:
+        except JournalError as error:
             logger.warning("%s", error.message)  # the journal's own write will end the run
 
 
 @asynccontextmanager
-async def watched(sheet: Timesheet, gate: Gate, spending: Spending | None) -> AsyncIterator[None]:
+async def meter_node_time(
+    sheet: NodeTimeMeter, gate: Gate, spending: RunBudget | None
+) -> AsyncIterator[None]:
     """Count the time of nodes, and warn as the budget is used up, while the block runs.
 
     Args:
@@ -101,10 +109,10 @@ async def watched(sheet: Timesheet, gate: Gate, spending: Spending | None) -> As
             flight can end.
         spending: The budget; None is no limit.
     """
-    payer = _payer(sheet, gate, spending)
+    payer = _make_charger(sheet, gate, spending)
     if payer is not None:
-        await payer.begin()
-    task = asyncio.create_task(_watch(sheet, payer, spending))
+        await payer.reserve()
+    task = asyncio.create_task(_meter_loop(sheet, payer, spending))
     try:
         yield
     finally:
@@ -115,40 +123,44 @@ async def watched(sheet: Timesheet, gate: Gate, spending: Spending | None) -> As
         finally:
             cost = sheet.tick()
             if payer is not None:
-                payer.end(cost)
-            await sheet.note()
+                payer.close(cost)
+            await sheet.write()
             if spending is not None:
                 spending.budget.warn()
 
 
-def _payer(sheet: Timesheet, gate: Gate, spending: Spending | None) -> _Payer | None:
+def _make_charger(
+    sheet: NodeTimeMeter, gate: Gate, spending: RunBudget | None
+) -> NodeTimeCharger | None:
     """Return who spends time from the budget, if it is limited or costs anything."""
     if spending is None:
         return None
-    terms = spending.budget.terms
-    timed = terms.caps.node_ms is not None or terms.tariff.node > 0
-    return _Payer(spending.budget, gate, sheet) if timed else None
+    terms = spending.budget.settings
+    timed = terms.limits.node_ms is not None or terms.prices.node > 0
+    return NodeTimeCharger(spending.budget, gate, sheet) if timed else None
 
 
-async def _watch(sheet: Timesheet, payer: _Payer | None, spending: Spending | None) -> None:
+async def _meter_loop(
+    sheet: NodeTimeMeter, payer: NodeTimeCharger | None, spending: RunBudget | None
+) -> None:
     noted = recovered = time.monotonic()
     told = set[str]()
     while True:
         await asyncio.sleep(_TICK_S)
         cost, now = sheet.tick(), time.monotonic()
         if payer is not None:
-            payer.spend(cost)
+            payer.charge(cost)
         if now - noted > _NOTE_S:
-            await sheet.note()
+            await sheet.write()
             noted = now
         if spending is not None:
             spending.budget.warn()
             if now - recovered > _RECOVER_S:
-                await _recover(spending, told)
+                await _recover_leases(spending, told)
                 recovered = time.monotonic()
 
 
-async def _recover(spending: Spending, told: set[str]) -> None:
+async def _recover_leases(spending: RunBudget, told: set[str]) -> None:
     """Look for what lost workers did not spend; a book that cannot be read now may be later.
 
     Args:
@@ -156,53 +168,53 @@ async def _recover(spending: Spending, told: set[str]) -> None:
         told: What went wrong before; it is not told again.
     """
     try:
-        await spending.leases.recover()
+        await spending.leases.recover_lost()
     except (FanfoldError, OSError) as error:
         if str(error) not in told:
             told.add(str(error))
             logger.warning("%s; what was lent counts as spent meanwhile", error)
 
 
-class _Payer:
+class NodeTimeCharger:
     """Spends the time of nodes from a budget as it goes by."""
 
-    def __init__(self, budget: Budget, gate: Gate, sheet: Timesheet) -> None:
+    def __init__(self, budget: Budget, gate: Gate, sheet: NodeTimeMeter) -> None:
         self._budget, self._gate, self._sheet = budget, gate, sheet
-        self._owed, self._aside = Amount(), Amount()
+        self._unpaid, self._reserved = Amount(), Amount()
 
-    async def begin(self) -> None:
+    async def reserve(self) -> None:
         """Put aside what the end of those in flight will take; close the gate without so much."""
-        aside = self._sheet.cost(self._gate.drain_s + _TICK_S)
+        aside = self._sheet.estimate_cost(self._gate.drain_s + _TICK_S)
         try:
-            await self._budget.purse.reserve(aside)
+            await self._budget.balance.reserve(aside)
         except BudgetExhaustedError as error:
             self._gate.close(error.message, error)
         else:
-            self._aside = self._budget.purse.aside = aside
+            self._reserved = self._budget.balance.set_aside = aside
 
-    def spend(self, cost: Amount) -> None:
+    def charge(self, cost: Amount) -> None:
         """Spend a while; close the gate when there is no more."""
-        self._owed = self._owed.plus(cost)
-        spent = self._budget.purse.tick(self._owed)
+        self._unpaid = self._unpaid.plus(cost)
+        spent = self._budget.balance.try_spend(self._unpaid)
         if spent is None:
             return  # the book is being written: with the next while
         if not spent:
-            msg = self._budget.refusal(self._owed.plus(self._aside))
+            msg = self._budget.record_refusal(self._unpaid.plus(self._reserved))
             self._gate.close(msg, BudgetExhaustedError(msg))
-            self._pay(self._owed)
-        self._owed = Amount()
+            self._settle(self._unpaid)
+        self._unpaid = Amount()
 
-    def end(self, cost: Amount) -> None:
+    def close(self, cost: Amount) -> None:
         """Spend the last while, and give back what was put aside."""
-        self._pay(self._owed.plus(cost))
-        self._budget.purse.aside = Amount()
-        self._budget.purse.settle(self._aside, Amount())
+        self._settle(self._unpaid.plus(cost))
+        self._budget.balance.set_aside = Amount()
+        self._budget.balance.settle(self._reserved, Amount())
 
-    def _pay(self, cost: Amount) -> None:
+    def _settle(self, cost: Amount) -> None:
         """Count time that has gone by, of what is left and then of what was put aside."""
-        purse = self._budget.purse
-        free = cost.least(purse.left.most(Amount()))
+        purse = self._budget.balance
+        free = cost.minimum(purse.left.maximum(Amount()))
         purse.settle(Amount(), free)
-        used = cost.minus(free).least(self._aside)
-        self._aside = purse.aside = self._aside.minus(used)
+        used = cost.minus(free).minimum(self._reserved)
+        self._reserved = purse.set_aside = self._reserved.minus(used)
         purse.settle(used, used)

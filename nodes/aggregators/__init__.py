@@ -4,7 +4,7 @@ The presented aggregate depends on the set of outcomes alone, bit for bit, never
 which items ended nor on how they were grouped.
 """
 
-from .aggregate import Aggregate, build, combine
+from .aggregate import AggregatorSet, build_aggregators, combine_states
 from .base import Aggregator, State
 
-__all__ = ["Aggregate", "Aggregator", "State", "build", "combine"]
+__all__ = ["Aggregator", "AggregatorSet", "State", "build_aggregators", "combine_states"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
-from ...backends.core.errors import ConfigurationError, LedgerError
+from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.types import Json, Outcome
-from .base import Aggregator, State, configure
+from .base import Aggregator, State, make_aggregator
 from .histogram import Histogram
 from .listing import Collect, Count, TopK
 from .stats import Stats
@@ -17,27 +17,29 @@ from .stats import Stats
 VERSION: Final = 1
 """Of the states' form."""
 
-_Stage: TypeAlias = Collect | Count | Histogram | Stats | TopK
+_AnyAggregator: TypeAlias = Collect | Count | Histogram | Stats | TopK
 
-_STAGES: Final[tuple[type[_Stage], ...]] = (Collect, Count, Histogram, Stats, TopK)
+_STAGES: Final[tuple[type[_AnyAggregator], ...]] = (Collect, Count, Histogram, Stats, TopK)
 
-OPS: Final[Mapping[str, type[_Stage]]] = MappingProxyType({stage.op: stage for stage in _STAGES})
+AGGREGATORS: Final[Mapping[str, type[_AnyAggregator]]] = MappingProxyType(
+    {stage.op: stage for stage in _STAGES}
+)
 """Stages by name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Aggregate:
+class AggregatorSet:
     """The stages of a run.
 
     Attributes:
-        stages: In the order of the configuration.
+        aggregators: In the order of the configuration.
     """
 
-    stages: tuple[Aggregator, ...]
+    aggregators: tuple[Aggregator, ...]
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
-        return _state([stage.empty() for stage in self.stages])
+        return _state([stage.empty() for stage in self.aggregators])
 
     def lift(self, outcomes: Iterable[Outcome]) -> State:
         """Return the state of a batch of outcomes; some 64 at a time cost least.
@@ -46,7 +48,7 @@ class Aggregate:
             ConfigurationError: A histogram meets too many different values.
         """
         batch = tuple(outcomes)
-        return _state([stage.lift(batch) for stage in self.stages])
+        return _state([stage.lift(batch) for stage in self.aggregators])
 
     def present(self, state: State) -> list[dict[str, Json]]:
         """Return the readable result of each stage, in the order of the configuration.
@@ -56,15 +58,16 @@ class Aggregate:
 
         Raises:
             ConfigurationError: The state comes from other stages.
-            LedgerError: The state was written by another version of fanfold.
+            JournalError: The state was written by another version of fanfold.
         """
-        whole = combine(self.empty(), state)
+        whole = combine_states(self.empty(), state)
         return [
-            stage.present(part) for stage, part in zip(self.stages, whole["stages"], strict=True)
+            stage.present(part)
+            for stage, part in zip(self.aggregators, whole["stages"], strict=True)
         ]
 
 
-def build(stages: Sequence[Mapping[str, Json]]) -> Aggregate:
+def build_aggregators(stages: Sequence[Mapping[str, Json]]) -> AggregatorSet:
     """Make the stages of a run.
 
     Args:
@@ -77,14 +80,14 @@ def build(stages: Sequence[Mapping[str, Json]]) -> Aggregate:
         ConfigurationError: An op is unknown, or its parameters are wrong.
     """
     for spec in stages:
-        if spec.get("op") not in list(OPS):
+        if spec.get("op") not in list(AGGREGATORS):
             raise ConfigurationError(
-                f"reduce: unknown op {spec.get('op')!r}; the ops are {', '.join(OPS)}"
+                f"reduce: unknown op {spec.get('op')!r}; the ops are {', '.join(AGGREGATORS)}"
             )
-    return Aggregate(tuple(configure(OPS[spec["op"]], spec) for spec in stages))
+    return AggregatorSet(tuple(make_aggregator(AGGREGATORS[spec["op"]], spec) for spec in stages))
 
 
-def combine(a: State, b: State) -> State:
+def combine_states(a: State, b: State) -> State:
     """Combine two states of the same stages: the reducer of the graph's state.
 
     Args:
@@ -97,11 +100,11 @@ def combine(a: State, b: State) -> State:
     Raises:
         ConfigurationError: The states come from different stages, or a histogram meets too many
             different values.
-        LedgerError: A state was written by another version of fanfold.
+        JournalError: A state was written by another version of fanfold.
     """
     for state in (a, b):
         if state and state.get("v") != VERSION:
-            raise LedgerError(
+            raise JournalError(
                 f"the aggregate has form {state.get('v')!r}, and this version of fanfold reads "
                 f"form {VERSION}: resume the run with the version that began it"
             )
@@ -113,7 +116,7 @@ def combine(a: State, b: State) -> State:
             "'reduce', fold the finished items anew"
         )
     pairs = zip(a["stages"], b["stages"], strict=True)
-    return _state([OPS[left["of"]["op"]].combine(left, right) for left, right in pairs])
+    return _state([AGGREGATORS[left["of"]["op"]].combine(left, right) for left, right in pairs])
 
 
 def _state(stages: list[State]) -> State:

@@ -44,14 +44,14 @@ class Aggregator(Protocol):
         ...
 
 
-class Parameters:
+class AggregatorBase:
     """Base of the stages: frozen dataclasses whose fields are the stage's parameters."""
 
     __slots__ = ()
     op: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
-    def of(self) -> dict[str, Json]:
+    def to_spec(self) -> dict[str, Json]:
         """Return the parameters as states carry them, tuples as lists."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return {"op": self.op} | {
@@ -59,17 +59,17 @@ class Parameters:
             for name, value in values.items()
         }
 
-    def fault(self, name: str, demand: str) -> ConfigurationError:
+    def parameter_error(self, name: str, demand: str) -> ConfigurationError:
         """Return the error that parameter ``name`` does not meet ``demand``."""
         return ConfigurationError(
             f"reduce: {self.op}.{name} is {getattr(self, name)!r}; it must be {demand}"
         )
 
 
-StageT = TypeVar("StageT", bound=Parameters)
+StageT = TypeVar("StageT", bound=AggregatorBase)
 
 
-def configure(stage: type[StageT], spec: Mapping[str, Json]) -> StageT:
+def make_aggregator(stage: type[StageT], spec: Mapping[str, Json]) -> StageT:
     """Make a stage from its dict in the configuration.
 
     Args:
@@ -82,7 +82,7 @@ def configure(stage: type[StageT], spec: Mapping[str, Json]) -> StageT:
     Raises:
         ConfigurationError: A parameter is unknown, missing or out of range.
     """
-    given = {name: _frozen(value) for name, value in spec.items() if name != "op"}
+    given = {name: _freeze(value) for name, value in spec.items() if name != "op"}
     known = {f.name: f for f in fields(stage) if f.init}
     if unknown := sorted(given.keys() - known.keys()):
         names = ", ".join(known) or "none"
@@ -95,7 +95,7 @@ def configure(stage: type[StageT], spec: Mapping[str, Json]) -> StageT:
     return stage(**given)
 
 
-def tally(*counts: Mapping[str, int]) -> dict[str, int]:
+def sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:
     """Return the sum of several tallies, key by key."""
     total: dict[str, int] = dict(counts[0]) if counts else {}
     for more in counts[1:]:
@@ -104,33 +104,33 @@ def tally(*counts: Mapping[str, int]) -> dict[str, int]:
     return total
 
 
-def done(outcomes: Iterable[Outcome]) -> list[Outcome]:
+def done_outcomes(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """Return the outcomes that have an output."""
     return [outcome for outcome in outcomes if outcome.status == "done"]
 
 
-def _frozen(value: Json) -> Json:
+def _freeze(value: Json) -> Json:
     return tuple(value) if isinstance(value, list) else value
 
 
-Path: TypeAlias = tuple[str, ...]
+KeyPath: TypeAlias = tuple[str, ...]
 """Keys from the output down to a value."""
 
 SHOWN_CHARACTERS: Final = 2_000
 """Longer texts are cut where a state carries them for show."""
 
-DEPTH: Final = 100
+MAX_STATE_DEPTH: Final = 100
 """What is nested deeper would break writers, whose own limits begin at some 250 levels."""
 
 _INT64: Final = 1 << 63
 
 
-def path_of(field: str) -> Path:
+def split_path(field: str) -> KeyPath:
     """Return the keys of a dotted path, e.g. ``a.b``."""
     return tuple(field.split("."))
 
 
-def pick(output: Json, path: Path) -> Json:
+def pick_value(output: Json, path: KeyPath) -> Json:
     """Return the value at a path, or None where the path leads nowhere."""
     for key in path:
         if not isinstance(output, dict):
@@ -139,7 +139,7 @@ def pick(output: Json, path: Path) -> Json:
     return output
 
 
-def number(value: Json) -> int | float | None:
+def finite_number(value: Json) -> int | float | None:
     """Return a finite number that a state can carry, or None for anything else.
 
     Booleans are no numbers. Integers outside 64 bits become the nearest double; beyond the
@@ -158,7 +158,7 @@ def number(value: Json) -> int | float | None:
         return None
 
 
-def carried(value: Json, longest: int | None = None, depth: int = DEPTH) -> Json:
+def sanitize_json(value: Json, longest: int | None = None, depth: int = MAX_STATE_DEPTH) -> Json:
     """Return a copy of a JSON value that survives every JSON and msgpack writer.
 
     Non-finite floats become None, integers outside 64 bits hexadecimal text, lone surrogates
@@ -182,8 +182,8 @@ def carried(value: Json, longest: int | None = None, depth: int = DEPTH) -> Json
 
 def _nested(value: Json, longest: int | None, depth: int) -> Json:
     if isinstance(value, dict):
-        return {_text(str(k), longest): carried(v, longest, depth) for k, v in value.items()}
-    return [carried(item, longest, depth) for item in value]
+        return {_text(str(k), longest): sanitize_json(v, longest, depth) for k, v in value.items()}
+    return [sanitize_json(item, longest, depth) for item in value]
 
 
 def _text(text: str, longest: int | None) -> str:

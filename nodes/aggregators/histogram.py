@@ -15,14 +15,24 @@ from typing import ClassVar, Final
 
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.types import Json, Outcome
-from .base import SHOWN_CHARACTERS, Parameters, State, carried, done, number, path_of, pick, tally
+from .base import (
+    SHOWN_CHARACTERS,
+    AggregatorBase,
+    State,
+    done_outcomes,
+    finite_number,
+    pick_value,
+    sanitize_json,
+    split_path,
+    sum_counts,
+)
 
-DISTINCT: Final = 1_000
+MAX_DISTINCT: Final = 1_000
 """Most different values, and most bins."""
 
 
 @dataclass(frozen=True, slots=True)
-class Histogram(Parameters):
+class Histogram(AggregatorBase):
     """Counts of a value in the output.
 
     Without bins every value (text, boolean or number) is counted by itself. With bins, numbers
@@ -48,23 +58,29 @@ class Histogram(Parameters):
         if isinstance(self.bins, int):
             low, high = self._range(self.bins)
             edges = _equal(low, high, self.bins)
-            if not _rising(edges):
-                raise self.fault("high", f"above low ({low!r}) by more than rounding errors")
+            if not _is_rising(edges):
+                raise self.parameter_error(
+                    "high", f"above low ({low!r}) by more than rounding errors"
+                )
         elif self.low is not None or self.high is not None:
-            raise self.fault("bins", "a number of bins, where low and high are given")
+            raise self.parameter_error("bins", "a number of bins, where low and high are given")
         else:
             edges = self.bins or ()
-            if self.bins is not None and not (1 < len(edges) <= DISTINCT + 1 and _rising(edges)):
-                raise self.fault("bins", f"from 2 to {DISTINCT + 1:,} rising, finite edges")
+            if self.bins is not None and not (
+                1 < len(edges) <= MAX_DISTINCT + 1 and _is_rising(edges)
+            ):
+                raise self.parameter_error(
+                    "bins", f"from 2 to {MAX_DISTINCT + 1:,} rising, finite edges"
+                )
         object.__setattr__(self, "edges", edges)
 
     def _range(self, bins: int) -> tuple[float, float]:
-        if isinstance(bins, bool) or not 1 <= bins <= DISTINCT:
-            raise self.fault("bins", f"from 1 to {DISTINCT:,}")
+        if isinstance(bins, bool) or not 1 <= bins <= MAX_DISTINCT:
+            raise self.parameter_error("bins", f"from 1 to {MAX_DISTINCT:,}")
         if self.low is None or not isfinite(self.low):
-            raise self.fault("low", "a number, where bins is a number of bins")
+            raise self.parameter_error("low", "a number, where bins is a number of bins")
         if self.high is None or not isfinite(self.high):
-            raise self.fault("high", "a number, where bins is a number of bins")
+            raise self.parameter_error("high", "a number, where bins is a number of bins")
         return self.low, self.high
 
     def empty(self) -> State:
@@ -77,11 +93,11 @@ class Histogram(Parameters):
         Raises:
             ConfigurationError: Too many different values.
         """
-        path = path_of(self.field)
-        found = [pick(outcome.output, path) for outcome in done(outcomes)]
+        path = split_path(self.field)
+        found = [pick_value(outcome.output, path) for outcome in done_outcomes(outcomes)]
         if self.bins is None:
-            return _bounded({"of": self.of(), **_by_value(found)})
-        return {"of": self.of(), **_by_bin(found, self.edges)}
+            return _check_distinct({"of": self.to_spec(), **_count_values(found)})
+        return {"of": self.to_spec(), **_count_bins(found, self.edges)}
 
     @staticmethod
     def combine(a: State, b: State) -> State:
@@ -90,15 +106,17 @@ class Histogram(Parameters):
         Raises:
             ConfigurationError: Too many different values.
         """
-        counts = tally(a["counts"], b["counts"])
-        return _bounded({"of": a["of"], "counts": counts, "missing": a["missing"] + b["missing"]})
+        counts = sum_counts(a["counts"], b["counts"])
+        return _check_distinct(
+            {"of": a["of"], "counts": counts, "missing": a["missing"] + b["missing"]}
+        )
 
     def present(self, state: State) -> dict[str, Json]:
         """Return the counts: by bin, or by value (numbers rising, else the most frequent first)."""
         head = {"op": self.op, "field": self.field}
         counts, tail = state["counts"], {"missing": state["missing"]}
         if self.bins is None:
-            return head | {"counts": _ranked(counts)} | tail
+            return head | {"counts": _rank_counts(counts)} | tail
         bins = [
             {"low": low, "high": high, "count": counts.get(str(place), 0)}
             for place, (low, high) in enumerate(pairwise(self.edges))
@@ -113,30 +131,30 @@ def _equal(low: float, high: float, bins: int) -> tuple[float, ...]:
     return tuple(float(start + place * width) for place in range(bins + 1))
 
 
-def _rising(edges: Sequence[float]) -> bool:
+def _is_rising(edges: Sequence[float]) -> bool:
     return all(isfinite(a) and isfinite(b) and a < b for a, b in pairwise(edges))
 
 
-def _by_value(found: Sequence[Json]) -> State:
-    usable = [value for value in map(_countable, found) if value is not None]
+def _count_values(found: Sequence[Json]) -> State:
+    usable = [value for value in map(_to_countable, found) if value is not None]
     # True == 1 in Python, so that being a boolean belongs to the key.
     seen = Counter((isinstance(value, bool), value) for value in usable)
     counts = {json.dumps(value): count for (_, value), count in seen.items()}
     return {"counts": counts, "missing": len(found) - len(usable)}
 
 
-def _countable(value: Json) -> str | bool | int | float | None:
+def _to_countable(value: Json) -> str | bool | int | float | None:
     """Return what to count a value as: JSON's 1.0 is its 1, and long texts are cut."""
     if isinstance(value, str):
-        return str(carried(value, SHOWN_CHARACTERS))
+        return str(sanitize_json(value, SHOWN_CHARACTERS))
     if isinstance(value, bool):
         return value
-    known = number(value)
-    return number(int(known)) if isinstance(known, float) and known.is_integer() else known
+    known = finite_number(value)
+    return finite_number(int(known)) if isinstance(known, float) and known.is_integer() else known
 
 
-def _by_bin(found: Sequence[Json], edges: Sequence[float]) -> State:
-    values = [value for value in map(number, found) if value is not None]
+def _count_bins(found: Sequence[Json], edges: Sequence[float]) -> State:
+    values = [value for value in map(finite_number, found) if value is not None]
     counts: Counter[str] = Counter()
     for place, count in Counter(_place(value, edges) for value in values).items():
         counts["under" if place < 0 else "over" if place > len(edges) - 2 else str(place)] = count
@@ -148,17 +166,17 @@ def _place(value: float, edges: Sequence[float]) -> int:
     return place - 1 if value == edges[-1] else place
 
 
-def _bounded(state: State) -> State:
+def _check_distinct(state: State) -> State:
     # With bins there are two more counts: under and over.
-    if len(state["counts"]) <= DISTINCT + 2 * (state["of"]["bins"] is not None):
+    if len(state["counts"]) <= MAX_DISTINCT + 2 * (state["of"]["bins"] is not None):
         return state
     raise ConfigurationError(
-        f"reduce: histogram of '{state['of']['field']}' met more than {DISTINCT:,} different "
+        f"reduce: histogram of '{state['of']['field']}' met more than {MAX_DISTINCT:,} different "
         "values; give the field an enum in the schema, or the histogram bins, low and high"
     )
 
 
-def _ranked(counts: Mapping[str, int]) -> list[dict[str, Json]]:
+def _rank_counts(counts: Mapping[str, int]) -> list[dict[str, Json]]:
     rows = [(json.loads(name), count, name) for name, count in counts.items()]
     if any(isinstance(value, str | bool) for value, _, _ in rows):
         rows.sort(key=lambda row: (-row[1], row[2]))

@@ -9,11 +9,21 @@ from operator import attrgetter, itemgetter
 from typing import ClassVar, Final, Literal
 
 from ...backends.core.types import Json, Outcome
-from .base import SHOWN_CHARACTERS, Parameters, State, carried, done, number, path_of, pick, tally
+from .base import (
+    SHOWN_CHARACTERS,
+    AggregatorBase,
+    State,
+    done_outcomes,
+    finite_number,
+    pick_value,
+    sanitize_json,
+    split_path,
+    sum_counts,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class TopK(Parameters):
+class TopK(AggregatorBase):
     """The k items that rank first by a number in the output; ties go to the earlier item.
 
     Attributes:
@@ -32,9 +42,9 @@ class TopK(Parameters):
     def __post_init__(self) -> None:
         """Refuse a k below 1 and an unknown order."""
         if self.k < 1:
-            raise self.fault("k", "at least 1")
+            raise self.parameter_error("k", "at least 1")
         if self.order not in {"largest", "smallest"}:
-            raise self.fault("order", "largest or smallest")
+            raise self.parameter_error("order", "largest or smallest")
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
@@ -42,23 +52,29 @@ class TopK(Parameters):
 
     def lift(self, outcomes: Sequence[Outcome]) -> State:
         """Return the state of a batch of outcomes."""
-        path, sign = path_of(self.field), _sign(self.order)
-        found = done(outcomes)
+        path, sign = split_path(self.field), _sign(self.order)
+        found = done_outcomes(outcomes)
         keyed = [
             (sign * value, outcome.index, value, outcome)
             for outcome in found
-            if (value := number(pick(outcome.output, path))) is not None
+            if (value := finite_number(pick_value(outcome.output, path))) is not None
         ]
         first = nsmallest(self.k, keyed, key=itemgetter(0, 1))
         return {
-            "of": self.of(),
+            "of": self.to_spec(),
             "missing": len(found) - len(keyed),
             "rows": [self._row(value, outcome) for _, _, value, outcome in first],
         }
 
     def _row(self, value: float, outcome: Outcome) -> list[Json]:
-        shown = [carried(outcome.row.get(name), SHOWN_CHARACTERS) for name in self.show]
-        return [value, outcome.index, carried(outcome.id), carried(outcome.output), shown]
+        shown = [sanitize_json(outcome.row.get(name), SHOWN_CHARACTERS) for name in self.show]
+        return [
+            value,
+            outcome.index,
+            sanitize_json(outcome.id),
+            sanitize_json(outcome.output),
+            shown,
+        ]
 
     @staticmethod
     def combine(a: State, b: State) -> State:
@@ -89,7 +105,7 @@ def _sign(order: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Collect(Parameters):
+class Collect(AggregatorBase):
     """Outputs of the first done items in input order.
 
     Attributes:
@@ -104,7 +120,7 @@ class Collect(Parameters):
     def __post_init__(self) -> None:
         """Refuse a limit below 1."""
         if self.limit < 1:
-            raise self.fault("limit", "at least 1")
+            raise self.parameter_error("limit", "at least 1")
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
@@ -112,10 +128,12 @@ class Collect(Parameters):
 
     def lift(self, outcomes: Sequence[Outcome]) -> State:
         """Return the state of a batch of outcomes."""
-        path = () if self.field is None else path_of(self.field)
-        first = nsmallest(self.limit, done(outcomes), key=attrgetter("index"))
-        rows = [[o.index, carried(o.id), carried(pick(o.output, path))] for o in first]
-        return {"of": self.of(), "rows": rows}
+        path = () if self.field is None else split_path(self.field)
+        first = nsmallest(self.limit, done_outcomes(outcomes), key=attrgetter("index"))
+        rows = [
+            [o.index, sanitize_json(o.id), sanitize_json(pick_value(o.output, path))] for o in first
+        ]
+        return {"of": self.to_spec(), "rows": rows}
 
     @staticmethod
     def combine(a: State, b: State) -> State:
@@ -130,12 +148,12 @@ class Collect(Parameters):
         return {"op": self.op, "field": self.field, "rows": rows}
 
 
-CLASSES: Final = 100
+MAX_CLASSES: Final = 100
 """Most error classes that are told apart."""
 
 
 @dataclass(frozen=True, slots=True)
-class Count(Parameters):
+class Count(AggregatorBase):
     """Counts of items, failed ones by error class.
 
     Beyond 100 classes the alphabetically first 100 are kept and the rest counted together. A
@@ -146,7 +164,7 @@ class Count(Parameters):
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
-        return _state(self.of(), 0, {}, 0)
+        return _state(self.to_spec(), 0, {}, 0)
 
     def lift(self, outcomes: Sequence[Outcome]) -> State:
         """Return the state of a batch of outcomes."""
@@ -155,16 +173,16 @@ class Count(Parameters):
             if outcome.status == "failed":
                 name = outcome.error_class or "unknown"
                 classes[name] = classes.get(name, 0) + 1
-        return _state(self.of(), len(outcomes) - sum(classes.values()), classes, 0)
+        return _state(self.to_spec(), len(outcomes) - sum(classes.values()), classes, 0)
 
     @staticmethod
     def combine(a: State, b: State) -> State:
         """Return the state of the outcomes of both."""
-        classes = tally(a["classes"], b["classes"])
+        classes = sum_counts(a["classes"], b["classes"])
         return _state(a["of"], a["done"] + b["done"], classes, a["others"] + b["others"])
 
     def present(self, state: State) -> dict[str, Json]:
-        """Return ``done``, ``failed``, and failures by class, the most frequent first."""
+        """Return ``done_outcomes``, ``failed``, and failures by class, the most frequent first."""
         classes: dict[str, int] = state["classes"]
         ranked = sorted(classes.items(), key=lambda pair: (-pair[1], pair[0]))
         if state["others"]:
@@ -180,6 +198,6 @@ class Count(Parameters):
 
 def _state(of: Json, done: int, classes: Mapping[str, int], others: int) -> State:
     names = sorted(classes)
-    kept = {name: classes[name] for name in names[:CLASSES]}
-    others += sum(classes[name] for name in names[CLASSES:])
+    kept = {name: classes[name] for name in names[:MAX_CLASSES]}
+    others += sum(classes[name] for name in names[MAX_CLASSES:])
     return {"of": of, "done": done, "classes": kept, "others": others}

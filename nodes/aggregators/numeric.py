@@ -8,7 +8,7 @@ from math import floor, isqrt, ldexp
 from typing import Final
 
 from ...backends.core.types import Json
-from .base import tally
+from .base import sum_counts
 
 MANTISSA_BITS: Final = 53
 """Of a double."""
@@ -22,7 +22,7 @@ BUCKETS: Final = 128 * PARTS
 _SHIFT: Final = MANTISSA_BITS - 7
 
 
-def bucket(mantissa: int, exponent: int) -> int:
+def bucket_index(mantissa: int, exponent: int) -> int:
     """Return the bucket of a positive double.
 
     Args:
@@ -32,16 +32,16 @@ def bucket(mantissa: int, exponent: int) -> int:
     return exponent * PARTS + (mantissa >> _SHIFT) - PARTS
 
 
-def merge(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+def merge_buckets(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
     """Return the counts of two sketches of one sign, bounded in number."""
-    total = tally(a, b)
+    total = sum_counts(a, b)
     if len(total) <= BUCKETS:
         return total
     # Cutting early changes nothing: the final cut is at least as high.
-    return {str(i): n for i, n in cut(total, max(map(int, total))).items()}
+    return {str(i): n for i, n in clip_buckets(total, max(map(int, total))).items()}
 
 
-def cut(counts: Mapping[str, int], top: int) -> dict[int, int]:
+def clip_buckets(counts: Mapping[str, int], top: int) -> dict[int, int]:
     """Return the counts by bucket, those too far below bucket ``top`` in the lowest."""
     lowest, result = top - BUCKETS + 1, dict[int, int]()
     for name, count in counts.items():
@@ -80,10 +80,10 @@ def _ascending(
     negative: Mapping[str, int], zeros: int, positive: Mapping[str, int]
 ) -> Iterator[tuple[float, int]]:
     top = max((int(name) for name in (*negative, *positive)), default=0)
-    for index, count in sorted(cut(negative, top).items(), reverse=True):
+    for index, count in sorted(clip_buckets(negative, top).items(), reverse=True):
         yield -_middle(index), count
     yield 0.0, zeros
-    for index, count in sorted(cut(positive, top).items()):
+    for index, count in sorted(clip_buckets(positive, top).items()):
         yield _middle(index), count
 
 
@@ -95,14 +95,14 @@ def _middle(index: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Exact:
+class ExactSum:
     """The number n * 2**e."""
 
     n: int = 0
     e: int = 0
 
     @classmethod
-    def of(cls, parts: Mapping[int, int]) -> Exact:
+    def from_parts(cls, parts: Mapping[int, int]) -> ExactSum:
         """Return the sum of ``n * 2**e`` over the pairs e: n."""
         if not parts:
             return cls()
@@ -110,25 +110,25 @@ class Exact:
         return cls(sum(n << (e - least) for e, n in parts.items()), least)
 
     @classmethod
-    def read(cls, written: Json) -> Exact:
+    def from_json(cls, written: Json) -> ExactSum:
         """Return the number that ``write`` wrote."""
         return cls(int(written[0], 16), written[1])
 
-    def write(self) -> list[Json]:
+    def to_json(self) -> list[Json]:
         """Return the number as JSON, the same for equal numbers."""
         if self.n == 0:
             return ["0", 0]
         zeros = (self.n & -self.n).bit_length() - 1
         return [format(self.n >> zeros, "x"), self.e + zeros]
 
-    def __add__(self, other: Exact) -> Exact:
+    def __add__(self, other: ExactSum) -> ExactSum:
         """Add exactly."""
         if self.e > other.e:
-            return Exact(other.n + (self.n << (self.e - other.e)), other.e)
-        return Exact(self.n + (other.n << (other.e - self.e)), self.e)
+            return ExactSum(other.n + (self.n << (self.e - other.e)), other.e)
+        return ExactSum(self.n + (other.n << (other.e - self.e)), self.e)
 
 
-def mean(total: Exact, count: int) -> float:
+def mean(total: ExactSum, count: int) -> float:
     """Return total / count, correctly rounded.
 
     Args:
@@ -140,7 +140,7 @@ def mean(total: Exact, count: int) -> float:
     return total.n / (count << -total.e)
 
 
-def sample_sd(total: Exact, squares: Exact, count: int) -> float | None:
+def sample_sd(total: ExactSum, squares: ExactSum, count: int) -> float | None:
     """Return the sample standard deviation, correctly rounded.
 
     sd**2 = (count * squares - total**2) / (count * (count - 1)), all in integers.
@@ -155,14 +155,14 @@ def sample_sd(total: Exact, squares: Exact, count: int) -> float | None:
     """
     if count <= 1:
         return None
-    spread = Exact(count * squares.n, squares.e) + Exact(-total.n * total.n, 2 * total.e)
+    spread = ExactSum(count * squares.n, squares.e) + ExactSum(-total.n * total.n, 2 * total.e)
     try:
         return _root(spread, count * (count - 1))
     except OverflowError:
         return None
 
 
-def _root(square: Exact, divisor: int) -> float:
+def _root(square: ExactSum, divisor: int) -> float:
     """Return sqrt(square / divisor), rounded once: the root has 64 bits and a sticky last one."""
     if square.n == 0:
         return 0.0

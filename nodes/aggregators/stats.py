@@ -10,14 +10,14 @@ from typing import ClassVar, Final
 
 from ...backends.core.types import Json, Outcome
 from . import numeric
-from .base import Parameters, State, done, number, path_of, pick
-from .numeric import Exact, mean, sample_sd
+from .base import AggregatorBase, State, done_outcomes, finite_number, pick_value, split_path
+from .numeric import ExactSum, mean, sample_sd
 
 _SCALE: Final = ldexp(1.0, numeric.MANTISSA_BITS)
 
 
 @dataclass(frozen=True, slots=True)
-class Stats(Parameters):
+class Stats(AggregatorBase):
     """Statistics of a number in the output, taken as a double.
 
     Mean and standard deviation are exact but for one rounding; quantiles are within 1 %.
@@ -34,7 +34,7 @@ class Stats(Parameters):
     def __post_init__(self) -> None:
         """Refuse quantiles outside [0, 1]."""
         if not all(0 <= q <= 1 for q in self.quantiles):
-            raise self.fault("quantiles", "numbers from 0 to 1")
+            raise self.parameter_error("quantiles", "numbers from 0 to 1")
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
@@ -42,12 +42,14 @@ class Stats(Parameters):
 
     def lift(self, outcomes: Sequence[Outcome]) -> State:
         """Return the state of a batch of outcomes."""
-        path = path_of(self.field)
-        found = [number(pick(outcome.output, path)) for outcome in done(outcomes)]
+        path = split_path(self.field)
+        found = [
+            finite_number(pick_value(outcome.output, path)) for outcome in done_outcomes(outcomes)
+        ]
         # Adding 0.0 makes -0.0 a 0.0, lest the order decide which one is the minimum.
         values = [value + 0.0 for value in found if value is not None]
         return {
-            "of": self.of(),
+            "of": self.to_spec(),
             "count": len(values),
             "missing": len(found) - len(values),
             "min": min(values, default=None),
@@ -60,23 +62,26 @@ class Stats(Parameters):
         """Return the state of the outcomes of both."""
         return {
             "of": a["of"],
-            "min": min(_known(a["min"], b["min"]), default=None),
-            "max": max(_known(a["max"], b["max"]), default=None),
+            "min": min(_drop_none(a["min"], b["min"]), default=None),
+            "max": max(_drop_none(a["max"], b["max"]), default=None),
             **{name: a[name] + b[name] for name in ("count", "missing", "zeros")},
-            **{n: (Exact.read(a[n]) + Exact.read(b[n])).write() for n in ("sum", "squares")},
-            **{n: numeric.merge(a[n], b[n]) for n in ("negative", "positive")},
+            **{
+                n: (ExactSum.from_json(a[n]) + ExactSum.from_json(b[n])).to_json()
+                for n in ("sum", "squares")
+            },
+            **{n: numeric.merge_buckets(a[n], b[n]) for n in ("negative", "positive")},
         }
 
     def present(self, state: State) -> dict[str, Json]:
         """Return the statistics, None where there are too few values for one."""
-        count, total = state["count"], Exact.read(state["sum"])
+        count, total = state["count"], ExactSum.from_json(state["sum"])
         return {
             "op": self.op,
             "field": self.field,
             "count": count,
             "missing": state["missing"],
             "mean": mean(total, count) if count else None,
-            "sd": sample_sd(total, Exact.read(state["squares"]), count),
+            "sd": sample_sd(total, ExactSum.from_json(state["squares"]), count),
             "min": state["min"],
             "max": state["max"],
             "quantiles": self._quantiles(state),
@@ -106,18 +111,18 @@ def _sums(values: Iterable[float]) -> State:
         if n:
             sums[exponent] += n
             squares[2 * exponent] += n * n
-            buckets[n > 0][numeric.bucket(abs(n), exponent)] += 1
+            buckets[n > 0][numeric.bucket_index(abs(n), exponent)] += 1
         else:
             zeros += 1
-    total, square = Exact.of(sums), Exact.of(squares)
+    total, square = ExactSum.from_parts(sums), ExactSum.from_parts(squares)
     return {
-        "sum": Exact(total.n, total.e - numeric.MANTISSA_BITS).write(),
-        "squares": Exact(square.n, square.e - 2 * numeric.MANTISSA_BITS).write(),
+        "sum": ExactSum(total.n, total.e - numeric.MANTISSA_BITS).to_json(),
+        "squares": ExactSum(square.n, square.e - 2 * numeric.MANTISSA_BITS).to_json(),
         "negative": {str(index): count for index, count in buckets[False].items()},
         "zeros": zeros,
         "positive": {str(index): count for index, count in buckets[True].items()},
     }
 
 
-def _known(*values: float | None) -> list[float]:
+def _drop_none(*values: float | None) -> list[float]:
     return [value for value in values if value is not None]

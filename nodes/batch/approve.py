@@ -11,7 +11,7 @@ from ..context import Context
 from ..state import RunState
 
 _NUMBER: Final = {"type": "number", "exclusiveMinimum": 0}
-ANSWER: Final[dict[str, Any]] = {
+ANSWER_SCHEMA: Final[dict[str, Any]] = {
     "title": "Higher budget",
     "description": "New totals for all of the run; those left out stay as they are.",
     "type": "object",
@@ -37,8 +37,8 @@ async def approve(state: RunState, runtime: Runtime[Context]) -> RunState:
         BudgetExhaustedError: The settings say to stop rather than to ask.
     """
     context, run, problem = runtime.context, state["run"], None
-    while (question := await context.shortfall(run, state.get("needed") or {})) is not None:
+    while (question := await context.budget_gap(run, state.get("needed") or {})) is not None:
         asked = question if problem is None else {**question, "problem": problem}
-        answer = interrupt(asked, response_schema=ANSWER)
-        problem = await context.allow(run, answer)
+        answer = interrupt(asked, response_schema=ANSWER_SCHEMA)
+        problem = await context.raise_limits(run, answer)
     return {}

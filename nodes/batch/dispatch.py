@@ -22,11 +22,11 @@ async def dispatch(state: RunState, runtime: Runtime[Context]) -> RunState:  # n
     Raises:
         RunStoppedError: LangGraph's recursion limit ends before the run does; nothing is sent.
     """
-    check_steps(state, supersteps_left(state))
+    check_step_limit(state, supersteps_left(state))
     if left := state.get("left"):
         return cast(RunState, {"again": left, "left": Overwrite([]), "needed": Overwrite({})})
     lo, total = state["cursor"], state["total"]
-    size, count = _cut(state, total - lo)
+    size, count = _choose_sizes(state, total - lo)
     return {"cursor": min(total, lo + count * size), "sent": [lo, size], "again": []}
 
 
@@ -37,12 +37,12 @@ def supersteps_left(state: RunState) -> int:
     grow, so windows only get fewer.
     """
     open_ = state["total"] - state["cursor"]
-    size, count = _cut(state, open_)
+    size, count = _choose_sizes(state, open_)
     later = open_ if state.get("left") else max(0, open_ - size * count)
     return 4 + 3 * -(-later // (state["shard_items"] * state["window"]))
 
 
-def check_steps(state: RunState, needed: int) -> None:
+def check_step_limit(state: RunState, needed: int) -> None:
     """Check that the recursion limit leaves so many supersteps after the present one.
 
     Raises:
@@ -60,7 +60,7 @@ def check_steps(state: RunState, needed: int) -> None:
     raise RunStoppedError(msg)
 
 
-def _cut(state: RunState, left: int) -> tuple[int, int]:
+def _choose_sizes(state: RunState, left: int) -> tuple[int, int]:
     """Return items per shard, and shards per superstep.
 
     Elsewhere the first superstep is small and measures how long an item takes a worker; from
@@ -93,7 +93,7 @@ async def gather(state: RunState, runtime: Runtime[Context]) -> RunState:  # noq
     return {}
 
 
-def more(state: RunState) -> str:
+def route_after_gather(state: RunState) -> str:
     """Name the node after ``gather``: a pause for the budget, another window, or the end."""
     if state.get("left"):
         return "approve"

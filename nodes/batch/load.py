@@ -17,7 +17,7 @@ from ..state import LoadState, RunState
 _KEYS: Final = ("items", "path", "preset")
 
 
-def check_input(
+def check_run_input(
     given: object,
     parents: Sequence[str] = (),
     *,
@@ -40,7 +40,7 @@ def check_input(
         kind = type(given).__name__
         raise InputError(f"{where}: give a mapping with one of {listed} (found {kind})")
     if unknown := [str(key) for key in given if key not in keys and key not in parents]:
-        raise InputError(f"{where}: {unknown_keys(unknown, keys)}; give {listed}, or {{}}")
+        raise InputError(f"{where}: {describe_unknown_keys(unknown, keys)}; give {listed}, or {{}}")
     named = {key: given[key] for key in keys if key in given}
     if named and all(value is None for value in named.values()):
         msg = f"{where}.{'/'.join(named)} is null; give a value, or {{}} for the bound input"
@@ -66,7 +66,7 @@ def _named(value: object, what: str) -> str:
     return f"is empty; name {what}" if value == "" else f"name {what} as text (found {kind})"
 
 
-def unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
+def describe_unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
     """Return the words that name unknown keys, with the known ones that come close."""
 
     def hinted(name: str) -> str:
@@ -76,14 +76,14 @@ def unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
     return f"unknown {'key' if len(names) == 1 else 'keys'} {', '.join(map(hinted, names))}"
 
 
-def enter(state: RunState) -> list[Send]:
+def send_input(state: RunState) -> list[Send]:
     """Hand the input to ``load``.
 
     LangGraph strips untracked keys from what it keeps of a Send, so no checkpoint holds the
     items; that there were some is kept, lest a run that is resumed before they were written
     goes on with others.
     """
-    check_input({key: value for key, value in state.items() if key in _KEYS})
+    check_run_input({key: value for key, value in state.items() if key in _KEYS})
     items, path = state.get("items"), state.get("path")
     given = {
         "path": None if path is None else os.fspath(path),

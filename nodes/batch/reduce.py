@@ -8,9 +8,9 @@ from typing import Any, Final
 from langgraph.runtime import Runtime
 
 from ..context import Context, RunTools
-from ..shard.local import Part, read_items
+from ..shard.local import ShardPart, read_items
 from ..state import RunState
-from .dispatch import check_steps
+from .dispatch import check_step_limit
 
 _SLICE: Final = 1024
 
@@ -21,31 +21,31 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
     Raises:
         RunStoppedError: LangGraph's recursion limit would end the run right after this node.
     """
-    check_steps(state, 1)
+    check_step_limit(state, 1)
     context, tally, parts = runtime.context, state["tally"], state["parts"]
-    async with context.opened(state["run"]) as tools:
-        if tools.crew is not None:
-            await tools.crew.rest()
-        if tools.ledger.twice:
-            tally, parts = await asyncio.to_thread(_folded_anew, tools)
-        tools.meter.tell(tools.counts, runtime.stream_writer, last=True)
-        aggregate = tools.aggregate.present(parts)
-        counts = tools.counts()
+    async with context.open_run(state["run"]) as tools:
+        if tools.coordinator is not None:
+            await tools.coordinator.finish_reading()
+        if tools.item_journal.duplicates:
+            tally, parts = await asyncio.to_thread(_fold_journal, tools)
+        tools.progress_stream.emit(tools.progress_json, runtime.stream_writer, last=True)
+        aggregate = tools.aggregators.present(parts)
+        counts = tools.progress_json()
         progress = counts | {
             "done": tally.get("done", 0),
             "failed": tally.get("failed", 0),
         }
-        results = await context.finish(state["run"], aggregate, progress)
+        results = await context.finish_run(state["run"], aggregate, progress)
     return {"aggregate": aggregate, "progress": progress, "results": results}
 
 
-def _folded_anew(tools: RunTools) -> tuple[dict[str, int], dict[str, Any]]:
+def _fold_journal(tools: RunTools) -> tuple[dict[str, int], dict[str, Any]]:
     """Fold the journal from the first item on; blocks.
 
     Two copies of a shard have ended some items twice: the parts that came home may be of one
     copy where the journal, and so the results, keep the other.
     """
-    part, total = Part(tools), len(tools.store)
+    part, total = ShardPart(tools), len(tools.store)
     for lo in range(0, total, _SLICE):
         for item, record in read_items(tools, lo, min(lo + _SLICE, total)):
             if record is not None:

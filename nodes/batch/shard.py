@@ -10,8 +10,8 @@ from langgraph.runtime import Runtime
 from ...backends.core.errors import BudgetExhaustedError
 from ...backends.core.types import Shard
 from ..context import Context, RunTools
-from ..shard.local import work
-from ..shard.remote import work_elsewhere
+from ..shard.local import run_local_shard
+from ..shard.remote import run_remote_shard
 from ..state import ShardState
 
 
@@ -23,30 +23,30 @@ async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
     Raises:
         GraphDrained: The run is being stopped; the shard is not finished and will run again.
         RunStoppedError: The run cannot go on.
-        LedgerError: An item could not be recorded.
+        JournalError: An item could not be recorded.
     """
 
     def drain() -> str | None:
         return (runtime.drain_reason or "drain") if runtime.drain_requested else None
 
-    async with runtime.context.opened(state["run"]) as tools:
+    async with runtime.context.open_run(state["run"]) as tools:
         range_ = Shard(state["lo"], state["hi"])
         write = runtime.stream_writer
-        async with tools.meter.telling(tools.counts, write):
-            if tools.crew is None:
-                part = await work(range_, tools, drain)
+        async with tools.progress_stream.stream_counts(tools.progress_json, write):
+            if tools.coordinator is None:
+                part = await run_local_shard(range_, tools, drain)
             else:
-                part = await work_elsewhere(range_, tools, tools.crew, drain)
+                part = await run_remote_shard(range_, tools, tools.coordinator, drain)
         if part is not None:
-            return part.summary()
+            return part.to_update()
         # A failing Send cancels the others: none may fail before all of their items are safe.
-        await tools.gate.drained()
+        await tools.gate.wait_drained()
         if isinstance(tools.gate.error, BudgetExhaustedError):
-            return left_over(range_, tools)
+            return make_left_update(range_, tools)
         raise tools.gate.error or GraphDrained(tools.gate.reason or "drain")
 
 
-def left_over(range_: Shard, tools: RunTools) -> dict[str, Any]:
+def make_left_update(range_: Shard, tools: RunTools) -> dict[str, Any]:
     """Return the update for a shard that the budget did not carry."""
     needed = tools.budget.needed if tools.budget is not None else None
     return {

@@ -15,10 +15,10 @@ from ...backends.core.errors import (
     RefusedAnswerError,
     TruncatedAnswerError,
 )
-from ...backends.core.parsing import unfenced
+from ...backends.core.parsing import strip_fence
 from ...backends.core.schemas import open_validator
 from ...backends.core.types import Json
-from ...backends.core.values import DEEPEST, is_deep, json_text
+from ...backends.core.values import MAX_DEPTH, is_too_deep, to_json_text
 
 _GOOD: Final = frozenset({"stop", "tool_calls"})
 _SHOWN_ERRORS: Final = 3
@@ -37,7 +37,7 @@ class AnswerCheck:
         self._validator = None if schema is None else open_validator(schema)
         self._max_tokens = max_tokens
 
-    def finished(self, content: str, finish_reason: str | None, refusal: str | None) -> str:
+    def check_finish(self, content: str, finish_reason: str | None, refusal: str | None) -> str:
         """Return the text of a reply that the model ended by itself.
 
         Raises:
@@ -61,7 +61,7 @@ class AnswerCheck:
             raise EmptyAnswerError(msg, content)
         return content
 
-    def check(self, value: Json) -> Json:
+    def check_value(self, value: Json) -> Json:
         """Return the answer that a text (or a value that is parsed already) holds.
 
         Raises:
@@ -89,16 +89,16 @@ def _reason(error: jsonschema_rs.ValidationError) -> str:
 
 def answer_text(value: Json) -> str:
     """Return an answer as text: its own, or its JSON if it is parsed already."""
-    return value if isinstance(value, str) else json_text(value)
+    return value if isinstance(value, str) else to_json_text(value)
 
 
 def _parse(text: str) -> Json:
     try:
-        parsed: Json = orjson.loads(unfenced(text))
+        parsed: Json = orjson.loads(strip_fence(text))
     except orjson.JSONDecodeError as error:
         msg = f"the answer is not valid JSON: {error}"
         raise InvalidAnswerError(msg, text) from None
-    if is_deep(text, parsed):
-        msg = f"the answer has more than {DEEPEST} levels of lists and objects"
+    if is_too_deep(text, parsed):
+        msg = f"the answer has more than {MAX_DEPTH} levels of lists and objects"
         raise InvalidAnswerError(msg, text)
     return parsed

@@ -10,13 +10,13 @@ from langchain_core.messages import BaseMessage
 from langgraph.runtime import Runtime
 from pydantic import BaseModel
 
-from ...backends.core.errors import ENDS_RUN, ConfigurationError, InvalidAnswerError
+from ...backends.core.errors import RUN_ENDING_ERRORS, ConfigurationError, InvalidAnswerError
 from ...backends.core.types import Json
-from ...backends.core.values import json_text, plain_json, writable_text
+from ...backends.core.values import replace_surrogates, to_json_text, to_plain_json
 from ..context import ItemContext
 from ..state import ItemState
 from .answer import answer_text
-from .prepare import failure
+from .prepare import make_item_error
 
 
 async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
@@ -32,18 +32,18 @@ async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
     try:
         result = await context.delegate({**state["row"], "messages": state["messages"]})
         output = _plain(_output(result))
-        return {"output": context.answer.check(output), "raw": answer_text(output)}
-    except ENDS_RUN:
+        return {"output": context.answer_check.check_value(output), "raw": answer_text(output)}
+    except RUN_ENDING_ERRORS:
         raise
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        return {"error": failure(error)}  # this task is not cancelled: the graph raised it
+        return {"error": make_item_error(error)}  # this task is not cancelled: the graph raised it
     except InvalidAnswerError as error:
-        return {"error": failure(error), "raw": error.raw}
+        return {"error": make_item_error(error), "raw": error.raw}
     except Exception as error:  # noqa: BLE001 - the boundary of the user's graph
-        return {"error": failure(error)}
+        return {"error": make_item_error(error)}
 
 
 def _output(result: Any) -> Json:
@@ -76,7 +76,7 @@ def _plain(value: Any) -> Json:
             value = str(value.text)  # a plain str: orjson takes no subclass
         elif isinstance(value, BaseModel):
             value = value.model_dump(mode="json")
-        return plain_json(value)
+        return to_plain_json(value)
     except ValueError as error:  # pydantic's own errors are of this kind too
         msg = f"what task.graph put out cannot be written as JSON: {error}"
-        raise InvalidAnswerError(writable_text(msg), json_text(value)) from None
+        raise InvalidAnswerError(replace_surrogates(msg), to_json_text(value)) from None

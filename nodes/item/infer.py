@@ -8,7 +8,7 @@ from ...backends.core.errors import EndpointError
 from ...backends.core.protocols import CURRENT_CALLS
 from ..context import ItemContext
 from ..state import ItemState
-from .prepare import failure
+from .prepare import make_item_error
 
 
 async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
@@ -17,9 +17,9 @@ async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
         reply = await runtime.context.model.ask(state["messages"])
         if (calls := CURRENT_CALLS.get()) is not None:
             # what was answered before is sent back
-            calls.useful, calls.useful_at = reply.usage, reply.endpoint
+            calls.useful, calls.useful_endpoint = reply.usage, reply.endpoint
     except EndpointError as error:
-        return {"error": failure(error)}
+        return {"error": make_item_error(error)}
     return {
         "reply": {
             "content": reply.content,

@@ -7,15 +7,15 @@ from langgraph.runtime import Runtime
 from ...backends.core.errors import FanfoldError, InvalidItemError
 from ...backends.core.templates import Template
 from ...backends.core.types import Message, Row
-from ...backends.core.values import writable_text
+from ...backends.core.values import replace_surrogates
 from ..context import ItemContext
 from ..state import ItemState
 
 
-def failure(error: BaseException) -> dict[str, str]:
+def make_item_error(error: BaseException) -> dict[str, str]:
     """Return an error as data: its class and its text."""
     text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
-    return {"class": type(error).__name__, "text": writable_text(text)}
+    return {"class": type(error).__name__, "text": replace_surrogates(text)}
 
 
 async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
@@ -24,12 +24,15 @@ async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
     try:
         if problem := state.get("problem"):
             raise InvalidItemError(problem)
-        return {"messages": asked(context.system, context.prompt, state["row"]), "repairs": 0}
+        return {
+            "messages": build_messages(context.system, context.prompt, state["row"]),
+            "repairs": 0,
+        }
     except InvalidItemError as error:
-        return {"error": failure(error)}
+        return {"error": make_item_error(error)}
 
 
-def asked(system: str, prompt: Template, row: Row) -> list[Message]:
+def build_messages(system: str, prompt: Template, row: Row) -> list[Message]:
     """Return the messages that ask about one item.
 
     Raises:

@@ -20,21 +20,21 @@ ItemNode = Callable[[ItemState, Runtime[ItemContext]], Awaitable[ItemState]]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ItemStep:
     """One step of an item.
 
     Attributes:
         run: The node.
-        then: Names the next step from the state, or END.
-        targets: Every name that ``then`` can return.
+        next_step: Names the next step from the state, or END.
+        targets: Every name that ``next_step`` can return.
     """
 
     run: ItemNode
-    then: Callable[[ItemState], str]
+    next_step: Callable[[ItemState], str]
     targets: tuple[str, ...]
 
 
-def unless_failed(target: str) -> Callable[[ItemState], str]:
+def next_unless_failed(target: str) -> Callable[[ItemState], str]:
     """Return a next-function: go to ``target``, or end an item that failed."""
 
     def then(state: ItemState) -> str:
@@ -43,62 +43,62 @@ def unless_failed(target: str) -> Callable[[ItemState], str]:
     return then
 
 
-def until_settled(state: ItemState) -> str:
+def repair_until_done(state: ItemState) -> str:
     """Go back to the model while the item has neither output nor error."""
     return END if "output" in state or "error" in state else "infer"
 
 
-def finish(state: ItemState) -> str:  # noqa: ARG001 - a next-function takes the state
+def end_item(state: ItemState) -> str:  # noqa: ARG001 - a next-function takes the state
     """End the item."""
     return END
 
 
-FIRST: Final = "prepare"
+FIRST_STEP: Final = "prepare"
 
-ITEM_STEPS: Final[Mapping[str, Step]] = {
-    "prepare": Step(prepare, unless_failed("infer"), ("infer", END)),
-    "infer": Step(infer, unless_failed("validate"), ("validate", END)),
-    "validate": Step(validate, until_settled, ("infer", END)),
+ITEM_STEPS: Final[Mapping[str, ItemStep]] = {
+    "prepare": ItemStep(prepare, next_unless_failed("infer"), ("infer", END)),
+    "infer": ItemStep(infer, next_unless_failed("validate"), ("validate", END)),
+    "validate": ItemStep(validate, repair_until_done, ("infer", END)),
 }
 """fanfold's own item graph: prepare, infer, validate, and infer again to repair."""
 
-DELEGATED_STEPS: Final[Mapping[str, Step]] = {
-    "prepare": Step(prepare, unless_failed("delegate"), ("delegate", END)),
-    "delegate": Step(delegate, finish, (END,)),
+DELEGATED_STEPS: Final[Mapping[str, ItemStep]] = {
+    "prepare": ItemStep(prepare, next_unless_failed("delegate"), ("delegate", END)),
+    "delegate": ItemStep(delegate, end_item, (END,)),
 }
 """The item graph around a user's ``task.graph``."""
 
 
-async def walk(
-    steps: Mapping[str, Step], state: ItemState, runtime: Runtime[ItemContext]
+async def walk_steps(
+    steps: Mapping[str, ItemStep], state: ItemState, runtime: Runtime[ItemContext]
 ) -> ItemState:
     """Take one item through the steps and return its final state."""
-    name = FIRST
+    name = FIRST_STEP
     while name != END:
         step = steps[name]
         state |= await step.run(state, runtime)
-        name = step.then(state)
+        name = step.next_step(state)
     return state
 
 
 ItemGraph = StateGraph[ItemState, ItemContext, ItemState, ItemState]
 
 
-def build_item(steps: Mapping[str, Step] = ITEM_STEPS) -> ItemGraph:
+def build_item_graph(steps: Mapping[str, ItemStep] = ITEM_STEPS) -> ItemGraph:
     """Make a StateGraph of an item's steps; its context is an :class:`ItemContext`."""
     graph: ItemGraph = StateGraph(ItemState, ItemContext)
-    assemble(graph, steps, {name: step.run for name, step in steps.items()})
+    add_steps(graph, steps, {name: step.run for name, step in steps.items()})
     return graph
 
 
-def assemble(graph: Any, steps: Mapping[str, Step], nodes: Mapping[str, Any]) -> None:
+def add_steps(graph: Any, steps: Mapping[str, ItemStep], nodes: Mapping[str, Any]) -> None:
     """Add the steps' nodes and edges to a graph."""
     for name, step in steps.items():
-        graph.add_node(name, nodes[name], metadata=described(step.run))
-        graph.add_conditional_edges(name, step.then, list(step.targets))
-    graph.add_edge(START, FIRST)
+        graph.add_node(name, nodes[name], metadata=node_metadata(step.run))
+        graph.add_conditional_edges(name, step.next_step, list(step.targets))
+    graph.add_edge(START, FIRST_STEP)
 
 
-def described(node: Callable[..., Any]) -> dict[str, Any]:
+def node_metadata(node: Callable[..., Any]) -> dict[str, Any]:
     """Return a node's metadata: what it does, for whoever draws the graph."""
     return {"description": (node.__doc__ or "").partition("\n")[0].replace("``", "")}

@@ -7,24 +7,26 @@ from langgraph.runtime import Runtime
 from ...backends.core.errors import AnswerError, InvalidAnswerError
 from ..context import ItemContext
 from ..state import ItemState
-from .prepare import failure
+from .prepare import make_item_error
 
 
 async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
     """Judge the reply against the schema; an invalid one is sent back while repairs remain."""
     context, reply = runtime.context, state["reply"]
     try:
-        text = context.answer.finished(reply["content"], reply["finish_reason"], reply["refusal"])
-        return {"output": context.answer.check(text), "raw": text}
+        text = context.answer_check.check_finish(
+            reply["content"], reply["finish_reason"], reply["refusal"]
+        )
+        return {"output": context.answer_check.check_value(text), "raw": text}
     except InvalidAnswerError as error:
         if state["repairs"] < context.repairs:
-            return _sent_back(state, error)
-        return {"error": failure(error), "raw": error.raw}
+            return _send_back(state, error)
+        return {"error": make_item_error(error), "raw": error.raw}
     except AnswerError as error:
-        return {"error": failure(error), "raw": error.raw}
+        return {"error": make_item_error(error), "raw": error.raw}
 
 
-def _sent_back(state: ItemState, error: InvalidAnswerError) -> ItemState:
+def _send_back(state: ItemState, error: InvalidAnswerError) -> ItemState:
     answer = {"role": "assistant", "content": error.raw}
     request = {"role": "user", "content": f"{error.message}\nAnswer again, corrected."}
     return {

@@ -26,22 +26,22 @@ from langgraph.errors import (
 from langgraph.runtime import RunControl, Runtime
 from langgraph.store.base import BaseStore
 
-from ...backends.core.aio import KEPT, create_kept_task, keep
+from ...backends.core.aio import DETACH_TASKS, create_detached_task, detach_task
 from ...backends.core.errors import (
-    ENDS_RUN,
+    RUN_ENDING_ERRORS,
     ConfigurationError,
     FanfoldError,
     InvalidAnswerError,
-    LedgerError,
+    JournalError,
     RunStoppedError,
 )
-from ...backends.core.money import Tariff
-from ...backends.core.protocols import CURRENT_CALLS, CallLog, Share
+from ...backends.core.money import TokenPrices
+from ...backends.core.protocols import CURRENT_CALLS, CallLog, EndpointUsage
 from ...backends.core.types import Item, Json, Outcome, Shard
-from ...backends.core.values import MOST, bound_counts, writable_text
-from ..aggregators import State, combine
-from ..context import Ledger, RunTools
-from ..item.prepare import failure
+from ...backends.core.values import MAX_COUNT, clamp_counts, replace_surrogates
+from ..aggregators import State, combine_states
+from ..context import ItemJournal, RunTools
+from ..item.prepare import make_item_error
 from ..state import ItemState
 from .gate import Gate
 
@@ -71,13 +71,13 @@ _CUT: Final = "…"
 _SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
 
 
-class Part:
+class ShardPart:
     """What a shard brings home: counts and its part of the aggregate."""
 
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
         self._pending: list[Outcome] = []
-        self._state = tools.aggregate.empty()
+        self._state = tools.aggregators.empty()
         self.tally = {"done": 0, "failed": 0}
         self.pace = dict[str, float]()
 
@@ -96,9 +96,9 @@ class Part:
         """Take over what a worker has folded."""
         for status, count in tally.items():
             self.tally[status] += count
-        self._state = combine(self._state, state)
+        self._state = combine_states(self._state, state)
 
-    def timed(self, items: int, seconds: float) -> None:
+    def add_timing(self, items: int, seconds: float) -> None:
         """Note how long a worker elsewhere took for so many items."""
         self.pace = {
             "items": self.pace.get("items", 0) + items,
@@ -110,36 +110,40 @@ class Part:
         self._fold()
         return self._state
 
-    def summary(self) -> dict[str, Any]:
+    def to_update(self) -> dict[str, Any]:
         """Return the update of the graph's state: ``tally``, ``parts``, and ``pace`` if timed."""
         update: dict[str, Any] = {"tally": self.tally, "parts": self.state()}
         return update | ({"pace": self.pace} if self.pace else {})
 
     def _fold(self) -> None:
-        self._state = combine(self._state, self._tools.aggregate.lift(self._pending))
+        self._state = combine_states(self._state, self._tools.aggregators.lift(self._pending))
         self._pending = []
 
 
-async def work(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -> Part | None:
+async def run_local_shard(
+    shard: Shard, tools: RunTools, stop_reason: Callable[[], str | None]
+) -> ShardPart | None:
     """Finish all items of a shard.
 
     Args:
         shard: Its range of items.
         tools: The open run.
-        drain: Tells why no further item shall begin, or None.
+        stop_reason: Tells why no further item shall begin, or None.
 
     Returns:
         The part, everything in it on disk; None when the run was stopped before the shard was
         finished.
 
     Raises:
-        LedgerError: An item could not be recorded, or the items cannot be read.
+        JournalError: An item could not be recorded, or the items cannot be read.
     """
-    part = await finish_some(shard, tools, drain)
+    part = await finish_items(shard, tools, stop_reason)
     return part if len(part) == len(shard) else None
 
 
-async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -> Part:
+async def finish_items(
+    shard: Shard, tools: RunTools, stop_reason: Callable[[], str | None]
+) -> ShardPart:
     """Finish the items of a shard until it ends or the run is stopped.
 
     Cancelling it, however often, stops the run: no further item begins, and those in flight are
@@ -149,20 +153,22 @@ async def finish_some(shard: Shard, tools: RunTools, drain: Callable[[], str | N
         What was finished, everything in it on disk.
 
     Raises:
-        LedgerError: An item could not be recorded, or the items cannot be read.
+        JournalError: An item could not be recorded, or the items cannot be read.
     """
-    worker = _Worker(shard, tools, drain)
-    watch = create_kept_task(worker.watch())
-    working = create_kept_task(worker.work())
+    worker = _ShardRunner(shard, tools, stop_reason)
+    watch = create_detached_task(worker.watch_gate())
+    working = create_detached_task(worker.run())
     try:
-        await _ended(working, tools.gate)
+        await _wait_for_runner(working, tools.gate)
     finally:
         watch.cancel()
-    await tools.ledger.flush()  # a checkpoint must not know of items that the journal may lose
+    await (
+        tools.item_journal.flush()
+    )  # a checkpoint must not know of items that the journal may lose
     return worker.part
 
 
-async def _ended(working: asyncio.Task[None], gate: Gate) -> None:
+async def _wait_for_runner(working: asyncio.Task[None], gate: Gate) -> None:
     """Wait for the work; if cancelled, for the items in flight before that goes on."""
     cancelled: asyncio.CancelledError | None = None
     while not working.done():
@@ -176,93 +182,97 @@ async def _ended(working: asyncio.Task[None], gate: Gate) -> None:
     working.result()
 
 
-class _Worker:
+class _ShardRunner:
     """Works on one shard."""
 
-    def __init__(self, shard: Shard, tools: RunTools, drain: Callable[[], str | None]) -> None:
-        self.part = Part(tools)
-        self._shard, self._tools, self._drain = shard, tools, drain
-        self._recorder = Recorder(tools)
+    def __init__(
+        self, shard: Shard, tools: RunTools, stop_reason: Callable[[], str | None]
+    ) -> None:
+        self.part = ShardPart(tools)
+        self._shard, self._tools, self._stop_reason = shard, tools, stop_reason
+        self._recorder = RecordBuilder(tools)
         self._tasks = set[asyncio.Task[None]]()
 
-    async def watch(self) -> None:
+    async def watch_gate(self) -> None:
         """Close the gate when the run shall stop, and cut off items that take too long then."""
         gate = self._tools.gate
-        with gate.heeding(self._drain):
+        with gate.poll_stop(self._stop_reason):
             await gate.wait_closed(float("inf"))
-        if not await gate.drained():
+        if not await gate.wait_drained():
             for task in self._tasks:
                 task.cancel()
 
-    async def work(self) -> None:
+    async def run(self) -> None:
         """Finish the shard's items, until the run is stopped.
 
         Raises:
-            LedgerError: An item could not be recorded, or the items cannot be read.
+            JournalError: An item could not be recorded, or the items cannot be read.
         """
         try:
             async with asyncio.TaskGroup() as group:
-                await self.feed(group)
+                await self.start_items(group)
         except* FanfoldError as errors:
             raise errors.exceptions[0] from None
 
-    async def feed(self, group: asyncio.TaskGroup) -> None:
+    async def start_items(self, group: asyncio.TaskGroup) -> None:
         """Begin the shard's items as places come free, until the run is stopped."""
-        surroundings, gate = _surroundings(), self._tools.gate
+        surroundings, gate = _item_task_context(), self._tools.gate
         for lo in range(self._shard.lo, self._shard.hi, _SLICE):
-            if gate.closed:
+            if gate.is_closed:
                 return
             hi = min(lo + _SLICE, self._shard.hi)
             for item, record in await asyncio.to_thread(read_items, self._tools, lo, hi):
                 if record is not None:
                     self._fold(record, item)
                     continue
-                if not await self._admitted():
+                if not await self._acquire_slot():
                     return
-                task = keep(group.create_task(self._finish(item), context=surroundings.copy()))
+                task = detach_task(
+                    group.create_task(self._run_item(item), context=surroundings.copy())
+                )
                 self._tasks.add(task)
-                task.add_done_callback(self._left)
+                task.add_done_callback(self._on_item_done)
 
-    async def _admitted(self) -> bool:
+    async def _acquire_slot(self) -> bool:
         """Wait for a place; most shards wait here when the run shall stop."""
         gate = self._tools.gate
-        if not await gate.enter():
+        if not await gate.acquire():
             return False
-        self._heed()
-        if gate.closed:
-            gate.leave()
-        return not gate.closed
+        self._check_stop()
+        if gate.is_closed:
+            gate.release()
+        return not gate.is_closed
 
-    def _heed(self) -> None:
-        if not self._tools.gate.closed and (reason := self._drain()):
+    def _check_stop(self) -> None:
+        if not self._tools.gate.is_closed and (reason := self._stop_reason()):
             self._tools.gate.close(reason)
 
-    def _left(self, task: asyncio.Task[None]) -> None:
+    def _on_item_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._tools.gate.leave()
+        self._tools.gate.release()
 
-    async def _finish(self, item: Item) -> None:
+    async def _run_item(self, item: Item) -> None:
         """Take one item to its end and record it; what ends the run closes the gate."""
-        account = self._tools.account()
+        account = self._tools.open_account()
         calls = CallLog(account=account)
         CURRENT_CALLS.set(calls)  # this task's own context: the log reaches all that it starts
         started = time.perf_counter()
         try:
-            state = await _end_of(item, self._tools)
-        except ENDS_RUN as error:
+            state = await _run_item_graph(item, self._tools)
+        except RUN_ENDING_ERRORS as error:
             self._tools.gate.close(error.message, error)
             return
         finally:
             calls.close_streams()
             if account is not None:
                 account.close()
-        record = self._recorder.record(item, state, calls, time.perf_counter() - started)
+        record = self._recorder.build(item, state, calls, time.perf_counter() - started)
         try:
-            record = put_record(self._tools.ledger, record)
-        except LedgerError as error:
+            record = put_record(self._tools.item_journal, record)
+        except JournalError as error:
             self._tools.gate.close(error.message, error)
             raise  # cuts the others off: they could not be recorded either
-        self._tools.progress.count(record)
+        self._tools.progress.add_record(record)
         self._fold(record, item)
 
     def _fold(self, record: dict[str, Any], item: Item) -> None:
@@ -274,24 +284,24 @@ class _Worker:
 
 def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, Any] | None]]:
     """Return items with the records of those that have ended; blocks."""
-    ledger = tools.ledger
+    ledger = tools.item_journal
     return [
-        (item, ledger.record(item.index) if ledger.finished(item.index) else None)
+        (item, ledger.read_record(item.index) if ledger.is_finished(item.index) else None)
         for item in tools.store.read(lo, hi)
     ]
 
 
-def _surroundings() -> Context:
-    """Return the context for items' tasks, in which LangGraph finds :func:`item_config`."""
+def _item_task_context() -> Context:
+    """Return the context for items' tasks, in which LangGraph finds :func:`inherit_config`."""
     context = copy_context()
-    context.run(KEPT.set, True)
+    context.run(DETACH_TASKS.set, True)
     config = var_child_runnable_config.get()
     if config is not None:
-        context.run(var_child_runnable_config.set, item_config(config))
+        context.run(var_child_runnable_config.set, inherit_config(config))
     return context
 
 
-def item_config(outer: RunnableConfig, store: BaseStore | None = None) -> RunnableConfig:
+def inherit_config(outer: RunnableConfig, store: BaseStore | None = None) -> RunnableConfig:
     """Return what an item inherits from the invocation around it: who watches, and no more.
 
     Callbacks, metadata and the place in the stream stay. LangGraph would also hand down recursion
@@ -324,11 +334,11 @@ def item_config(outer: RunnableConfig, store: BaseStore | None = None) -> Runnab
     return config
 
 
-async def _end_of(item: Item, tools: RunTools) -> ItemState:
+async def _run_item_graph(item: Item, tools: RunTools) -> ItemState:
     """Take an item to its end; what is no fault of the item's is raised, and stops the run."""
     try:
         return await tools.run_item(item)
-    except ENDS_RUN:
+    except RUN_ENDING_ERRORS:
         raise
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
@@ -340,18 +350,18 @@ async def _end_of(item: Item, tools: RunTools) -> ItemState:
         msg = f"item {item.id!r}: LangGraph stopped it ({type(error).__name__}: {error})"
         raise RunStoppedError(f"{msg}; the item is not recorded, resume the run") from error
     except Exception as error:  # noqa: BLE001 - the item boundary
-        return {"error": failure(error)}
+        return {"error": make_item_error(error)}
 
 
-class Recorder:
+class RecordBuilder:
     """Makes the journal's records of a run; ``docs/resume.md`` describes them."""
 
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
-        self._question = hashlib.sha256(tools.asked)
+        self._question = hashlib.sha256(tools.question_digest)
         self._fingerprint = hashlib.blake2b(tools.fingerprint, digest_size=12)
 
-    def record(
+    def build(
         self, item: Item, state: ItemState, calls: CallLog, latency_s: float
     ) -> dict[str, Json]:
         """Return the record of an item that has ended."""
@@ -365,7 +375,7 @@ class Recorder:
             "id": item.id,
             "sample": 0,
             "status": "failed" if error else "done",
-            "question": self._question_of(state),
+            "question": self._question_digest(state),
             "output": None if error else state.get("output"),
             "error_class": error["class"] if error else None,
             "error": error["text"] if error else None,
@@ -386,24 +396,24 @@ class Recorder:
             "latency_s": round(latency_s, 4),
             "finished_at": _now(),
             "simulated": tools.simulated,
-            "fingerprint": self._fingerprint_of(item),
+            "fingerprint": self._item_fingerprint(item),
             "origin": None,
         }
         if raw is not None:
             record |= _raw(raw)
-        shares = list(calls.shares.values())
+        shares = list(calls.usage_by_endpoint.values())
         if len(shares) == 1:
-            record |= _paid(shares[0], tools.tariff)
+            record |= _cost_counts(shares[0], tools.token_prices)
         elif shares:
-            told = [_share(share, tools.tariff) for share in shares]
-            sums = {name: min(MOST, sum(one[name] for one in told)) for name in _SUMS}
+            told = [_usage_json(share, tools.token_prices) for share in shares]
+            sums = {name: min(MAX_COUNT, sum(one[name] for one in told)) for name in _SUMS}
             record |= sums | {"shares": told}
             for one in told:
-                bound_counts(one)
-        bound_counts(record)
+                clamp_counts(one)
+        clamp_counts(record)
         return record
 
-    def _question_of(self, state: ItemState) -> str | None:
+    def _question_digest(self, state: ItemState) -> str | None:
         """Return the digest of what was asked first; repairs ask it again."""
         messages = state.get("messages")
         if not messages:
@@ -413,20 +423,20 @@ class Recorder:
         digest.update(first["content"].encode(errors="replace"))
         return digest.hexdigest()[:32]
 
-    def _fingerprint_of(self, item: Item) -> str:
+    def _item_fingerprint(self, item: Item) -> str:
         digest = self._fingerprint.copy()
         digest.update(orjson.dumps([item.id, item.row]))
         return digest.hexdigest()
 
 
-def put_record(ledger: Ledger, record: dict[str, Any]) -> dict[str, Any]:
+def put_record(ledger: ItemJournal, record: dict[str, Any]) -> dict[str, Any]:
     """Record how an item ended; where JSON has no form for its answer, it has failed.
 
     Returns:
         The record that was put.
 
     Raises:
-        LedgerError: It could not be written.
+        JournalError: It could not be written.
     """
     try:
         ledger.put(record)
@@ -442,17 +452,17 @@ def _without_answer(record: dict[str, Any], error: TypeError) -> dict[str, Any]:
         text = f"the answer cannot be recorded as JSON: {error}"
         failed = {"status": "failed", "output": None, "error_class": InvalidAnswerError.__name__}
         record = record | failed | {"error": text}
-    return {name: _writable(value) for name, value in record.items()}
+    return {name: _make_writable(value) for name, value in record.items()}
 
 
-def _writable(value: Any) -> Any:
+def _make_writable(value: Any) -> Any:
     """Return plain data whose texts UTF-8 can write."""
     if isinstance(value, str):
-        return writable_text(value)
+        return replace_surrogates(value)
     if isinstance(value, list):
-        return [_writable(one) for one in value]
+        return [_make_writable(one) for one in value]
     if isinstance(value, dict):
-        return {key: _writable(one) for key, one in value.items()}
+        return {key: _make_writable(one) for key, one in value.items()}
     return value
 
 
@@ -478,7 +488,7 @@ def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
 
 
-def _share(share: Share, tariff: Tariff) -> dict[str, Json]:
+def _usage_json(share: EndpointUsage, tariff: TokenPrices) -> dict[str, Json]:
     """Return what one endpoint did for an item; an item's record has the same names."""
     return {
         "endpoint": share.endpoint,
@@ -487,11 +497,11 @@ def _share(share: Share, tariff: Tariff) -> dict[str, Json]:
         "prompt_tokens": share.usage.prompt,
         "cached_tokens": share.usage.cached,
         "completion_tokens": share.usage.completion,
-        **_paid(share, tariff),
+        **_cost_counts(share, tariff),
     }
 
 
-def _paid(share: Share, tariff: Tariff) -> dict[str, int]:
+def _cost_counts(share: EndpointUsage, tariff: TokenPrices) -> dict[str, int]:
     """Return what one endpoint's answers cost, and what of it was useful."""
     usage, lost, useful = share.usage, share.lost, share.useful
     nano = tariff.nano_usd(usage)
@@ -499,9 +509,9 @@ def _paid(share: Share, tariff: Tariff) -> dict[str, int]:
     lost_tokens = lost.tokens
     if lost_tokens:
         nano += tariff.nano_usd(lost)
-    if nano > MOST or lost_tokens > MOST:  # prices and limits without bounds
-        nano, lost_tokens = min(MOST, nano), min(MOST, lost_tokens)
-        useful_nano = min(MOST, useful_nano)
+    if nano > MAX_COUNT or lost_tokens > MAX_COUNT:  # prices and limits without bounds
+        nano, lost_tokens = min(MAX_COUNT, nano), min(MAX_COUNT, lost_tokens)
+        useful_nano = min(MAX_COUNT, useful_nano)
     return {
         "lost_tokens": lost_tokens,
         "useful_tokens": useful.tokens,

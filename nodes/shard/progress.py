@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ...backends.core.money import NANO, Held
+from ...backends.core.money import NANO_PER_USD, NodeTime
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Progress:
         total: Items of the run.
         done: Items answered.
         failed: Items that ended without an answer.
-        before: Of both, those that an earlier life of the run had finished.
+        ended_before: Of both, those that an earlier life of the run had finished.
         requests: Requests sent over all lives for items that ended.
         prompt_tokens: Their prompt tokens, as far as reported.
         cached_tokens: Those of them that prefix caches held.
@@ -31,13 +31,13 @@ class Progress:
         nano_usd: Nano-dollars that all these tokens cost.
         useful_nano_usd: Nano-dollars of the answers that count.
         reused: Answers that cost nothing, for they were given to an equal request before.
-        held: How long nodes were held over all lives.
+        node_time: How long nodes were held over all lives.
     """
 
     total: int = 0
     done: int = 0
     failed: int = 0
-    before: int = 0
+    ended_before: int = 0
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -47,7 +47,7 @@ class Progress:
     nano_usd: int = 0
     useful_nano_usd: int = 0
     reused: int = 0
-    held: Held = field(default_factory=Held)
+    node_time: NodeTime = field(default_factory=NodeTime)
 
     @property
     def wasted_tokens(self) -> int:
@@ -74,11 +74,11 @@ class Progress:
                 "completion": self.completion_tokens,
                 "wasted": self.wasted_tokens,
             },
-            "usd": self.nano_usd / NANO if priced else None,
+            "usd": self.nano_usd / NANO_PER_USD if priced else None,
             "simulated": simulated,
         }
 
-    def count(self, record: Mapping[str, Any]) -> None:
+    def add_record(self, record: Mapping[str, Any]) -> None:
         """Count an item that has just ended, by its journal record."""
         self.done += record["status"] == "done"
         self.failed += record["status"] == "failed"
@@ -92,7 +92,7 @@ class Progress:
         self.reused += record.get("reused") or 0
         self.useful_nano_usd += record["useful_nano_usd"]
 
-    def count_all(self, done: int, failed: int, spent: Mapping[str, int]) -> None:
+    def add_counts(self, done: int, failed: int, spent: Mapping[str, int]) -> None:
         """Count items that have just ended.
 
         Args:
@@ -105,53 +105,53 @@ class Progress:
         for name, further in spent.items():
             setattr(self, name, getattr(self, name) + further)
 
-    def hold(self, further: Held) -> None:
+    def add_node_time(self, further: NodeTime) -> None:
         """Count that nodes were held for a further while."""
-        self.held = self.held.plus(further)
+        self.node_time = self.node_time.plus(further)
 
 
-EVERY_S: Final = 1.0
+EMIT_INTERVAL_S: Final = 1.0
 _RATE_S: Final = 10.0
 
-Counts = Callable[[], dict[str, Any]]
+ReadCounts = Callable[[], dict[str, Any]]
 """Returns a run's counts as JSON, ``done`` and ``failed`` among them."""
 
-Write = Callable[[Any], None]
+WriteEvent = Callable[[Any], None]
 """LangGraph's stream writer; it does nothing where nobody listens."""
 
 
-class Meter:
+class ProgressStream:
     """Tells counts and a rate at most once a second, whichever shard of the run asks first."""
 
     def __init__(self) -> None:
         self._seen = deque[tuple[float, int]]()
-        self._tellers = dict[object, tuple[Counts, Write]]()
+        self._writers = dict[object, tuple[ReadCounts, WriteEvent]]()
         self._ticking: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def telling(self, counts: Counts, write: Write) -> AsyncIterator[None]:
-        """Tell again and again while the block runs; arguments as of :meth:`tell`.
+    async def stream_counts(self, counts: ReadCounts, write: WriteEvent) -> AsyncIterator[None]:
+        """Tell again and again while the block runs; arguments as of :meth:`emit`.
 
         One task tells for all blocks, to whoever came last: thousands of shards wait at a time.
         """
         key = object()
-        self._tellers[key] = counts, write
+        self._writers[key] = counts, write
         if self._ticking is None:
-            self._ticking = asyncio.create_task(self._again())
+            self._ticking = asyncio.create_task(self._emit_loop())
         try:
             yield
         finally:
-            del self._tellers[key]
-            if not self._tellers:
+            del self._writers[key]
+            if not self._writers:
                 self._ticking.cancel()
                 self._ticking = None
 
-    async def _again(self) -> None:
+    async def _emit_loop(self) -> None:
         while True:
-            self.tell(*next(reversed(self._tellers.values())))
-            await asyncio.sleep(EVERY_S)
+            self.emit(*next(reversed(self._writers.values())))
+            await asyncio.sleep(EMIT_INTERVAL_S)
 
-    def tell(self, counts: Counts, write: Write, *, last: bool = False) -> None:
+    def emit(self, counts: ReadCounts, write: WriteEvent, *, last: bool = False) -> None:
         """Write how far the run is, unless it was told within the last second.
 
         Args:
@@ -161,7 +161,7 @@ class Meter:
             last: Tell in any case: the run is at its end.
         """
         now = time.monotonic()
-        if self._seen and now - self._seen[-1][0] < EVERY_S and not last:
+        if self._seen and now - self._seen[-1][0] < EMIT_INTERVAL_S and not last:
             return
         said = counts()
         ended = said["done"] + said["failed"]

@@ -10,13 +10,13 @@ from typing import Any, Final
 from ...backends.core.errors import (
     BudgetExhaustedError,
     ConfigurationError,
-    LedgerError,
+    JournalError,
     RunStoppedError,
 )
-from ...backends.core.messages import REPEATED, WALLTIME, Order, Summary
+from ...backends.core.messages import DUPLICATE_REASON, WALLTIME_REASON, ShardResult, ShardTask
 from ...backends.core.types import Item, Shard
-from ..context import Answered, Crew, RunTools
-from .local import Part, read_items
+from ..context import AnsweredTask, RunTools, ShardCoordinator
+from .local import ShardPart, read_items
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,9 @@ _FORGIVEN: Final = 2
 """So often may a node's own endpoints fail a shard before the run stops."""
 
 
-async def work_elsewhere(
-    shard: Shard, tools: RunTools, crew: Crew, drain: Callable[[], str | None]
-) -> Part | None:
+async def run_remote_shard(
+    shard: Shard, tools: RunTools, crew: ShardCoordinator, stop_reason: Callable[[], str | None]
+) -> ShardPart | None:
     """Have all items of a shard finished elsewhere.
 
     Returns:
@@ -41,57 +41,75 @@ async def work_elsewhere(
     Raises:
         RunStoppedError: The shard was lost too often, or a worker says that going on is hopeless.
         ConfigurationError: A worker cannot do its work.
-        LedgerError: A record could not be written or read.
+        JournalError: A record could not be written or read.
     """
-    if not await tools.gate.enter():
+    if not await tools.gate.acquire():
         return None
     try:
-        return await _Errand(shard, tools, crew, drain).done()
+        return await RemoteShard(shard, tools, crew, stop_reason).run()
     except BudgetExhaustedError as error:
         tools.gate.close(error.message, error)
         return None
-    except (RunStoppedError, ConfigurationError, LedgerError) as error:
+    except (RunStoppedError, ConfigurationError, JournalError) as error:
         tools.gate.close(error.message, error)
         failure = error
     except asyncio.CancelledError:
         tools.gate.cancel()
         raise
     finally:
-        tools.gate.leave()
-    await tools.gate.drained()  # a failing Send cancels the others: what they wait for comes home
+        tools.gate.release()
+    await (
+        tools.gate.wait_drained()
+    )  # a failing Send cancels the others: what they wait for comes home
     raise failure
 
 
-class _Errand:
+class RemoteShard:
     """One shard on its way."""
 
     def __init__(
-        self, shard: Shard, tools: RunTools, crew: Crew, drain: Callable[[], str | None]
+        self,
+        shard: Shard,
+        tools: RunTools,
+        crew: ShardCoordinator,
+        stop_reason: Callable[[], str | None],
     ) -> None:
-        self._shard, self._tools, self._crew, self._drain = shard, tools, crew, drain
-        self._part = Part(tools)
+        self._shard, self._tools, self._coordinator, self._stop_reason = (
+            shard,
+            tools,
+            crew,
+            stop_reason,
+        )
+        self._part = ShardPart(tools)
         self._folded = bytearray(len(shard))  # hundreds of shards wait: a byte per item
         self._open = len(shard)
         self._forgiven = self._bounced = 0
 
-    async def done(self) -> Part | None:
+    async def run(self) -> ShardPart | None:
+        """Have workers finish the shard; return what it became, or None if it was stopped."""
         await self._fold_finished()
-        while self._open and not self._stopped():
+        while self._open and not self._is_stopped():
             before = self._open
-            outcome = await self._until_closed(self._crew.work(self._shard, self._remaining))
+            outcome = await self._wait_for_worker(
+                self._coordinator.run_shard(self._shard, self._read_remaining)
+            )
             if outcome is not None:
-                await self._fold(outcome)
+                await self._fold_result(outcome)
             await self._fold_finished()
-            if outcome is not None and self._open == before and not self._stopped():
+            if outcome is not None and self._open == before and not self._is_stopped():
                 await self._check_progress(*outcome)
         if self._open:
             return None
-        await self._tools.ledger.flush()
+        await self._tools.item_journal.flush()
         return self._part
 
-    async def _remaining(self) -> list[Item]:
+    async def _read_remaining(self) -> list[Item]:
         """Read the items that have not ended yet."""
-        store, finished, spans = self._tools.store, self._tools.ledger.finished, [*self._spans()]
+        store, finished, spans = (
+            self._tools.store,
+            self._tools.item_journal.is_finished,
+            [*self._open_slices()],
+        )
 
         def read() -> list[Item]:
             items = (item for lo, hi in spans for item in store.read(lo, hi))
@@ -99,73 +117,73 @@ class _Errand:
 
         return await asyncio.to_thread(read)
 
-    def _stopped(self) -> bool:
+    def _is_stopped(self) -> bool:
         gate = self._tools.gate
-        if not gate.closed and (reason := self._drain()):
+        if not gate.is_closed and (reason := self._stop_reason()):
             gate.close(reason)
-        return gate.closed
+        return gate.is_closed
 
-    async def _until_closed(self, work: Any) -> Answered | None:
+    async def _wait_for_worker(self, work: Any) -> AnsweredTask | None:
         """Wait for a worker; once the run is being stopped, only for a while."""
         gate = self._tools.gate
         task = asyncio.ensure_future(work)
         closing: asyncio.Future[Any] = asyncio.ensure_future(gate.wait_closed(float("inf")))
         try:
-            with gate.heeding(self._drain):
+            with gate.poll_stop(self._stop_reason):
                 await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                await self._until_drained(task)
-            found: Answered | None = task.result() if task.done() else None
+                await self._wait_for_drain(task)
+            found: AnsweredTask | None = task.result() if task.done() else None
             return found
         finally:
             closing.cancel()
             task.cancel()
 
-    async def _until_drained(self, task: asyncio.Future[Any]) -> None:
+    async def _wait_for_drain(self, task: asyncio.Future[Any]) -> None:
         """Have the workers told to stop, and wait as long as items in flight are waited for."""
-        telling: asyncio.Future[Any] = asyncio.ensure_future(self._crew.stop())
-        over: asyncio.Future[Any] = asyncio.ensure_future(self._tools.gate.drained())
+        telling: asyncio.Future[Any] = asyncio.ensure_future(self._coordinator.stop())
+        over: asyncio.Future[Any] = asyncio.ensure_future(self._tools.gate.wait_drained())
         try:
             await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             telling.cancel()  # the crew goes on with it
             over.cancel()
 
-    async def _fold(self, outcome: Answered) -> None:
+    async def _fold_result(self, outcome: AnsweredTask) -> None:
         """Record and fold in what a worker has finished."""
         order, summary = outcome
         alone = True
-        check_indices(summary, len(self._tools.store))
+        check_record_indices(summary, len(self._tools.store))
         for record in summary.records or ():
-            if self._tools.ledger.finished(record["index"]):
+            if self._tools.item_journal.is_finished(record["index"]):
                 alone = False  # somebody else's record counts, and this part is not of it
                 continue
-            self._tools.ledger.put(record)
-            self._tools.progress.count(record)
+            self._tools.item_journal.put(record)
+            self._tools.progress.add_record(record)
         if order is not None:
-            await self._see(order, summary)
+            await self._wait_visible(order, summary)
             if alone:
                 self._fold_parts(order, summary)
-            self._part.timed(sum((summary.tally or {}).values()), summary.seconds)
+            self._part.add_timing(sum((summary.tally or {}).values()), summary.seconds)
         if summary.error is not None:
             await self._fold_finished()
             self._forgive_or_raise(summary)
 
-    async def _see(self, order: Order, summary: Summary) -> None:
+    async def _wait_visible(self, order: ShardTask, summary: ShardResult) -> None:
         """Wait until the journal shows here what the worker says that it has written there."""
         indices, said = [item[0] for item in order.items], sum((summary.tally or {}).values())
         pause = waited = 0.0
-        finished = self._tools.ledger.finished
+        finished = self._tools.item_journal.is_finished
         while sum(map(finished, indices)) < said:
             if waited >= _VISIBLE_S:
                 text = "shard %s: records of %s did not show up in the journal within %.0f s"
                 logger.warning(text, order.shard, summary.worker, waited)
                 return
             await asyncio.sleep(pause)
-            await self._crew.refresh(summary.worker)
+            await self._coordinator.refresh(summary.worker)
             waited, pause = waited + pause, min(max(0.05, 2 * pause), 5.0)
 
-    def _fold_parts(self, order: Order, summary: Summary) -> None:
+    def _fold_parts(self, order: ShardTask, summary: ShardResult) -> None:
         """Take over a worker's part if it covers its whole order, and the journal has it all.
 
         Where two copies of a shard ended one item, the part may be another's than the journal
@@ -174,14 +192,16 @@ class _Errand:
         indices = [item[0] for item in order.items]
         if summary.parts is None or sum((summary.tally or {}).values()) != len(indices):
             return
-        if all(map(self._is_open, indices)) and all(map(self._tools.ledger.finished, indices)):
+        if all(map(self._is_open, indices)) and all(
+            map(self._tools.item_journal.is_finished, indices)
+        ):
             self._part.merge(summary.tally or {}, summary.parts)
             self._close(indices)
 
     async def _fold_finished(self) -> None:
         """Fold in, from the journal, what has ended and is not folded yet."""
-        finished = self._tools.ledger.finished
-        for lo, hi in list(self._spans()):
+        finished = self._tools.item_journal.is_finished
+        for lo, hi in list(self._open_slices()):
             if not any(map(finished, range(lo, hi))):
                 continue
             for item, record in await asyncio.to_thread(read_items, self._tools, lo, hi):
@@ -198,22 +218,22 @@ class _Errand:
             folded[index - lo] = 1
         self._open -= len(indices)
 
-    def _spans(self) -> Iterator[tuple[int, int]]:
+    def _open_slices(self) -> Iterator[tuple[int, int]]:
         """Yield the slices of the shard that hold open items."""
         for lo in range(self._shard.lo, self._shard.hi, _SLICE):
             hi = min(lo + _SLICE, self._shard.hi)
             if self._folded.find(0, lo - self._shard.lo, hi - self._shard.lo) >= 0:
                 yield lo, hi
 
-    async def _check_progress(self, order: Order | None, summary: Summary) -> None:
+    async def _check_progress(self, order: ShardTask | None, summary: ShardResult) -> None:
         if summary.error is not None or order is None:  # forgiven; stopped by this very life
             return
         if summary.short:  # the next lease is larger
             return
-        if summary.stopped == REPEATED and self._bounced < _BOUNCES:
+        if summary.stopped == DUPLICATE_REASON and self._bounced < _BOUNCES:
             self._bounced += 1  # what its first copy has recorded is left out of the next order
             return
-        if (summary.stopped or "").startswith(WALLTIME) and self._bounced < _BOUNCES:
+        if (summary.stopped or "").startswith(WALLTIME_REASON) and self._bounced < _BOUNCES:
             self._bounced += 1
             await self._tools.gate.wait_closed(_BOUNCE_S)
             return
@@ -223,17 +243,17 @@ class _Errand:
         )
         raise RunStoppedError(msg)
 
-    def _forgive_or_raise(self, summary: Summary) -> None:
+    def _forgive_or_raise(self, summary: ShardResult) -> None:
         """Let another node try what one node's own endpoints could not do."""
-        error = _as_error(summary)
-        hopeless = not (self._crew.nodewise and isinstance(error, RunStoppedError))
+        error = _result_error(summary)
+        hopeless = not (self._coordinator.has_node_endpoints and isinstance(error, RunStoppedError))
         if hopeless or self._forgiven >= _FORGIVEN:
             raise error
         self._forgiven += 1
         logger.warning("shard %s: %s", summary.shard, error)
 
 
-def check_indices(summary: Summary, items: int) -> None:
+def check_record_indices(summary: ShardResult, items: int) -> None:
     """Check that a worker's records are of items of the run.
 
     Raises:
@@ -248,8 +268,8 @@ def check_indices(summary: Summary, items: int) -> None:
             raise RunStoppedError(msg)
 
 
-def _as_error(summary: Summary) -> Exception:
+def _result_error(summary: ShardResult) -> Exception:
     error = summary.error or {}
-    kinds = {"RunStoppedError": RunStoppedError, "LedgerError": LedgerError}
+    kinds = {"RunStoppedError": RunStoppedError, "JournalError": JournalError}
     kind = kinds.get(error.get("class", ""), ConfigurationError)
     return kind(f"worker {summary.worker}: {error.get('text')}")

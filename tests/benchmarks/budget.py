@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fanfold.backends.budget.budget import Budget, BudgetTerms
-from fanfold.backends.budget.spend_log import Shelf
-from fanfold.backends.core.money import Amount, Caps, Tariff
-from fanfold.backends.core.process import make_room
+from fanfold.backends.budget.budget import Budget, BudgetSettings
+from fanfold.backends.budget.spend_log import SpendLogs
+from fanfold.backends.core.money import Amount, BudgetLimits, TokenPrices
+from fanfold.backends.core.process import ensure_open_files
 from fanfold.backends.core.protocols import CallLog
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet.request import Charge
+from fanfold.backends.fleet.request import RequestCharge
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 
@@ -37,7 +37,7 @@ model: {max_tokens: 200, price: {prompt: 0.15, completion: 0.6}}
 
 async def measure(streams: int, answer_s: float) -> None:
     """Print how much of a budget is used, by the fleet's own books, and the cost per call."""
-    make_room(streams)
+    ensure_open_files(streams)
     spec = SimulationSpec(
         nodes=NODES,
         max_num_seqs=2 * streams // NODES,
@@ -98,17 +98,21 @@ async def _cost(usd: float) -> None:
         "max_tokens": 200,
     }
     with tempfile.TemporaryDirectory() as folder:
-        shelf = Shelf(Path(folder) / "budget", "run")
-        terms = BudgetTerms(Caps.of(usd=10_000 * usd), Tariff.of(0.15, None, 0.6), repairs=1)
-        budget = Budget(terms, Amount(), shelf.open(shelf.of_life(1)))
+        shelf = SpendLogs(Path(folder) / "budget", "run")
+        terms = BudgetSettings(
+            BudgetLimits.from_settings(usd=10_000 * usd),
+            TokenPrices.from_usd(0.15, None, 0.6),
+            repairs=1,
+        )
+        budget = Budget(terms, Amount(), shelf.create(shelf.session_path(1)))
         for limited in (False, True):
             began = time.process_time()
             for _ in range(CALLS):
-                account = budget.account() if limited else None
-                charge = await Charge.open(CallLog(account=account), body)
-                charge.answered(Usage(170, 80), "m")
+                account = budget.open_account() if limited else None
+                charge = await RequestCharge.reserve(CallLog(account=account), body)
+                charge.settle_answered(Usage(170, 80), "m")
                 if account is not None:
                     account.close()
             each = 1e6 * (time.process_time() - began) / CALLS
             print(f"accounting {'within a budget' if limited else 'alone'}: {each:.1f} µs per call")
-        await budget.purse.aclose()
+        await budget.balance.aclose()

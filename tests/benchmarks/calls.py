@@ -13,7 +13,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams
 from fanfold.backends.simulated.process import launch
@@ -30,10 +30,10 @@ async def measure() -> None:
     params = ModelParams(spec.model, 0.0, 256)
     async with (
         launch(spec) as up,
-        Fleet([EndpointSpec(up.urls[0])], FleetPolicy.of(streams=AT_ONCE)) as fleet,
+        Fleet([EndpointSpec(up.urls[0])], FleetPolicy.from_limits(streams=AT_ONCE)) as fleet,
         aiohttp.ClientSession() as session,
     ):
-        door, chat = FleetModel(fleet, params), ChatFleet.of(fleet, params)
+        door, chat = FleetClient(fleet, params), ChatFleet.of(fleet, params)
         stock = ChatOpenAI(
             model=spec.model,
             base_url=up.urls[0],

@@ -17,19 +17,19 @@ import orjson
 
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet.balancer import Dispatcher
-from fanfold.backends.fleet.endpoint import Breaker, Endpoint, EndpointSpec, Lane
-from fanfold.backends.fleet.failures import RawAnswer
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.balancer import LoadBalancer
+from fanfold.backends.fleet.endpoint import AdaptiveLimit, Breaker, Endpoint, EndpointSpec
+from fanfold.backends.fleet.failures import HTTPAnswer
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import (
+    AdaptiveLimitPolicy,
     AffinityPolicy,
     BreakerPolicy,
     FleetPolicy,
-    LanePolicy,
     ModelParams,
-    PacePolicy,
+    RateLimitPolicy,
 )
-from fanfold.backends.fleet.stats import Stats
+from fanfold.backends.fleet.stats import EndpointStats
 from fanfold.nodes.item.answer import AnswerCheck
 
 CALLS, ROUNDS, AT_ONCE = 2_000, 9, 256
@@ -67,31 +67,31 @@ class NoBreaker(Breaker):
 
     __slots__ = ()
 
-    def succeed(self) -> bool:
+    def record_success(self) -> bool:
         return False
 
 
-class NoLane(Lane):
+class NoLane(AdaptiveLimit):
     """Learns nothing."""
 
     __slots__ = ()
 
-    def answered(self, level: int, seconds: float, now: float) -> None:
+    def record_answer(self, level: int, seconds: float, now: float) -> None:
         del level, seconds, now
 
 
-class NoStats(Stats):
+class NoStats(EndpointStats):
     """Counts nothing."""
 
     __slots__ = ()
 
-    def answered(self, seconds: float, usage: Usage) -> None:
+    def add_answer(self, seconds: float, usage: Usage) -> None:
         del seconds, usage
 
 
-async def _send(*_: object) -> RawAnswer:
+async def _send(*_: object) -> HTTPAnswer:
     await asyncio.sleep(0)
-    return RawAnswer(200, {}, ANSWER)
+    return HTTPAnswer(200, {}, ANSWER)
 
 
 def _fleet(policy: FleetPolicy, change: Callable[[Endpoint], None] | None = None) -> Fleet:
@@ -109,12 +109,12 @@ def _without(name: str, part: Callable[[], object]) -> Callable[[Endpoint], None
 
 async def measure() -> None:
     """Print CPU microseconds per call of the whole, and of each part."""
-    usual = FleetPolicy.of(streams=AT_ONCE)
-    paced = replace(usual, pace=PacePolicy(requests_per_s=1e9, tokens_per_min=1e12))
+    usual = FleetPolicy.from_limits(streams=AT_ONCE)
+    paced = replace(usual, rate_limit=RateLimitPolicy(requests_per_s=1e9, tokens_per_min=1e12))
     fleets = {
         "as it is": _fleet(usual),
         "without breaker": _fleet(usual, _without("breaker", lambda: NoBreaker(BreakerPolicy()))),
-        "without lane": _fleet(usual, _without("lane", lambda: NoLane(LanePolicy()))),
+        "without lane": _fleet(usual, _without("limit", lambda: NoLane(AdaptiveLimitPolicy()))),
         "without accounting": _fleet(usual, _without("stats", NoStats)),
         "without hedging": _fleet(replace(usual, hedge=None)),
         "with pacing": _fleet(paced),
@@ -136,7 +136,7 @@ async def measure() -> None:
 
 async def _round(fleet: Fleet) -> float:
     """Return CPU microseconds per call."""
-    model = FleetModel(fleet, ModelParams("m", 0.0, 256, schema=SCHEMA))
+    model = FleetClient(fleet, ModelParams("m", 0.0, 256, schema=SCHEMA))
     waiting = iter(range(CALLS))
 
     async def work() -> None:
@@ -155,7 +155,7 @@ def _validation() -> float:
     check = AnswerCheck(SCHEMA, 256)
     started = time.process_time()
     for _ in range(CALLS):
-        check.check(check.finished(TEXT, "stop", None))
+        check.check_value(check.check_finish(TEXT, "stop", None))
     return 1e6 * (time.process_time() - started) / CALLS
 
 
@@ -172,17 +172,17 @@ def measure_choice() -> None:
 def _choice(count: int) -> float:
     """Return CPU microseconds of one take and one give, half the places being taken."""
     endpoints = [Endpoint(EndpointSpec(f"http://n{n}:8000")) for n in range(count)]
-    dispatch = Dispatcher(endpoints, 1_000_000, _unpaced, lambda: None)
+    dispatch = LoadBalancer(endpoints, 1_000_000, _unpaced, lambda: None)
     chance, held = random.Random(0), deque[Endpoint]()
 
     async def run() -> float:
         for _ in range(4 * count):
-            held.append(await dispatch.take())
+            held.append(await dispatch.acquire())
         calls = 20_000
         started = time.process_time()
         for _ in range(calls):
-            dispatch.give(held.popleft(), chance.lognormvariate(0, 0.5))
-            held.append(await dispatch.take())
+            dispatch.release(held.popleft(), chance.lognormvariate(0, 0.5))
+            held.append(await dispatch.acquire())
         return 1e6 * (time.process_time() - started) / calls
 
     return asyncio.run(run())

@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import median
 
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
-from fanfold.backends.fleet.cache import Reuse
+from fanfold.backends.fleet.cache import RequestCache
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams
-from fanfold.backends.storage.response_cache import AnswerStore
+from fanfold.backends.storage.response_cache import ResponseCache
 
 from .parts import ANSWER, AT_ONCE, MESSAGES, SCHEMA, _send
 
@@ -46,19 +46,21 @@ async def _round(number: int) -> dict[str, float]:
         for name, contested in (("this process alone", False), ("a shared folder", True)):
             path = Path(folder) / name
             for what in ("a miss", "a hit"):
-                store = AnswerStore(path, simulated=False, writer="w", contested=contested)
+                store = ResponseCache(path, simulated=False, writer="w", contested=contested)
                 store.open()
-                costs[f"{what}, {name}"] = await _calls(Reuse(store, simulated=False), number)
+                costs[f"{what}, {name}"] = await _calls(
+                    RequestCache(store, simulated=False), number
+                )
                 store.close()
     return costs
 
 
-async def _calls(reuse: Reuse | None, number: int) -> float:
+async def _calls(reuse: RequestCache | None, number: int) -> float:
     """Return CPU microseconds per call, all of them different."""
     specs = [EndpointSpec(f"http://n{n}:8000") for n in range(100)]
-    fleet = Fleet(specs, FleetPolicy.of(streams=AT_ONCE), reuse=reuse)
+    fleet = Fleet(specs, FleetPolicy.from_limits(streams=AT_ONCE), cache=reuse)
     vars(fleet._transport)["send"] = _send
-    model = FleetModel(fleet, ModelParams("m", 0.0, 256, schema=SCHEMA))
+    model = FleetClient(fleet, ModelParams("m", 0.0, 256, schema=SCHEMA))
     waiting = iter(range(CALLS))
 
     async def work() -> None:
@@ -80,7 +82,7 @@ async def _calls(reuse: Reuse | None, number: int) -> float:
 def _folder(folder: Path, size: int) -> None:
     """Print what a folder with so many answers costs, in wall time on this file system."""
     keys = [hashlib.blake2b(n.to_bytes(8), digest_size=16).digest() for n in range(size)]
-    store = AnswerStore(folder, simulated=False, writer="w")
+    store = ResponseCache(folder, simulated=False, writer="w")
     store.open()
     started = time.perf_counter()
     for key in keys:
@@ -88,12 +90,12 @@ def _folder(folder: Path, size: int) -> None:
     put = (time.perf_counter() - started) / size
     store.close()
     tracemalloc.start()
-    store = AnswerStore(folder, simulated=False, writer="w")
+    store = ResponseCache(folder, simulated=False, writer="w")
     store.open()
     memory = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     store.close()
-    store = AnswerStore(folder, simulated=False, writer="w")
+    store = ResponseCache(folder, simulated=False, writer="w")
     started = time.perf_counter()
     store.open()
     opened = time.perf_counter() - started

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
-from fanfold.configs.loader import load
+from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import prepare_run
 from fanfold.graphs.run.resources import write_results
-from fanfold.graphs.session import RunOptions, execute
+from fanfold.graphs.session import RunOptions, execute_run
 
 BACKENDS: dict[str, dict[str, Any]] = {
     "processes": {"kind": "local", "processes": 2},
@@ -61,7 +61,7 @@ async def _run(
     """Return CPU seconds here and in ended children, wall seconds, the first item's, results'."""
     items = folder / f"{count}.csv"
     items.write_text("id,text\n" + "".join(f"i{n},{'a text ' * 20}{n}\n" for n in range(count)))
-    loaded = load(
+    loaded = load_config(
         {
             "name": "bench",
             "input": {"path": str(items), "id": "id"},
@@ -91,7 +91,7 @@ async def _run(
         return written
 
     with patch("fanfold.graphs.context.write_results", timed):
-        result = await execute(run, loaded, RunOptions(quiet=True), Console(quiet=True))
+        result = await execute_run(run, loaded, RunOptions(quiet=True), Console(quiet=True))
     assert result.progress["done"] == count, result
     wall = time.monotonic() - began
     return (

@@ -28,13 +28,13 @@ import orjson
 
 from fanfold.backends.core.errors import FanfoldError
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams, TimeoutPolicy
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.requests import QuestionReader
 from fanfold.backends.simulated.spec import SimulationSpec
-from fanfold.backends.simulated.values import normal
+from fanfold.backends.simulated.values import draw_normal
 
 NODES, SLOTS, SIGMA = 100, 8, 0.5
 SLOW, DEAD, DYING, SLOWNESS = 5, 2, 10, 5.0
@@ -129,7 +129,7 @@ async def run_live(scene: Scene, policy: FleetPolicy) -> Live:
         launch(scene.spec) as up,
         Fleet([EndpointSpec(url) for url in up.urls], policy) as fleet,
     ):
-        model = FleetModel(fleet, _params(scene))
+        model = FleetClient(fleet, _params(scene))
         waiting = iter(range(scene.items))
 
         async def work() -> None:
@@ -167,7 +167,7 @@ def answer_times(scene: Scene, won: Mapping[int, int]) -> list[float]:
         raw = orjson.dumps({**body, "messages": _messages(item)})
         key = reader.read(raw, True, spec.max_model_len).key
         node = won.get(item, 0)
-        times.append(scene.median_s * math.exp(SIGMA * normal(spec.seed, "jitter", key, node)))
+        times.append(scene.median_s * math.exp(SIGMA * draw_normal(spec.seed, "jitter", key, node)))
     return times
 
 
@@ -223,7 +223,7 @@ def round_robin(scene: Scene, times: Sequence[float]) -> float:
 def policy_of(scene: Scene, storm: bool) -> FleetPolicy:
     """Return the default policy with as many streams as the fleet has places."""
     timeout = TimeoutPolicy(request_s=5 * scene.median_s if storm else 600.0)
-    return replace(FleetPolicy.of(streams=SLOTS * NODES), timeout=timeout)
+    return replace(FleetPolicy.from_limits(streams=SLOTS * NODES), timeout=timeout)
 
 
 def measure(seeds: Sequence[int], items: int, median_s: float, kinds: Sequence[str]) -> None:

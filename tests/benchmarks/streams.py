@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fanfold.backends.core.process import make_room
+from fanfold.backends.core.process import ensure_open_files
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
@@ -27,7 +27,7 @@ async def measure(streams: int, answer_s: float, window_s: float) -> None:
     Calls begin evenly over one answer's time, so that the steady state is there from the start
     of the window. The latency is the servers' own: what the client adds counts against it.
     """
-    make_room(streams)  # the servers' process inherits the limit
+    ensure_open_files(streams)  # the servers' process inherits the limit
     mean_s = answer_s * math.exp(SIGMA**2 / 2)
     spec = SimulationSpec(
         nodes=NODES,
@@ -39,12 +39,12 @@ async def measure(streams: int, answer_s: float, window_s: float) -> None:
         alpha=0.0,
         jitter=SIGMA,
     )
-    policy = replace(FleetPolicy.of(streams=streams), hedge=None)
+    policy = replace(FleetPolicy.from_limits(streams=streams), hedge=None)
     async with (
         launch(spec) as up,
         Fleet([EndpointSpec(url) for url in up.urls], policy) as fleet,
     ):
-        model = FleetModel(fleet, ModelParams(spec.model, max_tokens=2 * TOKENS))
+        model = FleetClient(fleet, ModelParams(spec.model, max_tokens=2 * TOKENS))
         text = "some text of a record " * 30
         ended = 0
 

@@ -43,19 +43,19 @@ class LedgerLike(Protocol):
         """Record how an item ended."""
         ...
 
-    def finished(self, index: int) -> bool:
+    def is_finished(self, index: int) -> bool:
         """Say whether an item has ended."""
         ...
 
-    def record(self, index: int) -> dict[str, Any]:
+    def read_record(self, index: int) -> dict[str, Any]:
         """Return the record of a finished item."""
         ...
 
-    def records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
+    def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the records in input order."""
         ...
 
-    def counts(self) -> Tally:
+    def count_items(self) -> Tally:
         """Count the items by state."""
         ...
 
@@ -118,7 +118,7 @@ async def begins_empty(subject: Subject) -> None:
     """A new run has no finished item."""
     async with subject.open(_ITEMS) as ledger:
         _equal(_states(ledger), [False] * _ITEMS, "finished() before any put()")
-        _equal(list(ledger.records()), [], "records() before any put()")
+        _equal(list(ledger.read_records()), [], "records() before any put()")
         _equal(_numbers(ledger), (0, 0, _ITEMS), "counts() before any put()")
 
 
@@ -127,7 +127,7 @@ async def reads_what_it_wrote(subject: Subject) -> None:
     record = sample(3, output={"a": [1, 2.5, None, True, {"b": "x\ny\0é\U0001f9ea"}]})
     async with subject.open(_ITEMS) as ledger:
         ledger.put(record)
-        _equal(ledger.record(3), record, "record() after put()")
+        _equal(ledger.read_record(3), record, "record() after put()")
         _equal(_states(ledger), [n == 3 for n in range(_ITEMS)], "finished() after put()")
 
 
@@ -139,8 +139,8 @@ async def keeps_over_lives(subject: Subject) -> None:
     async with subject.open(_ITEMS) as ledger:
         ledger.put(sample(2, "failed"))
     async with subject.open(_ITEMS) as ledger:
-        _equal([r["index"] for r in ledger.records()], [2, 5], "records() of two lives")
-        _equal(ledger.record(5), sample(5, output="first"), "record() of the first life")
+        _equal([r["index"] for r in ledger.read_records()], [2, 5], "records() of two lives")
+        _equal(ledger.read_record(5), sample(5, output="first"), "record() of the first life")
 
 
 async def orders_by_input(subject: Subject) -> None:
@@ -148,9 +148,9 @@ async def orders_by_input(subject: Subject) -> None:
     async with subject.open(_ITEMS) as ledger:
         for index in (6, 0, 4, 1):
             ledger.put(sample(index, "failed" if index == 4 else "done"))
-        _equal([r["index"] for r in ledger.records()], [0, 1, 4, 6], "records()")
-        _equal([r["index"] for r in ledger.records("done")], [0, 1, 6], "records('done')")
-        _equal([r["index"] for r in ledger.records("failed")], [4], "records('failed')")
+        _equal([r["index"] for r in ledger.read_records()], [0, 1, 4, 6], "records()")
+        _equal([r["index"] for r in ledger.read_records("done")], [0, 1, 6], "records('done')")
+        _equal([r["index"] for r in ledger.read_records("failed")], [4], "records('failed')")
         _equal(_numbers(ledger), (3, 1, _ITEMS - 4), "counts()")
 
 
@@ -159,11 +159,11 @@ async def later_records_win(subject: Subject) -> None:
     async with subject.open(_ITEMS) as ledger:
         ledger.put(sample(1, "failed"))
         ledger.put(sample(1, output="second"))
-        _equal(ledger.record(1)["output"], "second", "record() after a second put()")
+        _equal(ledger.read_record(1)["output"], "second", "record() after a second put()")
     async with subject.open(_ITEMS) as ledger:
         ledger.put(sample(1, output="third"))
     async with subject.open(_ITEMS) as ledger:
-        _equal([r["output"] for r in ledger.records()], ["third"], "records() of three puts")
+        _equal([r["output"] for r in ledger.read_records()], ["third"], "records() of three puts")
         _equal(_numbers(ledger), (1, 0, _ITEMS - 1), "counts() of three puts")
 
 
@@ -178,7 +178,7 @@ async def reopens_failed(subject: Subject) -> None:
         _equal(_states(ledger)[:3], [True, False, False], "finished() after reopen_failed()")
         ledger.put(sample(1, output="at last"))
     async with subject.open(_ITEMS) as ledger:
-        found = [r["status"] for r in ledger.records()]
+        found = [r["status"] for r in ledger.read_records()]
         _equal(found, ["done", "done", "failed"], "records() after a retry")
 
 
@@ -193,7 +193,7 @@ async def survives_a_torn_tail(subject: Subject) -> None:
     async with subject.open(_ITEMS) as ledger:
         _equal(_states(ledger)[:3], [True, True, False], "finished() after a torn record")
         ledger.put(sample(2, output="again"))
-        _equal(ledger.record(2)["output"], "again", "record() after a torn record")
+        _equal(ledger.read_record(2)["output"], "again", "record() after a torn record")
     async with subject.open(_ITEMS) as ledger:
         _equal(_numbers(ledger), (3, 0, _ITEMS - 3), "counts() after a torn record")
 
@@ -211,11 +211,11 @@ CHECKS: Final[tuple[Check, ...]] = (
 
 
 def _states(ledger: LedgerLike) -> list[bool]:
-    return [ledger.finished(index) for index in range(_ITEMS)]
+    return [ledger.is_finished(index) for index in range(_ITEMS)]
 
 
 def _numbers(ledger: LedgerLike) -> tuple[int, int, int]:
-    counts = ledger.counts()
+    counts = ledger.count_items()
     return counts.done, counts.failed, counts.open
 
 

@@ -20,7 +20,13 @@ from fanfold.backends.core.templates import Template
 from fanfold.backends.core.types import Message, Reply, Usage
 from fanfold.nodes.context import ItemContext
 from fanfold.nodes.item.answer import AnswerCheck
-from fanfold.nodes.item.steps import DELEGATED_STEPS, ITEM_STEPS, Step, build_item, walk
+from fanfold.nodes.item.steps import (
+    DELEGATED_STEPS,
+    ITEM_STEPS,
+    ItemStep,
+    build_item_graph,
+    walk_steps,
+)
 from fanfold.nodes.state import ItemState
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -65,7 +71,7 @@ def context(model: Script, repairs: int, schema: Mapping[str, Any] | None) -> It
 
 
 async def both_ways(
-    steps: Mapping[str, Step], state: ItemState, make: Any
+    steps: Mapping[str, ItemStep], state: ItemState, make: Any
 ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     """Return how the two ways end, each with what the model was asked."""
     ends = []
@@ -74,10 +80,10 @@ async def both_ways(
         start = ItemState(**state)
         try:
             if engine:
-                graph = build_item(steps).compile(checkpointer=False)
+                graph = build_item_graph(steps).compile(checkpointer=False)
                 end: Any = await graph.ainvoke(start, context=parts)
             else:
-                end = await walk(steps, start, Runtime(context=parts))
+                end = await walk_steps(steps, start, Runtime(context=parts))
         except Exception as error:  # noqa: BLE001 - what is raised must be the same, too
             end = repr(error)
         ends.append((end, asked))
@@ -133,7 +139,7 @@ async def test_both_ways_delegate_the_same(result: Any) -> None:
 async def test_a_repair_sends_the_answer_and_the_error_back() -> None:
     model = Script([('{"n": "x"}', "stop", None), ('{"n": 7}', "stop", None)])
     state = ItemState(id="i", row={"x": 1}, problem=None)
-    end = await walk(ITEM_STEPS, state, Runtime(context=context(model, 1, SCHEMA)))
+    end = await walk_steps(ITEM_STEPS, state, Runtime(context=context(model, 1, SCHEMA)))
     assert end["output"] == {"n": 7}
     assert end["repairs"] == 1
     sent = model.asked[1]
@@ -145,7 +151,7 @@ async def test_a_repair_sends_the_answer_and_the_error_back() -> None:
 async def test_without_repairs_an_invalid_answer_is_the_end() -> None:
     model = Script([("no json", "stop", None)])
     state = ItemState(id="i", row={"x": 1}, problem=None)
-    end = await walk(ITEM_STEPS, state, Runtime(context=context(model, 0, SCHEMA)))
+    end = await walk_steps(ITEM_STEPS, state, Runtime(context=context(model, 0, SCHEMA)))
     assert end["error"]["class"] == "InvalidAnswerError"
     assert len(model.asked) == 1
 
@@ -153,6 +159,6 @@ async def test_without_repairs_an_invalid_answer_is_the_end() -> None:
 async def test_an_invalid_item_is_never_asked() -> None:
     model = Script([])
     state = ItemState(id="i", row={"x": 1}, problem="SMILES cannot be parsed")
-    end = await walk(ITEM_STEPS, state, Runtime(context=context(model, 1, SCHEMA)))
+    end = await walk_steps(ITEM_STEPS, state, Runtime(context=context(model, 1, SCHEMA)))
     assert end["error"] == {"class": "InvalidItemError", "text": "SMILES cannot be parsed"}
     assert model.asked == []

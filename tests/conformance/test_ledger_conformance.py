@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.journal_index import Journal
 from fanfold.tests.conformance import journal_checks
 from fanfold.tests.conformance.journal_checks import CHECKS, Check, Subject
 
 
-def opener(folder: Path) -> Callable[[int], AbstractAsyncContextManager[Ledger]]:
+def opener(folder: Path) -> Callable[[int], AbstractAsyncContextManager[Journal]]:
     @asynccontextmanager
-    async def opened(items: int) -> AsyncIterator[Ledger]:
-        ledger = Ledger(folder, "run", items)
-        ledger.begin("test", 0.001)
+    async def opened(items: int) -> AsyncIterator[Journal]:
+        ledger = Journal(folder, "run", items)
+        ledger.start_session("test", 0.001)
         try:
             yield ledger
         finally:
@@ -33,7 +33,7 @@ async def test_the_journal_is_a_ledger(check: Check, tmp_path: Path) -> None:
     await check(Subject(opener(tmp_path), tear))
 
 
-class Forgetful(Ledger):
+class Forgetful(Journal):
     """Loses what it is told last."""
 
     async def aclose(self) -> None:
@@ -45,9 +45,9 @@ class Forgetful(Ledger):
 
 async def test_the_checks_can_fail(tmp_path: Path) -> None:
     @asynccontextmanager
-    async def opened(items: int) -> AsyncIterator[Ledger]:
+    async def opened(items: int) -> AsyncIterator[Journal]:
         ledger = Forgetful(tmp_path, "run", items)
-        ledger.begin("test", 0.001)
+        ledger.start_session("test", 0.001)
         yield ledger
         await ledger.aclose()
 

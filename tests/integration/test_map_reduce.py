@@ -22,7 +22,7 @@ from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.graphs.item import build_item_alone
-from fanfold.graphs.map_reduce import build
+from fanfold.graphs.map_reduce import build_bound_graph
 
 pytestmark = pytest.mark.integration
 
@@ -110,7 +110,7 @@ async def test_shards_of_any_size_give_the_same(simulated: SimulatedFleet, size:
         FaultRule("refusal", p=0.1, draw="item"),
     )
     for fault in faults:
-        simulated.fault(fault)
+        simulated.add_fault(fault)
     whole = await build_graph(settings(simulated)).ainvoke({"items": rows(100)})
     split = settings(simulated, shard={"items": size})
     end = await build_graph(split).ainvoke({"items": rows(100)})
@@ -124,7 +124,7 @@ async def test_shards_of_any_size_give_the_same(simulated: SimulatedFleet, size:
 
 
 async def test_failed_items_are_in_results_and_failures(simulated: SimulatedFleet) -> None:
-    simulated.fault(FaultRule("bad_schema", p=0.3, draw="item"))
+    simulated.add_fault(FaultRule("bad_schema", p=0.3, draw="item"))
     end = await build_graph(settings(simulated)).ainvoke({"items": rows(60)})
     failures = [
         json.loads(line) for line in Path(end["results"]["failures"]).read_text().splitlines()
@@ -143,7 +143,7 @@ async def test_failed_items_are_asked_again_once(
 ) -> None:
     """An embedded run is opened anew by each superstep; what failed again stays failed."""
     monkeypatch.setattr("fanfold.graphs.run.items._WINDOW", 3)
-    simulated.fault(FaultRule("refusal", p=0.3, draw="item"))
+    simulated.add_fault(FaultRule("refusal", p=0.3, draw="item"))
     config = settings(simulated, shard={"items": 10})
     first = await build_graph(config).ainvoke({"items": rows(60)})
     failed = first["progress"]["failed"]
@@ -197,9 +197,9 @@ async def test_pasted_items_lost_with_the_process_are_not_replaced(
     simulated: SimulatedFleet,
 ) -> None:
     """No checkpoint keeps pasted items; a run resumed before they were written must not go on."""
-    graph = build(RunContext(config=settings(simulated, input={"dataset": "molecules"}))).compile(
-        checkpointer=InMemorySaver(), interrupt_before=["load"]
-    )
+    graph = build_bound_graph(
+        RunContext(config=settings(simulated, input={"dataset": "molecules"}))
+    ).compile(checkpointer=InMemorySaver(), interrupt_before=["load"])
     config: RunnableConfig = {"configurable": {"thread_id": "t"}}
     await graph.ainvoke({"items": rows(5)}, config)
     with pytest.raises(ConfigurationError, match="start it again with the items"):

@@ -16,12 +16,12 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
-from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.journal_index import Journal
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
-from fanfold.configs.loader import load
-from fanfold.graphs.cli.status import results
+from fanfold.configs.loader import load_config
+from fanfold.graphs.cli.status import export_results
 from fanfold.graphs.run.prepare import prepare_run, resume_run
-from fanfold.graphs.session import RunOptions, RunResult, execute
+from fanfold.graphs.session import RunOptions, RunResult, execute_run
 
 pytestmark = pytest.mark.integration
 
@@ -219,13 +219,13 @@ def settings(url: str, names: list[str], home: Path, **changes: Any) -> dict[str
 
 async def lived(folder: RunFolder) -> RunResult:
     resumed = await resume_run(folder, None)
-    return await execute(folder, resumed.loaded, RunOptions(quiet=True), Console(quiet=True))
+    return await execute_run(folder, resumed.loaded, RunOptions(quiet=True), Console(quiet=True))
 
 
 def read(folder: RunFolder, items: int) -> dict[str, dict[str, Any]]:
     about = folder.read_provenance()
-    with Ledger(folder.journal, about["run"], items) as ledger:
-        return {record["id"]: record for record in ledger.records()}
+    with Journal(folder.journal, about["run"], items) as ledger:
+        return {record["id"]: record for record in ledger.read_records()}
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ async def test_an_odd_answer_is_its_items_matter(tmp_path: Path, backend: dict[s
     changes = {name: case[0] for name, case in CASES.items()}
     async with served(changes, asked) as url:
         config = settings(url, names, tmp_path, **({"backend": backend} if backend else {}))
-        folder = await prepare_run(load(config), tmp_path / "run")
+        folder = await prepare_run(load_config(config), tmp_path / "run")
         first = await lived(folder)
         count = len(asked)
         again = await lived(open_folder(folder.path))
@@ -258,13 +258,13 @@ async def test_an_odd_answer_is_its_items_matter(tmp_path: Path, backend: dict[s
         assert {key: record[key] for key in expected} == expected, name
         assert record["requests"] >= 1
         assert record["nano_usd"] >= 0
-    assert first.code == again.code == 3
+    assert first.exit_code == again.exit_code == 3
     assert first.progress == again.progress
     assert orjson.dumps(first.aggregate) == orjson.dumps(again.aggregate)
     table = pq.read_table(folder.results).to_pylist()
     assert [row["id"] for row in table] == names
     for form in ("jsonl", "csv", "parquet"):
-        results(folder.path, form, tmp_path / f"out.{form}")
+        export_results(folder.path, form, tmp_path / f"out.{form}")
     lines = (tmp_path / "out.jsonl").read_bytes().splitlines()
     assert [orjson.loads(line)["error_class"] for line in lines] == [
         records[name]["error_class"] for name in names
@@ -373,7 +373,7 @@ async def test_what_a_graph_puts_out_is_its_items_matter(
         config["task"] = {"prompt": "case {name}", "graph": f"odd_graph_{processes}:graph"}
         config["backend"] = {"kind": "local", "processes": processes}
         config["reduce"] = [{"op": "collect", "limit": 100}, {"op": "count"}]
-        folder = await prepare_run(load(config), tmp_path / "run")
+        folder = await prepare_run(load_config(config), tmp_path / "run")
         first = await lived(folder)
         assert sorted(asked) == sorted(names)
         again = await lived(open_folder(folder.path))

@@ -22,7 +22,7 @@ from fanfold.backends.core.errors import FanfoldError
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.graphs.map_reduce import build
+from fanfold.graphs.map_reduce import build_bound_graph
 
 pytestmark = pytest.mark.integration
 
@@ -241,11 +241,13 @@ async def test_an_error_in_a_checkpoint_names_no_path(
     file, out = tmp_path / "saver.sqlite", tmp_path / "out"
     async with AsyncSqliteSaver.from_conn_string(str(file)) as saver:
         context = RunContext(config=settings(simulated), out=str(out))
-        graph = build(context).compile(checkpointer=saver, interrupt_before=["dispatch"])
+        graph = build_bound_graph(context).compile(
+            checkpointer=saver, interrupt_before=["dispatch"]
+        )
         await graph.ainvoke({"items": rows()}, THREAD)
         (out / "journal" / "0001.jsonl").write_text("rubbish\n")
         with pytest.raises(FanfoldError, match=str(out)):
-            await build(context).compile(checkpointer=saver).ainvoke(None, THREAD)
+            await build_bound_graph(context).compile(checkpointer=saver).ainvoke(None, THREAD)
         errors = [repr(task.error) for task in (await graph.aget_state(THREAD)).tasks]
         assert any("the run folder/journal/0001.jsonl, line 1: " in error for error in errors)
         assert_no_path({str(out)}, file, out)

@@ -22,29 +22,29 @@ from academy.message import Message
 from academy.serialize import SerializationStrategy, allowed_deserializers
 
 from ...core.errors import WorkerLostError
-from ...core.process import Scratch
+from ...core.process import TemporaryFolder
 from ...core.types import Json
-from ..executor import OneProcess, WorkShard, in_thread
-from .exchange import Meeting, pack, unpack
+from ..executor import SingleProcessExecutor, WorkShard, run_in_thread
+from .exchange import ExchangeSettings, pack, unpack
 
 _OVER: Final = frozenset({MailboxStatus.TERMINATED, MailboxStatus.MISSING})
 
 
 @dataclass(frozen=True, slots=True)
-class Duty:
+class AgentSettings:
     """What an agent is told when it is launched.
 
     Attributes:
         work: What works on an order: an importable function.
         slots: Orders that it works on at a time; more wait in it.
         owner: The coordinator's mailbox; None where agents cannot look after it.
-        pause_s: Seconds between two looks after the coordinator.
+        poll_s: Seconds between two looks after the coordinator.
     """
 
     work: WorkShard
     slots: int
     owner: EntityId | None
-    pause_s: float
+    poll_s: float
 
 
 class ShardAgent(Agent):
@@ -56,16 +56,16 @@ class ShardAgent(Agent):
         duty: What it is told.
     """
 
-    def __init__(self, duty: Duty) -> None:
+    def __init__(self, duty: AgentSettings) -> None:
         super().__init__()
-        self._duty = duty
+        self._settings = duty
         self._slots = asyncio.Semaphore(duty.slots)
-        self._running, self._leaving = set[object](), False
-        self._scratch: Scratch | None = None
+        self._running, self._is_shutting_down = set[object](), False
+        self._scratch: TemporaryFolder | None = None
 
     async def agent_on_startup(self) -> None:
         """Make room for what tells orders without a stop file of their own to stop."""
-        self._scratch = await asyncio.to_thread(Scratch, "agent")
+        self._scratch = await asyncio.to_thread(TemporaryFolder, "agent")
 
     @action
     async def work_on(self, parcel: str) -> str:
@@ -73,28 +73,28 @@ class ShardAgent(Agent):
         async with self._slots:
             order = await asyncio.to_thread(unpack, parcel)
             if order.get("stop_file") is None:  # nobody shares a folder with us
-                order["stop_file"] = str(self._stop)
+                order["stop_file"] = str(self._stop_file)
             found = list[dict[str, Json]]()
             # in a thread that holds up neither the agent's end nor the process's
-            await in_thread(lambda: found.append(self._worked_on(order)))
+            await run_in_thread(lambda: found.append(self._run_task(order)))
             return await asyncio.to_thread(pack, found[0])
 
-    def _worked_on(self, order: dict[str, Json]) -> dict[str, Json]:
+    def _run_task(self, order: dict[str, Json]) -> dict[str, Json]:
         mine = object()
         self._running.add(mine)
         try:
-            return self._duty.work(order)
+            return self._settings.work(order)
         finally:
             self._running.discard(mine)
-            if self._leaving and not self._running:
-                self._tidy()
+            if self._is_shutting_down and not self._running:
+                self._remove_folder()
 
     @property
-    def _stop(self) -> Path:
+    def _stop_file(self) -> Path:
         assert self._scratch is not None, "an agent that has not started takes no orders"
         return self._scratch.path / "stop"
 
-    def _tidy(self) -> None:
+    def _remove_folder(self) -> None:
         """Remove the stop file once nobody looks at it; a later agent does if this one cannot."""
         if self._scratch is not None:
             self._scratch.remove()
@@ -103,32 +103,32 @@ class ShardAgent(Agent):
     @action
     async def stop(self) -> None:
         """Begin no further item of orders that bring no stop file of their own."""
-        await asyncio.to_thread(self._stop.touch)
+        await asyncio.to_thread(self._stop_file.touch)
 
     @loop
-    async def look_after_owner(self, shutdown: asyncio.Event) -> None:
+    async def watch_owner(self, shutdown: asyncio.Event) -> None:
         """End when the coordinator has gone, however it went, or has ended our mailbox."""
         status, missed = self.agent_exchange_client.status, 0
         while not shutdown.is_set():
             found = [await status(self.agent_id)]  # Academy would only stop listening
-            if self._duty.owner is not None:
-                found.append(await status(self._duty.owner))
+            if self._settings.owner is not None:
+                found.append(await status(self._settings.owner))
                 missed = 0 if found[-1] is MailboxStatus.ACTIVE else missed + 1
             if missed > 1 or _OVER.intersection(found):
                 self.agent_shutdown()
             with suppress(TimeoutError):
-                await asyncio.wait_for(shutdown.wait(), self._duty.pause_s)
+                await asyncio.wait_for(shutdown.wait(), self._settings.poll_s)
 
     async def agent_on_shutdown(self) -> None:
         """Have what is still in work end soon."""
-        self._leaving = True
+        self._is_shutting_down = True
         if self._running:
-            await asyncio.to_thread(self._stop.touch)
+            await asyncio.to_thread(self._stop_file.touch)
         else:
-            await asyncio.to_thread(self._tidy)
+            await asyncio.to_thread(self._remove_folder)
 
 
-class Quiet(LogConfig):
+class QuietLogConfig(LogConfig):
     """Keeps Academy's own log to itself: fanfold says what matters, once.
 
     A level that somebody has set for the logger ``academy`` stands.
@@ -149,7 +149,7 @@ _STOP_S: Final = 2.0
 _KILLED_S: Final = 5.0
 
 
-class Hand:
+class AgentConnection:
     """An agent that was launched.
 
     Args:
@@ -160,8 +160,8 @@ class Hand:
         executor: What it runs on; None is this event loop.
 
     Attributes:
-        up: Whether it has answered.
-        deaf: Whether it lives, and yet we do not hear it.
+        is_up: Whether it has answered.
+        is_unreachable: Whether it lives, and yet we do not hear it.
         lost: Done once nothing is expected of it any more, with the reason.
         ended: Done when it has ended, with its error if it had one.
     """
@@ -171,21 +171,21 @@ class Hand:
         name: str,
         manager: Manager[Any],
         agent: AgentId[Any],
-        at: Meeting,
+        at: ExchangeSettings,
         executor: Executor | None,
     ) -> None:
         self.name, self.manager, self.executor = name, manager, executor
-        self.up = self.deaf = False
+        self.is_up = self.is_unreachable = False
         self._client, self._agent, self._at = manager.exchange_client, agent, at
         self._handle = _Handle(
             agent, exchange=self._client, ignore_context=True, request_serializer=_JSON
         )
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.create_task(manager.wait({agent}, raise_error=True))
-        self.ended.add_done_callback(self._has_ended)
-        self.arrived = asyncio.create_task(self._handle.ping())
-        self.arrived.add_done_callback(self._has_arrived)
-        self._watching: asyncio.Task[None] | None = None
+        self.ended.add_done_callback(self._on_ended)
+        self.first_ping = asyncio.create_task(self._handle.ping())
+        self.first_ping.add_done_callback(self._on_first_ping)
+        self._ping_task: asyncio.Task[None] | None = None
 
     @property
     def error(self) -> BaseException | None:
@@ -193,52 +193,52 @@ class Hand:
         over = self.ended.done() and not self.ended.cancelled()
         return self.ended.exception() if over else None
 
-    def _has_arrived(self, ping: asyncio.Task[float]) -> None:
+    def _on_first_ping(self, ping: asyncio.Task[float]) -> None:
         if ping.cancelled():
             return
         if (error := ping.exception()) is not None:
-            self._lose(f"did not answer: {type(error).__name__}: {error}")
+            self._mark_lost(f"did not answer: {type(error).__name__}: {error}")
         elif not self.lost.done():
-            self.up = True
-            self._watching = asyncio.create_task(self._watch())
+            self.is_up = True
+            self._ping_task = asyncio.create_task(self._ping_until_lost())
 
-    def _has_ended(self, _: asyncio.Task[None]) -> None:
-        self._lose(f"{self.error}" if self.error else "it ended")
+    def _on_ended(self, _: asyncio.Task[None]) -> None:
+        self._mark_lost(f"{self.error}" if self.error else "it ended")
 
-    def _lose(self, reason: str) -> None:
-        self.up = False
+    def _mark_lost(self, reason: str) -> None:
+        self.is_up = False
         if not self.lost.done():
             self.lost.set_result(reason)
 
-    async def _watch(self) -> None:
+    async def _ping_until_lost(self) -> None:
         """Ask for a sign of life again and again, until none comes."""
         missed_s = 0.0
         while not self.lost.done():
-            await asyncio.sleep(self._at.beat_s)
+            await asyncio.sleep(self._at.heartbeat_s)
             ping = self._handle.ping(timeout=self._at.silence_s)
             (sign,) = await asyncio.gather(ping, return_exceptions=True)
-            missed_s = missed_s + self._at.beat_s if isinstance(sign, BaseException) else 0.0
+            missed_s = missed_s + self._at.heartbeat_s if isinstance(sign, BaseException) else 0.0
             if isinstance(sign, TimeoutError):
-                await self._is_silent()
+                await self._handle_silence()
             elif missed_s >= self._at.silence_s:
-                self._lose(f"{self._at.place} does not answer: {sign!r}")
+                self._mark_lost(f"{self._at.label} does not answer: {sign!r}")
 
-    async def _is_silent(self) -> None:
+    async def _handle_silence(self) -> None:
         """Tell by its heartbeat whether it is dead, or our own ears are."""
         status = self._client.status(self._agent)
         (found,) = await asyncio.gather(status, return_exceptions=True)
-        self.deaf = found is MailboxStatus.ACTIVE
-        what = "it cannot be heard any more" if self.deaf else "no heartbeat"
-        self._lose(f"{what} for {self._at.silence_s:g} s")
+        self.is_unreachable = found is MailboxStatus.ACTIVE
+        what = "it cannot be heard any more" if self.is_unreachable else "no heartbeat"
+        self._mark_lost(f"{what} for {self._at.silence_s:g} s")
 
-    async def work_on(self, parcel: str) -> str:
+    async def run_task(self, parcel: str) -> str:
         """Have one order worked on.
 
         Raises:
             WorkerLostError: The agent died, or broke on the order.
         """
         call = asyncio.create_task(self._call("work_on", parcel))
-        call.add_done_callback(_heard)
+        call.add_done_callback(_consume_error)
         try:
             either: set[asyncio.Future[Any]] = {call, self.lost}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -252,7 +252,7 @@ class Hand:
         except AcademyRemoteError as error:
             raise WorkerLostError(f"{self.name}: {_last_line(error)}") from error
         except Exception as error:  # of the exchange, or the agent is about to end
-            self._lose(f"{type(error).__name__}: {error}")
+            self._mark_lost(f"{type(error).__name__}: {error}")
             raise WorkerLostError(f"{self.name}: {self.lost.result()}") from error
 
     async def _call(self, name: str, *args: str) -> str | None:
@@ -262,36 +262,36 @@ class Hand:
 
     async def stop(self) -> None:
         """Ask it to begin no further item; bounded, and no error if it does not hear."""
-        if self.up:
+        if self.is_up:
             call = asyncio.create_task(self._call("stop"))
-            call.add_done_callback(_heard)
+            call.add_done_callback(_consume_error)
             await asyncio.wait({call}, timeout=_STOP_S)
 
-    async def dismiss(self, grace_s: float) -> None:
+    async def shutdown(self, grace_s: float) -> None:
         """End it within ``grace_s`` and a little more.
 
         An agent on Redis may read on though it was told to shut down; ending its mailbox wakes
         it. What still runs then is killed, where it has a process of its own.
         """
-        if self.up and grace_s > 0:
-            await self._within(self._handle.shutdown(), grace_s / 2)
+        if self.is_up and grace_s > 0:
+            await self._call_bounded(self._handle.shutdown(), grace_s / 2)
             await asyncio.wait({self.ended}, timeout=min(_HEED_S, grace_s / 2))
-        self._lose("it was dismissed")
+        self._mark_lost("it was dismissed")
         if not self.ended.done():
-            await self._within(self._client.terminate(self._agent), _STOP_S)
+            await self._call_bounded(self._client.terminate(self._agent), _STOP_S)
             await asyncio.wait({self.ended}, timeout=grace_s / 2)
-        if isinstance(self.executor, OneProcess):
+        if isinstance(self.executor, SingleProcessExecutor):
             await asyncio.to_thread(self.executor.shutdown)
             await asyncio.wait({self.ended}, timeout=_KILLED_S)
-        for task in (self.arrived, self._watching, self.ended):
+        for task in (self.first_ping, self._ping_task, self.ended):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
 
     @staticmethod
-    async def _within(call: Any, seconds: float) -> None:
+    async def _call_bounded(call: Any, seconds: float) -> None:
         task = asyncio.ensure_future(call)
-        task.add_done_callback(_heard)
+        task.add_done_callback(_consume_error)
         await asyncio.wait({task}, timeout=seconds)
         task.cancel()
 
@@ -307,7 +307,7 @@ class _Handle(Handle[Any]):
             await super()._process_response(response)
 
 
-def _heard(call: asyncio.Future[Any]) -> None:
+def _consume_error(call: asyncio.Future[Any]) -> None:
     if not call.cancelled():
         call.exception()  # nobody may be waiting for it any more
 

@@ -9,10 +9,17 @@ from concurrent.futures import BrokenExecutor, Executor
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final
 
-from ...core.errors import ConfigurationError, MissingExtraError, SiteError
+from ...core.errors import BackendError, ConfigurationError, MissingExtraError
 from ...core.types import Json
-from ..executor import OneProcess, WorkShard, end, in_thread, is_fatal, make_executor
-from .exchange import Meeting, meeting, pack, sweep, unpack
+from ..executor import (
+    SingleProcessExecutor,
+    WorkShard,
+    is_fatal,
+    make_executor,
+    run_in_thread,
+    shutdown_executor,
+)
+from .exchange import ExchangeSettings, delete_mailboxes, open_exchange, pack, unpack
 
 if TYPE_CHECKING:
     from academy.exchange import ExchangeClient, ExchangeFactory
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
     from academy.logging.configs.base import LogConfig
     from academy.manager import Manager
 
-    from .agent import Hand
+    from .agent import AgentConnection
 
 
 logger = logging.getLogger(__name__)
@@ -30,25 +37,27 @@ _CLOSE_S: Final = 5.0
 MakeExecutor = Callable[[], Executor]
 
 
-class Hall:
+class AgentManager:
     """Opens with the first agent's place and closes with the last.
 
     Args:
-        at: Where coordinator and agents meet.
+        settings: Where coordinator and agents meet.
         work: What agents run: an importable function.
         slots: Orders that an agent works on at a time.
         make: Makes the executor that agents run on; None has each in a process of its own, or,
             over the local exchange, in this one.
 
     Attributes:
-        somebody: Set once the first agent has answered.
+        any_agent_up: Set once the first agent has answered.
 
     Raises:
         ConfigurationError: The local exchange does not reach beyond this process.
         MissingExtraError: Academy is not installed.
     """
 
-    def __init__(self, at: Meeting, work: WorkShard, slots: int, make: MakeExecutor | None) -> None:
+    def __init__(
+        self, at: ExchangeSettings, work: WorkShard, slots: int, make: MakeExecutor | None
+    ) -> None:
         if at.kind == "local" and make is not None:
             msg = (
                 "backend.exchange.kind local keeps all agents in this process; with "
@@ -56,39 +65,39 @@ class Hall:
             )
             raise ConfigurationError(msg)
         _require_academy()
-        self.at, self.slots = at, slots
-        self.somebody = asyncio.Event()
+        self.settings, self.slots = at, slots
+        self.any_agent_up = asyncio.Event()
         self._work, self._make = work, make
         self._stack = AsyncExitStack()
         self._manager: Manager[Any] | None = None
         self._executor: tuple[str, Executor] | None = None
         self._opening, self._making = asyncio.Lock(), asyncio.Lock()
-        self._inside = self._launched = 0
+        self._users = self._launched = 0
         self._connect: Callable[[], Awaitable[Manager[Any]]] | None = None
         self._clients: list[ExchangeClient[Any]] = []
         self._mailboxes: list[EntityId] = []
 
-    async def enter(self) -> None:
+    async def acquire(self) -> None:
         """Open the exchange, for the first who enters.
 
         Raises:
-            SiteError: The exchange does not answer.
+            BackendError: The exchange does not answer.
             ConfigurationError: It cannot be opened, whatever is tried again.
         """
         async with self._opening:
             if self._manager is None:
                 await self._open()
-            self._inside += 1
+            self._users += 1
 
     async def _open(self) -> None:
         from academy.logging.helpers import log_context  # noqa: PLC0415 - an extra
 
-        from .agent import Quiet  # noqa: PLC0415 - needs the extra
+        from .agent import QuietLogConfig  # noqa: PLC0415 - needs the extra
 
         async with AsyncExitStack() as stack:
-            quiet = Quiet()
+            quiet = QuietLogConfig()
             stack.enter_context(log_context(quiet))
-            factory = await stack.enter_async_context(meeting(self.at))
+            factory = await stack.enter_async_context(open_exchange(self.settings))
             self._connect = lambda: self._new_manager(factory, quiet)
             self._manager = await self._connect()
             self._stack = stack.pop_all()
@@ -99,56 +108,52 @@ class Hall:
         try:
             client = await factory.create_user_client()
         except Exception as error:
-            msg = f"{self.at.place} does not answer: {type(error).__name__}: {error}"
-            raise SiteError(msg) from error
+            msg = f"{self.settings.label} does not answer: {type(error).__name__}: {error}"
+            raise BackendError(msg) from error
         self._clients.append(client)
         self._mailboxes.append(client.client_id)
         return Manager(client, log_config=quiet)
 
-    async def launch(self, name: str) -> Hand:
+    async def launch(self, name: str) -> AgentConnection:
         """Launch an agent; it answers later.
 
         Raises:
-            SiteError: The exchange does not answer, or the executor cannot be made.
+            BackendError: The exchange does not answer, or the executor cannot be made.
         """
         from academy.runtime import RuntimeConfig  # noqa: PLC0415 - an extra
         from academy.serialize import SerializationStrategy  # noqa: PLC0415 - an extra
 
-        from .agent import (  # noqa: PLC0415 - needs the extra
-            Duty,
-            Hand,
-            ShardAgent,
-        )
+        from .agent import AgentConnection, AgentSettings, ShardAgent  # noqa: PLC0415 - needs the extra
 
         manager = self._manager
         if manager is None:
-            raise SiteError(f"{name}: not started")
-        owner = None if self.at.kind in {"local", "globus"} else manager.user_id
+            raise BackendError(f"{name}: not started")
+        owner = None if self.settings.kind in {"local", "globus"} else manager.user_id
         json = SerializationStrategy.JSON  # no pickle crosses an exchange
         config = RuntimeConfig(allowed_deserializers={json}, default_serializer=json)
-        where, executor = await self._place(manager)
+        where, executor = await self._get_executor(manager)
         try:
             registration = await manager.register_agent(ShardAgent)
             self._mailboxes.append(registration.agent_id)
             await manager.launch(
                 ShardAgent,
-                args=(Duty(self._work, self.slots, owner, self.at.beat_s),),
+                args=(AgentSettings(self._work, self.slots, owner, self.settings.heartbeat_s),),
                 config=config,
                 executor=where,
                 registration=registration,
             )
         except Exception as error:
             msg = f"{name}: cannot be launched: {type(error).__name__}: {error}"
-            raise SiteError(msg) from error
-        return Hand(name, manager, registration.agent_id, self.at, executor)
+            raise BackendError(msg) from error
+        return AgentConnection(name, manager, registration.agent_id, self.settings, executor)
 
-    async def _place(self, manager: Manager[Any]) -> tuple[str, Executor | None]:
+    async def _get_executor(self, manager: Manager[Any]) -> tuple[str, Executor | None]:
         """Return the executor for an agent, and its name."""
         self._launched += 1
-        if self.at.kind == "local":
+        if self.settings.kind == "local":
             return "event_loop", None
         if self._make is None:
-            process = OneProcess()
+            process = SingleProcessExecutor()
             manager.add_executor(f"process {self._launched}", process)
             return f"process {self._launched}", process
         async with self._making:  # one for all agents, who come at once
@@ -158,28 +163,30 @@ class Hall:
                 manager.add_executor(*self._executor)
             return self._executor
 
-    async def bury(self, hand: Hand) -> None:
+    async def handle_lost_agent(self, hand: AgentConnection) -> None:
         """Hear of a lost agent, and replace what broke with it before the next one is launched.
 
         Raises:
-            SiteError: The exchange does not answer.
+            BackendError: The exchange does not answer.
         """
         mine = self._executor is not None and hand.executor is self._executor[1]
         broken = isinstance(hand.error, BrokenExecutor) or is_fatal(hand.error)
         if mine and hand.executor is not None and broken:
             self._executor, executor = None, hand.executor
-            await asyncio.wait({in_thread(lambda: end(executor))}, timeout=_CLOSE_S)
+            await asyncio.wait(
+                {run_in_thread(lambda: shutdown_executor(executor))}, timeout=_CLOSE_S
+            )
         async with self._opening:
-            if hand.deaf and hand.manager is self._manager and self._connect is not None:
+            if hand.is_unreachable and hand.manager is self._manager and self._connect is not None:
                 self._manager = await self._connect()
                 if self._executor is not None:
                     self._manager.add_executor(*self._executor)
 
-    async def leave(self) -> None:
+    async def release(self) -> None:
         """Close the exchange and the executor, for the last who leaves; bounded."""
         async with self._opening:
-            self._inside -= 1
-            if self._inside > 0 or self._manager is None:
+            self._users -= 1
+            if self._users > 0 or self._manager is None:
                 return
             self._manager = self._connect = None
             try:
@@ -190,18 +197,18 @@ class Hall:
     async def _close(self) -> None:
         if self._executor is not None:
             executor, self._executor = self._executor[1], None
-            ended = in_thread(lambda: end(executor))
+            ended = run_in_thread(lambda: shutdown_executor(executor))
             await asyncio.wait({ended}, timeout=_CLOSE_S)
         clients, self._clients = self._clients, []
         mailboxes, self._mailboxes = self._mailboxes, []
-        for call in (*map(self._hang_up, clients), sweep(self.at, mailboxes)):
+        for call in (*map(self._close_client, clients), delete_mailboxes(self.settings, mailboxes)):
             bounded = asyncio.wait_for(call, _CLOSE_S)
             (error,) = await asyncio.gather(bounded, return_exceptions=True)
             if error is not None:
-                logger.warning("%s was left untidy: %r", self.at.place, error)
+                logger.warning("%s was left untidy: %r", self.settings.label, error)
 
-    async def _hang_up(self, client: ExchangeClient[Any]) -> None:
-        if self.at.kind == "redis":  # wakes its listener, which a cancellation may fail to do
+    async def _close_client(self, client: ExchangeClient[Any]) -> None:
+        if self.settings.kind == "redis":  # wakes its listener, which a cancellation may fail to do
             await client.terminate(client.client_id)
         await client.close()
 
@@ -228,78 +235,81 @@ class AcademyBackend:
         queue_s: Seconds that an agent may wait for its executor.
     """
 
-    def __init__(self, hall: Hall, name: str, queue_s: float) -> None:
+    def __init__(self, hall: AgentManager, name: str, queue_s: float) -> None:
         self.name = name
-        self._hall, self._queue_s = hall, queue_s
-        self._hand: Hand | None = None
-        self._inside = False
+        self._manager, self._queue_s = hall, queue_s
+        self._agent: AgentConnection | None = None
+        self._has_manager = False
 
     def capacity(self) -> int:
         """Return the agent's slots; none while it is not up."""
-        return self._hall.slots if self._hand is not None and self._hand.up else 0
+        return self._manager.slots if self._agent is not None and self._agent.is_up else 0
 
     async def start(self) -> None:
         """Launch the agent and wait for it, or a while only if another is up already.
 
         Raises:
-            SiteError: It ended at once, or the exchange does not answer.
+            BackendError: It ended at once, or the exchange does not answer.
             ConfigurationError: It can never work.
         """
-        if not self._inside:
-            await self._hall.enter()
-            self._inside = True
-        if self._hand is None or self._hand.lost.done():
-            self._hand = await self._hall.launch(self.name)
-        others = asyncio.ensure_future(self._hall.somebody.wait())
+        if not self._has_manager:
+            await self._manager.acquire()
+            self._has_manager = True
+        if self._agent is None or self._agent.lost.done():
+            self._agent = await self._manager.launch(self.name)
+        others = asyncio.ensure_future(self._manager.any_agent_up.wait())
         try:
-            await self._wait(self._hand, self._queue_s, others)
+            await self._wait_for_agent(self._agent, self._queue_s, others)
         finally:
             others.cancel()
-        await self._wait(self._hand, _LATE_S)
-        await self._check(self._hand)
+        await self._wait_for_agent(self._agent, _LATE_S)
+        await self._check_agent(self._agent)
 
     @staticmethod
-    async def _wait(hand: Hand, seconds: float, *others: asyncio.Future[Any]) -> None:
-        events: set[asyncio.Future[Any]] = {hand.arrived, hand.lost, *others}
+    async def _wait_for_agent(
+        hand: AgentConnection, seconds: float, *others: asyncio.Future[Any]
+    ) -> None:
+        events: set[asyncio.Future[Any]] = {hand.first_ping, hand.lost, *others}
         await asyncio.wait(events, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _check(self, hand: Hand) -> None:
+    async def _check_agent(self, hand: AgentConnection) -> None:
         """Note that an agent is up; one that is still on its way is no error.
 
         Raises:
-            SiteError: The agent is lost.
+            BackendError: The agent is lost.
             ConfigurationError: It cannot import what it needs.
         """
-        if hand.up:
-            self._hall.somebody.set()
+        if hand.is_up:
+            self._manager.any_agent_up.set()
         elif hand.lost.done():
             await asyncio.wait({hand.ended}, timeout=_END_S)  # it may say more
             msg = f"{self.name}: {hand.error or hand.lost.result()}"
             if isinstance(hand.error, ImportError | AttributeError):
                 msg += "; install fanfold[academy] where agents run"
                 raise ConfigurationError(msg) from hand.error
-            raise SiteError(msg)
+            raise BackendError(msg)
 
     async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
         """Have one order worked on.
 
         Raises:
             WorkerLostError: The agent died.
-            SiteError: No agent is up here.
+            BackendError: No agent is up here.
             ConfigurationError: The order is larger than the exchange carries.
         """
-        hand = self._hand
-        if hand is None or not hand.up:
-            raise SiteError(f"{self.name}: not started, or its agent is dead")
+        hand = self._agent
+        if hand is None or not hand.is_up:
+            raise BackendError(f"{self.name}: not started, or its agent is dead")
         parcel = await asyncio.to_thread(pack, order)
-        most = self._hall.at.carries
+        most = self._manager.settings.max_message_bytes
         if most is not None and len(parcel) > most:
             msg = (
-                f"{self.name}: an order takes {len(parcel):,} bytes and {self._hall.at.place} "
+                f"{self.name}: an order takes {len(parcel):,} bytes and "
+                f"{self._manager.settings.label} "
                 f"carries {most:,}; set shard.items, or use backend.exchange.kind: redis"
             )
             raise ConfigurationError(msg)
-        return await asyncio.to_thread(unpack, await hand.work_on(parcel))
+        return await asyncio.to_thread(unpack, await hand.run_task(parcel))
 
     async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
         """Return nothing: agents end with their coordinator."""
@@ -309,35 +319,35 @@ class AcademyBackend:
         """Wait for an agent that is on its way; else dismiss it and launch a new one.
 
         Raises:
-            SiteError: No agent came.
+            BackendError: No agent came.
             ConfigurationError: None can ever come.
         """
-        hand = self._hand
-        if hand is not None and (hand.up or hand.lost.done()):
-            if hand.lost.done() and not isinstance(hand.executor, OneProcess):
+        hand = self._agent
+        if hand is not None and (hand.is_up or hand.lost.done()):
+            if hand.lost.done() and not isinstance(hand.executor, SingleProcessExecutor):
                 # it may be about to end, with an error, and to free its worker
                 await asyncio.wait({hand.ended}, timeout=_BURY_S)
-            await hand.dismiss(0.0)
-            self._hand = None  # not before: closing must still find it
-            await self._hall.bury(hand)
-        if self._hand is None:
+            await hand.shutdown(0.0)
+            self._agent = None  # not before: closing must still find it
+            await self._manager.handle_lost_agent(hand)
+        if self._agent is None:
             await self.start()
             return
-        await self._wait(self._hand, self._queue_s)
-        await self._check(self._hand)
-        if not self._hand.up:
-            raise SiteError(f"{self.name}: no agent has come in {self._queue_s:.0f} s")
+        await self._wait_for_agent(self._agent, self._queue_s)
+        await self._check_agent(self._agent)
+        if not self._agent.is_up:
+            raise BackendError(f"{self.name}: no agent has come in {self._queue_s:.0f} s")
 
     async def stop(self) -> None:
         """Ask the agent to begin no further item."""
-        if self._hand is not None:
-            await self._hand.stop()
+        if self._agent is not None:
+            await self._agent.stop()
 
     async def close(self, grace_s: float = 10.0) -> None:
         """Dismiss the agent within ``grace_s`` and a little more."""
-        hand, self._hand = self._hand, None
+        hand, self._agent = self._agent, None
         if hand is not None:
-            await hand.dismiss(grace_s)
-        if self._inside:
-            self._inside = False
-            await self._hall.leave()
+            await hand.shutdown(grace_s)
+        if self._has_manager:
+            self._has_manager = False
+            await self._manager.release()

@@ -18,7 +18,7 @@ import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from ...core.errors import ConfigurationError, SiteError
+from ...core.errors import BackendError, ConfigurationError
 from ...core.types import Json
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _REDIS_KEYS: Final = ("active", "agent", "queue", "heartbeat", "completions", "o
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class ExchangeSettings:
     """Where coordinator and agents meet, and when one counts as dead.
 
     Attributes:
@@ -59,17 +59,17 @@ class Meeting:
     silence_s: float = 120.0
 
     @property
-    def beat_s(self) -> float:
+    def heartbeat_s(self) -> float:
         """Return the seconds between two heartbeats."""
         return min(_BEAT_S, self.silence_s / _BEATS)
 
     @property
-    def carries(self) -> int | None:
+    def max_message_bytes(self) -> int | None:
         """Return the most bytes of a parcel, or None where nothing bounds them."""
         return _SMALL if self.kind in {"http", "globus"} else None
 
     @property
-    def place(self) -> str:
+    def label(self) -> str:
         """Return what messages call it; without a secret."""
         where = {
             "redis": f" at {self.host}:{self.port}",
@@ -79,7 +79,7 @@ class Meeting:
 
 
 @asynccontextmanager
-async def meeting(at: Meeting) -> AsyncIterator[ExchangeFactory[Any]]:
+async def open_exchange(at: ExchangeSettings) -> AsyncIterator[ExchangeFactory[Any]]:
     """Open the exchange if it is the run's own, and return what makes its clients.
 
     Raises:
@@ -87,16 +87,18 @@ async def meeting(at: Meeting) -> AsyncIterator[ExchangeFactory[Any]]:
     """
     from academy.exchange.client_config import ExchangeClientConfig  # noqa: PLC0415 - an extra
 
-    missed = math.ceil(at.silence_s / at.beat_s)
-    config = ExchangeClientConfig(heartbeat_interval=at.beat_s, stale_heartbeat_threshold=missed)
+    missed = math.ceil(at.silence_s / at.heartbeat_s)
+    config = ExchangeClientConfig(
+        heartbeat_interval=at.heartbeat_s, stale_heartbeat_threshold=missed
+    )
     if at.kind == "http" and at.url is None:
-        async with _own_exchange(at.host, config) as factory:
+        async with _serve_exchange(at.host, config) as factory:
             yield factory
     else:
         yield await asyncio.to_thread(_factory, at, config)  # a login may ask for a browser
 
 
-def _factory(at: Meeting, config: ExchangeClientConfig) -> ExchangeFactory[Any]:
+def _factory(at: ExchangeSettings, config: ExchangeClientConfig) -> ExchangeFactory[Any]:
     from academy import exchange  # noqa: PLC0415 - an extra
 
     if at.kind == "local":
@@ -117,7 +119,7 @@ def _factory(at: Meeting, config: ExchangeClientConfig) -> ExchangeFactory[Any]:
 
 
 @asynccontextmanager
-async def _own_exchange(
+async def _serve_exchange(
     host: str, config: ExchangeClientConfig
 ) -> AsyncIterator[ExchangeFactory[Any]]:
     """Serve an HTTP exchange in this process; it answers those only who know its token."""
@@ -128,7 +130,7 @@ async def _own_exchange(
 
     bearer = f"Bearer {secrets.token_urlsafe(32)}"
     app = create_app(ExchangeServingConfig(host=host))
-    app.middlewares.insert(0, _guard(bearer))
+    app.middlewares.insert(0, _require_token(bearer))
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     try:
@@ -147,7 +149,7 @@ async def _listen(runner: web.AppRunner, host: str) -> None:
         raise ConfigurationError(f"backend.exchange.host: {host}: {error}") from error
 
 
-def _guard(bearer: str) -> Middleware:
+def _require_token(bearer: str) -> Middleware:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         found = request.headers.get("Authorization", "")
@@ -158,11 +160,11 @@ def _guard(bearer: str) -> Middleware:
     return guard
 
 
-async def sweep(at: Meeting, mailboxes: list[EntityId]) -> None:
+async def delete_mailboxes(at: ExchangeSettings, mailboxes: list[EntityId]) -> None:
     """Delete what Academy's Redis exchange would keep of mailboxes for ever.
 
     Raises:
-        SiteError: The Redis does not answer.
+        BackendError: The Redis does not answer.
     """
     if at.kind != "redis" or not mailboxes:
         return
@@ -176,10 +178,10 @@ async def sweep(at: Meeting, mailboxes: list[EntityId]) -> None:
                 keys += [key async for key in client.scan_iter(f"request:{box.uid}:*")]
             await client.delete(*keys)
     except RedisError as error:
-        raise SiteError(f"{at.place}: {type(error).__name__}: {error}") from error
+        raise BackendError(f"{at.label}: {type(error).__name__}: {error}") from error
 
 
-MOST: Final = 64_000_000
+MAX_UNPACKED_BYTES: Final = 64_000_000
 """Most bytes that a parcel may unfold to."""
 
 
@@ -196,15 +198,18 @@ def unpack(parcel: str) -> dict[str, Json]:
     """Return what was packed; blocks.
 
     Raises:
-        SiteError: It is no parcel, or unfolds to more than :data:`MOST` bytes.
+        BackendError: It is no parcel, or unfolds to more than :data:`MAX_UNPACKED_BYTES` bytes.
     """
     unfold = zlib.decompressobj()
     try:
-        raw = unfold.decompress(base64.b64decode(parcel, validate=True), MOST)
+        raw = unfold.decompress(base64.b64decode(parcel, validate=True), MAX_UNPACKED_BYTES)
         data = orjson.loads(raw) if unfold.eof else None
     except (ValueError, zlib.error) as error:
-        raise SiteError(f"a message between coordinator and agent is broken: {error}") from error
+        raise BackendError(f"a message between coordinator and agent is broken: {error}") from error
     if not isinstance(data, dict):
-        msg = f"a message between coordinator and agent is cut, above {MOST:,} bytes, or no object"
-        raise SiteError(msg)
+        msg = (
+            f"a message between coordinator and agent is cut, above {MAX_UNPACKED_BYTES:,} "
+            "bytes, or no object"
+        )
+        raise BackendError(msg)
     return data

@@ -8,37 +8,44 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ...core.errors import FanfoldError, SiteError, WorkerLostError
+from ...core.errors import BackendError, FanfoldError, WorkerLostError
 from ...core.protocols import Backend
 from ...core.types import Json
-from .poller import ASKED, Answer, Asking, Pace, Talk, settle
-from .service import MOST_BYTES, Parcel, Service, WorkShard, packed
-from .tasks import TaskList
+from .poller import (
+    MAX_TASKS_PER_REQUEST,
+    PollPolicy,
+    ResultFuture,
+    ServiceConnection,
+    TaskPoller,
+    resolve_future,
+)
+from .service import MAX_REQUEST_BYTES, Payload, TaskService, WorkShard, pack_task
+from .tasks import TaskRegistry
 
 _CLOSED: Final = "globus_compute: closed"
 _UNPOSTED: Final = "globus_compute: the order was not posted"
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class PendingTask:
     """An order that waits to be posted.
 
     Attributes:
         endpoint: Whom to.
         shard: The shard's name.
         deadline_s: Seconds that a worker may take for it.
-        parcel: The order, packed.
+        payload: The order, packed.
         answer: Awaits the summary.
     """
 
     endpoint: str
     shard: str
     deadline_s: float
-    parcel: Parcel
-    answer: Answer
+    payload: Payload
+    answer: ResultFuture
 
 
-class Desk:
+class TaskSubmitter:
     """Posts orders and brings their summaries home.
 
     Args:
@@ -46,36 +53,36 @@ class Desk:
         work: What runs on the endpoints.
         function: Id of its registration; None registers it when the desk opens.
         tasks: Remembers what was posted.
-        pace: How often the service is asked.
+        policy: How often the service is asked.
 
     Attributes:
-        asking: Who asks after tasks and endpoints.
+        poller: Who asks after tasks and endpoints.
         tasks: Remembers what was posted.
-        pace: How often the service is asked.
+        policy: How often the service is asked.
     """
 
     def __init__(
         self,
-        connect: Callable[[], Service],
+        connect: Callable[[], TaskService],
         work: WorkShard,
         function: str | None,
-        tasks: TaskList,
-        pace: Pace = Pace(),  # noqa: B008 - frozen
+        tasks: TaskRegistry,
+        pace: PollPolicy = PollPolicy(),  # noqa: B008 - frozen
     ) -> None:
-        self._work, self._function, self.pace = work, function, pace
-        self._talk = Talk(connect, pace)
-        self.asking, self.tasks = Asking(self._talk, pace), tasks
+        self._work, self._function, self.policy = work, function, pace
+        self._connection = ServiceConnection(connect, pace)
+        self.poller, self.tasks = TaskPoller(self._connection, pace), tasks
         self._opening, self._users = asyncio.Lock(), 0
         self._group: str | None = None
-        self._letters: list[Letter] = []
-        self._posting: asyncio.Task[None] | None = None
+        self._pending: list[PendingTask] = []
+        self._submitting: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Connect, once for all who use it.
 
         Raises:
             FanfoldError: There is no login, or the service refused or did not answer.
-            LedgerError: The list of an earlier coordinator's tasks is damaged.
+            JournalError: The list of an earlier coordinator's tasks is damaged.
         """
         async with self._opening:
             if self._users == 0:
@@ -84,12 +91,14 @@ class Desk:
 
     async def _connect(self) -> None:
         await self.tasks.read()
-        await self._talk.open()
+        await self._connection.open()
         if self._function is None:
             try:
-                self._function = await self._talk.ask(lambda service: service.register(self._work))
+                self._function = await self._connection.request(
+                    lambda service: service.register(self._work)
+                )
             except FanfoldError:
-                await self._talk.close()
+                await self._connection.close()
                 raise
 
     async def close(self) -> None:
@@ -97,79 +106,85 @@ class Desk:
         self._users -= 1
         if self._users > 0:
             return
-        posting, self._posting = self._posting, None
+        posting, self._submitting = self._submitting, None
         if posting is not None:
             posting.cancel()
             await asyncio.wait({posting})
-        for letter in self._letters:
-            settle(letter.answer, SiteError(_CLOSED))
-        self._letters = []
-        await self.asking.close()
-        await self._talk.close()
-        await self.tasks.write_rest()
+        for letter in self._pending:
+            resolve_future(letter.answer, BackendError(_CLOSED))
+        self._pending = []
+        await self.poller.close()
+        await self._connection.close()
+        await self.tasks.write_closed()
 
     async def submit(self, endpoint: str, order: dict[str, Json]) -> dict[str, Json]:
         """Have one order worked on.
 
         Raises:
             WorkerLostError: Its endpoint went offline, or its task failed.
-            SiteError: It could not be posted.
+            BackendError: It could not be posted.
             ConfigurationError: It never can be.
             RunStoppedError: Its result cannot be carried.
         """
-        parcel = await asyncio.to_thread(packed, order)
-        answer: Answer = asyncio.get_running_loop().create_future()
+        parcel = await asyncio.to_thread(pack_task, order)
+        answer: ResultFuture = asyncio.get_running_loop().create_future()
         seconds = order.get("deadline_s")
         deadline_s = float(seconds) if isinstance(seconds, int | float) else 0.0
-        letter = Letter(endpoint, str(order.get("shard")), deadline_s, parcel, answer)
-        self._letters.append(letter)
-        if self._posting is None or self._posting.done():
-            self._posting = asyncio.create_task(self._post_all())
+        letter = PendingTask(endpoint, str(order.get("shard")), deadline_s, parcel, answer)
+        self._pending.append(letter)
+        if self._submitting is None or self._submitting.done():
+            self._submitting = asyncio.create_task(self._submit_all())
         return await answer
 
-    async def _post_all(self) -> None:
+    async def _submit_all(self) -> None:
         while batch := self._next_batch():
-            failed: FanfoldError | None = SiteError(_UNPOSTED)
+            failed: FanfoldError | None = BackendError(_UNPOSTED)
             try:
-                await self._post(batch)
+                await self._submit_batch(batch)
                 failed = None
             except FanfoldError as error:  # theirs alone: later ones are tried anew
                 failed = error
             except asyncio.CancelledError:
-                failed = SiteError(_CLOSED)
+                failed = BackendError(_CLOSED)
                 raise
             finally:  # whatever happened, nobody waits for a letter that was not posted
                 if failed is not None:
                     for letter in batch:
-                        settle(letter.answer, failed)
+                        resolve_future(letter.answer, failed)
 
-    def _next_batch(self) -> list[Letter]:
+    def _next_batch(self) -> list[PendingTask]:
         """Take letters to one endpoint, as many as one request may carry."""
-        batch, kept, size = list[Letter](), list[Letter](), 0
-        for letter in self._letters:
+        batch, kept, size = list[PendingTask](), list[PendingTask](), 0
+        for letter in self._pending:
             if letter.answer.done():
                 continue
             same = not batch or letter.endpoint == batch[0].endpoint
-            if same and size + letter.parcel.size <= MOST_BYTES and len(batch) < ASKED:
+            if (
+                same
+                and size + letter.payload.size <= MAX_REQUEST_BYTES
+                and len(batch) < MAX_TASKS_PER_REQUEST
+            ):
                 batch.append(letter)
-                size += letter.parcel.size
+                size += letter.payload.size
             else:
                 kept.append(letter)
-        self._letters = kept
+        self._pending = kept
         return batch
 
-    async def _post(self, batch: list[Letter]) -> None:
+    async def _submit_batch(self, batch: list[PendingTask]) -> None:
         endpoint, function, group = batch[0].endpoint, self._function or "", self._group
-        parcels = [letter.parcel for letter in batch]
-        posted = await self._talk.ask(lambda s: s.post(endpoint, function, parcels, group))
+        parcels = [letter.payload for letter in batch]
+        posted = await self._connection.request(
+            lambda s: s.submit(endpoint, function, parcels, group)
+        )
         self._group = posted.group
         pairs = list(zip(batch, posted.tasks, strict=True))
-        await self.tasks.posted(
+        await self.tasks.record_submitted(
             endpoint, posted.group, [(x.shard, task, x.deadline_s) for x, task in pairs]
         )
         for letter, task in pairs:
-            self.tasks.close_after(letter.answer, letter.shard)
-            self.asking.follow(task, endpoint, letter.answer, letter.deadline_s)
+            self.tasks.close_on_result(letter.answer, letter.shard)
+            self.poller.add_task(task, endpoint, letter.answer, letter.deadline_s)
 
 
 logger = logging.getLogger(__name__)
@@ -188,29 +203,35 @@ class GlobusBackend:
         workers: Shards that this one works on at a time.
     """
 
-    def __init__(self, endpoint: str, desk: Desk, endpoints: Sequence[str], workers: int) -> None:
+    def __init__(
+        self, endpoint: str, desk: TaskSubmitter, endpoints: Sequence[str], workers: int
+    ) -> None:
         self._endpoint, self.name = endpoint, f"endpoint {endpoint}"
-        self._desk, self._endpoints = desk, list(endpoints)
+        self._submitter, self._endpoints = desk, list(endpoints)
         self._workers, self._started = workers, False
 
     def capacity(self) -> int:
         """Return the number of workers; none while the endpoint is offline."""
-        return self._workers if self._started and self._desk.asking.up(self._endpoint) else 0
+        return (
+            self._workers
+            if self._started and self._submitter.poller.is_online(self._endpoint)
+            else 0
+        )
 
     async def start(self) -> None:
         """Connect, and see that the endpoint is online.
 
         Raises:
             ConfigurationError: No login, or the service knows no such endpoint or refuses it.
-            SiteError: The endpoint is offline, or the service does not answer.
+            BackendError: The endpoint is offline, or the service does not answer.
         """
         if not self._started:
-            await self._desk.open()
+            await self._submitter.open()
             self._started = True
         try:
-            await self._desk.asking.check(self._endpoint)
-        except SiteError:
-            self._desk.asking.suspect(self._endpoint)
+            await self._submitter.poller.check_endpoint(self._endpoint)
+        except BackendError:
+            self._submitter.poller.mark_suspect(self._endpoint)
             raise
 
     async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
@@ -218,18 +239,18 @@ class GlobusBackend:
 
         Raises:
             WorkerLostError: The endpoint went offline, or the task failed.
-            SiteError: The order could not be posted.
+            BackendError: The order could not be posted.
             ConfigurationError: It never can be: no permission, no such function, too large.
             RunStoppedError: The result is too large to be carried.
         """
         if not self._started:
-            raise SiteError(f"{self.name}: not started")
+            raise BackendError(f"{self.name}: not started")
         try:
-            return await self._desk.submit(self._endpoint, order)
+            return await self._submitter.submit(self._endpoint, order)
         except WorkerLostError:
             raise
-        except SiteError:
-            self._desk.asking.suspect(self._endpoint)
+        except BackendError:
+            self._submitter.poller.mark_suspect(self._endpoint)
             raise
 
     async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
@@ -238,7 +259,9 @@ class GlobusBackend:
         Each answer raises :class:`WorkerLostError` when its tasks failed, are forgotten, or take
         longer than their worker was given.
         """
-        found = self._desk.tasks.leavings(self._endpoint, self._endpoints, self._desk.asking)
+        found = self._submitter.tasks.take_orphaned(
+            self._endpoint, self._endpoints, self._submitter.poller
+        )
         if found:
             logger.warning(
                 "%s: %d shards of an earlier life are asked after", self.name, len(found)
@@ -249,7 +272,7 @@ class GlobusBackend:
         """Wait until the endpoint is online again; nothing else of it can break.
 
         Raises:
-            SiteError: It is not, after ten minutes.
+            BackendError: It is not, after ten minutes.
             ConfigurationError: The service refuses it.
         """
         if not self._started:
@@ -258,24 +281,26 @@ class GlobusBackend:
         end = loop.time() + _RETURN_S
         while True:
             try:
-                return await self._desk.asking.check(self._endpoint)
-            except SiteError:
+                return await self._submitter.poller.check_endpoint(self._endpoint)
+            except BackendError:
                 if loop.time() > end:
                     raise
-            await asyncio.sleep(self._desk.pace.last_s)
+            await asyncio.sleep(self._submitter.policy.max_pause_s)
 
     async def stop(self) -> None:
         """Leave summaries that come from now on for a later coordinator, too; workers go on."""
-        self._desk.tasks.leave()
+        self._submitter.tasks.keep_open()
 
     async def close(self, grace_s: float = 10.0) -> None:  # noqa: ARG002 - it never waits
         """Leave at once; tasks go on at the endpoint, for a later coordinator to find."""
         if self._started:
             self._started = False
-            await self._desk.close()
+            await self._submitter.close()
 
 
-def globus_backends(endpoints: Sequence[str], workers: int, desk: Desk) -> list[Backend]:
+def make_globus_backends(
+    endpoints: Sequence[str], workers: int, desk: TaskSubmitter
+) -> list[Backend]:
     """Return a backend per endpoint, the workers divided among them.
 
     Args:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from ...core.errors import (
+    BackendError,
     ConfigurationError,
     FanfoldError,
     RunStoppedError,
-    SiteError,
     WorkerLostError,
 )
 from ...core.messages import own_version
@@ -17,13 +17,13 @@ from ...core.messages import own_version
 if TYPE_CHECKING:
     from globus_sdk import GlobusError
 
-LOGIN: Final = (
+LOGIN_HINT: Final = (
     "log in by running 'fanfold globus register' once in a terminal, or set "
     "GLOBUS_COMPUTE_CLIENT_ID and GLOBUS_COMPUTE_CLIENT_SECRET"
 )
 _TRANSIENT: Final = {408, 425, 429, 500, 502, 503, 504}
 _ADVICE: Final = {
-    401: f"the login is missing or has expired: {LOGIN}",
+    401: f"the login is missing or has expired: {LOGIN_HINT}",
     403: (
         "this login may not use it: have its owner allow your identity, and check the ids in "
         "backend.endpoints and backend.function"
@@ -41,7 +41,7 @@ _LEFT_BEHIND: Final = "Another instance of this endpoint is running"
 _ANEW: Final = "its engine was killed and is started anew in a while (three heartbeats)"
 
 
-def refused(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> FanfoldError:
+def service_error(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> FanfoldError:
     """Return what an error of the SDK means.
 
     Args:
@@ -50,30 +50,30 @@ def refused(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> Fanfo
         hidden: Texts that the message must not show, though the answer may.
 
     Returns:
-        A :class:`SiteError` where asking again may help, else a :class:`ConfigurationError`.
+        A :class:`BackendError` where asking again may help, else a :class:`ConfigurationError`.
     """
     status = getattr(error, "http_status", None)
     if status is None:
-        return SiteError(f"globus_compute: {where}: no answer from the service: {error}")
+        return BackendError(f"globus_compute: {where}: no answer from the service: {error}")
     reason = _reason(error)
     for text in hidden:
         reason = reason.replace(text, "**********")
     said = f"globus_compute: {where}: the service answered {status}: {reason[:_LINE]}"
     if _LEFT_BEHIND in reason:
-        return SiteError(f"globus_compute: {where}: {_ANEW}")
+        return BackendError(f"globus_compute: {where}: {_ANEW}")
     if status in _TRANSIENT:
-        return SiteError(f"{said} (https://status.globus.org tells of outages)")
+        return BackendError(f"{said} (https://status.globus.org tells of outages)")
     return ConfigurationError(f"{said}; {_ADVICE.get(status, _ADVICE[422])}")
 
 
-def odd(error: Exception, where: str) -> SiteError:
+def malformed_answer_error(error: Exception, where: str) -> BackendError:
     """Return that an answer could not be understood, without showing it.
 
     Args:
         error: Raised by the SDK while it was read.
         where: What was asked.
     """
-    return SiteError(
+    return BackendError(
         f"globus_compute: {where}: the answer is none of the service's ({type(error).__name__}); "
         "see whether a proxy between here and compute.api.globus.org gave it"
     )
@@ -85,7 +85,7 @@ def _reason(error: GlobusError) -> str:
     return " ".join(text.strip().partition("\n\nFailed validating")[0].split())
 
 
-def offline(endpoint: str) -> SiteError:
+def offline_error(endpoint: str) -> BackendError:
     """Return that an endpoint cannot be reached."""
     return WorkerLostError(
         f"globus_compute: endpoint {endpoint} is offline; start it on its machine with "
@@ -93,14 +93,14 @@ def offline(endpoint: str) -> SiteError:
     )
 
 
-def forgot(endpoint: str) -> SiteError:
+def restarted_error(endpoint: str) -> BackendError:
     """Return that an endpoint has lost what it had in hand."""
     return WorkerLostError(
         f"globus_compute: endpoint {endpoint} was restarted and no longer has the task"
     )
 
 
-def overdue(endpoint: str) -> SiteError:
+def overdue_error(endpoint: str) -> BackendError:
     """Return that a task takes longer than its worker was given."""
     return WorkerLostError(
         f"globus_compute: endpoint {endpoint} did not finish a task in the time that its worker "
@@ -108,7 +108,7 @@ def overdue(endpoint: str) -> SiteError:
     )
 
 
-def forgotten(endpoint: str) -> SiteError:
+def unknown_task_error(endpoint: str) -> BackendError:
     """Return that the service no longer knows a task."""
     return WorkerLostError(
         f"globus_compute: endpoint {endpoint}: the service no longer knows the task; it keeps a "
@@ -116,7 +116,7 @@ def forgotten(endpoint: str) -> SiteError:
     )
 
 
-def task_failed(text: str) -> FanfoldError:
+def task_failed_error(text: str) -> FanfoldError:
     """Return why a task has no summary.
 
     Args:
@@ -125,7 +125,7 @@ def task_failed(text: str) -> FanfoldError:
     line = _last(text)
     said = f"globus_compute: a task failed: {line}"
     if _LEFT_BEHIND in text:
-        return SiteError(f"globus_compute: a task was refused: {_ANEW}")
+        return BackendError(f"globus_compute: a task was refused: {_ANEW}")
     if "not permitted on endpoint" in text:
         advice = (
             "the endpoint allows certain functions only: have its owner add the id that "
@@ -144,7 +144,7 @@ def task_failed(text: str) -> FanfoldError:
     return WorkerLostError(said)
 
 
-def unreadable(text: str) -> FanfoldError:
+def unreadable_result_error(text: str) -> FanfoldError:
     """Return that a result is no JSON summary."""
     return ConfigurationError(
         f"globus_compute: a result is not the JSON that was asked for ({text[:40]!r}); use "

@@ -8,9 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
-from ...core.errors import ConfigurationError, FanfoldError, SiteError
+from ...core.errors import BackendError, ConfigurationError, FanfoldError
 from ...core.types import Json
-from .errors import LOGIN, forgot, odd, offline, overdue, refused, task_failed, unreadable
+from .errors import (
+    LOGIN_HINT,
+    malformed_answer_error,
+    offline_error,
+    overdue_error,
+    restarted_error,
+    service_error,
+    task_failed_error,
+    unreadable_result_error,
+)
 
 if TYPE_CHECKING:
     from globus_sdk.transport import RetryContext
@@ -26,20 +35,20 @@ _AHEAD: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Health:
+class EndpointHealth:
     """An endpoint's state.
 
     Attributes:
         online: Whether it can be reached.
-        holds: Tasks that it has, or None where it does not count.
-        queued: Whether a task may wait before it begins.
-        beat_s: Seconds between its reports.
+        outstanding_tasks: Tasks that it has, or None where it does not count.
+        has_queue: Whether a task may wait before it begins.
+        heartbeat_s: Seconds between its reports.
     """
 
     online: bool
-    holds: int | None = None
-    queued: bool = True
-    beat_s: float = _BEAT_S
+    outstanding_tasks: int | None = None
+    has_queue: bool = True
+    heartbeat_s: float = _BEAT_S
 
     @classmethod
     def from_json(cls, status: Mapping[str, Any]) -> Self:
@@ -51,12 +60,12 @@ class Health:
         return cls(status.get("status") == "online", holds, engine not in _UNQUEUED, beat_s)
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Say whether it reports to have no task at all."""
-        return self.holds == 0
+        return self.outstanding_tasks == 0
 
-    def lost(
-        self, endpoint: str, age_s: float, deadline_s: float, idle: bool
+    def task_error(
+        self, endpoint: str, age_s: float, deadline_s: float, was_idle: bool
     ) -> FanfoldError | None:
         """Return why a task is lost, or None.
 
@@ -64,20 +73,20 @@ class Health:
             endpoint: The endpoint's id.
             age_s: Seconds since the task was posted.
             deadline_s: Seconds that a worker may take for it.
-            idle: Whether the endpoint was idle when last looked at, too.
+            was_idle: Whether the endpoint was idle when last looked at, too.
         """
         if not self.online:
-            return offline(endpoint)
-        if self.idle and idle and age_s > _BEATS * self.beat_s:
-            return forgot(endpoint)
-        if not self.queued and age_s > _AHEAD * deadline_s:
-            return overdue(endpoint)
+            return offline_error(endpoint)
+        if self.is_idle and was_idle and age_s > _BEATS * self.heartbeat_s:
+            return restarted_error(endpoint)
+        if not self.has_queue and age_s > _AHEAD * deadline_s:
+            return overdue_error(endpoint)
         return None
 
 
 WorkShard = Callable[[dict[str, Json]], dict[str, Json]]
 
-MOST_BYTES: Final = 9_500_000
+MAX_REQUEST_BYTES: Final = 9_500_000
 """Most bytes of a POST; the service takes 10 MB."""
 _RETRIES: Final = 1
 """The SDK's own repetitions; what outlasts them is waited for elsewhere."""
@@ -89,7 +98,7 @@ _JSON_ID: Final = "11\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class Payload:
     """A packed order.
 
     Attributes:
@@ -102,35 +111,35 @@ class Parcel:
 
 
 @dataclass(frozen=True, slots=True)
-class Posted:
+class SubmittedBatch:
     """What the service answered to a POST: the tasks' group, and their ids in order."""
 
     group: str
     tasks: tuple[str, ...]
 
 
-End = dict[str, Json] | FanfoldError
+TaskOutcome = dict[str, Json] | FanfoldError
 """How a task ended: a worker's summary, or why there is none."""
 
 
-class Service(Protocol):
+class TaskService(Protocol):
     """What is used of the web service; all of it blocks."""
 
     def register(self, work: WorkShard) -> str:
         """Register a function and return its id."""
         ...
 
-    def health(self, endpoint: str) -> Health:
+    def fetch_health(self, endpoint: str) -> EndpointHealth:
         """Return what is known of an endpoint's state."""
         ...
 
-    def post(
-        self, endpoint: str, function: str, parcels: Sequence[Parcel], group: str | None
-    ) -> Posted:
+    def submit(
+        self, endpoint: str, function: str, parcels: Sequence[Payload], group: str | None
+    ) -> SubmittedBatch:
         """Post tasks."""
         ...
 
-    def ends(self, tasks: Sequence[str]) -> dict[str, End | None]:
+    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None]:
         """Return how tasks ended, None for those that did not; unknown ones are left out."""
         ...
 
@@ -139,7 +148,7 @@ class Service(Protocol):
         ...
 
 
-def packed(order: dict[str, Json]) -> Parcel:
+def pack_task(order: dict[str, Json]) -> Payload:
     """Return an order in the form in which the service carries arguments, as JSON.
 
     Raises:
@@ -149,13 +158,13 @@ def packed(order: dict[str, Json]) -> Parcel:
     parts = (_JSON_ID + data, _JSON_ID + "{}")
     text = "".join(f"{len(part)}\n{part}" for part in parts)
     size = len(json.dumps(text))  # the text becomes a string within the POST's JSON
-    if size > MOST_BYTES:
+    if size > MAX_REQUEST_BYTES:
         msg = (
             f"globus_compute: shard {order.get('shard')} takes {size:,} bytes and the service "
-            f"carries {MOST_BYTES:,}; lower shard.items, or give large texts by path"
+            f"carries {MAX_REQUEST_BYTES:,}; lower shard.items, or give large texts by path"
         )
         raise ConfigurationError(msg)
-    return Parcel(text, size)
+    return Payload(text, size)
 
 
 class ComputeService:
@@ -196,21 +205,21 @@ class ComputeService:
         )
 
         registration: Any = FunctionRegistrationData(function=work)
-        with refusals("registering the function"):
+        with convert_errors("registering the function"):
             return str(self._v3.register_function(registration.to_dict())["function_uuid"])
 
-    def health(self, endpoint: str) -> Health:
+    def fetch_health(self, endpoint: str) -> EndpointHealth:
         """Return what is known of an endpoint's state.
 
         Raises:
             FanfoldError: The service refused, or did not answer.
         """
-        with refusals(f"endpoint {endpoint}"):
-            return Health.from_json(self._v2.get_endpoint_status(endpoint).data)
+        with convert_errors(f"endpoint {endpoint}"):
+            return EndpointHealth.from_json(self._v2.get_endpoint_status(endpoint).data)
 
-    def post(
-        self, endpoint: str, function: str, parcels: Sequence[Parcel], group: str | None
-    ) -> Posted:
+    def submit(
+        self, endpoint: str, function: str, parcels: Sequence[Payload], group: str | None
+    ) -> SubmittedBatch:
         """Post tasks in one request.
 
         Raises:
@@ -228,23 +237,23 @@ class ComputeService:
             result_serializers=[_JSON],
         )
         data = batch.prepare() | {"tasks": {function: [parcel.text for parcel in parcels]}}
-        with refusals(f"endpoint {endpoint}", self._hidden):
+        with convert_errors(f"endpoint {endpoint}", self._hidden):
             answer = self._v3.submit(endpoint, data).data
             tasks = tuple(map(str, answer.get("tasks", {}).get(function, ())))
             if len(tasks) != len(parcels):
                 msg = f"endpoint {endpoint}: the service took {len(tasks)} of {len(parcels)} tasks"
-                raise SiteError(msg)
-            return Posted(str(answer["task_group_id"]), tasks)
+                raise BackendError(msg)
+            return SubmittedBatch(str(answer["task_group_id"]), tasks)
 
-    def ends(self, tasks: Sequence[str]) -> dict[str, End | None]:
+    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None]:
         """Return how tasks ended, None for those that did not; unknown ones are left out.
 
         Raises:
             FanfoldError: The service refused, or did not answer.
         """
-        with refusals("asking after tasks"):
+        with convert_errors("asking after tasks"):
             found = self._v2.get_task_batch(list(tasks))["results"]
-            return {task: _end(state) for task, state in found.items()}
+            return {task: _read_outcome(state) for task, state in found.items()}
 
     def close(self) -> None:
         """Close its connections."""
@@ -256,23 +265,23 @@ def _pause(context: RetryContext) -> float:
     return _RETRY_S if context.backoff is None else max(_RETRY_S, context.backoff)
 
 
-def _end(state: dict[str, Any]) -> End | None:
+def _read_outcome(state: dict[str, Any]) -> TaskOutcome | None:
     if not state.get("completion_t") and state.get("status") not in _ENDED:
         return None
     text = state.get("result")
     if text is None:
-        return task_failed(str(state.get("exception") or state.get("reason") or state))
+        return task_failed_error(str(state.get("exception") or state.get("reason") or state))
     if not str(text).startswith(_JSON_ID):
-        return unreadable(str(text))
+        return unreadable_result_error(str(text))
     try:
         summary = json.loads(text[len(_JSON_ID) :])
     except ValueError:  # this task's alone: the others of the answer may be whole
-        return unreadable(str(text))
-    return summary if isinstance(summary, dict) else unreadable(str(text))
+        return unreadable_result_error(str(text))
+    return summary if isinstance(summary, dict) else unreadable_result_error(str(text))
 
 
 @contextmanager
-def refusals(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
+def convert_errors(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
     """Turn errors of the SDK, and of reading what it returns, within the block into fanfold's.
 
     Args:
@@ -287,44 +296,44 @@ def refusals(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     except GlobusError as error:
-        told = refused(error, where, hidden)
+        told = service_error(error, where, hidden)
         if hidden:  # the cause shows what was answered
             raise told from None
         raise told from error
     except FanfoldError:
         raise
     except Exception as error:  # noqa: BLE001 - of an answer that is none, the SDK raises anything
-        raise odd(error, where) from None if hidden else error
+        raise malformed_answer_error(error, where) from None if hidden else error
 
 
-def connect(
-    make: Callable[[], Any] | None,
+def connect_service(
+    make_client: Callable[[], Any] | None,
     user_endpoint_config: dict[str, Any] | None = None,
-    ask: bool = False,
+    may_prompt: bool = False,
     hidden: Sequence[str] = (),
 ) -> ComputeService:
     """Return the service; blocks.
 
     Args:
-        make: Makes the SDK's client; None takes the SDK's usual one.
+        make_client: Makes the SDK's client; None takes the SDK's usual one.
         user_endpoint_config: Values for the endpoint's template, or None.
-        ask: Whether somebody at a terminal may be asked to log in.
+        may_prompt: Whether somebody at a terminal may be asked to log in.
         hidden: Texts among these values that no message may show.
 
     Raises:
         ConfigurationError: There is no login.
         FanfoldError: The service refused, or did not answer.
     """
-    client = make() if make is not None else _usual_client()
-    if not ask:
+    client = make_client() if make_client is not None else _default_client()
+    if not may_prompt:
         _require_login(client)
-    with refusals("connecting"):
-        if make is None:
+    with convert_errors("connecting"):
+        if make_client is None:
             _check_version(client)
         return ComputeService(client, user_endpoint_config, hidden)
 
 
-def _usual_client() -> Any:
+def _default_client() -> Any:
     from globus_compute_sdk import Client  # noqa: PLC0415 - slow to import, rarely needed
 
     try:
@@ -338,7 +347,7 @@ def _require_login(client: Any) -> None:
     from globus_sdk import UserApp  # noqa: PLC0415 - slow to import, rarely needed
 
     if isinstance(client.app, UserApp) and client.app.login_required():
-        raise ConfigurationError(f"globus_compute: there is no login on this machine: {LOGIN}")
+        raise ConfigurationError(f"globus_compute: there is no login on this machine: {LOGIN_HINT}")
 
 
 def _check_version(client: Any) -> None:

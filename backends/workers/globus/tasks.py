@@ -13,21 +13,21 @@ from typing import Any, Final
 
 import orjson
 
-from ...core.checksum import BEFORE, add_crc, check_crc, crc_before
+from ...core.checksum import PREVIOUS_CRC_BYTES, add_crc, check_crc, parse_crc
 from ...core.disk import sync_folder
-from ...core.errors import LedgerError, WorkerLostError
+from ...core.errors import JournalError, WorkerLostError
 from ...core.types import Json
-from .errors import overdue
-from .poller import Answer, Asking, settle
+from .errors import overdue_error
+from .poller import ResultFuture, TaskPoller, resolve_future
 
-FILE: Final = "globus.jsonl"
+TASK_LOG_FILE: Final = "globus.jsonl"
 """Its name in the run folder."""
 
 _TAIL: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TaskEntry:
     """One task.
 
     Attributes:
@@ -45,7 +45,7 @@ class Entry:
     until: float
 
 
-class TaskBook:
+class TaskLog:
     """A run's tasks; its calls block.
 
     Args:
@@ -55,55 +55,55 @@ class TaskBook:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def open_entries(self) -> list[Entry]:
+    def read_open(self) -> list[TaskEntry]:
         """Return the tasks that were posted and not closed, by whichever coordinator.
 
         Raises:
-            LedgerError: The file is damaged.
+            JournalError: The file is damaged.
         """
         try:
             lines = self._path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise LedgerError(f"{self._path}: cannot be read: {error.strerror}") from error
-        entries, crc = dict[str, Entry](), 0
+            raise JournalError(f"{self._path}: cannot be read: {error.strerror}") from error
+        entries, crc = dict[str, TaskEntry](), 0
         if lines and not lines[-1].endswith(b"\n"):
             del lines[-1]  # it was torn
         for number, line in enumerate(lines, 1):
             found = check_crc(line, crc)
             if found is None:
-                raise self._damaged(number, "the checksum does not match")
+                raise self._damaged_error(number, "the checksum does not match")
             event, crc = self._event(line, number), found
-            if isinstance(event, Entry):
+            if isinstance(event, TaskEntry):
                 entries[event.task] = event
             else:
                 for task in event:
                     entries.pop(task, None)
         return list(entries.values())
 
-    def _event(self, line: bytes, number: int) -> Entry | list[str]:
+    def _event(self, line: bytes, number: int) -> TaskEntry | list[str]:
         try:
             data: dict[str, Any] = orjson.loads(line)
             if "closed" in data:
                 return list(data["closed"])
-            return Entry(**{field.name: data[field.name] for field in fields(Entry)})
+            return TaskEntry(**{field.name: data[field.name] for field in fields(TaskEntry)})
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-            raise self._damaged(number, str(error)) from error
+            raise self._damaged_error(number, str(error)) from error
 
-    def _damaged(self, number: int, what: str) -> LedgerError:
-        return LedgerError(
+    def _damaged_error(self, number: int, what: str) -> JournalError:
+        return JournalError(
             f"{self._path}, line {number}: damaged ({what}); remove the file to give up what "
             "still runs, then resume"
         )
 
-    def write(self, closed: list[str], posted: Iterable[Entry]) -> None:
+    def write(self, closed: list[str], posted: Iterable[TaskEntry]) -> None:
         """Write down which tasks nobody need ask after any more, and which are new.
 
         On return it is on disk.
 
         Raises:
-            LedgerError: It could not be written.
+            JournalError: It could not be written.
         """
         events: list[dict[str, Any]] = [{"closed": closed}] if closed else []
         events += [asdict(entry) for entry in posted]
@@ -114,7 +114,7 @@ class TaskBook:
         try:
             handle = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             try:
-                _mend(handle)
+                _trim_torn_line(handle)
                 data, is_new = _lines(events, _last_crc(handle)), os.fstat(handle).st_size == 0
                 written = os.write(handle, data)
                 os.fsync(handle)
@@ -123,12 +123,12 @@ class TaskBook:
             if is_new:
                 sync_folder(self._path.parent)
         except OSError as error:
-            raise LedgerError(f"{self._path}: cannot be written: {error.strerror}") from error
+            raise JournalError(f"{self._path}: cannot be written: {error.strerror}") from error
         except ValueError:
             text = "its end is damaged; remove the file to give up what still runs, then resume"
-            raise LedgerError(f"{self._path}: cannot be written: {text}") from None
+            raise JournalError(f"{self._path}: cannot be written: {text}") from None
         if written < len(data):
-            raise LedgerError(f"{self._path}: cannot be written: the disk is full")
+            raise JournalError(f"{self._path}: cannot be written: the disk is full")
 
 
 def _lines(events: Iterable[dict[str, Any]], crc: int) -> bytes:
@@ -146,10 +146,14 @@ def _last_crc(handle: int) -> int:
         ValueError: The file does not end in a line.
     """
     size = os.fstat(handle).st_size
-    return crc_before(os.pread(handle, BEFORE, max(0, size - BEFORE))) if size else 0
+    return (
+        parse_crc(os.pread(handle, PREVIOUS_CRC_BYTES, max(0, size - PREVIOUS_CRC_BYTES)))
+        if size
+        else 0
+    )
 
 
-def _mend(handle: int) -> None:
+def _trim_torn_line(handle: int) -> None:
     """Cut off a line that a crash has torn, however long it is."""
     size, end = os.fstat(handle).st_size, os.fstat(handle).st_size
     while end:
@@ -171,30 +175,30 @@ _LEAST_S: Final = 30.0
 """Seconds for which a task of an earlier coordinator is waited for, however old it is."""
 
 
-class TaskList:
+class TaskRegistry:
     """Remembers a run's tasks.
 
     Args:
         book: Where they are written down; None for runs that nobody goes on with.
     """
 
-    def __init__(self, book: TaskBook | None) -> None:
-        self._book = book
-        self._left: list[Entry] = []
+    def __init__(self, book: TaskLog | None) -> None:
+        self._log = book
+        self._orphaned: list[TaskEntry] = []
         self._open: dict[str, list[str]] = {}
         self._closed: list[tuple[float, list[str]]] = []
-        self._leaving = False
+        self._keeps_open = False
 
     async def read(self) -> None:
         """Read what earlier coordinators have left.
 
         Raises:
-            LedgerError: The book is damaged.
+            JournalError: The book is damaged.
         """
-        if self._book is not None:
-            self._left = await asyncio.to_thread(self._book.open_entries)
+        if self._log is not None:
+            self._orphaned = await asyncio.to_thread(self._log.read_open)
 
-    async def posted(
+    async def record_submitted(
         self, endpoint: str, group: str, tasks: Iterable[tuple[str, str, float]]
     ) -> None:
         """Write new tasks down; on return they are on disk.
@@ -205,53 +209,55 @@ class TaskList:
             tasks: Shard, task id and the seconds that a worker may take for it.
 
         Raises:
-            LedgerError: They could not be written.
+            JournalError: They could not be written.
         """
         now = time.time()
         entries = [
-            Entry(shard, task, group, endpoint, now + _AHEAD * deadline_s)
+            TaskEntry(shard, task, group, endpoint, now + _AHEAD * deadline_s)
             for shard, task, deadline_s in tasks
         ]
         for entry in entries:
             self._open.setdefault(entry.shard, []).append(entry.task)
         await self._write(time.monotonic() - _KEEP_S, entries)
 
-    def leave(self) -> None:
+    def keep_open(self) -> None:
         """Keep open what ends from now on: a run that is being stopped may not take it any more.
 
         Who goes on with it asks again: that costs a request, and a shard that is lost its work.
         """
-        self._leaving = True
+        self._keeps_open = True
 
-    def close_after(self, answer: Answer, shard: str) -> None:
+    def close_on_result(self, answer: ResultFuture, shard: str) -> None:
         """Take a shard's tasks out of the book once one of them has brought a summary."""
         tasks = list(self._open.get(shard, ()))
 
-        def close(done: Answer) -> None:
-            if self._leaving or done.cancelled() or done.exception() is not None:
+        def close(done: ResultFuture) -> None:
+            if self._keeps_open or done.cancelled() or done.exception() is not None:
                 return  # somebody may still be at it
             self._open[shard] = [t for t in self._open.get(shard, ()) if t not in tasks]
             self._closed.append((time.monotonic(), tasks))
 
         answer.add_done_callback(close)
 
-    async def write_rest(self) -> None:
+    async def write_closed(self) -> None:
         """Write down what has ended.
 
         Raises:
-            LedgerError: It could not be written.
+            JournalError: It could not be written.
         """
         await self._write(time.monotonic(), [])
 
-    async def _write(self, before: float, entries: list[Entry]) -> None:
+    async def _write(self, before: float, entries: list[TaskEntry]) -> None:
         closed = [task for when, tasks in self._closed if when <= before for task in tasks]
         self._closed = [(when, tasks) for when, tasks in self._closed if when > before]
-        if self._book is not None:
-            await asyncio.to_thread(self._book.write, closed, entries)
+        if self._log is not None:
+            await asyncio.to_thread(self._log.write, closed, entries)
 
     # -- what an earlier coordinator left ------------------------------------------------
 
-    def leavings(self, endpoint: str, endpoints: list[str], asking: Asking) -> dict[str, Leaving]:
+    def take_orphaned(
+        self, endpoint: str, endpoints: list[str], asking: TaskPoller
+    ) -> dict[str, OrphanedTask]:
         """Return, by shard, what earlier coordinators posted to an endpoint; told once.
 
         Args:
@@ -259,20 +265,20 @@ class TaskList:
             endpoints: The run's endpoints.
             asking: Who is to ask after them.
         """
-        by_shard: dict[str, list[Entry]] = {}
-        for entry in self._left:
+        by_shard: dict[str, list[TaskEntry]] = {}
+        for entry in self._orphaned:
             by_shard.setdefault(entry.shard, []).append(entry)
         found = {}
         for shard, entries in by_shard.items():
             at = entries[-1].endpoint
             if endpoint == (at if at in endpoints else endpoints[0]):
                 self._open[shard] = [entry.task for entry in entries]
-                found[shard] = Leaving(self, asking, entries)
-        self._left = [entry for entry in self._left if entry.shard not in found]
+                found[shard] = OrphanedTask(self, asking, entries)
+        self._orphaned = [entry for entry in self._orphaned if entry.shard not in found]
         return found
 
 
-class Leaving:
+class OrphanedTask:
     """What was left of one shard; asked after when it is awaited, and not before.
 
     Args:
@@ -281,8 +287,8 @@ class Leaving:
         entries: The shard's tasks.
     """
 
-    def __init__(self, tasks: TaskList, asking: Asking, entries: list[Entry]) -> None:
-        self._tasks, self._asking, self._entries = tasks, asking, entries
+    def __init__(self, tasks: TaskRegistry, asking: TaskPoller, entries: list[TaskEntry]) -> None:
+        self._tasks, self._poller, self._entries = tasks, asking, entries
 
     def __await__(self) -> Generator[Any, None, dict[str, Json]]:
         """Wait for the first summary that one of the tasks brings.
@@ -290,10 +296,10 @@ class Leaving:
         Raises:
             WorkerLostError: None of them will bring any.
         """
-        return self._summary().__await__()
+        return self._wait_result().__await__()
 
-    async def _summary(self) -> dict[str, Json]:
-        waiting, reason = {self._answer(entry) for entry in self._entries}, "nothing was posted"
+    async def _wait_result(self) -> dict[str, Json]:
+        waiting, reason = {self._poll_entry(entry) for entry in self._entries}, "nothing was posted"
         try:
             while waiting:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -307,12 +313,12 @@ class Leaving:
                 answer.cancel()
         raise WorkerLostError(f"{reason} (posted by an earlier coordinator)")
 
-    def _answer(self, entry: Entry) -> Answer:
+    def _poll_entry(self, entry: TaskEntry) -> ResultFuture:
         loop = asyncio.get_running_loop()
-        answer: Answer = loop.create_future()
-        self._tasks.close_after(answer, entry.shard)
-        self._asking.follow(entry.task, entry.endpoint, answer, math.inf)
+        answer: ResultFuture = loop.create_future()
+        self._tasks.close_on_result(answer, entry.shard)
+        self._poller.add_task(entry.task, entry.endpoint, answer, math.inf)
         patience = max(_LEAST_S, entry.until - time.time())
-        timer = loop.call_later(patience, settle, answer, overdue(entry.endpoint))
+        timer = loop.call_later(patience, resolve_future, answer, overdue_error(entry.endpoint))
         answer.add_done_callback(lambda _: timer.cancel())
         return answer

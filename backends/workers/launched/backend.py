@@ -14,25 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
-from ...core.errors import ConfigurationError, SiteError
-from ...core.exit_with_parent import launcher_leash
-from ...core.templates import fill, split_command
+from ...core.errors import BackendError, ConfigurationError
+from ...core.exit_with_parent import launcher_exit_with_parent
+from ...core.templates import fill_names, split_command
 from ...core.types import Json
 from ..executor import WorkShard
-from .protocol import TOKEN, URL
-from .server import Desk
+from .protocol import TOKEN_ENV, URL_ENV
+from .server import WorkerServer
 
-LAUNCHER: Final = "FANFOLD_LAUNCHER"
+LAUNCHER_ENV: Final = "FANFOLD_LAUNCHER"
 """Variable of a coordinator: the command that starts one program per node; for job scripts."""
-PYTHON: Final = "FANFOLD_PYTHON"
+PYTHON_ENV: Final = "FANFOLD_PYTHON"
 """Variable of a coordinator: the Python of its workers, where that is not its own."""
-HOST: Final = "FANFOLD_DESK_HOST"
+HOST_ENV: Final = "FANFOLD_DESK_HOST"
 """Variable of a coordinator: the name or address by which workers reach it; for job scripts."""
-NAMES: Final = ("workers",)
+COMMAND_NAMES: Final = ("workers",)
 """What a command may name in braces."""
 
 
-def launcher_words(
+def launcher_command(
     command: str | None, workers: int, environment: Mapping[str, str]
 ) -> tuple[str, ...] | None:
     """Return the launcher's words, or None where nobody names one.
@@ -45,30 +45,30 @@ def launcher_words(
     Raises:
         ConfigurationError: It is no command line.
     """
-    text = command or environment.get(LAUNCHER)
+    text = command or environment.get(LAUNCHER_ENV)
     if not text:
         return None
     try:
-        words = split_command(text, NAMES)
+        words = split_command(text, COMMAND_NAMES)
     except ConfigurationError as error:
-        source = "backend.command" if command else LAUNCHER
+        source = "backend.command" if command else LAUNCHER_ENV
         raise ConfigurationError(f"{source}: {error.message}") from None
-    return fill(words, {"workers": str(workers)})
+    return fill_names(words, {"workers": str(workers)})
 
 
-def local_words(workers: int) -> tuple[str, ...]:
+def local_launcher_command(workers: int) -> tuple[str, ...]:
     """Return a launcher of processes of this machine."""
     return (sys.executable, "-P", "-m", f"{__package__}.local", str(workers))
 
 
-def python_words(environment: Mapping[str, str]) -> tuple[str, ...]:
+def python_command(environment: Mapping[str, str]) -> tuple[str, ...]:
     """Return how Python is started where workers run."""
-    return (environment.get(PYTHON) or sys.executable, "-P")
+    return (environment.get(PYTHON_ENV) or sys.executable, "-P")
 
 
-def own_host(host: str | None, environment: Mapping[str, str]) -> str:
+def coordinator_host(host: str | None, environment: Mapping[str, str]) -> str:
     """Return the name or address by which workers reach this machine; loopback by default."""
-    return host or environment.get(HOST) or "127.0.0.1"
+    return host or environment.get(HOST_ENV) or "127.0.0.1"
 
 
 _SHOWN_BYTES: Final = 8192
@@ -77,7 +77,7 @@ _TERM_S: Final = 5.0
 _KILL_S: Final = 5.0
 
 
-class Launcher:
+class LauncherProcess:
     """A launcher's process, and everything in its process group.
 
     Args:
@@ -107,10 +107,10 @@ class Launcher:
         Raises:
             ConfigurationError: The log cannot be written.
         """
-        file = await asyncio.to_thread(_opened, log)
+        file = await asyncio.to_thread(_open_log, log)
         try:
             begin = file.seek(0, os.SEEK_END)
-            script = launcher_leash(os.getpid()) + '\nexec "$@"'
+            script = launcher_exit_with_parent(os.getpid()) + '\nexec "$@"'
             process = await asyncio.create_subprocess_exec(
                 *("/bin/sh", "-c", script, "launcher", *words),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -124,14 +124,14 @@ class Launcher:
             raise
         return cls(process, file, begin)
 
-    def last_lines(self) -> str:
+    def read_last_lines(self) -> str:
         """Return the last lines that it and its workers have said; blocks."""
         end = os.fstat(self._log.fileno()).st_size
         begin = max(self._begin, end - _SHOWN_BYTES)
         text = os.pread(self._log.fileno(), end - begin, begin).decode(errors="replace")
         return "\n".join(text.strip().splitlines()[-_SHOWN_LINES:]) or "it said nothing"
 
-    async def end(self, grace_s: float) -> None:
+    async def stop(self, grace_s: float) -> None:
         """End it and its group within ``grace_s`` and a little more.
 
         Args:
@@ -152,7 +152,7 @@ class Launcher:
             os.killpg(self._process.pid, number)
 
 
-def _opened(log: Path | None) -> IO[Any]:
+def _open_log(log: Path | None) -> IO[Any]:
     if log is None:
         return tempfile.TemporaryFile()
     try:
@@ -170,18 +170,18 @@ _LATE_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class LaunchSettings:
     """How workers are started.
 
     Attributes:
-        words: The launcher's words; the worker's command follows them.
+        command: The launcher's words; the worker's command follows them.
         host: Name or address of this machine by which workers reach it.
         silence_s: Seconds without a sign of life after which a connection counts as ended.
         queue_s: Seconds until the first worker must have come.
         log: File for what launcher and workers say, or None.
     """
 
-    words: Sequence[str]
+    command: Sequence[str]
     host: str
     silence_s: float
     queue_s: float
@@ -199,84 +199,86 @@ class LaunchedBackend:
         work: What they run: an importable function, which they name and import themselves.
     """
 
-    def __init__(self, launch: Launch, work: WorkShard) -> None:
-        self.name = f"launched ({launch.words[0].rpartition('/')[2]})"
-        self._launch, self._work = launch, f"{work.__module__}:{work.__qualname__}"
-        self._desk: Desk | None = None
-        self._launcher: Launcher | None = None
+    def __init__(self, launch: LaunchSettings, work: WorkShard) -> None:
+        self.name = f"launched ({launch.command[0].rpartition('/')[2]})"
+        self._settings, self._work = launch, f"{work.__module__}:{work.__qualname__}"
+        self._server: WorkerServer | None = None
+        self._launcher: LauncherProcess | None = None
 
     def capacity(self) -> int:
         """Return how many workers are there."""
-        return 0 if self._desk is None else self._desk.workers
+        return 0 if self._server is None else self._server.worker_count
 
     async def start(self) -> None:
         """Open the desk, start the launcher, and wait for the first worker.
 
         Raises:
-            SiteError: None came; with the last lines that the launcher and its workers said.
+            BackendError: None came; with the last lines that the launcher and its workers said.
             ConfigurationError: None can ever come.
         """
-        desk = Desk(self._launch.host, self._launch.silence_s)
-        self._desk = desk
+        desk = WorkerServer(self._settings.host, self._settings.silence_s)
+        self._server = desk
         await desk.open()
-        worker = (*python_words(os.environ), "-m", __package__, self._work)
-        words = (*self._launch.words, *worker, f"{self._launch.silence_s:g}")
-        environment = os.environ | {URL: desk.url, TOKEN: desk.token}
-        launcher = await Launcher.start(words, environment, self._launch.log)
+        worker = (*python_command(os.environ), "-m", __package__, self._work)
+        words = (*self._settings.command, *worker, f"{self._settings.silence_s:g}")
+        environment = os.environ | {URL_ENV: desk.url, TOKEN_ENV: desk.token}
+        launcher = await LauncherProcess.start(words, environment, self._settings.log)
         self._launcher = launcher
         try:
-            await self._first(desk, launcher)
+            await self._wait_first_worker(desk, launcher)
         except BaseException:
             await self.close(0.0)
             raise
 
-    async def _first(self, desk: Desk, launcher: Launcher) -> None:
+    async def _wait_first_worker(self, desk: WorkerServer, launcher: LauncherProcess) -> None:
         """Wait for the first worker.
 
         Raises:
-            SiteError: None came.
+            BackendError: None came.
             ConfigurationError: None can ever come.
         """
-        wait_s = self._launch.queue_s
-        if await self._comes(desk, launcher, wait_s):
+        wait_s = self._settings.queue_s
+        if await self._wait_for_worker(desk, launcher, wait_s):
             return
-        said = await asyncio.to_thread(launcher.last_lines)
+        said = await asyncio.to_thread(launcher.read_last_lines)
         if launcher.ended.done():
             msg = f"{self.name}: ended with code {launcher.ended.result()} before a worker came"
         else:
             msg = f"{self.name}: no worker came to {desk.url} within {wait_s:g} s"
-        raise SiteError(f"{msg}; the last that was said:\n{said}")
+        raise BackendError(f"{msg}; the last that was said:\n{said}")
 
     @staticmethod
-    async def _comes(desk: Desk, launcher: Launcher, wait_s: float) -> bool:
+    async def _wait_for_worker(
+        desk: WorkerServer, launcher: LauncherProcess, wait_s: float
+    ) -> bool:
         """Wait until a worker is there, and say whether one is.
 
         Raises:
             ConfigurationError: None can be understood.
         """
-        came = asyncio.ensure_future(desk.somebody.wait())
-        events: set[asyncio.Future[Any]] = {came, launcher.ended, desk.refused}
+        came = asyncio.ensure_future(desk.any_worker.wait())
+        events: set[asyncio.Future[Any]] = {came, launcher.ended, desk.refusal}
         try:
             await asyncio.wait(events, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             came.cancel()
-        if desk.refused.done():
-            raise desk.refused.result()
-        return desk.somebody.is_set()
+        if desk.refusal.done():
+            raise desk.refusal.result()
+        return desk.any_worker.is_set()
 
     async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
         """Have one order worked on.
 
         Raises:
             WorkerLostError: The worker's connection ended.
-            SiteError: No worker is there.
+            BackendError: No worker is there.
             ConfigurationError: Workers cannot load fanfold.
         """
-        if self._desk is None:
-            raise SiteError(f"{self.name}: not started")
+        if self._server is None:
+            raise BackendError(f"{self.name}: not started")
         try:
-            return await self._desk.work_on(order)
-        except (SiteError, ConfigurationError) as error:
+            return await self._server.run_task(order)
+        except (BackendError, ConfigurationError) as error:
             raise type(error)(f"{self.name}: {error.message}") from error
 
     async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
@@ -290,31 +292,31 @@ class LaunchedBackend:
         the place broke.
 
         Raises:
-            SiteError: No worker came.
+            BackendError: No worker came.
             ConfigurationError: None can ever come.
         """
-        desk, launcher = self._desk, self._launcher
-        if desk is not None and desk.ready:
+        desk, launcher = self._server, self._launcher
+        if desk is not None and desk.is_idle:
             return
-        if desk is not None and launcher is not None and desk.workers == 0:
+        if desk is not None and launcher is not None and desk.worker_count == 0:
             await asyncio.wait({launcher.ended}, timeout=_END_S)
-            if not launcher.ended.done() and await self._comes(desk, launcher, _LATE_S):
+            if not launcher.ended.done() and await self._wait_for_worker(desk, launcher, _LATE_S):
                 return
-            said = await asyncio.to_thread(launcher.last_lines)
+            said = await asyncio.to_thread(launcher.read_last_lines)
             logger.warning("%s: no worker is left; the last that was said:\n%s", self.name, said)
         await self.close(0.0)
         await self.start()
 
     async def stop(self) -> None:
         """Ask the workers to begin no further item."""
-        if self._desk is not None:
-            await self._desk.stop()
+        if self._server is not None:
+            await self._server.stop()
 
     async def close(self, grace_s: float = 10.0) -> None:
         """Dismiss the workers and end the launcher within ``grace_s`` and a little more."""
-        desk, self._desk = self._desk, None
+        desk, self._server = self._server, None
         launcher, self._launcher = self._launcher, None
         if desk is not None:
             await desk.close()
         if launcher is not None:
-            await launcher.end(grace_s)
+            await launcher.stop(grace_s)

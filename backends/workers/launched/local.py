@@ -17,12 +17,12 @@ _SIGNALLED: Final = 128
 """What a shell adds to the number of the signal that ended a program."""
 
 
-async def launch(count: int, command: Sequence[str]) -> int:
+async def run_workers(count: int, command: Sequence[str]) -> int:
     """Run the processes; return the largest of their exit codes."""
-    return max(await asyncio.gather(*(_kept_up(command) for _ in range(count))))
+    return max(await asyncio.gather(*(_run_with_restarts(command) for _ in range(count))))
 
 
-async def _kept_up(command: Sequence[str]) -> int:
+async def _run_with_restarts(command: Sequence[str]) -> int:
     for _ in range(_STARTS):
         process = await asyncio.create_subprocess_exec(*command)
         if (code := await process.wait()) >= 0:
@@ -32,4 +32,4 @@ async def _kept_up(command: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(launch(int(sys.argv[1]), sys.argv[2:])))
+    sys.exit(asyncio.run(run_workers(int(sys.argv[1]), sys.argv[2:])))

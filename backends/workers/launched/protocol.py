@@ -12,25 +12,25 @@ from typing import Any, Final
 
 import orjson
 
-from ...core.errors import SiteError
+from ...core.errors import BackendError
 from ...core.types import Json
 
 VERSION: Final = 1
 """Version of these messages."""
 
-URL: Final = "FANFOLD_DESK"
+URL_ENV: Final = "FANFOLD_DESK"
 """Variable of a worker: where the desk is."""
-TOKEN: Final = "FANFOLD_DESK_TOKEN"
+TOKEN_ENV: Final = "FANFOLD_DESK_TOKEN"
 """Variable of a worker: what it shows there."""
 
-MOST: Final = 64_000_000
+MAX_MESSAGE_BYTES: Final = 64_000_000
 """Most bytes of a message; orders and summaries are bounded to a few MB, aggregates are not."""
 
-REFUSED: Final = 4000
+CLOSE_REFUSED: Final = 4000
 """Code with which the desk closes a connection that it does not want; the reason says why."""
 
 
-def said(kind: str, **facts: Json) -> bytes:
+def encode_message(kind: str, **facts: Json) -> bytes:
     """Return a message.
 
     Args:
@@ -40,19 +40,19 @@ def said(kind: str, **facts: Json) -> bytes:
     return orjson.dumps({"v": VERSION, "kind": kind, **facts})
 
 
-def heard(data: Any) -> dict[str, Any]:
+def decode_message(data: Any) -> dict[str, Any]:
     """Read a message.
 
     Args:
         data: What came.
 
     Raises:
-        SiteError: It is none.
+        BackendError: It is none.
     """
     try:
         found = orjson.loads(data)
     except (orjson.JSONDecodeError, TypeError) as error:
-        raise SiteError(f"a message that is no JSON: {error}") from None
+        raise BackendError(f"a message that is no JSON: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("kind"), str):
-        raise SiteError("a message that does not say what it is")
+        raise BackendError("a message that does not say what it is")
     return found

@@ -24,13 +24,20 @@ from aiohttp import (
     WSServerHandshakeError,
 )
 
-from ...core.errors import ConfigurationError, RunStoppedError, SiteError
+from ...core.errors import BackendError, ConfigurationError, RunStoppedError
 from ...core.messages import own_version
-from ...core.process import Scratch
+from ...core.process import TemporaryFolder
 from ...core.terminal import escape_controls
 from ...core.types import Json
-from ..executor import WorkShard, in_thread
-from .protocol import MOST, REFUSED, TOKEN, URL, heard, said
+from ..executor import WorkShard, run_in_thread
+from .protocol import (
+    CLOSE_REFUSED,
+    MAX_MESSAGE_BYTES,
+    TOKEN_ENV,
+    URL_ENV,
+    decode_message,
+    encode_message,
+)
 
 _CONNECT_S: Final = 60.0
 """So long a desk is looked for: thousands of workers come at once."""
@@ -40,7 +47,7 @@ _NOT_FOR_WORKERS: Final = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """A terminal or a scheduler sends these to everybody; the coordinator heeds them."""
 
 
-class Attendant:
+class TaskRunner:
     """Works on orders in a thread of its own, one at a time, so that the connection is heard.
 
     Args:
@@ -48,69 +55,71 @@ class Attendant:
         line: The connection to the desk.
 
     Attributes:
-        leaves: Why nothing goes on at this worker, though others may go on; or None.
+        leave_reason: Why nothing goes on at this worker, though others may go on; or None.
     """
 
     def __init__(self, work: WorkShard, line: ClientWebSocketResponse) -> None:
-        self._work, self._line = work, line
+        self._work, self._socket = work, line
         self._running: asyncio.Task[None] | None = None
-        self._scratch: Scratch | None = None
-        self.leaves: str | None = None
+        self._scratch: TemporaryFolder | None = None
+        self.leave_reason: str | None = None
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Say whether an order is in work."""
         return self._running is not None and not self._running.done()
 
-    async def heed(self, message: dict[str, Any]) -> None:
+    async def handle_message(self, message: dict[str, Any]) -> None:
         """Do what the desk says.
 
         Raises:
-            SiteError: It cannot be understood.
+            BackendError: It cannot be understood.
         """
         if message["kind"] == "order" and isinstance(message.get("order"), dict):
             order = message["order"]
             if order.get("stop_file") is None:  # nobody shares a folder with us
                 order["stop_file"] = str(self._stop_file())
-            self._running = asyncio.create_task(self._worked_on(message["id"], order))
+            self._running = asyncio.create_task(self._run_task(message["id"], order))
         elif message["kind"] == "stop":
             self._stop_file().touch()
         else:
-            raise SiteError(f"the desk says {message['kind']!r}, which this fanfold does not know")
+            raise BackendError(
+                f"the desk says {message['kind']!r}, which this fanfold does not know"
+            )
 
     def _stop_file(self) -> Any:
         if self._scratch is None:
-            self._scratch = Scratch("worker")
+            self._scratch = TemporaryFolder("worker")
         return self._scratch.path / "stop"
 
-    async def _worked_on(self, number: int, order: dict[str, Json]) -> None:
+    async def _run_task(self, number: int, order: dict[str, Json]) -> None:
         found = list[bytes]()
 
         def work() -> None:
             summary = self._work(order)
-            self.leaves = _hopeless(summary)
+            self.leave_reason = _fatal_reason(summary)
             found.append(orjson.dumps(summary))
 
         try:
-            await in_thread(work)
+            await run_in_thread(work)
         except Exception as error:  # noqa: BLE001 - whatever it is, the coordinator has to know
-            answer = said("failed", id=number, **_told(error))
+            answer = encode_message("failed", id=number, **_error_fields(error))
         else:
-            leaves = self.leaves is not None
+            leaves = self.leave_reason is not None
             summary = orjson.Fragment(found[0])
-            answer = said("summary", id=number, summary=summary, leaves=leaves)
+            answer = encode_message("summary", id=number, summary=summary, leaves=leaves)
         with suppress(ConnectionError):  # the desk has gone, and so do we
-            await self._line.send_bytes(answer)
-        if self.leaves is not None:  # it would take shard after shard from those who can work
-            await self._line.close()
+            await self._socket.send_bytes(answer)
+        if self.leave_reason is not None:  # it would take shard after shard from those who can work
+            await self._socket.close()
 
-    def tidy(self) -> None:
+    def remove_folder(self) -> None:
         """Remove the folder of the stop file."""
         if self._scratch is not None:
             self._scratch.remove()
 
 
-def _hopeless(summary: dict[str, Json]) -> str | None:
+def _fatal_reason(summary: dict[str, Json]) -> str | None:
     """Return what a worker says when it is hopeless to ask on, e.g. that it has no servers."""
     error = summary.get("error")
     if isinstance(error, dict) and error.get("class") == RunStoppedError.__name__:
@@ -118,11 +127,11 @@ def _hopeless(summary: dict[str, Json]) -> str | None:
     return None
 
 
-def _told(error: Exception) -> dict[str, str]:
+def _error_fields(error: Exception) -> dict[str, str]:
     return {"class": type(error).__name__, "text": str(error)[:2000]}
 
 
-async def attend(url: str, token: str, work: WorkShard, silence_s: float) -> None:
+async def run_worker(url: str, token: str, work: WorkShard, silence_s: float) -> None:
     """Work for a desk until it ends the connection.
 
     Args:
@@ -132,29 +141,31 @@ async def attend(url: str, token: str, work: WorkShard, silence_s: float) -> Non
         silence_s: Seconds without a sign of life of the desk after which it counts as gone.
 
     Raises:
-        SiteError: The desk cannot be reached, or wants nobody.
+        BackendError: The desk cannot be reached, or wants nobody.
     """
     refuse = TraceConfig()
     refuse.on_request_redirect.append(_refuse_redirect)
     # takes no proxy from the environment, and shows its token to the desk only
     async with ClientSession(trace_configs=[refuse]) as session:
-        line = await _connected(session, url, token, silence_s * _BEAT)
-        attendant = Attendant(work, line)
+        line = await _connect(session, url, token, silence_s * _BEAT)
+        attendant = TaskRunner(work, line)
         try:
             host, pid = socket.gethostname(), os.getpid()
-            await line.send_bytes(said("hello", fanfold=own_version(), host=host, pid=pid))
+            await line.send_bytes(
+                encode_message("hello", fanfold=own_version(), host=host, pid=pid)
+            )
             async for message in line:
                 if message.type is WSMsgType.BINARY:
-                    await attendant.heed(heard(message.data))
-            if attendant.leaves is not None:
-                why = escape_controls(attendant.leaves)
+                    await attendant.handle_message(decode_message(message.data))
+            if attendant.leave_reason is not None:
+                why = escape_controls(attendant.leave_reason)
                 sys.stderr.write(f"{host} pid {pid}: this worker leaves: {why}\n")
-            elif attendant.busy:
+            elif attendant.is_busy:
                 os._exit(1)  # it has nobody to work for, and an order may hang
         finally:
-            attendant.tidy()
-        if line.close_code == REFUSED:
-            raise SiteError(
+            attendant.remove_folder()
+        if line.close_code == CLOSE_REFUSED:
+            raise BackendError(
                 f"the desk at {url} does not want this worker (fanfold {own_version()})"
             )
 
@@ -167,10 +178,10 @@ async def _refuse_redirect(
         "workers do not follow; set backend.host to the name by which they reach the coordinator's "
         "machine"
     )
-    raise SiteError(msg)
+    raise BackendError(msg)
 
 
-async def _connected(
+async def _connect(
     session: ClientSession, url: str, token: str, beat_s: float
 ) -> ClientWebSocketResponse:
     began = time.monotonic()
@@ -178,18 +189,18 @@ async def _connected(
     while True:
         try:
             return await session.ws_connect(
-                url, headers=shown, heartbeat=beat_s, max_msg_size=MOST, compress=0
+                url, headers=shown, heartbeat=beat_s, max_msg_size=MAX_MESSAGE_BYTES, compress=0
             )
         except WSServerHandshakeError as error:
             msg = f"the desk at {url} refused this worker: {error.status} {error.message}"
-            raise SiteError(msg) from error
+            raise BackendError(msg) from error
         except (ClientError, TimeoutError) as error:
             if time.monotonic() - began > _CONNECT_S:
                 msg = (
                     f"{socket.gethostname()}: the coordinator's desk at {url} cannot be reached: "
                     f"{error}; set backend.host to the name by which workers reach its machine"
                 )
-                raise SiteError(msg) from error
+                raise BackendError(msg) from error
         await asyncio.sleep(random.uniform(0, _PAUSE_S))  # not all at once
 
 
@@ -198,19 +209,20 @@ def main() -> None:
     for number in _NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
     try:
-        url, token = os.environ.get(URL), os.environ.pop(TOKEN, None)
+        url, token = os.environ.get(URL_ENV), os.environ.pop(TOKEN_ENV, None)
         if not url or not token:
             msg = (
-                f"{socket.gethostname()}: {URL} and {TOKEN} are not in this worker's environment; "
+                f"{socket.gethostname()}: {URL_ENV} and {TOKEN_ENV} are not in this worker's "
+                "environment; "
                 "have the launcher pass them on (OpenMPI: -x)"
             )
             raise ConfigurationError(msg)
-        asyncio.run(attend(url, token, _imported(sys.argv[1]), float(sys.argv[2])))
-    except (SiteError, ConfigurationError) as error:
+        asyncio.run(run_worker(url, token, _import_work(sys.argv[1]), float(sys.argv[2])))
+    except (BackendError, ConfigurationError) as error:
         sys.exit(error.message)
 
 
-def _imported(name: str) -> WorkShard:
+def _import_work(name: str) -> WorkShard:
     """Return what ``module:attr`` names.
 
     Raises:

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from fanfold.configs.loader import load
-from fanfold.graphs.run.prepare import fingerprint
+from fanfold.configs.loader import load_config
+from fanfold.graphs.run.prepare import compute_fingerprint
 
 from .conftest import Served, Shell
 
@@ -177,7 +177,9 @@ def test_real_and_simulated_never_mix(shell: Shell, fleet: Served) -> None:
     assert shell("run", "c.yaml", "--out", "r", "--quiet", "--endpoints", fleet.urls[0]).code == 0
     provenance = Path("r/provenance.json")
     about = json.loads(provenance.read_text()) | {"simulated": False}
-    about["fingerprint"] = fingerprint(load(Path("r/run.yaml")).config, about["model"], False)
+    about["fingerprint"] = compute_fingerprint(
+        load_config(Path("r/run.yaml")).config, about["model"], False
+    )
     provenance.write_text(json.dumps(about))  # as if the servers had been real ones
     before = shell.files()
     for endpoints in ("simulated", fleet.urls[1]):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.servers.supervisor import Listing
+from fanfold.backends.servers.supervisor import EndpointsFile
 from fanfold.backends.simulated.fleet import write_urls
-from fanfold.backends.storage.results import replacing
-from fanfold.backends.storage.run_folder import new_folder, write_bytes
+from fanfold.backends.storage.results import replace_file
+from fanfold.backends.storage.run_folder import create_folder, write_bytes
 
 from .conftest import Shell
 
@@ -62,11 +62,11 @@ def test_job_scripts_can_be_run_by_those_who_can_read_them(shell: Shell, umask: 
 def test_files_that_are_replaced(tmp_path: Path, umask: int) -> None:
     for _ in range(2):
         write_bytes(tmp_path / "a", b"a")
-        with replacing(tmp_path / "b") as file:
+        with replace_file(tmp_path / "b") as file:
             file.write(b"b")
         write_urls(tmp_path / "c", ["http://n1:8000/v1"])
-        Listing(tmp_path / "d", "n1").write(["n1:8000"])
-    with new_folder(tmp_path / "run"):
+        EndpointsFile(tmp_path / "d", "n1").write(["n1:8000"])
+    with create_folder(tmp_path / "run"):
         pass
     for name in "abcd":
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
@@ -80,8 +80,8 @@ def test_links_in_the_place_of_partial_files_are_not_followed(tmp_path: Path) ->
     for name in "abd":
         (tmp_path / f".{name}.partial").symlink_to(theirs)
     write_bytes(tmp_path / "a", b"a")
-    with replacing(tmp_path / "b") as file:
+    with replace_file(tmp_path / "b") as file:
         file.write(b"b")
-    Listing(tmp_path / "d", "n1").write(["n1:8000"])
+    EndpointsFile(tmp_path / "d", "n1").write(["n1:8000"])
     assert theirs.read_text() == "kept"
     assert all((tmp_path / name).is_file() for name in "abd")

@@ -22,8 +22,8 @@ from fanfold.backends.core.errors import (
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
-from fanfold.backends.fleet.langchain import ChatFleet, LangChainModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
+from fanfold.backends.fleet.langchain import ChatFleet, LangChainClient
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams, RetryPolicy
 
 from .conftest import Canned, Stub, completion, until
@@ -207,8 +207,8 @@ def test_one_fleet_serves_one_loop_after_the_other(stub: Stub) -> None:
 async def test_both_doors_send_and_return_the_same(stub: Stub) -> None:
     stub.answers["m"] = [Canned(200, completion("x", finish="length"))]
     async with Fleet([EndpointSpec(stub.url)]) as fleet:
-        lower = await FleetModel(fleet, PARAMS).ask(Q)
-        upper = await LangChainModel(ChatFleet.of(fleet, PARAMS)).ask(Q)
+        lower = await FleetClient(fleet, PARAMS).ask(Q)
+        upper = await LangChainClient(ChatFleet.of(fleet, PARAMS)).ask(Q)
     assert lower == upper
     assert stub.bodies[0] == stub.bodies[1]
     assert lower.finish_reason == "length"
@@ -223,9 +223,9 @@ async def test_both_doors_raise_the_same(stub: Stub, answer: Canned) -> None:
     policy = FleetPolicy(retry=RetryPolicy(attempts=1))
     async with Fleet([EndpointSpec(stub.url)], policy) as fleet:
         with pytest.raises(EndpointError) as lower:
-            await FleetModel(fleet, PARAMS).ask(Q)
+            await FleetClient(fleet, PARAMS).ask(Q)
         with pytest.raises(EndpointError) as upper:
-            await LangChainModel(ChatFleet.of(fleet, PARAMS)).ask(Q)
+            await LangChainClient(ChatFleet.of(fleet, PARAMS)).ask(Q)
     assert type(lower.value) is type(upper.value)
     assert lower.value.args == upper.value.args
     assert isinstance(lower.value, PromptTooLongError) is (answer.status == 400)

@@ -18,14 +18,14 @@ from fanfold.backends.core.errors import (
     PromptTooLongError,
     RunStoppedError,
 )
-from fanfold.backends.core.process import make_room
+from fanfold.backends.core.process import ensure_open_files
 from fanfold.backends.core.types import Reply
-from fanfold.backends.discovery.probe import check_models, discover
+from fanfold.backends.discovery.probe import check_models, probe_models
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.failures import RawAnswer
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.failures import HTTPAnswer
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.langchain import ChatFleet
-from fanfold.backends.fleet.load import read_load
+from fanfold.backends.fleet.load import count_requests
 from fanfold.backends.fleet.policy import (
     AffinityPolicy,
     FleetPolicy,
@@ -48,7 +48,7 @@ BOOM = Canned(500, {"error": {"message": "boom", "code": 500}})
 
 def ask(fleet: Fleet, text: str = "q", most: int | None = 64) -> Any:
     messages = [{"role": "user", "content": text}]
-    return FleetModel(fleet, ModelParams("m", max_tokens=most)).ask(messages)
+    return FleetClient(fleet, ModelParams("m", max_tokens=most)).ask(messages)
 
 
 def policy(**changes: Any) -> FleetPolicy:
@@ -165,12 +165,12 @@ async def test_the_context_that_servers_name_reaches_the_fleet() -> None:
     spec = SimulationSpec.fast(nodes=3, faults=(short,), max_model_len=900)
     async with SimulatedFleet(spec) as servers:
         specs = [EndpointSpec(url) for url in servers.urls]
-        checked = check_models(await discover(specs), None)
+        checked = check_models(await probe_models(specs), None)
         assert [s.max_model_len for s in checked.specs] == [300, 900, 900]
         assert [s in checked.specs for s in specs] == [True] * 3
         members = [replace(checked.specs[0], weight=99), *checked.specs[1:]]
         async with Fleet(members) as fleet:
-            model = FleetModel(fleet, ModelParams(checked.model, max_tokens=4))
+            model = FleetClient(fleet, ModelParams(checked.model, max_tokens=4))
             reply = await model.ask([{"role": "user", "content": "word " * 400}])
             calls = [r.calls for r in fleet.report()]
     assert reply.content
@@ -206,8 +206,8 @@ async def test_the_load_of_others_is_seen(source: Any) -> None:
             foreign = [asyncio.create_task(ask(strangers)) for _ in range(6)]
             await until(lambda: strangers.in_flight == 6)
             call = asyncio.create_task(ask(ours))
-            await until(lambda: ours.endpoints[0].foreign == 6)
-            assert ours.endpoints[1].foreign == 0
+            await until(lambda: ours.endpoints[0].foreign_load == 6)
+            assert ours.endpoints[1].foreign_load == 0
             for task in (*foreign, call):
                 task.cancel()
             await asyncio.gather(*foreign, call, return_exceptions=True)
@@ -217,19 +217,19 @@ async def test_the_load_of_others_is_seen(source: Any) -> None:
     ("answer", "load"),
     [
         (
-            RawAnswer(
+            HTTPAnswer(
                 200, {}, b'vllm:num_requests_running{a="}"} 3.0\nvllm:num_requests_waiting 2'
             ),
             5,
         ),
-        (RawAnswer(200, {}, b'{"server_load": 7}'), 7),
-        (RawAnswer(404, {}, b'{"server_load": 7}'), None),
-        (RawAnswer(200, {}, b"<html>"), None),
-        (RawAnswer(200, {}, b"[]"), None),
+        (HTTPAnswer(200, {}, b'{"server_load": 7}'), 7),
+        (HTTPAnswer(404, {}, b'{"server_load": 7}'), None),
+        (HTTPAnswer(200, {}, b"<html>"), None),
+        (HTTPAnswer(200, {}, b"[]"), None),
     ],
 )
-def test_load_is_read(answer: RawAnswer, load: int | None) -> None:
-    assert read_load(answer) == load
+def test_load_is_read(answer: HTTPAnswer, load: int | None) -> None:
+    assert count_requests(answer) == load
 
 
 async def test_items_that_begin_alike_meet_the_same_endpoint(
@@ -262,9 +262,9 @@ def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
     limits = [(64, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.append(new))
-    make_room(1000)
+    ensure_open_files(1000)
     assert limits[-1] == (1256, 4096)
-    make_room(500)
+    ensure_open_files(500)
     assert len(limits) == 2
     with pytest.raises(ConfigurationError, match=r"limits\.streams to 3840"):
         Fleet([EndpointSpec("http://n:1")], FleetPolicy(streams=5000))

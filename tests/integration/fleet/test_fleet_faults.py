@@ -22,15 +22,15 @@ from fanfold.backends.core.errors import (
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Reply, Usage
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import (
+    AdaptiveLimitPolicy,
     BreakerPolicy,
     FleetPolicy,
     HedgePolicy,
-    LanePolicy,
     ModelParams,
-    PacePolicy,
-    Pacer,
+    RateLimiter,
+    RateLimitPolicy,
     RetryPolicy,
     TimeoutPolicy,
 )
@@ -46,14 +46,14 @@ FAST = FleetPolicy(
     retry=RetryPolicy(backoff_s=0.01, refusal_pause_s=0.01, attempts=6),
     timeout=TimeoutPolicy(request_s=0.5, fleet_s=5.0),
     breaker=BreakerPolicy(open_s=0.05, open_max_s=0.1),
-    lane=LanePolicy(settle_s=0.01),
+    limit=AdaptiveLimitPolicy(settle_s=0.01),
 )
 BOOM = Canned(500, {"error": {"message": "boom", "code": 500}})
 
 
 def ask(fleet: Fleet, text: str = "q", model: str = "m") -> Any:
     messages = [{"role": "user", "content": text}]
-    return FleetModel(fleet, replace(PARAMS, name=model)).ask(messages)
+    return FleetClient(fleet, replace(PARAMS, name=model)).ask(messages)
 
 
 async def ask_all(fleet: Fleet, count: int, model: str = "m") -> list[Reply]:
@@ -86,13 +86,15 @@ async def test_a_fault_on_some_calls_loses_no_item(kind: str) -> None:
 
 async def test_a_dead_node_costs_a_few_calls() -> None:
     spec = SimulationSpec.fast(nodes=4, model="m", addressing="port")
-    slow = replace(FAST, breaker=BreakerPolicy(open_s=60.0), lane=LanePolicy(settle_s=60.0))
+    slow = replace(
+        FAST, breaker=BreakerPolicy(open_s=60.0), limit=AdaptiveLimitPolicy(settle_s=60.0)
+    )
     async with SimulatedFleet(spec) as servers, Fleet(specs(*servers.urls), slow) as fleet:
         await servers.kill(2)
         await ask_all(fleet, 200)
         dead = fleet.report()[2]
         assert (fleet.health().healthy, dead.state, dead.opened) == (3, "left alone", 1)
-    assert dead.calls <= LanePolicy().start
+    assert dead.calls <= AdaptiveLimitPolicy().start
 
 
 async def test_a_returning_node_is_used_again() -> None:
@@ -198,11 +200,11 @@ async def test_one_bad_endpoint_of_many_is_ejected(make_stub: Callable[[], Stub]
     bad, good = make_stub(), make_stub()
     bad.answers["m"] = [Canned(404, b"<html>")]
     good.answers["m"] = [Canned(200, completion())]
-    policy = replace(FAST, lane=LanePolicy(settle_s=60.0))
+    policy = replace(FAST, limit=AdaptiveLimitPolicy(settle_s=60.0))
     async with Fleet(specs(bad.url, good.url), policy) as fleet:
         assert len(await ask_all(fleet, 40)) == 40
         assert [r.state for r in fleet.report()] == ["ejected", "in use"]
-    assert len(bad.bodies) <= LanePolicy().start
+    assert len(bad.bodies) <= AdaptiveLimitPolicy().start
 
 
 async def test_a_key_is_renewed_once(stub: Stub) -> None:
@@ -257,7 +259,7 @@ async def test_every_request_is_accounted(make_stub: Callable[[], Stub]) -> None
     async with Fleet(members, FAST) as fleet:
         await ask(fleet)
     assert log == CallLog(2, Usage(3, 2), "good", "served", False)
-    refused, answered = log.shares.values()
+    refused, answered = log.usage_by_endpoint.values()
     assert (refused.requests, refused.usage.tokens, refused.model) == (1, 0, None)
     assert (answered.endpoint, answered.requests) == ("good", 1)
     assert (answered.usage, answered.model) == (Usage(3, 2), "served")
@@ -292,15 +294,15 @@ async def test_streams_is_the_cap_over_all() -> None:
     assert most == 7
 
 
-class Ruler(Pacer):
+class Ruler(RateLimiter):
     """Lets everybody pass, and keeps what it was told."""
 
     def __init__(self) -> None:
-        super().__init__(PacePolicy(tokens_per_min=1e9))
+        super().__init__(RateLimitPolicy(tokens_per_min=1e9))
         self.admitted: list[int] = []
         self.settled: list[tuple[int, int | None]] = []
 
-    def admit(self, tokens: int) -> float:
+    def reserve(self, tokens: int) -> float:
         self.admitted.append(tokens)
         return 0.0
 
@@ -310,9 +312,9 @@ class Ruler(Pacer):
 
 async def test_every_request_is_paced_and_its_tokens_are_settled(stub: Stub) -> None:
     stub.answers["m"] = [BOOM, Canned(200, completion())]
-    policy = replace(FAST, pace=PacePolicy(tokens_per_min=1e9))
+    policy = replace(FAST, rate_limit=RateLimitPolicy(tokens_per_min=1e9))
     ruler = Ruler()
-    async with Fleet(specs(stub.url), policy, pacer=ruler) as fleet:
+    async with Fleet(specs(stub.url), policy, limiter=ruler) as fleet:
         await ask(fleet, "x" * 40)
     assert ruler.admitted == [10 + 64, 10 + 64]
     assert ruler.settled == [(74, 0), (74, 5)]
@@ -321,12 +323,12 @@ async def test_every_request_is_paced_and_its_tokens_are_settled(stub: Stub) -> 
 async def test_who_waits_for_the_pace_is_stopped_too(stub: Stub) -> None:
     """A stop wakes who waits for an endpoint; these do not wait for one yet."""
     stub.answers["m"] = [Canned(200, completion())]
-    policy = replace(FAST, pace=PacePolicy(requests_per_s=4.0))
+    policy = replace(FAST, rate_limit=RateLimitPolicy(requests_per_s=4.0))
     async with Fleet(specs(stub.url), policy) as fleet:
         await ask(fleet)
         later = [asyncio.create_task(ask(fleet)) for _ in range(2)]
         await asyncio.sleep(0)
-        fleet._warden.stop("enough")
+        fleet._monitor.stop("enough")
         ends = await asyncio.gather(*later, return_exceptions=True)
     assert [type(end) for end in ends] == [RunStoppedError] * 2
     assert len(stub.bodies) == 1

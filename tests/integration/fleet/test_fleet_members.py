@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.discovery.sources import FileSource, kept_up, read_endpoints_file
+from fanfold.backends.discovery.sources import FileSource, follow_source, read_endpoints_file
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import ModelParams
 
 from .conftest import Canned, Stub, completion, until
@@ -29,9 +29,9 @@ async def test_nodes_join_and_leave(make_stub: Callable[[], Stub], tmp_path: Pat
     hosts = tmp_path / "hosts.txt"
     hosts.write_text(old.url)
     async with Fleet(read_endpoints_file(hosts)) as fleet:
-        model = FleetModel(fleet, ModelParams("m"))
+        model = FleetClient(fleet, ModelParams("m"))
         listed = read_endpoints_file(hosts)
-        async with kept_up(fleet, FileSource(hosts), listed, everybody, every_s=0.01):
+        async with follow_source(fleet, FileSource(hosts), listed, everybody, every_s=0.01):
             await model.ask(Q)
             hosts.write_text(f"{old.url}\n{new.url}\n")
             await until(lambda: fleet.health().healthy == 2)
@@ -59,7 +59,7 @@ async def test_what_ends_the_following_is_raised(stub: Stub, tmp_path: Path) -> 
 
         async def follow() -> None:
             listed = [endpoint.spec for endpoint in fleet.endpoints]
-            async with kept_up(fleet, FileSource(hosts), listed, broken, every_s=0.01):
+            async with follow_source(fleet, FileSource(hosts), listed, broken, every_s=0.01):
                 await asked.wait()
                 await asyncio.sleep(0)
 

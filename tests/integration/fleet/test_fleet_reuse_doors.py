@@ -11,13 +11,13 @@ import pytest_asyncio
 from pydantic import BaseModel
 
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet.cache import Reuse
+from fanfold.backends.fleet.cache import RequestCache
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
-from fanfold.backends.fleet.langchain import ChatFleet, LangChainModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
+from fanfold.backends.fleet.langchain import ChatFleet, LangChainClient
 from fanfold.backends.fleet.policy import ModelParams
 from fanfold.backends.simulated.fleet import SimulatedFleet
-from fanfold.backends.storage.response_cache import AnswerStore
+from fanfold.backends.storage.response_cache import ResponseCache
 
 from .conftest import Canned, Stub, completion
 
@@ -34,10 +34,10 @@ class Found(BaseModel):
 @pytest_asyncio.fixture
 async def fleet(stub: Stub, tmp_path: Path) -> AsyncIterator[Fleet]:
     stub.answers["m"] = [Canned(body=completion('{"n": 3}'))]
-    store = AnswerStore(tmp_path, simulated=False, writer="w")
+    store = ResponseCache(tmp_path, simulated=False, writer="w")
     store.open()
-    reuse = Reuse(store, simulated=False)
-    async with Fleet([EndpointSpec(stub.url)], reuse=reuse) as fleet:
+    reuse = RequestCache(store, simulated=False)
+    async with Fleet([EndpointSpec(stub.url)], cache=reuse) as fleet:
         yield fleet
     await reuse.aclose()
     store.close()
@@ -45,9 +45,9 @@ async def fleet(stub: Stub, tmp_path: Path) -> AsyncIterator[Fleet]:
 
 async def test_the_doors_share_answers(stub: Stub, fleet: Fleet) -> None:
     """The lower door's answer serves LangChain's, and the other way round."""
-    first = await FleetModel(fleet, PARAMS).ask(Q)
+    first = await FleetClient(fleet, PARAMS).ask(Q)
     assert (first.cached, first.usage) == (False, Usage(3, 2))
-    for model in (FleetModel(fleet, PARAMS), LangChainModel(ChatFleet.of(fleet, PARAMS))):
+    for model in (FleetClient(fleet, PARAMS), LangChainClient(ChatFleet.of(fleet, PARAMS))):
         again = await model.ask(Q)
         assert (again.cached, again.endpoint, again.model) == (True, "", "served")
         assert (again.content, again.finish_reason) == (first.content, "stop")
@@ -74,11 +74,11 @@ async def test_parsed_answers_are_reused(stub: Stub, fleet: Fleet) -> None:
 
 
 async def test_streams_are_not(simulated: SimulatedFleet, tmp_path: Path) -> None:
-    store = AnswerStore(tmp_path, simulated=True, writer="w")
+    store = ResponseCache(tmp_path, simulated=True, writer="w")
     store.open()
-    reuse = Reuse(store, simulated=True)
+    reuse = RequestCache(store, simulated=True)
     params = ModelParams(simulated.spec.model, temperature=0.0, max_tokens=8)
-    async with Fleet([EndpointSpec(url) for url in simulated.urls], reuse=reuse) as fleet:
+    async with Fleet([EndpointSpec(url) for url in simulated.urls], cache=reuse) as fleet:
         chat = ChatFleet.of(fleet, params)
         for _ in range(3):
             assert [chunk async for chunk in chat.astream("Which?")]
@@ -95,9 +95,9 @@ async def test_a_temperature_of_one_s_own_is_asked_each_time(stub: Stub, fleet: 
 
 def test_synchronous_calls_find_what_is_kept(stub: Stub, tmp_path: Path) -> None:
     stub.answers["m"] = [Canned(body=completion())]
-    store = AnswerStore(tmp_path, simulated=False, writer="w")
+    store = ResponseCache(tmp_path, simulated=False, writer="w")
     store.open()
-    fleet = Fleet([EndpointSpec(stub.url)], reuse=Reuse(store, simulated=False))
+    fleet = Fleet([EndpointSpec(stub.url)], cache=RequestCache(store, simulated=False))
     chat = ChatFleet.of(fleet, PARAMS)
     assert [chat.invoke("Which?").text for _ in range(3)] == ["hello"] * 3
     assert len(stub.bodies) == 1

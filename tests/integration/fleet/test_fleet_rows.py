@@ -14,12 +14,12 @@ import pytest
 from fanfold.backends.core.errors import EndpointError, RequestRefusedError, RunStoppedError
 from fanfold.backends.core.types import Reply
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.policy import (
+    AdaptiveLimitPolicy,
     BreakerPolicy,
     FleetPolicy,
-    LanePolicy,
     ModelParams,
     RetryPolicy,
     TimeoutPolicy,
@@ -36,7 +36,7 @@ FAST = FleetPolicy(
     retry=RetryPolicy(backoff_s=0.01, refusal_pause_s=0.01, long_pause_s=0.02),
     timeout=TimeoutPolicy(request_s=5.0, fleet_s=5.0),
     breaker=BreakerPolicy(open_s=0.02, open_max_s=0.1),
-    lane=LanePolicy(settle_s=0.01),
+    limit=AdaptiveLimitPolicy(settle_s=0.01),
 )
 
 
@@ -45,7 +45,7 @@ def fleet_of(urls: tuple[str, ...], policy: FleetPolicy = FAST) -> Fleet:
 
 
 async def ask_all(fleet: Fleet, count: int) -> list[Reply]:
-    model = FleetModel(fleet, PARAMS)
+    model = FleetClient(fleet, PARAMS)
 
     async def one(number: int) -> Reply:
         return await model.ask([{"role": "user", "content": f"item {number}"}])
@@ -106,7 +106,7 @@ async def test_odd_answers_are_handed_on_as_they_are(
 ) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     async with nodes(FaultRule(kind)) as servers, fleet_of(servers.urls) as fleet:
-        model = FleetModel(fleet, replace(PARAMS, schema=schema))
+        model = FleetClient(fleet, replace(PARAMS, schema=schema))
         reply = await model.ask([{"role": "user", "content": "q"}])
         calls = sum(r.calls for r in fleet.report())
     assert check(reply)
@@ -122,7 +122,7 @@ async def test_empty_answers_now_and_then_cost_repetitions_only() -> None:
 
 
 async def test_slow_nodes_get_less() -> None:
-    policy = replace(FAST, lane=LanePolicy(start=2, ceiling=2), hedge=None)
+    policy = replace(FAST, limit=AdaptiveLimitPolicy(start=2, ceiling=2), hedge=None)
     async with (
         nodes(speeds={0: 0.1}, ttft_s=0.02) as servers,
         fleet_of(servers.urls, policy) as fleet,
@@ -252,7 +252,7 @@ async def test_a_long_refusal_sends_calls_elsewhere(make_stub: Callable[[], Stub
     async with Fleet(members, FAST) as fleet:
         assert len(await ask_all(fleet, 8)) == 8
         assert fleet.report()[0].state == "resting"
-    assert len(busy.bodies) <= LanePolicy().start
+    assert len(busy.bodies) <= AdaptiveLimitPolicy().start
 
 
 @pytest.mark.parametrize("code", ["quota_exceeded", "batch_ongoing", "too_many_requests"])

@@ -20,12 +20,12 @@ from fanfold.backends.core.errors import (
     RequestRefusedError,
 )
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.policy import (
+    AdaptiveLimitPolicy,
     BreakerPolicy,
     FleetPolicy,
-    LanePolicy,
     ModelParams,
     RetryPolicy,
 )
@@ -38,7 +38,7 @@ POLICY = FleetPolicy(
     streams=16,
     retry=RetryPolicy(backoff_s=0.01, refusal_pause_s=0.01, first_calls=10**6),
     breaker=BreakerPolicy(failures=10**6, open_s=0.01),
-    lane=LanePolicy(settle_s=0.01),
+    limit=AdaptiveLimitPolicy(settle_s=0.01),
     hedge=None,
 )
 Answer = Callable[[str, int, Any], web.Response | None]
@@ -90,7 +90,7 @@ async def fleet_over(*books: Book, policy: FleetPolicy = POLICY) -> AsyncIterato
 
 def ask(fleet: Fleet, text: str, most: int = 256) -> Any:
     params = ModelParams("m", max_tokens=most)
-    return FleetModel(fleet, params).ask([{"role": "user", "content": text}])
+    return FleetClient(fleet, params).ask([{"role": "user", "content": text}])
 
 
 async def stream(fleet: Fleet, text: str, most: int = 256) -> str:

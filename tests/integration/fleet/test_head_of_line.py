@@ -15,11 +15,11 @@ from aiohttp import web
 from fanfold.backends.core.errors import EndpointError, PromptTooLongError, RequestRefusedError
 from fanfold.backends.core.types import Reply
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import (
+    AdaptiveLimitPolicy,
     BreakerPolicy,
     FleetPolicy,
-    LanePolicy,
     ModelParams,
     RetryPolicy,
     TimeoutPolicy,
@@ -35,7 +35,7 @@ POLICY = FleetPolicy(
     retry=RetryPolicy(backoff_s=0.01, backoff_max_s=0.05),
     timeout=TimeoutPolicy(request_s=120.0),
     breaker=BreakerPolicy(failures=99, open_s=0.01),
-    lane=LanePolicy(settle_s=0.01),
+    limit=AdaptiveLimitPolicy(settle_s=0.01),
     hedge=None,
 )
 
@@ -101,7 +101,7 @@ async def fleet_of(pair: Pair, policy: FleetPolicy = POLICY, **other: Any) -> As
 
 
 def ask(fleet: Fleet, text: str) -> Any:
-    return FleetModel(fleet, PARAMS).ask([{"role": "user", "content": text}])
+    return FleetClient(fleet, PARAMS).ask([{"role": "user", "content": text}])
 
 
 @asynccontextmanager
@@ -165,7 +165,7 @@ async def test_others_go_on_while_the_other_endpoint_hangs() -> None:
     pair = Pair("hangs")
     async with fleet_of(pair, max_in_flight=1) as fleet, working(fleet, mixed(200, 6)) as tasks:
         await all_done(tasks, "good", but=1)
-        assert second(fleet).outstanding == 1
+        assert second(fleet).in_flight == 1
         assert fleet.health().waiting >= 5
 
 
@@ -187,16 +187,16 @@ async def test_others_go_on_while_the_other_endpoint_is_tried_with_one_request()
     async with fleet_of(pair, policy) as fleet:
         healthy = fleet.endpoints[0]
         healthy.breaker._policy = BreakerPolicy(failures=10**6)
-        while not second(fleet).breaker.opened:
+        while not second(fleet).breaker.times_opened:
             await asyncio.gather(*(ask(fleet, "good") for _ in range(4)))
         pair.mood = "hangs"
         await until(lambda: second(fleet).breaker.state.name == "HALF_OPEN")
         async with working(fleet, bad_only):
             await until(lambda: fleet.health().waiting == 2)
-            assert second(fleet).outstanding == 1
+            assert second(fleet).in_flight == 1
             async with working(fleet, [f"good {n}" for n in range(200)]) as more:
                 await all_done(more, "good")
-                assert second(fleet).outstanding == 1
+                assert second(fleet).in_flight == 1
 
 
 async def test_those_that_waited_are_served_first_when_it_is_back() -> None:

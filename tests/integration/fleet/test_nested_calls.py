@@ -18,12 +18,12 @@ from langchain_core.callbacks import AsyncCallbackHandler
 from langchain_core.tools import tool
 
 from fanfold.backends.budget import reservations
-from fanfold.backends.budget.budget import Budget, BudgetTerms
+from fanfold.backends.budget.budget import Budget, BudgetSettings
 from fanfold.backends.core.errors import BudgetExhaustedError, EndpointLostError
-from fanfold.backends.core.money import FREE, Amount, Caps
+from fanfold.backends.core.money import NO_PRICES, Amount, BudgetLimits
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
-from fanfold.backends.fleet.cache import Reuse
+from fanfold.backends.fleet.cache import RequestCache
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.langchain import ChatFleet
@@ -32,9 +32,9 @@ from fanfold.backends.fleet.policy import (
     FleetPolicy,
     HedgePolicy,
     ModelParams,
-    PacePolicy,
+    RateLimitPolicy,
 )
-from fanfold.backends.fleet.request import most_tokens
+from fanfold.backends.fleet.request import max_usage
 
 from .conftest import chunk, completion, event, serving, text_of, until
 
@@ -98,7 +98,7 @@ async def as_items(
     """Run items at the same time, each with a log of its own."""
 
     async def one(number: int) -> Any:
-        account = budget.account() if budget else None
+        account = budget.open_account() if budget else None
         calls = CallLog(account=account)
         CURRENT_CALLS.set(calls)
         try:
@@ -272,8 +272,11 @@ QUICK = HedgePolicy(quantile=0.0, peak=1, share=9.0, tick_s=0.001)
     [
         (FleetPolicy(), {"max_in_flight": 1}),
         (FleetPolicy(streams=2), {"max_in_flight": 1, "requests_per_s": 200.0}),
-        (FleetPolicy(streams=2, pace=PacePolicy(requests_per_s=200.0)), {}),
-        (FleetPolicy(streams=1, pace=PacePolicy(tokens_per_min=1e6)), {"tokens_per_min": 1e6}),
+        (FleetPolicy(streams=2, rate_limit=RateLimitPolicy(requests_per_s=200.0)), {}),
+        (
+            FleetPolicy(streams=1, rate_limit=RateLimitPolicy(tokens_per_min=1e6)),
+            {"tokens_per_min": 1e6},
+        ),
         (FleetPolicy(streams=2, hedge=QUICK), {}),
         (FleetPolicy(streams=2, hedge=None, affinity=AffinityPolicy()), {"max_in_flight": 1}),
     ],
@@ -303,7 +306,7 @@ async def test_other_items_begin_while_slots_are_shared(server: Server) -> None:
 
 
 def budget_for(requests: int) -> Budget:
-    return Budget(BudgetTerms(Caps(requests=requests), FREE), Amount(), None)
+    return Budget(BudgetSettings(BudgetLimits(requests=requests), NO_PRICES), Amount(), None)
 
 
 def ends(results: list[Any]) -> tuple[int, int]:
@@ -324,14 +327,14 @@ async def test_a_budget_of_one_request_per_item_refuses(
     assert refused > 0
     assert done + refused == 4
     assert len(server.asked) <= 4
-    assert budget.purse.reserved == Amount()
-    assert budget.spent().requests <= 4
+    assert budget.balance.reserved == Amount()
+    assert budget.total_spent().requests <= 4
 
 
 async def test_a_budget_waits_for_items_that_go_on(server: Server) -> None:
     """The cap carries little at a time, and what is settled makes room: nobody is refused."""
-    one = most_tokens({"messages": [{"role": "user", "content": "inner 0"}], "max_tokens": 16})
-    terms = BudgetTerms(Caps(tokens=5 * one.tokens), FREE)
+    one = max_usage({"messages": [{"role": "user", "content": "inner 0"}], "max_tokens": 16})
+    terms = BudgetSettings(BudgetLimits(tokens=5 * one.tokens), NO_PRICES)
     budget = Budget(terms, Amount(), None)
     async with chat_over(server, FleetPolicy(streams=8)) as chat:
 
@@ -340,7 +343,7 @@ async def test_a_budget_waits_for_items_that_go_on(server: Server) -> None:
 
         got = await as_items(40, item, budget)
     assert got == ["answered"] * 40
-    assert budget.spent() == Amount(40, 40 * Usage(3, 2).tokens)
+    assert budget.total_spent() == Amount(40, 40 * Usage(3, 2).tokens)
 
 
 async def test_a_call_that_waits_behind_streams_without_budget_is_refused_or_served(
@@ -385,7 +388,7 @@ class Kept:
 
     def forget(self, key: bytes, place: int) -> None: ...
 
-    def claim(self, wishes: Sequence[tuple[bytes, bool]]) -> list[bool]:
+    def update_claims(self, wishes: Sequence[tuple[bytes, bool]]) -> list[bool]:
         return [True] * len(wishes)
 
 
@@ -395,9 +398,9 @@ async def test_a_nested_call_does_not_wait_for_an_equal_one_that_waits_for_its_s
 ) -> None:
     params = ModelParams("m", temperature=0.0, max_tokens=16)
     async with serving(server.answer) as url:
-        reuse = Reuse(Kept(), simulated=False)
+        reuse = RequestCache(Kept(), simulated=False)
         policy = FleetPolicy(streams=streams)
-        async with Fleet([EndpointSpec(url)], policy, reuse=reuse) as fleet:
+        async with Fleet([EndpointSpec(url)], policy, cache=reuse) as fleet:
             chat = ChatFleet.of(fleet, params)
             begun, queued = asyncio.Barrier(streams + 1), asyncio.Barrier(streams)
 
@@ -458,7 +461,7 @@ async def all_of(
     budget, reuse = (*bounds, None, None)[:2]
     async with (
         serving(server.answer) as url,
-        Fleet([EndpointSpec(url, **spec)], policy, reuse=reuse) as fleet,
+        Fleet([EndpointSpec(url, **spec)], policy, cache=reuse) as fleet,
     ):
         chat = ChatFleet.of(fleet, ModelParams("m", temperature=0.0, max_tokens=16))
         got = await as_items(len(programs), lambda n: perform(chat, programs[n], n), budget)
@@ -500,11 +503,13 @@ NARROW = {"max_in_flight": 1}
 async def test_items_that_wait_for_budget_and_for_each_other_end(
     server: Server, programs: Any, caps: tuple[int, int], spec: Any, expected: list[str]
 ) -> None:
-    budget = Budget(BudgetTerms(Caps(requests=caps[0]), FREE, caps[1]), Amount(), None)
-    reuse = Reuse(Kept(), simulated=False)
+    budget = Budget(
+        BudgetSettings(BudgetLimits(requests=caps[0]), NO_PRICES, caps[1]), Amount(), None
+    )
+    reuse = RequestCache(Kept(), simulated=False)
     got = await all_of(server, programs, FleetPolicy(), spec, budget, reuse)
     assert reasons(got) == expected
-    assert budget.purse.reserved == Amount()
+    assert budget.balance.reserved == Amount()
 
 
 @pytest.mark.parametrize("other", ["plain", ("stream", "plain")])
@@ -536,10 +541,10 @@ async def test_who_waits_for_an_equal_answer_does_not_keep_its_slot_from_it(
             await told.wait()
         return await server.answer(request, body)
 
-    reuse, policy = Reuse(Kept(), simulated=False), FleetPolicy(streams=1)
+    reuse, policy = RequestCache(Kept(), simulated=False), FleetPolicy(streams=1)
     async with (
         serving(answer) as url,
-        Fleet([EndpointSpec(url)], policy, reuse=reuse) as fleet,
+        Fleet([EndpointSpec(url)], policy, cache=reuse) as fleet,
     ):
         chat = ChatFleet.of(fleet, ModelParams("m", temperature=0.0, max_tokens=16))
 
@@ -582,13 +587,15 @@ def test_whatever_items_do_within_whatever_bounds_they_end(
     monkeypatch: pytest.MonkeyPatch, programs: Any, caps: tuple[int, int], **bounds: Any
 ) -> None:
     monkeypatch.setattr(reservations, "_LOOK_S", 0.01)
-    budget = Budget(BudgetTerms(Caps(requests=caps[0]), FREE, caps[1]), Amount(), None)
+    budget = Budget(
+        BudgetSettings(BudgetLimits(requests=caps[0]), NO_PRICES, caps[1]), Amount(), None
+    )
     policy = FleetPolicy(streams=bounds["streams"])
-    reuse = Reuse(Kept(), simulated=False) if bounds["shared"] else None
+    reuse = RequestCache(Kept(), simulated=False) if bounds["shared"] else None
     got = asyncio.run(all_of(Server(), programs, policy, bounds["spec"], budget, reuse))
     assert set(reasons(got)) <= {"done", REFUSED}
-    assert budget.purse.reserved == Amount()
-    assert budget.spent().requests <= caps[0]
+    assert budget.balance.reserved == Amount()
+    assert budget.total_spent().requests <= caps[0]
 
 
 async def test_a_stream_that_is_closed_while_it_is_read_is_counted_once(server: Server) -> None:
@@ -605,7 +612,7 @@ async def test_a_stream_that_is_closed_while_it_is_read_is_counted_once(server: 
         with pytest.raises(EndpointLostError):
             async for _ in lines:
                 pass
-    assert (log.open, log.idle, chat.fleet.in_flight) == (0, 0, 0)
+    assert (log.in_flight, log.idle_streams, chat.fleet.in_flight) == (0, 0, 0)
 
 
 async def test_a_call_that_blocks_the_loop_does_not_wait_for_items_in_it(server: Server) -> None:

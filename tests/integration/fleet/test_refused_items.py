@@ -17,12 +17,12 @@ from aiohttp import web
 from fanfold.backends.core.errors import EndpointError, RequestRefusedError, RunStoppedError
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.policy import (
+    AdaptiveLimitPolicy,
     BreakerPolicy,
     FleetPolicy,
-    LanePolicy,
     ModelParams,
     RetryPolicy,
 )
@@ -35,7 +35,7 @@ PARAMS = ModelParams("m", max_tokens=16)
 POLICY = FleetPolicy(
     streams=8,
     retry=RetryPolicy(backoff_s=0.001, backoff_max_s=0.01, refusal_pause_s=0.01),
-    lane=LanePolicy(settle_s=0.01),
+    limit=AdaptiveLimitPolicy(settle_s=0.01),
     hedge=None,
 )
 PAGE = "<html><body>Request blocked</body></html>"
@@ -109,7 +109,7 @@ async def fleet_over(
 
 async def ask(fleet: Fleet, item: str) -> str:
     CURRENT_CALLS.set(CallLog())
-    reply = await FleetModel(fleet, PARAMS).ask([{"role": "user", "content": item}])
+    reply = await FleetClient(fleet, PARAMS).ask([{"role": "user", "content": item}])
     return reply.content
 
 
@@ -125,7 +125,7 @@ async def stream(fleet: Fleet, item: str) -> str:
 async def nested(fleet: Fleet, item: str) -> str:
     """Ask for something good first: what the item itself got is no proof of anything."""
     CURRENT_CALLS.set(CallLog())
-    model = FleetModel(fleet, PARAMS)
+    model = FleetClient(fleet, PARAMS)
     await model.ask([{"role": "user", "content": f"first of {item}"}])
     reply = await model.ask([{"role": "user", "content": item}])
     return reply.content
@@ -306,7 +306,7 @@ async def test_an_endpoint_that_refuses_everything_is_left() -> None:
     async with fleet_over(wrong, right) as fleet:
         assert refused(await run(fleet, ITEMS)) == ["bad 0", "bad 1"]
         assert [report.state for report in fleet.report()] == ["ejected", "in use"]
-    assert sum(wrong.asked.values()) <= LanePolicy().start + 1
+    assert sum(wrong.asked.values()) <= AdaptiveLimitPolicy().start + 1
 
 
 async def test_what_one_endpoint_alone_refuses_is_answered_by_another() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.budget.tokens import TokenCounter, prompt_tokens
+from fanfold.backends.budget.tokens import TokenCounter, estimate_prompt_tokens
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.simulated.fleet import SimulatedFleet
@@ -35,7 +35,7 @@ async def test_the_endpoint_counts_what_it_will_report(simulated: SimulatedFleet
     assert [count.tokens for count in counts] == [
         answer["usage"]["prompt_tokens"] for answer, _ in answers
     ]
-    assert counter.how == "by the endpoint's tokenizer"
+    assert counter.method == "by the endpoint's tokenizer"
 
 
 async def test_one_that_does_not_answer_is_asked_no_more(simulated: SimulatedFleet) -> None:
@@ -47,10 +47,10 @@ async def test_one_that_does_not_answer_is_asked_no_more(simulated: SimulatedFle
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "{base}/nowhere/v1"])
 async def test_where_nobody_offers_it_length_decides(url: str, simulated: SimulatedFleet) -> None:
-    spec = EndpointSpec(url.format(base=simulated.base_url))
+    spec = EndpointSpec(url.format(base=simulated.control_url))
     async with TokenCounter([spec], MODEL) as counter:
         for _ in range(2):
-            assert await counter.count(body("x")) == (prompt_tokens(body("x")), False)
+            assert await counter.count(body("x")) == (estimate_prompt_tokens(body("x")), False)
 
 
 async def test_a_model_that_is_called_otherwise(simulated: SimulatedFleet) -> None:

@@ -23,25 +23,25 @@ import pytest
 
 from fanfold.backends.budget.tokens import TokenCounter
 from fanfold.backends.core.errors import (
+    BackendError,
     ConfigurationError,
     EndpointError,
     EndpointLostError,
     EndpointReplyError,
     NoEndpointError,
     RunStoppedError,
-    SiteError,
 )
 from fanfold.backends.core.types import Reply
 from fanfold.backends.discovery.gateway import CommandToken, Gateway
-from fanfold.backends.discovery.probe import discover
+from fanfold.backends.discovery.probe import probe_models
 from fanfold.backends.discovery.sources import RegistrySource
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.fleet import Fleet, FleetModel
-from fanfold.backends.fleet.load import read_gauges
+from fanfold.backends.fleet.fleet import Fleet, FleetClient
+from fanfold.backends.fleet.load import read_server_loads
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams, RetryPolicy, TimeoutPolicy
 from fanfold.backends.fleet.transport import Transport
 from fanfold.backends.workers.globus.service import ComputeService
-from fanfold.backends.workers.launched.worker import attend
+from fanfold.backends.workers.launched.worker import run_worker
 
 from .conftest import completion
 from .raw_server import Answer, RawServer, Request, good, head, plain, serving
@@ -66,7 +66,7 @@ def small() -> FleetPolicy:
 
 
 def ask(fleet: Fleet) -> Awaitable[Reply]:
-    return FleetModel(fleet, ModelParams("m")).ask(BODY["messages"])
+    return FleetClient(fleet, ModelParams("m")).ask(BODY["messages"])
 
 
 async def read_stream(fleet: Fleet) -> bytes:
@@ -186,13 +186,13 @@ async def test_a_long_line_of_a_stream_is_read_whole() -> None:
 
 async def test_small_documents_are_bounded() -> None:
     async with serving(LARGE["chunked"]) as server:
-        (found,) = await discover([spec(server)], timeout_s=20)
+        (found,) = await probe_models([spec(server)], timeout_s=20)
         assert found.error == "the answer is larger than 8,388,608 bytes"
-        (gauges,) = await read_gauges([spec(server)], timeout_s=20)
+        (gauges,) = await read_server_loads([spec(server)], timeout_s=20)
         assert gauges.running is None
         with pytest.raises(NoEndpointError, match="larger than 8,388,608 bytes"):
-            await RegistrySource(server.url, timeout_s=20).look()
-        (found,) = await Gateway.of(server.url, ["a/b"], KEY).discover(20)
+            await RegistrySource(server.url, timeout_s=20).list_endpoints()
+        (found,) = await Gateway.from_paths(server.url, ["a/b"], KEY).probe_models(20)
         assert found.error == "the answer is larger than 8,388,608 bytes"
         async with TokenCounter([spec(server)], "m", timeout_s=20) as counter:
             assert not (await counter.count(BODY)).exact
@@ -214,15 +214,15 @@ async def test_redirects_carry_no_key(status: int) -> None:
                     await ask(fleet)
                 with pytest.raises((EndpointError, RunStoppedError)):
                     await read_stream(fleet)
-            (found,) = await discover([spec(server)])
+            (found,) = await probe_models([spec(server)])
             assert found.error is not None
-            assert (await read_gauges([spec(server)]))[0].running is None
+            assert (await read_server_loads([spec(server)]))[0].running is None
             async with TokenCounter([spec(server)], "m") as counter:
                 assert not (await counter.count(BODY)).exact
-            (found,) = await Gateway.of(server.url, ["a/b"], KEY).discover()
+            (found,) = await Gateway.from_paths(server.url, ["a/b"], KEY).probe_models()
             assert found.error is not None
             with pytest.raises(ConfigurationError):
-                await RegistrySource(server.url, KEY).look()
+                await RegistrySource(server.url, KEY).list_endpoints()
             assert server.seen
             assert other.seen == []
 
@@ -234,8 +234,8 @@ async def test_a_worker_shows_its_token_to_its_desk_only() -> None:
             return plain(b"", "302 Found", Location=f"{other.url}/")
 
         async with serving(answer) as server:
-            with pytest.raises(SiteError, match="redirect"):
-                await attend(f"{server.url}/", "desk-token", lambda order: order, 60)
+            with pytest.raises(BackendError, match="redirect"):
+                await run_worker(f"{server.url}/", "desk-token", lambda order: order, 60)
             assert other.seen == []
 
 
@@ -256,8 +256,8 @@ async def test_orders_for_globus_follow_no_redirect(
                 web_service_address=server.url,
             )
             service = ComputeService(client, None)
-            with pytest.raises(SiteError):
-                await asyncio.to_thread(service.health, "endpoint")
+            with pytest.raises(BackendError):
+                await asyncio.to_thread(service.fetch_health, "endpoint")
             await asyncio.to_thread(service.close)
             assert {r.headers["authorization"] for r in server.seen} == {"Bearer globus-token"}
             assert other.seen == []
@@ -286,8 +286,8 @@ async def test_netrc_neither_carries_nor_replaces_a_key(
             monkeypatch.setenv("http_proxy", server.url)
         async with Fleet([spec(server, proxied=proxied)], small()) as fleet:
             await ask(fleet)
-        await discover([spec(server, proxied=proxied)])
-        await Gateway.of(server.url, ["a/b"], KEY).discover()
+        await probe_models([spec(server, proxied=proxied)])
+        await Gateway.from_paths(server.url, ["a/b"], KEY).probe_models()
         assert {r.headers["authorization"] for r in server.seen} == {f"Bearer {KEY}"}
         assert all("proxy-authorization" not in r.headers for r in server.seen)
 
@@ -338,7 +338,7 @@ async def test_a_proxy_gets_its_own_password_and_no_message_shows_it(
             f"{scheme}_proxy", proxy.url.replace("http://", "http://me:pass%40word@")
         )
         there = EndpointSpec(f"{scheme}://gateway.invalid/v1", KEY, proxied=True)
-        (found,) = await discover([there])
+        (found,) = await probe_models([there])
         async with Fleet([there], small()) as fleet:
             with pytest.raises((EndpointError, RunStoppedError)) as caught:
                 await ask(fleet)
@@ -357,7 +357,7 @@ async def test_a_proxy_variable_that_is_none_is_named(
 ) -> None:
     monkeypatch.setenv("http_proxy", text)
     there = EndpointSpec("http://gateway.invalid/v1", KEY, proxied=True)
-    (found,) = await discover([there])
+    (found,) = await probe_models([there])
     assert found.error is not None
     assert "http_proxy (or HTTP_PROXY) does not name an HTTP proxy" in found.error
 

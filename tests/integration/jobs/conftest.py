@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 import fanfold
-from fanfold.backends.cluster.chain import Chain, chain_file
+from fanfold.backends.cluster.chain import JobChain, chain_file
 from fanfold.backends.simulated.process import MODULE
 from fanfold.backends.storage.run_folder import RunFolder
-from fanfold.configs.resolve import Wish
-from fanfold.graphs.jobs.submit import Order, submit
+from fanfold.configs.resolve import Overrides
+from fanfold.graphs.jobs.submit import SubmitOptions, submit_job
 
 from .slurm import PrivateSlurm, private_slurm
 from .slurm_accounts import no_accounts
@@ -67,7 +67,7 @@ def served(per_item_s: float) -> dict[str, Any]:
 def ended(trial: Trial) -> bool:
     """Say whether a chain has ended, its last job included."""
     chain = trial.chain
-    return chain.halted is not None and not chain.unfinished()
+    return chain.halt_reason is not None and not chain.unfinished_jobs()
 
 
 def until(true: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -85,7 +85,7 @@ class Trial:
     path: Path
 
     @property
-    def chain(self) -> Chain:
+    def chain(self) -> JobChain:
         return chain_file(self.path).read()
 
     def finished(self) -> Counter[str]:
@@ -104,7 +104,7 @@ class Trial:
 
     def assert_each_once(self, items: int) -> None:
         """Assert that the chain has ended with every item, and none has ended twice."""
-        assert self.chain.halted == "all items are finished", self.logs()
+        assert self.chain.halt_reason == "all items are finished", self.logs()
         finished = self.finished()
         assert len(finished) == items
         assert set(finished.values()) == {1}
@@ -130,8 +130,8 @@ class Cluster:
         config.write_text(yaml.safe_dump(data))
         trial = Trial(self.folder / "run")
         wanted: dict[str, Any] = {"nodes": 2, "walltime": "1h"} | order
-        terms = Order(str(self.site), **wanted)
-        submit(str(config), trial.path, Wish([]), terms, dry=False)
+        terms = SubmitOptions(str(self.site), **wanted)
+        submit_job(str(config), trial.path, Overrides([]), terms, dry=False)
         return trial
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.cluster.environment import pack
+from fanfold.backends.cluster.environment import pack_environment
 from fanfold.backends.core.errors import ConfigurationError
 
 NEEDED = {  # of what is run below; all packages would take a minute
@@ -23,7 +23,7 @@ NEEDED = {  # of what is run below; all packages would take a minute
 def test_it_runs_elsewhere_from_itself_alone(tmp_path: Path) -> None:
     names = {str(d.metadata["Name"]) for d in distributions()}
     others = sorted(n for n in names if n.lower().replace("_", "-").replace(".", "-") not in NEEDED)
-    packed = pack(tmp_path / "env.tar", others)
+    packed = pack_environment(tmp_path / "env.tar", others)
     assert "fanfold" in packed.packages
     assert packed.size == packed.path.stat().st_size
     there = tmp_path / "some where"
@@ -64,5 +64,5 @@ def test_it_runs_elsewhere_from_itself_alone(tmp_path: Path) -> None:
 
 def test_a_package_that_is_not_there_cannot_be_left_out(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--without no-such: no such package"):
-        pack(tmp_path / "env.tar", ["no-such"])
+        pack_environment(tmp_path / "env.tar", ["no-such"])
     assert not list(tmp_path.iterdir())

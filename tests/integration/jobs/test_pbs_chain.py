@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fanfold.backends.cluster.schedulers import Pbs
-from fanfold.configs.resolve import Wish
-from fanfold.graphs.jobs.submit import Order, submit
-from fanfold.graphs.jobs.usage import campaign
+from fanfold.configs.resolve import Overrides
+from fanfold.graphs.jobs.submit import SubmitOptions, submit_job
+from fanfold.graphs.jobs.usage import job_report
 
 from .conftest import Cluster, Trial, ended, served, until
 from .standin_pbs import members
@@ -36,9 +36,9 @@ def test_a_job_that_is_warned_is_followed_and_each_item_ends_once(pbs: Cluster) 
     chain, said = trial.chain, trial.logs()
     assert "it is tried again at the end of this one" in said
     assert [job.code for job in chain.jobs] == [5, 0, None], said
-    assert chain.jobs[0].progress >= 32
-    assert chain.jobs[0].progress + chain.jobs[1].progress == items
-    assert chain.halted == "all items are finished"
+    assert chain.jobs[0].finished_items >= 32
+    assert chain.jobs[0].finished_items + chain.jobs[1].finished_items == items
+    assert chain.halt_reason == "all items are finished"
     assert chain.jobs[2].outcome == "withdrawn before it began"
     finished = trial.finished()
     assert len(finished) == items
@@ -50,14 +50,16 @@ def test_a_job_that_is_warned_is_followed_and_each_item_ends_once(pbs: Cluster) 
 
 def check_usage(trial: Trial) -> None:
     def known() -> dict[str, Any]:
-        facts = campaign(trial.path, shares=True)
+        facts = job_report(trial.path, utilization=True)
         assert facts is not None
         return facts
 
     until(lambda: known()["node_hours_by_scheduler"], "the scheduler's accounts")
     facts = known()
     assert facts["node_hours"] > 0
-    assert [job["items"] for job in facts["jobs"][:2]] == [j.progress for j in trial.chain.jobs[:2]]
+    assert [job["items"] for job in facts["jobs"][:2]] == [
+        j.finished_items for j in trial.chain.jobs[:2]
+    ]
     useful = facts["useful"]
     assert sum(useful["lost"].values()) + useful["share"] == pytest.approx(1, abs=0.01)
     assert 0 < useful["share"] < 1
@@ -76,13 +78,15 @@ def test_where_jobs_may_not_submit_jobs_it_goes_on_by_hand(pbs: Cluster) -> None
     until(lambda: len(trial.finished()) >= 8, "the first items")
     subprocess.run(["qsig", "-s", "SIGUSR1", trial.chain.jobs[0].id], check=True)
     until(lambda: ended(trial), "the end of the first job")
-    why = trial.chain.halted or ""
+    why = trial.chain.halt_reason or ""
     assert "the next job could not be submitted: qsub says: qsub: would exceed" in why
     assert why.endswith(f"go on from a login node: fanfold submit {trial.path} …")
     first = trial.chain.jobs[0].id
-    until(lambda: Pbs().states([first]) == {first: "ended"}, "the scheduler's word for its end")
-    order = Order(str(pbs.site), nodes=2, walltime="1h")
-    submit(str(trial.path), None, Wish([]), order, dry=False)
+    until(
+        lambda: Pbs().fetch_states([first]) == {first: "ended"}, "the scheduler's word for its end"
+    )
+    order = SubmitOptions(str(pbs.site), nodes=2, walltime="1h")
+    submit_job(str(trial.path), None, Overrides([]), order, dry=False)
     until(lambda: ended(trial), "the end of the chain")
     trial.assert_each_once(ITEMS)
     assert [job.code for job in trial.chain.jobs] == [5, 0]

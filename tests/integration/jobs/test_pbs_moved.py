@@ -11,10 +11,10 @@ import pytest
 from fanfold.backends.cluster.schedulers import Pbs
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.configs.resolve import Wish
-from fanfold.graphs.jobs.chain import cancel
-from fanfold.graphs.jobs.submit import Order, submit
-from fanfold.graphs.jobs.usage import campaign
+from fanfold.configs.resolve import Overrides
+from fanfold.graphs.jobs.chain import cancel_jobs
+from fanfold.graphs.jobs.submit import SubmitOptions, submit_job
+from fanfold.graphs.jobs.usage import job_report
 
 from .conftest import Cluster, Trial, ended, served, until
 
@@ -25,13 +25,13 @@ SLOW = {"limits": {"requests_per_s": 20, "streams": 8}}
 
 def submitted(pbs: Cluster, folder: str | Path, *overrides: str) -> Trial:
     """Submit a run folder that there is."""
-    order = Order(str(pbs.site), nodes=2, walltime="1h")
-    submit(str(folder), None, Wish(list(overrides)), order, dry=False)
+    order = SubmitOptions(str(pbs.site), nodes=2, walltime="1h")
+    submit_job(str(folder), None, Overrides(list(overrides)), order, dry=False)
     return Trial(Path(folder))
 
 
 def all_ended(*jobs: str) -> bool:
-    return set(Pbs().states(jobs).values()) == {"ended"}
+    return set(Pbs().fetch_states(jobs).values()) == {"ended"}
 
 
 def test_a_folder_that_moves_while_its_jobs_wait(
@@ -88,12 +88,12 @@ def test_the_jobs_of_a_run_are_none_of_its_copys(
     copy = Trial(pbs.folder / "copy")
     shutil.copytree(trial.path, copy.path)
     with pytest.raises(ConfigurationError, match="no job of this run was ever submitted"):
-        cancel(copy.path, at_once=True)
+        cancel_jobs(copy.path, at_once=True)
     assert (
         "1.standin, 2.standin: jobs of the run that this folder was copied"
         in capsys.readouterr().err
     )
-    facts = campaign(copy.path)
+    facts = job_report(copy.path)
     assert facts is not None
     assert {job["state"] for job in facts["jobs"]} == {"of the run that this one was copied from"}
     submitted(pbs, copy.path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.servers.events import read_record
+from fanfold.backends.servers.events import read_events
 
 from .conftest import Cluster, Trial, ended, served, until
 
@@ -37,7 +37,7 @@ def failing_on_one_node(folder: Path, command: str) -> str:
 
 
 def started(record: Path) -> list[int]:
-    return [line["pid"] for line in read_record(record) if line["event"] == "start"]
+    return [line["pid"] for line in read_events(record) if line["event"] == "start"]
 
 
 @pytest.mark.parametrize("backend", SHAPES)
@@ -54,7 +54,7 @@ def test_servers_that_cannot_start_end_the_job_and_two_jobs_the_chain(
     until(lambda: ended(trial), "the end of the chain")
     outcomes = [job.outcome for job in trial.chain.jobs]
     assert outcomes == [*2 * ["no model server was left"], "withdrawn before it began"]
-    why = trial.chain.halted or ""
+    why = trial.chain.halt_reason or ""
     assert why.startswith("2 jobs in a row finished no item or lost all their model servers")
     said = trial.logs()
     assert "no model server was left, and none could come; what was said last:" in said

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.cluster.schedulers import Slurm, refusal
-from fanfold.graphs.jobs.chain import cancel
-from fanfold.graphs.jobs.usage import campaign
+from fanfold.backends.cluster.schedulers import Slurm, try_job_command
+from fanfold.graphs.jobs.chain import cancel_jobs
+from fanfold.graphs.jobs.usage import job_report
 
 from .conftest import Cluster, Trial, ended, served, until
 from .slurm import PrivateSlurm, missing
@@ -39,7 +39,7 @@ def check_hours(trial: Trial, slurm: PrivateSlurm) -> None:
     accounts = no_accounts() is None
     if accounts:
         until(lambda: not in_state(slurm, "RUNNING"), "the end of the last job")
-    facts = campaign(trial.path, shares=True)
+    facts = job_report(trial.path, utilization=True)
     assert facts is not None
     assert facts["node_hours_by_scheduler"] == accounts
     assert bool(facts["scheduler_says"]) == (not accounts)
@@ -99,9 +99,9 @@ def running(slurm: PrivateSlurm) -> bool:
 def test_cancel_ends_a_chain(jobs: Cluster) -> None:
     trial = jobs.submit(2000, served(0.3), walltime="10m")
     until(lambda: len(trial.finished()) >= 20, "the first items")
-    cancel(trial.path, at_once=False)
+    cancel_jobs(trial.path, at_once=False)
     until(lambda: ended(trial), "the end of the chain")
-    assert trial.chain.halted == "cancelled by fanfold cancel"
+    assert trial.chain.halt_reason == "cancelled by fanfold cancel"
     assert trial.chain.jobs[0].code == 5
     assert set(trial.finished().values()) == {1}
     assert "all servers have ended" in said(trial.path / "cluster", "serve")
@@ -110,13 +110,17 @@ def test_cancel_ends_a_chain(jobs: Cluster) -> None:
 def test_a_job_that_is_gone_is_as_good_as_cancelled(jobs: Cluster, slurm: PrivateSlurm) -> None:
     trial = jobs.submit(2000, served(0.3), walltime="10m")
     until(lambda: len(trial.finished()) >= 20, "the first items")
-    assert refusal(Slurm(), "4711", Slurm().cancel) is None, "Slurm never knew it"
+    assert try_job_command(Slurm(), "4711", Slurm().cancel) is None, "Slurm never knew it"
     subprocess.run(["scancel", "2"], check=True)
-    cancel(trial.path, at_once=True)
+    cancel_jobs(trial.path, at_once=True)
     until(lambda: slurm.said("squeue", "-h") == "", "the end of the jobs")
-    assert refusal(Slurm(), "1", Slurm().cancel) is refusal(Slurm(), "1", Slurm().drain) is None
-    cancel(trial.path, at_once=False)
-    assert trial.chain.halted == "cancelled by fanfold cancel"
+    assert (
+        try_job_command(Slurm(), "1", Slurm().cancel)
+        is try_job_command(Slurm(), "1", Slurm().drain)
+        is None
+    )
+    cancel_jobs(trial.path, at_once=False)
+    assert trial.chain.halt_reason == "cancelled by fanfold cancel"
     assert trial.chain.jobs[1].outcome == "gone before it began"
 
 

@@ -15,7 +15,7 @@ import orjson
 import pytest
 
 from fanfold.backends.storage.run_folder import RunFolder
-from fanfold.graphs.jobs.usage import campaign
+from fanfold.graphs.jobs.usage import job_report
 
 from .conftest import Cluster, ended, served, until
 from .slurm import PrivateSlurm, missing
@@ -48,13 +48,13 @@ def test_a_chain_on_real_servers(jobs: Cluster, slurm: PrivateSlurm, tmp_path: P
     settings["endpoints"] |= {"least": 2, "wait_s": 600}
     trial = jobs.submit(items, settings, walltime="3m")
     until(lambda: ended(trial), "the end of the chain", 3600)
-    facts = campaign(trial.path, shares=True)
+    facts = job_report(trial.path, utilization=True)
     print(facts)
     files = RunFolder(trial.path).journal.glob("*.jsonl")
     lines = [orjson.loads(line) for file in files for line in file.read_bytes().splitlines()]
     records = [line for line in lines if "index" in line]
     assert Counter(record["index"] for record in records) == Counter(range(items))
-    assert trial.chain.halted == "all items are finished", trial.logs()
+    assert trial.chain.halt_reason == "all items are finished", trial.logs()
     assert {record["error_class"] for record in records} <= {None, "TruncatedAnswerError"}
     assert facts is not None
     assert facts["useful"]["jobs_by_journal"] == 0

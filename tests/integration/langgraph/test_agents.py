@@ -86,7 +86,7 @@ async def test_a_deadline_bounds_an_agent_that_waits_for_ever() -> None:
 
 async def test_the_deadline_holds_without_a_graph_of_ones_own() -> None:
     async with SimulatedFleet(SimulationSpec.fast(nodes=1)) as fleet:
-        fleet.fault(FaultRule("hang", draw="item", p=0.3))
+        fleet.add_fault(FaultRule("hang", draw="item", p=0.3))
         config = settings("", limits={"item_timeout_s": 2, "hedge": False})
         config |= {"task": {"prompt": "{smiles}"}, "endpoints": {"urls": list(fleet.urls)}}
         end, _ = await table_of(config)
@@ -97,7 +97,7 @@ async def test_the_deadline_holds_without_a_graph_of_ones_own() -> None:
 
 async def test_a_refused_call_of_an_agent_has_the_fleets_failure_class() -> None:
     async with SimulatedFleet(SimulationSpec.fast(nodes=1, responder="agent")) as fleet:
-        fleet.fault(FaultRule("context", value=8))
+        fleet.add_fault(FaultRule("context", value=8))
         config = settings("chemist", endpoints={"urls": list(fleet.urls)})
         end, _ = await table_of(config)
     assert end["aggregate"][0]["failed_by_class"] == {"PromptTooLongError": 20}

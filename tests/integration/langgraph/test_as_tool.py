@@ -31,7 +31,7 @@ from fanfold import ConfigurationError, RunContext, as_tool
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.requests import Question
-from fanfold.backends.simulated.responders import ToolUse
+from fanfold.backends.simulated.responders import ToolCall
 from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
@@ -183,7 +183,7 @@ async def test_input_that_was_refused_costs_nothing(simulated: SimulatedFleet) -
 
 
 async def test_failed_items_are_told_with_reasons(simulated: SimulatedFleet) -> None:
-    simulated.fault(FaultRule("refusal", p=0.5, draw="item"))
+    simulated.add_fault(FaultRule("refusal", p=0.5, draw="item"))
     said = json.loads(str((await asked(trial(simulated), molecules(30))).content))
     assert said["done"] + said["failed"] == 30
     assert 0 < len(said["failures"]) <= 5
@@ -250,12 +250,12 @@ async def test_two_calls_at_once_do_not_spend_the_budget_twice(simulated: Simula
     assert (await asked(tool, molecules(5))).status == "success"
 
 
-def screening(question: Question) -> str | ToolUse:
+def screening(question: Question) -> str | ToolCall:
     """Play a model: one call of the tool, then a sentence."""
     last = question.messages[-1]
     if last["role"] == "tool":
         return f"It says: {last['content'][:200]}"
-    return ToolUse("solubility", {"items": molecules(20)})
+    return ToolCall("solubility", {"items": molecules(20)})
 
 
 @asynccontextmanager

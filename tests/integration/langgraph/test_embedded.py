@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from fanfold import RunContext, build_graph
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.fleet import SimulatedFleet
-from fanfold.graphs.map_reduce import build
+from fanfold.graphs.map_reduce import build_bound_graph
 
 pytestmark = pytest.mark.integration
 
@@ -223,8 +223,8 @@ async def test_a_cancelled_run_leaves_its_database_usable(
     simulated: SimulatedFleet, tmp_path: Path, durability: Any
 ) -> None:
     """Its saver is still open; another one on the same file goes on and ends the run."""
-    simulated.fault(FaultRule("slow", value=0.1))
-    graph = build(RunContext(config=settings({"urls": list(simulated.urls)})))
+    simulated.add_fault(FaultRule("slow", value=0.1))
+    graph = build_bound_graph(RunContext(config=settings({"urls": list(simulated.urls)})))
     file = str(tmp_path / "run.sqlite")
     async with (
         AsyncSqliteSaver.from_conn_string(file) as first,

@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 from fanfold import FanfoldError, RunContext, as_tool, build_graph
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.fleet import SimulatedFleet
-from fanfold.graphs.map_reduce import build
+from fanfold.graphs.map_reduce import build_bound_graph
 
 pytestmark = pytest.mark.integration
 
@@ -88,7 +88,7 @@ async def test_items_end_the_same_under_every_invocation(
     simulated: SimulatedFleet, singly: bool
 ) -> None:
     """Many answers break the schema; an item that fails took eleven steps."""
-    simulated.fault(FaultRule("bad_schema", p=0.8, draw="item"))
+    simulated.add_fault(FaultRule("bad_schema", p=0.8, draw="item"))
     shard = {"items": 1 if singly else 8}
     found = {}
     for name, outer in {"nothing": {}, **OUTER}.items():
@@ -118,7 +118,9 @@ async def test_a_users_graph_has_its_own_limits(
 async def test_a_users_graph_sees_nothing_of_the_invocation(
     simulated: SimulatedFleet, shard: int
 ) -> None:
-    graph = build(RunContext(config=settings(simulated, "nosy", shard={"items": shard})))
+    graph = build_bound_graph(
+        RunContext(config=settings(simulated, "nosy", shard={"items": shard}))
+    )
     compiled = graph.compile(checkpointer=InMemorySaver())
     config: RunnableConfig = {
         "configurable": {"thread_id": "t", "user": "me"},

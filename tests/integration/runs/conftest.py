@@ -21,9 +21,9 @@ from rich.console import Console
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
-from fanfold.configs.loader import load
+from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import prepare_run, resume_run
-from fanfold.graphs.session import RunOptions, RunResult, execute
+from fanfold.graphs.session import RunOptions, RunResult, execute_run
 
 DEADLINE_S = 60.0
 STREAMS = 16
@@ -84,22 +84,22 @@ class Lab:
                 await asyncio.sleep(0.002)
 
     async def begin(self, out: Path | None = None) -> RunFolder:
-        return await prepare_run(load(self.config), out or self.out)
+        return await prepare_run(load_config(self.config), out or self.out)
 
     async def live(
         self, folder: RunFolder | None = None, overrides: tuple[str, ...] = (), **options: Any
     ) -> RunResult:
         """Go on with a run in this process, to whatever end."""
         folder = folder or open_folder(self.out)
-        loaded = load(str(folder.settings), overrides) if overrides else None
+        loaded = load_config(str(folder.settings), overrides) if overrides else None
         resumed = await resume_run(folder, loaded)
-        options = {"quiet": True, "anew": resumed.reduce_changed} | options
-        return await execute(folder, resumed.loaded, RunOptions(**options), Console(quiet=True))
+        options = {"quiet": True, "refold": resumed.reduce_changed} | options
+        return await execute_run(folder, resumed.loaded, RunOptions(**options), Console(quiet=True))
 
     async def undisturbed(self) -> list[dict[str, Any]]:
         """Return the aggregate of a run that nothing disturbs, and clear the fleet's books."""
         result = await self.live(await self.begin(self.home / "undisturbed"))
-        assert result.code == 0
+        assert result.exit_code == 0
         self.fleet.reset()
         return result.aggregate
 

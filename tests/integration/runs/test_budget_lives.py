@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.budget.spend_log import Shelf
-from fanfold.backends.core.errors import BUDGET
+from fanfold.backends.budget.spend_log import SpendLogs
+from fanfold.backends.core.errors import EXIT_BUDGET
 from fanfold.backends.storage.run_folder import open_folder
 
 pytestmark = pytest.mark.integration
@@ -29,7 +29,7 @@ def paid(lab: Any) -> int:
 def said(lab: Any) -> int:
     """Return what counts as spent when the run is resumed now."""
     folder = open_folder(lab.out)
-    return Shelf(folder.budget, folder.read_provenance()["run"]).spent({}).tokens
+    return SpendLogs(folder.budget, folder.read_provenance()["run"]).total_spent({}).tokens
 
 
 def plain(lab: Any) -> None:
@@ -58,7 +58,7 @@ async def test_a_killed_run_stays_below_its_cap(lab_of: Any, backend: dict[str, 
         await lab.killed_at(40)
         assert paid(lab) <= said(lab) <= cap
         result = await lab.live()
-        assert result.code == BUDGET
+        assert result.code == EXIT_BUDGET
         assert paid(lab) <= cap  # what was in flight at the kill counts as spent
         result = await lab.live(overrides=("budget.tokens=1000000",))
         assert result.code == 0
@@ -69,14 +69,14 @@ async def test_without_a_crash_a_budget_is_used_up_to_the_last_item(lab_of: Any)
     async with lab_of(items=300) as lab:
         _, cap = await budgeted(lab, HERE, share=0.6)
         result = await lab.live(await lab.begin())
-        assert result.code == BUDGET
+        assert result.code == EXIT_BUDGET
         assert result.reason is not None
         assert "the budget is exhausted" in result.reason
         assert 0.98 * cap - 1000 < paid(lab) <= cap
         assert said(lab) == (before := paid(lab))  # settled to the token
         async with lab.process("resume", str(lab.out), "--json") as process:
             told, _ = await asyncio.wait_for(process.communicate(), 60)
-        assert (process.returncode, json.loads(told)["exit_code"]) == (BUDGET, BUDGET)
+        assert (process.returncode, json.loads(told)["exit_code"]) == (EXIT_BUDGET, EXIT_BUDGET)
         assert paid(lab) == before
 
 
@@ -87,7 +87,7 @@ async def test_requests_and_dollars_are_limited_alike(lab_of: Any, limit: dict[s
         lab.config["model"]["price"] = {"prompt": 0.5, "completion": 1.0}
         lab.config["budget"] = limit | {"on_limit": "stop"}
         result = await lab.live(await lab.begin())
-        assert result.code == BUDGET
+        assert result.code == EXIT_BUDGET
         nodes = lab.fleet.stats()["nodes"]
         requests = sum(node["requests"] for node in nodes)
         dollars = sum(0.5 * n["prompt_tokens"] + n["completion_tokens"] for n in nodes) / 1e6
@@ -106,9 +106,9 @@ async def test_node_hours_end_a_run(lab_of: Any) -> None:
         lab.config["model"]["price"] = {"node_hour": 3600.0}
         lab.config["budget"] = {"node_hours": 4 / 3600}
         result = await lab.live(await lab.begin())
-        assert result.code == BUDGET
+        assert result.code == EXIT_BUDGET
         assert 0 < result.progress["done"] < 400
         folder = open_folder(lab.out)
-        spent = Shelf(folder.budget, folder.read_provenance()["run"]).spent({})
+        spent = SpendLogs(folder.budget, folder.read_provenance()["run"]).total_spent({})
         assert 1000 < spent.node_ms <= 4000
         assert spent.nano_usd == pytest.approx(spent.node_ms * 10**6, rel=0.01)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.budget.cost import budget_so_far, cost_so_far
-from fanfold.backends.budget.spend_log import Shelf
+from fanfold.backends.budget.cost import read_budget, read_cost
+from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.money import Amount
-from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.journal_index import Journal
 from fanfold.backends.storage.run_folder import open_folder
 
 pytestmark = pytest.mark.integration
@@ -22,10 +22,14 @@ def told(lab: Any) -> tuple[Any, dict[str, Any], int]:
     """Return the cost and the budget as the folder tells them, and what counts as spent."""
     folder = open_folder(lab.out)
     run = folder.read_provenance()["run"]
-    with Ledger(folder.journal, run, lab.items) as ledger:
-        cost = cost_so_far(folder, run, ledger.spent)
-        amounts = {life: spent.amount for life, spent in ledger.spent.items()}
-    return cost, budget_so_far(folder, cost), Shelf(folder.budget, run).spent(amounts).tokens
+    with Journal(folder.journal, run, lab.items) as ledger:
+        cost = read_cost(folder, run, ledger.usage_by_session)
+        amounts = {life: spent.amount for life, spent in ledger.usage_by_session.items()}
+    return (
+        cost,
+        read_budget(folder, cost),
+        SpendLogs(folder.budget, run).total_spent(amounts).tokens,
+    )
 
 
 def paid(lab: Any) -> int:
@@ -43,15 +47,15 @@ async def test_what_a_killed_life_may_have_cost_is_in_doubt(lab_of: Any) -> None
         lab.config |= {"budget": {"tokens": CAP}, "backend": {"kind": "local", "processes": 2}}
         await lab.killed_at(15)
         cost, budget, spent = told(lab)
-        assert cost.doubt.tokens > 0
-        assert cost.spent.tokens + cost.doubt.tokens == spent >= paid(lab)
-        assert cost.doubt_json()["usd"] is None  # the cap reckons in tokens
+        assert cost.unaccounted.tokens > 0
+        assert cost.spent.tokens + cost.unaccounted.tokens == spent >= paid(lab)
+        assert cost.unaccounted_json()["usd"] is None  # the cap reckons in tokens
         assert budget["tokens"] == {"spent": spent, "cap": CAP}
         result = await lab.live(overrides=("backend={kind: local}",))
         assert result.code == 0
         after, _, spent = told(lab)
         assert after == result.cost
-        assert after.spent.tokens + after.doubt.tokens == spent >= paid(lab)
+        assert after.spent.tokens + after.unaccounted.tokens == spent >= paid(lab)
         assert after.held.node_ms > cost.held.node_ms
         assert result.budget["tokens"]["spent"] == spent
         assert after.nano_usd >= after.spent.useful_nano_usd > 0
@@ -67,8 +71,8 @@ async def test_it_is_told_while_the_run_goes_on(lab_of: Any) -> None:
         cost, _, spent = await asyncio.to_thread(told, lab)
         assert not life.done()
         assert 10 <= cost.spent.requests < 200
-        assert cost.doubt.tokens > 0  # what is reserved
-        assert cost.spent.tokens + cost.doubt.tokens == spent
+        assert cost.unaccounted.tokens > 0  # what is reserved
+        assert cost.spent.tokens + cost.unaccounted.tokens == spent
         result = await life
         assert result.cost.spent.requests == 200
-        assert result.cost.doubt == Amount()
+        assert result.cost.unaccounted == Amount()

@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from fanfold.backends.budget.cost import KEYS, grouped
-from fanfold.backends.budget.spend_log import Shelf
-from fanfold.backends.core.money import NANO
+from fanfold.backends.budget.cost import GROUP_KEYS, group_usage
+from fanfold.backends.budget.spend_log import SpendLogs
+from fanfold.backends.core.money import NANO_PER_USD
 from fanfold.backends.simulated.faults import FaultRule
-from fanfold.backends.storage.journal import Spent
+from fanfold.backends.storage.journal import UsageTotals
 from fanfold.backends.storage.run_folder import RunFolder
 
 pytestmark = pytest.mark.integration
@@ -56,7 +56,7 @@ async def test_a_faulty_run_adds_up_three_ways(lab_of: Any, budget: dict[str, An
     assert totals["disconnects"] > 0
 
     # the first way: the journal
-    journal, found = Spent(), records(lab.out)
+    journal, found = UsageTotals(), records(lab.out)
     for record in found:
         journal.add(record)
     assert result.progress["failed"] > 0
@@ -82,18 +82,18 @@ async def test_a_faulty_run_adds_up_three_ways(lab_of: Any, budget: dict[str, An
 
     # the same, by endpoint and in dollars
     folder = RunFolder(lab.out)
-    groups = grouped(folder.journal, result.run, ITEMS, "endpoint", "m")
+    groups = group_usage(folder.journal, result.run, ITEMS, "endpoint", "m")
     assert groups.total == journal
     of_rows = {row["endpoint"]: (row["useful_tokens"], row["wasted_tokens"]) for row in rows}
     assert of_rows == {
-        name: (spent.useful_tokens, spent.wasted_tokens) for name, spent in groups.by.items()
+        name: (spent.useful_tokens, spent.wasted_tokens) for name, spent in groups.by_key.items()
     }
-    for key in ("model", *KEYS):
-        parts = grouped(folder.journal, result.run, ITEMS, key, "m").by.values()
-        for field in Spent.__slots__:
+    for key in ("model", *GROUP_KEYS):
+        parts = group_usage(folder.journal, result.run, ITEMS, key, "m").by_key.values()
+        for field in UsageTotals.__slots__:
             assert sum(getattr(part, field) for part in parts) == getattr(journal, field)
-    rounding = journal.requests / NANO
-    usd = journal.nano_usd / NANO
+    rounding = journal.requests / NANO_PER_USD
+    usd = journal.nano_usd / NANO_PER_USD
     assert math.isclose(sum(row["usd"] for row in rows), usd, abs_tol=rounding)
     results = pq.read_table(folder.results).to_pylist()
     assert math.isclose(sum(row["usd"] for row in results), usd, abs_tol=1e-9)
@@ -104,12 +104,17 @@ async def test_a_faulty_run_adds_up_three_ways(lab_of: Any, budget: dict[str, An
     assert told["tokens"]["wasted"] == journal.wasted_tokens
 
     # and with the budget's book, which counts a request's price rounded up
-    pages = Shelf(folder.budget, result.run).pages()
-    assert pages[1].held.node_ms > 0
+    pages = SpendLogs(folder.budget, result.run).read_sessions()
+    assert pages[1].node_time.node_ms > 0
     if budget:
         settled = pages[1].settled
         assert settled is not None
         assert settled.tokens == journal.tokens
-        assert math.isclose(settled.nano_usd / NANO, usd, abs_tol=rounding)
+        assert math.isclose(settled.nano_usd / NANO_PER_USD, usd, abs_tol=rounding)
         assert result.budget["tokens"]["spent"] == journal.tokens
-    assert result.cost.doubt_json() == {"requests": 0, "tokens": 0, "usd": 0.0, "node_hours": 0.0}
+    assert result.cost.unaccounted_json() == {
+        "requests": 0,
+        "tokens": 0,
+        "usd": 0.0,
+        "node_hours": 0.0,
+    }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.core.errors import JournalError
 from fanfold.graphs.session import RunResult
 
 pytestmark = pytest.mark.integration
@@ -47,7 +47,7 @@ async def test_a_journal_that_hits_a_limit(lab_of: Any) -> None:
 
 
 async def failing(lab: Any) -> str:
-    with pytest.raises(LedgerError) as caught:
+    with pytest.raises(JournalError) as caught:
         await lab.live()
     lab.life_ended()
     return caught.value.message
@@ -124,9 +124,9 @@ async def test_a_fresh_life_after_each_failure(lab_of: Any) -> None:
         aggregate = await lab.undisturbed()
         await lab.begin()
         result: RunResult = await lab.live()
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.life_ended()
         again: RunResult = await lab.live()
-        assert (again.code, again.aggregate) == (0, aggregate)
+        assert (again.exit_code, again.aggregate) == (0, aggregate)
         assert sorted(p.name for p in (lab.out / "journal").iterdir()) == ["0001.jsonl", "lock"]
         lab.assert_whole(aggregate, again=0)

@@ -15,9 +15,9 @@ import pytest
 from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.configs.loader import load
+from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import resume_run
-from fanfold.graphs.run.shutdown import Stop
+from fanfold.graphs.run.shutdown import Shutdown
 from fanfold.graphs.session import RunResult
 
 pytestmark = pytest.mark.integration
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.integration
 async def stopped(lab: Any, lines: int, *signals: signal.Signals, **options: Any) -> RunResult:
     """Begin a run or go on with it here, and signal this process when so many items ended."""
     folder = None if (lab.out / "run.yaml").exists() else await lab.begin()
-    heard, heed = list[str](), Stop.asked
+    heard, heed = list[str](), Shutdown.request_stop
 
-    def asked(stop: Stop, name: str) -> None:
+    def asked(stop: Shutdown, name: str) -> None:
         heard.append(name)
         heed(stop, name)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Stop, "asked", asked)
+        patched.setattr(Shutdown, "request_stop", asked)
         life = asyncio.create_task(lab.live(folder, **options))
         await lab.until(lambda: lab.journal_lines() >= lines)
         for number in signals:
@@ -70,7 +70,7 @@ async def test_drained_and_resumed_over_and_over(lab_of: Any, shards: str) -> No
         aggregate = await lab.undisturbed()
         for number, lines in ((signal.SIGTERM, 10), (signal.SIGINT, 50), (signal.SIGTERM, 90)):
             result = await stopped(lab, lines, number, trace=trace)
-            assert (result.code, result.reason) == (5, number.name)
+            assert (result.exit_code, result.reason) == (5, number.name)
             assert result.progress["done"] == lab.journal_lines()
             assert result.progress["failed"] == 0
             assert lab.fleet_is_idle()
@@ -81,11 +81,11 @@ async def test_drained_and_resumed_over_and_over(lab_of: Any, shards: str) -> No
 async def test_many_small_supersteps(lab_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async with lab_of(items=120) as lab:
         lab.config["shard"] = {"items": 5}
-        monkeypatch.setattr("fanfold.graphs.run.items.window", lambda *_: 3)
+        monkeypatch.setattr("fanfold.graphs.run.items.choose_window", lambda *_: 3)
         aggregate = await lab.undisturbed()
         for lines in (1, 20, 31, 75):
             result = await stopped(lab, lines, signal.SIGTERM)
-            assert result.code == 5
+            assert result.exit_code == 5
         assert (await lab.live()).code == 0
         lab.assert_whole(aggregate, again=0)
 
@@ -96,7 +96,7 @@ async def test_a_hanging_fleet_cannot_hold_up_the_stop(lab_of: Any) -> None:
         aggregate = await lab.undisturbed()
         lab.fleet.fault(FaultRule("hang", p=0.3, draw="item"))
         result = await stopped(lab, 8, signal.SIGTERM)
-        assert result.code == 5
+        assert result.exit_code == 5
         done = lab.journal_lines()
         assert result.progress["done"] == done < 40
         lab.fleet._faults.clear()
@@ -109,7 +109,7 @@ async def test_a_second_signal_stops_at_once(lab_of: Any) -> None:
         aggregate = await lab.undisturbed()
         lab.fleet.fault(FaultRule("hang", p=0.3, draw="item"))
         result = await stopped(lab, 8, signal.SIGTERM, signal.SIGINT)
-        assert (result.code, result.reason) == (5, "SIGTERM")
+        assert (result.exit_code, result.reason) == (5, "SIGTERM")
         lab.fleet._faults.clear()
         assert (await lab.live()).code == 0
         lab.assert_whole(aggregate, again=16)
@@ -129,13 +129,13 @@ async def test_a_signal_while_the_run_is_opened(
             yield
 
         with monkeypatch.context() as patched:
-            patched.setattr("fanfold.graphs.run.resources.served", never)
+            patched.setattr("fanfold.graphs.run.resources.ready_endpoints", never)
             life = asyncio.create_task(lab.live(folder))
             await asyncio.wait_for(opening.wait(), 60)
             os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(RunStoppedError, match="SIGTERM before the first item"):
                 await asyncio.wait_for(life, 60)
-        assert not folder.in_use()
+        assert not folder.is_in_use()
         assert (await lab.live()).code == 0
         lab.assert_whole(aggregate, again=0)
 
@@ -174,7 +174,7 @@ async def test_a_fleet_that_is_lost_ends_the_run_resumably(lab_of: Any) -> None:
 async def test_by_checkpoint_or_anew_the_aggregate_is_the_same(lab_of: Any, change: str) -> None:
     async with lab_of(items=80) as lab:
         aggregate = await lab.undisturbed()
-        assert (await stopped(lab, 30, signal.SIGTERM)).code == 5
+        assert (await stopped(lab, 30, signal.SIGTERM)).exit_code == 5
         if change == "reduce":
             less = await lab.live(overrides=("reduce=[{op: count}]",))
             assert [stage["op"] for stage in less.aggregate] == ["count"]
@@ -225,9 +225,9 @@ async def test_killed_between_new_settings_and_the_first_checkpoint(lab_of: Any)
     """The settings have other reduce stages than the checkpoint, and nobody says so."""
     async with lab_of(items=80) as lab:
         lab.config["shard"] = {"items": 5}
-        assert (await stopped(lab, 40, signal.SIGTERM)).code == 5
+        assert (await stopped(lab, 40, signal.SIGTERM)).exit_code == 5
         folder = open_folder(lab.out)
-        changed = load(str(folder.settings), ("reduce=[{op: count}]",))
+        changed = load_config(str(folder.settings), ("reduce=[{op: count}]",))
         await resume_run(folder, changed)
         result = await lab.live()
         assert result.code == 0

@@ -12,13 +12,13 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.workers.factory import places
+from fanfold.backends.workers.factory import make_backends
 from fanfold.backends.workers.testing import (
     CHECKS,
+    BackendCase,
     Check,
-    Subject,
-    item_errors_are_data,
-    survives_a_dead_worker,
+    check_dead_worker,
+    check_item_errors,
 )
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard
@@ -50,7 +50,7 @@ ENGINES = [
 ]
 
 
-QUICK = (item_errors_are_data, survives_a_dead_worker)
+QUICK = (check_item_errors, check_dead_worker)
 """Checks that run each time; each of them starts an engine of its own."""
 
 
@@ -102,7 +102,7 @@ async def test_an_engine_keeps_the_contract(
     backend: dict[str, Any], check: Check, tmp_path: Any
 ) -> None:
     config = BackendConfig.model_validate(backend)
-    await check(Subject(lambda: places(config, work_shard)[0], tmp_path))
+    await check(BackendCase(lambda: make_backends(config, work_shard)[0], tmp_path))
 
 
 @pytest.mark.parametrize("backend", ENGINES)
@@ -131,7 +131,7 @@ async def test_a_worker_of_an_engine_is_killed(lab_of: Any, backend: dict[str, A
         aggregate = await lab.undisturbed()
         lab.config["backend"] = backend
         result = await lived(lab, the_first)
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(aggregate, again=0)
         again = asked_again(lab)
         print(f"{backend['factory']}: {again} items asked again")

@@ -57,7 +57,7 @@ async def test_a_worker_and_then_the_launcher_are_killed(
         monkeypatch.setenv(*token.split("="))
         launcher = their_launcher if backend is LAUNCHED else mpiexec
         result = await lived(lab, the_first, launcher)
-        assert result.code == 0
+        assert result.exit_code == 0
         assert len(begun(lab)) >= 4
         lab.assert_whole(aggregate, again=0)
         assert 0 < asked_again(lab) <= 2 * STREAMS

@@ -142,7 +142,7 @@ async def test_two_spellings_have_one_lock(lab_of: Any, tmp_path: Path) -> None:
     async with lab_of() as lab:
         await drained(lab)
         (tmp_path / "link").symlink_to("run")
-        with open_folder(Path("link")).locked():
+        with open_folder(Path("link")).lock():
             for spelling in ("run", str(tmp_path / "run"), "./link/../run/"):
                 with pytest.raises(ConfigurationError, match="is working on this run"):
                     await lab.live(open_folder(Path(spelling)))

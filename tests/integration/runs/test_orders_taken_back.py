@@ -11,14 +11,14 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.core.exit_with_parent import follow_parent
+from fanfold.backends.core.exit_with_parent import exit_with_parent
 from fanfold.backends.core.types import Item, Shard
-from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.journal_index import Journal
 from fanfold.backends.workers.executor import ExecutorBackend
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import ShardPool
-from fanfold.backends.workers.testing import order
-from fanfold.graphs.remote.coordinator import WorkCrew
+from fanfold.backends.workers.pool import WorkerPool
+from fanfold.backends.workers.testing import make_task
+from fanfold.graphs.remote.coordinator import Coordinator
 from fanfold.graphs.worker import work_shard
 from fanfold.nodes.shard.progress import Progress
 from fanfold.tests.unit.graphs.test_crew_orders import Lender, Terms, until
@@ -29,30 +29,30 @@ ITEMS, STALLS_AT = 60, 20
 
 async def test_a_worker_that_wakes_stops(tmp_path: Path) -> None:
     """Its event loop hangs for 6 s after 20 items of 0.1 s each; silence is 3 s here."""
-    ledger = Ledger(tmp_path, "rehearsal", ITEMS)
-    ledger.begin("test", 1.0)
-    pattern = order("x", [])
+    ledger = Journal(tmp_path, "rehearsal", ITEMS)
+    ledger.start_session("test", 1.0)
+    pattern = make_task("x", [])
     run = dict(pattern.run) | {"token": "t"}
     terms: Any = Terms(tmp_path, run, settings=pattern.settings, deadline_s=600.0)
     lender: Any = Lender()
     workers = ExecutorBackend(_two_workers, work_shard, 2, "two")
-    pool = ShardPool([workers], PoolPolicy(silence_s=3.0))
-    crew = WorkCrew(pool, terms, ledger, Progress(total=ITEMS), lender)
+    pool = WorkerPool([workers], PoolPolicy(silence_s=3.0))
+    crew = Coordinator(pool, terms, ledger, Progress(total=ITEMS), lender)
 
     async def remaining() -> list[Item]:
         return [Item(n, str(n), _row(n, tmp_path), None) for n in range(ITEMS) if open_(n)]
 
     def open_(index: int) -> bool:
-        return not ledger.finished(index)
+        return not ledger.is_finished(index)
 
-    async with crew.opened():
-        answered = await crew.work(Shard(0, ITEMS), remaining)
+    async with crew.open_pool():
+        answered = await crew.run_shard(Shard(0, ITEMS), remaining)
         assert answered is not None
         assert answered[0] is not None
         assert answered[0].attempt == 1
-        await until(lambda: pool.out == 0)  # the first copy has answered as well
+        await until(lambda: pool.in_flight == 0)  # the first copy has answered as well
         await crew.refresh()
-        assert ledger.counts().done == ITEMS
+        assert ledger.count_items().done == ITEMS
     await ledger.aclose()
     written = _written(tmp_path)
     assert set(written) == set(range(ITEMS))
@@ -62,7 +62,7 @@ async def test_a_worker_that_wakes_stops(tmp_path: Path) -> None:
 
 def _two_workers() -> ProcessPoolExecutor:
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(2, mp_context=spawn, initializer=follow_parent)
+    return ProcessPoolExecutor(2, mp_context=spawn, initializer=exit_with_parent)
 
 
 def _row(index: int, folder: Path) -> dict[str, Any]:

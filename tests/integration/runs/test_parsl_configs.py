@@ -142,7 +142,7 @@ async def test_worker_and_manager_of_ones_own_config_are_killed(lab_of: Any) -> 
         settings(lab, "my_site:without_log")
         lab.config["backend"]["silence_s"] = 20
         result = await lived(lab, the_first, their_parent)
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(aggregate, again=0)
         again = asked_again(lab)
         print(f"parsl, a config of one's own: {again} items asked again")
@@ -181,7 +181,7 @@ async def test_workers_of_a_loaded_kernel_are_killed(lab_of: Any, tmp_path: Path
         with parsl.load(htex_local(2, tmp_path / "parsl")) as kernel:
             result = await lived(lab, the_first, their_parent)
             assert not kernel.cleanup_called
-        assert (result.code, result.progress["done"] < 400) == (5, True)
+        assert (result.exit_code, result.progress["done"] < 400) == (5, True)
         assert "the DataFlowKernel has no workers left" in str(result.reason)
         parsl.clear()
         with parsl.load(htex_local(2, tmp_path / "parsl")):

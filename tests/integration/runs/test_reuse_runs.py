@@ -30,7 +30,7 @@ def threads() -> Executor:
 def _own_worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Each test has a worker of its own, closed at its end."""
     own = worker.Worker()
-    monkeypatch.setattr(worker, "the_worker", lambda: own)
+    monkeypatch.setattr(worker, "get_worker", lambda: own)
     yield
     own.close()
 

@@ -100,7 +100,7 @@ async def test_worker_processes_are_killed(lab_of: Any) -> None:
         aggregate = await lab.undisturbed()
         lab.config["backend"] = PROCESSES
         result = await lived(lab, the_first, all_of_them)
-        assert result.code == 0
+        assert result.exit_code == 0
         assert len(begun(lab)) >= 4
         lab.assert_whole(aggregate, again=0)
         assert 0 < asked_again(lab) <= STREAMS // 2 + STREAMS
@@ -113,7 +113,7 @@ async def test_parsls_worker_and_manager_are_killed(lab_of: Any) -> None:
         aggregate = await lab.undisturbed()
         lab.config["backend"] = PARSL
         result = await lived(lab, the_first, their_parent)
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(aggregate, again=0)
         # Parsl's manager has no time to end its workers: they go on for half a second
         assert 0 < asked_again(lab) <= STREAMS // 2 + 2 * STREAMS

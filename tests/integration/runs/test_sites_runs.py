@@ -15,10 +15,10 @@ import pytest
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.endpoints_table import read_endpoints
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.configs.loader import load
+from fanfold.configs.loader import load_config
 from fanfold.graphs import worker
-from fanfold.graphs.remote.heartbeat import beat_file
-from fanfold.graphs.run.open_run import endpoints_file
+from fanfold.graphs.remote.heartbeat import heartbeat_file
+from fanfold.graphs.run.open_run import endpoints_table_path
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +34,7 @@ THREADS: dict[str, Any] = {"kind": "executor", "factory": f"{__name__}:threads",
 def _own_worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Each test has a worker of its own, closed at its end."""
     own = worker.Worker()
-    monkeypatch.setattr(worker, "the_worker", lambda: own)
+    monkeypatch.setattr(worker, "get_worker", lambda: own)
     yield
     own.close()
 
@@ -51,7 +51,7 @@ async def test_results_are_those_of_a_local_run(lab_of: Any, shared: bool) -> No
         files = sorted(f.name.partition("-")[1] for f in (lab.out / "journal").glob("*.jsonl"))
         assert files == (["-"] if shared else [""])
         nodes = lab.fleet.stats()["nodes"]
-        rows = read_endpoints(endpoints_file(open_folder(lab.out)))
+        rows = read_endpoints(endpoints_table_path(open_folder(lab.out)))
         assert len(rows) == len(nodes)
         assert sum(row["calls"] for row in rows) == sum(node["requests"] for node in nodes)
         tokens = sum(node["completion_tokens"] for node in nodes)
@@ -114,7 +114,7 @@ async def test_two_copies_that_answer(lab_of: Any, monkeypatch: pytest.MonkeyPat
     def twice(order: dict[str, Any]) -> dict[str, Any]:
         other = order | {"attempt": order["attempt"] + 100}
         token = order["run"]["token"]
-        beat_file(Path(order["journal"]), token, order["shard"], other["attempt"]).touch()
+        heartbeat_file(Path(order["journal"]), token, order["shard"], other["attempt"]).touch()
         real(other)
         return real(order)
 
@@ -195,7 +195,7 @@ async def test_tracing_each_item_needs_this_process(lab_of: Any) -> None:
             await lab.live(await lab.begin(), trace=True)
         lab.config["shard"] = {"items": 1}
         with pytest.raises(ConfigurationError, match=r"shard\.items: 1"):
-            load(lab.config)
+            load_config(lab.config)
 
 
 @pytest.mark.parametrize("backend", [THREADS, {"kind": "local"}], ids=["elsewhere", "here"])

@@ -13,10 +13,10 @@ import pytest
 from fanfold.backends.cluster.walltime import Walltime
 from fanfold.backends.core.errors import RunStoppedError
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.configs.loader import load
+from fanfold.configs.loader import load_config
 from fanfold.graphs import worker
 from fanfold.graphs.context import RunContext
-from fanfold.graphs.map_reduce import build
+from fanfold.graphs.map_reduce import build_bound_graph
 
 pytestmark = pytest.mark.integration
 
@@ -38,7 +38,7 @@ async def test_lives_end_in_time_and_the_run_is_whole(
     lab_of: Any, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = worker.Worker()
-    monkeypatch.setattr(worker, "the_worker", lambda: own)
+    monkeypatch.setattr(worker, "get_worker", lambda: own)
     async with lab_of(items=240) as lab:
         lab.config["limits"]["hedge"] = False
         aggregate = await lab.undisturbed()
@@ -81,8 +81,8 @@ async def test_an_embedded_run_heeds_the_jobs_end(
         folder = await lab.begin()
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 50))  # 60 s are kept
         out = str(folder.path)
-        context = RunContext.of(load(str(folder.settings)), embedded=True, out=out)
-        graph = build(context).compile()
+        context = RunContext.from_loaded(load_config(str(folder.settings)), embedded=True, out=out)
+        graph = build_bound_graph(context).compile()
         with pytest.raises(Exception, match="SLURM_JOB_END_TIME"):
             await graph.ainvoke({}, context=context)
         assert lab.journal_lines() == 0
@@ -111,7 +111,7 @@ async def test_a_worker_whose_job_ends_sends_its_shards_back(
 ) -> None:
     """Other workers take them, and the run goes on."""
     own, orders = worker.Worker(), list[None]()
-    monkeypatch.setattr(worker, "the_worker", lambda: own)
+    monkeypatch.setattr(worker, "get_worker", lambda: own)
     monkeypatch.setattr("fanfold.nodes.shard.remote._BOUNCE_S", 0.01)
 
     def over_at_first(*_: object) -> Walltime | None:

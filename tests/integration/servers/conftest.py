@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.servers.events import read_record
-from fanfold.backends.servers.plan import Files, NodePlan, ServerPlan, Watching, files_of
-from fanfold.backends.servers.supervisor import Orders, serve
-from fanfold.backends.servers.watchdog import alive
+from fanfold.backends.servers.events import read_events
+from fanfold.backends.servers.plan import NodeFiles, NodePlan, ServerPlan, WatchSettings, node_files
+from fanfold.backends.servers.supervisor import SupervisorControl, serve_or_standby
+from fanfold.backends.servers.watchdog import is_alive
 
 PLAIN = str(Path(__file__).with_name("plain.py"))
-QUICK = Watching(every_s=0.05, answer_s=5.0, out_s=0.1, dead_s=0.4, stop_s=5.0, pause_s=0.01)
+QUICK = WatchSettings(every_s=0.05, answer_s=5.0, out_s=0.1, dead_s=0.4, stop_s=5.0, pause_s=0.01)
 LONG_S = 60.0
 
 
@@ -69,8 +69,8 @@ class Node:
         return NodePlan(**settings | changes)
 
     @property
-    def files(self) -> Files:
-        return files_of(self.plan())
+    def files(self) -> NodeFiles:
+        return node_files(self.plan())
 
     def listed(self) -> list[int]:
         """Return the ports in the endpoints file."""
@@ -81,7 +81,7 @@ class Node:
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         with suppress(FileNotFoundError):
-            lines = read_record(self.files.record)
+            lines = read_events(self.files.event_log)
             return [line for line in lines if name is None or line["event"] == name]
         return []
 
@@ -91,13 +91,13 @@ class Node:
 
     def alive(self) -> list[int]:
         """Return the process groups of which somebody is left."""
-        return [pid for pid in self.pids() if alive(pid)]
+        return [pid for pid in self.pids() if is_alive(pid)]
 
     @asynccontextmanager
-    async def served(self, **changes: Any) -> AsyncIterator[Orders]:
+    async def served(self, **changes: Any) -> AsyncIterator[SupervisorControl]:
         """Serve the node in this process while the block runs."""
-        orders = Orders(self.said.append)
-        task = asyncio.create_task(serve(self.plan(**changes), orders))
+        orders = SupervisorControl(self.said.append)
+        task = asyncio.create_task(serve_or_standby(self.plan(**changes), orders))
         try:
             yield orders
         finally:

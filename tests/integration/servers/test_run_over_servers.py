@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from fanfold.backends.servers.events import server_seconds
-from fanfold.configs.loader import Loaded, load
+from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.graphs.run.prepare import prepare_run
-from fanfold.graphs.session import RunOptions, execute
+from fanfold.graphs.session import RunOptions, execute_run
 
 from .conftest import Node, free_port, until
 
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.integration
 ITEMS = 300
 
 
-def settings(folder: Path, **endpoints: Any) -> Loaded:
+def settings(folder: Path, **endpoints: Any) -> LoadedConfig:
     source = folder.parent / "in.csv"
     source.write_text("id,text\n" + "".join(f"{n},t{n}\n" for n in range(ITEMS)))
-    return load(
+    return load_config(
         {
             "name": "t",
             "input": {"path": str(source), "id": "id"},
@@ -48,14 +48,14 @@ async def test_servers_die_and_a_node_leaves(node: Node, tmp_path: Path) -> None
     async with node.served(), other.served() as leaving:
         folder = await prepare_run(loaded, tmp_path / "r")
         console, options = Console(quiet=True), RunOptions(quiet=True)
-        life = asyncio.create_task(execute(folder, loaded, options, console))
+        life = asyncio.create_task(execute_run(folder, loaded, options, console))
         await until(lambda: finished(folder.path) >= 20)
         os.kill(node.pids()[0], signal.SIGKILL)
         await until(lambda: len(node.events("ready")) == 3)
         leaving.stop.set()
         await until(lambda: not other.alive())
         result = await asyncio.wait_for(life, 60)
-    assert (result.code, result.progress["done"], result.progress["failed"]) == (0, ITEMS, 0)
+    assert (result.exit_code, result.progress["done"], result.progress["failed"]) == (0, ITEMS, 0)
     assert finished(folder.path) == ITEMS
     spent = server_seconds(node.events())
     assert 0 < spent.down < spent.paid

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fanfold.backends.servers.events import read_record
-from fanfold.backends.servers.watchdog import alive
+from fanfold.backends.servers.events import read_events
+from fanfold.backends.servers.watchdog import is_alive
 from fanfold.graphs.cli import app
 
 from .conftest import PLAIN, free_port
@@ -61,7 +61,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> No
 
 
 def events(record: Path, name: str) -> list[dict[str, Any]]:
-    return [line for line in read_record(record) if line["event"] == name]
+    return [line for line in read_events(record) if line["event"] == name]
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
@@ -98,7 +98,7 @@ def test_a_run_on_a_node_that_is_served(
     assert "SIGTERM: the servers of n1 are being ended" in said
     assert not file.exists()
     assert len(events(record, "start")) == 2
-    assert not any(alive(line["pid"]) for line in events(record, "start"))
+    assert not any(is_alive(line["pid"]) for line in events(record, "start"))
 
 
 def test_a_start_that_fails_exits_with_1_and_the_last_lines(

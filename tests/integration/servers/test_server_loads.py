@@ -11,11 +11,11 @@ from typing import Any, cast
 
 import pytest
 
-from fanfold.backends.servers.events import Record
-from fanfold.backends.servers.lock import Guard
-from fanfold.backends.servers.plan import files_of
-from fanfold.backends.servers.server import Desk, Server, fetch
-from fanfold.backends.servers.supervisor import LoadNotes
+from fanfold.backends.servers.events import EventLog
+from fanfold.backends.servers.lock import WatchdogClient
+from fanfold.backends.servers.plan import node_files
+from fanfold.backends.servers.server import NodeState, Server, fetch
+from fanfold.backends.servers.supervisor import LoadSampler
 
 from .conftest import Node, until
 
@@ -62,18 +62,18 @@ class Metrics:
 @contextmanager
 def watched(
     node: Node, *metrics: Metrics, **changes: Any
-) -> Iterator[tuple[LoadNotes, list[Server]]]:
+) -> Iterator[tuple[LoadSampler, list[Server]]]:
     """Servers that are ready, and what notes their load in the node's record."""
     node.ports = [one.port for one in metrics]
     plan = node.plan(**changes)
-    files_of(plan).make()
-    record, nobody = Record(node.files.record, "n"), cast("Guard", None)
-    desk = Desk(plan, nobody, record, node.said.append, lambda: None, asyncio.Event())
+    node_files(plan).create_folders()
+    record, nobody = EventLog(node.files.event_log, "n"), cast("WatchdogClient", None)
+    desk = NodeState(plan, nobody, record, node.said.append, lambda: None, asyncio.Event())
     servers = [Server(one, desk) for one in plan.servers]
     for server in servers:
         server.ready, server.starts = True, 1
     with closing(record):
-        yield LoadNotes(plan, servers, record), servers
+        yield LoadSampler(plan, servers, record), servers
 
 
 def noted(node: Node) -> list[tuple[list[int | None], list[int | None]]]:
@@ -85,15 +85,15 @@ async def test_changes_are_noted_and_engines_added_up(node: Node) -> None:
         with watched(node, one, other, key="k") as (loads, _):
             one.says(1, 0)
             other.says(64, 0)
-            await loads.look()
-            await loads.look()
+            await loads.sample()
+            await loads.sample()
             other.says(65, 0)  # less than a part in 32 of the most
-            await loads.look()
+            await loads.sample()
             assert noted(node) == [([1, 64], [0, 0])]
             other.says(67, 0)
-            await loads.look()
+            await loads.sample()
             one.says(1, 3)  # something waits now
-            await loads.look()
+            await loads.sample()
     assert noted(node)[1:] == [([1, 67], [0, 0]), ([1, 67], [3, 0])]
     assert b"Authorization: Bearer k" in one.asked[0]
     assert one.asked[0].startswith(b"GET /metrics HTTP/1.1\r\n")
@@ -107,15 +107,15 @@ async def test_one_that_refuses_is_asked_once_and_one_without_counts_is_not_note
             refuses.answer = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
             sglang.answer = b'HTTP/1.1 200 OK\r\n\r\nsglang:num_running_reqs{model_name="m"} 3.0\n'
             for _ in range(3):
-                await loads.look()
+                await loads.sample()
             assert (len(refuses.asked), len(sglang.asked)) == (1, 3)
             assert not node.events("load")
             sglang.says(2, 0)
             servers[1].ready = False
-            await loads.look()
+            await loads.sample()
             assert not node.events("load")
             servers[1].ready = True
-            await loads.look()
+            await loads.sample()
     assert noted(node) == [([None, 2], [None, 0])]
 
 
@@ -123,9 +123,9 @@ async def test_the_same_load_after_a_restart_is_news(node: Node) -> None:
     async with Metrics().up() as one:
         with watched(node, one) as (loads, servers):
             one.says(4, 0)
-            await loads.look()
+            await loads.sample()
             servers[0].starts += 1
-            await loads.look()
+            await loads.sample()
     assert noted(node) == [([4], [0])] * 2
 
 
@@ -137,11 +137,11 @@ async def test_one_that_is_slow_is_left_out(node: Node) -> None:
             slow.says(9, 0)
             slow.held.clear()
             while not slow.asked:
-                await loads.last()  # gives up after a second
+                await loads.sample_last()  # gives up after a second
             assert not node.events("load")
             assert all(server.ready for server in servers)
             slow.held.set()
-            await loads.look()
+            await loads.sample()
     assert noted(node) == [([1, 9], [0, 0])]
 
 
@@ -177,7 +177,7 @@ async def test_a_node_that_is_served_notes_its_load(node: Node) -> None:
         file.write_text(TEXT.format(0, 5))
         await until(lambda: noted(node)[-1] == ([1], [5]))
         file.unlink()  # from now on it fails, and is not ill
-        await until(lambda: b"500" in node.files.log(0).read_bytes())
+        await until(lambda: b"500" in node.files.server_log(0).read_bytes())
         assert node.listed() == node.ports
         file.write_text(TEXT.format(8, 0))
         orders.stop.set()

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.core.errors import SiteError
+from fanfold.backends.core.errors import BackendError
 from fanfold.backends.servers.events import server_seconds
 from fanfold.backends.servers.lock import is_served
-from fanfold.backends.servers.supervisor import Orders, serve
+from fanfold.backends.servers.supervisor import SupervisorControl, serve_or_standby
 
 from .conftest import Node, free_port, until
 
@@ -69,12 +69,12 @@ async def test_a_killed_server_is_taken_out_and_restarted(node: Node) -> None:
 
 async def test_restarts_are_bounded(node: Node) -> None:
     node.restarts = 1
-    orders = Orders(node.said.append)
-    task = asyncio.create_task(serve(node.plan(), orders))
+    orders = SupervisorControl(node.said.append)
+    task = asyncio.create_task(serve_or_standby(node.plan(), orders))
     for times in (1, 2):
         await until(partial(_was_ready, node, times))
         os.kill(node.pids()[-1], signal.SIGKILL)
-    with pytest.raises(SiteError, match="given up after 1 restarts"):
+    with pytest.raises(BackendError, match="given up after 1 restarts"):
         await asyncio.wait_for(task, 60)
     assert "no server is left" in node.files.failure.read_text()
     assert node.events("end")[-1]["why"] == "given up"
@@ -110,8 +110,8 @@ async def test_a_server_that_is_sick_for_a_while_comes_back(node: Node) -> None:
 
 async def test_a_start_that_fails_shows_the_last_lines(node: Node) -> None:
     node.modes = ("fail",)
-    with pytest.raises(SiteError) as error:
-        await serve(node.plan(), Orders(node.said.append))
+    with pytest.raises(BackendError) as error:
+        await serve_or_standby(node.plan(), SupervisorControl(node.said.append))
     assert "ended with exit code 3 before it was ready; it is given up" in error.value.message
     assert "| loading weights" in error.value.message
     assert "torch.OutOfMemoryError: no memory left" in error.value.message
@@ -120,8 +120,12 @@ async def test_a_start_that_fails_shows_the_last_lines(node: Node) -> None:
 
 
 async def test_not_ready_in_time(node: Node) -> None:
-    with pytest.raises(SiteError, match=r"not ready after 0\.5 s: /nowhere: (HTTP 404|no answer)"):
-        await serve(node.plan(timeout_s=0.5, ready="/nowhere"), Orders(node.said.append))
+    with pytest.raises(
+        BackendError, match=r"not ready after 0\.5 s: /nowhere: (HTTP 404|no answer)"
+    ):
+        await serve_or_standby(
+            node.plan(timeout_s=0.5, ready="/nowhere"), SupervisorControl(node.said.append)
+        )
     assert not node.alive()
 
 
@@ -129,19 +133,19 @@ async def test_a_port_that_is_taken(node: Node) -> None:
     words = f"another process listens on port {node.ports[0]}"
     with (
         socket.create_server(("127.0.0.1", node.ports[0])),
-        pytest.raises(SiteError, match=words),
+        pytest.raises(BackendError, match=words),
     ):
-        await serve(node.plan(), Orders(node.said.append))
+        await serve_or_standby(node.plan(), SupervisorControl(node.said.append))
     assert not node.pids()
 
 
 async def test_a_program_that_is_not_there(node: Node) -> None:
     plan = node.plan()
     (server,) = plan.servers
-    with pytest.raises(SiteError, match="no program 'vlm' on this node's PATH"):
-        await serve(
+    with pytest.raises(BackendError, match="no program 'vlm' on this node's PATH"):
+        await serve_or_standby(
             replace(plan, servers=(replace(server, command=("vlm", "serve")),)),
-            Orders(node.said.append),
+            SupervisorControl(node.said.append),
         )
 
 
@@ -157,7 +161,7 @@ async def test_a_second_wish_waits_for_nothing(node: Node) -> None:
     async with node.served(watching=replace(node.plan().watching, stop_s=600.0)) as orders:
         await until(node.listed)
         orders.stop.set()
-        orders.hurry.set()
+        orders.stop_waiting.set()
     assert not node.alive()
 
 

@@ -15,13 +15,13 @@ import pytest
 from rich.console import Console
 
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
-from fanfold.backends.discovery.node_local import served_here
-from fanfold.backends.servers.client import used
-from fanfold.backends.servers.lock import holder, is_served
-from fanfold.configs.loader import Loaded, load
+from fanfold.backends.discovery.node_local import node_endpoints
+from fanfold.backends.servers.client import use_servers
+from fanfold.backends.servers.lock import is_served, read_owner
+from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.graphs import worker
 from fanfold.graphs.run.prepare import prepare_run
-from fanfold.graphs.session import RunOptions, execute
+from fanfold.graphs.session import RunOptions, execute_run
 
 from .conftest import PLAIN, Node, free_port, until
 
@@ -33,7 +33,7 @@ def _host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FANFOLD_HOST", "node7")
 
 
-def settings(node: Node, serve: str = "", **sections: Any) -> Loaded:
+def settings(node: Node, serve: str = "", **sections: Any) -> LoadedConfig:
     source = node.folder.parent / "in.csv"
     source.write_text("id,text\n" + "".join(f"{n},t\n" for n in range(60)))
     data: dict[str, Any] = {
@@ -51,7 +51,7 @@ def settings(node: Node, serve: str = "", **sections: Any) -> Loaded:
             "linger_s": 0.3,
         },
     }
-    return load(data | sections)
+    return load_config(data | sections)
 
 
 def never() -> None:
@@ -67,19 +67,19 @@ async def test_a_run_starts_its_nodes_servers(
 ) -> None:
     """They end when the workers have."""
     own = worker.Worker()
-    monkeypatch.setattr(worker, "the_worker", lambda: own)
+    monkeypatch.setattr(worker, "get_worker", lambda: own)
     backend = {"kind": "executor", "factory": f"{__name__}:threads", "node_endpoints": True}
     loaded = settings(node, backend=backend)
     folder = await prepare_run(loaded, tmp_path / "r")
-    result = await execute(folder, loaded, RunOptions(quiet=True), Console(quiet=True))
-    assert (result.code, result.progress["done"], result.simulated) == (0, 60, False)
+    result = await execute_run(folder, loaded, RunOptions(quiet=True), Console(quiet=True))
+    assert (result.exit_code, result.progress["done"], result.simulated) == (0, 60, False)
     assert len(node.events("start")) == len(node.events("ready")) == 1
     await asyncio.to_thread(own.close)
     await until(lambda: not is_served(node.files))
     assert not node.alive()
     assert not node.listed()
     assert node.events("end")[-1]["why"] == "stopped"
-    assert "nobody has used the servers" in node.files.keeper_log.read_text()
+    assert "nobody has used the servers" in node.files.supervisor_log.read_text()
 
 
 async def test_many_workers_one_set_of_servers(node: Node) -> None:
@@ -87,7 +87,7 @@ async def test_many_workers_one_set_of_servers(node: Node) -> None:
     plan = node.plan(linger_s=0.1)
 
     async def one() -> None:
-        async with used(plan):
+        async with use_servers(plan):
             assert node.listed()
 
     async with asyncio.TaskGroup() as group:
@@ -103,7 +103,7 @@ async def test_workers_find_what_a_job_script_has_started(node: Node) -> None:
     loaded = settings(node)
     async with node.served():
         await until(node.listed)
-        async with served_here(
+        async with node_endpoints(
             loaded.config, loaded.plain["endpoints"], "plain", False, never
         ) as up:
             assert [spec.url for spec in up.specs] == [f"http://127.0.0.1:{node.ports[0]}"]
@@ -112,9 +112,9 @@ async def test_workers_find_what_a_job_script_has_started(node: Node) -> None:
 
 async def test_servers_outlive_a_worker_for_the_next_one(node: Node) -> None:
     plan = node.plan(linger_s=60.0)
-    async with used(plan):
+    async with use_servers(plan):
         pass
-    async with used(plan):
+    async with use_servers(plan):
         (begun,) = node.events("begin")
         os.kill(node.pids()[0], signal.SIGKILL)
         await until(lambda: len(node.events("ready")) == 2)
@@ -127,13 +127,13 @@ async def test_servers_outlive_a_worker_for_the_next_one(node: Node) -> None:
 async def test_servers_that_a_worker_started_end_with_the_job(node: Node) -> None:
     """Once its last worker has left, nothing lingers."""
     async with AsyncExitStack() as worker:
-        await worker.enter_async_context(used(node.plan(linger_s=3600.0)))
+        await worker.enter_async_context(use_servers(node.plan(linger_s=3600.0)))
         async with node.served() as orders:
             await until(lambda: any("standing by" in text for text in node.said))
             orders.stop.set()
             await until(lambda: any("end with the last worker" in text for text in node.said))
             assert node.listed()
-            assert holder(node.files).endswith(f" pid {node.events('begin')[0]['pid']}")
+            assert read_owner(node.files).endswith(f" pid {node.events('begin')[0]['pid']}")
             await worker.aclose()
     assert not is_served(node.files)
     assert not node.alive()
@@ -146,7 +146,9 @@ async def test_what_was_given_up_is_not_started_again_and_again(node: Node) -> N
     loaded = settings(node)
     for _ in range(2):
         with pytest.raises(RunStoppedError) as error:
-            async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False, never):
+            async with node_endpoints(
+                loaded.config, loaded.plain["endpoints"], "plain", False, never
+            ):
                 raise AssertionError
         assert "torch.OutOfMemoryError: no memory left" in error.value.message
     assert len(node.events("start")) == 1
@@ -155,11 +157,11 @@ async def test_what_was_given_up_is_not_started_again_and_again(node: Node) -> N
 
 async def test_a_keeper_that_is_killed_is_followed_by_another(node: Node) -> None:
     plan = node.plan(linger_s=0.3)
-    async with used(plan):
+    async with use_servers(plan):
         (begun,) = node.events("begin")
         os.kill(begun["pid"], signal.SIGKILL)
         await until(lambda: not is_served(node.files))
-        async with used(plan):
+        async with use_servers(plan):
             assert len(node.events("begin")) == 2
             assert node.listed()
     await until(lambda: not is_served(node.files))
@@ -170,7 +172,9 @@ async def test_with_aegis_nothing_is_started(node: Node) -> None:
     aegis = node.folder.parent / "aegis_endpoints.txt"
     aegis.write_text("node7:8000\nnode8:8000\n")
     loaded = settings(node, endpoints={"file": str(aegis)})
-    async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False, never) as up:
+    async with node_endpoints(
+        loaded.config, loaded.plain["endpoints"], "plain", False, never
+    ) as up:
         assert [spec.url for spec in up.specs] == ["http://node7:8000"]
     assert not node.events()
 
@@ -178,7 +182,7 @@ async def test_with_aegis_nothing_is_started(node: Node) -> None:
 async def test_a_folder_is_needed(node: Node) -> None:
     loaded = settings(node, endpoints={"urls": [f"http://127.0.0.1:{free_port()}"]})
     with pytest.raises(ConfigurationError, match=r"set backend\.registry"):
-        async with served_here(loaded.config, loaded.plain["endpoints"], "plain", False, never):
+        async with node_endpoints(loaded.config, loaded.plain["endpoints"], "plain", False, never):
             raise AssertionError
 
 
@@ -189,7 +193,7 @@ async def test_a_simulated_server_makes_a_simulated_run(node: Node, tmp_path: Pa
     folder = await prepare_run(loaded, tmp_path / "r")
     assert folder.read_provenance()["simulated"] is True
     async with asyncio.timeout(60):
-        async with served_here(
+        async with node_endpoints(
             loaded.config, loaded.plain["endpoints"], "simulated-8b", True, never
         ):
             assert node.listed()
@@ -199,7 +203,7 @@ async def test_a_simulated_server_makes_a_simulated_run(node: Node, tmp_path: Pa
 async def test_a_worker_waits_no_longer_than_its_run(node: Node) -> None:
     plan = node.plan(ready="/nowhere", linger_s=0.1)
     with pytest.raises(RunStoppedError, match="the run is over before the node's servers were"):
-        async with used(plan, lambda: "the run is over" if node.events("start") else None):
+        async with use_servers(plan, lambda: "the run is over" if node.events("start") else None):
             raise AssertionError
     await until(lambda: not is_served(node.files))
     assert not node.alive()

@@ -12,7 +12,7 @@ import aiohttp
 import orjson
 import pytest
 
-from fanfold.backends.core.errors import ConfigurationError, SiteError
+from fanfold.backends.core.errors import BackendError, ConfigurationError
 from fanfold.backends.simulated import SimulationSpec, launch
 from fanfold.backends.simulated import launch as launch_module
 from fanfold.backends.simulated.process import main
@@ -42,7 +42,7 @@ async def test_a_launched_fleet_serves_and_ends() -> None:
         assert len(fleet.urls) == 2
         async with http.get(f"{fleet.urls[1]}/models") as response:
             assert (await response.json())["data"][0]["id"] == fleet.model
-        async with http.get(f"{fleet.control}/_sim/stats") as response:
+        async with http.get(f"{fleet.control_url}/_sim/stats") as response:
             assert (await response.json())["totals"]["requests"] == 0
         assert alive(fleet.pid)
     assert not alive(fleet.pid)
@@ -136,20 +136,20 @@ async def test_a_refused_specification_speaks_for_itself() -> None:
 
 async def test_a_child_that_dies_at_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[launch_module.__module__], "MODULE", "no.such.module")
-    with pytest.raises(SiteError, match=r"exit code 1.*no\.such|No module named 'no'"):
+    with pytest.raises(BackendError, match=r"exit code 1.*no\.such|No module named 'no'"):
         async with launch(FAST):
             pass
 
 
 async def test_a_child_that_is_not_ready_in_time() -> None:
-    with pytest.raises(SiteError, match="not ready after 0"):
+    with pytest.raises(BackendError, match="not ready after 0"):
         async with launch(FAST, start_timeout_s=0.0):
             pass
 
 
 async def test_an_interpreter_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    with pytest.raises(SiteError, match="cannot be started"):
+    with pytest.raises(BackendError, match="cannot be started"):
         async with launch(FAST):
             pass
 

@@ -43,7 +43,7 @@ class Client:
         return (await self.raw(node, stream=True))[1].decode()
 
     async def control(self, path: str, **body: Any) -> tuple[int, Any]:
-        async with self.http.post(f"{self.fleet.base_url}/_sim/{path}", json=body) as response:
+        async with self.http.post(f"{self.fleet.control_url}/_sim/{path}", json=body) as response:
             return response.status, await response.json()
 
     async def get(self, path: str, node: int = 0) -> int:
@@ -152,7 +152,7 @@ async def test_cold_start() -> None:
 async def test_an_expired_token() -> None:
     async with serving() as client:
         old, new = ({"Authorization": f"Bearer {name}"} for name in ("old", "new"))
-        client.fleet.fault(FaultRule("401_after", value=3600.0))
+        client.fleet.add_fault(FaultRule("401_after", value=3600.0))
         assert (await client.ask(headers=old))[0] == 200
         client.fleet._started -= 3600
         status, body = await client.ask(headers=old)
@@ -188,7 +188,7 @@ async def test_a_slow_node_is_counted() -> None:
 
 async def test_an_idle_connection_is_closed() -> None:
     async with serving(FaultRule("keepalive_race", value=0.01)) as client:
-        reader, writer = await _open(client.fleet.base_url)
+        reader, writer = await _open(client.fleet.control_url)
         writer.write(b"GET /node-0/health HTTP/1.1\r\n\r\n")
         assert (await reader.readuntil(b"\r\n")).endswith(b"200 OK\r\n")
         await reader.read()  # ends when the server closes
@@ -302,7 +302,7 @@ async def test_control_plane() -> None:
             assert (status, body["error"]["code"]) == (400, 400)
         assert (await client.control("nothing"))[0] == 404
         await client.ask()
-        async with client.http.get(f"{client.fleet.base_url}/_sim/stats?prompts=1") as response:
+        async with client.http.get(f"{client.fleet.control_url}/_sim/stats?prompts=1") as response:
             stats = await response.json()
         assert [prompt["served"] for prompt in stats["prompts"].values()] == [1]
 
@@ -310,7 +310,7 @@ async def test_control_plane() -> None:
 async def test_a_fault_on_a_node_that_does_not_exist() -> None:
     async with serving() as client:
         with pytest.raises(ConfigurationError, match="numbered from 0 to 1"):
-            client.fleet.fault(FaultRule("500", nodes=(2,)))
+            client.fleet.add_fault(FaultRule("500", nodes=(2,)))
 
 
 async def _open(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

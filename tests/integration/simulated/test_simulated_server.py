@@ -117,7 +117,7 @@ async def test_tokenize() -> None:
             assert (await response.json())["count"] == 2
         async with http.post(url, json={"prompt": "12345678", "model": "other"}) as response:
             assert response.status == 404
-        async with http.get(f"{fleet.base_url}/elsewhere") as response:
+        async with http.get(f"{fleet.control_url}/elsewhere") as response:
             assert response.status == 404
 
 
@@ -171,7 +171,7 @@ async def test_closing_ends_what_waits() -> None:
 
 
 async def talk(fleet: SimulatedFleet, *parts: bytes) -> bytes:
-    host, _, port = fleet.base_url.removeprefix("http://").partition(":")
+    host, _, port = fleet.control_url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     for part in parts:
         writer.write(part)

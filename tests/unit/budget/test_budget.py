@@ -13,34 +13,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.budget.budget import Budget, BudgetTerms, Leases
-from fanfold.backends.budget.spend_log import Lease, Shelf
-from fanfold.backends.core.errors import BudgetExhaustedError, LedgerError
-from fanfold.backends.core.money import NANO, Amount, Caps, Tariff
+from fanfold.backends.budget.budget import Budget, BudgetSettings, LeaseTable
+from fanfold.backends.budget.spend_log import Lease, SpendLogs
+from fanfold.backends.core.errors import BudgetExhaustedError, JournalError
+from fanfold.backends.core.money import NANO_PER_USD, Amount, BudgetLimits, TokenPrices
 from fanfold.backends.core.types import Usage
 
-TARIFF = Tariff.of(prompt=1.0, completion=2.0)
+TARIFF = TokenPrices.from_usd(prompt=1.0, completion=2.0)
 
 
 def tokens(count: int) -> Amount:
     return Amount(1, count, 0)
 
 
-def shelf_in(folder: Path) -> Shelf:
-    return Shelf(folder / "budget", "run")
+def shelf_in(folder: Path) -> SpendLogs:
+    return SpendLogs(folder / "budget", "run")
 
 
-def opened(shelf: Shelf, life: int, caps: Caps) -> Budget:
-    before = shelf.spent({})
-    return Budget(BudgetTerms(caps, TARIFF), before, shelf.open(shelf.of_life(life)))
+def opened(shelf: SpendLogs, life: int, caps: BudgetLimits) -> Budget:
+    before = shelf.total_spent({})
+    return Budget(BudgetSettings(caps, TARIFF), before, shelf.create(shelf.session_path(life)))
 
 
 async def killed(budget: Budget) -> None:
     """Leave things on disk as a process that ends now; what its thread was given is written."""
-    assert budget.purse._thread is not None
-    await asyncio.to_thread(budget.purse._thread.shutdown)
-    assert budget.purse._book is not None
-    budget.purse._book.close()
+    assert budget.balance._thread is not None
+    await asyncio.to_thread(budget.balance._thread.shutdown)
+    assert budget.balance._log is not None
+    budget.balance._log.close()
 
 
 STEP = st.tuples(
@@ -54,9 +54,11 @@ LIFE = st.tuples(st.lists(STEP, max_size=25), st.booleans())
 class Trial:
     """One life: what was done, and what was really spent by it."""
 
-    def __init__(self, shelf: Shelf, life: int, cap: int, away: dict[str, tuple[int, int]]) -> None:
-        self.budget = opened(shelf, life, Caps(tokens=cap))
-        self.leases = Leases(self.budget.purse, shelf, shelf.lent(0.0))
+    def __init__(
+        self, shelf: SpendLogs, life: int, cap: int, away: dict[str, tuple[int, int]]
+    ) -> None:
+        self.budget = opened(shelf, life, BudgetLimits(tokens=cap))
+        self.leases = LeaseTable(self.budget.balance, shelf, shelf.unreturned_leases(0.0))
         self.life, self.away = life, away
         self.spent, self.open = 0, list[int]()
         self.out = dict[str, tuple[int, int]]()
@@ -65,21 +67,21 @@ class Trial:
         await getattr(self, what)(f"{self.life}.{number}", size, share)
 
     async def reserve(self, _: str, size: int, __: float) -> None:
-        if size > self.budget.purse.left.tokens:
-            assert not self.budget.purse.reserve_now(tokens(size))
+        if size > self.budget.balance.left.tokens:
+            assert not self.budget.balance.try_reserve(tokens(size))
         else:
-            await self.budget.purse.reserve(tokens(size))
+            await self.budget.balance.reserve(tokens(size))
             self.open.append(size)
 
     async def settle(self, _: str, __: int, share: float) -> None:
         if self.open:
             reserved = self.open.pop()
             used = int(share * reserved)
-            self.budget.purse.settle(tokens(reserved), tokens(used))
+            self.budget.balance.settle(tokens(reserved), tokens(used))
             self.spent += used
 
     async def lend(self, name: str, size: int, share: float) -> None:
-        if size <= self.budget.purse.left.tokens:
+        if size <= self.budget.balance.left.tokens:
             await self.leases.lend(name, Lease(tokens(size), 1e12))
             self.out[name] = size, int(share * size)
             self.spent += int(share * size)  # the worker spends it, whoever hears of it
@@ -87,19 +89,19 @@ class Trial:
     async def back(self, *_: Any) -> None:
         if self.out:
             name, lent = self.out.popitem()
-            await self.leases.returned(name, tokens(lent[1]))
-            await self.leases.returned(name, tokens(lent[1]))
+            await self.leases.return_lease(name, tokens(lent[1]))
+            await self.leases.return_lease(name, tokens(lent[1]))
 
     async def lose(self, *_: Any) -> None:
         if self.out:
             name, lent = self.out.popitem()
-            self.leases.lost(name)
+            self.leases.mark_lost(name)
             self.away[name] = lent
 
     async def late(self, *_: Any) -> None:
         if self.away:
             name, lent = self.away.popitem()
-            await self.leases.returned(name, tokens(lent[1]))
+            await self.leases.return_lease(name, tokens(lent[1]))
 
     async def end(self, crash: bool) -> None:
         self.away |= self.out
@@ -108,9 +110,9 @@ class Trial:
             await killed(self.budget)
             return
         for size in self.open:
-            self.budget.purse.settle(tokens(size), Amount())
-        self.leases.give_up()
-        await self.budget.purse.aclose()
+            self.budget.balance.settle(tokens(size), Amount())
+        self.leases.mark_all_lost()
+        await self.budget.balance.aclose()
 
 
 @settings(deadline=None, max_examples=60)
@@ -118,21 +120,21 @@ class Trial:
 def test_a_cap_holds_over_lives_crashes_and_leases(cap: int, lives: list[Any]) -> None:
     """What was really spent stays below what the books say, and that below the cap."""
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(_live(Shelf(Path(folder) / "budget", "run"), cap, lives))
+        asyncio.run(_live(SpendLogs(Path(folder) / "budget", "run"), cap, lives))
 
 
-async def _live(shelf: Shelf, cap: int, lives: list[Any]) -> None:
+async def _live(shelf: SpendLogs, cap: int, lives: list[Any]) -> None:
     spent, away = 0, dict[str, tuple[int, int]]()
     for life, (steps, crash) in enumerate(lives, 1):
         trial = Trial(shelf, life, cap, away)
-        purse = trial.budget.purse
+        purse = trial.budget.balance
         for number, (what, size, share) in enumerate(steps):
             await trial.step(number, what, size, share)
             assert purse.settled.tokens + purse.reserved.tokens + purse.lost.tokens <= cap
             assert spent + trial.spent + sum(trial.open) <= cap
         await trial.end(crash)
         spent += trial.spent
-        said = shelf.spent({}, now=0.0).tokens
+        said = shelf.total_spent({}, now=0.0).tokens
         assert spent <= said <= cap
         if not any(crashed for _, crashed in lives[:life]):
             assert said == spent + sum(lent - used for lent, used in away.values())
@@ -141,22 +143,22 @@ async def _live(shelf: Shelf, cap: int, lives: list[Any]) -> None:
 async def test_many_streams_use_a_budget_up_and_never_pass_it(tmp_path: Path) -> None:
     """2,000 streams: at every moment settled and reserved stay below, and 98 % are used."""
     cap, shelf, dice = 1_000_000, shelf_in(tmp_path), random.Random(4)
-    budget, worst = opened(shelf, 1, Caps(tokens=cap)), 0
+    budget, worst = opened(shelf, 1, BudgetLimits(tokens=cap)), 0
 
     async def stream() -> None:
         nonlocal worst
         while True:
-            account = budget.account()
+            account = budget.open_account()
             try:
-                hold = await account.hold(Usage(dice.randint(300, 900), 200), {})
+                hold = await account.reserve(Usage(dice.randint(300, 900), 200), {})
             except BudgetExhaustedError:
                 return
-            worst = max(worst, budget.purse.settled.tokens + budget.purse.reserved.tokens)
+            worst = max(worst, budget.balance.settled.tokens + budget.balance.reserved.tokens)
             await asyncio.sleep(0)
             if dice.random() < 0.1:
-                hold.free(sent=True)
+                hold.release(sent=True)
             elif dice.random() < 0.1:
-                hold.keep()
+                hold.settle_all()
             else:
                 hold.settle(Usage(dice.randint(80, 90), dice.randint(1, 200)))
             account.close()
@@ -164,131 +166,131 @@ async def test_many_streams_use_a_budget_up_and_never_pass_it(tmp_path: Path) ->
     async with asyncio.TaskGroup() as group:
         for _ in range(2000):
             group.create_task(stream())
-    await budget.purse.aclose()
-    assert budget.purse.reserved.tokens == 0
+    await budget.balance.aclose()
+    assert budget.balance.reserved.tokens == 0
     assert worst <= cap
-    assert 0.98 * cap <= budget.purse.settled.tokens <= cap
-    assert shelf.spent({}) == budget.purse.settled
+    assert 0.98 * cap <= budget.balance.settled.tokens <= cap
+    assert shelf.total_spent({}) == budget.balance.settled
 
 
 async def test_the_level_is_on_disk_before_it_is_spent(tmp_path: Path) -> None:
     shelf = shelf_in(tmp_path)
-    budget = opened(shelf, 1, Caps(tokens=1000, nano_usd=NANO))
+    budget = opened(shelf, 1, BudgetLimits(tokens=1000, nano_usd=NANO_PER_USD))
     for _ in range(30):
-        await budget.purse.reserve(Amount(1, 20, 10**7))
-        on_disk = shelf.spent({})
-        assert on_disk.tokens >= budget.purse.reserved.tokens
-        assert on_disk.nano_usd >= budget.purse.reserved.nano_usd
+        await budget.balance.reserve(Amount(1, 20, 10**7))
+        on_disk = shelf.total_spent({})
+        assert on_disk.tokens >= budget.balance.reserved.tokens
+        assert on_disk.nano_usd >= budget.balance.reserved.nano_usd
     await killed(budget)
-    assert shelf.spent({1: Amount(7, 0, 0)}).requests == 7  # no cap: the journal counts
+    assert shelf.total_spent({1: Amount(7, 0, 0)}).requests == 7  # no cap: the journal counts
 
 
 async def test_the_level_falls_when_much_was_reserved_and_little_spent(tmp_path: Path) -> None:
     shelf = shelf_in(tmp_path)
-    budget = opened(shelf, 1, Caps(tokens=1000))
-    await budget.purse.reserve(tokens(800))
-    budget.purse.settle(tokens(800), tokens(20))
+    budget = opened(shelf, 1, BudgetLimits(tokens=1000))
+    await budget.balance.reserve(tokens(800))
+    budget.balance.settle(tokens(800), tokens(20))
     await killed(budget)
-    assert 20 <= shelf.spent({}).tokens <= 40
+    assert 20 <= shelf.total_spent({}).tokens <= 40
 
 
 async def test_a_lost_lease_counts_until_its_book_proves_less(tmp_path: Path) -> None:
     shelf = shelf_in(tmp_path)
-    budget = opened(shelf, 1, Caps(tokens=1000))
-    leases = Leases(budget.purse, shelf, {})
+    budget = opened(shelf, 1, BudgetLimits(tokens=1000))
+    leases = LeaseTable(budget.balance, shelf, {})
     for name, until in (("a", 100.0), ("b", 100.0), ("c", 100.0)):
-        await leases.lend(name, Lease(tokens(200), until, booked=True))
-    book = shelf.open(shelf.of_lease("a"))
+        await leases.lend(name, Lease(tokens(200), until, has_log=True))
+    book = shelf.create(shelf.lease_path("a"))
     book.write({"until": 500.0}, sync=False)
     book.write({"level": {"tokens": 30}}, sync=True)
-    done = shelf.open(shelf.of_lease("c"))
+    done = shelf.create(shelf.lease_path("c"))
     done.write({"settled": tokens(50).to_json()}, sync=True)
     book.close()
     done.close()
     await killed(budget)
-    assert shelf.spent({}, now=120.0).tokens >= 200 + 200 + 50
-    within = shelf.lent(now=170.0)  # b was never begun in time, a may still go on
+    assert shelf.total_spent({}, now=120.0).tokens >= 200 + 200 + 50
+    within = shelf.unreturned_leases(now=170.0)  # b was never begun in time, a may still go on
     assert {name: amount.tokens for name, amount in within.items()} == {"a": 200, "b": 0, "c": 50}
-    assert shelf.lent(now=600.0)["a"].tokens == 30
+    assert shelf.unreturned_leases(now=600.0)["a"].tokens == 30
 
 
 async def test_who_is_refused_learns_what_is_missing(tmp_path: Path) -> None:
-    budget = opened(shelf_in(tmp_path), 1, Caps.of(usd=0.5, tokens=10**9))
-    await budget.purse.reserve(Amount(1, 10, 4 * 10**8))
-    budget.purse.settle(Amount(1, 10, 4 * 10**8), Amount(1, 10, 4 * 10**8))
+    budget = opened(shelf_in(tmp_path), 1, BudgetLimits.from_settings(usd=0.5, tokens=10**9))
+    await budget.balance.reserve(Amount(1, 10, 4 * 10**8))
+    budget.balance.settle(Amount(1, 10, 4 * 10**8), Amount(1, 10, 4 * 10**8))
     with pytest.raises(
         BudgetExhaustedError, match=r"0.40 USD are spent of 0.50 USD.*take 0.20 USD"
     ):
-        await budget.purse.reserve(Amount(1, 5, 2 * 10**8))
-    assert not budget.carries(Amount(1, 5, 2 * 10**8))
-    assert budget.carries(Amount(1, 5, 10**8))
-    await budget.purse.aclose()
+        await budget.balance.reserve(Amount(1, 5, 2 * 10**8))
+    assert not budget.can_carry(Amount(1, 5, 2 * 10**8))
+    assert budget.can_carry(Amount(1, 5, 10**8))
+    await budget.balance.aclose()
 
 
 async def test_a_pause_waits_while_calls_in_flight_may_free_enough(tmp_path: Path) -> None:
-    budget = opened(shelf_in(tmp_path), 1, Caps(tokens=100))
-    await budget.purse.reserve(tokens(80))
-    waiting = asyncio.ensure_future(budget.purse.reserve(tokens(60)))
+    budget = opened(shelf_in(tmp_path), 1, BudgetLimits(tokens=100))
+    await budget.balance.reserve(tokens(80))
+    waiting = asyncio.ensure_future(budget.balance.reserve(tokens(60)))
     await asyncio.sleep(0.05)
     assert not waiting.done()
-    budget.purse.settle(tokens(80), tokens(30))
+    budget.balance.settle(tokens(80), tokens(30))
     await waiting
-    further = asyncio.ensure_future(budget.purse.reserve(tokens(60)))
+    further = asyncio.ensure_future(budget.balance.reserve(tokens(60)))
     await asyncio.sleep(0)
     further.cancel()
     await asyncio.gather(further, return_exceptions=True)
-    budget.purse.settle(tokens(60), tokens(60))
+    budget.balance.settle(tokens(60), tokens(60))
     with pytest.raises(BudgetExhaustedError):
-        await budget.purse.reserve(tokens(11))
-    await budget.purse.aclose()
+        await budget.balance.reserve(tokens(11))
+    await budget.balance.aclose()
 
 
 async def test_an_item_is_begun_only_with_what_its_repairs_may_take(tmp_path: Path) -> None:
     shelf = shelf_in(tmp_path)
-    terms = BudgetTerms(Caps(tokens=1000), TARIFF, repairs=1)
-    budget = Budget(terms, Amount(), shelf.open(shelf.of_life(1)))
-    account = budget.account()
-    first = await account.hold(Usage(100, 50), {})
-    reserved = budget.purse.reserved
+    terms = BudgetSettings(BudgetLimits(tokens=1000), TARIFF, repairs=1)
+    budget = Budget(terms, Amount(), shelf.create(shelf.session_path(1)))
+    account = budget.open_account()
+    first = await account.reserve(Usage(100, 50), {})
+    reserved = budget.balance.reserved
     assert reserved.requests == 2
     assert reserved.tokens > 2 * 150
     first.settle(Usage(90, 40))
-    second = await account.hold(Usage(150, 50), {})
-    assert budget.purse.reserved.tokens < reserved.tokens
+    second = await account.reserve(Usage(150, 50), {})
+    assert budget.balance.reserved.tokens < reserved.tokens
     second.settle(Usage(140, 50))
-    second.keep()
+    second.settle_all()
     account.close()
-    assert budget.purse.reserved == Amount()
-    assert budget.purse.settled.tokens == 130 + 190
-    await budget.purse.aclose()
+    assert budget.balance.reserved == Amount()
+    assert budget.balance.settled.tokens == 130 + 190
+    await budget.balance.aclose()
 
 
 async def test_a_book_that_cannot_be_written_stops_spending(tmp_path: Path) -> None:
-    budget = opened(shelf_in(tmp_path), 1, Caps(tokens=100))
-    assert budget.purse._book is not None
-    budget.purse._book.close()
-    budget.purse._book._file = FileIO("/dev/full", "wb")
+    budget = opened(shelf_in(tmp_path), 1, BudgetLimits(tokens=100))
+    assert budget.balance._log is not None
+    budget.balance._log.close()
+    budget.balance._log._file = FileIO("/dev/full", "wb")
     for _ in range(2):
-        with pytest.raises(LedgerError, match="No space left"):
-            await budget.purse.reserve(tokens(10))
+        with pytest.raises(JournalError, match="No space left"):
+            await budget.balance.reserve(tokens(10))
     await killed(budget)
 
 
 def test_money_is_exact_and_rounded_up() -> None:
-    tariff = Tariff.of(prompt=0.15, cached=0.075, completion=0.6, node_hour=1.0)
+    tariff = TokenPrices.from_usd(prompt=0.15, cached=0.075, completion=0.6, node_hour=1.0)
     assert tariff.nano_usd(Usage(1000, 100, 400)) == 600 * 150 + 400 * 75 + 100 * 600
-    assert Tariff.of(prompt=0.0001).nano_usd(Usage(1, 0)) == 1
-    assert tariff.held(3_600_000).nano_usd >= NANO
-    assert Caps.of(usd=0.1).nano_usd == 10**8
-    assert not Caps().any
+    assert TokenPrices.from_usd(prompt=0.0001).nano_usd(Usage(1, 0)) == 1
+    assert tariff.node_amount(3_600_000).nano_usd >= NANO_PER_USD
+    assert BudgetLimits.from_settings(usd=0.1).nano_usd == 10**8
+    assert not BudgetLimits().has_any
 
 
 async def test_what_others_took_does_not_lower_what_a_prompt_may_take(tmp_path: Path) -> None:
     """A hundred short prompts are no promise: the next one may be a token a byte."""
-    budget = opened(shelf_in(tmp_path), 1, Caps(tokens=10**6))
+    budget = opened(shelf_in(tmp_path), 1, BudgetLimits(tokens=10**6))
     for _ in range(100):
-        (await budget.account().hold(Usage(1000, 50), {})).settle(Usage(10, 1))
-    hold = await budget.account().hold(Usage(1000, 50), {})
-    assert budget.purse.reserved.tokens == 1050
-    hold.keep()
-    await budget.purse.aclose()
+        (await budget.open_account().reserve(Usage(1000, 50), {})).settle(Usage(10, 1))
+    hold = await budget.open_account().reserve(Usage(1000, 50), {})
+    assert budget.balance.reserved.tokens == 1050
+    hold.settle_all()
+    await budget.balance.aclose()

@@ -7,28 +7,28 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.budget.cost import NOBODY, Cost, grouped
-from fanfold.backends.budget.spend_log import Shelf
-from fanfold.backends.core.errors import LedgerError
-from fanfold.backends.core.money import NANO, Amount, Held
-from fanfold.backends.storage.journal import Spent
-from fanfold.backends.storage.results import rows
+from fanfold.backends.budget.cost import NO_ENDPOINT, Cost, group_usage
+from fanfold.backends.budget.spend_log import SpendLogs
+from fanfold.backends.core.errors import JournalError
+from fanfold.backends.core.money import NANO_PER_USD, Amount, NodeTime
+from fanfold.backends.storage.journal import UsageTotals
+from fanfold.backends.storage.results import make_rows
 from fanfold.tests.journals import write_journal
 
 
-def book(shelf: Shelf, life: int, *lines: dict[str, Any]) -> None:
-    written = shelf.open(shelf.of_life(life))
+def book(shelf: SpendLogs, life: int, *lines: dict[str, Any]) -> None:
+    written = shelf.create(shelf.session_path(life))
     for line in lines:
         written.write(line, sync=False)
     written.close()
 
 
 def held(node_ms: int, idle_ms: int = 0, nano_usd: int = 0) -> dict[str, Any]:
-    return {"held": Held(node_ms, idle_ms, nano_usd).to_json()}
+    return {"held": NodeTime(node_ms, idle_ms, nano_usd).to_json()}
 
 
 def test_doubt_is_what_the_books_allow_and_nothing_proves(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "budget", "run")
+    shelf = SpendLogs(tmp_path / "budget", "run")
     book(shelf, 1, {"level": {"tokens": 500}}, held(10), held(20, 5), {"level": {"tokens": 900}})
     book(shelf, 2, held(300))  # without limits: its journal is believed
     book(shelf, 3, held(7, 0, 70), {"settled": Amount(4, 410, 1070, 7).to_json()})
@@ -38,23 +38,23 @@ def test_doubt_is_what_the_books_allow_and_nothing_proves(tmp_path: Path) -> Non
         3: Amount(4, 400, 1000),
         4: Amount(1, 9),
     }
-    assert shelf.held() == Held(327, 5, 70)
-    assert shelf.spent(journal) == Amount(13, 900 + 5000 + 410 + 9, 1070, 327)
-    assert shelf.doubt(journal) == Amount(0, 300 + 10, 0, 0)
+    assert shelf.total_node_time() == NodeTime(327, 5, 70)
+    assert shelf.total_spent(journal) == Amount(13, 900 + 5000 + 410 + 9, 1070, 327)
+    assert shelf.unaccounted(journal) == Amount(0, 300 + 10, 0, 0)
 
 
 def test_a_price_that_is_rounded_up_is_no_doubt(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "budget", "run")
+    shelf = SpendLogs(tmp_path / "budget", "run")
     book(shelf, 1, {"settled": Amount(3, 30, 1003).to_json()})
-    assert shelf.doubt({1: Amount(3, 30, 1000)}) == Amount()
-    assert shelf.doubt({1: Amount(2, 30, 1000)}) == Amount(1, 0, 3)
+    assert shelf.unaccounted({1: Amount(3, 30, 1000)}) == Amount()
+    assert shelf.unaccounted({1: Amount(2, 30, 1000)}) == Amount(1, 0, 3)
 
 
 def test_time_counts_in_a_life_whose_caps_do_not_limit_it(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path / "budget", "run")
+    shelf = SpendLogs(tmp_path / "budget", "run")
     book(shelf, 1, held(50), {"settled": Amount(1, 10, 0, 0).to_json()})
-    assert shelf.spent({1: Amount(1, 10)}).node_ms == 50
-    assert shelf.doubt({1: Amount(1, 10)}) == Amount()
+    assert shelf.total_spent({1: Amount(1, 10)}).node_ms == 50
+    assert shelf.unaccounted({1: Amount(1, 10)}) == Amount()
 
 
 def record(index: int, endpoint: str | None, model: str | None, **more: Any) -> dict[str, Any]:
@@ -79,33 +79,35 @@ def test_records_add_up_by_what_was_asked_for(tmp_path: Path) -> None:
     journal(tmp_path, "0002-w-1.jsonl", record(2, "h2:1", "b"), record(0, "h3:1", None))
 
     def by(key: str) -> dict[str, tuple[int, int]]:
-        groups = grouped(tmp_path, "run", 3, key, "asked").by
+        groups = group_usage(tmp_path, "run", 3, key, "asked").by_key
         return {name: (spent.requests, spent.nano_usd) for name, spent in groups.items()}
 
-    assert by("endpoint") == {"h1:1": (2, 7), "h2:1": (3, 8), NOBODY: (0, 0), "h3:1": (1, 5)}
-    assert by("node") == {"h1": (2, 7), "h2": (3, 8), NOBODY: (0, 0), "h3": (1, 5)}
-    assert by("model") == {"a": (2, 7), NOBODY: (0, 0), "b": (3, 8), "asked": (1, 5)}
+    assert by("endpoint") == {"h1:1": (2, 7), "h2:1": (3, 8), NO_ENDPOINT: (0, 0), "h3:1": (1, 5)}
+    assert by("node") == {"h1": (2, 7), "h2": (3, 8), NO_ENDPOINT: (0, 0), "h3": (1, 5)}
+    assert by("model") == {"a": (2, 7), NO_ENDPOINT: (0, 0), "b": (3, 8), "asked": (1, 5)}
     assert by("day") == {"2026-02-03": (6, 20)}
-    lives = grouped(tmp_path, "run", 3, None, "asked").lives
+    lives = group_usage(tmp_path, "run", 3, None, "asked").sessions
     assert {life: spent.requests for life, spent in lives.items()} == {1: 4, 2: 2}
 
 
 def test_a_foreign_file_is_told(tmp_path: Path) -> None:
     journal(tmp_path, "notes.jsonl", record(0, "h", "a"))
-    with pytest.raises(LedgerError, match="not a journal file"):
-        grouped(tmp_path, "run", 1, "day", "m")
+    with pytest.raises(JournalError, match="not a journal file"):
+        group_usage(tmp_path, "run", 1, "day", "m")
 
 
 def test_dollars_are_null_where_nobody_knows_them() -> None:
-    spent = Spent(prompt_tokens=10, useful_tokens=4, nano_usd=NANO, useful_nano_usd=NANO // 4)
-    told = Cost(spent, Held(3_600_000, 1_800_000, 2 * NANO), priced=True).to_json()
+    spent = UsageTotals(
+        prompt_tokens=10, useful_tokens=4, nano_usd=NANO_PER_USD, useful_nano_usd=NANO_PER_USD // 4
+    )
+    told = Cost(spent, NodeTime(3_600_000, 1_800_000, 2 * NANO_PER_USD), priced=True).to_json()
     assert (told["usd"], told["wasted_usd"], told["node_usd"]) == (3.0, 0.75, 2.0)
     assert (told["node_hours"], told["idle_node_hours"], told["idle_node_usd"]) == (1.0, 0.5, 1.0)
     assert told["tokens"]["wasted"] == 6
-    free = Cost(Spent(prompt_tokens=10), Held(3_600_000), Amount(0, 5)).to_json()
+    free = Cost(UsageTotals(prompt_tokens=10), NodeTime(3_600_000), Amount(0, 5)).to_json()
     assert (free["usd"], free["wasted_usd"], free["node_usd"]) == (None, None, None)
     assert free["in_doubt"] == {"requests": 0, "tokens": 5, "usd": None, "node_hours": 0.0}
     asked_before = {"prompt_tokens": 5, "nano_usd": 0, "useful_tokens": 5}
     reused = {"prompt_tokens": 0, "nano_usd": 0, "useful_tokens": 0}
-    told_rows = rows([asked_before, reused, {"nano_usd": NANO}], priced=True)
+    told_rows = make_rows([asked_before, reused, {"nano_usd": NANO_PER_USD}], priced=True)
     assert [row["usd"] for row in told_rows] == [None, 0.0, 1.0]

@@ -10,10 +10,10 @@ import tiktoken
 
 from fanfold.backends.budget.tokens import (
     TokenCounter,
-    encoding_name,
+    estimate_prompt_tokens,
+    estimate_text_tokens,
+    find_encoding_name,
     load_encoding,
-    prompt_tokens,
-    text_tokens,
 )
 
 BODY = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]}
@@ -37,32 +37,32 @@ def bytewise(name: str) -> tiktoken.Encoding:
     ],
 )
 def test_length_is_high_rather_than_low(text: str, tokens: int) -> None:
-    assert 0.95 * tokens <= text_tokens(text) <= 2 * tokens
+    assert 0.95 * tokens <= estimate_text_tokens(text) <= 2 * tokens
 
 
 def test_lengths_of_odd_texts() -> None:
-    assert text_tokens("") == 0
-    assert text_tokens(" " * 1000) <= 1
-    assert text_tokens("\ud800") >= 1
-    bare = prompt_tokens(BODY)
+    assert estimate_text_tokens("") == 0
+    assert estimate_text_tokens(" " * 1000) <= 1
+    assert estimate_text_tokens("\ud800") >= 1
+    bare = estimate_prompt_tokens(BODY)
     schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
-    assert prompt_tokens(BODY | {"response_format": schema}) > bare
-    assert prompt_tokens(BODY | {"tools": [{"function": {"name": "f"}}]}) > bare
+    assert estimate_prompt_tokens(BODY | {"response_format": schema}) > bare
+    assert estimate_prompt_tokens(BODY | {"tools": [{"function": {"name": "f"}}]}) > bare
     parts = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "u"}}]
-    assert prompt_tokens({"messages": [{"role": "user", "content": parts}]}) > 0
-    assert prompt_tokens({"messages": [{"role": "assistant", "content": None}]}) > 0
+    assert estimate_prompt_tokens({"messages": [{"role": "user", "content": parts}]}) > 0
+    assert estimate_prompt_tokens({"messages": [{"role": "assistant", "content": None}]}) > 0
 
 
 def test_which_models_tiktoken_knows() -> None:
-    assert encoding_name("gpt-5.4-mini") == encoding_name("openai/gpt-4o") == "o200k_base"
-    assert encoding_name("meta-llama/Llama-3.1-8B-Instruct") is None
+    assert find_encoding_name("gpt-5.4-mini") == find_encoding_name("openai/gpt-4o") == "o200k_base"
+    assert find_encoding_name("meta-llama/Llama-3.1-8B-Instruct") is None
 
 
 async def test_tiktoken_counts_plain_messages() -> None:
     async with TokenCounter([], "gpt-4o", load=bytewise) as counter:
         plain = await counter.count(BODY)
         assert plain == (len("Be kind.hi") + 2 * 4 + 3, True)
-        assert counter.how == "by tiktoken's o200k_base"
+        assert counter.method == "by tiktoken's o200k_base"
         again = await asyncio.gather(*(counter.count(BODY) for _ in range(50)))
         assert set(again) == {plain}
         more = await counter.count(BODY | {"response_format": {"type": "json_object"}})
@@ -80,8 +80,8 @@ async def test_without_a_network_length_takes_over(
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     async with TokenCounter([], "gpt-4o", timeout_s=60) as counter:
         counts = await asyncio.gather(*(counter.count(BODY) for _ in range(3)))
-    assert set(counts) == {(prompt_tokens(BODY), False)}
-    assert counter.how == "by length"
+    assert set(counts) == {(estimate_prompt_tokens(BODY), False)}
+    assert counter.method == "by length"
     assert [r.message for r in caplog.records].count(caplog.messages[0]) == 1
     assert "cannot load the vocabulary o200k_base" in caplog.messages[0]
     assert "TIKTOKEN_CACHE_DIR" in caplog.messages[0]
@@ -104,4 +104,4 @@ async def test_a_network_that_swallows_everything_holds_nothing_up(
 
 async def test_a_model_that_nobody_knows_is_counted_by_length() -> None:
     async with TokenCounter([], "meta-llama/Llama-3.1-8B-Instruct", load=bytewise) as counter:
-        assert await counter.count(BODY) == (prompt_tokens(BODY), False)
+        assert await counter.count(BODY) == (estimate_prompt_tokens(BODY), False)

@@ -11,7 +11,7 @@ import pytest
 
 from fanfold.backends.cluster.scripts import (
     JobPlan,
-    clock,
+    format_hms,
     job_script,
     launch_script,
     node_script,
@@ -19,7 +19,7 @@ from fanfold.backends.cluster.scripts import (
 )
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.site import load_site, site_names
-from fanfold.graphs.jobs.submit import seconds
+from fanfold.graphs.jobs.submit import parse_walltime
 
 
 def plan(site: str = "perlmutter") -> JobPlan:
@@ -31,7 +31,7 @@ def plan(site: str = "perlmutter") -> JobPlan:
         nodes=4,
         walltime_s=7200,
         drain_s=30,
-        serves=True,
+        starts_servers=True,
         queue="regular",
         account="m1234",
         archive=Path("/scratch/me/env.tar.gz"),
@@ -41,7 +41,7 @@ def plan(site: str = "perlmutter") -> JobPlan:
 @pytest.mark.parametrize("site", site_names())
 @pytest.mark.parametrize("works", [False, True], ids=["alone", "workers"])
 def test_the_scripts_of_all_sites_are_shell(site: str, works: bool) -> None:
-    asked = replace(plan(site), works=works)
+    asked = replace(plan(site), starts_workers=works)
     for write in (job_script, node_script, launch_script, worker_script):
         text = write(asked)
         checked = subprocess.run(
@@ -83,26 +83,26 @@ def test_pbs_lines() -> None:
 
 
 def test_without_servers_the_run_alone() -> None:
-    text = job_script(replace(plan(), serves=False, archive=None))
+    text = job_script(replace(plan(), starts_servers=False, archive=None))
     assert "srun" not in text
     assert "node.sh" not in text
     assert 'resume "$run"' in text
 
 
 def test_workers_are_told_where_to_come_to() -> None:
-    asked = replace(plan("polaris"), works=True, archive=None)
+    asked = replace(plan("polaris"), starts_workers=True, archive=None)
     assert 'FANFOLD_LAUNCHER="bash $cluster/launch.sh"' in job_script(asked)
     assert 'FANFOLD_DESK_HOST="$(hostname -s).hsn.cm.polaris.alcf.anl.gov"' in job_script(asked)
     launch = "exec mpiexec -n 4 --ppn 1 --cpu-bind none bash /scratch/me/run/cluster/worker.sh"
     assert launch in launch_script(asked)
     assert 'FANFOLD_HOST="$(hostname -s).hsn.cm.polaris.alcf.anl.gov"' in worker_script(asked)
-    alone = job_script(replace(asked, works=False))
+    alone = job_script(replace(asked, starts_workers=False))
     assert set(re.findall(r"FANFOLD_\w+", alone)) == {"FANFOLD_END_TIME", "FANFOLD_NODES"}
 
 
 def test_the_address_of_an_interface(tmp_path: Path) -> None:
     """Where a site names no host but an interface; the shell's part is run."""
-    script = job_script(replace(plan(), works=True))
+    script = job_script(replace(plan(), starts_workers=True))
     (line,) = [one for one in script.splitlines() if one.startswith("export FANFOLD_DESK_HOST=")]
     ip = tmp_path / "ip"
     ip.write_text('#!/bin/sh\necho "7: $5  inet 10.1.2.3/16 brd 10.1.255.255 scope global $5"\n')
@@ -118,14 +118,14 @@ def test_the_address_of_an_interface(tmp_path: Path) -> None:
 
 def test_workers_take_the_nodes_own_copy() -> None:
     """It is unpacked once, whether a server or a worker comes first, and removed at the end."""
-    asked = replace(plan(), works=True)
+    asked = replace(plan(), starts_workers=True)
     assert "FANFOLD_PYTHON=${FANFOLD_COPY%/*}/environment/bin/python" in job_script(asked)
     assert "rm -rf" in job_script(asked)
     assert "rm -rf" not in node_script(asked)
     assert "rm -rf" in node_script(plan())
     for script in (node_script(asked), worker_script(asked)):
         assert "flock" in script
-    without_servers = replace(asked, serves=False)
+    without_servers = replace(asked, starts_servers=False)
     assert job_script(without_servers).count("sbcast") == 1
     assert "rm -rf" in job_script(without_servers)
     assert "#SBATCH --no-kill" in job_script(asked)
@@ -150,7 +150,7 @@ def packed(folder: Path) -> Path:
 
 def on_node(archive: Path, shown: str) -> subprocess.CompletedProcess[str]:
     """Become a worker on a node, which shows something of the environment."""
-    script = worker_script(replace(plan(), works=True)) + "\n"
+    script = worker_script(replace(plan(), starts_workers=True)) + "\n"
     command = ["bash", "-c", script, "worker.sh", "bash", "-c", shown]
     names = {"PATH": "/usr/bin:/bin", "FANFOLD_COPY": str(archive)}
     return subprocess.run(command, env=names, capture_output=True, text=True, check=False)
@@ -213,7 +213,7 @@ def test_a_job_copies_into_a_new_folder_only(tmp_path: Path, there: str) -> None
         made.mkdir() if there == "a folder" else made.symlink_to(tmp_path / "theirs")
     changes = {"launcher": "env", "broadcast": "cp {archive} {copy}", "local": str(local)}
     site = plan().site.model_copy(update=changes)
-    lines = job_script(replace(plan(), works=True, site=site, archive=source)).splitlines()
+    lines = job_script(replace(plan(), starts_workers=True, site=site, archive=source)).splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith("random="))
     end = next(n for n, line in enumerate(lines) if "chain end" in line)
     text = "\n".join(
@@ -269,14 +269,14 @@ def test_a_site_that_cannot_copy() -> None:
     [("2h", 7200), ("90m", 5400), ("1h30m", 5400), ("02:00:00", 7200), ("1d", 86400)],
 )
 def test_walltimes(text: str, value: int) -> None:
-    assert seconds(text) == value
-    assert seconds(clock(value)) == value
+    assert parse_walltime(text) == value
+    assert parse_walltime(format_hms(value)) == value
 
 
 @pytest.mark.parametrize("text", ["", "2", "2x", "h", "1:2"])
 def test_what_is_no_walltime(text: str) -> None:
     with pytest.raises(ConfigurationError, match="--walltime"):
-        seconds(text)
+        parse_walltime(text)
 
 
 @pytest.mark.parametrize(("code", "ends"), [(0, None), (10, 0), (1, 1)])

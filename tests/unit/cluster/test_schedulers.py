@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.cluster.schedulers import Pbs, Slurm, Used, refusal, scheduler
-from fanfold.backends.core.errors import ConfigurationError, SiteError
+from fanfold.backends.cluster.schedulers import (
+    Pbs,
+    SchedulerUsage,
+    Slurm,
+    make_scheduler,
+    try_job_command,
+)
+from fanfold.backends.core.errors import BackendError, ConfigurationError
 
 
 @pytest.fixture
@@ -36,7 +42,7 @@ def test_slurm_ids_lose_the_name_of_the_cluster(programs: Path) -> None:
 
 def test_slurm_states(programs: Path) -> None:
     program(programs, "squeue", "printf '1 RUNNING\\n2 PENDING\\n3 COMPLETED\\n4 COMPLETING\\n'")
-    assert Slurm().states(["1", "2", "3", "4", "5"]) == {
+    assert Slurm().fetch_states(["1", "2", "3", "4", "5"]) == {
         "1": "running",
         "2": "queued",
         "3": "ended",
@@ -47,19 +53,19 @@ def test_slurm_states(programs: Path) -> None:
 
 def test_slurm_accounts_or_why_there_are_none(programs: Path) -> None:
     program(programs, "sacct", "printf '1|COMPLETED|3600|4\\n2|PENDING||4\\n'")
-    assert Slurm().used(["1", "2"]) == {"1": Used(14400, 3600, "COMPLETED")}
+    assert Slurm().fetch_usage(["1", "2"]) == {"1": SchedulerUsage(14400, 3600, "COMPLETED")}
     program(programs, "sacct", "echo 'Slurm accounting storage is disabled' >&2", "exit 1")
-    with pytest.raises(SiteError, match="sacct says: Slurm accounting storage is disabled"):
-        Slurm().used(["1"])
+    with pytest.raises(BackendError, match="sacct says: Slurm accounting storage is disabled"):
+        Slurm().fetch_usage(["1"])
 
 
 def test_slurm_begins_another_row_when_a_job_loses_a_node(programs: Path) -> None:
     """What Slurm 22.05 said of a job of three nodes; another job had the same id long ago."""
     rows = ("2|COMPLETED|999|9", "2|RESIZING|33|3", "2|COMPLETED|7|2", "3|CANCELLED by 0|4|1")
     program(programs, "sacct", f"printf '%s\\n' {' '.join(map(repr, rows))}")
-    assert Slurm().used(["2", "3"]) == {
-        "2": Used(33 * 3 + 7 * 2, 40, "COMPLETED"),
-        "3": Used(4, 4, "CANCELLED by 0"),
+    assert Slurm().fetch_usage(["2", "3"]) == {
+        "2": SchedulerUsage(33 * 3 + 7 * 2, 40, "COMPLETED"),
+        "3": SchedulerUsage(4, 4, "CANCELLED by 0"),
     }
 
 
@@ -69,12 +75,14 @@ def test_pbs_says_it_in_json(programs: Path) -> None:
         ' "Resource_List": {"nodect": 4}}, "8.host.site": {"job_state": "H"}}}'
     )
     program(programs, "qstat", f"echo '{said}'")
-    assert Pbs().states(["7.host", "8.host", "9.host"]) == {
+    assert Pbs().fetch_states(["7.host", "8.host", "9.host"]) == {
         "7.host": "ended",
         "8.host": "queued",
         "9.host": "ended",
     }
-    assert Pbs().used(["7.host", "8.host"]) == {"7.host": Used(4 * 3630, 3630, "F")}
+    assert Pbs().fetch_usage(["7.host", "8.host"]) == {
+        "7.host": SchedulerUsage(4 * 3630, 3630, "F")
+    }
 
 
 def test_pbs_depends_and_signals(programs: Path) -> None:
@@ -92,10 +100,10 @@ def test_pbs_depends_and_signals(programs: Path) -> None:
 
 def test_pbs_forgets_jobs(programs: Path) -> None:
     program(programs, "qstat", "echo 'qstat: Unknown Job Id 7.host' >&2", "exit 153")
-    assert Pbs().states(["7.host"]) == {"7.host": "ended"}
+    assert Pbs().fetch_states(["7.host"]) == {"7.host": "ended"}
     program(programs, "qstat", "echo 'qstat: cannot connect to server' >&2", "exit 1")
-    with pytest.raises(SiteError, match="cannot connect"):
-        Pbs().states(["7.host"])
+    with pytest.raises(BackendError, match="cannot connect"):
+        Pbs().fetch_states(["7.host"])
 
 
 @pytest.mark.parametrize(("said", "refused"), [("7 COMPLETED", False), ("7 PENDING", True)])
@@ -103,22 +111,22 @@ def test_a_job_that_is_gone_is_no_refusal(programs: Path, said: str, refused: bo
     why = "scancel: error: Kill job error on job id 7: Invalid job id specified"
     program(programs, "scancel", f"echo '{why}' >&2", "exit 1")
     program(programs, "squeue", f"echo '{said}'")
-    error = refusal(Slurm(), "7", Slurm().cancel)
+    error = try_job_command(Slurm(), "7", Slurm().cancel)
     assert (error is not None) == refused
     program(programs, "squeue", "exit 1")
-    assert refusal(Slurm(), "7", Slurm().cancel) is not None, "nobody says that it is gone"
+    assert try_job_command(Slurm(), "7", Slurm().cancel) is not None, "nobody says that it is gone"
 
 
 def test_what_a_scheduler_refuses_is_told(programs: Path) -> None:
     program(programs, "sbatch", "echo 'sbatch: error: invalid account' >&2", "exit 1")
-    with pytest.raises(SiteError, match="sbatch says: sbatch: error: invalid account"):
-        scheduler("slurm").submit(Path("job.sh"))
+    with pytest.raises(BackendError, match="sbatch says: sbatch: error: invalid account"):
+        make_scheduler("slurm").submit(Path("job.sh"))
 
 
 def test_without_a_scheduler_the_login_node_is_named(programs: Path) -> None:
     os.environ["PATH"] = str(programs)
     with pytest.raises(ConfigurationError, match="qsub: no such command here; submit from a login"):
-        scheduler("pbs").submit(Path("job.sh"))
+        make_scheduler("pbs").submit(Path("job.sh"))
 
 
 def test_a_successor_does_not_inherit_its_predecessors_job(

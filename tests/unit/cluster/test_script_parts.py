@@ -45,7 +45,7 @@ def test_a_launcher_that_hangs_after_the_run_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_hangs_while_it_tidies_is_killed() -> None:
-    script = job_script(replace(plan("polaris"), works=True))
+    script = job_script(replace(plan("polaris"), starts_workers=True))
     assert "timeout --kill-after=10 30 mpiexec" in script
 
 

@@ -10,8 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.cluster.utilization import JobTime, Served, Stretch, served, useful_share
-from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.cluster.utilization import (
+    Interval,
+    JobServers,
+    JobTime,
+    compute_utilization,
+    read_job_servers,
+)
+from fanfold.backends.core.errors import JournalError
 
 
 def line(at: float, event: str, instance: int | None = None, **what: Any) -> dict[str, Any]:
@@ -29,8 +35,8 @@ def write(folder: Path, host: str, *lines: dict[str, Any]) -> None:
     file.write_bytes(b"".join(orjson.dumps(one) + b"\n" for one in lines))
 
 
-def told(folder: Path, end: float = 100.0) -> Served:
-    (found,) = served(folder, [(0, end)])
+def told(folder: Path, end: float = 100.0) -> JobServers:
+    (found,) = read_job_servers(folder, [(0, end)])
     return found
 
 
@@ -54,40 +60,40 @@ def test_a_server_from_its_start_to_its_end(tmp_path: Path) -> None:
         line(90, "end", why="stopped"),
     )
     found = told(tmp_path)
-    assert found.counted
-    assert found.first == 12
-    assert found.did["n1", 0] == [
-        Stretch(1, 10, "starting"),
-        Stretch(10, 12),
-        Stretch(12, 20, "up", 3),
-        Stretch(20, 40, "up", 4, queued=True),
-        Stretch(40, 50, "down"),
-        Stretch(50, 55),
-        Stretch(55, 58, "up", 2),
-        Stretch(58, 60, "down", 2),
-        Stretch(60, 90, "up", 2),
-        Stretch(90, 100, "over"),
+    assert found.has_counts
+    assert found.first_busy_at == 12
+    assert found.intervals["n1", 0] == [
+        Interval(1, 10, "starting"),
+        Interval(10, 12),
+        Interval(12, 20, "up", 3),
+        Interval(20, 40, "up", 4, has_queue=True),
+        Interval(40, 50, "down"),
+        Interval(50, 55),
+        Interval(55, 58, "up", 2),
+        Interval(58, 60, "down", 2),
+        Interval(60, 90, "up", 2),
+        Interval(90, 100, "over"),
     ]
-    assert found.did["n1", 1] == [
-        Stretch(1, 61, "starting"),
-        Stretch(61, 90, "down"),
-        Stretch(90, 100, "over"),
+    assert found.intervals["n1", 1] == [
+        Interval(1, 61, "starting"),
+        Interval(61, 90, "down"),
+        Interval(90, 100, "over"),
     ]
 
 
 @pytest.mark.parametrize(
     ("end", "rest"),
     [
-        (100.0, [Stretch(20, 100, "up", 4)]),  # it says so once a minute only
-        (500.0, [Stretch(20, 70, "up", 4), Stretch(70, 500, "down")]),
+        (100.0, [Interval(20, 100, "up", 4)]),  # it says so once a minute only
+        (500.0, [Interval(20, 70, "up", 4), Interval(70, 500, "down")]),
     ],
 )
-def test_a_lost_node_has_no_end(tmp_path: Path, end: float, rest: list[Stretch]) -> None:
+def test_a_lost_node_has_no_end(tmp_path: Path, end: float, rest: list[Interval]) -> None:
     lines = [line(0, "begin", instances=1), line(10, "ready", 0), load(20, 4)]
     write(tmp_path, "n1", *lines, line(70, "alive", ready=1))
-    assert told(tmp_path, end).did["n1", 0] == [
-        Stretch(0, 10, "starting"),
-        Stretch(10, 20),
+    assert told(tmp_path, end).intervals["n1", 0] == [
+        Interval(0, 10, "starting"),
+        Interval(10, 20),
         *rest,
     ]
 
@@ -95,13 +101,13 @@ def test_a_lost_node_has_no_end(tmp_path: Path, end: float, rest: list[Stretch])
 def test_a_keeper_that_was_killed_leaves_its_servers_down(tmp_path: Path) -> None:
     lines = [line(0, "begin", instances=1), line(10, "ready", 0), load(20, 4)]
     write(tmp_path, "n1", *lines, line(70, "end", why="keeper lost"))
-    assert told(tmp_path).did["n1", 0][-1] == Stretch(70, 100, "down")
+    assert told(tmp_path).intervals["n1", 0][-1] == Interval(70, 100, "down")
 
 
 def test_small_changes_are_one_stretch(tmp_path: Path) -> None:
     lines = [line(0, "begin", instances=1), line(0, "ready", 0)]
     write(tmp_path, "n1", *lines, load(1, 256), load(6, 250), load(11, 254), load(16, 240))
-    assert [s.items for s in told(tmp_path).did["n1", 0]] == [0, 256, 240]
+    assert [s.items for s in told(tmp_path).intervals["n1", 0]] == [0, 256, 240]
 
 
 def test_records_go_to_the_job_in_which_they_began(tmp_path: Path) -> None:
@@ -109,15 +115,15 @@ def test_records_go_to_the_job_in_which_they_began(tmp_path: Path) -> None:
     again = [one | {"at": one["at"] + 20} for one in first if one["event"] != "load"]
     other = [one | {"at": one["at"] + 40} for one in first]
     write(tmp_path, "n1", *first, *again, *other)
-    one, two, none = served(tmp_path, [(0, 15), (20, 35), (70, 80)])
-    assert (one.counted, two.counted, none.counted) == (True, False, False)
-    assert (len(one.did), len(two.did), len(none.did)) == (1, 1, 0)
+    one, two, none = read_job_servers(tmp_path, [(0, 15), (20, 35), (70, 80)])
+    assert (one.has_counts, two.has_counts, none.has_counts) == (True, False, False)
+    assert (len(one.intervals), len(two.intervals), len(none.intervals)) == (1, 1, 0)
 
 
 def test_no_records_and_one_that_cannot_be_read(tmp_path: Path) -> None:
-    assert told(tmp_path) == Served()
+    assert told(tmp_path) == JobServers()
     (tmp_path / "logs" / "n1.jsonl").mkdir(parents=True)
-    with pytest.raises(LedgerError, match=r"n1\.jsonl: cannot be read: Is a directory"):
+    with pytest.raises(JournalError, match=r"n1\.jsonl: cannot be read: Is a directory"):
         told(tmp_path)
 
 
@@ -145,8 +151,10 @@ def test_whatever_is_recorded_makes_up_what_was_paid(
     lines = sorted(lines, key=lambda one: float(one["at"]))
     write(tmp_path, "n1", line(0, "begin", instances=2), *lines)
     found = told(tmp_path, end)
-    did = tuple(tuple(one) for one in found.did.values())
-    job = JobTime(2, 0, end, 2 * end, 10, 4, first, None, stopped=False, by_counts=True, did=did)
-    share = useful_share([job], places=4)
+    did = tuple(tuple(one) for one in found.intervals.values())
+    job = JobTime(
+        2, 0, end, 2 * end, 10, 4, first, None, was_stopped=False, has_counts=True, intervals=did
+    )
+    share = compute_utilization([job], places=4)
     assert share.full_s + sum(share.lost_s.values()) == pytest.approx(share.paid_s, abs=1e-6)
     assert share.paid_s == 2 * end + 10

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.configs.resolve import Wish
-from fanfold.graphs.jobs.submit import Order, submit
+from fanfold.configs.resolve import Overrides
+from fanfold.graphs.jobs.submit import SubmitOptions, submit_job
 
 SETTINGS: dict[str, Any] = {
     "name": "trial",
@@ -27,8 +27,8 @@ def shown(folder: Path, changed: dict[str, Any] | None = None, **order: Any) -> 
     config = folder / "c.yaml"
     config.write_text(yaml.safe_dump(SETTINGS | (changed or {})))
     given: dict[str, Any] = {"nodes": 4, "walltime": "1h", "queue": "q", "account": "a"} | order
-    terms = Order("polaris", **given)
-    submit(str(config), folder / "run", Wish([]), terms, dry=True)
+    terms = SubmitOptions("polaris", **given)
+    submit_job(str(config), folder / "run", Overrides([]), terms, dry=True)
 
 
 def test_what_fits_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from fanfold.configs.models import RunConfig
-from fanfold.configs.resolve import Wish
+from fanfold.configs.resolve import Overrides
 from fanfold.configs.site import load_site
-from fanfold.graphs.jobs.submit import Order, _plan, _scripts, _settled
+from fanfold.graphs.jobs.submit import SubmitOptions, _make_job_plan, _resolve_settings, _scripts
 
-ORDER = Order("polaris", nodes=5, walltime="1h", queue="prod", account="CHEM")
+ORDER = SubmitOptions("polaris", nodes=5, walltime="1h", queue="prod", account="CHEM")
 SERVED = {"node": {"serve": "vllm serve {model} --port {port}"}, "model": {"name": "m"}}
 
 
@@ -23,8 +23,8 @@ def settled(folder: Path, settings: dict[str, Any]) -> tuple[RunConfig, set[str]
     config = folder / "c.yaml"
     config.write_text(yaml.safe_dump(base | {"input": {"path": "in.csv"}} | settings))
     site = load_site("polaris")
-    loaded, _ = _settled(str(config), folder / "run", Wish([]), ORDER, site)
-    return loaded.config, set(_scripts(_plan(loaded, folder / "run", ORDER, site)))
+    loaded, _ = _resolve_settings(str(config), folder / "run", Overrides([]), ORDER, site)
+    return loaded.config, set(_scripts(_make_job_plan(loaded, folder / "run", ORDER, site)))
 
 
 @pytest.mark.parametrize("backend", [{"kind": "launched"}, {"kind": "parsl", "config": "htex_job"}])

@@ -11,39 +11,40 @@ from hypothesis import strategies as st
 
 from fanfold.backends.cluster.utilization import (
     CAUSES,
-    Call,
+    AnsweredItem,
+    Interval,
     JobTime,
-    Share,
-    State,
-    Stretch,
-    by_job,
-    calls_of,
-    levels,
-    useful_share,
+    ServerState,
+    Utilization,
+    compute_utilization,
+    group_by_job,
+    intervals_of_items,
+    read_answered_items,
 )
 
 NOTHING = dict.fromkeys(CAUSES, 0.0)
 
 
-def job(end: float, *did: tuple[Stretch, ...], **changes: Any) -> JobTime:
+def job(end: float, *did: tuple[Interval, ...], **changes: Any) -> JobTime:
     """A job from 0, whose items begin at 0 and go on to its end."""
-    facts: dict[str, Any] = {"nodes": 1, "begin": 0, "end": end, "before_s": 0, "servers": 1}
-    facts |= {"first": 0, "last": end, "stopped": False, "by_counts": True, "did": did} | changes
+    facts: dict[str, Any] = {"nodes": 1, "begin": 0, "end": end, "overhead_s": 0, "servers": 1}
+    facts |= {"first_item_at": 0, "last_item_at": end, "was_stopped": False, "has_counts": True}
+    facts |= {"intervals": did} | changes
     return JobTime(**{"inside_s": facts["nodes"] * end} | facts)
 
 
-def by_journal(end: float, calls: list[Call], **changes: Any) -> JobTime:
-    (found,) = by_job(calls, [(0, end)], [True])
-    did = tuple(levels(own, 0, end) for own in found.calls.values())
-    told = {"first": found.first, "last": found.last, "by_counts": False}
+def by_journal(end: float, calls: list[AnsweredItem], **changes: Any) -> JobTime:
+    (found,) = group_by_job(calls, [(0, end)], [True])
+    did = tuple(intervals_of_items(own, 0, end) for own in found.calls.values())
+    told = {"first_item_at": found.first, "last_item_at": found.last, "has_counts": False}
     return job(end, *did, **told | changes)
 
 
-def busy(endpoint: str, begin: float, end: float, places: int) -> list[Call]:
-    return [Call(endpoint, begin, end)] * places
+def busy(endpoint: str, begin: float, end: float, places: int) -> list[AnsweredItem]:
+    return [AnsweredItem(endpoint, begin, end)] * places
 
 
-def lost(share: Share) -> dict[str, float]:
+def lost(share: Utilization) -> dict[str, float]:
     """Return the causes that cost anything."""
     return {cause: seconds for cause, seconds in share.lost_s.items() if seconds}
 
@@ -55,57 +56,59 @@ def test_each_second_has_one_cause() -> None:
         *busy("a", 60, 70, 1),  # starved
         *busy("a", 70, 75, 1),
     ]
-    share = useful_share([by_journal(80, calls, stopped=True)], places=4)
+    share = compute_utilization([by_journal(80, calls, was_stopped=True)], places=4)
     assert (share.paid_s, share.full_s, share.busy_s) == (80, 40, 65)
     assert lost(share) == {"start-up": 10, "cold": 10, "starved": 10, "drain": 10}
-    assert share.useful == 0.5
+    assert share.useful_share == 0.5
     assert (share.by_counts, share.by_journal) == (0, 1)
 
 
 def test_the_end_of_a_finished_run_is_its_tail() -> None:
-    share = useful_share([by_journal(20, busy("a", 0, 10, 4))], places=4)
+    share = compute_utilization([by_journal(20, busy("a", 0, 10, 4))], places=4)
     assert share.full_s == 10
     assert lost(share) == {"tail": 10}
 
 
 def test_a_server_that_never_answered_is_cold() -> None:
-    share = useful_share([by_journal(100, busy("a", 0, 100, 4), nodes=2, servers=2)], places=4)
+    share = compute_utilization(
+        [by_journal(100, busy("a", 0, 100, 4), nodes=2, servers=2)], places=4
+    )
     assert (share.paid_s, share.full_s, share.busy_s) == (200, 100, 100)
     assert lost(share) == {"cold": 100}
 
 
 def test_servers_share_their_node() -> None:
     calls = [*busy("a", 0, 100, 4), *busy("b", 50, 100, 4)]
-    share = useful_share([by_journal(100, calls, servers=2)], places=4)
+    share = compute_utilization([by_journal(100, calls, servers=2)], places=4)
     assert (share.paid_s, share.full_s) == (100, 75)
     assert lost(share) == {"cold": 25}
 
 
 def test_places_are_what_the_busiest_server_kept_up() -> None:
     calls = [*busy("a", 0, 90, 8), *busy("a", 90, 91, 50)]
-    assert useful_share([by_journal(100, calls)]).places == 8
+    assert compute_utilization([by_journal(100, calls)]).full_batch == 8
 
 
 def test_no_items_no_share() -> None:
-    share = useful_share([by_journal(100, [])])
-    assert (share.useful, lost(share)) == (0, {"start-up": 100})
-    assert useful_share([]).useful == 0
+    share = compute_utilization([by_journal(100, [])])
+    assert (share.useful_share, lost(share)) == (0, {"start-up": 100})
+    assert compute_utilization([]).useful_share == 0
 
 
 def test_a_life_of_a_server_by_its_own_counts() -> None:
     did = (
-        Stretch(2, 10, "starting"),
-        Stretch(10, 15),  # ready, and no item has begun
-        Stretch(15, 25, items=3),  # cold
-        Stretch(25, 45, items=4),
-        Stretch(45, 50, items=2, queued=True),  # what waits could not get in: full
-        Stretch(50, 60, items=1),  # starved
-        Stretch(60, 70, "down"),
-        Stretch(70, 85, items=4),
-        Stretch(85, 90, items=1),  # no further item begins since 80
-        Stretch(90, 100, "over"),
+        Interval(2, 10, "starting"),
+        Interval(10, 15),  # ready, and no item has begun
+        Interval(15, 25, items=3),  # cold
+        Interval(25, 45, items=4),
+        Interval(45, 50, items=2, has_queue=True),  # what waits could not get in: full
+        Interval(50, 60, items=1),  # starved
+        Interval(60, 70, "down"),
+        Interval(70, 85, items=4),
+        Interval(85, 90, items=1),  # no further item begins since 80
+        Interval(90, 100, "over"),
     )
-    share = useful_share([job(105, did, first=15, last=80)], places=4)
+    share = compute_utilization([job(105, did, first_item_at=15, last_item_at=80)], places=4)
     assert (share.full_s, share.busy_s) == (40, 65)
     assert lost(share) == {
         "start-up": 15,
@@ -117,34 +120,38 @@ def test_a_life_of_a_server_by_its_own_counts() -> None:
 
 
 def test_a_server_that_is_not_ready_while_others_work_starts_up() -> None:
-    late = (Stretch(0, 60, "starting"), Stretch(60, 100, items=4))
-    share = useful_share([job(100, (Stretch(0, 100, items=4),), late, nodes=2, servers=2)], 4)
+    late = (Interval(0, 60, "starting"), Interval(60, 100, items=4))
+    share = compute_utilization(
+        [job(100, (Interval(0, 100, items=4),), late, nodes=2, servers=2)], 4
+    )
     assert lost(share) == {"start-up": 60}
 
 
 def test_a_server_that_never_has_enough_is_starved_once_it_works() -> None:
     """So it is where ``limits.streams`` is too small for all servers."""
-    did = (Stretch(0, 10), Stretch(10, 100, items=2))
-    assert lost(useful_share([job(100, did)], 4)) == {"cold": 10, "starved": 90}
+    did = (Interval(0, 10), Interval(10, 100, items=2))
+    assert lost(compute_utilization([job(100, did)], 4)) == {"cold": 10, "starved": 90}
 
 
 def test_a_server_that_nobody_hears_of_again_is_down() -> None:
-    assert lost(useful_share([job(100, (Stretch(0, 40, items=4),))], 4)) == {"down": 60}
+    assert lost(compute_utilization([job(100, (Interval(0, 40, items=4),))], 4)) == {"down": 60}
 
 
 def test_a_node_that_is_lost_costs_nothing_more() -> None:
     """Slurm goes on with a smaller job: of two nodes for 100 s one was there for 40."""
-    lives, lost_one = (Stretch(0, 100, items=4),), (Stretch(0, 30, items=4),)
+    lives, lost_one = (Interval(0, 100, items=4),), (Interval(0, 30, items=4),)
     whole = job(100, lives, lost_one, nodes=2, servers=2)
-    assert lost(useful_share([whole], 4)) == {"down": 70}
-    share = useful_share([replace(whole, inside_s=140)], 4)
+    assert lost(compute_utilization([whole], 4)) == {"down": 70}
+    share = compute_utilization([replace(whole, inside_s=140)], 4)
     assert (share.full_s, lost(share)) == (130, {"down": 10})
-    share = useful_share([replace(whole, inside_s=100)], 4)  # less than its servers worked
+    share = compute_utilization([replace(whole, inside_s=100)], 4)  # less than its servers worked
     assert (share.full_s, lost(share)) == (100, {})
 
 
 def test_what_the_scheduler_counts_besides_is_start_up() -> None:
-    share = useful_share([job(90, (Stretch(0, 90, items=4),), nodes=2, servers=1, before_s=20)], 4)
+    share = compute_utilization(
+        [job(90, (Interval(0, 90, items=4),), nodes=2, servers=1, overhead_s=20)], 4
+    )
     assert (share.paid_s, share.full_s) == (200, 180)
     assert lost(share) == {"start-up": 20}
 
@@ -152,23 +159,23 @@ def test_what_the_scheduler_counts_besides_is_start_up() -> None:
 def test_places_are_those_that_servers_count_where_any_do() -> None:
     """What waits in the client or in a server's queue is no place of its batch."""
     journal = by_journal(100, busy("a", 0, 100, 12))
-    share = useful_share([journal, job(100, (Stretch(0, 100, items=4, queued=True),))])
-    assert (share.places, share.by_counts, share.by_journal) == (4, 1, 1)
-    assert share.useful == 1
+    share = compute_utilization([journal, job(100, (Interval(0, 100, items=4, has_queue=True),))])
+    assert (share.full_batch, share.by_counts, share.by_journal) == (4, 1, 1)
+    assert share.useful_share == 1
 
 
 def test_places_are_the_most_that_a_server_was_seen_to_work_on() -> None:
     """One that has too few items nearly all the time is starved, and not full of two."""
-    did = (Stretch(0, 1, items=4), Stretch(1, 100, items=2))
-    share = useful_share([job(100, did)])
-    assert (share.places, share.full_s, lost(share)) == (4, 1, {"starved": 99})
-    assert useful_share([job(100, (Stretch(0, 100, queued=True),))]).places == 1
+    did = (Interval(0, 1, items=4), Interval(1, 100, items=2))
+    share = compute_utilization([job(100, did)])
+    assert (share.full_batch, share.full_s, lost(share)) == (4, 1, {"starved": 99})
+    assert compute_utilization([job(100, (Interval(0, 100, has_queue=True),))]).full_batch == 1
 
 
-STATES: tuple[State, ...] = ("starting", "up", "down", "over")
+STATES: tuple[ServerState, ...] = ("starting", "up", "down", "over")
 times = st.floats(-10, 120, allow_nan=False)
 stretches = st.builds(
-    Stretch, times, times, st.sampled_from(STATES), st.integers(0, 6), st.booleans()
+    Interval, times, times, st.sampled_from(STATES), st.integers(0, 6), st.booleans()
 )
 servers = st.lists(stretches, max_size=6).map(lambda did: tuple(sorted(did)))
 jobs = st.builds(
@@ -177,19 +184,19 @@ jobs = st.builds(
     begin=st.just(0.0),
     end=st.floats(1, 100),
     inside_s=st.floats(0, 500),
-    before_s=st.floats(0, 50),
+    overhead_s=st.floats(0, 50),
     servers=st.integers(0, 6),
-    first=st.none() | times,
-    last=st.none() | times,
-    stopped=st.booleans(),
-    by_counts=st.booleans(),
-    did=st.lists(servers, max_size=4).map(tuple),
+    first_item_at=st.none() | times,
+    last_item_at=st.none() | times,
+    was_stopped=st.booleans(),
+    has_counts=st.booleans(),
+    intervals=st.lists(servers, max_size=4).map(tuple),
 )
 
 
 @given(st.lists(jobs, max_size=3), st.none() | st.integers(1, 5))
 def test_causes_and_full_time_make_up_what_was_paid(all_jobs: list[JobTime], most: int) -> None:
-    share = useful_share(all_jobs, most)
+    share = compute_utilization(all_jobs, most)
     assert share.full_s + sum(share.lost_s.values()) == pytest.approx(share.paid_s, abs=1e-6)
     assert share.paid_s == sum(one.paid_s for one in all_jobs)
     assert -1e-9 <= share.full_s <= share.busy_s + 1e-9 <= share.paid_s + 2e-6
@@ -199,7 +206,9 @@ def test_causes_and_full_time_make_up_what_was_paid(all_jobs: list[JobTime], mos
 
 def test_calls_are_read_from_journal_records() -> None:
     record = {"endpoint": "a", "latency_s": 2.5, "finished_at": "1970-01-01T00:00:10+00:00"}
-    assert list(calls_of([record, record | {"endpoint": None}])) == [Call("a", 7.5, 10)]
+    assert list(read_answered_items([record, record | {"endpoint": None}])) == [
+        AnsweredItem("a", 7.5, 10)
+    ]
 
 
 def test_items_belong_to_the_job_in_which_they_ended() -> None:
@@ -209,12 +218,12 @@ def test_items_belong_to_the_job_in_which_they_ended() -> None:
         *busy("b", 18, 22, 1),
         *busy("b", 99, 99, 1),
     ]
-    one, other = by_job(calls, [(0, 10), (20, 30)], [True, False])
-    assert (one.first, one.last, dict(one.calls)) == (0, 0, {"a": [Call("a", 0, 5)]})
+    one, other = group_by_job(calls, [(0, 10), (20, 30)], [True, False])
+    assert (one.first, one.last, dict(one.calls)) == (0, 0, {"a": [AnsweredItem("a", 0, 5)]})
     assert (other.first, other.last, dict(other.calls)) == (20, 20, {})
 
 
 def test_levels_fill_the_jobs_time() -> None:
-    did = levels([Call("a", 1, 4), Call("a", 2, 9)], 0, 6)
+    did = intervals_of_items([AnsweredItem("a", 1, 4), AnsweredItem("a", 2, 9)], 0, 6)
     assert [(s.begin, s.end, s.items) for s in did] == [(0, 1, 0), (1, 2, 1), (2, 4, 2), (4, 6, 1)]
-    assert replace(job(6), did=(did,)).paid_s == 6
+    assert replace(job(6), intervals=(did,)).paid_s == 6

@@ -10,10 +10,10 @@ import pytest
 
 from fanfold.backends.cluster.walltime import Walltime, walltime
 from fanfold.backends.core.errors import ConfigurationError, RunStoppedError
-from fanfold.configs.loader import load
+from fanfold.configs.loader import load_config
 from fanfold.configs.models import LimitsConfig
-from fanfold.graphs.remote.heartbeat import StopSign
-from fanfold.graphs.run.shutdown import closing, within
+from fanfold.graphs.remote.heartbeat import StopSignal
+from fanfold.graphs.run.shutdown import close_at_deadline, with_deadline
 from fanfold.nodes.shard.gate import Gate
 
 NOW = Walltime(0.0, 0.0, "walltime: over")
@@ -40,7 +40,7 @@ def test_the_earliest_end_counts_less_drain_and_margin(
     given = limits() if walltime_s is None else limits(walltime_s=walltime_s)
     end = walltime(given, environment, began=1000)
     assert end is not None
-    assert (end.stop_at, end.workers_at) == (stop_at, stop_at + 5)
+    assert (end.stop_at, end.workers_stop_at) == (stop_at, stop_at + 5)
     assert end.reason.startswith("walltime: this life ends at ")
     assert source in end.reason
     assert "50 s are kept" in end.reason
@@ -63,43 +63,43 @@ def test_an_end_of_ones_own_must_be_a_time(value: str) -> None:
 def test_a_walltime_that_leaves_no_time() -> None:
     settings = {"task": {"prompt": "x"}, "endpoints": "auto", "limits": {"walltime_s": 60}}
     with pytest.raises(ConfigurationError, match="leaves no time: drain_s and margin_s take 60 s"):
-        load(settings)
-    assert load(settings, ["limits.margin_s=1"]).config.limits.walltime_s == 60
+        load_config(settings)
+    assert load_config(settings, ["limits.margin_s=1"]).config.limits.walltime_s == 60
 
 
 async def test_the_gate_is_closed_in_time() -> None:
     gate = Gate(1, 1.0)
-    with closing(gate, NOW):
+    with close_at_deadline(gate, NOW):
         assert await gate.wait_closed(60)
     assert gate.reason == "walltime: over"
     for end in (None, LATER):
         gate = Gate(1, 1.0)
-        with closing(gate, end):
+        with close_at_deadline(gate, end):
             await asyncio.sleep(0)
-        assert not gate.closed
+        assert not gate.is_closed
 
 
 async def test_what_comes_before_the_first_item_is_broken_off() -> None:
     with pytest.raises(RunStoppedError, match="over; nothing was asked"):
-        await within(asyncio.Event().wait(), NOW)
-    assert await within(asyncio.sleep(0, "done"), LATER) == "done"
-    assert await within(asyncio.sleep(0, "done"), None) == "done"
+        await with_deadline(asyncio.Event().wait(), NOW)
+    assert await with_deadline(asyncio.sleep(0, "done"), LATER) == "done"
+    assert await with_deadline(asyncio.sleep(0, "done"), None) == "done"
 
     async def late() -> None:
         raise TimeoutError("of its own")
 
     for end in (LATER, None):
         with pytest.raises(TimeoutError, match="of its own"):
-            await within(late(), end)
+            await with_deadline(late(), end)
 
 
 def test_workers_stop_with_the_run_or_with_their_own_job() -> None:
     now = time.time()
-    assert StopSign(3600, now + 3600).reason() is None
-    assert StopSign(3600, now - 1).reason() == "walltime: the run's time is over"
-    assert StopSign(-1, now + 3600).reason() == "the order's deadline"
-    sign = StopSign(3600, now + 3600)
-    sign.heed(limits(walltime_s=100), {"SLURM_JOB_END_TIME": str(now + 3600)})
-    assert sign.reason() is None
-    sign.heed(limits(), {"SLURM_JOB_END_TIME": str(now + 40)})
-    assert "SLURM_JOB_END_TIME" in str(sign.reason())
+    assert StopSignal(3600, now + 3600).stop_reason() is None
+    assert StopSignal(3600, now - 1).stop_reason() == "walltime: the run's time is over"
+    assert StopSignal(-1, now + 3600).stop_reason() == "the order's deadline"
+    sign = StopSignal(3600, now + 3600)
+    sign.check_walltime(limits(walltime_s=100), {"SLURM_JOB_END_TIME": str(now + 3600)})
+    assert sign.stop_reason() is None
+    sign.check_walltime(limits(), {"SLURM_JOB_END_TIME": str(now + 40)})
+    assert "SLURM_JOB_END_TIME" in str(sign.stop_reason())

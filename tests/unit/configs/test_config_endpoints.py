@@ -7,7 +7,7 @@ import yaml
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
-from fanfold.configs.loader import load
+from fanfold.configs.loader import load_config
 from fanfold.configs.serialize import to_yaml
 
 TASK: dict[str, Any] = {"task": {"prompt": "x"}}
@@ -15,14 +15,14 @@ FIRST: dict[str, Any] = {"paths": "sophia/vllm", "token": "${T}"}
 
 
 def endpoints(value: Any, **environment: str) -> Any:
-    return load(TASK | {"endpoints": value}, environment=environment).config.endpoints
+    return load_config(TASK | {"endpoints": value}, environment=environment).config.endpoints
 
 
 def test_auto_may_be_a_word() -> None:
     assert endpoints("auto").auto
-    loaded = load(TASK, ["endpoints=auto", "endpoints.api_key=EMPTY"])
+    loaded = load_config(TASK, ["endpoints=auto", "endpoints.api_key=EMPTY"])
     assert loaded.config.endpoints.auto
-    assert load(yaml.safe_load(to_yaml(loaded.plain))).plain == loaded.plain
+    assert load_config(yaml.safe_load(to_yaml(loaded.plain))).plain == loaded.plain
     with pytest.raises(ConfigurationError, match="endpoints: expected keys"):
         endpoints("automatic")
 
@@ -40,8 +40,8 @@ def test_auto_may_be_a_word() -> None:
     ],
 )
 def test_every_kind_survives_the_run_file(value: dict[str, Any]) -> None:
-    loaded = load(TASK | {"endpoints": value}, environment={"T": "t"})
-    again = load(yaml.safe_load(to_yaml(loaded.plain)), environment={"T": "t"})
+    loaded = load_config(TASK | {"endpoints": value}, environment={"T": "t"})
+    again = load_config(yaml.safe_load(to_yaml(loaded.plain)), environment={"T": "t"})
     assert (again.config, again.plain) == (loaded.config, loaded.plain)
 
 
@@ -77,7 +77,7 @@ def test_what_does_not_fit(value: dict[str, Any], words: str) -> None:
 )
 def test_what_is_kept_of_a_token(token: str, kept: str) -> None:
     settings = TASK | {"endpoints": {"first": FIRST | {"token": token}}}
-    loaded = load(settings, environment={"T": "s3cr3t"})
+    loaded = load_config(settings, environment={"T": "s3cr3t"})
     assert loaded.plain["endpoints"]["first"]["token"] == kept
     assert "s3cr3t" not in repr(loaded)
     assert "s3cr3t" not in to_yaml(loaded.plain)
@@ -99,7 +99,7 @@ def test_a_wrong_token_is_not_shown() -> None:
 )
 def test_limits_are_off_by_default_and_positive(limit: str) -> None:
     good = TASK | {"endpoints": "auto"}
-    assert getattr(load(good).config.limits, limit) is None
-    assert getattr(load(good, [f"limits.{limit}=2"]).config.limits, limit) == 2
+    assert getattr(load_config(good).config.limits, limit) is None
+    assert getattr(load_config(good, [f"limits.{limit}=2"]).config.limits, limit) == 2
     with pytest.raises(ConfigurationError, match=rf"limits\.{limit}"):
-        load(good, [f"limits.{limit}=0"])
+        load_config(good, [f"limits.{limit}=0"])

@@ -8,9 +8,9 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
-from fanfold.backends.workers.factory import places
-from fanfold.configs.loader import Loaded, load
-from fanfold.configs.serialize import secret_texts, to_yaml
+from fanfold.backends.workers.factory import make_backends
+from fanfold.configs.loader import LoadedConfig, load_config
+from fanfold.configs.serialize import iter_secret_texts, to_yaml
 from fanfold.graphs.remote.tasks import worker_settings
 from fanfold.graphs.worker import work_shard
 
@@ -21,7 +21,7 @@ WRITTEN = {
 }
 
 
-def loaded(values: dict[str, Any]) -> Loaded:
+def loaded(values: dict[str, Any]) -> LoadedConfig:
     data = {
         "task": {"prompt": "x"},
         "endpoints": {"urls": ["http://127.0.0.1:1/v1"]},
@@ -31,7 +31,7 @@ def loaded(values: dict[str, Any]) -> Loaded:
             "user_endpoint_config": values,
         },
     }
-    return load(data, environment={"PROJECT": "CHEM", "P": "s3cr3t"})
+    return load_config(data, environment={"PROJECT": "CHEM", "P": "s3cr3t"})
 
 
 def test_secrets_are_not_kept() -> None:
@@ -45,19 +45,19 @@ def test_secrets_are_not_kept() -> None:
 
 
 def test_a_run_folder_wants_them_again() -> None:
-    again = load(loaded(WRITTEN).plain, environment={"PROJECT": "CHEM", "P": "s3cr3t"})
+    again = load_config(loaded(WRITTEN).plain, environment={"PROJECT": "CHEM", "P": "s3cr3t"})
     words = r"backend\.user_endpoint_config\.hf_token: a run folder does not keep"
     with pytest.raises(ConfigurationError, match=words):
-        places(again.config.backend, work_shard)
+        make_backends(again.config.backend, work_shard)
 
 
 def test_workers_are_not_told() -> None:
     """Their machine has neither the variables nor a use for them."""
     settings = worker_settings(loaded(WRITTEN))
     assert settings["backend"]["user_endpoint_config"] is None
-    assert load(settings, environment={}).config.backend.kind == "globus_compute"
+    assert load_config(settings, environment={}).config.backend.kind == "globus_compute"
 
 
 def test_which_texts_nobody_may_see() -> None:
     values = loaded(WRITTEN).config.backend.user_endpoint_config
-    assert list(secret_texts(values)) == ["s3cr3t"] * 3
+    assert list(iter_secret_texts(values)) == ["s3cr3t"] * 3

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
-from fanfold.configs.loader import copy_preset, load, peek, preset_names, preset_text
+from fanfold.configs.loader import (
+    copy_preset,
+    load_config,
+    preset_names,
+    read_preset,
+    read_settings,
+)
 from fanfold.configs.serialize import to_yaml
 
 GOOD: dict[str, Any] = {
@@ -22,7 +28,7 @@ GOOD: dict[str, Any] = {
 
 
 def test_defaults() -> None:
-    config = load(GOOD).config
+    config = load_config(GOOD).config
     assert (config.name, config.task.repairs, config.model.temperature) == ("run", 1, 0.0)
     assert (config.limits.streams, config.limits.attempts) == (256, 4)
     assert config.limits.request_timeout_s == 600
@@ -36,29 +42,29 @@ def test_defaults() -> None:
 )
 def test_what_cache_may_be(written: str, cache: str) -> None:
     """YAML reads a bare ``off`` as false."""
-    loaded = load(GOOD, [f"cache={written}"])
+    loaded = load_config(GOOD, [f"cache={written}"])
     assert loaded.config.cache == cache
-    assert load(yaml.safe_load(to_yaml(loaded.plain))).config == loaded.config
+    assert load_config(yaml.safe_load(to_yaml(loaded.plain))).config == loaded.config
 
 
 def test_a_cache_s_path_is_taken_from_the_files_folder(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(GOOD | {"cache": "answers"}))
-    assert load(file).config.cache == str(tmp_path / "answers")
-    assert load(file, ["cache=../a"]).config.cache == str(tmp_path / "../a")
+    assert load_config(file).config.cache == str(tmp_path / "answers")
+    assert load_config(file, ["cache=../a"]).config.cache == str(tmp_path / "../a")
 
 
 def test_drawn_answers_are_reused_only_by_an_explicit_yes() -> None:
     warm = GOOD | {"model": {"temperature": 0.5}}
-    assert load(warm).config.cache == "off"
+    assert load_config(warm).config.cache == "off"
     with pytest.raises(ConfigurationError, match=r"temperature 0\.5 differ.*cache_sampled: true"):
-        load(warm, ["cache=run"])
-    assert load(warm, ["cache=run", "cache_sampled=true"]).config.cache_sampled
+        load_config(warm, ["cache=run"])
+    assert load_config(warm, ["cache=run", "cache_sampled=true"]).config.cache_sampled
 
 
 def test_the_given_settings_stay_as_they_are() -> None:
     before = copy.deepcopy(GOOD)
-    load(GOOD, ["input.limit=3", "task.prompt=x"], {"endpoints.simulated": {"nodes": 2}})
+    load_config(GOOD, ["input.limit=3", "task.prompt=x"], {"endpoints.simulated": {"nodes": 2}})
     assert before == GOOD
 
 
@@ -67,26 +73,26 @@ def test_paths_are_taken_from_the_files_folder(tmp_path: Path) -> None:
     settings = GOOD | {"task": {"prompt": "{text}", "schema": "schema.json"}}
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(settings))
-    loaded = load(file)
+    loaded = load_config(file)
     assert loaded.config.input.path == str(tmp_path / "in.csv")
     assert loaded.config.task.answer_schema == {"type": "object"}
     (tmp_path / "schema.json").unlink()
-    again = load(yaml.safe_load(to_yaml(loaded.plain)))
+    again = load_config(yaml.safe_load(to_yaml(loaded.plain)))
     assert again.plain == loaded.plain
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_plain_settings_say_the_same(name: str) -> None:
-    loaded = load(name)
+    loaded = load_config(name)
     assert loaded.preset == name
-    again = load(yaml.safe_load(to_yaml(loaded.plain)))
+    again = load_config(yaml.safe_load(to_yaml(loaded.plain)))
     assert (again.config, again.plain) == (loaded.config, loaded.plain)
 
 
 @given(st.text(min_size=1).filter(lambda t: "{" not in t and "}" not in t and "$" not in t))
 def test_any_prompt_survives_the_run_file(prompt: str) -> None:
-    loaded = load(GOOD | {"task": {"prompt": prompt}})
-    assert load(yaml.safe_load(to_yaml(loaded.plain))).config.task.prompt == prompt
+    loaded = load_config(GOOD | {"task": {"prompt": prompt}})
+    assert load_config(yaml.safe_load(to_yaml(loaded.plain))).config.task.prompt == prompt
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,7 @@ def test_any_prompt_survives_the_run_file(prompt: str) -> None:
 def test_what_is_kept_of_a_key(written: str, kept: str) -> None:
     settings = GOOD | {"endpoints": {"urls": ["http://${HOST}:1"], "api_key": written}}
     environment = {"KEY": "s3cr3t", "HOST": "h", "NONE": "EMPTY"}
-    loaded = load(settings, environment=environment)
+    loaded = load_config(settings, environment=environment)
     assert loaded.plain["endpoints"]["api_key"] == kept
     assert loaded.plain["endpoints"]["urls"] == ["http://${HOST}:1"]
     assert loaded.config.endpoints.urls == ["http://h:1"]
@@ -115,27 +121,27 @@ def test_what_is_kept_of_a_key(written: str, kept: str) -> None:
 def test_keys_that_fit_no_header(key: str) -> None:
     settings = GOOD | {"endpoints": {"urls": ["http://h:1"], "api_key": "${K}"}}
     with pytest.raises(ConfigurationError, match=r"endpoints\.api_key") as error:
-        load(settings, environment={"K": key})
+        load_config(settings, environment={"K": key})
     assert not key.strip() or key not in error.value.message
 
 
 def test_several_findings_are_told_at_once() -> None:
     with pytest.raises(ConfigurationError) as error:
-        load(GOOD | {"limits": {"streams": 0, "atempts": 1}, "naem": "x"})
+        load_config(GOOD | {"limits": {"streams": 0, "atempts": 1}, "naem": "x"})
     assert len(error.value.message.splitlines()) == 3
 
 
 def test_peek_checks_nothing() -> None:
-    data, preset = peek({"a": 1}, ["b.c=2"])
+    data, preset = read_settings({"a": 1}, ["b.c=2"])
     assert (data, preset) == ({"a": 1, "b": {"c": 2}}, None)
-    assert peek("data_annotation")[1] == "data_annotation"
+    assert read_settings("data_annotation")[1] == "data_annotation"
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_copy_says_the_same_but_for_endpoints(name: str, tmp_path: Path) -> None:
     target = tmp_path / "mine.yaml"
     copy_preset(name, target)
-    mine, shipped = yaml.safe_load(target.read_text()), yaml.safe_load(preset_text(name))
+    mine, shipped = yaml.safe_load(target.read_text()), yaml.safe_load(read_preset(name))
     assert mine.pop("endpoints") == {"urls": [], "api_key": "EMPTY"}
     assert shipped.pop("endpoints").keys() == {"simulated"}
     assert mine == shipped
@@ -149,7 +155,7 @@ def test_a_copy_says_the_same_but_for_endpoints(name: str, tmp_path: Path) -> No
 def test_what_is_kept_of_a_password(password: str, kept: str) -> None:
     exchange = {"kind": "redis", "password": password}
     backend = {"kind": "academy", "exchange": exchange}
-    loaded = load(GOOD | {"backend": backend}, environment={"P": "s3"})
+    loaded = load_config(GOOD | {"backend": backend}, environment={"P": "s3"})
     assert loaded.plain["backend"]["exchange"]["password"] == kept
 
 
@@ -158,8 +164,8 @@ def test_another_kind_of_backend_leaves_out_the_keys_of_the_former(
 ) -> None:
     """As ``run.yaml`` holds them, every default included; what is said anew still counts."""
     own = {"kind": "academy", "slots": 3, "workers": 5, "silence_s": 60}
-    kept = load(GOOD | {"backend": own}).plain
-    changed = load(kept, ["backend.kind=local"]).config.backend
+    kept = load_config(GOOD | {"backend": own}).plain
+    changed = load_config(kept, ["backend.kind=local"]).config.backend
     assert (changed.kind, changed.slots, changed.silence_s) == ("local", 1, 60)
     (told,) = caplog.messages
     assert told.startswith("backend.kind is local in place of academy: backend.")
@@ -167,13 +173,13 @@ def test_another_kind_of_backend_leaves_out_the_keys_of_the_former(
     assert "backend.workers" in told
     assert "exchange" not in told
     caplog.clear()
-    changed = load(kept, ["backend.kind=parsl", "backend.workers=4"]).config.backend
+    changed = load_config(kept, ["backend.kind=parsl", "backend.workers=4"]).config.backend
     assert (changed.kind, changed.workers) == ("parsl", 4)
     with pytest.raises(ConfigurationError, match="'slots' is for kind academy, not for local"):
-        load(kept, ["backend.kind=local", "backend.slots=2"])
+        load_config(kept, ["backend.kind=local", "backend.slots=2"])
     caplog.clear()
-    assert load(kept, ["backend={kind: local}"]).config.backend.kind == "local"
-    assert load(kept, ["backend.kind=academy"]).config.backend.slots == 3
+    assert load_config(kept, ["backend={kind: local}"]).config.backend.kind == "local"
+    assert load_config(kept, ["backend.kind=academy"]).config.backend.slots == 3
     with pytest.raises(ConfigurationError, match=r"backend\.kind"):
-        load(kept, ["backend.kind=nope"])
+        load_config(kept, ["backend.kind=nope"])
     assert caplog.messages == []

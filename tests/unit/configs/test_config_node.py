@@ -10,28 +10,33 @@ import yaml
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
-from fanfold.backends.discovery.resolve import node_plan, short_name, starts_servers, this_host
-from fanfold.configs.loader import Loaded, load
+from fanfold.backends.discovery.resolve import (
+    get_host_name,
+    has_own_servers,
+    make_node_plan,
+    shorten_host,
+)
+from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.configs.serialize import to_yaml
 
 SERVE = "vllm serve {model} --port {port} --tensor-parallel-size {gpus}"
 
 
-def loaded(node: dict[str, Any], endpoints: Any = None, **environment: str) -> Loaded:
+def loaded(node: dict[str, Any], endpoints: Any = None, **environment: str) -> LoadedConfig:
     data = {
         "task": {"prompt": "x"},
         "model": {"name": "org/m"},
         "endpoints": endpoints or {"hosts": "node7"},
         "node": node,
     }
-    return load(data, environment=environment)
+    return load_config(data, environment=environment)
 
 
 def test_aurora_packs_twelve_tiles() -> None:
     tiles = ",".join(f"{gpu}.{tile}" for gpu in range(6) for tile in (0, 1))
     accelerators = {"variable": "ZE_AFFINITY_MASK", "ids": tiles}
     settings = loaded({"serve": SERVE, "instances": 3, "accelerators": accelerators})
-    plan = node_plan(settings.config, Path("s"), "x4616c3s4b0n0.hsn.cm.example", {})
+    plan = make_node_plan(settings.config, Path("s"), "x4616c3s4b0n0.hsn.cm.example", {})
     assert (plan.host, plan.address) == ("x4616c3s4b0n0", "x4616c3s4b0n0.hsn.cm.example")
     assert [server.env["ZE_AFFINITY_MASK"] for server in plan.servers] == [
         "0.0,0.1,1.0,1.1",
@@ -39,7 +44,7 @@ def test_aurora_packs_twelve_tiles() -> None:
         "4.0,4.1,5.0,5.1",
     ]
     assert plan.servers[2].command[2:] == ("org/m", "--port", "8002", "--tensor-parallel-size", "4")
-    assert load(yaml.safe_load(to_yaml(settings.plain))).config == settings.config
+    assert load_config(yaml.safe_load(to_yaml(settings.plain))).config == settings.config
 
 
 def test_ids_may_be_numbers() -> None:
@@ -81,9 +86,9 @@ def test_secrets_are_neither_kept_nor_shown() -> None:
         "A_SECRET": MASKED,
     }
     assert "s3cr3t" not in to_yaml(settings.plain)
-    again = load(settings.plain, environment={"K": "s3cr3t"})
+    again = load_config(settings.plain, environment={"K": "s3cr3t"})
     with pytest.raises(ConfigurationError, match=r"node\.env\.HF_TOKEN: a run folder does not"):
-        node_plan(again.config, Path("s"), "n", {})
+        make_node_plan(again.config, Path("s"), "n", {})
     with pytest.raises(ConfigurationError) as error:
         loaded({"serve": "serve --api-key s3cr3t {nothing}", "env": {"A": ["s3cr3t"]}})
     assert "s3cr3t" not in error.value.message
@@ -99,13 +104,13 @@ def test_secrets_are_neither_kept_nor_shown() -> None:
 )
 def test_what_a_node_lacks(node: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
-        node_plan(loaded(node).config, Path("s"), "n", {})
+        make_node_plan(loaded(node).config, Path("s"), "n", {})
 
 
 def test_a_model_without_a_name() -> None:
     data = {"task": {"prompt": "x"}, "endpoints": {"hosts": "n"}, "node": {"serve": "s {model}"}}
     with pytest.raises(ConfigurationError, match=r"set model\.name"):
-        node_plan(load(data).config, Path("s"), "n", {})
+        make_node_plan(load_config(data).config, Path("s"), "n", {})
 
 
 def test_who_starts_servers(tmp_path: Path) -> None:
@@ -121,14 +126,14 @@ def test_who_starts_servers(tmp_path: Path) -> None:
         ({"simulated": {}}, False),
         ("auto", False),
     ]:
-        assert starts_servers(loaded({"serve": "s"}, endpoints).config) is starts, endpoints
-    assert not starts_servers(loaded({}, {"hosts": "n"}).config)
+        assert has_own_servers(loaded({"serve": "s"}, endpoints).config) is starts, endpoints
+    assert not has_own_servers(loaded({}, {"hosts": "n"}).config)
 
 
 def test_names_of_nodes() -> None:
-    assert short_name("Node7.cluster.example") == "node7"
-    assert short_name("10.0.0.7") == "10.0.0.7"
-    assert short_name("fe80::1") == "fe80::1"
-    assert this_host({"SLURMD_NODENAME": "nid1"}) == "nid1"
-    assert this_host({"SLURMD_NODENAME": "nid1", "FANFOLD_HOST": "x"}) == "x"
-    assert this_host({})
+    assert shorten_host("Node7.cluster.example") == "node7"
+    assert shorten_host("10.0.0.7") == "10.0.0.7"
+    assert shorten_host("fe80::1") == "fe80::1"
+    assert get_host_name({"SLURMD_NODENAME": "nid1"}) == "nid1"
+    assert get_host_name({"SLURMD_NODENAME": "nid1", "FANFOLD_HOST": "x"}) == "x"
+    assert get_host_name({})

@@ -6,9 +6,14 @@ import pytest
 from pydantic import TypeAdapter
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.configs.reduce import ReduceStage, Stage, check_stages, with_bounds
+from fanfold.configs.reduce import (
+    AggregatorConfig,
+    AnyAggregatorConfig,
+    check_aggregators,
+    to_aggregator_spec,
+)
 
-ADAPTER: TypeAdapter[Stage] = TypeAdapter(ReduceStage)
+ADAPTER: TypeAdapter[AggregatorConfig] = TypeAdapter(AnyAggregatorConfig)
 SCHEMA: dict[str, Any] = {
     "$defs": {"unit": {"type": "number", "minimum": 0, "maximum": 2}},
     "properties": {
@@ -51,7 +56,7 @@ SCHEMA: dict[str, Any] = {
     ids=str,
 )
 def test_stages_that_fit(stage: dict[str, Any]) -> None:
-    check_stages([ADAPTER.validate_python(stage)], SCHEMA)
+    check_aggregators([ADAPTER.validate_python(stage)], SCHEMA)
 
 
 @pytest.mark.parametrize(
@@ -74,19 +79,19 @@ def test_stages_that_fit(stage: dict[str, Any]) -> None:
 )
 def test_stages_that_do_not(stage: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"reduce\.1 \({stage['op']}\)") as error:
-        check_stages(map(ADAPTER.validate_python, [{"op": "count"}, stage]), SCHEMA)
+        check_aggregators(map(ADAPTER.validate_python, [{"op": "count"}, stage]), SCHEMA)
     assert words in error.value.message
 
 
 def test_bounds_come_from_the_schema() -> None:
     stage = ADAPTER.validate_python({"op": "histogram", "field": "u", "bins": 4, "low": 1})
-    plain = with_bounds(stage, SCHEMA)
+    plain = to_aggregator_spec(stage, SCHEMA)
     assert (plain["low"], plain["high"]) == (1, 2)
 
 
 def test_references_in_a_circle_end() -> None:
     circle = {"properties": {"x": {"$ref": "#/a"}}, "a": {"$ref": "#/b"}, "b": {"$ref": "#/a"}}
-    check_stages([ADAPTER.validate_python({"op": "stats", "field": "x"})], circle)
+    check_aggregators([ADAPTER.validate_python({"op": "stats", "field": "x"})], circle)
     endless: dict[str, Any] = {"allOf": [{"$ref": "#"}]}
     with pytest.raises(ConfigurationError, match="no field"):
-        check_stages([ADAPTER.validate_python({"op": "stats", "field": "x"})], endless)
+        check_aggregators([ADAPTER.validate_python({"op": "stats", "field": "x"})], endless)

@@ -14,10 +14,10 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.schemas import open_validator
-from fanfold.backends.fleet.cache import Worth
+from fanfold.backends.fleet.cache import CachePolicy
 from fanfold.backends.simulated.requests import AnswerSchema
 from fanfold.backends.simulated.values import ApiError
-from fanfold.configs.loader import load
+from fanfold.configs.loader import load_config
 from fanfold.nodes.item.answer import AnswerCheck
 
 Open = Callable[[dict[str, Any]], object]
@@ -57,17 +57,21 @@ def schemas(url: str) -> dict[str, dict[str, Any]]:
 
 
 def by_settings(schema: dict[str, Any]) -> None:
-    load({"task": {"prompt": "{a}", "schema": schema}, "endpoints": {"urls": ["http://n:1"]}})
+    load_config(
+        {"task": {"prompt": "{a}", "schema": schema}, "endpoints": {"urls": ["http://n:1"]}}
+    )
 
 
 def by_answers(schema: dict[str, Any]) -> None:
-    AnswerCheck(schema, 10).check("{}")
+    AnswerCheck(schema, 10).check_value("{}")
 
 
 def by_reuse(schema: dict[str, Any]) -> None:
     wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
     choice = {"message": {"content": "{}"}, "finish_reason": "stop"}
-    if not Worth(sampled=False).is_good({"response_format": wanted}, {"choices": [choice]}):
+    if not CachePolicy(sampled=False).is_cacheable(
+        {"response_format": wanted}, {"choices": [choice]}
+    ):
         raise ValueError("not reused")
 
 

@@ -15,14 +15,14 @@ from fanfold.backends.core.secrets import (
     is_secret,
     mask_arguments,
     mask_command,
-    mask_plain,
+    mask_data,
     mask_url,
 )
-from fanfold.backends.discovery.resolve import node_plan
+from fanfold.backends.discovery.resolve import make_node_plan
 from fanfold.backends.storage.run_folder import RunFolder
-from fanfold.configs.loader import Loaded, load, preset_names
-from fanfold.configs.serialize import lost_secrets, mask_settings, to_yaml
-from fanfold.graphs.run.prepare import life
+from fanfold.configs.loader import LoadedConfig, load_config, preset_names
+from fanfold.configs.serialize import find_lost_secrets, mask_settings, to_yaml
+from fanfold.graphs.run.prepare import describe_session
 
 KEY = "s3cr3t-value"
 
@@ -130,17 +130,17 @@ def test_the_command_in_provenance(
 ) -> None:
     assert KEY not in " ".join(mask_arguments(words))
     monkeypatch.setattr(sys, "argv", ["/bin/fanfold", *words])
-    kept = life(RunFolder(tmp_path))["command"]
+    kept = describe_session(RunFolder(tmp_path))["command"]
     assert KEY not in json.dumps(kept)
     assert kept[:2] == ["fanfold", "run"]
 
 
-def loaded(**sections: Any) -> Loaded:
+def loaded(**sections: Any) -> LoadedConfig:
     settings = {
         "task": {"prompt": "{q} key: value token=1 http://u:p@h"},
         "endpoints": {"urls": ["http://n:1"]},
     }
-    return load(settings | sections, environment={"K": KEY})
+    return load_config(settings | sections, environment={"K": KEY})
 
 
 WRITTEN: dict[str, dict[str, Any]] = {
@@ -169,14 +169,14 @@ def test_run_yaml_keeps_no_secret(path: str) -> None:
     settings = loaded(**WRITTEN[path])
     text = to_yaml(settings.plain)
     assert KEY not in text
-    assert list(lost_secrets(settings.plain)) == [path]
+    assert list(find_lost_secrets(settings.plain)) == [path]
     assert "key: value token=1 http://u:p@h" in text  # a prompt is a prompt
     assert KEY not in repr(settings)
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_run_yaml_of_presets_is_unchanged(name: str) -> None:
-    settings = load(name)
+    settings = load_config(name)
     before = settings.config.model_dump(mode="json", by_alias=True)
     before["endpoints"]["api_key"] = "EMPTY"
     assert mask_settings(before) == before
@@ -207,15 +207,15 @@ def test_nested_headers() -> None:
         "Cookie": KEY,
         "n": {"list": [{"pass_key": KEY}]},
     }
-    shown = mask_plain({"headers": headers})
+    shown = mask_data({"headers": headers})
     assert KEY not in str(shown)
     assert shown["headers"]["Accept"] == "a"
 
 
 def test_servers_want_a_lost_secret_again() -> None:
-    again = load(loaded(**WRITTEN["node.serve"]).plain)
+    again = load_config(loaded(**WRITTEN["node.serve"]).plain)
     with pytest.raises(ConfigurationError, match=r"node\.serve: a run folder does not keep"):
-        node_plan(again.config, Path("s"), "n", {})
+        make_node_plan(again.config, Path("s"), "n", {})
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_servers_want_a_lost_secret_again() -> None:
 def test_errors_show_none(sections: dict[str, Any], overrides: list[str]) -> None:
     settings = {"task": {"prompt": "x"}, "endpoints": {"urls": ["http://n:1"]}} | sections
     with pytest.raises(ConfigurationError) as caught:
-        load(settings, overrides)
+        load_config(settings, overrides)
     assert KEY not in caught.value.message
 
 
@@ -273,8 +273,8 @@ def test_a_secret_is_masked_to_the_end(text: str) -> None:
 
 def test_only_variables_in_braces_are_shown() -> None:
     assert mask_command("serve --api-key $hunter2") == f"serve --api-key {MASKED}"
-    assert mask_plain({"HF_TOKEN": "$hunter2"}) == {"HF_TOKEN": MASKED}
-    assert mask_plain({"HF_TOKEN": "Bearer ${K}"}) == {"HF_TOKEN": "Bearer ${K}"}
+    assert mask_data({"HF_TOKEN": "$hunter2"}) == {"HF_TOKEN": MASKED}
+    assert mask_data({"HF_TOKEN": "Bearer ${K}"}) == {"HF_TOKEN": "Bearer ${K}"}
 
 
 @pytest.mark.parametrize(
@@ -310,5 +310,5 @@ def test_secrets_in_several_words(words: list[str]) -> None:
 
 def test_an_override_that_is_no_yaml_shows_no_secret() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        load({"task": {"prompt": "x"}}, [f"model.temperature={{token : {KEY}"])
+        load_config({"task": {"prompt": "x"}}, [f"model.temperature={{token : {KEY}"])
     assert KEY not in caught.value.message

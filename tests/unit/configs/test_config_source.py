@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs.serialize import check_plain
-from fanfold.configs.source import apply_override, expand, parse_yaml
+from fanfold.configs.source import apply_override, expand_variables, parse_yaml
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text("ab${}", max_size=8),
@@ -23,23 +23,23 @@ def test_what_names_no_variable_stays(data: Any) -> None:
         return "${" in str(value)
 
     if not names(data):
-        assert expand(data, {}, "f") == data
+        assert expand_variables(data, {}, "f") == data
 
 
 def test_variables_are_replaced_in_text_values_only() -> None:
     data = {"${A}": ["x${A}${B}y", 1, None, {"k": "$${A} $A {A}"}]}
-    assert expand(data, {"A": "1", "B": "${A}"}, "f") == {
+    assert expand_variables(data, {"A": "1", "B": "${A}"}, "f") == {
         "${A}": ["x1${A}y", 1, None, {"k": "${A} $A {A}"}]
     }
 
 
 def test_an_unset_variable_is_named_with_its_key() -> None:
     with pytest.raises(ConfigurationError, match=r"f: a\.0\.b: .*variable NO is not set"):
-        expand({"a": [{"b": "${NO}"}]}, {}, "f")
+        expand_variables({"a": [{"b": "${NO}"}]}, {}, "f")
 
 
 def test_an_empty_variable_is_set() -> None:
-    assert expand("<${E}>", {"E": ""}, "f") == "<>"
+    assert expand_variables("<${E}>", {"E": ""}, "f") == "<>"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.configs import resolve
-from fanfold.configs.resolve import endpoint_settings, settle
+from fanfold.configs.resolve import endpoint_settings, resolve_config
 
 URL = "http://127.0.0.1:9/v1"
 OWN: dict[str, Any] = {
@@ -18,49 +18,52 @@ OWN: dict[str, Any] = {
 
 
 def test_a_preset_says_that_it_is_simulated() -> None:
-    loaded, notices = settle("data_annotation")
+    loaded, notices = resolve_config("data_annotation")
     assert loaded.config.endpoints.simulated is not None
     assert "SIMULATED FLEET" in notices[0]
-    assert settle("data_annotation", endpoints=URL)[1] == []
-    assert settle(OWN)[1] == []
+    assert resolve_config("data_annotation", endpoints=URL)[1] == []
+    assert resolve_config(OWN)[1] == []
 
 
 @pytest.mark.parametrize("endpoints", ["simulated", URL])
 def test_an_own_input_needs_a_word_on_endpoints(endpoints: str, tmp_path: Path) -> None:
     path = str(tmp_path / "x.csv")
     with pytest.raises(ConfigurationError, match="--endpoints"):
-        settle("data_annotation", input_path=path)
+        resolve_config("data_annotation", input_path=path)
     with pytest.raises(ConfigurationError, match="--endpoints"):
-        settle("data_annotation", [f"input={{path: {path}}}"])
-    loaded, _ = settle("data_annotation", input_path=path, endpoints=endpoints)
+        resolve_config("data_annotation", [f"input={{path: {path}}}"])
+    loaded, _ = resolve_config("data_annotation", input_path=path, endpoints=endpoints)
     assert (loaded.config.input.path, loaded.config.input.dataset) == (path, None)
 
 
 def test_no_settings_are_molecular_screening() -> None:
-    loaded, notices = settle(None)
+    loaded, notices = resolve_config(None)
     assert loaded.preset == "molecular_screening"
     assert notices
 
 
 def test_without_rdkit_twenty_molecules_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "find_spec", lambda _: None)
-    loaded, notices = settle("molecular_screening")
+    loaded, notices = resolve_config("molecular_screening")
     assert loaded.config.input.dataset == "molecules"
     assert loaded.config.endpoints.simulated is not None
     assert loaded.config.endpoints.simulated.responder == "schema"
     assert notices[1] == resolve.NO_RDKIT
-    assert len(settle("data_annotation")[1]) == 1
+    assert len(resolve_config("data_annotation")[1]) == 1
 
 
 def test_options_count_more_than_overrides() -> None:
-    loaded, _ = settle(OWN, ["input.limit=5", "endpoints.urls=[http://x:1]"], None, 2, URL)
+    loaded, _ = resolve_config(OWN, ["input.limit=5", "endpoints.urls=[http://x:1]"], None, 2, URL)
     assert loaded.config.input.limit == 2
     assert loaded.config.endpoints.urls == [URL]
 
 
 def test_endpoints_need_not_stand_in_the_file() -> None:
     bare = {k: v for k, v in OWN.items() if k != "endpoints"}
-    assert settle(bare, endpoints=f"{URL}, {URL}2")[0].config.endpoints.urls == [URL, f"{URL}2"]
+    assert resolve_config(bare, endpoints=f"{URL}, {URL}2")[0].config.endpoints.urls == [
+        URL,
+        f"{URL}2",
+    ]
 
 
 def test_what_endpoints_may_be(tmp_path: Path) -> None:

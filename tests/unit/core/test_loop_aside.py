@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from fanfold.backends.core.aio import LoopAside
+from fanfold.backends.core.aio import PortalProvider
 
 NAME: contextvars.ContextVar[str] = contextvars.ContextVar("name", default="nobody")
 
@@ -24,7 +24,7 @@ async def _loop() -> asyncio.AbstractEventLoop:
 
 
 def test_threads_meet_in_one_loop() -> None:
-    aside, met, arrived = LoopAside(), asyncio.Event(), list[int]()
+    aside, met, arrived = PortalProvider(), asyncio.Event(), list[int]()
 
     async def meet(number: int) -> asyncio.AbstractEventLoop:
         arrived.append(number)
@@ -41,7 +41,7 @@ def test_threads_meet_in_one_loop() -> None:
 
 
 def test_it_begins_anew_after_its_last_user() -> None:
-    aside = LoopAside()
+    aside = PortalProvider()
     first, second = aside.run(_loop), aside.run(_loop)
     assert first is not second
     assert first.is_closed()
@@ -54,7 +54,7 @@ def test_what_is_raised_reaches_the_caller() -> None:
         raise LookupError(msg)
 
     with pytest.raises(LookupError, match="my own"):
-        LoopAside().run(fail)
+        PortalProvider().run(fail)
     assert not asides()
 
 
@@ -62,7 +62,7 @@ def test_the_callers_context_variables_are_seen() -> None:
     async def name() -> str:
         return NAME.get()
 
-    aside = LoopAside()
+    aside = PortalProvider()
     assert contextvars.Context().run(aside.run, name) == "nobody"
     token = NAME.set("me")
     try:
@@ -86,6 +86,6 @@ def test_what_is_left_in_the_loop_ends_with_it() -> None:
         tasks.add(asyncio.create_task(forever()))
         await asyncio.sleep(0)
 
-    LoopAside().run(leave_one)
+    PortalProvider().run(leave_one)
     assert ended == [True]
     assert all(task.cancelled() for task in tasks)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core import process
-from fanfold.backends.core.errors import SiteError
-from fanfold.backends.core.process import Scratch
+from fanfold.backends.core.errors import BackendError
+from fanfold.backends.core.process import TemporaryFolder
 
 OWNER = """
 import sys
-from fanfold.backends.core.process import Scratch
-print(Scratch("test").path, flush=True)
+from fanfold.backends.core.process import TemporaryFolder
+print(TemporaryFolder("test").path, flush=True)
 sys.stdin.read()
 """
 
@@ -40,17 +40,17 @@ def test_what_killed_owners_leave_is_swept_up(
         theirs = Path(owner.stdout.readline().strip())
         (theirs / "within").mkdir()
         monkeypatch.setattr(process, "_YOUNG_S", -1.0)
-        mine = Scratch("test")
+        mine = TemporaryFolder("test")
         assert theirs.exists()
         owner.kill()
     monkeypatch.setattr(process, "_YOUNG_S", 60.0)
-    Scratch("test").remove()
+    TemporaryFolder("test").remove()
     assert theirs.exists()
     monkeypatch.setattr(process, "_YOUNG_S", -1.0)
-    Scratch("other").remove()
+    TemporaryFolder("other").remove()
     assert theirs.exists()
     (tmp_path / "fanfold-test-file").touch()
-    Scratch("test").remove()
+    TemporaryFolder("test").remove()
     assert not theirs.exists()
     assert mine.path.exists()
     mine.remove()
@@ -71,7 +71,7 @@ def test_a_shared_file_system_may_have_no_locks(
     """Then nothing is swept up, for it may be another's that lives."""
     refusing(monkeypatch, number)
     monkeypatch.setattr(process, "_YOUNG_S", -1.0)
-    first, second = Scratch("test", tmp_path), Scratch("test", tmp_path)
+    first, second = TemporaryFolder("test", tmp_path), TemporaryFolder("test", tmp_path)
     assert first.path.exists()
     first.remove()
     second.remove()
@@ -82,8 +82,8 @@ def test_a_lock_that_is_refused_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusing(monkeypatch, errno.EIO)
-    with pytest.raises(SiteError, match="lock cannot be taken: Input/output error"):
-        Scratch("test", tmp_path)
+    with pytest.raises(BackendError, match="lock cannot be taken: Input/output error"):
+        TemporaryFolder("test", tmp_path)
     assert os.listdir(tmp_path) == []  # noqa: PTH208 - names alone
 
 
@@ -97,7 +97,7 @@ def test_links_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "fanfold-test-link").symlink_to(theirs)
     (tmp_path / "fanfold-test-folder").mkdir()
     (tmp_path / "fanfold-test-folder" / "owner").symlink_to(theirs / "kept")
-    Scratch("test").remove()
+    TemporaryFolder("test").remove()
     assert (theirs / "kept").exists()
     assert (tmp_path / "fanfold-test-folder").exists()
 
@@ -105,7 +105,7 @@ def test_links_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_it_is_for_this_user_alone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        made = Scratch("test", tmp_path)
+        made = TemporaryFolder("test", tmp_path)
     finally:
         os.umask(before)
     assert made.path.stat().st_mode & 0o777 == 0o700

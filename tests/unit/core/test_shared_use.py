@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fanfold.backends.core.aio import Shared
+from fanfold.backends.core.aio import SharedResource
 
 
 @dataclass
@@ -48,7 +48,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_many_users_share_one(maker: Maker, shared: Shared[int | None]) -> None:
+async def test_many_users_share_one(maker: Maker, shared: SharedResource[int | None]) -> None:
     go = asyncio.Event()
 
     async def user() -> int | None:
@@ -64,7 +64,7 @@ async def test_many_users_share_one(maker: Maker, shared: Shared[int | None]) ->
     go.set()
     assert await asyncio.gather(*users) == [None] * 4
     assert (maker.opened, maker.closed) == (1, 1)
-    assert not shared._held
+    assert not shared._resources
 
 
 @pytest.fixture
@@ -73,17 +73,17 @@ def maker() -> Maker:
 
 
 @pytest.fixture
-def shared() -> Shared[int | None]:
-    return Shared()
+def shared() -> SharedResource[int | None]:
+    return SharedResource()
 
 
-async def hold(shared: Shared[int | None], maker: Maker, key: str = "k") -> None:
+async def hold(shared: SharedResource[int | None], maker: Maker, key: str = "k") -> None:
     async with shared.use(key, maker):
         await asyncio.sleep(0)
 
 
 async def test_every_waiter_gets_the_error_and_a_later_one_opens_afresh(
-    maker: Maker, shared: Shared[int | None]
+    maker: Maker, shared: SharedResource[int | None]
 ) -> None:
     maker.opening.clear()
     maker.error = ValueError("no")
@@ -92,20 +92,20 @@ async def test_every_waiter_gets_the_error_and_a_later_one_opens_afresh(
     maker.opening.set()
     ends = await asyncio.gather(*users, return_exceptions=True)
     assert [str(end) for end in ends] == ["no"] * 3
-    assert not shared._held
+    assert not shared._resources
     maker.error = None
     await hold(shared, maker)
     assert (maker.opened, maker.closed) == (1, 1)
 
 
 async def test_who_comes_while_a_failed_one_is_left_opens_afresh(
-    maker: Maker, shared: Shared[int | None]
+    maker: Maker, shared: SharedResource[int | None]
 ) -> None:
     maker.error = ValueError("no")
     first = asyncio.create_task(hold(shared, maker))
     while not first.done():
         await asyncio.sleep(0)
-        if shared._held and next(iter(shared._held.values())).task.done():
+        if shared._resources and next(iter(shared._resources.values())).task.done():
             maker.error = None
             await hold(shared, maker)
     with pytest.raises(ValueError, match="no"):
@@ -115,7 +115,7 @@ async def test_who_comes_while_a_failed_one_is_left_opens_afresh(
 
 
 async def test_a_user_cancelled_while_opening_spoils_it_for_nobody(
-    maker: Maker, shared: Shared[int | None]
+    maker: Maker, shared: SharedResource[int | None]
 ) -> None:
     maker.opening.clear()
     first, second = (asyncio.create_task(hold(shared, maker)) for _ in range(2))
@@ -128,20 +128,22 @@ async def test_a_user_cancelled_while_opening_spoils_it_for_nobody(
     assert (maker.opened, maker.closed) == (1, 1)
 
 
-async def test_nobody_waits_any_more(maker: Maker, shared: Shared[int | None]) -> None:
+async def test_nobody_waits_any_more(maker: Maker, shared: SharedResource[int | None]) -> None:
     maker.opening.clear()
     user = asyncio.create_task(hold(shared, maker))
     await settle()
     user.cancel()
     await settle()
     assert user.cancelled()
-    assert not shared._held
+    assert not shared._resources
     maker.opening.set()
     await hold(shared, maker)
     assert (maker.opened, maker.closed) == (1, 1)
 
 
-async def test_a_new_user_waits_for_the_closing(maker: Maker, shared: Shared[int | None]) -> None:
+async def test_a_new_user_waits_for_the_closing(
+    maker: Maker, shared: SharedResource[int | None]
+) -> None:
     maker.closing.clear()
     first = asyncio.create_task(hold(shared, maker))
     await settle()
@@ -154,7 +156,7 @@ async def test_a_new_user_waits_for_the_closing(maker: Maker, shared: Shared[int
 
 
 async def test_closing_goes_on_without_its_cancelled_user(
-    maker: Maker, shared: Shared[int | None]
+    maker: Maker, shared: SharedResource[int | None]
 ) -> None:
     maker.closing.clear()
     user = asyncio.create_task(hold(shared, maker))
@@ -165,25 +167,25 @@ async def test_closing_goes_on_without_its_cancelled_user(
     maker.closing.set()
     await settle()
     assert maker.closed == 1
-    assert not shared._held
+    assert not shared._resources
 
 
 async def test_an_error_in_closing_reaches_the_last_user(
-    maker: Maker, shared: Shared[int | None]
+    maker: Maker, shared: SharedResource[int | None]
 ) -> None:
     maker.closing_error = OSError("flush")
     with pytest.raises(OSError, match="flush"):
         await hold(shared, maker)
-    assert not shared._held
+    assert not shared._resources
 
 
-async def test_keys_are_apart(maker: Maker, shared: Shared[int | None]) -> None:
+async def test_keys_are_apart(maker: Maker, shared: SharedResource[int | None]) -> None:
     async with shared.use("a", maker), shared.use("b", maker):
         assert maker.opened == 2
     assert maker.closed == 2
 
 
-async def test_loops_are_apart(maker: Maker, shared: Shared[int | None]) -> None:
+async def test_loops_are_apart(maker: Maker, shared: SharedResource[int | None]) -> None:
     other = Maker()
 
     def elsewhere() -> None:
@@ -194,4 +196,4 @@ async def test_loops_are_apart(maker: Maker, shared: Shared[int | None]) -> None
         thread.start()
         await asyncio.to_thread(thread.join)
         assert (maker.closed, other.opened, other.closed) == (0, 1, 1)
-    assert not shared._held
+    assert not shared._resources

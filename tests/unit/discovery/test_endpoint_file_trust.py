@@ -12,14 +12,14 @@ import pytest
 from pydantic import SecretStr
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.core.permissions import untrusted_reason
-from fanfold.backends.discovery.auto import choose
-from fanfold.backends.discovery.node_local import node_specs
-from fanfold.backends.discovery.resolve import endpoint_specs
+from fanfold.backends.core.permissions import find_path_risk
+from fanfold.backends.discovery.auto import choose_endpoints
+from fanfold.backends.discovery.node_local import find_node_specs
+from fanfold.backends.discovery.resolve import list_endpoint_specs
 from fanfold.backends.discovery.sources import FileSource, HostsFolder
 from fanfold.backends.fleet.endpoint import NO_KEY, EndpointSpec
 from fanfold.configs.endpoints import EndpointsConfig
-from fanfold.configs.loader import load
+from fanfold.configs.loader import load_config
 
 KEY = "sk-secret"
 Read = Callable[[Path], list[EndpointSpec]]
@@ -27,11 +27,11 @@ Read = Callable[[Path], list[EndpointSpec]]
 
 def by_setting(file: Path) -> list[EndpointSpec]:
     section: dict[str, Any] = {"file": str(file)}
-    return endpoint_specs(EndpointsConfig(**section, api_key=SecretStr(KEY)), section)
+    return list_endpoint_specs(EndpointsConfig(**section, api_key=SecretStr(KEY)), section)
 
 
 def by_source(file: Path) -> list[EndpointSpec]:
-    return FileSource(file, KEY)._look()
+    return FileSource(file, KEY)._read()
 
 
 def by_folder(file: Path) -> list[EndpointSpec]:
@@ -41,7 +41,7 @@ def by_folder(file: Path) -> list[EndpointSpec]:
 def by_node_list(file: Path) -> list[EndpointSpec]:
     section: dict[str, Any] = {"hosts": [str(file)]}
     file.write_text("n1\n")
-    return endpoint_specs(EndpointsConfig(**section, api_key=SecretStr(KEY)), section)
+    return list_endpoint_specs(EndpointsConfig(**section, api_key=SecretStr(KEY)), section)
 
 
 def by_registry(file: Path) -> list[EndpointSpec]:
@@ -55,8 +55,8 @@ def by_registry(file: Path) -> list[EndpointSpec]:
             "registry": str(file.parent),
         },
     }
-    loaded = load(settings)
-    return node_specs(loaded.config, loaded.plain["endpoints"], {}, "n1")
+    loaded = load_config(settings)
+    return find_node_specs(loaded.config, loaded.plain["endpoints"], {}, "n1")
 
 
 READERS: list[Read] = [by_setting, by_source, by_folder, by_node_list, by_registry]
@@ -154,13 +154,13 @@ def test_links_and_what_they_name(read: Read, file: Path, tmp_path: Path) -> Non
 
 async def test_a_file_that_opens_during_a_run(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = FileSource(file, KEY)
-    assert keys(await source.look()) == {KEY}
+    assert keys(await source.list_endpoints()) == {KEY}
     file.chmod(0o666)
-    assert keys(await source.look()) == {NO_KEY}
-    assert keys(await source.look()) == {NO_KEY}
+    assert keys(await source.list_endpoints()) == {NO_KEY}
+    assert keys(await source.list_endpoints()) == {NO_KEY}
     assert len(caplog.records) == 1
     file.chmod(0o644)
-    assert keys(await source.look()) == {KEY}
+    assert keys(await source.list_endpoints()) == {KEY}
 
 
 async def test_a_folder_that_opens_during_a_run(
@@ -168,24 +168,24 @@ async def test_a_folder_that_opens_during_a_run(
 ) -> None:
     source = FileSource(file.parent, KEY)
     (file.parent / "n2").write_text("n2:8000\n")
-    assert keys(await source.look()) == {KEY}
+    assert keys(await source.list_endpoints()) == {KEY}
     file.chmod(0o666)  # one host's file alone
-    assert {s.url: s.api_key for s in await source.look()} == {
+    assert {s.url: s.api_key for s in await source.list_endpoints()} == {
         "http://n1:8000": NO_KEY,
         "http://n2:8000": KEY,
     }
     file.parent.chmod(0o777)
-    assert keys(await source.look()) == {NO_KEY}
+    assert keys(await source.list_endpoints()) == {NO_KEY}
     seen = len(caplog.records)
-    await source.look()
+    await source.list_endpoints()
     assert len(caplog.records) == seen
 
 
 def test_without_a_key_nothing_is_said(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     file.chmod(0o666)
-    assert keys(FileSource(file)._look()) == {NO_KEY}
+    assert keys(FileSource(file)._read()) == {NO_KEY}
     section: dict[str, Any] = {"file": str(file)}
-    assert keys(endpoint_specs(EndpointsConfig(**section), section)) == {NO_KEY}
+    assert keys(list_endpoint_specs(EndpointsConfig(**section), section)) == {NO_KEY}
     assert not caplog.records
 
 
@@ -200,7 +200,7 @@ async def test_what_auto_finds_in_the_working_directory(
         (tmp_path / name).write_text("http://127.0.0.1:1\n")
         (tmp_path / name).chmod(0o666)
     with pytest.raises(ConfigurationError):
-        await choose(load(settings).config, {}, tmp_path, ports=[1])
+        await choose_endpoints(load_config(settings).config, {}, tmp_path, ports=[1])
     assert sum("get no API key" in r.getMessage() for r in caplog.records) == 2
 
 
@@ -218,13 +218,13 @@ def test_every_folder_and_link_on_the_way_counts(tmp_path: Path) -> None:
     (tmp_path / "pa" / "up").symlink_to("../w/dirl/real.txt")
     ways = (tmp_path / "pa/ep.txt", tmp_path / "pa/up", w / "mine/ep.txt", w / "dirl/real.txt")
     for way in ways:
-        assert untrusted_reason(way) is None
+        assert find_path_risk(way) is None
     w.chmod(0o777)
     for way in (*ways, w / ".." / "w" / "mine" / "ep.txt"):
-        assert f"everyone can write {w} (chmod" in str(untrusted_reason(way))
-    assert untrusted_reason(real) is None
+        assert f"everyone can write {w} (chmod" in str(find_path_risk(way))
+    assert find_path_risk(real) is None
     w.chmod(0o1777)
     for way in ways:
-        assert untrusted_reason(way) is None
+        assert find_path_risk(way) is None
     w.chmod(0o775)  # a project's folder further up
-    assert untrusted_reason(w / "mine" / "ep.txt") is None
+    assert find_path_risk(w / "mine" / "ep.txt") is None

@@ -58,13 +58,13 @@ async def test_a_source_of_files_may_become_one_of_folders(tmp_path: Path) -> No
     path = tmp_path / "servers"
     source = FileSource(path)
     with pytest.raises(NoEndpointError, match="No such file"):
-        await source.look()
+        await source.list_endpoints()
     path.write_text("a:8000\n")
-    assert len(await source.look()) == 1
+    assert len(await source.list_endpoints()) == 1
     path.unlink()
     path.mkdir()
     (path / "a").write_text("a:8000\na:8001\n")
-    assert len(await source.look()) == 2
+    assert len(await source.list_endpoints()) == 2
 
 
 def test_a_folder_that_cannot_be_read(tmp_path: Path) -> None:

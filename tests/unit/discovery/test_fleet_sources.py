@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.discovery.sources import parse_endpoints_file
-from fanfold.backends.fleet.endpoint import EndpointSpec, base_url, label_of
+from fanfold.backends.fleet.endpoint import EndpointSpec, make_label, normalize_base_url
 
 BOTH = """\ufeff# written by a launcher
 x4616c3s4b0n0:8001\r
@@ -80,7 +80,7 @@ def test_any_text_gives_endpoints_or_a_clear_error(text: str) -> None:
     ],
 )
 def test_urls_have_one_spelling(url: str, base: str, label: str) -> None:
-    assert (base_url(url), label_of(url)) == (base, label)
+    assert (normalize_base_url(url), make_label(url)) == (base, label)
 
 
 @pytest.mark.parametrize(
@@ -88,5 +88,5 @@ def test_urls_have_one_spelling(url: str, base: str, label: str) -> None:
 )
 def test_malformed_urls_are_refused_without_their_secrets(url: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        base_url(url)
+        normalize_base_url(url)
     assert "secret" not in caught.value.message

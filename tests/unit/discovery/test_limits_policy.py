@@ -4,28 +4,28 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.discovery.connect import fleet_policy, limited
-from fanfold.backends.discovery.resolve import first_place
+from fanfold.backends.discovery.connect import apply_limits, make_fleet_policy
+from fanfold.backends.discovery.resolve import make_gateway_set
 from fanfold.backends.fleet.endpoint import EndpointSpec
-from fanfold.backends.fleet.policy import FleetPolicy, PacePolicy
-from fanfold.configs.loader import load
+from fanfold.backends.fleet.policy import FleetPolicy, RateLimitPolicy
+from fanfold.configs.loader import load_config
 from fanfold.configs.models import RunConfig
 
 
 def config(*limits: str, **sections: Any) -> RunConfig:
     settings = {"task": {"prompt": "x"}, "endpoints": "auto", **sections}
-    return load(settings, [f"limits.{limit}" for limit in limits]).config
+    return load_config(settings, [f"limits.{limit}" for limit in limits]).config
 
 
 def test_by_default_there_is_no_quota() -> None:
-    policy = fleet_policy(config())
-    assert (policy.pace, policy.retry.budget) == (PacePolicy(), None)
+    policy = make_fleet_policy(config())
+    assert (policy.rate_limit, policy.retry.budget) == (RateLimitPolicy(), None)
     assert (policy.affinity, policy.load, policy.whole_answers) == (None, None, False)
     assert policy.hedge == FleetPolicy().hedge
 
 
 def test_every_limit_reaches_the_fleet() -> None:
-    policy = fleet_policy(
+    policy = make_fleet_policy(
         config("hedge=false", "retry_budget=0.2", "affinity=100", "load=load", "fleet_wait_s=7")
     )
     assert policy.hedge is None
@@ -39,8 +39,8 @@ def test_every_limit_reaches_the_fleet() -> None:
 
 def test_workers_share_a_quota() -> None:
     backend = {"kind": "local", "processes": 4}
-    policy = fleet_policy(config("requests_per_s=8", "tokens_per_min=100", backend=backend))
-    assert (policy.pace.requests_per_s, policy.pace.tokens_per_min) == (2, 25)
+    policy = make_fleet_policy(config("requests_per_s=8", "tokens_per_min=100", backend=backend))
+    assert (policy.rate_limit.requests_per_s, policy.rate_limit.tokens_per_min) == (2, 25)
 
 
 @pytest.mark.parametrize(("own", "rate"), [(None, 8.0), (3.0, 3.0), (20.0, 8.0)])
@@ -48,12 +48,12 @@ def test_a_gateways_quota_holds_too(own: float | None, rate: float) -> None:
     first = {"paths": ["a/b"], "token": "t"}
     given = config(f"requests_per_s={own or 'null'}", endpoints={"first": first})
     assert given.endpoints.first is not None
-    policy = fleet_policy(given, first_place(given.endpoints.first, None))
-    assert policy.pace == PacePolicy(requests_per_s=rate, burst=1.0)
+    policy = make_fleet_policy(given, make_gateway_set(given.endpoints.first, None))
+    assert policy.rate_limit == RateLimitPolicy(requests_per_s=rate, burst=1.0)
     assert policy.whole_answers
 
 
 def test_an_endpoints_own_limits_count_more() -> None:
     limits = config("endpoint_streams=5", "endpoint_requests_per_s=2").limits
-    spec = limited(limits, EndpointSpec("http://h:1", max_in_flight=9))
+    spec = apply_limits(limits, EndpointSpec("http://h:1", max_in_flight=9))
     assert (spec.max_in_flight, spec.requests_per_s, spec.tokens_per_min) == (9, 2, None)

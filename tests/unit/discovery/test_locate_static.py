@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.discovery.resolve import check_place, endpoint_specs, hosts_of
-from fanfold.configs.loader import load
+from fanfold.backends.discovery.resolve import check_endpoint_set, expand_hosts, list_endpoint_specs
+from fanfold.configs.loader import load_config
 
 
 def specs(section: Any) -> list[str]:
-    config = load({"task": {"prompt": "x"}, "endpoints": section}).config.endpoints
-    check_place(config, section if isinstance(section, dict) else {})
-    return [spec.url for spec in endpoint_specs(config, section)]
+    config = load_config({"task": {"prompt": "x"}, "endpoints": section}).config.endpoints
+    check_endpoint_set(config, section if isinstance(section, dict) else {})
+    return [spec.url for spec in list_endpoint_specs(config, section)]
 
 
 def test_hosts_become_urls() -> None:
@@ -26,10 +26,10 @@ def test_what_an_entry_of_hosts_may_be(tmp_path: Path) -> None:
     file = tmp_path / "nodes"
     file.write_text("b\na\nb\n")
     environment = {"FILE": str(file), "LIST": "n[01-02]", "ONE": "x"}
-    assert list(hosts_of(str(file), environment)) == ["b", "a"]
-    assert list(hosts_of("$FILE", environment)) == ["b", "a"]
-    assert list(hosts_of("$LIST", environment)) == ["n01", "n02"]
-    assert list(hosts_of("$ONE", environment)) == ["x"]
+    assert list(expand_hosts(str(file), environment)) == ["b", "a"]
+    assert list(expand_hosts("$FILE", environment)) == ["b", "a"]
+    assert list(expand_hosts("$LIST", environment)) == ["n01", "n02"]
+    assert list(expand_hosts("$ONE", environment)) == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -71,5 +71,5 @@ def test_only_gateways_are_behind_proxies_unless_said() -> None:
         ({"urls": ["http://h:1"]}, False),
         ({"urls": ["http://h:1"], "proxy": True}, True),
     ):
-        config = load({"task": {"prompt": "x"}, "endpoints": section}).config.endpoints
-        assert [spec.proxied for spec in endpoint_specs(config, section)] == [proxied]
+        config = load_config({"task": {"prompt": "x"}, "endpoints": section}).config.endpoints
+        assert [spec.proxied for spec in list_endpoint_specs(config, section)] == [proxied]

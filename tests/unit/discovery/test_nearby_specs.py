@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.core.errors import ConfigurationError, SiteError
-from fanfold.backends.discovery.node_local import node_specs, served
-from fanfold.configs.loader import Loaded, load
+from fanfold.backends.core.errors import BackendError, ConfigurationError
+from fanfold.backends.discovery.node_local import find_node_specs, ready_endpoints
+from fanfold.configs.loader import LoadedConfig, load_config
 
 HOST = "node7.cluster.example"
 
 
-def loaded(endpoints: dict[str, Any], **backend: Any) -> Loaded:
+def loaded(endpoints: dict[str, Any], **backend: Any) -> LoadedConfig:
     backend = {"kind": "parsl", "node_endpoints": True} | backend
-    return load({"task": {"prompt": "x"}, "endpoints": endpoints, "backend": backend})
+    return load_config({"task": {"prompt": "x"}, "endpoints": endpoints, "backend": backend})
 
 
-def found(settings: Loaded, **environment: str) -> list[str]:
-    specs = node_specs(settings.config, settings.plain["endpoints"], environment, HOST)
+def found(settings: LoadedConfig, **environment: str) -> list[str]:
+    specs = find_node_specs(settings.config, settings.plain["endpoints"], environment, HOST)
     return [spec.url for spec in specs]
 
 
@@ -48,14 +48,14 @@ def test_the_registry_comes_before_the_port(tmp_path: Path) -> None:
 
 
 def test_nothing_says_where() -> None:
-    with pytest.raises(SiteError, match=f"{HOST}: nothing says where"):
+    with pytest.raises(BackendError, match=f"{HOST}: nothing says where"):
         found(loaded({"urls": ["http://node1:8000"]}))
 
 
 async def test_the_coordinator_asks_nobody() -> None:
     settings = loaded({"urls": ["http://127.0.0.1:9"]})
     with pytest.raises(ConfigurationError, match=r"set model\.name"):
-        async with served(settings.config, settings.plain["endpoints"]):
+        async with ready_endpoints(settings.config, settings.plain["endpoints"]):
             raise AssertionError
-    async with served(settings.config, settings.plain["endpoints"], "m") as up:
+    async with ready_endpoints(settings.config, settings.plain["endpoints"], "m") as up:
         assert (up.specs, up.model, up.simulated) == ((), "m", False)

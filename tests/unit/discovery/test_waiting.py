@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, NoEndpointError, RunStoppedError
-from fanfold.backends.discovery.connect import enough
+from fanfold.backends.discovery.connect import wait_for_endpoints
 from fanfold.configs.endpoints import EndpointsConfig
 
 
@@ -36,7 +36,7 @@ def wanted(least: int, wait_s: float) -> EndpointsConfig:
 async def test_it_is_waited_and_said_once_what_for() -> None:
     said = list[str]()
     ask = asker(NoEndpointError("no file"), NoEndpointError("no file"), 1, 1, 2, 5)
-    assert (await enough(ask, wanted(4, 60), said.append)).ready == 5
+    assert (await wait_for_endpoints(ask, wanted(4, 60), said.append)).ready == 5
     assert [line.partition(";")[0] for line in said] == [
         "endpoints: 0 of 4 ready (no file)",
         "endpoints: 1 of 4 ready",
@@ -47,15 +47,17 @@ async def test_it_is_waited_and_said_once_what_for() -> None:
 @pytest.mark.parametrize("answer", [3, NoEndpointError("none answers")])
 async def test_they_do_not_come(answer: int | Exception) -> None:
     with pytest.raises(RunStoppedError, match=r"endpoints: . of 4 ready.* same command goes on"):
-        await enough(asker(answer), wanted(4, 0.01), lambda _: None)
+        await wait_for_endpoints(asker(answer), wanted(4, 0.01), lambda _: None)
 
 
 async def test_enough_at_once_needs_no_wait() -> None:
-    assert (await enough(asker(4), wanted(4, 0), print)).ready == 4
+    assert (await wait_for_endpoints(asker(4), wanted(4, 0), print)).ready == 4
     with pytest.raises(RunStoppedError, match="3 of 4 ready after 0 s"):
-        await enough(asker(3), wanted(4, 0), print)
+        await wait_for_endpoints(asker(3), wanted(4, 0), print)
 
 
 async def test_what_waiting_does_not_mend_is_raised() -> None:
     with pytest.raises(ConfigurationError, match="another model"):
-        await enough(asker(1, ConfigurationError("another model")), wanted(4, 60), lambda _: None)
+        await wait_for_endpoints(
+            asker(1, ConfigurationError("another model")), wanted(4, 60), lambda _: None
+        )

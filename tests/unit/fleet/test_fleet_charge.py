@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError, EndpointLostError
-from fanfold.backends.core.protocols import CallLog, Hold
+from fanfold.backends.core.protocols import CallLog, Reservation
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet import failures
-from fanfold.backends.fleet.failures import Failure, RawAnswer
-from fanfold.backends.fleet.request import Charge, most_tokens
+from fanfold.backends.fleet.failures import Failure, HTTPAnswer
+from fanfold.backends.fleet.request import RequestCharge, max_usage
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "é" * 50}], "max_tokens": 20}
 
@@ -28,42 +28,44 @@ class Held:
         self.ends = list[str]()
         self.room = True
 
-    waits = 0
+    waiting = 0
 
-    async def hold(self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None) -> Hold:
+    async def reserve(
+        self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None
+    ) -> Reservation:
         assert log is not None
-        assert most == most_tokens(body)
+        assert most == max_usage(body)
         return self
 
-    def hold_now(self, most: Usage) -> Hold | None:  # noqa: ARG002 - the protocol's form
+    def try_reserve(self, most: Usage) -> Reservation | None:  # noqa: ARG002 - the protocol's form
         return self if self.room else None
 
     def settle(self, usage: Usage) -> None:
         self.ends.append(f"settled {usage.tokens}")
 
-    def keep(self) -> Usage:
+    def settle_all(self) -> Usage:
         self.ends.append("kept")
         return RESERVED
 
-    def free(self, *, sent: bool) -> None:
+    def release(self, *, sent: bool) -> None:
         self.ends.append("sent" if sent else "free")
 
     def close(self) -> None: ...
 
 
 def test_a_token_is_a_byte_at_least() -> None:
-    most = most_tokens(BODY)
+    most = max_usage(BODY)
     assert most.prompt is not None
     assert most.prompt >= 100
     assert most.completion == 20
-    longer = most_tokens({**BODY, "tools": [{"type": "function"}], "n": 3})
+    longer = max_usage({**BODY, "tools": [{"type": "function"}], "n": 3})
     assert longer.prompt is not None
     assert longer.prompt > most.prompt
     assert longer.completion == 60
 
 
 def failed(status: int) -> Failure:
-    return failures.of_answer(RawAnswer(status, {}, b"{}"), "node")
+    return failures.classify_answer(HTTPAnswer(status, {}, b"{}"), "node")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def failed(status: int) -> Failure:
         (failed(503), "sent"),
         (failed(502), "kept"),
         (failed(504), "kept"),
-        (failures.of_exception(TimeoutError(), "node"), "kept"),
+        (failures.classify_exception(TimeoutError(), "node"), "kept"),
     ],
 )
 async def test_what_was_read_is_kept_and_what_was_refused_is_given_back(
@@ -83,38 +85,38 @@ async def test_what_was_read_is_kept_and_what_was_refused_is_given_back(
 ) -> None:
     held, log = Held(), CallLog()
     log.account = held
-    charge = await Charge.open(log, BODY)
-    lost = charge.failed(failure)
-    charge.lost()  # the first end counts
+    charge = await RequestCharge.reserve(log, BODY)
+    lost = charge.settle_failed(failure)
+    charge.settle_lost()  # the first end counts
     assert held.ends == [end]
     assert log.lost == lost == (RESERVED if end == "kept" else Usage())
 
 
 async def test_a_request_that_never_left_is_free() -> None:
     held = Held()
-    refused = failures.of_exception(TimeoutError(), "node")
+    refused = failures.classify_exception(TimeoutError(), "node")
     unsent = Failure(
-        EndpointLostError("node: cannot connect", "node"), replace(refused.treatment, free=True)
+        EndpointLostError("node: cannot connect", "node"), replace(refused.rule, free=True)
     )
-    charge = await Charge.open(CallLog(account=held), BODY)
-    assert charge.failed(unsent) == Usage()
+    charge = await RequestCharge.reserve(CallLog(account=held), BODY)
+    assert charge.settle_failed(unsent) == Usage()
     assert held.ends == ["free"]
 
 
 async def test_a_second_request_needs_room_of_its_own() -> None:
     held = Held()
-    charge = await Charge.open(CallLog(account=held), BODY)
-    second = charge.again()
+    charge = await RequestCharge.reserve(CallLog(account=held), BODY)
+    second = charge.reserve_again()
     assert second is not None
-    charge.answered(Usage(60, 7), "m")
-    second.lost()
+    charge.settle_answered(Usage(60, 7), "m")
+    second.settle_lost()
     assert held.ends == ["settled 67", "kept"]
     held.room = False
-    assert charge.again() is None
+    assert charge.reserve_again() is None
 
 
 async def test_without_a_bound_nothing_is_sent_on_a_budget() -> None:
     body = {"messages": BODY["messages"]}
     with pytest.raises(ConfigurationError, match="no max_tokens"):
-        await Charge.open(CallLog(account=Held()), body)
-    await Charge.open(CallLog(), body)
+        await RequestCharge.reserve(CallLog(account=Held()), body)
+    await RequestCharge.reserve(CallLog(), body)

@@ -8,24 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import RunStoppedError
-from fanfold.backends.fleet.balancer import Affinity, Dispatcher
+from fanfold.backends.fleet.balancer import Affinity, LoadBalancer
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
-from fanfold.backends.fleet.policy import AffinityPolicy, LanePolicy
+from fanfold.backends.fleet.policy import AdaptiveLimitPolicy, AffinityPolicy
 
 
 def members(count: int, width: int = 4) -> list[Endpoint]:
-    lane = LanePolicy(start=width)
+    lane = AdaptiveLimitPolicy(start=width)
     return [Endpoint(EndpointSpec(f"http://n{i}:1"), lane) for i in range(count)]
 
 
-def dispatcher(endpoints: list[Endpoint], streams: int = 100) -> Dispatcher:
-    return Dispatcher(endpoints, streams, lambda *_: None, lambda: None)
+def dispatcher(endpoints: list[Endpoint], streams: int = 100) -> LoadBalancer:
+    return LoadBalancer(endpoints, streams, lambda *_: None, lambda: None)
 
 
 async def test_idle_endpoints_are_filled_evenly() -> None:
     endpoints = members(4)
     dispatch = dispatcher(endpoints)
-    taken = Counter([await dispatch.take() for _ in range(12)])
+    taken = Counter([await dispatch.acquire() for _ in range(12)])
     assert set(taken.values()) == {3}
 
 
@@ -33,90 +33,92 @@ async def test_slow_endpoints_get_less() -> None:
     fast, slow = members(2, width=100)
     dispatch = dispatcher([fast, slow])
     for endpoint, seconds in ((fast, 1.0), (slow, 5.0)):
-        endpoint.outstanding += 1
+        endpoint.in_flight += 1
         dispatch.in_flight += 1
-        dispatch.give(endpoint, seconds)
-    taken = Counter([await dispatch.take() for _ in range(60)])
+        dispatch.release(endpoint, seconds)
+    taken = Counter([await dispatch.acquire() for _ in range(60)])
     assert (taken[fast], taken[slow]) == (50, 10)
 
 
 async def test_known_weights_count_before_the_first_answer() -> None:
-    quick = Endpoint(EndpointSpec("http://q:1", weight=3.0), LanePolicy(start=100))
-    plain = Endpoint(EndpointSpec("http://p:1"), LanePolicy(start=100))
+    quick = Endpoint(EndpointSpec("http://q:1", weight=3.0), AdaptiveLimitPolicy(start=100))
+    plain = Endpoint(EndpointSpec("http://p:1"), AdaptiveLimitPolicy(start=100))
     dispatch = dispatcher([plain, quick])
-    taken = Counter([await dispatch.take() for _ in range(40)])
+    taken = Counter([await dispatch.acquire() for _ in range(40)])
     assert (taken[quick], taken[plain]) == (30, 10)
 
 
 async def test_callers_are_served_in_order() -> None:
     dispatch = dispatcher(members(1, width=1))
-    first = await dispatch.take()
+    first = await dispatch.acquire()
     order: list[int] = []
 
     async def caller(number: int) -> None:
-        endpoint = await dispatch.take()
+        endpoint = await dispatch.acquire()
         order.append(number)
-        dispatch.give(endpoint)
+        dispatch.release(endpoint)
 
     callers = [asyncio.create_task(caller(i)) for i in range(5)]
     await asyncio.sleep(0)
     assert dispatch.waiting == 5
-    dispatch.give(first)
+    dispatch.release(first)
     await asyncio.gather(*callers)
     assert order == list(range(5))
 
 
 async def test_a_cancelled_caller_returns_what_it_won() -> None:
     dispatch = dispatcher(members(1, width=1))
-    first = await dispatch.take()
-    caller = asyncio.create_task(dispatch.take())
+    first = await dispatch.acquire()
+    caller = asyncio.create_task(dispatch.acquire())
     await asyncio.sleep(0)
-    dispatch.give(first)
+    dispatch.release(first)
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
     assert dispatch.in_flight == 0
-    assert await dispatch.take() is first
+    assert await dispatch.acquire() is first
 
 
 async def test_avoided_endpoints_are_used_when_no_other_is_alive() -> None:
     one, other = members(2)
     dispatch = dispatcher([one, other])
-    assert await dispatch.take({one}) is other
+    assert await dispatch.acquire({one}) is other
     other.ejected = True
     dispatch.refresh(other)
-    assert await dispatch.take({one}) is one
+    assert await dispatch.acquire({one}) is one
 
 
 async def test_a_preferred_endpoint_is_taken_unless_it_is_loaded() -> None:
     home, *others = members(3, width=8)
     dispatch = dispatcher([home, *others])
-    taken = [await dispatch.take(prefer=home) for _ in range(12)]
+    taken = [await dispatch.acquire(prefer=home) for _ in range(12)]
     assert taken[:2] == [home, home]
     assert Counter(taken)[home] == 6
-    assert dispatch.in_flight == sum(e.outstanding for e in (home, *others)) == 12
+    assert dispatch.in_flight == sum(e.in_flight for e in (home, *others)) == 12
     home.ejected = True
     dispatch.refresh(home)
-    assert await dispatch.take(prefer=home) is not home
+    assert await dispatch.acquire(prefer=home) is not home
 
 
 async def test_requests_of_others_count_as_load() -> None:
     busy, idle = members(2, width=100)
     dispatch = dispatcher([busy, idle])
-    busy.foreign = 10
+    busy.foreign_load = 10
     dispatch.refresh(busy)
-    taken = Counter([await dispatch.take() for _ in range(30)])
+    taken = Counter([await dispatch.acquire() for _ in range(30)])
     assert (taken[idle], taken[busy]) == (20, 10)
 
 
 async def test_quotas_of_an_endpoint_see_the_tokens() -> None:
     seen: list[int] = []
-    endpoint = Endpoint(EndpointSpec("http://n:1", tokens_per_min=60.0), LanePolicy(start=1))
-    dispatch = Dispatcher([endpoint], 9, lambda _, tokens: seen.append(tokens), lambda: None)
-    await dispatch.take(tokens=7)
-    waiter = asyncio.create_task(dispatch.take(tokens=8))
+    endpoint = Endpoint(
+        EndpointSpec("http://n:1", tokens_per_min=60.0), AdaptiveLimitPolicy(start=1)
+    )
+    dispatch = LoadBalancer([endpoint], 9, lambda _, tokens: seen.append(tokens), lambda: None)
+    await dispatch.acquire(tokens=7)
+    waiter = asyncio.create_task(dispatch.acquire(tokens=8))
     await asyncio.sleep(0)
-    dispatch.give(endpoint)
+    dispatch.release(endpoint)
     await waiter
     assert seen == [7, 8]
 
@@ -124,26 +126,26 @@ async def test_quotas_of_an_endpoint_see_the_tokens() -> None:
 def test_a_beginning_finds_its_home_again() -> None:
     one, other = members(2)
     affinity = Affinity(AffinityPolicy(prefix=10, keys=2))
-    long = affinity.key({"messages": [{"role": "user", "content": "0123456789 a"}]})
-    assert long == affinity.key({"messages": [{"role": "user", "content": "0123456789 b"}]})
-    short = affinity.key({"messages": [{"role": "user", "content": "b"}]})
+    long = affinity.make_key({"messages": [{"role": "user", "content": "0123456789 a"}]})
+    assert long == affinity.make_key({"messages": [{"role": "user", "content": "0123456789 b"}]})
+    short = affinity.make_key({"messages": [{"role": "user", "content": "b"}]})
     assert long != short
-    affinity.met(long, one)
-    affinity.met(long, other)
-    assert affinity.home(long) is one
+    affinity.record(long, one)
+    affinity.record(long, other)
+    assert affinity.find_endpoint(long) is one
     one.ejected = True
-    assert affinity.home(long) is None
-    affinity.met(long, other)
-    assert affinity.home(long) is other
+    assert affinity.find_endpoint(long) is None
+    affinity.record(long, other)
+    assert affinity.find_endpoint(long) is other
     for key in (1, 2):
-        affinity.met(key, other)
-    assert affinity.home(long) is None
+        affinity.record(key, other)
+    assert affinity.find_endpoint(long) is None
 
 
 async def test_a_stop_reaches_every_waiting_call() -> None:
     dispatch = dispatcher(members(1, width=1))
-    await dispatch.take()
-    callers = [asyncio.create_task(dispatch.take()) for _ in range(3)]
+    await dispatch.acquire()
+    callers = [asyncio.create_task(dispatch.acquire()) for _ in range(3)]
     await asyncio.sleep(0)
     dispatch.fail_all(lambda: RunStoppedError("over"))
     results = await asyncio.gather(*callers, return_exceptions=True)
@@ -157,9 +159,9 @@ def test_the_heap_stays_small_and_the_counts_right(times: list[float], count: in
 
     async def run() -> None:
         for seconds in times:
-            endpoint = await dispatch.take()
-            assert sum(e.outstanding for e in endpoints) == dispatch.in_flight == 1
-            dispatch.give(endpoint, seconds)
+            endpoint = await dispatch.acquire()
+            assert sum(e.in_flight for e in endpoints) == dispatch.in_flight == 1
+            dispatch.release(endpoint, seconds)
 
     asyncio.run(run())
     assert dispatch.in_flight == 0

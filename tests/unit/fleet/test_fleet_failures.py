@@ -24,12 +24,19 @@ from fanfold.backends.core.errors import (
     RequestRefusedError,
 )
 from fanfold.backends.core.secrets import MASKED
-from fanfold.backends.core.values import cut_levels, read_json
+from fanfold.backends.core.values import cut_deep_levels, parse_json
 from fanfold.backends.fleet import failures, request, transport
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
-from fanfold.backends.fleet.failures import Complaint, Failure, RawAnswer, Step, Trip, retry_after
+from fanfold.backends.fleet.failures import (
+    BreakerEffect,
+    ErrorBody,
+    Failure,
+    HTTPAnswer,
+    RetryAction,
+    read_retry_after,
+)
 from fanfold.backends.fleet.policy import RetryPolicy
-from fanfold.backends.fleet.retry import Attempts
+from fanfold.backends.fleet.retry import AttemptLog
 
 
 def vllm(message: str, code: int, kind: str = "x", param: str | None = None) -> dict[str, Any]:
@@ -41,117 +48,180 @@ def first(code: str, message: str = "x") -> dict[str, Any]:
 
 
 LONG = "This model's maximum context length is 2048 tokens. However, you asked for more"
-ROWS: list[tuple[str, int, Any, type[EndpointError], Step, Trip]] = [
-    ("key", 401, {"error": "Unauthorized"}, AuthenticationError, Step.REKEY, Trip.NO),
-    ("denied", 403, first("access_denied"), AuthenticationError, Step.EJECT, Trip.NO),
-    ("no model", 404, vllm("no", 404), ModelNotServedError, Step.EJECT, Trip.NO),
-    ("page 404", 404, b"<html>", ModelNotServedError, Step.EJECT, Trip.NO),
-    ("long", 400, vllm(LONG, 400), PromptTooLongError, Step.FAIL, Trip.NO),
+ROWS: list[tuple[str, int, Any, type[EndpointError], RetryAction, BreakerEffect]] = [
+    (
+        "key",
+        401,
+        {"error": "Unauthorized"},
+        AuthenticationError,
+        RetryAction.REKEY,
+        BreakerEffect.NO,
+    ),
+    (
+        "denied",
+        403,
+        first("access_denied"),
+        AuthenticationError,
+        RetryAction.EJECT,
+        BreakerEffect.NO,
+    ),
+    ("no model", 404, vllm("no", 404), ModelNotServedError, RetryAction.EJECT, BreakerEffect.NO),
+    ("page 404", 404, b"<html>", ModelNotServedError, RetryAction.EJECT, BreakerEffect.NO),
+    ("long", 400, vllm(LONG, 400), PromptTooLongError, RetryAction.FAIL, BreakerEffect.NO),
     (
         "long param",
         400,
         vllm("x", 400, param="input_text"),
         PromptTooLongError,
-        Step.FAIL,
-        Trip.NO,
+        RetryAction.FAIL,
+        BreakerEffect.NO,
     ),
     (
         "max_tokens",
         400,
         vllm("x", 400, param="max_tokens"),
         RequestRefusedError,
-        Step.FAIL,
-        Trip.NO,
+        RetryAction.FAIL,
+        BreakerEffect.NO,
     ),
-    ("other 400", 400, vllm("bad", 400), RequestRefusedError, Step.FAIL, Trip.NO),
-    ("422", 422, {"detail": [{"msg": "m"}]}, RequestRefusedError, Step.FAIL, Trip.NO),
-    ("413", 413, b"too large", RequestRefusedError, Step.FAIL, Trip.NO),
-    ("quota 400", 400, first("quota_exceeded"), EndpointBusyError, Step.WAIT, Trip.NO),
-    ("batch 400", 400, first("batch_ongoing"), EndpointBusyError, Step.WAIT, Trip.NO),
-    ("408", 408, first("request_timeout"), EndpointLostError, Step.OTHER, Trip.NO),
-    ("408 other", 408, b"late", EndpointLostError, Step.SAME, Trip.NO),
-    ("409", 409, first("x"), EndpointError, Step.SAME, Trip.NO),
-    ("429", 429, vllm("slow down", 429), EndpointBusyError, Step.WAIT, Trip.NO),
+    ("other 400", 400, vllm("bad", 400), RequestRefusedError, RetryAction.FAIL, BreakerEffect.NO),
+    (
+        "422",
+        422,
+        {"detail": [{"msg": "m"}]},
+        RequestRefusedError,
+        RetryAction.FAIL,
+        BreakerEffect.NO,
+    ),
+    ("413", 413, b"too large", RequestRefusedError, RetryAction.FAIL, BreakerEffect.NO),
+    (
+        "quota 400",
+        400,
+        first("quota_exceeded"),
+        EndpointBusyError,
+        RetryAction.WAIT,
+        BreakerEffect.NO,
+    ),
+    (
+        "batch 400",
+        400,
+        first("batch_ongoing"),
+        EndpointBusyError,
+        RetryAction.WAIT,
+        BreakerEffect.NO,
+    ),
+    ("408", 408, first("request_timeout"), EndpointLostError, RetryAction.OTHER, BreakerEffect.NO),
+    ("408 other", 408, b"late", EndpointLostError, RetryAction.SAME, BreakerEffect.NO),
+    ("409", 409, first("x"), EndpointError, RetryAction.SAME, BreakerEffect.NO),
+    ("429", 429, vllm("slow down", 429), EndpointBusyError, RetryAction.WAIT, BreakerEffect.NO),
     (
         "429 throttle",
         429,
         {"detail": "Too many requests."},
         EndpointBusyError,
-        Step.WAIT,
-        Trip.NO,
+        RetryAction.WAIT,
+        BreakerEffect.NO,
     ),
-    ("429 tpm", 429, first("too_many_requests"), EndpointBusyError, Step.WAIT, Trip.NO),
-    ("429 paid", 429, first("insufficient_quota"), EndpointBusyError, Step.STOP, Trip.NO),
-    ("500", 500, vllm("boom", 500), EndpointError, Step.OTHER, Trip.COUNT),
-    ("500 text", 500, b"Internal Server Error", EndpointError, Step.OTHER, Trip.COUNT),
-    ("501", 501, b"", RequestRefusedError, Step.FAIL, Trip.NO),
-    ("502", 502, b"<html>", EndpointLostError, Step.OTHER, Trip.COUNT),
-    ("504", 504, first("internal_endpoint_error"), EndpointLostError, Step.OTHER, Trip.COUNT),
+    (
+        "429 tpm",
+        429,
+        first("too_many_requests"),
+        EndpointBusyError,
+        RetryAction.WAIT,
+        BreakerEffect.NO,
+    ),
+    (
+        "429 paid",
+        429,
+        first("insufficient_quota"),
+        EndpointBusyError,
+        RetryAction.STOP,
+        BreakerEffect.NO,
+    ),
+    ("500", 500, vllm("boom", 500), EndpointError, RetryAction.OTHER, BreakerEffect.COUNT),
+    (
+        "500 text",
+        500,
+        b"Internal Server Error",
+        EndpointError,
+        RetryAction.OTHER,
+        BreakerEffect.COUNT,
+    ),
+    ("501", 501, b"", RequestRefusedError, RetryAction.FAIL, BreakerEffect.NO),
+    ("502", 502, b"<html>", EndpointLostError, RetryAction.OTHER, BreakerEffect.COUNT),
+    (
+        "504",
+        504,
+        first("internal_endpoint_error"),
+        EndpointLostError,
+        RetryAction.OTHER,
+        BreakerEffect.COUNT,
+    ),
     (
         "503 cold",
         503,
         first("internal_endpoint_error", "online but not ready to receive tasks."),
         EndpointBusyError,
-        Step.WAIT,
-        Trip.NO,
+        RetryAction.WAIT,
+        BreakerEffect.NO,
     ),
     (
         "503 offline",
         503,
         first("internal_endpoint_error", "x is offline."),
         EndpointBusyError,
-        Step.WAIT,
-        Trip.OPEN,
+        RetryAction.WAIT,
+        BreakerEffect.OPEN,
     ),
     (
         "503 upkeep",
         503,
         first("cluster_under_maintenance"),
         EndpointBusyError,
-        Step.WAIT,
-        Trip.OPEN,
+        RetryAction.WAIT,
+        BreakerEffect.OPEN,
     ),
     (
         "503 busy",
         503,
         vllm("The engine is currently busy", 503, "Service Unavailable"),
         EndpointBusyError,
-        Step.WAIT,
-        Trip.NO,
+        RetryAction.WAIT,
+        BreakerEffect.NO,
     ),
     (
         "503 other",
         503,
         vllm("x", 503, "ServiceUnavailableError"),
         EndpointBusyError,
-        Step.OTHER,
-        Trip.COUNT,
+        RetryAction.OTHER,
+        BreakerEffect.COUNT,
     ),
-    ("529", 529, b"", EndpointError, Step.OTHER, Trip.COUNT),
-    ("302", 302, b"", EndpointReplyError, Step.OTHER, Trip.COUNT),
-    ("broken", 200, b'{"choices', EndpointReplyError, Step.OTHER, Trip.COUNT),
-    ("page", 200, b"<html>log in", EndpointReplyError, Step.OTHER, Trip.COUNT),
-    ("list", 200, [], EndpointReplyError, Step.OTHER, Trip.COUNT),
-    ("inner 400", 200, vllm("x", 400), RequestRefusedError, Step.FAIL, Trip.NO),
-    ("inner 500", 200, vllm("x", 500), EndpointError, Step.OTHER, Trip.COUNT),
+    ("529", 529, b"", EndpointError, RetryAction.OTHER, BreakerEffect.COUNT),
+    ("302", 302, b"", EndpointReplyError, RetryAction.OTHER, BreakerEffect.COUNT),
+    ("broken", 200, b'{"choices', EndpointReplyError, RetryAction.OTHER, BreakerEffect.COUNT),
+    ("page", 200, b"<html>log in", EndpointReplyError, RetryAction.OTHER, BreakerEffect.COUNT),
+    ("list", 200, [], EndpointReplyError, RetryAction.OTHER, BreakerEffect.COUNT),
+    ("inner 400", 200, vllm("x", 400), RequestRefusedError, RetryAction.FAIL, BreakerEffect.NO),
+    ("inner 500", 200, vllm("x", 500), EndpointError, RetryAction.OTHER, BreakerEffect.COUNT),
     (
         "object error",
         200,
         {"object": "error", "message": "m", "code": 500},
         EndpointError,
-        Step.OTHER,
-        Trip.COUNT,
+        RetryAction.OTHER,
+        BreakerEffect.COUNT,
     ),
-    ("detail", 200, {"detail": "x"}, EndpointReplyError, Step.OTHER, Trip.COUNT),
-    ("null", 200, {"choices": None}, EndpointReplyError, Step.OTHER, Trip.COUNT),
-    ("empty", 200, {"choices": []}, EndpointReplyError, Step.OTHER, Trip.COUNT),
+    ("detail", 200, {"detail": "x"}, EndpointReplyError, RetryAction.OTHER, BreakerEffect.COUNT),
+    ("null", 200, {"choices": None}, EndpointReplyError, RetryAction.OTHER, BreakerEffect.COUNT),
+    ("empty", 200, {"choices": []}, EndpointReplyError, RetryAction.OTHER, BreakerEffect.COUNT),
     (
         "abort",
         200,
         {"choices": [{"message": {"content": "x"}, "finish_reason": "abort"}]},
         EndpointLostError,
-        Step.OTHER,
-        Trip.COUNT,
+        RetryAction.OTHER,
+        BreakerEffect.COUNT,
     ),
     (
         "gateway",
@@ -161,8 +231,8 @@ ROWS: list[tuple[str, int, Any, type[EndpointError], Step, Trip]] = [
             "choices": [{"message": {"content": "[ERROR]"}, "finish_reason": "stop"}],
         },
         EndpointLostError,
-        Step.OTHER,
-        Trip.COUNT,
+        RetryAction.OTHER,
+        BreakerEffect.COUNT,
     ),
 ]
 
@@ -181,21 +251,21 @@ ROWS: list[tuple[str, int, Any, type[EndpointError], Step, Trip]] = [
     ids=["mark", "utf-16", "not finite", "half pairs", "no utf-8", "64 bits", "digits"],
 )
 def test_json_that_breaks_the_rules_is_read(text: bytes, value: Any) -> None:
-    assert read_json(text) == value
-    assert orjson.loads(orjson.dumps(read_json(text))) == value
+    assert parse_json(text) == value
+    assert orjson.loads(orjson.dumps(parse_json(text))) == value
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"hello", b'{"a": }', b"\xff\xfe", b"<html>"])
 def test_what_is_no_json_is_refused(text: bytes) -> None:
     with pytest.raises(json.JSONDecodeError):
-        read_json(text)
+        parse_json(text)
 
 
 def test_levels_are_cut() -> None:
     for levels, kept in ((200, 200), (201, 200), (900, 200)):
         text = b"[" * levels + b"]" * levels
-        value = read_json(text)
-        cut_levels(text, value)
+        value = parse_json(text)
+        cut_deep_levels(text, value)
         data = orjson.dumps(value)
         assert data.count(b"[") == kept
         assert (b"null" in data) == (levels > kept)
@@ -203,37 +273,37 @@ def test_levels_are_cut() -> None:
 
 def failure_of(status: int, body: Any, headers: dict[str, str] | None = None) -> Failure:
     raw = body if isinstance(body, bytes) else orjson.dumps(body)
-    result = transport.read(RawAnswer(status, headers or {}, raw), "node")
+    result = transport.read_completion(HTTPAnswer(status, headers or {}, raw), "node")
     assert isinstance(result, Failure)
     return result
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
-def test_row(row: tuple[str, int, Any, type[EndpointError], Step, Trip]) -> None:
+def test_row(row: tuple[str, int, Any, type[EndpointError], RetryAction, BreakerEffect]) -> None:
     _, status, body, kind, step, trip = row
     failure = failure_of(status, body)
     assert type(failure.error) is kind
-    assert (failure.treatment.step, failure.treatment.trip) == (step, trip)
+    assert (failure.rule.action, failure.rule.breaker_effect) == (step, trip)
     assert failure.error.message.startswith("node: ")
-    assert isinstance(failure.error.__cause__, RawAnswer)
+    assert isinstance(failure.error.__cause__, HTTPAnswer)
     assert type(pickle.loads(pickle.dumps(failure.error))) is kind
 
 
 @pytest.mark.parametrize(
     ("cause", "step", "trip", "free"),
     [
-        (TimeoutError(), Step.OTHER, Trip.COUNT, False),
-        (aiohttp.ConnectionTimeoutError(), Step.OTHER, Trip.OPEN, True),
-        (aiohttp.ServerDisconnectedError(), Step.OTHER, Trip.COUNT, False),
-        (aiohttp.ClientOSError(104, "reset"), Step.OTHER, Trip.COUNT, False),
-        (aiohttp.ClientPayloadError("cut"), Step.OTHER, Trip.COUNT, False),
+        (TimeoutError(), RetryAction.OTHER, BreakerEffect.COUNT, False),
+        (aiohttp.ConnectionTimeoutError(), RetryAction.OTHER, BreakerEffect.OPEN, True),
+        (aiohttp.ServerDisconnectedError(), RetryAction.OTHER, BreakerEffect.COUNT, False),
+        (aiohttp.ClientOSError(104, "reset"), RetryAction.OTHER, BreakerEffect.COUNT, False),
+        (aiohttp.ClientPayloadError("cut"), RetryAction.OTHER, BreakerEffect.COUNT, False),
     ],
 )
-def test_connection_row(cause: Any, step: Step, trip: Trip, free: bool) -> None:
-    failure = failures.of_exception(cause, "node")
+def test_connection_row(cause: Any, step: RetryAction, trip: BreakerEffect, free: bool) -> None:
+    failure = failures.classify_exception(cause, "node")
     assert type(failure.error) is EndpointLostError
-    treatment = failure.treatment
-    assert (treatment.step, treatment.trip, treatment.free) == (step, trip, free)
+    treatment = failure.rule
+    assert (treatment.action, treatment.breaker_effect, treatment.free) == (step, trip, free)
 
 
 def test_pages_hint_at_a_proxy() -> None:
@@ -246,12 +316,12 @@ def test_messages_are_short() -> None:
 
 def test_refused_schemas_are_marked() -> None:
     body = vllm("Unsupported keyword", 400, param="response_format")
-    assert failure_of(400, body).treatment.schema
+    assert failure_of(400, body).rule.schema
 
 
 def test_a_503_that_names_a_time_is_waited_for() -> None:
     failure = failure_of(503, vllm("x", 503, "ServiceUnavailableError"), {"retry-after": "7"})
-    assert failure.treatment.step is Step.WAIT
+    assert failure.rule.action is RetryAction.WAIT
     assert failure.error.retry_after == 7.0
 
 
@@ -269,17 +339,17 @@ def test_a_503_that_names_a_time_is_waited_for() -> None:
     ],
 )
 def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
-    assert retry_after(headers) == seconds
+    assert read_retry_after(headers) == seconds
 
 
 def test_retry_after_as_a_date() -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
-    assert retry_after({"retry-after": date}) == pytest.approx(3600, abs=60)
+    assert read_retry_after({"retry-after": date}) == pytest.approx(3600, abs=60)
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"5", b'"text"', b'{"error":{}}', b"\xff\xfe"])
 def test_any_body_can_be_read(body: bytes) -> None:
-    assert isinstance(Complaint.read(body).message, str)
+    assert isinstance(ErrorBody.parse(body).message, str)
 
 
 def endpoint(n: int, answers: int = 1) -> Endpoint:
@@ -289,65 +359,68 @@ def endpoint(n: int, answers: int = 1) -> Endpoint:
 
 
 def test_attempts_end_after_so_many_that_count() -> None:
-    attempts = Attempts(RetryPolicy(attempts=3), 0.0)
-    lost = failures.of_exception(aiohttp.ClientPayloadError("cut"), "n")
+    attempts = AttemptLog(RetryPolicy(attempts=3), 0.0)
+    lost = failures.classify_exception(aiohttp.ClientPayloadError("cut"), "n")
     for n in range(2):
-        assert attempts.after(endpoint(n), lost, 0.0, 0.0) == 0.0
+        assert attempts.record_failure(endpoint(n), lost, 0.0, 0.0) == 0.0
     with pytest.raises(EndpointLostError):
-        attempts.after(endpoint(3), lost, 0.0, 0.0)
+        attempts.record_failure(endpoint(3), lost, 0.0, 0.0)
 
 
 def test_refusals_do_not_count_but_patience_ends() -> None:
-    attempts = Attempts(RetryPolicy(attempts=2, patience_s=10.0), 0.0)
+    attempts = AttemptLog(RetryPolicy(attempts=2, patience_s=10.0), 0.0)
     busy = failure_of(429, vllm("slow", 429))
     one = endpoint(1)
     one.resting = True
-    assert [attempts.after(one, busy, 1.0, 0.0) for _ in range(6)] == [0.0] * 6
+    assert [attempts.record_failure(one, busy, 1.0, 0.0) for _ in range(6)] == [0.0] * 6
     assert not attempts.avoid
     with pytest.raises(EndpointBusyError):
-        attempts.after(one, busy, 10.0, 0.0)
+        attempts.record_failure(one, busy, 10.0, 0.0)
 
 
 def test_an_item_that_alone_is_refused_asks_less_and_less_often() -> None:
-    attempts = Attempts(RetryPolicy(backoff_s=1.0, backoff_max_s=3.0), 0.0)
+    attempts = AttemptLog(RetryPolicy(backoff_s=1.0, backoff_max_s=3.0), 0.0)
     busy, one = failure_of(429, vllm("slow", 429)), endpoint(1)
-    pauses = [attempts.after(one, busy, 1.0, 0.0) for _ in range(7)]
+    pauses = [attempts.record_failure(one, busy, 1.0, 0.0) for _ in range(7)]
     assert pauses == [0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 3.0]
 
 
 def test_a_stale_connection_is_free_once() -> None:
-    attempts = Attempts(RetryPolicy(attempts=1), 0.0)
-    dropped = failures.of_exception(aiohttp.ServerDisconnectedError(), "n")
-    assert attempts.after(endpoint(1), dropped, 0.0, 0.0) == 0.0
+    attempts = AttemptLog(RetryPolicy(attempts=1), 0.0)
+    dropped = failures.classify_exception(aiohttp.ServerDisconnectedError(), "n")
+    assert attempts.record_failure(endpoint(1), dropped, 0.0, 0.0) == 0.0
     assert not attempts.avoid
     with pytest.raises(EndpointLostError):
-        attempts.after(endpoint(1), dropped, 0.0, 0.0)
+        attempts.record_failure(endpoint(1), dropped, 0.0, 0.0)
 
 
 def test_the_same_server_error_on_three_endpoints_is_poison() -> None:
-    attempts = Attempts(RetryPolicy(attempts=9, poison_endpoints=3), 0.0)
+    attempts = AttemptLog(RetryPolicy(attempts=9, poison_endpoints=3), 0.0)
     boom, other = failure_of(500, vllm("boom", 500)), failure_of(500, first("other"))
-    attempts.after(endpoint(1), boom, 0.0, 0.0)
-    attempts.after(endpoint(2), boom, 0.0, 0.0)
-    attempts.after(endpoint(3), other, 0.0, 0.0)
-    attempts.after(endpoint(4, answers=0), boom, 0.0, 0.0)
+    attempts.record_failure(endpoint(1), boom, 0.0, 0.0)
+    attempts.record_failure(endpoint(2), boom, 0.0, 0.0)
+    attempts.record_failure(endpoint(3), other, 0.0, 0.0)
+    attempts.record_failure(endpoint(4, answers=0), boom, 0.0, 0.0)
     with pytest.raises(EndpointError, match="boom"):
-        attempts.after(endpoint(5), boom, 0.0, 0.0)
+        attempts.record_failure(endpoint(5), boom, 0.0, 0.0)
 
 
 def test_a_gateway_that_waited_in_vain_is_asked_twice_only() -> None:
-    attempts = Attempts(RetryPolicy(attempts=9), 0.0)
+    attempts = AttemptLog(RetryPolicy(attempts=9), 0.0)
     late = failure_of(408, first("request_timeout"))
-    attempts.after(endpoint(1), late, 0.0, 0.0)
+    attempts.record_failure(endpoint(1), late, 0.0, 0.0)
     with pytest.raises(EndpointLostError):
-        attempts.after(endpoint(2), late, 0.0, 0.0)
+        attempts.record_failure(endpoint(2), late, 0.0, 0.0)
 
 
 def test_a_process_without_descriptors_stops_and_says_so() -> None:
     key: Any = None
     cause = aiohttp.ClientConnectorError(key, OSError(errno.EMFILE, "Too many open files"))
-    failure = failures.of_exception(cause, "node")
-    assert (failure.treatment.step, failure.treatment.trip) == (Step.STOP, Trip.NO)
+    failure = failures.classify_exception(cause, "node")
+    assert (failure.rule.action, failure.rule.breaker_effect) == (
+        RetryAction.STOP,
+        BreakerEffect.NO,
+    )
     assert "limits.streams" in failure.error.message
 
 
@@ -356,7 +429,9 @@ def asking(text: str, most: int = 5000) -> dict[str, Any]:
 
 
 def learn(one: Endpoint, failure: Failure, body: Any) -> Failure:
-    return request.learn(one, failure, body, request.sent_tokens(body, one.most_tokens))
+    return request.learn_max_tokens(
+        one, failure, body, request.resolve_max_tokens(body, one.max_answer_tokens)
+    )
 
 
 def too_long(message: str) -> Failure:
@@ -380,43 +455,43 @@ def test_what_an_endpoint_says_of_answers_holds_for_the_request(
     message: str, known: int | None, most: int | None
 ) -> None:
     one = endpoint(1)
-    one.most_tokens = known
+    one.max_answer_tokens = known
     failure = learn(one, too_long(message), asking("a"))
-    assert failure.most_tokens == most
-    assert one.most_tokens == known
-    assert failure.treatment.step is (Step.FAIL if most is None else Step.SAME)
+    assert failure.max_answer_tokens == most
+    assert one.max_answer_tokens == known
+    assert failure.rule.action is (RetryAction.FAIL if most is None else RetryAction.SAME)
 
 
 def test_the_longest_answer_is_learned_from_two_requests() -> None:
     one, said = endpoint(1), too_long("at most 2048")
     for text in ("a", "a"):
         learn(one, said, asking(text))
-        assert one.most_tokens is None
+        assert one.max_answer_tokens is None
     learn(one, too_long("at most 2000"), asking("b"))
-    assert one.most_tokens is None
+    assert one.max_answer_tokens is None
     learn(one, said, asking("b"))
-    assert one.most_tokens == 2048
+    assert one.max_answer_tokens == 2048
 
 
 def test_what_was_accepted_is_not_forbidden_later() -> None:
     one, said = endpoint(1), too_long("only 40 tokens are left")
     one.longest = 256
     for text in ("a", "b", "c"):
-        assert learn(one, said, asking(text, 256)).most_tokens == 40
-    assert one.most_tokens is None
+        assert learn(one, said, asking(text, 256)).max_answer_tokens == 40
+    assert one.max_answer_tokens is None
 
 
 def test_corrections_do_not_count_and_end_after_three() -> None:
-    one, attempts = endpoint(1), Attempts(RetryPolicy(attempts=1), 0.0)
+    one, attempts = endpoint(1), AttemptLog(RetryPolicy(attempts=1), 0.0)
     asked: Any = asking("a")
     for most in (4000, 3000, 2000):
         failure = learn(one, too_long(f"at most {most}"), asked)
-        assert attempts.after(one, failure, 0.0, 0.0) == 0.0
-        asked = attempts.fitted(one, asking("a"))
-        assert request.asked_tokens(asked) == most
-        assert attempts.fitted(endpoint(2), asking("a")) == asking("a")
+        assert attempts.record_failure(one, failure, 0.0, 0.0) == 0.0
+        asked = attempts.adapt_body(one, asking("a"))
+        assert request.read_max_tokens(asked) == most
+        assert attempts.adapt_body(endpoint(2), asking("a")) == asking("a")
     with pytest.raises(RequestRefusedError):
-        attempts.after(one, learn(one, too_long("at most 1000"), asked), 0.0, 0.0)
+        attempts.record_failure(one, learn(one, too_long("at most 1000"), asked), 0.0, 0.0)
 
 
 def test_a_long_prompt_passes_over_all_that_are_too_short() -> None:
@@ -425,11 +500,11 @@ def test_a_long_prompt_passes_over_all_that_are_too_short() -> None:
         for n, room_ in enumerate((10, 10, None, 99))
     ]
     long = failure_of(400, vllm(LONG, 400))
-    failure, short = request.elsewhere(members[0], long, members)
-    assert failure.treatment.step is Step.OTHER
+    failure, short = request.redirect_long_prompt(members[0], long, members)
+    assert failure.rule.action is RetryAction.OTHER
     assert short == set(members[:3])
-    failure, short = request.elsewhere(members[3], long, members)
-    assert (failure.treatment.step, short) == (Step.FAIL, frozenset())
+    failure, short = request.redirect_long_prompt(members[3], long, members)
+    assert (failure.rule.action, short) == (RetryAction.FAIL, frozenset())
 
 
 SENT = {"Authorization": "Bearer sk-se/cr+et=1"}
@@ -449,10 +524,10 @@ SENT = {"Authorization": "Bearer sk-se/cr+et=1"}
     ],
 )
 def test_the_key_of_the_request_is_not_quoted(status: int, body: bytes) -> None:
-    failure = transport.read(RawAnswer(status, {}, body, SENT), "node")
+    failure = transport.read_completion(HTTPAnswer(status, {}, body, SENT), "node")
     assert isinstance(failure, Failure)
     cause = failure.error.__cause__
-    assert isinstance(cause, RawAnswer)
+    assert isinstance(cause, HTTPAnswer)
     for text in (str(failure.error), repr(failure.error), str(cause), cause.body.decode()):
         assert "se/cr" not in text
         assert "cr%2Bet" not in text
@@ -461,15 +536,15 @@ def test_the_key_of_the_request_is_not_quoted(status: int, body: bytes) -> None:
 
 def test_a_broken_answer_does_not_show_the_key() -> None:
     cause = aiohttp.ClientPayloadError("invalid header b'X: sk-se/cr+et=1'")
-    failure = failures.of_exception(cause, "node", SENT)
+    failure = failures.classify_exception(cause, "node", SENT)
     assert "sk-se" not in str(failure.error)
     assert failure.error.__cause__ is None
 
 
 def test_answers_and_short_keys_are_left_alone() -> None:
     good = b'{"choices": [{"message": {"content": "sk-se/cr+et=1"}}]}'
-    answer = transport.read(RawAnswer(200, {}, good, SENT), "node")
+    answer = transport.read_completion(HTTPAnswer(200, {}, good, SENT), "node")
     assert isinstance(answer, dict)
     assert answer["choices"][0]["message"]["content"] == "sk-se/cr+et=1"
-    none = RawAnswer(400, {}, b"EMPTY", {"Authorization": "Bearer EMPTY"})
-    assert none.masked().body == b"EMPTY"
+    none = HTTPAnswer(400, {}, b"EMPTY", {"Authorization": "Bearer EMPTY"})
+    assert none.mask_keys().body == b"EMPTY"

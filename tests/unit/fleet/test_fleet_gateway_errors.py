@@ -6,27 +6,27 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import EndpointBusyError, RequestRefusedError
-from fanfold.backends.fleet.failures import Failure, RawAnswer, Step, of_answer
+from fanfold.backends.fleet.failures import Failure, HTTPAnswer, RetryAction, classify_answer
 
 
 def failure(status: int, body: Any) -> Failure:
-    return of_answer(RawAnswer(status, {}, orjson.dumps(body)), "sophia/vllm")
+    return classify_answer(HTTPAnswer(status, {}, orjson.dumps(body)), "sophia/vllm")
 
 
 def test_the_gateways_throttle_is_the_users_not_one_deployments() -> None:
     told = failure(429, {"detail": "Too many requests."})
     assert isinstance(told.error, EndpointBusyError)
-    assert (told.treatment.step, told.treatment.rest_s, told.treatment.shared) == (
-        Step.WAIT,
+    assert (told.rule.action, told.rule.rest_s, told.rule.shared) == (
+        RetryAction.WAIT,
         1.0,
         True,
     )
-    assert told.treatment.free
+    assert told.rule.free
 
 
 @pytest.mark.parametrize("code", ["unsupported_framework", "unsupported_endpoint"])
 def test_a_wrong_path_is_the_deployments_fault_not_the_items(code: str) -> None:
     told = failure(400, {"error": {"code": code, "message": "no", "info": {}}})
     assert isinstance(told.error, RequestRefusedError)
-    assert told.treatment.step is Step.EJECT
+    assert told.rule.action is RetryAction.EJECT
     assert "endpoints.first.paths" in told.error.message

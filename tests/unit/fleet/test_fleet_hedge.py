@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fanfold.backends.core.protocols import CallLog
-from fanfold.backends.fleet.balancer import Dispatcher
+from fanfold.backends.fleet.balancer import LoadBalancer
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.policy import HedgePolicy
-from fanfold.backends.fleet.request import Charge, most_tokens
-from fanfold.backends.fleet.retry import Hedger, Result
+from fanfold.backends.fleet.request import RequestCharge, max_usage
+from fanfold.backends.fleet.retry import Hedger, SendResult
 
 BODY: dict[str, Any] = {"messages": []}
 
@@ -21,27 +21,29 @@ class Line:
 
     def __init__(self) -> None:
         self.endpoints = [Endpoint(EndpointSpec(f"http://n{i}:1")) for i in range(3)]
-        self.dispatch = Dispatcher(self.endpoints, 99, lambda *_: None, lambda: None)
-        self.held: dict[Endpoint, asyncio.Future[Result]] = {}
+        self.dispatch = LoadBalancer(self.endpoints, 99, lambda *_: None, lambda: None)
+        self.held: dict[Endpoint, asyncio.Future[SendResult]] = {}
 
-    async def send(self, endpoint: Endpoint, _: Mapping[str, Any], charge: Charge) -> Result:
-        charge.sent(endpoint)
+    async def send(
+        self, endpoint: Endpoint, _: Mapping[str, Any], charge: RequestCharge
+    ) -> SendResult:
+        charge.record_sent(endpoint)
         self.held[endpoint] = asyncio.get_running_loop().create_future()
         try:
             return await self.held[endpoint]
         finally:
-            self.dispatch.give(endpoint)
+            self.dispatch.release(endpoint)
 
 
 async def test_a_second_request_that_never_began_gives_its_endpoint_back() -> None:
     line = Line()
     hedger = Hedger(HedgePolicy(), line.dispatch, line.send)
-    endpoint = await line.dispatch.take()
-    task = asyncio.create_task(hedger.send(endpoint, BODY, Charge(None, BODY)))
+    endpoint = await line.dispatch.acquire()
+    task = asyncio.create_task(hedger.send(endpoint, BODY, RequestCharge(None, BODY)))
     await asyncio.sleep(0)
     (call,) = hedger._calls
-    hedger._double(call, 0.0)
-    hedger._leave(call)
+    hedger._hedge(call, 0.0)
+    hedger._remove_call(call)
     hedger._calls[call] = None
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -52,11 +54,11 @@ async def test_a_second_request_that_never_began_gives_its_endpoint_back() -> No
 async def test_the_first_good_answer_counts_and_the_other_is_let_go() -> None:
     line = Line()
     hedger = Hedger(HedgePolicy(), line.dispatch, line.send)
-    endpoint = await line.dispatch.take()
-    task = asyncio.create_task(hedger.send(endpoint, BODY, Charge(None, BODY)))
+    endpoint = await line.dispatch.acquire()
+    task = asyncio.create_task(hedger.send(endpoint, BODY, RequestCharge(None, BODY)))
     await asyncio.sleep(0)
     (call,) = hedger._calls
-    hedger._double(call, 0.0)
+    hedger._hedge(call, 0.0)
     await asyncio.sleep(0)
     (other,) = line.held.keys() - {endpoint}
     line.held[other].set_result({"answer": 2})
@@ -69,20 +71,20 @@ async def test_what_a_late_second_request_may_cost_is_known_at_once() -> None:
     """The item may be recorded before the request's task hears that it is cancelled."""
     line, log = Line(), CallLog()
     hedger = Hedger(HedgePolicy(), line.dispatch, line.send)
-    endpoint = await line.dispatch.take()
+    endpoint = await line.dispatch.acquire()
 
     async def ask() -> int:
-        await hedger.send(endpoint, BODY, Charge(log, BODY))
+        await hedger.send(endpoint, BODY, RequestCharge(log, BODY))
         return log.lost.tokens
 
     task = asyncio.create_task(ask())
     await asyncio.sleep(0)
     (call,) = hedger._calls
-    hedger._double(call, 0.0)
+    hedger._hedge(call, 0.0)
     await asyncio.sleep(0)
     (other,) = line.held.keys() - {endpoint}
     line.held[endpoint].set_result({"answer": 1})
-    assert await task == most_tokens(BODY).tokens
-    assert log.shares[other.label].lost == most_tokens(BODY)
-    assert other.stats.lost_prompt_tokens == most_tokens(BODY).prompt
-    assert (log.requests, log.shares[endpoint.label].lost.tokens) == (2, 0)
+    assert await task == max_usage(BODY).tokens
+    assert log.usage_by_endpoint[other.label].lost == max_usage(BODY)
+    assert other.stats.lost_prompt_tokens == max_usage(BODY).prompt
+    assert (log.requests, log.usage_by_endpoint[endpoint.label].lost.tokens) == (2, 0)

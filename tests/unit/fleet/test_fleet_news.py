@@ -6,23 +6,23 @@ import orjson
 
 from fanfold.backends.core.types import Usage
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
-from fanfold.backends.fleet.fleet import Gathered, Teller
+from fanfold.backends.fleet.fleet import StatsCollector, StatsReporter
 
 
 def test_news_of_two_workers_add_up() -> None:
-    gathered, whole = Gathered(), Endpoint(EndpointSpec("http://n1:1"))
+    gathered, whole = StatsCollector(), Endpoint(EndpointSpec("http://n1:1"))
     for worker in range(2):
         endpoint, idle = (
             Endpoint(EndpointSpec("http://n1:1")),
             Endpoint(EndpointSpec("http://n2:1")),
         )
-        teller = Teller(lambda both=(endpoint, idle): both)  # type: ignore[misc]
+        teller = StatsReporter(lambda both=(endpoint, idle): both)  # type: ignore[misc]
         for seconds in (0.5, 2.0 + worker, 8.0):
             for one in (endpoint, whole):
-                one.stats.answered(seconds, Usage(7, 3))
-                one.stats.failed("EndpointBusyError")
-            gathered.add(orjson.loads(orjson.dumps(teller.news())))
-            assert teller.news() == []
+                one.stats.add_answer(seconds, Usage(7, 3))
+                one.stats.add_failure("EndpointBusyError")
+            gathered.add(orjson.loads(orjson.dumps(teller.delta())))
+            assert teller.delta() == []
     (row,) = gathered.reports()
     report = whole.report()
     for name in ("endpoint", "state", "calls", "failures", "prompt_tokens", "completion_tokens"):

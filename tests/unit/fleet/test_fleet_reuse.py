@@ -10,9 +10,9 @@ import pytest
 from fanfold.backends.core.errors import EndpointLostError
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import SIMULATED_FINGERPRINT, Usage
-from fanfold.backends.fleet.cache import Reuse
+from fanfold.backends.fleet.cache import RequestCache
 from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
-from fanfold.backends.fleet.policy import BreakerPolicy, LanePolicy
+from fanfold.backends.fleet.policy import AdaptiveLimitPolicy, BreakerPolicy
 
 BODY = {
     "model": "m",
@@ -45,7 +45,7 @@ class Kept(dict[bytes, bytes]):
         if self.places.get(key) == place:
             del self[key], self.places[key]
 
-    def claim(self, wishes: Sequence[tuple[bytes, bool]]) -> list[bool]:
+    def update_claims(self, wishes: Sequence[tuple[bytes, bool]]) -> list[bool]:
         for key, take in wishes:
             if take and key not in self.foreign:
                 self.mine.add(key)
@@ -64,7 +64,7 @@ class Model:
         self.error: Exception | None = None
         self.last = b""
         self.simulated = simulated
-        self.endpoint = Endpoint(EndpointSpec("http://h:1"), LanePolicy(), BreakerPolicy())
+        self.endpoint = Endpoint(EndpointSpec("http://h:1"), AdaptiveLimitPolicy(), BreakerPolicy())
 
     async def __call__(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint]:
         self.asked += 1
@@ -98,7 +98,7 @@ def text(answer: tuple[dict[str, Any], Endpoint | None]) -> str:
 
 async def test_an_equal_request_is_free() -> None:
     kept, model = Kept(), Model()
-    reuse = Reuse(kept, simulated=False)
+    reuse = RequestCache(kept, simulated=False)
     log = CallLog()
     CURRENT_CALLS.set(log)
     first, endpoint = await reuse.post(BODY, model)
@@ -122,7 +122,7 @@ async def test_an_equal_request_is_free() -> None:
     ],
 )
 async def test_any_difference_makes_another_request(change: dict[str, Any]) -> None:
-    reuse, model = Reuse(Kept(), simulated=False), Model()
+    reuse, model = RequestCache(Kept(), simulated=False), Model()
     await reuse.post(BODY, model)
     await reuse.post(BODY | change, model)
     assert model.asked == 2
@@ -131,14 +131,14 @@ async def test_any_difference_makes_another_request(change: dict[str, Any]) -> N
 async def test_a_drawn_answer_is_shared_only_on_demand() -> None:
     body, model = BODY | {"temperature": 0.7}, Model()
     for sampled, asked in ((False, 3), (True, 4)):
-        reuse = Reuse(Kept(), simulated=False, sampled=sampled)
+        reuse = RequestCache(Kept(), simulated=False, sampled=sampled)
         for _ in range(3):
             await reuse.post(body, model)
         assert model.asked == asked
 
 
 async def test_equal_requests_in_flight_ask_once() -> None:
-    reuse, model = Reuse(Kept(), simulated=False), Model()
+    reuse, model = RequestCache(Kept(), simulated=False), Model()
     model.let = asyncio.Semaphore(0)
     tasks = [asyncio.create_task(reuse.post(BODY, model)) for _ in range(50)]
     await settled()
@@ -148,22 +148,22 @@ async def test_equal_requests_in_flight_ask_once() -> None:
     assert {text(answer) for answer in answers} == {"answer 1 to 1"}
     assert [endpoint for _, endpoint in answers].count(None) == 49
     assert len({id(document) for document, _ in answers}) == 50
-    assert reuse._flights == {}
+    assert reuse._in_flight == {}
 
 
 @pytest.mark.parametrize("reason", ["length", "content_filter"])
 async def test_a_bad_answer_is_its_own_request_s(reason: str) -> None:
     kept, model = Kept(), Model()
-    reuse = Reuse(kept, simulated=False)
+    reuse = RequestCache(kept, simulated=False)
     model.reason = reason
     answers = await asyncio.gather(*(reuse.post(BODY, model) for _ in range(6)))
     assert all(endpoint is not None for _, endpoint in answers)
-    assert (model.asked, len(kept), reuse._flights) == (6, 0, {})
+    assert (model.asked, len(kept), reuse._in_flight) == (6, 0, {})
 
 
 async def test_who_waits_for_a_failure_asks_again() -> None:
     """One takes over, and after a second failure all ask at once."""
-    reuse, model = Reuse(Kept(), simulated=False), Model()
+    reuse, model = RequestCache(Kept(), simulated=False), Model()
     model.let = asyncio.Semaphore(0)
     tasks = [asyncio.create_task(reuse.post(BODY, model)) for _ in range(10)]
     await settled()
@@ -184,7 +184,7 @@ async def test_who_waits_for_a_failure_asks_again() -> None:
 
 
 async def test_when_the_one_who_asks_is_cancelled_another_asks() -> None:
-    reuse, model = Reuse(Kept(), simulated=False), Model()
+    reuse, model = RequestCache(Kept(), simulated=False), Model()
     model.let = asyncio.Semaphore(0)
     tasks = [asyncio.create_task(reuse.post(BODY, model)) for _ in range(5)]
     await settled()
@@ -198,7 +198,7 @@ async def test_when_the_one_who_asks_is_cancelled_another_asks() -> None:
 
 
 async def test_a_waiter_that_is_cancelled_disturbs_nobody() -> None:
-    reuse, model = Reuse(Kept(), simulated=False), Model()
+    reuse, model = RequestCache(Kept(), simulated=False), Model()
     model.let = asyncio.Semaphore(0)
     tasks = [asyncio.create_task(reuse.post(BODY, model)) for _ in range(3)]
     await settled()
@@ -211,7 +211,7 @@ async def test_a_waiter_that_is_cancelled_disturbs_nobody() -> None:
 
 async def test_an_answer_that_cannot_be_read_is_asked_for() -> None:
     kept, model = Kept(), Model()
-    reuse = Reuse(kept, simulated=False)
+    reuse = RequestCache(kept, simulated=False)
     await reuse.post(BODY, model)
     kept.damaged = {1}
     answers = await asyncio.gather(*(reuse.post(BODY, model) for _ in range(4)))
@@ -223,8 +223,8 @@ async def test_an_answer_that_cannot_be_read_is_asked_for() -> None:
 async def test_answers_of_the_other_kind_do_not_count(simulated: bool) -> None:
     """Neither by their key nor, if somebody brings them under it, by what they say."""
     kept, theirs, ours = Kept(), Model(not simulated), Model(simulated)
-    await Reuse(kept, simulated=not simulated).post(BODY, theirs)
-    reuse = Reuse(kept, simulated=simulated)
+    await RequestCache(kept, simulated=not simulated).post(BODY, theirs)
+    reuse = RequestCache(kept, simulated=simulated)
     await reuse.post(BODY, ours)
     assert ours.asked == 1
     (foreign, own) = kept
@@ -238,7 +238,7 @@ async def test_answers_of_the_other_kind_do_not_count(simulated: bool) -> None:
 @pytest.mark.parametrize("text", [b"[]", b"{}", orjson.dumps({"choices": []}), b"null"])
 async def test_what_is_no_completion_is_asked_for(text: bytes) -> None:
     kept, model = Kept(), Model()
-    reuse = Reuse(kept, simulated=False)
+    reuse = RequestCache(kept, simulated=False)
     await reuse.post(BODY, model)
     for key in kept:
         kept[key] = text
@@ -252,7 +252,7 @@ async def test_reading_fails_as_whole_and_loses_nobody() -> None:
             raise RuntimeError(f"{key!r} {place}")
 
     kept, model = Broken(), Model()
-    reuse = Reuse(kept, simulated=False)
+    reuse = RequestCache(kept, simulated=False)
     await reuse.post(BODY, model)
     tasks = [reuse.post(BODY, model) for _ in range(3)]
     results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -261,9 +261,9 @@ async def test_reading_fails_as_whole_and_loses_nobody() -> None:
 
 async def test_a_twin_finds_the_same() -> None:
     model = Model()
-    reuse = Reuse(Kept(), simulated=False)
+    reuse = RequestCache(Kept(), simulated=False)
     await reuse.post(BODY, model)
-    assert (await reuse.twin().post(BODY, model))[1] is None
+    assert (await reuse.copy_for_loop().post(BODY, model))[1] is None
 
 
 def contested() -> Kept:
@@ -281,7 +281,7 @@ async def test_another_process_s_answer_is_waited_for() -> None:
     kept, model = contested(), Model()
     (key,) = await kept_key(model)
     kept.foreign = {key}
-    reuse = Reuse(kept, simulated=False)
+    reuse = RequestCache(kept, simulated=False)
     tasks = [asyncio.create_task(reuse.post(BODY, model)) for _ in range(4)]
     await asyncio.sleep(0.1)
     assert (model.asked, any(task.done() for task in tasks)) == (1, False)
@@ -296,7 +296,7 @@ async def test_when_another_process_gives_up_we_ask() -> None:
     kept, model = contested(), Model()
     (key,) = await kept_key(model)
     kept.foreign = {key}
-    reuse = Reuse(kept, simulated=False)
+    reuse = RequestCache(kept, simulated=False)
     task = asyncio.create_task(reuse.post(BODY, model))
     await asyncio.sleep(0.05)
     kept.foreign = set()
@@ -308,13 +308,13 @@ async def test_when_another_process_gives_up_we_ask() -> None:
 async def test_patience_with_another_process_ends() -> None:
     kept, model = contested(), Model()
     kept.foreign = Everything()
-    reuse = Reuse(kept, simulated=False, patience_s=0.1)
+    reuse = RequestCache(kept, simulated=False, patience_s=0.1)
     assert text(await reuse.post(BODY, model)) == "answer 1 to 1"
 
 
 async def test_a_claim_is_given_back_whoever_is_cancelled() -> None:
     kept, model = contested(), Model()
-    reuse = Reuse(kept, simulated=False)
+    reuse = RequestCache(kept, simulated=False)
     model.let = asyncio.Semaphore(0)
     for pauses in range(12):
         task = asyncio.create_task(reuse.post(BODY, model))
@@ -323,12 +323,12 @@ async def test_a_claim_is_given_back_whoever_is_cancelled() -> None:
         task.cancel()
         await asyncio.wait({task})
         await reuse.aclose()
-        assert (kept.mine, reuse._flights) == (set(), {})
+        assert (kept.mine, reuse._in_flight) == (set(), {})
 
 
 async def kept_key(model: Model) -> Kept:
     """Return what one answer is kept under."""
     kept = Kept()
-    await Reuse(kept, simulated=False).post(BODY, model)
+    await RequestCache(kept, simulated=False).post(BODY, model)
     (model.last,) = kept.values()
     return kept

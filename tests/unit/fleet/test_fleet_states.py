@@ -6,52 +6,56 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.fleet.endpoint import Breaker, Lane, State
+from fanfold.backends.fleet.endpoint import AdaptiveLimit, Breaker, BreakerState
 from fanfold.backends.fleet.policy import (
+    AdaptiveLimitPolicy,
     BreakerPolicy,
-    Bucket,
-    LanePolicy,
-    PacePolicy,
-    Pacer,
-    estimate,
+    RateLimiter,
+    RateLimitPolicy,
+    TokenBucket,
+    estimate_tokens,
 )
 
-LANE = LanePolicy(start=8, ceiling=1024, settle_s=1.0, samples=4)
+LANE = AdaptiveLimitPolicy(start=8, ceiling=1024, settle_s=1.0, samples=4)
 
 
 def test_breaker_opens_after_failures_in_a_row_only() -> None:
     breaker = Breaker(BreakerPolicy(failures=3))
-    assert [breaker.fail(), breaker.fail()] == [False, False]
-    breaker.succeed()
-    assert [breaker.fail(), breaker.fail(), breaker.fail()] == [False, False, True]
-    assert breaker.state is State.OPEN
+    assert [breaker.record_failure(), breaker.record_failure()] == [False, False]
+    breaker.record_success()
+    assert [breaker.record_failure(), breaker.record_failure(), breaker.record_failure()] == [
+        False,
+        False,
+        True,
+    ]
+    assert breaker.state is BreakerState.OPEN
 
 
 def test_breaker_ignores_what_was_under_way_when_it_opened() -> None:
     breaker = Breaker(BreakerPolicy(open_s=1.0))
-    assert breaker.fail(at_once=True)
-    assert not breaker.fail(at_once=True)
-    assert not breaker.succeed()
-    assert (breaker.state, breaker.opened, breaker.pause_s) == (State.OPEN, 1, 1.0)
+    assert breaker.record_failure(at_once=True)
+    assert not breaker.record_failure(at_once=True)
+    assert not breaker.record_success()
+    assert (breaker.state, breaker.times_opened, breaker.pause_s) == (BreakerState.OPEN, 1, 1.0)
 
 
 def test_breaker_tries_with_one_and_doubles_its_pause() -> None:
     breaker = Breaker(BreakerPolicy(open_s=1.0, open_max_s=3.0))
-    breaker.fail(at_once=True)
-    breaker.probed()
-    assert breaker.fail()
+    breaker.record_failure(at_once=True)
+    breaker.half_open()
+    assert breaker.record_failure()
     assert breaker.pause_s == 2.0
-    breaker.miss()
+    breaker.record_missed_probe()
     assert breaker.pause_s == 3.0
-    breaker.probed()
-    assert breaker.succeed()
-    assert (breaker.state, breaker.opened) == (State.CLOSED, 1)
-    breaker.fail(at_once=True)
+    breaker.half_open()
+    assert breaker.record_success()
+    assert (breaker.state, breaker.times_opened) == (BreakerState.CLOSED, 1)
+    breaker.record_failure(at_once=True)
     assert breaker.pause_s == 1.0
 
 
 def test_lane_doubles_while_nothing_is_refused() -> None:
-    lane = Lane(LANE)
+    lane = AdaptiveLimit(LANE)
     widths = []
     for second in range(8):
         lane.widen(float(second))
@@ -60,25 +64,25 @@ def test_lane_doubles_while_nothing_is_refused() -> None:
 
 
 def test_lane_waits_before_it_widens_again() -> None:
-    lane = Lane(LANE)
+    lane = AdaptiveLimit(LANE)
     assert lane.widen(0.0)
     assert not lane.widen(0.5)
     assert lane.width == 16
 
 
 def test_a_burst_of_refusals_leaves_what_was_accepted() -> None:
-    lane = Lane(LANE)
+    lane = AdaptiveLimit(LANE)
     lane.widen(0.0)
     for outstanding in range(16, 6, -1):
-        lane.refused(outstanding)
+        lane.record_refusal(outstanding)
     assert lane.width == 6
     for _ in range(6):
-        lane.answered(6, 1.0, 1.0)
+        lane.record_answer(6, 1.0, 1.0)
     assert lane.width == 7
 
 
 def test_a_burst_of_late_answers_counts_once() -> None:
-    lane = Lane(LANE)
+    lane = AdaptiveLimit(LANE)
     lane.widen(0.0)
     lane.shrink(3.0)
     lane.shrink(3.1)
@@ -87,11 +91,11 @@ def test_a_burst_of_late_answers_counts_once() -> None:
 
 def test_lane_finds_the_knee_of_a_server_that_queues() -> None:
     """Eight are served at once: the ninth waits for one of them, and so on."""
-    lane = Lane(LANE)
+    lane = AdaptiveLimit(LANE)
     lane.widen(0.0)
     lane.widen(1.0)
     for level in range(1, 33):
-        lane.answered(level, max(1.0, level / 8), 2.0)
+        lane.record_answer(level, max(1.0, level / 8), 2.0)
     assert lane.width == 16
     assert not lane.widen(30.0)
     assert lane.widen(90.0)
@@ -99,37 +103,37 @@ def test_lane_finds_the_knee_of_a_server_that_queues() -> None:
 
 @given(st.floats(min_value=0.0, max_value=0.5))
 def test_lane_takes_mild_slowing_for_no_knee(slowing: float) -> None:
-    lane = Lane(LANE)
+    lane = AdaptiveLimit(LANE)
     for second in range(4):
         lane.widen(float(second))
     for level in range(1, 129):
-        lane.answered(level, 1.0 + slowing * level.bit_length() / 8, 4.0)
+        lane.record_answer(level, 1.0 + slowing * level.bit_length() / 8, 4.0)
     assert lane.width == 128
 
 
 @given(st.lists(st.tuples(st.sampled_from("wra"), st.integers(1, 64)), max_size=200))
 def test_lane_stays_within_its_bounds(events: list[tuple[str, int]]) -> None:
-    lane = Lane(LANE, ceiling=100)
+    lane = AdaptiveLimit(LANE, ceiling=100)
     for now, (kind, number) in enumerate(events):
         if kind == "w":
             lane.widen(float(now))
         elif kind == "r":
-            lane.refused(number)
+            lane.record_refusal(number)
             lane.shrink(float(now))
         else:
-            lane.answered(number, float(number), float(now))
+            lane.record_answer(number, float(number), float(now))
         assert 1 <= lane.width <= 100
 
 
 def test_bucket_spreads_requests() -> None:
-    bucket = Bucket(2.0)
+    bucket = TokenBucket(2.0)
     assert [bucket.take(1, 0.0) for _ in range(4)] == [0.0, 0.0, 0.5, 1.0]
     assert bucket.take(1, 10.0) == 0.0
 
 
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=200))
 def test_bucket_never_lets_more_through_than_its_rate(gaps: list[float]) -> None:
-    bucket, now, due = Bucket(5.0), 0.0, []
+    bucket, now, due = TokenBucket(5.0), 0.0, []
     for gap in gaps:
         now += gap
         due.append(now + bucket.take(1, now))
@@ -139,27 +143,27 @@ def test_bucket_never_lets_more_through_than_its_rate(gaps: list[float]) -> None
 
 
 def test_pacer_spreads_requests() -> None:
-    pacer = Pacer(PacePolicy(requests_per_s=20.0), lambda: 0.0)
-    waits = [pacer.admit(5) for _ in range(24)]
+    pacer = RateLimiter(RateLimitPolicy(requests_per_s=20.0), lambda: 0.0)
+    waits = [pacer.reserve(5) for _ in range(24)]
     assert waits[:20] == [0.0] * 20
     assert waits[20:] == pytest.approx([0.05, 0.10, 0.15, 0.20])
 
 
 def test_pacer_reserves_and_settles_tokens() -> None:
-    pacer = Pacer(PacePolicy(tokens_per_min=600), lambda: 0.0)
-    assert pacer.admit(600) == 0.0
-    assert pacer.admit(100) == pytest.approx(10.0)
+    pacer = RateLimiter(RateLimitPolicy(tokens_per_min=600), lambda: 0.0)
+    assert pacer.reserve(600) == 0.0
+    assert pacer.reserve(100) == pytest.approx(10.0)
     pacer.settle(600, 200)
-    assert pacer.admit(300) == pytest.approx(0.0)
+    assert pacer.reserve(300) == pytest.approx(0.0)
 
 
 def test_pacer_spares_nothing_that_would_wait() -> None:
-    pacer = Pacer(PacePolicy(requests_per_s=2.0, tokens_per_min=100), lambda: 0.0)
-    assert not pacer.spare(101)
-    assert [pacer.spare(10) for _ in range(3)] == [True, True, False]
-    assert pacer.admit(0) == pytest.approx(0.5)
+    pacer = RateLimiter(RateLimitPolicy(requests_per_s=2.0, tokens_per_min=100), lambda: 0.0)
+    assert not pacer.try_reserve(101)
+    assert [pacer.try_reserve(10) for _ in range(3)] == [True, True, False]
+    assert pacer.reserve(0) == pytest.approx(0.5)
 
 
 def test_estimate_counts_prompt_and_longest_answer() -> None:
     messages = [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": None}]
-    assert estimate({"messages": messages, "max_completion_tokens": 5}) == 10 + 5
+    assert estimate_tokens({"messages": messages, "max_completion_tokens": 5}) == 10 + 5

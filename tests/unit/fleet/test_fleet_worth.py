@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.fleet.cache import Worth
+from fanfold.backends.fleet.cache import CachePolicy
 
 SCHEMA = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
 WANTED = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
@@ -32,7 +32,7 @@ def call(arguments: Any, name: str = "look") -> dict[str, Any]:
     ],
 )
 def test_who_may_share(body: dict[str, Any], sampled: bool, may: bool) -> None:
-    assert Worth(sampled).may_share(body) is may
+    assert CachePolicy(sampled).is_shareable(body) is may
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_who_may_share(body: dict[str, Any], sampled: bool, may: bool) -> None:
     ],
 )
 def test_free_text_is_good_when_it_is_whole(answer: dict[str, Any], good: bool) -> None:
-    assert Worth(False).is_good({}, answer) is good
+    assert CachePolicy(False).is_cacheable({}, answer) is good
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ def test_free_text_is_good_when_it_is_whole(answer: dict[str, Any], good: bool) 
     ],
 )
 def test_an_answer_with_a_schema_is_good_when_it_is_valid(text: str, good: bool) -> None:
-    worth = Worth(False)
+    worth = CachePolicy(False)
     for _ in range(2):
-        assert worth.is_good({"response_format": WANTED}, document(text)) is good
+        assert worth.is_cacheable({"response_format": WANTED}, document(text)) is good
 
 
 @pytest.mark.parametrize(
@@ -81,20 +81,22 @@ def test_an_answer_with_a_schema_is_good_when_it_is_valid(text: str, good: bool)
 )
 def test_what_no_schema_can_check_is_not_kept(schema: Any) -> None:
     wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
-    assert not Worth(False).is_good({"response_format": wanted}, document("{}"))
-    assert not Worth(False).is_good({"response_format": {"type": "json_schema"}}, document("{}"))
+    assert not CachePolicy(False).is_cacheable({"response_format": wanted}, document("{}"))
+    assert not CachePolicy(False).is_cacheable(
+        {"response_format": {"type": "json_schema"}}, document("{}")
+    )
 
 
 def test_an_object_without_a_schema_must_be_json() -> None:
-    worth, body = Worth(False), {"response_format": {"type": "json_object"}}
-    assert worth.is_good(body, document('{"a": 1}'))
-    assert not worth.is_good(body, document("a is 1"))
+    worth, body = CachePolicy(False), {"response_format": {"type": "json_object"}}
+    assert worth.is_cacheable(body, document('{"a": 1}'))
+    assert not worth.is_cacheable(body, document("a is 1"))
 
 
 def test_many_schemas_take_no_room_without_end() -> None:
-    worth = Worth(False)
+    worth = CachePolicy(False)
     for number in range(200):
         schema = {"const": number}
         wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
-        assert worth.is_good({"response_format": wanted}, document(str(number)))
+        assert worth.is_cacheable({"response_format": wanted}, document(str(number)))
     assert len(worth._validators) <= 64

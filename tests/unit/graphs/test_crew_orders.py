@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.core.errors import LedgerError, WorkerLostError
-from fanfold.backends.core.messages import Order, Summary
+from fanfold.backends.core.errors import JournalError, WorkerLostError
+from fanfold.backends.core.messages import ShardResult, ShardTask
 from fanfold.backends.core.types import Item, Json, Shard
-from fanfold.backends.storage.journal_index import Ledger
-from fanfold.backends.storage.worker_journal import worker_file
+from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.worker_journal import make_worker_path
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import ShardPool
+from fanfold.backends.workers.pool import WorkerPool
 from fanfold.graphs.remote import coordinator as module
-from fanfold.graphs.remote.coordinator import WorkCrew
+from fanfold.graphs.remote.coordinator import Coordinator
 from fanfold.nodes.shard.progress import Progress
 from fanfold.tests.journals import write_journal
 
@@ -38,21 +38,21 @@ class Terms:
     streams: int = 1
     deadline_s: float = 60.0
     ends_at: None = None
-    carry: int = 1_000_000
-    tariff: dict[str, float] = field(default_factory=dict)
-    nodewise: bool = False
+    message_bytes: int = 1_000_000
+    token_prices: dict[str, float] = field(default_factory=dict)
+    has_node_endpoints: bool = False
 
 
 class Lender:
     """Lends without a limit."""
 
-    def lost(self, _: str) -> None:
+    def mark_lost(self, _: str) -> None:
         """Forget a shard."""
 
-    async def lend(self, _: Order) -> None:
+    async def lend(self, _: ShardTask) -> None:
         """Lend nothing."""
 
-    async def answered(self, _: Summary) -> None:
+    async def settle(self, _: ShardResult) -> None:
         """Take a summary."""
 
 
@@ -95,29 +95,29 @@ class Lab:
 
     def __init__(self, folder: Path, *, shared: bool = True) -> None:
         self.folder, self.site = folder, Site()
-        self.ledger = Ledger(folder, "r", ITEMS)
-        self.ledger.begin("test", 1.0)
+        self.ledger = Journal(folder, "r", ITEMS)
+        self.ledger.start_session("test", 1.0)
         self.progress = Progress(total=ITEMS)
         terms: Any = Terms(folder if shared else None)
-        policy = PoolPolicy(tick_s=0.005, rebuild_s=0.001)
-        pool = ShardPool([self.site], policy)
+        policy = PoolPolicy(poll_s=0.005, rebuild_pause_s=0.001)
+        pool = WorkerPool([self.site], policy)
         lender: Any = Lender()
-        self.crew = WorkCrew(pool, terms, self.ledger, self.progress, lender)
+        self.crew = Coordinator(pool, terms, self.ledger, self.progress, lender)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         try:
-            async with self.crew.opened():
+            async with self.crew.open_pool():
                 yield
         finally:
             await self.ledger.aclose()
 
     def send(self, lo: int, hi: int) -> asyncio.Task[Any]:
         async def remaining() -> list[Item]:
-            open_ = [n for n in range(lo, hi) if not self.ledger.finished(n)]
+            open_ = [n for n in range(lo, hi) if not self.ledger.is_finished(n)]
             return [Item(n, str(n), {}, None) for n in open_]
 
-        return asyncio.create_task(self.crew.work(Shard(lo, hi), remaining))
+        return asyncio.create_task(self.crew.run_shard(Shard(lo, hi), remaining))
 
     def names(self) -> set[str]:
         return {file.name for file in self.folder.iterdir() if not file.name.endswith("jsonl")}
@@ -149,11 +149,11 @@ def record(index: int, status: str = "done") -> dict[str, Json]:
 
 def summary(shard: str, indices: range, **more: Any) -> dict[str, Json]:
     tally = {"done": len(indices)}
-    return Summary(shard, 0, "0", "host:1", tally=tally, **more).to_json()
+    return ShardResult(shard, 0, "0", "host:1", tally=tally, **more).to_json()
 
 
 def written(folder: Path, life: int, worker: str, *lines: dict[str, Json]) -> Path:
-    file = worker_file(folder, life, worker)
+    file = make_worker_path(folder, life, worker)
     return write_journal(file, lines)
 
 
@@ -191,17 +191,17 @@ async def test_a_file_that_cannot_be_read_is_told_and_read_later(
 
     async def life() -> None:
         async with lab.opened():
-            bad = written(tmp_path, lab.ledger.life, "host:1", record(0))
+            bad = written(tmp_path, lab.ledger.session_number, "host:1", record(0))
             good = bad.read_bytes()
             write_journal(bad, [record(0)], "x")
-            written(tmp_path, lab.ledger.life, "host:0", record(1))
+            written(tmp_path, lab.ledger.session_number, "host:0", record(1))
             await until(lambda: str(bad) in caplog.text)
             assert lab.progress.done == 1  # what was read before is counted
             bad.write_bytes(good)
             await until(lambda: lab.progress.done == 2)
-            write_journal(written(tmp_path, lab.ledger.life, "host:2"), [], "x")
+            write_journal(written(tmp_path, lab.ledger.session_number, "host:2"), [], "x")
 
-    with pytest.raises(LedgerError, match=r"host-2.*belongs to run 'x'"):
+    with pytest.raises(JournalError, match=r"host-2.*belongs to run 'x'"):
         await life()
     assert lab.site.closed
     assert lab.names() == set()  # all steps of the end were taken
@@ -212,7 +212,7 @@ async def test_a_refresh_that_is_cancelled_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab = Lab(tmp_path)
-    written(tmp_path, lab.ledger.life, "host:1", *map(record, range(40)))
+    written(tmp_path, lab.ledger.session_number, "host:1", *map(record, range(40)))
     real, reading, go_on = lab.ledger.refresh, threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> None:
@@ -228,8 +228,8 @@ async def test_a_refresh_that_is_cancelled_is_counted(
     second = asyncio.create_task(lab.crew.refresh())
     go_on.set()
     await second
-    assert (lab.progress.done, lab.ledger.counts().done, lab.ledger.twice) == (40, 40, 0)
-    assert lab.progress.requests == lab.ledger.total().requests == 40
+    assert (lab.progress.done, lab.ledger.count_items().done, lab.ledger.duplicates) == (40, 40, 0)
+    assert lab.progress.requests == lab.ledger.total_usage().requests == 40
     await lab.ledger.aclose()
 
 
@@ -260,7 +260,7 @@ async def test_shards_that_are_cut_otherwise_wait_for_one_order_of_an_earlier_li
         answer.set_result(summary("0-40", range(38), records=records))
         outcomes = await asyncio.gather(*tasks)
         assert [order for order, _ in outcomes] == [None] * 4
-        assert (lab.progress.done, lab.ledger.counts().done) == (38, 38)
+        assert (lab.progress.done, lab.ledger.count_items().done) == (38, 38)
         last = lab.send(30, 40)
         await until(lambda: lab.site.answers)
         assert lab.ordered() == [38, 39]

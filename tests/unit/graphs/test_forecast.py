@@ -8,10 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.budget.pricing import Price
-from fanfold.backends.core.money import Caps
-from fanfold.graphs.cli.format import budget_lines, carried, cost_lines, dollars, duration
-from fanfold.graphs.run.estimate import spread
-from fanfold.graphs.run.forecast import Forecast, Plan, Seen, Span, forecast
+from fanfold.backends.core.money import BudgetLimits
+from fanfold.graphs.cli.format import (
+    budget_lines,
+    cost_lines,
+    format_budget_reach,
+    format_duration,
+    format_usd_amount,
+)
+from fanfold.graphs.run.estimate import sample_indices
+from fanfold.graphs.run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
 
 PRICE = Price(prompt=1.0, cached_prompt=0.1, completion=4.0)
 
@@ -31,50 +37,50 @@ def record(index: int, **fields: Any) -> dict[str, Any]:
     } | fields
 
 
-def seen_of(*records: dict[str, Any], total: int = 10**9) -> Seen:
-    found = Seen.of(records, total, "somewhere")
+def seen_of(*records: dict[str, Any], total: int = 10**9) -> ItemStats:
+    found = ItemStats.from_records(records, total, "somewhere")
     assert found is not None
     return found
 
 
-def plan(**fields: Any) -> Plan:
+def plan(**fields: Any) -> RunPlan:
     given: dict[str, Any] = {
         "items": 1000,
-        "first": Span.of(100),
+        "first": Range.exact(100),
         "max_tokens": 200,
         "repairs": 1,
         "streams": 10,
     }
-    return Plan(**(given | fields))
+    return RunPlan(**(given | fields))
 
 
 @given(st.integers(0, 5000), st.integers(1, 300), st.text())
 def test_a_sample_is_spread_over_the_input(total: int, count: int, seed: str) -> None:
-    chosen = spread(total, count, seed)
-    assert chosen == sorted(set(chosen)) == spread(total, count, seed)
+    chosen = sample_indices(total, count, seed)
+    assert chosen == sorted(set(chosen)) == sample_indices(total, count, seed)
     assert len(chosen) == min(total, count)
     for part, index in enumerate(chosen):
         assert part * total // len(chosen) <= index < (part + 1) * total // len(chosen)
 
 
 def test_a_mean_knows_how_well_it_is_known() -> None:
-    assert Span.mean([], 5) == Span.of(0)
-    assert Span.mean([1, 2, 3], 3) == Span.of(2)  # all there are
-    assert Span.mean([7], 100) == Span(0, 7, 14)
-    few, many = Span.mean([1, 3] * 5, 10**6), Span.mean([1, 3] * 500, 10**6)
+    assert Range.from_sample([], 5) == Range.exact(0)
+    assert Range.from_sample([1, 2, 3], 3) == Range.exact(2)  # all there are
+    assert Range.from_sample([7], 100) == Range(0, 7, 14)
+    few, many = Range.from_sample([1, 3] * 5, 10**6), Range.from_sample([1, 3] * 500, 10**6)
     assert few.low < many.low < 2 < many.high < few.high
-    assert Span.mean([1, 3] * 500, 1001).high < many.high  # few are left
+    assert Range.from_sample([1, 3] * 500, 1001).high < many.high  # few are left
 
 
 def test_without_a_look_answers_may_be_as_long_as_allowed() -> None:
     found = forecast(plan(price=PRICE), None)
-    assert found.requests == Span(1000, 1000, 2000)
-    assert found.prompt == Span(100_000, 100_000, 1000 * (200 + 200 + 60))
-    assert found.completion == Span(1000, 200_000, 400_000)
+    assert found.requests == Range(1000, 1000, 2000)
+    assert found.prompt == Range(100_000, 100_000, 1000 * (200 + 200 + 60))
+    assert found.completion == Range(1000, 200_000, 400_000)
     assert found.usd is not None
     assert found.usd.high == pytest.approx(0.46 + 1.6)
     assert found.seconds is found.node_hours is None
-    assert forecast(plan(repairs=0), None).requests == Span.of(1000)
+    assert forecast(plan(repairs=0), None).requests == Range.exact(1000)
 
 
 def test_what_was_seen_is_extrapolated() -> None:
@@ -124,10 +130,10 @@ def test_tokens_that_nobody_reports_stay_unknown() -> None:
 
 
 def test_items_that_were_not_asked_say_nothing() -> None:
-    assert Seen.of([record(0, requests=0)], 5, "x") is None
+    assert ItemStats.from_records([record(0, requests=0)], 5, "x") is None
     seen = seen_of(record(0), record(1, status="failed", error_class="E"), total=2)
     assert seen.failed == {"E": 1}
-    assert seen.prompt == Span.of(100)
+    assert seen.prompt == Range.exact(100)
 
 
 @pytest.mark.parametrize(
@@ -146,17 +152,17 @@ def test_items_that_were_not_asked_say_nothing() -> None:
 )
 def test_how_far_a_budget_reaches(caps: dict[str, Any], seen: bool, text: str) -> None:
     what = seen_of(*(record(n) for n in range(100))) if seen else None
-    found = forecast(plan(price=PRICE, nodes=1, caps=Caps.of(**caps)), what)
-    assert text in carried(found)
-    (line,) = budget_lines(found, plan(caps=Caps.of(**caps)))
-    assert line == f"budget: {carried(found)}"
+    found = forecast(plan(price=PRICE, nodes=1, caps=BudgetLimits.from_settings(**caps)), what)
+    assert text in format_budget_reach(found)
+    (line,) = budget_lines(found, plan(caps=BudgetLimits.from_settings(**caps)))
+    assert line == f"budget: {format_budget_reach(found)}"
 
 
 def test_caps_of_which_nothing_is_known() -> None:
-    hours = plan(price=Price(node_hour=2), caps=Caps.of(usd=1, node_hours=1))
+    hours = plan(price=Price(node_hour=2), caps=BudgetLimits.from_settings(usd=1, node_hours=1))
     found = forecast(hours, None)
-    assert found.carried is None
-    assert found.unknown == ("usd", "node_hours")
+    assert found.budget_reach is None
+    assert found.unknown_limits == ("usd", "node_hours")
     assert [line.partition(":")[0] for line in budget_lines(found, hours)] == [
         "budget.usd",
         "budget.node_hours",
@@ -170,7 +176,9 @@ def test_caps_of_which_nothing_is_known() -> None:
 
 def test_every_figure_fits_json() -> None:
     seen = seen_of(*(record(n) for n in range(100)))
-    found: Forecast = forecast(plan(price=PRICE, nodes=1, caps=Caps.of(usd=1)), seen)
+    found: Forecast = forecast(
+        plan(price=PRICE, nodes=1, caps=BudgetLimits.from_settings(usd=1)), seen
+    )
     data = found.to_json()
     assert data["budget"]["cap"] == "usd"
     assert data["requests"] == {"low": 1000, "likely": 1000, "high": 1030}
@@ -179,7 +187,7 @@ def test_every_figure_fits_json() -> None:
 
 def test_lines_fit_a_terminal() -> None:
     seen = seen_of(*(record(n, latency_s=n / 7, completion_tokens=n) for n in range(1, 100)))
-    large = plan(items=987_654, price=PRICE, nodes=64, caps=Caps.of(usd=1234.5))
+    large = plan(items=987_654, price=PRICE, nodes=64, caps=BudgetLimits.from_settings(usd=1234.5))
     for what in (None, seen):
         found = forecast(large, what)
         lines = [*cost_lines(found, large), *budget_lines(found, large)]
@@ -187,14 +195,14 @@ def test_lines_fit_a_terminal() -> None:
 
 
 def test_amounts_and_times_have_the_digits_they_deserve() -> None:
-    assert [dollars(x) for x in (0, 1234.5, 0.5, 0.0032, 1e-9)] == [
+    assert [format_usd_amount(x) for x in (0, 1234.5, 0.5, 0.0032, 1e-9)] == [
         "$0.00",
         "$1,234.50",
         "$0.500",
         "$0.0032",
         "$0.000001",
     ]
-    assert [duration(x) for x in (0.0123, 0.5, 45, 100, 6000, 200_000)] == [
+    assert [format_duration(x) for x in (0.0123, 0.5, 45, 100, 6000, 200_000)] == [
         "12.3 ms",
         "0.5 s",
         "45 s",

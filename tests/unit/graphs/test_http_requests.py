@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.graphs.integrations.http_app import HOSTS, RequestSource
+from fanfold.graphs.integrations.http_app import HOSTS_ENV, SourceMiddleware
 
 HTTP = json.loads((files("fanfold") / "langgraph.json").read_text())["http"]
 
@@ -30,7 +30,7 @@ async def taken(
 
     named = [(k.lower().encode(), v.encode("latin-1")) for k, v in headers.items()]
     scope: Any = {"type": kind, "path": "/", "headers": named, "root_path": root, "method": "POST"}
-    check = RequestSource(app, {"LANGGRAPH_HTTP": json.dumps(HTTP), **environment})
+    check = SourceMiddleware(app, {"LANGGRAPH_HTTP": json.dumps(HTTP), **environment})
     await check(scope, receive, send)
     assert bool(reached) != bool(told)
     if told:
@@ -67,7 +67,7 @@ async def test_a_request_without_a_host_is_refused() -> None:
 
 
 async def test_the_owner_names_hosts() -> None:
-    names = {HOSTS: "node17, API.example"}
+    names = {HOSTS_ENV: "node17, API.example"}
     for host in ("node17:2024", "api.example"):
         assert await taken({"Host": host}, **names)
         assert await taken({"Host": host, "Origin": f"https://{host}"}, **names)

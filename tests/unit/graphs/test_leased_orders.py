@@ -9,21 +9,23 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.budget.budget import Budget, BudgetTerms, Leases, Spending
-from fanfold.backends.budget.spend_log import Shelf
+from fanfold.backends.budget.budget import Budget, BudgetSettings, LeaseTable, RunBudget
+from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.errors import BudgetExhaustedError
-from fanfold.backends.core.messages import WALLTIME, Order, own_version
-from fanfold.backends.core.money import FREE, Amount, Caps
-from fanfold.backends.workers.testing import order as rehearsal
-from fanfold.configs.loader import load
+from fanfold.backends.core.messages import WALLTIME_REASON, ShardTask, own_version
+from fanfold.backends.core.money import NO_PRICES, Amount, BudgetLimits
+from fanfold.backends.workers.testing import make_task as rehearsal
+from fanfold.configs.loader import load_config
 from fanfold.graphs.remote import tasks as module
-from fanfold.graphs.remote.tasks import Lender, Terms, leased, used_of
-from fanfold.graphs.worker import Bag, answer
+from fanfold.graphs.remote.tasks import LeaseManager, TaskTemplate, open_lease, spent_of_lease
+from fanfold.graphs.worker import WorkerResources, run_task
 
-CONFIG = load({"task": {"prompt": "{x}"}, "endpoints": {"urls": ["http://127.0.0.1:9/v1"]}}).config
+CONFIG = load_config(
+    {"task": {"prompt": "{x}"}, "endpoints": {"urls": ["http://127.0.0.1:9/v1"]}}
+).config
 
 
-def order_in(folder: Path, **changes: Any) -> Order:
+def order_in(folder: Path, **changes: Any) -> ShardTask:
     fields: dict[str, Any] = {
         "shard": "0-1",
         "attempt": 0,
@@ -37,7 +39,7 @@ def order_in(folder: Path, **changes: Any) -> Order:
         "deadline_s": 60.0,
         "lease": {"name": "1.0-1.0", "caps": {"tokens": 100}, "booked": True},
     }
-    return Order(**fields | changes)
+    return ShardTask(**fields | changes)
 
 
 async def test_an_order_that_is_delivered_twice_spends_its_lease_once(
@@ -48,21 +50,21 @@ async def test_an_order_that_is_delivered_twice_spends_its_lease_once(
     order, entered = order_in(tmp_path), asyncio.Event()
 
     async def second() -> Amount | None:
-        async with leased(order, CONFIG) as budget:
+        async with open_lease(order, CONFIG) as budget:
             entered.set()
             assert budget is not None
             with pytest.raises(BudgetExhaustedError):
-                await budget.purse.reserve(Amount(1, 1))
-            return used_of(budget)
+                await budget.balance.reserve(Amount(1, 1))
+            return spent_of_lease(budget)
 
-    async with leased(order, CONFIG) as budget:
+    async with open_lease(order, CONFIG) as budget:
         assert budget is not None
-        await budget.purse.reserve(Amount(1, 60))
+        await budget.balance.reserve(Amount(1, 60))
         other = asyncio.create_task(second())
         await asyncio.sleep(0.05)
         assert not entered.is_set()
-        budget.purse.settle(Amount(1, 60), Amount(1, 40))
-        used = used_of(budget)
+        budget.balance.settle(Amount(1, 60), Amount(1, 40))
+        used = spent_of_lease(budget)
         assert used is not None
         assert used.tokens == 40
     assert await other is None
@@ -70,11 +72,11 @@ async def test_an_order_that_is_delivered_twice_spends_its_lease_once(
 
 async def test_a_refused_order_tells_nothing_of_what_was_spent(tmp_path: Path) -> None:
     """A coordinator that was told "nothing" would lend the same again."""
-    bag = Bag()
+    bag = WorkerResources()
     order = order_in(tmp_path, fanfold="another")
-    summary = await answer(order.to_json(), bag)
+    summary = await run_task(order.to_json(), bag)
     await bag.aclose()
-    assert summary["error"]["class"] == "SiteError"
+    assert summary["error"]["class"] == "BackendError"
     assert (summary["lease"], summary["used"]) == (None, None)
 
 
@@ -82,15 +84,15 @@ async def test_an_order_whose_lease_was_given_back_is_not_begun(tmp_path: Path) 
     """An engine may start it however late: then the coordinator may have lent it to others."""
     journal = tmp_path / "journal"
     journal.mkdir()
-    asked = rehearsal("0-2", [{}, {}], journal, tariff=FREE.to_json())
+    asked = rehearsal("0-2", [{}, {}], journal, tariff=NO_PRICES.to_json())
     budget_terms, shelf = (
-        BudgetTerms(Caps.of(requests=100), FREE),
-        Shelf(tmp_path / "budget", "run"),
+        BudgetSettings(BudgetLimits.from_settings(requests=100), NO_PRICES),
+        SpendLogs(tmp_path / "budget", "run"),
     )
-    budget = Budget(budget_terms, Amount(), shelf.open(shelf.of_life(1)))
-    leases = Leases(budget.purse, shelf, {})
+    budget = Budget(budget_terms, Amount(), shelf.create(shelf.session_path(1)))
+    leases = LeaseTable(budget.balance, shelf, {})
     over_s = CONFIG.backend.queue_s + 100  # so long ago was the lease over, and the clocks' slack
-    terms = Terms(
+    terms = TaskTemplate(
         asked.run | {"model": "m"},
         {},
         None,
@@ -103,23 +105,23 @@ async def test_an_order_whose_lease_was_given_back_is_not_begun(tmp_path: Path) 
         CONFIG,
         {},
     )
-    lender = Lender(Spending(budget, leases, shelf), terms, lambda: 1)
+    lender = LeaseManager(RunBudget(budget, leases, shelf), terms, lambda: 1)
     late = replace(asked, lease=await lender.lend(asked))
-    assert budget.purse.left.requests < 100
-    lender.lost("0-2")
-    await leases.recover()
-    assert budget.purse.left.requests == 100  # never begun
+    assert budget.balance.left.requests < 100
+    lender.mark_lost("0-2")
+    await leases.recover_lost()
+    assert budget.balance.left.requests == 100  # never begun
 
-    async with leased(late, CONFIG) as own:
+    async with open_lease(late, CONFIG) as own:
         assert own is not None
         with pytest.raises(BudgetExhaustedError):
-            await own.purse.reserve(Amount(1))
-    bag = Bag()
-    summary = await answer(late.to_json(), bag)
+            await own.balance.reserve(Amount(1))
+    bag = WorkerResources()
+    summary = await run_task(late.to_json(), bag)
     await bag.aclose()
-    await budget.purse.aclose()
+    await budget.balance.aclose()
     assert summary["error"] is None
     assert sum(summary["tally"].values()) == 0
-    assert summary["stopped"].startswith(WALLTIME)  # the coordinator orders the shard again
+    assert summary["stopped"].startswith(WALLTIME_REASON)  # the coordinator orders the shard again
     assert summary["used"] is None
-    assert not shelf.of_lease(late.lease["name"]).exists()  # type: ignore[index]
+    assert not shelf.lease_path(late.lease["name"]).exists()  # type: ignore[index]

@@ -5,12 +5,12 @@ from typing import Any, cast
 
 import pytest
 
-from fanfold.backends.budget.budget import Budget, BudgetTerms
-from fanfold.backends.core.money import FREE, NANO, Amount, Caps, Held
+from fanfold.backends.budget.budget import Budget, BudgetSettings
+from fanfold.backends.core.money import NANO_PER_USD, NO_PRICES, Amount, BudgetLimits, NodeTime
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
-from fanfold.graphs.run.monitor import Line, short
+from fanfold.graphs.run.monitor import ProgressLine, format_count
 from fanfold.graphs.run.open_run import OpenedRun
 from fanfold.nodes.shard.gate import Gate
 from fanfold.nodes.shard.progress import Progress
@@ -37,8 +37,8 @@ def line(
     nothing = cast(Any, None)
     tools = OpenedRun(
         store=nothing,
-        ledger=nothing,
-        aggregate=nothing,
+        item_journal=nothing,
+        aggregators=nothing,
         run_item=nothing,
         gate=Gate(8, 1.0),
         progress=progress,
@@ -47,9 +47,9 @@ def line(
         **parts,
         fleet=None if health is None else Watched(health),
     )
-    shown = Line(tools)
+    shown = ProgressLine(tools)
     progress.done += 1
-    return shown.within(width)
+    return shown.render(width)
 
 
 def health(**changes: Any) -> FleetHealth:
@@ -126,11 +126,13 @@ def test_it_says_that_nobody_is_alive_and_how_long_it_waits() -> None:
     ],
 )
 def test_numbers_are_short(number: float, text: str) -> None:
-    assert short(number) == text
+    assert format_count(number) == text
 
 
 def test_it_shows_dollars_only_if_something_has_a_price() -> None:
-    spent = Progress(total=100, done=40, nano_usd=421_000_000, held=Held(nano_usd=1_000_000))
+    spent = Progress(
+        total=100, done=40, nano_usd=421_000_000, node_time=NodeTime(nano_usd=1_000_000)
+    )
     assert "  0.42 USD  " in line(spent, health())
     assert "USD" not in line(Progress(total=100, done=40, prompt_tokens=5), health())
 
@@ -138,15 +140,21 @@ def test_it_shows_dollars_only_if_something_has_a_price() -> None:
 @pytest.mark.parametrize(
     ("caps", "before", "shown"),
     [
-        (Caps.of(usd=10), Amount(nano_usd=420_000_000), "0.42/10 USD"),
-        (Caps.of(tokens=2_000_000), Amount(tokens=1_234_567), "1.2M/2.0M tok"),
-        (Caps.of(requests=500), Amount(requests=120), "120/500 req"),
-        (Caps.of(node_hours=2.5), Amount(node_ms=1_800_000), "0.50/2.50 node-h"),
-        (Caps.of(usd=10, requests=500), Amount(requests=499, nano_usd=NANO), "499/500 req"),
+        (BudgetLimits.from_settings(usd=10), Amount(nano_usd=420_000_000), "0.42/10 USD"),
+        (BudgetLimits.from_settings(tokens=2_000_000), Amount(tokens=1_234_567), "1.2M/2.0M tok"),
+        (BudgetLimits.from_settings(requests=500), Amount(requests=120), "120/500 req"),
+        (BudgetLimits.from_settings(node_hours=2.5), Amount(node_ms=1_800_000), "0.50/2.50 node-h"),
+        (
+            BudgetLimits.from_settings(usd=10, requests=500),
+            Amount(requests=499, nano_usd=NANO_PER_USD),
+            "499/500 req",
+        ),
     ],
 )
-def test_it_shows_what_is_spent_of_the_nearest_cap(caps: Caps, before: Amount, shown: str) -> None:
-    budget = Budget(BudgetTerms(caps, FREE), before, None)
+def test_it_shows_what_is_spent_of_the_nearest_cap(
+    caps: BudgetLimits, before: Amount, shown: str
+) -> None:
+    budget = Budget(BudgetSettings(caps, NO_PRICES), before, None)
     busy = health(healthy=8, in_flight=256)
     progress = Progress(total=4991, done=4000, failed=10, prompt_tokens=10_000_000)
     seen = line(progress, busy, budget=budget)

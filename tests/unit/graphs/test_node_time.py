@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.budget.budget import Budget, BudgetTerms, Leases, Spending
-from fanfold.backends.budget.spend_log import Lease, Shelf
-from fanfold.backends.core.money import FREE, Amount, Caps
+from fanfold.backends.budget.budget import Budget, BudgetSettings, LeaseTable, RunBudget
+from fanfold.backends.budget.spend_log import Lease, SpendLogs
+from fanfold.backends.core.money import NO_PRICES, Amount, BudgetLimits
 from fanfold.backends.core.types import Json
 from fanfold.graphs.run import node_time
-from fanfold.graphs.run.node_time import Timesheet, watched
+from fanfold.graphs.run.node_time import NodeTimeMeter, meter_node_time
 from fanfold.nodes.shard.gate import Gate
 
 
@@ -23,10 +23,10 @@ async def nowhere(line: Mapping[str, Json]) -> None:
     """Note nothing."""
 
 
-async def lost(leases: Leases, name: str) -> None:
+async def lost(leases: LeaseTable, name: str) -> None:
     """Lend a request to a worker that is lost; its lease was over an hour ago."""
-    await leases.lend(name, Lease(Amount(requests=1), time.time() - 3600, booked=True))
-    leases.lost(name)
+    await leases.lend(name, Lease(Amount(requests=1), time.time() - 3600, has_log=True))
+    leases.mark_lost(name)
 
 
 async def test_a_damaged_book_of_a_lost_worker_ends_no_watch(
@@ -35,20 +35,20 @@ async def test_a_damaged_book_of_a_lost_worker_ends_no_watch(
     """Node-hours are spent, and end the run, as before; what is wrong is told once."""
     monkeypatch.setattr(node_time, "_TICK_S", 0.01)
     monkeypatch.setattr(node_time, "_RECOVER_S", 0.0)
-    shelf = Shelf(tmp_path / "budget", "run")
-    terms = BudgetTerms(Caps(requests=10, node_ms=2000), FREE)
-    budget = Budget(terms, Amount(), shelf.open(shelf.of_life(1)))
-    leases = Leases(budget.purse, shelf, {})
+    shelf = SpendLogs(tmp_path / "budget", "run")
+    terms = BudgetSettings(BudgetLimits(requests=10, node_ms=2000), NO_PRICES)
+    budget = Budget(terms, Amount(), shelf.create(shelf.session_path(1)))
+    leases = LeaseTable(budget.balance, shelf, {})
     await lost(leases, "1.0-1.0")
     await lost(leases, "1.1-2.0")
-    shelf.of_lease("1.0-1.0").write_bytes(b"?\n")
+    shelf.lease_path("1.0-1.0").write_bytes(b"?\n")
     gate = Gate(1, 0.0, "shards")
-    sheet = Timesheet(lambda: (4, 4), FREE, lambda _: None, nowhere)
+    sheet = NodeTimeMeter(lambda: (4, 4), NO_PRICES, lambda _: None, nowhere)
     with caplog.at_level(logging.WARNING, "fanfold.graphs.run.node_time"):
-        async with watched(sheet, gate, Spending(budget, leases, shelf)):
+        async with meter_node_time(sheet, gate, RunBudget(budget, leases, shelf)):
             await asyncio.wait_for(gate.wait_closed(float("inf")), 60)
-    assert budget.purse.settled.node_ms > 1000
-    assert budget.purse.left.requests == 9  # the other's book was looked for all the same
+    assert budget.balance.settled.node_ms > 1000
+    assert budget.balance.left.requests == 9  # the other's book was looked for all the same
     said = [record.getMessage() for record in caplog.records]
     assert len([text for text in said if "not a whole line with a checksum" in text]) == 1, said
-    await budget.purse.aclose()
+    await budget.balance.aclose()

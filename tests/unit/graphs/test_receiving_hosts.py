@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.configs.loader import load
-from fanfold.graphs.cli.check import receiving_hosts
+from fanfold.configs.loader import load_config
+from fanfold.graphs.cli.check import list_receiving_hosts
 
 GLOBUS = {"kind": "globus_compute", "endpoints": ["11111111-2222-4333-8444-555555555555"]}
 URLS = {"urls": ["http://n1:8000/v1", "http://n1:8001/v1", "https://n2.example/v1"]}
@@ -16,7 +16,7 @@ URLS = {"urls": ["http://n1:8000/v1", "http://n1:8001/v1", "https://n2.example/v
 
 def hosts(environment: dict[str, str] | None = None, **sections: Any) -> list[str]:
     settings = {"task": {"prompt": "x"}, "model": {"name": "llm"}, "endpoints": URLS}
-    found = receiving_hosts(load(settings | sections).config, environment or {})
+    found = list_receiving_hosts(load_config(settings | sections).config, environment or {})
     assert all(what for _, what in found)
     return [host for host, _ in found]
 
@@ -90,4 +90,4 @@ def test_secrets_of_urls_are_not_shown() -> None:
         "endpoints": {"aegis_registry": "http://u:s3cr3t@head:1"},
         "backend": {"kind": "academy", "exchange": {"kind": "http", "url": "http://u:s3cr3t@h"}},
     }
-    assert "s3cr3t" not in str(receiving_hosts(load(settings).config, {}))
+    assert "s3cr3t" not in str(list_receiving_hosts(load_config(settings).config, {}))

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fanfold.graphs.cli.format import cell, fit, show_aggregate
+from fanfold.graphs.cli.format import fit_columns, format_cell, show_aggregate
 
 RANKED = {
     "op": "top_k",
@@ -50,7 +50,7 @@ def test_columns_without_room_are_named() -> None:
 @example([1, 1, 1, 1], 30)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.integers(30, 200))
 def test_tables_fit(wide: list[int], width: int) -> None:
-    room = fit(wide, width)
+    room = fit_columns(wide, width)
     assert sum(room) + 3 * len(room) + 1 <= width
     assert all(1 <= got <= wanted for got, wanted in zip(room, wide, strict=False))
     assert len(room) == len(wide) or len(wide) * 9 > width - 1
@@ -77,7 +77,7 @@ def test_no_rows() -> None:
 
 
 def test_cells_are_harmless() -> None:
-    assert cell("[red]x[/red]\x1b[31m\u202e\n y").plain == "[red]x[/red]\\x1b[31m\\u202e y"
-    assert len(cell("x" * 500)) == 80
-    assert cell(None).plain == ""
-    assert cell({"a": [1]}).plain == '{"a":[1]}'
+    assert format_cell("[red]x[/red]\x1b[31m\u202e\n y").plain == "[red]x[/red]\\x1b[31m\\u202e y"
+    assert len(format_cell("x" * 500)) == 80
+    assert format_cell(None).plain == ""
+    assert format_cell({"a": [1]}).plain == '{"a":[1]}'

@@ -13,13 +13,19 @@ from pydantic import BaseModel, TypeAdapter
 
 from fanfold.backends.core.errors import ConfigurationError, InputError
 from fanfold.configs.base import Access
-from fanfold.configs.describe import declared_access, setting, split_settings
-from fanfold.configs.loader import Loaded, load
+from fanfold.configs.describe import find_setting, iter_access, split_settings
+from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.configs.models import RunConfig
-from fanfold.configs.reduce import Collect, Count, Histogram, Stats, TopK
-from fanfold.graphs.context import Bound, RunContext
-from fanfold.graphs.context_schema import request_form
-from fanfold.graphs.requests import ALLOW, ROOT, Request, RequestPolicy
+from fanfold.configs.reduce import (
+    CollectConfig,
+    CountConfig,
+    HistogramConfig,
+    StatsConfig,
+    TopKConfig,
+)
+from fanfold.graphs.context import BoundSettings, RunContext
+from fanfold.graphs.context_schema import build_request_form
+from fanfold.graphs.requests import ALLOW_ENV, ROOT_ENV, Request, RequestPolicy
 
 OWN: dict[str, Any] = {
     "name": "own",
@@ -30,8 +36,8 @@ OWN: dict[str, Any] = {
     "limits": {"streams": 9, "hedge": False, "walltime_s": 600},
     "budget": {"usd": 2, "requests": 100},
 }
-CLOSED = sorted(key for key, access in declared_access() if access is Access.CLOSED)
-LOWERED = sorted(key for key, access in declared_access() if access is Access.LOWER)
+CLOSED = sorted(key for key, access in iter_access() if access is Access.CLOSED)
+LOWERED = sorted(key for key, access in iter_access() if access is Access.LOWER)
 
 
 @pytest.fixture
@@ -45,9 +51,11 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def loaded(context: dict[str, Any], policy: RequestPolicy | None = None, **own: Any) -> Loaded:
-    bound = Bound(RunContext(config=OWN | own), policy or RequestPolicy())
-    return bound.read(context).loaded
+def loaded(
+    context: dict[str, Any], policy: RequestPolicy | None = None, **own: Any
+) -> LoadedConfig:
+    bound = BoundSettings(RunContext(config=OWN | own), policy or RequestPolicy())
+    return bound.read_context(context).loaded
 
 
 def refused(context: dict[str, Any], policy: RequestPolicy | None = None, **own: Any) -> str:
@@ -61,7 +69,7 @@ def refused(context: dict[str, Any], policy: RequestPolicy | None = None, **own:
 
 def test_every_setting_declares_its_access() -> None:
     """A new setting is a decision: may a request set it, lower it, or not touch it at all?"""
-    missing = [key for key, access in declared_access() if access is None]
+    missing = [key for key, access in iter_access() if access is None]
     assert not missing, (
         f"{', '.join(missing)}: name the setting in `access` of its section (configs/base.py); "
         "what starts programs, names files or hosts, or writes anywhere is closed"
@@ -82,7 +90,9 @@ def test_no_section_declares_what_it_does_not_have() -> None:
         assert getattr(section, "access").keys() <= keys, section  # noqa: B009 - of any model
 
 
-@pytest.mark.parametrize("stage", [Count, Stats, Histogram, TopK, Collect])
+@pytest.mark.parametrize(
+    "stage", [CountConfig, StatsConfig, HistogramConfig, TopKConfig, CollectConfig]
+)
 def test_every_key_of_a_reduce_stage_declares_its_access(stage: Any) -> None:
     assert stage.access.keys() == stage.model_fields.keys()
 
@@ -128,7 +138,7 @@ def test_a_closed_setting_is_refused_by_name_whatever_way_it_comes(key: str, way
         context = {"config": {"task": {"prompt": "{smiles}"}} | value}
     said = refused(context)
     assert f"may not set {key};" in said
-    assert f"{ALLOW}={key} " in said
+    assert f"{ALLOW_ENV}={key} " in said
 
 
 @pytest.mark.parametrize(
@@ -174,12 +184,12 @@ def test_all_that_is_closed_is_named_at_once() -> None:
     assert "may not set" in said
     assert "task.graph" in said
     assert "out" in said
-    assert f"{ALLOW}=task.graph,out" in said or f"{ALLOW}=out,task.graph" in said
+    assert f"{ALLOW_ENV}=task.graph,out" in said or f"{ALLOW_ENV}=out,task.graph" in said
 
 
 def test_the_owner_opens_keys(tmp_path: Path) -> None:
     policy = RequestPolicy.from_environment(
-        {ALLOW: " backend.processes , endpoints,out,limits.streams,model.extra_body.priority"}
+        {ALLOW_ENV: " backend.processes , endpoints,out,limits.streams,model.extra_body.priority"}
     )
     config = loaded(
         {
@@ -196,8 +206,8 @@ def test_the_owner_opens_keys(tmp_path: Path) -> None:
     assert "model.extra_body.user" in refused({"extra_body": {"user": "me"}}, policy)
     assert config.endpoints.urls == ["http://other:1/v1"]
     assert (config.endpoints.wait_s, config.limits.streams) == (5, 77)
-    bound = Bound(RunContext(config=OWN), policy)
-    assert bound.read({"out": str(tmp_path)}).out == str(tmp_path)
+    bound = BoundSettings(RunContext(config=OWN), policy)
+    assert bound.read_context({"out": str(tmp_path)}).out == str(tmp_path)
     assert "backend.kind" in refused({"backend": "parsl"}, policy)
 
 
@@ -228,9 +238,9 @@ def test_the_bound_key_is_for_the_bound_endpoints(monkeypatch: pytest.MonkeyPatc
 
 def test_a_misspelt_key_of_the_owner_is_an_error() -> None:
     with pytest.raises(ConfigurationError, match=r"'backend.comand' \(did you mean"):
-        RequestPolicy.from_environment({ALLOW: "backend.comand"})
-    with pytest.raises(ConfigurationError, match=ROOT):
-        RequestPolicy.from_environment({ROOT: "/nowhere/at/all"})
+        RequestPolicy.from_environment({ALLOW_ENV: "backend.comand"})
+    with pytest.raises(ConfigurationError, match=ROOT_ENV):
+        RequestPolicy.from_environment({ROOT_ENV: "/nowhere/at/all"})
 
 
 def test_an_unknown_key_is_refused() -> None:
@@ -279,7 +289,7 @@ def test_a_model_is_one_of_those_bound(name: str) -> None:
 @pytest.mark.parametrize("key", LOWERED)
 def test_limits_go_down_only(key: str) -> None:
     """Neither above the bound, nor away; where nothing is bound any limit is lower."""
-    field = setting(key)
+    field = find_setting(key)
     kind = "integer" if "int" in str(field.annotation) else "number"
     section, name = key.split(".")
     if name == "hedge":
@@ -312,13 +322,16 @@ def test_a_preset_runs_on_the_owners_endpoints_within_the_owners_limits() -> Non
 
 
 def test_a_preset_brings_its_own_fleet_where_the_owner_bound_none() -> None:
-    bound = Bound(RunContext(), RequestPolicy())
-    config = bound.read({"preset": "literature_mining"}).loaded.config
+    bound = BoundSettings(RunContext(), RequestPolicy())
+    config = bound.read_context({"preset": "literature_mining"}).loaded.config
     assert config.endpoints.simulated is not None
     assert config.endpoints.simulated.responder == "schema"
-    again = Bound(RunContext(config=OWN), RequestPolicy())
-    assert again.read({"preset": "molecular_screening"}).loaded.config.name == "molecular-screening"
-    assert bound.read({"preset": "molecular_screening"}) is bound.resolve(None)
+    again = BoundSettings(RunContext(config=OWN), RequestPolicy())
+    assert (
+        again.read_context({"preset": "molecular_screening"}).loaded.config.name
+        == "molecular-screening"
+    )
+    assert bound.read_context({"preset": "molecular_screening"}) is bound.resolve(None)
 
 
 def test_a_configuration_replaces_the_task_and_nothing_else() -> None:
@@ -367,7 +380,7 @@ def test_a_request_reads_no_variable(
     got = loaded(context)
     assert "open-sesame" not in repr(got.config)
     assert "${SESAME}" in repr(got.config)
-    again = load(got.plain, environment={"SESAME": "open-sesame"} | {"HOME": "/"})
+    again = load_config(got.plain, environment={"SESAME": "open-sesame"} | {"HOME": "/"})
     assert "open-sesame" not in repr(again.config)
 
 
@@ -390,7 +403,7 @@ def test_paths_lie_below_the_root(root: Path, path: str) -> None:
     linked(root)
     policy = RequestPolicy(root=root)
     with pytest.raises(InputError, match="outside the folder"):
-        policy.path(path)
+        policy.resolve_path(path)
     assert "outside the folder" in refused({"config": path}, policy)
     assert "outside the folder" in refused({"overrides": [f"task.schema={path}"]}, policy)
     assert "outside the folder" in refused({"config": {"input": {"path": path}}}, policy)
@@ -398,19 +411,19 @@ def test_paths_lie_below_the_root(root: Path, path: str) -> None:
 
 def test_a_folder_with_a_link_that_leads_out_is_refused(root: Path) -> None:
     policy = RequestPolicy(root=root)
-    assert policy.path("sub") == str(root / "sub")
+    assert policy.resolve_path("sub") == str(root / "sub")
     (root / "sub" / "b.txt").symlink_to(root.parent / "secret.csv")
     with pytest.raises(InputError, match="outside"):
-        policy.path("sub")
+        policy.resolve_path("sub")
 
 
 @pytest.mark.parametrize("key", ["config", "input.path", "task.schema"])
 def test_without_a_root_no_file_is_read(root: Path, key: str) -> None:
     for text in (str(root / "mine.csv"), "mine.csv", "/etc/passwd"):
         context = {"config": text} if key == "config" else {"overrides": [f"{key}={text}"]}
-        assert ROOT in refused(context)
-    with pytest.raises(InputError, match=ROOT):
-        RequestPolicy().path("mine.csv")
+        assert ROOT_ENV in refused(context)
+    with pytest.raises(InputError, match=ROOT_ENV):
+        RequestPolicy().resolve_path("mine.csv")
 
 
 def test_a_file_below_the_root_is_a_request_as_well(root: Path) -> None:
@@ -483,10 +496,10 @@ def test_a_later_request_goes_on_top_of_an_earlier_one() -> None:
     kept = Request.from_json(first.to_json())
     assert kept.preset == "data_annotation"
     assert kept.settings == {"limits.streams": 2}
-    then = kept.then(Request(settings={"limits.streams": 5}))
+    then = kept.merge(Request(settings={"limits.streams": 5}))
     assert (then.preset, then.settings) == ("data_annotation", {"limits.streams": 5})
-    assert kept.then(Request(config=True)) == Request(config=True)
-    assert Request.from_json(None).empty
+    assert kept.merge(Request(config=True)) == Request(config=True)
+    assert Request.from_json(None).is_empty
 
 
 def test_an_answer_to_a_spent_budget_is_a_request() -> None:
@@ -505,7 +518,7 @@ def test_an_answer_to_a_spent_budget_is_a_request() -> None:
     for answer in answers:
         said = policy.check_answer(owner, answer)
         assert said is not None
-        assert ALLOW in said
+        assert ALLOW_ENV in said
     assert RequestPolicy(frozenset({"budget.usd"})).check_answer(owner, {"usd": 50}) is None
     assert RequestPolicy(frozenset({"budget"})).check_answer(owner, {"requests": 500}) is None
 
@@ -513,20 +526,20 @@ def test_an_answer_to_a_spent_budget_is_a_request() -> None:
 @pytest.mark.parametrize("own", [RunContext(), RunContext(config=OWN)])
 def test_a_form_that_is_left_alone_asks_for_nothing(own: RunContext) -> None:
     """Studio sends every field that it shows, each at the default that the schema names."""
-    bound = Bound(own, RequestPolicy())
+    bound = BoundSettings(own, RequestPolicy())
     assert bound.policy is not None
-    shown: Any = TypeAdapter(request_form(bound.policy.shows, bound.preset)).json_schema()
+    shown: Any = TypeAdapter(build_request_form(bound.policy.is_shown, bound.preset)).json_schema()
     form = {name: about["default"] for name, about in shown["properties"].items()}
-    assert bound.read(form) is bound.resolve(None)
-    assert bound.read(form | {"config": "", "model": ""}) is bound.resolve(None)
-    asked = bound.read(form | {"streams": 3})
+    assert bound.read_context(form) is bound.resolve(None)
+    assert bound.read_context(form | {"config": "", "model": ""}) is bound.resolve(None)
+    asked = bound.read_context(form | {"streams": 3})
     assert asked.loaded.config.limits.streams == 3
     assert asked.loaded.config.task == own.loaded.config.task
 
 
 def test_a_form_hides_what_is_closed() -> None:
     closed, opened = (
-        request_form(RequestPolicy(allowed).shows, None)
+        build_request_form(RequestPolicy(allowed).is_shown, None)
         for allowed in (frozenset[str](), frozenset({"backend.processes", "task.graph", "out"}))
     )
     hidden = {f.name for f in fields(RunContext)} - {f.name for f in fields(closed)}
@@ -540,18 +553,20 @@ def test_a_form_hides_what_is_closed() -> None:
 
 
 def test_a_context_of_loaded_settings_is_no_request() -> None:
-    other = RunContext.of(RunContext(config=OWN | {"budget": {}}).loaded)
+    other = RunContext.from_loaded(RunContext(config=OWN | {"budget": {}}).loaded)
     with pytest.raises(ConfigurationError, match="trust_context=True"):
-        Bound(RunContext(config=OWN), RequestPolicy()).resolve(other)
+        BoundSettings(RunContext(config=OWN), RequestPolicy()).resolve(other)
 
 
 def test_what_a_trusting_graph_is_given_counts() -> None:
-    bound = Bound(RunContext(config=OWN))
-    config = bound.resolve(bound.read({"streams": 500, "endpoints": "http://a:1/v1"})).loaded.config
+    bound = BoundSettings(RunContext(config=OWN))
+    config = bound.resolve(
+        bound.read_context({"streams": 500, "endpoints": "http://a:1/v1"})
+    ).loaded.config
     assert config.limits.streams == 500
     assert config.endpoints.urls == ["http://a:1/v1"]
     with pytest.raises(ConfigurationError, match="'streamz'"):
-        bound.read({"streamz": 500})
+        bound.read_context({"streamz": 500})
 
 
 def test_split_settings_names_single_settings() -> None:
@@ -589,7 +604,7 @@ def test_a_schemas_file_is_never_expanded(
     assert schema["title"] == "${SECRETX} $${SECRETX}"
     assert schema["properties"]["x"]["enum"] == ["${SECRETX}", "${UNSET_VARIABLE}"]
     assert "hunter2" not in got.config.task.prompt
-    assert load(got.plain).config.task.answer_schema == schema  # as workers read run.yaml
+    assert load_config(got.plain).config.task.answer_schema == schema  # as workers read run.yaml
 
 
 def test_a_request_does_not_take_hosts_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -646,20 +661,20 @@ def test_a_bound_body_gives_no_secret_to_hosts_of_a_request(
 
 def test_a_request_is_kept_without_its_secrets() -> None:
     policy = RequestPolicy(frozenset({"endpoints", "model.extra_body", "node.serve"}))
-    bound = Bound(RunContext(config=OWN), policy)
+    bound = BoundSettings(RunContext(config=OWN), policy)
     context: dict[str, Any] = {
         "extra_body": {"api_key": "hunter2", "meta": {"auth_token": "hunter2"}},
         "endpoints": "http://me:hunter2@other:1/v1",
         "overrides": ["node.serve=vllm serve m --api-key hunter2"],
         "prompt": "Which token is {smiles}?",
     }
-    kept = bound.read(context)._requested()[1].to_json()
+    kept = bound.read_context(context)._resolve_request()[1].to_json()
     assert "hunter2" not in str(kept)
     again = Request.from_json(kept)
     assert again.settings["task.prompt"] == "Which token is {smiles}?"
-    owner = load(OWN)
+    owner = load_config(OWN)
     with pytest.raises(ConfigurationError, match="give it again") as caught:
-        policy.settings(owner, again)
+        policy.apply_request(owner, again)
     assert "model.extra_body.api_key" in caught.value.message
-    asked = policy.settings(owner, again.then(policy.read(context))).config
+    asked = policy.apply_request(owner, again.merge(policy.read_request(context))).config
     assert asked.model.extra_body["api_key"] == "hunter2"

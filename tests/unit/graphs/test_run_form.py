@@ -9,23 +9,23 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from fanfold.backends.budget.budget import SHOWN
+from fanfold.backends.budget.budget import SETTING_UNITS
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.configs.describe import description, schema, setting
+from fanfold.configs.describe import describe_setting, find_setting, setting_schema
 from fanfold.configs.loader import preset_names
 from fanfold.configs.models import BudgetConfig, LimitsConfig, RunConfig
-from fanfold.graphs.context import Bound, RunContext
-from fanfold.graphs.map_reduce import build
-from fanfold.nodes.batch.approve import ANSWER
+from fanfold.graphs.context import BoundSettings, RunContext
+from fanfold.graphs.map_reduce import build_bound_graph
+from fanfold.nodes.batch.approve import ANSWER_SCHEMA
 
 OWN: dict[str, Any] = {
     "task": {"prompt": "What is {x}?"},
     "endpoints": {"urls": ["http://127.0.0.1:9/v1"]},
     "limits": {"streams": 9},
 }
-FORM: dict[str, Any] = (build(trust_context=True).compile().get_context_jsonschema() or {})[
-    "properties"
-]
+FORM: dict[str, Any] = (
+    build_bound_graph(trust_context=True).compile().get_context_jsonschema() or {}
+)["properties"]
 KEYS = {f.name: f.metadata["key"] for f in fields(RunContext) if "key" in f.metadata}
 
 
@@ -38,12 +38,12 @@ def test_every_field_has_a_description_and_a_default() -> None:
 @pytest.mark.parametrize("name", KEYS)
 def test_fields_show_what_the_settings_say(name: str) -> None:
     """Types, bounds and choices are those of the configuration, whatever the field's own hint."""
-    of = schema(KEYS[name])
+    of = setting_schema(KEYS[name])
     told = ("anyOf", "type", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
     assert {k: v for k, v in FORM[name].items() if k in told} == {
         k: v for k, v in of.items() if k in told
     }
-    assert FORM[name]["description"] == description(KEYS[name])
+    assert FORM[name]["description"] == describe_setting(KEYS[name])
 
 
 @pytest.mark.parametrize(("section", "model"), [("limits", LimitsConfig), ("budget", BudgetConfig)])
@@ -53,7 +53,7 @@ def test_all_limits_can_be_filled_in(section: str, model: type[BaseModel]) -> No
 
 def test_defaults_are_those_of_the_settings() -> None:
     for name, key in KEYS.items():
-        found = setting(key)
+        found = find_setting(key)
         if not found.is_required():
             assert FORM[name]["default"] == found.get_default(call_default_factory=True), name
 
@@ -69,7 +69,7 @@ def test_only_what_differs_from_its_default_counts() -> None:
 
 def test_emptied_fields_count_as_left_alone() -> None:
     given = RunContext(config="", model="", dataset="", endpoints="", api_key="", out="")
-    assert given.filled() == {}
+    assert given.changed_fields() == {}
     assert given.loaded.preset == "molecular_screening"
 
 
@@ -84,8 +84,8 @@ def test_endpoints_and_key_are_said_in_a_word(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_pause_asks_for_what_the_form_caps() -> None:
-    assert ANSWER["properties"].keys() == {key for key, _ in SHOWN.values()}
-    for name, asked in ANSWER["properties"].items():
+    assert ANSWER_SCHEMA["properties"].keys() == {key for key, _ in SETTING_UNITS.values()}
+    for name, asked in ANSWER_SCHEMA["properties"].items():
         capped = FORM[name]["anyOf"][0]
         assert (asked["type"], asked["exclusiveMinimum"]) == (capped["type"], 0)
 
@@ -112,7 +112,7 @@ def test_wrong_values_are_named_by_their_key(wrong: dict[str, Any], text: str) -
 
 def test_what_is_handed_over_goes_on_top_of_what_is_bound() -> None:
     bound = RunContext(config=OWN, overrides=["model.seed=1"], streams=8)
-    of = Bound(bound)
+    of = BoundSettings(bound)
     assert of.resolve(None) is of.resolve(RunContext()) is bound
     given = RunContext(max_tokens=64, overrides=["model.seed=2"])
     config = of.resolve(given).loaded.config
@@ -125,7 +125,7 @@ def test_what_is_handed_over_goes_on_top_of_what_is_bound() -> None:
 def test_what_stands_alone() -> None:
     """Settings that were loaded already may hold a key, which the run's folder does not keep."""
     assert RunContext(config=OWN).stands_alone
-    assert RunContext.of(RunContext(config=OWN).loaded).stands_alone
+    assert RunContext.from_loaded(RunContext(config=OWN).loaded).stands_alone
     assert not RunContext(streams=8, overrides=["model.seed=1"]).stands_alone
 
 
@@ -134,8 +134,8 @@ def test_what_stands_alone() -> None:
 )
 def test_a_parents_own_context_is_not_taken_for_fanfolds(theirs: dict[str, Any]) -> None:
     bound = RunContext(config=OWN)
-    assert Bound(bound).resolve(theirs) is bound
-    assert Bound(bound).resolve(SimpleNamespace(**theirs)) is bound
+    assert BoundSettings(bound).resolve(theirs) is bound
+    assert BoundSettings(bound).resolve(SimpleNamespace(**theirs)) is bound
 
 
 def settings_of(model: type[BaseModel], before: str = "") -> list[str]:
@@ -163,7 +163,7 @@ def test_every_setting_can_be_filled_in() -> None:
 
 def test_options_of_a_section_join_what_other_fields_say() -> None:
     context = RunContext(backend="parsl", backend_options={"silence_s": 30}, node={"instances": 2})
-    assert context.changes() == [
+    assert context.to_assignments() == [
         'backend.kind="parsl"',
         "backend.silence_s=30",
         "node.instances=2",
@@ -175,7 +175,7 @@ def test_options_of_a_section_join_what_other_fields_say() -> None:
 def test_no_secret_is_typed_into_options() -> None:
     written = {"first": {"base_url": "https://gateway", "token": "s3cret"}}
     with pytest.raises(ConfigurationError, match="environment") as caught:
-        RunContext(endpoint_options=written).changes()
+        RunContext(endpoint_options=written).to_assignments()
     assert "s3cret" not in caught.value.message
     written["first"]["token"] = "${TOKEN}"
-    assert RunContext(endpoint_options=written).changes()
+    assert RunContext(endpoint_options=written).to_assignments()

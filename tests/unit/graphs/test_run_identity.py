@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.secrets import MASKED, mask_arguments
-from fanfold.configs.loader import load
-from fanfold.graphs.run.items import shard_items, window
-from fanfold.graphs.run.prepare import differences, fingerprint
+from fanfold.configs.loader import load_config
+from fanfold.graphs.run.items import choose_shard_items, choose_window
+from fanfold.graphs.run.prepare import compute_fingerprint, diff_settings
 
-BASE = load("data_annotation")
+BASE = load_config("data_annotation")
 
 
 def changed(*overrides: str) -> dict[str, Any]:
-    return load("data_annotation", overrides).plain
+    return load_config("data_annotation", overrides).plain
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def changed(*overrides: str) -> dict[str, Any]:
     ],
 )
 def test_what_makes_another_run(override: str) -> None:
-    (line,) = differences(BASE.plain, changed(override), "a")
+    (line,) = diff_settings(BASE.plain, changed(override), "a")
     assert line.startswith(override.partition("=")[0])
     assert "→" in line
 
@@ -38,14 +38,18 @@ def test_what_makes_another_run(override: str) -> None:
     ["limits.streams=1", "endpoints.simulated.nodes=1", "reduce=[]", "name=x", "model.name=a"],
 )
 def test_what_does_not(override: str) -> None:
-    assert differences(BASE.plain, changed(override), "a") == []
+    assert diff_settings(BASE.plain, changed(override), "a") == []
 
 
 def test_the_fingerprint_is_of_what_is_asked() -> None:
-    other = load("data_annotation", ["limits.streams=1"]).config
-    assert fingerprint(BASE.config, "a", True) == fingerprint(other, "a", True)
-    assert fingerprint(BASE.config, "a", True) != fingerprint(BASE.config, "a", False)
-    assert fingerprint(BASE.config, "a", True) != fingerprint(BASE.config, "b", True)
+    other = load_config("data_annotation", ["limits.streams=1"]).config
+    assert compute_fingerprint(BASE.config, "a", True) == compute_fingerprint(other, "a", True)
+    assert compute_fingerprint(BASE.config, "a", True) != compute_fingerprint(
+        BASE.config, "a", False
+    )
+    assert compute_fingerprint(BASE.config, "a", True) != compute_fingerprint(
+        BASE.config, "b", True
+    )
 
 
 def test_secrets_in_the_command_line() -> None:
@@ -73,7 +77,7 @@ def test_secrets_in_the_command_line() -> None:
 
 @pytest.mark.parametrize("total", [1, 200, 5_000, 1_000_000])
 def test_shards(total: int) -> None:
-    assert 256 <= shard_items(BASE.config, total) <= 4096
-    one = load("data_annotation", ["shard.items=1"]).config
-    assert shard_items(one, total) == 1
-    assert window(one, 1) >= one.limits.streams
+    assert 256 <= choose_shard_items(BASE.config, total) <= 4096
+    one = load_config("data_annotation", ["shard.items=1"]).config
+    assert choose_shard_items(one, total) == 1
+    assert choose_window(one, 1) >= one.limits.streams

@@ -13,21 +13,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.cluster.chain import chain_file
-from fanfold.backends.core.errors import ConfigurationError, LedgerError
-from fanfold.backends.storage.journal import Counts
-from fanfold.backends.storage.journal_index import Ledger
-from fanfold.backends.storage.run_folder import RunFolder, is_run, new_folder, place_to_be, run_ids
-from fanfold.backends.workers.globus.tasks import FILE
-from fanfold.configs.loader import load, portable
-from fanfold.graphs.run.prepare import life, settle_identity
+from fanfold.backends.core.errors import ConfigurationError, JournalError
+from fanfold.backends.storage.journal import ItemCounts
+from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.run_folder import (
+    RunFolder,
+    create_folder,
+    get_run_ids,
+    is_folder_of_run,
+    place_to_be,
+)
+from fanfold.backends.workers.globus.tasks import TASK_LOG_FILE
+from fanfold.configs.loader import load_config, make_portable
+from fanfold.graphs.run.prepare import describe_session, ensure_run_identity
 from fanfold.tests.conformance.journal_checks import sample
 
 
 def made(path: Path) -> RunFolder:
-    with new_folder(path) as folder:
+    with create_folder(path) as folder:
         place = place_to_be(folder)
         folder.write_provenance({"run": "one", "earlier": [], "place": place, "lives": []})
-        (folder.path / FILE).write_text("{}\n")
+        (folder.path / TASK_LOG_FILE).write_text("{}\n")
         for end in ("", "-wal", "-shm"):
             (folder.path / f"checkpoints.sqlite{end}").touch()
     return RunFolder(path)
@@ -35,14 +41,14 @@ def made(path: Path) -> RunFolder:
 
 def test_a_folder_keeps_its_run_wherever_it_is_moved(tmp_path: Path) -> None:
     folder = made(tmp_path / "a")
-    assert settle_identity(folder)["run"] == "one"
+    assert ensure_run_identity(folder)["run"] == "one"
     (tmp_path / "b").mkdir()
     moved = RunFolder(folder.path.rename(tmp_path / "b" / "c"))
     (tmp_path / "link").symlink_to(moved.path)
     for path in (moved.path, tmp_path / "link", tmp_path / "b" / ".." / "b" / "c"):
-        assert run_ids(settle_identity(RunFolder(path))) == ("one",)
+        assert get_run_ids(ensure_run_identity(RunFolder(path))) == ("one",)
     assert moved.checkpoints.exists()
-    assert (moved.path / FILE).exists()
+    assert (moved.path / TASK_LOG_FILE).exists()
 
 
 def test_copies_get_ids_of_their_own_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -50,44 +56,44 @@ def test_copies_get_ids_of_their_own_once(tmp_path: Path, caplog: pytest.LogCapt
     shutil.copytree(original.path, tmp_path / "b")
     shutil.copytree(original.path, tmp_path / "c")
     b, c = RunFolder(tmp_path / "b"), RunFolder(tmp_path / "c")
-    first = run_ids(settle_identity(b))
+    first = get_run_ids(ensure_run_identity(b))
     assert "a copy of the folder of run one" in caplog.text
     assert first[1:] == ("one",)
-    assert run_ids(settle_identity(b)) == first
-    assert run_ids(settle_identity(c))[0] not in first
+    assert get_run_ids(ensure_run_identity(b)) == first
+    assert get_run_ids(ensure_run_identity(c))[0] not in first
     shutil.copytree(b.path, tmp_path / "d")
-    assert run_ids(settle_identity(RunFolder(tmp_path / "d")))[1:] == first
+    assert get_run_ids(ensure_run_identity(RunFolder(tmp_path / "d")))[1:] == first
     for folder in (b, c):
         assert sorted(p.name for p in folder.path.iterdir()) == ["journal", "provenance.json"]
-        assert is_run(folder.path, "one")
-    assert run_ids(settle_identity(original)) == ("one",)
+        assert is_folder_of_run(folder.path, "one")
+    assert get_run_ids(ensure_run_identity(original)) == ("one",)
     assert original.checkpoints.exists()
-    assert not is_run(original.path, first[0])
+    assert not is_folder_of_run(original.path, first[0])
 
 
 def test_a_copy_that_cannot_be_settled_stays_one(tmp_path: Path) -> None:
     """What was begun is done again: the id comes last."""
     shutil.copytree(made(tmp_path / "a").path, tmp_path / "b")
     copy = RunFolder(tmp_path / "b")
-    (copy.path / FILE).unlink()
-    (copy.path / FILE).mkdir()
-    with pytest.raises(LedgerError, match="what a copy must not keep cannot be removed"):
-        settle_identity(copy)
-    assert run_ids(copy.read_provenance()) == ("one",)
-    (copy.path / FILE).rmdir()
-    assert run_ids(settle_identity(copy))[1:] == ("one",)
+    (copy.path / TASK_LOG_FILE).unlink()
+    (copy.path / TASK_LOG_FILE).mkdir()
+    with pytest.raises(JournalError, match="what a copy must not keep cannot be removed"):
+        ensure_run_identity(copy)
+    assert get_run_ids(copy.read_provenance()) == ("one",)
+    (copy.path / TASK_LOG_FILE).rmdir()
+    assert get_run_ids(ensure_run_identity(copy))[1:] == ("one",)
 
 
 @pytest.mark.parametrize("known", ["one", ("two", "one")])
 async def test_a_journal_of_an_earlier_id_is_the_runs_own(tmp_path: Path, known: Any) -> None:
-    ledger = Ledger(tmp_path, "one", 3)
-    ledger.begin("test", 0.001)
+    ledger = Journal(tmp_path, "one", 3)
+    ledger.start_session("test", 0.001)
     ledger.put(sample(1))
     await ledger.aclose()
-    with Ledger(tmp_path, known, 3) as read:
-        assert read.counts() == Counts(done=1, failed=0, open=2)
-    with pytest.raises(LedgerError, match="belongs to run 'one', not to 'two'"):
-        Ledger(tmp_path, ("two", "three"), 3)
+    with Journal(tmp_path, known, 3) as read:
+        assert read.count_items() == ItemCounts(done=1, failed=0, open=2)
+    with pytest.raises(JournalError, match="belongs to run 'one', not to 'two'"):
+        Journal(tmp_path, ("two", "three"), 3)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ def test_paths_below_the_folder_are_kept_relative_to_it(
     value: Any = text.format(run=run, link=link)
     plain: dict[str, Any] = {section: {name: [value] if name == "hosts" else value}}
     plain = plain if name else {section: value}
-    found = portable(plain, Path())[section]
+    found = make_portable(plain, Path())[section]
     found = found[name] if name else found
     assert found == ([kept.format(run=run)] if name == "hosts" else kept.format(run=run))
     assert value in (plain[section] if not name else plain[section][name])
@@ -125,11 +131,11 @@ def test_settings_are_read_where_the_folder_lies(tmp_path: Path) -> None:
     run, moved = tmp_path / "run", tmp_path / "moved"
     run.mkdir()
     given = {"task": {"prompt": "x"}, "endpoints": {"file": str(run / "servers")}}
-    plain = load(given).plain
-    (run / "run.yaml").write_bytes(orjson.dumps(portable(plain, run)))
-    assert load(run / "run.yaml").plain == plain
+    plain = load_config(given).plain
+    (run / "run.yaml").write_bytes(orjson.dumps(make_portable(plain, run)))
+    assert load_config(run / "run.yaml").plain == plain
     run.rename(moved)
-    assert load(moved / "run.yaml").plain["endpoints"]["file"] == str(moved / "servers")
+    assert load_config(moved / "run.yaml").plain["endpoints"]["file"] == str(moved / "servers")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +159,7 @@ def test_commands_are_kept_without_the_folder(
     link.symlink_to("run")
     monkeypatch.chdir(run)
     monkeypatch.setattr(sys, "argv", ["fanfold", *(a.format(run=run, link=link) for a in typed)])
-    found = life(RunFolder(Path("..", "run")))["command"]
+    found = describe_session(RunFolder(Path("..", "run")))["command"]
     assert found == ["fanfold", *(a.format(run=run) for a in kept)]
 
 
@@ -161,14 +167,14 @@ def test_jobs_of_the_folder_that_was_copied_are_foreign(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     one = chain_file(tmp_path / "a")
     common: dict[str, Any] = {"nodes": 1, "walltime_s": 60, "terms": {"site": "s"}}
-    one.note("submitted", job="1", after=None, by_hand=True, **common)
+    one.append("submitted", job="1", after=None, by_hand=True, **common)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     other = chain_file(tmp_path / "b")
-    other.note("submitted", job="2", after=None, by_hand=True, **common)
+    other.append("submitted", job="2", after=None, by_hand=True, **common)
     assert [job.foreign for job in other.read().jobs] == [True, False]
-    assert [job.id for job in other.read().unfinished()] == ["2"]
+    assert [job.id for job in other.read().unfinished_jobs()] == ["2"]
     (tmp_path / "a").rename(tmp_path / "c")
-    assert [job.id for job in chain_file(tmp_path / "c").read().unfinished()] == ["1"]
+    assert [job.id for job in chain_file(tmp_path / "c").read().unfinished_jobs()] == ["1"]
 
 
 @given(st.lists(st.sampled_from("ab."), min_size=1, max_size=5).map("/".join))
@@ -176,7 +182,7 @@ def test_relative_paths_read_back_are_the_same_place(path: str) -> None:
     """Whatever the path below the folder, reading resolves to where it pointed."""
     folder = Path("/nowhere/run")
     plain = {"cache": f"{folder}/{path}"}
-    (kept,) = portable(plain, folder).values()
+    (kept,) = make_portable(plain, folder).values()
     assert kept.startswith("./")
     assert (folder / kept).resolve() == Path(plain["cache"]).resolve()
 
@@ -186,7 +192,7 @@ def test_a_new_folder_at_a_symbolic_link(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to("target")
     folder = made(tmp_path / "link")
-    assert settle_identity(folder)["run"] == "one"
+    assert ensure_run_identity(folder)["run"] == "one"
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target" / "provenance.json").exists()
     with pytest.raises(ConfigurationError, match="another process or invocation"):

@@ -8,7 +8,7 @@ import aiosqlite
 import pytest
 from langgraph.checkpoint.base import empty_checkpoint
 
-from fanfold.backends.core.errors import ConfigurationError, LedgerError
+from fanfold.backends.core.errors import ConfigurationError, JournalError
 from fanfold.graphs.run import checkpoints as savers
 from fanfold.graphs.run.checkpoints import check_saver, is_network, open_saver
 
@@ -115,7 +115,7 @@ async def test_no_shared_memory_on_a_network(
 async def test_a_damaged_file_is_told_with_the_way_out(tmp_path: Path) -> None:
     file = tmp_path / "checkpoints.sqlite"
     file.write_bytes(b"no database" * 100)
-    with pytest.raises(LedgerError, match=r"not a database .*delete it"):
+    with pytest.raises(JournalError, match=r"not a database .*delete it"):
         await count(file)
 
 
@@ -124,7 +124,7 @@ async def test_an_error_while_it_is_used_is_told(tmp_path: Path) -> None:
         async with open_saver(None, tmp_path / "checkpoints.sqlite"):
             raise sqlite3.OperationalError("database or disk is full")
 
-    with pytest.raises(LedgerError, match="cannot be written or read: database or disk is full"):
+    with pytest.raises(JournalError, match="cannot be written or read: database or disk is full"):
         await fail()
 
 

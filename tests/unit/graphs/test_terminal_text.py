@@ -14,15 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fanfold.backends.core.terminal import CONTROLS, escape_controls, escape_json
-from fanfold.graphs.cli.format import cell, show_aggregate
+from fanfold.graphs.cli.format import format_cell, show_aggregate
 from fanfold.graphs.run.console import (
     Terminal,
-    data_stream,
+    open_data_stream,
     print_json,
     print_lines,
+    print_messages,
     print_traceback,
-    say,
-    show_log,
+    setup_logging,
 )
 
 EVIL = [
@@ -64,7 +64,7 @@ def test_what_it_looks_like() -> None:
 
 @pytest.mark.parametrize("text", EVIL)
 def test_all_that_is_said(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    say([f"Error: {text}"])
+    print_messages([f"Error: {text}"])
     print_lines([text])
     try:
         raise ValueError(text)
@@ -83,7 +83,7 @@ def test_consoles(text: str) -> None:
     console = Terminal(file=file)
     table = Table(text, title=text)
     table.add_row(text)
-    table.add_row(cell(text))
+    table.add_row(format_cell(text))
     for shown in (text, Text(text, style="bold"), table):
         console.print(shown)
     stage = {"op": "count", "field": text, text: text, "of": {text: 1}}
@@ -107,7 +107,7 @@ def test_log_lines(
     text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.root, "handlers", [])
-    show_log(logging.WARNING, "nobody")
+    setup_logging(logging.WARNING, "nobody")
     try:
         raise ValueError(text)
     except ValueError:
@@ -134,7 +134,7 @@ def test_data_for_a_pipe_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen(terminal=False)
     monkeypatch.setattr(sys, "stdout", screen)
     print_json({"a": "\x9b\u202e"})
-    data_stream(json=False).write("\x1b[1m,\u202e\r\n".encode())
+    open_data_stream(json=False).write("\x1b[1m,\u202e\r\n".encode())
     assert screen.kept.getvalue() == '{"a":"\x9b\u202e"}\n\x1b[1m,\u202e\r\n'.encode()
 
 
@@ -142,8 +142,8 @@ def test_data_on_a_terminal_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None
     screen = Screen(terminal=True)
     monkeypatch.setattr(sys, "stdout", screen)
     print_json({"a": "\x9b\u202e"})
-    data_stream(json=True).write('{"b":"\u202e\x7f"}\n'.encode())
-    data_stream(json=False).write("\x1b[1m,\u202e\r\n".encode())
+    open_data_stream(json=True).write('{"b":"\u202e\x7f"}\n'.encode())
+    open_data_stream(json=False).write("\x1b[1m,\u202e\r\n".encode())
     first, second, third = screen.kept.getvalue().decode().split("\n")[:3]
     assert json.loads(first) == {"a": "\x9b\u202e"}
     assert json.loads(second) == {"b": "\u202e\x7f"}

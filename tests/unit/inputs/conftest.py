@@ -7,7 +7,7 @@ import pytest
 
 from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.base import InputSpec
-from fanfold.backends.inputs.item_store import ItemStore, spill
+from fanfold.backends.inputs.item_store import ItemStore, load_input
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def load(tmp_path: Path) -> Callable[..., list[Item]]:
         target = run / "items.arrow"
         target.unlink(missing_ok=True)
         try:
-            spill(spec, target, columns)
+            load_input(spec, target, columns)
         except Exception:
             assert list(run.iterdir()) == []
             raise

@@ -9,7 +9,7 @@ import pytest
 from fanfold.backends.core.errors import InputError, MissingExtraError
 from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.base import InputSpec
-from fanfold.backends.inputs.item_store import spill
+from fanfold.backends.inputs.item_store import load_input
 
 Load = Callable[..., list[Item]]
 
@@ -26,7 +26,7 @@ Load = Callable[..., list[Item]]
 def test_shipped(
     tmp_path: Path, load: Load, name: str, count: int, columns: tuple[str, ...]
 ) -> None:
-    summary = spill(InputSpec(dataset=name), tmp_path / "items.arrow", columns)
+    summary = load_input(InputSpec(dataset=name), tmp_path / "items.arrow", columns)
     assert (summary.items, summary.columns, summary.invalid) == (count, columns, 0)
     assert (summary.first.id, summary.source) == (f"{name[0].upper()}01", f"dataset {name}")
     assert all(all(item.row.values()) for item in load(InputSpec(dataset=name)))
@@ -34,7 +34,7 @@ def test_shipped(
 
 def test_nci(tmp_path: Path) -> None:
     target = tmp_path / "items.arrow"
-    summary = spill(InputSpec(dataset="rdkit-nci5k"), target, ["smiles", "mol_id"])
+    summary = load_input(InputSpec(dataset="rdkit-nci5k"), target, ["smiles", "mol_id"])
     assert (summary.items, summary.columns) == (4991, ("mol_id", "smiles"))
     assert (summary.invalid, summary.skipped_total) == (0, 8)
     assert [one.id for one in summary.skipped][:3] == ["2110", "2917", "3249"]
@@ -44,7 +44,7 @@ def test_nci(tmp_path: Path) -> None:
 
 def test_nci_with_limit_and_check(tmp_path: Path) -> None:
     spec = InputSpec(dataset="rdkit-nci5k", id="mol_id", smiles="smiles", limit=2097)
-    summary = spill(spec, tmp_path / "items.arrow", ["smiles"])
+    summary = load_input(spec, tmp_path / "items.arrow", ["smiles"])
     assert (summary.items, summary.skipped_total, summary.invalid) == (2097, 0, 0)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
 from fanfold.backends.inputs.base import InputSpec
-from fanfold.backends.inputs.readers import Splitter
+from fanfold.backends.inputs.readers import CsvSplitter
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]
@@ -27,8 +27,8 @@ def test_splits_what_the_csv_module_writes(records: list[list[str]], delimiter: 
         records
     )
     lines = enumerate(text.getvalue().removesuffix("\n").split("\n"), start=1)
-    splitter = Splitter(Path("a.csv"), delimiter)
-    assert [cells for _, cells in splitter.records(lines)] == records
+    splitter = CsvSplitter(Path("a.csv"), delimiter)
+    assert [cells for _, cells in splitter.split(lines)] == records
 
 
 @given(st.lists(st.lists(CELLS, min_size=2, max_size=4), min_size=1))
@@ -36,7 +36,7 @@ def test_splits_with_the_fewest_quotes(records: list[list[str]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(records)
     lines = enumerate(text.getvalue().removesuffix("\n").split("\n"), start=1)
-    found = [cells for _, cells in Splitter(Path("a.csv"), ",").records(lines)]
+    found = [cells for _, cells in CsvSplitter(Path("a.csv"), ",").split(lines)]
     assert found == records
 
 

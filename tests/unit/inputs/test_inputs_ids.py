@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.base import InputSpec, Skipped, Source, id_text
-from fanfold.backends.inputs.item_store import spill
-from fanfold.backends.inputs.screening import Namer
+from fanfold.backends.inputs.base import InputSpec, RowSource, SkippedRow, format_id
+from fanfold.backends.inputs.item_store import load_input
+from fanfold.backends.inputs.screening import IdAssigner
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]
 
-SOURCE = Source("a.csv", lambda: iter(()), lambda place: f"a.csv, line {place}")
+SOURCE = RowSource("a.csv", lambda: iter(()), lambda place: f"a.csv, line {place}")
 
 
 @given(st.lists(st.sampled_from(["x", "x#2", "x#3", "x#2#2", "y"])))
 def test_suffixes_are_unique_and_keep_the_first(names: list[str]) -> None:
-    namer = Namer(SOURCE, "k", "suffix")
-    given_names = [namer.admit(name, 0) for name in names]
-    namer.close()
+    namer = IdAssigner(SOURCE, "k", "suffix")
+    given_names = [namer.assign(name, 0) for name in names]
+    namer.report_problems()
     assert len(set(given_names)) == len(names)
     assert all(
         unique and unique.startswith(name) for unique, name in zip(given_names, names, strict=True)
@@ -33,8 +33,8 @@ def test_suffixes_are_unique_and_keep_the_first(names: list[str]) -> None:
 
 @given(st.lists(st.sampled_from("abc")))
 def test_first_keeps_each_once(names: list[str]) -> None:
-    namer = Namer(SOURCE, "k", "first")
-    kept = [unique for name in names if (unique := namer.admit(name, 0)) is not None]
+    namer = IdAssigner(SOURCE, "k", "first")
+    kept = [unique for name in names if (unique := namer.assign(name, 0)) is not None]
     assert kept == list(dict.fromkeys(names))
 
 
@@ -50,15 +50,15 @@ def test_first_names_what_it_leaves_out_and_the_limit_counts_the_rest(
 ) -> None:
     path = put("a.csv", "k,v\na,1\na,2\nb,3\nc,4\n")
     spec = InputSpec(path=path, id="k", on_duplicate="first", limit=2)
-    summary = spill(spec, tmp_path / "items.arrow", [])
+    summary = load_input(spec, tmp_path / "items.arrow", [])
     assert (summary.items, summary.first.row["v"]) == (2, "1")
-    assert summary.skipped == (Skipped("a", f"repeated id, {path}, line 3"),)
+    assert summary.skipped == (SkippedRow("a", f"repeated id, {path}, line 3"),)
     assert summary.skipped_total == 1
 
 
 def test_many_left_out_are_counted_but_not_all_named(tmp_path: Path) -> None:
     spec = InputSpec(items=[{"id": "x"}] * 1_500, on_duplicate="first")
-    summary = spill(spec, tmp_path / "items.arrow", [])
+    summary = load_input(spec, tmp_path / "items.arrow", [])
     assert (summary.items, len(summary.skipped), summary.skipped_total) == (1, 1_000, 1_499)
 
 
@@ -96,4 +96,4 @@ def test_blank_ids_are_named(
     [(" a ", "a"), (7, "7"), (0, "0"), (1.5, "1.5"), (None, ""), (True, None), ([], None)],
 )
 def test_id_text(value: object, text: str | None) -> None:
-    assert id_text(value) == text
+    assert format_id(value) == text

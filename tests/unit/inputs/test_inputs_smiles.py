@@ -9,7 +9,7 @@ import pytest
 from fanfold.backends.core.errors import InputError, MissingExtraError
 from fanfold.backends.core.types import Item, Row
 from fanfold.backends.inputs.base import InputSpec
-from fanfold.backends.inputs.item_store import spill
+from fanfold.backends.inputs.item_store import load_input
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]
@@ -20,7 +20,7 @@ def test_unparsable_smiles_stay_with_a_problem(
 ) -> None:
     path = put("a.jsonl", '{"s": "CCO "}\n{"s": "C1CC"}\n{"s": " "}\n{"s": 5}\n{"s": null}\n')
     target = tmp_path / "items.arrow"
-    summary = spill(InputSpec(path=path, smiles="s"), target, [])
+    summary = load_input(InputSpec(path=path, smiles="s"), target, [])
     assert (summary.items, summary.invalid, summary.skipped) == (5, 4, ())
     assert capfd.readouterr() == ("", "")
 

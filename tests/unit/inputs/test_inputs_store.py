@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.core.errors import InputError, LedgerError
+from fanfold.backends.core.errors import InputError, JournalError
 from fanfold.backends.core.types import Item, Json
 from fanfold.backends.inputs.base import InputSpec
 from fanfold.backends.inputs.item_store import (
     SCHEMA,
     SUMMARY_KEY,
     VERSION_KEY,
-    Header,
     ItemStore,
-    spill,
+    StoreHeader,
+    load_input,
 )
 
 Put = Callable[[str, str | bytes], Path]
@@ -44,7 +44,7 @@ ROWS = st.lists(st.dictionaries(TEXT.filter(lambda name: name != "id"), VALUES),
 def test_rows_come_back_as_they_were(rows: list[dict[str, Json]]) -> None:
     with TemporaryDirectory() as folder:
         target = Path(folder) / "items.arrow"
-        summary = spill(InputSpec(items=rows), target, [])
+        summary = load_input(InputSpec(items=rows), target, [])
         with ItemStore(target) as store:
             assert store.read(0, len(store)) == [
                 Item(at, str(at + 1), row) for at, row in enumerate(rows)
@@ -66,7 +66,7 @@ def target(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 700])
 def test_any_range(target: Path, count: int) -> None:
-    spill(numbers(count), target, ["n"])
+    load_input(numbers(count), target, ["n"])
     with ItemStore(target) as store:
         assert len(store) == count
         for lo in (0, 1, 255, 256, 400, count):
@@ -79,13 +79,13 @@ def test_any_range(target: Path, count: int) -> None:
 
 @pytest.mark.parametrize(("lo", "hi"), [(-1, 1), (2, 1), (0, 4), (4, 4)])
 def test_a_range_outside(target: Path, lo: int, hi: int) -> None:
-    spill(numbers(3), target, [])
+    load_input(numbers(3), target, [])
     with ItemStore(target) as store, pytest.raises(IndexError, match="of 3 in"):
         store.read(lo, hi)
 
 
 def test_long_rows_make_small_batches(target: Path) -> None:
-    spill(InputSpec(items=[{"x": "y" * 600_000, "n": n} for n in range(5)]), target, [])
+    load_input(InputSpec(items=[{"x": "y" * 600_000, "n": n} for n in range(5)]), target, [])
     with pa.ipc.open_file(str(target)) as reader:
         assert reader.num_record_batches == 4
     with ItemStore(target) as store:
@@ -93,7 +93,7 @@ def test_long_rows_make_small_batches(target: Path) -> None:
 
 
 def test_threads_may_read_together(target: Path) -> None:
-    spill(numbers(5000), target, [])
+    load_input(numbers(5000), target, [])
     with ItemStore(target) as store, ThreadPoolExecutor(8) as pool:
         parts = pool.map(lambda lo: store.read(lo, lo + 100), range(0, 5000, 100))
         assert [item.row["n"] for part in parts for item in part] == list(range(5000))
@@ -102,7 +102,7 @@ def test_threads_may_read_together(target: Path) -> None:
 def test_the_summary_needs_no_source(target: Path, put: Put) -> None:
     path = put("a.csv", "k,s\na,C\na,C\nb,C1\n")
     spec = InputSpec(path=path, id="k", on_duplicate="first", smiles="s")
-    summary = spill(spec, target, ["s"])
+    summary = load_input(spec, target, ["s"])
     path.unlink()
     with ItemStore(target) as store:
         assert store.summary() == summary
@@ -118,16 +118,16 @@ def test_the_digest_tells_inputs_apart(target: Path) -> None:
         "id": InputSpec(items=[{"id": "a", "x": "b"}], id="x"),
         "more": InputSpec(items=[{"id": "a", "x": "b"}, {"id": "b", "x": "b"}]),
     }
-    digests = {name: spill(spec, target, []).digest for name, spec in specs.items()}
+    digests = {name: load_input(spec, target, []).digest for name, spec in specs.items()}
     assert len(set(digests.values())) == 4
     limited = InputSpec(items=[{"id": "a", "x": "b"}, {"id": "b", "x": "b"}], limit=1)
-    assert spill(limited, target, []).digest == digests["same"]
+    assert load_input(limited, target, []).digest == digests["same"]
 
 
 def test_a_failed_spill_leaves_the_old_store(target: Path) -> None:
-    spill(numbers(3), target, [])
+    load_input(numbers(3), target, [])
     with pytest.raises(InputError):
-        spill(numbers(3), target, ["missing"])
+        load_input(numbers(3), target, ["missing"])
     with ItemStore(target) as store:
         assert len(store) == 3
     assert [path.name for path in target.parent.iterdir()] == ["items.arrow"]
@@ -147,17 +147,17 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_disk_that_takes_no_more(target: Path, count: int) -> None:
     with (
         largest_file(512),
-        pytest.raises(LedgerError, match=r"cannot be written to .*items\.arrow: File too large"),
+        pytest.raises(JournalError, match=r"cannot be written to .*items\.arrow: File too large"),
     ):
-        spill(numbers(count), target, [])
+        load_input(numbers(count), target, [])
     assert list(target.parent.iterdir()) == []
 
 
 def test_no_folder_to_write_to(tmp_path: Path, put: Put) -> None:
-    with pytest.raises(LedgerError, match="No such file or directory; free some space or choose"):
-        spill(numbers(1), tmp_path / "nowhere" / "items.arrow", [])
-    with pytest.raises(LedgerError, match="Not a directory"):
-        spill(numbers(1), put("file", "x") / "items.arrow", [])
+    with pytest.raises(JournalError, match="No such file or directory; free some space or choose"):
+        load_input(numbers(1), tmp_path / "nowhere" / "items.arrow", [])
+    with pytest.raises(JournalError, match="Not a directory"):
+        load_input(numbers(1), put("file", "x") / "items.arrow", [])
 
 
 def arrow_file(path: Path, schema: pa.Schema, summary: bytes | None) -> None:
@@ -167,44 +167,44 @@ def arrow_file(path: Path, schema: pa.Schema, summary: bytes | None) -> None:
 
 
 def test_files_that_are_no_store(target: Path) -> None:
-    with pytest.raises(LedgerError, match=r"items\.arrow is no whole item store.*No such file"):
+    with pytest.raises(JournalError, match=r"items\.arrow is no whole item store.*No such file"):
         ItemStore(target)
     for content in (b"", b"x", b"x" * 10_000):
         target.write_bytes(content)
-        with pytest.raises(LedgerError, match=r"items\.arrow is no whole item store"):
+        with pytest.raises(JournalError, match=r"items\.arrow is no whole item store"):
             ItemStore(target)
     arrow_file(target, pa.schema({"x": pa.int64()}), None)
-    with pytest.raises(LedgerError, match="it holds something else"):
+    with pytest.raises(JournalError, match="it holds something else"):
         ItemStore(target)
     arrow_file(target, SCHEMA.with_metadata({VERSION_KEY: b"99"}), None)
-    with pytest.raises(LedgerError, match="it has the layout 99, this fanfold reads 1"):
+    with pytest.raises(JournalError, match="it has the layout 99, this fanfold reads 1"):
         ItemStore(target)
 
 
 @pytest.mark.parametrize("summary", [None, b"{", b"[]", b"{}", b'{"starts": [0]}'])
 def test_stores_with_a_damaged_summary(target: Path, summary: bytes | None) -> None:
     arrow_file(target, SCHEMA, summary)
-    with pytest.raises(LedgerError, match="is no whole item store"):
+    with pytest.raises(JournalError, match="is no whole item store"):
         ItemStore(target)
 
 
 def test_a_store_that_lacks_a_batch(target: Path) -> None:
-    header = Header((0, 256), 300, ("n",), "", (), 0, 0, "items")
-    arrow_file(target, SCHEMA, header.dumps())
-    with pytest.raises(LedgerError, match="its summary counts other batches than it has"):
+    header = StoreHeader((0, 256), 300, ("n",), "", (), 0, 0, "items")
+    arrow_file(target, SCHEMA, header.to_json())
+    with pytest.raises(JournalError, match="its summary counts other batches than it has"):
         ItemStore(target)
 
 
 @pytest.mark.parametrize("cut", [1, 8, 100, 20_000])
 def test_a_truncated_store(target: Path, cut: int) -> None:
-    spill(numbers(3000), target, [])
+    load_input(numbers(3000), target, [])
     target.write_bytes(target.read_bytes()[:-cut])
-    with pytest.raises(LedgerError, match=r"items\.arrow is no whole item store"):
+    with pytest.raises(JournalError, match=r"items\.arrow is no whole item store"):
         ItemStore(target)
 
 
 def test_a_store_with_overwritten_rows(target: Path) -> None:
-    spill(InputSpec(items=[{"x": "needle"}]), target, [])
+    load_input(InputSpec(items=[{"x": "needle"}]), target, [])
     target.write_bytes(target.read_bytes().replace(b'{"x":"needle"}', b'{"x":"needle!!'))
-    with ItemStore(target) as store, pytest.raises(LedgerError, match="is no whole item store"):
+    with ItemStore(target) as store, pytest.raises(JournalError, match="is no whole item store"):
         store.read(0, 1)

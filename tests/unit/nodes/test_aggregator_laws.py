@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.core.errors import ConfigurationError, LedgerError
+from fanfold.backends.core.errors import ConfigurationError, JournalError
 from fanfold.backends.core.types import Outcome
-from fanfold.nodes.aggregators import Aggregate, State, build, combine
+from fanfold.nodes.aggregators import AggregatorSet, State, build_aggregators, combine_states
 
 SPECS: list[dict[str, Any]] = [
     {"op": "count"},
@@ -30,7 +30,7 @@ SPECS: list[dict[str, Any]] = [
     {"op": "collect", "limit": 3},
     {"op": "collect", "limit": 2, "field": "label"},
 ]
-ALL = build(SPECS)
+ALL = build_aggregators(SPECS)
 
 numbers = st.one_of(
     st.floats(),
@@ -64,7 +64,7 @@ outputs = st.one_of(
 def outcome_lists(draw: st.DrawFn) -> list[Outcome]:
     made = []
     for index in range(draw(st.integers(0, 12))):
-        error = draw(st.sampled_from([None, None, None, "EmptyAnswerError", "SiteError"]))
+        error = draw(st.sampled_from([None, None, None, "EmptyAnswerError", "BackendError"]))
         made.append(
             Outcome(
                 index=index,
@@ -91,7 +91,7 @@ def through_msgpack(state: State) -> State:
     return read
 
 
-def shown(state: State, aggregate: Aggregate = ALL) -> str:
+def shown(state: State, aggregate: AggregatorSet = ALL) -> str:
     presented = aggregate.present(state)
     orjson.dumps(presented)
     return json.dumps(presented, allow_nan=False)
@@ -110,7 +110,7 @@ def test_order_and_grouping_do_not_show(items: list[Outcome], data: st.DataObjec
     while len(states) > 1:
         left = states.pop(data.draw(st.integers(0, len(states) - 1)))
         right = states.pop(data.draw(st.integers(0, len(states) - 1)))
-        states.append(combine(left, right))
+        states.append(combine_states(left, right))
     assert shown(states[0]) == whole
 
 
@@ -118,11 +118,13 @@ def test_order_and_grouping_do_not_show(items: list[Outcome], data: st.DataObjec
 @given(outcome_lists(), st.integers(0, 12), st.integers(0, 12))
 def test_monoid_laws(items: list[Outcome], i: int, j: int) -> None:
     a, b, c = ALL.lift(items[: min(i, j)]), ALL.lift(items[min(i, j) : j]), ALL.lift(items[j:])
-    assert shown(combine(a, combine(b, c))) == shown(combine(combine(a, b), c))
-    assert shown(combine(a, b)) == shown(combine(b, a))
+    assert shown(combine_states(a, combine_states(b, c))) == shown(
+        combine_states(combine_states(a, b), c)
+    )
+    assert shown(combine_states(a, b)) == shown(combine_states(b, a))
     for identity in ({}, ALL.empty()):
-        assert shown(combine(a, identity)) == shown(combine(identity, a)) == shown(a)
-    assert combine({}, {}) == {}
+        assert shown(combine_states(a, identity)) == shown(combine_states(identity, a)) == shown(a)
+    assert combine_states({}, {}) == {}
     assert shown({}) == shown(ALL.empty())
 
 
@@ -133,8 +135,8 @@ def test_states_survive_checkpoints_and_processes(items: list[Outcome], cuts: li
     travelled = [through_msgpack(through_json(state)) for state in states]
     resumed: State = {}
     for state in travelled:
-        resumed = through_json(through_msgpack(combine(resumed, state)))
-    assert shown(resumed) == shown(reduce(combine, states))
+        resumed = through_json(through_msgpack(combine_states(resumed, state)))
+    assert shown(resumed) == shown(reduce(combine_states, states))
 
 
 @settings(deadline=None)
@@ -142,7 +144,7 @@ def test_states_survive_checkpoints_and_processes(items: list[Outcome], cuts: li
 def test_combine_leaves_its_arguments_alone(items: list[Outcome], cuts: list[int]) -> None:
     states = in_shards(items, cuts)
     before = copy.deepcopy(states)
-    reduce(combine, states)
+    reduce(combine_states, states)
     assert repr(states) == repr(before)
 
 
@@ -170,27 +172,27 @@ def test_the_size_does_not_grow_with_the_items() -> None:
             ALL.lift([Outcome(i, f"{i:06}", "done", {"score": i % 97 / 7, "label": i % 5})])
             for i in range(start, stop)
         )
-        return len(orjson.dumps(reduce(combine, batches)))
+        return len(orjson.dumps(reduce(combine_states, batches)))
 
     assert size(100_000, 102_000) < size(100_000, 100_200) * 1.1
 
 
 def test_states_of_other_stages_do_not_combine() -> None:
-    other = build([{"op": "top_k", "field": "score", "k": 4}])
-    mine = build([{"op": "top_k", "field": "score", "k": 5}])
+    other = build_aggregators([{"op": "top_k", "field": "score", "k": 4}])
+    mine = build_aggregators([{"op": "top_k", "field": "score", "k": 5}])
     with pytest.raises(ConfigurationError, match="fold the finished items anew"):
-        combine(other.empty(), mine.empty())
+        combine_states(other.empty(), mine.empty())
     with pytest.raises(ConfigurationError, match="different stages"):
         mine.present(other.empty())
     with pytest.raises(ConfigurationError, match="different stages"):
-        mine.present(build([]).empty())
+        mine.present(build_aggregators([]).empty())
 
 
 def test_states_of_another_version_are_refused() -> None:
-    with pytest.raises(LedgerError, match="form 2"):
-        combine({}, ALL.empty() | {"v": 2})
+    with pytest.raises(JournalError, match="form 2"):
+        combine_states({}, ALL.empty() | {"v": 2})
 
 
 def test_no_stages() -> None:
-    none = build([])
-    assert none.present(combine(none.lift([Outcome(0, "a", "done", 1)]), {})) == []
+    none = build_aggregators([])
+    assert none.present(combine_states(none.lift([Outcome(0, "a", "done", 1)]), {})) == []

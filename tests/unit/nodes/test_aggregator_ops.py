@@ -8,7 +8,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.types import Json, Outcome
-from fanfold.nodes.aggregators import build, combine
+from fanfold.nodes.aggregators import build_aggregators, combine_states
 
 
 def outcomes(values: list[Json], field: str = "x") -> list[Outcome]:
@@ -16,7 +16,7 @@ def outcomes(values: list[Json], field: str = "x") -> list[Outcome]:
 
 
 def one(spec: dict[str, Json], items: list[Outcome]) -> dict[str, Any]:
-    stage = build([spec])
+    stage = build_aggregators([spec])
     return stage.present(stage.lift(items))[0]
 
 
@@ -25,22 +25,22 @@ def failed(index: int, error: str | None) -> Outcome:
 
 
 def test_count() -> None:
-    errors = ["SiteError", "AnswerError", "SiteError", None]
+    errors = ["BackendError", "AnswerError", "BackendError", None]
     items = [*outcomes([1]), *(failed(i + 1, e) for i, e in enumerate(errors))]
     found = one({"op": "count"}, items)
     assert (found["done"], found["failed"]) == (1, 4)
     assert list(found["failed_by_class"].items()) == [
-        ("SiteError", 2),
+        ("BackendError", 2),
         ("AnswerError", 1),
         ("unknown", 1),
     ]
 
 
 def test_count_tells_at_most_100_classes_apart_in_any_order() -> None:
-    stage = build([{"op": "count"}])
+    stage = build_aggregators([{"op": "count"}])
     states = [stage.lift([failed(i, f"E{i % 150:03}")]) for i in range(300)]
-    forward = stage.present(reduce(combine, states))[0]
-    assert forward == stage.present(reduce(combine, states[::-1]))[0]
+    forward = stage.present(reduce(combine_states, states))[0]
+    assert forward == stage.present(reduce(combine_states, states[::-1]))[0]
     assert forward["failed"] == 300
     assert len(forward["failed_by_class"]) == 101
     assert forward["failed_by_class"]["E099"] == 2
@@ -89,12 +89,12 @@ def test_histogram_with_edges() -> None:
 
 
 def test_histogram_refuses_too_many_values_in_lift_and_in_combine() -> None:
-    stage = build([{"op": "histogram", "field": "x"}])
+    stage = build_aggregators([{"op": "histogram", "field": "x"}])
     with pytest.raises(ConfigurationError, match=r"'x' met more than 1,000.*enum"):
         stage.lift(outcomes(list(range(1_001))))
     half = stage.lift(outcomes(list(range(1_000))))
     with pytest.raises(ConfigurationError, match="1,000"):
-        combine(half, stage.lift(outcomes(["another"])))
+        combine_states(half, stage.lift(outcomes(["another"])))
 
 
 def test_a_full_histogram_with_bins_is_no_error() -> None:
@@ -137,7 +137,7 @@ def test_top_k_cuts_long_texts_in_show_columns_only() -> None:
 
 
 def test_collect() -> None:
-    items = [*outcomes([7, 8, 9])[::-1], failed(3, "SiteError")]
+    items = [*outcomes([7, 8, 9])[::-1], failed(3, "BackendError")]
     found = one({"op": "collect", "limit": 2}, items)
     assert found["rows"] == [{"id": "i0", "output": {"x": 7}}, {"id": "i1", "output": {"x": 8}}]
     found = one({"op": "collect", "limit": 2, "field": "x"}, items)
@@ -184,4 +184,4 @@ def test_odd_outputs_are_made_writable() -> None:
 )
 def test_wrong_parameters(spec: dict[str, Json], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        build([spec])
+        build_aggregators([spec])

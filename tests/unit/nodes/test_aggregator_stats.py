@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fanfold.backends.core.types import Json, Outcome
-from fanfold.nodes.aggregators import build, combine
-from fanfold.nodes.aggregators.numeric import Exact
+from fanfold.nodes.aggregators import build_aggregators, combine_states
+from fanfold.nodes.aggregators.numeric import ExactSum
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 QUANTILES = [0, 0.02, 0.05, 0.25, 0.5, 0.75, 0.95, 1]
-STATS = build([{"op": "stats", "field": "x", "quantiles": QUANTILES}])
+STATS = build_aggregators([{"op": "stats", "field": "x", "quantiles": QUANTILES}])
 
 
 def outcomes(values: list[Json]) -> list[Outcome]:
@@ -76,7 +76,7 @@ def test_the_error_of_a_bucket(value: float) -> None:
 def test_wide_data_stays_bounded_and_independent_of_order() -> None:
     values: list[Json] = [s * 1.05 ** (i - 14_000) for i in range(28_000) for s in (1, -1)]
     parts = [STATS.lift(outcomes(values[i : i + 5_000])) for i in range(0, 56_000, 5_000)]
-    forward, backward = reduce(combine, parts), reduce(combine, parts[::-1])
+    forward, backward = reduce(combine_states, parts), reduce(combine_states, parts[::-1])
     assert len(forward["stages"][0]["positive"]) <= 8_192
     assert len(forward["stages"][0]["negative"]) <= 8_192
     assert STATS.present(forward) == STATS.present(backward)
@@ -94,7 +94,7 @@ def test_what_is_no_finite_number_is_missing(odd: Json) -> None:
 
 
 def test_failed_items_are_not_missing() -> None:
-    state = STATS.lift([*outcomes([1, 2]), Outcome(2, "c", "failed", None, "SiteError")])
+    state = STATS.lift([*outcomes([1, 2]), Outcome(2, "c", "failed", None, "BackendError")])
     assert STATS.present(state)[0]["missing"] == 0
 
 
@@ -112,10 +112,10 @@ def test_too_few_values() -> None:
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(-(2**300), 2**300), st.integers(-50, 50)), max_size=5))
 def test_exact_sums_are_written_the_same_whatever_their_parts(parts: list[tuple[int, int]]) -> None:
-    numbers = [Exact(n, e) for n, e in parts]
+    numbers = [ExactSum(n, e) for n, e in parts]
     total = sum((Fraction(n) * Fraction(2) ** e for n, e in parts), Fraction())
-    forward = reduce(Exact.__add__, numbers, Exact())
-    backward = reduce(Exact.__add__, numbers[::-1], Exact())
-    assert forward.write() == backward.write()
-    again = Exact.read(forward.write())
+    forward = reduce(ExactSum.__add__, numbers, ExactSum())
+    backward = reduce(ExactSum.__add__, numbers[::-1], ExactSum())
+    assert forward.to_json() == backward.to_json()
+    again = ExactSum.from_json(forward.to_json())
     assert Fraction(again.n) * Fraction(2) ** again.e == total

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.configs.loader import load
-from fanfold.graphs.run.items import cut
+from fanfold.configs.loader import load_config
+from fanfold.graphs.run.items import plan_shards
 from fanfold.nodes.batch.dispatch import dispatch, fan_out
 from fanfold.nodes.state import RunState
 
 
 def planned(total: int, **sections: Any) -> RunState:
     given = {"task": {"prompt": "x"}, "endpoints": {"urls": ["http://h:1"]}} | sections
-    run = cut({"id": "r", "name": "f"}, load(given).config, total)
+    run = plan_shards({"id": "r", "name": "f"}, load_config(given).config, total)
     return {
         "run": run.key,
         "total": total,

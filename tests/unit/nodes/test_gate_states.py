@@ -35,7 +35,7 @@ class GateMachine(RuleBasedStateMachine):
 
     @rule(settle=st.booleans())
     def enter(self, settle: bool) -> None:
-        self.waiting.append(self.loop.create_task(self.gate.enter()))
+        self.waiting.append(self.loop.create_task(self.gate.acquire()))
         if settle:
             self.run()
 
@@ -43,7 +43,7 @@ class GateMachine(RuleBasedStateMachine):
     @rule(settle=st.booleans())
     def leave(self, settle: bool) -> None:
         self.inside -= 1
-        self.gate.leave()
+        self.gate.release()
         if settle:
             self.run()
 
@@ -76,7 +76,7 @@ class GateMachine(RuleBasedStateMachine):
         for _ in range(5):
             self.run()
         self.count()
-        if self.gate.closed:
+        if self.gate.is_closed:
             assert not self.waiting  # nobody is left hanging
         while self.waiting or self.inside:
             while self.inside:
@@ -86,9 +86,9 @@ class GateMachine(RuleBasedStateMachine):
             self.count()
         assert self.gate.in_flight == 0  # no place has leaked
         self.gate.close("end")
-        assert self.run(self.gate.drained())
-        if not self.gate.closed:
-            entered = [self.loop.create_task(self.gate.enter()) for _ in range(self.streams)]
+        assert self.run(self.gate.wait_drained())
+        if not self.gate.is_closed:
+            entered = [self.loop.create_task(self.gate.acquire()) for _ in range(self.streams)]
             assert all(self.run(asyncio.gather(*entered)))
         self.loop.close()
 
@@ -101,10 +101,10 @@ async def test_places_go_to_who_waits_longest() -> None:
     gate, order = Gate(1, 60.0), list[int]()
 
     async def user(number: int) -> None:
-        assert await gate.enter()
+        assert await gate.acquire()
         order.append(number)
         await asyncio.sleep(0)
-        gate.leave()
+        gate.release()
 
     await asyncio.gather(*(user(n) for n in range(20)))
     assert order == list(range(20))
@@ -113,32 +113,32 @@ async def test_places_go_to_who_waits_longest() -> None:
 async def test_a_place_handed_over_counts_until_the_gate_is_closed() -> None:
     """Closed between the handing over and the waking up: nobody begins, and nobody is missed."""
     gate = Gate(1, 60.0)
-    assert await gate.enter()
-    second = asyncio.create_task(gate.enter())
+    assert await gate.acquire()
+    second = asyncio.create_task(gate.acquire())
     await asyncio.sleep(0)
-    gate.leave()
+    gate.release()
     assert gate.in_flight == 1
     gate.close("stop")
     assert not await second
     assert gate.in_flight == 0
-    assert await gate.drained()
+    assert await gate.wait_drained()
 
 
 async def test_the_first_reason_stays() -> None:
     gate, error = Gate(1, 60.0), ValueError("first")
     gate.close("first", error)
     gate.close("second")
-    assert (gate.reason, gate.error, await gate.enter()) == ("first", error, False)
+    assert (gate.reason, gate.error, await gate.acquire()) == ("first", error, False)
 
 
 async def test_waiting_for_the_drain_is_bounded_from_the_closing() -> None:
     gate = Gate(2, 0.0)
-    assert await gate.enter()
+    assert await gate.acquire()
     gate.close("stop")
-    assert not await gate.drained()
-    assert not await gate.drained()
-    gate.leave()
-    assert await gate.drained()
+    assert not await gate.wait_drained()
+    assert not await gate.wait_drained()
+    gate.release()
+    assert await gate.wait_drained()
 
 
 async def test_waiting_for_the_closing() -> None:
@@ -152,12 +152,12 @@ async def test_waiting_for_the_closing() -> None:
 
 async def test_hurrying_ends_the_wait() -> None:
     gate = Gate(1, 60.0)
-    assert await gate.enter()
+    assert await gate.acquire()
     gate.close("stop")
-    waiting = asyncio.create_task(gate.drained())
+    waiting = asyncio.create_task(gate.wait_drained())
     await asyncio.sleep(0)
     assert not waiting.done()
-    gate.hurry()
+    gate.stop_waiting()
     assert not await waiting
-    gate.leave()
-    assert await gate.drained()
+    gate.release()
+    assert await gate.wait_drained()

@@ -16,19 +16,19 @@ from fanfold.backends.core.errors import EndpointLostError
 from fanfold.backends.core.protocols import CallLog
 from fanfold.backends.core.templates import Template
 from fanfold.backends.core.types import Item, Message, Reply, Usage
-from fanfold.backends.core.values import MOST, check_record
+from fanfold.backends.core.values import MAX_COUNT, check_record
 from fanfold.backends.fleet import failures
-from fanfold.backends.fleet.request import Charge
-from fanfold.backends.storage.journal_index import Ledger
-from fanfold.configs.loader import load
-from fanfold.graphs.run.prepare import asked_by_all
-from fanfold.nodes.aggregators import build
+from fanfold.backends.fleet.request import RequestCharge
+from fanfold.backends.storage.journal_index import Journal
+from fanfold.configs.loader import load_config
+from fanfold.graphs.run.prepare import compute_question_digest
+from fanfold.nodes.aggregators import build_aggregators
 from fanfold.nodes.context import ItemContext, RunTools
 from fanfold.nodes.item.answer import AnswerCheck
-from fanfold.nodes.item.prepare import asked
-from fanfold.nodes.item.steps import ITEM_STEPS, walk
+from fanfold.nodes.item.prepare import build_messages
+from fanfold.nodes.item.steps import ITEM_STEPS, walk_steps
 from fanfold.nodes.shard.gate import Gate
-from fanfold.nodes.shard.local import Recorder, put_record
+from fanfold.nodes.shard.local import RecordBuilder, put_record
 from fanfold.nodes.shard.progress import Progress
 from fanfold.nodes.state import ItemState
 
@@ -53,24 +53,24 @@ class Nothing:
 
 
 def tools_of(folder: Path, settings: dict[str, Any], model: str = "m") -> RunTools:
-    ledger = Ledger(folder, "r", 10)
-    ledger.begin("test", 60.0)
+    ledger = Journal(folder, "r", 10)
+    ledger.start_session("test", 60.0)
 
     async def nobody(_: Item) -> ItemState:
         raise AssertionError
 
-    common = asked_by_all(load(settings).config, model)
+    common = compute_question_digest(load_config(settings).config, model)
     gate = Gate(1, 1.0)
     return RunTools(
         Nothing(),
         ledger,
-        build([{"op": "count"}]),
+        build_aggregators([{"op": "count"}]),
         nobody,
         gate,
         Progress(),
         b"",
         True,
-        asked=common,
+        question_digest=common,
     )
 
 
@@ -80,10 +80,10 @@ def question(
     changes = changes or {}
     settings = SETTINGS | {name: SETTINGS.get(name, {}) | value for name, value in changes.items()}
     tools = tools_of(folder, settings, model)
-    config = load(settings).config
-    messages = asked(config.task.system, Template.parse(config.task.prompt), {"x": x})
+    config = load_config(settings).config
+    messages = build_messages(config.task.system, Template.parse(config.task.prompt), {"x": x})
     state: ItemState = {"messages": messages, "output": {}}
-    found: str | None = Recorder(tools).record(Item(0, "i", {"x": x}), state, CallLog(), 0.1)[
+    found: str | None = RecordBuilder(tools).build(Item(0, "i", {"x": x}), state, CallLog(), 0.1)[
         "question"
     ]
     return found
@@ -137,7 +137,9 @@ def test_model_and_item_belong_to_the_question(tmp_path: Path) -> None:
 
 def test_an_item_that_was_not_rendered_has_no_question(tmp_path: Path) -> None:
     state: ItemState = {"error": {"class": "InvalidItemError", "text": "no"}}
-    record = Recorder(tools_of(tmp_path, SETTINGS)).record(Item(0, "i", {}), state, CallLog(), 0.1)
+    record = RecordBuilder(tools_of(tmp_path, SETTINGS)).build(
+        Item(0, "i", {}), state, CallLog(), 0.1
+    )
     assert record["question"] is None
     assert (record["stage"], record["sample"], record["origin"]) == ("", 0, None)
 
@@ -164,8 +166,8 @@ async def record_of(folder: Path, script: Script, *, keep_raw: bool = False) -> 
     check = AnswerCheck(SETTINGS["task"]["schema"], 256)
     context = ItemContext("", Template.parse("{x}"), script, check, repairs=1)
     state = ItemState(id="i", row={"x": "gold"}, problem=None)
-    end = await walk(ITEM_STEPS, state, Runtime(context=context))
-    return Recorder(tools).record(Item(0, "i", {"x": "gold"}), end, CallLog(), 0.1)
+    end = await walk_steps(ITEM_STEPS, state, Runtime(context=context))
+    return RecordBuilder(tools).build(Item(0, "i", {"x": "gold"}), end, CallLog(), 0.1)
 
 
 GOOD = '{"a": 1}'
@@ -219,24 +221,24 @@ class Sent:
     def __init__(self, label: str) -> None:
         self.label, self.stats = label, self
 
-    def useful(self, usage: Usage) -> None:
+    def add_useful(self, usage: Usage) -> None:
         """Nothing is kept."""
 
 
 def test_the_first_eight_requests_are_told(tmp_path: Path) -> None:
     log, before = CallLog(), time.time()
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5}
-    charges = list[Charge]()
+    charges = list[RequestCharge]()
     for number in range(10):
-        charges.append(Charge(log, body))
-        charges[-1].sent(Sent(f"e{number}"))  # type: ignore[arg-type]
-    charges[0].failed(failures.of_exception(TimeoutError(), "e0"))
-    charges[1].lost()
-    charges[1].lost()
-    charges[2].answered(Usage(1, 1), "m")
-    charges[9].answered(Usage(1, 1), "m")
+        charges.append(RequestCharge(log, body))
+        charges[-1].record_sent(Sent(f"e{number}"))  # type: ignore[arg-type]
+    charges[0].settle_failed(failures.classify_exception(TimeoutError(), "e0"))
+    charges[1].settle_lost()
+    charges[1].settle_lost()
+    charges[2].settle_answered(Usage(1, 1), "m")
+    charges[9].settle_answered(Usage(1, 1), "m")
     state: ItemState = {"output": {}}
-    record = Recorder(tools_of(tmp_path, SETTINGS)).record(Item(0, "i", {}), state, log, 0.1)
+    record = RecordBuilder(tools_of(tmp_path, SETTINGS)).build(Item(0, "i", {}), state, log, 0.1)
     attempts = record["attempts"]
     assert record["requests"] == 10
     assert [one["endpoint"] for one in attempts] == [f"e{n}" for n in range(8)]
@@ -257,17 +259,19 @@ async def test_what_cannot_be_written_fails_its_item(tmp_path: Path, output: Any
     tools = tools_of(tmp_path, SETTINGS)
     log = CallLog(requests=2, usage=Usage(10, 5), model="half \ud800")
     state: ItemState = {"output": output}
-    record = Recorder(tools).record(Item(0, "i", {}), state, log, 0.1)
-    kept = put_record(tools.ledger, record)
+    record = RecordBuilder(tools).build(Item(0, "i", {}), state, log, 0.1)
+    kept = put_record(tools.item_journal, record)
     assert (kept["status"], kept["error_class"]) == ("failed", "InvalidAnswerError")
     assert "cannot be recorded as JSON" in kept["error"]
-    assert tools.ledger.record(0) == kept
+    assert tools.item_journal.read_record(0) == kept
     assert (kept["requests"], kept["prompt_tokens"], kept["output"]) == (2, 10, None)
     assert kept["model"] == "half ?"
-    put_record(tools.ledger, Recorder(tools).record(Item(1, "j", {}), {"output": 1}, log, 0.1))
+    put_record(
+        tools.item_journal, RecordBuilder(tools).build(Item(1, "j", {}), {"output": 1}, log, 0.1)
+    )
     await asyncio.sleep(0)
-    assert isinstance(tools.ledger, Ledger)
-    await tools.ledger.aclose()
+    assert isinstance(tools.item_journal, Journal)
+    await tools.item_journal.aclose()
 
 
 @pytest.mark.parametrize("endpoints", [1, 2])
@@ -285,12 +289,12 @@ def test_a_record_can_always_be_read_back(tmp_path: Path, usage: Usage, endpoint
     """Whatever has counted: a count out of range never reaches the journal."""
     log = CallLog(requests=-1, usage=usage)
     for number in range(endpoints):
-        share = log.share(f"e{number}", Sent(f"e{number}"))
+        share = log.get_endpoint_usage(f"e{number}", Sent(f"e{number}"))
         share.usage = share.useful = Usage(-7, 2**63)
     state: ItemState = {"output": {}}
-    log.useful, log.useful_at = Usage(-7, 2**63), "e0"
+    log.useful, log.useful_endpoint = Usage(-7, 2**63), "e0"
     tools = tools_of(tmp_path, SETTINGS)
-    record = Recorder(tools).record(Item(0, "i", {}), state, log, 0.1)
+    record = RecordBuilder(tools).build(Item(0, "i", {}), state, log, 0.1)
     check_record(record)
     assert record["requests"] == 0
-    assert record["prompt_tokens"] in (None, MOST)
+    assert record["prompt_tokens"] in (None, MAX_COUNT)

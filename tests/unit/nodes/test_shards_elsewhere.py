@@ -15,18 +15,18 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.types import Send
 from typing_extensions import TypedDict
 
-from fanfold.backends.core.errors import LedgerError, RunStoppedError
-from fanfold.backends.core.messages import Order, Summary
+from fanfold.backends.core.errors import JournalError, RunStoppedError
+from fanfold.backends.core.messages import ShardResult, ShardTask
 from fanfold.backends.core.types import Item, Json, Shard
-from fanfold.backends.storage.journal_index import Ledger
-from fanfold.nodes.aggregators import build
-from fanfold.nodes.context import Answered, RunTools
+from fanfold.backends.storage.journal_index import Journal
+from fanfold.nodes.aggregators import build_aggregators
+from fanfold.nodes.context import AnsweredTask, RunTools
 from fanfold.nodes.shard.gate import Gate
 from fanfold.nodes.shard.progress import Progress
-from fanfold.nodes.shard.remote import work_elsewhere
+from fanfold.nodes.shard.remote import run_remote_shard
 
 SHARDS, SIZE = 4, 5
-OTHERS = build([{"op": "count"}]).empty()
+OTHERS = build_aggregators([{"op": "count"}]).empty()
 """What no journal says: taken over only with the records that it is said to be of."""
 Act = Callable[[Shard], Awaitable[None]]
 
@@ -46,24 +46,24 @@ class Workers:
     """Workers that send their records home, whenever ``act`` lets them."""
 
     act: Act
-    nodewise: bool = False
-    out: int = 0
+    has_node_endpoints: bool = False
+    in_flight: int = 0
     nodes: tuple[int, int] = (1, 1)
     home: list[int] = field(default_factory=list)
     stops: int = 0
 
-    async def work(
+    async def run_shard(
         self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
-    ) -> Answered | None:
+    ) -> AnsweredTask | None:
         items = await remaining()
         await self.act(shard)
         self.home.append(shard.lo)
         name, indices = f"{shard.lo}-{shard.hi}", [item.index for item in items]
-        order: Any = Order(name, 0, "0", {}, {}, [], None, None, 1, 1.0)
+        order: Any = ShardTask(name, 0, "0", {}, {}, [], None, None, 1, 1.0)
         order.items.extend((item.index, item.id, item.row, None) for item in items)
         records = [record(index) for index in indices]
         tally = {"done": len(items)}
-        return order, Summary(name, 0, "0", "w:1", tally=tally, records=records, parts=OTHERS)
+        return order, ShardResult(name, 0, "0", "w:1", tally=tally, records=records, parts=OTHERS)
 
     async def refresh(self, worker: str | None = None) -> None:
         """Nothing is shared."""
@@ -72,7 +72,7 @@ class Workers:
         self.stops += 1
         await asyncio.Event().wait()  # some workers cannot be told
 
-    async def rest(self) -> None:
+    async def finish_reading(self) -> None:
         """Nothing is shared."""
 
 
@@ -85,16 +85,16 @@ def record(index: int) -> dict[str, Json]:
 
 @asynccontextmanager
 async def opened(folder: Path, act: Act, drain_s: float = 60.0) -> AsyncIterator[RunTools]:
-    ledger = Ledger(folder, "r", SHARDS * SIZE)
-    ledger.begin("test", 0.001)
+    ledger = Journal(folder, "r", SHARDS * SIZE)
+    ledger.start_session("test", 0.001)
     gate = Gate(sys.maxsize, drain_s, "shards")
 
     async def nobody(_: Item) -> Any:
         raise AssertionError
 
-    reduce = build([{"op": "count"}])
+    reduce = build_aggregators([{"op": "count"}])
     crew = Workers(act)
-    tools = RunTools(Rows(), ledger, reduce, nobody, gate, Progress(), b"", True, crew=crew)
+    tools = RunTools(Rows(), ledger, reduce, nobody, gate, Progress(), b"", True, coordinator=crew)
     try:
         yield tools
     finally:
@@ -117,9 +117,9 @@ async def superstep(tools: RunTools) -> list[int]:
     """Send all shards, as the map-reduce graph does."""
 
     async def shard(state: Sent) -> dict[str, list[int]]:
-        crew: Any = tools.crew
+        crew: Any = tools.coordinator
         range_ = Shard(state["lo"], state["lo"] + SIZE)
-        part = await work_elsewhere(range_, tools, crew, lambda: None)
+        part = await run_remote_shard(range_, tools, crew, lambda: None)
         return {"done": [len(part)] if part is not None else []}
 
     graph = StateGraph(Batch)
@@ -133,7 +133,7 @@ async def superstep(tools: RunTools) -> list[int]:
     return list(found["done"])
 
 
-@pytest.mark.parametrize("kind", [RunStoppedError, LedgerError])
+@pytest.mark.parametrize("kind", [RunStoppedError, JournalError])
 async def test_what_one_shard_fails_of_lets_the_others_come_home(
     kind: type[Exception], tmp_path: Path
 ) -> None:
@@ -146,14 +146,14 @@ async def test_what_one_shard_fails_of_lets_the_others_come_home(
 
     async with opened(tmp_path, act) as tools:
         run = asyncio.create_task(superstep(tools))
-        crew: Any = tools.crew
+        crew: Any = tools.coordinator
         while not crew.stops:  # noqa: ASYNC110 - what is waited for sets no event
             await asyncio.sleep(0.001)
         others.set()
         with pytest.raises(kind, match="lost 3 times"):
             await run
         assert sorted(crew.home) == [SIZE, 2 * SIZE, 3 * SIZE]
-        assert tools.ledger.counts().done == 3 * SIZE  # type: ignore[attr-defined]
+        assert tools.item_journal.count_items().done == 3 * SIZE  # type: ignore[attr-defined]
 
 
 async def test_a_failure_waits_for_nobody_longer_than_a_drain(tmp_path: Path) -> None:
@@ -166,19 +166,19 @@ async def test_a_failure_waits_for_nobody_longer_than_a_drain(tmp_path: Path) ->
         async with asyncio.timeout(10):
             with pytest.raises(RunStoppedError, match="lost 3 times"):
                 await superstep(tools)
-        assert tools.crew.home == []  # type: ignore[union-attr]
+        assert tools.coordinator.home == []  # type: ignore[union-attr]
 
 
 async def test_a_part_of_records_that_do_not_count_is_not_taken(tmp_path: Path) -> None:
     """Somebody else's records of the same items came home while the order was out."""
 
     async def act(shard: Shard) -> None:
-        tools.ledger.put(record(shard.lo))
+        tools.item_journal.put(record(shard.lo))
 
     async with opened(tmp_path, act) as tools:
-        crew: Any = tools.crew
-        part = await work_elsewhere(Shard(0, SIZE), tools, crew, lambda: None)
-        folded = await work_elsewhere(Shard(0, SIZE), tools, crew, lambda: None)
+        crew: Any = tools.coordinator
+        part = await run_remote_shard(Shard(0, SIZE), tools, crew, lambda: None)
+        folded = await run_remote_shard(Shard(0, SIZE), tools, crew, lambda: None)
         assert part is not None
         assert folded is not None
         assert part.state() == folded.state() != OTHERS
@@ -190,7 +190,7 @@ async def test_a_part_of_records_that_count_is_taken(tmp_path: Path) -> None:
         """Nobody else has ended any."""
 
     async with opened(tmp_path, act) as tools:
-        crew: Any = tools.crew
-        part = await work_elsewhere(Shard(0, SIZE), tools, crew, lambda: None)
+        crew: Any = tools.coordinator
+        part = await run_remote_shard(Shard(0, SIZE), tools, crew, lambda: None)
         assert part is not None
         assert part.state() == OTHERS

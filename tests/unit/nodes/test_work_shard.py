@@ -27,16 +27,16 @@ from typing_extensions import TypedDict
 from fanfold.backends.core.errors import (
     ConfigurationError,
     EndpointLostError,
-    LedgerError,
+    JournalError,
     RunStoppedError,
 )
 from fanfold.backends.core.protocols import CURRENT_CALLS
 from fanfold.backends.core.types import Item, Shard
-from fanfold.backends.storage.journal_index import Ledger
-from fanfold.nodes.aggregators import build
+from fanfold.backends.storage.journal_index import Journal
+from fanfold.nodes.aggregators import build_aggregators
 from fanfold.nodes.context import RunTools
 from fanfold.nodes.shard.gate import Gate
-from fanfold.nodes.shard.local import Part, work
+from fanfold.nodes.shard.local import ShardPart, run_local_shard
 from fanfold.nodes.shard.progress import Progress
 from fanfold.nodes.state import ItemState
 
@@ -71,8 +71,8 @@ class Bench:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[RunTools]:
-        ledger = Ledger(self.folder, "r", TOTAL)
-        ledger.begin("test", 0.001)
+        ledger = Journal(self.folder, "r", TOTAL)
+        ledger.start_session("test", 0.001)
         gate = Gate(self.streams, self.drain_s)
 
         async def run_item(item: Item) -> ItemState:
@@ -82,13 +82,20 @@ class Bench:
 
         try:
             yield RunTools(
-                Rows(), ledger, build(self.reduce), run_item, gate, Progress(), b"", True
+                Rows(),
+                ledger,
+                build_aggregators(self.reduce),
+                run_item,
+                gate,
+                Progress(),
+                b"",
+                True,
             )
         finally:
             await ledger.aclose()
 
-    async def work(self, tools: RunTools, lo: int = 0, hi: int = TOTAL) -> Part | None:
-        return await work(Shard(lo, hi), tools, lambda: self.reason)
+    async def work(self, tools: RunTools, lo: int = 0, hi: int = TOTAL) -> ShardPart | None:
+        return await run_local_shard(Shard(lo, hi), tools, lambda: self.reason)
 
 
 async def answer(item: Item) -> ItemState:
@@ -102,7 +109,7 @@ async def test_all_items_once_within_the_bound(tmp_path: Path) -> None:
         part = await bench.work(tools)
         assert part is not None
         assert len(part) == TOTAL
-        assert part.summary()["tally"] == {"done": TOTAL, "failed": 0}
+        assert part.to_update()["tally"] == {"done": TOTAL, "failed": 0}
         assert tools.gate.in_flight == 0
         assert tools.progress.done == TOTAL
     assert sorted(bench.asked) == list(range(TOTAL))
@@ -117,7 +124,7 @@ async def test_finished_items_are_folded_not_asked(tmp_path: Path) -> None:
     async with second.open() as tools:
         part = await second.work(tools)
         assert part is not None
-        assert part.summary()["tally"] == {"done": TOTAL, "failed": 0}
+        assert part.to_update()["tally"] == {"done": TOTAL, "failed": 0}
     assert sorted(second.asked) == [*range(30), *range(130, TOTAL)]
 
 
@@ -125,7 +132,7 @@ async def test_what_is_returned_is_on_disk(tmp_path: Path) -> None:
     bench = Bench(tmp_path, answer)
     async with bench.open() as tools:
         await bench.work(tools)
-        writer = tools.ledger._writer  # type: ignore[attr-defined]  # the protocol hides it
+        writer = tools.item_journal._writer  # type: ignore[attr-defined]  # the protocol hides it
         assert writer._flushed == writer._written
 
 
@@ -154,8 +161,8 @@ async def test_what_an_item_raises_is_its_end(
     async with bench.open() as tools:
         part = await bench.work(tools)
         assert part is not None
-        assert part.summary()["tally"] == {"done": TOTAL - 1, "failed": 1}
-        record = tools.ledger.record(5)
+        assert part.to_update()["tally"] == {"done": TOTAL - 1, "failed": 1}
+        record = tools.item_journal.read_record(5)
         assert (record["error_class"], record["error"]) == (name, text)
         assert record["output"] is None
 
@@ -187,17 +194,17 @@ async def test_an_error_of_the_engine_is_no_items_end(tmp_path: Path, error: Bas
         assert await first.work(tools) is None
         assert isinstance(tools.gate.error, RunStoppedError)
         assert "resume the run" in tools.gate.error.message
-        assert not tools.ledger.finished(5)
+        assert not tools.item_journal.is_finished(5)
     second = Bench(tmp_path, answer)
     async with second.open() as tools:
         part = await second.work(tools)
         assert part is not None
-        assert part.summary()["tally"] == {"done": TOTAL, "failed": 0}
+        assert part.to_update()["tally"] == {"done": TOTAL, "failed": 0}
     assert not set(first.asked) & set(second.asked) - {5}
 
 
 @pytest.mark.parametrize(
-    "error", [RunStoppedError("no node"), ConfigurationError("wrong"), LedgerError("full")]
+    "error", [RunStoppedError("no node"), ConfigurationError("wrong"), JournalError("full")]
 )
 async def test_what_ends_the_run_lets_items_in_flight_finish(
     tmp_path: Path, error: Exception
@@ -215,7 +222,7 @@ async def test_what_ends_the_run_lets_items_in_flight_finish(
     async with bench.open() as tools:
         assert await bench.work(tools) is None
         assert tools.gate.error is error
-        recorded = [record["index"] for record in tools.ledger.records()]
+        recorded = [record["index"] for record in tools.item_journal.read_records()]
     assert recorded == sorted(set(bench.asked) - {4})
     assert len(bench.asked) < TOTAL
 
@@ -234,7 +241,7 @@ async def test_a_stop_loses_and_repeats_nothing(tmp_path: Path, how: str) -> Non
     async with bench.open() as tools:
         assert await bench.work(tools) is None
         assert tools.gate.reason == ("SIGTERM" if how == "gate" else "drain")
-        recorded = [record["index"] for record in tools.ledger.records()]
+        recorded = [record["index"] for record in tools.item_journal.read_records()]
     assert recorded == sorted(bench.asked)
     assert len(recorded) < TOTAL
     again = Bench(tmp_path, answer)
@@ -256,7 +263,7 @@ async def test_a_stop_with_all_items_begun_is_bounded(tmp_path: Path) -> None:
     bench = Bench(tmp_path, act, streams=64, drain_s=0.05)
     async with bench.open() as tools:
         assert await bench.work(tools, 0, 10) is None
-        recorded = [record["index"] for record in tools.ledger.records()]
+        recorded = [record["index"] for record in tools.item_journal.read_records()]
         assert tools.gate.in_flight == 0
     assert recorded == [0, 2, 4, 6, 8, 9]
 
@@ -284,15 +291,15 @@ async def test_a_failed_record_stops_at_once(
         return await answer(item)
 
     def put(_: dict[str, Any]) -> None:
-        raise LedgerError("disk full")
+        raise JournalError("disk full")
 
     bench = Bench(tmp_path, act)
     async with bench.open() as tools:
-        monkeypatch.setattr(tools.ledger, "put", put)
-        with pytest.raises(LedgerError, match="disk full"):
+        monkeypatch.setattr(tools.item_journal, "put", put)
+        with pytest.raises(JournalError, match="disk full"):
             await bench.work(tools)
         assert tools.gate.in_flight == 0
-        assert tools.gate.closed
+        assert tools.gate.is_closed
 
 
 async def test_a_stage_that_cannot_count_stops_the_run(tmp_path: Path) -> None:
@@ -312,10 +319,12 @@ async def test_a_stage_that_cannot_count_stops_the_run(tmp_path: Path) -> None:
 
     bench = Bench(tmp_path, act)
     async with bench.open() as tools:
-        object.__setattr__(tools, "aggregate", Narrow(tools.aggregate))
+        object.__setattr__(tools, "aggregators", Narrow(tools.aggregators))
         assert await bench.work(tools) is None
         assert isinstance(tools.gate.error, ConfigurationError)
-        assert sorted(bench.asked) == [record["index"] for record in tools.ledger.records()]
+        assert sorted(bench.asked) == [
+            record["index"] for record in tools.item_journal.read_records()
+        ]
 
 
 async def test_each_item_has_a_call_log_of_its_own(tmp_path: Path) -> None:
@@ -331,7 +340,7 @@ async def test_each_item_has_a_call_log_of_its_own(tmp_path: Path) -> None:
     bench = Bench(tmp_path, act)
     async with bench.open() as tools:
         await bench.work(tools, 0, 20)
-        assert [r["requests"] for r in tools.ledger.records()] == list(range(20))
+        assert [r["requests"] for r in tools.item_journal.read_records()] == list(range(20))
     assert CURRENT_CALLS.get() is before
 
 
@@ -362,8 +371,8 @@ async def test_items_own_graphs_see_nothing_of_the_run(tmp_path: Path) -> None:
     async def node(_: Steps, runtime: Runtime[Any]) -> Steps:
         async with bench.open() as tools:
             drain = lambda: runtime.drain_reason if runtime.drain_requested else None  # noqa: E731
-            assert await work(Shard(0, 10), tools, drain) is None
-            found = [(r["status"], r["output"]) for r in tools.ledger.records()]
+            assert await run_local_shard(Shard(0, 10), tools, drain) is None
+            found = [(r["status"], r["output"]) for r in tools.item_journal.read_records()]
         assert found == [("done", {"n": 3})] * len(bench.asked)
         assert 0 < len(found) < 10
         return {"n": len(found)}
@@ -397,14 +406,14 @@ async def test_a_cancelled_shard_lets_its_items_end(tmp_path: Path, cut_off: boo
         for _ in range(3):
             shard.cancel()
             await asyncio.sleep(0)
-            assert tools.gate.closed
+            assert tools.gate.is_closed
             assert not shard.done()
         if cut_off:
-            tools.gate.hurry()
+            tools.gate.stop_waiting()
         else:
             ending.set()
         with pytest.raises(asyncio.CancelledError):
             await shard
         assert tools.gate.in_flight == 0
-        assert len(list(tools.ledger.records())) == (0 if cut_off else len(bench.asked))
+        assert len(list(tools.item_journal.read_records())) == (0 if cut_off else len(bench.asked))
         assert 0 < len(bench.asked) <= bench.streams

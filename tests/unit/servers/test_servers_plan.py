@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.core.errors import ConfigurationError, SiteError
-from fanfold.backends.core.templates import fill, names_of, split_command
+from fanfold.backends.core.errors import BackendError, ConfigurationError
+from fanfold.backends.core.templates import fill_names, find_names, split_command
 from fanfold.backends.servers.plan import (
     NodePlan,
     ServerPlan,
-    accelerator_ids,
-    divided,
-    server_plans,
+    list_accelerators,
+    plan_servers,
+    split_accelerators,
 )
 
 NAMES = ("port", "model", "instance", "gpus")
@@ -21,15 +21,15 @@ NAMES = ("port", "model", "instance", "gpus")
 
 def test_a_value_with_blanks_stays_one_word() -> None:
     words = split_command("serve '{model}' --port={port} --name 'a b'", NAMES)
-    filled = fill(words, {"model": "my model; rm -rf /", "port": "8000"})
+    filled = fill_names(words, {"model": "my model; rm -rf /", "port": "8000"})
     assert filled == ("serve", "my model; rm -rf /", "--port=8000", "--name", "a b")
 
 
 def test_other_braces_stay() -> None:
     text = """vllm --config '{"a": {"b": 1}}' --x '${HOME}' --y '{}' --port {port}"""
     words = split_command(text, NAMES)
-    assert names_of(words) == {"port"}
-    assert fill(words, {"port": "1"})[2:7:2] == ('{"a": {"b": 1}}', "${HOME}", "{}")
+    assert find_names(words) == {"port"}
+    assert fill_names(words, {"port": "1"})[2:7:2] == ('{"a": {"b": 1}}', "${HOME}", "{}")
 
 
 @pytest.mark.parametrize(
@@ -48,21 +48,21 @@ def test_commands_that_are_none(text: str, words: str) -> None:
 
 def test_attributes_and_formats_are_no_names() -> None:
     words = split_command("a {port.__class__} {port!r} {port:9} {0}", NAMES)
-    assert fill(words, {"port": "1"}) == words
+    assert fill_names(words, {"port": "1"}) == words
 
 
 @given(st.integers(1, 40), st.integers(1, 12))
 def test_accelerators_are_divided_without_rest(each: int, instances: int) -> None:
     ids = [f"{n}.0" for n in range(each * instances)]
-    parts = divided(ids, instances)
+    parts = split_accelerators(ids, instances)
     assert [len(part) for part in parts] == [each] * instances
     assert [name for part in parts for name in part] == ids
 
 
 def test_a_rest_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="12 cannot be divided among 5"):
-        divided([str(n) for n in range(12)], 5)
-    assert divided([], 3) == [(), (), ()]
+        split_accelerators([str(n) for n in range(12)], 5)
+    assert split_accelerators([], 3) == [(), (), ()]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_rest_is_refused() -> None:
 def test_whose_accelerators_count(
     ids: list[str] | None, count: int | None, environment: dict[str, str], found: list[str]
 ) -> None:
-    assert accelerator_ids("ZE_AFFINITY_MASK", ids, count, environment) == found
+    assert list_accelerators("ZE_AFFINITY_MASK", ids, count, environment) == found
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_whose_accelerators_count(
 )
 def test_too_few_accelerators(count: int | None, environment: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
-        accelerator_ids("CUDA_VISIBLE_DEVICES", None, count, environment)
+        list_accelerators("CUDA_VISIBLE_DEVICES", None, count, environment)
 
 
 def test_each_server_has_its_own() -> None:
-    first, second = server_plans(
+    first, second = plan_servers(
         ("serve", "{model}", "{port}", "{instance}/{gpus}"),
         ports=8000,
         instances=2,
@@ -113,7 +113,7 @@ def test_a_plan_travels_and_does_not_show_its_secrets() -> None:
     plan = NodePlan("n", "n.example", "/f", (server,), "/health", 1.0, 2, 3.0, "s3cr3t")
     assert NodePlan.from_json(plan.to_json()) == plan
     assert "s3cr3t" not in repr(plan)
-    assert plan.named(server) == "n.example:8000"
+    assert plan.server_address(server) == "n.example:8000"
     for broken in (b"", b"[]", b'{"v": 2}', b'{"v": 1}'):
-        with pytest.raises(SiteError, match="plan"):
+        with pytest.raises(BackendError, match="plan"):
             NodePlan.from_json(broken)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.servers.events import Record, ServerSeconds, read_record, server_seconds
+from fanfold.backends.servers.events import EventLog, ServerSeconds, read_events, server_seconds
 
 
 def line(at: float, event: str, instance: int | None = None, **what: Any) -> dict[str, Any]:
@@ -60,19 +60,19 @@ def test_several_times() -> None:
 
 
 def test_lines_are_read_back_and_torn_ones_left_out(tmp_path: Path) -> None:
-    record = Record(tmp_path / "n.jsonl", "n")
-    record.note("begin", instances=1)
-    record.note("ready", instance=0, seconds=1.5)
+    record = EventLog(tmp_path / "n.jsonl", "n")
+    record.append("begin", instances=1)
+    record.append("ready", instance=0, seconds=1.5)
     record.close()
     with (tmp_path / "n.jsonl").open("a") as file:
         file.write('{"v": 99, "event": "x"}\n{"v": 1, "at": 12, "eve')
-    found = read_record(tmp_path / "n.jsonl")
+    found = read_events(tmp_path / "n.jsonl")
     assert [entry["event"] for entry in found] == ["begin", "ready"]
     assert found[1]["seconds"] == 1.5
 
 
 def test_a_full_disk_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    record = Record(Path("/dev/full"), "n")
-    record.note("ready", instance=0)
+    record = EventLog(Path("/dev/full"), "n")
+    record.append("ready", instance=0)
     record.close()
     assert "ready is not recorded: No space left" in caplog.text

@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from fanfold.backends.simulated.requests import Question, QuestionReader
-from fanfold.backends.simulated.responders import ToolUse, answer_to, make_responder
+from fanfold.backends.simulated.responders import ToolCall, answer_question, make_responder
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.simulated.values import ApiError
 
@@ -56,24 +56,24 @@ def test_what_is_on_offer(choice: Any, names: list[str]) -> None:
 def test_it_calls_each_tool_once_and_then_answers() -> None:
     responder = make_responder(SPEC)
     first = responder(read(tools=TOOLS))
-    assert first == ToolUse("weigh", {"smiles": "CCO"})
+    assert first == ToolCall("weigh", {"smiles": "CCO"})
     second = responder(read(called("weigh"), tools=TOOLS))
-    assert isinstance(second, ToolUse)
+    assert isinstance(second, ToolCall)
     assert (second.name, second.arguments["smiles"]) == ("count", "CCO")
     assert isinstance(second.arguments["deep"], bool)
     assert isinstance(responder(read(called("weigh"), called("count"), tools=TOOLS)), str)
     again = {"role": "user", "content": "Once more. SMILES: C"}
     assert isinstance(
-        responder(read(called("weigh"), called("count"), again, tools=TOOLS)), ToolUse
+        responder(read(called("weigh"), called("count"), again, tools=TOOLS)), ToolCall
     )
 
 
 def test_one_that_must_call_ends_with_the_last_tool() -> None:
     question = read(called("weigh"), called("count"), tools=TOOLS, tool_choice="required")
-    answer = answer_to(question, make_responder(SPEC))
+    answer = answer_question(question, make_responder(SPEC))
     assert (answer.tool, answer.finish_reason) == ("count", "tool_calls")
 
 
 def test_a_tool_that_is_not_on_offer_is_refused() -> None:
     with pytest.raises(ApiError, match="'other', which is no function of tools"):
-        answer_to(read(tools=TOOLS), lambda _: ToolUse("other", {}))
+        answer_question(read(tools=TOOLS), lambda _: ToolCall("other", {}))

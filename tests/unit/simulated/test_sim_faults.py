@@ -5,26 +5,27 @@ from dataclasses import replace
 import pytest
 
 from fanfold.backends.simulated import FaultRule
-from fanfold.backends.simulated.faults import Call, FaultBook
-from fanfold.backends.simulated.node import Node, ServingBook
+from fanfold.backends.simulated.faults import FaultContext, FaultInjector
+from fanfold.backends.simulated.node import Node, QuestionLog
 from fanfold.backends.simulated.routes import metrics_text
 from fanfold.backends.simulated.values import ApiError
 
-CALL = Call(node=0, arrival=1, key=b"k", attempt=0, now=0.0)
+CALL = FaultContext(node=0, arrival=1, key=b"k", attempt=0, now=0.0)
 
 
-def struck(book: FaultBook, call: Call) -> str | None:
-    rule = book.strike(call).rule
+def struck(book: FaultInjector, call: FaultContext) -> str | None:
+    rule = book.decide(call).rule
     return rule.kind if rule else None
 
 
 def test_item_draws_follow_the_item_everywhere() -> None:
-    book = FaultBook(1, 8, (FaultRule("500", p=0.3, draw="item"),))
+    book = FaultInjector(1, 8, (FaultRule("500", p=0.3, draw="item"),))
     fates = {}
     for n in range(300):
         key = b"%d" % n
         calls = [
-            Call(node=k, arrival=7 * k + n, key=key, attempt=k, now=float(k)) for k in range(8)
+            FaultContext(node=k, arrival=7 * k + n, key=key, attempt=k, now=float(k))
+            for k in range(8)
         ]
         found = {struck(book, call) for call in calls}
         assert len(found) == 1
@@ -33,27 +34,27 @@ def test_item_draws_follow_the_item_everywhere() -> None:
 
 
 def test_arrival_draws_do_not_depend_on_the_item() -> None:
-    one, two = (FaultBook(1, 2, (FaultRule("500", p=0.5),)) for _ in range(2))
+    one, two = (FaultInjector(1, 2, (FaultRule("500", p=0.5),)) for _ in range(2))
     first = [struck(one, replace(CALL, arrival=n, key=b"a")) for n in range(50)]
     assert first == [struck(two, replace(CALL, arrival=n, key=b"b")) for n in range(50)]
     assert set(first) == {None, "500"}
 
 
 def test_attempt_draws_change_with_the_attempt_only() -> None:
-    book = FaultBook(1, 2, (FaultRule("500", p=0.5, draw="attempt"),))
+    book = FaultInjector(1, 2, (FaultRule("500", p=0.5, draw="attempt"),))
     fates = [struck(book, replace(CALL, attempt=n)) for n in range(50)]
     assert set(fates) == {None, "500"}
     assert fates == [struck(book, replace(CALL, attempt=n, node=1, arrival=9)) for n in range(50)]
 
 
 def test_seeds_differ() -> None:
-    books = [FaultBook(seed, 1, (FaultRule("500", p=0.5),)) for seed in (1, 2)]
+    books = [FaultInjector(seed, 1, (FaultRule("500", p=0.5),)) for seed in (1, 2)]
     one, two = ([struck(book, replace(CALL, arrival=n)) for n in range(40)] for book in books)
     assert one != two
 
 
 def test_window_and_count_limit() -> None:
-    book = FaultBook(0, 1, (FaultRule("503", window=(1.0, 2.0), max_count=2),))
+    book = FaultInjector(0, 1, (FaultRule("503", window=(1.0, 2.0), max_count=2),))
     times = [0.9, 1.0, 1.5, 1.6, 2.0]
     assert [struck(book, replace(CALL, now=t)) for t in times] == [None, "503", "503", None, None]
 
@@ -62,31 +63,31 @@ def test_window_and_count_limit() -> None:
     ("nodes", "count"), [(None, 8), (0.25, 2), (0.3, 3), ((1, 5), 2), (0.0, 0)]
 )
 def test_nodes_concerned(nodes: tuple[int, ...] | float | None, count: int) -> None:
-    book = FaultBook(0, 8, (FaultRule("500", nodes=nodes),))
+    book = FaultInjector(0, 8, (FaultRule("500", nodes=nodes),))
     assert sum(struck(book, replace(CALL, node=k)) == "500" for k in range(8)) == count
 
 
 def test_the_first_rule_wins_and_slowness_multiplies() -> None:
     rules = (FaultRule("slow", value=0.5), FaultRule("500"), FaultRule("slow", value=0.1))
-    strike = FaultBook(0, 1, (*rules, FaultRule("503"))).strike(CALL)
+    strike = FaultInjector(0, 1, (*rules, FaultRule("503"))).decide(CALL)
     assert strike.rule == FaultRule("500")
     assert strike.speed == pytest.approx(0.05)
 
 
 def test_stream_faults_spare_plain_answers() -> None:
-    book = FaultBook(0, 1, (FaultRule("stream_cut"),))
+    book = FaultInjector(0, 1, (FaultRule("stream_cut"),))
     assert struck(book, CALL) is None
     assert struck(book, replace(CALL, stream=True)) == "stream_cut"
 
 
 def test_repair_rounds_may_be_spared() -> None:
-    book = FaultBook(0, 1, (FaultRule("bad_schema", first_round=True),))
+    book = FaultInjector(0, 1, (FaultRule("bad_schema", first_round=True),))
     assert struck(book, CALL) == "bad_schema"
     assert struck(book, replace(CALL, first_round=False)) is None
 
 
 def test_cold_nodes_warm_up_from_the_first_request() -> None:
-    book = FaultBook(0, 2, (FaultRule("cold", nodes=(0,), value=10.0),))
+    book = FaultInjector(0, 2, (FaultRule("cold", nodes=(0,), value=10.0),))
     assert book.is_cold(0, 100.0)
     assert not book.is_cold(1, 100.0)
     times = [100.0, 105.0, 110.0]
@@ -95,7 +96,7 @@ def test_cold_nodes_warm_up_from_the_first_request() -> None:
 
 
 def test_token_window() -> None:
-    book = FaultBook(0, 1, (FaultRule("tpm", value=100.0),))
+    book = FaultInjector(0, 1, (FaultRule("tpm", value=100.0),))
     assert struck(book, CALL) is None
     book.record_tokens(0, 60, now=1.0)
     book.record_tokens(0, 60, now=2.0)
@@ -104,14 +105,14 @@ def test_token_window() -> None:
 
 
 def test_tokens_expire() -> None:
-    book = FaultBook(0, 1, (FaultRule("401_after", value=5.0),))
+    book = FaultInjector(0, 1, (FaultRule("401_after", value=5.0),))
     assert struck(book, replace(CALL, token="old")) is None
     assert struck(book, replace(CALL, token="old", now=5.0)) == "401_after"
     assert struck(book, replace(CALL, token="new", now=6.0)) is None
 
 
 def test_properties_of_nodes() -> None:
-    book = FaultBook(0, 2)
+    book = FaultInjector(0, 2)
     book.add(FaultRule("context", nodes=(1,), value=64.0))
     book.add(FaultRule("keepalive_race", nodes=(1,), window=(0.0, 5.0)))
     assert [book.max_model_len(k, 0.0, 1000) for k in (0, 1)] == [1000, 64]
@@ -123,10 +124,14 @@ def test_properties_of_nodes() -> None:
 
 
 def test_servings_count_duplicates_and_waste() -> None:
-    book = ServingBook()
-    assert [book.asked(b"a"), book.asked(b"a"), book.asked(b"b")] == [0, 1, 0]
-    book.served(b"a", 10, 1.0)
-    book.served(b"a", 10, 2.0)
+    book = QuestionLog()
+    assert [book.record_arrival(b"a"), book.record_arrival(b"a"), book.record_arrival(b"b")] == [
+        0,
+        1,
+        0,
+    ]
+    book.record_answer(b"a", 10, 1.0)
+    book.record_answer(b"a", 10, 2.0)
     assert book.summary() == {
         "distinct": 2,
         "answered": 1,

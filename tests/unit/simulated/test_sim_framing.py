@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.core.process import raise_file_limit
-from fanfold.backends.simulated.server import BadFramingError, chunked_body, parse_head
+from fanfold.backends.simulated.server import BadFramingError, parse_head, take_chunked_body
 
 
 def test_head() -> None:
@@ -51,15 +51,15 @@ def test_chunks_join_whatever_the_cuts(chunks: list[bytes], after: bytes) -> Non
     buffer = bytearray()
     for place in range(len(sent) - 1):
         buffer.append(sent[place])
-        assert chunked_body(buffer) is None
+        assert take_chunked_body(buffer) is None
     buffer += sent[-1:] + after
-    assert chunked_body(buffer) == b"".join(chunks)
+    assert take_chunked_body(buffer) == b"".join(chunks)
     assert bytes(buffer) == after
 
 
 def test_a_chunk_needs_a_size() -> None:
     with pytest.raises(BadFramingError):
-        chunked_body(bytearray(b"zz\r\n"))
+        take_chunked_body(bytearray(b"zz\r\n"))
 
 
 def test_the_file_limit_rises_within_the_hard_limit() -> None:

@@ -14,11 +14,11 @@ from fanfold.backends.simulated.requests import Question, QuestionReader
 from fanfold.backends.simulated.responders import (
     Answer,
     SchemaResponder,
-    answer_to,
-    limited,
+    answer_question,
+    halve_answer,
+    limit_answer,
     make_responder,
-    partial,
-    spoiled,
+    spoil_answer,
 )
 from fanfold.backends.simulated.values import ApiError
 
@@ -36,7 +36,7 @@ def schema_form(schema: Any) -> dict[str, Any]:
 
 
 def say(question: Question) -> Answer:
-    return answer_to(question, SchemaResponder((20, 30)))
+    return answer_question(question, SchemaResponder((20, 30)))
 
 
 def test_the_key_is_what_is_asked_and_nothing_else() -> None:
@@ -131,28 +131,28 @@ def test_tools() -> None:
     assert (first.tool, first.text, first.finish_reason) == ("f", "4", "tool_calls")
     assert (second.tool, second.text) == ("g", "{}")
     assert say(read(tools=tools)).tool is None
-    cut = limited(read(tools=tools, tool_choice="required", max_tokens=2), "[1,2,3,4]")
+    cut = limit_answer(read(tools=tools, tool_choice="required", max_tokens=2), "[1,2,3,4]")
     assert (cut.tool, cut.text, cut.finish_reason) == (None, "<tool_ca", "length")
 
 
 def test_stop_texts_and_length() -> None:
-    assert limited(read(stop="c"), "abcd").text == "ab"
-    assert limited(read(stop=["d", "b", ""]), "abcd").text == "a"
-    long = limited(read(max_tokens=2), "0123456789")
+    assert limit_answer(read(stop="c"), "abcd").text == "ab"
+    assert limit_answer(read(stop=["d", "b", ""]), "abcd").text == "a"
+    long = limit_answer(read(max_tokens=2), "0123456789")
     assert long == Answer("01234567", "length", 2)
-    assert partial(Answer("0123456789ab", "stop", 3)) == Answer("0123", "abort", 1)
+    assert halve_answer(Answer("0123456789ab", "stop", 3)) == Answer("0123", "abort", 1)
 
 
 def test_spoiled_answers() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}
     question = read(response_format=schema_form(schema))
     answer = say(question)
-    assert spoiled(answer, "empty_content", question).text == ""
-    assert spoiled(answer, "content_filter", question).finish_reason == "content_filter"
-    assert spoiled(answer, "refusal", question).refusal
-    assert orjson.loads(spoiled(answer, "bad_schema", question).text) == {}
-    assert spoiled(answer, "bad_schema", read()).text == '{"answer": '
-    assert spoiled(answer, "malformed", question) is answer
+    assert spoil_answer(answer, "empty_content", question).text == ""
+    assert spoil_answer(answer, "content_filter", question).finish_reason == "content_filter"
+    assert spoil_answer(answer, "refusal", question).refusal
+    assert orjson.loads(spoil_answer(answer, "bad_schema", question).text) == {}
+    assert spoil_answer(answer, "bad_schema", read()).text == '{"answer": '
+    assert spoil_answer(answer, "malformed", question) is answer
 
 
 PROPERTIES = {

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fanfold.backends.simulated.requests import AnswerSchema, SchemaCache
-from fanfold.backends.simulated.responders import compact
+from fanfold.backends.simulated.responders import dump_compact
 from fanfold.backends.simulated.values import FORMATS, ApiError
 
 Schema = dict[str, Any]
@@ -134,7 +134,7 @@ SCHEMAS = st.recursive(
 def test_answers_conform_and_are_repeatable(schema: Schema, key: bytes) -> None:
     answer = AnswerSchema(schema).draw(key)
     jsonschema_rs.validator_for(schema, validate_formats=True).validate(answer)
-    assert compact(AnswerSchema(schema).draw(key)) == compact(answer)
+    assert dump_compact(AnswerSchema(schema).draw(key)) == dump_compact(answer)
 
 
 @given(schema=SCHEMAS, key=st.binary(max_size=8))
@@ -228,12 +228,12 @@ def test_what_cannot_be_answered_is_refused(schema: Any) -> None:
 @given(schema=SCHEMAS, key=st.binary(max_size=4))
 def test_broken_answers_break_the_schema(schema: Schema, key: bytes) -> None:
     ready = AnswerSchema({"type": "object", "properties": {"x": schema}, "required": ["x"]})
-    assert not ready.accepts(ready.broken(key))
+    assert not ready.accepts(ready.draw_invalid(key))
 
 
 def test_nothing_breaks_a_schema_that_accepts_all() -> None:
     with pytest.raises(ApiError, match="accepts everything"):
-        AnswerSchema({}).broken(b"")
+        AnswerSchema({}).draw_invalid(b"")
 
 
 def test_the_cache_keeps_the_newest() -> None:

@@ -6,7 +6,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.storage.response_files import Index
+from fanfold.backends.storage.response_files import KeyIndex
 
 
 def key(number: int) -> bytes:
@@ -20,7 +20,7 @@ CHANGES = st.lists(CHANGE, max_size=400)
 @given(CHANGES)
 def test_it_is_a_mapping(changes: list[tuple[bool, int, int]]) -> None:
     """Keys that share part and slot are those that a hash table gets wrong."""
-    index, model = Index(), dict[bytes, int]()
+    index, model = KeyIndex(), dict[bytes, int]()
     for puts, number, place in changes:
         name = (16 * number).to_bytes(8) + bytes(8)
         if puts:
@@ -36,7 +36,7 @@ def test_it_is_a_mapping(changes: list[tuple[bool, int, int]]) -> None:
 
 
 def test_it_holds_many() -> None:
-    index, numbers = Index(), list(range(20_000))
+    index, numbers = KeyIndex(), list(range(20_000))
     random.Random(1).shuffle(numbers)
     for number in numbers:
         index.put(key(number), number)
@@ -46,7 +46,7 @@ def test_it_holds_many() -> None:
 
 
 def test_what_is_forgotten_and_put_again_takes_no_room() -> None:
-    index = Index()
+    index = KeyIndex()
     for number in range(5_000):
         index.put(key(number), number)
         index.forget(key(number))

@@ -17,8 +17,8 @@ from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage import response_cache
 from fanfold.backends.storage import response_cache as stores
 from fanfold.backends.storage import response_files as files
-from fanfold.backends.storage.response_cache import AnswerStore
-from fanfold.backends.storage.response_files import answer_of, key_of, pack
+from fanfold.backends.storage.response_cache import ResponseCache
+from fanfold.backends.storage.response_files import format_line, parse_answer, parse_key
 
 
 def key(number: int) -> bytes:
@@ -29,13 +29,13 @@ def answer(number: int, length: int = 20) -> bytes:
     return orjson.dumps({"n": number, "text": "ä" * length})
 
 
-def opened(folder: Path, simulated: bool = False, writer: str = "w") -> AnswerStore:
-    made = AnswerStore(folder, simulated=simulated, writer=writer)
+def opened(folder: Path, simulated: bool = False, writer: str = "w") -> ResponseCache:
+    made = ResponseCache(folder, simulated=simulated, writer=writer)
     made.open()
     return made
 
 
-def got(store: AnswerStore, number: int) -> bytes | None:
+def got(store: ResponseCache, number: int) -> bytes | None:
     place = store.find(key(number))
     return None if place is None else store.read(key(number), place)
 
@@ -179,15 +179,15 @@ def test_a_key_that_is_alike_in_8_bytes_gets_no_foreign_answer(tmp_path: Path) -
 
 
 def test_a_line_is_read_back_for_its_key_only() -> None:
-    line = pack(key(1), answer(1))
+    line = format_line(key(1), answer(1))
     assert orjson.loads(line)["answer"] == orjson.loads(answer(1))
-    assert key_of(line) == key(1)
-    assert answer_of(line, key(1)) == answer(1)
-    assert answer_of(line, key(2)) is None
-    swapped = pack(key(2), answer(2)).replace(key(2).hex().encode(), key(1).hex().encode())
-    assert answer_of(swapped, key(1)) is None
+    assert parse_key(line) == key(1)
+    assert parse_answer(line, key(1)) == answer(1)
+    assert parse_answer(line, key(2)) is None
+    swapped = format_line(key(2), answer(2)).replace(key(2).hex().encode(), key(1).hex().encode())
+    assert parse_answer(swapped, key(1)) is None
     for cut in range(len(line)):
-        assert answer_of(line[:cut], key(1)) is None
+        assert parse_answer(line[:cut], key(1)) is None
 
 
 def test_a_folder_that_is_cleared_meanwhile_is_a_miss(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_files_that_vanish_while_they_are_looked_at(tmp_path: Path) -> None:
     other.refresh()
     assert got(other, 3) == answer(3)
     one.put(key(4), answer(4))
-    assert other.claim([(key(4), True)]) == [True]
+    assert other.update_claims([(key(4), True)]) == [True]
     assert got(other, 4) == answer(4)
     for store in (one, other, gone):
         store.close()
@@ -288,10 +288,10 @@ def test_threads_put_and_look_at_the_same_time(tmp_path: Path) -> None:
 WRITER = """
 import os, sys
 from pathlib import Path
-from fanfold.backends.storage.response_cache import AnswerStore
+from fanfold.backends.storage.response_cache import ResponseCache
 sys.path.insert(0, sys.argv[3])
 from test_answer_store import answer, key
-store = AnswerStore(Path(sys.argv[1]), simulated=False, writer=f"w{os.getpid()}")
+store = ResponseCache(Path(sys.argv[1]), simulated=False, writer=f"w{os.getpid()}")
 store.open()
 for number in range(int(sys.argv[2]), 10**9, 2):
     store.put(key(number), answer(number, 300))
@@ -333,17 +333,17 @@ def test_processes_that_are_killed_leave_what_they_kept(tmp_path: Path) -> None:
 CLAIMER = """
 import sys
 from pathlib import Path
-from fanfold.backends.storage.response_cache import AnswerStore
+from fanfold.backends.storage.response_cache import ResponseCache
 sys.path.insert(0, sys.argv[2])
 from test_answer_store import answer, key
-store = AnswerStore(Path(sys.argv[1]), simulated=False, writer="other")
+store = ResponseCache(Path(sys.argv[1]), simulated=False, writer="other")
 store.open()
 for line in sys.stdin:
     what, number = line.split()
     if what == "put":
         store.put(key(int(number)), answer(int(number)))
     else:
-        print(*store.claim([(key(int(number)), what == "take")]), flush=True)
+        print(*store.update_claims([(key(int(number)), what == "take")]), flush=True)
 """
 
 
@@ -365,21 +365,21 @@ def test_one_process_at_a_time_asks_for_an_answer(tmp_path: Path) -> None:
         other.stdin.flush()
         return other.stdout.readline().strip() if waits else ""
 
-    assert ours.claim([(key(1), True), (key(2), True)]) == [True, True]
+    assert ours.update_claims([(key(1), True), (key(2), True)]) == [True, True]
     assert [tell("take", n) for n in (1, 2, 3)] == ["False", "False", "True"]
-    assert ours.claim([(key(3), True), (key(4), True)]) == [False, True]
-    assert ours.claim([(key(1), False), (key(3), False)]) == [True, True]
-    assert ours.claim([(key(3), True)]) == [False]
+    assert ours.update_claims([(key(3), True), (key(4), True)]) == [False, True]
+    assert ours.update_claims([(key(1), False), (key(3), False)]) == [True, True]
+    assert ours.update_claims([(key(3), True)]) == [False]
     assert tell("take", 1) == "True"
     tell("put", 3, waits=False)
     assert tell("give", 3) == "True"
-    assert ours.claim([(key(3), True)]) == [True]
+    assert ours.update_claims([(key(3), True)]) == [True]
     assert got(ours, 3) == answer(3)
     tell("put", 1, waits=False)
     assert tell("take", 5) == "True"
     other.kill()
     other.communicate()
-    assert ours.claim([(key(5), True), (key(1), True)]) == [True, True]
+    assert ours.update_claims([(key(5), True), (key(1), True)]) == [True, True]
     assert got(ours, 1) == answer(1)
     ours.close()
 
@@ -398,7 +398,7 @@ def test_without_locks_it_goes_on_and_says_so(
     monkeypatch.setattr(response_cache.fcntl, "lockf", unlockable)  # type: ignore[attr-defined]
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert store.claim([(key(1), True), (key(1), False)]) == [True, True]
+            assert store.update_claims([(key(1), True), (key(1), False)]) == [True, True]
     assert [os.strerror(number) in record.message for record in caplog.records] == [True]
     store.close()
 
@@ -408,7 +408,7 @@ def test_a_glance_sees_new_files_and_what_grows(tmp_path: Path) -> None:
     others = [opened(tmp_path) for _ in range(3)]
     for number in range(30):
         others[number % 3].put(key(number), answer(number))
-        assert ours.claim([(key(number), True)]) == [True]
+        assert ours.update_claims([(key(number), True)]) == [True]
         assert got(ours, number) == answer(number)
     for store in (ours, *others):
         store.close()

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fanfold.backends.core.errors import LedgerError
-from fanfold.backends.storage.endpoints_table import append_endpoints, over_lives, read_endpoints
+from fanfold.backends.core.errors import JournalError
+from fanfold.backends.storage.endpoints_table import append_endpoints, read_endpoints, sum_sessions
 
 
 def report(
@@ -44,7 +44,7 @@ def test_lives_are_added_up(tmp_path: Path) -> None:
     path = tmp_path / "endpoints.parquet"
     append_endpoints(path, [report("a", 5, 1.5, Lost=2), report("b", 1)], 1)
     append_endpoints(path, [report("a", 7, None, 0.25, Busy=1)], 2)
-    a, b = over_lives(read_endpoints(path))
+    a, b = sum_sessions(read_endpoints(path))
     assert (a["life"], a["calls"], a["failed"], a["prompt_tokens"]) == (2, 12, 3, 6)
     assert [a[f"{kind}_tokens"] for kind in ("cached", "useful", "wasted")] == [2, 8, 2]
     assert (a["usd"], b["usd"]) == (0.25, None)
@@ -56,5 +56,5 @@ def test_lives_are_added_up(tmp_path: Path) -> None:
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     path = tmp_path / "endpoints.parquet"
     path.write_bytes(b"PAR1 and no more")
-    with pytest.raises(LedgerError, match=r"endpoints\.parquet"):
+    with pytest.raises(JournalError, match=r"endpoints\.parquet"):
         read_endpoints(path)

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fanfold.backends.budget.cost import grouped, total_of
-from fanfold.backends.budget.spend_log import Shelf
-from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.budget.cost import group_usage, sum_usage
+from fanfold.backends.budget.spend_log import SpendLogs
+from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.money import Amount
-from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.journal_index import Journal
 from fanfold.tests.conformance.journal_checks import sample
 from fanfold.tests.journals import write_journal
 
@@ -42,9 +42,9 @@ def make_run(home: Path) -> None:
             for index in range(4 * place, 4 * place + 4)
         ]
         write_journal(home / "journal" / f"{name}.jsonl", found)
-    shelf = Shelf(home / "budget", "r")
+    shelf = SpendLogs(home / "budget", "r")
     for life in (1, 2):
-        book = shelf.open(shelf.of_life(life))
+        book = shelf.create(shelf.session_path(life))
         book.write({"level": {"tokens": 1000 * life, "nano_usd": 10**6}}, sync=True)
         book.write({"held": {"node_ms": 1000, "idle_ms": 10, "nano_usd": 50}}, sync=False)
         lease = {"lease": f"{life}.0-4.0", "amount": {"tokens": 300}, "until": 100.5}
@@ -52,7 +52,7 @@ def make_run(home: Path) -> None:
         if life == 2:
             book.write({"settled": Amount(9, 700, 5000, 1000).to_json()}, sync=True)
         book.close()
-    book = shelf.open(shelf.of_lease("1.0-4.0"))
+    book = shelf.create(shelf.lease_path("1.0-4.0"))
     book.write({"until": 90.0}, sync=True)
     book.write({"level": {"tokens": 200}}, sync=True)
     book.close()
@@ -60,16 +60,16 @@ def make_run(home: Path) -> None:
 
 def look(home: Path) -> Seen:
     """Read everything that results, counts and spending are made of."""
-    with Ledger(home / "journal", "r", ITEMS) as ledger:
-        records = list(ledger.records())
-        amounts = {life: spent.amount for life, spent in ledger.spent.items()}
-        total = ledger.total()
+    with Journal(home / "journal", "r", ITEMS) as ledger:
+        records = list(ledger.read_records())
+        amounts = {life: spent.amount for life, spent in ledger.usage_by_session.items()}
+        total = ledger.total_usage()
     for key in (None, "endpoint"):
-        again = total_of(grouped(home / "journal", "r", ITEMS, key, "m").lives)
+        again = sum_usage(group_usage(home / "journal", "r", ITEMS, key, "m").sessions)
         assert again == total
-    shelf = Shelf(home / "budget", "r")
-    held = shelf.held().node_ms
-    return Seen(records, total.requests, total.nano_usd, shelf.spent(amounts, now=1e9), held)
+    shelf = SpendLogs(home / "budget", "r")
+    held = shelf.total_node_time().node_ms
+    return Seen(records, total.requests, total.nano_usd, shelf.total_spent(amounts, now=1e9), held)
 
 
 def files_of(home: Path) -> list[Path]:
@@ -80,7 +80,7 @@ def outcome(home: Path, damaged: Path) -> Seen | None:
     """Return what is seen, or None where it is refused; then file and line are named."""
     try:
         return look(home)
-    except LedgerError as error:
+    except JournalError as error:
         message = error.message
     assert str(damaged) in message
     assert ", line " in message
@@ -273,7 +273,7 @@ def test_what_is_edited_is_refused(home: Path, name: str, kind: str) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     damaged = HARMFUL[name](path)
     if name == "copied as a worker's" and kind == "budget":
-        with pytest.raises(LedgerError, match=r"line 1: not a spend log"):
+        with pytest.raises(JournalError, match=r"line 1: not a spend log"):
             look(home)
         return
     if name == "capital checksum" and lines[1][-11:].upper() == lines[1][-11:]:

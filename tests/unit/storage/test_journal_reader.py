@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.budget.cost import grouped
-from fanfold.backends.core.errors import LedgerError
-from fanfold.backends.storage.journal import Fresh, Source, scan
-from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.budget.cost import group_usage
+from fanfold.backends.core.errors import JournalError
+from fanfold.backends.storage.journal import JournalDelta, JournalSource, scan_lines
+from fanfold.backends.storage.journal_index import Journal
 from fanfold.tests.conformance.journal_checks import sample
 from fanfold.tests.journals import chained, journal_lines, write_journal
 
@@ -50,17 +50,17 @@ def test_any_cut_keeps_the_whole_lines_before_it(
     cut = data.draw(st.integers(0, len(whole)))
     path = write(tmp_path, whole[:cut])
     complete = whole[:cut].count(b"\n") - 1
-    read = list(scan(Source(path, ("r",))))
+    read = list(scan_lines(JournalSource(path, ("r",))))
     assert [line.record for line in read] == found[: max(complete, 0)]
     for line in read:
         assert whole[line.start : line.start + line.length] == lines[line.number - 1]
-    with Ledger(tmp_path, "r", ITEMS) as ledger:
+    with Journal(tmp_path, "r", ITEMS) as ledger:
         counts = dict[int, dict[str, Any]]()  # an answer before a failure, else the first
         for record in found[: max(complete, 0)]:
             other = counts.setdefault(record["index"], record)
             if (record["status"], other["status"]) == ("done", "failed"):
                 counts[record["index"]] = record
-        assert list(ledger.records()) == [counts[index] for index in sorted(counts)]
+        assert list(ledger.read_records()) == [counts[index] for index in sorted(counts)]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -79,8 +79,8 @@ def test_any_strange_line_is_named(
     at = data.draw(st.integers(0, len(lines)))
     lines.insert(at, garbage + b"\n")
     path = write(tmp_path, b"".join(lines))
-    with pytest.raises(LedgerError) as caught:
-        Ledger(tmp_path, "r", ITEMS)
+    with pytest.raises(JournalError) as caught:
+        Journal(tmp_path, "r", ITEMS)
     assert caught.value.message.startswith(f"{path}, line {at + 1}: ")
 
 
@@ -89,16 +89,16 @@ def test_a_strange_line_far_down_is_named(tmp_path: Path) -> None:
     lines = lines_of([sample(n % ITEMS) for n in range(700)])
     lines[600] = orjson.dumps(sample(0) | {"requests": "2"})
     path = write(tmp_path, resealed(lines))
-    with pytest.raises(LedgerError) as caught:
-        Ledger(tmp_path, "r", ITEMS)
+    with pytest.raises(JournalError) as caught:
+        Journal(tmp_path, "r", ITEMS)
     assert caught.value.message.startswith(f"{path}, line 601: ")
 
 
 def test_many_lines_add_up(tmp_path: Path) -> None:
     write(tmp_path, b"".join(lines_of([sample(n % ITEMS) for n in range(700)])))
-    with Ledger(tmp_path, "r", ITEMS) as ledger:
-        assert (ledger.total().requests, ledger.total().prompt_tokens) == (1_400, 7_000)
-        assert ledger.counts().done == ITEMS
+    with Journal(tmp_path, "r", ITEMS) as ledger:
+        assert (ledger.total_usage().requests, ledger.total_usage().prompt_tokens) == (1_400, 7_000)
+        assert ledger.count_items().done == ITEMS
 
 
 @pytest.mark.parametrize(
@@ -122,18 +122,18 @@ def test_a_value_out_of_range_is_refused(
     tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     path = write_journal(tmp_path / NAME, [sample(0), sample(1), sample(0) | change, sample(2)])
-    with pytest.raises(LedgerError) as caught:
-        Ledger(tmp_path, "r", ITEMS)
+    with pytest.raises(JournalError) as caught:
+        Journal(tmp_path, "r", ITEMS)
     assert caught.value.message.startswith(f"{path}, line 4: ")
     assert words in caught.value.message
-    with pytest.raises(LedgerError, match="line 4"):
-        grouped(tmp_path, "r", ITEMS, None, "m")
+    with pytest.raises(JournalError, match="line 4"):
+        group_usage(tmp_path, "r", ITEMS, None, "m")
 
 
 def test_the_largest_count_is_one(tmp_path: Path) -> None:
     write_journal(tmp_path / NAME, [sample(0) | {"prompt_tokens": 2**63 - 1}])
-    with Ledger(tmp_path, "r", ITEMS) as ledger:
-        assert ledger.total().prompt_tokens == 2**63 - 1
+    with Journal(tmp_path, "r", ITEMS) as ledger:
+        assert ledger.total_usage().prompt_tokens == 2**63 - 1
 
 
 @pytest.mark.parametrize(
@@ -151,54 +151,54 @@ def test_a_foreign_header_is_refused(tmp_path: Path, header: dict[str, Any], wor
     lines = lines_of([sample(0)])
     first = orjson.loads(lines[0]) | header
     write(tmp_path, resealed([orjson.dumps(first), *lines[1:]]))
-    with pytest.raises(LedgerError, match=words):
-        Ledger(tmp_path, "r", ITEMS)
+    with pytest.raises(JournalError, match=words):
+        Journal(tmp_path, "r", ITEMS)
 
 
 def test_the_files_of_the_run_that_was_copied_are_read(tmp_path: Path) -> None:
     write_journal(tmp_path / NAME, [sample(0)], "before")
     write_journal(tmp_path / "0002.jsonl", [sample(1)], "r")
-    with pytest.raises(LedgerError, match="belongs to run 'before', not to 'r'"):
-        Ledger(tmp_path, "r", ITEMS)
-    with Ledger(tmp_path, ("r", "before"), ITEMS) as ledger:
-        assert ledger.counts().done == 2
+    with pytest.raises(JournalError, match="belongs to run 'before', not to 'r'"):
+        Journal(tmp_path, "r", ITEMS)
+    with Journal(tmp_path, ("r", "before"), ITEMS) as ledger:
+        assert ledger.count_items().done == 2
 
 
 def test_an_older_journal_says_its_version(tmp_path: Path) -> None:
     write(tmp_path, b'{"v":1,"run":"r"}\n')
-    with pytest.raises(LedgerError, match="line 1: journal version 1, this fanfold reads 2"):
-        Ledger(tmp_path, "r", ITEMS)
+    with pytest.raises(JournalError, match="line 1: journal version 1, this fanfold reads 2"):
+        Journal(tmp_path, "r", ITEMS)
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"index":1,'])
 def test_zeros_after_a_power_loss_come_with_the_way_out(tmp_path: Path, torn: bytes) -> None:
     whole = b"".join(lines_of([sample(0)]))
     path = write(tmp_path, whole + torn + b"\0" * 4096)
-    with pytest.raises(LedgerError, match=r"line 3: 4,096 NUL bytes") as caught:
-        Ledger(tmp_path, "r", ITEMS)
+    with pytest.raises(JournalError, match=r"line 3: 4,096 NUL bytes") as caught:
+        Journal(tmp_path, "r", ITEMS)
     assert f"truncate -s {len(whole)} {path}" in caught.value.message
     path.write_bytes(path.read_bytes()[: len(whole)])
-    with Ledger(tmp_path, "r", ITEMS) as ledger:
-        assert ledger.counts().done == 1
+    with Journal(tmp_path, "r", ITEMS) as ledger:
+        assert ledger.count_items().done == 1
 
 
 def test_files_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number, output in ((9999, "old"), (10000, "new")):
         write_journal(tmp_path / f"{number:04}.jsonl", [sample(0, output=output)])
-    with Ledger(tmp_path, "r", ITEMS) as ledger:
-        assert ledger.record(0)["output"] == "new"
+    with Journal(tmp_path, "r", ITEMS) as ledger:
+        assert ledger.read_record(0)["output"] == "new"
 
 
 def test_a_file_of_another_name_is_refused(tmp_path: Path) -> None:
     write_journal(tmp_path / "copy.jsonl", [])
-    with pytest.raises(LedgerError, match=r"copy\.jsonl: not a journal file"):
-        Ledger(tmp_path, "r", ITEMS)
+    with pytest.raises(JournalError, match=r"copy\.jsonl: not a journal file"):
+        Journal(tmp_path, "r", ITEMS)
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "0001.jsonl").mkdir()
-    with pytest.raises(LedgerError, match=r"0001\.jsonl: cannot be read: Is a directory"):
-        Ledger(tmp_path, "r", ITEMS)
+    with pytest.raises(JournalError, match=r"0001\.jsonl: cannot be read: Is a directory"):
+        Journal(tmp_path, "r", ITEMS)
 
 
 @pytest.mark.parametrize(
@@ -206,15 +206,15 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
 )
 def test_zeros_in_a_file_that_is_written_to_are_no_damage_yet(tmp_path: Path, zeros: bytes) -> None:
     """A network file system shows them for a moment; once the life has ended they are."""
-    with Ledger(tmp_path, "r", ITEMS) as ledger:
-        ledger.begin("test", 0.001)
+    with Journal(tmp_path, "r", ITEMS) as ledger:
+        ledger.start_session("test", 0.001)
         path = tmp_path / "0001-node1-7.jsonl"
         lines = journal_lines(path, [sample(0), sample(1)])
         path.write_bytes(b"".join(lines[:2]) + zeros)
-        ledger.refresh(Fresh())
-        assert ledger.counts().done == 1
-        with pytest.raises(LedgerError, match="line 3"):
-            Ledger(tmp_path, "r", ITEMS)
+        ledger.refresh(JournalDelta())
+        assert ledger.count_items().done == 1
+        with pytest.raises(JournalError, match="line 3"):
+            Journal(tmp_path, "r", ITEMS)
         path.write_bytes(b"".join(lines))
-        ledger.refresh(Fresh())
-        assert ledger.counts().done == 2
+        ledger.refresh(JournalDelta())
+        assert ledger.count_items().done == 2

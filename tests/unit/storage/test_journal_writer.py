@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.core.errors import JournalError
 from fanfold.backends.storage import journal
-from fanfold.backends.storage.journal import JournalWriter, Source, scan
-from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.journal import JournalSource, JournalWriter, scan_lines
+from fanfold.backends.storage.journal_index import Journal
 from fanfold.tests.conformance.journal_checks import sample
 
 
@@ -43,7 +43,7 @@ async def test_a_burst_shares_one_flush(tmp_path: Path, disk: Disk) -> None:
         await asyncio.sleep(0)
     await writer.close()
     assert disk.calls <= 3  # the folder, and at most two rounds of the file
-    assert len(list(scan(Source(tmp_path / "0001.jsonl", ("r",))))) == 500
+    assert len(list(scan_lines(JournalSource(tmp_path / "0001.jsonl", ("r",))))) == 500
 
 
 async def test_flushes_are_bounded_by_time(tmp_path: Path, disk: Disk) -> None:
@@ -91,9 +91,9 @@ async def test_a_file_system_that_cannot_flush_folders_will_do(
     await writer.close()
 
 
-async def opened(folder: Path, items: int = 5) -> Ledger:
-    ledger = Ledger(folder, "r", items)
-    ledger.begin("test", 0.001)
+async def opened(folder: Path, items: int = 5) -> Journal:
+    ledger = Journal(folder, "r", items)
+    ledger.start_session("test", 0.001)
     return ledger
 
 
@@ -103,12 +103,12 @@ async def test_a_failed_flush_surfaces_at_the_next_put(tmp_path: Path, disk: Dis
     await ledger.flush()
     ledger.put(sample(1))
     disk.error = OSError(errno.EIO, "Input/output error")
-    with pytest.raises(LedgerError, match="flushed to disk: Input/output error"):
+    with pytest.raises(JournalError, match="flushed to disk: Input/output error"):
         await ledger.flush()
-    with pytest.raises(LedgerError, match="1 of 5 items are safe"):
+    with pytest.raises(JournalError, match="1 of 5 items are safe"):
         ledger.put(sample(2))
     disk.error = None  # the kernel tells of a lost page once; that must not be forgotten
-    with pytest.raises(LedgerError, match="1 of 5 items are safe"):
+    with pytest.raises(JournalError, match="1 of 5 items are safe"):
         ledger.put(sample(3))
     await ledger.aclose()  # somebody knows already
 
@@ -122,16 +122,16 @@ async def test_a_failed_flush_surfaces_at_close(tmp_path: Path, disk: Disk) -> N
     while not writer.failed:  # noqa: ASYNC110 - the writer tells nobody
         await asyncio.sleep(0)
     disk.error = None
-    with pytest.raises(LedgerError, match="0 of 5 items are safe"):
+    with pytest.raises(JournalError, match="0 of 5 items are safe"):
         await ledger.aclose()
 
 
 async def test_the_last_flush_counts_too(tmp_path: Path, disk: Disk) -> None:
-    ledger = Ledger(tmp_path, "r", 5)
-    ledger.begin("test", 60.0)
+    ledger = Journal(tmp_path, "r", 5)
+    ledger.start_session("test", 60.0)
     ledger.put(sample(0))
     disk.error = OSError(errno.EDQUOT, "Disk quota exceeded")
-    with pytest.raises(LedgerError, match="Disk quota exceeded"):
+    with pytest.raises(JournalError, match="Disk quota exceeded"):
         await ledger.aclose()
 
 
@@ -148,12 +148,12 @@ async def test_a_full_disk_says_what_is_safe(
     os.dup2(full, writer._file.fileno())
     os.close(full)
     words = r"cannot be written: No space left on device\. 2 of 5 items are safe; make room"
-    with pytest.raises(LedgerError, match=words) as first:
+    with pytest.raises(JournalError, match=words) as first:
         ledger.put(sample(2))
-    with pytest.raises(LedgerError) as second:
+    with pytest.raises(JournalError) as second:
         ledger.put(sample(3))
     assert second.value is first.value
-    assert not ledger.finished(2)
+    assert not ledger.is_finished(2)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # /dev/full cannot be flushed
     await ledger.aclose()
 
@@ -163,7 +163,7 @@ async def test_a_journal_that_cannot_be_begun(tmp_path: Path) -> None:
     folder.mkdir()
     ledger = await opened(folder)
     folder.rmdir()
-    with pytest.raises(LedgerError, match="cannot be created: No such file or directory"):
+    with pytest.raises(JournalError, match="cannot be created: No such file or directory"):
         ledger.put(sample(0))
     await ledger.aclose()
 
@@ -177,7 +177,7 @@ async def test_a_header_that_cannot_be_written_leaves_nothing_open(
 
     monkeypatch.setattr(journal, "FileIO", Full)
     ledger = await opened(tmp_path)
-    with pytest.raises(LedgerError, match="0 of 5 items are safe"):
+    with pytest.raises(JournalError, match="0 of 5 items are safe"):
         ledger.put(sample(0))
     await ledger.aclose()
     monkeypatch.undo()

@@ -22,8 +22,8 @@ from hypothesis.stateful import (
 )
 
 from fanfold.backends.core.checksum import add_crc
-from fanfold.backends.storage.journal import Fresh, life_of, make_header
-from fanfold.backends.storage.journal_index import Ledger
+from fanfold.backends.storage.journal import JournalDelta, make_header, parse_session_number
+from fanfold.backends.storage.journal_index import Journal
 from fanfold.tests.conformance.journal_checks import sample
 
 ITEMS, WORKERS = 4, 2
@@ -66,10 +66,10 @@ class Sessions(RuleBasedStateMachine):
         self._open()
 
     def _open(self) -> None:
-        self.ledger = Ledger(self.folder, "r", ITEMS)
-        self.ledger.begin("test", 60.0, 1 + max((w.life for w in self.workers), default=0))
+        self.ledger = Journal(self.folder, "r", ITEMS)
+        self.ledger.start_session("test", 60.0, 1 + max((w.life for w in self.workers), default=0))
         names = (f"n{number}" for number in range(WORKERS))
-        self.workers += [Worker(self.folder, self.ledger.life, name) for name in names]
+        self.workers += [Worker(self.folder, self.ledger.session_number, name) for name in names]
 
     def _record(self, index: int, status: Any) -> Record:
         self.written += 1
@@ -83,22 +83,22 @@ class Sessions(RuleBasedStateMachine):
 
     @rule()
     def the_coordinator_reads_on(self) -> None:
-        self.ledger.refresh(Fresh(), earlier=True)
+        self.ledger.refresh(JournalDelta(), all_sessions=True)
 
     @rule(index=indices)
     def it_folds_from_the_journal(self, index: int) -> None:
-        if self.ledger.finished(index) and index not in self.folded:
-            self.folded[index] = self.ledger.record(index)
+        if self.ledger.is_finished(index) and index not in self.folded:
+            self.folded[index] = self.ledger.read_record(index)
 
     @rule(index=indices, who=st.integers(0, WORKERS - 1))
     def it_folds_what_a_worker_has_folded(self, index: int, who: int) -> None:
         worker = self.workers[-1 - who]
-        if self.ledger.finished(index) and index not in self.folded and index in worker.last:
+        if self.ledger.is_finished(index) and index not in self.folded and index in worker.last:
             self.folded[index] = worker.last[index]
 
     @rule(index=indices, status=statuses)
     def it_records_an_item_itself(self, index: int, status: str) -> None:
-        if not self.ledger.finished(index):
+        if not self.ledger.is_finished(index):
             record = self._record(index, status)
 
             async def put() -> None:
@@ -121,7 +121,7 @@ class Sessions(RuleBasedStateMachine):
     @rule()
     def failed_items_are_asked_again(self) -> None:
         self._reopened(anew=True)
-        self.ledger.reopen_failed(self.ledger.life)
+        self.ledger.reopen_failed(self.ledger.session_number)
 
     @invariant()
     def aggregate_and_results_agree(self) -> None:
@@ -129,12 +129,12 @@ class Sessions(RuleBasedStateMachine):
         if not hasattr(self, "ledger"):
             return
         folded = dict(self.folded)
-        self.ledger.refresh(Fresh(), earlier=True)  # the last time
+        self.ledger.refresh(JournalDelta(), all_sessions=True)  # the last time
         for index in range(ITEMS):
-            if self.ledger.finished(index):
-                folded.setdefault(index, self.ledger.record(index))
-        results = {record["index"]: record for record in self.ledger.records()}
-        if self.ledger.twice:
+            if self.ledger.is_finished(index):
+                folded.setdefault(index, self.ledger.read_record(index))
+        results = {record["index"]: record for record in self.ledger.read_records()}
+        if self.ledger.duplicates:
             folded = dict(results)
         assert folded == results
 
@@ -143,16 +143,16 @@ class Sessions(RuleBasedStateMachine):
     def what_comes_after_the_end_counts_for_nothing(
         self, index: int, status: str, who: int
     ) -> None:
-        self.ledger.refresh(Fresh(), earlier=True)
-        results, extents = list(self.ledger.records()), self.ledger.extents()
-        last = max((life_of(Path(name)) for name in extents), default=0)
+        self.ledger.refresh(JournalDelta(), all_sessions=True)
+        results, extents = list(self.ledger.read_records()), self.ledger.extents()
+        last = max((parse_session_number(Path(name)) for name in extents), default=0)
         late = [worker for worker in self.workers if worker.life <= last]
         if late:
             late[who % len(late)].write(self._record(index, status))
-        with Ledger(self.folder, "r", ITEMS, extents) as reader:
-            missing = {r["index"] for r in reader.records()} - {r["index"] for r in results}
-            assert all(not self.ledger.finished(n) for n in missing)  # failed, and asked again
-            assert [r for r in reader.records() if r["index"] not in missing] == results
+        with Journal(self.folder, "r", ITEMS, extents) as reader:
+            missing = {r["index"] for r in reader.read_records()} - {r["index"] for r in results}
+            assert all(not self.ledger.is_finished(n) for n in missing)  # failed, and asked again
+            assert [r for r in reader.read_records() if r["index"] not in missing] == results
 
     def teardown(self) -> None:
         self.ledger.close()
@@ -172,21 +172,21 @@ def test_an_item_that_an_earlier_session_ends_late_and_this_one_too(
 ) -> None:
     """The late record is folded, and then the record of the present session counts."""
     earlier = Worker(tmp_path, 1, "n1")
-    ledger = Ledger(tmp_path, "r", ITEMS)
-    ledger.begin("test", 60.0)
-    now = Worker(tmp_path, ledger.life, "n1")
+    ledger = Journal(tmp_path, "r", ITEMS)
+    ledger.start_session("test", 60.0)
+    now = Worker(tmp_path, ledger.session_number, "n1")
     earlier.write(sample(0, late, "late"))  # type: ignore[arg-type]
-    ledger.refresh(Fresh(), earlier=True)
-    folded = ledger.record(0)
+    ledger.refresh(JournalDelta(), all_sessions=True)
+    folded = ledger.read_record(0)
     now.write(sample(0, "done", "now"))
     if killed:
         ledger.close()
-        ledger = Ledger(tmp_path, "r", ITEMS)
+        ledger = Journal(tmp_path, "r", ITEMS)
     else:
-        ledger.refresh(Fresh(), earlier=True)
-    assert ledger.record(0)["output"] == "now"
-    assert folded != ledger.record(0)
-    assert ledger.twice  # so that the aggregate is folded anew
+        ledger.refresh(JournalDelta(), all_sessions=True)
+    assert ledger.read_record(0)["output"] == "now"
+    assert folded != ledger.read_record(0)
+    assert ledger.duplicates  # so that the aggregate is folded anew
     ledger.close()
 
 
@@ -195,16 +195,16 @@ def test_two_workers_of_an_earlier_session_end_an_item(tmp_path: Path, first: st
     """One of them after the present session has begun; a failure that was folded gives way."""
     one, other = Worker(tmp_path, 1, "n1"), Worker(tmp_path, 1, "n2")
     one.write(sample(0, "failed"))
-    ledger = Ledger(tmp_path, "r", ITEMS)
-    ledger.begin("test", 60.0)
-    assert ledger.record(0)["status"] == "failed"
+    ledger = Journal(tmp_path, "r", ITEMS)
+    ledger.start_session("test", 60.0)
+    assert ledger.read_record(0)["status"] == "failed"
     if first == "own":
-        Worker(tmp_path, ledger.life, "n1").write(sample(1, "done"))
-        ledger.refresh(Fresh(), earlier=True)
+        Worker(tmp_path, ledger.session_number, "n1").write(sample(1, "done"))
+        ledger.refresh(JournalDelta(), all_sessions=True)
     other.write(sample(0, "done", "answer"))
-    ledger.refresh(Fresh(), earlier=True)
-    assert ledger.record(0)["output"] == "answer"
-    assert (ledger.counts().done, ledger.counts().failed, ledger.twice) == (
+    ledger.refresh(JournalDelta(), all_sessions=True)
+    assert ledger.read_record(0)["output"] == "answer"
+    assert (ledger.count_items().done, ledger.count_items().failed, ledger.duplicates) == (
         1 + (first == "own"),
         0,
         1,
@@ -216,18 +216,18 @@ def test_a_late_record_of_an_item_that_this_session_has_ended_changes_nothing(
     tmp_path: Path,
 ) -> None:
     earlier = Worker(tmp_path, 1, "n1")
-    ledger = Ledger(tmp_path, "r", ITEMS)
-    ledger.begin("test", 60.0)
-    Worker(tmp_path, ledger.life, "n1").write(sample(0, "failed"))
-    ledger.refresh(Fresh(), earlier=True)
+    ledger = Journal(tmp_path, "r", ITEMS)
+    ledger.start_session("test", 60.0)
+    Worker(tmp_path, ledger.session_number, "n1").write(sample(0, "failed"))
+    ledger.refresh(JournalDelta(), all_sessions=True)
     earlier.write(sample(0, "done", "late"))
-    ledger.refresh(fresh := Fresh(), earlier=True)
+    ledger.refresh(fresh := JournalDelta(), all_sessions=True)
     assert (fresh.done, fresh.failed) == (0, 0)
-    assert ledger.total().requests == 4  # both were paid
-    assert (ledger.record(0)["status"], ledger.twice) == ("failed", 0)
-    with Ledger(tmp_path, "r", ITEMS) as again:
-        assert again.record(0)["status"] == "failed"
-        assert again.total() == ledger.total()
+    assert ledger.total_usage().requests == 4  # both were paid
+    assert (ledger.read_record(0)["status"], ledger.duplicates) == ("failed", 0)
+    with Journal(tmp_path, "r", ITEMS) as again:
+        assert again.read_record(0)["status"] == "failed"
+        assert again.total_usage() == ledger.total_usage()
     ledger.close()
 
 
@@ -249,15 +249,15 @@ def test_the_order_of_reading_decides_nothing(
     for numbers in (range(len(records)), order):
         folder = Path(tempfile.mkdtemp(prefix="fanfold-test-"))
         try:
-            ledger = Ledger(folder, "r", ITEMS)
-            ledger.begin("test", 60.0)
+            ledger = Journal(folder, "r", ITEMS)
+            ledger.start_session("test", 60.0)
             for number in numbers:
                 Worker(folder, 1, f"n{number}").write(records[number])
-                ledger.refresh(Fresh())
-            seen.append(list(ledger.records()))
+                ledger.refresh(JournalDelta())
+            seen.append(list(ledger.read_records()))
             ledger.close()
-            with Ledger(folder, "r", ITEMS) as again:
-                assert list(again.records()) == seen[-1]
+            with Journal(folder, "r", ITEMS) as again:
+                assert list(again.read_records()) == seen[-1]
         finally:
             shutil.rmtree(folder)
     assert seen[0] == seen[1]
@@ -270,15 +270,15 @@ def test_a_late_record_of_a_failed_item_that_is_asked_again_changes_nothing(
     """The failure of the later session counts for every reader, until the item ends anew."""
     first = Worker(tmp_path, 1, "n1")
     Worker(tmp_path, 2, "n1").write(sample(0, "failed"))
-    ledger = Ledger(tmp_path, "r", ITEMS)
-    ledger.begin("test", 60.0)
-    ledger.reopen_failed(ledger.life)
+    ledger = Journal(tmp_path, "r", ITEMS)
+    ledger.start_session("test", 60.0)
+    ledger.reopen_failed(ledger.session_number)
     first.write(sample(0, late, "late"))  # type: ignore[arg-type]
-    ledger.refresh(fresh := Fresh(), earlier=True)
-    assert (fresh.done, fresh.failed, ledger.finished(0)) == (0, 0, False)
-    with Ledger(tmp_path, "r", ITEMS, ledger.extents()) as reader:
-        assert [record["error_class"] for record in reader.records()] == ["EndpointLostError"]
-    Worker(tmp_path, ledger.life, "n1").write(sample(0, "done", "now"))
-    ledger.refresh(fresh, earlier=True)
-    assert (fresh.done, ledger.record(0)["output"], ledger.twice) == (1, "now", 0)
+    ledger.refresh(fresh := JournalDelta(), all_sessions=True)
+    assert (fresh.done, fresh.failed, ledger.is_finished(0)) == (0, 0, False)
+    with Journal(tmp_path, "r", ITEMS, ledger.extents()) as reader:
+        assert [record["error_class"] for record in reader.read_records()] == ["EndpointLostError"]
+    Worker(tmp_path, ledger.session_number, "n1").write(sample(0, "done", "now"))
+    ledger.refresh(fresh, all_sessions=True)
+    assert (fresh.done, ledger.read_record(0)["output"], ledger.duplicates) == (1, "now", 0)
     ledger.close()

@@ -6,7 +6,7 @@ import asyncio
 import random
 from pathlib import Path
 
-from fanfold.backends.storage.journal_index import Handles, Ledger
+from fanfold.backends.storage.journal_index import FileHandles, Journal
 from fanfold.tests.conformance.journal_checks import sample
 from fanfold.tests.journals import write_journal
 
@@ -16,9 +16,9 @@ FILES = 200
 def test_a_ledger_of_many_workers_keeps_few_files_open(tmp_path: Path) -> None:
     for n in range(FILES):
         write_journal(tmp_path / f"0001-node{n}-1.jsonl", [sample(n)])
-    with Ledger(tmp_path, "r", FILES) as ledger:
+    with Journal(tmp_path, "r", FILES) as ledger:
         for _ in range(2):
-            assert [record["index"] for record in ledger.records()] == list(range(FILES))
+            assert [record["index"] for record in ledger.read_records()] == list(range(FILES))
         assert len(ledger._handles) == 128
 
 
@@ -27,7 +27,7 @@ async def test_a_file_stays_open_while_somebody_reads_it(tmp_path: Path) -> None
     paths = [tmp_path / f"{n}" for n in range(6)]
     for path in paths:
         path.write_bytes(path.name.encode() * 4096)
-    handles = Handles(most=1)
+    handles = FileHandles(most=1)
 
     def read(seed: int) -> None:
         chosen = random.Random(seed)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from fanfold.backends.core.errors import FanfoldError
-from fanfold.backends.fleet.endpoint import State
+from fanfold.backends.fleet.endpoint import BreakerState
 from fanfold.backends.storage.endpoints_table import append_endpoints
 from fanfold.backends.storage.results import RESULT_COLUMNS
-from fanfold.backends.storage.results_schema import UNFIT
-from fanfold.nodes.aggregators.aggregate import OPS
+from fanfold.backends.storage.results_schema import UNFIT_COLUMN
+from fanfold.nodes.aggregators.aggregate import AGGREGATORS
 
 PAGE = Path(str(files("fanfold")), "docs", "results.md").read_text()
 ERROR = re.compile(r"`(\w+Error)`")
@@ -39,7 +39,7 @@ def subclasses(base: type[FanfoldError]) -> Iterator[type[FanfoldError]]:
 
 
 def test_every_column_of_results_and_failures_is_listed() -> None:
-    columns = [*RESULT_COLUMNS, UNFIT]
+    columns = [*RESULT_COLUMNS, UNFIT_COLUMN]
     assert first_cells("Columns of the results")[: len(columns)] == columns
 
 
@@ -48,11 +48,11 @@ def test_every_column_and_state_of_the_endpoints_is_listed(tmp_path: Path) -> No
     columns = pq.read_schema(path).names
     listed = first_cells("endpoints.parquet")
     assert listed[: len(columns) + 1] == [*columns, "state"]
-    assert {state.value for state in State} <= set(listed)
+    assert {state.value for state in BreakerState} <= set(listed)
 
 
 def test_every_aggregator_is_listed() -> None:
-    assert OPS.keys() <= set(first_cells("aggregate.json"))
+    assert AGGREGATORS.keys() <= set(first_cells("aggregate.json"))
 
 
 def test_every_error_class_is_listed_and_no_other() -> None:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.types import Json
-from fanfold.backends.storage.results import RESULT_COLUMNS, ROWS, write_parquet
+from fanfold.backends.storage.results import BATCH_ROWS, RESULT_COLUMNS, write_parquet
 
 SCORED: dict[str, Json] = {
     "type": "object",
@@ -104,12 +104,12 @@ def test_columns_and_types(tmp_path: Path) -> None:
 
 
 def test_failed_rows_have_no_output(tmp_path: Path) -> None:
-    failed = record(0, None, status="failed", error_class="SiteError", error="lost")
+    failed = record(0, None, status="failed", error_class="BackendError", error="lost")
     target = tmp_path / "r.parquet"
     write_parquet([failed], target, SCORED)
     (row,) = pq.read_table(target).to_pylist()
     assert (row["status"], row["output"], row["output_unfit"]) == ("failed", None, None)
-    assert (row["error_class"], row["error"], row["simulated"]) == ("SiteError", "lost", True)
+    assert (row["error_class"], row["error"], row["simulated"]) == ("BackendError", "lost", True)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +163,12 @@ def test_missing_keys_are_null(tmp_path: Path) -> None:
 
 def test_batches_are_bounded_in_rows_and_bytes(tmp_path: Path) -> None:
     target = tmp_path / "r.parquet"
-    assert write_parquet((record(i, "x") for i in range(ROWS + 1)), target, None) == ROWS + 1
+    assert (
+        write_parquet((record(i, "x") for i in range(BATCH_ROWS + 1)), target, None)
+        == BATCH_ROWS + 1
+    )
     assert pq.ParquetFile(target).metadata.num_row_groups == 2
-    assert pq.read_table(target, columns=["id"])["id"].to_pylist()[-1] == f"m{ROWS}"
+    assert pq.read_table(target, columns=["id"])["id"].to_pylist()[-1] == f"m{BATCH_ROWS}"
     long = "x" * (5 << 20)
     write_parquet((record(i, long) for i in range(5)), target, None)
     assert pq.ParquetFile(target).metadata.num_row_groups == 2
@@ -186,19 +189,19 @@ def test_rows_are_taken_one_batch_at_a_time(tmp_path: Path) -> None:
             nonlocal alive
             alive -= 1
 
-    write_parquet((Counted(i) for i in range(3 * ROWS)), tmp_path / "r.parquet", None)
-    assert most <= 2 * ROWS + 1
+    write_parquet((Counted(i) for i in range(3 * BATCH_ROWS)), tmp_path / "r.parquet", None)
+    assert most <= 2 * BATCH_ROWS + 1
 
 
 def interrupted() -> Iterator[dict[str, Json]]:
-    yield from (record(i, "x") for i in range(ROWS + 5))
-    raise LedgerError("journal/0001.jsonl, line 7: damaged")
+    yield from (record(i, "x") for i in range(BATCH_ROWS + 5))
+    raise JournalError("journal/0001.jsonl, line 7: damaged")
 
 
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     target = tmp_path / "r.parquet"
     target.write_bytes(b"old")
-    with pytest.raises(LedgerError, match="line 7: damaged"):
+    with pytest.raises(JournalError, match="line 7: damaged"):
         write_parquet(interrupted(), target, None)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("r.parquet", b"old")]
 
@@ -206,11 +209,11 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     target = tmp_path / "r.parquet"
     target.write_bytes(b"old")
-    noise = [record(i, str(hash((i, "x"))) * 20) for i in range(4 * ROWS)]
+    noise = [record(i, str(hash((i, "x"))) * 20) for i in range(4 * BATCH_ROWS)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(LedgerError, match=r"r\.parquet: the results cannot be written: File"):
+        with pytest.raises(JournalError, match=r"r\.parquet: the results cannot be written: File"):
             write_parquet(noise, target, None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -219,14 +222,14 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
 
 def test_a_place_that_is_no_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LedgerError, match=r"file/r\.parquet: .*: Not a directory"):
+    with pytest.raises(JournalError, match=r"file/r\.parquet: .*: Not a directory"):
         write_parquet([], tmp_path / "file" / "r.parquet", None)
-    with pytest.raises(LedgerError, match="No such file"):
+    with pytest.raises(JournalError, match="No such file"):
         write_parquet([], tmp_path / "absent" / "r.parquet", None)
 
 
 def test_a_damaged_time_names_the_item(tmp_path: Path) -> None:
-    with pytest.raises(LedgerError, match="item 'm0' is damaged: finished_at is 'noon'"):
+    with pytest.raises(JournalError, match="item 'm0' is damaged: finished_at is 'noon'"):
         write_parquet([record(0, None, finished_at="noon")], tmp_path / "r.parquet", None)
     assert list(tmp_path.iterdir()) == []
 

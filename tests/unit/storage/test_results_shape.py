@@ -5,23 +5,23 @@ import pytest
 from fanfold.backends.core.types import Json
 from fanfold.backends.storage.results_schema import (
     BOOLEAN,
-    FREE,
+    FREE_TEXT,
     INTEGER,
     JSON,
     NUMBER,
     TEXT,
-    Shape,
-    shape_of,
+    CellType,
+    read_cell_type,
 )
 
-INTEGERS = Shape("list", (("element", INTEGER),))
+INTEGERS = CellType("list", (("element", INTEGER),))
 PAIR: dict[str, Json] = {"type": "object", "properties": {"a": {"type": "string"}, "b": {}}}
 
 
 @pytest.mark.parametrize(
     ("schema", "shape"),
     [
-        (None, FREE),
+        (None, FREE_TEXT),
         ({}, JSON),
         ({"type": "string"}, TEXT),
         ({"type": ["integer", "null"]}, INTEGER),
@@ -48,9 +48,9 @@ PAIR: dict[str, Json] = {"type": "object", "properties": {"a": {"type": "string"
         ({"allOf": [{"type": "integer"}, {"minimum": 1}]}, JSON),
         ({"anyOf": 3}, JSON),
         ({"type": "array", "items": {"type": "integer"}}, INTEGERS),
-        ({"type": "array"}, Shape("list", (("element", JSON),))),
-        (PAIR, Shape("struct", (("a", TEXT), ("b", JSON)))),
-        (PAIR | {"additionalProperties": False}, Shape("struct", (("a", TEXT), ("b", JSON)))),
+        ({"type": "array"}, CellType("list", (("element", JSON),))),
+        (PAIR, CellType("struct", (("a", TEXT), ("b", JSON)))),
+        (PAIR | {"additionalProperties": False}, CellType("struct", (("a", TEXT), ("b", JSON)))),
         (PAIR | {"additionalProperties": True}, JSON),
         (PAIR | {"additionalProperties": {"type": "string"}}, JSON),
         (PAIR | {"patternProperties": {"^x": {}}}, JSON),
@@ -63,8 +63,8 @@ PAIR: dict[str, Json] = {"type": "object", "properties": {"a": {"type": "string"
         ({"$ref": "#"}, JSON),
     ],
 )
-def test_shapes(schema: dict[str, Json] | None, shape: Shape) -> None:
-    assert shape_of(schema) == shape
+def test_shapes(schema: dict[str, Json] | None, shape: CellType) -> None:
+    assert read_cell_type(schema) == shape
 
 
 def test_a_schema_of_itself_ends_in_json_text() -> None:
@@ -72,15 +72,15 @@ def test_a_schema_of_itself_ends_in_json_text() -> None:
         "type": "object",
         "properties": {"name": {"type": "string"}, "below": {"$ref": "#"}},
     }
-    inner = Shape("struct", (("name", TEXT), ("below", JSON)))
-    assert shape_of(tree) == Shape("struct", (("name", TEXT), ("below", inner)))
+    inner = CellType("struct", (("name", TEXT), ("below", JSON)))
+    assert read_cell_type(tree) == CellType("struct", (("name", TEXT), ("below", inner)))
 
 
 def test_deep_schemas_end_in_json_text() -> None:
     schema: dict[str, Json] = {"type": "string"}
     for _ in range(100):
         schema = {"type": "array", "items": schema}
-    shape, levels = shape_of(schema), 0
+    shape, levels = read_cell_type(schema), 0
     while shape.kind == "list":
         shape, levels = shape.parts[0][1], levels + 1
     assert shape == JSON

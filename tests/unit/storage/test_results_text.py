@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fanfold.backends.core.errors import LedgerError
+from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.types import Json
 from fanfold.backends.storage.results import RESULT_COLUMNS, write_csv, write_jsonl
 
@@ -136,15 +136,15 @@ class Full(io.RawIOBase):
 @pytest.mark.parametrize("room", [0, 1, 2])
 def test_a_full_disk_is_told(room: int) -> None:
     told = r"/data/out\.csv: the results cannot be written: No space left"
-    with pytest.raises(LedgerError, match=told):
+    with pytest.raises(JournalError, match=told):
         write_csv([record("x")] * 3, Full(room), None)  # type: ignore[arg-type]
-    with pytest.raises(LedgerError, match=told):
+    with pytest.raises(JournalError, match=told):
         write_jsonl([record("x")] * 3, Full(room))  # type: ignore[arg-type]
 
 
 def test_a_refused_flush_is_told() -> None:
     stream = io.BufferedWriter(Full(0), 1 << 16)
-    with pytest.raises(LedgerError, match="No space left"):
+    with pytest.raises(JournalError, match="No space left"):
         write_jsonl([record("x")], stream)
     with pytest.raises(OSError, match="No space left"):
         stream.close()
@@ -155,6 +155,6 @@ def test_a_stream_without_a_name() -> None:
         def write(self, _: object) -> int:
             raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    with pytest.raises(LedgerError, match=r"the output stream: .*Broken pipe") as caught:
+    with pytest.raises(JournalError, match=r"the output stream: .*Broken pipe") as caught:
         write_jsonl([record("x")], Nameless())
     assert isinstance(caught.value.__cause__, BrokenPipeError)

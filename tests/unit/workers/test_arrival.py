@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from fanfold.backends.workers.member import Arrival
+from fanfold.backends.workers.member import FirstWorkerTimer
 
 
 @dataclass
 class Site:
-    busy: int = 2
-    heard: bool = False
+    used_slots: int = 2
+    has_responded: bool = False
 
 
 class Clock:
@@ -24,11 +24,11 @@ class Clock:
 
 def test_it_is_told_more_and_more_seldom(caplog: pytest.LogCaptureFixture) -> None:
     clock, site = Clock(), Site()
-    arrival, told = Arrival(86_400.0, clock), list[int]()
-    arrival.sent()
+    arrival, told = FirstWorkerTimer(86_400.0, clock), list[int]()
+    arrival.start()
     for seconds in range(0, 1000, 10):
         clock.now, before = 1000.0 + seconds, len(caplog.records)
-        assert arrival.look([site]) is None
+        assert arrival.poll([site]) is None
         told += [seconds] * (len(caplog.records) - before)
     assert told == [60, 120, 240, 480, 960]
     assert (
@@ -40,33 +40,33 @@ def test_it_is_told_more_and_more_seldom(caplog: pytest.LogCaptureFixture) -> No
 
 def test_it_ends_once() -> None:
     clock, site = Clock(), Site()
-    arrival = Arrival(30.0, clock)
-    arrival.sent()
-    assert arrival.look([site]) is None
+    arrival = FirstWorkerTimer(30.0, clock)
+    arrival.start()
+    assert arrival.poll([site]) is None
     clock.now += 31.0
-    assert "31 s since the first order (backend.queue_s)" in str(arrival.look([site]))
-    assert arrival.look([site]) is None
+    assert "31 s since the first order (backend.queue_s)" in str(arrival.poll([site]))
+    assert arrival.poll([site]) is None
 
 
 def test_whoever_was_heard_of_is_enough() -> None:
     clock, site = Clock(), Site()
-    arrival = Arrival(30.0, clock)
-    arrival.sent()
-    arrival.look([site])
-    site.heard = True
-    arrival.look([Site(), site])
-    site.heard = False
+    arrival = FirstWorkerTimer(30.0, clock)
+    arrival.start()
+    arrival.poll([site])
+    site.has_responded = True
+    arrival.poll([Site(), site])
+    site.has_responded = False
     clock.now += 31.0
-    assert arrival.look([site]) is None
+    assert arrival.poll([site]) is None
 
 
 def test_time_without_orders_does_not_count() -> None:
     clock, site = Clock(), Site()
-    arrival = Arrival(30.0, clock)
-    arrival.sent()
-    site.busy = 0
+    arrival = FirstWorkerTimer(30.0, clock)
+    arrival.start()
+    site.used_slots = 0
     clock.now += 31.0
-    assert arrival.look([site]) is None
-    site.busy = 1
-    arrival.sent()
-    assert arrival.look([site]) is None
+    assert arrival.poll([site]) is None
+    site.used_slots = 1
+    arrival.start()
+    assert arrival.poll([site]) is None

@@ -17,34 +17,46 @@ import pytest
 import requests
 
 from fanfold.backends.core.errors import (
+    BackendError,
     ConfigurationError,
     FanfoldError,
-    LedgerError,
+    JournalError,
     RunStoppedError,
-    SiteError,
     WorkerLostError,
 )
-from fanfold.backends.core.messages import Order
+from fanfold.backends.core.messages import ShardTask
 from fanfold.backends.workers.globus import poller as pacing
-from fanfold.backends.workers.globus.backend import Desk, globus_backends
-from fanfold.backends.workers.globus.errors import refused, task_failed
-from fanfold.backends.workers.globus.poller import Bucket, Line, Pace, Talk
-from fanfold.backends.workers.globus.service import (
-    MOST_BYTES,
-    End,
-    Health,
-    Parcel,
-    Posted,
-    _end,
-    packed,
-    refusals,
+from fanfold.backends.workers.globus.backend import TaskSubmitter, make_globus_backends
+from fanfold.backends.workers.globus.errors import service_error, task_failed_error
+from fanfold.backends.workers.globus.poller import (
+    PollPolicy,
+    SerialCaller,
+    ServiceConnection,
+    TokenBucket,
 )
-from fanfold.backends.workers.globus.tasks import Entry, TaskBook, TaskList
+from fanfold.backends.workers.globus.service import (
+    MAX_REQUEST_BYTES,
+    EndpointHealth,
+    Payload,
+    SubmittedBatch,
+    TaskOutcome,
+    _read_outcome,
+    convert_errors,
+    pack_task,
+)
+from fanfold.backends.workers.globus.tasks import TaskEntry, TaskLog, TaskRegistry
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import ShardPool
-from fanfold.backends.workers.testing import order as rehearsal
+from fanfold.backends.workers.pool import WorkerPool
+from fanfold.backends.workers.testing import make_task as rehearsal
 
-AT_ONCE = Pace(burst=1000, per_s=1000.0, first_s=0.0, last_s=0.0, look_s=0.0, missing_s=0.0)
+AT_ONCE = PollPolicy(
+    burst=1000,
+    rate_per_s=1000.0,
+    min_pause_s=0.0,
+    max_pause_s=0.0,
+    health_check_s=0.0,
+    missing_timeout_s=0.0,
+)
 
 
 class Fake:
@@ -52,28 +64,28 @@ class Fake:
 
     def __init__(self, **ends: Any) -> None:
         self.told: dict[str, Any] = ends
-        self.posts: list[tuple[str, str, list[Parcel], str | None]] = []
+        self.posts: list[tuple[str, str, list[Payload], str | None]] = []
         self.calls = Counter[str]()
-        self.healths: dict[str, Health] = {}
+        self.healths: dict[str, EndpointHealth] = {}
         self.closed = False
 
     def register(self, work: Any) -> str:  # noqa: ARG002 - the protocol's form
         self.calls["register"] += 1
         return "function"
 
-    def health(self, endpoint: str) -> Health:
-        return self.healths.get(endpoint, Health(online=True))
+    def fetch_health(self, endpoint: str) -> EndpointHealth:
+        return self.healths.get(endpoint, EndpointHealth(online=True))
 
-    def post(
-        self, endpoint: str, function: str, parcels: Sequence[Parcel], group: str | None
-    ) -> Posted:
+    def submit(
+        self, endpoint: str, function: str, parcels: Sequence[Payload], group: str | None
+    ) -> SubmittedBatch:
         self.posts.append((endpoint, function, list(parcels), group))
         shards = [shard_of(parcel) for parcel in parcels]
         if "refused" in shards:
-            raise SiteError("a fault")
-        return Posted("group", tuple(shards))
+            raise BackendError("a fault")
+        return SubmittedBatch("group", tuple(shards))
 
-    def ends(self, tasks: Sequence[str]) -> dict[str, End | None]:
+    def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None]:
         self.calls["ends"] += 1
         found = {task: self.told.get(task, {"shard": task}) for task in tasks}
         for end in found.values():
@@ -85,13 +97,15 @@ class Fake:
         self.closed = True
 
 
-def shard_of(parcel: Parcel) -> str:
+def shard_of(parcel: Payload) -> str:
     length, _, rest = parcel.text.partition("\n")
     return str(orjson.loads(rest[: int(length)].removeprefix("11\n"))[0]["shard"])
 
 
-def desk(fake: Fake, book: TaskBook | None = None, **options: Any) -> Desk:
-    return Desk(lambda: fake, lambda order: order, None, TaskList(book), AT_ONCE, **options)
+def desk(fake: Fake, book: TaskLog | None = None, **options: Any) -> TaskSubmitter:
+    return TaskSubmitter(
+        lambda: fake, lambda order: order, None, TaskRegistry(book), AT_ONCE, **options
+    )
 
 
 def order(shard: str, text: str = "", deadline_s: float = 600.0) -> dict[str, Any]:
@@ -108,13 +122,13 @@ async def test_orders_to_one_endpoint_share_requests_by_their_bytes() -> None:
     fake = Fake()
     one = desk(fake)
     await one.open()
-    large = "x" * (MOST_BYTES // 3)
+    large = "x" * (MAX_REQUEST_BYTES // 3)
     sent = [one.submit("ab"[n % 2], order(f"s{n}", large)) for n in range(10)]
     answers = await asyncio.gather(*sent)
     assert [answer["shard"] for answer in answers] == [f"s{n}" for n in range(10)]
     for endpoint, function, parcels, _ in fake.posts:
         assert function == "function"
-        assert sum(parcel.size for parcel in parcels) <= MOST_BYTES
+        assert sum(parcel.size for parcel in parcels) <= MAX_REQUEST_BYTES
         assert {"ab"[int(shard_of(parcel)[1:]) % 2] for parcel in parcels} == {endpoint}
     assert fake.posts[0][3] is None
     assert {post[3] for post in fake.posts[1:]} == {"group"}
@@ -126,18 +140,18 @@ async def test_a_refused_request_harms_nobody_else() -> None:
     fake = Fake()
     one = desk(fake)
     await one.open()
-    with pytest.raises(SiteError, match="a fault"):
+    with pytest.raises(BackendError, match="a fault"):
         await one.submit("a", order("refused"))
     assert (await one.submit("a", order("s")))["shard"] == "s"
     await one.close()
 
 
 async def test_a_summary_that_a_stopped_run_did_not_take_is_asked_for_again(tmp_path: Path) -> None:
-    fake, book = Fake(**{"0-1": None}), TaskBook(tmp_path / "globus.jsonl")
-    pool = ShardPool(globus_backends(["e"], 1, desk(fake, book)), PoolPolicy())
+    fake, book = Fake(**{"0-1": None}), TaskLog(tmp_path / "globus.jsonl")
+    pool = WorkerPool(make_globus_backends(["e"], 1, desk(fake, book)), PoolPolicy())
     await pool.start()
 
-    async def make(_: int) -> Order:
+    async def make(_: int) -> ShardTask:
         return rehearsal("0-1", [{}])
 
     run = asyncio.create_task(pool.run(make, lambda _: None))
@@ -146,40 +160,43 @@ async def test_a_summary_that_a_stopped_run_did_not_take_is_asked_for_again(tmp_
     run.cancel()  # it has waited for long enough
     await asyncio.wait({run})
     fake.told.clear()
-    await until(lambda: pool.out == 0)
+    await until(lambda: pool.in_flight == 0)
     await pool.close()
-    assert [left.task for left in book.open_entries()] == ["0-1"]
+    assert [left.task for left in book.read_open()] == ["0-1"]
 
 
 @pytest.mark.parametrize("error", [KeyError("tasks"), TypeError("no dict"), ValueError("s3cr3t")])
 def test_an_answer_that_is_none_may_be_asked_for_again(error: Exception) -> None:
     """A proxy's page, say; it is not shown, and what fanfold says itself stays as it is."""
     said = f"endpoint e: .*{type(error).__name__}"
-    with pytest.raises(SiteError, match=said) as caught, refusals("endpoint e", ["s3cr3t"]):
+    with (
+        pytest.raises(BackendError, match=said) as caught,
+        convert_errors("endpoint e", ["s3cr3t"]),
+    ):
         raise error
     assert "s3cr3t" not in caught.value.message
     assert caught.value.__suppress_context__
-    with pytest.raises(WorkerLostError, match=r"^died$"), refusals("endpoint e"):
+    with pytest.raises(WorkerLostError, match=r"^died$"), convert_errors("endpoint e"):
         raise WorkerLostError("died")
 
 
 def test_a_result_cut_short_is_its_own_task_s_end() -> None:
     whole, cut = ({"status": "success", "result": f"11\n{text}"} for text in ('{"v": 1}', '{"v"'))
-    assert _end(whole) == {"v": 1}
-    assert isinstance(_end(cut), ConfigurationError)
+    assert _read_outcome(whole) == {"v": 1}
+    assert isinstance(_read_outcome(cut), ConfigurationError)
 
 
 async def test_a_letter_is_answered_whatever_happens_to_its_posting() -> None:
     class Broken(Fake):
-        def post(self, *_: Any) -> Posted:
+        def submit(self, *_: Any) -> SubmittedBatch:
             if not self.calls["post"]:
                 self.calls["post"] = 1
                 raise RuntimeError("unheard of")
-            return super().post(*_)
+            return super().submit(*_)
 
     one = desk(Broken())
     await one.open()
-    with pytest.raises(SiteError, match="not posted"):
+    with pytest.raises(BackendError, match="not posted"):
         await asyncio.wait_for(one.submit("a", order("s")), 30)
     assert (await one.submit("a", order("s")))["shard"] == "s"
     await one.close()
@@ -199,8 +216,12 @@ async def test_ends_that_are_no_summaries() -> None:
 async def test_a_task_may_be_new_to_those_who_are_asked() -> None:
     """The service took it, and says nothing of it at first."""
     fake = Fake(s="unknown")
-    one = Desk(
-        lambda: fake, lambda order: order, None, TaskList(None), replace(AT_ONCE, missing_s=9)
+    one = TaskSubmitter(
+        lambda: fake,
+        lambda order: order,
+        None,
+        TaskRegistry(None),
+        replace(AT_ONCE, missing_timeout_s=9),
     )
     await one.open()
     task = asyncio.create_task(one.submit("a", order("s")))
@@ -211,7 +232,7 @@ async def test_a_task_may_be_new_to_those_who_are_asked() -> None:
 
 
 async def test_a_service_that_fails_for_a_while_is_asked_again() -> None:
-    fake = Fake(s=SiteError)
+    fake = Fake(s=BackendError)
     one = desk(fake)
     await one.open()
     task = asyncio.create_task(one.submit("a", order("s")))
@@ -232,7 +253,7 @@ async def test_what_is_out_at_the_end_is_told_so() -> None:
     task = asyncio.create_task(one.submit("a", order("s")))
     await until(lambda: bool(fake.posts))
     await one.close()
-    with pytest.raises(SiteError, match="closed"):
+    with pytest.raises(BackendError, match="closed"):
         await task
 
 
@@ -243,71 +264,71 @@ async def test_an_endpoint_that_goes_offline_loses_its_tasks_only() -> None:
     first = asyncio.create_task(one.submit("a", order("s")))
     second = asyncio.create_task(one.submit("b", order("t")))
     await until(lambda: len(fake.posts) == 2)
-    fake.healths["a"] = Health(online=False)
+    fake.healths["a"] = EndpointHealth(online=False)
     with pytest.raises(WorkerLostError, match="endpoint a is offline"):
         await first
-    assert (one.asking.up("a"), one.asking.up("b")) == (False, True)
+    assert (one.poller.is_online("a"), one.poller.is_online("b")) == (False, True)
     fake.told["t"] = {"shard": "t"}
     assert (await second)["shard"] == "t"
     fake.healths.clear()
-    await one.asking.check("a")
-    assert one.asking.up("a")
+    await one.poller.check_endpoint("a")
+    assert one.poller.is_online("a")
     await one.close()
 
 
 async def test_of_several_tasks_of_a_shard_one_is_enough(tmp_path: Path) -> None:
-    book = TaskBook(tmp_path / "book")
+    book = TaskLog(tmp_path / "book")
     book.write([], [entry("t1", "0-1"), entry("t2", "0-1"), entry("t3", "1-2", "gone")])
     fake = Fake(t1="unknown", t2={"shard": "0-1"}, t3=WorkerLostError("died"))
     one = desk(fake, book)
     await one.open()
-    left = one.tasks.leavings("e", ["e", "f"], one.asking)
+    left = one.tasks.take_orphaned("e", ["e", "f"], one.poller)
     assert left.keys() == {"0-1", "1-2"}, "the first endpoint speaks for those that are gone"
-    assert one.tasks.leavings("e", ["e", "f"], one.asking) == {}
+    assert one.tasks.take_orphaned("e", ["e", "f"], one.poller) == {}
     assert fake.calls["ends"] == 0, "asked before anybody wants to know"
     assert (await left["0-1"])["shard"] == "0-1"
     with pytest.raises(WorkerLostError, match=r"died.*earlier coordinator"):
         await left["1-2"]
     await one.close()
-    assert [entry.task for entry in book.open_entries()] == ["t3"]
+    assert [entry.task for entry in book.read_open()] == ["t3"]
 
 
-def entry(task: str, shard: str, endpoint: str = "e") -> Entry:
-    return Entry(shard, task, "group", endpoint, 0.0)
+def entry(task: str, shard: str, endpoint: str = "e") -> TaskEntry:
+    return TaskEntry(shard, task, "group", endpoint, 0.0)
 
 
 def test_a_torn_line_of_the_book_is_left_out_and_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "book"
-    book = TaskBook(path)
-    assert book.open_entries() == []
+    book = TaskLog(path)
+    assert book.read_open() == []
     book.write([], [entry("t1", "0-1")])
     with path.open("ab") as file:
         file.write(b'{"shard": "1-')
-    assert [e.task for e in book.open_entries()] == ["t1"]
+    assert [e.task for e in book.read_open()] == ["t1"]
     book.write(["t1"], [entry("t2", "1-2")])
-    assert [e.task for e in book.open_entries()] == ["t2"]
+    assert [e.task for e in book.read_open()] == ["t2"]
     path.write_bytes(b'{"shard": 1}\n' + path.read_bytes())
-    with pytest.raises(LedgerError, match="line 1: damaged"):
-        book.open_entries()
+    with pytest.raises(JournalError, match="line 1: damaged"):
+        book.read_open()
 
 
 def test_a_long_torn_line_of_the_book_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "book"
-    book = TaskBook(path)
+    book = TaskLog(path)
     book.write([], [entry("t1", "0-1")])
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"closed":["' + b"x" * 10_000)
     book.write([], [entry("t2", "1-2")])
     assert path.read_bytes().startswith(whole + b'{"shard":"1-2"')
-    assert [e.task for e in book.open_entries()] == ["t1", "t2"]
+    assert [e.task for e in book.read_open()] == ["t1", "t2"]
 
 
 @pytest.mark.parametrize("damage", ["bit", "repeated", "removed", "moved", "cut of its head"])
 def test_damage_of_the_book_is_told(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "book"
-    TaskBook(path).write([], [entry("t1", "0-1"), entry("t2", "1-2")])
-    TaskBook(path).write(["t1"], [entry("t3", "2-3")])
-    assert [e.task for e in TaskBook(path).open_entries()] == ["t2", "t3"]
+    TaskLog(path).write([], [entry("t1", "0-1"), entry("t2", "1-2")])
+    TaskLog(path).write(["t1"], [entry("t3", "2-3")])
+    assert [e.task for e in TaskLog(path).read_open()] == ["t2", "t3"]
     one, two, three, four = path.read_bytes().splitlines(keepends=True)
     changed = {
         "bit": [one, two.replace(b"t2", b"t0"), three, four],
@@ -317,18 +338,18 @@ def test_damage_of_the_book_is_told(tmp_path: Path, damage: str) -> None:
         "cut of its head": [two, three, four],
     }
     path.write_bytes(b"".join(changed[damage]))
-    with pytest.raises(LedgerError, match=r"line [123]: damaged \(the checksum"):
-        TaskBook(path).open_entries()
+    with pytest.raises(JournalError, match=r"line [123]: damaged \(the checksum"):
+        TaskLog(path).read_open()
 
 
 def test_an_order_travels_as_json_in_the_services_form() -> None:
-    parcel = packed({"shard": "ü", "rows": ['"\\\n']})
+    parcel = pack_task({"shard": "ü", "rows": ['"\\\n']})
     length, _, rest = parcel.text.partition("\n")
     arguments, keywords = rest[: int(length)], rest[int(length) :]
     assert orjson.loads(arguments.removeprefix("11\n")) == [{"shard": "ü", "rows": ['"\\\n']}]
     assert keywords == "5\n11\n{}"
     with pytest.raises(ConfigurationError, match=r"lower shard\.items"):
-        packed({"shard": "0-1", "text": "x" * MOST_BYTES})
+        pack_task({"shard": "0-1", "text": "x" * MAX_REQUEST_BYTES})
 
 
 @pytest.mark.parametrize(
@@ -346,7 +367,7 @@ def test_an_order_travels_as_json_in_the_services_form() -> None:
     ],
 )  # fmt: skip
 def test_failed_tasks_say_what_to_do(text: str, kind: type[FanfoldError], advice: str) -> None:
-    error = task_failed(text)
+    error = task_failed_error(text)
     assert type(error) is kind
     assert advice in error.message
 
@@ -359,8 +380,8 @@ def test_failed_tasks_say_what_to_do(text: str, kind: type[FanfoldError], advice
         (404, ConfigurationError, "backend.endpoints"),
         (413, ConfigurationError, "shard.items"),
         (422, ConfigurationError, "backend.user_endpoint_config"),
-        (429, SiteError, "status.globus.org"),
-        (503, SiteError, "status.globus.org"),
+        (429, BackendError, "status.globus.org"),
+        (503, BackendError, "status.globus.org"),
     ],
 )
 def test_refusals_say_what_to_do(status: int, kind: type[FanfoldError], advice: str) -> None:
@@ -368,7 +389,7 @@ def test_refusals_say_what_to_do(status: int, kind: type[FanfoldError], advice: 
     response.status_code, response._content = status, b'{"reason": "because"}'
     response.headers["Content-Type"] = "application/json"
     response.request = requests.Request("GET", "http://127.0.0.1/").prepare()
-    error = refused(globus_sdk.GlobusAPIError(response), "endpoint e")
+    error = service_error(globus_sdk.GlobusAPIError(response), "endpoint e")
     assert type(error) is kind
     assert "because" in error.message
     assert advice in error.message
@@ -378,7 +399,11 @@ def test_refusals_say_what_to_do(status: int, kind: type[FanfoldError], advice: 
     ("reason", "kind", "words"),
     [
         ("k: s3cr3t is\n bad\n\nFailed validating s", ConfigurationError, "k: ********** is bad; "),
-        ("PID: 1\n\nAnother instance of this endpoint is running.", SiteError, "anew in a while"),
+        (
+            "PID: 1\n\nAnother instance of this endpoint is running.",
+            BackendError,
+            "anew in a while",
+        ),
     ],
 )
 def test_what_a_manager_refuses(reason: str, kind: type[FanfoldError], words: str) -> None:
@@ -387,7 +412,7 @@ def test_what_a_manager_refuses(reason: str, kind: type[FanfoldError], words: st
     response.status_code, response._content = 422, orjson.dumps({"reason": reason})
     response.headers["Content-Type"] = "application/json"
     response.request = requests.Request("POST", "http://127.0.0.1/").prepare()
-    error = refused(globus_sdk.GlobusAPIError(response), "endpoint e", ["s3cr3t"])
+    error = service_error(globus_sdk.GlobusAPIError(response), "endpoint e", ["s3cr3t"])
     assert type(error) is kind
     assert words in error.message
 
@@ -396,15 +421,15 @@ async def test_turns_do_not_gather_behind_a_slow_answer() -> None:
     """Else those that were granted meanwhile would all be asked at once."""
     held, turns = threading.Event(), list[int]()
 
-    class Counting(Bucket):
-        async def turn(self) -> None:
+    class Counting(TokenBucket):
+        async def acquire(self) -> None:
             turns.append(1)
-            await super().turn()
+            await super().acquire()
 
-    talk = Talk(Fake, AT_ONCE)
+    talk = ServiceConnection(Fake, AT_ONCE)
     await talk.open()
     talk._bucket = Counting(AT_ONCE, time.monotonic)
-    asked = [asyncio.create_task(talk.ask(lambda _: held.wait(30))) for _ in range(3)]
+    asked = [asyncio.create_task(talk.request(lambda _: held.wait(30))) for _ in range(3)]
     for _ in range(20):
         await asyncio.sleep(0)
     assert len(turns) == 1
@@ -414,28 +439,28 @@ async def test_turns_do_not_gather_behind_a_slow_answer() -> None:
     await talk.close()
 
 
-def health(engine: str, holds: int = 0) -> Health:
+def health(engine: str, holds: int = 0) -> EndpointHealth:
     details = {"engine_type": engine, "outstanding_tasks": holds, "heartbeat_period": 10}
-    return Health.from_json({"status": "online", "details": details})
+    return EndpointHealth.from_json({"status": "online", "details": details})
 
 
 @pytest.mark.parametrize(
     ("state", "age_s", "idle", "lost"),
     [
-        (Health.from_json({"status": "offline"}), 0.0, False, "offline"),
+        (EndpointHealth.from_json({"status": "offline"}), 0.0, False, "offline"),
         (health("GlobusComputeEngine", 0), 31.0, True, "restarted"),
         (health("GlobusComputeEngine", 0), 31.0, False, None),  # may just be coming home
         (health("GlobusComputeEngine", 0), 29.0, True, None),  # the report may be older
         (health("GlobusComputeEngine", 1), 9e9, True, None),  # waits in a batch system's queue
         (health("ThreadPoolEngine", 0), 31.0, True, None),  # does not count
         (health("ThreadPoolEngine", 0), 201.0, True, "deadline_s"),
-        (Health.from_json({"status": "online"}), 9e9, True, None),  # a manager
+        (EndpointHealth.from_json({"status": "online"}), 9e9, True, None),  # a manager
     ],
 )
 def test_what_an_endpoint_has_lost(
-    state: Health, age_s: float, idle: bool, lost: str | None
+    state: EndpointHealth, age_s: float, idle: bool, lost: str | None
 ) -> None:
-    error = state.lost("e", age_s, 100.0, idle)
+    error = state.task_error("e", age_s, 100.0, idle)
     assert (lost in error.message) if lost and error else (error is None and lost is None)
 
 
@@ -449,21 +474,21 @@ async def test_no_ten_seconds_see_more_than_seventeen_requests(
         now += seconds
 
     monkeypatch.setattr(pacing.asyncio, "sleep", sleep)  # type: ignore[attr-defined]
-    bucket = Bucket(Pace(), lambda: now)
+    bucket = TokenBucket(PollPolicy(), lambda: now)
     for n in range(200):
         if n % 40 == 0:
             now += 30.0
-        await bucket.turn()
+        await bucket.acquire()
         turns.append(now)
     counts = [sum(t <= other < t + 10.0 for other in turns) for t in turns]
     assert max(counts) == 17
 
 
 async def test_a_call_that_hangs_holds_nobody_up() -> None:
-    line, release = Line(), threading.Event()
+    line, release = SerialCaller(), threading.Event()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(line.call(release.wait), 0.01)
-    line.hang_up()
-    assert await Line().call(str.upper, "x") == "X"
+    line.close()
+    assert await SerialCaller().call(str.upper, "x") == "X"
     assert any(thread.name == "globus" and thread.daemon for thread in threading.enumerate())
     release.set()

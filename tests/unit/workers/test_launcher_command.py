@@ -8,34 +8,38 @@ import sys
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.workers.factory import places
-from fanfold.backends.workers.launched.backend import launcher_words, own_host, python_words
+from fanfold.backends.workers.factory import make_backends
+from fanfold.backends.workers.launched.backend import (
+    coordinator_host,
+    launcher_command,
+    python_command,
+)
 from fanfold.configs.backend import BackendConfig
-from fanfold.configs.loader import load
+from fanfold.configs.loader import load_config
 from fanfold.graphs.worker import work_shard
 
 JOB = {"FANFOLD_LAUNCHER": "bash /run/launch.sh", "FANFOLD_DESK_HOST": "n1"}
 
 
 def test_the_setting_comes_before_the_job() -> None:
-    own = launcher_words("mpiexec -n {workers} --ppn 1", 4, JOB)
+    own = launcher_command("mpiexec -n {workers} --ppn 1", 4, JOB)
     assert own == ("mpiexec", "-n", "4", "--ppn", "1")
-    assert launcher_words(None, 4, JOB) == ("bash", "/run/launch.sh")
-    assert launcher_words(None, 4, {}) is None
-    assert (own_host("n2", JOB), own_host(None, JOB)) == ("n2", "n1")
+    assert launcher_command(None, 4, JOB) == ("bash", "/run/launch.sh")
+    assert launcher_command(None, 4, {}) is None
+    assert (coordinator_host("n2", JOB), coordinator_host(None, JOB)) == ("n2", "n1")
 
 
 def test_loopback_and_this_python_where_nobody_says() -> None:
     """A job's site may give a host's name by a variable that is empty."""
     for environment in ({}, {"FANFOLD_DESK_HOST": "", "FANFOLD_PYTHON": ""}):
-        assert own_host(None, environment) == "127.0.0.1"
-        assert python_words(environment) == (sys.executable, "-P")
-    assert python_words({"FANFOLD_PYTHON": "/tmp/env/bin/python"})[0] == "/tmp/env/bin/python"
+        assert coordinator_host(None, environment) == "127.0.0.1"
+        assert python_command(environment) == (sys.executable, "-P")
+    assert python_command({"FANFOLD_PYTHON": "/tmp/env/bin/python"})[0] == "/tmp/env/bin/python"
 
 
 def test_a_variable_that_is_no_command() -> None:
     with pytest.raises(ConfigurationError, match=r"FANFOLD_LAUNCHER: there is no \{nodes\}"):
-        launcher_words(None, 2, {"FANFOLD_LAUNCHER": "srun -N {nodes}"})
+        launcher_command(None, 2, {"FANFOLD_LAUNCHER": "srun -N {nodes}"})
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,9 @@ def test_a_variable_that_is_no_command() -> None:
 )
 def test_settings_that_are_none(settings: dict[str, str], says: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        load({"task": {"prompt": "x"}, "endpoints": {"urls": ["http://a:1"]}, "backend": settings})
+        load_config(
+            {"task": {"prompt": "x"}, "endpoints": {"urls": ["http://a:1"]}, "backend": settings}
+        )
     assert says in caught.value.message
 
 
@@ -70,9 +76,9 @@ def test_htex_job_needs_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     config = BackendConfig(kind="parsl", config="htex_job")
     monkeypatch.delenv("FANFOLD_LAUNCHER", raising=False)
     with pytest.raises(ConfigurationError, match=r"use fanfold submit, or set backend\.command"):
-        places(config, work_shard)
+        make_backends(config, work_shard)
     monkeypatch.setenv("FANFOLD_LAUNCHER", "bash /run/launch.sh")
-    assert places(config, work_shard)[0].name == "parsl (htex_job)"
+    assert make_backends(config, work_shard)[0].name == "parsl (htex_job)"
 
 
 def test_the_desk_has_room_for_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +87,8 @@ def test_the_desk_has_room_for_all_workers(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: limits.append(new))
     config = BackendConfig(kind="launched", workers=1000)
-    places(config, work_shard)
+    make_backends(config, work_shard)
     assert limits[-1] == (1256, 2048)
     many = config.model_copy(update={"workers": 2000})
     with pytest.raises(ConfigurationError, match=r"2000 workers need .* backend\.workers to 1792"):
-        places(many, work_shard)
+        make_backends(many, work_shard)

@@ -37,7 +37,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("name", ["config", "make"])
 def test_a_users_config_is_new_each_time(module: str, name: str) -> None:
     backend = ParslBackend(f"{module}:{name}", work, 2)
-    one, two = (backend._users_config(module, name) for _ in range(2))
+    one, two = (backend._load_user_config(module, name) for _ in range(2))
     assert type(one).__name__ == type(two).__name__ == "Config"
     assert one is not two
     assert one.executors[0] is not two.executors[0]

@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 
 from fanfold.backends.core.errors import (
+    BackendError,
     ConfigurationError,
     RunStoppedError,
-    SiteError,
     WorkerLostError,
 )
-from fanfold.backends.core.messages import Order, Summary
+from fanfold.backends.core.messages import ShardResult, ShardTask
 from fanfold.backends.core.types import Json
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import ShardPool
+from fanfold.backends.workers.pool import WorkerPool
 
-POLICY = PoolPolicy(ahead=1, rebuild_s=0.001, tick_s=0.005)
+POLICY = PoolPolicy(tasks_per_worker=1, rebuild_pause_s=0.001, poll_s=0.005)
 
 
 class Stage:
@@ -62,11 +62,11 @@ class Stage:
 
 
 def summary(shard: str) -> dict[str, Json]:
-    return Summary(shard=shard, attempt=0, fanfold="0", worker="w", tally={"done": 1}).to_json()
+    return ShardResult(shard=shard, attempt=0, fanfold="0", worker="w", tally={"done": 1}).to_json()
 
 
-def order(shard: str) -> Order:
-    return Order(shard, 0, "0", {}, {}, [(0, "i", {}, None)], None, None, 1, 1.0)
+def order(shard: str) -> ShardTask:
+    return ShardTask(shard, 0, "0", {}, {}, [(0, "i", {}, None)], None, None, 1, 1.0)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -78,20 +78,20 @@ async def until(condition: Callable[[], object]) -> None:
 class Shards:
     """Shards on their way through a pool."""
 
-    def __init__(self, pool: ShardPool) -> None:
+    def __init__(self, pool: WorkerPool) -> None:
         self.pool, self.beat = pool, None
 
     def send(
         self, name: str, beat: Callable[[], float | None] | None = None
-    ) -> asyncio.Task[tuple[Order, Summary] | None]:
-        async def make(attempt: int) -> Order:
+    ) -> asyncio.Task[tuple[ShardTask, ShardResult] | None]:
+        async def make(attempt: int) -> ShardTask:
             return replace(order(name), attempt=attempt)
 
         return asyncio.create_task(self.pool.run(make, lambda _: beat))
 
 
 async def opened(*stages: Stage, policy: PoolPolicy = POLICY) -> Shards:
-    pool = ShardPool(stages, policy)
+    pool = WorkerPool(stages, policy)
     await pool.start()
     return Shards(pool)
 
@@ -102,7 +102,7 @@ async def test_first_come_first_served() -> None:
     tasks = [shards.send(f"s{n}") for n in range(4)]
     for n in range(4):
         await until(lambda n=n: len(stage.orders) == n + 1)  # type: ignore[misc]
-        assert shards.pool.out == 1
+        assert shards.pool.in_flight == 1
         stage.answer(n)
     await asyncio.gather(*tasks)
     assert [o["shard"] for o in stage.orders] == ["s0", "s1", "s2", "s3"]
@@ -112,7 +112,7 @@ async def test_first_come_first_served() -> None:
 
 async def test_idle_workers_come_before_queues() -> None:
     one, two = Stage("one", 1), Stage("two", 3)
-    shards = await opened(one, two, policy=replace(POLICY, ahead=2))
+    shards = await opened(one, two, policy=replace(POLICY, tasks_per_worker=2))
     tasks = [shards.send(f"s{n}") for n in range(4)]
     await until(lambda: len(one.orders) + len(two.orders) == 4)
     assert (len(one.orders), len(two.orders)) == (1, 3)
@@ -131,7 +131,7 @@ async def test_a_lost_shard_goes_elsewhere_before_the_others() -> None:
     tasks = [shards.send(f"s{n}") for n in range(3)]
     await until(lambda: len(one.orders) + len(two.orders) == 2)
     one.room = 0
-    one.fails = [SiteError("still down")]
+    one.fails = [BackendError("still down")]
     one.answers[0].set_exception(WorkerLostError("died"))
     await until(lambda: one.rebuilt == 2)
     await until(lambda: len(one.orders) == 2)
@@ -151,9 +151,9 @@ async def test_silence_is_death_and_a_late_answer_is_not_used() -> None:
     shards = await opened(stage, policy=replace(POLICY, silence_s=0.02))
     task = shards.send("s", beat=lambda: 1.0 if len(stage.orders) == 1 else None)
     await until(lambda: len(stage.orders) == 2)
-    assert shards.pool.out == 2  # the silent worker is still taken
+    assert shards.pool.in_flight == 2  # the silent worker is still taken
     stage.answers[0].set_result(summary("late"))
-    await until(lambda: shards.pool.out == 1)
+    await until(lambda: shards.pool.in_flight == 1)
     assert not task.done()
     stage.answer(1)
     found = await task
@@ -188,8 +188,8 @@ async def test_no_place_is_left() -> None:
     shards = await opened(stage, policy=replace(POLICY, attempts=2))
     tasks = [shards.send(f"s{n}", beat=lambda: None) for n in range(2)]
     await until(lambda: stage.orders)
-    stage.room, stage.fails = 0, [SiteError("down"), SiteError("down for good")]
-    stage.answers[0].set_exception(SiteError("the place broke"))
+    stage.room, stage.fails = 0, [BackendError("down"), BackendError("down for good")]
+    stage.answers[0].set_exception(BackendError("the place broke"))
     for task in tasks:
         with pytest.raises(RunStoppedError, match=r"no place is left.*down for good"):
             await task
@@ -204,7 +204,7 @@ async def test_an_order_that_no_place_took_does_not_wear_its_shard_out() -> None
     for n in range(5):
         await until(lambda n=n: len(stage.orders) == n + 1)  # type: ignore[misc]
         stage.room = 0
-        stage.answers[n].set_exception(SiteError("started anew in a while"))
+        stage.answers[n].set_exception(BackendError("started anew in a while"))
     await until(lambda: len(stage.orders) == 6)
     stage.answer(5)
     assert await task is not None
@@ -260,16 +260,16 @@ async def test_a_stop_sends_away_who_waits() -> None:
 
 async def test_places_that_do_not_start() -> None:
     good, bad = Stage("good"), Stage("bad", 0)
-    bad.fails = [SiteError("not now")]
+    bad.fails = [BackendError("not now")]
     shards = await opened(good, bad)
     await until(lambda: bad.rebuilt)  # tried again beside the work
     await shards.pool.close()
-    bad.fails = [SiteError("not now")]
-    with pytest.raises(SiteError, match="not now"):
-        await ShardPool([bad], POLICY).start()
+    bad.fails = [BackendError("not now")]
+    with pytest.raises(BackendError, match="not now"):
+        await WorkerPool([bad], POLICY).start()
     bad.fails = [ConfigurationError("never")]
     with pytest.raises(ConfigurationError, match="never"):
-        await ShardPool([good, bad], POLICY).start()
+        await WorkerPool([good, bad], POLICY).start()
 
 
 async def test_what_an_earlier_life_left_is_taken_over() -> None:
@@ -283,9 +283,9 @@ async def test_what_an_earlier_life_left_is_taken_over() -> None:
 
     stage.left = {"0-5": answer(), "5-9": lost()}
     shards = await opened(stage)
-    assert shards.pool.left == ["0-5", "5-9"]
-    found = await shards.pool.take_over("0-5")
+    assert shards.pool.orphaned == ["0-5", "5-9"]
+    found = await shards.pool.adopt("0-5")
     assert found is not None
     assert found.shard == "0-5"
-    assert await shards.pool.take_over("5-9") is None
+    assert await shards.pool.adopt("5-9") is None
     await shards.pool.close()

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from fanfold.backends.workers import member as module
-from fanfold.backends.workers.member import PoolPolicy, Watch
+from fanfold.backends.workers.member import PoolPolicy, TaskTimeout
 
 
 @dataclass
 class Place:
-    answered: float | None = None
+    answered_at: float | None = None
 
 
 @pytest.mark.parametrize(("ahead", "patience"), [(1, 5.0), (2, 105.0)])
@@ -24,12 +24,12 @@ def test_an_order_may_wait_for_the_one_before_it(
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     place = Place()
-    policy = PoolPolicy(queue_s=5.0, deadline_s=100.0, ahead=ahead)
-    watch = Watch(policy, lambda: None, place)
+    policy = PoolPolicy(queue_s=5.0, deadline_s=100.0, tasks_per_worker=ahead)
+    watch = TaskTimeout(policy, lambda: None, place)
     clock.now += patience
-    assert watch.verdict() is None
-    place.answered = clock.now
+    assert watch.lost_reason() is None
+    place.answered_at = clock.now
     clock.now += patience
-    assert watch.verdict() is None
+    assert watch.lost_reason() is None
     clock.now += 1.0
-    assert "not begun" in (watch.verdict() or "")
+    assert "not begun" in (watch.lost_reason() or "")

@@ -22,7 +22,7 @@ from academy.manager import Manager
 from academy.serialize import SerializationStrategy
 
 from fanfold import ConfigurationError, MapReduceAgent
-from fanfold.backends.workers.academy.exchange import Meeting, sweep
+from fanfold.backends.workers.academy.exchange import ExchangeSettings, delete_mailboxes
 from fanfold.graphs.integrations.academy import plain_exchange
 from fanfold.tests.integration.workers.academy.ward import Ward
 
@@ -80,7 +80,7 @@ async def apart(exchange: dict[str, Any], ward: Ward) -> AsyncIterator[list[Agen
 
 
 async def test_two_processes_over_redis(redis_exchange: dict[str, Any], ward: Ward) -> None:
-    at = Meeting(**redis_exchange)
+    at = ExchangeSettings(**redis_exchange)
     options: dict[str, Any] = {"password": at.password} if at.password else {}
     client = await RedisExchangeFactory(at.host, at.port, **options).create_user_client()
     async with apart(redis_exchange, ward) as boxes:
@@ -99,7 +99,7 @@ async def test_two_processes_over_redis(redis_exchange: dict[str, Any], ward: Wa
                 events = await listener.heard()
         await client.terminate(client.client_id)  # wakes what listens there
         await client.close()
-    await sweep(at, [*boxes, client.client_id])
+    await delete_mailboxes(at, [*boxes, client.client_id])
     assert said["progress"]["done"] == len(ward.items)
     assert said["aggregate"] == [
         {"op": "count", "done": len(ward.items), "failed": 0, "failed_by_class": {}}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fanfold.backends.workers import testing as checks
-from fanfold.backends.workers.factory import places
-from fanfold.backends.workers.testing import CHECKS, Check, Subject
+from fanfold.backends.workers.factory import make_backends
+from fanfold.backends.workers.testing import CHECKS, BackendCase, Check
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard
 
@@ -34,9 +34,9 @@ def processes() -> Executor:
     return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
 
-def subject(folder: Path, isolated: bool, **settings: Any) -> Subject:
+def subject(folder: Path, isolated: bool, **settings: Any) -> BackendCase:
     config = BackendConfig.model_validate({"kind": "academy", "workers": 1, "slots": 2} | settings)
-    return Subject(lambda: places(config, work_shard)[0], folder, isolated)
+    return BackendCase(lambda: make_backends(config, work_shard)[0], folder, isolated)
 
 
 def named(check: Callable[..., Any]) -> str:
@@ -55,7 +55,7 @@ async def test_agents_on_an_executor_of_the_users(check: Check, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "check",
-    [checks.survives_a_hung_worker, checks.sends_large_results_in_parts],
+    [checks.check_hung_worker, checks.check_large_results],
     ids=named,
 )
 async def test_processes_over_http(check: Check, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ async def test_processes_over_http(check: Check, tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("redis")
-@pytest.mark.parametrize("check", [checks.survives_a_dead_worker, checks.closes_in_time], ids=named)
+@pytest.mark.parametrize("check", [checks.check_dead_worker, checks.check_close_timeout], ids=named)
 async def test_processes_over_redis(
     check: Check, tmp_path: Path, redis_exchange: dict[str, Any]
 ) -> None:
@@ -72,4 +72,4 @@ async def test_processes_over_redis(
 
 async def test_an_executor_that_breaks_is_made_anew(tmp_path: Path) -> None:
     broken = subject(tmp_path, isolated=True, executor=f"{__name__}:processes")
-    await checks.survives_a_dead_worker(broken)
+    await checks.check_dead_worker(broken)

@@ -42,12 +42,14 @@ def run_of(ward: Ward, executor: str) -> asyncio.Task[dict[str, Any]]:
 )
 async def test_an_agents_process_is_killed(ward: Ward, executor: str) -> None:
     """Its shard goes on with another agent, and what was recorded is not asked again."""
-    ward.fleet.fault(FaultRule("slow", value=1 / SLOWER))  # so that items are left for the second
+    ward.fleet.add_fault(
+        FaultRule("slow", value=1 / SLOWER)
+    )  # so that items are left for the second
     run = run_of(ward, executor)
     await ward.until(lambda: len(ward.workers()) == 2 or run.done())
     assert not run.done()
     os.kill(ward.workers()[0], signal.SIGKILL)
-    ward.fleet.fault(FaultRule("slow", value=4 * SLOWER))
+    ward.fleet.add_fault(FaultRule("slow", value=4 * SLOWER))
     end = await run
     assert end["progress"]["done"] == len(ward.items)
     ward.assert_whole(again=ward.settings["limits"]["streams"])

@@ -13,8 +13,8 @@ import pytest
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.workers import factory
-from fanfold.backends.workers.globus.backend import Desk
-from fanfold.backends.workers.globus.poller import Pace
+from fanfold.backends.workers.globus.backend import TaskSubmitter
+from fanfold.backends.workers.globus.poller import PollPolicy
 from fanfold.tests.integration.runs.conftest import Lab
 
 from .client import URL_VARIABLE
@@ -23,7 +23,14 @@ from .service import GlobusService
 
 SHARDS = 6
 ITEMS = 120
-QUICK = Pace(burst=20, per_s=20.0, first_s=0.1, last_s=0.5, look_s=0.5, missing_s=0.5)
+QUICK = PollPolicy(
+    burst=20,
+    rate_per_s=20.0,
+    min_pause_s=0.1,
+    max_pause_s=0.5,
+    health_check_s=0.5,
+    missing_timeout_s=0.5,
+)
 
 LabOf = Callable[..., AbstractAsyncContextManager[Lab]]
 
@@ -41,7 +48,7 @@ class HasId(Protocol):
 def lab_over(service: GlobusService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabOf:
     """Make labs whose shards run on endpoints; runs in this process ask often."""
     monkeypatch.setenv(URL_VARIABLE, service.url)
-    monkeypatch.setattr(factory, "Desk", partial(Desk, pace=QUICK))
+    monkeypatch.setattr(factory, "TaskSubmitter", partial(TaskSubmitter, pace=QUICK))
 
     @asynccontextmanager
     async def make(*endpoints: HasId, ttft_s: float = 0.2, **backend: Any) -> Any:

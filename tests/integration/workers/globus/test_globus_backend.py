@@ -15,19 +15,19 @@ import yaml
 from jinja2 import Environment, meta
 
 from fanfold.backends.core.errors import (
+    BackendError,
     ConfigurationError,
     RunStoppedError,
-    SiteError,
     WorkerLostError,
 )
-from fanfold.backends.core.messages import Summary, own_version
+from fanfold.backends.core.messages import ShardResult, own_version
 from fanfold.backends.core.protocols import Backend
-from fanfold.backends.workers.factory import places
-from fanfold.backends.workers.globus.backend import Desk, globus_backends
-from fanfold.backends.workers.globus.poller import Pace
-from fanfold.backends.workers.globus.service import Service, connect
-from fanfold.backends.workers.globus.tasks import FILE, TaskBook, TaskList
-from fanfold.backends.workers.testing import CHECKS, Check, Subject, order
+from fanfold.backends.workers.factory import make_backends
+from fanfold.backends.workers.globus.backend import TaskSubmitter, make_globus_backends
+from fanfold.backends.workers.globus.poller import PollPolicy
+from fanfold.backends.workers.globus.service import TaskService, connect_service
+from fanfold.backends.workers.globus.tasks import TASK_LOG_FILE, TaskLog, TaskRegistry
+from fanfold.backends.workers.testing import CHECKS, BackendCase, Check, make_task
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.cli import setup
 from fanfold.graphs.worker import work_shard
@@ -42,7 +42,14 @@ from fanfold.tests.integration.workers.globus.work import too_large
 pytestmark = pytest.mark.integration
 
 SUBMIT = "POST /v3/endpoints/{id}/submit"
-QUICK = Pace(burst=20, per_s=20.0, first_s=0.1, last_s=0.5, look_s=0.5, missing_s=0.5)
+QUICK = PollPolicy(
+    burst=20,
+    rate_per_s=20.0,
+    min_pause_s=0.1,
+    max_pause_s=0.5,
+    health_check_s=0.5,
+    missing_timeout_s=0.5,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +65,12 @@ def place(endpoint: UserEndpoint, tmp_path: Path) -> Place:
     """Make backends that ask more often than the hosted service allows."""
 
     def make(work: Any = work_shard, at: str = endpoint.endpoint_id, **options: Any) -> Backend:
-        def connected() -> Service:
-            return connect(login, options.get("config"))
+        def connected() -> TaskService:
+            return connect_service(login, options.get("config"))
 
-        tasks = TaskList(TaskBook(tmp_path / FILE))
-        desk = Desk(connected, work, options.get("function"), tasks, QUICK)
-        return globus_backends([at], 2, desk)[0]
+        tasks = TaskRegistry(TaskLog(tmp_path / TASK_LOG_FILE))
+        desk = TaskSubmitter(connected, work, options.get("function"), tasks, QUICK)
+        return make_globus_backends([at], 2, desk)[0]
 
     return make
 
@@ -86,15 +93,15 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 async def test_the_backend_keeps_the_contract(check: Check, place: Place, tmp_path: Path) -> None:
     """Over an endpoint of threads, whose workers cannot die by themselves."""
-    await check(Subject(place, tmp_path, isolated=False))
+    await check(BackendCase(place, tmp_path, isolated=False))
 
 
 async def test_orders_and_summaries_are_json_and_go_by_reference(
     service: GlobusService, place: Place
 ) -> None:
     async with started(place(config={"account": "mine"})) as backend:
-        summary = await backend.submit(order("0-2", [{}, {}]).to_json())
-    assert Summary.from_json(summary).tally == {"done": 2, "failed": 0}
+        summary = await backend.submit(make_task("0-2", [{}, {}]).to_json())
+    assert ShardResult.from_json(summary).tally == {"done": 2, "failed": 0}
     post = service.submissions[-1]
     assert post.result_serializers == ("globus_compute_sdk.serialize.JSONData",)
     assert post.user_endpoint_config == {"account": "mine"}
@@ -107,15 +114,15 @@ async def test_a_page_of_a_proxy_is_no_answer(service: GlobusService, place: Pla
     """An order that it refuses may be sent again; a task is asked after again."""
     async with asyncio.timeout(60), started(place()) as backend:
         service.faults.pages = 1
-        with pytest.raises(SiteError, match="none of the service's"):
-            await backend.submit(order("0-1", [{}]).to_json())
+        with pytest.raises(BackendError, match="none of the service's"):
+            await backend.submit(make_task("0-1", [{}]).to_json())
         posts = service.stats.get(SUBMIT, 0)
-        sent = asyncio.ensure_future(backend.submit(order("0-1", [{"seconds": 1}]).to_json()))
+        sent = asyncio.ensure_future(backend.submit(make_task("0-1", [{"seconds": 1}]).to_json()))
         await until(lambda: service.stats.get(SUBMIT, 0) > posts)
         service.faults.pages = 3
         summary = await sent
     assert service.faults.pages == 0
-    assert Summary.from_json(summary).tally == {"done": 1, "failed": 0}
+    assert ShardResult.from_json(summary).tally == {"done": 1, "failed": 0}
 
 
 async def test_many_orders_travel_in_few_requests(service: GlobusService, place: Place) -> None:
@@ -123,7 +130,7 @@ async def test_many_orders_travel_in_few_requests(service: GlobusService, place:
     text = "ü" * 300_000  # six bytes each within the JSON of a request
     async with started(place()) as backend:
         before = service.stats.get(SUBMIT, 0)
-        orders = [order(f"{n}-{n + 1}", [{"text": text if n < 12 else ""}]) for n in range(40)]
+        orders = [make_task(f"{n}-{n + 1}", [{"text": text if n < 12 else ""}]) for n in range(40)]
         answers = await asyncio.gather(*(backend.submit(one.to_json()) for one in orders))
     assert [answer["shard"] for answer in answers] == [one.shard for one in orders]
     posts = service.submissions[-(service.stats[SUBMIT] - before) :]
@@ -134,7 +141,7 @@ async def test_many_orders_travel_in_few_requests(service: GlobusService, place:
 async def test_an_order_that_no_request_carries_is_refused(place: Place) -> None:
     async with started(place()) as backend:
         with pytest.raises(ConfigurationError, match=r"lower shard\.items"):
-            await backend.submit(order("0-1", [{"text": "x" * 9_600_000}]).to_json())
+            await backend.submit(make_task("0-1", [{"text": "x" * 9_600_000}]).to_json())
         assert backend.capacity() > 0
 
 
@@ -143,24 +150,24 @@ async def test_a_failed_post_costs_its_own_orders_only(
 ) -> None:
     """What was posted before comes home; the place is down until the service answers again."""
     async with started(place()) as backend:
-        slow = asyncio.create_task(backend.submit(order("0-1", [{"seconds": 1.0}]).to_json()))
+        slow = asyncio.create_task(backend.submit(make_task("0-1", [{"seconds": 1.0}]).to_json()))
         await asyncio.sleep(0.3)
         service.faults.fail_submits, service.faults.fail_status = 1, 507
         with pytest.raises(ConfigurationError, match="507"):
-            await backend.submit(order("1-2", [{}]).to_json())
+            await backend.submit(make_task("1-2", [{}]).to_json())
         service.faults.fail_submits, service.faults.fail_status = 9, 503
         capacity: list[int] = []  # seen at the moment of failure: the next look finds it online
-        down = asyncio.create_task(backend.submit(order("2-3", [{}]).to_json()))
+        down = asyncio.create_task(backend.submit(make_task("2-3", [{}]).to_json()))
         down.add_done_callback(lambda _: capacity.append(backend.capacity()))
         assert (await slow)["tally"] == {"done": 1, "failed": 0}
-        with pytest.raises(SiteError, match="answered 503") as caught:
+        with pytest.raises(BackendError, match="answered 503") as caught:
             await down
         assert not isinstance(caught.value, WorkerLostError)
         assert capacity == [0]
         service.faults.clear()
         await backend.rebuild()
         assert backend.capacity() > 0
-        assert (await backend.submit(order("3-4", [{}]).to_json()))["shard"] == "3-4"
+        assert (await backend.submit(make_task("3-4", [{}]).to_json()))["shard"] == "3-4"
 
 
 async def test_a_result_that_is_lost_is_found_by_asking(
@@ -169,7 +176,7 @@ async def test_a_result_that_is_lost_is_found_by_asking(
     """The one way to lose it is for the service to forget the task, and that shows."""
     async with started(place()) as backend:
         service.faults.hold_results = 1
-        task = asyncio.create_task(backend.submit(order("0-1", [{}]).to_json()))
+        task = asyncio.create_task(backend.submit(make_task("0-1", [{}]).to_json()))
         await until(lambda: not service.faults.hold_results)
         service.forget(list(service.submissions[-1].task_ids))
         with pytest.raises(WorkerLostError, match="no longer knows the task"):
@@ -179,7 +186,7 @@ async def test_a_result_that_is_lost_is_found_by_asking(
 async def test_a_task_whose_result_is_lost_is_overdue(service: GlobusService, place: Place) -> None:
     async with started(place()) as backend:
         service.faults.drop_results = 1
-        asked = order("0-1", [{}], deadline_s=0.5)
+        asked = make_task("0-1", [{}], deadline_s=0.5)
         with pytest.raises(WorkerLostError, match="deadline_s"):
             await backend.submit(asked.to_json())
 
@@ -187,7 +194,7 @@ async def test_a_task_whose_result_is_lost_is_overdue(service: GlobusService, pl
 async def test_a_result_that_is_too_large_stops_the_run(place: Place) -> None:
     async with started(place(too_large)) as backend:
         with pytest.raises(RunStoppedError, match=r"MaxResultSizeExceeded.*lower shard\.items"):
-            await backend.submit(order("0-1", [{}]).to_json())
+            await backend.submit(make_task("0-1", [{}]).to_json())
 
 
 async def test_an_endpoint_that_is_offline_is_told(
@@ -197,7 +204,7 @@ async def test_an_endpoint_that_is_offline_is_told(
     other = endpoint_of()
     other.stop()
     backend = place(at=other.endpoint_id)
-    with pytest.raises(SiteError, match="globus-compute-endpoint start"):
+    with pytest.raises(BackendError, match="globus-compute-endpoint start"):
         await backend.start()
     assert backend.capacity() == 0
     await asyncio.to_thread(endpoint_of, endpoint_id=other.endpoint_id)
@@ -222,17 +229,17 @@ async def test_an_endpoint_may_allow_certain_functions_only(
     config = f"{THREADS}allowed_functions: [{known}]"
     strict = await asyncio.to_thread(endpoint_of, config)
     async with started(place(at=strict.endpoint_id, function=known)) as backend:
-        summary = await backend.submit(order("0-1", [{}]).to_json())
+        summary = await backend.submit(make_task("0-1", [{}]).to_json())
         assert summary["tally"] == {"done": 1, "failed": 0}
     async with started(place(at=strict.endpoint_id)) as backend:
         with pytest.raises(ConfigurationError, match="fanfold globus register"):
-            await backend.submit(order("0-1", [{}]).to_json())
+            await backend.submit(make_task("0-1", [{}]).to_json())
 
 
 async def test_workers_are_divided_among_endpoints() -> None:
     endpoints = [f"11111111-2222-4333-8444-55555555555{n}" for n in range(3)]
     config = BackendConfig(kind="globus_compute", endpoints=endpoints, client=LOGIN, workers=8)
-    backends = places(config, work_shard)
+    backends = make_backends(config, work_shard)
     assert [backend._workers for backend in backends] == [3, 3, 2]  # type: ignore[attr-defined]
 
 
@@ -242,19 +249,19 @@ async def test_a_later_coordinator_finds_what_is_left(
     """Of shards that were not brought home: those that run, have ended, and are forgotten."""
     first = place()
     await first.start()
-    home = await first.submit(order("0-1", [{}]).to_json())
+    home = await first.submit(make_task("0-1", [{}]).to_json())
     rows = {"1-2": 0.0, "2-3": 2.0, "3-4": 0.0}
     tasks = [
-        asyncio.create_task(first.submit(order(name, [{"seconds": seconds}]).to_json()))
+        asyncio.create_task(first.submit(make_task(name, [{"seconds": seconds}]).to_json()))
         for name, seconds in rows.items()
     ]
     before = service.stats["tasks"]
-    await until(lambda: len(TaskBook(tmp_path / FILE).open_entries()) == 4)
+    await until(lambda: len(TaskLog(tmp_path / TASK_LOG_FILE).read_open()) == 4)
     await first.close()
     assert {type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)} == {
-        SiteError
+        BackendError
     }
-    left = {entry.shard: entry for entry in TaskBook(tmp_path / FILE).open_entries()}
+    left = {entry.shard: entry for entry in TaskLog(tmp_path / TASK_LOG_FILE).read_open()}
     assert left.keys() == rows.keys()
     assert home["shard"] == "0-1"
     service.forget([left["3-4"].task])
@@ -268,7 +275,7 @@ async def test_a_later_coordinator_finds_what_is_left(
         await found["3-4"]
     await second.close()
     assert service.stats["tasks"] == before + 3
-    assert [entry.shard for entry in TaskBook(tmp_path / FILE).open_entries()] == ["3-4"]
+    assert [entry.shard for entry in TaskLog(tmp_path / TASK_LOG_FILE).read_open()] == ["3-4"]
 
 
 def test_the_template_renders_and_pins_the_version(tmp_path: Path) -> None:
@@ -307,4 +314,4 @@ def test_a_client_that_nobody_logged_in_is_refused(monkeypatch: pytest.MonkeyPat
     client.app = app
     monkeypatch.setattr(app, "login_required", lambda: True)
     with pytest.raises(ConfigurationError, match="fanfold globus register"):
-        connect(lambda: client)
+        connect_service(lambda: client)

@@ -8,9 +8,9 @@ import signal
 
 import pytest
 
-from fanfold.backends.budget.spend_log import Shelf
+from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.storage.run_folder import open_folder
-from fanfold.backends.workers.globus.tasks import FILE, TaskBook
+from fanfold.backends.workers.globus.tasks import TASK_LOG_FILE, TaskLog
 from fanfold.tests.integration.runs.conftest import Lab
 from fanfold.tests.integration.runs.test_budget_lives import paid
 from fanfold.tests.integration.workers.globus.endpoint import UserEndpoint
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 
 def in_hand(lab: Lab) -> int:
     """Return how many tasks are written down and not closed."""
-    return len(TaskBook(lab.out / FILE).open_entries())
+    return len(TaskLog(lab.out / TASK_LOG_FILE).read_open())
 
 
 def requests(lab: Lab) -> int:
@@ -36,7 +36,7 @@ async def test_two_endpoints_share_a_run(
     other, before = await asyncio.to_thread(endpoint_of), len(service.submissions)
     async with lab_over(endpoint, other, ttft_s=0.05) as lab:
         result = await lab.live(await lab.begin())
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
         counts = posted(service, before)
         assert counts.keys() == {endpoint.endpoint_id, other.endpoint_id}
@@ -56,7 +56,7 @@ async def test_shards_of_a_killed_agent_go_elsewhere(
         doomed.kill()
         service.forget_heartbeat(doomed.endpoint_id)  # as after 15 s without one
         lost = posted(service, before)[doomed.endpoint_id]
-        assert (await life).code == 0
+        assert (await life).exit_code == 0
         lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
         assert SHARDS < sum(posted(service, before).values()) <= SHARDS + lost
 
@@ -73,7 +73,7 @@ async def test_an_agent_that_is_killed_and_restarted_goes_on(
         await asyncio.sleep(0.5)  # for the agent to take them
         doomed.kill()
         await asyncio.to_thread(endpoint_of, endpoint_id=doomed.endpoint_id)
-        assert (await life).code == 0
+        assert (await life).exit_code == 0
         lab.assert_whole(lab.whole, again=ITEMS)  # type: ignore[attr-defined]
         assert sum(posted(service, before).values()) > SHARDS
 
@@ -104,7 +104,7 @@ async def test_a_killed_coordinators_shards_are_found_again(
         assert left >= 2
         assert done < ITEMS
         result = await lab.live()
-        assert (result.code, in_hand(lab)) == (0, 0)
+        assert (result.exit_code, in_hand(lab)) == (0, 0)
         lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
         assert lab.again == 0
         assert sum(posted(service, before).values()) == SHARDS or shared
@@ -121,16 +121,16 @@ async def test_a_copy_leaves_the_tasks_of_the_original_alone(
             process.kill()
             assert await process.wait() == -signal.SIGKILL
         await lab.until(lab.fleet_is_idle)
-        copy, book = lab.home / "copy", (lab.out / FILE).read_bytes()
+        copy, book = lab.home / "copy", (lab.out / TASK_LOG_FILE).read_bytes()
         shutil.copytree(lab.out, copy)
         left, asked = ITEMS - lab.journal_lines(), requests(lab)
         first = sum(posted(service, before).values())
         assert left > 0
-        assert (await lab.live(open_folder(copy))).code == 0
+        assert (await lab.live(open_folder(copy))).exit_code == 0
         assert requests(lab) == asked + left
-        assert (lab.out / FILE).read_bytes() == book
+        assert (lab.out / TASK_LOG_FILE).read_bytes() == book
         between = sum(posted(service, before).values())
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         assert in_hand(lab) == 0
         assert requests(lab) == ITEMS + left
         assert sum(posted(service, before).values()) - between == SHARDS - first
@@ -147,15 +147,15 @@ async def test_a_budget_is_not_charged_twice_for_shards_that_are_found_again(
             await lab.until(lambda: in_hand(lab) >= 2 and paid(lab))
             process.kill()
             assert await process.wait() == -signal.SIGKILL
-        shelf = Shelf(lab.out / "budget", open_folder(lab.out).read_provenance()["run"])
-        assert paid(lab) < shelf.spent({}).tokens <= cap
-        assert len(shelf.lent()) >= 2
-        posted = (lab.out / FILE).read_text()
+        shelf = SpendLogs(lab.out / "budget", open_folder(lab.out).read_provenance()["run"])
+        assert paid(lab) < shelf.total_spent({}).tokens <= cap
+        assert len(shelf.unreturned_leases()) >= 2
+        posted = (lab.out / TASK_LOG_FILE).read_text()
         # what was lent and not posted when the coordinator died counts as spent for good
-        leases = shelf.pages()[1].leases.items()
+        leases = shelf.read_sessions()[1].leases.items()
         unposted = [one.amount.tokens for name, one in leases if name.split(".")[1] not in posted]
         result = await lab.live()
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
-        spent = shelf.spent({}).tokens
+        spent = shelf.total_spent({}).tokens
         assert paid(lab) <= spent <= paid(lab) + cap // 50 + sum(unposted)

@@ -15,8 +15,8 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.messages import own_version
-from fanfold.backends.workers.factory import places
-from fanfold.backends.workers.testing import order
+from fanfold.backends.workers.factory import make_backends
+from fanfold.backends.workers.testing import make_task
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.cli.setup import schema_text, template_text
 from fanfold.graphs.worker import work_shard
@@ -54,7 +54,7 @@ async def test_a_run_has_its_endpoint_started(
     before = len(service.submissions)
     async with lab_over(manager, ttft_s=0.02, user_endpoint_config=values) as lab:
         result = await lab.live(await lab.begin())
-        assert result.code == 0, f"{result.reason}\n{manager.logs()}"
+        assert result.exit_code == 0, f"{result.reason}\n{manager.logs()}"
         lab.assert_whole(lab.whole, again=0)  # type: ignore[attr-defined]
     posts = service.submissions[before:]
     assert [post.user_endpoint_config for post in posts] == [values] * len(posts)
@@ -87,11 +87,11 @@ async def test_values_that_are_refused_are_told(
         client=LOGIN,
         user_endpoint_config=values,
     )
-    (backend,) = places(folder, work_shard)
+    (backend,) = make_backends(folder, work_shard)
     await backend.start()
     try:
         with pytest.raises(ConfigurationError, match=words) as caught:
-            await backend.submit(order("0-1", [{}]).to_json())
+            await backend.submit(make_task("0-1", [{}]).to_json())
     finally:
         await backend.close()
     assert "s3cr3t" not in "".join(traceback.format_exception(caught.value))
@@ -117,7 +117,7 @@ async def test_an_endpoint_that_is_killed_is_waited_for(
                 kill_process(pid)
             lab.life_ended()
             result = await life
-            assert result.code == 0, f"{result.reason}\n{manager.logs()}"
+            assert result.exit_code == 0, f"{result.reason}\n{manager.logs()}"
             lab.assert_whole(lab.whole, again=ITEMS)  # type: ignore[attr-defined]
             print(f"globus endpoint behind a manager: {lab.again} items asked again")
     finally:

@@ -14,8 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.core.errors import ConfigurationError, SiteError, WorkerLostError
-from fanfold.backends.workers.launched.backend import Launch, LaunchedBackend, local_words
+from fanfold.backends.core.errors import BackendError, ConfigurationError, WorkerLostError
+from fanfold.backends.workers.launched.backend import (
+    LaunchedBackend,
+    LaunchSettings,
+    local_launcher_command,
+)
 from fanfold.tests.integration.workers.launched.work import play
 
 pytestmark = pytest.mark.integration
@@ -23,7 +27,9 @@ ONE_AND_ANOTHER = ("sh", "-c", '"$@" & while [ ! -e "$GO" ]; do sleep 0.1; done;
 
 
 def backend(*words: str, log: Path | None = None, host: str = "127.0.0.1") -> LaunchedBackend:
-    launch = Launch(words or local_words(1), host, silence_s=60, queue_s=60, log=log)
+    launch = LaunchSettings(
+        words or local_launcher_command(1), host, silence_s=60, queue_s=60, log=log
+    )
     return LaunchedBackend(launch, play)
 
 
@@ -75,7 +81,7 @@ async def test_what_the_work_raises_is_told_by_its_kind() -> None:
 async def test_a_worker_that_can_do_no_more_leaves(tmp_path: Path) -> None:
     """It would take order after order from the others; what waits goes to them."""
     log = tmp_path / "workers.log"
-    async with opened(*local_words(2), log=log) as place:
+    async with opened(*local_launcher_command(2), log=log) as place:
         await until(lambda: place.capacity() == 2)
         hopeless = place.submit({"hopeless": True})
         others = [place.submit({"n": n, "seconds": 0.2}) for n in range(4)]
@@ -158,12 +164,12 @@ async def test_workers_that_have_come_meanwhile_are_kept(
 )
 async def test_a_launcher_that_brings_nobody(words: tuple[str, ...], says: str) -> None:
     place = backend(*words)
-    with pytest.raises(SiteError, match=says) as caught:
+    with pytest.raises(BackendError, match=says) as caught:
         await place.start()
     if "sh" in words:
         assert "the queue is closed" in caught.value.message
     assert place.capacity() == 0
-    assert isinstance(await failed(place.submit({})), SiteError)
+    assert isinstance(await failed(place.submit({})), BackendError)
 
 
 async def test_a_launcher_that_ends_is_told_and_started_again(
