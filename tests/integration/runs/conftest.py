@@ -9,7 +9,7 @@ import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ class Lab:
         assert self.again <= again
 
 
-LabMaker = Callable[..., Any]
+LabMaker = Callable[..., AbstractAsyncContextManager[Lab]]
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.money import Amount
 from fanfold.backends.storage.journal_index import Journal
 from fanfold.backends.storage.run_folder import open_folder
+from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 pytestmark = pytest.mark.integration
 
 CAP = 1_000_000
 
 
-def told(lab: Any) -> tuple[Any, dict[str, Any], int]:
+def told(lab: Lab) -> tuple[Any, dict[str, Any], int]:
     """Return the cost and the budget as the folder tells them, and what counts as spent."""
     folder = open_folder(lab.out)
     run = folder.read_provenance()["run"]
@@ -32,14 +33,14 @@ def told(lab: Any) -> tuple[Any, dict[str, Any], int]:
     )
 
 
-def paid(lab: Any) -> int:
+def paid(lab: Lab) -> int:
     """Return the tokens that the fleet has read and written, by its own books."""
     totals = lab.fleet.stats()["totals"]
     names = ("prompt_tokens", "completion_tokens", "abandoned_tokens")
     return sum(int(totals[name]) for name in names)
 
 
-async def test_what_a_killed_life_may_have_cost_is_in_doubt(lab_of: Any) -> None:
+async def test_what_a_killed_life_may_have_cost_is_in_doubt(lab_of: LabMaker) -> None:
     """Two workers write the journal; the coordinator and both are killed."""
     async with lab_of(60, ttft_s=0.02) as lab:
         lab.config["limits"] |= {"hedge": False, "streams": 4}
@@ -48,11 +49,11 @@ async def test_what_a_killed_life_may_have_cost_is_in_doubt(lab_of: Any) -> None
         await lab.killed_at(15)
         cost, budget, spent = told(lab)
         assert cost.unaccounted.tokens > 0
-        assert cost.spent.tokens + cost.unaccounted.tokens == spent >= paid(lab)
+        assert cost.usage.tokens + cost.unaccounted.tokens == spent >= paid(lab)
         assert cost.unaccounted_json()["usd"] is None  # the cap reckons in tokens
         assert budget["tokens"] == {"spent": spent, "cap": CAP}
         result = await lab.live(overrides=("backend={kind: local}",))
-        assert result.code == 0
+        assert result.exit_code == 0
         after, _, spent = told(lab)
         assert after == result.cost
         assert after.spent.tokens + after.unaccounted.tokens == spent >= paid(lab)
@@ -61,7 +62,7 @@ async def test_what_a_killed_life_may_have_cost_is_in_doubt(lab_of: Any) -> None
         assert after.nano_usd >= after.spent.useful_nano_usd > 0
 
 
-async def test_it_is_told_while_the_run_goes_on(lab_of: Any) -> None:
+async def test_it_is_told_while_the_run_goes_on(lab_of: LabMaker) -> None:
     async with lab_of(200, ttft_s=0.02) as lab:
         lab.config["limits"] |= {"hedge": False, "streams": 4}
         lab.config |= {"budget": {"tokens": CAP}}
@@ -70,9 +71,10 @@ async def test_it_is_told_while_the_run_goes_on(lab_of: Any) -> None:
         await lab.until(lambda: lab.journal_lines() >= 10)
         cost, _, spent = await asyncio.to_thread(told, lab)
         assert not life.done()
-        assert 10 <= cost.spent.requests < 200
+        assert 10 <= cost.usage.requests < 200
         assert cost.unaccounted.tokens > 0  # what is reserved
-        assert cost.spent.tokens + cost.unaccounted.tokens == spent
+        assert cost.usage.tokens + cost.unaccounted.tokens == spent
         result = await life
-        assert result.cost.spent.requests == 200
+        assert result.cost is not None
+        assert result.cost.usage.requests == 200
         assert result.cost.unaccounted == Amount()

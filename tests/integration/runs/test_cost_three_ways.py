@@ -16,6 +16,7 @@ from fanfold.backends.core.money import NANO_PER_USD
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.storage.journal import UsageTotals
 from fanfold.backends.storage.run_folder import RunFolder
+from fanfold.tests.integration.runs.conftest import LabMaker
 
 pytestmark = pytest.mark.integration
 
@@ -45,7 +46,7 @@ def useful_by_the_fleet(book: dict[str, dict[str, Any]]) -> int:
 
 
 @pytest.mark.parametrize("budget", [{}, {"tokens": 10**9, "usd": 1000}], ids=["free", "limited"])
-async def test_a_faulty_run_adds_up_three_ways(lab_of: Any, budget: dict[str, Any]) -> None:
+async def test_a_faulty_run_adds_up_three_ways(lab_of: LabMaker, budget: dict[str, Any]) -> None:
     async with lab_of(ITEMS, ttft_s=0.005, tpot_s=0.0002, jitter=0.0, faults=FAULTS) as lab:
         lab.config["limits"] |= {"request_timeout_s": 2.0, "attempts": 6}
         lab.config |= {"model": {"price": PRICE}, "budget": budget}
@@ -82,14 +83,14 @@ async def test_a_faulty_run_adds_up_three_ways(lab_of: Any, budget: dict[str, An
 
     # the same, by endpoint and in dollars
     folder = RunFolder(lab.out)
-    groups = group_usage(folder.journal, result.run, ITEMS, "endpoint", "m")
+    groups = group_usage(folder.journal, result.run_id, ITEMS, "endpoint", "m")
     assert groups.total == journal
     of_rows = {row["endpoint"]: (row["useful_tokens"], row["wasted_tokens"]) for row in rows}
     assert of_rows == {
         name: (spent.useful_tokens, spent.wasted_tokens) for name, spent in groups.by_key.items()
     }
     for key in ("model", *GROUP_KEYS):
-        parts = group_usage(folder.journal, result.run, ITEMS, key, "m").by_key.values()
+        parts = group_usage(folder.journal, result.run_id, ITEMS, key, "m").by_key.values()
         for field in UsageTotals.__slots__:
             assert sum(getattr(part, field) for part in parts) == getattr(journal, field)
     rounding = journal.requests / NANO_PER_USD
@@ -104,7 +105,7 @@ async def test_a_faulty_run_adds_up_three_ways(lab_of: Any, budget: dict[str, An
     assert told["tokens"]["wasted"] == journal.wasted_tokens
 
     # and with the budget's book, which counts a request's price rounded up
-    pages = SpendLogs(folder.budget, result.run).read_sessions()
+    pages = SpendLogs(folder.budget, result.run_id).read_sessions()
     assert pages[1].node_time.node_ms > 0
     if budget:
         settled = pages[1].settled

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fanfold.backends.core.errors import JournalError
 from fanfold.graphs.session import RunResult
+from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 pytestmark = pytest.mark.integration
 
@@ -22,7 +22,7 @@ main()
 """
 
 
-async def test_a_journal_that_hits_a_limit(lab_of: Any) -> None:
+async def test_a_journal_that_hits_a_limit(lab_of: LabMaker) -> None:
     """The system refuses files above a size, as it refuses all on a full disk."""
     async with lab_of(items=600, ttft_s=0.0, tpot_s=0.0) as lab:
         lab.config["shard"] = {"items": None}  # few checkpoints, so that the journal is first
@@ -42,11 +42,11 @@ async def test_a_journal_that_hits_a_limit(lab_of: Any) -> None:
         text = said.read_text()
         assert f"{safe} of 600 items are safe" in text
         assert "Traceback" not in text
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=16)
 
 
-async def failing(lab: Any) -> str:
+async def failing(lab: Lab) -> str:
     with pytest.raises(JournalError) as caught:
         await lab.live()
     lab.life_ended()
@@ -54,7 +54,7 @@ async def failing(lab: Any) -> str:
 
 
 async def test_checkpoints_that_cannot_be_written(
-    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with lab_of(items=60, ttft_s=0.0, tpot_s=0.0) as lab:
         aggregate = await lab.undisturbed()
@@ -68,7 +68,7 @@ async def test_checkpoints_that_cannot_be_written(
             message = await failing(lab)
         assert "database or disk is full" in message
         assert f"{lab.journal_lines()} of 60 items are safe" in message
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=16)
 
 
@@ -76,7 +76,7 @@ async def test_checkpoints_that_cannot_be_written(
     "name", ["results.parquet", "failures.jsonl", "aggregate.json", "provenance.json"]
 )
 async def test_results_that_cannot_be_written(
-    lab_of: Any, name: str, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with lab_of(items=30, ttft_s=0.0, tpot_s=0.0) as lab:
         aggregate = await lab.undisturbed()
@@ -93,12 +93,12 @@ async def test_results_that_cannot_be_written(
             message = await failing(lab)
         assert name in message
         assert "30 of 30 items are safe" in message
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
 async def test_the_first_error_is_the_one_told(
-    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full, so the note on how this life ended cannot be written either."""
     async with lab_of(items=30, ttft_s=0.0, tpot_s=0.0) as lab:
@@ -118,7 +118,7 @@ async def test_the_first_error_is_the_one_told(
         assert "30 of 30 items are safe" in message
 
 
-async def test_a_fresh_life_after_each_failure(lab_of: Any) -> None:
+async def test_a_fresh_life_after_each_failure(lab_of: LabMaker) -> None:
     """Results carry each item once however many journal files there are."""
     async with lab_of(items=30, ttft_s=0.0, tpot_s=0.0) as lab:
         aggregate = await lab.undisturbed()

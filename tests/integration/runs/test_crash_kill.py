@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 from fanfold.backends.simulated.faults import FaultRule
+from fanfold.tests.integration.runs.conftest import LabMaker
 
 pytestmark = pytest.mark.integration
 
 STREAMS = 16
 
 
-async def test_killed_three_times_in_a_row(lab_of: Any) -> None:
+async def test_killed_three_times_in_a_row(lab_of: LabMaker) -> None:
     """At 5, 40 and 80 per cent: in the first life, in a resume, and in the resume of that."""
     async with lab_of() as lab:
         aggregate = await lab.undisturbed()
@@ -38,12 +39,12 @@ async def test_killed_three_times_in_a_row(lab_of: Any) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_killed_at_a_random_moment(lab_of: Any, seed: int) -> None:
+async def test_killed_at_a_random_moment(lab_of: LabMaker, seed: int) -> None:
     async with lab_of(seed=seed) as lab:
         aggregate = await lab.undisturbed()
         await lab.killed_at(random.Random(seed).randrange(1, 195))
         result = await lab.live()
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(aggregate, again=STREAMS)
 
 
@@ -62,7 +63,7 @@ main()
 
 
 @pytest.mark.parametrize("name", ["results.parquet", "failures.jsonl", "aggregate.json"])
-async def test_killed_while_the_results_are_written(lab_of: Any, name: str) -> None:
+async def test_killed_while_the_results_are_written(lab_of: LabMaker, name: str) -> None:
     async with lab_of(items=60, ttft_s=0.0, tpot_s=0.0) as lab:
         aggregate = await lab.undisturbed()
         async with lab.process(wrap=KILLED_BEFORE.format(name=name)) as process:
@@ -70,26 +71,26 @@ async def test_killed_while_the_results_are_written(lab_of: Any, name: str) -> N
         assert not (lab.out / name).exists()
         assert lab.journal_lines() == 60
         result = await lab.live()
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
-async def test_without_checkpoints_the_journal_is_enough(lab_of: Any) -> None:
+async def test_without_checkpoints_the_journal_is_enough(lab_of: LabMaker) -> None:
     async with lab_of() as lab:
         aggregate = await lab.undisturbed()
         await lab.killed_at(100)
         for file in lab.out.glob("checkpoints.sqlite*"):
             file.unlink()
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=STREAMS)
 
 
-async def test_a_running_run_is_refused_to_others(lab_of: Any) -> None:
+async def test_a_running_run_is_refused_to_others(lab_of: LabMaker) -> None:
     async with lab_of() as lab:
         lab.config["limits"]["drain_s"] = 0.5
         life = asyncio.create_task(lab.live(await lab.begin()))
         await lab.until(lab.journal_lines)
-        lab.fleet.fault(FaultRule("hang"))  # it will not end by itself
+        lab.fleet.add_fault(FaultRule("hang"))  # it will not end by itself
         other = await asyncio.create_subprocess_exec(
             *lab.command(None, "resume", str(lab.out), "--quiet"), stderr=PIPE
         )
@@ -102,7 +103,7 @@ async def test_a_running_run_is_refused_to_others(lab_of: Any) -> None:
         assert lives(lab.out)[-1]["outcome"] == "stopped by an error"
 
 
-async def test_the_simulated_fleet_of_a_killed_run_dies_too(lab_of: Any) -> None:
+async def test_the_simulated_fleet_of_a_killed_run_dies_too(lab_of: LabMaker) -> None:
     async with lab_of() as lab:
         lab.config["endpoints"] = {"simulated": {"nodes": 1, "time_scale": 0.1}}
         async with lab.process() as process:

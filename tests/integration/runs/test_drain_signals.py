@@ -19,11 +19,12 @@ from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import resume_run
 from fanfold.graphs.run.shutdown import Shutdown
 from fanfold.graphs.session import RunResult
+from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 pytestmark = pytest.mark.integration
 
 
-async def stopped(lab: Any, lines: int, *signals: signal.Signals, **options: Any) -> RunResult:
+async def stopped(lab: Lab, lines: int, *signals: signal.Signals, **options: Any) -> RunResult:
     """Begin a run or go on with it here, and signal this process when so many items ended."""
     folder = None if (lab.out / "run.yaml").exists() else await lab.begin()
     heard, heed = list[str](), Shutdown.request_stop
@@ -45,7 +46,7 @@ async def stopped(lab: Any, lines: int, *signals: signal.Signals, **options: Any
     return result
 
 
-async def test_the_command_line_ends_with_5_and_can_be_resumed(lab_of: Any) -> None:
+async def test_the_command_line_ends_with_5_and_can_be_resumed(lab_of: LabMaker) -> None:
     async with lab_of() as lab:
         aggregate = await lab.undisturbed()
         async with lab.process() as process:
@@ -56,12 +57,12 @@ async def test_the_command_line_ends_with_5_and_can_be_resumed(lab_of: Any) -> N
         told = json.loads(said)
         assert told["done"] == lab.journal_lines() < 200
         lab.life_ended()
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
 @pytest.mark.parametrize("shards", ["few", "many", "single", "traced"])
-async def test_drained_and_resumed_over_and_over(lab_of: Any, shards: str) -> None:
+async def test_drained_and_resumed_over_and_over(lab_of: LabMaker, shards: str) -> None:
     """Also over many supersteps, with a Send per item, and by LangGraph's engine."""
     async with lab_of(items=120) as lab:
         sizes = {"few": None, "many": 3, "single": 1, "traced": 30}
@@ -74,11 +75,11 @@ async def test_drained_and_resumed_over_and_over(lab_of: Any, shards: str) -> No
             assert result.progress["done"] == lab.journal_lines()
             assert result.progress["failed"] == 0
             assert lab.fleet_is_idle()
-        assert (await lab.live(trace=trace)).code == 0
+        assert (await lab.live(trace=trace)).exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
-async def test_many_small_supersteps(lab_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_small_supersteps(lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     async with lab_of(items=120) as lab:
         lab.config["shard"] = {"items": 5}
         monkeypatch.setattr("fanfold.graphs.run.items.choose_window", lambda *_: 3)
@@ -86,37 +87,37 @@ async def test_many_small_supersteps(lab_of: Any, monkeypatch: pytest.MonkeyPatc
         for lines in (1, 20, 31, 75):
             result = await stopped(lab, lines, signal.SIGTERM)
             assert result.exit_code == 5
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
-async def test_a_hanging_fleet_cannot_hold_up_the_stop(lab_of: Any) -> None:
+async def test_a_hanging_fleet_cannot_hold_up_the_stop(lab_of: LabMaker) -> None:
     async with lab_of(items=40) as lab:
         lab.config["limits"] |= {"drain_s": 0.2}
         aggregate = await lab.undisturbed()
-        lab.fleet.fault(FaultRule("hang", p=0.3, draw="item"))
+        lab.fleet.add_fault(FaultRule("hang", p=0.3, draw="item"))
         result = await stopped(lab, 8, signal.SIGTERM)
         assert result.exit_code == 5
         done = lab.journal_lines()
         assert result.progress["done"] == done < 40
         lab.fleet._faults.clear()
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=16)
 
 
-async def test_a_second_signal_stops_at_once(lab_of: Any) -> None:
+async def test_a_second_signal_stops_at_once(lab_of: LabMaker) -> None:
     async with lab_of(items=40) as lab:
         aggregate = await lab.undisturbed()
-        lab.fleet.fault(FaultRule("hang", p=0.3, draw="item"))
+        lab.fleet.add_fault(FaultRule("hang", p=0.3, draw="item"))
         result = await stopped(lab, 8, signal.SIGTERM, signal.SIGINT)
         assert (result.exit_code, result.reason) == (5, "SIGTERM")
         lab.fleet._faults.clear()
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=16)
 
 
 async def test_a_signal_while_the_run_is_opened(
-    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with lab_of(items=40) as lab:
         aggregate = await lab.undisturbed()
@@ -136,11 +137,11 @@ async def test_a_signal_while_the_run_is_opened(
             with pytest.raises(RunStoppedError, match="SIGTERM before the first item"):
                 await asyncio.wait_for(life, 60)
         assert not folder.is_in_use()
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
-async def test_handlers_are_put_back(lab_of: Any) -> None:
+async def test_handlers_are_put_back(lab_of: LabMaker) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
     before = [signal.getsignal(number) for number in numbers]
     async with lab_of(items=5) as lab:
@@ -148,7 +149,7 @@ async def test_handlers_are_put_back(lab_of: Any) -> None:
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-async def test_a_fleet_that_is_lost_ends_the_run_resumably(lab_of: Any) -> None:
+async def test_a_fleet_that_is_lost_ends_the_run_resumably(lab_of: LabMaker) -> None:
     """No node comes back in time: what was answered is kept, exit 5."""
     async with lab_of(items=80) as lab:
         lab.config["limits"] |= {"fleet_wait_s": 0.1}
@@ -159,19 +160,21 @@ async def test_a_fleet_that_is_lost_ends_the_run_resumably(lab_of: Any) -> None:
         for node in (0, 1):
             await lab.fleet.kill(node)
         result = await asyncio.wait_for(life, 60)
-        assert result.code == 5
-        assert "no endpoint came back" in result.reason
+        assert result.exit_code == 5
+        assert "no endpoint came back" in (result.reason or "")
         assert result.progress["failed"] == 0
         assert result.progress["done"] == lab.journal_lines() < 80
         lab.life_ended()
         for node in (0, 1):
             await lab.fleet.revive(node)
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=16)
 
 
 @pytest.mark.parametrize("change", ["reduce", "retry", "none"])
-async def test_by_checkpoint_or_anew_the_aggregate_is_the_same(lab_of: Any, change: str) -> None:
+async def test_by_checkpoint_or_anew_the_aggregate_is_the_same(
+    lab_of: LabMaker, change: str
+) -> None:
     async with lab_of(items=80) as lab:
         aggregate = await lab.undisturbed()
         assert (await stopped(lab, 30, signal.SIGTERM)).exit_code == 5
@@ -182,46 +185,46 @@ async def test_by_checkpoint_or_anew_the_aggregate_is_the_same(lab_of: Any, chan
             result = await lab.live(overrides=(f"reduce={full}",))
         else:
             result = await lab.live(retry_failed=change == "retry")
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
-async def test_failed_items_are_asked_again_only_on_demand(lab_of: Any) -> None:
+async def test_failed_items_are_asked_again_only_on_demand(lab_of: LabMaker) -> None:
     async with lab_of(items=40) as lab:
         aggregate = await lab.undisturbed()
-        lab.fleet.fault(FaultRule("refusal", p=0.3, draw="item"))
+        lab.fleet.add_fault(FaultRule("refusal", p=0.3, draw="item"))
         first = await lab.live(await lab.begin())
         lab.life_ended()
-        assert first.code == 3
+        assert first.exit_code == 3
         failed = first.progress["failed"]
         lab.fleet._faults.clear()
         again = await lab.live()
         lab.life_ended()
-        assert (again.code, again.progress["failed"], lab.again) == (3, failed, 0)
+        assert (again.exit_code, again.progress["failed"], lab.again) == (3, failed, 0)
         assert again.aggregate == first.aggregate
-        assert (await lab.live(retry_failed=True)).code == 0
+        assert (await lab.live(retry_failed=True)).exit_code == 0
         lab.assert_whole(aggregate, again=failed)
         assert lab.again == failed
 
 
-async def test_a_checkpoint_older_than_the_journal_is_not_believed(lab_of: Any) -> None:
+async def test_a_checkpoint_older_than_the_journal_is_not_believed(lab_of: LabMaker) -> None:
     """Failed items are asked again with the checkpoints elsewhere; then the old ones come back."""
     async with lab_of(items=80) as lab:
         lab.config["shard"] = {"items": 5}
         aggregate = await lab.undisturbed()
-        lab.fleet.fault(FaultRule("refusal", p=0.3, draw="item"))
+        lab.fleet.add_fault(FaultRule("refusal", p=0.3, draw="item"))
         assert (await stopped(lab, 40, signal.SIGTERM)).progress["failed"] > 0
         lab.fleet._faults.clear()
         file = lab.out / "checkpoints.sqlite"
         kept = file.read_bytes()
-        assert (await lab.live(retry_failed=True)).code == 0
+        assert (await lab.live(retry_failed=True)).exit_code == 0
         file.write_bytes(kept)
         result = await lab.live()
-        assert (result.code, result.aggregate) == (0, aggregate)
+        assert (result.exit_code, result.aggregate) == (0, aggregate)
         lab.assert_whole(aggregate, again=80)
 
 
-async def test_killed_between_new_settings_and_the_first_checkpoint(lab_of: Any) -> None:
+async def test_killed_between_new_settings_and_the_first_checkpoint(lab_of: LabMaker) -> None:
     """The settings have other reduce stages than the checkpoint, and nobody says so."""
     async with lab_of(items=80) as lab:
         lab.config["shard"] = {"items": 5}
@@ -230,5 +233,5 @@ async def test_killed_between_new_settings_and_the_first_checkpoint(lab_of: Any)
         changed = load_config(str(folder.settings), ("reduce=[{op: count}]",))
         await resume_run(folder, changed)
         result = await lab.live()
-        assert result.code == 0
+        assert result.exit_code == 0
         assert [(stage["op"], stage["done"]) for stage in result.aggregate] == [("count", 80)]

@@ -22,7 +22,7 @@ from fanfold.backends.workers.testing import (
 )
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard
-from fanfold.tests.integration.runs.conftest import STREAMS
+from fanfold.tests.integration.runs.conftest import STREAMS, Lab, LabMaker
 from fanfold.tests.integration.runs.test_sites_kill import (
     asked_again,
     begun,
@@ -64,7 +64,7 @@ class Deaf(Executor):
         assert wait
 
 
-async def run_elsewhere(lab: Any, **backend: Any) -> subprocess.CompletedProcess[str]:
+async def run_elsewhere(lab: Lab, **backend: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line in another process until it ends."""
     lab.config["backend"] = backend
     settings = lab.home / "config.yaml"
@@ -80,7 +80,7 @@ async def run_elsewhere(lab: Any, **backend: Any) -> subprocess.CompletedProcess
     )
 
 
-async def test_an_executor_whose_workers_never_come(lab_of: Any) -> None:
+async def test_an_executor_whose_workers_never_come(lab_of: LabMaker) -> None:
     async with lab_of(items=20) as lab:
         factory = "fanfold.tests.integration.runs.test_executors:Deaf"
         done = await run_elsewhere(lab, kind="executor", factory=factory, queue_s=1.0)
@@ -107,7 +107,7 @@ async def test_an_engine_keeps_the_contract(
 
 @pytest.mark.parametrize("backend", ENGINES)
 async def test_an_engine_as_a_user_has_it(
-    lab_of: Any, backend: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, backend: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the command line: each of 1,000 items once, a quiet terminal, and nothing left behind."""
     token = f"FANFOLD_TEST={os.urandom(6).hex()}"
@@ -124,7 +124,7 @@ async def test_an_engine_as_a_user_has_it(
 
 
 @pytest.mark.parametrize("backend", ENGINES)
-async def test_a_worker_of_an_engine_is_killed(lab_of: Any, backend: dict[str, Any]) -> None:
+async def test_a_worker_of_an_engine_is_killed(lab_of: LabMaker, backend: dict[str, Any]) -> None:
     """With shards in flight; what it had recorded is not asked again."""
     async with lab_of(items=400) as lab:
         lab.config["limits"]["hedge"] = False
@@ -139,7 +139,9 @@ async def test_a_worker_of_an_engine_is_killed(lab_of: Any, backend: dict[str, A
 
 
 @pytest.mark.parametrize("backend", ENGINES)
-async def test_the_coordinator_of_an_engine_is_killed(lab_of: Any, backend: dict[str, Any]) -> None:
+async def test_the_coordinator_of_an_engine_is_killed(
+    lab_of: LabMaker, backend: dict[str, Any]
+) -> None:
     """Its workers end with it, and the rest of the run goes on elsewhere."""
     async with lab_of(items=300) as lab:
         lab.config["limits"]["hedge"] = False
@@ -148,6 +150,6 @@ async def test_the_coordinator_of_an_engine_is_killed(lab_of: Any, backend: dict
         await lab.killed_at(100)
         await lab.until(lambda: not any(map(alive, begun(lab))))
         assert asked_again(lab) == 0
-        assert (await lab.live(overrides=("backend={kind: local}",))).code == 0
+        assert (await lab.live(overrides=("backend={kind: local}",))).exit_code == 0
         lab.assert_whole(aggregate, again=STREAMS)
         print(f"{backend['factory']}: {asked_again(lab)} items asked again by the next life")

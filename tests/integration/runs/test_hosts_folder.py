@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
 
 from fanfold.backends.core.errors import RunStoppedError
+from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 pytestmark = pytest.mark.integration
 
 
-def in_folder(lab: Any, **settings: Any) -> Any:
+def in_folder(lab: Lab, **settings: Any) -> Any:
     folder = lab.home / "servers"
     folder.mkdir()
     lab.config["endpoints"] = {"file": str(folder), "refresh_s": 0.02} | settings
     return folder
 
 
-async def test_hosts_join_and_leave_a_run(lab_of: Any) -> None:
+async def test_hosts_join_and_leave_a_run(lab_of: LabMaker) -> None:
     async with lab_of(items=200) as lab:
         aggregate = await lab.undisturbed()
         first, second = lab.fleet.urls
@@ -33,15 +35,17 @@ async def test_hosts_join_and_leave_a_run(lab_of: Any) -> None:
         await lab.until(lambda: lab.fleet.stats()["nodes"][0]["running"] == 0)
         before = asked(lab)[0]
         result = await asyncio.wait_for(life, 60)
-        assert (result.code, asked(lab)[0]) == (0, before)
+        assert (result.exit_code, asked(lab)[0]) == (0, before)
         lab.assert_whole(aggregate, again=0)
 
 
-def asked(lab: Any) -> list[int]:
+def asked(lab: Lab) -> list[int]:
     return [node["requests"] for node in lab.fleet.stats()["nodes"]]
 
 
-async def test_a_run_waits_for_its_hosts(lab_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_run_waits_for_its_hosts(
+    lab_of: LabMaker, caplog: pytest.LogCaptureFixture
+) -> None:
     async with lab_of(items=20) as lab:
         aggregate = await lab.undisturbed()
         folder = in_folder(lab, least=2, wait_s=60)
@@ -49,15 +53,15 @@ async def test_a_run_waits_for_its_hosts(lab_of: Any, caplog: pytest.LogCaptureF
             begun = asyncio.create_task(lab.begin())
             for n, url in enumerate(lab.fleet.urls):
                 wanted = f"{n} of 2 ready"
-                await lab.until(lambda w=wanted: w in caplog.text)
+                await lab.until(partial(lambda w: w in caplog.text, wanted))
                 assert not begun.done()
                 (folder / f"node{n}").write_text(f"{url}\n")
             result = await asyncio.wait_for(lab.live(await begun), 60)
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
-async def test_hosts_that_do_not_come_leave_it_resumable(lab_of: Any) -> None:
+async def test_hosts_that_do_not_come_leave_it_resumable(lab_of: LabMaker) -> None:
     async with lab_of(items=20) as lab:
         aggregate = await lab.undisturbed()
         folder = in_folder(lab, least=2, wait_s=0.05)
@@ -70,5 +74,5 @@ async def test_hosts_that_do_not_come_leave_it_resumable(lab_of: Any) -> None:
         (folder / "node1").unlink()
         with pytest.raises(RunStoppedError, match="1 of 2 ready"):
             await lab.live(begun)
-        assert (await lab.live(overrides=("endpoints.least=1",))).code == 0
+        assert (await lab.live(overrides=("endpoints.least=1",))).exit_code == 0
         lab.assert_whole(aggregate, again=0)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from fanfold.tests.integration.runs.conftest import LabMaker
+
 from .test_sites_kill import (
     LAUNCHED,
     STREAMS,
@@ -46,7 +48,7 @@ def mpiexec(workers: list[int]) -> Iterable[int]:
 
 @pytest.mark.parametrize("backend", LAUNCHERS)
 async def test_a_worker_and_then_the_launcher_are_killed(
-    lab_of: Any, backend: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, backend: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one of mpich's workers the others are killed, and all of them are started again."""
     token = f"FANFOLD_TEST={os.urandom(6).hex()}"

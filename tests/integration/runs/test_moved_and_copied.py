@@ -18,6 +18,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
+from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 from .test_postgres_saver import server
 
@@ -36,7 +37,7 @@ ELSEWHERE = [
 
 
 @pytest.fixture
-def lab_of(lab_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def lab_of(lab_of: LabMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return labs whose folder is the working directory."""
     monkeypatch.chdir(tmp_path)
 
@@ -46,23 +47,23 @@ def lab_of(lab_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-async def drained(lab: Any, at: int = 40, **options: Any) -> None:
+async def drained(lab: Lab, at: int = 40, **options: Any) -> None:
     """Begin a run and interrupt it: what is in flight ends, so each item is asked once."""
     lab.config["limits"]["hedge"] = False
     await interrupted(lab, await lab.begin(Path("run")), at, **options)
 
 
-async def interrupted(lab: Any, folder: RunFolder, at: int, **options: Any) -> None:
+async def interrupted(lab: Lab, folder: RunFolder, at: int, **options: Any) -> None:
     session = asyncio.create_task(lab.live(folder, **options))
     await lab.until(lambda: session.done() or lab.journal_lines() >= at)
     assert not session.done(), session
     signal.raise_signal(signal.SIGINT)
-    assert (await asyncio.wait_for(session, 60)).code == 5
+    assert (await asyncio.wait_for(session, 60)).exit_code == 5
     assert lab.journal_lines() < lab.items
     lab.life_ended()
 
 
-def asked(lab: Any) -> int:
+def asked(lab: Lab) -> int:
     return int(lab.fleet.stats()["totals"]["requests"])
 
 
@@ -75,7 +76,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def assert_whole(lab: Any, aggregate: Any) -> None:
+def assert_whole(lab: Lab, aggregate: Any) -> None:
     """Assert that each item was asked exactly once, and has one row."""
     lab.assert_whole(aggregate, again=0)
     assert asked(lab) == lab.items
@@ -119,7 +120,7 @@ SPELLINGS: dict[str, Callable[[Path], str]] = {
 
 
 async def test_all_spellings_are_the_same_run(
-    lab_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Begun as ``run``, gone on with from another working directory under other names."""
     async with lab_of(items=400) as lab:
@@ -132,13 +133,13 @@ async def test_all_spellings_are_the_same_run(
         monkeypatch.chdir(tmp_path / "deeper")
         for count, spelling in enumerate(SPELLINGS.values(), 1):
             await interrupted(lab, open_folder(Path(spelling(tmp_path))), 20 + 25 * count)
-        assert (await lab.live(open_folder(Path("..", "run")))).code == 0
+        assert (await lab.live(open_folder(Path("..", "run")))).exit_code == 0
         assert_whole(lab, aggregate)
         assert ids(tmp_path / "run") == before
         assert_no_path(tmp_path / "run", tmp_path / "link", tmp_path / "parent" / "run", "../run")
 
 
-async def test_two_spellings_have_one_lock(lab_of: Any, tmp_path: Path) -> None:
+async def test_two_spellings_have_one_lock(lab_of: LabMaker, tmp_path: Path) -> None:
     async with lab_of() as lab:
         await drained(lab)
         (tmp_path / "link").symlink_to("run")
@@ -146,10 +147,10 @@ async def test_two_spellings_have_one_lock(lab_of: Any, tmp_path: Path) -> None:
             for spelling in ("run", str(tmp_path / "run"), "./link/../run/"):
                 with pytest.raises(ConfigurationError, match="is working on this run"):
                     await lab.live(open_folder(Path(spelling)))
-        assert (await lab.live(open_folder(Path("run")))).code == 0
+        assert (await lab.live(open_folder(Path("run")))).exit_code == 0
 
 
-async def test_a_moved_run_goes_on(lab_of: Any, tmp_path: Path) -> None:
+async def test_a_moved_run_goes_on(lab_of: LabMaker, tmp_path: Path) -> None:
     """By the command line, from another directory; the old place stays empty."""
     async with lab_of() as lab:
         aggregate = await lab.undisturbed()
@@ -167,7 +168,7 @@ async def test_a_moved_run_goes_on(lab_of: Any, tmp_path: Path) -> None:
         assert_no_path(tmp_path / "run", target, tmp_path / "run")
 
 
-async def test_a_copy_is_a_run_of_its_own(lab_of: Any, tmp_path: Path) -> None:
+async def test_a_copy_is_a_run_of_its_own(lab_of: LabMaker, tmp_path: Path) -> None:
     """The copy asks what is open, once, and leaves the original as it is; that goes on, too."""
     async with lab_of() as lab:
         await drained(lab)
@@ -184,7 +185,7 @@ async def test_a_copy_is_a_run_of_its_own(lab_of: Any, tmp_path: Path) -> None:
         assert earlier == [run] != [other]
         assert_no_path(copy, original)
         result = await lab.live(open_folder(Path("run")))
-        assert (result.code, asked(lab)) == (0, 120 + 120 - done)
+        assert (result.exit_code, asked(lab)) == (0, 120 + 120 - done)
         assert ids(original) == (run, [])
         found = [json.loads((f / "aggregate.json").read_bytes()) for f in (original, copy)]
         assert found[0]["aggregate"] == found[1]["aggregate"]
@@ -192,7 +193,9 @@ async def test_a_copy_is_a_run_of_its_own(lab_of: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ELSEWHERE)
-async def test_with_workers_elsewhere(lab_of: Any, tmp_path: Path, backend: dict[str, Any]) -> None:
+async def test_with_workers_elsewhere(
+    lab_of: LabMaker, tmp_path: Path, backend: dict[str, Any]
+) -> None:
     """They are told the folder with each order: of the copy, and of the place it moved to."""
     async with lab_of() as lab:
         lab.config["backend"] = backend
@@ -202,10 +205,10 @@ async def test_with_workers_elsewhere(lab_of: Any, tmp_path: Path, backend: dict
         Path("run").rename("moved")
         before = contents(Path("moved"))
         copied = await lab.live(open_folder(Path("copy")))
-        assert (copied.code, asked(lab)) == (0, 120)
+        assert (copied.exit_code, asked(lab)) == (0, 120)
         assert contents(Path("moved")) == before
         moved = await lab.live(open_folder(Path("moved")))
-        assert (moved.code, asked(lab)) == (0, 120 + 120 - done)
+        assert (moved.exit_code, asked(lab)) == (0, 120 + 120 - done)
         assert moved.aggregate == copied.aggregate
         assert ids(Path("copy"))[1] == [ids(Path("moved"))[0]]
         assert not Path("run").exists()
@@ -213,7 +216,7 @@ async def test_with_workers_elsewhere(lab_of: Any, tmp_path: Path, backend: dict
             assert_no_path(folder, tmp_path / "run")
 
 
-async def test_copies_of_copies_at_the_same_time(lab_of: Any, tmp_path: Path) -> None:
+async def test_copies_of_copies_at_the_same_time(lab_of: LabMaker, tmp_path: Path) -> None:
     """Each is a run of its own, and knows which it comes from; resumed again they stay it."""
     async with lab_of() as lab:
         aggregate = await lab.undisturbed()
@@ -230,7 +233,7 @@ async def test_copies_of_copies_at_the_same_time(lab_of: Any, tmp_path: Path) ->
         first, b, c = ids(Path("run"))[0], ids(Path("b")), ids(Path("c"))
         assert b[1] == c[1] == [first]
         assert len({first, b[0], c[0]}) == 3
-        assert (await lab.live(open_folder(Path("d")))).code == 0
+        assert (await lab.live(open_folder(Path("d")))).exit_code == 0
         assert ids(Path("d"))[1] == [b[0], first]
         again = ids(Path("d"))
         assert (await lab.live(open_folder(Path("d")))).aggregate == aggregate
@@ -239,7 +242,7 @@ async def test_copies_of_copies_at_the_same_time(lab_of: Any, tmp_path: Path) ->
 
 
 @pytest.mark.long
-async def test_a_copy_made_while_the_original_works(lab_of: Any, tmp_path: Path) -> None:
+async def test_a_copy_made_while_the_original_works(lab_of: LabMaker, tmp_path: Path) -> None:
     """Signs of workers, checkpoints and lock of the original mean nothing in the copy."""
     async with lab_of() as lab:
         aggregate = await lab.undisturbed()
@@ -257,14 +260,14 @@ async def test_a_copy_made_while_the_original_works(lab_of: Any, tmp_path: Path)
         signal.raise_signal(signal.SIGINT)
         assert (await asyncio.wait_for(session, 60)).reason == "SIGINT"
         result = await lab.live(open_folder(Path("run")), overrides=fast)
-        assert (result.code, result.progress["done"], result.aggregate) == (0, 120, aggregate)
+        assert (result.exit_code, result.progress["done"], result.aggregate) == (0, 120, aggregate)
         found = json.loads(Path("copy/aggregate.json").read_bytes())
         assert found["aggregate"] == aggregate
         book = lab.fleet.stats(prompts=True)["prompts"].values()
         assert max(int(question["asked"]) for question in book) == 2  # once by each run
 
 
-async def test_reading_commands_leave_a_copy_as_it_is(lab_of: Any, tmp_path: Path) -> None:
+async def test_reading_commands_leave_a_copy_as_it_is(lab_of: LabMaker, tmp_path: Path) -> None:
     async with lab_of() as lab:
         await drained(lab)
         shutil.copytree("run", "copy")
@@ -275,7 +278,7 @@ async def test_reading_commands_leave_a_copy_as_it_is(lab_of: Any, tmp_path: Pat
         assert contents(Path("copy")) == before
 
 
-async def test_a_run_from_another_file_system(lab_of: Any, tmp_path: Path) -> None:
+async def test_a_run_from_another_file_system(lab_of: LabMaker, tmp_path: Path) -> None:
     """A move that copies, as to another file system or by tar: harmless, a new id."""
     async with lab_of() as lab:
         aggregate = await lab.undisturbed()
@@ -293,27 +296,27 @@ async def test_a_run_from_another_file_system(lab_of: Any, tmp_path: Path) -> No
         assert_whole(lab, aggregate)
 
 
-async def test_a_copy_inherits_what_was_spent(lab_of: Any) -> None:
+async def test_a_copy_inherits_what_was_spent(lab_of: LabMaker) -> None:
     """Books and journal of the earlier id count: the budget is not doubled by copying."""
     async with lab_of() as lab:
         lab.config["limits"]["hedge"] = False
         lab.config["budget"] = {"requests": 60}
         result = await lab.live(await lab.begin(Path("run")))
         spent = asked(lab)
-        assert (result.code, result.budget["requests"]["spent"]) == (4, spent)
+        assert (result.exit_code, result.budget["requests"]["spent"]) == (4, spent)
         assert 50 < spent <= 60
         shutil.copytree("run", "copy")
         result = await lab.live(open_folder(Path("copy")))
-        assert (result.code, result.budget["requests"]["spent"]) == (4, asked(lab))
+        assert (result.exit_code, result.budget["requests"]["spent"]) == (4, asked(lab))
         assert asked(lab) <= 60
         copied, more = open_folder(Path("copy")), ("budget.requests=80",)
         result = await lab.live(copied, overrides=more)
-        assert (result.code, result.budget["requests"]["spent"]) == (4, asked(lab))
+        assert (result.exit_code, result.budget["requests"]["spent"]) == (4, asked(lab))
         assert 60 < asked(lab) <= 80
         assert open_folder(Path("run")).read_provenance()["lives"][-1]["outcome"] != "finished"
 
 
-async def test_checkpoints_in_postgresql(lab_of: Any, server: str) -> None:
+async def test_checkpoints_in_postgresql(lab_of: LabMaker, server: str) -> None:
     """The database knows runs by id: a moved one goes on, a copy has a thread of its own."""
     async with lab_of() as lab:
         aggregate = await lab.undisturbed()
@@ -323,7 +326,7 @@ async def test_checkpoints_in_postgresql(lab_of: Any, server: str) -> None:
         shutil.copytree("moved", "copy")
         for name in ("moved", "copy"):
             result = await lab.live(open_folder(Path(name)), checkpointer=server)
-            assert (result.code, result.aggregate) == (0, aggregate)
+            assert (result.exit_code, result.aggregate) == (0, aggregate)
         assert ids(Path("moved"))[0] != ids(Path("copy"))[0]
         with psycopg.connect(server) as connection:
             threads = connection.execute("SELECT DISTINCT thread_id FROM checkpoints").fetchall()
@@ -337,7 +340,7 @@ async def test_checkpoints_in_postgresql(lab_of: Any, server: str) -> None:
                     assert str(path).encode().hex() not in text
 
 
-async def test_settings_below_the_folder_move_with_it(lab_of: Any, tmp_path: Path) -> None:
+async def test_settings_below_the_folder_move_with_it(lab_of: LabMaker, tmp_path: Path) -> None:
     """Paths that lie in the run folder are kept relative to it; others stay where they were."""
     async with lab_of() as lab:
         lab.config["cache"] = str(tmp_path / "run" / ".." / "run" / "kept")
@@ -358,7 +361,7 @@ async def test_settings_below_the_folder_move_with_it(lab_of: Any, tmp_path: Pat
         assert_no_path(tmp_path / "deeper" / "run", tmp_path / "run")
 
 
-async def test_what_a_command_keeps_of_itself(lab_of: Any, tmp_path: Path) -> None:
+async def test_what_a_command_keeps_of_itself(lab_of: LabMaker, tmp_path: Path) -> None:
     async with lab_of(items=5) as lab:
         (tmp_path / "c.yaml").write_text(json.dumps(lab.config))
         out = tmp_path / "deep" / "er" / "run"
@@ -374,7 +377,7 @@ async def test_what_a_command_keeps_of_itself(lab_of: Any, tmp_path: Path) -> No
         assert_no_path(out, "deep/er/run")
 
 
-async def test_a_folder_of_another_run_at_the_same_place(lab_of: Any) -> None:
+async def test_a_folder_of_another_run_at_the_same_place(lab_of: LabMaker) -> None:
     """What comes to lie where a run was is refused by what it asks, as ever."""
     async with lab_of() as lab:
         await drained(lab)

@@ -8,14 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import orjson
 import parsl
 import pytest
 
 from fanfold.backends.workers.parsl import htex_local
-from fanfold.tests.integration.runs.conftest import STREAMS
+from fanfold.tests.integration.runs.conftest import STREAMS, Lab, LabMaker
 from fanfold.tests.integration.runs.test_sites_kill import (
     asked_again,
     lived,
@@ -94,7 +93,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
-async def ended(lab: Any, *words: str) -> subprocess.CompletedProcess[str]:
+async def ended(lab: Lab, *words: str) -> subprocess.CompletedProcess[str]:
     """Run a command in another process until it ends."""
     return await asyncio.to_thread(
         subprocess.run,
@@ -107,7 +106,7 @@ async def ended(lab: Any, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def settings(lab: Any, config: str) -> str:
+def settings(lab: Lab, config: str) -> str:
     """Write the settings of a run on a Parsl configuration, and return the file."""
     lab.config["limits"]["hedge"] = False
     lab.config["backend"] = {"kind": "parsl", "config": config, "workers": 2}
@@ -118,7 +117,7 @@ def settings(lab: Any, config: str) -> str:
 
 @pytest.mark.parametrize("name", ["config", "made"])
 async def test_a_config_of_ones_own(
-    lab_of: Any, name: str, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the command line; nothing is left behind, and Parsl's log stays out of the terminal."""
     token = f"FANFOLD_TEST={os.urandom(6).hex()}"
@@ -134,7 +133,7 @@ async def test_a_config_of_ones_own(
 
 
 @pytest.mark.long
-async def test_worker_and_manager_of_ones_own_config_are_killed(lab_of: Any) -> None:
+async def test_worker_and_manager_of_ones_own_config_are_killed(lab_of: LabMaker) -> None:
     """Parsl gives such an executor up; a new one is made of the same module's Config."""
     async with lab_of(items=400) as lab:
         settings(lab, "my_site:without_log")
@@ -149,7 +148,9 @@ async def test_worker_and_manager_of_ones_own_config_are_killed(lab_of: Any) -> 
         assert 0 < again <= STREAMS // 2 + 2 * STREAMS
 
 
-async def test_scripts_that_are_not_on_path(lab_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_scripts_that_are_not_on_path(
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where fanfold is started by its path, without an activated environment."""
     monkeypatch.setenv("PATH", os.defpath)
     async with lab_of(items=20) as lab:
@@ -160,7 +161,7 @@ async def test_scripts_that_are_not_on_path(lab_of: Any, monkeypatch: pytest.Mon
     assert f'activate the environment, or export PATH="{Path(sys.executable).parent}' in done.stderr
 
 
-async def test_a_kernel_that_a_program_has_loaded_stays_its_own(lab_of: Any) -> None:
+async def test_a_kernel_that_a_program_has_loaded_stays_its_own(lab_of: LabMaker) -> None:
     async with lab_of(items=100, ttft_s=0.0) as lab:
         lab.config["limits"]["hedge"] = False
         aggregate = await lab.undisturbed()
@@ -172,7 +173,7 @@ async def test_a_kernel_that_a_program_has_loaded_stays_its_own(lab_of: Any) -> 
 
 
 @pytest.mark.long
-async def test_workers_of_a_loaded_kernel_are_killed(lab_of: Any, tmp_path: Path) -> None:
+async def test_workers_of_a_loaded_kernel_are_killed(lab_of: LabMaker, tmp_path: Path) -> None:
     """Of one, its shard goes to another; of all, the run ends, and goes on under a new kernel."""
     async with lab_of(items=400) as lab:
         lab.config["limits"]["hedge"] = False
@@ -185,6 +186,6 @@ async def test_workers_of_a_loaded_kernel_are_killed(lab_of: Any, tmp_path: Path
         assert "the DataFlowKernel has no workers left" in str(result.reason)
         parsl.clear()
         with parsl.load(htex_local(2, tmp_path / "parsl")):
-            assert (await lab.live()).code == 0
+            assert (await lab.live()).exit_code == 0
         parsl.clear()
         lab.assert_whole(aggregate, again=3 * STREAMS)

@@ -7,12 +7,12 @@ import os
 import secrets
 import signal
 from collections.abc import Iterator
-from typing import Any
 
 import psycopg
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
+from fanfold.tests.integration.runs.conftest import LabMaker
 
 pytestmark = pytest.mark.integration
 
@@ -41,7 +41,7 @@ def checkpoints(url: str, run: str) -> int:
         return row[0] if row else 0
 
 
-async def test_run_drain_and_resume(lab_of: Any, server: str) -> None:
+async def test_run_drain_and_resume(lab_of: LabMaker, server: str) -> None:
     async with lab_of(items=120) as lab:
         lab.config["shard"] = {"items": 10}
         aggregate = await lab.undisturbed()
@@ -49,23 +49,23 @@ async def test_run_drain_and_resume(lab_of: Any, server: str) -> None:
         await lab.until(lambda: lab.journal_lines() >= 40)
         os.kill(os.getpid(), signal.SIGTERM)
         result = await asyncio.wait_for(life, 60)
-        assert result.code == 5
+        assert result.exit_code == 5
         lab.life_ended()
-        before = await asyncio.to_thread(checkpoints, server, result.run)
+        before = await asyncio.to_thread(checkpoints, server, result.run_id)
         assert before > 0
         result = await lab.live(checkpointer=server)
-        assert result.code == 0
-        assert await asyncio.to_thread(checkpoints, server, result.run) > before
+        assert result.exit_code == 0
+        assert await asyncio.to_thread(checkpoints, server, result.run_id) > before
         assert not (lab.out / "checkpoints.sqlite").exists()
         lab.assert_whole(aggregate, again=0)
 
 
-async def test_killed_and_resumed_without_it(lab_of: Any, server: str) -> None:
+async def test_killed_and_resumed_without_it(lab_of: LabMaker, server: str) -> None:
     async with lab_of(items=120) as lab:
         aggregate = await lab.undisturbed()
         await lab.begin()
         await lab.killed_at(40, "resume", str(lab.out), "--quiet", "--checkpointer", server)
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=16)
 
 
@@ -78,7 +78,7 @@ async def test_killed_and_resumed_without_it(lab_of: Any, server: str) -> None:
     ],
 )
 async def test_what_cannot_be_used_is_refused_before_anything(
-    lab_of: Any, url: str, words: str
+    lab_of: LabMaker, url: str, words: str
 ) -> None:
     async with lab_of(items=5) as lab:
         folder = await lab.begin()

@@ -14,6 +14,7 @@ from langchain_core.runnables import RunnableLambda
 
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.graphs import worker
+from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 pytestmark = pytest.mark.integration
 
@@ -35,7 +36,7 @@ def _own_worker(monkeypatch: pytest.MonkeyPatch) -> Any:
     own.close()
 
 
-def repeat(lab: Any, items: int, different: int) -> None:
+def repeat(lab: Lab, items: int, different: int) -> None:
     """Give the lab an input of so many items, of which so many are different."""
     lab.items = items
     with lab.input.open("w", newline="") as file:
@@ -45,11 +46,11 @@ def repeat(lab: Any, items: int, different: int) -> None:
     lab.config["limits"] |= {"hedge": False}
 
 
-def requests(lab: Any) -> int:
+def requests(lab: Lab) -> int:
     return int(lab.fleet.stats()["totals"]["requests"])
 
 
-def most_asked(lab: Any) -> int:
+def most_asked(lab: Lab) -> int:
     book = lab.fleet.stats(prompts=True)["prompts"]
     return max(int(question["asked"]) for question in book.values())
 
@@ -60,7 +61,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("size", [20, 1], ids=["walked", "by the engine"])
-async def test_a_run_asks_each_question_once(lab_of: Any, size: int) -> None:
+async def test_a_run_asks_each_question_once(lab_of: LabMaker, size: int) -> None:
     async with lab_of() as lab:
         repeat(lab, 400 if size > 1 else 60, 100 if size > 1 else 20)
         lab.config |= {"shard": {"items": size}}
@@ -82,7 +83,7 @@ async def test_a_run_asks_each_question_once(lab_of: Any, size: int) -> None:
         assert {row["attempts"] for row in rows if not row["reused"]} == {1}
 
 
-async def test_a_second_run_asks_nothing(lab_of: Any) -> None:
+async def test_a_second_run_asks_nothing(lab_of: LabMaker) -> None:
     async with lab_of(**FAST) as lab:
         repeat(lab, 120, 120)
         lab.config["cache"] = str(lab.home / "answers")
@@ -100,22 +101,22 @@ async def test_a_second_run_asks_nothing(lab_of: Any) -> None:
         assert (third.progress["reused"], requests(lab)) == (0, 240)
 
 
-async def test_a_budget_is_spent_on_new_questions_only(lab_of: Any) -> None:
+async def test_a_budget_is_spent_on_new_questions_only(lab_of: LabMaker) -> None:
     """The last question is asked as long as there is room for a repair of it."""
     async with lab_of(**FAST) as lab:
         repeat(lab, 120, 30)
         lab.config |= {"cache": "run", "budget": {"requests": 31, "on_limit": "stop"}}
         result = await lab.live(await lab.begin())
-        assert (result.code, result.progress["done"], requests(lab)) == (0, 120, 30)
+        assert (result.exit_code, result.progress["done"], requests(lab)) == (0, 120, 30)
 
 
-async def test_failures_are_never_given_to_others(lab_of: Any) -> None:
+async def test_failures_are_never_given_to_others(lab_of: LabMaker) -> None:
     """Bad answers are asked for again: by each item of this run, and by the next run."""
     async with lab_of(**FAST) as lab:
         repeat(lab, 60, 20)
         lab.config["cache"] = str(lab.home / "answers")
         lab.config["task"] = lab.config["task"] | {"repairs": 0}
-        lab.fleet.fault(FaultRule("bad_schema", p=1.0))
+        lab.fleet.add_fault(FaultRule("bad_schema", p=1.0))
         result = await lab.live(await lab.begin())
         assert (result.progress["failed"], result.progress["reused"]) == (60, 0)
         assert requests(lab) == 60
@@ -124,7 +125,7 @@ async def test_failures_are_never_given_to_others(lab_of: Any) -> None:
         assert (result.progress["done"], requests(lab)) == (60, 20)
 
 
-async def test_killed_runs_leave_their_answers_to_others(lab_of: Any) -> None:
+async def test_killed_runs_leave_their_answers_to_others(lab_of: LabMaker) -> None:
     """In the middle, by kill -9: only what was in flight is asked again."""
     async with lab_of() as lab:
         repeat(lab, 200, 200)
@@ -138,7 +139,7 @@ async def test_killed_runs_leave_their_answers_to_others(lab_of: Any) -> None:
         assert most_asked(lab) <= 2
 
 
-async def test_a_resumed_run_knows_what_it_asked(lab_of: Any) -> None:
+async def test_a_resumed_run_knows_what_it_asked(lab_of: LabMaker) -> None:
     """The answers of a run's first life serve the equal items of its second."""
     async with lab_of() as lab:
         repeat(lab, 300, 60)
@@ -152,7 +153,7 @@ async def test_a_resumed_run_knows_what_it_asked(lab_of: Any) -> None:
         assert sum(row["attempts"] for row in table(lab.out)) <= 60 + STREAMS
 
 
-async def test_worker_processes_ask_each_question_once(lab_of: Any) -> None:
+async def test_worker_processes_ask_each_question_once(lab_of: LabMaker) -> None:
     """Also when two of them want the same answer at the same time."""
     async with lab_of() as lab:
         repeat(lab, 240, 40)
@@ -166,7 +167,7 @@ async def test_worker_processes_ask_each_question_once(lab_of: Any) -> None:
         assert (lab.out / "answers" / "simulated-v1").is_dir()
 
 
-async def test_two_runs_at_a_time_share_a_folder(lab_of: Any) -> None:
+async def test_two_runs_at_a_time_share_a_folder(lab_of: LabMaker) -> None:
     async with lab_of() as lab:
         repeat(lab, 100, 100)
         lab.config["cache"] = str(lab.home / "answers")
@@ -180,7 +181,7 @@ async def test_two_runs_at_a_time_share_a_folder(lab_of: Any) -> None:
         assert here.aggregate == there["aggregate"]
 
 
-async def test_workers_without_the_folder_keep_their_own(lab_of: Any) -> None:
+async def test_workers_without_the_folder_keep_their_own(lab_of: LabMaker) -> None:
     async with lab_of(**FAST) as lab:
         repeat(lab, 200, 50)
         lab.config |= {"cache": "run", "backend": THREADS | {"shared_folder": False}}
@@ -201,7 +202,7 @@ def twice(model: Any) -> Any:
     return RunnableLambda(ask)
 
 
-async def test_a_graph_of_one_s_own_shares_its_calls(lab_of: Any) -> None:
+async def test_a_graph_of_one_s_own_shares_its_calls(lab_of: LabMaker) -> None:
     async with lab_of(**FAST) as lab:
         repeat(lab, 80, 20)
         lab.config["task"] = lab.config["task"] | {"graph": f"{__name__}:twice"}
@@ -212,7 +213,7 @@ async def test_a_graph_of_one_s_own_shares_its_calls(lab_of: Any) -> None:
         assert {row["reused"] + row["attempts"] for row in table(lab.out)} == {2}
 
 
-async def test_a_damaged_answer_is_paid_again(lab_of: Any) -> None:
+async def test_a_damaged_answer_is_paid_again(lab_of: LabMaker) -> None:
     async with lab_of(**FAST) as lab:
         repeat(lab, 40, 40)
         lab.config["cache"] = str(lab.home / "answers")

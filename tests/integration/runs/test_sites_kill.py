@@ -15,6 +15,7 @@ import pytest
 from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.graphs.session import RunResult
+from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 
 pytestmark = pytest.mark.integration
 
@@ -39,18 +40,18 @@ def _marked(token: str) -> Iterator[int]:
             continue
 
 
-def begun(lab: Any) -> list[int]:
+def begun(lab: Lab) -> list[int]:
     """Return the workers that have recorded an item, by the names of their journal files."""
     files = (lab.out / "journal").glob("*-*.jsonl")
     return [int(f.stem.split("-")[-2]) for f in files if f.read_bytes().count(b"\n") > 1]
 
 
-async def lived(lab: Any, *victims: Callable[[list[int]], Iterable[int]]) -> RunResult:
+async def lived(lab: Lab, *victims: Callable[[list[int]], Iterable[int]]) -> RunResult:
     """Run here; each time that two workers which live have recorded items, kill -9 the next.
 
     Until then answers are slow, so that items are left however long a worker takes to start.
     """
-    lab.fleet.fault(FaultRule("slow", value=1 / SLOWER))
+    lab.fleet.add_fault(FaultRule("slow", value=1 / SLOWER))
     life, dead = asyncio.create_task(lab.live(await lab.begin())), set[int]()
 
     def living() -> list[int]:
@@ -64,7 +65,7 @@ async def lived(lab: Any, *victims: Callable[[list[int]], Iterable[int]]) -> Run
         dead |= killed
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
-    lab.fleet.fault(FaultRule("slow", value=4 * SLOWER))
+    lab.fleet.add_fault(FaultRule("slow", value=4 * SLOWER))
     result: RunResult = await asyncio.wait_for(life, 60)
     return result
 
@@ -82,18 +83,18 @@ def their_parent(workers: list[int]) -> set[int]:
     return {int(stat.rpartition(")")[2].split()[1]) for stat in stats}
 
 
-def asked_again(lab: Any) -> int:
+def asked_again(lab: Lab) -> int:
     """Return how many questions the fleet was asked more than once, by its own books."""
     book = lab.fleet.stats(prompts=True)["prompts"]
     return sum(int(question["asked"]) > 1 for question in book.values())
 
 
-def leftovers(lab: Any) -> list[str]:
+def leftovers(lab: Lab) -> list[str]:
     names = (file.name for file in open_folder(lab.out).journal.iterdir())
     return sorted(n.split("-")[0] for n in names if not n.endswith(".jsonl") and n != "lock")
 
 
-async def test_worker_processes_are_killed(lab_of: Any) -> None:
+async def test_worker_processes_are_killed(lab_of: LabMaker) -> None:
     """First one of two, then both that work on."""
     async with lab_of(items=400) as lab:
         lab.config["limits"]["hedge"] = False
@@ -107,7 +108,7 @@ async def test_worker_processes_are_killed(lab_of: Any) -> None:
         assert leftovers(lab) == []
 
 
-async def test_parsls_worker_and_manager_are_killed(lab_of: Any) -> None:
+async def test_parsls_worker_and_manager_are_killed(lab_of: LabMaker) -> None:
     async with lab_of(items=400) as lab:
         lab.config["limits"]["hedge"] = False
         aggregate = await lab.undisturbed()
@@ -128,7 +129,7 @@ async def test_parsls_worker_and_manager_are_killed(lab_of: Any) -> None:
     ],
 )
 async def test_the_coordinator_is_interrupted_and_then_killed(
-    lab_of: Any, backend: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, backend: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By Ctrl-C, which reaches its whole process group, nothing is lost; kill -9 leaves nobody."""
     token = f"FANFOLD_TEST={os.urandom(6).hex()}"
@@ -149,6 +150,6 @@ async def test_the_coordinator_is_interrupted_and_then_killed(
         assert asked_again(lab) == 0
         assert lab.journal_lines() < 300
         result = await lab.live(overrides=("backend={kind: local}",))
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(aggregate, again=STREAMS)
         assert leftovers(lab) == ["stop", "stop"]  # an engine may still hold orders of both

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.storage.endpoints_table import read_endpoints
 from fanfold.backends.storage.run_folder import open_folder
+from fanfold.configs.backend import BackendConfig
 from fanfold.configs.loader import load_config
 from fanfold.graphs import worker
 from fanfold.graphs.remote.heartbeat import heartbeat_file
 from fanfold.graphs.run.open_run import endpoints_table_path
+from fanfold.tests.integration.runs.conftest import LabMaker
 
 pytestmark = pytest.mark.integration
 
@@ -40,13 +43,13 @@ def _own_worker(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["journal", "sent"])
-async def test_results_are_those_of_a_local_run(lab_of: Any, shared: bool) -> None:
+async def test_results_are_those_of_a_local_run(lab_of: LabMaker, shared: bool) -> None:
     async with lab_of(items=150, ttft_s=0.0) as lab:
         lab.config["limits"]["hedge"] = False  # a request that is called back is no call
         aggregate = await lab.undisturbed()
         lab.config["backend"] = THREADS | {"shared_folder": shared}
         result = await lab.live(await lab.begin())
-        assert result.code == 0
+        assert result.exit_code == 0
         lab.assert_whole(aggregate, again=0)
         files = sorted(f.name.partition("-")[1] for f in (lab.out / "journal").glob("*.jsonl"))
         assert files == (["-"] if shared else [""])
@@ -60,10 +63,10 @@ async def test_results_are_those_of_a_local_run(lab_of: Any, shared: bool) -> No
 
 
 async def test_orders_and_summaries_of_bounded_size(
-    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither an order nor a summary may exceed the bound: the shards go in pieces."""
-    monkeypatch.setattr("fanfold.graphs.remote.tasks.carried", lambda _: 4_000)
+    monkeypatch.setattr(BackendConfig, "message_bytes", 4_000)
     sizes, real = list[int](), worker.work_shard
 
     def weighed(order: dict[str, Any]) -> dict[str, Any]:
@@ -78,13 +81,13 @@ async def test_orders_and_summaries_of_bounded_size(
         lab.config["limits"]["streams"] = 4
         aggregate = await lab.undisturbed()
         lab.config["backend"] = THREADS | {"shared_folder": False}
-        assert (await lab.live(await lab.begin())).code == 0
+        assert (await lab.live(await lab.begin())).exit_code == 0
         lab.assert_whole(aggregate, again=0)
     assert len(sizes) > 20
     assert max(sizes) < 5_000
 
 
-async def test_lives_on_different_backends(lab_of: Any) -> None:
+async def test_lives_on_different_backends(lab_of: LabMaker) -> None:
     """Worker files of earlier lives count; a stop ends what is out, and nothing is asked twice."""
     async with lab_of(items=200) as lab:
         lab.config["limits"]["hedge"] = False
@@ -93,13 +96,13 @@ async def test_lives_on_different_backends(lab_of: Any) -> None:
         for lines in (30, 90):
             folder = None if (lab.out / "run.yaml").exists() else await lab.begin()
             life = asyncio.create_task(lab.live(folder))
-            await lab.until(lambda n=lines: lab.journal_lines() >= n)
+            await lab.until(partial(lambda n: lab.journal_lines() >= n, lines))
             asyncio.get_running_loop().call_soon(_interrupt)
             result = await asyncio.wait_for(life, 60)
-            assert (result.code, result.reason) == (5, "SIGINT")
+            assert (result.exit_code, result.reason) == (5, "SIGINT")
             assert result.progress["done"] == lab.journal_lines() < 200
             lab.life_ended()
-        assert (await lab.live(overrides=("backend={kind: local}",))).code == 0
+        assert (await lab.live(overrides=("backend={kind: local}",))).exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
@@ -107,7 +110,7 @@ def _interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-async def test_two_copies_that_answer(lab_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_copies_that_answer(lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two orders of a shard are worked on: each item counts once, aggregate and results agree."""
     real = worker.work_shard
 
@@ -122,7 +125,7 @@ async def test_two_copies_that_answer(lab_of: Any, monkeypatch: pytest.MonkeyPat
     async with lab_of(items=60, ttft_s=0.0, seed=1) as lab:
         lab.config["backend"] = THREADS
         result = await lab.live(await lab.begin())
-        assert (result.code, result.progress["done"]) == (0, 60)
+        assert (result.exit_code, result.progress["done"]) == (0, 60)
         assert lab.journal_lines() > 60
         found = result.aggregate
         again = await lab.live()
@@ -132,7 +135,7 @@ async def test_two_copies_that_answer(lab_of: Any, monkeypatch: pytest.MonkeyPat
 
 
 async def test_what_an_engine_repeats_asks_nothing_again(
-    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each order is delivered once more, half of them by an engine that uses the later answer."""
     real, orders = worker.work_shard, list[str]()
@@ -147,13 +150,13 @@ async def test_what_an_engine_repeats_asks_nothing_again(
         lab.config["limits"]["hedge"] = False
         aggregate = await lab.undisturbed()
         lab.config["backend"] = THREADS
-        assert (await lab.live(await lab.begin())).code == 0
+        assert (await lab.live(await lab.begin())).exit_code == 0
         lab.assert_whole(aggregate, again=0)
         assert lab.journal_lines() == 60
 
 
 async def test_another_version_stops_the_run_unpaid(
-    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "own_version", lambda: "0.0.1")
     async with lab_of(items=20) as lab:
@@ -164,7 +167,7 @@ async def test_another_version_stops_the_run_unpaid(
 
 
 async def test_a_shard_that_no_worker_survives(
-    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: dict[str, Any]) -> dict[str, Any]:
         raise MemoryError("no room")
@@ -173,22 +176,22 @@ async def test_a_shard_that_no_worker_survives(
     async with lab_of(items=20) as lab:
         lab.config["backend"] = THREADS | {"shared_folder": False}
         result = await lab.live(await lab.begin())
-        assert result.code == 5
+        assert result.exit_code == 5
         assert "lost 3 times" in str(result.reason)
         assert "no room" in str(result.reason)
 
 
-async def test_each_worker_asks_its_own_node(lab_of: Any) -> None:
+async def test_each_worker_asks_its_own_node(lab_of: LabMaker) -> None:
     """The simulated fleet of the settings is then started by the worker."""
     async with lab_of(items=30) as lab:
         lab.config["endpoints"] = {"simulated": {"nodes": 1, "time_scale": 100}}
         lab.config["backend"] = THREADS | {"node_endpoints": True}
         result = await lab.live(await lab.begin())
-        assert (result.code, result.simulated, result.progress["done"]) == (0, True, 30)
+        assert (result.exit_code, result.simulated, result.progress["done"]) == (0, True, 30)
         assert lab.fleet.stats()["totals"]["requests"] == 0
 
 
-async def test_tracing_each_item_needs_this_process(lab_of: Any) -> None:
+async def test_tracing_each_item_needs_this_process(lab_of: LabMaker) -> None:
     async with lab_of(items=20) as lab:
         lab.config["backend"] = THREADS
         with pytest.raises(ConfigurationError, match="--trace"):
@@ -200,7 +203,7 @@ async def test_tracing_each_item_needs_this_process(lab_of: Any) -> None:
 
 @pytest.mark.parametrize("backend", [THREADS, {"kind": "local"}], ids=["elsewhere", "here"])
 async def test_leftovers_of_a_killed_life_are_swept_up(
-    lab_of: Any, backend: dict[str, Any]
+    lab_of: LabMaker, backend: dict[str, Any]
 ) -> None:
     """And its workers are stopped, wherever this life works."""
     async with lab_of(items=20, ttft_s=0.0) as lab:
@@ -208,6 +211,6 @@ async def test_leftovers_of_a_killed_life_are_swept_up(
         folder = await lab.begin()
         for name in ("open-aaaa", "beat-aaaa-0-20-0", "stop-bbbb"):
             (folder.journal / name).touch()
-        assert (await lab.live(folder)).code == 0
+        assert (await lab.live(folder)).exit_code == 0
         names = {file.name for file in folder.journal.iterdir() if file.suffix != ".jsonl"}
         assert names == {"lock", "stop-aaaa", "stop-bbbb"}

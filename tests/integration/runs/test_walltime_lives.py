@@ -17,6 +17,7 @@ from fanfold.configs.loader import load_config
 from fanfold.graphs import worker
 from fanfold.graphs.context import RunContext
 from fanfold.graphs.map_reduce import build_bound_graph
+from fanfold.tests.integration.runs.conftest import LabMaker
 
 pytestmark = pytest.mark.integration
 
@@ -35,7 +36,7 @@ def in_time(seconds: float) -> Walltime:
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
 async def test_lives_end_in_time_and_the_run_is_whole(
-    lab_of: Any, where: str, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = worker.Worker()
     monkeypatch.setattr(worker, "get_worker", lambda: own)
@@ -52,19 +53,19 @@ async def test_lives_end_in_time_and_the_run_is_whole(
                 if "walltime: of the test before the first item" not in error.message:
                     raise
             seconds += 0.3
-        assert result.code == 5
+        assert result.exit_code == 5
         assert str(result.reason).startswith("walltime: ")
         assert result.progress["done"] == lab.journal_lines() < 240
         assert lab.fleet_is_idle()
         lab.life_ended()
         lives = open_folder(lab.out).read_provenance()["lives"]
         assert lives[-1]["outcome"].startswith("walltime")
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=0)
     own.close()
 
 
-async def test_no_time_is_left_at_all(lab_of: Any) -> None:
+async def test_no_time_is_left_at_all(lab_of: LabMaker) -> None:
     async with lab_of(items=20) as lab:
         folder = await lab.begin()
         with pytest.raises(RunStoppedError, match="before the first item; nothing was asked"):
@@ -73,7 +74,7 @@ async def test_no_time_is_left_at_all(lab_of: Any) -> None:
 
 
 async def test_an_embedded_run_heeds_the_jobs_end(
-    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a command line, the graph itself stops before the batch job does."""
     async with lab_of(items=20) as lab:
@@ -87,11 +88,11 @@ async def test_an_embedded_run_heeds_the_jobs_end(
             await graph.ainvoke({}, context=context)
         assert lab.journal_lines() == 0
         monkeypatch.delenv("SLURM_JOB_END_TIME")
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
-async def test_a_schedulers_warning_drains(lab_of: Any) -> None:
+async def test_a_schedulers_warning_drains(lab_of: LabMaker) -> None:
     async with lab_of(items=200) as lab:
         aggregate = await lab.undisturbed()
         life = asyncio.create_task(lab.live(await lab.begin()))
@@ -99,15 +100,15 @@ async def test_a_schedulers_warning_drains(lab_of: Any) -> None:
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR1):  # none is a hurry
             signal.raise_signal(number)
         result = await asyncio.wait_for(life, 60)
-        assert (result.code, result.reason) == (5, "SIGUSR1")
+        assert (result.exit_code, result.reason) == (5, "SIGUSR1")
         assert result.progress["done"] == lab.journal_lines() < 200
         lab.life_ended()
-        assert (await lab.live()).code == 0
+        assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=0)
 
 
 async def test_a_worker_whose_job_ends_sends_its_shards_back(
-    lab_of: Any, monkeypatch: pytest.MonkeyPatch
+    lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other workers take them, and the run goes on."""
     own, orders = worker.Worker(), list[None]()
@@ -122,7 +123,7 @@ async def test_a_worker_whose_job_ends_sends_its_shards_back(
     async with lab_of(items=40) as lab:
         aggregate = await lab.undisturbed()
         lab.config["backend"] = THREADS
-        assert (await lab.live(await lab.begin())).code == 0
+        assert (await lab.live(await lab.begin())).exit_code == 0
         assert len(orders) > 3
         lab.assert_whole(aggregate, again=0)
     own.close()
