@@ -56,10 +56,10 @@ async def test_what_a_killed_life_may_have_cost_is_in_doubt(lab_of: LabMaker) ->
         assert result.exit_code == 0
         after, _, spent = told(lab)
         assert after == result.cost
-        assert after.spent.tokens + after.unaccounted.tokens == spent >= paid(lab)
+        assert after.usage.tokens + after.unaccounted.tokens == spent >= paid(lab)
         assert after.held.node_ms > cost.held.node_ms
         assert result.budget["tokens"]["spent"] == spent
-        assert after.nano_usd >= after.spent.useful_nano_usd > 0
+        assert after.nano_usd >= after.usage.useful_nano_usd > 0
 
 
 async def test_it_is_told_while_the_run_goes_on(lab_of: LabMaker) -> None:
