@@ -2,7 +2,7 @@
 
 It is run as a file by a bare interpreter, so it imports nothing of fanfold. From standard input it
 reads ``+PID`` for each server that was started (the leader of its own process group) and ``-PID``
-for each that has ended. When its input ends, the process that serves has ended, in order or not:
+for each that has ended. When its input ends, the process that serves has ended, cleanly or not:
 the groups still registered get SIGTERM, and SIGKILL some seconds later; then the node's endpoints
 file is removed. It has inherited the lock on the node, so no new servers start before the old ones
 have ended.
