@@ -24,7 +24,7 @@ from ..storage.run_folder import RunFolder
 from .budget import Budget, BudgetSettings, format_amount, read_limits
 from .spend_log import SpendLogs
 
-NO_ENDPOINT: Final = "(nobody)"
+NO_ENDPOINT: Final = "(none)"
 """Endpoint name of items that ended without a call."""
 
 UsageRecord: TypeAlias = Mapping[str, Any]

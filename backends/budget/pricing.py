@@ -154,18 +154,18 @@ def _from_list(config: RunConfig, model: str) -> ListedPrice | str:
         specs = [] if config.backend.node_endpoints else _list_named(config)
     except ConfigurationError as error:
         return error.message
-    strange = f"fanfold lists only prices of {', '.join(list_priced_hosts())}"
+    listed = f"fanfold only lists prices of {', '.join(list_priced_hosts())}"
     if not specs:
-        return f"{strange}, and the endpoints are other ones"
+        return f"{listed}; the endpoints have other hosts"
     found = list[ListedPrice]()
     for spec in specs:
         host = urlsplit(spec.url).hostname or ""
         if (provider := find_provider_name(host)) is None:
-            return f"{strange}, not of {host}"
+            return f"{listed}, not of {host}"
         ids = list(_ids(config, spec, model))
         entries = [entry for i in ids if (entry := find_listed_price(host, i)) is not None]
         if not entries:
-            return f"fanfold's list for {provider} does not have it"
+            return f"fanfold's list for {provider} does not include it"
         found += entries
     return max(found, key=lambda entry: (entry.completion, entry.prompt))
 
