@@ -184,7 +184,7 @@ def test_yes_goes_on_and_the_aggregate_is_that_of_any_run(shell: Shell, fleet: S
     assert told["done"] == 60
     assert told["pilot"]["done"] == 7
     assert fleet.requests == 120
-    outcomes = [life["outcome"] for life in provenance("b")["lives"]]
+    outcomes = [life["outcome"] for life in provenance("b")["sessions"]]
     assert outcomes == ["pilot of 7 items; resumable", "finished"]
 
 
