@@ -63,7 +63,7 @@ SETTINGS = [
         ["c.yaml: cache: answers drawn at model.temperature 0.5", "cache_sampled: true"],
         {"cache": "run", "model": {"temperature": 0.5}},
     ),
-    Broken("cache is a file", ["cache: ", "in.csv is no folder"], {"cache": "in.csv/a/b"}),
+    Broken("cache is a file", ["cache: ", "in.csv is not a folder"], {"cache": "in.csv/a/b"}),
     Broken("cache on", ["c.yaml: cache: is no switch", "(found True)"], {"cache": True}),
     Broken("cache a number", ["c.yaml: cache: expected a text"], {"cache": 3}),
     Broken("section is a list", ["limits: expected keys"], {"limits": [1]}),
@@ -229,8 +229,8 @@ ENDPOINTS = [
         {"endpoints": {"urls": [DEAD], "port": 80}},
     ),
     Broken(
-        "no registry",
-        ["endpoints.aegis_registry", "cannot be asked"],
+        "not an Aegis registry",
+        ["endpoints.aegis_registry", "cannot query"],
         {"endpoints": {"aegis_registry": DEAD}},
     ),
     Broken(
