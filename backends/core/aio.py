@@ -95,7 +95,7 @@ class _OpenResource(Generic[T]):
 
     @property
     def is_closing(self) -> bool:
-        """Say whether nobody can use it any more."""
+        """Return True if nobody can use it any more."""
         return self.close_requested.is_set() or self.task.done()
 
     async def wait_ready(self) -> T:

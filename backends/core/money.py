@@ -166,12 +166,12 @@ class BudgetLimits:
 
     @property
     def has_any(self) -> bool:
-        """Say whether there is any limit."""
+        """Return True if there is any limit."""
         return any(cap is not None for cap in self.as_tuple())
 
     @property
     def can_spend(self) -> bool:
-        """Say whether any limit lets something be spent."""
+        """Return True if any limit lets something be spent."""
         return any(cap for cap in self.as_tuple())
 
     def as_tuple(self) -> tuple[int | None, ...]:
@@ -221,7 +221,7 @@ class TokenPrices:
 
     @property
     def priced(self) -> bool:
-        """Say whether tokens have a price."""
+        """Return True if tokens have a price."""
         return any((self.prompt, self.cached, self.completion))
 
     def to_json(self) -> dict[str, int]:

@@ -112,7 +112,7 @@ def _find_writable(path: Path, status: os.stat_result) -> str | None:
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """Say whether a file's group has no member but this user, as many systems give each user."""
+    """Return True if a file's group has no member but this user, as many systems give each user."""
     try:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(status.st_gid)
     except KeyError:

@@ -30,7 +30,7 @@ _LOGIN: Final = re.compile(
 
 
 def is_secret(name: str) -> bool:
-    """Say whether the value of a key, a header, an option or a variable must not be shown.
+    """Return True if the value of a key, a header, an option or a variable must not be shown.
 
     One of the words of its last part says so; words are divided by signs and by capitals. Numbers
     of tokens (``max_tokens``) are none.
@@ -43,7 +43,7 @@ def is_secret(name: str) -> bool:
 
 
 def is_variable(text: str) -> bool:
-    """Say whether a text holds nothing but variables, which are no secrets themselves."""
+    """Return True if a text holds nothing but variables, which are no secrets themselves."""
     return _VARIABLES.fullmatch(text) is not None
 
 
@@ -101,7 +101,7 @@ def _secret_start(match: re.Match[str]) -> int | None:
 
 
 def _is_value(text: str, start: int) -> bool:
-    """Say whether a secret begins here: not the end, a variable, or ``EMPTY``."""
+    """Return True if a secret begins here: not the end, a variable, or ``EMPTY``."""
     return text[start:].strip("\"'\\ ") != "" and _HARMLESS.match(text, start) is None
 
 

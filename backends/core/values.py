@@ -44,7 +44,7 @@ _MOST_DIGITS: Final = 30
 
 
 def is_count(value: object) -> bool:
-    """Say whether a value is an integer from 0 to :data:`MAX_COUNT`."""
+    """Return True if a value is an integer from 0 to :data:`MAX_COUNT`."""
     return type(value) is int and 0 <= value <= MAX_COUNT
 
 
@@ -106,7 +106,7 @@ def check_record(record: object) -> None:
 
 
 def is_too_deep(data: str | bytes, value: Json) -> bool:
-    """Say whether a value has more than :data:`MAX_DEPTH` levels.
+    """Return True if a value has more than :data:`MAX_DEPTH` levels.
 
     Args:
         data: The value as JSON text, by which nearly all values are passed without a walk.
