@@ -72,7 +72,9 @@ SETTINGS = [
     Broken("no prompt", ["the key 'task.prompt' is missing"], task(prompt="LEFT OUT")),
     Broken("empty prompt", ["task.prompt: must not be empty"], task(prompt="")),
     Broken("prompt is a number", ["task.prompt: expected a text", "5"], task(prompt=5)),
-    Broken("lone brace", ["c.yaml: task.prompt: line 2", "stands alone"], task(prompt="a\nb { c")),
+    Broken(
+        "lone brace", ["c.yaml: task.prompt: line 2", "unmatched brace"], task(prompt="a\nb { c")
+    ),
     Broken("run's name", ["name: expected letters", "'../x'"], {"name": "../x"}),
     Broken("not finite", ["c.yaml: limits.drain_s", "finite"], {"limits": {"drain_s": 1e999}}),
     Broken("64 bits", ["c.yaml: model.seed", "64 bits"], {"model": {"seed": 10**30}}),

@@ -219,7 +219,9 @@ def test_what_is_no_run_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"v": 1}', "\xff"])
 def test_provenance_that_cannot_be_read(folder: RunFolder, content: str) -> None:
     folder.provenance.write_text(content, encoding="latin-1")
-    with pytest.raises(JournalError, match=r"provenance\.json: (cannot be read|the run folder has format)"):
+    with pytest.raises(
+        JournalError, match=r"provenance\.json: (cannot be read|the run folder has format)"
+    ):
         folder.read_provenance()
 
 
