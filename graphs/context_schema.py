@@ -153,7 +153,7 @@ class SettingsForm(Context):
         "backend", "Where shards run, in more detail.", "kind", "processes", "workers"
     )
     node: dict[str, Any] | None = _options("node", "How a node serves the model.")
-    fsync_s: float = _setting_field("ledger.fsync_s")
+    fsync_s: float = _setting_field("journal.fsync_s")
     keep_raw: Literal["rejected", "all"] = _setting_field("keep.raw")
     metrics_port: int | None = _setting_field("metrics.port")
     overrides: list[str] = _plain_field(

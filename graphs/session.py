@@ -199,8 +199,8 @@ async def record_session(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any
     )
 
     async def note() -> None:
-        lives = [*about["lives"], this]
-        await asyncio.to_thread(folder.write_provenance, about | {"lives": lives})
+        lives = [*about["sessions"], this]
+        await asyncio.to_thread(folder.write_provenance, about | {"sessions": lives})
 
     await note()
     this["outcome"] = "stopped by an error"

@@ -210,8 +210,8 @@ async def _open_journal(folder: Path, order: ShardTask, worker: str) -> JournalW
             "on a shared file system, or set backend.shared_folder: false"
         )
         raise BackendError(msg)
-    path = await asyncio.to_thread(make_worker_path, folder, order.run["life"], worker)
-    return JournalWriter(path, {"run": order.run["id"], "life": worker}, FSYNC_S)
+    path = await asyncio.to_thread(make_worker_path, folder, order.run["session"], worker)
+    return JournalWriter(path, {"run": order.run["id"], "session": worker}, FSYNC_S)
 
 
 class TaskItems:

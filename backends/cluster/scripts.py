@@ -344,7 +344,7 @@ def _worker_lines(plan: JobPlan) -> Iterator[str]:
     yield ""
     yield "# Workers: the command that starts them on each node, and the coordinator's address."
     yield 'export FANFOLD_LAUNCHER="bash $cluster/launch.sh"'
-    yield f"export FANFOLD_DESK_HOST={_host_expression(plan)}"
+    yield f"export FANFOLD_COORDINATOR_HOST={_host_expression(plan)}"
 
 
 def _host_expression(plan: JobPlan) -> str:

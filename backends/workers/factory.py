@@ -58,9 +58,8 @@ def make_worker_pool(
         deadline_s=config.deadline_s + drain_s,
         silence_s=config.silence_s,
         queue_s=config.queue_s,
-        tasks_per_worker=1
-        if config.kind == "local"
-        else 2,  # a local process starts the next task at once
+        # a local process starts the next task at once, without a second one in its queue
+        tasks_per_worker=1 if config.kind == "local" else 2,
     )
     return WorkerPool(make_backends(config, work, folder), policy)
 

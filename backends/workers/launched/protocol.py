@@ -1,9 +1,9 @@
 """Define the messages between coordinator and workers: one JSON object per WebSocket message.
 
 A worker begins with ``hello`` (fanfold's version, host, process). The coordinator then sends
-``order`` (a task), and the worker answers each with ``summary`` (its result) or ``failed``; the
-coordinator may send ``stop`` at any time. A worker that cannot run another task sets ``leaves`` in
-its result. If the connection ends, the worker ends.
+``task``, and the worker answers each with ``result`` or ``failed``; the coordinator may send
+``stop`` at any time. A worker that cannot run another task sets ``leaves`` in its result. If the
+connection ends, the worker ends.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import orjson
 from ...core.errors import BackendError
 from ...core.types import Json
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Version of these messages."""
 
-URL_ENV: Final = "FANFOLD_DESK"
+URL_ENV: Final = "FANFOLD_COORDINATOR_URL"
 """Variable of a worker: URL of the coordinator's WebSocket server."""
-TOKEN_ENV: Final = "FANFOLD_DESK_TOKEN"
+TOKEN_ENV: Final = "FANFOLD_COORDINATOR_TOKEN"
 """Variable of a worker: token for that server."""
 
 MAX_MESSAGE_BYTES: Final = 64_000_000

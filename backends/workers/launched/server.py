@@ -64,7 +64,7 @@ class WorkerConnection:
     def assign(self, pending: PendingTask) -> bytes:
         """Assign a task to the worker, and return the message to send."""
         self._task, self._number = pending, self._number + 1
-        return encode_message("order", id=self._number, order=pending.task)
+        return encode_message("task", id=self._number, task=pending.task)
 
     async def send(self, message: bytes) -> None:
         """Send a message; close the connection if that fails."""
@@ -88,10 +88,10 @@ class WorkerConnection:
         pending, kind = self._task, message["kind"]
         if pending is None or message.get("id") != self._number:
             raise BackendError(f"{self.name}: sent {kind!r} for a task that it does not have")
-        if kind == "summary" and isinstance(message.get("summary"), dict):
+        if kind == "result" and isinstance(message.get("result"), dict):
             self._task, self._is_leaving = None, message.get("leaves") is True
             if not pending.answer.done():
-                pending.answer.set_result(message["summary"])
+                pending.answer.set_result(message["result"])
         elif kind == "failed":
             self._task = None
             pending.fail(self._make_error(str(message.get("class")), str(message.get("text"))))
@@ -316,7 +316,7 @@ async def _bind_socket(host: str) -> socket.socket:
     except OSError as error:
         msg = (
             f"backend.host: {host!r} is no name or address of this machine: {error.strerror}; "
-            "set the one by which workers reach it (FANFOLD_DESK_HOST in a job)"
+            "set the one by which workers reach it (FANFOLD_COORDINATOR_HOST in a job)"
         )
         raise ConfigurationError(msg) from error
     return bound

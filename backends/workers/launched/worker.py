@@ -75,8 +75,8 @@ class TaskRunner:
         Raises:
             BackendError: Its kind is unknown.
         """
-        if message["kind"] == "order" and isinstance(message.get("order"), dict):
-            task = message["order"]
+        if message["kind"] == "task" and isinstance(message.get("task"), dict):
+            task = message["task"]
             if task.get("stop_file") is None:  # no shared folder
                 task["stop_file"] = str(self._stop_file())
             self._running = asyncio.create_task(self._run_task(message["id"], task))
@@ -107,12 +107,11 @@ class TaskRunner:
         else:
             leaves = self.leave_reason is not None
             result = orjson.Fragment(found[0])
-            answer = encode_message("summary", id=number, summary=result, leaves=leaves)
+            answer = encode_message("result", id=number, result=result, leaves=leaves)
         with suppress(ConnectionError):  # the coordinator has gone; this worker ends as well
             await self._socket.send_bytes(answer)
-        if (
-            self.leave_reason is not None
-        ):  # else it would take shards from workers that can run them
+        if self.leave_reason is not None:
+            # else it would take shards from workers that can run them
             await self._socket.close()
 
     def remove_folder(self) -> None:

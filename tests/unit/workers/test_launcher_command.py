@@ -18,7 +18,7 @@ from fanfold.configs.backend import BackendConfig
 from fanfold.configs.loader import load_config
 from fanfold.graphs.worker import work_shard
 
-JOB = {"FANFOLD_LAUNCHER": "bash /run/launch.sh", "FANFOLD_DESK_HOST": "n1"}
+JOB = {"FANFOLD_LAUNCHER": "bash /run/launch.sh", "FANFOLD_COORDINATOR_HOST": "n1"}
 
 
 def test_the_setting_comes_before_the_job() -> None:
@@ -31,22 +31,22 @@ def test_the_setting_comes_before_the_job() -> None:
 
 def test_loopback_and_this_python_where_nobody_says() -> None:
     """A job's site may give a host's name by a variable that is empty."""
-    for environment in ({}, {"FANFOLD_DESK_HOST": "", "FANFOLD_PYTHON": ""}):
+    for environment in ({}, {"FANFOLD_COORDINATOR_HOST": "", "FANFOLD_PYTHON": ""}):
         assert coordinator_host(None, environment) == "127.0.0.1"
         assert python_command(environment) == (sys.executable, "-P")
     assert python_command({"FANFOLD_PYTHON": "/tmp/env/bin/python"})[0] == "/tmp/env/bin/python"
 
 
 def test_a_variable_that_is_no_command() -> None:
-    with pytest.raises(ConfigurationError, match=r"FANFOLD_LAUNCHER: there is no \{nodes\}"):
+    with pytest.raises(ConfigurationError, match=r"FANFOLD_LAUNCHER: unknown name \{nodes\}"):
         launcher_command(None, 2, {"FANFOLD_LAUNCHER": "srun -N {nodes}"})
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"kind": "launched", "command": "srun -N {nodes}"}, "there is no {nodes}"),
-        ({"kind": "launched", "command": "srun 'x"}, "is no command line"),
+        ({"kind": "launched", "command": "srun -N {nodes}"}, "unknown name {nodes}"),
+        ({"kind": "launched", "command": "srun 'x"}, "invalid command line"),
         ({"kind": "launched", "command": " "}, "is empty"),
         ({"kind": "launched", "host": "a b"}, "host"),
         ({"kind": "local", "command": "srun"}, "'command' is for kind parsl and launched"),
