@@ -85,7 +85,7 @@ class BackendConfig(Section):
             {workers} --ppn 1``; None takes FANFOLD_LAUNCHER, which job scripts set, and without
             it processes of this machine (launched).
         host: (launched, and htex_job) Name or address of this machine by which workers reach it;
-            None takes FANFOLD_DESK_HOST, which job scripts set, and without it loopback.
+            None takes FANFOLD_COORDINATOR_HOST, which job scripts set, and without it loopback.
         endpoints: (globus_compute) UUIDs of one or several endpoints.
         user_endpoint_config: (globus_compute) Values for the endpoint's template.
         function: (globus_compute) Id of the registered function, for endpoints that allow only

@@ -346,7 +346,7 @@ class RunConfig(Section):
     node: NodeConfig = NodeConfig()
     limits: LimitsConfig = LimitsConfig()
     shard: ShardConfig = ShardConfig()
-    ledger: JournalConfig = JournalConfig()
+    journal: JournalConfig = JournalConfig()
     keep: KeepConfig = KeepConfig()
     metrics: MetricsConfig = MetricsConfig()
     budget: BudgetConfig = BudgetConfig()

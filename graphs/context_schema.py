@@ -153,7 +153,7 @@ class SettingsForm(Context):
         "backend", "Other settings of the section backend.", "kind", "processes", "workers"
     )
     node: dict[str, Any] | None = _options("node", "Settings of the model servers on a node.")
-    fsync_s: float = _setting_field("ledger.fsync_s")
+    fsync_s: float = _setting_field("journal.fsync_s")
     keep_raw: Literal["rejected", "all"] = _setting_field("keep.raw")
     metrics_port: int | None = _setting_field("metrics.port")
     overrides: list[str] = _plain_field(

@@ -199,8 +199,8 @@ async def record_session(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any
     )
 
     async def write() -> None:
-        sessions = [*about["lives"], this]
-        await asyncio.to_thread(folder.write_provenance, about | {"lives": sessions})
+        sessions = [*about["sessions"], this]
+        await asyncio.to_thread(folder.write_provenance, about | {"sessions": sessions})
 
     await write()
     this["outcome"] = "stopped by an error"

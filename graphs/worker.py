@@ -218,8 +218,8 @@ async def _open_journal(folder: Path, task: ShardTask, worker: str) -> JournalWr
             "folder on a shared file system, or set backend.shared_folder: false"
         )
         raise BackendError(msg)
-    path = await asyncio.to_thread(make_worker_path, folder, task.run["life"], worker)
-    return JournalWriter(path, {"run": task.run["id"], "life": worker}, FSYNC_S)
+    path = await asyncio.to_thread(make_worker_path, folder, task.run["session"], worker)
+    return JournalWriter(path, {"run": task.run["id"], "session": worker}, FSYNC_S)
 
 
 class TaskItems:

@@ -25,7 +25,7 @@ def journal_lines(
     path: Path, records: Iterable[Mapping[str, Any]], run: str = "r", kind: str = "journal"
 ) -> list[bytes]:
     """Return the lines of a file, the header first."""
-    header = make_header(path, kind, {"run": run, "life": "x"})
+    header = make_header(path, kind, {"run": run, "session": "x"})
     return chained(header, *(orjson.dumps(record) for record in records))
 
 

@@ -343,7 +343,7 @@ def _worker_lines(plan: JobPlan) -> Iterator[str]:
     yield ""
     yield "# Workers: how the coordinator starts a program on each node, and how they reach it."
     yield 'export FANFOLD_LAUNCHER="bash $cluster/launch.sh"'
-    yield f"export FANFOLD_DESK_HOST={_host_expression(plan)}"
+    yield f"export FANFOLD_COORDINATOR_HOST={_host_expression(plan)}"
 
 
 def _host_expression(plan: JobPlan) -> str:

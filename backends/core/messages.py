@@ -12,7 +12,7 @@ from .errors import BackendError, ConfigurationError
 from .types import Item, Json, Row
 from .values import check_counts, check_record
 
-WIRE_VERSION: Final = 1
+WIRE_VERSION: Final = 2
 """Version of the two forms below."""
 
 MAX_MESSAGE_BYTES: Final = 4_000_000

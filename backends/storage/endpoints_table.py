@@ -16,7 +16,7 @@ FILE_NAME: Final = "endpoints.parquet"
 
 _FAILURE: Final = pa.struct([("class", pa.string()), ("count", pa.int64())])
 _FIELDS: Final[list[tuple[str, pa.DataType]]] = [
-    ("life", pa.int64()),
+    ("session", pa.int64()),
     ("endpoint", pa.string()),
     ("state", pa.string()),
     ("calls", pa.int64()),
@@ -60,7 +60,7 @@ def append_endpoints(path: Path, reports: Sequence[Mapping[str, Any]], session: 
     Raises:
         JournalError: The table cannot be read or written.
     """
-    before = [row for row in _rows(path) if row["life"] != session]
+    before = [row for row in _rows(path) if row["session"] != session]
     rows = [*before, *(_row(report, session) for report in reports)]
     with replace_file(path) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=_TABLE), file)
@@ -91,7 +91,7 @@ def _row(report: Mapping[str, Any], session: int) -> dict[str, Any]:
     counts = report["failures"]
     return {
         **report,
-        "life": session,
+        "session": session,
         "failed": sum(counts.values()),
         "failures": [{"class": name, "count": counts[name]} for name in sorted(counts)],
     }
@@ -100,7 +100,7 @@ def _row(report: Mapping[str, Any], session: int) -> dict[str, Any]:
 def sum_sessions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Add up the lives of each endpoint; state and latencies are those of its last one."""
     totals: dict[str, dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: row["life"]):
+    for row in sorted(rows, key=lambda row: row["session"]):
         before = totals.get(row["endpoint"])
         total = dict(row)
         if before is not None:

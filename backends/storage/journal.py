@@ -27,7 +27,7 @@ from ..core.values import COUNT_FIELDS, MAX_COUNT, STATUSES, check_record
 JOURNAL_VERSION: Final = 2
 
 _LONGEST_HEADER: Final = 4096
-_OTHER_FILES: Final = ("beat-", "open-", "stop-", "lock")
+_OTHER_FILES: Final = ("heartbeat-", "task-", "stop-", "lock")
 """How the names of other files in a journal's folder begin."""
 
 RunIds: TypeAlias = str | tuple[str, ...]

@@ -228,7 +228,7 @@ class Journal:
     def _open_writer(self, life: str, fsync_s: float) -> JournalWriter:
         path = self._folder / f"{self.session_number:04}.jsonl"
         self._writer = JournalWriter(
-            path, {"run": get_current_run_id(self._run), "life": life}, fsync_s
+            path, {"run": get_current_run_id(self._run), "session": life}, fsync_s
         )
         self._own = len(self._paths)
         self._paths.append(path)

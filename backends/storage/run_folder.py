@@ -22,7 +22,7 @@ from ..core.errors import ConfigurationError, JournalError
 from ..core.types import Json
 from ..core.values import check_counts
 
-PROVENANCE_VERSION: Final = 1
+PROVENANCE_VERSION: Final = 2
 RESPONSES_FOLDER: Final = "answers"
 _TRIES: Final = 3
 _BETWEEN_TRIES_S: Final = 0.02
@@ -110,8 +110,11 @@ class RunFolder:
             raise JournalError(f"{self.provenance}: cannot be read: {error}") from None
         version = data.get("v") if isinstance(data, dict) else None
         if version != PROVENANCE_VERSION:
-            msg = f"{self.provenance}: version {version!r}, this fanfold reads {PROVENANCE_VERSION}"
-            raise JournalError(msg)
+            raise JournalError(
+                f"{self.provenance}: the run folder has format {version!r}, and this fanfold reads "
+                f"{PROVENANCE_VERSION}: finish the run with the fanfold that started it, or start "
+                "a new run"
+            )
         return dict(data)
 
     def write_provenance(self, data: Mapping[str, Json]) -> None:

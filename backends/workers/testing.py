@@ -96,7 +96,13 @@ def make_task(
         shard=name,
         attempt=0,
         fanfold=own_version(),
-        run={"id": "rehearsal", "model": "none", "simulated": True, "fingerprint": "00", "life": 1},
+        run={
+            "id": "rehearsal",
+            "model": "none",
+            "simulated": True,
+            "fingerprint": "00",
+            "session": 1,
+        },
         settings={
             "task": {"prompt": "{text}", "graph": GRAPH},
             "endpoints": {"urls": ["http://127.0.0.1:9"]},

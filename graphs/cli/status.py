@@ -156,7 +156,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
         counts, spent = journal.count_items(), journal.total_usage()
         cost = read_cost(folder, get_run_ids(about), journal.usage_by_session)
-    last = about["lives"][-1] if about["lives"] else {"outcome": None}
+    last = about["sessions"][-1] if about["sessions"] else {"outcome": None}
     state = "running" if folder.is_in_use() else last["outcome"] or "killed; resumable"
     facts = {
         "run": about["run"],
@@ -175,10 +175,10 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
     if as_json:
         costs = cost.to_json() | {"budget": read_budget(folder, cost)}
         chain = {} if jobs is None else {"chain": jobs}
-        print_json(facts | costs | {"lives": len(about["lives"])} | chain)
+        print_json(facts | costs | {"sessions": len(about["sessions"])} | chain)
         return
     table = Table(show_header=False)
-    for key, value in (facts | _costs(folder, cost) | {"lives": len(about["lives"])}).items():
+    for key, value in (facts | _costs(folder, cost) | {"sessions": len(about["sessions"])}).items():
         table.add_row(key, _format_value(value))
     Terminal().print(table)
     if jobs is not None:

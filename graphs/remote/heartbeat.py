@@ -19,9 +19,9 @@ from ...configs.models import LimitsConfig
 
 logger = logging.getLogger(__name__)
 
-_OPEN: Final = "open-"
+_OPEN: Final = "task-"
 _STOP: Final = "stop-"
-_BEAT: Final = "beat-"
+_BEAT: Final = "heartbeat-"
 MISSED_POLLS: Final = 4
 """So many looks in a row, at least, must find a worker silent before it counts as lost."""
 

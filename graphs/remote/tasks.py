@@ -201,7 +201,7 @@ def make_task_template(
             "set the variable where the workers run"
         )
         raise ConfigurationError(msg)
-    run = {key: about[key] for key in ("model", "simulated", "fingerprint", "life")}
+    run = {key: about[key] for key in ("model", "simulated", "fingerprint", "session")}
     return TaskTemplate(
         run=run | {"id": about["run"], "token": secrets.token_hex(4)},
         settings=worker_settings(loaded),
@@ -274,7 +274,7 @@ class LeaseManager:
         parts = _PER_WORKER * max(1, self._workers())
         part = Amount(*(max(0, left) // parts for left in budget.balance.left))
         amount = wanted.minimum(part).maximum(least)
-        name = f"{self._template.run['life']}.{shard}.{attempt}"
+        name = f"{self._template.run['session']}.{shard}.{attempt}"
         until = time.time() + self._config.backend.queue_s + self._template.deadline_s
         await leases.lend(name, Lease(amount, until, self._booked))
         self._open[shard] = name

@@ -216,7 +216,7 @@ async def prepare_run(
             "price": cost.to_json() if cost is not None else None,
             "fingerprint": compute_fingerprint(loaded.config, model, simulated),
             "input": describe_input(summary, spec.path),
-            "lives": [],
+            "sessions": [],
         }
         await asyncio.to_thread(_write, folder, path, loaded, about)
     return RunFolder(path)
@@ -314,7 +314,7 @@ _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai"
 def begin_session(folder: RunFolder) -> None:
     """Note that this process begins to work on a run that it has locked; blocks."""
     about = ensure_run_identity(folder)
-    folder.write_provenance(about | {"lives": [*about["lives"], describe_session(folder)]})
+    folder.write_provenance(about | {"sessions": [*about["sessions"], describe_session(folder)]})
 
 
 def end_session(folder: RunFolder) -> None:
@@ -323,11 +323,11 @@ def end_session(folder: RunFolder) -> None:
     A graph that goes on from a checkpoint has not begun one: then it is noted whole.
     """
     about = folder.read_provenance()
-    lives = about["lives"]
+    lives = about["sessions"]
     begun = bool(lives) and lives[-1]["ended"] is None and lives[-1]["pid"] == os.getpid()
     *before, last = lives if begun else [*lives, describe_session(folder)]
     last |= {"ended": utc_timestamp(), "outcome": "finished"}
-    folder.write_provenance(about | {"lives": [*before, last]})
+    folder.write_provenance(about | {"sessions": [*before, last]})
 
 
 def describe_session(folder: RunFolder) -> dict[str, Any]:

@@ -96,7 +96,7 @@ async def open_run(
         )
         stack.push_async_callback(ledger.aclose)
         who = f"{socket.gethostname()} pid {os.getpid()}"
-        ledger.start_session(who, config.ledger.fsync_s, books.next_session)
+        ledger.start_session(who, config.journal.fsync_s, books.next_session)
         if mode.retry_before is not None:
             ledger.reopen_failed(mode.retry_before.setdefault(folder.path, ledger.session_number))
         progress = _progress(ledger, total, books.node_time)
@@ -117,7 +117,7 @@ async def open_run(
                 spends.budget.count_prompt = make_prompt_counter(counter)
             if config.backend.is_remote:
                 _check_trace(mode)
-                about = {**books.provenance, "life": ledger.session_number}
+                about = {**books.provenance, "session": ledger.session_number}
                 terms = make_task_template(folder, loaded, up, about, price)
                 if mode.deadline is not None:
                     terms = replace(terms, ends_at=mode.deadline.workers_stop_at)

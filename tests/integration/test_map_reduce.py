@@ -84,7 +84,7 @@ async def test_an_embedded_run_notes_its_lives(simulated: SimulatedFleet) -> Non
     end = await graph.ainvoke({"items": rows(5)})
     folder = open_folder(Path(end["results"]["folder"]))
     for count in (1, 2):
-        lives = folder.read_provenance()["lives"]
+        lives = folder.read_provenance()["sessions"]
         assert len(lives) == count
         last = lives[-1]
         assert last["outcome"] == "finished"

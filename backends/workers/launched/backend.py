@@ -26,7 +26,7 @@ LAUNCHER_ENV: Final = "FANFOLD_LAUNCHER"
 """Variable of a coordinator: the command that starts one program per node; for job scripts."""
 PYTHON_ENV: Final = "FANFOLD_PYTHON"
 """Variable of a coordinator: the Python of its workers, where that is not its own."""
-HOST_ENV: Final = "FANFOLD_DESK_HOST"
+HOST_ENV: Final = "FANFOLD_COORDINATOR_HOST"
 """Variable of a coordinator: the name or address by which workers reach it; for job scripts."""
 COMMAND_NAMES: Final = ("workers",)
 """What a command may name in braces."""

@@ -15,12 +15,12 @@ import orjson
 from ...core.errors import BackendError
 from ...core.types import Json
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Version of these messages."""
 
-URL_ENV: Final = "FANFOLD_DESK"
+URL_ENV: Final = "FANFOLD_COORDINATOR_URL"
 """Variable of a worker: where the desk is."""
-TOKEN_ENV: Final = "FANFOLD_DESK_TOKEN"
+TOKEN_ENV: Final = "FANFOLD_COORDINATOR_TOKEN"
 """Variable of a worker: what it shows there."""
 
 MAX_MESSAGE_BYTES: Final = 64_000_000

@@ -64,7 +64,7 @@ class WorkerConnection:
     def assign(self, errand: PendingTask) -> bytes:
         """Give it an order, and return what is to be sent; it is busy from now on."""
         self._task, self._number = errand, self._number + 1
-        return encode_message("order", id=self._number, order=errand.task)
+        return encode_message("task", id=self._number, task=errand.task)
 
     async def send(self, message: bytes) -> None:
         """Send a message; a connection that does not carry it is closed."""
@@ -88,10 +88,10 @@ class WorkerConnection:
         errand, kind = self._task, message["kind"]
         if errand is None or message.get("id") != self._number:
             raise BackendError(f"{self.name}: answers {kind!r} to what it was not asked")
-        if kind == "summary" and isinstance(message.get("summary"), dict):
+        if kind == "result" and isinstance(message.get("result"), dict):
             self._task, self._is_leaving = None, message.get("leaves") is True
             if not errand.answer.done():
-                errand.answer.set_result(message["summary"])
+                errand.answer.set_result(message["result"])
         elif kind == "failed":
             self._task = None
             errand.fail(self._make_error(str(message.get("class")), str(message.get("text"))))
@@ -316,7 +316,7 @@ async def _bind_socket(host: str) -> socket.socket:
     except OSError as error:
         msg = (
             f"backend.host: {host!r} is no name or address of this machine: {error.strerror}; "
-            "give the one by which workers reach it (FANFOLD_DESK_HOST in a job)"
+            "give the one by which workers reach it (FANFOLD_COORDINATOR_HOST in a job)"
         )
         raise ConfigurationError(msg) from error
     return bound

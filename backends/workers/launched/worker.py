@@ -75,8 +75,8 @@ class TaskRunner:
         Raises:
             BackendError: It cannot be understood.
         """
-        if message["kind"] == "order" and isinstance(message.get("order"), dict):
-            order = message["order"]
+        if message["kind"] == "task" and isinstance(message.get("task"), dict):
+            order = message["task"]
             if order.get("stop_file") is None:  # nobody shares a folder with us
                 order["stop_file"] = str(self._stop_file())
             self._running = asyncio.create_task(self._run_task(message["id"], order))
@@ -107,7 +107,7 @@ class TaskRunner:
         else:
             leaves = self.leave_reason is not None
             summary = orjson.Fragment(found[0])
-            answer = encode_message("summary", id=number, summary=summary, leaves=leaves)
+            answer = encode_message("result", id=number, result=summary, leaves=leaves)
         with suppress(ConnectionError):  # the desk has gone, and so do we
             await self._socket.send_bytes(answer)
         if self.leave_reason is not None:  # it would take shard after shard from those who can work

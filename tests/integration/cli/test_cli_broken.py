@@ -155,7 +155,7 @@ REDUCE = [
 FILES = [
     Broken("not there", ["nope.csv", "does not exist"], source(path="nope.csv")),
     Broken("empty", ["in.csv is empty"], files={"in.csv": ""}),
-    Broken("header only", ["in.csv holds no rows"], files={"in.csv": "id,text\n"}),
+    Broken("header only", ["in.csv has no rows"], files={"in.csv": "id,text\n"}),
     Broken("blank id", ["'id' is blank", "line 3"], files={"in.csv": "id,text\n1,a\n,b\n"}),
     Broken(
         "repeated id", ["repeated: '1'", "on_duplicate"], files={"in.csv": "id,text\n1,a\n1,b\n"}
@@ -174,7 +174,12 @@ FILES = [
         {"in.jsonl": '{"id":1,"text":"a"}\n{"id":\n'},
     ),
     Broken("no Parquet", ["in.parquet"], source(path="in.parquet"), {"in.parquet": "PAR1xx"}),
-    Broken("unknown format", ["'.json'", ".jsonl"], source(path="in.json"), {"in.json": "[]"}),
+    Broken(
+        "unknown format",
+        ["input format: .json", ".jsonl"],
+        source(path="in.json"),
+        {"in.json": "[]"},
+    ),
     Broken("no texts", ["no .txt or .md"], source(path="d", id=None), {"d/x.bin": "1"}),
     Broken("no data set", ["input.dataset", "'foo'", "molecules"], {"input": {"dataset": "foo"}}),
     Broken("two inputs", ["c.yaml: input", "not both"], source(dataset="records")),

@@ -109,7 +109,7 @@ def test_a_budget_in_dollars_needs_a_price_before_anything_is_asked(
     shell.write(budget={"usd": 1})
     said = shell("run", "c.yaml", "--endpoints", ",".join(fleet.urls), "--out", "r")
     assert said.code == 2
-    assert "budget.usd is set, and what 'simulated-8b' costs is not known" in said.err
+    assert "budget.usd is set, but the price of 'simulated-8b' is unknown" in said.err
     assert fleet.requests == 0
     assert not Path("r").exists()
 
@@ -184,7 +184,7 @@ def test_yes_goes_on_and_the_aggregate_is_that_of_any_run(shell: Shell, fleet: S
     assert told["done"] == 60
     assert told["pilot"]["done"] == 7
     assert fleet.requests == 120
-    outcomes = [life["outcome"] for life in provenance("b")["lives"]]
+    outcomes = [life["outcome"] for life in provenance("b")["sessions"]]
     assert outcomes == ["pilot of 7 items; resumable", "finished"]
 
 

@@ -64,7 +64,7 @@ def test_a_run_leaves_what_its_endpoints_did(shell: Shell, fleet: Served) -> Non
     assert shell("run", "c.yaml", "--out", "r", "--limit", "3", "--quiet").code == 0
     rows = pq.ParquetFile("r/endpoints.parquet").read().to_pylist()
     assert sum(row["calls"] for row in rows) == 3
-    assert {row["life"] for row in rows} == {1}
+    assert {row["session"] for row in rows} == {1}
     assert all(row["latency_p50_s"] > 0 for row in rows)
     said = shell("status", "--endpoints", "r", "--json")
     assert said.code == 0

@@ -257,7 +257,7 @@ def test_the_command_is_kept_without_secrets(shell: Shell) -> None:
         "--limit",
         "1",
     )
-    (life,) = json.loads(Path("r/provenance.json").read_text())["lives"]
+    (life,) = json.loads(Path("r/provenance.json").read_text())["sessions"]
     assert life["command"][:2] == ["fanfold", "run"]
     assert "endpoints.api_key=**********" in life["command"]
 

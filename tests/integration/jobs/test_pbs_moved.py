@@ -122,4 +122,4 @@ def test_a_run_that_is_handed_to_submit_from_another_directory(
     trial.assert_each_once(ITEMS)
     about = open_folder(trial.path).read_provenance()
     assert about["earlier"] == []
-    assert {tuple(life["command"][1:]) for life in about["lives"]} == {("resume", "DIR")}
+    assert {tuple(life["command"][1:]) for life in about["sessions"]} == {("resume", "DIR")}

@@ -117,7 +117,7 @@ async def test_the_simulated_fleet_of_a_killed_run_dies_too(lab_of: LabMaker) ->
 
 def lives(folder: Path) -> list[dict[str, Any]]:
     file = folder / "provenance.json"
-    return list(json.loads(file.read_bytes())["lives"]) if file.exists() else []
+    return list(json.loads(file.read_bytes())["sessions"]) if file.exists() else []
 
 
 def children(pid: int) -> list[int]:

@@ -252,7 +252,7 @@ async def test_a_copy_made_while_the_original_works(lab_of: LabMaker, tmp_path: 
         session = asyncio.create_task(lab.live(await lab.begin(Path("run"))))
         await lab.until(lambda: session.done() or lab.journal_lines() >= 10)
         shutil.copytree("run", "copy")
-        assert list(Path("copy/journal").glob("open-*"))
+        assert list(Path("copy/journal").glob("task-*"))
         options = [part for change in fast for part in ("--set", change)]
         code, said = await command(tmp_path, "resume", "copy", *options)
         assert code == 0, said
@@ -313,7 +313,7 @@ async def test_a_copy_inherits_what_was_spent(lab_of: LabMaker) -> None:
         result = await lab.live(copied, overrides=more)
         assert (result.exit_code, result.budget["requests"]["spent"]) == (4, asked(lab))
         assert 60 < asked(lab) <= 80
-        assert open_folder(Path("run")).read_provenance()["lives"][-1]["outcome"] != "finished"
+        assert open_folder(Path("run")).read_provenance()["sessions"][-1]["outcome"] != "finished"
 
 
 async def test_checkpoints_in_postgresql(lab_of: LabMaker, server: str) -> None:
@@ -356,7 +356,7 @@ async def test_settings_below_the_folder_move_with_it(lab_of: LabMaker, tmp_path
         assert not Path("run").exists()
         assert sum(1 for _ in Path("deeper/run/kept").rglob("*.jsonl")) == 2
         assert asked(lab) == 120
-        lives = open_folder(Path("deeper/run")).read_provenance()["lives"]
+        lives = open_folder(Path("deeper/run")).read_provenance()["sessions"]
         assert lives[-1]["command"][1:] == ["resume", "DIR"]
         assert_no_path(tmp_path / "deeper" / "run", tmp_path / "run")
 
@@ -370,7 +370,7 @@ async def test_what_a_command_keeps_of_itself(lab_of: LabMaker, tmp_path: Path) 
             *("run", "c.yaml", f"--out={out}", "--set", f"cache={out}/kept", "--json"),
         )
         assert code == 0, said
-        (only,) = open_folder(out).read_provenance()["lives"]
+        (only,) = open_folder(out).read_provenance()["sessions"]
         assert only["command"][1:] == [
             *("run", "c.yaml", "--out=DIR", "--set", "cache=DIR/kept", "--json")
         ]

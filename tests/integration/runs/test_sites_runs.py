@@ -209,7 +209,7 @@ async def test_leftovers_of_a_killed_life_are_swept_up(
     async with lab_of(items=20, ttft_s=0.0) as lab:
         lab.config["backend"] = backend
         folder = await lab.begin()
-        for name in ("open-aaaa", "beat-aaaa-0-20-0", "stop-bbbb"):
+        for name in ("task-aaaa", "heartbeat-aaaa-0-20-0", "stop-bbbb"):
             (folder.journal / name).touch()
         assert (await lab.live(folder)).exit_code == 0
         names = {file.name for file in folder.journal.iterdir() if file.suffix != ".jsonl"}

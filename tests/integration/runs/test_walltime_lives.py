@@ -58,7 +58,7 @@ async def test_lives_end_in_time_and_the_run_is_whole(
         assert result.progress["done"] == lab.journal_lines() < 240
         assert lab.fleet_is_idle()
         lab.life_ended()
-        lives = open_folder(lab.out).read_provenance()["lives"]
+        lives = open_folder(lab.out).read_provenance()["sessions"]
         assert lives[-1]["outcome"].startswith("walltime")
         assert (await lab.live()).exit_code == 0
         lab.assert_whole(aggregate, again=0)

@@ -92,7 +92,9 @@ def test_without_servers_the_run_alone() -> None:
 def test_workers_are_told_where_to_come_to() -> None:
     asked = replace(plan("polaris"), starts_workers=True, archive=None)
     assert 'FANFOLD_LAUNCHER="bash $cluster/launch.sh"' in job_script(asked)
-    assert 'FANFOLD_DESK_HOST="$(hostname -s).hsn.cm.polaris.alcf.anl.gov"' in job_script(asked)
+    assert 'FANFOLD_COORDINATOR_HOST="$(hostname -s).hsn.cm.polaris.alcf.anl.gov"' in job_script(
+        asked
+    )
     launch = "exec mpiexec -n 4 --ppn 1 --cpu-bind none bash /scratch/me/run/cluster/worker.sh"
     assert launch in launch_script(asked)
     assert 'FANFOLD_HOST="$(hostname -s).hsn.cm.polaris.alcf.anl.gov"' in worker_script(asked)
@@ -103,12 +105,14 @@ def test_workers_are_told_where_to_come_to() -> None:
 def test_the_address_of_an_interface(tmp_path: Path) -> None:
     """Where a site names no host but an interface; the shell's part is run."""
     script = job_script(replace(plan(), starts_workers=True))
-    (line,) = [one for one in script.splitlines() if one.startswith("export FANFOLD_DESK_HOST=")]
+    (line,) = [
+        one for one in script.splitlines() if one.startswith("export FANFOLD_COORDINATOR_HOST=")
+    ]
     ip = tmp_path / "ip"
     ip.write_text('#!/bin/sh\necho "7: $5  inet 10.1.2.3/16 brd 10.1.255.255 scope global $5"\n')
     ip.chmod(0o755)
     done = subprocess.run(
-        ["bash", "-c", f"PATH={tmp_path}:$PATH\n{line}\necho $FANFOLD_DESK_HOST"],
+        ["bash", "-c", f"PATH={tmp_path}:$PATH\n{line}\necho $FANFOLD_COORDINATOR_HOST"],
         capture_output=True,
         text=True,
         check=True,

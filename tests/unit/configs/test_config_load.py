@@ -34,7 +34,7 @@ def test_defaults() -> None:
     assert config.limits.request_timeout_s == 600
     assert (config.backend.kind, config.backend.processes) == ("local", 1)
     assert config.endpoints.api_key.get_secret_value() == "EMPTY"
-    assert (config.shard.items, config.ledger.fsync_s) == (None, 0.05)
+    assert (config.shard.items, config.journal.fsync_s) == (None, 0.05)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_commands(text: str) -> None:
         "vllm serve {model} --port {port} --max-model-len 8192 --tokenizer x",
         "vllm serve m --api-key ${VLLM_KEY}",
         "python get_token.py --scope a=b",
-        "mpiexec -n {workers} -x FANFOLD_DESK_TOKEN -x A=b",
+        "mpiexec -n {workers} -x FANFOLD_COORDINATOR_TOKEN -x A=b",
     ],
 )
 def test_commands_without_secrets_are_unchanged(text: str) -> None:

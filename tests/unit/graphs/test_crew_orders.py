@@ -162,13 +162,13 @@ async def test_an_order_that_is_lost_is_taken_back_before_the_next_one(tmp_path:
     async with lab.opened():
         task = lab.send(0, 3)
         await until(lambda: lab.site.answers)
-        assert lab.names() == {"open-t", "beat-t-0-3-0"}
+        assert lab.names() == {"task-t", "heartbeat-t-0-3-0"}
         lab.site.answers[0].set_exception(WorkerLostError("gone"))
         await until(lambda: len(lab.site.answers) == 2)
-        assert lab.names() == {"open-t", "beat-t-0-3-1"}
+        assert lab.names() == {"task-t", "heartbeat-t-0-3-1"}
         lab.site.answers[1].set_result(summary("0-3", range(3)))
         assert (await task)[0].attempt == 1
-        assert lab.names() == {"open-t"}  # a copy that is delivered once more does nothing
+        assert lab.names() == {"task-t"}  # a copy that is delivered once more does nothing
     assert lab.names() == set()
 
 

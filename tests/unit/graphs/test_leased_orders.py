@@ -30,7 +30,7 @@ def order_in(folder: Path, **changes: Any) -> ShardTask:
         "shard": "0-1",
         "attempt": 0,
         "fanfold": own_version(),
-        "run": {"id": "run", "model": "m", "simulated": False, "fingerprint": "00", "life": 1},
+        "run": {"id": "run", "model": "m", "simulated": False, "fingerprint": "00", "session": 1},
         "settings": {},
         "items": [(0, "a", {"x": 1}, None)],
         "urls": None,

@@ -103,7 +103,9 @@ def test_what_cannot_be_looked_at_is_told_and_not_silent(
     assert (
         caplog.text.count(f"{files[0]}: cannot be looked at: Not a directory (1 such files)") == 1
     )
-    with pytest.raises(JournalError, match=r"beat-t-0-1-0: cannot be made: Not a directory; mend"):
+    with pytest.raises(
+        JournalError, match=r"heartbeat-t-0-1-0: cannot be made: Not a directory; mend"
+    ):
         signs.create(files[0])
     signs.revoke(files[0])
     assert f"{files[0]}: cannot be removed: Not a directory" in caplog.text

@@ -32,7 +32,7 @@ from fanfold.tests.conformance.journal_checks import sample
 def made(path: Path) -> RunFolder:
     with create_folder(path) as folder:
         place = place_to_be(folder)
-        folder.write_provenance({"run": "one", "earlier": [], "place": place, "lives": []})
+        folder.write_provenance({"run": "one", "earlier": [], "place": place, "sessions": []})
         (folder.path / TASK_LOG_FILE).write_text("{}\n")
         for end in ("", "-wal", "-shm"):
             (folder.path / f"checkpoints.sqlite{end}").touch()

@@ -30,7 +30,7 @@ def test_one_row_per_endpoint_and_life(tmp_path: Path) -> None:
     append_endpoints(path, [report("a", 5, Lost=2, Busy=1), report("b", 1)], 1)
     append_endpoints(path, [report("a", 7, None, Lost=1)], 2)
     rows = read_endpoints(path)
-    assert [(r["life"], r["endpoint"], r["calls"], r["failed"]) for r in rows] == [
+    assert [(r["session"], r["endpoint"], r["calls"], r["failed"]) for r in rows] == [
         (1, "a", 5, 3),
         (1, "b", 1, 0),
         (2, "a", 7, 1),
@@ -45,12 +45,12 @@ def test_lives_are_added_up(tmp_path: Path) -> None:
     append_endpoints(path, [report("a", 5, 1.5, Lost=2), report("b", 1)], 1)
     append_endpoints(path, [report("a", 7, None, 0.25, Busy=1)], 2)
     a, b = sum_sessions(read_endpoints(path))
-    assert (a["life"], a["calls"], a["failed"], a["prompt_tokens"]) == (2, 12, 3, 6)
+    assert (a["session"], a["calls"], a["failed"], a["prompt_tokens"]) == (2, 12, 3, 6)
     assert [a[f"{kind}_tokens"] for kind in ("cached", "useful", "wasted")] == [2, 8, 2]
     assert (a["usd"], b["usd"]) == (0.25, None)
     assert a["failures"] == {"Busy": 1, "Lost": 2}
     assert a["latency_p50_s"] == 1.5
-    assert (b["life"], b["calls"]) == (1, 1)
+    assert (b["session"], b["calls"]) == (1, 1)
 
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ class Worker:
     def __init__(self, folder: Path, life: int, name: str) -> None:
         self.life, self.last = life, dict[int, Record]()
         self._path = folder / f"{life:04}-{name}-1-abcdef.jsonl"
-        line, self._crc = add_crc(make_header(self._path, "journal", {"run": "r", "life": "w"}), 0)
+        line, self._crc = add_crc(
+            make_header(self._path, "journal", {"run": "r", "session": "w"}), 0
+        )
         self._path.write_bytes(line)
 
     def write(self, record: Record) -> None:

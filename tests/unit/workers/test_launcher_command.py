@@ -18,7 +18,7 @@ from fanfold.configs.backend import BackendConfig
 from fanfold.configs.loader import load_config
 from fanfold.graphs.worker import work_shard
 
-JOB = {"FANFOLD_LAUNCHER": "bash /run/launch.sh", "FANFOLD_DESK_HOST": "n1"}
+JOB = {"FANFOLD_LAUNCHER": "bash /run/launch.sh", "FANFOLD_COORDINATOR_HOST": "n1"}
 
 
 def test_the_setting_comes_before_the_job() -> None:
@@ -31,7 +31,7 @@ def test_the_setting_comes_before_the_job() -> None:
 
 def test_loopback_and_this_python_where_nobody_says() -> None:
     """A job's site may give a host's name by a variable that is empty."""
-    for environment in ({}, {"FANFOLD_DESK_HOST": "", "FANFOLD_PYTHON": ""}):
+    for environment in ({}, {"FANFOLD_COORDINATOR_HOST": "", "FANFOLD_PYTHON": ""}):
         assert coordinator_host(None, environment) == "127.0.0.1"
         assert python_command(environment) == (sys.executable, "-P")
     assert python_command({"FANFOLD_PYTHON": "/tmp/env/bin/python"})[0] == "/tmp/env/bin/python"

@@ -30,7 +30,7 @@ class Comer:
 
     async def worker(self, pid: int = 1, **hello: Any) -> ClientWebSocketResponse:
         line = await self.line()
-        first = {"v": 1, "kind": "hello", "fanfold": "0", "host": "n1", "pid": pid} | hello
+        first = {"v": 2, "kind": "hello", "fanfold": "0", "host": "n1", "pid": pid} | hello
         await line.send_bytes(orjson.dumps(first))
         return line
 
@@ -61,7 +61,7 @@ async def order_of(line: ClientWebSocketResponse) -> dict[str, Any]:
 
 
 async def answer(line: ClientWebSocketResponse, asked: dict[str, Any], **summary: Any) -> None:
-    said = {"v": 1, "kind": "summary", "id": asked["id"], "summary": summary}
+    said = {"v": 2, "kind": "result", "id": asked["id"], "result": summary}
     await line.send_bytes(orjson.dumps(said))
 
 
@@ -81,7 +81,7 @@ async def test_an_order_goes_to_who_has_nothing_to_do(desk: WorkerServer, comer:
     one, two = await order_of(first), await order_of(second)
     await answer(second, two, by="second")
     third = await order_of(second)
-    assert [asked["order"] for asked in (one, two, third)] == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert [asked["task"] for asked in (one, two, third)] == [{"n": 0}, {"n": 1}, {"n": 2}]
     await answer(second, third, by="second again")
     await answer(first, one, by="first")
     assert [(await one)["by"] for one in waiting] == ["first", "second", "second again"]
@@ -99,7 +99,7 @@ async def test_who_goes_loses_what_it_had_and_nobody_elses(
     with pytest.raises(WorkerLostError, match="n1:1: its connection ended"):
         await lost
     assert desk.worker_count == 1
-    await answer(second, asked, n=asked["order"]["n"])
+    await answer(second, asked, n=asked["task"]["n"])
     assert (await waits)["n"] == 1
     asked = await order_of(second)
     queued = asyncio.ensure_future(desk.run_task({"n": 3}))
@@ -125,7 +125,7 @@ async def test_nobody_waits_for_an_order_that_was_given_up(
     await asyncio.wait({running, queued})
     await answer(worker, asked)
     asked = await order_of(worker)
-    assert asked["order"] == {"n": 2}
+    assert asked["task"] == {"n": 2}
     await answer(worker, asked, n=2)
     assert await wanted == {"n": 2}
 
@@ -140,7 +140,7 @@ async def test_who_speaks_another_language_is_told_apart(desk: WorkerServer, com
 
 
 @pytest.mark.parametrize(
-    "said", [b"no json", b"[]", b'{"kind":"summary","id":7,"summary":{}}', b'{"kind":"dance"}']
+    "said", [b"no json", b"[]", b'{"kind":"result","id":7,"result":{}}', b'{"kind":"dance"}']
 )
 async def test_nonsense_ends_the_connection(desk: WorkerServer, comer: Comer, said: bytes) -> None:
     worker = await comer.worker()
@@ -156,7 +156,7 @@ async def test_nonsense_ends_the_connection(desk: WorkerServer, comer: Comer, sa
 
 async def test_who_says_nothing_first_is_no_worker(desk: WorkerServer, comer: Comer) -> None:
     line = await comer.line()
-    await line.send_bytes(b'{"kind":"summary","id":1}')
+    await line.send_bytes(b'{"kind":"result","id":1}')
     assert (await line.receive(timeout=30)).type is aiohttp.WSMsgType.CLOSE
     assert (desk.worker_count, desk.refusal.done()) == (0, True)
 
@@ -169,7 +169,7 @@ async def test_a_worker_that_hears_nothing_any_more_is_gone() -> None:
         async with ClientSession() as session:
             shown = {"Authorization": f"Bearer {desk.token}"}
             line = await session.ws_connect(desk.url, headers=shown, autoping=False)
-            hello = {"v": 1, "kind": "hello", "fanfold": "0", "host": "n1", "pid": 1}
+            hello = {"v": 2, "kind": "hello", "fanfold": "0", "host": "n1", "pid": 1}
             await line.send_bytes(orjson.dumps(hello))
             await until(lambda: desk.worker_count == 1)
             with pytest.raises(WorkerLostError, match="its connection ended"):

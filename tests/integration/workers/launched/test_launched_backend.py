@@ -158,8 +158,8 @@ async def test_workers_that_have_come_meanwhile_are_kept(
     [
         (("sh", "-c", "echo the queue is closed; exit 3"), "ended with code 3 before a worker"),
         (("no-such-program-here",), "not found"),
-        (("env", "-u", "FANFOLD_DESK_TOKEN"), "have the launcher pass them on"),
-        (("env", "FANFOLD_DESK_TOKEN=wrong"), "refused this worker: 401"),
+        (("env", "-u", "FANFOLD_COORDINATOR_TOKEN"), "have the launcher pass them on"),
+        (("env", "FANFOLD_COORDINATOR_TOKEN=wrong"), "refused this worker: 401"),
     ],
 )
 async def test_a_launcher_that_brings_nobody(words: tuple[str, ...], says: str) -> None:

@@ -18,4 +18,8 @@ def play(order: dict[str, Any]) -> dict[str, Any]:
             time.sleep(0.05)
     if order.get("hopeless"):
         return {"error": {"class": "RunStoppedError", "text": "there is no server"}}
-    return {"pid": os.getpid(), "token": os.environ.get("FANFOLD_DESK_TOKEN"), "n": order.get("n")}
+    return {
+        "pid": os.getpid(),
+        "token": os.environ.get("FANFOLD_COORDINATOR_TOKEN"),
+        "n": order.get("n"),
+    }
