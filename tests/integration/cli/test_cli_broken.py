@@ -63,7 +63,7 @@ SETTINGS = [
         ["c.yaml: cache: answers drawn at model.temperature 0.5", "cache_sampled: true"],
         {"cache": "run", "model": {"temperature": 0.5}},
     ),
-    Broken("cache is a file", ["cache: ", "in.csv is no folder"], {"cache": "in.csv/a/b"}),
+    Broken("cache is a file", ["cache: ", "in.csv is not a folder"], {"cache": "in.csv/a/b"}),
     Broken("cache on", ["c.yaml: cache: is no switch", "(found True)"], {"cache": True}),
     Broken("cache a number", ["c.yaml: cache: expected a text"], {"cache": 3}),
     Broken("section is a list", ["limits: expected keys"], {"limits": [1]}),
@@ -72,7 +72,9 @@ SETTINGS = [
     Broken("no prompt", ["the key 'task.prompt' is missing"], task(prompt="LEFT OUT")),
     Broken("empty prompt", ["task.prompt: must not be empty"], task(prompt="")),
     Broken("prompt is a number", ["task.prompt: expected a text", "5"], task(prompt=5)),
-    Broken("lone brace", ["c.yaml: task.prompt: line 2", "stands alone"], task(prompt="a\nb { c")),
+    Broken(
+        "lone brace", ["c.yaml: task.prompt: line 2", "unmatched brace"], task(prompt="a\nb { c")
+    ),
     Broken("run's name", ["name: expected letters", "'../x'"], {"name": "../x"}),
     Broken("not finite", ["c.yaml: limits.drain_s", "finite"], {"limits": {"drain_s": 1e999}}),
     Broken("64 bits", ["c.yaml: model.seed", "64 bits"], {"model": {"seed": 10**30}}),
@@ -234,8 +236,8 @@ ENDPOINTS = [
         {"endpoints": {"urls": [DEAD], "port": 80}},
     ),
     Broken(
-        "no registry",
-        ["endpoints.aegis_registry", "cannot be asked"],
+        "not an Aegis registry",
+        ["endpoints.aegis_registry", "cannot query"],
         {"endpoints": {"aegis_registry": DEAD}},
     ),
     Broken(
