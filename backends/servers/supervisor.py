@@ -361,9 +361,8 @@ async def _acquire_lock(
 async def _stop_on_demand(files: NodeFiles, control: SupervisorControl) -> None:
     """Stop the servers that a worker started, and wait for their end or ``stop_waiting``."""
     while await asyncio.to_thread(is_on_demand, files):
-        await asyncio.to_thread(
-            request_stop_when_unused, files
-        )  # repeated: it may just have started
+        # repeated: it may just have started
+        await asyncio.to_thread(request_stop_when_unused, files)
         if control.stop_waiting.is_set():
             return
         await _wait_event(control.stop_waiting, _POLL_S)

@@ -285,9 +285,8 @@ def run_in_thread(call: Callable[[], None]) -> asyncio.Future[None]:
     """Run a blocking call in a daemon thread, which delays neither loop nor process exit."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
-    ended.add_done_callback(
-        lambda future: future.cancelled() or future.exception()
-    )  # retrieved, because the caller may have stopped waiting
+    # the exception is retrieved, because the caller may have stopped waiting
+    ended.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def settle(error: Exception | None) -> None:
         if not ended.done():

@@ -133,9 +133,8 @@ class ServiceConnection:
         Raises:
             FanfoldError: The service refused, or did not answer.
         """
-        async with (
-            self._request_lock
-        ):  # else tokens would gather behind a slow answer, and be spent at once
+        # without the lock tokens would gather behind a slow answer, and be spent at once
+        async with self._request_lock:
             await self._bucket.acquire()
             if self._service is None:
                 raise BackendError("globus_compute: not connected")
