@@ -97,7 +97,7 @@ def _globus_backends(config: BackendConfig, work: WorkShard, folder: Path | None
     options = config.user_endpoint_config
     for key in find_masked_keys(options, "backend.user_endpoint_config"):
         msg = (
-            f"{key}: a secret in plain text is not kept in the run folder; pass it again, "
+            f"{key}: a run folder does not keep a secret in plain text; pass it again, "
             f"preferably as a variable: --set '{key}=${{VAR}}'"
         )
         raise ConfigurationError(msg)
