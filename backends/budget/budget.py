@@ -38,21 +38,21 @@ SETTING_UNITS: Final[dict[str, tuple[str, int]]] = {
     "nano_usd": ("usd", NANO_PER_USD),
     "node_ms": ("node_hours", MS_PER_HOUR),
 }
-"""By field of an amount: its name in settings, and how many of the field's unit make one."""
+"""By field of an amount: setting name, and number of the field's units in one unit of it."""
 
 _FINE: Final = 0.1 * NANO_PER_USD
-"""Smaller sums are shown with more digits."""
+"""Below this amount, dollars are shown with more digits."""
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetSettings:
-    """What a budget is.
+    """Settings of a budget.
 
     Attributes:
-        limits: The most that all lives of a run may spend together.
-        prices: What things cost.
+        limits: The most that all sessions of a run may spend together.
+        prices: Prices of tokens and nodes.
         repairs: How often an answer may be sent back.
-        warn_at: Shares of a cap at which to warn.
+        warn_at: Shares of a limit at which to warn.
     """
 
     limits: BudgetLimits
@@ -62,20 +62,20 @@ class BudgetSettings:
 
 
 class Budget:
-    """What an open run may still spend.
+    """Budget of an open run.
 
     Args:
-        settings: What the budget is.
-        before: What earlier lives have spent.
-        book: Where this life's level is kept; None in a worker that keeps none.
-        until: Unix time in seconds after which nothing is spent any more.
+        settings: The budget's settings.
+        before: Spending of earlier sessions.
+        log: Spend log of this session; None in a worker that writes none.
+        until: Unix time in seconds after which nothing more is spent.
 
     Attributes:
         settings: As given.
         before: As given.
         balance: What is left.
-        needed: What could not be reserved, if that has been refused.
-        count_prompt: Counts prompts as the model does, for when room is scarce; or None.
+        needed: Amount of the last refused reservation, or None.
+        count_prompt: Counts prompts as the model does, used when the budget is short; or None.
     """
 
     def __init__(
@@ -95,19 +95,19 @@ class Budget:
 
     def open_account(self) -> ItemAccount:
         """Return an account for one item."""
-        terms = self.settings
-        return ItemAccount(self.balance, terms.prices, terms.repairs, self.count_prompt)
+        settings = self.settings
+        return ItemAccount(self.balance, settings.prices, settings.repairs, self.count_prompt)
 
     def total_spent(self) -> Amount:
-        """Return what all lives have spent, with what is in doubt."""
+        """Return what all sessions have spent, unaccounted spending included."""
         return self.before.plus(self.balance.settled).plus(self.balance.lost)
 
     def can_carry(self, needed: Amount) -> bool:
-        """Say whether what is left carries an amount, once nothing is in flight."""
+        """Return True if the rest covers an amount once nothing is in flight."""
         return min(self.balance.left.plus(self.balance.reserved).minus(needed)) >= 0
 
     def warn(self) -> None:
-        """Log, once each, the shares of caps that are passed; of several at once the highest."""
+        """Log each passed share of a limit once; of several passed at once, the highest."""
         spent = self.total_spent()
         for name, cap in _limits(self.settings.limits):
             value = getattr(spent, name)
@@ -120,7 +120,7 @@ class Budget:
                 )
 
     def report(self) -> dict[str, Json]:
-        """Return, by limit, what is spent of which cap."""
+        """Return spending and limit, by limit."""
         spent = self.total_spent()
         return {
             key: {"spent": getattr(spent, name) / unit, "cap": cap / unit}
@@ -129,7 +129,7 @@ class Budget:
         }
 
     def record_refusal(self, needed: Amount) -> str:
-        """Say what is exhausted, and keep what was needed."""
+        """Store the refused amount, and describe which limit is exhausted."""
         self.needed = needed
         spent = self.total_spent()
         short = [
@@ -167,12 +167,12 @@ def format_amount(name: str, value: int) -> str:
 
 
 class LeaseTable:
-    """The leases of one life of a run.
+    """Leases of one session of a run.
 
     Args:
-        purse: What they are lent from.
-        shelf: The run's books.
-        earlier: What counts as spent of leases that earlier lives lent, and may come back.
+        balance: Balance that leases are lent from.
+        logs: Spend logs of the run.
+        earlier: What counts as spent of leases of earlier sessions that may still be returned.
     """
 
     def __init__(
@@ -183,15 +183,15 @@ class LeaseTable:
         self._earlier = dict(earlier)
 
     async def lend(self, name: str, lease: Lease) -> None:
-        """Lend something; on return the book has it on disk.
+        """Lend an amount; return once the spend log has the lease on disk.
 
         Args:
-            name: The lease's name; no other lease of the run has it.
-            lease: What is lent.
+            name: Name of the lease, unique within the run.
+            lease: The lease.
 
         Raises:
-            BudgetExhaustedError: There is not so much left, and nothing will come back.
-            JournalError: The book cannot be written.
+            BudgetExhaustedError: The amount is not available and none will be released.
+            JournalError: The spend log cannot be written.
         """
         await self._balance.reserve(lease.amount)
         self._out[name] = lease
@@ -199,14 +199,14 @@ class LeaseTable:
         await self._balance.append_line({"lease": name} | line, sync=True)
 
     async def return_lease(self, name: str, used: Amount) -> None:
-        """Take back what was not spent; a second return of a lease counts for nothing.
+        """Take back what was not spent; a second return of the same lease has no effect.
 
         Args:
-            name: The lease's name.
+            name: Name of the lease.
             used: What was spent of it.
 
         Raises:
-            JournalError: The book cannot be written.
+            JournalError: The spend log cannot be written.
         """
         if lease := self._out.pop(name, None):
             self._balance.settle(lease.amount, used.minimum(lease.amount))
@@ -221,16 +221,16 @@ class LeaseTable:
             await self._balance.append_line({"late": name, "used": used.to_json()}, sync=False)
 
     def mark_lost(self, name: str) -> None:
-        """Count a lease as spent whose worker is lost, until its book proves otherwise."""
+        """Count the lease of a lost worker as spent until its spend log proves otherwise."""
         if lease := self._out.pop(name, None):
             self._lost[name] = lease
             self._balance.write_off(lease.amount)
 
     async def recover_lost(self) -> None:
-        """Look whether the books of lost leases prove by now that less was spent.
+        """Refund what the spend logs of lost leases prove unspent.
 
         Raises:
-            JournalError: A book is damaged, or cannot be written; the others are read all the same.
+            JournalError: A spend log is damaged or cannot be written; the others are still read.
         """
         failed: JournalError | None = None
         for name, lease in list(self._lost.items()):
@@ -245,19 +245,19 @@ class LeaseTable:
             raise failed
 
     def mark_all_lost(self) -> None:
-        """Count all that is still out as spent: this life ends."""
+        """Count all open leases as spent, at the end of the session."""
         for name in list(self._out):
             self.mark_lost(name)
 
 
 @dataclass(frozen=True, slots=True)
 class RunBudget:
-    """A budget in use.
+    """Budget in use.
 
     Attributes:
         budget: What is left.
-        leases: What workers elsewhere have of it.
-        logs: The run's books.
+        leases: What workers hold of it.
+        logs: Spend logs of the run.
     """
 
     budget: Budget
@@ -266,17 +266,17 @@ class RunBudget:
 
 
 def read_limits(folder: RunFolder, config: BudgetConfig) -> BudgetLimits:
-    """Return a run's caps: the settings', with what was allowed at a pause on top.
+    """Return a run's limits: those of the settings, overridden by those raised at a pause.
 
     Raises:
-        JournalError: What was allowed cannot be read.
+        JournalError: The raised limits cannot be read.
     """
     given = config.model_dump(include={key for key, _ in SETTING_UNITS.values()})
     return BudgetLimits.from_settings(**{**given, **read_raised_limits(folder.raised_limits)})
 
 
 def raise_limits(folder: RunFolder, answer: Any, *, requested: bool = False) -> str | None:
-    """Take an answer to a pause as the run's new caps; return what is wrong with it, or None.
+    """Store the answer to a pause as new limits; return what is wrong with it, or None.
 
     Args:
         folder: The run's folder.
@@ -284,13 +284,13 @@ def raise_limits(folder: RunFolder, answer: Any, *, requested: bool = False) -> 
         requested: Whether it comes from a request.
 
     Raises:
-        JournalError: The caps cannot be read or written.
+        JournalError: The limits cannot be read or written.
     """
     names = [key for key, _ in SETTING_UNITS.values()]
     if not isinstance(answer, Mapping) or not answer or answer.keys() - set(names):
         return f"answer with new totals, e.g. {{'usd': 20}}; names: {', '.join(names)}"
-    if truths := [key for key, value in answer.items() if isinstance(value, bool)]:
-        return f"{truths[0]}: give a number"
+    if booleans := [key for key, value in answer.items() if isinstance(value, bool)]:
+        return f"{booleans[0]}: give a number"
     try:
         asked = BudgetConfig.model_validate(dict(answer))
     except ValidationError as error:
@@ -306,14 +306,14 @@ def raise_limits(folder: RunFolder, answer: Any, *, requested: bool = False) -> 
 
 
 def lower_raised_limits(folder: RunFolder, most: Mapping[str, float]) -> None:
-    """Lower the caps that requests have set to what their graph is bound to now.
+    """Lower limits set by requests to the totals that their graph is bound to now.
 
     Args:
         folder: The run's folder.
         most: The bound totals by name.
 
     Raises:
-        JournalError: The caps cannot be read or written.
+        JournalError: The limits cannot be read or written.
     """
     caps, requested = (
         read_raised_limits(folder.raised_limits),
@@ -327,21 +327,21 @@ def lower_raised_limits(folder: RunFolder, most: Mapping[str, float]) -> None:
         write_raised_limits(folder.raised_limits, lowered, requested)
 
 
-def read_spent_before(shelf: SpendLogs, ledger: Journal) -> Amount:
-    """Return the most that all lives so far may have spent.
+def read_spent_before(logs: SpendLogs, journal: Journal) -> Amount:
+    """Return the most that all sessions so far may have spent.
 
     Raises:
-        JournalError: A book is damaged.
+        JournalError: A spend log is damaged.
     """
-    return shelf.total_spent(
-        {life: spent.amount for life, spent in ledger.usage_by_session.items()}
+    return logs.total_spent(
+        {session: spent.amount for session, spent in journal.usage_by_session.items()}
     )
 
 
 def make_budget_settings(
     folder: RunFolder, config: RunConfig, price: TokenPrices
 ) -> BudgetSettings:
-    """Return what a run's budget is."""
+    """Return the settings of a run's budget."""
     repairs = 0 if config.task.graph else config.task.repairs
     caps = read_limits(folder, config.budget)
     return BudgetSettings(caps, price, repairs, tuple(config.budget.warn_at))
@@ -349,18 +349,18 @@ def make_budget_settings(
 
 @asynccontextmanager
 async def open_budget(
-    folder: RunFolder, config: RunConfig, price: TokenPrices, ledger: Journal, run: RunIds
+    folder: RunFolder, config: RunConfig, price: TokenPrices, journal: Journal, run: RunIds
 ) -> AsyncIterator[RunBudget | None]:
-    """Open a run's budget; None when it has no limits.
+    """Open a run's budget; yield None when it has no limits.
 
     Raises:
-        JournalError: A book is damaged, or cannot be written.
+        JournalError: A spend log is damaged or cannot be written.
     """
-    terms = await asyncio.to_thread(make_budget_settings, folder, config, price)
-    if not terms.limits.has_any:
+    settings = await asyncio.to_thread(make_budget_settings, folder, config, price)
+    if not settings.limits.has_any:
         yield None
         return
-    opened = await asyncio.to_thread(_open_run_budget, folder, terms, ledger, run)
+    opened = await asyncio.to_thread(_open_run_budget, folder, settings, journal, run)
     try:
         yield opened
     finally:
@@ -369,34 +369,34 @@ async def open_budget(
 
 
 def _open_run_budget(
-    folder: RunFolder, terms: BudgetSettings, ledger: Journal, run: RunIds
+    folder: RunFolder, settings: BudgetSettings, journal: Journal, run: RunIds
 ) -> RunBudget:
-    shelf = SpendLogs(folder.budget, run)
-    before, earlier = read_spent_before(shelf, ledger), shelf.unreturned_leases()
-    budget = Budget(terms, before, shelf.create(shelf.session_path(ledger.session_number)))
-    return RunBudget(budget, LeaseTable(budget.balance, shelf, earlier), shelf)
+    logs = SpendLogs(folder.budget, run)
+    before, earlier = read_spent_before(logs, journal), logs.unreturned_leases()
+    budget = Budget(settings, before, logs.create(logs.session_path(journal.session_number)))
+    return RunBudget(budget, LeaseTable(budget.balance, logs, earlier), logs)
 
 
 def budget_gap(
     folder: RunFolder, config: RunConfig, needed: Amount, live: Budget | None
 ) -> dict[str, Json] | None:
-    """Return what to ask of the user while a run's budget does not carry something, or None.
+    """Return the question for the user while the budget does not cover an amount, or None.
 
     Args:
         folder: The run's folder.
-        config: Its settings.
-        needed: What could not be reserved.
-        live: The run's budget, if it is open: one that has refused something is exhausted.
+        config: The run's settings.
+        needed: Amount that could not be reserved.
+        live: The run's open budget, if any; after a refusal it counts as exhausted.
 
     Raises:
-        BudgetExhaustedError: The settings say to stop rather than to ask.
-        JournalError: Books or journal cannot be read.
+        BudgetExhaustedError: ``budget.on_limit`` is ``stop``.
+        JournalError: Spend logs or journal cannot be read.
     """
     about = folder.read_provenance()
-    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as ledger:
-        counts, budget = ledger.count_items(), live
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
+        counts, budget = journal.count_items(), live
         if budget is None:
-            before = read_spent_before(SpendLogs(folder.budget, get_run_ids(about)), ledger)
+            before = read_spent_before(SpendLogs(folder.budget, get_run_ids(about)), journal)
             budget = Budget(_read_budget_settings(folder, config, about), before, None)
     if not (live is not None and live.needed) and budget.can_carry(needed):
         return None
@@ -420,7 +420,7 @@ def _read_budget_settings(
 
 
 def _to_finish(budget: Budget, ended: int, left: int) -> dict[str, Json]:
-    """Return what all items will have taken, by what those that ended have."""
+    """Estimate the total for all items from those that have ended."""
     spent, report = budget.total_spent(), budget.report()
     if not ended:
         return {}
@@ -432,7 +432,7 @@ def _to_finish(budget: Budget, ended: int, left: int) -> dict[str, Json]:
 
 
 def _round_up(value: float, unit: int) -> float:
-    """Return a value in what a user counts, rounded up; money to the cent or a millionth."""
+    """Return a value in the user's unit, rounded up; money to the cent or a millionth."""
     if unit == 1:
         return math.ceil(value)
     digits = 2 if value > unit else 6
@@ -440,5 +440,5 @@ def _round_up(value: float, unit: int) -> float:
 
 
 def _example(budget: Budget) -> str:
-    """Return an answer that would do, as a user writes it."""
+    """Return a sufficient answer as a user writes it."""
     return "{" + ", ".join(f'"{k}": {2 * v["cap"]:g}' for k, v in budget.report().items()) + "}"

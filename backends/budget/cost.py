@@ -1,4 +1,4 @@
-"""What a run has cost: journal, node time, in doubt."""
+"""Cost of a run: journal totals, node time, unaccounted spending."""
 
 from __future__ import annotations
 
@@ -24,23 +24,22 @@ from ..storage.run_folder import RunFolder
 from .budget import Budget, BudgetSettings, format_amount, read_limits
 from .spend_log import SpendLogs
 
-NO_ENDPOINT: Final = "(nobody)"
-"""Stands for the endpoint of items that ended without a call."""
+NO_ENDPOINT: Final = "(none)"
+"""Endpoint name of items that ended without a call."""
 
 UsageRecord: TypeAlias = Mapping[str, Any]
-"""What one endpoint did for an item; has the names of a journal record."""
+"""Work of one endpoint for an item, with the field names of a journal record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a run has cost so far.
+    """Cost of a run so far.
 
     Attributes:
-        usage: What the journal says.
-        node_time: How long nodes were held, and what that costs.
-        unaccounted: What may have been spent besides: by a life that was killed, on items that
-            were cut off, on answers that do not say what they used; while a run goes on, also what
-            is reserved.
+        usage: Totals of the journal.
+        node_time: Node time and its cost.
+        unaccounted: Spending that may have happened in addition: by a session that was killed, on
+            items that were cut off, on answers without usage; during a run also open reservations.
         priced: Whether tokens have a price.
     """
 
@@ -51,34 +50,34 @@ class Cost:
 
     @property
     def nano_usd(self) -> int | None:
-        """Return nano-dollars for tokens and nodes; None: nothing has a price."""
+        """Return nano-dollars for tokens and nodes; None if nothing has a price."""
         if not self.priced and not self.node_time.nano_usd:
             return None
         return self.usage.nano_usd + self.node_time.nano_usd
 
     def to_json(self) -> dict[str, Json]:
-        """Return it as ``--json`` tells it; dollars are null where nothing has a price."""
-        held, nano = self.node_time, self.nano_usd
+        """Return the data for ``--json``; dollars are null where nothing has a price."""
+        node_time, nano = self.node_time, self.nano_usd
         return {
             "tokens": tokens_json(self.usage),
             "usd": None if nano is None else nano / NANO_PER_USD,
             "wasted_usd": self.usage.wasted_nano_usd / NANO_PER_USD if self.priced else None,
-            "node_hours": held.node_ms / MS_PER_HOUR,
-            "idle_node_hours": held.idle_ms / MS_PER_HOUR,
-            "node_usd": held.nano_usd / NANO_PER_USD if held.nano_usd else None,
-            "idle_node_usd": held.idle_nano_usd / NANO_PER_USD if held.nano_usd else None,
+            "node_hours": node_time.node_ms / MS_PER_HOUR,
+            "idle_node_hours": node_time.idle_ms / MS_PER_HOUR,
+            "node_usd": node_time.nano_usd / NANO_PER_USD if node_time.nano_usd else None,
+            "idle_node_usd": node_time.idle_nano_usd / NANO_PER_USD if node_time.nano_usd else None,
             "in_doubt": self.unaccounted_json(),
         }
 
     def unaccounted_json(self) -> dict[str, Json]:
-        """Return what is in doubt; dollars are null where tokens are and no cap reckons in them."""
-        doubt = self.unaccounted
-        unknown = self.nano_usd is None or (doubt.tokens > 0 and doubt.nano_usd == 0)
+        """Return unaccounted spending; dollars are null where tokens are, unless usd is limited."""
+        unaccounted = self.unaccounted
+        unknown = self.nano_usd is None or (unaccounted.tokens > 0 and unaccounted.nano_usd == 0)
         return {
-            "requests": doubt.requests,
-            "tokens": doubt.tokens,
-            "usd": None if unknown else doubt.nano_usd / NANO_PER_USD,
-            "node_hours": doubt.node_ms / MS_PER_HOUR,
+            "requests": unaccounted.requests,
+            "tokens": unaccounted.tokens,
+            "usd": None if unknown else unaccounted.nano_usd / NANO_PER_USD,
+            "node_hours": unaccounted.node_ms / MS_PER_HOUR,
         }
 
 
@@ -93,21 +92,21 @@ def tokens_json(spent: UsageTotals) -> dict[str, Json]:
     }
 
 
-def sum_usage(lives: Mapping[int, UsageTotals]) -> UsageTotals:
-    """Return the sums over all lives."""
+def sum_usage(sessions: Mapping[int, UsageTotals]) -> UsageTotals:
+    """Return the sums over all sessions."""
     total = UsageTotals()
-    for spent in lives.values():
+    for spent in sessions.values():
         total.merge(spent)
     return total
 
 
 @dataclass(slots=True)
 class UsageGroups:
-    """Sums over all records of a journal, in memory that grows with the groups only.
+    """Sums over all records of a journal; memory grows with the number of groups only.
 
     Attributes:
-        sessions: By life of the run.
-        by_key: By the key that was asked for.
+        sessions: Sums by session.
+        by_key: Sums by the requested key.
     """
 
     sessions: dict[int, UsageTotals] = field(default_factory=dict)
@@ -115,16 +114,16 @@ class UsageGroups:
 
     @property
     def total(self) -> UsageTotals:
-        """Return the sums over all."""
+        """Return the sums over all groups."""
         return sum_usage(self.sessions)
 
     def add(self, key: str, share: UsageRecord) -> None:
-        """Add what one endpoint did for an item."""
+        """Add the work of one endpoint for an item."""
         self.by_key.setdefault(key, UsageTotals()).add(share)
 
 
 GroupKey: TypeAlias = Callable[[UsageRecord, Mapping[str, Any]], str]
-"""Names the group of a share of a record."""
+"""Returns the group of one endpoint's part of a record."""
 
 
 def _endpoint(share: UsageRecord, _: Mapping[str, Any]) -> str:
@@ -146,14 +145,14 @@ GROUP_KEYS: Final[Mapping[str, GroupKey]] = {"endpoint": _endpoint, "node": _nod
 
 
 def group_usage(journal: Path, run: RunIds, items: int, key: str | None, model: str) -> UsageGroups:
-    """Add up all records of a run, those that newer ones replaced included; blocks.
+    """Sum all records of a run, including those replaced by newer ones; blocks.
 
     Args:
         journal: The journal's folder.
         run: The run's ids.
         items: Number of items of the run.
-        key: ``model``, ``endpoint``, ``node``, ``day``, or None to add up the total only.
-        model: The model's name in the run, for endpoints that never answered.
+        key: ``model``, ``endpoint``, ``node``, ``day``, or None for the total only.
+        model: The run's model name, for endpoints that never answered.
 
     Raises:
         JournalError: A file is damaged or belongs to another run.
@@ -170,11 +169,11 @@ def group_usage(journal: Path, run: RunIds, items: int, key: str | None, model: 
 
 
 def _records(
-    journal: Path, run: RunIds, items: int, lives: dict[int, UsageTotals]
+    journal: Path, run: RunIds, items: int, sessions: dict[int, UsageTotals]
 ) -> Iterator[dict[str, Any]]:
-    """Yield all records, and add them up by life."""
+    """Yield all records, and sum them by session."""
     for path in sorted(journal.glob("*.jsonl")):
-        spent = lives.setdefault(parse_session_number(path), UsageTotals())
+        spent = sessions.setdefault(parse_session_number(path), UsageTotals())
         source = JournalSource(path, run)
         for line in scan_lines(source):
             check_line(line, source, items)
@@ -183,7 +182,7 @@ def _records(
 
 
 def _by_model(groups: UsageGroups, records: Iterator[dict[str, Any]], model: str) -> UsageGroups:
-    """Group by the name in the answers; where an endpoint gave none, by that of its others."""
+    """Group by the model name in answers; without one, by that of the endpoint's other answers."""
     names, unnamed = dict[str, str](), dict[str, UsageTotals]()
     for record in records:
         for share in record.get("shares") or (record,):
@@ -201,31 +200,31 @@ def _by_model(groups: UsageGroups, records: Iterator[dict[str, Any]], model: str
 
 
 _FINE: Final = 0.1 * NANO_PER_USD
-"""Where all amounts are smaller, they are shown with more digits."""
+"""Below this amount, dollars are shown with more digits."""
 
 
-def read_cost(folder: RunFolder, run: RunIds, lives: Mapping[int, UsageTotals]) -> Cost:
-    """Return what a run has cost, by what lies in its folder; blocks.
+def read_cost(folder: RunFolder, run: RunIds, sessions: Mapping[int, UsageTotals]) -> Cost:
+    """Return what a run has cost, from the files in its folder; blocks.
 
     Args:
         folder: The folder.
         run: The run's ids.
-        lives: By life, what the journal says.
+        sessions: Journal totals by session.
 
     Raises:
-        JournalError: A book is damaged.
+        JournalError: A spend log is damaged.
     """
-    shelf, total = SpendLogs(folder.budget, run), sum_usage(lives)
-    doubt = shelf.unaccounted({life: spent.amount for life, spent in lives.items()})
-    return Cost(total, shelf.total_node_time(), doubt, total.nano_usd > 0)
+    logs, total = SpendLogs(folder.budget, run), sum_usage(sessions)
+    unaccounted = logs.unaccounted({session: spent.amount for session, spent in sessions.items()})
+    return Cost(total, logs.total_node_time(), unaccounted, total.nano_usd > 0)
 
 
 def read_budget(folder: RunFolder, cost: Cost) -> dict[str, Json]:
-    """Return, by limit, what is spent of which cap, what is in doubt included; blocks.
+    """Return, by limit, spending (unaccounted included) and limit; blocks.
 
     Raises:
-        ConfigurationError: The settings' budget is none.
-        JournalError: The caps cannot be read.
+        ConfigurationError: The budget in the settings is invalid.
+        JournalError: The limits cannot be read.
     """
     config = BudgetConfig.model_validate(read_settings(folder.settings)[0].get("budget") or {})
     before = cost.usage.amount.plus(cost.node_time.amount).plus(cost.unaccounted)
@@ -233,15 +232,15 @@ def read_budget(folder: RunFolder, cost: Cost) -> dict[str, Json]:
 
 
 def describe_cost(cost: Cost, *, timed: bool) -> Iterator[str]:
-    """Yield lines that say what a run has cost; none where nothing has a price.
+    """Yield lines that describe the cost of a run; none where nothing has a price.
 
     Args:
-        cost: What it has cost.
-        timed: Whether node-hours matter though they have no price.
+        cost: The cost.
+        timed: Whether to include node-hours that have no price.
     """
-    priced, held = cost.nano_usd is not None, cost.node_time
+    priced, node_time = cost.nano_usd is not None, cost.node_time
     parts = [format_dollars(cost)] * priced + [format_node_hours(cost)] * bool(
-        timed or held.nano_usd
+        timed or node_time.nano_usd
     )
     if parts:
         yield f"Cost: {'; '.join(parts)}"
@@ -268,14 +267,14 @@ def format_usd(nano_usd: int, largest: int) -> str:
 
 def format_node_hours(cost: Cost) -> str:
     """Return node-hours in words, e.g. ``2.00 node-hours held, 0.10 idle, for 5.00 USD``."""
-    held = cost.node_time
-    idle = format_amount("node_ms", held.idle_ms).removesuffix(" node-hours")
-    price = f", for {format_amount('nano_usd', held.nano_usd)}" if held.nano_usd else ""
-    return f"{format_amount('node_ms', held.node_ms)} held, {idle} idle{price}"
+    node_time = cost.node_time
+    idle = format_amount("node_ms", node_time.idle_ms).removesuffix(" node-hours")
+    price = f", for {format_amount('nano_usd', node_time.nano_usd)}" if node_time.nano_usd else ""
+    return f"{format_amount('node_ms', node_time.node_ms)} held, {idle} idle{price}"
 
 
 def format_unaccounted(cost: Cost) -> str:
-    """Return what is in doubt, in words; empty if nothing is."""
+    """Return unaccounted spending in words; empty if there is none."""
     shown = cost.unaccounted.to_json()
     if cost.nano_usd is None:
         del shown["nano_usd"]

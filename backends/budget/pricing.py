@@ -1,4 +1,4 @@
-"""What a run's calls cost, and who says so."""
+"""Prices of a run's calls, and their source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..discovery.resolve import list_endpoint_specs
 from ..fleet.endpoint import NO_KEY, EndpointSpec
 
 PRICE_SETTING: Final = "model.price"
-"""The source of a price that the settings give."""
+"""Source of a price from the settings."""
 
 _STANDARD: Final = frozenset({None, "auto", "default"})
 """Service tiers at the listed prices."""
@@ -29,15 +29,15 @@ class Price:
     """Prices in US dollars, with their source.
 
     Attributes:
-        prompt: Per million prompt tokens; None: tokens are not priced.
-        cached_prompt: Per million prompt tokens that a prefix cache held; None: as the others.
+        prompt: Per million prompt tokens; None if tokens have no price.
+        cached_prompt: Per million prompt tokens from a prefix cache; None: same as ``prompt``.
         completion: Per million completion tokens.
         node_hour: Per node and hour, or None.
-        source: ``model.price``, or the page that a listed price is from.
-        provider: Whose listed price it is, or None.
-        date: When the list was made, or None.
+        source: ``model.price``, or the web page of a listed price.
+        provider: Provider of a listed price, or None.
+        date: Date of the price list, or None.
         longest_prompt: Tokens above which a prompt costs more than listed, or None.
-        simulated: Whether the fleet that the price is for is a simulated one.
+        simulated: Whether the price is for a simulated fleet.
     """
 
     prompt: float | None = None
@@ -52,48 +52,49 @@ class Price:
 
     @property
     def token_prices(self) -> TokenPrices:
-        """Return it in whole small units; what is not priced costs nothing."""
+        """Return prices in whole small units; zero where no price is set."""
         return TokenPrices.from_usd(
             self.prompt or 0.0, self.cached_prompt, self.completion or 0.0, self.node_hour or 0.0
         )
 
     def __str__(self) -> str:
-        """Return it in words: prices, source and date."""
+        """Return prices, source and date in words."""
         parts = [f"${self.prompt:g} prompt" if self.prompt is not None else ""]
         parts.append(f"${self.cached_prompt:g} cached" if self.cached_prompt is not None else "")
         parts.append(f"${self.completion:g} completion" if self.completion is not None else "")
         tokens = ", ".join(part for part in parts if part)
         priced = [f"{tokens} per million tokens"] if tokens else []
         priced += [f"${self.node_hour:g} per node-hour"] if self.node_hour is not None else []
-        said = self.source
+        source = self.source
         if self.provider is not None:
-            said = f"fanfold's list of {self.date} for {self.provider}, {self.source}"
-        return f"{'; '.join(priced)} ({said})" + (", SIMULATED" if self.simulated else "")
+            source = f"fanfold's list of {self.date} for {self.provider}, {self.source}"
+        return f"{'; '.join(priced)} ({source})" + (", SIMULATED" if self.simulated else "")
 
     def to_json(self) -> dict[str, Json]:
-        """Return it as plain data, for provenance."""
+        """Return plain data for the provenance."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Json]) -> Self:
-        """Read it back."""
+        """Read a price from plain data."""
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
 
 
 def find_model_price(config: RunConfig, model: str, simulated: bool) -> Price | None:
-    """Return what a model costs where the settings say that it is served; may read a file.
+    """Return the price of a model where the settings say it is served; may read a file.
 
-    ``model.price`` comes first. fanfold's own list holds only for calls that go to the provider
-    itself, by its host: a model of the same name on nodes of one's own has no listed price.
+    ``model.price`` comes first. fanfold's own list applies only to calls that go to the provider,
+    by host name: a model of the same name on other nodes has no listed price.
 
     Args:
         config: The settings.
-        model: The model's name that the run has settled on.
-        simulated: Whether the fleet is a simulated one, which has a price only by ``model.price``.
+        model: The model's name, as selected for the run.
+        simulated: Whether the fleet is simulated; such a fleet has a price only by
+            ``model.price``.
 
     Raises:
-        ConfigurationError: Dollars are to be counted, and nobody knows what the model costs; says
-            what to add.
+        ConfigurationError: ``budget.usd`` is set and the price is unknown; the message says what
+            to add.
     """
     given = config.model.price
     if given is not None and given.prompt is not None:
@@ -125,19 +126,19 @@ def find_model_price(config: RunConfig, model: str, simulated: bool) -> Price | 
 
 
 def find_token_prices(config: RunConfig, model: str, simulated: bool) -> TokenPrices | None:
-    """Return what calls cost, as :func:`find_model_price` finds it; None when nobody knows.
+    """Return the price of calls from :func:`find_model_price`; None if unknown.
 
     Raises:
-        ConfigurationError: As :func:`find_model_price`.
+        ConfigurationError: See :func:`find_model_price`.
     """
     found = find_model_price(config, model, simulated)
     return None if found is None else found.token_prices
 
 
 def _unknown(model: str, why: str | None) -> str:
-    why = why or "simulated answers cost nothing, unless you give them a price"
+    why = why or "simulated answers have no price unless you set one"
     return (
-        f"budget.usd is set, and what {model!r} costs is not known: {why}. Add model.price, e.g. "
+        f"budget.usd is set, but the price of {model!r} is unknown: {why}. Add model.price, e.g. "
         "--set 'model.price={prompt: 0.5, completion: 1.5}' (dollars per million tokens) or "
         "--set 'model.price={node_hour: 2}' (nodes paid by time); or limit budget.tokens, "
         "budget.requests or budget.node_hours in place of dollars"
@@ -153,34 +154,34 @@ def _from_list(config: RunConfig, model: str) -> ListedPrice | str:
         specs = [] if config.backend.node_endpoints else _list_named(config)
     except ConfigurationError as error:
         return error.message
-    strange = f"fanfold lists only prices of {', '.join(list_priced_hosts())}"
+    listed = f"fanfold only lists prices of {', '.join(list_priced_hosts())}"
     if not specs:
-        return f"{strange}, and the endpoints are other ones"
+        return f"{listed}; the endpoints have other hosts"
     found = list[ListedPrice]()
     for spec in specs:
         host = urlsplit(spec.url).hostname or ""
         if (provider := find_provider_name(host)) is None:
-            return f"{strange}, not of {host}"
+            return f"{listed}, not of {host}"
         ids = list(_ids(config, spec, model))
         entries = [entry for i in ids if (entry := find_listed_price(host, i)) is not None]
         if not entries:
-            return f"fanfold's list for {provider} does not have it"
+            return f"fanfold's list for {provider} does not include it"
         found += entries
     return max(found, key=lambda entry: (entry.completion, entry.prompt))
 
 
 def _list_named(config: RunConfig) -> list[EndpointSpec]:
-    """Return the endpoints if the settings name them one by one."""
-    # nobody is asked: a key that a run folder does not keep is not missed here
+    """Return the endpoints if the settings list them one by one."""
+    # Specs only, no requests: a key that is missing in the run folder does not matter here.
     endpoints = config.endpoints.model_copy(update={"api_key": SecretStr(NO_KEY)})
     try:
         return list_endpoint_specs(endpoints, {}) if endpoints.urls or endpoints.file else []
     except NoEndpointError:
-        return []  # those that come later are nodes
+        return []  # endpoints that start later run on nodes, which have no listed price
 
 
 def _ids(config: RunConfig, spec: EndpointSpec, model: str) -> Iterator[str]:
-    """Yield the ids that an endpoint may be asked for: it bills what it serves."""
+    """Yield the model ids that an endpoint may bill."""
     if spec.model is not None:
         yield spec.model
         return
@@ -189,12 +190,12 @@ def _ids(config: RunConfig, spec: EndpointSpec, model: str) -> Iterator[str]:
 
 
 def explain_no_price(config: RunConfig, model: str, simulated: bool) -> str:
-    """Return why a model has no price, for whoever wonders; it must have none."""
+    """Return why a model has no price; call only if it has none."""
     found = None if simulated else _from_list(config, model)
     return found if isinstance(found, str) else "simulated answers cost nothing"
 
 
 def read_price(about: Mapping[str, Any]) -> Price | None:
-    """Return the price that a run's provenance keeps, or None."""
+    """Return the price in a run's provenance, or None."""
     kept = about.get("price")
     return Price.from_json(kept) if isinstance(kept, Mapping) else None

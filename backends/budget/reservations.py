@@ -1,4 +1,4 @@
-"""Reserve before, settle after: process balance and item accounts."""
+"""Reserve before, settle after: budget balance of the process, and item accounts."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ logger = logging.getLogger(__name__)
 
 _UNLIMITED: Final = 1 << 62
 _BLOCKS: Final = 100
-"""A hundredth of a cap is taken at a time: what a killed process leaves in doubt."""
+"""Block size is a hundredth of a limit: a killed process leaves so much unaccounted."""
 _SLACK: Final = 3
-"""The book's level is lowered when it is so many blocks above what is in use."""
+"""Lower the level of the spend log when it is so many blocks above what is in use."""
 _LOOK_S: Final = 0.1
-"""So often is looked whether those who wait do so in vain: twice in a row shows it."""
+"""Seconds between checks for waiters that wait in vain; two checks in a row must agree."""
 _NEXT_S: Final = 0.01
-"""The same while one after the other is refused."""
+"""The same interval while waiters are refused one after the other."""
 
 DescribeExhausted = Callable[[Amount], str]
-"""Says what is exhausted, given what could not be reserved."""
+"""Describes which limit is exhausted, given the amount that could not be reserved."""
 
 
 class ReservationHolder(Protocol):
-    """An item that has reservations.
+    """Item that holds reservations.
 
     Attributes:
-        waiting: How many of its calls wait for a reservation.
+        waiting: Number of its calls that wait for a reservation.
     """
 
     waiting: int
 
     @property
     def reserved(self) -> Amount:
-        """What it has reserved."""
+        """Amount that the item has reserved."""
         ...
 
     @property
     def gives_back(self) -> bool:
-        """Whether it may give something back before any other item does."""
+        """Whether the item may release something before any other item does."""
         ...
 
 
@@ -80,18 +80,18 @@ def _set(future: asyncio.Future[None], error: FanfoldError | None) -> None:
 
 
 class BudgetBalance:
-    """Reservations against caps.
+    """Budget balance of this process: reservations against limits.
 
     Args:
-        caps: The most that may be spent here.
-        book: Where the level is kept; None trusts that this process returns what it was lent.
-        exhausted: Says what is exhausted, for the error.
-        until: Unix time in seconds after which nothing is reserved any more.
+        limits: The most that may be spent here.
+        log: Spend log of the level; None trusts this process to return what it was lent.
+        exhausted: Describes what is exhausted, for the error.
+        until: Unix time in seconds after which nothing more is reserved.
 
     Attributes:
         settled: Spent so far.
-        lost: Lent and not come back; it counts as spent.
-        set_aside: Reserved to the end, for what goes by itself: no waiting brings it back.
+        lost: Lent and not returned; counts as spent.
+        set_aside: Reserved until the end of the session, such as time; waiting frees none of it.
     """
 
     def __init__(
@@ -127,12 +127,12 @@ class BudgetBalance:
 
     @property
     def left(self) -> Amount:
-        """What may still be reserved."""
+        """Amount that may still be reserved."""
         return self._most.minus(self._used)
 
     @property
     def reserved(self) -> Amount:
-        """What is reserved and not settled."""
+        """Amount that is reserved and not settled."""
         return self._used.minus(self.settled).minus(self.lost)
 
     def limited_fields(self, left: Amount) -> Mapping[str, int]:
@@ -140,31 +140,31 @@ class BudgetBalance:
         return {name: getattr(left, name) for name in self._limited}
 
     def add_holder(self, holder: ReservationHolder) -> None:
-        """Let an item have reservations of its own."""
+        """Register an item that makes reservations."""
         with self._lock:
             self._holders[holder] = None
 
     def remove_holder(self, holder: ReservationHolder) -> None:
-        """Forget an item that has ended."""
+        """Remove an item that has ended."""
         with self._lock:
             self._holders.pop(holder, None)
 
     async def reserve(
         self, amount: Amount, *, begun: bool = False, holder: ReservationHolder | None = None
     ) -> None:
-        """Reserve an amount, waiting while others may give something back.
+        """Reserve an amount; wait while other holders may release something.
 
         What an item waits for (a reservation, an endpoint, another item's answer) may be held by
-        an item that waits, too. No single event tells that all of them do, so it is looked at.
+        an item that also waits. No single event shows that all of them wait, so this is polled.
 
         Args:
-            amount: How much.
-            begun: Whether it is for an item that has begun: those come first.
-            holder: The item that it is for.
+            amount: Amount to reserve.
+            begun: Whether the item has started: such items come first.
+            holder: Item that makes the reservation.
 
         Raises:
-            BudgetExhaustedError: There is not so much left, and nobody gives anything back.
-            JournalError: The book cannot be written.
+            BudgetExhaustedError: The amount is not available and no holder will release any.
+            JournalError: The spend log cannot be written.
         """
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -185,12 +185,12 @@ class BudgetBalance:
             raise
 
     def try_reserve(self, amount: Amount) -> bool:
-        """Reserve an amount if nobody waits and it is there; say whether."""
+        """Reserve an amount if it is available and nothing waits; return True on success."""
         with self._lock:
             return self._reserve_if_free(amount, begun=False)
 
     def settle(self, reserved: Amount, used: Amount) -> None:
-        """Turn what was reserved into what was spent; the rest is free again."""
+        """Turn a reservation into spending; release the rest."""
         with self._lock:
             self.settled = self.settled.plus(used)
             self._used = self._used.replace_part(reserved, used)
@@ -199,19 +199,19 @@ class BudgetBalance:
             self._grant_waiters()
 
     def write_off(self, reserved: Amount) -> None:
-        """Count something reserved as spent until it is known better."""
+        """Count a reservation as spent until a refund corrects it."""
         with self._lock:
             self.lost = self.lost.plus(reserved)
             self._grant_waiters()
 
     def extend_limits(self, amount: Amount) -> None:
-        """Have so much more: an earlier life has spent less than was thought."""
+        """Raise the limits by an amount that an earlier session turned out not to have spent."""
         with self._lock:
             self._most = self._most.plus(amount).minimum(Amount(*(_UNLIMITED,) * len(amount)))
             self._grant_waiters()
 
     def refund(self, lost: Amount, used: Amount) -> None:
-        """Turn what was written off into what was spent of it."""
+        """Replace an amount written off by what was spent of it."""
         with self._lock:
             self.lost = self.lost.minus(lost)
             self.settled = self.settled.plus(used)
@@ -220,10 +220,10 @@ class BudgetBalance:
             self._grant_waiters()
 
     def try_spend(self, used: Amount) -> bool | None:
-        """Spend something that goes by itself, such as time.
+        """Spend an amount that accrues without a request, such as time.
 
         Returns:
-            True: it is spent; None: not yet, the book is being written; False: there is no more.
+            True: spent; None: not yet, the spend log is being written; False: none is left.
         """
         with self._lock:
             wanted = self._used.plus(used)
@@ -237,7 +237,7 @@ class BudgetBalance:
             return None
 
     def _cancel_waiter(self, waiter: _Waiter) -> None:
-        """Undo what a cancelled wait holds: its place, or what it was granted."""
+        """Undo what a cancelled wait holds: its position in the queue, or its grant."""
         with self._lock:
             for queue in (self._begun, self._fresh):
                 if waiter in queue:
@@ -246,7 +246,7 @@ class BudgetBalance:
                         waiter.holder.waiting -= 1
                     self._grant_waiters()
                     return
-        if waiter.granted:  # whoever waited never saw it
+        if waiter.granted:  # the waiter was cancelled before it saw the grant
             self.settle(waiter.amount, Amount())
 
     def _reserve_if_free(self, amount: Amount, begun: bool) -> bool:
@@ -270,7 +270,7 @@ class BudgetBalance:
                 continue
             wanted = self._used.plus(waiter.amount)
             if time.time() > self._until:
-                _first(queue).refuse(BudgetExhaustedError("the lease's time is over"))
+                _first(queue).refuse(BudgetExhaustedError("the lease has expired"))
             elif _within(wanted, self._level):
                 _first(queue)
                 self._vain, self._look_s = False, _LOOK_S
@@ -289,7 +289,7 @@ class BudgetBalance:
         waiter.refuse(BudgetExhaustedError(self._exhausted(waiter.amount)))
 
     def _look(self) -> None:
-        """Refuse who is first in line if nobody gives anything back, and has not for a while."""
+        """Refuse the first waiter if no holder can release anything in two checks in a row."""
         with self._lock:
             self._grant_waiters()
             queue, now = self._begun or self._fresh, time.monotonic()
@@ -303,9 +303,9 @@ class BudgetBalance:
             self._look_at = now + self._look_s
 
     def _can_come_back(self, amount: Amount) -> bool:
-        """Tell whether somebody may give something back: not if all of them wait themselves."""
+        """Return True if a holder may release something, which a waiting holder does not."""
         if _within(self._used.plus(amount), self._most):
-            return True  # the book is being written
+            return True  # the spend log is being written
         if any(holder.gives_back for holder in self._holders):
             return True
         loose = self.reserved.minus(self.set_aside)
@@ -313,7 +313,7 @@ class BudgetBalance:
             loose = loose.minus(holder.reserved)
         return any(loose)  # a worker's lease
 
-    # -- the book ------------------------------------------------------------------------
+    # -- the spend log -------------------------------------------------------------------
 
     def _adjust(self) -> None:
         """Raise the level ahead of need; lower it where it is far above."""
@@ -343,7 +343,7 @@ class BudgetBalance:
             self._grant_waiters()
 
     def _lower(self) -> None:
-        """Lower the level; the old one stands on disk until the new one does."""
+        """Lower the level; the old one stays valid on disk until the new one is written."""
         assert self._thread is not None
         self._level = self._used.plus(self._block).minimum(self._level)
         self._thread.submit(
@@ -360,10 +360,10 @@ class BudgetBalance:
         return None
 
     async def append_line(self, line: Mapping[str, Json], *, sync: bool) -> None:
-        """Append a line of another's to the book, after what was noted before.
+        """Append another part's line to the spend log, after all earlier lines.
 
         Raises:
-            JournalError: It cannot be written.
+            JournalError: The line cannot be written.
         """
         if self._thread is None:
             return
@@ -372,10 +372,10 @@ class BudgetBalance:
             raise failure
 
     async def aclose(self) -> None:
-        """Say what was spent, and close the book.
+        """Write what was spent, and close the spend log.
 
         Raises:
-            JournalError: It cannot be written.
+            JournalError: The line cannot be written.
         """
         if self._thread is None or self._log is None:
             return
@@ -388,7 +388,7 @@ class BudgetBalance:
 
 
 def _first(queue: deque[_Waiter]) -> _Waiter:
-    """Take the oldest out of a queue."""
+    """Remove and return the oldest waiter of a queue."""
     waiter = queue.popleft()
     if waiter.holder is not None:
         waiter.holder.waiting -= 1
@@ -405,21 +405,21 @@ def _within(amount: Amount, most: Amount) -> bool:
 
 
 _REPAIR_TOKENS: Final = 512
-"""Tokens of what is said to a model whose answer is sent back, besides its own answer."""
+"""Tokens of the repair prompt, besides the answer that is sent back."""
 
 
 class ItemAccount:
-    """One item's share of a purse.
+    """Budget account of one item.
 
     Args:
-        purse: The purse.
-        tariff: What tokens cost.
-        repairs: How often an answer may be sent back: an item that has begun shall be carried to
-            its end.
-        count: Counts prompts as the model does, for when room is scarce; or None.
+        balance: Balance that the account draws on.
+        prices: Prices of tokens.
+        repairs: How often an answer may be sent back. Repairs are reserved with the first
+            request, so that an item that has started can finish.
+        count: Counts prompts as the model does, used when the budget is short; or None.
 
     Attributes:
-        waiting: Calls of the item that wait for the budget.
+        waiting: Calls of the item that wait for a reservation.
     """
 
     __slots__ = (
@@ -456,7 +456,7 @@ class ItemAccount:
 
     @property
     def reserved(self) -> Amount:
-        """What the item has reserved, for requests in flight and for repairs."""
+        """Amount that the item has reserved, for requests in flight and for repairs."""
         total = self._pool
         for hold in tuple(self._reservations):
             total = total.plus(hold.amount)
@@ -464,9 +464,9 @@ class ItemAccount:
 
     @property
     def gives_back(self) -> bool:
-        """Whether the item may give something back before any other item does.
+        """Whether the item may release something before any other item does.
 
-        An item without a call under way works by itself, and ends.
+        An item without a call in progress needs nothing from others, and ends.
         """
         log = self._log
         if log is not None and log.blocked:
@@ -478,16 +478,16 @@ class ItemAccount:
     async def reserve(
         self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None
     ) -> Reservation:
-        """Reserve what one request may cost, waiting for what others may give back.
+        """Reserve what one request may cost; wait while others may release something.
 
         Args:
-            most: The most tokens that it may use.
-            body: The request, to be counted better when room is scarce.
-            log: The item's calls: whether its reservations can be given back while it waits.
+            most: Upper bound of its tokens.
+            body: The request, for an exact count when the budget is short.
+            log: The item's calls, which show if it can release reservations while it waits.
 
         Raises:
-            BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.
-            JournalError: The budget's book cannot be written.
+            BudgetExhaustedError: The budget is too small and no holder will release any.
+            JournalError: The spend log cannot be written.
         """
         self._asking += 1
         if log is not None and not self._known:
@@ -523,7 +523,7 @@ class ItemAccount:
         return self._prices.amount(usage)
 
     async def _reserve_first(self, most: Usage, body: Mapping[str, Any]) -> Usage:
-        """Reserve the first request and the repairs; return what it was reckoned with."""
+        """Reserve the first request and its repairs; return the usage they are based on."""
         usage, repairs = most, self._sum_repairs(most)
         if not self._balance.try_reserve(self._prices.amount(usage).plus(repairs)):
             usage = await self._count_usage(most, body)
@@ -537,19 +537,19 @@ class ItemAccount:
         return usage
 
     async def _reserve_further(self, most: Usage, body: Mapping[str, Any]) -> Usage:
-        """Reserve a further request, of what is reserved for repairs if it is enough."""
+        """Reserve a further request, from the amount reserved for repairs if it is enough."""
         if self._draw_from_pool(self._prices.amount(most)):
             return most
         usage = await self._count_usage(most, body)
         if not self._draw_from_pool(self._prices.amount(usage)):
-            # A waiting item holds no repairs, or two items could wait for each other.
+            # A waiting item holds no repairs; otherwise two items could wait for each other.
             self._release_pool()
             amount = self._prices.amount(usage)
             await self._balance.reserve(amount, begun=self._begun, holder=self)
         return usage
 
     async def _count_usage(self, most: Usage, body: Mapping[str, Any]) -> Usage:
-        """Return the most that a request may use, its prompt counted if somebody can."""
+        """Return an upper bound of a request's usage; count the prompt if a counter is set."""
         prompt = None if self._count is None else await self._count(body)
         return most if prompt is None else Usage(prompt, most.completion)
 
@@ -561,13 +561,13 @@ class ItemAccount:
         return total
 
     def try_reserve(self, most: Usage) -> Reservation | None:
-        """Reserve what one further request may cost if there is room at once."""
+        """Reserve one further request if the budget has enough at once."""
         if not self._balance.try_reserve(self._prices.amount(most)):
             return None
         return self._make_reservation(most)
 
     def _draw_from_pool(self, amount: Amount) -> bool:
-        """Take a request out of what is reserved for repairs, if it is enough."""
+        """Take a request from the amount reserved for repairs, if it is enough."""
         with self._lock:
             rest = self._pool.minus(amount)
             if min(rest) < 0:
@@ -576,13 +576,13 @@ class ItemAccount:
             return True
 
     def close(self) -> None:
-        """Give back what was reserved for repairs; the item has ended."""
+        """Release the amount reserved for repairs; the item has ended."""
         self._closed = True
         self._release_pool()
         self._forget()
 
     def _forget(self) -> None:
-        """Leave the purse when the item has ended, and requests that it left behind, too."""
+        """Deregister once the item has ended and none of its requests is open."""
         if self._closed and self._known and not self._reservations and not self._asking:
             self._known = False
             self._balance.remove_holder(self)
@@ -595,7 +595,7 @@ class ItemAccount:
 
 
 class _Reservation:
-    """What is reserved for one request."""
+    """Reservation for one request."""
 
     __slots__ = ("_account", "_open", "_usage", "amount")
 

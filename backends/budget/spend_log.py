@@ -1,11 +1,12 @@
-"""The book of a budget: what one life of a run may have spent at most, on disk before it is spent.
+"""Spend log: an upper bound of a session's spending, written to disk before anything is spent.
 
-A file per life and per lease, each line a JSON object. ``level`` is an upper bound of what the
-life spends until a later line says otherwise; it is raised on disk before anything is spent on
-it, and may be lowered at any time. ``held`` tells how long nodes have been held. ``lease`` notes
-what was lent to a worker elsewhere, ``back`` what became of it, ``settled`` how the life ended. A
-life that was killed has no ``settled``: then its level counts as spent, less what the books of
-its leases prove. The book of a life without limits has ``held`` only.
+There is one file per session and per lease; each line is a JSON object. ``level`` is an upper
+bound of what the session spends until a later line changes it. A higher level is written to disk
+before anything is spent on it; the level may be lowered at any time. ``held`` is the node time so
+far. ``lease`` records what was lent to a worker, ``back`` that the lease was returned, and
+``settled`` the final spending of the session. A session that was killed has no ``settled`` line:
+its level counts as spent, minus what the spend logs of its leases prove unspent. The spend log of
+a session without limits contains ``held`` lines only.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from ..storage.journal import (
 )
 
 HEADER_KIND: Final = "budget"
-"""What the header of a spend log says."""
+"""Kind of file that the header of a spend log names."""
 
 Level = Mapping[str, int]
 """A bound for each limited field of an :class:`Amount`."""
 
 _SETTLE_S: Final = 60.0
-"""Seconds after a lease's end until its book is believed: clocks differ, files show late."""
+"""Seconds after a lease's end until its log is trusted: clocks differ, files appear late."""
 
 
 class SpendLog:
-    """Writes one file; every method blocks.
+    """Write one spend log; every method blocks.
 
     Args:
         path: The file to create; it must not exist.
@@ -72,7 +73,7 @@ class SpendLog:
             raise
 
     def _sync_names(self, made: bool) -> None:
-        """Make the file's name durable, and its folder's: what it allows is spent on that."""
+        """Make the names of file and folder durable: spending relies on what the file allows."""
         folder = self._path.parent
         try:
             sync_folder(folder)
@@ -86,11 +87,11 @@ class SpendLog:
         """Append one line.
 
         Args:
-            line: What it says.
-            sync: Return only when it is on disk.
+            line: Content of the line.
+            sync: Return only when the line is on disk.
 
         Raises:
-            JournalError: It cannot be written.
+            JournalError: The line cannot be written.
         """
         self._append(orjson.dumps(line), sync=sync)
 
@@ -102,7 +103,7 @@ class SpendLog:
             if sync:
                 os.fsync(self._file.fileno())
         except OSError as error:
-            msg = f"{self._path}: the budget's book cannot be written: {error.strerror}"
+            msg = f"{self._path}: the spend log cannot be written: {error.strerror}"
             raise JournalError(msg) from error
 
     def close(self) -> None:
@@ -112,12 +113,12 @@ class SpendLog:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """What was lent to a worker elsewhere.
+    """Budget lent to a worker.
 
     Attributes:
-        amount: How much.
-        until: Unix time in seconds after which no worker begins on it.
-        has_log: Whether the worker keeps a book of it that is seen here.
+        amount: Amount lent.
+        until: Unix time in seconds after which the worker starts nothing on this lease.
+        has_log: Whether the worker writes a spend log that this process can read.
     """
 
     amount: Amount
@@ -127,15 +128,15 @@ class Lease:
 
 @dataclass(slots=True)
 class SpendState:
-    """A book as it was read.
+    """Contents of a spend log.
 
     Attributes:
-        level: The last bound, by field.
-        settled: What was spent, leases apart; None: the life was killed, or still goes on.
-        node_time: How long nodes were held, as far as noted.
-        leases: What was lent and has not come back.
-        until: (a lease's book) Unix time in seconds after which nothing more is spent.
-        late_returns: Leases of earlier lives that came back in this one: what was spent of each.
+        level: Last bound, by field.
+        settled: Final spending without leases; None if the session was killed or still runs.
+        node_time: Node time recorded so far.
+        leases: Leases that have not been returned.
+        until: (log of a lease) Unix time in seconds after which nothing more is spent.
+        late_returns: Leases of earlier sessions returned in this one, with what each spent.
     """
 
     level: dict[str, int] = field(default_factory=dict)
@@ -147,52 +148,52 @@ class SpendState:
 
 
 def read_spend_state(path: Path, run: RunIds) -> SpendState:
-    """Read a book.
+    """Read a spend log.
 
     Args:
-        path: The book.
+        path: The spend log.
         run: The run's ids.
 
     Raises:
-        JournalError: It is damaged, or another run's.
+        JournalError: The file is damaged or belongs to another run.
     """
-    page, source = SpendState(), JournalSource(path, run, HEADER_KIND)
+    state, source = SpendState(), JournalSource(path, run, HEADER_KIND)
     for line in scan_lines(source):
         try:
-            _apply(page, line.record)
+            _apply(state, line.record)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            msg = f"not a line of a budget's book ({error!r})"
+            msg = f"not a line of a spend log ({error!r})"
             raise source.make_error(line.number, msg) from None
-    return page
+    return state
 
 
-def _apply(page: SpendState, record: dict[str, Any]) -> None:
+def _apply(state: SpendState, record: dict[str, Any]) -> None:
     if "level" in record:
         level = Amount.from_json(record["level"])
-        page.level = {name: getattr(level, name) for name in record["level"]}
+        state.level = {name: getattr(level, name) for name in record["level"]}
     if "lease" in record:
         amount = Amount.from_json(record["amount"])
         until, booked = _time(record["until"]), record["booked"]
         if type(booked) is not bool:
             raise TypeError(f"booked is {booked!r}")
-        page.leases[record["lease"]] = Lease(amount, until, booked)
+        state.leases[record["lease"]] = Lease(amount, until, booked)
     elif "until" in record:
-        page.until = _time(record["until"])
+        state.until = _time(record["until"])
     if "back" in record:
-        page.leases.pop(record["back"], None)
+        state.leases.pop(record["back"], None)
     if "late" in record:
-        page.late_returns[record["late"]] = Amount.from_json(record["used"])
+        state.late_returns[record["late"]] = Amount.from_json(record["used"])
     if "settled" in record:
-        page.settled = Amount.from_json(record["settled"])
+        state.settled = Amount.from_json(record["settled"])
     if "held" in record:
-        page.node_time = NodeTime.from_json(record["held"])
+        state.node_time = NodeTime.from_json(record["held"])
 
 
 def _time(value: Any) -> float:
-    """Return seconds since 1970.
+    """Return a Unix time in seconds.
 
     Raises:
-        ValueError: It is no such number.
+        ValueError: The value is not a time.
     """
     if type(value) not in (int, float) or not 0 <= value <= MAX_COUNT:
         raise ValueError(f"until is {value!r}, not a time in seconds since 1970")
@@ -200,63 +201,63 @@ def _time(value: Any) -> float:
 
 
 class SpendLogs:
-    """The books of a run.
+    """Spend logs of a run.
 
     Args:
-        folder: Where they lie.
-        run: The run's ids; new books carry the present one.
+        folder: Folder of the spend logs.
+        run: The run's ids; new spend logs carry the current one.
     """
 
     def __init__(self, folder: Path, run: RunIds) -> None:
         self._folder, self._run = folder, run
 
     def session_path(self, session: int) -> Path:
-        """Return the path of a life's book."""
+        """Return the path of a session's spend log."""
         return self._folder / f"{session:04}.jsonl"
 
     def next_session(self) -> int:
-        """Return the number of the first life without a book, from 1."""
+        """Return the number of the first session without a spend log, from 1."""
         return 1 + max((int(p.stem) for p in self._session_paths()), default=0)
 
     def _session_paths(self) -> list[Path]:
-        """Return the books of sessions.
+        """Return the spend logs of sessions.
 
         Raises:
-            JournalError: A file has a name that no book has.
+            JournalError: The folder contains a file that is not a spend log.
         """
         found = sorted(self._folder.glob("*.jsonl"))
-        lives = [path for path in found if path.stem.isascii() and path.stem.isdigit()]
+        sessions = [path for path in found if path.stem.isascii() and path.stem.isdigit()]
         for path in found:
-            if not (path.stem.startswith("lease-") or path in lives):
+            if not (path.stem.startswith("lease-") or path in sessions):
                 msg = f"{path}, line 1: not a spend log of fanfold; move it out of the run folder"
                 raise JournalError(msg)
-        return lives
+        return sessions
 
     def lease_path(self, lease: str) -> Path:
-        """Return the path of the book of a lease, written by who has it."""
+        """Return the path of a lease's spend log, which the holder of the lease writes."""
         return self._folder / f"lease-{lease}.jsonl"
 
     def create(self, path: Path) -> SpendLog:
-        """Begin a book.
+        """Create a spend log.
 
         Raises:
-            JournalError: It cannot be created.
+            JournalError: The file cannot be created.
         """
         return SpendLog(path, get_current_run_id(self._run))
 
     def read_lease(self, lease: str) -> SpendState:
-        """Read a lease's book.
+        """Read a lease's spend log.
 
         Raises:
-            JournalError: It is damaged.
+            JournalError: The spend log is damaged.
         """
         return read_spend_state(self.lease_path(lease), self._run)
 
     def read_sessions(self) -> dict[int, SpendState]:
-        """Read the books of all lives.
+        """Read the spend logs of all sessions.
 
         Raises:
-            JournalError: One is damaged.
+            JournalError: A spend log is damaged.
         """
         try:
             if self._folder.is_dir():
@@ -266,117 +267,117 @@ class SpendLogs:
         return {int(path.stem): read_spend_state(path, self._run) for path in self._session_paths()}
 
     def unreturned_leases(self, now: float | None = None) -> dict[str, Amount]:
-        """Return, by name, what counts as spent of each lease that did not come back to its life.
+        """Return, by name, what counts as spent of each lease not returned to its session.
 
         Args:
             now: Unix time in seconds.
 
         Raises:
-            JournalError: A book is damaged.
+            JournalError: A spend log is damaged.
         """
-        pages = self.read_sessions()
-        late = _collect_late(pages)
+        states = self.read_sessions()
+        late = _collect_late(states)
         return {
             name: late[name] if name in late else self.proven_spending(name, lease, now)
-            for page in pages.values()
-            for name, lease in page.leases.items()
+            for state in states.values()
+            for name, lease in state.leases.items()
         }
 
     def proven_spending(self, name: str, lease: Lease, now: float | None = None) -> Amount:
-        """Return the most that was spent of a lease, as far as its own book tells.
+        """Return the most that was spent of a lease, as far as its own spend log proves.
 
-        A worker that is taken for lost may go on until its time ends; only then its book is
-        believed, or at once if it says that it has settled. A worker whose book is not seen here
-        may have spent everything.
+        A worker marked as lost may continue until its time ends. Its spend log is therefore
+        trusted only after that, or at once if it is settled. A worker whose spend log cannot be
+        read here may have spent everything.
 
         Args:
             name: The lease's name.
-            lease: What was lent.
+            lease: The lease.
             now: Unix time in seconds.
 
         Raises:
-            JournalError: The lease's book is damaged.
+            JournalError: The lease's spend log is damaged.
         """
         path, now = self.lease_path(name), time.time() if now is None else now
         if not path.exists():
             never_begun = lease.has_log and now > lease.until + _SETTLE_S
             return Amount() if never_begun else lease.amount
-        page = read_spend_state(path, self._run)
-        if page.settled is not None:
-            return page.settled.minimum(lease.amount)
-        if now < page.until + _SETTLE_S:
+        state = read_spend_state(path, self._run)
+        if state.settled is not None:
+            return state.settled.minimum(lease.amount)
+        if now < state.until + _SETTLE_S:
             return lease.amount
-        return Amount(**(lease.amount.to_json() | page.level)).minimum(lease.amount)
+        return Amount(**(lease.amount.to_json() | state.level)).minimum(lease.amount)
 
     def total_node_time(self) -> NodeTime:
-        """Return how long nodes were held in all lives, as far as noted.
+        """Return the node time recorded in all sessions.
 
         Raises:
-            JournalError: A book is damaged.
+            JournalError: A spend log is damaged.
         """
         total = NodeTime()
-        for page in self.read_sessions().values():
-            total = total.plus(page.node_time)
+        for state in self.read_sessions().values():
+            total = total.plus(state.node_time)
         return total
 
     def total_spent(self, recorded: Mapping[int, Amount], now: float | None = None) -> Amount:
-        """Return the most that all lives so far may have spent.
+        """Return the most that all sessions so far may have spent.
 
         Args:
-            recorded: By life, what the journal says; it counts where no book does.
+            recorded: Journal totals by session; used where there is no spend log.
             now: Unix time in seconds.
 
         Raises:
-            JournalError: A book is damaged.
+            JournalError: A spend log is damaged.
         """
-        pages, lent, total = self.read_sessions(), self.unreturned_leases(now), Amount()
-        for life in pages.keys() | recorded.keys():
-            journal = recorded.get(life, Amount())
-            page = pages.get(life)
-            total = total.plus(journal if page is None else _sum_session(page, journal, lent))
+        states, lent, total = self.read_sessions(), self.unreturned_leases(now), Amount()
+        for session in states.keys() | recorded.keys():
+            journal = recorded.get(session, Amount())
+            state = states.get(session)
+            total = total.plus(journal if state is None else _sum_session(state, journal, lent))
         return total
 
     def unaccounted(self, recorded: Mapping[int, Amount], now: float | None = None) -> Amount:
-        """Return what may have been spent besides what the journal and the time of nodes tell.
+        """Return what may have been spent beyond the journal's totals and the node time.
 
         Args:
-            recorded: By life, what the journal says.
+            recorded: Journal totals by session.
             now: Unix time in seconds.
 
         Raises:
-            JournalError: A book is damaged.
+            JournalError: A spend log is damaged.
         """
         lent, total = self.unreturned_leases(now), Amount()
-        for life, page in self.read_sessions().items():
-            journal = recorded.get(life, Amount())
-            known = journal.plus(page.node_time.amount)
-            more = _sum_session(page, journal, lent).minus(known).maximum(Amount())
-            if more.nano_usd <= journal.requests:  # each request's price is rounded up by itself
+        for session, state in self.read_sessions().items():
+            journal = recorded.get(session, Amount())
+            known = journal.plus(state.node_time.amount)
+            more = _sum_session(state, journal, lent).minus(known).maximum(Amount())
+            if more.nano_usd <= journal.requests:  # the price of each request is rounded up
                 more = more._replace(nano_usd=0)
             total = total.plus(more)
         return total
 
 
-def _sum_session(page: SpendState, journal: Amount, lent: Mapping[str, Amount]) -> Amount:
-    """Return the most that a life may have spent.
+def _sum_session(state: SpendState, journal: Amount, lent: Mapping[str, Amount]) -> Amount:
+    """Return the most that a session may have spent.
 
     Args:
-        page: Its book.
-        journal: What the journal says of it, for what no cap limits.
+        state: Its spend log.
+        journal: Journal totals of the session, for fields without a limit.
         lent: What counts as spent of each lease.
     """
-    if page.settled is not None:
-        total = page.settled.maximum(Amount(node_ms=page.node_time.node_ms))
-        for name in page.leases:
+    if state.settled is not None:
+        total = state.settled.maximum(Amount(node_ms=state.node_time.node_ms))
+        for name in state.leases:
             total = total.plus(lent[name])
         return total
-    total = Amount(**(journal.plus(page.node_time.amount).to_json() | page.level))
-    for name, lease in page.leases.items():
+    total = Amount(**(journal.plus(state.node_time.amount).to_json() | state.level))
+    for name, lease in state.leases.items():
         saved = lease.amount.minus(lent[name]).to_json()
-        total = total.minus(Amount(**{k: v for k, v in saved.items() if k in page.level}))
+        total = total.minus(Amount(**{k: v for k, v in saved.items() if k in state.level}))
     return total
 
 
-def _collect_late(pages: Mapping[int, SpendState]) -> dict[str, Amount]:
-    """Return what was spent of leases that came back in a later life."""
-    return {name: used for page in pages.values() for name, used in page.late_returns.items()}
+def _collect_late(states: Mapping[int, SpendState]) -> dict[str, Amount]:
+    """Return what was spent of leases that were returned in a later session."""
+    return {name: used for state in states.values() for name, used in state.late_returns.items()}

@@ -1,4 +1,4 @@
-"""Prompt tokens: exact, tiktoken, or estimated."""
+"""Prompt tokens: exact, by tiktoken, or estimated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LoadEncoding = Callable[[str], tiktoken.Encoding]
 def find_encoding_name(model: str) -> str | None:
     """Return the name of a model's vocabulary, or None when tiktoken does not know the model.
 
-    What stands before a slash (``openai/gpt-oss-120b``) is left away.
+    A prefix up to a slash (``openai/gpt-oss-120b``) is ignored.
     """
     try:
         return encoding_name_for_model(model.rpartition("/")[2])
@@ -42,15 +42,15 @@ def find_encoding_name(model: str) -> str | None:
 async def load_encoding(
     name: str, timeout_s: float, load: LoadEncoding = tiktoken.get_encoding
 ) -> tiktoken.Encoding | None:
-    """Load a vocabulary, which tiktoken downloads once and keeps; log why it cannot be had.
+    """Load a vocabulary, which tiktoken downloads once and caches; log why loading failed.
 
-    tiktoken itself waits for a network that swallows packets as long as the system does, hence in
-    a thread that nobody waits for at the end.
+    On a network that drops packets, tiktoken blocks until the system's timeout. Loading therefore
+    runs in a daemon thread, which the process does not wait for when it exits.
 
     Args:
         name: The vocabulary.
         timeout_s: Longest wait in seconds.
-        load: Loads it; blocks.
+        load: Loads a vocabulary; blocks.
     """
     loaded = Future[tiktoken.Encoding]()
 
@@ -58,7 +58,7 @@ async def load_encoding(
         loaded.set_running_or_notify_cancel()
         try:
             loaded.set_result(load(name))
-        except Exception as error:  # noqa: BLE001 - handed over to whoever waits
+        except Exception as error:  # noqa: BLE001 - passed on to the waiting task
             loaded.set_exception(error)
 
     threading.Thread(target=run, name=f"tiktoken {name}", daemon=True).start()
@@ -70,12 +70,12 @@ async def load_encoding(
     except (
         OSError,
         ValueError,
-    ) as error:  # network and disk; a vocabulary that is not the real one
+    ) as error:  # network or disk failed, or the vocabulary is corrupt
         reason = f"{type(error).__name__}: {error}"
     logger.warning(
-        "tiktoken cannot load the vocabulary %s, which it downloads once; tokens are counted by "
-        "length, too high rather than too low. Without a network, set TIKTOKEN_CACHE_DIR to a "
-        "folder that holds it. (%s)",
+        "tiktoken cannot load the vocabulary %s, which it downloads once. Token counts are "
+        "estimated from text length, with a tendency to be too high. Without a network, set "
+        "TIKTOKEN_CACHE_DIR to a folder that contains the vocabulary. (%s)",
         name,
         reason[:200],
     )
@@ -84,16 +84,16 @@ async def load_encoding(
 
 _RUN: Final = re.compile(r"[A-Za-z]+|\s?[0-9]+|[^\x00-\x7f]+|[^\sA-Za-z0-9]|\n\s*|  +")
 _MESSAGE: Final = 8
-"""Tokens that a chat template puts around a message."""
+"""Tokens that a chat template adds around a message."""
 _CONVERSATION: Final = 8
 LIKELY_SHARE: Final = 0.8
-"""What the tokens usually come to, as a share of the figure given here."""
+"""Typical token count, as a share of the estimate."""
 LEAST_SHARE: Final = 0.55
-"""The same at the lower end."""
+"""Lowest token count to expect, as a share of the estimate."""
 
 
 def estimate_text_tokens(text: str) -> int:
-    """Return about how many tokens a text has, high rather than low."""
+    """Estimate the tokens of a text, with a tendency to be too high."""
     return sum(map(_weight, _RUN.findall(text)))
 
 
@@ -110,10 +110,10 @@ def _weight(run: str) -> int:
 
 
 def estimate_prompt_tokens(body: Mapping[str, Any]) -> int:
-    """Return about how many tokens a request's prompt has, high rather than low.
+    """Estimate the tokens of a request's prompt, with a tendency to be too high.
 
     Args:
-        body: The request: ``messages``, and ``tools`` and ``response_format`` if there are any.
+        body: The request: ``messages``, and optionally ``tools`` and ``response_format``.
     """
     return sum_prompt_tokens(body, estimate_text_tokens)
 
@@ -124,13 +124,13 @@ def sum_prompt_tokens(
     message: int = _MESSAGE,
     conversation: int = _CONVERSATION,
 ) -> int:
-    """Add up the tokens of all that a request's prompt is made of.
+    """Sum the tokens of all parts of a request's prompt.
 
     Args:
         body: The request.
         count: Counts the tokens of one text.
-        message: Tokens that the chat template puts around each message.
-        conversation: Tokens that it puts around all of them.
+        message: Tokens that the chat template adds around each message.
+        conversation: Tokens that it adds around the conversation.
     """
     messages = body["messages"]
     total = sum(count(read_message_text(one)) for one in messages)
@@ -141,7 +141,7 @@ def sum_prompt_tokens(
 
 
 def read_message_text(message: Mapping[str, Any]) -> str:
-    """Return all text of a message; what is no text stands in it as JSON."""
+    """Return all text of a message; parts that are not text are included as JSON."""
     content, calls = message.get("content"), message.get("tool_calls")
     parts = [content] if isinstance(content, str) else list(content or ())
     texts = [p if isinstance(p, str) else _part(p) for p in parts]
@@ -154,24 +154,24 @@ def _part(part: Any) -> str:
 
 
 _ASKED: Final = ("messages", "tools", "chat_template", "chat_template_kwargs", "documents")
-"""Fields of a request that a chat template sees."""
+"""Fields of a request that a chat template uses."""
 _AT_ONCE: Final = 32
 _TRIES: Final = 2
 _OK: Final = 200
 _BAD_REQUEST: Final = (400, 413, 422)
 _AROUND: Final = (4, 3)
-"""Tokens that OpenAI documents around each message, and around a conversation."""
+"""Tokens that OpenAI documents for each message and for each conversation."""
 _LONG: Final = 50_000
-"""Characters above which a text is not counted on the event loop."""
+"""Length in characters above which a text is counted in a thread, not on the event loop."""
 
 
 class TokenCount(NamedTuple):
     """Tokens of a prompt.
 
     Attributes:
-        tokens: How many.
-        exact: Whether the model's own tokenizer counted all of them; else they are estimated,
-            high rather than low.
+        tokens: Number of tokens.
+        exact: Whether the model's own tokenizer counted all of them; otherwise an estimate with
+            a tendency to be too high.
     """
 
     tokens: int
@@ -179,19 +179,19 @@ class TokenCount(NamedTuple):
 
 
 class TokenCounter:
-    """Counts the tokens of prompts, by the best means that there is.
+    """Count the tokens of prompts by the best method available.
 
-    The endpoints' own ``/tokenize`` (vLLM) sees the prompt as the model does, template included;
-    tiktoken knows OpenAI's models; and length is always there.
+    The endpoints' own ``/tokenize`` (vLLM) counts the prompt as the model does, template included.
+    tiktoken covers OpenAI's models. An estimate by text length is always available.
 
     Args:
-        specs: The endpoints to ask; none if they are known to offer nothing.
+        specs: Endpoints to ask; empty if they are known to have no tokenizer.
         model: The model's name.
         timeout_s: Longest wait for one answer, and for tiktoken's vocabulary, in seconds.
-        load: Loads a vocabulary of tiktoken.
+        load: Loads a tiktoken vocabulary.
 
     Attributes:
-        method: By what means the last prompt was counted, in words.
+        method: Method used for the last prompt, in words.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class TokenCounter:
         self.method = "by length"
 
     async def __aenter__(self) -> Self:
-        """Return the counter itself."""
+        """Return the counter."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -228,7 +228,7 @@ class TokenCounter:
         """Count the tokens of a request's prompt.
 
         Args:
-            body: The request: ``messages``, and ``tools`` and ``response_format`` if any.
+            body: The request: ``messages``, and optionally ``tools`` and ``response_format``.
         """
         async with self._gate:
             for _ in range(_TRIES):
@@ -250,7 +250,7 @@ class TokenCounter:
         return self._offering[self._turn]
 
     async def _ask(self, endpoint: Endpoint, body: Mapping[str, Any]) -> int | None:
-        """Ask an endpoint; one that does not offer it, or does not answer, is asked no more."""
+        """Ask an endpoint; stop using one that has no tokenizer or does not answer."""
         asked = {key: body[key] for key in _ASKED if body.get(key)}
         asked["model"] = endpoint.spec.model or self._model
         url = re.sub(r"/v\d+$", "", endpoint.url) + "/tokenize"
@@ -263,7 +263,7 @@ class TokenCounter:
             self._drop(endpoint, f"{type(error).__name__}: {error}")
             return None
         if answer.status in _BAD_REQUEST:
-            return None  # it is this prompt
+            return None  # this prompt is the problem, not the endpoint
         tokens = _read_count(answer.body) if answer.status == _OK else None
         if tokens is None:
             self._drop(endpoint, f"HTTP {answer.status}")
@@ -272,10 +272,10 @@ class TokenCounter:
     def _drop(self, endpoint: Endpoint, reason: str) -> None:
         if endpoint in self._offering:
             self._offering.remove(endpoint)
-            logger.info("%s counts no tokens (/tokenize: %s)", endpoint.label, reason)
+            logger.info("%s: no token counts from /tokenize (%s)", endpoint.label, reason)
 
     async def _encoding(self) -> tiktoken.Encoding | None:
-        """Load tiktoken's vocabulary of the model, once."""
+        """Load tiktoken's vocabulary for the model, once."""
         name = find_encoding_name(self._model)
         if name is None:
             return None
@@ -286,7 +286,7 @@ class TokenCounter:
 
 
 def _read_count(answer: bytes) -> int | None:
-    """Return the count in an answer of ``/tokenize``, or None when it is none."""
+    """Return the count in an answer of ``/tokenize``, or None if the answer has no count."""
     try:
         data = orjson.loads(answer)
     except orjson.JSONDecodeError:
@@ -296,7 +296,7 @@ def _read_count(answer: bytes) -> int | None:
 
 
 async def _count_encoded(vocabulary: tiktoken.Encoding, body: Mapping[str, Any]) -> TokenCount:
-    """Count by a vocabulary; what a provider makes of schemas, tools and pictures is not known."""
+    """Count by a vocabulary; not exact for schemas, tools and images, whose form is unknown."""
 
     def count(text: str) -> int:
         return len(vocabulary.encode_ordinary(text))
@@ -312,16 +312,16 @@ async def _count_encoded(vocabulary: tiktoken.Encoding, body: Mapping[str, Any])
 
 
 _TOKENIZERS_ASKED: Final = 8
-"""So many of the endpoints are asked; they serve the same model."""
+"""Number of endpoints asked at most; all serve the same model."""
 
 
 def open_token_counter(serving: ReadyEndpoints) -> TokenCounter:
-    """Return what counts the prompts' tokens; the caller closes it.
+    """Return a token counter for prompts; the caller closes it.
 
-    Gateways and hosted services offer no tokenizer and are not sent the prompts in vain.
+    Gateways and hosted services have no tokenizer, so they are not asked.
 
     Args:
-        serving: The endpoints, and the model that they serve.
+        serving: The endpoints and their model.
     """
     behind = serving.endpoint_set is not None and serving.endpoint_set.gateway is not None
     specs = () if behind else tuple(spec for spec in serving.specs if _is_server(spec))
@@ -329,7 +329,7 @@ def open_token_counter(serving: ReadyEndpoints) -> TokenCounter:
 
 
 def make_prompt_counter(counter: TokenCounter) -> PromptCounter:
-    """Return a function that counts a prompt's tokens exactly, or says None."""
+    """Return a function that counts a prompt's tokens exactly, or returns None."""
 
     async def count(body: Mapping[str, Any]) -> int | None:
         tokens, exact = await counter.count(body)

@@ -16,21 +16,23 @@ T = TypeVar("T")
 
 
 DETACH_TASKS: Final = ContextVar("fanfold_kept", default=False)
-"""Whether tasks that are created here are to outlive the cancelling of all tasks."""
+"""Whether tasks that are created in this context are detached (not cancelled by ``asyncio.run``).
+"""
 
 
 def create_detached_task(
     work: Coroutine[Any, Any, T], *, with_children: bool = False
 ) -> asyncio.Task[T]:
-    """Create a task that is not cancelled where ``asyncio.run`` ends, and drain what is in flight.
+    """Create a task that ``asyncio.run`` does not cancel at its end, so that it can drain.
 
-    ``asyncio.run`` ends with cancelling all tasks at once and waiting for them. Only tasks that
-    are hidden from ``asyncio.all_tasks`` then go on. Somebody who is not hidden must wait for
-    them: whoever waits is cancelled, and drains them.
+    ``asyncio.run`` ends by cancelling all tasks at once and waiting for them. Only tasks that are
+    hidden from ``asyncio.all_tasks`` then keep running. A visible task must wait for them: that
+    task is cancelled, and drains them.
 
     Args:
         work: What the task does.
-        with_children: Whether the tasks that it creates are kept as well, whoever's code does it.
+        with_children: Whether the tasks that it creates are detached as well, also in code of third
+            parties.
     """
     loop, context = asyncio.get_running_loop(), copy_context()
     if with_children:
@@ -41,12 +43,12 @@ def create_detached_task(
 
 def detach_task(task: asyncio.Task[T]) -> asyncio.Task[T]:
     """Hide a task from ``asyncio.all_tasks``, and return it."""
-    asyncio.tasks._unregister_task(task)  # noqa: SLF001 - documented for whoever extends asyncio
+    asyncio.tasks._unregister_task(task)  # noqa: SLF001 - documented for extensions of asyncio
     return task
 
 
 def _install_task_factory(loop: asyncio.AbstractEventLoop) -> None:
-    """Have a loop keep the tasks that are created where :data:`DETACH_TASKS` says so."""
+    """Make a loop detach the tasks that are created where :data:`DETACH_TASKS` is set."""
     before = loop.get_task_factory()
     if isinstance(before, _DetachingTaskFactory):
         return
@@ -54,7 +56,7 @@ def _install_task_factory(loop: asyncio.AbstractEventLoop) -> None:
 
 
 class _DetachingTaskFactory:
-    """A factory of tasks, around the one that a loop had."""
+    """A task factory around the loop's previous one."""
 
     def __init__(self, before: Any) -> None:
         self._before = before
@@ -68,7 +70,7 @@ class _DetachingTaskFactory:
             task = self._before(loop, work, **options)
         context = options.get("context")
         if DETACH_TASKS.get() if context is None else context.get(DETACH_TASKS, False):
-            asyncio.tasks._unregister_task(task)  # noqa: SLF001 - see keep
+            asyncio.tasks._unregister_task(task)  # noqa: SLF001 - see detach_task
         return task
 
 
@@ -76,9 +78,9 @@ _LoopKey = tuple[asyncio.AbstractEventLoop, Hashable]
 
 
 class _OpenResource(Generic[T]):
-    """One resource, opened and closed by a task of its own.
+    """One resource, opened and closed in its own task.
 
-    So it does not matter which user comes first, which leaves last, and which is cancelled.
+    So the order in which users come, leave and are cancelled does not matter.
     """
 
     def __init__(self, manager: AbstractAsyncContextManager[T]) -> None:
@@ -95,23 +97,23 @@ class _OpenResource(Generic[T]):
 
     @property
     def is_closing(self) -> bool:
-        """Say whether nobody can use it any more."""
+        """Return True if the resource can no longer be used."""
         return self.close_requested.is_set() or self.task.done()
 
     async def wait_ready(self) -> T:
-        """Wait until it is open.
+        """Wait until the resource is open.
 
         Raises:
-            Exception: What opening it raised.
+            Exception: Any error from opening it.
         """
         await asyncio.wait({self.ready, self.task}, return_when=asyncio.FIRST_COMPLETED)
         return self.ready.result() if self.ready.done() else self.task.result()
 
     async def close(self) -> None:
-        """Close it, or stop opening it; if the caller is cancelled the task closes it alone.
+        """Close the resource, or stop opening it; completes even if the caller is cancelled.
 
         Raises:
-            Exception: What closing it raised.
+            Exception: Any error from closing it.
         """
         self.close_requested.set()
         if not self.ready.done():
@@ -134,45 +136,45 @@ class SharedResource(Generic[T]):
     ) -> AsyncIterator[T]:
         """Use the resource of a key, made by ``make`` if it is not open in this loop.
 
-        Whatever opening it raises is raised to every user who waits for it; whoever comes later
-        opens it afresh. While it is being closed, a new user waits.
+        An error from opening it is raised to every user who waits for it; a later user opens it
+        again. While it is being closed, a new user waits.
         """
-        place = (asyncio.get_running_loop(), key)
-        while (held := self._resources.get(place)) is not None and held.is_closing:
-            await asyncio.wait({held.task})
-            self._remove(place, held)
-        if held is None:
-            held = self._resources[place] = _OpenResource(make())
-            held.task.add_done_callback(partial(self._remove, place, held))
-        held.users += 1
+        loop_key = (asyncio.get_running_loop(), key)
+        while (resource := self._resources.get(loop_key)) is not None and resource.is_closing:
+            await asyncio.wait({resource.task})
+            self._remove(loop_key, resource)
+        if resource is None:
+            resource = self._resources[loop_key] = _OpenResource(make())
+            resource.task.add_done_callback(partial(self._remove, loop_key, resource))
+        resource.users += 1
         try:
-            yield await held.wait_ready()
+            yield await resource.wait_ready()
         finally:
-            held.users -= 1
-            if held.users == 0:
-                await held.close()
+            resource.users -= 1
+            if resource.users == 0:
+                await resource.close()
 
     def get_open(self, key: Hashable) -> T | None:
-        """Return what is open under a key in this loop, or None."""
-        held = self._resources.get((asyncio.get_running_loop(), key))
-        ready = held is not None and held.ready.done() and not held.is_closing
-        return held.ready.result() if held is not None and ready else None
+        """Return the open resource of a key in this loop, or None."""
+        resource = self._resources.get((asyncio.get_running_loop(), key))
+        ready = resource is not None and resource.ready.done() and not resource.is_closing
+        return resource.ready.result() if resource is not None and ready else None
 
-    def _remove(self, place: _LoopKey, held: _OpenResource[T], _: object = None) -> None:
-        if self._resources.get(place) is held:
-            del self._resources[place]
+    def _remove(self, loop_key: _LoopKey, resource: _OpenResource[T], _: object = None) -> None:
+        if self._resources.get(loop_key) is resource:
+            del self._resources[loop_key]
 
 
 R = TypeVar("R")
 
 
 class ThreadBatcher(Generic[T, R]):
-    """Gathers what is asked for while a thread is at work, and hands it over together.
+    """Collects inputs while a thread is busy, and passes them to the next call together.
 
     It belongs to the loop that first uses it.
 
     Args:
-        work: Takes pieces, and returns one result for each; it blocks.
+        work: Takes a list of inputs, and returns one result for each; it blocks.
     """
 
     def __init__(self, work: Callable[[list[T]], list[R]]) -> None:
@@ -182,20 +184,20 @@ class ThreadBatcher(Generic[T, R]):
         self._working = asyncio.Lock()
 
     async def run(self, piece: T) -> R:
-        """Return the result for one piece.
+        """Return the result for one input.
 
         Raises:
-            Exception: What the work raised, to all whose pieces went together.
+            Exception: Any error from ``work``, to all callers in the same batch.
         """
         number, task = self._enqueue(piece)
         return (await asyncio.shield(task))[number]
 
     def submit(self, piece: T) -> None:
-        """Have a piece worked on, and wait for nothing."""
+        """Queue an input without waiting for its result."""
         self._enqueue(piece)
 
     async def wait_idle(self) -> None:
-        """Wait until nothing is being worked on."""
+        """Wait until no work is pending."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -212,7 +214,7 @@ class ThreadBatcher(Generic[T, R]):
 
     async def _run_batch(self, pieces: list[T]) -> list[R]:
         async with self._working:
-            self._next = None  # complete: what comes now belongs to the next one
+            self._next = None  # the batch is complete: later inputs belong to the next one
             return await asyncio.to_thread(self._work, pieces)
 
 
@@ -230,8 +232,8 @@ class SyncPortal:
     """Runs coroutines for callers that are not in a loop, or block one.
 
     Args:
-        home: Returns the loop that the fleet lives in, or None.
-        farewell: Called in the private loop before it ends, to close what was opened there.
+        get_home_loop: Returns the loop of the fleet, or None.
+        on_close: Called in the private loop before it ends, to close what was opened there.
     """
 
     def __init__(
@@ -256,7 +258,7 @@ class SyncPortal:
         try:
             return future.result()
         except BaseException:
-            # Also KeyboardInterrupt: the call must not go on unseen. No effect when it is done.
+            # Also on KeyboardInterrupt: the call must not continue unnoticed. No effect if done.
             future.cancel()
             raise
         finally:
@@ -305,7 +307,7 @@ class SyncPortal:
 
 
 class PortalProvider:
-    """Runs coroutines for threads without a loop; its own thread lives only while it is used."""
+    """Runs coroutines for threads without a loop; its thread runs only while it is used."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -326,7 +328,7 @@ class PortalProvider:
             try:
                 return future.result()
             except BaseException:
-                future.cancel()  # also on KeyboardInterrupt; of no effect on one that has ended
+                future.cancel()  # also on KeyboardInterrupt; no effect if it is done
                 raise
         finally:
             with self._lock:
@@ -346,7 +348,7 @@ class _Thread:
         self._started.wait()
 
     def _run_loop(self) -> None:
-        with asyncio.Runner() as runner:  # at its end it cancels what is left, and waits for it
+        with asyncio.Runner() as runner:  # at its end it cancels and awaits the remaining tasks
             self.loop = runner.get_loop()
             self.loop.call_soon(self._started.set)
             self.loop.run_forever()

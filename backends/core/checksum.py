@@ -1,4 +1,4 @@
-"""Checksums of JSON lines: each continues the one of the line before it."""
+"""Checksums of JSON lines: each continues that of the line before it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import zlib
 from typing import Final
 
 CRC_FIELD: Final = b',"crc":"'
-"""How the last key of a line begins."""
+"""Beginning of a line's last key."""
 
 CRC_END: Final = b'"}\n'
-"""How a line ends."""
+"""End of a line."""
 
 _CHECKSUM: Final = CRC_FIELD + b"%08x" + CRC_END
 
@@ -24,7 +24,7 @@ def add_crc(data: bytes, before: int) -> tuple[bytes, int]:
     """Return a JSON object as a line with its checksum, and the checksum.
 
     Args:
-        data: The object, without blanks around it and not empty.
+        data: The object, not empty, without blanks around it.
         before: The checksum of the line before; 0 for the first line.
     """
     data = data[:-1]
@@ -44,9 +44,9 @@ def check_crc(line: bytes, before: int) -> int | None:
 
 
 def parse_crc(data: bytes) -> int:
-    """Return the checksum of a line whose last :data:`PREVIOUS_CRC_BYTES` bytes these are.
+    """Return the checksum of a line from its last :data:`PREVIOUS_CRC_BYTES` bytes.
 
     Raises:
-        ValueError: They are not the end of a line.
+        ValueError: The bytes are not the end of a line.
     """
     return int(data[:8], 16)

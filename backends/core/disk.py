@@ -1,4 +1,4 @@
-"""What makes files durable."""
+"""Make files durable."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Final
 
 _NO_FOLDER_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
-"""What file systems say that flush folders by themselves, or not at all."""
+"""Errors of file systems that flush folders automatically, or not at all."""
 
 
 def sync_folder(path: Path) -> None:
     """Make the names of the files in a folder as durable as their content; blocks.
 
     Raises:
-        OSError: The disk refused.
+        OSError: The disk reported an error.
     """
     folder = os.open(path, os.O_RDONLY)
     try:

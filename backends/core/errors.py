@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Final
 class FanfoldError(RuntimeError):
     """Root of all errors that fanfold raises on purpose.
 
-    A ``RuntimeError``, for LangGraph's server keeps the texts of most others from its clients.
+    It is a ``RuntimeError`` because LangGraph's server hides the texts of most other classes from
+    its clients.
 
     Args:
         message: What happened, where, and what to do about it.
@@ -23,10 +24,10 @@ class FanfoldError(RuntimeError):
         self._folders: tuple[str, ...] = ()
 
     def hide_folders(self, folders: Collection[str]) -> None:
-        """Leave folders out of ``repr``, which is what LangGraph's checkpoints keep of an error.
+        """Hide folders in ``repr``, which LangGraph stores in its checkpoints.
 
         Args:
-            folders: Paths as the message may show them.
+            folders: Paths as they appear in the message.
         """
         self._folders = (*sorted(folders, key=len, reverse=True), *self._folders)
 
@@ -50,8 +51,8 @@ class MissingExtraError(ConfigurationError):
     """An optional dependency is not installed.
 
     Args:
-        feature: What needs it, e.g. ``"reading SMILES"``.
-        extra: The extra of fanfold that brings it.
+        feature: The feature that needs it, e.g. ``"reading SMILES"``.
+        extra: The extra of fanfold that installs it.
     """
 
     def __init__(self, feature: str, extra: str) -> None:
@@ -60,12 +61,12 @@ class MissingExtraError(ConfigurationError):
         self.extra = extra
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Rebuild from the two arguments rather than from the message."""
+        """Rebuild from the two arguments, because the message is derived from them."""
         return type(self), (self.feature, self.extra)
 
 
 class NoEndpointError(ConfigurationError):
-    """No endpoint is there, or answers; waiting may help."""
+    """No endpoint is listed or answers; waiting may help."""
 
 
 class EndpointError(FanfoldError):
@@ -74,7 +75,7 @@ class EndpointError(FanfoldError):
     Args:
         message: What happened and what to do.
         endpoint: The endpoint's label (never with credentials), or ``""``.
-        status: HTTP status, or None when no answer came.
+        status: HTTP status, or None if there was no answer.
         code: The server's own error code or type, or None.
         retry_after: Seconds that the server asked to wait, or None.
     """
@@ -102,7 +103,7 @@ class EndpointError(FanfoldError):
 
 
 class EndpointBusyError(EndpointError):
-    """The endpoint refused for now (429, 503)."""
+    """The endpoint refused the request for now (429, 503)."""
 
 
 class EndpointLostError(EndpointError):
@@ -116,7 +117,7 @@ class EndpointLostError(EndpointError):
 
 
 class EndpointReplyError(EndpointError):
-    """An answer that is no chat completion: malformed, HTML, or an error in a 200."""
+    """The answer is not a chat completion: malformed, HTML, or an error with status 200."""
 
 
 class AuthenticationError(EndpointError):
@@ -126,7 +127,7 @@ class AuthenticationError(EndpointError):
 
 
 class RequestRefusedError(EndpointError):
-    """The endpoint refused the request itself; asking again the same way is hopeless."""
+    """The endpoint refused the request itself; the same request would be refused again."""
 
     retryable: ClassVar[bool] = False
 
@@ -173,11 +174,11 @@ class InvalidAnswerError(AnswerError):
 
 
 class InvalidItemError(FanfoldError):
-    """The item cannot be asked."""
+    """The item cannot be sent to a model."""
 
 
 class ItemLimitError(FanfoldError):
-    """The item took more than its limits allow; what it had begun is given up."""
+    """The item exceeded its limits; its unfinished work is cancelled."""
 
 
 class ItemTimeoutError(ItemLimitError):
@@ -193,19 +194,19 @@ class ItemGraphError(FanfoldError):
 
 
 class RunStoppedError(FanfoldError):
-    """The run cannot go on; what is done is safe and the run can be resumed."""
+    """The run cannot continue; finished items are saved, and the run can be resumed."""
 
 
 class BudgetExhaustedError(RunStoppedError):
-    """What is left of the budget carries no further call; a higher cap lets the run go on."""
+    """The remaining budget does not cover another call; a higher limit lets the run continue."""
 
 
 class BackendError(FanfoldError):
-    """The place where a shard runs failed."""
+    """The backend that runs a shard failed."""
 
 
 class WorkerLostError(BackendError):
-    """A worker died; its shard can run elsewhere."""
+    """A worker died; its shard can run on another worker."""
 
     retryable: ClassVar[bool] = True
 
@@ -215,7 +216,7 @@ class JournalError(FanfoldError):
 
 
 RUN_ENDING_ERRORS: Final = (RunStoppedError, ConfigurationError, JournalError)
-"""What an item's work raises that is no fault of the item's: it stops the run."""
+"""Errors in an item's work that are not caused by the item: they stop the run."""
 
 
 EXIT_DONE: Final = 0

@@ -1,4 +1,4 @@
-"""What a coordinator and its workers say to each other: JSON, with a version."""
+"""Messages between a coordinator and its workers: JSON with a version."""
 
 from __future__ import annotations
 
@@ -13,48 +13,49 @@ from .types import Item, Json, Row
 from .values import check_counts, check_record
 
 WIRE_VERSION: Final = 2
-"""Version of the two forms below."""
+"""Version of the two message formats below."""
 
 MAX_MESSAGE_BYTES: Final = 4_000_000
-"""Most bytes of an order or a summary: engines carry 10 MB at most, some of them inflated."""
+"""Limit of bytes of a message: engines accept up to 10 MB, and some encode messages less compactly.
+"""
 
 
 WALLTIME_REASON: Final = "walltime"
-"""How the reason begins for which a worker or a run stops when its time is over."""
+"""First word of the stop reason of a worker or a run that has reached its wall time."""
 
-DUPLICATE_REASON: Final = "the order has been begun before"
-"""Why a worker does nothing with an order that its engine delivers once more."""
+DUPLICATE_REASON: Final = "this shard task was already started"
+"""Stop reason of a worker whose engine delivers a shard task a second time."""
 
 
 @cache
 def own_version() -> str:
-    """Return the version of fanfold that is running; looking it up costs a quarter of a ms."""
+    """Return the version of fanfold that is running; cached: the lookup takes a quarter of a ms."""
     return version("fanfold")
 
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """What a worker is asked to do: one shard.
+    """The task of a worker: run one shard.
 
     Attributes:
         shard: The shard's name within the run.
-        attempt: 0 for the first order of the shard.
+        attempt: 0 for the first attempt of the shard.
         fanfold: Version of fanfold that the coordinator runs.
         run: The run's ``id``, ``model``, ``simulated`` and ``fingerprint``.
         settings: The run's plain settings, ``${VAR}`` unexpanded, without secrets.
         items: The items: index, id, row, problem.
-        urls: Endpoints in place of those that the settings name, or None.
-        journal: Folder in which the worker keeps the run's journal, or None to have the records
-            sent home.
-        streams: Most items in flight in this worker.
-        deadline_s: Seconds after which the worker takes no more items.
-        stop_file: While this file is there, the worker takes no more items; or None.
-        ends_at: When the worker takes no more items, in seconds since 1970; or None.
-        carry: Most bytes of the summary, as JSON.
-        tariff: What tokens cost, as :class:`~.money.Tariff`'s fields.
-        lease: What the order may spend: the lease's ``name``, its ``caps`` as fields of an
-            :class:`~.money.Amount`, whether a book of it is ``booked`` in the run's folder, and
-            ``until`` when it may be begun, in seconds since 1970; None is no limit.
+        urls: Endpoints in place of those in the settings, or None.
+        journal: Folder in which the worker writes the run's journal, or None to return the records
+            in the shard result.
+        streams: Limit of items in flight in this worker.
+        deadline_s: Seconds after which the worker starts no more items.
+        stop_file: While this file exists, the worker starts no more items; or None.
+        ends_at: When the worker stops starting items, in seconds since 1970; or None.
+        carry: Limit of bytes of the shard result, as JSON.
+        tariff: Prices of tokens, as :class:`~.money.TokenPrices`' fields.
+        lease: What the shard task may spend: the lease's ``name``, its ``caps`` as fields of an
+            :class:`~.money.Amount`, whether it has a spend log in the run's folder (``booked``),
+            and ``until`` when the task must have started, in seconds since 1970; None is no limit.
     """
 
     shard: str
@@ -74,16 +75,16 @@ class ShardTask:
     lease: dict[str, Json] | None = None
 
     def to_json(self) -> dict[str, Json]:
-        """Return it as plain data."""
+        """Return the task as plain data."""
         return _to_plain(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read it, lists in place of tuples allowed.
+        """Parse plain data, with lists allowed in place of tuples.
 
         Raises:
-            ConfigurationError: Another version of the form.
-            BackendError: No order at all.
+            ConfigurationError: The version of the format differs.
+            BackendError: The data is not a shard task.
         """
         return cls(**_check_fields(data, cls))
 
@@ -94,23 +95,23 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """What a worker brings home.
+    """The result of a shard task.
 
     Attributes:
         shard: The shard's name.
-        attempt: The order's attempt.
+        attempt: The shard task's attempt.
         fanfold: Version of fanfold that the worker runs.
         worker: Host and process, e.g. ``node17:4242``.
         tally: How many items are ``done`` and ``failed``.
-        stopped: Why items are left, or None when all ended.
+        stopped: Why items are left, or None if all ended.
         parts: The items' part of the aggregate.
-        records: The items' journal records, or None when they are in the shared journal.
-        error: Class and text of what kept the worker from its work, or from going on; or None.
+        records: The items' journal records, or None if they are in the shared journal.
+        error: Class and text of the error that prevented or stopped the work; or None.
         seconds: Wall time of the work.
-        lease: The order's lease, or None.
-        used: What was spent of it.
+        lease: The shard task's lease, or None.
+        used: Amount of the lease that was spent.
         short: Whether items are left because the lease is used up.
-        endpoints: What each endpoint did since the worker's last summary.
+        endpoints: Statistics of each endpoint since the worker's last result.
     """
 
     shard: str
@@ -129,44 +130,44 @@ class ShardResult:
     endpoints: list[dict[str, Json]] | None = None
 
     def to_json(self) -> dict[str, Json]:
-        """Return it as plain data."""
+        """Return the result as plain data."""
         return _to_plain(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read it.
+        """Parse plain data.
 
         Raises:
-            ConfigurationError: Another version of the form.
-            BackendError: No summary at all, or a number in it is out of range.
+            ConfigurationError: The version of the format differs.
+            BackendError: The data is not a shard result, or a number in it is out of range.
         """
-        summary = cls(**_check_fields(data, cls))
+        result = cls(**_check_fields(data, cls))
         try:
-            _check_numbers(summary)
+            _check_numbers(result)
         except (TypeError, ValueError, AttributeError) as error:
-            msg = f"worker {summary.worker}: its summary of shard {summary.shard}: {error}"
+            msg = f"worker {result.worker}: invalid result of shard {result.shard}: {error}"
             raise BackendError(msg) from None
-        return summary
+        return result
 
 
-def _check_numbers(summary: ShardResult) -> None:
-    """Check what is counted of a summary.
+def _check_numbers(result: ShardResult) -> None:
+    """Check the counts in a shard result.
 
     Raises:
         ValueError: A number is out of range.
-        TypeError: Something is no object or list.
+        TypeError: A value is not an object or a list.
         AttributeError: The same.
     """
-    for name, numbers in (("tally", summary.tally), ("used", summary.used)):
+    for name, numbers in (("tally", result.tally), ("used", result.used)):
         if numbers is not None:
             check_counts(numbers, numbers.keys(), name)
-    for record in summary.records or ():
+    for record in result.records or ():
         check_record(record)
 
 
-def _to_plain(form: ShardTask | ShardResult) -> dict[str, Json]:
-    """Return the fields with the version; not a deep copy, which costs more than the items."""
-    return {"v": WIRE_VERSION} | {one.name: getattr(form, one.name) for one in fields(form)}
+def _to_plain(message: ShardTask | ShardResult) -> dict[str, Json]:
+    """Return the fields with the version; shallow: a deep copy costs more than the items."""
+    return {"v": WIRE_VERSION} | {one.name: getattr(message, one.name) for one in fields(message)}
 
 
 def _check_fields(data: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
@@ -175,8 +176,9 @@ def _check_fields(data: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
         raise BackendError(msg)
     if data.get("v") != WIRE_VERSION:
         msg = (
-            f"a worker and its coordinator speak different versions (found {data.get('v')!r}, "
-            f"expected {WIRE_VERSION}); install the same fanfold on both, here {own_version()}"
+            f"a worker and its coordinator use different versions of messages (found "
+            f"{data.get('v')!r}, expected {WIRE_VERSION}); install the same fanfold on both, "
+            f"here {own_version()}"
         )
         raise ConfigurationError(msg)
     names = {one.name for one in fields(kind)}
@@ -187,5 +189,5 @@ def _check_fields(data: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
         if one.default is MISSING and one.default_factory is MISSING
     }
     if missing := needed - found.keys():
-        raise BackendError(f"{kind.__name__}: lacks {', '.join(sorted(missing))}")
+        raise BackendError(f"{kind.__name__}: missing fields: {', '.join(sorted(missing))}")
     return found

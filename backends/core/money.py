@@ -1,4 +1,4 @@
-"""What calls may cost and have cost, in whole numbers, so that sums are exact."""
+"""Limits, prices and costs of calls, in whole numbers, so that sums are exact."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _PICO: Final = 10**12
 
 
 class Amount(NamedTuple):
-    """Something spent, reserved or lent.
+    """An amount spent, reserved or leased.
 
     Attributes:
         requests: Requests sent.
         tokens: Prompt and completion tokens.
         nano_usd: Nano-dollars.
-        node_ms: Milliseconds of nodes held.
+        node_ms: Milliseconds of allocated nodes.
     """
 
     requests: int = 0
@@ -55,7 +55,7 @@ class Amount(NamedTuple):
         )
 
     def replace_part(self, old: Amount, new: Amount) -> Amount:
-        """Return it with one part of it replaced by another."""
+        """Return the amount with one part of it replaced by another."""
         return Amount(
             self.requests - old.requests + new.requests,
             self.tokens - old.tokens + new.tokens,
@@ -68,35 +68,35 @@ class Amount(NamedTuple):
         return Amount(*(factor * value for value in self))
 
     def minimum(self, other: Amount) -> Amount:
-        """Return the smaller of each."""
+        """Return the smaller value of each field."""
         return Amount(*map(min, self, other))
 
     def maximum(self, other: Amount) -> Amount:
-        """Return the larger of each."""
+        """Return the larger value of each field."""
         return Amount(*map(max, self, other))
 
     def to_json(self) -> dict[str, Json]:
-        """Return it as plain data."""
+        """Return the amount as plain data."""
         return self._asdict()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Json]) -> Self:
-        """Read it; what is not there is 0.
+        """Parse plain data; a missing field is 0.
 
         Raises:
-            ValueError: A field is no count.
+            ValueError: A field is not a count.
         """
         check_counts(data, cls._fields, "amount")
         return cls(**{name: data.get(name) or 0 for name in cls._fields})
 
 
 class NodeTime(NamedTuple):
-    """Nodes that were held.
+    """Time of allocated nodes.
 
     Attributes:
-        node_ms: Milliseconds of nodes held.
+        node_ms: Milliseconds of allocated nodes.
         idle_ms: Those of them without work.
-        nano_usd: What they cost in nano-dollars, idle ones included.
+        nano_usd: Their cost in nano-dollars, idle time included.
     """
 
     node_ms: int = 0
@@ -109,38 +109,38 @@ class NodeTime(NamedTuple):
 
     @property
     def amount(self) -> Amount:
-        """Return what a budget counts of it."""
+        """Return the amount that a budget counts."""
         return Amount(0, 0, self.nano_usd, self.node_ms)
 
     @property
     def idle_nano_usd(self) -> int:
-        """Return what those without work cost in nano-dollars."""
+        """Return the cost of idle time in nano-dollars."""
         return self.nano_usd * self.idle_ms // self.node_ms if self.node_ms else 0
 
     def to_json(self) -> dict[str, Json]:
-        """Return it as plain data."""
+        """Return the node time as plain data."""
         return self._asdict()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Json]) -> Self:
-        """Read it; what is not there is 0.
+        """Parse plain data; a missing field is 0.
 
         Raises:
-            ValueError: A field is no count.
+            ValueError: A field is not a count.
         """
-        check_counts(data, cls._fields, "nodes held")
+        check_counts(data, cls._fields, "node time")
         return cls(**{name: data.get(name) or 0 for name in cls._fields})
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetLimits:
-    """The most of each that may be spent; None is no limit.
+    """The limits of a budget; None is no limit.
 
     Attributes:
         requests: Requests.
         tokens: Tokens.
         nano_usd: Nano-dollars.
-        node_ms: Milliseconds of nodes held.
+        node_ms: Milliseconds of allocated nodes.
     """
 
     requests: int | None = None
@@ -156,7 +156,7 @@ class BudgetLimits:
         requests: int | None = None,
         node_hours: float | None = None,
     ) -> Self:
-        """Build caps of what a user writes; fractions are rounded down."""
+        """Build limits from a user's settings; fractions are rounded down."""
         return cls(
             requests=requests,
             tokens=tokens,
@@ -166,26 +166,26 @@ class BudgetLimits:
 
     @property
     def has_any(self) -> bool:
-        """Say whether there is any limit."""
+        """Return True if there is any limit."""
         return any(cap is not None for cap in self.as_tuple())
 
     @property
     def can_spend(self) -> bool:
-        """Say whether any limit lets something be spent."""
+        """Return True if any limit lets something be spent."""
         return any(cap for cap in self.as_tuple())
 
     def as_tuple(self) -> tuple[int | None, ...]:
-        """Return them in the order of :class:`Amount`'s fields."""
+        """Return the limits in the order of :class:`Amount`'s fields."""
         return self.requests, self.tokens, self.nano_usd, self.node_ms
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPrices:
-    """What tokens and nodes cost.
+    """Prices of tokens and nodes.
 
     Attributes:
         prompt: Pico-dollars per prompt token: a million times the dollars per million tokens.
-        cached: Pico-dollars per prompt token that a prefix cache held.
+        cached: Pico-dollars per prompt token from a prefix cache.
         completion: Pico-dollars per completion token.
         node: Nano-dollars per second of one node.
     """
@@ -203,13 +203,13 @@ class TokenPrices:
         completion: float = 0.0,
         node_hour: float = 0.0,
     ) -> Self:
-        """Build it of dollars per million tokens, and dollars per node and hour.
+        """Build prices from dollars per million tokens, and dollars per node-hour.
 
         Args:
-            prompt: Of the prompt.
-            cached: Of cached prompt tokens; None: as the others.
-            completion: Of the answer.
-            node_hour: Of a node for an hour.
+            prompt: Price of prompt tokens.
+            cached: Price of cached prompt tokens; None: the price of other prompt tokens.
+            completion: Price of completion tokens.
+            node_hour: Price of a node for an hour.
         """
         pico = _PICO // _TOKENS
         return cls(
@@ -221,32 +221,32 @@ class TokenPrices:
 
     @property
     def priced(self) -> bool:
-        """Say whether tokens have a price."""
+        """Return True if tokens have a price."""
         return any((self.prompt, self.cached, self.completion))
 
     def to_json(self) -> dict[str, int]:
-        """Return it as plain data."""
+        """Return the prices as plain data."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     def nano_usd(self, usage: Usage) -> int:
-        """Return what a call costs in nano-dollars, rounded up; unknown tokens cost nothing."""
+        """Return the cost of a call in nano-dollars, rounded up; unknown tokens cost nothing."""
         prompt, cached = usage.prompt or 0, min(usage.cached or 0, usage.prompt or 0)
         pico = (prompt - cached) * self.prompt + cached * self.cached
         pico += (usage.completion or 0) * self.completion
         return -(-pico // _PICO_PER_NANO)
 
     def amount(self, usage: Usage, requests: int = 1) -> Amount:
-        """Return all that requests with so many tokens in all come to."""
+        """Return the amount of requests with so many tokens in all."""
         tokens = (usage.prompt or 0) + (usage.completion or 0)
         return Amount(requests, tokens, self.nano_usd(usage))
 
     def node_amount(self, node_ms: int) -> Amount:
-        """Return what nodes held for a while come to."""
+        """Return the amount of allocated nodes for a time."""
         return Amount(0, 0, -(-node_ms * self.node // 1000), node_ms)
 
 
 NO_PRICES: Final = TokenPrices()
-"""Nothing costs anything, as far as known."""
+"""All prices are zero or unknown."""
 
 
 def _up(price: float, unit: int) -> int:

@@ -13,11 +13,11 @@ _GAUGE: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ServerLoad:
-    """The requests of one server, whoever sent them; None where it does not say.
+    """The requests of one server, from all clients; None if the server does not report them.
 
     Attributes:
-        running: Those that it works on.
-        waiting: Those in its queue.
+        running: Requests that it processes.
+        waiting: Requests in its queue.
     """
 
     running: int | None = None
@@ -25,9 +25,9 @@ class ServerLoad:
 
 
 def parse_load_metrics(body: bytes) -> ServerLoad | None:
-    """Read Prometheus' text with vLLM's names; None where it has none of them.
+    """Parse Prometheus text with vLLM's names; None if it has none of them.
 
-    A server with several engines has one line for each; they are added up.
+    A server with several engines has one line for each; they are summed.
     """
     sums = dict[bytes, float]()
     for name, value in _GAUGE.findall(body):

@@ -1,4 +1,4 @@
-"""Who besides this user can change a file: what others can write is not trusted."""
+"""Check which other users can change a file: content that others can write is not trusted."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Final
 
 _MOST_LINKS: Final = 40
-"""As many as Linux follows on the way to one file."""
+"""Limit of links on the way to one file, as in Linux."""
 
 
 def find_path_risk(path: Path) -> str | None:
-    """Return why the content of a file may be somebody else's, or None.
+    """Return why another user may have changed the content of a file, or None.
 
     Others must not be able to write the file, nor a folder that holds it or a link to it, nor to
-    replace a folder or a link on the way there: every folder that everyone can write counts,
-    except sticky ones such as ``/tmp``. A group that can write a folder further up is trusted.
+    replace a folder or a link on its path: every folder that everyone can write counts, except
+    sticky ones such as ``/tmp``. A group that can write a folder further up is trusted.
 
     Args:
         path: A file or a folder.
 
     Raises:
-        OSError: It cannot be looked at.
+        OSError: Its status cannot be read.
     """
     real = path.resolve(strict=True)
     if reason := find_file_risk(real, real.stat()):
@@ -40,10 +40,10 @@ def find_path_risk(path: Path) -> str | None:
 
 
 def _steps(path: Path) -> Iterator[tuple[Path, Path, bool]]:
-    """Yield each folder in which the way to a file looks up a name, links followed.
+    """Yield each folder in which the path to a file is resolved, links followed.
 
     Yields:
-        The folder, what is looked up there, and whether that is the file or a link to it.
+        The folder, the entry in it, and whether that is the file or a link to it.
     """
     todo, here, links = list(reversed(path.parts[1:])), Path(path.anchor), 0
     while todo:
@@ -66,7 +66,7 @@ def _steps(path: Path) -> Iterator[tuple[Path, Path, bool]]:
 
 
 def _find_replaceable(folder: Path, entry: Path) -> str | None:
-    """Return why everyone, or whoever made a link in a sticky folder, can replace an entry."""
+    """Return why everyone, or the owner of a link in a sticky folder, can replace an entry."""
     status = folder.stat()
     if not status.st_mode & stat.S_IWOTH:
         return None
@@ -79,11 +79,11 @@ def _find_replaceable(folder: Path, entry: Path) -> str | None:
 
 
 def find_file_risk(path: Path, status: os.stat_result) -> str | None:
-    """Return why others can change a file itself, or None.
+    """Return why others can change the file itself, or None.
 
     Args:
         path: The file, for the message.
-        status: What ``stat`` says of it.
+        status: Its ``stat`` result.
     """
     if status.st_uid not in {os.geteuid(), 0}:
         return f"{path} belongs to {_user(status.st_uid)} (put a copy of your own in its place)"
@@ -91,11 +91,11 @@ def find_file_risk(path: Path, status: os.stat_result) -> str | None:
 
 
 def find_folder_risk(path: Path, status: os.stat_result) -> str | None:
-    """Return why others can put their own files in the place of a folder's, or None.
+    """Return why others can replace files in a folder, or None.
 
     Args:
         path: The folder, for the message.
-        status: What ``stat`` says of it.
+        status: Its ``stat`` result.
     """
     if status.st_uid not in {os.geteuid(), 0}:
         return f"the folder {path} belongs to {_user(status.st_uid)} (use a folder of your own)"
@@ -112,7 +112,7 @@ def _find_writable(path: Path, status: os.stat_result) -> str | None:
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """Say whether a file's group has no member but this user, as many systems give each user."""
+    """Return True if a file's group has only this user as a member, the default on many systems."""
     try:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(status.st_gid)
     except KeyError:

@@ -20,25 +20,25 @@ from .errors import BackendError, ConfigurationError
 
 _OWNER: Final = "owner"
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""What file systems without locks say."""
+"""Errors of file systems without locks."""
 _YOUNG_S: Final = 60.0
-"""A folder this young may not be locked yet."""
+"""A folder younger than this may not be locked yet."""
 
 
 class TemporaryFolder:
-    """A temporary folder, locked by this process while it lives.
+    """A temporary folder that its process locks until it removes the folder or exits.
 
-    Making one sweeps up those of the same kind whose owners are gone without removing them.
+    Creating one also removes folders of the same kind whose owners exited without removing them.
 
     Args:
-        kind: What it is for; part of its name.
-        parent: Where it lies; None is the system's temporary folder.
+        kind: Its purpose; part of its name.
+        parent: Its parent folder; None is the system's temporary folder.
 
     Attributes:
         path: The folder.
 
     Raises:
-        BackendError: It cannot be locked, on a file system that has locks.
+        BackendError: The folder cannot be locked, on a file system that has locks.
     """
 
     def __init__(self, kind: str, parent: Path | None = None) -> None:
@@ -52,9 +52,9 @@ class TemporaryFolder:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 self.remove()
-                msg = f"{self.path}: its lock cannot be taken: {error.strerror}; set another TMPDIR"
+                msg = f"{self.path}: lock cannot be taken: {error.strerror}; set another TMPDIR"
                 raise BackendError(msg) from error
-            # without locks nobody sweeps it up either, not even once this process is killed
+            # without locks no other process removes it either, even after this one is killed
 
     def remove(self) -> None:
         """Remove the folder and what is in it."""
@@ -63,11 +63,11 @@ class TemporaryFolder:
 
 
 def _remove_orphan(folder: Path) -> None:
-    """Remove a folder that nobody owns any more; others' and young ones are left alone."""
+    """Remove a folder whose owner is gone; keep folders of other users and recent ones."""
     with suppress(OSError):
         found = folder.lstat()
         if not S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            return  # somebody else's, or a link that leads elsewhere
+            return  # another user's folder, or a link
         if time.time() - found.st_mtime < _YOUNG_S:
             return
         lock = os.open(folder / _OWNER, os.O_RDWR | os.O_NOFOLLOW)
@@ -80,7 +80,7 @@ def _remove_orphan(folder: Path) -> None:
 
 _LOG: Final = logging.getLogger(__name__)
 _RESERVE: Final = 256
-"""For files, pipes, and connections that idle."""
+"""For files, pipes, and idle connections."""
 
 
 def ensure_open_files(
@@ -89,9 +89,9 @@ def ensure_open_files(
     """Raise this process' soft limit of open files so that ``streams`` connections fit.
 
     Args:
-        streams: How many there are at most.
-        what: What needs one each.
-        setting: What bounds them.
+        streams: Limit of connections.
+        what: What needs one connection each, for the message.
+        setting: The setting that limits them.
 
     Raises:
         ConfigurationError: The hard limit is too low.
@@ -118,10 +118,10 @@ _WANTED: Final = 65_536
 
 
 def raise_file_limit(wanted: int = _WANTED) -> int:
-    """Raise the soft limit on open files, as far as the hard limit lets it.
+    """Raise the soft limit on open files, as far as the hard limit allows.
 
     Args:
-        wanted: The limit wished for; a higher one stays as it is.
+        wanted: The desired limit; a higher one is kept.
 
     Returns:
         The soft limit afterwards.

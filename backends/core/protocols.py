@@ -14,7 +14,7 @@ from .types import Json, Message, Reply, Usage
 
 @runtime_checkable
 class ChatModel(Protocol):
-    """Something that answers chat messages: the fleet, by its lower or its LangChain door."""
+    """A client that answers chat messages: ``FleetClient`` or ``LangChainClient``."""
 
     async def ask(self, messages: Sequence[Message]) -> Reply:
         """Answer one conversation.
@@ -23,160 +23,161 @@ class ChatModel(Protocol):
             messages: Chat messages in OpenAI's form, oldest first.
 
         Returns:
-            The reply as it came; its content and finish reason are for the caller to judge.
+            The reply as it came; the caller checks its content and finish reason.
 
         Raises:
             EndpointError: No endpoint answered within the attempts allowed.
-            RunStoppedError: Asking on is hopeless for every item.
+            RunStoppedError: No item can succeed any more.
         """
         ...
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """A place where shards run. It carries JSON there and back and knows nothing else.
+    """Runs shards: it carries JSON messages to workers and back, and depends on nothing else.
 
-    Relied upon: one summary per order, or an error, or nothing at all. Not relied upon: order,
-    exactly-once, cancellation, types of remote exceptions.
+    Guaranteed: one shard result per shard task, or an error, or nothing at all. Not guaranteed:
+    order, exactly-once delivery, cancellation, types of remote exceptions.
     """
 
     @property
     def name(self) -> str:
-        """Return what messages call it."""
+        """Return the name for messages."""
         ...
 
     def capacity(self) -> int:
-        """Return how many shards it can work on at a time, now."""
+        """Return how many shards it can run at a time, now."""
         ...
 
     async def start(self) -> None:
-        """Make it ready.
+        """Make the backend ready.
 
         Raises:
-            ConfigurationError: It cannot be, whatever is tried again.
-            BackendError: It could not be this time.
+            ConfigurationError: It cannot start, and a retry does not help.
+            BackendError: It could not start this time.
         """
         ...
 
-    async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
-        """Have one order worked on, once.
+    async def submit(self, task: dict[str, Json]) -> dict[str, Json]:
+        """Run one shard task, once.
 
         Returns:
-            The worker's summary.
+            The worker's shard result.
 
         Raises:
-            WorkerLostError: The worker or the connection to it died; others may live.
-            BackendError: The place itself is down; :meth:`rebuild` may help.
+            WorkerLostError: The worker or the connection to it died; others may still work.
+            BackendError: The backend itself is down; :meth:`rebuild` may help.
         """
         ...
 
     async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
-        """Return, by shard, what an earlier coordinator of the run left here; often nothing."""
+        """Return, by shard, results of tasks that an earlier coordinator left here; often empty."""
         ...
 
     async def rebuild(self) -> None:
-        """Throw what is broken away and make it ready anew."""
+        """Discard broken parts and make the backend ready again."""
         ...
 
     async def close(self, grace_s: float = 10.0) -> None:
-        """Give everything back within ``grace_s``, whatever still runs."""
+        """Release everything within ``grace_s``, even if tasks still run."""
         ...
 
 
 @runtime_checkable
 class Stoppable(Protocol):
-    """A backend that can tell its workers to stop; others rely on the run folder's stop file."""
+    """A backend that can signal its workers to stop; others rely on the run folder's stop file."""
 
     async def stop(self) -> None:
-        """Ask the workers to begin no further item; their summaries come as ever."""
+        """Ask the workers to start no more items; their results arrive as usual."""
         ...
 
 
 PromptCounter: TypeAlias = Callable[[Mapping[str, Any]], Awaitable[int | None]]
-"""Counts the tokens of a request's prompt as the model does; None when nobody can."""
+"""Counts the tokens of a request's prompt as the model does; None if no counter is available."""
 
 
 class Reservation(Protocol):
-    """What is reserved for one request; the first of the three that is called ends it."""
+    """The amount reserved for one request; the first call of one of its methods ends it."""
 
     def settle(self, usage: Usage) -> None:
-        """Take what an answer used, and give the rest back; all of it if it does not say."""
+        """Charge what an answer used, and release the rest; charge all if the usage is unknown."""
         ...
 
     def settle_all(self) -> Usage:
-        """Take all of it: the request may have been paid, and its answer is lost.
+        """Charge all of it: the request may have been paid, and its answer is lost.
 
         Returns:
-            The tokens that it was reserved for.
+            The tokens that were reserved.
         """
         ...
 
     def release(self, *, sent: bool) -> None:
-        """Give it back: nothing was read; a request that was sent counts all the same."""
+        """Release it: nothing was read; a request that was sent still counts."""
         ...
 
 
 class Account(Protocol):
-    """What one item may spend."""
+    """The budget of one item."""
 
     @property
     def waiting(self) -> int:
-        """Calls of the item that wait for the budget."""
+        """Return the number of the item's calls that wait for the budget."""
         ...
 
     async def reserve(
         self, most: Usage, body: Mapping[str, Any], log: CallLog | None = None
     ) -> Reservation:
-        """Reserve what one request may cost, waiting for what others may give back.
+        """Reserve the maximum cost of one request, waiting for amounts that others may release.
 
         Args:
             most: The most tokens that it may use.
-            body: The request, to be counted better when room is scarce.
-            log: The item's calls: whether its reservations can be given back while it waits.
+            body: The request, to be counted more exactly if the budget is scarce.
+            log: The item's calls: whether its reservations can be released while it waits.
 
         Raises:
-            BudgetExhaustedError: What is left does not carry it, and nobody gives anything back.
+            BudgetExhaustedError: The remaining budget does not cover it, and no other call will
+                release any.
         """
         ...
 
     def try_reserve(self, most: Usage) -> Reservation | None:
-        """Reserve what one request may cost if there is room at once."""
+        """Reserve the maximum cost of one request if the budget covers it at once."""
         ...
 
     def close(self) -> None:
-        """Give back what no request has taken; the item has ended."""
+        """Release unused reservations; the item has ended."""
         ...
 
 
 class UsageSink(Protocol):
-    """Who was asked, and is told in the end what it was good for."""
+    """Receives the tokens that turned out to be useful."""
 
     def add_useful(self, usage: Usage) -> None:
-        """Count tokens of answers that count."""
+        """Count tokens of answers that were used."""
         ...
 
 
 class EndpointQueue(Protocol):
-    """Where calls wait for an endpoint."""
+    """A queue of calls that wait for an endpoint."""
 
     @property
     def is_deadlocked(self) -> bool:
-        """Whether all requests in flight are streams that nobody reads, and no time helps."""
+        """Return True if all requests in flight are unread streams, and time does not help."""
         ...
 
 
 @dataclass(slots=True)
 class EndpointUsage:
-    """What one endpoint did for an item.
+    """Usage of one endpoint by an item.
 
     Attributes:
         endpoint: Its label.
         model: Model's name in its last answer; None: it gave none.
-        requests: Requests that it was sent.
+        requests: Requests sent to it.
         usage: Tokens over all of its answers.
         lost: The most tokens of requests that may have been paid and brought no answer.
-        useful: Tokens of its answers that count; known when the item has ended.
-        sink: Who is told that.
+        useful: Tokens of its answers that were used; known when the item has ended.
+        sink: Receives the useful tokens.
     """
 
     endpoint: str
@@ -199,21 +200,22 @@ class CallLog:
         model: Model's name in the last answer.
         simulated: Whether the last answer came from a simulated fleet.
         lost: The most tokens of requests that may have been paid and brought no answer.
-        useful: Tokens of the answer that counts; None: of all answers.
+        useful: Tokens of the answer that was used; None: of all answers.
         useful_endpoint: Label of the endpoint that gave this answer.
-        account: What the item may spend; None is no limit.
-        reused: Answers taken from earlier requests, which cost nothing.
-        usage_by_endpoint: What each endpoint did, by its label.
-        attempts: The first requests, as the item's record tells them.
-        calls: Calls that the fleet has begun and not ended; a stream's call ends with its first
+        account: The item's budget; None is no limit.
+        reused: Answers taken from earlier requests, at no cost.
+        usage_by_endpoint: Usage of each endpoint, by its label.
+        attempts: The first requests, as they appear in the item's record.
+        calls: Calls that the fleet has started and not ended; a stream's call ends with its first
             token.
         following: Those of them that wait for the answer to an equal request.
-        loop: Where the last one runs.
+        loop: The loop of the last call.
         in_flight: Requests in flight.
-        idle_streams: Those of them that are streams and are not read at the moment.
-        queued: Calls that wait for an endpoint, or for what other items' calls show of one.
+        idle_streams: Those of them that are streams and are not being read.
+        queued: Calls that wait for an endpoint, or for other items' calls to show whether one
+            works.
         queue: Where they wait.
-        streams: What closes the streams that are open, by the stream.
+        streams: Functions that close the open streams, by stream.
         counted: Whether the fleet has counted the item as answered.
     """
 
@@ -244,17 +246,17 @@ class CallLog:
 
     @property
     def stalled(self) -> bool:
-        """Whether no request of the item goes on by itself: its streams wait for the item."""
+        """Return True if no request of the item progresses on its own: its streams are not read."""
         return self.in_flight == self.idle_streams
 
     @property
     def blocked(self) -> bool:
-        """Whether a synchronous call of any item blocks the loop in which this one runs."""
+        """Return True if a synchronous call of any item blocks the loop in which this one runs."""
         return self.loop in BLOCKED_LOOPS
 
     @property
     def goes_on(self) -> bool:
-        """Whether a call of the item goes on by itself: it waits for no other item."""
+        """Return True if a call of the item progresses without waiting for another item."""
         if not self.stalled:
             return True
         waits = 0 if self.account is None else self.account.waiting
@@ -263,19 +265,19 @@ class CallLog:
         return self.queued > 0 and (self.queue is None or not self.queue.is_deadlocked)
 
     def get_endpoint_usage(self, endpoint: str, sink: UsageSink) -> EndpointUsage:
-        """Return what an endpoint does for the item.
+        """Return the item's usage of an endpoint.
 
         Args:
             endpoint: Its label.
-            sink: Is told what was useful.
+            sink: Receives the useful tokens.
         """
-        share = self.usage_by_endpoint.get(endpoint)
-        if share is None:
-            share = self.usage_by_endpoint[endpoint] = EndpointUsage(endpoint, sink)
-        return share
+        usage = self.usage_by_endpoint.get(endpoint)
+        if usage is None:
+            usage = self.usage_by_endpoint[endpoint] = EndpointUsage(endpoint, sink)
+        return usage
 
     def begin_attempt(self, endpoint: str) -> dict[str, Any] | None:
-        """Note that a request is sent; return what is known of it, None after the first ones.
+        """Record that a request is sent; return its record, None after the first ones.
 
         Args:
             endpoint: The endpoint's label.
@@ -288,32 +290,32 @@ class CallLog:
         return attempt
 
     def close_streams(self) -> None:
-        """Close the streams that the item has left open: an error's traceback may keep them."""
+        """Close the streams that the item left open: an error's traceback may keep them alive."""
         for close in tuple((self.streams or {}).values()):
             close()
 
     def close(self, *, done: bool) -> None:
-        """Settle which tokens were useful; the item has ended.
+        """Record which tokens were useful; the item has ended.
 
         Args:
             done: Whether it has an answer.
         """
         if not done:
             return
-        for share in self.usage_by_endpoint.values():
+        for one in self.usage_by_endpoint.values():
             if self.useful is None:
-                share.useful = share.usage
-            elif share.endpoint == self.useful_endpoint:
-                share.useful = self.useful
+                one.useful = one.usage
+            elif one.endpoint == self.useful_endpoint:
+                one.useful = self.useful
             else:
                 continue
-            share.sink.add_useful(share.useful)
+            one.sink.add_useful(one.useful)
 
 
 MAX_ATTEMPT_RECORDS: Final = 8
-"""So many requests of an item are told one by one in its record."""
+"""Limit of requests of an item that its record lists one by one."""
 
 BLOCKED_LOOPS: Final[set[asyncio.AbstractEventLoop | None]] = set()
-"""Loops that wait for a synchronous call: nothing in them goes on before it has ended."""
+"""Loops that wait for a synchronous call: nothing in them runs until it has ended."""
 
 CURRENT_CALLS: Final[ContextVar[CallLog | None]] = ContextVar("fanfold_calls", default=None)

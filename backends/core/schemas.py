@@ -9,17 +9,17 @@ import jsonschema_rs
 
 
 def open_validator(schema: Any, *, formats: bool = False) -> jsonschema_rs.Validator:
-    """Return a validator for a schema that stands alone.
+    """Return a validator for a self-contained schema.
 
-    The library by itself fetches what ``$schema``, ``$ref`` and ``$id`` name, over HTTP and from
-    files; a schema may come from somebody else.
+    By default the library fetches what ``$schema``, ``$ref`` and ``$id`` name, over HTTP and from
+    files; a schema may come from an untrusted source.
 
     Args:
         schema: The schema.
         formats: Whether ``format`` is checked.
 
     Raises:
-        ValueError: It is no valid schema, or refers to something that is not part of it.
+        ValueError: The schema is invalid, or refers to something outside itself.
     """
     whole = dict(schema) if isinstance(schema, Mapping) else schema
     if formats:

@@ -1,4 +1,4 @@
-"""What must not be shown: values whose names say so, passwords in URLs, words of commands."""
+"""Mask secrets: values with secret names, passwords in URLs, arguments of commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 MASKED: Final = "**********"
-"""What stands in the place of a secret that was written out."""
+"""Replaces a secret that was given literally."""
 
 _NAMES: Final = frozenset(
     {
@@ -30,10 +30,10 @@ _LOGIN: Final = re.compile(
 
 
 def is_secret(name: str) -> bool:
-    """Say whether the value of a key, a header, an option or a variable must not be shown.
+    """Return True if the value of a key, a header, an option or a variable must not be shown.
 
-    One of the words of its last part says so; words are divided by signs and by capitals. Numbers
-    of tokens (``max_tokens``) are none.
+    This depends on the words in the last part of the name; words are separated by punctuation and
+    capitals. Numbers of tokens (``max_tokens``) are not secret.
 
     Args:
         name: E.g. ``endpoints.api_key``, ``X-Auth-Token`` or ``apiKey``.
@@ -43,12 +43,12 @@ def is_secret(name: str) -> bool:
 
 
 def is_variable(text: str) -> bool:
-    """Say whether a text holds nothing but variables, which are no secrets themselves."""
+    """Return True if a text consists only of variables, which are not secret themselves."""
     return _VARIABLES.fullmatch(text) is not None
 
 
 def mask_url(text: str) -> str:
-    """Return a text in whose URLs passwords and secret values of the query are masked."""
+    """Return a text with passwords and secret query values in its URLs masked."""
     if "://" not in text:
         return text
     text = _USERINFO.sub(_userinfo, text)
@@ -56,12 +56,12 @@ def mask_url(text: str) -> str:
 
 
 def mask_command(text: str) -> str:
-    """Return a text, such as a command line, that is masked from its first secret to its end.
+    """Return a text, such as a command line, masked from its first secret to its end.
 
     A secret follows the name of one (``KEY=VALUE``, ``--api-key VALUE``, ``Authorization: VALUE``),
-    a scheme (``Bearer VALUE``) or a user (``-u NAME:VALUE``). Quotes nest in ways that only the
-    program that reads them knows, so the end of the secret is not searched for. Passwords in URLs
-    are masked alone.
+    a scheme (``Bearer VALUE``) or a user (``-u NAME:VALUE``). Only the program that parses the
+    quotes knows how they nest, so the function does not search for the end of the secret. Passwords
+    in URLs are masked alone.
     """
     text = mask_url(text)
     starts = _secret_starts(text)
@@ -69,11 +69,11 @@ def mask_command(text: str) -> str:
 
 
 def mask_arguments(words: Iterable[str]) -> Iterator[str]:
-    """Yield the arguments of a command, those that are secret masked."""
+    """Yield the arguments of a command with secrets masked."""
     before, rest = "", False
     for word in words:
         shown = mask_command(word)
-        # The words before decide, as if all of them stood in one text.
+        # The preceding words decide, as if all of them were one text.
         joined = f"{before} {word}"
         rest = rest and not word.startswith("-")
         follows = any(start > len(before) for start in _secret_starts(joined))
@@ -91,7 +91,7 @@ def _secret_starts(text: str) -> list[int]:
 
 
 def _secret_start(match: re.Match[str]) -> int | None:
-    """Return where the secret begins that a name announces, or None."""
+    """Return the position of the secret that a name announces, or None."""
     name, end = match["name"], match.end()
     if match["gap"] is not None and not name.startswith("-"):
         return None  # only an option's value follows a blank
@@ -101,16 +101,16 @@ def _secret_start(match: re.Match[str]) -> int | None:
 
 
 def _is_value(text: str, start: int) -> bool:
-    """Say whether a secret begins here: not the end, a variable, or ``EMPTY``."""
+    """Return True if a secret begins here: not the end, a variable, or ``EMPTY``."""
     return text[start:].strip("\"'\\ ") != "" and _HARMLESS.match(text, start) is None
 
 
 def mask_data(plain: Any, key: str = "", text: Callable[[str], str] = mask_command) -> Any:
-    """Return plain data, the texts at and below secret keys and secrets in other texts masked.
+    """Return plain data with masked secrets: texts at and below secret keys, and secrets in texts.
 
     Args:
         plain: The data.
-        key: The key that it stands at.
+        key: The key under which the data is stored.
         text: Masks the texts at other keys.
     """
     if isinstance(plain, Mapping):

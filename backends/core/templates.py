@@ -27,7 +27,7 @@ class Template:
         """Parse a prompt.
 
         Raises:
-            ConfigurationError: A brace stands alone or a name is empty.
+            ConfigurationError: A brace has no counterpart or a name is empty.
         """
         parts, literal, at = list[str](), "", 0
         for match in _TOKEN.finditer(text):
@@ -45,11 +45,11 @@ class Template:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Return the columns that the prompt shows, in order, each once."""
+        """Return the columns that the prompt uses, in order, each once."""
         return tuple(dict.fromkeys(self.parts[1::2]))
 
     def render(self, row: Mapping[str, Json]) -> str:
-        """Fill in one row; values that are no text become compact JSON, None becomes nothing.
+        """Fill in one row; a value that is not text becomes compact JSON, None becomes empty text.
 
         Raises:
             InvalidItemError: The row lacks a column.
@@ -59,7 +59,7 @@ class Template:
                 part if n % 2 == 0 else _text(row[part]) for n, part in enumerate(self.parts)
             )
         except KeyError as error:
-            msg = f"the row has no column {error.args[0]!r}, which task.prompt shows"
+            msg = f"the row has no column {error.args[0]!r}, which task.prompt uses"
             raise InvalidItemError(msg) from None
 
 
@@ -72,7 +72,7 @@ def _text(value: Json) -> str:
 def _lone_brace(text: str, at: int, where: str) -> str:
     line = text.count("\n", 0, at) + 1
     return (
-        f"{where}: line {line}: a brace stands alone near {text[at : at + 20]!r}; "
+        f"{where}: line {line}: unmatched brace near {text[at : at + 20]!r}; "
         "write {column} for a column, {{ and }} for the characters"
     )
 
@@ -81,25 +81,25 @@ _NAME: Final = re.compile(r"(?<!\$)\{([A-Za-z_]\w*)\}")
 
 
 def split_command(text: str, known: Collection[str]) -> tuple[str, ...]:
-    """Split a command line into words, names in braces still in them.
+    """Split a command line into words, keeping names in braces.
 
     Args:
         text: The command line.
         known: The names that it may use.
 
     Raises:
-        ConfigurationError: It is empty, a quotation is not closed, or a name is not known.
+        ConfigurationError: It is empty, a quotation is not closed, or a name is unknown.
     """
     try:
         words = tuple(shlex.split(text))
     except ValueError as error:
-        raise ConfigurationError(f"is no command line: {str(error).lower()}") from None
+        raise ConfigurationError(f"invalid command line: {str(error).lower()}") from None
     if not words:
         raise ConfigurationError("is empty; write the command")
     for name in find_names(words):
         if name not in known:
-            there = ", ".join(f"{{{n}}}" for n in sorted(known))
-            raise ConfigurationError(f"there is no {{{name}}}; there are {there}")
+            valid = ", ".join(f"{{{n}}}" for n in sorted(known))
+            raise ConfigurationError(f"unknown name {{{name}}}; known names: {valid}")
     return words
 
 

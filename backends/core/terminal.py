@@ -1,4 +1,4 @@
-"""Text of models, servers and files on its way to a terminal."""
+"""Escape text of models, servers and files for output to a terminal."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ CONTROLS: Final = re.compile(
     r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
     r"|[\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""What a terminal acts upon, beyond tabs and line ends: C0, DEL and C1 with the escape sequences
-that they begin, marks that change the direction of text, and halves of characters."""
+"""Characters that a terminal interprets, other than tabs and line ends: C0, DEL and C1 with the
+escape sequences that they begin, marks that change the direction of text, and halves of
+surrogate pairs."""
 
 
 def escape_controls(text: str) -> str:
-    r"""Return a text in which characters that control a terminal are spelled out, as ``\x1b``."""
+    r"""Return a text with terminal control characters spelled out, as ``\x1b``."""
     if text.isprintable():
         return text
     return CONTROLS.sub(_escape, text)
 
 
 def escape_json(text: str) -> str:
-    r"""Return JSON text with the same value and no such characters, which become ``\u009b``."""
+    r"""Return JSON text with the same value, control characters escaped as ``\u009b``."""
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 

@@ -1,4 +1,4 @@
-"""Values that pass between rooms, and between processes as JSON."""
+"""Values that pass between folders, and between processes as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 Json: TypeAlias = Any
-"""Anything that JSON can say: None, bool, int, float, str, list or dict of the same."""
+"""Any JSON value: None, bool, int, float, str, list or dict of the same."""
 
 Row: TypeAlias = dict[str, Json]
 """One input row: column name to value."""
@@ -18,7 +18,7 @@ Status: TypeAlias = Literal["done", "failed"]
 
 SIMULATED_FINGERPRINT: Final = "fanfold-simulated"
 """``system_fingerprint`` of every simulated answer, and ``owned_by`` of every simulated model:
-by these two fields a simulated fleet is recognised, however it was reached."""
+these two fields identify a simulated fleet, no matter how it was reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class Item:
     """One row of the input.
 
     Attributes:
-        index: Position in the input, from 0; results come in this order.
+        index: Position in the input, from 0; results are in this order.
         id: The item's name, unique within the run.
         row: The columns.
-        problem: Why the item must not be asked (an unparsable SMILES, say), or None.
+        problem: Why the item must not be sent (an unparsable SMILES, say), or None.
     """
 
     index: int
@@ -40,12 +40,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one or several calls; None means that the server did not say.
+    """Tokens of one or several calls; None means that the server did not report them.
 
     Attributes:
         prompt: Prompt tokens, cached ones included.
         completion: Completion tokens.
-        cached: Prompt tokens that a prefix cache held.
+        cached: Prompt tokens from a prefix cache.
     """
 
     prompt: int | None = None
@@ -58,7 +58,7 @@ class Usage:
         return (self.prompt or 0) + (self.completion or 0)
 
     def __add__(self, other: Usage) -> Usage:
-        """Add what is known; unknown stays unknown only if both are."""
+        """Add known values; a sum is unknown only if both are."""
         return Usage(
             _sum(self.prompt, other.prompt),
             _sum(self.completion, other.completion),
@@ -74,17 +74,17 @@ def _sum(a: int | None, b: int | None) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a model said to one question.
+    """A model's answer to one request.
 
     Attributes:
-        content: The text, ``""`` when the server sent none.
+        content: The text, ``""`` if the server sent none.
         finish_reason: ``stop``, ``length``, ``content_filter``, …, or None.
         refusal: The model's refusal, or None.
         usage: Tokens of the answering call.
         endpoint: Label of the endpoint that answered.
         model: The model's name as the server gave it.
         simulated: Whether a simulated fleet answered.
-        cached: Whether it is the answer to an earlier request, and cost nothing.
+        cached: Whether it is the answer to an earlier request, at no cost.
     """
 
     content: str
@@ -99,14 +99,14 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one item ended, as the reduce stages see it.
+    """Result of one item, as aggregators see it.
 
     Attributes:
         index: Position in the input.
         id: The item's name.
         status: ``done`` or ``failed``.
-        output: The answer (None when failed).
-        error_class: Name of the error's class when failed.
+        output: The answer (None if failed).
+        error_class: Name of the error's class if failed.
         row: The item's columns.
     """
 

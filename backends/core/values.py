@@ -13,14 +13,14 @@ import orjson
 from .types import Json
 
 MAX_COUNT: Final = 2**63 - 1
-"""Largest count: what a signed integer of 64 bits holds."""
+"""Largest count: the maximum of a signed 64-bit integer."""
 
 MAX_TOKENS: Final = 2**32 - 1
-"""Largest number of tokens that a server's report of one request is believed for."""
+"""Largest number of tokens that is accepted from a server's report of one request."""
 
 MAX_DEPTH: Final = 200
-"""Most levels of lists and objects in one value: orjson writes 254, and a value that is recorded,
-sent and aggregated stands some levels down in a larger one."""
+"""Limit of nesting levels in one value: orjson writes 254, and a recorded, sent and aggregated
+value is nested some levels deep in a larger one."""
 
 COUNT_FIELDS: Final = (
     "requests",
@@ -33,7 +33,7 @@ COUNT_FIELDS: Final = (
     "useful_nano_usd",
     "reused",
 )
-"""Counts of a journal record, and of what one endpoint did for it; they may be null."""
+"""Counts of a journal record, and of one endpoint's part in it; they may be null."""
 
 _USAGE: Final = ("prompt_tokens", "completion_tokens", "cached_tokens")
 
@@ -44,7 +44,7 @@ _MOST_DIGITS: Final = 30
 
 
 def is_count(value: object) -> bool:
-    """Say whether a value is an integer from 0 to :data:`MAX_COUNT`."""
+    """Return True if a value is an integer from 0 to :data:`MAX_COUNT`."""
     return type(value) is int and 0 <= value <= MAX_COUNT
 
 
@@ -53,11 +53,11 @@ def check_counts(data: Mapping[str, Any], names: Iterable[str], what: str) -> No
 
     Args:
         data: The values by name; a name may be missing.
-        names: Which of them.
-        what: What holds them, for the message.
+        names: The names to check.
+        what: The object that holds them, for the message.
 
     Raises:
-        ValueError: One is neither.
+        ValueError: A value is neither.
     """
     for name in names:
         value = data.get(name)
@@ -67,15 +67,15 @@ def check_counts(data: Mapping[str, Any], names: Iterable[str], what: str) -> No
 
 
 def parse_token_count(value: object) -> int | None:
-    """Return a number of tokens, or None if it is none that one request can have taken."""
+    """Return a number of tokens, or None if the value is not a plausible count for one request."""
     return value if type(value) is int and 0 <= value <= MAX_TOKENS else None
 
 
 def clamp_counts(counted: MutableMapping[str, Any]) -> None:
-    """Replace, in place, what is no count in a record: it could not be read back.
+    """Replace invalid counts in a record, in place: the record could not be read back.
 
-    A count that is too large becomes :data:`MAX_COUNT`. Of what is no count at all, a usage is
-    unknown, and the rest 0.
+    A count that is too large becomes :data:`MAX_COUNT`. For values that are not counts, a usage
+    becomes unknown, and other fields 0.
     """
     for name in COUNT_FIELDS:
         value = counted.get(name)
@@ -88,16 +88,16 @@ def clamp_counts(counted: MutableMapping[str, Any]) -> None:
 
 
 def check_record(record: object) -> None:
-    """Check what is counted of a journal record.
+    """Check the counts of a journal record.
 
     Raises:
-        ValueError: It is no record, or a number in it is out of range.
+        ValueError: The value is not a record, or a number in it is out of range.
     """
     if not isinstance(record, dict) or not is_count(record.get("index")):
         raise ValueError("not a record of an item")
     name = f"item {record.get('id')!r}"
     if record.get("status") not in STATUSES:
-        raise ValueError(f"{name} has no status known here")
+        raise ValueError(f"{name}: unknown status")
     shares = record.get("shares") or ()
     if not isinstance(shares, list | tuple) or not all(isinstance(one, dict) for one in shares):
         raise ValueError(f"{name}: shares is not a list of objects")
@@ -106,10 +106,11 @@ def check_record(record: object) -> None:
 
 
 def is_too_deep(data: str | bytes, value: Json) -> bool:
-    """Say whether a value has more than :data:`MAX_DEPTH` levels.
+    """Return True if a value has more than :data:`MAX_DEPTH` levels.
 
     Args:
-        data: The value as JSON text, by which nearly all values are passed without a walk.
+        data: The value as JSON text; nearly all values pass by counting its brackets, without a
+            walk.
         value: The value.
     """
     if isinstance(data, str):
@@ -120,7 +121,7 @@ def is_too_deep(data: str | bytes, value: Json) -> bool:
 
 
 def _levels(value: Json) -> int:
-    """Count the levels of lists and objects, as far as one more than :data:`MAX_DEPTH`."""
+    """Count the levels of lists and objects, up to one more than :data:`MAX_DEPTH`."""
     levels, level = 0, [value]
     while levels <= MAX_DEPTH:
         level = [one for one in level if isinstance(one, dict | list | tuple)]
@@ -134,7 +135,7 @@ def _levels(value: Json) -> int:
 
 
 def to_json_text(value: Any) -> str:
-    """Return a value as JSON text; where it has none, its Python text, shortened."""
+    """Return a value as JSON text; if it has none, its shortened Python text."""
     try:
         return orjson.dumps(value).decode()
     except TypeError:
@@ -142,19 +143,19 @@ def to_json_text(value: Any) -> str:
 
 
 def replace_surrogates(text: str) -> str:
-    """Return a text with ``?`` in place of half surrogate pairs, which UTF-8 has no form for."""
+    """Return a text with ``?`` in place of half surrogate pairs, which UTF-8 cannot encode."""
     return text.encode(errors="replace").decode()
 
 
 def parse_json(data: bytes) -> Any:
-    """Read JSON of a foreign program, also where it breaks the rules of JSON.
+    """Parse JSON of a foreign program, also if it breaks the rules of JSON.
 
-    A byte order mark, UTF-16 and bytes that are no UTF-8 are accepted. A number that is not
-    finite is null, and half a surrogate pair is ``?``.
+    A byte order mark, UTF-16 and invalid UTF-8 are accepted. A number that is not finite becomes
+    null, and half a surrogate pair ``?``.
 
     Raises:
-        ValueError: It is no JSON.
-        RecursionError: It has more levels of lists and objects than can be read.
+        ValueError: The data is not JSON.
+        RecursionError: It has more levels of lists and objects than can be parsed.
     """
     try:
         return orjson.loads(data)
@@ -202,7 +203,7 @@ def _replace_all_surrogates(value: Any) -> Any:
 
 
 def cut_deep_levels(data: bytes, value: Any) -> None:
-    """Replace with null, in place, what lies below :data:`MAX_DEPTH` levels.
+    """Replace values below :data:`MAX_DEPTH` levels with null, in place.
 
     Args:
         data: The value as JSON text.
@@ -224,12 +225,12 @@ def cut_deep_levels(data: bytes, value: Any) -> None:
 
 
 def to_plain_json(value: Any) -> Json:
-    """Return what a user's code put out as plain JSON data, the same for all who read it.
+    """Return the output of user code as plain JSON data, the same for all readers.
 
     Tuples become lists, dates and times text in ISO 8601, dataclasses objects.
 
     Raises:
-        ValueError: JSON has no form for it, or it has more than :data:`MAX_DEPTH` levels.
+        ValueError: JSON cannot represent it, or it has more than :data:`MAX_DEPTH` levels.
     """
     try:
         data = orjson.dumps(value)

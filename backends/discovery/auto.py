@@ -1,7 +1,7 @@
-"""``endpoints: auto``: looks for node endpoints, and says what it chose and why.
+"""``endpoints: auto``: find endpoints near this process, and log which were chosen and why.
 
-It never chooses a simulated fleet, and never a service that costs money and is known only by a
-variable that may be set for something else.
+It never chooses a simulated fleet, nor a paid service that is known only by a variable that may be
+set for another purpose.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .sources import FileSource, RegistrySource, get_trusted_key
 _REGISTRY_FILES: Final = ("aegis_registry_url.txt", "local_runs/aegis_registry_url.txt")
 _FILES: Final = ("aegis_endpoints.txt", "local_runs/aegis_endpoints.txt", "endpoints.txt")
 PORTS: Final = tuple(range(8000, 8012))
-"""Where vLLM listens by default, and Aegis' instances of one node."""
+"""Default port of vLLM, and ports of Aegis' instances on one node."""
 
 _OLLAMA: Final = "http://127.0.0.1:11434"
 _FIRST_PATH: Final = "sophia/vllm"
@@ -34,7 +34,7 @@ _QUICK_S: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """Something that was found, or why nothing was found there."""
+    """One place that was searched: its endpoints, or why it has none."""
 
     name: str
     endpoint_set: EndpointSet | None = None
@@ -47,44 +47,44 @@ async def choose_endpoints(
     folder: Path,
     ports: Sequence[int] | None = None,
 ) -> EndpointSet:
-    """Return the first place whose endpoints answer and serve the model.
+    """Return the first endpoints found that answer and serve the model.
 
-    Tried in this order: the registry and the endpoints file of Aegis in the working directory
-    (or ``endpoints.txt``), servers on this host, Ollama, and FIRST when its variables are set.
+    Tried in this order: the registry and the endpoints file of Aegis in the working directory (or
+    ``endpoints.txt``), servers on this host, Ollama, and FIRST if its variables are set.
 
     Args:
         config: The settings.
         environment: The process's variables.
         folder: The working directory.
-        ports: Where to look for servers on this host, in place of the usual ones.
+        ports: Ports to probe on this host, in place of the usual ones.
 
     Raises:
-        ConfigurationError: There is none; says what was looked at, and what to set.
+        ConfigurationError: None fits; the message lists what was tried, and what to set.
     """
     reasons = []
     key = get_endpoints_key(config.endpoints)
     async for candidate in _candidates(key, environment, folder, ports or PORTS):
-        place, reason = candidate.endpoint_set, candidate.reason
-        if place is not None:
-            fitting = await _probe_candidate(config, place)
+        endpoint_set, reason = candidate.endpoint_set, candidate.reason
+        if endpoint_set is not None:
+            fitting = await _probe_candidate(config, endpoint_set)
             if isinstance(fitting, EndpointSet):
                 return replace(fitting, reason=f"auto chose {candidate.name}: {fitting.reason}")
             reason = fitting
         reasons.append(f"{candidate.name}: {reason}")
-    raise ConfigurationError(_nothing(reasons, environment))
+    raise ConfigurationError(_explain_none(reasons, environment))
 
 
-async def _probe_candidate(config: RunConfig, place: EndpointSet) -> EndpointSet | str:
-    """Ask a place; return it with what it said, or why it does not fit."""
-    found = await place.probe(_QUICK_S)
-    name = config.model.name or place.model
+async def _probe_candidate(config: RunConfig, endpoint_set: EndpointSet) -> EndpointSet | str:
+    """Probe endpoints; return them with the results, or why they do not fit."""
+    found = await endpoint_set.probe(_QUICK_S)
+    name = config.model.name or endpoint_set.model
     try:
         matched = select_model(found, name, config.endpoints.models)
     except ConfigurationError as error:
         return error.message
     if matched.simulated:
-        return "a simulated fleet, which auto never chooses (endpoints.file would)"
-    return replace(place, probe_results=tuple(found), model=name, reason=_why(matched))
+        return "a simulated fleet, which auto never chooses (name it in endpoints.file instead)"
+    return replace(endpoint_set, probe_results=tuple(found), model=name, reason=_why(matched))
 
 
 def _why(matched: SelectedModel) -> str:
@@ -109,7 +109,7 @@ async def _candidates(
 
 
 def _line(path: Path) -> str | None:
-    """Return the first line of a small file, or None when there is none."""
+    """Return the first line of a small file, or None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").strip().partition("\n")[0]
     except (OSError, UnicodeDecodeError):
@@ -138,11 +138,11 @@ async def _file(name: str, path: Path, key: str) -> _Candidate:
 
 async def _this_host(ports: Sequence[int], key: str) -> _Candidate:
     name = f"this host, ports {ports[0]} to {ports[-1]}"
-    place = EndpointSet(tuple(EndpointSpec(f"http://127.0.0.1:{port}", key) for port in ports))
-    there = [found for found in await place.probe(_QUICK_S) if found.reachable]
-    if not there:
+    local = EndpointSet(tuple(EndpointSpec(f"http://127.0.0.1:{port}", key) for port in ports))
+    up = [found for found in await local.probe(_QUICK_S) if found.reachable]
+    if not up:
         return _Candidate(name, reason="no model server answers")
-    return _Candidate(name, EndpointSet(tuple(f.spec for f in there), probe_results=tuple(there)))
+    return _Candidate(name, EndpointSet(tuple(f.spec for f in up), probe_results=tuple(up)))
 
 
 def _ollama(environment: Mapping[str, str]) -> _Candidate:
@@ -167,25 +167,25 @@ def _first(environment: Mapping[str, str]) -> _Candidate:
             paths=[f"{cluster}/{framework}"],
             token=SecretStr(environment["FIRST_API_KEY"]),
         )
-        place = make_gateway_set(first, None)
+        gateway = make_gateway_set(first, None)
     except ConfigurationError as error:
         return _Candidate("FIRST", reason=error.message)
     except ValueError:
         reason = "FIRST_API_KEY or FIRST_API_BASE is malformed"
         return _Candidate("FIRST", reason=reason)
     model = environment.get("FIRST_MODEL") or None
-    return _Candidate(f"FIRST at {address}", replace(place, model=model))
+    return _Candidate(f"FIRST at {address}", replace(gateway, model=model))
 
 
-def _nothing(reasons: Sequence[str], environment: Mapping[str, str]) -> str:
-    lines = ["endpoints: auto found no endpoints. Looked at:", *(f"  {r}" for r in reasons)]
+def _explain_none(reasons: Sequence[str], environment: Mapping[str, str]) -> str:
+    lines = ["endpoints: auto found no endpoints. Tried:", *(f"  {r}" for r in reasons)]
     lines.append(
         "Set endpoints.urls, endpoints.file, endpoints.hosts or endpoints.first; or start a "
         "server on this host; or set FIRST_API_KEY (with FIRST_API_BASE and FIRST_MODEL)."
     )
     if environment.get("OPENAI_API_KEY"):
         lines.append(
-            "OPENAI_API_KEY is set, but what costs money is used only when it is named: "
+            "OPENAI_API_KEY is set, but a paid service is used only if it is configured: "
             "endpoints: {urls: [https://api.openai.com/v1], api_key: ${OPENAI_API_KEY}}"
         )
     return "\n".join(lines)

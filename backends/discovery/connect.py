@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 
 
 def make_fleet_policy(config: RunConfig, endpoint_set: EndpointSet | None = None) -> FleetPolicy:
-    """Return how one process drives the fleet.
+    """Return how one process uses the fleet.
 
-    Quotas hold for the run; where several workers share it, each gets its part.
+    Quotas hold for the whole run; if several workers share it, each gets its part.
 
     Args:
         config: The settings.
@@ -76,20 +76,20 @@ def make_fleet_policy(config: RunConfig, endpoint_set: EndpointSet | None = None
     )
 
 
-def _make_rate_limit(config: RunConfig, place: EndpointSet | None) -> RateLimitPolicy:
+def _make_rate_limit(config: RunConfig, endpoint_set: EndpointSet | None) -> RateLimitPolicy:
     limits, share = config.limits, config.backend.concurrent_shards
-    gateway = place.requests_per_s if place is not None else None
+    gateway = endpoint_set.requests_per_s if endpoint_set is not None else None
     rates = [rate for rate in (limits.requests_per_s, gateway) if rate is not None]
     return RateLimitPolicy(
         requests_per_s=min(rates) / share if rates else None,
         tokens_per_min=limits.tokens_per_min / share if limits.tokens_per_min else None,
-        # A gateway counts each second by itself: what was saved up would be refused.
+        # A gateway counts each second separately: it refuses a burst of saved-up requests.
         burst=1.0 if gateway is not None else None,
     )
 
 
 def apply_limits(limits: LimitsConfig, spec: EndpointSpec) -> EndpointSpec:
-    """Return an endpoint with the limits that hold for each, unless it has its own."""
+    """Return an endpoint with the configured per-endpoint limits, unless it has its own."""
     return replace(
         spec,
         max_in_flight=spec.max_in_flight or limits.endpoint_streams,
@@ -98,27 +98,30 @@ def apply_limits(limits: LimitsConfig, spec: EndpointSpec) -> EndpointSpec:
     )
 
 
-_LOOK_S: Final = 2.0
-_SHARE: Final = 10.0
+_POLL_S: Final = 2.0
+_POLL_FACTOR: Final = 10.0
 
 logger = logging.getLogger(__name__)
 
 
 def check_cache(config: RunConfig) -> None:
-    """Check, without writing, that answers can be kept where the settings say.
+    """Check, without writing, that the configured cache folder can be used.
+
+    A folder that only workers can access is not checked.
 
     Raises:
-        ConfigurationError: They cannot. Nothing is said of a folder that only workers reach.
+        ConfigurationError: The folder cannot be used.
     """
     remote = config.backend.is_remote and not config.backend.workers_share_folder
     if config.cache in ("off", "run") or remote:
         return
     path = Path(config.cache)
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise ConfigurationError(f"cache: {there} is no folder; name another, or say cache: off")
-    if not os.access(there, os.W_OK | os.X_OK):
-        msg = f"cache: {there} cannot be written to; name another folder, or say cache: off"
+    existing = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not existing.is_dir():
+        msg = f"cache: {existing} is not a folder; set another path, or cache: off"
+        raise ConfigurationError(msg)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        msg = f"cache: {existing} is not writable; set another folder, or cache: off"
         raise ConfigurationError(msg)
 
 
@@ -126,13 +129,13 @@ def check_cache(config: RunConfig) -> None:
 async def open_cache(
     config: RunConfig, simulated: bool, own_folder: Path | None
 ) -> AsyncIterator[RequestCache | None]:
-    """Open the answers that the settings name; None when each request is to be sent.
+    """Open the configured response cache; yield None if every request must be sent.
 
     Args:
         config: The settings.
-        simulated: Whether the fleet is.
-        own_folder: The run's own folder for them; None where it cannot be reached: a worker then
-            keeps them as long as it lives.
+        simulated: Whether the fleet is simulated.
+        own_folder: The run's own cache folder; None if it cannot be accessed: a worker then caches
+            in a temporary folder until it exits.
 
     Raises:
         ConfigurationError: The folder cannot be used.
@@ -166,8 +169,8 @@ async def open_cache(
 
 @asynccontextmanager
 async def _follow_cache(store: ResponseCache) -> AsyncIterator[None]:
-    """Read on what other processes keep while the block runs."""
-    following = asyncio.create_task(_poll_cache(store), name="follow kept answers")
+    """Load responses that other processes cache, while the block runs."""
+    following = asyncio.create_task(_poll_cache(store), name="follow the response cache")
     try:
         yield
     finally:
@@ -176,25 +179,28 @@ async def _follow_cache(store: ResponseCache) -> AsyncIterator[None]:
 
 
 async def _poll_cache(store: ResponseCache) -> None:
-    """Read what other processes keep, again and again; less often where that takes long."""
+    """Load responses that other processes cache, periodically; less often if that takes long."""
     took, warned = 0.0, False
     while True:
-        await asyncio.sleep(max(_LOOK_S, _SHARE * took))
+        await asyncio.sleep(max(_POLL_S, _POLL_FACTOR * took))
         began = time.monotonic()
         try:
             await asyncio.to_thread(store.refresh)
-        except OSError as error:  # a cleared folder, or a file system that is away for a while
+        except OSError as error:  # a cleared folder, or a file system that is briefly unavailable
             if not warned:
-                logger.warning("cache: others' answers cannot be read at the moment: %s", error)
+                logger.warning(
+                    "cache: cannot read responses that other processes cached (will retry): %s",
+                    error,
+                )
             warned = True
         took = time.monotonic() - began
 
 
-_SAY_S: Final = 60.0
+_REPORT_S: Final = 60.0
 
 
 class _HasReady(Protocol):
-    """Endpoints that were asked."""
+    """Endpoints that were probed."""
 
     @property
     def ready(self) -> int:
@@ -215,19 +221,19 @@ async def wait_for_endpoints(
     report: Callable[[str], None],
     most: Callable[[], int | None] = _unknown,
 ) -> T:
-    """Ask again and again until as many endpoints are ready as the settings want.
+    """Probe repeatedly until as many endpoints are ready as the settings require.
 
     Args:
-        ask: Asks all endpoints that are there.
-        endpoints: How many are wanted, and how long that is waited for.
-        report: Tells the user what is waited for: when it changes, and once a minute.
-        most: Tells how many can still be ready in the end, or None where nobody knows; may block.
+        ask: Probes all known endpoints.
+        endpoints: How many are required, and how long to wait for them.
+        report: Reports the state to the user: when it changes, and once a minute.
+        most: Returns how many can become ready at most, or None if that is unknown; may block.
 
     Raises:
-        RunStoppedError: They have not come in time, or cannot come any more.
+        RunStoppedError: They are not ready in time, or cannot become ready any more.
         ConfigurationError: They serve another model, or waiting does not help for another reason.
     """
-    begun, told, said = time.monotonic(), "", float("-inf")
+    begun, reported, reported_at = time.monotonic(), "", float("-inf")
     while True:
         found: T | None = None
         try:
@@ -237,31 +243,31 @@ async def wait_for_endpoints(
             state = f"0 of {endpoints.least} ready ({error.message})"
         if found is not None and found.ready >= endpoints.least:
             return found
-        can = await asyncio.to_thread(most)
-        if can is not None and can < endpoints.least:
+        possible = await asyncio.to_thread(most)
+        if possible is not None and possible < endpoints.least:
             msg = (
-                f"endpoints: {state}, and no more than {can} can be, for servers were given up "
-                f"({endpoints.file}/logs/*.failed); nothing was asked, and the same command goes "
-                "on when they are there"
+                f"endpoints: {state}, and at most {possible} can become ready, because servers "
+                f"failed ({endpoints.file}/logs/*.failed); no request was sent; fix the servers "
+                "and run the same command again"
             )
             raise RunStoppedError(msg)
         waited = time.monotonic() - begun
         if waited >= endpoints.wait_s:
             msg = (
                 f"endpoints: {state} after {waited:.0f} s (endpoints.least, endpoints.wait_s); "
-                "nothing was asked, and the same command goes on when they are there"
+                "no request was sent; run the same command again when they are ready"
             )
             raise RunStoppedError(msg)
-        if state != told or waited - said >= _SAY_S:
-            report(f"endpoints: {state}; waiting, {endpoints.wait_s - waited:.0f} s more at most")
-            told, said = state, waited
+        if state != reported or waited - reported_at >= _REPORT_S:
+            report(f"endpoints: {state}; waiting up to {endpoints.wait_s - waited:.0f} s more")
+            reported, reported_at = state, waited
         await asyncio.sleep(min(endpoints.refresh_s, endpoints.wait_s - waited))
 
 
 _WARNED: Final = 5
 
 choice_logger = logging.getLogger(f"{__name__}.choice")
-"""Tells what ``auto`` chose, and what is waited for; the command line always shows it."""
+"""Logs what ``auto`` chose and what fanfold waits for; the command line always shows it."""
 
 
 def make_model_params(config: RunConfig, name: str) -> ModelParams:
@@ -280,14 +286,14 @@ def make_model_params(config: RunConfig, name: str) -> ModelParams:
 async def open_endpoint_set(
     config: RunConfig, written: Mapping[str, Any]
 ) -> AsyncIterator[EndpointSet]:
-    """Return where the settings say that the model is served; start it, if it is simulated.
+    """Yield the configured endpoints; start the fleet if it is simulated.
 
     Args:
         config: The settings.
         written: The ``endpoints`` section as the user wrote it.
 
     Raises:
-        ConfigurationError: The list of endpoints cannot be had, or ``auto`` finds none.
+        ConfigurationError: The list of endpoints cannot be read, or ``auto`` finds none.
     """
     endpoints = config.endpoints
     if endpoints.simulated is not None:
@@ -308,15 +314,15 @@ async def open_endpoint_set(
 
 @dataclass(frozen=True, slots=True)
 class ReadyEndpoints:
-    """Endpoints that are up, and what they serve.
+    """Endpoints that are up, and the model that they serve.
 
     Attributes:
         specs: The endpoints.
         model: The model's name.
         simulated: Whether they are simulated.
-        absent: A line for each endpoint that did not answer, or is left out.
-        endpoint_set: Where they come from, when that may change or is special.
-        ready: How many answer, as far as they were asked.
+        absent: A line for each endpoint that did not answer, or is excluded.
+        endpoint_set: Where they come from, if that may change or is special.
+        ready: How many answer, among those that were probed.
     """
 
     specs: tuple[EndpointSpec, ...]
@@ -331,28 +337,28 @@ class ReadyEndpoints:
 async def open_ready_endpoints(
     config: RunConfig, written: Mapping[str, Any], model: str | None = None
 ) -> AsyncIterator[ReadyEndpoints]:
-    """Start the simulated fleet, or ask the configured endpoints what they serve.
+    """Start the simulated fleet, or probe the configured endpoints.
 
-    Where the settings say so, it is waited for endpoints that are not there yet.
+    Waits for endpoints that are not up yet if the settings ask for it.
 
     Args:
         config: The settings.
         written: The ``endpoints`` section as the user wrote it.
-        model: The model's name when it was settled before; else the configured one.
+        model: The model's name if it is already settled; else the configured one.
 
     Raises:
         ConfigurationError: No endpoint answers, or none serves the model.
-        RunStoppedError: Those that are waited for have not come.
+        RunStoppedError: The required endpoints are not ready in time.
     """
     if config.endpoints.simulated is not None:
-        async with open_endpoint_set(config, written) as place:
-            yield ReadyEndpoints(place.specs, make_simulation_spec(config).model, simulated=True)
+        async with open_endpoint_set(config, written) as found:
+            yield ReadyEndpoints(found.specs, make_simulation_spec(config).model, simulated=True)
         return
 
     async def ask() -> ReadyEndpoints:
-        async with open_endpoint_set(config, written) as place:
+        async with open_endpoint_set(config, written) as found:
             return await find_ready_endpoints(
-                place, model or config.model.name, config.endpoints.models
+                found, model or config.model.name, config.endpoints.models
             )
 
     if config.endpoints.waits_for_endpoints:
@@ -363,22 +369,27 @@ async def open_ready_endpoints(
 
 
 async def find_ready_endpoints(
-    place: EndpointSet, model: str | None, names: Mapping[str, str]
+    endpoint_set: EndpointSet, model: str | None, names: Mapping[str, str]
 ) -> ReadyEndpoints:
-    """Ask endpoints what they serve, and check that it fits.
+    """Probe endpoints, and check that they fit the run.
 
     Args:
-        place: The endpoints.
+        endpoint_set: The endpoints.
         model: The model's name, or None for the one that they serve.
         names: Served id to model's name, where they differ.
 
     Raises:
-        ConfigurationError: No endpoint answers, none serves the model, the model is not
-            settled, or simulated endpoints stand beside real ones.
+        ConfigurationError: No endpoint answers, none serves the model, the model is not settled, or
+            simulated and real endpoints are mixed.
     """
-    matched = select_model(await place.probe(), model or place.model, names)
+    matched = select_model(await endpoint_set.probe(), model or endpoint_set.model, names)
     return ReadyEndpoints(
-        matched.specs, matched.model, matched.simulated, matched.absent, place, matched.ready
+        matched.specs,
+        matched.model,
+        matched.simulated,
+        matched.absent,
+        endpoint_set,
+        matched.ready,
     )
 
 
@@ -386,50 +397,51 @@ async def find_ready_endpoints(
 async def open_fleet(
     config: RunConfig, ready: ReadyEndpoints, cache: RequestCache | None = None
 ) -> AsyncIterator[Fleet]:
-    """Open the fleet over endpoints that are up; warn of those that are not.
+    """Open the fleet over endpoints that are up; warn about those that are not.
 
-    Its members follow their list while the block runs, where that may change.
+    If the list of endpoints may change, the fleet follows it while the block runs.
 
     Args:
         config: The settings.
         ready: The endpoints.
-        cache: Answers that equal requests share, or None.
+        cache: Cache of responses to equal requests, or None.
     """
-    place = ready.endpoint_set
-    if place is not None and place.reason is not None:
-        choice_logger.info("endpoints: %s", place.reason)
+    endpoint_set = ready.endpoint_set
+    if endpoint_set is not None and endpoint_set.reason is not None:
+        choice_logger.info("endpoints: %s", endpoint_set.reason)
     for line in ready.absent[:_WARNED]:
         logger.warning("endpoint %s", line)
     if len(ready.absent) > _WARNED:
         logger.warning("… and %d more endpoints", len(ready.absent) - _WARNED)
-    policy = make_fleet_policy(config, place)
+    policy = make_fleet_policy(config, endpoint_set)
     specs = [apply_limits(config.limits, spec) for spec in ready.specs]
     async with Fleet(specs, policy, simulated=ready.simulated, cache=cache) as fleet:
-        if place is None or place.source is None:
+        if endpoint_set is None or endpoint_set.source is None:
             yield fleet
             return
         admit, every_s = _admission(config, ready), config.endpoints.refresh_s
-        async with follow_source(fleet, place.source, place.specs, admit, every_s):
+        async with follow_source(fleet, endpoint_set.source, endpoint_set.specs, admit, every_s):
             yield fleet
 
 
-def _admission(config: RunConfig, serving: ReadyEndpoints) -> AdmitEndpoints:
-    """Return what says which endpoints that join a run fit it."""
+def _admission(config: RunConfig, ready: ReadyEndpoints) -> AdmitEndpoints:
+    """Return a function that selects the new endpoints that fit the run."""
 
     async def admit(specs: list[EndpointSpec]) -> list[EndpointSpec]:
         found = await probe_models(specs, PROBE_TIMEOUT_S)
         if not any(one.reachable for one in found):
             return [apply_limits(config.limits, spec) for spec in specs]
         try:
-            matched = select_model(found, serving.model, config.endpoints.models)
+            matched = select_model(found, ready.model, config.endpoints.models)
         except ConfigurationError as error:
-            logger.warning("%d endpoints are left out: %s", len(specs), error.message)
+            logger.warning("%d new endpoints excluded: %s", len(specs), error.message)
             return []
         for line in matched.absent:
             logger.warning("endpoint %s", line)
-        if matched.simulated is not serving.simulated:
+        if matched.simulated is not ready.simulated:
             logger.warning(
-                "%d endpoints are left out: simulated and real ones never mix", len(specs)
+                "%d new endpoints excluded: simulated and real endpoints must not be mixed",
+                len(specs),
             )
             return []
         return [apply_limits(config.limits, spec) for spec in matched.specs]
@@ -440,7 +452,7 @@ def _admission(config: RunConfig, serving: ReadyEndpoints) -> AdmitEndpoints:
 def make_chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
     """Return the fleet as a LangChain chat model.
 
-    Behind a gateway answers come whole, also where a stream is asked for.
+    Behind a gateway a stream yields the whole answer at once.
     """
     # LangChain takes half a second to import, and workers seldom need it
     from ..fleet.langchain import ChatFleet  # noqa: PLC0415
@@ -453,7 +465,7 @@ def make_chat_fleet(fleet: Fleet, params: ModelParams) -> ChatFleet:
 def make_chat_client(
     fleet: Fleet, params: ModelParams, traced: bool
 ) -> FleetClient | LangChainClient:
-    """Return the fleet's door for item graphs: LangChain's when calls are to be traced."""
+    """Return the chat client for item graphs: LangChain's if calls are traced, else the fleet's."""
     if traced:
         from ..fleet.langchain import LangChainClient  # noqa: PLC0415 - as above
 

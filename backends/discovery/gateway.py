@@ -1,4 +1,4 @@
-"""FIRST gateway and tokens from a command."""
+"""The FIRST gateway, and tokens from a command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Gateway:
     """Deployments behind one gateway.
 
     Attributes:
-        base: Its address, up to the clusters' names.
+        base: Its address, without cluster and framework.
         specs: One endpoint per deployment, each with the label ``cluster/framework``.
     """
 
@@ -44,21 +44,21 @@ class Gateway:
     def from_paths(
         cls, base: str, paths: Sequence[str], key: ApiKey, proxied: bool = True
     ) -> Gateway:
-        """Name the deployments.
+        """Build a gateway from the paths of its deployments.
 
         Args:
             base: The gateway's address.
             paths: ``cluster/framework`` of each deployment.
             key: The token, or where it comes from.
-            proxied: Whether the environment's proxy variables count.
+            proxied: Whether the environment's proxy variables apply.
 
         Raises:
-            ConfigurationError: The address is no URL, or a path is none.
+            ConfigurationError: The address or a path is malformed.
         """
         root = normalize_base_url(base.rstrip("/")).removesuffix("/v1")
         for path in paths:
             if not _PATH.fullmatch(path):
-                msg = f"{path!r} is no cluster/framework, such as sophia/vllm"
+                msg = f"{path!r} is not a cluster/framework path, such as sophia/vllm"
                 raise ConfigurationError(msg)
         return cls(
             root,
@@ -69,13 +69,13 @@ class Gateway:
         )
 
     async def probe_models(self, timeout_s: float = 10.0) -> list[ProbeResult]:
-        """Ask which models the deployments serve, by one request.
+        """Ask in one request which models the deployments serve.
 
         Args:
             timeout_s: Longest wait for the answer, in seconds.
 
         Returns:
-            One finding per deployment.
+            One result per deployment.
 
         Raises:
             RunStoppedError: The token cannot be fetched.
@@ -88,14 +88,14 @@ class Gateway:
             if answer.status == _UNAUTHORIZED and await first.renew_key(headers):
                 answer = await self._ask(transport, first, await first.headers(), timeout_s)
         except TimeoutError:
-            return self._lost(f"no answer within {timeout_s:g} s")
+            return self._make_unreachable(f"no answer within {timeout_s:g} s")
         except aiohttp.ClientError as error:
-            return self._lost(describe_error(error))
+            return self._make_unreachable(describe_error(error))
         finally:
             await transport.aclose()
         clusters = _clusters(answer)
         if clusters is None:
-            return self._lost(_refusal(answer))
+            return self._make_unreachable(_refusal(answer))
         seconds = time.monotonic() - started
         return [_make_result(spec, clusters, seconds) for spec in self.specs]
 
@@ -105,7 +105,7 @@ class Gateway:
         url = f"{self.base}/list-endpoints"
         return await transport.get(url, headers, timeout_s, first.spec.proxied)
 
-    def _lost(self, error: str) -> list[ProbeResult]:
+    def _make_unreachable(self, error: str) -> list[ProbeResult]:
         return [ProbeResult(spec, spec.label or spec.url, error=error) for spec in self.specs]
 
 
@@ -121,11 +121,11 @@ def _clusters(answer: HTTPAnswer) -> Mapping[str, Any] | None:
 
 
 def _refusal(answer: HTTPAnswer) -> str:
-    complaint = ErrorBody.parse(answer.mask_keys().body)
+    error = ErrorBody.parse(answer.mask_keys().body)
     hint = " (is the token still valid?)" if answer.status == _UNAUTHORIZED else ""
-    if complaint.html:
-        hint = " (a web page came: check base_url and any proxy in between)"
-    return f"HTTP {answer.status}: {complaint.message}{hint}"
+    if error.html:
+        hint = " (the answer is a web page: check base_url and proxies)"
+    return f"HTTP {answer.status}: {error.message}{hint}"
 
 
 def _make_result(spec: EndpointSpec, clusters: Mapping[str, Any], seconds: float) -> ProbeResult:
@@ -137,32 +137,32 @@ def _make_result(spec: EndpointSpec, clusters: Mapping[str, Any], seconds: float
         return ProbeResult(spec, label, error=f"the gateway has {', '.join(known) or 'nothing'}")
     offered = frameworks[framework]
     if _CHAT not in (offered.get("endpoints") or [_CHAT]):
-        return ProbeResult(spec, label, error="it offers no chat completions")
+        return ProbeResult(spec, label, error="the deployment offers no chat completions")
     models = tuple(m for m in offered.get("models") or () if isinstance(m, str))
     return ProbeResult(spec, label, models, latency_s=seconds)
 
 
 _LOG: Final = logging.getLogger(__name__)
 _LONGEST: Final = 64 * 1024
-"""Bytes that a command may print; a token takes a few thousand."""
+"""Limit of bytes that a command may print; a token takes a few thousand."""
 
 
 class CommandToken:
-    """The key of an endpoint, by a command of the user's.
+    """The key of an endpoint, printed by a command of the user's.
 
-    The command runs beside the loop and without a shell; what it prints is never shown. However
-    many calls need the key, it runs once.
+    The command runs in a subprocess without a shell; its output is never shown. It runs once, no
+    matter how many calls need the key.
 
     Args:
         command: The command line.
         where: The setting that holds it, for messages.
         timeout_s: Longest time that it may take, in seconds.
         pause_s: A key that is refused within so many seconds of the last refusal is not fetched
-            anew: gateways remember refusals for a minute, and a new login is for a person.
+            again: gateways remember refusals for a minute, and only a person can log in again.
         clock: Monotonic time in seconds.
 
     Raises:
-        ConfigurationError: The command line cannot be read.
+        ConfigurationError: The command line is malformed.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class CommandToken:
         try:
             self._command = shlex.split(command)
         except ValueError as error:
-            raise ConfigurationError(f"{where}: is no command line: {error}") from None
+            raise ConfigurationError(f"{where}: invalid command line: {error}") from None
         if not self._command:
             raise ConfigurationError(f"{where}: is empty")
         self._where = where
@@ -188,7 +188,7 @@ class CommandToken:
         self._lock = asyncio.Lock()
 
     async def __call__(self) -> str:
-        """Return the key, running the command for the first call.
+        """Return the key; the first call runs the command.
 
         Raises:
             RunStoppedError: The command failed.
@@ -201,7 +201,7 @@ class CommandToken:
             return self._key
 
     async def renew(self, refused: str) -> None:
-        """Run the command again after a refusal, unless that was done already.
+        """Run the command again after a refusal, unless another call already did.
 
         Args:
             refused: The key that was refused.
@@ -216,7 +216,7 @@ class CommandToken:
                 return
             self._renewed = now
             self._key = await self._fetch()
-            _LOG.info("%s: the key was refused and has been fetched anew", self._where)
+            _LOG.info("%s: key refused; fetched a new one", self._where)
 
     async def _fetch(self) -> str:
         try:
@@ -227,8 +227,8 @@ class CommandToken:
             raise self._make_error(f"cannot be started: {error.strerror}") from None
         try:
             async with asyncio.timeout(self._timeout_s):
-                said = await _read_output(child)
-                if said is not None:
+                output = await _read_output(child)
+                if output is not None:
                     await child.wait()
         except TimeoutError:
             raise self._make_error(f"printed no key within {self._timeout_s:g} s") from None
@@ -236,24 +236,24 @@ class CommandToken:
             if child.returncode is None:
                 child.kill()
                 await child.wait()
-        if said is None:
+        if output is None:
             raise self._make_error(f"printed more than {_LONGEST:,} bytes")
         if child.returncode:
             raise self._make_error(f"failed with exit status {child.returncode}")
-        key = said.decode("ascii", "replace").strip()
+        key = output.decode("ascii", "replace").strip()
         if not key or not key.isascii() or not key.isprintable() or " " in key:
-            raise self._make_error("printed something else than one key")
+            raise self._make_error("did not print exactly one key")
         return key
 
     def _make_error(self, problem: str) -> RunStoppedError:
         return RunStoppedError(
-            f"{self._where}: the command {self._command[0]!r} {problem}; run it by hand to see "
-            "why (a new login may be due)"
+            f"{self._where}: the command {self._command[0]!r} {problem}; run it manually to see "
+            "why (you may need to log in again)"
         )
 
 
 async def _read_output(child: asyncio.subprocess.Process) -> bytes | None:
-    """Return what a command prints, or None as soon as it is too long for a key."""
+    """Return the output of a command, or None as soon as it is too long for a key."""
     assert child.stdout is not None, "it is a pipe"
     blocks, size = list[bytes](), 0
     while block := await child.stdout.read(_LONGEST):

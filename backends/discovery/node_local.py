@@ -1,4 +1,4 @@
-"""Endpoints that answer only on their own node: whom a worker asks there."""
+"""Endpoints that only answer on their own node: how a worker finds them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .sources import FileSource, get_trusted_key, parse_endpoints_file
 ENDPOINTS_VARIABLE: Final = "FANFOLD_ENDPOINTS"
 """Variable of a worker: base URLs of its node's endpoints, separated by blanks or commas."""
 PORT_VARIABLES: Final = ("FANFOLD_PORT", "PORT")
-"""Variables of a worker: port of the one server on its node."""
+"""Variables of a worker: port of the only server on its node."""
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 
@@ -39,16 +39,16 @@ _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 async def ready_endpoints(
     config: RunConfig, written: Mapping[str, Any], model: str | None = None
 ) -> AsyncIterator[ReadyEndpoints]:
-    """Ask the endpoints what they serve, unless each worker has endpoints of its own.
+    """Probe the endpoints, unless each worker has endpoints of its own.
 
     Args:
         config: The settings.
         written: The ``endpoints`` section as the user wrote it.
-        model: The model's name when it was settled before; else the configured one.
+        model: The model's name if it is already settled; else the configured one.
 
     Raises:
         ConfigurationError: No endpoint answers, none serves the model, or the model is not named
-            and nobody can be asked from here.
+            and the endpoints cannot be probed from here.
     """
     if not config.backend.node_endpoints:
         async with open_ready_endpoints(config, written, model) as up:
@@ -58,8 +58,8 @@ async def ready_endpoints(
     name, simulated = model or config.model.name, own or is_simulated_command(config)
     if name is None and not own:
         msg = (
-            "backend.node_endpoints: the nodes' endpoints cannot be asked from here what they "
-            "serve; set model.name"
+            "backend.node_endpoints: the nodes' endpoints cannot be probed from here, so the "
+            "model is unknown; set model.name"
         )
         raise ConfigurationError(msg)
     yield ReadyEndpoints((), name or "", simulated)
@@ -73,22 +73,21 @@ async def node_endpoints(
     simulated: bool,
     get_stop_reason: Callable[[], str | None],
 ) -> AsyncIterator[ReadyEndpoints]:
-    """Return what a worker asks on its own node.
+    """Yield the endpoints that a worker uses on its own node.
 
-    A simulated fleet is started there; so are the servers of ``node.serve``, unless they are
-    there already, or the variable ``FANFOLD_ENDPOINTS`` names others.
+    A simulated fleet is started here. So are the servers of ``node.serve``, unless they already run
+    or the variable ``FANFOLD_ENDPOINTS`` names others.
 
     Args:
         config: The settings.
         written: The ``endpoints`` section as the user wrote it.
         model: The run's model.
         simulated: Whether the run is simulated.
-        get_stop_reason: Tells why servers are waited for no longer, or None; may block for a
-            moment.
+        get_stop_reason: Returns why to stop waiting for servers, or None; may block briefly.
 
     Raises:
-        BackendError: Nothing says where this node's endpoints are.
-        RunStoppedError: The node's servers do not come up; with their last lines.
+        BackendError: The endpoints of this node are not configured.
+        RunStoppedError: The node's servers do not start; with their last log lines.
         ConfigurationError: The settings do not fit this node.
     """
     if config.endpoints.simulated is not None:
@@ -101,7 +100,7 @@ async def node_endpoints(
             source = _NodeServers(plan, FileSource(file, key))
             try:
                 specs = tuple(await source.list_endpoints())
-            except NoEndpointError as error:  # it was there a moment ago
+            except NoEndpointError as error:  # the servers were ready a moment ago
                 raise RunStoppedError(f"{get_host_name()}: {error.message}") from None
             yield ReadyEndpoints(specs, model, simulated, endpoint_set=EndpointSet(specs, source))
     else:
@@ -109,7 +108,7 @@ async def node_endpoints(
 
 
 class _NodeServers:
-    """The servers of this node, until they are given up.
+    """The servers of this node, until they have failed for good.
 
     Args:
         plan: What is served.
@@ -123,8 +122,8 @@ class _NodeServers:
         """Return the servers that are ready.
 
         Raises:
-            NoEndpointError: None is at present.
-            RunStoppedError: None will be any more.
+            NoEndpointError: No server is ready at present.
+            RunStoppedError: All servers have failed for good.
         """
         try:
             return await self._source.list_endpoints()
@@ -134,16 +133,16 @@ class _NodeServers:
 
 
 def get_servers_folder(config: RunConfig) -> Path:
-    """Return the folder to which nodes write whom they serve.
+    """Return the folder in which nodes list their endpoints.
 
     Raises:
-        ConfigurationError: The settings name none.
+        ConfigurationError: The settings name no folder.
     """
     folder = config.backend.registry or config.endpoints.file
     if folder is None:
         msg = (
-            "node.serve: set backend.registry, a folder that all nodes reach, to which each writes "
-            "its endpoints"
+            "node.serve: set backend.registry to a folder that all nodes can access; each node "
+            "writes its endpoints there"
         )
         raise ConfigurationError(msg)
     return Path(folder)
@@ -157,19 +156,19 @@ def find_node_specs(
 ) -> list[EndpointSpec]:
     """Return the endpoints of this node.
 
-    The first that is there counts: the variable ``FANFOLD_ENDPOINTS``; those of the configured
-    endpoints that name this host or loopback; the file ``backend.registry``/HOST, an endpoints
-    file; and ``http://127.0.0.1:$FANFOLD_PORT`` or ``$PORT``.
+    The first source that exists is used: the variable ``FANFOLD_ENDPOINTS``; those configured
+    endpoints that name this host or loopback; the endpoints file ``backend.registry``/HOST; and
+    ``http://127.0.0.1:$FANFOLD_PORT`` or ``$PORT``.
 
     Args:
         config: The settings.
         written: The ``endpoints`` section as the user wrote it.
-        environment: Variables; the process's own by default.
-        host: Name of this host; asked of the system by default.
+        environment: Variables; by default those of the process.
+        host: Name of this host; by default the one that the system reports.
 
     Raises:
-        BackendError: None of them is there.
-        ConfigurationError: One is there and cannot be read.
+        BackendError: None of the sources exists.
+        ConfigurationError: A source exists but cannot be read.
     """
     environment = os.environ if environment is None else environment
     host = host or get_host_name()
@@ -186,9 +185,8 @@ def find_node_specs(
         if port := environment.get(name):
             return [EndpointSpec(f"http://127.0.0.1:{port}", key)]
     msg = (
-        f"{host}: nothing says where this node's endpoints are: set {ENDPOINTS_VARIABLE} or PORT "
-        "where "
-        "workers run, name them in endpoints, or write one file per host into backend.registry"
+        f"{host}: the endpoints of this node are not configured: set {ENDPOINTS_VARIABLE} or PORT "
+        "on the workers, list them in endpoints, or write one file per host to backend.registry"
     )
     raise BackendError(msg)
 

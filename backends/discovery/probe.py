@@ -1,4 +1,4 @@
-"""Ask endpoints what they serve; agree on one model."""
+"""Ask endpoints which models they serve; select one model."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _SHOWN: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What one endpoint said about itself.
+    """What one endpoint reports about itself.
 
     Attributes:
         spec: The endpoint.
         label: Its name, without credentials.
         models: Ids that it serves.
-        max_model_len: Context length in tokens by model id, where the server says so.
+        max_model_len: Context length in tokens by model id, if the server reports it.
         simulated: Whether it is part of a simulated fleet.
         latency_s: Time to its answer in seconds, or None.
         error: Why it did not answer, or None.
@@ -47,7 +47,7 @@ class ProbeResult:
 
     @property
     def reachable(self) -> bool:
-        """Whether it answered with a list of models."""
+        """Return True if it answered with a list of models."""
         return self.error is None
 
 
@@ -59,7 +59,7 @@ async def probe_models(specs: Sequence[EndpointSpec], timeout_s: float = 5.0) ->
         timeout_s: Longest wait for one of them, in seconds.
 
     Returns:
-        One finding per endpoint, in the same order; unreachable ones carry the reason.
+        One result per endpoint, in the same order; unreachable ones have the reason in ``error``.
 
     Raises:
         ConfigurationError: A URL is malformed.
@@ -112,12 +112,12 @@ def _make_unreachable(endpoint: Endpoint, error: str) -> ProbeResult:
 
 
 def describe_error(error: aiohttp.ClientError) -> str:
-    """Return why an endpoint or a gateway could not be asked."""
+    """Return why a request to an endpoint or a gateway failed."""
     return str(error) if isinstance(error, BodyTooLargeError) else f"cannot connect: {error}"
 
 
 def _models(answer: HTTPAnswer) -> list[dict[str, Any]] | None:
-    """Return the entries of a list of models, or None when the answer is none."""
+    """Return the entries of a list of models, or None if the answer is not such a list."""
     if answer.status != _OK:
         return None
     try:
@@ -132,13 +132,13 @@ def _models(answer: HTTPAnswer) -> list[dict[str, Any]] | None:
 
 @dataclass(frozen=True, slots=True)
 class CheckedModel:
-    """Endpoints that agree with the run.
+    """Endpoints that fit the run.
 
     Attributes:
         model: The model's id.
         specs: Endpoints that serve it, and those that did not answer yet.
         simulated: Whether they are a simulated fleet.
-        max_model_len: Smallest context length among them in tokens, or None when unknown.
+        max_model_len: Smallest context length among them in tokens, or None if unknown.
         unreachable: Labels and reasons of those that did not answer.
     """
 
@@ -150,26 +150,28 @@ class CheckedModel:
 
 
 def check_models(found: Sequence[ProbeResult], name: str | None) -> CheckedModel:
-    """Settle on one model and drop the endpoints that do not serve it.
+    """Select one model and drop the endpoints that do not serve it.
 
     Args:
-        found: What the endpoints said.
+        found: Probe results of the endpoints.
         name: The configured model, or None for the only one that all serve.
 
     Raises:
         NoEndpointError: None is reachable.
-        ConfigurationError: None serves the model, several models and no name, or simulated and
-            real endpoints together.
+        ConfigurationError: None serves the model, several models and no name, or simulated and real
+            endpoints together.
     """
     there = [f for f in found if f.reachable]
     if not there:
         reasons = "; ".join(f"{f.label}: {f.error}" for f in found[:_SHOWN])
-        raise NoEndpointError(f"no endpoint answers: {reasons}. Check endpoints, or start them")
+        raise NoEndpointError(
+            f"no endpoint answers: {reasons}. Check endpoints, or start the servers"
+        )
     simulated = {f.simulated for f in there}
     if len(simulated) > 1:
         first = next(f.label for f in there if f.simulated)
         raise ConfigurationError(
-            f"endpoints mixes simulated ({first}, …) and real servers; their answers never mix"
+            f"endpoints mixes simulated ({first}, …) and real servers; use either kind alone"
         )
     model = name or _only_model(there)
     serving = [f for f in there if f.spec.model or model in f.models]
@@ -189,7 +191,7 @@ def check_models(found: Sequence[ProbeResult], name: str | None) -> CheckedModel
 
 
 def _sized(found: ProbeResult, model: str) -> EndpointSpec:
-    """Return an endpoint with the context length that it named, unless one is configured."""
+    """Return an endpoint with the context length that it reported, unless one is configured."""
     length = dict(found.max_model_len).get(found.spec.model or model)
     return replace(found.spec, max_model_len=found.spec.max_model_len or length)
 
@@ -204,7 +206,7 @@ def _only_model(found: Sequence[ProbeResult]) -> str:
         return common.pop()
     raise ConfigurationError(
         f"set model.name: the endpoints serve {', '.join(_list_served(found))}"
-        + ("" if common else ", and no model is served by all")
+        + ("" if common else ", and no model is served by all of them")
     )
 
 
@@ -213,13 +215,13 @@ _MODELS_SHOWN: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class SelectedModel:
-    """Endpoints that agree with the run.
+    """Endpoints that fit the run, each with its own id of the model.
 
     Attributes:
         model: The model's name.
         specs: Endpoints that serve it, and those that did not answer yet.
         simulated: Whether they are a simulated fleet.
-        absent: A line for each endpoint that did not answer, or is left out.
+        absent: A line for each endpoint that did not answer, or is excluded.
         ready: How many answer and serve it.
     """
 
@@ -233,18 +235,18 @@ class SelectedModel:
 def select_model(
     found: Sequence[ProbeResult], name: str | None, names: Mapping[str, str]
 ) -> SelectedModel:
-    """Settle on one model, and on the id by which each endpoint knows it.
+    """Select one model, and find the id under which each endpoint serves it.
 
-    An endpoint that its list tags with a model (``model=…``) is held to it.
+    An endpoint that its list tags with a model (``model=…``) is used for that model only.
 
     Args:
-        found: What the endpoints said.
+        found: Probe results of the endpoints.
         name: The model's name, or None for the only one that all serve.
         names: Served id to model's name, where they differ.
 
     Raises:
-        ConfigurationError: No endpoint answers, none serves the model, the model is not
-            settled, or simulated endpoints stand beside real ones.
+        ConfigurationError: No endpoint answers, none serves the model, the model is not settled, or
+            simulated and real endpoints are mixed.
     """
     settled = check_models([_translate_ids(one, names) for one in found], name)
     matches = [_match_endpoint(one, names, settled.model) for one in found]
@@ -258,7 +260,7 @@ def select_model(
 
 
 def _translate_ids(found: ProbeResult, names: Mapping[str, str]) -> ProbeResult:
-    """Put the run's names in place of the served ids."""
+    """Replace the served ids by the run's names."""
     return replace(
         found,
         spec=replace(found.spec, model=None),
@@ -273,7 +275,7 @@ def _list_offered(found: ProbeResult) -> list[str]:
 def _match_endpoint(
     found: ProbeResult, names: Mapping[str, str], model: str
 ) -> EndpointSpec | None:
-    """Return the endpoint with its id of the model, or None when it does not serve it."""
+    """Return the endpoint with its id of the model, or None if it does not serve it."""
     offered = _list_offered(found)
     if not found.reachable:
         offered = [model if found.spec.model is None else found.spec.model]
@@ -296,6 +298,6 @@ def _absent(
         if spec is None:
             serves = ", ".join(one.models[:_MODELS_SHOWN]) or one.spec.model or "nothing"
             tag = f" (tagged {one.spec.model})" if one.spec.model else ""
-            yield f"{one.label} is left out: it serves {serves}{tag}, not {model}"
+            yield f"{one.label} excluded: it serves {serves}{tag}, not {model}"
         elif one.error:
             yield f"{one.label} does not answer yet: {one.error}"

@@ -35,21 +35,21 @@ from .sources import (
 
 PROBE_TIMEOUT_S: Final = 5.0
 _PORT: Final = 8000
-"""Where vLLM listens by default, and Aegis' first instance of a node."""
+"""Default port of vLLM, and of Aegis' first instance on a node."""
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointSet:
-    """Where a model may be served.
+    """Endpoints that may serve the model, and where their list comes from.
 
     Attributes:
         specs: The endpoints.
-        source: Their list, when it may change during a run.
+        source: Their list, if it may change during a run.
         gateway: The gateway that they are behind, or None for nodes.
         requests_per_s: The gateway's quota, or None.
-        probe_results: What they said, when they were asked already.
-        model: The model's name, when the place settles it and the settings do not.
-        reason: Why the place was chosen, when nobody named it.
+        probe_results: Results of a probe, if they were probed already.
+        model: The model's name, if the environment sets it and the settings do not.
+        reason: Why ``auto`` chose them, or None.
     """
 
     specs: tuple[EndpointSpec, ...]
@@ -61,10 +61,10 @@ class EndpointSet:
     reason: str | None = None
 
     async def probe(self, timeout_s: float = PROBE_TIMEOUT_S) -> list[ProbeResult]:
-        """Return what the endpoints say of themselves.
+        """Probe the endpoints, unless that was done already.
 
         Raises:
-            ConfigurationError: The gateway's token cannot be had.
+            ConfigurationError: The gateway's token cannot be fetched.
         """
         if self.probe_results is not None:
             return list(self.probe_results)
@@ -79,13 +79,13 @@ class EndpointSet:
 def list_endpoint_specs(
     endpoints: EndpointsConfig, written: Mapping[str, Any]
 ) -> list[EndpointSpec]:
-    """Return the endpoints that can be named without asking anybody.
+    """Return the endpoints that the settings name, without sending a request.
 
     A registry and ``auto`` name none.
 
     Args:
         endpoints: The settings, variables expanded.
-        written: The same as the user wrote them: what may be shown.
+        written: The same as the user wrote them: this may be shown.
 
     Raises:
         ConfigurationError: None given, a malformed URL, an unreadable file, no key.
@@ -105,7 +105,7 @@ def list_endpoint_specs(
 
 
 def check_endpoint_set(endpoints: EndpointsConfig, written: Mapping[str, Any]) -> None:
-    """Check what can be said of the endpoints without asking anybody.
+    """Check the endpoint settings without sending a request.
 
     Raises:
         ConfigurationError: Something is malformed, or cannot be read.
@@ -130,7 +130,7 @@ def get_endpoints_key(endpoints: EndpointsConfig) -> str:
     """Return the key of all endpoints.
 
     Raises:
-        ConfigurationError: It was written out, and a run folder did not keep it.
+        ConfigurationError: The key was given literally, so the run folder does not store it.
     """
     key = endpoints.api_key.get_secret_value()
     if key == MASKED:
@@ -140,16 +140,16 @@ def get_endpoints_key(endpoints: EndpointsConfig) -> str:
 
 def _explain_masked(where: str) -> str:
     return (
-        f"{where}: a run folder does not keep a key that was written out; give it "
-        f"again, best by a variable: --set '{where}=${{VAR}}'"
+        f"{where}: a run folder does not store a key that was given literally; give it "
+        f"again, preferably by a variable: --set '{where}=${{VAR}}'"
     )
 
 
 def open_registry(endpoints: EndpointsConfig) -> RegistrySource:
-    """Return Aegis' registry.
+    """Return the source for Aegis' registry.
 
     Raises:
-        ConfigurationError: Its URL is none.
+        ConfigurationError: Its URL is malformed.
     """
     url = endpoints.aegis_registry or ""
     check_setting_url("endpoints.aegis_registry", url)
@@ -188,10 +188,10 @@ def _from_urls(
 
 
 def check_setting_url(where: str, url: str) -> str:
-    """Return a base URL in one spelling.
+    """Return a normalized base URL.
 
     Raises:
-        ConfigurationError: It is none, or holds a password; names the setting.
+        ConfigurationError: It is malformed, or contains a password; the message names the setting.
     """
     if "@" in url.partition("//")[2].partition("/")[0]:
         raise ConfigurationError(f"{where}: no user or password in a URL; use api_key: ${{VAR}}")
@@ -244,7 +244,7 @@ def expand_hosts(text: str, environment: Mapping[str, str]) -> Iterator[str]:
         environment: The variables.
 
     Raises:
-        ConfigurationError: The variable is not set, the file cannot be read, or the list.
+        ConfigurationError: The variable is not set, or the file or the list cannot be read.
     """
     text = _expand_variable(text, environment)
     if "/" not in text:
@@ -260,12 +260,12 @@ def expand_hosts(text: str, environment: Mapping[str, str]) -> Iterator[str]:
         msg = f"endpoints.hosts: {text}: cannot be read: {reason}"
         raise ConfigurationError(msg) from None
     if not hosts:
-        raise ConfigurationError(f"endpoints.hosts: {text} names no host")
+        raise ConfigurationError(f"endpoints.hosts: {text} lists no host")
     yield from hosts
 
 
 def _expand_variable(text: str, environment: Mapping[str, str]) -> str:
-    """Return what a variable holds, or a text that names none as it is.
+    """Return the value of a variable, or the text unchanged if it names no variable.
 
     Raises:
         ConfigurationError: The variable is not set.
@@ -275,15 +275,15 @@ def _expand_variable(text: str, environment: Mapping[str, str]) -> str:
     name = text[1:]
     if not environment.get(name):
         msg = (
-            f"endpoints.hosts: the environment variable {name} is not set: it is there inside "
-            "a job of the scheduler; elsewhere name the hosts"
+            f"endpoints.hosts: the environment variable {name} is not set: the scheduler sets it "
+            "inside a job; outside a job list the hosts"
         )
         raise ConfigurationError(msg)
     return environment[name]
 
 
 HOST_VARIABLES: Final = ("FANFOLD_HOST", "SLURMD_NODENAME")
-"""Variables that name the node; the system is asked where none is set."""
+"""Variables that name the node; if none is set, the system's host name is used."""
 NODES_VARIABLE: Final = "FANFOLD_NODES"
 """Variable of a job's coordinator: how many nodes serve."""
 _ADDRESS: Final = re.compile(r"[\d.]+|.*:.*")
@@ -299,15 +299,15 @@ def get_host_name(environment: Mapping[str, str] | None = None) -> str:
 
 
 def shorten_host(host: str) -> str:
-    """Return a host's name without its domain, in small letters; an address as it is."""
+    """Return a host's name without its domain, in lower case; an address is unchanged."""
     return host if _ADDRESS.fullmatch(host) else host.lower().partition(".")[0]
 
 
 def has_own_servers(config: RunConfig) -> bool:
-    """Say whether fanfold starts the model servers.
+    """Return True if fanfold starts the model servers.
 
-    It does not where somebody else has: Aegis, by its registry or its endpoints file, a gateway, a
-    simulated fleet, or what ``auto`` finds.
+    It does not if the servers come from Aegis (by its registry or its endpoints file), a gateway, a
+    simulated fleet, or ``auto``.
     """
     endpoints = config.endpoints
     if config.node.serve is None:
@@ -318,9 +318,9 @@ def has_own_servers(config: RunConfig) -> bool:
 
 
 def count_possible_servers(config: RunConfig, environment: Mapping[str, str]) -> int | None:
-    """Return how many servers of a job can be ready in the end; blocks.
+    """Return how many servers of a job can become ready at most; blocks.
 
-    None where nobody says how many nodes the job has, or it does not serve.
+    Returns None if the job's number of nodes is unknown, or if the job does not serve.
 
     Args:
         config: The settings.
@@ -334,7 +334,7 @@ def count_possible_servers(config: RunConfig, environment: Mapping[str, str]) ->
 
 
 def is_simulated_command(config: RunConfig) -> bool:
-    """Say whether the command serves a simulated fleet, whose answers mean nothing."""
+    """Return True if the command serves a simulated fleet, whose answers are meaningless."""
     return config.node.serve is not None and MODULE in shlex.split(config.node.serve)
 
 
@@ -344,16 +344,16 @@ def make_node_plan(
     host: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> NodePlan:
-    """Return what is to be served on this node.
+    """Return the servers to run on this node.
 
     Args:
         config: The settings.
         folder: The servers folder.
-        host: The node's name; asked of the environment by default.
-        environment: Variables; the process's own by default.
+        host: The node's name; by default from the environment.
+        environment: Variables; by default those of the process.
 
     Raises:
-        ConfigurationError: Something is missing, or does not fit this node.
+        ConfigurationError: A setting is missing, or does not fit this node.
     """
     environment = os.environ if environment is None else environment
     node, host = config.node, host or get_host_name(environment)
@@ -362,23 +362,25 @@ def make_node_plan(
         raise ConfigurationError(msg)
     if MASKED in node.serve:
         msg = (
-            "node.serve: a run folder does not keep a secret that was written out; write it as "
-            "${VAR} and set the variable on the nodes"
+            "node.serve: a run folder does not store a secret that was given literally; write it "
+            "as ${VAR} and set the variable on the nodes"
         )
         raise ConfigurationError(msg)
     words = split_command(node.serve, COMMAND_FIELDS)
-    told = node.accelerators
-    ids = list_accelerators(told.variable, told.ids, told.count, environment)
+    accelerators = node.accelerators
+    ids = list_accelerators(
+        accelerators.variable, accelerators.ids, accelerators.count, environment
+    )
     named = find_names(words)
     if "model" in named and config.model.name is None:
-        raise ConfigurationError("node.serve names {model}: set model.name")
+        raise ConfigurationError("node.serve contains {model}: set model.name")
     if "gpus" in named and not ids:
-        raise ConfigurationError("node.serve names {gpus}: set node.accelerators")
+        raise ConfigurationError("node.serve contains {gpus}: set node.accelerators")
     for name, value in node.env.items():
         if value == MASKED:
             msg = (
-                f"node.env.{name}: a run folder does not keep a secret that was written out; give "
-                f"it by a variable: --set 'node.env.{name}=${{VAR}}'"
+                f"node.env.{name}: a run folder does not store a secret that was given literally; "
+                f"give it by a variable: --set 'node.env.{name}=${{VAR}}'"
             )
             raise ConfigurationError(msg)
     key = get_endpoints_key(config.endpoints)
@@ -390,7 +392,7 @@ def make_node_plan(
             words,
             ports=node.ports,
             instances=node.instances,
-            variable=told.variable,
+            variable=accelerators.variable,
             ids=ids,
             env=node.env,
             model=config.model.name or "",

@@ -28,7 +28,7 @@ from ..fleet.transport import Transport
 _LOG: Final = logging.getLogger(__name__)
 _HOST_PORT: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+):(\d{1,5})")
 _SWARM_PORT: Final = 8000
-"""Aurora-Swarm's default, where a line names no port."""
+"""Aurora-Swarm's default, used if a line has no port."""
 
 _MAX_PORT: Final = 65535
 _COMMENT: Final = "#"
@@ -38,7 +38,7 @@ def read_endpoints_file(path: Path, api_key: ApiKey = NO_KEY) -> list[EndpointSp
     """Read an endpoints file.
 
     Raises:
-        ConfigurationError: The file cannot be read, or a line of it.
+        ConfigurationError: The file cannot be read, or one of its lines is malformed.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -48,14 +48,14 @@ def read_endpoints_file(path: Path, api_key: ApiKey = NO_KEY) -> list[EndpointSp
 
 
 def get_trusted_key(path: Path, key: ApiKey) -> ApiKey:
-    """Return the key for the endpoints that a file names: none where others can write the file.
+    """Return the key for the endpoints in a file: no key if others can write the file.
 
     Args:
         path: The file.
         key: The key of the settings.
 
     Raises:
-        OSError: The file cannot be looked at.
+        OSError: The file's status cannot be read.
     """
     if key == NO_KEY or (reason := find_path_risk(path)) is None:
         return key
@@ -64,12 +64,12 @@ def get_trusted_key(path: Path, key: ApiKey) -> ApiKey:
 
 
 def warn_untrusted(path: Path, reason: str) -> None:
-    """Tell that the endpoints of a file get no key."""
+    """Warn that the endpoints in a file get no key."""
     _LOG.warning("the endpoints in %s get no API key: %s", path, reason)
 
 
 def parse_endpoints_file(text: str, name: str, api_key: ApiKey = NO_KEY) -> list[EndpointSpec]:
-    """Read the endpoints of a file.
+    """Parse the text of an endpoints file.
 
     Args:
         text: The file's text.
@@ -77,11 +77,11 @@ def parse_endpoints_file(text: str, name: str, api_key: ApiKey = NO_KEY) -> list
         api_key: Key for all of them.
 
     Returns:
-        One entry per endpoint, in the file's order, duplicates dropped.
+        One entry per endpoint, in the file's order, without duplicates.
 
     Raises:
-        NoEndpointError: There is none.
-        ConfigurationError: A line cannot be read; with the line's number.
+        NoEndpointError: The file lists no endpoint.
+        ConfigurationError: A line is malformed; with the line's number.
     """
     specs: dict[str, EndpointSpec] = {}
     for number, raw in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
@@ -94,7 +94,7 @@ def parse_endpoints_file(text: str, name: str, api_key: ApiKey = NO_KEY) -> list
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}, line {number}: {error.message}") from error
     if not specs:
-        raise NoEndpointError(f"{name}: the file names no endpoint")
+        raise NoEndpointError(f"{name}: the file lists no endpoint")
     return list(specs.values())
 
 
@@ -106,11 +106,11 @@ def _parse_line(line: str, api_key: ApiKey) -> EndpointSpec:
         return _spec(first, columns, api_key)
     if match := _HOST_PORT.fullmatch(first):
         if columns and columns[0].isdigit():
-            raise ConfigurationError(f"{first!r} names a port, and column 2 another")
+            raise ConfigurationError(f"{first!r} has a port, but column 2 is another port")
         return _spec(f"http://{match[1]}:{_port(match[2])}", columns, api_key)
     if ":" in first:
         raise ConfigurationError(
-            f"{first!r} is neither host, host:port nor URL (IPv6 goes in brackets: [::1]:8000)"
+            f"{first!r} is not a host, host:port or URL (write IPv6 in brackets: [::1]:8000)"
         )
     port = _SWARM_PORT
     if columns and columns[0].isdigit():
@@ -121,7 +121,7 @@ def _parse_line(line: str, api_key: ApiKey) -> EndpointSpec:
 def _port(digits: str) -> int:
     port = int(digits)
     if not 0 < port <= _MAX_PORT:
-        raise ConfigurationError(f"port {digits} is not in 1 to {_MAX_PORT}")
+        raise ConfigurationError(f"port {digits} is out of range (1 to {_MAX_PORT})")
     return port
 
 
@@ -131,7 +131,7 @@ def _spec(url: str, columns: Iterable[str], api_key: ApiKey) -> EndpointSpec:
         most = int(tags["max_in_flight"]) if "max_in_flight" in tags else None
         weight = float(tags.get("weight", "1"))
     except ValueError as error:
-        raise ConfigurationError(f"{redact_url(url)}: tag is no number: {error}") from error
+        raise ConfigurationError(f"{redact_url(url)}: a tag is not a number: {error}") from error
     if weight <= 0 or (most is not None and most < 1):
         raise ConfigurationError(f"{redact_url(url)}: weight and max_in_flight must be positive")
     return EndpointSpec(url, api_key, model=tags.get("model"), max_in_flight=most, weight=weight)
@@ -139,34 +139,34 @@ def _spec(url: str, columns: Iterable[str], api_key: ApiKey) -> EndpointSpec:
 
 @dataclass(frozen=True, slots=True)
 class _Host:
-    """What a host's file held when it was last read."""
+    """Content of a host's file when it was last read."""
 
     stamp: tuple[object, ...]
     specs: tuple[EndpointSpec, ...]
 
 
 class HostsFolder:
-    """The endpoints of all hosts; files are read only when they changed.
+    """The endpoints of all hosts; files are read only after they changed.
 
-    Hidden files and folders inside it are no hosts. A file that cannot be read leaves its host as
-    it was, and is reported once.
+    Hidden files and folders inside it are ignored. If a file cannot be read, its host keeps its
+    endpoints, and the error is logged once.
 
     Args:
         path: The folder.
-        key: Key of all endpoints, as long as nobody else can write the folder and the files.
+        key: Key of all endpoints, as long as no other user can write the folder and the files.
     """
 
     def __init__(self, path: Path, key: ApiKey = NO_KEY) -> None:
         self._path, self._key = path, key
         self._hosts = dict[str, _Host]()
-        self._trouble = dict[str, str]()
+        self._errors = dict[str, str]()
         self._warned = set[str]()
 
     def read(self) -> list[EndpointSpec]:
-        """Return the endpoints that are there now, each once; blocks.
+        """Return the endpoints that are listed now, each once; blocks.
 
         Raises:
-            NoEndpointError: None is there.
+            NoEndpointError: No endpoint is listed.
             ConfigurationError: The folder cannot be read.
         """
         try:
@@ -199,14 +199,14 @@ class HostsFolder:
                 stamp, tuple(parse_endpoints_file(text, file.path, self._key_for(file, reason)))
             )
         except FileNotFoundError:
-            return None  # it has left since the folder was listed
+            return None  # it was removed since the folder was listed
         except NoEndpointError:
             return _Host(stamp, ())
         except (OSError, UnicodeDecodeError, ConfigurationError) as error:
             text = f"{file.path}: {error}"
-            if self._trouble.get(file.name) != text:
-                _LOG.warning("endpoints of host %s stay as they are: %s", file.name, text)
-            self._trouble[file.name] = text
+            if self._errors.get(file.name) != text:
+                _LOG.warning("endpoints of host %s are unchanged: %s", file.name, text)
+            self._errors[file.name] = text
             return known
 
     def _key_for(self, file: os.DirEntry[str], reason: str | None) -> ApiKey:
@@ -226,7 +226,7 @@ _OK: Final = 200
 _MOST_PORT: Final = 65535
 
 AdmitEndpoints: TypeAlias = Callable[[list[EndpointSpec]], Awaitable[Sequence[EndpointSpec]]]
-"""Returns those of new endpoints that fit the run."""
+"""Returns those of the new endpoints that fit the run."""
 
 
 class EndpointSource(Protocol):
@@ -237,17 +237,17 @@ class EndpointSource(Protocol):
 
         Raises:
             ConfigurationError: The list cannot be read now.
-            RunStoppedError: Nothing will be listed any more.
+            RunStoppedError: No endpoint will be listed any more.
         """
         ...
 
 
 class FileSource:
-    """An endpoints file, or a folder with one per host; read only when they changed.
+    """An endpoints file, or a folder with one file per host; read only after it changed.
 
     Args:
-        path: File or folder; a link is followed anew at each look.
-        key: Key of all endpoints in it, as long as nobody else can write it.
+        path: File or folder; a link is resolved anew at each poll.
+        key: Key of all endpoints in it, as long as no other user can write it.
     """
 
     def __init__(self, path: Path, key: ApiKey = NO_KEY) -> None:
@@ -282,19 +282,19 @@ class FileSource:
 
 
 class RegistrySource:
-    """Aegis' registry: a hint who is there; whether they work is seen by asking them.
+    """Aegis' registry: it only hints at which servers exist; probing shows whether they work.
 
-    Its heartbeat lags behind its own freshness window, so that healthy servers come and go in
-    its list. One that is missing is kept until it has been missing for a while.
+    Its heartbeat lags behind its own freshness window, so healthy servers come and go in its list.
+    A missing server is kept until it has been missing for ``patience`` polls.
 
     Args:
         url: The registry, e.g. ``http://head:8471``.
         key: Key of the endpoints.
-        patience: Looks in a row that a server may be missing.
+        patience: Polls in a row for which a server may be missing.
         timeout_s: Longest wait for the registry's answer, in seconds.
 
     Raises:
-        ConfigurationError: The URL is none.
+        ConfigurationError: The URL is malformed.
     """
 
     def __init__(
@@ -308,7 +308,7 @@ class RegistrySource:
         self._missing = Counter[str]()
 
     async def list_endpoints(self) -> list[EndpointSpec]:
-        """Return the servers that the registry lists, or listed lately."""
+        """Return the servers that the registry lists, or listed recently."""
         listed = {spec.url: spec for spec in self._specs(await self._services())}
         self._missing = Counter({u: self._missing[u] + 1 for u in self._known if u not in listed})
         kept = {u: s for u, s in self._known.items() if self._missing[u] < self._patience}
@@ -327,7 +327,7 @@ class RegistrySource:
         except (aiohttp.ClientError, TimeoutError) as error:
             reason = str(error) or f"no answer within {self._timeout_s:g} s"
             raise NoEndpointError(
-                f"endpoints.aegis_registry: {self._url} cannot be asked: {reason}"
+                f"endpoints.aegis_registry: cannot query {self._url}: {reason}"
             ) from None
         except orjson.JSONDecodeError:
             document = None
@@ -335,7 +335,7 @@ class RegistrySource:
             await transport.aclose()
         if not isinstance(document, list):
             raise ConfigurationError(
-                f"endpoints.aegis_registry: {self._url} is no registry of Aegis: HTTP "
+                f"endpoints.aegis_registry: {self._url} is not an Aegis registry: HTTP "
                 f"{answer.status} without a list of services"
             )
         return [service for service in document if isinstance(service, dict)]
@@ -364,14 +364,14 @@ async def follow_source(
 ) -> AsyncIterator[None]:
     """Keep a fleet's members equal to a list that may change, while the block runs.
 
-    A list that cannot be read changes nothing, and is reported once.
+    If the list cannot be read, the fleet is unchanged, and the error is logged once.
 
     Args:
         fleet: The fleet.
         source: The list.
-        listed: What it held when the fleet was opened.
-        admit: Says which of the endpoints that join fit the run.
-        every_s: Seconds between two looks.
+        listed: Content of the list when the fleet was opened.
+        admit: Returns which of the new endpoints fit the run.
+        every_s: Seconds between two polls.
     """
     task = asyncio.create_task(_follow_changes(fleet, source, listed, admit, every_s))
     try:
@@ -379,7 +379,7 @@ async def follow_source(
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
-            await task  # whatever else ended it is raised here
+            await task  # raises any other error that ended it
 
 
 async def _follow_changes(
@@ -390,13 +390,13 @@ async def _follow_changes(
     every_s: float,
 ) -> None:
     members = {e.url: e.spec for e in fleet.endpoints if not e.retired}
-    seen, trouble = {normalize_base_url(spec.url) for spec in listed}, ""
+    seen, last_error = {normalize_base_url(spec.url) for spec in listed}, ""
     while True:
         await asyncio.sleep(every_s)
         try:
             now = {normalize_base_url(spec.url): spec for spec in await source.list_endpoints()}
             if now.keys() == seen:
-                trouble = ""
+                last_error = ""
                 continue
             fresh = [spec for url, spec in now.items() if url not in seen]
             fitting = (
@@ -405,14 +405,14 @@ async def _follow_changes(
             wanted = {u: s for u, s in (members | fitting).items() if u in now}
             joined, left = fleet.update(list(wanted.values()))
         except ConfigurationError as error:
-            if error.message != trouble:
-                _LOG.warning("the fleet's members stay as they are: %s", error.message)
-            trouble = error.message
+            if error.message != last_error:
+                _LOG.warning("the list of endpoints is unchanged: %s", error.message)
+            last_error = error.message
             continue
         except RunStoppedError as error:
             fleet.stop(error.message)
             return
-        members, seen, trouble = wanted, set(now), ""
+        members, seen, last_error = wanted, set(now), ""
         _LOG.info("endpoints changed: %d joined, %d left, %d now", joined, left, len(wanted))
 
 
@@ -420,11 +420,11 @@ _LIST: Final = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
 _PART: Final = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")
 _RANGE: Final = re.compile(r"(\d+)(?:-(\d+))?")
 _MOST: Final = 100_000
-"""Hosts that one list may name: a typing error must not fill the memory."""
+"""Limit of hosts in one list: a typing error must not fill the memory."""
 
 
 def parse_pbs(text: str) -> list[str]:
-    """Read the text of ``$PBS_NODEFILE``: one host a line, repeated per slot on some systems.
+    """Parse ``$PBS_NODEFILE``: one host a line, repeated per slot on some systems.
 
     Returns:
         The hosts in the file's order, each once.
@@ -443,7 +443,7 @@ def expand_slurm(text: str) -> list[str]:
     """
     names = _LIST.findall(text.strip())
     if not names or ",".join(names) != text.strip():
-        raise ConfigurationError(f"node list {text!r}: brackets or commas are out of place")
+        raise ConfigurationError(f"node list {text!r}: misplaced brackets or commas")
     return list(dict.fromkeys(host for name in names for host in _expand(name)))
 
 
@@ -458,7 +458,7 @@ def _expand(name: str) -> list[str]:
     for part in parts:
         count *= len(part)
     if count > _MOST:
-        raise ConfigurationError(f"node list: {name!r} names {count} hosts; {_MOST} is the most")
+        raise ConfigurationError(f"node list: {name!r} has {count} hosts; the limit is {_MOST}")
     return ["".join(combination) for combination in itertools.product(*parts)]
 
 
@@ -473,7 +473,7 @@ def _members(inside: str, name: str) -> list[str]:
             continue
         low, high = match[1], match[2] or match[1]
         if int(high) < int(low) or int(high) - int(low) >= _MOST:
-            raise ConfigurationError(f"node list: {name!r} has the impossible range {piece!r}")
+            raise ConfigurationError(f"node list: {name!r} has an invalid range: {piece!r}")
         members += [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
     return members
 
@@ -490,10 +490,10 @@ def hosts_to_specs(
 
     Args:
         hosts: Names as the scheduler gave them.
-        port: Port of the first server on each host; the others follow.
+        port: Port of the first server on each host; the others use the next ports.
         per_host: Servers on each host.
-        suffix: Domain of the fast network, put behind the short name (``.hsn.cm.example``),
-            or None to use the names as they are.
+        suffix: Domain of the fast network, appended to the short name (``.hsn.cm.example``), or
+            None to use the names as they are.
         api_key: Key for all of them.
     """
     names = [h if suffix is None else h.split(".")[0] + suffix for h in hosts]

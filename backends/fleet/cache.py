@@ -35,11 +35,11 @@ class CachePolicy:
         self._validators: dict[bytes, jsonschema_rs.Validator | None] = {}
 
     def is_shareable(self, body: Mapping[str, Any]) -> bool:
-        """Say whether a request's answer may be given to equal ones."""
+        """Return True if a request's answer may be given to equal ones."""
         return self._sampled or body.get("temperature") == 0
 
     def is_cacheable(self, body: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
-        """Say whether an answer is whole, no refusal, and what its request asks for."""
+        """Return True if an answer is whole, no refusal, and what its request asks for."""
         wanted = body.get("response_format")
         return not transport.is_empty(document) and all(
             _is_whole(choice) and self._matches_format(wanted, choice["message"])
@@ -77,7 +77,7 @@ def _validator_of(schema: Json) -> jsonschema_rs.Validator | None:
 
 
 def _is_whole(choice: Json) -> bool:
-    """Say whether the model ended a choice by itself, and did not refuse."""
+    """Return True if the model ended a choice by itself, and did not refuse."""
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict) or message.get("refusal"):
         return False
@@ -88,7 +88,7 @@ def _is_whole(choice: Json) -> bool:
 
 
 def _is_callable(call: Json) -> bool:
-    """Say whether a tool can be called: it is named, and its arguments are an object."""
+    """Return True if a tool can be called: it is named, and its arguments are an object."""
     try:
         function = call["function"]
         return bool(function["name"]) and isinstance(orjson.loads(function["arguments"]), dict)
@@ -130,7 +130,7 @@ class ResponseStore(Protocol):
 
     @property
     def contested(self) -> bool:
-        """Say whether other processes may keep answers there at the same time."""
+        """Return True if other processes may keep answers there at the same time."""
         ...
 
     def update_claims(self, requests: Sequence[tuple[bytes, bool]]) -> list[bool]:

@@ -454,14 +454,14 @@ class Endpoint:
         self.accepted += 1
 
     def accepts_others(self, item: CallLog | None, sent: Mapping[str, str], now: float) -> bool:
-        """Say whether it has lately accepted a request of another item with the same key."""
+        """Return True if it has lately accepted a request of another item with the same key."""
         who, headers, when = self._accepted
         if item is not None and who is item:
             _, headers, when = self._accepted_before
         return now - when <= _LATELY_S and headers == sent
 
     def is_proven(self, item: CallLog | None, now: float) -> bool:
-        """Say whether it has lately accepted a request of another item with the present key."""
+        """Return True if it has lately accepted a request of another item with the present key."""
         return self.accepts_others(item, self._headers, now)
 
     def mark(self, now: float) -> RefusalMark:
@@ -469,7 +469,7 @@ class Endpoint:
         return RefusalMark(now, self.accepted, self.throttled)
 
     def refuses_alone(self, item: CallLog | None, mark: RefusalMark) -> bool:
-        """Say whether since ``mark`` it has accepted others, and more than it has refused."""
+        """Return True if since ``mark`` it has accepted others, and more than it has refused."""
         who, _, when = self._accepted
         if item is not None and who is item:
             _, _, when = self._accepted_before
@@ -497,7 +497,7 @@ class Endpoint:
         return self._headers
 
     async def renew_key(self, sent: Mapping[str, str]) -> bool:
-        """Say whether there is another key than the one that was refused.
+        """Return True if there is another key than the one that was refused.
 
         Args:
             sent: The headers of the request that was refused.

@@ -470,7 +470,7 @@ def _join_parts(content: Any) -> str | None:
 
 
 def _is_usage(usage: Any) -> bool:
-    """Say whether all that is read of a usage is as it should be, as nearly always."""
+    """Return True if all that is read of a usage is as it should be, as nearly always."""
     if not isinstance(usage, dict):
         return False
     for name in _COUNTS:

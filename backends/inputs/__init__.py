@@ -1,1 +1,1 @@
-"""From the user's files to a store of items: read, check everything, keep on disk."""
+"""Inputs: read and check the user's files, and write the items to a store."""

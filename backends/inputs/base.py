@@ -1,4 +1,4 @@
-"""Sources, input summary, messages, RDKit helpers."""
+"""Input specification, row sources, input summary, messages and RDKit helpers."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ OnDuplicate: TypeAlias = Literal["error", "first", "suffix"]
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """Where the items come from and how they are named.
+    """Source and naming of a run's items.
 
     Attributes:
         path: A csv, tsv, jsonl, ndjson, parquet or smi file, or a folder of .txt and .md files.
         dataset: Name of a dataset that comes with fanfold or with an extra.
         items: Rows already in memory.
-        id: Column with the items' names. None: the dataset's own id column; the file name for a
-            folder; the key ``id`` for ``items`` if any of them has it; else row numbers from 1.
+        id: Column of item names. None: the dataset's own id column; the file name for a folder;
+            the key ``id`` for ``items`` if any item has it; otherwise row numbers from 1.
         limit: Number of items after which reading stops, at least 1; None reads all.
-        on_duplicate: What a repeated id means: an error; ``first`` keeps the first row;
-            ``suffix`` names the others ``x#2``, ``x#3``, ….
-        smiles: Column to check with RDKit; items that it cannot parse carry a problem.
+        on_duplicate: How to treat a repeated id: ``error`` refuses it; ``first`` keeps the first
+            row; ``suffix`` names the others ``x#2``, ``x#3``, ….
+        smiles: Column to check with RDKit; items that RDKit cannot parse carry a problem.
 
     Raises:
-        InputError: Not exactly one of path, dataset and items, or a limit below 1.
+        InputError: Not exactly one of path, dataset and items is given, or the limit is below 1.
     """
 
     path: Path | None = None
@@ -43,7 +43,7 @@ class InputSpec:
     smiles: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself before any file is opened."""
+        """Refuse contradictory values before any file is opened."""
         given = [key for key in ("path", "dataset", "items") if getattr(self, key) is not None]
         if len(given) != 1:
             found = " and ".join(f"input.{key}" for key in given) or "none of them"
@@ -59,11 +59,11 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True)
 class SkippedRow:
-    """A row that became no item.
+    """Row that was skipped.
 
     Attributes:
-        id: The row's name.
-        reason: Why it was left out.
+        id: Name of the row.
+        reason: Why it was skipped.
     """
 
     id: str
@@ -72,14 +72,14 @@ class SkippedRow:
 
 @dataclass(frozen=True, slots=True)
 class InputSummary:
-    """What the input holds, once read and checked.
+    """Result of reading and checking an input.
 
     Attributes:
         items: Number of items.
         columns: Names of the columns over all items, in order of appearance.
         digest: BLAKE2b (128 bits, hexadecimal) over ids and rows in order, after the limit.
-        skipped: The rows left out, at most the first 1,000.
-        skipped_total: Number of rows left out.
+        skipped: The skipped rows, at most the first 1,000.
+        skipped_total: Number of skipped rows.
         invalid: Number of items that carry a problem.
         source: The input in words, e.g. ``molecules.csv`` or ``dataset molecules``.
         first: The first item.
@@ -98,12 +98,12 @@ class InputSummary:
 NCI_DATASET: Final = "rdkit-nci5k"
 
 SmilesCheck: TypeAlias = Callable[[Json], str | None]
-"""Tells what is wrong with a SMILES, or None."""
+"""Returns what is wrong with a SMILES, or None."""
 
 
 @contextmanager
 def open_smiles_check(feature: str = "checking SMILES") -> Iterator[SmilesCheck]:
-    """Lend a check of SMILES; RDKit's own log is silent meanwhile.
+    """Yield a check of SMILES; silence RDKit's own log meanwhile.
 
     Args:
         feature: What needs RDKit, for the message.
@@ -123,10 +123,9 @@ def open_smiles_check(feature: str = "checking SMILES") -> Iterator[SmilesCheck]
 
 
 def find_nci_file() -> Path:
-    """Find the NCI molecules inside RDKit: ``smiles``, white space, ``mol_id`` on each line.
+    """Return the path of the NCI molecules in RDKit.
 
-    Returns:
-        The path of the file.
+    Each line is ``smiles``, white space, ``mol_id``.
 
     Raises:
         MissingExtraError: RDKit is not installed.
@@ -136,22 +135,21 @@ def find_nci_file() -> Path:
         from rdkit import RDConfig  # noqa: PLC0415 - the extra 'chem' may be absent
     except ImportError as error:
         feature = (
-            f"'dataset: {NCI_DATASET}' (or take 'dataset: molecules', 20 molecules without RDKit)"
+            f"'dataset: {NCI_DATASET}' (or use 'dataset: molecules', 20 molecules without RDKit)"
         )
         raise MissingExtraError(feature, "chem") from error
     path = Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi"
     if not path.is_file():
         raise InputError(
-            f"'dataset: {NCI_DATASET}' needs {path}, which this build of RDKit lacks; install "
-            "RDKit's "
-            "wheel (pip install rdkit), or take 'dataset: molecules'"
+            f"'dataset: {NCI_DATASET}' needs {path}, which is missing in this build of RDKit; "
+            "install RDKit's wheel (pip install rdkit), or use 'dataset: molecules'"
         )
     return path
 
 
 def _check_smiles(parse: Callable[[str], Any], value: Json) -> str | None:
     if not isinstance(value, str):
-        return f"SMILES {value!r} is no text"
+        return f"SMILES {value!r} is not text"
     if not value.strip():
         return "SMILES is blank"
     return None if parse(value) is not None else f"SMILES {value!r} cannot be parsed by RDKit"
@@ -168,13 +166,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def missing_column_error(where: str, name: str, user: str, there: Collection[str]) -> InputError:
-    """Return the error for a column that something needs and the input lacks.
+    """Return the error for a required column that the input does not have.
 
     Args:
-        where: The file, or the place of the row.
+        where: The file, or the position of the row.
         name: The column.
         user: What needs it, e.g. ``"input.id"``.
-        there: The columns that there are.
+        there: The existing columns.
     """
     shown = ", ".join(list(there)[:_SHOWN]) or "none"
     more = ", …" if len(there) > _SHOWN else ""
@@ -186,14 +184,14 @@ def missing_column_error(where: str, name: str, user: str, there: Collection[str
 
 @dataclass(frozen=True, slots=True)
 class RowSource:
-    """Something that yields rows.
+    """Source of rows.
 
     Attributes:
         name: The input in words, for messages and summaries.
-        rows: Opens the input and yields ``(place, row)``; reads no further than it is asked.
-        describe_place: Puts a place in words, e.g. ``a.jsonl, line 7``.
-        id: Column of ids when the user names none; None for row numbers.
-        drop_unparsable: Column of SMILES; rows that RDKit cannot parse become no item.
+        rows: Opens the input and yields ``(position, row)``; reads only as far as it is consumed.
+        describe_place: Returns a position in words, e.g. ``a.jsonl, line 7``.
+        id: Default column of ids; None for row numbers.
+        drop_unparsable: Column of SMILES; rows that RDKit cannot parse are skipped.
         ragged: Whether rows may differ in their columns.
     """
 
@@ -206,12 +204,12 @@ class RowSource:
 
 
 def describe_line(path: Path) -> Callable[[int], str]:
-    """Return a `Source.locate` for text files, whose places are physical lines from 1."""
+    """Return a `RowSource.describe_place` for text files; positions are line numbers from 1."""
     return lambda line: f"{path}, line {line}"
 
 
 def format_id(value: Json) -> str | None:
-    """Write a cell of the id column as an id.
+    """Convert a cell of the id column to an id.
 
     Args:
         value: Text or a number; None counts as blank.

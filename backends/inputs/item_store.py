@@ -1,4 +1,4 @@
-"""Items.arrow: write once, read by index; load_input()."""
+"""Item store (``items.arrow``): written once, read by index; and loading of inputs."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ SCHEMA: Final = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class StoreHeader:
-    """What the store knows about its items.
+    """Metadata of an item store.
 
     Attributes:
         starts: Index of the first item of each batch, ascending from 0.
         items: Number of items.
         columns: Names of the columns over all items.
         digest: Digest over ids and rows, hexadecimal.
-        skipped: Rows left out, the first ones.
-        skipped_total: Number of rows left out.
+        skipped: The first skipped rows.
+        skipped_total: Number of skipped rows.
         invalid: Number of items that carry a problem.
         source: The input in words.
     """
@@ -61,7 +61,7 @@ class StoreHeader:
     source: str
 
     def to_json(self) -> bytes:
-        """Write as JSON."""
+        """Convert to JSON."""
         return orjson.dumps(self)
 
     @classmethod
@@ -69,13 +69,10 @@ class StoreHeader:
         """Read from JSON.
 
         Args:
-            data: What `dumps` wrote.
-
-        Returns:
-            The header.
+            data: Result of `to_json`.
 
         Raises:
-            ValueError: It is no JSON.
+            ValueError: The data is not JSON.
             KeyError: A field is missing.
             TypeError: A field has another type.
         """
@@ -93,12 +90,11 @@ class StoreHeader:
 
 
 class ItemStore:
-    """The items of a run, read from their file by index.
+    """Items of a run, read from their file by index.
 
-    Memory does not grow with the number of items, but for one number for each batch (of at most
-    256 items). The file is not mapped into memory: pages of a map count as the process's memory,
-    and a map whose file shrinks on a shared file system ends the process. Threads may read at the
-    same time.
+    Memory holds one number per batch of at most 256 items and no items. The file is not mapped
+    into memory: pages of a map count as memory of the process, and a map whose file shrinks on a
+    shared file system ends the process. Several threads may read at the same time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -108,7 +104,7 @@ class ItemStore:
             path: The store's path.
 
         Raises:
-            JournalError: There is no such file, or it is no whole item store.
+            JournalError: The file is missing or is not a complete item store.
         """
         self._path = path
         with self._convert_errors():
@@ -136,7 +132,7 @@ class ItemStore:
 
     @property
     def skipped(self) -> tuple[SkippedRow, ...]:
-        """Rows that became no item, the first 1,000."""
+        """The first 1,000 skipped rows."""
         return self._header.skipped
 
     @property
@@ -164,10 +160,7 @@ class ItemStore:
             return list(self._items(lo, hi))
 
     def summary(self) -> InputSummary:
-        """Return what was found when the input was read.
-
-        Returns:
-            The summary, as `spill` gave it.
+        """Return the summary of the input that was written to the store.
 
         Raises:
             JournalError: The file is damaged.
@@ -185,11 +178,11 @@ class ItemStore:
         )
 
     def close(self) -> None:
-        """Release the file; calling it again does nothing."""
+        """Close the file; further calls have no effect."""
         self._file.close()
 
     def __enter__(self) -> Self:
-        """Return the store itself."""
+        """Return the store."""
         return self
 
     def __exit__(
@@ -198,7 +191,7 @@ class ItemStore:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close it."""
+        """Close the file."""
         self.close()
 
     def _items(self, lo: int, hi: int) -> Iterator[Item]:
@@ -220,13 +213,13 @@ class ItemStore:
     def _load_header(self) -> StoreHeader:
         version = (self._reader.schema.metadata or {}).get(VERSION_KEY)
         if version is None:
-            raise ValueError("it holds something else")
+            raise ValueError("it has other content")
         if version.decode() != VERSION:
-            raise ValueError(f"it has the layout {version.decode()}, this fanfold reads {VERSION}")
+            raise ValueError(f"it has layout {version.decode()}, this fanfold reads {VERSION}")
         last = self._reader.get_batch_with_custom_metadata(self._reader.num_record_batches - 1)
         header = StoreHeader.from_json(last.custom_metadata[SUMMARY_KEY])
         if len(header.starts) != self._reader.num_record_batches - 1:
-            raise ValueError("its summary counts other batches than it has")
+            raise ValueError("its summary and its batches differ")
         return header
 
     @contextmanager
@@ -236,8 +229,8 @@ class ItemStore:
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             reason = (isinstance(error, OSError) and error.strerror) or str(error)
             raise JournalError(
-                f"{self._path} is no whole item store of fanfold: {reason}; if the run folder is "
-                "yours and this file was damaged, begin a new run in another folder"
+                f"{self._path} is not a complete item store of fanfold: {reason}; if the run "
+                "folder is yours and this file is damaged, start a new run in another folder"
             ) from error
 
 
@@ -247,11 +240,11 @@ _DIGEST_BYTES: Final = 16
 
 
 def write_store(target: Path, screen: RowValidator) -> None:
-    """Write the screen's items to a temporary file beside the target, then rename it.
+    """Write the validated items to a temporary file beside the target, then rename it.
 
     Args:
         target: The store's path; its folder must exist.
-        screen: Yields the items; whatever it raises passes through.
+        screen: Yields the items; its errors are passed on.
 
     Raises:
         JournalError: The file cannot be written.
@@ -259,14 +252,14 @@ def write_store(target: Path, screen: RowValidator) -> None:
     temporary = target.with_name(f"{target.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:  # never through a link that somebody has put there
+        with temporary.open("xb") as file:  # "x": never follow a link that already exists
             _write(file, screen)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except OSError as error:  # of writing only: sources turn their own into InputError
+    except OSError as error:  # from writing only: sources raise InputError
         raise JournalError(
-            f"the items cannot be written to {target}: {error.strerror or error}; free some space "
+            f"the items cannot be written to {target}: {error.strerror or error}; free disk space "
             "or choose another folder for the run"
         ) from error
     finally:
@@ -298,7 +291,7 @@ def _write(file: IOBase, screen: RowValidator) -> None:
 
 
 def _batches(entries: Iterable[ItemEntry]) -> Iterable[list[ItemEntry]]:
-    """Group entries, so that neither many rows nor long ones make a batch large."""
+    """Group entries so that a batch is bounded both in rows and in bytes."""
     batch: list[ItemEntry] = []
     size = 0
     for entry in entries:
@@ -319,7 +312,7 @@ def _columns(batch: list[ItemEntry]) -> pa.RecordBatch:
 
 
 def _update_digest(digest: blake2b, batch: list[ItemEntry]) -> None:
-    """Add ids and rows, each after its length, so that no two inputs read alike."""
+    """Add ids and rows, each with its length, so that different inputs have different digests."""
     for entry in batch:
         name = entry.id.encode()
         digest.update(b"%d %d " % (len(name), len(entry.row)) + name + entry.row)
@@ -328,20 +321,17 @@ def _update_digest(digest: blake2b, batch: list[ItemEntry]) -> None:
 def load_input(spec: InputSpec, target: Path, columns: Collection[str]) -> InputSummary:
     """Read and check an input and write its items to a store.
 
-    It blocks: from a coroutine call it through `asyncio.to_thread`. Rows are read one by one;
+    This blocks: from a coroutine, call it through `asyncio.to_thread`. Rows are read one by one;
     memory grows with the number of ids only (about 100 bytes each, to find repeated ones).
 
     Args:
-        spec: What to read.
-        target: The store's path; its folder must exist. A store that stands there is replaced.
+        spec: Input to read.
+        target: The store's path; its folder must exist. An existing store is replaced.
         columns: Columns that the task needs.
-
-    Returns:
-        What was found.
 
     Raises:
         InputError: The input cannot be read, or its rows do not fit; nothing was written.
-        MissingExtraError: An extra is needed and not installed; nothing was written.
+        MissingExtraError: A required extra is not installed; nothing was written.
         JournalError: The store cannot be written.
     """
     needed = {*columns, *(name for name in (spec.id, spec.smiles) if name is not None)}

@@ -1,4 +1,4 @@
-"""Text files, line by line, with everything checked that can be wrong with a text file."""
+"""Text files, read line by line with checks for encoding, size and binary content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO, Final
 from ..core.errors import InputError
 
 MAX_LINE_BYTES: Final = 64 * 2**20
-"""Longest line and longest text accepted; a binary file without line ends stops here."""
+"""Longest line and longest text accepted; reading stops here in files without line ends."""
 
 _SNIFF_BYTES: Final = 8192
 _UTF8_BOM: Final = b"\xef\xbb\xbf"
@@ -20,16 +20,10 @@ _UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
 
 @contextmanager
 def open_text(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, past a UTF-8 byte order mark.
-
-    Args:
-        path: The file.
-
-    Yields:
-        The open file.
+    """Open a file for reading, after a UTF-8 byte order mark if there is one.
 
     Raises:
-        InputError: It cannot be read, is empty, binary or UTF-16.
+        InputError: The file cannot be read, or is empty, binary or UTF-16.
     """
     try:
         with path.open("rb") as file:
@@ -42,7 +36,7 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
 
 
 def unreadable_error(path: Path, error: OSError) -> InputError:
-    """Return the error for a file that the system does not let us read."""
+    """Return the error for a file that cannot be opened or read."""
     reason = error.strerror or str(error)
     return InputError(f"{path} cannot be read: {reason}; check input.path and its permissions")
 
@@ -57,7 +51,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         Line numbers from 1, and lines without their ends, undecoded.
 
     Raises:
-        InputError: The file cannot be read, is empty, binary or UTF-16, or a line is too long.
+        InputError: The file cannot be read, is empty, binary or UTF-16, or has too long a line.
     """
     with open_text(path) as file:
         number = 0
@@ -68,7 +62,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if len(raw) > MAX_LINE_BYTES:
                 raise InputError(
                     f"{path}, line {number} is longer than {MAX_LINE_BYTES} bytes; "
-                    "is this a text file with one row a line?"
+                    "the file must be text with one row per line"
                 )
             yield number, raw.rstrip(b"\r\n")
 
@@ -81,11 +75,8 @@ def decode_line(path: Path, number: int, raw: bytes) -> str:
         number: The line's number, from 1.
         raw: The line.
 
-    Returns:
-        The text.
-
     Raises:
-        InputError: The line is no UTF-8.
+        InputError: The line is not UTF-8.
     """
     try:
         return raw.decode()
@@ -100,17 +91,14 @@ def read_text_file(path: Path) -> str:
     Args:
         path: The file, of at most 64 MiB.
 
-    Returns:
-        The text.
-
     Raises:
-        InputError: The file cannot be read, is empty, too large, binary or no UTF-8.
+        InputError: The file cannot be read, is empty, too large, binary or not UTF-8.
     """
     _check_size(path)
     lines = [decode_line(path, number, raw) for number, raw in read_lines(path)]
     text = "\n".join(lines)
     if not text.strip():
-        raise InputError(f"{path} holds nothing but blanks; remove it from the folder, or fill it")
+        raise InputError(f"{path} contains only blanks; remove it from the folder, or fill it")
     return text
 
 
@@ -119,7 +107,7 @@ def _check_size(path: Path) -> None:
         size = os.fstat(file.fileno()).st_size
     if size > MAX_LINE_BYTES:
         raise InputError(
-            f"{path} has {size} bytes; a text of at most {MAX_LINE_BYTES} can be an item: split it"
+            f"{path} has {size} bytes; an item may have at most {MAX_LINE_BYTES}: split the file"
         )
 
 
@@ -127,15 +115,15 @@ def _check_head(path: Path, head: bytes) -> None:
     if not head.removeprefix(_UTF8_BOM):
         raise InputError(f"{path} is empty; input.path must name a file with rows")
     if head.startswith(_UTF16_BOMS):
-        raise _encoding(path, "it begins with the mark of UTF-16", "UTF-16")
+        raise _encoding(path, "it starts with the byte order mark of UTF-16", "UTF-16")
     if b"\0" in head:
         raise _binary(path, f"a NUL byte at offset {head.index(0)}")
 
 
 def _binary(path: Path, sign: str) -> InputError:
     return InputError(
-        f"{path} is a binary file ({sign}), not text; if it is compressed, unpack it first; "
-        "if it is Parquet, name it .parquet"
+        f"{path} is a binary file ({sign}), not text; unpack it first if it is compressed; "
+        "name it .parquet if it is Parquet"
     )
 
 

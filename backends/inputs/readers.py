@@ -1,4 +1,4 @@
-"""Csv, tsv, smi, jsonl, parquet, folders of texts."""
+"""Readers of csv, tsv, smi, jsonl and parquet files and of folders of texts."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _AS_TEXT: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
 def read_parquet(path: Path, needed: Collection[str]) -> Iterator[tuple[int, Row]]:
     """Read a Parquet file.
 
-    Timestamps, dates, times and decimals become text, half floats numbers, NaN and infinities
-    null. Columns that JSON cannot say (bytes, durations, such types inside lists or structs) are
-    left out.
+    Timestamps, dates, times and decimals become text, half floats become numbers, NaN and
+    infinities become null. Columns without a JSON form (bytes, durations, such types inside lists
+    or structs) are left out.
 
     Args:
         path: The file.
@@ -49,8 +49,8 @@ def read_parquet(path: Path, needed: Collection[str]) -> Iterator[tuple[int, Row
         The row's number (from 1), and the row.
 
     Raises:
-        InputError: The file cannot be read or is no Parquet file, two columns have one name, or
-            no column or not a needed one can be said in JSON.
+        InputError: The file is unreadable or is not a Parquet file, two columns have the same
+            name, or no column or a required one has no JSON form.
     """
     try:
         with path.open("rb") as raw, pq.ParquetFile(raw) as file:
@@ -61,10 +61,10 @@ def read_parquet(path: Path, needed: Collection[str]) -> Iterator[tuple[int, Row
                     number += 1
                     yield number, row
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable Parquet file: {error}") from error
+        raise InputError(f"{path} is not a readable Parquet file: {error}") from error
     except OSError as error:
-        if error.errno is None:  # Arrow's word for damaged content
-            raise InputError(f"{path} is no readable Parquet file: {error}") from error
+        if error.errno is None:  # Arrow reports damaged content as an OSError without errno
+            raise InputError(f"{path} is not a readable Parquet file: {error}") from error
         raise unreadable_error(path, error) from error
 
 
@@ -75,7 +75,7 @@ def _columns(path: Path, schema: pa.Schema, needed: Collection[str]) -> list[str
     for name in needed:
         if name in names and not _is_representable(schema.field(name).type):
             raise InputError(
-                f"{path}: column {name!r} is of the type {schema.field(name).type}, which is "
+                f"{path}: column {name!r} is of type {schema.field(name).type}, which is "
                 "neither text nor a number; convert the column, or use another one"
             )
     if not (sayable := [name for name in names if _is_representable(schema.field(name).type)]):
@@ -118,7 +118,7 @@ TEXT_SUFFIXES: Final = (".txt", ".md")
 
 
 def find_text_files(folder: Path) -> list[Path]:
-    """Find the texts of a folder and its subfolders; hidden ones are left out.
+    """Return the text files of a folder and its subfolders, without hidden ones.
 
     Args:
         folder: The folder; links to other folders are not followed.
@@ -127,7 +127,7 @@ def find_text_files(folder: Path) -> list[Path]:
         Paths relative to the folder, sorted.
 
     Raises:
-        InputError: The folder cannot be read, or holds no .txt or .md file.
+        InputError: The folder cannot be read, or contains no .txt or .md file.
     """
     found: list[Path] = []
     for place, folders, files in os.walk(folder, onerror=_raise_unreadable):
@@ -136,14 +136,14 @@ def find_text_files(folder: Path) -> list[Path]:
         found += [inside / name for name in files if _is_text(name)]
     if not found:
         raise InputError(
-            f"the folder {folder} holds no .txt or .md file; input.path must name a folder of "
+            f"the folder {folder} contains no .txt or .md file; input.path must name a folder of "
             "texts, or a csv, tsv, jsonl, parquet or smi file"
         )
     return sorted(found)
 
 
 def read_folder(folder: Path, files: list[Path]) -> Iterator[tuple[int, Row]]:
-    """Read one text after the other.
+    """Read the text files one after the other.
 
     Args:
         folder: The folder.
@@ -153,7 +153,7 @@ def read_folder(folder: Path, files: list[Path]) -> Iterator[tuple[int, Row]]:
         The file's position in ``files``, and a row of ``file`` (relative path) and ``text``.
 
     Raises:
-        InputError: A file cannot be read, is empty, binary or no UTF-8.
+        InputError: A file cannot be read, is empty, binary or not UTF-8.
     """
     for at, file in enumerate(files):
         yield at, {"file": file.as_posix(), "text": read_text_file(folder / file)}
@@ -171,7 +171,7 @@ _SHOWN: Final = 60
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    """Read a file with one JSON object a line; empty lines are skipped.
+    """Read a file with one JSON object per line; empty lines are skipped.
 
     Args:
         path: The file.
@@ -180,7 +180,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
         The line's number (from 1), and the row.
 
     Raises:
-        InputError: The file cannot be read or is no text, or a line is no JSON object.
+        InputError: The file cannot be read or is not text, or a line is not a JSON object.
     """
     for number, raw in read_lines(path):
         if not raw or raw.isspace():
@@ -191,7 +191,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
             raise _invalid_json_error(path, number, raw, error) from error
         if type(row) is not dict:
             raise InputError(
-                f"{path}, line {number}: the row is no JSON object but {_kind(row)}"
+                f"{path}, line {number}: the row is not a JSON object but {_kind(row)}"
                 f"{_array_hint(path, raw)}"
             )
         yield number, row
@@ -202,9 +202,9 @@ def _invalid_json_error(
 ) -> InputError:
     text = decode_line(path, number, raw)
     start = max(0, error.pos - _SHOWN // 2)
-    hint = "; NaN is no JSON, write null" if "NaN" in text else _array_hint(path, raw)
+    hint = "; NaN is not JSON, write null" if "NaN" in text else _array_hint(path, raw)
     return InputError(
-        f"{path}, line {number}: the row is no JSON: {error.msg} at character {error.pos + 1}, "
+        f"{path}, line {number}: the row is not JSON: {error.msg} at character {error.pos + 1}, "
         f"near {text[start : start + _SHOWN]!r}{hint}"
     )
 
@@ -212,7 +212,7 @@ def _invalid_json_error(
 def _array_hint(path: Path, raw: bytes) -> str:
     if not raw.lstrip().startswith(b"["):
         return "; each line must be one object, {...}"
-    return f"; of one array make one object a line with: jq -c '.[]' '{path}'"
+    return f"; to write an array as one object per line: jq -c '.[]' '{path}'"
 
 
 def _kind(value: object) -> str:
@@ -222,9 +222,9 @@ def _kind(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CsvSplitter:
-    """Splits lines into records; a quoted cell may run over several lines.
+    """Split lines into records; a quoted cell may span several lines.
 
-    Blanks around a quoted cell are no part of it. A quote inside an unquoted cell is plain text.
+    Blanks around a quoted cell are ignored. A quote inside an unquoted cell is plain text.
 
     Attributes:
         path: The file, for messages.
@@ -244,7 +244,7 @@ class CsvSplitter:
             The number of the record's first line, and its cells.
 
         Raises:
-            InputError: A quote is never closed, or text follows a closing quote.
+            InputError: A quote is not closed, or text follows a closing quote.
         """
         for number, line in lines:
             if '"' in line:
@@ -278,7 +278,7 @@ class CsvSplitter:
     def _read_quoted_cell(
         self, number: int, line: str, at: int, lines: Iterator[tuple[int, str]]
     ) -> tuple[str, int, str, int]:
-        """Read a quoted cell from after its opening quote; return where it ended."""
+        """Read a quoted cell from after its opening quote; return the cell and where it ends."""
         parts: list[str] = []
         opened, size = number, 0
         while True:
@@ -295,7 +295,7 @@ class CsvSplitter:
             number, line = next(lines, (0, ""))
             if not number or size > MAX_LINE_BYTES:
                 raise InputError(
-                    f"{self.path}, line {opened}: a quote opens here and is never closed; "
+                    f"{self.path}, line {opened}: the quote that opens here is not closed; "
                     "write a quote inside a quoted cell twice"
                 )
             at = 0
@@ -313,25 +313,25 @@ _SMI_TITLES: Final = frozenset({"smiles", "canonical_smiles", "isomeric_smiles"}
 def read_delimited(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
     """Read a csv or tsv file with a header.
 
-    Cells and names of columns are text without surrounding blanks; a column without a name is
-    called ``unnamed_N`` by its position from 0. Blank lines are skipped.
+    Blanks around cells and column names are removed; a column without a name is called
+    ``unnamed_N`` by its position from 0. Blank lines are skipped.
 
     Args:
         path: The file.
         delimiter: ``","`` or a tab.
 
     Yields:
-        The line on which the row begins (from 1), and the row.
+        The line on which the row starts (from 1), and the row.
 
     Raises:
-        InputError: The file cannot be read or is no text, its header is faulty or without rows,
+        InputError: The file cannot be read or is not text, its header is faulty, it has no rows,
             or a row has more or fewer cells than the header.
     """
     records = CsvSplitter(path, delimiter).split(_text_lines(path))
     full = ((line, cells) for line, cells in records if len(cells) > 1 or cells[0].strip())
     line, cells = next(full, (0, []))
     if not line:
-        raise InputError(f"{path} holds nothing but blanks; its first line must name the columns")
+        raise InputError(f"{path} contains only blanks; its first line must name the columns")
     header = _header(path, line, cells, delimiter)
     width = len(header)
     for line, cells in full:
@@ -344,9 +344,9 @@ def read_delimited(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
 
 
 def read_smi(path: Path) -> Iterator[tuple[int, Row]]:
-    """Read a smi file: on each line a SMILES, then optionally a name after white space.
+    """Read a smi file: a SMILES per line, then optionally white space and a name.
 
-    Blank lines, lines that begin with ``#`` and a title line are skipped.
+    Blank lines, lines that start with ``#`` and a title line are skipped.
 
     Args:
         path: The file.
@@ -355,7 +355,7 @@ def read_smi(path: Path) -> Iterator[tuple[int, Row]]:
         The line's number (from 1), and a row of ``smiles`` and ``name`` (``""`` when absent).
 
     Raises:
-        InputError: The file cannot be read or is no text.
+        InputError: The file cannot be read or is not text.
     """
     begun = False
     for number, line in _text_lines(path):
@@ -381,7 +381,7 @@ def _header(path: Path, line: int, cells: list[str], delimiter: str) -> list[str
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(
             f"{path}, line {line}: the header names {', '.join(map(repr, repeated))} twice; "
-            "give every column a name of its own"
+            "give every column a different name"
         )
     if len(names) == 1:
         _check_delimiter(path, line, names[0], delimiter)

@@ -1,4 +1,4 @@
-"""Rows -> items: columns, ids, limits, SMILES."""
+"""Validation of rows: columns, ids, limits, SMILES."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _REPORTED: Final = 5
 
 
 class IdAssigner:
-    """Names the rows of one input, in order.
+    """Assign ids to the rows of one input, in order.
 
-    It keeps every id it gave (about 100 bytes each) to recognise repeated ones; row numbers need
-    no such memory.
+    It keeps every id (about 100 bytes each) to recognise repeated ones; row numbers do not need
+    this memory.
     """
 
     def __init__(self, source: RowSource, column: str | None, on_duplicate: OnDuplicate) -> None:
-        """Start with no id given.
+        """Start without any id.
 
         Args:
             source: The input.
             column: The id column; None for row numbers.
-            on_duplicate: What a repeated id means.
+            on_duplicate: How to treat a repeated id.
         """
         self._source = source
         self._column = column
@@ -50,11 +50,11 @@ class IdAssigner:
         self._repeated: list[str] = []
 
     def read_id(self, number: int, place: int, row: Row) -> str:
-        """Return what the row calls itself, ``""`` when blank.
+        """Return the row's own name, ``""`` when blank.
 
         Args:
             number: The row's number, from 1.
-            place: Its place in the source.
+            place: Its position in the source.
             row: The row, with the id column.
 
         Raises:
@@ -66,8 +66,7 @@ class IdAssigner:
         if value is None:
             raise InputError(
                 f"{self._source.describe_place(place)}: the id in column {self._column!r} is "
-                "neither text "
-                "nor a number; name another column in input.id"
+                "neither text nor a number; use another column in input.id"
             )
         return value
 
@@ -75,11 +74,11 @@ class IdAssigner:
         """Make the id unique.
 
         Args:
-            name: What the row calls itself.
-            place: Its place in the source.
+            name: The row's own name.
+            place: Its position in the source.
 
         Returns:
-            The id; None when the row is left out as a duplicate, or will be reported.
+            The id; None when the row is skipped as a duplicate, or will be reported.
 
         Raises:
             InputError: Enough blank or repeated ids have been found to report them.
@@ -100,7 +99,7 @@ class IdAssigner:
         """Report the blank and repeated ids noted so far.
 
         Raises:
-            InputError: There are some.
+            InputError: There are blank or repeated ids.
         """
         if self._blank:
             raise InputError(
@@ -133,7 +132,7 @@ class IdAssigner:
 
 
 MAX_SKIPPED_ROWS: Final = 1_000
-"""Rows left out that are named; more are only counted."""
+"""Skipped rows that are listed; further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +142,7 @@ class ItemEntry:
     Attributes:
         id: The item's name.
         row: Its columns as JSON.
-        problem: Why it must not be asked, or None.
+        problem: Why it must not be sent to the model, or None.
     """
 
     id: str
@@ -152,22 +151,22 @@ class ItemEntry:
 
 
 class RowValidator:
-    """Passes the rows of one source, and counts.
+    """Validate the rows of one source, and count them.
 
     Attributes:
         source: The input in words.
         columns: Names of all columns so far, in order of appearance (a dict used as a set).
-        skipped: The rows left out, at most `NAMED_SKIPS`.
-        skipped_total: Number of rows left out.
+        skipped: The skipped rows, at most `MAX_SKIPPED_ROWS`.
+        skipped_total: Number of skipped rows.
         invalid: Number of items that carry a problem.
     """
 
     def __init__(self, spec: InputSpec, source: RowSource, columns: Collection[str]) -> None:
-        """Open nothing yet.
+        """Store the arguments; open nothing yet.
 
         Args:
-            spec: What the user asked for.
-            source: Where the rows come from.
+            spec: The input specification.
+            source: Source of the rows.
             columns: Columns that the task needs.
         """
         self.source = source.name
@@ -192,8 +191,8 @@ class RowValidator:
             The items in order.
 
         Raises:
-            InputError: A row does not fit, or there is none.
-            MissingExtraError: SMILES are to be checked and RDKit is not installed.
+            InputError: A row does not fit, or there are no rows.
+            MissingExtraError: SMILES are to be checked but RDKit is not installed.
         """
         count = 0
         with ExitStack() as stack:
@@ -207,8 +206,8 @@ class RowValidator:
                         break
         self._ids.report_problems()
         if not count:
-            left_out = f" ({self.skipped_total} were left out)" if self.skipped_total else ""
-            raise InputError(f"{self._source.name} holds no rows{left_out}; there is nothing to do")
+            skipped = f" ({self.skipped_total} were skipped)" if self.skipped_total else ""
+            raise InputError(f"{self._source.name} has no rows{skipped}; nothing to run")
 
     def _open_check(self, stack: ExitStack) -> SmilesCheck | None:
         if self._spec.smiles is None and self._source.drop_unparsable is None:
@@ -238,7 +237,7 @@ class RowValidator:
         return ItemEntry(unique, payload, problem)
 
     def _check_smiles(self, row: Row, check: SmilesCheck) -> tuple[str | None, str | None]:
-        """Return why the row is left out, or else why its item must not be asked."""
+        """Return why the row is skipped, or else why its item must not be sent to the model."""
         drop, flag = self._source.drop_unparsable, self._spec.smiles
         if drop is not None and (reason := check(row[drop])):
             return reason, None
@@ -270,7 +269,7 @@ class RowValidator:
 
 
 def _unencodable_columns(row: Row) -> str:
-    """Name the columns that JSON cannot say."""
+    """Name the columns that have no JSON form."""
     return "column " + ", ".join(
         repr(name) for name, value in row.items() if not _is_encodable(name, value)
     )

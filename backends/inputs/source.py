@@ -1,4 +1,4 @@
-"""Input_spec, needed_columns: read section input directly."""
+"""Selection of the input source from the settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHIPPED: Final = {
     "records": ("records.jsonl", "record_id"),
 }
 DATASETS: Final = (*_SHIPPED, NCI_DATASET)
-"""Names that ``input.dataset`` may have."""
+"""Valid names for ``input.dataset``."""
 
 
 def open_dataset(name: str) -> RowSource:
@@ -44,12 +44,9 @@ def open_dataset(name: str) -> RowSource:
     Args:
         name: One of `DATASETS`.
 
-    Returns:
-        The source.
-
     Raises:
         InputError: There is no such dataset.
-        MissingExtraError: The dataset comes with an extra that is not installed.
+        MissingExtraError: The dataset needs an extra that is not installed.
     """
     if name == NCI_DATASET:
         path = find_nci_file()
@@ -63,7 +60,7 @@ def open_dataset(name: str) -> RowSource:
     if name not in _SHIPPED:
         hint = did_you_mean(name, DATASETS)
         raise InputError(
-            f"input.dataset: there is no dataset {name!r}; there are {', '.join(DATASETS)}{hint}"
+            f"input.dataset: unknown dataset {name!r}; available: {', '.join(DATASETS)}{hint}"
         )
     file, column = _SHIPPED[name]
     return RowSource(
@@ -91,27 +88,24 @@ _TEXT_FORMATS: Final[dict[str, Callable[[Path], Iterator[tuple[int, Row]]]]] = {
     ".smi": read_smi,
 }
 _HINTS: Final = {
-    ".json": "write one object a line and name it .jsonl (jq -c '.[]' of an array)",
+    ".json": "write one object per line and name it .jsonl (jq -c '.[]' for an array)",
     ".gz": "unpack it first (gunzip)",
     ".xlsx": "save the sheet as .csv",
-    ".txt": "rename it after its format, or name the folder that holds the texts",
-    ".md": "rename it after its format, or name the folder that holds the texts",
+    ".txt": "rename it after its format, or use the folder of texts as input.path",
+    ".md": "rename it after its format, or use the folder of texts as input.path",
 }
 
 
 def open_source(spec: InputSpec, needed: Collection[str]) -> RowSource:
-    """Find the source of a spec; rows are read later.
+    """Return the source of an input specification; rows are read later.
 
     Args:
-        spec: What to read.
-        needed: Columns that something needs.
-
-    Returns:
-        The source.
+        spec: Input to read.
+        needed: Required columns.
 
     Raises:
-        InputError: There is nothing that could be read.
-        MissingExtraError: The dataset comes with an extra that is not installed.
+        InputError: The input does not exist or its format is unsupported.
+        MissingExtraError: The dataset needs an extra that is not installed.
     """
     if spec.dataset is not None:
         return open_dataset(spec.dataset)
@@ -127,7 +121,7 @@ def _from_path(path: Path, needed: Collection[str]) -> RowSource:
         rows = partial(read_folder, path, files)
         return RowSource(f"folder {path}", rows, lambda at: str(path / files[at]), id="file")
     if not stat.S_ISREG(mode):
-        raise InputError(f"{path} is no regular file; copy its content to a file first")
+        raise InputError(f"{path} is not a regular file; copy its content to a file first")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         if not path.stat().st_size:
@@ -158,7 +152,7 @@ def _mode(path: Path) -> int:
 def _list_siblings(path: Path) -> list[str]:
     try:
         return [one.name for one in path.parent.iterdir()]
-    except OSError:  # only a hint is lost; the missing file is reported all the same
+    except OSError:  # only the hint is lost; the missing file is still reported
         return []
 
 
@@ -166,8 +160,8 @@ def _unknown_format(path: Path, suffix: str) -> InputError:
     known = ", ".join((*_TEXT_FORMATS, ".parquet"))
     hint = _HINTS.get(suffix, "convert or rename the file")
     return InputError(
-        f"{path}: the suffix {suffix!r} names no format that can be read ({known}, or a folder "
-        f"of .txt and .md files); {hint}"
+        f"{path}: unsupported input format: {suffix or 'no suffix'} (supported: {known}, "
+        f"or a folder of .txt and .md files); {hint}"
     )
 
 
@@ -175,7 +169,7 @@ def _from_memory(items: Sequence[Mapping[str, Json]]) -> RowSource:
     if isinstance(items, str | bytes) or not isinstance(items, Sequence):
         raise InputError(f"input.items must be a list of objects, not {type(items).__name__}")
     if not items:
-        raise InputError("input.items is empty; it must hold at least one object")
+        raise InputError("input.items is empty; it must contain at least one object")
     has_id = any(isinstance(item, Mapping) and "id" in item for item in items)
     return RowSource(
         "items",
@@ -190,16 +184,16 @@ def _memory_rows(items: Sequence[Mapping[str, Json]]) -> Iterator[tuple[int, Row
     for at, item in enumerate(items):
         if not isinstance(item, Mapping):
             raise InputError(
-                f"items[{at}] is no object but {type(item).__name__}; each item must map names "
-                "of columns to values"
+                f"items[{at}] is not an object but {type(item).__name__}; each item must map "
+                "column names to values"
             )
         yield at, dict(item)
 
 
 def make_input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> InputSpec:
-    """Return where the items come from; pasted ``items`` take the place of what is configured.
+    """Return the input specification; pasted ``items`` replace the configured input.
 
-    Pasted items are named by the configured id column if any of them has it.
+    Pasted items use the configured id column if any of them has it.
     """
     given = config.input
     if items is None:
@@ -222,6 +216,6 @@ def make_input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None
 
 
 def needed_columns(config: RunConfig) -> tuple[str, ...]:
-    """Return the columns that the prompt and the reduce stages show, each once."""
+    """Return the columns that the prompt and the reduce stages use, each once."""
     shown = [name for stage in config.reduce for name in getattr(stage, "show", ())]
     return tuple(dict.fromkeys([*Template.parse(config.task.prompt).columns, *shown]))

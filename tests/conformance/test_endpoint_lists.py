@@ -63,9 +63,9 @@ async def test_what_is_no_registry() -> None:
         registry.services = [{"host": 5}, {"host": "n", "port": 0}, {"host": "::1", "port": 8}, 7]
         assert [s.url for s in await RegistrySource(url).list_endpoints()] == ["http://[::1]:8"]
     async with serve(*Model().routes()) as url:
-        with pytest.raises(ConfigurationError, match="no registry of Aegis: HTTP 404"):
+        with pytest.raises(ConfigurationError, match="not an Aegis registry: HTTP 404"):
             await RegistrySource(url).list_endpoints()
-    with pytest.raises(ConfigurationError, match="cannot be asked"):
+    with pytest.raises(ConfigurationError, match="cannot query"):
         await RegistrySource("http://127.0.0.1:9").list_endpoints()
 
 

@@ -63,7 +63,7 @@ SETTINGS = [
         ["c.yaml: cache: answers drawn at model.temperature 0.5", "cache_sampled: true"],
         {"cache": "run", "model": {"temperature": 0.5}},
     ),
-    Broken("cache is a file", ["cache: ", "in.csv is no folder"], {"cache": "in.csv/a/b"}),
+    Broken("cache is a file", ["cache: ", "in.csv is not a folder"], {"cache": "in.csv/a/b"}),
     Broken("cache on", ["c.yaml: cache: is no switch", "(found True)"], {"cache": True}),
     Broken("cache a number", ["c.yaml: cache: expected a text"], {"cache": 3}),
     Broken("section is a list", ["limits: expected keys"], {"limits": [1]}),
@@ -72,7 +72,9 @@ SETTINGS = [
     Broken("no prompt", ["the key 'task.prompt' is missing"], task(prompt="LEFT OUT")),
     Broken("empty prompt", ["task.prompt: must not be empty"], task(prompt="")),
     Broken("prompt is a number", ["task.prompt: expected a text", "5"], task(prompt=5)),
-    Broken("lone brace", ["c.yaml: task.prompt: line 2", "stands alone"], task(prompt="a\nb { c")),
+    Broken(
+        "lone brace", ["c.yaml: task.prompt: line 2", "unmatched brace"], task(prompt="a\nb { c")
+    ),
     Broken("run's name", ["name: expected letters", "'../x'"], {"name": "../x"}),
     Broken("not finite", ["c.yaml: limits.drain_s", "finite"], {"limits": {"drain_s": 1e999}}),
     Broken("64 bits", ["c.yaml: model.seed", "64 bits"], {"model": {"seed": 10**30}}),
@@ -155,7 +157,7 @@ REDUCE = [
 FILES = [
     Broken("not there", ["nope.csv", "does not exist"], source(path="nope.csv")),
     Broken("empty", ["in.csv is empty"], files={"in.csv": ""}),
-    Broken("header only", ["in.csv holds no rows"], files={"in.csv": "id,text\n"}),
+    Broken("header only", ["in.csv has no rows"], files={"in.csv": "id,text\n"}),
     Broken("blank id", ["'id' is blank", "line 3"], files={"in.csv": "id,text\n1,a\n,b\n"}),
     Broken(
         "repeated id", ["repeated: '1'", "on_duplicate"], files={"in.csv": "id,text\n1,a\n1,b\n"}
@@ -174,7 +176,12 @@ FILES = [
         {"in.jsonl": '{"id":1,"text":"a"}\n{"id":\n'},
     ),
     Broken("no Parquet", ["in.parquet"], source(path="in.parquet"), {"in.parquet": "PAR1xx"}),
-    Broken("unknown format", ["'.json'", ".jsonl"], source(path="in.json"), {"in.json": "[]"}),
+    Broken(
+        "unknown format",
+        ["input format: .json", ".jsonl"],
+        source(path="in.json"),
+        {"in.json": "[]"},
+    ),
     Broken("no texts", ["no .txt or .md"], source(path="d", id=None), {"d/x.bin": "1"}),
     Broken("no data set", ["input.dataset", "'foo'", "molecules"], {"input": {"dataset": "foo"}}),
     Broken("two inputs", ["c.yaml: input", "not both"], source(dataset="records")),
@@ -229,8 +236,8 @@ ENDPOINTS = [
         {"endpoints": {"urls": [DEAD], "port": 80}},
     ),
     Broken(
-        "no registry",
-        ["endpoints.aegis_registry", "cannot be asked"],
+        "not an Aegis registry",
+        ["endpoints.aegis_registry", "cannot query"],
         {"endpoints": {"aegis_registry": DEAD}},
     ),
     Broken(

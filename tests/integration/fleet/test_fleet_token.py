@@ -49,9 +49,9 @@ async def test_it_is_renewed_once_however_many_were_refused(
     ("code", "words"),
     [
         ("print('s3cr3t'); raise SystemExit('s3cr3t')", "exit status 1"),
-        ("print('two words')", "something else than one key"),
-        ("print('a'); print('b')", "something else than one key"),
-        ("pass", "something else than one key"),
+        ("print('two words')", "did not print exactly one key"),
+        ("print('a'); print('b')", "did not print exactly one key"),
+        ("pass", "did not print exactly one key"),
     ],
 )
 async def test_a_command_that_fails_stops_the_run_and_is_not_quoted(

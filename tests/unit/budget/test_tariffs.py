@@ -55,7 +55,7 @@ def test_what_others_serve_has_no_listed_price(endpoints: dict[str, Any], model:
     simulated = "simulated" in endpoints
     assert find_model_price(config(endpoints), model, simulated) is None
     assert explain_no_price(config(endpoints), model, simulated)
-    with pytest.raises(ConfigurationError, match=r"budget\.usd is set.*not known.*model\.price"):
+    with pytest.raises(ConfigurationError, match=r"budget\.usd is set.*unknown.*model\.price"):
         find_model_price(config(endpoints, budget={"usd": 1}), model, simulated)
     with pytest.raises(ConfigurationError):
         find_token_prices(config(endpoints, budget={"usd": 1}), model, simulated)

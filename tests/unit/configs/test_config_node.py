@@ -57,7 +57,7 @@ def test_ids_may_be_numbers() -> None:
     [
         ({"serve": ""}, r"node\.serve: is empty"),
         ({"serve": "serve '"}, "no closing quotation"),
-        ({"serve": "serve {ports}"}, r"there is no \{ports\}"),
+        ({"serve": "serve {ports}"}, r"unknown name \{ports\}"),
         ({"serve": "serve", "instances": 2}, r"need \{port\}"),
         ({"instances": 2, "ports": 65535}, "go beyond 65535"),
         ({"instances": 5, "accelerators": {"count": 12}}, "12 accelerators cannot be divided"),

@@ -214,7 +214,7 @@ def test_nested_headers() -> None:
 
 def test_servers_want_a_lost_secret_again() -> None:
     again = load_config(loaded(**WRITTEN["node.serve"]).plain)
-    with pytest.raises(ConfigurationError, match=r"node\.serve: a run folder does not keep"):
+    with pytest.raises(ConfigurationError, match=r"node\.serve: a run folder does not store"):
         make_node_plan(again.config, Path("s"), "n", {})
 
 

@@ -47,7 +47,7 @@ def test_nothing_is_looked_up_or_run(name: str) -> None:
 
 @pytest.mark.parametrize("text", ["{", "}", "a {b", "a} b", "{}", "{ }", "{a{b}}", "{{a}"])
 def test_lone_braces(text: str) -> None:
-    with pytest.raises(ConfigurationError, match="stands alone"):
+    with pytest.raises(ConfigurationError, match="unmatched brace"):
         Template.parse(text)
 
 

@@ -21,7 +21,7 @@ def test_each_endpoint_is_asked_by_its_own_id() -> None:
         ("http://a:1", None, 100),
         ("http://b:1", "org/m", 500),
     ]
-    assert matched.absent == ("c is left out: it serves other, not m",)
+    assert matched.absent == ("c excluded: it serves other, not m",)
 
 
 def test_names_settle_the_only_model() -> None:
@@ -39,7 +39,7 @@ def test_a_tag_is_held_to() -> None:
     there = [found("a", "m", "n", tag="m"), found("b", "m", "n", tag="n")]
     matched = select_model(there, "m", {})
     assert [s.url for s in matched.specs] == ["http://a:1"]
-    assert matched.absent == ("b is left out: it serves m, n (tagged n), not m",)
+    assert matched.absent == ("b excluded: it serves m, n (tagged n), not m",)
     with pytest.raises(ConfigurationError, match="no endpoint serves"):
         select_model([found("a", "m", tag="gone")], "m", {})
 
@@ -57,4 +57,4 @@ def test_who_does_not_answer_is_kept_unless_its_tag_says_otherwise() -> None:
         ("http://b:1", None),
         ("http://c:1", "org/m"),
     ]
-    assert matched.absent[-1] == "d is left out: it serves n (tagged n), not m"
+    assert matched.absent[-1] == "d excluded: it serves n (tagged n), not m"

@@ -34,7 +34,7 @@ def test_broken_lists_are_refused(text: str) -> None:
 
 
 def test_crossed_ranges_cannot_fill_the_memory() -> None:
-    with pytest.raises(ConfigurationError, match="most"):
+    with pytest.raises(ConfigurationError, match="the limit is"):
         expand_slurm("a[0-9999]b[0-9999]")
 
 

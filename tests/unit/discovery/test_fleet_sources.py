@@ -60,7 +60,7 @@ def test_bad_lines_are_named(line: str, words: str) -> None:
 
 
 def test_an_empty_file_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="names no endpoint"):
+    with pytest.raises(ConfigurationError, match="lists no endpoint"):
         parse_endpoints_file("# nothing\n", "f")
 
 

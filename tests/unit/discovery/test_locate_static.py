@@ -55,7 +55,7 @@ def test_hosts_that_are_none(text: str, words: str) -> None:
         ({"first": {"paths": ["sophia"], "token": "t"}}, r"endpoints\.first\.paths.*'sophia'"),
         ({"first": {"paths": ["a/b"], "token": "t", "base_url": "x"}}, r"first\.base_url"),
         ({"first": {"paths": ["a/b"], "token": "*" * 10}}, r"endpoints\.first\.token.*again"),
-        ({"first": {"paths": ["a/b"], "token_command": "'"}}, "no command line"),
+        ({"first": {"paths": ["a/b"], "token_command": "'"}}, "invalid command line"),
     ],
 )
 def test_what_can_be_said_without_asking(section: dict[str, Any], words: str) -> None:

@@ -48,7 +48,9 @@ def test_the_registry_comes_before_the_port(tmp_path: Path) -> None:
 
 
 def test_nothing_says_where() -> None:
-    with pytest.raises(BackendError, match=f"{HOST}: nothing says where"):
+    with pytest.raises(
+        BackendError, match=f"{HOST}: the endpoints of this node are not configured"
+    ):
         found(loaded({"urls": ["http://node1:8000"]}))
 
 

@@ -46,7 +46,9 @@ async def test_it_is_waited_and_said_once_what_for() -> None:
 
 @pytest.mark.parametrize("answer", [3, NoEndpointError("none answers")])
 async def test_they_do_not_come(answer: int | Exception) -> None:
-    with pytest.raises(RunStoppedError, match=r"endpoints: . of 4 ready.* same command goes on"):
+    with pytest.raises(
+        RunStoppedError, match=r"endpoints: . of 4 ready.* run the same command again"
+    ):
         await wait_for_endpoints(asker(answer), wanted(4, 0.01), lambda _: None)
 
 

@@ -61,14 +61,16 @@ def test_nci_in_an_rdkit_without_data(
     tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rdkit.RDConfig.RDDataDir", str(tmp_path))
-    with pytest.raises(InputError, match=r"first_5K\.smi, which this build of RDKit lacks; insta"):
+    with pytest.raises(
+        InputError, match=r"first_5K\.smi, which is missing in this build of RDKit; insta"
+    ):
         load(InputSpec(dataset="rdkit-nci5k"))
 
 
 def test_an_unknown_dataset(load: Load) -> None:
     with pytest.raises(
         InputError,
-        match="no dataset 'molecule'; there are molecules, abstracts, topics, records, "
+        match="unknown dataset 'molecule'; available: molecules, abstracts, topics, records, "
         r"rdkit-nci5k; did you mean 'molecules'\?",
     ):
         load(InputSpec(dataset="molecule"))

@@ -96,22 +96,26 @@ def test_smi(put: Put, load: Load) -> None:
     [
         ("a.csv", "x,y\n1,2\n3\n", r"a\.csv, line 3: 1 cells, but the header names 2 columns"),
         ("a.csv", 'x,y\n"1\n\n",2\n3,4,5\n', r"a\.csv, line 5: 3 cells, .* 2 columns; put quotes"),
-        ("a.csv", 'x,y\n1,2\n"3,4\n5,6\n', r"line 3: a quote opens here and is never closed"),
+        ("a.csv", 'x,y\n1,2\n"3,4\n5,6\n', r"line 3: the quote that opens here is not closed"),
         ("a.csv", 'x,y\n"1"2,3\n', r"line 2: text follows the closing quote of cell 1; write"),
         ("a.csv", "x,y,x\n1,2,3\n", r"line 1: the header names 'x' twice; give every column"),
         ("a.csv", "x;y\n1;2\n", r"line 1: the columns seem to be separated by semicolons"),
         ("a.csv", "x\ty\n1\t2\n", r"line 1: the columns seem to be separated by tabs"),
         ("a.tsv", "x,y\n1,2\n", r"line 1: the columns seem to be separated by commas"),
-        ("a.csv", "x,y\n", r"a\.csv holds no rows; there is nothing to do"),
-        ("a.csv", " \n\n", r"a\.csv holds nothing but blanks; its first line must name"),
+        ("a.csv", "x,y\n", r"a\.csv has no rows; nothing to run"),
+        ("a.csv", " \n\n", r"a\.csv contains only blanks; its first line must name"),
         ("a.csv", "", r"a\.csv is empty; input\.path must name a file with rows"),
         ("a.csv", b"\xef\xbb\xbf", r"a\.csv is empty"),
         ("a.csv", b"PK\x03\x04\0\0", r"a\.csv is a binary file \(a NUL byte at offset 4\)"),
         ("a.csv", b"x\n" + b"1\n" * 5000 + b"\0\n", r"binary file \(a NUL byte in line 5002\)"),
         ("a.csv", b"x\nna\xefve\n", r"not encoded as UTF-8: byte 3 of line 2 is 0xEF; convert"),
-        ("a.csv", "x\n1\n".encode("utf-16"), r"the mark of UTF-16; convert .* iconv -f UTF-16"),
+        (
+            "a.csv",
+            "x\n1\n".encode("utf-16"),
+            r"the byte order mark of UTF-16; convert .* iconv -f UTF-16",
+        ),
         ("a.csv", "x,y\r1,2\r", r"line 1: lines end with bare carriage returns; convert it"),
-        ("a.smi", "# only remarks\n", r"a\.smi holds no rows"),
+        ("a.smi", "# only remarks\n", r"a\.smi has no rows"),
     ],
 )
 def test_faulty_files(put: Put, load: Load, name: str, content: str | bytes, message: str) -> None:
@@ -123,7 +127,7 @@ def test_a_line_without_end_is_refused(
     put: Put, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fanfold.backends.inputs.lines.MAX_LINE_BYTES", 100)
-    with pytest.raises(InputError, match="line 2 is longer than 100 bytes; is this a text file"):
+    with pytest.raises(InputError, match="line 2 is longer than 100 bytes; the file must be text"):
         load(InputSpec(path=put("a.csv", "x\n" + "y" * 101 + "\n")))
 
 
@@ -131,7 +135,7 @@ def test_an_endless_quoted_cell_is_refused(
     put: Put, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fanfold.backends.inputs.readers.MAX_LINE_BYTES", 100)
-    with pytest.raises(InputError, match="line 2: a quote opens here and is never closed"):
+    with pytest.raises(InputError, match="line 2: the quote that opens here is not closed"):
         load(InputSpec(path=put("a.csv", 'x\n"' + "y\n" * 200 + '"\n')))
 
 

@@ -25,15 +25,15 @@ def test_rows_may_differ(put: Put, load: Load, name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"x": 1', r"a\.jsonl, line 3: the row is no JSON: .* at character 8, near"),
-        ('{"x": NaN}', r"line 3: the row is no JSON: .* NaN is no JSON, write null"),
-        ('{"x": "\\ud800"}', r"line 3: the row is no JSON"),
-        ("[1, 2]", r"line 3: the row is no JSON object but an array; .* jq -c"),
-        ("[", r"line 3: the row is no JSON: .*; of one array make one object a line with: jq"),
-        ('"x"', r"line 3: the row is no JSON object but a string; each line must be one object"),
-        ("1", r"line 3: the row is no JSON object but a number"),
-        ("true", r"line 3: the row is no JSON object but a boolean"),
-        ("null", r"line 3: the row is no JSON object but null"),
+        ('{"x": 1', r"a\.jsonl, line 3: the row is not JSON: .* at character 8, near"),
+        ('{"x": NaN}', r"line 3: the row is not JSON: .* NaN is not JSON, write null"),
+        ('{"x": "\\ud800"}', r"line 3: the row is not JSON"),
+        ("[1, 2]", r"line 3: the row is not a JSON object but an array; .* jq -c"),
+        ("[", r"line 3: the row is not JSON: .*; to write an array as one object per line: jq"),
+        ('"x"', r"line 3: the row is not a JSON object but a string; each line must be one object"),
+        ("1", r"line 3: the row is not a JSON object but a number"),
+        ("true", r"line 3: the row is not a JSON object but a boolean"),
+        ("null", r"line 3: the row is not a JSON object but null"),
         (b'{"x": "na\xefve"}', r"not encoded as UTF-8: byte 10 of line 3 is 0xEF"),
         (b'{"x": "\0"}', r"a\.jsonl is a binary file"),
         ('{"y": 1}', r"a\.jsonl, line 3 has no column 'x', which the task needs; its columns: y"),
@@ -46,7 +46,7 @@ def test_faulty_rows(put: Put, load: Load, line: str | bytes, message: str) -> N
 
 
 def test_nothing_but_blank_lines(put: Put, load: Load) -> None:
-    with pytest.raises(InputError, match=r"a\.jsonl holds no rows"):
+    with pytest.raises(InputError, match=r"a\.jsonl has no rows"):
         load(InputSpec(path=put("a.jsonl", "\n \n")))
 
 

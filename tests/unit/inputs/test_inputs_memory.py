@@ -21,11 +21,11 @@ def test_row_numbers_unless_a_key_id_is_there(load: Load) -> None:
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([], "input.items is empty; it must hold at least one object"),
+        ([], "input.items is empty; it must contain at least one object"),
         ("abc", "input.items must be a list of objects, not str"),
         ({"x": 1}, "input.items must be a list of objects, not dict"),
-        ([{"x": 1}, 5], r"items\[1\] is no object but int; each item must map names"),
-        ([{"x": 1}, None], r"items\[1\] is no object but NoneType"),
+        ([{"x": 1}, 5], r"items\[1\] is not an object but int; each item must map column names"),
+        ([{"x": 1}, None], r"items\[1\] is not an object but NoneType"),
         ([{"x": 1}, {"y": 1}], r"items\[1\] has no column 'x', which the task needs"),
         ([{"id": 1, "x": 1}, {"x": 1}], r"items\[1\] has no column 'id', which input\.id needs"),
         ([{"x": 1}, {"x": {1, 2}}], r"items\[1\]: column 'x' cannot be written as JSON: Type is"),

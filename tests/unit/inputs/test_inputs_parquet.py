@@ -72,7 +72,7 @@ def test_columns_json_cannot_say(tmp_path: Path, load: Load, name: str) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": pa.array([1]), **UNSAYABLE}), path)
     assert load(InputSpec(path=path))[0].row == {"x": 1}
-    with pytest.raises(InputError, match=f"column '{name}' is of the type .* convert the column"):
+    with pytest.raises(InputError, match=f"column '{name}' is of type .* convert the column"):
         load(InputSpec(path=path, id="x"), name)
 
 
@@ -90,7 +90,7 @@ def test_batches_and_limit(tmp_path: Path, load: Load) -> None:
 
 
 def test_faulty_files(tmp_path: Path, put: Put, load: Load) -> None:
-    with pytest.raises(InputError, match=r"a\.parquet is no readable Parquet file: .*magic"):
+    with pytest.raises(InputError, match=r"a\.parquet is not a readable Parquet file: .*magic"):
         load(InputSpec(path=put("a.parquet", "x,y\n1,2\n" * 10)))
     with pytest.raises(InputError, match=r"a\.parquet is empty"):
         load(InputSpec(path=put("a.parquet", "")))
@@ -99,7 +99,7 @@ def test_faulty_files(tmp_path: Path, put: Put, load: Load) -> None:
     with pytest.raises(InputError, match=r"b\.parquet has several columns named 'x'"):
         load(InputSpec(path=path))
     pq.write_table(pa.table({"x": pa.array([], pa.int64())}), path)
-    with pytest.raises(InputError, match=r"b\.parquet holds no rows"):
+    with pytest.raises(InputError, match=r"b\.parquet has no rows"):
         load(InputSpec(path=path))
 
 
@@ -109,7 +109,7 @@ def test_damaged_pages(tmp_path: Path, load: Load) -> None:
     content = bytearray(path.read_bytes())
     content[4:400] = b"\xff" * 396
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.parquet is no readable Parquet file"):
+    with pytest.raises(InputError, match=r"a\.parquet is not a readable Parquet file"):
         load(InputSpec(path=path))
 
 

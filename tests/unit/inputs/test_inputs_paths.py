@@ -44,10 +44,10 @@ def test_a_limit_leaves_later_texts_unread(tmp_path: Path, put: Put, load: Load)
     ("content", "message"),
     [
         ("", r"docs/b\.txt is empty"),
-        (" \n\n", r"docs/b\.txt holds nothing but blanks; remove it from the folder"),
+        (" \n\n", r"docs/b\.txt contains only blanks; remove it from the folder"),
         (b"ok\n\xe4", r"docs/b\.txt is not encoded as UTF-8: byte 1 of line 2 is 0xE4"),
         (b"ok\0", r"docs/b\.txt is a binary file"),
-        ("x" * 200, r"docs/b\.txt has 200 bytes; a text of at most 100 can be an item"),
+        ("x" * 200, r"docs/b\.txt has 200 bytes; an item may have at most 100"),
     ],
 )
 @pytest.mark.usefixtures("small_limit")
@@ -60,7 +60,9 @@ def test_faulty_texts(put: Put, load: Load, content: str | bytes, message: str) 
 
 def test_a_folder_without_texts(tmp_path: Path, put: Put, load: Load) -> None:
     put("docs/a.pdf", "x")
-    with pytest.raises(InputError, match=r"the folder .*docs holds no \.txt or \.md file; input"):
+    with pytest.raises(
+        InputError, match=r"the folder .*docs contains no \.txt or \.md file; input"
+    ):
         load(InputSpec(path=tmp_path / "docs"))
 
 
@@ -112,21 +114,23 @@ def test_a_path_through_a_file(put: Put, load: Load) -> None:
 
 def test_a_pipe(tmp_path: Path, load: Load) -> None:
     os.mkfifo(tmp_path / "a.csv")
-    with pytest.raises(InputError, match=r"a\.csv is no regular file; copy its content"):
+    with pytest.raises(InputError, match=r"a\.csv is not a regular file; copy its content"):
         load(InputSpec(path=tmp_path / "a.csv"))
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("a.json", "one object a line"),
+        ("a.json", "one object per line"),
         ("a.csv.gz", "unpack it first"),
         ("a.xlsx", "save the sheet as .csv"),
-        ("a.txt", "name the folder that holds the texts"),
+        ("a.txt", "use the folder of texts as input.path"),
         ("a.sdf", "convert or rename"),
         ("a", "convert or rename"),
     ],
 )
 def test_an_unknown_format(put: Put, load: Load, name: str, hint: str) -> None:
-    with pytest.raises(InputError, match=rf"names no format .*\.csv, .*\.parquet.*{hint}"):
+    with pytest.raises(
+        InputError, match=rf"unsupported input format: .*\.csv, .*\.parquet.*{hint}"
+    ):
         load(InputSpec(path=put(name, "x")))

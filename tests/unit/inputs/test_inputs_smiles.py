@@ -31,7 +31,7 @@ def test_problems(load: Load) -> None:
         None,
         "SMILES 'C1CC' cannot be parsed by RDKit",
         "SMILES is blank",
-        "SMILES 5 is no text",
+        "SMILES 5 is not text",
     ]
 
 

@@ -154,7 +154,7 @@ def test_a_disk_that_takes_no_more(target: Path, count: int) -> None:
 
 
 def test_no_folder_to_write_to(tmp_path: Path, put: Put) -> None:
-    with pytest.raises(JournalError, match="No such file or directory; free some space or choose"):
+    with pytest.raises(JournalError, match="No such file or directory; free disk space or choose"):
         load_input(numbers(1), tmp_path / "nowhere" / "items.arrow", [])
     with pytest.raises(JournalError, match="Not a directory"):
         load_input(numbers(1), put("file", "x") / "items.arrow", [])
@@ -167,31 +167,33 @@ def arrow_file(path: Path, schema: pa.Schema, summary: bytes | None) -> None:
 
 
 def test_files_that_are_no_store(target: Path) -> None:
-    with pytest.raises(JournalError, match=r"items\.arrow is no whole item store.*No such file"):
+    with pytest.raises(
+        JournalError, match=r"items\.arrow is not a complete item store.*No such file"
+    ):
         ItemStore(target)
     for content in (b"", b"x", b"x" * 10_000):
         target.write_bytes(content)
-        with pytest.raises(JournalError, match=r"items\.arrow is no whole item store"):
+        with pytest.raises(JournalError, match=r"items\.arrow is not a complete item store"):
             ItemStore(target)
     arrow_file(target, pa.schema({"x": pa.int64()}), None)
-    with pytest.raises(JournalError, match="it holds something else"):
+    with pytest.raises(JournalError, match="it has other content"):
         ItemStore(target)
     arrow_file(target, SCHEMA.with_metadata({VERSION_KEY: b"99"}), None)
-    with pytest.raises(JournalError, match="it has the layout 99, this fanfold reads 1"):
+    with pytest.raises(JournalError, match="it has layout 99, this fanfold reads 1"):
         ItemStore(target)
 
 
 @pytest.mark.parametrize("summary", [None, b"{", b"[]", b"{}", b'{"starts": [0]}'])
 def test_stores_with_a_damaged_summary(target: Path, summary: bytes | None) -> None:
     arrow_file(target, SCHEMA, summary)
-    with pytest.raises(JournalError, match="is no whole item store"):
+    with pytest.raises(JournalError, match="is not a complete item store"):
         ItemStore(target)
 
 
 def test_a_store_that_lacks_a_batch(target: Path) -> None:
     header = StoreHeader((0, 256), 300, ("n",), "", (), 0, 0, "items")
     arrow_file(target, SCHEMA, header.to_json())
-    with pytest.raises(JournalError, match="its summary counts other batches than it has"):
+    with pytest.raises(JournalError, match="its summary and its batches differ"):
         ItemStore(target)
 
 
@@ -199,12 +201,15 @@ def test_a_store_that_lacks_a_batch(target: Path) -> None:
 def test_a_truncated_store(target: Path, cut: int) -> None:
     load_input(numbers(3000), target, [])
     target.write_bytes(target.read_bytes()[:-cut])
-    with pytest.raises(JournalError, match=r"items\.arrow is no whole item store"):
+    with pytest.raises(JournalError, match=r"items\.arrow is not a complete item store"):
         ItemStore(target)
 
 
 def test_a_store_with_overwritten_rows(target: Path) -> None:
     load_input(InputSpec(items=[{"x": "needle"}]), target, [])
     target.write_bytes(target.read_bytes().replace(b'{"x":"needle"}', b'{"x":"needle!!'))
-    with ItemStore(target) as store, pytest.raises(JournalError, match="is no whole item store"):
+    with (
+        ItemStore(target) as store,
+        pytest.raises(JournalError, match="is not a complete item store"),
+    ):
         store.read(0, 1)

@@ -38,15 +38,15 @@ def test_loopback_and_this_python_where_nobody_says() -> None:
 
 
 def test_a_variable_that_is_no_command() -> None:
-    with pytest.raises(ConfigurationError, match=r"FANFOLD_LAUNCHER: there is no \{nodes\}"):
+    with pytest.raises(ConfigurationError, match=r"FANFOLD_LAUNCHER: unknown name \{nodes\}"):
         launcher_command(None, 2, {"FANFOLD_LAUNCHER": "srun -N {nodes}"})
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"kind": "launched", "command": "srun -N {nodes}"}, "there is no {nodes}"),
-        ({"kind": "launched", "command": "srun 'x"}, "is no command line"),
+        ({"kind": "launched", "command": "srun -N {nodes}"}, "unknown name {nodes}"),
+        ({"kind": "launched", "command": "srun 'x"}, "invalid command line"),
         ({"kind": "launched", "command": " "}, "is empty"),
         ({"kind": "launched", "host": "a b"}, "host"),
         ({"kind": "local", "command": "srun"}, "'command' is for kind parsl and launched"),
