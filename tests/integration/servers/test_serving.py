@@ -195,7 +195,7 @@ async def test_servers_do_not_outlive_a_killed_owner(node: Node) -> None:
         await until(lambda: not is_served(node.files))
         await until(lambda: not node.alive())
     assert not node.files.endpoints.exists()
-    assert node.events("end")[-1]["why"] == "supervisor lost"
+    assert node.events("end")[-1]["why"] == "keeper lost"
 
 
 async def test_a_watcher_that_is_killed_is_replaced(node: Node) -> None:
@@ -221,7 +221,7 @@ def _watchers(node: Node) -> list[int]:
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended meanwhile
             arguments = line.read_bytes().split(b"\0")
-            if wanted in arguments and any(a.endswith(b"watchdog.py") for a in arguments):
+            if wanted in arguments and any(a.endswith(b"watcher.py") for a in arguments):
                 found.append(int(line.parent.name))
     return found
 
