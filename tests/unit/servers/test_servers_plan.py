@@ -38,7 +38,10 @@ def test_other_braces_stay() -> None:
         ("", "is empty"),
         ("   ", "is empty"),
         ("serve 'x", "no closing quotation"),
-        ("serve --port {prt}", r"unknown name \{prt\}; known names: \{gpus\}, \{instance\}, \{model\}"),
+        (
+            "serve --port {prt}",
+            r"unknown name \{prt\}; known names: \{gpus\}, \{instance\}, \{model\}",
+        ),
     ],
 )
 def test_commands_that_are_none(text: str, words: str) -> None:
