@@ -1,1 +1,1 @@
-"""The graphs, and the doors to them: library, command line, langgraph CLI."""
+"""The graphs and their entry points: library, command line, langgraph CLI."""

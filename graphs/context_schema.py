@@ -1,4 +1,4 @@
-"""The settings that a form can fill in, each with its description, default, bounds and choices."""
+"""Settings that a form shows, each with its description, default, bounds and choices."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from ..configs.resolve import DEFAULT_PRESET
 from ..nodes.context import Context
 
 VARIABLE_PATTERN: Final = r"^(\$\{[A-Za-z_][A-Za-z0-9_]*\})?$"
-"""A reference to a variable of the environment, or nothing."""
+"""Pattern of a reference to an environment variable, or of an empty text."""
 
 _SECRETS: Final = ("api_key", "token", "password")
 _DATASETS: Final = ("rdkit-nci5k", "molecules", "abstracts", "topics", "records")
 
 
 def _plain_field(start: Any, text: str, access: Access, **more: Any) -> Any:
-    """Return a field that no single setting stands behind."""
+    """Return a field that does not map to one setting."""
     return _field(start, {"description": text, "access": access, "json_schema_extra": more})
 
 
 def _setting_field(key: str, **more: Any) -> Any:
-    """Return a field that stands for one setting, and says of it what the setting's model says."""
+    """Return a field for one setting, with the schema of the setting's model."""
 
     def show(shown: dict[str, Any]) -> None:
         for word in ("type", "anyOf", "items", "additionalProperties"):
             shown.pop(word, None)
         shown |= setting_schema(key) | more
         if isinstance(default, list | dict):
-            shown["default"] = default  # pydantic keeps what a factory makes to itself
+            shown["default"] = default  # pydantic omits defaults made by a factory
 
     default = find_setting(key).get_default(call_default_factory=True)
     if default is PydanticUndefined:
@@ -47,10 +47,10 @@ def _setting_field(key: str, **more: Any) -> Any:
     return _field(default, about)
 
 
-def _options(key: str, text: str, *elsewhere: str) -> Any:
-    """Return a field for the settings of a section that no field of their own stands for."""
+def _options(key: str, text: str, *excluded: str) -> Any:
+    """Return a field for the settings of a section that have no field of their own."""
     shown = section_schema(key)
-    for name in elsewhere:
+    for name in excluded:
         del shown["properties"][name]
     about = {"description": text, "json_schema_extra": {"anyOf": [shown, {"type": "null"}]}}
     return field(default=None, metadata=about | {"section": key})
@@ -64,17 +64,17 @@ def _field(default: Any, about: dict[str, Any]) -> Any:
 
 @dataclass(kw_only=True)
 class SettingsForm(Context):
-    """Settings of a run: a preset or a file, and what shall be different.
+    """Settings of a run: a preset or a file, and changes to it.
 
-    A field that is left as it is changes nothing; so ``overrides`` is the way to set something
-    back to its default.
+    A field at its default changes nothing, so use ``overrides`` to set a value back to its
+    default.
     """
 
     preset: str = _plain_field(
-        DEFAULT_PRESET, "Which use case to start from.", Access.OPEN, enum=preset_names()
+        DEFAULT_PRESET, "Preset to start from.", Access.OPEN, enum=preset_names()
     )
     config: str | dict[str, Any] | None = _plain_field(
-        None, "In place of a preset: a YAML file, or the settings themselves.", Access.PATH
+        None, "YAML file or settings to use instead of a preset.", Access.PATH
     )
     system: str = _setting_field(
         "task.system", langgraph_nodes=["shard", "infer"], langgraph_type="prompt"
@@ -96,14 +96,14 @@ class SettingsForm(Context):
     seed: int | None = _setting_field("model.seed")
     endpoints: str = _plain_field(
         "",
-        "Where the model is served: base URLs with commas between, an endpoints file, auto, or "
-        "simulated; empty: as the preset or file says.",
+        "Endpoints that serve the model: comma-separated base URLs, an endpoints file, auto, or "
+        "simulated; empty: the endpoints of the preset or file.",
         Access.CLOSED,
         examples=["http://node17:8000/v1,http://node18:8000/v1", "endpoints.txt", "auto"],
     )
     api_key: str = _plain_field(
         "",
-        "Key of the endpoints, as ${VAR}: the name of a variable of the server's environment, "
+        "API key of the endpoints, as ${VAR}: the name of an environment variable of the server, "
         "never the key itself.",
         Access.CLOSED,
         pattern=VARIABLE_PATTERN,
@@ -147,42 +147,42 @@ class SettingsForm(Context):
     graph: str | None = _setting_field("task.graph")
     extra_body: dict[str, Any] = _setting_field("model.extra_body")
     endpoint_options: dict[str, Any] | None = _options(
-        "endpoints", "Where the model is served, in more detail than one line can say."
+        "endpoints", "All settings of the section endpoints."
     )
     backend_options: dict[str, Any] | None = _options(
-        "backend", "Where shards run, in more detail.", "kind", "processes", "workers"
+        "backend", "Other settings of the section backend.", "kind", "processes", "workers"
     )
-    node: dict[str, Any] | None = _options("node", "How a node serves the model.")
+    node: dict[str, Any] | None = _options("node", "Settings of the model servers on a node.")
     fsync_s: float = _setting_field("journal.fsync_s")
     keep_raw: Literal["rejected", "all"] = _setting_field("keep.raw")
     metrics_port: int | None = _setting_field("metrics.port")
     overrides: list[str] = _plain_field(
         [],
-        "Every other setting, as key.of.section=value; docs/configuration.md lists the keys.",
+        "Any other setting, as section.key=value; see docs/configuration.md for the keys.",
         Access.OPEN,
         default=[],
         examples=[["model.extra_body={top_k: 20}", "endpoints.proxy=true"]],
     )
     out: str | None = _plain_field(
         None,
-        "Folder of the run, on the server: a new one, or that of a run to go on with; empty: a new "
-        "one below fanfold-runs.",
+        "Run folder on the server: a new one, or that of a run to resume; empty: a new folder in "
+        "fanfold-runs.",
         Access.CLOSED,
     )
     trace: bool = _plain_field(
         False,
-        "Run every item by LangGraph's engine, visible in traces, however many there are.",
+        "Run every item through LangGraph's engine and trace it, for any number of items.",
         Access.CLOSED,
     )
     retry_failed: bool = _plain_field(
-        False, "On a run that goes on: ask failed items again.", Access.CLOSED
+        False, "When resuming a run: retry failed items.", Access.CLOSED
     )
 
     def to_assignments(self) -> list[str]:
-        """Return what differs from the preset or file, as ``key.of.section=value``.
+        """Return the changes to the preset or file, as ``section.key=value``.
 
         Raises:
-            ConfigurationError: A key that was written out.
+            ConfigurationError: A secret is given in clear text.
         """
         filled = self.changed_fields()
         keys = {f.name: f.metadata["key"] for f in fields(self) if "key" in f.metadata}
@@ -197,7 +197,7 @@ class SettingsForm(Context):
         return [*changed, *self.overrides]
 
     def changed_fields(self) -> dict[str, Any]:
-        """Return the fields that differ from their defaults, by name; an emptied one does not."""
+        """Return the fields that differ from their defaults, by name, without cleared fields."""
         return {
             name: value
             for name, default in _field_defaults(type(self)).items()
@@ -206,11 +206,11 @@ class SettingsForm(Context):
 
 
 def build_request_form(shown: Callable[[str], bool], preset: str | None) -> type[Any]:
-    """Return the form that a graph shows to those who may not set everything.
+    """Return the form of a graph whose requests can set only some fields.
 
     Args:
-        shown: Says of a field's name whether it is shown.
-        preset: The preset that the graph is bound to, the default of that field.
+        shown: Returns True for the name of a field that the form shows.
+        preset: The preset bound to the graph, the default of that field.
     """
     hints = get_type_hints(SettingsForm)
     made = [
@@ -223,7 +223,7 @@ def build_request_form(shown: Callable[[str], bool], preset: str | None) -> type
 
 def _copy_field(of: Field[Any], preset: str | None) -> Any:
     if of.name == "preset":
-        about = dict(of.metadata) | {"description": "Which use case to run in place of the bound."}
+        about = dict(of.metadata) | {"description": "Preset to run instead of the bound one."}
         return field(default=preset or "", metadata=about)
     if of.default_factory is not MISSING:
         return field(default_factory=of.default_factory, metadata=of.metadata)
@@ -232,7 +232,7 @@ def _copy_field(of: Field[Any], preset: str | None) -> Any:
 
 @cache
 def _field_defaults(form: type[SettingsForm]) -> dict[str, Any]:
-    """Return the defaults by field; looked up once, for every node of every shard asks."""
+    """Return the defaults by field; cached, because every node of every shard needs them."""
     return {f.name: _field_default(f) for f in fields(form) if f.init}
 
 
@@ -243,10 +243,10 @@ def _field_default(of: Field[Any]) -> Any:
 
 
 def _check_secrets(given: Any) -> None:
-    """Refuse secrets that are written out, at any depth.
+    """Check that a value holds no secret in clear text, at any depth.
 
     Raises:
-        ConfigurationError: There is one.
+        ConfigurationError: It holds one.
     """
     for key, value in given.items() if isinstance(given, dict) else ():
         if key in _SECRETS and isinstance(value, str):
@@ -255,15 +255,15 @@ def _check_secrets(given: Any) -> None:
 
 
 def _check_variable(text: str) -> str:
-    """Return the reference to a variable.
+    """Return a reference to an environment variable.
 
     Raises:
-        ConfigurationError: It is something else; servers keep what was typed into a form.
+        ConfigurationError: It is not one; servers store what is typed into a form.
     """
     if not re.fullmatch(VARIABLE_PATTERN, text):
         msg = (
-            "keys: name a variable of the server's environment, as ${MY_KEY}; a key that is "
-            "typed in here would be kept in the server's files"
+            "keys: name a variable of the server's environment, as ${MY_KEY}; the server would "
+            "store a key that is typed in here"
         )
         raise ConfigurationError(msg)
     return text

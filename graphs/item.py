@@ -1,4 +1,4 @@
-"""The item graph by itself, for LangGraph Studio and ``langgraph dev``."""
+"""The standalone item graph, for LangGraph Studio and ``langgraph dev``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ItemGraphAlone = BoundGraph[ItemState, ItemInput, ItemOutput]
 def build_item_alone(
     context: RunContext | None = None, *, trust_context: bool = False
 ) -> ItemGraphAlone:
-    """Make the item graph that runs by itself: settings in place of open parts.
+    """Build the standalone item graph, which opens its resources from the settings.
 
     Its input is one item: ``{"id": "aspirin", "row": {"smiles": "CC(=O)Oc1ccccc1C(=O)O"}}``.
 
     Args:
         context: The settings.
-        trust_context: Whether what arrives with an invocation may set everything.
+        trust_context: Let the context of an invocation change any setting.
     """
     policy = None if trust_context else RequestPolicy.from_environment()
     bound = BoundSettings(context or RunContext(), policy)
@@ -44,4 +44,4 @@ def _make_node(run: ItemNode, bound: BoundSettings) -> Any:
 
 
 item = build_item_alone().compile()
-"""What ``langgraph.json`` names ``item``."""
+"""The graph ``item`` of ``langgraph.json``."""

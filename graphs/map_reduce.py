@@ -27,12 +27,12 @@ MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]
 def build_bound_graph(
     context: RunContext | None = None, *, trust_context: bool = False, fixed: bool = False
 ) -> BoundGraph[RunState, RunInput, RunOutput]:
-    """Make the map-reduce with settings bound to it; None binds the defaults.
+    """Build the map-reduce graph with bound settings; None binds the defaults.
 
     Args:
         context: The settings.
-        trust_context: Whether what arrives with an invocation may set everything.
-        fixed: Whether the settings count alone, whatever context an invocation has.
+        trust_context: Let the context and input of an invocation change any setting.
+        fixed: Use only the bound settings and ignore the context of an invocation.
     """
     policy = None if trust_context or fixed else RequestPolicy.from_environment()
     bound = BoundSettings(context or RunContext(), policy, fixed=fixed)
@@ -65,16 +65,16 @@ def build_graph(
     cache: BaseCache[Any] | None = None,
     trust_context: bool = False,
 ) -> MapReduce:
-    """Return the compiled map-reduce with its settings bound, for embedding.
+    """Return the compiled map-reduce graph with bound settings, for embedding.
 
     Args:
         spec: A preset's name, a YAML file, settings as a mapping, or a :class:`RunContext`;
             None runs the molecular_screening preset on the simulated fleet.
-        checkpointer: LangGraph's saver; as a subgraph leave it None.
-        cache: LangGraph's cache.
-        trust_context: Whether all that arrives with an invocation is trusted: context, input and
-            answers. Where it is not, they may set what docs/embedding.md lists, and nothing that
-            starts a command, reads a file, chooses an endpoint or raises a bound limit.
+        checkpointer: LangGraph saver; None if the graph is used as a subgraph.
+        cache: LangGraph cache.
+        trust_context: Trust the context, input and answers of every invocation. By default they
+            can set only what docs/embedding.md lists, and nothing that starts a command, reads a
+            file, chooses an endpoint or raises a bound limit.
 
     Returns:
         A graph whose input is ``{"path": …}``, ``{"items": [{…}, …]}`` or ``{}`` for the
@@ -89,10 +89,10 @@ def build_graph(
         config = dict(spec) if isinstance(spec, Mapping) else str(spec) if spec else None
         context = RunContext(config=config)
     if spec is not None:
-        _ = context.loaded, context.out_path  # what is wrong shall show here, not in the first run
+        _ = context.loaded, context.out_path  # report wrong settings here, not in the first run
     graph = build_bound_graph(context, trust_context=trust_context)
     return graph.compile(checkpointer=checkpointer, cache=cache)
 
 
 graph = build_bound_graph().compile()
-"""What ``langgraph.json`` names ``map_reduce``."""
+"""The graph ``map_reduce`` of ``langgraph.json``."""

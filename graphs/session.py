@@ -1,4 +1,4 @@
-"""One session of a run: open it, invoke the graph, turn the end into a result."""
+"""One session of a run: open it, invoke the graph, return a result."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How one life of a run goes.
+    """Options of one session of a run.
 
     Attributes:
         checkpointer: ``postgresql://…``, or None for SQLite in the run folder.
-        trace: Run every item by LangGraph's engine.
-        retry_failed: Ask failed items again.
+        trace: Run every item through LangGraph's engine.
+        retry_failed: Retry failed items.
         refold: Fold from the first item instead of from the last checkpoint.
         quiet: Show no progress.
-        deadline: When it must end, or None.
+        deadline: End of the session, or None.
     """
 
     checkpointer: str | None = None
@@ -78,19 +78,19 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """How one life of a run ended.
+    """Result of one session of a run.
 
     Attributes:
         exit_code: Exit code.
         folder: The run's folder.
         run_id: The run's id.
-        seconds: Wall time of this life.
+        seconds: Wall time of this session.
         progress: Counts of items, requests and tokens.
-        aggregate: One entry per reduce stage; empty when the run is not finished.
+        aggregate: One entry per aggregator; empty if the run is not finished.
         simulated: Whether the answers are simulated.
         reason: Why it was interrupted, or None.
-        budget: By limit, what is spent of which cap.
-        cost: What all lives have cost; None until the life has ended.
+        budget: Spent amount and cap, by limit.
+        cost: Cost of all sessions; None until this session has ended.
     """
 
     exit_code: int
@@ -108,20 +108,20 @@ class RunResult:
 async def execute_run(
     folder: RunFolder, loaded: LoadedConfig, options: RunOptions, console: Console
 ) -> RunResult:
-    """Run or resume a prepared run to its end, and note this life in its provenance.
+    """Run or resume a prepared run to its end, and record the session in its provenance.
 
-    Signals and the end of its time stop it: see :class:`~fanfold.graphs.run.shutdown.Shutdown`.
+    Signals and the deadline stop it: see :class:`~fanfold.graphs.run.shutdown.Shutdown`.
 
     Raises:
         ConfigurationError: The endpoints do not fit the run, or another process works on it.
-        JournalError: Something could not be written; says how many items are safe.
+        JournalError: A write failed; the message says how many items are safe.
         RunStoppedError: It was stopped while it was being opened.
     """
     with handle_signals(console) as stop, stop.stop_at_deadline(options.deadline), freeze_gc():
         return await run_session(folder, loaded, options, console, stop)
 
 
-async def run_session(  # noqa: PLR0913 - what a life is made of
+async def run_session(  # noqa: PLR0913 - the parts of a session
     folder: RunFolder,
     loaded: LoadedConfig,
     options: RunOptions,
@@ -130,15 +130,15 @@ async def run_session(  # noqa: PLR0913 - what a life is made of
     *,
     on_open: Callable[[RunTools], None] | None = None,
 ) -> RunResult:
-    """Do the same in any loop; what stops the run is the caller's.
+    """Run a session in the current event loop; the caller provides ``stop``.
 
     Args:
         folder: The run's folder.
         loaded: Its settings.
-        options: How this life goes.
-        console: Where to say what is going on.
-        stop: By which the caller stops it.
-        on_open: Called once the run is open, for whoever watches.
+        options: Options of this session.
+        console: Console for progress.
+        stop: Stops the session.
+        on_open: Called once the run is open.
     """
     started = time.monotonic()
     context = RunContext.from_loaded(
@@ -154,8 +154,8 @@ async def run_session(  # noqa: PLR0913 - what a life is made of
         if on_open is not None:
             on_open(tools)
         async with add_saved_count(tools), record_session(folder) as (about, this):
-            life = Session(folder, about["run"], context, tools, options, console, stop)
-            result = await life.run_graph()
+            session = Session(folder, about["run"], context, tools, options, console, stop)
+            result = await session.run_graph()
             this["outcome"] = result.reason or "finished"
     budget = {} if tools.budget is None else tools.budget.report()
     assert isinstance(tools, OpenedRun), "the run's own context has opened it"
@@ -166,10 +166,10 @@ async def run_session(  # noqa: PLR0913 - what a life is made of
 
 @contextmanager
 def freeze_gc() -> Iterator[None]:
-    """Keep the garbage collector from what is loaded already.
+    """Exclude the objects that are already loaded from garbage collection.
 
-    Some 200,000 objects of imported modules never become garbage, and each full collection
-    that walks them holds up the loop for more than 0.1 s.
+    About 200,000 objects of imported modules never become garbage, and each full collection
+    that traverses them blocks the loop for more than 0.1 s.
     """
     gc.freeze()
     try:
@@ -180,46 +180,46 @@ def freeze_gc() -> Iterator[None]:
 
 @asynccontextmanager
 async def add_saved_count(tools: RunTools) -> AsyncIterator[None]:
-    """Let every failed write say how many items are safe."""
+    """Add the number of safe items to the message of a failed write."""
     try:
         yield
     except JournalError as error:
         if "items are safe" in error.message:
             raise
         safe, total = tools.progress.done + tools.progress.failed, tools.progress.total
-        msg = f"{error.message}. {safe:,} of {total:,} items are safe; mend it, then resume"
+        msg = f"{error.message}. {safe:,} of {total:,} items are safe; fix the cause, then resume"
         raise JournalError(msg) from error
 
 
 @asynccontextmanager
 async def record_session(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Note this life in the run's provenance, at its begin and at its end."""
+    """Record the session in the run's provenance, at its start and at its end."""
     about, this = await asyncio.to_thread(
         lambda: (folder.read_provenance(), describe_session(folder))
     )
 
-    async def note() -> None:
-        lives = [*about["sessions"], this]
-        await asyncio.to_thread(folder.write_provenance, about | {"sessions": lives})
+    async def write() -> None:
+        sessions = [*about["sessions"], this]
+        await asyncio.to_thread(folder.write_provenance, about | {"sessions": sessions})
 
-    await note()
+    await write()
     this["outcome"] = "stopped by an error"
     try:
         yield about, this
     except BaseException:
         this["ended"] = utc_timestamp()
         try:
-            await note()
+            await write()
         except JournalError as error:
-            logger.warning("%s", error.message)  # what ended the run matters more
+            logger.warning("%s", error.message)  # the error that ended the run matters more
         raise
     this["ended"] = utc_timestamp()
-    await note()
+    await write()
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The parts of one life of a run, and how it is lived."""
+    """One session of a run: its parts, and how it runs the graph."""
 
     folder: RunFolder
     run_id: str
@@ -236,18 +236,18 @@ class Session:
         )
         async with open_saver(self.options.checkpointer, self.folder.checkpoints) as saver:
             graph = build_bound_graph(self.context, trust_context=True).compile(checkpointer=saver)
-            going_on = await self._can_resume(graph, thread)
+            resumed = await self._can_resume(graph, thread)
             async with show_progress(self.tools, self.console, self.options.quiet):
-                result = await self._invoke(graph, thread, going_on)
+                result = await self._invoke(graph, thread, resumed)
                 if result.exit_code not in {
                     EXIT_BUDGET,
                     EXIT_INTERRUPTED,
                 } and not self._matches_journal(result):
-                    result = await self._invoke(graph, thread, going_on=False)
+                    result = await self._invoke(graph, thread, resumed=False)
                 return result
 
     async def _can_resume(self, graph: MapReduce, thread: RunnableConfig) -> bool:
-        """Say whether the last checkpoint is of an unfinished run of the same reduce stages."""
+        """Return True if the last checkpoint is of an unfinished run with the same aggregators."""
         state = await graph.aget_state(thread)
         parts, empty = state.values.get("parts"), self.tools.aggregators.empty()
         return (
@@ -256,9 +256,9 @@ class Session:
             and (not parts or _stages(parts) == _stages(empty))
         )
 
-    async def _invoke(self, graph: MapReduce, thread: RunnableConfig, going_on: bool) -> RunResult:
-        """Go on from the last checkpoint, or fold all items anew: the journal has the finished."""
-        begin: Any = None if going_on else {}
+    async def _invoke(self, graph: MapReduce, thread: RunnableConfig, resumed: bool) -> RunResult:
+        """Resume from the last checkpoint, or fold all items again from the journal."""
+        begin: Any = None if resumed else {}
         control = self.stop.control
         invocation = asyncio.ensure_future(
             graph.ainvoke(begin, thread, context=self.context, durability="sync", control=control)
@@ -267,10 +267,10 @@ class Session:
             return await self._outcome(invocation)
 
     def _matches_journal(self, result: RunResult) -> bool:
-        """Say whether the fold counts what the journal counts.
+        """Return True if the fold and the journal have the same counts.
 
-        It does not when it went on from a checkpoint that is older than the journal: failed
-        items may have been asked again with the checkpoints kept elsewhere.
+        They differ after resuming from a checkpoint that is older than the journal: failed items
+        may have been retried in a session that kept its checkpoints in another saver.
         """
         counted = self.tools.progress
         found = result.progress
@@ -305,12 +305,12 @@ class Session:
 
 
 def _reason(asked: Sequence[Interrupt], tools: RunTools) -> str:
-    """Return what is exhausted, and what it would take to finish."""
+    """Return which limit is exhausted, and the total required to finish."""
     question: dict[str, Any] = asked[0].value
     needs = (f"{value:,} {name}" for name, value in question["total_to_finish"].items())
     to_finish = ", ".join(needs)
     reason = tools.gate.reason or question["why"]
-    return reason + (f"; to finish it takes about {to_finish} in all" if to_finish else "")
+    return reason + (f"; finishing requires about {to_finish} in total" if to_finish else "")
 
 
 def _stages(parts: dict[str, Any]) -> Any:
@@ -322,30 +322,30 @@ def _counts(tools: RunTools) -> dict[str, Any]:
 
 
 def compute_run_cost(folder: RunFolder, run: RunIds, tools: OpenedRun) -> Cost:
-    """Return what a run has cost by the end of a life, its earlier lives included; blocks.
+    """Return the cost of a run at the end of a session, including earlier sessions; blocks.
 
     Raises:
-        JournalError: A book is damaged.
+        JournalError: A spend log is damaged.
     """
     assert tools.journal is not None, "a run that was opened has one"
-    recorded = {life: spent.amount for life, spent in tools.journal.usage_by_session.items()}
+    recorded = {name: spent.amount for name, spent in tools.journal.usage_by_session.items()}
     doubt = SpendLogs(folder.budget, run).unaccounted(recorded)
     return Cost(tools.journal.total_usage(), tools.progress.node_time, doubt, tools.is_priced)
 
 
 @dataclass(frozen=True, slots=True)
 class PilotResult:
-    """How a pilot went.
+    """Result of a pilot.
 
     Attributes:
-        items: Its items.
+        items: Items of the pilot.
         total: Items of the run.
-        left: Items of the run that have not ended yet.
+        left: Items of the run that are not finished yet.
         done: Items of the pilot that were answered.
         failed: Items of the pilot that failed.
-        stats: What they took; None when none of them was asked.
-        plan: What the whole run asks.
-        forecast: What it will take, going by the pilot; None when none of it was asked.
+        stats: Measurements of its items; None if no model was called.
+        plan: Requests of the whole run.
+        forecast: Estimate for the whole run; None if no model was called.
         simulated: Whether the answers are simulated.
     """
 
@@ -360,7 +360,7 @@ class PilotResult:
     simulated: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the result as plain data."""
         return {
             "items": self.items,
             "done": self.done,
@@ -374,21 +374,21 @@ class PilotResult:
 async def run_pilot(
     folder: RunFolder, loaded: LoadedConfig, options: RunOptions, count: int, console: Console
 ) -> PilotResult:
-    """Finish some items of a prepared run, as a life of it; the next one asks the others.
+    """Finish some items of a prepared run in a session; the next session finishes the others.
 
-    Items that an earlier life has finished are not asked again, so that a pilot can be repeated.
+    Items that an earlier session has finished are not repeated, so a pilot can be repeated.
 
     Args:
         folder: The run's folder.
         loaded: Its settings.
-        options: How the run goes.
-        count: Items to ask, spread over the input.
-        console: Where to show what goes on.
+        options: Options of the session.
+        count: Number of items, spread over the input.
+        console: Console for progress.
 
     Raises:
-        RunStoppedError: It was stopped, or cannot go on.
+        RunStoppedError: It was stopped, or cannot continue.
         ConfigurationError: The endpoints do not fit the run, or another process works on it.
-        JournalError: Something could not be written.
+        JournalError: A write failed.
     """
     context = RunContext.from_loaded(loaded, out=str(folder.path), trace=options.trace)
     with handle_signals(console) as stop, stop.stop_at_deadline(options.deadline), freeze_gc():
@@ -418,17 +418,19 @@ async def _run_items(
 
 
 def _pilot_error(tools: RunTools, folder: RunFolder) -> Exception:
-    """Return why a pilot was not flown to its end, and how to go on."""
+    """Return the error that ended a pilot early, with the command to resume."""
     error, again = tools.gate.error, f"fanfold resume {folder.path}"
     if isinstance(error, BudgetExhaustedError):
         caps = tools.budget.report() if tools.budget is not None else {}
         options = "".join(f" --budget-{name.replace('_', '-')} N" for name in caps)
-        return BudgetExhaustedError(f"{error.message}. Go on with a higher total: {again}{options}")
-    return error or RunStoppedError(f"{tools.gate.reason} during the pilot. Go on with: {again}")
+        return BudgetExhaustedError(
+            f"{error.message}. Resume with a higher limit: {again}{options}"
+        )
+    return error or RunStoppedError(f"{tools.gate.reason} during the pilot. Resume with: {again}")
 
 
 async def _run_each_item(tools: RunTools, chosen: Sequence[int], stop: Shutdown) -> None:
-    """Finish the items, each as a shard of its own."""
+    """Finish the items, each as a separate shard."""
 
     async def one(index: int) -> None:
         shard = Shard(index, index + 1)
@@ -448,7 +450,7 @@ async def _run_each_item(tools: RunTools, chosen: Sequence[int], stop: Shutdown)
 def _measure_pilot(
     tools: RunTools, loaded: LoadedConfig, about: dict[str, Any], chosen: Sequence[int]
 ) -> PilotResult:
-    """Sum up what the items took, and foretell the run; blocks."""
+    """Summarize the measurements of the items and estimate the run; blocks."""
     records = [tools.item_journal.read_record(index) for index in chosen]
     total = len(tools.store)
     seen = ItemStats.from_records(records, total, "the pilot")
@@ -471,7 +473,7 @@ def _measure_pilot(
 
 def _nodes(tools: RunTools, loaded: LoadedConfig) -> int | None:
     fleet = tools.fleet if isinstance(tools, OpenedRun) else None
-    own = fleet is not None and not fleet.policy.whole_answers  # a gateway's are whole
+    own = fleet is not None and not fleet.policy.whole_answers  # a gateway's answers are whole
     endpoints = fleet.endpoints if fleet is not None and own else ()
     return count_nodes(loaded.config, [endpoint.url for endpoint in endpoints])
 
@@ -479,7 +481,7 @@ def _nodes(tools: RunTools, loaded: LoadedConfig) -> int | None:
 def _first_prompts(
     tools: RunTools, loaded: LoadedConfig, chosen: Sequence[int], items: int
 ) -> Range:
-    """Return the tokens of first prompts by length, for servers that report none."""
+    """Estimate the tokens of first prompts from their length, for servers that report none."""
     task, tokens = loaded.config.task, list[float]()
     prompt = Template.parse(task.prompt)
     for index in chosen:

@@ -1,4 +1,4 @@
-"""The worker: work_shard(task) -> result, and the resources kept between tasks."""
+"""The worker: ``work_shard(task) -> result``, and the resources kept between tasks."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ from .run.items import make_item_runner
 from .run.prepare import compute_question_digest
 
 FSYNC_S: Final = 1.0
-"""Workers flush their journal once a second: what a node's loss may cost."""
+"""Seconds between flushes of a worker's journal: the most work that the loss of a node costs."""
 IDLE_S: Final = 60.0
-"""A worker without orders closes connections and journal after so many seconds."""
+"""Seconds without a task after which a worker closes its connections and journal."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResources:
-    """What orders of one run have in common: settings, fleet, journal file, tokenizer."""
+    """Resources that the tasks of one run share: settings, fleet, journal file, tokenizer."""
 
     loaded: LoadedConfig
     fleet: Fleet
@@ -75,10 +75,10 @@ class TaskResources:
 
 
 class WorkerResources:
-    """Opens parts, and keeps those last used open for the next order.
+    """Opens task resources, and keeps those last used open for the next task.
 
     Args:
-        idle_s: Seconds without an order after which they are closed.
+        idle_s: Seconds without a task after which they are closed.
     """
 
     def __init__(self, idle_s: float = IDLE_S) -> None:
@@ -87,29 +87,31 @@ class WorkerResources:
         self._keeping = asyncio.Lock()
         self._idle_s = idle_s
         self._idle: asyncio.Task[None] | None = None
-        self._orders = 0
+        self._active_tasks = 0
 
     @asynccontextmanager
-    async def use(self, order: ShardTask, worker: str) -> AsyncIterator[TaskResources]:
-        """Use the parts that an order needs."""
-        key = _key(order)
-        self._orders += 1
+    async def use(self, task: ShardTask, worker: str) -> AsyncIterator[TaskResources]:
+        """Provide the resources of a task, opening them if needed."""
+        key = _key(task)
+        self._active_tasks += 1
         try:
-            async with self._shared.use(key, lambda: open_task_resources(order, worker)) as parts:
-                await self._keep_open(key, order, worker)
-                yield parts
+            async with self._shared.use(
+                key, lambda: open_task_resources(task, worker)
+            ) as resources:
+                await self._keep_open(key, task, worker)
+                yield resources
         finally:
-            self._orders -= 1
+            self._active_tasks -= 1
             if self._idle is None:
                 self._idle = asyncio.create_task(self._close_when_idle())
 
-    async def _keep_open(self, key: str, order: ShardTask, worker: str) -> None:
+    async def _keep_open(self, key: str, task: ShardTask, worker: str) -> None:
         async with self._keeping:
             if self._kept is not None and self._kept[0] == key:
                 return
             await self._close_kept()
             stack = AsyncExitStack()
-            use = self._shared.use(key, lambda: open_task_resources(order, worker))
+            use = self._shared.use(key, lambda: open_task_resources(task, worker))
             await stack.enter_async_context(use)
             self._kept = key, stack
 
@@ -122,13 +124,13 @@ class WorkerResources:
         quiet = 0.0
         while quiet < self._idle_s:
             await asyncio.sleep(self._idle_s / 4)
-            quiet = 0.0 if self._orders else quiet + self._idle_s / 4
+            quiet = 0.0 if self._active_tasks else quiet + self._idle_s / 4
         self._idle = None
         async with self._keeping:
             await self._close_kept()
 
     async def aclose(self) -> None:
-        """Close what is kept."""
+        """Close the resources that are kept open."""
         if self._idle is not None:
             self._idle.cancel()
             await asyncio.wait({self._idle})
@@ -137,101 +139,107 @@ class WorkerResources:
             await self._close_kept()
 
 
-def _key(order: ShardTask) -> str:
-    same = [order.run, order.settings, order.urls, order.journal]
+def _key(task: ShardTask) -> str:
+    same = [task.run, task.settings, task.urls, task.journal]
     data = orjson.dumps(same, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 @asynccontextmanager
-async def open_task_resources(order: ShardTask, worker: str) -> AsyncIterator[TaskResources]:
-    """Open settings, fleet and journal for a run's orders.
+async def open_task_resources(task: ShardTask, worker: str) -> AsyncIterator[TaskResources]:
+    """Open settings, fleet and journal for the tasks of a run.
 
     Raises:
-        ConfigurationError: The settings do not fit here, e.g. a variable is not set.
-        BackendError: The shared folder cannot be reached from here.
+        ConfigurationError: The settings do not fit this node, e.g. a variable is not set.
+        BackendError: The shared folder is not reachable from this node.
     """
-    loaded = await asyncio.to_thread(load_config, order.settings)
-    model = order.run["model"]
+    loaded = await asyncio.to_thread(load_config, task.settings)
+    model = task.run["model"]
     async with AsyncExitStack() as stack:
-        here = await stack.enter_async_context(_open_endpoints(order, loaded))
-        own = Path(order.journal).parent / RESPONSES_FOLDER if order.journal is not None else None
-        reuse = await stack.enter_async_context(open_cache(loaded.config, here.simulated, own))
-        fleet = await stack.enter_async_context(open_fleet(loaded.config, here, reuse))
+        ready = await stack.enter_async_context(_open_endpoints(task, loaded))
+        responses = (
+            Path(task.journal).parent / RESPONSES_FOLDER if task.journal is not None else None
+        )
+        cache = await stack.enter_async_context(
+            open_cache(loaded.config, ready.simulated, responses)
+        )
+        fleet = await stack.enter_async_context(open_fleet(loaded.config, ready, cache))
         writer = None
-        if order.journal is not None:
-            writer = await _open_journal(Path(order.journal), order, worker)
+        if task.journal is not None:
+            writer = await _open_journal(Path(task.journal), task, worker)
             stack.push_async_callback(writer.close)
         count = None
-        if order.lease is not None:
-            count = make_prompt_counter(await stack.enter_async_context(open_token_counter(here)))
+        if task.lease is not None:
+            count = make_prompt_counter(await stack.enter_async_context(open_token_counter(ready)))
         yield TaskResources(
             loaded, fleet, model, writer, StatsReporter(lambda: fleet.endpoints), count
         )
 
 
 @asynccontextmanager
-async def _open_endpoints(order: ShardTask, loaded: LoadedConfig) -> AsyncIterator[ReadyEndpoints]:
-    """Return whom this worker asks."""
+async def _open_endpoints(task: ShardTask, loaded: LoadedConfig) -> AsyncIterator[ReadyEndpoints]:
+    """Open the endpoints that this worker uses."""
     config, written = loaded.config, loaded.plain["endpoints"]
-    model, simulated = order.run["model"], order.run["simulated"]
-    if order.urls is not None:
+    model, simulated = task.run["model"], task.run["simulated"]
+    if task.urls is not None:
         key = config.endpoints.api_key.get_secret_value()
-        yield ReadyEndpoints(tuple(EndpointSpec(url, key) for url in order.urls), model, simulated)
+        yield ReadyEndpoints(tuple(EndpointSpec(url, key) for url in task.urls), model, simulated)
     elif config.backend.node_endpoints:
         async with node_endpoints(
-            config, written, model, simulated, _make_stop_check(order)
-        ) as here:
-            yield here
+            config, written, model, simulated, _make_stop_check(task)
+        ) as ready:
+            yield ready
     else:
-        async with open_endpoint_set(config, written) as place:
+        async with open_endpoint_set(config, written) as endpoint_set:
             if config.endpoints.needs_probe:
-                yield await find_ready_endpoints(place, model, config.endpoints.models)
+                yield await find_ready_endpoints(endpoint_set, model, config.endpoints.models)
             else:
-                yield ReadyEndpoints(place.specs, model, simulated, endpoint_set=place)
+                yield ReadyEndpoints(
+                    endpoint_set.specs, model, simulated, endpoint_set=endpoint_set
+                )
 
 
-def _make_stop_check(order: ShardTask) -> Callable[[], str | None]:
-    """Return what tells why a worker gets ready no longer, as far as it can see that."""
+def _make_stop_check(task: ShardTask) -> Callable[[], str | None]:
+    """Return a check that tells why a worker must stop its start-up, or None."""
 
     def over() -> str | None:
-        if order.stop_file is not None and Path(order.stop_file).exists():
+        if task.stop_file is not None and Path(task.stop_file).exists():
             return STOPPED
-        late = order.ends_at is not None and time.time() > order.ends_at
+        late = task.ends_at is not None and time.time() > task.ends_at
         return TIME_OVER if late else None
 
     return over
 
 
-async def _open_journal(folder: Path, order: ShardTask, worker: str) -> JournalWriter:
+async def _open_journal(folder: Path, task: ShardTask, worker: str) -> JournalWriter:
     if not await asyncio.to_thread(folder.is_dir):
         msg = (
-            f"the run folder's journal {folder} cannot be reached from here; put the run folder "
-            "on a shared file system, or set backend.shared_folder: false"
+            f"the run folder's journal {folder} is not reachable from this worker; put the run "
+            "folder on a shared file system, or set backend.shared_folder: false"
         )
         raise BackendError(msg)
-    path = await asyncio.to_thread(make_worker_path, folder, order.run["session"], worker)
-    return JournalWriter(path, {"run": order.run["id"], "session": worker}, FSYNC_S)
+    path = await asyncio.to_thread(make_worker_path, folder, task.run["session"], worker)
+    return JournalWriter(path, {"run": task.run["id"], "session": worker}, FSYNC_S)
 
 
 class TaskItems:
-    """An order's items, in the place of a run's item store."""
+    """The items of a task, with the interface of a run's item store."""
 
     def __init__(self, items: list[Item]) -> None:
         self._items = items
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of items."""
         return len(self._items)
 
     def read(self, lo: int, hi: int) -> list[Item]:
-        """Return a slice of them."""
+        """Return the items from ``lo`` up to, not including, ``hi``."""
         return self._items[lo:hi]
 
 
 @dataclass(frozen=True, slots=True)
 class TaskContext:
-    """An order in work: the tools for it, what ends it early, and what it may spend."""
+    """A task being processed: its tools, its stop signal and its budget."""
 
     tools: RunTools
     journal: TaskJournal
@@ -239,39 +247,41 @@ class TaskContext:
     budget: Budget | None = None
 
     def stop_reason(self) -> str | None:
-        """Tell why no further item shall begin, or None."""
+        """Return why no further item may start, or None."""
         return self.journal.full_reason or self.stop.stop_reason()
 
 
 def make_task_context(
-    order: ShardTask, parts: TaskResources, stop: StopSignal, budget: Budget | None
+    task: ShardTask, resources: TaskResources, stop: StopSignal, budget: Budget | None
 ) -> TaskContext:
-    """Return what one order needs, over parts that are open."""
-    items, loaded = order.unpack_items(), parts.loaded
+    """Return the context of one task, based on open resources."""
+    items, loaded = task.unpack_items(), resources.loaded
     stop.check_walltime(loaded.config.limits, os.environ)
-    if parts.writer is None:
-        ledger: TaskJournal = ResultJournal(order.carry, order.streams)
+    if resources.writer is None:
+        journal: TaskJournal = ResultJournal(task.carry, task.streams)
     else:
-        ledger = WorkerJournal(parts.writer)
+        journal = WorkerJournal(resources.writer)
     if budget is not None:
-        budget.count_prompt = parts.count_tokens
+        budget.count_prompt = resources.count_tokens
     reduce = [to_aggregator_spec(s, loaded.config.task.answer_schema) for s in loaded.config.reduce]
     tools = RunTools(
         store=TaskItems(items),
-        item_journal=ledger,
+        item_journal=journal,
         aggregators=build_aggregators(reduce),
-        run_item=make_item_runner(loaded, parts.fleet, parts.model, engine=None, quiet=True),
-        gate=Gate(order.streams, loaded.config.limits.drain_s),
+        run_item=make_item_runner(
+            loaded, resources.fleet, resources.model, engine=None, quiet=True
+        ),
+        gate=Gate(task.streams, loaded.config.limits.drain_s),
         progress=Progress(total=len(items)),
-        fingerprint=bytes.fromhex(order.run["fingerprint"]),
-        question_digest=compute_question_digest(loaded.config, parts.model),
+        fingerprint=bytes.fromhex(task.run["fingerprint"]),
+        question_digest=compute_question_digest(loaded.config, resources.model),
         keep_raw=loaded.config.keep.raw == "all",
-        simulated=order.run["simulated"],
-        token_prices=TokenPrices(**order.tariff),
+        simulated=task.run["simulated"],
+        token_prices=TokenPrices(**task.tariff),
         open_account=no_account if budget is None else budget.open_account,
         budget=budget,
     )
-    return TaskContext(tools, ledger, stop, budget)
+    return TaskContext(tools, journal, stop, budget)
 
 
 T = TypeVar("T")
@@ -281,109 +291,110 @@ logger = logging.getLogger(__name__)
 _CLOSE_S: Final = 5.0
 
 
-def work_shard(order: dict[str, Json]) -> dict[str, Json]:
-    """Work on one order and return its summary; for executors.
+def work_shard(task: dict[str, Json]) -> dict[str, Json]:
+    """Process one task and return its result; the entry point for executors.
 
-    It never raises for an item, and says as data what kept it from its work.
+    Never raises for an item, and returns an error that prevents its work as data.
     """
     worker = get_worker()
-    return worker.run(run_task(order, worker.resources))
+    return worker.run(run_task(task, worker.resources))
 
 
 class Worker:
-    """An event loop in a thread of its own, and what orders have in common."""
+    """An event loop in a separate thread, and the resources shared between tasks."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self.resources = WorkerResources()
         threading.Thread(target=self._loop.run_forever, name="fanfold", daemon=True).start()
-        # Before the interpreter ends its thread pools, which closing needs; ``atexit`` is too late.
+        # Closing needs the thread pools, which the interpreter stops before it runs ``atexit``.
         threading._register_atexit(self.close)  # type: ignore[attr-defined]  # noqa: SLF001
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the worker's loop and wait for it."""
+        """Run a coroutine in the worker's loop and wait for its result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def close(self) -> None:
-        """Close what is kept between orders, unless the loop hangs."""
+        """Close the shared resources, unless the loop hangs."""
         closing = asyncio.run_coroutine_threadsafe(self.resources.aclose(), self._loop)
         try:
             closing.result(_CLOSE_S)
         except TimeoutError:
             logger.warning(
-                "%s: the event loop hangs; its connections are not closed", worker_name()
+                "worker %s: the event loop does not respond; its connections stay open",
+                worker_name(),
             )
 
 
 @lru_cache(maxsize=1)
 def get_worker() -> Worker:
-    """Return this process's worker: the one thing that a process keeps."""
+    """Return the worker of this process, creating it on first use."""
     return Worker()
 
 
-async def run_task(order: Mapping[str, Json], bag: WorkerResources) -> dict[str, Json]:
-    """Work on one order in the running loop; the door for workers that are async themselves."""
+async def run_task(task: Mapping[str, Json], shared: WorkerResources) -> dict[str, Json]:
+    """Process one task in the running loop; the entry point for async workers."""
     try:
-        read = ShardTask.from_json(order)
+        read = ShardTask.from_json(task)
         _check_version(read)
-        return (await _run_task(read, bag)).to_json()
+        return (await _run_task(read, shared)).to_json()
     except FanfoldError as error:
-        return _make_error_result(order, error).to_json()
+        return _make_error_result(task, error).to_json()
 
 
-def _check_version(order: ShardTask) -> None:
-    if order.fanfold != own_version():
+def _check_version(task: ShardTask) -> None:
+    if task.fanfold != own_version():
         msg = (
-            f"this worker runs fanfold {own_version()}, its coordinator {order.fanfold}; "
+            f"this worker runs fanfold {own_version()}, its coordinator {task.fanfold}; "
             "install the same version on both"
         )
         raise BackendError(msg)
 
 
-async def _run_task(order: ShardTask, bag: WorkerResources) -> ShardResult:
+async def _run_task(task: ShardTask, shared: WorkerResources) -> ShardResult:
     began = time.monotonic()
     async with (
-        heartbeat(order) as stop,
-        bag.use(order, worker_name()) as parts,
-        open_lease(order, parts.loaded.config) as budget,
+        heartbeat(task) as stop,
+        shared.use(task, worker_name()) as resources,
+        open_lease(task, resources.loaded.config) as budget,
     ):
-        job, late = make_task_context(order, parts, stop, budget), expiry_reason(order)
-        drain = (lambda: late) if late else job.stop_reason
-        part = await finish_items(Shard(0, len(order.items)), job.tools, drain)
-        gate, used = job.tools.gate, spent_of_lease(budget)
-        summary = ShardResult(
-            shard=order.shard,
-            attempt=order.attempt,
+        context, late = make_task_context(task, resources, stop, budget), expiry_reason(task)
+        drain = (lambda: late) if late else context.stop_reason
+        part = await finish_items(Shard(0, len(task.items)), context.tools, drain)
+        gate, used = context.tools.gate, spent_of_lease(budget)
+        result = ShardResult(
+            shard=task.shard,
+            attempt=task.attempt,
             fanfold=own_version(),
             worker=worker_name(),
             tally=part.tally,
             stopped=gate.reason,
-            parts=None if job.journal.altered else part.state(),
-            records=job.journal.records_to_send,
+            parts=None if context.journal.altered else part.state(),
+            records=context.journal.records_to_send,
             error=None
             if gate.error is None or is_lease_exhausted(gate.error)
             else make_task_error(gate.error),
             seconds=time.monotonic() - began,
-            endpoints=parts.stats_reporter.delta(),
-            lease=None if order.lease is None else order.lease["name"],
+            endpoints=resources.stats_reporter.delta(),
+            lease=None if task.lease is None else task.lease["name"],
             used=None if used is None else used.to_json(),
             short=gate.error is not None and is_lease_exhausted(gate.error),
         )
-        return await asyncio.to_thread(_fit_message, summary, order.carry)
+        return await asyncio.to_thread(_fit_message, result, task.carry)
 
 
-def _fit_message(summary: ShardResult, carry: int) -> ShardResult:
-    """Leave out the part of the aggregate if it is too large; it can be folded from the records."""
-    if summary.parts is None or len(orjson.dumps(summary.parts)) < carry:
-        return summary
-    return replace(summary, parts=None)
+def _fit_message(result: ShardResult, carry: int) -> ShardResult:
+    """Drop a partial aggregate that is too large; the coordinator can fold the records."""
+    if result.parts is None or len(orjson.dumps(result.parts)) < carry:
+        return result
+    return replace(result, parts=None)
 
 
-def _make_error_result(order: Any, error: FanfoldError) -> ShardResult:
-    said = order if isinstance(order, Mapping) else {}
+def _make_error_result(task: Any, error: FanfoldError) -> ShardResult:
+    data = task if isinstance(task, Mapping) else {}
     return ShardResult(
-        shard=str(said.get("shard")),
-        attempt=int(said.get("attempt") or 0),
+        shard=str(data.get("shard")),
+        attempt=int(data.get("attempt") or 0),
         fanfold=own_version(),
         worker=worker_name(),
         error=make_task_error(error),
@@ -391,10 +402,10 @@ def _make_error_result(order: Any, error: FanfoldError) -> ShardResult:
 
 
 def make_task_error(error: Exception) -> dict[str, str]:
-    """Return an error's class and text."""
+    """Return the class and text of an error."""
     return {"class": type(error).__name__, "text": str(error)}
 
 
 def worker_name() -> str:
-    """Return host and process."""
+    """Return this worker's name, ``host:process``."""
     return f"{socket.gethostname()}:{os.getpid()}"

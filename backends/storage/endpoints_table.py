@@ -1,4 +1,4 @@
-"""What each endpoint did in each life of a run, as a table in the run folder."""
+"""Table of each endpoint's work in each session of a run."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def append_endpoints(path: Path, reports: Sequence[Mapping[str, Any]], session: 
     """Add one row per endpoint to the table, in one step.
 
     Args:
-        path: The table; it is made if there is none.
-        reports: What each endpoint did, ``failures`` as counts by class.
-        session: The life of the run, from 1; its rows take the place of older ones.
+        path: The table; created if missing.
+        reports: Report of each endpoint, with ``failures`` as counts by class.
+        session: Session number, from 1; replaces existing rows of that session.
 
     Raises:
         JournalError: The table cannot be read or written.
@@ -67,10 +67,10 @@ def append_endpoints(path: Path, reports: Sequence[Mapping[str, Any]], session: 
 
 
 def read_endpoints(path: Path) -> list[dict[str, Any]]:
-    """Return the table's rows; none when no life has ended yet.
+    """Return the table's rows; none before the first session has ended.
 
     Raises:
-        JournalError: It cannot be read.
+        JournalError: The table cannot be read.
     """
     rows = _rows(path)
     named = ({f["class"]: f["count"] for f in row["failures"]} for row in rows)
@@ -83,7 +83,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, pa.ArrowException) as error:
-        raise JournalError(f"{path}: cannot be read: {error}; remove it to begin anew") from None
+        raise JournalError(
+            f"{path}: cannot be read: {error}; remove it to start a new one"
+        ) from None
     return rows
 
 
@@ -98,7 +100,7 @@ def _row(report: Mapping[str, Any], session: int) -> dict[str, Any]:
 
 
 def sum_sessions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Add up the lives of each endpoint; state and latencies are those of its last one."""
+    """Sum the sessions of each endpoint; state and latencies are those of its last session."""
     totals: dict[str, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row["session"]):
         before = totals.get(row["endpoint"])

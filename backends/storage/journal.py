@@ -28,36 +28,36 @@ JOURNAL_VERSION: Final = 2
 
 _LONGEST_HEADER: Final = 4096
 _OTHER_FILES: Final = ("heartbeat-", "task-", "stop-", "lock")
-"""How the names of other files in a journal's folder begin."""
+"""Prefixes of the names of other files in a journal's folder."""
 
 RunIds: TypeAlias = str | tuple[str, ...]
-"""A run's id; of a run whose folder was copied, the present id and then the earlier ones."""
+"""Run id; for a copied run folder, the current id followed by the earlier ones."""
 
 
 def make_header(path: Path, kind: str, about: Mapping[str, Json]) -> bytes:
-    """Return what the first line of a new file says of it.
+    """Return the first line of a new file.
 
     Args:
         path: The file.
         kind: ``journal`` or ``budget``.
-        about: ``run``, the run's id, and who writes.
+        about: ``run`` (the run's id) and the writer.
     """
     identity = {"kind": kind, "name": path.stem, "file": secrets.token_hex(8)}
     return orjson.dumps({"v": JOURNAL_VERSION, "run": about["run"], **identity, **about})
 
 
 class JournalWriter:
-    """Writes one journal file, inside a running event loop.
+    """Write one journal file inside a running event loop.
 
-    After a failure it writes nothing more.
+    After a failure nothing more is written.
 
     Args:
         path: The file to create; it must not exist.
-        header: What the first line says besides the version.
+        header: Content of the first line besides the version.
         fsync_s: Seconds between flushes to disk.
 
     Attributes:
-        at_risk: Records that a failed flush may have lost; else 0.
+        at_risk: Records that a failed flush may have lost; otherwise 0.
 
     Raises:
         JournalError: The file cannot be created or written.
@@ -85,17 +85,17 @@ class JournalWriter:
 
     @property
     def failed(self) -> bool:
-        """Say whether a write or a flush failed."""
+        """Return True if a write or a flush failed."""
         return self._failure is not None
 
     def write(self, record: dict[str, Json]) -> tuple[int, int]:
         """Append one record, unbuffered.
 
         Returns:
-            Where its line starts, and how long it is, in bytes.
+            Start and length of the line in bytes.
 
         Raises:
-            TypeError: JSON has no form for a value in it; nothing was written.
+            TypeError: A value has no JSON form; nothing was written.
             JournalError: The line could not be written, or an earlier write or flush failed.
         """
         if self._failure is not None:
@@ -110,10 +110,10 @@ class JournalWriter:
         """Wait until everything written so far is on disk, by the next common flush.
 
         Args:
-            at_once: Bring the next flush forward: nothing more is written meanwhile.
+            at_once: Flush without waiting for the interval; nothing more is written meanwhile.
 
         Raises:
-            JournalError: The disk refused.
+            JournalError: The flush failed.
         """
         goal = self._written
         if at_once and self._flushed < goal:
@@ -127,14 +127,14 @@ class JournalWriter:
         """Flush and close the file.
 
         Raises:
-            JournalError: A write or a flush failed, now or before.
+            JournalError: A write or a flush failed, now or earlier.
         """
         self._closing = True
         self._hurry.set()
         try:
             while self._round is not None:
                 await asyncio.wait({self._round})
-            if self._flushed < self._written:  # after a failed write: what was written before it
+            if self._flushed < self._written:  # after a failed write: flush what came before it
                 await self._sync()
         finally:
             self._file.close()
@@ -155,7 +155,7 @@ class JournalWriter:
             self._round = asyncio.create_task(self._rounds(), name=f"fsync {self._path.name}")
 
     async def _rounds(self) -> None:
-        """Flush after a pause, and again while something was written meanwhile."""
+        """Flush after a pause; repeat while more was written meanwhile."""
         try:
             if not self._flushed:
                 await self._fsync(self._sync_folder)
@@ -191,23 +191,23 @@ class JournalWriter:
         return self._failure
 
 
-async def _pause(hurry: asyncio.Event, seconds: float) -> None:
+async def _pause(wake: asyncio.Event, seconds: float) -> None:
     try:
         async with asyncio.timeout(seconds):
-            await hurry.wait()
+            await wake.wait()
     except TimeoutError:
         return
 
 
 class JournalLine(NamedTuple):
-    """One record as it stands in a journal file.
+    """One record of a journal file.
 
     Attributes:
-        number: The line's number, from 1.
-        start: Where it starts, in bytes.
-        length: Its length in bytes, its end included.
-        crc: Its checksum.
-        record: What it says.
+        number: Number of the line, from 1.
+        start: Start of the line in bytes.
+        length: Length in bytes, line end included.
+        crc: Checksum of the line.
+        record: Content of the line.
     """
 
     number: int
@@ -219,11 +219,11 @@ class JournalLine(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class JournalSource:
-    """What a file must be to be read as one of a run's.
+    """File to read, and what identifies it as a file of the run.
 
     Attributes:
         path: The file.
-        run: The run's ids, one of which the file's first line must carry.
+        run: The run's ids; the first line of the file must have one of them.
         kind: ``journal`` or ``budget``.
     """
 
@@ -232,25 +232,25 @@ class JournalSource:
     kind: str = "journal"
 
     def make_error(self, number: int, what: str) -> JournalError:
-        """Return the error of a line."""
+        """Return an error that names the line."""
         return JournalError(f"{self.path}, line {number}: {what}")
 
 
 def scan_lines(
     source: JournalSource, start: int = 0, first: int = 1, before: int = 0, *, live: bool = False
 ) -> Iterator[JournalLine]:
-    """Yield the records of one file; a torn last line is left out.
+    """Yield the records of one file; skip a torn last line.
 
     Args:
         source: The file.
-        start: Where to begin, in bytes.
-        first: Number of the line there.
-        before: The checksum of the line before that one.
-        live: Whether it is still written to: then the first line with NUL bytes ends it for now.
-            Network file systems show zeros where what another node wrote has not arrived.
+        start: Start offset in bytes.
+        first: Number of the line at that offset.
+        before: Checksum of the previous line.
+        live: Whether the file is still being written; reading then stops at the first line with
+            NUL bytes. Network file systems show zeros where another node's data has not arrived.
 
     Raises:
-        JournalError: Anything else that is odd, with file and line.
+        JournalError: Any other irregularity, with file and line.
     """
     try:
         with source.path.open("rb") as file:
@@ -275,14 +275,14 @@ def scan_lines(
 
 
 def _check_torn(source: JournalSource, line: bytes, number: int, start: int, before: int) -> None:
-    """Accept a line that the end of the process cut; no process writes NUL bytes.
+    """Accept a line cut off by the end of the process; no process writes NUL bytes.
 
-    A line that goes on after its checksum was whole: its end was changed.
+    A line with text after its checksum was complete: its end has been changed.
     """
     if b"\0" in line:
         msg = (
-            f"{line.count(0):,} NUL bytes, as the loss of a machine's power leaves them; what "
-            f"stands before is whole: cut them off with '{_cut(source.path, start)}', then resume"
+            f"{line.count(0):,} NUL bytes, as a power failure leaves them; everything before them "
+            f"is intact: remove them with '{_cut(source.path, start)}', then resume"
         )
         raise source.make_error(number, msg)
     at = line.find(CRC_FIELD)
@@ -294,7 +294,7 @@ def _check_torn(source: JournalSource, line: bytes, number: int, start: int, bef
 
 
 def _mismatch(source: JournalSource, line: bytes, number: int, start: int) -> JournalError:
-    """Return what is wrong with a line that does not match its checksum."""
+    """Return the error of a line that does not match its checksum."""
     found = _header_in(line)
     if number == 1 and found is not None and found.get("v") != JOURNAL_VERSION:
         return source.make_error(1, _other_version(found))
@@ -306,12 +306,12 @@ def _mismatch(source: JournalSource, line: bytes, number: int, start: int) -> Jo
             "repeated or moved"
         )
     else:
-        what = "not a whole line with a checksum; the file was damaged or edited"
+        what = "not a complete line with a checksum; the file was damaged or edited"
     way_out = "restore the file from a copy"
     if source.kind == "journal":
         way_out += (
-            f", or cut it off here with '{_cut(source.path, start)}': the items of the lines from "
-            "here on are then asked again"
+            f", or cut it off here with '{_cut(source.path, start)}': the items of this and all "
+            "later lines then run again"
         )
     return source.make_error(number, f"{what}; {way_out}")
 
@@ -341,7 +341,7 @@ def _parse(source: JournalSource, line: bytes, number: int) -> dict[str, Any]:
 
 
 def get_current_run_id(run: RunIds) -> str:
-    """Return the id that a run has now."""
+    """Return the current id of a run."""
     return run if isinstance(run, str) else run[0]
 
 
@@ -369,18 +369,18 @@ def _is_own(found: object, run: RunIds) -> bool:
 
 
 def check_renamed_files(folder: Path, run: RunIds) -> None:
-    """Refuse a folder in which a file of the run has a name that is not read.
+    """Refuse a folder in which a renamed file of the run would be ignored.
 
     Args:
         folder: The folder.
         run: The run's ids.
 
     Raises:
-        JournalError: A file with a header of the run is under a name that does not end in
-            ``.jsonl``, and no file has the name that it was written under.
+        JournalError: A file with a header of the run has a name that does not end in ``.jsonl``,
+            and its original name does not exist.
     """
     for path in sorted(folder.iterdir()):
-        signs = path.name.startswith(_OTHER_FILES)  # thousands, where there are many workers
+        signs = path.name.startswith(_OTHER_FILES)  # with many workers there are thousands
         if signs or path.suffix == ".jsonl" or not path.is_file():
             continue
         with path.open("rb") as file:
@@ -395,7 +395,7 @@ def check_renamed_files(folder: Path, run: RunIds) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ItemCounts:
-    """How many items are done, failed, and still open."""
+    """Number of items that are done, failed, and open."""
 
     done: int
     failed: int
@@ -404,18 +404,18 @@ class ItemCounts:
 
 @dataclass(slots=True)
 class UsageTotals:
-    """Sums over records; what a record lacks counts as nothing.
+    """Sums over records; a field that a record lacks counts as zero.
 
     Attributes:
         requests: Requests sent, failed ones included.
-        prompt_tokens: Tokens of the prompts that were answered, as far as reported.
+        prompt_tokens: Prompt tokens of answered requests, as far as reported.
         completion_tokens: Tokens of the answers, as far as reported.
-        cached_tokens: Prompt tokens that prefix caches held.
-        lost_tokens: The most tokens of requests that may have been paid and brought no answer.
+        cached_tokens: Prompt tokens from prefix caches.
+        lost_tokens: Upper bound of the tokens of requests that may be billed without an answer.
         useful_tokens: Tokens of the answers that count.
         nano_usd: Nano-dollars.
         useful_nano_usd: Nano-dollars of the answers that count.
-        reused: Answers that cost nothing, for they were given to an equal request before.
+        reused: Answers without cost, taken from an earlier equal request.
     """
 
     requests: int = 0
@@ -430,30 +430,30 @@ class UsageTotals:
 
     @property
     def tokens(self) -> int:
-        """Return all tokens that may have been paid."""
+        """Return all tokens that may be billed."""
         return self.prompt_tokens + self.completion_tokens + self.lost_tokens
 
     @property
     def wasted_tokens(self) -> int:
-        """Return the tokens that may have been paid for nothing: failed, hedged, sent back."""
+        """Return tokens that may be billed without use: failed, hedged, sent back for repair."""
         return self.tokens - self.useful_tokens
 
     @property
     def wasted_nano_usd(self) -> int:
-        """Return the nano-dollars that may have been paid for nothing."""
+        """Return nano-dollars that may be billed without use."""
         return self.nano_usd - self.useful_nano_usd
 
     @property
     def amount(self) -> Amount:
-        """Return what a budget counts of it."""
+        """Return the amount that counts against a budget."""
         return Amount(self.requests, self.tokens, self.nano_usd)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Add what one record says."""
+        """Add one record."""
         self.add_numbers(list(map(record.get, COUNT_FIELDS)))
 
     def add_numbers(self, numbers: Sequence[int | None]) -> None:
-        """Add what one record says of :data:`COUNT_FIELDS`."""
+        """Add the :data:`COUNT_FIELDS` of one record."""
         requests, prompt, completion, cached, lost, useful, nano, useful_nano, reused = numbers
         self.requests += requests or 0
         self.prompt_tokens += prompt or 0
@@ -467,10 +467,10 @@ class UsageTotals:
 
     @classmethod
     def from_numbers(cls, numbers: Iterable[Sequence[int | None]]) -> Self:
-        """Return the sums over records: column by column, which is less work.
+        """Return the sums over records, computed by column for speed.
 
         Args:
-            numbers: What each record says of :data:`COUNT_FIELDS`.
+            numbers: :data:`COUNT_FIELDS` of each record.
         """
         sums = [sum(filter(None, column)) for column in zip(*numbers, strict=True)]
         return cls(**dict(zip(COUNT_FIELDS, sums, strict=False)))
@@ -487,12 +487,12 @@ class UsageTotals:
 
 @dataclass(slots=True)
 class JournalDelta:
-    """Items that have ended since somebody looked last.
+    """Items that have ended since the last report.
 
     Attributes:
-        done: How many were answered.
-        failed: How many ended without an answer.
-        usage: What they have spent.
+        done: Items with an answer.
+        failed: Items without an answer.
+        usage: Their usage.
     """
 
     done: int = 0
@@ -500,7 +500,7 @@ class JournalDelta:
     usage: UsageTotals = field(default_factory=UsageTotals)
 
     def add_records(self, facts: Sequence[tuple[Any, ...]]) -> None:
-        """Count records, by their index, status and :data:`COUNT_FIELDS`."""
+        """Add records by their index, status and :data:`COUNT_FIELDS`."""
         done = sum(status == "done" for _, status, *_ in facts)
         self.done, self.failed = self.done + done, self.failed + len(facts) - done
         self.usage.merge(UsageTotals.from_numbers(numbers for _, _, *numbers in facts))
@@ -515,24 +515,24 @@ _get_key_fields: Final = itemgetter(*_KEY_FIELDS)
 
 
 def parse_session_number(path: Path) -> int:
-    """Return the number of the life in which a journal file was written.
+    """Return the number of the session that wrote a journal file.
 
     Raises:
-        JournalError: It is none.
+        JournalError: The file is not a journal file.
     """
-    life = path.stem.partition("-")[0]
-    if not (life.isascii() and life.isdigit()):
+    session = path.stem.partition("-")[0]
+    if not (session.isascii() and session.isdigit()):
         msg = f"{path}: not a journal file of fanfold; move it out of the run folder"
         raise JournalError(msg)
-    return int(life)
+    return int(session)
 
 
 RecordKey = tuple[Any, ...]
-"""A record's index, status, and :data:`COUNT_FIELDS`; what it lacks is None."""
+"""Index, status and :data:`COUNT_FIELDS` of a record; missing fields are None."""
 
 
 def make_record_key(record: dict[str, Any]) -> RecordKey:
-    """Return what a ledger keeps in mind of a record."""
+    """Return the part of a record that stays in memory."""
     try:
         facts: RecordKey = _get_key_fields(record)
     except KeyError:
@@ -541,17 +541,17 @@ def make_record_key(record: dict[str, Any]) -> RecordKey:
 
 
 def make_worker_prefix(session: int, worker: str) -> str:
-    """Return how the names of a worker's journal files begin.
+    """Return the prefix of the names of a worker's journal files.
 
     Args:
-        session: Number of the coordinator's life.
+        session: Number of the coordinator's session.
         worker: Host and process, e.g. ``node17:4242``.
     """
     return f"{session:04}-{worker.replace(':', '-').replace('/', '-')}-"
 
 
 class IndexedLine(NamedTuple):
-    """What is kept in mind of a line: number, start and length in bytes, checksum, and facts."""
+    """Data of a line that stays in memory: number, start and length in bytes, checksum, key."""
 
     number: int
     start: int
@@ -561,7 +561,7 @@ class IndexedLine(NamedTuple):
 
 
 def index_line(line: JournalLine) -> IndexedLine:
-    """Return what is kept in mind of a line; its record goes."""
+    """Return the data of a line that stays in memory, without its record."""
     record = line.record
     facts = make_record_key(record)
     if "shares" in record:
@@ -570,23 +570,23 @@ def index_line(line: JournalLine) -> IndexedLine:
 
 
 def _drop_bad_index(record: dict[str, Any], facts: RecordKey) -> RecordKey:
-    """Return a record's facts, without the index if it is to be refused."""
+    """Return a record's key, with None as index if the record must be refused."""
     try:
         check_record(record)
     except ValueError:
-        return None, *facts[1:]  # refused with the others, by its line
+        return None, *facts[1:]  # sum_records refuses the batch; check_line then names the line
     return facts
 
 
 def sum_records(facts: Sequence[RecordKey], items: int) -> UsageTotals | None:
-    """Return the sums over records: column by column, which is less work.
+    """Return the sums over records, computed by column for speed.
 
     Args:
-        facts: What is kept in mind of each record; at least one.
+        facts: Key of each record; at least one.
         items: Number of items of the run.
 
     Returns:
-        The sums; None where :func:`check_line` refuses one of the records.
+        The sums; None if :func:`check_line` refuses one of the records.
     """
     indices, statuses, *columns = zip(*facts, strict=True)
     fine = (
@@ -600,19 +600,19 @@ def sum_records(facts: Sequence[RecordKey], items: int) -> UsageTotals | None:
     for column in columns if fine else ():
         if not _NUMBER.issuperset(map(type, column)):
             return None
-        told = list(filter(None, column))  # neither null nor 0
-        total = sum(told)
-        if told and (min(told) < 0 or (total > MAX_COUNT and max(told) > MAX_COUNT)):
+        numbers = list(filter(None, column))  # neither null nor 0
+        total = sum(numbers)
+        if numbers and (min(numbers) < 0 or (total > MAX_COUNT and max(numbers) > MAX_COUNT)):
             return None
         sums.append(total)
     return UsageTotals(*sums) if fine else None
 
 
 def check_line(line: JournalLine, source: JournalSource, items: int) -> None:
-    """Refuse what no ledger of this run has written.
+    """Refuse a line that no journal of this run contains.
 
     Raises:
-        JournalError: It says something else.
+        JournalError: The line has other content.
     """
     record = line.record
     if (trouble := find_record_problem(record, items)) is not None:

@@ -1,4 +1,4 @@
-"""Journal: index over all journal files of a run (17 bytes per item)."""
+"""Index over all journal files of a run (17 bytes per item)."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from .journal import (
 )
 
 _MAX_OPEN_FILES: Final = 128
-"""Files kept open: processes are set up for few, and connections need most of them."""
+"""Files kept open. Processes have a low limit, and connections need most of it."""
 
 
 class _Handle:
-    """An open file; it is closed when neither those kept nor a reader refers to it any more."""
+    """Open file; closed once neither the pool nor a reader refers to it."""
 
     __slots__ = ("number",)
 
@@ -54,25 +54,25 @@ class _Handle:
 
 
 class FileHandles:
-    """Keeps open the files that were read last; threads may read at the same time.
+    """Keep the most recently read files open; several threads may read at the same time.
 
     Args:
-        most: How many are kept.
+        most: Number of files kept open.
     """
 
     def __init__(self, most: int = _MAX_OPEN_FILES) -> None:
         self._most, self._lock = most, threading.Lock()
-        self._kept = dict[Path, _Handle]()  # the one read last comes last
+        self._kept = dict[Path, _Handle]()  # most recently read last
 
     def __len__(self) -> int:
-        """Return how many are open."""
+        """Return the number of open files."""
         return len(self._kept)
 
     def read(self, path: Path, start: int, length: int) -> bytes:
         """Return a part of a file.
 
         Raises:
-            OSError: It cannot be opened or read.
+            OSError: The file cannot be opened or read.
         """
         with self._lock:
             handle = self._kept.pop(path, None) or _Handle(os.open(path, os.O_RDONLY))
@@ -82,7 +82,7 @@ class FileHandles:
         return os.pread(handle.number, length, start)
 
     def close(self) -> None:
-        """Close all; whoever reads just now still ends."""
+        """Close all files; reads in progress still complete."""
         with self._lock:
             self._kept.clear()
 
@@ -91,12 +91,12 @@ _OPEN, _DONE, _FAILED = 0, 1, 2
 _CODES: Final = {"done": _DONE, "failed": _FAILED}
 
 _BATCH_LINES: Final = 256
-"""Lines that are checked and added up together."""
+"""Lines that are checked and summed together."""
 
 
 @dataclass(slots=True)
 class _FollowedFile:
-    """A worker's file: its number, and where to read on."""
+    """A worker's file: its number, and the position to continue from."""
 
     number: int
     start: int = 0
@@ -105,30 +105,28 @@ class _FollowedFile:
 
 
 class Journal:
-    """Index over the journal files of one run; writable when opened for a new life.
+    """Index over the journal files of one run; writable when opened for a new session.
 
-    It holds 17 bytes per item: its state and where its record lies. The records themselves stay
-    on disk. Threads may read at the same time; one event loop writes.
+    The index holds 17 bytes per item: its state and the position of its record. The records stay
+    on disk. Several threads may read at the same time; one event loop writes.
 
-    Workers of a session write files of their own beside the coordinator's
-    (``0002-node17-4242.jsonl`` beside ``0002.jsonl``); :meth:`refresh` reads on in them. Of several
-    records of an item that of the later session counts; within a session an answer counts before a
-    failure, and else the record that was finished first. This does not depend on the order in
-    which they are read.
+    The workers of a session write their own files beside the coordinator's
+    (``0002-node17-4242.jsonl`` beside ``0002.jsonl``); :meth:`refresh` reads their new lines. Of
+    several records of an item, the one of the latest session counts. Within a session an answer
+    precedes a failure; otherwise the record that was finished first counts. The result does not
+    depend on the order of reading.
 
     Args:
         folder: The journal's folder.
-        run: The run's ids; new files carry the present one.
+        run: The run's ids; new files carry the current one.
         items: Number of items of the run.
-        extents: What :meth:`extents` returned when the run's aggregate was made: later records of
+        extents: Result of :meth:`extents` when the run's aggregate was written. Later records of
             the sessions up to then are not read, so that records and aggregate agree.
 
     Attributes:
-        usage_by_session: What each session has spent, by its number; records that do not count are
-            included.
-        duplicates: Records that took the place of another one, or of the same session as the one
-            that
-            count_items: what was folded of their items may differ from what the ledger keeps.
+        usage_by_session: Usage by session number, including records that do not count.
+        duplicates: Records that replaced another one, or of the same session as the one that
+            counts; the aggregate of their items may differ from the journal.
 
     Raises:
         JournalError: A file is damaged or belongs to another run.
@@ -165,7 +163,7 @@ class Journal:
             at = _FollowedFile(number)
             self._read_on(path, at, end=_end_in(extents, path))
             if "-" in path.stem:
-                self._followed[path] = at  # its worker may outlive the coordinator
+                self._followed[path] = at  # its worker may still run after the coordinator ended
 
     def _check_names(self) -> None:
         try:
@@ -176,12 +174,12 @@ class Journal:
     # -- writing -------------------------------------------------------------------------
 
     def start_session(self, session: str, fsync_s: float, least: int = 1) -> None:
-        """Allow writing; the new journal file is made when the first item ends.
+        """Allow writing; the new journal file is created when the first item ends.
 
         Args:
-            session: What the file's header says of the process that writes it.
+            session: Description, in the file's header, of the process that writes it.
             fsync_s: Seconds between flushes to disk.
-            least: The life's number at least; a life may have ended before its first item did.
+            least: Lower bound of the session number, since a session may end before any item.
         """
         self._session = (session, fsync_s)
         self.session_number = max(
@@ -189,19 +187,19 @@ class Journal:
         )
 
     def put(self, record: dict[str, Json]) -> None:
-        """Record how an item ended; on return it is safe from the end of this process.
+        """Record the end of an item; on return the record survives the end of this process.
 
         Needs a running event loop.
 
         Raises:
-            TypeError: JSON has no form for a value in the record; nothing was written.
-            JournalError: It could not be written; says how many items are safe. Every later call
-                raises the same.
+            TypeError: A value of the record has no JSON form; nothing was written.
+            JournalError: The record could not be written; the message says how many items are
+                safe. Every later call raises the same error.
         """
         if self._failure is not None:
             raise self._failure
         if self._session is None:
-            raise JournalError(f"{self._folder}: the ledger is open for reading only")
+            raise JournalError(f"{self._folder}: the journal is open for reading only")
         try:
             writer = self._writer or self._open_writer(*self._session)
             start, length = writer.write(record)
@@ -215,34 +213,34 @@ class Journal:
 
     def _explain_failure(self, error: JournalError) -> JournalError:
         return JournalError(
-            f"{error.message}. {self.describe_saved()}; make room or mend the permissions, then "
-            "resume"
+            f"{error.message}. {self.describe_saved()}; free disk space or fix the permissions, "
+            "then resume"
         )
 
     def describe_saved(self) -> str:
-        """Say how many items will be read back, whatever becomes of this process."""
+        """Return how many items can be read back after this process ends, in words."""
         at_risk = self._writer.at_risk if self._writer is not None else 0
         safe = len(self._state) - self._state.count(_OPEN) - at_risk
         return f"{safe:,} of {len(self._state):,} items are safe"
 
-    def _open_writer(self, life: str, fsync_s: float) -> JournalWriter:
+    def _open_writer(self, session: str, fsync_s: float) -> JournalWriter:
         path = self._folder / f"{self.session_number:04}.jsonl"
         self._writer = JournalWriter(
-            path, {"run": get_current_run_id(self._run), "session": life}, fsync_s
+            path, {"run": get_current_run_id(self._run), "session": session}, fsync_s
         )
         self._own = len(self._paths)
         self._paths.append(path)
         return self._writer
 
     def extents(self) -> dict[str, int]:
-        """Return how far each file has been read or written, in bytes, by its name."""
+        """Return, by file name, how many bytes have been read or written."""
         return {path.name: end for path, end in zip(self._paths, self._ends, strict=False) if end}
 
     async def flush(self) -> None:
         """Wait until everything written so far is on disk, by the next common flush.
 
         Raises:
-            JournalError: The disk refused; says how many items are safe.
+            JournalError: The flush failed; the message says how many items are safe.
         """
         if self._writer is None:
             return
@@ -256,7 +254,7 @@ class Journal:
         """Flush and close all files.
 
         Raises:
-            JournalError: Something could not be flushed, and nobody has been told yet.
+            JournalError: A flush failed and has not been reported yet.
         """
         try:
             if self._writer is not None:
@@ -266,11 +264,11 @@ class Journal:
             self.close()
 
     async def _close(self, writer: JournalWriter) -> None:
-        told, at_risk = self._failure is not None, writer.at_risk
+        was_reported, at_risk = self._failure is not None, writer.at_risk
         try:
             await writer.close()
         except JournalError as error:
-            if not told or writer.at_risk > at_risk:
+            if not was_reported or writer.at_risk > at_risk:
                 self._failure = self._explain_failure(error)
                 raise self._failure from error
 
@@ -279,7 +277,7 @@ class Journal:
         self._handles.close()
 
     def __enter__(self) -> Self:
-        """Use it for reading."""
+        """Return the journal for reading."""
         return self
 
     def __exit__(
@@ -297,9 +295,9 @@ class Journal:
         """Read what workers have written since the last call; blocks.
 
         Args:
-            delta: Is told of items that had not ended before, also of those before an error.
-            all_sessions: Whether those of earlier lives may still write, not only this one's.
-            worker: Only this one of this life, as ``host:process``; there may be thousands.
+            delta: Receives items that had not ended before, also those read before an error.
+            all_sessions: Whether workers of earlier sessions may still write.
+            worker: Read only this worker's files (``host:process``); there may be thousands.
 
         Raises:
             JournalError: A file is damaged, cannot be read, or belongs to another run.
@@ -327,13 +325,13 @@ class Journal:
         delta: JournalDelta | None = None,
         end: int | None = None,
     ) -> None:
-        """Note a file's further records; count those of items that had not ended before.
+        """Index a file's further records; count those of items that had not ended before.
 
         Args:
             path: The file.
-            at: Where to read on.
-            delta: Is told what is new; None: the file is read once, from its begin to its end.
-            end: Where to end, in bytes.
+            at: Position to continue from.
+            delta: Receives what is new; None: the file is read once, from start to end.
+            end: Position to stop at, in bytes.
         """
         live = delta is not None
         source = JournalSource(path, self._run)
@@ -350,7 +348,7 @@ class Journal:
             ]
             last = some[-1]
             at.start, at.line, at.crc = last.start + last.length, last.number + 1, last.crc
-            assert spent is not None, "check_line has refused what does not add up"
+            assert spent is not None, "check_line refuses records that do not add up"
             self._get_session_usage(at.number).merge(spent)
             self._ends[at.number] = at.start
             if delta is not None:
@@ -364,33 +362,33 @@ class Journal:
         return ItemCounts(state.count(_DONE), state.count(_FAILED), state.count(_OPEN))
 
     def reopen_failed(self, before: int | None = None) -> int:
-        """Treat failed items as open again; their records stay until newer ones come.
+        """Treat failed items as open again; their records stay until newer ones are written.
 
         Args:
-            before: Only items that failed in a life before this one; None takes all.
+            before: Only items that failed in a session before this one; None for all.
 
         Returns:
-            How many they are.
+            Number of items.
         """
-        lives = [parse_session_number(path) for path in self._paths]
+        sessions = [parse_session_number(path) for path in self._paths]
         failed = [
             index
             for index, state in enumerate(self._state)
-            if state == _FAILED and (before is None or lives[self._file[index]] < before)
+            if state == _FAILED and (before is None or sessions[self._file[index]] < before)
         ]
         for index in failed:
             self._state[index] = _OPEN
         return len(failed)
 
     def is_finished(self, index: int) -> bool:
-        """Say whether an item has ended."""
+        """Return True if an item has ended."""
         return self._state[index] != _OPEN
 
     def read_record(self, index: int) -> dict[str, Any]:
         """Read back the record of a finished item.
 
         Raises:
-            JournalError: The journal changed under our feet.
+            JournalError: The journal changed during the run.
         """
         return self._read(index, self._file[index], self._start[index], self._length[index])
 
@@ -411,17 +409,17 @@ class Journal:
         return record
 
     def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the records of finished items in input order, or those of one status."""
+        """Yield the records of finished items in input order; optionally of one status only."""
         wanted = _CODES[status] if status else None
         for index, state in enumerate(self._state):
             if state != _OPEN and wanted in (None, state):
                 yield self.read_record(index)
 
     def _index_record(self, number: int, start: int, length: int, facts: RecordKey) -> bool:
-        """Note where an item's record is; return whether the item had not ended before."""
+        """Index a record; return True if its item had not ended before."""
         index = facts[0]
         ended = self._state[index] != _OPEN
-        known = self._length[index] > 0  # also of a failed item that is asked again
+        known = self._length[index] > 0  # also for a failed item that runs again
         if known and not self._is_replacing(index, number, start, length):
             return False
         self._state[index] = _CODES[facts[1]]
@@ -429,34 +427,36 @@ class Journal:
         return not ended
 
     def _is_replacing(self, index: int, number: int, start: int, length: int) -> bool:
-        """Say whether a further record of an item counts, rather than the one that is noted."""
-        life, before = (parse_session_number(self._paths[n]) for n in (number, self._file[index]))
-        if life < before:
-            return False  # no session folds what an earlier one records from now on
+        """Return True if a further record of an item counts more than the indexed one."""
+        session, before = (
+            parse_session_number(self._paths[n]) for n in (number, self._file[index])
+        )
+        if session < before:
+            return False  # an earlier session's record no longer changes this session's result
         self.duplicates += self._state[index] != _OPEN
-        if life > before:
+        if session > before:
             return True
         one = self._rank(index, number, start, length)
         other = self._rank(index, self._file[index], self._start[index], self._length[index])
         return one < other
 
-    def _rank(self, index: int, *place: int) -> tuple[bool, str, str, int]:
-        """Return what orders the records of an item within a session: the least one counts."""
-        record = self._read(index, *place)
-        number, start, _ = place
+    def _rank(self, index: int, *position: int) -> tuple[bool, str, str, int]:
+        """Return the sort key of an item's records within a session; the least record counts."""
+        record = self._read(index, *position)
+        number, start, _ = position
         failed = record["status"] != "done"
         return failed, str(record.get("finished_at")), self._paths[number].stem, start
 
     def _get_session_usage(self, number: int) -> UsageTotals:
-        """Return the sums of the life that wrote a file."""
+        """Return the sums of the session that wrote a file."""
         while len(self._sums) <= number:
-            life = parse_session_number(self._paths[len(self._sums)])
-            self._sums.append(self.usage_by_session.setdefault(life, UsageTotals()))
+            session = parse_session_number(self._paths[len(self._sums)])
+            self._sums.append(self.usage_by_session.setdefault(session, UsageTotals()))
             self._ends.append(0)
         return self._sums[number]
 
     def total_usage(self) -> UsageTotals:
-        """Return what all lives have spent."""
+        """Return the usage of all sessions."""
         total = UsageTotals()
         for spent in self.usage_by_session.values():
             total.merge(spent)
@@ -464,7 +464,7 @@ class Journal:
 
 
 def _end_in(extents: Mapping[str, int] | None, path: Path) -> int | None:
-    """Return up to where a file is read, or None for all of it."""
+    """Return the position up to which a file is read, or None for all of it."""
     if extents is None or path.name in extents:
         return None if extents is None else extents[path.name]
     last = max((parse_session_number(Path(name)) for name in extents), default=0)

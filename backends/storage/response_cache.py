@@ -1,4 +1,4 @@
-"""On-disk cache of responses, shared by processes; claims by lock."""
+"""On-disk cache of responses, shared by processes; claims by file lock."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 
 class ClaimLocks:
-    """Locks by key, one process at a time; a file system that has none is used without.
+    """Locks by key for one process at a time; without effect on file systems without locks.
 
-    All of it blocks. Threads may use it at the same time; they are one process.
+    All methods block. Several threads may use them; they count as one process.
 
     Args:
-        path: The file to lock; made when missing.
+        path: The file to lock; created when missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,16 +51,16 @@ class ClaimLocks:
         """Open the file.
 
         Raises:
-            OSError: It cannot be opened.
+            OSError: The file cannot be opened.
         """
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def acquire(self, key: bytes) -> bool:
-        """Lock a key; say whether no other process holds it."""
+        """Lock a key; return True if no other process holds it."""
         return self._lock_key(fcntl.LOCK_EX | fcntl.LOCK_NB, key)
 
     def release(self, key: bytes) -> None:
-        """Let go of a key, if it is ours."""
+        """Release a key, if this process holds it."""
         self._lock_key(fcntl.LOCK_UN, key)
 
     def _lock_key(self, how: int, key: bytes) -> bool:
@@ -72,13 +72,13 @@ class ClaimLocks:
             except OSError as error:
                 if error.errno in _LOCKED_ERRORS:
                     return False
-                text = "%s: cannot be locked: %s; processes may send equal requests at one time"
+                text = "%s: cannot be locked: %s; several processes may send equal requests"
                 logger.warning(text, self._path, error.strerror)
                 self._close()
             return True
 
     def close(self) -> None:
-        """Let go of all keys."""
+        """Release all keys."""
         with self._lock:
             self._close()
 
@@ -89,7 +89,7 @@ class ClaimLocks:
 
 
 def _byte(key: bytes) -> int:
-    return int.from_bytes(key[:8]) >> 2  # offsets end at 2^63
+    return int.from_bytes(key[:8]) >> 2  # file offsets are below 2^63
 
 
 CACHE_VERSION: Final = 1
@@ -103,17 +103,18 @@ _TICK_NS: Final = 2_000_000_000
 
 
 class ResponseCache:
-    """Answers by key, found by every process that uses the folder.
+    """Answers by key, shared by all processes that use the folder.
 
-    A process that is killed leaves half a line at the end of its own file, which nobody reads.
-    What the loss of power makes of a file is noticed by the lines' checksums: such an answer is
-    not there, and asked for again. Nothing is flushed to disk before the system does it.
+    A process that is killed leaves a partial line at the end of its own file, which is ignored.
+    Checksums detect lines damaged by a power failure; such an answer counts as missing and is
+    requested again. Nothing is flushed to disk explicitly.
 
-    Threads may use it at the same time. ``open``, ``refresh``, ``read`` and ``close`` block.
+    Several threads may use it at the same time. ``open``, ``refresh``, ``read`` and ``close``
+    block.
 
     Args:
-        folder: Where the files lie; made when missing.
-        simulated: Whether the answers are a simulated fleet's; the two lie apart.
+        folder: Folder of the files; created when missing.
+        simulated: Whether the answers are a simulated fleet's; they are stored separately.
         writer: Name of this process for its file, e.g. ``node17-4242``.
         contested: Whether other processes may use the folder at the same time.
 
@@ -140,15 +141,15 @@ class ResponseCache:
         self._looking, self._changed_ns, self._live = threading.Lock(), 0, list[int]()
 
     def __len__(self) -> int:
-        """Return how many answers it knows of."""
+        """Return the number of known answers."""
         with self._lock:
             return len(self._index)
 
     def open(self) -> None:
-        """Make the folder and read what is there.
+        """Create the folder if necessary, and read the existing answers.
 
         Raises:
-            ConfigurationError: The folder cannot be made or read.
+            ConfigurationError: The folder cannot be created or read.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -157,13 +158,13 @@ class ResponseCache:
                 self._claims.open()
         except OSError as error:
             msg = (
-                f"cache: {self._folder}: cannot be used: {error.strerror}; name another folder, "
-                "or say cache: off"
+                f"cache: {self._folder}: cannot be used: {error.strerror}; use another folder, "
+                "or set cache: off"
             )
             raise ConfigurationError(msg) from None
 
     def refresh(self) -> None:
-        """Read on where other processes have written since the last time.
+        """Read what other processes have written since the last call.
 
         Raises:
             OSError: The folder cannot be read.
@@ -174,8 +175,8 @@ class ResponseCache:
     def _scan_folder(self) -> None:
         changed_ns = self._folder.stat().st_mtime_ns
         with os.scandir(self._folder) as entries:
-            looked = [(entry.name, _stat(entry)) for entry in entries if _is_ours(entry)]
-        found = [(name, stat) for name, stat in looked if stat is not None]
+            entries_read = [(entry.name, _stat(entry)) for entry in entries if _is_ours(entry)]
+        found = [(name, stat) for name, stat in entries_read if stat is not None]
         newest = max((stat.st_mtime for _, stat in found), default=0.0)
         live = list[int]()
         for name, stat in found:
@@ -186,12 +187,12 @@ class ResponseCache:
                 self._read_to(number, stat.st_size)
                 live += [number] * (stat.st_mtime > newest - _LIVE_S)
         self._live = live
-        # Clocks tick: a file made right after the look may leave the folder's time as it is.
+        # Clocks are coarse: a file created right after the scan may not change the folder's time.
         settled = abs(time.time_ns() - changed_ns) > _TICK_NS
         self._changed_ns = changed_ns if settled else 0
 
     def _scan_live_files(self) -> None:
-        """Look where others are writing at the moment; with many of them, leave it to refresh."""
+        """Read files with recent writes; if there are many, leave them to ``refresh``."""
         if len(self._live) > _FEW:
             return
         with self._looking:
@@ -203,15 +204,15 @@ class ResponseCache:
                     self._read_to(number, stat.st_size)
 
     def update_claims(self, requests: Sequence[tuple[bytes, bool]]) -> list[bool]:
-        """Become the process that asks for an answer, or be it no longer; it blocks.
+        """Claim or release the right to request answers; blocks.
 
-        Who has got a claim knows of the answers that its last holder has kept.
+        A process that gets a claim also learns the answers stored by its last holder.
 
         Args:
-            requests: Keys, each with whether it is claimed (or given back).
+            requests: Keys, each with True to claim it and False to release it.
 
         Returns:
-            For each key, whether no other process holds it.
+            For each key, True if no other process holds it.
         """
         free = [
             self._claims.acquire(key) if take else self._release_claim(key)
@@ -221,7 +222,7 @@ class ResponseCache:
         taken = {key for key, take in requests if take} - refused
         with suppress(OSError):  # the folder is being cleared
             if taken & self._refused:
-                self.refresh()  # somebody had them, and may have kept their answers
+                self.refresh()  # the last holder may have stored answers
             elif taken:
                 self._scan_live_files()
         self._refused = (self._refused - taken) | refused
@@ -234,11 +235,11 @@ class ResponseCache:
     def _read_to(self, number: int, size: int) -> None:
         file = self._files[number]
         if size > file.known_bytes and not file.strange:
-            with suppress(FileNotFoundError):  # somebody clears the folder
+            with suppress(FileNotFoundError):  # the folder is being cleared
                 self._read_on(number, file)
 
     def _add(self, file: ResponseFile) -> int:
-        with self._lock:  # put may just have made it
+        with self._lock:  # put may have just created it
             number = self._numbers.setdefault(file.path.name, len(self._files))
             if number == len(self._files):
                 self._files.append(file)
@@ -250,7 +251,7 @@ class ResponseCache:
             lines.seek(file.known_bytes)
             for line in lines:
                 if not line.endswith(b"\n"):
-                    break  # being written, or cut by the end of its process
+                    break  # being written, or cut off by the end of its process
                 if file.known_bytes == 0 and not self._check_header(line, file):
                     return
                 if (key := parse_key(line)) is not None:
@@ -262,32 +263,32 @@ class ResponseCache:
 
     def _index_batch(self, batch: list[tuple[bytes, int]]) -> None:
         with self._lock:
-            for key, place in batch:
-                self._index.put(key, place)
+            for key, position in batch:
+                self._index.put(key, position)
         batch.clear()
 
     def _check_header(self, line: bytes, file: ResponseFile) -> bool:
-        """Look at a file's first line; leave files of another form alone."""
+        """Check a file's first line; ignore files of another format."""
         if parse_header(line) == self._header:
             return True
         file.strange = True
-        logger.warning("%s: holds no answers of this kind and version; it is not used", file.path)
+        logger.warning("%s: other kind or version of answers; file not used", file.path)
         return False
 
     def find(self, key: bytes) -> int | None:
-        """Return the place of a key's answer, or None; it does not block."""
+        """Return the position of a key's answer, or None; does not block."""
         with self._lock:
             return self._index.find(key)
 
-    def forget(self, key: bytes, place: int) -> None:
-        """Take note that there is no answer of a key at a place."""
+    def forget(self, key: bytes, position: int) -> None:
+        """Remove a key from the index if it still refers to the given position."""
         with self._lock:
-            if self._index.find(key) == place:
+            if self._index.find(key) == position:
                 self._index.forget(key)
 
-    def read(self, key: bytes, place: int) -> bytes | None:
-        """Return the answer at a place as JSON, or None when it is damaged, gone or another's."""
-        number, offset = place >> _OFFSET_BITS, place & ((1 << _OFFSET_BITS) - 1)
+    def read(self, key: bytes, position: int) -> bytes | None:
+        """Return the answer at a position as JSON; None if damaged, gone or of another key."""
+        number, offset = position >> _OFFSET_BITS, position & ((1 << _OFFSET_BITS) - 1)
         file = self._files[number]
         try:
             handle = self._handle(file)
@@ -299,7 +300,7 @@ class ResponseCache:
             return None
 
     def _handle(self, file: ResponseFile) -> int | None:
-        """Return the file's handle, or None when enough files are open."""
+        """Return the file's handle, or None when too many files are open."""
         with self._opening:
             if file.handle is None and self._opened < _OPEN_FILES:
                 file.handle = os.open(file.path, os.O_RDONLY)
@@ -307,12 +308,12 @@ class ResponseCache:
             return file.handle
 
     def put(self, key: bytes, answer: bytes) -> None:
-        """Keep an answer, for this process at once and for the others when they look.
+        """Store an answer, for this process at once and for others at their next refresh.
 
-        What cannot be written is not kept: that is logged once, and costs money, not answers.
+        An answer that cannot be written is not stored. This is logged once; no answer is lost.
 
         Args:
-            key: Of the request, 16 bytes.
+            key: Key of the request, 16 bytes.
             answer: JSON on one line.
         """
         line = format_line(key, answer)
@@ -324,10 +325,10 @@ class ResponseCache:
                 file.append(line)
             except OSError as error:
                 self._is_closed = True
-                text = "%s: cannot be written: %s; no further answers are kept for equal requests"
+                text = "%s: cannot be written: %s; further answers are not cached"
                 logger.warning(text, self._folder, error.strerror)
                 return
-            assert self._own is not None, "it has just been written to"
+            assert self._own is not None, "the file was written just now"
             self._index.put(key, _place(self._own, file.known_bytes - len(line)))
 
     def _create_file(self) -> ResponseFile:
@@ -355,7 +356,7 @@ def _is_ours(entry: os.DirEntry[str]) -> bool:
 
 
 def _stat(file: os.DirEntry[str] | Path) -> os.stat_result | None:
-    """Look at a file; None when somebody has just removed it."""
+    """Return a file's status; None if it has just been removed."""
     try:
         return file.stat()
     except FileNotFoundError:

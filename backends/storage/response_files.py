@@ -1,4 +1,4 @@
-"""Its files, lines and in-memory index."""
+"""Files, lines and in-memory index of the response cache."""
 
 from __future__ import annotations
 
@@ -18,56 +18,56 @@ _REMOVED: Final = 2**64 - 1
 
 
 class KeyIndex:
-    """Maps keys to places, numbers from 0 to 2^63.
+    """Map keys to positions, numbers from 0 to 2^63.
 
-    It compares the first 8 bytes of a key: whoever reads what lies at a place compares the rest.
-    One thread at a time may use it.
+    Only the first 8 bytes of a key are compared; the reader of a position compares the rest. One
+    thread at a time may use the index.
     """
 
     def __init__(self) -> None:
-        self._parts = [_Part() for _ in range(_PARTS)]  # small ones, so that none grows for long
+        self._parts = [_Part() for _ in range(_PARTS)]  # small parts, so that each grows quickly
 
     def __len__(self) -> int:
-        """Return how many keys it holds."""
+        """Return the number of keys."""
         return sum(part.live for part in self._parts)
 
     def find(self, key: bytes) -> int | None:
-        """Return a key's place, or None."""
+        """Return a key's position, or None."""
         part = self._parts[key[-1]]
-        place = part.places[part.slot(int.from_bytes(key[:8]))]
-        return None if place in (_EMPTY, _REMOVED) else place - 1
+        position = part.positions[part.slot(int.from_bytes(key[:8]))]
+        return None if position in (_EMPTY, _REMOVED) else position - 1
 
-    def put(self, key: bytes, place: int) -> None:
-        """Set a key's place."""
-        self._parts[key[-1]].put(int.from_bytes(key[:8]), place + 1)
+    def put(self, key: bytes, position: int) -> None:
+        """Set a key's position."""
+        self._parts[key[-1]].put(int.from_bytes(key[:8]), position + 1)
 
     def forget(self, key: bytes) -> None:
-        """Take a key out, if it is there."""
+        """Remove a key, if present."""
         self._parts[key[-1]].forget(int.from_bytes(key[:8]))
 
 
 class _Part:
-    """A hash table with open addressing; places are 1 higher here, for 0 is an empty slot."""
+    """Hash table with open addressing; positions are 1 higher here, since 0 is an empty slot."""
 
-    __slots__ = ("keys", "live", "places", "used")
+    __slots__ = ("keys", "live", "positions", "used")
 
     def __init__(self, size: int = _FIRST) -> None:
-        self.keys, self.places = array("Q", bytes(8 * size)), array("Q", bytes(8 * size))
+        self.keys, self.positions = array("Q", bytes(8 * size)), array("Q", bytes(8 * size))
         self.live = self.used = 0
 
     def slot(self, key: int) -> int:
-        """Return where a key is, or where it belongs."""
-        keys, places = self.keys, self.places
+        """Return the slot of a key, or the slot where it belongs."""
+        keys, positions = self.keys, self.positions
         mask = len(keys) - 1
         at = key & mask
-        while places[at] and keys[at] != key:
+        while positions[at] and keys[at] != key:
             at = (at + 1) & mask
         return at
 
-    def put(self, key: int, place: int) -> None:
+    def put(self, key: int, position: int) -> None:
         at = self.slot(key)
-        before = self.places[at]
-        self.keys[at], self.places[at] = key, place
+        before = self.positions[at]
+        self.keys[at], self.positions[at] = key, position
         self.live += before in (_EMPTY, _REMOVED)
         self.used += before == _EMPTY
         if 3 * self.used > 2 * len(self.keys):
@@ -75,34 +75,34 @@ class _Part:
 
     def forget(self, key: int) -> None:
         at = self.slot(key)
-        if self.places[at] not in (_EMPTY, _REMOVED):
-            self.places[at] = _REMOVED  # not empty: keys that were met by it lie behind
+        if self.positions[at] not in (_EMPTY, _REMOVED):
+            self.positions[at] = _REMOVED  # not empty: later keys of the same probe chain follow
             self.live -= 1
 
     def _grow(self) -> None:
         grown = _Part(2 * len(self.keys) if 2 * self.live > len(self.keys) else len(self.keys))
-        for key, place in zip(self.keys, self.places, strict=True):
-            if place not in (_EMPTY, _REMOVED):
+        for key, position in zip(self.keys, self.positions, strict=True):
+            if position not in (_EMPTY, _REMOVED):
                 at = grown.slot(key)
-                grown.keys[at], grown.places[at] = key, place
-        self.keys, self.places, self.used = grown.keys, grown.places, self.live
+                grown.keys[at], grown.positions[at] = key, position
+        self.keys, self.positions, self.used = grown.keys, grown.positions, self.live
 
 
 MAX_ANSWER_LINE_BYTES: Final = 1 << 26
-"""Bytes of the longest line."""
+"""Length limit of a line in bytes."""
 
 _READ: Final = 8192
 
 
 @dataclass(slots=True)
 class ResponseFile:
-    """A file, and how far it is known.
+    """A file, and how far it has been read.
 
     Attributes:
-        path: Where it is.
-        known_bytes: Bytes from its beginning that have been read, or written by us.
-        handle: Its descriptor while it is open, else None.
-        strange: Whether it is of another kind or version, and left alone.
+        path: The file.
+        known_bytes: Bytes from its start that have been read, or written by this process.
+        handle: Its descriptor while it is open, otherwise None.
+        strange: Whether it has another kind or version and is ignored.
     """
 
     path: Path
@@ -111,12 +111,12 @@ class ResponseFile:
     strange: bool = False
 
     def append(self, line: bytes) -> None:
-        """Write a line at the end of one's own file.
+        """Append a line to this process's own file.
 
         Raises:
-            OSError: It could not be written; what was written of it has no end, and does not count.
+            OSError: The line could not be written; a partial line has no line end and is ignored.
         """
-        assert self.handle is not None, "one's own file is open"
+        assert self.handle is not None, "this process's own file is open"
         done = 0
         while done < len(line):
             done += os.write(self.handle, line[done:])
@@ -124,10 +124,10 @@ class ResponseFile:
 
 
 def read_line_at(handle: int, offset: int) -> bytes:
-    """Return the line that begins at an offset; empty when it has no end.
+    """Return the line at an offset; empty if it has no line end.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     line, size = b"", _READ
     while True:
@@ -141,7 +141,7 @@ def read_line_at(handle: int, offset: int) -> bytes:
 
 
 def parse_header(line: bytes) -> Any:
-    """Return what a file's first line says of its form, or None; not who wrote it."""
+    """Return the format in a file's first line, without the writer, or None."""
     try:
         header = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -163,7 +163,7 @@ def format_line(key: bytes, answer: bytes) -> bytes:
     """Return the line of an answer.
 
     Args:
-        key: Of the request, 16 bytes.
+        key: Key of the request, 16 bytes.
         answer: JSON on one line.
     """
     name = key.hex().encode()
@@ -171,7 +171,7 @@ def format_line(key: bytes, answer: bytes) -> bytes:
 
 
 def parse_key(line: bytes) -> bytes | None:
-    """Return the key of a line, or None when it is none; the answer is not looked at."""
+    """Return the key of a line, or None if it has none; the answer is not parsed."""
     if not (line.startswith(_KEY) and line.endswith(_END) and line[_CRC_AT:_SUM_AT] == _CRC):
         return None
     try:
@@ -181,7 +181,7 @@ def parse_key(line: bytes) -> bytes | None:
 
 
 def parse_answer(line: bytes, key: bytes) -> bytes | None:
-    """Return the answer that a line holds for a key, or None when it is another's or damaged."""
+    """Return a line's answer for a key, or None if it is damaged or of another key."""
     answer = line[_TEXT_AT : -len(_END)]
     mine = parse_key(line) == key and line[_ANSWER_AT:_TEXT_AT] == _ANSWER
     if not mine or line[_SUM_AT:_ANSWER_AT] != _sum(key.hex().encode(), answer):

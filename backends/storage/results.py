@@ -1,4 +1,4 @@
-"""Result writers: Parquet, CSV, JSON lines."""
+"""Writers of results: Parquet, CSV, JSON lines."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from .results_schema import (
 
 @contextmanager
 def explain_write_errors(target: str) -> Iterator[None]:
-    """Turn an OSError of the block into a JournalError that names ``target``."""
+    """Convert an OSError of the block into a JournalError that names ``target``."""
     try:
         yield
     except OSError as error:
         raise JournalError(
             f"{target}: the results cannot be written: {error.strerror or error}; "
-            "the journal still holds them: make room or choose another place, and try again"
+            "the journal still contains them: free disk space or choose another path, and retry"
         ) from error
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a temporary file beside ``path`` that takes its place when the block ends well.
+    """Yield a temporary file beside ``path`` that replaces it when the block succeeds.
 
     Raises:
         JournalError: The file cannot be written; the old one is untouched.
@@ -54,7 +54,7 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
     partial = path.with_name(f".{path.name}.partial")
     with explain_write_errors(str(path)):
         partial.unlink(missing_ok=True)
-        file = partial.open("xb")  # never through a link that somebody has put there
+        file = partial.open("xb")  # "x": never follow a link that already exists
         try:
             with file:
                 yield file
@@ -67,7 +67,7 @@ def replace_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def get_stream_name(stream: IO[bytes]) -> str:
-    """Return what to call a stream in a message."""
+    """Return the name of a stream for messages."""
     name = getattr(stream, "name", None)
     return name if isinstance(name, str) else "the output stream"
 
@@ -76,7 +76,7 @@ BATCH_ROWS: Final = 4_096
 """Rows held in memory and written together."""
 
 BATCH_BYTES: Final = 16 << 20
-"""Fewer rows are written together once their outputs and errors are this long."""
+"""Size of outputs and errors at which a smaller batch is written."""
 
 _INTEGERS: Final = (
     "attempts",
@@ -101,19 +101,19 @@ _TYPES: Final[Mapping[str, pa.DataType]] = {
 def write_parquet(
     records: Iterable[ResultRow], path: Path, schema: Mapping[str, Json] | None
 ) -> int:
-    """Write the results to a file, whole or not at all, in memory that does not grow with them.
+    """Write the results to a file, completely or not at all, in bounded memory.
 
     Args:
-        records: Rows, see :func:`make_rows`, in the order of the rows.
-        path: The file to make or replace.
+        records: Rows from :func:`make_rows`, in the order of the rows.
+        path: The file to create or replace.
         schema: The task's JSON Schema, which gives ``output`` its type; None makes it text.
 
     Returns:
-        Rows written.
+        Number of rows written.
 
     Raises:
-        JournalError: The file cannot be written (an older one is then untouched), or a record is
-            damaged.
+        JournalError: The file cannot be written (an existing file is then unchanged), or a record
+            is damaged.
     """
     shape = read_cell_type(schema)
     table = _table(shape)
@@ -161,7 +161,7 @@ def _batches(records: Iterable[ResultRow]) -> Iterator[list[ResultRow]]:
 
 
 def _weight(value: Json) -> int:
-    """Return about how many bytes a cell takes whose length nothing bounds."""
+    """Estimate the bytes of a cell of unbounded length."""
     if value is None:
         return 0
     return len(value if isinstance(value, str) else orjson.dumps(value))
@@ -191,7 +191,7 @@ def _times(batch: list[ResultRow]) -> pa.Array[Any]:
     texts = pa.array([record.get("finished_at") for record in batch], pa.string())
     try:
         return texts.cast(kind)
-    except pa.ArrowInvalid:  # another way to write ISO 8601, or a damaged record
+    except pa.ArrowInvalid:  # another form of ISO 8601, or a damaged record
         return pa.array([_time(record) for record in batch], kind)
 
 
@@ -222,18 +222,18 @@ def write_csv(
 ) -> int:
     """Write a header and one row per record.
 
-    A schema of an object gives a column ``output.NAME`` per property, with lists and objects as
-    JSON text, and a last column for outputs that have more; else there is one column ``output``.
-    Null is an empty cell.
+    An object schema gives a column ``output.NAME`` per property, with lists and objects as JSON
+    text, and a last column for outputs with further properties; otherwise there is one column
+    ``output``. Null is an empty cell.
 
     Args:
-        records: Rows, see :func:`make_rows`, in the order of the rows.
-        stream: Where to write; it stays open.
+        records: Rows from :func:`make_rows`, in the order of the rows.
+        stream: Stream to write to; it stays open.
         schema: The task's JSON Schema, or None.
-        safe: Whether to guard all cells and the header, and not only what a model has written.
+        safe: Whether to guard all cells and the header, not only text written by a model.
 
     Returns:
-        Rows written, without the header.
+        Number of rows written, without the header.
 
     Raises:
         JournalError: The stream cannot be written.
@@ -253,7 +253,7 @@ def write_csv(
 
 
 def _csv_columns(shape: CellType) -> dict[str, Callable[[ResultRow], str]]:
-    """Return how to make each column's cell from a record."""
+    """Return, by column, the function that makes a cell from a record."""
     columns: dict[str, Callable[[ResultRow], str]] = {}
     for name in RESULT_COLUMNS:
         if name == "output" and shape.kind == "struct":
@@ -296,7 +296,7 @@ def _cell(value: Json, *, guarded: bool) -> str:
 
 
 def _guard_formula(text: str) -> str:
-    """Return a cell that no spreadsheet runs; numbers stay numbers."""
+    """Return a cell that spreadsheets do not evaluate; numbers stay numbers."""
     return f"'{text}" if text.startswith(_FORMULA) and not _NUMBER.fullmatch(text) else text
 
 
@@ -307,14 +307,14 @@ def _line(cells: list[str]) -> bytes:
 
 
 def write_jsonl(records: Iterable[ResultRow], stream: IO[bytes]) -> int:
-    """Write one JSON object per line, in UTF-8, ``output`` as the model gave it.
+    """Write one JSON object per line, in UTF-8, with ``output`` as the model gave it.
 
     Args:
-        records: Rows, see :func:`make_rows`, in the order of the lines.
-        stream: Where to write; it stays open.
+        records: Rows from :func:`make_rows`, in the order of the lines.
+        stream: Stream to write to; it stays open.
 
     Returns:
-        Lines written.
+        Number of lines written.
 
     Raises:
         JournalError: The stream cannot be written.

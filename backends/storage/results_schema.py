@@ -1,4 +1,4 @@
-"""Result columns, and cells typed by the answer schema."""
+"""Columns of the results, with cells typed by the answer schema."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Kind: TypeAlias = Literal["free", "json", "text", "integer", "number", "boolean"
 
 @dataclass(frozen=True, slots=True)
 class CellType:
-    """A type of cells; every cell may be null.
+    """Type of a cell; every cell may be null.
 
     Attributes:
-        kind: ``free`` is text as it is and anything else as JSON text, ``json`` always JSON text.
+        kind: ``free`` is text unchanged and anything else as JSON text; ``json`` always JSON text.
         parts: A struct's fields by name; a list's element, under ``element``.
     """
 
@@ -40,7 +40,7 @@ BOOLEAN: Final = CellType("boolean")
 INT64: Final = range(-(1 << 63), 1 << 63)
 
 _DEPTH: Final = 16
-"""Levels below which all is JSON text."""
+"""Nesting level below which everything is JSON text."""
 
 _SCALARS: Final = {"string": TEXT, "number": NUMBER, "boolean": BOOLEAN}
 _PYTHON: Final = {str: TEXT, int: INTEGER, float: NUMBER, bool: BOOLEAN}
@@ -48,7 +48,7 @@ _BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def read_cell_type(schema: Mapping[str, Json] | None) -> CellType:
-    """Return the shape of the answers that a schema allows.
+    """Return the cell type of the answers that a schema allows.
 
     Args:
         schema: A JSON Schema, or None for free text.
@@ -58,12 +58,12 @@ def read_cell_type(schema: Mapping[str, Json] | None) -> CellType:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Reads one schema.
+    """Reader of one schema.
 
     Attributes:
-        root: The whole schema, where local references lead.
-        refs: References followed on the way here.
-        depth: Levels above.
+        root: The whole schema, for local references.
+        refs: References followed so far.
+        depth: Nesting level.
     """
 
     root: Mapping[str, Json]
@@ -112,7 +112,7 @@ class _Reader:
         properties = schema.get("properties")
         if not isinstance(properties, Mapping) or not properties:
             return JSON
-        # An unsaid additionalProperties allows more, too, but is seldom meant.
+        # A missing additionalProperties also allows more, but is seldom meant that way.
         if schema.get("additionalProperties", False) is not False or "patternProperties" in schema:
             return JSON
         return CellType("struct", tuple((n, self._below(s)) for n, s in properties.items()))
@@ -127,7 +127,7 @@ class _Reader:
 
 
 def _common(shapes: Iterable[CellType]) -> CellType:
-    """Return the one shape that holds all, JSON text where there is none."""
+    """Return the one type that holds all values, JSON text if there is none."""
     different = set(shapes)
     if different == {INTEGER, NUMBER}:
         return NUMBER
@@ -141,13 +141,13 @@ def _is_null(schema: Json) -> bool:
 
 
 def _within_int64(schema: Mapping[str, Json]) -> bool:
-    """Say whether no bound reaches beyond 64 bits; without bounds, 64 bits are taken to do."""
+    """Return True if no bound exceeds 64 bits; without bounds, 64 bits are assumed to be enough."""
     bounds = [schema[name] for name in _BOUNDS if isinstance(schema.get(name), int | float)]
     return all(INT64[0] <= bound <= INT64[-1] for bound in bounds)
 
 
 ResultRow: TypeAlias = Mapping[str, Json]
-"""A row of the results. What it lacks is null in them."""
+"""Row of the results; missing columns are null."""
 
 RESULT_COLUMNS: Final = (
     "id",
@@ -173,16 +173,16 @@ RESULT_COLUMNS: Final = (
 """Columns in order."""
 
 UNFIT_COLUMN: Final = "output_unfit"
-"""Last column where a schema gives the output typed columns: the whole output as JSON text where
-they cannot hold all of it (an undeclared property, an integer beyond 64 bits), else null."""
+"""Last column if a schema gives the output typed columns: the whole output as JSON text where the
+columns cannot hold all of it (an undeclared property, an integer beyond 64 bits), else null."""
 
 
 def make_rows(records: Iterable[ResultRow], *, priced: bool) -> Iterator[ResultRow]:
-    """Yield rows for journal records: what an item has cost in place of the parts it adds up from.
+    """Yield rows for journal records, with the cost of an item instead of its components.
 
     Args:
         records: Journal records, in the order of the rows.
-        priced: Whether tokens have a price; else nobody knows what an item has cost.
+        priced: Whether tokens have a price; otherwise the cost of an item is unknown.
     """
     for record in records:
         yield {
@@ -194,7 +194,7 @@ def make_rows(records: Iterable[ResultRow], *, priced: bool) -> Iterator[ResultR
 
 
 def _wasted(record: ResultRow) -> int | None:
-    """Return the tokens that may have been paid for nothing: failed, hedged, sent back."""
+    """Return tokens that may be billed without use: failed, hedged, sent back for repair."""
     useful = record.get("useful_tokens")
     return None if useful is None else _tokens(record) - int(useful)
 
@@ -228,14 +228,14 @@ _CELLS: Final[Mapping[Kind, set[type]]] = {
     "list": {list},
     "struct": {dict},
 }
-"""Types of the values that a cell holds as they are."""
+"""Types of the values that a cell holds unchanged."""
 
 FittedCell: TypeAlias = tuple[Json, bool]
 """A cell, and whether it holds all of the value."""
 
 
 def fit_column(shape: CellType, values: Sequence[Json]) -> tuple[Sequence[Json], list[int]]:
-    """Return the cells of a column, and the numbers of the values that they do not hold all of.
+    """Return the cells of a column, and the positions of values that they hold only in part.
 
     Args:
         shape: The column's type.
@@ -248,9 +248,9 @@ def fit_column(shape: CellType, values: Sequence[Json]) -> tuple[Sequence[Json],
 
 
 def _are_cells(shape: CellType, values: Sequence[Any]) -> bool:
-    """Say whether all values are cells already, as nearly all are: Arrow takes them as they are.
+    """Return True if all values already are cells, the usual case: Arrow takes them unchanged.
 
-    Looking at a column's types costs less than looking at its values one by one.
+    Checking the types of a column costs less than checking its values one by one.
     """
     types = set(map(type, values)) - {NoneType}
     if not types <= _CELLS[shape.kind]:
@@ -277,7 +277,7 @@ def fit_cell(shape: CellType, value: Json) -> FittedCell:
         value: Any value read from JSON, allowed by the schema or not.
 
     Returns:
-        The cell, null where the shape cannot hold the value, and whether it holds all of it.
+        The cell (null if it cannot hold the value), and whether it holds all of the value.
     """
     if value is None:
         return None, True
@@ -305,7 +305,7 @@ def _boolean(value: Json) -> FittedCell:
 
 
 def _integer(value: Json) -> FittedCell:
-    """Take 3.0 for 3, as JSON Schema does."""
+    """Convert 3.0 to 3, as JSON Schema does."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value not in INT64:

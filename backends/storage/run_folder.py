@@ -27,7 +27,7 @@ RESPONSES_FOLDER: Final = "answers"
 _TRIES: Final = 3
 _BETWEEN_TRIES_S: Final = 0.02
 _NEW: Final = ".new-"
-"""How the name of a folder begins that is prepared within an existing empty one."""
+"""Name prefix of a folder that is prepared within an existing empty one."""
 _NOT_EMPTY: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 
 logger = logging.getLogger(__name__)
@@ -65,17 +65,17 @@ class RunFolder:
 
     @property
     def budget(self) -> Path:
-        """Return the folder of the budget's books."""
+        """Return the folder of the budget's spend logs."""
         return self.path / "budget"
 
     @property
     def raised_limits(self) -> Path:
-        """Return the caps that were allowed at a pause, on top of the settings'."""
+        """Return the limits raised at a pause, which override the settings."""
         return self.path / "caps.json"
 
     @property
     def responses(self) -> Path:
-        """Return the answers that the run's own items share."""
+        """Return the answers that items of this run share."""
         return self.path / RESPONSES_FOLDER
 
     @property
@@ -99,10 +99,10 @@ class RunFolder:
         return self.path / "provenance.json"
 
     def read_provenance(self) -> dict[str, Any]:
-        """Read what the run is.
+        """Read the provenance.
 
         Raises:
-            JournalError: The file is damaged or of another version.
+            JournalError: The file is damaged or has another version.
         """
         try:
             data: Json = orjson.loads(self.provenance.read_bytes())
@@ -123,13 +123,13 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; the lock ends with the process, however it ends.
+        """Lock the run for this process; the lock ends with the process, however it ends.
 
-        A file system that has no locks is used without.
+        On a file system without locks the run continues unlocked.
 
         Raises:
             ConfigurationError: Another process is working on the run.
-            JournalError: The folder cannot be written.
+            JournalError: The lock file cannot be opened.
         """
         try:
             handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o666)
@@ -144,10 +144,10 @@ class RunFolder:
             _unlock(handle, owner)
 
     def is_in_use(self) -> bool:
-        """Say whether a process is working on the run, as far as the file system has locks.
+        """Return True if a process is working on the run, as far as the file system has locks.
 
         Raises:
-            JournalError: The lock cannot be looked at.
+            JournalError: The lock cannot be read.
         """
         try:
             handle = os.open(self._lock, os.O_RDONLY)
@@ -166,7 +166,7 @@ class RunFolder:
         return self.journal / "lock"
 
     def _take(self, handle: int, kind: int) -> bool:
-        """Try to lock, more than once: whoever only looks holds the lock for a moment."""
+        """Try to lock several times: a process that only checks holds the lock for a moment."""
         for _ in range(_TRIES):
             try:
                 fcntl.flock(handle, kind | fcntl.LOCK_NB)
@@ -181,14 +181,14 @@ class RunFolder:
 
 
 def _unlock(handle: int, owner: int) -> None:
-    """Give up a lock and close its file.
+    """Release a lock and close its file.
 
-    A process that was forked meanwhile has a copy of the handle: to close this one would leave
-    the lock to it, and what it does with its copy must not end the lock.
+    A process forked in the meantime has a copy of the handle. Closing this handle would leave the
+    lock with that copy, so the lock is released explicitly, by its owner only.
 
     Args:
         handle: The file.
-        owner: Id of the process that took the lock.
+        owner: Id of the process that acquired the lock.
     """
     if os.getpid() == owner:
         with suppress(OSError):  # a file system without locks
@@ -197,7 +197,7 @@ def _unlock(handle: int, owner: int) -> None:
 
 
 def make_busy_message(what: object) -> str:
-    """Return the message that refuses a second session of a run, or of a graph's thread."""
+    """Return the message that refuses a second session of a run or of a graph's thread."""
     return (
         f"{what}: another process or invocation is working on this run; wait for it or stop it "
         "(LangGraph Server waits or replaces by multitask_strategy)"
@@ -222,7 +222,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.unlink(missing_ok=True)
-        with partial.open("xb") as file:  # never through a link that somebody has put there
+        with partial.open("xb") as file:  # "x": never follow a link that already exists
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -233,7 +233,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def read_extents(folder: RunFolder) -> dict[str, int] | None:
-    """Return how far the journal's files were read for the aggregate; None if there is none yet.
+    """Return how far the journal was read for the aggregate; None if there is no aggregate yet.
 
     Raises:
         JournalError: The aggregate's file is damaged.
@@ -247,7 +247,7 @@ def read_extents(folder: RunFolder) -> dict[str, int] | None:
     except OSError as error:
         raise JournalError(f"{folder.aggregate}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        msg = f"{folder.aggregate}: damaged ({error}); 'fanfold resume' writes it anew"
+        msg = f"{folder.aggregate}: damaged ({error}); 'fanfold resume' writes it again"
         raise JournalError(msg) from None
     return extents
 
@@ -256,57 +256,57 @@ def open_folder(path: Path) -> RunFolder:
     """Open an existing run folder.
 
     Raises:
-        ConfigurationError: Missing, or not a run folder.
+        ConfigurationError: The folder is missing or is not a run folder.
     """
     folder = RunFolder(path)
     if not path.is_dir():
         raise ConfigurationError(f"{path}: no such run folder")
     missing = [p.name for p in (folder.settings, folder.items, folder.provenance) if not p.exists()]
     if missing or not folder.journal.is_dir():
-        lacks = ", ".join(missing) or "journal/"
-        raise ConfigurationError(f"{path}: not a run folder of fanfold (it lacks {lacks})")
+        missing_names = ", ".join(missing) or "journal/"
+        raise ConfigurationError(f"{path}: not a run folder of fanfold (missing: {missing_names})")
     return folder
 
 
 def get_folder_identity(path: Path) -> dict[str, int]:
-    """Return what tells a folder from its copies, whatever it is called: device and inode.
+    """Return device and inode, which distinguish a folder from its copies under any name.
 
     Raises:
-        JournalError: The folder cannot be looked at.
+        JournalError: The folder cannot be read.
     """
     try:
         found = path.stat()
     except OSError as error:
-        raise JournalError(f"{path}: cannot be looked at: {error.strerror}") from error
+        raise JournalError(f"{path}: cannot be read: {error.strerror}") from error
     return {"device": found.st_dev, "inode": found.st_ino}
 
 
 def place_to_be(folder: RunFolder) -> dict[str, int]:
-    """Return what :func:`get_folder_identity` will say of a folder that is being prepared.
+    """Return what :func:`get_folder_identity` will return for a folder in preparation.
 
     Args:
-        folder: What :func:`create_folder` has yielded.
+        folder: Folder from :func:`create_folder`.
 
     Raises:
-        JournalError: The folder cannot be looked at.
+        JournalError: The folder cannot be read.
     """
     path = folder.path
     return get_folder_identity(
         path.parent if path.name.startswith(_NEW) else path
-    )  # a rename keeps it
+    )  # renaming keeps the inode
 
 
 def get_run_ids(about: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a run's id, and those that its folder had before it was copied.
+    """Return a run's id, followed by the ids that its folder had before it was copied.
 
     Args:
-        about: Its provenance.
+        about: The run's provenance.
     """
     return (about["run"], *about.get("earlier", ()))
 
 
 def is_folder_of_run(path: Path, run: str) -> bool:
-    """Say whether a folder is that of a run, by its id or one that it had before."""
+    """Return True if a folder belongs to a run, by its current or an earlier id."""
     try:
         return run in get_run_ids(RunFolder(path).read_provenance())
     except JournalError:
@@ -314,10 +314,10 @@ def is_folder_of_run(path: Path, run: str) -> bool:
 
 
 def is_vacant(path: Path) -> bool:
-    """Say whether a new run may be made at ``path``: nothing there, or an empty folder.
+    """Return True if a new run may be created at ``path``: nothing there, or an empty folder.
 
     Raises:
-        ConfigurationError: Something is there that is no folder, or cannot be looked into.
+        ConfigurationError: ``path`` is not a folder or cannot be read.
     """
     try:
         return not path.exists() or all(one.name.startswith(_NEW) for one in path.iterdir())
@@ -327,25 +327,25 @@ def is_vacant(path: Path) -> bool:
 
 @contextmanager
 def create_folder(path: Path) -> Iterator[RunFolder]:
-    """Make a run folder that appears under its name only when the block ends well.
+    """Create a run folder that appears under its name only when the block succeeds.
 
-    An empty folder that is there already is filled, not replaced: its permissions, group and
-    striping stay, and it may be a mount point or somebody's working directory.
+    An existing empty folder is filled, not replaced: its permissions, group and striping stay,
+    and it may be a mount point or a working directory.
 
     Raises:
-        ConfigurationError: The folder cannot be made, or another process or invocation has made
-            it meanwhile.
+        ConfigurationError: The folder cannot be created, or another process or invocation has
+            created it meanwhile.
     """
-    path = path.resolve()  # a symbolic link to an empty folder stays one
+    path = path.resolve()  # a symbolic link to an empty folder stays a link
     made, filled = [p for p in path.parents if not p.exists()], path.is_dir()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         token = secrets.token_hex(8)
         partial = path / f"{_NEW}{token}" if filled else path.with_name(f".{path.name}.{token}")
-        partial.mkdir()  # with the permissions that the umask leaves, unlike mkdtemp
+        partial.mkdir()  # permissions follow the umask, unlike with mkdtemp
         (partial / "journal").mkdir()
     except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from None
+        raise ConfigurationError(f"{path}: cannot be created: {error.strerror}") from None
     try:
         yield RunFolder(partial)
         if filled:
@@ -355,21 +355,21 @@ def create_folder(path: Path) -> Iterator[RunFolder]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in made if not path.exists() else ():
-            with suppress(OSError):  # somebody else has put something there meanwhile
+            with suppress(OSError):  # another process has put something there meanwhile
                 parent.rmdir()
 
 
 def _rename_partial(partial: Path, path: Path) -> None:
     try:
-        partial.rename(path)  # an empty folder of that name gives way
+        partial.rename(path)  # replaces an empty folder
     except OSError as error:
         if error.errno in _NOT_EMPTY:
             raise _taken(path) from error
-        raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from error
+        raise ConfigurationError(f"{path}: cannot be created: {error.strerror}") from error
 
 
 def _fill(partial: Path, path: Path) -> None:
-    """Move what was prepared into an existing folder; who makes the journal's has the folder."""
+    """Move what was prepared into an existing folder; creating the journal claims the folder."""
     if not is_vacant(path):
         raise _taken(path)
     try:
@@ -380,18 +380,18 @@ def _fill(partial: Path, path: Path) -> None:
     except FileExistsError as error:
         raise ConfigurationError(make_busy_message(path)) from error
     except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be made: {error.strerror}") from error
+        raise ConfigurationError(f"{path}: cannot be created: {error.strerror}") from error
 
 
 def _taken(path: Path) -> ConfigurationError:
-    """Return the error that says what lies in the place of a new run folder."""
-    if RunFolder(path).provenance.exists():  # made by another one meanwhile
+    """Return the error for a path at which a new run folder cannot be created."""
+    if RunFolder(path).provenance.exists():  # created by another process meanwhile
         return ConfigurationError(make_busy_message(path))
-    return ConfigurationError(f"{path}: holds something else already; choose another --out")
+    return ConfigurationError(f"{path}: contains other files; choose another --out")
 
 
 def utc_timestamp() -> str:
-    """Return the present time as ISO 8601 text in UTC."""
+    """Return the current time as ISO 8601 text in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -399,7 +399,7 @@ _VERSION: Final = 2
 
 
 def read_raised_limits(path: Path) -> dict[str, Json]:
-    """Return the caps by their names in settings; none when nothing was allowed.
+    """Return the raised limits by setting name; empty when none was raised.
 
     Raises:
         JournalError: The file is damaged.
@@ -408,7 +408,7 @@ def read_raised_limits(path: Path) -> dict[str, Json]:
 
 
 def read_requested_limits(path: Path) -> set[str]:
-    """Return the names of the caps that requests have set.
+    """Return the names of the limits that requests have set.
 
     Raises:
         JournalError: The file is damaged.
@@ -431,12 +431,12 @@ def _read(path: Path) -> Mapping[str, Any]:
 def write_raised_limits(
     path: Path, caps: Mapping[str, Json], requested: Set[str] = frozenset()
 ) -> None:
-    """Write the caps, in one step.
+    """Write the raised limits in one step.
 
     Args:
         path: The file.
-        caps: The caps by their names in settings.
-        requested: Those that requests have set; they are at most what their graph is bound to.
+        caps: The limits by setting name.
+        requested: Names set by requests; they stay within the limits that their graph is bound to.
 
     Raises:
         JournalError: The file cannot be written.

@@ -1,4 +1,4 @@
-"""Where a worker records the items of its order: the shared journal, or the summary."""
+"""Journals of a worker: records in the shared run folder, or in the shard result."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .journal import JournalWriter, make_worker_prefix
 
 
 class ResultJournal:
-    """Keeps the records in memory, to be sent home with the summary.
+    """Keep records in memory, to be sent with the shard result.
 
     Args:
-        carry: Most bytes that they may take together.
-        streams: Items that may be in flight when it is full, and still come.
+        max_bytes: Upper bound of the records' total size.
+        streams: Items that may still be in flight when the bound is reached.
 
     Attributes:
         records_to_send: The records.
-        altered: Whether a record is not what was put, for it alone was too large.
+        altered: Whether a record was replaced by a failure because it alone was too large.
     """
 
     duplicates = 0
@@ -37,21 +37,21 @@ class ResultJournal:
 
     @property
     def full_reason(self) -> str | None:
-        """Say why no further item shall begin, or None."""
+        """Return why no further item may start, or None."""
         coming = self._streams * self._bytes / max(1, len(self.records_to_send))
         if not self.records_to_send or self._bytes + coming < self._carry:
             return None
-        return f"the records take {self._bytes:,} bytes; the rest comes with the next order"
+        return f"the records take {self._bytes:,} bytes; the other items go to the next task"
 
     def is_finished(self, index: int) -> bool:  # noqa: ARG002 - the protocol's form
-        """Say that no item has ended yet: an order holds open items only."""
+        """Return False: a task contains open items only."""
         return False
 
     def put(self, record: dict[str, Json]) -> None:
-        """Keep a record; one that nothing carries is kept as a failure.
+        """Keep a record; a record too large to send becomes a failure.
 
         Raises:
-            TypeError: JSON has no form for a value in it; it is not kept.
+            TypeError: A value has no JSON form; the record is not kept.
         """
         size = len(orjson.dumps(record))
         if size > self._carry:
@@ -64,29 +64,29 @@ class ResultJournal:
         """Do nothing: the coordinator writes the records to disk."""
 
     def extents(self) -> dict[str, int]:
-        """Return nothing: nothing is read back here."""
+        """Return nothing: records are not read back here."""
         return {}
 
     def read_record(self, index: int) -> dict[str, Any]:
-        """Refuse: nothing is read back here."""
+        """Refuse: records are not read back here."""
         raise _unreadable(index)
 
     def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
-        """Refuse: nothing is read back here."""
+        """Refuse: records are not read back here."""
         raise _unreadable(status)
 
 
-def _too_large(record: dict[str, Json], size: int, carry: int) -> dict[str, Json]:
+def _too_large(record: dict[str, Json], size: int, max_bytes: int) -> dict[str, Json]:
     text = (
-        f"the answer takes {size:,} bytes, and a worker without the shared run folder sends "
-        f"{carry:,} at most; set backend.shared_folder: true where the folder is shared"
+        f"the answer takes {size:,} bytes, and a worker without the shared run folder can send at "
+        f"most {max_bytes:,}; set backend.shared_folder: true where the folder is shared"
     )
     failed = {"status": "failed", "output": None, "error_class": "InvalidAnswerError"}
     return record | failed | {"error": text}
 
 
 class WorkerJournal:
-    """Appends to a journal file of this worker's own in the shared run folder."""
+    """Append records to this worker's journal file in the shared run folder."""
 
     duplicates = 0
     records_to_send: None = None
@@ -97,36 +97,36 @@ class WorkerJournal:
         self._writer = writer
 
     def is_finished(self, index: int) -> bool:  # noqa: ARG002 - the protocol's form
-        """Say that no item has ended yet: an order holds open items only."""
+        """Return False: a task contains open items only."""
         return False
 
     def put(self, record: dict[str, Json]) -> None:
         """Append a record.
 
         Raises:
-            TypeError: JSON has no form for a value in it; nothing was written.
-            JournalError: It could not be written.
+            TypeError: A value has no JSON form; nothing was written.
+            JournalError: The record could not be written.
         """
         self._writer.write(record)
 
     async def flush(self) -> None:
-        """Bring everything recorded so far to disk; the order is at its end.
+        """Flush all records to disk, at the end of the task.
 
         Raises:
-            JournalError: The disk refused.
+            JournalError: The flush failed.
         """
         await self._writer.flush(at_once=True)
 
     def extents(self) -> dict[str, int]:
-        """Return nothing: nothing is read back here."""
+        """Return nothing: records are not read back here."""
         return {}
 
     def read_record(self, index: int) -> dict[str, Any]:
-        """Refuse: nothing is read back here."""
+        """Refuse: records are not read back here."""
         raise _unreadable(index)
 
     def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
-        """Refuse: nothing is read back here."""
+        """Refuse: records are not read back here."""
         raise _unreadable(status)
 
 
@@ -134,17 +134,17 @@ TaskJournal = ResultJournal | WorkerJournal
 
 
 def _unreadable(what: object) -> JournalError:
-    return JournalError(f"a worker's ledger is not read ({what!r})")
+    return JournalError(f"a worker's journal cannot be read here ({what!r})")
 
 
 def make_worker_path(folder: Path, session: int, worker: str) -> Path:
-    """Return a new journal file's path for a worker in one life of a run.
+    """Return the path of a new journal file for a worker in one session.
 
-    Host and process do not name a worker for good: containers may share both.
+    Host and process do not identify a worker permanently: two containers may have the same ones.
 
     Args:
         folder: The journal's folder.
-        session: Number of the coordinator's life.
+        session: Number of the coordinator's session.
         worker: Host and process, e.g. ``node17:4242``.
     """
     return folder / f"{make_worker_prefix(session, worker)}{secrets.token_hex(3)}.jsonl"

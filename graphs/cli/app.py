@@ -1,4 +1,4 @@
-"""The command line."""
+"""The fanfold command line: commands, options and exit codes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from .options import (
 )
 
 _CHOICE_LOGGER: Final = "fanfold.backends.discovery.connect.choice"
-"""The log that tells what ``auto`` chose; it is always shown."""
+"""Logger of what ``endpoints: auto`` chose; always shown."""
 
 app = typer.Typer(
     name="fanfold",
@@ -103,16 +103,19 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_node_hours: NodeHours = None,
     pilot: Annotated[
         int | None,
-        typer.Option("--pilot", min=1, help="Run so many items first, show what they took, ask."),
+        typer.Option(
+            "--pilot", min=1, help="Run N items first, show an estimate for all, then ask."
+        ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Go on after the pilot unasked.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Continue after the pilot without asking.")
+    ] = False,
 ) -> None:
-    """Run a batch; on an existing run folder, go on with it."""
+    """Run a batch, or resume it if the run folder exists."""
     from ...configs.resolve import Overrides
-    from .run import OutputMode
-    from .run import run_or_resume as running_run
+    from .run import OutputMode, run_or_resume
 
-    wish = Overrides(
+    changes = Overrides(
         assignments=overrides or [],
         input_path=input_path,
         limit=limit,
@@ -130,7 +133,7 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         pilot=pilot,
         yes=yes,
     )
-    raise typer.Exit(running_run(config, out, wish, OutputMode(as_json, quiet)))
+    raise typer.Exit(run_or_resume(config, out, changes, OutputMode(as_json, quiet)))
 
 
 @app.command()
@@ -151,12 +154,11 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_requests: Requests = None,
     budget_node_hours: NodeHours = None,
 ) -> None:
-    """Go on with a run: only what is not finished is called."""
+    """Resume a run: process only its unfinished items."""
     from ...configs.resolve import Overrides
-    from .run import OutputMode
-    from .run import resume_folder as running_resume
+    from .run import OutputMode, resume_folder
 
-    wish = Overrides(
+    changes = Overrides(
         assignments=overrides or [],
         input_path=input_path,
         limit=limit,
@@ -172,7 +174,7 @@ def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
             "node_hours": budget_node_hours,
         },
     )
-    raise typer.Exit(running_resume(folder, wish, OutputMode(as_json, quiet)))
+    raise typer.Exit(resume_folder(folder, changes, OutputMode(as_json, quiet)))
 
 
 @app.command()
@@ -180,24 +182,24 @@ def status(
     folder: Folder,
     as_json: AsJson = False,
     endpoints: Annotated[
-        bool, typer.Option("--endpoints", help="Show what each endpoint did.")
+        bool, typer.Option("--endpoints", help="Show statistics per endpoint.")
     ] = False,
     usage: Annotated[
-        bool, typer.Option("--usage", help="Add how well its jobs used their nodes.")
+        bool, typer.Option("--usage", help="Add the node utilization of its jobs.")
     ] = False,
     batch: Annotated[
         int | None,
-        typer.Option("--batch", min=1, help="For --usage: items that one server takes at a time."),
+        typer.Option("--batch", min=1, help="With --usage: concurrent items per server."),
     ] = None,
 ) -> None:
-    """Show how far a run is."""
+    """Show the progress of a run."""
     from .endpoints import show_past_endpoints
-    from .status import show_status as looking_status
+    from .status import show_status
 
     if endpoints:
         show_past_endpoints(folder, as_json)
     else:
-        looking_status(folder, as_json, usage or batch is not None, batch)
+        show_status(folder, as_json, usage or batch is not None, batch)
 
 
 @app.command()
@@ -208,7 +210,7 @@ def cost(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run has cost so far, over all of its lives: tokens, dollars, node-hours."""
+    """Show the cost of a run over all its sessions: tokens, dollars, node-hours."""
     from .status import show_cost
 
     show_cost(folder, by, as_json)
@@ -217,16 +219,16 @@ def cost(
 @app.command()
 def endpoints(
     config: Config,
-    where: Endpoints = None,
+    addresses: Endpoints = None,
     overrides: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the endpoints as they are now; exit with 2 when none serves the model."""
+    """List the endpoints and their current state; exit with 2 if none serves the model."""
     from ...configs.resolve import Overrides
     from .endpoints import list_endpoints
 
-    wish = Overrides(overrides or [], endpoints=where)
-    raise typer.Exit(list_endpoints(config, wish, as_json))
+    changes = Overrides(overrides or [], endpoints=addresses)
+    raise typer.Exit(list_endpoints(config, changes, as_json))
 
 
 @app.command()
@@ -238,13 +240,13 @@ def results(
     ] = None,
     safe_csv: Annotated[
         bool,
-        typer.Option("--safe-csv", help="For csv: put ' before all cells that begin a formula."),
+        typer.Option("--safe-csv", help="With csv: put ' before cells that start a formula."),
     ] = False,
 ) -> None:
     """Write the results so far, one row per finished item, in input order."""
-    from .status import export_results as looking_results
+    from .status import export_results
 
-    looking_results(folder, form, target, safe_csv)
+    export_results(folder, form, target, safe_csv)
 
 
 @app.command()
@@ -259,7 +261,7 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     budget_requests: Requests = None,
     budget_node_hours: NodeHours = None,
     sample: Annotated[
-        int, typer.Option("--sample", min=1, help="Items whose prompts are counted.")
+        int, typer.Option("--sample", min=1, help="Number of prompts to render and count.")
     ] = SAMPLE_ITEMS,
     like: Annotated[
         Path | None,
@@ -267,14 +269,14 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
             "--like",
             metavar="DIR",
             parser=nonempty_path,
-            help="A run whose answers and times were alike.",
+            help="A similar run to take answer lengths and times from.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check settings, input and endpoints, and estimate cost and time; calls no model."""
+    """Validate the config and estimate tokens, cost and time, without calling the model."""
     from ...configs.resolve import Overrides
-    from .check import check_config as checking_check
+    from .check import check_config
 
     budget = {
         "usd": budget_usd,
@@ -282,31 +284,31 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         "requests": budget_requests,
         "node_hours": budget_node_hours,
     }
-    wish = Overrides(overrides or [], input_path, limit, endpoints, budget=budget)
-    checking_check(config, wish, sample, like, as_json)
+    changes = Overrides(overrides or [], input_path, limit, endpoints, budget=budget)
+    check_config(config, changes, sample, like, as_json)
 
 
 @app.command()
 def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
-    nodes: Annotated[int, typer.Option(min=1, help="Simulated servers.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of simulated servers.")] = 8,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="First port; 0 takes a free one.")
+        int, typer.Option(min=0, max=65535, help="First port; 0 picks free ports.")
     ] = 0,
     addressing: Annotated[str, typer.Option(help="path, port or addr.")] = "port",
-    model: Annotated[str, typer.Option(help="Name of the model.")] = "simulated-8b",
+    model: Annotated[str, typer.Option(help="Model name.")] = "simulated-8b",
     responder: Annotated[str, typer.Option(help="schema or esol.")] = "schema",
     file: Annotated[
         Path,
         typer.Option(
-            "--file", metavar="FILE", parser=nonempty_path, help="Where to write the endpoints."
+            "--file", metavar="FILE", parser=nonempty_path, help="Endpoints file to write."
         ),
     ] = Path("endpoints.txt"),
 ) -> None:
     """Serve a simulated fleet on this machine until interrupted."""
-    from .servers import serve_simulated as looking_simulate
+    from .servers import serve_simulated
 
     fields = {"nodes": nodes, "port": port, "addressing": addressing}
-    looking_simulate(fields | {"model": model, "responder": responder}, file)
+    serve_simulated(fields | {"model": model, "responder": responder}, file)
 
 
 @app.command()
@@ -320,15 +322,18 @@ def serve(
     servers: Annotated[
         Path,
         typer.Option(
-            "--servers", metavar="DIR", parser=nonempty_path, help="Folder of the endpoints files."
+            "--servers",
+            metavar="DIR",
+            parser=nonempty_path,
+            help="Servers folder: one endpoints file per node.",
         ),
     ],
     host: Annotated[
-        str | None, typer.Option("--host", metavar="NAME", help="Name of this node.")
+        str | None, typer.Option("--host", metavar="NAME", help="Host name of this node.")
     ] = None,
     overrides: Sets = None,
 ) -> None:
-    """Serve the model on this node (section node), until interrupted."""
+    """Run the model servers of this node (section node) until interrupted."""
     from ...configs.resolve import Overrides
     from .servers import serve_node
 
@@ -336,7 +341,7 @@ def serve(
 
 
 def main() -> None:
-    """Run the command line; every error of fanfold's own ends in one message and an exit code."""
+    """Run the command line; report each fanfold error as one message and an exit code."""
     try:
         app()
     except FanfoldError as error:
@@ -346,15 +351,15 @@ def main() -> None:
         sys.exit(_exit_code(error))
     except BrokenPipeError:
         _exit_quietly()
-    except Exception as error:  # noqa: BLE001 - a fault of fanfold's own: told whole, without controls
+    except Exception as error:  # noqa: BLE001 - a bug in fanfold: show the whole traceback
         print_traceback(error)
         sys.exit(EXIT_OTHER)
 
 
 def _exit_quietly() -> NoReturn:
-    """End quietly: whoever read our output has left, e.g. ``head``."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # or Python complains when it flushes at its end
+    """Exit without a message: the reader of stdout has closed it, e.g. ``head``."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())  # else Python's flush at exit fails
     sys.exit(EXIT_OTHER)
 
 

@@ -1,4 +1,4 @@
-"""The command ``check_config``: what a run would ask and take, in words."""
+"""``fanfold check``: validate a configuration and estimate a run."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ _LANGSMITH: Final = "https://api.smith.langchain.com"
 
 def check_config(
     config: str,
-    wish: Overrides,
+    overrides: Overrides,
     sample: int,
     like: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Check settings, input and endpoints; print what a run would ask and take.
+    """Check settings, input and endpoints; print an estimate of the run.
 
     Args:
         config: A preset or a file.
-        wish: What the options ask for.
-        sample: Items whose prompts are rendered and counted.
-        like: Folder of a run that tells how long answers are and what they take.
-        as_json: Whether to print one JSON object instead.
+        overrides: Settings changed by options.
+        sample: Number of prompts to render and count.
+        like: Run folder to take answer lengths and times from.
+        as_json: Print one JSON object instead of text.
     """
-    loaded, notices = wish.resolve(config)
+    loaded, notices = overrides.resolve(config)
     found = asyncio.run(estimate_run(loaded, sample, like))
     print_messages(notices)
     if as_json:
@@ -59,7 +59,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
         f"settings: {loaded.source}: valid",
         f"input: {read.items:,} items from {read.source}"
         + (f", {read.skipped_total:,} skipped" if read.skipped_total else "")
-        + (f", {read.invalid:,} cannot be asked" if read.invalid else ""),
+        + (f", {read.invalid:,} invalid" if read.invalid else ""),
         *(f"endpoint: {line}" for line in found.endpoints),
         *(
             ("system text:", *(f"  {line}" for line in found.system.splitlines()))
@@ -86,7 +86,7 @@ def _lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
 def _sample_line(found: Estimate) -> str:
     counted = found.prompt_count
     if not counted.items:
-        return "sample: no item can be asked"
+        return "sample: no valid item"
     about = "" if counted.exact else "about "
     return (
         f"sample: {counted.items:,} prompts, {about}{counted.tokens.likely:,.0f} tokens on "
@@ -99,20 +99,20 @@ def _context_lines(found: Estimate) -> list[str]:
     if found.context is None or longest + answer <= found.context:
         return []
     return [
-        f"WARNING: the longest of these prompts and an answer of {answer:,} tokens do not fit the "
-        f"context of {found.context:,}; such items are cut short or fail"
+        f"WARNING: the longest sampled prompt plus an answer of {answer:,} tokens exceeds the "
+        f"model's context of {found.context:,}; such answers are truncated, or their items fail"
     ]
 
 
 def _price_lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
     if found.price is None:
         why = explain_no_price(loaded.config, found.model, found.simulated)
-        return [f"price: none: {why}; model.price sets one"]
+        return [f"price: unknown: {why}; set model.price"]
     lines = [f"price: {found.price}"]
     longest = found.price.longest_prompt
     if longest is not None and found.prompt_count.longest > longest:
         lines.append(
-            f"WARNING: prompts above {longest:,} tokens cost more than this price says; "
+            f"WARNING: prompts above {longest:,} tokens cost more than this price; "
             "set model.price for them"
         )
     return lines
@@ -121,28 +121,28 @@ def _price_lines(loaded: LoadedConfig, found: Estimate) -> list[str]:
 def _reuse(loaded: LoadedConfig) -> list[str]:
     if loaded.config.cache == "off":
         return []
-    return ["equal requests are paid once (cache); what that may save is not counted here"]
+    return ["equal requests are paid once (cache); this estimate ignores the savings"]
 
 
 def _graph_lines(loaded: LoadedConfig) -> list[str]:
     if loaded.config.task.graph is None:
         return []
     return [
-        "task.graph makes the calls: these figures are for one call per item with task.prompt; "
-        "a pilot measures what it really asks"
+        "task.graph makes the calls: these figures assume one call per item with task.prompt; "
+        "use fanfold run --pilot to measure the real calls"
     ]
 
 
 def list_receiving_hosts(
     config: RunConfig, environment: Mapping[str, str] | None = None
 ) -> list[tuple[str, str]]:
-    """Return the hosts to which a run sends data, each with what they are.
+    """Return the hosts that a run sends data to, each with its role.
 
-    Nobody is asked: servers that a registry lists, or that ``auto`` finds, are not known here.
+    Makes no request, so servers that a registry lists or ``auto`` finds are not included.
 
     Args:
         config: The settings.
-        environment: Variables; the process's own by default.
+        environment: Environment variables; default: those of this process.
     """
     environment = os.environ if environment is None else environment
     return list(dict.fromkeys((*_endpoint_hosts(config), *_other_hosts(config, environment))))

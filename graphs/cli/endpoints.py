@@ -1,4 +1,4 @@
-"""The commands that list endpoints: as they are now, and what they did in a run."""
+"""List endpoints: their current state, and their statistics in a run."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from .format import format_cell
 _NOTHING: Final = "-"
 _ENDPOINT: Final = "endpoint"
 _FOLDED: Final = frozenset({"reachable", "models", "failures"})
-"""Columns whose texts may be long; the others, names and numbers, stay on one line."""
+"""Columns with long texts, which wrap; names and numbers stay on one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class _EndpointList:
-    """The endpoints as they are now, and what is wrong with all of them together."""
+    """Current state of the endpoints, and why none can be used."""
 
     rows: list[dict[str, Any]]
     model: str | None
@@ -42,9 +42,9 @@ class _EndpointList:
     problem: str | None
 
 
-def list_endpoints(config: str, wish: Overrides, as_json: bool) -> int:
+def list_endpoints(config: str, overrides: Overrides, as_json: bool) -> int:
     """List the endpoints of a configuration; return the exit code."""
-    loaded, notices = wish.resolve(config)
+    loaded, notices = overrides.resolve(config)
     check_endpoints(loaded)
     listed = asyncio.run(_read_endpoint_list(loaded))
     if as_json:
@@ -63,11 +63,11 @@ def list_endpoints(config: str, wish: Overrides, as_json: bool) -> int:
 
 async def _read_endpoint_list(loaded: LoadedConfig) -> _EndpointList:
     config = loaded.config
-    async with open_endpoint_set(config, loaded.plain["endpoints"]) as place:
-        found = await place.probe()
-        nodes = [one.spec for one in found if one.reachable and place.gateway is None]
+    async with open_endpoint_set(config, loaded.plain["endpoints"]) as endpoint_set:
+        found = await endpoint_set.probe()
+        nodes = [one.spec for one in found if one.reachable and endpoint_set.gateway is None]
         gauges = dict(zip(nodes, await read_server_loads(nodes), strict=True)) if nodes else {}
-        name = config.model.name or place.model
+        name = config.model.name or endpoint_set.model
         if config.endpoints.simulated is not None:
             name = make_simulation_spec(config).model
         problem = None
@@ -76,7 +76,7 @@ async def _read_endpoint_list(loaded: LoadedConfig) -> _EndpointList:
         except ConfigurationError as error:
             problem = error.message
         rows = [_row(one, gauges.get(one.spec, ServerLoad())) for one in found]
-        return _EndpointList(rows, name, place.reason, problem)
+        return _EndpointList(rows, name, endpoint_set.reason, problem)
 
 
 def _row(found: ProbeResult, gauges: ServerLoad) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _cells_now(row: dict[str, Any]) -> Iterator[str]:
 
 
 def show_past_endpoints(path: Path, as_json: bool) -> None:
-    """Show what each endpoint did over the lives of a run that have ended."""
+    """Show statistics per endpoint over the finished sessions of a run."""
     rows = sum_sessions(read_endpoints(endpoints_table_path(open_folder(path))))
     if as_json:
         print_json({"endpoints": rows})
@@ -114,7 +114,7 @@ def show_past_endpoints(path: Path, as_json: bool) -> None:
         _print(_table(rows, _COST))
     else:
         print_messages(
-            [f"{path}: nothing is known of endpoints yet; it is written when a life ends"]
+            [f"{path}: no endpoint statistics yet; they are written when a session ends"]
         )
 
 
@@ -168,7 +168,7 @@ def _print(table: Table) -> None:
 
 
 def _shorten_error(error: str) -> str:
-    """Return what tells an error's class from the others: ``EndpointLostError`` is ``Lost``."""
+    """Return an error class without prefix and suffix: ``EndpointLostError`` is ``Lost``."""
     return error.removeprefix("Endpoint").removesuffix("Error") or "Endpoint"
 
 

@@ -1,4 +1,4 @@
-"""Numbers, ranges, durations and tables for people."""
+"""Format numbers, ranges, durations and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CENT: Final = 0.01
 
 
 def format_usd_amount(amount: float) -> str:
-    """Return an amount with as many digits as it deserves: ``$1,234.50``, ``$0.0032``."""
+    """Return an amount with two significant digits or more: ``$1,234.50``, ``$0.0032``."""
     if amount == 0 or amount >= 1:
         return f"${amount:,.2f}"
     if amount >= _CENT:
@@ -27,9 +27,9 @@ def format_usd_amount(amount: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """Return a time in the largest units that fit: ``45 s``, ``12 min``, ``3 h 20 min``."""
-    if seconds < 0.1:  # noqa: PLR2004 - a tenth of a second has digits enough
+    if seconds < 0.1:  # noqa: PLR2004 - from 0.1 s, one decimal is enough
         return f"{1000 * seconds:.3g} ms"
-    if seconds < 90:  # noqa: PLR2004 - below, minutes say too little
+    if seconds < 90:  # noqa: PLR2004 - below 90 s, minutes are too coarse
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"  # noqa: PLR2004
     minutes = round(seconds / 60)
     if minutes < 90:  # noqa: PLR2004 - as above
@@ -41,7 +41,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_range(span: Range, write: Callable[[float], str]) -> str:
-    """Return a figure with its range, or alone where the range says nothing."""
+    """Return a figure with its range, or the figure alone if the range is empty."""
     low, likely, high = map(write, (span.low, span.likely, span.high))
     return likely if low == high else f"{low} to {high}, likely {likely}"
 
@@ -56,7 +56,7 @@ def format_whole(number: float) -> str:
 
 
 def cost_lines(found: Forecast, plan: RunPlan) -> Iterator[str]:
-    """Yield what a run takes: requests, tokens, dollars, time, node-hours."""
+    """Yield a forecast of requests, tokens, dollars, time and node-hours."""
     yield f"requests: {_requests(found, plan)}"
     yield f"prompt tokens: {format_range(found.prompt, format_whole)}"
     if found.measured is None:
@@ -85,59 +85,58 @@ def _times(found: Forecast, plan: RunPlan) -> Iterator[str]:
     streams = f"{min(plan.streams, max(1, plan.items)):,} streams"
     if found.seconds is None:
         yield (
-            "time: not known without a latency; 'fanfold run --pilot 20', or --like DIR "
-            "of a run alike, tells it"
+            "time: unknown without a measured latency; use 'fanfold run --pilot 20', or --like DIR"
         )
         return
     likely, high = format_duration(found.seconds.likely), format_duration(found.seconds.high)
-    yield f"time at {streams}: {likely} if latency stays as seen, {high} at most"
+    yield f"time at {streams}: {likely} at the measured latency, {high} at most"
     if found.node_hours is not None and plan.nodes is not None:
         nodes = f"{plan.nodes:,} node{'s' if plan.nodes > 1 else ''}"
         yield f"node-hours: {format_range(found.node_hours, _hours)} on {nodes}"
 
 
 def budget_lines(found: Forecast, plan: RunPlan) -> Iterator[str]:
-    """Yield whether the budget carries the run."""
+    """Yield how much of the run the budget covers."""
     if not plan.caps.has_any:
         yield "budget: none"
         return
     for cap in found.unknown_limits:
-        yield f"budget.{cap}: nothing can be said yet ({_missing(cap)})"
+        yield f"budget.{cap}: cannot be estimated yet ({_missing(cap)})"
     if found.budget_reach is not None:
         yield f"budget: {format_budget_reach(found)}"
 
 
 def _missing(cap: str) -> str:
-    needs = {"usd": "node-hours need a time", "node_hours": "it needs a time, and the nodes"}
-    return needs.get(cap, "nothing is known of it")
+    needs = {"usd": "node-hours require a time", "node_hours": "requires a time and the nodes"}
+    return needs.get(cap, "no measurements")
 
 
 def format_budget_reach(found: Forecast) -> str:
-    """Return how far the budget reaches, in words; there must be one."""
+    """Return which share of the items the budget covers; requires a budget."""
     assert found.budget_reach is not None
     cap, worst, share = (
         found.budget_reach.limit,
         found.budget_reach.worst_limit,
         found.budget_reach.share,
     )
-    name, binds = f"budget.{cap}", f"budget.{cap} binds"
-    binds += f", at worst budget.{worst}" if worst != cap else ""
+    binds = f"limited by budget.{cap}"
+    binds += f", in the worst case by budget.{worst}" if worst != cap else ""
     if share.low >= 1:
         spare = 100 / share.low
-        return f"carries all items; {name} is nearest, {spare:.0f} % of it at most are needed"
+        return f"covers all items; needs at most {spare:.0f} % of budget.{cap}, the tightest limit"
     low, likely, high = (_percent(value) for value in (share.low, share.likely, share.high))
     if found.measured is None:
         if share.high < 1:
-            return f"carries {low} to {high} % of the items; {binds}"
-        return f"carries at least {low} % of the items, all of them if answers are short; {binds}"
+            return f"covers {low} to {high} % of the items; {binds}"
+        return f"covers at least {low} % of the items, all of them if answers are short; {binds}"
     if share.likely >= 1:
-        return f"likely carries all items, at least {low} %; {name} is nearest"
+        return f"likely covers all items, at least {low} %; tightest limit: budget.{cap}"
     span = "" if low == high else f" ({low} to {high} %)"
-    return f"carries about {likely} % of the items{span}; {binds}"
+    return f"covers about {likely} % of the items{span}; {binds}"
 
 
 def _percent(share: float) -> str:
-    """Return a share in per cent, never rounded up to all."""
+    """Return a share in per cent; only a full share becomes 100."""
     if share >= 1:
         return "100"
     value = min(99.0, 100 * share)
@@ -151,7 +150,7 @@ _HIDDEN: Final = frozenset({"op", "field", "k", "order"})
 
 
 def format_cell(value: Any) -> Text:
-    """Return a value fit for a table: no markup, no control characters, one line, cut."""
+    """Return a value as a table cell: one line, truncated, no markup or control characters."""
     if isinstance(value, float):
         text = f"{value:.4g}"
     elif isinstance(value, str):
@@ -163,7 +162,7 @@ def format_cell(value: Any) -> Text:
 
 
 def show_aggregate(aggregate: list[dict[str, Any]], simulated: bool, console: Console) -> None:
-    """Print one table per reduce stage; a simulated one says so."""
+    """Print one table per aggregator, marked if the answers are simulated."""
     for stage in aggregate:
         field = format_cell(stage.get("field")).plain
         title = f"{stage['op']} of {field}" if field else str(stage["op"])
@@ -183,7 +182,7 @@ def _tables(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
 
 
 def _facts(stage: Mapping[str, Any]) -> Table:
-    """Show names and values below each other."""
+    """Return a table with one name and value per row."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -210,50 +209,50 @@ def _pair(entry: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def _ranking(stage: Mapping[str, Any], width: int) -> Iterator[Table | Text]:
-    """Show one row per item: short columns whole, long ones cut, those without room named."""
+    """Yield one row per item; truncate wide columns and name those that do not fit."""
     flat = [_flatten_row(row, stage.get("field")) for row in stage["rows"]]
     names = list(dict.fromkeys(name for row in flat for name in row))
     heads = [format_cell(name) for name in names]
     cells = [[format_cell(row.get(name)) for row in flat] for name in names]
     wide = [max(map(len, (head, *column))) for head, column in zip(heads, cells, strict=True)]
-    room = fit_columns(wide, width)
+    widths = fit_columns(wide, width)
     table = Table()
-    for name, head, most in zip(names, heads, room, strict=False):
+    for name, head, most in zip(names, heads, widths, strict=False):
         numeric = all(isinstance(row.get(name), int | float) for row in flat)
         justify: JustifyMethod = "right" if numeric else "left"
         table.add_column(head, width=most, no_wrap=True, overflow="ellipsis", justify=justify)
-    for row in zip(*cells[: len(room)], strict=True):
+    for row in zip(*cells[: len(widths)], strict=True):
         table.add_row(*row)
     yield table
-    if len(room) < len(names):
-        yield Text(f"no room for {', '.join(h.plain for h in heads[len(room) :])}")
+    if len(widths) < len(names):
+        yield Text(f"columns not shown: {', '.join(h.plain for h in heads[len(widths) :])}")
 
 
 def fit_columns(wide: Sequence[int], width: int) -> list[int]:
-    """Return the columns' widths in a table: the widest give way first.
+    """Return column widths that fit a table; the widest columns shrink first.
 
     Args:
-        wide: Characters that each column would like.
-        width: Characters of the whole table; a column's frame takes 3, the last edge 1.
+        wide: Preferred width of each column, in characters.
+        width: Width of the whole table; a column's frame takes 3 characters, the last edge 1.
 
     Returns:
-        One width per column; fewer than asked for when not even narrow ones have room.
+        One width per column; fewer than given if not even narrow columns fit.
     """
     if sum(wide) + _FRAME * len(wide) < width:
         return list(wide)
     shown = max(1, min(len(wide), (width - 1) // (_NARROW + _FRAME)))
-    room, free = list(wide[:shown]), width - 1 - _FRAME * shown
-    while sum(room) > free and max(room) > 1:
-        most = max(room)
-        next_most = max((w for w in room if w < most), default=1)
-        many = room.count(most)
-        least = max(next_most, most - -(-(sum(room) - free) // many))
-        room = [least if w == most else w for w in room]
-    return room
+    widths, free = list(wide[:shown]), width - 1 - _FRAME * shown
+    while sum(widths) > free and max(widths) > 1:
+        most = max(widths)
+        next_most = max((w for w in widths if w < most), default=1)
+        many = widths.count(most)
+        least = max(next_most, most - -(-(sum(widths) - free) // many))
+        widths = [least if w == most else w for w in widths]
+    return widths
 
 
 def _flatten_row(row: Mapping[str, Any], field: str | None) -> dict[str, Any]:
-    """Lay the row's columns and the answer's fields beside rank, id and value."""
+    """Merge the row's columns and the answer's fields with rank, id and value."""
     flat = {key: row[key] for key in ("rank", "id") if key in row}
     if field is not None and "value" in row:
         flat[field] = row["value"]

@@ -1,4 +1,4 @@
-"""``fanfold submit``, ``cancel`` and what a job calls: the command line of batch jobs."""
+"""``fanfold submit``, ``cancel``, ``pack``, and the commands that a job script calls."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import typer
 from ..run.console import print_messages
 from .options import Folder, Input, Limit, Out, Sets, nonempty, nonempty_path
 
-chain = typer.Typer(help="What the job script calls.", no_args_is_help=True, hidden=True)
+chain = typer.Typer(help="Commands that the job script calls.", no_args_is_help=True, hidden=True)
 
-JobId = Annotated[str, typer.Option("--job", help="The scheduler's name of this job.")]
+JobId = Annotated[str, typer.Option("--job", help="Scheduler id of this job.")]
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add the commands to fanfold's."""
+    """Register the job commands."""
     app.command()(submit)
     app.command()(cancel)
     app.command()(pack)
@@ -27,22 +27,22 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     config: Annotated[
         str,
         typer.Argument(
-            metavar="CONFIG|PRESET|DIR", parser=nonempty, help="Settings, or a run to go on with."
+            metavar="CONFIG|PRESET|DIR", parser=nonempty, help="Settings, or a run to resume."
         ),
     ],
     site: Annotated[
-        str, typer.Option("--site", metavar="NAME|FILE", help="The cluster: a name or a site file.")
+        str, typer.Option("--site", metavar="NAME|FILE", help="Cluster: a name or a site file.")
     ],
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes of each job.")],
-    walltime: Annotated[str, typer.Option("--walltime", help="Most time of each job: 2h, 90m.")],
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes per job.")],
+    walltime: Annotated[str, typer.Option("--walltime", help="Time limit per job: 2h, 90m.")],
     queue: Annotated[str | None, typer.Option("--queue", help="Queue, partition or QOS.")] = None,
     account: Annotated[str | None, typer.Option("--account", help="Allocation to charge.")] = None,
     out: Out = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Most jobs of the chain.")
+        int | None, typer.Option("--jobs", min=1, help="Maximum jobs in the chain.")
     ] = None,
     node_hours: Annotated[
-        float | None, typer.Option("--node-hours", min=0, help="Most node-hours of the chain.")
+        float | None, typer.Option("--node-hours", min=0, help="Maximum node-hours of the chain.")
     ] = None,
     pack: Annotated[
         Path | None,
@@ -50,7 +50,7 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
             "--pack",
             metavar="FILE",
             parser=nonempty_path,
-            help="Copy this environment to the nodes first.",
+            help="Unpack this environment archive on the nodes first.",
         ),
     ] = None,
     input_path: Input = None,
@@ -60,59 +60,62 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
         bool, typer.Option("--dry-run", help="Print the script; submit nothing.")
     ] = False,
 ) -> None:
-    """Run a batch by jobs of a cluster that follow each other until it is finished."""
+    """Run a batch as a chain of cluster jobs, each submitting the next until all is finished."""
     from ...configs.resolve import Overrides
-    from ..jobs.submit import SubmitOptions
-    from ..jobs.submit import submit_job as submitting_submit
+    from ..jobs.submit import SubmitOptions, submit_job
 
-    wish = Overrides(overrides or [], input_path, limit)
-    order = SubmitOptions(site, nodes, walltime, queue, account, jobs, node_hours, pack)
-    submitting_submit(config, out, wish, order, dry_run)
+    changes = Overrides(overrides or [], input_path, limit)
+    options = SubmitOptions(site, nodes, walltime, queue, account, jobs, node_hours, pack)
+    submit_job(config, out, changes, options, dry_run)
 
 
 def cancel(
     folder: Folder,
     now: Annotated[
-        bool, typer.Option("--now", help="Have the scheduler end running jobs at once.")
+        bool, typer.Option("--now", help="Kill running jobs instead of letting them drain.")
     ] = False,
 ) -> None:
-    """End the jobs of a run; no other follows."""
-    from ..jobs.chain import cancel_jobs as cancelling_cancel
+    """Cancel the jobs of a run; no job follows them."""
+    from ..jobs.chain import cancel_jobs
 
-    cancelling_cancel(folder, now)
+    cancel_jobs(folder, now)
 
 
 def pack(
     target: Annotated[
         Path,
         typer.Option(
-            "-o", "--output", metavar="FILE", parser=nonempty_path, help="….tar.gz, or ….tar."
+            "-o",
+            "--output",
+            metavar="FILE",
+            parser=nonempty_path,
+            help="Archive to write: ….tar.gz or ….tar.",
         ),
     ] = Path("fanfold-env.tar.gz"),
     without: Annotated[
         list[str] | None,
-        typer.Option("--without", metavar="PACKAGE", help="Leave this package out."),
+        typer.Option("--without", metavar="PACKAGE", help="Exclude this package."),
     ] = None,
 ) -> None:
-    """Write one archive of this Python with its packages, to unpack on nodes."""
-    from ...backends.cluster.environment import pack_environment as pack_pack
+    """Pack this Python environment into one archive, to unpack on nodes."""
+    from ...backends.cluster.environment import pack_environment
 
-    packed = pack_pack(target, without or [])
+    packed = pack_environment(target, without or [])
     print_messages(
         [
             f"{packed.path}: {len(packed.packages)} packages in {packed.files:,} files, "
             f"{packed.size / 1e6:,.0f} MB",
-            "unpack it anywhere on the same kind of machine, then: bin/fanfold --version",
+            "unpack it anywhere on the same kind of machine, then run: bin/fanfold --version",
         ]
     )
 
 
 @chain.command()
 def begin(folder: Folder, job: JobId) -> None:
-    """Note that a job begins, and submit its successor."""
-    from ..jobs.chain import begin_job as chaining_begin
+    """Record that a job starts, and submit its successor."""
+    from ..jobs.chain import begin_job
 
-    raise typer.Exit(chaining_begin(folder, job))
+    raise typer.Exit(begin_job(folder, job))
 
 
 @chain.command()
@@ -120,11 +123,9 @@ def end(
     folder: Folder,
     job: JobId,
     code: Annotated[int, typer.Option("--code", help="Exit code of the job's run.")],
-    unserved: Annotated[
-        bool, typer.Option("--unserved", help="No model server was left before it ended.")
-    ] = False,
+    unserved: Annotated[bool, typer.Option("--unserved", help="No model server was left.")] = False,
 ) -> None:
-    """Note how a job ended; see that another follows, or that none does."""
-    from ..jobs.chain import end_job as chaining_end
+    """Record how a job ended; submit or withdraw its successor."""
+    from ..jobs.chain import end_job
 
-    raise typer.Exit(chaining_end(folder, job, code, unserved))
+    raise typer.Exit(end_job(folder, job, code, unserved))

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what their help names."""
+"""Command-line options that several commands share."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Annotated, Final
 import typer
 
 SAMPLE_ITEMS: Final = 200
-"""Items that a check renders."""
+"""Prompts that ``fanfold check`` renders by default."""
 
 COST_BY: Final = ("model", "endpoint", "node", "day")
-"""What costs can be told by."""
+"""Keys that costs can be grouped by."""
 
 
 def nonempty(text: str | Path) -> str:
-    """Return the name of a file or folder; an empty one would be the working directory.
+    """Return a file or folder name; reject an empty one, which means the working directory.
 
     Raises:
-        typer.BadParameter: It is empty, as a variable of the shell is that is not set.
+        typer.BadParameter: The name is empty, e.g. from an unset shell variable.
     """
     if not str(text):
         raise typer.BadParameter("is empty; name a file or a folder")
@@ -26,10 +26,10 @@ def nonempty(text: str | Path) -> str:
 
 
 def nonempty_path(text: str | Path) -> Path:
-    """Return a file or folder that was named.
+    """Return a path; reject an empty one.
 
     Raises:
-        typer.BadParameter: It is empty.
+        typer.BadParameter: The path is empty.
     """
     return Path(nonempty(text))
 
@@ -42,22 +42,24 @@ Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", parser=nonempty_path, help="Run folder.")
 ]
 Input = Annotated[str | None, typer.Option("--input", metavar="PATH", help="Input file or folder.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many items.")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Process only the first N items.")
+]
 Endpoints = Annotated[
     str | None,
     typer.Option(
-        "--endpoints", metavar="URLS|FILE|simulated|auto", help="Where the model is served."
+        "--endpoints", metavar="URLS|FILE|simulated|auto", help="Endpoints that serve the model."
     ),
 ]
 Saver = Annotated[
     str | None,
-    typer.Option("--checkpointer", metavar="URL", help="postgresql://… in place of SQLite."),
+    typer.Option("--checkpointer", metavar="URL", help="postgresql://… instead of SQLite."),
 ]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. limits.streams=64."),
 ]
-Trace = Annotated[bool, typer.Option("--trace", help="Run and trace every item by LangGraph.")]
+Trace = Annotated[bool, typer.Option("--trace", help="Run and trace every item with LangGraph.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no tables.")]
 Metrics = Annotated[
@@ -67,15 +69,16 @@ Metrics = Annotated[
     ),
 ]
 Usd = Annotated[
-    float | None, typer.Option("--budget-usd", metavar="N", help="Total cap in US dollars.")
+    float | None, typer.Option("--budget-usd", metavar="N", help="Total limit in US dollars.")
 ]
 Tokens = Annotated[
-    int | None, typer.Option("--budget-tokens", metavar="N", help="Total cap in tokens.")
+    int | None, typer.Option("--budget-tokens", metavar="N", help="Total limit in tokens.")
 ]
 Requests = Annotated[
-    int | None, typer.Option("--budget-requests", metavar="N", help="Total cap in requests.")
+    int | None, typer.Option("--budget-requests", metavar="N", help="Total limit in requests.")
 ]
 NodeHours = Annotated[
-    float | None, typer.Option("--budget-node-hours", metavar="N", help="Total cap in node-hours.")
+    float | None,
+    typer.Option("--budget-node-hours", metavar="N", help="Total limit in node-hours."),
 ]
-Retry = Annotated[bool, typer.Option("--retry-failed", help="Ask failed items again.")]
+Retry = Annotated[bool, typer.Option("--retry-failed", help="Retry failed items.")]

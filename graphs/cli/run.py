@@ -1,4 +1,4 @@
-"""Run, resume, --pilot."""
+"""``fanfold run`` and ``fanfold resume``, with or without a pilot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .format import budget_lines, cost_lines, format_duration, format_usd_amount
 
 
 def pilot_lines(found: PilotResult) -> Iterator[str]:
-    """Yield what a pilot measured, and what the run will take going by it."""
+    """Yield what a pilot measured, and the estimate for the whole run."""
     kind = "SIMULATED: " if found.simulated else ""
     seen = found.stats
     yield (
@@ -36,12 +36,12 @@ def pilot_lines(found: PilotResult) -> Iterator[str]:
         f"{found.done:,} done, {found.failed:,} failed"
     )
     if seen is None or found.forecast is None:
-        yield "  no model was asked for any of them"
+        yield "  no model was called for these items"
         return
     for name, count in sorted(seen.failed.items(), key=lambda pair: -pair[1]):
         yield f"  {count:,} x {name}"
     if seen.unreported:
-        yield f"  tokens of {seen.unreported:,} items were not reported"
+        yield f"  the endpoint reported no tokens for {seen.unreported:,} items"
     usage = seen.usage
     requests = round(seen.requests.likely * seen.items)
     yield (
@@ -49,11 +49,11 @@ def pilot_lines(found: PilotResult) -> Iterator[str]:
         "completion tokens"
     )
     if lost := round(seen.lost.likely * seen.items):
-        yield f"  {lost:,} tokens of requests without an answer may have been paid as well"
+        yield f"  up to {lost:,} tokens more may be charged for requests without an answer"
     yield from _pilot_cost_lines(found)
     median, late = map(format_duration, seen.latencies)
     yield f"  latency: median {median}, 95 % within {late}"
-    yield f"all {found.total:,} items, going by these:"
+    yield f"estimate for all {found.total:,} items:"
     for line in (
         *cost_lines(found.forecast, found.plan),
         *budget_lines(found.forecast, found.plan),
@@ -62,21 +62,21 @@ def pilot_lines(found: PilotResult) -> Iterator[str]:
 
 
 def _pilot_cost_lines(found: PilotResult) -> Iterator[str]:
-    """Yield what the answers of the pilot have cost, if there is a price of tokens."""
+    """Yield the cost of the pilot's answers if the token price is known."""
     price, seen = found.plan.price, found.stats
     if price is not None and price.prompt is not None and seen is not None:
         yield f"  cost: {format_usd_amount(seen.nano_usd / NANO_PER_USD)}, at {price}"
 
 
 def is_interactive() -> bool:
-    """Say whether there is somebody to ask."""
+    """Return True if stdin and stderr are terminals, so that a question can be answered."""
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def confirm_rest(left: int) -> bool:
-    """Ask whether to go on with the other items; no answer is no."""
-    try:  # Ctrl-C may come before the question is out
-        sys.stderr.write(f"Go on with the other {left:,} items? [y/N] ")
+    """Ask whether to continue with the other items; no answer means no."""
+    try:  # Ctrl-C may come before the question is printed
+        sys.stderr.write(f"Continue with the other {left:,} items? [y/N] ")
         sys.stderr.flush()
         return sys.stdin.readline().strip().casefold() in {"y", "yes"}
     except KeyboardInterrupt:
@@ -87,58 +87,58 @@ def confirm_rest(left: int) -> bool:
 T = TypeVar("T")
 
 _NAMED: Final = 10
-"""So many skipped items are named in one line."""
+"""Skipped items that one line names."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputMode:
-    """How a run reports: as one JSON object, or quietly, or with progress and tables."""
+    """Output of a run: one JSON object, or nothing, or progress and tables."""
 
     as_json: bool
     quiet: bool
 
     @property
     def is_silent(self) -> bool:
-        """Say whether progress and tables are left out."""
+        """Return True if progress and tables are not shown."""
         return self.as_json or self.quiet
 
 
-def run_or_resume(config: str, out: Path | None, wish: Overrides, output: OutputMode) -> int:
-    """Start a run, or go on with the one in ``out``; return the exit code."""
-    loaded, notices = wish.resolve(config)
+def run_or_resume(config: str, out: Path | None, overrides: Overrides, output: OutputMode) -> int:
+    """Start a run, or resume the one in ``out``; return the exit code."""
+    loaded, notices = overrides.resolve(config)
     print_messages(notices)
-    if wish.pilot is not None:
-        return _run_with_pilot(loaded, out, wish, output)
+    if overrides.pilot is not None:
+        return _run_with_pilot(loaded, out, overrides, output)
     if out is not None and not is_vacant(out):
-        result = _run_guarded(_resume_session(open_folder(out), loaded, wish, output), out)
+        result = _run_guarded(_resume_session(open_folder(out), loaded, overrides, output), out)
     else:
         path = out or default_run_folder(loaded.config.name)
-        result = _run_guarded(_start_session(loaded, path, wish, output), path)
+        result = _run_guarded(_start_session(loaded, path, overrides, output), path)
     return _print_result(result, output)
 
 
 def _run_with_pilot(
-    loaded: LoadedConfig, out: Path | None, wish: Overrides, output: OutputMode
+    loaded: LoadedConfig, out: Path | None, overrides: Overrides, output: OutputMode
 ) -> int:
-    """Run some items, show what they took, and go on with the others if that is agreed to."""
+    """Run some items, show an estimate, and continue with the others if the user agrees."""
     path = out or default_run_folder(loaded.config.name)
     fresh = out is None or is_vacant(out)
-    found = _run_guarded(_pilot_session(loaded, path, fresh, wish, output), path)
+    found = _run_guarded(_pilot_session(loaded, path, fresh, overrides, output), path)
     if not output.as_json:
         print_messages(pilot_lines(found))
-    if found.left and not wish.yes:
+    if found.left and not overrides.yes:
         asked = is_interactive() and not output.as_json
         if not asked or not confirm_rest(found.left):
             return _stop_after_pilot(found, path, asked, output)
-    result = _run_guarded(_resume_session(open_folder(path), loaded, wish, output), path)
+    result = _run_guarded(_resume_session(open_folder(path), loaded, overrides, output), path)
     return _print_result(result, output, found)
 
 
 async def _pilot_session(
-    loaded: LoadedConfig, path: Path, fresh: bool, wish: Overrides, output: OutputMode
+    loaded: LoadedConfig, path: Path, fresh: bool, overrides: Overrides, output: OutputMode
 ) -> PilotResult:
     end = session_deadline(loaded.config, time.time())
-    await check_saver(wish.checkpointer)
+    await check_saver(overrides.checkpointer)
     if fresh:
         folder = await with_deadline(prepare_run(loaded, path), end)
         if not output.quiet:
@@ -146,13 +146,15 @@ async def _pilot_session(
     else:
         resumed = await with_deadline(resume_run(open_folder(path), loaded), end)
         folder, loaded = resumed.folder, resumed.loaded
-    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.is_silent, deadline=end)
-    return await run_pilot(folder, loaded, options, wish.pilot or 1, open_message_console())
+    options = RunOptions(
+        overrides.checkpointer, overrides.trace, quiet=output.is_silent, deadline=end
+    )
+    return await run_pilot(folder, loaded, options, overrides.pilot or 1, open_message_console())
 
 
 def _stop_after_pilot(found: PilotResult, path: Path, asked: bool, output: OutputMode) -> int:
-    """Say that the run stops after its pilot, and how to go on; return the exit code."""
-    why = "no" if asked else "nobody there to be asked; --yes goes on without asking"
+    """Report that the run stops after its pilot and how to resume; return the exit code."""
+    why = "declined" if asked else "no terminal to ask on; use --yes to continue without asking"
     if output.as_json:
         about = open_folder(path).read_provenance()
         print_json(
@@ -165,63 +167,67 @@ def _stop_after_pilot(found: PilotResult, path: Path, asked: bool, output: Outpu
             }
         )
     else:
-        print_messages([f"Stopped after the pilot: {why}", f"Go on with: fanfold resume {path}"])
+        print_messages([f"Stopped after the pilot: {why}", f"Resume with: fanfold resume {path}"])
     return EXIT_INTERRUPTED
 
 
-def _run_guarded(life: Coroutine[Any, Any, T], path: Path) -> T:
-    """Run one life; other signals stop it like SIGINT also while it begins, SIGTERM at its end too.
+def _run_guarded(session: Coroutine[Any, Any, T], path: Path) -> T:
+    """Run one session; treat SIGTERM and warning signals as SIGINT, also at its start and end.
 
     Raises:
-        RunStoppedError: It was stopped, and can be resumed.
+        RunStoppedError: It was stopped and can be resumed.
         FanfoldError: It was stopped before there was anything to resume.
     """
     numbers = (signal.SIGTERM, *WARNING_SIGNALS)
     before = {n: signal.signal(n, lambda *_: signal.raise_signal(signal.SIGINT)) for n in numbers}
     try:
-        return asyncio.run(life)
+        return asyncio.run(session)
     except KeyboardInterrupt:
         if not path.is_dir():
             raise FanfoldError("interrupted before anything was written") from None
-        msg = f"interrupted while it began; go on with: fanfold resume {path}"
+        msg = f"interrupted during startup; resume with: fanfold resume {path}"
         raise RunStoppedError(msg) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def resume_folder(path: Path, wish: Overrides, output: OutputMode) -> int:
-    """Go on with a run; return the exit code."""
+def resume_folder(path: Path, overrides: Overrides, output: OutputMode) -> int:
+    """Resume a run; return the exit code."""
     folder = open_folder(path)
-    loaded = wish.resolve(str(folder.settings))[0] if wish.changes_settings else None
-    return _print_result(_run_guarded(_resume_session(folder, loaded, wish, output), path), output)
+    loaded = overrides.resolve(str(folder.settings))[0] if overrides.changes_settings else None
+    return _print_result(
+        _run_guarded(_resume_session(folder, loaded, overrides, output), path), output
+    )
 
 
 async def _start_session(
-    loaded: LoadedConfig, path: Path, wish: Overrides, output: OutputMode
+    loaded: LoadedConfig, path: Path, overrides: Overrides, output: OutputMode
 ) -> RunResult:
     end = session_deadline(loaded.config, time.time())
-    await check_saver(wish.checkpointer)
+    await check_saver(overrides.checkpointer)
     folder = await with_deadline(prepare_run(loaded, path), end)
     if not output.quiet:
         print_messages(_about(folder))
-    options = RunOptions(wish.checkpointer, wish.trace, quiet=output.is_silent, deadline=end)
+    options = RunOptions(
+        overrides.checkpointer, overrides.trace, quiet=output.is_silent, deadline=end
+    )
     return await execute_run(folder, loaded, options, open_message_console())
 
 
 async def _resume_session(
-    folder: RunFolder, loaded: LoadedConfig | None, wish: Overrides, output: OutputMode
+    folder: RunFolder, loaded: LoadedConfig | None, overrides: Overrides, output: OutputMode
 ) -> RunResult:
     began = time.time()
     end = None if loaded is None else session_deadline(loaded.config, began)
-    await check_saver(wish.checkpointer)
+    await check_saver(overrides.checkpointer)
     resumed = await with_deadline(resume_run(folder, loaded), end)
-    if wish.budget_assignments:  # the latest word counts
+    if overrides.budget_assignments:  # the latest setting counts
         await asyncio.to_thread(folder.raised_limits.unlink, missing_ok=True)
     options = RunOptions(
-        wish.checkpointer,
-        wish.trace,
-        wish.retry_failed,
+        overrides.checkpointer,
+        overrides.trace,
+        overrides.retry_failed,
         refold=resumed.reduce_changed,
         quiet=output.is_silent,
         deadline=end or session_deadline(resumed.loaded.config, began),
@@ -230,7 +236,7 @@ async def _resume_session(
 
 
 def _about(folder: RunFolder) -> list[str]:
-    """Say what was read, what was left out, and where the run lies."""
+    """Return what was read, what was skipped, and the run folder."""
     found = folder.read_provenance()["input"]
     lines = [f"{found['items']:,} items from {found['source']}; run folder {folder.path}"]
     if skipped := found["skipped"]:
@@ -239,14 +245,14 @@ def _about(folder: RunFolder) -> list[str]:
         lines.append(f"skipped {found['skipped_total']:,}: {names}{more}")
         lines.append(f"  {skipped[0]['id']}: {skipped[0]['reason']}; all reasons: provenance.json")
     if found["invalid"]:
-        lines.append(f"{found['invalid']:,} items cannot be asked and will fail without a call")
+        lines.append(f"{found['invalid']:,} items are invalid and will fail without a call")
     return lines
 
 
 def _print_result(result: RunResult, output: OutputMode, pilot: PilotResult | None = None) -> int:
-    """Print how a life of a run ended; return the exit code.
+    """Print how a session ended; return the exit code.
 
-    One that was cut short by its job's end tells of its jobs no more than their node-hours.
+    An interrupted session reports only the node-hours of its jobs: utilization takes too long.
     """
     path, whole = result.folder.path, result.exit_code != EXIT_INTERRUPTED
     if output.as_json:
@@ -291,19 +297,19 @@ def _last_lines(result: RunResult) -> list[str]:
     if result.exit_code == EXIT_BUDGET:
         lines.append(f"Paused: {result.reason}")
         lines.append(
-            f"Go on with a higher total: fanfold resume {folder.path} {_raise_options(result)}"
+            f"Resume with a higher limit: fanfold resume {folder.path} {_raise_options(result)}"
         )
         return lines
     if result.exit_code == EXIT_INTERRUPTED:
         lines.append(f"Interrupted: {result.reason}")
-        lines.append(f"Go on with: fanfold resume {folder.path}")
+        lines.append(f"Resume with: fanfold resume {folder.path}")
         return lines
     lines.append(f"Results: {folder.results}")
     if progress["failed"]:
-        lines.append(f"Failed items, with class and text: {folder.failures}")
+        lines.append(f"Failed items and their errors: {folder.failures}")
     return lines
 
 
 def _raise_options(result: RunResult) -> str:
-    """Return the options that raise what limits the run."""
+    """Return the options that raise the limits of the run."""
     return " ".join(f"--budget-{name.replace('_', '-')} N" for name in result.budget)

@@ -1,4 +1,4 @@
-"""Simulate."""
+"""``fanfold serve`` and ``fanfold simulate``: run model servers or a simulated fleet."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from ..run.console import print_messages
 
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _IGNORED_SIGNALS: Final = (signal.SIGUSR1, signal.SIGUSR2)
-"""Schedulers send these to all processes of a job; they ask runs to drain, which need servers."""
+"""Schedulers send these to all processes of a job; runs then drain and still need servers."""
 
 
-def serve_node(config: str, wish: Overrides, folder: Path, host: str | None) -> None:
-    """Serve this node until SIGINT, SIGTERM or SIGHUP; a second one waits for nothing.
+def serve_node(config: str, overrides: Overrides, folder: Path, host: str | None) -> None:
+    """Serve this node until SIGINT, SIGTERM or SIGHUP; a second signal stops without waiting.
 
     Args:
         config: A preset, a settings file, or a run folder.
-        wish: What the options ask for.
+        overrides: Settings changed by options.
         folder: The servers folder.
-        host: This node's name; asked of the system by default.
+        host: This node's name; default: the system's host name.
 
     Raises:
         ConfigurationError: The settings do not fit.
-        BackendError: All servers were given up.
+        BackendError: All servers failed for good.
     """
     path = Path(config)
     source = str(open_folder(path).settings) if path.is_dir() else config
-    loaded, _ = wish.resolve(source)
+    loaded, _ = overrides.resolve(source)
     plan = make_node_plan(loaded.config, folder, host)
     if not has_own_servers(loaded.config):
         msg = (
-            f"{loaded.source}: endpoints names servers that somebody else starts; nothing is "
-            "started twice: name the servers folder (endpoints.file) or endpoints.hosts"
+            f"{loaded.source}: endpoints refers to servers that fanfold does not start; set "
+            "endpoints.file to the servers folder, or set endpoints.hosts"
         )
         raise ConfigurationError(msg)
     before = {number: signal.getsignal(number) for number in (*_STOPPING, *_IGNORED_SIGNALS)}
@@ -56,27 +56,27 @@ def serve_node(config: str, wish: Overrides, folder: Path, host: str | None) -> 
 
 
 async def _serve_until_stopped(plan: NodePlan) -> None:
-    orders, loop = (
+    control, loop = (
         SupervisorControl(lambda text: print_messages(text.splitlines())),
         asyncio.get_running_loop(),
     )
 
-    def asked(name: str) -> None:
-        if orders.stop.is_set():
-            orders.stop_waiting.set()
+    def request_stop(name: str) -> None:
+        if control.stop.is_set():
+            control.stop_waiting.set()
             return
         print_messages(
-            [f"{name}: the servers of {plan.host} are being ended; once more waits for nothing"]
+            [f"{name}: stopping the servers of {plan.host}; repeat to stop without waiting"]
         )
-        orders.stop.set()
+        control.stop.set()
 
     for number in _STOPPING:
         if signal.getsignal(number) is signal.SIG_IGN:
             continue  # nohup
-        loop.add_signal_handler(number, asked, number.name)
+        loop.add_signal_handler(number, request_stop, number.name)
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    await serve_or_standby(plan, orders)
+    await serve_or_standby(plan, control)
 
 
 def serve_simulated(fields: dict[str, Any], file: Path) -> None:
@@ -96,7 +96,7 @@ async def _serve_fleet(spec: SimulationSpec, file: Path) -> None:
             [
                 f"SIMULATED fleet of {spec.nodes} nodes serving {spec.model!r}",
                 f"endpoints: {file}  (fanfold run CONFIG --endpoints {file})",
-                f"control: {fleet.control_url}   Ctrl-C ends it",
+                f"control: {fleet.control_url}   Ctrl-C stops it",
             ]
         )
         await stop.wait()

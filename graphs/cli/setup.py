@@ -1,4 +1,4 @@
-"""Presets and Globus Compute set-up."""
+"""``fanfold presets`` and ``fanfold globus``: presets and Globus Compute set-up."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ...backends.core.errors import ConfigurationError
 from ...backends.core.messages import own_version
 from .options import nonempty_path
 
-globus = typer.Typer(help="Set up endpoints of Globus Compute.", no_args_is_help=True)
+globus = typer.Typer(help="Set up Globus Compute endpoints.", no_args_is_help=True)
 
 Client = Annotated[
     str | None,
-    typer.Option("--client", metavar="MODULE:ATTR", help="A function that makes the SDK's Client."),
+    typer.Option("--client", metavar="MODULE:ATTR", help="Function that creates the SDK's Client."),
 ]
 Output = Annotated[
     Path | None,
     typer.Option(
-        "-o", "--output", metavar="FILE", parser=nonempty_path, help="Where to; else printed."
+        "-o", "--output", metavar="FILE", parser=nonempty_path, help="Output file; default: stdout."
     ),
 ]
 Schema = Annotated[
-    bool, typer.Option("--schema", help="The schema of the template's values in its place.")
+    bool, typer.Option("--schema", help="Write the schema of the template's values instead.")
 ]
 
 
 @globus.command()
 def register(client: Client = None) -> None:
-    """Log in, register what runs on endpoints, and print the function's id.
+    """Log in, register the worker function, and print its id.
 
-    An endpoint with allowed_functions needs the id there; runs name it in backend.function.
+    Add the id to allowed_functions of an endpoint that has them; set it in backend.function.
     """
     from ...backends.workers.factory import import_object
     from ...backends.workers.globus.service import connect_service
@@ -51,7 +51,7 @@ def register(client: Client = None) -> None:
 
 @globus.command()
 def template(output: Output = None, schema: Schema = False) -> None:
-    """Write a configuration template for an endpoint, for this version of fanfold."""
+    """Write an endpoint configuration template for this version of fanfold."""
     text = schema_text() if schema else template_text(own_version(), str(Path(sys.prefix) / "bin"))
     if output is None:
         print(text, end="")
@@ -60,16 +60,16 @@ def template(output: Output = None, schema: Schema = False) -> None:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"{output}: cannot be written: {error.strerror}") from None
-    where = "" if schema else "; its first lines say where it goes"
+    where = "" if schema else "; its first lines say where to install it"
     print(f"{output} written{where}")
 
 
 def template_text(version: str, programs: str) -> str:
-    """Return the template.
+    """Return the endpoint configuration template.
 
     Args:
-        version: The version of fanfold that workers must have.
-        programs: The folder of the workers' Python.
+        version: The fanfold version that workers require.
+        programs: The `bin` folder of the workers' Python.
     """
     return (
         _shipped("template.yaml.j2")
@@ -79,7 +79,7 @@ def template_text(version: str, programs: str) -> str:
 
 
 def schema_text() -> str:
-    """Return the schema of the values that the template takes."""
+    """Return the schema of the template's values."""
     return _shipped("schema.json")
 
 
@@ -87,7 +87,7 @@ def _shipped(name: str) -> str:
     return (files("fanfold.backends.workers.globus") / name).read_text(encoding="utf-8")
 
 
-presets = typer.Typer(help="Ready configurations, one per use case.", no_args_is_help=True)
+presets = typer.Typer(help="Ready-made configurations, one per use case.", no_args_is_help=True)
 
 
 @presets.command("list")
@@ -111,7 +111,7 @@ def presets_show(name: str) -> None:
 def presets_copy(
     name: str, target: Annotated[Path | None, typer.Argument(parser=nonempty_path)] = None
 ) -> None:
-    """Write a preset to a file for editing, its endpoints left for you to fill."""
+    """Copy a preset to a file for editing; its endpoints are left blank."""
     from ...configs.loader import copy_preset
 
     target = target or Path(f"{name}.yaml")

@@ -1,4 +1,4 @@
-"""Status, results, cost and job usage, as tables and JSON."""
+"""``fanfold status``, ``results`` and ``cost``, as tables and JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .options import COST_BY
 
 
 def show_jobs(facts: Mapping[str, Any], console: Console) -> None:
-    """Print what :func:`~fanfold.graphs.jobs.usage.job_report` returned, one row per job."""
+    """Print a :func:`~fanfold.graphs.jobs.usage.job_report`, one row per job."""
     table = Table("job", "state", "nodes", "began", "ended", "items")
     for job in facts["jobs"]:
         row = [job["job"], job["state"], job["nodes"], _time(job["began"]), _time(job["ended"])]
@@ -49,13 +49,13 @@ def show_jobs(facts: Mapping[str, Any], console: Console) -> None:
 
 
 def show_utilization(facts: Mapping[str, Any], console: Console) -> None:
-    """Print how well the jobs used their nodes, as a table."""
+    """Print the node utilization of the jobs as a table."""
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, justify="right")
     table.add_column(no_wrap=True, justify="right")
     jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
-    table.add_row("jobs that have begun", f"{jobs:,}", "")
+    table.add_row("jobs started", f"{jobs:,}", "")
     paid, useful = facts["node_hours"], facts["useful"]
     table.add_row("node-hours of jobs", f"{paid:,.3f}", "")
     for name in ("busy", "idle"):
@@ -71,7 +71,7 @@ def show_utilization(facts: Mapping[str, Any], console: Console) -> None:
 
 
 def job_lines(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield lines for the end of a run."""
+    """Yield the job lines printed at the end of a run."""
     jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
     yield f"Jobs: {jobs:,} so far, {_hours(facts)}"
     if useful := facts.get("useful"):
@@ -81,7 +81,7 @@ def job_lines(facts: Mapping[str, Any]) -> Iterator[str]:
 def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"site {facts['site']}; {_hours(facts)}"
     if facts["scheduler_says"]:
-        yield f"the scheduler does not tell: {facts['scheduler_says']}"
+        yield f"no data from the scheduler: {facts['scheduler_says']}"
     if facts["ends"]:
         yield f"no further job: {facts['ends']}"
     if useful := facts.get("useful"):
@@ -89,12 +89,12 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sources(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield whose numbers these are, and why there are others."""
+    """Yield the sources of the numbers, and why the scheduler's are missing."""
     useful = facts["useful"]
-    yield "node-hours held: while the run itself works; its jobs have them from begin to end"
+    yield "node-hours held: while the run works; node-hours of jobs: from job start to job end"
     yield f"node-hours by {_whose(facts)}; use by {_by(useful)}: {_full(useful)}"
     if facts["scheduler_says"]:
-        yield f"the scheduler does not tell: {facts['scheduler_says']}"
+        yield f"no data from the scheduler: {facts['scheduler_says']}"
 
 
 def _hours(facts: Mapping[str, Any]) -> str:
@@ -124,8 +124,8 @@ def _share(useful: Mapping[str, Any]) -> str:
 
 
 def _full(useful: Mapping[str, Any]) -> str:
-    places = useful["full_batch_items"]
-    return f"a server with at least nine tenths of {places:,} items at once"
+    batch = useful["full_batch_items"]
+    return f"servers with at least 90 % of {batch:,} items in flight"
 
 
 def _by(useful: Mapping[str, Any]) -> str:
@@ -150,12 +150,12 @@ _FORMATS: Final = ("jsonl", "csv", "parquet")
 
 
 def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | None = None) -> None:
-    """Show how far a run is, and its jobs if it has any."""
+    """Show the progress of a run, and its jobs if it has any."""
     folder = open_folder(path)
     about = folder.read_provenance()
-    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as ledger:
-        counts, spent = ledger.count_items(), ledger.total_usage()
-        cost = read_cost(folder, get_run_ids(about), ledger.usage_by_session)
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
+        counts, spent = journal.count_items(), journal.total_usage()
+        cost = read_cost(folder, get_run_ids(about), journal.usage_by_session)
     last = about["sessions"][-1] if about["sessions"] else {"outcome": None}
     state = "running" if folder.is_in_use() else last["outcome"] or "killed; resumable"
     facts = {
@@ -186,7 +186,7 @@ def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | Non
 
 
 def _costs(folder: RunFolder, cost: Cost) -> dict[str, Any]:
-    """Return what a run has cost as it is shown; what nobody counts or limits is left out."""
+    """Return the cost of a run for display, without what is neither counted nor limited."""
     limits = read_budget(folder, cost)
     shown: dict[str, Any] = {"tokens": tokens_json(cost.usage)}
     if cost.nano_usd is not None:
@@ -214,20 +214,20 @@ def _format_value(value: Any) -> Text:
 
 
 def export_results(path: Path, form: str, target: Path | None, safe_csv: bool = False) -> None:
-    """Write the finished items' rows."""
+    """Write one row per finished item."""
     if form not in _FORMATS:
-        raise ConfigurationError(f"--format {form}: there are {', '.join(_FORMATS)}")
+        raise ConfigurationError(f"--format {form}: choose one of {', '.join(_FORMATS)}")
     if form == "parquet" and target is None:
-        raise ConfigurationError("--format parquet is no text; give a file with -o FILE")
+        raise ConfigurationError("--format parquet is binary; give a file with -o FILE")
     if safe_csv and form != "csv":
-        raise ConfigurationError(f"--safe-csv goes with --format csv, not with {form}")
+        raise ConfigurationError(f"--safe-csv requires --format csv, not {form}")
     folder = open_folder(path)
     if target is not None:
         _check_target(target)
     about, schema = folder.read_provenance(), _schema(folder)
     items, extents = about["input"]["items"], read_extents(folder)
-    with Journal(folder.journal, get_run_ids(about), items, extents) as ledger:
-        records = make_rows(ledger.read_records(), priced=ledger.total_usage().nano_usd > 0)
+    with Journal(folder.journal, get_run_ids(about), items, extents) as journal:
+        records = make_rows(journal.read_records(), priced=journal.total_usage().nano_usd > 0)
         if form == "parquet" and target is not None:
             write_parquet(records, target, schema)
         elif target is None:
@@ -238,7 +238,7 @@ def export_results(path: Path, form: str, target: Path | None, safe_csv: bool = 
 
 
 def _schema(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the answers' schema; nobody needs the endpoints' key to read results."""
+    """Return the answer schema, without resolving the endpoints' key, which results do not need."""
     schema = get_at_path(read_settings(folder.settings)[0], ("task", "schema"))
     return schema if isinstance(schema, dict) else None
 
@@ -247,7 +247,7 @@ def _check_target(target: Path) -> None:
     if target.is_dir():
         raise ConfigurationError(f"-o {target}: is a folder; name a file")
     if not target.parent.is_dir():
-        raise ConfigurationError(f"-o {target}: there is no folder {target.parent}")
+        raise ConfigurationError(f"-o {target}: the folder {target.parent} does not exist")
 
 
 def _open_target(target: Path) -> IO[bytes]:
@@ -274,14 +274,14 @@ _NO_PRICE: Final = "-"
 
 
 def show_cost(path: Path, by: str | None, as_json: bool) -> None:
-    """Show what a run has cost over all its lives, whatever became of them.
+    """Show the cost of a run over all its sessions, however they ended.
 
     Raises:
-        ConfigurationError: No run folder, or no such grouping.
-        JournalError: Journal or books are damaged.
+        ConfigurationError: The run folder or the grouping does not exist.
+        JournalError: The journal or a spend log is damaged.
     """
     if by is not None and by not in COST_BY:
-        raise ConfigurationError(f"--by {by}: there are {', '.join(COST_BY)}")
+        raise ConfigurationError(f"--by {by}: choose one of {', '.join(COST_BY)}")
     folder = open_folder(path)
     about = folder.read_provenance()
     run, items, model = get_run_ids(about), about["input"]["items"], about["model"]
@@ -356,14 +356,14 @@ def _total_table(cost: Cost, running: bool) -> Table:
 
 
 def _total_rows(cost: Cost, running: bool) -> Iterator[tuple[str, str, int | None]]:
-    """Yield what is shown of a total: name, amount, and nano-dollars."""
+    """Yield the rows of a total: name, amount, and nano-dollars."""
     spent, held, doubt = cost.usage, cost.node_time, cost.unaccounted
     tokens = spent.nano_usd if cost.priced else None
     yield "requests", f"{spent.requests:,}", None
     yield "prompt tokens", f"{spent.prompt_tokens:,}", None
     yield "  of them cached", f"{spent.cached_tokens:,}", None
     yield "completion tokens", f"{spent.completion_tokens:,}", None
-    yield "lost with their answers, at most", f"{spent.lost_tokens:,}", None
+    yield "lost answers, at most", f"{spent.lost_tokens:,}", None
     yield "all tokens", f"{spent.tokens:,}", tokens
     yield "  useful", f"{spent.useful_tokens:,}", tokens and spent.useful_nano_usd
     wasted = spent.wasted_nano_usd if cost.priced else None

@@ -1,1 +1,1 @@
-"""Shards on workers: the coordinator, its tasks, and the heartbeat between both sides."""
+"""Run shards on workers: the coordinator, its tasks, and the heartbeat between both sides."""

@@ -1,4 +1,4 @@
-"""WorkCrew -> Coordinator."""
+"""The coordinator: send shards to workers as tasks, and read their results and journals."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from .tasks import LeaseManager, TaskTemplate
 
 
 class JournalFollower:
-    """Reads on in the workers' journal files.
+    """Follows the workers' journal files.
 
     Args:
-        ledger: The run's journal.
+        journal: The run's journal.
         progress: The run's counts.
     """
 
-    def __init__(self, ledger: Journal, progress: Progress) -> None:
-        self._ledger, self._progress = ledger, progress
-        self._turn, self._rounds = asyncio.Lock(), 0
-        self._resting = False
+    def __init__(self, journal: Journal, progress: Progress) -> None:
+        self._journal, self._progress = journal, progress
+        self._lock, self._rounds = asyncio.Lock(), 0
+        self._finished = False
         self._reading = set[asyncio.Task[None]]()
 
     async def refresh(self, worker: str | None = None, *, earlier: bool = False) -> None:
-        """Read what workers have recorded since the last time, and count it.
+        """Read and count what workers have recorded since the last call.
 
         Args:
-            worker: Only this one, as ``host:process``.
-            earlier: Whether those of earlier lives may still write.
+            worker: Read only this worker's file (``host:process``).
+            earlier: Workers of earlier sessions may still write.
 
         Raises:
             JournalError: A worker's journal file is damaged, or cannot be read.
@@ -59,36 +59,36 @@ class JournalFollower:
         reading = asyncio.create_task(self._read(worker, earlier, self._rounds + 1))
         self._reading.add(reading)
         reading.add_done_callback(self._on_read)
-        # whoever waits may be cancelled; the thread that reads cannot be, and reads alone
+        # the caller may be cancelled; the reading thread cannot be, and only one may read
         await asyncio.shield(reading)
 
     def _on_read(self, reading: asyncio.Task[None]) -> None:
         self._reading.discard(reading)
         if not reading.cancelled():
-            reading.exception()  # nobody may wait any more; the next one meets the same
+            reading.exception()  # the caller may be gone; the next read raises the same error
 
     async def _read(self, worker: str | None, earlier: bool, wanted: int) -> None:
-        async with self._turn:
-            if self._resting or (worker is None and self._rounds >= wanted):
-                return  # somebody began to read all after we asked
+        async with self._lock:
+            if self._finished or (worker is None and self._rounds >= wanted):
+                return  # another call has started a full read since
             self._rounds += worker is None
-            fresh = JournalDelta()
+            delta = JournalDelta()
             try:
-                await asyncio.to_thread(self._ledger.refresh, fresh, earlier, worker)
+                await asyncio.to_thread(self._journal.refresh, delta, earlier, worker)
             finally:
-                self._progress.add_counts(fresh.done, fresh.failed, fresh.usage.to_dict())
+                self._progress.add_counts(delta.done, delta.failed, delta.usage.to_dict())
 
     async def finish_reading(self, *, earlier: bool = False) -> None:
-        """Read a last time: what workers record from now on counts for nothing.
+        """Read a last time; what workers record later is not counted.
 
         Args:
-            earlier: Whether those of earlier lives may still write.
+            earlier: Workers of earlier sessions may still write.
 
         Raises:
             JournalError: A worker's journal file is damaged, or cannot be read.
         """
         await self.refresh(earlier=earlier)
-        self._resting = True
+        self._finished = True
 
 
 logger = logging.getLogger(__name__)
@@ -96,164 +96,167 @@ logger = logging.getLogger(__name__)
 _TAIL_S: Final = 1.0
 _SHARE: Final = 10.0
 STOP_GRACE_S: Final = 10.0
-"""So much longer than workers wait for items in flight does the coordinator wait for workers."""
+"""Seconds that the coordinator waits for workers after they have waited for items in flight."""
 
 
 class Coordinator:
-    """Has shards worked on by a pool of places.
+    """Runs shards on a worker pool.
 
     Args:
-        pool: The places.
-        terms: What all orders have in common.
-        ledger: The run's journal.
+        pool: The worker pool.
+        template: What all tasks of the session share.
+        journal: The run's journal.
         progress: The run's counts.
-        lender: Lends orders what they may spend.
+        lease_manager: Lends each task a part of the budget.
     """
 
     def __init__(
         self,
         pool: WorkerPool,
-        terms: TaskTemplate,
-        ledger: Journal,
+        template: TaskTemplate,
+        journal: Journal,
         progress: Progress,
-        lender: LeaseManager,
+        lease_manager: LeaseManager,
     ) -> None:
-        self._pool, self._template, self._lease_manager = pool, terms, lender
+        self._pool, self._template, self._lease_manager = pool, template, lease_manager
         self._hosts = set[str]()
-        self._ledger, self._progress = ledger, progress
-        self._follower = JournalFollower(ledger, progress)
-        self._control_files = ControlFiles(terms.journal, str(terms.run["token"]), pool.silence_s)
-        self._orders = Counter[str]()
+        self._journal, self._progress = journal, progress
+        self._follower = JournalFollower(journal, progress)
+        self._control_files = ControlFiles(
+            template.journal, str(template.run["token"]), pool.silence_s
+        )
+        self._attempts = Counter[str]()
         self._adopting = dict[str, asyncio.Task[ShardResult | None]]()
         self._stopping: asyncio.Task[None] | None = None
         self.stats_collector = StatsCollector()
-        self._has_orphans = False  # whether workers of earlier lives may still write
+        self._has_orphans = False  # True if workers of earlier sessions may still write
 
     @property
     def has_node_endpoints(self) -> bool:
-        """Say whether each worker has endpoints of its own."""
+        """Return True if each worker uses the endpoints of its own node."""
         return self._template.has_node_endpoints
 
     @property
     def in_flight(self) -> int:
-        """Return how many shards are out."""
+        """Return the number of shards that workers process."""
         return self._pool.in_flight
 
     @property
     def nodes(self) -> tuple[int, int]:
-        """Return how many hosts have worked so far, and how many of them work at most."""
+        """Return how many hosts have worked so far, and at most how many work now."""
         held = max(1, len(self._hosts))
         return held, min(held, self._pool.in_flight)
 
     async def run_shard(
         self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
     ) -> AnsweredTask | None:
-        """Have the remaining items of a shard worked on; see the nodes' protocol."""
+        """Run the remaining items of a shard on workers; see the protocol in nodes/context.py."""
         name = f"{shard.lo}-{shard.hi}"
         try:
             answered = await self._run_attempts(shard, remaining)
         finally:
-            self._lease_manager.mark_lost(name)  # nothing, once it was answered
+            self._lease_manager.mark_lost(name)  # no effect once a result has arrived
         return answered
 
     async def _run_attempts(
         self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
     ) -> AnsweredTask | None:
-        if (inherited := await self._wait_for_orphan(shard)) is not None:
-            return None, inherited
+        if (adopted := await self._wait_for_orphan(shard)) is not None:
+            return None, adopted
         name = f"{shard.lo}-{shard.hi}"
 
         async def make(_: int) -> ShardTask | None:
-            if self._orders[name] or self._has_orphans:
-                await self.refresh()  # a lost worker's last lines
+            if self._attempts[name] or self._has_orphans:
+                await self.refresh()  # read the last lines of a lost worker
             items = await remaining()
             if not items:
                 return None
-            number = self._orders[name]
-            order = await asyncio.to_thread(_trim_items, self._make_task(name, number, items))
+            number = self._attempts[name]
+            task = await asyncio.to_thread(_trim_items, self._make_task(name, number, items))
             await self._create(name, number)
-            lease = await self._lease_manager.lend(order)
-            self._orders[name] += 1
-            return replace(order, lease=lease)
+            lease = await self._lease_manager.lend(task)
+            self._attempts[name] += 1
+            return replace(task, lease=lease)
 
-        # an attempt's number is that of its order: a shard may need several that are answered
-        first = self._orders[name]
+        # attempts count tasks: a shard may need several tasks that each return a result
+        first = self._attempts[name]
         try:
             answered = await self._pool.run(
                 make,
                 lambda attempt: self._heartbeat(name, first + attempt),
                 lambda attempt: self._revoke(name, first + attempt),
             )
-        finally:  # a copy that is delivered once more has nothing to do
-            for attempt in range(first, self._orders[name] + 1):
+        finally:  # a task that is delivered again must do nothing
+            for attempt in range(first, self._attempts[name] + 1):
                 await self._revoke(name, attempt)
         if answered is not None:
             await self._record_result(answered[1])
         return answered
 
     async def _wait_for_orphan(self, shard: Shard) -> ShardResult | None:
-        """Wait for what an earlier life has ordered of a shard; return what came, once."""
+        """Wait for tasks of an earlier session that overlap a shard; return the first result."""
         for name in dict.fromkeys((*self._adopting, *self._pool.orphaned)):
             if not _overlaps(name, shard):
                 continue
-            if name not in self._adopting:  # shards may be cut otherwise now: several wait for it
+            # shard limits may have changed: several shards can wait for one task
+            if name not in self._adopting:
                 self._adopting[name] = asyncio.create_task(self._adopt(name))
-            taking = self._adopting[name]
-            if not taking.done() and (summary := await asyncio.shield(taking)) is not None:
-                return summary
+            adopting = self._adopting[name]
+            if not adopting.done() and (result := await asyncio.shield(adopting)) is not None:
+                return result
         return None
 
     async def _adopt(self, name: str) -> ShardResult | None:
-        """Wait for an order of an earlier life, and record what it brings."""
-        summary = await self._pool.adopt(name)
-        if summary is not None:
-            await self._record_result(summary)
-            check_record_indices(summary, self._progress.total)
-            for record in summary.records or ():
-                if not self._ledger.is_finished(record["index"]):
-                    self._ledger.put(record)
+        """Wait for a task of an earlier session, and record its result."""
+        result = await self._pool.adopt(name)
+        if result is not None:
+            await self._record_result(result)
+            check_record_indices(result, self._progress.total)
+            for record in result.records or ():
+                if not self._journal.is_finished(record["index"]):
+                    self._journal.put(record)
                     self._progress.add_record(record)
             await self.refresh()
-        return summary
+        return result
 
-    async def _record_result(self, summary: ShardResult) -> None:
-        """Take note of who has answered, and of what it has spent."""
-        self._hosts.add(summary.worker.partition(":")[0])
-        self.stats_collector.add(summary.endpoints or ())
-        await self._lease_manager.settle(summary)
+    async def _record_result(self, result: ShardResult) -> None:
+        """Record the host, endpoint statistics and spending of a result."""
+        self._hosts.add(result.worker.partition(":")[0])
+        self.stats_collector.add(result.endpoints or ())
+        await self._lease_manager.settle(result)
 
     def _make_task(self, shard: str, attempt: int, items: list[Item]) -> ShardTask:
-        terms = self._template
-        stop = stop_file(terms.journal, terms.run["token"]) if terms.journal else None
+        template = self._template
+        stop = stop_file(template.journal, template.run["token"]) if template.journal else None
         return ShardTask(
             shard=shard,
             attempt=attempt,
             fanfold=own_version(),
-            run=terms.run,
-            settings=terms.settings,
+            run=template.run,
+            settings=template.settings,
             items=[(i.index, i.id, i.row, i.problem) for i in items],
-            urls=terms.urls,
-            journal=str(terms.journal) if terms.journal else None,
-            streams=terms.streams,
-            deadline_s=terms.deadline_s,
-            ends_at=terms.ends_at,
+            urls=template.urls,
+            journal=str(template.journal) if template.journal else None,
+            streams=template.streams,
+            deadline_s=template.deadline_s,
+            ends_at=template.ends_at,
             stop_file=str(stop) if stop else None,
-            carry=terms.message_bytes,
-            tariff=terms.token_prices,
+            carry=template.message_bytes,
+            tariff=template.token_prices,
         )
 
     def _heartbeat(self, shard: str, attempt: int) -> Heartbeat | None:
-        """Return what tells a worker's silence: the file that it touches, if shared."""
+        """Return the heartbeat of a task, if workers share the folder."""
         file = self._heartbeat_file(shard, attempt)
         return None if file is None else self._control_files.watch(file)
 
     async def _create(self, shard: str, attempt: int) -> None:
-        """Let an order's worker begin, if it shares the folder."""
+        """Create a task's heartbeat file, which lets a worker start, if the folder is shared."""
         if (file := self._heartbeat_file(shard, attempt)) is not None:
             await asyncio.to_thread(self._control_files.create, file)
 
     async def _revoke(self, shard: str, attempt: int) -> None:
-        """Let nobody work on an order any more, if its worker shares the folder."""
+        """Revoke a task by deleting its heartbeat file, if workers share the folder."""
         if (file := self._heartbeat_file(shard, attempt)) is not None:
             await asyncio.to_thread(self._control_files.revoke, file)
 
@@ -274,8 +277,8 @@ class Coordinator:
         await self._follower.refresh(worker, earlier=self._has_orphans)
 
     async def stop(self) -> None:
-        """Let no worker begin a further item, as far as they share a folder or can be told."""
-        if self._stopping is None:  # thousands of shards ask for it
+        """Stop all workers from starting items, by the shared folder or through the pool."""
+        if self._stopping is None:  # thousands of shards call it
             self._stopping = asyncio.create_task(self._stop())
         await asyncio.shield(self._stopping)
 
@@ -283,21 +286,21 @@ class Coordinator:
         try:
             await asyncio.to_thread(self._control_files.stop_workers)
         except OSError as error:
-            logger.warning("workers cannot be told by a file to stop: %s", error)
+            logger.warning("cannot write the stop file for workers: %s", error)
         await self._pool.stop()
 
     async def finish_reading(self) -> None:
-        """Read the journal a last time: what workers record from now on counts for nothing."""
+        """Read the journal a last time; what workers record later is not counted."""
         await self._follower.finish_reading(earlier=self._has_orphans)
 
     @asynccontextmanager
     async def open_pool(self) -> AsyncIterator[None]:
-        """Open the places and follow the workers' journal files while the block runs."""
+        """Open the worker pool and follow the workers' journal files while the block runs."""
         await asyncio.to_thread(self._control_files.open_session)
         try:
             await self._pool.start()
             self._has_orphans = bool(self._pool.orphaned)
-            await self._follower.refresh(earlier=True)  # what was in flight as a life was killed
+            await self._follower.refresh(earlier=True)  # items in flight when a session was killed
             tail = asyncio.create_task(self._follow_journal())
             try:
                 yield
@@ -315,24 +318,24 @@ class Coordinator:
             await asyncio.to_thread(self._control_files.close_session, still_out > 0)
 
     async def _follow_journal(self) -> None:
-        """Look every now and then; what cannot be read is told, and read the next time."""
-        most_s, told = self._pool.silence_s / MISSED_POLLS, ""
+        """Poll the journal files; log a file that cannot be read, and retry it at the next poll."""
+        most_s, logged = self._pool.silence_s / MISSED_POLLS, ""
         while True:
             began = time.monotonic()
             await asyncio.to_thread(self._control_files.poll)
             try:
                 await self.refresh()
             except JournalError as error:
-                if told != error.message:
+                if logged != error.message:
                     logger.warning("%s", error.message)
-                told = error.message
-            # thousands of files take a while
+                logged = error.message
+            # reading thousands of files takes time
             took = time.monotonic() - began
             await asyncio.sleep(min(max(_TAIL_S, _SHARE * took), most_s))
 
 
 async def _cancel_tasks(*tasks: asyncio.Task[Any] | None) -> None:
-    """Cancel tasks, and tell of those that have failed."""
+    """Cancel tasks, and log the errors of those that failed."""
     begun = [task for task in tasks if task is not None]
     for task in begun:
         task.cancel()
@@ -342,46 +345,48 @@ async def _cancel_tasks(*tasks: asyncio.Task[Any] | None) -> None:
 
 
 def _overlaps(name: str, shard: Shard) -> bool:
-    """Say whether a shard that an earlier life named ``lo-hi`` has items of this one."""
+    """Return True if a shard named ``lo-hi`` in an earlier session overlaps this one."""
     lo, _, hi = name.partition("-")
     return lo.isdigit() and hi.isdigit() and int(lo) < shard.hi and shard.lo < int(hi)
 
 
-def _trim_items(order: ShardTask) -> ShardTask:
-    """Leave out the last items of an order that is too large; they come with the next one.
+def _trim_items(task: ShardTask) -> ShardTask:
+    """Drop the last items of a task that is too large; the next task includes them.
 
     Raises:
         ConfigurationError: The first item alone is too large.
     """
-    left = order.carry
-    if len(orjson.dumps(order.items)) <= left:  # as nearly always
-        return order
-    for count, item in enumerate(order.items):
+    left = task.carry
+    if len(orjson.dumps(task.items)) <= left:  # the usual case
+        return task
+    for count, item in enumerate(task.items):
         left -= len(orjson.dumps(item))
         if left < 0:
             if count == 0:
                 msg = (
-                    f"item {item[1]!r} takes more than the {order.carry:,} bytes that are sent to "
-                    "a worker at a time; cut it, or run it with backend.kind: local"
+                    f"item {item[1]!r} is larger than the {task.carry:,} bytes of a message to a "
+                    "worker; shorten it, or run it with backend.kind: local"
                 )
                 raise ConfigurationError(msg)
-            order.items[count:] = []
+            task.items[count:] = []
             break
-    return order
+    return task
 
 
 @asynccontextmanager
 async def open_coordinator(
     work: WorkShard,
-    terms: TaskTemplate,
-    ledger: Journal,
+    template: TaskTemplate,
+    journal: Journal,
     progress: Progress,
-    spends: RunBudget | None,
+    budget: RunBudget | None,
 ) -> AsyncIterator[Coordinator]:
-    """Open the places and follow what their workers record."""
-    limits = terms.config.limits
+    """Open a coordinator with its worker pool."""
+    limits = template.config.limits
     drain_s = limits.drain_s + limits.request_timeout_s
-    pool = make_worker_pool(terms.config.backend, work, drain_s, terms.folder)
-    crew = Coordinator(pool, terms, ledger, progress, LeaseManager(spends, terms, pool.capacity))
-    async with crew.open_pool():
-        yield crew
+    pool = make_worker_pool(template.config.backend, work, drain_s, template.folder)
+    coordinator = Coordinator(
+        pool, template, journal, progress, LeaseManager(budget, template, pool.capacity)
+    )
+    async with coordinator.open_pool():
+        yield coordinator

@@ -1,4 +1,4 @@
-"""What the tasks of a session carry, and what each may spend (leases)."""
+"""The tasks of a session: their shared template, and a budget lease for each."""
 
 from __future__ import annotations
 
@@ -27,79 +27,79 @@ from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...configs.serialize import find_lost_secrets
 
-_LOOK_S: Final = 1.0
+_POLL_S: Final = 1.0
 LEASE_EXPIRED: Final = (
-    f"{WALLTIME_REASON}: the order waited until its lease was over (backend.queue_s)"
+    f"{WALLTIME_REASON}: the task waited until its lease expired (backend.queue_s)"
 )
 
 
 @asynccontextmanager
-async def open_lease(order: ShardTask, config: RunConfig) -> AsyncIterator[Budget | None]:
-    """Open what an order may spend; None is no limit.
+async def open_lease(task: ShardTask, config: RunConfig) -> AsyncIterator[Budget | None]:
+    """Open the budget that a task may spend; None means no limit.
 
-    An order that is delivered twice may spend its lease once: the second waits until the first has
-    ended, and then may spend nothing. Nor may one that begins when its lease is over: what was
-    lent may have been given back.
+    A task that is delivered twice may spend its lease once: the second waits until the first has
+    ended, and then may spend nothing. A task that starts after its lease has expired may spend
+    nothing either: the coordinator may have taken the lease back.
 
     Raises:
-        JournalError: The lease's book cannot be written.
+        JournalError: The spend log of the lease cannot be written.
     """
-    lease = order.lease
+    lease = task.lease
     if lease is None:
         yield None
         return
-    until, book, caps = time.time() + order.deadline_s, None, lease["caps"]
-    if expiry_reason(order):
+    until, log, caps = time.time() + task.deadline_s, None, lease["caps"]
+    if expiry_reason(task):
         caps = dict.fromkeys(caps, 0)
-    elif lease["booked"] and order.journal is not None:
-        shelf = SpendLogs(Path(order.journal).parent / "budget", order.run["id"])
-        book = await asyncio.to_thread(_open_lease_log, shelf, lease["name"], until)
-        if book is None:
-            await _wait_for_holder(shelf, lease["name"])
+    elif lease["booked"] and task.journal is not None:
+        logs = SpendLogs(Path(task.journal).parent / "budget", task.run["id"])
+        log = await asyncio.to_thread(_open_lease_log, logs, lease["name"], until)
+        if log is None:
+            await _wait_for_holder(logs, lease["name"])
             caps = dict.fromkeys(caps, 0)
     repairs = 0 if config.task.graph else config.task.repairs
-    terms = BudgetSettings(BudgetLimits(**caps), TokenPrices(**order.tariff), repairs)
-    budget = Budget(terms, Amount(), book, until)
+    settings = BudgetSettings(BudgetLimits(**caps), TokenPrices(**task.tariff), repairs)
+    budget = Budget(settings, Amount(), log, until)
     try:
         yield budget
     finally:
         await budget.balance.aclose()
 
 
-def expiry_reason(order: ShardTask) -> str | None:
-    """Tell why an order must not be begun now, or None."""
-    lease = order.lease or {}
+def expiry_reason(task: ShardTask) -> str | None:
+    """Return why a task must not start now, or None."""
+    lease = task.lease or {}
     return LEASE_EXPIRED if time.time() > lease.get("until", float("inf")) else None
 
 
-def _open_lease_log(shelf: SpendLogs, name: str, until: float) -> SpendLog | None:
-    """Begin a lease's book; None when somebody has it already."""
-    path = shelf.lease_path(name)
+def _open_lease_log(logs: SpendLogs, name: str, until: float) -> SpendLog | None:
+    """Create the spend log of a lease; return None if another worker holds the lease."""
+    path = logs.lease_path(name)
     if path.exists():
         return None
-    book = shelf.create(path)
-    book.write({"until": until}, sync=True)
-    return book
+    log = logs.create(path)
+    log.write({"until": until}, sync=True)
+    return log
 
 
-async def _wait_for_holder(shelf: SpendLogs, name: str) -> None:
-    """Wait until whoever has a lease has settled it, or its time is over."""
+async def _wait_for_holder(logs: SpendLogs, name: str) -> None:
+    """Wait until the holder of a lease has settled it, or it expires."""
     while True:
-        page = await asyncio.to_thread(shelf.read_lease, name)
-        if page.settled is not None or time.time() > page.until:
+        state = await asyncio.to_thread(logs.read_lease, name)
+        if state.settled is not None or time.time() > state.until:
             return
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
 
 
 def is_lease_exhausted(error: Exception) -> bool:
-    """Say whether an order ended because its lease is used up: the coordinator may lend more."""
+    """Return True if a task ended because its lease is used up: the coordinator may lend more."""
     return isinstance(error, BudgetExhaustedError)
 
 
 def spent_of_lease(budget: Budget | None) -> Amount | None:
-    """Return what was spent of an order's own lease; what is still reserved may have been.
+    """Return what a task has spent of its lease, including open reservations.
 
-    Of a lease that another has, nothing is known here.
+    Return None for a lease that another worker holds.
     """
     if budget is None or not budget.settings.limits.can_spend:
         return None
@@ -117,9 +117,9 @@ def worker_streams(loaded: LoadedConfig) -> int:
 
 
 def worker_settings(loaded: LoadedConfig) -> dict[str, Any]:
-    """Return the settings that travel: rates divided by the workers, nothing served twice.
+    """Return the settings for workers: rates divided by the workers, and no metrics port.
 
-    Limits of an endpoint are divided as well, unless each worker has endpoints of its own.
+    Limits of an endpoint are divided as well, unless each worker uses the endpoints of its node.
     """
     settings = copy.deepcopy(loaded.plain)
     backend, limits = loaded.config.backend, settings["limits"]
@@ -141,22 +141,22 @@ def worker_settings(loaded: LoadedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class TaskTemplate:
-    """What all orders of a life have in common.
+    """What all tasks of a session share.
 
     Attributes:
-        run: The run's ``id``, ``model``, ``simulated``, ``fingerprint``, ``life`` and the life's
-            ``token``.
+        run: The run's ``id``, ``model``, ``simulated``, ``fingerprint``, ``session`` and
+            the session's ``token``.
         settings: Its plain settings.
-        urls: Endpoints for the workers, in place of the settings' own; or None.
+        urls: Endpoints for the workers that replace those of the settings, or None.
         journal: The run's journal folder if workers share it, else None.
         streams: Most items in flight in one worker.
-        deadline_s: Seconds that a worker may take for one order.
-        message_bytes: Most bytes of an order, and of a summary.
-        has_node_endpoints: Whether each worker has endpoints of its own.
+        deadline_s: Seconds that a worker may take for one task.
+        message_bytes: Most bytes of a task, and of a result.
+        has_node_endpoints: True if each worker uses the endpoints of its own node.
         folder: The run's folder.
         config: The run's settings.
-        token_prices: What tokens cost.
-        ends_at: When workers take no more items, in seconds since 1970; or None.
+        token_prices: Prices of tokens.
+        ends_at: Time after which workers start no item, in seconds since 1970, or None.
     """
 
     run: dict[str, Any]
@@ -176,28 +176,28 @@ class TaskTemplate:
 def make_task_template(
     folder: RunFolder,
     loaded: LoadedConfig,
-    up: ReadyEndpoints,
+    ready: ReadyEndpoints,
     about: dict[str, Any],
-    tariff: TokenPrices,
+    prices: TokenPrices,
 ) -> TaskTemplate:
-    """Return what the orders of one life of a run have in common.
+    """Return the template of all tasks of a session.
 
     Args:
         folder: The run's folder.
         loaded: Its settings.
-        up: Its endpoints.
-        about: What the run is, its ``life`` included.
-        tariff: What tokens cost.
+        ready: Its endpoints.
+        about: The run's provenance, with ``session``.
+        prices: Prices of tokens.
 
     Raises:
-        ConfigurationError: A key or token of the endpoints stands in the settings in clear text;
-            it would have to travel, and does not.
+        ConfigurationError: A key or token of the endpoints is in clear text in the settings;
+            secrets are not sent to workers.
     """
     config = loaded.config
-    told = {key: loaded.plain[key] for key in ("endpoints", "model")}
-    for secret in find_lost_secrets(told):
+    sent = {key: loaded.plain[key] for key in ("endpoints", "model")}
+    for secret in find_lost_secrets(sent):
         msg = (
-            f"{secret} is written out, and keys do not travel to workers; write it as ${{VAR}} and "
+            f"{secret} is written out, and keys are not sent to workers; write it as ${{VAR}} and "
             "set the variable where the workers run"
         )
         raise ConfigurationError(msg)
@@ -205,7 +205,7 @@ def make_task_template(
     return TaskTemplate(
         run=run | {"id": about["run"], "token": secrets.token_hex(4)},
         settings=worker_settings(loaded),
-        urls=_simulated_urls(up, config),
+        urls=_simulated_urls(ready, config),
         journal=folder.journal.resolve() if config.backend.workers_share_folder else None,
         streams=worker_streams(loaded),
         deadline_s=config.backend.deadline_s,
@@ -213,57 +213,57 @@ def make_task_template(
         has_node_endpoints=config.backend.node_endpoints,
         folder=folder.path,
         config=config,
-        token_prices=tariff.to_json(),
+        token_prices=prices.to_json(),
     )
 
 
-def _simulated_urls(up: ReadyEndpoints, config: RunConfig) -> list[str] | None:
-    """Return the URLs of a simulated fleet that was started here."""
+def _simulated_urls(ready: ReadyEndpoints, config: RunConfig) -> list[str] | None:
+    """Return the URLs of a simulated fleet that this process has started."""
     if config.endpoints.simulated is None or config.backend.node_endpoints:
         return None
-    return [spec.url for spec in up.specs]
+    return [spec.url for spec in ready.specs]
 
 
 _PER_WORKER: Final = 2
-"""A lease takes at most one of so many parts of what is left, per worker."""
+"""A lease is at most the rest of the budget divided by this number, per worker."""
 _MARGIN: Final = 5, 4
-"""Items to come are reckoned to take a quarter more than those that were seen."""
+"""Factor of 5/4: future items are estimated to need a quarter more than those measured."""
 
 
 class LeaseManager:
-    """Lends orders out of a run's budget.
+    """Lends parts of a run's budget to tasks.
 
     Args:
-        spending: The budget, or None when it has no limits.
-        terms: What the orders have in common.
-        workers: Says how many work now.
+        spending: The budget, or None if it has no limits.
+        template: What the tasks share.
+        workers: Returns the number of workers now.
     """
 
     def __init__(
-        self, spending: RunBudget | None, terms: TaskTemplate, workers: Callable[[], int]
+        self, spending: RunBudget | None, template: TaskTemplate, workers: Callable[[], int]
     ) -> None:
-        self._spending, self._template, self._workers = spending, terms, workers
-        self._config = config = terms.config
-        self._body = make_model_params(config, terms.run["model"]).body()
+        self._spending, self._template, self._workers = spending, template, workers
+        self._config = config = template.config
+        self._body = make_model_params(config, template.run["model"]).body()
         self._prompt, self._system = Template.parse(config.task.prompt), config.task.system
-        self._booked = terms.journal is not None
+        self._booked = template.journal is not None
         self._open = dict[str, str]()
         self._boost = Counter[str]()
         self._items, self._used = 0, Amount()
 
-    async def lend(self, order: ShardTask) -> dict[str, Json] | None:
-        """Lend an order what its items may take.
+    async def lend(self, task: ShardTask) -> dict[str, Json] | None:
+        """Lend a task what its items may need.
 
         Returns:
-            The lease as the order carries it; None when nothing is limited.
+            The lease as plain data for the task; None if there is no limit.
 
         Raises:
-            BudgetExhaustedError: Not one item can be carried.
-            JournalError: The book cannot be written.
+            BudgetExhaustedError: The budget does not cover one item.
+            JournalError: The spend log cannot be written.
         """
         if self._spending is None:
             return None
-        shard, attempt, items = order.shard, order.attempt, order.unpack_items()
+        shard, attempt, items = task.shard, task.attempt, task.unpack_items()
         self.mark_lost(shard)
         budget, leases = self._spending.budget, self._spending.leases
         item = self._of_one(items[0], budget.settings.prices)
@@ -281,8 +281,8 @@ class LeaseManager:
         caps = dict(budget.balance.limited_fields(amount))
         return {"name": name, "caps": caps, "booked": self._booked, "until": until}
 
-    def _of_one(self, item: Item, tariff: TokenPrices) -> Amount:
-        """Return what one item may take, its repairs included."""
+    def _of_one(self, item: Item, prices: TokenPrices) -> Amount:
+        """Return the most that one item may need, including repairs."""
         try:
             question = self._prompt.render(item.row)
         except FanfoldError:
@@ -293,31 +293,31 @@ class LeaseManager:
         )
         rounds = 1 + (0 if self._config.task.graph else self._config.task.repairs)
         longest = Usage((most.prompt or 0) + 2 * rounds * (most.completion or 0), most.completion)
-        return tariff.amount(longest).times(rounds)
+        return prices.amount(longest).times(rounds)
 
     def _of_items(self, count: int, one: Amount) -> Amount:
-        """Return what items are reckoned to take: by those that were seen, once there are some."""
+        """Estimate the need of items from those measured, or from one item before any is."""
         if not self._items:
             return one.times(count)
         more, of = _MARGIN
         return Amount(*(-(-count * more * used // (of * self._items)) for used in self._used))
 
-    async def settle(self, summary: ShardResult) -> None:
-        """Take back what an order has not spent.
+    async def settle(self, result: ShardResult) -> None:
+        """Take back what a task has not spent.
 
         Raises:
-            JournalError: The book cannot be written.
+            JournalError: The spend log cannot be written.
         """
-        if self._spending is None or summary.lease is None or summary.used is None:
-            return  # what is not told counts as spent until a book proves less
-        ended, used = sum((summary.tally or {}).values()), Amount.from_json(summary.used)
+        if self._spending is None or result.lease is None or result.used is None:
+            return  # unreported amounts count as spent until a spend log proves less
+        ended, used = sum((result.tally or {}).values()), Amount.from_json(result.used)
         self._items, self._used = self._items + ended, self._used.plus(used)
-        self._boost[summary.shard] = 0 if ended else self._boost[summary.shard] + 1
-        if self._open.get(summary.shard) == summary.lease:
-            del self._open[summary.shard]
-        await self._spending.leases.return_lease(summary.lease, used)
+        self._boost[result.shard] = 0 if ended else self._boost[result.shard] + 1
+        if self._open.get(result.shard) == result.lease:
+            del self._open[result.shard]
+        await self._spending.leases.return_lease(result.lease, used)
 
     def mark_lost(self, shard: str) -> None:
-        """Count a shard's lease as spent, if one is out: its worker is lost."""
+        """Count the open lease of a shard, if any, as spent: its worker is lost."""
         if self._spending is not None and (name := self._open.pop(shard, None)) is not None:
             self._spending.leases.mark_lost(name)

@@ -186,7 +186,7 @@ async def prepare_run(
         ConfigurationError: Something does not fit; then there is no folder.
     """
     if not await asyncio.to_thread(is_vacant, path):
-        msg = f"{path}: holds something else already; choose another --out"
+        msg = f"{path}: contains other files; choose another --out"
         raise ConfigurationError(msg)
     check_input_setting(loaded, items)
     check_item_graph(loaded.config)

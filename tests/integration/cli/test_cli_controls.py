@@ -118,4 +118,4 @@ def test_safe_csv(shell: Shell, url: str) -> None:
     assert second.startswith("-2,")
     said = shell("results", "run", "--safe-csv")
     assert said.code == 2
-    assert "--safe-csv goes with --format csv, not with jsonl" in said.err
+    assert "--safe-csv requires --format csv, not jsonl" in said.err

@@ -52,9 +52,9 @@ def test_check_counts_a_sample_by_the_endpoints_tokenizer(shell: Shell, fleet: S
     )
     assert "requests: 60 to 120 (with every repair)" in said.out
     assert "completion tokens: at most 7,680" in said.out
-    assert "time: not known without a latency" in said.out
-    assert "budget: carries at least " in said.out
-    assert "budget.usd binds" in said.out
+    assert "time: unknown without a measured latency" in said.out
+    assert "budget: covers at least " in said.out
+    assert "limited by budget.usd" in said.out
 
     data = json.loads(shell("check", "c.yaml", "--endpoints", urls, "--json").out)
     ran = json.loads(shell("run", "c.yaml", "--endpoints", urls, "--out", "r", "--json").out)
@@ -78,7 +78,7 @@ def test_check_warns_of_prompts_that_do_not_fit(shell: Shell, fleet: Served) -> 
     urls = ",".join(fleet.urls)
     said = shell("check", "c.yaml", "--endpoints", urls)
     assert said.code == 0
-    assert "WARNING: the longest of these prompts and an answer of 10,000,000 tokens" in said.out
+    assert "WARNING: the longest sampled prompt plus an answer of 10,000,000 tokens" in said.out
     priced(shell, items=3)
     assert "WARNING" not in shell("check", "c.yaml", "--endpoints", urls).out
 
@@ -134,10 +134,10 @@ def test_a_pilot_is_the_beginning_of_the_run(shell: Shell, fleet: Served) -> Non
         "SIMULATED: pilot: 10 of 600 items, spread over the input: 10 done, 0 failed",
         "10 requests, ",
         "latency: median ",
-        "all 600 items, going by these:",
-        "budget: carries about ",
-        "nobody there to be asked; --yes goes on without asking",
-        "Go on with: fanfold resume r",
+        "estimate for all 600 items:",
+        "budget: covers about ",
+        "no terminal to ask on; use --yes to continue without asking",
+        "Resume with: fanfold resume r",
     ):
         assert text in said.err
     figures = said.err[said.err.index("SIMULATED: pilot") : said.err.index("Stopped")]
@@ -245,6 +245,6 @@ def test_on_a_terminal_somebody_is_asked(shell: Shell, answer: str, code: int) -
         finally:
             process.kill()
             os.close(ours)
-    assert b"Go on with the other 6 items? [y/N]" in said
+    assert b"Continue with the other 6 items? [y/N]" in said
     assert (b"Stopped after the pilot" in said) is (code == 5)
     assert b"Traceback" not in said

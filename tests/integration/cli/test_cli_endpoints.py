@@ -91,7 +91,7 @@ def test_before_a_life_has_ended_nothing_is_known(shell: Shell) -> None:
     Path("r/endpoints.parquet").unlink()
     said = shell("status", "--endpoints", "r")
     assert said.code == 0
-    assert "nothing is known" in said.err
+    assert "no endpoint statistics yet" in said.err
 
 
 def free_port() -> int:

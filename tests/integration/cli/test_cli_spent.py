@@ -89,7 +89,7 @@ def test_what_was_sent_back_is_wasted(shell: Shell) -> None:
         assert sum(row["tokens"]["wasted"] for row in found[by]) == tokens["wasted"]
     said = shell("cost", "r", "--by", "planet")
     assert said.code == 2
-    assert "--by planet: there are model, endpoint, node, day" in said.err
+    assert "--by planet: choose one of model, endpoint, node, day" in said.err
 
 
 def test_tables_of_cost_fit_80_columns(shell: Shell) -> None:

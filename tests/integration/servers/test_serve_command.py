@@ -95,7 +95,7 @@ def test_a_run_on_a_node_that_is_served(
         serving.communicate()
     assert serving.returncode == 0, said
     assert "was ended by SIGKILL; restart 1 of 3" in said
-    assert "SIGTERM: the servers of n1 are being ended" in said
+    assert "SIGTERM: stopping the servers of n1" in said
     assert not file.exists()
     assert len(events(record, "start")) == 2
     assert not any(is_alive(line["pid"]) for line in events(record, "start"))
@@ -116,7 +116,7 @@ def test_a_start_that_fails_exits_with_1_and_the_last_lines(
     ("sections", "words"),
     [
         ({"node": {}}, "set node.serve"),
-        ({"endpoints": {"aegis_registry": "http://h:8471"}}, "nothing is started twice"),
+        ({"endpoints": {"aegis_registry": "http://h:8471"}}, "servers that fanfold does not start"),
     ],
 )
 def test_settings_that_serve_nothing(

@@ -97,7 +97,7 @@ def test_workers_stop_with_the_run_or_with_their_own_job() -> None:
     now = time.time()
     assert StopSignal(3600, now + 3600).stop_reason() is None
     assert StopSignal(3600, now - 1).stop_reason() == "walltime: the run's time is over"
-    assert StopSignal(-1, now + 3600).stop_reason() == "the order's deadline"
+    assert StopSignal(-1, now + 3600).stop_reason() == "the task's deadline"
     sign = StopSignal(3600, now + 3600)
     sign.check_walltime(limits(walltime_s=100), {"SLURM_JOB_END_TIME": str(now + 3600)})
     assert sign.stop_reason() is None

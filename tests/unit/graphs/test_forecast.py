@@ -139,15 +139,23 @@ def test_items_that_were_not_asked_say_nothing() -> None:
 @pytest.mark.parametrize(
     ("caps", "seen", "text"),
     [
-        ({"usd": 100}, True, "carries all items; budget.usd is nearest"),
-        ({"usd": 0.15}, True, "carries about 50 % of the items (4"),
-        ({"usd": 100, "requests": 300}, True, "carries about 30 % of the items (29 to 30 %)"),
-        ({"requests": 1010}, True, "likely carries all items, at least 98 %; budget.requests"),
-        ({"usd": 0.05}, False, "carries 2 to 48 % of the items; budget.usd binds"),
-        ({"usd": 0.5}, False, "carries at least 24 % of the items, all of them if answers"),
-        ({"usd": 100}, False, "carries all items; budget.usd is nearest, 2 % of it at most"),
-        ({"usd": 0.2, "node_hours": 0.06}, True, "budget.usd binds, at worst budget.node_hours"),
-        ({"tokens": 1}, True, "carries about 0.0007 % of the items"),
+        ({"usd": 100}, True, "covers all items; needs at most "),
+        ({"usd": 0.15}, True, "covers about 50 % of the items (4"),
+        ({"usd": 100, "requests": 300}, True, "covers about 30 % of the items (29 to 30 %)"),
+        (
+            {"requests": 1010},
+            True,
+            "likely covers all items, at least 98 %; tightest limit: budget.requests",
+        ),
+        ({"usd": 0.05}, False, "covers 2 to 48 % of the items; limited by budget.usd"),
+        ({"usd": 0.5}, False, "covers at least 24 % of the items, all of them if answers"),
+        ({"usd": 100}, False, "covers all items; needs at most 2 % of budget.usd, the tight"),
+        (
+            {"usd": 0.2, "node_hours": 0.06},
+            True,
+            "by budget.usd, in the worst case by budget.node_hours",
+        ),
+        ({"tokens": 1}, True, "covers about 0.0007 % of the items"),
     ],
 )
 def test_how_far_a_budget_reaches(caps: dict[str, Any], seen: bool, text: str) -> None:

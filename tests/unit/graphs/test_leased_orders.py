@@ -46,7 +46,7 @@ async def test_an_order_that_is_delivered_twice_spends_its_lease_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second waits for the first, may spend nothing, and tells nothing of what was spent."""
-    monkeypatch.setattr(module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(module, "_POLL_S", 0.01)
     order, entered = order_in(tmp_path), asyncio.Event()
 
     async def second() -> Amount | None:

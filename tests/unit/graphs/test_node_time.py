@@ -50,5 +50,5 @@ async def test_a_damaged_book_of_a_lost_worker_ends_no_watch(
     assert budget.balance.settled.node_ms > 1000
     assert budget.balance.left.requests == 9  # the other's book was looked for all the same
     said = [record.getMessage() for record in caplog.records]
-    assert len([text for text in said if "not a whole line with a checksum" in text]) == 1, said
+    assert len([text for text in said if "not a complete line with a checksum" in text]) == 1, said
     await budget.balance.aclose()

@@ -100,11 +100,9 @@ def test_what_cannot_be_looked_at_is_told_and_not_silent(
     for _ in range(3):
         signs.poll()
     assert beats[0]() == 0
-    assert (
-        caplog.text.count(f"{files[0]}: cannot be looked at: Not a directory (1 such files)") == 1
-    )
+    assert caplog.text.count(f"{files[0]}: cannot be read: Not a directory (1 such files)") == 1
     with pytest.raises(
-        JournalError, match=r"heartbeat-t-0-1-0: cannot be made: Not a directory; mend"
+        JournalError, match=r"heartbeat-t-0-1-0: cannot be created: Not a directory; fix"
     ):
         signs.create(files[0])
     signs.revoke(files[0])

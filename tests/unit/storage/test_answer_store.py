@@ -113,7 +113,9 @@ def test_a_file_moved_to_the_other_kind_is_not_used(
         real.refresh()
         real.refresh()
     assert got(real, 1) is None
-    assert [r.message for r in caplog.records if "no answers of this kind" in r.message] != []
+    assert [
+        r.message for r in caplog.records if "other kind or version of answers" in r.message
+    ] != []
     assert len(caplog.records) == 1
     real.close()
 

@@ -151,7 +151,7 @@ def test_a_place_that_is_taken_meanwhile_is_left_alone(tmp_path: Path) -> None:
             target.mkdir()
             (target / "mine").touch()
 
-    with pytest.raises(ConfigurationError, match="holds something else already; choose another"):
+    with pytest.raises(ConfigurationError, match="contains other files; choose another"):
         failing()
     assert [p.name for p in target.iterdir()] == ["mine"]
 
@@ -208,7 +208,7 @@ def test_a_run_that_another_one_makes_meanwhile_is_in_use(
 def test_what_is_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no such run folder"):
         open_folder(tmp_path / "missing")
-    with pytest.raises(ConfigurationError, match=r"lacks run\.yaml, items\.arrow, provenance"):
+    with pytest.raises(ConfigurationError, match=r"missing: run\.yaml, items\.arrow, provenance"):
         open_folder(tmp_path)
     file = tmp_path / "file"
     file.touch()

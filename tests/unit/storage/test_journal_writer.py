@@ -147,7 +147,7 @@ async def test_a_full_disk_says_what_is_safe(
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, writer._file.fileno())
     os.close(full)
-    words = r"cannot be written: No space left on device\. 2 of 5 items are safe; make room"
+    words = r"cannot be written: No space left on device\. 2 of 5 items are safe; free disk"
     with pytest.raises(JournalError, match=words) as first:
         ledger.put(sample(2))
     with pytest.raises(JournalError) as second:
