@@ -203,7 +203,7 @@ async def test_out_and_no_input_go_on_with_that_run(slow: SimulatedFleet) -> Non
     )
     shutil.move("a", "b")
     other = config | {"task": {"prompt": "Why {x}?"}}
-    with pytest.raises(ConfigurationError, match="asks for something else"):
+    with pytest.raises(ConfigurationError, match="differ from those of this run"):
         await build_graph(RunContext(config=other, out="b")).ainvoke({})
     with pytest.raises(ConfigurationError, match="contains other files"):
         await build_graph(RunContext(config=config, out="b")).ainvoke({"items": rows(3)})

@@ -384,5 +384,5 @@ async def test_a_folder_of_another_run_at_the_same_place(lab_of: LabMaker) -> No
         Path("run").rename("kept")
         lab.config["task"] = lab.config["task"] | {"prompt": "Why {x}?"}
         await lab.live(await lab.begin(Path("run")))
-        with pytest.raises(ConfigurationError, match="asks for something else"):
+        with pytest.raises(ConfigurationError, match="differ from those of this run"):
             await lab.live(open_folder(Path("kept")), overrides=("task.prompt=Why {x}?",))
