@@ -57,7 +57,7 @@ def test_copies_get_ids_of_their_own_once(tmp_path: Path, caplog: pytest.LogCapt
     shutil.copytree(original.path, tmp_path / "c")
     b, c = RunFolder(tmp_path / "b"), RunFolder(tmp_path / "c")
     first = get_run_ids(ensure_run_identity(b))
-    assert "a copy of the folder of run one" in caplog.text
+    assert "copied from the folder of run one" in caplog.text
     assert first[1:] == ("one",)
     assert get_run_ids(ensure_run_identity(b)) == first
     assert get_run_ids(ensure_run_identity(c))[0] not in first
