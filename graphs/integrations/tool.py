@@ -401,9 +401,8 @@ class BatchTool:
     def _build_graph(self, loaded: LoadedConfig, folder: Path) -> MapReduce:
         """Return a graph for one call, with a separate run folder and fleet."""
         allowed = self._allow_simulated
-        place = folder.parent, folder.name
         context = RunContext.from_loaded(
-            loaded, embedded=True, allow_simulated=allowed, place=place
+            loaded, embedded=True, allow_simulated=allowed, new_folder=(folder.parent, folder.name)
         )
         return build_bound_graph(context, fixed=True).compile()
 

@@ -109,7 +109,7 @@ async def test_a_run_that_moved_goes_on_where_out_says(
         old.rename(new)
         graph = build_graph(config, checkpointer=saver, trust_context=True)
         state = await graph.aget_state(THREAD)
-        with pytest.raises(ConfigurationError, match=f"{state.values['run']['id']}.*name it by"):
+        with pytest.raises(ConfigurationError, match=f"{state.values['run']['id']}.*set 'out'"):
             await graph.ainvoke(None, THREAD)
         end = await graph.ainvoke(None, THREAD, context=RunContext(out="elsewhere/moved"))
         assert end["progress"]["done"] == ITEMS
