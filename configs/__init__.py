@@ -1,1 +1,1 @@
-"""What describes a run: the YAML file's models, its loader, and the presets."""
+"""Configuration of a run: settings models, loader, presets, sites and sample data."""

@@ -46,14 +46,14 @@ def _check_command(value: str) -> str:
 
 
 class ExchangeConfig(Section):
-    """Where Academy's agents meet.
+    """The exchange through which Academy's agents communicate.
 
     Attributes:
         kind: ``http``, ``redis``, ``globus``, or ``local``: all agents in this one process.
-        host: Host of a Redis; or the address of this machine on which to open an HTTP exchange.
+        host: Host of a Redis; or the address of this machine at which an HTTP exchange is opened.
         port: Port of a Redis.
         password: Password of a Redis, as ``${VAR}``.
-        url: URL of an HTTP exchange; None opens one in this process, for the run.
+        url: URL of an HTTP exchange; None opens one in this process for the run.
         project: (globus) UUID of the Globus project for the agents' clients.
     """
 
@@ -73,40 +73,40 @@ class BackendConfig(Section):
     """Where shards run.
 
     Attributes:
-        kind: ``local``: in this process, or in several of this machine; ``executor``: any
+        kind: ``local``: in this process, or in several on this machine; ``executor``: any
             ``concurrent.futures.Executor``; ``parsl``, ``globus_compute``, ``academy``;
             ``launched``: workers that one command starts.
-        processes: (local) Worker processes; 1 is this process alone.
-        factory: (executor) ``module:attr``, a function that makes the executor.
-        config: (parsl) ``htex_local``; ``htex_job``, a worker per node of the batch job around
-            this process; ``loaded`` for the DataFlowKernel that is loaded already; or
-            ``module:attr``, a Parsl ``Config`` or a function that makes one.
-        command: (launched, and htex_job) What starts a program on the nodes, e.g. ``mpiexec -n
-            {workers} --ppn 1``; None takes FANFOLD_LAUNCHER, which job scripts set, and without
-            it processes of this machine (launched).
-        host: (launched, and htex_job) Name or address of this machine by which workers reach it;
-            None takes FANFOLD_COORDINATOR_HOST, which job scripts set, and without it loopback.
+        processes: (local) Number of worker processes; 1 uses only this process.
+        factory: (executor) ``module:attr``, a function that returns the executor.
+        config: (parsl) ``htex_local``; ``htex_job``, a worker per node of the batch job in which
+            this process runs; ``loaded`` for the DataFlowKernel that is already loaded; or
+            ``module:attr``, a Parsl ``Config`` or a function that returns one.
+        command: (launched, and htex_job) Command that starts a program on the nodes, e.g.
+            ``mpiexec -n {workers} --ppn 1``. None takes FANFOLD_LAUNCHER, which job scripts set;
+            without that, processes on this machine (launched).
+        host: (launched, and htex_job) Name or address of this machine for the workers; None
+            takes FANFOLD_COORDINATOR_HOST, which job scripts set; without that, loopback.
         endpoints: (globus_compute) UUIDs of one or several endpoints.
         user_endpoint_config: (globus_compute) Values for the endpoint's template.
         function: (globus_compute) Id of the registered function, for endpoints that allow only
             some.
-        client: (globus_compute) ``module:attr``, a function that makes the SDK's Client.
-        exchange: (academy) Where the agents meet.
-        slots: (academy) Shards that one agent works on at a time.
-        executor: (academy) ``module:attr``, a function that makes the executor that agents run
-            on; None runs them in processes of this machine.
-        workers: (all but local) Workers that work on shards at a time, over all places.
-        shared_folder: Whether workers reach the run folder; None takes what is usual for the
-            kind: only globus_compute does not share it.
-        node_endpoints: Whether each worker serves the endpoints of its own node.
-        registry: Folder with a file per host, each an endpoints file, for ``node_endpoints``.
-        attempts: Most orders for one shard.
-        silence_s: Seconds without a sign of life until a worker counts as lost.
-        deadline_s: Seconds that a worker may take for one shard.
-        queue_s: Seconds that a shard may wait in an engine's queue, besides the time of the shard
-            that its worker still works on.
-        shard_least_s: Least seconds of work that a shard is sized for.
-        shard_most_s: Most seconds of work that a shard is sized for.
+        client: (globus_compute) ``module:attr``, a function that returns the SDK's Client.
+        exchange: (academy) The exchange of the agents.
+        slots: (academy) Number of shards that one agent runs at a time.
+        executor: (academy) ``module:attr``, a function that returns the executor for the agents;
+            None runs them in processes on this machine.
+        workers: (all but local) Number of shards that run at a time, over all backends.
+        shared_folder: Whether workers reach the run folder; None takes the default of the kind:
+            only globus_compute does not share it.
+        node_endpoints: Whether each worker uses only the endpoints of its own node.
+        registry: Folder with an endpoints file per host, for ``node_endpoints``.
+        attempts: Maximum number of tasks for one shard.
+        silence_s: Seconds without a heartbeat until a worker counts as lost.
+        deadline_s: Maximum seconds of a worker for one shard.
+        queue_s: Maximum seconds of a shard in an engine's queue, besides the time of the shard
+            that its worker is running.
+        shard_least_s: Minimum seconds of work in a shard.
+        shard_most_s: Maximum seconds of work in a shard.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -180,7 +180,7 @@ class BackendConfig(Section):
         for name in sorted(self.model_fields_set - _COMMON_KEYS - _KIND_KEYS[self.kind]):
             if getattr(self, name) != defaults[name].get_default(
                 call_default_factory=True
-            ):  # run.yaml holds every default
+            ):  # run.yaml contains all defaults
                 kinds = " and ".join(kind for kind, own in _KIND_KEYS.items() if name in own)
                 msg = f"the key {name!r} is for kind {kinds}, not for {self.kind}"
                 raise ValueError(msg)
@@ -197,30 +197,30 @@ class BackendConfig(Section):
 
 
 def find_unfit_keys(section: Mapping[str, Any], kind: str) -> dict[str, bool]:
-    """Return the keys of a plain section that are for other kinds only.
+    """Return the keys of a plain section that only apply to other kinds.
 
     Args:
         section: The section.
-        kind: The kind that it shall be of; for an unknown one no key is returned.
+        kind: The new kind of the section; for an unknown one no key is returned.
 
     Returns:
-        Of each key, whether it says something else than what is so anyway.
+        For each key, whether its value differs from the default.
     """
     if kind not in _KIND_KEYS:
         return {}
-    usual = BackendConfig().model_dump(mode="json")
-    unfit = [key for key in section if key in usual and key not in _COMMON_KEYS | _KIND_KEYS[kind]]
-    return {key: section[key] != usual[key] for key in unfit}
+    defaults = BackendConfig().model_dump(mode="json")
+    kept = _COMMON_KEYS | _KIND_KEYS[kind]
+    return {k: section[k] != defaults[k] for k in section if k in defaults and k not in kept}
 
 
 COMMAND_FIELDS: Final = ("port", "model", "instance", "gpus")
-"""What a command may name in braces."""
+"""Names that a command may contain in braces."""
 
 _MOST_PORT: Final = 65535
 
 
 def _listed(value: object) -> object:
-    """Return a list of texts: ids may be written ``0,1``, or as numbers."""
+    """Return a list of texts; ids may be written as ``0,1`` or as numbers."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
     if isinstance(value, list):
@@ -238,7 +238,7 @@ def _check_server_command(value: str) -> str:
 
 def _check_no_nul(value: str) -> str:
     if "\0" in value:
-        msg = "holds a NUL character, which no variable can"
+        msg = "contains a NUL character, which variables cannot contain"
         raise ValueError(msg)
     return value
 
@@ -252,10 +252,10 @@ class AcceleratorsConfig(Section):
     """The accelerators of a node, divided among its servers.
 
     Attributes:
-        variable: Variable by which a server is told its own; ``none`` tells nothing.
-        count: How many a node has, numbered from 0.
-        ids: Their names, where they are not numbered: ``0.0,0.1,1.0,1.1``. Without count and ids
-            those count that the variable names where the servers are started.
+        variable: Environment variable that names a server's accelerators; ``none`` sets nothing.
+        count: Number of accelerators of a node, numbered from 0.
+        ids: Their names, if they are not numbered: ``0.0,0.1,1.0,1.1``. Without count and ids
+            fanfold takes them from the variable on the node.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -276,16 +276,18 @@ class AcceleratorsConfig(Section):
     @model_validator(mode="after")
     def _one_way(self) -> AcceleratorsConfig:
         if self.ids is not None and self.count is not None and len(self.ids) != self.count:
-            msg = f"count says {self.count}, and ids names {len(self.ids)}; leave one of them out"
+            msg = (
+                f"count is {self.count}, but ids has {len(self.ids)} entries; leave one of them out"
+            )
             raise ValueError(msg)
         if self.ids is not None and len(set(self.ids)) < len(self.ids):
-            msg = "ids names one accelerator twice"
+            msg = "ids contains an accelerator twice"
             raise ValueError(msg)
         return self
 
     @property
     def declared_count(self) -> int | None:
-        """Return how many accelerators the settings tell of, or None."""
+        """Return the number of accelerators in the settings, or None."""
         return self.count if self.ids is None else len(self.ids)
 
 
@@ -293,18 +295,18 @@ class NodeConfig(Section):
     """The model servers of a node.
 
     Attributes:
-        serve: Command that serves the model, run without a shell. In braces ``{port}``,
-            ``{model}`` (model.name), ``{instance}`` (from 0) and ``{gpus}`` (how many accelerators
-            this server has). None: fanfold starts no servers.
-        instances: Servers on a node.
-        ports: Port of the first; the others follow.
-        address: By what other nodes reach this one; ``{host}`` is its name.
-        env: Further variables of the servers; write secrets as ``${VAR}``.
+        serve: Command that serves the model, run without a shell. It may contain ``{port}``,
+            ``{model}`` (model.name), ``{instance}`` (from 0) and ``{gpus}`` (the number of
+            accelerators of this server). None: fanfold starts no servers.
+        instances: Number of servers on a node.
+        ports: Port of the first server; the others follow.
+        address: Address of this node for other nodes; ``{host}`` is its name.
+        env: Environment variables of the servers; write secrets as ``${VAR}``.
         accelerators: The node's accelerators, divided among the servers.
         ready: Path that answers 200 when a server is ready.
         timeout_s: Seconds until a server must be ready.
-        restarts: How often a server that was ready once is started again.
-        linger_s: Seconds that servers which a worker started stay up without one.
+        restarts: How often a server that was once ready is restarted.
+        linger_s: Seconds for which servers that a worker started keep running without one.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -333,10 +335,10 @@ class NodeConfig(Section):
             else find_names(split_command(self.serve, COMMAND_FIELDS))
         )
         if self.instances > 1 and "port" not in named:
-            msg = "several instances need {port} in serve, or they take each other's"
+            msg = "several instances need {port} in serve; without it they use the same port"
             raise ValueError(msg)
-        told = self.accelerators.declared_count
-        if told is not None and told % self.instances:
-            msg = f"{told} accelerators cannot be divided among {self.instances} instances"
+        count = self.accelerators.declared_count
+        if count is not None and count % self.instances:
+            msg = f"{count} accelerators cannot be divided among {self.instances} instances"
             raise ValueError(msg)
         return self

@@ -1,4 +1,4 @@
-"""What all parts of the configuration have in common."""
+"""Base class of all sections of the configuration, and access of requests to settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Access(StrEnum):
-    """What a request may do with a setting: whatever arrives with an invocation is a request."""
+    """What a request may do with a setting; all that arrives with an invocation is a request."""
 
     OPEN = "open"
     """Set it."""
@@ -29,15 +29,18 @@ def declare_access(**keys: str) -> dict[str, Access]:
     """Return the access of a section's settings.
 
     Args:
-        **keys: By class of access, the keys of the settings as they stand in a file, separated
-            by blanks.
+        **keys: By class of access, the keys of the settings as in a file, separated by blanks.
     """
     return {key: Access(name) for name, listed in keys.items() for key in listed.split()}
 
 
 def _check_path(text: str) -> str:
     if not text or "\0" in text:
-        msg = "is empty; name a file or a folder" if not text else "a path holds no NUL character"
+        msg = (
+            "is empty; name a file or a folder"
+            if not text
+            else "a path must not contain a NUL character"
+        )
         raise ValueError(msg)
     return text
 
@@ -46,7 +49,7 @@ PathText = Annotated[str, AfterValidator(_check_path)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change.
+    """A section of the configuration: unknown keys are errors, values are immutable.
 
     Each setting declares in ``access`` what a request may do with it.
     """

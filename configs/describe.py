@@ -1,4 +1,4 @@
-"""Descriptions for forms, and pydantic errors in plain words."""
+"""Descriptions of settings for forms, and readable messages for pydantic's errors."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .reduce import CollectConfig, CountConfig, HistogramConfig, StatsConfig, To
 from .source import get_at_path
 
 _ENTRY: Final = re.compile(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
-_ASIDE: Final = re.compile(r"^\((key|hosts)\b[^)]*\) ")
+_QUALIFIER: Final = re.compile(r"^\((key|hosts)\b[^)]*\) ")
 
 
 def find_setting(key: str) -> FieldInfo:
-    """Return pydantic's account of a setting.
+    """Return pydantic's description of a setting.
 
     Args:
         key: Its dotted key, as in a file: ``task.schema``.
@@ -35,18 +35,18 @@ def find_setting(key: str) -> FieldInfo:
 
 
 def describe_setting(key: str) -> str:
-    """Return what a setting means, as the docstring of its section says; no markup.
+    """Return the description of a setting from the docstring of its section, without markup.
 
     Raises:
-        KeyError: There is no such setting, or its section says nothing of it.
+        KeyError: There is no such setting, or its section does not describe it.
     """
     section, _, name = _find(key)
     entries = dict(_ENTRY.findall(inspect.getdoc(section) or ""))
-    return _ASIDE.sub("", " ".join(entries[name].split()).replace("``", ""))
+    return _QUALIFIER.sub("", " ".join(entries[name].split()).replace("``", ""))
 
 
 def setting_schema(key: str) -> dict[str, Any]:
-    """Return the JSON Schema of a setting's value: type, choices and bounds, and no default.
+    """Return the JSON Schema of a setting's value: type, choices and bounds, without default.
 
     Raises:
         KeyError: There is no such setting.
@@ -64,9 +64,9 @@ def setting_schema(key: str) -> dict[str, Any]:
 
 
 def section_schema(key: str) -> dict[str, Any]:
-    """Return the JSON Schema of a whole section, each setting with what its docstring says.
+    """Return the JSON Schema of a section, each setting with its description.
 
-    Keys that hold secrets are left out: they belong into variables of the environment.
+    Secret keys are left out: secrets belong in environment variables.
 
     Raises:
         KeyError: There is no such section.
@@ -90,11 +90,11 @@ def iter_access(
 ) -> Iterator[tuple[str, Access | None]]:
     """Yield the dotted key of each setting, and what a request may do with it.
 
-    A setting that declares nothing comes with None.
+    The access is None for a setting without a declaration.
 
     Args:
-        model: The section to walk.
-        before: What its keys begin with.
+        model: The section.
+        before: Prefix of its keys.
     """
     declared: Mapping[str, Access] = getattr(model, "access", {})
     for name, about in model.model_fields.items():
@@ -107,14 +107,14 @@ def iter_access(
 
 
 def split_settings(key: str, value: Any) -> Iterator[tuple[str, Any, Access]]:
-    """Yield the single settings that an assignment to a key sets, and their access.
+    """Yield the settings that an assignment to a key sets, and their access.
 
-    An assignment to a section sets each of the keys that it names; one to an entry of a mapping
-    or list, ``model.extra_body.top_k``, comes with the access of the whole.
+    An assignment to a section sets each key in it. An entry of a mapping or list,
+    ``model.extra_body.top_k``, has the access of the whole.
 
     Args:
-        key: The dotted key, of a setting, a section or an entry within a setting.
-        value: What it is set to.
+        key: The dotted key of a setting, a section or an entry within a setting.
+        value: The assigned value.
 
     Raises:
         ConfigurationError: There is no such setting, or a section is set to a plain value.
@@ -183,13 +183,13 @@ _WORDS: Final = {
     "model_attributes_type": _MAPPING,
     "string_too_short": "must not be empty",
 }
-"""What to say in place of pydantic's words, by key or by its kind of finding."""
+"""Messages that replace pydantic's, by key or by kind of finding."""
 
 
 def explain_validation(error: ValidationError, raw: dict[str, Any], source: str) -> str:
     """Return one line per finding: ``file: key: what is wrong``.
 
-    Values are shown as the user wrote them (``${VAR}`` unexpanded), and never below a key.
+    Values are shown as the user wrote them (``${VAR}`` unexpanded); sections and secrets are not.
     """
     lines = (_line(finding, raw) for finding in error.errors(include_url=False))
     return "\n".join(dict.fromkeys(f"{source}: {line}" for line in lines))
@@ -198,9 +198,9 @@ def explain_validation(error: ValidationError, raw: dict[str, Any], source: str)
 def _line(finding: Any, raw: dict[str, Any]) -> str:
     loc, kind = list(finding["loc"]), finding["type"]
     if loc[:1] == ["reduce"] and len(loc) > 2 and loc[2] in _OPS:  # noqa: PLR2004 - reduce, n, op
-        del loc[2]  # pydantic names the union's member too
+        del loc[2]  # pydantic also names the member of the union
         if loc[2:3] == ["bins"]:
-            del loc[3:]  # … and a value's alternatives
+            del loc[3:]  # … and the alternatives of a value
     key = ".".join(map(str, loc))
     if kind == "extra_forbidden":
         return f"unknown key {key!r}{_known(loc, raw)}"
@@ -213,7 +213,7 @@ def _line(finding: Any, raw: dict[str, Any]) -> str:
         or _WORDS.get(kind)
         or finding["msg"].removeprefix("Value error, ")
     )
-    where = f"{key}: " if key else ""  # several keys contradict each other: the message names them
+    where = f"{key}: " if key else ""  # a message about several keys names them itself
     return f"{where}{message[:1].lower()}{message[1:]}{_shown(loc, raw)}"
 
 
@@ -251,7 +251,7 @@ def _known(loc: Sequence[str | int], raw: dict[str, Any]) -> str:
 
 
 def _fields(loc: Sequence[str | int], raw: dict[str, Any]) -> list[str]:
-    """Return the keys that are known in a section."""
+    """Return the known keys of a section."""
     model: type[BaseModel] = RunConfig
     for n, name in enumerate(loc):
         if loc[0] == "reduce":

@@ -1,4 +1,4 @@
-"""Where the model is served: the settings of every kind of endpoints."""
+"""Section ``endpoints``: settings of every kind of endpoints."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_va
 from .base import Access, PathText, Section, declare_access
 
 ENDPOINT_KINDS: Final = ("urls", "file", "aegis_registry", "hosts", "first", "simulated", "auto")
-"""The kinds of endpoints; a configuration names exactly one."""
+"""The kinds of endpoints; a configuration has exactly one."""
 
 HOSTS_ONLY_KEYS: Final = ("port", "per_host", "suffix")
-"""Keys that go with ``hosts`` alone."""
+"""Keys that require ``hosts``."""
 
 FIRST_URL: Final = "https://inference-api.alcf.anl.gov/resource_server"
 """ALCF's deployment of the FIRST gateway."""
@@ -21,10 +21,10 @@ FIRST_URL: Final = "https://inference-api.alcf.anl.gov/resource_server"
 def _header(value: SecretStr) -> SecretStr:
     key = value.get_secret_value()
     if not key:
-        msg = "is empty; leave it out for servers that take no key"
+        msg = "is empty; leave it out for servers that require no key"
         raise ValueError(msg)
     if not key.isascii() or not key.isprintable() or key != key.strip():
-        msg = "holds blanks at an end, a line break or other characters that no key has"
+        msg = "contains blanks at an end, a line break or other characters that no key has"
         raise ValueError(msg)
     return value
 
@@ -44,11 +44,11 @@ class SimulatedConfig(Section):
     """A simulated fleet on loopback; its answers are marked and mean nothing.
 
     Attributes:
-        nodes: Simulated servers.
-        responder: Who makes the answers: ``schema`` (random but valid), ``esol``, or ``agent``
+        nodes: Number of simulated servers.
+        responder: How answers are made: ``schema`` (random but valid), ``esol``, or ``agent``
             (calls each tool once, then as ``schema``).
         seed: Seed of answers, latencies and faults.
-        max_num_seqs: Requests that one node runs at a time.
+        max_num_seqs: Number of requests that one node runs at a time.
         ttft_s: Seconds to the first token of an idle node.
         tpot_s: Seconds per output token of an idle node.
         jitter: Width of the log-normal factor on all times; 0 is exact.
@@ -72,15 +72,15 @@ class SimulatedConfig(Section):
 
 
 class FirstConfig(Section):
-    """A FIRST gateway: one address before the models of several clusters.
+    """A FIRST gateway: one address for the models of several clusters.
 
     Attributes:
-        base_url: Its address, up to the clusters' names.
+        base_url: Its address, without the names of the clusters.
         paths: ``cluster/framework`` of each deployment to use, e.g. ``sophia/vllm``.
         token: Access token; write it as ``${VAR}``.
-        token_command: Command that prints the token, run without a shell; run again, once,
-            when the gateway refuses the token.
-        requests_per_s: Most requests per second over all paths; the gateway allows 10 per user.
+        token_command: Command that prints the token, run without a shell; it runs once more if
+            the gateway refuses the token.
+        requests_per_s: Maximum requests per second over all paths; the gateway allows 10 per user.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -102,27 +102,27 @@ class FirstConfig(Section):
 
 
 class EndpointsConfig(Section):
-    """Where the model is served: exactly one of the kinds, and what goes with it.
+    """Where the model is served: exactly one of the kinds, and its settings.
 
     Attributes:
         urls: Base URLs, e.g. ``http://node17:8000/v1``.
         file: An endpoints file (Aegis or Aurora-Swarm format, or one URL a line), or a folder
             with such a file per host; read again when they change.
-        aegis_registry: URL of Aegis' registry, asked again and again.
-        hosts: Hosts by name, as a Slurm list, a file's path, or a variable (``$PBS_NODEFILE``)
-            that holds one of these.
+        aegis_registry: URL of Aegis' registry, polled repeatedly.
+        hosts: Host names, a Slurm list, the path of a file, or a variable (``$PBS_NODEFILE``) that
+            contains one of these.
         port: (hosts) Port of a host's first server.
-        per_host: (hosts) Servers on each host, on ports that follow each other.
-        suffix: (hosts) Domain to put behind the hosts' short names.
+        per_host: (hosts) Number of servers on each host, on consecutive ports.
+        suffix: (hosts) Domain to append to short host names.
         first: A FIRST gateway.
         simulated: A simulated fleet.
-        auto: Whether fanfold looks for node endpoints, and says what it chose.
+        auto: Whether fanfold finds the endpoints, and logs its choice.
         api_key: Key of the endpoints; write it as ``${VAR}``.
-        models: Served id to ``model.name``, for servers that call the model otherwise.
-        refresh_s: Seconds between two looks at a file or a registry.
-        least: Endpoints that must be ready before the first call.
-        wait_s: Seconds that this is waited for; 0 waits for nothing.
-        proxy: Whether the environment's proxy variables count; None: for gateways only.
+        models: Served id to ``model.name``, for servers that use another name for the model.
+        refresh_s: Seconds between two reads of a file or a registry.
+        least: Number of endpoints that must be ready before the first call.
+        wait_s: Maximum seconds to wait for them; 0 does not wait.
+        proxy: Whether to use the proxy variables of the environment; None: for gateways only.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -151,13 +151,13 @@ class EndpointsConfig(Section):
 
     @property
     def needs_probe(self) -> bool:
-        """Say whether nobody knows who serves the model, or as what, before asking."""
+        """Return True if only a probe can tell which endpoints serve the model."""
         named_otherwise = bool(self.models) or self.first is not None
         return bool(self.auto) or self.aegis_registry is not None or named_otherwise
 
     @property
     def waits_for_endpoints(self) -> bool:
-        """Say whether endpoints need not be there when a run begins."""
+        """Return True if a run may start before its endpoints are ready."""
         return self.least > 1 or self.wait_s > 0
 
     @model_validator(mode="after")
@@ -168,8 +168,8 @@ class EndpointsConfig(Section):
             *others, last = ENDPOINT_KINDS
             msg = f"give exactly one of {', '.join(others)} and {last} (found {found})"
             raise ValueError(msg)
-        alien = [k for k in HOSTS_ONLY_KEYS if getattr(self, k) is not None]
-        if alien and self.hosts is None:
-            msg = f"{' and '.join(alien)} goes with hosts, not with {given[0]}"
+        unfit = [k for k in HOSTS_ONLY_KEYS if getattr(self, k) is not None]
+        if unfit and self.hosts is None:
+            msg = f"{' and '.join(unfit)} goes with hosts, not with {given[0]}"
             raise ValueError(msg)
         return self

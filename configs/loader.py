@@ -1,4 +1,4 @@
-"""File, preset or mapping -> checked RunConfig."""
+"""Load a file, preset or mapping into a checked RunConfig."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def preset_names() -> list[str]:
 
 
 def is_preset(name: str) -> bool:
-    """Say whether ``name`` is a preset rather than a path."""
+    """Return True if ``name`` is a preset and not a path."""
     return name in preset_names()
 
 
@@ -53,7 +53,7 @@ def read_preset(name: str) -> str:
     """Return a preset's YAML.
 
     Raises:
-        ConfigurationError: There is no such preset; lists those that there are.
+        ConfigurationError: There is no such preset; lists the presets.
     """
     names = preset_names()
     if name not in names:
@@ -65,7 +65,7 @@ def read_preset(name: str) -> str:
 
 
 def copy_preset(name: str, target: Path) -> None:
-    """Write a preset to a file for editing, its ``endpoints`` left for the user to fill.
+    """Write a preset to a file for editing, with ``endpoints`` for the user to fill in.
 
     Raises:
         ConfigurationError: No such preset, or the file exists or cannot be written.
@@ -93,10 +93,10 @@ class LoadedConfig:
         config: The settings, variables expanded.
         plain: The same as plain data for ``run.yaml``: ``${VAR}`` unexpanded, paths absolute,
             the schema inlined, no secrets.
-        source: How messages name it: a path or ``preset NAME``.
-        preset: The preset's name when it is one.
-        raw: The data that was checked, unexpanded, to be loaded again with changes; it may hold
-            a secret that was written out, so it never leaves the process.
+        source: Its name in messages: a path or ``preset NAME``.
+        preset: The preset's name if it is one.
+        raw: The checked data, unexpanded, to be loaded again with changes; it may contain a
+            secret in plain text, so it never leaves the process.
     """
 
     config: RunConfig = field(repr=False)
@@ -118,11 +118,11 @@ def load_config(
         config: A preset's name, a YAML file, or the settings themselves.
         overrides: ``a.b=value`` assignments, applied in order.
         settings: Dotted keys to plain values, applied after the overrides; relative paths in
-            them are taken from the working directory.
-        environment: Where ``${VAR}`` is looked up; the process's own by default.
+            them start at the working directory.
+        environment: Variables for ``${VAR}``; by default those of the process.
 
     Raises:
-        ConfigurationError: Something is missing, unknown, of the wrong type or contradictory.
+        ConfigurationError: A setting is missing, unknown, of the wrong type or contradictory.
     """
     data, source, base, preset = _read_config(config)
     for note in _apply_overrides(data, overrides):
@@ -143,10 +143,10 @@ def read_settings(
     """Read settings without checking them.
 
     Returns:
-        The settings with the overrides applied, and the preset's name when it is one.
+        The settings with the overrides applied, and the preset's name if it is one.
 
     Raises:
-        ConfigurationError: The file cannot be read, or an override not be applied.
+        ConfigurationError: The file cannot be read, or an override cannot be applied.
     """
     data, _, _, preset = _read_config(config)
     _apply_overrides(data, overrides)
@@ -154,7 +154,7 @@ def read_settings(
 
 
 def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Apply overrides in place; return what was left out for them, for the user to know."""
+    """Apply overrides in place; return notes on keys that were dropped for them."""
     _expand_auto(data)
     before = copy.deepcopy(data.get("backend"))
     for assignment in overrides:
@@ -169,14 +169,14 @@ def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str
 def _drop_unfit_keys(
     section: dict[str, Any], before: Mapping[str, Any], named: Set[str]
 ) -> list[str]:
-    """Leave out what a section says of the kind that it was, unless it is said anew."""
+    """Drop keys of a section that only apply to its old kind, unless they are given again."""
     old, new = before.get("kind", "local"), str(section["kind"])
     unfit = find_unfit_keys(before, new) if new != old else {}
-    left = {key: told for key, told in unfit.items() if not _is_named(f"backend.{key}", named)}
-    for key in left:
+    dropped = {k: changed for k, changed in unfit.items() if not _is_named(f"backend.{k}", named)}
+    for key in dropped:
         del section[key]
-    told = ", ".join(f"backend.{key}" for key, other in left.items() if other)
-    return [f"backend.kind is {new} in place of {old}: {told} left out"] if told else []
+    listed = ", ".join(f"backend.{key}" for key, changed in dropped.items() if changed)
+    return [f"backend.kind is {new} in place of {old}: {listed} left out"] if listed else []
 
 
 def _is_named(path: str, named: Set[str]) -> bool:
@@ -184,7 +184,7 @@ def _is_named(path: str, named: Set[str]) -> bool:
 
 
 def _expand_auto(data: dict[str, Any]) -> None:
-    """Let ``endpoints: auto`` stand for a section, to which keys can be added."""
+    """Replace ``endpoints: auto`` by a section, to which keys can be added."""
     if data.get("endpoints") == "auto":
         data["endpoints"] = {"auto": True}
 
@@ -210,7 +210,7 @@ def read_settings_file(path: Path) -> str:
     """Read a settings file.
 
     Raises:
-        ConfigurationError: Missing, unreadable or not UTF-8; names the file and the way out.
+        ConfigurationError: It is missing, unreadable or not UTF-8; names the file and a solution.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -230,7 +230,7 @@ def read_settings_file(path: Path) -> str:
 
 
 def _resolve_files(data: dict[str, Any], source: str, base: Path) -> None:
-    """Make paths absolute and read the schema's file, so that the settings stand alone."""
+    """Make paths absolute and inline the schema file, so that the settings are self-contained."""
     _change_paths(data, lambda path: _absolute(path, base))
     task = data.get("task")
     if isinstance(task, dict) and isinstance(task.get("schema"), str):
@@ -252,21 +252,21 @@ def _change_paths(data: dict[str, Any], change: Callable[[str], str]) -> None:
 
 
 def make_portable(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return settings for a file in a folder: paths below the folder are relative to it.
+    """Return settings for a file in a folder, with paths below the folder relative to it.
 
-    Reading the file makes them absolute again, wherever the folder lies by then.
+    Reading the file makes them absolute again, wherever the folder is then.
 
     Args:
         plain: The settings as plain data, paths absolute.
         folder: The folder.
     """
-    own = folder.resolve()
+    resolved = folder.resolve()
 
     def relative(path: str) -> str:
         if not path.startswith("/"):  # a variable
             return path
         for spelled in (Path(os.path.normpath(path)), Path(path).resolve()):
-            for parent in (folder.absolute(), own):
+            for parent in (folder.absolute(), resolved):
                 if spelled.is_relative_to(parent):
                     return f"./{spelled.relative_to(parent)}"
         return path
@@ -277,17 +277,17 @@ def make_portable(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _absolute(path: str, base: Path) -> str:
-    """Return an absolute path; one that begins with a variable is left for the variable."""
+    """Return an absolute path; a path that begins with a variable is unchanged."""
     if not path or path.startswith("$"):
         return path
     return str(base / Path(path).expanduser())
 
 
 def read_schema(path: Path, source: str) -> dict[str, Any]:
-    """Read a file with a JSON Schema; its texts are as they stand there.
+    """Read a file with a JSON Schema, without expanding variables.
 
     Raises:
-        ConfigurationError: It cannot be read, or holds no schema; names ``source`` and the file.
+        ConfigurationError: It cannot be read, or has no schema; names ``source`` and the file.
     """
     try:
         schema = orjson.loads(path.read_bytes())
@@ -298,7 +298,7 @@ def read_schema(path: Path, source: str) -> dict[str, Any]:
         msg = f"{source}: task.schema: {path}, line {error.lineno}: not valid JSON: {error.msg}"
         raise ConfigurationError(msg) from None
     if not isinstance(schema, dict):
-        msg = f"{source}: task.schema: {path} holds no JSON Schema object"
+        msg = f"{source}: task.schema: {path} contains no JSON Schema object"
         raise ConfigurationError(msg)
     return schema
 

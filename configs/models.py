@@ -1,4 +1,4 @@
-"""RunConfig and its sections, budget and price included."""
+"""RunConfig and its sections, including budget and price."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class PriceConfig(Section):
 
     Attributes:
         prompt: Per million prompt tokens.
-        cached_prompt: Per million prompt tokens that a prefix cache held; None: as the others.
+        cached_prompt: Per million prompt tokens from a prefix cache; None: the price of prompt.
         completion: Per million completion tokens.
-        node_hour: Per node and hour, for nodes that you pay by time.
+        node_hour: Per node and hour, for nodes that are paid by time.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -48,16 +48,16 @@ class PriceConfig(Section):
 
 
 class BudgetConfig(Section):
-    """What all lives of a run may spend together; None is no limit.
+    """Limits on the spending of a run over all of its sessions; None means no limit.
 
     Attributes:
         usd: US dollars.
         tokens: Prompt and completion tokens.
-        requests: Requests sent, failed ones included.
-        node_hours: Hours times nodes held.
-        on_limit: ``pause`` waits for a higher cap at LangGraph's interrupt; ``stop`` ends the run
-            with an error. Either way it can be resumed.
-        warn_at: Shares of a cap at which a warning is logged.
+        requests: Requests sent, including failed ones.
+        node_hours: Hours times nodes.
+        on_limit: ``pause`` waits for a higher cap by LangGraph's interrupt; ``stop`` ends the run
+            with an error. In both cases it can be resumed.
+        warn_at: Fractions of a cap at which a warning is logged.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -84,7 +84,7 @@ RESERVED: Final = {
     "stream_options": "fanfold reads whole answers",
     "n": "fanfold reads one answer per request",
 }
-"""Fields of a request that ``model.extra_body`` must leave alone, and what to do instead."""
+"""Fields of a request that ``model.extra_body`` must not set, and what to do instead."""
 
 
 SAMPLING_FIELDS: Final = frozenset(
@@ -103,8 +103,8 @@ SAMPLING_FIELDS: Final = frozenset(
         "top_p",
     }
 )
-"""Fields of a request that only choose how the model samples; ``model.extra_body`` takes them
-from a request."""
+"""Fields that only choose how the model samples; a request may set them in
+``model.extra_body``."""
 
 
 class InputConfig(Section):
@@ -112,11 +112,11 @@ class InputConfig(Section):
 
     Attributes:
         path: A csv, tsv, jsonl, parquet or smi file, or a folder of .txt/.md files.
-        dataset: A data set that fanfold can find by name, in place of a path.
-        id: Column that names the items; None numbers the rows.
-        limit: Take only the first so many items.
-        on_duplicate: What to do with an id that comes twice.
-        smiles: Column that RDKit checks before anything is paid.
+        dataset: Name of a data set that fanfold provides, instead of a path.
+        id: Column with the names of the items; None numbers the rows.
+        limit: Number of items to take from the beginning.
+        on_duplicate: What to do with an id that occurs twice.
+        smiles: Column that RDKit checks before any request.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -144,13 +144,13 @@ class TaskConfig(Section):
     """What is asked of each item.
 
     Attributes:
-        system: Constant text, sent first so that prefix caches hit.
+        system: Constant text, sent first so that prefix caches work.
         prompt: Text with the item's columns in braces: ``"… {smiles} …"``.
         answer_schema: (key ``schema``) JSON Schema of the answer; None for free text.
         repairs: How often an answer that does not parse or validate is sent back.
-        graph: ``package.module:attr``, a factory that is given the chat model and returns
-            a Runnable to use in place of fanfold's own item graph; or such a Runnable, with a
-            model of its own whose calls are not counted.
+        graph: ``package.module:attr``, a factory that takes the chat model and returns a Runnable
+            which replaces fanfold's item graph; or such a Runnable with its own model, whose
+            calls are not counted.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -169,12 +169,12 @@ class ModelConfig(Section):
     """The model and how it is sampled.
 
     Attributes:
-        name: The model's id; None takes the one model that the endpoints serve.
+        name: The model's id; None takes the only model that the endpoints serve.
         temperature: Sampling temperature.
-        max_tokens: Most tokens of one answer.
+        max_tokens: Maximum number of tokens of one answer.
         seed: Sampling seed, or None.
-        extra_body: Further fields of the request's body, as they are.
-        price: What the model costs; None takes the price list that ships with fanfold.
+        extra_body: Further fields of the request's body, passed on unchanged.
+        price: Prices of the model; None takes the price list that ships with fanfold.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -194,35 +194,35 @@ class ModelConfig(Section):
     @classmethod
     def _leaves_the_rest(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name in value.keys() & RESERVED.keys():
-            msg = f"{name!r} has no place here; {RESERVED[name]}"
+            msg = f"{name!r} is not allowed here; {RESERVED[name]}"
             raise ValueError(msg)
         return value
 
 
 class LimitsConfig(Section):
-    """How hard the fleet is driven.
+    """Limits on requests, time and items in flight.
 
     Attributes:
-        streams: Most items in flight.
-        attempts: Most failures of one call; refusals and failed connections do not count.
+        streams: Maximum number of items in flight.
+        attempts: Maximum failures of one call; refusals and failed connections do not count.
         request_timeout_s: Seconds after which a request counts as lost.
-        item_timeout_s: Seconds that one item may take with all of its calls; None sets no limit.
-        steps_per_item: Most steps (supersteps) of a ``task.graph`` for one item; None leaves it
-            to the graph.
+        item_timeout_s: Maximum seconds for one item with all of its calls; None: no limit.
+        steps_per_item: Maximum steps (supersteps) of a ``task.graph`` for one item; None: the
+            limit of the graph.
         drain_s: Seconds that a stop waits for items in flight.
-        fleet_wait_s: Seconds to wait for an endpoint when none is alive.
-        hedge: Whether the slowest requests of a run's end are sent a second time.
-        requests_per_s: Most requests per second over all endpoints.
-        tokens_per_min: Most tokens per minute over all endpoints, prompt and answer.
-        endpoint_streams: Most requests in flight to one endpoint.
-        endpoint_requests_per_s: Most requests per second to one endpoint.
-        endpoint_tokens_per_min: Most tokens per minute of one endpoint.
-        retry_budget: Most repetitions, as a share of all calls; when spent, the run stops.
-        affinity: So many equal characters at the beginning bring items to one endpoint.
-        load: Where endpoints that others use too are asked for their load.
-        walltime_s: Seconds that one life of a run may take; a batch job's end bounds it as well.
-        body_bytes: Most bytes of one answer, after decompression; a larger one fails its item.
-        margin_s: Seconds kept before that end, beside ``drain_s``, for closing everything.
+        fleet_wait_s: Seconds to wait for an endpoint if none is healthy.
+        hedge: Whether the slowest requests at the end of a run are sent a second time.
+        requests_per_s: Maximum requests per second over all endpoints.
+        tokens_per_min: Maximum tokens per minute over all endpoints, prompt and answer.
+        endpoint_streams: Maximum requests in flight to one endpoint.
+        endpoint_requests_per_s: Maximum requests per second to one endpoint.
+        endpoint_tokens_per_min: Maximum tokens per minute of one endpoint.
+        retry_budget: Maximum share of repeated calls; when it is used up, the run stops.
+        affinity: Number of equal leading characters that send items to the same endpoint.
+        load: Source of the load of endpoints that other clients use too.
+        walltime_s: Maximum seconds of one session of a run; the end of a batch job limits it too.
+        body_bytes: Maximum bytes of one answer after decompression; a larger one fails its item.
+        margin_s: Seconds before that end, besides ``drain_s``, for closing everything.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -265,7 +265,7 @@ class LimitsConfig(Section):
 
 
 class MetricsConfig(Section):
-    """What is told to a Prometheus server.
+    """Metrics for a Prometheus server.
 
     Attributes:
         port: Port on loopback; None serves no metrics.
@@ -282,8 +282,8 @@ class ShardConfig(Section):
     """How items are grouped.
 
     Attributes:
-        items: Items per shard; None chooses from input size and streams; 1 makes every item
-            a Send of its own, run by LangGraph's engine.
+        items: Items per shard; None chooses by input size and streams; with 1, LangGraph's engine
+            runs every item as a Send of its own.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -297,7 +297,7 @@ class JournalConfig(Section):
     """How the journal is written.
 
     Attributes:
-        fsync_s: Seconds between flushes to disk: what a power loss can cost, and no other end.
+        fsync_s: Seconds between flushes to disk; only a power loss can lose that much.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
@@ -308,11 +308,11 @@ class JournalConfig(Section):
 
 
 class KeepConfig(Section):
-    """What is kept beside the answers.
+    """Data that is kept besides the answers.
 
     Attributes:
-        raw: Of which answers the journal keeps the text as the model wrote it, up to 16,000
-            bytes: ``rejected``, of items that failed for their answer; or ``all``.
+        raw: Answers whose original text the journal keeps, up to 16,000 bytes: ``rejected``, those
+            of items that failed because of their answer; or ``all``.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(closed="raw")
@@ -324,11 +324,11 @@ class RunConfig(Section):
     """Everything that describes a run.
 
     Attributes:
-        name: What the run is called: in its folder's name, and in what is shown of it.
+        name: Name of the run, used for its folder and in messages.
         cache: ``off``; ``run``: identical requests of the run are paid once; or a folder that
             runs share.
-        cache_sampled: Whether answers that were drawn at a temperature above 0 are reused, too.
-        reduce: Stages that fold the answers, each a mapping with its ``op``: count, stats,
+        cache_sampled: Whether answers sampled at a temperature above 0 are reused too.
+        reduce: Aggregators of the answers, each a mapping with its ``op``: count, stats,
             histogram, top_k, collect.
     """
 
@@ -367,8 +367,8 @@ class RunConfig(Section):
         if self.cache != "off" and self.model.temperature > 0 and not self.cache_sampled:
             msg = (
                 f"cache: answers drawn at model.temperature {self.model.temperature:g} differ from "
-                "call to call, and equal items would all be given one of them; set "
-                "model.temperature: 0, or say cache_sampled: true, or cache: off"
+                "call to call, and all equal items would get one of them; set "
+                "model.temperature: 0, cache_sampled: true, or cache: off"
             )
             raise ValueError(msg)
         return self
@@ -377,8 +377,8 @@ class RunConfig(Section):
     def _engine_is_here(self) -> RunConfig:
         if self.shard.items == 1 and (self.backend.kind != "local" or self.backend.processes > 1):
             msg = (
-                "shard.items: 1 runs each item by LangGraph's engine in this process, and backend "
-                "sends the shards elsewhere; leave shard.items out"
+                "shard.items: 1 runs each item by LangGraph's engine in this process, but this "
+                "backend sends shards to workers; leave shard.items out"
             )
             raise ValueError(msg)
         return self

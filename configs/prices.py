@@ -43,17 +43,17 @@ class _PriceList(Section):
 
 @dataclass(frozen=True, slots=True)
 class ListedPrice:
-    """What a provider asks for a model, in US dollars per million tokens.
+    """A provider's price of a model, in US dollars per million tokens.
 
     Attributes:
         provider: The provider's name.
         model: The model, as the list names it.
-        prompt: Of the prompt; where a cache asks more for what it takes in, that.
-        cached_prompt: Of prompt tokens that a prefix cache held; None: as the others.
-        completion: Of the answer.
-        longest_prompt: Tokens of the longest prompt that costs no more; None: of any.
-        date: When the list was made, as ``YYYY-MM-DD``.
-        source: The provider's own page.
+        prompt: Price of the prompt; the price of writing to the cache if that is higher.
+        cached_prompt: Price of prompt tokens from a prefix cache; None: the price of prompt.
+        completion: Price of the answer.
+        longest_prompt: Tokens of the longest prompt at this price; None: any.
+        date: Date of the list, as ``YYYY-MM-DD``.
+        source: The provider's page.
     """
 
     provider: str
@@ -67,20 +67,20 @@ class ListedPrice:
 
 
 def find_provider_name(host: str) -> str | None:
-    """Return the name of the provider that answers at a host, or None for a stranger's."""
+    """Return the name of the provider of a host, or None for an unknown host."""
     found = _find_provider(host)
     return None if found is None else found.name
 
 
 def find_listed_price(host: str, model: str) -> ListedPrice | None:
-    """Look a model up in the list of whoever answers at a host.
+    """Return the listed price of a model at the provider of a host, or None.
 
-    A model's name says nothing by itself: whoever serves ``openai/gpt-oss-120b`` on nodes of their
-    own pays no provider for it.
+    A model's name alone is not enough: ``openai/gpt-oss-120b`` on your own nodes is paid to no
+    provider.
 
     Args:
-        host: Name of the host that is asked.
-        model: The id that it is asked for; a snapshot's date may stand behind it.
+        host: Name of the host.
+        model: The requested id; it may end with the date of a snapshot.
     """
     provider = _find_provider(host)
     if provider is None:

@@ -1,4 +1,4 @@
-"""The reduce stages' settings, and whether they fit the answer's schema."""
+"""Section ``reduce``: settings of the aggregators, and their check against the answer schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import Access, declare_access
 
 
 class AggregatorConfig(BaseModel):
-    """One reduce stage; ``op`` says which."""
+    """Base of the settings of an aggregator; ``op`` names its kind."""
 
     access: ClassVar[dict[str, Access]] = {}
 
@@ -24,7 +24,7 @@ class AggregatorConfig(BaseModel):
 
 
 class CountConfig(AggregatorConfig):
-    """How many items are done and failed, the failed ones by error class."""
+    """Numbers of done and failed items, the failed ones by error class."""
 
     access: ClassVar[dict[str, Access]] = declare_access(
         open="op",
@@ -46,7 +46,7 @@ class StatsConfig(AggregatorConfig):
 
 
 class HistogramConfig(AggregatorConfig):
-    """How often each value comes; ``bins`` groups numbers (a count, or the edges)."""
+    """Counts of each value; ``bins`` groups numbers (a number of bins, or the edges)."""
 
     access: ClassVar[dict[str, Access]] = declare_access(
         open="op field bins low high",
@@ -60,7 +60,7 @@ class HistogramConfig(AggregatorConfig):
 
 
 class TopKConfig(AggregatorConfig):
-    """The k items with the largest (or smallest) value, with columns to ``show`` beside them."""
+    """The k items with the largest (or smallest) value, with the columns in ``show``."""
 
     access: ClassVar[dict[str, Access]] = declare_access(
         open="op field k order show",
@@ -93,35 +93,37 @@ AnyAggregatorConfig = Annotated[
 _NUMBERS = {"integer", "number"}
 _MAX_CATEGORIES = 1000
 _DEEPEST = 9
-"""Levels of alternatives that are looked at for a field."""
+"""Maximum depth of alternatives in which a field is searched."""
 
 
-def check_aggregators(stages: Iterable[AggregatorConfig], schema: Mapping[str, Any] | None) -> None:
-    """Check that every stage's field exists in the answer and is of a usable type.
+def check_aggregators(
+    configs: Iterable[AggregatorConfig], schema: Mapping[str, Any] | None
+) -> None:
+    """Check that every aggregator's field exists in the answer and has a usable type.
 
     Raises:
-        ConfigurationError: Names the stage, the field, and what the schema offers.
+        ConfigurationError: Names the aggregator, the field, and the fields of the schema.
     """
-    for n, stage in enumerate(stages):
-        field = getattr(stage, "field", None)
+    for n, config in enumerate(configs):
+        field = getattr(config, "field", None)
         if field is not None:
-            where = f"reduce.{n} ({stage.op})"  # type: ignore[attr-defined]
-            _check_field(where, stage, field, schema)
+            where = f"reduce.{n} ({config.op})"  # type: ignore[attr-defined]
+            _check_field(where, config, field, schema)
 
 
 def _check_field(
-    where: str, stage: AggregatorConfig, field: str, schema: Mapping[str, Any] | None
+    where: str, config: AggregatorConfig, field: str, schema: Mapping[str, Any] | None
 ) -> None:
     if schema is None:
         msg = f"{where}: field {field!r} needs task.schema; a free-text answer has no fields"
         raise ConfigurationError(msg)
     sub = _find_property(where, field, schema)
     types = _types(sub)
-    if isinstance(stage, StatsConfig | TopKConfig) and types and not types & _NUMBERS:
+    if isinstance(config, StatsConfig | TopKConfig) and types and not types & _NUMBERS:
         msg = f"{where}: field {field!r} is {'/'.join(sorted(types))} in task.schema, not a number"
         raise ConfigurationError(msg)
-    if isinstance(stage, HistogramConfig):
-        _check_histogram(where, stage, sub, types)
+    if isinstance(config, HistogramConfig):
+        _check_histogram(where, config, sub, types)
 
 
 def _find_property(where: str, field: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,7 +142,7 @@ def _find_property(where: str, field: str, schema: Mapping[str, Any]) -> Mapping
 def _properties(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
     """Return the properties of an object's schema, those of its alternatives included.
 
-    Alternatives may refer to each other in circles; each is visited once, the nearest first.
+    Alternatives may refer to each other in cycles; each is visited once, the nearest first.
     """
     found: dict[str, Any] = {}
     seen, level = set[int](), [resolve(schema, root)]
@@ -156,7 +158,7 @@ def _properties(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follow a local ``$ref`` (``#/…``) to what it names; ``true`` is a schema without rules."""
+    """Follow a local ``$ref`` (``#/…``); ``true`` is a schema without rules."""
     seen: set[str] = set()
     found: Mapping[str, Any] = schema if isinstance(schema, Mapping) else {}
     while isinstance(ref := found.get("$ref"), str) and ref.startswith("#/") and ref not in seen:
@@ -178,31 +180,31 @@ def _names(properties: Mapping[str, Any]) -> str:
 
 
 def _check_histogram(
-    where: str, stage: HistogramConfig, schema: Mapping[str, Any], types: set[str]
+    where: str, config: HistogramConfig, schema: Mapping[str, Any], types: set[str]
 ) -> None:
-    if stage.bins is not None:
-        _check_bins(where, stage, schema)
+    if config.bins is not None:
+        _check_bins(where, config, schema)
     elif "enum" in schema:
         if len(schema["enum"]) > _MAX_CATEGORIES:
-            msg = f"{where}: the enum of {stage.field!r} has more than {_MAX_CATEGORIES} values"
+            msg = f"{where}: the enum of {config.field!r} has more than {_MAX_CATEGORIES} values"
             raise ConfigurationError(msg)
     elif types - {"boolean", "null"} and not _is_bounded_integer(schema, types):
         msg = (
-            f"{where}: {stage.field!r} can take endlessly many values; give it an enum in "
+            f"{where}: {config.field!r} can have unlimited different values; give it an enum in "
             "task.schema, or (for numbers) set bins with low and high"
         )
         raise ConfigurationError(msg)
 
 
-def _check_bins(where: str, stage: HistogramConfig, schema: Mapping[str, Any]) -> None:
-    if isinstance(stage.bins, list):
-        edges = stage.bins
+def _check_bins(where: str, config: HistogramConfig, schema: Mapping[str, Any]) -> None:
+    if isinstance(config.bins, list):
+        edges = config.bins
         if len(edges) < 2 or any(b <= a for a, b in pairwise(edges)):  # noqa: PLR2004 - two edges make one bin
             msg = f"{where}: bins must be at least two edges in rising order"
             raise ConfigurationError(msg)
         return
-    low = stage.low if stage.low is not None else schema.get("minimum")
-    high = stage.high if stage.high is not None else schema.get("maximum")
+    low = config.low if config.low is not None else schema.get("minimum")
+    high = config.high if config.high is not None else schema.get("maximum")
     if low is None or high is None or not low < high:
         msg = f"{where}: bins needs low < high (here, or as minimum and maximum in task.schema)"
         raise ConfigurationError(msg)
@@ -215,11 +217,13 @@ def _is_bounded_integer(schema: Mapping[str, Any], types: set[str]) -> bool:
     return bool(high - low < _MAX_CATEGORIES)
 
 
-def to_aggregator_spec(stage: AggregatorConfig, schema: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the stage as a plain dict, a histogram's range filled in from the schema."""
-    plain = stage.model_dump()
-    if isinstance(stage, HistogramConfig) and isinstance(stage.bins, int) and schema is not None:
-        sub = _find_property("reduce", stage.field, schema)
-        plain["low"] = stage.low if stage.low is not None else sub.get("minimum")
-        plain["high"] = stage.high if stage.high is not None else sub.get("maximum")
+def to_aggregator_spec(
+    config: AggregatorConfig, schema: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the settings as a plain dict, with a histogram's range filled in from the schema."""
+    plain = config.model_dump()
+    if isinstance(config, HistogramConfig) and isinstance(config.bins, int) and schema is not None:
+        sub = _find_property("reduce", config.field, schema)
+        plain["low"] = config.low if config.low is not None else sub.get("minimum")
+        plain["high"] = config.high if config.high is not None else sub.get("maximum")
     return plain

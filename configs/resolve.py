@@ -1,4 +1,4 @@
-"""Settle(): preset, file or mapping plus what was said beside it."""
+"""Resolve a configuration: a preset, file or mapping plus the options given with it."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def resolve_config(
     limit: int | None = None,
     endpoints: str | None = None,
 ) -> tuple[LoadedConfig, list[str]]:
-    """Load a configuration with the options that were given beside it.
+    """Load a configuration with the options given with it.
 
     Args:
         config: A preset's name, a file, settings, or None for molecular_screening.
         overrides: ``a.b=value`` assignments.
-        input_path: Input in place of the configured one.
-        limit: Take only the first so many items.
+        input_path: Input that replaces the configured one.
+        limit: Number of items to take from the beginning.
         endpoints: ``simulated``, ``auto``, an endpoints file, or base URLs separated by commas.
 
     Returns:
         The configuration, and notices for the user.
 
     Raises:
-        ConfigurationError: Something does not fit; a preset with an input of the user's own
-            needs endpoints of their own.
+        ConfigurationError: A setting is invalid; or a preset has a user's input without a user's
+            endpoints.
     """
     config = DEFAULT_PRESET if config is None else config
     data, preset = read_settings(config, overrides)
@@ -51,12 +51,12 @@ def resolve_config(
     if endpoints is not None:
         settings |= endpoint_settings(endpoints, simulated)
     if preset and simulated is not None and endpoints in (None, "simulated"):
-        own = input_path is not None or get_at_path(data, ("input", "path")) is not None
-        if own and endpoints is None:
+        has_input = input_path is not None or get_at_path(data, ("input", "path")) is not None
+        if has_input and endpoints is None:
             raise ConfigurationError(_needs_endpoints(preset))
         notices.append(_simulated_notice(preset))
         if find_spec("rdkit") is None:
-            more, notice = _replace_rdkit(data, own)
+            more, notice = _replace_rdkit(data, has_input)
             settings |= more
             notices += notice
     return load_config(config, overrides, settings), notices
@@ -80,7 +80,7 @@ def _needs_endpoints(preset: str) -> str:
 
 
 def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
-    """Return the settings that an ``--endpoints`` option stands for; the key stays.
+    """Return the settings that an ``--endpoints`` option means; the API key is unchanged.
 
     Args:
         text: ``simulated``, ``auto``, an endpoints file, a folder of such files, or base URLs
@@ -88,7 +88,7 @@ def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
         simulated: The configured simulated fleet, kept if there is one.
 
     Raises:
-        ConfigurationError: None of the four.
+        ConfigurationError: It is none of these.
     """
     kinds: dict[str, Any] = dict.fromkeys((*ENDPOINT_KINDS, *HOSTS_ONLY_KEYS))
     if text == "simulated":
@@ -112,13 +112,13 @@ def endpoint_settings(text: str, simulated: object) -> dict[str, Any]:
 def _simulated_notice(preset: str) -> str:
     return (
         f"preset {preset}: SIMULATED FLEET. The answers come from no language model, "
-        "cost nothing and mean nothing; give --endpoints to ask a real one."
+        "cost nothing and mean nothing; give --endpoints to use a real one."
     )
 
 
-def _replace_rdkit(data: dict[str, Any], own: bool) -> tuple[dict[str, Any], list[str]]:
+def _replace_rdkit(data: dict[str, Any], has_input: bool) -> tuple[dict[str, Any], list[str]]:
     changed = dict[str, Any]()
-    if get_at_path(data, ("input", "dataset")) == "rdkit-nci5k" and not own:
+    if get_at_path(data, ("input", "dataset")) == "rdkit-nci5k" and not has_input:
         changed["input.dataset"] = "molecules"
     if get_at_path(data, ("endpoints", "simulated", "responder")) == "esol":
         changed["endpoints.simulated.responder"] = "schema"
@@ -137,7 +137,7 @@ def check_metrics() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What the options ask for; each field is as in the command line."""
+    """Settings given by command-line options; each field is named as its option."""
 
     assignments: list[str]
     input_path: str | None = None
@@ -153,12 +153,12 @@ class Overrides:
 
     @property
     def budget_assignments(self) -> list[str]:
-        """Return the caps as overrides of settings."""
+        """Return the caps as assignments to settings."""
         return [f"budget.{key}={cap}" for key, cap in self.budget.items() if cap is not None]
 
     @property
     def changes_settings(self) -> bool:
-        """Say whether any of them changes the configuration."""
+        """Return True if any of them changes the configuration."""
         given = (self.assignments, self.input_path, self.limit, self.endpoints, self.metrics_port)
         return any(given) or bool(self.budget_assignments)
 

@@ -1,4 +1,4 @@
-"""Settings as plain data: what may stand in them, and how they are written to ``run.yaml``."""
+"""Settings as plain data: checks, masked secrets, and the text of ``run.yaml``."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _VARIABLES_ONLY: Final = re.compile(r"(?:\$\{[A-Za-z_][A-Za-z0-9_]*\})+")
 
 
 def check_plain(data: Mapping[str, Any], source: str) -> None:
-    """Check that settings hold nothing but what JSON can say, and are of a sane size.
+    """Check that settings contain only JSON values, and are not too large.
 
-    YAML also knows dates, keys that are no text (``on: …`` is ``True``), infinities and aliases
-    that unfold without end.
+    YAML also allows dates, keys that are not text (``on: …`` is ``True``), infinities and aliases
+    that expand without end.
 
     Args:
         data: The settings.
-        source: How messages name them.
+        source: Their name in messages.
 
     Raises:
-        ConfigurationError: Names the key and the way out.
+        ConfigurationError: A value is invalid; names the key and a solution.
     """
     todo: list[tuple[tuple[str, ...], Any]] = [((), data)]
     seen = 0
@@ -48,7 +48,7 @@ def check_plain(data: Mapping[str, Any], source: str) -> None:
         if seen > _MOST_VALUES or len(path) > _DEEPEST:
             msg = (
                 f"{source}: {'.'.join(path[:2])}: nested more than {_DEEPEST} levels deep or more "
-                f"than {_MOST_VALUES:,} values (does a YAML alias unfold without end?)"
+                f"than {_MOST_VALUES:,} values (does a YAML alias expand without end?)"
             )
             raise ConfigurationError(msg)
         if isinstance(value, Mapping):
@@ -62,16 +62,18 @@ def check_plain(data: Mapping[str, Any], source: str) -> None:
 def _member(source: str, path: tuple[str, ...], key: object, value: Any) -> Any:
     if not isinstance(key, str):
         where = ".".join(path) or "at its top"
-        msg = f"{source}: {where}: the key {key!r} is no text in YAML; put quotes around it"
+        msg = f"{source}: {where}: the key {key!r} is not text in YAML; put quotes around it"
         raise ConfigurationError(msg)
     return value
 
 
 def _problem(value: object) -> str | None:
-    """Say what is wrong with a value that is neither a mapping nor a list."""
+    """Return what is wrong with a value that is neither a mapping nor a list, or None."""
     if isinstance(value, str):
         return (
-            None if _is_encodable(value) else "the text holds half a character (a lone surrogate)"
+            None
+            if _is_encodable(value)
+            else "the text contains half a character (a lone surrogate)"
         )
     if value is None or isinstance(value, bool):
         return None
@@ -80,7 +82,7 @@ def _problem(value: object) -> str | None:
     if isinstance(value, float):
         return None if math.isfinite(value) else f"the number must be finite (found {value})"
     kind = type(value).__name__
-    return f"a {kind} is no plain value (text, number, true, false, null); put quotes around it"
+    return f"a {kind} is not a plain value (text, number, true, false, null); put quotes around it"
 
 
 def _is_encodable(text: str) -> bool:
@@ -92,14 +94,14 @@ def _is_encodable(text: str) -> bool:
 
 
 def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all settings, defaults included, with the strings as the user wrote them.
+    """Return all settings, including defaults, with the strings as the user wrote them.
 
     Args:
         config: The checked settings.
         raw: The same as the user wrote them, ``${VAR}`` unexpanded.
     """
     settings = config.model_dump(mode="json", by_alias=True, exclude_none=False)
-    if config.keep == KeepConfig():  # run.yaml names it only where it is set
+    if config.keep == KeepConfig():  # run.yaml contains it only if it is set
         del settings["keep"]
     plain: dict[str, Any] = _unexpand(settings, raw)
     key = raw["endpoints"].get("api_key")
@@ -119,9 +121,9 @@ def to_plain(config: RunConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mask_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return plain settings in which every secret that is written out is masked.
+    """Return plain settings in which every secret in plain text is masked.
 
-    Names within the task and of models are the user's own, and say nothing of their values.
+    Names within the task and of models are chosen by the user and do not mark secrets.
 
     Args:
         plain: The settings, ``${VAR}`` unexpanded.
@@ -142,7 +144,7 @@ def mask_settings(plain: Mapping[str, Any]) -> dict[str, Any]:
 def _copy(
     plain: Any, masked: Any, names: list[str], change: Callable[[str], str] | None = None
 ) -> None:
-    """Put what stands at a path into masked settings, changed if it is a text."""
+    """Copy the value at a path into masked settings; ``change`` is applied to a text."""
     *parents, last = names
     for name in parents:
         plain, masked = plain.get(name), masked.get(name)
@@ -153,11 +155,11 @@ def _copy(
 
 
 def find_lost_secrets(settings: Any, path: str = "") -> Iterator[str]:
-    """Yield the dotted keys of expanded settings whose texts a run folder did not keep.
+    """Yield the dotted keys of expanded settings whose texts the run folder did not keep.
 
     Args:
         settings: Plain data.
-        path: Where it stands.
+        path: Its dotted key.
     """
     if isinstance(settings, Mapping):
         for name, value in settings.items():
@@ -170,7 +172,7 @@ def find_lost_secrets(settings: Any, path: str = "") -> Iterator[str]:
 
 
 def _mask_secrets(plain: Any, key: str = "") -> Any:
-    """Return plain data, the values of keys that name secrets masked unless by a variable."""
+    """Return plain data with the values of secret keys masked, unless they are variables."""
     if isinstance(plain, Mapping):
         below = key if is_secret(key) else None
         return {name: _mask_secrets(value, below or name) for name, value in plain.items()}
@@ -186,7 +188,7 @@ def iter_secret_texts(data: Any, key: str = "") -> Iterator[str]:
 
     Args:
         data: The data, variables expanded.
-        key: The key that it stands at.
+        key: Its key.
     """
     if isinstance(data, Mapping):
         for name, value in data.items():
@@ -203,7 +205,7 @@ def find_masked_keys(plain: Any, where: str) -> Iterator[str]:
 
     Args:
         plain: The settings, or a part of them.
-        where: The part's own key.
+        where: The key of the part.
     """
     if plain == MASKED:
         yield where
@@ -235,14 +237,14 @@ def to_yaml(plain: Mapping[str, Any]) -> str:
 
 
 class _BlockDumper(yaml.SafeDumper):
-    """Writes texts of several lines as literal blocks, and no aliases."""
+    """Writes multi-line texts as literal blocks, and no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
         return True
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    # YAML reads each of these as a line break and may turn it into a blank or another one
+    # YAML reads each of these as a line break and may replace it by a blank or another one
     odd = any(mark in value for mark in "\r\x85\u2028\u2029")
     style = '"' if odd else "|" if "\n" in value else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)

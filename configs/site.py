@@ -1,4 +1,4 @@
-"""Sites: how jobs are written for one machine's scheduler, as YAML files beside the presets."""
+"""Sites: batch scheduler and nodes of one machine, as YAML files in ``configs/sites``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SiteAccelerators(Section):
 
     Attributes:
         variable: Environment variable that hides all but some of them from a process.
-        per_node: How many a node has, as the variable counts them.
+        per_node: Number of accelerators of a node, as the variable counts them.
     """
 
     variable: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
@@ -38,33 +38,33 @@ class SiteAccelerators(Section):
 class SiteConfig(Section):
     """One machine's scheduler and nodes.
 
-    Lines are shell text as it stands in the job script; ``{nodes}``, ``{archive}``, ``{copy}``
-    and ``{local}`` are filled in.
+    Lines are shell text for the job script; ``{nodes}``, ``{archive}``, ``{copy}`` and ``{local}``
+    are replaced.
 
     Attributes:
         name: The site's name.
-        tested: Where and when somebody ran it, or that nobody has.
-        facts: Where the entries come from.
+        tested: Where and when it was run, or that it was not.
+        facts: Sources of the entries.
         scheduler: ``pbs`` or ``slurm``.
-        required: Options of ``fanfold submit`` that a job there cannot do without.
-        queue_option: (slurm) ``--partition`` or ``--qos``: what a queue is called there.
-        chunk: (pbs) What follows the number of nodes in ``select``.
-        filesystems: (pbs) File systems that a job asks for, or None.
+        required: Options of ``fanfold submit`` that every job there needs.
+        queue_option: (slurm) ``--partition`` or ``--qos``: the option that names a queue.
+        chunk: (pbs) Text after the number of nodes in ``select``.
+        filesystems: (pbs) File systems that a job requests, or None.
         directives: Further lines for the scheduler, without ``#PBS`` or ``#SBATCH``.
         modules: Modules to load.
-        setup: Further shell lines before anything is started.
+        setup: Further shell lines before the first program starts.
         environment: Variables of the job.
-        proxies: Proxy variables, for what is fetched from outside; nodes never go through them.
+        proxies: Proxy variables for downloads; connections between nodes never use them.
         accelerators: A node's accelerators.
-        interface: The network interface by which nodes reach each other.
-        host: Shell text that gives a node's name for others; None: what the node calls itself.
-        launcher: What starts one process on each node.
+        interface: The network interface between nodes.
+        host: Shell text that prints a node's name for other nodes; None: its host name.
+        launcher: Command that starts one process on each node.
         local: Node-local folder.
-        broadcast: What copies a file to that folder on all nodes.
-        hints: What a user should know, shown when a job is submitted.
+        broadcast: Command that copies a file to that folder on all nodes.
+        hints: Notes for the user, shown when a job is submitted.
         reserve_s: Seconds at a job's end for stopping servers and for the scheduler.
-        silence_s: (slurm) Seconds without a sign of life from a job's first node after which the
-            others end the job; Slurm would keep it until its walltime.
+        silence_s: (slurm) Seconds without a heartbeat of a job's first node after which the other
+            nodes end the job; Slurm would keep it until its walltime.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
@@ -95,10 +95,10 @@ class SiteConfig(Section):
     def _names(cls, value: dict[str, str]) -> dict[str, str]:
         for name, text in value.items():
             if not _NAME.fullmatch(name):
-                msg = f"{name!r} is no name of an environment variable"
+                msg = f"{name!r} is not a name of an environment variable"
                 raise ValueError(msg)
             if "\n" in text or "\0" in text:
-                msg = f"{name}: a value takes one line"
+                msg = f"{name}: a value must be one line"
                 raise ValueError(msg)
         return value
 
@@ -121,15 +121,15 @@ def site_names() -> list[str]:
 
 
 def load_site(name: str) -> SiteConfig:
-    """Load a site by its name, or a site file of the user's own.
+    """Load a site by its name, or a site file of the user.
 
-    A file may say ``like: NAME`` to take everything else from a site that ships with fanfold.
+    A file may contain ``like: NAME`` to take all other entries from a site of fanfold.
 
     Args:
         name: A site's name or a file's path.
 
     Raises:
-        ConfigurationError: No such site, or the file does not fit; says what is wrong.
+        ConfigurationError: There is no such site, or the file is invalid; says what is wrong.
     """
     source, data = _read_site(name)
     like = data.pop("like", None)
@@ -144,7 +144,7 @@ def load_site(name: str) -> SiteConfig:
 
 
 def fill(text: str, values: Mapping[str, object]) -> str:
-    """Fill ``{nodes}`` and the like into a site's line; other braces are the shell's own."""
+    """Replace ``{nodes}`` and the like in a line of a site; other braces belong to the shell."""
     return _FIELD.sub(lambda m: str(values.get(m[1], m[0])), text)
 
 

@@ -15,7 +15,7 @@ _VARIABLE: Final = re.compile(r"\$(\$?)\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, with a key given twice in one mapping as an error."""
+    """PyYAML's safe loader; a key given twice in one mapping is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[Any]()
@@ -37,7 +37,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 class _NoAliasLoader(_UniqueKeyLoader):
-    """Refuses aliases, which let a short text unfold without end."""
+    """Rejects aliases, with which a short text can expand without end."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -50,10 +50,10 @@ def parse_value(text: str, source: str) -> Any:
 
     Args:
         text: The value in YAML.
-        source: How messages name it.
+        source: Its name in messages.
 
     Raises:
-        ConfigurationError: No YAML, or an alias; the message does not repeat the value.
+        ConfigurationError: It is not YAML or has an alias; the message does not repeat the value.
     """
     try:
         return yaml.load(text, Loader=_NoAliasLoader)
@@ -67,11 +67,11 @@ def parse_yaml(text: str, source: str, *, aliases: bool = True) -> dict[str, Any
 
     Args:
         text: The file's text.
-        source: How messages name the file.
+        source: The name of the file in messages.
         aliases: Whether it may contain aliases.
 
     Raises:
-        ConfigurationError: No YAML, or not a mapping of keys; names file and line.
+        ConfigurationError: It is not YAML or not a mapping of keys; names file and line.
     """
     try:
         data = yaml.load(text, Loader=_UniqueKeyLoader if aliases else _NoAliasLoader)
@@ -97,7 +97,7 @@ def apply_override(data: dict[str, Any], assignment: str) -> None:
     """Apply one ``a.b=value`` to ``data`` in place; the value is read as YAML.
 
     Raises:
-        ConfigurationError: No ``=``, or the path runs through something that has no keys.
+        ConfigurationError: There is no ``=``, or a part of the path has no keys.
     """
     path, equals, text = assignment.partition("=")
     if not equals or not all(name.strip() for name in path.split(".")):
@@ -116,7 +116,7 @@ def set_path(data: dict[str, Any], path: str, value: Any) -> None:
     """Set a dotted key in place; a number names an element of a list.
 
     Raises:
-        ConfigurationError: The path runs through something that has no keys.
+        ConfigurationError: A part of the path has no keys.
     """
     *parents, last = path.split(".")
     node: Any = data
@@ -142,13 +142,13 @@ def _child(node: Any, name: str, path: str) -> Any:
 
 def _index(node: Sequence[Any], name: str, path: str) -> int:
     if not name.isdigit() or int(name) >= len(node):
-        msg = f"--set {path}: {name!r} is no position in that list (it has {len(node)})"
+        msg = f"--set {path}: {name!r} is not a position in that list (it has {len(node)})"
         raise ConfigurationError(msg)
     return int(name)
 
 
 def _no_keys(path: str) -> str:
-    return f"--set {path}: there is a plain value on the way, which has no keys"
+    return f"--set {path}: a part of this path is a plain value, which has no keys"
 
 
 def expand_variables(data: Any, environment: Mapping[str, str], source: str, key: str = "") -> Any:
@@ -191,7 +191,7 @@ def join_path(prefix: str, key: str) -> str:
 
 
 def get_at_path(data: Any, path: Sequence[str | int]) -> Any:
-    """Return what stands at a path, or None."""
+    """Return the value at a path, or None."""
     for name in path:
         try:
             data = data[name]

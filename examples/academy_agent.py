@@ -1,9 +1,9 @@
 """A screening service for a federation of agents: the whole map-reduce as an agent of Academy.
 
-The ``Chemist`` below knows nothing of fleets or endpoints. It finds the service by its class,
-starts a run under an id of its own, hears how it goes on, and asks for the end.
+The ``Chemist`` below does not use fleets or endpoints. It finds the service by its class, starts a
+run under an id that it chooses, receives its progress, and asks for the result.
 
-Both agents meet in this process; over Redis, HTTP or Globus, each may be on another machine:
+Both agents run in this process; over Redis, HTTP or Globus, each may be on another machine:
 ``python academy_agent.py [MOLECULES]`` (needs ``pip install 'fanfold[academy,chem]'``)
 """
 
@@ -40,31 +40,31 @@ SETTINGS: dict[str, Any] = {
 
 
 class Chemist(Agent):
-    """Needs solubilities for something larger."""
+    """An agent that needs solubilities for a larger task."""
 
     @action
     async def progress(self, run_id: str, event: dict[str, Any]) -> None:
-        """Hear how a run goes on."""
+        """Receive the progress of a run."""
         done = event["progress"].get("done", 0)
         print(f"{run_id}: {event['state']}, {done} done")
 
     @action
     async def most_soluble(self, smiles: list[str], run_id: str) -> list[str]:
-        """Find the most soluble molecules, by asking whoever screens."""
+        """Find the most soluble molecules, by a run of the screening service."""
         found = await self.agent_exchange_client.discover(MapReduceAgent)
         service = Handle(found[0])
         request = {"items": [{"smiles": text} for text in smiles]}
-        said = await service.start(request, run_id=run_id, listener=str(self.agent_id.uid))
-        while said.get("state") in {"starting", "running"}:
-            said = await service.result(run_id, wait_s=30)
-        if said.get("state") != "done":
-            raise RuntimeError(f"no result: {said}")
-        rows = said["aggregate"][0]["rows"]
+        status = await service.start(request, run_id=run_id, listener=str(self.agent_id.uid))
+        while status.get("state") in {"starting", "running"}:
+            status = await service.result(run_id, wait_s=30)
+        if status.get("state") != "done":
+            raise RuntimeError(f"no result: {status}")
+        rows = status["aggregate"][0]["rows"]
         return [f"{row['show']['smiles']}  {row['value']:.2f}" for row in rows]
 
 
 async def main(count: int) -> list[str]:
-    """Launch both agents and let one ask the other."""
+    """Launch both agents; one calls the other."""
     with TemporaryDirectory() as home:
         async with await Manager.from_exchange_factory(LocalExchangeFactory()) as manager:
             await manager.launch(

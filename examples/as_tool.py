@@ -1,10 +1,10 @@
 """An agent that screens molecules: a whole batch is one tool call.
 
-``as_tool`` turns settings into a LangChain tool. The agent hands over molecules and gets the
-ranking, its first rows, and where the full table lies. What the calls may cost together is set
-below, by the tool's owner; the agent has no argument for it.
+``as_tool`` turns settings into a LangChain tool. The agent passes molecules and gets the ranking,
+its first rows, and the path of the full table. The owner of the tool sets the limit on the cost of
+all calls below; the agent has no argument for it.
 
-The fleet is simulated, and the agent's own model (yours, whichever it is) plays a script:
+The fleet is simulated, and so is the agent's model, which follows a script:
 ``python as_tool.py [MOLECULES]`` (needs ``pip install 'fanfold[agents,chem]'``)
 """
 
@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def script(question: Question) -> str | ToolCall:
-    """Play a model: call the tool with the user's molecules, then say what it found."""
+    """Act as a model: call the tool with the user's molecules, then report the best one."""
     last = question.messages[-1]
     if last["role"] == "tool":
         best = json.loads(last["content"])["aggregate"][0]["rows"][0]
@@ -53,21 +53,21 @@ def script(question: Question) -> str | ToolCall:
 
 
 async def main(count: int) -> str:
-    """Ask the agent to screen so many molecules."""
+    """Ask the agent to screen a number of molecules."""
     molecules = ["C" * (n % 17 + 1) + "O" * (n % 5 > 0) for n in range(count)]
     spec = SimulationSpec(nodes=1, responder="script", time_scale=100)
     with TemporaryDirectory() as folder:
         screen = as_tool(SETTINGS, max_items=300, rows=5, folder=folder, allow_simulated=True)
-        async with SimulatedFleet(spec, {"script": lambda _: script}) as served:
+        async with SimulatedFleet(spec, {"script": lambda _: script}) as simulated:
             model = ChatOpenAI(
-                base_url=served.urls[0], api_key=SecretStr("EMPTY"), model=spec.model
+                base_url=simulated.urls[0], api_key=SecretStr("EMPTY"), model=spec.model
             )
             agent: Any = create_agent(model, [screen])
             question = f"Screen these for solubility: {' '.join(molecules)}"
             end = await agent.ainvoke({"messages": [("user", question)]})
-    call, said, answer = end["messages"][1:]
+    call, result, answer = end["messages"][1:]
     print(f"{call.tool_calls[0]['name']}: {len(call.tool_calls[0]['args']['items'])} molecules")
-    print(f"the tool says: {said.content[:60]}…")
+    print(f"the tool says: {result.content[:60]}…")
     print(f"the agent says: {answer.content}")
     return str(answer.content)
 

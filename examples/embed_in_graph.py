@@ -1,8 +1,8 @@
 """fanfold as a step of your own LangGraph graph, in two forms.
 
 ``screen`` is the map-reduce itself, added as a node: it shares the keys ``items``, ``aggregate``
-and ``results`` with its parent and touches no other. ``why`` calls another one from within a node
-function, where the mapping between your state and fanfold's is yours.
+and ``results`` with its parent and uses no others. ``why`` calls another map-reduce from a node
+function, which maps between your state and fanfold's.
 
 On a simulated fleet: ``python embed_in_graph.py [MOLECULES]``
 (needs ``pip install 'fanfold[chem]'``)
@@ -45,7 +45,7 @@ estimate, explain = build_graph(ESTIMATE), build_graph(EXPLAIN)
 
 
 class State(TypedDict, total=False):
-    """The parent's state; the first three keys are fanfold's as well."""
+    """The parent's state; fanfold shares its first three keys."""
 
     items: list[dict[str, Any]]
     aggregate: list[dict[str, Any]]
@@ -61,7 +61,7 @@ async def ask_why(state: State) -> State:
 
 
 def parent() -> Any:
-    """Build the parent graph; its checkpointer serves the graphs inside as well."""
+    """Build the parent graph; its subgraphs use its checkpointer too."""
     graph: Any = StateGraph(State)
     graph.add_node("screen", estimate)
     graph.add_node("why", ask_why)

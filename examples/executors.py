@@ -1,8 +1,8 @@
-"""Engines as executors: what ``backend: {kind: executor, factory: executors:on_dask}`` may name.
+"""Executors for ``backend: {kind: executor, factory: executors:on_dask}``: Dask, MPI and Ray.
 
-Copy what you need into a module of your own, on ``PYTHONPATH``. Each function makes an executor for
-two workers on this machine; to use a cluster, give Dask's ``Client`` or ``ray.init`` its address.
-The engines' own repetitions are off: fanfold repeats what is lost, and only what is not recorded.
+Copy what you need into your own module on ``PYTHONPATH``. Each function makes an executor for two
+workers on this machine; to use a cluster, give Dask's ``Client`` or ``ray.init`` its address.
+The engines' own retries are off: fanfold retries lost tasks, and only items without a record.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ WORKERS = 2
 
 
 class DaskExecutor(Executor):
-    """Dask's executor with a cluster of its own, which ends with it."""
+    """Dask's executor with its own cluster, which ends with it."""
 
     def __init__(self) -> None:
-        import dask  # noqa: PLC0415 - an engine of several
-        from dask.distributed import Client, LocalCluster  # noqa: PLC0415 - an engine of several
+        import dask  # noqa: PLC0415 - an optional engine
+        from dask.distributed import Client, LocalCluster  # noqa: PLC0415 - an optional engine
 
         dask.config.set({"distributed.scheduler.allowed-failures": 0})
         self._cluster = LocalCluster(
@@ -30,7 +30,7 @@ class DaskExecutor(Executor):
         self._executor: Executor = self._client.get_executor(pure=False)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Send one call."""
+        """Submit one call."""
         return self._executor.submit(fn, *args, **kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
@@ -49,10 +49,10 @@ def on_mpi() -> Executor:
     """Return mpi4py's executor; ``mpiexec -n 3 python -m mpi4py.futures -m fanfold run …``.
 
     Raises:
-        RuntimeError: This process was not started so; MPI could then start no workers.
+        RuntimeError: This process was not started that way, so MPI cannot start workers.
     """
-    from mpi4py import MPI  # noqa: PLC0415 - an engine of several
-    from mpi4py.futures import MPIPoolExecutor  # noqa: PLC0415 - an engine of several
+    from mpi4py import MPI  # noqa: PLC0415 - an optional engine
+    from mpi4py.futures import MPIPoolExecutor  # noqa: PLC0415 - an optional engine
 
     if MPI.COMM_WORLD.Get_size() == 1:
         start = f"mpiexec -n {WORKERS + 1} python -m mpi4py.futures -m fanfold …"
@@ -62,28 +62,28 @@ def on_mpi() -> Executor:
 
 
 class RayExecutor(Executor):
-    """Ray's tasks as an executor: Ray has none of its own; ``pip install ray``.
+    """Ray's tasks as an executor, which Ray itself lacks; ``pip install ray``.
 
     Args:
-        **options: What ``ray.init`` takes, e.g. ``address="auto"``.
+        **options: Arguments of ``ray.init``, e.g. ``address="auto"``.
     """
 
     def __init__(self, **options: Any) -> None:
-        import ray  # noqa: PLC0415 - an engine of several
+        import ray  # noqa: PLC0415 - an optional engine
 
         self._ray = ray
         ray.init(include_dashboard=False, log_to_driver=False, **options)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Send one call."""
+        """Submit one call."""
         future: Future[Any] = self._ray.remote(max_retries=0)(fn).remote(*args, **kwargs).future()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
-        """Leave Ray; a Ray of this process's own ends."""
+        """Disconnect from Ray; a Ray that this process started ends."""
         self._ray.shutdown()
 
 
 def on_ray() -> Executor:
-    """Return an executor on a Ray of this process's own."""
+    """Return an executor on a Ray that this process starts."""
     return RayExecutor(num_cpus=WORKERS, logging_level=logging.WARNING)

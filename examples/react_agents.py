@@ -1,8 +1,8 @@
-"""Thousands of ReAct agents: each molecule gets an agent of its own, with RDKit as its tools.
+"""Thousands of ReAct agents: one agent per molecule, with RDKit as its tools.
 
-``task.graph`` names the function ``agent`` below. It is given the fleet as a chat model and returns
-the agent that works on every item; fanfold runs as many at once as ``limits.streams`` says, and all
-of an agent's calls count for its item: requests, tokens, journal, budget.
+``task.graph`` names the function ``agent`` below. It takes the fleet as a chat model and returns
+the agent for all items. fanfold runs ``limits.streams`` of them at once, and counts all calls of an
+agent for its item: requests, tokens, journal, budget.
 
 On a simulated fleet of this machine: ``python react_agents.py [AGENTS]``
 (needs ``pip install 'fanfold[agents,chem]'``)
@@ -39,7 +39,7 @@ def polar_surface(smiles: str) -> float:
 
 
 class Verdict(BaseModel):
-    """What an agent says about its molecule in the end."""
+    """Final answer of an agent about its molecule."""
 
     permeable: bool
     score: float = Field(ge=0, le=1)
@@ -71,7 +71,7 @@ SETTINGS: dict[str, Any] = {
 
 
 async def main(agents: int) -> dict[str, Any]:
-    """Run so many agents and print what they found."""
+    """Run a number of agents and print what they found."""
     sys.path.insert(0, str(Path(__file__).parent))  # where "react_agents:agent" is found
     settings = SETTINGS | {"input": SETTINGS["input"] | {"limit": agents}}
     end: dict[str, Any] = await build_graph(settings).ainvoke({})

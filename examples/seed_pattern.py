@@ -1,12 +1,12 @@
-"""The pattern that fanfold grew out of, on today's Academy, beside the fanfold way.
+"""The pattern that fanfold grew out of, on Academy, and the same with fanfold.
 
-The seed: one ``InferenceWorker`` agent per endpoint, items dealt out round-robin, results gathered.
-It is short and clear, and has a cost: one message through the exchange per item and back; a slow
-endpoint gets as many items as a fast one, and everybody waits for it; an item whose worker dies, or
-whose call fails, fails the whole batch; and nothing is on disk until all is done.
+The seed: one ``InferenceWorker`` agent per endpoint, items assigned round-robin, results gathered.
+It is short and clear, but has costs: two messages through the exchange per item; a slow endpoint
+gets as many items as a fast one, and the batch waits for it; a dead worker or a failed call fails
+the whole batch; and nothing is on disk until all items are done.
 
-The fanfold way asks the same questions of the same endpoints, over Academy as well: whole shards
-go to agents as these have room, every answer is in the journal at once, and failures are data.
+With fanfold, the same questions go to the same endpoints, also over Academy: whole shards go to
+agents with a free slot, every answer is in the journal at once, and failures are data.
 
 Both run on a simulated fleet of this machine, with one slow node:
 ``python seed_pattern.py [ITEMS]``
@@ -35,7 +35,7 @@ PROMPT = "Name one property of sample {n}."
 
 
 class InferenceWorker(Agent):
-    """Asks one endpoint, one item per call.
+    """Agent that calls one endpoint, one item per call.
 
     Args:
         url: The endpoint's base URL.
@@ -65,7 +65,7 @@ class InferenceWorker(Agent):
 
 
 async def seed_way(fleet: SimulatedFleet, items: list[dict[str, Any]]) -> list[str]:
-    """One agent per endpoint, round-robin, gather.
+    """Use one agent per endpoint, round-robin, and gather.
 
     Returns:
         The answers, in the order of the items.
@@ -82,7 +82,7 @@ async def seed_way(fleet: SimulatedFleet, items: list[dict[str, Any]]) -> list[s
 
 
 async def fanfold_way(fleet: SimulatedFleet, items: list[dict[str, Any]], home: Path) -> list[str]:
-    """The same as a fanfold run, its shards worked on by two Academy agents.
+    """Do the same as a fanfold run whose shards two Academy agents run.
 
     Returns:
         The answers, in the order of the items.
@@ -91,7 +91,7 @@ async def fanfold_way(fleet: SimulatedFleet, items: list[dict[str, Any]], home: 
         "name": "seed-pattern",
         "task": {"prompt": PROMPT},
         "endpoints": {"urls": list(fleet.urls)},
-        # without "exchange", each agent is a process of its own
+        # without "exchange", each agent is a separate process
         "backend": {"kind": "academy", "workers": 2, "exchange": {"kind": "local"}},
         "reduce": [{"op": "count"}],
     }
@@ -101,7 +101,7 @@ async def fanfold_way(fleet: SimulatedFleet, items: list[dict[str, Any]], home: 
 
 
 async def main(count: int) -> None:
-    """Run both and print what each did."""
+    """Run both and print their results."""
     items = [{"id": f"s{n}", "n": n} for n in range(count)]
     spec = SimulationSpec(nodes=4, time_scale=10, speeds={0: 0.2}, max_num_seqs=8)
     with TemporaryDirectory() as home:
@@ -116,7 +116,7 @@ async def main(count: int) -> None:
 
 
 def report(name: str, answers: list[str], seconds: float, fleet: SimulatedFleet) -> None:
-    """Print one line: answers, time, and how the endpoints shared the work."""
+    """Print one line: answers, time, and requests per endpoint."""
     nodes = [node["requests"] for node in fleet.stats()["nodes"]]
     known = Counter(bool(answer) for answer in answers)[True]
     print(f"{name:8} {known} simulated answers in {seconds:.1f} s; requests per node: {nodes}")

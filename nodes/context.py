@@ -1,4 +1,4 @@
-"""What nodes may use. The graphs' own context implements it; nodes never see how."""
+"""What nodes may use; the context of the graphs implements it, and nodes do not see how."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class ItemContext:
     Attributes:
         system: The constant system text, or ``""``.
         prompt: The template of the question.
-        model: Who answers.
-        answer_check: How answers are judged.
+        model: The client of the model.
+        answer_check: The check of answers.
         repairs: How often an invalid answer is sent back.
-        delegate: A user's own item graph, called with the columns and the messages.
+        delegate: A user's item graph, called with the columns and the messages.
     """
 
     system: str
@@ -47,7 +47,7 @@ class ItemSequence(Protocol):
     """The items of a run."""
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of items."""
         ...
 
     def read(self, lo: int, hi: int) -> list[Item]:
@@ -59,7 +59,7 @@ class ItemJournal(Protocol):
     """The journal of finished items."""
 
     def is_finished(self, index: int) -> bool:
-        """Say whether an item has ended."""
+        """Return True if an item has ended."""
         ...
 
     def read_record(self, index: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class ItemJournal(Protocol):
         """Record how an item ended.
 
         Raises:
-            TypeError: JSON has no form for a value in the record; nothing was written.
+            TypeError: A value of the record cannot be written as JSON; nothing was written.
         """
         ...
 
@@ -88,56 +88,56 @@ class RunJournal(ItemJournal, Protocol):
 
     @property
     def duplicates(self) -> int:
-        """Return how many records are of items that have another one, which may count."""
+        """Return the number of records of items that have another record, which may count."""
         ...
 
     def extents(self) -> dict[str, int]:
-        """Return how far each journal file has been read or written, in bytes, by its name."""
+        """Return how many bytes of each journal file were read or written, by file name."""
         ...
 
 
 AnsweredTask: TypeAlias = tuple[ShardTask | None, ShardResult]
-"""A worker's summary, with the order that it answers; None: an earlier life has ordered it."""
+"""A worker's result with its task; None if an earlier session sent the task."""
 
 
 class ShardCoordinator(Protocol):
-    """Those who work elsewhere."""
+    """The workers of a run, as nodes see them."""
 
     @property
     def has_node_endpoints(self) -> bool:
-        """Say whether each worker has endpoints of its own."""
+        """Return True if each worker has endpoints of its own."""
         ...
 
     @property
     def in_flight(self) -> int:
-        """Return how many shards are out."""
+        """Return how many shards workers have."""
         ...
 
     @property
     def nodes(self) -> tuple[int, int]:
-        """Return how many nodes are held, and how many of them work."""
+        """Return the number of nodes in use, and how many of them are working."""
         ...
 
     async def run_shard(
         self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
     ) -> AnsweredTask | None:
-        """Have the remaining items of a shard worked on.
+        """Have workers run the remaining items of a shard.
 
         Args:
             shard: The shard.
-            remaining: Returns the items that have not ended yet; asked again at each attempt.
+            remaining: Returns the items that have not ended yet; called at each attempt.
 
         Returns:
-            What was answered; None when nothing was left to order, or the run is being stopped.
+            The answer; None if no item was left, or the run is being stopped.
 
         Raises:
             RunStoppedError: The shard was lost too often.
-            ConfigurationError: The work cannot be done, whatever is tried again.
+            ConfigurationError: No retry can help.
         """
         ...
 
     async def refresh(self, worker: str | None = None) -> None:
-        """Read what workers, or one of them, have recorded since the last time."""
+        """Read the records that all workers, or one of them, added since the last call."""
         ...
 
     async def stop(self) -> None:
@@ -145,20 +145,20 @@ class ShardCoordinator(Protocol):
         ...
 
     async def finish_reading(self) -> None:
-        """Read the journal a last time: what workers record from now on counts for nothing."""
+        """Read the journal a last time: later records of workers do not count."""
         ...
 
 
 class BudgetStatus(Protocol):
-    """What a run may spend."""
+    """The budget of a run, as nodes see it."""
 
     @property
     def needed(self) -> Amount | None:
-        """What could not be reserved, if that was refused."""
+        """Return the amount that could not be reserved, or None."""
         ...
 
     def report(self) -> dict[str, Json]:
-        """Return, by limit, what is spent of which cap."""
+        """Return, by limit, the amount spent and the cap."""
         ...
 
 
@@ -173,20 +173,19 @@ class RunTools:
     Attributes:
         store: Its items.
         item_journal: Its journal.
-        aggregators: Its reduce stages.
-        run_item: Takes an item through the item graph and returns the final state.
-        gate: Bounds the items in flight, and stops them.
-        progress: Counts for whoever watches.
-        fingerprint: Digest of what is asked of every item: prompt, schema, model.
-        question_digest: Digest of what all questions have in common: schema, model, sampling,
-            system text.
-        keep_raw: Whether the records keep the text of every answer, not of rejected ones only.
+        aggregators: Its aggregators.
+        run_item: Runs an item through the item graph and returns the final state.
+        gate: Limits the items in flight, and stops them.
+        progress: Its counts.
+        fingerprint: Digest of what all items share: prompt, schema, model.
+        question_digest: Digest of what all questions share: schema, model, sampling, system text.
+        keep_raw: Whether records keep the text of every answer, not only of rejected ones.
         simulated: Whether the fleet is simulated.
-        token_prices: What tokens cost.
-        open_account: Returns what one item may spend; None is no limit.
-        budget: What the run may spend; None is no limit.
-        coordinator: Those who work on shards elsewhere; None: they are worked on here.
-        progress_stream: Tells whoever streams the graph how the run goes on.
+        token_prices: Prices of tokens.
+        open_account: Opens the account of one item; None means no limit.
+        budget: The budget of the run; None means no limit.
+        coordinator: The workers that run shards; None if this process runs them.
+        progress_stream: Streams the counts to clients of the graph.
     """
 
     store: ItemSequence
@@ -206,12 +205,12 @@ class RunTools:
     progress_stream: ProgressStream = field(default_factory=ProgressStream)
 
     def progress_json(self) -> dict[str, Any]:
-        """Return the run's counts as its state, its streams and its ``--json`` tell them."""
+        """Return the counts as the state, the streams and ``--json`` contain them."""
         return self.progress.to_json(simulated=self.simulated, priced=self.is_priced)
 
     @property
     def is_priced(self) -> bool:
-        """Say whether tokens have a price, or had one in an earlier life."""
+        """Return True if tokens have a price, or had one in an earlier session."""
         return self.token_prices.priced or self.progress.nano_usd > 0
 
 
@@ -220,11 +219,11 @@ class PreparedRun:
     """A run that is ready to start.
 
     Attributes:
-        key: Which run it is.
+        key: The run's key.
         total: Number of items.
         shard_items: Items per shard.
         window: Shards per superstep.
-        sizing: How shards that are worked on elsewhere are sized; None keeps ``shard_items``.
+        sizing: How remote shards are sized; None keeps ``shard_items``.
     """
 
     key: RunKey
@@ -236,7 +235,7 @@ class PreparedRun:
 
 @dataclass
 class Context(ABC):
-    """What the map-reduce may use."""
+    """What the map-reduce graph may use."""
 
     @abstractmethod
     async def prepare(
@@ -245,11 +244,11 @@ class Context(ABC):
         items: Sequence[Mapping[str, Any]] | None,
         preset: str | None = None,
     ) -> PreparedRun:
-        """Make a run's folder from a path or items, or look up the one that the context names."""
+        """Create a run folder from a path or items, or open the one that the context names."""
 
     @abstractmethod
     def open_run(self, run: RunKey) -> AbstractAsyncContextManager[RunTools]:
-        """Open a run; users in the same loop share what is open.
+        """Open a run; users in the same event loop share the open run.
 
         Raises:
             ConfigurationError: Its folder is not found, or the context names another run's.
@@ -257,18 +256,18 @@ class Context(ABC):
 
     @abstractmethod
     async def budget_gap(self, run: RunKey, needed: Mapping[str, int]) -> dict[str, Json] | None:
-        """Return what to ask of the user while the budget does not carry ``needed``, or None.
+        """Return the question to the user if the budget does not cover ``needed``, else None.
 
         Raises:
-            BudgetExhaustedError: The settings say to stop rather than to ask.
+            BudgetExhaustedError: The settings require a stop instead of a question.
         """
 
     @abstractmethod
     async def raise_limits(self, run: RunKey, answer: Any) -> str | None:
-        """Take an answer as the run's new caps; return what is wrong with it, or None."""
+        """Set the run's caps to an answer; return what is wrong with it, or None."""
 
     @abstractmethod
     async def finish_run(
         self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
     ) -> dict[str, Any]:
-        """Write the results' files and return references to them."""
+        """Write the result files and return references to them."""

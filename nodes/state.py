@@ -1,4 +1,4 @@
-"""What flows between nodes: JSON-safe, and of a size that does not grow with the items."""
+"""State of both graphs: JSON-safe, and of a size that does not grow with the items."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .aggregators import combine_states
 
 
 class ItemState(TypedDict, total=False):
-    """One item on its way.
+    """State of one item.
 
     Keys:
         id: The item's name.
         row: Its columns.
-        problem: Why it must not be asked, or None.
+        problem: Why no request may be sent for it, or None.
         messages: The conversation so far.
         reply: The last reply: content, finish_reason, refusal.
         repairs: How often the answer was sent back.
         output: The valid answer, once there is one.
         error: Class and text of what ended the item, if it failed.
-        raw: Text of the answer that was rejected last, or of the last answer.
+        raw: Text of the last rejected answer, or of the last answer.
     """
 
     id: str
@@ -41,7 +41,7 @@ class ItemState(TypedDict, total=False):
 
 
 class ItemInput(TypedDict):
-    """One item to be asked about by itself."""
+    """Input of the item graph: one item."""
 
     id: Annotated[str, Field(description="The item's name.")]
     row: Annotated[
@@ -54,7 +54,7 @@ class ItemInput(TypedDict):
 
 
 class ItemOutput(TypedDict, total=False):
-    """How an item ended: an answer, or an error."""
+    """Result of an item: an answer, or an error."""
 
     id: str
     output: Json
@@ -62,12 +62,11 @@ class ItemOutput(TypedDict, total=False):
 
 
 class RunKey(TypedDict):
-    """Which run it is; never where its folder lies, for folders move.
+    """Identity of a run, without the path of its folder, because folders can be moved.
 
     Keys:
         id: The run's id.
-        name: Name of its folder below the default place of run folders; None when the caller
-            names the folder.
+        name: Name of its folder in the default parent folder; None if the caller names the folder.
     """
 
     id: str
@@ -75,7 +74,7 @@ class RunKey(TypedDict):
 
 
 class ShardState(TypedDict):
-    """What a shard is sent: its run and its range of items."""
+    """Input of the node ``shard``: its run and its range of items."""
 
     run: RunKey
     lo: int
@@ -88,7 +87,7 @@ def add_tallies(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
 
 
 def max_by_key(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
-    """Keep the larger of each."""
+    """Keep the larger value of each key."""
     return {key: max(a.get(key, 0), b.get(key, 0)) for key in a | b}
 
 
@@ -98,25 +97,27 @@ def add_paces(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 
 
 class RunInput(TypedDict, total=False):
-    """What a run is given: items, or a path, or nothing for the configured input.
+    """Input of a run: items, or a path, or nothing for the configured input.
 
-    The run's folder is none of them: LangGraph keeps an input in its first checkpoint, and the
-    folder may move. The context names it.
+    It does not contain the run folder: LangGraph keeps an input in its first checkpoint, and the
+    folder can be moved. The context names it.
 
-    None of the keys outlives the invocation, so that a thread can be used again.
+    No key outlives the invocation, so that a thread can be used again.
     """
 
     items: Annotated[
         list[dict[str, Any]],
         Field(
-            description="The items themselves, one mapping of columns each.",
+            description="The items, one mapping of columns each.",
             examples=[[{"id": "aspirin", "smiles": "CC(=O)Oc1ccccc1C(=O)O"}]],
         ),
         UntrackedValue,
     ]
     path: Annotated[
         str | None,
-        Field(description="A file or folder of items, on the server, in place of the configured."),
+        Field(
+            description="A file or folder of items on the server, in place of the configured input."
+        ),
         UntrackedValue,
     ]
     preset: Annotated[
@@ -125,11 +126,11 @@ class RunInput(TypedDict, total=False):
 
 
 class LoadState(TypedDict, total=False):
-    """What ``load`` is sent.
+    """Input of the node ``load``.
 
     Keys:
         given: ``path`` and ``preset`` of the input, and whether there are ``items``.
-        items: The items, which no checkpoint keeps.
+        items: The items; no checkpoint contains them.
     """
 
     given: dict[str, Any]
@@ -137,12 +138,12 @@ class LoadState(TypedDict, total=False):
 
 
 class RunOutput(TypedDict, total=False):
-    """What a run ends with.
+    """Output of a run.
 
     Keys:
-        aggregate: One entry per reduce stage.
+        aggregate: One entry per aggregator.
         progress: Counts of items, requests and tokens.
-        results: Where the results lie, and whether they are simulated. No checkpoint keeps it.
+        results: Paths of the results, and whether they are simulated. No checkpoint contains it.
     """
 
     aggregate: list[dict[str, Any]]
@@ -151,24 +152,23 @@ class RunOutput(TypedDict, total=False):
 
 
 class RunState(RunInput, RunOutput, total=False):
-    """The whole state of a run.
+    """Complete state of a run.
 
     Keys:
-        run: Which run it is.
+        run: The run's key.
         total: Number of items.
         shard_items: Items per shard.
         window: Shards per superstep.
-        sizing: How shards that are worked on elsewhere are sized; None keeps ``shard_items``.
+        sizing: How remote shards are sized; None keeps ``shard_items``.
         sent: First item of the present superstep, and its items per shard.
-        cursor: First item that no shard was sent for yet.
-        left: Shards that the budget did not carry to their end, each ``[lo, hi]``.
-        needed: What the budget did not carry.
+        cursor: First item that was not sent in a shard yet.
+        left: Shards that the budget did not cover, each ``[lo, hi]``.
+        needed: The amount that the budget did not cover.
         again: Shards that are sent again in the present superstep.
-        pace: Items that workers elsewhere have finished, and the seconds that each took for its
-            own, added up.
+        pace: Number of items that workers finished, and the sum of the workers' seconds.
         tally: Counts over the finished shards.
-        parts: The finished shards' aggregate, combined.
-        remaining: Supersteps that LangGraph's recursion limit leaves; no checkpoint keeps it.
+        parts: The combined aggregate of the finished shards.
+        remaining: Supersteps left by LangGraph's recursion limit; no checkpoint contains it.
     """
 
     run: RunKey

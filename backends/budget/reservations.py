@@ -25,7 +25,7 @@ _BLOCKS: Final = 100
 """Block size is a hundredth of a limit: a killed process leaves so much unaccounted."""
 _SLACK: Final = 3
 """Lower the level of the spend log when it is so many blocks above what is in use."""
-_LOOK_S: Final = 0.1
+_POLL_S: Final = 0.1
 """Seconds between checks for waiters that wait in vain; two checks in a row must agree."""
 _NEXT_S: Final = 0.01
 """The same interval while waiters are refused one after the other."""
@@ -115,7 +115,7 @@ class BudgetBalance:
         self.settled, self.lost, self.set_aside = Amount(), Amount(), Amount()
         self._begun, self._fresh = deque[_Waiter](), deque[_Waiter]()
         self._holders = dict[ReservationHolder, None]()
-        self._vain, self._look_at, self._look_s = False, 0.0, _LOOK_S
+        self._vain, self._poll_at, self._poll_s = False, 0.0, _POLL_S
         self._raising: Amount | None = None
         self._failure: JournalError | None = None
         self._lock = Lock()
@@ -176,8 +176,8 @@ class BudgetBalance:
             (self._begun if begun else self._fresh).append(waiter)
             self._grant_waiters()
         try:
-            while not (await asyncio.wait({waiter.future}, timeout=self._look_s))[0]:
-                self._look()
+            while not (await asyncio.wait({waiter.future}, timeout=self._poll_s))[0]:
+                self._poll_waiters()
             waiter.future.result()
         except asyncio.CancelledError:
             waiter.future.cancel()
@@ -262,7 +262,7 @@ class BudgetBalance:
         return True
 
     def _grant_waiters(self) -> None:
-        """Grant what can be granted, oldest first, begun items before others."""
+        """Grant what can be granted, oldest first; items in progress come before others."""
         while queue := self._begun or self._fresh:
             waiter = queue[0]
             if self._failure is not None:
@@ -273,7 +273,7 @@ class BudgetBalance:
                 _first(queue).refuse(BudgetExhaustedError("the lease has expired"))
             elif _within(wanted, self._level):
                 _first(queue)
-                self._vain, self._look_s = False, _LOOK_S
+                self._vain, self._poll_s = False, _POLL_S
                 self._used = wanted
                 self._adjust()
                 waiter.grant()
@@ -288,19 +288,19 @@ class BudgetBalance:
     def _refuse(self, waiter: _Waiter) -> None:
         waiter.refuse(BudgetExhaustedError(self._exhausted(waiter.amount)))
 
-    def _look(self) -> None:
+    def _poll_waiters(self) -> None:
         """Refuse the first waiter if no holder can release anything in two checks in a row."""
         with self._lock:
             self._grant_waiters()
             queue, now = self._begun or self._fresh, time.monotonic()
-            if not queue or now < self._look_at:
+            if not queue or now < self._poll_at:
                 return
             was, self._vain = self._vain, not self._can_come_back(queue[0].amount)
             if was and self._vain:
-                self._vain, self._look_s = False, _NEXT_S
+                self._vain, self._poll_s = False, _NEXT_S
                 self._refuse(_first(queue))
                 self._grant_waiters()
-            self._look_at = now + self._look_s
+            self._poll_at = now + self._poll_s
 
     def _can_come_back(self, amount: Amount) -> bool:
         """Return True if a holder may release something, which a waiting holder does not."""
@@ -458,8 +458,8 @@ class ItemAccount:
     def reserved(self) -> Amount:
         """Amount that the item has reserved, for requests in flight and for repairs."""
         total = self._pool
-        for hold in tuple(self._reservations):
-            total = total.plus(hold.amount)
+        for reservation in tuple(self._reservations):
+            total = total.plus(reservation.amount)
         return total
 
     @property
@@ -508,14 +508,14 @@ class ItemAccount:
             self._forget()
 
     def _make_reservation(self, usage: Usage) -> _Reservation:
-        hold = _Reservation(usage, self._prices.amount(usage), self)
-        self._reservations.add(hold)
-        return hold
+        reservation = _Reservation(usage, self._prices.amount(usage), self)
+        self._reservations.add(reservation)
+        return reservation
 
-    def end(self, hold: _Reservation, used: Amount) -> None:
+    def end(self, reservation: _Reservation, used: Amount) -> None:
         """Settle one request."""
-        self._reservations.discard(hold)
-        self._balance.settle(hold.amount, used)
+        self._reservations.discard(reservation)
+        self._balance.settle(reservation.amount, used)
         self._forget()
 
     def price(self, usage: Usage) -> Amount:

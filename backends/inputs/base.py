@@ -189,7 +189,7 @@ class RowSource:
     Attributes:
         name: The input in words, for messages and summaries.
         rows: Opens the input and yields ``(position, row)``; reads only as far as it is consumed.
-        describe_place: Returns a position in words, e.g. ``a.jsonl, line 7``.
+        describe_position: Returns a position in words, e.g. ``a.jsonl, line 7``.
         id: Default column of ids; None for row numbers.
         drop_unparsable: Column of SMILES; rows that RDKit cannot parse are skipped.
         ragged: Whether rows may differ in their columns.
@@ -197,14 +197,14 @@ class RowSource:
 
     name: str
     rows: Callable[[], Iterator[tuple[int, Row]]]
-    describe_place: Callable[[int], str]
+    describe_position: Callable[[int], str]
     id: str | None = None
     drop_unparsable: str | None = None
     ragged: bool = False
 
 
 def describe_line(path: Path) -> Callable[[int], str]:
-    """Return a `RowSource.describe_place` for text files; positions are line numbers from 1."""
+    """Return a `RowSource.describe_position` for text files; positions are line numbers from 1."""
     return lambda line: f"{path}, line {line}"
 
 

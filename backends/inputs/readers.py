@@ -130,9 +130,9 @@ def find_text_files(folder: Path) -> list[Path]:
         InputError: The folder cannot be read, or contains no .txt or .md file.
     """
     found: list[Path] = []
-    for place, folders, files in os.walk(folder, onerror=_raise_unreadable):
+    for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = Path(place).relative_to(folder)
+        inside = Path(parent).relative_to(folder)
         found += [inside / name for name in files if _is_text(name)]
     if not found:
         raise InputError(

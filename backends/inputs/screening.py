@@ -49,12 +49,12 @@ class IdAssigner:
         self._blank: list[str] = []
         self._repeated: list[str] = []
 
-    def read_id(self, number: int, place: int, row: Row) -> str:
+    def read_id(self, number: int, position: int, row: Row) -> str:
         """Return the row's own name, ``""`` when blank.
 
         Args:
             number: The row's number, from 1.
-            place: Its position in the source.
+            position: Its position in the source.
             row: The row, with the id column.
 
         Raises:
@@ -65,17 +65,17 @@ class IdAssigner:
         value = format_id(row[self._column])
         if value is None:
             raise InputError(
-                f"{self._source.describe_place(place)}: the id in column {self._column!r} is "
+                f"{self._source.describe_position(position)}: the id in column {self._column!r} is "
                 "neither text nor a number; use another column in input.id"
             )
         return value
 
-    def assign(self, name: str, place: int) -> str | None:
+    def assign(self, name: str, position: int) -> str | None:
         """Make the id unique.
 
         Args:
             name: The row's own name.
-            place: Its position in the source.
+            position: Its position in the source.
 
         Returns:
             The id; None when the row is skipped as a duplicate, or will be reported.
@@ -92,7 +92,7 @@ class IdAssigner:
             return None
         if name and self._on_duplicate == "suffix":
             return self._add_suffix(name)
-        self._note(name, place)
+        self._note(name, position)
         return None
 
     def report_problems(self) -> None:
@@ -121,8 +121,8 @@ class IdAssigner:
         self._seen.add(unique)
         return unique
 
-    def _note(self, name: str, place: int) -> None:
-        where = self._source.describe_place(place)
+    def _note(self, name: str, position: int) -> None:
+        where = self._source.describe_position(position)
         if name:
             self._repeated.append(f"{name!r} ({where})")
         else:
@@ -162,7 +162,7 @@ class RowValidator:
     """
 
     def __init__(self, spec: InputSpec, source: RowSource, columns: Collection[str]) -> None:
-        """Store the arguments; open nothing yet.
+        """Store the arguments; open nothing.
 
         Args:
             spec: The input specification.
@@ -197,8 +197,8 @@ class RowValidator:
         count = 0
         with ExitStack() as stack:
             check = self._open_check(stack)
-            for number, (place, row) in enumerate(self._source.rows(), start=1):
-                entry = self._validate_row(number, place, row, check)
+            for number, (position, row) in enumerate(self._source.rows(), start=1):
+                entry = self._validate_row(number, position, row, check)
                 if entry is not None:
                     yield entry
                     count += 1
@@ -215,21 +215,21 @@ class RowValidator:
         return stack.enter_context(open_smiles_check())
 
     def _validate_row(
-        self, number: int, place: int, row: Row, check: SmilesCheck | None
+        self, number: int, position: int, row: Row, check: SmilesCheck | None
     ) -> ItemEntry | None:
         if missing := self._needed.keys() - row.keys():
-            raise self._missing(place, row, missing)
-        payload = self._encode(place, row)
-        name = self._ids.read_id(number, place, row)
+            raise self._missing(position, row, missing)
+        payload = self._encode(position, row)
+        name = self._ids.read_id(number, position, row)
         problem = None
         if check is not None:
             dropped, problem = self._check_smiles(row, check)
             if dropped is not None:
                 self._skip(name, dropped)
                 return None
-        unique = self._ids.assign(name, place)
+        unique = self._ids.assign(name, position)
         if unique is None:
-            self._skip(name, f"repeated id, {self._source.describe_place(place)}")
+            self._skip(name, f"repeated id, {self._source.describe_position(position)}")
             return None
         if not row.keys() <= self.columns.keys():
             self.columns.update(dict.fromkeys(row))
@@ -248,22 +248,24 @@ class RowValidator:
         if len(self.skipped) < MAX_SKIPPED_ROWS:
             self.skipped.append(SkippedRow(name, reason))
 
-    def _missing(self, place: int, row: Row, missing: Collection[str]) -> InputError:
+    def _missing(self, position: int, row: Row, missing: Collection[str]) -> InputError:
         name = next(name for name in self._needed if name in missing)
-        where = self._source.describe_place(place) if self._source.ragged else self._source.name
+        where = (
+            self._source.describe_position(position) if self._source.ragged else self._source.name
+        )
         return missing_column_error(where, name, self._needed[name], row)
 
-    def _encode(self, place: int, row: Row) -> bytes:
+    def _encode(self, position: int, row: Row) -> bytes:
         try:
             payload = orjson.dumps(row)
         except orjson.JSONEncodeError as error:
             raise InputError(
-                f"{self._source.describe_place(place)}: {_unencodable_columns(row)} cannot be "
+                f"{self._source.describe_position(position)}: {_unencodable_columns(row)} cannot be "
                 "written as JSON: "
                 f"{error}; use text, numbers, booleans, null, and lists and objects of them"
             ) from error
         if is_too_deep(payload, row):
-            where = self._source.describe_place(place)
+            where = self._source.describe_position(position)
             raise InputError(f"{where}: more than {MAX_DEPTH} levels of lists and objects")
         return payload
 

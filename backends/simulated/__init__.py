@@ -1,4 +1,4 @@
-"""A simulated fleet: vLLM's HTTP interface on loopback, with latency, faults and honest labels.
+"""Simulated fleet: vLLM's HTTP interface on loopback, with latency, faults and marked answers.
 
 `SimulatedFleet` runs in the current event loop, for tests; `launch` runs one in a child process
 that ends with its parent. Every answer carries the system fingerprint ``fanfold-simulated``.

@@ -1,4 +1,4 @@
-"""``python -m fanfold.backends.simulated``; see `child.main`."""
+"""``python -m fanfold.backends.simulated``; see `process.main`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fault rules and when they strike."""
+"""Fault rules, and when they apply."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AT_ARRIVAL: Final = frozenset(
         *("hang", "drop", "reset"),
     }
 )
-"""Answered (or not) at once, without taking a slot."""
+"""Faults that answer (or refuse) at once, without a slot."""
 
 IN_ANSWER: Final = frozenset(
     {
@@ -25,16 +25,16 @@ IN_ANSWER: Final = frozenset(
         *("no_usage", "empty_content", "content_filter", "refusal", "bad_schema"),
     }
 )
-"""HTTP 200 after the usual time, with something wrong inside."""
+"""Faults with HTTP 200 after the usual time and a faulty body."""
 
 IN_STREAM: Final = frozenset(["stream_cut", "stream_error", "stream_no_finish", "stream_api_error"])
-"""Streamed answers only."""
+"""Faults of streamed answers only."""
 
 BY_STATE: Final = frozenset(["tpm", "cold", "401_after"])
-"""Refusals that depend on what happened before, not on a draw."""
+"""Refusals that depend on earlier requests, not on a random draw."""
 
 OF_NODE: Final = frozenset(["slow", "die_at", "revive_at", "context", "keepalive_race"])
-"""Properties of nodes rather than refusals."""
+"""Properties of nodes, not refusals."""
 
 KINDS: Final = AT_ARRIVAL | IN_ANSWER | IN_STREAM | BY_STATE | OF_NODE
 
@@ -43,32 +43,32 @@ _NEEDS_VALUE: Final = frozenset(["die_at", "revive_at", "context", "401_after", 
 
 @dataclass(frozen=True, slots=True)
 class FaultRule:
-    """One kind of failure, and when it strikes.
+    """One kind of failure, and when it applies.
 
     All times are simulated seconds since the fleet started (real ones times ``time_scale``),
-    except a ``Retry-After``, which the client obeys in real time.
+    except ``Retry-After``, which clients obey in real time.
 
     Attributes:
-        kind: One of `KINDS`; the module's table says what each does.
-        nodes: The nodes concerned: their numbers, a fraction of them, or None for all.
-        p: Probability that the fault strikes a request.
+        kind: One of `KINDS`.
+        nodes: The affected nodes: their numbers, a fraction of them, or None for all.
+        p: Probability that the fault applies to a request.
         window: From (inclusive) and to (exclusive), or None for always.
-        max_count: Most strikes, or None.
-        draw: What the probability is drawn from. ``arrival``: node and arrival number;
-            ``item``: the conversation, so that the same item fails on every node (poison);
-            ``attempt``: the conversation and how often it was asked before.
+        max_count: Maximum number of applications, or None.
+        draw: Seed of the random draw. ``arrival``: node and arrival number; ``item``: the
+            conversation, so that the same item fails on every node (poison); ``attempt``: the
+            conversation and the number of earlier requests for it.
         value: The kind's number: ``429_ra`` seconds to wait, ``cold`` seconds until ready,
             ``tpm`` tokens per 60 s, ``slow`` speed factor, ``die_at``/``revive_at``/
-            ``401_after`` the moment, ``context`` the model length in tokens,
+            ``401_after`` the time, ``context`` the model length in tokens,
             ``keepalive_race`` idle seconds (default 5).
-        shape: Whose error body a ``429`` carries: ``vllm`` or ``first`` (the FIRST gateway's).
-        http_date: Whether ``429_ra`` sends an HTTP date in place of seconds.
-        graceful: Whether ``die_at`` answers what is in flight with ``finish_reason: abort``.
-        first_round: Whether to spare conversations that hold an assistant's message, so that a
-            repair round always cures the fault.
+        shape: Form of the error body of a ``429``: ``vllm`` or ``first`` (the FIRST gateway's).
+        http_date: Whether ``429_ra`` sends an HTTP date instead of seconds.
+        graceful: Whether ``die_at`` answers requests in flight with ``finish_reason: abort``.
+        first_round: Whether to spare conversations with an assistant message, so that a repair
+            round always succeeds.
 
     Raises:
-        ConfigurationError: An unknown kind, or a number out of its range.
+        ConfigurationError: The kind is unknown, or a number is out of range.
     """
 
     kind: str
@@ -84,54 +84,44 @@ class FaultRule:
     first_round: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be simulated."""
+        """Refuse rules that cannot be simulated."""
         if self.kind not in KINDS:
             raise ConfigurationError(
-                f"fault kind {self.kind!r} is unknown; known are {', '.join(sorted(KINDS))}"
+                f"fault kind {self.kind!r} is unknown; known: {', '.join(sorted(KINDS))}"
             )
         if not 0 <= self.p <= 1:
-            raise ConfigurationError(f"fault {self.kind}: p must lie in [0, 1], not {self.p}")
+            raise ConfigurationError(f"fault {self.kind}: p must be in [0, 1], not {self.p}")
         if self.draw not in {"arrival", "item", "attempt"}:
             raise ConfigurationError(
                 f"fault {self.kind}: draw must be arrival, item or attempt, not {self.draw!r}"
             )
         if isinstance(self.nodes, float) and not 0 <= self.nodes <= 1:
-            raise ConfigurationError(f"fault {self.kind}: a fraction of nodes lies in [0, 1]")
+            raise ConfigurationError(f"fault {self.kind}: a fraction of nodes must be in [0, 1]")
         if self.value is None and self.kind in _NEEDS_VALUE:
             raise ConfigurationError(f"fault {self.kind} needs a value (a number)")
 
     def is_active(self, now: float) -> bool:
-        """Tell whether the rule applies at a moment.
-
-        Args:
-            now: Simulated seconds since the start.
-
-        Returns:
-            Whether ``now`` lies in the window.
-        """
+        """Return True if a time, in simulated seconds since the start, is in the window."""
         return self.window is None or self.window[0] <= now < self.window[1]
 
     def to_mapping(self) -> dict[str, Any]:
-        """Return the rule as JSON can say it."""
+        """Return the rule as plain data for JSON."""
         return asdict(self)
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> FaultRule:
-        """Build a rule from JSON or YAML.
+        """Build a rule from JSON or YAML data.
 
         Args:
             data: The attributes by name.
 
-        Returns:
-            The rule.
-
         Raises:
-            ConfigurationError: An unknown key or a value that makes no sense.
+            ConfigurationError: An unknown key or an invalid value.
         """
         unknown = data.keys() - {field.name for field in fields(cls)}
         if unknown or "kind" not in data:
             raise ConfigurationError(
-                f"a fault rule needs 'kind' and knows no {sorted(unknown)}"
+                f"unknown fields of a fault rule: {', '.join(sorted(unknown))}"
                 if unknown
                 else "a fault rule needs 'kind'"
             )
@@ -148,16 +138,16 @@ _KEEP_ALIVE_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class FaultContext:
-    """What the draw of a fault may depend on.
+    """Data that the draw of a fault may depend on.
 
     Attributes:
         node: The node's number.
         arrival: Number of the request on this node.
         key: The question's key.
-        attempt: How often the question was asked before, of any node.
+        attempt: Number of earlier requests for the question, on any node.
         now: Simulated seconds since the start.
         stream: Whether the answer is to be streamed.
-        first_round: Whether the conversation holds no assistant's message.
+        first_round: Whether the conversation has no assistant message.
         token: The ``Authorization`` header, or None.
     """
 
@@ -173,7 +163,7 @@ class FaultContext:
 
 @dataclass(frozen=True, slots=True)
 class FaultDecision:
-    """What befalls one request.
+    """Decision for one request.
 
     Attributes:
         rule: The fault, or None.
@@ -186,7 +176,7 @@ class FaultDecision:
 
 @dataclass(slots=True)
 class _ActiveRule:
-    """A rule with what it remembers."""
+    """A rule with its state."""
 
     rule: FaultRule
     number: int
@@ -205,12 +195,12 @@ class _ActiveRule:
 
 
 class FaultInjector:
-    """The fleet's fault rules.
+    """Fault rules of a fleet.
 
     Args:
-        seed: Seeds all draws: the same order of requests meets the same faults.
-        nodes: How many nodes the fleet has.
-        rules: The rules to start with.
+        seed: Seed of all draws: the same order of requests meets the same faults.
+        nodes: Number of nodes of the fleet.
+        rules: Initial rules.
     """
 
     def __init__(self, seed: int, nodes: int, rules: tuple[FaultRule, ...] = ()) -> None:
@@ -227,32 +217,18 @@ class FaultInjector:
             self.add(rule)
 
     def add(self, rule: FaultRule) -> frozenset[int]:
-        """Add a rule.
-
-        Args:
-            rule: The rule.
-
-        Returns:
-            The numbers of the nodes concerned.
-        """
+        """Add a rule; return the numbers of the affected nodes."""
         active = _ActiveRule(rule, self._numbered, self._affected_nodes(rule))
         self._numbered += 1
         self._active.append(active)
         return active.nodes
 
     def clear(self) -> None:
-        """Forget all rules."""
+        """Remove all rules."""
         self._active.clear()
 
     def decide(self, call: FaultContext) -> FaultDecision:
-        """Decide what befalls a request.
-
-        Args:
-            call: The request.
-
-        Returns:
-            The first rule that strikes, and the product of all ``slow`` factors that do.
-        """
+        """Return the first rule that applies to a request, and the product of ``slow`` factors."""
         struck, speed = None, 1.0
         for active in self._active:
             kind = active.rule.kind
@@ -279,25 +255,16 @@ class FaultInjector:
                 active.tokens = {window: active.tokens.get(window, 0.0) + tokens}
 
     def max_model_len(self, node: int, now: float, usual: int) -> int:
-        """Return a node's context length.
-
-        Args:
-            node: The node's number.
-            now: Simulated seconds since the start.
-            usual: The fleet's context length in tokens.
-
-        Returns:
-            The smaller of the usual one and what ``context`` rules say.
-        """
+        """Return a node's context length: the smallest of ``usual`` and ``context`` rules."""
         return min([usual, *(int(active.value()) for active in self._of(node, now, "context"))])
 
     def idle_s(self, node: int, now: float) -> float | None:
-        """Return after how many idle seconds a node closes a connection, or None for never."""
+        """Return the idle seconds after which a node closes a connection, or None for never."""
         limits = [active.value(_KEEP_ALIVE_S) for active in self._of(node, now, "keepalive_race")]
         return min(limits, default=None)
 
     def is_cold(self, node: int, now: float) -> bool:
-        """Tell whether a node is not ready: never asked, or still warming up."""
+        """Return True if a node is not ready: no request so far, or still warming up."""
         return any(
             now < active.cold_since.get(node, now) + active.value()
             for active in self._of(node, now, "cold")

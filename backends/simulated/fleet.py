@@ -1,4 +1,4 @@
-"""SimulatedFleet: nodes in this loop; endpoint lists in other tools' forms."""
+"""SimulatedFleet: nodes in this event loop; endpoint lists in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class SimulatedFleet:
 
     Args:
         spec: Size, speed, answers and faults.
-        responders: Who may write the answers, by name; see `responders`.
+        responders: Responder factories by name; see `responders`.
 
     Raises:
-        ConfigurationError: The specification names no known responder.
+        ConfigurationError: The specification names an unknown responder.
         MissingExtraError: The responder's packages are not installed.
     """
 
@@ -62,7 +62,7 @@ class SimulatedFleet:
         """Open the sockets.
 
         Raises:
-            ConfigurationError: An address or port cannot be had.
+            ConfigurationError: An address or port is not available.
         """
         raise_file_limit()
         await self._listeners.open()
@@ -77,7 +77,7 @@ class SimulatedFleet:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close everything; clients that wait see a reset."""
+        """Close everything; waiting clients see a reset."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -94,11 +94,11 @@ class SimulatedFleet:
         return self._listeners.control_url
 
     def now(self) -> float:
-        """Return the simulated seconds since the start."""
+        """Return simulated seconds since the start."""
         return (asyncio.get_running_loop().time() - self._started) * self.spec.time_scale
 
     def stats(self, prompts: bool = False) -> dict[str, Any]:
-        """Return what happened so far, the same as ``GET /_sim/stats``.
+        """Return the statistics so far, the same as ``GET /_sim/stats``.
 
         Args:
             prompts: Whether to list every question by its key (``?prompts=1``).
@@ -106,7 +106,7 @@ class SimulatedFleet:
         Returns:
             ``totals`` over all nodes, ``nodes`` with the counters of each, ``questions`` with
             distinct, answered, served, duplicates and wasted tokens, ``uptime_s``, and
-            ``prompts`` if asked for.
+            ``prompts`` on request.
         """
         nodes = [
             {
@@ -127,10 +127,7 @@ class SimulatedFleet:
         return {**stats, "prompts": self._questions.by_key()} if prompts else stats
 
     def add_fault(self, rule: FaultRule) -> None:
-        """Add a fault from now on.
-
-        Args:
-            rule: What goes wrong.
+        """Add a fault, effective immediately.
 
         Raises:
             ConfigurationError: The rule names a node that does not exist.
@@ -149,13 +146,13 @@ class SimulatedFleet:
     async def kill(self, node: int, graceful: bool = False) -> None:
         """Stop a node.
 
-        With sockets of its own, connections are refused afterwards; where nodes share a socket,
-        every request to it is reset.
+        A node with its own socket refuses connections afterwards; if nodes share a socket, every
+        request to the node is reset.
 
         Args:
             node: The node's number.
             graceful: Whether requests in flight get half an answer with ``finish_reason: abort``
-                (as after SIGTERM) and not a reset (as after SIGKILL).
+                (as after SIGTERM) instead of a reset (as after SIGKILL).
         """
         victim = self._nodes[node]
         victim.alive = False
@@ -168,20 +165,17 @@ class SimulatedFleet:
         await self._listeners.close_node(node, abruptly=not graceful)
 
     async def revive(self, node: int) -> None:
-        """Start a stopped node again, at the same address.
-
-        Args:
-            node: The node's number.
+        """Restart a stopped node at the same address.
 
         Raises:
-            ConfigurationError: Its port is taken by now.
+            ConfigurationError: Its port is now in use.
         """
         if not self._nodes[node].alive:
             await self._listeners.open_node(node)
             self._nodes[node].alive = True
 
     def reset(self) -> None:
-        """Forget all faults and set all counters to nothing; nodes keep their state."""
+        """Remove all faults and reset all counters; nodes keep their state."""
         self._faults.clear()
         self._questions.clear()
         for node in self._nodes:
@@ -215,7 +209,7 @@ def _node(spec: SimulationSpec, index: int) -> Node:
 
 
 def _totals(nodes: tuple[Node, ...]) -> dict[str, Any]:
-    """Add up what can be added up."""
+    """Sum the counters that can be summed."""
     total = NodeCounts()
     for node in nodes:
         counts = node.counts
@@ -237,7 +231,7 @@ def write_urls(path: Path, urls: Sequence[str]) -> None:
     """Write one base URL per line.
 
     Args:
-        path: The file; replaced as a whole.
+        path: The file; replaced in one step.
         urls: Base URLs, ending in ``/v1``.
     """
     _replace(path, "".join(f"{url}\n" for url in urls))
@@ -247,11 +241,11 @@ def write_aegis(path: Path, urls: Sequence[str]) -> None:
     """Write an Aegis endpoints file: one ``host:port`` per line.
 
     Args:
-        path: The file; replaced as a whole.
+        path: The file; replaced in one step.
         urls: Base URLs of a fleet addressed by ``port`` or ``addr``.
 
     Raises:
-        ConfigurationError: The URLs have paths, which the format cannot say.
+        ConfigurationError: The URLs have paths, which the format cannot express.
     """
     _replace(path, "".join(f"{host}:{port}\n" for host, port in map(_place, urls)))
 
@@ -260,12 +254,12 @@ def write_hostfile(path: Path, urls: Sequence[str], tags: Mapping[str, str] | No
     """Write an Aurora-Swarm hostfile: ``host<TAB>port<TAB>key=value`` per line.
 
     Args:
-        path: The file; replaced as a whole.
+        path: The file; replaced in one step.
         urls: Base URLs of a fleet addressed by ``port`` or ``addr``.
-        tags: Put on every line.
+        tags: Tags added to every line.
 
     Raises:
-        ConfigurationError: The URLs have paths, which the format cannot say.
+        ConfigurationError: The URLs have paths, which the format cannot express.
     """
     columns = [f"{key}={value}" for key, value in (tags or {}).items()]
     lines = ["\t".join([host, str(port), *columns]) for host, port in map(_place, urls)]
@@ -276,7 +270,7 @@ def _place(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     if parts.path not in {"", "/", "/v1"} or parts.hostname is None or parts.port is None:
         raise ConfigurationError(
-            f"{url} has a path, which host:port lists cannot say; "
+            f"{url} has a path, which host:port lists cannot express; "
             "start the fleet with addressing 'port' or 'addr'"
         )
     return parts.hostname, parts.port

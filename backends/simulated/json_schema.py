@@ -1,4 +1,4 @@
-"""Values that conform to a JSON Schema."""
+"""Random values that conform to a JSON Schema."""
 
 from __future__ import annotations
 
@@ -28,15 +28,12 @@ _LONGEST: Final = 100_000
 
 
 def check_keywords(schema: Any) -> None:
-    """Refuse a schema that needs a word which the walker does not know.
+    """Refuse a schema with a keyword that the generator does not support.
 
-    Words outside JSON Schema's vocabulary are annotations, and as such ignored.
-
-    Args:
-        schema: A schema: an object or a boolean.
+    Words outside JSON Schema's vocabulary are annotations and are ignored.
 
     Raises:
-        ApiError: 400, with the word and its place.
+        ApiError: 400; the message names the keyword and its position.
     """
     waiting = [("#", schema)]
     while waiting:
@@ -90,17 +87,14 @@ def _unsupported_error(where: str, why: str) -> ApiError:
 
 
 def resolve_reference(root: Any, reference: str) -> Any:
-    """Follow a JSON pointer within the schema (RFC 6901).
+    """Resolve a JSON pointer within the schema (RFC 6901).
 
     Args:
         root: The whole schema.
         reference: ``#`` or ``#/...``.
 
-    Returns:
-        The part that it names.
-
     Raises:
-        ApiError: It names nothing.
+        ApiError: The reference does not exist.
     """
     part = root
     for step in reference.split("/")[1:]:
@@ -108,12 +102,12 @@ def resolve_reference(root: Any, reference: str) -> Any:
         try:
             part = part[int(name)] if isinstance(part, list) else part[name]
         except (KeyError, IndexError, TypeError, ValueError):
-            raise ApiError(f"The reference {reference!r} leads nowhere.", param=PARAM) from None
+            raise ApiError(f"The reference {reference!r} does not exist.", param=PARAM) from None
     return part
 
 
 def min_depth(root: Any, schema: Any, seen: tuple[str, ...] = ()) -> float:
-    """Estimate how deep the shallowest value of a schema is.
+    """Estimate the depth of the shallowest value of a schema.
 
     Args:
         root: The whole schema.
@@ -121,7 +115,7 @@ def min_depth(root: Any, schema: Any, seen: tuple[str, ...] = ()) -> float:
         seen: References followed so far.
 
     Returns:
-        Levels; infinity where every value is endless.
+        Number of levels; infinity if every value is endless.
     """
     if not isinstance(schema, dict) or "const" in schema or "enum" in schema:
         return 0.0
@@ -140,17 +134,14 @@ def min_depth(root: Any, schema: Any, seen: tuple[str, ...] = ()) -> float:
 
 
 def merge_schemas(one: Mapping[str, Any], other: Any) -> dict[str, Any]:
-    """Join two schemas that both must hold.
+    """Merge two schemas that both must hold.
 
     Args:
         one: A schema.
-        other: Another; may be a boolean.
-
-    Returns:
-        One schema with the words of both.
+        other: Another schema; may be a boolean.
 
     Raises:
-        ApiError: Both say different things with the same word, and the walker cannot join them.
+        ApiError: A keyword has different values that cannot be merged.
     """
     if other is True or one == other:
         return dict(one)
@@ -223,13 +214,13 @@ _Number = TypeVar("_Number", float, Fraction)
 
 
 def _exact(written: float) -> Fraction:
-    return Fraction(str(written))  # the decimal number, not its binary neighbour
+    return Fraction(str(written))  # the decimal number, not its binary approximation
 
 
 def _bounds(
     schema: Mapping[str, Any], width: _Number, read: Callable[[float], _Number]
 ) -> tuple[_Number, _Number]:
-    """Return the closed hull of what the bounds allow."""
+    """Return the closed interval that the bounds allow."""
     lows = [read(schema[k]) for k in ("minimum", "exclusiveMinimum") if k in schema]
     highs = [read(schema[k]) for k in ("maximum", "exclusiveMaximum") if k in schema]
     if not lows:
@@ -238,7 +229,7 @@ def _bounds(
 
 
 def _step(schema: Mapping[str, Any], whole: bool) -> Fraction:
-    """Return the distance of allowed values; 0 where there is none."""
+    """Return the distance between allowed values; 0 if there is none."""
     step = _exact(schema["multipleOf"]) if "multipleOf" in schema else Fraction(int(whole))
     return Fraction(step.numerator) if whole else step
 
@@ -251,22 +242,15 @@ def _draw_multiple(dice: SeededRandom, schema: Mapping[str, Any], step: Fraction
     if "exclusiveMaximum" in schema and last * step >= _exact(schema["exclusiveMaximum"]):
         last -= 1
     if last < first:
-        raise ApiError("The schema's bounds leave no number.", param="response_format")
+        raise ApiError("The schema's bounds allow no number.", param="response_format")
     return dice.between(first, last) * step
 
 
 def draw_integer(dice: SeededRandom, schema: Mapping[str, Any]) -> int:
     """Draw an integer within the schema's bounds.
 
-    Args:
-        dice: The source of chance.
-        schema: The number's schema.
-
-    Returns:
-        The integer.
-
     Raises:
-        ApiError: The bounds leave none.
+        ApiError: The bounds allow no integer.
     """
     return int(_draw_multiple(dice, schema, _step(schema, whole=True)))
 
@@ -274,15 +258,8 @@ def draw_integer(dice: SeededRandom, schema: Mapping[str, Any]) -> int:
 def draw_number(dice: SeededRandom, schema: Mapping[str, Any]) -> float:
     """Draw a number within the schema's bounds, with four decimals where they allow it.
 
-    Args:
-        dice: The source of chance.
-        schema: The number's schema.
-
-    Returns:
-        The number.
-
     Raises:
-        ApiError: The bounds leave none.
+        ApiError: The bounds allow no number.
     """
     if "multipleOf" in schema:
         return float(_draw_multiple(dice, schema, _step(schema, whole=False)))
@@ -294,7 +271,7 @@ def draw_number(dice: SeededRandom, schema: Mapping[str, Any]) -> float:
 
 
 MAX_OPTIONAL_DEPTH: Final = 6
-"""Below this depth everything optional is left out."""
+"""Depth below which everything optional is omitted."""
 _BOTTOM: Final = 40
 _VALUES: Final = 20_000
 _REDRAWS: Final = 50
@@ -310,11 +287,11 @@ _HINTS: Final = (
 
 
 class ValueGenerator:
-    """One walk over one schema.
+    """Generator of values for one schema.
 
     Args:
         root: The whole schema, into which ``$ref`` points.
-        dice: The source of chance.
+        dice: The random source.
     """
 
     def __init__(self, root: Any, dice: SeededRandom) -> None:
@@ -327,10 +304,7 @@ class ValueGenerator:
 
         Args:
             schema: The part of the schema that the value must satisfy.
-            depth: How deep the part lies.
-
-        Returns:
-            The value.
+            depth: Depth of the part.
 
         Raises:
             ApiError: The schema allows no value, or only endless ones.
@@ -423,8 +397,8 @@ class ValueGenerator:
             most = min(most, len(prefix))
         count = least if depth > MAX_OPTIONAL_DEPTH else self._dice.between(min(usual, most), most)
         drawn: list[Any] = []
-        for place in range(count):
-            part = prefix[place] if place < len(prefix) else items
+        for index in range(count):
+            part = prefix[index] if index < len(prefix) else items
             drawn.append(self._item(part, depth, drawn if schema.get("uniqueItems") else []))
         return drawn
 

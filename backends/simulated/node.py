@@ -1,4 +1,4 @@
-"""One node: slots, queue, latency, jobs, counters."""
+"""One simulated node: slots, queue, latency, jobs, counters."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class NodeCounts:
         requests: Completion requests that arrived, refused ones included.
         refused: Requests refused for their own fault or for a full queue, by status.
         finished: Answers sent, by finish reason.
-        injected: Faults that struck, by kind.
-        disconnects: Clients that left before their answer.
-        prompt_tokens: Of the answers sent.
-        completion_tokens: Of the answers sent.
-        broken_tokens: Prompt and output tokens of those of them that nobody can read.
-        abandoned_tokens: Prompt tokens read, and output tokens written, for clients that left
-            or when the node died.
-        running_max: Most requests worked on at once.
+        injected: Faults injected, by kind.
+        disconnects: Clients that disconnected before their answer.
+        prompt_tokens: Prompt tokens of the answers sent.
+        completion_tokens: Output tokens of the answers sent.
+        broken_tokens: Prompt and output tokens of sent answers that cannot be parsed.
+        abandoned_tokens: Prompt and output tokens processed for clients that disconnected, or
+            lost when the node died.
+        running_max: Maximum of requests processed at once.
         waiting_max: Longest queue.
     """
 
@@ -61,21 +61,21 @@ class NodeCounts:
     waiting_max: int = 0
 
     def to_mapping(self) -> dict[str, Any]:
-        """Return the counters as JSON can say them."""
+        """Return the counters as plain data for JSON."""
         values = {name: getattr(self, name) for name in self.__slots__}
         return {k: dict(v) if isinstance(v, Counter) else v for k, v in values.items()}
 
 
 @dataclass(slots=True)
 class QuestionStats:
-    """What became of one question.
+    """Statistics of one question.
 
     Attributes:
-        asked: Times that it arrived.
-        served: Times that it was answered completely.
+        asked: Number of requests for it.
+        served: Number of complete answers.
         tokens: Prompt and output tokens of these answers.
-        first_s: When it was first served, in simulated seconds since the start.
-        last_s: When it was last served.
+        first_s: Time of the first complete answer, in simulated seconds since the start.
+        last_s: Time of the last complete answer.
     """
 
     asked: int = 0
@@ -86,21 +86,14 @@ class QuestionStats:
 
 
 class QuestionLog:
-    """All questions by key: which were served more than once, and what that wasted."""
+    """Statistics of all questions by key: which were answered repeatedly, and what that wasted."""
 
     def __init__(self) -> None:
         self._questions: dict[bytes, QuestionStats] = {}
         self._wasted = 0
 
     def record_arrival(self, key: bytes) -> int:
-        """Note an arrival.
-
-        Args:
-            key: The question's key.
-
-        Returns:
-            How often it arrived before.
-        """
+        """Record an arrival; return the number of earlier arrivals of the question."""
         serving = self._questions.get(key)
         if serving is None:
             serving = self._questions[key] = QuestionStats()
@@ -108,7 +101,7 @@ class QuestionLog:
         return serving.asked - 1
 
     def record_answer(self, key: bytes, tokens: int, now: float) -> None:
-        """Note a complete answer.
+        """Record a complete answer.
 
         Args:
             key: The question's key.
@@ -125,7 +118,7 @@ class QuestionLog:
         serving.last_s = now
 
     def summary(self) -> dict[str, int]:
-        """Return totals: distinct questions, servings, duplicates, tokens wasted on these."""
+        """Return totals: distinct questions, answers, duplicates, tokens wasted on duplicates."""
         served = sum(serving.served for serving in self._questions.values())
         answered = sum(serving.served > 0 for serving in self._questions.values())
         return {
@@ -137,32 +130,32 @@ class QuestionLog:
         }
 
     def by_key(self) -> dict[str, dict[str, Any]]:
-        """Return every question's servings, by its key in hexadecimal."""
+        """Return the statistics of every question, by its key in hexadecimal."""
         return {
             key.hex(): {name: getattr(serving, name) for name in QuestionStats.__slots__}
             for key, serving in self._questions.items()
         }
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete all statistics."""
         self._questions.clear()
         self._wasted = 0
 
 
 class NodeWork(Protocol):
-    """A request that a node works on."""
+    """Request that a node processes."""
 
     def start(self) -> None:
-        """Begin: a slot is free."""
+        """Start processing: a slot is free."""
         ...
 
 
 class Node:
-    """A model server with so many slots, first in, first out.
+    """Model server with a number of slots; first in, first out.
 
     Args:
         index: The node's number.
-        slots: Requests worked on at once (``max_num_seqs``).
+        slots: Requests processed at once (``max_num_seqs``).
         queue_limit: Longest queue, or None.
         speed: Factor on the speed.
     """
@@ -173,7 +166,7 @@ class Node:
         self.speed = speed
         self.alive = True
         self.arrivals = 0
-        """Completion requests since the start; unlike the counters, a reset keeps it."""
+        """Completion requests since the start; kept by a reset, unlike the counters."""
         self.counts = NodeCounts()
         self._queue_limit = queue_limit
         self._running: dict[NodeWork, None] = {}
@@ -181,12 +174,12 @@ class Node:
 
     @property
     def running(self) -> int:
-        """Requests worked on."""
+        """Number of requests being processed."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Requests queued."""
+        """Number of queued requests."""
         return len(self._waiting)
 
     @property
@@ -195,10 +188,7 @@ class Node:
         return (*self._running, *self._waiting)
 
     def admit(self, work: NodeWork) -> None:
-        """Take a request: start or queue it.
-
-        Args:
-            work: The request.
+        """Accept a request: start or queue it.
 
         Raises:
             ApiError: 503: the queue is full.
@@ -216,11 +206,7 @@ class Node:
             self.counts.waiting_max = max(self.counts.waiting_max, len(self._waiting))
 
     def release(self, work: NodeWork) -> None:
-        """Give back a request's slot or place in the queue, and start the next one.
-
-        Args:
-            work: The request, finished or left.
-        """
+        """Free the slot or queue position of a request that ended; start the next one."""
         if work not in self._running:
             self._waiting.remove(work)
             return
@@ -236,11 +222,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Real seconds from the start of the work on a request.
+    """Real seconds from the start of processing of a request.
 
     Attributes:
         first_s: Until the first token.
-        total_s: Until the last one.
+        total_s: Until the last token.
     """
 
     first_s: float
@@ -248,11 +234,11 @@ class Timing:
 
 
 class LatencyModel:
-    """Time to first token and per token, as the specification sets them.
+    """Time to first token and per token, as set in the specification.
 
     ``first = ttft_s + prompt / prefill_rate``, then ``tpot_s * (1 + alpha * (running - 1) /
-    slots)`` per output token; all of it times a log-normal factor, divided by the node's speed
-    and by ``time_scale``. The wait in the queue comes on top.
+    slots)`` per output token; everything is multiplied by a log-normal factor and divided by the
+    node's speed and by ``time_scale``. Time in the queue is added.
 
     Args:
         spec: The fleet's specification.
@@ -264,17 +250,14 @@ class LatencyModel:
     def compute_timing(
         self, prompt: int, output: int, load: float, speed: float, key: tuple[object, ...]
     ) -> Timing:
-        """Return how long one request takes.
+        """Return the duration of one request.
 
         Args:
             prompt: Prompt tokens.
             output: Output tokens.
             load: Other requests running on the node, as a share of its slots.
-            speed: The node's speed; 1 is the specification's.
-            key: What the jitter is drawn from.
-
-        Returns:
-            The times.
+            speed: The node's speed; 1 is that of the specification.
+            key: Seed of the jitter.
         """
         spec = self._spec
         factor = 1.0 / (speed * spec.time_scale)
@@ -289,17 +272,17 @@ class LatencyModel:
 
 @dataclass(slots=True, eq=False)
 class CompletionJob:
-    """One request that a node works on.
+    """One request that a node processes.
 
     Attributes:
-        exchange: Where the answer goes.
-        node: The node that works on it.
-        question: What is asked.
-        answer: What will be said.
-        envelope: What surrounds the answer.
-        fault: Kind of the fault that struck, or ``""``.
-        compute_timing: Gives the times once the work starts.
-        on_finished: Called with the job when the answer is sent; not when the client left.
+        exchange: Receives the answer.
+        node: The node that processes it.
+        question: The question.
+        answer: The answer to send.
+        envelope: Metadata of the answer.
+        fault: Kind of the injected fault, or ``""``.
+        compute_timing: Returns the times once processing starts.
+        on_finished: Called with the job when the answer is sent; not if the client disconnected.
     """
 
     exchange: Exchange
@@ -316,7 +299,7 @@ class CompletionJob:
     _started: float = field(default=0.0, init=False)
 
     def submit(self) -> None:
-        """Hand the job to its node.
+        """Submit the job to its node.
 
         Raises:
             ApiError: 503: the node's queue is full.
@@ -325,7 +308,7 @@ class CompletionJob:
         self.exchange.on_lost = self._on_client_lost
 
     def start(self) -> None:
-        """Begin the work; see `node.Work`."""
+        """Start processing; see `NodeWork`."""
         timing, loop = self.compute_timing(), asyncio.get_running_loop()
         self._timing, self._started = timing, loop.time()
         if self.question.stream and self.fault not in DISTORTIONS:
@@ -334,7 +317,7 @@ class CompletionJob:
             self._timer = loop.call_later(timing.total_s, self._whole)
 
     def abort(self) -> None:
-        """End early, as a server does that is told to stop: half an answer, marked ``abort``."""
+        """End early, as a server during shutdown: half an answer, marked ``abort``."""
         self._stop()
         self.answer = halve_answer(self.answer)
         if self._begun or self.question.stream:
@@ -343,7 +326,7 @@ class CompletionJob:
             self._whole()
 
     def crash(self) -> None:
-        """End without an answer, as a server does that dies: the client sees a reset."""
+        """End without an answer, as a server that dies: the client sees a reset."""
         self._stop()
         self.node.counts.abandoned_tokens += self._count_tokens_so_far()
         self.exchange.on_lost = None
@@ -361,7 +344,7 @@ class CompletionJob:
         self.node.release(self)
 
     def _count_tokens_so_far(self) -> int:
-        """Return the tokens read and written so far; none while the request is queued."""
+        """Return the tokens processed so far; none while the request is queued."""
         if self._timing is None:
             return 0
         seconds = asyncio.get_running_loop().time() - self._started - self._timing.first_s
@@ -412,7 +395,7 @@ class CompletionJob:
 
 
 def _gateway_error(envelope: Envelope) -> bytes:
-    """Return how the FIRST gateway ends a stream whose source failed: as if all were well."""
+    """Return the end of a FIRST gateway stream whose source failed: it looks successful."""
     choice = {
         "index": 0,
         "delta": {"content": "\n\n[ERROR] Error: the endpoint failed."},

@@ -1,4 +1,4 @@
-"""The fleet as a child process, and from settings to its spec."""
+"""Simulated fleet in a child process, and its specification from the settings."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _FAILED: Final = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a fleet until its parent is gone, or until SIGTERM.
+    """Run a fleet until its parent exits, or until SIGTERM.
 
     Without options the specification is the first line of standard input, as JSON; the fleet
-    then ends as soon as standard input does. With options it ends on SIGINT or SIGTERM only.
+    then stops when standard input closes. With options it stops on SIGINT or SIGTERM only.
     One line of JSON is printed when all sockets listen:
     ``{"v": 1, "urls": [...], "control": "http://...", "model": "..."}``.
 
     Args:
-        arguments: The command line, or None for the process's own.
+        arguments: The command line, or None for that of the process.
 
     Returns:
         The exit code: 0, or 2 when the fleet cannot start.
@@ -62,20 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fanfold.backends.simulated",
-        description="Serve a simulated fleet. Without options the specification is read as one "
-        "line of JSON from standard input, and the fleet ends when standard input does.",
+        description="Serve a simulated fleet. Without options, read the specification as one "
+        "line of JSON from standard input, and stop when standard input closes.",
     )
     parser.add_argument("--spec", help="the specification, a JSON object")
-    parser.add_argument("--nodes", type=int, help="how many nodes")
+    parser.add_argument("--nodes", type=int, help="number of nodes")
     parser.add_argument("--port", type=int, help="first port; 0 for a free one")
     parser.add_argument("--addressing", help="path, port or addr")
-    parser.add_argument("--model", help="name of the model served")
-    parser.add_argument("--responder", help="who writes the answers: schema or esol")
+    parser.add_argument("--model", help="name of the served model")
+    parser.add_argument("--responder", help="generator of the answers: schema or esol")
     return parser
 
 
 def _from_options(options: argparse.Namespace) -> SimulationSpec | None:
-    """Return the specification that the options give, or None where there are none."""
+    """Return the specification given by the options, or None without options."""
     given: dict[str, Any] = {k: v for k, v in vars(options).items() if v is not None}
     if not given:
         return None
@@ -84,17 +84,16 @@ def _from_options(options: argparse.Namespace) -> SimulationSpec | None:
 
 
 async def serve_fleet(spec: SimulationSpec, ends_with_parent: bool) -> None:
-    """Serve a fleet until told to stop.
+    """Serve a fleet until a stop signal.
 
     Args:
         spec: The fleet's specification.
-        ends_with_parent: Whether the end of standard input, or of the parent process, is such a
-            sign.
+        ends_with_parent: Whether to stop also at the end of standard input or of the parent.
 
     Raises:
         ConfigurationError: The fleet cannot start.
     """
-    parent = os.getppid()  # before it is told that all is ready: it may end right then
+    parent = os.getppid()  # read before the announcement: the parent may exit right after it
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -122,7 +121,7 @@ def _announce(fleet: SimulatedFleet) -> None:
 
 
 async def _wait_stdin_end() -> None:
-    """Return when standard input is at its end: the parent closed it, or died."""
+    """Return when standard input ends: the parent closed it, or died."""
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     try:
@@ -136,8 +135,8 @@ async def _wait_stdin_end() -> None:
 
 
 async def _wait_parent_exit(parent: int) -> None:
-    """Return when the parent is gone; a process that it forked may still hold the pipe."""
-    while os.getppid() == parent:  # noqa: ASYNC110 - nothing tells of a parent's death
+    """Return when the parent has exited; a process that it forked may still hold the pipe."""
+    while os.getppid() == parent:  # noqa: ASYNC110 - there is no event for a parent's death
         await asyncio.sleep(_ORPHAN_CHECK_S)
 
 
@@ -145,19 +144,19 @@ MODULE: Final = "fanfold.backends.simulated"
 _START_S: Final = 120.0
 _STOP_S: Final = 5.0
 _LINES: Final = 20
-_LONGEST_LINE: Final = 16 * 1024 * 1024  # thousands of URLs stand in one line
+_LONGEST_LINE: Final = 16 * 1024 * 1024  # one line contains thousands of URLs
 _REFUSED: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedFleet:
-    """A simulated fleet in a process of its own.
+    """Simulated fleet in a child process.
 
     Attributes:
         urls: Base URL of each node, ending in ``/v1``.
         control_url: URL of the control plane, without a path.
-        model: The model served.
-        pid: The process.
+        model: The served model.
+        pid: Id of the child process.
     """
 
     urls: tuple[str, ...]
@@ -172,29 +171,26 @@ async def launch(
 ) -> AsyncIterator[LaunchedFleet]:
     """Run a simulated fleet in a child process.
 
-    The child ends when its standard input does, hence with this process, however that ends.
+    The child stops when its standard input closes, that is, with this process, however it ends.
 
     Args:
         spec: The fleet's specification.
         start_timeout_s: Longest wait for the child to listen, in seconds.
 
-    Yields:
-        Where the fleet is.
-
     Raises:
-        ConfigurationError: The fleet refuses the specification, with its own words.
-        BackendError: The child cannot be started, died at the start or did not get ready.
+        ConfigurationError: The fleet refuses the specification; the message is the fleet's.
+        BackendError: The child cannot be started, exits at start or does not become ready.
     """
-    child, said = await _start(), deque[str](maxlen=_LINES)
-    listening = asyncio.create_task(_collect(child, said))
+    child, output = await _start(), deque[str](maxlen=_LINES)
+    collecting = asyncio.create_task(_collect(child, output))
     try:
-        ready = await _wait_ready(child, spec, start_timeout_s, said, listening)
+        ready = await _wait_ready(child, spec, start_timeout_s, output, collecting)
         yield LaunchedFleet(
             tuple(ready["urls"]), str(ready["control"]), str(ready["model"]), child.pid
         )
     finally:
         await _stop(child)
-        await listening
+        await collecting
 
 
 async def _start() -> Process:
@@ -211,36 +207,36 @@ async def _start() -> Process:
         raise BackendError(f"the simulated fleet's process cannot be started: {error}") from error
 
 
-async def _collect(child: Process, said: deque[str]) -> None:
+async def _collect(child: Process, output: deque[str]) -> None:
     if child.stderr is not None:
         async for line in child.stderr:
-            said.append(line.decode(errors="replace").rstrip())
+            output.append(line.decode(errors="replace").rstrip())
 
 
 async def _wait_ready(
     child: Process,
     spec: SimulationSpec,
     timeout_s: float,
-    said: deque[str],
-    listening: asyncio.Task[None],
+    output: deque[str],
+    collecting: asyncio.Task[None],
 ) -> dict[str, Any]:
-    """Hand over the specification and wait for the child's line."""
+    """Send the specification and wait for the child's line."""
     try:
         async with asyncio.timeout(timeout_s):
             line = await _send_spec(child, spec)
             if line:
                 return dict(orjson.loads(line))
             code = await child.wait()
-            await listening
+            await collecting
     except TimeoutError:
         raise BackendError(
-            f"the simulated fleet was not ready after {timeout_s:g} s; its last words: "
-            f"{' / '.join(said) or 'none'}"
+            f"the simulated fleet was not ready after {timeout_s:g} s; its last output: "
+            f"{' / '.join(output) or 'none'}"
         ) from None
-    words = "\n".join(said) or "it said nothing"
+    words = "\n".join(output) or "no output"
     if code == _REFUSED:
         raise ConfigurationError(words)
-    raise BackendError(f"the simulated fleet ended at its start with exit code {code}: {words}")
+    raise BackendError(f"the simulated fleet failed to start: exit code {code}: {words}")
 
 
 async def _send_spec(child: Process, spec: SimulationSpec) -> bytes:
@@ -250,12 +246,12 @@ async def _send_spec(child: Process, spec: SimulationSpec) -> bytes:
     try:
         await child.stdin.drain()
     except ConnectionError:
-        return b""  # it died before it read; its exit code says why
+        return b""  # it exited before it read; its exit code gives the reason
     return await child.stdout.readline()
 
 
 async def _stop(child: Process) -> None:
-    """End the child: by the end of its input, and by force if that does not help."""
+    """Stop the child: close its input, and kill it if that does not help."""
     if child.stdin is not None:
         child.stdin.close()
     try:
@@ -267,11 +263,11 @@ async def _stop(child: Process) -> None:
 
 
 def make_simulation_spec(config: RunConfig) -> SimulationSpec:
-    """Return the simulated fleet that the settings describe.
+    """Return the specification of the simulated fleet in the settings.
 
     Raises:
-        ConfigurationError: No simulated fleet is configured, there is no such responder, or a
-            fault rule is wrong.
+        ConfigurationError: No simulated fleet is configured, the responder is unknown, or a fault
+            rule is invalid.
         MissingExtraError: The responder needs RDKit.
     """
     simulated = config.endpoints.simulated
@@ -280,7 +276,7 @@ def make_simulation_spec(config: RunConfig) -> SimulationSpec:
     if simulated.responder not in RESPONDERS:
         msg = (
             f"endpoints.simulated.responder: unknown responder {simulated.responder!r}; "
-            f"there are {', '.join(sorted(RESPONDERS))}"
+            f"available: {', '.join(sorted(RESPONDERS))}"
         )
         raise ConfigurationError(msg)
     if simulated.responder == "esol" and find_spec("rdkit") is None:

@@ -1,4 +1,4 @@
-"""Requests, read and checked as vLLM checks them; prepared answer schemas."""
+"""Requests, parsed and checked as vLLM does; prepared answer schemas."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _TRIES: Final = 20
 
 
 class AnswerSchema:
-    """A JSON Schema that the fleet can answer to.
+    """JSON Schema that the fleet can answer.
 
-    What the walker draws is validated; a draw that fails (two branches of a ``oneOf`` that both
-    match, say) is drawn again, and a schema that no draw satisfies is refused.
+    Each drawn value is validated; a draw that fails (for example two branches of a ``oneOf`` that
+    both match) is repeated, and a schema that no draw satisfies is refused.
 
     Args:
         schema: A JSON Schema.
 
     Raises:
-        ApiError: 400: no JSON Schema, or one with a keyword that is not supported.
+        ApiError: 400: not a JSON Schema, or one with an unsupported keyword.
     """
 
     def __init__(self, schema: Any) -> None:
@@ -45,27 +45,14 @@ class AnswerSchema:
         self.schema = schema
 
     def accepts(self, value: Any) -> bool:
-        """Tell whether a value conforms.
-
-        Args:
-            value: Any JSON value.
-
-        Returns:
-            Whether it validates, formats included.
-        """
+        """Return True if a JSON value validates, formats included."""
         return self._validator.is_valid(value)
 
     def draw(self, key: bytes) -> Any:
-        """Draw a conforming value.
-
-        Args:
-            key: Equal keys give equal values.
-
-        Returns:
-            The value.
+        """Draw a conforming value; equal keys give equal values.
 
         Raises:
-            ApiError: The schema allows no value that the walker finds.
+            ApiError: The generator finds no value that the schema allows.
         """
         for attempt in range(_TRIES):
             value = ValueGenerator(self.schema, SeededRandom(hash_parts(key, attempt))).draw(
@@ -76,13 +63,13 @@ class AnswerSchema:
         raise ApiError("No answer that conforms to the JSON schema was found.", param=PARAM)
 
     def draw_invalid(self, key: bytes) -> Any:
-        """Draw a value that does not conform, as a model that ignores its instructions.
+        """Draw a value that does not conform, as from a model that ignores its instructions.
 
         Args:
             key: Equal keys give equal values.
 
         Returns:
-            The conforming value less one field where that breaks the schema, else an
+            The conforming value without one field if that breaks the schema, otherwise an
             entirely different one.
 
         Raises:
@@ -101,10 +88,10 @@ class AnswerSchema:
 
 
 class SchemaCache:
-    """Schemas by their text: a run asks for the same one again and again.
+    """Schemas by their text, since a run uses the same one again and again.
 
     Args:
-        size: How many to keep.
+        size: Number of schemas to keep.
     """
 
     def __init__(self, size: int = 256) -> None:
@@ -112,16 +99,10 @@ class SchemaCache:
         self._ready: dict[bytes, AnswerSchema] = {}
 
     def get(self, schema: Any) -> AnswerSchema:
-        """Return the schema, made ready.
-
-        Args:
-            schema: A JSON Schema.
-
-        Returns:
-            The schema; the same object for the same text.
+        """Return the prepared schema; the same object for the same text.
 
         Raises:
-            ApiError: As `AnswerSchema`.
+            ApiError: See `AnswerSchema`.
         """
         text = orjson.dumps(schema)
         found = self._ready.get(text)
@@ -142,13 +123,13 @@ _RANGES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
-    """The form that an answer must have; at most one attribute is set.
+    """Required form of an answer; at most one attribute is set.
 
     Attributes:
-        schema: The JSON Schema that it must satisfy.
-        choices: The texts of which it must be one.
-        pattern: Maker of texts that match the regular expression.
-        tool: Name of the function that must be called; ``schema`` are its arguments.
+        schema: JSON Schema that the answer must satisfy.
+        choices: Texts, one of which the answer must be.
+        pattern: Generator of texts that match the regular expression.
+        tool: Name of the function that must be called; ``schema`` describes its arguments.
     """
 
     schema: AnswerSchema | None = None
@@ -159,20 +140,20 @@ class AnswerForm:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request, understood.
+    """One parsed request.
 
     Attributes:
-        key: Identity of what is asked: fleet's seed, model, messages, form, body's seed.
+        key: Identity of the question: fleet's seed, model, messages, form, body's seed.
             Neither node nor attempt is part of it.
-        messages: The conversation; a bare prompt stands as one user message.
-        prompt_tokens: Its length.
-        form: The form asked for.
-        max_tokens: Most output tokens, already clamped to the context.
+        messages: The conversation; a bare prompt becomes one user message.
+        prompt_tokens: Length of the conversation.
+        form: Required form of the answer.
+        max_tokens: Maximum of output tokens, clamped to the context.
         stop: Texts that end the answer.
         chat: Whether it is a chat completion, not a bare completion.
         stream: Whether the answer is streamed.
         include_usage: Whether the stream ends with a usage chunk.
-        tools: The functions that may be called, as the request describes them.
+        tools: The functions that may be called, as described in the request.
     """
 
     key: bytes
@@ -188,15 +169,15 @@ class Question:
 
     @property
     def first_round(self) -> bool:
-        """Whether no assistant has spoken yet."""
+        """Whether the conversation has no assistant message yet."""
         return all(message.get("role") != "assistant" for message in self.messages)
 
 
 class QuestionReader:
-    """Reads request bodies.
+    """Parser of request bodies.
 
     Args:
-        model: The model served.
+        model: The served model.
         seed: The fleet's seed, part of every key.
     """
 
@@ -206,18 +187,15 @@ class QuestionReader:
         self._schemas = SchemaCache()
 
     def read(self, body: bytes, chat: bool, max_model_len: int) -> Question:
-        """Understand a request.
+        """Parse a request.
 
         Args:
             body: The request's body.
             chat: Whether it came to ``/v1/chat/completions``.
             max_model_len: The node's context length in tokens.
 
-        Returns:
-            The question.
-
         Raises:
-            ApiError: 400 or 404, as vLLM refuses.
+            ApiError: 400 or 404, as from vLLM.
         """
         data = load_object(body)
         self.check_model(data)
@@ -243,10 +221,7 @@ class QuestionReader:
         )
 
     def check_model(self, data: Mapping[str, Any]) -> None:
-        """Refuse a model that is not served.
-
-        Args:
-            data: The request's body; without a model, the served one is meant.
+        """Refuse a model that is not served; a missing model means the served one.
 
         Raises:
             ApiError: 404.
@@ -311,14 +286,8 @@ _SMALL_OBJECT: Final = {
 def load_object(body: bytes) -> dict[str, Any]:
     """Parse a request's body.
 
-    Args:
-        body: The bytes received.
-
-    Returns:
-        The JSON object.
-
     Raises:
-        ApiError: 400: no JSON object.
+        ApiError: 400: not a JSON object.
     """
     try:
         data = orjson.loads(body)
@@ -366,7 +335,7 @@ def _check_ranges(data: Mapping[str, Any]) -> None:
 
 
 def _limit(data: Mapping[str, Any], prompt_tokens: int, max_model_len: int) -> int:
-    """Return the most output tokens; the remaining context clamps them silently, as in vLLM."""
+    """Return the limit of output tokens, clamped silently to the context, as in vLLM."""
     if prompt_tokens > max_model_len:
         raise ApiError(
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
@@ -395,7 +364,7 @@ def _offered_tools(data: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def _forced_tool(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the function that must be called, if one must; of several, the first."""
+    """Return the function that must be called, if any; of several, the first."""
     choice = data.get("tool_choice")
     if choice in {None, "none", "auto"} if not isinstance(choice, dict) else False:
         return None

@@ -1,4 +1,4 @@
-"""Who writes the answers: schema, agent, ESOL."""
+"""Generators of answers: schema, agent, ESOL."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _LEVELS: Final[Mapping[str, float]] = {
 }
 """Upper ends in log S of the usual scale, by the first word of the level."""
 _THREE: Final[Mapping[str, float]] = {"poor": -4.0, "moderate": -2.0, "good": math.inf}
-"""The same for a scale of three."""
+"""Upper ends of a scale of three levels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Molecule:
-    """The descriptors that ESOL takes.
+    """Descriptors that ESOL uses.
 
     Attributes:
         clogp: Octanol-water partition, log10.
@@ -69,15 +69,15 @@ class Molecule:
 
 
 class EsolResponder:
-    """Answers questions about a molecule that the prompt names as ``SMILES: …``.
+    """Answer questions about a molecule that the prompt names as ``SMILES: …``.
 
-    Of the answer's fields, ``log_s``/``logS``, ``solubility_class``/``class``, ``score`` and
-    ``reason``/``rationale`` follow from the molecule; the others are the fallback's.
+    The fields ``log_s``/``logS``, ``solubility_class``/``class``, ``score`` and
+    ``reason``/``rationale`` are computed from the molecule; the others come from the fallback.
 
     Args:
         fallback: Draws the whole answer before the fields are set.
         noise: Standard deviation of the error, in log S.
-        accuracy: Probability that the molecule is looked at, at all.
+        accuracy: Probability that the molecule is used at all.
 
     Raises:
         MissingExtraError: RDKit is not installed.
@@ -90,7 +90,7 @@ class EsolResponder:
         self._describe = _describer()
 
     def __call__(self, question: Question) -> str:
-        """Write an answer; see `responders.Responder`."""
+        """Generate an answer; see `Responder`."""
         smiles = find_smiles(question.messages)
         molecule = self._describe(smiles)
         log_s = molecule.log_s + self._noise * draw_normal(question.key, "esol")
@@ -112,13 +112,7 @@ class EsolResponder:
 
 
 def find_smiles(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Find the molecule that a conversation is about.
-
-    Args:
-        messages: The conversation.
-
-    Returns:
-        What follows the last ``SMILES:`` of the first user message that has one.
+    """Return the last ``SMILES:`` value of the first user message that has one.
 
     Raises:
         ApiError: No user message has one.
@@ -129,7 +123,7 @@ def find_smiles(messages: Sequence[Mapping[str, Any]]) -> str:
         ):
             return str(found[-1]).rstrip(_ENDS).strip(_QUOTES)
     raise ApiError(
-        "The responder 'esol' answers prompts that hold 'SMILES: <molecule>'; this one does not. "
+        "The responder 'esol' answers prompts with 'SMILES: <molecule>'; this one has none. "
         "Use another responder.",
         param="messages",
     )
@@ -158,7 +152,7 @@ def _describer() -> Callable[[str], Molecule]:
 
 
 def _properties(schema: Any) -> Mapping[str, Any]:
-    """Return the schema's fields, with what they refer to."""
+    """Return the schema's fields, with references resolved."""
     found = schema.get("properties", {}) if isinstance(schema, dict) else {}
     return {
         name: merge_schemas(
@@ -171,7 +165,7 @@ def _properties(schema: Any) -> Mapping[str, Any]:
 
 
 def _fields(properties: Mapping[str, Any], molecule: Molecule, log_s: float) -> dict[str, Any]:
-    """Return the fields that follow from the molecule, as far as the schema has them."""
+    """Return the fields of the schema that are computed from the molecule."""
     makers: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
         "log_s": lambda part: _within(part, round(log_s, 2)),
         "logS": lambda part: _within(part, round(log_s, 2)),
@@ -206,8 +200,8 @@ def _level(part: Mapping[str, Any], log_s: float) -> Any:
     for scale in (_THREE, _LEVELS):
         if all(_first(level) in scale for level in levels):
             return _name(log_s, levels, scale)
-    place = (log_s + _SPAN) / _SPAN * len(levels)
-    return levels[min(max(int(place), 0), len(levels) - 1)]
+    position = (log_s + _SPAN) / _SPAN * len(levels)
+    return levels[min(max(int(position), 0), len(levels) - 1)]
 
 
 def _name(log_s: float, levels: list[Any], scale: Mapping[str, float]) -> Any:
@@ -230,7 +224,7 @@ def _sentence(molecule: Molecule, log_s: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """The answer of a model that calls a function, where the request leaves it the choice.
+    """Answer of a model that chooses to call a function.
 
     Attributes:
         name: The function; one of ``question.tools``.
@@ -242,16 +236,16 @@ class ToolCall:
 
 
 class Responder(Protocol):
-    """Writes the answer to one question."""
+    """Generator of the answer to one question."""
 
     def __call__(self, question: Question) -> str | ToolCall:
-        """Write an answer.
+        """Generate an answer.
 
         Args:
-            question: What is asked; ``question.key`` seeds all chance.
+            question: The question; ``question.key`` seeds all random draws.
 
         Returns:
-            The whole text, JSON where the form asks for it; or the call of a function.
+            The whole text (JSON if the form requires it), or a function call.
 
         Raises:
             ApiError: The question cannot be answered.
@@ -260,17 +254,17 @@ class Responder(Protocol):
 
 
 class SchemaResponder:
-    """Knows nothing: a value that conforms to the schema, or prose.
+    """Generate a value that conforms to the schema, or prose.
 
     Args:
-        output_tokens: Least and most tokens of prose.
+        output_tokens: Minimum and maximum of tokens of prose.
     """
 
     def __init__(self, output_tokens: tuple[int, int]) -> None:
         self._output_tokens = output_tokens
 
     def __call__(self, question: Question) -> str:
-        """Write an answer; see `Responder`."""
+        """Generate an answer; see `Responder`."""
         form, dice = question.form, SeededRandom(question.key)
         if form.schema is not None:
             return dump_compact(form.schema.draw(question.key))
@@ -289,12 +283,12 @@ def _esol(spec: SimulationSpec) -> Responder:
 
 
 class AgentResponder:
-    """Calls each function on offer once, in their order, and then answers.
+    """Call each offered function once, in their order, and then answer.
 
-    Arguments are drawn; those called ``smiles`` are the molecule that the conversation names.
+    Arguments are drawn at random; those named ``smiles`` are the molecule of the conversation.
 
     Args:
-        fallback: Answers at the end, and draws what a form asks for.
+        fallback: Generates the final answer, and draws what a form requires.
     """
 
     def __init__(self, fallback: SchemaResponder) -> None:
@@ -302,11 +296,11 @@ class AgentResponder:
         self._schemas = SchemaCache()
 
     def __call__(self, question: Question) -> str | ToolCall:
-        """Write an answer, or call the next function; see `Responder`."""
+        """Generate an answer, or call the next function; see `Responder`."""
         used = _called_functions(question.messages)
         left = [tool for tool in question.tools if tool.get("name") not in used]
         if not left and question.form.tool is not None:
-            left = [question.tools[-1]]  # one must be called, and the last one often ends a task
+            left = [question.tools[-1]]  # a call is required, and the last one often ends a task
         if not left:
             return self._fallback(question)
         schema = left[0].get("parameters") or {"type": "object"}
@@ -317,7 +311,7 @@ class AgentResponder:
 
 
 def _called_functions(messages: list[dict[str, Any]]) -> set[str]:
-    """Return the functions called since the user spoke last."""
+    """Return the functions called since the last user message."""
     used = set[str]()
     for message in messages:
         if message.get("role") == "user":
@@ -332,20 +326,17 @@ RESPONDERS: Final[Mapping[str, ResponderFactory]] = {
     "esol": _esol,
     "agent": lambda spec: AgentResponder(SchemaResponder(spec.output_tokens)),
 }
-"""The responders that fanfold brings; `SimulatedFleet` takes others as well."""
+"""Responders of fanfold; `SimulatedFleet` accepts others as well."""
 
 
 def make_responder(
     spec: SimulationSpec, responders: Mapping[str, ResponderFactory] = RESPONDERS
 ) -> Responder:
-    """Make the responder that a specification names.
+    """Return the responder that a specification names.
 
     Args:
         spec: The fleet's specification.
         responders: Factories by name.
-
-    Returns:
-        The responder, ready to answer.
 
     Raises:
         ConfigurationError: The name is unknown.
@@ -355,32 +346,25 @@ def make_responder(
     if factory is None:
         raise ConfigurationError(
             f"simulated fleet: responder {spec.responder!r} is unknown; "
-            f"known are {', '.join(sorted(responders))}"
+            f"available: {', '.join(sorted(responders))}"
         )
     return factory(spec)
 
 
 def dump_compact(value: Any) -> str:
-    """Write JSON without spaces.
-
-    Args:
-        value: Any JSON value.
-
-    Returns:
-        Its text.
-    """
+    """Return a value as JSON without spaces."""
     return orjson.dumps(value).decode()
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a node says.
+    """Answer of a node.
 
     Attributes:
         text: The content, or a tool call's arguments.
         finish_reason: ``stop``, ``length``, ``tool_calls``, ``content_filter`` or ``abort``.
         tokens: Output tokens, those of a tool call included.
-        tool: Name of the function called, or None.
+        tool: Name of the called function, or None.
         refusal: The model's refusal, or None.
     """
 
@@ -392,38 +376,31 @@ class Answer:
 
 
 def answer_question(question: Question, responder: Responder) -> Answer:
-    """Answer a question.
-
-    Args:
-        question: What is asked.
-        responder: Who writes the text.
-
-    Returns:
-        The answer, cut at stop texts and at the most tokens.
+    """Return the answer to a question, cut at stop texts and at the token limit.
 
     Raises:
         ApiError: The question cannot be answered.
     """
-    said = responder(question)
-    if not isinstance(said, ToolCall):
-        return limit_answer(question, said)
-    if said.name not in {tool.get("name") for tool in question.tools}:
-        raise ApiError(f"the responder calls {said.name!r}, which is no function of tools")
-    return limit_answer(question, dump_compact(said.arguments), said.name)
+    reply = responder(question)
+    if not isinstance(reply, ToolCall):
+        return limit_answer(question, reply)
+    if reply.name not in {tool.get("name") for tool in question.tools}:
+        raise ApiError(f"the responder calls {reply.name!r}, which is not a function of tools")
+    return limit_answer(question, dump_compact(reply.arguments), reply.name)
 
 
 def limit_answer(question: Question, text: str, tool: str | None = None) -> Answer:
     """Cut a text as a server does.
 
     Args:
-        question: Holds the limits.
+        question: The question, with its limits.
         text: The whole text.
-        tool: The function that it calls, unless the question itself names one.
+        tool: The called function, unless the question itself names one.
 
     Returns:
-        The answer; a tool call that is cut becomes plain text, as in vLLM.
+        The answer; a truncated tool call becomes plain text, as in vLLM.
     """
-    ends = [place for stop in question.stop if stop and (place := text.find(stop)) >= 0]
+    ends = [position for stop in question.stop if stop and (position := text.find(stop)) >= 0]
     whole = text[: min(ends)] if ends else text
     tokens = count_text_tokens(whole)
     tool = tool or question.form.tool
@@ -435,16 +412,13 @@ def limit_answer(question: Question, text: str, tool: str | None = None) -> Answ
 
 
 def spoil_answer(answer: Answer, kind: str, question: Question) -> Answer:
-    """Spoil an answer in the way of a fault.
+    """Spoil an answer according to a fault.
 
     Args:
-        answer: The good answer.
-        kind: ``empty_content``, ``content_filter``, ``refusal``, ``bad_schema``, or another
-            fault, which leaves the answer as it is.
-        question: What was asked.
-
-    Returns:
-        The spoiled answer.
+        answer: The correct answer.
+        kind: ``empty_content``, ``content_filter``, ``refusal`` or ``bad_schema``; other faults
+            do not change the answer.
+        question: The question.
     """
     match kind:
         case "empty_content":
@@ -462,14 +436,7 @@ def spoil_answer(answer: Answer, kind: str, question: Question) -> Answer:
 
 
 def halve_answer(answer: Answer) -> Answer:
-    """Return the answer of a node that is told to stop: half of it, marked ``abort``.
-
-    Args:
-        answer: The answer under way.
-
-    Returns:
-        Its first half.
-    """
+    """Return the first half of an answer, marked ``abort``, as from a node during shutdown."""
     tokens = answer.tokens // 2
     return Answer(truncate_tokens(answer.text, tokens), "abort", tokens)
 

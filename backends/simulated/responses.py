@@ -1,4 +1,4 @@
-"""Bodies of good, broken and refused answers."""
+"""Bodies of correct, broken and refused answers."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .values import error_body, truncate_tokens
 DONE: Final = b"data: [DONE]\n\n"
 _FIRST_TOKENS: Final = 1
 _BURST: Final = 8
-"""Tokens in one chunk of a stream."""
+"""Tokens per chunk of a stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """What surrounds an answer.
+    """Metadata of an answer.
 
     Attributes:
         id: The answer's id.
         created: Unix time in seconds.
         model: The model's name.
         chat: Whether it answers a chat completion.
-        usage: The usage object, or None where the server leaves it out or null.
-        omit_usage: Whether the key ``usage`` is left out.
+        usage: The usage object, or None where the server omits it or sends null.
+        omit_usage: Whether the key ``usage`` is omitted.
     """
 
     id: str
@@ -44,16 +44,7 @@ class Envelope:
 
 
 def usage_object(mode: UsageMode, prompt: int, completion: int) -> dict[str, Any] | None:
-    """Return the five keys of ``usage``.
-
-    Args:
-        mode: The fleet's usage mode.
-        prompt: Prompt tokens.
-        completion: Output tokens.
-
-    Returns:
-        The object, or None in the modes ``null`` and ``omit``.
-    """
+    """Return the five keys of ``usage``, or None in the modes ``null`` and ``omit``."""
     if mode in {"null", "omit"}:
         return None
     return {
@@ -66,15 +57,7 @@ def usage_object(mode: UsageMode, prompt: int, completion: int) -> dict[str, Any
 
 
 def completion_body(envelope: Envelope, answer: Answer) -> dict[str, Any]:
-    """Return a whole answer.
-
-    Args:
-        envelope: What surrounds it.
-        answer: The answer.
-
-    Returns:
-        The JSON object.
-    """
+    """Return the body of a complete answer."""
     choice = _chat_choice(envelope, answer) if envelope.chat else _text_choice(answer)
     body = {
         "id": envelope.id,
@@ -137,27 +120,12 @@ def _tool_call(envelope: Envelope, answer: Answer) -> dict[str, Any]:
 
 
 def encode_event(data: Any) -> bytes:
-    """Encode one server-sent event.
-
-    Args:
-        data: Its JSON.
-
-    Returns:
-        The event's bytes.
-    """
+    """Encode one server-sent event with JSON data."""
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
 def stream_start(envelope: Envelope, answer: Answer) -> bytes:
-    """Return a stream's first events: the role and the first token.
-
-    Args:
-        envelope: What surrounds the answer.
-        answer: The answer.
-
-    Returns:
-        The events' bytes.
-    """
+    """Return a stream's first events: the role and the first token."""
     first = truncate_tokens(answer.text, _FIRST_TOKENS)
     if not envelope.chat:
         return encode_event(_chunk(envelope, {"text": first}))
@@ -166,15 +134,7 @@ def stream_start(envelope: Envelope, answer: Answer) -> bytes:
 
 
 def stream_middle(envelope: Envelope, answer: Answer) -> bytes:
-    """Return a stream's events between the first token and the finish.
-
-    Args:
-        envelope: What surrounds the answer.
-        answer: The answer.
-
-    Returns:
-        The events' bytes.
-    """
+    """Return a stream's events between the first token and the finish."""
     rest, events = answer.text[len(truncate_tokens(answer.text, _FIRST_TOKENS)) :], []
     while rest:
         burst = truncate_tokens(rest, _BURST)
@@ -185,16 +145,7 @@ def stream_middle(envelope: Envelope, answer: Answer) -> bytes:
 
 
 def stream_end(envelope: Envelope, answer: Answer, include_usage: bool) -> bytes:
-    """Return a stream's last events: the finish, the usage if asked for, and ``[DONE]``.
-
-    Args:
-        envelope: What surrounds the answer.
-        answer: The answer.
-        include_usage: Whether the client asked for usage.
-
-    Returns:
-        The events' bytes.
-    """
+    """Return a stream's last events: the finish, the requested usage, and ``[DONE]``."""
     empty: dict[str, Any] = {"delta": {}} if envelope.chat else {"text": ""}
     finish = encode_event(_chunk(envelope, empty, answer.finish_reason))
     if not include_usage or envelope.omit_usage:
@@ -298,15 +249,15 @@ _ERROR_REPLIES: Final[dict[str, tuple[int, bytes, bytes]]] = {
 }
 
 REFUSING_FAULTS: Final = frozenset([*_ERROR_REPLIES, "429", "429_ra", "drop", "reset", "hang"])
-"""Faults that need no answer of the model."""
+"""Faults that are sent without an answer of the model."""
 
 
 def send_fault(exchange: Exchange, rule: FaultRule) -> None:
-    """Treat a request as a fault demands that strikes before any work is done.
+    """Apply a fault that precedes all processing.
 
     Args:
         exchange: The request.
-        rule: The fault; its kind is one of `REFUSED_BY`.
+        rule: The fault; its kind is in `REFUSING_FAULTS`.
     """
     match rule.kind:
         case "429":
@@ -318,27 +269,23 @@ def send_fault(exchange: Exchange, rule: FaultRule) -> None:
         case "reset":
             exchange.reset()
         case "hang":
-            pass  # the exchange stays open until the client leaves
+            pass  # the exchange stays open until the client disconnects
         case kind:
             status, content_type, body = _ERROR_REPLIES[kind]
             exchange.reply(body, status, content_type)
 
 
 def send_unauthorized(exchange: Exchange) -> None:
-    """Refuse a wrong key as vLLM does: here ``error`` is a string.
-
-    Args:
-        exchange: The request.
-    """
+    """Refuse a wrong key as vLLM does: here ``error`` is a string."""
     exchange.reply(b'{"error":"Unauthorized"}', 401)
 
 
 def send_distorted(exchange: Exchange, body: dict[str, Any], kind: str) -> None:
-    """Send a complete answer with something wrong about it.
+    """Send a complete answer that the fault has distorted.
 
     Args:
         exchange: The request.
-        body: The good answer.
+        body: The correct answer.
         kind: The fault.
     """
     match kind:
@@ -367,4 +314,4 @@ DISTORTIONS: Final = frozenset(
 """Faults that replace a stream by one body."""
 
 UNREADABLE_FAULTS: Final = DISTORTIONS | IN_STREAM
-"""Faults that leave an answer that was paid and cannot be read."""
+"""Faults that leave a billed answer that cannot be parsed."""

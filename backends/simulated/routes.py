@@ -1,4 +1,4 @@
-"""Routes of a node: completions, models, tokenize, metrics; control plane."""
+"""Routes of a node (completions, models, tokenize, metrics) and the control plane."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .values import ApiError, count_chat_tokens, count_text_tokens, error_body, 
 
 
 class CompletionService:
-    """What all nodes share in answering ``/v1/chat/completions`` and ``/v1/completions``.
+    """Shared service of all nodes for ``/v1/chat/completions`` and ``/v1/completions``.
 
     Args:
         spec: The fleet's specification.
-        responder: Writes the answers.
-        faults: Decides what goes wrong.
+        responder: Generates the answers.
+        faults: Decides on faults.
         servings: Counts the questions.
-        now: Gives simulated seconds since the start.
+        now: Returns simulated seconds since the start.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class CompletionService:
         """Answer a request, now or later.
 
         Args:
-            node: The node asked.
+            node: The node that received it.
             exchange: The request.
-            chat: Whether it asks for a chat completion.
+            chat: Whether it is for a chat completion.
         """
         node.arrivals += 1
         node.counts.requests += 1
@@ -146,15 +146,7 @@ class CompletionService:
 
 
 def metrics_text(node: Node, model: str) -> bytes:
-    """Write a node's metrics.
-
-    Args:
-        node: The node.
-        model: The model's name, a label of every metric.
-
-    Returns:
-        The text.
-    """
+    """Return a node's metrics as Prometheus text, labelled with the model's name."""
     counts = node.counts
     gauges = {
         "num_requests_running": node.running,
@@ -202,10 +194,10 @@ _Route: TypeAlias = Callable[[Node, Exchange], None]
 
 
 class FleetControl(Protocol):
-    """What the control plane may do to the fleet."""
+    """Operations of the control plane on the fleet."""
 
     def stats(self, prompts: bool = False) -> dict[str, Any]:
-        """Return what happened so far."""
+        """Return the statistics so far."""
         ...
 
     def add_fault(self, rule: FaultRule) -> None:
@@ -221,7 +213,7 @@ class FleetControl(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget faults and counters."""
+        """Remove faults and reset counters."""
         ...
 
 
@@ -231,8 +223,8 @@ class NodeRoutes:
     Args:
         spec: The fleet's specification.
         service: Answers completions.
-        faults: Knows cold nodes.
-        now: Gives simulated seconds since the start.
+        faults: Knows which nodes are cold.
+        now: Returns simulated seconds since the start.
     """
 
     def __init__(
@@ -260,13 +252,7 @@ class NodeRoutes:
         }
 
     def handle(self, node: Node, path: str, exchange: Exchange) -> None:
-        """Answer a request to a node.
-
-        Args:
-            node: The node.
-            path: The path on it.
-            exchange: The request.
-        """
+        """Answer a request to a path of a node."""
         if not node.alive:
             exchange.reset()
             return
@@ -330,13 +316,13 @@ def _version(node: Node, exchange: Exchange) -> None:  # noqa: ARG001 - a route'
 
 
 class Router:
-    """Finds the node, or the control plane, that a request is for.
+    """Route requests to a node or to the control plane.
 
     Args:
         nodes: The fleet's nodes.
-        routes: What a node answers.
+        routes: Routes of a node.
         control: The fleet.
-        spawn: Runs a coroutine that belongs to the fleet.
+        spawn: Runs a coroutine as a task of the fleet.
     """
 
     def __init__(
@@ -352,20 +338,11 @@ class Router:
         self._spawn = spawn
 
     def on_node(self, index: int, exchange: Exchange) -> None:
-        """Answer a request that came to a node's own socket.
-
-        Args:
-            index: The node's number.
-            exchange: The request.
-        """
+        """Answer a request to the own socket of the node with this number."""
         self._routes.handle(self._nodes[index], exchange.head.path, exchange)
 
     def on_root(self, exchange: Exchange) -> None:
-        """Answer a request that came to the shared socket.
-
-        Args:
-            exchange: The request.
-        """
+        """Answer a request to the shared socket."""
         if exchange.head.path.startswith("/_sim/"):
             self._on_control(exchange)
             return

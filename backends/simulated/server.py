@@ -1,4 +1,4 @@
-"""HTTP server with deliberate misbehaviour."""
+"""HTTP server that can misbehave on purpose."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .spec import SimulationSpec
 
 
 class BadFramingError(ValueError):
-    """Bytes that are no HTTP request."""
+    """Bytes that are not an HTTP request."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestHead:
-    """A request's line and the headers that matter here.
+    """Request line and the headers that matter here.
 
     Attributes:
         method: ``GET``, ``POST``, …
@@ -47,29 +47,16 @@ class RequestHead:
     expects_continue: bool
 
     def header(self, name: bytes) -> str | None:
-        """Return a header's value.
-
-        Args:
-            name: The header's name in lower case.
-
-        Returns:
-            The value, or None.
-        """
+        """Return a header's value by its name in lower case, or None."""
         span = _span(self.lower, name)
         return None if span is None else self.raw[span[0] : span[1]].strip().decode("latin-1")
 
 
 def parse_head(data: bytes) -> RequestHead:
-    """Read a request's head.
-
-    Args:
-        data: Everything before the empty line.
-
-    Returns:
-        The head.
+    """Parse a request's head: everything before the empty line.
 
     Raises:
-        BadFramingError: It is none.
+        BadFramingError: The data is not a request head.
     """
     line, _, raw = data.partition(b"\r\n")
     parts = line.split(b" ")
@@ -80,7 +67,7 @@ def parse_head(data: bytes) -> RequestHead:
     path, _, query = parts[1].decode("latin-1").partition("?")
     length = _value(lower, b"content-length") or b"0"
     if not length.isdigit():
-        raise BadFramingError("content-length is no number")
+        raise BadFramingError("content-length is not a number")
     connection = _value(lower, b"connection") or b""
     return RequestHead(
         method=parts[0].decode("latin-1"),
@@ -112,20 +99,20 @@ def _value(lower: bytes, name: bytes) -> bytes | None:
 
 
 def take_chunked_body(buffer: bytearray) -> bytes | None:
-    """Take a chunked body off the front of a buffer, once it is whole.
+    """Remove a complete chunked body from the front of a buffer.
 
     Args:
-        buffer: What was received after the head; shortened by the body.
+        buffer: Bytes received after the head; the body is removed from it.
 
     Returns:
-        The body, or None while some of it is missing.
+        The body, or None while it is incomplete.
 
     Raises:
-        BadFramingError: A chunk's size is no number.
+        BadFramingError: A chunk's size is not a number.
     """
-    body, place = bytearray(), 0
-    while (line_end := buffer.find(b"\r\n", place)) >= 0:
-        size = _chunk_size(bytes(buffer[place:line_end]))
+    body, position = bytearray(), 0
+    while (line_end := buffer.find(b"\r\n", position)) >= 0:
+        size = _chunk_size(bytes(buffer[position:line_end]))
         start, end = line_end + 2, line_end + 2 + size
         if len(buffer) < end + 2:
             return None
@@ -133,7 +120,7 @@ def take_chunked_body(buffer: bytearray) -> bytes | None:
             del buffer[: end + 2]
             return bytes(body)
         body += buffer[start:end]
-        place = end + 2
+        position = end + 2
     return None
 
 
@@ -141,7 +128,7 @@ def _chunk_size(line: bytes) -> int:
     try:
         return int(line.split(b";")[0], 16)
     except ValueError:
-        raise BadFramingError("a chunk's size is no number") from None
+        raise BadFramingError("a chunk's size is not a number") from None
 
 
 _MOST_HEAD: Final = 64 * 1024
@@ -156,7 +143,7 @@ class Exchange:
     Attributes:
         head: The request's line and headers.
         body: The request's body.
-        on_lost: Called once if the client leaves before the answer is complete.
+        on_lost: Called once if the client disconnects before the answer is complete.
     """
 
     __slots__ = ("_connection", "body", "head", "on_lost")
@@ -169,7 +156,7 @@ class Exchange:
 
     @property
     def is_open(self) -> bool:
-        """Whether the answer is not complete and the client is still there."""
+        """Whether the answer is incomplete and the client is still connected."""
         return self._connection is not None
 
     def query(self, name: str) -> str | None:
@@ -178,24 +165,20 @@ class Exchange:
         return values[0] if values else None
 
     def set_idle_timeout(self, seconds: float | None) -> None:
-        """Set after how long the connection is closed when it idles afterwards.
-
-        Args:
-            seconds: Seconds, or None for never.
-        """
+        """Set the idle time after which the connection is closed; None for never."""
         if self._connection is not None:
             self._connection.idle_s = seconds
 
     def reply(
         self, body: bytes, status: int = 200, content_type: bytes = JSON_TYPE, extra: bytes = b""
     ) -> None:
-        """Answer at once and completely.
+        """Send a complete answer.
 
         Args:
             body: The body.
             status: HTTP status.
             content_type: Value of ``Content-Type``.
-            extra: More header lines, each ending in CRLF.
+            extra: Further header lines, each ending in CRLF.
         """
         self._send(_head(status, content_type, extra, len(body)) + body)
         self._finish()
@@ -206,23 +189,19 @@ class Exchange:
         self._send(_head(200, kind, b"transfer-encoding: chunked\r\n", None))
 
     def write(self, data: bytes) -> None:
-        """Send a part of the stream.
-
-        Args:
-            data: Some bytes, not empty.
-        """
+        """Send a part of the stream, not empty."""
         self._send(b"%x\r\n%b\r\n" % (len(data), data))
 
     def end(self) -> None:
-        """End the stream properly."""
+        """End the stream regularly."""
         self._send(b"0\r\n\r\n")
         self._finish()
 
     def send_truncated(self, body: bytes) -> None:
-        """Promise more than is sent, then close.
+        """Announce more bytes than are sent, then close.
 
         Args:
-            body: What would be the whole body; half of it is sent.
+            body: The complete body, of which half is sent.
         """
         self._send(_head(200, JSON_TYPE, b"", len(body)) + body[: len(body) // 2])
         self.drop()
@@ -236,7 +215,7 @@ class Exchange:
         self._release().reset()
 
     def notify_lost(self) -> None:
-        """Note that the client left."""
+        """Record that the client disconnected."""
         self._connection = None
         if self.on_lost is not None:
             self.on_lost()
@@ -264,8 +243,8 @@ class Connection(asyncio.Protocol):
     """One connection of one client.
 
     Args:
-        handler: Gets each request; answers at once or later.
-        connections: Where the connection is listed while it is open.
+        handler: Receives each request; answers at once or later.
+        connections: Set of open connections, to which this one is added.
     """
 
     def __init__(self, handler: Handler, connections: MutableSet[Connection]) -> None:
@@ -280,12 +259,12 @@ class Connection(asyncio.Protocol):
         """Seconds after which an idle connection is closed, or None."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the transport; see `asyncio.Protocol`."""
+        """Store the transport; see `asyncio.Protocol`."""
         self._transport = cast("asyncio.Transport", transport)
         self._connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        """Tell the exchange under way, if any; see `asyncio.Protocol`."""
+        """Notify the current exchange, if any; see `asyncio.Protocol`."""
         self._connections.discard(self)
         self._stop_idling()
         exchange, self.exchange, self._transport = self.exchange, None, None
@@ -293,7 +272,7 @@ class Connection(asyncio.Protocol):
             exchange.notify_lost()
 
     def data_received(self, data: bytes) -> None:
-        """Collect bytes and serve whole requests; see `asyncio.Protocol`."""
+        """Collect bytes and serve complete requests; see `asyncio.Protocol`."""
         self._stop_idling()
         self._buffer += data
         if len(self._buffer) > _MOST_BODY + _MOST_HEAD:
@@ -318,7 +297,7 @@ class Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     def _next_body(self) -> bytes | None:
-        """Return the next request's body once it is whole; its head is then in ``_head``."""
+        """Return the next request's body once complete; its head is then in ``_head``."""
         if self._head is None:
             end = self._buffer.find(b"\r\n\r\n")
             if end < 0:
@@ -339,7 +318,7 @@ class Connection(asyncio.Protocol):
         return body
 
     def send(self, data: bytes) -> None:
-        """Send bytes, unless the client left."""
+        """Send bytes, unless the client disconnected."""
         if self._transport is not None:
             self._transport.write(data)
 
@@ -359,12 +338,12 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._serve)
 
     def close(self) -> None:
-        """Close after what is written has gone out."""
+        """Close after pending data is sent."""
         if self._transport is not None:
             self._transport.close()
 
     def reset(self) -> None:
-        """Break the connection, so that the client sees a reset."""
+        """Abort the connection, so that the client sees a reset."""
         if self._transport is None:
             return
         sock: socket.socket = self._transport.get_extra_info("socket")
@@ -399,12 +378,12 @@ _HIGHEST_PORT: Final = 65_535
 
 
 class Listener:
-    """One listening socket and the connections that it accepted.
+    """One listening socket and its connections.
 
     Args:
         host: Address.
         port: Port, or 0 for a free one; afterwards the port in use.
-        handler: Gets the requests.
+        handler: Receives the requests.
     """
 
     def __init__(self, host: str, port: int, handler: Handler) -> None:
@@ -421,10 +400,10 @@ class Listener:
         return f"http://{host}:{self.port}"
 
     async def open(self) -> None:
-        """Start to listen.
+        """Start listening.
 
         Raises:
-            ConfigurationError: The address or the port cannot be had.
+            ConfigurationError: The address or the port is not available.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -442,10 +421,10 @@ class Listener:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self, abruptly: bool) -> None:
-        """Stop to listen and end all connections.
+        """Stop listening and close all connections.
 
         Args:
-            abruptly: Whether the clients see a reset, not an orderly end.
+            abruptly: Whether clients see a reset instead of an orderly end.
         """
         if self._server is None:
             return
@@ -464,8 +443,8 @@ class FleetListeners:
 
     Args:
         spec: The fleet's specification.
-        on_root: Gets requests to the shared socket.
-        on_node: Gets a node's number and a request to its own socket.
+        on_root: Receives requests to the shared socket.
+        on_node: Receives a node's number and a request to its own socket.
     """
 
     def __init__(
@@ -496,7 +475,7 @@ class FleetListeners:
         """Open every socket.
 
         Raises:
-            ConfigurationError: One cannot be had; those opened before are closed again.
+            ConfigurationError: A socket is not available; those already open are closed again.
         """
         try:
             await self._root.open()
@@ -515,7 +494,7 @@ class FleetListeners:
             await listener.close(abruptly=True)
 
     async def close_node(self, node: int, abruptly: bool) -> None:
-        """Close a node's own socket; none where nodes share one.
+        """Close a node's own socket, if it has one.
 
         Args:
             node: The node's number.
@@ -525,13 +504,10 @@ class FleetListeners:
             await self._nodes[node].close(abruptly)
 
     async def open_node(self, node: int) -> None:
-        """Open a node's own socket again, at the same place.
-
-        Args:
-            node: The node's number.
+        """Open a node's own socket again, at the same address.
 
         Raises:
-            ConfigurationError: The port is taken by now.
+            ConfigurationError: The port is now in use.
         """
         if self._nodes:
             await self._nodes[node].open()

@@ -1,4 +1,4 @@
-"""What a simulated fleet is like: one frozen value, sayable in JSON."""
+"""Specification of a simulated fleet: one frozen value with a JSON form."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ UsageMode: TypeAlias = Literal["full", "details", "null", "omit"]
 
 @dataclass(frozen=True, slots=True)
 class SimulationSpec:
-    """The fleet's size, speed, answers and faults.
+    """Size, speed, answers and faults of a simulated fleet.
 
-    The defaults answer a question with about 100 tokens of JSON in 0.3 to 1 s.
+    By default, a question is answered with about 100 tokens of JSON in 0.3 to 1 s.
 
     Attributes:
-        nodes: How many endpoints.
-        model: The one model that they serve.
+        nodes: Number of endpoints.
+        model: The served model.
         addressing: ``path`` (one port, ``/node-<k>/v1``), ``port`` (one port per node) or
             ``addr`` (one loopback address per node, Linux only).
-        host: Address to listen on; ``addr`` ignores it.
+        host: Address to listen on; ignored with ``addr``.
         port: First port, or 0 for free ones.
-        responder: Name of the responder that writes the answers (`responders.RESPONDERS`).
+        responder: Name of the responder that generates the answers (`responders.RESPONDERS`).
         seed: Seed of answers, jitter and faults.
-        max_num_seqs: Requests that a node works on at once; the others queue.
-        max_num_queued_reqs: Longest queue of a node, or None for any.
+        max_num_seqs: Requests that a node processes at once; further ones queue.
+        max_num_queued_reqs: Longest queue of a node, or None for no limit.
         max_model_len: Context length in tokens.
         ttft_s: Seconds before the prompt is read.
         prefill_rate: Prompt tokens read per second.
-        tpot_s: Seconds per output token of a lone request.
-        alpha: How much a full node slows each request down: the factor on ``tpot_s`` is
+        tpot_s: Seconds per output token of a single request.
+        alpha: Slowdown of each request on a full node: the factor on ``tpot_s`` is
             ``1 + alpha * (running - 1) / max_num_seqs``.
         jitter: Sigma of the log-normal factor on all times; 0 is exact.
         time_scale: Divides all times; 10 is ten times as fast.
-        output_tokens: Least and most tokens of a free text.
-        speeds: Factor on a node's speed, by node number; others have 1.
+        output_tokens: Minimum and maximum of tokens of a free text.
+        speeds: Factor on a node's speed, by node number; other nodes have 1.
         capacities: ``max_num_seqs`` of single nodes, by node number.
-        accuracy: Probability that a responder with a notion of truth tells it.
+        accuracy: Probability that a responder that knows the truth gives it.
         noise: Standard deviation of a computing responder's error, in its own unit.
         usage: ``full`` (five keys), ``details`` (with cached tokens), ``null`` or ``omit``.
-        api_key: Key that ``/v1`` asks for, or None for no key. Never shown in ``repr``.
-        faults: What goes wrong.
+        api_key: Key that ``/v1`` requires, or None for no key. Never shown in ``repr``.
+        faults: Fault rules.
 
     Raises:
-        ConfigurationError: A value out of range.
+        ConfigurationError: A value is out of range.
     """
 
     nodes: int = 8
@@ -79,7 +79,7 @@ class SimulationSpec:
     faults: tuple[FaultRule, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse values of a wrong type or out of range, each with its name."""
+        """Refuse values of a wrong type or out of range; the message names the field."""
         self._check_types()
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
@@ -93,7 +93,7 @@ class SimulationSpec:
         if not self.model:
             raise _wrong("model", "must not be empty", self.model)
         if not 0 <= self.accuracy <= 1:
-            raise _wrong("accuracy", "must lie in [0, 1]", self.accuracy)
+            raise _wrong("accuracy", "must be in [0, 1]", self.accuracy)
         if not 1 <= self.output_tokens[0] <= self.output_tokens[1]:
             raise _wrong("output_tokens", "must be (least, most), from 1", self.output_tokens)
         for name in ("speeds", "capacities"):
@@ -111,10 +111,7 @@ class SimulationSpec:
         """Return a fleet for tests: first token after 5 ms, 0.2 ms per token, no jitter.
 
         Args:
-            **changes: Attributes to set otherwise.
-
-        Returns:
-            The specification.
+            **changes: Attributes that differ.
         """
         quick = cls(ttft_s=0.005, tpot_s=0.0002, prefill_rate=1e6, alpha=0.0, jitter=0.0)
         return replace(quick, **changes)
@@ -127,10 +124,7 @@ class SimulationSpec:
         argonne-lcf/FIRST publishes (``examples/load-testing/benchmark_summary.csv``).
 
         Args:
-            **changes: Attributes to set otherwise.
-
-        Returns:
-            The specification.
+            **changes: Attributes that differ.
         """
         busy = cls(tpot_s=0.078, output_tokens=(131, 131), max_num_seqs=256, alpha=0.0)
         return replace(busy, **changes)
@@ -139,51 +133,39 @@ class SimulationSpec:
     def like_70b(cls, **changes: Any) -> SimulationSpec:
         """Return nodes as slow as a busy 70B model: 173 tokens per answer, 179 ms each.
 
-        Derived as `like_8b` is.
+        Derived in the same way as `like_8b`.
 
         Args:
-            **changes: Attributes to set otherwise.
-
-        Returns:
-            The specification.
+            **changes: Attributes that differ.
         """
         slow = cls(model="simulated-70b", tpot_s=0.179, output_tokens=(173, 173), alpha=0.0)
         return replace(slow, max_num_seqs=256, **changes)
 
     def to_json(self) -> str:
-        """Return the specification as one line of JSON, API key included."""
+        """Return the specification as one line of JSON, with the API key."""
         return orjson.dumps(asdict(self), option=orjson.OPT_NON_STR_KEYS).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> SimulationSpec:
-        """Read what `to_json` wrote; missing keys have their defaults.
-
-        Args:
-            text: A JSON object.
-
-        Returns:
-            The specification.
+        """Read the output of `to_json`; missing keys have their defaults.
 
         Raises:
-            ConfigurationError: No JSON object, an unknown key or a value out of range.
+            ConfigurationError: Not a JSON object, an unknown key or a value out of range.
         """
         try:
             data = orjson.loads(text)
         except orjson.JSONDecodeError as error:
-            raise ConfigurationError(f"the fleet's specification is no JSON: {error}") from error
+            raise ConfigurationError(f"the fleet's specification is not JSON: {error}") from error
         if not isinstance(data, dict):
             raise ConfigurationError("the fleet's specification must be a JSON object")
         return cls.from_mapping(data)
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> SimulationSpec:
-        """Build a specification from what JSON or YAML holds.
+        """Build a specification from JSON or YAML data.
 
         Args:
             data: The attributes by name; missing ones have their defaults.
-
-        Returns:
-            The specification.
 
         Raises:
             ConfigurationError: An unknown key, a wrong type or a value out of range.
@@ -192,7 +174,7 @@ class SimulationSpec:
         unknown = sorted(data.keys() - set(known))
         if unknown:
             raise ConfigurationError(
-                f"simulated fleet: unknown {', '.join(unknown)}; known are {', '.join(known)}"
+                f"simulated fleet: unknown {', '.join(unknown)}; known: {', '.join(known)}"
             )
         plain = dict(data)
         try:
@@ -211,14 +193,14 @@ class SimulationSpec:
 
 _WHOLE: tuple[Any, str] = (int, "a whole number")
 _REAL: tuple[Any, str] = (int | float, "a number")
-_TEXT: tuple[Any, str] = (str, "a text")
+_TEXT: tuple[Any, str] = (str, "text")
 _KINDS: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("nodes", "port", "seed", "max_num_seqs", "max_model_len"), _WHOLE),
     **dict.fromkeys(("ttft_s", "prefill_rate", "tpot_s", "alpha", "jitter"), _REAL),
     **dict.fromkeys(("time_scale", "accuracy", "noise"), _REAL),
     **dict.fromkeys(("model", "addressing", "host", "responder", "usage"), _TEXT),
-    "max_num_queued_reqs": (int | None, "a whole number or nothing"),
-    "api_key": (str | None, "a text or nothing"),
+    "max_num_queued_reqs": (int | None, "a whole number or null"),
+    "api_key": (str | None, "text or null"),
 }
 _LEAST: dict[str, float] = {
     "nodes": 1,

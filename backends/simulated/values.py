@@ -1,4 +1,4 @@
-"""Seeded random, tokens, texts, strings by format or pattern; ApiError."""
+"""Seeded random values, tokens, texts, strings by format or pattern; ApiError."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ _SPAN: Final = float(1 << 64)
 
 
 def hash_parts(*parts: object) -> bytes:
-    """Hash some values.
+    """Hash values to 16 bytes.
 
     Args:
-        *parts: Bytes as they are; anything else by its ``str``.
-
-    Returns:
-        16 bytes.
+        *parts: Bytes are used unchanged, anything else by its ``str``.
     """
     hasher = blake2b(digest_size=16)
     for part in parts:
@@ -35,26 +32,12 @@ def hash_parts(*parts: object) -> bytes:
 
 
 def draw_uniform(*parts: object) -> float:
-    """Draw a uniform number in [0, 1) from some values.
-
-    Args:
-        *parts: As for `digest`.
-
-    Returns:
-        The number; equal parts give an equal number.
-    """
+    """Return a uniform number in [0, 1) derived from values, which are used as in `hash_parts`."""
     return int.from_bytes(hash_parts(*parts)[:8]) / _SPAN
 
 
 def draw_normal(*parts: object) -> float:
-    """Draw a standard normal number from some values (Box and Muller).
-
-    Args:
-        *parts: As for `digest`.
-
-    Returns:
-        The number.
-    """
+    """Return a standard normal number derived from values (Box and Muller); see `hash_parts`."""
     data = hash_parts(*parts)
     one = (int.from_bytes(data[:8]) + 1) / (_SPAN + 1)
     two = int.from_bytes(data[8:]) / _SPAN
@@ -62,10 +45,10 @@ def draw_normal(*parts: object) -> float:
 
 
 class SeededRandom:
-    """A stream of draws from one key.
+    """Stream of random draws from one key.
 
-    Only ``random()`` and ``getrandbits`` of `random.Random` are used: Python promises the same
-    sequence for these from version to version.
+    Only ``random()`` and ``getrandbits`` of `random.Random` are used: Python guarantees the same
+    sequence for these across versions.
 
     Args:
         key: Any bytes.
@@ -96,13 +79,13 @@ class SeededRandom:
 
 
 class ApiError(FanfoldError):
-    """A request that the simulated node refuses.
+    """Refusal of a request by the simulated node.
 
     Args:
-        message: What is wrong, in vLLM's words where it has some.
+        message: What is wrong, in vLLM's words where there are any.
         status: HTTP status.
         kind: The body's ``type``.
-        param: The field at fault, or None.
+        param: The faulty field, or None.
     """
 
     def __init__(
@@ -118,7 +101,7 @@ class ApiError(FanfoldError):
         self.param = param
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keep the fields over a pickle round trip."""
+        """Keep the fields when pickled."""
         return type(self), (self.message, self.status, self.kind, self.param)
 
     @property
@@ -134,10 +117,7 @@ def error_body(message: str, kind: str, code: int, param: str | None = None) -> 
         message: The text.
         kind: The ``type``.
         code: The HTTP status, repeated as an integer.
-        param: The field at fault, or None.
-
-    Returns:
-        The JSON body.
+        param: The faulty field, or None.
     """
     error = {"message": message, "type": kind, "param": param, "code": code}
     return orjson.dumps({"error": error})
@@ -149,27 +129,21 @@ _PRINTABLE: Final = "".join(map(chr, range(0x20, 0x7F)))
 _CLASSES: Final = {"d": digits, "w": ascii_letters + digits + "_", "s": " "}
 _ESCAPES: Final = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v"}
 _QUANTIFIERS: Final = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-_EXTRA: Final = 4  # repetitions beyond the least, where the pattern sets no limit
-_MOST: Final = 1000  # repetitions that a pattern may ask for
+_EXTRA: Final = 4  # repetitions beyond the minimum, where the pattern sets no limit
+_MOST: Final = 1000  # maximum of repetitions in a pattern
 
 
 def compile_pattern(pattern: str) -> TextMaker:
-    """Compile a pattern into a maker of matching strings.
-
-    Args:
-        pattern: A regular expression of the subset above.
-
-    Returns:
-        A function that draws a matching string.
+    """Compile a regular expression into a generator of matching strings.
 
     Raises:
-        ApiError: The pattern is outside the subset.
+        ApiError: The pattern uses unsupported syntax.
     """
     return _PatternParser(pattern).parse()
 
 
 class _PatternParser:
-    """Recursive descent over one pattern."""
+    """Recursive descent parser of one pattern."""
 
     def __init__(self, pattern: str) -> None:
         self._pattern = pattern
@@ -296,40 +270,23 @@ _PER_CONVERSATION: Final = 3
 
 
 def count_text_tokens(text: str) -> int:
-    """Count the tokens of a text.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        A quarter of its UTF-8 bytes, rounded up.
-    """
+    """Return the tokens of a text: a quarter of its UTF-8 bytes, rounded up."""
     size = len(text) if text.isascii() else len(text.encode())
     return -(-size // _BYTES)
 
 
 def count_chat_tokens(messages: Iterable[dict[str, Any]]) -> int:
-    """Count the tokens of a conversation.
-
-    Args:
-        messages: Chat messages in OpenAI's form.
-
-    Returns:
-        The prompt's tokens.
-    """
+    """Return the prompt tokens of chat messages in OpenAI's form."""
     return _PER_CONVERSATION + sum(
         count_text_tokens(message_text(message)) + _PER_MESSAGE for message in messages
     )
 
 
 def message_text(message: dict[str, Any]) -> str:
-    """Return the text of a message.
+    """Return the text of a message; tool calls and parts that are not text are included as JSON.
 
     Args:
-        message: One chat message; its content a string, a list of parts, or None.
-
-    Returns:
-        The text; parts and tool calls that are no text stand in it as JSON.
+        message: One chat message; its content is a string, a list of parts, or None.
     """
     content = message.get("content")
     if isinstance(content, str):
@@ -346,15 +303,7 @@ def _is_text(part: object) -> bool:
 
 
 def truncate_tokens(text: str, tokens: int) -> str:
-    """Cut a text after some tokens, never inside a character.
-
-    Args:
-        text: The whole text.
-        tokens: Most tokens to keep.
-
-    Returns:
-        The beginning of the text.
-    """
+    """Return the first tokens of a text, never cut inside a character."""
     return text.encode()[: tokens * _BYTES].decode(errors="ignore")
 
 
@@ -373,29 +322,13 @@ _SENTENCE: Final = (6, 14)
 
 
 def draw_sentence(dice: SeededRandom, count: int) -> str:
-    """Draw a sentence.
-
-    Args:
-        dice: The source of chance.
-        count: How many words.
-
-    Returns:
-        The words, with a capital letter and a full stop.
-    """
+    """Draw a sentence of ``count`` words, with a capital letter and a full stop."""
     chosen = " ".join([_WORDS[dice.below(len(_WORDS))] for _ in range(count)])
     return f"{chosen.capitalize()}."
 
 
 def draw_prose(dice: SeededRandom, tokens: int) -> str:
-    """Draw a text of exactly some tokens.
-
-    Args:
-        dice: The source of chance.
-        tokens: Its length.
-
-    Returns:
-        Sentences, the last one cut to fit.
-    """
+    """Draw sentences of exactly ``tokens`` tokens, the last one cut to fit."""
     sentences: list[str] = []
     while count_text_tokens(" ".join(sentences)) < tokens:
         sentences.append(draw_sentence(dice, dice.between(*_SENTENCE)))
@@ -403,15 +336,12 @@ def draw_prose(dice: SeededRandom, tokens: int) -> str:
 
 
 def draw_text(dice: SeededRandom, least: int, most: int | None) -> str:
-    """Draw a text with bounds on its length.
+    """Draw a text of one or more sentences with bounds on its characters.
 
     Args:
-        dice: The source of chance.
-        least: Fewest characters.
-        most: Most characters, or None.
-
-    Returns:
-        One sentence or more.
+        dice: The random source.
+        least: Minimum of characters.
+        most: Maximum of characters, or None.
     """
     drawn = draw_sentence(dice, dice.between(3, 12))
     while len(drawn) < least:
@@ -443,4 +373,4 @@ FORMATS: Final[Mapping[str, Callable[[SeededRandom], str]]] = {
     "uri": lambda dice: f"https://example.org/{_name(dice)}",
     "uuid": _uuid,
 }
-"""Makers by the name of JSON Schema's ``format``."""
+"""Generators by the name of JSON Schema's ``format``."""

@@ -263,8 +263,8 @@ def open_folder(path: Path) -> RunFolder:
         raise ConfigurationError(f"{path}: no such run folder")
     missing = [p.name for p in (folder.settings, folder.items, folder.provenance) if not p.exists()]
     if missing or not folder.journal.is_dir():
-        lacks = ", ".join(missing) or "journal/"
-        raise ConfigurationError(f"{path}: not a run folder of fanfold (missing: {lacks})")
+        missing_names = ", ".join(missing) or "journal/"
+        raise ConfigurationError(f"{path}: not a run folder of fanfold (missing: {missing_names})")
     return folder
 
 

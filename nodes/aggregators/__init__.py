@@ -1,7 +1,7 @@
-"""Reduce stages as commutative monoids: shards fold their part, the coordinator combines.
+"""Aggregators as commutative monoids: shards fold their part, the coordinator combines the parts.
 
-The presented aggregate depends on the set of outcomes alone, bit for bit, never on the order in
-which items ended nor on how they were grouped.
+The presented aggregate depends on the set of outcomes only, bit for bit. It does not depend on the
+order in which items ended or on how they were grouped.
 """
 
 from .aggregate import AggregatorSet, build_aggregators, combine_states

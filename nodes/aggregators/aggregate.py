@@ -1,4 +1,4 @@
-"""All reduce stages of a run together, and the reducer that combines their states."""
+"""All aggregators of a run together, and the reducer that combines their states."""
 
 from __future__ import annotations
 
@@ -15,80 +15,79 @@ from .listing import Collect, Count, TopK
 from .stats import Stats
 
 VERSION: Final = 1
-"""Of the states' form."""
+"""Version of the form of the states."""
 
 _AnyAggregator: TypeAlias = Collect | Count | Histogram | Stats | TopK
 
-_STAGES: Final[tuple[type[_AnyAggregator], ...]] = (Collect, Count, Histogram, Stats, TopK)
+_KINDS: Final[tuple[type[_AnyAggregator], ...]] = (Collect, Count, Histogram, Stats, TopK)
 
 AGGREGATORS: Final[Mapping[str, type[_AnyAggregator]]] = MappingProxyType(
-    {stage.op: stage for stage in _STAGES}
+    {kind.op: kind for kind in _KINDS}
 )
-"""Stages by name."""
+"""Aggregators by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class AggregatorSet:
-    """The stages of a run.
+    """The aggregators of a run.
 
     Attributes:
-        aggregators: In the order of the configuration.
+        aggregators: Each aggregator, in the order of the configuration.
     """
 
     aggregators: tuple[Aggregator, ...]
 
     def empty(self) -> State:
         """Return the state of no outcomes."""
-        return _state([stage.empty() for stage in self.aggregators])
+        return _state([one.empty() for one in self.aggregators])
 
     def lift(self, outcomes: Iterable[Outcome]) -> State:
-        """Return the state of a batch of outcomes; some 64 at a time cost least.
+        """Return the state of a batch of outcomes; about 64 at a time cost least.
 
         Raises:
-            ConfigurationError: A histogram meets too many different values.
+            ConfigurationError: A histogram has too many different values.
         """
         batch = tuple(outcomes)
-        return _state([stage.lift(batch) for stage in self.aggregators])
+        return _state([one.lift(batch) for one in self.aggregators])
 
     def present(self, state: State) -> list[dict[str, Json]]:
-        """Return the readable result of each stage, in the order of the configuration.
+        """Return the readable result of each aggregator, in the order of the configuration.
 
         Args:
             state: A combined state; ``{}`` stands for no outcomes.
 
         Raises:
-            ConfigurationError: The state comes from other stages.
+            ConfigurationError: The state comes from other aggregators.
             JournalError: The state was written by another version of fanfold.
         """
         whole = combine_states(self.empty(), state)
         return [
-            stage.present(part)
-            for stage, part in zip(self.aggregators, whole["stages"], strict=True)
+            one.present(part) for one, part in zip(self.aggregators, whole["stages"], strict=True)
         ]
 
 
-def build_aggregators(stages: Sequence[Mapping[str, Json]]) -> AggregatorSet:
-    """Make the stages of a run.
+def build_aggregators(specs: Sequence[Mapping[str, Json]]) -> AggregatorSet:
+    """Make the aggregators of a run.
 
     Args:
-        stages: The dicts under ``reduce``, e.g. ``{"op": "top_k", "field": "score", "k": 20}``.
+        specs: The dicts under ``reduce``, e.g. ``{"op": "top_k", "field": "score", "k": 20}``.
 
     Returns:
-        The stages.
+        The aggregators.
 
     Raises:
         ConfigurationError: An op is unknown, or its parameters are wrong.
     """
-    for spec in stages:
+    for spec in specs:
         if spec.get("op") not in list(AGGREGATORS):
             raise ConfigurationError(
                 f"reduce: unknown op {spec.get('op')!r}; the ops are {', '.join(AGGREGATORS)}"
             )
-    return AggregatorSet(tuple(make_aggregator(AGGREGATORS[spec["op"]], spec) for spec in stages))
+    return AggregatorSet(tuple(make_aggregator(AGGREGATORS[spec["op"]], spec) for spec in specs))
 
 
 def combine_states(a: State, b: State) -> State:
-    """Combine two states of the same stages: the reducer of the graph's state.
+    """Combine two states of the same aggregators: the reducer of the graph's state.
 
     Args:
         a: A state, or ``{}`` for no outcomes.
@@ -98,7 +97,7 @@ def combine_states(a: State, b: State) -> State:
         The state of the outcomes of both; neither argument is changed.
 
     Raises:
-        ConfigurationError: The states come from different stages, or a histogram meets too many
+        ConfigurationError: The states come from different aggregators, or a histogram has too many
             different values.
         JournalError: A state was written by another version of fanfold.
     """
@@ -106,18 +105,18 @@ def combine_states(a: State, b: State) -> State:
         if state and state.get("v") != VERSION:
             raise JournalError(
                 f"the aggregate has form {state.get('v')!r}, and this version of fanfold reads "
-                f"form {VERSION}: resume the run with the version that began it"
+                f"form {VERSION}: resume the run with the version that started it"
             )
     if not a or not b:
         return a or b
     if [part["of"] for part in a["stages"]] != [part["of"] for part in b["stages"]]:
         raise ConfigurationError(
-            "reduce: aggregates of different stages cannot be combined; after a change of "
-            "'reduce', fold the finished items anew"
+            "reduce: states of different aggregators cannot be combined; after a change of "
+            "'reduce', fold the finished items again"
         )
     pairs = zip(a["stages"], b["stages"], strict=True)
     return _state([AGGREGATORS[left["of"]["op"]].combine(left, right) for left, right in pairs])
 
 
-def _state(stages: list[State]) -> State:
-    return {"v": VERSION, "stages": stages}
+def _state(parts: list[State]) -> State:
+    return {"v": VERSION, "stages": parts}

@@ -11,18 +11,18 @@ from ...backends.core.errors import ConfigurationError
 from ...backends.core.types import Json, Outcome
 
 State: TypeAlias = dict[str, Json]
-"""What a stage has folded so far: JSON-safe, bounded in size, and never changed in place.
+"""The folded outcomes of an aggregator: JSON-safe, bounded in size, never changed in place.
 
-``of`` names the stage and its parameters, so that states combine without any configuration.
-Integers stay below 2**63 (larger ones are hexadecimal text), for states live in checkpoints.
+``of`` names the aggregator and its parameters, so that states combine without a configuration.
+Integers stay below 2**63 (larger ones are hexadecimal text), because checkpoints contain states.
 """
 
 
 class Aggregator(Protocol):
-    """One reduce stage: a commutative monoid over outcomes, and a readable form of its sum.
+    """One aggregator: a commutative monoid over outcomes, and a readable form of its sum.
 
     Attributes:
-        op: The stage's name in the configuration.
+        op: Its name in the configuration.
     """
 
     op: ClassVar[str]
@@ -36,23 +36,23 @@ class Aggregator(Protocol):
         ...
 
     def combine(self, a: State, b: State) -> State:
-        """Return the state of the outcomes of both; needs nothing but the two states."""
+        """Return the state of the outcomes of both, computed from the two states alone."""
         ...
 
     def present(self, state: State) -> dict[str, Json]:
-        """Return the readable result, JSON-safe, the same for the same set of outcomes."""
+        """Return the readable, JSON-safe result; equal sets of outcomes give equal results."""
         ...
 
 
 class AggregatorBase:
-    """Base of the stages: frozen dataclasses whose fields are the stage's parameters."""
+    """Base of the aggregators: frozen dataclasses whose fields are the parameters."""
 
     __slots__ = ()
     op: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def to_spec(self) -> dict[str, Json]:
-        """Return the parameters as states carry them, tuples as lists."""
+        """Return the parameters as states contain them, tuples as lists."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return {"op": self.op} | {
             name: list(value) if isinstance(value, tuple) else value
@@ -60,39 +60,39 @@ class AggregatorBase:
         }
 
     def parameter_error(self, name: str, demand: str) -> ConfigurationError:
-        """Return the error that parameter ``name`` does not meet ``demand``."""
+        """Return the error for a parameter ``name`` that does not meet ``demand``."""
         return ConfigurationError(
             f"reduce: {self.op}.{name} is {getattr(self, name)!r}; it must be {demand}"
         )
 
 
-StageT = TypeVar("StageT", bound=AggregatorBase)
+AggregatorT = TypeVar("AggregatorT", bound=AggregatorBase)
 
 
-def make_aggregator(stage: type[StageT], spec: Mapping[str, Json]) -> StageT:
-    """Make a stage from its dict in the configuration.
+def make_aggregator(kind: type[AggregatorT], spec: Mapping[str, Json]) -> AggregatorT:
+    """Make an aggregator from its dict in the configuration.
 
     Args:
-        stage: The stage's class.
+        kind: The aggregator's class.
         spec: ``op`` and the parameters.
 
     Returns:
-        The stage.
+        The aggregator.
 
     Raises:
         ConfigurationError: A parameter is unknown, missing or out of range.
     """
     given = {name: _freeze(value) for name, value in spec.items() if name != "op"}
-    known = {f.name: f for f in fields(stage) if f.init}
+    known = {f.name: f for f in fields(kind) if f.init}
     if unknown := sorted(given.keys() - known.keys()):
         names = ", ".join(known) or "none"
         raise ConfigurationError(
-            f"reduce: {stage.op} has no parameter '{unknown[0]}'; its parameters: {names}"
+            f"reduce: {kind.op} has no parameter '{unknown[0]}'; its parameters: {names}"
         )
     needed = [n for n, f in known.items() if f.default is MISSING and n not in given]
     if needed:
-        raise ConfigurationError(f"reduce: {stage.op} needs '{needed[0]}'")
-    return stage(**given)
+        raise ConfigurationError(f"reduce: {kind.op} needs '{needed[0]}'")
+    return kind(**given)
 
 
 def sum_counts(*counts: Mapping[str, int]) -> dict[str, int]:
@@ -117,10 +117,10 @@ KeyPath: TypeAlias = tuple[str, ...]
 """Keys from the output down to a value."""
 
 SHOWN_CHARACTERS: Final = 2_000
-"""Longer texts are cut where a state carries them for show."""
+"""Longer texts are cut in states, which carry them only for display."""
 
 MAX_STATE_DEPTH: Final = 100
-"""What is nested deeper would break writers, whose own limits begin at some 250 levels."""
+"""Deeper values would break writers, whose limits begin at some 250 levels."""
 
 _INT64: Final = 1 << 63
 
@@ -131,7 +131,7 @@ def split_path(field: str) -> KeyPath:
 
 
 def pick_value(output: Json, path: KeyPath) -> Json:
-    """Return the value at a path, or None where the path leads nowhere."""
+    """Return the value at a path, or None if there is none."""
     for key in path:
         if not isinstance(output, dict):
             return None
@@ -142,8 +142,8 @@ def pick_value(output: Json, path: KeyPath) -> Json:
 def finite_number(value: Json) -> int | float | None:
     """Return a finite number that a state can carry, or None for anything else.
 
-    Booleans are no numbers. Integers outside 64 bits become the nearest double; beyond the
-    range of doubles they count as not finite.
+    Booleans are not numbers. Integers outside 64 bits become the nearest double; beyond the range
+    of doubles they are not finite.
     """
     kind = value.__class__
     if kind is float:
@@ -162,7 +162,7 @@ def sanitize_json(value: Json, longest: int | None = None, depth: int = MAX_STAT
     """Return a copy of a JSON value that survives every JSON and msgpack writer.
 
     Non-finite floats become None, integers outside 64 bits hexadecimal text, lone surrogates
-    question marks, and what is nested too deep an ellipsis.
+    question marks, and values nested too deep an ellipsis.
 
     Args:
         value: Any JSON value.

@@ -1,4 +1,4 @@
-"""Stage ``histogram``: how often each value, or each range of a number, occurs."""
+"""Aggregator ``histogram``: counts of each value, or of each range of a number."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from .base import (
 )
 
 MAX_DISTINCT: Final = 1_000
-"""Most different values, and most bins."""
+"""Maximum number of different values, and of bins."""
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram(AggregatorBase):
     """Counts of a value in the output.
 
-    Without bins every value (text, boolean or number) is counted by itself. With bins, numbers
-    are counted by range: a bin holds its lower edge, and the last one its upper edge too.
+    Without bins each value (text, boolean or number) is counted separately. With bins, numbers
+    are counted by range: a bin includes its lower edge, and the last one its upper edge too.
 
     Attributes:
         field: Dotted path into the output. Null, lists and objects count as missing.
         bins: Number of equal bins from ``low`` to ``high``, or the edges, or None.
         low: Lower end of the bins.
         high: Upper end of the bins.
-        edges: (bins + 1,) edges, worked out from the others; none without bins.
+        edges: (bins + 1,) edges, computed from the others; empty without bins.
     """
 
     op: ClassVar[str] = "histogram"
@@ -54,7 +54,7 @@ class Histogram(AggregatorBase):
     edges: tuple[float, ...] = dataclasses.field(init=False, default=(), repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse bins that are no bins, and work out the edges."""
+        """Reject invalid bins, and compute the edges."""
         if isinstance(self.bins, int):
             low, high = self._range(self.bins)
             edges = _equal(low, high, self.bins)
@@ -118,8 +118,8 @@ class Histogram(AggregatorBase):
         if self.bins is None:
             return head | {"counts": _rank_counts(counts)} | tail
         bins = [
-            {"low": low, "high": high, "count": counts.get(str(place), 0)}
-            for place, (low, high) in enumerate(pairwise(self.edges))
+            {"low": low, "high": high, "count": counts.get(str(n), 0)}
+            for n, (low, high) in enumerate(pairwise(self.edges))
         ]
         outside = {"under": counts.get("under", 0), "over": counts.get("over", 0)}
         return head | {"bins": bins} | outside | tail
@@ -128,7 +128,7 @@ class Histogram(AggregatorBase):
 def _equal(low: float, high: float, bins: int) -> tuple[float, ...]:
     """Return the edges of equal bins, each correctly rounded."""
     start, width = Fraction(low), (Fraction(high) - Fraction(low)) / bins
-    return tuple(float(start + place * width) for place in range(bins + 1))
+    return tuple(float(start + n * width) for n in range(bins + 1))
 
 
 def _is_rising(edges: Sequence[float]) -> bool:
@@ -137,14 +137,14 @@ def _is_rising(edges: Sequence[float]) -> bool:
 
 def _count_values(found: Sequence[Json]) -> State:
     usable = [value for value in map(_to_countable, found) if value is not None]
-    # True == 1 in Python, so that being a boolean belongs to the key.
+    # True == 1 in Python, so the key also says whether the value is a boolean.
     seen = Counter((isinstance(value, bool), value) for value in usable)
     counts = {json.dumps(value): count for (_, value), count in seen.items()}
     return {"counts": counts, "missing": len(found) - len(usable)}
 
 
 def _to_countable(value: Json) -> str | bool | int | float | None:
-    """Return what to count a value as: JSON's 1.0 is its 1, and long texts are cut."""
+    """Return the value to count: 1.0 is counted as 1, and long texts are cut."""
     if isinstance(value, str):
         return str(sanitize_json(value, SHOWN_CHARACTERS))
     if isinstance(value, bool):
@@ -156,14 +156,14 @@ def _to_countable(value: Json) -> str | bool | int | float | None:
 def _count_bins(found: Sequence[Json], edges: Sequence[float]) -> State:
     values = [value for value in map(finite_number, found) if value is not None]
     counts: Counter[str] = Counter()
-    for place, count in Counter(_place(value, edges) for value in values).items():
-        counts["under" if place < 0 else "over" if place > len(edges) - 2 else str(place)] = count
+    for n, count in Counter(_find_bin(value, edges) for value in values).items():
+        counts["under" if n < 0 else "over" if n > len(edges) - 2 else str(n)] = count
     return {"counts": dict(counts), "missing": len(found) - len(values)}
 
 
-def _place(value: float, edges: Sequence[float]) -> int:
-    place = bisect_right(edges, value) - 1
-    return place - 1 if value == edges[-1] else place
+def _find_bin(value: float, edges: Sequence[float]) -> int:
+    n = bisect_right(edges, value) - 1
+    return n - 1 if value == edges[-1] else n
 
 
 def _check_distinct(state: State) -> State:

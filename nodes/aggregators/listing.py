@@ -1,4 +1,4 @@
-"""Stages top_k, collect and count."""
+"""Aggregators ``top_k``, ``collect`` and ``count``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TopK(AggregatorBase):
     """The k items that rank first by a number in the output; ties go to the earlier item.
 
     Attributes:
-        field: Dotted path into the output. What is no finite number there counts as missing.
+        field: Dotted path into the output. A value that is not a finite number counts as missing.
         k: How many items.
         order: Whether the ``largest`` or the ``smallest`` ranks first.
         show: Columns of the input to carry along; texts over 2,000 characters are cut.
@@ -40,7 +40,7 @@ class TopK(AggregatorBase):
     show: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a k below 1 and an unknown order."""
+        """Reject a k below 1 and an unknown order."""
         if self.k < 1:
             raise self.parameter_error("k", "at least 1")
         if self.order not in {"largest", "smallest"}:
@@ -118,7 +118,7 @@ class Collect(AggregatorBase):
     field: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a limit below 1."""
+        """Reject a limit below 1."""
         if self.limit < 1:
             raise self.parameter_error("limit", "at least 1")
 
@@ -149,15 +149,15 @@ class Collect(AggregatorBase):
 
 
 MAX_CLASSES: Final = 100
-"""Most error classes that are told apart."""
+"""Maximum number of error classes that are counted separately."""
 
 
 @dataclass(frozen=True, slots=True)
 class Count(AggregatorBase):
     """Counts of items, failed ones by error class.
 
-    Beyond 100 classes the alphabetically first 100 are kept and the rest counted together. A
-    class once dropped stays dropped, so the choice does not depend on the order.
+    Beyond 100 classes the alphabetically first 100 are kept and the rest are counted together. A
+    class that was dropped stays dropped, so the choice does not depend on the order.
     """
 
     op: ClassVar[str] = "count"

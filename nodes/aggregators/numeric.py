@@ -11,13 +11,13 @@ from ...backends.core.types import Json
 from .base import sum_counts
 
 MANTISSA_BITS: Final = 53
-"""Of a double."""
+"""Bits of a double's mantissa."""
 
 PARTS: Final = 64
 """Buckets per octave."""
 
 BUCKETS: Final = 128 * PARTS
-"""Most buckets of one sign."""
+"""Maximum number of buckets of one sign."""
 
 _SHIFT: Final = MANTISSA_BITS - 7
 
@@ -65,14 +65,14 @@ def quantiles(
         (k,) values, each within 1 % of the exact one.
     """
     total = sum(negative.values()) + zeros + sum(positive.values())
-    ranks = [(floor(q * (total - 1)), place) for place, q in enumerate(at)]
+    ranks = [(floor(q * (total - 1)), n) for n, q in enumerate(at)]
     found, values, below = [0.0] * len(at), _ascending(negative, zeros, positive), 0
     value = 0.0
-    for rank, place in sorted(ranks):
+    for rank, n in sorted(ranks):
         while below <= rank:
             value, count = next(values)
             below += count
-        found[place] = value
+        found[n] = value
     return found
 
 

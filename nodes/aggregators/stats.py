@@ -1,4 +1,4 @@
-"""Stage ``stats``: mean, standard deviation, extremes and quantiles of a number."""
+"""Aggregator ``stats``: mean, standard deviation, extremes and quantiles of a number."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SCALE: Final = ldexp(1.0, numeric.MANTISSA_BITS)
 class Stats(AggregatorBase):
     """Statistics of a number in the output, taken as a double.
 
-    Mean and standard deviation are exact but for one rounding; quantiles are within 1 %.
+    Mean and standard deviation are exact except for one rounding; quantiles are within 1 %.
 
     Attributes:
-        field: Dotted path into the output. What is no finite number there counts as missing.
+        field: Dotted path into the output. A value that is not a finite number counts as missing.
         quantiles: Which quantiles, each in [0, 1].
     """
 
@@ -32,7 +32,7 @@ class Stats(AggregatorBase):
     quantiles: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
 
     def __post_init__(self) -> None:
-        """Refuse quantiles outside [0, 1]."""
+        """Reject quantiles outside [0, 1]."""
         if not all(0 <= q <= 1 for q in self.quantiles):
             raise self.parameter_error("quantiles", "numbers from 0 to 1")
 
@@ -46,7 +46,7 @@ class Stats(AggregatorBase):
         found = [
             finite_number(pick_value(outcome.output, path)) for outcome in done_outcomes(outcomes)
         ]
-        # Adding 0.0 makes -0.0 a 0.0, lest the order decide which one is the minimum.
+        # Adding 0.0 turns -0.0 into 0.0; otherwise the order decides which one is the minimum.
         values = [value + 0.0 for value in found if value is not None]
         return {
             "of": self.to_spec(),

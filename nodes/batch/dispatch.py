@@ -1,4 +1,4 @@
-"""Fan-out: which shards go next."""
+"""Fan-out and fan-in: choose the next shards, and the node that follows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..context import Context
 from ..state import RunState
 
 _WAVES: Final = 4
-"""Shards per worker that the items left are cut into, so that all workers end at about a time."""
+"""Shards per worker for the items left, so that all workers end at about the same time."""
 
 
 async def dispatch(state: RunState, runtime: Runtime[Context]) -> RunState:  # noqa: ARG001 - a node
-    """Coordinator: choose the next shards, or those left over; one ``Send`` each fans them out.
+    """Choose the next shards, or those left over, and send each with one ``Send``.
 
     Raises:
-        RunStoppedError: LangGraph's recursion limit ends before the run does; nothing is sent.
+        RunStoppedError: LangGraph's recursion limit is too low for the run; nothing is sent.
     """
     check_step_limit(state, supersteps_left(state))
     if left := state.get("left"):
@@ -31,10 +31,10 @@ async def dispatch(state: RunState, runtime: Runtime[Context]) -> RunState:  # n
 
 
 def supersteps_left(state: RunState) -> int:
-    """Return how many supersteps follow ``dispatch`` at most, the engine's last look included.
+    """Return the maximum number of supersteps after ``dispatch``, with the engine's last check.
 
-    A window takes three: dispatch, its shards, gather. Shards that are measured elsewhere only
-    grow, so windows only get fewer.
+    A window takes three: dispatch, its shards, gather. The size of remote shards only grows
+    with measured times, so the number of windows only falls.
     """
     open_ = state["total"] - state["cursor"]
     size, count = _choose_sizes(state, open_)
@@ -43,10 +43,10 @@ def supersteps_left(state: RunState) -> int:
 
 
 def check_step_limit(state: RunState, needed: int) -> None:
-    """Check that the recursion limit leaves so many supersteps after the present one.
+    """Check that the recursion limit leaves enough supersteps after the present one.
 
     Raises:
-        RunStoppedError: It does not; says which limit is enough.
+        RunStoppedError: It does not; names a limit that is enough.
     """
     remaining = state.get("remaining")
     if remaining is None or remaining >= needed:
@@ -55,7 +55,7 @@ def check_step_limit(state: RunState, needed: int) -> None:
     enough = 2 + supersteps_left(start)  # the input and load come before
     msg = (
         f"run {state['run']['id']}: LangGraph's recursion_limit ends it before its last step; "
-        f"raise recursion_limit to {enough} and go on with the run"
+        f"raise recursion_limit to {enough} and resume the run"
     )
     raise RunStoppedError(msg)
 
@@ -63,8 +63,8 @@ def check_step_limit(state: RunState, needed: int) -> None:
 def _choose_sizes(state: RunState, left: int) -> tuple[int, int]:
     """Return items per shard, and shards per superstep.
 
-    Elsewhere the first superstep is small and measures how long an item takes a worker; from
-    then on shards are as large as a worker finishes in the time that the settings aim at.
+    For remote shards the first superstep is small and measures the time per item. Later shards
+    have the size that a worker finishes in the time that the settings aim at.
     """
     sizing = state.get("sizing")
     if sizing is None:
@@ -80,7 +80,7 @@ def _choose_sizes(state: RunState, left: int) -> tuple[int, int]:
 
 
 def fan_out(state: RunState) -> list[Send]:
-    """Send the shards that are left over, or each of the window that the cursor has just passed."""
+    """Send the shards that are left over, or those of the window before the cursor."""
     (lo, size), hi, run = state["sent"], state["cursor"], state["run"]
     window = [[lo, min(lo + size, hi)] for lo in range(lo, hi, size)]
     return [
@@ -89,12 +89,12 @@ def fan_out(state: RunState) -> list[Send]:
 
 
 async def gather(state: RunState, runtime: Runtime[Context]) -> RunState:  # noqa: ARG001 - a node
-    """Fan-in: the shards are home, and their parts of the aggregate combined."""
+    """Wait for the shards; the state's reducers combine their parts of the aggregate."""
     return {}
 
 
 def route_after_gather(state: RunState) -> str:
-    """Name the node after ``gather``: a pause for the budget, another window, or the end."""
+    """Return the node after ``gather``: a pause for the budget, another window, or the end."""
     if state.get("left"):
         return "approve"
     return "dispatch" if state["cursor"] < state["total"] else "reduce"

@@ -1,4 +1,4 @@
-"""First node of a run: the batch is read, checked and written to the run's folder."""
+"""First node of a run: read and check the input, and write it to the run folder."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def check_run_input(
     where: str = "input",
     keys: Sequence[str] = _KEYS,
 ) -> None:
-    """Check the input of a run: items, or a path, or a preset, or nothing for the bound input.
+    """Check the input of a run: items, a path, a preset, or nothing for the bound input.
 
     Args:
         given: The input.
-        parents: Keys of a parent graph's state, which are none of this graph's business.
+        parents: Keys of a parent graph's state, which are ignored.
         where: How messages name the input.
-        keys: The keys that it may have.
+        keys: The allowed keys.
 
     Raises:
         InputError: A key is unknown or empty, or two inputs are given.
@@ -67,7 +67,7 @@ def _named(value: object, what: str) -> str:
 
 
 def describe_unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
-    """Return the words that name unknown keys, with the known ones that come close."""
+    """Return a phrase that lists unknown keys, each with the closest known key."""
 
     def hinted(name: str) -> str:
         close = get_close_matches(name, known, n=1)
@@ -77,11 +77,11 @@ def describe_unknown_keys(names: Sequence[str], known: Sequence[str]) -> str:
 
 
 def send_input(state: RunState) -> list[Send]:
-    """Hand the input to ``load``.
+    """Send the input to ``load``.
 
-    LangGraph strips untracked keys from what it keeps of a Send, so no checkpoint holds the
-    items; that there were some is kept, lest a run that is resumed before they were written
-    goes on with others.
+    LangGraph removes untracked keys from the Sends in checkpoints, so no checkpoint contains the
+    items. ``pasted`` is kept, so that a run that is resumed before its items were written does
+    not continue with others.
     """
     check_run_input({key: value for key, value in state.items() if key in _KEYS})
     items, path = state.get("items"), state.get("path")
@@ -94,11 +94,11 @@ def send_input(state: RunState) -> list[Send]:
 
 
 async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
-    """Read and check the batch; the state keeps a reference, never the items.
+    """Read and check the batch; the state keeps a reference to it, never the items.
 
     Raises:
-        InputError: The batch does not fit, or pasted items were lost with a process that ended
-            before it had written them.
+        InputError: The batch is invalid, or the process that had the pasted items ended before it
+            wrote them.
     """
     given, items = state["given"], state.get("items")
     if given["pasted"] and items is None:
@@ -115,6 +115,6 @@ async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
         "left": Overwrite([]),
         "needed": Overwrite({}),
         "pace": Overwrite({}),
-        "tally": Overwrite({}),  # a thread that is used again starts anew
+        "tally": Overwrite({}),  # a thread may have run before
         "parts": Overwrite({}),
     }

@@ -1,4 +1,4 @@
-"""Last node of a run: the aggregate is presented, the results are written."""
+"""Last node of a run: present the aggregate and write the results."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SLICE: Final = 1024
 
 
 async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
-    """Present the aggregate and write the results' files.
+    """Present the aggregate and write the result files.
 
     Raises:
-        RunStoppedError: LangGraph's recursion limit would end the run right after this node.
+        RunStoppedError: LangGraph's recursion limit would stop the run right after this node.
     """
     check_step_limit(state, 1)
     context, tally, parts = runtime.context, state["tally"], state["parts"]
@@ -42,8 +42,8 @@ async def reduce(state: RunState, runtime: Runtime[Context]) -> RunState:
 def _fold_journal(tools: RunTools) -> tuple[dict[str, int], dict[str, Any]]:
     """Fold the journal from the first item on; blocks.
 
-    Two copies of a shard have ended some items twice: the parts that came home may be of one
-    copy where the journal, and so the results, keep the other.
+    Two copies of a shard ended some items twice. A part may come from one copy while the
+    journal, and so the results, keep the other.
     """
     part, total = ShardPart(tools), len(tools.store)
     for lo in range(0, total, _SLICE):

@@ -1,4 +1,4 @@
-"""The map step: one shard, wherever its superstep put it."""
+"""The map node: run one shard, in this process or on a worker."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..state import ShardState
 
 
 async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
-    """Take each item of the shard through the item graph; return its part of the aggregate.
+    """Run each item of the shard through the item graph; return the shard's part of the aggregate.
 
-    A shard that the budget does not carry to its end is left for later.
+    A shard that the budget does not cover is left for later.
 
     Raises:
-        GraphDrained: The run is being stopped; the shard is not finished and will run again.
+        GraphDrained: The run is being stopped; the shard is unfinished and will run again.
         RunStoppedError: The run cannot go on.
         JournalError: An item could not be recorded.
     """
@@ -39,7 +39,7 @@ async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
                 part = await run_remote_shard(range_, tools, tools.coordinator, drain)
         if part is not None:
             return part.to_update()
-        # A failing Send cancels the others: none may fail before all of their items are safe.
+        # A failing Send cancels the others: wait until all of their items are recorded.
         await tools.gate.wait_drained()
         if isinstance(tools.gate.error, BudgetExhaustedError):
             return make_left_update(range_, tools)
@@ -47,7 +47,7 @@ async def shard(state: ShardState, runtime: Runtime[Context]) -> dict[str, Any]:
 
 
 def make_left_update(range_: Shard, tools: RunTools) -> dict[str, Any]:
-    """Return the update for a shard that the budget did not carry."""
+    """Return the state update for a shard that the budget did not cover."""
     needed = tools.budget.needed if tools.budget is not None else None
     return {
         "left": [[range_.lo, range_.hi]],

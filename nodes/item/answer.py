@@ -1,4 +1,4 @@
-"""Whether a reply is an answer: finish reason, JSON, schema."""
+"""Check whether a reply is an answer: finish reason, JSON, schema."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _SHOWN_TEXT: Final = 200
 
 
 class AnswerCheck:
-    """Judges replies against a JSON Schema, or takes their text as it is without one.
+    """Check of replies against a JSON Schema; without one, their text is the answer.
 
     Args:
         schema: The schema, or None for free text.
-        max_tokens: The limit on answers, for messages.
+        max_tokens: The limit on the length of answers, for messages.
     """
 
     def __init__(self, schema: Mapping[str, Any] | None, max_tokens: int) -> None:
@@ -38,13 +38,13 @@ class AnswerCheck:
         self._max_tokens = max_tokens
 
     def check_finish(self, content: str, finish_reason: str | None, refusal: str | None) -> str:
-        """Return the text of a reply that the model ended by itself.
+        """Return the text of a reply, if the model ended it regularly.
 
         Raises:
             RefusedAnswerError: The model or a filter refused.
-            TruncatedAnswerError: Cut at ``max_tokens`` or by the context's end.
+            TruncatedAnswerError: Cut at ``max_tokens`` or at the end of the context.
             EmptyAnswerError: No text.
-            AnswerError: Any other end, e.g. the model's own repetition check.
+            AnswerError: Any other end, e.g. the server's repetition check.
         """
         if refusal:
             text = f"the model refused: {refusal[:_SHOWN_TEXT]}"
@@ -62,10 +62,10 @@ class AnswerCheck:
         return content
 
     def check_value(self, value: Json) -> Json:
-        """Return the answer that a text (or a value that is parsed already) holds.
+        """Return the answer in a text or a parsed value.
 
         Raises:
-            InvalidAnswerError: Not JSON, or not by the schema; says where and why.
+            InvalidAnswerError: It is not JSON or does not fit the schema; names the place.
         """
         if self._validator is None:
             return value
@@ -88,7 +88,7 @@ def _reason(error: jsonschema_rs.ValidationError) -> str:
 
 
 def answer_text(value: Json) -> str:
-    """Return an answer as text: its own, or its JSON if it is parsed already."""
+    """Return an answer as text; a parsed value as JSON."""
     return value if isinstance(value, str) else to_json_text(value)
 
 

@@ -1,4 +1,4 @@
-"""The model call of an item, left to a user's own graph."""
+"""Step of an item that calls a user's graph (``task.graph``) in place of the model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .prepare import make_item_error
 
 
 async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
-    """Call the user's graph with the columns and the messages; judge what it puts out.
+    """Call the user's graph with the columns and the messages, and check its output.
 
-    Whatever the graph raises ends the item here, so that no engine around it sees an exception
-    of LangGraph's own and acts on it.
+    Every exception of the graph ends the item here, so that an engine around it sees no exception
+    of LangGraph and does not act on it.
     """
     context = runtime.context
     if context.delegate is None:
@@ -39,7 +39,7 @@ async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        return {"error": make_item_error(error)}  # this task is not cancelled: the graph raised it
+        return {"error": make_item_error(error)}  # this task was not cancelled: the graph raised it
     except InvalidAnswerError as error:
         return {"error": make_item_error(error), "raw": error.raw}
     except Exception as error:  # noqa: BLE001 - the boundary of the user's graph
@@ -47,10 +47,10 @@ async def delegate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState
 
 
 def _output(result: Any) -> Json:
-    """Return what a user's graph puts out.
+    """Return the output of a user's graph.
 
-    That is the key ``output``, else LangChain's ``structured_response``, else the last message's
-    text, else the result itself.
+    It is the key ``output``, else LangChain's ``structured_response``, else the text of the last
+    message, else the whole result.
     """
     if isinstance(result, Mapping):
         for key in ("output", "structured_response"):
@@ -69,14 +69,14 @@ def _plain(value: Any) -> Json:
     """Return an output as plain JSON data.
 
     Raises:
-        InvalidAnswerError: JSON has no form for it.
+        InvalidAnswerError: It cannot be written as JSON.
     """
     try:
         if isinstance(value, BaseMessage):
-            value = str(value.text)  # a plain str: orjson takes no subclass
+            value = str(value.text)  # a plain str: orjson accepts no subclass
         elif isinstance(value, BaseModel):
             value = value.model_dump(mode="json")
         return to_plain_json(value)
-    except ValueError as error:  # pydantic's own errors are of this kind too
-        msg = f"what task.graph put out cannot be written as JSON: {error}"
+    except ValueError as error:  # pydantic's errors are ValueErrors too
+        msg = f"the output of task.graph cannot be written as JSON: {error}"
         raise InvalidAnswerError(replace_surrogates(msg), to_json_text(value)) from None

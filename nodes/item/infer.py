@@ -1,4 +1,4 @@
-"""Second step of an item: the model call."""
+"""Second step of an item: call the model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .prepare import make_item_error
 
 
 async def infer(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
-    """Ask the model; an endpoint's failure ends the item, what ends the run is raised."""
+    """Call the model; a failed endpoint ends the item, an error that ends the run is raised."""
     try:
         reply = await runtime.context.model.ask(state["messages"])
         if (calls := CURRENT_CALLS.get()) is not None:
-            # what was answered before is sent back
+            # an earlier answer of this item was sent back and does not count
             calls.useful, calls.useful_endpoint = reply.usage, reply.endpoint
     except EndpointError as error:
         return {"error": make_item_error(error)}

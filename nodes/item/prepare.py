@@ -1,4 +1,4 @@
-"""First step of an item: from its columns to the question."""
+"""First step of an item: turn its columns into messages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..state import ItemState
 
 
 def make_item_error(error: BaseException) -> dict[str, str]:
-    """Return an error as data: its class and its text."""
+    """Return an error as data: class and text."""
     text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
     return {"class": type(error).__name__, "text": replace_surrogates(text)}
 
 
 async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
-    """Write the messages that ask about the item; an invalid item ends here, unpaid."""
+    """Build the messages for the item; an invalid item ends here, without a request."""
     context = runtime.context
     try:
         if problem := state.get("problem"):
@@ -33,7 +33,7 @@ async def prepare(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
 
 
 def build_messages(system: str, prompt: Template, row: Row) -> list[Message]:
-    """Return the messages that ask about one item.
+    """Return the messages for one item.
 
     Raises:
         InvalidItemError: The row lacks a column.

@@ -1,4 +1,4 @@
-"""The item graph as data: its steps, their order, and the StateGraph made of them."""
+"""The item graph as data: its steps, their order, and the StateGraph built from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ItemStep:
 
 
 def next_unless_failed(target: str) -> Callable[[ItemState], str]:
-    """Return a next-function: go to ``target``, or end an item that failed."""
+    """Return a routing function: go to ``target``, or end an item that failed."""
 
     def then(state: ItemState) -> str:
         return END if "error" in state else target
@@ -44,11 +44,11 @@ def next_unless_failed(target: str) -> Callable[[ItemState], str]:
 
 
 def repair_until_done(state: ItemState) -> str:
-    """Go back to the model while the item has neither output nor error."""
+    """Return to the model while the item has neither output nor error."""
     return END if "output" in state or "error" in state else "infer"
 
 
-def end_item(state: ItemState) -> str:  # noqa: ARG001 - a next-function takes the state
+def end_item(state: ItemState) -> str:  # noqa: ARG001 - a routing function takes the state
     """End the item."""
     return END
 
@@ -60,19 +60,19 @@ ITEM_STEPS: Final[Mapping[str, ItemStep]] = {
     "infer": ItemStep(infer, next_unless_failed("validate"), ("validate", END)),
     "validate": ItemStep(validate, repair_until_done, ("infer", END)),
 }
-"""fanfold's own item graph: prepare, infer, validate, and infer again to repair."""
+"""The default item graph: prepare, infer, validate, and infer again to repair."""
 
 DELEGATED_STEPS: Final[Mapping[str, ItemStep]] = {
     "prepare": ItemStep(prepare, next_unless_failed("delegate"), ("delegate", END)),
     "delegate": ItemStep(delegate, end_item, (END,)),
 }
-"""The item graph around a user's ``task.graph``."""
+"""The item graph that calls a user's ``task.graph``."""
 
 
 async def walk_steps(
     steps: Mapping[str, ItemStep], state: ItemState, runtime: Runtime[ItemContext]
 ) -> ItemState:
-    """Take one item through the steps and return its final state."""
+    """Run the steps for one item and return its final state."""
     name = FIRST_STEP
     while name != END:
         step = steps[name]
@@ -85,7 +85,7 @@ ItemGraph = StateGraph[ItemState, ItemContext, ItemState, ItemState]
 
 
 def build_item_graph(steps: Mapping[str, ItemStep] = ITEM_STEPS) -> ItemGraph:
-    """Make a StateGraph of an item's steps; its context is an :class:`ItemContext`."""
+    """Build a StateGraph from the steps; its context is an :class:`ItemContext`."""
     graph: ItemGraph = StateGraph(ItemState, ItemContext)
     add_steps(graph, steps, {name: step.run for name, step in steps.items()})
     return graph
@@ -100,5 +100,5 @@ def add_steps(graph: Any, steps: Mapping[str, ItemStep], nodes: Mapping[str, Any
 
 
 def node_metadata(node: Callable[..., Any]) -> dict[str, Any]:
-    """Return a node's metadata: what it does, for whoever draws the graph."""
+    """Return a node's metadata: its docstring's first line, shown in drawings of the graph."""
     return {"description": (node.__doc__ or "").partition("\n")[0].replace("``", "")}

@@ -1,4 +1,4 @@
-"""Third step of an item: judge the reply; send it back, or end the item."""
+"""Third step of an item: check the reply; send it back, or end the item."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .prepare import make_item_error
 
 
 async def validate(state: ItemState, runtime: Runtime[ItemContext]) -> ItemState:
-    """Judge the reply against the schema; an invalid one is sent back while repairs remain."""
+    """Check the reply against the schema; send an invalid one back while repairs remain."""
     context, reply = runtime.context, state["reply"]
     try:
         text = context.answer_check.check_finish(

@@ -1,4 +1,4 @@
-"""How many items are in flight, and how that ends."""
+"""Limit on the items in flight, and the stop of a run."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from contextlib import contextmanager
 from typing import Final
 
 _POLL_S: Final = 1.0
-"""Seconds between looks at whether somebody else has asked for a stop."""
+"""Seconds between checks for a stop that was requested elsewhere, e.g. by a signal."""
 
 
 class Gate:
-    """A bound on items in flight that can be closed for good.
+    """A limit on items in flight that can be closed permanently.
 
-    Closing wakes everybody who waits, lets those in flight finish for a while, and keeps the
-    reason. LangGraph's own ``max_concurrency`` is no substitute: it also holds back the writes
-    of finished tasks.
+    Closing wakes all waiting tasks, lets items in flight finish within a time, and keeps the
+    reason. LangGraph's ``max_concurrency`` is no substitute: it also delays the writes of
+    finished tasks.
 
     Args:
-        streams: Most items in flight.
-        drain_s: Seconds from the closing that those in flight are waited for.
-        unit: What is in flight, for messages.
+        streams: Maximum number of items in flight.
+        drain_s: Seconds after closing in which items in flight may finish.
+        what: What is in flight, for messages.
 
     Attributes:
         drain_s: As given.
-        unit: As given.
-        in_flight: Places taken, those on their way to somebody who waits included.
+        unit: The argument ``what``.
+        in_flight: Slots in use, including those assigned to a waiting task.
         reason: Why the gate was closed, or None.
         error: The error that closed it, or None.
-        is_cancelled: Whether whoever works behind it is cancelled.
+        is_cancelled: Whether the task that runs the items was cancelled.
     """
 
     def __init__(self, streams: int, drain_s: float, what: str = "items") -> None:
@@ -50,14 +50,14 @@ class Gate:
 
     @property
     def is_closed(self) -> bool:
-        """Say whether no further item may begin."""
+        """Return True if no further item may begin."""
         return self.reason is not None
 
     async def acquire(self) -> bool:
-        """Wait for a place, first come, first served.
+        """Wait for a slot, first come, first served.
 
         Returns:
-            True with a place taken; False when the gate is closed.
+            True if a slot was taken; False if the gate is closed.
         """
         if self.is_closed:
             return False
@@ -65,12 +65,12 @@ class Gate:
             self.in_flight += 1
             self._over.clear()
             return True
-        place: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
+        slot: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.append(slot)
         try:
-            granted = await place
+            granted = await slot
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled() and place.result():
+            if slot.done() and not slot.cancelled() and slot.result():
                 self.release()
             raise
         if granted and self.is_closed:
@@ -79,36 +79,36 @@ class Gate:
         return granted
 
     def release(self) -> None:
-        """Give a place back, or on to whoever waits longest."""
+        """Free a slot, or give it to the task that has waited longest."""
         while self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_result(True)
+            slot = self._waiting.popleft()
+            if not slot.done():
+                slot.set_result(True)
                 return
         self.in_flight -= 1
         if self.in_flight == 0:
             self._over.set()
 
     def close(self, reason: str, error: Exception | None = None) -> None:
-        """Let no further item begin; the first reason and error stay."""
+        """Let no further item begin; the first reason and error are kept."""
         if self.is_closed:
             return
         self.reason, self.error = reason, error
         self._deadline = time.monotonic() + self.drain_s
         self._closing.set()
         while self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_result(False)
+            slot = self._waiting.popleft()
+            if not slot.done():
+                slot.set_result(False)
 
     @contextmanager
     def poll_stop(self, stop_reason: Callable[[], str | None]) -> Iterator[None]:
-        """Close the gate, while the block runs, once a stop is asked for that nothing announces.
+        """Poll for a stop while the block runs, and close the gate when one is requested.
 
-        One task asks for all: a shard may wait for hours, and thousands of shards do.
+        One task polls for all shards: thousands of them may wait for hours.
 
         Args:
-            stop_reason: Tells why no further item shall begin, or None.
+            stop_reason: Returns why no further item may begin, or None.
         """
         key = object()
         self._stop_checks[key] = stop_reason
@@ -131,26 +131,26 @@ class Gate:
                     return
 
     def cancel(self) -> None:
-        """Close it because whoever works behind it is cancelled."""
+        """Close the gate because the task that runs the items was cancelled."""
         self.close("cancelled")
         self.is_cancelled = True
 
     async def wait_closed(self, timeout_s: float) -> bool:
-        """Wait until the gate is closed, at most ``timeout_s`` seconds; say whether it is."""
+        """Wait at most ``timeout_s`` seconds for the gate to close; return True if it did."""
         return await _wait_event(self._closing, timeout_s)
 
     async def wait_drained(self) -> bool:
-        """Wait, once the gate is closed, for the items in flight.
+        """Wait, after the gate was closed, for the items in flight.
 
         Returns:
-            Whether all of them ended within ``drain_s`` seconds of the closing; False at once
-            when they are not to be waited for.
+            Whether all of them ended within ``drain_s`` seconds after closing; False at once
+            after ``stop_waiting``.
         """
         await _wait_event(self._over, max(0.0, self._deadline - time.monotonic()))
         return self.in_flight == 0
 
     def stop_waiting(self) -> None:
-        """Wait no longer for those in flight; for a gate that is closed."""
+        """Wait no longer for items in flight; for a closed gate."""
         self._deadline = 0.0
         self._over.set()
 

@@ -1,4 +1,4 @@
-"""A shard's work: its items through the item graph, into the journal, folded into a part."""
+"""Run a shard in this process: items through the item graph, into the journal, into a part."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ from ..state import ItemState
 from .gate import Gate
 
 _SLICE: Final = 64
-"""Items read at a time, and outcomes folded at a time."""
+"""Number of items read, and of outcomes folded, at a time."""
 
 _NAMING: Final = ("checkpoint_ns", "__pregel_task_id", "__pregel_stream")
-"""Keys of LangGraph's configuration by which a stream names the graphs run inside a node."""
+"""Keys of LangGraph's configuration by which streams name graphs that run inside a node."""
 
 _RUNTIME: Final = "__pregel_runtime"
 _SCRATCHPAD: Final = "__pregel_scratchpad"
@@ -62,17 +62,17 @@ _ENGINE_ERRORS: Final = (
     NodeTimeoutError,
     NodeCancelledError,
 )
-"""LangGraph's own errors. Those of a user's graph end its item before they get here."""
+"""LangGraph's errors. Those of a user's graph end its item before they get here."""
 
 _MOST_RAW: Final = 16_000
-"""Most bytes that a record keeps of an answer's text."""
+"""Maximum number of bytes of an answer's text in a record."""
 _CUT: Final = "…"
 
 _SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
 
 
 class ShardPart:
-    """What a shard brings home: counts and its part of the aggregate."""
+    """Result of a shard: counts and its part of the aggregate."""
 
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
@@ -82,31 +82,31 @@ class ShardPart:
         self.pace = dict[str, float]()
 
     def __len__(self) -> int:
-        """Return how many items it counts."""
+        """Return the number of counted items."""
         return sum(self.tally.values())
 
     def add(self, record: dict[str, Any], item: Item) -> None:
-        """Fold one finished item in."""
+        """Fold in one finished item."""
         self.tally[record["status"]] += 1
         self._pending.append(_outcome(record, item))
         if len(self._pending) >= _SLICE:
             self._fold()
 
     def merge(self, tally: dict[str, int], state: State) -> None:
-        """Take over what a worker has folded."""
+        """Add counts and a state that a worker folded."""
         for status, count in tally.items():
             self.tally[status] += count
         self._state = combine_states(self._state, state)
 
     def add_timing(self, items: int, seconds: float) -> None:
-        """Note how long a worker elsewhere took for so many items."""
+        """Record how long a remote worker took for a number of items."""
         self.pace = {
             "items": self.pace.get("items", 0) + items,
             "seconds": self.pace.get("seconds", 0.0) + seconds,
         }
 
     def state(self) -> State:
-        """Return the items' part of the aggregate."""
+        """Return the shard's part of the aggregate."""
         self._fold()
         return self._state
 
@@ -126,12 +126,12 @@ async def run_local_shard(
     """Finish all items of a shard.
 
     Args:
-        shard: Its range of items.
+        shard: The range of items.
         tools: The open run.
-        stop_reason: Tells why no further item shall begin, or None.
+        stop_reason: Returns why no further item may begin, or None.
 
     Returns:
-        The part, everything in it on disk; None when the run was stopped before the shard was
+        The part, whose records are all on disk; None if the run was stopped before the shard was
         finished.
 
     Raises:
@@ -146,44 +146,43 @@ async def finish_items(
 ) -> ShardPart:
     """Finish the items of a shard until it ends or the run is stopped.
 
-    Cancelling it, however often, stops the run: no further item begins, and those in flight are
-    waited for as in any other stop. LangGraph cancels more than once.
+    Cancelling it stops the run like any other stop: no further item begins, and items in flight
+    may finish. LangGraph may cancel more than once.
 
     Returns:
-        What was finished, everything in it on disk.
+        The finished part; all its records are on disk.
 
     Raises:
         JournalError: An item could not be recorded, or the items cannot be read.
     """
-    worker = _ShardRunner(shard, tools, stop_reason)
-    watch = create_detached_task(worker.watch_gate())
-    working = create_detached_task(worker.run())
+    runner = _ShardRunner(shard, tools, stop_reason)
+    watch = create_detached_task(runner.watch_gate())
+    running = create_detached_task(runner.run())
     try:
-        await _wait_for_runner(working, tools.gate)
+        await _wait_for_runner(running, tools.gate)
     finally:
         watch.cancel()
-    await (
-        tools.item_journal.flush()
-    )  # a checkpoint must not know of items that the journal may lose
-    return worker.part
+    # a checkpoint must not contain items that the journal may lose
+    await tools.item_journal.flush()
+    return runner.part
 
 
-async def _wait_for_runner(working: asyncio.Task[None], gate: Gate) -> None:
-    """Wait for the work; if cancelled, for the items in flight before that goes on."""
+async def _wait_for_runner(running: asyncio.Task[None], gate: Gate) -> None:
+    """Wait for the runner; if cancelled, wait for the items in flight and then raise that."""
     cancelled: asyncio.CancelledError | None = None
-    while not working.done():
+    while not running.done():
         try:
-            await asyncio.wait({working})
+            await asyncio.wait({running})
         except asyncio.CancelledError as error:
             gate.cancel()
             cancelled = error
     if cancelled is not None:
         raise cancelled
-    working.result()
+    running.result()
 
 
 class _ShardRunner:
-    """Works on one shard."""
+    """Runs one shard."""
 
     def __init__(
         self, shard: Shard, tools: RunTools, stop_reason: Callable[[], str | None]
@@ -194,7 +193,7 @@ class _ShardRunner:
         self._tasks = set[asyncio.Task[None]]()
 
     async def watch_gate(self) -> None:
-        """Close the gate when the run shall stop, and cut off items that take too long then."""
+        """Close the gate when the run must stop, and cancel items that then take too long."""
         gate = self._tools.gate
         with gate.poll_stop(self._stop_reason):
             await gate.wait_closed(float("inf"))
@@ -203,7 +202,7 @@ class _ShardRunner:
                 task.cancel()
 
     async def run(self) -> None:
-        """Finish the shard's items, until the run is stopped.
+        """Finish the shard's items until the run is stopped.
 
         Raises:
             JournalError: An item could not be recorded, or the items cannot be read.
@@ -215,8 +214,8 @@ class _ShardRunner:
             raise errors.exceptions[0] from None
 
     async def start_items(self, group: asyncio.TaskGroup) -> None:
-        """Begin the shard's items as places come free, until the run is stopped."""
-        surroundings, gate = _item_task_context(), self._tools.gate
+        """Start items as slots become free, until the run is stopped."""
+        context, gate = _item_task_context(), self._tools.gate
         for lo in range(self._shard.lo, self._shard.hi, _SLICE):
             if gate.is_closed:
                 return
@@ -227,14 +226,12 @@ class _ShardRunner:
                     continue
                 if not await self._acquire_slot():
                     return
-                task = detach_task(
-                    group.create_task(self._run_item(item), context=surroundings.copy())
-                )
+                task = detach_task(group.create_task(self._run_item(item), context=context.copy()))
                 self._tasks.add(task)
                 task.add_done_callback(self._on_item_done)
 
     async def _acquire_slot(self) -> bool:
-        """Wait for a place; most shards wait here when the run shall stop."""
+        """Wait for a slot; most shards wait here when the run must stop."""
         gate = self._tools.gate
         if not await gate.acquire():
             return False
@@ -252,10 +249,12 @@ class _ShardRunner:
         self._tools.gate.release()
 
     async def _run_item(self, item: Item) -> None:
-        """Take one item to its end and record it; what ends the run closes the gate."""
+        """Run one item and record it; an error that ends the run closes the gate."""
         account = self._tools.open_account()
         calls = CallLog(account=account)
-        CURRENT_CALLS.set(calls)  # this task's own context: the log reaches all that it starts
+        CURRENT_CALLS.set(
+            calls
+        )  # in this task's context, so that everything it starts uses the log
         started = time.perf_counter()
         try:
             state = await _run_item_graph(item, self._tools)
@@ -271,28 +270,28 @@ class _ShardRunner:
             record = put_record(self._tools.item_journal, record)
         except JournalError as error:
             self._tools.gate.close(error.message, error)
-            raise  # cuts the others off: they could not be recorded either
+            raise  # cancels the others: they could not be recorded either
         self._tools.progress.add_record(record)
         self._fold(record, item)
 
     def _fold(self, record: dict[str, Any], item: Item) -> None:
         try:
             self.part.add(record, item)
-        except ConfigurationError as error:  # more different values than a histogram counts
+        except ConfigurationError as error:  # a histogram has too many different values
             self._tools.gate.close(error.message, error)
 
 
 def read_items(tools: RunTools, lo: int, hi: int) -> list[tuple[Item, dict[str, Any] | None]]:
-    """Return items with the records of those that have ended; blocks."""
-    ledger = tools.item_journal
+    """Return items, each with its record if it has ended; blocks."""
+    journal = tools.item_journal
     return [
-        (item, ledger.read_record(item.index) if ledger.is_finished(item.index) else None)
+        (item, journal.read_record(item.index) if journal.is_finished(item.index) else None)
         for item in tools.store.read(lo, hi)
     ]
 
 
 def _item_task_context() -> Context:
-    """Return the context for items' tasks, in which LangGraph finds :func:`inherit_config`."""
+    """Return the context for items' tasks, with the configuration of :func:`inherit_config`."""
     context = copy_context()
     context.run(DETACH_TASKS.set, True)
     config = var_child_runnable_config.get()
@@ -302,16 +301,16 @@ def _item_task_context() -> Context:
 
 
 def inherit_config(outer: RunnableConfig, store: BaseStore | None = None) -> RunnableConfig:
-    """Return what an item inherits from the invocation around it: who watches, and no more.
+    """Return the part of the surrounding configuration that an item inherits.
 
-    Callbacks, metadata and the place in the stream stay. LangGraph would also hand down recursion
-    limit, concurrency, durability, tags, thread, saver, cache, store, context, the request to
-    drain and the answers to interrupts. None of them may change what an item ends with, and an
-    item that runs in another process has none of them.
+    Callbacks, metadata and the position in the stream stay. LangGraph would also pass on the
+    recursion limit, concurrency, durability, tags, thread, saver, cache, store, context, the
+    request to drain and the answers to interrupts. None of them may change the result of an item,
+    and an item that runs in another process has none of them.
 
     Args:
         outer: The configuration of the node around the item.
-        store: The store of the graph that is to run.
+        store: The store of the graph that runs.
     """
     given = outer.get("configurable", {})
     kept: dict[str, Any] = {key: given[key] for key in _NAMING if key in given}
@@ -324,7 +323,7 @@ def inherit_config(outer: RunnableConfig, store: BaseStore | None = None) -> Run
             control=RunControl(),
         )
     if (scratchpad := given.get(_SCRATCHPAD)) is not None:
-        # It numbers the graphs run inside the node, and holds the answers to the node's interrupts.
+        # It numbers graphs that run inside the node, and contains the answers to its interrupts.
         kept[_SCRATCHPAD] = replace(scratchpad, resume=[], get_null_resume=lambda _=False: None)
     config = RunnableConfig(configurable=kept)
     if outer.get("callbacks") is not None:
@@ -335,7 +334,7 @@ def inherit_config(outer: RunnableConfig, store: BaseStore | None = None) -> Run
 
 
 async def _run_item_graph(item: Item, tools: RunTools) -> ItemState:
-    """Take an item to its end; what is no fault of the item's is raised, and stops the run."""
+    """Run an item; raise an error that is not the item's fault, which stops the run."""
     try:
         return await tools.run_item(item)
     except RUN_ENDING_ERRORS:
@@ -354,7 +353,7 @@ async def _run_item_graph(item: Item, tools: RunTools) -> ItemState:
 
 
 class RecordBuilder:
-    """Makes the journal's records of a run; ``docs/resume.md`` describes them."""
+    """Builds the journal records of a run; ``docs/resume.md`` describes them."""
 
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
@@ -401,20 +400,20 @@ class RecordBuilder:
         }
         if raw is not None:
             record |= _raw(raw)
-        shares = list(calls.usage_by_endpoint.values())
-        if len(shares) == 1:
-            record |= _cost_counts(shares[0], tools.token_prices)
-        elif shares:
-            told = [_usage_json(share, tools.token_prices) for share in shares]
-            sums = {name: min(MAX_COUNT, sum(one[name] for one in told)) for name in _SUMS}
-            record |= sums | {"shares": told}
-            for one in told:
-                clamp_counts(one)
+        usages = list(calls.usage_by_endpoint.values())
+        if len(usages) == 1:
+            record |= _cost_counts(usages[0], tools.token_prices)
+        elif usages:
+            shares = [_usage_json(usage, tools.token_prices) for usage in usages]
+            sums = {name: min(MAX_COUNT, sum(share[name] for share in shares)) for name in _SUMS}
+            record |= sums | {"shares": shares}
+            for share in shares:
+                clamp_counts(share)
         clamp_counts(record)
         return record
 
     def _question_digest(self, state: ItemState) -> str | None:
-        """Return the digest of what was asked first; repairs ask it again."""
+        """Return the digest of the first question; repairs repeat it."""
         messages = state.get("messages")
         if not messages:
             return None
@@ -429,25 +428,25 @@ class RecordBuilder:
         return digest.hexdigest()
 
 
-def put_record(ledger: ItemJournal, record: dict[str, Any]) -> dict[str, Any]:
-    """Record how an item ended; where JSON has no form for its answer, it has failed.
+def put_record(journal: ItemJournal, record: dict[str, Any]) -> dict[str, Any]:
+    """Record how an item ended; it fails if its answer cannot be written as JSON.
 
     Returns:
-        The record that was put.
+        The record that was written.
 
     Raises:
         JournalError: It could not be written.
     """
     try:
-        ledger.put(record)
+        journal.put(record)
     except TypeError as error:
         record = _without_answer(record, error)
-        ledger.put(record)
+        journal.put(record)
     return record
 
 
 def _without_answer(record: dict[str, Any], error: TypeError) -> dict[str, Any]:
-    """Return a record without the value that JSON has no form for; what it cost stays."""
+    """Return a record without a value that JSON cannot represent; its costs are unchanged."""
     if record["status"] != "failed":
         text = f"the answer cannot be recorded as JSON: {error}"
         failed = {"status": "failed", "output": None, "error_class": InvalidAnswerError.__name__}
@@ -456,7 +455,7 @@ def _without_answer(record: dict[str, Any], error: TypeError) -> dict[str, Any]:
 
 
 def _make_writable(value: Any) -> Any:
-    """Return plain data whose texts UTF-8 can write."""
+    """Return plain data whose texts can be encoded as UTF-8."""
     if isinstance(value, str):
         return replace_surrogates(value)
     if isinstance(value, list):
@@ -467,7 +466,7 @@ def _make_writable(value: Any) -> Any:
 
 
 def _raw(text: str) -> dict[str, Json]:
-    """Return what a record keeps of an answer's text."""
+    """Return the part of an answer's text that a record keeps."""
     if 4 * len(text) <= _MOST_RAW:
         return {"raw": text}
     data = text.encode(errors="replace")
@@ -488,8 +487,8 @@ def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
 
 
-def _usage_json(share: EndpointUsage, tariff: TokenPrices) -> dict[str, Json]:
-    """Return what one endpoint did for an item; an item's record has the same names."""
+def _usage_json(share: EndpointUsage, prices: TokenPrices) -> dict[str, Json]:
+    """Return an endpoint's usage for an item; an item's record has the same names."""
     return {
         "endpoint": share.endpoint,
         "model": share.model,
@@ -497,19 +496,19 @@ def _usage_json(share: EndpointUsage, tariff: TokenPrices) -> dict[str, Json]:
         "prompt_tokens": share.usage.prompt,
         "cached_tokens": share.usage.cached,
         "completion_tokens": share.usage.completion,
-        **_cost_counts(share, tariff),
+        **_cost_counts(share, prices),
     }
 
 
-def _cost_counts(share: EndpointUsage, tariff: TokenPrices) -> dict[str, int]:
-    """Return what one endpoint's answers cost, and what of it was useful."""
+def _cost_counts(share: EndpointUsage, prices: TokenPrices) -> dict[str, int]:
+    """Return the cost of one endpoint's answers, and the useful part of it."""
     usage, lost, useful = share.usage, share.lost, share.useful
-    nano = tariff.nano_usd(usage)
-    useful_nano = nano if useful is usage else tariff.nano_usd(useful)
+    nano = prices.nano_usd(usage)
+    useful_nano = nano if useful is usage else prices.nano_usd(useful)
     lost_tokens = lost.tokens
     if lost_tokens:
-        nano += tariff.nano_usd(lost)
-    if nano > MAX_COUNT or lost_tokens > MAX_COUNT:  # prices and limits without bounds
+        nano += prices.nano_usd(lost)
+    if nano > MAX_COUNT or lost_tokens > MAX_COUNT:  # prices and limits have no upper bound
         nano, lost_tokens = min(MAX_COUNT, nano), min(MAX_COUNT, lost_tokens)
         useful_nano = min(MAX_COUNT, useful_nano)
     return {

@@ -1,4 +1,4 @@
-"""Counts of a running run, and their stream."""
+"""Counts of a run in progress, and their stream."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ...backends.core.money import NANO_PER_USD, NodeTime
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is.
+    """Counts of a run.
 
     Attributes:
         total: Items of the run.
         done: Items answered.
         failed: Items that ended without an answer.
-        ended_before: Of both, those that an earlier life of the run had finished.
-        requests: Requests sent over all lives for items that ended.
+        ended_before: Items of both kinds that an earlier session finished.
+        requests: Requests of ended items, over all sessions.
         prompt_tokens: Their prompt tokens, as far as reported.
-        cached_tokens: Those of them that prefix caches held.
+        cached_tokens: Prompt tokens that prefix caches contained.
         completion_tokens: Their completion tokens, as far as reported.
-        lost_tokens: The most tokens of requests that may have been paid and brought no answer.
+        lost_tokens: Maximum tokens of requests that may have been paid without an answer.
         useful_tokens: Tokens of the answers that count.
-        nano_usd: Nano-dollars that all these tokens cost.
-        useful_nano_usd: Nano-dollars of the answers that count.
-        reused: Answers that cost nothing, for they were given to an equal request before.
-        node_time: How long nodes were held over all lives.
+        nano_usd: Cost of all these tokens in nano-dollars.
+        useful_nano_usd: Cost of the answers that count in nano-dollars.
+        reused: Answers without cost, because an equal request was answered before.
+        node_time: Node time over all sessions.
     """
 
     total: int = 0
@@ -51,16 +51,16 @@ class Progress:
 
     @property
     def wasted_tokens(self) -> int:
-        """Tokens that may have been paid for nothing: failed, hedged, sent back."""
+        """Return tokens that may have been paid for nothing: failed, hedged, sent back."""
         paid = self.prompt_tokens + self.completion_tokens + self.lost_tokens
         return paid - self.useful_tokens
 
     def to_json(self, *, simulated: bool, priced: bool) -> dict[str, Any]:
-        """Return the counts as a run's state and its ``--json`` tell them.
+        """Return the counts as the run's state and ``--json`` contain them.
 
         Args:
             simulated: Whether the answers are simulated.
-            priced: Whether tokens have a price; else nobody knows what they cost.
+            priced: Whether tokens have a price; without one the cost is unknown.
         """
         return {
             "items": self.total,
@@ -79,7 +79,7 @@ class Progress:
         }
 
     def add_record(self, record: Mapping[str, Any]) -> None:
-        """Count an item that has just ended, by its journal record."""
+        """Count an item that just ended, from its journal record."""
         self.done += record["status"] == "done"
         self.failed += record["status"] == "failed"
         self.requests += record["requests"]
@@ -93,12 +93,12 @@ class Progress:
         self.useful_nano_usd += record["useful_nano_usd"]
 
     def add_counts(self, done: int, failed: int, spent: Mapping[str, int]) -> None:
-        """Count items that have just ended.
+        """Count items that just ended.
 
         Args:
-            done: How many were answered.
-            failed: How many ended without an answer.
-            spent: What their records add up to, by the names of these counts.
+            done: Number of answered items.
+            failed: Number of items without an answer.
+            spent: Sums over their records, by the names of these counts.
         """
         self.done += done
         self.failed += failed
@@ -106,7 +106,7 @@ class Progress:
             setattr(self, name, getattr(self, name) + further)
 
     def add_node_time(self, further: NodeTime) -> None:
-        """Count that nodes were held for a further while."""
+        """Add further node time."""
         self.node_time = self.node_time.plus(further)
 
 
@@ -114,14 +114,14 @@ EMIT_INTERVAL_S: Final = 1.0
 _RATE_S: Final = 10.0
 
 ReadCounts = Callable[[], dict[str, Any]]
-"""Returns a run's counts as JSON, ``done`` and ``failed`` among them."""
+"""Returns the counts of a run as JSON, including ``done`` and ``failed``."""
 
 WriteEvent = Callable[[Any], None]
-"""LangGraph's stream writer; it does nothing where nobody listens."""
+"""LangGraph's stream writer; it does nothing without a consumer."""
 
 
 class ProgressStream:
-    """Tells counts and a rate at most once a second, whichever shard of the run asks first."""
+    """Stream of counts and a rate, at most once a second over all shards of a run."""
 
     def __init__(self) -> None:
         self._seen = deque[tuple[float, int]]()
@@ -130,9 +130,9 @@ class ProgressStream:
 
     @asynccontextmanager
     async def stream_counts(self, counts: ReadCounts, write: WriteEvent) -> AsyncIterator[None]:
-        """Tell again and again while the block runs; arguments as of :meth:`emit`.
+        """Emit counts repeatedly while the block runs; arguments as for :meth:`emit`.
 
-        One task tells for all blocks, to whoever came last: thousands of shards wait at a time.
+        One task emits for all blocks, to the latest writer: thousands of shards wait at a time.
         """
         key = object()
         self._writers[key] = counts, write
@@ -152,22 +152,22 @@ class ProgressStream:
             await asyncio.sleep(EMIT_INTERVAL_S)
 
     def emit(self, counts: ReadCounts, write: WriteEvent, *, last: bool = False) -> None:
-        """Write how far the run is, unless it was told within the last second.
+        """Write the counts of the run, unless they were written within the last second.
 
         Args:
-            counts: Returns its counts.
+            counts: Returns the counts.
             write: Takes the counts as JSON, marked ``"type": "progress"`` and ``"v": 1``, with
-                their ``rate`` in items per second over the last ten.
-            last: Tell in any case: the run is at its end.
+                the ``rate`` in items per second over the last ten.
+            last: Write in any case: the run is at its end.
         """
         now = time.monotonic()
         if self._seen and now - self._seen[-1][0] < EMIT_INTERVAL_S and not last:
             return
-        said = counts()
-        ended = said["done"] + said["failed"]
+        event = counts()
+        ended = event["done"] + event["failed"]
         self._seen.append((now, ended))
-        while len(self._seen) > 2 and now - self._seen[1][0] > _RATE_S:  # noqa: PLR2004 - a span has two ends
+        while len(self._seen) > 2 and now - self._seen[1][0] > _RATE_S:  # noqa: PLR2004 - a rate needs two points
             self._seen.popleft()
         then, before = self._seen[0]
         rate = (ended - before) / (now - then) if now > then else 0.0
-        write({"type": "progress", "v": 1, **said, "rate": round(rate, 2)})
+        write({"type": "progress", "v": 1, **event, "rate": round(rate, 2)})

@@ -1,4 +1,4 @@
-"""A shard that is worked on elsewhere: sent, waited for, and folded in."""
+"""Run a shard on a worker: send it, wait for it, and fold in its result."""
 
 from __future__ import annotations
 
@@ -22,31 +22,34 @@ logger = logging.getLogger(__name__)
 
 _SLICE: Final = 256
 _VISIBLE_S: Final = 90.0
-"""Network file systems show what another node has written after so many seconds at the latest."""
+"""Maximum seconds until a network file system shows what another node has written."""
 _BOUNCES: Final = 240
 _BOUNCE_S: Final = 5.0
-"""A worker whose own job is about to end sends shards back; others take them meanwhile."""
+"""A worker whose job is about to end returns shards; meanwhile other workers take them."""
 _FORGIVEN: Final = 2
-"""So often may a node's own endpoints fail a shard before the run stops."""
+"""How often the endpoints of a node may fail a shard before the run stops."""
 
 
 async def run_remote_shard(
-    shard: Shard, tools: RunTools, crew: ShardCoordinator, stop_reason: Callable[[], str | None]
+    shard: Shard,
+    tools: RunTools,
+    coordinator: ShardCoordinator,
+    stop_reason: Callable[[], str | None],
 ) -> ShardPart | None:
-    """Have all items of a shard finished elsewhere.
+    """Finish all items of a shard on workers.
 
     Returns:
-        The part; None when the run was stopped before the shard was finished.
+        The part; None if the run was stopped before the shard was finished.
 
     Raises:
-        RunStoppedError: The shard was lost too often, or a worker says that going on is hopeless.
-        ConfigurationError: A worker cannot do its work.
+        RunStoppedError: The shard was lost too often, or a worker reports that the run must stop.
+        ConfigurationError: A worker cannot run the shard.
         JournalError: A record could not be written or read.
     """
     if not await tools.gate.acquire():
         return None
     try:
-        return await RemoteShard(shard, tools, crew, stop_reason).run()
+        return await RemoteShard(shard, tools, coordinator, stop_reason).run()
     except BudgetExhaustedError as error:
         tools.gate.close(error.message, error)
         return None
@@ -58,35 +61,30 @@ async def run_remote_shard(
         raise
     finally:
         tools.gate.release()
-    await (
-        tools.gate.wait_drained()
-    )  # a failing Send cancels the others: what they wait for comes home
+    # A failing Send cancels the others: wait until their results have arrived.
+    await tools.gate.wait_drained()
     raise failure
 
 
 class RemoteShard:
-    """One shard on its way."""
+    """One shard that is sent to workers."""
 
     def __init__(
         self,
         shard: Shard,
         tools: RunTools,
-        crew: ShardCoordinator,
+        coordinator: ShardCoordinator,
         stop_reason: Callable[[], str | None],
     ) -> None:
-        self._shard, self._tools, self._coordinator, self._stop_reason = (
-            shard,
-            tools,
-            crew,
-            stop_reason,
-        )
+        self._shard, self._tools = shard, tools
+        self._coordinator, self._stop_reason = coordinator, stop_reason
         self._part = ShardPart(tools)
         self._folded = bytearray(len(shard))  # hundreds of shards wait: a byte per item
         self._open = len(shard)
         self._forgiven = self._bounced = 0
 
     async def run(self) -> ShardPart | None:
-        """Have workers finish the shard; return what it became, or None if it was stopped."""
+        """Have workers finish the shard; return its part, or None if the run was stopped."""
         await self._fold_finished()
         while self._open and not self._is_stopped():
             before = self._open
@@ -124,7 +122,7 @@ class RemoteShard:
         return gate.is_closed
 
     async def _wait_for_worker(self, work: Any) -> AnsweredTask | None:
-        """Wait for a worker; once the run is being stopped, only for a while."""
+        """Wait for a worker; once the run is being stopped, only as long as for items in flight."""
         gate = self._tools.gate
         task = asyncio.ensure_future(work)
         closing: asyncio.Future[Any] = asyncio.ensure_future(gate.wait_closed(float("inf")))
@@ -140,66 +138,66 @@ class RemoteShard:
             task.cancel()
 
     async def _wait_for_drain(self, task: asyncio.Future[Any]) -> None:
-        """Have the workers told to stop, and wait as long as items in flight are waited for."""
-        telling: asyncio.Future[Any] = asyncio.ensure_future(self._coordinator.stop())
+        """Stop the workers, and wait as long as items in flight may take."""
+        stopping: asyncio.Future[Any] = asyncio.ensure_future(self._coordinator.stop())
         over: asyncio.Future[Any] = asyncio.ensure_future(self._tools.gate.wait_drained())
         try:
             await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            telling.cancel()  # the crew goes on with it
+            stopping.cancel()  # the coordinator continues it
             over.cancel()
 
     async def _fold_result(self, outcome: AnsweredTask) -> None:
-        """Record and fold in what a worker has finished."""
-        order, summary = outcome
-        alone = True
-        check_record_indices(summary, len(self._tools.store))
-        for record in summary.records or ():
+        """Record and fold in the items that a worker has finished."""
+        task, result = outcome
+        only_copy = True
+        check_record_indices(result, len(self._tools.store))
+        for record in result.records or ():
             if self._tools.item_journal.is_finished(record["index"]):
-                alone = False  # somebody else's record counts, and this part is not of it
+                only_copy = False  # another copy's record counts, which this part lacks
                 continue
             self._tools.item_journal.put(record)
             self._tools.progress.add_record(record)
-        if order is not None:
-            await self._wait_visible(order, summary)
-            if alone:
-                self._fold_parts(order, summary)
-            self._part.add_timing(sum((summary.tally or {}).values()), summary.seconds)
-        if summary.error is not None:
+        if task is not None:
+            await self._wait_visible(task, result)
+            if only_copy:
+                self._fold_parts(task, result)
+            self._part.add_timing(sum((result.tally or {}).values()), result.seconds)
+        if result.error is not None:
             await self._fold_finished()
-            self._forgive_or_raise(summary)
+            self._forgive_or_raise(result)
 
-    async def _wait_visible(self, order: ShardTask, summary: ShardResult) -> None:
-        """Wait until the journal shows here what the worker says that it has written there."""
-        indices, said = [item[0] for item in order.items], sum((summary.tally or {}).values())
+    async def _wait_visible(self, task: ShardTask, result: ShardResult) -> None:
+        """Wait until this process can read the records that the worker reports to have written."""
+        indices, reported = [item[0] for item in task.items], sum((result.tally or {}).values())
         pause = waited = 0.0
         finished = self._tools.item_journal.is_finished
-        while sum(map(finished, indices)) < said:
+        while sum(map(finished, indices)) < reported:
             if waited >= _VISIBLE_S:
                 text = "shard %s: records of %s did not show up in the journal within %.0f s"
-                logger.warning(text, order.shard, summary.worker, waited)
+                logger.warning(text, task.shard, result.worker, waited)
                 return
             await asyncio.sleep(pause)
-            await self._coordinator.refresh(summary.worker)
+            await self._coordinator.refresh(result.worker)
             waited, pause = waited + pause, min(max(0.05, 2 * pause), 5.0)
 
-    def _fold_parts(self, order: ShardTask, summary: ShardResult) -> None:
-        """Take over a worker's part if it covers its whole order, and the journal has it all.
+    def _fold_parts(self, task: ShardTask, result: ShardResult) -> None:
+        """Merge a worker's part if it covers the whole task and the journal has all its records.
 
-        Where two copies of a shard ended one item, the part may be another's than the journal
-        keeps; the last node then folds everything anew.
+        If two copies of a shard ended one item, the part may come from a copy that the journal
+        does not keep; the node ``reduce`` then folds everything again.
         """
-        indices = [item[0] for item in order.items]
-        if summary.parts is None or sum((summary.tally or {}).values()) != len(indices):
+        indices = [item[0] for item in task.items]
+        if result.parts is None or sum((result.tally or {}).values()) != len(indices):
             return
         if all(map(self._is_open, indices)) and all(
             map(self._tools.item_journal.is_finished, indices)
         ):
-            self._part.merge(summary.tally or {}, summary.parts)
+            self._part.merge(result.tally or {}, result.parts)
             self._close(indices)
 
     async def _fold_finished(self) -> None:
-        """Fold in, from the journal, what has ended and is not folded yet."""
+        """Fold in, from the journal, items that have ended and are not folded yet."""
         finished = self._tools.item_journal.is_finished
         for lo, hi in list(self._open_slices()):
             if not any(map(finished, range(lo, hi))):
@@ -219,57 +217,57 @@ class RemoteShard:
         self._open -= len(indices)
 
     def _open_slices(self) -> Iterator[tuple[int, int]]:
-        """Yield the slices of the shard that hold open items."""
+        """Yield the slices of the shard that contain open items."""
         for lo in range(self._shard.lo, self._shard.hi, _SLICE):
             hi = min(lo + _SLICE, self._shard.hi)
             if self._folded.find(0, lo - self._shard.lo, hi - self._shard.lo) >= 0:
                 yield lo, hi
 
-    async def _check_progress(self, order: ShardTask | None, summary: ShardResult) -> None:
-        if summary.error is not None or order is None:  # forgiven; stopped by this very life
+    async def _check_progress(self, task: ShardTask | None, result: ShardResult) -> None:
+        if result.error is not None or task is None:  # forgiven; stopped by this session
             return
-        if summary.short:  # the next lease is larger
+        if result.short:  # the next lease is larger
             return
-        if summary.stopped == DUPLICATE_REASON and self._bounced < _BOUNCES:
-            self._bounced += 1  # what its first copy has recorded is left out of the next order
+        if result.stopped == DUPLICATE_REASON and self._bounced < _BOUNCES:
+            self._bounced += 1  # the next task omits the items that the first copy recorded
             return
-        if (summary.stopped or "").startswith(WALLTIME_REASON) and self._bounced < _BOUNCES:
+        if (result.stopped or "").startswith(WALLTIME_REASON) and self._bounced < _BOUNCES:
             self._bounced += 1
             await self._tools.gate.wait_closed(_BOUNCE_S)
             return
         msg = (
-            f"worker {summary.worker} came back from shard {summary.shard} without having "
-            f"finished one item: {summary.stopped}"
+            f"worker {result.worker} returned shard {result.shard} without a finished item: "
+            f"{result.stopped}"
         )
         raise RunStoppedError(msg)
 
-    def _forgive_or_raise(self, summary: ShardResult) -> None:
-        """Let another node try what one node's own endpoints could not do."""
-        error = _result_error(summary)
+    def _forgive_or_raise(self, result: ShardResult) -> None:
+        """Let another node try a shard that the endpoints of one node could not finish."""
+        error = _result_error(result)
         hopeless = not (self._coordinator.has_node_endpoints and isinstance(error, RunStoppedError))
         if hopeless or self._forgiven >= _FORGIVEN:
             raise error
         self._forgiven += 1
-        logger.warning("shard %s: %s", summary.shard, error)
+        logger.warning("shard %s: %s", result.shard, error)
 
 
-def check_record_indices(summary: ShardResult, items: int) -> None:
+def check_record_indices(result: ShardResult, items: int) -> None:
     """Check that a worker's records are of items of the run.
 
     Raises:
-        RunStoppedError: One is not; nothing of the summary is recorded.
+        RunStoppedError: One is not; no record of the result is kept.
     """
-    for record in summary.records or ():
+    for record in result.records or ():
         if record["index"] >= items:
             msg = (
-                f"worker {summary.worker}: a record of shard {summary.shard} has index "
+                f"worker {result.worker}: a record of shard {result.shard} has index "
                 f"{record['index']}, and this run has {items:,} items; is it of another run?"
             )
             raise RunStoppedError(msg)
 
 
-def _result_error(summary: ShardResult) -> Exception:
-    error = summary.error or {}
+def _result_error(result: ShardResult) -> Exception:
+    error = result.error or {}
     kinds = {"RunStoppedError": RunStoppedError, "JournalError": JournalError}
     kind = kinds.get(error.get("class", ""), ConfigurationError)
-    return kind(f"worker {summary.worker}: {error.get('text')}")
+    return kind(f"worker {result.worker}: {error.get('text')}")

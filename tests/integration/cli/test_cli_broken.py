@@ -145,7 +145,7 @@ REDUCE = [
     Broken(
         "free text", ["'x' needs task.schema"], task(schema=None) | reduced(op="stats", field="x")
     ),
-    Broken("endless", ["(histogram)", "endlessly"], reduced(op="histogram", field="score")),
+    Broken("endless", ["(histogram)", "unlimited"], reduced(op="histogram", field="score")),
     Broken(
         "bins' type",
         ["reduce.0.bins: expected a whole"],

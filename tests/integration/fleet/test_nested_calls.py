@@ -586,7 +586,7 @@ PROGRAMS = st.recursive(
 def test_whatever_items_do_within_whatever_bounds_they_end(
     monkeypatch: pytest.MonkeyPatch, programs: Any, caps: tuple[int, int], **bounds: Any
 ) -> None:
-    monkeypatch.setattr(reservations, "_LOOK_S", 0.01)
+    monkeypatch.setattr(reservations, "_POLL_S", 0.01)
     budget = Budget(
         BudgetSettings(BudgetLimits(requests=caps[0]), NO_PRICES, caps[1]), Amount(), None
     )

@@ -53,7 +53,7 @@ def test_a_file_of_ones_own_is_like_a_site_but_untested(tmp_path: Path) -> None:
         ("name: x\nscheduler: pbs\n", "the key 'launcher' is missing"),
         ("name: x\nscheduler: pbs\nlauncher: a\nlaunchr: b\n", "did you mean 'launcher'"),
         ("name: x\nscheduler: pbs\nlauncher: a {hosts}\n", "{hosts} is not filled in"),
-        ("name: x\nscheduler: pbs\nlauncher: a\nenvironment: {'a b': c}\n", "no name of an env"),
+        ("name: x\nscheduler: pbs\nlauncher: a\nenvironment: {'a b': c}\n", "not a name of an env"),
         ('name: x\nscheduler: pbs\nlauncher: a\nmodules: ["a\\nb"]\n', "modules.0"),
         ("like: auroa\n", "did you mean 'aurora'"),
     ],

@@ -62,7 +62,7 @@ def test_ids_may_be_numbers() -> None:
         ({"instances": 2, "ports": 65535}, "go beyond 65535"),
         ({"instances": 5, "accelerators": {"count": 12}}, "12 accelerators cannot be divided"),
         ({"accelerators": {"count": 2, "ids": "0"}}, "leave one of them out"),
-        ({"accelerators": {"ids": "0,0"}}, "one accelerator twice"),
+        ({"accelerators": {"ids": "0,0"}}, "an accelerator twice"),
         ({"accelerators": {"variable": "GPUS"}}, "ZE_AFFINITY_MASK"),
         ({"env": {"A B": "x"}}, r"node\.env"),
         ({"env": {"A": 1}}, "put a number in quotes"),

@@ -177,14 +177,14 @@ def test_the_size_does_not_grow_with_the_items() -> None:
     assert size(100_000, 102_000) < size(100_000, 100_200) * 1.1
 
 
-def test_states_of_other_stages_do_not_combine() -> None:
+def test_states_of_other_aggregators_do_not_combine() -> None:
     other = build_aggregators([{"op": "top_k", "field": "score", "k": 4}])
     mine = build_aggregators([{"op": "top_k", "field": "score", "k": 5}])
-    with pytest.raises(ConfigurationError, match="fold the finished items anew"):
+    with pytest.raises(ConfigurationError, match="fold the finished items again"):
         combine_states(other.empty(), mine.empty())
-    with pytest.raises(ConfigurationError, match="different stages"):
+    with pytest.raises(ConfigurationError, match="different aggregators"):
         mine.present(other.empty())
-    with pytest.raises(ConfigurationError, match="different stages"):
+    with pytest.raises(ConfigurationError, match="different aggregators"):
         mine.present(build_aggregators([]).empty())
 
 
@@ -193,6 +193,6 @@ def test_states_of_another_version_are_refused() -> None:
         combine_states({}, ALL.empty() | {"v": 2})
 
 
-def test_no_stages() -> None:
+def test_no_aggregators() -> None:
     none = build_aggregators([])
     assert none.present(combine_states(none.lift([Outcome(0, "a", "done", 1)]), {})) == []

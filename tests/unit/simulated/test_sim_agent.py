@@ -75,5 +75,5 @@ def test_one_that_must_call_ends_with_the_last_tool() -> None:
 
 
 def test_a_tool_that_is_not_on_offer_is_refused() -> None:
-    with pytest.raises(ApiError, match="'other', which is no function of tools"):
+    with pytest.raises(ApiError, match="'other', which is not a function of tools"):
         answer_question(read(tools=TOOLS), lambda _: ToolCall("other", {}))

@@ -50,7 +50,7 @@ def test_presets_take_changes(make: Any) -> None:
         ({"nodes": True}, "nodes"),
         ({"ttft_s": "fast"}, "ttft_s must be a number"),
         ({"api_key": 5}, "api_key"),
-        ({"responder": None}, "responder must be a text"),
+        ({"responder": None}, "responder must be text"),
         ({"model": ""}, "model"),
         ({"addressing": "dns"}, "addressing must be one of path, port, addr"),
         ({"usage": "some"}, "usage"),
@@ -64,7 +64,7 @@ def test_presets_take_changes(make: Any) -> None:
         ({"faults": [{"kind": "fire"}]}, "fire"),
         ({"faults": [{"p": 1}]}, "kind"),
         ({"faults": [{"kind": "429", "often": 1}]}, "often"),
-        ({"faults": [{"kind": "429", "p": 1.5}]}, "p must lie"),
+        ({"faults": [{"kind": "429", "p": 1.5}]}, "p must be in"),
         ({"faults": [{"kind": "429", "draw": "lot"}]}, "draw"),
         ({"faults": [{"kind": "429", "nodes": 1.5}]}, "fraction"),
         ({"faults": [{"kind": "cold"}]}, "needs a value"),
@@ -83,7 +83,7 @@ def test_what_is_no_object_is_refused(text: str) -> None:
 
 
 def test_unknown_responder() -> None:
-    with pytest.raises(ConfigurationError, match="known are agent, esol, schema"):
+    with pytest.raises(ConfigurationError, match="available: agent, esol, schema"):
         make_responder(SimulationSpec(responder="oracle"))
 
 
