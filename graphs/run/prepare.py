@@ -325,9 +325,9 @@ def end_session(folder: RunFolder) -> None:
     A graph that resumes from a checkpoint has not recorded its start; both are recorded then.
     """
     about = folder.read_provenance()
-    lives = about["sessions"]
-    begun = bool(lives) and lives[-1]["ended"] is None and lives[-1]["pid"] == os.getpid()
-    *before, last = lives if begun else [*lives, describe_session(folder)]
+    sessions = about["sessions"]
+    begun = bool(sessions) and sessions[-1]["ended"] is None and sessions[-1]["pid"] == os.getpid()
+    *before, last = sessions if begun else [*sessions, describe_session(folder)]
     last |= {"ended": utc_timestamp(), "outcome": "finished"}
     folder.write_provenance(about | {"sessions": [*before, last]})
 
