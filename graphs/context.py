@@ -1,4 +1,4 @@
-"""RunContext: settings, the open runs that nodes share, and their binding to a graph."""
+"""RunContext: settings, the open runs that nodes share, and binding them to a graph."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ from .worker import work_shard
 
 @dataclass(kw_only=True)
 class RunContext(SettingsForm):
-    """Settings of a run; a field that is left as it is changes nothing."""
+    """Settings of a run; a field at its default changes nothing."""
 
     @classmethod
     def from_loaded(
@@ -85,21 +85,21 @@ class RunContext(SettingsForm):
         *,
         embedded: bool = False,
         allow_simulated: bool = True,
-        place: tuple[Path, str] | None = None,
+        new_folder: tuple[Path, str] | None = None,
         **settings: Any,
     ) -> Self:
-        """Return a context of settings that are loaded already.
+        """Return a context for settings that are already loaded.
 
         Args:
             loaded: The settings.
-            embedded: Whether the graph itself notes the run's lives.
-            allow_simulated: Whether a run may ask a simulated fleet.
-            place: Where run folders lie in place of the default place, and the new one's name.
-            **settings: The context's own.
+            embedded: The graph records the sessions of the run.
+            allow_simulated: Allow a simulated fleet.
+            new_folder: Parent folder and name of a new run folder, instead of the default.
+            **settings: Fields of the context.
         """
         context = cls(**settings)
         given = {"loaded": loaded, "embedded": embedded, "allow_simulated": allow_simulated}
-        alone = {"stands_alone": True, "preloaded": True, "_place": place}
+        alone = {"stands_alone": True, "preloaded": True, "_new_folder": new_folder}
         context.__dict__ |= given | alone
         return context
 
@@ -111,19 +111,19 @@ class RunContext(SettingsForm):
 
         Args:
             owner: The settings bound to the graph.
-            policy: What requests may set.
+            policy: The settings that requests may change.
             given: The fields that the request sets.
         """
         own = {key: given.get(key, getattr(owner, key)) for key in ("out", "trace", "retry_failed")}
         context = cls(**own)
-        kept = {key: getattr(owner, key) for key in ("embedded", "allow_simulated", "_place")}
+        kept = {key: getattr(owner, key) for key in ("embedded", "allow_simulated", "_new_folder")}
         asked = {"policy": policy, "_owner": owner, "_given": given}
         context.__dict__ |= kept | asked | {"stands_alone": True}
         return context.share_runs(owner)
 
     @cached_property
     def policy(self) -> RequestPolicy | None:
-        """Return what requests may set; None: these are bound settings, or trusted ones."""
+        """Return the policy for requests; None for bound or trusted settings."""
         return None
 
     @cached_property
@@ -136,11 +136,11 @@ class RunContext(SettingsForm):
 
     @cached_property
     def preloaded(self) -> bool:
-        """Say whether the settings were loaded before the context was made."""
+        """Return True if the settings were loaded before the context was created."""
         return False
 
     def is_request_to(self, owner: RunContext) -> bool:
-        """Say whether this is the context of a request to a graph that is bound to ``owner``."""
+        """Return True if this is the context of a request to a graph bound to ``owner``."""
         return self._owner is owner
 
     def _resolve_request(
@@ -152,12 +152,12 @@ class RunContext(SettingsForm):
         """Return the settings of a request and the request itself; blocks.
 
         Args:
-            kept: What the run's provenance keeps of earlier invocations.
-            path: The path that the input names.
-            preset: The preset that the input names, in place of the context's.
+            kept: The request of earlier invocations, from the run's provenance.
+            path: The path in the input.
+            preset: The preset in the input, which replaces that of the context.
 
         Raises:
-            ConfigurationError: It asks for more than it may.
+            ConfigurationError: The request exceeds its rights.
         """
         assert self.policy is not None, "only a request is checked"
         assert self._owner is not None, "a request is made to bound settings"
@@ -182,26 +182,26 @@ class RunContext(SettingsForm):
             return self._resolve_request()[0]
         config = self.preset if self.config in (None, "") else self.config
         if config is self.preset:
-            read_preset(self.preset)  # says which there are, if that is none
+            read_preset(self.preset)  # raises, listing the presets, if it is unknown
         return resolve_config(config, self.to_assignments(), endpoints=self.endpoints or None)[0]
 
     @cached_property
     def stands_alone(self) -> bool:
-        """Say whether these are all settings; else they go on top of what a run has already."""
+        """Return True if these are complete settings; else they change those of a run."""
         return bool(self.changed_fields().keys() & {"config", "preset"})
 
     @cached_property
     def embedded(self) -> bool:
-        """Say whether the graph itself notes the run's lives; the command line notes its own."""
+        """Return True if the graph records sessions; the command line records its own."""
         return True
 
     @cached_property
     def allow_simulated(self) -> bool:
-        """Say whether a run may ask a simulated fleet."""
+        """Return True if a run may use a simulated fleet."""
         return True
 
     @cached_property
-    def _place(self) -> tuple[Path, str] | None:
+    def _new_folder(self) -> tuple[Path, str] | None:
         return None
 
     @cached_property
@@ -210,18 +210,18 @@ class RunContext(SettingsForm):
 
     @cached_property
     def _folders(self) -> dict[str, Path]:
-        """Return the folders of the runs that were worked on, by run id."""
+        """Return the folders of the runs of this process, by run id."""
         return {}
 
     def share_runs(self, other: RunContext) -> Self:
-        """Know which runs another context has open and where they lie, and return itself."""
+        """Share the open runs and folders of another context; return this context."""
         self.__dict__.setdefault("_runs", other._runs)
         self.__dict__.setdefault("_folders", other._folders)
         return self
 
     @cached_property
     def _own_invocation(self) -> Invocation:
-        """Return what works on runs outside of an invocation of the graph: a command's session."""
+        """Return the invocation for runs opened outside a graph, such as a command's session."""
         return Invocation(keeps_claims=False)
 
     @property
@@ -252,7 +252,7 @@ class RunContext(SettingsForm):
 
     @cached_property
     def out_path(self) -> Path | None:
-        """Return ``out`` as an absolute path; what is relative counts from where it is first used.
+        """Return ``out`` as an absolute path, resolved at first use.
 
         A program may change its working directory between two invocations.
         """
@@ -262,24 +262,23 @@ class RunContext(SettingsForm):
 
     @property
     def out_folder(self) -> Path | None:
-        """Return the folder that ``out`` names, one path for all its spellings; blocks."""
+        """Return the folder that ``out`` names, with links resolved; blocks."""
         return None if self.out_path is None else self.out_path.resolve()
 
     def find_folder(self, run: RunKey) -> Path:
-        """Return where a run's folder lies now; blocks.
+        """Return the current folder of a run; blocks.
 
-        The folder that the context names comes first, then where this process has worked on the
-        run, then the default place.
+        Tries the folder that the context names, then the folder that this process has used, then
+        the default folder.
 
         Raises:
-            ConfigurationError: It is not found, or the folder that the context names is another
-                run's.
+            ConfigurationError: It is not found, or the context names the folder of another run.
         """
         if (named := self.out_folder) is not None:
             ids = get_run_ids(open_folder(named).read_provenance())
             if run["id"] not in ids:
                 msg = (
-                    f"{self.out}: this is the folder of run {ids[0]}, and the thread goes on with "
+                    f"{self.out}: this is the folder of run {ids[0]}, but the thread belongs to "
                     f"run {run['id']}; set 'out' to that run's folder"
                 )
                 raise ConfigurationError(msg)
@@ -292,21 +291,21 @@ class RunContext(SettingsForm):
             if is_folder_of_run(path, run["id"]):
                 self._folders[run["id"]] = found = path.resolve()
                 return found
-        looked = "".join(f"; {path} is not it" for path in candidates)
+        tried = "".join(f"; {path} is not it" for path in candidates)
         msg = (
-            f"the folder of run {run['id']} is not known here{looked}; if it was moved, name it by "
-            "'out', which is bound, build_graph(RunContext(…, out=DIR)), or comes with the context "
-            "of a graph that trusts it"
+            f"the folder of run {run['id']} is not known here{tried}; if it was moved, set 'out': "
+            "bind it with build_graph(RunContext(…, out=DIR)), or give it in the context of a "
+            "graph that trusts it"
         )
         raise ConfigurationError(msg)
 
     @property
     def _default_root(self) -> Path:
-        """Return where run folders lie that ``out`` does not name."""
-        return Path.cwd() / RUNS_FOLDER if self._place is None else self._place[0]
+        """Return the folder of run folders that ``out`` does not name."""
+        return Path.cwd() / RUNS_FOLDER if self._new_folder is None else self._new_folder[0]
 
     def list_shown_folders(self) -> set[str]:
-        """Return the folders as messages may show them; blocks."""
+        """Return the folders, as spelled in messages; blocks."""
         own = {self.out, str(self.out_path), str(self.out_folder)} if self.out else set[str]()
         return own | {str(path) for path in self._folders.values()}
 
@@ -316,10 +315,9 @@ class RunContext(SettingsForm):
         items: Sequence[Mapping[str, Any]] | None,
         preset: str | None = None,
     ) -> PreparedRun:
-        """Make a run's folder from a path or items, or look up the one that the context names.
+        """Create a run folder from a path or items, or open the one that the context names.
 
-        An existing run in ``out`` is gone on with when nothing else is given; what the settings
-        ask for must be what it asks for.
+        An existing run in ``out`` is resumed if nothing else is given; the settings must fit it.
         """
         given = path is not None or items is not None or preset is not None
         folder = None if given else await asyncio.to_thread(self._find_existing)
@@ -335,36 +333,36 @@ class RunContext(SettingsForm):
                 self._deadlines,
                 self._retry_before,
             ):
-                kept.pop(folder, None)  # of a run that lay there before
+                kept.pop(folder, None)  # remove the data of an earlier run in this folder
         else:
             await get_claims().wait_for_run(RunFolder(folder), self._invocation)
-            self._retry_before.pop(folder, None)  # a further invocation asks once more
+            self._retry_before.pop(folder, None)  # a further invocation retries again
             if self.embedded:
-                self._deadlines.pop(folder, None)  # a life of its own
+                self._deadlines.pop(folder, None)  # a new session
                 loaded = await asyncio.to_thread(self._get_settings, folder)
                 await resume_run(RunFolder(folder), loaded)
         if self.embedded:
             await self._claim(folder)
             await asyncio.to_thread(begin_session, RunFolder(folder))
-        return await asyncio.to_thread(self._look_up, folder)
+        return await asyncio.to_thread(self._read_prepared, folder)
 
     async def _claim(self, folder: Path) -> None:
-        """Have nobody else work on a run until the present invocation ends.
+        """Claim a run until the current invocation ends.
 
         Raises:
-            ConfigurationError: Somebody does.
+            ConfigurationError: Another invocation or process uses the run.
         """
         await get_claims().claim_run(RunFolder(folder), self._invocation)
 
     def _find_existing(self) -> Path | None:
-        """Return the folder that ``out`` names if something is in it."""
+        """Return the folder that ``out`` names, unless it is empty or missing."""
         folder = self.out_folder
         return None if folder is None or is_vacant(folder) else open_folder(folder).path
 
     def _resolve_new_run(
         self, path: str | None, preset: str | None
     ) -> tuple[LoadedConfig, Path, dict[str, Any]]:
-        """Return a new run's settings, its folder, and what its provenance keeps of the input."""
+        """Return a new run's settings, its folder, and the request for its provenance."""
         asked = dict[str, Any]()
         if self.policy is not None:
             loaded, request = self._resolve_request(None, path, preset)
@@ -375,16 +373,18 @@ class RunContext(SettingsForm):
         if path is not None and self.policy is None:
             changes = {"input.path": str(Path(path).resolve()), "input.dataset": None}
             loaded = load_config(loaded.raw, settings=changes)
-        name = new_folder_name(loaded.config.name) if self._place is None else self._place[1]
+        name = (
+            new_folder_name(loaded.config.name) if self._new_folder is None else self._new_folder[1]
+        )
         return loaded, self.out_folder or self._default_root / name, asked
 
     def _load_with_preset(self, preset: str | None) -> LoadedConfig:
-        """Return the settings, of a preset that the input names if it names one."""
+        """Return the settings, with the preset of the input if it has one."""
         if preset is None:
             return self.loaded
         return replace(self, preset=preset, config=None).loaded
 
-    def _look_up(self, folder: Path) -> PreparedRun:
+    def _read_prepared(self, folder: Path) -> PreparedRun:
         about = open_folder(folder).read_provenance()
         self._folders[about["run"]] = folder
         run: RunKey = {"id": about["run"], "name": None if self.out else folder.name}
@@ -392,7 +392,7 @@ class RunContext(SettingsForm):
         return plan_shards(run, config, total, singly=self.embedded)
 
     def _get_settings(self, folder: Path) -> LoadedConfig:
-        """Return the settings of a run that there is; blocks."""
+        """Return the settings of an existing run; blocks."""
         if not self.embedded:
             return self.loaded
         if folder not in self._loaded_by_folder:
@@ -400,7 +400,7 @@ class RunContext(SettingsForm):
         return self._loaded_by_folder[folder]
 
     def _load_settings(self, run: RunFolder) -> LoadedConfig:
-        """Return the run's own settings with these on top, unless these stand alone."""
+        """Return the run's settings changed by these, or these if they are complete."""
         if self.policy is not None:
             return self._resolve_request(run.read_provenance().get("request"))[0]
         if asked := run.read_provenance().get("preset"):
@@ -413,7 +413,7 @@ class RunContext(SettingsForm):
 
     @asynccontextmanager
     async def open_run(self, run: RunKey) -> AsyncIterator[RunTools]:
-        """Open a run; the nodes of one invocation share what is open."""
+        """Open a run; the nodes of one invocation share it."""
         folder = self._folders.get(run["id"])
         if folder is None or self._runs.get_open((folder, self._invocation)) is None:
             folder = await asyncio.to_thread(self.find_folder, run)
@@ -422,7 +422,7 @@ class RunContext(SettingsForm):
 
     @asynccontextmanager
     async def open_session_run(self, end: Walltime | None) -> AsyncIterator[RunTools]:
-        """Open the run of the folder that ``out`` names, for a session that ends in time."""
+        """Open the run in the folder that ``out`` names, for a session with a deadline."""
         folder = await asyncio.to_thread(lambda: self.out_folder)
         assert folder is not None, "the command line names a folder"
         self._deadlines[folder] = end
@@ -444,14 +444,14 @@ class RunContext(SettingsForm):
             work_shard,
             self._deadlines[folder],
         )
-        invocation, place = self._invocation, RunFolder(folder)
+        invocation, run_folder = self._invocation, RunFolder(folder)
 
         @asynccontextmanager
         async def make() -> AsyncIterator[RunTools]:
             with invocation.track_opening():
-                await get_claims().claim_run(place, invocation)
+                await get_claims().claim_run(run_folder, invocation)
                 await asyncio.to_thread(self._lower_limits, folder)
-                async with open_run(place, loaded, mode) as tools:
+                async with open_run(run_folder, loaded, mode) as tools:
                     with invocation.track_run(tools):
                         yield tools
 
@@ -459,70 +459,70 @@ class RunContext(SettingsForm):
             yield tools
 
     async def budget_gap(self, run: RunKey, needed: Mapping[str, int]) -> dict[str, Any] | None:
-        """Return what to ask of the user while the budget does not carry ``needed``, or None."""
+        """Return the question to the user if the budget does not cover ``needed``, or None."""
         folder = await asyncio.to_thread(self.find_folder, run)
         await self._claim(folder)
         await asyncio.to_thread(self._lower_limits, folder)
         loaded = await asyncio.to_thread(self._get_settings, folder)
         tools = self._runs.get_open((folder, self._invocation))
         budget = tools.budget if isinstance(tools, OpenedRun) else None
-        place, amount = RunFolder(folder), Amount(**needed)
-        asked = await asyncio.to_thread(budget_gap, place, loaded.config, amount, budget)
+        run_folder, amount = RunFolder(folder), Amount(**needed)
+        asked = await asyncio.to_thread(budget_gap, run_folder, loaded.config, amount, budget)
         if asked is None or self.policy is None or self._owner is None:
             return asked
         owner = self._owner
         return self.policy.limit_question(await asyncio.to_thread(lambda: owner.loaded), asked)
 
     def _lower_limits(self, folder: Path) -> None:
-        """Hold what requests were allowed to what is bound now; blocks."""
+        """Lower the limits that requests raised to the bound limits; blocks."""
         if self.policy is not None and self._owner is not None:
             lower_raised_limits(RunFolder(folder), self.policy.bound_totals(self._owner.loaded))
 
     def _check_answer(self, answer: Any) -> str | None:
-        """Return why a request may not give this answer to a spent budget, or None; blocks."""
+        """Return why a request may not give this answer about the budget, or None; blocks."""
         if self.policy is None or self._owner is None:
             return None
         return self.policy.check_answer(self._owner.loaded, answer)
 
     async def raise_limits(self, run: RunKey, answer: Any) -> str | None:
-        """Take an answer as the run's new caps; return what is wrong with it, or None."""
+        """Raise the run's limits as answered; return what is wrong with the answer, or None."""
         if (problem := await asyncio.to_thread(self._check_answer, answer)) is not None:
             return problem
         folder = await asyncio.to_thread(self.find_folder, run)
         if self.embedded:
-            self._deadlines.pop(folder, None)  # a life of its own: the answer may have taken days
+            self._deadlines.pop(folder, None)  # a new session: the answer may have taken days
         requested = self.policy is not None
         return await asyncio.to_thread(raise_limits, RunFolder(folder), answer, requested=requested)
 
     async def finish_run(
         self, run: RunKey, aggregate: list[dict[str, Any]], progress: dict[str, Any]
     ) -> dict[str, Any]:
-        """Write the results' files and return references to them."""
+        """Write the result files and return references to them."""
         folder = await asyncio.to_thread(self.find_folder, run)
-        place = RunFolder(folder)
+        run_folder = RunFolder(folder)
         async with self._open_at(folder) as tools:
             results = await asyncio.to_thread(
-                write_results, place, self._get_settings(folder), tools, aggregate, progress
+                write_results, run_folder, self._get_settings(folder), tools, aggregate, progress
             )
             if self.embedded:
-                await asyncio.to_thread(end_session, place)
+                await asyncio.to_thread(end_session, run_folder)
         self._progress_streams.pop(folder, None)
         self._loaded_by_folder.pop(folder, None)
         return results
 
     @asynccontextmanager
     async def open_item_context(self) -> AsyncIterator[ItemContext]:
-        """Open what the item graph needs when it runs by itself."""
+        """Open the context of the standalone item graph."""
 
         @asynccontextmanager
         async def make() -> AsyncIterator[ItemContext]:
             loaded = await asyncio.to_thread(lambda: self.loaded)
             async with (
-                open_ready_endpoints(loaded.config, loaded.plain["endpoints"]) as up,
-                open_cache(loaded.config, up.simulated, None) as reuse,
-                open_fleet(loaded.config, up, reuse) as fleet,
+                open_ready_endpoints(loaded.config, loaded.plain["endpoints"]) as ready,
+                open_cache(loaded.config, ready.simulated, None) as cache,
+                open_fleet(loaded.config, ready, cache) as fleet,
             ):
-                yield make_item_context(loaded, fleet, up.model, traced=True)
+                yield make_item_context(loaded, fleet, ready.model, traced=True)
 
         async with self._item_contexts.use("item", make) as context:
             yield context
@@ -538,10 +538,10 @@ _KEPT: Final = 256
 _SAVER: Final = "__pregel_checkpointer"
 _NOTHING: Final = (
     "there is nothing to resume: no interrupt of this thread waits for an answer; start a run with "
-    "an input, or name the thread of the run that asked"
+    "an input, or name the thread of the interrupted run"
 )
 _READ: Final = "__pregel_read"
-"""Where LangGraph hands a node the reader of its graph's state."""
+"""Key under which LangGraph gives a node the reader of its graph's state."""
 
 _SERVERS: Final = frozenset(
     {
@@ -557,8 +557,7 @@ _SERVERS: Final = frozenset(
         "user_id",
     }
 )
-"""Keys that LangGraph's server moves from ``configurable`` to the context, beside its private
-ones."""
+"""Keys, besides private ones, that LangGraph's server moves from ``configurable`` to contexts."""
 
 _PRIVATE: Final = re.compile(
     r"__pregel_\w+|__\w+__"
@@ -569,25 +568,24 @@ S = TypeVar("S")
 U = TypeVar("U")
 
 CheckInput: TypeAlias = Callable[[object, Sequence[str]], None]
-"""Raises InputError for an input that does not fit; is given the input, and the keys of it that
-belong to a parent graph's state."""
+"""Raises InputError for a wrong input; takes the input and its keys of a parent graph's state."""
 
 
 class BoundSettings:
-    """The settings bound to a graph, and the contexts made of what callers handed over.
+    """The settings bound to a graph, and the contexts made from those of callers.
 
-    As a subgraph a graph is given its parent's context, of whatever type, or None. So only
-    fanfold's own type counts, or a mapping of nothing but its fields that has ``config``,
-    ``preset``, ``overrides`` or ``out``: ``model`` and the like are anybody's.
+    A subgraph gets its parent's context, of any type, or None. So only fanfold's own type is used,
+    or a mapping that has only its fields and at least one of ``config``, ``preset``, ``overrides``
+    and ``out``: names such as ``model`` may belong to the parent.
 
-    What is handed over is a request: see :class:`~fanfold.graphs.requests.RequestPolicy`. In a
-    graph that trusts it, it may set everything; what names neither a preset nor a configuration
-    goes on top of what is bound.
+    The context of a caller is a request: see :class:`~fanfold.graphs.requests.RequestPolicy`. In a
+    graph that trusts it, it may set everything; without a preset or a configuration it changes the
+    bound settings.
 
     Args:
         context: The bound settings.
-        policy: What requests may set; None trusts them.
-        fixed: Whether the bound settings count alone, whatever is handed over.
+        policy: The settings that requests may change; None trusts them.
+        fixed: Use only the bound settings, whatever the caller gives.
     """
 
     def __init__(
@@ -600,17 +598,17 @@ class BoundSettings:
 
     @property
     def preset(self) -> str | None:
-        """Return the preset that is bound, if it is one."""
+        """Return the bound preset, or None."""
         config = self._owner.config
         if config in (None, ""):
             return self._owner.preset
         return config if isinstance(config, str) and is_preset(config) else None
 
     def resolve(self, given: object) -> RunContext:
-        """Return the settings that count; equal ones share one context, so one fleet.
+        """Return the effective settings; equal ones share one context, and so one fleet.
 
         Raises:
-            ConfigurationError: It is a request that sets what a request may not set.
+            ConfigurationError: A request sets what a request may not set.
         """
         if self._fixed or given is self._owner:
             return self._context
@@ -638,10 +636,10 @@ class BoundSettings:
         return given.share_runs(self._context) if alone else self._make_context(self._merge(filled))
 
     def read_context(self, given: Mapping[str, Any]) -> RunContext:
-        """Return the settings of a mapping that is this graph's own context.
+        """Return the settings from a mapping that is this graph's own context.
 
         Raises:
-            ConfigurationError: A key is unknown, or it sets what a request may not set.
+            ConfigurationError: A key is unknown, or a request may not set it.
         """
         names = _names()
         fields_ = {
@@ -673,21 +671,21 @@ class BoundSettings:
             return given
         if given.preloaded:
             msg = (
-                "context: a context of settings that are loaded already has no place in an "
-                "invocation; bind it, or trust what arrives: build_graph(…, trust_context=True)"
+                "context: an invocation cannot use a context with loaded settings; bind it, or "
+                "trust the context: build_graph(…, trust_context=True)"
             )
             raise ConfigurationError(msg)
         return self._make_request_context(_changed_fields(given))
 
     def _make_request_context(self, given: Mapping[str, Any]) -> RunContext:
-        """Return the context of a request; a field at its default asks for nothing."""
+        """Return the context of a request; a field at its default requests nothing."""
         policy = self.policy
         assert policy is not None, "only a request is checked"
         filled = RunContext(**given).changed_fields()
         if (preset := given.get("preset")) in (None, "", self.preset):
             filled.pop("preset", None)
         else:
-            filled["preset"] = preset  # also the one that is the form's default
+            filled["preset"] = preset  # also if it is the default of the form
         if not filled:
             return self._context
         policy.check_fields(filled)
@@ -698,7 +696,7 @@ class BoundSettings:
     def _get_or_make(self, values: Mapping[str, Any], make: Callable[[], RunContext]) -> RunContext:
         key = orjson.dumps(dict(values), default=repr, option=orjson.OPT_SORT_KEYS)
         made = self._contexts.pop(key, None) or make()
-        self._contexts[key] = made  # the last one used is the last one to go
+        self._contexts[key] = made  # the last one used is evicted last
         if len(self._contexts) > _KEPT:
             del self._contexts[next(iter(self._contexts))]
         return made
@@ -706,14 +704,14 @@ class BoundSettings:
     def bind_node(
         self, run: Callable[[S, Runtime[Context]], Awaitable[U]], inside: Any = None
     ) -> Any:
-        """Return a node that runs with the settings that count, in a loop or without one.
+        """Return a node that runs with the effective settings, with or without an event loop.
 
-        LangGraph refuses ``invoke`` to a graph of coroutines alone; here the thread that it
-        would run the node in waits for a loop aside.
+        LangGraph refuses ``invoke`` for a graph of coroutines only; here the thread of the node
+        waits for a loop in another thread.
 
         Args:
-            run: What the node does.
-            inside: A graph that the node runs, for pictures: LangGraph finds it in a closure.
+            run: The node function.
+            inside: A graph that the node runs; LangGraph finds it in the closure, for pictures.
         """
 
         async def bound(state: S) -> U:
@@ -725,35 +723,35 @@ class BoundSettings:
                 error.hide_folders(await asyncio.to_thread(context.list_shown_folders))
                 raise
 
-        def waited_for(state: S) -> U:
+        def run_in_thread(state: S) -> U:
             _ = inside
             if (invocation := CURRENT_INVOCATION.get()) is not None:
                 invocation.set_runtime(get_runtime())
             return self._portal.run(lambda: bound(state))
 
-        waited_for.__doc__ = bound.__doc__ = run.__doc__
-        return RunnableLambda(waited_for, bound)
+        run_in_thread.__doc__ = bound.__doc__ = run.__doc__
+        return RunnableLambda(run_in_thread, bound)
 
 
 async def _absolute_out(given: Any) -> Any:
-    """Return what a caller handed over with ``out`` as an absolute path, as it is typed there."""
+    """Return the caller's context with ``out`` as an absolute path; keep its type."""
     out = given.get("out") if isinstance(given, Mapping) else getattr(given, "out", None)
     if not isinstance(out, str) or not out or out.startswith("/"):
         return given
     if isinstance(given, RunContext):
-        await asyncio.to_thread(lambda: given.out_path)  # which it remembers
+        await asyncio.to_thread(lambda: given.out_path)  # a cached property
     if isinstance(given, Mapping):
         return {**given, "out": await asyncio.to_thread(lambda: str(Path(out).absolute()))}
     return given
 
 
 def _changed_fields(given: RunContext) -> dict[str, Any]:
-    """Return the fields that are filled in, the folder as an absolute path."""
+    """Return the changed fields, with the folder as an absolute path."""
     return given.changed_fields() | ({} if given.out_path is None else {"out": str(given.out_path)})
 
 
 class BoundGraph(StateGraph[StateT, RunContext, InputT, OutputT]):
-    """A graph whose compiled form checks each invocation before anything happens.
+    """A graph whose compiled form checks each invocation before it starts.
 
     Args:
         state: The state's schema.
@@ -788,11 +786,10 @@ class BoundGraph(StateGraph[StateT, RunContext, InputT, OutputT]):
 
 
 class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
-    """A compiled graph that refuses what an invocation may not do.
+    """A compiled graph that checks what an invocation may do.
 
-    Unknown keys of its own input and context are errors. Where invocations are not trusted, its
-    state is not theirs to write either: no ``Command`` with ``update`` or ``goto``, and no
-    ``update_state``.
+    Unknown keys of its input and context are errors. Invocations that are not trusted cannot write
+    its state either: no ``Command`` with ``update`` or ``goto``, and no ``update_state``.
     """
 
     @property
@@ -840,7 +837,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         return follow_stream(parts, config, self._thread(config))
 
     def _thread(self, config: RunnableConfig | None) -> tuple[Hashable, str] | None:
-        """Return the thread of the graph's own saver that a call works on, and its name."""
+        """Return the key and name of the thread in the graph's own saver, or None."""
         if not isinstance(self.checkpointer, BaseCheckpointSaver):
             return None
         given = merge_configs(self.config, config).get("configurable", {})
@@ -850,7 +847,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
     def _stream_or_start(
         self, config: RunnableConfig | None, more: dict[str, Any]
     ) -> Iterator[Any]:
-        """Go on with what there is, or else run the bound input."""
+        """Resume the thread, or run the bound input if it is empty."""
         try:
             yield from super().stream(None, config, **more)
         except EmptyInputError:
@@ -871,7 +868,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
                     yield part
 
     def _check_unnamed(self, config: RunnableConfig | None) -> None:
-        """Check that a call without an input names no checkpoint: it meant to go on from there.
+        """Check that a call without an input names no checkpoint that does not exist.
 
         Raises:
             InputError: It names one.
@@ -879,15 +876,15 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         given = ensure_config(merge_configs(self.config, config)).get("configurable", {})
         if name := given.get("checkpoint_id"):
             msg = (
-                f"there is no checkpoint {name} to go on from; name one of the thread's history, "
-                "or give an input, {} for the bound one"
+                f"there is no checkpoint {name}; name one of the thread's history, or give an "
+                "input, {} for the bound one"
             )
             raise InputError(msg)
 
     def _stream_resume(
         self, command: Any, config: RunnableConfig | None, more: dict[str, Any]
     ) -> Iterator[Any]:
-        """Answer an interrupt, if there is one."""
+        """Answer an interrupt, or raise if there is none."""
         if self._has_saver(config) and not self.get_state(ensure_config(config)).next:
             raise InputError(_NOTHING)
         yield from super().stream(command, config, **more)
@@ -902,16 +899,16 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
                 yield part
 
     def _has_saver(self, config: RunnableConfig | None) -> bool:
-        """Say whether a call has a saver; LangGraph itself refuses an answer without one."""
+        """Return True if a call has a saver; LangGraph itself refuses an answer without one."""
         given = ensure_config(merge_configs(self.config, config)).get("configurable", {})
         return isinstance(given.get(_SAVER, self.checkpointer), BaseCheckpointSaver)
 
     def _check_input(self, given: Any, config: RunnableConfig | None) -> Any:
-        """Return an input that may be run.
+        """Return a checked input.
 
         Raises:
-            InputError: A key is unknown, or the input is none.
-            ConfigurationError: A request commands more than an answer to an interrupt.
+            InputError: A key is unknown, or the input is empty or malformed.
+            ConfigurationError: A request has a Command that does more than answer an interrupt.
         """
         if isinstance(given, Command):
             if given.resume is None and not (given.update or given.goto or given.graph):
@@ -923,7 +920,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
             if self._bound.policy is not None and (given.update or given.goto or given.graph):
                 msg = (
                     "a Command with update, goto or graph: a request may only answer an interrupt "
-                    "(resume); build_graph(…, trust_context=True) trusts what arrives"
+                    "(resume); build_graph(…, trust_context=True) trusts invocations"
                 )
                 raise ConfigurationError(msg)
         elif given is not None:
@@ -931,7 +928,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         return given
 
     def _parents_keys(self, given: Any, config: RunnableConfig | None) -> tuple[str, ...]:
-        """Return the keys of an input that a parent graph's state has: they are the parent's."""
+        """Return the keys of an input that belong to the state of a parent graph."""
         read = ensure_config(config).get("configurable", {}).get(_READ)
         if not callable(read) or not isinstance(given, Mapping):
             return ()
@@ -949,7 +946,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         """Return the context of a call.
 
         Raises:
-            ConfigurationError: It is of another type.
+            ConfigurationError: It is not a mapping or a RunContext.
         """
         if given is None or isinstance(given, RunContext):
             return given
@@ -982,13 +979,13 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
     def _check_update(self) -> None:
         if self._bound.policy is not None:
             msg = (
-                "a request may not write this graph's state; go back by running from an earlier "
-                "checkpoint, or trust what arrives: build_graph(…, trust_context=True)"
+                "a request may not write this graph's state; run from an earlier checkpoint to go "
+                "back, or trust invocations: build_graph(…, trust_context=True)"
             )
             raise ConfigurationError(msg)
 
     def get_context_jsonschema(self) -> dict[str, Any] | None:
-        """Return the JSON Schema of the settings that a request may make."""
+        """Return the JSON Schema of the settings that a request may change."""
         schema = super().get_context_jsonschema()
         return (
             None if schema is None else schema | {"properties": _AnyKeyDict(schema["properties"])}
@@ -996,10 +993,10 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
 
 
 class _AnyKeyDict(dict[str, Any]):
-    """The fields that a form shows.
+    """The fields that a form shows; claims to contain every key.
 
-    LangGraph's server drops the keys of a context that the schema does not have, and says
-    nothing; here it finds every key, so that the graph itself can refuse them by name.
+    LangGraph's server silently drops the keys of a context that the schema does not have. Here it
+    finds every key, so that the graph itself can refuse unknown ones by name.
     """
 
     def __contains__(self, key: object) -> bool:
@@ -1007,7 +1004,7 @@ class _AnyKeyDict(dict[str, Any]):
 
 
 def _is_server_key(key: object) -> bool:
-    """Say whether LangGraph's server, not a caller, has put a key into a context."""
+    """Return True if LangGraph's server, not a caller, has added a key to a context."""
     return key in _SERVERS or (isinstance(key, str) and _PRIVATE.fullmatch(key) is not None)
 
 
@@ -1016,7 +1013,7 @@ def check_item_input(given: object, parents: Sequence[str] = ()) -> None:
 
     Args:
         given: The input.
-        parents: Keys of a parent graph's state, which are none of this graph's business.
+        parents: Keys of a parent graph's state, which are ignored.
 
     Raises:
         InputError: A key is missing, unknown or of the wrong kind.

@@ -1,9 +1,9 @@
-"""One invocation of the map-reduce: what it has open, whether it has ended, and that it is alone.
+"""One invocation of the map-reduce: its open runs, its end, and its exclusive claims.
 
-LangGraph runs a graph's nodes as tasks of their own and cancels them at its end, but not always:
-where a sibling of the graph fails in a parent graph, tasks can be left behind that nobody waits
-for, and threads cannot be cancelled at all. So the graph itself says when an invocation ends, and
-whatever it has open is then drained and closed.
+LangGraph runs the nodes of a graph as separate tasks and cancels them at its end, but not always:
+if a sibling of the graph fails in a parent graph, tasks can be left behind that are never awaited,
+and threads cannot be cancelled at all. So the graph itself detects the end of an invocation, and
+then drains and closes everything that it has open.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from ..backends.core.errors import ConfigurationError, RunStoppedError
 from ..backends.storage.run_folder import RunFolder, make_busy_message
 from ..nodes.context import RunTools
 
-_LOOK_S: Final = 0.05
+_POLL_S: Final = 0.05
 _OVER: Final = "the invocation has ended"
 _PULLS: Final = 2
-"""A task that took so many parts of a stream in a row is its reader."""
+"""Parts of a stream that a task must take in a row to count as its reader."""
 
 CURRENT_INVOCATION: Final[ContextVar[Invocation | None]] = ContextVar(
     "fanfold_invocation", default=None
 )
-"""The invocation that a node belongs to."""
+"""The invocation of the current node."""
 
 
 class Invocation:
     """A call of the graph, from its start until everything that it opened is closed.
 
     Args:
-        config: What the graph was called with.
-        lasting: Whether it keeps its claims until :meth:`end`; else until nothing is open.
+        config: The configuration of the call.
+        keeps_claims: Keep its claims until :meth:`end`; else until nothing is open.
     """
 
     def __init__(self, config: RunnableConfig | None = None, *, keeps_claims: bool = True) -> None:
-        self._lasting = keeps_claims
+        self._keeps_claims = keeps_claims
         ambient = var_child_runnable_config.get() or {}
         self._around = next((c for c in (config, ambient) if c and _pregel_call(c)), None)
         self._thread = threading.current_thread()
@@ -60,16 +60,16 @@ class Invocation:
         self._runtime: Runtime[Any] | None = None
         self._claims = dict[Hashable, Callable[[], None]]()
 
-    # -- its course ----------------------------------------------------------------------
+    # -- lifecycle ----------------------------------------------------------------------
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """Belong to this invocation in the block, in which the next part of its stream is made."""
+        """Make this the current invocation while the block reads the next part of its stream."""
         before, self._thread = CURRENT_INVOCATION.set(self), threading.current_thread()
         try:
             task = asyncio.current_task()
         except RuntimeError:
-            task = None  # plain code
+            task = None  # synchronous code
         if task is not None:
             self._loop = task.get_loop()
         self._pulls = self._pulls + 1 if task is self._reader else 1
@@ -82,7 +82,7 @@ class Invocation:
 
     @contextmanager
     def track_opening(self) -> Iterator[None]:
-        """Have the present task open a run, use it and close it in the block.
+        """Track the current task while it opens, uses and closes a run in the block.
 
         Raises:
             RunStoppedError: The invocation has ended.
@@ -99,12 +99,12 @@ class Invocation:
             if not self._open:
                 if self._idle is not None:
                     self._idle.set()
-                if self._has_ended or not self._lasting:
+                if self._has_ended or not self._keeps_claims:
                     self.release_claims()
 
     @contextmanager
     def track_run(self, tools: RunTools) -> Iterator[None]:
-        """Have the run that the present task has opened stop when the invocation ends."""
+        """Stop the run that the current task has opened when the invocation ends."""
         task = asyncio.current_task()
         assert task is not None, "a run is opened by a task"
         self._open[task] = tools
@@ -124,9 +124,9 @@ class Invocation:
                 future.remove_done_callback(self._drain)
 
     async def _watch(self, tools: RunTools) -> None:
-        """Look more often than the gate does, in plain code: it costs a loop of its own nothing."""
+        """Poll more often than the gate, only in synchronous code, which has a separate loop."""
         while not tools.gate.is_closed:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
             if self._is_unwinding():
                 tools.gate.cancel()
 
@@ -135,20 +135,20 @@ class Invocation:
             tools.gate.cancel()
 
     def set_runtime(self, runtime: Runtime[Any]) -> None:
-        """Note what a node is run with in plain code, by which LangGraph's end is recognised."""
+        """Record the runtime of a node in synchronous code, to detect the end of the loop."""
         self._runtime = runtime
 
     def stop_reason(self) -> str | None:
-        """Say why nothing more shall begin, or None; what nobody announces is found here."""
+        """Return why nothing more may start, or None; also detects an unannounced end."""
         if self._has_ended or self._is_abandoned or self._is_orphaned() or self._is_unwinding():
             return _OVER
         return None
 
     async def end(self) -> None:
-        """Drain and close what is open, and give up the claims.
+        """Drain and close what is open, and release the claims.
 
-        A cancellation by LangGraph, which cancels more than once, is waited out; any other cuts
-        off the items in flight.
+        A cancellation by LangGraph, which cancels more than once, still waits; any other cancels
+        the items in flight.
 
         Raises:
             CancelledError: It was cancelled while it waited.
@@ -158,7 +158,7 @@ class Invocation:
             if tools is not None:
                 tools.gate.cancel()
             else:
-                task.cancel()  # it is still opening: nothing is in flight
+                task.cancel()  # still opening: nothing is in flight
         while self._open:
             self._idle = asyncio.Event()
             try:
@@ -172,13 +172,13 @@ class Invocation:
             raise cancelled
 
     def end_sync(self) -> None:
-        """Give up the claims, at the end of plain code; what is still open gives them up itself."""
+        """Release the claims at the end of synchronous code, or when the open runs close."""
         self._has_ended = True
         if not self._open:
             self.release_claims()
 
     def stop_waiting(self) -> None:
-        """Wait no longer for the items in flight."""
+        """Stop waiting for the items in flight."""
         for tools in self._open_runs():
             tools.gate.close(_OVER)
             tools.gate.stop_waiting()
@@ -186,11 +186,11 @@ class Invocation:
     def _open_runs(self) -> list[RunTools]:
         return [tools for tools in self._open.values() if tools is not None]
 
-    # -- what others see of it -----------------------------------------------------------
+    # -- state -----------------------------------------------------------
 
     @property
     def is_ending(self) -> bool:
-        """Say whether it will be over soon without being asked."""
+        """Return True if the invocation is about to end."""
         cancelling = self._reading and self._reader is not None and self._reader.cancelling() > 0
         cancelled = any(tools.gate.is_cancelled for tools in self._open_runs())
         return (
@@ -199,16 +199,16 @@ class Invocation:
 
     @property
     def is_dead(self) -> bool:
-        """Say whether it cannot end any more: its loop or thread is dead, or nobody reads it."""
+        """Return True if it can no longer end: its loop or thread is dead, or it has no reader."""
         if self._loop is None:
             return not self._thread.is_alive()
         return self._loop.is_closed() or (self._is_abandoned and not self._open)
 
     @property
     def _is_abandoned(self) -> bool:
-        """Say whether the task that read its stream has ended without reading it to its end.
+        """Return True if the task that read its stream has ended before the stream did.
 
-        Servers read each part in a task of its own; then the stream itself is closed.
+        Servers read each part in a separate task; they close the stream itself.
         """
         reader = self._reader
         return (
@@ -220,15 +220,15 @@ class Invocation:
         )
 
     def _is_orphaned(self) -> bool:
-        """Say whether a graph around this one has ended, or the task of one of them has.
+        """Return True if a parent graph, or the task of one, has ended.
 
-        A task that LangGraph cancels twice, as it does where a sibling fails, can leave behind
-        the tasks that it has started.
+        A task that LangGraph cancels twice, as it does if a sibling fails, can leave behind the
+        tasks that it has started.
         """
         return any(future is None or future.done() for future in self._parent_futures())
 
     def _parent_futures(self) -> Iterator[Any]:
-        """Yield the future of each graph around this one that has one; None for what has ended.
+        """Yield the future of each parent graph that has one; None for a graph that has ended.
 
         A graph that runs a single node needs no future for it.
         """
@@ -242,15 +242,15 @@ class Invocation:
             config = call.keywords["schedule_task"].__self__.config
 
     def _is_unwinding(self) -> bool:
-        """Say whether LangGraph's plain loop around a node is being left by an exception.
+        """Return True if an exception is leaving LangGraph's synchronous loop around a node.
 
-        It then waits for the threads of its nodes, which nothing tells of it: neither a failing
-        sibling, nor a step's timeout, nor Ctrl-C. So the frames are looked at.
+        The loop then waits for the threads of its nodes without a signal to them, whether a sibling
+        failed, a step timed out, or Ctrl-C was pressed. So this inspects the stack frames.
         """
         runtime = self._runtime
         if runtime is None or runtime.execution_info is None:
             return False
-        place = tuple(runtime.execution_info.checkpoint_ns.split("|"))
+        namespace = tuple(runtime.execution_info.checkpoint_ns.split("|"))
         for top in sys._current_frames().values():  # noqa: SLF001 - documented, if named so
             frame: FrameType | None = top
             while frame is not None:
@@ -260,28 +260,28 @@ class Invocation:
                     if (
                         values["exc_type"] is not None
                         and around.control is runtime.control
-                        and place[: len(around.checkpoint_ns)] == around.checkpoint_ns
+                        and namespace[: len(around.checkpoint_ns)] == around.checkpoint_ns
                     ):
                         return True
                 frame = frame.f_back
         return False
 
-    # -- its claims ----------------------------------------------------------------------
+    # -- claims ----------------------------------------------------------------------
 
     def add_claim(self, key: Hashable, release: Callable[[], None]) -> None:
-        """Note what is claimed, and how that is given up."""
+        """Record a claim and the function that releases it."""
         self._claims[key] = release
 
     def release_claims(self) -> None:
-        """Give up all claims."""
+        """Release all claims."""
         while self._claims:
             self._claims.popitem()[1]()
 
 
 def _pregel_call(config: Mapping[str, Any]) -> partial[Any] | None:
-    """Return what LangGraph gives the node of a configuration to call tasks by, or None.
+    """Return LangGraph's task-calling function in the configuration of a node, or None.
 
-    It knows the node, the futures of the nodes that run at the same time, and the graph's loop.
+    It holds the node, the futures of the nodes that run at the same time, and the graph's loop.
     """
     call = config.get("configurable", {}).get("__pregel_call")
     known = isinstance(call, partial) and {"futures", "schedule_task"} <= call.keywords.keys()
@@ -289,41 +289,41 @@ def _pregel_call(config: Mapping[str, Any]) -> partial[Any] | None:
 
 
 def is_engine_cancel(error: asyncio.CancelledError) -> bool:
-    """Say whether LangGraph has cancelled a task, by the mark that it leaves."""
+    """Return True if LangGraph cancelled a task, by the marker in the error."""
     return any(type(argument) is object for argument in error.args)
 
 
 def is_forced_cancel(error: asyncio.CancelledError) -> bool:
-    """Say whether a graph was cancelled again while it was waiting for its nodes to end.
+    """Return True if a graph was cancelled again while it waited for its nodes.
 
-    LangGraph then hands out the task that waits for them.
+    The error then contains LangGraph's task that waits for them.
     """
     handed_out = any(isinstance(argument, asyncio.Task) for argument in error.args)
     return handed_out and not is_engine_cancel(error)
 
 
 class RunClaims:
-    """Which invocation of this process works on what: run folders, and threads of savers.
+    """Claims of the invocations of this process on run folders and on threads of savers.
 
-    Locks on files tell processes apart, where the file system has them.
+    File locks keep processes apart, if the file system supports them.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holders = dict[Hashable, Invocation]()
 
-    async def claim_run(self, run: RunFolder, who: Invocation) -> None:
+    async def claim_run(self, run: RunFolder, invocation: Invocation) -> None:
         """Claim a run for an invocation; wait for one that is ending.
 
         Raises:
-            ConfigurationError: Another invocation, or another process, works on it.
+            ConfigurationError: Another invocation or process uses it.
             JournalError: The folder cannot be written.
         """
         found = await asyncio.to_thread(run.path.stat)
         key = found.st_dev, found.st_ino
-        while (taken := self._try_claim(key, who)) is None:
+        while (taken := self._try_claim(key, invocation)) is None:
             self._check_ending(key, make_busy_message(run.path))
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
         if not taken:
             return
         lock = run.lock()
@@ -334,57 +334,57 @@ class RunClaims:
             await asyncio.wait({locking})
             if not locking.cancelled() and locking.exception() is None:
                 lock.__exit__(None, None, None)
-            self._release(key, who)
+            self._release(key, invocation)
             raise
-        who.add_claim(key, lambda: self._unlock(key, who, lock))
+        invocation.add_claim(key, lambda: self._unlock(key, invocation, lock))
 
-    async def wait_for_run(self, run: RunFolder, who: Invocation) -> None:
+    async def wait_for_run(self, run: RunFolder, invocation: Invocation) -> None:
         """Wait while another invocation of a run is ending.
 
         Raises:
-            ConfigurationError: One works on it.
+            ConfigurationError: Another invocation uses it and does not end.
         """
         found = await asyncio.to_thread(run.path.stat)
         key = found.st_dev, found.st_ino
-        while self._other_holder(key, who) is not None:
+        while self._other_holder(key, invocation) is not None:
             self._check_ending(key, make_busy_message(run.path))
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
 
-    async def claim_thread(self, key: Hashable, name: str, who: Invocation) -> None:
+    async def claim_thread(self, key: Hashable, name: str, invocation: Invocation) -> None:
         """Claim a saver's thread for an invocation; wait for one that is ending.
 
         Raises:
-            ConfigurationError: Another invocation works on it.
+            ConfigurationError: Another invocation uses it.
         """
-        while self._try_claim(key, who) is None:
+        while self._try_claim(key, invocation) is None:
             self._check_ending(key, make_busy_message(name))
-            await asyncio.sleep(_LOOK_S)
-        who.add_claim(key, lambda: self._release(key, who))
+            await asyncio.sleep(_POLL_S)
+        invocation.add_claim(key, lambda: self._release(key, invocation))
 
-    def claim_thread_sync(self, key: Hashable, name: str, who: Invocation) -> None:
-        """Do the same in plain code; blocks."""
-        while self._try_claim(key, who) is None:
+    def claim_thread_sync(self, key: Hashable, name: str, invocation: Invocation) -> None:
+        """Claim a saver's thread in synchronous code; blocks."""
+        while self._try_claim(key, invocation) is None:
             self._check_ending(key, make_busy_message(name))
-            time.sleep(_LOOK_S)
-        who.add_claim(key, lambda: self._release(key, who))
+            time.sleep(_POLL_S)
+        invocation.add_claim(key, lambda: self._release(key, invocation))
 
-    def _try_claim(self, key: Hashable, who: Invocation) -> bool | None:
-        """Claim something; return whether it was free, None if it is another's."""
+    def _try_claim(self, key: Hashable, invocation: Invocation) -> bool | None:
+        """Try to claim a key; return True if it was free, False if held already, None if taken."""
         with self._lock:
             holder = self._holders.get(key)
-            if holder is who:
+            if holder is invocation:
                 return False
             if holder is not None and not holder.is_dead:
                 return None
         if holder is not None:
             holder.release_claims()
         with self._lock:
-            return self._holders.setdefault(key, who) is who or None
+            return self._holders.setdefault(key, invocation) is invocation or None
 
-    def _other_holder(self, key: Hashable, who: Invocation) -> Invocation | None:
+    def _other_holder(self, key: Hashable, invocation: Invocation) -> Invocation | None:
         with self._lock:
             holder = self._holders.get(key)
-        return None if holder is who or holder is None or holder.is_dead else holder
+        return None if holder is invocation or holder is None or holder.is_dead else holder
 
     def _check_ending(self, key: Hashable, message: str) -> None:
         with self._lock:
@@ -392,34 +392,36 @@ class RunClaims:
         if holder is not None and not (holder.is_ending or holder.is_dead):
             raise ConfigurationError(message)
 
-    def _release(self, key: Hashable, who: Invocation) -> None:
+    def _release(self, key: Hashable, invocation: Invocation) -> None:
         with self._lock:
-            if self._holders.get(key) is who:
+            if self._holders.get(key) is invocation:
                 del self._holders[key]
 
-    def _unlock(self, key: Hashable, who: Invocation, lock: AbstractContextManager[None]) -> None:
+    def _unlock(
+        self, key: Hashable, invocation: Invocation, lock: AbstractContextManager[None]
+    ) -> None:
         lock.__exit__(None, None, None)
-        self._release(key, who)
+        self._release(key, invocation)
 
 
 @lru_cache(maxsize=1)
 def get_claims() -> RunClaims:
-    """Return this process's claims."""
+    """Return the claims of this process."""
     return RunClaims()
 
 
 async def follow_stream(
     parts: AsyncIterator[Any], config: RunnableConfig | None, thread: tuple[Hashable, str] | None
 ) -> AsyncIterator[Any]:
-    """Yield a graph's stream as an invocation, of which nothing is left open at its end.
+    """Yield a graph's stream as an invocation, and close everything at its end.
 
     Args:
         parts: LangGraph's stream.
-        config: What the graph was called with.
-        thread: The saver's thread that it works on, and the thread's name.
+        config: The configuration of the call.
+        thread: Key and name of the saver's thread, or None.
 
     Raises:
-        ConfigurationError: Another invocation works on the thread.
+        ConfigurationError: Another invocation uses the thread.
     """
     invocation = Invocation(config)
     try:
@@ -446,7 +448,7 @@ async def follow_stream(
 def follow_stream_sync(
     parts: Iterator[Any], config: RunnableConfig | None, thread: tuple[Hashable, str] | None
 ) -> Iterator[Any]:
-    """Do what :func:`follow_stream` does in plain code."""
+    """Do what :func:`follow_stream` does in synchronous code."""
     invocation = Invocation(config)
     try:
         if thread is not None:

@@ -1,8 +1,8 @@
-"""What a request may do: the settings and input that arrive with an invocation, checked.
+"""Check requests: the settings and input of an invocation.
 
 Settings bound to a graph in Python, on the command line or in a file at the start are trusted.
-What arrives with an invocation is a request, whoever sent it. Each setting declares its
-:class:`~fanfold.configs.base.Access`; a request never reads a variable of the environment.
+The context and input of an invocation are a request, whoever sends it. Each setting declares its
+:class:`~fanfold.configs.base.Access`; a request never reads an environment variable.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from ..nodes.batch.load import describe_unknown_keys
 from .context_schema import VARIABLE_PATTERN, SettingsForm
 
 ALLOW_ENV: Final = "FANFOLD_SERVER_ALLOW"
-"""Variable with the keys that the owner opens to requests, commas between."""
+"""Variable with the comma-separated keys that the owner opens to requests."""
 
 ROOT_ENV: Final = "FANFOLD_SERVER_ROOT"
-"""Variable with the folder below which a request may name files."""
+"""Variable with the folder in which a request may name files."""
 
 _SECRETS: Final = frozenset({"endpoints.api_key", "endpoints.first.token"})
-"""Settings that a section's name does not open, and that hold references to variables."""
+"""Settings that must be opened by name, not by section; they hold references to variables."""
 
 _BOUND: Final = frozenset({"endpoints.first.token", "endpoints.first.token_command"})
-"""How the owner gets the token of a gateway."""
+"""Settings that give the owner's token for a gateway."""
 
 _SAMPLED: Final = "model.extra_body"
 
@@ -50,7 +50,7 @@ _NO_ADDRESS: Final = re.compile(
     r"endpoints\.(api_key|models(\..*)?|refresh_s|least|wait_s"
     r"|first\.(token|token_command|requests_per_s))"
 )
-"""Settings of the endpoints that do not say where requests go."""
+"""Settings of the endpoints that do not change where requests go."""
 
 _COMMANDS: Final = frozenset({"endpoints.first.token_command", "node.serve", "backend.command"})
 
@@ -60,12 +60,12 @@ _EXPANDED: Final = re.compile(r"\$(?=\{[A-Za-z_][A-Za-z0-9_]*\})")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The settings that one invocation, or all invocations of a run so far, ask for.
+    """The settings that one invocation, or all invocations of a run so far, request.
 
     Attributes:
-        preset: The preset in place of the bound task; None keeps the bound one, or takes
+        preset: The preset that replaces the bound task; None keeps the bound task or uses
             ``config``.
-        config: Whether the settings stand in place of the bound task, as a configuration does.
+        config: True if the settings replace the bound task, as a configuration does.
         settings: Dotted keys and their values.
     """
 
@@ -75,26 +75,26 @@ class Request:
 
     @property
     def is_empty(self) -> bool:
-        """Say whether it asks for nothing."""
+        """Return True if it requests nothing."""
         return self == Request()
 
     def merge(self, other: Request) -> Request:
-        """Return what both ask for; a preset or a configuration begins anew."""
+        """Merge two requests; a preset or a configuration in ``other`` replaces this one."""
         if other.preset is not None or other.config:
             return other
         return replace(self, settings={**self.settings, **other.settings})
 
     def to_json(self) -> dict[str, Json]:
-        """Return the request as a run's provenance keeps it: no secrets, as in ``run.yaml``.
+        """Return the request for the run's provenance, without secrets, as in ``run.yaml``.
 
-        The input is kept elsewhere.
+        The input is recorded separately.
         """
         kept = {k: _mask(k, v) for k, v in self.settings.items() if not k.startswith("input.")}
         return {"v": 1, "preset": self.preset, "config": self.config, "settings": kept}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> Self:
-        """Return the request that a run's provenance keeps; None is an empty one."""
+        """Return a request from the run's provenance; None gives an empty one."""
         if data is None:
             return cls()
         return cls(data["preset"], data["config"], dict(data["settings"]))
@@ -102,12 +102,12 @@ class Request:
 
 @dataclass(frozen=True)
 class RequestPolicy:
-    """What the owner of a graph opens to requests.
+    """The settings that the owner of a graph opens to requests.
 
     Attributes:
-        allowed: Keys that a request may set to anything: dotted keys, sections, or fields of the
-            context that are no settings.
-        root: The folder below which a request may name files; None refuses paths.
+        allowed: Keys that a request may set to any value: dotted keys, sections, or fields of the
+            context that are not settings.
+        root: The folder in which a request may name files; None refuses paths.
     """
 
     allowed: frozenset[str] = frozenset()
@@ -115,10 +115,10 @@ class RequestPolicy:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
-        """Return the policy that the variables of the environment describe; read at the start.
+        """Return the policy from environment variables, read once at the start.
 
         Raises:
-            ConfigurationError: A key is unknown, or the root is no folder.
+            ConfigurationError: A key is unknown, or the root is not a folder.
         """
         found = os.environ if environment is None else environment
         keys = frozenset(filter(None, (key.strip() for key in found.get(ALLOW_ENV, "").split(","))))
@@ -133,17 +133,17 @@ class RequestPolicy:
         if text := found.get(ROOT_ENV):
             root = Path(text).expanduser().resolve()
             if not root.is_dir():
-                raise ConfigurationError(f"{ROOT_ENV}: {text} is no folder")
+                raise ConfigurationError(f"{ROOT_ENV}: {text} is not a folder")
         return cls(keys, root)
 
     def is_open(self, key: str) -> bool:
-        """Say whether the owner opened a key, or a section that it is in; keys only by name."""
+        """Return True if the owner opened a key or its section; secrets only by name."""
         if key in _SECRETS:
             return key in self.allowed
         return any(key == one or key.startswith(f"{one}.") for one in self.allowed)
 
     def is_shown(self, name: str) -> bool:
-        """Say whether a form shows a field of the context: a request may set it, or a part."""
+        """Return True if a form shows a field: a request may set it, or a part of it."""
         found = FORM_FIELDS[name]
         if "section" in found:
             section = found["section"]
@@ -153,7 +153,7 @@ class RequestPolicy:
     # -- from an invocation's context to a request -----------------------------------------
 
     def read_request(self, given: Mapping[str, Any]) -> Request:
-        """Return the settings that a context asks for.
+        """Return the request in a context.
 
         Args:
             given: Fields of the context that differ from their defaults.
@@ -170,10 +170,10 @@ class RequestPolicy:
         return base.merge(Request(settings=settings))
 
     def check_fields(self, given: Mapping[str, Any]) -> None:
-        """Check the fields of a context by themselves; what they contain is checked by ``read``.
+        """Check which fields a context has; ``read_request`` checks their content.
 
         Raises:
-            ConfigurationError: A field is closed to requests, or no plain data.
+            ConfigurationError: A field is closed to requests, or is not plain data.
         """
         check_plain(given, "context")
         if len(orjson.dumps(dict(given))) > _MOST_BYTES:
@@ -199,7 +199,7 @@ class RequestPolicy:
         return ConfigurationError(msg)
 
     def _iter_assignments(self, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yield dotted keys and values, as the fields and the overrides of a context say."""
+        """Yield dotted keys and values from the fields and overrides of a context."""
         for name, value in given.items():
             about = FORM_FIELDS[name]
             if "key" in about:
@@ -224,10 +224,10 @@ class RequestPolicy:
     def _iter_settings(
         self, assigned: Iterator[tuple[str, Any]], where: str, base: Path | None = None
     ) -> Iterator[tuple[str, Any]]:
-        """Yield the single settings of assignments, each of which a request may make.
+        """Yield the single settings of assignments, after checking access.
 
         Raises:
-            ConfigurationError: A request may not make one of them.
+            ConfigurationError: A request may not set one of them.
         """
         closed = dict[str, None]()
         for assigned_key, assigned_value in assigned:
@@ -253,12 +253,12 @@ class RequestPolicy:
 
     def _preset(self, name: object) -> str:
         if not isinstance(name, str) or not is_preset(name):
-            resolve_config(str(name))  # says which presets there are
+            resolve_config(str(name))  # raises, listing the presets
             raise ConfigurationError(f"context: preset: {name!r} is no preset")
         return name
 
     def _read_config(self, config: object) -> Request:
-        """Return the request that a configuration stands for: a mapping, a preset, or a file."""
+        """Return the request for a configuration: a mapping, a preset, or a file."""
         if isinstance(config, Mapping):
             data, where, base = config, "context: config", None
         elif isinstance(config, str) and is_preset(config):
@@ -280,7 +280,7 @@ class RequestPolicy:
         """Return the file or folder that an input names; blocks.
 
         Raises:
-            InputError: It does not lie below the root.
+            InputError: It is not in the root folder.
         """
         try:
             return self._resolve_path("input.path", os.fspath(text))
@@ -303,17 +303,17 @@ class RequestPolicy:
     # -- from a request to settings -----------------------------------------------------------
 
     def apply_request(self, owner: LoadedConfig, request: Request) -> LoadedConfig:
-        """Return the settings that a request gets: its own upon those that the owner bound.
+        """Return the bound settings with a request applied; blocks.
 
-        Settings that are closed to requests are the owner's, and what may be lowered only is at
-        most the owner's. Blocks.
+        Closed settings stay as bound, and settings that a request may only lower are at most the
+        bound value.
 
         Args:
             owner: The bound settings.
-            request: What is asked for.
+            request: The request.
 
         Raises:
-            ConfigurationError: The request asks for more than it may, or the settings do not fit.
+            ConfigurationError: The request exceeds its rights, or the settings do not fit.
         """
         if request.is_empty:
             return owner
@@ -341,17 +341,18 @@ class RequestPolicy:
             if key == "endpoints.hosts" and "$" in str(value):
                 raise ConfigurationError(f"{key}: a request names hosts, not variables")
             if key == "task.schema" and isinstance(value, str):
-                value = read_schema(Path(value), "context")  # noqa: PLW2901 - in its place
+                value = read_schema(Path(value), "context")  # noqa: PLW2901 - replaces the path
             changes[key] = value if key in _SECRETS else escape_variables(value)
         loaded = load_config(raw, settings=changes)
         self._check_result(owner.config, loaded.config, request)
         return replace(loaded, source=owner.source if request.preset is None else request.preset)
 
     def _check_result(self, owner: RunConfig, asked: RunConfig, request: Request) -> None:
-        """Check the settings themselves, whatever way a request has led to them.
+        """Check the resulting settings, however the request spelled them.
 
         Raises:
-            ConfigurationError: Closed ones differ from the owner's, or lowered ones are above.
+            ConfigurationError: A closed setting differs from the bound one, or a setting that may
+                only be lowered is higher.
         """
         before, after = owner.model_dump(by_alias=True), asked.model_dump(by_alias=True)
         given_task = request.preset is not None or request.config
@@ -372,10 +373,10 @@ class RequestPolicy:
             if key in _BOUND and new is None:
                 continue
             if access is Access.LOWER and old is not None and (new is None or new > old):
-                told = "no limit" if new is None else f"{new:g}"
+                requested = "no limit" if new is None else f"{new:g}"
                 msg = (
                     f"{key}: a request may only lower it: the graph is bound to {old:g}, the "
-                    f"request asks for {told}; the owner can open it with {ALLOW_ENV}={key}"
+                    f"request asks for {requested}; the owner can open it with {ALLOW_ENV}={key}"
                 )
                 raise ConfigurationError(msg)
             if access is Access.MODEL and new not in _bound_models(owner):
@@ -403,11 +404,11 @@ class RequestPolicy:
     # -- budgets ------------------------------------------------------------------------------
 
     def check_answer(self, owner: LoadedConfig, answer: object) -> str | None:
-        """Return why an answer to a spent budget is refused: it is a request like any other."""
+        """Return why an answer about an exhausted budget is refused, or None."""
         if not isinstance(answer, Mapping) or answer.keys() - {
             key for key, _ in SETTING_UNITS.values()
         }:
-            return None  # the budget itself says what an answer is
+            return None  # the budget reports invalid answers
         try:
             asked = BudgetConfig.model_validate(dict(answer))
         except ValidationError:
@@ -424,14 +425,14 @@ class RequestPolicy:
         return None
 
     def bound_totals(self, owner: LoadedConfig) -> dict[str, float]:
-        """Return the totals that no answer of a request raises, by name."""
+        """Return the totals that an answer cannot raise, by name."""
         totals = ((key, getattr(owner.config.budget, key)) for key, _ in SETTING_UNITS.values())
         return {
             k: most for k, most in totals if most is not None and not self.is_open(f"budget.{k}")
         }
 
     def limit_question(self, owner: LoadedConfig, asked: dict[str, Any]) -> dict[str, Any]:
-        """Return the question of a spent budget, with what no answer to it can raise.
+        """Return the question about an exhausted budget, with the limits that no answer can raise.
 
         Args:
             owner: The bound settings.
@@ -448,26 +449,26 @@ class RequestPolicy:
         if not stuck:
             return asked
         keys = ",".join(f"budget.{key}" for key in stuck)
-        told = (
+        note = (
             f"{', '.join(stuck)}: the graph is bound to this total, and no answer raises it; the "
             f"owner can bind more, open it with {ALLOW_ENV}={keys}, or trust the answers of an "
             "invocation: build_graph(…, trust_context=True)"
         )
         begin = asked["why"] if len(stuck) == len(asked["budget"]) else asked["question"]
-        return asked | {"question": f"{begin.removesuffix('.')}. {told}"}
+        return asked | {"question": f"{begin.removesuffix('.')}. {note}"}
 
 
 def resolve_below(root: Path, text: str, what: str, base: Path | None = None) -> Path:
-    """Return a path below a folder, all links resolved; blocks.
+    """Return a path inside a folder, with links resolved; blocks.
 
     Args:
         root: The folder.
         text: The path, relative to ``base`` or else to the folder.
-        what: How messages name the path.
-        base: Another folder below the root, to which the path is relative.
+        what: Name of the path in messages.
+        base: Another folder inside the root that the path is relative to.
 
     Raises:
-        InputError: It, or a file that it leads to, lies elsewhere.
+        InputError: The path, or a file in it, is outside the folder.
     """
     outside = InputError(f"{what}: is outside the folder that requests may read")
     try:
@@ -476,9 +477,9 @@ def resolve_below(root: Path, text: str, what: str, base: Path | None = None) ->
         if not full.is_relative_to(root):
             raise outside
         if full.is_dir():
-            for place, _, names in os.walk(full):
+            for parent, _, names in os.walk(full):
                 for name in names:
-                    if not (Path(place) / name).resolve().is_relative_to(root):
+                    if not (Path(parent) / name).resolve().is_relative_to(root):
                         raise outside
     except (OSError, RuntimeError, ValueError):
         raise outside from None
@@ -486,16 +487,16 @@ def resolve_below(root: Path, text: str, what: str, base: Path | None = None) ->
 
 
 def _changes_hosts(request: Request) -> bool:
-    """Say whether a request says where requests to the model go."""
+    """Return True if a request changes where requests to the model go."""
     keys = (key for key in request.settings if key.startswith("endpoints."))
     return any(_NO_ADDRESS.fullmatch(key) is None for key in keys)
 
 
 def _remove_secrets(raw: dict[str, Any], request: Request) -> None:
-    """Leave out of the bound settings the secrets and commands that are for the bound hosts.
+    """Remove from the bound settings the secrets and commands for the bound hosts.
 
     Raises:
-        ConfigurationError: A gateway would be left without a token.
+        ConfigurationError: A gateway would have no token.
     """
     endpoints = raw["endpoints"]
     endpoints.pop("api_key", None)
@@ -516,7 +517,7 @@ def _remove_secrets(raw: dict[str, Any], request: Request) -> None:
 
 
 def _holds_secret(key: str, value: Any) -> bool:
-    """Say whether a bound value has a secret or a variable of the environment in it."""
+    """Return True if a bound value contains a secret or a reference to a variable."""
     if isinstance(value, Mapping):
         return any(_holds_secret(str(name), part) for name, part in value.items())
     if isinstance(value, list | tuple):
@@ -527,7 +528,7 @@ def _holds_secret(key: str, value: Any) -> bool:
 
 
 def _mask(key: str, value: Any) -> Any:
-    """Return a setting of a request without the secrets in it."""
+    """Return a setting of a request without its secrets."""
     if key.startswith(("task.", "endpoints.models")):
         return value
     if key in _COMMANDS and isinstance(value, str):
@@ -536,7 +537,7 @@ def _mask(key: str, value: Any) -> Any:
 
 
 def _apply_preset(raw: dict[str, Any], owner: LoadedConfig, preset: LoadedConfig) -> None:
-    """Put a preset's task in place of the bound one; where and how it runs stays the owner's."""
+    """Replace the bound task by that of a preset; keep the bound endpoints and backend."""
     _clear_task(raw)
     for key in ("name", "reduce", "task", "model", "input"):
         given, kept = preset.raw.get(key), raw.get(key)
@@ -551,7 +552,7 @@ def _apply_preset(raw: dict[str, Any], owner: LoadedConfig, preset: LoadedConfig
 
 
 def _clear_task(raw: dict[str, Any]) -> None:
-    """Leave out of the bound settings what a request with a task of its own replaces."""
+    """Remove from the bound settings what a request with its own task replaces."""
     task, model, input_ = (raw.get(key) or {} for key in ("task", "model", "input"))
     raw["task"] = {"graph": task["graph"]} if task.get("graph") else {}
     raw["model"] = {k: model[k] for k in ("name", "price", "extra_body") if k in model}
@@ -560,7 +561,7 @@ def _clear_task(raw: dict[str, Any]) -> None:
 
 
 def escape_variables(value: Any) -> Any:
-    """Return a value whose texts stay as they are when variables are expanded."""
+    """Return a value whose texts do not change when variables are expanded."""
     if isinstance(value, str):
         return _EXPANDED.sub("$$", value)
     if isinstance(value, Mapping):
@@ -571,7 +572,7 @@ def escape_variables(value: Any) -> Any:
 
 
 def _iter_sampling(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a request's body that a key sets: all of them, or one."""
+    """Yield the fields of the request body that a key sets: all of them, or one."""
     if key != _SAMPLED:
         yield key.removeprefix(f"{_SAMPLED}.").partition(".")[0], value
     elif isinstance(value, Mapping):
@@ -586,7 +587,7 @@ def _bound_models(owner: RunConfig) -> set[str]:
 
 
 def _setting_key(name: str) -> str:
-    """Return the setting that a field of the context stands for, or the field's own name."""
+    """Return the setting of a field of the context, or the field's own name."""
     return str(FORM_FIELDS[name].get("key", "endpoints.api_key" if name == "api_key" else name))
 
 
@@ -608,7 +609,7 @@ def _list_openable_keys() -> set[str]:
 
 
 def _is_entry(key: str) -> bool:
-    """Say whether a key names an entry within a setting: ``model.extra_body.priority``."""
+    """Return True if a key names an entry within a setting: ``model.extra_body.priority``."""
     try:
         return bool(list(split_settings(key, None)))
     except ConfigurationError:

@@ -200,7 +200,7 @@ async def _open_endpoints(task: ShardTask, loaded: LoadedConfig) -> AsyncIterato
 
 
 def _make_stop_check(task: ShardTask) -> Callable[[], str | None]:
-    """Return a check that tells why a worker must stop its start-up, or None."""
+    """Return a function that returns why a worker must stop its start-up, or None."""
 
     def over() -> str | None:
         if task.stop_file is not None and Path(task.stop_file).exists():

@@ -70,7 +70,7 @@ class Cost:
         }
 
     def unaccounted_json(self) -> dict[str, Json]:
-        """Return unaccounted spending; dollars are null where tokens are, unless usd is limited."""
+        """Return unaccounted spending; dollars are null for tokens without a limit in dollars."""
         unaccounted = self.unaccounted
         unknown = self.nano_usd is None or (unaccounted.tokens > 0 and unaccounted.nano_usd == 0)
         return {

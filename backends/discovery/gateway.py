@@ -124,7 +124,7 @@ def _refusal(answer: HTTPAnswer) -> str:
     error = ErrorBody.parse(answer.mask_keys().body)
     hint = " (is the token still valid?)" if answer.status == _UNAUTHORIZED else ""
     if error.html:
-        hint = " (the answer is a web page: check base_url and proxies)"
+        hint = " (the answer is a web page: check base_url and any proxy)"
     return f"HTTP {answer.status}: {error.message}{hint}"
 
 

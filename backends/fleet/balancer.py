@@ -24,9 +24,9 @@ from .policy import AffinityPolicy, FleetPolicy
 from .transport import Transport
 
 _STALE: Final = 8
-"""Entries per endpoint in the heap before the old ones are swept out."""
+"""Entries per endpoint in the heap above which outdated ones are removed."""
 _IDLE_S: Final = 0.02
-"""A stream that is not read for so many seconds waits for something else of its item."""
+"""A stream that is not read for so many seconds waits for another call of its item."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,22 +44,22 @@ class _Waiter:
 
 
 class LoadBalancer:
-    """Hands out endpoints, first come first served.
+    """Assigns endpoints to calls, first come first served.
 
     Args:
         endpoints: All members.
-        streams: Most requests in flight over all endpoints; a call that uses its item's slot is
+        streams: Limit of requests in flight over all endpoints; a call that uses its item's slot is
             not counted.
-        paced: Called with an endpoint that has a quota of its own, and a request's tokens, when
-            it is taken.
-        starved: Called when a call must wait although ``streams`` would allow it.
-        slack: A preferred endpoint is passed over when its expected time to an answer is more
-            than this factor above the best one's.
+        on_quota: Called with an endpoint that has its own quota, and a request's tokens, when it is
+            acquired.
+        on_starved: Called when a call must wait although ``streams`` would allow it.
+        slack: A preferred endpoint is passed over if its expected time to an answer is more than
+            this factor above the best one's.
 
     Attributes:
         in_flight: Requests in flight.
         alive: Endpoints that are in use.
-        long_resting: Endpoints that rest for so long that it is better to go elsewhere.
+        long_resting: Endpoints that rest for so long that another endpoint is the better choice.
     """
 
     def __init__(
@@ -92,29 +92,29 @@ class LoadBalancer:
 
     @property
     def is_starved(self) -> bool:
-        """Whether calls wait that ``streams`` would allow."""
+        """Return True if calls wait although ``streams`` would allow them."""
         waits = self._queue or self._excluding or self._urgent
         return bool(waits) and self.in_flight - self._extra < self._streams
 
     @property
     def contended(self) -> bool:
-        """Whether calls wait that any endpoint could serve."""
+        """Return True if calls wait that any endpoint could serve."""
         return bool(self._queue)
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for an endpoint."""
-        lines = (self._queue, self._urgent, *self._excluding.values())
-        return sum(map(len, lines))
+        """Return the number of calls that wait for an endpoint."""
+        queues = (self._queue, self._urgent, *self._excluding.values())
+        return sum(map(len, queues))
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request goes on by itself, and none waits to be sent."""
+        """Return True if no request in flight progresses on its own, and none waits to be sent."""
         return self.in_flight == self._idle and not self.waiting
 
     @property
     def is_deadlocked(self) -> bool:
-        """Whether all requests in flight are streams that nobody reads, and no time helps."""
+        """Return True if all requests in flight are unread streams, and time does not help."""
         return (
             0 < self.in_flight == self._idle
             and bool(self.alive)
@@ -133,9 +133,9 @@ class LoadBalancer:
 
         Args:
             avoid: Endpoints to pass over while any other is alive.
-            prefer: An endpoint to take when it is free and not much busier than the best.
-            tokens: The request's tokens, for endpoints with a quota of their own.
-            item: The item on whose behalf the request is made, if any.
+            prefer: An endpoint to acquire if it is free and not much busier than the best.
+            tokens: The request's tokens, for endpoints with their own quota.
+            item: The item that the request belongs to, if any.
             unfit: Those of ``avoid`` that cannot serve the request at all.
         """
         if item is not None and item.in_flight and item.stalled:
@@ -164,24 +164,24 @@ class LoadBalancer:
     ) -> _Waiter:
         stalled = item is not None and item.in_flight > 0 and item.stalled
         if stalled:
-            line = self._urgent
+            queue = self._urgent
         else:
-            line = self._excluding.setdefault(frozenset(avoid), deque()) if avoid else self._queue
+            queue = self._excluding.setdefault(frozenset(avoid), deque()) if avoid else self._queue
         future = asyncio.get_running_loop().create_future()
         turn = next(self._tick)
-        waiter = _Waiter(future, avoid, unfit, prefer, tokens, item, turn, line)
-        line.append(waiter)
+        waiter = _Waiter(future, avoid, unfit, prefer, tokens, item, turn, queue)
+        queue.append(waiter)
         if item is not None:
             item.queued += 1
             item.queue = self
         if self.is_starved:
             self._on_starved()
         if avoid:
-            self._serve_waiters()  # too many calls that exclude endpoints give their exclusions up
+            self._serve_waiters()  # if too many calls exclude endpoints, they drop their exclusions
         return waiter
 
     def _cancel_waiter(self, waiter: _Waiter) -> None:
-        """Undo what a cancelled call holds: its place in the queue, or the endpoint it won."""
+        """Release what a cancelled call holds: its queue position, or an acquired endpoint."""
         if waiter.future.done() and not waiter.future.cancelled():
             if waiter.future.exception() is None:
                 self.release(waiter.future.result(), item=waiter.item)
@@ -195,9 +195,9 @@ class LoadBalancer:
         """Count one request less in flight.
 
         Args:
-            endpoint: The endpoint that was taken.
-            seconds: How long its answer took, or None when it gave none.
-            item: The item on whose behalf it was taken.
+            endpoint: The acquired endpoint.
+            seconds: How long its answer took, or None if it gave none.
+            item: The item for which it was acquired.
         """
         self.in_flight -= 1
         endpoint.in_flight -= 1
@@ -213,7 +213,7 @@ class LoadBalancer:
             self._serve_item(item)
 
     def _release_extra(self, item: CallLog) -> None:
-        """Take a request beyond ``streams`` back; what the item still has open keeps its slot."""
+        """Count a request beyond ``streams`` as ended; the item's open requests keep its slot."""
         count = self._extra_of.get(id(item), 0)
         if count:
             self._extra -= 1
@@ -223,7 +223,7 @@ class LoadBalancer:
                 self._extra_of[id(item)] = count - 1
 
     def mark_stream_idle(self, item: CallLog | None) -> None:
-        """Take note that nobody reads a stream of an item at the moment."""
+        """Record that a stream of an item is not being read."""
         self._idle += 1
         if item is None:
             return
@@ -232,36 +232,36 @@ class LoadBalancer:
             asyncio.get_running_loop().call_later(_IDLE_S, self._check_idle_item, item)
 
     def mark_stream_read(self, item: CallLog | None) -> None:
-        """Take note that a stream of an item is read again, or has ended."""
+        """Record that a stream of an item is read again, or has ended."""
         self._idle -= 1
         if item is not None:
             item.idle_streams -= 1
 
     def _check_idle_item(self, item: CallLog) -> None:
-        """Let an item go on whose streams have waited for a while."""
+        """Serve an item whose streams have waited for a while."""
         if item.in_flight and item.queued:
             self._serve_item(item)
 
     def lend(self) -> None:
-        """Serve the oldest waiting call, though streams that nobody reads hold all slots."""
-        lines = (self._urgent, self._queue, *self._excluding.values())
-        waiting = [w for line in lines for w in line if not w.future.done()]
+        """Serve the oldest waiting call, although unread streams hold all slots."""
+        queues = (self._urgent, self._queue, *self._excluding.values())
+        waiting = [w for queue in queues for w in queue if not w.future.done()]
         if waiting:
             self._serve_stalled(min(waiting, key=lambda waiter: waiter.turn))
 
     def refresh(self, endpoint: Endpoint) -> None:
-        """Rank an endpoint anew after its state changed, and serve who waits."""
+        """Rank an endpoint again after its state changed, and serve waiting calls."""
         (self.alive.add if endpoint.alive else self.alive.discard)(endpoint)
         self._rank(endpoint)
         self._serve_waiters()
 
     def fail_all(self, error: Callable[[], BaseException]) -> None:
         """Raise a new error in every waiting call."""
-        lines = [self._queue, self._urgent, *self._excluding.values()]
+        queues = [self._queue, self._urgent, *self._excluding.values()]
         self._excluding.clear()
-        for line in lines:
-            while line:
-                waiter = line.popleft()
+        for queue in queues:
+            while queue:
+                waiter = queue.popleft()
                 if not waiter.future.done():
                     waiter.future.set_exception(error())
 
@@ -271,7 +271,7 @@ class LoadBalancer:
         if endpoint.free:
             heapq.heappush(self._heap, (self._score(endpoint), tick, endpoint))
         if len(self._heap) > _STALE * len(self._ranks) + _STALE:
-            # Entries of older ranks that never surface are swept out.
+            # Remove entries of older ranks that never reach the top.
             self._heap = [e for e in self._heap if self._ranks[e[2]] == e[1]]
             heapq.heapify(self._heap)
 
@@ -282,7 +282,7 @@ class LoadBalancer:
     def _find_excluded(
         self, avoid: Collection[Endpoint], unfit: Collection[Endpoint]
     ) -> Collection[Endpoint]:
-        """Return which endpoints a call passes over, given which others there are."""
+        """Return the endpoints that a call passes over, depending on which others are alive."""
         near = self.alive - self.long_resting if self.long_resting else self.alive
         if not near.issubset(avoid):
             return avoid
@@ -325,7 +325,7 @@ class LoadBalancer:
     def _choose_for_stalled(
         self, avoid: Collection[Endpoint], prefer: Endpoint | None, unfit: Collection[Endpoint]
     ) -> Endpoint | None:
-        """Choose for a call that uses its item's slot: full lanes do not stop it, pauses do."""
+        """Choose for a call that uses its item's slot: it ignores limits but not pauses."""
         endpoint = self._choose(avoid, prefer, unfit)
         if endpoint is not None:
             return endpoint
@@ -355,9 +355,9 @@ class LoadBalancer:
     def try_acquire(
         self, avoid: Collection[Endpoint], tokens: int = 0, item: CallLog | None = None
     ) -> Endpoint | None:
-        """Take the quickest endpoint that is free, or None when none is, or somebody waits.
+        """Acquire the fastest free endpoint; return None if none is free or a call waits.
 
-        The load is looked at less than in ``take``: what is free would idle otherwise.
+        Load weighs less than in ``acquire``: free endpoints would otherwise idle.
         """
         if self._queue or self.in_flight - self._extra >= self._streams:
             return None
@@ -370,7 +370,7 @@ class LoadBalancer:
         return latency * (1.0 + endpoint.in_flight / endpoint.width)
 
     def _serve_waiters(self) -> None:
-        """Hand free endpoints to the calls that wait, oldest first."""
+        """Assign free endpoints to the waiting calls, oldest first."""
         if self._urgent:
             self._serve_urgent()
         while (self._queue or self._excluding) and self.in_flight - self._extra < self._streams:
@@ -388,15 +388,15 @@ class LoadBalancer:
             self._grant(waiter, endpoint)
 
     def _serve_oldest(self) -> bool:
-        """Serve the oldest call that a free endpoint suits; say whether there is one."""
-        for key, line in list(self._excluding.items()):
-            while line and line[0].future.done():
-                line.popleft()
-            if not line:
+        """Serve the oldest call that fits a free endpoint; return whether there is one."""
+        for key, queue in list(self._excluding.items()):
+            while queue and queue[0].future.done():
+                queue.popleft()
+            if not queue:
                 del self._excluding[key]
         while self._queue and self._queue[0].future.done():
             self._queue.popleft()
-        heads = [line[0] for line in (self._queue, *self._excluding.values()) if line]
+        heads = [queue[0] for queue in (self._queue, *self._excluding.values()) if queue]
         heads.sort(key=lambda waiter: waiter.turn)
         for waiter in heads:
             endpoint = self._choose(waiter.avoid, waiter.prefer, waiter.unfit)
@@ -408,9 +408,9 @@ class LoadBalancer:
         return self._drop_exclusions(heads)
 
     def _drop_exclusions(self, heads: Sequence[_Waiter]) -> bool:
-        """Serve a call by an endpoint that it excludes, once such calls take half of all places.
+        """Serve a call by an endpoint that it excludes, once such calls take half of all slots.
 
-        The number of items in flight is bounded: other items would soon have no place left.
+        The number of items in flight is limited: other items would soon have no slot left.
         """
         if 2 * sum(map(len, self._excluding.values())) < self._streams:
             return False
@@ -423,7 +423,7 @@ class LoadBalancer:
         return False
 
     def _serve_urgent(self) -> None:
-        """Serve calls that use their items' slots, as soon as an endpoint takes requests."""
+        """Serve calls that use their items' slots, as soon as an endpoint accepts requests."""
         for waiter in list(self._urgent):
             self._serve_stalled(waiter)
 
@@ -431,8 +431,8 @@ class LoadBalancer:
         """Serve the oldest waiting call of an item whose open requests wait for it."""
         if not item.stalled:
             return
-        lines = (self._urgent, self._queue, *self._excluding.values())
-        mine = [w for line in lines for w in line if w.item is item and not w.future.done()]
+        queues = (self._urgent, self._queue, *self._excluding.values())
+        mine = [w for queue in queues for w in queue if w.item is item and not w.future.done()]
         if mine:
             self._serve_stalled(min(mine, key=lambda waiter: waiter.turn))
 
@@ -458,16 +458,16 @@ class LoadBalancer:
         waiter.future.set_result(self._start(endpoint, waiter.tokens, waiter.item))
 
     def _drop_empty(self, waiter: _Waiter) -> None:
-        """Forget a line of exclusions when nobody is left in it."""
+        """Remove a queue of calls with exclusions when it is empty."""
         if waiter.avoid and not waiter.queue and waiter.queue is not self._urgent:
             self._excluding.pop(frozenset(waiter.avoid), None)
 
 
 class Affinity:
-    """Remembers who met which beginning first; the least recently used is forgotten.
+    """Remembers which endpoint first served a prompt prefix, in an LRU cache.
 
     Args:
-        policy: How long a beginning is, and how many are remembered.
+        policy: Length of a prefix, and how many are remembered.
     """
 
     def __init__(self, policy: AffinityPolicy) -> None:
@@ -475,19 +475,19 @@ class Affinity:
         self._endpoints: OrderedDict[int, Endpoint] = OrderedDict()
 
     def make_key(self, body: Mapping[str, Any]) -> int:
-        """Return what stands for a request's beginning; equal ones are equal in this process."""
+        """Return a hash of a request's prefix, valid in this process."""
         parts: list[str] = []
-        room = self._policy.prefix
+        left = self._policy.prefix
         for message in body["messages"]:
             text = f"{message.get('role')}:{message.get('content')}"
-            parts.append(text[:room])
-            room -= len(text)
-            if room <= 0:
+            parts.append(text[:left])
+            left -= len(text)
+            if left <= 0:
                 break
         return hash(tuple(parts))
 
     def find_endpoint(self, key: int) -> Endpoint | None:
-        """Return who met a beginning first and is still there, or None."""
+        """Return the endpoint that first served a prefix and is still alive, or None."""
         endpoint = self._endpoints.get(key)
         if endpoint is None or not endpoint.alive:
             return None
@@ -495,7 +495,7 @@ class Affinity:
         return endpoint
 
     def record(self, key: int, endpoint: Endpoint) -> None:
-        """Note who was asked; a home that is only loaded stays home."""
+        """Record the endpoint of a prefix; one that is only busy keeps its prefixes."""
         home = self._endpoints.get(key)
         if home is None or not home.alive:
             self._endpoints[key] = endpoint
@@ -505,30 +505,30 @@ class Affinity:
 
 _LOG: Final = logging.getLogger(__name__)
 _UNREACHABLE_STATUSES: Final = frozenset({502, 503, 504})
-"""Statuses of a proxy or a starting server; any other answer shows that somebody is there."""
+"""Statuses of a proxy or a starting server; any other answer shows that the server is up."""
 _RECENT: Final = 200
-"""Items of which a share may be refused as themselves at fault."""
+"""Number of recent items for the share of items that are refused because of their content."""
 _REFUSED_ITEMS: Final = 2
 """An endpoint that refuses so many items, and accepts none between them, is itself at fault."""
-_LOOK_S: Final = 0.1
-_QUIET_LOOKS: Final = 2
-"""So many looks at a fleet without any request show that no other item comes."""
+_POLL_S: Final = 0.1
+_QUIET_POLLS: Final = 2
+"""So many polls of a fleet without any request show that no other item comes."""
 
 
 class HealthMonitor:
-    """Watches over the endpoints of one fleet.
+    """Monitors the health of a fleet's endpoints: breakers, pauses, ejections, and stops.
 
     Args:
         endpoints: All members.
-        policy: When to do what.
+        policy: Thresholds and timings.
         transport: For probes.
 
     Attributes:
-        balancer: Who hands the endpoints out.
+        balancer: Assigns the endpoints.
         stop_reason: Why no further request is sent, or None.
-        pause_reason: Why nothing goes on at the moment, or None.
+        pause_reason: Why no request can be sent at the moment, or None.
         answers: Good answers so far.
-        refusals: Times that an endpoint said "not now".
+        refusals: Times that an endpoint refused for now (429, 503).
     """
 
     def __init__(
@@ -569,18 +569,18 @@ class HealthMonitor:
             endpoint.resting = False
 
     def record_success(self, endpoint: Endpoint, level: int, seconds: float) -> None:
-        """Take note of a good answer, sent as one of ``level`` requests in flight."""
+        """Record a good answer, sent as one of ``level`` requests in flight."""
         now = time.monotonic()
         self.answers += 1
         endpoint.refusals = 0
         endpoint.limit.record_answer(level, seconds, now)
         if endpoint.breaker.record_success():
             endpoint.limit.reset(now)
-            _LOG.info("endpoint %s is back", endpoint.label)
+            _LOG.info("endpoint %s recovered", endpoint.label)
             self.refresh(endpoint)
 
     def clear_refusals(self, endpoint: Endpoint, item: CallLog | None) -> None:
-        """Trust an endpoint again that has accepted another item than those that it refused."""
+        """Trust an endpoint again that accepted another item than those that it refused."""
         if id(item) not in endpoint.refused_items:
             endpoint.refused_items.clear()
             self.refresh(endpoint)
@@ -598,7 +598,7 @@ class HealthMonitor:
         """Count an item that is itself at fault, and return its error.
 
         Raises:
-            RunStoppedError: So many items end this way that it looks like an outage.
+            RunStoppedError: So many items fail this way that it looks like an outage.
         """
         error, share = make_refused_item_error(failure, endpoints), self._policy.retry.refused_share
         self._ended.append(True)
@@ -615,11 +615,11 @@ class HealthMonitor:
     async def resolve_fault(
         self, refusers: Mapping[Endpoint, Failure], item: CallLog | None
     ) -> bool:
-        """Wait until it is known whether an item is at fault, or the endpoints that refuse it.
+        """Wait until it is known whether an item or the endpoints that refuse it are at fault.
 
-        Endpoints that accept another item meanwhile are in order. Those that refuse another one
-        too, or that no other item is there to be sent to, are used no more. Streams of the item
-        that wait for this call keep no other item away.
+        Endpoints that accept another item meanwhile are healthy. Those that refuse another one too,
+        or for which no other item is available, are ejected. Streams of the item that wait for this
+        call do not block other items.
 
         Args:
             refusers: Endpoints that have refused the item, and how.
@@ -643,7 +643,7 @@ class HealthMonitor:
             if self.stop_reason is not None or all(e.ejected or e.retired for e in refusers):
                 return False
             quiet = quiet + 1 if self.balancer.is_idle else 0
-            if quiet > _QUIET_LOOKS:
+            if quiet > _QUIET_POLLS:
                 for endpoint, failure in refusers.items():
                     self._eject(endpoint, failure.error)
                     self.refresh(endpoint)
@@ -651,14 +651,14 @@ class HealthMonitor:
             if item is not None and item.idle_streams and self.balancer.is_deadlocked:
                 self.balancer.lend()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_S):
+                async with asyncio.timeout(_POLL_S):
                     await self._changed.wait()
         return True
 
     def eject_refusers(self, refusers: Mapping[Endpoint, Failure]) -> None:
-        """Use endpoints no more that have accepted nothing, and refused what another one answers.
+        """Eject endpoints that accepted nothing, and refused a request that another one answered.
 
-        Those that have other requests in flight are judged by their ends.
+        Those with other requests in flight are judged by the outcome of these requests.
         """
         for endpoint, failure in refusers.items():
             if endpoint.refused_items and endpoint.in_flight <= endpoint.streaming:
@@ -666,12 +666,12 @@ class HealthMonitor:
                 self.refresh(endpoint)
 
     def _notify_changed(self) -> None:
-        """Wake those that wait for news of the endpoints."""
+        """Wake tasks that wait for changes of the endpoints."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     def _is_undecided(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> bool:
-        """Tell whether a refusal says nothing of the endpoint: the item may be at fault."""
+        """Return True if a refusal does not show an endpoint's fault: the item may be at fault."""
         if failure.accepts_others:
             return True
         if not failure.is_clear:
@@ -683,34 +683,34 @@ class HealthMonitor:
     def record_failure(
         self, endpoint: Endpoint, failure: Failure, item: CallLog | None = None
     ) -> None:
-        """Do what a failure means; it may stop the run."""
+        """Apply a failure's rule to the endpoint; it may stop the run."""
         if failure.is_refusal and self._is_undecided(endpoint, failure, item):
             self.refresh(endpoint)
             return
-        treatment, error = failure.rule, failure.error
-        if treatment.action is RetryAction.WAIT and failure.accepts_others:
-            # It refuses this item and answers others: the item waits, the endpoint works on.
+        rule, error = failure.rule, failure.error
+        if rule.action is RetryAction.WAIT and failure.accepts_others:
+            # It refuses this item and answers others: only the item waits.
             self.refusals += 1
             self.refresh(endpoint)
             return
-        if treatment.action is RetryAction.STOP:
+        if rule.action is RetryAction.STOP:
             self.stop(error.message)
-        if treatment.action in {RetryAction.EJECT, RetryAction.REKEY}:
+        if rule.action in {RetryAction.EJECT, RetryAction.REKEY}:
             self._eject(endpoint, error)
-        if treatment.action is RetryAction.FAIL and not isinstance(error, PromptTooLongError):
+        if rule.action is RetryAction.FAIL and not isinstance(error, PromptTooLongError):
             self._count_hopeless(endpoint, failure)
-        if treatment.shrink:
+        if rule.shrink:
             endpoint.limit.shrink(time.monotonic())
-        if treatment.breaker_effect is not BreakerEffect.NO and endpoint.breaker.record_failure(
-            treatment.breaker_effect is BreakerEffect.OPEN
+        if rule.breaker_effect is not BreakerEffect.NO and endpoint.breaker.record_failure(
+            rule.breaker_effect is BreakerEffect.OPEN
         ):
             self._open(endpoint, error)
-        if treatment.action is RetryAction.WAIT:
+        if rule.action is RetryAction.WAIT:
             self._record_refusal(endpoint, failure, item)
         self.refresh(endpoint)
 
     def _count_hopeless(self, endpoint: Endpoint, failure: Failure) -> None:
-        """Stop a run that nobody accepts, or eject who alone accepts nothing."""
+        """Stop a run if no endpoint accepts a request; eject one that alone accepts none."""
         self._refused += 1
         most = self._policy.retry.hopeless_after
         if not self.answers and (self._refused >= most or failure.rule.schema):
@@ -719,24 +719,24 @@ class HealthMonitor:
             self._eject(endpoint, failure.error)
 
     def _record_refusal(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> None:
-        """Let an endpoint rest as long as it asked; all of its host, where the quota is shared."""
+        """Pause an endpoint for as long as it asked; all of its host if the quota is shared."""
         self.refusals += 1
         endpoint.throttled += 1
-        retry, treatment = self._policy.retry, failure.rule
-        seconds = failure.error.retry_after or treatment.rest_s
-        if seconds is None and treatment.long:
-            # One that answers other items is asked again soon: the item may be at fault.
+        retry, rule = self._policy.retry, failure.rule
+        seconds = failure.error.retry_after or rule.rest_s
+        if seconds is None and rule.long:
+            # An endpoint that answers other items is retried soon: the item may be at fault.
             first = endpoint.refusals == 0 and endpoint.is_proven(item, time.monotonic())
             seconds = retry.refusal_pause_s if first else retry.long_pause_s
         endpoint.limit.record_refusal(endpoint.in_flight)
         if seconds is None and endpoint.in_flight > 1:
-            # It works at the others that it has: the narrower lane is answer enough.
+            # It processes its other requests: the lower limit is sufficient.
             return
         endpoint.refusals += 1
         pause = retry.add_jitter(seconds or retry.rest(endpoint.refusals), random.random())
         host = endpoint.url.split("/")[2]
         for other in self._endpoints:
-            if other is endpoint or (treatment.shared and other.url.split("/")[2] == host):
+            if other is endpoint or (rule.shared and other.url.split("/")[2] == host):
                 self.pause_endpoint(other, pause)
         self._check_pause(failure.error)
 
@@ -748,7 +748,7 @@ class HealthMonitor:
             self.stop(f"{error.message}; resume the run in {seconds:.0f} s")
 
     def pause_endpoint(self, endpoint: Endpoint, seconds: float) -> None:
-        """Send an endpoint nothing for a while; of two pauses the later end counts."""
+        """Send no requests to an endpoint for a while; the later end of two pauses applies."""
         pending = self._wakes.get(endpoint)
         if pending is not None:
             if pending.when() >= asyncio.get_running_loop().time() + seconds:
@@ -771,16 +771,24 @@ class HealthMonitor:
             return
         endpoint.ejected = True
         self._notify_changed()
-        _LOG.warning("endpoint %s is used no more: %s", endpoint.label, error.message)
+        _LOG.warning(
+            "endpoint %s ejected for the rest of the run: %s", endpoint.label, error.message
+        )
         if all(e.ejected or e.retired for e in self._endpoints):
             self.stop(f"no endpoint is left; the last answer: {error.message}")
 
     def _open(self, endpoint: Endpoint, error: EndpointError) -> None:
-        _LOG.warning("endpoint %s is left alone: %s", endpoint.label, error.message)
-        self._later(endpoint.breaker.pause_s, lambda: self._spawn(self._probe(endpoint)))
+        pause_s = endpoint.breaker.pause_s
+        _LOG.warning(
+            "endpoint %s marked unhealthy: %s (retry in %g s)",
+            endpoint.label,
+            error.message,
+            pause_s,
+        )
+        self._later(pause_s, lambda: self._spawn(self._probe(endpoint)))
 
     async def _probe(self, endpoint: Endpoint) -> None:
-        """Ask an endpoint that was left alone whether it is there."""
+        """Probe an unhealthy endpoint."""
         try:
             answer = await self._transport.get(
                 f"{endpoint.url}/models",
@@ -788,10 +796,10 @@ class HealthMonitor:
                 self._policy.breaker.probe_s,
                 endpoint.spec.proxied,
             )
-            there = answer.status not in _UNREACHABLE_STATUSES
+            reachable = answer.status not in _UNREACHABLE_STATUSES
         except (aiohttp.ClientError, TimeoutError):
-            there = False
-        if there:
+            reachable = False
+        if reachable:
             endpoint.breaker.half_open()
             self.refresh(endpoint)
         else:
@@ -799,7 +807,7 @@ class HealthMonitor:
             self._later(endpoint.breaker.pause_s, lambda: self._spawn(self._probe(endpoint)))
 
     def _pause_for_quota(self, endpoint: Endpoint, tokens: int) -> None:
-        """Let an endpoint with a quota of its own rest until the next request is due."""
+        """Pause an endpoint with its own quota until the next request is due."""
         now, wait = time.monotonic(), 0.0
         if endpoint.request_bucket is not None:
             wait = endpoint.request_bucket.take(1.0, now, reserve=1.0)
@@ -809,13 +817,13 @@ class HealthMonitor:
             self.pause_endpoint(endpoint, wait)
 
     def _schedule_widening(self) -> None:
-        """Look for full lanes soon: calls wait although more could be in flight."""
+        """Check for full limits soon: calls wait although more could be in flight."""
         if not self._sweeping:
             self._sweeping = True
             self._later(self._policy.limit.settle_s, self._widen_limits)
 
     def _widen_limits(self) -> None:
-        """Widen the lanes that are full, and go on while calls wait."""
+        """Raise the limits of full endpoints, and repeat while calls wait."""
         self._sweeping = False
         now = time.monotonic()
         for endpoint in list(self.balancer.alive) if self.balancer.is_starved else ():
@@ -826,13 +834,13 @@ class HealthMonitor:
             self._schedule_widening()
 
     def refresh(self, endpoint: Endpoint) -> None:
-        """Rank an endpoint anew, and watch whether any is alive."""
+        """Rank an endpoint again, and check whether any is alive."""
         self.balancer.refresh(endpoint)
         if self.balancer.alive:
             if self._deadline is not None:
                 self._deadline.cancel()
                 self._deadline = self.pause_reason = None
-                _LOG.warning("an endpoint is back; the run goes on")
+                _LOG.warning("an endpoint recovered; the run continues")
         elif self._deadline is None and self.stop_reason is None:
             seconds = self._policy.timeout.fleet_s
             self.pause_reason = (
@@ -844,12 +852,12 @@ class HealthMonitor:
     def _stop_waiting(self) -> None:
         seconds = self._policy.timeout.fleet_s
         self.stop(
-            f"no endpoint came back within {seconds:g} s (limits.fleet_wait_s): start them again "
-            "and resume the run"
+            f"no endpoint recovered within {seconds:g} s (limits.fleet_wait_s): restart the "
+            "servers and resume the run"
         )
 
     def stop(self, message: str) -> None:
-        """End the run: no further request is sent, and what waits fails."""
+        """Stop the run: no further request is sent, and waiting calls fail."""
         if self.stop_reason is None:
             self.stop_reason = message
             self._notify_changed()

@@ -24,7 +24,7 @@ _SCHEMAS: Final = 64
 
 
 class CachePolicy:
-    """Judges requests and answers by what stands in them.
+    """Decides which requests and answers may be cached, from their content.
 
     Args:
         sampled: Whether requests at a temperature above 0 may share an answer, too.
@@ -39,7 +39,7 @@ class CachePolicy:
         return self._sampled or body.get("temperature") == 0
 
     def is_cacheable(self, body: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
-        """Return True if an answer is whole, no refusal, and what its request asks for."""
+        """Return True if an answer is whole, no refusal, and matches its request's format."""
         wanted = body.get("response_format")
         return not transport.is_empty(document) and all(
             _is_whole(choice) and self._matches_format(wanted, choice["message"])
@@ -60,7 +60,7 @@ class CachePolicy:
         return validator is not None and validator.is_valid(value)
 
     def _validator(self, schema: Json) -> jsonschema_rs.Validator | None:
-        """Return what checks answers against a schema, or None when nothing can."""
+        """Return the validator for a schema, or None if the schema is invalid."""
         name = orjson.dumps(schema)
         if name not in self._validators:
             if len(self._validators) >= _SCHEMAS:
@@ -77,7 +77,7 @@ def _validator_of(schema: Json) -> jsonschema_rs.Validator | None:
 
 
 def _is_whole(choice: Json) -> bool:
-    """Return True if the model ended a choice by itself, and did not refuse."""
+    """Return True if the model ended a choice normally, and did not refuse."""
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict) or message.get("refusal"):
         return False
@@ -88,7 +88,7 @@ def _is_whole(choice: Json) -> bool:
 
 
 def _is_callable(call: Json) -> bool:
-    """Return True if a tool can be called: it is named, and its arguments are an object."""
+    """Return True if a tool can be called: it has a name, and its arguments are an object."""
     try:
         function = call["function"]
         return bool(function["name"]) and isinstance(orjson.loads(function["arguments"]), dict)
@@ -97,9 +97,9 @@ def _is_callable(call: Json) -> bool:
 
 
 _WAITS: Final = 2
-"""So many failures of others does a request wait for, before it is sent whoever else asks."""
+"""Failures of others that a request waits for, before it is sent on its own."""
 
-_LOOK_S: Final = 0.1
+_SLOT_CHECK_S: Final = 0.1
 _POLL_S: Final = 0.05
 _LONG_POLL_S: Final = 2.0
 
@@ -110,31 +110,31 @@ SendRequest = Callable[[Mapping[str, Any]], Awaitable[SentAnswer]]
 
 
 class ResponseStore(Protocol):
-    """Where answers are kept, as JSON on one line, by keys of 16 bytes."""
+    """A store of answers, as JSON on one line, by keys of 16 bytes."""
 
     def find(self, key: bytes) -> int | None:
-        """Return the place of a key's answer, or None; it does not block."""
+        """Return the position of a key's answer, or None; it does not block."""
         ...
 
-    def read(self, key: bytes, place: int) -> bytes | None:
-        """Return the answer at a place, or None when it cannot be read; it may block."""
+    def read(self, key: bytes, position: int) -> bytes | None:
+        """Return the answer at a position, or None if it cannot be read; it may block."""
         ...
 
     def put(self, key: bytes, answer: bytes) -> None:
-        """Keep an answer."""
+        """Store an answer."""
         ...
 
-    def forget(self, key: bytes, place: int) -> None:
-        """Take note that there is no answer of a key at a place."""
+    def forget(self, key: bytes, position: int) -> None:
+        """Remove a key's position, which holds no usable answer."""
         ...
 
     @property
     def contested(self) -> bool:
-        """Return True if other processes may keep answers there at the same time."""
+        """Return True if other processes may store answers there at the same time."""
         ...
 
     def update_claims(self, requests: Sequence[tuple[bytes, bool]]) -> list[bool]:
-        """Claim keys (True) or give claims back; it may block.
+        """Claim keys (True) or release claims; it may block.
 
         Returns:
             For each key, whether no other process holds it.
@@ -143,17 +143,17 @@ class ResponseStore(Protocol):
 
 
 class RequestCache:
-    """Gives equal requests of one event loop one answer.
+    """Gives one answer to equal requests of one event loop.
 
-    Requests are equal when their bodies are: model, messages, schema, sampling, seed, and any
-    other field; where they are sent does not matter. Only good answers are kept. A failure is
-    its own request's: those who have waited for it ask again.
+    Requests are equal if their bodies are: model, messages, schema, sampling, seed, and any other
+    field; their endpoint does not matter. Only good answers are stored. A failure counts only for
+    its own request: others that waited for it send theirs.
 
     Args:
-        answers: Where they are kept.
+        store: The store of answers.
         simulated: Whether the fleet is; answers of the other kind do not count.
         sampled: Whether requests at a temperature above 0 share an answer, too.
-        patience_s: Seconds to wait for the answer that another process asks for.
+        patience_s: Seconds to wait for an answer that another process requests.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class RequestCache:
         sampled: bool = False,
         patience_s: float = 600.0,
     ) -> None:
-        self._answers, self._simulated, self._sampled = store, simulated, sampled
+        self._store, self._simulated, self._sampled = store, simulated, sampled
         self._patience_s = patience_s
         self._policy = CachePolicy(sampled)
         self._in_flight: dict[bytes, asyncio.Future[bytes | None]] = {}
@@ -172,16 +172,16 @@ class RequestCache:
         self._claim = ThreadBatcher(store.update_claims)
 
     def copy_for_loop(self) -> RequestCache:
-        """Return one for another loop, over the same answers."""
+        """Return a cache for another loop, over the same store."""
         return RequestCache(
-            self._answers,
+            self._store,
             simulated=self._simulated,
             sampled=self._sampled,
             patience_s=self._patience_s,
         )
 
     async def aclose(self) -> None:
-        """Wait for claims that are being given back."""
+        """Wait for claims that are being released."""
         await self._claim.wait_idle()
 
     async def post(
@@ -194,7 +194,7 @@ class RequestCache:
             ask: Sends a request.
 
         Returns:
-            The answer, and who gave it; None when it was given to an equal request.
+            The answer and its endpoint; None if it is the answer to an equal request.
         """
         if not self._policy.is_shareable(body):
             return await ask(body)
@@ -216,16 +216,16 @@ class RequestCache:
                 return document, None
 
     async def _find_cached(self, key: bytes) -> dict[str, Any] | None:
-        """Return a kept answer, or None; without a pause if none is known of."""
-        while (place := self._answers.find(key)) is not None:
-            answer = await self._read.run((key, place))
+        """Return a stored answer, or None; does not suspend if none is known."""
+        while (position := self._store.find(key)) is not None:
+            answer = await self._read.run((key, position))
             if answer is not None and (document := self._load_answer(answer)) is not None:
                 return document
-            self._answers.forget(key, place)
+            self._store.forget(key, position)
         return None
 
     def _read_batch(self, wanted: list[tuple[bytes, int]]) -> list[bytes | None]:
-        return [self._answers.read(key, place) for key, place in wanted]
+        return [self._store.read(key, position) for key, position in wanted]
 
     def _key(self, body: Mapping[str, Any]) -> bytes:
         text = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
@@ -235,10 +235,10 @@ class RequestCache:
     async def _send_as_leader(
         self, key: bytes, body: Mapping[str, Any], ask: SendRequest
     ) -> tuple[dict[str, Any], Endpoint | None]:
-        """Ask for all who come meanwhile, here and in other processes."""
+        """Send a request for all equal ones that come meanwhile, here and in other processes."""
         flight: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
         self._in_flight[key] = flight
-        contested = self._answers.contested and not _is_holding_slot()
+        contested = self._store.contested and not _is_holding_slot()
         try:
             if contested:
                 await self._wait_for_claim(key)
@@ -250,14 +250,14 @@ class RequestCache:
             del self._in_flight[key]
             if not flight.done():
                 flight.set_result(None)
-            if contested:  # we may have it, also if we were cancelled while we waited
+            if contested:  # it may be claimed, also if this task was cancelled while it waited
                 self._claim.submit((key, False))
 
     async def _wait_for_claim(self, key: bytes) -> None:
-        """Wait until no other process asks for an answer, or it is there, or patience ends."""
+        """Wait until no other process requests the answer, it is stored, or patience ends."""
         until, pause = time.monotonic() + self._patience_s, _POLL_S
         while not await self._claim.run((key, True)):
-            if self._answers.find(key) is not None or time.monotonic() > until:
+            if self._store.find(key) is not None or time.monotonic() > until:
                 return
             if _is_holding_slot():
                 return
@@ -274,13 +274,13 @@ class RequestCache:
         document, endpoint = await ask(body)
         answer = _as_line(document) if self._policy.is_cacheable(body, document) else None
         if answer is not None:
-            self._answers.put(key, answer)
+            self._store.put(key, answer)
             if flight is not None:
                 flight.set_result(answer)
         return document, endpoint
 
     def _load_answer(self, answer: bytes) -> dict[str, Any] | None:
-        """Return a kept answer at no cost, and count it; None when it is none for this fleet."""
+        """Return a stored answer at no cost, and count it; None if it does not fit this fleet."""
         document = orjson.loads(answer)
         if (
             not transport.is_completion(document)
@@ -315,16 +315,16 @@ async def _follow(flight: asyncio.Future[bytes | None]) -> bool:
     log.following += 1
     try:
         while not flight.done() and not _is_holding_slot():
-            await asyncio.wait({flight}, timeout=_LOOK_S)
+            await asyncio.wait({flight}, timeout=_SLOT_CHECK_S)
     finally:
         log.following -= 1
     return flight.done()
 
 
 def _is_holding_slot() -> bool:
-    """Tell whether the caller's item has streams open that nobody reads.
+    """Return True if the caller's item has open streams that are not read.
 
-    Who else asks may wait for its slot, so that it must not wait for their answer.
+    Another caller may wait for its slot, so it must not wait for that caller's answer.
     """
     log = CURRENT_CALLS.get()
     return log is not None and log.in_flight > 0 and log.stalled

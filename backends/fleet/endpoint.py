@@ -18,7 +18,7 @@ ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
 """A key, or a function that fetches the current one."""
 
 NO_KEY: Final = "EMPTY"
-"""What servers without authentication are sent, as vLLM's documentation does."""
+"""Key sent to servers without authentication, as in vLLM's documentation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +26,16 @@ class EndpointSpec:
     """An endpoint as configured.
 
     Attributes:
-        url: Base URL with scheme; ``/v1`` is appended when the path does not end in it.
+        url: Base URL with scheme; ``/v1`` is appended if the path does not end in it.
         api_key: Key or function returning it; never shown.
         label: Name in results and messages; None takes host, port and path from the URL.
-        model: The id under which this endpoint serves the run's model, when it differs.
-        max_in_flight: Most requests in flight to this endpoint, or None for the policy's.
+        model: The id under which this endpoint serves the run's model, if it differs.
+        max_in_flight: Limit of requests in flight to this endpoint, or None for the policy's.
         weight: Relative speed known beforehand; 2.0 is expected to be twice as fast.
-        requests_per_s: Most requests per second that this endpoint may be sent, or None.
-        tokens_per_min: Most tokens per minute, prompt and answer, or None.
-        max_model_len: Context length in tokens, or None when unknown.
-        proxied: Whether the environment's proxy variables count: for gateways, never for nodes.
+        requests_per_s: Limit of requests per second to this endpoint, or None.
+        tokens_per_min: Limit of tokens per minute, prompt and answer, or None.
+        max_model_len: Context length in tokens, or None if unknown.
+        proxied: Whether the environment's proxy variables apply: for gateways, never for nodes.
     """
 
     url: str
@@ -51,15 +51,15 @@ class EndpointSpec:
 
 
 def normalize_base_url(url: str) -> str:
-    """Return an endpoint's base URL in one spelling: no credentials, no slash, ending in /v1.
+    """Return a normalized base URL: no credentials, no trailing slash, ending in /v1.
 
     Raises:
-        ConfigurationError: No http(s) URL, or one without a host or with a bad port.
+        ConfigurationError: Not an http(s) URL, or one without a host or with a bad port.
     """
     try:
         parts = urlsplit(url.strip())
     except ValueError as error:
-        raise ConfigurationError(f"an endpoint is no URL: {error}") from error
+        raise ConfigurationError(f"an endpoint is not a URL: {error}") from error
     shown = redact_url(url)
     if parts.scheme not in {"http", "https"}:
         raise ConfigurationError(
@@ -72,9 +72,11 @@ def normalize_base_url(url: str) -> str:
     if not parts.hostname or port == 0:
         raise ConfigurationError(f"endpoint {shown!r}: host or port is missing")
     if re.search(r"[\s\x00-\x1f\x7f]", parts.netloc + parts.path):
-        raise ConfigurationError(f"endpoint {shown!r}: a URL holds no blanks")
+        raise ConfigurationError(f"endpoint {shown!r}: a URL must not contain blanks")
     if parts.query or parts.fragment:
-        raise ConfigurationError(f"endpoint {shown!r}: a base URL has no query or fragment")
+        raise ConfigurationError(
+            f"endpoint {shown!r}: a base URL must not have a query or fragment"
+        )
     path = parts.path.rstrip("/")
     if not re.search(r"/v\d+$", path):
         path += "/v1"
@@ -82,7 +84,7 @@ def normalize_base_url(url: str) -> str:
 
 
 def redact_url(url: str) -> str:
-    """Return a URL without user, password, query and fragment, fit for messages."""
+    """Return a URL without user, password, query and fragment, suitable for messages."""
     parts = urlsplit(url.strip())
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
@@ -94,15 +96,15 @@ def make_label(url: str) -> str:
 
 
 class BreakerState(enum.Enum):
-    """How much an endpoint is trusted."""
+    """State of an endpoint's circuit breaker."""
 
     CLOSED = "in use"
-    OPEN = "left alone"
-    HALF_OPEN = "tried with one request"
+    OPEN = "unhealthy"
+    HALF_OPEN = "recovering"
 
 
 class Breaker:
-    """Pure state; who owns it sets the timers.
+    """Circuit breaker as pure state; its owner sets the timers.
 
     Args:
         policy: When to open, and for how long.
@@ -123,15 +125,15 @@ class Breaker:
 
     @property
     def pause_s(self) -> float:
-        """Seconds to stay open now; doubled while the endpoint does not recover."""
-        # The exponent is bounded, for 2.0**1024 overflows.
+        """Return the seconds to stay open now; doubled while the endpoint does not recover."""
+        # The exponent is bounded because 2.0**1024 overflows.
         doubled = self._policy.open_s * 2.0 ** min(max(self._pauses - 1, 0), 32)
         return min(self._policy.open_max_s, doubled)
 
     def record_failure(self, at_once: bool = False) -> bool:
-        """Count a failure; return True when it opens the breaker.
+        """Count a failure; return True if it opens the breaker.
 
-        Calls that were in flight when it opened fail late; they open nothing again.
+        Calls that were in flight when it opened fail late; they do not open it again.
         """
         if self.state is BreakerState.OPEN:
             return False
@@ -145,18 +147,18 @@ class Breaker:
         return True
 
     def record_missed_probe(self) -> None:
-        """Stay open longer: a probe found nobody."""
+        """Stay open longer: a probe failed."""
         self._pauses += 1
 
     def half_open(self) -> None:
-        """Let one request through: a probe was answered."""
+        """Allow one request: a probe was answered."""
         self.state = BreakerState.HALF_OPEN
 
     def record_success(self) -> bool:
-        """Count a success; return True when it closes the breaker."""
+        """Count a success; return True if it closes the breaker."""
         self._in_a_row = 0
         if self.state is not BreakerState.HALF_OPEN:
-            # An answer that was under way when the breaker opened says nothing of now.
+            # A request that was in flight when the breaker opened does not show recovery.
             return False
         self._pauses = 0
         self.state = BreakerState.CLOSED
@@ -164,11 +166,11 @@ class Breaker:
 
 
 class AdaptiveLimit:
-    """The width of one endpoint's lane; pure, time is passed in.
+    """Adaptive limit of requests in flight to one endpoint; pure, time is passed in.
 
     Args:
-        policy: How to find it.
-        ceiling: Most requests in flight to this endpoint, or None for the policy's.
+        policy: How to adapt it.
+        ceiling: Upper bound for this endpoint, or None for the policy's.
 
     Attributes:
         width: Requests in flight allowed now.
@@ -201,7 +203,7 @@ class AdaptiveLimit:
         return self._knee if now < self._held_until else self._ceiling
 
     def widen(self, now: float) -> bool:
-        """Give more, after the lane was full for a while; return whether it did."""
+        """Raise the limit, after it was reached for a while; return whether it was raised."""
         most = self._most(now)
         if self.width >= most or now - self._changed < self._policy.settle_s:
             return False
@@ -212,7 +214,7 @@ class AdaptiveLimit:
         return True
 
     def record_answer(self, level: int, seconds: float, now: float) -> None:
-        """Count an answer; as many as the lane is wide make up for one refusal.
+        """Count an answer; as many as ``width`` make up for one refusal.
 
         Args:
             level: Requests in flight, its own included, when it was sent.
@@ -236,7 +238,7 @@ class AdaptiveLimit:
         before, base = self._levels.get(key - 1, (0, 0.0))
         if min(count, before) < self._policy.samples or mean <= base * self._policy.knee:
             return
-        # The half below this level is what the server serves at once: the rest waits there.
+        # The server processes half of this level at once: the rest waits in its queue.
         self._knee = min(self._ceiling, 1 << (key - 1))
         self._levels.clear()
         self._doubling = False
@@ -244,7 +246,7 @@ class AdaptiveLimit:
         self.width = min(self.width, self._knee)
 
     def record_refusal(self, outstanding: int) -> None:
-        """Take less: the endpoint had room for the others in flight, but not for this one.
+        """Lower the limit: the endpoint had capacity for the other requests, but not for this one.
 
         Args:
             outstanding: Requests in flight, the refused one included.
@@ -254,14 +256,14 @@ class AdaptiveLimit:
         self.width = max(1, min(self.width, outstanding - 1))
 
     def shrink(self, now: float) -> None:
-        """Take a good deal less: answers did not come in time. A burst counts once."""
+        """Lower the limit strongly: answers did not come in time. A burst counts once."""
         self._doubling = False
         if now - self._changed >= self._policy.settle_s:
             self.width = max(1, int(self.width * self._policy.shrink))
             self._changed = now
 
     def reset(self, now: float) -> None:
-        """Start small again: the endpoint was away."""
+        """Start with the initial limit again: the endpoint was down."""
         self._levels.clear()
         self._doubling = True
         self._changed = now
@@ -272,14 +274,14 @@ class AdaptiveLimit:
 _SMOOTHING: Final = 0.1
 """Weight of the newest answer in the smoothed latency."""
 _LATELY_S: Final = 60.0
-"""An endpoint that answered so many seconds ago is taken to be in order."""
+"""An endpoint that answered within so many seconds is considered healthy."""
 _CORRECTIONS: Final = 64
-"""Longest answers that are remembered until they are confirmed."""
+"""Limit of unconfirmed answer lengths that are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
 class RefusalMark:
-    """What an endpoint had done when it refused an item for now.
+    """Counts of an endpoint at the time it refused an item for now.
 
     Attributes:
         when: Monotonic time in seconds.
@@ -301,8 +303,8 @@ class Endpoint:
 
     Args:
         spec: The endpoint as configured.
-        limit: How its share of requests in flight is found.
-        breaker: When it is left alone.
+        limit: How its limit of requests in flight adapts.
+        breaker: When it is marked unhealthy.
 
     Attributes:
         label: Name in results and messages, without credentials.
@@ -310,20 +312,20 @@ class Endpoint:
         host: Name or address of the machine.
         chat_url: URL of the chat completions.
         in_flight: Requests in flight.
-        latency_s: Smoothed time to an answer in seconds, 0 when none has come.
-        ejected: Whether it is used no more.
+        latency_s: Smoothed time to an answer in seconds, 0 if none has come.
+        ejected: Whether it is excluded for the rest of the run.
         refusals: Times in a row that it asked for a pause.
         retired: Whether it has left the fleet.
         resting: Whether it asked for a pause that still lasts.
-        limit: How many requests it gets at once.
-        breaker: Whether it is trusted.
+        limit: Its adaptive limit of requests in flight.
+        breaker: Its circuit breaker.
         request_bucket: Its own quota of requests, or None.
         token_bucket: Its own quota of tokens, or None.
-        foreign_load: Requests of others that it works on, as far as it is asked.
-        max_answer_tokens: Longest answer in tokens that it can be asked for, or None when unknown.
-        longest: The longest answer in tokens that it was asked for by a request that it accepted.
+        foreign_load: Requests of other clients that it processes, as far as it is polled.
+        max_answer_tokens: Longest answer in tokens that may be requested, or None if unknown.
+        longest: Longest answer in tokens among accepted requests.
         longest_asked: The field of the last such request from which that was taken.
-        stats: What it did.
+        stats: Its statistics.
         streaming: Streams in flight that have begun.
         refused_items: Items that it has refused since it last accepted another one.
         accepted: Requests that it has accepted.
@@ -402,12 +404,12 @@ class Endpoint:
 
     @property
     def alive(self) -> bool:
-        """Whether it is used at all."""
+        """Return True if it is in use."""
         return not (self.ejected or self.retired) and self.breaker.state is not BreakerState.OPEN
 
     @property
     def width(self) -> int:
-        """Requests in flight that it is allowed now."""
+        """Return the limit of requests in flight that applies now."""
         return (
             1
             if self.refused_items or self.breaker.state is BreakerState.HALF_OPEN
@@ -416,35 +418,35 @@ class Endpoint:
 
     @property
     def free(self) -> bool:
-        """Whether it may be sent a request now."""
+        """Return True if it may be sent a request now."""
         return self.alive and not self.resting and self.in_flight < self.width
 
     @property
     def serves_others(self) -> bool:
-        """Whether it has answered, and is trusted: a failure may be the item's fault."""
+        """Return True if it has answered and is healthy: a failure may be the item's fault."""
         return self.has_answered and self.breaker.state is BreakerState.CLOSED
 
     @property
     def has_answered(self) -> bool:
-        """Whether it ever gave a good answer."""
+        """Return True if it ever gave a good answer."""
         return self.stats.calls > self.stats.failures.total()
 
     def confirm_max_tokens(self, most_tokens: int, request: int) -> bool:
-        """Note which longest answer it named, and say whether it did so for another request.
+        """Record the longest answer that it allows; return True if another request confirms it.
 
         Args:
-            most_tokens: The longest answer that it named.
-            request: What stands for the request.
+            most_tokens: The longest answer that it reported.
+            request: A hash of the request.
         """
         if len(self._corrections) >= _CORRECTIONS:
             self._corrections.clear()
         return self._corrections.setdefault(most_tokens, request) != request
 
     def record_accepted(self, item: CallLog | None, sent: Mapping[str, str], now: float) -> None:
-        """Note that it has accepted a request.
+        """Record that it has accepted a request.
 
         Args:
-            item: The item on whose behalf it was made, if any.
+            item: The item that the request belongs to, if any.
             sent: The request's headers.
             now: Monotonic time in seconds.
         """
@@ -454,22 +456,22 @@ class Endpoint:
         self.accepted += 1
 
     def accepts_others(self, item: CallLog | None, sent: Mapping[str, str], now: float) -> bool:
-        """Return True if it has lately accepted a request of another item with the same key."""
+        """Return True if it has recently accepted a request of another item with the same key."""
         who, headers, when = self._accepted
         if item is not None and who is item:
             _, headers, when = self._accepted_before
         return now - when <= _LATELY_S and headers == sent
 
     def is_proven(self, item: CallLog | None, now: float) -> bool:
-        """Return True if it has lately accepted a request of another item with the present key."""
+        """Return True if it has recently accepted another item's request with the current key."""
         return self.accepts_others(item, self._headers, now)
 
     def mark(self, now: float) -> RefusalMark:
-        """Return what to compare an item's next refusal with."""
+        """Return counts to compare an item's next refusal with."""
         return RefusalMark(now, self.accepted, self.throttled)
 
     def refuses_alone(self, item: CallLog | None, mark: RefusalMark) -> bool:
-        """Return True if since ``mark`` it has accepted others, and more than it has refused."""
+        """Return True if since ``mark`` it has accepted more requests of others than it refused."""
         who, _, when = self._accepted
         if item is not None and who is item:
             _, _, when = self._accepted_before
@@ -481,13 +483,13 @@ class Endpoint:
         self.latency_s += (seconds - self.latency_s) * (_SMOOTHING if self.latency_s else 1.0)
 
     async def headers(self) -> Mapping[str, str]:
-        """Return the headers of a request, asking the key's source if there is one."""
+        """Return the headers of a request, with the current key."""
         source = self.spec.api_key
         if isinstance(source, str):
             key = source
         else:
-            got = source()
-            key = got if isinstance(got, str) else await got
+            fetched = source()
+            key = fetched if isinstance(fetched, str) else await fetched
         if key != self._key:
             self._key = key
             self._headers = {
@@ -508,7 +510,7 @@ class Endpoint:
 
     @property
     def state(self) -> str:
-        """How it stands, in words."""
+        """Return the state in words."""
         if self.retired:
             return "left the fleet"
         if self.resting and self.alive:
@@ -516,7 +518,7 @@ class Endpoint:
         return "ejected" if self.ejected else self.breaker.state.value
 
     def report(self) -> EndpointReport:
-        """Return what a report shows of this endpoint."""
+        """Return the endpoint's row in a report."""
         stats = self.stats
         return EndpointReport(
             endpoint=self.label,
@@ -539,5 +541,5 @@ class Endpoint:
         )
 
     def __repr__(self) -> str:
-        """Show the label only: keys stay secret."""
+        """Show only the label: keys stay secret."""
         return f"Endpoint({self.label!r}, outstanding={self.in_flight})"

@@ -1,4 +1,4 @@
-"""HTTP errors -> error class and retry rule."""
+"""Map HTTP errors to an error class and a retry rule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..core.values import parse_json
 from .endpoint import NO_KEY
 
 _PREVIEW: Final = 200
-"""Characters of a body that a message may quote."""
+"""Limit of characters of a body that a message quotes."""
 _KEY_HEADERS: Final = ("Authorization", "Proxy-Authorization")
 _SHORTEST_KEY: Final = 4
 
@@ -59,7 +59,7 @@ class HTTPAnswer(Exception):  # noqa: N818 - an answer that travels as a cause, 
         self.body = body
 
     def mask_keys(self) -> HTTPAnswer:
-        """Return the answer without the keys of the request, which some servers quote in errors."""
+        """Return the answer without the request's keys, which some servers quote in errors."""
         keys = find_sent_keys(self._sent)
         if not keys:
             return self
@@ -72,16 +72,16 @@ class HTTPAnswer(Exception):  # noqa: N818 - an answer that travels as a cause, 
         return HTTPAnswer(self.status, self.headers, masked)
 
     def __str__(self) -> str:
-        """Return status and the body's beginning; headers may hold cookies."""
+        """Return status and the body's beginning; headers may contain cookies."""
         return f"HTTP {self.status}: {shorten(self.body)}"
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorBody:
-    """An error body in one shape.
+    """An error body in one common form.
 
     Attributes:
-        message: The server's words, shortened.
+        message: The server's message, shortened.
         code: Its error code or type, or None.
         param: The request's field at fault, or None.
         html: Whether the body is a web page: a proxy or a wrong URL answered.
@@ -95,7 +95,7 @@ class ErrorBody:
 
     @classmethod
     def parse(cls, body: bytes) -> ErrorBody:
-        """Read an error body in any of the five shapes."""
+        """Parse an error body in any of the five known forms."""
         try:
             document = orjson.loads(body)
         except orjson.JSONDecodeError:
@@ -104,7 +104,7 @@ class ErrorBody:
 
     @classmethod
     def from_json(cls, document: Any) -> ErrorBody:
-        """Read a decoded error body."""
+        """Convert a decoded error body."""
         if isinstance(document, dict) and (inner := document.get("error")):
             if isinstance(inner, dict):
                 return cls(
@@ -128,14 +128,14 @@ class ErrorBody:
 
 
 def find_sent_keys(headers: Mapping[str, str] | None) -> list[str]:
-    """Return the keys that the headers of a request hold, none that is too short to be secret."""
+    """Return the keys in a request's headers, except those that are too short to be secret."""
     values = (headers.get(name, "") for name in _KEY_HEADERS) if headers else ()
     keys = (value.partition(" ")[2].strip() or value for value in values)
     return [key for key in keys if len(key) >= _SHORTEST_KEY and key != NO_KEY]
 
 
 def mask_keys(text: str, headers: Mapping[str, str] | None) -> str:
-    """Return a text without the keys that the headers of a request hold."""
+    """Return a text without the keys in a request's headers."""
     keys = find_sent_keys(headers)
     return _mask(text.encode(errors="replace"), keys).decode() if keys else text
 
@@ -149,14 +149,14 @@ def _mask(body: bytes, keys: Iterable[str]) -> bytes:
 
 
 def shorten(value: Any) -> str:
-    """Return a value's text on one line, cut to a length fit for messages."""
+    """Return a value's text on one line, shortened for messages."""
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
     line = " ".join(text.split())
     return line if len(line) <= _PREVIEW else line[:_PREVIEW] + "…"
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a ``Retry-After`` header asks for (RFC 9110, 10.2.3), or None."""
+    """Return the seconds in a ``Retry-After`` header (RFC 9110, 10.2.3), or None."""
     if milliseconds := headers.get("retry-after-ms"):
         return _seconds(milliseconds, 1000.0)
     value = headers.get("retry-after")
@@ -178,7 +178,7 @@ def _seconds(text: str, per_second: float) -> float | None:
         seconds = float(text) / per_second
     except ValueError:
         return None
-    # A header is foreign text: "nan" and "-1" parse as numbers too.
+    # A header is untrusted text: "nan" and "-1" parse as numbers too.
     return seconds if 0.0 <= seconds < float("inf") else None
 
 
@@ -187,7 +187,7 @@ def _text(value: Any) -> str | None:
 
 
 class BodyTooLargeError(aiohttp.ClientPayloadError):
-    """An answer has more bytes than may be read of it."""
+    """An answer is larger than the limit."""
 
     def __init__(self, most: int) -> None:
         super().__init__(f"the answer is larger than {most:,} bytes")
@@ -199,19 +199,19 @@ class ProxyError(aiohttp.ClientConnectionError):
 
 
 class RetryAction(enum.Enum):
-    """What follows a failed call."""
+    """Action after a failed call."""
 
     SAME = "repeat, also on the same endpoint"
     OTHER = "repeat on another endpoint"
     WAIT = "let the endpoint rest, then repeat anywhere"
     REKEY = "fetch a new key once, then repeat"
-    EJECT = "use the endpoint no more, and repeat on another"
+    EJECT = "eject the endpoint, and repeat on another"
     FAIL = "fail the item"
     STOP = "stop the run"
 
 
 class BreakerEffect(enum.Enum):
-    """What a failure means for the endpoint's breaker."""
+    """Effect of a failure on the endpoint's breaker."""
 
     NO = "the endpoint is healthy"
     COUNT = "several in a row open the breaker"
@@ -220,23 +220,23 @@ class BreakerEffect(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class RetryRule:
-    """How one kind of failure is met.
+    """How one kind of failure is handled.
 
     Attributes:
-        kind: The contract's error class.
+        kind: The error class.
         action: What follows.
-        breaker_effect: What it means for the endpoint's breaker.
-        shrink: Whether the endpoint is sent fewer requests at once.
+        breaker_effect: Its effect on the endpoint's breaker.
+        shrink: Whether the endpoint's limit of requests in flight is lowered.
         free: Whether the call does not count as one of the item's attempts.
-        rest_s: Seconds to rest when the server names none, or None for the policy's.
+        rest_s: Seconds to rest if the server gives none, or None for the policy's.
         long: Whether that is the policy's long pause.
-        shared: Whether the rest holds for the whole fleet (a quota of the user or the model).
-        poison: Whether the same on several endpoints shows that the item is at fault.
+        shared: Whether the rest applies to the whole fleet (a quota of the user or the model).
+        poison: Whether the same failure on several endpoints shows that the item is at fault.
         schema: Whether the answer's schema was refused.
-        length: Whether the answer's longest length was refused.
-        stale: Whether the server may just have closed a connection that idled.
+        length: Whether the requested length of the answer was refused.
+        stale: Whether the server may just have closed an idle connection.
         refusal: Whether an endpoint that answers others refuses the item rather than the key.
-        tries: Most such failures of one item, where waiting longer does not help, or None.
+        tries: Limit of such failures of one item, if waiting longer does not help, or None.
         advice: What to do, for the message.
     """
 
@@ -262,12 +262,12 @@ class Failure:
     """One failed call.
 
     Attributes:
-        error: What to raise if it was the last.
+        error: The error to raise if it was the last attempt.
         rule: What follows.
-        max_answer_tokens: The longest answer that the same request can ask for, if that was at
-            fault.
-        accepts_others: Whether the endpoint has lately answered another item with the same key; of
-            a refusal for now: since it refused this item before.
+        max_answer_tokens: The longest answer that the same request can ask for, if its length was
+            refused.
+        accepts_others: Whether the endpoint has recently answered another item with the same key;
+            for a refusal for now: since it refused this item before.
     """
 
     error: EndpointError
@@ -277,21 +277,21 @@ class Failure:
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the request was refused, for a reason that may lie in the item."""
+        """Return True if the request was refused, possibly because of the item."""
         return self.rule.refusal and self.rule.action is not RetryAction.SAME
 
     @property
     def has_known_pause(self) -> bool:
-        """Whether the endpoint is to rest for a known time, rather than to get less at once."""
-        treatment = self.rule
-        if treatment.action is not RetryAction.WAIT:
+        """Return True if the endpoint must rest for a known time; else its limit is lowered."""
+        rule = self.rule
+        if rule.action is not RetryAction.WAIT:
             return False
-        known = self.error.retry_after is not None or treatment.rest_s is not None
-        return known or treatment.long
+        known = self.error.retry_after is not None or rule.rest_s is not None
+        return known or rule.long
 
     @property
     def is_clear(self) -> bool:
-        """Whether such a refusal needs no further attempt: an odd page may be a moment's matter."""
+        """Return True if the refusal needs no further attempt: a web page may be transient."""
         return self.rule.action in {RetryAction.EJECT, RetryAction.REKEY}
 
 
@@ -304,7 +304,7 @@ _LOST: Final = RetryRule(EndpointLostError, RetryAction.OTHER, BreakerEffect.COU
 _UNREADABLE: Final = RetryRule(
     EndpointReplyError,
     RetryAction.FAIL,
-    advice="look at what the server or a proxy adds to its answers",
+    advice="check what the server or a proxy adds to its answers",
 )
 _TOO_LARGE: Final = RetryRule(
     EndpointReplyError,
@@ -347,7 +347,7 @@ _BY_STATUS: Final[Mapping[int, RetryRule]] = {
 }
 
 _BY_CLASS: Final[Mapping[int, RetryRule]] = {4: _REFUSED_ODDLY, 5: _SERVER}
-"""By the first digit of a status that the table above does not have."""
+"""Rules by the first digit of a status that is not in the table above."""
 
 _WRONG_PATH: Final = RetryRule(
     RequestRefusedError, RetryAction.EJECT, refusal=True, advice="check endpoints.first.paths"
@@ -389,63 +389,59 @@ def classify_answer(answer: HTTPAnswer, endpoint: str) -> Failure:
 
 
 def classify_error_body(
-    answer: HTTPAnswer, complaint: ErrorBody, status: int, endpoint: str
+    answer: HTTPAnswer, error_body: ErrorBody, status: int, endpoint: str
 ) -> Failure:
-    """Classify an error body; ``status`` may stand in the body rather than in the answer."""
-    treatment = _choose_rule(status, complaint)
-    advice = treatment.advice
-    if complaint.html:
-        advice = "a web page came instead of an answer: check the URL and any proxy in between"
+    """Classify an error body; ``status`` may come from the body rather than from the answer."""
+    rule = _choose_rule(status, error_body)
+    advice = rule.advice
+    if error_body.html:
+        advice = "the answer is a web page: check the URL and any proxy"
     wait = read_retry_after(answer.headers)
-    if (
-        wait is not None
-        and treatment.kind is EndpointBusyError
-        and treatment.action is RetryAction.OTHER
-    ):
-        treatment = replace(treatment, action=RetryAction.WAIT)
-    message = f"{endpoint}: HTTP {answer.status}: {complaint.message}"
-    error = treatment.kind(
+    if wait is not None and rule.kind is EndpointBusyError and rule.action is RetryAction.OTHER:
+        rule = replace(rule, action=RetryAction.WAIT)
+    message = f"{endpoint}: HTTP {answer.status}: {error_body.message}"
+    error = rule.kind(
         f"{message} ({advice})" if advice else message,
         endpoint,
         status,
-        complaint.code or complaint.type,
+        error_body.code or error_body.type,
         wait,
     )
     error.__cause__ = answer
-    return Failure(error, treatment)
+    return Failure(error, rule)
 
 
-def _choose_rule(status: int, complaint: ErrorBody) -> RetryRule:
-    if treatment := _BY_CODE.get(complaint.code or ""):
-        return treatment
+def _choose_rule(status: int, error_body: ErrorBody) -> RetryRule:
+    if rule := _BY_CODE.get(error_body.code or ""):
+        return rule
     if status == 400:  # noqa: PLR2004 - HTTP's own number
-        return _choose_400_rule(complaint)
+        return _choose_400_rule(error_body)
     if status == 503:  # noqa: PLR2004 - HTTP's own number
-        return _choose_503_rule(complaint)
-    if status == 429 and complaint.message.startswith(_THROTTLE_WORDS):  # noqa: PLR2004 - HTTP's own
-        # The gateway counts requests per user: the others of its host would be refused too.
+        return _choose_503_rule(error_body)
+    if status == 429 and error_body.message.startswith(_THROTTLE_WORDS):  # noqa: PLR2004 - HTTP's own
+        # The gateway counts requests per user: it would refuse its other endpoints too.
         return replace(_BUSY, rest_s=1.0, shared=True)
     return _BY_STATUS.get(status) or _BY_CLASS.get(status // 100, _STRANGE)
 
 
-def _choose_400_rule(complaint: ErrorBody) -> RetryRule:
-    text = complaint.message
-    if complaint.param in _LENGTH_PARAMS or "maximum context length" in text:
+def _choose_400_rule(error_body: ErrorBody) -> RetryRule:
+    text = error_body.message
+    if error_body.param in _LENGTH_PARAMS or "maximum context length" in text:
         return RetryRule(
             PromptTooLongError, RetryAction.FAIL, advice="shorten the item or use a longer context"
         )
-    if complaint.param in {"max_tokens", "max_completion_tokens"}:
+    if error_body.param in {"max_tokens", "max_completion_tokens"}:
         return replace(_REFUSED, length=True, advice="lower model.max_tokens")
-    if complaint.param == "response_format" or any(word in text for word in _SCHEMA_WORDS):
+    if error_body.param == "response_format" or any(word in text for word in _SCHEMA_WORDS):
         return replace(
             _REFUSED, schema=True, advice="simplify task.schema to what this server supports"
         )
     return _REFUSED
 
 
-def _choose_503_rule(complaint: ErrorBody) -> RetryRule:
-    text = complaint.message
-    if complaint.type == "Service Unavailable" or any(word in text for word in _BUSY_WORDS):
+def _choose_503_rule(error_body: ErrorBody) -> RetryRule:
+    text = error_body.message
+    if error_body.type == "Service Unavailable" or any(word in text for word in _BUSY_WORDS):
         return _BUSY
     if any(word in text for word in _COLD_WORDS):
         return replace(_BUSY, long=True)
@@ -455,7 +451,7 @@ def _choose_503_rule(complaint: ErrorBody) -> RetryRule:
 
 
 def classify_bad_reply(answer: HTTPAnswer, problem: str, endpoint: str) -> Failure:
-    """Classify an answer with status 200 that is no chat completion."""
+    """Classify an answer with status 200 that is not a chat completion."""
     error = EndpointReplyError(f"{endpoint}: {problem}: {answer}", endpoint, answer.status)
     error.__cause__ = answer
     page = answer.body.lstrip()[:1] == b"<"
@@ -463,9 +459,9 @@ def classify_bad_reply(answer: HTTPAnswer, problem: str, endpoint: str) -> Failu
 
 
 def classify_too_deep(answer: HTTPAnswer, endpoint: str) -> Failure:
-    """Classify an answer that is nested too deep to be read: it would be so elsewhere, too."""
+    """Classify an answer that is nested too deep to parse: other endpoints would not help."""
     error = EndpointReplyError(
-        f"{endpoint}: the answer has more levels of lists and objects than can be read: "
+        f"{endpoint}: the answer has more levels of lists and objects than can be parsed: "
         f"{answer} ({_UNREADABLE.advice})",
         endpoint,
         answer.status,
@@ -487,34 +483,32 @@ def make_refused_item_error(failure: Failure, endpoints: int) -> EndpointError:
 
 
 def classify_abort(answer: HTTPAnswer, endpoint: str) -> Failure:
-    """Classify an answer that the server gave up: whole in form, partial in content."""
-    error = EndpointLostError(
-        f"{endpoint}: the server gave up before the answer was whole", endpoint, answer.status
-    )
+    """Classify an answer that the server aborted: complete in form, partial in content."""
+    error = EndpointLostError(f"{endpoint}: the server aborted the answer", endpoint, answer.status)
     error.__cause__ = answer
     return Failure(error, _LOST)
 
 
 def classify_early_end(endpoint: str) -> Failure:
-    """Classify a stream that ended without an end."""
-    message = f"{endpoint}: the stream ended before the answer was whole"
+    """Classify a stream that ended early."""
+    message = f"{endpoint}: the stream ended before the answer was complete"
     return Failure(EndpointLostError(message, endpoint), _LOST)
 
 
 def classify_bad_event(endpoint: str) -> Failure:
-    """Classify a stream with an event that cannot be read: a part of the answer is missing."""
-    message = f"{endpoint}: an event of the stream is no JSON: a part of the answer is missing"
+    """Classify a stream with an event that cannot be parsed: a part of the answer is missing."""
+    message = f"{endpoint}: an event of the stream is not JSON: a part of the answer is missing"
     error = EndpointLostError(message, endpoint)
-    error.has_partial_answer = True  # so it is asked for again as a whole
+    error.has_partial_answer = True  # so the whole answer is requested again
     return Failure(error, replace(_LOST, action=RetryAction.FAIL))
 
 
 def classify_mixture(endpoint: str, simulated: bool) -> Failure:
-    """Stop a run whose endpoints are partly simulated."""
+    """Classify an answer that mixes simulated and real endpoints; it stops the run."""
     kind, other = ("a simulated", "real") if simulated else ("a real", "simulated")
     error = EndpointReplyError(
-        f"{endpoint} gave {kind} answer in a run of {other} ones; they never mix: correct "
-        "endpoints, or start another run",
+        f"{endpoint} gave {kind} answer in a run with {other} answers; they must not be mixed: "
+        "correct endpoints, or start another run",
         endpoint,
     )
     return Failure(error, RetryRule(EndpointReplyError, RetryAction.STOP))
@@ -525,22 +519,22 @@ def classify_exception(
     endpoint: str,
     sent: Mapping[str, str] | None = None,
 ) -> Failure:
-    """Classify a connection that failed or an answer that did not come.
+    """Classify a failed connection or a missing answer.
 
     Args:
-        cause: What happened; it may quote a broken answer.
+        cause: The exception; it may quote a broken answer.
         endpoint: The endpoint's label.
         sent: The headers of the request, whose keys the message must not show.
     """
     if isinstance(cause, BodyTooLargeError):
         return _classify_too_large(cause, endpoint)
-    problem, treatment = _classify_connection(cause)
-    hint = f" ({treatment.advice})" if treatment.advice else ""
+    problem, rule = _classify_connection(cause)
+    hint = f" ({rule.advice})" if rule.advice else ""
     shown = mask_keys(problem, sent)
     error = EndpointLostError(f"{endpoint}: {shown}{hint}", endpoint)
     if shown == problem:
-        error.__cause__ = cause  # else its text holds the key
-    return Failure(error, treatment)
+        error.__cause__ = cause  # else its text contains the key
+    return Failure(error, rule)
 
 
 def _classify_too_large(cause: BodyTooLargeError, endpoint: str) -> Failure:
@@ -555,11 +549,11 @@ def _classify_connection(cause: aiohttp.ClientError | TimeoutError) -> tuple[str
     if isinstance(cause, TimeoutError):
         return "no answer in time", replace(_LOST, shrink=True)
     if isinstance(cause, OSError) and cause.errno in _NO_DESCRIPTOR:
-        return "this process has too many files open", _NO_DESCRIPTOR_RULE
+        return "this process has too many open files", _NO_DESCRIPTOR_RULE
     if isinstance(cause, aiohttp.ClientConnectorError | ProxyError):
         return f"cannot connect: {cause}", replace(
             _LOST, breaker_effect=BreakerEffect.OPEN, free=True
         )
     if isinstance(cause, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
         return "the connection was closed before an answer", replace(_LOST, stale=True)
-    return f"the answer was cut or broken: {cause}", _LOST
+    return f"the answer was incomplete or malformed: {cause}", _LOST

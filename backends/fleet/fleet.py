@@ -28,20 +28,20 @@ from .transport import OpenStream, Transport
 class Fleet:
     """A set of endpoints that serve one model, used as one.
 
-    Use it as an async context manager, or call ``aclose``; it opens its connections with the
-    first request, in the loop that sends it.
+    Use it as an async context manager, or call ``aclose``; it opens its connections with the first
+    request, in the loop that sends it.
 
     Args:
         endpoints: The members; at least one.
         policy: Limits, retries and timeouts.
-        simulated: Whether answers must come from a simulated fleet (True), must not (False),
-            or are as the first answer shows (None).
-        pacer: Quotas that several fleets share, or None for the policy's own.
-        reuse: Answers that equal requests share, or None: each request is sent.
+        simulated: Whether answers must come from a simulated fleet (True), must not (False), or may
+            be either, as the first answer shows (None).
+        limiter: Quotas that several fleets share, or None for the policy's own.
+        cache: Answers that equal requests share, or None: each request is sent.
 
     Raises:
-        ConfigurationError: No endpoint, one with a malformed URL, or more streams than the
-            system allows open files.
+        ConfigurationError: No endpoint, one with a malformed URL, or more streams than the system
+            allows open files.
     """
 
     def __init__(
@@ -62,18 +62,18 @@ class Fleet:
         self._counts_tokens = self._has_token_quota()
         self._transport = Transport(self.policy)
         self._monitor = HealthMonitor(self.endpoints, self.policy, self._transport)
-        paced = self.policy.rate_limit != RateLimitPolicy()
-        self._limiter = limiter or (RateLimiter(self.policy.rate_limit) if paced else None)
+        limited = self.policy.rate_limit != RateLimitPolicy()
+        self._limiter = limiter or (RateLimiter(self.policy.rate_limit) if limited else None)
         self._sender = RequestSender(self._transport, self._monitor, self._limiter, simulated)
-        dispatch, hedge = self._monitor.balancer, self.policy.hedge
-        self._hedger = Hedger(hedge, dispatch, self._sender.send, self._limiter) if hedge else None
+        balancer, hedge = self._monitor.balancer, self.policy.hedge
+        self._hedger = Hedger(hedge, balancer, self._sender.send, self._limiter) if hedge else None
         affinity = Affinity(self.policy.affinity) if self.policy.affinity else None
         self._retrier = Retrier(
             self.policy.retry, self._monitor, self._limiter, affinity, self._is_counting_tokens
         )
         load = self.policy.load
-        watch = (load, self.endpoints, self._transport, dispatch.refresh) if load else None
-        self._load = LoadPoller(*watch) if watch else None
+        polled = (load, self.endpoints, self._transport, balancer.refresh) if load else None
+        self._load = LoadPoller(*polled) if polled else None
         self._cache = cache
         self._loop_fleets: dict[asyncio.AbstractEventLoop, Fleet] = {}
         self.portal = SyncPortal(lambda: self.loop, self._disconnect)
@@ -91,12 +91,12 @@ class Fleet:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections that belong to the running loop, and end the private one."""
+        """Close all connections of the running loop, and stop the private loop."""
         await asyncio.to_thread(self.portal.close)
         await self._disconnect()
 
     def close(self) -> None:
-        """Close what synchronous calls opened; for callers that have no loop."""
+        """Close connections of synchronous calls; for callers without a loop."""
         self.portal.close()
 
     async def _disconnect(self) -> None:
@@ -120,15 +120,15 @@ class Fleet:
         return Endpoint(spec, self.policy.limit, self.policy.breaker)
 
     def update(self, specs: Sequence[EndpointSpec]) -> tuple[int, int]:
-        """Let endpoints join and leave during a run; who stays keeps state and statistics.
+        """Add and remove endpoints during a run; the others keep their state and statistics.
 
-        Requests in flight to those that leave are waited for.
+        Requests in flight to removed endpoints run to their end.
 
         Args:
             specs: The members from now on.
 
         Returns:
-            How many joined, and how many left.
+            How many were added, and how many removed.
 
         Raises:
             ConfigurationError: A URL is malformed, or the list is empty.
@@ -149,13 +149,13 @@ class Fleet:
         return len(joining), len(leaving)
 
     def stop(self, why: str) -> None:
-        """Send no further request, and let those that wait fail: nobody will answer any more."""
+        """Send no further request, and fail those that wait: no endpoint will answer any more."""
         self._monitor.stop(why)
 
     def get_loop_fleet(self) -> Fleet:
-        """Return the fleet of the running loop: this one, or a twin with its own connections.
+        """Return the fleet of the running loop: this one, or a copy with its own connections.
 
-        Connections belong to the loop that opened them. Limits hold per loop.
+        Connections belong to the loop that opened them. Limits apply per loop.
         """
         loop = asyncio.get_running_loop()
         home = self._transport.loop
@@ -174,54 +174,54 @@ class Fleet:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
-        """The loop that the fleet's connections belong to, or None."""
+        """Return the loop that the fleet's connections belong to, or None."""
         return self._transport.loop
 
     @property
     def simulated(self) -> bool | None:
-        """Whether the answers are a simulated fleet's; None before the first one."""
+        """Return True if a simulated fleet answers; None before the first answer."""
         return self._sender.simulated
 
     @property
     def in_flight(self) -> int:
-        """Requests in flight over all endpoints."""
+        """Return the number of requests in flight over all endpoints."""
         return self._monitor.balancer.in_flight
 
     @property
     def nodes(self) -> tuple[int, int]:
-        """How many hosts serve the fleet, and how many of them have requests in flight."""
+        """Return the number of hosts of the fleet, and how many of them have requests in flight."""
         here = [e for e in self.endpoints if not e.retired]
         return len({e.host for e in here}), len({e.host for e in here if e.in_flight})
 
     def health(self) -> FleetHealth:
-        """Return the fleet at a glance, for a live line."""
-        warden = self._monitor
+        """Return a summary of the fleet's state, for a live line."""
+        monitor = self._monitor
         return FleetHealth(
-            healthy=len(warden.balancer.alive),
+            healthy=len(monitor.balancer.alive),
             total=sum(not e.retired for e in self.endpoints),
-            in_flight=warden.balancer.in_flight,
-            waiting=warden.balancer.waiting,
-            refusals=warden.refusals,
-            paused=warden.stop_reason or warden.pause_reason,
+            in_flight=monitor.balancer.in_flight,
+            waiting=monitor.balancer.waiting,
+            refusals=monitor.refusals,
+            paused=monitor.stop_reason or monitor.pause_reason,
         )
 
     def report(self) -> list[EndpointReport]:
-        """Return what each endpoint did so far."""
+        """Return statistics of each endpoint."""
         return [endpoint.report() for endpoint in self.endpoints]
 
     async def post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint | None]:
         """Send one chat request and return its answer.
 
         Args:
-            body: The request as the endpoints take it, ``messages`` included.
+            body: The request as the endpoints accept it, ``messages`` included.
 
         Returns:
-            The decoded answer, which is a chat completion, and the endpoint that gave it; None
-            when it was given to an equal request before.
+            The decoded answer, which is a chat completion, and the endpoint that gave it; None if
+                it is the answer to an earlier equal request.
 
         Raises:
             EndpointError: No endpoint answered within the attempts allowed.
-            RunStoppedError: Asking on is hopeless for every item.
+            RunStoppedError: No item can succeed any more.
         """
         log = CURRENT_CALLS.get()
         if log is not None:
@@ -242,15 +242,15 @@ class Fleet:
     async def open_stream(self, body: Mapping[str, Any]) -> tuple[OpenStream, Endpoint]:
         """Send one chat request whose answer is read token by token.
 
-        Until the first chunk has come the call moves between endpoints like any other; from
-        then on a failure is the caller's.
+        Until the first chunk has come the call may move to another endpoint like any other; from
+        then on the caller handles failures.
 
         Args:
             body: The request; ``stream`` must be true in it.
 
         Raises:
-            EndpointError: No endpoint began to answer within the attempts allowed.
-            RunStoppedError: Asking on is hopeless for every item.
+            EndpointError: No endpoint started to answer within the attempts allowed.
+            RunStoppedError: No item can succeed any more.
         """
         self._start_load_polling()
         log = CURRENT_CALLS.get()
@@ -268,7 +268,7 @@ class Fleet:
             self._load.start()
 
     def _is_counting_tokens(self) -> bool:
-        """Tell whether a quota counts tokens."""
+        """Return True if a quota counts tokens."""
         return self._counts_tokens
 
     async def _plain(
@@ -278,13 +278,13 @@ class Fleet:
 
 
 class FleetClient:
-    """The lower door: no LangChain between the question and the wire.
+    """Chat client of the fleet without LangChain, for low overhead.
 
     It sends the same bodies as ``ChatFleet.of(fleet, params)``.
 
     Args:
         fleet: The endpoints.
-        params: What every request has in common.
+        params: The fields that all requests share.
     """
 
     def __init__(self, fleet: Fleet, params: ModelParams) -> None:
@@ -296,7 +296,7 @@ class FleetClient:
 
         Raises:
             EndpointError: No endpoint answered within the attempts allowed.
-            RunStoppedError: Asking on is hopeless for every item.
+            RunStoppedError: No item can succeed any more.
         """
         body = {**self._constant, "messages": messages}
         document, endpoint = await self._fleet.post(body)
@@ -306,7 +306,7 @@ class FleetClient:
 
 
 class StatsReporter:
-    """Tells what the endpoints of a fleet did since it was last asked; each call is told once.
+    """Reports statistics of a fleet's endpoints since its last report; each call counts once.
 
     Args:
         endpoints: Returns the fleet's members, present and past.
@@ -317,8 +317,8 @@ class StatsReporter:
         self._reported: dict[Endpoint, tuple[EndpointStats, int]] = {}
 
     def delta(self) -> list[dict[str, Any]]:
-        """Return, as plain data, what is new of each endpoint of which anything is."""
-        return [told for endpoint in self._endpoints() if (told := self._endpoint_delta(endpoint))]
+        """Return new statistics as plain data, for each endpoint that has any."""
+        return [new for endpoint in self._endpoints() if (new := self._endpoint_delta(endpoint))]
 
     def _endpoint_delta(self, endpoint: Endpoint) -> dict[str, Any] | None:
         before, opened = self._reported.get(endpoint, (EndpointStats(), 0))
@@ -331,19 +331,19 @@ class StatsReporter:
 
 
 class StatsCollector:
-    """What all workers have told of the endpoints, added up."""
+    """Statistics of endpoints, summed over all workers."""
 
     def __init__(self) -> None:
         self._stats: dict[str, EndpointStats] = {}
         self._about: dict[str, dict[str, Any]] = {}
 
     def add(self, deltas: Iterable[Mapping[str, Any]]) -> None:
-        """Add what a worker has told; of an endpoint's states the last one is kept."""
-        for told in deltas:
-            name = told["endpoint"]
-            self._stats.setdefault(name, EndpointStats()).merge(EndpointStats.from_json(told))
-            opened = self._about.get(name, {"opened": 0})["opened"] + told["opened"]
-            self._about[name] = {"endpoint": name, "state": told["state"], "opened": opened}
+        """Add a worker's statistics; for an endpoint's state the last one is kept."""
+        for delta in deltas:
+            name = delta["endpoint"]
+            self._stats.setdefault(name, EndpointStats()).merge(EndpointStats.from_json(delta))
+            opened = self._about.get(name, {"opened": 0})["opened"] + delta["opened"]
+            self._about[name] = {"endpoint": name, "state": delta["state"], "opened": opened}
 
     def reports(self) -> list[dict[str, Any]]:
         """Return one row per endpoint, as for the run folder's table."""

@@ -38,7 +38,7 @@ ReplayOutcome: TypeAlias = EndpointError | dict[str, Any]
 
 _REPLAY: ContextVar[ReplayOutcome | None] = ContextVar("fanfold_replay", default=None)
 LAST_ENDPOINT: Final[ContextVar[str | None]] = ContextVar("fanfold_served_by", default=None)
-"""Label of the endpoint that served the last request of this context."""
+"""Label of the endpoint that answered the last request of this context."""
 LAST_ERROR: Final[ContextVar[EndpointError | None]] = ContextVar("fanfold_failed", default=None)
 """Why the last request of this context has failed, or None."""
 
@@ -47,7 +47,7 @@ _HOP_HEADERS: Final = frozenset({"content-encoding", "content-length", "transfer
 
 @contextmanager
 def replay_outcome(outcome: ReplayOutcome) -> Iterator[None]:
-    """Make the next request of this context end with an outcome that is already known."""
+    """Make the next request of this context return an outcome that is already known."""
     token = _REPLAY.set(outcome)
     try:
         yield
@@ -59,7 +59,7 @@ class OpenAITransport(httpx2.AsyncBaseTransport):
     """Sends the openai package's requests through a fleet.
 
     Args:
-        fleet: Where they go.
+        fleet: The endpoints.
     """
 
     def __init__(self, fleet: Fleet) -> None:
@@ -69,9 +69,9 @@ class OpenAITransport(httpx2.AsyncBaseTransport):
         """Answer one request.
 
         Raises:
-            ConfigurationError: The request is no chat completion.
+            ConfigurationError: The request is not a chat completion.
             httpx2.TransportError: No endpoint answered.
-            RunStoppedError: Asking on is hopeless.
+            RunStoppedError: No item can succeed any more.
         """
         if not request.url.path.endswith("/chat/completions"):
             raise ConfigurationError(
@@ -98,10 +98,10 @@ class OpenAITransport(httpx2.AsyncBaseTransport):
 
 
 class NoSyncTransport(httpx2.BaseTransport):
-    """Refuses: the synchronous doors go through the asynchronous ones."""
+    """Refuses requests: synchronous calls go through the asynchronous client."""
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Refuse.
+        """Refuse the request.
 
         Raises:
             ConfigurationError: Always.
@@ -112,7 +112,7 @@ class NoSyncTransport(httpx2.BaseTransport):
 
 
 class _Lines(httpx2.AsyncByteStream):
-    """The lines of an open stream, as httpx2 reads a body."""
+    """The lines of an open stream as a body for httpx2."""
 
     def __init__(self, stream: OpenStream) -> None:
         self._stream = stream
@@ -131,7 +131,7 @@ class _Lines(httpx2.AsyncByteStream):
 def _response(
     outcome: ReplayOutcome, request: httpx2.Request, *, streamed: bool = False
 ) -> httpx2.Response:
-    """Return what stock reads; to stock, a body that is no event stream is an empty stream."""
+    """Return a response for ChatOpenAI, which reads a body without events as an empty stream."""
     if isinstance(outcome, dict):
         headers = {"content-type": "application/json"}
         return httpx2.Response(200, headers=headers, content=orjson.dumps(outcome))
@@ -145,7 +145,7 @@ def _response(
 
 
 def _is_partial(error: EndpointError) -> bool:
-    """Tell whether the answer looks whole but is not: stock would take it for a good one."""
+    """Return True if an answer looks complete but is not: ChatOpenAI would accept it."""
     return isinstance(error, EndpointLostError)
 
 
@@ -179,7 +179,7 @@ _STOCK_ERRORS: Final = (openai.OpenAIError, ValueError, TypeError, LookupError)
 
 
 def _with_signature(function: _F) -> _F:
-    """Look at a function's signature once: LangChain does so at every call."""
+    """Inspect a function's signature once: LangChain does so at every call."""
     vars(function)["__signature__"] = inspect.signature(function)
     return function
 
@@ -187,25 +187,25 @@ def _with_signature(function: _F) -> _F:
 class ChatFleet(ChatOpenAI):
     """A chat model served by a fleet of endpoints.
 
-    Give it to any LangGraph agent in place of a ChatOpenAI; balancing, failover and pacing come
-    with it. It never reads OPENAI_API_KEY or OPENAI_BASE_URL.
+    Give it to any LangGraph agent in place of a ChatOpenAI; it adds balancing, failover and rate
+    limits. It never reads OPENAI_API_KEY or OPENAI_BASE_URL.
 
     Args:
         fleet: The endpoints. The caller opens and closes it.
         **settings: ChatOpenAI's settings: model, temperature, max_tokens, extra_body, …
 
     Raises:
-        ConfigurationError: A setting belongs to the fleet (base_url, api_key, timeout,
-            max_retries, …) or asks for the Responses API.
+        ConfigurationError: A setting belongs to the fleet (base_url, api_key, timeout, max_retries,
+            …) or asks for the Responses API.
     """
 
     fleet: Fleet = Field(exclude=True, repr=False)
 
     @classmethod
     def of(cls, fleet: Fleet, params: ModelParams) -> Self:
-        """Build the model that asks as ``params`` says.
+        """Build the model with the request parameters ``params``.
 
-        The answer's schema goes into the body as it is, so that a truncated answer is returned
+        The answer's schema is put into the body unchanged, so that a truncated answer is returned
         with its finish reason instead of being lost in an exception; but not into requests with
         tools.
         """
@@ -218,11 +218,11 @@ class ChatFleet(ChatOpenAI):
     @model_validator(mode="before")
     @classmethod
     def _replace_stock_clients(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Give the stock clients no address, no key and no connection of their own."""
+        """Give ChatOpenAI's own clients no address, no key and no connection."""
         if given := [k for k in _FLEET_SETTINGS if values.get(k) is not None]:
             raise ConfigurationError(
-                f"ChatFleet takes no {', '.join(given)}: addresses, keys, timeouts and retries "
-                "are the fleet's (EndpointSpec, FleetPolicy)"
+                f"ChatFleet does not accept {', '.join(given)}: addresses, keys, timeouts and "
+                "retries belong to the fleet (EndpointSpec, FleetPolicy)"
             )
         transport = OpenAITransport(values["fleet"])
         # ChatOpenAI pops what it knows out of the caller's own model_kwargs.
@@ -247,7 +247,7 @@ class ChatFleet(ChatOpenAI):
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
-        """Return False: a fleet is live connections, not a recipe."""
+        """Return False: a fleet holds live connections."""
         return False
 
     def _use_responses_api(self, payload: dict[str, Any]) -> bool:
@@ -264,7 +264,7 @@ class ChatFleet(ChatOpenAI):
         ):
             why = ", ".join(asked) or "use_responses_api, output_version or a built-in tool"
             raise ConfigurationError(
-                f"a fleet speaks chat completions, not the Responses API: drop {why}"
+                f"a fleet supports chat completions, not the Responses API: remove {why}"
             )
         return False
 
@@ -274,10 +274,10 @@ class ChatFleet(ChatOpenAI):
         payload: dict[str, Any] = super()._get_request_payload(input_, stop=stop, **kwargs)
         if foreign := sorted(_NOT_PER_CALL & payload.keys()):
             raise ConfigurationError(
-                f"{', '.join(foreign)} cannot be set per call: they are the fleet's"
+                f"{', '.join(foreign)} cannot be set per call: they belong to the fleet"
             )
         if "tools" in payload and "response_format" in (body := payload.get("extra_body") or {}):
-            # a server that holds all output to the schema lets the model call no tool
+            # a server that constrains all output to the schema does not allow tool calls
             payload["extra_body"] = {k: v for k, v in body.items() if k != "response_format"}
         return payload
 
@@ -288,9 +288,9 @@ class ChatFleet(ChatOpenAI):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        """Answer a call that may be watched token by token; watching does not change its result.
+        """Answer a call that may be streamed to callbacks; streaming does not change its result.
 
-        An answer that breaks off is asked for again as a whole, as when nobody watches.
+        An answer that breaks off is requested again as a whole, as without streaming.
         """
         ask = super()._agenerate_with_cache
         try:
@@ -335,14 +335,14 @@ class ChatFleet(ChatOpenAI):
         except EndpointError as error:
             with _set_fleet_cause(error), replay_outcome(error):
                 _check_not_empty(await super()._agenerate(messages, stop, run_manager, **kwargs))
-            raise  # stock's reading is more tolerant, but the answer is accounted for as a failure
+            raise  # ChatOpenAI's parser is more tolerant, but the answer counts as a failure
         if "response_format" in kwargs and _is_unfinished(document):
             with replay_outcome(document):
                 return await super()._agenerate(messages, stop, run_manager, **kwargs)
         return _set_endpoint(self._read(document, payload), endpoint.label if endpoint else None)
 
     def _needs_stock(self, payload: dict[str, Any]) -> bool:
-        """Tell whether the openai package must build the body or read the answer."""
+        """Return True if the openai package must build the body or parse the answer."""
         answer_format = payload.get("response_format")
         return (
             bool(self.include_response_headers)
@@ -351,7 +351,7 @@ class ChatFleet(ChatOpenAI):
         )
 
     def _read(self, document: dict[str, Any], payload: dict[str, Any]) -> ChatResult:
-        """Read an answer as stock does after its round trip through pydantic models."""
+        """Parse an answer as ChatOpenAI does after its round trip through pydantic models."""
         for key in ("id", "model", "system_fingerprint"):
             document.setdefault(key, None)
         if usage := document.get("usage"):
@@ -404,7 +404,7 @@ class ChatFleet(ChatOpenAI):
 
 @contextmanager
 def _set_fleet_cause(error: EndpointError | None = None) -> Iterator[None]:
-    """Let stock's exception name the fleet's own error as its cause."""
+    """Set the fleet's own error as the cause of ChatOpenAI's exception."""
     try:
         yield
     except _STOCK_ERRORS as stock:
@@ -422,7 +422,7 @@ def _find(error: BaseException) -> EndpointError | None:
 
 
 def _has_broken_off(error: BaseException) -> bool:
-    """Tell whether a part of a streamed answer had come when it failed."""
+    """Return True if a part of a streamed answer had come when it failed."""
     cause = _find(error)
     return isinstance(cause, EndpointLostError) and cause.has_partial_answer
 
@@ -434,20 +434,20 @@ def _set_endpoint(result: ChatResult, endpoint: str | None) -> ChatResult:
 
 
 def _check_not_empty(result: ChatResult) -> None:
-    """Fail where ``ainvoke`` would, so that the fleet's error can be named as the cause."""
+    """Fail where ``ainvoke`` would, so that the fleet's error can be set as the cause."""
     result.generations[0]
 
 
 def _is_unfinished(document: dict[str, Any]) -> bool:
-    """Tell whether stock raises for this answer to a request with a schema."""
+    """Return True if ChatOpenAI raises for this answer to a request with a schema."""
     reasons = {choice.get("finish_reason") for choice in document["choices"]}
     return bool(reasons & {"length", "content_filter"})
 
 
 class LangChainClient:
-    """The upper door: through a chat model, so that callbacks, traces and streams see the call.
+    """Chat client through a LangChain model, so that callbacks, traces and streams see the call.
 
-    LangGraph's ambient configuration applies, for ``ainvoke`` reads it.
+    LangGraph's ambient configuration applies because ``ainvoke`` reads it.
 
     Args:
         chat: The model.
@@ -461,7 +461,7 @@ class LangChainClient:
 
         Raises:
             EndpointError: No endpoint answered within the attempts allowed.
-            RunStoppedError: Asking on is hopeless for every item.
+            RunStoppedError: No item can succeed any more.
         """
         try:
             answer = await self._chat.ainvoke(list(messages))

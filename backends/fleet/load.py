@@ -23,7 +23,7 @@ _OK: Final = 200
 async def read_server_loads(
     specs: Sequence[EndpointSpec], timeout_s: float = 2.0
 ) -> list[ServerLoad]:
-    """Ask endpoints for their load: by ``/metrics``, or else ``/load``.
+    """Query endpoints for their load: from ``/metrics``, or else ``/load``.
 
     Args:
         specs: The endpoints.
@@ -53,15 +53,14 @@ async def _ask(transport: Transport, endpoint: Endpoint, timeout_s: float) -> Se
         except (aiohttp.ClientError, TimeoutError):
             return ServerLoad()
         gauges = parse_server_load(answer.body) if answer.status == _OK else None
-        if gauges is not None and gauges != ServerLoad(
-            0
-        ):  # a server that does not count says 0 too
+        # a server that does not count requests reports 0 too
+        if gauges is not None and gauges != ServerLoad(0):
             return gauges
     return ServerLoad()
 
 
 def parse_server_load(body: bytes) -> ServerLoad | None:
-    """Read the answer of vLLM's ``/metrics`` or ``/load``; None where it says neither."""
+    """Parse the answer of vLLM's ``/metrics`` or ``/load``; None if it is neither."""
     if (gauges := parse_load_metrics(body)) is not None:
         return gauges
     try:
@@ -77,10 +76,10 @@ _AT_ONCE: Final = 32
 
 
 class LoadPoller:
-    """Asks all endpoints for their load, again and again.
+    """Polls all endpoints for their load.
 
     Args:
-        policy: What to ask, and how often.
+        policy: What to poll, and how often.
         endpoints: All members; the list may change.
         transport: The connections.
         refresh: Called with an endpoint whose foreign load has changed.
@@ -101,12 +100,12 @@ class LoadPoller:
         self._silent: set[Endpoint] = set()
 
     def start(self) -> None:
-        """Begin to look, in the running loop; no effect when it has begun."""
+        """Start polling in the running loop; no effect if it has started."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop polling."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
@@ -126,7 +125,7 @@ class LoadPoller:
             await asyncio.sleep(self._policy.every_s)
 
     async def _poll(self, endpoint: Endpoint) -> None:
-        """Ask one endpoint; who says nothing is judged by the fleet's own requests alone."""
+        """Poll one endpoint; if it reports no load, only the fleet's own requests count."""
         root = endpoint.url.rpartition("/")[0]
         try:
             answer = await self._transport.get(
@@ -140,7 +139,7 @@ class LoadPoller:
             total = None
         if total is None and endpoint not in self._silent:
             self._silent.add(endpoint)
-            _LOG.info("endpoint %s does not tell its load", endpoint.label)
+            _LOG.info("endpoint %s does not report its load", endpoint.label)
         foreign = max(0, (total or 0) - endpoint.in_flight)
         if foreign != endpoint.foreign_load:
             endpoint.foreign_load = foreign
@@ -148,6 +147,6 @@ class LoadPoller:
 
 
 def count_requests(answer: HTTPAnswer) -> int | None:
-    """Return the requests that a server works on or has waiting, or None when it does not say."""
+    """Return the number of running and waiting requests of a server, or None if it is unknown."""
     gauges = parse_server_load(answer.body) if answer.status == _OK else None
     return None if gauges is None else (gauges.running or 0) + (gauges.waiting or 0)

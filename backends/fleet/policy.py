@@ -13,35 +13,35 @@ from ..core.types import Json
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how patiently a failed call is repeated.
+    """How often and for how long a failed call is repeated.
 
     Attributes:
-        attempts: Most calls of one item that may fail before the item fails. Refusals
-            (429, 503) and connections that were never made do not count: they are waited for.
-        backoff_s: Pause before the first repetition on the endpoint that just failed, in
-            seconds; doubled at each further one.
+        attempts: Limit of failed calls of one item before the item fails. Refusals (429, 503) and
+            connections that were never made do not count: the call waits and is repeated.
+        backoff_s: Pause before the first repetition on the endpoint that just failed, in seconds;
+            doubled at each further one.
         backoff_max_s: Longest such pause, in seconds.
-        jitter: Share by which a pause is lengthened at random, so that callers spread.
-        long_wait_s: A Retry-After above this, in seconds, is a reason to go elsewhere and, if
-            there is no elsewhere, to stop the run.
-        refusal_pause_s: First pause of an endpoint that refuses without saying for how long;
-            doubled while it goes on refusing, up to ``backoff_max_s``.
-        long_pause_s: Pause of an endpoint that is cold, under maintenance, or whose quota is
-            used up, when it does not say for how long.
-        patience_s: An item is repeated no longer than so many seconds after its first failure,
-            however many of its calls were refused without counting.
+        jitter: Fraction by which a pause is lengthened at random, so that callers spread.
+        long_wait_s: If a Retry-After is longer than this, in seconds, the call moves to another
+            endpoint or, if there is none, the run stops.
+        refusal_pause_s: First pause of an endpoint that refuses without Retry-After; doubled while
+            it keeps refusing, up to ``backoff_max_s``.
+        long_pause_s: Pause without Retry-After of an endpoint that is cold, under maintenance, or
+            whose quota is used up.
+        patience_s: An item is not repeated later than so many seconds after its first failure, even
+            if its calls were refused without counting.
         free_retries: So many repetitions that do not count follow each other without a pause
             (refusals for now), or are made at all (corrections of ``max_tokens``).
-        poison_endpoints: The same server error on so many endpoints that answer others fails
-            the item.
+        poison_endpoints: The same server error on so many endpoints that answer others fails the
+            item.
         refused_share: More than this share of the last 200 items refused by endpoints that answer
             others stop the run.
         hopeless_after: So many refusals of the request itself, before any success, stop the run.
-        first_calls: So many calls show whether a run makes sense, and the budget counts from
-            there.
+        first_calls: Number of calls that show whether a run can succeed, and minimum for the retry
+            budget.
         first_failed: More than this share of the first calls failing stops the run.
-        budget: Most repetitions per call over the whole run (0.2 = one in five), or None; when
-            they are spent the run stops. Refusals that are waited for are no repetitions.
+        budget: Limit of repetitions per call over the whole run (0.2 = one in five), or None; when
+            it is used up the run stops. Waiting after a refusal is not a repetition.
     """
 
     attempts: int = 4
@@ -69,24 +69,24 @@ class RetryPolicy:
         return self._back_off(self.refusal_pause_s, refusals)
 
     def add_jitter(self, seconds: float, chance: float) -> float:
-        """Return a pause that was asked for, a little longer (``chance`` in 0 to 1)."""
+        """Return a requested pause, slightly longer (``chance`` in 0 to 1)."""
         return seconds * (1.0 + self.jitter * chance)
 
     def _back_off(self, first_s: float, times: int) -> float:
-        # The exponent is bounded, for 2.0**1024 overflows.
+        # The exponent is bounded because 2.0**1024 overflows.
         return min(self.backoff_max_s, first_s * 2.0 ** min(times - 1, 32))
 
 
 @dataclass(frozen=True, slots=True)
 class TimeoutPolicy:
-    """How long to wait for what, in seconds.
+    """Timeouts in seconds.
 
     Attributes:
         request_s: From sending a request to the answer's last byte.
         connect_s: For a TCP connection to an endpoint.
-        keepalive_s: An idle connection is kept so long; vLLM closes its side after 5 s, and
-            equal values race.
-        fleet_s: With no endpoint alive, the run waits so long before it stops.
+        keepalive_s: Time that an idle connection is kept; vLLM closes its side after 5 s, and equal
+            values race.
+        fleet_s: Time that the run waits before it stops, if no endpoint is alive.
         chunk_s: Longest silence inside a stream of tokens.
     """
 
@@ -99,19 +99,19 @@ class TimeoutPolicy:
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveLimitPolicy:
-    """How an endpoint's share of requests in flight is found.
+    """How the limit of requests in flight of an endpoint adapts.
 
     Attributes:
-        start: Requests in flight that an unknown endpoint is trusted with.
-        ceiling: Most that an endpoint gets, unless it is configured by itself; no vLLM runs more
-            by default.
-        settle_s: A full lane without a refusal is widened after so many seconds.
+        start: Initial limit of an unknown endpoint.
+        ceiling: Upper bound of the limit, unless the endpoint has its own; no vLLM runs more by
+            default.
+        settle_s: A limit that is reached without a refusal is raised after so many seconds.
         widen: Factor until the first refusal or knee.
-        step: Share by which it is widened after that (at least one request).
+        step: Fraction by which it is raised after that (at least one request).
         shrink: Factor after an answer that did not come in time.
         samples: Answers per level before two levels are compared.
-        knee: A doubling of requests in flight that multiplies the latency by more than this
-            only lengthens the server's queue.
+        knee: If a doubling of requests in flight multiplies the latency by more than this, it only
+            lengthens the server's queue.
         explore_s: A knee is forgotten after so many seconds.
     """
 
@@ -128,11 +128,11 @@ class AdaptiveLimitPolicy:
 
 @dataclass(frozen=True, slots=True)
 class BreakerPolicy:
-    """When an endpoint is left alone, and when it is tried again.
+    """When an endpoint is marked unhealthy, and when it is tried again.
 
     Attributes:
         failures: So many in a row open the breaker.
-        open_s: It stays open so long before the endpoint is probed, in seconds.
+        open_s: Time until the endpoint is probed, in seconds.
         open_max_s: Longest such time; it doubles with each probe that fails.
         probe_s: Longest wait for a probe's answer, in seconds.
     """
@@ -145,12 +145,12 @@ class BreakerPolicy:
 
 @dataclass(frozen=True, slots=True)
 class RateLimitPolicy:
-    """Limits of the whole process against services with a quota.
+    """Limits of the whole process for services with a quota.
 
     Attributes:
-        requests_per_s: Most requests per second, or None.
-        tokens_per_min: Most tokens per minute, prompt and answer, or None.
-        burst: Most requests at once after a quiet time; None allows a second's worth.
+        requests_per_s: Limit of requests per second, or None.
+        tokens_per_min: Limit of tokens per minute, prompt and answer, or None.
+        burst: Limit of requests at once after a quiet time; None allows a second's worth.
     """
 
     requests_per_s: float | None = None
@@ -160,16 +160,16 @@ class RateLimitPolicy:
 
 @dataclass(frozen=True, slots=True)
 class HedgePolicy:
-    """Second requests for the stragglers, when nothing waits any more.
+    """Second requests for stragglers, when no call waits for an endpoint any more.
 
     Attributes:
-        quantile: Requests that run longer than this quantile of all answers are doubled.
-        copies: Most further requests for one call; the second follows a median answer's time
+        quantile: Requests that run longer than this quantile of all answers are hedged.
+        copies: Limit of further requests for one call; the second follows a median answer's time
             after the first.
-        below: The end game has begun when in flight is less than this share of the peak.
+        below: Hedging starts when requests in flight are less than this share of the peak.
         peak: Runs that never had so many requests in flight are not hedged.
-        share: Most second requests, as a share of all answers.
-        tick_s: Shortest time between two looks at what is in flight, in seconds.
+        share: Limit of second requests, as a share of all answers.
+        tick_s: Shortest time between two checks of the requests in flight, in seconds.
     """
 
     quantile: float = 0.9
@@ -182,13 +182,13 @@ class HedgePolicy:
 
 @dataclass(frozen=True, slots=True)
 class AffinityPolicy:
-    """Items that begin alike meet the same endpoint, whose prefix cache knows the beginning.
+    """Send items with equal prefixes to the same endpoint, whose prefix cache holds them.
 
     Attributes:
         prefix: Characters of the conversation's beginning that must be equal.
-        keys: Beginnings that are remembered.
-        slack: The remembered endpoint is passed over when its expected time to an answer is
-            more than this factor above the best one's.
+        keys: Limit of remembered prefixes.
+        slack: The remembered endpoint is passed over if its expected time to an answer is more than
+            this factor above the best one's.
     """
 
     prefix: int = 2048
@@ -198,13 +198,13 @@ class AffinityPolicy:
 
 @dataclass(frozen=True, slots=True)
 class LoadPolicy:
-    """Reading the endpoints' own load, where others use them too.
+    """How the endpoints' own load is read, where other clients use them too.
 
     Attributes:
-        source: ``metrics`` (vLLM's Prometheus gauges) or ``load`` (always 0 unless the server
-            runs with ``--enable-server-load-tracking``).
-        every_s: Seconds between two looks at one endpoint.
-        timeout_s: Longest wait for one look, in seconds.
+        source: ``metrics`` (vLLM's Prometheus gauges) or ``load`` (always 0 unless the server runs
+            with ``--enable-server-load-tracking``).
+        every_s: Seconds between two polls of one endpoint.
+        timeout_s: Longest wait for one poll, in seconds.
     """
 
     source: Literal["metrics", "load"] = "metrics"
@@ -214,22 +214,22 @@ class LoadPolicy:
 
 @dataclass(frozen=True, slots=True)
 class FleetPolicy:
-    """All that a fleet must know besides its endpoints.
+    """All settings of a fleet besides its endpoints.
 
     Attributes:
-        streams: Most requests in flight over all endpoints.
+        streams: Limit of requests in flight over all endpoints.
         retry: When a call is repeated.
         timeout: How long to wait.
         limit: How many requests an endpoint gets at once.
-        breaker: When an endpoint is left alone.
+        breaker: When an endpoint is marked unhealthy.
         rate_limit: Quotas of the whole process.
         hedge: Second requests at the end, or None.
-        affinity: Whether items that begin alike meet the same endpoint, or None.
+        affinity: Whether items with equal prefixes go to the same endpoint, or None.
         load: Whether the endpoints' own load is read, or None.
-        whole_answers: Whether the endpoints are not to be asked for streams.
-        trust_env: Whether proxy variables of the environment count for all endpoints, and not
-            only for those that ask for it (``EndpointSpec.proxied``).
-        body_bytes: Most bytes of one answer, after decompression.
+        whole_answers: Whether the endpoints must not be asked for streams.
+        trust_env: Whether proxy variables of the environment apply to all endpoints, and not only
+            to those that ask for it (``EndpointSpec.proxied``).
+        body_bytes: Limit of bytes of one answer, after decompression.
     """
 
     streams: int = 256
@@ -255,7 +255,7 @@ class FleetPolicy:
         connect_timeout_s: float = 10.0,
         fleet_wait_s: float = 600.0,
     ) -> FleetPolicy:
-        """Build a policy from the settings of a run's ``limits``."""
+        """Build a policy from a run's ``limits``."""
         return cls(
             streams=streams,
             retry=RetryPolicy(attempts=attempts),
@@ -273,8 +273,8 @@ class TokenBucket:
     """Spreads amounts over time; pure, time is passed in.
 
     Args:
-        per_s: Amount that flows in per second.
-        burst: Most that can be saved up; one second's worth by default.
+        per_s: Amount added per second.
+        burst: Most that can accumulate; one second's worth by default.
     """
 
     __slots__ = ("_burst", "_level", "_per_s", "_seen")
@@ -291,7 +291,7 @@ class TokenBucket:
         return cls(amount / _MINUTE_S, amount)
 
     def has(self, amount: float, now: float) -> bool:
-        """Tell whether an amount could be taken at once."""
+        """Return True if an amount could be taken at once."""
         self._refill(now)
         return self._level >= amount
 
@@ -301,10 +301,10 @@ class TokenBucket:
         Args:
             amount: How much.
             now: Monotonic time in seconds.
-            reserve: What shall be there when the wait is over.
+            reserve: Amount that must be available when the wait is over.
 
         Returns:
-            Seconds to wait until it has flowed in; callers that come later wait longer.
+            Seconds to wait until it is available; later callers wait longer.
         """
         self._refill(now)
         self._level -= amount
@@ -316,16 +316,16 @@ class TokenBucket:
         self._seen = now
 
     def refund(self, amount: float) -> None:
-        """Put back what was taken but not used; a negative amount takes more."""
+        """Return an unused amount; a negative amount takes more."""
         self._level = min(self._burst, self._level + amount)
 
 
 class RateLimiter:
-    """Holds a whole process to its quotas of requests and tokens.
+    """Limits a whole process to its quotas of requests and tokens.
 
-    Tokens are reserved before a request is sent, by an estimate, and settled when its answer
-    has come: a service that counts them only afterwards would let a burst overshoot. The loops
-    of several threads may share one.
+    Tokens are reserved before a request is sent, by an estimate, and settled when its answer has
+    come: a service that counts them only afterwards would let a burst overshoot. The loops of
+    several threads may share one.
 
     Args:
         policy: The quotas.
@@ -353,7 +353,7 @@ class RateLimiter:
             return max(waits)
 
     def try_reserve(self, tokens: int) -> bool:
-        """Reserve one request of so many tokens if none has to wait for it."""
+        """Reserve one request of so many tokens if it need not wait."""
         with self._lock:
             now = self._clock()
             short = self._requests is not None and not self._requests.has(1.0, now)
@@ -362,7 +362,7 @@ class RateLimiter:
         return self.reserve(tokens) <= 0.0
 
     def settle(self, estimated: int, used: int | None) -> None:
-        """Correct a reservation by what was used, where the server said so."""
+        """Correct a reservation by the actual usage, if the server reported it."""
         if self._tokens is not None and used is not None:
             with self._lock:
                 self._tokens.refund(estimated - used)
@@ -382,8 +382,8 @@ class ModelParams:
     Attributes:
         name: The model's id, as the endpoints list it in ``/v1/models``.
         temperature: Sampling temperature, or None for the server's default.
-        max_tokens: Most tokens of one answer, or None for all the remaining context (a
-            server then may write until its context is full: always set one in bulk runs).
+        max_tokens: Limit of tokens of one answer, or None for all the remaining context (a server
+            then may write until its context is full: always set one in bulk runs).
         seed: Sampling seed, or None.
         extra_body: Further top-level fields of the request, e.g. vLLM's ``top_k``.
         schema: JSON Schema that constrains the answer, or None for free text.
@@ -410,8 +410,8 @@ class ModelParams:
     def body(self) -> dict[str, Json]:
         """Return the request's fields except ``messages``.
 
-        ``max_tokens`` travels as ``max_completion_tokens``, as ChatOpenAI sends it, and
-        ``extra_body`` wins over the named fields, as in the openai package.
+        ``max_tokens`` is sent as ``max_completion_tokens``, as ChatOpenAI does, and ``extra_body``
+        overrides the named fields, as in the openai package.
         """
         fields: dict[str, Json] = {
             "model": self.name,

@@ -25,10 +25,10 @@ from .policy import RateLimiter, estimate_tokens
 from .transport import OpenStream, StreamHooks, Transport
 
 _TEMPLATE: Final = 64
-"""Tokens that a chat template adds of its own: markers, a standing system text."""
+"""Tokens that a chat template adds: markers, a fixed system text."""
 _PER_MESSAGE: Final = 8
 _CUT_OFF: Final = frozenset({200, 408, 499, 502, 504, 520, 522, 524})
-"""Statuses with which an answer was lost on its way: the server itself may have written it."""
+"""Statuses after which the server may have completed an answer that was lost."""
 _NO_USAGE: Final = Usage()
 
 
@@ -46,19 +46,18 @@ def max_usage(body: Mapping[str, Any]) -> Usage:
 
 @dataclass(slots=True, eq=False)
 class RequestCharge:
-    """One request on behalf of an item; the first end that is told counts.
+    """The cost of one request of an item; the first of its ends counts.
 
     Attributes:
         log: The item's log, or None.
         body: The request.
-        reservation: What is reserved for it; None when nothing limits it, or it has ended.
+        reservation: What is reserved for it; None if there is no limit, or it has ended.
         ended: Whether its end is known.
-        endpoint_usage: What its endpoint does for the item; None until it is sent, or without a
-            log.
-        attempt: What the item's record tells of the request; None as for ``endpoint_usage``, or
-            where the record has enough of them.
+        endpoint_usage: The item's usage of its endpoint; None until it is sent, or without a log.
+        attempt: The request's entry in the item's record; None as for ``endpoint_usage``, or if the
+            record is full.
         sent_at: Monotonic time in seconds when it was sent.
-        marks: Endpoints that have refused the call for now before, and what each had done then;
+        marks: Endpoints that have refused the call for now before, with their counts at that time;
             None for its first request.
     """
 
@@ -73,31 +72,33 @@ class RequestCharge:
 
     @classmethod
     async def reserve(cls, log: CallLog | None, body: Mapping[str, Any]) -> RequestCharge:
-        """Reserve what a request may cost.
+        """Reserve the maximum cost of a request.
 
         Raises:
-            BudgetExhaustedError: The budget does not carry it.
-            ConfigurationError: Nothing bounds its answer.
+            BudgetExhaustedError: The budget does not cover it.
+            ConfigurationError: The length of its answer is unlimited.
         """
         if log is None or log.account is None:
             return cls(log, body)
         if not (body.get("max_completion_tokens") or body.get("max_tokens")):
             msg = (
-                "a budget is set, and a request has no max_tokens: nothing bounds what it takes; "
-                "leave the model's max_tokens as it is given, or set one where the model is called"
+                "a budget is set, but a request has no max_tokens, so its cost is unlimited; keep "
+                "the model's configured max_tokens, or set one in the call"
             )
             raise ConfigurationError(msg)
         return cls(log, body, await log.account.reserve(max_usage(body), body, log))
 
     def reserve_again(self) -> RequestCharge | None:
-        """Reserve the same for a second request, if there is room at once."""
+        """Reserve the same for a second request, if the budget covers it at once."""
         if self.log is None or self.log.account is None:
             return RequestCharge(self.log, self.body, marks=self.marks)
-        hold = self.log.account.try_reserve(max_usage(self.body))
-        return None if hold is None else RequestCharge(self.log, self.body, hold, marks=self.marks)
+        reserved = self.log.account.try_reserve(max_usage(self.body))
+        if reserved is None:
+            return None
+        return RequestCharge(self.log, self.body, reserved, marks=self.marks)
 
     def record_sent(self, endpoint: Endpoint) -> None:
-        """Count the request: it is on its way."""
+        """Count the request as sent."""
         if self.log is not None:
             self.log.requests += 1
             self.endpoint_usage = self.log.get_endpoint_usage(endpoint.label, endpoint.stats)
@@ -108,7 +109,7 @@ class RequestCharge:
         """Settle a request that was answered.
 
         Args:
-            usage: What the answer says of its tokens.
+            usage: Tokens that the answer reports.
             model: The model's name in it.
         """
         self._end_attempt("answered")
@@ -120,7 +121,7 @@ class RequestCharge:
             self.endpoint_usage.usage += usage
 
     def settle_failed(self, failure: Failure) -> Usage:
-        """Settle a request that failed; return the tokens that may have been paid for nothing."""
+        """Settle a failed request; return the tokens that may have been paid for nothing."""
         if self.log is not None and self.endpoint_usage is not None:
             self.log.endpoint = self.endpoint_usage.endpoint
         self._end_attempt(type(failure.error).__name__)
@@ -143,12 +144,12 @@ class RequestCharge:
         return most
 
     def release(self, *, sent: bool) -> None:
-        """Settle a request that nobody has read."""
+        """Settle a request that no server has read."""
         if self._mark_ended() and self.reservation is not None:
             self.reservation.release(sent=sent)
 
     def _end_attempt(self, outcome: str) -> None:
-        """Tell how the request ended, once."""
+        """Record how the request ended, once."""
         if self.attempt is not None:
             self.attempt["seconds"] = int(1000 * (time.monotonic() - self.sent_at)) / 1000
             self.attempt["outcome"] = outcome
@@ -161,7 +162,7 @@ class RequestCharge:
 
 _FIELDS: Final = ("max_completion_tokens", "max_tokens")
 _NUMBER: Final = re.compile(r"(?<![\w.-])\d{1,9}(?![\w.-]*\d)")
-"""A whole number by itself: no part of a name, a version or a date."""
+"""A whole number that is not part of a name, a version or a date."""
 
 
 def read_max_tokens(body: Mapping[str, Any]) -> int | None:
@@ -173,7 +174,7 @@ def read_max_tokens(body: Mapping[str, Any]) -> int | None:
 
 
 def lower_max_tokens(body: Mapping[str, Any], most: int) -> Mapping[str, Any]:
-    """Return a request that asks for no longer an answer than ``most`` tokens."""
+    """Return the request with its answer limited to ``most`` tokens."""
     above = [f for f in _FIELDS if isinstance(body.get(f), int) and body[f] > most]
     return {**body, **dict.fromkeys(above, most)} if above else body
 
@@ -181,26 +182,26 @@ def lower_max_tokens(body: Mapping[str, Any], most: int) -> Mapping[str, Any]:
 def learn_max_tokens(
     endpoint: Endpoint, failure: Failure, body: Mapping[str, Any], asked: int | None
 ) -> Failure:
-    """Take an endpoint's word for the longest answer that a request can ask for.
+    """Learn from a refusal the longest answer that a request can ask for.
 
-    The room that is left for an answer may depend on the prompt. So what an endpoint says holds
-    for the request that it refused; for others only once it has said the same of a different
+    The length that is left for an answer may depend on the prompt. So the reported length applies
+    to the refused request only; to others once the endpoint has reported the same for a different
     request, and has never accepted more.
 
     Args:
-        endpoint: Who refused.
-        failure: What it said; only a refusal of the answer's length is looked at.
+        endpoint: The endpoint that refused.
+        failure: Its refusal; only refusals of the answer's length are evaluated.
         body: The request.
         asked: The longest answer in tokens that it was sent with.
 
     Returns:
-        The failure, to be repeated if less can be asked for.
+        The failure, to be repeated if a shorter answer can be requested.
     """
     cause = failure.error.__cause__
     if not failure.rule.length or asked is None or not isinstance(cause, HTTPAnswer):
         return failure
-    said = map(int, _NUMBER.findall(ErrorBody.parse(cause.body).message))
-    most = max((n for n in said if 0 < n < asked), default=None)
+    numbers = map(int, _NUMBER.findall(ErrorBody.parse(cause.body).message))
+    most = max((n for n in numbers if 0 < n < asked), default=None)
     if most is None:
         return failure
     if most >= endpoint.longest and endpoint.confirm_max_tokens(
@@ -215,7 +216,7 @@ def resolve_max_tokens(body: Mapping[str, Any], most: int | None) -> int | None:
 
     Args:
         body: The request.
-        most: The longest answer that its endpoint can be asked for, or None when unknown.
+        most: The longest answer that its endpoint allows, or None if unknown.
     """
     asked = read_max_tokens(body)
     return asked if asked is None or most is None else min(asked, most)
@@ -229,10 +230,10 @@ def redirect_long_prompt(
     Returns:
         The failure, to be repeated if there is one; and all endpoints that are too short.
     """
-    room = endpoint.spec.max_model_len
-    if not isinstance(failure.error, PromptTooLongError) or room is None:
+    length = endpoint.spec.max_model_len
+    if not isinstance(failure.error, PromptTooLongError) or length is None:
         return failure, frozenset()
-    short = {e for e in alive if (e.spec.max_model_len or 0) <= room}
+    short = {e for e in alive if (e.spec.max_model_len or 0) <= length}
     if short.issuperset(alive):
         return failure, frozenset()
     return Failure(failure.error, replace(failure.rule, action=RetryAction.OTHER)), short
@@ -242,14 +243,14 @@ _LOG: Final = logging.getLogger(__name__)
 
 
 class RequestSender:
-    """Sends to endpoints that were taken, and lets them go.
+    """Sends requests to acquired endpoints, and releases the endpoints.
 
     Args:
         transport: The connections.
-        warden: Is told how each request ended.
-        pacer: The whole process' quotas, or None.
-        simulated: Whether answers must come from a simulated fleet, must not, or are as the
-            first one shows (None).
+        monitor: Receives the outcome of each request.
+        limiter: The whole process' quotas, or None.
+        simulated: Whether answers must come from a simulated fleet, must not, or may be either, as
+            the first one shows (None).
 
     Attributes:
         simulated: The same, settled by the first answer.
@@ -271,7 +272,7 @@ class RequestSender:
     async def send(
         self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
     ) -> dict[str, Any] | Failure:
-        """Send one request to one endpoint that was taken, and let it go."""
+        """Send one request to an acquired endpoint, and release the endpoint."""
         started, level = time.monotonic(), endpoint.in_flight
         seconds: float | None = None
         charge.record_sent(endpoint)
@@ -284,7 +285,7 @@ class RequestSender:
                 self._record_success(endpoint, result, level, seconds, charge)
             return result
         finally:
-            endpoint.stats.add_lost(charge.settle_lost())  # nothing when its end is known
+            endpoint.stats.add_lost(charge.settle_lost())  # nothing if its end is known
             self._monitor.balancer.release(endpoint, seconds, charge.log)
 
     async def _exchange(
@@ -310,7 +311,7 @@ class RequestSender:
     async def open_stream(
         self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
     ) -> tuple[OpenStream | Failure, Endpoint]:
-        """Send one request to one endpoint that was taken; the stream lets it go."""
+        """Send one request to an acquired endpoint; the stream releases the endpoint."""
         started, level = time.monotonic(), endpoint.in_flight
 
         def end(summary: dict[str, Any] | Failure | None) -> None:
@@ -325,21 +326,20 @@ class RequestSender:
             elif summary is not None:
                 seconds = time.monotonic() - started
                 self._record_success(endpoint, summary, level, seconds, charge)
-            endpoint.stats.add_lost(
-                charge.settle_lost()
-            )  # left early: nothing when its end is known
+            # for a stream that is closed early; nothing if its end is known
+            endpoint.stats.add_lost(charge.settle_lost())
             self._monitor.balancer.release(endpoint, seconds, charge.log)
 
         result: OpenStream | Failure | None = None
-        dispatch = self._monitor.balancer
-        watch = StreamHooks(
-            partial(dispatch.mark_stream_idle, charge.log),
-            partial(dispatch.mark_stream_read, charge.log),
+        balancer = self._monitor.balancer
+        hooks = StreamHooks(
+            partial(balancer.mark_stream_idle, charge.log),
+            partial(balancer.mark_stream_read, charge.log),
             end,
         )
         charge.record_sent(endpoint)
         try:
-            result = await self._begin_stream(endpoint, body, charge, watch)
+            result = await self._begin_stream(endpoint, body, charge, hooks)
             if isinstance(result, Failure):
                 self._record_failure(endpoint, result, body, charge)
                 return result, endpoint
@@ -354,7 +354,7 @@ class RequestSender:
                 self._monitor.balancer.release(endpoint, item=charge.log)
 
     async def _begin_stream(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge, watch: StreamHooks
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge, hooks: StreamHooks
     ) -> OpenStream | Failure:
         headers: Mapping[str, str] | None = None
         try:
@@ -363,7 +363,7 @@ class RequestSender:
                 endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
             )
             result = await OpenStream.begin(
-                reader, endpoint.label, self._transport.silence_s, watch
+                reader, endpoint.label, self._transport.silence_s, hooks
             )
             if isinstance(result, Failure):
                 result = await self._soften_failure(endpoint, result, headers, charge)
@@ -380,7 +380,7 @@ class RequestSender:
         sent: Mapping[str, str],
         charge: RequestCharge,
     ) -> Failure:
-        """Let a refused call be repeated where it can be cured: with a new key, or elsewhere."""
+        """Allow a retry of a refused call if it can help: with a new key or on another endpoint."""
         if failure.rule.refusal:
             others = endpoint.accepts_others(charge.log, sent, time.monotonic())
             failure = replace(failure, accepts_others=others)
@@ -391,7 +391,7 @@ class RequestSender:
         if failure.rule.action is RetryAction.REKEY and await endpoint.renew_key(sent):
             return replace(failure, rule=replace(failure.rule, action=RetryAction.SAME))
         if failure.rule.schema and self._monitor.answers and not endpoint.has_answered:
-            # Others take the schema: it is this endpoint that lacks something.
+            # Other endpoints accept the schema: this one does not support it.
             return replace(failure, rule=replace(failure.rule, action=RetryAction.EJECT))
         return failure
 
@@ -402,7 +402,7 @@ class RequestSender:
         sent: Mapping[str, str],
         item: CallLog | None,
     ) -> None:
-        """Note what an endpoint has accepted."""
+        """Record that an endpoint has accepted a request."""
         asked = body.get("max_completion_tokens") or body.get("max_tokens")
         if asked is not endpoint.longest_asked:  # nearly all requests of a run ask the same
             endpoint.longest_asked = asked
@@ -417,7 +417,7 @@ class RequestSender:
     ) -> None:
         endpoint.stats.add_failure(type(failure.error).__name__)
         endpoint.stats.add_lost(charge.settle_failed(failure))
-        # Who refuses has read nothing; what a lost request cost is unknown, and stays reserved.
+        # A refused request used no tokens; the cost of a lost one is unknown and stays reserved.
         if failure.error.status is not None:
             self._settle(endpoint, body, Usage(0, 0))
         self._monitor.record_failure(endpoint, failure, charge.log)
@@ -430,7 +430,7 @@ class RequestSender:
         seconds: float,
         charge: RequestCharge,
     ) -> None:
-        """Account for a good answer."""
+        """Record a good answer."""
         usage, model = transport.read_usage(document), document.get("model")
         self._settle(endpoint, charge.body, usage)
         charge.settle_answered(usage, model if isinstance(model, str) else None)
@@ -442,7 +442,7 @@ class RequestSender:
     def _check_simulated(
         self, result: dict[str, Any] | Failure, endpoint: Endpoint
     ) -> dict[str, Any] | Failure:
-        """Keep simulated and real answers apart."""
+        """Reject an answer that would mix simulated and real ones."""
         if isinstance(result, Failure):
             return result
         simulated = transport.is_simulated(result)
@@ -453,7 +453,7 @@ class RequestSender:
         return failures.classify_mixture(endpoint.label, simulated)
 
     def _settle(self, endpoint: Endpoint, body: Mapping[str, Any], usage: Usage) -> None:
-        """Correct what was reserved for a request by what it used, in tokens."""
+        """Correct a request's reservation of tokens by its actual usage."""
         if usage.prompt is None or (self._limiter is None and endpoint.token_bucket is None):
             return
         used = usage.prompt + (usage.completion or 0)
@@ -470,8 +470,7 @@ class RequestSender:
             if fitting is not body and not self._warned:
                 self._warned = True
                 _LOG.warning(
-                    "max_tokens is lowered to %d, which is all that %s allows: lower "
-                    "model.max_tokens",
+                    "max_tokens lowered to %d, the limit of %s: lower model.max_tokens",
                     endpoint.max_answer_tokens,
                     endpoint.label,
                 )
@@ -480,7 +479,7 @@ class RequestSender:
 
 
 def _closer(stream: OpenStream) -> Callable[[], None]:
-    """Return what closes a stream, from whichever thread."""
+    """Return a function that closes a stream from any thread."""
     home = asyncio.get_running_loop()
 
     def close() -> None:

@@ -22,26 +22,26 @@ from .request import RequestCharge
 from .transport import OpenStream
 
 _OTHERS: Final = 8
-"""So many requests of others must be accepted in between: one of few is refused by chance."""
+"""So many requests of others must be accepted in between; fewer could be chance."""
 _PUT_OFF: Final = 2
-"""After so many refusals for now elsewhere, the endpoints that failed the item are asked again."""
+"""After so many refusals for now by others, endpoints that failed the item are used again."""
 _REFUSED_ALONE: Final = 2
 """So many refusals for now of a call alone, after the first, show that its item is at fault."""
 
 
 class AttemptLog:
-    """Made at an item's first failure, so that a call that succeeds at once pays nothing.
+    """Failures of one item; created at the first one, so that a successful call costs nothing.
 
     Args:
-        policy: How often and how patiently to repeat.
+        policy: How often and for how long to repeat.
 
     Attributes:
-        avoid: Endpoints that failed this item, or cannot hold it.
-        unfit: Those of them that cannot hold it.
-        refusers: Endpoints that refused it for a reason that may lie in the item, and how.
-        marks: Endpoints that refused it for now, and what each had done then.
-        trusted: Endpoints that had lately answered another item when they refused this one.
-        full: Endpoints that had no room for it again and again: no answer of theirs is waited for.
+        avoid: Endpoints that failed this item, or are too small for it.
+        unfit: Those of them that are too small for it.
+        refusers: Endpoints that refused it for a reason that may be in the item, and how.
+        marks: Endpoints that refused it for now, with their counts at that time.
+        trusted: Endpoints that had recently answered another item when they refused this one.
+        full: Endpoints that repeatedly had no capacity for it: their answer is not awaited.
     """
 
     __slots__ = (
@@ -88,12 +88,12 @@ class AttemptLog:
         self.marks: dict[Endpoint, RefusalMark] = {}
 
     def exclude(self, unfit: Set[Endpoint]) -> None:
-        """Ask no more of endpoints that cannot hold the request."""
+        """Exclude endpoints whose context is too short for the request."""
         self.avoid |= unfit
         self.unfit |= unfit
 
     def adapt_body(self, endpoint: Endpoint, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the request as an endpoint takes it, by what it said when it refused it."""
+        """Return the request as an endpoint accepts it, from its earlier refusal."""
         most = self._most.get(endpoint)
         return body if most is None else request.lower_max_tokens(body, most)
 
@@ -103,53 +103,53 @@ class AttemptLog:
         """Count a failure and return the seconds to wait before the next call.
 
         Args:
-            endpoint: Who failed.
-            failure: How.
+            endpoint: The endpoint that failed.
+            failure: The failure.
             now: Monotonic time in seconds.
             chance: A random number in 0 to 1, to spread callers.
 
         Raises:
-            EndpointError: It was the last attempt, or asking again is hopeless.
+            EndpointError: It was the last attempt, or a retry cannot succeed.
         """
-        treatment = failure.rule
-        # A connection that idled a moment too long is no sign of anything: free, once.
-        stale = treatment.stale and self._failures == 0
+        rule = failure.rule
+        # A stale idle connection does not show a fault: the first one is free.
+        stale = rule.stale and self._failures == 0
         self._failures += 1
-        # An endpoint that answers others refuses the item: another one is asked to confirm it.
+        # An endpoint that answers others refuses the item: another one must confirm it.
         confirming = failure.is_clear and failure.accepts_others
-        alone = treatment.action is RetryAction.WAIT and failure.accepts_others
-        self._counted += not (treatment.free or stale or confirming or alone)
+        alone = rule.action is RetryAction.WAIT and failure.accepts_others
+        self._counted += not (rule.free or stale or confirming or alone)
         self._refusals += confirming
-        self._limited += treatment.tries is not None
-        if treatment.action is RetryAction.WAIT:
+        self._limited += rule.tries is not None
+        if rule.action is RetryAction.WAIT:
             self._count_alone(endpoint, failure, now)
         if failure.max_answer_tokens is not None:
             self._corrections += 1
             self._most[endpoint] = failure.max_answer_tokens
         if (
-            treatment.action is RetryAction.FAIL
+            rule.action is RetryAction.FAIL
             or max(self._corrections, self._refusals) > self._policy.free_retries
             or self._counted >= self._policy.attempts
-            or (treatment.tries is not None and self._limited >= treatment.tries)
-            or (treatment.poison and self._is_poison(endpoint, failure))
+            or (rule.tries is not None and self._limited >= rule.tries)
+            or (rule.poison and self._is_poison(endpoint, failure))
             or self.is_refused_alone
             or now >= self._until
         ):
             raise failure.error
         if stale:
             return 0.0
-        if treatment.action is RetryAction.WAIT:
+        if rule.action is RetryAction.WAIT:
             if len(self.avoid) > len(self.unfit):
                 self._put_off[endpoint] += 1
             if self._put_off.total() >= _PUT_OFF:
-                # Nobody else has room for it: it ends where it failed, or is answered after all.
+                # No other endpoint has capacity: the endpoints that failed it decide.
                 self.full |= self._put_off.keys()
                 self._put_off.clear()
                 self.avoid = set(self.unfit)
             return self._pause_after_refusal(endpoint, failure, chance)
-        if treatment.action is RetryAction.SAME:
-            # What is free is another request than the one that was refused.
-            return 0.0 if treatment.free else self._policy.pause(self._failures, chance)
+        if rule.action is RetryAction.SAME:
+            # Only a changed request is free: it differs from the refused one.
+            return 0.0 if rule.free else self._policy.pause(self._failures, chance)
         repeated = endpoint in self._failed
         self._failed.add(endpoint)
         self.avoid.add(endpoint)
@@ -157,27 +157,27 @@ class AttemptLog:
 
     @property
     def is_refused_alone(self) -> bool:
-        """Whether endpoints refuse it for now again and again, and answer others in between."""
+        """Return True if endpoints refuse it for now repeatedly, and answer others in between."""
         return self._alone >= _REFUSED_ALONE
 
     def _count_alone(self, endpoint: Endpoint, failure: Failure, now: float) -> None:
-        """Count a refusal for now that no other item has met since the last one.
+        """Count a refusal for now that only this item received since the last one.
 
-        Where others are refused too, the endpoint may have a limit that they share.
+        If others are refused too, the endpoint may have a limit that they share.
         """
         mark = self.marks.get(endpoint)
         clean = mark is not None and mark.throttled == endpoint.throttled
         if clean and mark is not None and failure.accepts_others:
             if endpoint.accepted - mark.accepted < _OTHERS:
-                return  # those that are accepted from now on count as well
+                return  # requests that are accepted from now on count as well
             self._alone += 1
         self.marks[endpoint] = endpoint.mark(now)
 
     def _pause_after_refusal(self, endpoint: Endpoint, failure: Failure, chance: float) -> float:
         """Return the pause after a refusal for now.
 
-        An endpoint that refuses is paused for all callers. One that goes on with the requests of
-        others, and refuses this one again and again, is asked less and less often.
+        An endpoint that refuses is paused for all callers. If it still serves others, and refuses
+        this request repeatedly, it is retried less and less often.
         """
         if failure.accepts_others:
             seconds = failure.error.retry_after or self._policy.backoff_s
@@ -189,12 +189,12 @@ class AttemptLog:
         return self._policy.pause(beyond, chance) if beyond > 0 else 0.0
 
     def _is_poison(self, endpoint: Endpoint, failure: Failure) -> bool:
-        """Tell whether the item is at fault: others are answered where it meets this error."""
+        """Return True if the item is at fault: endpoints with this error answer other items."""
         error = failure.error
-        met = self._server_errors.setdefault((error.status, error.code), set())
+        failing = self._server_errors.setdefault((error.status, error.code), set())
         if endpoint.serves_others:
-            met.add(endpoint)
-        return len(met) >= self._policy.poison_endpoints
+            failing.add(endpoint)
+        return len(failing) >= self._policy.poison_endpoints
 
 
 T = TypeVar("T")
@@ -203,18 +203,18 @@ SendFunction: TypeAlias = Callable[
 ]
 
 _EMPTY_TRIES: Final = 2
-"""An empty answer is asked for again on the same endpoint, then on another; attempts allowing."""
+"""An empty answer is retried on the same endpoint, then on another, if attempts are left."""
 
 
 class Retrier:
-    """Carries calls from endpoint to endpoint, and counts how the run as a whole fares.
+    """Repeats failed calls across endpoints, and counts failures of the run as a whole.
 
     Args:
-        policy: How often and how patiently.
-        warden: Who hands out endpoints and stops runs.
-        pacer: The whole process' quotas, or None.
-        affinity: Who met which beginning, or None.
-        weighs: Whether any quota counts tokens, so that requests must be estimated.
+        policy: How often and for how long.
+        monitor: Assigns endpoints and stops runs.
+        limiter: The whole process' quotas, or None.
+        affinity: Endpoints by prompt prefix, or None.
+        counts_tokens: Returns True if any quota counts tokens, so that requests must be estimated.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class Retrier:
 
         Raises:
             EndpointError: No endpoint answered within the attempts allowed.
-            RunStoppedError: Asking on is hopeless for every item.
+            RunStoppedError: No item can succeed any more.
         """
         self._calls += 1
         try:
@@ -294,12 +294,12 @@ class Retrier:
         prefer: Endpoint | None,
         unfit: Set[Endpoint],
     ) -> Endpoint:
-        """Wait for an endpoint; what is reserved is given back if there will be none."""
+        """Wait for an endpoint; release the reservation if there will be none."""
         try:
             self._check_stopped()
             if self._limiter is not None:
                 await asyncio.sleep(self._limiter.reserve(tokens))
-                # a stop fails who waits for an endpoint, and this call did not yet
+                # a stop fails only calls that wait for an endpoint, not this one
                 self._check_stopped()
             return await self._monitor.balancer.acquire(avoid, prefer, tokens, charge.log, unfit)
         except BaseException:
@@ -313,7 +313,7 @@ class Retrier:
     async def _handle_failure(
         self, attempts: AttemptLog, endpoint: Endpoint, failure: Failure, log: CallLog | None
     ) -> None:
-        """Wait as a failed request asks, or raise if it was the last."""
+        """Wait as a failed request requires, or raise if it was the last attempt."""
         if self._monitor.stop_reason is not None:
             raise RunStoppedError(self._monitor.stop_reason) from failure.error
         if failure.accepts_others:
@@ -341,7 +341,7 @@ class Retrier:
     ) -> None:
         """Raise if an item that is refused is itself at fault.
 
-        An odd page may be a moment's matter: what it says is known after the last attempt.
+        An unexpected page may be temporary: its meaning is known after the last attempt.
         """
         attempts.refusers[endpoint] = failure
         others = self._monitor.balancer.alive - attempts.refusers.keys() - attempts.full
@@ -356,10 +356,10 @@ class Retrier:
             raise self._monitor.count_refused(failure, len(attempts.refusers))
 
     def _is_item_at_fault(self, attempts: AttemptLog) -> bool:
-        """Tell whether the item is to blame for its refusals, rather than the endpoints.
+        """Return True if the item causes its refusals, rather than the endpoints.
 
-        It is if an endpoint that answered another item lately refuses it, and a second one does
-        too, or there is none.
+        It does if an endpoint that recently answered another item refuses it, and a second one does
+        too, or there is no second one.
         """
         refusers = attempts.refusers
         alone = not self._monitor.balancer.alive - refusers.keys() - attempts.full
@@ -372,13 +372,13 @@ class Retrier:
             return
         if self._repeated > budget * max(self._calls, self._policy.first_calls):
             self._stop(
-                f"{self._repeated} repetitions over {self._calls} calls are more than the "
-                f"retry budget of {budget:g} per call: look at the endpoints, then resume the run"
+                f"{self._repeated} retries over {self._calls} calls exceed the retry budget of "
+                f"{budget:g} per call: check the endpoints, then resume the run"
             )
 
     def _count_failed(self, error: EndpointError) -> None:
-        """Stop a run of which hardly any call succeeds."""
-        # A prompt that is too long is its item's matter, and long items may stand together.
+        """Stop a run if hardly any call succeeds."""
+        # A too long prompt is its item's fault, and long items may follow each other.
         self._failed += not isinstance(error, PromptTooLongError)
         first = self._policy.first_calls
         ended = self._monitor.answers + self._failed
@@ -393,7 +393,7 @@ class Retrier:
 
 
 def _is_empty(result: object) -> bool:
-    """Tell whether an answer claims to be whole and holds nothing."""
+    """Return True if an answer claims to be complete but is empty."""
     if isinstance(result, OpenStream):
         return result.is_empty
     return isinstance(result, dict) and transport.is_empty(result)
@@ -401,25 +401,25 @@ def _is_empty(result: object) -> bool:
 
 _RECENT: Final = 512
 _ENOUGH: Final = 20
-"""Answers before a quantile means anything."""
+"""Minimum number of answers for a quantile."""
 
 SendResult: TypeAlias = dict[str, Any] | Failure
 
 
 @dataclass(slots=True, eq=False)
 class HedgedCall:
-    """One request in flight that may be doubled.
+    """One request in flight that may be hedged.
 
     Attributes:
-        endpoints: Who was asked, the first one included.
-        charge: What the request costs, and what it asks.
+        endpoints: Endpoints that were sent the request, the first one included.
+        charge: The request and its cost.
         task: The task that waits for the answer.
         cancelling: The task's pending cancellations at the start.
         started: Monotonic time in seconds.
         next_hedge_at: Monotonic time in seconds before which no further request is sent.
-        hedges: The further requests under way, who was asked, and what they cost.
-        answer: Their first good answer and who gave it, when it came first.
-        failed: Whether the first request has failed and the others are waited for.
+        hedges: The further requests in flight, with endpoint and cost.
+        answer: Their first good answer and its endpoint, if it came first.
+        failed: Whether the first request has failed and the call waits for the others.
     """
 
     endpoints: set[Endpoint]
@@ -434,13 +434,13 @@ class HedgedCall:
 
 
 class Hedger:
-    """Doubles the stragglers of one fleet.
+    """Sends second requests for the stragglers of one fleet.
 
     Args:
         policy: When, and how many.
-        dispatch: Who hands endpoints out.
+        balancer: Assigns endpoints.
         send: Sends one request and returns its result; it never hedges.
-        pacer: The whole process' quotas, or None; they are kept by second requests too.
+        limiter: The whole process' quotas, or None; second requests count, too.
     """
 
     def __init__(
@@ -502,7 +502,7 @@ class Hedger:
             self._check_stragglers()
 
     def _record_answer(self, call: HedgedCall) -> None:
-        """Take note of how long a good answer took."""
+        """Record the duration of a good answer."""
         self._answers += 1
         self._recent.append(time.monotonic() - call.started)
 
@@ -516,7 +516,7 @@ class Hedger:
         )
 
     def _check_stragglers(self) -> None:
-        """Look for stragglers now and, while the end game lasts, again and again."""
+        """Check for stragglers now and, while the run is ending, periodically."""
         self._timer = None
         if not self._is_run_ending():
             return
@@ -534,7 +534,7 @@ class Hedger:
 
     def _hedge(self, call: HedgedCall, due: float) -> None:
         tokens, charge = estimate_tokens(call.charge.body), call.charge.reserve_again()
-        if charge is None:  # the budget does not carry a second request
+        if charge is None:  # the budget does not cover a second request
             return
         if self._limiter is not None and not self._limiter.try_reserve(tokens):
             charge.release(sent=False)
@@ -571,16 +571,16 @@ class Hedger:
 
     def _cancel_hedges(self, call: HedgedCall) -> None:
         for task, (endpoint, charge) in call.hedges.items():
-            # A task that is cancelled before its first step runs nothing, not even what gives
-            # its endpoint back.
+            # A task that is cancelled before its first step runs no code, so it does not release
+            # its endpoint.
             coroutine = task.get_coro()
-            unborn = (
+            not_started = (
                 inspect.iscoroutine(coroutine)
                 and inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED
             )
-            if unborn and not task.cancelling():
+            if not_started and not task.cancelling():
                 self._balancer.release(endpoint, item=charge.log)
                 charge.release(sent=False)
-            # At once: the item may be recorded before the task hears that it is cancelled.
+            # At once: the item may be recorded before the task is cancelled.
             endpoint.stats.add_lost(charge.settle_lost())
             task.cancel()

@@ -1,4 +1,4 @@
-"""What one endpoint did, for reports: counts and a histogram, no list of calls."""
+"""Statistics of one endpoint for reports: counts and a histogram, no list of calls."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class EndpointStats:
     """Totals of one endpoint.
 
     Attributes:
-        calls: Requests that ended, well or not.
+        calls: Requests that ended, successfully or not.
         failures: Failed ones by class of error.
-        prompt_tokens: Tokens read, as far as reported.
-        completion_tokens: Tokens written, as far as reported.
-        cached_tokens: Prompt tokens that its prefix cache held, as far as reported.
+        prompt_tokens: Prompt tokens, as far as reported.
+        completion_tokens: Completion tokens, as far as reported.
+        cached_tokens: Prompt tokens from its prefix cache, as far as reported.
         lost_prompt_tokens: The most prompt tokens of requests that may have been paid and brought
             no answer.
-        lost_completion_tokens: The same of their completions.
-        useful_tokens: Tokens of its answers that count, of items that have ended.
-        hedges: Second requests that it was sent.
+        lost_completion_tokens: The same for their completions.
+        useful_tokens: Tokens of its answers that were used, of items that have ended.
+        hedges: Second requests that were sent to it.
     """
 
     calls: int = 0
@@ -66,16 +66,16 @@ class EndpointStats:
         self.failures[error] += 1
 
     def add_lost(self, usage: Usage) -> None:
-        """Count what a request may have cost that brought no answer."""
+        """Count the maximum cost of a request that brought no answer."""
         self.lost_prompt_tokens += usage.prompt or 0
         self.lost_completion_tokens += usage.completion or 0
 
     def add_useful(self, usage: Usage) -> None:
-        """Count tokens of answers that count: their item has ended well."""
+        """Count tokens of answers that were used: their item has ended well."""
         self.useful_tokens += usage.tokens
 
     def merge(self, other: EndpointStats) -> None:
-        """Add other sums to these."""
+        """Add other totals to these."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for error, count in other.failures.items():
@@ -91,27 +91,27 @@ class EndpointStats:
         )
 
     def __sub__(self, before: EndpointStats) -> EndpointStats:
-        """Return what was counted since an earlier state of the same."""
+        """Return the difference from an earlier state of the same endpoint."""
         sums = {name: getattr(self, name) - getattr(before, name) for name in _SUMS}
         return EndpointStats(
             failures=self.failures - before.failures, _cells=self._cells - before._cells, **sums
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data, the latencies as cells of a histogram."""
+        """Return the totals as plain data, the latencies as cells of a histogram."""
         sums = {name: getattr(self, name) for name in _SUMS}
         cells = {str(cell): count for cell, count in self._cells.items()}
         return {**sums, "failures": dict(self.failures), "cells": cells}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read it; other keys are left out."""
+        """Parse plain data; other keys are ignored."""
         cells = Counter({int(cell): count for cell, count in data["cells"].items()})
         sums = {name: data[name] for name in _SUMS}
         return cls(failures=Counter(data["failures"]), _cells=cells, **sums)
 
     def latency_s(self, quantile: float) -> float | None:
-        """Return a quantile of the answers' times in seconds, or None without any."""
+        """Return a quantile of the answers' times in seconds, or None if there are none."""
         wanted = quantile * self._cells.total()
         seen = 0
         for cell in sorted(self._cells):
@@ -132,18 +132,18 @@ class EndpointReport:
         width: Requests in flight allowed.
         calls: Requests that ended.
         failures: Failed ones by class.
-        prompt_tokens: Tokens read.
-        completion_tokens: Tokens written.
-        cached_tokens: Tokens read from its prefix cache.
+        prompt_tokens: Prompt tokens.
+        completion_tokens: Completion tokens.
+        cached_tokens: Prompt tokens from its prefix cache.
         lost_prompt_tokens: The most prompt tokens of requests that may have been paid and brought
             no answer.
-        lost_completion_tokens: The same of their completions.
-        useful_tokens: Tokens of its answers that count, of items that have ended.
+        lost_completion_tokens: The same for their completions.
+        useful_tokens: Tokens of its answers that were used, of items that have ended.
         latency_p50_s: Median time to an answer in seconds, or None.
         latency_p90_s: 90 % quantile, or None.
         latency_p99_s: 99 % quantile, or None.
         opened: Times that its breaker opened.
-        hedges: Second requests that it was sent.
+        hedges: Second requests that were sent to it.
     """
 
     endpoint: str
@@ -167,15 +167,15 @@ class EndpointReport:
 
 @dataclass(frozen=True, slots=True)
 class FleetHealth:
-    """The fleet at a glance, for a live line.
+    """Summary of the fleet's state, for a live line.
 
     Attributes:
         healthy: Endpoints in use.
         total: All endpoints.
         in_flight: Requests in flight.
         waiting: Calls that wait for an endpoint.
-        refusals: Times that an endpoint said "not now".
-        paused: Why nothing goes on, or None.
+        refusals: Times that an endpoint refused for now (429, 503).
+        paused: Why no request can be sent, or None.
     """
 
     healthy: int

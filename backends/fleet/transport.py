@@ -1,4 +1,4 @@
-"""Aiohttp session, SSE stream, reading of completions."""
+"""HTTP session (aiohttp), SSE streams, parsing of completions."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from .failures import BodyTooLargeError, ErrorBody, Failure, HTTPAnswer, ProxyEr
 from .policy import FleetPolicy
 
 _LARGE: Final = 1 << 20
-"""Bytes above which aiohttp warns of a body that is sent in one piece."""
+"""Bytes above which aiohttp warns about a body that is sent in one piece."""
 
 _OK: Final = 200
 _LARGEST_DOCUMENT: Final = 8 * 2**20
-"""Bytes of a list of models, of metrics or of a registry's answer that are read."""
+"""Limit of bytes of a list of models, of metrics or of a registry's answer."""
 _LARGEST_ERROR: Final = 64 * 1024
-"""Bytes of an error's body that are read; messages quote its beginning."""
+"""Limit of bytes that are read of an error's body; messages quote its beginning."""
 
 
 class BodyReader:
-    """Reads an answer's body and stops at a bound.
+    """Reads an answer's body up to a limit.
 
     Bytes count after decompression, so that a small compressed body cannot fill the memory.
 
     Args:
         response: The answer, its body unread.
-        most: Most bytes that are read.
+        most: Limit of bytes.
 
     Attributes:
         response: The answer.
@@ -55,7 +55,7 @@ class BodyReader:
         """Read the whole body, or the beginning of an error's body.
 
         Raises:
-            BodyTooLargeError: It is larger than the bound; the connection is closed.
+            BodyTooLargeError: It is larger than the limit; the connection is closed.
             aiohttp.ClientError: The connection broke.
         """
         response, length = self.response, self.response.content_length
@@ -74,7 +74,7 @@ class BodyReader:
         """Read up to the next line end, which is included; return ``b""`` at the body's end.
 
         Raises:
-            BodyTooLargeError: The lines so far are larger than the bound; the connection is closed.
+            BodyTooLargeError: The lines so far are larger than the limit; the connection is closed.
             aiohttp.ClientError: The connection broke.
         """
         while not self._lines:
@@ -104,13 +104,13 @@ def _is_plain(response: aiohttp.ClientResponse) -> bool:
 
 
 class Transport:
-    """Sends requests; knows nothing of balancing or retries.
+    """Sends requests, without balancing or retries.
 
-    The pool is unlimited on purpose: the fleet bounds what is in flight, and a second bound
-    below it would only hide where calls wait.
+    The connection pool is unlimited on purpose: the fleet limits requests in flight, and a second
+    limit below it would only hide where calls wait.
 
     Args:
-        policy: Timeouts, the largest answer, and whether proxy variables count.
+        policy: Timeouts, the largest answer, and whether proxy variables apply.
     """
 
     def __init__(self, policy: FleetPolicy) -> None:
@@ -121,7 +121,7 @@ class Transport:
 
     @property
     def silence_s(self) -> float:
-        """Longest silence inside a stream, in seconds."""
+        """Return the longest silence inside a stream, in seconds."""
         return self._policy.timeout.chunk_s
 
     async def send(
@@ -130,10 +130,10 @@ class Transport:
         """Post one body and read the whole answer.
 
         Args:
-            url: Where to.
-            body: What.
-            headers: With which headers.
-            proxied: Whether the environment's proxy variables count.
+            url: The address.
+            body: The request.
+            headers: Its headers.
+            proxied: Whether the environment's proxy variables apply.
 
         Raises:
             aiohttp.ClientError: The connection failed or broke, or the answer is too large.
@@ -154,7 +154,7 @@ class Transport:
     ) -> BodyReader:
         """Post one body and return the reader of the answer; the caller closes the answer.
 
-        The limit for the whole answer becomes one for the silence between two chunks.
+        The timeout for the whole answer applies to the silence between two chunks instead.
 
         Raises:
             aiohttp.ClientError: The connection failed or broke.
@@ -190,7 +190,7 @@ class Transport:
             return HTTPAnswer(got.status, got.headers, body, got.request_info.headers)
 
     def _route_options(self, url: str, headers: Mapping[str, str], proxied: bool) -> dict[str, Any]:
-        """Return a request's headers and its proxy, if the environment names one, for aiohttp."""
+        """Return a request's headers, and its proxy if the environment names one, for aiohttp."""
         if not (proxied or self._policy.trust_env):
             return {"headers": headers}
         if url not in self._proxies:
@@ -258,13 +258,13 @@ def _proxy_of(url: URL) -> dict[str, Any]:
     if proxy.user is None and proxy.password is None:
         return {"proxy": proxy}
     pair = b64encode(f"{proxy.user or ''}:{proxy.password or ''}".encode()).decode()
-    told = {"Proxy-Authorization": f"Basic {pair}"}
+    login = {"Proxy-Authorization": f"Basic {pair}"}
     bare = proxy.with_user(None)
-    return {"proxy": bare, "proxy_headers" if url.scheme == "https" else "headers": told}
+    return {"proxy": bare, "proxy_headers" if url.scheme == "https" else "headers": login}
 
 
 def _to_payload(body: bytes) -> bytes | io.BytesIO:
-    """Return a body as aiohttp likes it: a large one is read in pieces, not to hold the loop up."""
+    """Return a body for aiohttp; a large one is read in pieces so as not to block the loop."""
     return io.BytesIO(body) if len(body) > _LARGE else body
 
 
@@ -279,11 +279,11 @@ ABORT_REASONS: Final = frozenset({"abort", "error"})
 
 
 CONTENT_FIELDS: Final = ("content", "tool_calls", "refusal", "function_call", "audio")
-"""Fields of a message by which it says something."""
+"""Fields of a message that hold content."""
 
 
 def read_completion(answer: HTTPAnswer, endpoint: str) -> dict[str, Any] | Failure:
-    """Decode an answer, or say why it is none.
+    """Decode an answer, or return why it is not a completion.
 
     Args:
         answer: The answer as it came, with any status.
@@ -307,20 +307,20 @@ def read_completion(answer: HTTPAnswer, endpoint: str) -> dict[str, Any] | Failu
         return plain
     answer = answer.mask_keys()
     if isinstance(document, dict) and (document.get("error") or document.get("object") == "error"):
-        complaint = ErrorBody.from_json(parse_json(answer.body))
-        return failures.classify_error_body(answer, complaint, _inner_status(complaint), endpoint)
+        error_body = ErrorBody.from_json(parse_json(answer.body))
+        return failures.classify_error_body(answer, error_body, _inner_status(error_body), endpoint)
     return failures.classify_bad_reply(answer, problem, endpoint)
 
 
 def _problem(document: Any) -> str | None:
     if not isinstance(document, dict):
-        return "the answer is no JSON object"
+        return "the answer is not a JSON object"
     if document.get("error"):
         return "an error in an answer with status 200"
     choices = document.get("choices")
     if not isinstance(choices, list) or not choices:
-        return "the answer holds no choices"
-    return None if any(map(_has_message, choices)) else "the answer holds no message"
+        return "the answer has no choices"
+    return None if any(map(_has_message, choices)) else "the answer has no message"
 
 
 def _has_message(choice: Any) -> bool:
@@ -328,11 +328,11 @@ def _has_message(choice: Any) -> bool:
 
 
 def normalize_completion(document: dict[str, Any]) -> None:
-    """Give a chat completion's fields the types that they have by its specification, in place.
+    """Give a chat completion's fields the types of the specification, in place.
 
-    Servers and what stands in between write other ones. What is no count is not told, a name that
-    is no text is none, a choice without a message and tool calls that are no calls are left out,
-    and what is no text becomes its JSON: the answer is paid, and counts.
+    Servers and proxies may send other types. The answer is paid, so it should count: an invalid
+    count is removed, a name that is not text becomes null, choices without a message and malformed
+    tool calls are removed, and content that is not text becomes its JSON text.
     """
     _normalize_top(document)
     choices = document["choices"] = [one for one in document["choices"] if _has_message(one)]
@@ -348,12 +348,12 @@ def normalize_completion(document: dict[str, Any]) -> None:
 
 
 def normalize_chunk(chunk: dict[str, Any]) -> None:
-    """Narrow the fields of one event of a stream in place, as :func:`normalize_completion` does.
+    """Normalize the fields of one stream event in place, as :func:`normalize_completion` does.
 
     Unlike in a whole answer, each part of a tool call may be missing: another event brings it.
     """
     _normalize_top(chunk)
-    chunk.pop("chunk", None)  # LangChain looks for choices there
+    chunk.pop("chunk", None)  # LangChain would search it for choices
     choices = chunk.get("choices")
     choices = chunk["choices"] = (
         [one for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
@@ -369,7 +369,7 @@ def normalize_chunk(chunk: dict[str, Any]) -> None:
         if call := delta.get("function_call"):
             delta["function_call"] = _normalize_function_part(call)
         _normalize_choice(choice, delta)
-        if logprobs := choice.get("logprobs"):  # LangChain joins those of all events
+        if logprobs := choice.get("logprobs"):  # LangChain concatenates those of all events
             lists = {name: one for name, one in logprobs.items() if isinstance(one, list)}
             choice["logprobs"] = lists or None
 
@@ -383,27 +383,27 @@ def _normalize_top(document: dict[str, Any]) -> None:
         document["usage"] = _normalize_usage(usage)
 
 
-def _normalize_choice(choice: dict[str, Any], said: dict[str, Any]) -> None:
-    """Give a choice's fields and those of its message, or of a part of it, their types."""
+def _normalize_choice(choice: dict[str, Any], message: dict[str, Any]) -> None:
+    """Normalize the fields of a choice and of its message or delta."""
     reason, logprobs = choice.get("finish_reason"), choice.get("logprobs")
     if reason is not None and not isinstance(reason, str):
         choice["finish_reason"] = to_json_text(reason)
     if logprobs is not None and not isinstance(logprobs, dict):
         choice["logprobs"] = None
     for name in ("content", "refusal"):
-        value = said.get(name)
+        value = message.get(name)
         if value is None or isinstance(value, str):
             continue
-        said[name] = _join_parts(value) or to_json_text(value)
-    if (audio := said.get("audio")) is not None and not isinstance(audio, dict):
-        said["audio"] = None
+        message[name] = _join_parts(value) or to_json_text(value)
+    if (audio := message.get("audio")) is not None and not isinstance(audio, dict):
+        message["audio"] = None
     for name in ("name", "id"):
-        if not isinstance(said.get(name, ""), str):
-            said[name] = None
+        if not isinstance(message.get(name, ""), str):
+            message[name] = None
 
 
 def _normalize_calls(calls: Any) -> list[dict[str, Any]] | None:
-    """Return the tool calls of a message, or None if one is no call of a function."""
+    """Return the tool calls of a message, or None if one is malformed."""
     if not isinstance(calls, list):
         return None
     found = []
@@ -418,7 +418,7 @@ def _normalize_calls(calls: Any) -> list[dict[str, Any]] | None:
 
 
 def _normalize_function(function: Any) -> dict[str, Any] | None:
-    """Return a function's call with its arguments as JSON text, or None if it is no call."""
+    """Return a function call with its arguments as JSON text, or None if it is malformed."""
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         return None
     arguments = function.get("arguments")
@@ -428,7 +428,7 @@ def _normalize_function(function: Any) -> dict[str, Any] | None:
 
 
 def _normalize_call_parts(calls: Any) -> list[dict[str, Any]] | None:
-    """Return the parts of tool calls that an event brings, or None if one is none."""
+    """Return the parts of tool calls in an event, or None if one is malformed."""
     if not isinstance(calls, list):
         return None
     found = []
@@ -462,7 +462,7 @@ def _normalize_function_part(function: Any) -> dict[str, Any] | None:
 
 
 def _join_parts(content: Any) -> str | None:
-    """Return the text of a content that comes in parts, or None if it is none."""
+    """Return the text of a content that consists of text parts, or None for other content."""
     if not isinstance(content, list):
         return None
     texts = [part.get("text") if isinstance(part, dict) else None for part in content]
@@ -470,7 +470,7 @@ def _join_parts(content: Any) -> str | None:
 
 
 def _is_usage(usage: Any) -> bool:
-    """Return True if all that is read of a usage is as it should be, as nearly always."""
+    """Return True if all used fields of a usage are valid, as nearly always."""
     if not isinstance(usage, dict):
         return False
     for name in _COUNTS:
@@ -487,7 +487,7 @@ def _are_details(details: Any) -> bool:
 
 
 def _normalize_usage(usage: Any) -> dict[str, Any] | None:
-    """Return what can be believed of a usage."""
+    """Return the valid fields of a usage."""
     if not isinstance(usage, dict):
         return None
     plain: dict[str, Any] = {
@@ -500,7 +500,7 @@ def _normalize_usage(usage: Any) -> dict[str, Any] | None:
 
 
 def is_completion(document: Any) -> bool:
-    """Tell whether something is a chat completion."""
+    """Return True if a value is a chat completion."""
     return _problem(document) is None
 
 
@@ -511,7 +511,7 @@ def _is_aborted(document: dict[str, Any]) -> bool:
 
 
 def is_empty(document: Mapping[str, Any]) -> bool:
-    """Tell whether a good answer says nothing at all although it was not cut."""
+    """Return True if a good answer has no content although it was not cut."""
     choice = document["choices"][0]
     message = choice["message"]
     return choice.get("finish_reason") in ("stop", None) and not any(
@@ -519,18 +519,18 @@ def is_empty(document: Mapping[str, Any]) -> bool:
     )
 
 
-def _inner_status(complaint: ErrorBody) -> int:
-    code = complaint.code or ""
+def _inner_status(error_body: ErrorBody) -> int:
+    code = error_body.code or ""
     return int(code) if code.isdigit() and 400 <= int(code) < 600 else 500  # noqa: PLR2004
 
 
 def is_simulated(document: Mapping[str, Any]) -> bool:
-    """Tell whether a simulated fleet made this answer."""
+    """Return True if a simulated fleet made this answer."""
     return document.get("system_fingerprint") == SIMULATED_FINGERPRINT
 
 
 def read_usage(document: Mapping[str, Any]) -> Usage:
-    """Return the tokens that an answer reports; unknown stays None."""
+    """Return the tokens that an answer reports; unknown values stay None."""
     usage = document.get("usage")
     if not isinstance(usage, dict):
         return Usage()
@@ -544,7 +544,7 @@ def make_reply(document: dict[str, Any], endpoint: str) -> Reply:
     """Turn a chat completion into a reply.
 
     Args:
-        document: The decoded answer, judged good.
+        document: The decoded answer, already checked.
         endpoint: Label of the endpoint that gave it.
     """
     choice = document["choices"][0]
@@ -563,22 +563,22 @@ def make_reply(document: dict[str, Any], endpoint: str) -> Reply:
 _DATA: Final = b"data:"
 _DONE: Final = b"data: [DONE]"
 _MARK: Final = b"\xef\xbb\xbf"
-"""A byte order mark, which may stand before the first line."""
+"""A byte order mark, which may precede the first line."""
 _FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
-"""What a line of an event stream begins with."""
+"""Valid beginnings of a line in an event stream."""
 
 OnEnd = Callable[[dict[str, Any] | Failure | None], None]
 
 
 @dataclass(frozen=True, slots=True)
 class StreamHooks:
-    """What a stream reports.
+    """Callbacks of a stream.
 
     Attributes:
-        on_idle: Called when nobody reads it for the moment.
+        on_idle: Called when the stream is not being read.
         on_read: Called when it is read again, or has ended.
-        on_end: Called once: with a summary of a whole answer, with what broke it off, or with None
-            when the caller left early.
+        on_end: Called once: with a summary of a whole answer, with the failure that interrupted it,
+            or with None if the caller left early.
     """
 
     on_idle: Callable[[], None]
@@ -592,13 +592,13 @@ class OpenStream:
     Args:
         reader: Reads the rest of the answer.
         head: The lines up to the first token's.
-        endpoint: Label of who answers.
+        endpoint: Label of the endpoint.
         silence_s: Longest wait for a further line, in seconds.
-        watch: Where it reports how it goes on.
+        hooks: Callbacks on its progress.
 
     Attributes:
         headers: The answer's headers.
-        is_empty: Whether the answer has ended and says nothing.
+        is_empty: Whether the answer has ended without content.
     """
 
     def __init__(
@@ -631,7 +631,8 @@ class OpenStream:
     ) -> OpenStream | Failure:
         """Read up to the first token, or return why there is none.
 
-        What comes before it (the speaker's role) is held back, so that the call may still move.
+        Earlier events (the speaker's role) are held back, so that the call may still move to
+        another endpoint.
         """
         response = reader.response
         if response.status != _OK:
@@ -655,10 +656,10 @@ class OpenStream:
             if failure is not None:
                 response.close()
                 return failure
-            said, reason = _says_something(chunk), _reason(chunk)
-            if said or reason:
+            has_content, reason = _has_any_content(chunk), _reason(chunk)
+            if has_content or reason:
                 stream = cls(reader, head, endpoint, silence_s, hooks)
-                stream.is_empty = not said and reason == "stop"
+                stream.is_empty = not has_content and reason == "stop"
                 return stream
             if line.startswith(_DONE):
                 break
@@ -666,13 +667,13 @@ class OpenStream:
             response.close()
             return failures.classify_early_end(endpoint)
         raw = HTTPAnswer(response.status, response.headers, b"")
-        return failures.classify_bad_reply(raw, "the stream held nothing", endpoint)
+        return failures.classify_bad_reply(raw, "the stream is empty", endpoint)
 
     @classmethod
     async def _from_document(
-        cls, reader: BodyReader, first: bytes, endpoint: str, silence_s: float, watch: StreamHooks
+        cls, reader: BodyReader, first: bytes, endpoint: str, silence_s: float, hooks: StreamHooks
     ) -> OpenStream | Failure:
-        """Take a body that is no event stream for the whole answer, or say why it is none."""
+        """Treat a body that is not an event stream as the whole answer, or return the failure."""
         response = reader.response
         lines = [first]
         while line := await reader.read_line():
@@ -685,12 +686,12 @@ class OpenStream:
             return document
         events = [_event(chunk) for chunk in _chunks_of(document)]
         events.append(_DONE + b"\n\n")
-        stream = cls(reader, events, endpoint, silence_s, watch)
+        stream = cls(reader, events, endpoint, silence_s, hooks)
         stream.is_empty = is_empty(document)
         return stream
 
     async def drain(self) -> None:
-        """Read what is left of an answer that nobody is waiting for, so that its usage is known."""
+        """Read the rest of an answer that no caller needs, so that its usage is known."""
         try:
             async for _ in self.lines():
                 pass
@@ -701,7 +702,7 @@ class OpenStream:
         """Yield the stream's events, and close it at the end.
 
         Raises:
-            EndpointLostError: The stream was cut or fell silent.
+            EndpointLostError: The stream was cut or timed out.
         """
         try:
             for line in self._head:
@@ -737,7 +738,7 @@ class OpenStream:
             raise _mark_partial(self._failure)
 
     def close(self) -> None:
-        """Let the endpoint go; leaving early frees the server's slot too."""
+        """Release the endpoint; closing early frees the server's slot too."""
         if not self._open:
             return
         self._open = False
@@ -749,9 +750,9 @@ class OpenStream:
         self._hooks.on_end(self._failure or (self._summary if whole else None))
 
     def _process_line(self, line: bytes) -> bytes:
-        """Note model, fingerprint, usage and the end as they pass; return a line's event."""
+        """Record model, fingerprint, usage and the end; return the line's event."""
         if line.startswith(_DONE):
-            # Readers stop here, so that what is missing must be told here.
+            # Readers stop here, so a missing part must be reported here.
             self._check_end()
             return _DONE + b"\n\n"
         if line.startswith(_DATA):
@@ -761,7 +762,7 @@ class OpenStream:
                 self._failure = failures.classify_bad_event(self._endpoint)
                 raise _mark_partial(self._failure) from None
             if chunk is None:
-                return b""  # a sign of life, and no part of an answer
+                return b""  # a heartbeat, not part of an answer
             for key in ("model", "system_fingerprint", "usage"):
                 if chunk.get(key):
                     self._summary[key] = chunk[key]
@@ -781,10 +782,10 @@ class OpenStream:
                 return b"".join(_event(one) for one in _chunks_of(chunk, self._has_content))
             self._has_content = self._has_content or bool(choices[0].get("delta"))
             return _event(chunk)
-        return b""  # of an event, readers need no more than its data
+        return b""  # readers need only an event's data
 
     def _drop_repeated_reason(self, choices: list[dict[str, Any]]) -> None:
-        """Drop a reason for the end that is told again: LangChain joins them to one text."""
+        """Drop a repeated finish reason: LangChain would concatenate them."""
         for choice in choices:
             if choice.get("finish_reason"):
                 index = str(choice.get("index"))
@@ -794,7 +795,7 @@ class OpenStream:
 
 
 def _mark_partial(failure: Failure) -> EndpointError:
-    """Return a failure's error, which came when a part of the answer was read."""
+    """Return a failure's error, marked as raised after a part of the answer was read."""
     if isinstance(failure.error, EndpointLostError):
         failure.error.has_partial_answer = True
     return failure.error
@@ -805,11 +806,11 @@ def _event(document: Mapping[str, Any]) -> bytes:
 
 
 def _chunks_of(document: Mapping[str, Any], spoken: bool = False) -> Iterator[dict[str, Any]]:
-    """Return the events by which a whole completion is streamed.
+    """Return the events that stream a whole completion.
 
     Args:
         document: The completion.
-        spoken: Whether its text has come before, token by token.
+        spoken: Whether its text has already come, token by token.
     """
     head = {**document, "object": "chat.completion.chunk"}
     usage = head.pop("usage", None)
@@ -826,10 +827,10 @@ def _chunks_of(document: Mapping[str, Any], spoken: bool = False) -> Iterator[di
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
-    """Return what an event holds, its fields made plain; None if it is no object.
+    """Return the normalized data of an event; None if it is not an object.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: It cannot be parsed.
     """
     data = line[len(_DATA) :].strip()
     if not data.startswith(b"{"):
@@ -848,24 +849,24 @@ def _decode(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_whole(choices: Sequence[Any]) -> bool:
-    """Tell whether an event holds the whole message in place of a part of it."""
+    """Return True if an event holds the whole message in place of a part of it."""
     first = next((one for one in choices if isinstance(one, dict)), {})
     return isinstance(first.get("message"), dict) and not first.get("delta")
 
 
-def _says_something(chunk: Mapping[str, Any] | None) -> bool:
-    """Tell whether an event brings a token, a call or a refusal."""
+def _has_any_content(chunk: Mapping[str, Any] | None) -> bool:
+    """Return True if an event brings a token, a call or a refusal."""
     if chunk is None:
         return False
     for choice in chunk.get("choices") or ():
-        said = choice.get("delta") or choice.get("message")
-        if isinstance(said, dict) and any(map(said.get, CONTENT_FIELDS)):
+        delta = choice.get("delta") or choice.get("message")
+        if isinstance(delta, dict) and any(map(delta.get, CONTENT_FIELDS)):
             return True
     return False
 
 
 def _reason(chunk: Mapping[str, Any] | None) -> Any:
-    """Return the reason that an event names for the end of the answer, or None."""
+    """Return the finish reason in an event, or None."""
     choices = (chunk or {}).get("choices") or ()
     return next((c["finish_reason"] for c in choices if c.get("finish_reason")), None)
 
@@ -880,13 +881,13 @@ def _error_event(
     if not (document.get("error") or document.get("object") == "error"):
         return None
     raw = _line_answer(line, 500, response)
-    complaint = ErrorBody.from_json(parse_json(raw.body))
-    code = complaint.code or ""
+    error_body = ErrorBody.from_json(parse_json(raw.body))
+    code = error_body.code or ""
     raw.status = int(code) if code.isdigit() else 500
-    return failures.classify_error_body(raw, complaint, raw.status, endpoint)
+    return failures.classify_error_body(raw, error_body, raw.status, endpoint)
 
 
 def _line_answer(line: bytes, status: int, response: aiohttp.ClientResponse) -> HTTPAnswer:
-    """Return an event as if it were an answer, without the request's keys."""
+    """Return an event in the form of an HTTP answer, without the request's keys."""
     body = line[len(_DATA) :].strip()
     return HTTPAnswer(status, response.headers, body, response.request_info.headers).mask_keys()

@@ -260,9 +260,9 @@ class RowValidator:
             payload = orjson.dumps(row)
         except orjson.JSONEncodeError as error:
             raise InputError(
-                f"{self._source.describe_position(position)}: {_unencodable_columns(row)} cannot be "
-                "written as JSON: "
-                f"{error}; use text, numbers, booleans, null, and lists and objects of them"
+                f"{self._source.describe_position(position)}: {_unencodable_columns(row)} "
+                f"cannot be written as JSON: {error}; use text, numbers, booleans, null, and "
+                "lists and objects of them"
             ) from error
         if is_too_deep(payload, row):
             where = self._source.describe_position(position)

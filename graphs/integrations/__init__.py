@@ -1,1 +1,1 @@
-"""A run as an agent's tool, as a service and as an Academy agent."""
+"""Runs as an agent's tool, as a service and as an Academy agent."""

@@ -1,4 +1,4 @@
-"""The whole map-reduce as an agent of Academy. Needs the extra ``academy``."""
+"""The map-reduce as an Academy agent; requires the extra ``academy``."""
 
 from __future__ import annotations
 
@@ -32,30 +32,29 @@ _MOST_WAIT_S: Final = 300.0
 
 
 def plain_exchange() -> RuntimeConfig:
-    """Return a configuration with which an agent takes and sends JSON only, never a pickle."""
+    """Return a runtime configuration that accepts and sends only JSON, never pickles."""
     json = SerializationStrategy.JSON
     return RuntimeConfig(allowed_deserializers={json}, default_serializer=json)
 
 
 class MapReduceAgent(Agent):
-    """Runs batches for other agents. What it takes and gives is plain JSON, errors included.
+    """Runs batches for other agents; requests and answers are plain JSON, including errors.
 
-    A run outlives the call that starts it: ``start`` answers at once, ``status`` and ``result``
-    ask. Every answer has ``v``, ``run_id`` and ``state`` (``starting``, ``running``, ``done``,
+    A run outlives the call that starts it: ``start`` returns at once, ``status`` and ``result``
+    query it. Every answer has ``v``, ``run_id`` and ``state`` (``starting``, ``running``, ``done``,
     ``paused`` for its budget, ``interrupted``, ``failed``, ``unknown``), or ``error`` with
-    ``kind``, ``type`` and ``message``. Runs lie in folders below ``home``: a new agent with the
-    same ``home`` goes on with them when they are started again.
+    ``kind``, ``type`` and ``message``. Run folders are in ``home``: a new agent with the
+    same ``home`` resumes a run when it is started again.
 
     Args:
         spec: A preset's name, a YAML file, or settings as a mapping.
-        home: Where the runs' folders lie.
-        inputs: Callers may name input files below this folder; None refuses paths.
-        allow_simulated: Whether a simulated fleet may be asked.
-        event_s: Least seconds between two progress events of a run.
+        home: Folder of the run folders.
+        inputs: Folder in which callers may name input files; None refuses paths.
+        allow_simulated: Allow a simulated fleet.
+        event_s: Minimum seconds between two progress events of a run.
 
     Raises:
-        ConfigurationError: A setting is wrong, or the fleet is simulated and that was not
-            allowed.
+        ConfigurationError: A setting is wrong, or the fleet is simulated without permission.
     """
 
     def __init__(
@@ -82,28 +81,28 @@ class MapReduceAgent(Agent):
     async def start(
         self, request: dict[str, Any], run_id: str | None = None, listener: str | None = None
     ) -> dict[str, Json]:
-        """Start a run, or go on with one that was interrupted; starting it twice is one run.
+        """Start a run, or resume an interrupted one; starting it twice makes one run.
 
         Args:
             request: ``{"items": […]}``, ``{"path": …}``, or ``{}`` for the configured input.
-            run_id: A name of the caller's for the run; made here if None.
-            listener: UUID of an agent whose action ``progress(run_id, event)`` is told how the
-                run goes on, and how it ends.
+            run_id: A name for the run; None generates one.
+            listener: UUID of an agent whose action ``progress(run_id, event)`` receives progress
+                events and the outcome.
         """
         run_id = run_id or secrets.token_hex(8)
         try:
-            served = await self._get_or_start(run_id, request)
+            run = await self._get_or_start(run_id, request)
             if listener is not None:
                 agent: AgentId[Any] = AgentId(uid=_uuid(listener), name=None, role="agent")
-                task = asyncio.create_task(self._notify_listener(served, Handle(agent)))
+                task = asyncio.create_task(self._notify_listener(run, Handle(agent)))
                 self._notifications.add(task)
                 task.add_done_callback(self._notifications.discard)
         except FanfoldError as error:
             return {"v": 1, "run_id": run_id, "error": make_error_reply(error)}
-        return served.status()
+        return run.status()
 
     async def _get_or_start(self, run_id: str, request: Mapping[str, Any]) -> ServiceRun:
-        self._service.run_folder(run_id)  # says what an id may be
+        self._service.run_folder(run_id)  # raises if the id is not valid
         loaded = await asyncio.to_thread(self._service.load_settings, request)
         known = self._runs.get(run_id)
         state = "unknown" if known is None else known.status()["state"]
@@ -116,55 +115,55 @@ class MapReduceAgent(Agent):
 
     @action
     async def status(self, run_id: str) -> dict[str, Json]:
-        """Tell where a run is."""
-        served = self._runs.get(run_id)
-        return _unknown_run(run_id) if served is None else served.status()
+        """Return the state and progress of a run."""
+        run = self._runs.get(run_id)
+        return _unknown_run(run_id) if run is None else run.status()
 
     @action
     async def result(self, run_id: str, wait_s: float = 30.0) -> dict[str, Json]:
-        """Wait for a run's end for a while; tell how it ended, or where it is.
+        """Wait for the end of a run; return its outcome, or its state if it still runs.
 
         Args:
             run_id: The run.
-            wait_s: Most seconds to wait; ask again for longer runs.
+            wait_s: Maximum seconds to wait; call again for longer runs.
         """
-        served = self._runs.get(run_id)
-        if served is None:
+        run = self._runs.get(run_id)
+        if run is None:
             return _unknown_run(run_id)
-        await asyncio.wait({served.task}, timeout=min(max(0.0, wait_s), _MOST_WAIT_S))
-        return served.outcome()
+        await asyncio.wait({run.task}, timeout=min(max(0.0, wait_s), _MOST_WAIT_S))
+        return run.outcome()
 
     @action
     async def cancel(self, run_id: str) -> dict[str, Json]:
-        """Let no further item of a run begin; what is finished is kept."""
-        served = self._runs.get(run_id)
-        if served is None:
+        """Stop a run after the items in flight; finished items are kept."""
+        run = self._runs.get(run_id)
+        if run is None:
             return _unknown_run(run_id)
-        served.cancel()
-        return served.status()
+        run.cancel()
+        return run.status()
 
-    async def _notify_listener(self, served: ServiceRun, listener: Handle[Any]) -> None:
-        """Tell a listener how a run goes on until it ends; a deaf one is given up."""
-        told: dict[str, Json] | None = None
+    async def _notify_listener(self, run: ServiceRun, listener: Handle[Any]) -> None:
+        """Send progress events to a listener until the run ends or the listener fails."""
+        sent: dict[str, Json] | None = None
         while True:
-            ended, _ = await asyncio.wait({served.task}, timeout=self._event_s)
-            event = served.outcome() if ended else served.status()
-            if event == told:
+            ended, _ = await asyncio.wait({run.task}, timeout=self._event_s)
+            event = run.outcome() if ended else run.status()
+            if event == sent:
                 continue
             try:
-                await asyncio.wait_for(listener.progress(served.run_id, event), _TELL_S)
-            except Exception as error:  # noqa: BLE001 - whatever ails a listener, the run goes on
-                logger.warning("run %s: its listener is told no more: %r", served.run_id, error)
+                await asyncio.wait_for(listener.progress(run.run_id, event), _TELL_S)
+            except Exception as error:  # noqa: BLE001 - a failing listener must not stop the run
+                logger.warning("run %s: no further events for its listener: %r", run.run_id, error)
                 return
             if ended:
                 return
-            told = event
+            sent = event
 
     async def agent_on_shutdown(self) -> None:
         """Stop all runs as ``cancel`` does, and wait for them."""
-        running = {served.task for served in self._runs.values() if not served.task.done()}
-        for served in self._runs.values():
-            served.cancel()
+        running = {run.task for run in self._runs.values() if not run.task.done()}
+        for run in self._runs.values():
+            run.cancel()
         for task in self._notifications:
             task.cancel()
         if running:

@@ -1,9 +1,9 @@
-"""What LangGraph's server asks of every HTTP request, whatever route it takes: ``http.app``.
+"""The ``http.app`` of LangGraph's server: checks the host and origin of every HTTP request.
 
-A page of any site that is open in a browser can send requests to a server on loopback, and reads
-the answers once its host's name points to 127.0.0.1. CORS does not keep it from sending. So a
-request must name a host that is this server, and its origin, if it has one, must be one that
-``http.cors`` of ``langgraph.json`` allows.
+A web page in a browser can send requests to a server on loopback, and can read the answers once its
+host name resolves to 127.0.0.1 (DNS rebinding). CORS does not prevent the sending. So a request
+must name a host of this server, and its origin, if any, must be one that ``http.cors`` of
+``langgraph.json`` allows.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...backends.core.errors import FanfoldError
 
 HOSTS_ENV: Final = "FANFOLD_SERVER_HOSTS"
-"""Variable with the names by which clients reach the server, commas between; loopback always is."""
+"""Variable with the comma-separated host names of this server; loopback is always allowed."""
 
 _SERVER: Final = "LANGGRAPH_HTTP"
-"""Where LangGraph's server keeps the section ``http`` of langgraph.json."""
+"""Variable in which LangGraph's server keeps the section ``http`` of langgraph.json."""
 
 _OWN: Final = "/noauth"
-"""Root path of the server's requests to itself; no request from outside can have one."""
+"""Root path of the server's requests to itself; external requests cannot have one."""
 
 _POLICY_VIOLATION: Final = 1008
 
 
 class SourceMiddleware:
-    """Refuses requests that name another host, or come from the page of a foreign site.
+    """Refuses requests that name another host or come from a page of another site.
 
     Args:
-        app: What the other requests are for.
-        environment: Where the settings are looked up.
+        app: The application that serves the other requests.
+        environment: Environment variables with the settings.
     """
 
     def __init__(self, app: ASGIApp, environment: Mapping[str, str] | None = None) -> None:
@@ -69,14 +69,14 @@ class SourceMiddleware:
         for host in headers.getlist("host") or [""]:
             if not self._is_own_host(_hostname(f"//{host}")):
                 return (
-                    "the request names a host that is not this server's; list the names by which "
-                    f"clients reach it in {HOSTS_ENV}, commas between"
+                    "the request names a host that is not this server's; list the host names of "
+                    f"the server in {HOSTS_ENV}, separated by commas"
                 )
         for origin in headers.getlist("origin"):
             if not self._is_allowed_origin(origin):
                 return (
-                    "the request comes from the page of a site that this server does not serve; "
-                    "list the site in http.cors.allow_origins of langgraph.json"
+                    "the request comes from a page of a site that is not allowed; list the site in "
+                    "http.cors.allow_origins of langgraph.json"
                 )
         return None
 
@@ -101,11 +101,11 @@ def _hostname(url: str) -> str | None:
 
 
 async def respond_with_error(_: Request, error: Exception) -> JSONResponse:
-    """Answer a request that fanfold refuses with the reason."""
+    """Return the error of a request that fanfold refuses."""
     return JSONResponse({"detail": str(error)}, status_code=422)
 
 
 app = Starlette(
     middleware=[Middleware(SourceMiddleware)], exception_handlers={FanfoldError: respond_with_error}
 )
-"""What ``langgraph.json`` names ``http.app``."""
+"""The ``http.app`` of ``langgraph.json``."""

@@ -1,4 +1,4 @@
-"""Runs of a service: begun under an id of the caller's, watched, stopped, asked for their end."""
+"""Runs of a service: start, watch and stop them by id, and get their outcome."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHOWN: Final = 500
 _KEYS: Final = ("items", "path")
 _STATES: Final = {EXIT_INTERRUPTED: "interrupted", EXIT_BUDGET: "paused"}
-"""Ends from which a run can be started again."""
+"""States from which a run can be started again, by exit code."""
 MAX_AGGREGATE_BYTES: Final = 300_000
-"""A larger aggregate is not sent: HTTP exchanges carry messages of 512,000 bytes."""
+"""Largest aggregate that is sent; HTTP exchanges limit a message to 512,000 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What a service runs.
+    """Settings and folders of a service.
 
     Attributes:
         loaded: The settings.
-        home: Where the runs' folders lie, each named by its run's id.
-        inputs: Callers may name files below this folder; None refuses paths.
-        allow_simulated: Whether a simulated fleet may be asked.
+        home: Folder of the run folders, each named by its run id.
+        inputs: Folder in which callers may name files; None refuses paths.
+        allow_simulated: Allow a simulated fleet.
     """
 
     loaded: LoadedConfig
@@ -65,7 +65,7 @@ class Service:
         """Return the folder of a run.
 
         Raises:
-            InputError: The id is no plain name.
+            InputError: The id is not a plain name.
         """
         if not isinstance(run_id, str) or not _ID.fullmatch(run_id):
             msg = "run_id: give 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
@@ -73,10 +73,10 @@ class Service:
         return self.home / run_id
 
     def load_settings(self, request: Mapping[str, Any]) -> LoadedConfig:
-        """Return the settings with the request's input; blocks.
+        """Return the settings with the input of a request; blocks.
 
         Raises:
-            InputError: The request has other keys, both inputs, an empty one, or a path that is
+            InputError: The request has unknown keys, both inputs, an empty input, or a path that is
                 not allowed.
         """
         check_run_input(request, where="request", keys=_KEYS)
@@ -94,9 +94,9 @@ class ServiceRun:
     """One run of a service.
 
     Args:
-        service: What is run.
-        loaded: The settings, with the request's input.
-        run_id: Its name.
+        service: The service.
+        loaded: The settings, with the input of the request.
+        run_id: The run's id.
         request: ``{"items": […]}``, ``{"path": …}`` or ``{}`` for the configured input.
     """
 
@@ -113,21 +113,21 @@ class ServiceRun:
 
     def _log_failure(self, task: asyncio.Task[RunResult]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            told = isinstance(error, FanfoldError)
-            logger.warning("run %s: %s", self.run_id, error, exc_info=None if told else error)
+            is_known = isinstance(error, FanfoldError)
+            logger.warning("run %s: %s", self.run_id, error, exc_info=None if is_known else error)
 
     @property
     def task(self) -> asyncio.Task[RunResult]:
-        """Return what is done when the run has ended."""
+        """Return the task of the run."""
         return self._task
 
     def cancel(self) -> None:
-        """Let no further item begin; those in flight end. It can be started again later."""
+        """Stop after the items in flight; the run can be started again later."""
         if not self._task.done():
             self._stop.request_stop("cancel")
 
     def is_same_request(self, request: Mapping[str, Any]) -> bool:
-        """Say whether it was started with this request."""
+        """Return True if the run was started with this request."""
         return _digest(self._request) == _digest(request)
 
     async def _run(self) -> RunResult:
@@ -140,17 +140,17 @@ class ServiceRun:
             )
 
     async def _open_folder(self) -> RunFolder:
-        """Make the run's folder, or go on with the one of an earlier process."""
-        asked = {"v": 1, "request": _digest(self._request)}
+        """Create the run folder, or open that of an earlier process."""
+        expected = {"v": 1, "request": _digest(self._request)}
         if await asyncio.to_thread(is_vacant, self._path):
             items, allowed = self._request.get("items"), self._service.allow_simulated
             folder = await prepare_run(self._loaded, self._path, items, allowed)
-            await asyncio.to_thread(write_json, self._path / "request.json", asked)
+            await asyncio.to_thread(write_json, self._path / "request.json", expected)
             return folder
         folder = await asyncio.to_thread(open_folder, self._path)
         file = self._path / "request.json"
         found = await asyncio.to_thread(lambda: file.read_bytes() if file.exists() else b"{}")
-        if orjson.loads(found) not in ({}, asked):
+        if orjson.loads(found) not in ({}, expected):
             msg = f"run_id: {self.run_id} was started with another request; choose another id"
             raise InputError(msg)
         return folder
@@ -159,7 +159,7 @@ class ServiceRun:
         self._tools = tools
 
     def status(self) -> dict[str, Json]:
-        """Return where the run is: ``state`` and ``progress``."""
+        """Return the ``state`` and ``progress`` of the run."""
         return {"v": 1, "run_id": self.run_id, "state": self._state(), "progress": self._progress()}
 
     def _state(self) -> str:
@@ -182,16 +182,16 @@ class ServiceRun:
         return {**counts, **about}
 
     def outcome(self) -> dict[str, Json]:
-        """Return where the run is and, once it has ended, how."""
-        said = self.status()
+        """Return the status of the run and, once it has ended, its result or error."""
+        reply = self.status()
         if not self._task.done():
-            return said
+            return reply
         if (error := self._error()) is not None:
-            return said | {"error": make_error_reply(error)}
+            return reply | {"error": make_error_reply(error)}
         result = self._task.result()
-        if said["state"] in _STATES.values():
-            return said | {"reason": result.reason}
-        return said | {
+        if reply["state"] in _STATES.values():
+            return reply | {"reason": result.reason}
+        return reply | {
             "progress": result.progress,
             **limit_aggregate(result.aggregate),
             "results": {
@@ -204,7 +204,7 @@ class ServiceRun:
 
 
 def limit_aggregate(aggregate: list[dict[str, Any]]) -> dict[str, Json]:
-    """Return the aggregate if a message carries it, else what to do instead."""
+    """Return the aggregate if it fits a message, else where to read it."""
     size = len(orjson.dumps(aggregate))
     if size <= MAX_AGGREGATE_BYTES:
         return {"aggregate": aggregate}
@@ -213,7 +213,7 @@ def limit_aggregate(aggregate: list[dict[str, Any]]) -> dict[str, Json]:
 
 
 def make_error_reply(error: BaseException) -> dict[str, Json]:
-    """Return an error as data: no exception crosses an exchange."""
+    """Return an error as plain data, because exchanges do not carry exceptions."""
     text = error.message if isinstance(error, FanfoldError) else str(error) or repr(error)
     kind = "configuration" if isinstance(error, ConfigurationError) else "run"
     if isinstance(error, InputError):

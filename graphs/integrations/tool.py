@@ -1,4 +1,4 @@
-"""As_tool(): a batch as a LangChain tool (schema, allowance, reply)."""
+"""``as_tool()``: a batch as a LangChain tool, with its schema, allowance and reply."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ _REPORT: Final = "Report this to the user: only the tool's owner can allow more.
 
 
 class Allowance:
-    """Items and budget over all calls; what one call may still spend is what the others left.
+    """Items and budget that all calls of a tool share.
 
     Args:
-        loaded: The settings; their ``budget`` holds for all calls together, or for each.
-        most_items: Most items over all calls; None sets no limit.
-        each: Whether the budget is each call's.
+        loaded: The settings; their ``budget`` applies to all calls together, or to each.
+        most_items: Maximum items over all calls; None sets no limit.
+        each: The budget applies to each call.
     """
 
     def __init__(self, loaded: LoadedConfig, most_items: int | None, *, each: bool) -> None:
@@ -62,12 +62,12 @@ class Allowance:
         self._lock = threading.Lock()  # sync calls come from several threads
 
     def begin_call(self, items: int) -> LoadedConfig:
-        """Take so many items; return the settings of a call, its budget being what is left.
+        """Reserve items; return the settings of a call, with the remaining budget.
 
-        Every call that begins must :meth:`end_call`. Blocks.
+        Every call that begins must call :meth:`end_call`. Blocks.
 
         Raises:
-            ToolException: So much is not left, or another call is spending it.
+            ToolException: Too little is left, or another call is using the budget.
         """
         with self._lock:
             loaded = self._remaining_settings() if self._limits else self._loaded
@@ -76,20 +76,20 @@ class Allowance:
             return loaded
 
     def pause_call(self, items: int) -> int:
-        """Give items back that a call will take again when its graph goes on; return what is left.
+        """Release the items of a call that will reserve them again on resume; return 0.
 
         Args:
-            items: What it has taken.
+            items: Items that the call has reserved.
         """
         with self._lock:
             self._left = None if self._left is None else self._left + items
         return 0
 
     def end_call(self, items: int, folder: Path) -> None:
-        """Count what a call has spent; blocks.
+        """Record what a call has spent; blocks.
 
         Args:
-            items: What it has taken; given back if it made no run, for then nothing was asked.
+            items: Items that it has reserved; released if it created no run folder.
             folder: Its run folder.
         """
         with self._lock:
@@ -134,8 +134,8 @@ def _read_spent(path: Path) -> Amount:
     """Return the most that a run may have spent."""
     folder = open_folder(path)
     about = folder.read_provenance()
-    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as ledger:
-        return read_spent_before(SpendLogs(folder.budget, get_run_ids(about)), ledger)
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
+        return read_spent_before(SpendLogs(folder.budget, get_run_ids(about)), journal)
 
 
 _TEXT: Final = 300
@@ -143,20 +143,19 @@ _FAILURES: Final = 5
 
 
 def format_reply(end: Mapping[str, Any], rows: int) -> str:
-    """Return a run's end as JSON text for a model; blocks.
+    """Return the result of a run as JSON text for a model; blocks.
 
     Args:
-        end: What the graph ended with.
-        rows: Most rows of each reduce stage.
+        end: Output of the graph.
+        rows: Maximum rows per aggregator.
 
     Raises:
-        BudgetExhaustedError: The run asks for a higher budget, and no agent is there to be
-            interrupted.
+        BudgetExhaustedError: The run needs a higher budget, and no agent can be interrupted.
     """
     if asked := end.get("__interrupt__"):
         raise BudgetExhaustedError(str(asked[0].value["why"]))
     progress, results = end["progress"], end["results"]
-    said: dict[str, Json] = {
+    reply: dict[str, Json] = {
         "items": progress["items"],
         "done": progress["done"],
         "failed": progress["failed"],
@@ -165,16 +164,16 @@ def format_reply(end: Mapping[str, Any], rows: int) -> str:
         "results": {"table": results["table"], "folder": results["folder"]},
     }
     if rows and not any("rows" in stage for stage in end["aggregate"]):
-        said["first"] = list(_first(Path(results["table"]), rows))
+        reply["first"] = list(_first(Path(results["table"]), rows))
     if progress["failed"]:
-        said["failures"] = list(_failures(Path(results["failures"])))
+        reply["failures"] = list(_failures(Path(results["failures"])))
     if results["simulated"]:
-        said["note"] = "simulated answers: they come from no model and mean nothing"
-    return orjson.dumps(said).decode()
+        reply["note"] = "simulated answers: they come from no model and mean nothing"
+    return orjson.dumps(reply).decode()
 
 
 def _stage(stage: Mapping[str, Any], rows: int) -> dict[str, Json]:
-    """Return a stage with its first rows, and how many there are beside them."""
+    """Return an aggregate entry with its first rows and the number of further rows."""
     shown = dict(_short(stage))
     for key in ("rows", "counts"):
         found = stage.get(key)
@@ -185,7 +184,7 @@ def _stage(stage: Mapping[str, Any], rows: int) -> dict[str, Json]:
 
 
 def _short(value: Json) -> Json:
-    """Return plain data with its texts cut."""
+    """Return plain data with truncated texts."""
     if isinstance(value, str):
         return value if len(value) <= _TEXT else value[: _TEXT - 1] + "…"
     if isinstance(value, Mapping):
@@ -211,20 +210,20 @@ def _failures(file: Path) -> Iterator[Json]:
 
 
 def format_error(error: FanfoldError, folder: Path) -> str:
-    """Return an error as the text that tells an agent what to do.
+    """Return an error as text that tells an agent what to do.
 
     Args:
-        error: What happened.
+        error: The error.
         folder: The run's folder.
     """
     if isinstance(error, InputError):
-        return f"{error.message}. Nothing was asked; correct the items and call again."
+        return f"{error.message}. No request was sent; correct the items and call again."
     if isinstance(error, RunStoppedError):
         return (
-            f"{error.message}. What is finished is kept in {folder}. Calling again does not help "
-            "now: report this to the user."
+            f"{error.message}. Finished items are kept in {folder}. Do not call again now; report "
+            "this to the user."
         )
-    return f"{error.message}. You cannot mend this: report it to the user."
+    return f"{error.message}. You cannot fix this: report it to the user."
 
 
 Value: TypeAlias = str | int | float | bool
@@ -233,7 +232,7 @@ _FORBID = ConfigDict(extra="forbid", populate_by_name=False)
 
 
 class ToolArguments(BaseModel):
-    """The arguments of one call; a subclass per task says what ``items`` are."""
+    """The arguments of one call; a subclass per task defines ``items``."""
 
     model_config = _FORBID
 
@@ -241,11 +240,11 @@ class ToolArguments(BaseModel):
 def make_arguments_schema(config: RunConfig, most: int) -> type[ToolArguments]:
     """Return the argument schema of a task.
 
-    Columns may have names that Python does not allow, so each is the alias of a numbered field.
+    Column names need not be valid in Python, so each is the alias of a numbered field.
 
     Args:
-        config: The task.
-        most: Most items of one call.
+        config: The settings.
+        most: Maximum items of one call.
     """
     names = needed_columns(config)
     smiles, id_column = config.input.smiles, config.input.id or "id"
@@ -265,7 +264,7 @@ def make_arguments_schema(config: RunConfig, most: int) -> type[ToolArguments]:
 
 
 def dump_rows(items: Sequence[BaseModel]) -> list[dict[str, Any]]:
-    """Return rows as plain data, by the columns' own names; a name that was left out is none."""
+    """Return rows as plain data by column name, without missing ids."""
     return [item.model_dump(by_alias=True, exclude_unset=True, exclude_none=True) for item in items]
 
 
@@ -279,7 +278,7 @@ _SHOWN: Final = 600
 _Reply: TypeAlias = tuple[str, dict[str, Any]]
 
 
-def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
+def as_tool(  # noqa: PLR0913 - keyword options of a public function
     spec: str | Path | Mapping[str, Any] | RunContext,
     *,
     name: str | None = None,
@@ -293,37 +292,35 @@ def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
 ) -> StructuredTool:
     """Return a LangChain tool that runs a whole batch, for agents.
 
-    The tool takes ``items``, typed by the columns that the task needs. It answers with JSON: the
-    aggregate with its first rows, what failed, and where all results lie; the message's artifact
-    is what the graph ended with. What cannot be done is a tool message with the status
-    ``error`` that says what to do. The settings' ``budget`` holds for all calls of the tool
-    together; no argument raises it.
+    The tool takes ``items``, typed by the columns that the task needs. It returns JSON: the
+    aggregate with its first rows, the failures, and the paths of all results; the message's
+    artifact is the output of the graph. An error is a tool message with the status ``error`` that
+    says what to do. The ``budget`` of the settings applies to all calls of the tool together; no
+    argument raises it.
 
     Args:
         spec: A preset's name, a YAML file, settings as a mapping, or a :class:`RunContext`, of
-            which the settings count and not the folder.
-        name: The tool's name; the run's name if None.
-        description: What the agent is told; made from the task if None.
-        max_items: Most items of one call.
-        max_items_in_all: Most items over all calls of this tool; None sets no limit.
-        rows: Most rows of each reduce stage that the agent is shown; of the results themselves
-            where no stage has rows.
-        folder: Where the runs' folders are made; ``fanfold-runs`` below the working directory
-            if None.
-        interrupt: Have LangGraph's interrupt ask whoever runs the agent for more when the budget
-            is exhausted, in place of telling the agent; the budget is then each call's. The
-            agent needs a checkpointer.
-        allow_simulated: Whether answers of a simulated fleet will do.
+            whose folder is ignored.
+        name: The tool's name; None uses the run's name.
+        description: The description for the agent; None derives it from the task.
+        max_items: Maximum items of one call.
+        max_items_in_all: Maximum items over all calls of this tool; None sets no limit.
+        rows: Maximum rows per aggregator in the reply; of the results themselves if no aggregator
+            has rows.
+        folder: Folder for the run folders; None uses ``fanfold-runs`` in the working directory.
+        interrupt: When the budget is exhausted, interrupt the graph so that the agent's user can
+            raise it, instead of returning an error to the agent; the budget then applies to each
+            call. The agent needs a checkpointer.
+        allow_simulated: Allow a simulated fleet.
 
     Raises:
-        ConfigurationError: A setting is wrong, or the fleet is simulated and that was not
-            allowed.
+        ConfigurationError: A setting is wrong, or the fleet is simulated without permission.
     """
     context = spec if isinstance(spec, RunContext) else RunContext(config=_config(spec))
     loaded = context.loaded
     if loaded.config.endpoints.simulated is not None and not allow_simulated:
         msg = (
-            "as_tool: these settings run on a simulated fleet, whose answers mean nothing; set "
+            "as_tool: these settings run on a simulated fleet, whose answers are meaningless; set "
             "endpoints, or allow_simulated=True for a trial"
         )
         raise ConfigurationError(msg)
@@ -331,13 +328,13 @@ def as_tool(  # noqa: PLR0913 - a public door's options, each by its name
         max_items = min(max_items, loaded.config.input.limit)
     allowance = Allowance(loaded, max_items_in_all, each=interrupt)
     where = (Path(folder) if folder is not None else Path(RUNS_FOLDER)).absolute()
-    errand = BatchTool(loaded.config.name, where, allowance, rows, allow_simulated)
+    batch_tool = BatchTool(loaded.config.name, where, allowance, rows, allow_simulated)
     return StructuredTool(
         name=_NAME.sub("_", name or loaded.config.name)[:64],
         description=description or _description(loaded),
         args_schema=make_arguments_schema(loaded.config, max_items),
-        func=errand.run,
-        coroutine=errand.arun,
+        func=batch_tool.run,
+        coroutine=batch_tool.arun,
         response_format="content_and_artifact",
         handle_tool_error=True,
         handle_validation_error=_explain_arguments,
@@ -349,14 +346,14 @@ def _config(spec: str | Path | Mapping[str, Any]) -> str | dict[str, Any]:
 
 
 class BatchTool:
-    """What the tool does.
+    """The implementation of the tool.
 
     Args:
-        name: Of the runs.
-        folder: Where their folders are made.
-        allowance: What all calls together may ask for and spend.
-        rows: Rows that the agent is shown.
-        allow_simulated: Whether simulated answers will do.
+        name: Name of the runs.
+        folder: Folder for the run folders.
+        allowance: Items and budget that all calls share.
+        rows: Maximum rows per aggregator in the reply.
+        allow_simulated: Allow a simulated fleet.
     """
 
     def __init__(
@@ -366,7 +363,7 @@ class BatchTool:
         self._rows, self._allow_simulated = rows, allow_simulated
 
     async def arun(self, items: list[BaseModel], config: RunnableConfig) -> _Reply:
-        """Run the items and say how it ended."""
+        """Run the items; return the reply and the output of the graph."""
         folder, count = self._new_folder(), len(items)
         with _explain_errors(folder):
             loaded = await asyncio.to_thread(self._allowance.begin_call, count)
@@ -383,7 +380,7 @@ class BatchTool:
             return await asyncio.to_thread(format_reply, end, self._rows), end
 
     def run(self, items: list[BaseModel], config: RunnableConfig) -> _Reply:
-        """Do the same for callers without a loop."""
+        """Run the items without an event loop; return the reply and the output of the graph."""
         folder, count = self._new_folder(), len(items)
         with _explain_errors(folder):
             loaded = self._allowance.begin_call(count)
@@ -402,11 +399,10 @@ class BatchTool:
         return self._folder / new_folder_name(self._name)
 
     def _build_graph(self, loaded: LoadedConfig, folder: Path) -> MapReduce:
-        """Return a graph for one call: each has a run folder and a fleet of its own."""
+        """Return a graph for one call, with a separate run folder and fleet."""
         allowed = self._allow_simulated
-        place = folder.parent, folder.name
         context = RunContext.from_loaded(
-            loaded, embedded=True, allow_simulated=allowed, place=place
+            loaded, embedded=True, allow_simulated=allowed, new_folder=(folder.parent, folder.name)
         )
         return build_bound_graph(context, fixed=True).compile()
 
@@ -430,7 +426,7 @@ def _explain_errors(folder: Path) -> Iterator[None]:
 
 
 def _explain_arguments(error: ValidationError | Any) -> str:
-    """Say what is wrong with the arguments, without the values."""
+    """Return what is wrong with the arguments, without their values."""
     found = [
         f"{'.'.join(map(str, part['loc']))}: {part['msg']}"
         for part in error.errors(include_url=False, include_input=False)
@@ -447,7 +443,7 @@ def _description(loaded: LoadedConfig) -> str:
         f"{stage.op} of {field}" if (field := getattr(stage, "field", None)) else stage.op
         for stage in loaded.config.reduce
     )
-    ends = f" Returns {stages}, and where the full results lie." if stages else ""
+    ends = f" Returns {stages}, and the paths of the full results." if stages else ""
     return (
         f"Asks a language model the same question about each of many items, all in one call: "
         f"“{asked}”{ends} Pass all items at once, not one by one."

@@ -1,4 +1,4 @@
-"""Begin, end and cancel of the jobs of a chain."""
+"""Begin, end and cancel the jobs of a chain."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ..run.console import print_messages
 
 _ENDS: Final = (DONE, FAILURES, USAGE, BUDGET)
-"""Exit codes that end a chain, whatever became of the servers."""
+"""Exit codes that end a chain, whatever the state of the servers."""
 _UNSERVED: Final = "no model server was left"
 _PATIENCE_S: Final = 10.0
 _LOOK_S: Final = 0.2
 _SIGNALLED: Final = 128
-"""What a shell adds to the number of the signal that ended a program."""
+"""Number that a shell adds to the signal that ended a program."""
 
 
 def begin_job(path: Path, name: str) -> int:
-    """Note that a job begins, and submit its successor; return 0 if there is something to do.
+    """Record that a job begins, and submit its successor; return 0 if there is work left.
 
     Args:
         path: The run folder.
@@ -65,13 +65,13 @@ def begin_job(path: Path, name: str) -> int:
 
 
 def end_job(path: Path, name: str, code: int, unserved: bool = False) -> int:
-    """Note how a job ended; take the successor back, or see that there is one.
+    """Record how a job ended; withdraw its successor, or make sure that there is one.
 
     Args:
         path: The run folder.
         name: The job's id.
         code: Exit code of its run.
-        unserved: Whether no model server was left before it ended.
+        unserved: Whether no model server was left.
     """
     folder, file = open_folder(path), chain_file(path)
     _wait_for_job(file, name)
@@ -81,9 +81,7 @@ def end_job(path: Path, name: str, code: int, unserved: bool = False) -> int:
     if unserved:
         cluster = path / "cluster"
         words = last_errors(cluster / "servers", cluster / f"serve-{name}.log")
-        print_messages(
-            [f"job {name}: {_UNSERVED}, and none could come; what was said last:", *words]
-        )
+        print_messages([f"job {name}: {_UNSERVED}, and none could start; last messages:", *words])
     file.append("ended", job=name, outcome=outcome, code=code, finished=finished, unserved=unserved)
     chain = file.read()
     found = next_job(chain, left)
@@ -98,46 +96,46 @@ def end_job(path: Path, name: str, code: int, unserved: bool = False) -> int:
 
 
 def _wait_for_job(file: ChainFile, name: str) -> JobChain:
-    """Return the chain once it names the job; whoever submits a job notes it a moment later.
+    """Return the chain once it lists the job; a job is recorded shortly after its submission.
 
     Raises:
-        ConfigurationError: It does not.
+        ConfigurationError: The chain does not list it in time.
     """
     patience = time.monotonic() + _PATIENCE_S
     while (chain := file.read()).find_job(name) is None:
         if time.monotonic() > patience:
-            msg = f"job {name} is not of this run's chain; submit jobs by: fanfold submit"
+            msg = f"job {name} is not in this run's chain; submit jobs with: fanfold submit"
             raise ConfigurationError(msg)
         time.sleep(_LOOK_S)
     return chain
 
 
 def _count_items(folder: RunFolder) -> tuple[int, int]:
-    """Return how many items are finished, and how many are left."""
+    """Return the number of items that are finished, and of those that are left."""
     about = folder.read_provenance()
-    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as ledger:
-        counts = ledger.count_items()
+    with Journal(folder.journal, get_run_ids(about), about["input"]["items"]) as journal:
+        counts = journal.count_items()
     return counts.done + counts.failed, counts.open
 
 
 def _find_lost_jobs(chain: JobChain, name: str) -> list[Job]:
-    """Return the jobs that began before this one and never said how they ended."""
+    """Return the jobs that began before this one and never recorded their end."""
     return [j for j in chain.unfinished_jobs() if j.began is not None and j.id != name]
 
 
 def _clear(servers: Path) -> None:
-    """Forget the endpoints of the job before, which may have been killed."""
+    """Remove the endpoints of the previous job, which may have been killed."""
     if servers.is_dir():
         for file in servers.iterdir():
             if file.is_file():
                 file.unlink(missing_ok=True)
-        for file in servers.glob("logs/*.failed"):  # of that job; its servers may come up now
+        for file in servers.glob("logs/*.failed"):  # its servers may start this time
             file.unlink(missing_ok=True)
     servers.mkdir(parents=True, exist_ok=True)
 
 
 def _submit_next(path: Path, file: ChainFile, chain: JobChain, name: str, found: NextJob) -> None:
-    """Submit the job after this one, unless there is one, or none is to be."""
+    """Submit the job after this one, unless there is one already or none is due."""
     this = chain.find_job(name)
     if not found.is_due or this is None or chain.find_successor(name) is not None:
         if not found.is_due:
@@ -148,10 +146,10 @@ def _submit_next(path: Path, file: ChainFile, chain: JobChain, name: str, found:
         after = make_scheduler(chain.options["scheduler"]).submit(script, name)
     except (BackendError, ConfigurationError) as error:
         why = f"the next job could not be submitted: {error.message}"
-        by_hand = f"go on from a login node: fanfold submit {path} …"
+        by_hand = f"resume from a login node: fanfold submit {path} …"
         if this.ended is None:
             print_messages(
-                [why, f"it is tried again at the end of this one; if that fails, {by_hand}"]
+                [why, f"fanfold retries at the end of this job; if that fails, {by_hand}"]
             )
         else:
             print_messages([why, by_hand])
@@ -165,7 +163,7 @@ def _submit_next(path: Path, file: ChainFile, chain: JobChain, name: str, found:
         after=name,
         by_hand=False,
     )
-    print_messages([f"job {after} follows when this one has ended"])
+    print_messages([f"job {after} starts after this one has ended"])
 
 
 def _withdraw_job(file: ChainFile, chain: JobChain, name: str) -> None:
@@ -175,12 +173,15 @@ def _withdraw_job(file: ChainFile, chain: JobChain, name: str) -> None:
         file.append("withdrawn", job=name, outcome="withdrawn before it began")
     else:
         print_messages(
-            [f"job {name} could not be withdrawn: {refused.message}", "it ends as it begins"]
+            [
+                f"job {name} could not be withdrawn: {refused.message}",
+                "it will end as soon as it starts",
+            ]
         )
 
 
 def _halt_chain(file: ChainFile, chain: JobChain, found: NextJob) -> None:
-    print_messages([f"the chain ends: {found.reason}"])
+    print_messages([f"end of the chain: {found.reason}"])
     if chain.halt_reason is None:
         file.append("halted", why=found.reason)
 
@@ -199,19 +200,19 @@ def _describe_exit(code: int) -> str:
 
 
 _BY_HAND: Final = {"slurm": "scancel", "pbs": "qdel"}
-_NONE_FOLLOWS: Final = "no job follows; what is finished stays, and fanfold submit goes on with it"
+_NONE_FOLLOWS: Final = "no further job; finished items are kept, and fanfold submit resumes the run"
 
 
 def cancel_jobs(path: Path, at_once: bool) -> None:
-    """Let no job follow, and end those that wait or run; each of them is tried.
+    """Stop the chain, and cancel each job that waits or runs.
 
     Args:
         path: The run folder.
-        at_once: Whether running jobs are ended by the scheduler rather than asked to.
+        at_once: Kill running jobs instead of letting them drain.
 
     Raises:
-        ConfigurationError: No job was ever submitted, or the scheduler's commands are not here.
-        BackendError: Jobs could not be ended; says which, why, and what to do.
+        ConfigurationError: No job was ever submitted, or the scheduler's commands are missing.
+        BackendError: Some jobs could not be ended; the message says which, why, and what to do.
     """
     open_folder(path)
     file = chain_file(path)
@@ -219,7 +220,7 @@ def cancel_jobs(path: Path, at_once: bool) -> None:
     if others := [job.id for job in chain.jobs if job.foreign and job.ended is None]:
         names = ", ".join(others)
         print_messages(
-            [f"{names}: jobs of the run that this folder was copied from; not cancelled"]
+            [f"{names}: not cancelled: jobs of the run that this folder was copied from"]
         )
     if all(job.foreign for job in chain.jobs):
         raise ConfigurationError(f"{path}: no job of this run was ever submitted")
@@ -241,29 +242,29 @@ def cancel_jobs(path: Path, at_once: bool) -> None:
 
 
 def _states(asked: Scheduler, jobs: Sequence[Job], path: Path) -> dict[str, JobState]:
-    """Return what the scheduler says of jobs, or what the chain's notes let expect.
+    """Return the job states from the scheduler, or those that the chain's records suggest.
 
     Raises:
-        ConfigurationError: The scheduler's commands are not here.
+        ConfigurationError: The scheduler's commands are missing.
     """
     try:
         return asked.fetch_states([job.id for job in jobs])
     except ConfigurationError as error:
-        msg = f"{error.message}: fanfold cancel {path}\nNo job follows those that are there."
+        msg = f"{error.message}: fanfold cancel {path}\nNo job follows the current ones."
         raise ConfigurationError(msg) from None
     except BackendError as error:
-        print_messages([error.message, "each job is tried all the same"])
+        print_messages([error.message, "trying to cancel each job anyway"])
         return {job.id: "running" if job.began else "queued" for job in jobs}
 
 
 def _end_job(
     asked: Scheduler, file: ChainFile, job: Job, state: JobState, at_once: bool
 ) -> str | FanfoldError:
-    """End one job; return what became of it, or why it could not be."""
+    """End one job; return the outcome or the error."""
     if state == "ended":
         outcome = "is gone already"
     elif state == "running" and not at_once:
-        outcome = "is asked to end; items in flight are waited for (--now ends it at once)"
+        outcome = "draining: finishes the items in flight (use --now to kill it)"
         return try_job_command(asked, job.id, asked.drain) or outcome
     else:
         if (error := try_job_command(asked, job.id, asked.cancel)) is not None:
@@ -282,6 +283,6 @@ def _advice(path: Path, chain: JobChain, refused: Mapping[str, FanfoldError]) ->
         (
             *why,
             f"try again: fanfold cancel {path}   or by hand: {by_hand}",
-            "no job follows in any case: one that waits ends as it begins",
+            "no job follows in any case: a waiting job ends as soon as it starts",
         )
     )

@@ -1,4 +1,4 @@
-"""The command ``submit_job``: a run folder, its job script, and the first job of a chain."""
+"""``fanfold submit``: create a run folder and its job script, and submit the first job."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _UNITS: Final = (86400, 3600, 60, 1)
 _CLOCK: Final = re.compile(r"(\d+):([0-5]\d):([0-5]\d)")
 _BATCH: Final = 64
-"""Items that keep a server busy: below that, a note says that there are few."""
+"""Items per server that keep it busy; with fewer, ``submit`` prints a note."""
 _VARIABLE: Final = re.compile(r"(?<!\$)\$\{([A-Za-z_]\w*)\}")
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitOptions:
-    """What the options of ``submit_job`` ask for.
+    """Options of ``fanfold submit``.
 
     Attributes:
-        site: A site's name or file.
-        nodes: Nodes of each job.
-        walltime: Most time of each job, as ``2h`` or ``02:00:00``.
+        site: Name or file of a site.
+        nodes: Nodes per job.
+        walltime: Time limit per job, as ``2h`` or ``02:00:00``.
         queue: Queue, partition or quality of service.
         account: Account or project.
-        jobs: Most jobs of the chain, or None.
-        node_hours: Most node-hours of the chain, or None.
-        archive: An environment by ``fanfold pack``, or None.
+        jobs: Maximum jobs in the chain, or None.
+        node_hours: Maximum node-hours of the chain, or None.
+        archive: Environment archive made by ``fanfold pack``, or None.
     """
 
     site: str
@@ -69,7 +69,7 @@ def parse_walltime(text: str) -> int:
     """Return the seconds of ``2h``, ``1h30m``, ``90m`` or ``02:00:00``.
 
     Raises:
-        ConfigurationError: It is none of these.
+        ConfigurationError: The text has none of these formats.
     """
     if clock := _CLOCK.fullmatch(text):
         hours, minutes, rest = map(int, clock.groups())
@@ -82,26 +82,26 @@ def parse_walltime(text: str) -> int:
 
 
 def submit_job(
-    config: str, out: Path | None, wish: Overrides, order: SubmitOptions, dry: bool
+    config: str, out: Path | None, overrides: Overrides, options: SubmitOptions, dry: bool
 ) -> None:
-    """Prepare a run folder and submit its first job, or only show the script.
+    """Prepare a run folder and submit its first job, or only print the script.
 
     Args:
-        config: A preset, a YAML file, or an existing run folder to go on with.
-        out: The run folder; for a new run.
-        wish: What the options change of the settings.
-        order: What kind of jobs.
+        config: A preset, a YAML file, or an existing run folder to resume.
+        out: The run folder of a new run.
+        overrides: Settings changed by options.
+        options: Options of the jobs.
         dry: Print the script; write and submit nothing.
     """
     folder = _find_run_folder(config, out)
     path = (folder.path if folder else out or default_run_folder(Path(config).stem)).resolve()
-    site = load_site(order.site)
+    site = load_site(options.site)
     loaded, notices = _resolve_settings(
-        str(folder.settings) if folder else config, path, wish, order, site
+        str(folder.settings) if folder else config, path, overrides, options, site
     )
-    plan = _make_job_plan(loaded, path, order, site)
+    plan = _make_job_plan(loaded, path, options, site)
     plan.check()
-    _check_bounds(plan, order, loaded)
+    _check_bounds(plan, options, loaded)
     if dry:
         _show(plan)
         return
@@ -113,12 +113,12 @@ def submit_job(
     else:
         asyncio.run(prepare_run(loaded, path, defer_endpoints=plan.starts_servers))
     _write(plan)
-    job = _submit_first(plan, order)
-    print_messages(_about(plan, job, loaded, order))
+    job = _submit_first(plan, options)
+    print_messages(_about(plan, job, loaded, options))
 
 
 def _find_run_folder(config: str, out: Path | None) -> RunFolder | None:
-    """Return the run folder to go on with, or None for a new run."""
+    """Return the run folder to resume, or None for a new run."""
     if Path(config).is_dir():
         if out is not None:
             raise ConfigurationError(f"{config} is a run folder; --out is for new runs")
@@ -127,53 +127,53 @@ def _find_run_folder(config: str, out: Path | None) -> RunFolder | None:
 
 
 def _resolve_settings(
-    config: str, path: Path, wish: Overrides, order: SubmitOptions, site: SiteConfig
+    config: str, path: Path, overrides: Overrides, options: SubmitOptions, site: SiteConfig
 ) -> tuple[LoadedConfig, list[str]]:
-    """Return the settings, with what follows from the job's nodes in them."""
-    loaded, notices = wish.resolve(config)
+    """Return the settings, adapted to the nodes of the jobs."""
+    loaded, notices = overrides.resolve(config)
     settings: dict[str, Any] = {}
     backend = loaded.config.backend
     if backend.starts_workers_on_nodes and backend.command is None:
-        settings["backend.workers"] = order.nodes
+        settings["backend.workers"] = options.nodes
     if loaded.config.node.serve is not None:
-        settings |= _server_settings(loaded, path, order, site)
+        settings |= _server_settings(loaded, path, options, site)
     if not settings:
         return loaded, notices
-    # the settings once more, as they were written, with the job's own in them
+    # load the settings again as written, with those of the job
     again = load_config(loaded.raw, (), settings)
     return replace(again, source=loaded.source, preset=loaded.preset), notices
 
 
 def _server_settings(
-    loaded: LoadedConfig, path: Path, order: SubmitOptions, site: SiteConfig
+    loaded: LoadedConfig, path: Path, options: SubmitOptions, site: SiteConfig
 ) -> dict[str, Any]:
-    """Return the settings by which the job's own servers are the endpoints.
+    """Return the settings that make the job's own servers the endpoints.
 
     Raises:
-        ConfigurationError: Nobody says which model they serve, or others serve it already.
+        ConfigurationError: The model has no name, or other endpoints are configured.
     """
     if loaded.config.model.name is None:
         msg = (
-            f"{loaded.source}: model.name: nobody can be asked before the job what its servers "
-            "serve; set it"
+            f"{loaded.source}: model.name is missing; set it, because the servers of the job "
+            "cannot be asked before it starts"
         )
         raise ConfigurationError(msg)
     config = loaded.config
     if not has_own_servers(config) and config.endpoints.simulated is None:
         (kind,) = (k for k in ENDPOINT_KINDS if getattr(config.endpoints, k) not in (None, False))
         msg = (
-            f"{loaded.source}: node.serve stands beside endpoints.{kind}, where somebody else "
-            "serves, and nothing is started twice; leave one of them out"
+            f"{loaded.source}: node.serve starts servers, but endpoints.{kind} refers to servers "
+            "that run already; remove one of them"
         )
         raise ConfigurationError(msg)
     settings: dict[str, Any] = {f"endpoints.{k}": None for k in (*ENDPOINT_KINDS, *HOSTS_ONLY_KEYS)}
     settings["endpoints.file"] = str(path / "cluster" / "servers")
-    if not loaded.config.backend.node_endpoints:  # else the coordinator asks, and awaits, nobody
-        wanted, own = order.nodes * loaded.config.node.instances, loaded.config.endpoints
+    if not loaded.config.backend.node_endpoints:  # else the coordinator uses no endpoints
+        wanted, own = options.nodes * loaded.config.node.instances, loaded.config.endpoints
         least = own.least if own.least > 1 else max(1, wanted // 2)
-        settings["endpoints.least"] = min(least, wanted)  # a job before may have had more nodes
+        settings["endpoints.least"] = min(least, wanted)  # an earlier job may have had more nodes
         settings["endpoints.wait_s"] = own.wait_s or loaded.config.node.timeout_s
-    if get_at_path(loaded.raw, ("limits", "fleet_wait_s")) is None:  # as long as a restart may take
+    if get_at_path(loaded.raw, ("limits", "fleet_wait_s")) is None:  # a restart may take so long
         settings["limits.fleet_wait_s"] = loaded.config.node.timeout_s
     own_cards = loaded.config.node.accelerators
     if site.accelerators is not None and own_cards.variable == "none":
@@ -183,50 +183,55 @@ def _server_settings(
 
 
 def _make_job_plan(
-    loaded: LoadedConfig, path: Path, order: SubmitOptions, site: SiteConfig
+    loaded: LoadedConfig, path: Path, options: SubmitOptions, site: SiteConfig
 ) -> JobPlan:
-    archive = order.archive.resolve() if order.archive else None
+    archive = options.archive.resolve() if options.archive else None
     if archive is not None and not archive.is_file():
         raise ConfigurationError(
-            f"--pack {archive}: no such file; make it by: fanfold pack -o FILE"
+            f"--pack {archive}: no such file; create it with: fanfold pack -o FILE"
         )
     if archive is not None and (reason := find_path_risk(archive)) is not None:
-        raise ConfigurationError(f"--pack: the jobs would run what others can change: {reason}")
+        raise ConfigurationError(f"--pack: other users could change what the jobs run: {reason}")
     backend = loaded.config.backend
     return JobPlan(
         run=path,
         name=loaded.config.name,
-        command=(sys.executable, "-P", "-m", "fanfold"),  # Slurm begins in anybody's folder
+        command=(
+            sys.executable,
+            "-P",
+            "-m",
+            "fanfold",
+        ),  # Slurm may start in a folder that others can write to
         site=site,
-        nodes=order.nodes,
-        walltime_s=parse_walltime(order.walltime),
+        nodes=options.nodes,
+        walltime_s=parse_walltime(options.walltime),
         drain_s=loaded.config.limits.drain_s + (STOP_GRACE_S if backend.is_remote else 0.0),
         starts_servers=loaded.config.node.serve is not None,
         starts_workers=backend.starts_workers_on_nodes and backend.command is None,
-        queue=order.queue,
-        account=order.account,
+        queue=options.queue,
+        account=options.account,
         archive=archive,
     )
 
 
-def _check_bounds(plan: JobPlan, order: SubmitOptions, loaded: LoadedConfig) -> None:
-    """Check that the first job keeps within the chain's node-hours, and has time for items.
+def _check_bounds(plan: JobPlan, options: SubmitOptions, loaded: LoadedConfig) -> None:
+    """Check that the first job fits the chain's node-hours and has time for items.
 
     Raises:
-        ConfigurationError: It alone may take more, or its end takes all of it.
+        ConfigurationError: It may exceed the node-hours, or has no time left for items.
     """
     kept = plan.reserve_s + plan.drain_s + loaded.config.limits.margin_s
     if kept >= plan.walltime_s:
         msg = (
-            f"--walltime {order.walltime}: {kept:g} s of it are kept for its end (reserve_s of the "
-            "site, limits.drain_s and margin_s), and none are left; give more"
+            f"--walltime {options.walltime}: no time is left for items: {kept:g} s are reserved "
+            "for the end (reserve_s of the site, limits.drain_s and margin_s); increase it"
         )
         raise ConfigurationError(msg)
     due = plan.nodes * plan.walltime_s / 3600
-    if order.node_hours is not None and due > order.node_hours:
+    if options.node_hours is not None and due > options.node_hours:
         msg = (
-            f"--node-hours {order.node_hours:g}: one job of {plan.nodes} nodes may take {due:.2f}; "
-            "give fewer nodes, a shorter --walltime or more node-hours"
+            f"--node-hours {options.node_hours:g}: one job of {plan.nodes} nodes may take "
+            f"{due:.2f}; use fewer nodes, a shorter --walltime or more node-hours"
         )
         raise ConfigurationError(msg)
 
@@ -237,7 +242,7 @@ def _show(plan: JobPlan) -> None:
 
 
 def _scripts(plan: JobPlan) -> dict[str, str]:
-    """Return the job's script and those that it needs, by their files' names."""
+    """Return the job script and the scripts that it calls, by file name."""
     scripts = {"job.sh": job_script(plan)}
     if plan.starts_servers:
         scripts["node.sh"] = node_script(plan)
@@ -247,10 +252,10 @@ def _scripts(plan: JobPlan) -> dict[str, str]:
 
 
 def _check_no_job(file: ChainFile, asked: Scheduler) -> None:
-    """Check that no job of the run is waiting or running; note those that are gone.
+    """Check that no job of the run waits or runs; record those that are gone.
 
     Raises:
-        ConfigurationError: One is.
+        ConfigurationError: A job waits or runs.
     """
     chain = file.read()
     states = asked.fetch_states([job.id for job in chain.unfinished_jobs()])
@@ -268,10 +273,10 @@ def _write(plan: JobPlan) -> None:
         script = plan.folder / name
         write_bytes(script, text.encode())
         mode = script.stat().st_mode
-        script.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
+        script.chmod(mode | (mode & 0o444) >> 2)  # executable for everyone who may read it
 
 
-def _submit_first(plan: JobPlan, order: SubmitOptions) -> str:
+def _submit_first(plan: JobPlan, options: SubmitOptions) -> str:
     try:
         job = make_scheduler(plan.site.scheduler).submit(plan.folder / "job.sh")
     except (BackendError, ConfigurationError) as error:
@@ -280,8 +285,8 @@ def _submit_first(plan: JobPlan, order: SubmitOptions) -> str:
     terms = {
         "site": plan.site.name,
         "scheduler": plan.site.scheduler,
-        "jobs": order.jobs,
-        "node_hours": order.node_hours,
+        "jobs": options.jobs,
+        "node_hours": options.node_hours,
     }
     chain_file(plan.run).append(
         "submitted",
@@ -295,35 +300,34 @@ def _submit_first(plan: JobPlan, order: SubmitOptions) -> str:
     return job
 
 
-def _about(plan: JobPlan, job: str, loaded: LoadedConfig, order: SubmitOptions) -> Iterator[str]:
+def _about(plan: JobPlan, job: str, loaded: LoadedConfig, options: SubmitOptions) -> Iterator[str]:
     found = RunFolder(plan.run).read_provenance()["input"]
     yield f"{found['items']:,} items from {found['source']}; run folder {plan.run}"
-    yield f"job {job} is submitted: {plan.nodes} nodes, {plan.walltime_s / 3600:g} h at most"
-    yield _bounds(order)
+    yield f"job {job} submitted: {plan.nodes} nodes, {plan.walltime_s / 3600:g} h at most"
+    yield _bounds(options)
     yield f"site {plan.site.name}: {plan.site.tested}; its script: {plan.folder}/job.sh"
     yield from (f"note: {hint}" for hint in plan.site.hints)
     servers, streams = plan.nodes * loaded.config.node.instances, loaded.config.limits.streams
     if plan.starts_servers and streams < servers * _BATCH:
         yield (
             f"note: limits.streams is {streams:,}, so {servers:,} servers have "
-            f"{streams / servers:,.0f} items each at a time; their batches may take more"
+            f"{streams / servers:,.0f} items each in flight; their batches may hold more"
         )
     if names := sorted(set(_VARIABLE.findall(str(loaded.plain)))):
         yield (
-            f"note: the job must find {', '.join(names)} in its environment; where the scheduler "
-            "does not pass it on, let 'setup' of a site file read it from a file of yours"
+            f"note: the job needs {', '.join(names)} in its environment; if the scheduler does "
+            "not pass it on, set it in 'setup' of a site file"
         )
     yield f"fanfold status {plan.run}   fanfold cancel {plan.run}"
 
 
-def _bounds(order: SubmitOptions) -> str:
-    """Say when the chain ends."""
-    given = [f"after {order.jobs:,} jobs"] if order.jobs is not None else []
-    if order.node_hours is not None:
-        given.append(f"before {order.node_hours:g} node-hours are used up")
-    others = ", ".join(given) or "nothing else bounds it (--jobs, --node-hours)"
+def _bounds(options: SubmitOptions) -> str:
+    """Return when the chain ends."""
+    given = [f"after {options.jobs:,} jobs"] if options.jobs is not None else []
+    if options.node_hours is not None:
+        given.append(f"before {options.node_hours:g} node-hours are spent")
+    others = ", ".join(given) or "no other limit (--jobs, --node-hours)"
     return (
-        f"others follow it until all items are finished, or {MAX_IDLE_JOBS} jobs in a row finish "
-        "none; "
-        f"{others}"
+        f"more jobs follow until all items are finished, or {MAX_IDLE_JOBS} jobs in a row finish "
+        f"none; {others}"
     )

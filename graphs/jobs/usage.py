@@ -1,4 +1,4 @@
-"""States, node-hours and utilisation of a run's jobs, as data."""
+"""States, node-hours and utilization of a run's jobs, as plain data."""
 
 from __future__ import annotations
 
@@ -44,60 +44,64 @@ def run_utilization(
 ) -> Utilization:
     """Return the useful share of a run's jobs.
 
-    A full batch is what the settings say: ``limits.endpoint_streams``, or ``--max-num-seqs`` in
-    ``node.serve``; else what was seen of the servers.
+    The size of a full batch comes from the settings (``limits.endpoint_streams``, or
+    ``--max-num-seqs`` in ``node.serve``), else from what the servers reported.
 
     Args:
         folder: The run's folder.
         hours: The jobs.
-        batch: Items that one server works on at a time; None looks for it in the settings.
-        counts: Go by the servers' own counts where there are any; else by the journal alone.
+        batch: Concurrent items per server; None takes it from the settings.
+        counts: Use the servers' own counts where available; else only the journal.
 
     Raises:
         JournalError: The journal cannot be read.
     """
     settings, _ = read_settings(folder.settings)
     instances = int(get_at_path(settings, ("node", "instances")) or 1)
-    places = batch or get_at_path(settings, ("limits", "endpoint_streams"))
-    places = places or _parse_max_num_seqs(get_at_path(settings, ("node", "serve")))
+    full_batch = batch or get_at_path(settings, ("limits", "endpoint_streams"))
+    full_batch = full_batch or _parse_max_num_seqs(get_at_path(settings, ("node", "serve")))
     ordered = sorted(hours, key=lambda one: one.begin)
     times = [(one.begin, one.end) for one in ordered]
-    told = (
+    servers = (
         read_job_servers(job_servers_folder(folder), times)
         if counts
         else [JobServers() for _ in times]
     )
     found = group_by_job(
-        read_answered_items(_records(folder)), times, [not one.has_counts for one in told]
+        read_answered_items(_records(folder)), times, [not one.has_counts for one in servers]
     )
-    jobs = [_job_utilization(*each, instances) for each in zip(ordered, told, found, strict=True)]
-    return compute_utilization(jobs, places)
+    jobs = [
+        _job_utilization(*each, instances) for each in zip(ordered, servers, found, strict=True)
+    ]
+    return compute_utilization(jobs, full_batch)
 
 
 def last_activity(folder: RunFolder) -> float | None:
-    """Return when the run's servers or its journal were last heard of, in seconds since 1970."""
+    """Return the last write of the run's servers or journal, in seconds since 1970."""
     logs, journal = job_servers_folder(folder) / "logs", folder.journal
     files = (*logs.glob("*.jsonl"), *journal.glob("*.jsonl"))
     return max((file.stat().st_mtime for file in files), default=None)
 
 
 def job_servers_folder(folder: RunFolder) -> Path:
-    """Return the folder where the nodes of a run's jobs tell of their servers."""
+    """Return the folder where the nodes of a run's jobs record their servers."""
     return folder.path / "cluster" / "servers"
 
 
 def _records(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """Yield all records of the journal; servers worked also for those that were replaced."""
+    """Yield all journal records, including replaced ones, for which servers worked too."""
     run = get_run_ids(folder.read_provenance())
     for path in sorted(folder.journal.glob("*.jsonl")):
         yield from (line.record for line in scan_lines(JournalSource(path, run)))
 
 
-def _job_utilization(spent: JobUsage, told: JobServers, items: JobItems, instances: int) -> JobTime:
+def _job_utilization(
+    spent: JobUsage, servers: JobServers, items: JobItems, instances: int
+) -> JobTime:
     first, last = items.first, items.last
-    if told.has_counts:
-        did = tuple(tuple(one) for one in told.intervals.values())
-        first = min((t for t in (first, told.first_busy_at) if t is not None), default=None)
+    if servers.has_counts:
+        did = tuple(tuple(one) for one in servers.intervals.values())
+        first = min((t for t in (first, servers.first_busy_at) if t is not None), default=None)
         last = spent.end if last is None and first is not None else last
     else:
         did = tuple(
@@ -113,34 +117,34 @@ def _job_utilization(spent: JobUsage, told: JobServers, items: JobItems, instanc
         first_item_at=first,
         last_item_at=last,
         was_stopped=spent.job.ended is not None and spent.job.code not in (DONE, FAILURES),
-        has_counts=told.has_counts,
+        has_counts=servers.has_counts,
         intervals=did,
     )
 
 
 def _parse_max_num_seqs(command: str | None) -> int | None:
-    """Return what a command says of ``--max-num-seqs``."""
+    """Return the value of ``--max-num-seqs`` in a command, or None."""
     found = _SEQUENCES.search(command or "")
     return int(found[1]) if found else None
 
 
 _JOB: Final = ("SLURM_JOB_ID", "PBS_JOBID")
-"""Variables that name the job in which a process runs."""
+"""Environment variables with the id of the job that a process runs in."""
 
 
 def job_report(
     path: Path, utilization: bool = False, batch: int | None = None
 ) -> dict[str, Any] | None:
-    """Return what is known of a run's jobs as plain data, or None if it never had any.
+    """Return a report of a run's jobs as plain data, or None if it never had any.
 
-    The scheduler is asked where it can be; else the chain's own notes stand in, and
-    ``scheduler_says`` tells why.
+    Uses the scheduler's data if available; else the records of the chain, with the reason in
+    ``scheduler_says``.
 
     Args:
         path: The run folder.
         utilization: Compute how busy the servers were and the useful share, which reads the whole
             journal and the nodes' records.
-        batch: Items that one server works on at a time; None looks for it in the settings.
+        batch: Concurrent items per server; None takes it from the settings.
 
     Raises:
         JournalError: The chain's file cannot be read.
@@ -148,17 +152,17 @@ def job_report(
     chain = chain_file(path).read()
     if not chain.jobs:
         return None
-    states, used, trouble = _ask_scheduler(make_scheduler(chain.options["scheduler"]), chain)
+    states, used, problem = _ask_scheduler(make_scheduler(chain.options["scheduler"]), chain)
     return _build_report(path, chain, states, used, utilization, batch) | {
-        "scheduler_says": trouble
+        "scheduler_says": problem
     }
 
 
 def job_report_offline(path: Path, *, utilization: bool) -> dict[str, Any] | None:
-    """Return the same for the report of a run's life; the scheduler is not asked.
+    """Return the report for the end of a session, without asking the scheduler.
 
-    It may take its time to answer, which the end of a job does not have. The job in which this
-    process runs counts until now.
+    The scheduler may answer too slowly for the end of a job. The job that this process runs in
+    counts until now.
 
     Raises:
         JournalError: The chain's file cannot be read.
@@ -171,7 +175,7 @@ def job_report_offline(path: Path, *, utilization: bool) -> dict[str, Any] | Non
     return _build_report(path, chain, states, {}, utilization, None) | {"scheduler_says": None}
 
 
-def _build_report(  # noqa: PLR0913, PLR0917 - what is known, from where, and what is asked
+def _build_report(  # noqa: PLR0913, PLR0917 - data, its sources, and options
     path: Path,
     chain: JobChain,
     states: Mapping[str, JobState],
@@ -180,8 +184,8 @@ def _build_report(  # noqa: PLR0913, PLR0917 - what is known, from where, and wh
     batch: int | None,
 ) -> dict[str, Any]:
     folder = open_folder(path)
-    sign = last_activity(folder) if any(j.began for j in chain.unfinished_jobs()) else None
-    hours = list_job_usage(chain, used, states, time.time(), sign)
+    last_seen = last_activity(folder) if any(j.began for j in chain.unfinished_jobs()) else None
+    hours = list_job_usage(chain, used, states, time.time(), last_seen)
     facts: dict[str, Any] = {
         "site": chain.options["site"],
         "jobs": [_job(job, states.get(job.id)) for job in chain.jobs],
@@ -197,7 +201,7 @@ def _build_report(  # noqa: PLR0913, PLR0917 - what is known, from where, and wh
 def _ask_scheduler(
     asked: Scheduler, chain: JobChain
 ) -> tuple[dict[str, JobState], dict[str, SchedulerUsage], str | None]:
-    """Ask the scheduler for states and accounts; without it, say why not."""
+    """Return states and usage from the scheduler, and the error if it fails."""
     try:
         states = asked.fetch_states([job.id for job in chain.unfinished_jobs()])
     except FanfoldError as error:
@@ -233,7 +237,7 @@ def _state(job: Job, state: JobState | None) -> str:
 
 
 def _use(share: Utilization) -> dict[str, Any]:
-    """Return how busy the servers were, and the useful share."""
+    """Return busy and idle node-hours, and the useful share."""
     paid = share.paid_s or 1.0
     return {
         "busy_node_hours": _hours(share.busy_s),

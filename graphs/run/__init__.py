@@ -1,1 +1,1 @@
-"""What a session of a run consists of, from its folder to its end."""
+"""The parts of a session of a run, from its folder to its end."""

@@ -1,4 +1,4 @@
-"""Where checkpoints are kept: SQLite in the run folder, or PostgreSQL."""
+"""Checkpoint savers: SQLite in the run folder, or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _CONNECT_S: Final = 10
 
 @asynccontextmanager
 async def open_saver(url: str | None, file: Path) -> AsyncIterator[BaseCheckpointSaver[Any]]:
-    """Open the saver of a run.
+    """Open the checkpoint saver of a run.
 
     Args:
         url: ``postgresql://…``, or None for SQLite.
         file: The SQLite file.
 
     Raises:
-        ConfigurationError: Another kind of URL, or the database cannot be reached.
+        ConfigurationError: The URL is of another kind, or the database cannot be reached.
         MissingExtraError: PostgreSQL without the extra ``postgres``.
         JournalError: A checkpoint cannot be written or read.
     """
@@ -59,15 +59,15 @@ async def open_saver(url: str | None, file: Path) -> AsyncIterator[BaseCheckpoin
 
 
 async def check_saver(url: str | None) -> None:
-    """Find out before anything is written whether a ``--checkpointer`` can be used.
+    """Check that a ``--checkpointer`` can be used, before anything is written.
 
     Args:
-        url: ``postgresql://…``, or None for SQLite, which needs no look.
+        url: ``postgresql://…``, or None for SQLite, which needs no check.
 
     Raises:
-        ConfigurationError: Another kind of URL, or the database cannot be reached.
+        ConfigurationError: The URL is of another kind, or the database cannot be reached.
         MissingExtraError: PostgreSQL without the extra ``postgres``.
-        JournalError: The database can be reached, but not be used.
+        JournalError: The database can be reached, but not used.
     """
     if url is not None:
         async with open_saver(url, Path()):
@@ -76,14 +76,14 @@ async def check_saver(url: str | None) -> None:
 
 @asynccontextmanager
 async def _open_sqlite(file: Path, network: bool) -> AsyncIterator[AsyncSqliteSaver]:
-    """Open SQLite, on a network file system with a rollback journal in place of WAL.
+    """Open SQLite; on a network file system use a rollback journal instead of WAL.
 
-    WAL needs memory shared by all users of the file, which network file systems do not offer
-    (sqlite.org/wal.html). In exclusive locking mode SQLite keeps that memory to itself, so the
-    saver's own switch to WAL does no harm before it is undone.
+    WAL needs memory shared by all users of the file, which network file systems do not provide
+    (sqlite.org/wal.html). In exclusive locking mode SQLite uses private memory instead, so it is
+    safe that the saver first switches to WAL.
     """
     try:
-        # SQLite itself would take write access from a group; it also tells why it cannot write
+        # SQLite would create the file without group write access; it reports why it cannot write
         with suppress(OSError):
             await asyncio.to_thread(file.touch)
         async with aiosqlite.connect(file) as connection:
@@ -105,24 +105,24 @@ async def _open_sqlite(file: Path, network: bool) -> AsyncIterator[AsyncSqliteSa
 
 
 def is_network(path: Path, mounts: str | None = None) -> bool:
-    """Say whether a path lies on a network file system, by the mount table (Linux).
+    """Return True if a path is on a network file system, by the mount table (Linux).
 
     Args:
-        path: The path; it need not exist.
-        mounts: Text of ``/proc/self/mountinfo`` (proc(5)); read if None, where there is one.
+        path: The path, which need not exist.
+        mounts: Text of ``/proc/self/mountinfo`` (proc(5)); None reads it if it exists.
     """
     if mounts is None:
         mounts = _MOUNTS.read_text(errors="replace") if _MOUNTS.exists() else ""
     best, kind = "", ""
-    place = str(path.resolve())
+    full_path = str(path.resolve())
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
         fields = left.split(" ")
-        if len(fields) < 5:  # noqa: PLR2004 - the mount point is the fifth
+        if len(fields) < 5:  # noqa: PLR2004 - the mount point is the fifth field
             continue
         point = _OCTAL.sub(lambda code: chr(int(code.group(1), 8)), fields[4])
-        below = place == point or place.startswith(point.rstrip("/") + "/")
-        if below and len(point) >= len(best):  # of two on one point the later one is seen
+        below = full_path == point or full_path.startswith(point.rstrip("/") + "/")
+        if below and len(point) >= len(best):  # of two mounts on one point the later one is visible
             best, kind = point, right.split(" ")[0]
     return kind in NETWORK_FILE_SYSTEMS or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE)
 
@@ -149,7 +149,7 @@ async def _open_postgres(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
         msg = f"--checkpointer: PostgreSQL at {host} cannot be reached: {reason}"
         raise ConfigurationError(msg) from None
     except psycopg.Error:  # its text may show the URL, and with it a password
-        msg = f"--checkpointer: PostgreSQL at {host}: the URL has a part that it does not know"
+        msg = f"--checkpointer: PostgreSQL at {host}: unknown part in the URL"
         raise ConfigurationError(msg) from None
     try:
         async with connection:
@@ -163,7 +163,7 @@ async def _open_postgres(url: str) -> AsyncIterator[BaseCheckpointSaver[Any]]:
 
 
 def _host(url: str) -> str:
-    """Return the host for messages; the database's own messages show parts of a wrong URL."""
+    """Return the host for messages; a driver's message could show a password in a wrong URL."""
     try:
         host = urlsplit(url).hostname if _PLAIN_URL.fullmatch(url) else None
     except ValueError:

@@ -1,8 +1,8 @@
-"""How commands speak: messages on standard error, results on standard output.
+"""Console output: messages on standard error, results on standard output.
 
-What models, servers and files say may hold characters that a terminal acts upon. Here, and nowhere
-else, they are spelled out: consoles, log lines and JSON on a terminal go through this module. What
-goes to a pipe or a file as data is unchanged.
+Texts from models, servers and files may contain control characters for a terminal. Only this
+module escapes them: consoles, log lines and JSON on a terminal go through it. Data that goes to a
+pipe or a file is unchanged.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ...backends.core.terminal import escape_controls, escape_json
 
 
 class Terminal(Console):
-    """A console that shows text as it is: no markup, no emoji codes, no control characters.
+    """A console without markup, emoji codes and control characters.
 
     Args:
-        stderr: Whether it writes to standard error.
-        file: Where it writes instead.
+        stderr: Write to standard error.
+        file: Write to this file instead.
     """
 
     def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
@@ -35,42 +35,42 @@ class Terminal(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterator[Segment]:
-        """Yield the parts of something that is printed."""
+        """Yield the segments of a renderable, with control characters escaped."""
         for part in super().render(renderable, options):
             text = part.text if part.control else escape_controls(part.text)
             yield part if text == part.text else Segment(text, part.style)
 
 
 def open_message_console() -> Console:
-    """Return the console for everything that is not a command's result."""
+    """Return a console on standard error, for everything but the results of commands."""
     return Terminal(stderr=True)
 
 
 def print_messages(lines: Iterable[str]) -> None:
-    """Print messages as they are, without markup."""
+    """Print messages to standard error, without markup."""
     console = open_message_console()
     for line in lines:
         console.print(escape_controls(line), soft_wrap=True)
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines of a command's result that people read."""
+    """Print the result of a command as text lines."""
     for line in lines:
         sys.stdout.write(f"{escape_controls(line)}\n")
 
 
 def print_json(data: Any) -> None:
-    """Print a command's result as one JSON object on one line."""
+    """Print the result of a command as one JSON object on one line."""
     text = orjson.dumps(data).decode()
     sys.stdout.write((escape_json(text) if sys.stdout.isatty() else text) + "\n")
     sys.stdout.flush()
 
 
 def open_data_stream(json: bool) -> IO[bytes]:
-    """Return standard output for data: as it is for a pipe or a file, escaped for a terminal.
+    """Return standard output for data: unchanged for a pipe or a file, escaped for a terminal.
 
     Args:
-        json: Whether the data is JSON, whose own escapes are used then.
+        json: The data is JSON; use JSON escapes.
     """
     if not sys.stdout.isatty():
         return sys.stdout.buffer
@@ -78,7 +78,7 @@ def open_data_stream(json: bool) -> IO[bytes]:
 
 
 class _EscapingStream(io.BytesIO):
-    """A stream of whole lines that a terminal shows."""
+    """A stream of whole lines, escaped for a terminal."""
 
     def __init__(self, stream: IO[bytes], escape: Callable[[str], str]) -> None:
         super().__init__()
@@ -86,18 +86,18 @@ class _EscapingStream(io.BytesIO):
         self.name = "the output stream"
 
     def write(self, data: Any) -> int:
-        """Write bytes of UTF-8 text."""
+        """Write UTF-8 text."""
         text = self._escape(bytes(data).decode(errors="surrogateescape"))
         self._stream.write(text.encode(errors="surrogateescape"))
         return len(data)
 
     def flush(self) -> None:
-        """Hand everything on."""
+        """Flush the underlying stream."""
         self._stream.flush()
 
 
 def print_traceback(error: BaseException) -> None:
-    """Print an error that nobody foresaw, as Python does, without control characters."""
+    """Print the traceback of an unexpected error, without control characters."""
     sys.stderr.write(escape_controls("".join(traceback.format_exception(error))))
 
 
@@ -110,11 +110,11 @@ def setup_logging(level: int, always: str) -> None:
     """Show the log on standard error.
 
     Engines lower the levels of their own loggers (Dask to INFO, Parsl to DEBUG for its log file),
-    so what is shown is decided here.
+    so the handler filters by level.
 
     Args:
-        level: The least level that is shown.
-        always: Name of a log that is shown whatever its level.
+        level: The lowest level to show.
+        always: Name of a logger that is always shown.
     """
     shown = logging.StreamHandler()
     shown.addFilter(lambda record: record.levelno >= level or record.name == always)

@@ -1,4 +1,4 @@
-"""Dry run: read, probe, render and count a sample; no model call."""
+"""Estimate a run without model calls: read the input, probe endpoints, count a sample."""
 
 from __future__ import annotations
 
@@ -42,31 +42,31 @@ from .prepare import check_endpoints, check_input_setting
 
 
 def sample_indices(total: int, count: int, seed: str = "") -> list[int]:
-    """Return so many indices, one by chance out of each of as many equal parts.
+    """Return random indices, one from each of ``count`` equal parts.
 
-    Inputs are often sorted, by length for one; the first items tell little about the others.
+    Inputs are often sorted, for example by length, so the first items are not representative.
 
     Args:
-        total: How many items there are.
-        count: How many indices to return, at most all.
-        seed: The same seed gives the same indices.
+        total: Number of items.
+        count: Number of indices to return, at most ``total``.
+        seed: Seed of the random choice.
     """
     if count >= total:
         return list(range(total))
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     edges = [part * total // count for part in range(count + 1)]
-    return [dice.randrange(lo, hi) for lo, hi in pairwise(edges)]
+    return [rng.randrange(lo, hi) for lo, hi in pairwise(edges)]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Some items of an input, as they would be asked.
+    """A sample of the input, rendered as messages.
 
     Attributes:
-        summary: What the input holds.
-        messages: What would be sent for each item first.
-        first_id: Name of the input's first item that can be asked, else of the first.
-        first: What would be sent for it; empty if there is none.
+        summary: Summary of the input.
+        messages: The first messages of each item.
+        first_id: Id of the first valid item, else of the first item.
+        first: Its messages; empty if no item is valid.
     """
 
     summary: InputSummary
@@ -98,7 +98,7 @@ def read_sample(config: RunConfig, count: int) -> Sample:
 def _render_prompts(
     config: RunConfig, store: ItemStore, indices: Sequence[int]
 ) -> Iterator[tuple[Item, list[Message]]]:
-    """Yield the items that can be asked, with what would be sent."""
+    """Yield the valid items with their messages."""
     prompt = Template.parse(config.task.prompt)
     for index in indices:
         (item,) = store.read(index, index + 1)
@@ -114,14 +114,14 @@ _SHOWN: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class PromptCount:
-    """The prompts of a sample, counted.
+    """Token counts of the prompts of a sample.
 
     Attributes:
-        items: How many.
-        tokens: Tokens of one.
-        longest: Tokens of the longest.
-        exact: Whether the model's own tokenizer counted them.
-        how: By what means, in words.
+        items: Number of prompts.
+        tokens: Tokens per prompt.
+        longest: Tokens of the longest prompt.
+        exact: True if the model's own tokenizer counted them.
+        how: Name of the counting method.
     """
 
     items: int
@@ -133,21 +133,21 @@ class PromptCount:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run would ask and take.
+    """The estimate of a run.
 
     Attributes:
-        input: What the input holds.
+        input: Summary of the input.
         endpoints: One line per endpoint.
         model: The model's name.
         simulated: Whether the endpoints are simulated.
-        system: The constant text, sent first.
-        first_id: Name of the first item that can be asked.
-        first_prompt: Its question, as it would be sent.
-        prompt_count: The sample's prompts.
-        context: Tokens of the shortest context among the endpoints, or None when unknown.
-        price: What the model costs, or None.
-        plan: What is going to be asked.
-        forecast: What it will take.
+        system: The system text.
+        first_id: Id of the first valid item.
+        first_prompt: Its rendered prompt.
+        prompt_count: Token counts of the sample.
+        context: Tokens of the shortest context among the endpoints, or None if unknown.
+        price: Price of the model, or None.
+        plan: The requests of the run.
+        forecast: Estimated tokens, cost and time.
     """
 
     input: InputSummary
@@ -167,64 +167,64 @@ class Estimate:
 async def estimate_run(
     loaded: LoadedConfig, sample: int = 200, like: Path | None = None
 ) -> Estimate:
-    """Read the input, probe the endpoints, render a sample, count its tokens.
+    """Estimate a run: read the input, probe the endpoints, render a sample, count its tokens.
 
     Args:
         loaded: The settings.
-        sample: Items to render.
-        like: Folder of a run that tells how long answers are and what they take.
+        sample: Number of items to render.
+        like: Run folder to take answer lengths and times from.
 
     Raises:
-        ConfigurationError: Something does not fit, no endpoint serves the model, or a budget in
-            dollars meets a model without a price.
+        ConfigurationError: A setting is wrong, no endpoint serves the model, or the budget is in
+            dollars and the model has no price.
     """
     check_input_setting(loaded)
     check_item_graph(loaded.config)
     check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
     config = loaded.config
-    async with _open_probed(loaded) as (serving, lines):
-        cost = await asyncio.to_thread(find_model_price, config, serving.model, serving.simulated)
+    async with _open_probed(loaded) as (ready, lines):
+        cost = await asyncio.to_thread(find_model_price, config, ready.model, ready.simulated)
         seen = None
         if like is not None:
-            seen = await asyncio.to_thread(read_item_stats, like, serving.simulated)
-        taken = await asyncio.to_thread(read_sample, config, sample)
-        counted = await _count_prompts(config, serving, taken)
-    asked = taken.summary.items - taken.summary.invalid
+            seen = await asyncio.to_thread(read_item_stats, like, ready.simulated)
+        sampled = await asyncio.to_thread(read_sample, config, sample)
+        counted = await _count_prompts(config, ready, sampled)
+    valid = sampled.summary.items - sampled.summary.invalid
     plan = make_run_plan(
-        config, asked, counted.tokens, cost, count_nodes(config, _node_urls(serving))
+        config, valid, counted.tokens, cost, count_nodes(config, _node_urls(ready))
     )
     return Estimate(
-        input=taken.summary,
+        input=sampled.summary,
         endpoints=lines,
-        model=serving.model,
-        simulated=serving.simulated,
+        model=ready.model,
+        simulated=ready.simulated,
         system=config.task.system,
-        first_id=taken.first_id,
-        first_prompt=_question(taken),
+        first_id=sampled.first_id,
+        first_prompt=_question(sampled),
         prompt_count=counted,
-        context=min((s.max_model_len for s in serving.specs if s.max_model_len), default=None),
+        context=min((s.max_model_len for s in ready.specs if s.max_model_len), default=None),
         price=cost,
         plan=plan,
         forecast=forecast(plan, seen),
     )
 
 
-def _question(taken: Sample) -> str:
-    return str(taken.first[-1]["content"]) if taken.first else "(no item can be asked)"
+def _question(sampled: Sample) -> str:
+    return str(sampled.first[-1]["content"]) if sampled.first else "(no valid item)"
 
 
 def make_run_plan(
     config: RunConfig, items: int, first: Range, cost: Price | None, nodes: int | None
 ) -> RunPlan:
-    """Return what a run is going to ask.
+    """Return the plan of a run.
 
     Args:
         config: The settings.
-        items: Items that will be asked.
+        items: Number of items.
         first: Tokens of an item's first prompt.
-        cost: What it costs, or None.
-        nodes: Nodes that are held meanwhile, or None.
+        cost: Price of the model, or None.
+        nodes: Nodes held during the run, or None.
     """
     budget, limits = config.budget, config.limits
     return RunPlan(
@@ -244,11 +244,11 @@ def make_run_plan(
 
 
 def count_nodes(config: RunConfig, urls: Iterable[str]) -> int | None:
-    """Return how many nodes serve the model; None where nobody knows.
+    """Return the number of nodes that serve the model, or None if unknown.
 
     Args:
         config: The settings.
-        urls: The endpoints that are nodes' own, not a gateway's.
+        urls: Endpoints on nodes, without those of a gateway.
     """
     if config.endpoints.simulated is not None:
         return make_simulation_spec(config).nodes
@@ -258,53 +258,55 @@ def count_nodes(config: RunConfig, urls: Iterable[str]) -> int | None:
     return sum(find_provider_name(host) is None for host in named) or None
 
 
-def _node_urls(serving: ReadyEndpoints) -> list[str]:
-    behind = serving.endpoint_set is not None and serving.endpoint_set.gateway is not None
-    return [] if behind else [spec.url for spec in serving.specs]
+def _node_urls(ready: ReadyEndpoints) -> list[str]:
+    behind = ready.endpoint_set is not None and ready.endpoint_set.gateway is not None
+    return [] if behind else [spec.url for spec in ready.specs]
 
 
 @asynccontextmanager
 async def _open_probed(
     loaded: LoadedConfig,
 ) -> AsyncIterator[tuple[ReadyEndpoints, tuple[str, ...]]]:
-    """Return who would be asked, with a line for each."""
+    """Open the endpoints and yield them with one line for each."""
     config, written = loaded.config, loaded.plain["endpoints"]
     if config.backend.node_endpoints and config.endpoints.simulated is None:
-        async with ready_endpoints(config, written) as up:
-            yield up, ("each worker asks its own node, which is not asked from here",)
+        async with ready_endpoints(config, written) as ready:
+            yield ready, ("each worker uses the endpoints of its own node; not checked from here",)
         return
     try:
-        async with open_endpoint_set(config, written) as place:
+        async with open_endpoint_set(config, written) as endpoint_set:
             if config.endpoints.simulated is not None:
                 spec = make_simulation_spec(config)
                 nodes = f"{spec.nodes} node{'s' if spec.nodes > 1 else ''}"
                 line = f"SIMULATED fleet of {nodes} serving {spec.model!r}"
-                yield ReadyEndpoints(place.specs, spec.model, simulated=True), (line,)
+                yield ReadyEndpoints(endpoint_set.specs, spec.model, simulated=True), (line,)
                 return
-            up, lines = await _probe_endpoints(config, place)
+            ready, lines = await _probe_endpoints(config, endpoint_set)
     except NoEndpointError as error:
         if not config.endpoints.waits_for_endpoints and not has_own_servers(config):
             raise
         if config.model.name is None:
-            msg = f"{error.message}; to check before endpoints are there, set model.name"
+            msg = f"{error.message}; to check without endpoints, set model.name"
             raise NoEndpointError(msg) from None
-        up = ReadyEndpoints((), config.model.name, is_simulated_command(config))
+        ready = ReadyEndpoints((), config.model.name, is_simulated_command(config))
         lines = (f"none yet: {error.message}",)
-    yield up, lines
+    yield ready, lines
 
 
 async def _probe_endpoints(
-    config: RunConfig, place: EndpointSet
+    config: RunConfig, endpoint_set: EndpointSet
 ) -> tuple[ReadyEndpoints, tuple[str, ...]]:
-    found = await place.probe()
-    matched = select_model(found, config.model.name or place.model, config.endpoints.models)
-    chosen = () if place.reason is None else (place.reason,)
-    up = ReadyEndpoints(matched.specs, matched.model, matched.simulated, matched.absent, place)
-    return up, (*chosen, *(_line(one, matched.model) for one in found))
+    found = await endpoint_set.probe()
+    matched = select_model(found, config.model.name or endpoint_set.model, config.endpoints.models)
+    chosen = () if endpoint_set.reason is None else (endpoint_set.reason,)
+    ready = ReadyEndpoints(
+        matched.specs, matched.model, matched.simulated, matched.absent, endpoint_set
+    )
+    return ready, (*chosen, *(_line(one, matched.model) for one in found))
 
 
 def _line(found: ProbeResult, model: str) -> str:
-    """Return what an endpoint said of itself; ours is the first of many models."""
+    """Return one line about an endpoint; the run's model is listed first."""
     if found.error:
         return f"{found.label}: not reachable: {found.error}"
     kind = " SIMULATED" if found.simulated else ""
@@ -315,17 +317,17 @@ def _line(found: ProbeResult, model: str) -> str:
     return f"{found.label}:{kind} serves {models}{context}, {1000 * (found.latency_s or 0):.0f} ms"
 
 
-async def _count_prompts(config: RunConfig, serving: ReadyEndpoints, taken: Sample) -> PromptCount:
+async def _count_prompts(config: RunConfig, ready: ReadyEndpoints, sampled: Sample) -> PromptCount:
     """Count the tokens of a sample's prompts."""
-    fixed = make_model_params(config, serving.model).body()
-    async with open_token_counter(serving) as counter, asyncio.TaskGroup() as group:
-        bodies = ({**fixed, "messages": messages} for messages in taken.messages)
+    fixed = make_model_params(config, ready.model).body()
+    async with open_token_counter(ready) as counter, asyncio.TaskGroup() as group:
+        bodies = ({**fixed, "messages": messages} for messages in sampled.messages)
         tasks = [group.create_task(counter.count(body)) for body in bodies]
         await asyncio.wait(tasks) if tasks else None
         how = counter.method
     counts = [task.result() for task in tasks]
     tokens = [float(count.tokens) for count in counts]
-    mean = Range.from_sample(tokens, taken.summary.items - taken.summary.invalid)
+    mean = Range.from_sample(tokens, sampled.summary.items - sampled.summary.invalid)
     exact = all(count.exact for count in counts)
     if not exact:
         mean = Range(mean.low * LEAST_SHARE, mean.likely * LIKELY_SHARE, mean.high)

@@ -1,4 +1,4 @@
-"""From prompts and measured items to requests, tokens, cost, time (with ranges)."""
+"""Forecast requests, tokens, cost and time, with ranges, from prompts and measured items."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ...backends.storage.journal_index import Journal
 from ...backends.storage.run_folder import get_run_ids, open_folder
 
 _SIGMAS: Final = 2.0
-"""Standard errors to either side: about 95 of 100 such ranges hold the true mean."""
+"""Standard errors on either side: about 95 of 100 such ranges contain the true mean."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A figure with its range.
+    """An estimate with its range.
 
     Attributes:
-        low: The least that it may be.
-        likely: The best guess.
-        high: The most that it may be.
+        low: Lower bound.
+        likely: Best estimate.
+        high: Upper bound.
     """
 
     low: float
@@ -38,16 +38,16 @@ class Range:
 
     @classmethod
     def exact(cls, value: float) -> Self:
-        """Return a figure that is known."""
+        """Return an exact value."""
         return cls(value, value, value)
 
     @classmethod
     def from_sample(cls, values: Sequence[float], total: int) -> Self:
-        """Return the mean over all of a population by a sample of it.
+        """Estimate the mean of a population from a sample.
 
         Args:
             values: The sample; empty means 0.
-            total: How large the population is; a sample that is all of it is exact.
+            total: Size of the population; a sample of that size is exact.
         """
         count = len(values)
         if not count:
@@ -63,25 +63,25 @@ class Range:
         return cls(max(0.0, mean - error), mean, mean + error)
 
     def map(self, change: Callable[[float], float]) -> Self:
-        """Return the same under a function that does not fall."""
+        """Return the range under a non-decreasing function."""
         return type(self)(change(self.low), change(self.likely), change(self.high))
 
     def __add__(self, other: Range) -> Range:
-        """Add two figures."""
+        """Add two ranges."""
         return Range(self.low + other.low, self.likely + other.likely, self.high + other.high)
 
     def __mul__(self, other: Range) -> Range:
-        """Multiply two figures, neither below 0."""
+        """Multiply two non-negative ranges."""
         return Range(self.low * other.low, self.likely * other.likely, self.high * other.high)
 
     def maximum(self, other: Range) -> Range:
-        """Return the larger of each."""
+        """Return the element-wise maximum."""
         return Range(
             max(self.low, other.low), max(self.likely, other.likely), max(self.high, other.high)
         )
 
     def to_json(self, digits: int | None = 0) -> dict[str, float]:
-        """Return it as plain data, rounded; to whole numbers with 0 digits."""
+        """Return the range as plain data, rounded; with 0 digits, to whole numbers."""
         figures = {"low": self.low, "likely": self.likely, "high": self.high}
         if digits == 0:
             return {name: round(value) for name, value in figures.items()}
@@ -89,31 +89,31 @@ class Range:
 
 
 _UNSEEN: Final = 3.0
-"""A sample misses with a chance of 1 in 20 what happens to 3 in so many items as it has."""
+"""With a chance of 1 in 20, a sample of n items misses an event that has a rate of 3 in n."""
 _READ: Final = 5000
-"""So many records say enough."""
+"""Number of records that is sufficient for statistics."""
 
 
 @dataclass(frozen=True, slots=True)
 class ItemStats:
-    """What a number of items took.
+    """Measurements of a number of items.
 
     Attributes:
-        items: How many.
-        failed: How many of them failed, by error class.
-        requests: Requests of an item.
-        repairs: Answers of an item that were sent back.
-        prompt: Prompt tokens of an item, over all its requests.
-        completion: Completion tokens of an item.
-        lost: Tokens of an item's requests that brought no answer and may have been paid.
-        dollars: What an item cost, lost requests included, at the price that the run had.
-        latency: Seconds that an item took.
-        in_flight: Items that were in flight at a time, on average.
-        latencies: (median, 95th percentile) of the same.
-        usage: Tokens of all of them together.
-        nano_usd: Nano-dollars of all of them together.
-        unreported: Items whose tokens nobody reported.
-        source: Where it was seen.
+        items: Number of items.
+        failed: Number of failed items, by error class.
+        requests: Requests per item.
+        repairs: Repaired answers per item.
+        prompt: Prompt tokens per item, over all its requests.
+        completion: Completion tokens per item.
+        lost: Tokens per item of requests without an answer that may have been charged.
+        dollars: Cost per item, including lost requests, at the price of the run.
+        latency: Seconds per item.
+        in_flight: Average number of items in flight.
+        latencies: (median, 95th percentile) of the latency.
+        usage: Tokens of all items.
+        nano_usd: Nano-dollars of all items.
+        unreported: Items whose tokens were not reported.
+        source: Source of the measurements.
     """
 
     items: int
@@ -133,7 +133,7 @@ class ItemStats:
     source: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the object as plain data."""
         return {
             "items": self.items,
             "failed": self.failed,
@@ -155,46 +155,46 @@ class ItemStats:
     def from_records(
         cls, records: Iterable[dict[str, Any]], total: int, source: str, step: int = 1
     ) -> ItemStats | None:
-        """Sum up journal records; None when none of them was asked.
+        """Summarize journal records; return None if none of the items had a request.
 
         Args:
-            records: The records; those of items that were never asked are left out.
-            total: Items that they are a sample of.
-            source: Where they are from, in words.
-            step: So many items stand behind each record, if some were left out.
+            records: The records; items without a request are ignored.
+            total: Size of the population that they are a sample of.
+            source: Description of their source.
+            step: Number of items that each record represents.
         """
-        asked = [record for record in records if record["requests"]]
-        if not asked:
+        called = [record for record in records if record["requests"]]
+        if not called:
             return None
-        told = [record for record in asked if record["completion_tokens"] is not None]
-        latencies = sorted(record["latency_s"] for record in asked)
+        reported = [record for record in called if record["completion_tokens"] is not None]
+        latencies = sorted(record["latency_s"] for record in called)
 
         def mean(name: str, of: Sequence[dict[str, Any]]) -> Range:
             return Range.from_sample([record.get(name) or 0 for record in of], total)
 
         return cls(
-            items=len(asked),
-            failed=dict(Counter(r["error_class"] for r in asked if r["status"] == "failed")),
-            requests=_widen_rare(mean("requests", asked), len(asked), total),
-            repairs=_widen_rare(mean("repairs", asked), len(asked), total, 1.0),
-            prompt=_widen_rare(mean("prompt_tokens", told), len(told), total),
-            completion=_widen_rare(mean("completion_tokens", told), len(told), total),
-            lost=mean("lost_tokens", asked),
+            items=len(called),
+            failed=dict(Counter(r["error_class"] for r in called if r["status"] == "failed")),
+            requests=_widen_rare(mean("requests", called), len(called), total),
+            repairs=_widen_rare(mean("repairs", called), len(called), total, 1.0),
+            prompt=_widen_rare(mean("prompt_tokens", reported), len(reported), total),
+            completion=_widen_rare(mean("completion_tokens", reported), len(reported), total),
+            lost=mean("lost_tokens", called),
             dollars=_widen_rare(
-                mean("nano_usd", asked).map(lambda n: n / NANO_PER_USD), len(asked), total
+                mean("nano_usd", called).map(lambda n: n / NANO_PER_USD), len(called), total
             ),
             latency=Range.from_sample(latencies, total),
-            in_flight=step * _flight(asked),
+            in_flight=step * _flight(called),
             latencies=(_quantile(latencies, 0.5), _quantile(latencies, 0.95)),
-            usage=_sum(told),
-            nano_usd=sum(record.get("nano_usd") or 0 for record in asked),
-            unreported=len(asked) - len(told),
+            usage=_sum(reported),
+            nano_usd=sum(record.get("nano_usd") or 0 for record in called),
+            unreported=len(called) - len(reported),
             source=source,
         )
 
 
 def _widen_rare(mean: Range, count: int, total: int, least: float = 0.0) -> Range:
-    """Allow for what was too rare to be seen, such as repairs."""
+    """Widen a range for events too rare to occur in the sample, such as repairs."""
     if not count or count >= total:
         return mean
     once = (mean.likely or least) * _UNSEEN / count
@@ -202,7 +202,7 @@ def _widen_rare(mean: Range, count: int, total: int, least: float = 0.0) -> Rang
 
 
 def _flight(records: Sequence[dict[str, Any]]) -> float:
-    """Return how many items were in flight at a time while any was."""
+    """Return the average number of items in flight while any was."""
     spans = list[tuple[float, float]]()
     for record in records:
         end = datetime.fromisoformat(record["finished_at"]).timestamp()
@@ -227,14 +227,15 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def read_item_stats(path: Path, simulated: bool) -> ItemStats:
-    """Return what the finished items of a run took; blocks.
+    """Return measurements of the finished items of a run; blocks.
 
     Args:
-        path: The run's folder; the run may be finished, or not.
-        simulated: Whether simulated answers are wanted; real and simulated ones never mix.
+        path: The run's folder; the run need not be finished.
+        simulated: Require simulated answers if True, real ones if False.
 
     Raises:
-        ConfigurationError: No run, no finished item, or answers of the other kind.
+        ConfigurationError: There is no run or no finished item, or the answers are of the other
+            kind.
     """
     folder = open_folder(path)
     about = folder.read_provenance()
@@ -242,41 +243,41 @@ def read_item_stats(path: Path, simulated: bool) -> ItemStats:
         kinds = ("real", "simulated")
         msg = (
             f"--like {path}: its answers are {kinds[about['simulated']]}, and these endpoints are "
-            f"{kinds[simulated]}; the ones say nothing about the others"
+            f"{kinds[simulated]}; use a run of the same kind"
         )
         raise ConfigurationError(msg)
     total = about["input"]["items"]
-    with Journal(folder.journal, get_run_ids(about), total) as ledger:
-        ended = [index for index in range(total) if ledger.is_finished(index)]
+    with Journal(folder.journal, get_run_ids(about), total) as journal:
+        ended = [index for index in range(total) if journal.is_finished(index)]
         step = max(1, len(ended) // _READ)
-        records = [ledger.read_record(index) for index in ended[::step]]
+        records = [journal.read_record(index) for index in ended[::step]]
     found = ItemStats.from_records(records, sys.maxsize, f"{len(ended):,} items of {path}", step)
     if found is None:
-        msg = f"--like {path}: no item of this run has been asked yet"
+        msg = f"--like {path}: no item of this run has a request yet"
         raise ConfigurationError(msg)
     return found
 
 
 _REPAIR: Final = 60
-"""Tokens of the request to mend an answer."""
+"""Tokens of the request to repair an answer."""
 _MILLION: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run is going to ask.
+    """The requests of a run and its limits.
 
     Attributes:
-        items: Items that will be asked.
+        items: Number of items.
         first: Tokens of an item's first prompt.
         max_tokens: Most tokens of an answer.
-        repairs: Most answers of an item that are sent back.
+        repairs: Most repairs per item.
         streams: Most items in flight.
         requests_per_s: Most requests per second, or None.
         tokens_per_min: Most tokens per minute, or None.
-        nodes: Nodes that are held meanwhile, or None when nobody knows.
-        price: What it costs, or None.
-        caps: What it may take.
+        nodes: Nodes held during the run, or None if unknown.
+        price: Price of the model, or None.
+        caps: Budget limits.
     """
 
     items: int
@@ -293,12 +294,12 @@ class RunPlan:
 
 @dataclass(frozen=True, slots=True)
 class BudgetReach:
-    """How far a budget reaches.
+    """The share of the items that a budget covers.
 
     Attributes:
-        limit: The cap that is reached first: ``usd``, ``tokens``, ``requests`` or ``node_hours``.
-        worst_limit: The one that is reached first when all is as dear as it may be.
-        share: Share of the items that all of them carry; above 1 when something is left.
+        limit: The limit reached first: ``usd``, ``tokens``, ``requests`` or ``node_hours``.
+        worst_limit: The limit reached first in the most expensive case.
+        share: Share of the items that all limits cover; above 1 if some budget remains.
     """
 
     limit: str
@@ -308,20 +309,20 @@ class BudgetReach:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a run will take, all of it.
+    """Forecast for a whole run.
 
     Attributes:
         requests: Requests.
         prompt: Prompt tokens.
         completion: Completion tokens.
         usd: Dollars, or None without a price.
-        seconds: Wall time, or None without a latency; at most, if the fleet does no more at a time
-            than it was seen to do.
+        seconds: Wall time, or None without a latency; the upper bound assumes that the fleet
+            processes no more items at a time than measured.
         node_hours: Hours times nodes, or None without a time or nodes.
-        budget_reach: How far the budget reaches; None without one, or when nothing can be said of
-            it.
-        unknown_limits: Caps of which nothing can be said.
-        measured: Where answers' lengths and times were seen, or None.
+        budget_reach: Share of the items that the budget covers; None without a budget or without
+            an estimate for it.
+        unknown_limits: Limits without an estimate.
+        measured: Source of the measured lengths and times, or None.
     """
 
     requests: Range
@@ -335,8 +336,8 @@ class Forecast:
     measured: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        carried = self.budget_reach
+        """Return the object as plain data."""
+        reach = self.budget_reach
         return {
             "requests": self.requests.to_json(),
             "prompt_tokens": self.prompt.to_json(),
@@ -345,11 +346,11 @@ class Forecast:
             "seconds": None if self.seconds is None else self.seconds.to_json(3),
             "node_hours": None if self.node_hours is None else self.node_hours.to_json(6),
             "budget": None
-            if carried is None
+            if reach is None
             else {
-                "cap": carried.limit,
-                "worst": carried.worst_limit,
-                "carries": carried.share.to_json(4),
+                "cap": reach.limit,
+                "worst": reach.worst_limit,
+                "carries": reach.share.to_json(4),
             },
             "unknown_caps": list(self.unknown_limits),
             "measured": self.measured,
@@ -357,12 +358,12 @@ class Forecast:
 
 
 def forecast(plan: RunPlan, stats: ItemStats | None, own: bool = False) -> Forecast:
-    """Foretell what a run takes.
+    """Forecast requests, tokens, cost and time of a run.
 
     Args:
-        plan: What it is going to ask.
-        stats: What items have taken; None: answers may be as long as they are allowed to be.
-        own: Whether the items seen are the run's own, so that their prompts count as they are.
+        plan: The requests of the run.
+        stats: Measurements of items; None assumes answers of any allowed length.
+        own: The measured items belong to the run, so their prompt tokens are used directly.
     """
     items = Range.exact(plan.items)
     if stats is None:
@@ -388,13 +389,13 @@ def forecast(plan: RunPlan, stats: ItemStats | None, own: bool = False) -> Forec
         paid or _token_dollars(plan.price, prompt, completion, _cached_share(stats)),
         hours,
     )
-    carried, unknown = _budget_reach(plan.caps, requests, tokens, usd, hours)
+    reach, unknown = _budget_reach(plan.caps, requests, tokens, usd, hours)
     source = None if stats is None else stats.source
-    return Forecast(requests, prompt, completion, usd, seconds, hours, carried, unknown, source)
+    return Forecast(requests, prompt, completion, usd, seconds, hours, reach, unknown, source)
 
 
 def _bound_tokens(plan: RunPlan) -> tuple[Range, Range, Range]:
-    """Return requests, prompt and completion tokens when no answer has been seen."""
+    """Return bounds of requests, prompt and completion tokens without measured answers."""
     n, rounds, longest = plan.items, 1 + plan.repairs, plan.max_tokens
     again = plan.repairs * (longest + _REPAIR)
     first = plan.first
@@ -405,21 +406,21 @@ def _bound_tokens(plan: RunPlan) -> tuple[Range, Range, Range]:
     )
 
 
-def _prompts(first: Range, seen: ItemStats) -> Range:
-    """Return an item's prompt tokens: a repair sends prompt and answer again."""
-    repairs = seen.repairs
-    answer = seen.completion.map(lambda tokens: tokens + _REPAIR)
+def _prompts(first: Range, stats: ItemStats) -> Range:
+    """Return the prompt tokens of an item: a repair sends prompt and answer again."""
+    repairs = stats.repairs
+    answer = stats.completion.map(lambda tokens: tokens + _REPAIR)
     return first * repairs.map(lambda r: 1 + r) + repairs * answer
 
 
-def _seconds(plan: RunPlan, seen: ItemStats, requests: Range, tokens: Range) -> Range:
-    """Return the time with as many in flight as allowed; at most, with as many as were seen.
+def _seconds(plan: RunPlan, stats: ItemStats, requests: Range, tokens: Range) -> Range:
+    """Return the time with as many items in flight as allowed; at most, with as many as measured.
 
-    A fleet that was not driven to its limit does not show where that is.
+    A fleet below its limit does not show where its limit is.
     """
     streams = max(1, min(plan.streams, plan.items))
-    seconds = seen.latency.map(lambda latency: plan.items * latency / streams)
-    slow = max(1.0, streams / seen.in_flight)
+    seconds = stats.latency.map(lambda latency: plan.items * latency / streams)
+    slow = max(1.0, streams / stats.in_flight)
     seconds = Range(seconds.low, seconds.likely, seconds.high * slow)
     if plan.requests_per_s is not None:
         rate = plan.requests_per_s
@@ -430,15 +431,15 @@ def _seconds(plan: RunPlan, seen: ItemStats, requests: Range, tokens: Range) -> 
     return seconds
 
 
-def _cached_share(seen: ItemStats | None) -> float:
-    """Return the share of prompt tokens that caches held."""
-    if seen is None or not seen.usage.prompt:
+def _cached_share(stats: ItemStats | None) -> float:
+    """Return the share of prompt tokens that were cached."""
+    if stats is None or not stats.usage.prompt:
         return 0.0
-    return min(1.0, (seen.usage.cached or 0) / seen.usage.prompt)
+    return min(1.0, (stats.usage.cached or 0) / stats.usage.prompt)
 
 
 def _token_dollars(price: Price | None, prompt: Range, completion: Range, cached: float) -> Range:
-    """Return the dollars of tokens; a cache may hold as many as it did, or none."""
+    """Return the dollars of tokens; the cached share may be as measured, or zero."""
     if price is None or price.prompt is None:
         return Range.exact(0.0)
     full = price.prompt
@@ -449,7 +450,7 @@ def _token_dollars(price: Price | None, prompt: Range, completion: Range, cached
 
 
 def _usd(price: Price | None, answers: Range, hours: Range | None) -> Range | None:
-    """Return the dollars of tokens and nodes; None when nobody knows them."""
+    """Return the dollars of tokens and nodes, or None if unknown."""
     if price is None:
         return None
     if price.node_hour is None:
@@ -460,7 +461,7 @@ def _usd(price: Price | None, answers: Range, hours: Range | None) -> Range | No
 def _budget_reach(
     caps: BudgetLimits, requests: Range, tokens: Range, usd: Range | None, hours: Range | None
 ) -> tuple[BudgetReach | None, tuple[str, ...]]:
-    """Return the cap that is reached first, and those of which nothing is known."""
+    """Return the limit that is reached first, and the limits without an estimate."""
     needs: dict[str, tuple[int | None, Range | None]] = {
         "requests": (caps.requests, requests),
         "tokens": (caps.tokens, tokens),

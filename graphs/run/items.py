@@ -1,4 +1,4 @@
-"""Item_engine: one item through the compiled item graph."""
+"""Run items through the item graph, and choose the shard sizes."""
 
 from __future__ import annotations
 
@@ -40,36 +40,36 @@ from ...nodes.state import ItemState, RunKey
 logger = logging.getLogger(__name__)
 
 _INTERRUPTED: Final = (
-    "task.graph paused at interrupt(), and no item of a batch can wait for an answer; return the "
-    "question as the item's output"
+    "task.graph paused at interrupt(), but an item of a batch cannot wait for an answer; return "
+    "the question as the item's output"
 )
 _NO_PARENT: Final = (
-    "task.graph sent Command(graph=Command.PARENT), and an item's graph has no parent; go to a "
+    "task.graph sent Command(graph=Command.PARENT), but an item's graph has no parent; go to a "
     "node of task.graph"
 )
 
 SHOWN_ITEMS: Final = 200
-"""Above so many items, traces and streams are per shard."""
+"""With more items, traces and streams are per shard."""
 
 RunItem = Callable[[Item], Awaitable[ItemState]]
 ItemEngine = Callable[[ItemState, ItemContext], Awaitable[ItemState]]
 
 
 def is_small_batch(total: int) -> bool:
-    """Say whether a batch is small enough to show every item of it."""
+    """Return True if a batch is small enough to show each item."""
     return total <= SHOWN_ITEMS
 
 
 def is_run_by_engine(config: RunConfig, *, trace: bool, embedded: bool, total: int) -> bool:
-    """Say whether items are run by LangGraph's engine, where traces and Studio see them.
+    """Return True if LangGraph's engine runs the items, so that traces and Studio show them.
 
-    So are one-item shards, every item on ``trace``, and small batches that somebody may look at:
-    of an embedded graph, which may be streamed, or traced.
+    This holds for one-item shards, for every item with ``trace``, and for small batches that are
+    traced or belong to an embedded graph, which may be streamed.
 
     Args:
         config: The settings.
-        trace: Whether every item shall be seen.
-        embedded: Whether the graph was called by somebody else's program.
+        trace: Show every item.
+        embedded: The graph was called by another program.
         total: Items of the run.
     """
     watched = embedded or tracing_is_enabled() is True
@@ -79,15 +79,15 @@ def is_run_by_engine(config: RunConfig, *, trace: bool, embedded: bool, total: i
 def make_item_runner(
     loaded: LoadedConfig, fleet: Fleet, model: str, engine: ItemEngine | None, quiet: bool
 ) -> RunItem:
-    """Return what takes one item through the item graph.
+    """Return a function that runs one item through the item graph.
 
     Args:
         loaded: The settings.
-        fleet: Whom to ask.
+        fleet: The fleet that serves the model.
         model: The model's name.
-        engine: Runs the item by LangGraph's engine; None walks its steps directly, which costs
-            microseconds in place of milliseconds.
-        quiet: Whether to keep what items do out of traces.
+        engine: Runs the item with LangGraph's engine; None walks its steps directly, which takes
+            microseconds instead of milliseconds.
+        quiet: Keep items out of traces.
     """
     context = make_item_context(loaded, fleet, model, traced=engine is not None)
     run = engine or _make_walker(loaded.config.task.graph)
@@ -108,10 +108,10 @@ def make_item_runner(
 def _make_walker(graph: str | None) -> ItemEngine:
     steps = DELEGATED_STEPS if graph else ITEM_STEPS
 
-    async def walked(state: ItemState, context: ItemContext) -> ItemState:
+    async def walk(state: ItemState, context: ItemContext) -> ItemState:
         return await walk_steps(steps, state, Runtime(context=context))
 
-    return walked
+    return walk
 
 
 def _with_timeout(run: ItemEngine, seconds: float) -> ItemEngine:
@@ -131,7 +131,7 @@ def _with_timeout(run: ItemEngine, seconds: float) -> ItemEngine:
 def make_item_context(
     loaded: LoadedConfig, fleet: Fleet, model: str, *, traced: bool
 ) -> ItemContext:
-    """Return what the item graph may use."""
+    """Return the context of the item graph."""
     config = loaded.config
     params = make_model_params(config, model)
     delegate = None
@@ -149,20 +149,20 @@ def make_item_context(
 
 
 def _make_delegate(graph: Runnable[Any, Any], steps: int | None) -> Delegate:
-    """Return the call of a user's graph, with the most steps that it may take."""
+    """Return a function that calls the user's graph with a step limit."""
     config: RunnableConfig | None = None if steps is None else {"recursion_limit": steps}
     store = getattr(graph, "store", None)
-    own = store if isinstance(store, BaseStore) else None
+    own_store = store if isinstance(store, BaseStore) else None
 
     async def delegate(given: dict[str, Any]) -> Any:
         try:
-            with _isolate_graph(own):
+            with _isolate_graph(own_store):
                 result = await graph.ainvoke(given, config)
         except GraphRecursionError as error:
             where = "its own" if steps is None else f"limits.steps_per_item ({steps})"
             msg = f"task.graph came to no end within {where} steps"
             raise TooManyStepsError(msg) from error
-        except GraphInterrupt as error:  # raised inside another graph, returned outside of one
+        except GraphInterrupt as error:  # raised inside another graph, returned outside one
             raise ItemGraphError(_INTERRUPTED) from error
         except ParentCommand as error:
             raise ItemGraphError(_NO_PARENT) from error
@@ -181,7 +181,7 @@ def _make_delegate(graph: Runnable[Any, Any], steps: int | None) -> Delegate:
 
 @contextmanager
 def _isolate_graph(store: BaseStore | None) -> Iterator[None]:
-    """Let a graph inherit nothing in the block that changes what it does."""
+    """Keep a graph from inheriting settings that change its behavior, in the block."""
     outer = var_child_runnable_config.get()
     token = var_child_runnable_config.set(None if outer is None else inherit_config(outer, store))
     try:
@@ -191,10 +191,10 @@ def _isolate_graph(store: BaseStore | None) -> Iterator[None]:
 
 
 def load_item_graph(name: str) -> Callable[[Any], Runnable[Any, Any]]:
-    """Return the factory that ``task.graph`` names; a ready graph stands for its own factory.
+    """Return the factory that ``task.graph`` names; wrap a ready graph in one.
 
     Raises:
-        ConfigurationError: It cannot be imported, or is neither function nor graph.
+        ConfigurationError: It cannot be imported, or is neither a function nor a graph.
     """
     found = import_object(name, "task.graph")
     if isinstance(found, Runnable):
@@ -217,13 +217,13 @@ def load_item_graph(name: str) -> Callable[[Any], Runnable[Any, Any]]:
 
 
 def check_item_graph(config: RunConfig) -> None:
-    """Check that the item graph of the user's own can be imported, if there is one.
+    """Check that ``task.graph`` can be imported, if it is set.
 
-    A ready graph asks a model of its own, behind fanfold's back.
+    A ready graph calls its own model, which fanfold cannot count or limit.
 
     Raises:
-        ConfigurationError: It cannot, or is neither function nor graph, or is a ready graph
-            where a budget is set.
+        ConfigurationError: It cannot be imported, is neither a function nor a graph, or is a ready
+            graph although a budget is set.
     """
     name, budget = config.task.graph, config.budget
     if name is None:
@@ -238,21 +238,21 @@ def check_item_graph(config: RunConfig) -> None:
             "name a function that is given the model and returns the graph"
         )
         raise ConfigurationError(msg)
-    logger.warning("task.graph: %s brings a model of its own; its calls are not counted", name)
+    logger.warning("task.graph: %s uses its own model; fanfold does not count its calls", name)
 
 
 _STEPS: Final = 6
-"""Supersteps of an item without repairs: the input, three nodes, and LangGraph's look at the end;
-one to spare. A repair takes two more."""
+"""Supersteps of an item without repairs: the input, three nodes, LangGraph's final check, and one
+spare. A repair takes two more."""
 
 
 def make_item_engine(delegated: bool) -> ItemEngine:
-    """Return a function that runs one item by LangGraph's engine, without a saver.
+    """Return a function that runs one item with LangGraph's engine, without a saver.
 
-    Its steps are bounded by the repairs alone, whatever limit the invocation around it has.
+    Only the number of repairs bounds its steps, not the limit of the outer invocation.
 
     Args:
-        delegated: Whether a user's ``task.graph`` takes the place of the model call.
+        delegated: A user's ``task.graph`` replaces the model call.
     """
     graph = build_item_graph(DELEGATED_STEPS if delegated else ITEM_STEPS).compile(
         checkpointer=False
@@ -270,33 +270,33 @@ _LEAST, _MOST = 256, 4096
 _SHARDS: Final = 64
 _WINDOW: Final = 256
 _ROUNDS: Final = 4
-"""Items per stream in a worker's smallest shard: at its end streams run dry."""
+"""Items per stream in a worker's smallest shard, because streams idle at the end of a shard."""
 _FEWEST: Final = 16
 
 UNBOUNDED_STEPS: Final = 2**31 - 1
-"""A recursion limit that no run reaches: every window of shards is sent once, so runs end."""
+"""A recursion limit that no run reaches; runs end because each window is sent once."""
 
 
 def plan_shards(run: RunKey, config: RunConfig, total: int, *, singly: bool = False) -> PreparedRun:
-    """Return a run of so many items with its plan.
+    """Return a run with its shard plan.
 
     Args:
-        run: Which run it is.
+        run: Key of the run.
         config: Its settings.
-        total: Its items.
-        singly: Whether each item of a small batch shall be a shard of its own.
+        total: Number of its items.
+        singly: Make each item of a small batch a separate shard.
     """
-    here = config.shard.items is None and not config.backend.is_remote
-    size = 1 if singly and here and is_small_batch(total) else choose_shard_items(config, total)
+    is_local = config.shard.items is None and not config.backend.is_remote
+    size = 1 if singly and is_local and is_small_batch(total) else choose_shard_items(config, total)
     return PreparedRun(run, total, size, choose_window(config, size), make_sizing(config))
 
 
 def choose_shard_items(config: RunConfig, total: int) -> int:
-    """Return the items per shard: as configured, or so many that about 64 shards result.
+    """Return the items per shard: as configured, or for about 64 shards.
 
-    A superstep's barrier must not show, so few shards of many items beat many of few; below
-    256 items the engine's cost per Send shows, above 4,096 the part of a killed shard. Elsewhere
-    it is the size of the first shards, which measure how large the others shall be.
+    Few large shards hide the barrier of a superstep better than many small ones. Below 256 items
+    the engine's cost per Send is noticeable, above 4,096 the loss of a killed shard. On workers
+    it is the size of the first shards, whose measurements determine the size of the others.
     """
     if config.shard.items is not None:
         return config.shard.items
@@ -308,7 +308,7 @@ def choose_shard_items(config: RunConfig, total: int) -> int:
 
 
 def make_sizing(config: RunConfig) -> dict[str, Any] | None:
-    """Return how shards are sized by what an item takes; None keeps one size."""
+    """Return the parameters for sizing shards by the time per item; None keeps one size."""
     backend = config.backend
     if config.shard.items is not None or not backend.is_remote:
         return None
@@ -320,7 +320,7 @@ def make_sizing(config: RunConfig) -> dict[str, Any] | None:
 
 
 def choose_window(config: RunConfig, size: int) -> int:
-    """Return the shards per superstep: 256, or more to keep many streams or workers busy."""
+    """Return the shards per superstep: 256, or more to keep all streams or workers busy."""
     if config.backend.is_remote:
         return max(_WINDOW, 8 * config.backend.concurrent_shards)
     return max(_WINDOW, min(_MOST, 16 * config.limits.streams // size))

@@ -1,4 +1,4 @@
-"""Live progress line and Prometheus endpoint."""
+"""Live progress line and Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _PLAIN_S: Final = 10.0
 _LIVE_S: Final = 0.25
 _RATE_S: Final = 10.0
 _WHOLE: Final = 10_000
-"""Numbers below are shown as they are."""
+"""Smaller numbers are shown without a unit."""
 _UNITS: Final = {"usd": "USD", "tokens": "tok", "requests": "req", "node_hours": "node-h"}
-"""By limit of a budget."""
+"""Unit of each budget limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class _LineParts:
-    """The parts of a line, in their order."""
+    """The parts of a progress line, in order."""
 
     counts: str
     failed: str
@@ -56,7 +56,7 @@ class _LineParts:
 
 
 class ProgressLine:
-    """Renders one line of progress; rates are over ten seconds."""
+    """Renders one progress line; rates are averages over ten seconds."""
 
     def __init__(self, tools: RunTools) -> None:
         self._tools = tools
@@ -64,11 +64,11 @@ class ProgressLine:
         self._paused: float | None = None
 
     def __str__(self) -> str:
-        """Return the line as it stands now, whole."""
+        """Return the current line at full length."""
         return self.render(sys.maxsize)
 
     def render(self, width: int) -> str:
-        """Return the line as it stands now, in so many characters; what tells least goes first."""
+        """Return the current line within a width; the least important parts are dropped first."""
         parts, simulated = self._parts(), self._tools.simulated
         tries: tuple[tuple[str, tuple[str, ...]], ...] = (
             ("SIMULATED", ()),
@@ -83,13 +83,13 @@ class ProgressLine:
 
     def _parts(self) -> _LineParts:
         progress, now = self._tools.progress, time.monotonic()
-        fresh, tokens = self._new_counts()
-        self._seen.append((now, fresh, tokens))
-        while len(self._seen) > 2 and now - self._seen[1][0] > _RATE_S:  # noqa: PLR2004 - a span has two ends
+        finished, tokens = self._new_counts()
+        self._seen.append((now, finished, tokens))
+        while len(self._seen) > 2 and now - self._seen[1][0] > _RATE_S:  # noqa: PLR2004 - an interval has two ends
             del self._seen[0]
-        then, items, spent = self._seen[0]
-        seconds = max(now - then, 1e-9)
-        rate, flow = (fresh - items) / seconds, (tokens - spent) / seconds
+        start, items, spent = self._seen[0]
+        seconds = max(now - start, 1e-9)
+        rate, flow = (finished - items) / seconds, (tokens - spent) / seconds
         left = progress.total - progress.done - progress.failed
         eta = f"{_duration(left / rate)} left" if rate > 0 and left else "…" if left else "done"
         fleet = self._tools.fleet if isinstance(self._tools, OpenedRun) else None
@@ -108,7 +108,7 @@ class ProgressLine:
         )
 
     def _spent(self) -> str:
-        """Return what is spent: of the cap that is nearest, or dollars if anything has a price."""
+        """Return the amount spent: of the tightest limit, or dollars if there is a price."""
         progress, budget = self._tools.progress, self._tools.budget
         limits = {} if budget is None else budget.report()
         if limits:
@@ -119,15 +119,15 @@ class ProgressLine:
         return f"{_amount(nano / NANO_PER_USD)} USD" if nano else ""
 
     def _in_flight(self, fleet: Fleet | None) -> str:
-        if (crew := self._tools.coordinator) is not None:
-            return f"{format_count(crew.in_flight)} shards out"
+        if (coordinator := self._tools.coordinator) is not None:
+            return f"{format_count(coordinator.in_flight)} shards out"
         if fleet is None:
             return f"{format_count(self._tools.gate.in_flight)} in flight"
         health = fleet.health()
         return f"{health.healthy}/{health.total} up  {format_count(health.in_flight)} in flight"
 
     def _pause(self, fleet: Fleet | None, now: float) -> str:
-        """Return why nothing goes on, since when and for how long at most; or nothing."""
+        """Return why the run is paused, with the elapsed and maximum time, or an empty text."""
         health = fleet.health() if fleet is not None else None
         if fleet is None or health is None or health.healthy or health.paused is None:
             self._paused = None
@@ -143,7 +143,7 @@ class ProgressLine:
 
 
 def format_count(number: float) -> str:
-    """Return a number in five characters at most, large ones with a unit: ``143k``, ``1.2M``."""
+    """Return a number in at most five characters, with a unit if large: ``143k``, ``1.2M``."""
     if round(number) < _WHOLE:
         return f"{number:,.0f}"
     scaled, units = number / 1000, "kMGT"
@@ -154,8 +154,8 @@ def format_count(number: float) -> str:
 
 
 def _amount(value: float) -> str:
-    """Return an amount in five or six characters: small ones with digits behind the point."""
-    if value >= 1000 or value == int(value):  # noqa: PLR2004 - larger ones are whole
+    """Return an amount in five or six characters, with decimals if small."""
+    if value >= 1000 or value == int(value):  # noqa: PLR2004 - larger ones have no decimals
         return format_count(value)
     return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"  # noqa: PLR2004 - a cent
 
@@ -206,7 +206,7 @@ _HOST: Final = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """A run at one moment, so that it can be rendered off the loop."""
+    """The metrics of a run at one moment, which a thread can render."""
 
     items: dict[str, int]
     tokens: dict[str, int]
@@ -309,18 +309,20 @@ def _cost_metrics(snapshot: _Snapshot) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily  # noqa: PLC0415 - an extra
 
     tokens = CounterMetricFamily(
-        "fanfold_tokens", "Tokens of items that ended, over all lives.", labels=["kind"]
+        "fanfold_tokens", "Tokens of finished items, over all sessions.", labels=["kind"]
     )
     for kind, count in snapshot.tokens.items():
         tokens.add_metric([kind], count)
     hours = CounterMetricFamily(
-        "fanfold_node_hours", "Node-hours held, over all lives.", labels=["kind"]
+        "fanfold_node_hours", "Node-hours held, over all sessions.", labels=["kind"]
     )
     for kind, value in snapshot.node_hours.items():
         hours.add_metric([kind], value)
     yield from (tokens, hours)
     if snapshot.usd is not None:
-        yield CounterMetricFamily("fanfold_usd", "US dollars, over all lives.", value=snapshot.usd)
+        yield CounterMetricFamily(
+            "fanfold_usd", "US dollars, over all sessions.", value=snapshot.usd
+        )
 
 
 def _fleet_metrics(health: FleetHealth) -> Iterator[Any]:
@@ -333,8 +335,8 @@ def _fleet_metrics(health: FleetHealth) -> Iterator[Any]:
         "endpoints_healthy": ("Endpoints in use.", health.healthy),
         "endpoints_known": ("All endpoints.", health.total),
         "requests_in_flight": ("Requests in flight.", health.in_flight),
-        "calls_waiting": ("Calls that wait for an endpoint.", health.waiting),
-        "paused": ("Whether no endpoint is alive.", int(health.paused is not None)),
+        "calls_waiting": ("Calls waiting for an endpoint.", health.waiting),
+        "paused": ("1 if no endpoint is available.", int(health.paused is not None)),
     }
     for name, (text, value) in gauges.items():
         yield GaugeMetricFamily(f"fanfold_{name}", text, value=value)
@@ -347,25 +349,25 @@ def _endpoint_metrics(reports: Sequence[EndpointReport]) -> Iterator[Any]:
         GaugeMetricFamily,
     )
 
-    calls = CounterMetricFamily(
-        "fanfold_endpoint_calls", "Requests that ended.", labels=["endpoint"]
-    )
+    calls = CounterMetricFamily("fanfold_endpoint_calls", "Finished requests.", labels=["endpoint"])
     failures = CounterMetricFamily(
-        "fanfold_endpoint_failures", "Failed ones by class.", labels=["endpoint", "class"]
+        "fanfold_endpoint_failures", "Failed requests by error class.", labels=["endpoint", "class"]
     )
     tokens = CounterMetricFamily(
         "fanfold_endpoint_tokens",
-        "Tokens as reported, and lost ones at most.",
+        "Reported tokens, and the upper bound of lost ones.",
         labels=["endpoint", "kind"],
     )
     opened = CounterMetricFamily(
-        "fanfold_endpoint_opened", "Times that it was left alone.", labels=["endpoint"]
+        "fanfold_endpoint_opened",
+        "Times that the endpoint was marked unhealthy.",
+        labels=["endpoint"],
     )
     flying = GaugeMetricFamily(
         "fanfold_endpoint_in_flight", "Requests in flight.", labels=["endpoint"]
     )
     latency = GaugeMetricFamily(
-        "fanfold_endpoint_latency_seconds", "Time to an answer.", labels=["endpoint", "quantile"]
+        "fanfold_endpoint_latency_seconds", "Time to the answer.", labels=["endpoint", "quantile"]
     )
     for r in reports:
         calls.add_metric([r.endpoint], r.calls)

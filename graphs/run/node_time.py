@@ -1,4 +1,4 @@
-"""The time of nodes: measured, noted in the run's books, and spent from its budget."""
+"""Node time: measure it, record it in the run's spend log, and charge it to the budget."""
 
 from __future__ import annotations
 
@@ -23,96 +23,95 @@ _NOTE_S: Final = 5.0
 _RECOVER_S: Final = 15.0
 
 ReadNodeCounts: TypeAlias = Callable[[], tuple[int, int]]
-"""Says how many nodes are held, and how many of them work."""
+"""Returns the number of nodes that are held, and of those that work."""
 
 WriteLine: TypeAlias = Callable[[Mapping[str, Json]], Awaitable[None]]
-"""Appends a line to a book."""
+"""Appends a line to a spend log."""
 
 
 @asynccontextmanager
 async def open_time_log(
-    spending: RunBudget | None, shelf: SpendLogs, life: int
+    spending: RunBudget | None, logs: SpendLogs, session: int
 ) -> AsyncIterator[WriteLine]:
-    """Open what notes lines in a life's book: the budget's, or one that only tells the time.
+    """Open a session's spend log for node time: the budget's log, or a separate one.
 
     Raises:
-        JournalError: The book cannot be created.
+        JournalError: The spend log cannot be created.
     """
     if spending is not None:
-        purse = spending.budget.balance
-        yield lambda line: purse.append_line(line, sync=False)
+        balance = spending.budget.balance
+        yield lambda line: balance.append_line(line, sync=False)
         return
-    book = await asyncio.to_thread(shelf.create, shelf.session_path(life))
+    log = await asyncio.to_thread(logs.create, logs.session_path(session))
     try:
-        yield lambda line: asyncio.to_thread(book.write, line, sync=False)
+        yield lambda line: asyncio.to_thread(log.write, line, sync=False)
     finally:
-        book.close()
+        log.close()
 
 
 class NodeTimeMeter:
-    """Measures how long nodes are held in one life.
+    """Measures how long a session holds nodes.
 
     Args:
-        nodes: How many are held, and how many work.
-        tariff: What they cost.
-        count: Is told of each further while.
-        write: Notes it.
+        nodes: Returns the number of nodes held, and of those that work.
+        prices: Prices of node time.
+        count: Receives each increment of node time.
+        write: Appends it to the spend log.
     """
 
     def __init__(
         self,
         nodes: ReadNodeCounts,
-        tariff: TokenPrices,
+        prices: TokenPrices,
         count: Callable[[NodeTime], None],
-        note: WriteLine,
+        write: WriteLine,
     ) -> None:
-        self._nodes, self._tariff, self._count, self._note = nodes, tariff, count, note
+        self._nodes, self._prices, self._count, self._write_line = nodes, prices, count, write
         self._then, self._busy = time.monotonic(), 0
         self._held, self._noted = NodeTime(), NodeTime()
 
     def estimate_cost(self, seconds: float) -> Amount:
-        """Return what the nodes that are held now, one at least, cost for a while."""
+        """Return the cost of the nodes held now, at least one, for a number of seconds."""
         held, _ = self._nodes()
-        return self._tariff.node_amount(round(1000 * max(1, held) * seconds))
+        return self._prices.node_amount(round(1000 * max(1, held) * seconds))
 
     def tick(self) -> Amount:
-        """Count the time since the last tick; return what it comes to."""
+        """Count the time since the last tick; return its cost."""
         now = time.monotonic()
         held, busy = self._nodes()
-        cost = self._tariff.node_amount(round(1000 * held * (now - self._then)))
-        idle = max(0, held - max(busy, self._busy))  # idle at both ends of the while
+        cost = self._prices.node_amount(round(1000 * held * (now - self._then)))
+        idle = max(0, held - max(busy, self._busy))  # idle at both ends of the interval
         further = NodeTime(cost.node_ms, round(1000 * idle * (now - self._then)), cost.nano_usd)
         self._held, self._then, self._busy = self._held.plus(further), now, busy
         self._count(further)
         return cost
 
     async def write(self) -> None:
-        """Note what has been counted, if anything is new."""
+        """Record the node time, if it has changed."""
         if self._held == self._noted:
             return
         self._noted = self._held
         try:
-            await self._note({"held": self._held.to_json()})
+            await self._write_line({"held": self._held.to_json()})
         except JournalError as error:
-            logger.warning("%s", error.message)  # the journal's own write will end the run
+            logger.warning("%s", error.message)  # the run ends at the journal's next failing write
 
 
 @asynccontextmanager
 async def meter_node_time(
-    sheet: NodeTimeMeter, gate: Gate, spending: RunBudget | None
+    meter: NodeTimeMeter, gate: Gate, spending: RunBudget | None
 ) -> AsyncIterator[None]:
-    """Count the time of nodes, and warn as the budget is used up, while the block runs.
+    """Count node time, and warn when the budget runs low, while the block runs.
 
     Args:
-        sheet: Measures the time.
-        gate: Is closed when no node-hours are left; so much of them is put aside that those in
-            flight can end.
-        spending: The budget; None is no limit.
+        meter: Measures the time.
+        gate: Closed when no node-hours are left; a reserve lets the items in flight finish.
+        spending: The budget; None means no limit.
     """
-    payer = _make_charger(sheet, gate, spending)
-    if payer is not None:
-        await payer.reserve()
-    task = asyncio.create_task(_meter_loop(sheet, payer, spending))
+    charger = _make_charger(meter, gate, spending)
+    if charger is not None:
+        await charger.reserve()
+    task = asyncio.create_task(_meter_loop(meter, charger, spending))
     try:
         yield
     finally:
@@ -121,83 +120,83 @@ async def meter_node_time(
             with suppress(asyncio.CancelledError):
                 await task
         finally:
-            cost = sheet.tick()
-            if payer is not None:
-                payer.close(cost)
-            await sheet.write()
+            cost = meter.tick()
+            if charger is not None:
+                charger.close(cost)
+            await meter.write()
             if spending is not None:
                 spending.budget.warn()
 
 
 def _make_charger(
-    sheet: NodeTimeMeter, gate: Gate, spending: RunBudget | None
+    meter: NodeTimeMeter, gate: Gate, spending: RunBudget | None
 ) -> NodeTimeCharger | None:
-    """Return who spends time from the budget, if it is limited or costs anything."""
+    """Return a charger if node time is limited or has a price, else None."""
     if spending is None:
         return None
-    terms = spending.budget.settings
-    timed = terms.limits.node_ms is not None or terms.prices.node > 0
-    return NodeTimeCharger(spending.budget, gate, sheet) if timed else None
+    settings = spending.budget.settings
+    timed = settings.limits.node_ms is not None or settings.prices.node > 0
+    return NodeTimeCharger(spending.budget, gate, meter) if timed else None
 
 
 async def _meter_loop(
-    sheet: NodeTimeMeter, payer: NodeTimeCharger | None, spending: RunBudget | None
+    meter: NodeTimeMeter, charger: NodeTimeCharger | None, spending: RunBudget | None
 ) -> None:
     noted = recovered = time.monotonic()
-    told = set[str]()
+    logged = set[str]()
     while True:
         await asyncio.sleep(_TICK_S)
-        cost, now = sheet.tick(), time.monotonic()
-        if payer is not None:
-            payer.charge(cost)
+        cost, now = meter.tick(), time.monotonic()
+        if charger is not None:
+            charger.charge(cost)
         if now - noted > _NOTE_S:
-            await sheet.write()
+            await meter.write()
             noted = now
         if spending is not None:
             spending.budget.warn()
             if now - recovered > _RECOVER_S:
-                await _recover_leases(spending, told)
+                await _recover_leases(spending, logged)
                 recovered = time.monotonic()
 
 
-async def _recover_leases(spending: RunBudget, told: set[str]) -> None:
-    """Look for what lost workers did not spend; a book that cannot be read now may be later.
+async def _recover_leases(spending: RunBudget, logged: set[str]) -> None:
+    """Recover what lost workers did not spend; retry spend logs that cannot be read now.
 
     Args:
         spending: The budget.
-        told: What went wrong before; it is not told again.
+        logged: Errors that were logged before.
     """
     try:
         await spending.leases.recover_lost()
     except (FanfoldError, OSError) as error:
-        if str(error) not in told:
-            told.add(str(error))
-            logger.warning("%s; what was lent counts as spent meanwhile", error)
+        if str(error) not in logged:
+            logged.add(str(error))
+            logger.warning("%s; the lease counts as spent until it can be read", error)
 
 
 class NodeTimeCharger:
-    """Spends the time of nodes from a budget as it goes by."""
+    """Charges node time to a budget as it passes."""
 
-    def __init__(self, budget: Budget, gate: Gate, sheet: NodeTimeMeter) -> None:
-        self._budget, self._gate, self._sheet = budget, gate, sheet
+    def __init__(self, budget: Budget, gate: Gate, meter: NodeTimeMeter) -> None:
+        self._budget, self._gate, self._meter = budget, gate, meter
         self._unpaid, self._reserved = Amount(), Amount()
 
     async def reserve(self) -> None:
-        """Put aside what the end of those in flight will take; close the gate without so much."""
-        aside = self._sheet.estimate_cost(self._gate.drain_s + _TICK_S)
+        """Reserve what the items in flight need to finish; close the gate if that is not left."""
+        reserve = self._meter.estimate_cost(self._gate.drain_s + _TICK_S)
         try:
-            await self._budget.balance.reserve(aside)
+            await self._budget.balance.reserve(reserve)
         except BudgetExhaustedError as error:
             self._gate.close(error.message, error)
         else:
-            self._reserved = self._budget.balance.set_aside = aside
+            self._reserved = self._budget.balance.set_aside = reserve
 
     def charge(self, cost: Amount) -> None:
-        """Spend a while; close the gate when there is no more."""
+        """Charge an interval; close the gate when the budget is exhausted."""
         self._unpaid = self._unpaid.plus(cost)
         spent = self._budget.balance.try_spend(self._unpaid)
         if spent is None:
-            return  # the book is being written: with the next while
+            return  # the spend log is busy: charge it with the next interval
         if not spent:
             msg = self._budget.record_refusal(self._unpaid.plus(self._reserved))
             self._gate.close(msg, BudgetExhaustedError(msg))
@@ -205,16 +204,16 @@ class NodeTimeCharger:
         self._unpaid = Amount()
 
     def close(self, cost: Amount) -> None:
-        """Spend the last while, and give back what was put aside."""
+        """Charge the last interval, and release the reserve."""
         self._settle(self._unpaid.plus(cost))
         self._budget.balance.set_aside = Amount()
         self._budget.balance.settle(self._reserved, Amount())
 
     def _settle(self, cost: Amount) -> None:
-        """Count time that has gone by, of what is left and then of what was put aside."""
-        purse = self._budget.balance
-        free = cost.minimum(purse.left.maximum(Amount()))
-        purse.settle(Amount(), free)
+        """Charge elapsed time to the rest of the budget, then to the reserve."""
+        balance = self._budget.balance
+        free = cost.minimum(balance.left.maximum(Amount()))
+        balance.settle(Amount(), free)
         used = cost.minus(free).minimum(self._reserved)
-        self._reserved = purse.set_aside = self._reserved.minus(used)
-        purse.settle(used, used)
+        self._reserved = balance.set_aside = self._reserved.minus(used)
+        balance.settle(used, used)

@@ -1,4 +1,4 @@
-"""An open run whose endpoints this process asks itself, and what is told of them."""
+"""An open run with its fleet, node time and endpoint reports."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenedRun(RunTools):
-    """The tools of a run, and its fleet for whoever watches.
+    """The tools of a run, with its fleet, budget and journal for reports.
 
     Attributes:
-        fleet: The fleet; None when nothing is to be asked, or workers elsewhere ask.
-        budget: What the run may spend.
-        journal: Its ledger, for whoever adds up.
+        fleet: The fleet; None if no item is open or workers send the requests.
+        budget: The budget of the run, or None.
+        journal: The journal of the run.
     """
 
     fleet: Fleet | None = None
@@ -42,18 +42,18 @@ class OpenedRun(RunTools):
 
 @asynccontextmanager
 async def charge_node_time(
-    run: OpenedRun, spending: RunBudget | None, shelf: SpendLogs, life: int
+    run: OpenedRun, spending: RunBudget | None, logs: SpendLogs, session: int
 ) -> AsyncIterator[None]:
-    """Account for what an open run spends besides its calls, while the block runs.
+    """Charge the node time of an open run while the block runs.
 
     Args:
         run: The run.
-        spending: Its budget; None is no limit.
-        shelf: Its books.
-        life: The life's number, from 1.
+        spending: Its budget; None means no limit.
+        logs: Its spend logs.
+        session: The session number, from 1.
 
     Raises:
-        JournalError: A book cannot be created.
+        JournalError: A spend log cannot be created.
     """
 
     def nodes() -> tuple[int, int]:
@@ -61,49 +61,52 @@ async def charge_node_time(
             return run.coordinator.nodes
         return (0, 0) if run.fleet is None else run.fleet.nodes
 
-    async with open_time_log(spending, shelf, life) as note:
-        sheet = NodeTimeMeter(nodes, run.token_prices, run.progress.add_node_time, note)
-        async with meter_node_time(sheet, run.gate, spending):
+    async with open_time_log(spending, logs, session) as write:
+        meter = NodeTimeMeter(nodes, run.token_prices, run.progress.add_node_time, write)
+        async with meter_node_time(meter, run.gate, spending):
             yield
 
 
 def make_reporter(fleet: Fleet) -> Callable[[], list[dict[str, Any]]]:
-    """Return what tells what each endpoint of a fleet did."""
+    """Return a function that reports the statistics of each endpoint."""
     return lambda: [asdict(report) for report in fleet.report()]
 
 
 def endpoints_table_path(folder: RunFolder) -> Path:
-    """Return the table of what each endpoint did in each life."""
+    """Return the path of the table with statistics per endpoint and session."""
     return folder.path / FILE_NAME
 
 
 @asynccontextmanager
 async def write_reports_at_end(
-    reports: Callable[[], list[dict[str, Any]]], folder: RunFolder, life: int, tariff: TokenPrices
+    reports: Callable[[], list[dict[str, Any]]],
+    folder: RunFolder,
+    session: int,
+    prices: TokenPrices,
 ) -> AsyncIterator[None]:
-    """Write what each endpoint did when the block ends, however it ends.
+    """Write the endpoint statistics when the block ends, also after an error.
 
     Args:
-        reports: Returns it, a row per endpoint.
+        reports: Returns one row per endpoint.
         folder: The run's folder.
-        life: The life's number, from 1.
-        tariff: What tokens cost.
+        session: The session number, from 1.
+        prices: Prices of tokens.
     """
     try:
         yield
     finally:
-        found = [_row(row, tariff) for row in reports() if row["calls"] or row["opened"]]
+        found = [_row(row, prices) for row in reports() if row["calls"] or row["opened"]]
         try:
-            await asyncio.to_thread(append_endpoints, endpoints_table_path(folder), found, life)
+            await asyncio.to_thread(append_endpoints, endpoints_table_path(folder), found, session)
         except JournalError as error:
-            logger.warning("%s", error.message)  # the run's own end matters more
+            logger.warning("%s", error.message)  # the error that ended the run matters more
 
 
-def _row(report: Mapping[str, Any], tariff: TokenPrices) -> dict[str, Any]:
-    """Return a report as the table keeps it: with what was wasted, and what it cost."""
+def _row(report: Mapping[str, Any], prices: TokenPrices) -> dict[str, Any]:
+    """Return a report as a table row, with wasted tokens and cost."""
     row = dict(report)
     lost = Usage(row.pop("lost_prompt_tokens"), row.pop("lost_completion_tokens"))
     paid = Usage(row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"])
-    usd = (tariff.nano_usd(paid) + tariff.nano_usd(lost)) / NANO_PER_USD
+    usd = (prices.nano_usd(paid) + prices.nano_usd(lost)) / NANO_PER_USD
     wasted = paid.tokens + lost.tokens - row["useful_tokens"]
-    return {**row, "wasted_tokens": wasted, "usd": usd if tariff.priced else None}
+    return {**row, "wasted_tokens": wasted, "usd": usd if prices.priced else None}

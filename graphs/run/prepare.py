@@ -60,21 +60,21 @@ _INPUT = ("dataset", "id", "limit", "on_duplicate", "smiles")
 
 
 def compute_fingerprint(config: RunConfig, model: str, simulated: bool | None) -> str:
-    """Return a digest of what is asked of every item: task, model, simulated or not."""
-    asked = {
+    """Return a digest of what applies to every item: task, model, simulated or not."""
+    relevant = {
         "task": config.task.model_dump(mode="json", by_alias=True),
         "model": config.model.model_dump(mode="json", exclude={"price"}) | {"name": model},
         "simulated": simulated,
     }
-    data = orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)
+    data = orjson.dumps(relevant, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def compute_question_digest(config: RunConfig, model: str) -> bytes:
-    """Return a digest of what all questions of a run have in common.
+    """Return a digest of what all prompts of a run share.
 
-    That is the schema, the model, the sampling, the system text and the item graph; what only
-    bounds the length of answers is left out, and so is where the model is served.
+    It covers the schema, the model, the sampling, the system text and the item graph, but not the
+    limit on the length of answers and the endpoints.
     """
     common = make_model_params(config, model).body()
     common.pop("max_completion_tokens", None)
@@ -84,15 +84,15 @@ def compute_question_digest(config: RunConfig, model: str) -> bytes:
 
 
 def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) -> list[str]:
-    """Return, line by line, how two runs' plain settings ask for different things.
+    """Return one line per difference of two settings that a run may not change.
 
-    The input's path is left out, for its content is compared by digest; so are endpoints,
-    backend, limits and reduce, which may change.
+    The input's path does not count, because its content is compared by digest. Endpoints, backend,
+    limits and reduce may change.
 
     Args:
         old: The run's settings.
-        new: The settings to go on with.
-        model: The model's name that the run has settled on; no name stands for it.
+        new: The settings to resume with.
+        model: The model name of the run, used where a setting has none.
     """
     lines = []
     for section in ("input", "task", "model"):
@@ -110,15 +110,15 @@ def diff_settings(old: Mapping[str, Any], new: Mapping[str, Any], model: str) ->
 
 
 def ensure_run_identity(folder: RunFolder) -> dict[str, Any]:
-    """Return what a run is; a folder that was copied becomes a run of its own. Blocks.
+    """Return the provenance of a run; a copied folder becomes a separate run. Blocks.
 
-    The copy gets a run id of its own, so that neither its checkpoints nor its tasks are those of
-    the run that it was copied from. What the journal and the books of the earlier id tell stays
-    its own. Tasks that the other run left at Globus Compute are forgotten here: they are asked
-    after there. So are the checkpoints: they may have been copied while they were written, and the
-    journal has everything. Whoever calls holds the run's lock.
+    The copy gets a new run id, so that it shares neither checkpoints nor tasks with the run that it
+    was copied from. It keeps the journal and the spend logs of the earlier id. Tasks that the other
+    run left at Globus Compute are removed here, because that run follows them. Checkpoints are
+    removed too: they may have been copied during a write, and the journal has everything. The
+    caller holds the run's lock.
 
-    A folder that came from another file system cannot be told from a copy; it does no harm.
+    A folder moved from another file system is treated as a copy, which is harmless.
 
     Raises:
         JournalError: The folder cannot be read or written.
@@ -126,20 +126,20 @@ def ensure_run_identity(folder: RunFolder) -> dict[str, Any]:
     about, place = folder.read_provenance(), get_folder_identity(folder.path)
     if about.get("place") == place:
         return about
-    saved = folder.checkpoints
+    checkpoints = folder.checkpoints
     try:
         for end in ("", "-wal", "-shm", "-journal"):
-            saved.with_name(f"{saved.name}{end}").unlink(missing_ok=True)
+            checkpoints.with_name(f"{checkpoints.name}{end}").unlink(missing_ok=True)
         (folder.path / GLOBUS_TASKS).unlink(missing_ok=True)
     except OSError as error:
-        msg = f"{folder.path}: what a copy must not keep cannot be removed: {error}"
+        msg = f"{folder.path}: cannot remove files that a copied run must not keep: {error}"
         raise JournalError(msg) from error
     ids = get_run_ids(about)
     about |= {"run": secrets.token_hex(8), "earlier": [*ids], "place": place}
-    folder.write_provenance(about)  # last: until then it still counts as a copy
+    folder.write_provenance(about)  # written last: until then the folder counts as a copy
     logger.warning(
-        "%s: a copy of the folder of run %s, or moved from another file system; it goes on as run "
-        "%s, and tasks of the other run are left to it",
+        "%s: copied from the folder of run %s, or moved from another file system; it continues as "
+        "run %s, without the tasks of the other run",
         folder.path,
         ids[0],
         about["run"],
@@ -156,12 +156,12 @@ RUNS_FOLDER: Final = "fanfold-runs"
 
 
 def default_run_folder(name: str) -> Path:
-    """Return a folder for a new run below the working directory."""
+    """Return a folder for a new run in the working directory."""
     return Path.cwd() / RUNS_FOLDER / new_folder_name(name)
 
 
 def new_folder_name(name: str) -> str:
-    """Return a name for the folder of a new run, from the run's own name."""
+    """Return a unique folder name for a new run."""
     stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     return f"{name}-{stamp}-{secrets.token_hex(2)}"
 
@@ -173,17 +173,17 @@ async def prepare_run(
     allow_simulated: bool = True,
     defer_endpoints: bool = False,
 ) -> RunFolder:
-    """Check input and endpoints, and make the run's folder.
+    """Check input and endpoints, and create the run folder.
 
     Args:
         loaded: The settings.
-        path: The folder to make.
-        items: Items in place of the configured input.
-        allow_simulated: Whether a simulated fleet may be asked.
-        defer_endpoints: Leave the endpoints for later: a job will start them.
+        path: The folder to create.
+        items: Items that replace the configured input.
+        allow_simulated: Allow a simulated fleet.
+        defer_endpoints: Do not check the endpoints, because a job will start them.
 
     Raises:
-        ConfigurationError: Something does not fit; then there is no folder.
+        ConfigurationError: A setting or the input is wrong; no folder is left behind.
     """
     if not await asyncio.to_thread(is_vacant, path):
         msg = f"{path}: contains other files; choose another --out"
@@ -201,7 +201,8 @@ async def prepare_run(
         model, simulated = await _resolve_model(loaded, defer_endpoints)
         if simulated and not allow_simulated:
             msg = (
-                "the endpoints are a simulated fleet, whose answers mean nothing; nothing was asked"
+                "the endpoints are a simulated fleet, whose answers are meaningless; no request "
+                "was sent"
             )
             raise ConfigurationError(msg)
         cost = await asyncio.to_thread(find_model_price, loaded.config, model, bool(simulated))
@@ -224,7 +225,7 @@ async def prepare_run(
 
 @asynccontextmanager
 async def _create_folder(path: Path) -> AsyncIterator[RunFolder]:
-    """Make a run folder without blocking the loop; it stays only if the block ends well."""
+    """Create a run folder in a thread; remove it if the block fails."""
     making = create_folder(path)
     folder = await asyncio.to_thread(making.__enter__)
     try:
@@ -238,10 +239,10 @@ async def _create_folder(path: Path) -> AsyncIterator[RunFolder]:
 def check_input_setting(
     loaded: LoadedConfig, items: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
-    """Check that there is an input.
+    """Check that an input is configured.
 
     Raises:
-        ConfigurationError: Neither items nor a path nor a data set.
+        ConfigurationError: There are no items, path or dataset.
     """
     given = loaded.config.input
     if items is None and given.path is None and given.dataset is None:
@@ -250,10 +251,11 @@ def check_input_setting(
 
 
 def check_endpoints(loaded: LoadedConfig) -> None:
-    """Check what can be said of the endpoints without asking them.
+    """Check the settings of the endpoints without sending a request.
 
     Raises:
-        ConfigurationError: None, a malformed URL, an unreadable file; no such simulated fleet.
+        ConfigurationError: No endpoint, a malformed URL, an unreadable file, or an unknown
+            simulated fleet.
     """
     try:
         if loaded.config.endpoints.simulated is None:
@@ -270,13 +272,13 @@ def check_endpoints(loaded: LoadedConfig) -> None:
 
 
 async def _resolve_model(loaded: LoadedConfig, defer_endpoints: bool) -> tuple[str, bool | None]:
-    """Return the model's name, and whether the endpoints are simulated; None is not known yet."""
+    """Return the model's name, and whether the endpoints are simulated (None: unknown)."""
     if defer_endpoints:
         return loaded.config.model.name or "", None
     if loaded.config.endpoints.simulated is not None:
         return make_simulation_spec(loaded.config).model, True
-    async with ready_endpoints(loaded.config, loaded.plain["endpoints"]) as up:
-        return up.model, up.simulated
+    async with ready_endpoints(loaded.config, loaded.plain["endpoints"]) as ready:
+        return ready.model, ready.simulated
 
 
 def _write(folder: RunFolder, path: Path, loaded: LoadedConfig, about: dict[str, Any]) -> None:
@@ -285,7 +287,7 @@ def _write(folder: RunFolder, path: Path, loaded: LoadedConfig, about: dict[str,
 
 
 def describe_input(summary: InputSummary, path: Path | None) -> dict[str, Any]:
-    """Return what provenance keeps of the input."""
+    """Return the provenance entry of the input."""
     return {
         "source": summary.source,
         "items": summary.items,
@@ -298,7 +300,7 @@ def describe_input(summary: InputSummary, path: Path | None) -> dict[str, Any]:
 
 
 def read_file_stamp(path: Path | None) -> list[int] | None:
-    """Return size and modification time (ns) of an input file, to see whether it changed."""
+    """Return size and modification time (ns) of an input file, to detect changes."""
     if path is None or not path.is_file():
         return None
     stat = path.stat()
@@ -307,34 +309,34 @@ def read_file_stamp(path: Path | None) -> list[int] | None:
 
 _BLANK: Final = re.compile(r"\s")
 FOLDER_PLACEHOLDER: Final = Path("DIR")
-"""What stands for the run's folder in a command that is kept."""
+"""Placeholder for the run folder in a recorded command."""
 _PACKAGES: Final = ("fanfold", "langgraph", "langchain-core", "langchain-openai", "pydantic")
 
 
 def begin_session(folder: RunFolder) -> None:
-    """Note that this process begins to work on a run that it has locked; blocks."""
+    """Record that this process starts a session of a run that it has locked; blocks."""
     about = ensure_run_identity(folder)
     folder.write_provenance(about | {"sessions": [*about["sessions"], describe_session(folder)]})
 
 
 def end_session(folder: RunFolder) -> None:
-    """Note that the run is finished, in the life that has begun; blocks.
+    """Record the end of the session and of the run; blocks.
 
-    A graph that goes on from a checkpoint has not begun one: then it is noted whole.
+    A graph that resumes from a checkpoint has not recorded its start; both are recorded then.
     """
     about = folder.read_provenance()
-    lives = about["sessions"]
-    begun = bool(lives) and lives[-1]["ended"] is None and lives[-1]["pid"] == os.getpid()
-    *before, last = lives if begun else [*lives, describe_session(folder)]
+    sessions = about["sessions"]
+    begun = bool(sessions) and sessions[-1]["ended"] is None and sessions[-1]["pid"] == os.getpid()
+    *before, last = sessions if begun else [*sessions, describe_session(folder)]
     last |= {"ended": utc_timestamp(), "outcome": "finished"}
     folder.write_provenance(about | {"sessions": [*before, last]})
 
 
 def describe_session(folder: RunFolder) -> dict[str, Any]:
-    """Return what provenance keeps of this process.
+    """Return the provenance entry of a session in this process.
 
     Args:
-        folder: The run's folder, which stands in the command as ``FOLDER_PLACEHOLDER``.
+        folder: The run's folder, replaced in the command by ``FOLDER_PLACEHOLDER``.
     """
     return {
         "started": utc_timestamp(),
@@ -354,7 +356,7 @@ def describe_session(folder: RunFolder) -> dict[str, Any]:
 
 
 def _strip_folder(arguments: Sequence[str], folder: Path) -> Iterator[str]:
-    """Yield the command's arguments, the folder and what lies in it without the folder's path."""
+    """Yield the command's arguments, with the path of the folder replaced by a placeholder."""
     own = folder.resolve()
     for argument in arguments:
         *key, text = argument.rsplit("=", 1)  # --out=DIR, --set cache=DIR/answers
@@ -373,12 +375,12 @@ def _strip_folder(arguments: Sequence[str], folder: Path) -> Iterator[str]:
 def _may_be_path(text: str) -> bool:
     try:
         return ("/" in text and not _BLANK.search(text)) or (text != "" and Path(text).exists())
-    except (OSError, ValueError):  # too long for a name, or with a NUL
+    except (OSError, ValueError):  # the name is too long, or contains a NUL
         return False
 
 
 def _commit(folder: Path) -> str | None:
-    """Return the commit that a folder is at, with ``+`` when files differ; None outside git."""
+    """Return the commit of a folder, with ``+`` if files differ; None outside git."""
     try:
         found = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+"],
@@ -388,12 +390,12 @@ def _commit(folder: Path) -> str | None:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None  # no git: provenance says so by None
+        return None  # no git: provenance records None
     return found.stdout.strip() or None
 
 
 def _own_commit() -> str | None:
-    """Return fanfold's own commit; None for an installed wheel, even below somebody's checkout."""
+    """Return fanfold's own commit; None for an installed wheel, even inside a checkout."""
     root = Path(__file__).resolve().parent.parent
     return _commit(root) if (root / ".git").exists() else None
 
@@ -403,12 +405,12 @@ _CHECKED_LATER: Final = ("node.env.", "node.serve", "backend.user_endpoint_confi
 
 @dataclass(frozen=True, slots=True)
 class ResumedRun:
-    """A run to go on with.
+    """A run to resume.
 
     Attributes:
         folder: Its folder.
-        loaded: The settings to go on with.
-        reduce_changed: Whether the reduce stages differ from those that the checkpoints hold.
+        loaded: The settings to resume with.
+        reduce_changed: True if the aggregators differ from those in the checkpoints.
     """
 
     folder: RunFolder
@@ -419,14 +421,14 @@ class ResumedRun:
 async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ResumedRun:
     """Check that settings fit an existing run, and write them to its folder.
 
-    A folder that was copied gets a run id of its own.
+    A copied folder gets a new run id.
 
     Args:
         folder: The run's folder.
-        loaded: The settings to go on with; None takes the run's own.
+        loaded: The settings to resume with; None uses those of the run.
 
     Raises:
-        ConfigurationError: The settings ask for something else; the differences are shown.
+        ConfigurationError: The settings do not fit the run; the message lists the differences.
     """
     before = load_config(folder.settings)
     after = loaded or before
@@ -444,22 +446,22 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ResumedR
 
 
 def _check_secrets(folder: RunFolder, after: LoadedConfig) -> None:
-    """Check that no secret is missing that the run folder did not keep.
+    """Check that every secret that the run folder does not keep is given.
 
-    Those of endpoints, servers and engines are asked for where they are used.
+    Secrets of endpoints, servers and engines are checked where they are used.
     """
     data = after.config.model_dump(by_alias=True)
     for path in find_lost_secrets(data):
         if not path.startswith(_CHECKED_LATER):
             msg = (
                 f"{folder.path}: {path}: a run folder does not keep a secret that was written out; "
-                f"give it again, best by a variable: --set '{path}=${{VAR}}'"
+                f"set it again, preferably by a variable: --set '{path}=${{VAR}}'"
             )
             raise ConfigurationError(msg)
 
 
 def _write_changed(folder: RunFolder, about: dict[str, Any], after: LoadedConfig) -> None:
-    """Write changed settings, unless another process works by the old ones."""
+    """Write changed settings, unless another process uses the run."""
     cost = find_model_price(after.config, about["model"], bool(about["simulated"]))
     kept = {"price": None if cost is None else cost.to_json()}
     with folder.lock():
@@ -477,15 +479,15 @@ def _check_unchanged(
 ) -> None:
     lines = diff_settings(before.plain, after.plain, about["model"])
     if after.config.endpoints.simulated is not None and about["simulated"] is False:
-        lines.append("endpoints: real → simulated; their answers never mix")
+        lines.append("endpoints: real → simulated; a run cannot mix their answers")
     if not lines and _has_input_changed(about["input"], before, after):
-        lines.append(f"input: the content of {after.config.input.path} is another")
+        lines.append(f"input: the content of {after.config.input.path} changed")
     if (
         not lines
         and compute_fingerprint(after.config, about["model"], about["simulated"])
         != (about["fingerprint"])
     ):
-        lines.append("task or model: a ${VAR} in it has another value than it had")
+        lines.append("task or model: the value of a ${VAR} changed")
     if lines:
         raise ConfigurationError(_difference_message(folder, lines))
     _check_columns(folder, after)
@@ -494,13 +496,13 @@ def _check_unchanged(
 def _difference_message(folder: RunFolder, lines: list[str]) -> str:
     shown = "\n  ".join(lines)
     return (
-        f"{folder.path}: this run asks for something else; start a new run in another folder. "
-        f"What differs (run → now):\n  {shown}"
+        f"{folder.path}: the settings differ from those of this run; use a new run folder. "
+        f"Differences (run → now):\n  {shown}"
     )
 
 
 def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:
-    """Check that the kept copy of the input has the columns that the reduce stages show."""
+    """Check that the copy of the input has the columns that the aggregators show."""
     with ItemStore(folder.items) as store:
         known = store.summary().columns
     for name in needed_columns(after.config):
@@ -513,22 +515,22 @@ def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:
 
 
 async def _check_simulated(folder: RunFolder, about: dict[str, Any], after: LoadedConfig) -> None:
-    """Check that new endpoints serve the run's model, and are simulated if it is."""
+    """Check that new endpoints serve the run's model, and are simulated only if the run is."""
     if after.config.endpoints.simulated is not None:
         make_simulation_spec(after.config)
         return
-    async with ready_endpoints(after.config, after.plain["endpoints"], about["model"]) as up:
-        if up.simulated != about["simulated"]:
+    async with ready_endpoints(after.config, after.plain["endpoints"], about["model"]) as ready:
+        if ready.simulated != about["simulated"]:
             kinds = ("real", "simulated")
-            change = f"{kinds[about['simulated']]} → {kinds[up.simulated]}"
-            line = f"endpoints: {change}; their answers never mix"
+            change = f"{kinds[about['simulated']]} → {kinds[ready.simulated]}"
+            line = f"endpoints: {change}; a run cannot mix their answers"
             raise ConfigurationError(_difference_message(folder, [line]))
 
 
 def _has_input_changed(known: dict[str, Any], before: LoadedConfig, after: LoadedConfig) -> bool:
-    """Compare the input's content, unless size and time say that nobody touched it.
+    """Return True if the input's content changed; equal size and time skip the comparison.
 
-    A file that is gone does not matter, for the run folder holds a copy; a new path must exist.
+    A missing file does not matter, because the run folder has a copy; a new path must exist.
     """
     path, same = after.config.input.path, before.plain["input"] == after.plain["input"]
     if path is None or (same and not Path(path).exists()):

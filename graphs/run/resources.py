@@ -1,4 +1,4 @@
-"""Open what a session needs: journal, items, budget, fleet or coordinator."""
+"""Open the resources of a session: journal, items, budget, fleet or coordinator."""
 
 from __future__ import annotations
 
@@ -49,21 +49,20 @@ from .shutdown import close_at_deadline
 
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
-    """How a run's items are run.
+    """Options for opening a run.
 
     Attributes:
-        trace: Run and trace every item by LangGraph's engine, however many there are.
-        embedded: Whether the graph was called by somebody else's program.
-        retry_before: By run folder, the life before which failed items are asked again; a run's
-            first opening notes its own. An embedded run is opened by each superstep, and what
-            failed in an earlier one of the same invocation has been asked again already. None
-            leaves failed items alone.
-        progress_streams: By run folder, what tells how it goes on; kept from one opening to the
-            next.
-        make_engine: Runs one item by LangGraph's engine; the flag tells whether through
+        trace: Run and trace every item with LangGraph's engine, for any number of items.
+        embedded: The graph was called by another program.
+        retry_before: By run folder, the session before which failed items are retried; the first
+            opening of a run sets its own number. Each superstep opens an embedded run, and items
+            that failed in an earlier superstep of the invocation have already been retried. None
+            does not retry failed items.
+        progress_streams: By run folder, its progress stream; kept between openings.
+        make_engine: Returns a function that runs one item with LangGraph's engine; True uses
             ``task.graph``.
-        work_shard: What workers elsewhere run.
-        deadline: When the life must end, or None.
+        work_shard: The function that workers run.
+        deadline: End of the session, or None.
     """
 
     trace: bool
@@ -77,9 +76,9 @@ class OpenOptions:
 
 @asynccontextmanager
 async def open_run(
-    folder: RunFolder, loaded: LoadedConfig, mode: OpenOptions
+    folder: RunFolder, loaded: LoadedConfig, options: OpenOptions
 ) -> AsyncIterator[RunTools]:
-    """Open a run for work, which the caller has locked; the fleet only if items are open.
+    """Open a run that the caller has locked; open the fleet only if items are open.
 
     Raises:
         ConfigurationError: The settings do not fit the run.
@@ -87,112 +86,116 @@ async def open_run(
     """
     config = loaded.config
     async with AsyncExitStack() as stack:
-        books = await asyncio.to_thread(_open_run_files, folder, loaded)
-        stack.push_async_callback(asyncio.to_thread, books.files.close)
-        ledger, total = books.journal, len(books.store)
+        files = await asyncio.to_thread(_open_run_files, folder, loaded)
+        stack.push_async_callback(asyncio.to_thread, files.files.close)
+        journal, total = files.journal, len(files.store)
         price = (
-            await asyncio.to_thread(find_token_prices, config, books.model, books.simulated)
+            await asyncio.to_thread(find_token_prices, config, files.model, files.simulated)
             or NO_PRICES
         )
-        stack.push_async_callback(ledger.aclose)
-        who = f"{socket.gethostname()} pid {os.getpid()}"
-        ledger.start_session(who, config.journal.fsync_s, books.next_session)
-        if mode.retry_before is not None:
-            ledger.reopen_failed(mode.retry_before.setdefault(folder.path, ledger.session_number))
-        progress = _progress(ledger, total, books.node_time)
+        stack.push_async_callback(journal.aclose)
+        owner = f"{socket.gethostname()} pid {os.getpid()}"
+        journal.start_session(owner, config.journal.fsync_s, files.next_session)
+        if options.retry_before is not None:
+            journal.reopen_failed(
+                options.retry_before.setdefault(folder.path, journal.session_number)
+            )
+        progress = _progress(journal, total, files.node_time)
         run_item: RunItem = _refuse_item
         fleet: Fleet | None = None
-        crew: Coordinator | None = None
-        spends: RunBudget | None = None
-        if ledger.count_items().open:
-            spends = await stack.enter_async_context(
-                open_budget(folder, config, price, ledger, get_run_ids(books.provenance))
+        coordinator: Coordinator | None = None
+        budget: RunBudget | None = None
+        if journal.count_items().open:
+            budget = await stack.enter_async_context(
+                open_budget(folder, config, price, journal, get_run_ids(files.provenance))
             )
-            up = await stack.enter_async_context(
-                ready_endpoints(config, loaded.plain["endpoints"], books.model)
+            ready = await stack.enter_async_context(
+                ready_endpoints(config, loaded.plain["endpoints"], files.model)
             )
-            books = await asyncio.to_thread(_settle_simulated, folder, loaded, books, up.simulated)
-            if spends is not None:
-                counter = await stack.enter_async_context(open_token_counter(up))
-                spends.budget.count_prompt = make_prompt_counter(counter)
+            files = await asyncio.to_thread(
+                _settle_simulated, folder, loaded, files, ready.simulated
+            )
+            if budget is not None:
+                counter = await stack.enter_async_context(open_token_counter(ready))
+                budget.budget.count_prompt = make_prompt_counter(counter)
             if config.backend.is_remote:
-                _check_trace(mode)
-                about = {**books.provenance, "session": ledger.session_number}
-                terms = make_task_template(folder, loaded, up, about, price)
-                if mode.deadline is not None:
-                    terms = replace(terms, ends_at=mode.deadline.workers_stop_at)
-                crew = await stack.enter_async_context(
-                    open_coordinator(mode.work_shard, terms, ledger, progress, spends)
+                _check_trace(options)
+                about = {**files.provenance, "session": journal.session_number}
+                template = make_task_template(folder, loaded, ready, about, price)
+                if options.deadline is not None:
+                    template = replace(template, ends_at=options.deadline.workers_stop_at)
+                coordinator = await stack.enter_async_context(
+                    open_coordinator(options.work_shard, template, journal, progress, budget)
                 )
-                told = crew.stats_collector.reports
+                reports = coordinator.stats_collector.reports
                 await stack.enter_async_context(
-                    write_reports_at_end(told, folder, ledger.session_number, price)
+                    write_reports_at_end(reports, folder, journal.session_number, price)
                 )
             else:
-                reuse = await stack.enter_async_context(
-                    open_cache(config, up.simulated, folder.responses)
+                cache = await stack.enter_async_context(
+                    open_cache(config, ready.simulated, folder.responses)
                 )
-                fleet = await stack.enter_async_context(open_fleet(config, up, reuse))
-                told = make_reporter(fleet)
+                fleet = await stack.enter_async_context(open_fleet(config, ready, cache))
+                reports = make_reporter(fleet)
                 await stack.enter_async_context(
-                    write_reports_at_end(told, folder, ledger.session_number, price)
+                    write_reports_at_end(reports, folder, journal.session_number, price)
                 )
-                seen = is_run_by_engine(
-                    config, trace=mode.trace, embedded=mode.embedded, total=total
+                by_engine = is_run_by_engine(
+                    config, trace=options.trace, embedded=options.embedded, total=total
                 )
-                engine = mode.make_engine(config.task.graph is not None) if seen else None
-                quiet = not is_small_batch(total) and not mode.trace
-                run_item = make_item_runner(loaded, fleet, up.model, engine, quiet)
+                engine = options.make_engine(config.task.graph is not None) if by_engine else None
+                quiet = not is_small_batch(total) and not options.trace
+                run_item = make_item_runner(loaded, fleet, ready.model, engine, quiet)
         tools = OpenedRun(
-            store=books.store,
-            item_journal=ledger,
+            store=files.store,
+            item_journal=journal,
             aggregators=build_aggregators(
                 [to_aggregator_spec(s, config.task.answer_schema) for s in config.reduce]
             ),
             run_item=run_item,
-            gate=_gate(config, crew is not None),
+            gate=_gate(config, coordinator is not None),
             progress=progress,
-            fingerprint=bytes.fromhex(books.fingerprint),
-            question_digest=compute_question_digest(config, books.model),
+            fingerprint=bytes.fromhex(files.fingerprint),
+            question_digest=compute_question_digest(config, files.model),
             keep_raw=config.keep.raw == "all",
-            simulated=books.simulated,
+            simulated=files.simulated,
             token_prices=price,
-            open_account=no_account if spends is None else spends.budget.open_account,
-            budget=None if spends is None else spends.budget,
-            coordinator=crew,
-            progress_stream=mode.progress_streams.setdefault(folder.path, ProgressStream()),
+            open_account=no_account if budget is None else budget.budget.open_account,
+            budget=None if budget is None else budget.budget,
+            coordinator=coordinator,
+            progress_stream=options.progress_streams.setdefault(folder.path, ProgressStream()),
             fleet=fleet,
-            journal=ledger,
+            journal=journal,
         )
-        if ledger.count_items().open:
-            shelf = SpendLogs(folder.budget, get_run_ids(books.provenance))
+        if journal.count_items().open:
+            logs = SpendLogs(folder.budget, get_run_ids(files.provenance))
             await stack.enter_async_context(
-                charge_node_time(tools, spends, shelf, ledger.session_number)
+                charge_node_time(tools, budget, logs, journal.session_number)
             )
         await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
-        stack.enter_context(close_at_deadline(tools.gate, mode.deadline))
+        stack.enter_context(close_at_deadline(tools.gate, options.deadline))
         yield tools
 
 
-def _check_trace(mode: OpenOptions) -> None:
-    if mode.trace:
+def _check_trace(options: OpenOptions) -> None:
+    if options.trace:
         msg = (
-            "--trace runs every item by LangGraph's engine in this process, and the settings send "
-            "the shards elsewhere; add --set backend.kind=local"
+            "--trace runs every item with LangGraph's engine in this process, but the settings run "
+            "the shards on workers; add --set backend.kind=local"
         )
         raise ConfigurationError(msg)
 
 
-def _gate(config: RunConfig, elsewhere: bool) -> Gate:
-    """Return the bound on items in flight; of shards elsewhere, the places bound the number."""
-    if elsewhere:
+def _gate(config: RunConfig, is_remote: bool) -> Gate:
+    """Return the gate for items in flight; shards on workers are bounded by the worker pool."""
+    if is_remote:
         return Gate(sys.maxsize, config.limits.drain_s + STOP_GRACE_S, "shards")
     return Gate(config.limits.streams, config.limits.drain_s)
 
 
 @dataclass(frozen=True, slots=True)
 class _RunFiles:
-    """What is on disk of a run, opened."""
+    """The open files of a run."""
 
     files: ExitStack
     store: ItemStore
@@ -225,23 +228,25 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
         != about["fingerprint"]
     ):
         msg = (
-            f"{folder.path}: this run asks for something else than the settings given with it "
-            "(task or model); start a new run in another folder"
+            f"{folder.path}: the task or model settings differ from those of this run; use a new "
+            "run folder"
         )
         raise ConfigurationError(msg)
     with ExitStack() as stack:
         about = ensure_run_identity(folder)
-        stop_earlier_workers(folder.journal)  # before the journal is read: they still write to it
+        stop_earlier_workers(
+            folder.journal
+        )  # before reading the journal: they may still write to it
         store = stack.enter_context(ItemStore(folder.items))
-        ledger = Journal(folder.journal, get_run_ids(about), len(store))
-        shelf = SpendLogs(folder.budget, get_run_ids(about))
+        journal = Journal(folder.journal, get_run_ids(about), len(store))
+        logs = SpendLogs(folder.budget, get_run_ids(about))
         return _RunFiles(
-            stack.pop_all(), store, ledger, about, shelf.next_session(), shelf.total_node_time()
+            stack.pop_all(), store, journal, about, logs.next_session(), logs.total_node_time()
         )
 
 
-def _progress(ledger: Journal, total: int, held: NodeTime) -> Progress:
-    counts, spent = ledger.count_items(), ledger.total_usage()
+def _progress(journal: Journal, total: int, held: NodeTime) -> Progress:
+    counts, spent = journal.count_items(), journal.total_usage()
     return Progress(
         total=total,
         done=counts.done,
@@ -261,38 +266,38 @@ def _progress(ledger: Journal, total: int, held: NodeTime) -> Progress:
 
 
 def _settle_simulated(
-    folder: RunFolder, loaded: LoadedConfig, books: _RunFiles, now: bool
+    folder: RunFolder, loaded: LoadedConfig, files: _RunFiles, now: bool
 ) -> _RunFiles:
-    """Return the run's books, in which it is settled whether the endpoints are simulated.
+    """Return the run's files, after recording whether the endpoints are simulated.
 
-    A run whose endpoints nobody could ask when it was prepared learns it here, once.
+    A run that was prepared before its endpoints existed records this here, once.
 
     Raises:
-        ConfigurationError: They are not what they were.
+        ConfigurationError: The endpoints changed from real to simulated, or back.
     """
-    if books.provenance["simulated"] is None:
-        settled = compute_fingerprint(loaded.config, books.model, now)
-        cost = price_of(loaded.config, books.model, now)
+    if files.provenance["simulated"] is None:
+        settled = compute_fingerprint(loaded.config, files.model, now)
+        cost = price_of(loaded.config, files.model, now)
         kept = {"price": None if cost is None else cost.to_json()}
-        about = books.provenance | kept | {"simulated": now, "fingerprint": settled}
+        about = files.provenance | kept | {"simulated": now, "fingerprint": settled}
         folder.write_provenance(about)
-        return replace(books, provenance=about)
-    _check_simulated(now, books.simulated)
-    return books
+        return replace(files, provenance=about)
+    _check_simulated(now, files.simulated)
+    return files
 
 
 def _check_simulated(now: bool, before: bool) -> None:
     if now != before:
         kinds = ("real", "simulated")
         msg = (
-            f"this run's answers are {kinds[before]} and these endpoints are {kinds[now]}; the two "
-            "never mix: start a new run in another folder"
+            f"this run's answers are {kinds[before]} and these endpoints are {kinds[now]}; a run "
+            "cannot mix them: use a new run folder"
         )
         raise ConfigurationError(msg)
 
 
 async def _refuse_item(item: Item) -> ItemState:
-    raise ConfigurationError(f"item {item.id!r} is open, though the journal says that none is")
+    raise ConfigurationError(f"item {item.id!r} is open, but the journal has no open items")
 
 
 def write_results(
@@ -305,7 +310,7 @@ def write_results(
     """Write results, failures and aggregate; return references to them.
 
     Raises:
-        JournalError: A file could not be written.
+        JournalError: A file cannot be written.
     """
     extents = tools.item_journal.extents()
     schema, priced = loaded.config.task.answer_schema, tools.is_priced

@@ -1,4 +1,4 @@
-"""Life_end -> session_deadline()."""
+"""Stop a session: signals, deadlines and draining."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ T = TypeVar("T")
 _HURRY: Final = 2
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
-"""Signals of which a second one stops at once."""
+"""Signals of which a second one stops without waiting."""
 
 WARNING_SIGNALS: Final = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-"""Signals by which schedulers tell that the time is nearly over; they count only as the first."""
+"""Signals that schedulers send shortly before the end of a job; only the first one counts."""
 
 
 class Shutdown:
-    """A wish to stop: at first no further item begins, at the second nothing is waited for.
+    """Stop requests: the first starts no further item, the second does not wait for items.
 
-    A third signal breaks off the graph itself, in whatever it is stuck.
+    A third signal cancels the graph itself.
 
     Args:
-        console: Where to say what is going on.
+        console: Console for messages.
 
     Attributes:
-        control: The run's control, by which the graph hears of it.
-        reason: Name of the signal that came first, or None.
+        control: The run's control, which tells the graph to drain.
+        reason: Name of the first signal, or None.
     """
 
     def __init__(self, console: Console) -> None:
@@ -51,28 +51,28 @@ class Shutdown:
         self._work: asyncio.Future[Any] | None = None
 
     def request_stop(self, name: str) -> None:
-        """Heed a signal."""
+        """Request a stop; each further request is more urgent."""
         self._times += 1
         self.reason = self.reason or name
         self.control.request_drain(self.reason)
         if self._gate is not None and self._times == 1:
-            flying = self._gate.in_flight
+            in_flight = self._gate.in_flight
             self._gate.close(name)
             what = self._gate.unit
-            self._say(f"{name}: waiting for {flying:,} {what} in flight; once more stops at once")
+            self._say(f"{name}: waiting for {in_flight:,} {what} in flight; repeat to stop at once")
         elif self._gate is not None and self._times == _HURRY:
-            self._gate.stop_waiting()  # no cancelling: it would break off checkpoints half written
+            self._gate.stop_waiting()  # do not cancel: that could leave a checkpoint half written
         elif self._work is not None:
             self._work.cancel()
 
     def request_stop_once(self, name: str) -> None:
-        """Heed a wish to stop that counts only if it is the first."""
+        """Request a stop, unless one was requested before."""
         if self.reason is None:
             self.request_stop(name)
 
     @contextmanager
     def stop_at_deadline(self, end: Walltime | None) -> Iterator[None]:
-        """Stop in time, while the block runs."""
+        """Request a stop at the deadline, while the block runs."""
         if end is None:
             yield
             return
@@ -84,10 +84,10 @@ class Shutdown:
             timer.cancel()
 
     async def open_unless_stopped(self, work: Awaitable[T]) -> T:
-        """Open something, unless a signal comes first.
+        """Open a resource, unless a stop is requested first.
 
         Raises:
-            RunStoppedError: A signal came.
+            RunStoppedError: A stop was requested.
         """
         self._work = asyncio.ensure_future(work)
         try:
@@ -95,7 +95,9 @@ class Shutdown:
         except asyncio.CancelledError:
             if self.reason is None:
                 raise
-            msg = f"{self.reason} before the first item; nothing was asked, the run can be resumed"
+            msg = (
+                f"{self.reason} before the first item; no request was sent, the run can be resumed"
+            )
             raise RunStoppedError(msg) from None
         finally:
             self._work = None
@@ -103,7 +105,7 @@ class Shutdown:
 
     @contextmanager
     def watch_work(self, gate: Gate, work: asyncio.Future[Any]) -> Iterator[None]:
-        """Say what signals act on while the block runs."""
+        """Apply stop requests to a gate and a task while the block runs."""
         self._gate, self._work = gate, work
         if self.reason is not None:
             gate.close(self.reason)
@@ -118,32 +120,32 @@ class Shutdown:
 
 @contextmanager
 def handle_signals(console: Console) -> Iterator[Shutdown]:
-    """Take signals for the block as a wish to stop; for the main thread's loop."""
+    """Turn signals into stop requests while the block runs; requires the main thread's loop."""
     loop, stop = asyncio.get_running_loop(), Shutdown(console)
     handled: list[tuple[signal.Signals, Callable[..., Any] | int | None]] = []
     for number in (*STOP_SIGNALS, *WARNING_SIGNALS):
         handled.append((number, signal.getsignal(number)))
-        heed = stop.request_stop if number in STOP_SIGNALS else stop.request_stop_once
-        loop.add_signal_handler(number, heed, number.name)
+        handle = stop.request_stop if number in STOP_SIGNALS else stop.request_stop_once
+        loop.add_signal_handler(number, handle, number.name)
     try:
         yield stop
     finally:
         for number, handler in handled:
             loop.remove_signal_handler(number)
-            # a warning that comes while the run ends must not break that off
-            late = number in WARNING_SIGNALS and callable(handler)
-            signal.signal(number, signal.SIG_IGN if late else handler)
+            # a warning signal during the end of the run must not interrupt it
+            is_warning = number in WARNING_SIGNALS and callable(handler)
+            signal.signal(number, signal.SIG_IGN if is_warning else handler)
 
 
 def session_deadline(config: RunConfig, began: float) -> Walltime | None:
-    """Return when a life of a run must end, or None when nothing bounds it.
+    """Return the deadline of a session, or None if it has no limit.
 
     Args:
         config: The settings.
-        began: When the life began, in seconds since 1970.
+        began: Start of the session, in seconds since 1970.
 
     Raises:
-        ConfigurationError: What the environment says of the end is no time.
+        ConfigurationError: An environment variable for the end of the job is not a time.
     """
     extra_s = STOP_GRACE_S if config.backend.is_remote else 0.0
     return walltime(config.limits, os.environ, began, extra_s)
@@ -151,7 +153,7 @@ def session_deadline(config: RunConfig, began: float) -> Walltime | None:
 
 @contextmanager
 def close_at_deadline(gate: Gate, end: Walltime | None) -> Iterator[None]:
-    """Close a gate in time, while the block runs."""
+    """Close a gate at the deadline, while the block runs."""
     if end is None:
         yield
         return
@@ -163,10 +165,10 @@ def close_at_deadline(gate: Gate, end: Walltime | None) -> Iterator[None]:
 
 
 async def with_deadline(work: Awaitable[T], end: Walltime | None) -> T:
-    """Do something that comes before the first item, unless there is no time left for it.
+    """Await work that precedes the first item, up to the deadline.
 
     Raises:
-        RunStoppedError: There is none.
+        RunStoppedError: The deadline has passed.
     """
     try:
         async with asyncio.timeout(None if end is None else end.remaining_s()) as timer:
@@ -174,5 +176,5 @@ async def with_deadline(work: Awaitable[T], end: Walltime | None) -> T:
     except TimeoutError:
         if end is None or not timer.expired():
             raise
-        msg = f"{end.reason}; nothing was asked, the same command goes on in a job with more time"
+        msg = f"{end.reason}; no request was sent: run the same command in a job with more time"
         raise RunStoppedError(msg) from None

@@ -109,7 +109,7 @@ async def test_a_run_that_moved_goes_on_where_out_says(
         old.rename(new)
         graph = build_graph(config, checkpointer=saver, trust_context=True)
         state = await graph.aget_state(THREAD)
-        with pytest.raises(ConfigurationError, match=f"{state.values['run']['id']}.*name it by"):
+        with pytest.raises(ConfigurationError, match=f"{state.values['run']['id']}.*set 'out'"):
             await graph.ainvoke(None, THREAD)
         end = await graph.ainvoke(None, THREAD, context=RunContext(out="elsewhere/moved"))
         assert end["progress"]["done"] == ITEMS
@@ -203,7 +203,7 @@ async def test_out_and_no_input_go_on_with_that_run(slow: SimulatedFleet) -> Non
     )
     shutil.move("a", "b")
     other = config | {"task": {"prompt": "Why {x}?"}}
-    with pytest.raises(ConfigurationError, match="asks for something else"):
+    with pytest.raises(ConfigurationError, match="differ from those of this run"):
         await build_graph(RunContext(config=other, out="b")).ainvoke({})
     with pytest.raises(ConfigurationError, match="contains other files"):
         await build_graph(RunContext(config=config, out="b")).ainvoke({"items": rows(3)})

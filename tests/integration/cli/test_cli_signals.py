@@ -82,7 +82,7 @@ def test_a_second_signal_stops_at_once(slow: Shell) -> None:
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
-        assert any("once more stops at once" in line for line in lines)
+        assert any("repeat to stop at once" in line for line in lines)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)  # waiting for those in flight takes 30 s
     assert process.returncode == 5, err

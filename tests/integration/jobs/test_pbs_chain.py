@@ -34,7 +34,7 @@ def test_a_job_that_is_warned_is_followed_and_each_item_ends_once(pbs: Cluster) 
     subprocess.run(["qsig", "-s", "SIGUSR1", trial.chain.jobs[0].id], check=True)
     until(lambda: ended(trial), "the end of the chain")
     chain, said = trial.chain, trial.logs()
-    assert "it is tried again at the end of this one" in said
+    assert "fanfold retries at the end of this job" in said
     assert [job.code for job in chain.jobs] == [5, 0, None], said
     assert chain.jobs[0].finished_items >= 32
     assert chain.jobs[0].finished_items + chain.jobs[1].finished_items == items
@@ -80,7 +80,7 @@ def test_where_jobs_may_not_submit_jobs_it_goes_on_by_hand(pbs: Cluster) -> None
     until(lambda: ended(trial), "the end of the first job")
     why = trial.chain.halt_reason or ""
     assert "the next job could not be submitted: qsub says: qsub: would exceed" in why
-    assert why.endswith(f"go on from a login node: fanfold submit {trial.path} …")
+    assert why.endswith(f"resume from a login node: fanfold submit {trial.path} …")
     first = trial.chain.jobs[0].id
     until(
         lambda: Pbs().fetch_states([first]) == {first: "ended"}, "the scheduler's word for its end"

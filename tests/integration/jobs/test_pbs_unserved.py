@@ -49,7 +49,7 @@ def test_servers_that_cannot_start_end_the_job_and_two_jobs_the_chain(
     settings["node"] |= {"serve": f"{sys.executable} -I -S {PLAIN} {{port}} fail"}
     settings["node"] |= {"timeout_s": NEVER_S}
     trial = pbs.submit(4, settings)
-    told = "2 jobs in a row finish none; nothing else bounds it (--jobs, --node-hours)"
+    told = "2 jobs in a row finish none; no other limit (--jobs, --node-hours)"
     assert told in capsys.readouterr().err
     until(lambda: ended(trial), "the end of the chain")
     outcomes = [job.outcome for job in trial.chain.jobs]
@@ -57,7 +57,7 @@ def test_servers_that_cannot_start_end_the_job_and_two_jobs_the_chain(
     why = trial.chain.halt_reason or ""
     assert why.startswith("2 jobs in a row finished no item or lost all their model servers")
     said = trial.logs()
-    assert "no model server was left, and none could come; what was said last:" in said
+    assert "no model server was left, and none could start; last messages:" in said
     assert "| torch.OutOfMemoryError: no memory left" in said
     assert len(servers(trial)) == 4, "one on each of two nodes in each of two jobs"
     assert not trial.finished()

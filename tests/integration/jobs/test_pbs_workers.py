@@ -36,7 +36,7 @@ def test_a_job_of_workers_is_warned_and_its_successor_goes_on(pbs: Cluster) -> N
     """A worker is killed before, and nothing is served twice or asked twice."""
     trial = pbs.submit(ITEMS, served(0.3) | {"backend": LAUNCHED})
     trial.worked(4)
-    workers = of_the_job(pbs, 1, b"sites.launched")
+    workers = of_the_job(pbs, 1, b"workers.launched")
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     trial.worked(len(trial.finished()) + 8)  # by the other worker

@@ -67,7 +67,7 @@ def test_a_worker_is_killed_and_a_node_is_lost(jobs: Cluster, slurm: PrivateSlur
     """The other workers live on in the same job, and what was lost is asked again."""
     trial = submitted(jobs, 600, LAUNCHED, "10m")
     trial.worked(20)
-    workers = on(slurm, "n2", b"sites.launched")
+    workers = on(slurm, "n2", b"workers.launched")
     os.kill(workers[0], signal.SIGKILL)
     trial.worked(len(trial.finished()) + 50)  # by the other workers
     slurm.lose("n3")

@@ -109,7 +109,7 @@ async def test_a_ready_graph_brings_its_own_model(caplog: pytest.LogCaptureFixtu
     assert end["progress"]["requests"] == 0
     assert table[0]["output"].startswith("about ")
     assert [r.message for r in caplog.records].count(
-        "task.graph: agents:ready brings a model of its own; its calls are not counted"
+        "task.graph: agents:ready uses its own model; fanfold does not count its calls"
     ) == 1
 
 

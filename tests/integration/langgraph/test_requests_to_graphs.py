@@ -314,7 +314,7 @@ async def test_a_runs_request_holds_for_its_next_invocation(slow: SimulatedFleet
     with pytest.raises(asyncio.CancelledError):
         await first
     other: Any = {"prompt": "Who {x}?"}
-    with pytest.raises(ConfigurationError, match="asks for something else"):
+    with pytest.raises(ConfigurationError, match="differ from those of this run"):
         await build_graph(bound, checkpointer=saver).ainvoke(None, THREAD, context=other)
     again: Any = build_graph(
         bound | {"limits": {"streams": 32, "hedge": False}}, checkpointer=saver

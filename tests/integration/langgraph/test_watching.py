@@ -299,7 +299,7 @@ async def test_lines_of_events_are_named_as_what_they_are() -> None:
         ):
             last = part if mode == "values" else last
     (failed,) = Path(last["results"]["failures"]).read_bytes().splitlines()
-    assert "the answer is no JSON object: HTTP 200" in orjson.loads(failed)["error"]
+    assert "the answer is not a JSON object: HTTP 200" in orjson.loads(failed)["error"]
 
 
 @pytest.mark.parametrize("watch", WATCHES, ids=lambda watch: watch.__name__)

@@ -57,7 +57,7 @@ async def test_what_a_killed_life_may_have_cost_is_in_doubt(lab_of: LabMaker) ->
         after, _, spent = told(lab)
         assert after == result.cost
         assert after.usage.tokens + after.unaccounted.tokens == spent >= paid(lab)
-        assert after.held.node_ms > cost.held.node_ms
+        assert after.node_time.node_ms > cost.node_time.node_ms
         assert result.budget["tokens"]["spent"] == spent
         assert after.nano_usd >= after.usage.useful_nano_usd > 0
 

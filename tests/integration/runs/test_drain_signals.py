@@ -161,7 +161,7 @@ async def test_a_fleet_that_is_lost_ends_the_run_resumably(lab_of: LabMaker) -> 
             await lab.fleet.kill(node)
         result = await asyncio.wait_for(life, 60)
         assert result.exit_code == 5
-        assert "no endpoint came back" in (result.reason or "")
+        assert "no endpoint recovered" in (result.reason or "")
         assert result.progress["failed"] == 0
         assert result.progress["done"] == lab.journal_lines() < 80
         lab.life_ended()

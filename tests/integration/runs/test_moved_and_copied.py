@@ -177,7 +177,7 @@ async def test_a_copy_is_a_run_of_its_own(lab_of: LabMaker, tmp_path: Path) -> N
         before = contents(original)
         code, said = await command(tmp_path, "resume", "copy", "--json")
         assert code == 0, said
-        assert "copy: a copy of the folder of run" in " ".join(said.split())
+        assert "copy: copied from the folder of run" in " ".join(said.split())
         assert contents(original) == before
         assert asked(lab) == 120
         (run, none), (other, earlier) = ids(original), ids(copy)
@@ -384,5 +384,5 @@ async def test_a_folder_of_another_run_at_the_same_place(lab_of: LabMaker) -> No
         Path("run").rename("kept")
         lab.config["task"] = lab.config["task"] | {"prompt": "Why {x}?"}
         await lab.live(await lab.begin(Path("run")))
-        with pytest.raises(ConfigurationError, match="asks for something else"):
+        with pytest.raises(ConfigurationError, match="differ from those of this run"):
             await lab.live(open_folder(Path("kept")), overrides=("task.prompt=Why {x}?",))

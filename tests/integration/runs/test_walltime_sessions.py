@@ -48,7 +48,7 @@ async def test_lives_end_in_time_and_the_run_is_whole(
         folder, seconds = await lab.begin(), 0.6
         while not lab.journal_lines():  # a machine that is busy may need longer to begin
             try:
-                result = await lab.live(folder, end=in_time(seconds))
+                result = await lab.live(folder, deadline=in_time(seconds))
             except RunStoppedError as error:
                 if "walltime: of the test before the first item" not in error.message:
                     raise
@@ -68,8 +68,8 @@ async def test_lives_end_in_time_and_the_run_is_whole(
 async def test_no_time_is_left_at_all(lab_of: LabMaker) -> None:
     async with lab_of(items=20) as lab:
         folder = await lab.begin()
-        with pytest.raises(RunStoppedError, match="before the first item; nothing was asked"):
-            await lab.live(folder, end=in_time(-60))
+        with pytest.raises(RunStoppedError, match="before the first item; no request was sent"):
+            await lab.live(folder, deadline=in_time(-60))
         assert lab.fleet.stats()["totals"]["requests"] == 0
 
 

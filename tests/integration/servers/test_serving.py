@@ -221,7 +221,7 @@ def _watchers(node: Node) -> list[int]:
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended meanwhile
             arguments = line.read_bytes().split(b"\0")
-            if wanted in arguments and any(a.endswith(b"watcher.py") for a in arguments):
+            if wanted in arguments and any(a.endswith(b"watchdog.py") for a in arguments):
                 found.append(int(line.parent.name))
     return found
 

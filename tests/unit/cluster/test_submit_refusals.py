@@ -42,14 +42,14 @@ def test_more_node_hours_than_the_chain_may_take(tmp_path: Path) -> None:
 
 
 def test_a_walltime_that_its_end_takes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"--walltime 1m: .* kept for its end"):
+    with pytest.raises(ConfigurationError, match=r"--walltime 1m: .* reserved for the end"):
         shown(tmp_path, walltime="1m")
 
 
 @pytest.mark.parametrize("endpoints", [{"aegis_registry": "http://head:8100"}, {"auto": True}])
 def test_others_serve_already(tmp_path: Path, endpoints: dict[str, Any]) -> None:
     kind = next(iter(endpoints))
-    with pytest.raises(ConfigurationError, match=rf"beside endpoints.{kind}, .* started twice"):
+    with pytest.raises(ConfigurationError, match=rf"endpoints.{kind} refers to servers that run"):
         shown(tmp_path, {"endpoints": endpoints})
 
 

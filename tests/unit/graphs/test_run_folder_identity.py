@@ -57,7 +57,7 @@ def test_copies_get_ids_of_their_own_once(tmp_path: Path, caplog: pytest.LogCapt
     shutil.copytree(original.path, tmp_path / "c")
     b, c = RunFolder(tmp_path / "b"), RunFolder(tmp_path / "c")
     first = get_run_ids(ensure_run_identity(b))
-    assert "a copy of the folder of run one" in caplog.text
+    assert "copied from the folder of run one" in caplog.text
     assert first[1:] == ("one",)
     assert get_run_ids(ensure_run_identity(b)) == first
     assert get_run_ids(ensure_run_identity(c))[0] not in first
@@ -77,7 +77,7 @@ def test_a_copy_that_cannot_be_settled_stays_one(tmp_path: Path) -> None:
     copy = RunFolder(tmp_path / "b")
     (copy.path / TASK_LOG_FILE).unlink()
     (copy.path / TASK_LOG_FILE).mkdir()
-    with pytest.raises(JournalError, match="what a copy must not keep cannot be removed"):
+    with pytest.raises(JournalError, match="cannot remove files that a copied run must not keep"):
         ensure_run_identity(copy)
     assert get_run_ids(copy.read_provenance()) == ("one",)
     (copy.path / TASK_LOG_FILE).rmdir()
