@@ -35,7 +35,7 @@ def main() -> None:
     with suppress(OSError):
         os.unlink(endpoints)  # noqa: PTH108 - the fewest imports
     kill_groups(groups, float(grace))
-    line = {"v": 1, "at": time.time(), "host": host, "event": "end", "why": "keeper lost"}
+    line = {"v": 1, "at": time.time(), "host": host, "event": "end", "why": "supervisor lost"}
     with suppress(OSError), open(event_log, "a", encoding="utf-8") as file:  # noqa: PTH123
         file.write(json.dumps(line) + "\n")
 

@@ -1,1 +1,1 @@
-"""Places where shards run."""
+"""Backends that run shards on workers."""

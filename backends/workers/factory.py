@@ -159,7 +159,7 @@ _KINDS: dict[str, Callable[[BackendConfig, WorkShard, Path | None], list[Backend
 
 
 def import_object(name: str, key: str) -> Any:
-    """Return what ``module:attr`` names.
+    """Import the object ``module:attr``.
 
     Raises:
         ConfigurationError: It cannot be imported.

@@ -107,7 +107,7 @@ class ShardAgent(Agent):
 
     @loop
     async def watch_owner(self, shutdown: asyncio.Event) -> None:
-        """Exit when the coordinator has ended, however, or has closed the agent's mailbox."""
+        """Exit when the coordinator has ended, even if killed, or closed this mailbox."""
         status, missed = self.agent_exchange_client.status, 0
         while not shutdown.is_set():
             found = [await status(self.agent_id)]  # Academy itself would only stop listening

@@ -246,7 +246,7 @@ class AcademyBackend:
         self._has_manager = False
 
     def capacity(self) -> int:
-        """Return the agent's slots; none while it is not up."""
+        """Return the agent's slots; 0 while it is not up."""
         return self._manager.slots if self._agent is not None and self._agent.is_up else 0
 
     async def start(self) -> None:

@@ -221,7 +221,7 @@ class TaskPoller:
         return endpoint not in self._down
 
     def mark_suspect(self, endpoint: str) -> None:
-        """Mark an endpoint as offline until a check that starts from now on finds it online."""
+        """Mark an endpoint as offline until a later check finds it online."""
         self._down[endpoint] = next(self._suspicions)
 
     async def check_endpoint(self, endpoint: str) -> None:

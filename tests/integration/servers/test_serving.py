@@ -195,7 +195,7 @@ async def test_servers_do_not_outlive_a_killed_owner(node: Node) -> None:
         await until(lambda: not is_served(node.files))
         await until(lambda: not node.alive())
     assert not node.files.endpoints.exists()
-    assert node.events("end")[-1]["why"] == "keeper lost"
+    assert node.events("end")[-1]["why"] == "supervisor lost"
 
 
 async def test_a_watcher_that_is_killed_is_replaced(node: Node) -> None:

@@ -100,7 +100,7 @@ def test_a_lost_node_has_no_end(tmp_path: Path, end: float, rest: list[Interval]
 
 def test_a_keeper_that_was_killed_leaves_its_servers_down(tmp_path: Path) -> None:
     lines = [line(0, "begin", instances=1), line(10, "ready", 0), load(20, 4)]
-    write(tmp_path, "n1", *lines, line(70, "end", why="keeper lost"))
+    write(tmp_path, "n1", *lines, line(70, "end", why="supervisor lost"))
     assert told(tmp_path).intervals["n1", 0][-1] == Interval(70, 100, "down")
 
 
@@ -139,7 +139,7 @@ events = st.one_of(
     st.builds(load, ats, counts, counts, waiting=st.integers(0, 1)),
     st.builds(line, ats, st.just("alive"), ready=st.integers(0, 2)),
     st.builds(line, ats, st.just("begin"), instances=st.integers(1, 2)),
-    st.builds(line, ats, st.just("end"), why=st.sampled_from(["stopped", "keeper lost"])),
+    st.builds(line, ats, st.just("end"), why=st.sampled_from(["stopped", "supervisor lost"])),
 )
 
 
