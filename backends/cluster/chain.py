@@ -393,7 +393,7 @@ def _limit_reached(chain: JobChain) -> str | None:
     most, hours = chain.options.get("jobs"), chain.options.get("node_hours")
     begun = [job for job in chain.recent if job.began is not None]
     if most is not None and len(begun) >= most:
-        return f"the chain has had its {most} jobs (--jobs)"
+        return f"the chain has reached its limit of {most} jobs (--jobs)"
     if hours is None or not begun:
         return None
     used = sum(job.nodes * job.wall_s for job in begun) / 3600

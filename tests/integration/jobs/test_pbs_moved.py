@@ -90,7 +90,7 @@ def test_the_jobs_of_a_run_are_none_of_its_copys(
     with pytest.raises(ConfigurationError, match="no job of this run was ever submitted"):
         cancel_jobs(copy.path, at_once=True)
     assert (
-        "1.standin, 2.standin: jobs of the run that this folder was copied"
+        "1.standin, 2.standin: not cancelled: jobs of the run that this folder was copied"
         in capsys.readouterr().err
     )
     facts = job_report(copy.path)
