@@ -23,14 +23,14 @@ from fanfold.backends.workers.testing import (
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard
 from fanfold.tests.integration.runs.conftest import STREAMS, Lab, LabMaker
-from fanfold.tests.integration.runs.test_sites_kill import (
+from fanfold.tests.integration.runs.test_workers_kill import (
     asked_again,
     begun,
     lived,
     marked,
     the_first,
 )
-from fanfold.tests.integration.workers.academy.ward import alive
+from fanfold.tests.integration.workers.academy.academy_run import alive
 
 pytestmark = [
     pytest.mark.integration,

@@ -12,7 +12,7 @@ import pytest
 
 from fanfold.tests.integration.runs.conftest import LabMaker
 
-from .test_sites_kill import (
+from .test_workers_kill import (
     LAUNCHED,
     STREAMS,
     asked_again,

@@ -15,7 +15,7 @@ import pytest
 
 from fanfold.backends.workers.parsl import htex_local
 from fanfold.tests.integration.runs.conftest import STREAMS, Lab, LabMaker
-from fanfold.tests.integration.runs.test_sites_kill import (
+from fanfold.tests.integration.runs.test_workers_kill import (
     asked_again,
     lived,
     marked,

@@ -20,7 +20,7 @@ from redis.retry import Retry
 
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
-from fanfold.tests.integration.workers.academy.ward import Ward
+from fanfold.tests.integration.workers.academy.academy_run import AcademyRun
 
 PASSWORD = "let-me-in"
 
@@ -79,8 +79,8 @@ def redis_exchange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 
 @pytest_asyncio.fixture
-async def ward(tmp_path: Path) -> AsyncIterator[Ward]:
-    """A ward whose fleet takes about a tenth of a second for an answer."""
+async def academy_run(tmp_path: Path) -> AsyncIterator[AcademyRun]:
+    """A academy_run whose fleet takes about a tenth of a second for an answer."""
     spec = SimulationSpec.fast(nodes=2, ttft_s=0.08, tpot_s=0.001, jitter=0.3)
     async with SimulatedFleet(spec) as fleet:
-        yield Ward(tmp_path, fleet)
+        yield AcademyRun(tmp_path, fleet)

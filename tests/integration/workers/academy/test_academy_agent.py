@@ -24,7 +24,7 @@ from academy.serialize import SerializationStrategy
 from fanfold import ConfigurationError, MapReduceAgent
 from fanfold.backends.workers.academy.exchange import ExchangeSettings, delete_mailboxes
 from fanfold.graphs.integrations.academy import plain_exchange
-from fanfold.tests.integration.workers.academy.ward import Ward
+from fanfold.tests.integration.workers.academy.academy_run import AcademyRun
 
 pytestmark = [
     pytest.mark.integration,
@@ -46,10 +46,10 @@ def in_json(handle: Handle[Any]) -> Handle[Any]:
     return handle
 
 
-async def served(manager: Manager[Any], ward: Ward, **more: Any) -> Handle[Any]:
+async def served(manager: Manager[Any], academy_run: AcademyRun, **more: Any) -> Handle[Any]:
     handle = await manager.launch(
         MapReduceAgent,
-        args=(ward.settings, str(ward.out.parent)),
+        args=(academy_run.settings, str(academy_run.out.parent)),
         kwargs=ALLOWED | more.pop("kwargs", {}),
         config=plain_exchange(),
         **more,
@@ -58,9 +58,11 @@ async def served(manager: Manager[Any], ward: Ward, **more: Any) -> Handle[Any]:
 
 
 @asynccontextmanager
-async def apart(exchange: dict[str, Any], ward: Ward) -> AsyncIterator[list[AgentId[Any]]]:
+async def apart(
+    exchange: dict[str, Any], academy_run: AcademyRun
+) -> AsyncIterator[list[AgentId[Any]]]:
     """Have a process of its own serve runs; yield its agent, its listener and its own mailbox."""
-    told = json.dumps([exchange, ward.settings, str(ward.out.parent)])
+    told = json.dumps([exchange, academy_run.settings, str(academy_run.out.parent)])
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(Path(__file__).with_name("serving.py")),
@@ -79,15 +81,17 @@ async def apart(exchange: dict[str, Any], ward: Ward) -> AsyncIterator[list[Agen
         await process.communicate()
 
 
-async def test_two_processes_over_redis(redis_exchange: dict[str, Any], ward: Ward) -> None:
+async def test_two_processes_over_redis(
+    redis_exchange: dict[str, Any], academy_run: AcademyRun
+) -> None:
     at = ExchangeSettings(**redis_exchange)
     options: dict[str, Any] = {"password": at.password} if at.password else {}
     client = await RedisExchangeFactory(at.host, at.port, **options).create_user_client()
-    async with apart(redis_exchange, ward) as boxes:
+    async with apart(redis_exchange, academy_run) as boxes:
         agent, listener = (
             in_json(Handle(box, exchange=client, ignore_context=True)) for box in boxes[:2]
         )
-        request, ear = {"items": ward.items}, str(boxes[1].uid)
+        request, ear = {"items": academy_run.items}, str(boxes[1].uid)
         async with asyncio.timeout(90):
             said = await agent.start(request, run_id="run", listener=ear)
             assert said["state"] == "starting"
@@ -100,48 +104,48 @@ async def test_two_processes_over_redis(redis_exchange: dict[str, Any], ward: Wa
         await client.terminate(client.client_id)  # wakes what listens there
         await client.close()
     await delete_mailboxes(at, [*boxes, client.client_id])
-    assert said["progress"]["done"] == len(ward.items)
+    assert said["progress"]["done"] == len(academy_run.items)
     assert said["aggregate"] == [
-        {"op": "count", "done": len(ward.items), "failed": 0, "failed_by_class": {}}
+        {"op": "count", "done": len(academy_run.items), "failed": 0, "failed_by_class": {}}
     ]
     done = [event["progress"].get("done", 0) for event in events]
     assert done == sorted(done)
     assert len(events) > 2
     assert events[-1]["results"] == said["results"]
-    ward.assert_whole(again=0)
+    academy_run.assert_whole(again=0)
 
 
-async def test_cancelled_and_started_again_by_another_agent(ward: Ward) -> None:
+async def test_cancelled_and_started_again_by_another_agent(academy_run: AcademyRun) -> None:
     async with federation(LocalExchangeFactory()) as manager:
-        agent = await served(manager, ward)
-        await agent.start({"items": ward.items}, run_id="run")
-        await ward.until(ward.journal_lines)
+        agent = await served(manager, academy_run)
+        await agent.start({"items": academy_run.items}, run_id="run")
+        await academy_run.until(academy_run.journal_lines)
         await agent.cancel("run")
         said = await agent.result("run", wait_s=60)
         assert said["state"] == "interrupted"
         assert said["reason"] == "cancel"
-        assert 0 < said["progress"]["done"] < len(ward.items)
+        assert 0 < said["progress"]["done"] < len(academy_run.items)
         await agent.shutdown()
     async with federation(LocalExchangeFactory()) as manager:
-        agent = await served(manager, ward)
+        agent = await served(manager, academy_run)
         assert (await agent.status("run"))["state"] == "unknown"
-        await agent.start({"items": ward.items}, run_id="run")
+        await agent.start({"items": academy_run.items}, run_id="run")
         said = await agent.result("run", wait_s=60)
         assert said["state"] == "done"
-    ward.assert_whole(again=0)
+    academy_run.assert_whole(again=0)
 
 
-async def test_what_is_wrong_comes_as_data(ward: Ward, tmp_path: Path) -> None:
+async def test_what_is_wrong_comes_as_data(academy_run: AcademyRun, tmp_path: Path) -> None:
     (tmp_path / "inputs").mkdir()
     (tmp_path / "secret.csv").write_text("x\n1\n")
     (tmp_path / "inputs" / "link.csv").symlink_to(tmp_path / "secret.csv")
     async with federation(LocalExchangeFactory()) as manager:
-        agent = await served(manager, ward, kwargs={"inputs": str(tmp_path / "inputs")})
+        agent = await served(manager, academy_run, kwargs={"inputs": str(tmp_path / "inputs")})
         cases: list[tuple[Any, Any, str]] = [
-            ({"items": ward.items, "budget": 9}, "a", "unknown key 'budget'"),
-            ({"itemss": ward.items}, "a", "did you mean 'items'"),
+            ({"items": academy_run.items, "budget": 9}, "a", "unknown key 'budget'"),
+            ({"itemss": academy_run.items}, "a", "did you mean 'items'"),
             ({"preset": "molecular_screening"}, "a", "unknown key 'preset'"),
-            ({"items": ward.items, "path": "x"}, "a", "not both"),
+            ({"items": academy_run.items, "path": "x"}, "a", "not both"),
             ({"items": []}, "a", "is empty"),
             ({"path": ""}, "a", "is empty"),
             ({"path": None}, "a", "is null"),
@@ -164,19 +168,21 @@ async def test_what_is_wrong_comes_as_data(ward: Ward, tmp_path: Path) -> None:
         await agent.start({"items": [{"y": 1}]}, run_id="b")
         said = await agent.result("b", wait_s=60)
         assert (said["state"], said["error"]["type"]) == ("failed", "InputError")
-        await agent.start({"items": ward.items[:2]}, run_id="b")  # nothing was begun under it
+        await agent.start(
+            {"items": academy_run.items[:2]}, run_id="b"
+        )  # nothing was begun under it
         assert (await agent.result("b", wait_s=60))["state"] == "done"
-        said = await agent.start({"items": ward.items[:3]}, run_id="b")
+        said = await agent.start({"items": academy_run.items[:3]}, run_id="b")
         assert "another request" in said["error"]["message"]
-        said = await agent.start({"items": ward.items[:2]}, listener="me")
+        said = await agent.start({"items": academy_run.items[:2]}, listener="me")
         assert "listener" in said["error"]["message"]
 
 
-async def test_a_file_below_the_services_folder(ward: Ward, tmp_path: Path) -> None:
+async def test_a_file_below_the_services_folder(academy_run: AcademyRun, tmp_path: Path) -> None:
     (tmp_path / "inputs").mkdir()
     (tmp_path / "inputs" / "some.csv").write_text("x\n1\n2\n")
     async with federation(LocalExchangeFactory()) as manager:
-        agent = await served(manager, ward, kwargs={"inputs": str(tmp_path / "inputs")})
+        agent = await served(manager, academy_run, kwargs={"inputs": str(tmp_path / "inputs")})
         said = await agent.start({"path": "some.csv"})
         said = await agent.result(said["run_id"], wait_s=60)
     assert pq.read_table(said["results"]["table"]).num_rows == 2

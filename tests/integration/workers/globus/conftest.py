@@ -1,4 +1,4 @@
-"""The fixtures of `fixtures.py` and `labs.py` for the tests of this folder."""
+"""The fixtures of `fixtures.py` and `globus_run.py` for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fanfold.tests.integration.workers.globus.fixtures import (
     session_endpoint,
     session_service,
 )
-from fanfold.tests.integration.workers.globus.labs import lab_over
+from fanfold.tests.integration.workers.globus.globus_run import lab_over
 
 __all__ = [
     "amqp_url",

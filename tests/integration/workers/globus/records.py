@@ -65,8 +65,8 @@ class Submission:
 
 
 @dataclass(slots=True)
-class Books:
-    """All of it; whoever reads or writes holds the desk's lock."""
+class ServiceRecords:
+    """All of it; whoever reads or writes holds the task_queue's lock."""
 
     functions: dict[str, Json] = field(default_factory=dict)
     endpoints: dict[str, EndpointRecord] = field(default_factory=dict)

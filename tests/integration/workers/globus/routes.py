@@ -1,4 +1,4 @@
-"""The HTTP calls of the SDK and of managers, over the desk."""
+"""The HTTP calls of the SDK and of managers, over the task_queue."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from .broker import Broker
-from .desk import Desk
 from .faults import Faults
 from .identity import Identity
 from .records import Json, RefusedError
+from .task_queue import TaskQueue
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -19,10 +19,12 @@ VERSIONS = {"api": "1.0", "min_ep_version": "2.0.0", "min_sdk_version": "2.0.0"}
 LARGEST_BODY = 64 * 1024 * 1024
 
 
-def make_app(desk: Desk, broker: Broker, faults: Faults) -> web.Application:
+def make_app(task_queue: TaskQueue, broker: Broker, faults: Faults) -> web.Application:
     """Build the service's HTTP application."""
-    calls, login = _Calls(desk, broker), _Login()
-    app = web.Application(client_max_size=LARGEST_BODY, middlewares=[_as_the_service(desk, faults)])
+    calls, login = _Calls(task_queue, broker), _Login()
+    app = web.Application(
+        client_max_size=LARGEST_BODY, middlewares=[_as_the_service(task_queue, faults)]
+    )
     app.add_routes(
         [
             web.get("/v2/version", calls.version),
@@ -54,12 +56,16 @@ async def _refusals(request: web.Request, handler: Handler) -> web.StreamRespons
         return web.json_response(body | {"http_status_code": refused.status}, status=refused.status)
 
 
-def _as_the_service(desk: Desk, faults: Faults) -> Callable[..., Awaitable[web.StreamResponse]]:
+def _as_the_service(
+    task_queue: TaskQueue, faults: Faults
+) -> Callable[..., Awaitable[web.StreamResponse]]:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         info = request.match_info.route.resource
-        with desk.lock:
-            desk.books.stats[f"{request.method} {info.canonical if info else request.path}"] += 1
+        with task_queue.lock:
+            task_queue.records.stats[
+                f"{request.method} {info.canonical if info else request.path}"
+            ] += 1
         await asyncio.sleep(faults.latency_s)
         if faults.take("pages"):
             return web.Response(text="<html>Sign in to go on</html>", content_type="text/html")
@@ -71,8 +77,8 @@ def _as_the_service(desk: Desk, faults: Faults) -> Callable[..., Awaitable[web.S
 class _Calls:
     """One method per call."""
 
-    def __init__(self, desk: Desk, broker: Broker) -> None:
-        self._desk, self._broker = desk, broker
+    def __init__(self, task_queue: TaskQueue, broker: Broker) -> None:
+        self._task_queue, self._broker = task_queue, broker
 
     async def version(self, _: web.Request) -> web.Response:
         return web.json_response(VERSIONS)
@@ -82,40 +88,42 @@ class _Calls:
         return web.json_response(where)
 
     async def register_function(self, request: web.Request) -> web.Response:
-        return web.json_response(self._desk.register_function(await request.json()))
+        return web.json_response(self._task_queue.register_function(await request.json()))
 
     async def register_manager(self, request: web.Request) -> web.Response:
         known = request.match_info.get("id")
-        return web.json_response(await asyncio.to_thread(self._desk.register_manager, known))
+        return web.json_response(await asyncio.to_thread(self._task_queue.register_manager, known))
 
     async def submit(self, request: web.Request) -> web.Response:
         body: Json = await request.json()
         size = len(await request.read())
-        answer = await asyncio.to_thread(self._desk.submit, request.match_info["id"], body, size)
+        answer = await asyncio.to_thread(
+            self._task_queue.submit, request.match_info["id"], body, size
+        )
         return web.json_response(answer)
 
     async def endpoint_status(self, request: web.Request) -> web.Response:
         endpoint_id = request.match_info["id"]
-        online = self._desk.online(endpoint_id)
-        with self._desk.lock:
-            if endpoint_id not in self._desk.books.endpoints:
+        online = self._task_queue.online(endpoint_id)
+        with self._task_queue.lock:
+            if endpoint_id not in self._task_queue.records.endpoints:
                 raise RefusedError(404, "ENDPOINT_NOT_FOUND", endpoint_id)
-            details = self._desk.books.endpoints[endpoint_id].state
+            details = self._task_queue.records.endpoints[endpoint_id].state
         return web.json_response({"status": "online" if online else "offline", "details": details})
 
     async def group(self, request: web.Request) -> web.Response:
-        return web.json_response(self._desk.group(request.match_info["id"]))
+        return web.json_response(self._task_queue.group(request.match_info["id"]))
 
     async def task(self, request: web.Request) -> web.Response:
         task_id = request.match_info["id"]
-        found = self._desk.status_of([task_id])
+        found = self._task_queue.status_of([task_id])
         if task_id not in found:
             raise RefusedError(404, "TASK_NOT_FOUND", task_id)
         return web.json_response(found[task_id])
 
     async def batch_status(self, request: web.Request) -> web.Response:
         asked: Json = await request.json()
-        return web.json_response({"results": self._desk.status_of(asked["task_ids"])})
+        return web.json_response({"results": self._task_queue.status_of(asked["task_ids"])})
 
 
 class _Login:

@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import Self
 
 from .broker import Broker
-from .desk import Desk
 from .faults import Faults
 from .httpd import HttpServer
 from .records import EndpointRecord, Json, Submission, TaskRecord
 from .routes import make_app
+from .task_queue import TaskQueue
 
 
 class GlobusService:
@@ -31,18 +31,18 @@ class GlobusService:
         self.url = ""
         self.faults = Faults()
         self._broker = Broker(amqp_url)
-        self._desk = Desk(self._broker, self.faults)
-        self._http = HttpServer(make_app(self._desk, self._broker, self.faults))
+        self._task_queue = TaskQueue(self._broker, self.faults)
+        self._http = HttpServer(make_app(self._task_queue, self._broker, self.faults))
 
     def start(self) -> Self:
         """Connect to the broker and serve."""
-        self._broker.start(self._desk.on_result, self._desk.on_heartbeat)
+        self._broker.start(self._task_queue.on_result, self._task_queue.on_heartbeat)
         self.url = self._http.start()
         return self
 
     def close(self) -> None:
         """Stop serving, and leave nothing in the broker."""
-        self._desk.closing.set()
+        self._task_queue.closing.set()
         self._http.close()
         self._broker.close()
 
@@ -64,50 +64,53 @@ class GlobusService:
 
     def credentials(self, endpoint_id: str) -> Json:
         """Make an endpoint known and return the queues that its agent needs."""
-        return self._desk.credentials(endpoint_id)
+        return self._task_queue.credentials(endpoint_id)
 
     def online(self, endpoint_id: str) -> bool:
         """Say whether an endpoint lives: its agent beats and has not said good-bye."""
-        return self._desk.online(endpoint_id)
+        return self._task_queue.online(endpoint_id)
 
     def state(self, endpoint_id: str) -> Json:
         """Return what an endpoint last reported of itself."""
-        with self._desk.lock:
-            return dict(self._desk.books.endpoints[endpoint_id].state)
+        with self._task_queue.lock:
+            return dict(self._task_queue.records.endpoints[endpoint_id].state)
 
     def forget_heartbeat(self, endpoint_id: str) -> None:
         """Take an endpoint for offline until its next heartbeat."""
-        with self._desk.lock:
-            self._desk.books.endpoints[endpoint_id] = EndpointRecord()
+        with self._task_queue.lock:
+            self._task_queue.records.endpoints[endpoint_id] = EndpointRecord()
 
     def release(self) -> int:
         """Deliver the results that the fault `hold_results` kept, and return how many."""
-        return self._desk.release()
+        return self._task_queue.release()
 
     def forget(self, task_ids: list[str]) -> None:
         """Forget the ends of tasks, as after the retention time; their group still names them."""
-        with self._desk.lock:
+        with self._task_queue.lock:
             for task_id in task_ids:
-                del self._desk.books.tasks[task_id]
+                del self._task_queue.records.tasks[task_id]
 
     def task(self, task_id: str) -> TaskRecord:
         """Return what is known of a task."""
-        with self._desk.lock:
-            return self._desk.books.tasks[task_id]
+        with self._task_queue.lock:
+            return self._task_queue.records.tasks[task_id]
 
     def tasks(self, group: str) -> list[TaskRecord]:
         """Return the tasks of a group, in the order in which they were submitted."""
-        with self._desk.lock:
-            return [self._desk.books.tasks[t] for t in self._desk.books.groups.get(group, [])]
+        with self._task_queue.lock:
+            return [
+                self._task_queue.records.tasks[t]
+                for t in self._task_queue.records.groups.get(group, [])
+            ]
 
     @property
     def submissions(self) -> list[Submission]:
         """The POSTs of tasks that were accepted, in order."""
-        with self._desk.lock:
-            return list(self._desk.books.submissions)
+        with self._task_queue.lock:
+            return list(self._task_queue.records.submissions)
 
     @property
     def stats(self) -> dict[str, int]:
         """Counts: submissions, tasks, results, `results_dropped` ..., and each HTTP call."""
-        with self._desk.lock:
-            return dict(self._desk.books.stats)
+        with self._task_queue.lock:
+            return dict(self._task_queue.records.stats)

@@ -69,8 +69,8 @@ def place(endpoint: UserEndpoint, tmp_path: Path) -> Place:
             return connect_service(login, options.get("config"))
 
         tasks = TaskRegistry(TaskLog(tmp_path / TASK_LOG_FILE))
-        desk = TaskSubmitter(connected, work, options.get("function"), tasks, QUICK)
-        return make_globus_backends([at], 2, desk)[0]
+        submitter = TaskSubmitter(connected, work, options.get("function"), tasks, QUICK)
+        return make_globus_backends([at], 2, submitter)[0]
 
     return make
 

@@ -21,7 +21,7 @@ from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.cli.setup import schema_text, template_text
 from fanfold.graphs.worker import work_shard
 from fanfold.tests.integration.workers.globus.client import URL_VARIABLE
-from fanfold.tests.integration.workers.globus.labs import ITEMS, SHARDS, LabOf
+from fanfold.tests.integration.workers.globus.globus_run import ITEMS, SHARDS, LabOf
 from fanfold.tests.integration.workers.globus.logins import LOGIN
 from fanfold.tests.integration.workers.globus.manager import Manager, configure, start_manager
 from fanfold.tests.integration.workers.globus.processes import kill_process, offspring

@@ -12,10 +12,10 @@ from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.backends.workers.globus.tasks import TASK_LOG_FILE, TaskLog
 from fanfold.tests.integration.runs.conftest import Lab
-from fanfold.tests.integration.runs.test_budget_lives import paid
+from fanfold.tests.integration.runs.test_budget_sessions import paid
 from fanfold.tests.integration.workers.globus.endpoint import UserEndpoint
 from fanfold.tests.integration.workers.globus.fixtures import StartEndpoint
-from fanfold.tests.integration.workers.globus.labs import ITEMS, SHARDS, LabOf, posted
+from fanfold.tests.integration.workers.globus.globus_run import ITEMS, SHARDS, LabOf, posted
 from fanfold.tests.integration.workers.globus.service import GlobusService
 
 pytestmark = pytest.mark.integration

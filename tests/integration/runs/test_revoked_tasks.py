@@ -21,7 +21,7 @@ from fanfold.backends.workers.testing import make_task
 from fanfold.graphs.remote.coordinator import Coordinator
 from fanfold.graphs.worker import work_shard
 from fanfold.nodes.shard.progress import Progress
-from fanfold.tests.unit.graphs.test_crew_orders import Lender, Terms, until
+from fanfold.tests.unit.graphs.test_coordinator import Lender, Terms, until
 
 pytestmark = pytest.mark.integration
 ITEMS, STALLS_AT = 60, 20

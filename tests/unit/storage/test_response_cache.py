@@ -292,7 +292,7 @@ import os, sys
 from pathlib import Path
 from fanfold.backends.storage.response_cache import ResponseCache
 sys.path.insert(0, sys.argv[3])
-from test_answer_store import answer, key
+from test_response_cache import answer, key
 store = ResponseCache(Path(sys.argv[1]), simulated=False, writer=f"w{os.getpid()}")
 store.open()
 for number in range(int(sys.argv[2]), 10**9, 2):
@@ -337,7 +337,7 @@ import sys
 from pathlib import Path
 from fanfold.backends.storage.response_cache import ResponseCache
 sys.path.insert(0, sys.argv[2])
-from test_answer_store import answer, key
+from test_response_cache import answer, key
 store = ResponseCache(Path(sys.argv[1]), simulated=False, writer="other")
 store.open()
 for line in sys.stdin:

@@ -13,17 +13,17 @@ from globus_compute_common.messagepack.message_types import EPStatusReport, Resu
 from .broker import Broker, Headers
 from .faults import Faults
 from .managers import Managers
-from .records import Books, EndpointRecord, Json, RefusedError, Submission, TaskRecord
+from .records import EndpointRecord, Json, RefusedError, ServiceRecords, Submission, TaskRecord
 
 ASKS_S = 5.0
 STARTS = 12
 
 
-class Desk:
-    """Takes submissions, keeps the books, passes tasks and results on."""
+class TaskQueue:
+    """Takes submissions, keeps the records, passes tasks and results on."""
 
     def __init__(self, broker: Broker, faults: Faults) -> None:
-        self.books = Books()
+        self.records = ServiceRecords()
         self.lock = threading.RLock()
         self._broker, self._faults = broker, faults
         self.closing = threading.Event()
@@ -35,14 +35,14 @@ class Desk:
         name = endpoint_id or str(uuid.uuid4())
         queues = self.credentials(name)
         with self.lock:
-            self.books.endpoints[name] = EndpointRecord(manager=True)
+            self.records.endpoints[name] = EndpointRecord(manager=True)
         return queues | self._managers.queues(name)
 
     def credentials(self, endpoint_id: str) -> Json:
         """Open the queues of an endpoint and return what it needs to use them."""
         self._broker.open_endpoint(endpoint_id)
         with self.lock:
-            self.books.endpoints.setdefault(endpoint_id, EndpointRecord())
+            self.records.endpoints.setdefault(endpoint_id, EndpointRecord())
         publish = {kind: self._publishing(endpoint_id, kind) for kind in ("results", "heartbeats")}
         return {
             "endpoint_id": endpoint_id,
@@ -73,7 +73,7 @@ class Desk:
         """Keep a function; its id is new with every registration."""
         function_id = str(uuid.uuid4())
         with self.lock:
-            self.books.functions[function_id] = body
+            self.records.functions[function_id] = body
         return {"function_uuid": function_id}
 
     def submit(self, endpoint_id: str, body: Json, size: int) -> Json:
@@ -85,7 +85,7 @@ class Desk:
         """
         with self.lock:
             self._admit(endpoint_id, body, size)
-            manager = self.books.endpoints[endpoint_id].manager
+            manager = self.records.endpoints[endpoint_id].manager
         target = self._user_endpoint(endpoint_id, body) if manager else endpoint_id
         with self.lock:
             group = body.get("task_group_id") or str(uuid.uuid4())
@@ -95,8 +95,8 @@ class Desk:
                 for arguments in many
             ]
             for task, _ in tasks:
-                self.books.tasks[task.task_id] = task
-                self.books.groups.setdefault(group, []).append(task.task_id)
+                self.records.tasks[task.task_id] = task
+                self.records.groups.setdefault(group, []).append(task.task_id)
             self._note(endpoint_id, body, size, [task for task, _ in tasks])
             messages = [self._message(task, arguments, body) for task, arguments in tasks]
         self._broker.open_group(group)
@@ -112,7 +112,7 @@ class Desk:
         child = self._managers.child(manager, body)
         credentials = self.credentials(child)
         with self.lock:
-            self.books.endpoints[child].error = None
+            self.records.endpoints[child].error = None
         for _ in range(STARTS):  # a manager overlooks a command for one that has just ended
             self._managers.start(manager, child, body, credentials)
             asked = time.monotonic()
@@ -120,7 +120,7 @@ class Desk:
                 if self.online(child):
                     return child
                 with self.lock:
-                    error = self.books.endpoints[child].error
+                    error = self.records.endpoints[child].error
                 if error is not None:
                     reason = f"Request payload failed validation: {error}"
                     raise RefusedError(422, "SEMANTICALLY_INVALID", reason)
@@ -131,10 +131,10 @@ class Desk:
             raise RefusedError(self._faults.fail_status, "SERVICE_UNAVAILABLE", "a fault")
         if size > self._faults.submit_limit:
             raise RefusedError(413, "TASK_PAYLOAD_TOO_LARGE", f"{size} bytes")
-        if endpoint_id not in self.books.endpoints:
+        if endpoint_id not in self.records.endpoints:
             raise RefusedError(404, "ENDPOINT_NOT_FOUND", endpoint_id)
         for function in body["tasks"]:
-            if function not in self.books.functions:
+            if function not in self.records.functions:
                 raise RefusedError(404, "FUNCTION_NOT_FOUND", function)
 
     def _note(self, endpoint_id: str, body: Json, size: int, tasks: list[TaskRecord]) -> None:
@@ -146,8 +146,8 @@ class Desk:
             user_endpoint_config=body.get("user_endpoint_config"),
             result_serializers=tuple(body.get("result_serializers") or ()),
         )
-        self.books.submissions.append(submission)
-        self.books.stats.update(submissions=1, tasks=len(tasks))
+        self.records.submissions.append(submission)
+        self.records.stats.update(submissions=1, tasks=len(tasks))
 
     def _message(self, task: TaskRecord, arguments: str, body: Json) -> tuple[bytes, Headers]:
         headers: Headers = {"task_uuid": task.task_id, "function_uuid": task.function_id}
@@ -155,7 +155,7 @@ class Desk:
             headers["resource_specification"] = json.dumps(body["resource_specification"])
         if body.get("result_serializers"):
             headers["result_serializers"] = body["result_serializers"]
-        code: str = self.books.functions[task.function_id]["function_code"]
+        code: str = self.records.functions[task.function_id]["function_code"]
         packed = messagepack.pack(
             Task(task_id=uuid.UUID(task.task_id), task_buffer=code + arguments)
         )
@@ -164,19 +164,19 @@ class Desk:
     def status_of(self, task_ids: list[str]) -> Json:
         """Return the state of those tasks that are known."""
         with self.lock:
-            known = [self.books.tasks[t] for t in task_ids if t in self.books.tasks]
+            known = [self.records.tasks[t] for t in task_ids if t in self.records.tasks]
             return {task.task_id: task.as_json() for task in known}
 
     def group(self, group: str) -> Json:
         """Return the tasks of a group, in the order in which they were submitted."""
         with self.lock:
-            tasks = [{"id": task_id} for task_id in self.books.groups.get(group, [])]
+            tasks = [{"id": task_id} for task_id in self.records.groups.get(group, [])]
         return {"taskgroup_id": group, "tasks": tasks}
 
     def online(self, endpoint_id: str, beats: float = 3.0) -> bool:
         """Say whether an endpoint was heard within so many heartbeat periods and is active."""
         with self.lock:
-            record = self.books.endpoints.get(endpoint_id)
+            record = self.records.endpoints.get(endpoint_id)
             if record is None or record.heartbeat_at is None:
                 return False
             if not (record.manager or record.state.get("active")):
@@ -189,8 +189,8 @@ class Desk:
         message = messagepack.unpack(body)
         assert isinstance(message, EPStatusReport)
         with self.lock:
-            self.books.stats["heartbeats"] += 1
-            record = self.books.endpoints[str(message.endpoint_id)]
+            self.records.stats["heartbeats"] += 1
+            record = self.records.endpoints[str(message.endpoint_id)]
             record.heartbeat_at, record.state = time.monotonic(), message.global_state
             if (error := message.global_state.get("error")) is not None:
                 record.error = error
@@ -198,7 +198,7 @@ class Desk:
 
     def _fail_open(self, endpoint_id: str, error: str) -> None:
         """End what a user endpoint had in hand that says that it cannot work."""
-        for task in self.books.tasks.values():
+        for task in self.records.tasks.values():
             if task.endpoint_id == endpoint_id and task.status == "pending":
                 task.status, task.exception = "failed", error
                 task.completion_t = str(time.time())
@@ -207,9 +207,9 @@ class Desk:
         """Take a result of an endpoint: store it and forward it, unless a fault strikes."""
         with self.lock:
             if self._faults.take("drop_results"):
-                self.books.stats["results_dropped"] += 1
+                self.records.stats["results_dropped"] += 1
             elif self._faults.take("hold_results"):
-                self.books.stats["results_held"] += 1
+                self.records.stats["results_held"] += 1
                 self._held.append(body)
             else:
                 self._deliver(body)
@@ -226,14 +226,14 @@ class Desk:
         message = messagepack.unpack(body)
         assert isinstance(message, Result)
         with self.lock:
-            task = self.books.tasks.get(str(message.task_id))
+            task = self.records.tasks.get(str(message.task_id))
             if task is None or task.status != "pending":
-                self.books.stats["results_ignored"] += 1
+                self.records.stats["results_ignored"] += 1
                 return
             if message.is_error:
                 task.status, task.exception = "failed", message.data
             else:
                 task.status, task.result = "success", message.data
             task.completion_t = str(time.time())
-            self.books.stats["results"] += 1
+            self.records.stats["results"] += 1
         self._broker.send_result(task.group, body)

@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from fanfold import RunContext, build_graph
-from fanfold.tests.integration.workers.academy.ward import DEADLINE_S, Ward, alive
+from fanfold.tests.integration.workers.academy.academy_run import DEADLINE_S, AcademyRun, alive
 
 pytestmark = [
     pytest.mark.integration,
@@ -27,11 +27,11 @@ pytestmark = [
 ]
 
 
-def run_of(ward: Ward, **backend: Any) -> asyncio.Task[dict[str, Any]]:
+def run_of(academy_run: AcademyRun, **backend: Any) -> asyncio.Task[dict[str, Any]]:
     """Begin a run in this process."""
-    settings = ward.settings | {"backend": {"kind": "academy", "workers": 2} | backend}
-    graph = build_graph(RunContext(config=settings, out=str(ward.out)))
-    return asyncio.create_task(graph.ainvoke({"items": ward.items}))
+    settings = academy_run.settings | {"backend": {"kind": "academy", "workers": 2} | backend}
+    graph = build_graph(RunContext(config=settings, out=str(academy_run.out)))
+    return asyncio.create_task(graph.ainvoke({"items": academy_run.items}))
 
 
 def agents() -> list[int]:
@@ -46,68 +46,84 @@ def keys_of(exchange: dict[str, Any]) -> set[bytes]:
         return set(client.keys("*"))
 
 
-async def test_a_run_over_the_local_exchange(ward: Ward) -> None:
-    end = await run_of(ward, exchange={"kind": "local"})
-    assert end["progress"]["done"] == len(ward.items)
-    ward.assert_whole(again=0)
+async def test_a_run_over_the_local_exchange(academy_run: AcademyRun) -> None:
+    end = await run_of(academy_run, exchange={"kind": "local"})
+    assert end["progress"]["done"] == len(academy_run.items)
+    academy_run.assert_whole(again=0)
 
 
 @pytest.mark.xdist_group("redis")  # it looks at all keys
-async def test_an_agent_is_killed_over_redis(ward: Ward, redis_exchange: dict[str, Any]) -> None:
+async def test_an_agent_is_killed_over_redis(
+    academy_run: AcademyRun, redis_exchange: dict[str, Any]
+) -> None:
     """Its shard goes on elsewhere, a new agent takes its place, and no key is left behind."""
     before = keys_of(redis_exchange)
-    run = run_of(ward, exchange=redis_exchange)
-    await ward.until(lambda: ward.journal_lines() >= 40)
+    run = run_of(academy_run, exchange=redis_exchange)
+    await academy_run.until(lambda: academy_run.journal_lines() >= 40)
     victim, other = agents()
     os.kill(victim, signal.SIGKILL)
-    await ward.until(lambda: len(set(agents()) - {victim}) > 1 or run.done())
+    await academy_run.until(lambda: len(set(agents()) - {victim}) > 1 or run.done())
     end = await run
-    assert end["progress"]["done"] == len(ward.items)
-    ward.assert_whole(again=ward.settings["limits"]["streams"])
+    assert end["progress"]["done"] == len(academy_run.items)
+    academy_run.assert_whole(again=academy_run.settings["limits"]["streams"])
     assert not alive(victim)
     assert not alive(other)
     assert agents() == []
     assert keys_of(redis_exchange) <= before
 
 
-async def test_an_agent_hangs(ward: Ward) -> None:
+async def test_an_agent_hangs(academy_run: AcademyRun) -> None:
     """Stopped in its tracks, it answers nothing; it counts as dead, and is killed."""
-    run = run_of(ward, silence_s=2.0)
-    await ward.until(lambda: ward.journal_lines() >= 40)
+    run = run_of(academy_run, silence_s=2.0)
+    await academy_run.until(lambda: academy_run.journal_lines() >= 40)
     victim = agents()[0]
     os.kill(victim, signal.SIGSTOP)
     end = await run
-    assert end["progress"]["done"] == len(ward.items)
-    ward.assert_whole(again=ward.settings["limits"]["streams"])
+    assert end["progress"]["done"] == len(academy_run.items)
+    academy_run.assert_whole(again=academy_run.settings["limits"]["streams"])
     assert not alive(victim)
 
 
-async def test_the_coordinator_is_killed(ward: Ward, tmp_path: Path) -> None:
+async def test_the_coordinator_is_killed(academy_run: AcademyRun, tmp_path: Path) -> None:
     """Its agents end with it, and another life goes on from the journal."""
     with (tmp_path / "in.jsonl").open("wb") as file:
-        file.writelines(orjson.dumps(item) + b"\n" for item in ward.items)
-    settings = ward.settings | {"input": {"path": "in.jsonl", "id": "id"}}
+        file.writelines(orjson.dumps(item) + b"\n" for item in academy_run.items)
+    settings = academy_run.settings | {"input": {"path": "in.jsonl", "id": "id"}}
     settings["backend"] = {"kind": "academy", "workers": 1}
     (tmp_path / "c.yaml").write_bytes(orjson.dumps(settings))
     fanfold = [sys.executable, "-m", "fanfold"]
     first = await asyncio.create_subprocess_exec(
-        *fanfold, "run", "c.yaml", "--out", ward.out, cwd=tmp_path, stdout=DEVNULL, stderr=DEVNULL
+        *fanfold,
+        "run",
+        "c.yaml",
+        "--out",
+        academy_run.out,
+        cwd=tmp_path,
+        stdout=DEVNULL,
+        stderr=DEVNULL,
     )
-    await ward.until(lambda: ward.journal_lines() >= 40)
+    await academy_run.until(lambda: academy_run.journal_lines() >= 40)
     children = [int(pid) for pid in _children(first.pid)]
     assert children
     first.kill()
     await first.wait()
-    await ward.until(lambda: not any(map(alive, children)))
-    safe = ward.journal_lines()
-    assert 40 <= safe < len(ward.items)
+    await academy_run.until(lambda: not any(map(alive, children)))
+    safe = academy_run.journal_lines()
+    assert 40 <= safe < len(academy_run.items)
     here = ["--set", "backend={kind: local}"]
     second = await asyncio.create_subprocess_exec(
-        *fanfold, "resume", ward.out, "--json", *here, cwd=tmp_path, stdout=PIPE, stderr=DEVNULL
+        *fanfold,
+        "resume",
+        academy_run.out,
+        "--json",
+        *here,
+        cwd=tmp_path,
+        stdout=PIPE,
+        stderr=DEVNULL,
     )
     out, _ = await asyncio.wait_for(second.communicate(), DEADLINE_S)
-    assert (second.returncode, json.loads(out)["done"]) == (0, len(ward.items))
-    ward.assert_whole(again=ward.settings["limits"]["streams"])
+    assert (second.returncode, json.loads(out)["done"]) == (0, len(academy_run.items))
+    academy_run.assert_whole(again=academy_run.settings["limits"]["streams"])
 
 
 def _children(pid: int) -> list[str]:

@@ -14,14 +14,14 @@ from fanfold.backends.simulated.fleet import SimulatedFleet
 DEADLINE_S: Final = 60.0
 
 
-class Ward:
+class AcademyRun:
     """A run over Academy, on a fleet that keeps its own books."""
 
     def __init__(self, home: Path, fleet: SimulatedFleet) -> None:
         self.out, self.fleet = home / "run", fleet
         self.items = [{"id": f"i{n}", "x": f"thing {n}"} for n in range(240)]
         self.settings: dict[str, Any] = {
-            "name": "ward",
+            "name": "academy_run",
             "task": {"prompt": "What is {x}?"},
             "endpoints": {"urls": list(fleet.urls)},
             "limits": {"streams": 16, "hedge": False},
