@@ -1,4 +1,4 @@
-"""What all tests share: a fleet to call, and an environment without the developer's keys."""
+"""Fixtures of all tests: a fleet to call, and an environment without the developer's keys."""
 
 from __future__ import annotations
 
