@@ -1,1 +1,1 @@
-"""Batch jobs: their scripts, the chain they form, what they used, and what they bring along."""
+"""Batch jobs: scripts, job chains, usage, and the environment that they bring along."""

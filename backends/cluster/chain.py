@@ -1,4 +1,4 @@
-"""Job chain: event log, whether another job follows, node-hours."""
+"""Job chain: event log, decision about the next job, node-hours."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Job:
     """One job of a chain.
 
     Attributes:
-        id: The scheduler's name for it.
-        nodes: Nodes that it has.
+        id: The scheduler's id.
+        nodes: Number of nodes.
         walltime_s: Most seconds that it may take.
         submitted: When it was submitted, ISO 8601 in UTC.
         after: The job that it waits for, or None.
         began: When it began, or None.
-        ended: When it ended, or None: it runs, waits, or was lost.
+        ended: When it ended, or None if it runs, waits, or was lost.
         code: Exit code of its run, or None.
-        outcome: How it ended, in words, or None.
+        outcome: How it ended, as text, or None.
         before: Finished items at its begin, or None.
         done: Finished items at its end, or None.
         unserved: Whether it ended because none of its model servers was left.
@@ -54,14 +54,15 @@ class Job:
 
     @property
     def finished_items(self) -> int:
-        """Return how many items it finished, as far as is known."""
+        """Return how many items it finished, as far as known."""
         return (self.done or 0) - (self.before or 0) if self.done is not None else 0
 
     @property
     def wall_s(self) -> float:
-        """Return the seconds from its begin to its end, 0 when one is not known.
+        """Return the seconds from its begin to its end, 0 if one is not known.
 
-        Of a lost job the next one tells, much later perhaps: then it is its walltime at most.
+        The end of a lost job is recorded by the next one, perhaps much later: it counts for its
+        walltime at most.
         """
         if self.began is None or self.ended is None:
             return 0.0
@@ -73,9 +74,9 @@ class JobChain:
     """The jobs of a run.
 
     Attributes:
-        jobs: All of them, in the order of submission.
-        root: Position of the first job since somebody last submitted by hand.
-        options: What ``submit`` was told: site, nodes, limits of the chain.
+        jobs: All jobs, in the order of submission.
+        root: Position of the first job since the last submission by a user.
+        options: Options of ``submit``: site, nodes, limits of the chain.
         halt_reason: Why no job follows, or None.
     """
 
@@ -86,7 +87,7 @@ class JobChain:
 
     @property
     def recent(self) -> tuple[Job, ...]:
-        """Return the jobs since somebody last submitted by hand."""
+        """Return the jobs since the last submission by a user."""
         return self.jobs[self.root :]
 
     def find_job(self, name: str) -> Job | None:
@@ -100,12 +101,12 @@ class JobChain:
         )
 
     def unfinished_jobs(self) -> tuple[Job, ...]:
-        """Return the jobs of this folder of which no end was noted."""
+        """Return the jobs of this folder without a recorded end."""
         return tuple(job for job in self.jobs if job.ended is None and not job.foreign)
 
 
 class ChainFile:
-    """The file that tells a chain.
+    """The event log of a job chain.
 
     Args:
         path: The file; it need not exist.
@@ -115,7 +116,7 @@ class ChainFile:
         self.path = path
 
     def append(self, event: str, **facts: Json) -> None:
-        """Append one event with the present time.
+        """Append one event with the current time.
 
         Raises:
             JournalError: It cannot be written.
@@ -137,21 +138,21 @@ class ChainFile:
     def _inode(self) -> int:
         """Return the run folder's inode, which a renamed folder keeps and a copy does not have.
 
-        The device is left out: nodes may know one network file system by several numbers.
+        The device is left out: nodes may see one network file system under several numbers.
         """
         return self.path.parent.parent.stat().st_ino
 
     @staticmethod
     def _line_break(handle: int) -> bytes:
-        """Return what must stand before a new line: a line break after a torn one."""
+        """Return a line break if the last line is cut off, else nothing."""
         size = os.fstat(handle).st_size
         return b"\n" if size and os.pread(handle, 1, size - 1) != b"\n" else b""
 
     def read(self) -> JobChain:
-        """Return what the file tells; an empty chain if there is none.
+        """Return the chain from the file; an empty chain if there is none.
 
         Raises:
-            JournalError: It cannot be read, is damaged, or of another version.
+            JournalError: It cannot be read, is damaged, or has another version.
         """
         try:
             lines, own = self.path.read_bytes().split(b"\n"), self._inode()
@@ -169,7 +170,7 @@ class ChainFile:
                 record = orjson.loads(line)
                 version = record["v"]
             except (orjson.JSONDecodeError, TypeError, KeyError):
-                continue  # torn: the machine stopped in the middle of it
+                continue  # cut off: the machine stopped during the write
             if version != VERSION:
                 msg = f"{self.path}, line {number}: version {version!r}, not {VERSION}"
                 raise JournalError(msg)
@@ -177,16 +178,16 @@ class ChainFile:
 
 
 def chain_file(run: Path) -> ChainFile:
-    """Return the file that tells the chain of a run folder."""
+    """Return the event log of a run folder's chain."""
     return ChainFile(run / "cluster" / "chain.jsonl")
 
 
 def replay_events(records: Iterable[Mapping[str, Any]], own: int | None = None) -> JobChain:
-    """Return the chain that events tell, in their order.
+    """Return the chain that results from events, in their order.
 
     Args:
         records: The events.
-        own: The run folder's inode; jobs that were submitted for another one are foreign.
+        own: The run folder's inode; jobs submitted for another folder are foreign.
     """
     chain = JobChain()
     for record in records:
@@ -208,8 +209,8 @@ def _apply_event(chain: JobChain, record: Mapping[str, Any], own: int | None) ->
         )
         if not record["by_hand"]:
             return replace(chain, jobs=(*chain.jobs, job))
-        terms, root = record["terms"], len(chain.jobs)
-        return JobChain((*chain.jobs, job), root, terms)
+        options, root = record["terms"], len(chain.jobs)
+        return JobChain((*chain.jobs, job), root, options)
     if event == "halted":
         return replace(chain, halt_reason=record["why"])
     changes: dict[str, Any] = {}
@@ -224,7 +225,7 @@ def _apply_event(chain: JobChain, record: Mapping[str, Any], own: int | None) ->
 
 
 def utc_now() -> str:
-    """Return the present time as ISO 8601 text in UTC."""
+    """Return the current time as ISO 8601 text in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -235,16 +236,16 @@ def seconds_between(begin: str, end: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class JobUsage:
-    """What one job used, so far if it has not ended.
+    """What one job used; so far, if it has not ended.
 
     Attributes:
         job: The job.
-        nodes: Its nodes; on average, where it lost some.
+        nodes: Its nodes; the average if it lost some.
         begin: When fanfold began in it, in seconds since 1970.
-        end: Until when it is counted from there.
-        overhead_s: Seconds that the scheduler counts besides: until fanfold began, and after its
+        end: End of the time that is counted from there.
+        overhead_s: Further seconds in the scheduler's accounts, before fanfold began and after its
             end.
-        by_scheduler: Whether the scheduler says so; else it is the chain's own times.
+        by_scheduler: Whether the scheduler's accounts are used; else the chain's own times.
     """
 
     job: Job
@@ -269,16 +270,16 @@ def list_job_usage(
 ) -> list[JobUsage]:
     """Return what each job that has begun used.
 
-    One that has not ended counts until now if it runs; else it was lost, or nobody knows, and it
-    counts until the last sign of life. Without any it is left out. So is one that had not ended
-    when the folder was copied from that of another run, to which it belongs.
+    A job that has not ended counts until now if it runs; otherwise it was lost or its state is
+    unknown, and it counts until the last heartbeat. Without a heartbeat it is left out. So is a job
+    that had not ended when the folder was copied from another run, to which it belongs.
 
     Args:
         chain: The chain.
-        used: The scheduler's numbers, by job, as far as it has them.
-        states: What the scheduler says of jobs that have not ended.
-        now: The present time, in seconds since 1970.
-        last_alive: When anybody of the run was last heard of.
+        used: The scheduler's accounts, by job, as far as available.
+        states: The scheduler's states of jobs that have not ended.
+        now: The current time, in seconds since 1970.
+        last_alive: Time of the run's last heartbeat.
     """
     found = []
     for job in chain.jobs:
@@ -298,10 +299,10 @@ def list_job_usage(
     return found
 
 
-def _end(job: Job, state: JobState | None, now: float, sign: float | None) -> float | None:
+def _end(job: Job, state: JobState | None, now: float, last_alive: float | None) -> float | None:
     if job.ended is not None:
         return _seconds(job.ended)
-    return now if state == "running" else sign
+    return now if state == "running" else last_alive
 
 
 def _seconds(time: str) -> float:
@@ -315,12 +316,12 @@ EXIT_NOTHING_TO_DO: Final = 10
 """Exit code of ``chain begin``: this job has nothing to do, and none follows."""
 
 MAX_IDLE_JOBS: Final = 2
-"""So many jobs in a row end a chain that finish no item, or lose all their model servers."""
+"""A chain ends after this many jobs in a row that finish no item or lose all their servers."""
 
 
 @dataclass(frozen=True, slots=True)
 class NextJob:
-    """Whether a chain goes on.
+    """Whether a chain continues.
 
     Attributes:
         is_due: Whether another job follows.
@@ -332,7 +333,7 @@ class NextJob:
 
 
 def next_job(chain: JobChain, open_items: int) -> NextJob:
-    """Say whether another job should follow the jobs so far.
+    """Decide whether another job should follow the jobs so far.
 
     Args:
         chain: The chain; the last job that began has ended or is about to.
@@ -350,7 +351,7 @@ def next_job(chain: JobChain, open_items: int) -> NextJob:
         return NextJob(
             False,
             f"{idle} jobs in a row finished no item{lost}; see the logs beside the chain's file, "
-            "mend it, then submit the run folder again",
+            "fix the cause, then submit the run folder again",
         )
     if (why := _limit_reached(chain)) is not None:
         return NextJob(False, why)
@@ -366,16 +367,16 @@ def _final(job: Job) -> str | None:
     if job.code in (DONE, FAILURES):
         return "the run is finished"
     if job.code == USAGE:
-        return f"job {job.id} ended with a wrong setting (exit code 2); its log says which"
+        return f"job {job.id} ended with a wrong setting (exit code 2); see its log"
     if job.code == BUDGET:
         return "the run's budget is spent (exit code 4)"
     return None
 
 
 def _count_idle_jobs(chain: JobChain) -> int:
-    """Return how many of the last jobs in a row ended without an item, or without servers.
+    """Return how many of the last jobs in a row finished no item or lost their servers.
 
-    Servers that are given up time and again cost a job each; a few items do not make up for it.
+    Servers that are given up repeatedly cost a job each; a few items do not make up for it.
     """
     count = 0
     for job in reversed(chain.recent):
@@ -388,7 +389,7 @@ def _count_idle_jobs(chain: JobChain) -> int:
 
 
 def _limit_reached(chain: JobChain) -> str | None:
-    """Return which bound of the chain is reached, or None."""
+    """Return which limit of the chain is reached, or None."""
     most, hours = chain.options.get("jobs"), chain.options.get("node_hours")
     begun = [job for job in chain.recent if job.began is not None]
     if most is not None and len(begun) >= most:

@@ -1,8 +1,8 @@
-"""One archive of the Python that runs now: interpreter, standard library and packages.
+"""Pack the running Python into one archive: interpreter, standard library and packages.
 
-Unpacked anywhere, also where none of it was installed, it runs by ``bin/fanfold`` or, for workers,
-``bin/python``: CPython finds its library beside its own program. So a node opens files of its own
-storage only.
+Unpacked on any machine, even without Python, it runs as ``bin/fanfold`` or, for workers,
+``bin/python``: CPython finds its library beside its own program. So a node opens only files on its
+own storage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Final
 from ..core.errors import ConfigurationError
 
 _OWN: Final = ("__init__.py", "__main__.py", "py.typed", "graphs", "nodes", "backends", "configs")
-"""What of fanfold is in its wheel; from a checkout no more than that is packed."""
+"""Parts of fanfold in its wheel; from a checkout only these are packed."""
 
 _NO_LIBRARY: Final = frozenset(
     {
@@ -40,12 +40,12 @@ _NO_LIBRARY: Final = frozenset(
         "sitecustomize.py",
     }
 )
-"""Parts of the standard library that no run needs; the last is the machine's own."""
+"""Parts of the standard library that no run needs; the last one is specific to the machine."""
 
 _SYSTEM: Final = ("/usr", "/usr/local")
 
 _CUSTOM: Final = """\
-\"\"\"Packages lie beside the standard library, wherever the system's own Python looks.\"\"\"
+\"\"\"Add the packages beside the standard library to the search path.\"\"\"
 
 import os
 import site
@@ -68,12 +68,12 @@ _LIBRARY: Final = 'export LD_LIBRARY_PATH="$here/lib${LD_LIBRARY_PATH:+:$LD_LIBR
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentArchive:
-    """What an archive holds.
+    """A packed archive.
 
     Attributes:
         path: The archive.
-        files: Files in it.
-        size: Its bytes.
+        files: Number of files in it.
+        size: Its size in bytes.
         packages: Names of the distributions in it.
     """
 
@@ -88,11 +88,10 @@ def pack_environment(target: Path, without: Collection[str] = ()) -> Environment
 
     Args:
         target: The archive, ``….tar.gz``, or ``….tar`` without compression.
-        without: Distributions to leave out, such as a model server that nodes have anyway.
+        without: Distributions to leave out, such as a model server that is installed on the nodes.
 
     Raises:
-        ConfigurationError: A package is not where it can be copied from, or the archive cannot be
-            written.
+        ConfigurationError: A package cannot be copied, or the archive cannot be written.
     """
     partial = target.with_name(f".{target.name}.partial")
     kept = _list_packages(without)
@@ -121,17 +120,20 @@ def _open_archive(path: Path, compressed: bool) -> tarfile.TarFile:
 
 
 def _list_packages(without: Collection[str]) -> list[str]:
-    """Return the names of the distributions that are packed.
+    """Return the names of the distributions to pack.
 
     Raises:
-        ConfigurationError: One is installed as a checkout, or one to leave out is not there.
+        ConfigurationError: One is installed as a checkout, or one to leave out is not installed.
     """
     here = {str(Path(folder).resolve()) for folder in _folders()}
     names, missing = [], {_normalize_name(name) for name in without}
     for found in distributions():
         name = found.metadata["Name"]
         missing.discard(_normalize_name(name))
-        if _normalize_name(name) in map(_normalize_name, without) or str(_place(found)) not in here:
+        if (
+            _normalize_name(name) in map(_normalize_name, without)
+            or str(_location(found)) not in here
+        ):
             continue
         if _normalize_name(name) != "fanfold" and _is_editable(found):
             msg = f"{name} is installed as a checkout (pip install -e); install it without -e"
@@ -146,7 +148,7 @@ def _normalize_name(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
 
-def _place(found: Distribution) -> Path:
+def _location(found: Distribution) -> Path:
     return Path(str(found.locate_file(""))).resolve()
 
 
@@ -156,13 +158,13 @@ def _is_editable(found: Distribution) -> bool:
 
 
 def _folders() -> list[str]:
-    """Return where this environment's packages lie."""
+    """Return the folders of this environment's packages."""
     paths = sysconfig.get_paths()
     return list(dict.fromkeys((paths["purelib"], paths["platlib"])))
 
 
 def _entries(without: Collection[str]) -> Iterator[tuple[Path, str]]:
-    """Yield files and where they go."""
+    """Yield files and their paths in the archive."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     yield Path(getattr(sys, "_base_executable", sys.executable)).resolve(), f"bin/{version}"
     yield from _shared_libraries(version)
@@ -187,7 +189,7 @@ def _base_paths() -> dict[str, str]:
 
 
 def _shared_libraries(version: str) -> Iterator[tuple[Path, str]]:
-    """Yield the interpreter's shared libraries; a system's own are there on every node."""
+    """Yield the interpreter's shared libraries; a system's own exist on every node."""
     folder = Path(sysconfig.get_config_var("LIBDIR") or "")
     pattern = f"lib{version}*.so*" if sys.base_prefix in _SYSTEM else "*.so*"
     for path in sorted(folder.glob(pattern)):
@@ -196,7 +198,7 @@ def _shared_libraries(version: str) -> Iterator[tuple[Path, str]]:
 
 
 def _tree(folder: Path, inside: str, skipped: Collection[str]) -> Iterator[tuple[Path, str]]:
-    """Yield the files below a folder; links are followed once, to what they name."""
+    """Yield the files below a folder; each link is followed once."""
     for root, folders, names in os.walk(folder):
         here = Path(root)
         top = here == folder
@@ -210,7 +212,7 @@ def _tree(folder: Path, inside: str, skipped: Collection[str]) -> Iterator[tuple
 
 
 def _is_own(path: Path, folder: Path) -> bool:
-    """Say whether a file is of an installed fanfold, or the line that names its checkout."""
+    """Return True if a file belongs to an installed fanfold or names its checkout."""
     top = path.relative_to(folder).parts[0]
     return top == "fanfold" or (top.endswith(".pth") and "fanfold" in top)
 
@@ -236,7 +238,7 @@ def _distribution_files(names: Collection[str]) -> set[Path]:
 
 
 def _generated_files() -> Iterator[tuple[str, str, int]]:
-    """Yield the files that are made for the archive: name, text, mode."""
+    """Yield the files that are generated for the archive: name, text, mode."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     shared = bool(sysconfig.get_config_var("Py_ENABLE_SHARED"))
     library = _LIBRARY if shared or sys.base_prefix not in _SYSTEM else ""

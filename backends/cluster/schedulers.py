@@ -1,4 +1,4 @@
-"""What is asked of a batch scheduler: submit, look, signal, cancel, and what jobs used."""
+"""Use a batch scheduler: submit, query, signal and cancel jobs, and read their usage."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ import orjson
 
 from ..core.errors import BackendError, ConfigurationError, FanfoldError
 
-_PATIENCE_S: Final = 120
+_TIMEOUT_S: Final = 120
 _INHERITED: Final = re.compile(
     r"(SLURM|SBATCH|SRUN|PBS|PMI|PALS|FANFOLD_(END|LAUNCHER|JOB|NODES))_?"
 )
-"""Variables of the job that submits, which are not its successor's."""
+"""Variables of the submitting job that its successor must not inherit."""
 
 _PURGED: Final = re.compile(r"unknown job", re.IGNORECASE)
-"""What ``qstat`` says of a job that ended a while ago."""
+"""Printed by ``qstat`` for a job that ended a while ago."""
 
 JobState = Literal["queued", "running", "ended", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerUsage:
-    """What a job used, by the scheduler's own numbers.
+    """What a job used, from the scheduler's accounts.
 
     Attributes:
-        node_s: Node-seconds; a job may lose nodes on its way.
+        node_s: Node-seconds; a job may lose nodes while it runs.
         wall_s: Seconds that it took.
         state: The scheduler's word for how it ended.
     """
@@ -43,36 +43,36 @@ class SchedulerUsage:
 
 
 class Scheduler(Protocol):
-    """A batch scheduler, by its own commands; all of them block."""
+    """A batch scheduler, used through its commands; all calls block."""
 
     def submit(self, script: Path, after: str | None = None) -> str:
-        """Submit a script; with ``after``, to start once that job has ended, however it ended.
+        """Submit a script; with ``after``, to start once that job has ended for any reason.
 
         Raises:
-            BackendError: The scheduler refuses; says why.
-            ConfigurationError: There is no such scheduler here.
+            BackendError: The scheduler refuses; with its reason.
+            ConfigurationError: The scheduler's commands do not exist here.
         """
 
     def fetch_states(self, jobs: Sequence[str]) -> dict[str, JobState]:
-        """Return the state of jobs; one that the scheduler has forgotten has ended."""
+        """Return the state of jobs; one that the scheduler no longer knows has ended."""
 
     def drain(self, job: str) -> None:
-        """Ask a running job to end well."""
+        """Ask a running job to stop cleanly."""
 
     def cancel(self, job: str) -> None:
         """End a job, queued or running."""
 
     def fetch_usage(self, jobs: Sequence[str]) -> dict[str, SchedulerUsage]:
-        """Return what jobs used; without those of which the scheduler has no account yet.
+        """Return what jobs used, without those that the scheduler has not accounted yet.
 
         Raises:
-            BackendError: The scheduler keeps no accounts; says why.
-            ConfigurationError: There is no such scheduler here.
+            BackendError: The scheduler keeps no accounts; with its reason.
+            ConfigurationError: The scheduler's commands do not exist here.
         """
 
 
 class Slurm:
-    """Slurm, by ``sbatch``, ``squeue``, ``scancel`` and ``sacct``."""
+    """Slurm, through ``sbatch``, ``squeue``, ``scancel`` and ``sacct``."""
 
     def submit(self, script: Path, after: str | None = None) -> str:
         """Submit a script; returns the job's id."""
@@ -86,10 +86,10 @@ class Slurm:
         if not jobs:
             return {}
         user = str(os.getuid())
-        said = _run_command(
+        output = _run_command(
             ["squeue", "--noheader", f"--user={user}", "--states=all", "--format=%i %T"]
         )
-        found = dict(line.split(maxsplit=1) for line in said.splitlines() if " " in line)
+        found = dict(line.split(maxsplit=1) for line in output.splitlines() if " " in line)
         return {job: _slurm_state(found.get(job)) for job in jobs}
 
     def drain(self, job: str) -> None:
@@ -101,7 +101,7 @@ class Slurm:
         _run_command(["scancel", job])
 
     def fetch_usage(self, jobs: Sequence[str]) -> dict[str, SchedulerUsage]:
-        """Return what ``sacct`` says."""
+        """Return the usage that ``sacct`` reports."""
         if not jobs:
             return {}
         fields = "--format=JobIDRaw,State,ElapsedRaw,NNodes"
@@ -117,10 +117,10 @@ class Slurm:
 def _add_usage_row(
     before: SchedulerUsage | None, nodes: int, wall_s: float, state: str
 ) -> SchedulerUsage:
-    """Return what a job used with one more row of it.
+    """Return the usage of a job with one more row.
 
-    When it loses a node and goes on, its row ends as ``RESIZING`` and another one begins. Without
-    such a word before it, a row is of another job: ids begin anew at some time.
+    If a job loses a node and continues, its row ends as ``RESIZING`` and another one begins.
+    Otherwise a further row is of another job: ids are reused at some time.
     """
     node_s = nodes * wall_s
     if before is not None and before.state == "RESIZING":
@@ -135,7 +135,7 @@ def _slurm_state(word: str | None) -> JobState:
 
 
 class Pbs:
-    """PBS Professional or OpenPBS, by ``qsub``, ``qstat``, ``qsig`` and ``qdel``."""
+    """PBS Professional or OpenPBS, through ``qsub``, ``qstat``, ``qsig`` and ``qdel``."""
 
     def submit(self, script: Path, after: str | None = None) -> str:
         """Submit a script; returns the job's id."""
@@ -156,7 +156,7 @@ class Pbs:
         _run_command(["qdel", job])
 
     def fetch_usage(self, jobs: Sequence[str]) -> dict[str, SchedulerUsage]:
-        """Return what ``qstat`` remembers of jobs."""
+        """Return the usage that ``qstat`` reports."""
         used = {}
         for name, one in self._query_jobs(jobs).items():
             wall, nodes = (
@@ -171,24 +171,24 @@ class Pbs:
         return used
 
     def _query_jobs(self, jobs: Sequence[str]) -> dict[str, Mapping[str, object]]:
-        """Return what ``qstat`` says of jobs, those that have ended included."""
+        """Return the ``qstat`` entries of jobs, including ended ones."""
         if not jobs:
             return {}
         try:
-            said = _run_command(["qstat", "-x", "-f", "-F", "json", *jobs], errors_too=True)
+            output = _run_command(["qstat", "-x", "-f", "-F", "json", *jobs], errors_too=True)
         except BackendError as error:
             if not _PURGED.search(error.message):
                 raise
-            return {}  # it remembers none of them
+            return {}  # it knows none of them any more
         try:
-            found = orjson.loads(said or "{}").get("Jobs", {})
+            found = orjson.loads(output or "{}").get("Jobs", {})
         except (orjson.JSONDecodeError, AttributeError):
-            raise BackendError(f"qstat: this is no JSON: {said[:200]!r}") from None
+            raise BackendError(f"qstat: output is not JSON: {output[:200]!r}") from None
         return {job: one for job in jobs for name, one in found.items() if _is_same_job(job, name)}
 
 
 def _is_same_job(a: str, b: str) -> bool:
-    """Say whether two ids name the same job; a server's name may be short or long."""
+    """Return True if two ids name the same job; the server's name may be short or long."""
     return a == b or a.partition(".")[0] == b.partition(".")[0]
 
 
@@ -211,28 +211,30 @@ def _seconds(text: str) -> float:
 
 
 def make_scheduler(kind: Literal["pbs", "slurm"]) -> Scheduler:
-    """Return a scheduler by its kind."""
+    """Return the scheduler of a kind."""
     return Slurm() if kind == "slurm" else Pbs()
 
 
-def try_job_command(asked: Scheduler, job: str, tell: Callable[[str], None]) -> FanfoldError | None:
-    """Tell a scheduler something of one job, and return why it refuses.
+def try_job_command(
+    scheduler: Scheduler, job: str, command: Callable[[str], None]
+) -> FanfoldError | None:
+    """Run a scheduler command on one job, and return the error if it fails.
 
-    None also where it refuses because the job is gone: then nothing is left to be told.
+    Also returns None if it fails because the job has ended.
 
     Args:
-        asked: The scheduler.
+        scheduler: The scheduler.
         job: The job's id.
-        tell: Its ``cancel`` or ``drain``.
+        command: Its ``cancel`` or ``drain``.
     """
     try:
-        tell(job)
+        command(job)
     except FanfoldError as error:
         try:
-            gone = asked.fetch_states([job])[job] == "ended"
+            has_ended = scheduler.fetch_states([job])[job] == "ended"
         except FanfoldError:
             return error
-        return None if gone else error
+        return None if has_ended else error
     return None
 
 
@@ -240,7 +242,7 @@ def check_scheduler(kind: Literal["pbs", "slurm"]) -> None:
     """Check that jobs can be submitted from here.
 
     Raises:
-        ConfigurationError: The scheduler's commands are not here.
+        ConfigurationError: The scheduler's commands do not exist here.
     """
     program = "sbatch" if kind == "slurm" else "qsub"
     if shutil.which(program) is None:
@@ -249,27 +251,27 @@ def check_scheduler(kind: Literal["pbs", "slurm"]) -> None:
 
 def _absent(program: str) -> str:
     what = "submit" if program in ("sbatch", "qsub") else "ask"
-    return f"{program}: no such command here; {what} from a login node of the cluster"
+    return f"{program}: command not found; {what} from a login node of the cluster"
 
 
 def _run_command(command: Sequence[str], errors_too: bool = False) -> str:
-    """Run a command of the scheduler and return what it printed.
+    """Run a command of the scheduler and return its output.
 
     Args:
         command: The command.
-        errors_too: Return what it printed also when it failed, if it printed anything.
+        errors_too: Also return the output if the command failed but printed some.
 
     Raises:
-        ConfigurationError: There is no such command.
-        BackendError: It failed or did not end.
+        ConfigurationError: The command does not exist.
+        BackendError: It failed or timed out.
     """
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or not _INHERITED.match(k)}
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             command,
             capture_output=True,
             text=True,
-            timeout=_PATIENCE_S,
+            timeout=_TIMEOUT_S,
             check=False,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -278,11 +280,15 @@ def _run_command(command: Sequence[str], errors_too: bool = False) -> str:
         raise ConfigurationError(_absent(command[0])) from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendError(f"{command[0]}: {error}") from error
-    if done.returncode and not (errors_too and done.stdout.strip()):
-        reason = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
-        raise BackendError(f"{command[0]} says: {reason}")
-    return done.stdout
+    if completed.returncode and not (errors_too and completed.stdout.strip()):
+        reason = (
+            completed.stderr.strip()
+            or completed.stdout.strip()
+            or f"exit code {completed.returncode}"
+        )
+        raise BackendError(f"{command[0]} failed: {reason}")
+    return completed.stdout
 
 
 _KEPT: Final = frozenset({"SLURM_CONF", "PBS_CONF_FILE", "PBS_EXEC", "PBS_SERVER", "PBS_HOME"})
-"""Variables that say where the scheduler is."""
+"""Variables that locate the scheduler."""

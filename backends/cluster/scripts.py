@@ -1,4 +1,4 @@
-"""Job, node, launcher and worker scripts from a site and a plan."""
+"""Write job, node, launcher and worker scripts from a site and a plan."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from .chain import EXIT_NOTHING_TO_DO
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_./+=@,:-]+")
 _MINUTE: Final = 60
-_MOST_RESERVE: Final = 0.2
-"""At most this share of a job is kept for stopping; trials have jobs of a minute."""
+_MAX_RESERVE: Final = 0.2
+"""Largest share of a job that is reserved for stopping; trials have jobs of a minute."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobPlan:
-    """What a job of a chain is.
+    """Plan of a job of a chain.
 
     Attributes:
         run: The run folder, absolute.
         name: The run's name.
-        command: How fanfold is started, e.g. ``[python, -m, fanfold]``.
+        command: Command that starts fanfold, e.g. ``[python, -m, fanfold]``.
         site: The site.
-        nodes: Nodes of the job.
+        nodes: Number of nodes.
         walltime_s: Most seconds of the job.
         drain_s: Seconds that a stop waits for items in flight.
         starts_servers: Whether the job starts model servers on its nodes.
         starts_workers: Whether the coordinator starts workers on them.
         queue: Queue, partition or quality of service.
         account: Account or project.
-        archive: An environment by ``fanfold pack`` to copy to the nodes, absolute.
+        archive: An environment from ``fanfold pack`` to copy to the nodes, absolute.
     """
 
     run: Path
@@ -58,13 +58,13 @@ class JobPlan:
 
     @property
     def runs_on_nodes(self) -> bool:
-        """Say whether fanfold itself runs on the nodes."""
+        """Return True if fanfold itself runs on the nodes."""
         return self.starts_servers or self.starts_workers
 
     @property
     def reserve_s(self) -> int:
-        """Return the seconds that are kept at the job's end."""
-        return min(self.site.reserve_s, int(self.walltime_s * _MOST_RESERVE))
+        """Return the seconds that are reserved at the job's end."""
+        return min(self.site.reserve_s, int(self.walltime_s * _MAX_RESERVE))
 
     @property
     def warning_s(self) -> int:
@@ -72,14 +72,15 @@ class JobPlan:
         return min(self.reserve_s + int(self.drain_s), self.walltime_s // 2)
 
     def check(self) -> None:
-        """Check what the site asks for and the scheduler's lines can hold.
+        """Check the options that the site requires and the scheduler's directives can contain.
 
         Raises:
-            ConfigurationError: An option is missing, or holds what a scheduler cannot read.
+            ConfigurationError: An option is missing, or contains characters that a scheduler cannot
+                read.
         """
         for option in self.site.required:
             if getattr(self, option) is None:
-                msg = f"site {self.site.name} needs --{option}; your allocation says which"
+                msg = f"site {self.site.name} requires --{option}; see your allocation"
                 raise ConfigurationError(msg)
         if self.archive is not None and self.site.broadcast is None:
             msg = f"--pack: site {self.site.name} has no 'broadcast' line to copy it to the nodes"
@@ -87,28 +88,28 @@ class JobPlan:
         given = {"--out": str(self.run), "--queue": self.queue, "--account": self.account}
         for name, text in given.items():
             if text is not None and not _PLAIN.fullmatch(text):
-                msg = f"{name} {text!r}: schedulers read only letters, digits and _./+=@,:- there"
+                msg = f"{name} {text!r}: only letters, digits and _./+=@,:- are allowed"
                 raise ConfigurationError(msg)
         if self.walltime_s < _MINUTE:
             raise ConfigurationError(
-                f"--walltime: {self.walltime_s} s; a job takes a minute at least"
+                f"--walltime: {self.walltime_s} s is too short; a job takes at least a minute"
             )
 
 
 ARCHIVE_NAME: Final = "archive.tar.gz"
-"""Name of the archive in the folder that a job makes on each node."""
+"""Name of the archive in the folder that a job creates on each node."""
 ENVIRONMENT_FOLDER: Final = "environment"
 """Name of the folder beside it into which it is unpacked."""
 
 _CHECK: Final = """\
-# Nothing is run from a folder that others can write, or in whose place they can put their own.
+# Never run programs from a folder that other users can write or replace.
 private() {
   [ ! -L "$1" ] && [ -O "$1" ] && [[ $(stat -c %A "$1") == drwx--[-S]---* ]] &&
     [[ $(stat -c %u%A "$1/..") == @(0|$(id -u))d@(????-??-?|????????[tT])* ]]
 }
 private "$copied" || {
-  echo "$(hostname): $copied: others can write or replace this folder; nothing is run from it"
-  echo "name another folder of the node by 'local' in a site file"
+  echo "$(hostname): $copied: others can write or replace this folder; no program is run from it"
+  echo "set 'local' in a site file to another folder of the node"
   exit 1
 } >&2
 """
@@ -143,7 +144,7 @@ def _fanfold_lines(plan: JobPlan) -> Iterator[str]:
 
 
 def _unpack_lines() -> Iterator[str]:
-    """Unpack the node's copy unless a server or a worker beside this one has done so."""
+    """Unpack the node's copy unless a server or a worker on the node has done so."""
     yield "copied=${FANFOLD_COPY%/*}"
     yield _CHECK.rstrip()
     yield "("
@@ -157,11 +158,11 @@ def _unpack_lines() -> Iterator[str]:
 def _node_end_lines(plan: JobPlan) -> Iterator[str]:
     if plan.archive is not None and not plan.starts_workers:  # workers go on from the copy
         yield 'rm -rf "$copied"'
-    yield "exit 0   # some launchers end all nodes when one fails; the others go on serving"
+    yield "exit 0   # some launchers end all nodes when one fails"
 
 
 def heartbeat_s(plan: JobPlan) -> int:
-    """Return the seconds between two signs of life, and between two looks for them."""
+    """Return the seconds between two heartbeats of the first node, and between two checks."""
     return max(1, plan.site.silence_s // 10)
 
 
@@ -171,7 +172,7 @@ def _watch_lines(plan: JobPlan) -> Iterator[str]:
     yield "  silent=0"
     yield '  while [ "$silent" -lt 2 ]; do'
     yield f"    sleep {heartbeat_s(plan)}"
-    yield '    seen=$(stat -c %Y "$run/cluster/alive") || continue   # it does not answer now'
+    yield '    seen=$(stat -c %Y "$run/cluster/alive") || continue   # no answer now'
     yield "    age=$(($(date +%s) - seen))"
     yield f'    [ "$age" -gt {plan.site.silence_s} ] && silent=$((silent + 1)) || silent=0'
     yield "  done"
@@ -183,7 +184,7 @@ def _watch_lines(plan: JobPlan) -> Iterator[str]:
 
 
 def launch_script(plan: JobPlan) -> str:
-    """Return the script by which the coordinator starts a program on each node."""
+    """Return the script with which the coordinator starts a program on each node."""
     return join_lines(
         "#!/bin/bash",
         f"# Starts a program on each node of a job of the run {plan.name!r}: FANFOLD_LAUNCHER.",
@@ -192,19 +193,19 @@ def launch_script(plan: JobPlan) -> str:
 
 
 def node_launcher(plan: JobPlan) -> str:
-    """Return what starts one process on each node."""
+    """Return the command that starts one process on each node."""
     return fill(plan.site.launcher, template_values(plan, "$FANFOLD_COPY"))
 
 
 def template_values(plan: JobPlan, copy: str) -> dict[str, object]:
-    """Return what a site's lines may name, with the path of the environment's copy."""
+    """Return the values for names in a site's commands; ``copy`` is the node's archive."""
     archive = shlex.quote(str(plan.archive)) if plan.archive is not None else ""
     return {"nodes": plan.nodes, "archive": archive, "copy": copy, "local": plan.site.local}
 
 
 def worker_script(plan: JobPlan) -> str:
-    """Return the script that becomes the program on each node."""
-    # the name by which 'fanfold serve' knows the node, or its servers would be started twice
+    """Return the script that becomes a worker on each node."""
+    # the node's name in 'fanfold serve'; with another name its servers would be started twice
     host = (f'export FANFOLD_HOST="{plan.site.host}"',) if plan.site.host else ()
     return join_lines(
         "#!/bin/bash",
@@ -227,9 +228,9 @@ def join_lines(*lines: str) -> str:
 
 
 _STOP_S: Final = 30
-"""So long servers have for ending; fanfold serve gives each of them 20 s."""
+"""Seconds that servers have to stop; fanfold serve gives each of them 20 s."""
 _END_S: Final = 10
-"""So long their launcher has then."""
+"""Seconds that their launcher has after that."""
 
 
 def format_hms(seconds: int) -> str:
@@ -244,29 +245,29 @@ def job_script(plan: JobPlan) -> str:
         *_directives(plan),
         "",
         f"# One job of the run {plan.name!r}, for the site {plan.site.name} ({plan.site.tested}).",
-        "# 'fanfold submit' wrote this file and writes it anew; change the site file instead.",
+        "# 'fanfold submit' wrote this file and overwrites it; change the site file instead.",
         *_variables(plan),
         'exec > "$cluster/job-$job.log" 2>&1',
         *_environment(plan),
         *(_worker_lines(plan) if plan.starts_workers else ()),
         "",
-        "# A signal, by the scheduler near the end or by 'fanfold cancel', is for the run.",
+        "# Signals from the scheduler near the end, or from 'fanfold cancel', are for the run.",
         "work= asked=",
         'asked() { [ -n "$asked" ] || { asked=1; [ -z "$work" ] || kill -USR1 "$work"; }; }',
         "trap asked TERM USR1",
         "",
-        "# Is there anything to do? If so, the successor is submitted now and waits for this job:",
-        "# it comes even if this node is lost.",
+        "# If items are left, the successor is submitted now and waits for this job to end:",
+        "# it starts even if this node is lost.",
         '"${fanfold[@]}" chain begin "$run" --job "$job"; begun=$?',
-        f'[ "$begun" -ne {EXIT_NOTHING_TO_DO} ] || exit 0   # nothing is left to do',
-        '[ "$begun" -eq 0 ] || exit "$begun"   # why stands above; fanfold submit "$run" goes on',
+        f'[ "$begun" -ne {EXIT_NOTHING_TO_DO} ] || exit 0   # no items are left',
+        '[ "$begun" -eq 0 ] || exit "$begun"   # see above; fanfold submit "$run" continues',
         *(_copy_lines(plan) if plan.archive is not None and plan.runs_on_nodes else ()),
         *(_servers(plan) if plan.starts_servers else ()),
         *_coordinator(plan),
         *(_stop_lines(plan) if plan.starts_servers else ()),
         *(_remove_copy_lines(plan) if plan.archive is not None and plan.starts_workers else ()),
         "",
-        "# Note how it ended; take the successor back when nothing is left to do.",
+        "# Record how the job ended; cancel the successor if no items are left.",
         '"${fanfold[@]}" chain end "$run" --job "$job" --code "$code"'
         + (" $unserved" if plan.starts_servers else ""),
     )
@@ -290,14 +291,14 @@ def _slurm(plan: JobPlan) -> Iterator[str]:
     yield f"--output={plan.folder}/scheduler-%j.log"
     yield "--no-requeue"
     if plan.starts_servers or not plan.starts_workers:
-        yield "--no-kill"  # the servers of other nodes then see to it that somebody ends the job
+        yield "--no-kill"  # the other nodes end the job if the first is lost
     yield f"--signal=B:USR1@{plan.warning_s}"
     yield from plan.site.directives
 
 
 def _pbs(plan: JobPlan) -> Iterator[str]:
     chunk = f":{plan.site.chunk}" if plan.site.chunk else ""
-    yield f"-N fanfold-{plan.name}"[:18]  # PBS takes 15 characters of a name in its older versions
+    yield f"-N fanfold-{plan.name}"[:18]  # older versions of PBS accept 15 characters of a name
     yield f"-l select={plan.nodes}{chunk}"
     yield f"-l walltime={format_hms(plan.walltime_s)}"
     if plan.site.filesystems is not None:
@@ -315,8 +316,8 @@ def _pbs(plan: JobPlan) -> Iterator[str]:
 def _variables(plan: JobPlan) -> Iterator[str]:
     yield shell_assignment("run", str(plan.run))
     yield "cluster=$run/cluster"
-    yield 'if [ ! -d "$cluster" ]; then   # the folder was moved or removed while the job waited'
-    yield '  echo "$run: no such run folder; if it was moved, submit it from its new place:" >&2'
+    yield 'if [ ! -d "$cluster" ]; then   # moved or removed while the job waited'
+    yield '  echo "$run: no such run folder; if it was moved, submit it from its new path:" >&2'
     yield '  echo "fanfold submit DIR …" >&2; exit 2'
     yield "fi"
     yield f"fanfold=({shlex.join(plan.command)})"
@@ -341,13 +342,13 @@ def _environment(plan: JobPlan) -> Iterator[str]:
 
 def _worker_lines(plan: JobPlan) -> Iterator[str]:
     yield ""
-    yield "# Workers: how the coordinator starts a program on each node, and how they reach it."
+    yield "# Workers: the command that starts them on each node, and the coordinator's address."
     yield 'export FANFOLD_LAUNCHER="bash $cluster/launch.sh"'
     yield f"export FANFOLD_COORDINATOR_HOST={_host_expression(plan)}"
 
 
 def _host_expression(plan: JobPlan) -> str:
-    """Return shell text that gives the name or address of the node on which it runs."""
+    """Return a shell expression for the name or address of the node on which it runs."""
     if plan.site.host is not None:
         return f'"{plan.site.host}"'
     if plan.site.interface is not None:
@@ -358,8 +359,8 @@ def _host_expression(plan: JobPlan) -> str:
 
 def _copy_lines(plan: JobPlan) -> Iterator[str]:
     yield ""
-    yield "# The environment, copied once to each node's own storage: to a new folder that only"
-    yield "# this user can enter, with a name that nobody can foresee. mkdir fails if it exists."
+    yield "# The environment, copied once to each node's storage, to a new folder that only"
+    yield "# this user can enter, with an unpredictable name. mkdir fails if it exists."
     yield "random=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')"
     yield f"export FANFOLD_COPY={plan.site.local}/fanfold-$job-$random/{ARCHIVE_NAME}"
     yield f'{{ {node_launcher(plan)} mkdir -m 700 "${{FANFOLD_COPY%/*}}" &&'
@@ -367,30 +368,34 @@ def _copy_lines(plan: JobPlan) -> Iterator[str]:
     yield '  { "${fanfold[@]}" chain end "$run" --job "$job" --code 1; exit 1; }'
     if plan.starts_workers:
         python = f"${{FANFOLD_COPY%/*}}/{ENVIRONMENT_FOLDER}/bin/python"
-        yield f"export FANFOLD_PYTHON={python}   # the workers'"
+        yield f"export FANFOLD_PYTHON={python}   # Python of the workers"
 
 
 def _servers(plan: JobPlan) -> Iterator[str]:
     yield ""
     if plan.site.scheduler == "slurm":
-        yield "# A sign of life for the other nodes: Slurm keeps a job whose first node is lost."
+        yield "# A heartbeat for the other nodes: Slurm keeps a job whose first node is lost."
         yield f'(while :; do touch "$cluster/alive"; sleep {heartbeat_s(plan)}; done) & alive=$!'
         yield ""
-    yield "# The model's servers: one process on each node, which starts and watches that node's."
+    yield "# The model servers: one process on each node starts and monitors that node's servers."
     yield f"(trap '' USR1; exec {node_launcher(plan)} \\"
     yield '  bash "$cluster/node.sh") > "$cluster/serve-$job.log" 2>&1 &'
     yield "servers=$!"
-    yield f"export FANFOLD_NODES={plan.nodes}   # so many of them may be given up that the run ends"
+    yield f"export FANFOLD_NODES={plan.nodes}   # the run ends if the servers of all are given up"
 
 
 def _coordinator(plan: JobPlan) -> Iterator[str]:
-    how = "has workers on the nodes ask" if plan.starts_workers else "asks all nodes from here"
+    how = (
+        "workers on the nodes call the servers"
+        if plan.starts_workers
+        else "all nodes are called from here"
+    )
     yield ""
-    yield f"# The run: {how} until nothing is left, or the time is nearly up."
+    yield f"# The run: {how} until no items are left, or the time is nearly up."
     yield '"${fanfold[@]}" resume "$run" &'
     yield 'work=$!; [ -z "$asked" ] || kill -USR1 "$work"'
     if plan.starts_servers:
-        yield "# When nobody serves on any node any more, no server can come: the run ends as well."
+        yield "# When no node serves any more, no server can become ready: the run ends as well."
         yield "(trap '' USR1"
         yield ' while kill -0 "$servers" 2>/dev/null; do sleep 1; done'
         yield ' kill -USR1 "$work" 2>/dev/null) & gone=$!'
@@ -403,7 +408,7 @@ def _stop_lines(plan: JobPlan) -> Iterator[str]:
     yield 'kill "$gone" 2>/dev/null; unserved='
     yield '[ -n "$asked" ] || kill -0 "$servers" 2>/dev/null || unserved=--unserved'
     yield ""
-    yield "# Launchers pass SIGUSR2 on to the nodes, where SIGTERM may be SIGKILL by then."
+    yield "# Launchers forward SIGUSR2 to the nodes, but may turn SIGTERM into SIGKILL."
     yield 'kill -USR2 "$servers" 2>/dev/null'
     yield f'for _ in $(seq {_STOP_S}); do kill -0 "$servers" 2>/dev/null || break; sleep 1; done'
     yield 'kill -TERM "$servers" 2>/dev/null'
@@ -415,6 +420,6 @@ def _stop_lines(plan: JobPlan) -> Iterator[str]:
 
 def _remove_copy_lines(plan: JobPlan) -> Iterator[str]:
     yield ""
-    yield "# The nodes' copies are of no use any more."
+    yield "# Remove the nodes' copies."
     yield f"timeout --kill-after={_END_S} {_STOP_S} {node_launcher(plan)} \\"
     yield '  rm -rf "${FANFOLD_COPY%/*}"'

@@ -1,4 +1,4 @@
-"""Busy, idle and useful node time from server events and journal."""
+"""Compute busy, idle and useful node time from server events and the journal."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from ..core.errors import JournalError
 from ..servers.events import read_events, split_periods
 
 CAUSES: Final = ("start-up", "cold", "starved", "tail", "drain", "down")
-"""Why a node that is paid for does not work at full batch, in the order of a job's life.
+"""Causes for which paid node time has no full batch, in the order of a job.
 
-``start-up``: the server was not ready yet, or no item had begun in this job; with it counts what
-the scheduler says that the job took before fanfold began. ``cold``: it is ready and others work;
-it does not yet, or its batch fills for the first time. ``starved``: it has too few items, though
-it was full before, or never is in this job. ``tail``: no further item begins because all have.
-``drain``: the same, because the job ends. ``down``: it was ready and is not: it is being
-restarted, was given up, or its node is lost; only the servers' own records tell of it, by the
-journal it is ``starved``. Who wants to know five causes adds it to ``start-up``, for it is time in
-which a server starts once more.
+``start-up``: the server was not ready yet, or no item had begun in this job; includes the time that
+the scheduler counts before fanfold began. ``cold``: the server is ready and others work, but it
+does not yet, or its batch fills for the first time. ``starved``: it has too few items, though its
+batch was full before, or it never is full in this job. ``tail``: no further item begins because all
+have. ``drain``: the same, because the job ends. ``down``: it was ready and is not: restarted, given
+up, or its node is lost. Only the servers' event logs show ``down``; from the journal alone it
+counts as ``starved``. To report five causes, add ``down`` to ``start-up``: both are time in which a
+server starts.
 """
 
 FULL_SHARE: Final = 0.9
-"""A batch counts as full from this share of its places on, or when something waits for one."""
+"""A batch is full from this share of its size on, or when a request waits for a slot."""
 
 ServerState = Literal["starting", "up", "down", "over"]
 
 
 class Interval(NamedTuple):
-    """A while in which a server did the same.
+    """A period in which a server's state and load did not change.
 
     Attributes:
         begin: When it began, in seconds since 1970.
         end: When it ended.
-        state: ``starting``: it was never ready so far; ``up``: it is ready; ``down``: not any
-            more; ``over``: its node was told to end it.
-        items: Requests that it works on at a time.
+        state: ``starting``: not ready so far; ``up``: ready; ``down``: no longer ready; ``over``:
+            stopped by its node.
+        items: Requests that it runs at a time.
         has_queue: Whether more of them wait in the server.
     """
 
@@ -52,27 +52,26 @@ class Interval(NamedTuple):
 
     @property
     def is_busy(self) -> bool:
-        """Say whether it works on anything."""
+        """Return True if the server has requests."""
         return self.state == "up" and (self.items > 0 or self.has_queue)
 
 
 @dataclass(frozen=True, slots=True)
 class JobTime:
-    """A job's time, and what its servers did.
+    """A job's time, and the activity of its servers.
 
     Attributes:
-        nodes: Nodes that it was given.
+        nodes: Nodes of the job.
         begin: When fanfold began in it, in seconds since 1970.
-        end: When it ended, or the present time.
-        inside_s: Node-seconds paid from begin to end; fewer where nodes were lost.
-        overhead_s: Node-seconds besides that the scheduler counts.
+        end: When it ended, or the current time.
+        inside_s: Node-seconds paid from begin to end; fewer if nodes were lost.
+        overhead_s: Further node-seconds that the scheduler counts.
         servers: Servers that it should have had.
-        first_item_at: When its first item began, or None: none did.
+        first_item_at: When its first item began, or None if none did.
         last_item_at: When its last item began.
-        was_stopped: Whether it was ended rather than finished.
-        has_counts: Whether the servers' own counts tell what follows; else the journal does.
-        intervals: What each server did, in order of time; what is left out is time in which it was
-            not there.
+        was_stopped: Whether it was stopped rather than finished.
+        has_counts: Whether ``intervals`` are from the servers' own counts; else from the journal.
+        intervals: Activity of each server in order of time; gaps are time in which it did not run.
     """
 
     nodes: int
@@ -95,17 +94,17 @@ class JobTime:
 
 @dataclass(frozen=True, slots=True)
 class Utilization:
-    """Of node-seconds paid, those with a full batch, and where the others went.
+    """Node-seconds paid, those with a full batch, and the causes of the rest.
 
     Attributes:
         paid_s: Node-seconds of all jobs.
-        busy_s: Of them those in which servers worked on something; a node with four servers of
-            which one works has a quarter.
-        full_s: Of these those with a full batch.
-        lost_s: All but the full ones by cause.
+        busy_s: Those in which servers had requests; a node with four servers of which one works
+            counts a quarter.
+        full_s: Those with a full batch.
+        lost_s: All others by cause.
         full_batch: Items that count as a full batch of one server.
-        by_counts: Of the jobs those of which the servers' own counts tell.
-        by_journal: Those of which only the journal does.
+        by_counts: Number of jobs measured by the servers' own counts.
+        by_journal: Number of jobs measured by the journal only.
     """
 
     paid_s: float
@@ -118,39 +117,39 @@ class Utilization:
 
     @property
     def useful_share(self) -> float:
-        """Return the useful share, from 0 to 1."""
+        """Return the share of node-seconds with a full batch, from 0 to 1."""
         return self.full_s / self.paid_s if self.paid_s else 0.0
 
 
-def compute_utilization(jobs: Sequence[JobTime], places: int | None = None) -> Utilization:
-    """Return how much of the jobs' node-seconds had a full batch, and why the rest had not.
+def compute_utilization(jobs: Sequence[JobTime], batch_size: int | None = None) -> Utilization:
+    """Return how many of the jobs' node-seconds had a full batch, and the causes of the rest.
 
     Args:
         jobs: The jobs.
-        places: Items of a full batch; None takes the most that a server worked on by its own
-            counts, or where there are none, what the busiest kept up for half of its time by the
-            journal, for there more seem to be in the batch than have a place.
+        batch_size: Items of a full batch; None is the largest load in the servers' own counts.
+            Without counts it is the load that the busiest server kept for half of its time by the
+            journal, as the journal includes items that wait for a slot.
     """
     counted = [job for job in jobs if job.has_counts]
-    most = places or _full_batch(counted, jobs)
+    most = batch_size or _full_batch(counted, jobs)
     lost: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
     paid = busy = full = 0.0
     for job in jobs:
         paid += job.paid_s
         lost["start-up"] += job.overhead_s
-        for (heading, works), seconds in _seconds_by_heading(
+        for (cause, is_busy), seconds in _seconds_by_cause(
             job, max(1.0, FULL_SHARE * most)
         ).items():
-            busy += seconds * works
-            if heading == "full":
+            busy += seconds * is_busy
+            if cause == "full":
                 full += seconds
             else:
-                lost[heading] += seconds
+                lost[cause] += seconds
     return Utilization(paid, busy, full, lost, most, len(counted), len(jobs) - len(counted))
 
 
-def _seconds_by_heading(job: JobTime, threshold: float) -> dict[tuple[str, bool], float]:
-    """Return the node-seconds paid from begin to end, by heading and whether a server works."""
+def _seconds_by_cause(job: JobTime, threshold: float) -> dict[tuple[str, bool], float]:
+    """Return the node-seconds from begin to end, by cause and whether a server works."""
     seconds: dict[tuple[str, bool], float] = defaultdict(float)
     expected = max(job.servers, len(job.intervals), 1)
     absent = expected - len(job.intervals)
@@ -159,95 +158,101 @@ def _seconds_by_heading(job: JobTime, threshold: float) -> dict[tuple[str, bool]
     )
     seconds["start-up", False] += absent * (first - job.begin)
     seconds["cold", False] += absent * (job.end - first)
-    for did in job.intervals:
-        whole = list(_fill_job_time(did, job, first))
-        warm = _warm(whole, threshold)
-        for stretch in whole:
-            heading = _heading(stretch, job, first, warm, threshold)
-            seconds[heading, stretch.is_busy] += stretch.end - stretch.begin
+    for intervals in job.intervals:
+        filled = list(_fill_job_time(intervals, job, first))
+        warm = _warm_at(filled, threshold)
+        for interval in filled:
+            cause = _cause(interval, job, first, warm, threshold)
+            seconds[cause, interval.is_busy] += interval.end - interval.begin
     weight = job.nodes / expected
-    return _scale_to_paid(job, {heading: weight * each for heading, each in seconds.items()})
+    return _scale_to_paid(job, {cause: weight * each for cause, each in seconds.items()})
 
 
 def _scale_to_paid(
     job: JobTime, seconds: dict[tuple[str, bool], float]
 ) -> dict[tuple[str, bool], float]:
-    """Return what is paid of node-seconds: a node that is lost costs nothing more."""
-    gone, down = sum(seconds.values()) - job.inside_s, ("down", False)
-    if gone > 0 and down in seconds:
-        seconds[down] = max(0.0, seconds[down] - gone)
+    """Scale node-seconds to those paid: a lost node costs nothing more."""
+    unpaid, down = sum(seconds.values()) - job.inside_s, ("down", False)
+    if unpaid > 0 and down in seconds:
+        seconds[down] = max(0.0, seconds[down] - unpaid)
     left = sum(seconds.values())
-    return {heading: each * job.inside_s / left for heading, each in seconds.items() if left}
+    return {cause: each * job.inside_s / left for cause, each in seconds.items() if left}
 
 
-def _warm(did: Sequence[Interval], threshold: float) -> float:
-    """Return when a server's batch is first full; else when it first works; else never."""
-    full = (one.begin for one in did if _full(one, threshold))
-    works = (one.begin for one in did if one.is_busy)
+def _warm_at(intervals: Sequence[Interval], threshold: float) -> float:
+    """Return when a server's batch is first full; else when it first works; else infinity."""
+    full = (interval.begin for interval in intervals if _is_full(interval, threshold))
+    works = (interval.begin for interval in intervals if interval.is_busy)
     return next(full, next(works, float("inf")))
 
 
-def _full(one: Interval, threshold: float) -> bool:
-    return one.is_busy and (one.items >= threshold or one.has_queue)
+def _is_full(interval: Interval, threshold: float) -> bool:
+    return interval.is_busy and (interval.items >= threshold or interval.has_queue)
 
 
-def _heading(stretch: Interval, job: JobTime, first: float, warm: float, threshold: float) -> str:
-    """Return the heading of a stretch that neither the first nor the last begin divides."""
-    closing = job.last_item_at is not None and stretch.begin >= job.last_item_at
-    if stretch.state == "down":
+def _cause(interval: Interval, job: JobTime, first: float, warm: float, threshold: float) -> str:
+    """Return the cause of an interval that contains neither the first nor the last begin inside."""
+    closing = job.last_item_at is not None and interval.begin >= job.last_item_at
+    if interval.state == "down":
         return "down"
-    if stretch.state == "starting":
+    if interval.state == "starting":
         return "start-up"
-    if _full(stretch, threshold):
+    if _is_full(interval, threshold):
         return "full"
-    if stretch.begin < first or job.first_item_at is None:
+    if interval.begin < first or job.first_item_at is None:
         return "start-up"
-    if closing or stretch.state == "over":
+    if closing or interval.state == "over":
         return "drain" if job.was_stopped else "tail"
-    return "starved" if stretch.begin >= warm else "cold"
+    return "starved" if interval.begin >= warm else "cold"
 
 
-def _fill_job_time(did: Iterable[Interval], job: JobTime, first: float) -> Iterator[Interval]:
-    """Yield stretches that fill a job's time, and that no item's first or last begin divides."""
+def _fill_job_time(intervals: Iterable[Interval], job: JobTime, first: float) -> Iterator[Interval]:
+    """Yield intervals that fill a job's time, cut at its first and last begin of an item."""
     at, state = job.begin, "starting"
     marks = sorted({first, first if job.last_item_at is None else job.last_item_at})
-    for one in did:
-        begin, end = max(one.begin, at), min(one.end, job.end)
+    for interval in intervals:
+        begin, end = max(interval.begin, at), min(interval.end, job.end)
         if end <= begin:
             continue
-        yield from _cut(Interval(at, begin, _absent(state)), marks)
-        yield from _cut(one._replace(begin=begin, end=end), marks)
-        at, state = end, one.state
-    yield from _cut(Interval(at, job.end, _absent(state)), marks)
+        yield from _cut(Interval(at, begin, _state_in_gap(state)), marks)
+        yield from _cut(interval._replace(begin=begin, end=end), marks)
+        at, state = end, interval.state
+    yield from _cut(Interval(at, job.end, _state_in_gap(state)), marks)
 
 
-def _absent(before: str) -> ServerState:
-    """Return what a server of which nothing is known does after what it did."""
+def _state_in_gap(before: str) -> ServerState:
+    """Return the state of a server in a gap after a state."""
     return "starting" if before == "starting" else "over" if before == "over" else "down"
 
 
-def _cut(one: Interval, marks: Iterable[float]) -> Iterator[Interval]:
-    at = one.begin
-    for end in (*(mark for mark in marks if one.begin < mark < one.end), one.end):
+def _cut(interval: Interval, marks: Iterable[float]) -> Iterator[Interval]:
+    at = interval.begin
+    for end in (*(mark for mark in marks if interval.begin < mark < interval.end), interval.end):
         if end > at:
-            yield one._replace(begin=at, end=end)
+            yield interval._replace(begin=at, end=end)
         at = end
 
 
 def _full_batch(counted: Sequence[JobTime], jobs: Sequence[JobTime]) -> int:
-    """Return the items that count as a full batch where nobody says it."""
+    """Return the items that count as a full batch if the caller sets none."""
     if counted:
-        seen = (one.items for job in counted for did in job.intervals for one in did if one.is_busy)
-        return max(seen, default=1) or 1
-    return max((_typical_load(did) for job in jobs for did in job.intervals), default=1)
+        loads = (
+            interval.items
+            for job in counted
+            for intervals in job.intervals
+            for interval in intervals
+            if interval.is_busy
+        )
+        return max(loads, default=1) or 1
+    return max((_typical_load(intervals) for job in jobs for intervals in job.intervals), default=1)
 
 
-def _typical_load(did: Iterable[Interval]) -> int:
-    """Return the items that a server had at a time for half of the time in which it worked."""
+def _typical_load(intervals: Iterable[Interval]) -> int:
+    """Return the load that a server had for half of the time in which it worked."""
     seconds: dict[int, float] = defaultdict(float)
-    for stretch in did:
-        if stretch.is_busy:
-            seconds[stretch.items] += stretch.end - stretch.begin
+    for interval in intervals:
+        if interval.is_busy:
+            seconds[interval.items] += interval.end - interval.begin
     left = sum(seconds.values()) / 2
     for items in sorted(seconds, reverse=True):
         left -= seconds[items]
@@ -257,10 +262,10 @@ def _typical_load(did: Iterable[Interval]) -> int:
 
 
 class AnsweredItem(NamedTuple):
-    """One item as the journal knows it: where it was answered, and when (seconds since 1970).
+    """An item in the journal: its endpoint, begin and end (seconds since 1970).
 
-    The time includes what the item waited in the client and in the server's queue, so that
-    batches look fuller than they are where either holds back.
+    The time includes the item's wait in the client and in the server's queue, so that batches look
+    fuller than they are where either limits them.
     """
 
     endpoint: str
@@ -269,7 +274,7 @@ class AnsweredItem(NamedTuple):
 
 
 def read_answered_items(records: Iterable[Mapping[str, Any]]) -> Iterator[AnsweredItem]:
-    """Yield the calls that journal records tell of."""
+    """Yield the items that journal records describe."""
     for record in records:
         endpoint, took = record.get("endpoint"), record.get("latency_s")
         if endpoint and took is not None:
@@ -284,7 +289,7 @@ class JobItems:
     Attributes:
         first: When the first of them began, or None.
         last: When the last of them began.
-        calls: All of them by endpoint, where they are kept.
+        calls: All of them by endpoint, if they are kept.
     """
 
     first: float | None = None
@@ -292,7 +297,7 @@ class JobItems:
     calls: dict[str, list[AnsweredItem]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, call: AnsweredItem, earliest: float, keep: bool) -> None:
-        """Count one; it did not begin before its job."""
+        """Count one; its begin is at least ``earliest``, the begin of the job."""
         begin = max(call.begin, earliest)
         self.first = begin if self.first is None else min(self.first, begin)
         self.last = begin if self.last is None else max(self.last, begin)
@@ -303,12 +308,12 @@ class JobItems:
 def group_by_job(
     calls: Iterable[AnsweredItem], times: Sequence[tuple[float, float]], keep: Sequence[bool]
 ) -> list[JobItems]:
-    """Return the items of each job; those that ended outside of all are left out.
+    """Return the items of each job; those that ended outside all jobs are left out.
 
     Args:
         calls: Every item that was answered.
-        times: Begin and end of each job, one after another.
-        keep: Whether a job's calls are kept, which takes some 200 bytes for each.
+        times: Begin and end of each job, in order.
+        keep: Whether to keep a job's items, which takes some 200 bytes each.
     """
     begins, found = [begin for begin, _ in times], [JobItems() for _ in times]
     for call in calls:
@@ -321,22 +326,22 @@ def group_by_job(
 def intervals_of_items(
     calls: Iterable[AnsweredItem], begin: float, end: float
 ) -> tuple[Interval, ...]:
-    """Return what a server did by its items: it was there all the time, with so many of them."""
+    """Return the intervals of a server from its items, as if it ran all the time."""
     steps = [(call.begin, 1) for call in calls] + [(call.end, -1) for call in calls]
-    did, at, items = list[Interval](), begin, 0
+    intervals, at, items = list[Interval](), begin, 0
     for time, change in sorted([*steps, (end, 0)]):
         if min(time, end) > at:
-            did.append(Interval(at, min(time, end), items=items))
+            intervals.append(Interval(at, min(time, end), items=items))
             at = time
         items += change
-    return tuple(did)
+    return tuple(intervals)
 
 
-_SILENT_S: Final = 90.0
-"""So long a node may say nothing and be well: it says so once a minute."""
+_LOST_AFTER_S: Final = 90.0
+"""Seconds without an event after which a node is lost: it logs one every minute."""
 
-_FINE: Final = 32
-"""A change counts from this part of the most that a server worked on."""
+_CHANGE_PART: Final = 32
+"""A change counts from this part of the largest load that a server has had."""
 
 _STATES: Final[Mapping[str, ServerState]] = {
     "ready": "up",
@@ -350,11 +355,11 @@ _ENDED: Final = frozenset({"down", "given_up"})
 
 @dataclass(slots=True)
 class JobServers:
-    """What the nodes of one job tell.
+    """The activity of one job's servers, from the nodes' event logs.
 
     Attributes:
-        intervals: By host and instance, what the server did.
-        has_counts: Whether any of them tells what servers work on.
+        intervals: Intervals by host and instance.
+        has_counts: Whether any node logs the load of its servers.
     """
 
     intervals: dict[tuple[str, int], list[Interval]] = field(default_factory=dict)
@@ -362,24 +367,25 @@ class JobServers:
 
     @property
     def first_busy_at(self) -> float | None:
-        """Return when a server first worked on anything."""
+        """Return when a server first had a request."""
         return min(
-            (s.begin for did in self.intervals.values() for s in did if s.is_busy), default=None
+            (s.begin for intervals in self.intervals.values() for s in intervals if s.is_busy),
+            default=None,
         )
 
 
 def read_job_servers(folder: Path, times: Sequence[tuple[float, float]]) -> list[JobServers]:
-    """Return what the nodes tell of each job; blocks.
+    """Read the activity of each job's servers from the nodes' event logs; blocks.
 
-    A node that falls silent more than a minute before its job's end was lost: its servers are
-    down from its last line on.
+    A node without events for more than a minute before its job's end was lost: its servers are down
+    from its last line on.
 
     Args:
         folder: The servers folder.
         times: Begin and end of each job.
 
     Raises:
-        JournalError: A record cannot be read.
+        JournalError: An event log cannot be read.
     """
     found = [JobServers() for _ in times]
     for path in sorted((folder / "logs").glob("*.jsonl")):
@@ -395,21 +401,21 @@ def read_job_servers(folder: Path, times: Sequence[tuple[float, float]]) -> list
 
 
 def _add(job: JobServers, host: str, lines: Sequence[Mapping[str, Any]], end: float) -> None:
-    """Add one time that a node was served."""
+    """Add one period in which a node was served."""
     job.has_counts = job.has_counts or any(line["event"] == "load" for line in lines)
     for instance in range(max(1, int(lines[0].get("instances", 1)))):
-        did = job.intervals.setdefault((host, instance), [])
-        did += _server_intervals(lines, instance, end)
+        intervals = job.intervals.setdefault((host, instance), [])
+        intervals += _server_intervals(lines, instance, end)
 
 
 def _server_intervals(
     lines: Sequence[Mapping[str, Any]], instance: int, end: float
 ) -> list[Interval]:
-    """Return what one server did from the first line on."""
+    """Return the intervals of one server from the first line on."""
     most = max((_read_load(line, instance)[0] for line in lines), default=0)
     found, now = list[Interval](), Interval(lines[0]["at"], end, "starting")
     for line in lines:
-        after = _apply_event(now, line, instance, max(1.0, most / _FINE))
+        after = _apply_event(now, line, instance, max(1.0, most / _CHANGE_PART))
         if after is not now:
             found.append(now._replace(end=line["at"]))
             now = after._replace(begin=line["at"])
@@ -417,20 +423,20 @@ def _server_intervals(
     if last["event"] == "end":
         state: ServerState = "over" if last.get("why") == "stopped" else "down"
     else:
-        state = "down" if end - last["at"] > _SILENT_S else now.state
+        state = "down" if end - last["at"] > _LOST_AFTER_S else now.state
     if state != now.state:
         found.append(now._replace(end=last["at"]))
         now = Interval(last["at"], end, state)
-    return [one for one in (*found, now) if one.end > one.begin]
+    return [interval for interval in (*found, now) if interval.end > interval.begin]
 
 
 def _apply_event(now: Interval, line: Mapping[str, Any], instance: int, fine: float) -> Interval:
-    """Return what a server does after a line, or the same if that is nearly the same."""
+    """Return a server's interval after an event; unchanged if it is nearly the same."""
     if line["event"] == "load":
         items, queued = _read_load(line, instance, (now.items, now.has_queue))
-        alike = bool(items) == bool(now.items) and abs(items - now.items) < fine
-        same = alike and queued == now.has_queue
-        return now if same else now._replace(items=items, has_queue=queued)
+        is_similar = bool(items) == bool(now.items) and abs(items - now.items) < fine
+        is_same = is_similar and queued == now.has_queue
+        return now if is_same else now._replace(items=items, has_queue=queued)
     if line.get("instance") != instance or line["event"] not in _STATES:
         return now
     after = now._replace(state=_STATES[line["event"]])
@@ -440,7 +446,7 @@ def _apply_event(now: Interval, line: Mapping[str, Any], instance: int, fine: fl
 def _read_load(
     line: Mapping[str, Any], instance: int, before: tuple[int, bool] = (0, False)
 ) -> tuple[int, bool]:
-    """Return what a line says of a server's load; where it says nothing, what was before."""
+    """Return a server's load from a line, or the previous load if the line has none."""
     if line["event"] != "load" or instance >= len(line["running"]):
         return before
     running, waiting = line["running"][instance], line["waiting"][instance]

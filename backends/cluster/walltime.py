@@ -1,4 +1,4 @@
-"""When this process must end, by its settings or by the batch job around it."""
+"""Compute when this process must end, from its settings or the batch job around it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from ..core.errors import ConfigurationError
 from ..core.messages import WALLTIME_REASON
 
 END_TIME_ENV: Final = "FANFOLD_END_TIME"
-"""Variable with the time at which the job ends, in seconds since 1970; for job scripts."""
+"""Variable with the end of the job, in seconds since 1970; set by job scripts."""
 
 
 SLURM_END_TIME_ENV: Final = "SLURM_JOB_END_TIME"
-"""The same, as Slurm sets it."""
+"""The same, set by Slurm."""
 
 
-_LATER_S: Final = 5.0
-"""Workers hear of a stop from their coordinator first; only without one do they stop by
-themselves, so much later."""
+_WORKER_DELAY_S: Final = 5.0
+"""Delay with which workers stop on their own.
+
+Normally the coordinator stops them earlier; only without it do they use this time.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,8 @@ class Walltime:
 
     Attributes:
         stop_at: The time, in seconds since 1970.
-        workers_stop_at: The same for workers elsewhere.
-        reason: Why, in words.
+        workers_stop_at: The same for remote workers.
+        reason: The reason, for messages.
     """
 
     stop_at: float
@@ -41,26 +43,26 @@ class Walltime:
     reason: str
 
     def remaining_s(self) -> float:
-        """Return the seconds until then, 0 when it has passed."""
+        """Return the seconds until then, 0 if it has passed."""
         return max(0.0, self.stop_at - time.time())
 
 
 def walltime(
     limits: LimitsConfig, environment: Mapping[str, str], began: float, extra_s: float = 0.0
 ) -> Walltime | None:
-    """Return when a life must take no further item, or None when nothing bounds it.
+    """Return when a session must begin no further item, or None if nothing limits it.
 
-    Before the end there must be time for the items in flight (``limits.drain_s``) and for
-    closing journal and results (``limits.margin_s``).
+    Before the end there must be time for the items in flight (``limits.drain_s``) and for closing
+    journal and results (``limits.margin_s``).
 
     Args:
         limits: The settings.
         environment: The process's variables.
-        began: When the life began, in seconds since 1970.
-        extra_s: Seconds that the stop takes beside these.
+        began: When the session began, in seconds since 1970.
+        extra_s: Further seconds that the stop takes.
 
     Raises:
-        ConfigurationError: ``FANFOLD_END_TIME`` is no time.
+        ConfigurationError: ``FANFOLD_END_TIME`` is not a time.
     """
     ends = list(_ends(limits, environment, began))
     if not ends:
@@ -69,10 +71,11 @@ def walltime(
     kept = limits.drain_s + limits.margin_s + extra_s
     clock = datetime.fromtimestamp(end).astimezone().strftime("%H:%M:%S")
     reason = (
-        f"{WALLTIME_REASON}: this life ends at {clock} ({source}), {kept:g} s are kept to close it"
+        f"{WALLTIME_REASON}: this session ends at {clock} ({source}), {kept:g} s are kept to "
+        "close it"
     )
-    later = min(_LATER_S, limits.margin_s / 2)
-    return Walltime(end - kept, end - kept + later, reason)
+    delay = min(_WORKER_DELAY_S, limits.margin_s / 2)
+    return Walltime(end - kept, end - kept + delay, reason)
 
 
 def _ends(
@@ -90,7 +93,7 @@ def _ends(
             raise ConfigurationError(msg)
         yield end, END_TIME_ENV
     if (end := _time(environment.get(SLURM_END_TIME_ENV, ""))) is not None:
-        yield end, SLURM_END_TIME_ENV  # Slurm has other words where a job has no end
+        yield end, SLURM_END_TIME_ENV  # Slurm sets other text if a job has no end
 
 
 def _time(text: str) -> float | None:

@@ -676,7 +676,8 @@ class HealthMonitor:
             return True
         if not failure.is_clear:
             return False
-        endpoint.refused_items.add(id(failure if item is None else item))
+        refused = failure if item is None else item
+        endpoint.refused_items[id(refused)] = refused
         undecided = endpoint.in_flight - endpoint.streaming > 1
         return undecided or len(endpoint.refused_items) < _REFUSED_ITEMS
 

@@ -327,7 +327,8 @@ class Endpoint:
         longest_asked: The field of the last such request from which that was taken.
         stats: Its statistics.
         streaming: Streams in flight that have begun.
-        refused_items: Items that it has refused since it last accepted another one.
+        refused_items: By id, the items that it has refused since it last accepted another one; they
+            are kept alive, for an id may be used again.
         accepted: Requests that it has accepted.
         throttled: Times that it asked for a pause, other than for one item alone.
     """
@@ -395,7 +396,7 @@ class Endpoint:
         self._accepted: _AcceptedRequest = (None, {}, float("-inf"))
         self._accepted_before: _AcceptedRequest = (None, {}, float("-inf"))
         self.streaming = 0
-        self.refused_items: set[int] = set()
+        self.refused_items: dict[int, object] = {}
         self.accepted = 0
         self.throttled = 0
         self.stats = EndpointStats()

@@ -1,1 +1,1 @@
-"""The model servers of a node: started once, watched, restarted, listed, ended."""
+"""The model servers of a node: start, monitor, restart, list and stop them."""

@@ -1,7 +1,7 @@
 """``python -m fanfold.backends.servers``: serve a node for its workers, detached from the first.
 
-The plan comes as JSON on standard input. When the command returns, the node is served: by a
-process that it has left behind, or by another one that was there before.
+The plan comes as JSON on standard input. When the command returns, the node is served: by a process
+that it has forked, or by another one that was there before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FAILED = 1
 
 
 def main() -> int:
-    """Take the lock, leave a process behind that serves, and return its exit code."""
+    """Acquire the lock, fork a process that serves the node, and return its exit code."""
     try:
         plan = NodePlan.from_json(sys.stdin.buffer.read())
         node_files(plan).create_folders()
@@ -40,15 +40,15 @@ def main() -> int:
 
 
 async def _run(plan: NodePlan, lock: NodeLock) -> None:
-    orders, loop = SupervisorControl(_report), asyncio.get_running_loop()
+    control, loop = SupervisorControl(_report), asyncio.get_running_loop()
 
-    def asked() -> None:
-        (orders.stop_waiting if orders.stop.is_set() else orders.stop).set()
+    def request_stop() -> None:
+        (control.stop_waiting if control.stop.is_set() else control.stop).set()
 
-    loop.add_signal_handler(signal.SIGTERM, asked)
+    loop.add_signal_handler(signal.SIGTERM, request_stop)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    await serve_on_demand(plan, lock, orders)
+    await serve_on_demand(plan, lock, control)
 
 
 def _report(text: str) -> None:

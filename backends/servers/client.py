@@ -1,4 +1,4 @@
-"""A worker's side of its node's servers: the first has them started, all wait until they are up."""
+"""Use a node's servers from a worker: the first one starts them, all wait until they are up."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .plan import NodeFiles, NodePlan, node_files
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S: Final = 0.5
+_POLL_S: Final = 0.5
 _SLACK_S: Final = 30.0
-_FAILED_LATELY_S: Final = 600.0
-_MOST_STARTS: Final = 3
+_RECENT_FAILURE_S: Final = 600.0
+_MAX_STARTS: Final = 3
 
 
 def _never() -> str | None:
@@ -32,19 +32,19 @@ def _never() -> str | None:
 async def use_servers(
     plan: NodePlan, stop_reason: Callable[[], str | None] = _never
 ) -> AsyncIterator[Path]:
-    """Use this node's servers while the block runs; where nobody serves the node, have it served.
+    """Use this node's servers while the block runs, and start them if no process serves the node.
 
     Args:
-        plan: What to serve.
-        stop_reason: Tells why it is waited no longer, or None; may block for a moment.
+        plan: The servers.
+        stop_reason: Returns why to stop waiting, or None; may block for a moment.
 
     Yields:
         The node's endpoints file; at least one server is in it.
 
     Raises:
-        RunStoppedError: No server is ready in time, it is waited no longer, or all were given up;
-            with their last lines.
-        ConfigurationError: The servers folder cannot be made.
+        RunStoppedError: No server is ready in time, the wait was stopped, or all servers were given
+            up; with their last lines.
+        ConfigurationError: The servers folder cannot be created.
     """
     files = node_files(plan)
     await asyncio.to_thread(files.create_folders)
@@ -53,50 +53,52 @@ async def use_servers(
         yield files.endpoints
 
 
-async def _wait_until_up(plan: NodePlan, files: NodeFiles, over: Callable[[], str | None]) -> None:
+async def _wait_until_up(
+    plan: NodePlan, files: NodeFiles, stop_reason: Callable[[], str | None]
+) -> None:
     """Wait until a server is ready."""
     begun, starts = time.monotonic(), 0
     while True:
         if await asyncio.to_thread(is_served, files):
             if await asyncio.to_thread(files.endpoints.is_file):
                 return
-        elif starts >= _MOST_STARTS:
-            msg = f"{plan.host}: whoever serves the node ends again; see {files.supervisor_log}"
+        elif starts >= _MAX_STARTS:
+            msg = f"{plan.host}: the node's supervisor ends repeatedly; see {files.supervisor_log}"
             raise RunStoppedError(msg)
         else:
             await asyncio.to_thread(check_failure, plan)
-            logger.info("%s: this worker has the node's servers started", plan.host)
+            logger.info("%s: this worker starts the node's servers", plan.host)
             await asyncio.to_thread(_start_supervisor, plan, files)
             starts += 1
-        if why := await asyncio.to_thread(over):
+        if why := await asyncio.to_thread(stop_reason):
             raise RunStoppedError(f"{plan.host}: {why} before the node's servers were ready")
         if time.monotonic() - begun > plan.timeout_s + _SLACK_S:
             msg = (
                 f"{plan.host}: no server of this node was ready within {plan.timeout_s:g} s "
-                f"(node.timeout_s); what they say: {files.server_log(0).parent}"
+                f"(node.timeout_s); their logs: {files.server_log(0).parent}"
             )
             raise RunStoppedError(msg)
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
 
 
 def check_failure(plan: NodePlan) -> None:
-    """Check that a node's servers were not given up a short while ago; blocks.
+    """Raise an error if a node's servers were given up a short while ago; blocks.
 
     Raises:
-        RunStoppedError: They were; with their last lines.
+        RunStoppedError: They were given up; with their last lines.
     """
     files = node_files(plan)
     try:
         age = time.time() - files.failure.stat().st_mtime
         text = files.failure.read_text(encoding="utf-8")
     except OSError:
-        return  # nothing was given up
-    if age < _FAILED_LATELY_S:
+        return  # no failure
+    if age < _RECENT_FAILURE_S:
         raise RunStoppedError(f"the servers of {plan.host} were given up: {text}")
 
 
 def _start_supervisor(plan: NodePlan, files: NodeFiles) -> None:
-    """Have a process left behind that serves the node.
+    """Start a detached process that serves the node.
 
     Raises:
         ConfigurationError: Its log cannot be written.
@@ -105,7 +107,7 @@ def _start_supervisor(plan: NodePlan, files: NodeFiles) -> None:
     command = [sys.executable, "-P", "-m", __package__]
     try:
         with files.supervisor_log.open("ab") as log:
-            done = subprocess.run(
+            completed = subprocess.run(
                 command,
                 input=plan.to_json(),
                 stdout=subprocess.DEVNULL,
@@ -116,6 +118,6 @@ def _start_supervisor(plan: NodePlan, files: NodeFiles) -> None:
     except OSError as error:
         msg = f"{files.supervisor_log}: cannot be written: {error.strerror}"
         raise ConfigurationError(msg) from None
-    if done.returncode:
+    if completed.returncode:
         msg = f"{plan.host}: the node's servers cannot be started; see {files.supervisor_log}"
         raise RunStoppedError(msg)

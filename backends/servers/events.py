@@ -1,4 +1,4 @@
-"""Event log of a node's servers; last words."""
+"""Log the events of a node's servers, and report their last errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ON: Final = frozenset({"ready", "back"})
 
 
 class EventLog:
-    """Writes a node's record; every line is there for others when the call returns.
+    """The event log of a node; a line is visible to other processes when the call returns.
 
     Args:
         path: The file.
@@ -39,9 +39,9 @@ class EventLog:
             raise BackendError(f"{path}: cannot be written: {error.strerror}") from None
 
     def append(self, event: str, **what: Any) -> None:
-        """Append one line; blocks for as long as a short write takes.
+        """Append one line; blocks for a short write.
 
-        A disk that is full must not end servers: a line that cannot be written is logged.
+        A full disk must not end servers: a line that cannot be written is logged as a warning.
         """
         line = {"v": VERSION, "at": round(time.time(), 3), "host": self._host, "event": event}
         try:
@@ -55,13 +55,13 @@ class EventLog:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a record; one that is cut off, or of another version, is left out."""
+    """Return the lines of an event log; partial lines and other versions are left out."""
     lines = list[dict[str, Any]]()
     for raw in path.read_bytes().splitlines():
         try:
             line = orjson.loads(raw)
         except orjson.JSONDecodeError:
-            continue  # a node that was lost while it wrote
+            continue  # the node was lost during the write
         if isinstance(line, dict) and line.get("v") == VERSION:
             lines.append(line)
     return lines
@@ -69,15 +69,15 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class ServerSeconds:
-    """What became of a node's time; the first three add up to ``paid``.
+    """How a node's time was spent; the first three add up to ``paid``.
 
     A node with four servers of which one is up for ten seconds is up for 2.5.
 
     Attributes:
         startup: Seconds until servers were ready for the first time.
-        down: Seconds that servers which had been ready were not.
-        up: Seconds that servers were ready.
-        paid: Seconds from ``begin`` to ``end``, over all times that the node was served.
+        down: Seconds in which servers that had been ready were not.
+        up: Seconds in which servers were ready.
+        paid: Seconds from ``begin`` to ``end``, over all periods in which the node was served.
     """
 
     startup: float
@@ -87,21 +87,21 @@ class ServerSeconds:
 
 
 def server_seconds(lines: Iterable[Mapping[str, Any]], until: float | None = None) -> ServerSeconds:
-    """Add up a node's record.
+    """Sum up a node's event log.
 
     Args:
         lines: The lines, as :func:`read_events` returns them.
-        until: When a time without ``end`` is taken to have ended, in seconds since 1970; None
-            takes its last line.
+        until: When a period without ``end`` counts as ended, in seconds since 1970; None is its
+            last line.
     """
     startup = down = up = paid = 0.0
-    for served in split_periods(lines):
-        first, last = served[0], served[-1]
+    for period in split_periods(lines):
+        first, last = period[0], period[-1]
         end = last["at"] if until is None or last["event"] == "end" else max(until, last["at"])
         span, instances = end - first["at"], max(1, int(first.get("instances", 1)))
         paid += span
         for instance in range(instances):
-            own = [line for line in served if line.get("instance") == instance]
+            own = [line for line in period if line.get("instance") == instance]
             before, on = _one(own, first["at"], end)
             startup += before / instances
             up += on / instances
@@ -110,18 +110,18 @@ def server_seconds(lines: Iterable[Mapping[str, Any]], until: float | None = Non
 
 
 def split_periods(lines: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Return the lines of each time that the node was served."""
-    times = list[list[Mapping[str, Any]]]()
+    """Return the lines of each period in which the node was served."""
+    periods = list[list[Mapping[str, Any]]]()
     for line in lines:
         if line["event"] == "begin":
-            times.append([line])
-        elif times:
-            times[-1].append(line)
-    return times
+            periods.append([line])
+        elif periods:
+            periods[-1].append(line)
+    return periods
 
 
 def _one(lines: Iterable[Mapping[str, Any]], begin: float, end: float) -> tuple[float, float]:
-    """Return the seconds until a server was ready, and those that it was."""
+    """Return the seconds until a server was ready, and the seconds that it was ready."""
     first: float | None = None
     since: float | None = None
     up = 0.0
@@ -143,11 +143,11 @@ _LINES: Final = 20
 
 
 def last_errors(servers: Path, log: Path) -> list[str]:
-    """Return why no server was left: by the nodes, or else by the log of what started them.
+    """Return why no server was left: from the nodes, or else from the log of the process.
 
     Args:
         servers: The servers folder.
-        log: What the processes that serve have said; blocks while it is read.
+        log: The log of the processes that serve; blocks while it is read.
     """
     files = sorted((servers / "logs").glob("*.failed"))
     lines = [line for file in files[:_NODES] for line in _text(file).splitlines()]

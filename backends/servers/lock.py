@@ -1,4 +1,4 @@
-"""Who serves a node and who uses it; the guard that shares the lock with the watchdog."""
+"""Lock a node for the process that serves it and for its users; run the watchdog."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .plan import NodeFiles
 
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _PRIVATE: Final = 0o700
-_AGAIN_S: Final = 0.1
+_RETRY_S: Final = 0.1
 _TRIES: Final = 5
 _BETWEEN_TRIES_S: Final = 0.05
 
 
 def local_lock_folder() -> Path:
-    """Return a folder of this node and user for locks; ``/tmp`` even where TMPDIR is shared.
+    """Return a folder of this node and user for locks; in ``/tmp`` even if TMPDIR is shared.
 
     Raises:
-        BackendError: It cannot be made, or is somebody else's.
+        BackendError: It cannot be created, or belongs to another user.
     """
-    usual = Path("/tmp")  # all processes of the node agree on it
+    usual = Path("/tmp")  # the same for all processes of the node
     base = usual if os.access(usual, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
     folder = base / f"fanfold-{os.getuid()}"
     try:
@@ -42,7 +42,7 @@ def local_lock_folder() -> Path:
     except OSError as error:
         raise BackendError(f"{folder}: cannot be made: {error.strerror}") from None
     if found.st_uid != os.getuid() or folder.is_symlink() or not folder.is_dir():
-        raise BackendError(f"{folder}: is no folder of this user's; remove it")
+        raise BackendError(f"{folder}: is not a folder of this user; remove it")
     if found.st_mode & 0o022:
         raise BackendError(
             f"{folder}: others can write this folder; remove it, or chmod 700 {folder}"
@@ -63,7 +63,7 @@ def _open_lock_file(path: Path, mode: int = 0o600) -> int:
 
 
 def _flock(handle: int, kind: int) -> bool | None:
-    """Try to lock; None where the file system has no locks."""
+    """Try to lock; None if the file system has no locks."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -77,7 +77,7 @@ def _flock(handle: int, kind: int) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class NodeLock:
-    """The right to serve a node.
+    """The exclusive lock to serve a node.
 
     Attributes:
         handles: Open files that hold it; a process that inherits them holds it as well.
@@ -87,37 +87,37 @@ class NodeLock:
 
     @classmethod
     def try_acquire(cls, files: NodeFiles) -> Self | None:
-        """Take it, or return None if another process has it; blocks.
+        """Acquire the lock, or return None if another process has it; blocks.
 
         Raises:
             BackendError: The files cannot be opened.
         """
-        near = _open_lock_file(_local_lock_path(files, "lock"))
-        if not _flock(near, fcntl.LOCK_EX):
-            os.close(near)
+        local = _open_lock_file(_local_lock_path(files, "lock"))
+        if not _flock(local, fcntl.LOCK_EX):
+            os.close(local)
             return None
         try:
-            far = _open_lock_file(files.lock, 0o666)
+            shared = _open_lock_file(files.lock, 0o666)
         except BackendError:
-            os.close(near)
+            os.close(local)
             raise
-        if _flock(far, fcntl.LOCK_EX) is False:
-            os.close(near)
-            os.close(far)
+        if _flock(shared, fcntl.LOCK_EX) is False:
+            os.close(local)
+            os.close(shared)
             return None
-        lock = cls((near, far))
+        lock = cls((local, shared))
         lock.write_owner()
         return lock
 
     def write_owner(self) -> None:
-        """Let others know that this process has it."""
-        far = self.handles[-1]
-        os.ftruncate(far, 0)
-        os.pwrite(far, f"{os.uname().nodename} pid {os.getpid()}\n".encode(), 0)
+        """Write this process into the lock file, for messages of others."""
+        shared = self.handles[-1]
+        os.ftruncate(shared, 0)
+        os.pwrite(shared, f"{os.uname().nodename} pid {os.getpid()}\n".encode(), 0)
 
     @classmethod
     def acquire_with_retries(cls, files: NodeFiles) -> Self | None:
-        """Take it, trying more than once: whoever only looks holds it for a moment; blocks.
+        """Acquire the lock with retries, as checks by others hold it for a moment; blocks.
 
         Raises:
             BackendError: The files cannot be opened.
@@ -130,13 +130,13 @@ class NodeLock:
         return None
 
     def release(self) -> None:
-        """Give it up."""
+        """Release the lock."""
         for handle in self.handles:
             os.close(handle)
 
 
 def is_served(files: NodeFiles) -> bool:
-    """Say whether a process serves the node; blocks.
+    """Return True if a process serves the node; blocks.
 
     Raises:
         BackendError: The files cannot be opened.
@@ -152,7 +152,7 @@ def is_served(files: NodeFiles) -> bool:
 
 
 def read_owner(files: NodeFiles) -> str:
-    """Return who serves the node, as far as it has said so."""
+    """Return the process that serves the node, if it is known."""
     try:
         return files.lock.read_text(encoding="utf-8").strip() or "another process"
     except OSError:
@@ -163,22 +163,22 @@ def read_owner(files: NodeFiles) -> str:
 async def hold_user_lock(files: NodeFiles) -> AsyncIterator[None]:
     """Count as a user of the node's servers while the block runs.
 
-    Waits while whoever serves is about to end for want of users.
+    Waits while the process that serves is about to end because it has no users.
 
     Raises:
         BackendError: The file cannot be opened.
     """
     handle = await asyncio.to_thread(lambda: _open_lock_file(_local_lock_path(files, "users")))
     try:
-        while not _flock(handle, fcntl.LOCK_SH):  # noqa: ASYNC110 - nothing tells of a lock
-            await asyncio.sleep(_AGAIN_S)
+        while not _flock(handle, fcntl.LOCK_SH):  # noqa: ASYNC110 - a lock has no event
+            await asyncio.sleep(_RETRY_S)
         yield
     finally:
         os.close(handle)
 
 
 def is_on_demand(files: NodeFiles) -> bool:
-    """Say whether a process serves the node for as long as somebody uses it; blocks.
+    """Return True if a process serves the node only while it has users; blocks.
 
     Raises:
         BackendError: The file cannot be opened.
@@ -191,7 +191,7 @@ def is_on_demand(files: NodeFiles) -> bool:
 
 
 def request_stop_when_unused(files: NodeFiles) -> None:
-    """Ask whoever serves the node for its users to end with the last of them; blocks.
+    """Ask the process that serves the node on demand to end with its last user; blocks.
 
     Raises:
         BackendError: The file cannot be opened.
@@ -200,7 +200,7 @@ def request_stop_when_unused(files: NodeFiles) -> None:
 
 
 class NodeUsers:
-    """Whether anybody uses the node's servers; for the process that serves.
+    """Track the users of the node's servers, in the process that serves.
 
     Args:
         files: The node's files.
@@ -210,45 +210,45 @@ class NodeUsers:
     """
 
     def __init__(self, files: NodeFiles) -> None:
-        self._over = _local_lock_path(files, "over")
-        self._over.unlink(missing_ok=True)  # it was for whoever served before
-        self._handle, self._own = (
+        self._stop_request = _local_lock_path(files, "over")
+        self._stop_request.unlink(missing_ok=True)  # a request to an earlier process
+        self._handle, self._on_demand = (
             _open_lock_file(_local_lock_path(files, "users")),
             _open_lock_file(_local_lock_path(files, "lingers")),
         )
-        while _flock(self._own, fcntl.LOCK_EX) is False:
-            time.sleep(_BETWEEN_TRIES_S)  # somebody looks
+        while _flock(self._on_demand, fcntl.LOCK_EX) is False:
+            time.sleep(_BETWEEN_TRIES_S)  # another process checks it
 
     def is_stop_requested(self) -> bool:
-        """Say whether the servers shall end with their last user."""
-        return self._over.exists()
+        """Return True if the servers are to end with their last user."""
+        return self._stop_request.exists()
 
     def has_users(self) -> bool:
-        """Say whether there are users."""
+        """Return True if there are users."""
         if not self.try_block_users():
             return True
         fcntl.flock(self._handle, fcntl.LOCK_UN)
         return False
 
     def try_block_users(self) -> bool:
-        """Let no user in any more, unless there are some; say whether there were none."""
+        """Block new users unless there are some; return True if there were none."""
         return _flock(self._handle, fcntl.LOCK_EX) is True
 
     def close(self) -> None:
-        """Let users in again: there is nothing left that they could use by mistake."""
+        """Unblock users: no server is left that they could use by mistake."""
         os.close(self._handle)
-        os.close(self._own)
+        os.close(self._on_demand)
 
 
 _WATCHDOG: Final = Path(__file__).with_name("watchdog.py")
 
 
 class WatchdogClient:
-    """Tells the watcher which process groups are to end with this process.
+    """Register the process groups that the watchdog ends with this process.
 
     Args:
         files: The node's files.
-        lock: The lock on the node, which the watcher shares.
+        lock: The lock on the node, which the watchdog shares.
         grace_s: Seconds between SIGTERM and SIGKILL.
     """
 
@@ -258,12 +258,12 @@ class WatchdogClient:
         self._process: Process | None = None
 
     async def add(self, group: int) -> None:
-        """Have a group ended if this process is killed; it holds as soon as this returns."""
+        """Register a group, which is ended if this process is killed from now on."""
         self._groups.add(group)
         await self._send_or_restart(f"+{group}\n")
 
     async def remove(self, group: int) -> None:
-        """Forget a group that has ended."""
+        """Unregister a group that has ended."""
         self._groups.discard(group)
         await self._send_or_restart(f"-{group}\n")
 
@@ -271,7 +271,7 @@ class WatchdogClient:
         try:
             await self._send(line)
         except ConnectionError:
-            await self.start()  # it was killed; the new one is told of all
+            await self.start()  # it was killed; the new one gets all groups
 
     async def _send(self, line: str) -> None:
         if self._process is None or self._process.returncode is not None:
@@ -281,12 +281,12 @@ class WatchdogClient:
         await self._process.stdin.drain()
 
     async def ensure_running(self) -> None:
-        """Start the watcher anew if it was killed."""
+        """Restart the watchdog if it was killed."""
         if self._process is not None and self._process.returncode is not None:
             await self.start()
 
     async def start(self) -> None:
-        """Start the watcher, and tell it of all groups.
+        """Start the watchdog with all groups.
 
         Raises:
             BackendError: It cannot be started.
@@ -304,10 +304,10 @@ class WatchdogClient:
             )
             await self._send("".join(f"+{group}\n" for group in sorted(self._groups)))
         except OSError as error:
-            raise BackendError(f"the servers' watcher cannot be started: {error}") from error
+            raise BackendError(f"the servers' watchdog cannot be started: {error}") from error
 
     async def stop(self) -> None:
-        """Let the watcher end; it ends what it was told of and that was not dropped."""
+        """Stop the watchdog; it ends the groups that are still registered."""
         if self._process is not None:
             assert self._process.stdin is not None, "it was opened as a pipe"
             self._process.stdin.close()
@@ -319,10 +319,10 @@ class WatchdogClient:
 async def run_watchdog(
     files: NodeFiles, lock: NodeLock, grace_s: float
 ) -> AsyncIterator[WatchdogClient]:
-    """Have a watcher beside this process while the block runs."""
-    guard = WatchdogClient(files, lock, grace_s)
-    await guard.start()
+    """Run a watchdog beside this process while the block runs."""
+    client = WatchdogClient(files, lock, grace_s)
+    await client.start()
     try:
-        yield guard
+        yield client
     finally:
-        await guard.stop()
+        await client.stop()

@@ -1,4 +1,4 @@
-"""What is to be served on a node, as plain values that can be sent to another process."""
+"""Describe the servers of a node as plain values that can be sent to another process."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ NO_VARIABLE: Final = "none"
 
 @dataclass(frozen=True, slots=True)
 class WatchSettings:
-    """How closely servers are watched, in seconds.
+    """How servers are monitored, in seconds.
 
     Attributes:
-        every_s: Between two looks at a server.
+        every_s: Between two probes of a server.
         answer_s: Longest wait for its answer.
-        out_s: So long without a good answer, and its endpoint is taken out.
-        dead_s: So long without a good answer, and it is restarted.
+        out_s: Without a good answer until its endpoint is removed from the list.
+        dead_s: Without a good answer until it is restarted.
         stop_s: Between SIGTERM and SIGKILL.
-        pause_s: Before the first restart; doubled at each further one, up to 30.
+        pause_s: Before the first restart; doubled each further time, up to 30.
     """
 
     every_s: float = 5.0
@@ -45,9 +45,9 @@ class ServerPlan:
 
     Attributes:
         instance: Its number on the node, from 0.
-        port: Where it is to listen.
+        port: Its port.
         command: Program and arguments.
-        env: Its variables beside those of the process that starts it.
+        env: Its variables besides those of the process that starts it.
     """
 
     instance: int
@@ -61,16 +61,16 @@ class NodePlan:
     """All servers of one node.
 
     Attributes:
-        host: The node's name, as the files in the servers folder are called.
-        address: By what others reach it.
+        host: The node's name, also used for its files in the servers folder.
+        address: Address by which other machines reach it.
         folder: The servers folder, shared by all nodes.
         servers: The servers.
         ready: Path that answers 200 when a server is ready.
         timeout_s: Seconds until a server must be ready.
-        restarts: How often a server that was ready once is started again.
+        restarts: How often a server that was ready once is restarted.
         linger_s: Seconds that the servers stay up without a user.
         key: Key of the endpoints, or None.
-        watching: How closely they are watched.
+        watching: How they are monitored.
     """
 
     host: str
@@ -85,12 +85,12 @@ class NodePlan:
     watching: WatchSettings = WatchSettings()
 
     def server_address(self, server: ServerPlan) -> str:
-        """Return ``address:port`` of a server, as endpoints files write it."""
+        """Return ``address:port`` of a server, as in endpoints files."""
         address = f"[{self.address}]" if ":" in self.address else self.address
         return f"{address}:{server.port}"
 
     def to_json(self) -> bytes:
-        """Return it as JSON; it may hold secrets, so it goes by a pipe, never by a file."""
+        """Return it as JSON; it may hold secrets, so send it by a pipe, never by a file."""
         return orjson.dumps({"v": VERSION, **asdict(self)})
 
     @classmethod
@@ -98,7 +98,7 @@ class NodePlan:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            BackendError: It is none, or of another version.
+            BackendError: It is no plan, or of another version.
         """
         try:
             plain: dict[str, Any] = orjson.loads(data)
@@ -116,10 +116,10 @@ class NodePlan:
 
 @dataclass(frozen=True, slots=True)
 class NodeFiles:
-    """Where a node's files lie in the servers folder.
+    """Paths of a node's files in the servers folder.
 
-    The folder itself holds nothing but one endpoints file per host; a host's is there while at
-    least one of its servers is ready.
+    The folder itself contains only one endpoints file per host, which exists while at least one of
+    the host's servers is ready.
 
     Attributes:
         folder: The servers folder.
@@ -131,38 +131,38 @@ class NodeFiles:
 
     @property
     def endpoints(self) -> Path:
-        """Return the endpoints file: ``address:port`` of each server that is ready."""
+        """Return the endpoints file: ``address:port`` of each ready server."""
         return self.folder / self.host
 
     @property
     def lock(self) -> Path:
-        """Return the file that whoever serves the node has locked."""
+        """Return the file that the process that serves the node has locked."""
         return self.folder / "locks" / self.host
 
     @property
     def event_log(self) -> Path:
-        """Return what happened to the servers, as JSON lines."""
+        """Return the event log of the servers, as JSON lines."""
         return self.folder / "logs" / f"{self.host}.jsonl"
 
     @property
     def failure(self) -> Path:
-        """Return why the last attempt to serve the node was given up."""
+        """Return the file with the reason why the node's servers were last given up."""
         return self.folder / "logs" / f"{self.host}.failed"
 
     @property
     def supervisor_log(self) -> Path:
-        """Return what a keeper that a worker started says."""
+        """Return the log of a supervisor that a worker started."""
         return self.folder / "logs" / f"{self.host}.log"
 
     def server_log(self, instance: int) -> Path:
-        """Return what a server says."""
+        """Return the log of a server's output."""
         return self.folder / "logs" / f"{self.host}-{instance}.log"
 
     def create_folders(self) -> None:
-        """Make the folders.
+        """Create the folders.
 
         Raises:
-            ConfigurationError: They cannot be made.
+            ConfigurationError: They cannot be created.
         """
         try:
             for folder in (self.lock.parent, self.event_log.parent):
@@ -173,7 +173,7 @@ class NodeFiles:
 
 
 def node_files(plan: NodePlan) -> NodeFiles:
-    """Return where a plan's files lie."""
+    """Return the paths of a plan's files."""
     return NodeFiles(Path(plan.folder), plan.host)
 
 
@@ -201,11 +201,11 @@ def list_accelerators(
 ) -> list[str]:
     """Return the accelerators of this node.
 
-    What the settings name comes first; then what the scheduler has put into the variable, of
-    which ``count`` takes the first; then the numbers below ``count``.
+    The settings (``ids``) come first; then the scheduler's variable, of which ``count`` takes the
+    first; then the numbers below ``count``.
 
     Raises:
-        ConfigurationError: The scheduler gives fewer than ``count``, or nobody says how many.
+        ConfigurationError: The scheduler gives fewer than ``count``, or their number is unknown.
     """
     if ids is not None:
         return list(ids)
@@ -223,7 +223,7 @@ def list_accelerators(
         return [str(n) for n in range(count)]
     if variable == NO_VARIABLE:
         return []
-    msg = f"node.accelerators: {variable} is not set here; say how many there are: count or ids"
+    msg = f"node.accelerators: {variable} is not set here; set count or ids"
     raise ConfigurationError(msg)
 
 
@@ -240,9 +240,9 @@ def plan_servers(  # noqa: PLR0913 - one value per setting
     """Return the servers of a node, each with its port and accelerators.
 
     Args:
-        words: The command, names in braces still in it.
-        ports: Port of the first.
-        instances: How many.
+        words: The command, with names in braces.
+        ports: Port of the first server.
+        instances: Number of servers.
         variable: Variable that names a server's accelerators, or ``none``.
         ids: The node's accelerators.
         env: Further variables.
@@ -252,10 +252,10 @@ def plan_servers(  # noqa: PLR0913 - one value per setting
         ConfigurationError: The accelerators cannot be divided evenly.
     """
     plans = []
-    for instance, own in enumerate(split_accelerators(ids, instances)):
+    for instance, accelerators in enumerate(split_accelerators(ids, instances)):
         port = ports + instance
-        values = {"port": str(port), "instance": str(instance), "gpus": str(len(own))}
-        told = {} if variable == NO_VARIABLE else {variable: ",".join(own)}
+        values = {"port": str(port), "instance": str(instance), "gpus": str(len(accelerators))}
+        visible = {} if variable == NO_VARIABLE else {variable: ",".join(accelerators)}
         command = fill_names(words, values | {"model": model})
-        plans.append(ServerPlan(instance, port, command, {**told, **env}))
+        plans.append(ServerPlan(instance, port, command, {**visible, **env}))
     return tuple(plans)

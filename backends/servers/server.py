@@ -1,4 +1,4 @@
-"""One server: process, log, readiness probe, restarts."""
+"""Run one model server: process, log, readiness probe and restarts."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .watchdog import is_alive
 
 _OK: Final = range(200, 300)
 _LONGEST_LINE: Final = 16_384
-_MOST: Final = 8 * 1024 * 1024
-"""Bytes of an answer that are read; vLLM's metrics take some ten thousand."""
+_MAX_BYTES: Final = 8 * 1024 * 1024
+"""Most bytes of an answer that are read; vLLM's metrics take some ten thousand."""
 
 
 async def probe(
     address: str, port: int, path: str, timeout_s: float, key: str | None
 ) -> str | None:
-    """Ask a server whether it is ready.
+    """Check whether a server is ready.
 
     Args:
         address: Host name or address.
         port: Port.
-        path: What to ask for.
+        path: Path of the request.
         timeout_s: Longest wait, in seconds.
         key: Key to send, or None.
 
     Returns:
-        None when it answers well; else what is wrong.
+        None if the server is ready; else the problem.
     """
     try:
         async with (
@@ -60,17 +60,17 @@ async def probe(
 async def fetch(
     address: str, port: int, path: str, timeout_s: float, key: str | None
 ) -> tuple[int, bytes] | None:
-    """Ask a server for a text.
+    """Fetch a text from a server.
 
     Args:
         address: Host name or address.
         port: Port.
-        path: What to ask for.
+        path: Path of the request.
         timeout_s: Longest wait, in seconds.
         key: Key to send, or None.
 
     Returns:
-        The status and the body; None when there is no whole answer.
+        The status and the body; None if there is no complete answer.
     """
     try:
         async with (
@@ -78,7 +78,7 @@ async def fetch(
             _open_response(address, port, path, key) as (status, reader),
         ):
             return status, await _body(reader)
-    except (OSError, ValueError, EOFError):  # too late is an OSError
+    except (OSError, ValueError, EOFError):  # TimeoutError is an OSError
         return None
 
 
@@ -86,7 +86,7 @@ async def fetch(
 async def _open_response(
     address: str, port: int, path: str, key: str | None
 ) -> AsyncIterator[tuple[int, StreamReader]]:
-    """Ask, and yield the answer's status and what follows the first line."""
+    """Send a request, and yield the status and the reader after the first line."""
     reader, writer = await asyncio.open_connection(address, port, limit=_LONGEST_LINE)
     try:
         name = f"[{address}]" if ":" in address else address
@@ -111,18 +111,20 @@ async def _body(reader: StreamReader) -> bytes:
         ValueError: It is not HTTP, or too long.
         IncompleteReadError: It is cut off.
     """
-    heads = dict[bytes, bytes]()
+    headers = dict[bytes, bytes]()
     while line := (await reader.readline()).strip():
         name, _, value = line.partition(b":")
-        heads[name.lower()] = value.strip().lower()
-    if heads.get(b"transfer-encoding") == b"chunked":
+        headers[name.lower()] = value.strip().lower()
+    if headers.get(b"transfer-encoding") == b"chunked":
         return await _chunks(reader)
-    length = heads.get(b"content-length")
-    return await _read(reader, _MOST if length is None else int(length), whole=length is not None)
+    length = headers.get(b"content-length")
+    return await _read(
+        reader, _MAX_BYTES if length is None else int(length), whole=length is not None
+    )
 
 
 async def _chunks(reader: StreamReader) -> bytes:
-    parts, left = list[bytes](), _MOST
+    parts, left = list[bytes](), _MAX_BYTES
     while size := int((await reader.readline()).partition(b";")[0], 16):
         parts.append(await _read(reader, size, whole=True, most=left))
         left -= size
@@ -130,7 +132,7 @@ async def _chunks(reader: StreamReader) -> bytes:
     return b"".join(parts)
 
 
-async def _read(reader: StreamReader, size: int, *, whole: bool, most: int = _MOST) -> bytes:
+async def _read(reader: StreamReader, size: int, *, whole: bool, most: int = _MAX_BYTES) -> bytes:
     if size > most:
         raise ValueError("the answer is too long")
     if whole:
@@ -143,7 +145,7 @@ async def _read(reader: StreamReader, size: int, *, whole: bool, most: int = _MO
 
 
 async def is_port_in_use(address: str, port: int, timeout_s: float) -> bool:
-    """Say whether somebody listens on a port."""
+    """Return True if a process listens on a port."""
     try:
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(address, port)
@@ -156,8 +158,11 @@ async def is_port_in_use(address: str, port: int, timeout_s: float) -> bool:
 
 
 _WAIT_SCRIPT: Final = 'trap "" USR1 USR2; read -r _ && exec "$@" </dev/null'
-"""Waits for a line before it becomes the server: if this process is killed before the watcher
-knows of the server, there is none. Signals that ask a run to drain are not for servers."""
+"""Waits for a line, then becomes the server.
+
+If this process is killed before the watchdog has registered the server, none starts. Signals that
+ask a run to drain are not for servers.
+"""
 
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _TAIL_BYTES: Final = 16_384
@@ -168,26 +173,26 @@ _FIRST: Final = asyncio.FIRST_COMPLETED
 
 
 class ServerProcess:
-    """A server that runs.
+    """A running server.
 
     Args:
-        process: Its process, the leader of a process group of its own.
-        guard: What ends it if this process is killed.
-        log: What it says.
-        begin: Where in the log this start begins, in bytes.
+        process: Its process, the leader of its own process group.
+        watchdog: Ends it if this process is killed.
+        log: Log of its output.
+        begin: Offset in the log where this start begins, in bytes.
     """
 
-    def __init__(self, process: Process, guard: WatchdogClient, log: Path, begin: int) -> None:
-        self._process, self._watchdog = process, guard
+    def __init__(self, process: Process, watchdog: WatchdogClient, log: Path, begin: int) -> None:
+        self._process, self._watchdog = process, watchdog
         self._log, self._begin = log, begin
         self.pid = process.pid
 
     @classmethod
-    async def start(cls, plan: ServerPlan, guard: WatchdogClient, log: Path) -> ServerProcess:
+    async def start(cls, plan: ServerPlan, watchdog: WatchdogClient, log: Path) -> ServerProcess:
         """Start a server.
 
         Raises:
-            BackendError: The program is not there, or the log cannot be written.
+            BackendError: The program does not exist, or the log cannot be written.
         """
         environment = os.environ | plan.env
         program = await asyncio.to_thread(
@@ -210,16 +215,16 @@ class ServerProcess:
             raise BackendError(f"node.serve: cannot be started: {error.strerror}") from None
         finally:
             os.close(handle)
-        await cls._release_process(process, guard)
-        return cls(process, guard, log, begin)
+        await cls._release_process(process, watchdog)
+        return cls(process, watchdog, log, begin)
 
     @staticmethod
-    async def _release_process(process: Process, guard: WatchdogClient) -> None:
-        """Let a process become the server, once the watcher knows it."""
+    async def _release_process(process: Process, watchdog: WatchdogClient) -> None:
+        """Let a process become the server, once the watchdog has registered it."""
         assert process.stdin is not None, "it was opened as a pipe"
         try:
-            await guard.add(process.pid)
-            with suppress(ConnectionError):  # it was killed; its end tells
+            await watchdog.add(process.pid)
+            with suppress(ConnectionError):  # it was killed, which wait_for_exit reports
                 process.stdin.write(b"\n")
                 await process.stdin.drain()
         except BaseException:
@@ -230,7 +235,7 @@ class ServerProcess:
             process.stdin.close()
 
     async def wait_for_exit(self) -> str:
-        """Wait for its end, and say how it ended."""
+        """Wait for its exit, and return how it ended."""
         code = await self._process.wait()
         if code >= 0:
             return f"ended with exit code {code}"
@@ -240,24 +245,24 @@ class ServerProcess:
             return f"was ended by signal {-code}"
 
     async def stop(self, grace_s: float, stop_waiting: asyncio.Event) -> None:
-        """End it with all that it has started; at once if there is ``stop_waiting``."""
+        """End the process group within ``grace_s``; kill it at once if ``stop_waiting`` is set."""
         self._send(signal.SIGTERM)
-        gone = asyncio.ensure_future(self._wait_group_gone())
-        hurried = asyncio.ensure_future(stop_waiting.wait())
+        ended = asyncio.ensure_future(self._wait_group_end())
+        not_waiting = asyncio.ensure_future(stop_waiting.wait())
         try:
-            await asyncio.wait({gone, hurried}, timeout=grace_s, return_when=_FIRST)
+            await asyncio.wait({ended, not_waiting}, timeout=grace_s, return_when=_FIRST)
         finally:
-            hurried.cancel()
+            not_waiting.cancel()
             self._send(signal.SIGKILL)
-            # what it has started may hold ports and memory a moment longer
-            await asyncio.wait({gone}, timeout=_KILLED_S)
-            gone.cancel()
+            # its child processes may hold ports and memory a moment longer
+            await asyncio.wait({ended}, timeout=_KILLED_S)
+            ended.cancel()
             await self._watchdog.remove(self.pid)
 
-    async def _wait_group_gone(self) -> None:
-        """Wait until nobody of its group is left."""
+    async def _wait_group_end(self) -> None:
+        """Wait until its process group has no member left."""
         await self._process.wait()
-        while await asyncio.to_thread(is_alive, self.pid):  # noqa: ASYNC110 - nothing tells of it
+        while await asyncio.to_thread(is_alive, self.pid):  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(_TICK_S)
 
     def _send(self, number: signal.Signals) -> None:
@@ -265,7 +270,7 @@ class ServerProcess:
             os.killpg(self.pid, number)
 
     def read_last_lines(self) -> list[str]:
-        """Return the last lines that it has said since this start; blocks."""
+        """Return the last output lines since this start; blocks."""
         try:
             with self._log.open("rb") as file:
                 end = file.seek(0, os.SEEK_END)
@@ -291,22 +296,22 @@ def _open_log(log: Path) -> tuple[int, int]:
 
 
 _LONGEST_PAUSE_S: Final = 30.0
-_FIRST_LOOK_S: Final = 0.1
+_FIRST_PROBE_S: Final = 0.1
 _HTTP: Final = "HTTP "
 _LOOPBACK: Final = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """What all servers of a node share.
+    """State that all servers of a node share.
 
     Attributes:
         plan: The node's plan.
-        watchdog: What ends them if this process is killed.
-        event_log: Where their lives are noted.
-        report: Tells the user something.
-        on_change: Called when a server is ready, or is no more.
-        stop_waiting: Set when nothing is waited for any more.
+        watchdog: Ends them if this process is killed.
+        event_log: Log of their events.
+        report: Shows the user a message.
+        on_change: Called when a server becomes ready or stops being ready.
+        stop_waiting: Set when nothing is to be waited for any more.
     """
 
     plan: NodePlan
@@ -322,8 +327,8 @@ class _ServerExit:
     """How one start of a server ended.
 
     Attributes:
-        reason: In words.
-        lines: What it said last.
+        reason: The reason, as text.
+        lines: Its last output lines.
         was_ready: Whether it had been ready.
     """
 
@@ -336,28 +341,28 @@ class Server:
     """One server.
 
     Args:
-        plan: What it is.
-        desk: What all servers of the node share.
+        plan: The server's plan.
+        node: State that all servers of the node share.
 
     Attributes:
         plan: As given.
         name: ``address:port``.
         ready: Whether its endpoint is to be listed.
         starts: How often it was started.
-        failure: Why it is not started again, with its last lines; or None.
+        failure: Why it is not restarted, with its last lines; or None.
     """
 
-    def __init__(self, plan: ServerPlan, desk: NodeState) -> None:
-        self.plan, self._node = plan, desk
-        self.name = desk.plan.server_address(plan)
+    def __init__(self, plan: ServerPlan, node: NodeState) -> None:
+        self.plan, self._node = plan, node
+        self.name = node.plan.server_address(plan)
         self.ready = False
         self.starts = 0
         self.failure: str | None = None
 
     async def run(self) -> None:
-        """Keep it up until it is given up; cancelled, it ends the process first.
+        """Keep it up until it is given up; if cancelled, end the process first.
 
-        One that fails before it was ever ready is given up at once: most often its command is
+        A server that fails before it was ever ready is given up at once: usually its command is
         wrong.
         """
         restarts, once, most = 0, False, self._node.plan.restarts
@@ -374,13 +379,13 @@ class Server:
 
     async def _run_once(self, restart: int) -> _ServerExit:
         """Start it, and return when it is down again."""
-        desk, began = self._node, time.monotonic()
+        node, began = self._node, time.monotonic()
         if await self._is_port_in_use():
             why = f"cannot be started: another process listens on port {self.plan.port}"
             return _ServerExit(why, [], was_ready=False)
         try:
-            log = node_files(desk.plan).server_log(self.plan.instance)
-            process = await ServerProcess.start(self.plan, desk.watchdog, log)
+            log = node_files(node.plan).server_log(self.plan.instance)
+            process = await ServerProcess.start(self.plan, node.watchdog, log)
         except BackendError as error:
             return _ServerExit(f"cannot be started: {error.message}", [], was_ready=False)
         self.starts += 1
@@ -390,7 +395,7 @@ class Server:
             why = failed or await self._monitor(process, began)
         finally:
             self._mark_unready()
-            await process.stop(desk.plan.watching.stop_s, desk.stop_waiting)
+            await process.stop(node.plan.watching.stop_s, node.stop_waiting)
         return _ServerExit(why, await asyncio.to_thread(process.read_last_lines), failed is None)
 
     async def _is_port_in_use(self) -> bool:
@@ -402,21 +407,21 @@ class Server:
 
     async def _wait_until_ready(self, process: ServerProcess, began: float) -> str | None:
         """Wait until it is ready; return None, or why it will not be."""
-        plan, pause, odd = self._node.plan, _FIRST_LOOK_S, ""
+        plan, pause, reported = self._node.plan, _FIRST_PROBE_S, ""
         ended = asyncio.ensure_future(process.wait_for_exit())
         try:
             while not ended.done():
-                wrong = await self._probe()
-                if wrong is None and not ended.done():
+                problem = await self._probe()
+                if problem is None and not ended.done():
                     return None
-                if wrong and wrong.startswith(_HTTP) and wrong != odd:
-                    odd = wrong
+                if problem and problem.startswith(_HTTP) and problem != reported:
+                    reported = problem
                     self._node.report(
-                        f"{self.name} answers {plan.ready} with {wrong}; still waiting"
+                        f"{self.name} answers {plan.ready} with {problem}; still waiting"
                     )
                 if time.monotonic() - began > plan.timeout_s:
                     return (
-                        f"was not ready after {plan.timeout_s:g} s: {plan.ready}: {wrong} (does "
+                        f"was not ready after {plan.timeout_s:g} s: {plan.ready}: {problem} (does "
                         f"it listen on {plan.address}?)"
                     )
                 await asyncio.wait({ended}, timeout=pause)
@@ -426,7 +431,7 @@ class Server:
             ended.cancel()
 
     async def _monitor(self, process: ServerProcess, began: float) -> str:
-        """Watch it while it is ready; return why it is no more."""
+        """Monitor it while it is ready; return why it no longer is."""
         up, seconds = time.monotonic(), round(time.monotonic() - began, 3)
         self._log_event("ready", seconds=seconds)
         self._mark_ready(f"{self.name} is ready after {seconds:.1f} s")
@@ -444,21 +449,23 @@ class Server:
             await asyncio.wait({ended}, timeout=watching.every_s)
             if ended.done():
                 return ended.result()
-            asked = time.monotonic()
-            wrong = await self._probe()
-            if wrong is None:
+            probed_at = time.monotonic()
+            problem = await self._probe()
+            if problem is None:
                 silent_since = None
                 if not self.ready:
                     self._log_event("back")
                     self._mark_ready(f"{self.name} answers again")
                 continue
-            silent_since = silent_since or asked
+            silent_since = silent_since or probed_at
             silent = time.monotonic() - silent_since
             if silent >= watching.dead_s:
-                return f"does not answer any more ({wrong})"
+                return f"no longer answers ({problem})"
             if silent >= watching.out_s and self.ready:
-                self._log_event("out", why=wrong)
-                self._node.report(f"{self.name} does not answer ({wrong}); it is taken out")
+                self._log_event("out", why=problem)
+                self._node.report(
+                    f"{self.name} does not answer ({problem}); removed from the endpoints"
+                )
                 self._mark_unready()
 
     async def _probe(self) -> str | None:
@@ -481,7 +488,7 @@ class Server:
         lines = [f"{self.name} {end.reason}; it is given up{times}"]
         if end.lines:
             log = node_files(self._node.plan).server_log(self.plan.instance)
-            lines.append(f"  its last words, from {log}:")
+            lines.append(f"  its last output, from {log}:")
             lines += [f"  | {line}" for line in end.lines]
         self.failure = "\n".join(lines)
         self._log_event("given_up", why=end.reason)

@@ -1,4 +1,4 @@
-"""All servers of a node: start, watch, restart, publish, load samples."""
+"""Serve all servers of a node: start, monitor, restart, list, and sample their load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .server import NodeState, Server, fetch
 
 
 class EndpointsFile:
-    """Writes the endpoints file; its methods block.
+    """Write the endpoints file; the methods block.
 
     Args:
         path: The file.
@@ -45,7 +45,7 @@ class EndpointsFile:
         """List servers; without any the file is removed. After :meth:`close` nothing is written.
 
         Raises:
-            OSError: The file cannot be written; the old one is as it was.
+            OSError: The file cannot be written; the old one is unchanged.
         """
         with self._lock:
             if self._closed:
@@ -53,7 +53,7 @@ class EndpointsFile:
             if not names:
                 self._path.unlink(missing_ok=True)
                 return
-            head = f"# servers of {self._host} that are ready, as fanfold saw them last\n"
+            head = f"# ready servers of {self._host}; maintained by fanfold\n"
             partial = self._path.with_name(f".{self._path.name}.partial")
             partial.unlink(missing_ok=True)
             with partial.open("x", encoding="utf-8") as file:
@@ -64,61 +64,60 @@ class EndpointsFile:
         """Remove the file for good."""
         with self._lock:
             self._closed = True
-            with suppress(OSError):  # the folder is gone: so is the file
+            with suppress(OSError):  # the folder was removed with the file
                 self._path.unlink(missing_ok=True)
 
 
 _METRICS: Final = "/metrics"
 _OK: Final = 200
 _REFUSED: Final = range(400, 500)
-_LONGEST_S: Final = 60.0
-"""So long nothing is noted where nothing changes."""
+_MAX_INTERVAL_S: Final = 60.0
+"""Longest interval between two entries when nothing changes."""
 
-_FINE: Final = 32
-"""A change is noted from this part of the most that a server ever worked on."""
+_CHANGE_PART: Final = 32
+"""A change is logged from this part of the largest load that a server has had."""
 
-_LEAST_S: Final = 0.5
-_PART: Final = 60
-"""Looks are at most this part of the time apart for which the node is served: jobs of a minute
-have too few of them else."""
+_MIN_INTERVAL_S: Final = 0.5
+_INTERVAL_PART: Final = 60
+"""Longest interval between samples as a part of the time served, for jobs of a minute."""
 
 _LAST_S: Final = 1.0
 
 
 class LoadSampler:
-    """Asks a node's servers what they work on, and notes it.
+    """Sample the load of a node's servers, and log it.
 
     Args:
         plan: The node's plan.
         servers: Its servers, in the order of their numbers.
-        record: Where it is noted.
+        event_log: Where the load is logged.
     """
 
-    def __init__(self, plan: NodePlan, servers: Sequence[Server], record: EventLog) -> None:
-        self._plan, self._servers, self._event_log = plan, servers, record
-        self._mute = set[int]()
+    def __init__(self, plan: NodePlan, servers: Sequence[Server], event_log: EventLog) -> None:
+        self._plan, self._servers, self._event_log = plan, servers, event_log
+        self._without_metrics = set[int]()
         self._most = 0
         self._recorded: list[tuple[int, ServerLoad] | None] = [None] * len(servers)
         self._when = float("-inf")
 
     async def run(self) -> None:
-        """Look again and again."""
+        """Sample until cancelled."""
         begun = time.monotonic()
         while True:
             await self.sample()
-            pause = max(_LEAST_S, (time.monotonic() - begun) / _PART)
+            pause = max(_MIN_INTERVAL_S, (time.monotonic() - begun) / _INTERVAL_PART)
             await asyncio.sleep(min(self._plan.watching.every_s, pause))
 
     async def sample(self) -> None:
-        """Ask all servers that are ready, and note what they say if it is news."""
-        told = await asyncio.gather(*map(self._fetch_load, self._servers))
-        if not any(told):
+        """Fetch the load of all ready servers, and log it if it has changed."""
+        loads = await asyncio.gather(*map(self._fetch_load, self._servers))
+        if not any(loads):
             return
-        self._most = max(self._most, *(one.running or 0 for one in told if one))
-        both = zip(self._servers, told, strict=True)
-        now = [None if one is None else (server.starts, one) for server, one in both]
+        self._most = max(self._most, *(load.running or 0 for load in loads if load))
+        both = zip(self._servers, loads, strict=True)
+        now = [None if load is None else (server.starts, load) for server, load in both]
         pairs = zip(self._recorded, now, strict=True)
-        if time.monotonic() - self._when < _LONGEST_S and not any(
+        if time.monotonic() - self._when < _MAX_INTERVAL_S and not any(
             self._has_changed(*p) for p in pairs
         ):
             return
@@ -126,19 +125,19 @@ class LoadSampler:
         self._recorded = [this or before for before, this in zip(self._recorded, now, strict=True)]
         self._event_log.append(
             "load",
-            running=[one and one.running for one in told],
-            waiting=[one and one.waiting for one in told],
+            running=[load and load.running for load in loads],
+            waiting=[load and load.waiting for load in loads],
         )
 
     async def sample_last(self) -> None:
-        """Look once more before the servers end; waits for a second at most."""
+        """Sample once more before the servers end; waits for a second at most."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_S):
                 await self.sample()
 
     async def _fetch_load(self, server: Server) -> ServerLoad | None:
         number, watching = server.plan.instance, self._plan.watching
-        if not server.ready or number in self._mute:
+        if not server.ready or number in self._without_metrics:
             return None
         address, key = self._plan.address, self._plan.key
         answer = await fetch(address, server.plan.port, _METRICS, watching.answer_s, key)
@@ -146,14 +145,14 @@ class LoadSampler:
             return None
         status, body = answer
         if status in _REFUSED:
-            self._mute.add(number)
+            self._without_metrics.add(number)
         gauges = parse_load_metrics(body) if status == _OK else None
         return gauges if gauges is not None and gauges.running is not None else None
 
     def _has_changed(
         self, before: tuple[int, ServerLoad] | None, now: tuple[int, ServerLoad] | None
     ) -> bool:
-        """Say whether a server does notably more or less than was noted of this start of it."""
+        """Return True if a server's load differs notably from its last entry since this start."""
         if now is None:
             return False
         if before is None or before[0] != now[0]:
@@ -163,21 +162,21 @@ class LoadSampler:
         return (
             bool(was.running) != bool(this.running)
             or bool(was.waiting) != bool(this.waiting)
-            or change >= max(1, self._most / _FINE)
+            or change >= max(1, self._most / _CHANGE_PART)
         )
 
 
-_ALIVE_S: Final = 60.0
+_ALIVE_INTERVAL_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class SupervisorControl:
-    """What a serving process is told from outside.
+    """Control of a serving process from outside.
 
     Attributes:
-        report: Tells the user something.
-        stop: Set when the servers shall end.
-        stop_waiting: Set when nothing is waited for any more.
+        report: Shows the user a message.
+        stop: Set when the servers are to end.
+        stop_waiting: Set when nothing is to be waited for any more.
     """
 
     report: Callable[[str], None]
@@ -185,13 +184,13 @@ class SupervisorControl:
     stop_waiting: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-async def run_supervisor(plan: NodePlan, lock: NodeLock, orders: SupervisorControl) -> None:
-    """Serve a node until told to stop.
+async def run_supervisor(plan: NodePlan, lock: NodeLock, control: SupervisorControl) -> None:
+    """Serve a node until stopped.
 
     Args:
-        plan: What to serve.
-        lock: The right to do so; it is given back at the end.
-        orders: What the process is told from outside.
+        plan: The servers.
+        lock: The lock on the node; released at the end.
+        control: Control from outside.
 
     Raises:
         BackendError: All servers were given up; with the last lines of each.
@@ -199,44 +198,55 @@ async def run_supervisor(plan: NodePlan, lock: NodeLock, orders: SupervisorContr
     files, stack = node_files(plan), ExitStack()
     with stack:
         stack.callback(lock.release)
-        record = await asyncio.to_thread(EventLog, files.event_log, plan.host)
-        stack.callback(record.close)
+        event_log = await asyncio.to_thread(EventLog, files.event_log, plan.host)
+        stack.callback(event_log.close)
         await asyncio.to_thread(files.failure.unlink, missing_ok=True)
-        async with run_watchdog(files, lock, plan.watching.stop_s) as guard:
-            await Supervisor(plan, guard, record, orders).run()
+        async with run_watchdog(files, lock, plan.watching.stop_s) as watchdog:
+            await Supervisor(plan, watchdog, event_log, control).run()
 
 
 class Supervisor:
-    """Serves one node."""
+    """Serve one node."""
 
     def __init__(
-        self, plan: NodePlan, guard: WatchdogClient, record: EventLog, orders: SupervisorControl
+        self,
+        plan: NodePlan,
+        watchdog: WatchdogClient,
+        event_log: EventLog,
+        control: SupervisorControl,
     ) -> None:
-        self._plan, self._watchdog, self._event_log, self._control = plan, guard, record, orders
+        self._plan, self._watchdog, self._event_log, self._control = (
+            plan,
+            watchdog,
+            event_log,
+            control,
+        )
         self._changed = asyncio.Event()
-        desk = NodeState(plan, guard, record, orders.report, self._changed.set, orders.stop_waiting)
-        self._servers = [Server(server, desk) for server in plan.servers]
+        node = NodeState(
+            plan, watchdog, event_log, control.report, self._changed.set, control.stop_waiting
+        )
+        self._servers = [Server(server, node) for server in plan.servers]
         self._endpoints_file = EndpointsFile(node_files(plan).endpoints, plan.host)
-        self._load_sampler = LoadSampler(plan, self._servers, record)
+        self._load_sampler = LoadSampler(plan, self._servers, event_log)
 
     async def run(self) -> None:
-        """Serve until told to stop."""
+        """Serve until stopped."""
         self._event_log.append("begin", instances=len(self._servers), pid=os.getpid())
         self._control.report(self._beginning())
-        self._changed.set()  # removes what a killed process has left
+        self._changed.set()  # removes the file of a killed process
         try:
             async with asyncio.TaskGroup() as group:
-                lives = [group.create_task(server.run()) for server in self._servers]
-                several = (
+                server_tasks = [group.create_task(server.run()) for server in self._servers]
+                coroutines = (
                     self._publish_endpoints(),
                     self._send_heartbeats(),
                     self._load_sampler.run(),
                 )
-                helpers = [group.create_task(one) for one in several]
-                await self._wait_until_done(lives)
+                helpers = [group.create_task(one) for one in coroutines]
+                await self._wait_until_done(server_tasks)
                 await asyncio.to_thread(self._endpoints_file.close)  # before its servers end
                 await self._load_sampler.sample_last()
-                for task in (*lives, *helpers):
+                for task in (*server_tasks, *helpers):
                     task.cancel()
         except* FanfoldError as errors:
             raise errors.exceptions[0] from None
@@ -255,22 +265,22 @@ class Supervisor:
         logs = node_files(self._plan).event_log.parent
         return f"{self._plan.host}: starting {what}; logs: {logs}"
 
-    async def _wait_until_done(self, lives: Sequence[asyncio.Task[None]]) -> None:
-        """Wait until told to stop, or until no server lives; tell of each that is given up."""
+    async def _wait_until_done(self, server_tasks: Sequence[asyncio.Task[None]]) -> None:
+        """Wait until stopped or until no server is left; report each that is given up."""
         stop = asyncio.ensure_future(self._control.stop.wait())
         try:
-            while not stop.done() and (alive := {task for task in lives if not task.done()}):
+            while not stop.done() and (alive := {task for task in server_tasks if not task.done()}):
                 await asyncio.wait({stop, *alive}, return_when=asyncio.FIRST_COMPLETED)
-                if all(task.done() for task in lives):
-                    return  # the error tells of all
-                for server, task in zip(self._servers, lives, strict=True):
+                if all(task.done() for task in server_tasks):
+                    return  # the error names all
+                for server, task in zip(self._servers, server_tasks, strict=True):
                     if task in alive and task.done():
                         self._control.report(server.failure or server.name)
         finally:
             stop.cancel()
 
     async def _publish_endpoints(self) -> None:
-        """Keep the endpoints file equal to what is ready."""
+        """Keep the endpoints file equal to the list of ready servers."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -279,118 +289,119 @@ class Supervisor:
                 await asyncio.to_thread(self._endpoints_file.write, names)
             except OSError as error:
                 path = node_files(self._plan).endpoints
-                self._control.report(f"{path}: cannot be written, tried again: {error.strerror}")
+                self._control.report(f"{path}: cannot be written: {error.strerror}; trying again")
                 await asyncio.sleep(self._plan.watching.every_s)
                 self._changed.set()
 
     async def _send_heartbeats(self) -> None:
-        """Look after the watcher, and note that the node lives."""
-        loop, said = asyncio.get_running_loop(), float("-inf")
+        """Keep the watchdog running, and log that the node is alive."""
+        loop, logged_at = asyncio.get_running_loop(), float("-inf")
         while True:
             await self._watchdog.ensure_running()
-            if loop.time() - said >= _ALIVE_S:
-                said = loop.time()
+            if loop.time() - logged_at >= _ALIVE_INTERVAL_S:
+                logged_at = loop.time()
                 self._event_log.append("alive", ready=sum(server.ready for server in self._servers))
             await asyncio.sleep(self._plan.watching.every_s)
 
     def _write_failure(self) -> str:
-        """Return why no server is left, and leave it for whoever wants to serve next."""
+        """Return why no server is left, and write it for the next process that wants to serve."""
         reasons = "\n".join(server.failure or server.name for server in self._servers)
         text = f"{self._plan.host}: no server is left\n{reasons}"
-        with suppress(OSError):  # the error itself says it as well
+        with suppress(OSError):  # the error contains it as well
             node_files(self._plan).failure.write_text(text, encoding="utf-8")
         return text
 
 
 _STANDBY_S: Final = 1.0
-_LOOK_S: Final = 1.0
+_POLL_S: Final = 1.0
 
 
-async def serve_or_standby(plan: NodePlan, orders: SupervisorControl) -> None:
-    """Serve a node until told to stop.
+async def serve_or_standby(plan: NodePlan, control: SupervisorControl) -> None:
+    """Serve a node until stopped.
 
-    Where another process serves it already, nothing is started; this one stands by, and takes
-    over when the other has ended. What a worker has started ends with this one, or when the last
-    worker has left.
+    If another process serves it already, nothing is started; this one stands by, and takes over
+    when the other has ended. Servers that a worker has started end with this process, or when the
+    last worker has left.
 
     Raises:
         BackendError: All servers were given up; with the last lines of each.
-        ConfigurationError: The servers folder cannot be made.
+        ConfigurationError: The servers folder cannot be created.
     """
     files = node_files(plan)
     await asyncio.to_thread(files.create_folders)
     async with hold_user_lock(files):
-        lock = await _acquire_lock(plan, files, orders)
+        lock = await _acquire_lock(plan, files, control)
         if lock is not None:
-            await run_supervisor(plan, lock, orders)
+            await run_supervisor(plan, lock, control)
             return
     if await asyncio.to_thread(is_on_demand, files):
-        orders.report(
+        control.report(
             f"{plan.host}: the servers that a worker has started end with the last worker"
         )
-        await _stop_on_demand(files, orders)
+        await _stop_on_demand(files, control)
 
 
 async def _acquire_lock(
-    plan: NodePlan, files: NodeFiles, orders: SupervisorControl
+    plan: NodePlan, files: NodeFiles, control: SupervisorControl
 ) -> NodeLock | None:
-    """Wait for the right to serve the node; None when told to stop before."""
-    told = False
-    while not orders.stop.is_set():
+    """Wait for the lock on the node; None if stopped before."""
+    reported = False
+    while not control.stop.is_set():
         lock = await asyncio.to_thread(NodeLock.acquire_with_retries, files)
         if lock is not None:
             return lock
-        if not told:
-            who = await asyncio.to_thread(read_owner, files)
-            orders.report(f"{plan.host}: is served already, by {who}; standing by")
-            told = True
-        await _wait_event(orders.stop, _STANDBY_S)
+        if not reported:
+            owner = await asyncio.to_thread(read_owner, files)
+            control.report(f"{plan.host}: is served already by {owner}; standing by")
+            reported = True
+        await _wait_event(control.stop, _STANDBY_S)
     return None
 
 
-async def _stop_on_demand(files: NodeFiles, orders: SupervisorControl) -> None:
-    """Have the servers that a worker has started end, and wait for that unless in a hurry."""
+async def _stop_on_demand(files: NodeFiles, control: SupervisorControl) -> None:
+    """Stop the servers that a worker started, and wait for their end or ``stop_waiting``."""
     while await asyncio.to_thread(is_on_demand, files):
-        await asyncio.to_thread(request_stop_when_unused, files)  # again: it may just have begun
-        if orders.stop_waiting.is_set():
+        # repeated: it may just have started
+        await asyncio.to_thread(request_stop_when_unused, files)
+        if control.stop_waiting.is_set():
             return
-        await _wait_event(orders.stop_waiting, _LOOK_S)
+        await _wait_event(control.stop_waiting, _POLL_S)
 
 
-async def serve_on_demand(plan: NodePlan, lock: NodeLock, orders: SupervisorControl) -> None:
-    """Serve a node for as long as somebody uses it.
+async def serve_on_demand(plan: NodePlan, lock: NodeLock, control: SupervisorControl) -> None:
+    """Serve a node while it has users.
 
     Args:
-        plan: What to serve.
-        lock: The right to do so; it is given back at the end.
-        orders: What the process is told from outside.
+        plan: The servers.
+        lock: The lock on the node; released at the end.
+        control: Control from outside.
 
     Raises:
         BackendError: All servers were given up; with the last lines of each.
     """
     users = await asyncio.to_thread(NodeUsers, node_files(plan))
-    watch = asyncio.create_task(_stop_when_unused(users, plan.linger_s, orders))
+    watch = asyncio.create_task(_stop_when_unused(users, plan.linger_s, control))
     try:
-        await run_supervisor(plan, lock, orders)
+        await run_supervisor(plan, lock, control)
     finally:
         watch.cancel()
         users.close()
 
 
-async def _stop_when_unused(users: NodeUsers, linger_s: float, orders: SupervisorControl) -> None:
-    """Order a stop when nobody has used the servers for a while."""
+async def _stop_when_unused(users: NodeUsers, linger_s: float, control: SupervisorControl) -> None:
+    """Set ``stop`` when the servers have had no user for a while."""
     loop = asyncio.get_running_loop()
-    used = loop.time()
+    last_used = loop.time()
     while True:
         if users.has_users():
-            used = loop.time()
+            last_used = loop.time()
         elif (
-            users.is_stop_requested() or loop.time() - used >= linger_s
+            users.is_stop_requested() or loop.time() - last_used >= linger_s
         ) and users.try_block_users():
-            orders.report(f"nobody has used the servers for {loop.time() - used:.0f} s")
-            orders.stop.set()
+            control.report(f"the servers were not used for {loop.time() - last_used:.0f} s")
+            control.stop.set()
             return
-        await asyncio.sleep(min(_LOOK_S, max(0.05, linger_s / 4)))
+        await asyncio.sleep(min(_POLL_S, max(0.05, linger_s / 4)))
 
 
 async def _wait_event(event: asyncio.Event, timeout_s: float) -> None:

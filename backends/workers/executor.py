@@ -1,4 +1,4 @@
-"""Any concurrent.futures.Executor; one-process executor."""
+"""Run shards on any ``concurrent.futures.Executor``; an executor of one process."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _KILLED_S: Final = 5.0
 
 
 class SingleProcessExecutor(Executor):
-    """Runs one call, in a process of its own that ends with this one.
+    """Run one call in a process that ends with this one.
 
-    The future tells that the call returned, not what; an agent returns nothing. A process that
-    dies breaks nothing but its own future.
+    The future shows that the call returned, but not its value; an agent returns nothing. A process
+    that dies fails only its own future.
     """
 
     def __init__(self) -> None:
@@ -39,26 +39,26 @@ class SingleProcessExecutor(Executor):
         """Start the process.
 
         Raises:
-            RuntimeError: There was a call before.
+            RuntimeError: It was called before.
         """
         if self._process is not None:
-            raise RuntimeError("a process of its own takes one call")
+            raise RuntimeError("SingleProcessExecutor accepts one call")
         context = multiprocessing.get_context("spawn")  # this process has threads and a loop
-        said, saying = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(saying, fn, args, kwargs), name="agent")
+        reader, writer = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(writer, fn, args, kwargs), name="agent")
         process.start()
-        saying.close()
+        writer.close()
         atexit.register(process.kill)  # before multiprocessing waits for it there
         self._process = process
         self._future.set_running_or_notify_cancel()
-        watching = (process, said, self._future)
+        watching = (process, reader, self._future)
         threading.Thread(
             target=_watch_process, args=watching, name="agent watch", daemon=True
         ).start()
         return self._future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
-        """Kill the process if it still runs; ``cancel_futures`` is of no use here."""
+        """Kill the process if it still runs; ``cancel_futures`` has no effect."""
         if self._process is not None and not self._future.done():
             self._process.kill()
             if wait:
@@ -66,13 +66,13 @@ class SingleProcessExecutor(Executor):
 
 
 def _watch_process(
-    process: multiprocessing.process.BaseProcess, said: Connection, future: Future[Any]
+    process: multiprocessing.process.BaseProcess, reader: Connection, future: Future[Any]
 ) -> None:
     try:
-        text = said.recv_bytes().decode()
+        text = reader.recv_bytes().decode()
     except (EOFError, OSError):
         text = ""
-    said.close()
+    reader.close()
     process.join()
     atexit.unregister(process.kill)
     if process.exitcode == 0:
@@ -83,24 +83,24 @@ def _watch_process(
 
 
 def _child(
-    saying: Connection, call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
+    writer: Connection, call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     exit_with_parent()
     try:
         call(*args, **kwargs)
     except Exception as error:
-        saying.send_bytes(f"{type(error).__name__}: {error}"[:2000].encode())
+        writer.send_bytes(f"{type(error).__name__}: {error}"[:2000].encode())
         raise SystemExit(1) from error
 
 
 def is_parsl_pool(executor: Executor) -> bool:
-    """Say whether an executor is a pool of Parsl's."""
+    """Return True if an executor is a Parsl pool."""
     module = sys.modules.get("parsl.concurrent")
     return module is not None and isinstance(executor, module.ParslPoolExecutor)
 
 
 def shutdown_parsl_pool(executor: Executor) -> None:
-    """End a pool of Parsl's and what it loaded, whatever it still works on; blocks."""
+    """Shut down a Parsl pool and the kernel it loaded, with running tasks; blocks."""
     import parsl  # noqa: PLC0415 - an extra
 
     kernel: Any = getattr(executor, "_dfk", None)
@@ -120,7 +120,7 @@ def _loaded() -> Any:
 
 
 def is_fatal(error: BaseException | None) -> bool:
-    """Say whether an error means that a pool of Parsl's is dead: it never mends itself."""
+    """Return True if an error means that a Parsl pool is dead: it never recovers."""
     if error is None or "parsl.concurrent" not in sys.modules:
         return False
     from parsl.executors.errors import ExecutorError  # noqa: PLC0415 - an extra
@@ -134,15 +134,15 @@ WorkShard = Callable[[dict[str, Json]], dict[str, Json]]
 
 
 class ExecutorBackend:
-    """Runs shards on an executor that a factory makes.
+    """Run shards on an executor that a factory makes.
 
-    Only ``submit``, the future's result and ``shutdown`` are relied upon.
+    It uses only ``submit``, the future's result and ``shutdown``.
 
     Args:
-        factory: Makes the executor; called off the loop, and again to rebuild.
-        work: What runs there.
-        workers: Shards that it can work on at a time.
-        name: What messages call it.
+        factory: Makes the executor; called in a thread, and again to rebuild.
+        work: The function that runs a shard.
+        workers: Shards that it can run at a time.
+        name: Name in messages.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class ExecutorBackend:
         self.name = name
 
     def capacity(self) -> int:
-        """Return the number of workers; none while it is broken."""
+        """Return the number of workers; 0 while it is broken."""
         return 0 if self._executor is None or self._broken else self._workers
 
     async def start(self) -> None:
@@ -162,26 +162,26 @@ class ExecutorBackend:
 
         Raises:
             BackendError: It cannot be made.
-            ConfigurationError: It never can, or the factory makes something else.
+            ConfigurationError: It can never be made, or the factory returns another type.
         """
         self._executor, self._broken = await make_executor(self._factory, self.name), False
 
-    async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
-        """Run one order.
+    async def submit(self, task: dict[str, Json]) -> dict[str, Json]:
+        """Run one task.
 
         Raises:
-            WorkerLostError: A worker died; the executor may be broken with it.
-            BackendError: The executor takes no work.
+            WorkerLostError: A worker died; the executor may be broken as well.
+            BackendError: The executor accepts no work.
             ConfigurationError: Workers cannot import fanfold.
         """
         executor = self._executor
         if executor is None:
             raise BackendError(f"{self.name}: not started")
         try:
-            future = await asyncio.to_thread(executor.submit, self._work, order)
+            future = await asyncio.to_thread(executor.submit, self._work, task)
         except RuntimeError as error:  # BrokenExecutor is one, and so is "after shutdown"
             self._mark_broken(executor)
-            raise BackendError(f"{self.name}: takes no work: {error}") from error
+            raise BackendError(f"{self.name}: accepts no work: {error}") from error
         return await self._result(executor, future)
 
     async def _result(self, executor: Executor, future: Future[dict[str, Json]]) -> dict[str, Json]:
@@ -202,11 +202,11 @@ class ExecutorBackend:
             raise WorkerLostError(msg) from error
 
     def is_fatal(self, error: Exception) -> bool:
-        """Say whether an error means that the executor is of no use any more."""
+        """Return True if an error means that the executor is no longer usable."""
         return is_fatal(error)
 
     def _mark_broken(self, executor: Executor) -> None:
-        if executor is self._executor:  # not the one that took its place meanwhile
+        if executor is self._executor:  # it may have been replaced meanwhile
             self._broken = True
 
     async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
@@ -214,19 +214,19 @@ class ExecutorBackend:
         return {}
 
     async def rebuild(self) -> None:
-        """Throw the executor away, kill its workers where it shows them, and make a new one."""
+        """Discard the executor, kill its worker processes if known, and make a new one."""
         await self.close(0.0)
         await self.start()
 
     async def close(self, grace_s: float = 10.0) -> None:
-        """Shut the executor down; workers that do not end in time are killed or left behind."""
+        """Shut the executor down; workers that do not end in time are killed or abandoned."""
         executor, self._executor = self._executor, None
         if executor is not None:
             await self.dispose(executor, grace_s)
 
     async def dispose(self, executor: Executor, grace_s: float) -> None:
         """Shut one executor down, within ``grace_s`` and a little more."""
-        workers = _processes(executor)  # an executor that is shut down shows them no more
+        workers = _processes(executor)  # not available after shutdown
         ended = run_in_thread(lambda: self.shutdown(executor))
         if not await _wait_shutdown(ended, grace_s):
             for process in workers:
@@ -235,20 +235,20 @@ class ExecutorBackend:
                 await _wait_shutdown(ended, _KILLED_S)
 
     def shutdown(self, executor: Executor) -> None:
-        """End an executor; blocks as long as the executor does."""
+        """Shut an executor down; blocks as long as the executor does."""
         shutdown_executor(executor)
 
 
 async def make_executor(factory: Callable[[], Any], name: str) -> Executor:
-    """Make an executor, off the loop.
+    """Make an executor, in a thread.
 
     Args:
-        factory: A user's function, as a rule.
-        name: What messages call it.
+        factory: Usually a function of the user's.
+        name: Name in messages.
 
     Raises:
         BackendError: It cannot be made.
-        ConfigurationError: It never can, or the function makes something else.
+        ConfigurationError: It can never be made, or the function returns another type.
     """
     try:
         made = await asyncio.to_thread(factory)
@@ -267,7 +267,7 @@ async def make_executor(factory: Callable[[], Any], name: str) -> Executor:
 
 
 def shutdown_executor(executor: Executor) -> None:
-    """Shut an executor down, without what it has not begun; blocks as long as the executor does."""
+    """Shut an executor down and cancel pending calls; blocks as long as the executor does."""
     if is_parsl_pool(executor):
         shutdown_parsl_pool(executor)
     elif "cancel_futures" in signature(executor.shutdown).parameters:
@@ -277,15 +277,16 @@ def shutdown_executor(executor: Executor) -> None:
 
 
 def _processes(executor: Executor) -> list[Any]:
-    """Return the processes of a process pool, and nothing for other executors."""
+    """Return the processes of a process pool; an empty list for other executors."""
     return list((getattr(executor, "_processes", None) or {}).values())
 
 
 def run_in_thread(call: Callable[[], None]) -> asyncio.Future[None]:
-    """Run a blocking call in a thread that holds up neither the loop's end nor the process's."""
+    """Run a blocking call in a daemon thread, which delays neither loop nor process exit."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
-    ended.add_done_callback(lambda future: future.cancelled() or future.exception())  # may be left
+    # the exception is retrieved, because the caller may have stopped waiting
+    ended.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def settle(error: Exception | None) -> None:
         if not ended.done():
@@ -295,7 +296,7 @@ def run_in_thread(call: Callable[[], None]) -> asyncio.Future[None]:
         error: Exception | None = None
         try:
             call()
-        except Exception as raised:  # noqa: BLE001 - handed on to whoever waits
+        except Exception as raised:  # noqa: BLE001 - raised by the future
             error = raised
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, error)

@@ -1,4 +1,4 @@
-"""From settings to the places where shards run."""
+"""Make the backends of a run from its settings."""
 
 from __future__ import annotations
 
@@ -35,32 +35,31 @@ from .parsl import JobNodes, ParslBackend
 from .pool import WorkerPool
 
 WORKERS_LOG: Final = "workers.log"
-"""In the run's folder: what workers that a launcher started say."""
+"""File in the run folder: output of the workers that a launcher started."""
 
 
 def make_worker_pool(
     config: BackendConfig, work: WorkShard, drain_s: float, folder: Path | None = None
 ) -> WorkerPool:
-    """Return the places that the settings name, as one.
+    """Return a pool of the backends in the settings.
 
     Args:
         config: The settings.
-        work: What workers run.
+        work: The function that workers run.
         drain_s: Seconds that a worker may take, after its deadline, for items in flight.
-        folder: The run's folder, where a place may write down what it has in hand.
+        folder: The run folder, where a backend may keep a log of its tasks.
 
     Raises:
-        ConfigurationError: Something that the settings name is not there.
-        MissingExtraError: The kind's package is not installed.
+        ConfigurationError: An object or file that the settings name does not exist.
+        MissingExtraError: The package of the backend is not installed.
     """
     policy = PoolPolicy(
         attempts=config.attempts,
         deadline_s=config.deadline_s + drain_s,
         silence_s=config.silence_s,
         queue_s=config.queue_s,
-        tasks_per_worker=1
-        if config.kind == "local"
-        else 2,  # beside us nothing waits for the next order
+        # a local process starts the next task at once, without a second one in its queue
+        tasks_per_worker=1 if config.kind == "local" else 2,
     )
     return WorkerPool(make_backends(config, work, folder), policy)
 
@@ -68,17 +67,17 @@ def make_worker_pool(
 def make_backends(
     config: BackendConfig, work: WorkShard, folder: Path | None = None
 ) -> list[Backend]:
-    """Return the places that the settings name, not started; see :func:`make_worker_pool`.
+    """Return the backends in the settings, not started; see :func:`make_worker_pool`.
 
     Raises:
-        ConfigurationError: Something that the settings name is not there.
-        MissingExtraError: The kind's package is not installed.
+        ConfigurationError: An object or file that the settings name does not exist.
+        MissingExtraError: The package of the backend is not installed.
     """
     return _KINDS[config.kind](config, work, folder)
 
 
 def _local_backends(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
-    """Return a place per process: one that dies takes no other with it."""
+    """Return a backend per process: one that dies does not affect the others."""
 
     def make() -> Executor:
         # spawned, not forked: this process has threads and an event loop
@@ -94,32 +93,34 @@ def _executor_backends(config: BackendConfig, work: WorkShard, _: Path | None) -
 
 
 def _globus_backends(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
-    book = TaskLog(folder / TASK_LOG_FILE) if folder is not None else None
+    log = TaskLog(folder / TASK_LOG_FILE) if folder is not None else None
     options = config.user_endpoint_config
     for key in find_masked_keys(options, "backend.user_endpoint_config"):
         msg = (
-            f"{key}: a run folder does not keep a secret that was written out; give it again, "
-            f"best by a variable: --set '{key}=${{VAR}}'"
+            f"{key}: a run folder does not keep a secret in plain text; pass it again, "
+            f"preferably as a variable: --set '{key}=${{VAR}}'"
         )
         raise ConfigurationError(msg)
 
-    def connected() -> TaskService:  # off the loop: the SDK takes seconds to import
+    def connected() -> TaskService:  # called in a thread: the SDK takes seconds to import
         make = import_object(config.client, "backend.client") if config.client else None
         return connect_service(make, options, hidden=tuple(iter_secret_texts(options)))
 
-    desk = TaskSubmitter(connected, work, config.function, TaskRegistry(book))
-    return make_globus_backends(config.endpoints, config.workers, desk)
+    submitter = TaskSubmitter(connected, work, config.function, TaskRegistry(log))
+    return make_globus_backends(config.endpoints, config.workers, submitter)
 
 
 def _academy_backends(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
-    """Return a place per agent: one that dies takes no other with it."""
+    """Return a backend per agent: one that dies does not affect the others."""
     make = import_object(config.executor, "backend.executor") if config.executor else None
-    told = config.exchange.model_dump(exclude={"password"})
+    options = config.exchange.model_dump(exclude={"password"})
     secret = config.exchange.password
     password = None if secret is None else secret.get_secret_value()
-    at = ExchangeSettings(**told, password=password, silence_s=config.silence_s)
-    hall = AgentManager(at, work, config.slots, make)
-    return [AcademyBackend(hall, f"agent {n + 1}", config.queue_s) for n in range(config.workers)]
+    settings = ExchangeSettings(**options, password=password, silence_s=config.silence_s)
+    manager = AgentManager(settings, work, config.slots, make)
+    return [
+        AcademyBackend(manager, f"agent {n + 1}", config.queue_s) for n in range(config.workers)
+    ]
 
 
 def _parsl_backends(config: BackendConfig, work: WorkShard, folder: Path | None) -> list[Backend]:
@@ -135,10 +136,10 @@ def _parsl_backends(config: BackendConfig, work: WorkShard, folder: Path | None)
 def _launched_backends(
     config: BackendConfig, work: WorkShard, folder: Path | None
 ) -> list[Backend]:
-    words = launcher_command(config.command, config.workers, os.environ)
-    ensure_open_files(config.workers, "workers", "backend.workers")  # each keeps a connection
+    command = launcher_command(config.command, config.workers, os.environ)
+    ensure_open_files(config.workers, "workers", "backend.workers")  # one connection each
     launch = LaunchSettings(
-        command=words or local_launcher_command(config.workers),
+        command=command or local_launcher_command(config.workers),
         host=coordinator_host(config.host, os.environ),
         silence_s=config.silence_s,
         queue_s=config.queue_s,
@@ -169,6 +170,6 @@ def import_object(name: str, key: str) -> Any:
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        msg = f"{key}: {name} cannot be imported: {error} (PYTHONPATH names more folders)"
+        msg = f"{key}: {name} cannot be imported: {error} (add its folder to PYTHONPATH)"
         raise ConfigurationError(msg) from error
     return found

@@ -1,4 +1,4 @@
-"""One backend of the pool: tasks in flight, timeouts, first-worker watch, rebuild."""
+"""Track one backend of the pool: tasks in flight, timeouts and rebuilds."""
 
 from __future__ import annotations
 
@@ -17,93 +17,95 @@ from ..core.types import Json
 
 logger = logging.getLogger(__name__)
 
-_TELL_S: Final = 60.0
-_TELL_MOST_S: Final = 3600.0
+_FIRST_WARN_S: Final = 60.0
+_MAX_WARN_INTERVAL_S: Final = 3600.0
 
 
 class WorkerActivity(Protocol):
-    """A place that may have been heard of."""
+    """A pool member whose workers may have responded."""
 
     @property
     def used_slots(self) -> int:
-        """Return how many orders it has."""
+        """Return how many tasks it has."""
         ...
 
     @property
     def has_responded(self) -> bool:
-        """Say whether a worker there has begun or answered."""
+        """Return True if a worker has begun a task or answered."""
         ...
 
 
 class FirstWorkerTimer:
-    """Looks out for the first worker of all, and tells what is waited for until it comes.
+    """Limit the wait for the first worker, and log warnings while none responds.
 
     Args:
-        queue_s: Seconds to wait for it.
-        clock: Returns the time in seconds, of a clock that never goes back.
+        queue_s: Most seconds to wait.
+        clock: Returns a monotonic time in seconds.
     """
 
     def __init__(self, queue_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._queue_s, self._clock = queue_s, clock
         self._since: float | None = None
-        self._tell_s = _TELL_S
+        self._next_warn_s = _FIRST_WARN_S
         self._over = False
 
     def start(self) -> None:
-        """Note that an order goes out: from the first one on somebody is waited for."""
+        """Start the timer at the first task."""
         if self._since is None:
             self._since = self._clock()
 
-    def poll(self, places: Sequence[WorkerActivity]) -> str | None:
-        """Return, once, why nobody is waited for any longer; else None."""
+    def poll(self, members: Sequence[WorkerActivity]) -> str | None:
+        """Return, once, why the wait is over; else None."""
         if self._over or self._since is None:
             return None
-        orders = sum(place.used_slots for place in places)
-        if orders == 0:
+        tasks = sum(member.used_slots for member in members)
+        if tasks == 0:
             self._since = None
             return None
-        if any(place.has_responded for place in places):
+        if any(member.has_responded for member in members):
             self._over = True
             return None
-        return self._check_wait(self._clock() - self._since, orders)
+        return self._check_wait(self._clock() - self._since, tasks)
 
-    def _check_wait(self, seconds: float, orders: int) -> str | None:
-        said = f"no worker has been heard of in the {seconds:.0f} s since the first order"
+    def _check_wait(self, seconds: float, tasks: int) -> str | None:
+        message = (
+            f"no worker has responded in the {seconds:.0f} s since the first task was submitted"
+        )
         if seconds > self._queue_s:
             self._over = True
             return (
-                f"{said} (backend.queue_s); see whether workers were started, and what the engine "
-                "says of them"
+                f"{message} (backend.queue_s); check that workers were started, and read "
+                "the log of the engine that starts them"
             )
-        if seconds >= self._tell_s:
-            self._tell_s += min(self._tell_s, _TELL_MOST_S)
+        if seconds >= self._next_warn_s:
+            self._next_warn_s += min(self._next_warn_s, _MAX_WARN_INTERVAL_S)
             logger.warning(
-                "%s (%d are out): workers may still start or wait in a batch system's queue; the "
+                "%s (%d in flight): workers may still start or wait in a batch system's queue; the "
                 "run waits for %.0f s in all (backend.queue_s)",
-                said,
-                orders,
+                message,
+                tasks,
                 self._queue_s,
             )
         return None
 
 
 Heartbeat = Callable[[], float | None]
-"""Returns for how many seconds a worker has been silent, or None before its first sign of life."""
+"""Returns for how many seconds a worker has been silent, or None before its first heartbeat."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolPolicy:
-    """How patient a pool is.
+    """Timeouts and retry limits of a pool.
 
     Attributes:
-        attempts: Most orders for one shard that were begun.
-        deadline_s: Seconds after its first sign of life until an order counts as lost.
-        silence_s: Seconds without a sign of life until an order that gave one counts as lost.
-        queue_s: Seconds that an order may wait before it begins, besides those in which the ones
-            before it are worked on.
-        tasks_per_worker: Orders that a worker holds: the one in work and those that wait for it.
-        rebuild_pause_s: Pause before a broken place is rebuilt, doubled at each further time.
-        poll_s: Seconds between two looks at what is out.
+        attempts: Most attempts of one shard that a worker began.
+        deadline_s: Seconds from a task's first heartbeat until it counts as lost.
+        silence_s: Seconds without a heartbeat until a task that sent one counts as lost.
+        queue_s: Seconds that a task may wait before it begins, without the time that the tasks
+            ahead of it take.
+        tasks_per_worker: Tasks that a worker holds: the running one and those that wait for it.
+        rebuild_pause_s: Pause before a broken backend is rebuilt, doubled each further time.
+        poll_s: Seconds between two polls of the tasks in flight.
     """
 
     attempts: int = 3
@@ -116,7 +118,7 @@ class PoolPolicy:
 
 
 class AnswerTime(Protocol):
-    """A place that has answered before, or not yet."""
+    """A pool member that may have answered before."""
 
     @property
     def answered_at(self) -> float | None:
@@ -125,40 +127,40 @@ class AnswerTime(Protocol):
 
 
 class TaskTimeout:
-    """Tells whether an order is lost.
+    """Decide whether a task is lost.
 
-    Without signs of life the clock starts when the place answers something else: before that the
-    order may wait in a batch system's queue.
+    Without heartbeats the clock starts when the backend answers another task: before that, this one
+    may wait in a batch system's queue.
 
     Args:
-        policy: How patient to be.
-        beat: Tells how long the worker has been silent; None where nothing can tell.
-        place: Where the order went.
+        policy: The timeouts.
+        heartbeat: Returns how long the worker has been silent; None where there is no heartbeat.
+        member: The pool member that has the task.
     """
 
-    def __init__(self, policy: PoolPolicy, beat: Heartbeat | None, place: AnswerTime) -> None:
-        self._policy, self._heartbeat, self._member = policy, beat, place
+    def __init__(self, policy: PoolPolicy, heartbeat: Heartbeat | None, member: AnswerTime) -> None:
+        self._policy, self._heartbeat, self._member = policy, heartbeat, member
         self._submitted_at = time.monotonic()
         self._first: float | None = None
 
     @property
     def has_begun(self) -> bool:
-        """Say whether a worker had begun, as far as anybody can tell."""
+        """Return True if a worker began the task, or there is no heartbeat to show it."""
         return self._heartbeat is None or self.has_heartbeat
 
     @property
     def has_heartbeat(self) -> bool:
-        """Say whether its worker has given a sign of life."""
+        """Return True if its worker has sent a heartbeat."""
         return self._heartbeat is not None and self._heartbeat() is not None
 
     def lost_reason(self) -> str | None:
-        """Return why the order counts as lost, or None."""
+        """Return why the task counts as lost, or None."""
         now, policy = time.monotonic(), self._policy
         silent = self._heartbeat() if self._heartbeat is not None else None
         if silent is not None:
             self._first = self._first or now
             if silent > policy.silence_s:
-                return f"no sign of life for {silent:.0f} s"
+                return f"no heartbeat for {silent:.0f} s"
         elif self._heartbeat is None and self._first is None:
             answered = self._member.answered_at
             self._first = answered if answered and answered > self._submitted_at else None
@@ -169,27 +171,28 @@ class TaskTimeout:
             self._first is None
             and waited > policy.queue_s + (policy.tasks_per_worker - 1) * policy.deadline_s
         ):
-            return f"not begun {waited:.0f} s after it was sent, or its place last answered"
+            return (
+                f"not started {waited:.0f} s after it was submitted, or its backend last answered"
+            )
         return None
 
 
 _CLOSE_S: Final = 10.0
-"""Seconds that a backend may take to close beyond what it was given."""
+"""Seconds that a backend may take to close beyond its grace time."""
 
 
 class PoolMember:
-    """A backend as the pool sees it.
+    """A backend with its tasks in flight.
 
     Args:
         backend: The backend.
-        policy: How patient to be.
-        changed: Called when there may be room.
+        policy: Timeouts and retry limits.
+        changed: Called when a slot may be free.
 
     Attributes:
-        used_slots: Room taken: orders that are out, those that count as lost but still occupy their
-            worker included.
+        used_slots: Slots in use, including those of lost tasks that still occupy their worker.
         answered_at: When it last answered (monotonic seconds), or None.
-        failure: Why nothing is expected of it any more, or None.
+        failure: Why it is no longer usable, or None.
     """
 
     def __init__(self, backend: Backend, policy: PoolPolicy, changed: Callable[[], None]) -> None:
@@ -202,26 +205,26 @@ class PoolMember:
         self._failures = 0
 
     def free_slots(self) -> int:
-        """Return how many workers have nothing to do; negative where orders wait for them."""
+        """Return how many workers are idle; negative if tasks wait for them."""
         return self.backend.capacity() - self.used_slots if self.capacity_left() > 0 else -(10**9)
 
     def capacity_left(self) -> int:
-        """Return how many more orders it can take."""
+        """Return how many more tasks it can take."""
         if self._rebuild_task is not None:
             return 0
         return self.backend.capacity() * self._policy.tasks_per_worker - self.used_slots
 
     @property
     def has_responded(self) -> bool:
-        """Say whether a worker here has begun or answered."""
-        return self.answered_at is not None or any(flight.has_heartbeat for flight in self._tasks)
+        """Return True if a worker has begun a task or answered."""
+        return self.answered_at is not None or any(task.has_heartbeat for task in self._tasks)
 
     def acquire(self) -> None:
-        """Take room for one order."""
+        """Acquire a slot for one task."""
         self.used_slots += 1
 
     def release(self) -> None:
-        """Give room back that no order went to."""
+        """Release a slot."""
         self.used_slots -= 1
         self._changed()
 
@@ -229,49 +232,49 @@ class PoolMember:
         self,
         name: str,
         answer: Awaitable[dict[str, Json]],
-        watch: TaskTimeout,
+        timeout: TaskTimeout,
         *,
         acquired: bool = False,
     ) -> InFlightTask:
-        """Send an order, or watch one that was sent before.
+        """Submit a task, or track one that was submitted before.
 
         Args:
-            name: What messages call it.
+            name: Name in messages.
             answer: The backend's answer.
-            watch: Tells whether it is lost.
-            acquired: Whether room was taken for it.
+            timeout: Decides whether the task is lost.
+            acquired: Whether a slot was acquired for it.
         """
         if not acquired:
             self.acquire()
-        flight = InFlightTask(name, answer, watch, self._complete)
-        self._tasks.add(flight)
-        return flight
+        task = InFlightTask(name, answer, timeout, self._complete)
+        self._tasks.add(task)
+        return task
 
-    def _complete(self, flight: InFlightTask) -> None:
-        if flight not in self._tasks:
-            return  # it was left behind when the place was rebuilt
-        self._tasks.discard(flight)
-        if flight.has_succeeded:
+    def _complete(self, task: InFlightTask) -> None:
+        if task not in self._tasks:
+            return  # the backend was rebuilt meanwhile
+        self._tasks.discard(task)
+        if task.has_succeeded:
             self.answered_at, self._failures = time.monotonic(), 0
-        self.release()  # the pool looks after a place that is broken: not once per answer
+        self.release()  # a broken backend is rebuilt by poll, not once per answer
 
     def poll(self) -> None:
-        """Look after what is out, and begin to mend what is broken."""
-        for flight in self._tasks:
-            flight.poll()
-        lost = sum(flight.is_lost for flight in self._tasks)
+        """Poll all tasks in flight, and begin to rebuild a broken backend."""
+        for task in self._tasks:
+            task.poll()
+        lost = sum(task.is_lost for task in self._tasks)
         capacity = self.backend.capacity()
         if capacity <= lost and self._rebuild_task is None and self.failure is None:
             self._rebuild_task = asyncio.create_task(self._rebuild())
             self._rebuild_task.add_done_callback(self._finish_rebuild)
 
     def mark_lost(self, reason: str) -> None:
-        """Declare all that is out lost."""
-        for flight in self._tasks:
-            flight.mark_lost(reason)
+        """Mark all tasks in flight as lost."""
+        for task in self._tasks:
+            task.mark_lost(reason)
 
     async def _rebuild(self) -> None:
-        """Rebuild the place; what it still holds is lost."""
+        """Rebuild the backend; its tasks in flight are lost."""
         for _ in range(self._policy.attempts):
             await asyncio.sleep(self._policy.rebuild_pause_s * 2.0 ** min(self._failures, 6))
             self._failures += 1
@@ -298,9 +301,9 @@ class PoolMember:
     def _cancel_tasks(self) -> None:
         left, self._tasks = self._tasks, set()
         self.used_slots -= len(left)
-        for flight in left:
-            flight.mark_lost("its place broke down", BackendError)
-            flight.cancel()
+        for task in left:
+            task.mark_lost("its backend failed", BackendError)
+            task.cancel()
 
     async def close(self, grace_s: float) -> None:
         """Close the backend within ``grace_s`` and a little more."""
@@ -317,72 +320,72 @@ class PoolMember:
 
 
 class InFlightTask:
-    """An order that is out.
+    """A submitted task.
 
-    Whoever waits for it may go: the room stays taken until the backend answers.
+    The slot stays in use until the backend answers, even if the caller stops waiting.
 
     Args:
-        name: What messages call it.
+        name: Name in messages.
         answer: The backend's answer.
-        watch: Tells whether it is lost.
-        landed: Called when the backend has answered, however late.
+        timeout: Decides whether the task is lost.
+        on_complete: Called when the backend has answered, however late.
     """
 
     def __init__(
         self,
         name: str,
         answer: Awaitable[dict[str, Json]],
-        watch: TaskTimeout,
-        landed: Callable[[InFlightTask], None],
+        timeout: TaskTimeout,
+        on_complete: Callable[[InFlightTask], None],
     ) -> None:
         self.name = name
-        self._timeout, self._on_complete = watch, landed
+        self._timeout, self._on_complete = timeout, on_complete
         self._lost: asyncio.Future[BackendError] = asyncio.get_running_loop().create_future()
         self._answer = asyncio.ensure_future(answer)
         self._answer.add_done_callback(self._on_answer)
 
     def _on_answer(self, answer: asyncio.Future[dict[str, Json]]) -> None:
         if not answer.cancelled():
-            answer.exception()  # nobody may be waiting for it any more
+            answer.exception()  # retrieved, because the caller may have stopped waiting
         self._on_complete(self)
 
     @property
     def has_succeeded(self) -> bool:
-        """Say whether the backend gave an answer."""
+        """Return True if the backend answered without an error."""
         answer = self._answer
         return answer.done() and not answer.cancelled() and answer.exception() is None
 
     @property
     def is_lost(self) -> bool:
-        """Say whether nobody waits for it any more, though it was not answered."""
+        """Return True if it was marked as lost."""
         return self._lost.done()
 
     @property
     def has_heartbeat(self) -> bool:
-        """Say whether its worker has given a sign of life."""
+        """Return True if its worker has sent a heartbeat."""
         return self._timeout.has_heartbeat
 
     def poll(self) -> None:
-        """Declare it lost if it is."""
+        """Mark the task as lost if its timeout has passed."""
         if not self._lost.done() and (reason := self._timeout.lost_reason()):
             self.mark_lost(reason)
 
     def mark_lost(self, reason: str, kind: type[BackendError] = WorkerLostError) -> None:
-        """Declare it lost, with its worker or else with its place."""
+        """Mark the task as lost, because of its worker or (``kind``) its backend."""
         if not self._lost.done():
             self._lost.set_result(kind(f"{self.name}: {reason}"))
 
     def cancel(self) -> None:
-        """Break off waiting for the backend."""
+        """Stop waiting for the backend."""
         self._answer.cancel()
 
     async def wait_result(self) -> ShardResult:
-        """Wait for the worker's summary.
+        """Wait for the worker's result.
 
         Raises:
-            WorkerLostError: Its worker is lost.
-            BackendError: The place failed.
-            ConfigurationError: The worker or the place cannot do its work.
+            WorkerLostError: The worker is lost.
+            BackendError: The backend failed.
+            ConfigurationError: The worker or the backend can never do its work.
         """
         either: set[asyncio.Future[Any]] = {self._answer, self._lost}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -393,4 +396,4 @@ class InFlightTask:
         except BackendError as error:
             raise type(error)(f"{self.name}: {error.message}") from error
         except asyncio.CancelledError:
-            raise WorkerLostError(f"{self.name}: the backend broke it off") from None
+            raise WorkerLostError(f"{self.name}: the backend cancelled it") from None

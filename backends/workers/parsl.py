@@ -1,4 +1,4 @@
-"""Parsl, and the configurations that ship."""
+"""Run shards on Parsl, with the configurations that fanfold provides."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class JobNodes:
     """The nodes of the batch job around this process.
 
     Attributes:
-        launcher: Words of the command that starts one program on each; empty where nobody says.
-        python: Words that start Python there.
-        host: Name or address of this machine by which they reach it.
-        folder: A folder that all of them reach; None is the system's temporary one.
+        launcher: Command that starts one program on each node; empty if unknown.
+        python: Command that starts Python there.
+        host: Name or address by which the nodes reach this machine.
+        folder: A folder that all nodes reach; None is the system's temporary one.
     """
 
     launcher: Sequence[str]
@@ -52,11 +52,11 @@ class JobNodes:
 def htex_local(workers: int, folder: Path) -> Any:
     """Return a ``parsl.Config`` of one pool of worker processes on this machine's loopback.
 
-    Nothing outlives the coordinator: neither the interchange nor the workers, whatever ends it.
+    Neither the interchange nor the workers outlive the coordinator, even if it is killed.
 
     Args:
-        workers: How many.
-        folder: For Parsl's own files.
+        workers: Number of worker processes.
+        folder: Folder for Parsl's own files.
     """
     from parsl.config import Config  # noqa: PLC0415 - an extra
     from parsl.executors import HighThroughputExecutor  # noqa: PLC0415 - an extra
@@ -66,7 +66,7 @@ def htex_local(workers: int, folder: Path) -> Any:
     setup = (
         f'export PATH={shlex.quote(str(scripts))}:"$PATH"\n{shell_exit_with_parent(os.getpid())}'
     )
-    make_provider: Any = LocalProvider  # Parsl does not say its type
+    make_provider: Any = LocalProvider  # not typed in Parsl
     provider = make_provider(init_blocks=1, min_blocks=1, max_blocks=1, worker_init=setup)
     executor = HighThroughputExecutor(
         label="htex_local",
@@ -87,12 +87,12 @@ def htex_local(workers: int, folder: Path) -> Any:
 def htex_job(nodes: JobNodes, folder: Path) -> Any:
     """Return a ``parsl.Config`` of one worker on each node of the job, encrypted.
 
-    Nothing outlives the coordinator: the launcher is told to end its managers, and a manager that
-    hears of no interchange ends by itself within a minute.
+    No process outlives the coordinator: the launcher stops its managers, and a manager that loses
+    the interchange exits within a minute.
 
     Args:
         nodes: The job's nodes.
-        folder: For Parsl's own files, keys and logs of the managers among them; all nodes reach it.
+        folder: Folder for Parsl's files, including keys and manager logs; all nodes reach it.
 
     Raises:
         ConfigurationError: The host cannot be resolved.
@@ -105,7 +105,7 @@ def htex_job(nodes: JobNodes, folder: Path) -> Any:
     from parsl.launchers import WrappedLauncher  # noqa: PLC0415 - an extra
     from parsl.providers import LocalProvider  # noqa: PLC0415 - an extra
 
-    make_provider: Any = LocalProvider  # Parsl does not say its type
+    make_provider: Any = LocalProvider  # not typed in Parsl
     provider = make_provider(
         init_blocks=1,
         min_blocks=1,
@@ -113,7 +113,7 @@ def htex_job(nodes: JobNodes, folder: Path) -> Any:
         launcher=WrappedLauncher(prepend=shlex.join(nodes.launcher), debug=False),
         worker_init=launcher_exit_with_parent(os.getpid()),
     )
-    # not by PATH: nodes may have a Python of their own, and a script names the one of its making
+    # not by PATH: nodes may have another Python, and scripts name the one that installed them
     pool = f"{shlex.join(nodes.python)} -m {_POOL}"
     executor = HighThroughputExecutor(
         label="htex_job",
@@ -133,7 +133,7 @@ def htex_job(nodes: JobNodes, folder: Path) -> Any:
 
 
 def _common_options(folder: Path) -> dict[str, Any]:
-    """Return what both have in common: one block, no retries, nothing told to anybody."""
+    """Return the options of both: one block, no retries, no usage tracking."""
     return {
         "strategy": "none",
         "strategy_period": 1,
@@ -148,7 +148,7 @@ def _address(host: str) -> str:
     """Return the address of this machine to which the interchange is bound.
 
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: The name has no address.
     """
     try:
         return socket.gethostbyname(host)
@@ -158,21 +158,21 @@ def _address(host: str) -> str:
 
 
 class ParslBackend(ExecutorBackend):
-    """Runs shards on Parsl.
+    """Run shards on Parsl.
 
-    Parsl can neither cancel a task nor mend an executor whose blocks have ended: such an
-    executor is thrown away with its DataFlowKernel, and a new one is made.
+    Parsl can neither cancel a task nor repair an executor whose blocks have ended: such an executor
+    is discarded with its DataFlowKernel, and a new one is made.
 
     Args:
-        config: ``htex_local``, ``htex_job``, ``loaded``, or ``module:attr``: a ``parsl.Config``
-            or a function that makes one.
-        work: What runs there.
-        workers: Shards that it works on at a time.
+        config: ``htex_local``, ``htex_job``, ``loaded``, or ``module:attr``: a ``parsl.Config`` or
+            a function that makes one.
+        work: The function that runs a shard.
+        workers: Shards that run at a time.
         nodes: (htex_job) The job's nodes.
 
     Raises:
         MissingExtraError: Parsl is not installed.
-        ConfigurationError: Nobody says how a program is started on the job's nodes.
+        ConfigurationError: The command that starts a program on the job's nodes is unknown.
     """
 
     def __init__(
@@ -182,9 +182,9 @@ class ParslBackend(ExecutorBackend):
             raise MissingExtraError("backend.kind: parsl", "parsl")
         if config == "htex_job" and (nodes is None or not nodes.launcher):
             msg = (
-                "backend.config: htex_job runs inside a batch job, and nothing says how a program "
-                "is started on its nodes; use fanfold submit, or set backend.command (mpiexec -n "
-                "{workers} --ppn 1, srun …); on one machine take htex_local"
+                "backend.config: htex_job runs inside a batch job, but no command is set that "
+                "starts programs on its nodes; use fanfold submit, or set backend.command (mpiexec "
+                "-n {workers} --ppn 1, srun …); on one machine use htex_local"
             )
             raise ConfigurationError(msg)
         super().__init__(self._make_pool, work, workers, f"parsl ({config})")
@@ -192,7 +192,7 @@ class ParslBackend(ExecutorBackend):
         self._temporary_folders = dict[Executor, TemporaryFolder | None]()
 
     def _make_pool(self) -> Executor:
-        """Make the executor over a DataFlowKernel of its own; blocks."""
+        """Make the executor over a new DataFlowKernel; blocks."""
         # an extra, and it takes a second to import
         from parsl.concurrent import ParslPoolExecutor  # noqa: PLC0415
 
@@ -201,57 +201,59 @@ class ParslBackend(ExecutorBackend):
         # not parsl.load(): the one global kernel is the user's
         from parsl.dataflow.dflow import DataFlowKernel  # noqa: PLC0415
 
-        scratch: TemporaryFolder | None = None
+        temporary: TemporaryFolder | None = None
         if self._config == "htex_local":
-            scratch = TemporaryFolder("parsl")
-            config = htex_local(self._workers, scratch.path)
+            temporary = TemporaryFolder("parsl")
+            config = htex_local(self._workers, temporary.path)
         elif self._config == "htex_job" and self._nodes is not None:
-            scratch = TemporaryFolder("parsl", self._nodes.folder)
-            config = htex_job(self._nodes, scratch.path)
+            temporary = TemporaryFolder("parsl", self._nodes.folder)
+            config = htex_job(self._nodes, temporary.path)
         else:
             config = self._load_user_config(*self._config.split(":"))
         try:
             executor: Executor = ParslPoolExecutor(dfk=DataFlowKernel(config))
-            self._temporary_folders[executor] = scratch
+            self._temporary_folders[executor] = temporary
             return executor
         except Exception as error:
-            if scratch is not None:
-                scratch.remove()
+            if temporary is not None:
+                temporary.remove()
             raise self._start_error(error) from error
 
     def _start_error(self, error: Exception) -> FanfoldError:
-        said = f"{self.name}: cannot be started: {error}"
+        message = f"{self.name}: cannot be started: {error}"
         if isinstance(error, FileNotFoundError) and "/" not in str(error.filename):
             scripts = sysconfig.get_path("scripts")
             advice = f'activate the environment, or export PATH="{scripts}:$PATH"'
-            return ConfigurationError(f"{said}: Parsl looks for it on PATH; {advice}")
-        return BackendError(said)
+            return ConfigurationError(f"{message}: Parsl searches PATH for it; {advice}")
+        return BackendError(message)
 
     def _check_kernel(self, kernel: Any) -> Any:
-        """Return the user's DataFlowKernel, unless it has ended: nobody here may make a new one.
+        """Return the user's DataFlowKernel unless it has ended; a new one is the user's to make.
 
         Raises:
-            BackendError: It has.
+            BackendError: It has ended.
         """
         if _has_ended(kernel):
             msg = (
                 f"{self.name}: the DataFlowKernel has no workers left and gets no new ones; load "
-                "another one (parsl.clear(), parsl.load(...)) and go on with the run"
+                "another one (parsl.clear(), parsl.load(...)) and resume the run"
             )
             raise BackendError(msg)
         return kernel
 
     def _load_user_config(self, module: str, attribute: str) -> Any:
-        """Return the user's Config: a new one each time, for Parsl starts one only once.
+        """Return a new copy of the user's Config each time: Parsl starts a Config only once.
 
         Raises:
-            ConfigurationError: There is none.
+            ConfigurationError: It cannot be found or is no Config.
         """
         from parsl.config import Config  # noqa: PLC0415 - an extra
 
         spec = find_spec(module)
         if spec is None or spec.loader is None:
-            raise ConfigurationError(f"backend.config: no module {module} (PYTHONPATH names more)")
+            raise ConfigurationError(
+                f"backend.config: no module {module} (add its folder to PYTHONPATH)"
+            )
         try:
             found: Any = _reload_module(spec, spec.loader)
             for part in attribute.split("."):
@@ -265,7 +267,7 @@ class ParslBackend(ExecutorBackend):
         return config
 
     def capacity(self) -> int:
-        """Return the number of workers; none once all blocks have ended for good."""
+        """Return the number of workers; 0 once all blocks have ended for good."""
         kernel = getattr(self._executor, "_dfk", None)
         return 0 if kernel is None or _has_ended(kernel) else super().capacity()
 
@@ -275,15 +277,15 @@ class ParslBackend(ExecutorBackend):
         if self._config == "loaded" or kernel is None or kernel.cleanup_called:
             return
         kernel.cleanup()
-        if (scratch := self._temporary_folders.pop(executor, None)) is not None:
-            scratch.remove()
+        if (temporary := self._temporary_folders.pop(executor, None)) is not None:
+            temporary.remove()
 
 
 def _reload_module(spec: ModuleSpec, loader: Loader) -> ModuleType:
-    """Return a module, executed anew; whoever has imported it keeps the one that they have."""
+    """Return a freshly executed module; earlier imports keep theirs."""
     fresh, name = module_from_spec(spec), spec.name
     kept = sys.modules.get(name)
-    sys.modules[name] = fresh  # a dataclass, for one, looks its module up
+    sys.modules[name] = fresh  # dataclasses look up their module, for example
     try:
         loader.exec_module(fresh)
     finally:
@@ -309,11 +311,11 @@ def _require_loaded_kernel() -> Any:
 
 
 def _has_ended(kernel: Any) -> bool:
-    """Say whether all blocks have ended and no strategy will start new ones."""
+    """Return True if all blocks have ended and no strategy starts new ones."""
     if kernel.cleanup_called:
         return True
     bad = [getattr(executor, "bad_state_is_set", None) for executor in kernel.executors.values()]
-    if True in bad and False not in bad:  # all that have blocks; Parsl mends none of them
+    if True in bad and False not in bad:  # all that have blocks; Parsl repairs none
         return True
     if kernel.config.strategy not in (None, "none"):
         return False

@@ -1,4 +1,4 @@
-"""WorkerPool: queue of shards over backends, requeue of lost ones."""
+"""Distribute shards over the backends of a run, and requeue lost ones."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from .member import FirstWorkerTimer, Heartbeat, InFlightTask, PoolMember, PoolP
 
 
 class PoolDrainedError(FanfoldError):
-    """No order is given out any more."""
+    """The pool starts no more tasks."""
 
 
 class SlotQueue:
-    """Hands out the room of several places.
+    """Assign the free slots of several pool members, in order of arrival.
 
     Args:
-        places: The places.
+        members: The pool members.
     """
 
-    def __init__(self, places: Sequence[PoolMember]) -> None:
-        self._members = places
+    def __init__(self, members: Sequence[PoolMember]) -> None:
+        self._members = members
         self._waiting = deque[asyncio.Future[PoolMember]]()
         self._closed: FanfoldError | None = None
 
     async def acquire(self, *, at_front: bool = False) -> PoolMember:
-        """Wait for a place with room, and take it.
+        """Wait for a member with a free slot, and acquire it.
 
         Args:
-            at_front: Before everybody who waits: a shard that was lost.
+            at_front: Wait at the front of the queue, as a lost shard does.
 
         Raises:
-            PoolDrainedError: No order is given out any more.
-            RunStoppedError: No place is left, or no worker came.
-            ConfigurationError: No place is left, and why.
+            PoolDrainedError: The pool starts no more tasks.
+            RunStoppedError: No usable member is left, or no worker started.
+            ConfigurationError: No usable member is left because of a wrong setting.
         """
         turn: asyncio.Future[PoolMember] = asyncio.get_running_loop().create_future()
         if at_front:
@@ -62,61 +62,61 @@ class SlotQueue:
             raise
 
     def assign(self) -> None:
-        """Give the room that there is to those who wait longest."""
+        """Assign free slots to the tasks that have waited longest."""
         while self._waiting:
             turn = self._waiting[0]
             if not turn.done():
-                place = max(self._members, key=PoolMember.free_slots)
+                member = max(self._members, key=PoolMember.free_slots)
                 if self._closed is not None:
                     turn.set_exception(type(self._closed)(self._closed.message))
-                elif all(p.failure for p in self._members):
+                elif all(m.failure for m in self._members):
                     turn.set_exception(self._no_member_error())
-                elif place.capacity_left() > 0:
-                    place.acquire()
-                    turn.set_result(place)
+                elif member.capacity_left() > 0:
+                    member.acquire()
+                    turn.set_result(member)
                 else:
                     return
             self._waiting.popleft()
 
     def drain(self) -> None:
-        """Give no room any more, and send those away who wait."""
+        """Assign no more slots, and dismiss the waiting tasks."""
         self.close(PoolDrainedError("the run is being stopped"))
 
     def close(self, reason: FanfoldError) -> None:
-        """Give no room any more, and tell those why who wait and who come.
+        """Assign no more slots, and raise the reason in waiting and later calls.
 
-        Of several reasons the first one counts.
+        If called several times, the first reason counts.
         """
         self._closed = self._closed or reason
         self.assign()
 
     def _no_member_error(self) -> FanfoldError:
-        error = next(p.failure for p in self._members if p.failure)
+        error = next(m.failure for m in self._members if m.failure)
         if isinstance(error, ConfigurationError):
             return ConfigurationError(error.message)
-        return RunStoppedError(f"no place is left where shards can run: {error}")
+        return RunStoppedError(f"no backend is left that can run shards: {error}")
 
 
 logger = logging.getLogger(__name__)
 
 MakeTask = Callable[[int], Awaitable[ShardTask | None]]
-"""Makes the order of an attempt, what is finished meanwhile left out; None: nothing is left."""
+"""Makes the task of an attempt without items finished meanwhile; None if no item is left."""
 RevokeTask = Callable[[int], Awaitable[None]]
-"""Takes back the order of an attempt that counts as lost, should anybody still work on it."""
+"""Revokes the task of a lost attempt, in case a worker still runs it."""
 
-_UNBEGUN: Final = 4
-"""A shard may be lost so many times more often if nobody had begun it."""
+_UNSTARTED_FACTOR: Final = 4
+"""A shard may be lost this many times more often if no worker had started it."""
 
 
 class WorkerPool:
-    """Several places as one.
+    """Run shards on several backends.
 
-    A shard goes to the place with the most room. One that is lost goes on elsewhere; however
-    late its first copy answers, that answer is not used.
+    A shard goes to the member with the most free slots. A lost shard is submitted again; a late
+    answer to the lost attempt is not used.
 
     Args:
-        backends: The places.
-        policy: How patient to be.
+        backends: The backends.
+        policy: Timeouts and retry limits.
     """
 
     def __init__(self, backends: Sequence[Backend], policy: PoolPolicy) -> None:
@@ -127,14 +127,14 @@ class WorkerPool:
         self._orphaned = dict[str, InFlightTask]()
 
     async def start(self) -> None:
-        """Make all places ready; those that cannot be are tried again later, while one is.
+        """Start all backends; those that fail are retried later if at least one starts.
 
         Raises:
-            ConfigurationError: A place cannot be made ready, whatever is tried again.
-            BackendError: No place is ready.
+            ConfigurationError: A backend can never start.
+            BackendError: No backend started.
         """
         outcomes = await asyncio.gather(
-            *(place.backend.start() for place in self._members), return_exceptions=True
+            *(member.backend.start() for member in self._members), return_exceptions=True
         )
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for error in errors:
@@ -144,37 +144,37 @@ class WorkerPool:
             raise errors[0]
         for error in errors:
             logger.warning("%s", error)
-        for place in self._members:
-            for shard, answer in (await place.backend.reattach()).items():
-                watch = TaskTimeout(self._policy, None, place)
-                self._orphaned[shard] = place.submit(shard, answer, watch)
+        for member in self._members:
+            for shard, answer in (await member.backend.reattach()).items():
+                timeout = TaskTimeout(self._policy, None, member)
+                self._orphaned[shard] = member.submit(shard, answer, timeout)
         self._ticker = asyncio.create_task(self._poll_members())
 
     def capacity(self) -> int:
-        """Return how many shards can be worked on at a time, now."""
-        return sum(place.backend.capacity() for place in self._members)
+        """Return how many shards can run at a time, now."""
+        return sum(member.backend.capacity() for member in self._members)
 
     @property
     def in_flight(self) -> int:
-        """Return how many orders are out."""
-        return sum(place.used_slots for place in self._members)
+        """Return how many tasks are in flight."""
+        return sum(member.used_slots for member in self._members)
 
     @property
     def orphaned(self) -> list[str]:
-        """Return the shards that an earlier coordinator of the run left at the places."""
+        """Return the shards that an earlier coordinator of the run left on the backends."""
         return list(self._orphaned)
 
     async def adopt(self, shard: str) -> ShardResult | None:
-        """Wait for a shard that an earlier coordinator ordered; None if it is lost."""
+        """Wait for a shard that an earlier coordinator submitted; None if it is lost."""
         try:
             return await self._orphaned.pop(shard).wait_result()
         except BackendError as error:
-            logger.warning("shard %s, ordered in an earlier life: %s", shard, error.message)
+            logger.warning("shard %s, submitted in an earlier session: %s", shard, error.message)
             return None
 
     @property
     def silence_s(self) -> float:
-        """Return after how many seconds of silence a worker counts as lost."""
+        """Return after how many seconds without a heartbeat a worker counts as lost."""
         return self._policy.silence_s
 
     async def run(
@@ -183,63 +183,68 @@ class WorkerPool:
         heartbeat: Callable[[int], Heartbeat | None],
         revoke: RevokeTask | None = None,
     ) -> tuple[ShardTask, ShardResult] | None:
-        """Have a shard worked on, by as many orders as it takes.
+        """Run a shard, with as many attempts as it needs and the policy allows.
 
         Args:
-            make_task: Makes an order; called when there is room for it.
-            heartbeat: Returns, for an attempt, what tells how long its worker has been silent; or
-                None, where nothing can tell.
-            revoke: Takes back the order of an attempt, where that can be done.
+            make_task: Makes a task; called when a slot is free.
+            heartbeat: Returns, for an attempt, the function that measures its worker's silence, or
+                None where there is none.
+            revoke: Revokes the task of an attempt, where that is possible.
 
         Raises:
-            RunStoppedError: The shard was lost as often as the policy allows, no place is left,
-                or no worker has come.
-            ConfigurationError: A place or a worker cannot do its work, whatever is tried again.
+            RunStoppedError: The shard was lost as often as the policy allows, no usable member is
+                left, or no worker started.
+            ConfigurationError: A backend or a worker can never do its work.
 
         Returns:
-            The order that was answered, and the worker's summary; None when nothing was left to
-            order, or the pool was stopped before anybody had the shard.
+            The task that was answered and its result; None if no item was left, or the pool was
+                stopped before the shard was submitted.
         """
-        begun = attempt = 0
+        started = attempt = 0
         while True:
             try:
-                place = await self._slots.acquire(at_front=attempt > 0)
+                member = await self._slots.acquire(at_front=attempt > 0)
             except PoolDrainedError:
                 return None
-            watch = TaskTimeout(self._policy, heartbeat(attempt), place)
+            task_timeout = TaskTimeout(self._policy, heartbeat(attempt), member)
             try:
-                return await self._run_once(place, watch, make_task, attempt)
+                return await self._run_once(member, task_timeout, make_task, attempt)
             except BackendError as error:
                 if revoke is not None:
                     await revoke(attempt)
-                # an order that no place took does not wear its shard out
+                # a task that no backend accepted does not count against its shard
                 attempt += 1
-                begun += watch.has_begun and isinstance(error, WorkerLostError)
+                started += task_timeout.has_begun and isinstance(error, WorkerLostError)
                 logger.warning("shard %s", error.message)
-                if begun >= self._policy.attempts or attempt >= self._policy.attempts * _UNBEGUN:
+                if (
+                    started >= self._policy.attempts
+                    or attempt >= self._policy.attempts * _UNSTARTED_FACTOR
+                ):
                     msg = f"a shard was lost {attempt} times, the last time: {error.message}"
                     raise RunStoppedError(msg) from error
 
     async def _run_once(
-        self, place: PoolMember, watch: TaskTimeout, make_task: MakeTask, attempt: int
+        self, member: PoolMember, task_timeout: TaskTimeout, make_task: MakeTask, attempt: int
     ) -> tuple[ShardTask, ShardResult] | None:
         try:
-            order = await make_task(attempt)
+            task = await make_task(attempt)
         except BaseException:
-            place.release()
+            member.release()
             raise
-        if order is None:
-            place.release()
+        if task is None:
+            member.release()
             return None
         self._first_worker.start()
-        name = f"{order.shard}, attempt {attempt}"
-        flight = place.submit(name, place.backend.submit(order.to_json()), watch, acquired=True)
-        return order, await flight.wait_result()
+        name = f"{task.shard}, attempt {attempt}"
+        in_flight = member.submit(
+            name, member.backend.submit(task.to_json()), task_timeout, acquired=True
+        )
+        return task, await in_flight.wait_result()
 
     async def stop(self) -> None:
-        """Give no order out any more, and ask the places that can to begin no further item."""
+        """Start no more tasks, and ask the backends that can to begin no further item."""
         self._slots.drain()
-        backends = (place.backend for place in self._members)
+        backends = (member.backend for member in self._members)
         _log_errors(
             await asyncio.gather(
                 *(backend.stop() for backend in backends if isinstance(backend, Stoppable)),
@@ -248,27 +253,27 @@ class WorkerPool:
         )
 
     async def close(self, grace_s: float = 10.0) -> None:
-        """Close all places within ``grace_s`` and a little more."""
+        """Close all backends within ``grace_s`` and a little more."""
         if self._ticker is not None:
             self._ticker.cancel()
             with suppress(asyncio.CancelledError):
                 await self._ticker
-        closing = (place.close(grace_s) for place in self._members)
+        closing = (member.close(grace_s) for member in self._members)
         _log_errors(await asyncio.gather(*closing, return_exceptions=True))
 
     def _assign_slots(self) -> None:
         self._slots.assign()
 
     async def _poll_members(self) -> None:
-        """Look after everybody at once: hundreds of shards that look for themselves cost more."""
+        """Poll all tasks in one loop: a loop for each of hundreds of shards costs more."""
         while True:
             await asyncio.sleep(self._policy.poll_s)
             if reason := self._first_worker.poll(self._members):
                 self._slots.close(RunStoppedError(reason))
-                for place in self._members:
-                    place.mark_lost(reason)
-            for place in self._members:
-                place.poll()
+                for member in self._members:
+                    member.mark_lost(reason)
+            for member in self._members:
+                member.poll()
             self._slots.assign()
 
 

@@ -1,4 +1,4 @@
-"""Conformance checks for backends of one's own (documented for users)."""
+"""Conformance checks for your own backends (documented for users)."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ..core.protocols import Backend
 from ..core.types import Json, Row
 
 GRAPH: Final = f"{__name__}:actor"
-"""What to write in ``task.graph``."""
+"""Value for ``task.graph``."""
 
 
 async def run_scripted_item(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Do what an item says.
+    """Do what the columns of an item ask for.
 
-    ``answer`` answers with the item's ``text``; ``fail`` raises; ``large`` answers with ``bytes``
-    bytes; ``die`` kills the process; ``hang`` blocks the event loop for ``seconds``. With ``once``,
-    the name of a file, the last two happen at most once. ``seconds`` is slept before an answer.
+    ``answer`` returns the item's ``text``; ``fail`` raises; ``large`` returns ``bytes`` bytes;
+    ``die`` kills the process; ``hang`` blocks the event loop for ``seconds``. With ``once``, a file
+    path, ``die`` and ``hang`` happen at most once. ``answer`` sleeps for ``seconds`` first.
     """
     do = columns.get("do", "answer")
     if do in ("die", "hang") and _is_first_time(columns.get("once")):
         if do == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(columns["seconds"])  # noqa: ASYNC251 - a hang is what is wanted
+        time.sleep(columns["seconds"])  # noqa: ASYNC251 - the hang is intended
     elif do == "fail":
-        raise ValueError(f"item {columns.get('text')!r} fails as it was told")
+        raise ValueError(f"item {columns.get('text')!r} fails as scripted")
     elif do == "large":
         return {"output": "x" * columns["bytes"]}
     await asyncio.sleep(columns.get("seconds", 0) if do == "answer" else 0)
@@ -64,11 +64,11 @@ class BackendCase:
     """A backend to check.
 
     Attributes:
-        make_backend: Makes the backend; each check starts and closes one of its own.
-        folder: An empty folder; workers must reach it where ``shares_folder`` is true.
-        isolated: Whether workers are processes of their own, which may be killed.
+        make_backend: Makes the backend; each check starts and closes a new one.
+        folder: An empty folder; workers must reach it if ``shares_folder`` is true.
+        isolated: Whether workers are separate processes, which may be killed.
         shares_folder: Whether workers reach ``folder``.
-        timeout_s: Seconds that anything may take, the start of the engine included.
+        timeout_s: Seconds that any step may take, including the start of the engine.
     """
 
     make_backend: Callable[[], Backend]
@@ -84,13 +84,13 @@ Check: TypeAlias = Callable[[BackendCase], Awaitable[None]]
 def make_task(
     name: str, rows: Sequence[Row], journal: Path | None = None, **changes: Any
 ) -> ShardTask:
-    """Return an order whose items do what their rows say.
+    """Return a task whose items do what their rows ask for.
 
     Args:
         name: Name of the shard.
         rows: One per item; see :class:`~fanfold.backends.workers.testing.run_scripted_item`.
-        journal: Folder for the worker's journal; None has the records sent home.
-        changes: Fields of the order to replace.
+        journal: Folder for the worker's journal; None returns the records in the result.
+        changes: Fields of the task to replace.
     """
     made = ShardTask(
         shard=name,
@@ -119,35 +119,33 @@ def make_task(
 
 
 async def check_answer_order(subject: BackendCase) -> None:
-    """Each summary is its order's, whichever order ends first."""
+    """Check that each result belongs to its task, whichever task ends first."""
     delays = (0.3, 0.0, 0.2, 0.1, 0.0, 0.05)
-    orders = [make_task(f"s{n}", [{"seconds": delay}] * (n + 1)) for n, delay in enumerate(delays)]
+    tasks = [make_task(f"s{n}", [{"seconds": delay}] * (n + 1)) for n, delay in enumerate(delays)]
     async with _open_backend(subject) as backend:
-        summaries = await asyncio.gather(*(_run_task(subject, backend, one) for one in orders))
-    for asked, summary in zip(orders, summaries, strict=True):
-        _check_equal(summary.shard, asked.shard, "the summary's shard")
-        _check_equal(
-            summary.tally, {"done": len(asked.items), "failed": 0}, f"tally of {asked.shard}"
-        )
-        names = sorted(record["id"] for record in summary.records or [])
-        _check_equal(names, sorted(item[1] for item in asked.items), f"records of {asked.shard}")
+        results = await asyncio.gather(*(_run_task(subject, backend, task) for task in tasks))
+    for task, result in zip(tasks, results, strict=True):
+        _check_equal(result.shard, task.shard, "shard of the result")
+        _check_equal(result.tally, {"done": len(task.items), "failed": 0}, f"tally of {task.shard}")
+        names = sorted(record["id"] for record in result.records or [])
+        _check_equal(names, sorted(item[1] for item in task.items), f"records of {task.shard}")
 
 
 async def check_item_errors(subject: BackendCase) -> None:
-    """An item that raises is a failed item; its shard and the backend go on."""
+    """Check that an item that raises is a failed item; its shard and the backend go on."""
     rows: list[Row] = [{}, {"do": "fail"}, {}]
     async with _open_backend(subject) as backend:
         for _ in range(2):
-            summary = await _run_task(subject, backend, make_task("s", rows))
-            _check_equal(summary.tally, {"done": 2, "failed": 1}, "tally with an item that raises")
-            failed = [r for r in summary.records or [] if r["status"] == "failed"]
+            result = await _run_task(subject, backend, make_task("s", rows))
+            _check_equal(result.tally, {"done": 2, "failed": 1}, "tally with an item that raises")
+            failed = [r for r in result.records or [] if r["status"] == "failed"]
             _check_equal(
                 [r["error_class"] for r in failed], ["ValueError"], "class of the item's error"
             )
 
 
 async def check_dead_worker(subject: BackendCase) -> None:
-    """``submit`` says that the worker died; the backend works on, rebuilt if it must be."""
+    """Check that ``submit`` raises when the worker dies; the backend works on or is rebuilt."""
     if not subject.isolated:
         return
     async with _open_backend(subject) as backend:
@@ -161,7 +159,7 @@ async def check_dead_worker(subject: BackendCase) -> None:
 
 
 async def check_hung_worker(subject: BackendCase) -> None:
-    """A worker that hangs holds up nothing but itself; ``rebuild`` and ``close`` are bounded."""
+    """Check that a hung worker blocks only itself; ``rebuild`` and ``close`` are bounded."""
     if not subject.isolated:
         return
     async with _open_backend(subject) as backend:
@@ -176,7 +174,7 @@ async def check_hung_worker(subject: BackendCase) -> None:
 
 
 async def check_stop(subject: BackendCase) -> None:
-    """Once the stop file is there, no further item begins, and the summary says so."""
+    """Check that no further item begins once the stop file exists; the result reports it."""
     if not subject.shares_folder:
         return
     stop = subject.folder / "stop-me"
@@ -186,14 +184,14 @@ async def check_stop(subject: BackendCase) -> None:
         task = asyncio.ensure_future(backend.submit(slow.to_json()))
         await asyncio.sleep(1.0)
         stop.touch()
-        summary = ShardResult.from_json(await asyncio.wait_for(task, subject.timeout_s))
-    _check_equal(summary.stopped is not None, True, "Summary.stopped after a stop")
-    _check_equal(_count_ended(summary) < len(slow.items), True, "a stop before all items began")
-    _check_equal(len(summary.records or []), _count_ended(summary), "records of what had ended")
+        result = ShardResult.from_json(await asyncio.wait_for(task, subject.timeout_s))
+    _check_equal(result.stopped is not None, True, "ShardResult.stopped after a stop")
+    _check_equal(_count_ended(result) < len(slow.items), True, "a stop before all items began")
+    _check_equal(len(result.records or []), _count_ended(result), "records of what had ended")
 
 
 async def check_large_results(subject: BackendCase) -> None:
-    """Records above the bound come home in several summaries; none is lost."""
+    """Check that records above the size limit come in several results; none is lost."""
     rows: list[Row] = [{"do": "large", "bytes": MAX_MESSAGE_BYTES // 5}] * 9
     whole = make_task("large", rows, streams=1)
     left, rounds = {item[0]: item for item in whole.items}, 0
@@ -204,65 +202,67 @@ async def check_large_results(subject: BackendCase) -> None:
             _check_equal(
                 len(orjson.dumps(data)) < 2 * MAX_MESSAGE_BYTES,
                 True,
-                "a summary's size within bounds",
+                "size of a result within bounds",
             )
             for record in ShardResult.from_json(data).records or []:
                 del left[record["index"]]
             rounds += 1
     _check_equal(sorted(left), [], "items without a record")
-    _check_equal(rounds > 1, True, "several orders for a large result")
+    _check_equal(rounds > 1, True, "several tasks for a large result")
 
 
 async def check_oversized_item(subject: BackendCase) -> None:
-    """A single record that nothing carries is a failed item, with the reason."""
+    """Check that a record too large for any result is a failed item, with the reason."""
     rows: list[Row] = [{"do": "large", "bytes": 3 * MAX_MESSAGE_BYTES}, {}]
     async with _open_backend(subject) as backend:
-        summary = await _run_task(subject, backend, make_task("huge", rows, streams=2))
-        left = {0, 1} - {record["index"] for record in summary.records or []}
-        if left:  # what did not fit beside it comes with the next order
+        result = await _run_task(subject, backend, make_task("huge", rows, streams=2))
+        left = {0, 1} - {record["index"] for record in result.records or []}
+        if left:  # what did not fit comes with the next task
             rest = make_task("huge", rows)
             again = replace(rest, items=[rest.items[n] for n in left])
             more = await _run_task(subject, backend, again)
-            summary = replace(summary, records=[*(summary.records or []), *(more.records or [])])
-    found = {record["index"]: record["status"] for record in summary.records or []}
-    _check_equal(found, {0: "failed", 1: "done"}, "an item whose result nothing carries")
+            result = replace(result, records=[*(result.records or []), *(more.records or [])])
+    found = {record["index"]: record["status"] for record in result.records or []}
+    _check_equal(found, {0: "failed", 1: "done"}, "an item whose result is too large")
 
 
 async def check_duplicate_task(subject: BackendCase) -> None:
-    """A shard that is delivered twice is answered twice; each copy records each item once."""
+    """Check that a shard delivered twice is answered twice; a copy records each item once."""
     if not subject.shares_folder:
         return
     journal = subject.folder / "journal"
     journal.mkdir(exist_ok=True)
-    asked = make_task("twice", [{"seconds": 0.1}] * 10, journal)
+    task = make_task("twice", [{"seconds": 0.1}] * 10, journal)
     async with _open_backend(subject) as backend:
-        copies = [replace(asked, attempt=n) for n in range(2)]
-        summaries = await asyncio.gather(*(_run_task(subject, backend, one) for one in copies))
-    for summary in summaries:
-        _check_equal(summary.tally, {"done": 10, "failed": 0}, "tally of a copy")
-        _check_equal(summary.records, None, "records, where a journal is shared")
+        copies = [replace(task, attempt=n) for n in range(2)]
+        results = await asyncio.gather(*(_run_task(subject, backend, copy) for copy in copies))
+    for result in results:
+        _check_equal(result.tally, {"done": 10, "failed": 0}, "tally of a copy")
+        _check_equal(result.records, None, "records, where a journal is shared")
     lines = [line for file in journal.glob("*.jsonl") for line in file.read_bytes().splitlines()]
     found = [record["index"] for record in map(orjson.loads, lines) if "index" in record]
     _check_equal(sorted(found), sorted([*range(10)] * 2), "items in the shared journal")
 
 
 async def check_version_mismatch(subject: BackendCase) -> None:
-    """A worker of another fanfold, or of another wire, says so as data and does nothing."""
+    """Check that a worker of another fanfold or wire version reports it and does no work."""
     other = make_task("other", [{}], fanfold="0.0.0")
     async with _open_backend(subject) as backend:
-        summary = await _run_task(subject, backend, other)
-        text = (summary.error or {}).get("text", "")
+        result = await _run_task(subject, backend, other)
+        text = (result.error or {}).get("text", "")
         _check_equal("0.0.0" in text and own_version() in text, True, f"both versions in {text!r}")
-        _check_equal((summary.tally, summary.records), (None, None), "work in spite of it")
+        _check_equal(
+            (result.tally, result.records), (None, None), "no work in spite of the mismatch"
+        )
         strange = other.to_json() | {"v": 99, "fanfold": own_version()}
         data = await asyncio.wait_for(backend.submit(strange), subject.timeout_s)
         _check_equal(
-            "99" in (data.get("error") or {}).get("text", ""), True, "the wire's version told"
+            "99" in (data.get("error") or {}).get("text", ""), True, "the wire version in the error"
         )
 
 
 async def check_close_timeout(subject: BackendCase) -> None:
-    """``close`` is bounded by its grace and a little more, whatever still runs."""
+    """Check that ``close`` is bounded by its grace time and a little more."""
     seconds = 40.0 if subject.isolated else 3.0
     backend = subject.make_backend()
     await asyncio.wait_for(backend.start(), subject.timeout_s)
@@ -288,7 +288,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     check_version_mismatch,
     check_close_timeout,
 )
-"""All checks; each makes a backend of its own."""
+"""All checks; each makes a new backend."""
 
 
 @asynccontextmanager
@@ -301,30 +301,30 @@ async def _open_backend(subject: BackendCase) -> AsyncIterator[Backend]:
         await backend.close(2.0)
 
 
-async def _submit(subject: BackendCase, backend: Backend, asked: ShardTask) -> dict[str, Json]:
-    return await asyncio.wait_for(backend.submit(asked.to_json()), subject.timeout_s)
+async def _submit(subject: BackendCase, backend: Backend, task: ShardTask) -> dict[str, Json]:
+    return await asyncio.wait_for(backend.submit(task.to_json()), subject.timeout_s)
 
 
-async def _run_task(subject: BackendCase, backend: Backend, asked: ShardTask) -> ShardResult:
-    return ShardResult.from_json(await _submit(subject, backend, asked))
+async def _run_task(subject: BackendCase, backend: Backend, task: ShardTask) -> ShardResult:
+    return ShardResult.from_json(await _submit(subject, backend, task))
 
 
 async def _check_recovery(subject: BackendCase, backend: Backend) -> None:
-    """Work after a failure: the coordinator rebuilds what has no capacity, and sends again."""
+    """Run a task after a failure: rebuild a backend without capacity, then submit again."""
     for _ in range(5):
         if backend.capacity() == 0:
             await asyncio.wait_for(backend.rebuild(), subject.timeout_s)
         try:
-            summary = await _run_task(subject, backend, make_task("again", [{}]))
+            result = await _run_task(subject, backend, make_task("again", [{}]))
         except BackendError:
             continue
-        _check_equal(summary.tally, {"done": 1, "failed": 0}, "work after a failure")
+        _check_equal(result.tally, {"done": 1, "failed": 0}, "work after a failure")
         return
     raise AssertionError("the backend does not work again after a failure")
 
 
-def _count_ended(summary: ShardResult) -> int:
-    return sum((summary.tally or {}).values())
+def _count_ended(result: ShardResult) -> int:
+    return sum((result.tally or {}).values())
 
 
 def _check_equal(found: object, expected: object, what: str) -> None:

@@ -1,1 +1,1 @@
-"""Academy: long-lived agents that work on shards, wherever an executor starts them."""
+"""Academy: long-running agents that run shards where an executor starts them."""

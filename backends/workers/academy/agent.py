@@ -1,4 +1,4 @@
-"""The agent, and the coordinator's connection to it (imports academy)."""
+"""Define the agent and the coordinator's connection to it (imports academy)."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from ...core.types import Json
 from ..executor import SingleProcessExecutor, WorkShard, run_in_thread
 from .exchange import ExchangeSettings, pack, unpack
 
-_OVER: Final = frozenset({MailboxStatus.TERMINATED, MailboxStatus.MISSING})
+_ENDED_STATES: Final = frozenset({MailboxStatus.TERMINATED, MailboxStatus.MISSING})
 
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """What an agent is told when it is launched.
+    """Settings of an agent at its launch.
 
     Attributes:
-        work: What works on an order: an importable function.
-        slots: Orders that it works on at a time; more wait in it.
-        owner: The coordinator's mailbox; None where agents cannot look after it.
-        poll_s: Seconds between two looks after the coordinator.
+        work: The function that runs a task; importable.
+        slots: Tasks that it runs at a time; more wait in it.
+        owner: The coordinator's mailbox; None where agents cannot check it.
+        poll_s: Seconds between two checks of the coordinator.
     """
 
     work: WorkShard
@@ -48,79 +48,79 @@ class AgentSettings:
 
 
 class ShardAgent(Agent):
-    """Works on orders in threads of their own, so that its heartbeat goes on.
+    """Run tasks in threads, so that the agent's heartbeat goes on.
 
-    What it takes and gives is one JSON text each; an order's failure comes as data within.
+    Messages are JSON texts; the failure of a task is data within its result.
 
     Args:
-        duty: What it is told.
+        settings: The agent's settings.
     """
 
-    def __init__(self, duty: AgentSettings) -> None:
+    def __init__(self, settings: AgentSettings) -> None:
         super().__init__()
-        self._settings = duty
-        self._slots = asyncio.Semaphore(duty.slots)
+        self._settings = settings
+        self._slots = asyncio.Semaphore(settings.slots)
         self._running, self._is_shutting_down = set[object](), False
-        self._scratch: TemporaryFolder | None = None
+        self._temporary: TemporaryFolder | None = None
 
     async def agent_on_startup(self) -> None:
-        """Make room for what tells orders without a stop file of their own to stop."""
-        self._scratch = await asyncio.to_thread(TemporaryFolder, "agent")
+        """Create the folder of the stop file for tasks without one."""
+        self._temporary = await asyncio.to_thread(TemporaryFolder, "agent")
 
     @action
-    async def work_on(self, parcel: str) -> str:
-        """Work on one order and return its summary, both packed."""
+    async def work_on(self, message: str) -> str:
+        """Run one packed task and return its packed result."""
         async with self._slots:
-            order = await asyncio.to_thread(unpack, parcel)
-            if order.get("stop_file") is None:  # nobody shares a folder with us
-                order["stop_file"] = str(self._stop_file)
+            task = await asyncio.to_thread(unpack, message)
+            if task.get("stop_file") is None:  # no shared folder
+                task["stop_file"] = str(self._stop_file)
             found = list[dict[str, Json]]()
-            # in a thread that holds up neither the agent's end nor the process's
-            await run_in_thread(lambda: found.append(self._run_task(order)))
+            # in a thread that delays neither the agent's end nor the process's
+            await run_in_thread(lambda: found.append(self._run_task(task)))
             return await asyncio.to_thread(pack, found[0])
 
-    def _run_task(self, order: dict[str, Json]) -> dict[str, Json]:
-        mine = object()
-        self._running.add(mine)
+    def _run_task(self, task: dict[str, Json]) -> dict[str, Json]:
+        token = object()
+        self._running.add(token)
         try:
-            return self._settings.work(order)
+            return self._settings.work(task)
         finally:
-            self._running.discard(mine)
+            self._running.discard(token)
             if self._is_shutting_down and not self._running:
                 self._remove_folder()
 
     @property
     def _stop_file(self) -> Path:
-        assert self._scratch is not None, "an agent that has not started takes no orders"
-        return self._scratch.path / "stop"
+        assert self._temporary is not None, "an agent that has not started runs no tasks"
+        return self._temporary.path / "stop"
 
     def _remove_folder(self) -> None:
-        """Remove the stop file once nobody looks at it; a later agent does if this one cannot."""
-        if self._scratch is not None:
-            self._scratch.remove()
-            self._scratch = None
+        """Remove the stop file once no task polls it; else a later agent removes it."""
+        if self._temporary is not None:
+            self._temporary.remove()
+            self._temporary = None
 
     @action
     async def stop(self) -> None:
-        """Begin no further item of orders that bring no stop file of their own."""
+        """Begin no further item of tasks without a stop file."""
         await asyncio.to_thread(self._stop_file.touch)
 
     @loop
     async def watch_owner(self, shutdown: asyncio.Event) -> None:
-        """End when the coordinator has gone, however it went, or has ended our mailbox."""
+        """Exit when the coordinator has ended, however, or has closed the agent's mailbox."""
         status, missed = self.agent_exchange_client.status, 0
         while not shutdown.is_set():
-            found = [await status(self.agent_id)]  # Academy would only stop listening
+            found = [await status(self.agent_id)]  # Academy itself would only stop listening
             if self._settings.owner is not None:
                 found.append(await status(self._settings.owner))
                 missed = 0 if found[-1] is MailboxStatus.ACTIVE else missed + 1
-            if missed > 1 or _OVER.intersection(found):
+            if missed > 1 or _ENDED_STATES.intersection(found):
                 self.agent_shutdown()
             with suppress(TimeoutError):
                 await asyncio.wait_for(shutdown.wait(), self._settings.poll_s)
 
     async def agent_on_shutdown(self) -> None:
-        """Have what is still in work end soon."""
+        """Ask running tasks to stop soon."""
         self._is_shutting_down = True
         if self._running:
             await asyncio.to_thread(self._stop_file.touch)
@@ -129,13 +129,13 @@ class ShardAgent(Agent):
 
 
 class QuietLogConfig(LogConfig):
-    """Keeps Academy's own log to itself: fanfold says what matters, once.
+    """Suppress Academy's own log: fanfold logs what matters, once.
 
-    A level that somebody has set for the logger ``academy`` stands.
+    A level that the user has set for the logger ``academy`` is kept.
     """
 
     def init_logging(self) -> Callable[[], None]:
-        """Quieten the logger; returns what undoes it."""
+        """Silence the logger; returns a function that restores it."""
         logger = logging.getLogger("academy")
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.CRITICAL)
@@ -144,25 +144,25 @@ class QuietLogConfig(LogConfig):
 
 
 _JSON: Final = SerializationStrategy.JSON
-_HEED_S: Final = 1.0
+_SHUTDOWN_S: Final = 1.0
 _STOP_S: Final = 2.0
 _KILLED_S: Final = 5.0
 
 
 class AgentConnection:
-    """An agent that was launched.
+    """A launched agent.
 
     Args:
-        name: What messages call it.
-        manager: What launched it.
+        name: Name in messages.
+        manager: Academy's manager that launched it.
         agent: Its id.
-        at: Where it is met.
+        settings: The exchange settings.
         executor: What it runs on; None is this event loop.
 
     Attributes:
         is_up: Whether it has answered.
-        is_unreachable: Whether it lives, and yet we do not hear it.
-        lost: Done once nothing is expected of it any more, with the reason.
+        is_unreachable: Whether it runs, but its answers do not arrive here.
+        lost: Done once it is no longer usable, with the reason.
         ended: Done when it has ended, with its error if it had one.
     """
 
@@ -171,12 +171,12 @@ class AgentConnection:
         name: str,
         manager: Manager[Any],
         agent: AgentId[Any],
-        at: ExchangeSettings,
+        settings: ExchangeSettings,
         executor: Executor | None,
     ) -> None:
         self.name, self.manager, self.executor = name, manager, executor
         self.is_up = self.is_unreachable = False
-        self._client, self._agent, self._at = manager.exchange_client, agent, at
+        self._client, self._agent, self._settings = manager.exchange_client, agent, settings
         self._handle = _Handle(
             agent, exchange=self._client, ignore_context=True, request_serializer=_JSON
         )
@@ -189,7 +189,7 @@ class AgentConnection:
 
     @property
     def error(self) -> BaseException | None:
-        """Return what it ended with, if it ended with an error."""
+        """Return the error with which it ended, or None."""
         over = self.ended.done() and not self.ended.cancelled()
         return self.ended.exception() if over else None
 
@@ -211,40 +211,42 @@ class AgentConnection:
             self.lost.set_result(reason)
 
     async def _ping_until_lost(self) -> None:
-        """Ask for a sign of life again and again, until none comes."""
+        """Ping the agent until it stops answering."""
         missed_s = 0.0
         while not self.lost.done():
-            await asyncio.sleep(self._at.heartbeat_s)
-            ping = self._handle.ping(timeout=self._at.silence_s)
-            (sign,) = await asyncio.gather(ping, return_exceptions=True)
-            missed_s = missed_s + self._at.heartbeat_s if isinstance(sign, BaseException) else 0.0
-            if isinstance(sign, TimeoutError):
+            await asyncio.sleep(self._settings.heartbeat_s)
+            ping = self._handle.ping(timeout=self._settings.silence_s)
+            (answer,) = await asyncio.gather(ping, return_exceptions=True)
+            missed_s = (
+                missed_s + self._settings.heartbeat_s if isinstance(answer, BaseException) else 0.0
+            )
+            if isinstance(answer, TimeoutError):
                 await self._handle_silence()
-            elif missed_s >= self._at.silence_s:
-                self._mark_lost(f"{self._at.label} does not answer: {sign!r}")
+            elif missed_s >= self._settings.silence_s:
+                self._mark_lost(f"{self._settings.label} does not answer: {answer!r}")
 
     async def _handle_silence(self) -> None:
-        """Tell by its heartbeat whether it is dead, or our own ears are."""
+        """Decide by its heartbeat whether the agent is dead or only unreachable from here."""
         status = self._client.status(self._agent)
         (found,) = await asyncio.gather(status, return_exceptions=True)
         self.is_unreachable = found is MailboxStatus.ACTIVE
-        what = "it cannot be heard any more" if self.is_unreachable else "no heartbeat"
-        self._mark_lost(f"{what} for {self._at.silence_s:g} s")
+        what = "its answers no longer arrive" if self.is_unreachable else "no heartbeat"
+        self._mark_lost(f"{what} for {self._settings.silence_s:g} s")
 
-    async def run_task(self, parcel: str) -> str:
-        """Have one order worked on.
+    async def run_task(self, message: str) -> str:
+        """Run one task.
 
         Raises:
-            WorkerLostError: The agent died, or broke on the order.
+            WorkerLostError: The agent died, or the task raised an error.
         """
-        call = asyncio.create_task(self._call("work_on", parcel))
+        call = asyncio.create_task(self._call("work_on", message))
         call.add_done_callback(_consume_error)
         try:
             either: set[asyncio.Future[Any]] = {call, self.lost}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not call.done():
-                call.cancel()  # the agent is told, if it still lives
+                call.cancel()  # cancels it in the agent, if that still runs
         if not call.done():
             raise WorkerLostError(f"{self.name}: {self.lost.result()}")
         try:
@@ -261,22 +263,22 @@ class AgentConnection:
         return answer
 
     async def stop(self) -> None:
-        """Ask it to begin no further item; bounded, and no error if it does not hear."""
+        """Ask the agent to begin no further item; bounded, and no error if it does not answer."""
         if self.is_up:
             call = asyncio.create_task(self._call("stop"))
             call.add_done_callback(_consume_error)
             await asyncio.wait({call}, timeout=_STOP_S)
 
     async def shutdown(self, grace_s: float) -> None:
-        """End it within ``grace_s`` and a little more.
+        """End the agent within ``grace_s`` and a little more.
 
-        An agent on Redis may read on though it was told to shut down; ending its mailbox wakes
-        it. What still runs then is killed, where it has a process of its own.
+        An agent on Redis may keep reading after a shutdown message; closing its mailbox wakes it.
+        If it still runs then, its process is killed, where it has its own.
         """
         if self.is_up and grace_s > 0:
             await self._call_bounded(self._handle.shutdown(), grace_s / 2)
-            await asyncio.wait({self.ended}, timeout=min(_HEED_S, grace_s / 2))
-        self._mark_lost("it was dismissed")
+            await asyncio.wait({self.ended}, timeout=min(_SHUTDOWN_S, grace_s / 2))
+        self._mark_lost("it was shut down")
         if not self.ended.done():
             await self._call_bounded(self._client.terminate(self._agent), _STOP_S)
             await asyncio.wait({self.ended}, timeout=grace_s / 2)
@@ -297,9 +299,10 @@ class AgentConnection:
 
 
 class _Handle(Handle[Any]):
-    """Survives an answer that comes twice; of one such, Academy's listener dies unheard.
+    """A handle that survives a duplicate answer, which would silently stop Academy's listener.
 
-    It comes twice when an agent answers, or its process ends, while its mailbox is being ended.
+    An answer comes twice when an agent answers, or its process ends, while its mailbox is being
+    closed.
     """
 
     async def _process_response(self, response: Message[Any]) -> None:
@@ -309,9 +312,9 @@ class _Handle(Handle[Any]):
 
 def _consume_error(call: asyncio.Future[Any]) -> None:
     if not call.cancelled():
-        call.exception()  # nobody may be waiting for it any more
+        call.exception()  # retrieved, because the caller may have stopped waiting
 
 
 def _last_line(error: Exception) -> str:
-    """Return the end of a remote traceback."""
+    """Return the last line of a remote traceback."""
     return str(error).strip().rpartition("\n")[2]

@@ -1,4 +1,4 @@
-"""Agents as backends; the manager of a run's agents (no academy import at top)."""
+"""Run shards on agents; the manager of a run's agents (no academy import at top)."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ MakeExecutor = Callable[[], Executor]
 
 
 class AgentManager:
-    """Opens with the first agent's place and closes with the last.
+    """Manage a run's agents; opens with the first agent's backend and closes with the last.
 
     Args:
-        settings: Where coordinator and agents meet.
-        work: What agents run: an importable function.
-        slots: Orders that an agent works on at a time.
-        make: Makes the executor that agents run on; None has each in a process of its own, or,
-            over the local exchange, in this one.
+        settings: The exchange settings.
+        work: The function that agents run; importable.
+        slots: Tasks that an agent runs at a time.
+        make: Makes the executor that agents run on; None runs each in its own process, or, over the
+            local exchange, in this one.
 
     Attributes:
         any_agent_up: Set once the first agent has answered.
@@ -56,16 +56,16 @@ class AgentManager:
     """
 
     def __init__(
-        self, at: ExchangeSettings, work: WorkShard, slots: int, make: MakeExecutor | None
+        self, settings: ExchangeSettings, work: WorkShard, slots: int, make: MakeExecutor | None
     ) -> None:
-        if at.kind == "local" and make is not None:
+        if settings.kind == "local" and make is not None:
             msg = (
                 "backend.exchange.kind local keeps all agents in this process; with "
                 "backend.executor use http, redis or globus"
             )
             raise ConfigurationError(msg)
         _require_academy()
-        self.settings, self.slots = at, slots
+        self.settings, self.slots = settings, slots
         self.any_agent_up = asyncio.Event()
         self._work, self._make = work, make
         self._stack = AsyncExitStack()
@@ -78,11 +78,11 @@ class AgentManager:
         self._mailboxes: list[EntityId] = []
 
     async def acquire(self) -> None:
-        """Open the exchange, for the first who enters.
+        """Open the exchange for the first user.
 
         Raises:
             BackendError: The exchange does not answer.
-            ConfigurationError: It cannot be opened, whatever is tried again.
+            ConfigurationError: It can never be opened.
         """
         async with self._opening:
             if self._manager is None:
@@ -148,7 +148,7 @@ class AgentManager:
         return AgentConnection(name, manager, registration.agent_id, self.settings, executor)
 
     async def _get_executor(self, manager: Manager[Any]) -> tuple[str, Executor | None]:
-        """Return the executor for an agent, and its name."""
+        """Return the name and executor for an agent."""
         self._launched += 1
         if self.settings.kind == "local":
             return "event_loop", None
@@ -156,34 +156,38 @@ class AgentManager:
             process = SingleProcessExecutor()
             manager.add_executor(f"process {self._launched}", process)
             return f"process {self._launched}", process
-        async with self._making:  # one for all agents, who come at once
+        async with self._making:  # one for all agents, which start at once
             if self._executor is None:
                 made = await make_executor(self._make, "backend.executor")
                 self._executor = f"executor {self._launched}", made
                 manager.add_executor(*self._executor)
             return self._executor
 
-    async def handle_lost_agent(self, hand: AgentConnection) -> None:
-        """Hear of a lost agent, and replace what broke with it before the next one is launched.
+    async def handle_lost_agent(self, agent: AgentConnection) -> None:
+        """Replace what broke with a lost agent, before the next one is launched.
 
         Raises:
             BackendError: The exchange does not answer.
         """
-        mine = self._executor is not None and hand.executor is self._executor[1]
-        broken = isinstance(hand.error, BrokenExecutor) or is_fatal(hand.error)
-        if mine and hand.executor is not None and broken:
-            self._executor, executor = None, hand.executor
+        is_own = self._executor is not None and agent.executor is self._executor[1]
+        broken = isinstance(agent.error, BrokenExecutor) or is_fatal(agent.error)
+        if is_own and agent.executor is not None and broken:
+            self._executor, executor = None, agent.executor
             await asyncio.wait(
                 {run_in_thread(lambda: shutdown_executor(executor))}, timeout=_CLOSE_S
             )
         async with self._opening:
-            if hand.is_unreachable and hand.manager is self._manager and self._connect is not None:
+            if (
+                agent.is_unreachable
+                and agent.manager is self._manager
+                and self._connect is not None
+            ):
                 self._manager = await self._connect()
                 if self._executor is not None:
                     self._manager.add_executor(*self._executor)
 
     async def release(self) -> None:
-        """Close the exchange and the executor, for the last who leaves; bounded."""
+        """Close the exchange and the executor for the last user; bounded."""
         async with self._opening:
             self._users -= 1
             if self._users > 0 or self._manager is None:
@@ -205,7 +209,7 @@ class AgentManager:
             bounded = asyncio.wait_for(call, _CLOSE_S)
             (error,) = await asyncio.gather(bounded, return_exceptions=True)
             if error is not None:
-                logger.warning("%s was left untidy: %r", self.settings.label, error)
+                logger.warning("%s: cannot be cleaned up: %r", self.settings.label, error)
 
     async def _close_client(self, client: ExchangeClient[Any]) -> None:
         if self.settings.kind == "redis":  # wakes its listener, which a cancellation may fail to do
@@ -221,23 +225,23 @@ def _require_academy() -> None:
 
 
 _END_S: Final = 2.0
-_BURY_S: Final = 5.0
+_LOST_END_S: Final = 5.0
 _LATE_S: Final = 10.0
-"""So long is an agent waited for, at the start, when another has answered."""
+"""Seconds to wait for an agent at the start when another one has answered."""
 
 
 class AcademyBackend:
-    """A place that an agent holds; when the agent dies, a new one takes it.
+    """Run shards on an agent; when the agent dies, a new one replaces it.
 
     Args:
-        hall: What it has in common with the run's other agents.
-        name: What messages call it.
+        manager: The manager of the run's agents.
+        name: Name in messages.
         queue_s: Seconds that an agent may wait for its executor.
     """
 
-    def __init__(self, hall: AgentManager, name: str, queue_s: float) -> None:
+    def __init__(self, manager: AgentManager, name: str, queue_s: float) -> None:
         self.name = name
-        self._manager, self._queue_s = hall, queue_s
+        self._manager, self._queue_s = manager, queue_s
         self._agent: AgentConnection | None = None
         self._has_manager = False
 
@@ -246,7 +250,7 @@ class AcademyBackend:
         return self._manager.slots if self._agent is not None and self._agent.is_up else 0
 
     async def start(self) -> None:
-        """Launch the agent and wait for it, or a while only if another is up already.
+        """Launch the agent and wait for it; only briefly if another one is up already.
 
         Raises:
             BackendError: It ended at once, or the exchange does not answer.
@@ -267,76 +271,76 @@ class AcademyBackend:
 
     @staticmethod
     async def _wait_for_agent(
-        hand: AgentConnection, seconds: float, *others: asyncio.Future[Any]
+        agent: AgentConnection, seconds: float, *others: asyncio.Future[Any]
     ) -> None:
-        events: set[asyncio.Future[Any]] = {hand.first_ping, hand.lost, *others}
+        events: set[asyncio.Future[Any]] = {agent.first_ping, agent.lost, *others}
         await asyncio.wait(events, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _check_agent(self, hand: AgentConnection) -> None:
-        """Note that an agent is up; one that is still on its way is no error.
+    async def _check_agent(self, agent: AgentConnection) -> None:
+        """Record that an agent is up; one that still starts is no error.
 
         Raises:
             BackendError: The agent is lost.
             ConfigurationError: It cannot import what it needs.
         """
-        if hand.is_up:
+        if agent.is_up:
             self._manager.any_agent_up.set()
-        elif hand.lost.done():
-            await asyncio.wait({hand.ended}, timeout=_END_S)  # it may say more
-            msg = f"{self.name}: {hand.error or hand.lost.result()}"
-            if isinstance(hand.error, ImportError | AttributeError):
+        elif agent.lost.done():
+            await asyncio.wait({agent.ended}, timeout=_END_S)  # its error may say more
+            msg = f"{self.name}: {agent.error or agent.lost.result()}"
+            if isinstance(agent.error, ImportError | AttributeError):
                 msg += "; install fanfold[academy] where agents run"
-                raise ConfigurationError(msg) from hand.error
+                raise ConfigurationError(msg) from agent.error
             raise BackendError(msg)
 
-    async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
-        """Have one order worked on.
+    async def submit(self, task: dict[str, Json]) -> dict[str, Json]:
+        """Run one task.
 
         Raises:
             WorkerLostError: The agent died.
             BackendError: No agent is up here.
-            ConfigurationError: The order is larger than the exchange carries.
+            ConfigurationError: The task is larger than a message of the exchange may be.
         """
-        hand = self._agent
-        if hand is None or not hand.is_up:
+        agent = self._agent
+        if agent is None or not agent.is_up:
             raise BackendError(f"{self.name}: not started, or its agent is dead")
-        parcel = await asyncio.to_thread(pack, order)
+        message = await asyncio.to_thread(pack, task)
         most = self._manager.settings.max_message_bytes
-        if most is not None and len(parcel) > most:
+        if most is not None and len(message) > most:
             msg = (
-                f"{self.name}: an order takes {len(parcel):,} bytes and "
+                f"{self.name}: a task takes {len(message):,} bytes and "
                 f"{self._manager.settings.label} "
                 f"carries {most:,}; set shard.items, or use backend.exchange.kind: redis"
             )
             raise ConfigurationError(msg)
-        return await asyncio.to_thread(unpack, await hand.run_task(parcel))
+        return await asyncio.to_thread(unpack, await agent.run_task(message))
 
     async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
         """Return nothing: agents end with their coordinator."""
         return {}
 
     async def rebuild(self) -> None:
-        """Wait for an agent that is on its way; else dismiss it and launch a new one.
+        """Wait for an agent that is starting; else shut it down and launch a new one.
 
         Raises:
-            BackendError: No agent came.
-            ConfigurationError: None can ever come.
+            BackendError: No agent started.
+            ConfigurationError: None can ever start.
         """
-        hand = self._agent
-        if hand is not None and (hand.is_up or hand.lost.done()):
-            if hand.lost.done() and not isinstance(hand.executor, SingleProcessExecutor):
-                # it may be about to end, with an error, and to free its worker
-                await asyncio.wait({hand.ended}, timeout=_BURY_S)
-            await hand.shutdown(0.0)
-            self._agent = None  # not before: closing must still find it
-            await self._manager.handle_lost_agent(hand)
+        agent = self._agent
+        if agent is not None and (agent.is_up or agent.lost.done()):
+            if agent.lost.done() and not isinstance(agent.executor, SingleProcessExecutor):
+                # it may soon end with an error and free its worker
+                await asyncio.wait({agent.ended}, timeout=_LOST_END_S)
+            await agent.shutdown(0.0)
+            self._agent = None  # not earlier: close() must still find it
+            await self._manager.handle_lost_agent(agent)
         if self._agent is None:
             await self.start()
             return
         await self._wait_for_agent(self._agent, self._queue_s)
         await self._check_agent(self._agent)
         if not self._agent.is_up:
-            raise BackendError(f"{self.name}: no agent has come in {self._queue_s:.0f} s")
+            raise BackendError(f"{self.name}: no agent has started in {self._queue_s:.0f} s")
 
     async def stop(self) -> None:
         """Ask the agent to begin no further item."""
@@ -344,10 +348,10 @@ class AcademyBackend:
             await self._agent.stop()
 
     async def close(self, grace_s: float = 10.0) -> None:
-        """Dismiss the agent within ``grace_s`` and a little more."""
-        hand, self._agent = self._agent, None
-        if hand is not None:
-            await hand.shutdown(grace_s)
+        """Shut the agent down within ``grace_s`` and a little more."""
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            await agent.shutdown(grace_s)
         if self._has_manager:
             self._has_manager = False
             await self._manager.release()

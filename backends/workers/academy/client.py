@@ -1,4 +1,4 @@
-"""Clients of the run's own HTTP exchange. Needs the extra ``academy``."""
+"""Clients of the run's own HTTP exchange; requires the extra ``academy``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from academy.exchange.cloud.client import HttpExchangeTransport
 
 
 class OwnTransport(HttpExchangeTransport):
-    """A client that takes nothing from the environment.
+    """A client that reads no settings from the environment.
 
-    Academy's reads ``.netrc``, whose entries replace the token, and hands the token to proxies.
+    Academy's client reads ``.netrc``, whose entries replace the token, and sends the token to
+    proxies.
     """
 
     @classmethod
     def create_session(cls, connection_info: Any) -> aiohttp.ClientSession:
-        """Return a session that shows the token to the exchange only."""
+        """Return a session that sends the token to the exchange only."""
         return aiohttp.ClientSession(
             headers=connection_info.additional_headers,
             timeout=connection_info.client_timeout,
@@ -25,13 +26,13 @@ class OwnTransport(HttpExchangeTransport):
         )
 
     def factory(self) -> OwnExchangeFactory:
-        """Return what makes further clients."""
+        """Return a factory for further clients."""
         info = self._info
         return OwnExchangeFactory(info.url, additional_headers=info.additional_headers)
 
 
 class OwnExchangeFactory(HttpExchangeFactory):
-    """Makes clients of the run's own exchange, here and on workers."""
+    """Make clients of the run's own exchange, here and on workers."""
 
     async def _create_transport(
         self, mailbox_id: Any = None, *, name: str | None = None, registration: Any = None

@@ -1,4 +1,4 @@
-"""Exchange set-up and packed messages."""
+"""Open the exchange between coordinator and agents; pack messages."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
     from academy.identifier import EntityId
 
 
-_BEAT_S: Final = 5.0
-_BEATS: Final = 6
+_MAX_HEARTBEAT_S: Final = 5.0
+_HEARTBEATS: Final = 6
 _SMALL: Final = 500_000
 """Bytes: HTTP exchanges carry messages of 512,000 bytes, their frame included."""
 _CONNECTIONS: Final = 4096
 _REDIS_KEYS: Final = ("active", "agent", "queue", "heartbeat", "completions", "outgoing")
-"""What Academy's Redis exchange keeps under a mailbox's id."""
+"""Keys that Academy's Redis exchange keeps for a mailbox's id."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExchangeSettings:
-    """Where coordinator and agents meet, and when one counts as dead.
+    """Settings of the exchange between coordinator and agents.
 
     Attributes:
         kind: ``local`` (this process), ``redis``, ``http`` or ``globus``.
-        host: Host of a Redis; or address on which to open an HTTP exchange.
+        host: Host of a Redis, or address on which to open an HTTP exchange.
         port: Port of a Redis.
         password: Password of a Redis, or None.
         url: URL of an HTTP exchange; None opens one in this process.
         project: UUID of the Globus project for new clients.
-        silence_s: Seconds without a heartbeat until somebody counts as dead.
+        silence_s: Seconds without a heartbeat until a participant counts as dead.
     """
 
     kind: Literal["local", "redis", "http", "globus"] = "http"
@@ -61,16 +61,16 @@ class ExchangeSettings:
     @property
     def heartbeat_s(self) -> float:
         """Return the seconds between two heartbeats."""
-        return min(_BEAT_S, self.silence_s / _BEATS)
+        return min(_MAX_HEARTBEAT_S, self.silence_s / _HEARTBEATS)
 
     @property
     def max_message_bytes(self) -> int | None:
-        """Return the most bytes of a parcel, or None where nothing bounds them."""
+        """Return the most bytes of a packed message, or None if unlimited."""
         return _SMALL if self.kind in {"http", "globus"} else None
 
     @property
     def label(self) -> str:
-        """Return what messages call it; without a secret."""
+        """Return its name in messages, without secrets."""
         where = {
             "redis": f" at {self.host}:{self.port}",
             "http": f" at {self.url.rpartition('@')[2]}" if self.url else f" on {self.host}",
@@ -79,39 +79,39 @@ class ExchangeSettings:
 
 
 @asynccontextmanager
-async def open_exchange(at: ExchangeSettings) -> AsyncIterator[ExchangeFactory[Any]]:
-    """Open the exchange if it is the run's own, and return what makes its clients.
+async def open_exchange(settings: ExchangeSettings) -> AsyncIterator[ExchangeFactory[Any]]:
+    """Open the exchange if it belongs to the run, and return the factory of its clients.
 
     Raises:
         ConfigurationError: The Globus exchange needs a project.
     """
     from academy.exchange.client_config import ExchangeClientConfig  # noqa: PLC0415 - an extra
 
-    missed = math.ceil(at.silence_s / at.heartbeat_s)
+    missed = math.ceil(settings.silence_s / settings.heartbeat_s)
     config = ExchangeClientConfig(
-        heartbeat_interval=at.heartbeat_s, stale_heartbeat_threshold=missed
+        heartbeat_interval=settings.heartbeat_s, stale_heartbeat_threshold=missed
     )
-    if at.kind == "http" and at.url is None:
-        async with _serve_exchange(at.host, config) as factory:
+    if settings.kind == "http" and settings.url is None:
+        async with _serve_exchange(settings.host, config) as factory:
             yield factory
     else:
-        yield await asyncio.to_thread(_factory, at, config)  # a login may ask for a browser
+        yield await asyncio.to_thread(_factory, settings, config)  # a login may open a browser
 
 
-def _factory(at: ExchangeSettings, config: ExchangeClientConfig) -> ExchangeFactory[Any]:
+def _factory(settings: ExchangeSettings, config: ExchangeClientConfig) -> ExchangeFactory[Any]:
     from academy import exchange  # noqa: PLC0415 - an extra
 
-    if at.kind == "local":
+    if settings.kind == "local":
         return exchange.LocalExchangeFactory(config=config)
-    if at.kind == "redis":
+    if settings.kind == "redis":
         options: dict[str, Any] = {"max_connections": _CONNECTIONS, "socket_connect_timeout": 10}
-        if at.password is not None:
-            options["password"] = at.password
-        return exchange.RedisExchangeFactory(at.host, at.port, config=config, **options)
-    if at.kind == "http":
-        return exchange.HttpExchangeFactory(str(at.url), config=config)
+        if settings.password is not None:
+            options["password"] = settings.password
+        return exchange.RedisExchangeFactory(settings.host, settings.port, config=config, **options)
+    if settings.kind == "http":
+        return exchange.HttpExchangeFactory(str(settings.url), config=config)
     try:
-        project = uuid.UUID(at.project or "")
+        project = uuid.UUID(settings.project or "")
     except ValueError as error:
         msg = "backend.exchange.project: the globus exchange needs the UUID of a Globus project"
         raise ConfigurationError(msg) from error
@@ -122,7 +122,7 @@ def _factory(at: ExchangeSettings, config: ExchangeClientConfig) -> ExchangeFact
 async def _serve_exchange(
     host: str, config: ExchangeClientConfig
 ) -> AsyncIterator[ExchangeFactory[Any]]:
-    """Serve an HTTP exchange in this process; it answers those only who know its token."""
+    """Serve an HTTP exchange in this process, only to clients with its token."""
     from academy.exchange.cloud.app import create_app  # noqa: PLC0415 - an extra
     from academy.exchange.cloud.config import ExchangeServingConfig  # noqa: PLC0415 - an extra
 
@@ -154,56 +154,59 @@ def _require_token(bearer: str) -> Middleware:
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         found = request.headers.get("Authorization", "")
         if not hmac.compare_digest(found.encode(), bearer.encode()):
-            return web.Response(status=401, text="this exchange belongs to somebody's run")
+            return web.Response(status=401, text="this exchange belongs to another run")
         return await handler(request)
 
     return guard
 
 
-async def delete_mailboxes(at: ExchangeSettings, mailboxes: list[EntityId]) -> None:
-    """Delete what Academy's Redis exchange would keep of mailboxes for ever.
+async def delete_mailboxes(settings: ExchangeSettings, mailboxes: list[EntityId]) -> None:
+    """Delete the keys of mailboxes that Academy's Redis exchange would never delete.
 
     Raises:
         BackendError: The Redis does not answer.
     """
-    if at.kind != "redis" or not mailboxes:
+    if settings.kind != "redis" or not mailboxes:
         return
     from redis import asyncio as redis  # noqa: PLC0415 - comes with the extra
     from redis.exceptions import RedisError  # noqa: PLC0415 - comes with the extra
 
     keys = [f"{key}:{box.uid}" for box in mailboxes for key in _REDIS_KEYS]
     try:
-        async with redis.Redis(host=at.host, port=at.port, password=at.password) as client:
+        async with redis.Redis(
+            host=settings.host, port=settings.port, password=settings.password
+        ) as client:
             for box in mailboxes:
                 keys += [key async for key in client.scan_iter(f"request:{box.uid}:*")]
             await client.delete(*keys)
     except RedisError as error:
-        raise BackendError(f"{at.label}: {type(error).__name__}: {error}") from error
+        raise BackendError(f"{settings.label}: {type(error).__name__}: {error}") from error
 
 
 MAX_UNPACKED_BYTES: Final = 64_000_000
-"""Most bytes that a parcel may unfold to."""
+"""Most bytes of an unpacked message."""
 
 
 def pack(data: Mapping[str, Any]) -> str:
-    """Return plain data as text that no JSON encoder has to escape; blocks.
+    """Return plain data as text that needs no JSON escapes; blocks.
 
-    Academy wraps what it sends in JSON up to three times, and each time doubles every quotation
-    mark and backslash.
+    Academy wraps messages in JSON up to three times, and each time doubles every quotation mark and
+    backslash.
     """
     return base64.b64encode(zlib.compress(orjson.dumps(data), 1)).decode("ascii")
 
 
-def unpack(parcel: str) -> dict[str, Json]:
-    """Return what was packed; blocks.
+def unpack(message: str) -> dict[str, Json]:
+    """Unpack a message; blocks.
 
     Raises:
-        BackendError: It is no parcel, or unfolds to more than :data:`MAX_UNPACKED_BYTES` bytes.
+        BackendError: It is no packed message, or unpacks to more than :data:`MAX_UNPACKED_BYTES`
+            bytes.
     """
-    unfold = zlib.decompressobj()
+    decompressor = zlib.decompressobj()
     try:
-        raw = unfold.decompress(base64.b64decode(parcel, validate=True), MAX_UNPACKED_BYTES)
-        data = orjson.loads(raw) if unfold.eof else None
+        raw = decompressor.decompress(base64.b64decode(message, validate=True), MAX_UNPACKED_BYTES)
+        data = orjson.loads(raw) if decompressor.eof else None
     except (ValueError, zlib.error) as error:
         raise BackendError(f"a message between coordinator and agent is broken: {error}") from error
     if not isinstance(data, dict):

@@ -1,1 +1,1 @@
-"""Shards on endpoints of Globus Compute."""
+"""Run shards on endpoints of Globus Compute."""

@@ -1,4 +1,4 @@
-"""One endpoint as a backend; batched submission."""
+"""Run shards on Globus Compute endpoints, with batched submission."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .service import MAX_REQUEST_BYTES, Payload, TaskService, WorkShard, pack_ta
 from .tasks import TaskRegistry
 
 _CLOSED: Final = "globus_compute: closed"
-_UNPOSTED: Final = "globus_compute: the order was not posted"
+_NOT_POSTED: Final = "globus_compute: the task was not posted"
 
 
 @dataclass(frozen=True, slots=True)
 class PendingTask:
-    """An order that waits to be posted.
+    """A task that waits to be posted.
 
     Attributes:
-        endpoint: Whom to.
+        endpoint: The endpoint's id.
         shard: The shard's name.
         deadline_s: Seconds that a worker may take for it.
-        payload: The order, packed.
-        answer: Awaits the summary.
+        payload: The packed task.
+        answer: Receives the result.
     """
 
     endpoint: str
@@ -46,19 +46,19 @@ class PendingTask:
 
 
 class TaskSubmitter:
-    """Posts orders and brings their summaries home.
+    """Post tasks and return their results.
 
     Args:
         connect: Makes the service; blocks.
-        work: What runs on the endpoints.
-        function: Id of its registration; None registers it when the desk opens.
-        tasks: Remembers what was posted.
-        policy: How often the service is asked.
+        work: The function that runs on the endpoints.
+        function: Id of its registration; None registers it on connection.
+        tasks: Records the posted tasks.
+        policy: Intervals of requests to the service.
 
     Attributes:
-        poller: Who asks after tasks and endpoints.
-        tasks: Remembers what was posted.
-        policy: How often the service is asked.
+        poller: Polls tasks and endpoints.
+        tasks: Records the posted tasks.
+        policy: Intervals of requests to the service.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class TaskSubmitter:
         work: WorkShard,
         function: str | None,
         tasks: TaskRegistry,
-        pace: PollPolicy = PollPolicy(),  # noqa: B008 - frozen
+        policy: PollPolicy = PollPolicy(),  # noqa: B008 - frozen
     ) -> None:
-        self._work, self._function, self.policy = work, function, pace
-        self._connection = ServiceConnection(connect, pace)
-        self.poller, self.tasks = TaskPoller(self._connection, pace), tasks
+        self._work, self._function, self.policy = work, function, policy
+        self._connection = ServiceConnection(connect, policy)
+        self.poller, self.tasks = TaskPoller(self._connection, policy), tasks
         self._opening, self._users = asyncio.Lock(), 0
         self._group: str | None = None
         self._pending: list[PendingTask] = []
         self._submitting: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Connect, once for all who use it.
+        """Connect, once for all users.
 
         Raises:
             FanfoldError: There is no login, or the service refused or did not answer.
@@ -102,116 +102,116 @@ class TaskSubmitter:
                 raise
 
     async def close(self) -> None:
-        """Leave; the last of those who use it closes it. Tasks go on at their endpoints."""
+        """Close the connection for the last user. Tasks go on at their endpoints."""
         self._users -= 1
         if self._users > 0:
             return
-        posting, self._submitting = self._submitting, None
-        if posting is not None:
-            posting.cancel()
-            await asyncio.wait({posting})
-        for letter in self._pending:
-            resolve_future(letter.answer, BackendError(_CLOSED))
+        submitting, self._submitting = self._submitting, None
+        if submitting is not None:
+            submitting.cancel()
+            await asyncio.wait({submitting})
+        for pending in self._pending:
+            resolve_future(pending.answer, BackendError(_CLOSED))
         self._pending = []
         await self.poller.close()
         await self._connection.close()
         await self.tasks.write_closed()
 
-    async def submit(self, endpoint: str, order: dict[str, Json]) -> dict[str, Json]:
-        """Have one order worked on.
+    async def submit(self, endpoint: str, task: dict[str, Json]) -> dict[str, Json]:
+        """Run one task on an endpoint.
 
         Raises:
             WorkerLostError: Its endpoint went offline, or its task failed.
             BackendError: It could not be posted.
-            ConfigurationError: It never can be.
-            RunStoppedError: Its result cannot be carried.
+            ConfigurationError: It can never be posted.
+            RunStoppedError: Its result is too large.
         """
-        parcel = await asyncio.to_thread(pack_task, order)
+        payload = await asyncio.to_thread(pack_task, task)
         answer: ResultFuture = asyncio.get_running_loop().create_future()
-        seconds = order.get("deadline_s")
+        seconds = task.get("deadline_s")
         deadline_s = float(seconds) if isinstance(seconds, int | float) else 0.0
-        letter = PendingTask(endpoint, str(order.get("shard")), deadline_s, parcel, answer)
-        self._pending.append(letter)
+        pending = PendingTask(endpoint, str(task.get("shard")), deadline_s, payload, answer)
+        self._pending.append(pending)
         if self._submitting is None or self._submitting.done():
             self._submitting = asyncio.create_task(self._submit_all())
         return await answer
 
     async def _submit_all(self) -> None:
         while batch := self._next_batch():
-            failed: FanfoldError | None = BackendError(_UNPOSTED)
+            failed: FanfoldError | None = BackendError(_NOT_POSTED)
             try:
                 await self._submit_batch(batch)
                 failed = None
-            except FanfoldError as error:  # theirs alone: later ones are tried anew
+            except FanfoldError as error:  # only for this batch: later ones are tried again
                 failed = error
             except asyncio.CancelledError:
                 failed = BackendError(_CLOSED)
                 raise
-            finally:  # whatever happened, nobody waits for a letter that was not posted
+            finally:  # no caller may wait for a task that was not posted
                 if failed is not None:
-                    for letter in batch:
-                        resolve_future(letter.answer, failed)
+                    for pending in batch:
+                        resolve_future(pending.answer, failed)
 
     def _next_batch(self) -> list[PendingTask]:
-        """Take letters to one endpoint, as many as one request may carry."""
+        """Take pending tasks of one endpoint, as many as one request may carry."""
         batch, kept, size = list[PendingTask](), list[PendingTask](), 0
-        for letter in self._pending:
-            if letter.answer.done():
+        for pending in self._pending:
+            if pending.answer.done():
                 continue
-            same = not batch or letter.endpoint == batch[0].endpoint
+            same = not batch or pending.endpoint == batch[0].endpoint
             if (
                 same
-                and size + letter.payload.size <= MAX_REQUEST_BYTES
+                and size + pending.payload.size <= MAX_REQUEST_BYTES
                 and len(batch) < MAX_TASKS_PER_REQUEST
             ):
-                batch.append(letter)
-                size += letter.payload.size
+                batch.append(pending)
+                size += pending.payload.size
             else:
-                kept.append(letter)
+                kept.append(pending)
         self._pending = kept
         return batch
 
     async def _submit_batch(self, batch: list[PendingTask]) -> None:
         endpoint, function, group = batch[0].endpoint, self._function or "", self._group
-        parcels = [letter.payload for letter in batch]
+        payloads = [pending.payload for pending in batch]
         posted = await self._connection.request(
-            lambda s: s.submit(endpoint, function, parcels, group)
+            lambda s: s.submit(endpoint, function, payloads, group)
         )
         self._group = posted.group
         pairs = list(zip(batch, posted.tasks, strict=True))
         await self.tasks.record_submitted(
             endpoint, posted.group, [(x.shard, task, x.deadline_s) for x, task in pairs]
         )
-        for letter, task in pairs:
-            self.tasks.close_on_result(letter.answer, letter.shard)
-            self.poller.add_task(task, endpoint, letter.answer, letter.deadline_s)
+        for pending, task in pairs:
+            self.tasks.close_on_result(pending.answer, pending.shard)
+            self.poller.add_task(task, endpoint, pending.answer, pending.deadline_s)
 
 
 logger = logging.getLogger(__name__)
 
 _RETURN_S: Final = 600.0
-"""Seconds for which an endpoint that went offline is waited for at a time."""
+"""Seconds to wait, at a time, for an endpoint that went offline."""
 
 
 class GlobusBackend:
-    """One endpoint.
+    """Run shards on one endpoint.
 
     Args:
         endpoint: The endpoint's UUID.
-        desk: The run's desk, shared by its endpoints.
+        submitter: The run's submitter, shared by its endpoints.
         endpoints: UUIDs of all of the run's endpoints.
-        workers: Shards that this one works on at a time.
+        workers: Shards that this endpoint runs at a time.
     """
 
     def __init__(
-        self, endpoint: str, desk: TaskSubmitter, endpoints: Sequence[str], workers: int
+        self, endpoint: str, submitter: TaskSubmitter, endpoints: Sequence[str], workers: int
     ) -> None:
         self._endpoint, self.name = endpoint, f"endpoint {endpoint}"
-        self._submitter, self._endpoints = desk, list(endpoints)
+        self._submitter, self._endpoints = submitter, list(endpoints)
         self._workers, self._started = workers, False
 
     def capacity(self) -> int:
-        """Return the number of workers; none while the endpoint is offline."""
+        """Return the number of workers; 0 while the endpoint is offline."""
         return (
             self._workers
             if self._started and self._submitter.poller.is_online(self._endpoint)
@@ -219,7 +219,7 @@ class GlobusBackend:
         )
 
     async def start(self) -> None:
-        """Connect, and see that the endpoint is online.
+        """Connect, and check that the endpoint is online.
 
         Raises:
             ConfigurationError: No login, or the service knows no such endpoint or refuses it.
@@ -234,19 +234,19 @@ class GlobusBackend:
             self._submitter.poller.mark_suspect(self._endpoint)
             raise
 
-    async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
-        """Have one order worked on.
+    async def submit(self, task: dict[str, Json]) -> dict[str, Json]:
+        """Run one task.
 
         Raises:
             WorkerLostError: The endpoint went offline, or the task failed.
-            BackendError: The order could not be posted.
-            ConfigurationError: It never can be: no permission, no such function, too large.
-            RunStoppedError: The result is too large to be carried.
+            BackendError: The task could not be posted.
+            ConfigurationError: It can never be posted: no permission, no such function, too large.
+            RunStoppedError: The result is too large.
         """
         if not self._started:
             raise BackendError(f"{self.name}: not started")
         try:
-            return await self._submitter.submit(self._endpoint, order)
+            return await self._submitter.submit(self._endpoint, task)
         except WorkerLostError:
             raise
         except BackendError:
@@ -254,25 +254,23 @@ class GlobusBackend:
             raise
 
     async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
-        """Return, by shard, what earlier coordinators of the run posted to the endpoint.
+        """Return, by shard, the tasks that earlier coordinators of the run posted to the endpoint.
 
-        Each answer raises :class:`WorkerLostError` when its tasks failed, are forgotten, or take
-        longer than their worker was given.
+        Each answer raises :class:`WorkerLostError` when its tasks failed, are no longer known, or
+        exceed their worker's time.
         """
         found = self._submitter.tasks.take_orphaned(
             self._endpoint, self._endpoints, self._submitter.poller
         )
         if found:
-            logger.warning(
-                "%s: %d shards of an earlier life are asked after", self.name, len(found)
-            )
+            logger.warning("%s: waiting for %d shards of an earlier session", self.name, len(found))
         return dict(found)
 
     async def rebuild(self) -> None:
-        """Wait until the endpoint is online again; nothing else of it can break.
+        """Wait until the endpoint is online again; nothing else can break.
 
         Raises:
-            BackendError: It is not, after ten minutes.
+            BackendError: It is still offline after ten minutes.
             ConfigurationError: The service refuses it.
         """
         if not self._started:
@@ -288,29 +286,29 @@ class GlobusBackend:
             await asyncio.sleep(self._submitter.policy.max_pause_s)
 
     async def stop(self) -> None:
-        """Leave summaries that come from now on for a later coordinator, too; workers go on."""
+        """Leave later results for the next coordinator as well; workers go on."""
         self._submitter.tasks.keep_open()
 
     async def close(self, grace_s: float = 10.0) -> None:  # noqa: ARG002 - it never waits
-        """Leave at once; tasks go on at the endpoint, for a later coordinator to find."""
+        """Disconnect at once; tasks go on at the endpoint, for a later coordinator to find."""
         if self._started:
             self._started = False
             await self._submitter.close()
 
 
 def make_globus_backends(
-    endpoints: Sequence[str], workers: int, desk: TaskSubmitter
+    endpoints: Sequence[str], workers: int, submitter: TaskSubmitter
 ) -> list[Backend]:
-    """Return a backend per endpoint, the workers divided among them.
+    """Return a backend per endpoint, with the workers divided among them.
 
     Args:
         endpoints: UUIDs of the endpoints.
         workers: Workers over all endpoints; each endpoint has at least one.
-        desk: The run's desk.
+        submitter: The run's submitter.
     """
     count = len(endpoints)
     shares = [max(1, workers // count + (n < workers % count)) for n in range(count)]
     return [
-        GlobusBackend(endpoint, desk, endpoints, share)
+        GlobusBackend(endpoint, submitter, endpoints, share)
         for endpoint, share in zip(endpoints, shares, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""What the service, its endpoints and its SDK report, in fanfold's own errors."""
+"""Convert errors of the service, its endpoints and its SDK to fanfold's errors."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ _ADVICE: Final = {
     404: "the service does not know it: check the ids in backend.endpoints and backend.function",
     413: "the service found the request too large: lower shard.items",
     422: (
-        "if its template refuses a value, mend backend.user_endpoint_config; "
+        "if its template refuses a value, correct backend.user_endpoint_config; "
         "'globus-compute-endpoint render-user-config' tries it on the endpoint's machine"
     ),
 }
 _LINE: Final = 400
-_LEFT_BEHIND: Final = "Another instance of this endpoint is running"
-"""What a manager's endpoint says while the file of one that was killed is fresh."""
-_ANEW: Final = "its engine was killed and is started anew in a while (three heartbeats)"
+_STALE_INSTANCE: Final = "Another instance of this endpoint is running"
+"""Reported by a manager's endpoint while the file of a killed endpoint is recent."""
+_RESTARTING: Final = "its engine was killed and restarts after three heartbeats"
 
 
 def service_error(error: GlobusError, where: str, hidden: Sequence[str] = ()) -> FanfoldError:
-    """Return what an error of the SDK means.
+    """Convert an error of the SDK.
 
     Args:
-        error: Raised while the service was asked something.
-        where: What was asked.
-        hidden: Texts that the message must not show, though the answer may.
+        error: Raised by a request to the service.
+        where: The request, for the message.
+        hidden: Texts that the message must not show, even if the answer contains them.
 
     Returns:
-        A :class:`BackendError` where asking again may help, else a :class:`ConfigurationError`.
+        A :class:`BackendError` if a retry may help, else a :class:`ConfigurationError`.
     """
     status = getattr(error, "http_status", None)
     if status is None:
@@ -58,24 +58,24 @@ def service_error(error: GlobusError, where: str, hidden: Sequence[str] = ()) ->
     reason = _reason(error)
     for text in hidden:
         reason = reason.replace(text, "**********")
-    said = f"globus_compute: {where}: the service answered {status}: {reason[:_LINE]}"
-    if _LEFT_BEHIND in reason:
-        return BackendError(f"globus_compute: {where}: {_ANEW}")
+    message = f"globus_compute: {where}: the service answered {status}: {reason[:_LINE]}"
+    if _STALE_INSTANCE in reason:
+        return BackendError(f"globus_compute: {where}: {_RESTARTING}")
     if status in _TRANSIENT:
-        return BackendError(f"{said} (https://status.globus.org tells of outages)")
-    return ConfigurationError(f"{said}; {_ADVICE.get(status, _ADVICE[422])}")
+        return BackendError(f"{message} (https://status.globus.org lists outages)")
+    return ConfigurationError(f"{message}; {_ADVICE.get(status, _ADVICE[422])}")
 
 
 def malformed_answer_error(error: Exception, where: str) -> BackendError:
-    """Return that an answer could not be understood, without showing it.
+    """Return the error for an answer that cannot be parsed, without showing the answer.
 
     Args:
-        error: Raised by the SDK while it was read.
-        where: What was asked.
+        error: Raised by the SDK while it parsed the answer.
+        where: The request, for the message.
     """
     return BackendError(
-        f"globus_compute: {where}: the answer is none of the service's ({type(error).__name__}); "
-        "see whether a proxy between here and compute.api.globus.org gave it"
+        f"globus_compute: {where}: the answer is not from the service ({type(error).__name__}); "
+        "check whether a proxy between here and compute.api.globus.org sent it"
     )
 
 
@@ -86,7 +86,7 @@ def _reason(error: GlobusError) -> str:
 
 
 def offline_error(endpoint: str) -> BackendError:
-    """Return that an endpoint cannot be reached."""
+    """Return the error for an endpoint that is offline."""
     return WorkerLostError(
         f"globus_compute: endpoint {endpoint} is offline; start it on its machine with "
         "'globus-compute-endpoint start NAME'"
@@ -94,14 +94,14 @@ def offline_error(endpoint: str) -> BackendError:
 
 
 def restarted_error(endpoint: str) -> BackendError:
-    """Return that an endpoint has lost what it had in hand."""
+    """Return the error for an endpoint that was restarted and lost its tasks."""
     return WorkerLostError(
         f"globus_compute: endpoint {endpoint} was restarted and no longer has the task"
     )
 
 
 def overdue_error(endpoint: str) -> BackendError:
-    """Return that a task takes longer than its worker was given."""
+    """Return the error for a task that exceeds its worker's time."""
     return WorkerLostError(
         f"globus_compute: endpoint {endpoint} did not finish a task in the time that its worker "
         "had for it (backend.deadline_s)"
@@ -109,7 +109,7 @@ def overdue_error(endpoint: str) -> BackendError:
 
 
 def unknown_task_error(endpoint: str) -> BackendError:
-    """Return that the service no longer knows a task."""
+    """Return the error for a task that the service no longer knows."""
     return WorkerLostError(
         f"globus_compute: endpoint {endpoint}: the service no longer knows the task; it keeps a "
         "result for half an hour"
@@ -117,42 +117,42 @@ def unknown_task_error(endpoint: str) -> BackendError:
 
 
 def task_failed_error(text: str) -> FanfoldError:
-    """Return why a task has no summary.
+    """Return the error for a task without a result.
 
     Args:
-        text: What the endpoint or its worker reports, a traceback as a rule.
+        text: Report of the endpoint or its worker, usually a traceback.
     """
     line = _last(text)
-    said = f"globus_compute: a task failed: {line}"
-    if _LEFT_BEHIND in text:
-        return BackendError(f"globus_compute: a task was refused: {_ANEW}")
+    message = f"globus_compute: a task failed: {line}"
+    if _STALE_INSTANCE in text:
+        return BackendError(f"globus_compute: a task was refused: {_RESTARTING}")
     if "not permitted on endpoint" in text:
         advice = (
             "the endpoint allows certain functions only: have its owner add the id that "
             "'fanfold globus register' prints to allowed_functions, and set backend.function"
         )
-        return ConfigurationError(f"{said}; {advice}")
+        return ConfigurationError(f"{message}; {advice}")
     if "MaxResultSizeExceeded" in text:
         advice = "lower shard.items or limits.streams, or set backend.shared_folder: true"
-        return RunStoppedError(f"{said}; a result takes 10 MB at most: {advice}")
+        return RunStoppedError(f"{message}; a result takes 10 MB at most: {advice}")
     if "No module named 'fanfold" in text:
         advice = f"install fanfold=={own_version()} in the environment of the endpoint's workers"
-        return ConfigurationError(f"{said}; {advice} ('fanfold globus template' shows how)")
-    if "is wanted here, found" in text:  # said by the template
-        advice = f"install fanfold=={own_version()} there, or write the endpoint's template anew"
-        return ConfigurationError(f"{said}; {advice} (fanfold globus template)")
-    return WorkerLostError(said)
+        return ConfigurationError(f"{message}; {advice} ('fanfold globus template' shows how)")
+    if "is required here, found" in text:  # printed by the endpoint's template
+        advice = f"install fanfold=={own_version()} there, or write a new endpoint template"
+        return ConfigurationError(f"{message}; {advice} (fanfold globus template)")
+    return WorkerLostError(message)
 
 
 def unreadable_result_error(text: str) -> FanfoldError:
-    """Return that a result is no JSON summary."""
+    """Return the error for a result that is not the JSON of a shard result."""
     return ConfigurationError(
-        f"globus_compute: a result is not the JSON that was asked for ({text[:40]!r}); use "
+        f"globus_compute: a result is not the requested JSON ({text[:40]!r}); use "
         "globus-compute-endpoint 4.19 or newer, with JSONData in allowed_serializers if that is set"
     )
 
 
 def _last(text: str) -> str:
-    """Return a traceback's last line that says something."""
+    """Return the last line of a traceback that is not empty."""
     lines = [line.strip(" \t-") for line in text.splitlines() if line.strip(" \t-")]
     return (lines[-1] if lines else "no reason given")[:_LINE]

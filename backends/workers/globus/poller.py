@@ -1,4 +1,4 @@
-"""Rate-limited connection and task polling."""
+"""Connect to the service within its rate limit, and poll tasks."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from .service import TaskService
 
 @dataclass(frozen=True, slots=True)
 class PollPolicy:
-    """Times of the talk with the service.
+    """Intervals of requests to the service.
 
     The service allows 20 requests in 10 s; with these numbers a run makes 17 at most, and two more
-    while requests fail and are repeated.
+    while requests fail and are retried.
 
     Attributes:
         burst: Requests that may be made at once.
         rate_per_s: Requests per second after that.
-        min_pause_s: Pause before tasks are asked after, while some end.
-        max_pause_s: The longest such pause, while none ends.
-        health_check_s: Seconds between looks at an endpoint's health.
-        missing_timeout_s: Seconds for which the service may say nothing of a task that it took.
+        min_pause_s: Pause between polls while tasks end.
+        max_pause_s: Longest pause between polls while none ends.
+        health_check_s: Seconds between two checks of an endpoint's health.
+        missing_timeout_s: Seconds for which the service may omit a submitted task.
     """
 
     burst: int = 5
@@ -44,22 +44,22 @@ class PollPolicy:
 
 
 class TokenBucket:
-    """Spends turns: as many at once as the burst, then so many per second.
+    """Limit requests: a burst at once, then a number per second.
 
     Args:
-        pace: The numbers.
-        clock: Returns the time in seconds, of a clock that never goes back.
+        policy: The numbers.
+        clock: Returns a monotonic time in seconds.
     """
 
-    def __init__(self, pace: PollPolicy, clock: Callable[[], float]) -> None:
-        self._pace, self._clock = pace, clock
-        self._full_at = clock()  # when all turns of the burst will be there again
+    def __init__(self, policy: PollPolicy, clock: Callable[[], float]) -> None:
+        self._policy, self._clock = policy, clock
+        self._full_at = clock()  # when the whole burst is available again
 
     async def acquire(self) -> None:
-        """Wait for a turn; those who wait go in the order in which they came."""
-        now, gap = self._clock(), 1.0 / self._pace.rate_per_s
+        """Wait for a token, in order of arrival."""
+        now, gap = self._clock(), 1.0 / self._policy.rate_per_s
         self._full_at = max(self._full_at, now) + gap
-        await asyncio.sleep(max(0.0, self._full_at - now - self._pace.burst * gap))
+        await asyncio.sleep(max(0.0, self._full_at - now - self._policy.burst * gap))
 
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ _CLOSE_S = 1.0
 
 
 class SerialCaller:
-    """Runs one call at a time, in the order in which they were asked for."""
+    """Run blocking calls in one thread, one at a time, in order of arrival."""
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -76,7 +76,7 @@ class SerialCaller:
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run a function and return its value; needs a running loop.
 
-        A caller that is cancelled leaves; the call itself goes on.
+        If the caller is cancelled, the call itself goes on.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
@@ -84,7 +84,7 @@ class SerialCaller:
         def run() -> None:
             try:
                 value = function(*arguments)
-            except BaseException as error:  # noqa: BLE001 - carried to the caller, whatever it is
+            except BaseException as error:  # noqa: BLE001 - raised in the caller
                 _call_in_loop(loop, _set_error, answer, error)
             else:
                 _call_in_loop(loop, _set_result, answer, value)
@@ -96,7 +96,7 @@ class SerialCaller:
         return await answer
 
     def close(self) -> None:
-        """End the thread after the calls that wait; does not wait for it."""
+        """End the thread after the pending calls; does not wait for it."""
         if self._thread is not None:
             self._calls.put(None)
             self._thread = None
@@ -111,12 +111,12 @@ class ServiceConnection:
 
     Args:
         connect: Makes the service; blocks.
-        pace: How often it is asked.
+        policy: The request rate.
     """
 
-    def __init__(self, connect: Callable[[], TaskService], pace: PollPolicy) -> None:
+    def __init__(self, connect: Callable[[], TaskService], policy: PollPolicy) -> None:
         self._connect, self._caller = connect, SerialCaller()
-        self._bucket, self._request_lock = TokenBucket(pace, time.monotonic), asyncio.Lock()
+        self._bucket, self._request_lock = TokenBucket(policy, time.monotonic), asyncio.Lock()
         self._service: TaskService | None = None
 
     async def open(self) -> None:
@@ -127,22 +127,21 @@ class ServiceConnection:
         """
         self._service = await self._caller.call(self._connect)
 
-    async def request(self, what: Callable[[TaskService], T]) -> T:
-        """Ask the service, when there is a turn.
+    async def request(self, call: Callable[[TaskService], T]) -> T:
+        """Call the service within the rate limit.
 
         Raises:
             FanfoldError: The service refused, or did not answer.
         """
-        async with (
-            self._request_lock
-        ):  # else turns would gather behind a slow answer, and go at once
+        # without the lock tokens would gather behind a slow answer, and be spent at once
+        async with self._request_lock:
             await self._bucket.acquire()
             if self._service is None:
                 raise BackendError("globus_compute: not connected")
-            return await self._caller.call(what, self._service)
+            return await self._caller.call(call, self._service)
 
     async def close(self) -> None:
-        """Close the connection; a request that is held up is left behind."""
+        """Close the connection; a request that hangs is abandoned."""
         service, self._service = self._service, None
         if service is not None:
             closed = asyncio.ensure_future(self._caller.call(service.close))
@@ -152,10 +151,10 @@ class ServiceConnection:
 
 
 def _call_in_loop(
-    loop: asyncio.AbstractEventLoop, told: Callable[..., None], *arguments: Any
+    loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: Any
 ) -> None:
-    with suppress(RuntimeError):  # the loop has ended, and nobody listens
-        loop.call_soon_threadsafe(told, *arguments)
+    with suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(callback, *arguments)
 
 
 def _set_result(answer: asyncio.Future[Any], value: Any) -> None:
@@ -171,14 +170,14 @@ def _set_error(answer: asyncio.Future[Any], error: BaseException) -> None:
 logger = logging.getLogger(__name__)
 
 MAX_TASKS_PER_REQUEST: Final = 64
-"""Tasks asked after in one request; each answer may carry a result."""
+"""Tasks polled in one request; each answer may contain a result."""
 
 ResultFuture = asyncio.Future[dict[str, Json]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A task that was posted: to whom, whom to tell, how long it may take, and when."""
+    """A submitted task: its endpoint, future, deadline and time of submission."""
 
     endpoint: str
     answer: ResultFuture
@@ -187,29 +186,29 @@ class _Task:
 
 
 class TaskPoller:
-    """Asks after tasks while some are open, and after the endpoints that have them.
+    """Poll tasks while some are open, and check the endpoints that have them.
 
     Args:
-        talk: The connection to the service.
-        pace: How often to ask.
+        connection: The connection to the service.
+        policy: The poll intervals.
     """
 
-    def __init__(self, talk: ServiceConnection, pace: PollPolicy) -> None:
-        self._connection, self._pace = talk, pace
+    def __init__(self, connection: ServiceConnection, policy: PollPolicy) -> None:
+        self._connection, self._policy = connection, policy
         self._tasks: dict[str, _Task] = {}
         self._down: dict[str, int] = {}
-        self._doubts = itertools.count()
+        self._suspicions = itertools.count()
         self._idle: set[str] = set()
         self._missing: dict[str, float] = {}
         self._loop: asyncio.Task[None] | None = None
 
     def add_task(self, task: str, endpoint: str, answer: ResultFuture, deadline_s: float) -> None:
-        """Bring the end of a task home to ``answer``; one that is done is no longer asked after.
+        """Poll a task until its outcome is set on ``answer``, or ``answer`` is done.
 
         Args:
             task: The task's id.
-            endpoint: Where it is.
-            answer: Whom to tell.
+            endpoint: The endpoint that has it.
+            answer: Receives the outcome.
             deadline_s: Seconds that a worker may take for it.
         """
         self._tasks[task] = _Task(endpoint, answer, deadline_s, time.monotonic())
@@ -218,21 +217,21 @@ class TaskPoller:
             self._loop = asyncio.create_task(self._poll_until_done())
 
     def is_online(self, endpoint: str) -> bool:
-        """Say whether an endpoint could be reached when last seen."""
+        """Return True if the endpoint was online when last checked."""
         return endpoint not in self._down
 
     def mark_suspect(self, endpoint: str) -> None:
-        """Take an endpoint for down until a look that begins from now on sees it online."""
-        self._down[endpoint] = next(self._doubts)
+        """Mark an endpoint as offline until a check that starts from now on finds it online."""
+        self._down[endpoint] = next(self._suspicions)
 
     async def check_endpoint(self, endpoint: str) -> None:
-        """Look how an endpoint is; tasks that are lost by that are given up.
+        """Check an endpoint; tasks that are lost because of its state are failed.
 
         Raises:
             WorkerLostError: It is offline.
             FanfoldError: The service refused, or did not answer.
         """
-        doubt = self._down.get(endpoint)
+        suspicion = self._down.get(endpoint)
         health = await self._connection.request(lambda service: service.fetch_health(endpoint))
         was_idle, now = endpoint in self._idle, time.monotonic()
         for name, task in list(self._tasks.items()):
@@ -244,11 +243,11 @@ class TaskPoller:
         if not health.online:
             self.mark_suspect(endpoint)
             raise offline_error(endpoint)
-        if self._down.get(endpoint) == doubt:  # a later doubt is not answered by this look
+        if self._down.get(endpoint) == suspicion:  # this check does not clear a later suspicion
             self._down.pop(endpoint, None)
 
     async def close(self) -> None:
-        """Stop asking, and give up what is open; tasks go on at their endpoints."""
+        """Stop polling, and fail open tasks here; they go on at their endpoints."""
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.cancel()
@@ -257,55 +256,57 @@ class TaskPoller:
             self._resolve(name, BackendError("globus_compute: closed"))
 
     async def _poll_until_done(self) -> None:
-        pause, looked = self._pace.min_pause_s, time.monotonic()
+        pause, checked_at = self._policy.min_pause_s, time.monotonic()
         while self._tasks:
             await asyncio.sleep(pause)
             ended = await self._poll_all()
-            pause = self._pace.min_pause_s if ended else min(self._pace.max_pause_s, 1.5 * pause)
-            if time.monotonic() - looked >= self._pace.health_check_s:
+            pause = (
+                self._policy.min_pause_s if ended else min(self._policy.max_pause_s, 1.5 * pause)
+            )
+            if time.monotonic() - checked_at >= self._policy.health_check_s:
                 await self._check_endpoints()
-                looked = time.monotonic()
+                checked_at = time.monotonic()
 
     async def _poll_all(self) -> bool:
-        """Ask after all open tasks; return whether some have ended."""
+        """Poll all open tasks; return True if some have ended."""
         tasks, ended = list(self._tasks), False
         for lo in range(0, len(tasks), MAX_TASKS_PER_REQUEST):
             some = tasks[lo : lo + MAX_TASKS_PER_REQUEST]
             try:
                 ended |= await self._poll_batch(some)
-            except BackendError as error:  # they may be ready all the same: asked again
-                logger.warning("%s; asking again", error.message)
+            except BackendError as error:  # the tasks may be done: polled again
+                logger.warning("%s; polling again", error.message)
             except FanfoldError as error:
                 for task in some:
                     self._resolve(task, error)
         return ended
 
     async def _poll_batch(self, tasks: list[str]) -> bool:
-        ends = await self._connection.request(lambda service: service.fetch_outcomes(tasks))
+        outcomes = await self._connection.request(lambda service: service.fetch_outcomes(tasks))
         before = len(self._tasks)
         for name in tasks:
-            if name not in ends:
+            if name not in outcomes:
                 self._handle_missing(name)
                 continue
             self._missing.pop(name, None)
-            if (end := ends[name]) is not None:
-                self._resolve(name, end)
+            if (outcome := outcomes[name]) is not None:
+                self._resolve(name, outcome)
         return len(self._tasks) < before
 
     def _handle_missing(self, name: str) -> None:
-        """Give a task up of which the service says nothing, unless it may only be new to it."""
+        """Fail a task that the service omits, unless it may only be new to the service."""
         task, now = self._tasks.get(name), time.monotonic()
         since = self._missing.setdefault(name, now)
-        if task is not None and now - since >= self._pace.missing_timeout_s:
+        if task is not None and now - since >= self._policy.missing_timeout_s:
             self._resolve(name, unknown_task_error(task.endpoint))
 
-    def _resolve(self, name: str, end: dict[str, Json] | FanfoldError) -> None:
+    def _resolve(self, name: str, outcome: dict[str, Json] | FanfoldError) -> None:
         self._missing.pop(name, None)
         if task := self._tasks.pop(name, None):
-            resolve_future(task.answer, end)
+            resolve_future(task.answer, outcome)
 
     async def _check_endpoints(self) -> None:
-        """See which endpoints with open tasks are offline."""
+        """Check the endpoints with open tasks, and log errors."""
         for endpoint in {task.endpoint for task in self._tasks.values()}:
             try:
                 await self.check_endpoint(endpoint)
@@ -313,11 +314,11 @@ class TaskPoller:
                 logger.warning("%s", error.message)
 
 
-def resolve_future(answer: ResultFuture, end: dict[str, Json] | FanfoldError) -> None:
-    """Give an answer, unless one was given."""
+def resolve_future(answer: ResultFuture, outcome: dict[str, Json] | FanfoldError) -> None:
+    """Set the outcome, unless one is set."""
     if answer.done():
         return
-    if isinstance(end, FanfoldError):
-        answer.set_exception(end)
+    if isinstance(outcome, FanfoldError):
+        answer.set_exception(outcome)
     else:
-        answer.set_result(end)
+        answer.set_result(outcome)

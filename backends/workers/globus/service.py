@@ -1,4 +1,4 @@
-"""The web service by its SDK; login; endpoint health."""
+"""Call the web service through its SDK; log in; read endpoint health."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 _COUNTING: Final = {"GlobusComputeEngine", "GlobusMPIEngine"}
 """Engines that count their tasks; others always report none."""
 _UNQUEUED: Final = {"ThreadPoolEngine", "ProcessPoolEngine"}
-"""Engines that begin at once; behind others there may be a batch system's queue."""
-_BEAT_S: Final = 30.0
-_BEATS: Final = 3
-_AHEAD: Final = 2
+"""Engines that start tasks at once; others may have a batch system's queue."""
+_HEARTBEAT_S: Final = 30.0
+_HEARTBEATS: Final = 3
+_TASKS_PER_WORKER: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointHealth:
-    """An endpoint's state.
+    """State of an endpoint.
 
     Attributes:
         online: Whether it can be reached.
-        outstanding_tasks: Tasks that it has, or None where it does not count.
+        outstanding_tasks: Tasks that it has, or None where it does not count them.
         has_queue: Whether a task may wait before it begins.
         heartbeat_s: Seconds between its reports.
     """
@@ -48,7 +48,7 @@ class EndpointHealth:
     online: bool
     outstanding_tasks: int | None = None
     has_queue: bool = True
-    heartbeat_s: float = _BEAT_S
+    heartbeat_s: float = _HEARTBEAT_S
 
     @classmethod
     def from_json(cls, status: Mapping[str, Any]) -> Self:
@@ -56,12 +56,12 @@ class EndpointHealth:
         details = status.get("details") or {}
         engine = details.get("engine_type")
         holds = details.get("outstanding_tasks") if engine in _COUNTING else None
-        beat_s = float(details.get("heartbeat_period") or _BEAT_S)
-        return cls(status.get("status") == "online", holds, engine not in _UNQUEUED, beat_s)
+        heartbeat_s = float(details.get("heartbeat_period") or _HEARTBEAT_S)
+        return cls(status.get("status") == "online", holds, engine not in _UNQUEUED, heartbeat_s)
 
     @property
     def is_idle(self) -> bool:
-        """Say whether it reports to have no task at all."""
+        """Return True if it reports that it has no task."""
         return self.outstanding_tasks == 0
 
     def task_error(
@@ -73,13 +73,13 @@ class EndpointHealth:
             endpoint: The endpoint's id.
             age_s: Seconds since the task was posted.
             deadline_s: Seconds that a worker may take for it.
-            was_idle: Whether the endpoint was idle when last looked at, too.
+            was_idle: Whether the endpoint was idle at the previous check as well.
         """
         if not self.online:
             return offline_error(endpoint)
-        if self.is_idle and was_idle and age_s > _BEATS * self.heartbeat_s:
+        if self.is_idle and was_idle and age_s > _HEARTBEATS * self.heartbeat_s:
             return restarted_error(endpoint)
-        if not self.has_queue and age_s > _AHEAD * deadline_s:
+        if not self.has_queue and age_s > _TASKS_PER_WORKER * deadline_s:
             return overdue_error(endpoint)
         return None
 
@@ -87,11 +87,11 @@ class EndpointHealth:
 WorkShard = Callable[[dict[str, Json]], dict[str, Json]]
 
 MAX_REQUEST_BYTES: Final = 9_500_000
-"""Most bytes of a POST; the service takes 10 MB."""
+"""Most bytes of a POST; the service accepts 10 MB."""
 _RETRIES: Final = 1
-"""The SDK's own repetitions; what outlasts them is waited for elsewhere."""
+"""The SDK's own retries; longer outages are handled by the poller and the pool."""
 _RETRY_S: Final = 4.0
-"""Pause before one, unless the service names another: repetitions take no turn of the pace's."""
+"""Pause before a retry, unless the service names one: retries bypass the rate limit."""
 _JSON: Final = "globus_compute_sdk.serialize.JSONData"
 _ENDED: Final = ("success", "failed")
 _JSON_ID: Final = "11\n"
@@ -99,10 +99,10 @@ _JSON_ID: Final = "11\n"
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """A packed order.
+    """A packed task.
 
     Attributes:
-        text: Arguments in the service's form, as JSON.
+        text: Arguments in the service's format, as JSON.
         size: Bytes that it takes in a POST.
     """
 
@@ -112,35 +112,35 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class SubmittedBatch:
-    """What the service answered to a POST: the tasks' group, and their ids in order."""
+    """Answer of the service to a POST: the group of the tasks, and their ids in order."""
 
     group: str
     tasks: tuple[str, ...]
 
 
 TaskOutcome = dict[str, Json] | FanfoldError
-"""How a task ended: a worker's summary, or why there is none."""
+"""How a task ended: a worker's result, or why there is none."""
 
 
 class TaskService(Protocol):
-    """What is used of the web service; all of it blocks."""
+    """The calls of the web service that are used; all block."""
 
     def register(self, work: WorkShard) -> str:
         """Register a function and return its id."""
         ...
 
     def fetch_health(self, endpoint: str) -> EndpointHealth:
-        """Return what is known of an endpoint's state."""
+        """Return the state of an endpoint."""
         ...
 
     def submit(
-        self, endpoint: str, function: str, parcels: Sequence[Payload], group: str | None
+        self, endpoint: str, function: str, payloads: Sequence[Payload], group: str | None
     ) -> SubmittedBatch:
         """Post tasks."""
         ...
 
     def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None]:
-        """Return how tasks ended, None for those that did not; unknown ones are left out."""
+        """Return how tasks ended, None for open ones; unknown tasks are omitted."""
         ...
 
     def close(self) -> None:
@@ -148,32 +148,32 @@ class TaskService(Protocol):
         ...
 
 
-def pack_task(order: dict[str, Json]) -> Payload:
-    """Return an order in the form in which the service carries arguments, as JSON.
+def pack_task(task: dict[str, Json]) -> Payload:
+    """Return a task as JSON in the service's argument format.
 
     Raises:
         ConfigurationError: It is larger than a POST may be.
     """
-    data = json.dumps([order], ensure_ascii=False, separators=(",", ":"))
+    data = json.dumps([task], ensure_ascii=False, separators=(",", ":"))
     parts = (_JSON_ID + data, _JSON_ID + "{}")
     text = "".join(f"{len(part)}\n{part}" for part in parts)
     size = len(json.dumps(text))  # the text becomes a string within the POST's JSON
     if size > MAX_REQUEST_BYTES:
         msg = (
-            f"globus_compute: shard {order.get('shard')} takes {size:,} bytes and the service "
-            f"carries {MAX_REQUEST_BYTES:,}; lower shard.items, or give large texts by path"
+            f"globus_compute: shard {task.get('shard')} takes {size:,} bytes and the service "
+            f"accepts {MAX_REQUEST_BYTES:,}; lower shard.items, or pass large texts by path"
         )
         raise ConfigurationError(msg)
     return Payload(text, size)
 
 
 class ComputeService:
-    """The service, with an SDK client's login.
+    """The service, with the login of an SDK client.
 
     Args:
-        client: A ``globus_compute_sdk.Client``; gives address and login, and is not changed.
+        client: A ``globus_compute_sdk.Client``; provides address and login, and is not changed.
         user_endpoint_config: Values for the endpoint's template, or None.
-        hidden: Texts among them that no message may show.
+        hidden: Texts in these values that no message may show.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class ComputeService:
         for one in (self._v2, self._v3):
             one.retry_config.max_retries = _RETRIES
             one.retry_config.backoff = _pause
-            # a redirect would send orders to another host, with what .netrc holds for it
+            # a redirect would send tasks to another host, with its login from .netrc
             one.transport.session.max_redirects = 0
 
     def register(self, work: WorkShard) -> str:
@@ -209,7 +209,7 @@ class ComputeService:
             return str(self._v3.register_function(registration.to_dict())["function_uuid"])
 
     def fetch_health(self, endpoint: str) -> EndpointHealth:
-        """Return what is known of an endpoint's state.
+        """Return the state of an endpoint.
 
         Raises:
             FanfoldError: The service refused, or did not answer.
@@ -218,7 +218,7 @@ class ComputeService:
             return EndpointHealth.from_json(self._v2.get_endpoint_status(endpoint).data)
 
     def submit(
-        self, endpoint: str, function: str, parcels: Sequence[Payload], group: str | None
+        self, endpoint: str, function: str, payloads: Sequence[Payload], group: str | None
     ) -> SubmittedBatch:
         """Post tasks in one request.
 
@@ -236,22 +236,22 @@ class ComputeService:
             user_runtime=create_user_runtime(),
             result_serializers=[_JSON],
         )
-        data = batch.prepare() | {"tasks": {function: [parcel.text for parcel in parcels]}}
+        data = batch.prepare() | {"tasks": {function: [payload.text for payload in payloads]}}
         with convert_errors(f"endpoint {endpoint}", self._hidden):
             answer = self._v3.submit(endpoint, data).data
             tasks = tuple(map(str, answer.get("tasks", {}).get(function, ())))
-            if len(tasks) != len(parcels):
-                msg = f"endpoint {endpoint}: the service took {len(tasks)} of {len(parcels)} tasks"
+            if len(tasks) != len(payloads):
+                msg = f"endpoint {endpoint}: the service took {len(tasks)} of {len(payloads)} tasks"
                 raise BackendError(msg)
             return SubmittedBatch(str(answer["task_group_id"]), tasks)
 
     def fetch_outcomes(self, tasks: Sequence[str]) -> dict[str, TaskOutcome | None]:
-        """Return how tasks ended, None for those that did not; unknown ones are left out.
+        """Return how tasks ended, None for open ones; unknown tasks are omitted.
 
         Raises:
             FanfoldError: The service refused, or did not answer.
         """
-        with convert_errors("asking after tasks"):
+        with convert_errors("polling tasks"):
             found = self._v2.get_task_batch(list(tasks))["results"]
             return {task: _read_outcome(state) for task, state in found.items()}
 
@@ -274,19 +274,19 @@ def _read_outcome(state: dict[str, Any]) -> TaskOutcome | None:
     if not str(text).startswith(_JSON_ID):
         return unreadable_result_error(str(text))
     try:
-        summary = json.loads(text[len(_JSON_ID) :])
-    except ValueError:  # this task's alone: the others of the answer may be whole
+        result = json.loads(text[len(_JSON_ID) :])
+    except ValueError:  # the other tasks of the answer may be valid
         return unreadable_result_error(str(text))
-    return summary if isinstance(summary, dict) else unreadable_result_error(str(text))
+    return result if isinstance(result, dict) else unreadable_result_error(str(text))
 
 
 @contextmanager
 def convert_errors(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
-    """Turn errors of the SDK, and of reading what it returns, within the block into fanfold's.
+    """Convert errors of the SDK, and of reading its answers, to fanfold's.
 
     Args:
-        where: What is asked of the service.
-        hidden: Texts that the error must not show, though the answer may.
+        where: The request, for messages.
+        hidden: Texts that the error must not show, even if the answer contains them.
 
     Raises:
         FanfoldError: The service refused, or did not answer.
@@ -296,13 +296,13 @@ def convert_errors(where: str, hidden: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     except GlobusError as error:
-        told = service_error(error, where, hidden)
-        if hidden:  # the cause shows what was answered
-            raise told from None
-        raise told from error
+        converted = service_error(error, where, hidden)
+        if hidden:  # the cause would show the answer
+            raise converted from None
+        raise converted from error
     except FanfoldError:
         raise
-    except Exception as error:  # noqa: BLE001 - of an answer that is none, the SDK raises anything
+    except Exception as error:  # noqa: BLE001 - for a malformed answer the SDK raises any type
         raise malformed_answer_error(error, where) from None if hidden else error
 
 
@@ -315,10 +315,10 @@ def connect_service(
     """Return the service; blocks.
 
     Args:
-        make_client: Makes the SDK's client; None takes the SDK's usual one.
+        make_client: Makes the SDK's client; None uses the SDK's default.
         user_endpoint_config: Values for the endpoint's template, or None.
-        may_prompt: Whether somebody at a terminal may be asked to log in.
-        hidden: Texts among these values that no message may show.
+        may_prompt: Whether a user at a terminal may be asked to log in.
+        hidden: Texts in these values that no message may show.
 
     Raises:
         ConfigurationError: There is no login.
@@ -338,12 +338,12 @@ def _default_client() -> Any:
 
     try:
         return Client(do_version_check=False)
-    except ValueError as error:  # half a pair of credentials in the environment
+    except ValueError as error:  # only one of the two credentials is in the environment
         raise ConfigurationError(f"globus_compute: {error}") from error
 
 
 def _require_login(client: Any) -> None:
-    """Refuse where the SDK would ask at the terminal, in the middle of a run."""
+    """Raise an error where the SDK would prompt at the terminal during a run."""
     from globus_sdk import UserApp  # noqa: PLC0415 - slow to import, rarely needed
 
     if isinstance(client.app, UserApp) and client.app.login_required():

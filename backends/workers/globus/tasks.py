@@ -1,4 +1,4 @@
-"""Task log, and orphaned tasks of an earlier coordinator."""
+"""Log submitted tasks, and recover those of an earlier coordinator."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .errors import overdue_error
 from .poller import ResultFuture, TaskPoller, resolve_future
 
 TASK_LOG_FILE: Final = "globus.jsonl"
-"""Its name in the run folder."""
+"""Name of the task log in the run folder."""
 
 _TAIL: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class TaskEntry:
-    """One task.
+    """A submitted task.
 
     Attributes:
         shard: The shard's name.
         task: The task's id.
         group: Id of the task's group.
         endpoint: Id of the endpoint that it was posted to.
-        until: When it counts as lost, seconds since the epoch.
+        until: When it counts as lost, in seconds since 1970.
     """
 
     shard: str
@@ -46,17 +46,17 @@ class TaskEntry:
 
 
 class TaskLog:
-    """A run's tasks; its calls block.
+    """The log of a run's tasks; its calls block.
 
     Args:
-        path: Its file; need not be there.
+        path: The file; need not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read_open(self) -> list[TaskEntry]:
-        """Return the tasks that were posted and not closed, by whichever coordinator.
+        """Return the tasks that were posted and not closed, by any coordinator.
 
         Raises:
             JournalError: The file is damaged.
@@ -69,7 +69,7 @@ class TaskLog:
             raise JournalError(f"{self._path}: cannot be read: {error.strerror}") from error
         entries, crc = dict[str, TaskEntry](), 0
         if lines and not lines[-1].endswith(b"\n"):
-            del lines[-1]  # it was torn
+            del lines[-1]  # the write was cut off
         for number, line in enumerate(lines, 1):
             found = check_crc(line, crc)
             if found is None:
@@ -93,17 +93,17 @@ class TaskLog:
 
     def _damaged_error(self, number: int, what: str) -> JournalError:
         return JournalError(
-            f"{self._path}, line {number}: damaged ({what}); remove the file to give up what "
-            "still runs, then resume"
+            f"{self._path}, line {number}: damaged ({what}); remove the file to abandon tasks that "
+            "still run, then resume"
         )
 
     def write(self, closed: list[str], posted: Iterable[TaskEntry]) -> None:
-        """Write down which tasks nobody need ask after any more, and which are new.
+        """Write which tasks are closed and which are new.
 
-        On return it is on disk.
+        The entries are on disk on return.
 
         Raises:
-            JournalError: It could not be written.
+            JournalError: They cannot be written.
         """
         events: list[dict[str, Any]] = [{"closed": closed}] if closed else []
         events += [asdict(entry) for entry in posted]
@@ -125,7 +125,9 @@ class TaskLog:
         except OSError as error:
             raise JournalError(f"{self._path}: cannot be written: {error.strerror}") from error
         except ValueError:
-            text = "its end is damaged; remove the file to give up what still runs, then resume"
+            text = (
+                "its end is damaged; remove the file to abandon tasks that still run, then resume"
+            )
             raise JournalError(f"{self._path}: cannot be written: {text}") from None
         if written < len(data):
             raise JournalError(f"{self._path}: cannot be written: the disk is full")
@@ -140,10 +142,10 @@ def _lines(events: Iterable[dict[str, Any]], crc: int) -> bytes:
 
 
 def _last_crc(handle: int) -> int:
-    """Return the checksum of the last line; 0 where there is none.
+    """Return the checksum of the last line; 0 if there is none.
 
     Raises:
-        ValueError: The file does not end in a line.
+        ValueError: The file does not end with a complete line.
     """
     size = os.fstat(handle).st_size
     return (
@@ -154,7 +156,7 @@ def _last_crc(handle: int) -> int:
 
 
 def _trim_torn_line(handle: int) -> None:
-    """Cut off a line that a crash has torn, however long it is."""
+    """Remove a line that a crash has cut off, however long it is."""
     size, end = os.fstat(handle).st_size, os.fstat(handle).st_size
     while end:
         begin = max(0, end - _TAIL)
@@ -168,32 +170,32 @@ def _trim_torn_line(handle: int) -> None:
 
 
 _KEEP_S: Final = 5.0
-"""Seconds for which a task stays in the book after its summary came: for its records to be safe."""
-_AHEAD: Final = 2
-"""Orders that a worker holds: one may wait for another to end."""
-_LEAST_S: Final = 30.0
-"""Seconds for which a task of an earlier coordinator is waited for, however old it is."""
+"""Seconds for which a task stays open after its result came, until its records are on disk."""
+_TASKS_PER_WORKER: Final = 2
+"""Tasks that a worker holds: one may wait for another to end."""
+_MIN_WAIT_S: Final = 30.0
+"""Least seconds to wait for a task of an earlier coordinator, however old it is."""
 
 
 class TaskRegistry:
-    """Remembers a run's tasks.
+    """Record a run's tasks.
 
     Args:
-        book: Where they are written down; None for runs that nobody goes on with.
+        log: Where they are logged; None for runs that are never resumed.
     """
 
-    def __init__(self, book: TaskLog | None) -> None:
-        self._log = book
+    def __init__(self, log: TaskLog | None) -> None:
+        self._log = log
         self._orphaned: list[TaskEntry] = []
         self._open: dict[str, list[str]] = {}
         self._closed: list[tuple[float, list[str]]] = []
         self._keeps_open = False
 
     async def read(self) -> None:
-        """Read what earlier coordinators have left.
+        """Read the open tasks of earlier coordinators.
 
         Raises:
-            JournalError: The book is damaged.
+            JournalError: The log is damaged.
         """
         if self._log is not None:
             self._orphaned = await asyncio.to_thread(self._log.read_open)
@@ -201,19 +203,19 @@ class TaskRegistry:
     async def record_submitted(
         self, endpoint: str, group: str, tasks: Iterable[tuple[str, str, float]]
     ) -> None:
-        """Write new tasks down; on return they are on disk.
+        """Log new tasks; on return they are on disk.
 
         Args:
-            endpoint: Whom they were posted to.
+            endpoint: The endpoint that they were posted to.
             group: Their group's id.
             tasks: Shard, task id and the seconds that a worker may take for it.
 
         Raises:
-            JournalError: They could not be written.
+            JournalError: They cannot be written.
         """
         now = time.time()
         entries = [
-            TaskEntry(shard, task, group, endpoint, now + _AHEAD * deadline_s)
+            TaskEntry(shard, task, group, endpoint, now + _TASKS_PER_WORKER * deadline_s)
             for shard, task, deadline_s in tasks
         ]
         for entry in entries:
@@ -221,29 +223,29 @@ class TaskRegistry:
         await self._write(time.monotonic() - _KEEP_S, entries)
 
     def keep_open(self) -> None:
-        """Keep open what ends from now on: a run that is being stopped may not take it any more.
+        """Keep tasks open that end from now on: a stopping run may not read their results.
 
-        Who goes on with it asks again: that costs a request, and a shard that is lost its work.
+        The next session polls them again; that costs a request, while a lost shard costs its work.
         """
         self._keeps_open = True
 
     def close_on_result(self, answer: ResultFuture, shard: str) -> None:
-        """Take a shard's tasks out of the book once one of them has brought a summary."""
+        """Close a shard's tasks once one of them has returned a result."""
         tasks = list(self._open.get(shard, ()))
 
         def close(done: ResultFuture) -> None:
             if self._keeps_open or done.cancelled() or done.exception() is not None:
-                return  # somebody may still be at it
+                return  # a worker may still run it
             self._open[shard] = [t for t in self._open.get(shard, ()) if t not in tasks]
             self._closed.append((time.monotonic(), tasks))
 
         answer.add_done_callback(close)
 
     async def write_closed(self) -> None:
-        """Write down what has ended.
+        """Log the tasks that have ended.
 
         Raises:
-            JournalError: It could not be written.
+            JournalError: They cannot be written.
         """
         await self._write(time.monotonic(), [])
 
@@ -253,48 +255,48 @@ class TaskRegistry:
         if self._log is not None:
             await asyncio.to_thread(self._log.write, closed, entries)
 
-    # -- what an earlier coordinator left ------------------------------------------------
+    # -- tasks of an earlier coordinator --------------------------------------------------
 
     def take_orphaned(
-        self, endpoint: str, endpoints: list[str], asking: TaskPoller
+        self, endpoint: str, endpoints: list[str], poller: TaskPoller
     ) -> dict[str, OrphanedTask]:
-        """Return, by shard, what earlier coordinators posted to an endpoint; told once.
+        """Return, by shard, the tasks that earlier coordinators posted to an endpoint; only once.
 
         Args:
-            endpoint: The endpoint; the run's first one speaks for those it no longer has.
+            endpoint: The endpoint; the first one also gets the tasks of endpoints no longer used.
             endpoints: The run's endpoints.
-            asking: Who is to ask after them.
+            poller: Polls the tasks.
         """
         by_shard: dict[str, list[TaskEntry]] = {}
         for entry in self._orphaned:
             by_shard.setdefault(entry.shard, []).append(entry)
         found = {}
         for shard, entries in by_shard.items():
-            at = entries[-1].endpoint
-            if endpoint == (at if at in endpoints else endpoints[0]):
+            posted_to = entries[-1].endpoint
+            if endpoint == (posted_to if posted_to in endpoints else endpoints[0]):
                 self._open[shard] = [entry.task for entry in entries]
-                found[shard] = OrphanedTask(self, asking, entries)
+                found[shard] = OrphanedTask(self, poller, entries)
         self._orphaned = [entry for entry in self._orphaned if entry.shard not in found]
         return found
 
 
 class OrphanedTask:
-    """What was left of one shard; asked after when it is awaited, and not before.
+    """The open tasks of one shard; polled when awaited, and not before.
 
     Args:
-        tasks: Where it is closed.
-        asking: Who is to ask.
+        tasks: The registry where they are closed.
+        poller: Polls them.
         entries: The shard's tasks.
     """
 
-    def __init__(self, tasks: TaskRegistry, asking: TaskPoller, entries: list[TaskEntry]) -> None:
-        self._tasks, self._poller, self._entries = tasks, asking, entries
+    def __init__(self, tasks: TaskRegistry, poller: TaskPoller, entries: list[TaskEntry]) -> None:
+        self._tasks, self._poller, self._entries = tasks, poller, entries
 
     def __await__(self) -> Generator[Any, None, dict[str, Json]]:
-        """Wait for the first summary that one of the tasks brings.
+        """Wait for the first result of the tasks.
 
         Raises:
-            WorkerLostError: None of them will bring any.
+            WorkerLostError: None of them returns a result.
         """
         return self._wait_result().__await__()
 
@@ -318,7 +320,7 @@ class OrphanedTask:
         answer: ResultFuture = loop.create_future()
         self._tasks.close_on_result(answer, entry.shard)
         self._poller.add_task(entry.task, entry.endpoint, answer, math.inf)
-        patience = max(_LEAST_S, entry.until - time.time())
-        timer = loop.call_later(patience, resolve_future, answer, overdue_error(entry.endpoint))
+        wait_s = max(_MIN_WAIT_S, entry.until - time.time())
+        timer = loop.call_later(wait_s, resolve_future, answer, overdue_error(entry.endpoint))
         answer.add_done_callback(lambda _: timer.cancel())
         return answer

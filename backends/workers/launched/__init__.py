@@ -1,1 +1,1 @@
-"""Workers that a launcher such as mpiexec or srun starts, and that come to the coordinator."""
+"""Workers that a launcher such as mpiexec or srun starts, and that connect to the coordinator."""

@@ -1,4 +1,4 @@
-"""Workers started by mpiexec or srun as a backend; launcher process and command."""
+"""Run shards on workers that mpiexec or srun starts; the launcher process and command."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ PYTHON_ENV: Final = "FANFOLD_PYTHON"
 HOST_ENV: Final = "FANFOLD_COORDINATOR_HOST"
 """Variable of a coordinator: the name or address by which workers reach it; for job scripts."""
 COMMAND_NAMES: Final = ("workers",)
-"""What a command may name in braces."""
+"""Names that a command may use in braces."""
 
 
 def launcher_command(
     command: str | None, workers: int, environment: Mapping[str, str]
 ) -> tuple[str, ...] | None:
-    """Return the launcher's words, or None where nobody names one.
+    """Return the launcher's command, or None if none is set.
 
     Args:
         command: ``backend.command``.
-        workers: How many workers it shall start.
+        workers: Number of workers to start.
         environment: Variables of the coordinator.
 
     Raises:
@@ -57,12 +57,12 @@ def launcher_command(
 
 
 def local_launcher_command(workers: int) -> tuple[str, ...]:
-    """Return a launcher of processes of this machine."""
+    """Return the command of a launcher for processes on this machine."""
     return (sys.executable, "-P", "-m", f"{__package__}.local", str(workers))
 
 
 def python_command(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return how Python is started where workers run."""
+    """Return the command that starts Python where workers run."""
     return (environment.get(PYTHON_ENV) or sys.executable, "-P")
 
 
@@ -78,12 +78,12 @@ _KILL_S: Final = 5.0
 
 
 class LauncherProcess:
-    """A launcher's process, and everything in its process group.
+    """A launcher's process, with its process group.
 
     Args:
         process: The process.
-        log: What it and its workers say.
-        begin: Where that begins in the log.
+        log: Output of the launcher and its workers.
+        begin: Offset in the log where that output begins.
 
     Attributes:
         ended: Done when it has ended, with its exit code.
@@ -97,12 +97,12 @@ class LauncherProcess:
     async def start(
         cls, words: Sequence[str], environment: Mapping[str, str], log: Path | None
     ) -> Self:
-        """Start it.
+        """Start the launcher.
 
         Args:
             words: The command.
             environment: Its variables.
-            log: File for what it says, appended to; None keeps it out of sight.
+            log: File to which its output is appended; None discards it at the end.
 
         Raises:
             ConfigurationError: The log cannot be written.
@@ -117,7 +117,7 @@ class LauncherProcess:
                 stdout=file,
                 stderr=file,
                 env=dict(environment),
-                process_group=0,  # a terminal's interrupt is the coordinator's to heed
+                process_group=0,  # only the coordinator handles a terminal's interrupt
             )
         except BaseException:
             file.close()
@@ -125,29 +125,29 @@ class LauncherProcess:
         return cls(process, file, begin)
 
     def read_last_lines(self) -> str:
-        """Return the last lines that it and its workers have said; blocks."""
+        """Return the last output lines of the launcher and its workers; blocks."""
         end = os.fstat(self._log.fileno()).st_size
         begin = max(self._begin, end - _SHOWN_BYTES)
         text = os.pread(self._log.fileno(), end - begin, begin).decode(errors="replace")
-        return "\n".join(text.strip().splitlines()[-_SHOWN_LINES:]) or "it said nothing"
+        return "\n".join(text.strip().splitlines()[-_SHOWN_LINES:]) or "(no output)"
 
     async def stop(self, grace_s: float) -> None:
-        """End it and its group within ``grace_s`` and a little more.
+        """End the launcher and its group within ``grace_s`` and a little more.
 
         Args:
-            grace_s: Seconds in which it may end by itself, its workers being dismissed.
+            grace_s: Seconds in which it may exit after its workers were disconnected.
         """
         await asyncio.wait({self.ended}, timeout=grace_s)
         if not self.ended.done():
-            self._tell(signal.SIGTERM)  # mpiexec and srun end their workers on other nodes
+            self._signal(signal.SIGTERM)  # mpiexec and srun end their workers on other nodes
             await asyncio.wait({self.ended}, timeout=_TERM_S)
-        self._tell(signal.SIGKILL)  # its leash, and what it has left behind
+        self._signal(signal.SIGKILL)  # whatever is left of its group, exit_with_parent included
         await asyncio.wait({self.ended}, timeout=_KILL_S)
         self.ended.cancel()
         await asyncio.gather(self.ended, return_exceptions=True)
         self._log.close()
 
-    def _tell(self, number: signal.Signals) -> None:
+    def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
@@ -164,9 +164,9 @@ def _open_log(log: Path | None) -> IO[Any]:
 logger = logging.getLogger(__name__)
 
 _END_S: Final = 2.0
-"""So long may a launcher take to end by itself when its workers have gone."""
+"""Seconds that a launcher may take to exit after its workers have ended."""
 _LATE_S: Final = 60.0
-"""A launcher that lives has workers on their way: so long is one waited for."""
+"""Seconds to wait for another worker while the launcher runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +174,11 @@ class LaunchSettings:
     """How workers are started.
 
     Attributes:
-        command: The launcher's words; the worker's command follows them.
-        host: Name or address of this machine by which workers reach it.
-        silence_s: Seconds without a sign of life after which a connection counts as ended.
-        queue_s: Seconds until the first worker must have come.
-        log: File for what launcher and workers say, or None.
+        command: The launcher's command; the worker's command is appended.
+        host: Name or address by which workers reach this machine.
+        silence_s: Seconds without a heartbeat after which a connection counts as ended.
+        queue_s: Seconds within which the first worker must connect.
+        log: File for the output of launcher and workers, or None.
     """
 
     command: Sequence[str]
@@ -189,14 +189,15 @@ class LaunchSettings:
 
 
 class LaunchedBackend:
-    """Runs shards on workers that one command starts and that come to a desk in this process.
+    """Run shards on workers that one command starts and that connect to this process.
 
-    A worker that comes late joins by itself; one that goes is lost, with what it had in work. The
-    place is broken only when no worker is left, nor on its way: then the command is started again.
+    A worker that starts late joins when it connects; one that disconnects is lost, with its task.
+    The backend is broken only when no worker is connected and none is starting: then the command is
+    started again.
 
     Args:
         launch: How workers are started.
-        work: What they run: an importable function, which they name and import themselves.
+        work: The function that runs a shard; importable, as workers import it by name.
     """
 
     def __init__(self, launch: LaunchSettings, work: WorkShard) -> None:
@@ -206,78 +207,81 @@ class LaunchedBackend:
         self._launcher: LauncherProcess | None = None
 
     def capacity(self) -> int:
-        """Return how many workers are there."""
+        """Return how many workers are connected."""
         return 0 if self._server is None else self._server.worker_count
 
     async def start(self) -> None:
-        """Open the desk, start the launcher, and wait for the first worker.
+        """Start the server and the launcher, and wait for the first worker.
 
         Raises:
-            BackendError: None came; with the last lines that the launcher and its workers said.
-            ConfigurationError: None can ever come.
+            BackendError: None connected; with the last output lines of the launcher and its
+                workers.
+            ConfigurationError: None can ever connect.
         """
-        desk = WorkerServer(self._settings.host, self._settings.silence_s)
-        self._server = desk
-        await desk.open()
+        server = WorkerServer(self._settings.host, self._settings.silence_s)
+        self._server = server
+        await server.open()
         worker = (*python_command(os.environ), "-m", __package__, self._work)
-        words = (*self._settings.command, *worker, f"{self._settings.silence_s:g}")
-        environment = os.environ | {URL_ENV: desk.url, TOKEN_ENV: desk.token}
-        launcher = await LauncherProcess.start(words, environment, self._settings.log)
+        command = (*self._settings.command, *worker, f"{self._settings.silence_s:g}")
+        environment = os.environ | {URL_ENV: server.url, TOKEN_ENV: server.token}
+        launcher = await LauncherProcess.start(command, environment, self._settings.log)
         self._launcher = launcher
         try:
-            await self._wait_first_worker(desk, launcher)
+            await self._wait_first_worker(server, launcher)
         except BaseException:
             await self.close(0.0)
             raise
 
-    async def _wait_first_worker(self, desk: WorkerServer, launcher: LauncherProcess) -> None:
+    async def _wait_first_worker(self, server: WorkerServer, launcher: LauncherProcess) -> None:
         """Wait for the first worker.
 
         Raises:
-            BackendError: None came.
-            ConfigurationError: None can ever come.
+            BackendError: None connected.
+            ConfigurationError: None can ever connect.
         """
         wait_s = self._settings.queue_s
-        if await self._wait_for_worker(desk, launcher, wait_s):
+        if await self._wait_for_worker(server, launcher, wait_s):
             return
-        said = await asyncio.to_thread(launcher.read_last_lines)
+        output = await asyncio.to_thread(launcher.read_last_lines)
         if launcher.ended.done():
-            msg = f"{self.name}: ended with code {launcher.ended.result()} before a worker came"
+            msg = (
+                f"{self.name}: ended with code {launcher.ended.result()} before a worker connected"
+            )
         else:
-            msg = f"{self.name}: no worker came to {desk.url} within {wait_s:g} s"
-        raise BackendError(f"{msg}; the last that was said:\n{said}")
+            msg = f"{self.name}: no worker connected to {server.url} within {wait_s:g} s"
+        raise BackendError(f"{msg}; last output:\n{output}")
 
     @staticmethod
     async def _wait_for_worker(
-        desk: WorkerServer, launcher: LauncherProcess, wait_s: float
+        server: WorkerServer, launcher: LauncherProcess, wait_s: float
     ) -> bool:
-        """Wait until a worker is there, and say whether one is.
+        """Wait until a worker is connected, and return whether one is.
 
         Raises:
-            ConfigurationError: None can be understood.
+            ConfigurationError: A worker runs an incompatible version.
         """
-        came = asyncio.ensure_future(desk.any_worker.wait())
-        events: set[asyncio.Future[Any]] = {came, launcher.ended, desk.refusal}
+        connected = asyncio.ensure_future(server.any_worker.wait())
+        events: set[asyncio.Future[Any]] = {connected, launcher.ended, server.refusal}
         try:
             await asyncio.wait(events, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            came.cancel()
-        if desk.refusal.done():
-            raise desk.refusal.result()
-        return desk.any_worker.is_set()
+            connected.cancel()
+        if server.refusal.done():
+            raise server.refusal.result()
+        return server.any_worker.is_set()
 
-    async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
-        """Have one order worked on.
+    async def submit(self, task: dict[str, Json]) -> dict[str, Json]:
+        """Run one task.
 
         Raises:
             WorkerLostError: The worker's connection ended.
-            BackendError: No worker is there.
+            BackendError: No worker is connected.
             ConfigurationError: Workers cannot load fanfold.
         """
         if self._server is None:
             raise BackendError(f"{self.name}: not started")
         try:
-            return await self._server.run_task(order)
+            return await self._server.run_task(task)
         except (BackendError, ConfigurationError) as error:
             raise type(error)(f"{self.name}: {error.message}") from error
 
@@ -286,24 +290,24 @@ class LaunchedBackend:
         return {}
 
     async def rebuild(self) -> None:
-        """Wait for workers that are on their way; else start the launcher again.
+        """Wait for workers that are starting; else start the launcher again.
 
-        What is left of the workers is ended before, unless all are ready: those have come since
-        the place broke.
+        Remaining workers are ended before, unless all are idle: those have connected since the
+        backend broke.
 
         Raises:
-            BackendError: No worker came.
-            ConfigurationError: None can ever come.
+            BackendError: No worker connected.
+            ConfigurationError: None can ever connect.
         """
-        desk, launcher = self._server, self._launcher
-        if desk is not None and desk.is_idle:
+        server, launcher = self._server, self._launcher
+        if server is not None and server.is_idle:
             return
-        if desk is not None and launcher is not None and desk.worker_count == 0:
+        if server is not None and launcher is not None and server.worker_count == 0:
             await asyncio.wait({launcher.ended}, timeout=_END_S)
-            if not launcher.ended.done() and await self._wait_for_worker(desk, launcher, _LATE_S):
+            if not launcher.ended.done() and await self._wait_for_worker(server, launcher, _LATE_S):
                 return
-            said = await asyncio.to_thread(launcher.read_last_lines)
-            logger.warning("%s: no worker is left; the last that was said:\n%s", self.name, said)
+            output = await asyncio.to_thread(launcher.read_last_lines)
+            logger.warning("%s: no worker is left; last output:\n%s", self.name, output)
         await self.close(0.0)
         await self.start()
 
@@ -313,10 +317,10 @@ class LaunchedBackend:
             await self._server.stop()
 
     async def close(self, grace_s: float = 10.0) -> None:
-        """Dismiss the workers and end the launcher within ``grace_s`` and a little more."""
-        desk, self._server = self._server, None
+        """Disconnect the workers and end the launcher within ``grace_s`` and a little more."""
+        server, self._server = self._server, None
         launcher, self._launcher = self._launcher, None
-        if desk is not None:
-            await desk.close()
+        if server is not None:
+            await server.close()
         if launcher is not None:
             await launcher.stop(grace_s)

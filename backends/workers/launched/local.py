@@ -1,7 +1,7 @@
 """A launcher for this machine: ``python -m …launched.local N COMMAND``.
 
-It starts the command N times. A process that a signal has ended is started again, a number of
-times; one that ends by itself is not. The launcher ends with the last of them.
+It starts the command N times. A process that a signal ends is restarted, a limited number of times;
+one that exits is not. The launcher ends with the last of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 _PAUSE_S: Final = 1.0
 _STARTS: Final = 20
 _SIGNALLED: Final = 128
-"""What a shell adds to the number of the signal that ended a program."""
+"""Added by a shell to the number of the signal that ended a program."""
 
 
 async def run_workers(count: int, command: Sequence[str]) -> int:

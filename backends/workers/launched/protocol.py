@@ -1,9 +1,9 @@
-"""What a desk and its workers say to each other: one JSON object per WebSocket message.
+"""Define the messages between coordinator and workers: one JSON object per WebSocket message.
 
-A worker begins with ``hello`` (fanfold's version, host, process). Then the desk says ``order``, and
-the worker ``summary`` or ``failed`` to each of them; the desk may say ``stop`` at any time. A
-worker that can do no more says so with its summary (``leaves``). The end of the connection is the
-end of the worker.
+A worker begins with ``hello`` (fanfold's version, host, process). The coordinator then sends
+``task``, and the worker answers each with ``result`` or ``failed``; the coordinator may send
+``stop`` at any time. A worker that cannot run another task sets ``leaves`` in its result. If the
+connection ends, the worker ends.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ VERSION: Final = 2
 """Version of these messages."""
 
 URL_ENV: Final = "FANFOLD_COORDINATOR_URL"
-"""Variable of a worker: where the desk is."""
+"""Variable of a worker: URL of the coordinator's WebSocket server."""
 TOKEN_ENV: Final = "FANFOLD_COORDINATOR_TOKEN"
-"""Variable of a worker: what it shows there."""
+"""Variable of a worker: token for that server."""
 
 MAX_MESSAGE_BYTES: Final = 64_000_000
-"""Most bytes of a message; orders and summaries are bounded to a few MB, aggregates are not."""
+"""Most bytes of a message; tasks and results are bounded to a few MB, aggregates are not."""
 
 CLOSE_REFUSED: Final = 4000
-"""Code with which the desk closes a connection that it does not want; the reason says why."""
+"""Close code with which the coordinator refuses a worker, with the reason."""
 
 
 def encode_message(kind: str, **facts: Json) -> bytes:
     """Return a message.
 
     Args:
-        kind: What it is.
-        **facts: What it says.
+        kind: Kind of the message.
+        **facts: Its further fields.
     """
     return orjson.dumps({"v": VERSION, "kind": kind, **facts})
 
 
 def decode_message(data: Any) -> dict[str, Any]:
-    """Read a message.
+    """Decode a message.
 
     Args:
-        data: What came.
+        data: The received bytes.
 
     Raises:
-        BackendError: It is none.
+        BackendError: They are no message.
     """
     try:
         found = orjson.loads(data)
     except (orjson.JSONDecodeError, TypeError) as error:
-        raise BackendError(f"a message that is no JSON: {error}") from None
+        raise BackendError(f"a message that is not JSON: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("kind"), str):
-        raise BackendError("a message that does not say what it is")
+        raise BackendError("a message without a kind")
     return found

@@ -1,4 +1,4 @@
-"""The worker's side: it comes to the desk, works on what it is given, and goes with the desk."""
+"""Run a worker: connect to the coordinator, run its tasks, exit with the connection."""
 
 from __future__ import annotations
 
@@ -40,88 +40,89 @@ from .protocol import (
 )
 
 _CONNECT_S: Final = 60.0
-"""So long a desk is looked for: thousands of workers come at once."""
+"""Seconds to retry the connection: thousands of workers connect at once."""
 _PAUSE_S: Final = 2.0
-_BEAT: Final = 2 / 3
+_HEARTBEAT_SHARE: Final = 2 / 3
 _NOT_FOR_WORKERS: Final = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""A terminal or a scheduler sends these to everybody; the coordinator heeds them."""
+"""A terminal or a scheduler sends these to all processes; only the coordinator handles them."""
 
 
 class TaskRunner:
-    """Works on orders in a thread of its own, one at a time, so that the connection is heard.
+    """Run tasks in a thread, one at a time, so that the connection stays responsive.
 
     Args:
-        work: What works on an order.
-        line: The connection to the desk.
+        work: The function that runs a task.
+        socket: The connection to the coordinator.
 
     Attributes:
-        leave_reason: Why nothing goes on at this worker, though others may go on; or None.
+        leave_reason: Why this worker cannot go on, though others may; or None.
     """
 
-    def __init__(self, work: WorkShard, line: ClientWebSocketResponse) -> None:
-        self._work, self._socket = work, line
+    def __init__(self, work: WorkShard, socket: ClientWebSocketResponse) -> None:
+        self._work, self._socket = work, socket
         self._running: asyncio.Task[None] | None = None
-        self._scratch: TemporaryFolder | None = None
+        self._temporary: TemporaryFolder | None = None
         self.leave_reason: str | None = None
 
     @property
     def is_busy(self) -> bool:
-        """Say whether an order is in work."""
+        """Return True if a task is running."""
         return self._running is not None and not self._running.done()
 
     async def handle_message(self, message: dict[str, Any]) -> None:
-        """Do what the desk says.
+        """Handle a message of the coordinator.
 
         Raises:
-            BackendError: It cannot be understood.
+            BackendError: Its kind is unknown.
         """
         if message["kind"] == "task" and isinstance(message.get("task"), dict):
-            order = message["task"]
-            if order.get("stop_file") is None:  # nobody shares a folder with us
-                order["stop_file"] = str(self._stop_file())
-            self._running = asyncio.create_task(self._run_task(message["id"], order))
+            task = message["task"]
+            if task.get("stop_file") is None:  # no shared folder
+                task["stop_file"] = str(self._stop_file())
+            self._running = asyncio.create_task(self._run_task(message["id"], task))
         elif message["kind"] == "stop":
             self._stop_file().touch()
         else:
             raise BackendError(
-                f"the desk says {message['kind']!r}, which this fanfold does not know"
+                f"the coordinator sent {message['kind']!r}, which this version does not support"
             )
 
     def _stop_file(self) -> Any:
-        if self._scratch is None:
-            self._scratch = TemporaryFolder("worker")
-        return self._scratch.path / "stop"
+        if self._temporary is None:
+            self._temporary = TemporaryFolder("worker")
+        return self._temporary.path / "stop"
 
-    async def _run_task(self, number: int, order: dict[str, Json]) -> None:
+    async def _run_task(self, number: int, task: dict[str, Json]) -> None:
         found = list[bytes]()
 
         def work() -> None:
-            summary = self._work(order)
-            self.leave_reason = _fatal_reason(summary)
-            found.append(orjson.dumps(summary))
+            result = self._work(task)
+            self.leave_reason = _fatal_reason(result)
+            found.append(orjson.dumps(result))
 
         try:
             await run_in_thread(work)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the coordinator has to know
+        except Exception as error:  # noqa: BLE001 - sent to the coordinator
             answer = encode_message("failed", id=number, **_error_fields(error))
         else:
             leaves = self.leave_reason is not None
-            summary = orjson.Fragment(found[0])
-            answer = encode_message("result", id=number, result=summary, leaves=leaves)
-        with suppress(ConnectionError):  # the desk has gone, and so do we
+            result = orjson.Fragment(found[0])
+            answer = encode_message("result", id=number, result=result, leaves=leaves)
+        with suppress(ConnectionError):  # the coordinator has gone; this worker ends as well
             await self._socket.send_bytes(answer)
-        if self.leave_reason is not None:  # it would take shard after shard from those who can work
+        if self.leave_reason is not None:
+            # else it would take shards from workers that can run them
             await self._socket.close()
 
     def remove_folder(self) -> None:
         """Remove the folder of the stop file."""
-        if self._scratch is not None:
-            self._scratch.remove()
+        if self._temporary is not None:
+            self._temporary.remove()
 
 
-def _fatal_reason(summary: dict[str, Json]) -> str | None:
-    """Return what a worker says when it is hopeless to ask on, e.g. that it has no servers."""
-    error = summary.get("error")
+def _fatal_reason(result: dict[str, Json]) -> str | None:
+    """Return why a worker cannot run further tasks, e.g. that it has no servers; or None."""
+    error = result.get("error")
     if isinstance(error, dict) and error.get("class") == RunStoppedError.__name__:
         return str(error.get("text"))
     return None
@@ -132,41 +133,41 @@ def _error_fields(error: Exception) -> dict[str, str]:
 
 
 async def run_worker(url: str, token: str, work: WorkShard, silence_s: float) -> None:
-    """Work for a desk until it ends the connection.
+    """Run tasks of a coordinator until it closes the connection.
 
     Args:
-        url: Where the desk is.
-        token: What to show there.
-        work: What works on an order.
-        silence_s: Seconds without a sign of life of the desk after which it counts as gone.
+        url: URL of the coordinator.
+        token: Token for it.
+        work: The function that runs a task.
+        silence_s: Seconds without a heartbeat of the coordinator after which it counts as lost.
 
     Raises:
-        BackendError: The desk cannot be reached, or wants nobody.
+        BackendError: The coordinator cannot be reached, or refuses the worker.
     """
     refuse = TraceConfig()
     refuse.on_request_redirect.append(_refuse_redirect)
-    # takes no proxy from the environment, and shows its token to the desk only
+    # uses no proxy from the environment, and sends its token to the coordinator only
     async with ClientSession(trace_configs=[refuse]) as session:
-        line = await _connect(session, url, token, silence_s * _BEAT)
-        attendant = TaskRunner(work, line)
+        connection = await _connect(session, url, token, silence_s * _HEARTBEAT_SHARE)
+        runner = TaskRunner(work, connection)
         try:
             host, pid = socket.gethostname(), os.getpid()
-            await line.send_bytes(
+            await connection.send_bytes(
                 encode_message("hello", fanfold=own_version(), host=host, pid=pid)
             )
-            async for message in line:
+            async for message in connection:
                 if message.type is WSMsgType.BINARY:
-                    await attendant.handle_message(decode_message(message.data))
-            if attendant.leave_reason is not None:
-                why = escape_controls(attendant.leave_reason)
-                sys.stderr.write(f"{host} pid {pid}: this worker leaves: {why}\n")
-            elif attendant.is_busy:
-                os._exit(1)  # it has nobody to work for, and an order may hang
+                    await runner.handle_message(decode_message(message.data))
+            if runner.leave_reason is not None:
+                why = escape_controls(runner.leave_reason)
+                sys.stderr.write(f"{host} pid {pid}: this worker exits: {why}\n")
+            elif runner.is_busy:
+                os._exit(1)  # the coordinator has gone, and the task may hang
         finally:
-            attendant.remove_folder()
-        if line.close_code == CLOSE_REFUSED:
+            runner.remove_folder()
+        if connection.close_code == CLOSE_REFUSED:
             raise BackendError(
-                f"the desk at {url} does not want this worker (fanfold {own_version()})"
+                f"the coordinator at {url} refused this worker (fanfold {own_version()})"
             )
 
 
@@ -174,7 +175,7 @@ async def _refuse_redirect(
     _session: ClientSession, _context: object, params: TraceRequestRedirectParams
 ) -> None:
     msg = (
-        f"the desk at {params.url} answers HTTP {params.response.status}, a redirect, which "
+        f"the coordinator at {params.url} answers HTTP {params.response.status}, a redirect, which "
         "workers do not follow; set backend.host to the name by which they reach the coordinator's "
         "machine"
     )
@@ -182,22 +183,26 @@ async def _refuse_redirect(
 
 
 async def _connect(
-    session: ClientSession, url: str, token: str, beat_s: float
+    session: ClientSession, url: str, token: str, heartbeat_s: float
 ) -> ClientWebSocketResponse:
     began = time.monotonic()
-    shown = {"Authorization": f"Bearer {token}"}
+    headers = {"Authorization": f"Bearer {token}"}
     while True:
         try:
             return await session.ws_connect(
-                url, headers=shown, heartbeat=beat_s, max_msg_size=MAX_MESSAGE_BYTES, compress=0
+                url,
+                headers=headers,
+                heartbeat=heartbeat_s,
+                max_msg_size=MAX_MESSAGE_BYTES,
+                compress=0,
             )
         except WSServerHandshakeError as error:
-            msg = f"the desk at {url} refused this worker: {error.status} {error.message}"
+            msg = f"the coordinator at {url} refused this worker: {error.status} {error.message}"
             raise BackendError(msg) from error
         except (ClientError, TimeoutError) as error:
             if time.monotonic() - began > _CONNECT_S:
                 msg = (
-                    f"{socket.gethostname()}: the coordinator's desk at {url} cannot be reached: "
+                    f"{socket.gethostname()}: the coordinator at {url} cannot be reached: "
                     f"{error}; set backend.host to the name by which workers reach its machine"
                 )
                 raise BackendError(msg) from error
@@ -205,7 +210,7 @@ async def _connect(
 
 
 def main() -> None:
-    """Be a worker: ``WORK SILENCE_S``, the desk being named by the environment."""
+    """Run a worker: ``WORK SILENCE_S``; the environment names the coordinator."""
     for number in _NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -223,7 +228,7 @@ def main() -> None:
 
 
 def _import_work(name: str) -> WorkShard:
-    """Return what ``module:attr`` names.
+    """Import the function ``module:attr``.
 
     Raises:
         ConfigurationError: It cannot be imported.

@@ -104,7 +104,7 @@ def test_without_a_scheduler_it_says_so(shell: Shell) -> None:
     for command in (["cost", "r", "--by", "model"], ["status", "r", "--usage"]):
         said = shell(*command)
         assert said.code == 0
-        words = "no data from the scheduler: sacct: no such command here; ask from a login node"
+        words = "no data from the scheduler: sacct: command not found; ask from a login node"
         assert words in said.out
         assert "by fanfold's own times" in said.out
 

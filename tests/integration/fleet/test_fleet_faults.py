@@ -21,7 +21,9 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Reply, Usage
+from fanfold.backends.fleet.balancer import HealthMonitor
 from fanfold.backends.fleet.endpoint import EndpointSpec
+from fanfold.backends.fleet.failures import HTTPAnswer, classify_answer
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import (
     AdaptiveLimitPolicy,
@@ -34,6 +36,7 @@ from fanfold.backends.fleet.policy import (
     RetryPolicy,
     TimeoutPolicy,
 )
+from fanfold.backends.fleet.transport import Transport
 from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
 
 from .conftest import Canned, Stub, completion, until
@@ -205,6 +208,18 @@ async def test_one_bad_endpoint_of_many_is_ejected(make_stub: Callable[[], Stub]
         assert len(await ask_all(fleet, 40)) == 40
         assert [r.state for r in fleet.report()] == ["ejected", "in use"]
     assert len(bad.bodies) <= AdaptiveLimitPolicy().start
+
+
+async def test_two_refused_requests_are_two_wherever_they_lie_in_memory(stub: Stub) -> None:
+    """Requests without an item: the second failure may lie where the first one did."""
+    async with Fleet([EndpointSpec(stub.url)], FAST) as fleet:
+        (endpoint,) = fleet.endpoints
+        monitor = HealthMonitor(fleet.endpoints, FAST, Transport(FAST))
+        for ejected in (False, True):
+            monitor.record_failure(
+                endpoint, classify_answer(HTTPAnswer(404, {}, b"<html>"), "stub")
+            )
+            assert endpoint.ejected is ejected
 
 
 async def test_a_key_is_renewed_once(stub: Stub) -> None:

@@ -48,7 +48,7 @@ def test_a_job_that_cannot_be_cancelled_keeps_no_other_one(pbs: Cluster, trial: 
     with pytest.raises(BackendError) as caught:
         cancel_jobs(trial.path, at_once=False)
     message = caught.value.message
-    assert "job 2.standin could not be ended: qdel says: qdel: Server could not" in message
+    assert "job 2.standin could not be ended: qdel failed: qdel: Server could not" in message
     assert f"try again: fanfold cancel {trial.path}   or by hand: qdel 2.standin" in message
     check_end(trial)
     assert trial.chain.jobs[1].outcome == "nothing to do"

@@ -79,7 +79,7 @@ def test_where_jobs_may_not_submit_jobs_it_goes_on_by_hand(pbs: Cluster) -> None
     subprocess.run(["qsig", "-s", "SIGUSR1", trial.chain.jobs[0].id], check=True)
     until(lambda: ended(trial), "the end of the first job")
     why = trial.chain.halt_reason or ""
-    assert "the next job could not be submitted: qsub says: qsub: would exceed" in why
+    assert "the next job could not be submitted: qsub failed: qsub: would exceed" in why
     assert why.endswith(f"resume from a login node: fanfold submit {trial.path} …")
     first = trial.chain.jobs[0].id
     until(

@@ -85,8 +85,8 @@ async def test_an_executor_whose_workers_never_come(lab_of: LabMaker) -> None:
         factory = "fanfold.tests.integration.runs.test_executors:Deaf"
         done = await run_elsewhere(lab, kind="executor", factory=factory, queue_s=1.0)
     assert done.returncode == 5
-    assert "Interrupted: no worker has been heard of in the 1 s" in done.stderr
-    assert "(backend.queue_s); see whether workers were started" in done.stderr
+    assert "Interrupted: no worker has responded in the 1 s" in done.stderr
+    assert "(backend.queue_s); check that workers were started" in done.stderr
     assert "could not be shut down" not in done.stderr
 
 

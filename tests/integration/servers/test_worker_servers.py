@@ -79,7 +79,7 @@ async def test_a_run_starts_its_nodes_servers(
     assert not node.alive()
     assert not node.listed()
     assert node.events("end")[-1]["why"] == "stopped"
-    assert "nobody has used the servers" in node.files.supervisor_log.read_text()
+    assert "the servers were not used for" in node.files.supervisor_log.read_text()
 
 
 async def test_many_workers_one_set_of_servers(node: Node) -> None:

@@ -248,12 +248,12 @@ def test_a_short_job_keeps_time_for_its_run() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"account": None}, "needs --account"),
-        ({"queue": None}, "needs --queue"),
+        ({"account": None}, "requires --account"),
+        ({"queue": None}, "requires --queue"),
         ({"queue": "a b"}, "--queue 'a b'"),
         ({"account": "x\n#SBATCH --uid=0"}, "--account"),
         ({"run": Path("/scratch/my run")}, "--out '/scratch/my run'"),
-        ({"walltime_s": 30}, "takes a minute"),
+        ({"walltime_s": 30}, "at least a minute"),
     ],
 )
 def test_what_a_scheduler_cannot_read(changes: dict[str, object], message: str) -> None:

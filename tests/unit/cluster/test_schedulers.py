@@ -55,7 +55,7 @@ def test_slurm_accounts_or_why_there_are_none(programs: Path) -> None:
     program(programs, "sacct", "printf '1|COMPLETED|3600|4\\n2|PENDING||4\\n'")
     assert Slurm().fetch_usage(["1", "2"]) == {"1": SchedulerUsage(14400, 3600, "COMPLETED")}
     program(programs, "sacct", "echo 'Slurm accounting storage is disabled' >&2", "exit 1")
-    with pytest.raises(BackendError, match="sacct says: Slurm accounting storage is disabled"):
+    with pytest.raises(BackendError, match="sacct failed: Slurm accounting storage is disabled"):
         Slurm().fetch_usage(["1"])
 
 
@@ -119,13 +119,13 @@ def test_a_job_that_is_gone_is_no_refusal(programs: Path, said: str, refused: bo
 
 def test_what_a_scheduler_refuses_is_told(programs: Path) -> None:
     program(programs, "sbatch", "echo 'sbatch: error: invalid account' >&2", "exit 1")
-    with pytest.raises(BackendError, match="sbatch says: sbatch: error: invalid account"):
+    with pytest.raises(BackendError, match="sbatch failed: sbatch: error: invalid account"):
         make_scheduler("slurm").submit(Path("job.sh"))
 
 
 def test_without_a_scheduler_the_login_node_is_named(programs: Path) -> None:
     os.environ["PATH"] = str(programs)
-    with pytest.raises(ConfigurationError, match="qsub: no such command here; submit from a login"):
+    with pytest.raises(ConfigurationError, match="qsub: command not found; submit from a login"):
         make_scheduler("pbs").submit(Path("job.sh"))
 
 

@@ -155,6 +155,6 @@ def test_whatever_is_recorded_makes_up_what_was_paid(
     job = JobTime(
         2, 0, end, 2 * end, 10, 4, first, None, was_stopped=False, has_counts=True, intervals=did
     )
-    share = compute_utilization([job], places=4)
+    share = compute_utilization([job], batch_size=4)
     assert share.full_s + sum(share.lost_s.values()) == pytest.approx(share.paid_s, abs=1e-6)
     assert share.paid_s == 2 * end + 10

@@ -56,7 +56,7 @@ def test_each_second_has_one_cause() -> None:
         *busy("a", 60, 70, 1),  # starved
         *busy("a", 70, 75, 1),
     ]
-    share = compute_utilization([by_journal(80, calls, was_stopped=True)], places=4)
+    share = compute_utilization([by_journal(80, calls, was_stopped=True)], batch_size=4)
     assert (share.paid_s, share.full_s, share.busy_s) == (80, 40, 65)
     assert lost(share) == {"start-up": 10, "cold": 10, "starved": 10, "drain": 10}
     assert share.useful_share == 0.5
@@ -64,14 +64,14 @@ def test_each_second_has_one_cause() -> None:
 
 
 def test_the_end_of_a_finished_run_is_its_tail() -> None:
-    share = compute_utilization([by_journal(20, busy("a", 0, 10, 4))], places=4)
+    share = compute_utilization([by_journal(20, busy("a", 0, 10, 4))], batch_size=4)
     assert share.full_s == 10
     assert lost(share) == {"tail": 10}
 
 
 def test_a_server_that_never_answered_is_cold() -> None:
     share = compute_utilization(
-        [by_journal(100, busy("a", 0, 100, 4), nodes=2, servers=2)], places=4
+        [by_journal(100, busy("a", 0, 100, 4), nodes=2, servers=2)], batch_size=4
     )
     assert (share.paid_s, share.full_s, share.busy_s) == (200, 100, 100)
     assert lost(share) == {"cold": 100}
@@ -79,7 +79,7 @@ def test_a_server_that_never_answered_is_cold() -> None:
 
 def test_servers_share_their_node() -> None:
     calls = [*busy("a", 0, 100, 4), *busy("b", 50, 100, 4)]
-    share = compute_utilization([by_journal(100, calls, servers=2)], places=4)
+    share = compute_utilization([by_journal(100, calls, servers=2)], batch_size=4)
     assert (share.paid_s, share.full_s) == (100, 75)
     assert lost(share) == {"cold": 25}
 
@@ -108,7 +108,7 @@ def test_a_life_of_a_server_by_its_own_counts() -> None:
         Interval(85, 90, items=1),  # no further item begins since 80
         Interval(90, 100, "over"),
     )
-    share = compute_utilization([job(105, did, first_item_at=15, last_item_at=80)], places=4)
+    share = compute_utilization([job(105, did, first_item_at=15, last_item_at=80)], batch_size=4)
     assert (share.full_s, share.busy_s) == (40, 65)
     assert lost(share) == {
         "start-up": 15,

@@ -41,7 +41,7 @@ def test_the_earliest_end_counts_less_drain_and_margin(
     end = walltime(given, environment, began=1000)
     assert end is not None
     assert (end.stop_at, end.workers_stop_at) == (stop_at, stop_at + 5)
-    assert end.reason.startswith("walltime: this life ends at ")
+    assert end.reason.startswith("walltime: this session ends at ")
     assert source in end.reason
     assert "50 s are kept" in end.reason
     longer = walltime(given, environment, began=1000, extra_s=10)

@@ -99,7 +99,7 @@ def test_secrets_are_neither_kept_nor_shown() -> None:
     [
         ({}, r"set node\.serve"),
         ({"serve": "s {gpus}"}, r"set node\.accelerators"),
-        ({"serve": "s", "accelerators": {"variable": "CUDA_VISIBLE_DEVICES"}}, "say how many"),
+        ({"serve": "s", "accelerators": {"variable": "CUDA_VISIBLE_DEVICES"}}, "set count or ids"),
     ],
 )
 def test_what_a_node_lacks(node: dict[str, Any], words: str) -> None:

@@ -87,7 +87,7 @@ def test_whose_accelerators_count(
     ("count", "environment", "words"),
     [
         (4, {"CUDA_VISIBLE_DEVICES": "0,1"}, "gives this job 2"),
-        (None, {}, "say how many there are"),
+        (None, {}, "set count or ids"),
     ],
 )
 def test_too_few_accelerators(count: int | None, environment: dict[str, str], words: str) -> None:

@@ -32,7 +32,7 @@ def test_it_is_told_more_and_more_seldom(caplog: pytest.LogCaptureFixture) -> No
         told += [seconds] * (len(caplog.records) - before)
     assert told == [60, 120, 240, 480, 960]
     assert (
-        "no worker has been heard of in the 60 s since the first order (2 are out)"
+        "no worker has responded in the 60 s since the first task was submitted (2 in flight)"
         in (caplog.messages[0])
     )
     assert "waits for 86400 s in all (backend.queue_s)" in caplog.messages[0]
@@ -44,7 +44,7 @@ def test_it_ends_once() -> None:
     arrival.start()
     assert arrival.poll([site]) is None
     clock.now += 31.0
-    assert "31 s since the first order (backend.queue_s)" in str(arrival.poll([site]))
+    assert "31 s since the first task was submitted (backend.queue_s)" in str(arrival.poll([site]))
     assert arrival.poll([site]) is None
 
 

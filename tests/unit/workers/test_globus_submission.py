@@ -361,8 +361,8 @@ def test_an_order_travels_as_json_in_the_services_form() -> None:
         ("ModuleNotFoundError: No module named 'fanfold'\n----", ConfigurationError, "install"),
         ("parsl.executors.errors.WorkerLost: Task failure due to loss of worker", WorkerLostError,
          "loss of worker"),
-        ("BadStateException\n\tSTDERR: fanfold 0.9 is wanted here, found 0.1", ConfigurationError,
-         "failed: STDERR: fanfold 0.9 is wanted here, found 0.1; install"),
+        ("BadStateException\n\tSTDERR: fanfold 0.9 is required here, found 0.1", ConfigurationError,
+         "failed: STDERR: fanfold 0.9 is required here, found 0.1; install"),
         ("", WorkerLostError, "no reason given"),
     ],
 )  # fmt: skip
@@ -402,7 +402,7 @@ def test_refusals_say_what_to_do(status: int, kind: type[FanfoldError], advice: 
         (
             "PID: 1\n\nAnother instance of this endpoint is running.",
             BackendError,
-            "anew in a while",
+            "restarts after three heartbeats",
         ),
     ],
 )

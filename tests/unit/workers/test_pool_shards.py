@@ -165,7 +165,7 @@ async def test_silence_is_death_and_a_late_answer_is_not_used() -> None:
 async def test_a_shard_that_is_lost_again_and_again_stops_the_run() -> None:
     stage = Stage("one", 2)
     shards = await opened(stage, policy=replace(POLICY, silence_s=0.02, attempts=2))
-    with pytest.raises(RunStoppedError, match=r"lost 2 times.*no sign of life"):
+    with pytest.raises(RunStoppedError, match=r"lost 2 times.*no heartbeat"):
         await shards.send("s", beat=lambda: 1.0)  # one sign of life, long ago
     await shards.pool.close()
 
@@ -191,7 +191,7 @@ async def test_no_place_is_left() -> None:
     stage.room, stage.fails = 0, [BackendError("down"), BackendError("down for good")]
     stage.answers[0].set_exception(BackendError("the place broke"))
     for task in tasks:
-        with pytest.raises(RunStoppedError, match=r"no place is left.*down for good"):
+        with pytest.raises(RunStoppedError, match=r"no backend is left.*down for good"):
             await task
     await shards.pool.close()
 
@@ -216,7 +216,7 @@ async def test_no_worker_comes_at_all() -> None:
     shards = await opened(stage, policy=replace(POLICY, queue_s=0.02))
     tasks = [shards.send(f"s{n}", beat=lambda: None) for n in range(3)]
     for task in tasks:
-        with pytest.raises(RunStoppedError, match=r"no worker has been heard of.*queue_s"):
+        with pytest.raises(RunStoppedError, match=r"no worker has responded.*queue_s"):
             await task
     assert len(stage.orders) == 2  # a second time they would wait no shorter
     await shards.pool.close()

@@ -32,4 +32,4 @@ def test_an_order_may_wait_for_the_one_before_it(
     clock.now += patience
     assert watch.lost_reason() is None
     clock.now += 1.0
-    assert "not begun" in (watch.lost_reason() or "")
+    assert "not started" in (watch.lost_reason() or "")

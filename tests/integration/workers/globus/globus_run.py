@@ -48,7 +48,7 @@ class HasId(Protocol):
 def lab_over(service: GlobusService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabOf:
     """Make labs whose shards run on endpoints; runs in this process ask often."""
     monkeypatch.setenv(URL_VARIABLE, service.url)
-    monkeypatch.setattr(factory, "TaskSubmitter", partial(TaskSubmitter, pace=QUICK))
+    monkeypatch.setattr(factory, "TaskSubmitter", partial(TaskSubmitter, policy=QUICK))
 
     @asynccontextmanager
     async def make(*endpoints: HasId, ttft_s: float = 0.2, **backend: Any) -> Any:

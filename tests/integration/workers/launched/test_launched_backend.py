@@ -89,7 +89,7 @@ async def test_a_worker_that_can_do_no_more_leaves(tmp_path: Path) -> None:
         assert first["error"]["text"] == "there is no server"
         assert len({answer["pid"] for answer in rest}) == 1
         await until(lambda: place.capacity() == 1)
-    assert "this worker leaves: there is no server" in log.read_text()
+    assert "this worker exits: there is no server" in log.read_text()
 
 
 async def test_a_stop_reaches_workers_that_share_no_folder() -> None:

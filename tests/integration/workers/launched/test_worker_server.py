@@ -108,7 +108,7 @@ async def test_who_goes_loses_what_it_had_and_nobody_elses(
     for one in (kept, queued):
         with pytest.raises(WorkerLostError):
             await one
-    with pytest.raises(BackendError, match="no worker is there"):
+    with pytest.raises(BackendError, match="no worker is connected"):
         await server.run_task({})
 
 
