@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a fleet to call, and an environment without the developer's keys."""
+"""What all tests share: a fleet to call, and an environment without the developer's keys."""
 
 from __future__ import annotations
 
