@@ -286,8 +286,10 @@ class Session:
                 raise
             reason = self.tools.gate.reason or str(error)
             return self._result(EXIT_INTERRUPTED, _counts(self.tools), [], reason)
-        if asked := final.get("__interrupt__"):
-            return self._result(EXIT_BUDGET, _counts(self.tools), [], _reason(asked, self.tools))
+        if interrupts := final.get("__interrupt__"):
+            return self._result(
+                EXIT_BUDGET, _counts(self.tools), [], _reason(interrupts, self.tools)
+            )
         progress = final["progress"]
         code = EXIT_FAILURES if progress["failed"] else EXIT_DONE
         return self._result(code, progress, final["aggregate"])
@@ -304,9 +306,9 @@ class Session:
         )
 
 
-def _reason(asked: Sequence[Interrupt], tools: RunTools) -> str:
+def _reason(interrupts: Sequence[Interrupt], tools: RunTools) -> str:
     """Return which limit is exhausted, and the total required to finish."""
-    question: dict[str, Any] = asked[0].value
+    question: dict[str, Any] = interrupts[0].value
     needs = (f"{value:,} {name}" for name, value in question["total_to_finish"].items())
     to_finish = ", ".join(needs)
     reason = tools.gate.reason or question["why"]
@@ -453,7 +455,7 @@ def _measure_pilot(
     """Summarize the measurements of the items and estimate the run; blocks."""
     records = [tools.item_journal.read_record(index) for index in chosen]
     total = len(tools.store)
-    seen = ItemStats.from_records(records, total, "the pilot")
+    stats = ItemStats.from_records(records, total, "the pilot")
     items = total - about["input"]["invalid"]
     first = _first_prompts(tools, loaded, chosen, items)
     plan = make_run_plan(loaded.config, items, first, read_price(about), _nodes(tools, loaded))
@@ -464,9 +466,9 @@ def _measure_pilot(
         left=total - tools.progress.done - tools.progress.failed,
         done=done,
         failed=len(records) - done,
-        stats=seen,
+        stats=stats,
         plan=plan,
-        forecast=None if seen is None else forecast(plan, seen, own=True),
+        forecast=None if stats is None else forecast(plan, stats, own=True),
         simulated=tools.simulated,
     )
 

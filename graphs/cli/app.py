@@ -236,7 +236,14 @@ def results(
     folder: Folder,
     form: Annotated[str, typer.Option("--format", help="jsonl, csv or parquet.")] = "jsonl",
     target: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", parser=nonempty_path)
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            parser=nonempty_path,
+            help="Output file; default: stdout.",
+        ),
     ] = None,
     safe_csv: Annotated[
         bool,

@@ -30,28 +30,28 @@ from .format import budget_lines, cost_lines, format_duration, format_usd_amount
 def pilot_lines(found: PilotResult) -> Iterator[str]:
     """Yield what a pilot measured, and the estimate for the whole run."""
     kind = "SIMULATED: " if found.simulated else ""
-    seen = found.stats
+    stats = found.stats
     yield (
         f"{kind}pilot: {found.items:,} of {found.total:,} items, spread over the input: "
         f"{found.done:,} done, {found.failed:,} failed"
     )
-    if seen is None or found.forecast is None:
+    if stats is None or found.forecast is None:
         yield "  no model was called for these items"
         return
-    for name, count in sorted(seen.failed.items(), key=lambda pair: -pair[1]):
+    for name, count in sorted(stats.failed.items(), key=lambda pair: -pair[1]):
         yield f"  {count:,} x {name}"
-    if seen.unreported:
-        yield f"  the endpoint reported no tokens for {seen.unreported:,} items"
-    usage = seen.usage
-    requests = round(seen.requests.likely * seen.items)
+    if stats.unreported:
+        yield f"  the endpoint reported no tokens for {stats.unreported:,} items"
+    usage = stats.usage
+    requests = round(stats.requests.likely * stats.items)
     yield (
         f"  {requests:,} requests, {usage.prompt or 0:,} prompt + {usage.completion or 0:,} "
         "completion tokens"
     )
-    if lost := round(seen.lost.likely * seen.items):
+    if lost := round(stats.lost.likely * stats.items):
         yield f"  up to {lost:,} tokens more may be charged for requests without an answer"
     yield from _pilot_cost_lines(found)
-    median, late = map(format_duration, seen.latencies)
+    median, late = map(format_duration, stats.latencies)
     yield f"  latency: median {median}, 95 % within {late}"
     yield f"estimate for all {found.total:,} items:"
     for line in (
@@ -63,9 +63,9 @@ def pilot_lines(found: PilotResult) -> Iterator[str]:
 
 def _pilot_cost_lines(found: PilotResult) -> Iterator[str]:
     """Yield the cost of the pilot's answers if the token price is known."""
-    price, seen = found.plan.price, found.stats
-    if price is not None and price.prompt is not None and seen is not None:
-        yield f"  cost: {format_usd_amount(seen.nano_usd / NANO_PER_USD)}, at {price}"
+    price, stats = found.plan.price, found.stats
+    if price is not None and price.prompt is not None and stats is not None:
+        yield f"  cost: {format_usd_amount(stats.nano_usd / NANO_PER_USD)}, at {price}"
 
 
 def is_interactive() -> bool:

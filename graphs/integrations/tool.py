@@ -168,7 +168,7 @@ def format_reply(end: Mapping[str, Any], rows: int) -> str:
     if progress["failed"]:
         reply["failures"] = list(_failures(Path(results["failures"])))
     if results["simulated"]:
-        reply["note"] = "simulated answers: they come from no model and mean nothing"
+        reply["note"] = "simulated answers: they come from no model and are meaningless"
     return orjson.dumps(reply).decode()
 
 

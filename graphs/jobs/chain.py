@@ -167,8 +167,8 @@ def _submit_next(path: Path, file: ChainFile, chain: JobChain, name: str, found:
 
 
 def _withdraw_job(file: ChainFile, chain: JobChain, name: str) -> None:
-    asked = make_scheduler(chain.options["scheduler"])
-    refused = try_job_command(asked, name, asked.cancel)
+    scheduler = make_scheduler(chain.options["scheduler"])
+    refused = try_job_command(scheduler, name, scheduler.cancel)
     if refused is None:
         file.append("withdrawn", job=name, outcome="withdrawn before it began")
     else:
@@ -226,29 +226,29 @@ def cancel_jobs(path: Path, at_once: bool) -> None:
         raise ConfigurationError(f"{path}: no job of this run was ever submitted")
     if chain.halt_reason is None:
         file.append("halted", why="cancelled by fanfold cancel")
-    asked = make_scheduler(chain.options["scheduler"])
-    states = _states(asked, chain.unfinished_jobs(), path)
-    did, refused = defaultdict[str, list[str]](list), dict[str, FanfoldError]()
+    scheduler = make_scheduler(chain.options["scheduler"])
+    states = _states(scheduler, chain.unfinished_jobs(), path)
+    outcomes, refused = defaultdict[str, list[str]](list), dict[str, FanfoldError]()
     for job in chain.unfinished_jobs():
-        outcome = _end_job(asked, file, job, states[job.id], at_once)
+        outcome = _end_job(scheduler, file, job, states[job.id], at_once)
         if isinstance(outcome, FanfoldError):
             refused[job.id] = outcome
         else:
-            did[outcome].append(job.id)
-    print_messages([f"{', '.join(jobs)}: {outcome}" for outcome, jobs in did.items()])
+            outcomes[outcome].append(job.id)
+    print_messages([f"{', '.join(jobs)}: {outcome}" for outcome, jobs in outcomes.items()])
     if refused:
         raise BackendError(_advice(path, chain, refused))
     print_messages([_NONE_FOLLOWS])
 
 
-def _states(asked: Scheduler, jobs: Sequence[Job], path: Path) -> dict[str, JobState]:
+def _states(scheduler: Scheduler, jobs: Sequence[Job], path: Path) -> dict[str, JobState]:
     """Return the job states from the scheduler, or those that the chain's records suggest.
 
     Raises:
         ConfigurationError: The scheduler's commands are missing.
     """
     try:
-        return asked.fetch_states([job.id for job in jobs])
+        return scheduler.fetch_states([job.id for job in jobs])
     except ConfigurationError as error:
         msg = f"{error.message}: fanfold cancel {path}\nNo job follows the current ones."
         raise ConfigurationError(msg) from None
@@ -258,16 +258,16 @@ def _states(asked: Scheduler, jobs: Sequence[Job], path: Path) -> dict[str, JobS
 
 
 def _end_job(
-    asked: Scheduler, file: ChainFile, job: Job, state: JobState, at_once: bool
+    scheduler: Scheduler, file: ChainFile, job: Job, state: JobState, at_once: bool
 ) -> str | FanfoldError:
     """End one job; return the outcome or the error."""
     if state == "ended":
         outcome = "is gone already"
     elif state == "running" and not at_once:
         outcome = "draining: finishes the items in flight (use --now to kill it)"
-        return try_job_command(asked, job.id, asked.drain) or outcome
+        return try_job_command(scheduler, job.id, scheduler.drain) or outcome
     else:
-        if (error := try_job_command(asked, job.id, asked.cancel)) is not None:
+        if (error := try_job_command(scheduler, job.id, scheduler.cancel)) is not None:
             return error
         outcome = "is withdrawn" if state == "queued" else "is cancelled"
     if job.began is None and state != "running":

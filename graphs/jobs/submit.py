@@ -251,14 +251,14 @@ def _scripts(plan: JobPlan) -> dict[str, str]:
     return scripts
 
 
-def _check_no_job(file: ChainFile, asked: Scheduler) -> None:
+def _check_no_job(file: ChainFile, scheduler: Scheduler) -> None:
     """Check that no job of the run waits or runs; record those that are gone.
 
     Raises:
         ConfigurationError: A job waits or runs.
     """
     chain = file.read()
-    states = asked.fetch_states([job.id for job in chain.unfinished_jobs()])
+    states = scheduler.fetch_states([job.id for job in chain.unfinished_jobs()])
     if alive := [job for job, state in states.items() if state != "ended"]:
         msg = f"job {alive[0]} of this run is {states[alive[0]]}; wait for it, or: fanfold cancel"
         raise ConfigurationError(msg)

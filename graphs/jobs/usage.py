@@ -199,15 +199,15 @@ def _build_report(  # noqa: PLR0913, PLR0917 - data, its sources, and options
 
 
 def _ask_scheduler(
-    asked: Scheduler, chain: JobChain
+    scheduler: Scheduler, chain: JobChain
 ) -> tuple[dict[str, JobState], dict[str, SchedulerUsage], str | None]:
     """Return states and usage from the scheduler, and the error if it fails."""
     try:
-        states = asked.fetch_states([job.id for job in chain.unfinished_jobs()])
+        states = scheduler.fetch_states([job.id for job in chain.unfinished_jobs()])
     except FanfoldError as error:
         return {}, {}, error.message
     try:
-        used = asked.fetch_usage([job.id for job in chain.jobs if job.began is not None])
+        used = scheduler.fetch_usage([job.id for job in chain.jobs if job.began is not None])
     except FanfoldError as error:
         return states, {}, error.message
     return states, used, None

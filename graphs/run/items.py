@@ -122,7 +122,7 @@ def _with_timeout(run: ItemEngine, seconds: float) -> ItemEngine:
         except TimeoutError:
             if not limit.expired():
                 raise
-            msg = f"it took longer than limits.item_timeout_s ({seconds:g} s) and was given up"
+            msg = f"the item took longer than limits.item_timeout_s ({seconds:g} s)"
             return state | ItemState(error=make_item_error(ItemTimeoutError(msg)))
 
     return timed
