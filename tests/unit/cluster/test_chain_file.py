@@ -136,7 +136,7 @@ def test_most_jobs(file: ChainFile) -> None:
     assert next_job(file.read(), 90).is_due
     submitted(file, "2", after="1")
     lived(file, "2", 10, 20)
-    assert "its 2 jobs" in next_job(file.read(), 80).reason
+    assert "its limit of 2 jobs" in next_job(file.read(), 80).reason
 
 
 def test_most_node_hours(file: ChainFile) -> None:
