@@ -1,1 +1,1 @@
-"""The parts that do the work: inputs, fleet, accounts, and where shards run."""
+"""Inputs, fleet, budgets, storage, model servers, and workers that run shards."""

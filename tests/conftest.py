@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -13,6 +19,25 @@ from fanfold.backends.simulated.spec import SimulationSpec
 
 settings.register_profile("fanfold", deadline=None)  # shared machines have slow moments
 settings.load_profile("fanfold")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_leftovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Remove the temporary folders and end the processes that killed parents left behind."""
+    tmp_path_factory.getbasetemp()  # pytest's own folders stay where they are
+    folder, before = Path(tempfile.mkdtemp(prefix="ff-")), os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    yield
+    mark = f"TMPDIR={folder}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int(process.name) != os.getpid() and mark in (process / "environ").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+    tempfile.tempdir = before
+    os.environ.pop("TMPDIR")
+    if before is not None:
+        os.environ["TMPDIR"] = before
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

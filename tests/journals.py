@@ -1,4 +1,4 @@
-"""Journal files as the tests write them."""
+"""Journal files as tests write them."""
 
 from __future__ import annotations
 

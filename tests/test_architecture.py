@@ -1,4 +1,4 @@
-"""The architecture: who may import whom, no cycles, no globals, and what is public."""
+"""The architecture: layers, no cycles, no globals, public names, cost of imports."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every room may rely on: values, errors and protocols. It imports no other room."""
+"""Values, errors and protocols that all folders use; imports no other folder."""

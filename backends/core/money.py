@@ -167,12 +167,12 @@ class BudgetLimits:
     @property
     def has_any(self) -> bool:
         """Return True if there is any limit."""
-        return any(cap is not None for cap in self.as_tuple())
+        return any(limit is not None for limit in self.as_tuple())
 
     @property
     def can_spend(self) -> bool:
         """Return True if any limit lets something be spent."""
-        return any(cap for cap in self.as_tuple())
+        return any(limit for limit in self.as_tuple())
 
     def as_tuple(self) -> tuple[int | None, ...]:
         """Return the limits in the order of :class:`Amount`'s fields."""

@@ -211,8 +211,8 @@ class CommandToken:
         """
         async with self._lock:
             now = self._clock()
-            lately = self._renewed is not None and now - self._renewed < self._pause_s
-            if refused != self._key or lately:
+            recently = self._renewed is not None and now - self._renewed < self._pause_s
+            if refused != self._key or recently:
                 return
             self._renewed = now
             self._key = await self._fetch()

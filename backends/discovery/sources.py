@@ -246,7 +246,7 @@ class FileSource:
     """An endpoints file, or a folder with one file per host; read only after it changed.
 
     Args:
-        path: File or folder; a link is resolved anew at each poll.
+        path: File or folder; a link is resolved again at each poll.
         key: Key of all endpoints in it, as long as no other user can write it.
     """
 

@@ -458,8 +458,8 @@ class Endpoint:
 
     def accepts_others(self, item: CallLog | None, sent: Mapping[str, str], now: float) -> bool:
         """Return True if it has recently accepted a request of another item with the same key."""
-        who, headers, when = self._accepted
-        if item is not None and who is item:
+        last_item, headers, when = self._accepted
+        if item is not None and last_item is item:
             _, headers, when = self._accepted_before
         return now - when <= _LATELY_S and headers == sent
 
@@ -473,8 +473,8 @@ class Endpoint:
 
     def refuses_alone(self, item: CallLog | None, mark: RefusalMark) -> bool:
         """Return True if since ``mark`` it has accepted more requests of others than it refused."""
-        who, _, when = self._accepted
-        if item is not None and who is item:
+        last_item, _, when = self._accepted
+        if item is not None and last_item is item:
             _, _, when = self._accepted_before
         accepted = self.accepted - mark.accepted
         return when > mark.when and accepted > self.throttled - mark.throttled

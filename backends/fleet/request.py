@@ -314,18 +314,18 @@ class RequestSender:
         """Send one request to an acquired endpoint; the stream releases the endpoint."""
         started, level = time.monotonic(), endpoint.in_flight
 
-        def end(summary: dict[str, Any] | Failure | None) -> None:
+        def end(outcome: dict[str, Any] | Failure | None) -> None:
             seconds: float | None = None
             endpoint.streaming -= 1
             if charge.log is not None and charge.log.streams is not None:
                 charge.log.streams.pop(charge, None)
-            if isinstance(summary, dict):
-                summary = self._check_simulated(summary, endpoint)
-            if isinstance(summary, Failure):
-                self._record_failure(endpoint, summary, body, charge)
-            elif summary is not None:
+            if isinstance(outcome, dict):
+                outcome = self._check_simulated(outcome, endpoint)
+            if isinstance(outcome, Failure):
+                self._record_failure(endpoint, outcome, body, charge)
+            elif outcome is not None:
                 seconds = time.monotonic() - started
-                self._record_success(endpoint, summary, level, seconds, charge)
+                self._record_success(endpoint, outcome, level, seconds, charge)
             # for a stream that is closed early; nothing if its end is known
             endpoint.stats.add_lost(charge.settle_lost())
             self._monitor.balancer.release(endpoint, seconds, charge.log)

@@ -144,10 +144,10 @@ class Transport:
             data=_to_payload(body),
             allow_redirects=False,
             **self._route_options(url, headers, proxied),
-        ) as got:
-            reader = BodyReader(got, self._policy.body_bytes)
-            sent = got.request_info.headers
-            return HTTPAnswer(got.status, got.headers, await reader.read(), sent)
+        ) as response:
+            reader = BodyReader(response, self._policy.body_bytes)
+            sent = response.request_info.headers
+            return HTTPAnswer(response.status, response.headers, await reader.read(), sent)
 
     async def stream(
         self, url: str, body: bytes, headers: Mapping[str, str], proxied: bool = False
@@ -185,9 +185,10 @@ class Transport:
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=timeout_s),
             **self._route_options(url, headers, proxied),
-        ) as got:
-            body = await BodyReader(got, _LARGEST_DOCUMENT).read()
-            return HTTPAnswer(got.status, got.headers, body, got.request_info.headers)
+        ) as response:
+            body = await BodyReader(response, _LARGEST_DOCUMENT).read()
+            sent = response.request_info.headers
+            return HTTPAnswer(response.status, response.headers, body, sent)
 
     def _route_options(self, url: str, headers: Mapping[str, str], proxied: bool) -> dict[str, Any]:
         """Return a request's headers, and its proxy if the environment names one, for aiohttp."""
@@ -577,8 +578,8 @@ class StreamHooks:
     Attributes:
         on_idle: Called when the stream is not being read.
         on_read: Called when it is read again, or has ended.
-        on_end: Called once: with a summary of a whole answer, with the failure that interrupted it,
-            or with None if the caller left early.
+        on_end: Called once: with model and usage of a whole answer, with the failure that
+            interrupted it, or with None if the caller left early.
     """
 
     on_idle: Callable[[], None]
@@ -614,7 +615,7 @@ class OpenStream:
         self._endpoint = endpoint
         self._silence_s = silence_s
         self._hooks = hooks
-        self._summary: dict[str, Any] = {}
+        self._collected: dict[str, Any] = {}
         self._failure: Failure | None = None
         self._open = True
         self._reading = False
@@ -732,7 +733,7 @@ class OpenStream:
                 self._hooks.on_idle()
 
     def _check_end(self) -> None:
-        if self._failure is None and not self._summary.get("finished"):
+        if self._failure is None and not self._collected.get("finished"):
             self._failure = failures.classify_early_end(self._endpoint)
         if self._failure is not None:
             raise _mark_partial(self._failure)
@@ -744,10 +745,10 @@ class OpenStream:
         self._open = False
         if not self._reading:
             self._hooks.on_read()
-        whole = self._failure is None and self._summary.get("finished")
+        whole = self._failure is None and self._collected.get("finished")
         if not self._response.content.at_eof():
             self._response.close()
-        self._hooks.on_end(self._failure or (self._summary if whole else None))
+        self._hooks.on_end(self._failure or (self._collected if whole else None))
 
     def _process_line(self, line: bytes) -> bytes:
         """Record model, fingerprint, usage and the end; return the line's event."""
@@ -765,7 +766,7 @@ class OpenStream:
                 return b""  # a heartbeat, not part of an answer
             for key in ("model", "system_fingerprint", "usage"):
                 if chunk.get(key):
-                    self._summary[key] = chunk[key]
+                    self._collected[key] = chunk[key]
             if failure := _error_event(chunk, line, self._response, self._endpoint):
                 self._failure = failure
                 if isinstance(answer := failure.error.__cause__, HTTPAnswer):
@@ -776,9 +777,9 @@ class OpenStream:
             if isinstance(reason, str) and reason in ABORT_REASONS:
                 self._failure = failures.classify_early_end(self._endpoint)
             elif reason:
-                self._summary["finished"] = True
+                self._collected["finished"] = True
             if _is_whole(choices):
-                self._summary["finished"] = True
+                self._collected["finished"] = True
                 return b"".join(_event(one) for one in _chunks_of(chunk, self._has_content))
             self._has_content = self._has_content or bool(choices[0].get("delta"))
             return _event(chunk)
@@ -805,12 +806,12 @@ def _event(document: Mapping[str, Any]) -> bytes:
     return _DATA + b" " + orjson.dumps(document) + b"\n\n"
 
 
-def _chunks_of(document: Mapping[str, Any], spoken: bool = False) -> Iterator[dict[str, Any]]:
+def _chunks_of(document: Mapping[str, Any], streamed: bool = False) -> Iterator[dict[str, Any]]:
     """Return the events that stream a whole completion.
 
     Args:
         document: The completion.
-        spoken: Whether its text has already come, token by token.
+        streamed: Whether its text has already come, token by token.
     """
     head = {**document, "object": "chat.completion.chunk"}
     usage = head.pop("usage", None)
@@ -820,7 +821,7 @@ def _chunks_of(document: Mapping[str, Any], spoken: bool = False) -> Iterator[di
         message = dict(choice.get("message") or {})
         if calls := message.get("tool_calls"):
             message["tool_calls"] = [{"index": n, **call} for n, call in enumerate(calls)]
-        choices.append({"index": 0, **rest, "delta": {} if spoken else message})
+        choices.append({"index": 0, **rest, "delta": {} if streamed else message})
     yield {**head, "choices": choices}
     if usage:
         yield {**head, "choices": [], "usage": usage}

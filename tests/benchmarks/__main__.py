@@ -1,4 +1,4 @@
-"""``make bench``: what a run costs, measured in processes of their own.
+"""``make bench``: what a run costs, measured in separate processes.
 
 Figures are CPU times and peak memory of the coordinating process alone; the simulated fleet
 runs in another process. Where the machine allows it, ``perf stat`` adds instructions. ``reuse``,

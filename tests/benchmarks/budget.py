@@ -1,4 +1,4 @@
-"""Many streams against a budget that ends in the middle; and what the accounting costs a call."""
+"""Many streams with a budget that ends in the middle; and the cost of accounting per call."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ model: {max_tokens: 200, price: {prompt: 0.15, completion: 0.6}}
 
 
 async def measure(streams: int, answer_s: float) -> None:
-    """Print how much of a budget is used, by the fleet's own books, and the cost per call."""
+    """Print how much of a budget is used, by the fleet's own counts, and the cost per call."""
     ensure_open_files(streams)
     spec = SimulationSpec(
         nodes=NODES,
@@ -84,7 +84,7 @@ def _run(folder: Path, streams: int, urls: tuple[str, ...]) -> None:
 
 
 def _nodes(url: str) -> list[dict[str, Any]]:
-    """Return the fleet's books, node by node."""
+    """Return the fleet's counts, node by node."""
     place = urlsplit(url)
     with urllib.request.urlopen(f"http://{place.netloc}/_sim/stats") as answer:
         stats: dict[str, Any] = json.loads(answer.read())

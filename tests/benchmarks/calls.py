@@ -1,4 +1,4 @@
-"""One call through each door, against stock ChatOpenAI and raw aiohttp, in one process."""
+"""One call through each interface, against stock ChatOpenAI and raw aiohttp, in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the parts of one call cost: each is taken out, or put in, in turn.
+"""The cost of the parts of one call: each is removed, or added, in turn.
 
 Answers come from memory, so that nothing but the fleet itself is measured.
 """

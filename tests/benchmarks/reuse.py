@@ -1,4 +1,4 @@
-"""What reuse costs: per call, and per answer that a folder holds.
+"""The cost of the response cache: per call, and per answer in a folder.
 
 Answers of the fleet come from memory, so that nothing but reuse itself differs.
 """

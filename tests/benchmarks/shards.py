@@ -1,4 +1,4 @@
-"""What the coordinator of shards elsewhere costs: its own CPU alone, and start and rate."""
+"""The cost of the coordinator of remote shards: its own CPU, and start and rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ten thousand answers of a minute each, under way at once in one process."""
+"""Ten thousand answers of a minute each, in flight at once in one process."""
 
 from __future__ import annotations
 

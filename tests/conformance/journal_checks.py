@@ -1,10 +1,10 @@
-"""What every ledger must do, as checks that a site can run against one of its own.
+"""Checks that every journal must pass.
 
 Example, with pytest::
 
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-    async def test_my_ledger(check: Check, tmp_path: Path) -> None:
-        await check(Subject(open=lambda items: my_ledger(tmp_path, items), tear=my_tear))
+    async def test_my_journal(check: Check, tmp_path: Path) -> None:
+        await check(Subject(open=lambda items: my_journal(tmp_path, items), tear=my_tear))
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class LedgerLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A ledger to check.
+    """A journal to check.
 
     Attributes:
         open: Opens the ledger of one and the same run, of so many items, for another life.
@@ -132,7 +132,7 @@ async def reads_what_it_wrote(subject: Subject) -> None:
 
 
 async def keeps_over_lives(subject: Subject) -> None:
-    """What one life recorded, the next finds, and adds to."""
+    """A session finds the records of the one before, and adds to them."""
     async with subject.open(_ITEMS) as ledger:
         ledger.put(sample(5, output="first"))
         await ledger.flush()
@@ -155,7 +155,7 @@ async def orders_by_input(subject: Subject) -> None:
 
 
 async def later_records_win(subject: Subject) -> None:
-    """Of two records of one item the later counts, within a life and over lives."""
+    """Of two records of one item the later counts, within a session and over sessions."""
     async with subject.open(_ITEMS) as ledger:
         ledger.put(sample(1, "failed"))
         ledger.put(sample(1, output="second"))
@@ -168,7 +168,7 @@ async def later_records_win(subject: Subject) -> None:
 
 
 async def reopens_failed(subject: Subject) -> None:
-    """Failed items can be opened again, for this life; an answer then takes their place."""
+    """Failed items can be reopened for this session; an answer then replaces them."""
     async with subject.open(_ITEMS) as ledger:
         ledger.put(sample(0))
         ledger.put(sample(1, "failed"))

@@ -1,4 +1,4 @@
-"""Servers that stand in for what a site has: a model server, Aegis' registry, a FIRST gateway."""
+"""Stand-ins for servers of a site: a model server, Aegis' registry, a FIRST gateway."""
 
 from __future__ import annotations
 

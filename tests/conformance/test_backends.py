@@ -1,4 +1,4 @@
-"""Every backend keeps the contract; to add one, add a line to SUBJECTS."""
+"""Every backend satisfies the protocol; to add one, add a line to SUBJECTS."""
 
 from __future__ import annotations
 

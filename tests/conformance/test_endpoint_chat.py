@@ -1,4 +1,4 @@
-"""What every kind of chat endpoint must do; a real vLLM joins when its URLs are given."""
+"""Requirements on every kind of chat endpoint; a real vLLM joins if its URLs are given."""
 
 from __future__ import annotations
 

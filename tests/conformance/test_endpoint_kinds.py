@@ -1,4 +1,4 @@
-"""Every kind of endpoints ends in a working run of a few items."""
+"""Every kind of endpoints completes a run of a few items."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists of endpoints that change: a file and Aegis' registry, which flaps."""
+"""Lists of endpoints that change: a file, and Aegis' registry, which comes and goes."""
 
 from __future__ import annotations
 

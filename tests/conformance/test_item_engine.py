@@ -1,4 +1,4 @@
-"""The item's steps end the same way whether walked directly or run by LangGraph's engine."""
+"""The steps of an item end the same way, walked directly or run by LangGraph's engine."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ async def test_the_journal_is_a_ledger(check: Check, tmp_path: Path) -> None:
 
 
 class Forgetful(Journal):
-    """Loses what it is told last."""
+    """Loses the last record."""
 
     async def aclose(self) -> None:
         await super().aclose()

@@ -1,4 +1,4 @@
-"""A graph whose budget is exhausted pauses, and goes on by an answer."""
+"""A graph whose budget is exhausted pauses, and resumes with an answer."""
 
 from __future__ import annotations
 

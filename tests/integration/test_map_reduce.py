@@ -295,7 +295,7 @@ async def test_a_cancelled_run_drains_and_another_call_goes_on() -> None:
 
 
 async def test_a_cancelled_run_lets_workers_elsewhere_end_their_items() -> None:
-    """By the fleet's own books nothing is asked twice; what is left is asked by the next call."""
+    """By the fleet's counts nothing is requested twice; the next call requests the rest."""
     async with SimulatedFleet(SimulationSpec.fast(nodes=1, ttft_s=0.3)) as slow:
         changes: dict[str, Any] = {
             "backend": {"processes": 2},

@@ -1,4 +1,4 @@
-"""Values that a server, a model or a user's graph may bring: each is its item's matter alone."""
+"""Odd values from a server, a model or a user's graph affect only their own item."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run is the one that the caller names: checkpoints hold no path to it."""
+"""The folder of a run is the one that the caller names: checkpoints contain no path to it."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ async def test_a_run_that_moved_goes_on_where_out_says(
 async def test_a_process_knows_where_its_runs_lie(
     slow: SimulatedFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same graph goes on without being told the folder, in another working directory too."""
+    """The same graph continues without a given folder, also in another working directory."""
     graph = build_graph(settings(slow), checkpointer=InMemorySaver(), trust_context=True)
     await drained(graph, slow, {"items": rows()}, context=RunContext(out="mine"))
     (tmp_path / "deeper").mkdir()

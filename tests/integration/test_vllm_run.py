@@ -1,4 +1,4 @@
-"""A run against real vLLM servers, named by ``FANFOLD_TEST_VLLM_URL`` (commas between several).
+"""A run against real vLLM servers, named by ``FANFOLD_TEST_VLLM_URL`` (separated by commas).
 
 Any model will do: the schema constrains the answers, and a prompt that no context holds must fail
 its own item only.

@@ -1,4 +1,4 @@
-"""Everything that can be wrong: one message, exit code 2, nothing written, nothing called."""
+"""Invalid settings and options: one message, exit code 2, nothing written, nothing called."""
 
 from __future__ import annotations
 

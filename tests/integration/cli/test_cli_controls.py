@@ -1,4 +1,4 @@
-"""Commands over a server and a file whose every text tries to control the terminal."""
+"""Commands over a server and a file whose texts contain terminal control sequences."""
 
 from __future__ import annotations
 

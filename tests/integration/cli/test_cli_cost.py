@@ -1,4 +1,4 @@
-"""Knowing before paying: check, --like, and runs that begin with a pilot."""
+"""Estimates before a run: check, --like, and runs that begin with a pilot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown of endpoints: listed live, in the run folder, and as metrics."""
+"""Reports of endpoints: listed live, in the run folder, and as metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of a run's jobs: how their node-hours were used, and by whose numbers."""
+"""Reports of a run's jobs: how their node-hours were used, and the sources of the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that work: what they write and print, how they are resumed, and with which exit code."""
+"""Runs from the command line: output, files, resume and exit codes."""
 
 from __future__ import annotations
 

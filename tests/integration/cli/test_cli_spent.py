@@ -1,4 +1,4 @@
-"""What a run says of its cost: at its end, in its tables, and by ``fanfold cost``."""
+"""Reports of a run's cost: at its end, in its tables, and by ``fanfold cost``."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_budget_is_told_with_what_is_spent_of_it(shell: Shell) -> None:
 
 
 def test_a_price_by_node_leaves_no_budget_waiting_for_ever(shell: Shell) -> None:
-    """What is put aside for the time of nodes comes back to nobody who waits."""
+    """The reservation for node time is not given to waiting requests."""
     shell.write(
         model={"price": PRICE | {"node_hour": 1}, "max_tokens": 64},
         endpoints=simulated(),

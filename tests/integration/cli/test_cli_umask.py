@@ -1,4 +1,4 @@
-"""What is written follows the umask, of this process and of workers."""
+"""Files follow the umask, of this process and of workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a batch job, and endpoints that are waited for, as the command line tells of them."""
+"""The end of a batch job and the wait for endpoints, as the command line reports them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An HTTP server that answers with whatever bytes a test gives it, and notes what it was sent."""
+"""An HTTP server that answers with the bytes of a test, and records what it received."""
 
 from __future__ import annotations
 

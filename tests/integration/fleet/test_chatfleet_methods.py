@@ -1,4 +1,4 @@
-"""Every door of the chat model leads to the fleet, and none elsewhere."""
+"""Every method of the chat model that calls a model uses the fleet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bounds of a run: budgets, lengths, quotas, load, affinity, open files."""
+"""The limits of a run: budgets, lengths, quotas, load, affinity, open files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every door of the fleet gives equal requests one answer; streams are asked for each time."""
+"""Every method of the fleet gives equal requests one answer; streams are always requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fleet against faults: nothing is lost, and nothing hopeless is repeated."""
+"""The fleet against faults: nothing is lost, and hopeless requests are not repeated."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ async def test_nodes_join_and_leave(make_stub: Callable[[], Stub], tmp_path: Pat
 
 
 async def test_what_ends_the_following_is_raised(stub: Stub, tmp_path: Path) -> None:
-    """A bug must not leave a run with a list that nobody looks at any more."""
+    """A bug must not leave a run with a list that is no longer read."""
     hosts = tmp_path / "hosts.txt"
     hosts.write_text(f"{stub.url}\nhttp://127.0.0.1:9\n")
     asked = asyncio.Event()

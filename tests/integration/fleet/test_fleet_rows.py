@@ -1,4 +1,4 @@
-"""Rows of the taxonomy that need a state, a stream or a clock, on the simulated fleet."""
+"""Rows of the failure table that need a state, a stream or a clock, on the simulated fleet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repetitions that do not count as attempts are bounded: the server's book tells."""
+"""Repetitions that do not count as attempts are bounded, by the server's request log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An item that must avoid the endpoint that is free delays no other item: whole fleets."""
+"""An item that must avoid the free endpoint delays no other item: whole fleets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An item that holds a stream open and makes a further call never waits for itself or its like."""
+"""An item that holds a stream open and makes another call never waits for itself."""
 
 from __future__ import annotations
 

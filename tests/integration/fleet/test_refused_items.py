@@ -1,4 +1,4 @@
-"""A refusal that depends on the item fails the item; the endpoints stay."""
+"""A refusal that depends on the item fails the item; the endpoints stay healthy."""
 
 from __future__ import annotations
 

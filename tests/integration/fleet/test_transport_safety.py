@@ -1,4 +1,4 @@
-"""What goes to an address, and how much comes back from it."""
+"""What is sent to an address, and how much is read from it."""
 
 from __future__ import annotations
 

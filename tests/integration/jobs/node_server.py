@@ -1,4 +1,4 @@
-"""What ``node.serve`` starts in tests: one simulated server on this node's own loopback address.
+"""A server for ``node.serve`` in tests: simulated, on a loopback address of this node.
 
 Usage: ``python node_server.py PORT MODEL SECONDS_PER_ITEM …``
 """

@@ -1,4 +1,4 @@
-"""Accounts for a private Slurm: slurmdbd over a database of its own in MariaDB."""
+"""Accounts for a private Slurm: slurmdbd with its own database in MariaDB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stand-in for mpiexec: runs a command so many times, each on an address of this machine.
+"""A stand-in for mpiexec: runs a command N times, each on an address of this machine.
 
 Usage: ``python standin_launcher.py NODES COMMAND …``
 """

@@ -1,4 +1,4 @@
-"""An archive of the environment runs where it is unpacked, from itself alone."""
+"""An archive of the environment runs where it is unpacked, without the original."""
 
 from __future__ import annotations
 

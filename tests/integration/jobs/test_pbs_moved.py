@@ -1,4 +1,4 @@
-"""Run folders that are moved or copied beside their jobs, on the stand-in for PBS."""
+"""Run folders that are moved or copied while jobs use them, on the stand-in for PBS."""
 
 from __future__ import annotations
 

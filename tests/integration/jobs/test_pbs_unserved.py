@@ -1,4 +1,4 @@
-"""Jobs whose model servers are given up, on the stand-in for PBS."""
+"""Jobs whose model servers all failed, on the stand-in for PBS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agents as a user's module would hold them: factories for ``task.graph``."""
+"""Agents as in a user's module: factories for ``task.graph``."""
 
 from __future__ import annotations
 

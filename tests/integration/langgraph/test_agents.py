@@ -1,4 +1,4 @@
-"""Agents of a user's own as item graphs: what they cost is counted, and how long they may run."""
+"""A user's agents as item graphs: their cost is counted and their time is limited."""
 
 from __future__ import annotations
 

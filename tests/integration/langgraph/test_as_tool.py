@@ -1,4 +1,4 @@
-"""``as_tool``: what an agent is told, what it may do, and what it may not."""
+"""``as_tool``: what an agent is shown, what it may do, and what it may not do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The map-reduce inside another graph, and called in every way that Python has."""
+"""The map-reduce inside another graph, and called in every way that Python offers."""
 
 from __future__ import annotations
 

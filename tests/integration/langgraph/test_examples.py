@@ -1,4 +1,4 @@
-"""The examples that have no test file of their own run as they stand."""
+"""The examples without a test file of their own run unchanged."""
 
 from __future__ import annotations
 

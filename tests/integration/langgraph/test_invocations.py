@@ -1,4 +1,4 @@
-"""One invocation at a time works on a run, and when it ends, however, the run is drained."""
+"""One invocation at a time uses a run, and every end of an invocation drains the run."""
 
 from __future__ import annotations
 

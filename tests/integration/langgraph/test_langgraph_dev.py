@@ -1,4 +1,4 @@
-"""The real ``langgraph dev``, driven through LangGraph's own client."""
+"""The real ``langgraph dev``, driven by LangGraph's client."""
 
 from __future__ import annotations
 

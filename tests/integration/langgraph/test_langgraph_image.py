@@ -1,4 +1,4 @@
-"""The Dockerfile of ``langgraph build``, as far as it can be judged without an engine."""
+"""The Dockerfile of ``langgraph build``, as far as it can be checked without a container."""
 
 from __future__ import annotations
 

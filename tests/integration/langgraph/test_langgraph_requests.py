@@ -1,4 +1,4 @@
-"""What someone who can send requests to ``langgraph dev`` cannot do with them."""
+"""What a client that can send requests to ``langgraph dev`` cannot do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an invocation is given, by its caller or its parent graph, changes no item's end."""
+"""Limits of a caller or a parent graph do not change the result of an item."""
 
 from __future__ import annotations
 

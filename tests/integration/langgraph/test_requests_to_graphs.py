@@ -1,4 +1,4 @@
-"""Input and context of an invocation: unintended ones start nothing, closed settings stay."""
+"""Input and context of an invocation: wrong ones start nothing, closed settings stay closed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a LangSmith project would see, told by a listener in its place."""
+"""What a LangSmith project receives, recorded by a listener in its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watching a run never changes its results, whatever the server makes of a stream."""
+"""Streaming a run never changes its results, whatever a server does with the stream."""
 
 from __future__ import annotations
 

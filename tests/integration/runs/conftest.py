@@ -1,4 +1,4 @@
-"""A place to run, break off and resume runs against a fleet that keeps its own books."""
+"""Start, stop and resume of runs against a fleet that keeps its own counts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Lab:
 
     def __init__(self, home: Path, fleet: SimulatedFleet, items: int) -> None:
         self.home, self.fleet, self.items = home, fleet, items
-        self.again = 0  # items asked again in a later life
+        self.again = 0  # items requested again in a later session
         self._asked = dict[str, int]()
         self.input = home / "input.csv"
         self.config: dict[str, Any] = {
@@ -97,7 +97,7 @@ class Lab:
         return await execute_run(folder, resumed.loaded, RunOptions(**options), Console(quiet=True))
 
     async def undisturbed(self) -> list[dict[str, Any]]:
-        """Return the aggregate of a run that nothing disturbs, and clear the fleet's books."""
+        """Return the aggregate of a run that nothing disturbs, and clear the fleet's counts."""
         result = await self.live(await self.begin(self.home / "undisturbed"))
         assert result.exit_code == 0
         self.fleet.reset()
@@ -144,7 +144,7 @@ class Lab:
         return not any(node["running"] + node["waiting"] for node in self.fleet.stats()["nodes"])
 
     def life_ended(self) -> None:
-        """Count the items that were asked before this life and again in it.
+        """Count the items that were requested before this session and again in it.
 
         By the fleet's own books; a question that a life sends twice, as a hedge against slow
         nodes, counts once.

@@ -1,4 +1,4 @@
-"""A budget is of the run, not of the process: kill -9, resume, and no token above the cap."""
+"""A budget limits the run, not the process: kill -9, resume, no token above the cap."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST = 48
 
 
 def paid(lab: Lab) -> int:
-    """Return the tokens of all answers that the fleet has sent, by its own books."""
+    """Return the tokens of all answers that the fleet has sent, by its own counts."""
     nodes = lab.fleet.stats()["nodes"]
     return sum(node["prompt_tokens"] + node["completion_tokens"] for node in nodes)
 

@@ -1,4 +1,4 @@
-"""What a run has cost is told while it goes on, after kill -9, and of workers elsewhere."""
+"""The cost of a run is reported during the run, after kill -9, and for workers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def told(lab: Lab) -> tuple[Any, dict[str, Any], int]:
 
 
 def paid(lab: Lab) -> int:
-    """Return the tokens that the fleet has read and written, by its own books."""
+    """Return the tokens that the fleet has read and written, by its own counts."""
     totals = lab.fleet.stats()["totals"]
     names = ("prompt_tokens", "completion_tokens", "abandoned_tokens")
     return sum(int(totals[name]) for name in names)

@@ -1,4 +1,4 @@
-"""A faulty run adds up the same in the journal, the endpoints' counters and the fleet's books."""
+"""A faulty run has equal sums in the journal, the endpoints' counters and the fleet's counts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def test_a_faulty_run_adds_up_three_ways(lab_of: LabMaker, budget: dict[st
     rows = pq.read_table(lab.out / "endpoints.parquet").to_pylist()
     counted = {name: sum(row[name] for row in rows) for name in rows[0] if "tokens" in name}
     assert sum(row["hedges"] for row in rows) > 0
-    # the third: the fleet's own books
+    # the third: the fleet's own counts
     delivered = totals["prompt_tokens"] + totals["completion_tokens"] - totals["broken_tokens"]
     useful = useful_by_the_fleet(fleet["prompts"])
     wasted = delivered - useful + totals["broken_tokens"] + totals["abandoned_tokens"]
@@ -104,7 +104,7 @@ async def test_a_faulty_run_adds_up_three_ways(lab_of: LabMaker, budget: dict[st
     assert told["usd"] == usd
     assert told["tokens"]["wasted"] == journal.wasted_tokens
 
-    # and with the budget's book, which counts a request's price rounded up
+    # and with the spend log, which rounds up the price of a request
     pages = SpendLogs(folder.budget, result.run_id).read_sessions()
     assert pages[1].node_time.node_ms > 0
     if budget:

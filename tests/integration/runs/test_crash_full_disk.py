@@ -1,4 +1,4 @@
-"""Writes that fail: exit 1, how many items are safe, and a resume once there is room."""
+"""Writes that fail: exit 1, the number of safe items, and a resume with free space."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_results_that_cannot_be_written(
 async def test_the_first_error_is_the_one_told(
     lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full, so the note on how this life ended cannot be written either."""
+    """The disk is full, so the end of this session cannot be recorded either."""
     async with lab_of(items=30, ttft_s=0.0, tpot_s=0.0) as lab:
         await lab.begin()
         replace, lives = Path.replace, 0

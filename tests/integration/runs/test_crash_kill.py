@@ -1,4 +1,4 @@
-"""kill -9 of the coordinator: every item once, and only what was in flight asked again."""
+"""kill -9 of the coordinator: every item once; only items in flight are requested again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STREAMS = 16
 
 
 async def test_killed_three_times_in_a_row(lab_of: LabMaker) -> None:
-    """At 5, 40 and 80 per cent: in the first life, in a resume, and in the resume of that."""
+    """At 5, 40 and 80 per cent: in the first session, in a resume, and in its resume."""
     async with lab_of() as lab:
         aggregate = await lab.undisturbed()
         await lab.killed_at(10)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: nothing lost, nothing asked twice, exit 5, within bounds."""
+"""SIGINT and SIGTERM: nothing lost, nothing requested twice, exit 5, within bounds."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ async def test_failed_items_are_asked_again_only_on_demand(lab_of: LabMaker) -> 
 
 
 async def test_a_checkpoint_older_than_the_journal_is_not_believed(lab_of: LabMaker) -> None:
-    """Failed items are asked again with the checkpoints elsewhere; then the old ones come back."""
+    """Failed items run again with other checkpoints; then the old checkpoints return."""
     async with lab_of(items=80) as lab:
         lab.config["shard"] = {"items": 5}
         aggregate = await lab.undisturbed()
@@ -225,7 +225,7 @@ async def test_a_checkpoint_older_than_the_journal_is_not_believed(lab_of: LabMa
 
 
 async def test_killed_between_new_settings_and_the_first_checkpoint(lab_of: LabMaker) -> None:
-    """The settings have other reduce stages than the checkpoint, and nobody says so."""
+    """The settings have other aggregators than the checkpoint, without a notice."""
     async with lab_of(items=80) as lab:
         lab.config["shard"] = {"items": 5}
         assert (await stopped(lab, 40, signal.SIGTERM)).exit_code == 5

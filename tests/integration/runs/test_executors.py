@@ -1,4 +1,4 @@
-"""Runs on executors that are engines: Dask and Ray, if installed, and one without workers."""
+"""Runs on executors: Dask and Ray, if installed, and one without workers."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ async def test_a_worker_of_an_engine_is_killed(lab_of: LabMaker, backend: dict[s
 async def test_the_coordinator_of_an_engine_is_killed(
     lab_of: LabMaker, backend: dict[str, Any]
 ) -> None:
-    """Its workers end with it, and the rest of the run goes on elsewhere."""
+    """Its workers end with it, and other workers run the rest."""
     async with lab_of(items=300) as lab:
         lab.config["limits"]["hedge"] = False
         aggregate = await lab.undisturbed()

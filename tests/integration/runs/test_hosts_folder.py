@@ -1,4 +1,4 @@
-"""Runs over a folder of hosts: they come while it is waited, join and leave meanwhile."""
+"""Runs over a folder of hosts, which join during the wait and later join and leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kill -9 of a worker that a launcher started, and of the launcher itself."""
+"""kill -9 of a worker that a launcher started, and of the launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run folders that are spelled otherwise, moved or copied: the same items, each asked once."""
+"""Run folders with other spellings, moved or copied: the same items, each requested once."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ async def test_a_copy_is_a_run_of_its_own(lab_of: LabMaker, tmp_path: Path) -> N
 async def test_with_workers_elsewhere(
     lab_of: LabMaker, tmp_path: Path, backend: dict[str, Any]
 ) -> None:
-    """They are told the folder with each order: of the copy, and of the place it moved to."""
+    """Each task names the folder: that of the copy, and the new one after a move."""
     async with lab_of() as lab:
         lab.config["backend"] = backend
         await drained(lab)

@@ -1,4 +1,4 @@
-"""Runs on Parsl configurations of a user's own, and on a DataFlowKernel that is loaded already."""
+"""Runs on a user's Parsl configuration, and on a DataFlowKernel that is already loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints in PostgreSQL, against a real server where one answers."""
+"""Checkpoints in PostgreSQL, against a real server if one answers."""
 
 from __future__ import annotations
 

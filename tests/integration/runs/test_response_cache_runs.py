@@ -140,7 +140,7 @@ async def test_killed_runs_leave_their_answers_to_others(lab_of: LabMaker) -> No
 
 
 async def test_a_resumed_run_knows_what_it_asked(lab_of: LabMaker) -> None:
-    """The answers of a run's first life serve the equal items of its second."""
+    """Answers of a run's first session serve equal items of its second."""
     async with lab_of() as lab:
         repeat(lab, 300, 60)
         aggregate = await lab.undisturbed()

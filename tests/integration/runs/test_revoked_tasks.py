@@ -1,4 +1,4 @@
-"""A worker that was silent for too long wakes: it goes on with nothing that another one does."""
+"""A worker that was silent for too long resumes no item that another worker has."""
 
 from __future__ import annotations
 

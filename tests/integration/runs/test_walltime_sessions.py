@@ -1,4 +1,4 @@
-"""Lives of bounded time: each ends with 5 in time, the last finishes, nothing is asked twice."""
+"""Sessions with a time limit: each exits with 5 in time, the last finishes the run."""
 
 from __future__ import annotations
 

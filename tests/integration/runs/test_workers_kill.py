@@ -1,4 +1,4 @@
-"""kill -9 of workers, of Parsl's manager and of the coordinator: nothing lost, nothing twice."""
+"""kill -9 of workers, of Parsl's manager and of the coordinator: nothing lost or doubled."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def their_parent(workers: list[int]) -> set[int]:
 
 
 def asked_again(lab: Lab) -> int:
-    """Return how many questions the fleet was asked more than once, by its own books."""
+    """Return how many questions the fleet got more than once, by its own counts."""
     book = lab.fleet.stats(prompts=True)["prompts"]
     return sum(int(question["asked"]) > 1 for question in book.values())
 
@@ -152,4 +152,4 @@ async def test_the_coordinator_is_interrupted_and_then_killed(
         result = await lab.live(overrides=("backend={kind: local}",))
         assert result.exit_code == 0
         lab.assert_whole(aggregate, again=STREAMS)
-        assert leftovers(lab) == ["stop", "stop"]  # an engine may still hold orders of both
+        assert leftovers(lab) == ["stop", "stop"]  # an engine may still have tasks of both

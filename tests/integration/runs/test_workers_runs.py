@@ -1,4 +1,4 @@
-"""Runs whose shards are worked on elsewhere, here in threads: the same results as ever."""
+"""Runs whose shards run on workers, here in threads: the same results as in one process."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_results_are_those_of_a_local_run(lab_of: LabMaker, shared: bool) 
 async def test_orders_and_summaries_of_bounded_size(
     lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither an order nor a summary may exceed the bound: the shards go in pieces."""
+    """Neither a task nor a result may exceed the bound: the shards are sent in pieces."""
     monkeypatch.setattr(BackendConfig, "message_bytes", 4_000)
     sizes, real = list[int](), worker.work_shard
 
@@ -88,7 +88,7 @@ async def test_orders_and_summaries_of_bounded_size(
 
 
 async def test_lives_on_different_backends(lab_of: LabMaker) -> None:
-    """Worker files of earlier lives count; a stop ends what is out, and nothing is asked twice."""
+    """Worker files of earlier sessions count; a stop ends tasks; nothing is requested twice."""
     async with lab_of(items=200) as lab:
         lab.config["limits"]["hedge"] = False
         aggregate = await lab.undisturbed()
@@ -111,7 +111,7 @@ def _interrupt() -> None:
 
 
 async def test_two_copies_that_answer(lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two orders of a shard are worked on: each item counts once, aggregate and results agree."""
+    """Two tasks of a shard run: each item counts once, aggregate and results agree."""
     real = worker.work_shard
 
     def twice(order: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ async def test_two_copies_that_answer(lab_of: LabMaker, monkeypatch: pytest.Monk
 async def test_what_an_engine_repeats_asks_nothing_again(
     lab_of: LabMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each order is delivered once more, half of them by an engine that uses the later answer."""
+    """Each task is delivered twice, half of them by an engine that uses the later answer."""
     real, orders = worker.work_shard, list[str]()
 
     def repeated(order: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +205,7 @@ async def test_tracing_each_item_needs_this_process(lab_of: LabMaker) -> None:
 async def test_leftovers_of_a_killed_life_are_swept_up(
     lab_of: LabMaker, backend: dict[str, Any]
 ) -> None:
-    """And its workers are stopped, wherever this life works."""
+    """And its workers are stopped, wherever this session runs."""
     async with lab_of(items=20, ttft_s=0.0) as lab:
         lab.config["backend"] = backend
         folder = await lab.begin()

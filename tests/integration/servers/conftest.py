@@ -1,4 +1,4 @@
-"""A node to serve: plans of small servers, and a look at what became of them."""
+"""A node to serve: plans of small servers, and a check of their ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model server of the least: answers chat completions without the simulated fleet's mark.
+"""A minimal model server: answers chat completions without the simulated fleet's mark.
 
 ``plain.py PORT [start-delay] [words…]``; with ``fail`` it says some lines and exits with 3.
 """

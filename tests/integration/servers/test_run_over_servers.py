@@ -1,4 +1,4 @@
-"""Runs over nodes that are served, while servers die and nodes leave: each item ends once."""
+"""Runs over served nodes while servers die and nodes leave: each item ends once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node's servers work on, by their own counts, in the node's record."""
+"""Work of a node's servers, by their own counts, in the node's event log."""
 
 from __future__ import annotations
 

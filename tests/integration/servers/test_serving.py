@@ -1,4 +1,4 @@
-"""A node's servers: started once, watched, restarted, listed, ended whole."""
+"""A node's servers: started once, watched, restarted, listed, ended completely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers whose node is not served: the first has the servers started, all use them."""
+"""Workers on an unserved node: the first has the servers started, all use them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client may rely on, asked of the simulated fleet and, when one is there, of a real vLLM.
+"""The HTTP interface that clients rely on: the simulated fleet, and a real vLLM if given.
 
 Set ``FANFOLD_TEST_VLLM_URL`` (``http://host:port/v1``) to add the real server.
 """

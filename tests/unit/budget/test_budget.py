@@ -1,4 +1,4 @@
-"""Reservations, leases and books: a cap holds whatever happens, and nothing leaks."""
+"""Reservations, leases and spend logs: a cap holds in all cases, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LIFE = st.tuples(st.lists(STEP, max_size=25), st.booleans())
 
 
 class Trial:
-    """One life: what was done, and what was really spent by it."""
+    """One session: its steps, and its real spending."""
 
     def __init__(
         self, shelf: SpendLogs, life: int, cap: int, away: dict[str, tuple[int, int]]
@@ -84,7 +84,7 @@ class Trial:
         if size <= self.budget.balance.left.tokens:
             await self.leases.lend(name, Lease(tokens(size), 1e12))
             self.out[name] = size, int(share * size)
-            self.spent += int(share * size)  # the worker spends it, whoever hears of it
+            self.spent += int(share * size)  # the worker spends it, even if unreported
 
     async def back(self, *_: Any) -> None:
         if self.out:
@@ -118,7 +118,7 @@ class Trial:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 400), st.lists(LIFE, min_size=1, max_size=4))
 def test_a_cap_holds_over_lives_crashes_and_leases(cap: int, lives: list[Any]) -> None:
-    """What was really spent stays below what the books say, and that below the cap."""
+    """Real spending stays below that of the spend logs, and that below the cap."""
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(_live(SpendLogs(Path(folder) / "budget", "run"), cap, lives))
 

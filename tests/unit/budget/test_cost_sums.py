@@ -1,4 +1,4 @@
-"""What a run has cost, by its books and its journal's records."""
+"""The cost of a run, from its spend logs and its journal's records."""
 
 from __future__ import annotations
 

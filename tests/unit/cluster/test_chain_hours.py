@@ -1,4 +1,4 @@
-"""Node-hours of a chain: whose numbers, and what counts of jobs that have not ended."""
+"""Node-hours of a job chain: their sources, and jobs that have not ended."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_schedulers_numbers_come_first() -> None:
 
 
 def test_the_scheduler_knows_when_a_lost_job_ended() -> None:
-    """Its successor told of its end much later."""
+    """Its successor recorded its end much later."""
     (found,) = list_job_usage(
         JobChain((job("1", 0, 500),)), {"1": SchedulerUsage(200, 100, "NODE_FAIL")}, {}, 1000
     )
@@ -41,7 +41,7 @@ def test_the_scheduler_knows_when_a_lost_job_ended() -> None:
     [
         ("running", 130.0, 110.0, 30.0),
         ("running", 9999.0, None, 3600.0),  # no job is longer than its walltime
-        ("ended", 130.0, 110.0, 10.0),  # lost, and nobody has noted it
+        ("ended", 130.0, 110.0, 10.0),  # lost, and not recorded
         (None, 130.0, 110.0, 10.0),
         (None, 130.0, 90.0, 0.0),
     ],

@@ -1,4 +1,4 @@
-"""What is asked of Slurm and PBS, against programs that say what those say."""
+"""Commands for Slurm and PBS, against programs that answer as those do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of job scripts, run by bash with stand-ins for what would take minutes."""
+"""Parts of job scripts, run by bash with stand-ins for slow commands."""
 
 from __future__ import annotations
 

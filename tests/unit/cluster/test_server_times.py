@@ -1,4 +1,4 @@
-"""What servers did, by the nodes' records; and together with the journal, how useful that was."""
+"""Times of servers, from the nodes' event logs; with the journal, their utilization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``fanfold submit`` refuses before anything is written or submitted."""
+"""Errors of ``fanfold submit`` before anything is written or submitted."""
 
 from __future__ import annotations
 

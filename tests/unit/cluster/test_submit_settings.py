@@ -1,4 +1,4 @@
-"""What a job's nodes make of the settings, by the shape that these ask for."""
+"""Settings of a job's nodes, for each deployment shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each second of each server has one heading; from the journal, or from the servers' counts."""
+"""Each second of each server has one cause, from the journal or the servers' counts."""
 
 from __future__ import annotations
 

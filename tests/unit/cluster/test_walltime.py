@@ -1,4 +1,4 @@
-"""When a life must end: arithmetic, sources, and what is closed in time."""
+"""The end of a session: arithmetic, sources, and what closes in time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values for the template of a Globus endpoint, some of which nobody may see."""
+"""Values for the template of a Globus endpoint, some of which are secret."""
 
 from __future__ import annotations
 

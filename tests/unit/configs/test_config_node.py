@@ -1,4 +1,4 @@
-"""The section node: what fits, what does not, and what is kept of it."""
+"""The section node: valid and invalid settings, and what is kept of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop aside: one for all threads that use it at a time, and only as long."""
+"""The portal: one event loop for all threads that use it at a time, and only as long."""
 
 from __future__ import annotations
 

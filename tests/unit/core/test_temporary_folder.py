@@ -1,4 +1,4 @@
-"""A temporary folder goes with its owner, or with the next one of its kind."""
+"""A temporary folder is deleted with its owner, or by the next one of its kind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_killed_owners_leave_is_swept_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is young, of another kind, or somebody's, is left alone."""
+    """New folders, those of another kind, and those in use are unchanged."""
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as owner:
@@ -68,7 +68,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def test_a_shared_file_system_may_have_no_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Then nothing is swept up, for it may be another's that lives."""
+    """Then nothing is deleted, because it may belong to a live process."""
     refusing(monkeypatch, number)
     monkeypatch.setattr(process, "_YOUNG_S", -1.0)
     first, second = TemporaryFolder("test", tmp_path), TemporaryFolder("test", tmp_path)

@@ -1,4 +1,4 @@
-"""Endpoints in a file that somebody else can write get no key."""
+"""Endpoints in a file that another user can write get no key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which endpoints a worker finds on its own node."""
+"""Endpoints that a worker finds on its own node."""
 
 from __future__ import annotations
 

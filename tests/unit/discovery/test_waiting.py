@@ -1,4 +1,4 @@
-"""Waiting for endpoints: what is said, what ends it."""
+"""The wait for endpoints: messages, and what ends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request is reserved for, and how it is settled by each kind of end."""
+"""The reservation of a request, and how each kind of end settles it."""
 
 from __future__ import annotations
 

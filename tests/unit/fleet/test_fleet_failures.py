@@ -1,4 +1,4 @@
-"""Every row of the taxonomy: what class of error, and what follows."""
+"""Every row of the failure table: class of error, and what follows."""
 
 from __future__ import annotations
 

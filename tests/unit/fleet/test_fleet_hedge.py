@@ -1,4 +1,4 @@
-"""The end game: second requests, and what they hold."""
+"""Hedging: second requests at the end of a run, and what they reserve."""
 
 from __future__ import annotations
 

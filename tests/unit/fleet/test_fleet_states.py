@@ -1,4 +1,4 @@
-"""Breaker, lane and buckets: pure state, time passed in."""
+"""Breaker, adaptive limit and token buckets: pure state, time passed in."""
 
 from __future__ import annotations
 

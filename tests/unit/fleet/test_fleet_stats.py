@@ -1,4 +1,4 @@
-"""Each call is told once, and what is told adds up to what happened."""
+"""Each call is reported once, and the reports add up to what happened."""
 
 from __future__ import annotations
 

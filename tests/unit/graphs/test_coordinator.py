@@ -1,4 +1,4 @@
-"""The coordinator's side of shards elsewhere: lost orders, stops, damaged files, earlier lives."""
+"""The coordinator of remote shards: lost tasks, stops, damaged files, earlier sessions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ITEMS = 100
 
 @dataclass
 class Terms:
-    """What orders have in common, as far as it matters here."""
+    """The template of all tasks, as far as the tests need it."""
 
     journal: Path | None
     run: dict[str, Json] = field(default_factory=lambda: {"token": "t", "id": "r"})
@@ -53,7 +53,7 @@ class Lender:
         """Lend nothing."""
 
     async def settle(self, _: ShardResult) -> None:
-        """Take a summary."""
+        """Take a result."""
 
 
 class Site:
@@ -91,7 +91,7 @@ class Site:
 
 
 class Lab:
-    """A crew over one site."""
+    """A coordinator over one pool member."""
 
     def __init__(self, folder: Path, *, shared: bool = True) -> None:
         self.folder, self.site = folder, Site()
@@ -176,7 +176,7 @@ async def test_one_stop_is_enough_for_all_shards(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     async with lab.opened():
         asked = [asyncio.create_task(lab.crew.stop()) for _ in range(50)]
-        asked[0].cancel()  # whoever asks may go; the stop does not
+        asked[0].cancel()  # the caller may be cancelled; the stop is not
         await asyncio.wait(asked)
         await lab.crew.stop()
         assert lab.site.stops == 1

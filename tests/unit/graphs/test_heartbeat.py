@@ -1,4 +1,4 @@
-"""The small files by which coordinator and workers know of each other, and what they mean."""
+"""Control files of coordinator and workers, and what they mean."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_silence_begins_with_the_first_sign(
     signs.create(file)
     later(100)
     signs.poll()
-    assert silent() is None  # nobody has touched it yet
+    assert silent() is None  # not touched yet
     os.utime(file)
     signs.poll()
     assert silent() == 0
@@ -68,7 +68,7 @@ def test_silence_begins_with_the_first_sign(
 def test_a_pause_of_the_coordinator_is_nobodys_silence(
     signs: ControlFiles, file: Path, later: Callable[[float], None]
 ) -> None:
-    """As where the file system answers nobody for minutes: worker and coordinator both wait."""
+    """If the file system does not answer for minutes, worker and coordinator both wait."""
     silent = signs.watch(file)
     signs.create(file)
     os.utime(file)
@@ -113,7 +113,7 @@ def test_what_cannot_be_looked_at_is_told_and_not_silent(
 async def told(
     signs: ControlFiles, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[heartbeat.StopSignal]:
-    """Attend to an order as its worker does."""
+    """Handle a task as its worker does."""
     monkeypatch.setattr(heartbeat, "_BEAT_S", 0.01)
     monkeypatch.setattr(heartbeat, "_STOP_S", 0.01)
     signs.create(file)

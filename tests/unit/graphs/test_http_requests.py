@@ -1,4 +1,4 @@
-"""Which HTTP requests LangGraph's server takes: by the host that they name and where they begin."""
+"""HTTP requests that LangGraph's server accepts: by host name and origin."""
 
 from __future__ import annotations
 

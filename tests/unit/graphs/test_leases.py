@@ -1,4 +1,4 @@
-"""What one order may spend, and what is told of it."""
+"""What one task may spend, and how it is reported."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_an_order_that_is_delivered_twice_spends_its_lease_once(
 
 
 async def test_a_refused_order_tells_nothing_of_what_was_spent(tmp_path: Path) -> None:
-    """A coordinator that was told "nothing" would lend the same again."""
+    """A coordinator that learned "nothing" would lend the same again."""
     bag = WorkerResources()
     order = order_in(tmp_path, fanfold="another")
     summary = await run_task(order.to_json(), bag)
@@ -122,6 +122,6 @@ async def test_an_order_whose_lease_was_given_back_is_not_begun(tmp_path: Path) 
     await budget.balance.aclose()
     assert summary["error"] is None
     assert sum(summary["tally"].values()) == 0
-    assert summary["stopped"].startswith(WALLTIME_REASON)  # the coordinator orders the shard again
+    assert summary["stopped"].startswith(WALLTIME_REASON)  # the coordinator sends the shard again
     assert summary["used"] is None
     assert not shelf.lease_path(late.lease["name"]).exists()  # type: ignore[index]

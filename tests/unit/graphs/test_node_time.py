@@ -1,4 +1,4 @@
-"""The time of nodes while a run goes on."""
+"""Node time during a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def lost(leases: LeaseTable, name: str) -> None:
 async def test_a_damaged_book_of_a_lost_worker_ends_no_watch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Node-hours are spent, and end the run, as before; what is wrong is told once."""
+    """Node-hours are spent, and end the run, as before; an error is reported once."""
     monkeypatch.setattr(node_time, "_TICK_S", 0.01)
     monkeypatch.setattr(node_time, "_RECOVER_S", 0.0)
     shelf = SpendLogs(tmp_path / "budget", "run")
@@ -48,7 +48,7 @@ async def test_a_damaged_book_of_a_lost_worker_ends_no_watch(
         async with meter_node_time(sheet, gate, RunBudget(budget, leases, shelf)):
             await asyncio.wait_for(gate.wait_closed(float("inf")), 60)
     assert budget.balance.settled.node_ms > 1000
-    assert budget.balance.left.requests == 9  # the other's book was looked for all the same
+    assert budget.balance.left.requests == 9  # the spend log of the other was read all the same
     said = [record.getMessage() for record in caplog.records]
     assert len([text for text in said if "not a complete line with a checksum" in text]) == 1, said
     await budget.balance.aclose()

@@ -1,4 +1,4 @@
-"""The picture in the README and in docs/langgraph.md is the graph's own."""
+"""The picture in the README and in docs/langgraph.md is that of the graph."""
 
 from __future__ import annotations
 

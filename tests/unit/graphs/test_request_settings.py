@@ -1,4 +1,4 @@
-"""What a request may set: each setting's access, and the settings that a request gets."""
+"""Settings that a request may set: access of each setting, and the result for a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which folder a run is in: by device and inode, and in nothing that is written down."""
+"""Which folder a run is in: by device and inode, and not by anything written down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a form shows of the settings, and which of its fields count."""
+"""Form fields of settings: what they show, and which of them count."""
 
 from __future__ import annotations
 

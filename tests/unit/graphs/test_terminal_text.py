@@ -1,4 +1,4 @@
-"""Nothing that a model, a server or a file says controls the terminal."""
+"""Text of a model, a server or a file never controls the terminal."""
 
 from __future__ import annotations
 

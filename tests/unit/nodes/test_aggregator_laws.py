@@ -1,4 +1,4 @@
-"""The monoid laws, and that nothing about order, grouping or transport shows in the result."""
+"""The monoid laws; order, grouping and transport do not change a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How shards are cut, here and elsewhere."""
+"""Sizes of shards, local and remote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a record says of the question, of a rejected answer, and of the requests."""
+"""What a record contains about the question, a rejected answer, and the requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards that are worked on elsewhere, in a real superstep of LangGraph."""
+"""Shards that run on workers, in a real superstep of LangGraph."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Workers:
 
     async def stop(self) -> None:
         self.stops += 1
-        await asyncio.Event().wait()  # some workers cannot be told
+        await asyncio.Event().wait()  # some workers cannot be stopped
 
     async def finish_reading(self) -> None:
         """Nothing is shared."""
@@ -170,7 +170,7 @@ async def test_a_failure_waits_for_nobody_longer_than_a_drain(tmp_path: Path) ->
 
 
 async def test_a_part_of_records_that_do_not_count_is_not_taken(tmp_path: Path) -> None:
-    """Somebody else's records of the same items came home while the order was out."""
+    """Records of the same items by another worker arrived while the task was out."""
 
     async def act(shard: Shard) -> None:
         tools.item_journal.put(record(shard.lo))

@@ -1,4 +1,4 @@
-"""Node-seconds from what happened to a node's servers."""
+"""Node-seconds from the events of a node's servers."""
 
 from __future__ import annotations
 

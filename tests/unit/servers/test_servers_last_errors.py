@@ -1,4 +1,4 @@
-"""What is shown of the servers of a job that has none left."""
+"""Last errors of the servers of a job that has none left."""
 
 from __future__ import annotations
 

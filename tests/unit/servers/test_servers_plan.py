@@ -1,4 +1,4 @@
-"""What is to be served: commands, ports, accelerators; and how it travels."""
+"""The plan of a node: commands, ports, accelerators; and how it is sent."""
 
 from __future__ import annotations
 

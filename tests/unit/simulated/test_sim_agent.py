@@ -1,4 +1,4 @@
-"""A simulated model that calls tools: what is on offer, what it calls, and what it must not."""
+"""A simulated model that calls tools: tools on offer, calls, and forbidden calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damage to a run's files: refused with file and line, or harmless."""
+"""Damaged files of a run: refused with file and line, or harmless."""
 
 from __future__ import annotations
 

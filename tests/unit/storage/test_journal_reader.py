@@ -205,7 +205,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     "zeros", [b"\0" * 30, b"\0" * 30 + b'"}\n'], ids=["at the end", "before more"]
 )
 def test_zeros_in_a_file_that_is_written_to_are_no_damage_yet(tmp_path: Path, zeros: bytes) -> None:
-    """A network file system shows them for a moment; once the life has ended they are."""
+    """A network file system shows them for a moment; after the session ended they are real."""
     with Journal(tmp_path, "r", ITEMS) as ledger:
         ledger.start_session("test", 0.001)
         path = tmp_path / "0001-node1-7.jsonl"

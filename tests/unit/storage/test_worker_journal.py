@@ -1,4 +1,4 @@
-"""What a worker keeps of its order."""
+"""What a worker keeps of its task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fanfold.tests.conformance.journal_checks import sample
 
 
 def test_records_stop_before_the_bound() -> None:
-    """Items in flight still come when the ledger says that it is full."""
+    """Items in flight still arrive after the journal is full."""
     ledger, count = ResultJournal(max_bytes=20_000, streams=8), 0
     while ledger.full_reason is None:
         ledger.put(sample(count, output="x" * 500))
@@ -70,7 +70,7 @@ async def test_an_answer_counts_before_a_failure(first: str, tmp_path: Path) -> 
 
 
 async def test_workers_may_outlive_their_coordinator(tmp_path: Path) -> None:
-    """What they write in a later life is read there, but never in place of that life's own."""
+    """Their records are read in a later session, but never replace that session's own."""
     writer = JournalWriter(make_worker_path(tmp_path, 1, "w:1"), {"run": "r"}, 60.0)
     writer.write(sample(0))
     ledger = Journal(tmp_path, "r", 3)

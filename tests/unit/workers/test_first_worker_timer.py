@@ -1,4 +1,4 @@
-"""Who waits for the first worker is told so, more and more seldom, and not for ever."""
+"""The wait for the first worker: fewer and fewer warnings, and an end."""
 
 from __future__ import annotations
 

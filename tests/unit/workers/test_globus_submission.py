@@ -1,4 +1,4 @@
-"""What the Globus Compute backend makes of the service's answers, without a service."""
+"""How the Globus Compute backend handles the service's answers, without a service."""
 
 from __future__ import annotations
 

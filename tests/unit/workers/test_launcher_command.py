@@ -1,4 +1,4 @@
-"""Which command starts workers, and by what name they reach the coordinator."""
+"""The command that starts workers, and the name by which they reach the coordinator."""
 
 from __future__ import annotations
 

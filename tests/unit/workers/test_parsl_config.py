@@ -1,4 +1,4 @@
-"""Which Parsl configuration a backend takes, and when it is of no use any more; nothing starts."""
+"""The Parsl configuration of a backend, and when it can no longer be used; nothing starts."""
 
 from __future__ import annotations
 

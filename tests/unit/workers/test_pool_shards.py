@@ -1,4 +1,4 @@
-"""The pool of places: who gets what, and what becomes of what is lost."""
+"""The worker pool: which member gets a task, and what happens to lost ones."""
 
 from __future__ import annotations
 

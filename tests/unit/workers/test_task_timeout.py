@@ -1,4 +1,4 @@
-"""When an order counts as lost, by a clock that the test sets."""
+"""When a task counts as lost, by a clock that the test sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run over Academy that can be found and harmed, on a fleet that keeps its own books."""
+"""A run over Academy whose agents can be found and killed, on a fleet with its own counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEADLINE_S: Final = 60.0
 
 
 class AcademyRun:
-    """A run over Academy, on a fleet that keeps its own books."""
+    """A run over Academy, on a fleet with its own counts."""
 
     def __init__(self, home: Path, fleet: SimulatedFleet) -> None:
         self.out, self.fleet = home / "run", fleet

@@ -1,4 +1,4 @@
-"""Exchanges to meet at, and runs whose agents can be found and harmed."""
+"""Exchanges, and runs over Academy whose agents can be found and killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Executors of a user's own, on which agents are launched."""
+"""A user's executors, on which agents are launched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serves runs, and hears of them, over Redis; prints the UUIDs of its mailboxes."""
+"""Serves runs and receives their events over Redis; prints the UUIDs of its mailboxes."""
 
 from __future__ import annotations
 

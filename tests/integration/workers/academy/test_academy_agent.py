@@ -1,4 +1,4 @@
-"""The map-reduce as an agent that other agents call, here and in a process of its own."""
+"""The map-reduce as an agent that other agents call, in this process and in another one."""
 
 from __future__ import annotations
 

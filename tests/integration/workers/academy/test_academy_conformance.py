@@ -1,4 +1,4 @@
-"""Academy keeps the backends' contract, over each exchange."""
+"""Academy satisfies the backend protocol, over each exchange."""
 
 from __future__ import annotations
 

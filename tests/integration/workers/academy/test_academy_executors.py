@@ -1,4 +1,4 @@
-"""Agents on executors of a user's own: Parsl's, and a pool of processes that breaks."""
+"""Agents on a user's executors: Parsl's, and a pool of processes that breaks."""
 
 from __future__ import annotations
 

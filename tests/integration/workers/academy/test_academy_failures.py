@@ -1,4 +1,4 @@
-"""Agents and coordinators die, hang and go deaf; nothing is lost and nothing counts twice."""
+"""Agents and coordinators die, hang and lose connections; nothing is lost or counts twice."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def test_a_run_over_the_local_exchange(academy_run: AcademyRun) -> None:
 async def test_an_agent_is_killed_over_redis(
     academy_run: AcademyRun, redis_exchange: dict[str, Any]
 ) -> None:
-    """Its shard goes on elsewhere, a new agent takes its place, and no key is left behind."""
+    """Its shard continues on another worker, a new agent replaces it, and no key is left."""
     before = keys_of(redis_exchange)
     run = run_of(academy_run, exchange=redis_exchange)
     await academy_run.until(lambda: academy_run.journal_lines() >= 40)
@@ -85,7 +85,7 @@ async def test_an_agent_hangs(academy_run: AcademyRun) -> None:
 
 
 async def test_the_coordinator_is_killed(academy_run: AcademyRun, tmp_path: Path) -> None:
-    """Its agents end with it, and another life goes on from the journal."""
+    """Its agents end with it, and another session continues from the journal."""
     with (tmp_path / "in.jsonl").open("wb") as file:
         file.writelines(orjson.dumps(item) + b"\n" for item in academy_run.items)
     settings = academy_run.settings | {"input": {"path": "in.jsonl", "id": "id"}}

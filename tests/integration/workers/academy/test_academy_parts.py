@@ -1,4 +1,4 @@
-"""Parts of the Academy backend, without a process of its own."""
+"""Parts of the Academy backend, without a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The service's side of RabbitMQ: one connection, one thread, names of its own.
+"""The service's side of RabbitMQ: one connection, one thread, prefixed names.
 
 Exchanges and queues carry a prefix of this service, so that several may share a broker. All
 are gone after `close`; those of a service that was killed expire unused.

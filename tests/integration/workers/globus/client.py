@@ -1,4 +1,4 @@
-"""The real SDK against the stand-in, and how to leave it."""
+"""The real SDK against the stand-in, and its clean-up."""
 
 # mypy: allow-untyped-calls
 # (the SDK annotates only part of itself)

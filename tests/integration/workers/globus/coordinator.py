@@ -1,4 +1,4 @@
-"""A process of its own that submits tasks: `python -m ... MODE ENDPOINT TASKS SECONDS`.
+"""A separate process that submits tasks: `python -m ... MODE ENDPOINT TASKS SECONDS`.
 
 The service's URL comes by the environment. `wait` prints the task group, then the number of each
 result; it is there to be killed. `leave` closes the executor while tasks are open and must end by

@@ -1,4 +1,4 @@
-"""What a test may make the service do wrong."""
+"""Faults that a test can inject into the service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs whose shards go to endpoints of the stand-in, on a fleet that keeps its own books."""
+"""Runs whose shards go to endpoints of the stand-in, on a fleet with its own counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An aiohttp application on a loop and a thread of its own, closed without a trace."""
+"""An aiohttp application with its own loop and thread, closed without traces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens as Globus Auth issues them to an application, for the one user of the stand-in."""
+"""Tokens as Globus Auth issues them to an application, for the only user of the stand-in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients of the stand-in for `backend.client`, in whatever process."""
+"""Clients of the stand-in for `backend.client`, in any process."""
 
 from __future__ import annotations
 

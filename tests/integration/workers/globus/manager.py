@@ -1,4 +1,4 @@
-"""A real endpoint manager (`globus-compute-endpoint start`), which starts user endpoints itself."""
+"""A real endpoint manager (`globus-compute-endpoint start`), which starts user endpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROGRAM = Path(sys.executable).parent / "globus-compute-endpoint"
 
 @dataclass(frozen=True, slots=True)
 class Manager:
-    """A running manager; what it starts lives in sessions of their own."""
+    """A running manager; its endpoints have process sessions of their own."""
 
     endpoint_id: str
     process: subprocess.Popen[bytes]

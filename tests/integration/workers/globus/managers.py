@@ -1,4 +1,4 @@
-"""Managers of endpoints: commands to start a user endpoint, and whose options have which."""
+"""Managers of endpoints: commands to start user endpoints, one per set of options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of a session: an agent's workers sit in groups of their own, but leave it not."""
+"""The processes of a session: an agent's workers have process groups of their own."""
 
 from __future__ import annotations
 

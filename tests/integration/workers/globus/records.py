@@ -1,4 +1,4 @@
-"""What the service knows: functions, endpoints, tasks and who submitted them."""
+"""State of the service: functions, endpoints, tasks and their submitters."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TaskRecord:
 
 @dataclass(slots=True)
 class EndpointRecord:
-    """One endpoint and its last sign of life, on the monotonic clock.
+    """One endpoint and its last heartbeat, on the monotonic clock.
 
     A manager starts user endpoints; one that could not be started has an `error`.
     """
@@ -66,7 +66,7 @@ class Submission:
 
 @dataclass(slots=True)
 class ServiceRecords:
-    """All of it; whoever reads or writes holds the task_queue's lock."""
+    """All records; reads and writes require the lock of the task queue."""
 
     functions: dict[str, Json] = field(default_factory=dict)
     endpoints: dict[str, EndpointRecord] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The HTTP calls of the SDK and of managers, over the task_queue."""
+"""The HTTP calls of the SDK and of managers, over the task queue."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class GlobusService:
         return self._task_queue.credentials(endpoint_id)
 
     def online(self, endpoint_id: str) -> bool:
-        """Say whether an endpoint lives: its agent beats and has not said good-bye."""
+        """Return True if an endpoint is alive: its agent sends heartbeats and has not left."""
         return self._task_queue.online(endpoint_id)
 
     def state(self, endpoint_id: str) -> Json:

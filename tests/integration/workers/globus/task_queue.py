@@ -1,4 +1,4 @@
-"""What the service does with requests and with what endpoints publish."""
+"""Tasks of the stand-in service: requests, and what endpoints publish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An endpoint's configuration as its manager would make it, by the real renderer."""
+"""An endpoint's configuration as its manager makes it, by the real renderer."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ async def test_orders_and_summaries_are_json_and_go_by_reference(
 
 
 async def test_a_page_of_a_proxy_is_no_answer(service: GlobusService, place: Place) -> None:
-    """An order that it refuses may be sent again; a task is asked after again."""
+    """A refused task may be sent again; an accepted task is polled again."""
     async with asyncio.timeout(60), started(place()) as backend:
         service.faults.pages = 1
         with pytest.raises(BackendError, match="not from the service"):

@@ -1,4 +1,4 @@
-"""Whole runs over Globus Compute, and what ends under them: agents, the coordinator."""
+"""Whole runs over Globus Compute in which agents or the coordinator end."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def test_an_agent_that_is_killed_and_restarted_goes_on(
 async def test_a_killed_coordinators_shards_are_found_again(
     service: GlobusService, endpoint: UserEndpoint, lab_over: LabOf, wait: bool, shared: bool
 ) -> None:
-    """No item is asked twice, no shard posted twice: by the fleet's and the service's books.
+    """No item is asked twice, no shard posted twice: by the counts of the fleet and the service.
 
     Workers that share the folder are stopped, and what they still wrote is read; the rest of
     their shards is posted again.
@@ -139,7 +139,7 @@ async def test_a_copy_leaves_the_tasks_of_the_original_alone(
 async def test_a_budget_is_not_charged_twice_for_shards_that_are_found_again(
     endpoint: UserEndpoint, lab_over: LabOf
 ) -> None:
-    """The coordinator is killed; what its leases were not used for comes back in the next life."""
+    """The coordinator is killed; the next session gets the unused part of its leases."""
     async with lab_over(endpoint) as lab:
         cap = 20_000
         lab.config |= {"budget": {"tokens": cap}, "model": {"max_tokens": 64}}

@@ -1,4 +1,4 @@
-"""Endpoints that a real manager starts from fanfold's own template, as its users have it."""
+"""Endpoints that a real manager starts from fanfold's template, as users do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fanfold's backend relies on, of the real SDK, a real agent and a real RabbitMQ."""
+"""Behaviour of the real SDK, agent and RabbitMQ on which fanfold's backend relies."""
 
 # mypy: allow-untyped-calls
 # (the SDK annotates only part of itself)

@@ -1,4 +1,4 @@
-"""What is left when a coordinator, an agent or the service ends."""
+"""State after a coordinator, an agent or the service ended."""
 
 # mypy: allow-untyped-calls
 # (the SDK annotates only part of itself)

@@ -1,4 +1,4 @@
-"""What the workers run: importable functions, shipped by reference."""
+"""Functions that workers run: importable, shipped by reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real workers that a command starts, of a kind that loads in a moment."""
+"""Real workers that a command starts, of a kind that loads quickly."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def test_what_the_work_raises_is_told_by_its_kind() -> None:
 
 
 async def test_a_worker_that_can_do_no_more_leaves(tmp_path: Path) -> None:
-    """It would take order after order from the others; what waits goes to them."""
+    """It would take all tasks from the others; waiting tasks go to them."""
     log = tmp_path / "workers.log"
     async with opened(*local_launcher_command(2), log=log) as place:
         await until(lambda: place.capacity() == 2)

@@ -1,4 +1,4 @@
-"""What workers of these tests run: it loads in a moment and does what an order says."""
+"""What workers of these tests run: it loads quickly and does what a task asks."""
 
 from __future__ import annotations
 
