@@ -238,7 +238,7 @@ def test_endpoints_beside_a_file_without_any(shell: Shell) -> None:
 
 
 def test_where_results_cannot_go(finished: Shell) -> None:
-    for target, words in (("nodir/x", "no folder nodir"), ("r", "is a folder")):
+    for target, words in (("nodir/x", "folder nodir does not exist"), ("r", "is a folder")):
         for form in ("jsonl", "parquet"):
             said = finished("results", "r", "--format", form, "-o", target)
             assert said.code == 2
