@@ -13,10 +13,11 @@ from ..core.process import ensure_open_files
 from ..core.protocols import CURRENT_CALLS
 from ..core.types import Message, Reply
 from . import transport
-from .balancer import Affinity, HealthMonitor
+from .balancer import Affinity
 from .cache import RequestCache
 from .endpoint import Endpoint, EndpointSpec, normalize_base_url
 from .failures import Failure
+from .health import HealthMonitor
 from .load import LoadPoller
 from .policy import FleetPolicy, ModelParams, RateLimiter, RateLimitPolicy
 from .request import RequestCharge, RequestSender

@@ -18,9 +18,9 @@ from ..core.errors import ConfigurationError, PromptTooLongError
 from ..core.protocols import CallLog, EndpointUsage, Reservation
 from ..core.types import Usage
 from . import failures, transport
-from .balancer import HealthMonitor
 from .endpoint import Endpoint, RefusalMark
 from .failures import ErrorBody, Failure, HTTPAnswer, RetryAction
+from .health import HealthMonitor
 from .policy import RateLimiter, estimate_tokens
 from .transport import OpenStream, StreamHooks, Transport
 

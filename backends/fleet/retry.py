@@ -14,9 +14,10 @@ from typing import Any, Final, TypeAlias, TypeVar
 from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
 from ..core.protocols import CURRENT_CALLS, CallLog
 from . import request, transport
-from .balancer import Affinity, HealthMonitor, LoadBalancer
+from .balancer import Affinity, LoadBalancer
 from .endpoint import Endpoint, RefusalMark
 from .failures import Failure, RetryAction
+from .health import HealthMonitor
 from .policy import HedgePolicy, RateLimiter, RetryPolicy, estimate_tokens
 from .request import RequestCharge
 from .transport import OpenStream

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from dataclasses import replace
-from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, Final
 
-import orjson
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.errors import (
@@ -31,19 +27,17 @@ from ...backends.core.errors import (
     RUN_ENDING_ERRORS,
     ConfigurationError,
     FanfoldError,
-    InvalidAnswerError,
     JournalError,
     RunStoppedError,
 )
-from ...backends.core.money import TokenPrices
-from ...backends.core.protocols import CURRENT_CALLS, CallLog, EndpointUsage
-from ...backends.core.types import Item, Json, Outcome, Shard
-from ...backends.core.values import MAX_COUNT, clamp_counts, replace_surrogates
+from ...backends.core.protocols import CURRENT_CALLS, CallLog
+from ...backends.core.types import Item, Outcome, Shard
 from ..aggregators import State, combine_states
-from ..context import ItemJournal, RunTools
+from ..context import RunTools
 from ..item.prepare import make_item_error
 from ..state import ItemState
 from .gate import Gate
+from .record import RecordBuilder, make_outcome, put_record
 
 _SLICE: Final = 64
 """Number of items read, and of outcomes folded, at a time."""
@@ -64,12 +58,6 @@ _ENGINE_ERRORS: Final = (
 )
 """LangGraph's errors. Those of a user's graph end its item before they get here."""
 
-_MOST_RAW: Final = 16_000
-"""Maximum number of bytes of an answer's text in a record."""
-_CUT: Final = "…"
-
-_SUMS: Final = ("lost_tokens", "useful_tokens", "nano_usd", "useful_nano_usd")
-
 
 class ShardPart:
     """Result of a shard: counts and its part of the aggregate."""
@@ -88,7 +76,7 @@ class ShardPart:
     def add(self, record: dict[str, Any], item: Item) -> None:
         """Fold in one finished item."""
         self.tally[record["status"]] += 1
-        self._pending.append(_outcome(record, item))
+        self._pending.append(make_outcome(record, item))
         if len(self._pending) >= _SLICE:
             self._fold()
 
@@ -350,176 +338,3 @@ async def _run_item_graph(item: Item, tools: RunTools) -> ItemState:
         raise RunStoppedError(f"{msg}; the item is not recorded, resume the run") from error
     except Exception as error:  # noqa: BLE001 - the item boundary
         return {"error": make_item_error(error)}
-
-
-class RecordBuilder:
-    """Builds the journal records of a run; ``docs/resume.md`` describes them."""
-
-    def __init__(self, tools: RunTools) -> None:
-        self._tools = tools
-        self._question = hashlib.sha256(tools.question_digest)
-        self._fingerprint = hashlib.blake2b(tools.fingerprint, digest_size=12)
-
-    def build(
-        self, item: Item, state: ItemState, calls: CallLog, latency_s: float
-    ) -> dict[str, Json]:
-        """Return the record of an item that has ended."""
-        tools, error = self._tools, state.get("error")
-        calls.close(done=error is None)
-        usage = calls.usage
-        raw = state.get("raw") if error is not None or tools.keep_raw else None
-        record = {
-            "stage": "",
-            "index": item.index,
-            "id": item.id,
-            "sample": 0,
-            "status": "failed" if error else "done",
-            "question": self._question_digest(state),
-            "output": None if error else state.get("output"),
-            "error_class": error["class"] if error else None,
-            "error": error["text"] if error else None,
-            "raw": raw,
-            "endpoint": calls.endpoint,
-            "model": calls.model,
-            "requests": calls.requests,
-            "attempts": calls.attempts,
-            "repairs": state.get("repairs", 0),
-            "reused": calls.reused,
-            "prompt_tokens": usage.prompt,
-            "cached_tokens": usage.cached,
-            "completion_tokens": usage.completion,
-            "lost_tokens": 0,
-            "useful_tokens": 0,
-            "nano_usd": 0,
-            "useful_nano_usd": 0,
-            "latency_s": round(latency_s, 4),
-            "finished_at": _now(),
-            "simulated": tools.simulated,
-            "fingerprint": self._item_fingerprint(item),
-            "origin": None,
-        }
-        if raw is not None:
-            record |= _raw(raw)
-        usages = list(calls.usage_by_endpoint.values())
-        if len(usages) == 1:
-            record |= _cost_counts(usages[0], tools.token_prices)
-        elif usages:
-            shares = [_usage_json(usage, tools.token_prices) for usage in usages]
-            sums = {name: min(MAX_COUNT, sum(share[name] for share in shares)) for name in _SUMS}
-            record |= sums | {"shares": shares}
-            for share in shares:
-                clamp_counts(share)
-        clamp_counts(record)
-        return record
-
-    def _question_digest(self, state: ItemState) -> str | None:
-        """Return the digest of the first question; repairs repeat it."""
-        messages = state.get("messages")
-        if not messages:
-            return None
-        first = messages[0] if messages[0]["role"] == "user" else messages[1]
-        digest = self._question.copy()
-        digest.update(first["content"].encode(errors="replace"))
-        return digest.hexdigest()[:32]
-
-    def _item_fingerprint(self, item: Item) -> str:
-        digest = self._fingerprint.copy()
-        digest.update(orjson.dumps([item.id, item.row]))
-        return digest.hexdigest()
-
-
-def put_record(journal: ItemJournal, record: dict[str, Any]) -> dict[str, Any]:
-    """Record how an item ended; it fails if its answer cannot be written as JSON.
-
-    Returns:
-        The record that was written.
-
-    Raises:
-        JournalError: It could not be written.
-    """
-    try:
-        journal.put(record)
-    except TypeError as error:
-        record = _without_answer(record, error)
-        journal.put(record)
-    return record
-
-
-def _without_answer(record: dict[str, Any], error: TypeError) -> dict[str, Any]:
-    """Return a record without a value that JSON cannot represent; its costs are unchanged."""
-    if record["status"] != "failed":
-        text = f"the answer cannot be recorded as JSON: {error}"
-        failed = {"status": "failed", "output": None, "error_class": InvalidAnswerError.__name__}
-        record = record | failed | {"error": text}
-    return {name: _make_writable(value) for name, value in record.items()}
-
-
-def _make_writable(value: Any) -> Any:
-    """Return plain data whose texts can be encoded as UTF-8."""
-    if isinstance(value, str):
-        return replace_surrogates(value)
-    if isinstance(value, list):
-        return [_make_writable(one) for one in value]
-    if isinstance(value, dict):
-        return {key: _make_writable(one) for key, one in value.items()}
-    return value
-
-
-def _raw(text: str) -> dict[str, Json]:
-    """Return the part of an answer's text that a record keeps."""
-    if 4 * len(text) <= _MOST_RAW:
-        return {"raw": text}
-    data = text.encode(errors="replace")
-    if len(data) <= _MOST_RAW:
-        return {"raw": text}
-    kept = data[: _MOST_RAW - len(_CUT.encode())].decode(errors="ignore")
-    return {"raw": kept + _CUT, "raw_bytes": len(data)}
-
-
-def _now() -> str:
-    """Return the present time as ISO 8601 text in UTC."""
-    seconds, ms = divmod(time.time_ns() // 1_000_000, 1000)
-    return f"{_second(seconds)}.{ms:03}+00:00"
-
-
-@lru_cache(maxsize=2)
-def _second(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
-
-
-def _usage_json(share: EndpointUsage, prices: TokenPrices) -> dict[str, Json]:
-    """Return an endpoint's usage for an item; an item's record has the same names."""
-    return {
-        "endpoint": share.endpoint,
-        "model": share.model,
-        "requests": share.requests,
-        "prompt_tokens": share.usage.prompt,
-        "cached_tokens": share.usage.cached,
-        "completion_tokens": share.usage.completion,
-        **_cost_counts(share, prices),
-    }
-
-
-def _cost_counts(share: EndpointUsage, prices: TokenPrices) -> dict[str, int]:
-    """Return the cost of one endpoint's answers, and the useful part of it."""
-    usage, lost, useful = share.usage, share.lost, share.useful
-    nano = prices.nano_usd(usage)
-    useful_nano = nano if useful is usage else prices.nano_usd(useful)
-    lost_tokens = lost.tokens
-    if lost_tokens:
-        nano += prices.nano_usd(lost)
-    if nano > MAX_COUNT or lost_tokens > MAX_COUNT:  # prices and limits have no upper bound
-        nano, lost_tokens = min(MAX_COUNT, nano), min(MAX_COUNT, lost_tokens)
-        useful_nano = min(MAX_COUNT, useful_nano)
-    return {
-        "lost_tokens": lost_tokens,
-        "useful_tokens": useful.tokens,
-        "nano_usd": nano,
-        "useful_nano_usd": useful_nano,
-    }
-
-
-def _outcome(record: dict[str, Any], item: Item) -> Outcome:
-    return Outcome(
-        item.index, item.id, record["status"], record["output"], record["error_class"], item.row
-    )

@@ -17,8 +17,9 @@ import orjson
 
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Usage
+from fanfold.backends.fleet.adaptive_limit import AdaptiveLimit
 from fanfold.backends.fleet.balancer import LoadBalancer
-from fanfold.backends.fleet.endpoint import AdaptiveLimit, Breaker, Endpoint, EndpointSpec
+from fanfold.backends.fleet.endpoint import Breaker, Endpoint, EndpointSpec
 from fanfold.backends.fleet.failures import HTTPAnswer
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.policy import (

@@ -21,10 +21,10 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.protocols import CURRENT_CALLS, CallLog
 from fanfold.backends.core.types import Reply, Usage
-from fanfold.backends.fleet.balancer import HealthMonitor
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.failures import HTTPAnswer, classify_answer
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
+from fanfold.backends.fleet.health import HealthMonitor
 from fanfold.backends.fleet.policy import (
     AdaptiveLimitPolicy,
     BreakerPolicy,

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.fleet.endpoint import AdaptiveLimit, Breaker, BreakerState
+from fanfold.backends.fleet.adaptive_limit import AdaptiveLimit
+from fanfold.backends.fleet.endpoint import Breaker, BreakerState
 from fanfold.backends.fleet.policy import (
     AdaptiveLimitPolicy,
     BreakerPolicy,

@@ -28,8 +28,8 @@ from fanfold.nodes.item.answer import AnswerCheck
 from fanfold.nodes.item.prepare import build_messages
 from fanfold.nodes.item.steps import ITEM_STEPS, walk_steps
 from fanfold.nodes.shard.gate import Gate
-from fanfold.nodes.shard.local import RecordBuilder, put_record
 from fanfold.nodes.shard.progress import Progress
+from fanfold.nodes.shard.record import RecordBuilder, put_record
 from fanfold.nodes.state import ItemState
 
 SETTINGS: dict[str, Any] = {

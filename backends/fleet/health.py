@@ -1,0 +1,394 @@
+"""Health of the endpoints: breakers, probes, rests, refused items and limits that widen."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+
+from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
+from ..core.protocols import CallLog
+from .balancer import (
+    _LOG,
+    _POLL_S,
+    _QUIET_POLLS,
+    _RECENT,
+    _REFUSED_ITEMS,
+    _UNREACHABLE_STATUSES,
+    LoadBalancer,
+)
+from .endpoint import BreakerState, Endpoint
+from .failures import BreakerEffect, Failure, RetryAction, make_refused_item_error
+from .policy import AffinityPolicy, FleetPolicy
+from .transport import Transport
+
+
+class HealthMonitor:
+    """Monitors the health of a fleet's endpoints: breakers, pauses, ejections, and stops.
+
+    Args:
+        endpoints: All members.
+        policy: Thresholds and timings.
+        transport: For probes.
+
+    Attributes:
+        balancer: Assigns the endpoints.
+        stop_reason: Why no further request is sent, or None.
+        pause_reason: Why no request can be sent at the moment, or None.
+        answers: Good answers so far.
+        refusals: Times that an endpoint refused for now (429, 503).
+    """
+
+    def __init__(
+        self, endpoints: Sequence[Endpoint], policy: FleetPolicy, transport: Transport
+    ) -> None:
+        self._endpoints = endpoints
+        self._policy = policy
+        self._transport = transport
+        self._timers: set[asyncio.TimerHandle] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sweeping = False
+        self._deadline: asyncio.TimerHandle | None = None
+        self._refused = 0
+        self._ended: deque[bool] = deque(maxlen=_RECENT)
+        self._changed = asyncio.Event()
+        slack = (policy.affinity or AffinityPolicy()).slack
+        self._wakes: dict[Endpoint, asyncio.TimerHandle] = {}
+        self.balancer = LoadBalancer(
+            endpoints, policy.streams, self._pause_for_quota, self._schedule_widening, slack
+        )
+        self.stop_reason: str | None = None
+        self.pause_reason: str | None = None
+        self.answers = 0
+        self.refusals = 0
+
+    def close(self) -> None:
+        """Cancel all timers and probes, so that nothing is left on the loop."""
+        for handle in self._timers:
+            handle.cancel()
+        for task in self._tasks:
+            task.cancel()
+        self._timers.clear()
+        self._wakes.clear()
+        self._sweeping = False
+        self._deadline = None
+        self.balancer.long_resting.clear()
+        for endpoint in self._endpoints:
+            endpoint.resting = False
+
+    def record_success(self, endpoint: Endpoint, level: int, seconds: float) -> None:
+        """Record a good answer, sent as one of ``level`` requests in flight."""
+        now = time.monotonic()
+        self.answers += 1
+        endpoint.refusals = 0
+        endpoint.limit.record_answer(level, seconds, now)
+        if endpoint.breaker.record_success():
+            endpoint.limit.reset(now)
+            _LOG.info("endpoint %s recovered", endpoint.label)
+            self.refresh(endpoint)
+
+    def clear_refusals(self, endpoint: Endpoint, item: CallLog | None) -> None:
+        """Trust an endpoint again that accepted another item than those that it refused."""
+        if id(item) not in endpoint.refused_items:
+            endpoint.refused_items.clear()
+            self.refresh(endpoint)
+            self._notify_changed()
+
+    def count_answered(self, item: CallLog | None) -> None:
+        """Count an item that was answered, once."""
+        if item is None:
+            self._ended.append(False)
+        elif not item.counted:
+            item.counted = True
+            self._ended.append(False)
+
+    def count_refused(self, failure: Failure, endpoints: int) -> EndpointError:
+        """Count an item that is itself at fault, and return its error.
+
+        Raises:
+            RunStoppedError: So many items fail this way that it looks like an outage.
+        """
+        error, share = make_refused_item_error(failure, endpoints), self._policy.retry.refused_share
+        self._ended.append(True)
+        count = sum(self._ended)
+        if count <= share * _RECENT:
+            return error
+        self.stop(
+            f"{count} of the last {len(self._ended)} items were refused by endpoints that answered "
+            f"other items; more than {share:.0%} of {_RECENT} look like an outage: check the key "
+            f"and the items, then resume the run; the last answer: {failure.error.message}"
+        )
+        raise RunStoppedError(self.stop_reason or "") from error
+
+    async def resolve_fault(
+        self, refusers: Mapping[Endpoint, Failure], item: CallLog | None
+    ) -> bool:
+        """Wait until it is known whether an item or the endpoints that refuse it are at fault.
+
+        Endpoints that accept another item meanwhile are healthy. Those that refuse another one too,
+        or for which no other item is available, are ejected. Streams of the item that wait for this
+        call do not block other items.
+
+        Args:
+            refusers: Endpoints that have refused the item, and how.
+            item: The item.
+
+        Returns:
+            Whether the item is at fault.
+        """
+        if item is None:
+            return await self._settled(refusers, item)
+        item.queued += 1
+        item.queue = self.balancer
+        try:
+            return await self._settled(refusers, item)
+        finally:
+            item.queued -= 1
+
+    async def _settled(self, refusers: Mapping[Endpoint, Failure], item: CallLog | None) -> bool:
+        quiet = 0
+        while not any(e.is_proven(item, time.monotonic()) for e in refusers):
+            if self.stop_reason is not None or all(e.ejected or e.retired for e in refusers):
+                return False
+            quiet = quiet + 1 if self.balancer.is_idle else 0
+            if quiet > _QUIET_POLLS:
+                for endpoint, failure in refusers.items():
+                    self._eject(endpoint, failure.error)
+                    self.refresh(endpoint)
+                continue
+            if item is not None and item.idle_streams and self.balancer.is_deadlocked:
+                self.balancer.lend()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_POLL_S):
+                    await self._changed.wait()
+        return True
+
+    def eject_refusers(self, refusers: Mapping[Endpoint, Failure]) -> None:
+        """Eject endpoints that accepted nothing, and refused a request that another one answered.
+
+        Those with other requests in flight are judged by the outcome of these requests.
+        """
+        for endpoint, failure in refusers.items():
+            if endpoint.refused_items and endpoint.in_flight <= endpoint.streaming:
+                self._eject(endpoint, failure.error)
+                self.refresh(endpoint)
+
+    def _notify_changed(self) -> None:
+        """Wake tasks that wait for changes of the endpoints."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _is_undecided(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> bool:
+        """Return True if a refusal does not show an endpoint's fault: the item may be at fault."""
+        if failure.accepts_others:
+            return True
+        if not failure.is_clear:
+            return False
+        refused = failure if item is None else item
+        endpoint.refused_items[id(refused)] = refused
+        undecided = endpoint.in_flight - endpoint.streaming > 1
+        return undecided or len(endpoint.refused_items) < _REFUSED_ITEMS
+
+    def record_failure(
+        self, endpoint: Endpoint, failure: Failure, item: CallLog | None = None
+    ) -> None:
+        """Apply a failure's rule to the endpoint; it may stop the run."""
+        if failure.is_refusal and self._is_undecided(endpoint, failure, item):
+            self.refresh(endpoint)
+            return
+        rule, error = failure.rule, failure.error
+        if rule.action is RetryAction.WAIT and failure.accepts_others:
+            # It refuses this item and answers others: only the item waits.
+            self.refusals += 1
+            self.refresh(endpoint)
+            return
+        if rule.action is RetryAction.STOP:
+            self.stop(error.message)
+        if rule.action in {RetryAction.EJECT, RetryAction.REKEY}:
+            self._eject(endpoint, error)
+        if rule.action is RetryAction.FAIL and not isinstance(error, PromptTooLongError):
+            self._count_hopeless(endpoint, failure)
+        if rule.shrink:
+            endpoint.limit.shrink(time.monotonic())
+        if rule.breaker_effect is not BreakerEffect.NO and endpoint.breaker.record_failure(
+            rule.breaker_effect is BreakerEffect.OPEN
+        ):
+            self._open(endpoint, error)
+        if rule.action is RetryAction.WAIT:
+            self._record_refusal(endpoint, failure, item)
+        self.refresh(endpoint)
+
+    def _count_hopeless(self, endpoint: Endpoint, failure: Failure) -> None:
+        """Stop a run if no endpoint accepts a request; eject one that alone accepts none."""
+        self._refused += 1
+        most = self._policy.retry.hopeless_after
+        if not self.answers and (self._refused >= most or failure.rule.schema):
+            self.stop(f"no request was accepted; the last answer: {failure.error.message}")
+        elif self.answers and not endpoint.has_answered and endpoint.stats.calls >= most:
+            self._eject(endpoint, failure.error)
+
+    def _record_refusal(self, endpoint: Endpoint, failure: Failure, item: CallLog | None) -> None:
+        """Pause an endpoint for as long as it asked; all of its host if the quota is shared."""
+        self.refusals += 1
+        endpoint.throttled += 1
+        retry, rule = self._policy.retry, failure.rule
+        seconds = failure.error.retry_after or rule.rest_s
+        if seconds is None and rule.long:
+            # An endpoint that answers other items is retried soon: the item may be at fault.
+            first = endpoint.refusals == 0 and endpoint.is_proven(item, time.monotonic())
+            seconds = retry.refusal_pause_s if first else retry.long_pause_s
+        endpoint.limit.record_refusal(endpoint.in_flight)
+        if seconds is None and endpoint.in_flight > 1:
+            # It processes its other requests: the lower limit is sufficient.
+            return
+        endpoint.refusals += 1
+        pause = retry.add_jitter(seconds or retry.rest(endpoint.refusals), random.random())
+        host = endpoint.url.split("/")[2]
+        for other in self._endpoints:
+            if other is endpoint or (rule.shared and other.url.split("/")[2] == host):
+                self.pause_endpoint(other, pause)
+        self._check_pause(failure.error)
+
+    def _check_pause(self, error: EndpointError) -> None:
+        seconds = error.retry_after or 0.0
+        if seconds > max(self._policy.timeout.fleet_s, self._policy.retry.long_wait_s) and all(
+            e.resting for e in self.balancer.alive
+        ):
+            self.stop(f"{error.message}; resume the run in {seconds:.0f} s")
+
+    def pause_endpoint(self, endpoint: Endpoint, seconds: float) -> None:
+        """Send no requests to an endpoint for a while; the later end of two pauses applies."""
+        pending = self._wakes.get(endpoint)
+        if pending is not None:
+            if pending.when() >= asyncio.get_running_loop().time() + seconds:
+                return
+            pending.cancel()
+            self._timers.discard(pending)
+        endpoint.resting = True
+        if seconds > self._policy.retry.long_wait_s:
+            self.balancer.long_resting.add(endpoint)
+        self._wakes[endpoint] = self._later(seconds, lambda: self._resume_endpoint(endpoint))
+
+    def _resume_endpoint(self, endpoint: Endpoint) -> None:
+        self._wakes.pop(endpoint, None)
+        endpoint.resting = False
+        self.balancer.long_resting.discard(endpoint)
+        self.refresh(endpoint)
+
+    def _eject(self, endpoint: Endpoint, error: EndpointError) -> None:
+        if endpoint.ejected:
+            return
+        endpoint.ejected = True
+        self._notify_changed()
+        _LOG.warning(
+            "endpoint %s ejected for the rest of the run: %s", endpoint.label, error.message
+        )
+        if all(e.ejected or e.retired for e in self._endpoints):
+            self.stop(f"no endpoint is left; the last answer: {error.message}")
+
+    def _open(self, endpoint: Endpoint, error: EndpointError) -> None:
+        pause_s = endpoint.breaker.pause_s
+        _LOG.warning(
+            "endpoint %s marked unhealthy: %s (retry in %g s)",
+            endpoint.label,
+            error.message,
+            pause_s,
+        )
+        self._later(pause_s, lambda: self._spawn(self._probe(endpoint)))
+
+    async def _probe(self, endpoint: Endpoint) -> None:
+        """Probe an unhealthy endpoint."""
+        try:
+            answer = await self._transport.get(
+                f"{endpoint.url}/models",
+                await endpoint.headers(),
+                self._policy.breaker.probe_s,
+                endpoint.spec.proxied,
+            )
+            reachable = answer.status not in _UNREACHABLE_STATUSES
+        except (aiohttp.ClientError, TimeoutError):
+            reachable = False
+        if reachable:
+            endpoint.breaker.half_open()
+            self.refresh(endpoint)
+        else:
+            endpoint.breaker.record_missed_probe()
+            self._later(endpoint.breaker.pause_s, lambda: self._spawn(self._probe(endpoint)))
+
+    def _pause_for_quota(self, endpoint: Endpoint, tokens: int) -> None:
+        """Pause an endpoint with its own quota until the next request is due."""
+        now, wait = time.monotonic(), 0.0
+        if endpoint.request_bucket is not None:
+            wait = endpoint.request_bucket.take(1.0, now, reserve=1.0)
+        if endpoint.token_bucket is not None:
+            wait = max(wait, endpoint.token_bucket.take(tokens, now, reserve=tokens))
+        if wait > 0:
+            self.pause_endpoint(endpoint, wait)
+
+    def _schedule_widening(self) -> None:
+        """Check for full limits soon: calls wait although more could be in flight."""
+        if not self._sweeping:
+            self._sweeping = True
+            self._later(self._policy.limit.settle_s, self._widen_limits)
+
+    def _widen_limits(self) -> None:
+        """Raise the limits of full endpoints, and repeat while calls wait."""
+        self._sweeping = False
+        now = time.monotonic()
+        for endpoint in list(self.balancer.alive) if self.balancer.is_starved else ():
+            full = endpoint.in_flight >= endpoint.width
+            if full and endpoint.breaker.state is BreakerState.CLOSED and endpoint.limit.widen(now):
+                self.refresh(endpoint)
+        if self.balancer.is_starved:
+            self._schedule_widening()
+
+    def refresh(self, endpoint: Endpoint) -> None:
+        """Rank an endpoint again, and check whether any is alive."""
+        self.balancer.refresh(endpoint)
+        if self.balancer.alive:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = self.pause_reason = None
+                _LOG.warning("an endpoint recovered; the run continues")
+        elif self._deadline is None and self.stop_reason is None:
+            seconds = self._policy.timeout.fleet_s
+            self.pause_reason = (
+                f"no endpoint is alive; waiting up to {seconds:g} s for one to return"
+            )
+            _LOG.warning("%s", self.pause_reason)
+            self._deadline = self._later(seconds, self._stop_waiting)
+
+    def _stop_waiting(self) -> None:
+        seconds = self._policy.timeout.fleet_s
+        self.stop(
+            f"no endpoint recovered within {seconds:g} s (limits.fleet_wait_s): restart the "
+            "servers and resume the run"
+        )
+
+    def stop(self, message: str) -> None:
+        """Stop the run: no further request is sent, and waiting calls fail."""
+        if self.stop_reason is None:
+            self.stop_reason = message
+            self._notify_changed()
+            _LOG.error("%s", message)
+        self.balancer.fail_all(lambda: RunStoppedError(message))
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> asyncio.TimerHandle:
+        def run() -> None:
+            self._timers.discard(handle)
+            call()
+
+        handle = asyncio.get_running_loop().call_later(seconds, run)
+        self._timers.add(handle)
+        return handle
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
