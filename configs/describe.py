@@ -15,8 +15,8 @@ from ..backends.core.errors import ConfigurationError
 from ..backends.core.secrets import is_secret, mask_command
 from .base import Access
 from .models import RunConfig
+from .raw_settings import get_at_path
 from .reduce import CollectConfig, CountConfig, HistogramConfig, StatsConfig, TopKConfig
-from .source import get_at_path
 
 _ENTRY: Final = re.compile(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 _QUALIFIER: Final = re.compile(r"^\((key|hosts)\b[^)]*\) ")

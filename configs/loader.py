@@ -22,9 +22,9 @@ from ..backends.core.templates import Template
 from .backend import find_unfit_keys
 from .describe import explain_validation
 from .models import RunConfig
+from .raw_settings import apply_override, expand_variables, parse_yaml, set_path
 from .reduce import check_aggregators
 from .serialize import check_plain, to_plain
-from .source import apply_override, expand_variables, parse_yaml, set_path
 
 _ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from ..backends.core.errors import ConfigurationError, MissingExtraError
 from .endpoints import ENDPOINT_KINDS, HOSTS_ONLY_KEYS
 from .loader import LoadedConfig, load_config, read_settings
-from .source import get_at_path
+from .raw_settings import get_at_path
 
 DEFAULT_PRESET: Final = "molecular_screening"
 

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.secrets import MASKED, is_secret, mask_command, mask_data, mask_url
 from .models import KeepConfig, RunConfig
-from .source import join_path
+from .raw_settings import join_path
 
 _MOST_VALUES: Final = 1_000_000
 _DEEPEST: Final = 100

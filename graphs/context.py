@@ -59,8 +59,9 @@ from .invocation import (
     get_claims,
 )
 from .requests import Request, RequestPolicy
+from .run.accounting import OpenedRun
 from .run.items import make_item_context, make_item_engine, plan_shards
-from .run.open_run import OpenedRun
+from .run.open_run import OpenOptions, open_run, write_results
 from .run.prepare import (
     RUNS_FOLDER,
     begin_session,
@@ -69,7 +70,6 @@ from .run.prepare import (
     prepare_run,
     resume_run,
 )
-from .run.resources import OpenOptions, open_run, write_results
 from .run.shutdown import session_deadline
 from .worker import work_shard
 

@@ -26,9 +26,9 @@ from ..configs.base import Access
 from ..configs.describe import iter_access, split_settings
 from ..configs.loader import LoadedConfig, is_preset, load_config, read_schema, read_settings_file
 from ..configs.models import SAMPLING_FIELDS, BudgetConfig, RunConfig
+from ..configs.raw_settings import get_at_path, parse_value, parse_yaml
 from ..configs.resolve import endpoint_settings, resolve_config
 from ..configs.serialize import check_plain, find_lost_secrets
-from ..configs.source import get_at_path, parse_value, parse_yaml
 from ..nodes.batch.load import describe_unknown_keys
 from .context_schema import VARIABLE_PATTERN, SettingsForm
 

@@ -34,7 +34,7 @@ from ..backends.core.errors import (
 )
 from ..backends.core.templates import Template
 from ..backends.core.types import Shard
-from ..backends.storage.journal import RunIds
+from ..backends.storage.journal_file import RunIds
 from ..backends.storage.run_folder import RunFolder, get_run_ids, utc_timestamp
 from ..configs.loader import LoadedConfig
 from ..nodes.context import RunTools
@@ -43,12 +43,12 @@ from ..nodes.shard.local import run_local_shard
 from ..nodes.shard.remote import run_remote_shard
 from .context import RunContext
 from .map_reduce import MapReduce, build_bound_graph
+from .run.accounting import OpenedRun
 from .run.checkpoints import open_saver
 from .run.estimate import count_nodes, make_run_plan, sample_indices
 from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
 from .run.items import UNBOUNDED_STEPS
 from .run.monitor import show_progress
-from .run.open_run import OpenedRun
 from .run.prepare import describe_session
 from .run.shutdown import Shutdown, handle_signals
 

@@ -36,7 +36,7 @@ from ..backends.discovery.connect import (
 from ..backends.discovery.node_local import node_endpoints
 from ..backends.fleet.endpoint import EndpointSpec
 from ..backends.fleet.fleet import Fleet, StatsReporter
-from ..backends.storage.journal import JournalWriter
+from ..backends.storage.journal_file import JournalWriter
 from ..backends.storage.run_folder import RESPONSES_FOLDER
 from ..backends.storage.worker_journal import (
     ResultJournal,

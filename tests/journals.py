@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from fanfold.backends.core.checksum import add_crc
-from fanfold.backends.storage.journal import make_header
+from fanfold.backends.storage.journal_file import make_header
 
 
 def chained(*lines: bytes) -> list[bytes]:

@@ -17,8 +17,8 @@ from ..core.errors import BudgetExhaustedError, JournalError
 from ..core.money import MS_PER_HOUR, NANO_PER_USD, NO_PRICES, Amount, BudgetLimits, TokenPrices
 from ..core.protocols import PromptCounter
 from ..core.types import Json
-from ..storage.journal import RunIds
-from ..storage.journal_index import Journal
+from ..storage.journal import Journal
+from ..storage.journal_file import RunIds
 from ..storage.run_folder import (
     RunFolder,
     get_run_ids,

@@ -12,7 +12,7 @@ from ...configs.loader import read_settings
 from ...configs.models import BudgetConfig
 from ..core.money import MS_PER_HOUR, NANO_PER_USD, NO_PRICES, Amount, NodeTime
 from ..core.types import Json
-from ..storage.journal import (
+from ..storage.journal_file import (
     JournalSource,
     RunIds,
     UsageTotals,

@@ -27,7 +27,7 @@ from ..core.errors import JournalError
 from ..core.money import Amount, NodeTime
 from ..core.types import Json
 from ..core.values import MAX_COUNT
-from ..storage.journal import (
+from ..storage.journal_file import (
     JournalSource,
     RunIds,
     check_renamed_files,

@@ -18,10 +18,10 @@ from .cache import RequestCache
 from .endpoint import Endpoint, EndpointSpec, normalize_base_url
 from .failures import Failure
 from .health import HealthMonitor
-from .load import LoadPoller
 from .policy import FleetPolicy, ModelParams, RateLimiter, RateLimitPolicy
 from .request import RequestCharge, RequestSender
 from .retry import Hedger, Retrier
+from .server_load import LoadPoller
 from .stats import QUANTILES, EndpointReport, EndpointStats, FleetHealth
 from .transport import OpenStream, Transport
 

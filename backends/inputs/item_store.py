@@ -19,8 +19,8 @@ import pyarrow as pa
 from ..core.errors import JournalError
 from ..core.types import Item
 from .base import InputSpec, InputSummary, SkippedRow
+from .formats import open_source
 from .screening import ItemEntry, RowValidator
-from .source import open_source
 
 VERSION: Final = "1"
 VERSION_KEY: Final = b"fanfold.items"

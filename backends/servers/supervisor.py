@@ -26,7 +26,7 @@ from .lock import (
     run_watchdog,
 )
 from .plan import NodeFiles, NodePlan, node_files
-from .server import NodeState, Server, fetch
+from .supervised_server import NodeState, Server, fetch
 
 
 class EndpointsFile:

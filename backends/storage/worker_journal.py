@@ -12,7 +12,7 @@ import orjson
 from ..core.errors import JournalError
 from ..core.messages import MAX_MESSAGE_BYTES
 from ..core.types import Json
-from .journal import JournalWriter, make_worker_prefix
+from .journal_file import JournalWriter, make_worker_prefix
 
 
 class ResultJournal:

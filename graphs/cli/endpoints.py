@@ -15,14 +15,14 @@ from ...backends.core.errors import EXIT_DONE, EXIT_USAGE, ConfigurationError
 from ...backends.core.parsing import ServerLoad
 from ...backends.discovery.connect import open_endpoint_set
 from ...backends.discovery.probe import ProbeResult, select_model
-from ...backends.fleet.load import read_server_loads
+from ...backends.fleet.server_load import read_server_loads
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.endpoints_table import read_endpoints, sum_sessions
 from ...backends.storage.run_folder import open_folder
 from ...configs.loader import LoadedConfig
 from ...configs.resolve import Overrides
+from ..run.accounting import endpoints_table_path
 from ..run.console import Terminal, print_json, print_messages
-from ..run.open_run import endpoints_table_path
 from ..run.prepare import check_endpoints
 from .format import format_cell
 

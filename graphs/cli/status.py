@@ -24,12 +24,12 @@ from ...backends.budget.cost import (
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount
 from ...backends.core.types import Json
-from ...backends.storage.journal import UsageTotals
-from ...backends.storage.journal_index import Journal
+from ...backends.storage.journal import Journal
+from ...backends.storage.journal_file import UsageTotals
 from ...backends.storage.results import make_rows, write_csv, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_extents
 from ...configs.loader import read_settings
-from ...configs.source import get_at_path
+from ...configs.raw_settings import get_at_path
 from ..jobs.usage import job_report
 from ..run.console import Terminal, open_data_stream, print_json
 from ..run.monitor import format_count

@@ -28,8 +28,8 @@ from ...backends.core.errors import (
 )
 from ...backends.core.money import NANO_PER_USD, Amount
 from ...backends.core.types import Json
-from ...backends.inputs.source import needed_columns
-from ...backends.storage.journal_index import Journal
+from ...backends.inputs.formats import needed_columns
+from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import get_run_ids, open_folder
 from ...configs.loader import LoadedConfig, load_config
 from ...configs.models import BudgetConfig, RunConfig

@@ -25,7 +25,7 @@ from ...backends.cluster.chain import (
 from ...backends.cluster.schedulers import JobState, Scheduler, make_scheduler, try_job_command
 from ...backends.core.errors import BackendError, ConfigurationError, FanfoldError
 from ...backends.servers.events import last_errors
-from ...backends.storage.journal_index import Journal
+from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ..run.console import print_messages
 

@@ -31,10 +31,10 @@ from ...backends.cluster.utilization import (
     read_job_servers,
 )
 from ...backends.core.errors import FanfoldError
-from ...backends.storage.journal import JournalSource, scan_lines
+from ...backends.storage.journal_file import JournalSource, scan_lines
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ...configs.loader import read_settings
-from ...configs.source import get_at_path
+from ...configs.raw_settings import get_at_path
 
 _SEQUENCES: Final = re.compile(r"--max-num-seqs[= ](\d+)")
 

@@ -19,8 +19,8 @@ from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.messages import ShardResult, ShardTask, own_version
 from ...backends.core.types import Item, Shard
 from ...backends.fleet.fleet import StatsCollector
-from ...backends.storage.journal import JournalDelta
-from ...backends.storage.journal_index import Journal
+from ...backends.storage.journal import Journal
+from ...backends.storage.journal_file import JournalDelta
 from ...backends.workers.executor import WorkShard
 from ...backends.workers.factory import make_worker_pool
 from ...backends.workers.member import Heartbeat

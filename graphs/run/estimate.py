@@ -29,8 +29,8 @@ from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.probe import ProbeResult, select_model
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
 from ...backends.inputs.base import InputSummary
+from ...backends.inputs.formats import make_input_spec, needed_columns
 from ...backends.inputs.item_store import ItemStore, load_input
-from ...backends.inputs.source import make_input_spec, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig

@@ -15,7 +15,7 @@ from ...backends.budget.pricing import Price
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, BudgetLimits
 from ...backends.core.types import Usage
-from ...backends.storage.journal_index import Journal
+from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import get_run_ids, open_folder
 
 _SIGMAS: Final = 2.0

@@ -21,7 +21,7 @@ from ...backends.fleet.fleet import Fleet
 from ...backends.fleet.stats import EndpointReport, FleetHealth
 from ...configs.resolve import check_metrics
 from ...nodes.context import RunTools
-from .open_run import OpenedRun
+from .accounting import OpenedRun
 
 _PLAIN_S: Final = 10.0
 _LIVE_S: Final = 0.25

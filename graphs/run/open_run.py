@@ -1,112 +1,333 @@
-"""An open run with its fleet, node time and endpoint reports."""
+"""Open the resources of a session: journal, items, budget, fleet or coordinator."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...backends.budget.budget import Budget, RunBudget
+from ...backends.budget.budget import RunBudget, open_budget
+from ...backends.budget.pricing import find_model_price as price_of
+from ...backends.budget.pricing import find_token_prices
 from ...backends.budget.spend_log import SpendLogs
-from ...backends.core.errors import JournalError
-from ...backends.core.money import NANO_PER_USD, TokenPrices
-from ...backends.core.types import Usage
+from ...backends.budget.tokens import make_prompt_counter, open_token_counter
+from ...backends.cluster.walltime import Walltime
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.money import NO_PRICES, NodeTime
+from ...backends.core.types import Item
+from ...backends.discovery.connect import open_cache, open_fleet
+from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.fleet import Fleet
-from ...backends.storage.endpoints_table import FILE_NAME, append_endpoints
-from ...backends.storage.journal_index import Journal
-from ...backends.storage.run_folder import RunFolder
-from ...nodes.context import RunTools
-from .node_time import NodeTimeMeter, meter_node_time, open_time_log
+from ...backends.inputs.item_store import ItemStore
+from ...backends.storage.journal import Journal
+from ...backends.storage.results import make_rows, replace_file, write_jsonl, write_parquet
+from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
+from ...backends.workers.executor import WorkShard
+from ...configs.loader import LoadedConfig
+from ...configs.models import RunConfig
+from ...configs.reduce import to_aggregator_spec
+from ...nodes.aggregators import build_aggregators
+from ...nodes.context import RunTools, no_account
+from ...nodes.shard.gate import Gate
+from ...nodes.shard.progress import Progress, ProgressStream
+from ...nodes.state import ItemState
+from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
+from ..remote.heartbeat import stop_earlier_workers
+from ..remote.tasks import make_task_template
+from .accounting import OpenedRun, charge_node_time, make_reporter, write_reports_at_end
+from .items import ItemEngine, RunItem, is_run_by_engine, is_small_batch, make_item_runner
+from .monitor import serve_metrics
+from .prepare import compute_fingerprint, compute_question_digest, ensure_run_identity
+from .shutdown import close_at_deadline
 
-logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class OpenedRun(RunTools):
-    """The tools of a run, with its fleet, budget and journal for reports.
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """Options for opening a run.
 
     Attributes:
-        fleet: The fleet; None if no item is open or workers send the requests.
-        budget: The budget of the run, or None.
-        journal: The journal of the run.
+        trace: Run and trace every item with LangGraph's engine, for any number of items.
+        embedded: The graph was called by another program.
+        retry_before: By run folder, the session before which failed items are retried; the first
+            opening of a run sets its own number. Each superstep opens an embedded run, and items
+            that failed in an earlier superstep of the invocation have already been retried. None
+            does not retry failed items.
+        progress_streams: By run folder, its progress stream; kept between openings.
+        make_engine: Returns a function that runs one item with LangGraph's engine; True uses
+            ``task.graph``.
+        work_shard: The function that workers run.
+        deadline: End of the session, or None.
     """
 
-    fleet: Fleet | None = None
-    budget: Budget | None = None
-    journal: Journal | None = None
+    trace: bool
+    embedded: bool
+    retry_before: dict[Path, int] | None
+    progress_streams: dict[Path, ProgressStream]
+    make_engine: Callable[[bool], ItemEngine]
+    work_shard: WorkShard
+    deadline: Walltime | None = None
 
 
 @asynccontextmanager
-async def charge_node_time(
-    run: OpenedRun, spending: RunBudget | None, logs: SpendLogs, session: int
-) -> AsyncIterator[None]:
-    """Charge the node time of an open run while the block runs.
-
-    Args:
-        run: The run.
-        spending: Its budget; None means no limit.
-        logs: Its spend logs.
-        session: The session number, from 1.
+async def open_run(
+    folder: RunFolder, loaded: LoadedConfig, options: OpenOptions
+) -> AsyncIterator[RunTools]:
+    """Open a run that the caller has locked; open the fleet only if items are open.
 
     Raises:
-        JournalError: A spend log cannot be created.
+        ConfigurationError: The settings do not fit the run.
+        JournalError: The journal is damaged.
     """
+    config = loaded.config
+    async with AsyncExitStack() as stack:
+        files = await asyncio.to_thread(_open_run_files, folder, loaded)
+        stack.push_async_callback(asyncio.to_thread, files.files.close)
+        journal, total = files.journal, len(files.store)
+        price = (
+            await asyncio.to_thread(find_token_prices, config, files.model, files.simulated)
+            or NO_PRICES
+        )
+        stack.push_async_callback(journal.aclose)
+        owner = f"{socket.gethostname()} pid {os.getpid()}"
+        journal.start_session(owner, config.journal.fsync_s, files.next_session)
+        if options.retry_before is not None:
+            journal.reopen_failed(
+                options.retry_before.setdefault(folder.path, journal.session_number)
+            )
+        progress = _progress(journal, total, files.node_time)
+        run_item: RunItem = _refuse_item
+        fleet: Fleet | None = None
+        coordinator: Coordinator | None = None
+        budget: RunBudget | None = None
+        if journal.count_items().open:
+            budget = await stack.enter_async_context(
+                open_budget(folder, config, price, journal, get_run_ids(files.provenance))
+            )
+            ready = await stack.enter_async_context(
+                ready_endpoints(config, loaded.plain["endpoints"], files.model)
+            )
+            files = await asyncio.to_thread(
+                _settle_simulated, folder, loaded, files, ready.simulated
+            )
+            if budget is not None:
+                counter = await stack.enter_async_context(open_token_counter(ready))
+                budget.budget.count_prompt = make_prompt_counter(counter)
+            if config.backend.is_remote:
+                _check_trace(options)
+                about = {**files.provenance, "session": journal.session_number}
+                template = make_task_template(folder, loaded, ready, about, price)
+                if options.deadline is not None:
+                    template = replace(template, ends_at=options.deadline.workers_stop_at)
+                coordinator = await stack.enter_async_context(
+                    open_coordinator(options.work_shard, template, journal, progress, budget)
+                )
+                reports = coordinator.stats_collector.reports
+                await stack.enter_async_context(
+                    write_reports_at_end(reports, folder, journal.session_number, price)
+                )
+            else:
+                cache = await stack.enter_async_context(
+                    open_cache(config, ready.simulated, folder.responses)
+                )
+                fleet = await stack.enter_async_context(open_fleet(config, ready, cache))
+                reports = make_reporter(fleet)
+                await stack.enter_async_context(
+                    write_reports_at_end(reports, folder, journal.session_number, price)
+                )
+                by_engine = is_run_by_engine(
+                    config, trace=options.trace, embedded=options.embedded, total=total
+                )
+                engine = options.make_engine(config.task.graph is not None) if by_engine else None
+                quiet = not is_small_batch(total) and not options.trace
+                run_item = make_item_runner(loaded, fleet, ready.model, engine, quiet)
+        tools = OpenedRun(
+            store=files.store,
+            item_journal=journal,
+            aggregators=build_aggregators(
+                [to_aggregator_spec(s, config.task.answer_schema) for s in config.reduce]
+            ),
+            run_item=run_item,
+            gate=_gate(config, coordinator is not None),
+            progress=progress,
+            fingerprint=bytes.fromhex(files.fingerprint),
+            question_digest=compute_question_digest(config, files.model),
+            keep_raw=config.keep.raw == "all",
+            simulated=files.simulated,
+            token_prices=price,
+            open_account=no_account if budget is None else budget.budget.open_account,
+            budget=None if budget is None else budget.budget,
+            coordinator=coordinator,
+            progress_stream=options.progress_streams.setdefault(folder.path, ProgressStream()),
+            fleet=fleet,
+            journal=journal,
+        )
+        if journal.count_items().open:
+            logs = SpendLogs(folder.budget, get_run_ids(files.provenance))
+            await stack.enter_async_context(
+                charge_node_time(tools, budget, logs, journal.session_number)
+            )
+        await stack.enter_async_context(serve_metrics(tools, config.metrics.port))
+        stack.enter_context(close_at_deadline(tools.gate, options.deadline))
+        yield tools
 
-    def nodes() -> tuple[int, int]:
-        if run.coordinator is not None:
-            return run.coordinator.nodes
-        return (0, 0) if run.fleet is None else run.fleet.nodes
 
-    async with open_time_log(spending, logs, session) as write:
-        meter = NodeTimeMeter(nodes, run.token_prices, run.progress.add_node_time, write)
-        async with meter_node_time(meter, run.gate, spending):
-            yield
-
-
-def make_reporter(fleet: Fleet) -> Callable[[], list[dict[str, Any]]]:
-    """Return a function that reports the statistics of each endpoint."""
-    return lambda: [asdict(report) for report in fleet.report()]
+def _check_trace(options: OpenOptions) -> None:
+    if options.trace:
+        msg = (
+            "--trace runs every item with LangGraph's engine in this process, but the settings run "
+            "the shards on workers; add --set backend.kind=local"
+        )
+        raise ConfigurationError(msg)
 
 
-def endpoints_table_path(folder: RunFolder) -> Path:
-    """Return the path of the table with statistics per endpoint and session."""
-    return folder.path / FILE_NAME
+def _gate(config: RunConfig, is_remote: bool) -> Gate:
+    """Return the gate for items in flight; shards on workers are bounded by the worker pool."""
+    if is_remote:
+        return Gate(sys.maxsize, config.limits.drain_s + STOP_GRACE_S, "shards")
+    return Gate(config.limits.streams, config.limits.drain_s)
 
 
-@asynccontextmanager
-async def write_reports_at_end(
-    reports: Callable[[], list[dict[str, Any]]],
+@dataclass(frozen=True, slots=True)
+class _RunFiles:
+    """The open files of a run."""
+
+    files: ExitStack
+    store: ItemStore
+    journal: Journal
+    provenance: dict[str, Any]
+    next_session: int
+    node_time: NodeTime
+
+    @property
+    def run(self) -> tuple[str, ...]:
+        return get_run_ids(self.provenance)
+
+    @property
+    def model(self) -> str:
+        return str(self.provenance["model"])
+
+    @property
+    def simulated(self) -> bool:
+        return bool(self.provenance["simulated"])
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.provenance["fingerprint"])
+
+
+def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
+    about = folder.read_provenance()
+    if (
+        compute_fingerprint(loaded.config, about["model"], about["simulated"])
+        != about["fingerprint"]
+    ):
+        msg = (
+            f"{folder.path}: the task or model settings differ from those of this run; use a new "
+            "run folder"
+        )
+        raise ConfigurationError(msg)
+    with ExitStack() as stack:
+        about = ensure_run_identity(folder)
+        stop_earlier_workers(
+            folder.journal
+        )  # before reading the journal: they may still write to it
+        store = stack.enter_context(ItemStore(folder.items))
+        journal = Journal(folder.journal, get_run_ids(about), len(store))
+        logs = SpendLogs(folder.budget, get_run_ids(about))
+        return _RunFiles(
+            stack.pop_all(), store, journal, about, logs.next_session(), logs.total_node_time()
+        )
+
+
+def _progress(journal: Journal, total: int, held: NodeTime) -> Progress:
+    counts, spent = journal.count_items(), journal.total_usage()
+    return Progress(
+        total=total,
+        done=counts.done,
+        failed=counts.failed,
+        ended_before=counts.done + counts.failed,
+        requests=spent.requests,
+        prompt_tokens=spent.prompt_tokens,
+        cached_tokens=spent.cached_tokens,
+        completion_tokens=spent.completion_tokens,
+        lost_tokens=spent.lost_tokens,
+        useful_tokens=spent.useful_tokens,
+        nano_usd=spent.nano_usd,
+        reused=spent.reused,
+        useful_nano_usd=spent.useful_nano_usd,
+        node_time=held,
+    )
+
+
+def _settle_simulated(
+    folder: RunFolder, loaded: LoadedConfig, files: _RunFiles, now: bool
+) -> _RunFiles:
+    """Return the run's files, after recording whether the endpoints are simulated.
+
+    A run that was prepared before its endpoints existed records this here, once.
+
+    Raises:
+        ConfigurationError: The endpoints changed from real to simulated, or back.
+    """
+    if files.provenance["simulated"] is None:
+        settled = compute_fingerprint(loaded.config, files.model, now)
+        cost = price_of(loaded.config, files.model, now)
+        kept = {"price": None if cost is None else cost.to_json()}
+        about = files.provenance | kept | {"simulated": now, "fingerprint": settled}
+        folder.write_provenance(about)
+        return replace(files, provenance=about)
+    _check_simulated(now, files.simulated)
+    return files
+
+
+def _check_simulated(now: bool, before: bool) -> None:
+    if now != before:
+        kinds = ("real", "simulated")
+        msg = (
+            f"this run's answers are {kinds[before]} and these endpoints are {kinds[now]}; a run "
+            "cannot mix them: use a new run folder"
+        )
+        raise ConfigurationError(msg)
+
+
+async def _refuse_item(item: Item) -> ItemState:
+    raise ConfigurationError(f"item {item.id!r} is open, but the journal has no open items")
+
+
+def write_results(
     folder: RunFolder,
-    session: int,
-    prices: TokenPrices,
-) -> AsyncIterator[None]:
-    """Write the endpoint statistics when the block ends, also after an error.
+    loaded: LoadedConfig,
+    tools: RunTools,
+    aggregate: list[dict[str, Any]],
+    progress: dict[str, Any],
+) -> dict[str, Any]:
+    """Write results, failures and aggregate; return references to them.
 
-    Args:
-        reports: Returns one row per endpoint.
-        folder: The run's folder.
-        session: The session number, from 1.
-        prices: Prices of tokens.
+    Raises:
+        JournalError: A file cannot be written.
     """
-    try:
-        yield
-    finally:
-        found = [_row(row, prices) for row in reports() if row["calls"] or row["opened"]]
-        try:
-            await asyncio.to_thread(append_endpoints, endpoints_table_path(folder), found, session)
-        except JournalError as error:
-            logger.warning("%s", error.message)  # the error that ended the run matters more
-
-
-def _row(report: Mapping[str, Any], prices: TokenPrices) -> dict[str, Any]:
-    """Return a report as a table row, with wasted tokens and cost."""
-    row = dict(report)
-    lost = Usage(row.pop("lost_prompt_tokens"), row.pop("lost_completion_tokens"))
-    paid = Usage(row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"])
-    usd = (prices.nano_usd(paid) + prices.nano_usd(lost)) / NANO_PER_USD
-    wasted = paid.tokens + lost.tokens - row["useful_tokens"]
-    return {**row, "wasted_tokens": wasted, "usd": usd if prices.priced else None}
+    extents = tools.item_journal.extents()
+    schema, priced = loaded.config.task.answer_schema, tools.is_priced
+    write_parquet(
+        make_rows(tools.item_journal.read_records(), priced=priced), folder.results, schema
+    )
+    with replace_file(folder.failures) as file:
+        write_jsonl(make_rows(tools.item_journal.read_records("failed"), priced=priced), file)
+    about = folder.read_provenance()
+    content = {"v": 1, "run": about["run"], "simulated": tools.simulated}
+    write_json(
+        folder.aggregate,
+        {**content, "progress": progress, "aggregate": aggregate, "journal": extents},
+    )
+    return {
+        "folder": str(folder.path),
+        "table": str(folder.results),
+        "failures": str(folder.failures),
+        "simulated": tools.simulated,
+    }

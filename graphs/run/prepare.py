@@ -35,8 +35,8 @@ from ...backends.discovery.connect import check_cache, make_model_params
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
 from ...backends.inputs.base import InputSummary
+from ...backends.inputs.formats import make_input_spec, needed_columns
 from ...backends.inputs.item_store import ItemStore, load_input
-from ...backends.inputs.source import make_input_spec, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
     RunFolder,

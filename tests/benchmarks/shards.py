@@ -16,8 +16,8 @@ from rich.console import Console
 from fanfold.backends.simulated.process import launch
 from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.configs.loader import load_config
+from fanfold.graphs.run.open_run import write_results
 from fanfold.graphs.run.prepare import prepare_run
-from fanfold.graphs.run.resources import write_results
 from fanfold.graphs.session import RunOptions, execute_run
 
 BACKENDS: dict[str, dict[str, Any]] = {

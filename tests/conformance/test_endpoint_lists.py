@@ -15,8 +15,8 @@ from fanfold.backends.discovery.gateway import Gateway
 from fanfold.backends.discovery.sources import FileSource, RegistrySource, follow_source
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
-from fanfold.backends.fleet.load import read_server_loads
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams
+from fanfold.backends.fleet.server_load import read_server_loads
 
 from .standins import First, Model, Registry, serve
 

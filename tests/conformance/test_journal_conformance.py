@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
 from fanfold.tests.conformance import journal_checks
 from fanfold.tests.conformance.journal_checks import CHECKS, Check, Subject
 

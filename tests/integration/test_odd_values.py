@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 from rich.console import Console
 
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
 from fanfold.backends.storage.run_folder import RunFolder, open_folder
 from fanfold.configs.loader import load_config
 from fanfold.graphs.cli.status import export_results

@@ -25,7 +25,6 @@ from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.failures import HTTPAnswer
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.langchain import ChatFleet
-from fanfold.backends.fleet.load import count_requests
 from fanfold.backends.fleet.policy import (
     AffinityPolicy,
     FleetPolicy,
@@ -34,6 +33,7 @@ from fanfold.backends.fleet.policy import (
     RetryPolicy,
     TimeoutPolicy,
 )
+from fanfold.backends.fleet.server_load import count_requests
 from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
 
 from .conftest import Canned, Stub, completion, until

@@ -37,8 +37,8 @@ from fanfold.backends.discovery.probe import probe_models
 from fanfold.backends.discovery.sources import RegistrySource
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
-from fanfold.backends.fleet.load import read_server_loads
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams, RetryPolicy, TimeoutPolicy
+from fanfold.backends.fleet.server_load import read_server_loads
 from fanfold.backends.fleet.transport import Transport
 from fanfold.backends.workers.globus.service import ComputeService
 from fanfold.backends.workers.launched.worker import run_worker

@@ -10,7 +10,7 @@ import pytest
 from fanfold.backends.budget.cost import read_budget, read_cost
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.money import Amount
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
 from fanfold.backends.storage.run_folder import open_folder
 from fanfold.tests.integration.runs.conftest import Lab, LabMaker
 

@@ -130,7 +130,7 @@ async def test_a_signal_while_the_run_is_opened(
             yield
 
         with monkeypatch.context() as patched:
-            patched.setattr("fanfold.graphs.run.resources.ready_endpoints", never)
+            patched.setattr("fanfold.graphs.run.open_run.ready_endpoints", never)
             life = asyncio.create_task(lab.live(folder))
             await asyncio.wait_for(opening.wait(), 60)
             os.kill(os.getpid(), signal.SIGTERM)

@@ -13,7 +13,7 @@ import pytest
 
 from fanfold.backends.core.exit_with_parent import exit_with_parent
 from fanfold.backends.core.types import Item, Shard
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
 from fanfold.backends.workers.executor import ExecutorBackend
 from fanfold.backends.workers.member import PoolPolicy
 from fanfold.backends.workers.pool import WorkerPool

@@ -20,7 +20,7 @@ from fanfold.configs.backend import BackendConfig
 from fanfold.configs.loader import load_config
 from fanfold.graphs import worker
 from fanfold.graphs.remote.heartbeat import heartbeat_file
-from fanfold.graphs.run.open_run import endpoints_table_path
+from fanfold.graphs.run.accounting import endpoints_table_path
 from fanfold.tests.integration.runs.conftest import LabMaker
 
 pytestmark = pytest.mark.integration

@@ -14,7 +14,7 @@ import pytest
 from fanfold.backends.servers.events import EventLog
 from fanfold.backends.servers.lock import WatchdogClient
 from fanfold.backends.servers.plan import node_files
-from fanfold.backends.servers.server import NodeState, Server, fetch
+from fanfold.backends.servers.supervised_server import NodeState, Server, fetch
 from fanfold.backends.servers.supervisor import LoadSampler
 
 from .conftest import Node, until

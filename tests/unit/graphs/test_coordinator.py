@@ -15,7 +15,7 @@ import pytest
 from fanfold.backends.core.errors import JournalError, WorkerLostError
 from fanfold.backends.core.messages import ShardResult, ShardTask
 from fanfold.backends.core.types import Item, Json, Shard
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
 from fanfold.backends.storage.worker_journal import make_worker_path
 from fanfold.backends.workers.member import PoolPolicy
 from fanfold.backends.workers.pool import WorkerPool

@@ -10,8 +10,8 @@ from fanfold.backends.core.money import NANO_PER_USD, NO_PRICES, Amount, BudgetL
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
+from fanfold.graphs.run.accounting import OpenedRun
 from fanfold.graphs.run.monitor import ProgressLine, format_count
-from fanfold.graphs.run.open_run import OpenedRun
 from fanfold.nodes.shard.gate import Gate
 from fanfold.nodes.shard.progress import Progress
 

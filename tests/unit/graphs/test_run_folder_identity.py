@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fanfold.backends.cluster.chain import chain_file
 from fanfold.backends.core.errors import ConfigurationError, JournalError
-from fanfold.backends.storage.journal import ItemCounts
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
+from fanfold.backends.storage.journal_file import ItemCounts
 from fanfold.backends.storage.run_folder import (
     RunFolder,
     create_folder,

@@ -19,7 +19,7 @@ from fanfold.backends.core.types import Item, Message, Reply, Usage
 from fanfold.backends.core.values import MAX_COUNT, check_record
 from fanfold.backends.fleet import failures
 from fanfold.backends.fleet.request import RequestCharge
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
 from fanfold.configs.loader import load_config
 from fanfold.graphs.run.prepare import compute_question_digest
 from fanfold.nodes.aggregators import build_aggregators

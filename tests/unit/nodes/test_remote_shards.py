@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from fanfold.backends.core.errors import JournalError, RunStoppedError
 from fanfold.backends.core.messages import ShardResult, ShardTask
 from fanfold.backends.core.types import Item, Json, Shard
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
 from fanfold.nodes.aggregators import build_aggregators
 from fanfold.nodes.context import AnsweredTask, RunTools
 from fanfold.nodes.shard.gate import Gate

@@ -32,7 +32,7 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.protocols import CURRENT_CALLS
 from fanfold.backends.core.types import Item, Shard
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
 from fanfold.nodes.aggregators import build_aggregators
 from fanfold.nodes.context import RunTools
 from fanfold.nodes.shard.gate import Gate

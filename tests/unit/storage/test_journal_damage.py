@@ -14,7 +14,7 @@ from fanfold.backends.budget.cost import group_usage, sum_usage
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.money import Amount
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
 from fanfold.tests.conformance.journal_checks import sample
 from fanfold.tests.journals import write_journal
 

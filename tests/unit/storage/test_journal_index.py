@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import JournalError
-from fanfold.backends.storage.journal import ItemCounts
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
+from fanfold.backends.storage.journal_file import ItemCounts
 from fanfold.tests.conformance.journal_checks import sample
 
 

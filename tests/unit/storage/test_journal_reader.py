@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fanfold.backends.budget.cost import group_usage
 from fanfold.backends.core.errors import JournalError
-from fanfold.backends.storage.journal import JournalDelta, JournalSource, scan_lines
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
+from fanfold.backends.storage.journal_file import JournalDelta, JournalSource, scan_lines
 from fanfold.tests.conformance.journal_checks import sample
 from fanfold.tests.journals import chained, journal_lines, write_journal
 

@@ -22,8 +22,8 @@ from hypothesis.stateful import (
 )
 
 from fanfold.backends.core.checksum import add_crc
-from fanfold.backends.storage.journal import JournalDelta, make_header, parse_session_number
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
+from fanfold.backends.storage.journal_file import JournalDelta, make_header, parse_session_number
 from fanfold.tests.conformance.journal_checks import sample
 
 ITEMS, WORKERS = 4, 2

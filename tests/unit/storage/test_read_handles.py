@@ -6,7 +6,7 @@ import asyncio
 import random
 from pathlib import Path
 
-from fanfold.backends.storage.journal_index import FileHandles, Journal
+from fanfold.backends.storage.journal import FileHandles, Journal
 from fanfold.tests.conformance.journal_checks import sample
 from fanfold.tests.journals import write_journal
 

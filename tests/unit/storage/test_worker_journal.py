@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.core.errors import JournalError
-from fanfold.backends.storage.journal import JournalDelta, JournalSource, JournalWriter, scan_lines
-from fanfold.backends.storage.journal_index import Journal
+from fanfold.backends.storage.journal import Journal
+from fanfold.backends.storage.journal_file import (
+    JournalDelta,
+    JournalSource,
+    JournalWriter,
+    scan_lines,
+)
 from fanfold.backends.storage.worker_journal import ResultJournal, WorkerJournal, make_worker_path
 from fanfold.tests.conformance.journal_checks import sample
 

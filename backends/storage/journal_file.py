@@ -1,0 +1,639 @@
+"""Append-only journal: writer, scan, line checks, sums of records."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import FileIO
+from operator import itemgetter
+from pathlib import Path
+from types import NoneType
+from typing import Any, Final, NamedTuple, Self, TypeAlias
+
+import orjson
+
+from ..core.checksum import CRC_END, CRC_FIELD, CRC_TAIL_BYTES, add_crc, check_crc
+from ..core.disk import sync_folder
+from ..core.errors import JournalError
+from ..core.money import Amount
+from ..core.types import Json
+from ..core.values import COUNT_FIELDS, MAX_COUNT, STATUSES, check_record
+
+JOURNAL_VERSION: Final = 2
+
+_LONGEST_HEADER: Final = 4096
+_OTHER_FILES: Final = ("heartbeat-", "task-", "stop-", "lock")
+"""Prefixes of the names of other files in a journal's folder."""
+
+RunIds: TypeAlias = str | tuple[str, ...]
+"""Run id; for a copied run folder, the current id followed by the earlier ones."""
+
+
+def make_header(path: Path, kind: str, about: Mapping[str, Json]) -> bytes:
+    """Return the first line of a new file.
+
+    Args:
+        path: The file.
+        kind: ``journal`` or ``budget``.
+        about: ``run`` (the run's id) and the writer.
+    """
+    identity = {"kind": kind, "name": path.stem, "file": secrets.token_hex(8)}
+    return orjson.dumps({"v": JOURNAL_VERSION, "run": about["run"], **identity, **about})
+
+
+class JournalWriter:
+    """Write one journal file inside a running event loop.
+
+    After a failure nothing more is written.
+
+    Args:
+        path: The file to create; it must not exist.
+        header: Content of the first line besides the version.
+        fsync_s: Seconds between flushes to disk.
+
+    Attributes:
+        at_risk: Records that a failed flush may have lost; otherwise 0.
+
+    Raises:
+        JournalError: The file cannot be created or written.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Json], fsync_s: float) -> None:
+        self._path = path
+        self._fsync_s = fsync_s
+        self._written = self._flushed = self._crc = 0
+        self._records = self._flushed_records = self.at_risk = 0
+        self._failure: JournalError | None = None
+        self._round: asyncio.Task[None] | None = None
+        self._hurry, self._closing = asyncio.Event(), False
+        try:
+            self._file = FileIO(path, "xb")
+        except OSError as error:
+            raise JournalError(f"{path}: cannot be created: {error.strerror}") from error
+        self._thread = ThreadPoolExecutor(1, f"fsync {path.name}")
+        try:
+            line, self._crc = add_crc(make_header(path, "journal", header), 0)
+            self._append(line)
+        except JournalError:
+            self._file.close()
+            raise
+
+    @property
+    def failed(self) -> bool:
+        """Return True if a write or a flush failed."""
+        return self._failure is not None
+
+    def write(self, record: dict[str, Json]) -> tuple[int, int]:
+        """Append one record, unbuffered.
+
+        Returns:
+            Start and length of the line in bytes.
+
+        Raises:
+            TypeError: A value has no JSON form; nothing was written.
+            JournalError: The line could not be written, or an earlier write or flush failed.
+        """
+        if self._failure is not None:
+            raise self._failure
+        line, self._crc = add_crc(orjson.dumps(record), self._crc)
+        start = self._written
+        self._append(line)
+        self._records += 1
+        return start, len(line)
+
+    async def flush(self, *, at_once: bool = False) -> None:
+        """Wait until everything written so far is on disk, by the next common flush.
+
+        Args:
+            at_once: Flush without waiting for the interval; nothing more is written meanwhile.
+
+        Raises:
+            JournalError: The flush failed.
+        """
+        goal = self._written
+        if at_once and self._flushed < goal:
+            self._hurry.set()
+        while self._flushed < goal and self._failure is None and self._round is not None:
+            await asyncio.wait({self._round})
+        if self._failure is not None:
+            raise self._failure
+
+    async def close(self) -> None:
+        """Flush and close the file.
+
+        Raises:
+            JournalError: A write or a flush failed, now or earlier.
+        """
+        self._closing = True
+        self._hurry.set()
+        try:
+            while self._round is not None:
+                await asyncio.wait({self._round})
+            if self._flushed < self._written:  # after a failed write: flush what came before it
+                await self._sync()
+        finally:
+            self._file.close()
+            self._thread.shutdown(wait=False)
+        if self._failure is not None:
+            raise self._failure
+
+    def _append(self, line: bytes) -> None:
+        done = 0
+        while done < len(line):
+            try:
+                count = self._file.write(line[done:])
+            except OSError as error:
+                raise self._fail("cannot be written", error) from error
+            done += count
+        self._written += len(line)
+        if self._round is None:
+            self._round = asyncio.create_task(self._rounds(), name=f"fsync {self._path.name}")
+
+    async def _rounds(self) -> None:
+        """Flush after a pause; repeat while more was written meanwhile."""
+        try:
+            if not self._flushed:
+                await self._fsync(self._sync_folder)
+            while self._flushed < self._written and self._failure is None:
+                await _pause(self._hurry, self._fsync_s)
+                if not self._closing:
+                    self._hurry.clear()
+                await self._sync()
+        finally:
+            self._round = None
+
+    async def _sync(self) -> None:
+        goal, records = self._written, self._records
+        if await self._fsync(lambda: os.fsync(self._file.fileno())):
+            self._flushed, self._flushed_records = goal, records
+
+    async def _fsync(self, sync: Callable[[], None]) -> bool:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, sync)
+        except OSError as error:
+            self._fail("cannot be flushed to disk", error)
+            self.at_risk = self._records - self._flushed_records
+            return False
+        return True
+
+    def _sync_folder(self) -> None:
+        sync_folder(self._path.parent)
+
+    def _fail(self, what: str, error: OSError) -> JournalError:
+        self._failure = self._failure or JournalError(
+            f"{self._path}: the journal {what}: {error.strerror}"
+        )
+        return self._failure
+
+
+async def _pause(wake: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await wake.wait()
+    except TimeoutError:
+        return
+
+
+class JournalLine(NamedTuple):
+    """One record of a journal file.
+
+    Attributes:
+        number: Number of the line, from 1.
+        start: Start of the line in bytes.
+        length: Length in bytes, line end included.
+        crc: Checksum of the line.
+        record: Content of the line.
+    """
+
+    number: int
+    start: int
+    length: int
+    crc: int
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalSource:
+    """File to read, and what identifies it as a file of the run.
+
+    Attributes:
+        path: The file.
+        run: The run's ids; the first line of the file must have one of them.
+        kind: ``journal`` or ``budget``.
+    """
+
+    path: Path
+    run: RunIds
+    kind: str = "journal"
+
+    def make_error(self, number: int, what: str) -> JournalError:
+        """Return an error that names the line."""
+        return JournalError(f"{self.path}, line {number}: {what}")
+
+
+def scan_lines(
+    source: JournalSource, start: int = 0, first: int = 1, before: int = 0, *, live: bool = False
+) -> Iterator[JournalLine]:
+    """Yield the records of one file; skip a torn last line.
+
+    Args:
+        source: The file.
+        start: Start offset in bytes.
+        first: Number of the line at that offset.
+        before: Checksum of the previous line.
+        live: Whether the file is still being written; reading then stops at the first line with
+            NUL bytes. Network file systems show zeros where another node's data has not arrived.
+
+    Raises:
+        JournalError: Any other irregularity, with file and line.
+    """
+    try:
+        with source.path.open("rb") as file:
+            file.seek(start)
+            for number, line in enumerate(file, first):
+                if live and b"\0" in line:
+                    return
+                if not line.endswith(b"\n"):
+                    _check_torn(source, line, number, start, before)
+                    return
+                crc = check_crc(line, before)
+                if crc is None:
+                    raise _mismatch(source, line, number, start)
+                record = _parse(source, line, number)
+                if number == 1:
+                    _check_header(source, record)
+                else:
+                    yield JournalLine(number, start, len(line), crc, record)
+                start, before = start + len(line), crc
+    except OSError as error:
+        raise JournalError(f"{source.path}: cannot be read: {error.strerror}") from error
+
+
+def _check_torn(source: JournalSource, line: bytes, number: int, start: int, before: int) -> None:
+    """Accept a line cut off by the end of the process; no process writes NUL bytes.
+
+    A line with text after its checksum was complete: its end has been changed.
+    """
+    if b"\0" in line:
+        msg = (
+            f"{line.count(0):,} NUL bytes, as a power failure leaves them; everything before them "
+            f"is intact: remove them with '{_cut(source.path, start)}', then resume"
+        )
+        raise source.make_error(number, msg)
+    at = line.find(CRC_FIELD)
+    while at >= 0:
+        end = at + CRC_TAIL_BYTES - 1
+        if len(line) > end and check_crc(line[:end] + b"\n", before) is not None:
+            raise _mismatch(source, line, number, start)
+        at = line.find(CRC_FIELD, at + 1)
+
+
+def _mismatch(source: JournalSource, line: bytes, number: int, start: int) -> JournalError:
+    """Return the error of a line that does not match its checksum."""
+    found = _header_in(line)
+    if number == 1 and found is not None and found.get("v") != JOURNAL_VERSION:
+        return source.make_error(1, _other_version(found))
+    if number > 1 and found is not None and check_crc(line, 0) is not None:
+        what = "a second header: another file was appended to this one"
+    elif line.endswith(CRC_END) and line[-CRC_TAIL_BYTES:].startswith(CRC_FIELD):
+        what = (
+            "the checksum does not match: the line was changed, or lines before it were removed, "
+            "repeated or moved"
+        )
+    else:
+        what = "not a complete line with a checksum; the file was damaged or edited"
+    way_out = "restore the file from a copy"
+    if source.kind == "journal":
+        way_out += (
+            f", or cut it off here with '{_cut(source.path, start)}': the items of this and all "
+            "later lines then run again"
+        )
+    return source.make_error(number, f"{what}; {way_out}")
+
+
+def _cut(path: Path, size: int) -> str:
+    return f"truncate -s {size} {shlex.quote(str(path))}"
+
+
+def _header_in(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) and "v" in found else None
+
+
+def _parse(source: JournalSource, line: bytes, number: int) -> dict[str, Any]:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        msg = f"not valid JSON ({error}); the file was damaged or edited"
+        raise source.make_error(number, msg) from None
+    if not isinstance(record, dict):
+        raise source.make_error(number, "not a journal record")
+    record.pop("crc", None)
+    return record
+
+
+def get_current_run_id(run: RunIds) -> str:
+    """Return the current id of a run."""
+    return run if isinstance(run, str) else run[0]
+
+
+def _other_version(record: dict[str, Any]) -> str:
+    return f"journal version {record.get('v')!r}, this fanfold reads {JOURNAL_VERSION}"
+
+
+def _check_header(source: JournalSource, record: dict[str, Any]) -> None:
+    if record.get("v") != JOURNAL_VERSION:
+        raise source.make_error(1, _other_version(record))
+    if not _is_own(record.get("run"), source.run):
+        found, own = record.get("run"), get_current_run_id(source.run)
+        raise source.make_error(1, f"belongs to run {found!r}, not to {own!r}")
+    kind, name = record.get("kind"), record.get("name")
+    if (kind, name) != (source.kind, source.path.stem):
+        raise source.make_error(
+            1,
+            f"the file is {kind}/{name}.jsonl of this run under another name: remove it if it is a "
+            "copy, or else rename it back",
+        )
+
+
+def _is_own(found: object, run: RunIds) -> bool:
+    return found in ((run,) if isinstance(run, str) else run)
+
+
+def check_renamed_files(folder: Path, run: RunIds) -> None:
+    """Refuse a folder in which a renamed file of the run would be ignored.
+
+    Args:
+        folder: The folder.
+        run: The run's ids.
+
+    Raises:
+        JournalError: A file with a header of the run has a name that does not end in ``.jsonl``,
+            and its original name does not exist.
+    """
+    for path in sorted(folder.iterdir()):
+        signs = path.name.startswith(_OTHER_FILES)  # with many workers there are thousands
+        if signs or path.suffix == ".jsonl" or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            header = _header_in(file.readline(_LONGEST_HEADER))
+        if header is None or not _is_own(header.get("run"), run):
+            continue
+        proper = folder / f"{header.get('name')}.jsonl"
+        if not proper.exists():
+            msg = f"{path}, line 1: the file is {proper.name} of this run; rename it back"
+            raise JournalError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class ItemCounts:
+    """Number of items that are done, failed, and open."""
+
+    done: int
+    failed: int
+    open: int
+
+
+@dataclass(slots=True)
+class UsageTotals:
+    """Sums over records; a field that a record lacks counts as zero.
+
+    Attributes:
+        requests: Requests sent, failed ones included.
+        prompt_tokens: Prompt tokens of answered requests, as far as reported.
+        completion_tokens: Tokens of the answers, as far as reported.
+        cached_tokens: Prompt tokens from prefix caches.
+        lost_tokens: Upper bound of the tokens of requests that may be billed without an answer.
+        useful_tokens: Tokens of the answers that count.
+        nano_usd: Nano-dollars.
+        useful_nano_usd: Nano-dollars of the answers that count.
+        reused: Answers without cost, taken from an earlier equal request.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    lost_tokens: int = 0
+    useful_tokens: int = 0
+    nano_usd: int = 0
+    useful_nano_usd: int = 0
+    reused: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Return all tokens that may be billed."""
+        return self.prompt_tokens + self.completion_tokens + self.lost_tokens
+
+    @property
+    def wasted_tokens(self) -> int:
+        """Return tokens that may be billed without use: failed, hedged, sent back for repair."""
+        return self.tokens - self.useful_tokens
+
+    @property
+    def wasted_nano_usd(self) -> int:
+        """Return nano-dollars that may be billed without use."""
+        return self.nano_usd - self.useful_nano_usd
+
+    @property
+    def amount(self) -> Amount:
+        """Return the amount that counts against a budget."""
+        return Amount(self.requests, self.tokens, self.nano_usd)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add one record."""
+        self.add_numbers(list(map(record.get, COUNT_FIELDS)))
+
+    def add_numbers(self, numbers: Sequence[int | None]) -> None:
+        """Add the :data:`COUNT_FIELDS` of one record."""
+        requests, prompt, completion, cached, lost, useful, nano, useful_nano, reused = numbers
+        self.requests += requests or 0
+        self.prompt_tokens += prompt or 0
+        self.completion_tokens += completion or 0
+        self.cached_tokens += cached or 0
+        self.lost_tokens += lost or 0
+        self.useful_tokens += useful or 0
+        self.nano_usd += nano or 0
+        self.useful_nano_usd += useful_nano or 0
+        self.reused += reused or 0
+
+    @classmethod
+    def from_numbers(cls, numbers: Iterable[Sequence[int | None]]) -> Self:
+        """Return the sums over records, computed by column for speed.
+
+        Args:
+            numbers: :data:`COUNT_FIELDS` of each record.
+        """
+        sums = [sum(filter(None, column)) for column in zip(*numbers, strict=True)]
+        return cls(**dict(zip(COUNT_FIELDS, sums, strict=False)))
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the sums by their names."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def merge(self, other: UsageTotals) -> None:
+        """Add other sums."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(slots=True)
+class JournalDelta:
+    """Items that have ended since the last report.
+
+    Attributes:
+        done: Items with an answer.
+        failed: Items without an answer.
+        usage: Their usage.
+    """
+
+    done: int = 0
+    failed: int = 0
+    usage: UsageTotals = field(default_factory=UsageTotals)
+
+    def add_records(self, facts: Sequence[tuple[Any, ...]]) -> None:
+        """Add records by their index, status and :data:`COUNT_FIELDS`."""
+        done = sum(status == "done" for _, status, *_ in facts)
+        self.done, self.failed = self.done + done, self.failed + len(facts) - done
+        self.usage.merge(UsageTotals.from_numbers(numbers for _, _, *numbers in facts))
+
+
+_NUMBER: Final = frozenset({int, NoneType})
+_INDEX: Final = frozenset({int})
+_TEXT: Final = frozenset({str})
+_STATUS: Final = frozenset(STATUSES)
+_KEY_FIELDS: Final = ("index", "status", *COUNT_FIELDS)
+_get_key_fields: Final = itemgetter(*_KEY_FIELDS)
+
+
+def parse_session_number(path: Path) -> int:
+    """Return the number of the session that wrote a journal file.
+
+    Raises:
+        JournalError: The file is not a journal file.
+    """
+    session = path.stem.partition("-")[0]
+    if not (session.isascii() and session.isdigit()):
+        msg = f"{path}: not a journal file of fanfold; move it out of the run folder"
+        raise JournalError(msg)
+    return int(session)
+
+
+RecordKey = tuple[Any, ...]
+"""Index, status and :data:`COUNT_FIELDS` of a record; missing fields are None."""
+
+
+def make_record_key(record: dict[str, Any]) -> RecordKey:
+    """Return the part of a record that stays in memory."""
+    try:
+        facts: RecordKey = _get_key_fields(record)
+    except KeyError:
+        return tuple(map(record.get, _KEY_FIELDS))
+    return facts
+
+
+def make_worker_prefix(session: int, worker: str) -> str:
+    """Return the prefix of the names of a worker's journal files.
+
+    Args:
+        session: Number of the coordinator's session.
+        worker: Host and process, e.g. ``node17:4242``.
+    """
+    return f"{session:04}-{worker.replace(':', '-').replace('/', '-')}-"
+
+
+class IndexedLine(NamedTuple):
+    """Data of a line that stays in memory: number, start and length in bytes, checksum, key."""
+
+    number: int
+    start: int
+    length: int
+    crc: int
+    key: RecordKey
+
+
+def index_line(line: JournalLine) -> IndexedLine:
+    """Return the data of a line that stays in memory, without its record."""
+    record = line.record
+    facts = make_record_key(record)
+    if "shares" in record:
+        facts = _drop_bad_index(record, facts)
+    return IndexedLine(line.number, line.start, line.length, line.crc, facts)
+
+
+def _drop_bad_index(record: dict[str, Any], facts: RecordKey) -> RecordKey:
+    """Return a record's key, with None as index if the record must be refused."""
+    try:
+        check_record(record)
+    except ValueError:
+        return None, *facts[1:]  # sum_records refuses the batch; check_line then names the line
+    return facts
+
+
+def sum_records(facts: Sequence[RecordKey], items: int) -> UsageTotals | None:
+    """Return the sums over records, computed by column for speed.
+
+    Args:
+        facts: Key of each record; at least one.
+        items: Number of items of the run.
+
+    Returns:
+        The sums; None if :func:`check_line` refuses one of the records.
+    """
+    indices, statuses, *columns = zip(*facts, strict=True)
+    fine = (
+        _INDEX.issuperset(map(type, indices))
+        and min(indices) >= 0
+        and max(indices) < items
+        and _TEXT.issuperset(map(type, statuses))
+        and _STATUS.issuperset(statuses)
+    )
+    sums = list[int]()
+    for column in columns if fine else ():
+        if not _NUMBER.issuperset(map(type, column)):
+            return None
+        numbers = list(filter(None, column))  # neither null nor 0
+        total = sum(numbers)
+        if numbers and (min(numbers) < 0 or (total > MAX_COUNT and max(numbers) > MAX_COUNT)):
+            return None
+        sums.append(total)
+    return UsageTotals(*sums) if fine else None
+
+
+def check_line(line: JournalLine, source: JournalSource, items: int) -> None:
+    """Refuse a line that no journal of this run contains.
+
+    Raises:
+        JournalError: The line has other content.
+    """
+    record = line.record
+    if (trouble := find_record_problem(record, items)) is not None:
+        raise source.make_error(line.number, trouble)
+
+
+def find_record_problem(record: dict[str, Any], items: int) -> str | None:
+    """Return what is wrong with a record, or None.
+
+    Args:
+        record: The record.
+        items: Number of items of the run.
+    """
+    index = record.get("index")
+    if type(index) is not int:
+        found = "a second header" if "v" in record else "not a record of an item"
+        return f"{found}; the file was damaged or edited"
+    if not 0 <= index < items:
+        return f"item {record.get('id')!r} has index {index}, this run has {items} items"
+    try:
+        check_record(record)
+    except ValueError as error:
+        return str(error)
+    return None

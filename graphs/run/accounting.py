@@ -1,0 +1,112 @@
+"""An open run with its fleet, node time and endpoint reports."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...backends.budget.budget import Budget, RunBudget
+from ...backends.budget.spend_log import SpendLogs
+from ...backends.core.errors import JournalError
+from ...backends.core.money import NANO_PER_USD, TokenPrices
+from ...backends.core.types import Usage
+from ...backends.fleet.fleet import Fleet
+from ...backends.storage.endpoints_table import FILE_NAME, append_endpoints
+from ...backends.storage.journal import Journal
+from ...backends.storage.run_folder import RunFolder
+from ...nodes.context import RunTools
+from .node_time import NodeTimeMeter, meter_node_time, open_time_log
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedRun(RunTools):
+    """The tools of a run, with its fleet, budget and journal for reports.
+
+    Attributes:
+        fleet: The fleet; None if no item is open or workers send the requests.
+        budget: The budget of the run, or None.
+        journal: The journal of the run.
+    """
+
+    fleet: Fleet | None = None
+    budget: Budget | None = None
+    journal: Journal | None = None
+
+
+@asynccontextmanager
+async def charge_node_time(
+    run: OpenedRun, spending: RunBudget | None, logs: SpendLogs, session: int
+) -> AsyncIterator[None]:
+    """Charge the node time of an open run while the block runs.
+
+    Args:
+        run: The run.
+        spending: Its budget; None means no limit.
+        logs: Its spend logs.
+        session: The session number, from 1.
+
+    Raises:
+        JournalError: A spend log cannot be created.
+    """
+
+    def nodes() -> tuple[int, int]:
+        if run.coordinator is not None:
+            return run.coordinator.nodes
+        return (0, 0) if run.fleet is None else run.fleet.nodes
+
+    async with open_time_log(spending, logs, session) as write:
+        meter = NodeTimeMeter(nodes, run.token_prices, run.progress.add_node_time, write)
+        async with meter_node_time(meter, run.gate, spending):
+            yield
+
+
+def make_reporter(fleet: Fleet) -> Callable[[], list[dict[str, Any]]]:
+    """Return a function that reports the statistics of each endpoint."""
+    return lambda: [asdict(report) for report in fleet.report()]
+
+
+def endpoints_table_path(folder: RunFolder) -> Path:
+    """Return the path of the table with statistics per endpoint and session."""
+    return folder.path / FILE_NAME
+
+
+@asynccontextmanager
+async def write_reports_at_end(
+    reports: Callable[[], list[dict[str, Any]]],
+    folder: RunFolder,
+    session: int,
+    prices: TokenPrices,
+) -> AsyncIterator[None]:
+    """Write the endpoint statistics when the block ends, also after an error.
+
+    Args:
+        reports: Returns one row per endpoint.
+        folder: The run's folder.
+        session: The session number, from 1.
+        prices: Prices of tokens.
+    """
+    try:
+        yield
+    finally:
+        found = [_row(row, prices) for row in reports() if row["calls"] or row["opened"]]
+        try:
+            await asyncio.to_thread(append_endpoints, endpoints_table_path(folder), found, session)
+        except JournalError as error:
+            logger.warning("%s", error.message)  # the error that ended the run matters more
+
+
+def _row(report: Mapping[str, Any], prices: TokenPrices) -> dict[str, Any]:
+    """Return a report as a table row, with wasted tokens and cost."""
+    row = dict(report)
+    lost = Usage(row.pop("lost_prompt_tokens"), row.pop("lost_completion_tokens"))
+    paid = Usage(row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"])
+    usd = (prices.nano_usd(paid) + prices.nano_usd(lost)) / NANO_PER_USD
+    wasted = paid.tokens + lost.tokens - row["useful_tokens"]
+    return {**row, "wasted_tokens": wasted, "usd": usd if prices.priced else None}
