@@ -13,10 +13,10 @@ from pydantic.fields import FieldInfo
 
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.secrets import is_secret, mask_command
+from .aggregators import AGGREGATOR_CONFIGS, CountConfig
 from .base import Access
 from .models import RunConfig
 from .raw_settings import get_at_path
-from .reduce import AGGREGATOR_CONFIGS, CountConfig
 
 _ENTRY: Final = re.compile(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 _QUALIFIER: Final = re.compile(r"^\((key|hosts)\b[^)]*\) ")
