@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
@@ -43,6 +43,11 @@ def _check_command(value: str) -> str:
     except ConfigurationError as error:
         raise ValueError(error.message) from None
     return value
+
+
+BackendKind: TypeAlias = Literal[
+    "local", "executor", "parsl", "globus_compute", "academy", "launched"
+]
 
 
 class ExchangeConfig(Section):
@@ -118,7 +123,7 @@ class BackendConfig(Section):
         ),
     )
 
-    kind: Literal["local", "executor", "parsl", "globus_compute", "academy", "launched"] = "local"
+    kind: BackendKind = "local"
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
     factory: Annotated[str, Field(pattern=_ATTRIBUTE)] | None = None
     config: Annotated[str, Field(pattern=r"^(htex_local|htex_job|loaded|[\w.]+:[\w.]+)$")] = (

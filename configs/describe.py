@@ -13,10 +13,10 @@ from pydantic.fields import FieldInfo
 
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.secrets import is_secret, mask_command
+from .aggregators import AGGREGATOR_CONFIGS, CountConfig
 from .base import Access
 from .models import RunConfig
 from .raw_settings import get_at_path
-from .reduce import CollectConfig, CountConfig, HistogramConfig, StatsConfig, TopKConfig
 
 _ENTRY: Final = re.compile(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", re.MULTILINE)
 _QUALIFIER: Final = re.compile(r"^\((key|hosts)\b[^)]*\) ")
@@ -164,14 +164,6 @@ def _require_section(annotation: Any, key: str) -> type[BaseModel]:
     return found
 
 
-_OPS: dict[str, type[BaseModel]] = {
-    "count": CountConfig,
-    "stats": StatsConfig,
-    "histogram": HistogramConfig,
-    "top_k": TopKConfig,
-    "collect": CollectConfig,
-}
-
 _MAPPING: Final = "expected keys with values below it"
 _WORDS: Final = {
     "reduce.bins": "expected a whole number of bins, or a list of their edges",
@@ -197,7 +189,7 @@ def explain_validation(error: ValidationError, raw: dict[str, Any], source: str)
 
 def _line(finding: Any, raw: dict[str, Any]) -> str:
     loc, kind = list(finding["loc"]), finding["type"]
-    if loc[:1] == ["reduce"] and len(loc) > 2 and loc[2] in _OPS:  # noqa: PLR2004 - reduce, n, op
+    if loc[:1] == ["reduce"] and len(loc) > 2 and loc[2] in AGGREGATOR_CONFIGS:  # noqa: PLR2004 - reduce, n, op
         del loc[2]  # pydantic also names the member of the union
         if loc[2:3] == ["bins"]:
             del loc[3:]  # … and the alternatives of a value
@@ -222,10 +214,10 @@ def _unnumbered(loc: Sequence[str | int]) -> str:
 
 
 def _unknown_op(op: object) -> str:
-    known = ", ".join(_OPS)
+    known = ", ".join(AGGREGATOR_CONFIGS)
     if op is None:
         return f"the key 'op' is missing; there are {known}"
-    close = get_close_matches(str(op), _OPS, n=1)
+    close = get_close_matches(str(op), AGGREGATOR_CONFIGS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown op {op!r}; there are {known}{hint}"
 
@@ -255,7 +247,7 @@ def _fields(loc: Sequence[str | int], raw: dict[str, Any]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for n, name in enumerate(loc):
         if loc[0] == "reduce":
-            model = _OPS.get(str(get_at_path(raw, [*loc[:2], "op"])), CountConfig)
+            model = AGGREGATOR_CONFIGS.get(str(get_at_path(raw, [*loc[:2], "op"])), CountConfig)
             break
         model = _model_of(model, str(name)) if n < len(loc) else model
     return [field.alias or name for name, field in model.model_fields.items()]

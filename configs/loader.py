@@ -19,11 +19,11 @@ from pydantic import ValidationError
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.schemas import open_validator
 from ..backends.core.templates import Template
+from .aggregators import check_aggregators
 from .backend import find_unfit_keys
 from .describe import explain_validation
 from .models import RunConfig
 from .raw_settings import apply_override, expand_variables, parse_yaml, set_path
-from .reduce import check_aggregators
 from .serialize import check_plain, to_plain
 
 _ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)

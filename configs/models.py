@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from .aggregators import AnyAggregatorConfig
 from .backend import BackendConfig, NodeConfig
 from .base import Access, PathText, Section, declare_access
 from .endpoints import EndpointsConfig
-from .reduce import AnyAggregatorConfig
 
 WarnShare = Annotated[float, Field(gt=0, lt=1)]
 

@@ -50,6 +50,7 @@ from ..nodes.batch.load import describe_unknown_keys
 from ..nodes.context import Context, ItemContext, PreparedRun, RunTools
 from ..nodes.shard.progress import ProgressStream
 from ..nodes.state import RunKey
+from .caller_policy import CallerPolicy, CallerSettings
 from .context_schema import SettingsForm, build_request_form
 from .invocation import (
     CURRENT_INVOCATION,
@@ -58,7 +59,6 @@ from .invocation import (
     follow_stream_sync,
     get_claims,
 )
-from .requests import Request, RequestPolicy
 from .run.accounting import OpenedRun
 from .run.items import make_item_context, make_item_engine, plan_shards
 from .run.open_run import OpenOptions, open_run, write_results
@@ -105,7 +105,7 @@ class RunContext(SettingsForm):
 
     @classmethod
     def from_request(
-        cls, owner: RunContext, policy: RequestPolicy, given: Mapping[str, Any]
+        cls, owner: RunContext, policy: CallerPolicy, given: Mapping[str, Any]
     ) -> Self:
         """Return the context of a request to a graph.
 
@@ -122,7 +122,7 @@ class RunContext(SettingsForm):
         return context.share_runs(owner)
 
     @cached_property
-    def policy(self) -> RequestPolicy | None:
+    def policy(self) -> CallerPolicy | None:
         """Return the policy for requests; None for bound or trusted settings."""
         return None
 
@@ -148,7 +148,7 @@ class RunContext(SettingsForm):
         kept: Mapping[str, Any] | None = None,
         path: str | None = None,
         preset: str | None = None,
-    ) -> tuple[LoadedConfig, Request]:
+    ) -> tuple[LoadedConfig, CallerSettings]:
         """Return the settings of a request and the request itself; blocks.
 
         Args:
@@ -164,10 +164,10 @@ class RunContext(SettingsForm):
         given = dict(self._given)
         if preset is not None:
             given = {k: v for k, v in given.items() if k != "config"} | {"preset": preset}
-        request = Request.from_json(kept).merge(self.policy.read_request(given))
+        request = CallerSettings.from_json(kept).merge(self.policy.read_request(given))
         if path is not None:
             request = request.merge(
-                Request(settings={"input.path": self.policy.resolve_path(path)})
+                CallerSettings(settings={"input.path": self.policy.resolve_path(path)})
             )
         return self.policy.apply_request(self._owner.loaded, request), request
 
@@ -578,9 +578,9 @@ class BoundSettings:
     or a mapping that has only its fields and at least one of ``config``, ``preset``, ``overrides``
     and ``out``: names such as ``model`` may belong to the parent.
 
-    The context of a caller is a request: see :class:`~fanfold.graphs.requests.RequestPolicy`. In a
-    graph that trusts it, it may set everything; without a preset or a configuration it changes the
-    bound settings.
+    The context of a caller is a request: see :class:`~fanfold.graphs.caller_policy.CallerPolicy`.
+    In a graph that trusts it, it may set everything; without a preset or a configuration it changes
+    the bound settings.
 
     Args:
         context: The bound settings.
@@ -589,7 +589,7 @@ class BoundSettings:
     """
 
     def __init__(
-        self, context: RunContext, policy: RequestPolicy | None = None, *, fixed: bool = False
+        self, context: RunContext, policy: CallerPolicy | None = None, *, fixed: bool = False
     ) -> None:
         self._owner, self.policy, self._fixed = context, policy, fixed
         self._context = context if policy is None else RunContext.from_request(context, policy, {})

@@ -12,6 +12,7 @@ import orjson
 from pydantic_core import PydanticUndefined
 
 from ..backends.core.errors import ConfigurationError
+from ..configs.backend import BackendKind
 from ..configs.base import Access
 from ..configs.describe import describe_setting, find_setting, section_schema, setting_schema
 from ..configs.loader import preset_names
@@ -135,9 +136,7 @@ class SettingsForm(Context):
     retry_budget: float | None = _setting_field("limits.retry_budget")
     affinity: int | None = _setting_field("limits.affinity")
     load: Literal["metrics", "load"] | None = _setting_field("limits.load")
-    backend: Literal["local", "executor", "parsl", "globus_compute", "academy", "launched"] = (
-        _setting_field("backend.kind")
-    )
+    backend: BackendKind = _setting_field("backend.kind")
     processes: int = _setting_field("backend.processes")
     workers: int = _setting_field("backend.workers")
     shard_items: int | None = _setting_field("shard.items")

@@ -8,8 +8,8 @@ from langgraph.runtime import Runtime
 
 from ..nodes.item.steps import ITEM_STEPS, ItemNode, add_steps
 from ..nodes.state import ItemInput, ItemOutput, ItemState
+from .caller_policy import CallerPolicy
 from .context import BoundGraph, BoundSettings, RunContext, check_item_input
-from .requests import RequestPolicy
 
 ItemGraphAlone = BoundGraph[ItemState, ItemInput, ItemOutput]
 
@@ -25,7 +25,7 @@ def build_item_alone(
         context: The settings.
         trust_context: Let the context of an invocation change any setting.
     """
-    policy = None if trust_context else RequestPolicy.from_environment()
+    policy = None if trust_context else CallerPolicy.from_environment()
     bound = BoundSettings(context or RunContext(), policy)
     graph: ItemGraphAlone = BoundGraph(
         ItemState, bound, check_item_input, input_schema=ItemInput, output_schema=ItemOutput

@@ -18,8 +18,8 @@ from ..nodes.batch.reduce import reduce
 from ..nodes.batch.shard import shard
 from ..nodes.item.steps import build_item_graph, node_metadata
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
+from .caller_policy import CallerPolicy
 from .context import BoundGraph, BoundSettings, RunContext
-from .requests import RequestPolicy
 
 MapReduce = CompiledStateGraph[RunState, RunContext, RunInput, RunOutput]
 
@@ -34,7 +34,7 @@ def build_bound_graph(
         trust_context: Let the context and input of an invocation change any setting.
         fixed: Use only the bound settings and ignore the context of an invocation.
     """
-    policy = None if trust_context or fixed else RequestPolicy.from_environment()
+    policy = None if trust_context or fixed else CallerPolicy.from_environment()
     bound = BoundSettings(context or RunContext(), policy, fixed=fixed)
     graph: BoundGraph[RunState, RunInput, RunOutput] = BoundGraph(
         RunState, bound, check_run_input, input_schema=RunInput, output_schema=RunOutput

@@ -44,8 +44,8 @@ from ..backends.storage.worker_journal import (
     WorkerJournal,
     make_worker_path,
 )
+from ..configs.aggregators import to_aggregator_spec
 from ..configs.loader import LoadedConfig, load_config
-from ..configs.reduce import to_aggregator_spec
 from ..nodes.aggregators import build_aggregators
 from ..nodes.context import RunTools, no_account
 from ..nodes.shard.gate import Gate

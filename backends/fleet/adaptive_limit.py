@@ -1,4 +1,4 @@
-"""How many requests an endpoint gets at once: a limit that adapts to its answers."""
+"""Adaptive limit on the requests that one endpoint works on at once (AIMD)."""
 
 from __future__ import annotations
 

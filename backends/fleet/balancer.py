@@ -1,11 +1,10 @@
-"""Load balancer with prefix affinity, and the health monitor that drives it."""
+"""Load balancer: which endpoint a request goes to, who waits, and prefix affinity."""
 
 from __future__ import annotations
 
 import asyncio
 import heapq
 import itertools
-import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -493,15 +492,3 @@ class Affinity:
             self._endpoints[key] = endpoint
             if len(self._endpoints) > self._policy.keys:
                 self._endpoints.popitem(last=False)
-
-
-_LOG: Final = logging.getLogger(__name__)
-_UNREACHABLE_STATUSES: Final = frozenset({502, 503, 504})
-"""Statuses of a proxy or a starting server; any other answer shows that the server is up."""
-_RECENT: Final = 200
-"""Number of recent items for the share of items that are refused because of their content."""
-_REFUSED_ITEMS: Final = 2
-"""An endpoint that refuses so many items, and accepts none between them, is itself at fault."""
-_POLL_S: Final = 0.1
-_QUIET_POLLS: Final = 2
-"""So many polls of a fleet without any request show that no other item comes."""

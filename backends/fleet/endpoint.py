@@ -1,4 +1,4 @@
-"""One endpoint: address, adaptive concurrency limit, circuit breaker, state."""
+"""One endpoint: address, circuit breaker, counts, state."""
 
 from __future__ import annotations
 

@@ -1,32 +1,36 @@
-"""Health of the endpoints: breakers, probes, rests, refused items and limits that widen."""
+"""Health monitor: breakers, probes, pauses, refused items, ejection and widening limits."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
 
 from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
 from ..core.protocols import CallLog
-from .balancer import (
-    _LOG,
-    _POLL_S,
-    _QUIET_POLLS,
-    _RECENT,
-    _REFUSED_ITEMS,
-    _UNREACHABLE_STATUSES,
-    LoadBalancer,
-)
+from .balancer import LoadBalancer
 from .endpoint import BreakerState, Endpoint
 from .failures import BreakerEffect, Failure, RetryAction, make_refused_item_error
 from .policy import AffinityPolicy, FleetPolicy
 from .transport import Transport
+
+_LOG: Final = logging.getLogger(__name__)
+_UNREACHABLE_STATUSES: Final = frozenset({502, 503, 504})
+"""Statuses of a proxy or a starting server; any other answer shows that the server is up."""
+_RECENT: Final = 200
+"""Number of recent items for the share of items that are refused because of their content."""
+_REFUSED_ITEMS: Final = 2
+"""An endpoint that refuses so many items, and accepts none between them, is itself at fault."""
+_POLL_S: Final = 0.1
+_QUIET_POLLS: Final = 2
+"""So many polls of a fleet without any request show that no other item comes."""
 
 
 class HealthMonitor:

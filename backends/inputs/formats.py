@@ -1,4 +1,4 @@
-"""Selection of the input source from the settings."""
+"""Input formats: from the settings to the source and the reader that fits its format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from ...configs.models import RunConfig
 from ..core.errors import InputError
@@ -23,10 +23,6 @@ from .readers import (
     read_parquet,
     read_smi,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 _SHIPPED: Final = {
     "molecules": ("molecules.csv", "mol_id"),

@@ -1,4 +1,7 @@
-"""Serve all servers of a node: start, monitor, restart, list, and sample their load."""
+"""Supervise the servers of a node: start one task each, list them, and sample their load.
+
+`supervised_server.Server.run` restarts a server that ends.
+"""
 
 from __future__ import annotations
 

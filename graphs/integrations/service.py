@@ -29,7 +29,7 @@ from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, wr
 from ...configs.loader import LoadedConfig, load_config
 from ...nodes.batch.load import check_run_input
 from ...nodes.context import RunTools
-from ..requests import escape_variables, resolve_below
+from ..caller_policy import escape_variables, resolve_below
 from ..run.prepare import prepare_run
 from ..run.shutdown import Shutdown, session_deadline
 from ..session import RunOptions, RunResult, run_session

@@ -29,9 +29,9 @@ from ...backends.storage.journal import Journal
 from ...backends.storage.results import make_rows, replace_file, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, write_json
 from ...backends.workers.executor import WorkShard
+from ...configs.aggregators import to_aggregator_spec
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
-from ...configs.reduce import to_aggregator_spec
 from ...nodes.aggregators import build_aggregators
 from ...nodes.context import RunTools, no_account
 from ...nodes.shard.gate import Gate

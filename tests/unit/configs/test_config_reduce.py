@@ -6,7 +6,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.configs.reduce import (
+from fanfold.configs.aggregators import (
     AggregatorConfig,
     AnyAggregatorConfig,
     check_aggregators,

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
 from fanfold.backends.core.errors import ConfigurationError, InputError
-from fanfold.configs.base import Access
-from fanfold.configs.describe import find_setting, iter_access, split_settings
-from fanfold.configs.loader import LoadedConfig, load_config
-from fanfold.configs.models import RunConfig
-from fanfold.configs.reduce import (
+from fanfold.configs.aggregators import (
     CollectConfig,
     CountConfig,
     HistogramConfig,
     StatsConfig,
     TopKConfig,
 )
+from fanfold.configs.base import Access
+from fanfold.configs.describe import find_setting, iter_access, split_settings
+from fanfold.configs.loader import LoadedConfig, load_config
+from fanfold.configs.models import RunConfig
+from fanfold.graphs.caller_policy import ALLOW_ENV, ROOT_ENV, CallerPolicy, CallerSettings
 from fanfold.graphs.context import BoundSettings, RunContext
 from fanfold.graphs.context_schema import build_request_form
-from fanfold.graphs.requests import ALLOW_ENV, ROOT_ENV, Request, RequestPolicy
 
 OWN: dict[str, Any] = {
     "name": "own",
@@ -51,14 +51,12 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def loaded(
-    context: dict[str, Any], policy: RequestPolicy | None = None, **own: Any
-) -> LoadedConfig:
-    bound = BoundSettings(RunContext(config=OWN | own), policy or RequestPolicy())
+def loaded(context: dict[str, Any], policy: CallerPolicy | None = None, **own: Any) -> LoadedConfig:
+    bound = BoundSettings(RunContext(config=OWN | own), policy or CallerPolicy())
     return bound.read_context(context).loaded
 
 
-def refused(context: dict[str, Any], policy: RequestPolicy | None = None, **own: Any) -> str:
+def refused(context: dict[str, Any], policy: CallerPolicy | None = None, **own: Any) -> str:
     with pytest.raises(ConfigurationError) as caught:
         loaded(context, policy, **own)
     return caught.value.message
@@ -188,7 +186,7 @@ def test_all_that_is_closed_is_named_at_once() -> None:
 
 
 def test_the_owner_opens_keys(tmp_path: Path) -> None:
-    policy = RequestPolicy.from_environment(
+    policy = CallerPolicy.from_environment(
         {ALLOW_ENV: " backend.processes , endpoints,out,limits.streams,model.extra_body.priority"}
     )
     config = loaded(
@@ -214,7 +212,7 @@ def test_the_owner_opens_keys(tmp_path: Path) -> None:
 def test_the_bound_key_is_for_the_bound_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OWNERS_KEY", "sesame")
     own = {"endpoints": OWN["endpoints"] | {"api_key": "${OWNERS_KEY}"}}
-    policy = RequestPolicy(frozenset({"endpoints"}))
+    policy = CallerPolicy(frozenset({"endpoints"}))
     assert loaded({"streams": 2}, policy, **own).config.endpoints.api_key.get_secret_value() == (
         "sesame"
     )
@@ -228,7 +226,7 @@ def test_the_bound_key_is_for_the_bound_endpoints(monkeypatch: pytest.MonkeyPatc
     overrides = {"overrides": ["endpoints.api_key=${HOME}"]}
     assert "endpoints.api_key" in refused(overrides, policy, **own)
     assert "endpoints.api_key" in refused({"api_key": "${OWNERS_KEY}"}, policy, **own)
-    opened = RequestPolicy(frozenset({"endpoints", "endpoints.api_key"}))
+    opened = CallerPolicy(frozenset({"endpoints", "endpoints.api_key"}))
     both = {"endpoints": "http://other:1/v1", "api_key": "${OWNERS_KEY}"}
     got = loaded(both, opened, **own)
     assert got.config.endpoints.api_key.get_secret_value() == "sesame"
@@ -238,9 +236,9 @@ def test_the_bound_key_is_for_the_bound_endpoints(monkeypatch: pytest.MonkeyPatc
 
 def test_a_misspelt_key_of_the_owner_is_an_error() -> None:
     with pytest.raises(ConfigurationError, match=r"'backend.comand' \(did you mean"):
-        RequestPolicy.from_environment({ALLOW_ENV: "backend.comand"})
+        CallerPolicy.from_environment({ALLOW_ENV: "backend.comand"})
     with pytest.raises(ConfigurationError, match=ROOT_ENV):
-        RequestPolicy.from_environment({ROOT_ENV: "/nowhere/at/all"})
+        CallerPolicy.from_environment({ROOT_ENV: "/nowhere/at/all"})
 
 
 def test_an_unknown_key_is_refused() -> None:
@@ -322,11 +320,11 @@ def test_a_preset_runs_on_the_owners_endpoints_within_the_owners_limits() -> Non
 
 
 def test_a_preset_brings_its_own_fleet_where_the_owner_bound_none() -> None:
-    bound = BoundSettings(RunContext(), RequestPolicy())
+    bound = BoundSettings(RunContext(), CallerPolicy())
     config = bound.read_context({"preset": "literature_mining"}).loaded.config
     assert config.endpoints.simulated is not None
     assert config.endpoints.simulated.responder == "schema"
-    again = BoundSettings(RunContext(config=OWN), RequestPolicy())
+    again = BoundSettings(RunContext(config=OWN), CallerPolicy())
     assert (
         again.read_context({"preset": "molecular_screening"}).loaded.config.name
         == "molecular-screening"
@@ -401,7 +399,7 @@ def linked(root: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in OUTSIDE if p != "~/x.csv"])
 def test_paths_lie_below_the_root(root: Path, path: str) -> None:
     linked(root)
-    policy = RequestPolicy(root=root)
+    policy = CallerPolicy(root=root)
     with pytest.raises(InputError, match="outside the folder"):
         policy.resolve_path(path)
     assert "outside the folder" in refused({"config": path}, policy)
@@ -410,7 +408,7 @@ def test_paths_lie_below_the_root(root: Path, path: str) -> None:
 
 
 def test_a_folder_with_a_link_that_leads_out_is_refused(root: Path) -> None:
-    policy = RequestPolicy(root=root)
+    policy = CallerPolicy(root=root)
     assert policy.resolve_path("sub") == str(root / "sub")
     (root / "sub" / "b.txt").symlink_to(root.parent / "secret.csv")
     with pytest.raises(InputError, match="outside"):
@@ -423,11 +421,11 @@ def test_without_a_root_no_file_is_read(root: Path, key: str) -> None:
         context = {"config": text} if key == "config" else {"overrides": [f"{key}={text}"]}
         assert ROOT_ENV in refused(context)
     with pytest.raises(InputError, match=ROOT_ENV):
-        RequestPolicy().resolve_path("mine.csv")
+        CallerPolicy().resolve_path("mine.csv")
 
 
 def test_a_file_below_the_root_is_a_request_as_well(root: Path) -> None:
-    policy = RequestPolicy(root=root)
+    policy = CallerPolicy(root=root)
     (root / "schema.json").write_text('{"type": "object"}')
     (root / "good.yaml").write_text(
         "input: {path: mine.csv}\ntask: {prompt: 'a {smiles}', schema: schema.json}\n"
@@ -492,19 +490,21 @@ def test_malformed_requests_are_refused(context: dict[str, Any]) -> None:
 
 
 def test_a_later_request_goes_on_top_of_an_earlier_one() -> None:
-    first = Request(preset="data_annotation", settings={"limits.streams": 2, "input.limit": 3})
-    kept = Request.from_json(first.to_json())
+    first = CallerSettings(
+        preset="data_annotation", settings={"limits.streams": 2, "input.limit": 3}
+    )
+    kept = CallerSettings.from_json(first.to_json())
     assert kept.preset == "data_annotation"
     assert kept.settings == {"limits.streams": 2}
-    then = kept.merge(Request(settings={"limits.streams": 5}))
+    then = kept.merge(CallerSettings(settings={"limits.streams": 5}))
     assert (then.preset, then.settings) == ("data_annotation", {"limits.streams": 5})
-    assert kept.merge(Request(config=True)) == Request(config=True)
-    assert Request.from_json(None).is_empty
+    assert kept.merge(CallerSettings(config=True)) == CallerSettings(config=True)
+    assert CallerSettings.from_json(None).is_empty
 
 
 def test_an_answer_to_a_spent_budget_is_a_request() -> None:
     owner = RunContext(config=OWN).loaded
-    policy = RequestPolicy()
+    policy = CallerPolicy()
     assert policy.check_answer(owner, {"requests": 100, "tokens": 10**6}) is None
     answers: list[dict[str, Any]] = [
         {"requests": 101},
@@ -519,14 +519,14 @@ def test_an_answer_to_a_spent_budget_is_a_request() -> None:
         said = policy.check_answer(owner, answer)
         assert said is not None
         assert ALLOW_ENV in said
-    assert RequestPolicy(frozenset({"budget.usd"})).check_answer(owner, {"usd": 50}) is None
-    assert RequestPolicy(frozenset({"budget"})).check_answer(owner, {"requests": 500}) is None
+    assert CallerPolicy(frozenset({"budget.usd"})).check_answer(owner, {"usd": 50}) is None
+    assert CallerPolicy(frozenset({"budget"})).check_answer(owner, {"requests": 500}) is None
 
 
 @pytest.mark.parametrize("own", [RunContext(), RunContext(config=OWN)])
 def test_a_form_that_is_left_alone_asks_for_nothing(own: RunContext) -> None:
     """Studio sends every field that it shows, each at the default that the schema names."""
-    bound = BoundSettings(own, RequestPolicy())
+    bound = BoundSettings(own, CallerPolicy())
     assert bound.policy is not None
     shown: Any = TypeAdapter(build_request_form(bound.policy.is_shown, bound.preset)).json_schema()
     form = {name: about["default"] for name, about in shown["properties"].items()}
@@ -539,7 +539,7 @@ def test_a_form_that_is_left_alone_asks_for_nothing(own: RunContext) -> None:
 
 def test_a_form_hides_what_is_closed() -> None:
     closed, opened = (
-        build_request_form(RequestPolicy(allowed).is_shown, None)
+        build_request_form(CallerPolicy(allowed).is_shown, None)
         for allowed in (frozenset[str](), frozenset({"backend.processes", "task.graph", "out"}))
     )
     hidden = {f.name for f in fields(RunContext)} - {f.name for f in fields(closed)}
@@ -555,7 +555,7 @@ def test_a_form_hides_what_is_closed() -> None:
 def test_a_context_of_loaded_settings_is_no_request() -> None:
     other = RunContext.from_loaded(RunContext(config=OWN | {"budget": {}}).loaded)
     with pytest.raises(ConfigurationError, match="trust_context=True"):
-        BoundSettings(RunContext(config=OWN), RequestPolicy()).resolve(other)
+        BoundSettings(RunContext(config=OWN), CallerPolicy()).resolve(other)
 
 
 def test_what_a_trusting_graph_is_given_counts() -> None:
@@ -597,7 +597,7 @@ def test_a_schemas_file_is_never_expanded(
         "file": {"config": "c.yaml"},
         "opened": {"overrides": [f"task.schema={root / 'schema.json'}"]},
     }
-    policy = RequestPolicy(frozenset({"task"} if form == "opened" else ()), root)
+    policy = CallerPolicy(frozenset({"task"} if form == "opened" else ()), root)
     got = loaded(contexts[form], policy)
     schema = got.config.task.answer_schema
     assert schema is not None
@@ -609,7 +609,7 @@ def test_a_schemas_file_is_never_expanded(
 
 def test_a_request_does_not_take_hosts_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRETX", "hunter2")
-    policy = RequestPolicy(frozenset({"endpoints"}))
+    policy = CallerPolicy(frozenset({"endpoints"}))
     for hosts in ("$SECRETX", "[a, '${SECRETX}']"):
         said = refused({"overrides": [f"endpoints.hosts={hosts}", "endpoints.urls=null"]}, policy)
         assert "not variables" in said
@@ -631,7 +631,7 @@ def test_a_bound_token_is_for_the_bound_gateway(
     monkeypatch.setenv("TOK", "sesame")
     first = {"base_url": "http://gateway:1", "paths": ["a/b"]} | bound
     own: dict[str, Any] = {"endpoints": {"first": first}}
-    policy = RequestPolicy(frozenset({"endpoints", "endpoints.first.token"}))
+    policy = CallerPolicy(frozenset({"endpoints", "endpoints.first.token"}))
     said = refused({"overrides": [override]}, policy, **own)
     assert "for the bound gateway only" in said
     monkeypatch.setenv("MINE", "mine")
@@ -652,7 +652,7 @@ def test_a_bound_body_gives_no_secret_to_hosts_of_a_request(
     monkeypatch.setenv("TOK", "sesame")
     body = {"api_key": "sk-1", "user": "${TOK}", "meta": {"token": "t"}, "priority": 3}
     own: dict[str, Any] = {"model": {"name": "small", "extra_body": body}}
-    policy = RequestPolicy(frozenset({"endpoints.urls"}))
+    policy = CallerPolicy(frozenset({"endpoints.urls"}))
     got = loaded({"overrides": ["endpoints.urls=['http://evil:1/v1']"]}, policy, **own).config
     assert got.model.extra_body == {"priority": 3}
     same = loaded({"streams": 2}, policy, **own).config
@@ -660,7 +660,7 @@ def test_a_bound_body_gives_no_secret_to_hosts_of_a_request(
 
 
 def test_a_request_is_kept_without_its_secrets() -> None:
-    policy = RequestPolicy(frozenset({"endpoints", "model.extra_body", "node.serve"}))
+    policy = CallerPolicy(frozenset({"endpoints", "model.extra_body", "node.serve"}))
     bound = BoundSettings(RunContext(config=OWN), policy)
     context: dict[str, Any] = {
         "extra_body": {"api_key": "hunter2", "meta": {"auth_token": "hunter2"}},
@@ -670,7 +670,7 @@ def test_a_request_is_kept_without_its_secrets() -> None:
     }
     kept = bound.read_context(context)._resolve_request()[1].to_json()
     assert "hunter2" not in str(kept)
-    again = Request.from_json(kept)
+    again = CallerSettings.from_json(kept)
     assert again.settings["task.prompt"] == "Which token is {smiles}?"
     owner = load_config(OWN)
     with pytest.raises(ConfigurationError, match="give it again") as caught:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -89,6 +89,11 @@ AnyAggregatorConfig = Annotated[
     CountConfig | StatsConfig | HistogramConfig | TopKConfig | CollectConfig,
     Field(discriminator="op"),
 ]
+AGGREGATOR_CONFIGS: Final[dict[str, type[BaseModel]]] = {
+    get_args(model.model_fields["op"].annotation)[0]: model
+    for model in get_args(get_args(AnyAggregatorConfig)[0])
+}
+"""The settings of each aggregator, by its name in ``reduce``."""
 
 _NUMBERS = {"integer", "number"}
 _MAX_CATEGORIES = 1000

@@ -59,7 +59,7 @@ _EXPANDED: Final = re.compile(r"\$(?=\{[A-Za-z_][A-Za-z0-9_]*\})")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class CallerSettings:
     """The settings that one invocation, or all invocations of a run so far, request.
 
     Attributes:
@@ -76,9 +76,9 @@ class Request:
     @property
     def is_empty(self) -> bool:
         """Return True if it requests nothing."""
-        return self == Request()
+        return self == CallerSettings()
 
-    def merge(self, other: Request) -> Request:
+    def merge(self, other: CallerSettings) -> CallerSettings:
         """Merge two requests; a preset or a configuration in ``other`` replaces this one."""
         if other.preset is not None or other.config:
             return other
@@ -101,7 +101,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class RequestPolicy:
+class CallerPolicy:
     """The settings that the owner of a graph opens to requests.
 
     Attributes:
@@ -152,7 +152,7 @@ class RequestPolicy:
 
     # -- from an invocation's context to a request -----------------------------------------
 
-    def read_request(self, given: Mapping[str, Any]) -> Request:
+    def read_request(self, given: Mapping[str, Any]) -> CallerSettings:
         """Return the request in a context.
 
         Args:
@@ -161,13 +161,13 @@ class RequestPolicy:
         Raises:
             ConfigurationError: A field is closed to requests, or malformed.
         """
-        base = Request()
+        base = CallerSettings()
         if (config := given.get("config")) is not None:
             base = self._read_config(config)
         elif "preset" in given:
-            base = Request(preset=self._preset(given["preset"]))
+            base = CallerSettings(preset=self._preset(given["preset"]))
         settings = dict(self._iter_settings(self._iter_assignments(given), "context"))
-        return base.merge(Request(settings=settings))
+        return base.merge(CallerSettings(settings=settings))
 
     def check_fields(self, given: Mapping[str, Any]) -> None:
         """Check which fields a context has; ``read_request`` checks their content.
@@ -257,12 +257,12 @@ class RequestPolicy:
             raise ConfigurationError(f"context: preset: {name!r} is no preset")
         return name
 
-    def _read_config(self, config: object) -> Request:
+    def _read_config(self, config: object) -> CallerSettings:
         """Return the request for a configuration: a mapping, a preset, or a file."""
         if isinstance(config, Mapping):
             data, where, base = config, "context: config", None
         elif isinstance(config, str) and is_preset(config):
-            return Request(preset=config)
+            return CallerSettings(preset=config)
         elif isinstance(config, str):
             path = self._resolve_path("config", config)
             data = parse_yaml(read_settings_file(Path(path)), config, aliases=False)
@@ -270,7 +270,7 @@ class RequestPolicy:
             where, base = config, Path(path).parent
         else:
             raise ConfigurationError("context: config: give a mapping of settings, or a file")
-        return Request(
+        return CallerSettings(
             config=True, settings=dict(self._iter_settings(iter(data.items()), where, base))
         )
 
@@ -302,7 +302,7 @@ class RequestPolicy:
 
     # -- from a request to settings -----------------------------------------------------------
 
-    def apply_request(self, owner: LoadedConfig, request: Request) -> LoadedConfig:
+    def apply_request(self, owner: LoadedConfig, request: CallerSettings) -> LoadedConfig:
         """Return the bound settings with a request applied; blocks.
 
         Closed settings stay as bound, and settings that a request may only lower are at most the
@@ -347,7 +347,7 @@ class RequestPolicy:
         self._check_result(owner.config, loaded.config, request)
         return replace(loaded, source=owner.source if request.preset is None else request.preset)
 
-    def _check_result(self, owner: RunConfig, asked: RunConfig, request: Request) -> None:
+    def _check_result(self, owner: RunConfig, asked: RunConfig, request: CallerSettings) -> None:
         """Check the resulting settings, however the request spelled them.
 
         Raises:
@@ -486,13 +486,13 @@ def resolve_below(root: Path, text: str, what: str, base: Path | None = None) ->
     return full
 
 
-def _changes_hosts(request: Request) -> bool:
+def _changes_hosts(request: CallerSettings) -> bool:
     """Return True if a request changes where requests to the model go."""
     keys = (key for key in request.settings if key.startswith("endpoints."))
     return any(_NO_ADDRESS.fullmatch(key) is None for key in keys)
 
 
-def _remove_secrets(raw: dict[str, Any], request: Request) -> None:
+def _remove_secrets(raw: dict[str, Any], request: CallerSettings) -> None:
     """Remove from the bound settings the secrets and commands for the bound hosts.
 
     Raises:
