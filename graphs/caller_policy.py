@@ -126,7 +126,7 @@ class CallerPolicy:
         if unknown := sorted(key for key in keys - known if not _is_entry(key)):
             msg = (
                 f"{ALLOW_ENV}: {describe_unknown_keys(unknown, sorted(known))}; see "
-                "docs/configuration.md"
+                "docs/langgraph.md"
             )
             raise ConfigurationError(msg)
         root = None

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 from hypothesis import settings
 
+from fanfold.backends.core.protocols import CURRENT_CALLS
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
 
@@ -38,6 +39,13 @@ def _no_leftovers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     if before is not None:
         os.environ["TMPDIR"] = before
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_item() -> Iterator[None]:
+    """A test that sets the item of its calls does not set it for those that follow."""
+    yield
+    CURRENT_CALLS.set(None)
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ def stop_earlier_workers(journal: Path) -> None:
 class ControlFiles:
     """The control files of one session.
 
-    While a session runs, ``open-TOKEN`` exists. Renamed to ``stop-TOKEN``, it stops the workers. A
+    While a session runs, ``task-TOKEN`` exists. Renamed to ``stop-TOKEN``, it stops the workers. A
     killed session leaves it behind, and the next session renames it: tasks that are still in an
     engine's queue then end before they send a request. Each task has its own file, created before
     the task is sent: its worker marks it as begun, touches it periodically, and stops once it is

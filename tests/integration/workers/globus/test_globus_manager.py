@@ -134,4 +134,4 @@ async def test_a_run_ends_when_its_values_are_refused(manager: Manager, lab_over
         )
     assert ended.returncode == 2, ended.stderr
     assert "'account' is undefined" in ended.stderr
-    assert "mend backend.user_endpoint_config" in ended.stderr
+    assert "correct backend.user_endpoint_config" in ended.stderr
