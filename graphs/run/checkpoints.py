@@ -27,6 +27,8 @@ NETWORK_FILE_SYSTEMS: Final = frozenset(
     }
 )
 _LOCAL_FUSE: Final = frozenset({"fuse.fuse-overlayfs", "fuseblk"})
+_BUSY_S: Final = 60.0
+"""Wait this long for another connection's write to end; a slow disk may take seconds."""
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 _OCTAL: Final = re.compile(r"\\([0-7]{3})")
 _PLAIN_URL: Final = re.compile(r"\w+://([^/?#@]*@)?[^/?#@]+([/?#][^@]*)?")
@@ -86,7 +88,7 @@ async def _open_sqlite(file: Path, network: bool) -> AsyncIterator[AsyncSqliteSa
         # SQLite would create the file without group write access; it reports why it cannot write
         with suppress(OSError):
             await asyncio.to_thread(file.touch)
-        async with aiosqlite.connect(file) as connection:
+        async with aiosqlite.connect(file, timeout=_BUSY_S) as connection:
             saver = AsyncSqliteSaver(connection)
             if network:
                 logger.info("%s: network file system, using a rollback journal", file)
