@@ -15,14 +15,7 @@ from ..core.templates import Template
 from ..core.types import Json, Row
 from .base import NCI_DATASET, InputSpec, RowSource, describe_line, did_you_mean, find_nci_file
 from .lines import unreadable_error
-from .readers import (
-    find_text_files,
-    read_delimited,
-    read_folder,
-    read_jsonl,
-    read_parquet,
-    read_smi,
-)
+from .readers import find_text_files, read_delimited, read_folder, read_jsonl, read_smi
 
 _SHIPPED: Final = {
     "molecules": ("molecules.csv", "mol_id"),
@@ -120,6 +113,8 @@ def _from_path(path: Path, needed: Collection[str]) -> RowSource:
         raise InputError(f"{path} is not a regular file; copy its content to a file first")
     suffix = path.suffix.lower()
     if suffix == ".parquet":
+        from .parquet import read_parquet  # noqa: PLC0415 - pyarrow is slow to import
+
         if not path.stat().st_size:
             raise InputError(f"{path} is empty; input.path must name a file with rows")
         return RowSource(

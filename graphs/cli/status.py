@@ -31,8 +31,7 @@ from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, 
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 from ..jobs.usage import job_report
-from ..run.console import Terminal, open_data_stream, print_json
-from ..run.monitor import format_count
+from ..run.console import Terminal, format_count, open_data_stream, print_json
 from .format import format_cell
 from .options import COST_BY
 

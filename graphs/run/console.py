@@ -12,7 +12,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any
+from typing import IO, Any, Final
 
 import orjson
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -120,3 +120,18 @@ def setup_logging(level: int, always: str) -> None:
     shown.addFilter(lambda record: record.levelno >= level or record.name == always)
     shown.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[shown])
+
+
+_WHOLE: Final = 10_000
+"""Smaller numbers are shown without a unit."""
+
+
+def format_count(number: float) -> str:
+    """Return a number in at most five characters, with a unit if large: ``143k``, ``1.2M``."""
+    if round(number) < _WHOLE:
+        return f"{number:,.0f}"
+    scaled, units = number / 1000, "kMGT"
+    while round(scaled) >= 1000 and len(units) > 1:  # noqa: PLR2004 - the next unit
+        scaled, units = scaled / 1000, units[1:]
+    digits = 1 if scaled < 9.95 else 0  # noqa: PLR2004 - 9.95 is 10 when rounded
+    return f"{scaled:.{digits}f}{units[0]}"

@@ -22,12 +22,11 @@ from ...backends.fleet.stats import EndpointReport, FleetHealth
 from ...configs.resolve import check_metrics
 from ...nodes.context import RunTools
 from .accounting import OpenedRun
+from .console import format_count
 
 _PLAIN_S: Final = 10.0
 _LIVE_S: Final = 0.25
 _RATE_S: Final = 10.0
-_WHOLE: Final = 10_000
-"""Smaller numbers are shown without a unit."""
 _UNITS: Final = {"usd": "USD", "tokens": "tok", "requests": "req", "node_hours": "node-h"}
 """Unit of each budget limit."""
 
@@ -140,17 +139,6 @@ class ProgressLine:
         progress = self._tools.progress
         tokens = progress.prompt_tokens + progress.completion_tokens
         return progress.done + progress.failed - progress.ended_before, tokens
-
-
-def format_count(number: float) -> str:
-    """Return a number in at most five characters, with a unit if large: ``143k``, ``1.2M``."""
-    if round(number) < _WHOLE:
-        return f"{number:,.0f}"
-    scaled, units = number / 1000, "kMGT"
-    while round(scaled) >= 1000 and len(units) > 1:  # noqa: PLR2004 - the next unit
-        scaled, units = scaled / 1000, units[1:]
-    digits = 1 if scaled < 9.95 else 0  # noqa: PLR2004 - 9.95 is 10 when rounded
-    return f"{scaled:.{digits}f}{units[0]}"
 
 
 def _amount(value: float) -> str:

@@ -36,7 +36,6 @@ from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
 from ...backends.inputs.base import InputSummary
 from ...backends.inputs.formats import make_input_spec, needed_columns
-from ...backends.inputs.item_store import ItemStore, load_input
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
     RunFolder,
@@ -185,6 +184,8 @@ async def prepare_run(
     Raises:
         ConfigurationError: A setting or the input is wrong; no folder is left behind.
     """
+    from ...backends.inputs.item_store import load_input  # noqa: PLC0415 - pyarrow is slow to import
+
     if not await asyncio.to_thread(is_vacant, path):
         msg = f"{path}: contains other files; choose another --out"
         raise ConfigurationError(msg)
@@ -503,6 +504,8 @@ def _difference_message(folder: RunFolder, lines: list[str]) -> str:
 
 def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:
     """Check that the copy of the input has the columns that the aggregators show."""
+    from ...backends.inputs.item_store import ItemStore  # noqa: PLC0415 - pyarrow is slow to import
+
     with ItemStore(folder.items) as store:
         known = store.summary().columns
     for name in needed_columns(after.config):
@@ -532,6 +535,8 @@ def _has_input_changed(known: dict[str, Any], before: LoadedConfig, after: Loade
 
     A missing file does not matter, because the run folder has a copy; a new path must exist.
     """
+    from ...backends.inputs.item_store import load_input  # noqa: PLC0415 - pyarrow is slow to import
+
     path, same = after.config.input.path, before.plain["input"] == after.plain["input"]
     if path is None or (same and not Path(path).exists()):
         return False

@@ -11,7 +11,8 @@ from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
 from fanfold.graphs.run.accounting import OpenedRun
-from fanfold.graphs.run.monitor import ProgressLine, format_count
+from fanfold.graphs.run.console import format_count
+from fanfold.graphs.run.monitor import ProgressLine
 from fanfold.nodes.shard.gate import Gate
 from fanfold.nodes.shard.progress import Progress
 
