@@ -1,7 +1,7 @@
 """Check requests: the settings and input of an invocation.
 
 Settings bound to a graph in Python, on the command line or in a file at the start are trusted.
-The context and input of an invocation are a request, whoever sends it. Each setting declares its
+The context and input of an invocation are a request, by any sender. Each setting declares its
 :class:`~fanfold.configs.base.Access`; a request never reads an environment variable.
 """
 

@@ -26,7 +26,6 @@ from ..storage.run_folder import (
     read_requested_limits,
     write_raised_limits,
 )
-from .pricing import find_token_prices
 from .reservations import BudgetBalance, ItemAccount
 from .spend_log import Lease, SpendLog, SpendLogs
 
@@ -415,6 +414,8 @@ def budget_gap(
 def _read_budget_settings(
     folder: RunFolder, config: RunConfig, about: Mapping[str, Any]
 ) -> BudgetSettings:
+    from .pricing import find_token_prices  # noqa: PLC0415 - commands that only read need no fleet
+
     price = find_token_prices(config, about["model"], about["simulated"])
     return make_budget_settings(folder, config, price or NO_PRICES)
 

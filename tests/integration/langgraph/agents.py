@@ -139,7 +139,7 @@ def tasked(model: Any) -> Any:  # noqa: ARG001 - the factory's form
 
 
 def nosy(model: Any) -> Any:  # noqa: ARG001 - the factory's form
-    """Tells what it finds of whoever runs the batch."""
+    """Report what it finds about the process that runs the batch."""
 
     async def look(_: Count, config: RunnableConfig, runtime: Runtime[Any]) -> Count:
         configurable = config["configurable"]

@@ -27,11 +27,11 @@ pytestmark = pytest.mark.integration
 async def stopped(lab: Lab, lines: int, *signals: signal.Signals, **options: Any) -> RunResult:
     """Begin a run or go on with it here, and signal this process when so many items ended."""
     folder = None if (lab.out / "run.yaml").exists() else await lab.begin()
-    heard, heed = list[str](), Shutdown.request_stop
+    heard, request = list[str](), Shutdown.request_stop
 
     def asked(stop: Shutdown, name: str) -> None:
         heard.append(name)
-        heed(stop, name)
+        request(stop, name)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Shutdown, "request_stop", asked)

@@ -37,7 +37,7 @@ async def test_a_worker_that_wakes_stops(tmp_path: Path) -> None:
     lender: Any = Lender()
     workers = ExecutorBackend(_two_workers, work_shard, 2, "two")
     pool = WorkerPool([workers], PoolPolicy(silence_s=3.0))
-    crew = Coordinator(pool, terms, ledger, Progress(total=ITEMS), lender)
+    coordinator = Coordinator(pool, terms, ledger, Progress(total=ITEMS), lender)
 
     async def remaining() -> list[Item]:
         return [Item(n, str(n), _row(n, tmp_path), None) for n in range(ITEMS) if open_(n)]
@@ -45,13 +45,13 @@ async def test_a_worker_that_wakes_stops(tmp_path: Path) -> None:
     def open_(index: int) -> bool:
         return not ledger.is_finished(index)
 
-    async with crew.open_pool():
-        answered = await crew.run_shard(Shard(0, ITEMS), remaining)
+    async with coordinator.open_pool():
+        answered = await coordinator.run_shard(Shard(0, ITEMS), remaining)
         assert answered is not None
         assert answered[0] is not None
         assert answered[0].attempt == 1
         await until(lambda: pool.in_flight == 0)  # the first copy has answered as well
-        await crew.refresh()
+        await coordinator.refresh()
         assert ledger.count_items().done == ITEMS
     await ledger.aclose()
     written = _written(tmp_path)

@@ -127,10 +127,10 @@ async def _live(shelf: SpendLogs, cap: int, lives: list[Any]) -> None:
     spent, away = 0, dict[str, tuple[int, int]]()
     for life, (steps, crash) in enumerate(lives, 1):
         trial = Trial(shelf, life, cap, away)
-        purse = trial.budget.balance
+        balance = trial.budget.balance
         for number, (what, size, share) in enumerate(steps):
             await trial.step(number, what, size, share)
-            assert purse.settled.tokens + purse.reserved.tokens + purse.lost.tokens <= cap
+            assert balance.settled.tokens + balance.reserved.tokens + balance.lost.tokens <= cap
             assert spent + trial.spent + sum(trial.open) <= cap
         await trial.end(crash)
         spent += trial.spent

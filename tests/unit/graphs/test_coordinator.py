@@ -102,12 +102,12 @@ class Lab:
         policy = PoolPolicy(poll_s=0.005, rebuild_pause_s=0.001)
         pool = WorkerPool([self.site], policy)
         lender: Any = Lender()
-        self.crew = Coordinator(pool, terms, self.ledger, self.progress, lender)
+        self.coordinator = Coordinator(pool, terms, self.ledger, self.progress, lender)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         try:
-            async with self.crew.open_pool():
+            async with self.coordinator.open_pool():
                 yield
         finally:
             await self.ledger.aclose()
@@ -117,7 +117,7 @@ class Lab:
             open_ = [n for n in range(lo, hi) if not self.ledger.is_finished(n)]
             return [Item(n, str(n), {}, None) for n in open_]
 
-        return asyncio.create_task(self.crew.run_shard(Shard(lo, hi), remaining))
+        return asyncio.create_task(self.coordinator.run_shard(Shard(lo, hi), remaining))
 
     def names(self) -> set[str]:
         return {file.name for file in self.folder.iterdir() if not file.name.endswith("jsonl")}
@@ -175,10 +175,10 @@ async def test_an_order_that_is_lost_is_taken_back_before_the_next_one(tmp_path:
 async def test_one_stop_is_enough_for_all_shards(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     async with lab.opened():
-        asked = [asyncio.create_task(lab.crew.stop()) for _ in range(50)]
+        asked = [asyncio.create_task(lab.coordinator.stop()) for _ in range(50)]
         asked[0].cancel()  # the caller may be cancelled; the stop is not
         await asyncio.wait(asked)
-        await lab.crew.stop()
+        await lab.coordinator.stop()
         assert lab.site.stops == 1
         assert lab.names() == {"stop-t"}
 
@@ -221,11 +221,11 @@ async def test_a_refresh_that_is_cancelled_is_counted(
         real(*arguments)
 
     monkeypatch.setattr(lab.ledger, "refresh", slow)
-    first = asyncio.create_task(lab.crew.refresh())
+    first = asyncio.create_task(lab.coordinator.refresh())
     await until(reading.is_set)
     first.cancel()
     await asyncio.wait({first})
-    second = asyncio.create_task(lab.crew.refresh())
+    second = asyncio.create_task(lab.coordinator.refresh())
     go_on.set()
     await second
     assert (lab.progress.done, lab.ledger.count_items().done, lab.ledger.duplicates) == (40, 40, 0)

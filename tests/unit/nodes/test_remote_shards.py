@@ -93,8 +93,10 @@ async def opened(folder: Path, act: Act, drain_s: float = 60.0) -> AsyncIterator
         raise AssertionError
 
     reduce = build_aggregators([{"op": "count"}])
-    crew = Workers(act)
-    tools = RunTools(Rows(), ledger, reduce, nobody, gate, Progress(), b"", True, coordinator=crew)
+    workers = Workers(act)
+    tools = RunTools(
+        Rows(), ledger, reduce, nobody, gate, Progress(), b"", True, coordinator=workers
+    )
     try:
         yield tools
     finally:
@@ -117,9 +119,9 @@ async def superstep(tools: RunTools) -> list[int]:
     """Send all shards, as the map-reduce graph does."""
 
     async def shard(state: Sent) -> dict[str, list[int]]:
-        crew: Any = tools.coordinator
+        workers: Any = tools.coordinator
         range_ = Shard(state["lo"], state["lo"] + SIZE)
-        part = await run_remote_shard(range_, tools, crew, lambda: None)
+        part = await run_remote_shard(range_, tools, workers, lambda: None)
         return {"done": [len(part)] if part is not None else []}
 
     graph = StateGraph(Batch)
@@ -146,13 +148,13 @@ async def test_what_one_shard_fails_of_lets_the_others_come_home(
 
     async with opened(tmp_path, act) as tools:
         run = asyncio.create_task(superstep(tools))
-        crew: Any = tools.coordinator
-        while not crew.stops:  # noqa: ASYNC110 - what is waited for sets no event
+        workers: Any = tools.coordinator
+        while not workers.stops:  # noqa: ASYNC110 - what is waited for sets no event
             await asyncio.sleep(0.001)
         others.set()
         with pytest.raises(kind, match="lost 3 times"):
             await run
-        assert sorted(crew.home) == [SIZE, 2 * SIZE, 3 * SIZE]
+        assert sorted(workers.home) == [SIZE, 2 * SIZE, 3 * SIZE]
         assert tools.item_journal.count_items().done == 3 * SIZE  # type: ignore[attr-defined]
 
 
@@ -176,9 +178,9 @@ async def test_a_part_of_records_that_do_not_count_is_not_taken(tmp_path: Path) 
         tools.item_journal.put(record(shard.lo))
 
     async with opened(tmp_path, act) as tools:
-        crew: Any = tools.coordinator
-        part = await run_remote_shard(Shard(0, SIZE), tools, crew, lambda: None)
-        folded = await run_remote_shard(Shard(0, SIZE), tools, crew, lambda: None)
+        workers: Any = tools.coordinator
+        part = await run_remote_shard(Shard(0, SIZE), tools, workers, lambda: None)
+        folded = await run_remote_shard(Shard(0, SIZE), tools, workers, lambda: None)
         assert part is not None
         assert folded is not None
         assert part.state() == folded.state() != OTHERS
@@ -190,7 +192,7 @@ async def test_a_part_of_records_that_count_is_taken(tmp_path: Path) -> None:
         """Nobody else has ended any."""
 
     async with opened(tmp_path, act) as tools:
-        crew: Any = tools.coordinator
-        part = await run_remote_shard(Shard(0, SIZE), tools, crew, lambda: None)
+        workers: Any = tools.coordinator
+        part = await run_remote_shard(Shard(0, SIZE), tools, workers, lambda: None)
         assert part is not None
         assert part.state() == OTHERS

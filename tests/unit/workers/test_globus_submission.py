@@ -77,10 +77,10 @@ class Fake:
         return self.healths.get(endpoint, EndpointHealth(online=True))
 
     def submit(
-        self, endpoint: str, function: str, parcels: Sequence[Payload], group: str | None
+        self, endpoint: str, function: str, payloads: Sequence[Payload], group: str | None
     ) -> SubmittedBatch:
-        self.posts.append((endpoint, function, list(parcels), group))
-        shards = [shard_of(parcel) for parcel in parcels]
+        self.posts.append((endpoint, function, list(payloads), group))
+        shards = [shard_of(payload) for payload in payloads]
         if "refused" in shards:
             raise BackendError("a fault")
         return SubmittedBatch("group", tuple(shards))
@@ -97,8 +97,8 @@ class Fake:
         self.closed = True
 
 
-def shard_of(parcel: Payload) -> str:
-    length, _, rest = parcel.text.partition("\n")
+def shard_of(payload: Payload) -> str:
+    length, _, rest = payload.text.partition("\n")
     return str(orjson.loads(rest[: int(length)].removeprefix("11\n"))[0]["shard"])
 
 
@@ -126,10 +126,10 @@ async def test_orders_to_one_endpoint_share_requests_by_their_bytes() -> None:
     sent = [one.submit("ab"[n % 2], order(f"s{n}", large)) for n in range(10)]
     answers = await asyncio.gather(*sent)
     assert [answer["shard"] for answer in answers] == [f"s{n}" for n in range(10)]
-    for endpoint, function, parcels, _ in fake.posts:
+    for endpoint, function, payloads, _ in fake.posts:
         assert function == "function"
-        assert sum(parcel.size for parcel in parcels) <= MAX_REQUEST_BYTES
-        assert {"ab"[int(shard_of(parcel)[1:]) % 2] for parcel in parcels} == {endpoint}
+        assert sum(payload.size for payload in payloads) <= MAX_REQUEST_BYTES
+        assert {"ab"[int(shard_of(payload)[1:]) % 2] for payload in payloads} == {endpoint}
     assert fake.posts[0][3] is None
     assert {post[3] for post in fake.posts[1:]} == {"group"}
     await one.close()
@@ -343,8 +343,8 @@ def test_damage_of_the_book_is_told(tmp_path: Path, damage: str) -> None:
 
 
 def test_an_order_travels_as_json_in_the_services_form() -> None:
-    parcel = pack_task({"shard": "ü", "rows": ['"\\\n']})
-    length, _, rest = parcel.text.partition("\n")
+    payload = pack_task({"shard": "ü", "rows": ['"\\\n']})
+    length, _, rest = payload.text.partition("\n")
     arguments, keywords = rest[: int(length)], rest[int(length) :]
     assert orjson.loads(arguments.removeprefix("11\n")) == [{"shard": "ü", "rows": ['"\\\n']}]
     assert keywords == "5\n11\n{}"

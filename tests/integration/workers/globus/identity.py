@@ -31,7 +31,7 @@ class Identity:
         return {"keys": [json.loads(public) | {"alg": "RS512", "use": "sig", "kid": "k"}]}
 
     def user(self) -> Json:
-        """Return who asks, whoever asks."""
+        """Return the identity of any caller."""
         return USER_INFO
 
     def tokens(self, scopes: str, authorization: str) -> Json:
