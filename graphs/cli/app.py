@@ -193,12 +193,13 @@ def status(
     ] = None,
 ) -> None:
     """Show the progress of a run."""
-    from .endpoints import show_past_endpoints
-    from .status import show_status
-
     if endpoints:
+        from .endpoints import show_past_endpoints
+
         show_past_endpoints(folder, as_json)
     else:
+        from .status import show_status
+
         show_status(folder, as_json, usage or batch is not None, batch)
 
 
