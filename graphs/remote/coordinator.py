@@ -21,9 +21,9 @@ from ...backends.fleet.fleet import StatsCollector
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import JournalDelta
 from ...backends.workers.executor import WorkShard
-from ...backends.workers.factory import make_worker_pool
+from ...backends.workers.factory import make_backend_pool
 from ...backends.workers.member import Heartbeat
-from ...backends.workers.pool import WorkerPool
+from ...backends.workers.pool import BackendPool
 from ...nodes.context import AnsweredTask
 from ...nodes.shard.progress import Progress
 from ...nodes.shard.remote import check_record_indices
@@ -99,10 +99,10 @@ STOP_GRACE_S: Final = 10.0
 
 
 class Coordinator:
-    """Runs shards on a worker pool.
+    """Runs shards on the backends of a run.
 
     Args:
-        pool: The worker pool.
+        pool: The backends.
         template: What all tasks of the session share.
         journal: The run's journal.
         progress: The run's counts.
@@ -111,7 +111,7 @@ class Coordinator:
 
     def __init__(
         self,
-        pool: WorkerPool,
+        pool: BackendPool,
         template: TaskTemplate,
         journal: Journal,
         progress: Progress,
@@ -272,7 +272,7 @@ class Coordinator:
 
     @asynccontextmanager
     async def open_pool(self) -> AsyncIterator[None]:
-        """Open the worker pool and follow the workers' journal files while the block runs."""
+        """Open the backends and follow the workers' journal files while the block runs."""
         await asyncio.to_thread(self._control_files.open_session)
         try:
             await self._pool.start()
@@ -335,10 +335,10 @@ async def open_coordinator(
     progress: Progress,
     budget: RunBudget | None,
 ) -> AsyncIterator[Coordinator]:
-    """Open a coordinator with its worker pool."""
+    """Open a coordinator with its pool of backends."""
     config = template.config
     drain_s = config.limits.drain_s + config.limits.request_timeout_s
-    pool = make_worker_pool(config.backend, work, drain_s, template.folder)
+    pool = make_backend_pool(config.backend, work, drain_s, template.folder)
     leases = LeaseManager(budget, config, template.run["model"], pool.capacity)
     coordinator = Coordinator(pool, template, journal, progress, leases)
     async with coordinator.open_pool():

@@ -187,7 +187,7 @@ def _check_trace(options: OpenOptions) -> None:
 
 
 def _gate(config: RunConfig, is_remote: bool) -> Gate:
-    """Return the gate for items in flight; shards on workers are bounded by the worker pool."""
+    """Return the gate for items in flight; shards on workers are bounded by their backends."""
     if is_remote:
         return Gate(sys.maxsize, config.limits.drain_s + STOP_GRACE_S, "shards")
     return Gate(config.limits.streams, config.limits.drain_s)

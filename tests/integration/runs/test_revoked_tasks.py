@@ -17,7 +17,7 @@ from fanfold.backends.core.types import Item, Shard
 from fanfold.backends.storage.journal import Journal
 from fanfold.backends.workers.executor import ExecutorBackend
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import WorkerPool
+from fanfold.backends.workers.pool import BackendPool
 from fanfold.backends.workers.testing import make_task
 from fanfold.graphs.remote.coordinator import Coordinator
 from fanfold.graphs.worker import work_shard
@@ -36,7 +36,7 @@ async def test_a_worker_that_wakes_stops(tmp_path: Path) -> None:
     run = dict(pattern.run) | {"token": "t"}
     terms = template(tmp_path, run=run, settings=pattern.settings)
     workers = ExecutorBackend(_two_workers, work_shard, 2, "two")
-    pool = WorkerPool([workers], PoolPolicy(silence_s=3.0))
+    pool = BackendPool([workers], PoolPolicy(silence_s=3.0))
     lender = LeaseManager(None, terms.config, "none", pool.capacity)
     coordinator = Coordinator(pool, terms, ledger, Progress(total=ITEMS), lender)
 

@@ -18,7 +18,7 @@ from fanfold.backends.core.types import Item, Json, Shard
 from fanfold.backends.storage.journal import Journal
 from fanfold.backends.storage.worker_journal import make_worker_path
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import WorkerPool
+from fanfold.backends.workers.pool import BackendPool
 from fanfold.configs.loader import load_config
 from fanfold.graphs.remote import coordinator as module
 from fanfold.graphs.remote.coordinator import Coordinator
@@ -93,7 +93,7 @@ class Lab:
         self.progress = Progress(total=ITEMS)
         terms = template(folder, shared=shared)
         policy = PoolPolicy(poll_s=0.005, rebuild_pause_s=0.001)
-        pool = WorkerPool([self.site], policy)
+        pool = BackendPool([self.site], policy)
         lender = LeaseManager(None, terms.config, "m", pool.capacity)
         self.coordinator = Coordinator(pool, terms, self.ledger, self.progress, lender)
 
