@@ -47,7 +47,7 @@ from ..backends.storage.run_folder import (
 from ..configs.loader import LoadedConfig, is_preset, load_config, read_preset
 from ..configs.resolve import resolve_config
 from ..nodes.batch.load import describe_unknown_keys
-from ..nodes.context import Context, ItemContext, PreparedRun, RunTools
+from ..nodes.context import Context, ItemContext, PreparedRun
 from ..nodes.shard.progress import ProgressStream
 from ..nodes.state import RunKey
 from .caller_policy import CallerPolicy, CallerSettings
@@ -59,7 +59,7 @@ from .invocation import (
     follow_stream_sync,
     get_claims,
 )
-from .run.accounting import OpenedRun
+from .run.accounting import OpenRun
 from .run.items import make_item_context, make_item_engine, plan_shards
 from .run.open_run import OpenOptions, open_run, write_results
 from .run.prepare import (
@@ -205,7 +205,7 @@ class RunContext(SettingsForm):
         return None
 
     @cached_property
-    def _runs(self) -> SharedResource[RunTools]:
+    def _runs(self) -> SharedResource[OpenRun]:
         return SharedResource()
 
     @cached_property
@@ -412,7 +412,7 @@ class RunContext(SettingsForm):
         )[0]
 
     @asynccontextmanager
-    async def open_run(self, run: RunKey) -> AsyncIterator[RunTools]:
+    async def open_run(self, run: RunKey) -> AsyncIterator[OpenRun]:
         """Open a run; the nodes of one invocation share it."""
         folder = self._folders.get(run["id"])
         if folder is None or self._runs.get_open((folder, self._invocation)) is None:
@@ -421,7 +421,7 @@ class RunContext(SettingsForm):
             yield tools
 
     @asynccontextmanager
-    async def open_session_run(self, end: Walltime | None) -> AsyncIterator[RunTools]:
+    async def open_session_run(self, end: Walltime | None) -> AsyncIterator[OpenRun]:
         """Open the run in the folder that ``out`` names, for a session with a deadline."""
         folder = await asyncio.to_thread(lambda: self.out_folder)
         assert folder is not None, "the command line names a folder"
@@ -430,7 +430,7 @@ class RunContext(SettingsForm):
             yield tools
 
     @asynccontextmanager
-    async def _open_at(self, folder: Path) -> AsyncIterator[RunTools]:
+    async def _open_at(self, folder: Path) -> AsyncIterator[OpenRun]:
         retried = self._retry_before if self.retry_failed else None
         loaded = await asyncio.to_thread(self._get_settings, folder)
         if folder not in self._deadlines:
@@ -447,7 +447,7 @@ class RunContext(SettingsForm):
         invocation, run_folder = self._invocation, RunFolder(folder)
 
         @asynccontextmanager
-        async def make() -> AsyncIterator[RunTools]:
+        async def make() -> AsyncIterator[OpenRun]:
             with invocation.track_opening():
                 await get_claims().claim_run(run_folder, invocation)
                 await asyncio.to_thread(self._lower_limits, folder)
@@ -465,7 +465,7 @@ class RunContext(SettingsForm):
         await asyncio.to_thread(self._lower_limits, folder)
         loaded = await asyncio.to_thread(self._get_settings, folder)
         tools = self._runs.get_open((folder, self._invocation))
-        budget = tools.budget if isinstance(tools, OpenedRun) else None
+        budget = None if tools is None else tools.budget
         run_folder, amount = RunFolder(folder), Amount(**needed)
         asked = await asyncio.to_thread(budget_gap, run_folder, loaded.config, amount, budget)
         if asked is None or self.policy is None or self._owner is None:

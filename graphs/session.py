@@ -37,13 +37,12 @@ from ..backends.core.types import Shard
 from ..backends.storage.journal_file import RunIds
 from ..backends.storage.run_folder import RunFolder, get_run_ids, utc_timestamp
 from ..configs.loader import LoadedConfig
-from ..nodes.context import RunTools
 from ..nodes.item.prepare import build_messages
 from ..nodes.shard.local import run_local_shard
 from ..nodes.shard.remote import run_remote_shard
 from .context import RunContext
 from .map_reduce import MapReduce, build_bound_graph
-from .run.accounting import OpenedRun
+from .run.accounting import OpenRun
 from .run.checkpoints import open_saver
 from .run.estimate import count_nodes, make_run_plan, sample_indices
 from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
@@ -128,7 +127,7 @@ async def run_session(  # noqa: PLR0913 - the parts of a session
     console: Console,
     stop: Shutdown,
     *,
-    on_open: Callable[[RunTools], None] | None = None,
+    on_open: Callable[[OpenRun], None] | None = None,
 ) -> RunResult:
     """Run a session in the current event loop; the caller provides ``stop``.
 
@@ -158,7 +157,6 @@ async def run_session(  # noqa: PLR0913 - the parts of a session
             result = await session.run_graph()
             this["outcome"] = result.reason or "finished"
     budget = {} if tools.budget is None else tools.budget.report()
-    assert isinstance(tools, OpenedRun), "the run's own context has opened it"
     cost = await asyncio.to_thread(compute_run_cost, folder, get_run_ids(about), tools)
     seconds = round(time.monotonic() - started, 3)
     return replace(result, seconds=seconds, budget=budget, cost=cost)
@@ -179,7 +177,7 @@ def freeze_gc() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def add_saved_count(tools: RunTools) -> AsyncIterator[None]:
+async def add_saved_count(tools: OpenRun) -> AsyncIterator[None]:
     """Add the number of safe items to the message of a failed write."""
     try:
         yield
@@ -224,7 +222,7 @@ class Session:
     folder: RunFolder
     run_id: str
     context: RunContext
-    tools: RunTools
+    tools: OpenRun
     options: RunOptions
     console: Console
     stop: Shutdown
@@ -306,7 +304,7 @@ class Session:
         )
 
 
-def _reason(interrupts: Sequence[Interrupt], tools: RunTools) -> str:
+def _reason(interrupts: Sequence[Interrupt], tools: OpenRun) -> str:
     """Return which limit is exhausted, and the total required to finish."""
     question: dict[str, Any] = interrupts[0].value
     needs = (f"{value:,} {name}" for name, value in question["total_to_finish"].items())
@@ -319,20 +317,20 @@ def _stages(parts: dict[str, Any]) -> Any:
     return parts.get("v"), [part["of"] for part in parts["stages"]]
 
 
-def _counts(tools: RunTools) -> dict[str, Any]:
+def _counts(tools: OpenRun) -> dict[str, Any]:
     return tools.progress_json()
 
 
-def compute_run_cost(folder: RunFolder, run: RunIds, tools: OpenedRun) -> Cost:
+def compute_run_cost(folder: RunFolder, run: RunIds, tools: OpenRun) -> Cost:
     """Return the cost of a run at the end of a session, including earlier sessions; blocks.
 
     Raises:
         JournalError: A spend log is damaged.
     """
-    assert tools.journal is not None, "a run that was opened has one"
-    recorded = {name: spent.amount for name, spent in tools.journal.usage_by_session.items()}
+    journal = tools.item_journal
+    recorded = {name: spent.amount for name, spent in journal.usage_by_session.items()}
     doubt = SpendLogs(folder.budget, run).unaccounted(recorded)
-    return Cost(tools.journal.total_usage(), tools.progress.node_time, doubt, tools.is_priced)
+    return Cost(journal.total_usage(), tools.progress.node_time, doubt, tools.is_priced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,7 +404,7 @@ async def run_pilot(
 
 
 async def _run_items(
-    tools: RunTools, chosen: Sequence[int], stop: Shutdown, folder: RunFolder
+    tools: OpenRun, chosen: Sequence[int], stop: Shutdown, folder: RunFolder
 ) -> None:
     asking = asyncio.ensure_future(_run_each_item(tools, chosen, stop))
     with stop.watch_work(tools.gate, asking):
@@ -419,7 +417,7 @@ async def _run_items(
         raise _pilot_error(tools, folder)
 
 
-def _pilot_error(tools: RunTools, folder: RunFolder) -> Exception:
+def _pilot_error(tools: OpenRun, folder: RunFolder) -> Exception:
     """Return the error that ended a pilot early, with the command to resume."""
     error, again = tools.gate.error, f"fanfold resume {folder.path}"
     if isinstance(error, BudgetExhaustedError):
@@ -431,7 +429,7 @@ def _pilot_error(tools: RunTools, folder: RunFolder) -> Exception:
     return error or RunStoppedError(f"{tools.gate.reason} during the pilot. Resume with: {again}")
 
 
-async def _run_each_item(tools: RunTools, chosen: Sequence[int], stop: Shutdown) -> None:
+async def _run_each_item(tools: OpenRun, chosen: Sequence[int], stop: Shutdown) -> None:
     """Finish the items, each as a separate shard."""
 
     async def one(index: int) -> None:
@@ -450,7 +448,7 @@ async def _run_each_item(tools: RunTools, chosen: Sequence[int], stop: Shutdown)
 
 
 def _measure_pilot(
-    tools: RunTools, loaded: LoadedConfig, about: dict[str, Any], chosen: Sequence[int]
+    tools: OpenRun, loaded: LoadedConfig, about: dict[str, Any], chosen: Sequence[int]
 ) -> PilotResult:
     """Summarize the measurements of the items and estimate the run; blocks."""
     records = [tools.item_journal.read_record(index) for index in chosen]
@@ -473,15 +471,15 @@ def _measure_pilot(
     )
 
 
-def _nodes(tools: RunTools, loaded: LoadedConfig) -> int | None:
-    fleet = tools.fleet if isinstance(tools, OpenedRun) else None
+def _nodes(tools: OpenRun, loaded: LoadedConfig) -> int | None:
+    fleet = tools.fleet
     own = fleet is not None and not fleet.policy.whole_answers  # a gateway's answers are whole
     endpoints = fleet.endpoints if fleet is not None and own else ()
     return count_nodes(loaded.config, [endpoint.url for endpoint in endpoints])
 
 
 def _first_prompts(
-    tools: RunTools, loaded: LoadedConfig, chosen: Sequence[int], items: int
+    tools: OpenRun, loaded: LoadedConfig, chosen: Sequence[int], items: int
 ) -> Range:
     """Estimate the tokens of first prompts from their length, for servers that report none."""
     task, tokens = loaded.config.task, list[float]()

@@ -33,14 +33,14 @@ from ...configs.aggregators import to_aggregator_spec
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...nodes.aggregators import build_aggregators
-from ...nodes.context import RunTools, no_account
+from ...nodes.context import no_account
 from ...nodes.shard.gate import Gate
 from ...nodes.shard.progress import Progress, ProgressStream
 from ...nodes.state import ItemState
 from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
 from ..remote.heartbeat import stop_earlier_workers
 from ..remote.tasks import make_task_template
-from .accounting import OpenedRun, charge_node_time, make_reporter, write_reports_at_end
+from .accounting import OpenRun, charge_node_time, make_reporter, write_reports_at_end
 from .items import ItemEngine, RunItem, is_run_by_engine, is_small_batch, make_item_runner
 from .monitor import serve_metrics
 from .prepare import compute_fingerprint, compute_question_digest, ensure_run_identity
@@ -77,7 +77,7 @@ class OpenOptions:
 @asynccontextmanager
 async def open_run(
     folder: RunFolder, loaded: LoadedConfig, options: OpenOptions
-) -> AsyncIterator[RunTools]:
+) -> AsyncIterator[OpenRun]:
     """Open a run that the caller has locked; open the fleet only if items are open.
 
     Raises:
@@ -146,7 +146,7 @@ async def open_run(
                 engine = options.make_engine(config.task.graph is not None) if by_engine else None
                 quiet = not is_small_batch(total) and not options.trace
                 run_item = make_item_runner(loaded, fleet, ready.model, engine, quiet)
-        tools = OpenedRun(
+        tools = OpenRun(
             store=files.store,
             item_journal=journal,
             aggregators=build_aggregators(
@@ -165,7 +165,6 @@ async def open_run(
             coordinator=coordinator,
             progress_stream=options.progress_streams.setdefault(folder.path, ProgressStream()),
             fleet=fleet,
-            journal=journal,
         )
         if journal.count_items().open:
             logs = SpendLogs(folder.budget, get_run_ids(files.provenance))
@@ -303,7 +302,7 @@ async def _refuse_item(item: Item) -> ItemState:
 def write_results(
     folder: RunFolder,
     loaded: LoadedConfig,
-    tools: RunTools,
+    tools: OpenRun,
     aggregate: list[dict[str, Any]],
     progress: dict[str, Any],
 ) -> dict[str, Any]:
