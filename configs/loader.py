@@ -124,33 +124,68 @@ def load_config(
     Raises:
         ConfigurationError: A setting is missing, unknown, of the wrong type or contradictory.
     """
-    data, source, base, preset = _read_config(config)
-    for note in _apply_overrides(data, overrides):
-        logger.warning("%s", note)
-    for path, value in (settings or {}).items():
-        set_path(data, path, value)
-    check_plain(data, source)
-    _resolve_files(data, source, base)
-    environment = os.environ if environment is None else environment
-    checked = _validate(data, expand_variables(data, environment, source), source)
-    _check(checked, source)
-    return LoadedConfig(checked, to_plain(checked, data), source, preset, data)
+    return check_settings(read_settings(config, overrides), settings, environment)
+
+
+@dataclass(frozen=True, slots=True)
+class RawSettings:
+    """Settings as they were read, not yet checked.
+
+    Attributes:
+        data: The settings with the overrides applied, unexpanded.
+        source: Their name in messages: a path, ``preset NAME`` or ``settings``.
+        folder: Folder in which relative paths start.
+        preset: The preset's name if it is one.
+    """
+
+    data: dict[str, Any] = field(repr=False)
+    source: str
+    folder: Path
+    preset: str | None = None
 
 
 def read_settings(
     config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> tuple[dict[str, Any], str | None]:
+) -> RawSettings:
     """Read settings without checking them.
 
-    Returns:
-        The settings with the overrides applied, and the preset's name if it is one.
+    Args:
+        config: A preset's name, a YAML file, or the settings themselves.
+        overrides: ``a.b=value`` assignments, applied in order.
 
     Raises:
         ConfigurationError: The file cannot be read, or an override cannot be applied.
     """
-    data, _, _, preset = _read_config(config)
-    _apply_overrides(data, overrides)
-    return data, preset
+    raw = _read_config(config)
+    for note in _apply_overrides(raw.data, overrides):
+        logger.warning("%s", note)
+    return raw
+
+
+def check_settings(
+    raw: RawSettings,
+    settings: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> LoadedConfig:
+    """Check settings that were read; changes ``raw.data`` in place.
+
+    Args:
+        raw: The settings.
+        settings: Changes to them, as for :func:`load_config`.
+        environment: Variables for ``${VAR}``; by default those of the process.
+
+    Raises:
+        ConfigurationError: A setting is missing, unknown, of the wrong type or contradictory.
+    """
+    data, source = raw.data, raw.source
+    for path, value in (settings or {}).items():
+        set_path(data, path, value)
+    check_plain(data, source)
+    _resolve_files(data, source, raw.folder)
+    environment = os.environ if environment is None else environment
+    checked = _validate(data, expand_variables(data, environment, source), source)
+    _check(checked, source)
+    return LoadedConfig(checked, to_plain(checked, data), source, raw.preset, data)
 
 
 def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -189,21 +224,14 @@ def _expand_auto(data: dict[str, Any]) -> None:
         data["endpoints"] = {"auto": True}
 
 
-def _read_config(
-    config: str | Path | Mapping[str, Any],
-) -> tuple[dict[str, Any], str, Path, str | None]:
+def _read_config(config: str | Path | Mapping[str, Any]) -> RawSettings:
     if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config)), "settings", Path.cwd(), None
+        return RawSettings(copy.deepcopy(dict(config)), "settings", Path.cwd())
     if isinstance(config, str) and is_preset(config):
         source = f"preset {config}"
-        return parse_yaml(read_preset(config), source), source, Path.cwd(), config
-    path = Path(config)
-    return (
-        parse_yaml(read_settings_file(path), str(config)),
-        str(config),
-        path.resolve().parent,
-        None,
-    )
+        return RawSettings(parse_yaml(read_preset(config), source), source, Path.cwd(), config)
+    path, source = Path(config), str(config)
+    return RawSettings(parse_yaml(read_settings_file(path), source), source, path.resolve().parent)
 
 
 def read_settings_file(path: Path) -> str:

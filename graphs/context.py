@@ -36,7 +36,12 @@ from ..backends.cluster.walltime import Walltime
 from ..backends.core.aio import PortalProvider, SharedResource
 from ..backends.core.errors import ConfigurationError, FanfoldError, InputError
 from ..backends.core.money import Amount
-from ..backends.discovery.connect import open_cache, open_fleet, open_ready_endpoints
+from ..backends.discovery.connect import (
+    ReadyEndpoints,
+    open_cache,
+    open_fleet,
+    open_ready_endpoints,
+)
 from ..backends.storage.run_folder import (
     RunFolder,
     get_run_ids,
@@ -72,6 +77,9 @@ from .run.prepare import (
 )
 from .run.shutdown import session_deadline
 from .worker import work_shard
+
+_PROBED_S: Final = 10.0
+"""Age at which endpoints that a check has probed are probed again by the session."""
 
 
 @dataclass(kw_only=True)
@@ -245,6 +253,22 @@ class RunContext(SettingsForm):
         return {}
 
     @cached_property
+    def _probed(self) -> dict[Path, tuple[float, ReadyEndpoints]]:
+        """Return, by run folder, endpoints that no session has used yet, with the probe's time."""
+        return {}
+
+    def _keep_probed(self, folder: Path, endpoints: ReadyEndpoints | None) -> None:
+        """Keep endpoints that a check has just probed for the session that follows."""
+        self._probed.pop(folder, None)
+        if endpoints is not None:
+            self._probed[folder] = time.monotonic(), endpoints
+
+    def _take_probed(self, folder: Path) -> ReadyEndpoints | None:
+        """Return the kept endpoints, once, unless they were probed too long ago."""
+        at, endpoints = self._probed.pop(folder, (0.0, None))
+        return endpoints if time.monotonic() - at < _PROBED_S else None
+
+    @cached_property
     def _item_contexts(self) -> SharedResource[ItemContext]:
         return SharedResource()
 
@@ -325,8 +349,8 @@ class RunContext(SettingsForm):
             loaded, target, asked = await asyncio.to_thread(self._resolve_new_run, path, preset)
             made = await prepare_run(loaded, target, items, self.allow_simulated)
             if asked:
-                await asyncio.to_thread(_extend_provenance, made, asked)
-            folder = made.path
+                await asyncio.to_thread(_extend_provenance, made.folder, asked)
+            folder = made.folder.path
             for kept in (
                 self._loaded_by_folder,
                 self._progress_streams,
@@ -334,13 +358,15 @@ class RunContext(SettingsForm):
                 self._retry_before,
             ):
                 kept.pop(folder, None)  # remove the data of an earlier run in this folder
+            self._keep_probed(folder, made.endpoints)
         else:
             await get_claims().wait_for_run(RunFolder(folder), self._invocation)
             self._retry_before.pop(folder, None)  # a further invocation retries again
             if self.embedded:
                 self._deadlines.pop(folder, None)  # a new session
                 loaded = await asyncio.to_thread(self._get_settings, folder)
-                await resume_run(RunFolder(folder), loaded)
+                checked = await resume_run(RunFolder(folder), loaded)
+                self._keep_probed(folder, checked.endpoints)
         if self.embedded:
             await self._claim(folder)
             await asyncio.to_thread(begin_session, RunFolder(folder))
@@ -421,11 +447,19 @@ class RunContext(SettingsForm):
             yield tools
 
     @asynccontextmanager
-    async def open_session_run(self, end: Walltime | None) -> AsyncIterator[OpenRun]:
-        """Open the run in the folder that ``out`` names, for a session with a deadline."""
+    async def open_session_run(
+        self, end: Walltime | None, endpoints: ReadyEndpoints | None
+    ) -> AsyncIterator[OpenRun]:
+        """Open the run in the folder that ``out`` names, for a session.
+
+        Args:
+            end: End of the session, or None.
+            endpoints: Its endpoints if they were just probed.
+        """
         folder = await asyncio.to_thread(lambda: self.out_folder)
         assert folder is not None, "the command line names a folder"
         self._deadlines[folder] = end
+        self._keep_probed(folder, endpoints)
         async with self._open_at(folder) as tools:
             yield tools
 
@@ -451,7 +485,8 @@ class RunContext(SettingsForm):
             with invocation.track_opening():
                 await get_claims().claim_run(run_folder, invocation)
                 await asyncio.to_thread(self._lower_limits, folder)
-                async with open_run(run_folder, loaded, mode) as tools:
+                ready = self._take_probed(folder)
+                async with open_run(run_folder, loaded, mode, ready) as tools:
                     with invocation.track_run(tools):
                         yield tools
 

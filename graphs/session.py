@@ -48,7 +48,7 @@ from .run.estimate import count_nodes, make_run_plan, sample_indices
 from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
 from .run.items import UNBOUNDED_STEPS
 from .run.monitor import show_progress
-from .run.prepare import describe_session
+from .run.prepare import ReadyRun, describe_session
 from .run.shutdown import Shutdown, handle_signals
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,6 @@ class RunOptions:
         checkpointer: ``postgresql://…``, or None for SQLite in the run folder.
         trace: Run every item through LangGraph's engine.
         retry_failed: Retry failed items.
-        refold: Fold from the first item instead of from the last checkpoint.
         quiet: Show no progress.
         deadline: End of the session, or None.
     """
@@ -70,7 +69,6 @@ class RunOptions:
     checkpointer: str | None = None
     trace: bool = False
     retry_failed: bool = False
-    refold: bool = False
     quiet: bool = False
     deadline: Walltime | None = None
 
@@ -104,9 +102,7 @@ class RunResult:
     cost: Cost | None = None
 
 
-async def execute_run(
-    folder: RunFolder, loaded: LoadedConfig, options: RunOptions, console: Console
-) -> RunResult:
+async def execute_run(run: ReadyRun, options: RunOptions, console: Console) -> RunResult:
     """Run or resume a prepared run to its end, and record the session in its provenance.
 
     Signals and the deadline stop it: see :class:`~fanfold.graphs.run.shutdown.Shutdown`.
@@ -117,12 +113,11 @@ async def execute_run(
         RunStoppedError: It was stopped while it was being opened.
     """
     with handle_signals(console) as stop, stop.stop_at_deadline(options.deadline), freeze_gc():
-        return await run_session(folder, loaded, options, console, stop)
+        return await run_session(run, options, console, stop)
 
 
-async def run_session(  # noqa: PLR0913 - the parts of a session
-    folder: RunFolder,
-    loaded: LoadedConfig,
+async def run_session(
+    run: ReadyRun,
     options: RunOptions,
     console: Console,
     stop: Shutdown,
@@ -132,28 +127,28 @@ async def run_session(  # noqa: PLR0913 - the parts of a session
     """Run a session in the current event loop; the caller provides ``stop``.
 
     Args:
-        folder: The run's folder.
-        loaded: Its settings.
+        run: The run.
         options: Options of this session.
         console: Console for progress.
         stop: Stops the session.
         on_open: Called once the run is open.
     """
     started = time.monotonic()
+    folder = run.folder
     context = RunContext.from_loaded(
-        loaded,
+        run.loaded,
         out=str(folder.path),
         trace=options.trace,
         retry_failed=options.retry_failed,
     )
     async with AsyncExitStack() as stack:
         tools = await stop.open_unless_stopped(
-            stack.enter_async_context(context.open_session_run(options.deadline))
+            stack.enter_async_context(context.open_session_run(options.deadline, run.endpoints))
         )
         if on_open is not None:
             on_open(tools)
         async with add_saved_count(tools), record_session(folder) as (about, this):
-            session = Session(folder, about["run"], context, tools, options, console, stop)
+            session = Session(run, about["run"], context, tools, options, console, stop)
             result = await session.run_graph()
             this["outcome"] = result.reason or "finished"
     budget = {} if tools.budget is None else tools.budget.report()
@@ -219,7 +214,7 @@ async def record_session(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any
 class Session:
     """One session of a run: its parts, and how it runs the graph."""
 
-    folder: RunFolder
+    run: ReadyRun
     run_id: str
     context: RunContext
     tools: OpenRun
@@ -232,7 +227,7 @@ class Session:
         thread = RunnableConfig(
             configurable={"thread_id": self.run_id}, recursion_limit=UNBOUNDED_STEPS
         )
-        async with open_saver(self.options.checkpointer, self.folder.checkpoints) as saver:
+        async with open_saver(self.options.checkpointer, self.run.folder.checkpoints) as saver:
             graph = build_bound_graph(self.context, trust_context=True).compile(checkpointer=saver)
             resumed = await self._can_resume(graph, thread)
             async with show_progress(self.tools, self.console, self.options.quiet):
@@ -250,7 +245,7 @@ class Session:
         parts, empty = state.values.get("parts"), self.tools.aggregators.empty()
         return (
             bool(state.next)
-            and not (self.options.refold or self.options.retry_failed)
+            and not (self.run.reduce_changed or self.options.retry_failed)
             and (not parts or _stages(parts) == _stages(empty))
         )
 
@@ -300,7 +295,14 @@ class Session:
         reason: str | None = None,
     ) -> RunResult:
         return RunResult(
-            code, self.folder, self.run_id, 0.0, progress, aggregate, self.tools.simulated, reason
+            code,
+            self.run.folder,
+            self.run_id,
+            0.0,
+            progress,
+            aggregate,
+            self.tools.simulated,
+            reason,
         )
 
 
@@ -372,15 +374,14 @@ class PilotResult:
 
 
 async def run_pilot(
-    folder: RunFolder, loaded: LoadedConfig, options: RunOptions, count: int, console: Console
+    run: ReadyRun, options: RunOptions, count: int, console: Console
 ) -> PilotResult:
     """Finish some items of a prepared run in a session; the next session finishes the others.
 
     Items that an earlier session has finished are not repeated, so a pilot can be repeated.
 
     Args:
-        folder: The run's folder.
-        loaded: Its settings.
+        run: The run.
         options: Options of the session.
         count: Number of items, spread over the input.
         console: Console for progress.
@@ -390,10 +391,11 @@ async def run_pilot(
         ConfigurationError: The endpoints do not fit the run, or another process works on it.
         JournalError: A write failed.
     """
+    folder, loaded = run.folder, run.loaded
     context = RunContext.from_loaded(loaded, out=str(folder.path), trace=options.trace)
     with handle_signals(console) as stop, stop.stop_at_deadline(options.deadline), freeze_gc():
         async with AsyncExitStack() as stack:
-            opened = context.open_session_run(options.deadline)
+            opened = context.open_session_run(options.deadline, run.endpoints)
             tools = await stop.open_unless_stopped(stack.enter_async_context(opened))
             async with add_saved_count(tools), record_session(folder) as (about, this):
                 chosen = sample_indices(len(tools.store), count, about["input"]["digest"])

@@ -56,7 +56,7 @@ def run_utilization(
     Raises:
         JournalError: The journal cannot be read.
     """
-    settings, _ = read_settings(folder.settings)
+    settings = read_settings(folder.settings).data
     instances = int(get_at_path(settings, ("node", "instances")) or 1)
     full_batch = batch or get_at_path(settings, ("limits", "endpoint_streams"))
     full_batch = full_batch or _parse_max_num_seqs(get_at_path(settings, ("node", "serve")))

@@ -21,7 +21,7 @@ from ...backends.cluster.walltime import Walltime
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import NO_PRICES, NodeTime
 from ...backends.core.types import Item
-from ...backends.discovery.connect import open_cache, open_fleet
+from ...backends.discovery.connect import ReadyEndpoints, open_cache, open_fleet
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.item_store import ItemStore
@@ -76,9 +76,18 @@ class OpenOptions:
 
 @asynccontextmanager
 async def open_run(
-    folder: RunFolder, loaded: LoadedConfig, options: OpenOptions
+    folder: RunFolder,
+    loaded: LoadedConfig,
+    options: OpenOptions,
+    ready: ReadyEndpoints | None = None,
 ) -> AsyncIterator[OpenRun]:
     """Open a run that the caller has locked; open the fleet only if items are open.
+
+    Args:
+        folder: The run's folder.
+        loaded: Its settings.
+        options: How it is opened.
+        ready: Its endpoints if they were just probed; None probes them.
 
     Raises:
         ConfigurationError: The settings do not fit the run.
@@ -109,9 +118,10 @@ async def open_run(
             budget = await stack.enter_async_context(
                 open_budget(folder, config, price, journal, get_run_ids(files.provenance))
             )
-            ready = await stack.enter_async_context(
-                ready_endpoints(config, loaded.plain["endpoints"], files.model)
-            )
+            if ready is None:
+                ready = await stack.enter_async_context(
+                    ready_endpoints(config, loaded.plain["endpoints"], files.model)
+                )
             files = await asyncio.to_thread(
                 _settle_simulated, folder, loaded, files, ready.simulated
             )
