@@ -39,7 +39,7 @@ from ...nodes.shard.progress import Progress, ProgressStream
 from ...nodes.state import ItemState
 from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
 from ..remote.heartbeat import stop_earlier_workers
-from ..remote.tasks import make_task_template
+from ..remote.task_template import make_task_template
 from .accounting import OpenRun, charge_node_time, make_reporter, write_reports_at_end
 from .items import ItemEngine, RunItem, is_run_by_engine, is_small_batch, make_item_runner
 from .monitor import serve_metrics
@@ -196,7 +196,7 @@ def _check_trace(options: OpenOptions) -> None:
 
 
 def _gate(config: RunConfig, is_remote: bool) -> Gate:
-    """Return the gate for items in flight; shards on workers are bounded by the worker pool."""
+    """Return the gate for items in flight; shards on workers are bounded by their backends."""
     if is_remote:
         return Gate(sys.maxsize, config.limits.drain_s + STOP_GRACE_S, "shards")
     return Gate(config.limits.streams, config.limits.drain_s)
