@@ -15,6 +15,7 @@ import yaml
 from aiohttp import web
 
 from fanfold import build_graph
+from fanfold.nodes.state import RunInput
 
 pytestmark = pytest.mark.integration
 
@@ -91,7 +92,7 @@ async def test_an_invocation_probes_once(tmp_path: Path, monkeypatch: pytest.Mon
     asked = Counter[str]()
     async with serve(asked, "a") as url:
         graph = build_graph(settings([url]))
-        given = {"items": [{"x": n} for n in range(6)]}
+        given: RunInput = {"items": [{"x": n} for n in range(6)]}
         final = await graph.ainvoke(given)
     assert final["progress"]["done"] == 6
     assert dict(asked) == {"a models": 1, "a chat": 6}
