@@ -17,14 +17,13 @@ import orjson
 from pydantic import ValidationError
 
 from ..backends.core.errors import ConfigurationError
-from ..backends.core.schemas import open_validator
-from ..backends.core.templates import Template
 from .aggregators import check_aggregators
 from .backend import find_unfit_keys
 from .describe import explain_validation
 from .models import RunConfig
 from .raw_settings import apply_override, expand_variables, parse_yaml, set_path
 from .serialize import check_plain, to_plain
+from .task_check import check_task
 
 _ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)
 
@@ -339,22 +338,9 @@ def _validate(raw: dict[str, Any], expanded: dict[str, Any], source: str) -> Run
 
 
 def _check(config: RunConfig, source: str) -> None:
-    schema = config.task.answer_schema
     try:
-        Template.parse(config.task.prompt)
-        if schema is not None:
-            _check_schema(schema)
-        check_aggregators(config.reduce, schema)
+        check_task(config.task)
+        check_aggregators(config.reduce, config.task.answer_schema)
     except ConfigurationError as error:
         msg = f"{source}: {error.message}"
-        raise ConfigurationError(msg) from None
-
-
-def _check_schema(schema: dict[str, Any]) -> None:
-    try:
-        open_validator(schema)
-    except ValueError as error:  # all errors of jsonschema-rs are ValueErrors
-        where = ".".join(map(str, getattr(error, "instance_path", ()))) or "its top"
-        reason = getattr(error, "message", str(error))
-        msg = f"task.schema is no valid JSON Schema: at {where}: {reason}"
         raise ConfigurationError(msg) from None

@@ -12,6 +12,7 @@ from ..backends.core.errors import ConfigurationError, MissingExtraError
 from .endpoints import ENDPOINT_KINDS, HOSTS_ONLY_KEYS
 from .loader import LoadedConfig, check_settings, read_settings
 from .raw_settings import get_at_path
+from .task_check import find_task_warnings
 
 DEFAULT_PRESET: Final = "molecular_screening"
 
@@ -60,7 +61,8 @@ def resolve_config(
             more, notice = _replace_rdkit(data, has_input)
             settings |= more
             notices += notice
-    return check_settings(raw, settings), notices
+    loaded = check_settings(raw, settings)
+    return loaded, notices + find_task_warnings(loaded.config.task)
 
 
 def _input_settings(input_path: str | None, limit: int | None) -> dict[str, Any]:
