@@ -245,7 +245,7 @@ def export_results(path: Path, form: str, target: Path | None, safe_csv: bool = 
 
 def _schema(folder: RunFolder) -> dict[str, Any] | None:
     """Return the answer schema, without resolving the endpoints' key, which results do not need."""
-    schema = get_at_path(read_settings(folder.settings)[0], ("task", "schema"))
+    schema = get_at_path(read_settings(folder.settings).data, ("task", "schema"))
     return schema if isinstance(schema, dict) else None
 
 

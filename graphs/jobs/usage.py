@@ -50,7 +50,7 @@ def run_utilization(
     Raises:
         JournalError: An event log of the servers cannot be read.
     """
-    settings, _ = read_settings(folder.settings)
+    settings = read_settings(folder.settings).data
     instances = int(get_at_path(settings, ("node", "instances")) or 1)
     full_batch = batch or get_at_path(settings, ("limits", "endpoint_streams"))
     full_batch = full_batch or _parse_max_num_seqs(get_at_path(settings, ("node", "serve")))

@@ -17,7 +17,7 @@ from fanfold.backends.core.money import (
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
-from fanfold.graphs.run.accounting import OpenedRun
+from fanfold.graphs.run.accounting import OpenRun
 from fanfold.graphs.run.console import format_count
 from fanfold.graphs.run.monitor import ProgressLine
 from fanfold.nodes.shard.gate import Gate
@@ -43,7 +43,7 @@ def line(
     **parts: Any,
 ) -> str:
     nothing = cast(Any, None)
-    tools = OpenedRun(
+    tools = OpenRun(
         store=nothing,
         item_journal=nothing,
         aggregators=nothing,
