@@ -226,7 +226,7 @@ def read_budget(folder: RunFolder, cost: Cost) -> dict[str, Json]:
         ConfigurationError: The budget in the settings is invalid.
         JournalError: The limits cannot be read.
     """
-    config = BudgetConfig.model_validate(read_settings(folder.settings)[0].get("budget") or {})
+    config = BudgetConfig.model_validate(read_settings(folder.settings).data.get("budget") or {})
     before = cost.usage.amount.plus(cost.node_time.amount).plus(cost.unaccounted)
     return Budget(BudgetSettings(read_limits(folder, config), NO_PRICES), before, None).report()
 

@@ -32,15 +32,15 @@ from .launched.backend import (
 )
 from .member import PoolPolicy
 from .parsl import JobNodes, ParslBackend
-from .pool import WorkerPool
+from .pool import BackendPool
 
 WORKERS_LOG: Final = "workers.log"
 """File in the run folder: output of the workers that a launcher started."""
 
 
-def make_worker_pool(
+def make_backend_pool(
     config: BackendConfig, work: WorkShard, drain_s: float, folder: Path | None = None
-) -> WorkerPool:
+) -> BackendPool:
     """Return a pool of the backends in the settings.
 
     Args:
@@ -61,13 +61,13 @@ def make_worker_pool(
         # a local process starts the next task at once, without a second one in its queue
         tasks_per_worker=1 if config.kind == "local" else 2,
     )
-    return WorkerPool(make_backends(config, work, folder), policy)
+    return BackendPool(make_backends(config, work, folder), policy)
 
 
 def make_backends(
     config: BackendConfig, work: WorkShard, folder: Path | None = None
 ) -> list[Backend]:
-    """Return the backends in the settings, not started; see :func:`make_worker_pool`.
+    """Return the backends in the settings, not started; see :func:`make_backend_pool`.
 
     Raises:
         ConfigurationError: An object or file that the settings name does not exist.

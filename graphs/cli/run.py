@@ -140,16 +140,15 @@ async def _pilot_session(
     end = session_deadline(loaded.config, time.time())
     await check_saver(overrides.checkpointer)
     if fresh:
-        folder = await with_deadline(prepare_run(loaded, path), end)
+        run = await with_deadline(prepare_run(loaded, path), end)
         if not output.quiet:
-            print_messages(_about(folder))
+            print_messages(_about(run.folder))
     else:
-        resumed = await with_deadline(resume_run(open_folder(path), loaded), end)
-        folder, loaded = resumed.folder, resumed.loaded
+        run = await with_deadline(resume_run(open_folder(path), loaded), end)
     options = RunOptions(
         overrides.checkpointer, overrides.trace, quiet=output.is_silent, deadline=end
     )
-    return await run_pilot(folder, loaded, options, overrides.pilot or 1, open_message_console())
+    return await run_pilot(run, options, overrides.pilot or 1, open_message_console())
 
 
 def _stop_after_pilot(found: PilotResult, path: Path, asked: bool, output: OutputMode) -> int:
@@ -206,13 +205,13 @@ async def _start_session(
 ) -> RunResult:
     end = session_deadline(loaded.config, time.time())
     await check_saver(overrides.checkpointer)
-    folder = await with_deadline(prepare_run(loaded, path), end)
+    run = await with_deadline(prepare_run(loaded, path), end)
     if not output.quiet:
-        print_messages(_about(folder))
+        print_messages(_about(run.folder))
     options = RunOptions(
         overrides.checkpointer, overrides.trace, quiet=output.is_silent, deadline=end
     )
-    return await execute_run(folder, loaded, options, open_message_console())
+    return await execute_run(run, options, open_message_console())
 
 
 async def _resume_session(
@@ -221,18 +220,17 @@ async def _resume_session(
     began = time.time()
     end = None if loaded is None else session_deadline(loaded.config, began)
     await check_saver(overrides.checkpointer)
-    resumed = await with_deadline(resume_run(folder, loaded), end)
+    run = await with_deadline(resume_run(folder, loaded), end)
     if overrides.budget_assignments:  # the latest setting counts
         await asyncio.to_thread(folder.raised_limits.unlink, missing_ok=True)
     options = RunOptions(
         overrides.checkpointer,
         overrides.trace,
         overrides.retry_failed,
-        refold=resumed.reduce_changed,
         quiet=output.is_silent,
-        deadline=end or session_deadline(resumed.loaded.config, began),
+        deadline=end or session_deadline(run.loaded.config, began),
     )
-    return await execute_run(folder, resumed.loaded, options, open_message_console())
+    return await execute_run(run, options, open_message_console())
 
 
 def _about(folder: RunFolder) -> list[str]:

@@ -10,7 +10,7 @@ from fanfold.backends.core.money import NANO_PER_USD, NO_PRICES, Amount, BudgetL
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
-from fanfold.graphs.run.accounting import OpenedRun
+from fanfold.graphs.run.accounting import OpenRun
 from fanfold.graphs.run.console import format_count
 from fanfold.graphs.run.monitor import ProgressLine
 from fanfold.nodes.shard.gate import Gate
@@ -36,7 +36,7 @@ def line(
     **parts: Any,
 ) -> str:
     nothing = cast(Any, None)
-    tools = OpenedRun(
+    tools = OpenRun(
         store=nothing,
         item_journal=nothing,
         aggregators=nothing,

@@ -44,7 +44,7 @@ from fanfold.backends.workers.globus.service import (
 )
 from fanfold.backends.workers.globus.tasks import TaskEntry, TaskLog, TaskRegistry
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import WorkerPool
+from fanfold.backends.workers.pool import BackendPool
 from fanfold.backends.workers.testing import make_task as rehearsal
 
 AT_ONCE = PollPolicy(
@@ -146,7 +146,7 @@ async def test_a_refused_request_harms_nobody_else() -> None:
 
 async def test_a_summary_that_a_stopped_run_did_not_take_is_asked_for_again(tmp_path: Path) -> None:
     fake, book = Fake(**{"0-1": None}), TaskLog(tmp_path / "globus.jsonl")
-    pool = WorkerPool(make_globus_backends(["e"], 1, desk(fake, book)), PoolPolicy())
+    pool = BackendPool(make_globus_backends(["e"], 1, desk(fake, book)), PoolPolicy())
     await pool.start()
 
     async def make(_: int) -> ShardTask:
