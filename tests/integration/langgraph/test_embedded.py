@@ -189,17 +189,19 @@ async def test_a_parent_addresses_its_answer(simulated: SimulatedFleet, form: An
     assert first.value["number"] == 1
     second = await answer({first.id: {"requests": 2}})  # taken, and not enough: another question
     assert (second.value["number"], second.id == first.id) == (2, False)
-    for late in ({first.id: {"requests": 99}}, {"requests": 99, "number": 1}):
-        second = await answer(late)
-        assert second.value["budget"]["requests"]["cap"] == 2
-        assert asked() == spent
-    assert "names question 1, but question 2 is open" in second.value["problem"]
-    third = await answer({second.id: {"requests": 12, "number": second.value["number"]}})
-    assert third.value["number"] == second.value["number"] + 1
+    again = await answer({first.id: {"requests": 99}})
+    assert (again.id, again.value["number"], asked()) == (second.id, 2, spent)
+    assert again.value["budget"]["requests"]["cap"] == 2
+    third = await answer({second.id: {"requests": 12, "number": 2}})
+    assert third.value["number"] == 3
     assert third.value["budget"]["requests"]["cap"] == 12
-    assert spent < asked() <= 12
     assert "problem" not in third.value
-    end = await answer({third.id: {"requests": 99}})
+    assert spent < asked() <= 12
+    spent = asked()
+    fourth = await answer({"requests": 99, "number": 1})
+    assert "names question 1, but question 3 is open" in fourth.value["problem"]
+    assert (fourth.value["budget"]["requests"]["cap"], asked()) == (12, spent)
+    end = await answer({fourth.id: {"requests": 99, "number": fourth.value["number"]}})
     assert (end["aggregate"][1]["done"] if form is node_itself else end["items"]) == 25
     assert asked() == 25
 
