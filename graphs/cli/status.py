@@ -22,10 +22,9 @@ from ...backends.budget.cost import (
     tokens_json,
 )
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount
+from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal
-from ...backends.storage.journal_file import UsageTotals
 from ...backends.storage.results import make_rows, write_csv, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_extents
 from ...configs.loader import read_settings
