@@ -19,6 +19,12 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from ..backends.budget.budget import Budget
+from ..backends.budget.leases import (
+    expiry_reason,
+    is_lease_exhausted,
+    open_lease,
+    spent_of_lease,
+)
 from ..backends.budget.tokens import make_prompt_counter, open_token_counter
 from ..backends.core.aio import LoopThread, SharedResource
 from ..backends.core.errors import BackendError, FanfoldError
@@ -52,7 +58,6 @@ from ..nodes.shard.gate import Gate
 from ..nodes.shard.local import finish_items
 from ..nodes.shard.progress import Progress
 from .remote.heartbeat import STOPPED, TIME_OVER, StopSignal, heartbeat
-from .remote.tasks import expiry_reason, is_lease_exhausted, open_lease, spent_of_lease
 from .run.items import make_item_runner
 from .run.prepare import compute_question_digest
 

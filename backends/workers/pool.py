@@ -1,4 +1,4 @@
-"""Distribute shards over the backends of a run, and requeue lost ones."""
+"""Pool the backends of a run: distribute shards over them, and requeue lost ones."""
 
 from __future__ import annotations
 
@@ -108,10 +108,11 @@ _UNSTARTED_FACTOR: Final = 4
 """A shard may be lost this many times more often if no worker had started it."""
 
 
-class WorkerPool:
-    """Run shards on several backends.
+class BackendPool:
+    """Several backends as one.
 
-    A shard goes to the member with the most free slots. A lost shard is submitted again; a late
+    It pools backends, each of which has one worker or many. A shard goes to the backend with the
+    most free slots. A lost shard is submitted again; a late
     answer to the lost attempt is not used.
 
     Args:

@@ -22,16 +22,15 @@ from ...backends.budget.cost import (
     tokens_json,
 )
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount
+from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal
-from ...backends.storage.journal_file import UsageTotals
 from ...backends.storage.results import make_rows, write_csv, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_extents
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 from ..jobs.usage import job_report
-from ..run.console import Terminal, format_count, open_data_stream, print_json
+from ..run.console import Terminal, format_count, open_data_stream, print_json, print_messages
 from .format import format_cell
 from .options import COST_BY
 
@@ -55,16 +54,19 @@ def show_utilization(facts: Mapping[str, Any], console: Console) -> None:
     table.add_column(no_wrap=True, justify="right")
     jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
     table.add_row("jobs started", f"{jobs:,}", "")
-    paid, useful = facts["node_hours"], facts["useful"]
-    table.add_row("node-hours of jobs", f"{paid:,.3f}", "")
-    for name in ("busy", "idle"):
-        hours = facts[f"{name}_node_hours"]
-        table.add_row(f"  {name}", f"{hours:,.3f}", f"{hours / (paid or 1):.1%}")
-    table.add_row(
-        "  useful: batch full", f"{useful['share'] * paid:,.3f}", f"{useful['share']:.1%}"
-    )
-    for cause, part in useful["lost"].items():
-        table.add_row(f"  lost: {cause}", f"{part * paid:,.3f}", f"{part:.1%}")
+    useful, unknown = facts["useful"], facts["unknown_node_hours"]
+    table.add_row("node-hours of jobs", f"{facts['node_hours']:,.3f}", "")
+    known = facts["busy_node_hours"] + facts["idle_node_hours"]
+    if useful["share"] is not None:
+        for name in ("busy", "idle"):
+            hours = facts[f"{name}_node_hours"]
+            table.add_row(f"  {name}", f"{hours:,.3f}", f"{hours / (known or 1):.1%}")
+        parts = {"useful: batch full": useful["share"]}
+        parts |= {f"lost: {cause}": part for cause, part in useful["lost"].items()}
+        for name, part in parts.items():
+            table.add_row(f"  {name}", f"{part * known:,.3f}", f"{part:.1%}")
+    if unknown:
+        table.add_row("  unknown", f"{unknown:,.3f}", "")
     console.print(table)
     _print(_sources(facts), console)
 
@@ -73,8 +75,8 @@ def job_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the job lines printed at the end of a run."""
     jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
     yield f"Jobs: {jobs:,} so far, {_hours(facts)}"
-    if useful := facts.get("useful"):
-        yield f"Useful share: {_share(useful)}"
+    if "useful" in facts:
+        yield f"Useful share: {_share(facts)}"
 
 
 def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -83,24 +85,26 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"no data from the scheduler: {facts['scheduler_says']}"
     if facts["ends"]:
         yield f"no further job: {facts['ends']}"
-    if useful := facts.get("useful"):
-        yield f"useful share {_share(useful)}"
+    if "useful" in facts:
+        yield f"useful share: {_share(facts)}"
 
 
 def _sources(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the sources of the numbers, and why the scheduler's are missing."""
-    useful = facts["useful"]
     yield "node-hours held: while the run works; node-hours of jobs: from job start to job end"
-    yield f"node-hours by {_whose(facts)}; use by {_by(useful)}: {_full(useful)}"
+    yield f"node-hours by {_whose(facts)}; use {_measured(facts)}"
     if facts["scheduler_says"]:
         yield f"no data from the scheduler: {facts['scheduler_says']}"
 
 
 def _hours(facts: Mapping[str, Any]) -> str:
     words = f"{facts['node_hours']:,.3f} node-hours of jobs by {_whose(facts)}"
-    if "busy_node_hours" not in facts:
+    if "useful" not in facts:
         return words
-    return f"{words}, {facts['busy_node_hours']:,.3f} busy, {facts['idle_node_hours']:,.3f} idle"
+    if facts["useful"]["share"] is not None:
+        words += f", {facts['busy_node_hours']:,.3f} busy, {facts['idle_node_hours']:,.3f} idle"
+    unknown = facts["unknown_node_hours"]
+    return words + (f", {unknown:,.3f} unknown" if unknown else "")
 
 
 def _whose(facts: Mapping[str, Any]) -> str:
@@ -114,26 +118,29 @@ def _whose(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _share(useful: Mapping[str, Any]) -> str:
+_UNKNOWN: Final = "unknown: the servers of these nodes reported no counts"
+
+
+def _share(facts: Mapping[str, Any]) -> str:
+    useful = facts["useful"]
+    if useful["share"] is None:
+        return _measured(facts)
     lost = ", ".join(f"{cause} {part:.1%}" for cause, part in useful["lost"].items() if part)
     return (
-        f"{useful['share']:.1%} of the node-hours by {_by(useful)}: {_full(useful)}; "
-        f"the rest: {lost or 'nothing'}"
+        f"{useful['share']:.1%} of the node-hours {_measured(facts)}; the rest: {lost or 'nothing'}"
     )
 
 
-def _full(useful: Mapping[str, Any]) -> str:
-    batch = useful["full_batch_items"]
-    return f"servers with at least 90 % of {batch:,} items in flight"
-
-
-def _by(useful: Mapping[str, Any]) -> str:
-    counted, other = useful["jobs_by_servers_counts"], useful["jobs_by_journal"]
-    if not counted:
-        return "the journal"
-    if not other:
-        return "the servers' own counts"
-    return f"the servers' own counts ({counted:,} of {counted + other:,} jobs, else the journal)"
+def _measured(facts: Mapping[str, Any]) -> str:
+    """Return what the use of the nodes is measured by, or why it is unknown."""
+    useful, unknown = facts["useful"], facts["unknown_node_hours"]
+    counted, other = useful["jobs_by_servers_counts"], useful["jobs_without_counts"]
+    if useful["share"] is None:
+        return _UNKNOWN if other else "unknown: no job has begun"
+    jobs = f" of {counted:,} of {counted + other:,} jobs" if other else ""
+    words = f"by the servers' own counts{jobs}: "
+    words += f"servers with at least 90 % of {useful['full_batch_items']:,} items in flight"
+    return words + (f"; {unknown:,.3f} node-hours {_UNKNOWN}" if other else "")
 
 
 def _print(lines: Iterator[str], console: Console) -> None:
@@ -146,6 +153,13 @@ def _time(text: str | None) -> str:
 
 
 _FORMATS: Final = ("jsonl", "csv", "parquet")
+_SUFFIXES: Final = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 
 
 def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | None = None) -> None:
@@ -212,10 +226,21 @@ def _format_value(value: Any) -> Text:
     return Text(f"{value:,}") if isinstance(value, int) else format_cell(value)
 
 
-def export_results(path: Path, form: str, target: Path | None, safe_csv: bool = False) -> None:
-    """Write one row per finished item."""
-    if form not in _FORMATS:
-        raise ConfigurationError(f"--format {form}: choose one of {', '.join(_FORMATS)}")
+def export_results(
+    path: Path, given: str | None, target: Path | None, safe_csv: bool = False
+) -> None:
+    """Write one row per finished item.
+
+    Args:
+        path: The run folder.
+        given: The format; None follows the suffix of ``target``.
+        target: The file; None is stdout.
+        safe_csv: Whether cells that start a formula are quoted.
+
+    Raises:
+        ConfigurationError: The format is unknown or does not fit, or the file cannot be written.
+    """
+    form = _choose_format(given, target)
     if form == "parquet" and target is None:
         raise ConfigurationError("--format parquet is binary; give a file with -o FILE")
     if safe_csv and form != "csv":
@@ -227,18 +252,44 @@ def export_results(path: Path, form: str, target: Path | None, safe_csv: bool = 
     items, extents = about["input"]["items"], read_extents(folder)
     with Journal(folder.journal, get_run_ids(about), items, extents) as journal:
         records = make_rows(journal.read_records(), priced=journal.total_usage().nano_usd > 0)
-        if form == "parquet" and target is not None:
-            write_parquet(records, target, schema)
-        elif target is None:
+        if target is None:
             _write_text(records, form, open_data_stream(form == "jsonl"), schema, safe_csv)
+            return
+        if form == "parquet":
+            write_parquet(records, target, schema)
         else:
             with _open_target(target) as stream:
                 _write_text(records, form, stream, schema, safe_csv)
+        counts = journal.count_items()
+        rows = counts.done + counts.failed
+        print_messages([f"{target}: {rows:,} of {items:,} items as {form}"])
+
+
+def _choose_format(given: str | None, target: Path | None) -> str:
+    """Return the format of results: the given one, that of the suffix, or JSON lines.
+
+    Raises:
+        ConfigurationError: It is unknown, or it and the suffix are two formats.
+    """
+    by_suffix = None if target is None else _SUFFIXES.get(target.suffix.lower())
+    if given is not None and given not in _FORMATS:
+        raise ConfigurationError(f"--format {given}: choose one of {', '.join(_FORMATS)}")
+    if target is None:
+        return given or "jsonl"
+    if given is not None and by_suffix not in (None, given):
+        msg = f"-o {target}: the suffix says {by_suffix}, but --format says {given}; change one"
+        raise ConfigurationError(msg)
+    form = given or by_suffix
+    if form is None:
+        known = ", ".join(_SUFFIXES)
+        msg = f"-o {target}: the suffix names no format ({known}); give --format as well"
+        raise ConfigurationError(msg)
+    return form
 
 
 def _schema(folder: RunFolder) -> dict[str, Any] | None:
     """Return the answer schema, without resolving the endpoints' key, which results do not need."""
-    schema = get_at_path(read_settings(folder.settings)[0], ("task", "schema"))
+    schema = get_at_path(read_settings(folder.settings).data, ("task", "schema"))
     return schema if isinstance(schema, dict) else None
 
 

@@ -12,24 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
-
 from ...backends.budget.budget import RunBudget
-from ...backends.core.errors import ConfigurationError, JournalError
-from ...backends.core.messages import ShardResult, ShardTask, own_version
+from ...backends.budget.leases import LeaseManager
+from ...backends.core.errors import JournalError
+from ...backends.core.messages import ShardResult, ShardTask
 from ...backends.core.types import Item, Shard
 from ...backends.fleet.fleet import StatsCollector
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import JournalDelta
 from ...backends.workers.executor import WorkShard
-from ...backends.workers.factory import make_worker_pool
+from ...backends.workers.factory import make_backend_pool
 from ...backends.workers.member import Heartbeat
-from ...backends.workers.pool import WorkerPool
+from ...backends.workers.pool import BackendPool
 from ...nodes.context import AnsweredTask
 from ...nodes.shard.progress import Progress
 from ...nodes.shard.remote import check_record_indices
-from .heartbeat import MISSED_POLLS, ControlFiles, heartbeat_file, stop_file
-from .tasks import LeaseManager, TaskTemplate
+from .heartbeat import MISSED_POLLS, ControlFiles, heartbeat_file
+from .task_template import TaskTemplate
 
 
 class JournalFollower:
@@ -100,10 +99,10 @@ STOP_GRACE_S: Final = 10.0
 
 
 class Coordinator:
-    """Runs shards on a worker pool.
+    """Runs shards on the backends of a run.
 
     Args:
-        pool: The worker pool.
+        pool: The backends.
         template: What all tasks of the session share.
         journal: The run's journal.
         progress: The run's counts.
@@ -112,7 +111,7 @@ class Coordinator:
 
     def __init__(
         self,
-        pool: WorkerPool,
+        pool: BackendPool,
         template: TaskTemplate,
         journal: Journal,
         progress: Progress,
@@ -122,9 +121,7 @@ class Coordinator:
         self._hosts = set[str]()
         self._journal, self._progress = journal, progress
         self._follower = JournalFollower(journal, progress)
-        self._control_files = ControlFiles(
-            template.journal, str(template.run["token"]), pool.silence_s
-        )
+        self._control_files = ControlFiles(template.journal, template.token, pool.silence_s)
         self._attempts = Counter[str]()
         self._adopting = dict[str, asyncio.Task[ShardResult | None]]()
         self._stopping: asyncio.Task[None] | None = None
@@ -134,7 +131,7 @@ class Coordinator:
     @property
     def has_node_endpoints(self) -> bool:
         """Return True if each worker uses the endpoints of its own node."""
-        return self._template.has_node_endpoints
+        return self._template.config.backend.node_endpoints
 
     @property
     def in_flight(self) -> int:
@@ -172,7 +169,7 @@ class Coordinator:
             if not items:
                 return None
             number = self._attempts[name]
-            task = await asyncio.to_thread(_trim_items, self._make_task(name, number, items))
+            task = await asyncio.to_thread(self._template.make_task, name, number, items)
             await self._create(name, number)
             lease = await self._lease_manager.lend(task)
             self._attempts[name] += 1
@@ -225,26 +222,6 @@ class Coordinator:
         self.stats_collector.add(result.endpoints or ())
         await self._lease_manager.settle(result)
 
-    def _make_task(self, shard: str, attempt: int, items: list[Item]) -> ShardTask:
-        template = self._template
-        stop = stop_file(template.journal, template.run["token"]) if template.journal else None
-        return ShardTask(
-            shard=shard,
-            attempt=attempt,
-            fanfold=own_version(),
-            run=template.run,
-            settings=template.settings,
-            items=[(i.index, i.id, i.row, i.problem) for i in items],
-            urls=template.urls,
-            journal=str(template.journal) if template.journal else None,
-            streams=template.streams,
-            deadline_s=template.deadline_s,
-            ends_at=template.ends_at,
-            stop_file=str(stop) if stop else None,
-            carry=template.message_bytes,
-            tariff=template.token_prices,
-        )
-
     def _heartbeat(self, shard: str, attempt: int) -> Heartbeat | None:
         """Return the heartbeat of a task, if workers share the folder."""
         file = self._heartbeat_file(shard, attempt)
@@ -263,7 +240,7 @@ class Coordinator:
     def _heartbeat_file(self, shard: str, attempt: int) -> Path | None:
         if (journal := self._template.journal) is None:
             return None
-        return heartbeat_file(journal, self._template.run["token"], shard, attempt)
+        return heartbeat_file(journal, self._template.token, shard, attempt)
 
     async def refresh(self, worker: str | None = None) -> None:
         """Read what workers have recorded since the last time, and count it.
@@ -295,7 +272,7 @@ class Coordinator:
 
     @asynccontextmanager
     async def open_pool(self) -> AsyncIterator[None]:
-        """Open the worker pool and follow the workers' journal files while the block runs."""
+        """Open the backends and follow the workers' journal files while the block runs."""
         await asyncio.to_thread(self._control_files.open_session)
         try:
             await self._pool.start()
@@ -350,29 +327,6 @@ def _overlaps(name: str, shard: Shard) -> bool:
     return lo.isdigit() and hi.isdigit() and int(lo) < shard.hi and shard.lo < int(hi)
 
 
-def _trim_items(task: ShardTask) -> ShardTask:
-    """Drop the last items of a task that is too large; the next task includes them.
-
-    Raises:
-        ConfigurationError: The first item alone is too large.
-    """
-    left = task.carry
-    if len(orjson.dumps(task.items)) <= left:  # the usual case
-        return task
-    for count, item in enumerate(task.items):
-        left -= len(orjson.dumps(item))
-        if left < 0:
-            if count == 0:
-                msg = (
-                    f"item {item[1]!r} is larger than the {task.carry:,} bytes of a message to a "
-                    "worker; shorten it, or run it with backend.kind: local"
-                )
-                raise ConfigurationError(msg)
-            task.items[count:] = []
-            break
-    return task
-
-
 @asynccontextmanager
 async def open_coordinator(
     work: WorkShard,
@@ -381,12 +335,11 @@ async def open_coordinator(
     progress: Progress,
     budget: RunBudget | None,
 ) -> AsyncIterator[Coordinator]:
-    """Open a coordinator with its worker pool."""
-    limits = template.config.limits
-    drain_s = limits.drain_s + limits.request_timeout_s
-    pool = make_worker_pool(template.config.backend, work, drain_s, template.folder)
-    coordinator = Coordinator(
-        pool, template, journal, progress, LeaseManager(budget, template, pool.capacity)
-    )
+    """Open a coordinator with its pool of backends."""
+    config = template.config
+    drain_s = config.limits.drain_s + config.limits.request_timeout_s
+    pool = make_backend_pool(config.backend, work, drain_s, template.folder)
+    leases = LeaseManager(budget, config, template.run["model"], pool.capacity)
+    coordinator = Coordinator(pool, template, journal, progress, leases)
     async with coordinator.open_pool():
         yield coordinator

@@ -165,7 +165,9 @@ async def _wait_for_runner(running: asyncio.Task[None], gate: Gate) -> None:
             gate.cancel()
             cancelled = error
     if cancelled is not None:
-        raise cancelled
+        # an error of the items stops the run through the gate; here it is only the cause
+        cause = None if running.cancelled() else running.exception()
+        raise cancelled from cause
     running.result()
 
 

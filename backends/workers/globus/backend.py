@@ -27,7 +27,7 @@ _NOT_POSTED: Final = "globus_compute: the task was not posted"
 
 
 @dataclass(frozen=True, slots=True)
-class PendingTask:
+class UnpostedTask:
     """A task that waits to be posted.
 
     Attributes:
@@ -74,7 +74,7 @@ class TaskSubmitter:
         self.poller, self.tasks = TaskPoller(self._connection, policy), tasks
         self._opening, self._users = asyncio.Lock(), 0
         self._group: str | None = None
-        self._pending: list[PendingTask] = []
+        self._pending: list[UnpostedTask] = []
         self._submitting: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -130,7 +130,7 @@ class TaskSubmitter:
         answer: ResultFuture = asyncio.get_running_loop().create_future()
         seconds = task.get("deadline_s")
         deadline_s = float(seconds) if isinstance(seconds, int | float) else 0.0
-        pending = PendingTask(endpoint, str(task.get("shard")), deadline_s, payload, answer)
+        pending = UnpostedTask(endpoint, str(task.get("shard")), deadline_s, payload, answer)
         self._pending.append(pending)
         if self._submitting is None or self._submitting.done():
             self._submitting = asyncio.create_task(self._submit_all())
@@ -152,9 +152,9 @@ class TaskSubmitter:
                     for pending in batch:
                         resolve_future(pending.answer, failed)
 
-    def _next_batch(self) -> list[PendingTask]:
+    def _next_batch(self) -> list[UnpostedTask]:
         """Take pending tasks of one endpoint, as many as one request may carry."""
-        batch, kept, size = list[PendingTask](), list[PendingTask](), 0
+        batch, kept, size = list[UnpostedTask](), list[UnpostedTask](), 0
         for pending in self._pending:
             if pending.answer.done():
                 continue
@@ -171,7 +171,7 @@ class TaskSubmitter:
         self._pending = kept
         return batch
 
-    async def _submit_batch(self, batch: list[PendingTask]) -> None:
+    async def _submit_batch(self, batch: list[UnpostedTask]) -> None:
         endpoint, function, group = batch[0].endpoint, self._function or "", self._group
         payloads = [pending.payload for pending in batch]
         posted = await self._connection.request(

@@ -22,8 +22,8 @@ _SEND_S: Final = 5.0
 _CANNOT_LOAD: Final = ("ImportError", "ModuleNotFoundError", "AttributeError")
 
 
-class PendingTask:
-    """A task that waits for a worker, or runs.
+class OpenTask:
+    """A task without a result: it waits for a worker, or runs.
 
     Args:
         task: The task.
@@ -53,7 +53,7 @@ class WorkerConnection:
     def __init__(self, name: str, socket: web.WebSocketResponse) -> None:
         self.name = name
         self._socket = socket
-        self._task: PendingTask | None = None
+        self._task: OpenTask | None = None
         self._number, self._is_leaving = 0, False
 
     @property
@@ -61,7 +61,7 @@ class WorkerConnection:
         """Return True if it is idle and accepts tasks."""
         return self._task is None and not self._is_leaving and not self._socket.closed
 
-    def assign(self, pending: PendingTask) -> bytes:
+    def assign(self, pending: OpenTask) -> bytes:
         """Assign a task to the worker, and return the message to send."""
         self._task, self._number = pending, self._number + 1
         return encode_message("task", id=self._number, task=pending.task)
@@ -152,7 +152,7 @@ class WorkerServer:
         self.refusal = asyncio.get_running_loop().create_future()
         self._host, self._silence_s = host, silence_s
         self._connections = dict[WorkerConnection, None]()  # in order of arrival
-        self._pending = deque[PendingTask]()
+        self._pending = deque[OpenTask]()
         self._sending = set[asyncio.Task[None]]()
         self._runner: web.AppRunner | None = None
 
@@ -267,7 +267,7 @@ class WorkerServer:
         """
         if not self._connections:
             raise BackendError("no worker is connected")
-        pending = PendingTask(task)
+        pending = OpenTask(task)
         self._pending.append(pending)
         self._assign_tasks()
         try:

@@ -11,17 +11,18 @@ from typing import Any
 import orjson
 import pytest
 
+from fanfold.backends.budget.leases import LeaseManager
 from fanfold.backends.core.exit_with_parent import exit_with_parent
 from fanfold.backends.core.types import Item, Shard
 from fanfold.backends.storage.journal import Journal
 from fanfold.backends.workers.executor import ExecutorBackend
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import WorkerPool
+from fanfold.backends.workers.pool import BackendPool
 from fanfold.backends.workers.testing import make_task
 from fanfold.graphs.remote.coordinator import Coordinator
 from fanfold.graphs.worker import work_shard
 from fanfold.nodes.shard.progress import Progress
-from fanfold.tests.unit.graphs.test_coordinator import Lender, Terms, until
+from fanfold.tests.unit.graphs.test_coordinator import template, until
 
 pytestmark = pytest.mark.integration
 ITEMS, STALLS_AT = 60, 20
@@ -33,10 +34,10 @@ async def test_a_worker_that_wakes_stops(tmp_path: Path) -> None:
     ledger.start_session("test", 1.0)
     pattern = make_task("x", [])
     run = dict(pattern.run) | {"token": "t"}
-    terms: Any = Terms(tmp_path, run, settings=pattern.settings, deadline_s=600.0)
-    lender: Any = Lender()
+    terms = template(tmp_path, run=run, settings=pattern.settings)
     workers = ExecutorBackend(_two_workers, work_shard, 2, "two")
-    pool = WorkerPool([workers], PoolPolicy(silence_s=3.0))
+    pool = BackendPool([workers], PoolPolicy(silence_s=3.0))
+    lender = LeaseManager(None, terms.config, "none", pool.capacity)
     coordinator = Coordinator(pool, terms, ledger, Progress(total=ITEMS), lender)
 
     async def remaining() -> list[Item]:

@@ -6,54 +6,47 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fanfold.backends.budget.leases import LeaseManager
 from fanfold.backends.core.errors import JournalError, WorkerLostError
-from fanfold.backends.core.messages import ShardResult, ShardTask
+from fanfold.backends.core.messages import ShardResult
 from fanfold.backends.core.types import Item, Json, Shard
 from fanfold.backends.storage.journal import Journal
 from fanfold.backends.storage.worker_journal import make_worker_path
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import WorkerPool
+from fanfold.backends.workers.pool import BackendPool
+from fanfold.configs.loader import load_config
 from fanfold.graphs.remote import coordinator as module
 from fanfold.graphs.remote.coordinator import Coordinator
+from fanfold.graphs.remote.task_template import TaskTemplate
 from fanfold.nodes.shard.progress import Progress
 from fanfold.tests.journals import write_journal
 
 ITEMS = 100
 
 
-@dataclass
-class Terms:
-    """The template of all tasks, as far as the tests need it."""
-
-    journal: Path | None
-    run: dict[str, Json] = field(default_factory=lambda: {"token": "t", "id": "r"})
-    settings: dict[str, Json] = field(default_factory=dict)
-    urls: None = None
-    streams: int = 1
-    deadline_s: float = 60.0
-    ends_at: None = None
-    message_bytes: int = 1_000_000
-    token_prices: dict[str, float] = field(default_factory=dict)
-    has_node_endpoints: bool = False
-
-
-class Lender:
-    """Lends without a limit."""
-
-    def mark_lost(self, _: str) -> None:
-        """Forget a shard."""
-
-    async def lend(self, _: ShardTask) -> None:
-        """Lend nothing."""
-
-    async def settle(self, _: ShardResult) -> None:
-        """Take a result."""
+def template(folder: Path, *, shared: bool = True, **changes: Any) -> TaskTemplate:
+    """Return the template of tasks for one worker, which runs one item at a time."""
+    config = load_config(
+        {
+            "task": {"prompt": "{x}"},
+            "endpoints": {"urls": ["http://127.0.0.1:9/v1"]},
+            "limits": {"streams": 1},
+        }
+    ).config
+    fields: dict[str, Any] = {
+        "config": config,
+        "settings": {},
+        "run": {"token": "t", "id": "r", "model": "m"},
+        "folder": folder,
+        "journal": folder if shared else None,
+        "token_prices": {},
+    }
+    return TaskTemplate(**fields | changes)
 
 
 class Site:
@@ -98,10 +91,10 @@ class Lab:
         self.ledger = Journal(folder, "r", ITEMS)
         self.ledger.start_session("test", 1.0)
         self.progress = Progress(total=ITEMS)
-        terms: Any = Terms(folder if shared else None)
+        terms = template(folder, shared=shared)
         policy = PoolPolicy(poll_s=0.005, rebuild_pause_s=0.001)
-        pool = WorkerPool([self.site], policy)
-        lender: Any = Lender()
+        pool = BackendPool([self.site], policy)
+        lender = LeaseManager(None, terms.config, "m", pool.capacity)
         self.coordinator = Coordinator(pool, terms, self.ledger, self.progress, lender)
 
     @asynccontextmanager
@@ -229,7 +222,7 @@ async def test_a_refresh_that_is_cancelled_is_counted(
     go_on.set()
     await second
     assert (lab.progress.done, lab.ledger.count_items().done, lab.ledger.duplicates) == (40, 40, 0)
-    assert lab.progress.requests == lab.ledger.total_usage().requests == 40
+    assert lab.progress.usage.requests == lab.ledger.total_usage().requests == 40
     await lab.ledger.aclose()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -300,6 +301,36 @@ async def test_a_failed_record_stops_at_once(
             await bench.work(tools)
         assert tools.gate.in_flight == 0
         assert tools.gate.is_closed
+
+
+async def test_a_failed_record_in_a_cancelled_shard_is_its_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One full disk fails all shards, and LangGraph cancels the others when the first one fails."""
+    begun, ending = asyncio.Event(), asyncio.Event()
+
+    async def act(item: Item) -> ItemState:
+        begun.set()
+        await ending.wait()
+        return await answer(item)
+
+    def put(_: dict[str, Any]) -> None:
+        raise JournalError("disk full")
+
+    bench = Bench(tmp_path, act)
+    async with bench.open() as tools:
+        monkeypatch.setattr(tools.item_journal, "put", put)
+        shard = asyncio.create_task(bench.work(tools))
+        await begun.wait()
+        shard.cancel()
+        await asyncio.sleep(0)
+        ending.set()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await shard
+        assert isinstance(caught.value.__cause__, JournalError)
+    del shard, caught
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_a_stage_that_cannot_count_stops_the_run(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,14 +24,13 @@ from fanfold.backends.core.errors import (
     WorkerLostError,
 )
 from fanfold.backends.core.messages import ShardTask
-from fanfold.backends.workers.globus import poller as pacing
+from fanfold.backends.core.token_bucket import TokenBucket
 from fanfold.backends.workers.globus.backend import TaskSubmitter, make_globus_backends
 from fanfold.backends.workers.globus.errors import service_error, task_failed_error
 from fanfold.backends.workers.globus.poller import (
     PollPolicy,
     SerialCaller,
     ServiceConnection,
-    TokenBucket,
 )
 from fanfold.backends.workers.globus.service import (
     MAX_REQUEST_BYTES,
@@ -46,7 +44,7 @@ from fanfold.backends.workers.globus.service import (
 )
 from fanfold.backends.workers.globus.tasks import TaskEntry, TaskLog, TaskRegistry
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import WorkerPool
+from fanfold.backends.workers.pool import BackendPool
 from fanfold.backends.workers.testing import make_task as rehearsal
 
 AT_ONCE = PollPolicy(
@@ -148,7 +146,7 @@ async def test_a_refused_request_harms_nobody_else() -> None:
 
 async def test_a_summary_that_a_stopped_run_did_not_take_is_asked_for_again(tmp_path: Path) -> None:
     fake, book = Fake(**{"0-1": None}), TaskLog(tmp_path / "globus.jsonl")
-    pool = WorkerPool(make_globus_backends(["e"], 1, desk(fake, book)), PoolPolicy())
+    pool = BackendPool(make_globus_backends(["e"], 1, desk(fake, book)), PoolPolicy())
     await pool.start()
 
     async def make(_: int) -> ShardTask:
@@ -422,13 +420,13 @@ async def test_turns_do_not_gather_behind_a_slow_answer() -> None:
     held, turns = threading.Event(), list[int]()
 
     class Counting(TokenBucket):
-        async def acquire(self) -> None:
+        def take(self, amount: float, now: float, reserve: float = 0.0) -> float:
             turns.append(1)
-            await super().acquire()
+            return super().take(amount, now, reserve)
 
     talk = ServiceConnection(Fake, AT_ONCE)
     await talk.open()
-    talk._bucket = Counting(AT_ONCE, time.monotonic)
+    talk._bucket = Counting(AT_ONCE.rate_per_s, AT_ONCE.burst)
     asked = [asyncio.create_task(talk.request(lambda _: held.wait(30))) for _ in range(3)]
     for _ in range(20):
         await asyncio.sleep(0)
@@ -464,23 +462,15 @@ def test_what_an_endpoint_has_lost(
     assert (lost in error.message) if lost and error else (error is None and lost is None)
 
 
-async def test_no_ten_seconds_see_more_than_seventeen_requests(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now, turns = 1000.0, list[float]()
-
-    async def sleep(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-
-    monkeypatch.setattr(pacing.asyncio, "sleep", sleep)  # type: ignore[attr-defined]
-    bucket = TokenBucket(PollPolicy(), lambda: now)
+def test_no_ten_seconds_see_more_than_seventeen_requests() -> None:
+    now, turns, policy = 1000.0, list[float](), PollPolicy()
+    bucket = TokenBucket(policy.rate_per_s, policy.burst)
     for n in range(200):
         if n % 40 == 0:
             now += 30.0
-        await bucket.acquire()
+        now += bucket.take(1.0, now)
         turns.append(now)
-    counts = [sum(t <= other < t + 10.0 for other in turns) for t in turns]
+    counts = [sum(t <= other < t + 10.000001 for other in turns) for t in turns]
     assert max(counts) == 17
 
 

@@ -1,4 +1,4 @@
-"""The worker pool: which member gets a task, and what happens to lost ones."""
+"""The pool of backends: which of them gets a task, and what happens to lost ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fanfold.backends.core.errors import (
 from fanfold.backends.core.messages import ShardResult, ShardTask
 from fanfold.backends.core.types import Json
 from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import WorkerPool
+from fanfold.backends.workers.pool import BackendPool
 
 POLICY = PoolPolicy(tasks_per_worker=1, rebuild_pause_s=0.001, poll_s=0.005)
 
@@ -78,7 +78,7 @@ async def until(condition: Callable[[], object]) -> None:
 class Shards:
     """Shards on their way through a pool."""
 
-    def __init__(self, pool: WorkerPool) -> None:
+    def __init__(self, pool: BackendPool) -> None:
         self.pool, self.beat = pool, None
 
     def send(
@@ -91,7 +91,7 @@ class Shards:
 
 
 async def opened(*stages: Stage, policy: PoolPolicy = POLICY) -> Shards:
-    pool = WorkerPool(stages, policy)
+    pool = BackendPool(stages, policy)
     await pool.start()
     return Shards(pool)
 
@@ -266,10 +266,10 @@ async def test_places_that_do_not_start() -> None:
     await shards.pool.close()
     bad.fails = [BackendError("not now")]
     with pytest.raises(BackendError, match="not now"):
-        await WorkerPool([bad], POLICY).start()
+        await BackendPool([bad], POLICY).start()
     bad.fails = [ConfigurationError("never")]
     with pytest.raises(ConfigurationError, match="never"):
-        await WorkerPool([good, bad], POLICY).start()
+        await BackendPool([good, bad], POLICY).start()
 
 
 async def test_what_an_earlier_life_left_is_taken_over() -> None:

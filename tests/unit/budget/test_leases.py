@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
+from fanfold.backends.budget import leases as module
 from fanfold.backends.budget.budget import Budget, BudgetSettings, LeaseTable, RunBudget
+from fanfold.backends.budget.leases import LeaseManager, open_lease, spent_of_lease
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.errors import BudgetExhaustedError
 from fanfold.backends.core.messages import WALLTIME_REASON, ShardTask, own_version
 from fanfold.backends.core.money import NO_PRICES, Amount, BudgetLimits
 from fanfold.backends.workers.testing import make_task as rehearsal
 from fanfold.configs.loader import load_config
-from fanfold.graphs.remote import tasks as module
-from fanfold.graphs.remote.tasks import LeaseManager, TaskTemplate, open_lease, spent_of_lease
 from fanfold.graphs.worker import WorkerResources, run_task
 
 CONFIG = load_config(
@@ -92,20 +92,8 @@ async def test_an_order_whose_lease_was_given_back_is_not_begun(tmp_path: Path) 
     budget = Budget(budget_terms, Amount(), shelf.create(shelf.session_path(1)))
     leases = LeaseTable(budget.balance, shelf, {})
     over_s = CONFIG.backend.queue_s + 100  # so long ago was the lease over, and the clocks' slack
-    terms = TaskTemplate(
-        asked.run | {"model": "m"},
-        {},
-        None,
-        journal,
-        2,
-        -over_s,
-        10**6,
-        False,
-        tmp_path,
-        CONFIG,
-        {},
-    )
-    lender = LeaseManager(RunBudget(budget, leases, shelf), terms, lambda: 1)
+    asked = replace(asked, deadline_s=-over_s)
+    lender = LeaseManager(RunBudget(budget, leases, shelf), CONFIG, "m", lambda: 1)
     late = replace(asked, lease=await lender.lend(asked))
     assert budget.balance.left.requests < 100
     lender.mark_lost("0-2")

@@ -1,31 +1,25 @@
-"""The tasks of a session: their shared template, and a budget lease for each."""
+"""Leases: lend tasks parts of a run's budget, open and settle them."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
-import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from ...backends.budget.budget import Budget, BudgetSettings, RunBudget
-from ...backends.budget.spend_log import Lease, SpendLog, SpendLogs
-from ...backends.core.errors import BudgetExhaustedError, ConfigurationError, FanfoldError
-from ...backends.core.messages import WALLTIME_REASON, ShardResult, ShardTask
-from ...backends.core.money import Amount, BudgetLimits, TokenPrices
-from ...backends.core.templates import Template
-from ...backends.core.types import Item, Json, Usage
-from ...backends.discovery.connect import ReadyEndpoints, make_model_params
-from ...backends.fleet.request import max_usage
-from ...backends.storage.run_folder import RunFolder
-from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
-from ...configs.serialize import find_lost_secrets
+from ..core.errors import BudgetExhaustedError, FanfoldError
+from ..core.messages import WALLTIME_REASON, ShardResult, ShardTask
+from ..core.money import Amount, BudgetLimits, TokenPrices
+from ..core.templates import Template
+from ..core.types import Item, Json, Usage
+from ..discovery.connect import make_model_params
+from ..fleet.request import max_usage
+from .budget import Budget, BudgetSettings, RunBudget
+from .spend_log import Lease, SpendLog, SpendLogs
 
 _POLL_S: Final = 1.0
 LEASE_EXPIRED: Final = (
@@ -106,124 +100,6 @@ def spent_of_lease(budget: Budget | None) -> Amount | None:
     return budget.balance.settled.plus(budget.balance.reserved)
 
 
-_OF_THE_RUN: Final = ("requests_per_s", "tokens_per_min")
-_OF_AN_ENDPOINT: Final = ("endpoint_requests_per_s", "endpoint_tokens_per_min")
-
-
-def worker_streams(loaded: LoadedConfig) -> int:
-    """Return the most items in flight in one worker."""
-    config = loaded.config
-    return max(1, -(-config.limits.streams // config.backend.concurrent_shards))
-
-
-def worker_settings(loaded: LoadedConfig) -> dict[str, Any]:
-    """Return the settings for workers: rates divided by the workers, and no metrics port.
-
-    Limits of an endpoint are divided as well, unless each worker uses the endpoints of its node.
-    """
-    settings = copy.deepcopy(loaded.plain)
-    backend, limits = loaded.config.backend, settings["limits"]
-    workers = backend.concurrent_shards
-    keys = _OF_THE_RUN if backend.node_endpoints else (*_OF_THE_RUN, *_OF_AN_ENDPOINT)
-    for key in keys:
-        if limits.get(key) is not None:
-            limits[key] = limits[key] / workers
-    if limits.get("endpoint_streams") is not None and not backend.node_endpoints:
-        limits["endpoint_streams"] = max(1, limits["endpoint_streams"] // workers)
-    gateway = settings["endpoints"].get("first")
-    if gateway and gateway.get("requests_per_s") is not None:
-        gateway["requests_per_s"] = gateway["requests_per_s"] / workers
-    settings["backend"]["user_endpoint_config"] = None  # for the endpoint, not for its workers
-    if settings.get("metrics"):
-        settings["metrics"] = {"port": None}  # the coordinator serves them
-    return settings
-
-
-@dataclass(frozen=True, slots=True)
-class TaskTemplate:
-    """What all tasks of a session share.
-
-    Attributes:
-        run: The run's ``id``, ``model``, ``simulated``, ``fingerprint``, ``session`` and
-            the session's ``token``.
-        settings: Its plain settings.
-        urls: Endpoints for the workers that replace those of the settings, or None.
-        journal: The run's journal folder if workers share it, else None.
-        streams: Most items in flight in one worker.
-        deadline_s: Seconds that a worker may take for one task.
-        message_bytes: Most bytes of a task, and of a result.
-        has_node_endpoints: True if each worker uses the endpoints of its own node.
-        folder: The run's folder.
-        config: The run's settings.
-        token_prices: Prices of tokens.
-        ends_at: Time after which workers start no item, in seconds since 1970, or None.
-    """
-
-    run: dict[str, Any]
-    settings: dict[str, Any]
-    urls: list[str] | None
-    journal: Path | None
-    streams: int
-    deadline_s: float
-    message_bytes: int
-    has_node_endpoints: bool
-    folder: Path
-    config: RunConfig
-    token_prices: dict[str, int]
-    ends_at: float | None = None
-
-
-def make_task_template(
-    folder: RunFolder,
-    loaded: LoadedConfig,
-    ready: ReadyEndpoints,
-    about: dict[str, Any],
-    prices: TokenPrices,
-) -> TaskTemplate:
-    """Return the template of all tasks of a session.
-
-    Args:
-        folder: The run's folder.
-        loaded: Its settings.
-        ready: Its endpoints.
-        about: The run's provenance, with ``session``.
-        prices: Prices of tokens.
-
-    Raises:
-        ConfigurationError: A key or token of the endpoints is in clear text in the settings;
-            secrets are not sent to workers.
-    """
-    config = loaded.config
-    sent = {key: loaded.plain[key] for key in ("endpoints", "model")}
-    for secret in find_lost_secrets(sent):
-        msg = (
-            f"{secret} is written out, and keys are not sent to workers; write it as ${{VAR}} and "
-            "set the variable where the workers run"
-        )
-        raise ConfigurationError(msg)
-    run = {key: about[key] for key in ("model", "simulated", "fingerprint", "session")}
-    return TaskTemplate(
-        run=run | {"id": about["run"], "token": secrets.token_hex(4)},
-        settings=worker_settings(loaded),
-        urls=_simulated_urls(ready, config),
-        journal=folder.journal.resolve() if config.backend.workers_share_folder else None,
-        streams=worker_streams(loaded),
-        deadline_s=config.backend.deadline_s,
-        message_bytes=config.backend.message_bytes,
-        has_node_endpoints=config.backend.node_endpoints,
-        folder=folder.path,
-        config=config,
-        token_prices=prices.to_json(),
-    )
-
-
-def _simulated_urls(ready: ReadyEndpoints, config: RunConfig) -> list[str] | None:
-    """Return the URLs of a simulated fleet that this process has started."""
-    if config.endpoints.simulated is None or config.backend.node_endpoints:
-        return None
-    return [spec.url for spec in ready.specs]
-
-
 _PER_WORKER: Final = 2
 """A lease is at most the rest of the budget divided by this number, per worker."""
 _MARGIN: Final = 5, 4
@@ -235,18 +111,21 @@ class LeaseManager:
 
     Args:
         spending: The budget, or None if it has no limits.
-        template: What the tasks share.
+        config: The run's settings.
+        model: The model's name.
         workers: Returns the number of workers now.
     """
 
     def __init__(
-        self, spending: RunBudget | None, template: TaskTemplate, workers: Callable[[], int]
+        self,
+        spending: RunBudget | None,
+        config: RunConfig,
+        model: str,
+        workers: Callable[[], int],
     ) -> None:
-        self._spending, self._template, self._workers = spending, template, workers
-        self._config = config = template.config
-        self._body = make_model_params(config, template.run["model"]).body()
+        self._spending, self._config, self._workers = spending, config, workers
+        self._body = make_model_params(config, model).body()
         self._prompt, self._system = Template.parse(config.task.prompt), config.task.system
-        self._booked = template.journal is not None
         self._open = dict[str, str]()
         self._boost = Counter[str]()
         self._items, self._used = 0, Amount()
@@ -268,18 +147,17 @@ class LeaseManager:
         budget, leases = self._spending.budget, self._spending.leases
         item = self._of_one(items[0], budget.settings.prices)
         least = item.times(2 ** self._boost[shard])
-        wanted = self._of_items(len(items), item).plus(
-            item.times(min(self._template.streams, len(items)))
-        )
+        wanted = self._of_items(len(items), item).plus(item.times(min(task.streams, len(items))))
         parts = _PER_WORKER * max(1, self._workers())
         part = Amount(*(max(0, left) // parts for left in budget.balance.left))
         amount = wanted.minimum(part).maximum(least)
-        name = f"{self._template.run['session']}.{shard}.{attempt}"
-        until = time.time() + self._config.backend.queue_s + self._template.deadline_s
-        await leases.lend(name, Lease(amount, until, self._booked))
+        name = f"{task.run['session']}.{shard}.{attempt}"
+        until = time.time() + self._config.backend.queue_s + task.deadline_s
+        has_log = task.journal is not None
+        await leases.lend(name, Lease(amount, until, has_log))
         self._open[shard] = name
         caps = dict(budget.balance.limited_fields(amount))
-        return {"name": name, "caps": caps, "booked": self._booked, "until": until}
+        return {"name": name, "caps": caps, "booked": has_log, "until": until}
 
     def _of_one(self, item: Item, prices: TokenPrices) -> Amount:
         """Return the most that one item may need, including repairs."""

@@ -1,0 +1,170 @@
+"""What all tasks of a session share, and the task of some items."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from ...backends.core.errors import ConfigurationError
+from ...backends.core.messages import ShardTask, own_version
+from ...backends.core.money import TokenPrices
+from ...backends.core.types import Item, Row
+from ...backends.discovery.connect import ReadyEndpoints
+from ...backends.storage.run_folder import RunFolder
+from ...configs.loader import LoadedConfig
+from ...configs.models import RunConfig
+from ...configs.serialize import find_lost_secrets
+from .heartbeat import stop_file
+
+_OF_THE_RUN: Final = ("requests_per_s", "tokens_per_min")
+_OF_AN_ENDPOINT: Final = ("endpoint_requests_per_s", "endpoint_tokens_per_min")
+
+
+def worker_settings(loaded: LoadedConfig) -> dict[str, Any]:
+    """Return the settings for workers: rates divided by the workers, and no metrics port.
+
+    Limits of an endpoint are divided as well, unless each worker uses the endpoints of its node.
+    """
+    settings = copy.deepcopy(loaded.plain)
+    backend, limits = loaded.config.backend, settings["limits"]
+    workers = backend.concurrent_shards
+    keys = _OF_THE_RUN if backend.node_endpoints else (*_OF_THE_RUN, *_OF_AN_ENDPOINT)
+    for key in keys:
+        if limits.get(key) is not None:
+            limits[key] = limits[key] / workers
+    if limits.get("endpoint_streams") is not None and not backend.node_endpoints:
+        limits["endpoint_streams"] = max(1, limits["endpoint_streams"] // workers)
+    gateway = settings["endpoints"].get("first")
+    if gateway and gateway.get("requests_per_s") is not None:
+        gateway["requests_per_s"] = gateway["requests_per_s"] / workers
+    settings["backend"]["user_endpoint_config"] = None  # for the endpoint, not for its workers
+    if settings.get("metrics"):
+        settings["metrics"] = {"port": None}  # the coordinator serves them
+    return settings
+
+
+@dataclass(frozen=True, slots=True)
+class TaskTemplate:
+    """What all tasks of a session share.
+
+    Attributes:
+        config: The run's settings.
+        settings: The same as plain data, as workers get them.
+        run: The run's ``id``, ``model``, ``simulated``, ``fingerprint``, ``session`` and
+            the session's ``token``.
+        folder: The run's folder.
+        journal: The run's journal folder if workers share it, else None.
+        token_prices: Prices of tokens.
+        urls: Endpoints for the workers that replace those of the settings, or None.
+        ends_at: Time after which workers start no item, in seconds since 1970, or None.
+    """
+
+    config: RunConfig
+    settings: dict[str, Any]
+    run: dict[str, Any]
+    folder: Path
+    journal: Path | None
+    token_prices: dict[str, int]
+    urls: list[str] | None = None
+    ends_at: float | None = None
+
+    @property
+    def token(self) -> str:
+        """Return the name of the session in its control files."""
+        return str(self.run["token"])
+
+    def make_task(self, shard: str, attempt: int, items: Sequence[Item]) -> ShardTask:
+        """Return the task of some items, without the last ones if it would be too large; blocks.
+
+        Raises:
+            ConfigurationError: The first item alone is too large.
+        """
+        backend, limits, journal = self.config.backend, self.config.limits, self.journal
+        return ShardTask(
+            shard=shard,
+            attempt=attempt,
+            fanfold=own_version(),
+            run=self.run,
+            settings=self.settings,
+            items=_fit_items(items, backend.message_bytes),
+            urls=self.urls,
+            journal=None if journal is None else str(journal),
+            streams=max(1, -(-limits.streams // backend.concurrent_shards)),
+            deadline_s=backend.deadline_s,
+            stop_file=None if journal is None else str(stop_file(journal, self.token)),
+            ends_at=self.ends_at,
+            carry=backend.message_bytes,
+            tariff=self.token_prices,
+        )
+
+
+def _fit_items(items: Sequence[Item], most: int) -> list[tuple[int, str, Row, str | None]]:
+    """Return items as a task contains them, without the last ones if they are too large."""
+    packed = [(item.index, item.id, item.row, item.problem) for item in items]
+    if len(orjson.dumps(packed)) <= most:  # the usual case
+        return packed
+    left = most
+    for count, item in enumerate(packed):
+        left -= len(orjson.dumps(item))
+        if left < 0 and count == 0:
+            msg = (
+                f"item {item[1]!r} is larger than the {most:,} bytes of a message to a "
+                "worker; shorten it, or run it with backend.kind: local"
+            )
+            raise ConfigurationError(msg)
+        if left < 0:
+            return packed[:count]
+    return packed
+
+
+def make_task_template(
+    folder: RunFolder,
+    loaded: LoadedConfig,
+    ready: ReadyEndpoints,
+    about: dict[str, Any],
+    prices: TokenPrices,
+) -> TaskTemplate:
+    """Return the template of all tasks of a session.
+
+    Args:
+        folder: The run's folder.
+        loaded: Its settings.
+        ready: Its endpoints.
+        about: The run's provenance, with ``session``.
+        prices: Prices of tokens.
+
+    Raises:
+        ConfigurationError: A key or token of the endpoints is in clear text in the settings;
+            secrets are not sent to workers.
+    """
+    config = loaded.config
+    sent = {key: loaded.plain[key] for key in ("endpoints", "model")}
+    for secret in find_lost_secrets(sent):
+        msg = (
+            f"{secret} is written out, and keys are not sent to workers; write it as ${{VAR}} and "
+            "set the variable where the workers run"
+        )
+        raise ConfigurationError(msg)
+    run = {key: about[key] for key in ("model", "simulated", "fingerprint", "session")}
+    return TaskTemplate(
+        config=config,
+        settings=worker_settings(loaded),
+        run=run | {"id": about["run"], "token": secrets.token_hex(4)},
+        folder=folder.path,
+        journal=folder.journal.resolve() if config.backend.workers_share_folder else None,
+        token_prices=prices.to_json(),
+        urls=_simulated_urls(ready, config),
+    )
+
+
+def _simulated_urls(ready: ReadyEndpoints, config: RunConfig) -> list[str] | None:
+    """Return the URLs of a simulated fleet that this process has started."""
+    if config.endpoints.simulated is None or config.backend.node_endpoints:
+        return None
+    return [spec.url for spec in ready.specs]
