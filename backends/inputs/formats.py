@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -69,13 +70,39 @@ def _nci_rows(path: Path) -> Iterator[tuple[int, Row]]:
         yield line, {"mol_id": row["name"], "smiles": row["smiles"]}
 
 
-_TEXT_FORMATS: Final[dict[str, Callable[[Path], Iterator[tuple[int, Row]]]]] = {
-    ".csv": partial(read_delimited, delimiter=","),
-    ".tsv": partial(read_delimited, delimiter="\t"),
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".smi": read_smi,
+@dataclass(frozen=True, slots=True)
+class InputFormat:
+    """How files of one suffix are read.
+
+    Attributes:
+        read: Yields ``(position, row)`` of a file; with ``takes_columns``, it also gets the columns
+            that are required.
+        position: What a position counts, for messages.
+        ragged: Whether rows may differ in their columns.
+        takes_columns: Whether ``read`` reads less if it knows the required columns.
+    """
+
+    read: Callable[..., Iterator[tuple[int, Row]]]
+    position: str = "line"
+    ragged: bool = False
+    takes_columns: bool = False
+
+
+def _read_parquet(path: Path, needed: Collection[str]) -> Iterator[tuple[int, Row]]:
+    from .parquet import read_parquet  # noqa: PLC0415 - pyarrow is slow to import
+
+    return read_parquet(path, needed)
+
+
+FORMATS: Final[dict[str, InputFormat]] = {
+    ".csv": InputFormat(partial(read_delimited, delimiter=",")),
+    ".tsv": InputFormat(partial(read_delimited, delimiter="\t")),
+    ".jsonl": InputFormat(read_jsonl, ragged=True),
+    ".ndjson": InputFormat(read_jsonl, ragged=True),
+    ".smi": InputFormat(read_smi),
+    ".parquet": InputFormat(_read_parquet, position="row", takes_columns=True),
 }
+"""The input formats, by suffix."""
 _HINTS: Final = {
     ".json": "write one object per line and name it .jsonl (jq -c '.[]' for an array)",
     ".gz": "unpack it first (gunzip)",
@@ -117,19 +144,17 @@ def _from_path(path: Path, needed: Collection[str]) -> RowSource:
     if not stat.S_ISREG(mode):
         raise InputError(f"{path} is not a regular file; copy its content to a file first")
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        from .parquet import read_parquet  # noqa: PLC0415 - pyarrow is slow to import
-
-        if not path.stat().st_size:
-            raise InputError(f"{path} is empty; input.path must name a file with rows")
-        return RowSource(
-            str(path), partial(read_parquet, path, needed), lambda row: f"{path}, row {row}"
-        )
-    if suffix not in _TEXT_FORMATS:
+    if suffix not in FORMATS:
         raise _unknown_format(path, suffix)
-    ragged = _TEXT_FORMATS[suffix] is read_jsonl
+    found = FORMATS[suffix]
+    if found.position != "line" and not path.stat().st_size:  # readers of lines report it
+        raise InputError(f"{path} is empty; input.path must name a file with rows")
+    columns = (needed,) if found.takes_columns else ()
     return RowSource(
-        str(path), partial(_TEXT_FORMATS[suffix], path), describe_line(path), ragged=ragged
+        str(path),
+        partial(found.read, path, *columns),
+        lambda at: f"{path}, {found.position} {at}",
+        ragged=found.ragged,
     )
 
 
@@ -153,7 +178,7 @@ def _list_siblings(path: Path) -> list[str]:
 
 
 def _unknown_format(path: Path, suffix: str) -> InputError:
-    known = ", ".join((*_TEXT_FORMATS, ".parquet"))
+    known = ", ".join(FORMATS)
     hint = _HINTS.get(suffix, "convert or rename the file")
     return InputError(
         f"{path}: unsupported input format: {suffix or 'no suffix'} (supported: {known}, "

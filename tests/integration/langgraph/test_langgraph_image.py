@@ -60,8 +60,7 @@ def test_its_install_lines_serve_the_graphs(tmp_path: Path) -> None:
     The image has LangGraph's server; here it comes from the extra ``studio``.
     """
     text = write_dockerfile(tmp_path / "Dockerfile")
-    installs = [line.split("uv pip install", 1)[1] for line in text.splitlines() if "/api" in line]
-    named, local = (re.split(r"-c \S+ ", line)[1].rstrip("); done") for line in installs[:2])
+    named, local = re.findall(r"uv pip install .*-c \S+ ([^)\n]+)", text)
     assert (named, local) == ("rdkit", "-e .")
     copy, python = tmp_path / "deps" / "fanfold", str(tmp_path / "venv" / "bin" / "python")
     copy.mkdir(parents=True)
@@ -84,11 +83,13 @@ def test_its_install_lines_serve_the_graphs(tmp_path: Path) -> None:
         assert str(copy) in found
     run("-m", "pip", "install", "-e", ".[studio]")
     (tmp_path / "served").mkdir()
-    with running(Server(tmp_path / "served", copy, python)) as server:
-        client = get_sync_client(url=server.url)
-        assert {one["graph_id"] for one in client.assistants.search()} == graphs.keys()
+    served = Server(tmp_path / "served", copy, python)
+    with running(served), get_sync_client(url=served.url) as client:
+        shown = {one["graph_id"] for one in client.assistants.search()}
         given: Any = {"items": [{"id": "ethanol", "smiles": "CCO"}]}
         end: Any = client.runs.wait(None, "map_reduce", input=given)
-        assert end["progress"]["done"] == 1
         one: Any = {"id": "ethanol", "row": {"smiles": "CCO"}}
-        assert client.runs.wait(None, "item", input=one)["output"]  # type: ignore[call-overload]
+        answer: Any = client.runs.wait(None, "item", input=one)
+    assert shown == graphs.keys()
+    assert end["progress"]["done"] == 1
+    assert answer["output"]
