@@ -29,7 +29,8 @@ from .spec import SimulationSpec
 PROTOCOL: Final = 1
 """Version of the line that the child prints."""
 _ORPHAN_CHECK_S: Final = 1.0
-_FAILED: Final = 2
+_REFUSED: Final = 2
+"""Exit code of a fleet that refuses its specification."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asyncio.run(serve_fleet(spec, watched))
     except ConfigurationError as error:
         sys.stderr.write(f"{error}\n")
-        return _FAILED
+        return _REFUSED
     return 0
 
 
@@ -145,7 +146,6 @@ _START_S: Final = 120.0
 _STOP_S: Final = 5.0
 _LINES: Final = 20
 _LONGEST_LINE: Final = 16 * 1024 * 1024  # one line contains thousands of URLs
-_REFUSED: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
