@@ -16,6 +16,7 @@ from ..configs.backend import BackendKind
 from ..configs.base import Access
 from ..configs.describe import describe_setting, find_setting, section_schema, setting_schema
 from ..configs.loader import preset_names
+from ..configs.raw_settings import check_overrides
 from ..configs.resolve import DEFAULT_PRESET
 from ..nodes.context import Context
 
@@ -91,6 +92,7 @@ class SettingsForm(Context):
     smiles_column: str | None = _setting_field("input.smiles")
     limit: int | None = _setting_field("input.limit")
     on_duplicate: Literal["error", "first", "suffix"] = _setting_field("input.on_duplicate")
+    quotes: Literal["auto"] | bool = _setting_field("input.quotes")
     model: str | None = _setting_field("model.name", langgraph_nodes=["shard", "infer"])
     temperature: float = _setting_field("model.temperature")
     max_tokens: int = _setting_field("model.max_tokens")
@@ -193,7 +195,7 @@ class SettingsForm(Context):
                 changed.append(f"{one.metadata['section']}.{name}={orjson.dumps(value).decode()}")
         if self.api_key:
             changed.append(f"endpoints.api_key={_check_variable(self.api_key)}")
-        return [*changed, *self.overrides]
+        return [*changed, *check_overrides(self.overrides)]
 
     def changed_fields(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, by name, without cleared fields."""

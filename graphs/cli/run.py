@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -25,6 +24,7 @@ from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
 from . import status
 from .format import budget_lines, cost_lines, format_duration, format_usd_amount, show_aggregate
+from .options import OutputMode
 
 
 def pilot_lines(found: PilotResult) -> Iterator[str]:
@@ -88,19 +88,6 @@ T = TypeVar("T")
 
 _NAMED: Final = 10
 """Skipped items that one line names."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputMode:
-    """Output of a run: one JSON object, or nothing, or progress and tables."""
-
-    as_json: bool
-    quiet: bool
-
-    @property
-    def is_silent(self) -> bool:
-        """Return True if progress and tables are not shown."""
-        return self.as_json or self.quiet
 
 
 def run_or_resume(config: str, out: Path | None, overrides: Overrides, output: OutputMode) -> int:

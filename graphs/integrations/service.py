@@ -173,10 +173,10 @@ class ServiceRun:
     def _progress(self) -> dict[str, Json]:
         if self._tools is None:
             return {}
-        now = self._tools.progress
-        tokens = {"prompt": now.prompt_tokens, "completion": now.completion_tokens}
+        now, usage = self._tools.progress, self._tools.progress.usage
+        tokens = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}
         counts = {"items": now.total, "done": now.done, "failed": now.failed}
-        about = {"requests": now.requests, "tokens": tokens, "simulated": self._tools.simulated}
+        about = {"requests": usage.requests, "tokens": tokens, "simulated": self._tools.simulated}
         return {**counts, **about}
 
     def outcome(self) -> dict[str, Json]:

@@ -96,7 +96,7 @@ class ProgressLine:
         return _LineParts(
             counts=f"{format_count(progress.done)}/{format_count(progress.total)}",
             failed=f"{format_count(progress.failed)} failed",
-            reused=f"{format_count(progress.reused)} reused" if progress.reused else "",
+            reused=f"{format_count(progress.usage.reused)} reused" if progress.usage.reused else "",
             rate="" if pause else f"{format_count(rate)}/s",
             flow="" if pause else f"{format_count(flow)} tok/s",
             flying=pause or self._in_flight(fleet),
@@ -113,7 +113,7 @@ class ProgressLine:
             name = max(limits, key=lambda limit: limits[limit]["spent"] / limits[limit]["cap"])
             spent, cap = limits[name]["spent"], limits[name]["cap"]
             return f"{_amount(spent)}/{_amount(cap)} {_UNITS[name]}"
-        nano = progress.nano_usd + progress.node_time.nano_usd
+        nano = progress.usage.nano_usd + progress.node_time.nano_usd
         return f"{_amount(nano / NANO_PER_USD)} USD" if nano else ""
 
     def _in_flight(self, fleet: Fleet | None) -> str:
@@ -136,7 +136,7 @@ class ProgressLine:
 
     def _new_counts(self) -> tuple[int, int]:
         progress = self._tools.progress
-        tokens = progress.prompt_tokens + progress.completion_tokens
+        tokens = progress.usage.prompt_tokens + progress.usage.completion_tokens
         return progress.done + progress.failed - progress.ended_before, tokens
 
 
@@ -248,8 +248,8 @@ def _snapshot(tools: OpenRun) -> _Snapshot:
     left = progress.total - progress.done - progress.failed
     return _Snapshot(
         {"done": progress.done, "failed": progress.failed, "open": left},
-        {"useful": progress.useful_tokens, "wasted": progress.wasted_tokens},
-        (progress.nano_usd + held.nano_usd) / NANO_PER_USD
+        {"useful": progress.usage.useful_tokens, "wasted": progress.usage.wasted_tokens},
+        (progress.usage.nano_usd + held.nano_usd) / NANO_PER_USD
         if tools.is_priced or held.nano_usd
         else None,
         {

@@ -255,21 +255,13 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
 
 
 def _progress(journal: Journal, total: int, held: NodeTime) -> Progress:
-    counts, spent = journal.count_items(), journal.total_usage()
+    counts = journal.count_items()
     return Progress(
         total=total,
         done=counts.done,
         failed=counts.failed,
         ended_before=counts.done + counts.failed,
-        requests=spent.requests,
-        prompt_tokens=spent.prompt_tokens,
-        cached_tokens=spent.cached_tokens,
-        completion_tokens=spent.completion_tokens,
-        lost_tokens=spent.lost_tokens,
-        useful_tokens=spent.useful_tokens,
-        nano_usd=spent.nano_usd,
-        reused=spent.reused,
-        useful_nano_usd=spent.useful_nano_usd,
+        usage=journal.total_usage(),
         node_time=held,
     )
 

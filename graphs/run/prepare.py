@@ -35,7 +35,7 @@ from ...backends.discovery.connect import ReadyEndpoints, check_cache, make_mode
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
 from ...backends.inputs.base import InputSummary
-from ...backends.inputs.formats import make_input_spec, needed_columns
+from ...backends.inputs.formats import is_present, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
     RunFolder,
@@ -212,10 +212,8 @@ async def prepare_run(
         check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
     async with _create_folder(path) as folder:
-        spec = make_input_spec(loaded.config, items)
-        summary = await asyncio.to_thread(
-            load_input, spec, folder.items, needed_columns(loaded.config)
-        )
+        given, columns = loaded.config.input, needed_columns(loaded.config)
+        summary = await asyncio.to_thread(load_input, given, folder.items, columns, items)
         model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if simulated and not allow_simulated:
             msg = (
@@ -234,7 +232,7 @@ async def prepare_run(
             "model": model,
             "price": cost.to_json() if cost is not None else None,
             "fingerprint": compute_fingerprint(loaded.config, model, simulated),
-            "input": describe_input(summary, spec.path),
+            "input": describe_input(summary, given.path if items is None else None),
             "sessions": [],
         }
         await asyncio.to_thread(_write, folder, path, loaded, about)
@@ -309,22 +307,22 @@ def _write(folder: RunFolder, path: Path, loaded: LoadedConfig, about: dict[str,
     folder.write_provenance(about)
 
 
-def describe_input(summary: InputSummary, path: Path | None) -> dict[str, Any]:
+def describe_input(summary: InputSummary, path: str | None) -> dict[str, Any]:
     """Return the provenance entry of the input."""
     return {
         "source": summary.source,
         "items": summary.items,
         "digest": summary.digest,
-        "stamp": read_file_stamp(path),
+        "stamp": None if path is None else read_file_stamp(Path(path)),
         "invalid": summary.invalid,
         "skipped_total": summary.skipped_total,
         "skipped": [{"id": s.id, "reason": s.reason} for s in summary.skipped],
     }
 
 
-def read_file_stamp(path: Path | None) -> list[int] | None:
+def read_file_stamp(path: Path) -> list[int] | None:
     """Return size and modification time (ns) of an input file, to detect changes."""
-    if path is None or not path.is_file():
+    if not path.is_file():
         return None
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
@@ -553,11 +551,11 @@ def _has_input_changed(known: dict[str, Any], before: LoadedConfig, after: Loade
     from ...backends.inputs.item_store import load_input  # noqa: PLC0415 - pyarrow is slow to import
 
     path, same = after.config.input.path, before.plain["input"] == after.plain["input"]
-    if path is None or (same and not Path(path).exists()):
+    if path is None or (same and not is_present(Path(path))):
         return False
     if same and known["stamp"] is not None and read_file_stamp(Path(path)) == known["stamp"]:
         return False
     with tempfile.TemporaryDirectory() as folder:
-        spec, columns = make_input_spec(after.config, None), needed_columns(after.config)
-        digest: str = load_input(spec, Path(folder) / "items.arrow", columns).digest
+        target, columns = Path(folder) / "items.arrow", needed_columns(after.config)
+        digest: str = load_input(after.config.input, target, columns).digest
     return digest != str(known["digest"])
