@@ -24,6 +24,7 @@ from aiohttp import (
     WSServerHandshakeError,
 )
 
+from ...core.connection_errors import describe_connection_error
 from ...core.errors import BackendError, ConfigurationError, RunStoppedError
 from ...core.messages import own_version
 from ...core.process import TemporaryFolder
@@ -203,7 +204,8 @@ async def _connect(
             if time.monotonic() - began > _CONNECT_S:
                 msg = (
                     f"{socket.gethostname()}: the coordinator at {url} cannot be reached: "
-                    f"{error}; set backend.host to the name by which workers reach its machine"
+                    f"{describe_connection_error(error)}; set backend.host to the name by which "
+                    "workers reach its machine"
                 )
                 raise BackendError(msg) from error
         await asyncio.sleep(random.uniform(0, _PAUSE_S))  # not all at once
