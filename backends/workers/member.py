@@ -6,12 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from ..core.aio import wait_first
-from ..core.errors import BackendError, ConfigurationError, FanfoldError, WorkerLostError
+from ..core.errors import BackendError, FanfoldError, WorkerLostError
 from ..core.messages import ShardResult
 from ..core.protocols import Backend
 from ..core.types import Json
@@ -190,7 +189,6 @@ class PoolMember:
         capacity = self.backend.capacity()
         if capacity <= lost and self._rebuild_task is None and self.failure is None:
             self._rebuild_task = asyncio.create_task(self._rebuild())
-            self._rebuild_task.add_done_callback(self._finish_rebuild)
 
     def mark_lost(self, reason: str) -> None:
         """Mark all tasks in flight as lost."""
@@ -198,29 +196,29 @@ class PoolMember:
             task.mark_lost(reason)
 
     async def _rebuild(self) -> None:
-        """Rebuild the backend; its tasks in flight are lost."""
-        for _ in range(self._policy.attempts):
-            await asyncio.sleep(self._policy.rebuild_pause_s * 2.0 ** min(self._failures, 6))
-            self._failures += 1
-            self._cancel_tasks()
-            try:
-                return await self.backend.rebuild()
-            except ConfigurationError:
-                raise
-            except BackendError as error:
-                logger.warning("%s", error.message)
-                last = error
-        raise last
-
-    def _finish_rebuild(self, task: asyncio.Task[None]) -> None:
-        self._rebuild_task = None
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            known = isinstance(error, FanfoldError)
+        """Rebuild the backend; its tasks in flight are lost. It may end up no longer usable."""
+        try:
+            for attempt in range(1, self._policy.attempts + 1):
+                await asyncio.sleep(self._policy.rebuild_pause_s * 2.0 ** min(self._failures, 6))
+                self._failures += 1
+                self._cancel_tasks()
+                try:
+                    await self.backend.rebuild()
+                except BackendError as error:
+                    if attempt == self._policy.attempts:
+                        raise
+                    logger.warning("%s", error.message)
+                else:
+                    return
+        except FanfoldError as error:
+            self.failure = error
+        except Exception as error:  # noqa: BLE001 - a backend of a third party raises anything
             text = f"{self.backend.name}: cannot be rebuilt: {type(error).__name__}: {error}"
-            self.failure = error if known else BackendError(text)  # type: ignore[assignment]
-            logger.warning("%s", self.failure)
-        self._changed()
+            self.failure = BackendError(text)
+        finally:
+            self._rebuild_task = None
+            self._changed()
+        logger.warning("%s", self.failure)
 
     def _cancel_tasks(self) -> None:
         left, self._tasks = self._tasks, set()
@@ -233,8 +231,7 @@ class PoolMember:
         """Close the backend within ``grace_s`` and a little more."""
         if self._rebuild_task is not None:
             self._rebuild_task.cancel()
-            with suppress(asyncio.CancelledError, BackendError, ConfigurationError):
-                await self._rebuild_task
+            await asyncio.gather(self._rebuild_task, return_exceptions=True)
         self._cancel_tasks()
         try:
             await asyncio.wait_for(self.backend.close(grace_s), grace_s + _CLOSE_S)
