@@ -17,14 +17,13 @@ import orjson
 from pydantic import ValidationError
 
 from ..backends.core.errors import ConfigurationError
-from ..backends.core.schemas import open_validator
-from ..backends.core.templates import Template
 from .aggregators import check_aggregators
 from .backend import find_unfit_keys
 from .describe import explain_validation
 from .models import RunConfig
 from .raw_settings import apply_override, expand_variables, parse_yaml, set_path
 from .serialize import check_plain, to_plain
+from .task_check import check_task
 
 _ENDPOINTS = re.compile(r"^endpoints:.*(?:\n(?:[ \t].*)?)*\n?", re.MULTILINE)
 
@@ -124,33 +123,68 @@ def load_config(
     Raises:
         ConfigurationError: A setting is missing, unknown, of the wrong type or contradictory.
     """
-    data, source, base, preset = _read_config(config)
-    for note in _apply_overrides(data, overrides):
-        logger.warning("%s", note)
-    for path, value in (settings or {}).items():
-        set_path(data, path, value)
-    check_plain(data, source)
-    _resolve_files(data, source, base)
-    environment = os.environ if environment is None else environment
-    checked = _validate(data, expand_variables(data, environment, source), source)
-    _check(checked, source)
-    return LoadedConfig(checked, to_plain(checked, data), source, preset, data)
+    return check_settings(read_settings(config, overrides), settings, environment)
+
+
+@dataclass(frozen=True, slots=True)
+class RawSettings:
+    """Settings as they were read, not yet checked.
+
+    Attributes:
+        data: The settings with the overrides applied, unexpanded.
+        source: Their name in messages: a path, ``preset NAME`` or ``settings``.
+        folder: Folder in which relative paths start.
+        preset: The preset's name if it is one.
+    """
+
+    data: dict[str, Any] = field(repr=False)
+    source: str
+    folder: Path
+    preset: str | None = None
 
 
 def read_settings(
     config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> tuple[dict[str, Any], str | None]:
+) -> RawSettings:
     """Read settings without checking them.
 
-    Returns:
-        The settings with the overrides applied, and the preset's name if it is one.
+    Args:
+        config: A preset's name, a YAML file, or the settings themselves.
+        overrides: ``a.b=value`` assignments, applied in order.
 
     Raises:
         ConfigurationError: The file cannot be read, or an override cannot be applied.
     """
-    data, _, _, preset = _read_config(config)
-    _apply_overrides(data, overrides)
-    return data, preset
+    raw = _read_config(config)
+    for note in _apply_overrides(raw.data, overrides):
+        logger.warning("%s", note)
+    return raw
+
+
+def check_settings(
+    raw: RawSettings,
+    settings: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> LoadedConfig:
+    """Check settings that were read; changes ``raw.data`` in place.
+
+    Args:
+        raw: The settings.
+        settings: Changes to them, as for :func:`load_config`.
+        environment: Variables for ``${VAR}``; by default those of the process.
+
+    Raises:
+        ConfigurationError: A setting is missing, unknown, of the wrong type or contradictory.
+    """
+    data, source = raw.data, raw.source
+    for path, value in (settings or {}).items():
+        set_path(data, path, value)
+    check_plain(data, source)
+    _resolve_files(data, source, raw.folder)
+    environment = os.environ if environment is None else environment
+    checked = _validate(data, expand_variables(data, environment, source), source)
+    _check(checked, source)
+    return LoadedConfig(checked, to_plain(checked, data), source, raw.preset, data)
 
 
 def _apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -189,21 +223,14 @@ def _expand_auto(data: dict[str, Any]) -> None:
         data["endpoints"] = {"auto": True}
 
 
-def _read_config(
-    config: str | Path | Mapping[str, Any],
-) -> tuple[dict[str, Any], str, Path, str | None]:
+def _read_config(config: str | Path | Mapping[str, Any]) -> RawSettings:
     if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config)), "settings", Path.cwd(), None
+        return RawSettings(copy.deepcopy(dict(config)), "settings", Path.cwd())
     if isinstance(config, str) and is_preset(config):
         source = f"preset {config}"
-        return parse_yaml(read_preset(config), source), source, Path.cwd(), config
-    path = Path(config)
-    return (
-        parse_yaml(read_settings_file(path), str(config)),
-        str(config),
-        path.resolve().parent,
-        None,
-    )
+        return RawSettings(parse_yaml(read_preset(config), source), source, Path.cwd(), config)
+    path, source = Path(config), str(config)
+    return RawSettings(parse_yaml(read_settings_file(path), source), source, path.resolve().parent)
 
 
 def read_settings_file(path: Path) -> str:
@@ -311,22 +338,9 @@ def _validate(raw: dict[str, Any], expanded: dict[str, Any], source: str) -> Run
 
 
 def _check(config: RunConfig, source: str) -> None:
-    schema = config.task.answer_schema
     try:
-        Template.parse(config.task.prompt)
-        if schema is not None:
-            _check_schema(schema)
-        check_aggregators(config.reduce, schema)
+        check_task(config.task)
+        check_aggregators(config.reduce, config.task.answer_schema)
     except ConfigurationError as error:
         msg = f"{source}: {error.message}"
-        raise ConfigurationError(msg) from None
-
-
-def _check_schema(schema: dict[str, Any]) -> None:
-    try:
-        open_validator(schema)
-    except ValueError as error:  # all errors of jsonschema-rs are ValueErrors
-        where = ".".join(map(str, getattr(error, "instance_path", ()))) or "its top"
-        reason = getattr(error, "message", str(error))
-        msg = f"task.schema is no valid JSON Schema: at {where}: {reason}"
         raise ConfigurationError(msg) from None

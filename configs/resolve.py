@@ -10,8 +10,9 @@ from typing import Any, Final
 
 from ..backends.core.errors import ConfigurationError, MissingExtraError
 from .endpoints import ENDPOINT_KINDS, HOSTS_ONLY_KEYS
-from .loader import LoadedConfig, load_config, read_settings
+from .loader import LoadedConfig, check_settings, read_settings
 from .raw_settings import get_at_path
+from .task_check import find_task_warnings
 
 DEFAULT_PRESET: Final = "molecular_screening"
 
@@ -45,7 +46,8 @@ def resolve_config(
             endpoints.
     """
     config = DEFAULT_PRESET if config is None else config
-    data, preset = read_settings(config, overrides)
+    raw = read_settings(config, overrides)
+    data, preset = raw.data, raw.preset
     settings, notices = _input_settings(input_path, limit), list[str]()
     simulated = get_at_path(data, ("endpoints", "simulated"))
     if endpoints is not None:
@@ -59,7 +61,8 @@ def resolve_config(
             more, notice = _replace_rdkit(data, has_input)
             settings |= more
             notices += notice
-    return load_config(config, overrides, settings), notices
+    loaded = check_settings(raw, settings)
+    return loaded, notices + find_task_warnings(loaded.config.task)
 
 
 def _input_settings(input_path: str | None, limit: int | None) -> dict[str, Any]:

@@ -36,7 +36,12 @@ from ..backends.cluster.walltime import Walltime
 from ..backends.core.aio import PortalProvider, SharedResource
 from ..backends.core.errors import ConfigurationError, FanfoldError, InputError
 from ..backends.core.money import Amount
-from ..backends.discovery.connect import open_cache, open_fleet, open_ready_endpoints
+from ..backends.discovery.connect import (
+    ReadyEndpoints,
+    open_cache,
+    open_fleet,
+    open_ready_endpoints,
+)
 from ..backends.storage.run_folder import (
     RunFolder,
     get_run_ids,
@@ -47,7 +52,7 @@ from ..backends.storage.run_folder import (
 from ..configs.loader import LoadedConfig, is_preset, load_config, read_preset
 from ..configs.resolve import resolve_config
 from ..nodes.batch.load import describe_unknown_keys
-from ..nodes.context import Context, ItemContext, PreparedRun, RunTools
+from ..nodes.context import Context, ItemContext, PreparedRun
 from ..nodes.shard.progress import ProgressStream
 from ..nodes.state import RunKey
 from .caller_policy import CallerPolicy, CallerSettings
@@ -59,7 +64,7 @@ from .invocation import (
     follow_stream_sync,
     get_claims,
 )
-from .run.accounting import OpenedRun
+from .run.accounting import OpenRun
 from .run.items import make_item_context, make_item_engine, plan_shards
 from .run.open_run import OpenOptions, open_run, write_results
 from .run.prepare import (
@@ -72,6 +77,9 @@ from .run.prepare import (
 )
 from .run.shutdown import session_deadline
 from .worker import work_shard
+
+_PROBED_S: Final = 10.0
+"""Age at which endpoints that a check has probed are probed again by the session."""
 
 
 @dataclass(kw_only=True)
@@ -205,7 +213,7 @@ class RunContext(SettingsForm):
         return None
 
     @cached_property
-    def _runs(self) -> SharedResource[RunTools]:
+    def _runs(self) -> SharedResource[OpenRun]:
         return SharedResource()
 
     @cached_property
@@ -243,6 +251,22 @@ class RunContext(SettingsForm):
     @cached_property
     def _deadlines(self) -> dict[Path, Walltime | None]:
         return {}
+
+    @cached_property
+    def _probed(self) -> dict[Path, tuple[float, ReadyEndpoints]]:
+        """Return, by run folder, endpoints that no session has used yet, with the probe's time."""
+        return {}
+
+    def _keep_probed(self, folder: Path, endpoints: ReadyEndpoints | None) -> None:
+        """Keep endpoints that a check has just probed for the session that follows."""
+        self._probed.pop(folder, None)
+        if endpoints is not None:
+            self._probed[folder] = time.monotonic(), endpoints
+
+    def _take_probed(self, folder: Path) -> ReadyEndpoints | None:
+        """Return the kept endpoints, once, unless they were probed too long ago."""
+        at, endpoints = self._probed.pop(folder, (0.0, None))
+        return endpoints if time.monotonic() - at < _PROBED_S else None
 
     @cached_property
     def _item_contexts(self) -> SharedResource[ItemContext]:
@@ -325,8 +349,8 @@ class RunContext(SettingsForm):
             loaded, target, asked = await asyncio.to_thread(self._resolve_new_run, path, preset)
             made = await prepare_run(loaded, target, items, self.allow_simulated)
             if asked:
-                await asyncio.to_thread(_extend_provenance, made, asked)
-            folder = made.path
+                await asyncio.to_thread(_extend_provenance, made.folder, asked)
+            folder = made.folder.path
             for kept in (
                 self._loaded_by_folder,
                 self._progress_streams,
@@ -334,13 +358,15 @@ class RunContext(SettingsForm):
                 self._retry_before,
             ):
                 kept.pop(folder, None)  # remove the data of an earlier run in this folder
+            self._keep_probed(folder, made.endpoints)
         else:
             await get_claims().wait_for_run(RunFolder(folder), self._invocation)
             self._retry_before.pop(folder, None)  # a further invocation retries again
             if self.embedded:
                 self._deadlines.pop(folder, None)  # a new session
                 loaded = await asyncio.to_thread(self._get_settings, folder)
-                await resume_run(RunFolder(folder), loaded)
+                checked = await resume_run(RunFolder(folder), loaded)
+                self._keep_probed(folder, checked.endpoints)
         if self.embedded:
             await self._claim(folder)
             await asyncio.to_thread(begin_session, RunFolder(folder))
@@ -412,7 +438,7 @@ class RunContext(SettingsForm):
         )[0]
 
     @asynccontextmanager
-    async def open_run(self, run: RunKey) -> AsyncIterator[RunTools]:
+    async def open_run(self, run: RunKey) -> AsyncIterator[OpenRun]:
         """Open a run; the nodes of one invocation share it."""
         folder = self._folders.get(run["id"])
         if folder is None or self._runs.get_open((folder, self._invocation)) is None:
@@ -421,16 +447,24 @@ class RunContext(SettingsForm):
             yield tools
 
     @asynccontextmanager
-    async def open_session_run(self, end: Walltime | None) -> AsyncIterator[RunTools]:
-        """Open the run in the folder that ``out`` names, for a session with a deadline."""
+    async def open_session_run(
+        self, end: Walltime | None, endpoints: ReadyEndpoints | None
+    ) -> AsyncIterator[OpenRun]:
+        """Open the run in the folder that ``out`` names, for a session.
+
+        Args:
+            end: End of the session, or None.
+            endpoints: Its endpoints if they were just probed.
+        """
         folder = await asyncio.to_thread(lambda: self.out_folder)
         assert folder is not None, "the command line names a folder"
         self._deadlines[folder] = end
+        self._keep_probed(folder, endpoints)
         async with self._open_at(folder) as tools:
             yield tools
 
     @asynccontextmanager
-    async def _open_at(self, folder: Path) -> AsyncIterator[RunTools]:
+    async def _open_at(self, folder: Path) -> AsyncIterator[OpenRun]:
         retried = self._retry_before if self.retry_failed else None
         loaded = await asyncio.to_thread(self._get_settings, folder)
         if folder not in self._deadlines:
@@ -447,11 +481,12 @@ class RunContext(SettingsForm):
         invocation, run_folder = self._invocation, RunFolder(folder)
 
         @asynccontextmanager
-        async def make() -> AsyncIterator[RunTools]:
+        async def make() -> AsyncIterator[OpenRun]:
             with invocation.track_opening():
                 await get_claims().claim_run(run_folder, invocation)
                 await asyncio.to_thread(self._lower_limits, folder)
-                async with open_run(run_folder, loaded, mode) as tools:
+                ready = self._take_probed(folder)
+                async with open_run(run_folder, loaded, mode, ready) as tools:
                     with invocation.track_run(tools):
                         yield tools
 
@@ -465,7 +500,7 @@ class RunContext(SettingsForm):
         await asyncio.to_thread(self._lower_limits, folder)
         loaded = await asyncio.to_thread(self._get_settings, folder)
         tools = self._runs.get_open((folder, self._invocation))
-        budget = tools.budget if isinstance(tools, OpenedRun) else None
+        budget = None if tools is None else tools.budget
         run_folder, amount = RunFolder(folder), Amount(**needed)
         asked = await asyncio.to_thread(budget_gap, run_folder, loaded.config, amount, budget)
         if asked is None or self.policy is None or self._owner is None:

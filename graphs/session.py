@@ -37,19 +37,18 @@ from ..backends.core.types import Shard
 from ..backends.storage.journal_file import RunIds
 from ..backends.storage.run_folder import RunFolder, get_run_ids, utc_timestamp
 from ..configs.loader import LoadedConfig
-from ..nodes.context import RunTools
 from ..nodes.item.prepare import build_messages
 from ..nodes.shard.local import run_local_shard
 from ..nodes.shard.remote import run_remote_shard
 from .context import RunContext
 from .map_reduce import MapReduce, build_bound_graph
-from .run.accounting import OpenedRun
+from .run.accounting import OpenRun
 from .run.checkpoints import open_saver
 from .run.estimate import count_nodes, make_run_plan, sample_indices
 from .run.forecast import Forecast, ItemStats, Range, RunPlan, forecast
 from .run.items import UNBOUNDED_STEPS
 from .run.monitor import show_progress
-from .run.prepare import describe_session
+from .run.prepare import ReadyRun, describe_session
 from .run.shutdown import Shutdown, handle_signals
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,6 @@ class RunOptions:
         checkpointer: ``postgresql://…``, or None for SQLite in the run folder.
         trace: Run every item through LangGraph's engine.
         retry_failed: Retry failed items.
-        refold: Fold from the first item instead of from the last checkpoint.
         quiet: Show no progress.
         deadline: End of the session, or None.
     """
@@ -71,7 +69,6 @@ class RunOptions:
     checkpointer: str | None = None
     trace: bool = False
     retry_failed: bool = False
-    refold: bool = False
     quiet: bool = False
     deadline: Walltime | None = None
 
@@ -105,9 +102,7 @@ class RunResult:
     cost: Cost | None = None
 
 
-async def execute_run(
-    folder: RunFolder, loaded: LoadedConfig, options: RunOptions, console: Console
-) -> RunResult:
+async def execute_run(run: ReadyRun, options: RunOptions, console: Console) -> RunResult:
     """Run or resume a prepared run to its end, and record the session in its provenance.
 
     Signals and the deadline stop it: see :class:`~fanfold.graphs.run.shutdown.Shutdown`.
@@ -118,47 +113,45 @@ async def execute_run(
         RunStoppedError: It was stopped while it was being opened.
     """
     with handle_signals(console) as stop, stop.stop_at_deadline(options.deadline), freeze_gc():
-        return await run_session(folder, loaded, options, console, stop)
+        return await run_session(run, options, console, stop)
 
 
-async def run_session(  # noqa: PLR0913 - the parts of a session
-    folder: RunFolder,
-    loaded: LoadedConfig,
+async def run_session(
+    run: ReadyRun,
     options: RunOptions,
     console: Console,
     stop: Shutdown,
     *,
-    on_open: Callable[[RunTools], None] | None = None,
+    on_open: Callable[[OpenRun], None] | None = None,
 ) -> RunResult:
     """Run a session in the current event loop; the caller provides ``stop``.
 
     Args:
-        folder: The run's folder.
-        loaded: Its settings.
+        run: The run.
         options: Options of this session.
         console: Console for progress.
         stop: Stops the session.
         on_open: Called once the run is open.
     """
     started = time.monotonic()
+    folder = run.folder
     context = RunContext.from_loaded(
-        loaded,
+        run.loaded,
         out=str(folder.path),
         trace=options.trace,
         retry_failed=options.retry_failed,
     )
     async with AsyncExitStack() as stack:
         tools = await stop.open_unless_stopped(
-            stack.enter_async_context(context.open_session_run(options.deadline))
+            stack.enter_async_context(context.open_session_run(options.deadline, run.endpoints))
         )
         if on_open is not None:
             on_open(tools)
         async with add_saved_count(tools), record_session(folder) as (about, this):
-            session = Session(folder, about["run"], context, tools, options, console, stop)
+            session = Session(run, about["run"], context, tools, options, console, stop)
             result = await session.run_graph()
             this["outcome"] = result.reason or "finished"
     budget = {} if tools.budget is None else tools.budget.report()
-    assert isinstance(tools, OpenedRun), "the run's own context has opened it"
     cost = await asyncio.to_thread(compute_run_cost, folder, get_run_ids(about), tools)
     seconds = round(time.monotonic() - started, 3)
     return replace(result, seconds=seconds, budget=budget, cost=cost)
@@ -179,7 +172,7 @@ def freeze_gc() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def add_saved_count(tools: RunTools) -> AsyncIterator[None]:
+async def add_saved_count(tools: OpenRun) -> AsyncIterator[None]:
     """Add the number of safe items to the message of a failed write."""
     try:
         yield
@@ -221,10 +214,10 @@ async def record_session(folder: RunFolder) -> AsyncIterator[tuple[dict[str, Any
 class Session:
     """One session of a run: its parts, and how it runs the graph."""
 
-    folder: RunFolder
+    run: ReadyRun
     run_id: str
     context: RunContext
-    tools: RunTools
+    tools: OpenRun
     options: RunOptions
     console: Console
     stop: Shutdown
@@ -234,7 +227,7 @@ class Session:
         thread = RunnableConfig(
             configurable={"thread_id": self.run_id}, recursion_limit=UNBOUNDED_STEPS
         )
-        async with open_saver(self.options.checkpointer, self.folder.checkpoints) as saver:
+        async with open_saver(self.options.checkpointer, self.run.folder.checkpoints) as saver:
             graph = build_bound_graph(self.context, trust_context=True).compile(checkpointer=saver)
             resumed = await self._can_resume(graph, thread)
             async with show_progress(self.tools, self.console, self.options.quiet):
@@ -252,7 +245,7 @@ class Session:
         parts, empty = state.values.get("parts"), self.tools.aggregators.empty()
         return (
             bool(state.next)
-            and not (self.options.refold or self.options.retry_failed)
+            and not (self.run.reduce_changed or self.options.retry_failed)
             and (not parts or _stages(parts) == _stages(empty))
         )
 
@@ -302,11 +295,18 @@ class Session:
         reason: str | None = None,
     ) -> RunResult:
         return RunResult(
-            code, self.folder, self.run_id, 0.0, progress, aggregate, self.tools.simulated, reason
+            code,
+            self.run.folder,
+            self.run_id,
+            0.0,
+            progress,
+            aggregate,
+            self.tools.simulated,
+            reason,
         )
 
 
-def _reason(interrupts: Sequence[Interrupt], tools: RunTools) -> str:
+def _reason(interrupts: Sequence[Interrupt], tools: OpenRun) -> str:
     """Return which limit is exhausted, and the total required to finish."""
     question: dict[str, Any] = interrupts[0].value
     needs = (f"{value:,} {name}" for name, value in question["total_to_finish"].items())
@@ -319,20 +319,20 @@ def _stages(parts: dict[str, Any]) -> Any:
     return parts.get("v"), [part["of"] for part in parts["stages"]]
 
 
-def _counts(tools: RunTools) -> dict[str, Any]:
+def _counts(tools: OpenRun) -> dict[str, Any]:
     return tools.progress_json()
 
 
-def compute_run_cost(folder: RunFolder, run: RunIds, tools: OpenedRun) -> Cost:
+def compute_run_cost(folder: RunFolder, run: RunIds, tools: OpenRun) -> Cost:
     """Return the cost of a run at the end of a session, including earlier sessions; blocks.
 
     Raises:
         JournalError: A spend log is damaged.
     """
-    assert tools.journal is not None, "a run that was opened has one"
-    recorded = {name: spent.amount for name, spent in tools.journal.usage_by_session.items()}
+    journal = tools.item_journal
+    recorded = {name: spent.amount for name, spent in journal.usage_by_session.items()}
     doubt = SpendLogs(folder.budget, run).unaccounted(recorded)
-    return Cost(tools.journal.total_usage(), tools.progress.node_time, doubt, tools.is_priced)
+    return Cost(journal.total_usage(), tools.progress.node_time, doubt, tools.is_priced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,15 +374,14 @@ class PilotResult:
 
 
 async def run_pilot(
-    folder: RunFolder, loaded: LoadedConfig, options: RunOptions, count: int, console: Console
+    run: ReadyRun, options: RunOptions, count: int, console: Console
 ) -> PilotResult:
     """Finish some items of a prepared run in a session; the next session finishes the others.
 
     Items that an earlier session has finished are not repeated, so a pilot can be repeated.
 
     Args:
-        folder: The run's folder.
-        loaded: Its settings.
+        run: The run.
         options: Options of the session.
         count: Number of items, spread over the input.
         console: Console for progress.
@@ -392,10 +391,11 @@ async def run_pilot(
         ConfigurationError: The endpoints do not fit the run, or another process works on it.
         JournalError: A write failed.
     """
+    folder, loaded = run.folder, run.loaded
     context = RunContext.from_loaded(loaded, out=str(folder.path), trace=options.trace)
     with handle_signals(console) as stop, stop.stop_at_deadline(options.deadline), freeze_gc():
         async with AsyncExitStack() as stack:
-            opened = context.open_session_run(options.deadline)
+            opened = context.open_session_run(options.deadline, run.endpoints)
             tools = await stop.open_unless_stopped(stack.enter_async_context(opened))
             async with add_saved_count(tools), record_session(folder) as (about, this):
                 chosen = sample_indices(len(tools.store), count, about["input"]["digest"])
@@ -406,7 +406,7 @@ async def run_pilot(
 
 
 async def _run_items(
-    tools: RunTools, chosen: Sequence[int], stop: Shutdown, folder: RunFolder
+    tools: OpenRun, chosen: Sequence[int], stop: Shutdown, folder: RunFolder
 ) -> None:
     asking = asyncio.ensure_future(_run_each_item(tools, chosen, stop))
     with stop.watch_work(tools.gate, asking):
@@ -419,7 +419,7 @@ async def _run_items(
         raise _pilot_error(tools, folder)
 
 
-def _pilot_error(tools: RunTools, folder: RunFolder) -> Exception:
+def _pilot_error(tools: OpenRun, folder: RunFolder) -> Exception:
     """Return the error that ended a pilot early, with the command to resume."""
     error, again = tools.gate.error, f"fanfold resume {folder.path}"
     if isinstance(error, BudgetExhaustedError):
@@ -431,7 +431,7 @@ def _pilot_error(tools: RunTools, folder: RunFolder) -> Exception:
     return error or RunStoppedError(f"{tools.gate.reason} during the pilot. Resume with: {again}")
 
 
-async def _run_each_item(tools: RunTools, chosen: Sequence[int], stop: Shutdown) -> None:
+async def _run_each_item(tools: OpenRun, chosen: Sequence[int], stop: Shutdown) -> None:
     """Finish the items, each as a separate shard."""
 
     async def one(index: int) -> None:
@@ -450,7 +450,7 @@ async def _run_each_item(tools: RunTools, chosen: Sequence[int], stop: Shutdown)
 
 
 def _measure_pilot(
-    tools: RunTools, loaded: LoadedConfig, about: dict[str, Any], chosen: Sequence[int]
+    tools: OpenRun, loaded: LoadedConfig, about: dict[str, Any], chosen: Sequence[int]
 ) -> PilotResult:
     """Summarize the measurements of the items and estimate the run; blocks."""
     records = [tools.item_journal.read_record(index) for index in chosen]
@@ -473,15 +473,15 @@ def _measure_pilot(
     )
 
 
-def _nodes(tools: RunTools, loaded: LoadedConfig) -> int | None:
-    fleet = tools.fleet if isinstance(tools, OpenedRun) else None
+def _nodes(tools: OpenRun, loaded: LoadedConfig) -> int | None:
+    fleet = tools.fleet
     own = fleet is not None and not fleet.policy.whole_answers  # a gateway's answers are whole
     endpoints = fleet.endpoints if fleet is not None and own else ()
     return count_nodes(loaded.config, [endpoint.url for endpoint in endpoints])
 
 
 def _first_prompts(
-    tools: RunTools, loaded: LoadedConfig, chosen: Sequence[int], items: int
+    tools: OpenRun, loaded: LoadedConfig, chosen: Sequence[int], items: int
 ) -> Range:
     """Estimate the tokens of first prompts from their length, for servers that report none."""
     task, tokens = loaded.config.task, list[float]()

@@ -207,7 +207,7 @@ class RunTools:
     @property
     def is_priced(self) -> bool:
         """Return True if tokens have a price, or had one in an earlier session."""
-        return self.token_prices.priced or self.progress.nano_usd > 0
+        return self.token_prices.priced or self.progress.usage.nano_usd > 0
 
 
 @dataclass(frozen=True, slots=True)

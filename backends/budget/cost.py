@@ -10,12 +10,11 @@ from urllib.parse import urlsplit
 
 from ...configs.loader import read_settings
 from ...configs.models import BudgetConfig
-from ..core.money import MS_PER_HOUR, NANO_PER_USD, NO_PRICES, Amount, NodeTime
+from ..core.money import MS_PER_HOUR, NANO_PER_USD, NO_PRICES, Amount, NodeTime, UsageTotals
 from ..core.types import Json
 from ..storage.journal_file import (
     JournalSource,
     RunIds,
-    UsageTotals,
     check_line,
     parse_session_number,
     scan_lines,
@@ -92,14 +91,6 @@ def tokens_json(spent: UsageTotals) -> dict[str, Json]:
     }
 
 
-def sum_usage(sessions: Mapping[int, UsageTotals]) -> UsageTotals:
-    """Return the sums over all sessions."""
-    total = UsageTotals()
-    for spent in sessions.values():
-        total.merge(spent)
-    return total
-
-
 @dataclass(slots=True)
 class UsageGroups:
     """Sums over all records of a journal; memory grows with the number of groups only.
@@ -115,7 +106,7 @@ class UsageGroups:
     @property
     def total(self) -> UsageTotals:
         """Return the sums over all groups."""
-        return sum_usage(self.sessions)
+        return UsageTotals.total(self.sessions.values())
 
     def add(self, key: str, share: UsageRecord) -> None:
         """Add the work of one endpoint for an item."""
@@ -214,7 +205,7 @@ def read_cost(folder: RunFolder, run: RunIds, sessions: Mapping[int, UsageTotals
     Raises:
         JournalError: A spend log is damaged.
     """
-    logs, total = SpendLogs(folder.budget, run), sum_usage(sessions)
+    logs, total = SpendLogs(folder.budget, run), UsageTotals.total(sessions.values())
     unaccounted = logs.unaccounted({session: spent.amount for session, spent in sessions.items()})
     return Cost(total, logs.total_node_time(), unaccounted, total.nano_usd > 0)
 
@@ -226,7 +217,7 @@ def read_budget(folder: RunFolder, cost: Cost) -> dict[str, Json]:
         ConfigurationError: The budget in the settings is invalid.
         JournalError: The limits cannot be read.
     """
-    config = BudgetConfig.model_validate(read_settings(folder.settings)[0].get("budget") or {})
+    config = BudgetConfig.model_validate(read_settings(folder.settings).data.get("budget") or {})
     before = cost.usage.amount.plus(cost.node_time.amount).plus(cost.unaccounted)
     return Budget(BudgetSettings(read_limits(folder, config), NO_PRICES), before, None).report()
 

@@ -1,12 +1,10 @@
-"""Compute busy, idle and useful node time from server events and the journal."""
+"""Compute busy, idle and useful node time from the counts in the servers' event logs."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -19,11 +17,10 @@ CAUSES: Final = ("start-up", "cold", "starved", "tail", "drain", "down")
 ``start-up``: the server was not ready yet, or no item had begun in this job; includes the time that
 the scheduler counts before fanfold began. ``cold``: the server is ready and others work, but it
 does not yet, or its batch fills for the first time. ``starved``: it has too few items, though its
-batch was full before, or it never is full in this job. ``tail``: no further item begins because all
-have. ``drain``: the same, because the job ends. ``down``: it was ready and is not: restarted, given
-up, or its node is lost. Only the servers' event logs show ``down``; from the journal alone it
-counts as ``starved``. To report five causes, add ``down`` to ``start-up``: both are time in which a
-server starts.
+batch was full before, or it never is full in this job. ``tail``: the load of all servers only falls
+because all items have begun. ``drain``: the same, because the job ends. ``down``: it was ready and
+is not: restarted, given up, or its node is lost. To report five causes, add ``down`` to
+``start-up``: both are time in which a server starts.
 """
 
 FULL_SHARE: Final = 0.9
@@ -67,10 +64,8 @@ class JobTime:
         inside_s: Node-seconds paid from begin to end; fewer if nodes were lost.
         overhead_s: Further node-seconds that the scheduler counts.
         servers: Servers that it should have had.
-        first_item_at: When its first item began, or None if none did.
-        last_item_at: When its last item began.
         was_stopped: Whether it was stopped rather than finished.
-        has_counts: Whether ``intervals`` are from the servers' own counts; else from the journal.
+        is_measured: Whether its servers reported what they did.
         intervals: Activity of each server in order of time; gaps are time in which it did not run.
     """
 
@@ -80,16 +75,40 @@ class JobTime:
     inside_s: float
     overhead_s: float
     servers: int
-    first_item_at: float | None
-    last_item_at: float | None
     was_stopped: bool
-    has_counts: bool
+    is_measured: bool
     intervals: tuple[tuple[Interval, ...], ...] = field(repr=False, default=())
 
     @property
     def paid_s(self) -> float:
         """Return its node-seconds."""
         return self.inside_s + self.overhead_s
+
+    @property
+    def first_item_at(self) -> float | None:
+        """Return when the first item began, or None if no server had one."""
+        return min((i.begin for own in self.intervals for i in own if i.is_busy), default=None)
+
+    @property
+    def last_item_at(self) -> float | None:
+        """Return when the last item began: from then on, the load of every server only falls."""
+        most = max((i.items for own in self.intervals for i in own if i.is_busy), default=0)
+        ends = (_last_rise_end(own, most) for own in self.intervals)
+        return max((end for end in ends if end is not None), default=None)
+
+
+def _last_rise_end(intervals: Sequence[Interval], most: int) -> float | None:
+    """Return when a server's load began its last fall, or None if it never had any.
+
+    A small rise is ignored: at the end of a run, slow requests are sent to a second server.
+    """
+    end, before = None, 0
+    for interval in intervals:
+        load = (interval.items + most * interval.has_queue) if interval.is_busy else 0
+        if load and (end is None or load - before >= max(1.0, most / _CHANGE_PART)):
+            end = interval.end
+        before = load
+    return end
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,24 +120,31 @@ class Utilization:
         busy_s: Those in which servers had requests; a node with four servers of which one works
             counts a quarter.
         full_s: Those with a full batch.
-        lost_s: All others by cause.
+        lost_s: Those without a full batch, by cause.
+        unknown_s: Those of jobs whose servers reported no counts; part of none of the others.
         full_batch: Items that count as a full batch of one server.
-        by_counts: Number of jobs measured by the servers' own counts.
-        by_journal: Number of jobs measured by the journal only.
+        measured: Number of jobs whose servers reported counts.
+        unmeasured: Number of the other jobs.
     """
 
     paid_s: float
     busy_s: float
     full_s: float
     lost_s: Mapping[str, float]
+    unknown_s: float
     full_batch: int
-    by_counts: int
-    by_journal: int
+    measured: int
+    unmeasured: int
 
     @property
-    def useful_share(self) -> float:
-        """Return the share of node-seconds with a full batch, from 0 to 1."""
-        return self.full_s / self.paid_s if self.paid_s else 0.0
+    def measured_s(self) -> float:
+        """Return the node-seconds of jobs whose servers reported counts."""
+        return self.paid_s - self.unknown_s
+
+    @property
+    def useful_share(self) -> float | None:
+        """Return the share of measured node-seconds with a full batch; None if none is measured."""
+        return self.full_s / self.measured_s if self.measured_s > 0 else None
 
 
 def compute_utilization(jobs: Sequence[JobTime], batch_size: int | None = None) -> Utilization:
@@ -127,15 +153,12 @@ def compute_utilization(jobs: Sequence[JobTime], batch_size: int | None = None) 
     Args:
         jobs: The jobs.
         batch_size: Items of a full batch; None is the largest load in the servers' own counts.
-            Without counts it is the load that the busiest server kept for half of its time by the
-            journal, as the journal includes items that wait for a slot.
     """
-    counted = [job for job in jobs if job.has_counts]
-    most = batch_size or _full_batch(counted, jobs)
+    measured = [job for job in jobs if job.is_measured]
+    most = batch_size or _largest_load(measured)
     lost: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
-    paid = busy = full = 0.0
-    for job in jobs:
-        paid += job.paid_s
+    paid, busy, full = sum(job.paid_s for job in jobs), 0.0, 0.0
+    for job in measured:
         lost["start-up"] += job.overhead_s
         for (cause, is_busy), seconds in _seconds_by_cause(
             job, max(1.0, FULL_SHARE * most)
@@ -145,7 +168,9 @@ def compute_utilization(jobs: Sequence[JobTime], batch_size: int | None = None) 
                 full += seconds
             else:
                 lost[cause] += seconds
-    return Utilization(paid, busy, full, lost, most, len(counted), len(jobs) - len(counted))
+    unknown = sum(job.paid_s for job in jobs if not job.is_measured)
+    unmeasured = len(jobs) - len(measured)
+    return Utilization(paid, busy, full, lost, unknown, most, len(measured), unmeasured)
 
 
 def _seconds_by_cause(job: JobTime, threshold: float) -> dict[tuple[str, bool], float]:
@@ -233,108 +258,11 @@ def _cut(interval: Interval, marks: Iterable[float]) -> Iterator[Interval]:
         at = end
 
 
-def _full_batch(counted: Sequence[JobTime], jobs: Sequence[JobTime]) -> int:
+def _largest_load(jobs: Iterable[JobTime]) -> int:
     """Return the items that count as a full batch if the caller sets none."""
-    if counted:
-        loads = (
-            interval.items
-            for job in counted
-            for intervals in job.intervals
-            for interval in intervals
-            if interval.is_busy
-        )
-        return max(loads, default=1) or 1
-    return max((_typical_load(intervals) for job in jobs for intervals in job.intervals), default=1)
-
-
-def _typical_load(intervals: Iterable[Interval]) -> int:
-    """Return the load that a server had for half of the time in which it worked."""
-    seconds: dict[int, float] = defaultdict(float)
-    for interval in intervals:
-        if interval.is_busy:
-            seconds[interval.items] += interval.end - interval.begin
-    left = sum(seconds.values()) / 2
-    for items in sorted(seconds, reverse=True):
-        left -= seconds[items]
-        if left <= 0:
-            return max(1, items)
-    return 1
-
-
-class AnsweredItem(NamedTuple):
-    """An item in the journal: its endpoint, begin and end (seconds since 1970).
-
-    The time includes the item's wait in the client and in the server's queue, so that batches look
-    fuller than they are where either limits them.
-    """
-
-    endpoint: str
-    begin: float
-    end: float
-
-
-def read_answered_items(records: Iterable[Mapping[str, Any]]) -> Iterator[AnsweredItem]:
-    """Yield the items that journal records describe."""
-    for record in records:
-        endpoint, took = record.get("endpoint"), record.get("latency_s")
-        if endpoint and took is not None:
-            end = datetime.fromisoformat(record["finished_at"]).timestamp()
-            yield AnsweredItem(str(endpoint), end - float(took), end)
-
-
-@dataclass(slots=True)
-class JobItems:
-    """The items that ended within a job.
-
-    Attributes:
-        first: When the first of them began, or None.
-        last: When the last of them began.
-        calls: All of them by endpoint, if they are kept.
-    """
-
-    first: float | None = None
-    last: float | None = None
-    calls: dict[str, list[AnsweredItem]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, call: AnsweredItem, earliest: float, keep: bool) -> None:
-        """Count one; its begin is at least ``earliest``, the begin of the job."""
-        begin = max(call.begin, earliest)
-        self.first = begin if self.first is None else min(self.first, begin)
-        self.last = begin if self.last is None else max(self.last, begin)
-        if keep:
-            self.calls[call.endpoint].append(call._replace(begin=begin))
-
-
-def group_by_job(
-    calls: Iterable[AnsweredItem], times: Sequence[tuple[float, float]], keep: Sequence[bool]
-) -> list[JobItems]:
-    """Return the items of each job; those that ended outside all jobs are left out.
-
-    Args:
-        calls: Every item that was answered.
-        times: Begin and end of each job, in order.
-        keep: Whether to keep a job's items, which takes some 200 bytes each.
-    """
-    begins, found = [begin for begin, _ in times], [JobItems() for _ in times]
-    for call in calls:
-        number = bisect_right(begins, call.end) - 1
-        if number >= 0 and call.end <= times[number][1]:
-            found[number].add(call, begins[number], keep[number])
-    return found
-
-
-def intervals_of_items(
-    calls: Iterable[AnsweredItem], begin: float, end: float
-) -> tuple[Interval, ...]:
-    """Return the intervals of a server from its items, as if it ran all the time."""
-    steps = [(call.begin, 1) for call in calls] + [(call.end, -1) for call in calls]
-    intervals, at, items = list[Interval](), begin, 0
-    for time, change in sorted([*steps, (end, 0)]):
-        if min(time, end) > at:
-            intervals.append(Interval(at, min(time, end), items=items))
-            at = time
-        items += change
-    return tuple(intervals)
+    servers = (intervals for job in jobs for intervals in job.intervals)
+    loads = (i.items for intervals in servers for i in intervals if i.is_busy)
+    return max(loads, default=1) or 1
 
 
 _LOST_AFTER_S: Final = 90.0
@@ -366,12 +294,10 @@ class JobServers:
     has_counts: bool = False
 
     @property
-    def first_busy_at(self) -> float | None:
-        """Return when a server first had a request."""
-        return min(
-            (s.begin for intervals in self.intervals.values() for s in intervals if s.is_busy),
-            default=None,
-        )
+    def is_measured(self) -> bool:
+        """Return True if it is known what the servers did: by their counts, or they never ran."""
+        states = {i.state for intervals in self.intervals.values() for i in intervals}
+        return self.has_counts or (bool(states) and "up" not in states)
 
 
 def read_job_servers(folder: Path, times: Sequence[tuple[float, float]]) -> list[JobServers]:

@@ -13,6 +13,8 @@ import orjson
 from .errors import ConfigurationError, InvalidItemError
 from .types import Json
 
+_QUOTES: Final = ('"', "'")
+_SHOWN: Final = 40
 _TOKEN: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -27,7 +29,7 @@ class Template:
         """Parse a prompt.
 
         Raises:
-            ConfigurationError: A brace has no counterpart or a name is empty.
+            ConfigurationError: A brace has no counterpart, a name is empty, or braces enclose JSON.
         """
         parts, literal, at = list[str](), "", 0
         for match in _TOKEN.finditer(text):
@@ -38,6 +40,8 @@ class Template:
                 literal += token[0]
             elif name is None or not name.strip():
                 raise ConfigurationError(_lone_brace(text, match.start(), where))
+            elif name.lstrip()[0] in _QUOTES:
+                raise ConfigurationError(_literal_json(text, match.start(), token, where))
             else:
                 parts += [literal, name.strip()]
                 literal = ""
@@ -67,6 +71,16 @@ def _text(value: Json) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else orjson.dumps(value).decode()
+
+
+def _literal_json(text: str, at: int, token: str, where: str) -> str:
+    line = text.count("\n", 0, at) + 1
+    shown = " ".join(token[1:-1].split())
+    shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…"
+    return (
+        f"{where}: line {line}: {{{shown}}} is not the name of a column; braces enclose names of "
+        f"columns: double those of the text itself: {{{{{shown}}}}}"
+    )
 
 
 def _lone_brace(text: str, at: int, where: str) -> str:

@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol, Self
 
 import jsonschema_rs
 import orjson
@@ -18,7 +18,6 @@ from ..core.protocols import CURRENT_CALLS
 from ..core.schemas import open_validator
 from ..core.types import Json, Usage
 from . import transport
-from .endpoint import Endpoint
 
 _SCHEMAS: Final = 64
 
@@ -105,9 +104,6 @@ _LONG_POLL_S: Final = 2.0
 
 _FREE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
-SentAnswer = tuple[dict[str, Any], Endpoint]
-SendRequest = Callable[[Mapping[str, Any]], Awaitable[SentAnswer]]
-
 
 class ResponseStore(Protocol):
     """A store of answers, as JSON on one line, by keys of 16 bytes."""
@@ -140,6 +136,36 @@ class ResponseStore(Protocol):
             For each key, whether no other process holds it.
         """
         ...
+
+
+class CacheMiss:
+    """A request without a cached answer: a block in which its sender sends it.
+
+    Args:
+        cache: The cache.
+        body: The request.
+        key: Its key, or None if its answer must not be stored.
+
+    Attributes:
+        flight: What equal requests wait for, or None if others send it too.
+        claimed: Whether it may be claimed, so that other processes wait.
+    """
+
+    __slots__ = ("_cache", "body", "claimed", "flight", "key")
+
+    def __init__(self, cache: RequestCache, body: Mapping[str, Any], key: bytes | None) -> None:
+        self._cache = cache
+        self.body, self.key = body, key
+        self.flight: asyncio.Future[bytes | None] | None = None
+        self.claimed = False
+
+    def __enter__(self) -> Self:
+        """Return the miss itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let equal requests go on."""
+        self._cache.end(self)
 
 
 class RequestCache:
@@ -184,36 +210,32 @@ class RequestCache:
         """Wait for claims that are being released."""
         await self._claim.wait_idle()
 
-    async def post(
-        self, body: Mapping[str, Any], ask: SendRequest
-    ) -> tuple[dict[str, Any], Endpoint | None]:
-        """Answer one request.
+    async def find(self, body: Mapping[str, Any]) -> dict[str, Any] | CacheMiss:
+        """Return the answer to an equal request, or a miss in whose block the caller sends it.
+
+        If an equal request is being sent, here or by another process, its answer is awaited.
 
         Args:
             body: The request as it is sent.
-            ask: Sends a request.
-
-        Returns:
-            The answer and its endpoint; None if it is the answer to an equal request.
         """
         if not self._policy.is_shareable(body):
-            return await ask(body)
+            return CacheMiss(self, body, None)
         key, waits = self._key(body), 0
         while True:
             flight = self._in_flight.get(key)
             if flight is None:
                 document = await self._find_cached(key)
                 if document is None and key not in self._in_flight:
-                    return await self._send_as_leader(key, body, ask)
+                    return await self._lead(key, body)
             elif waits < _WAITS and not _is_holding_slot():
                 if not await _follow(flight):
                     continue
                 answer, waits = flight.result(), waits + 1
                 document = None if answer is None else self._load_answer(answer)
             else:
-                return await self._send_and_store(key, body, ask, None)
+                return CacheMiss(self, body, key)
             if document is not None:
-                return document, None
+                return document
 
     async def _find_cached(self, key: bytes) -> dict[str, Any] | None:
         """Return a stored answer, or None; does not suspend if none is known."""
@@ -232,26 +254,43 @@ class RequestCache:
         person = b"simulated" if self._simulated else b"real"
         return hashlib.blake2b(text, digest_size=16, person=person).digest()
 
-    async def _send_as_leader(
-        self, key: bytes, body: Mapping[str, Any], ask: SendRequest
-    ) -> tuple[dict[str, Any], Endpoint | None]:
-        """Send a request for all equal ones that come meanwhile, here and in other processes."""
-        flight: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        self._in_flight[key] = flight
-        contested = self._store.contested and not _is_holding_slot()
+    async def _lead(self, key: bytes, body: Mapping[str, Any]) -> dict[str, Any] | CacheMiss:
+        """Make all equal requests that come meanwhile wait, here and in other processes."""
+        miss = CacheMiss(self, body, key)
+        miss.flight = self._in_flight[key] = asyncio.get_running_loop().create_future()
+        if not self._store.contested or _is_holding_slot():
+            return miss
+        miss.claimed = True
         try:
-            if contested:
-                await self._wait_for_claim(key)
-                document = await self._find_cached(key)
-                if document is not None:
-                    return document, None
-            return await self._send_and_store(key, body, ask, flight)
-        finally:
-            del self._in_flight[key]
-            if not flight.done():
-                flight.set_result(None)
-            if contested:  # it may be claimed, also if this task was cancelled while it waited
-                self._claim.submit((key, False))
+            await self._wait_for_claim(key)
+            document = await self._find_cached(key)
+        except BaseException:
+            self.end(miss)
+            raise
+        if document is None:
+            return miss
+        self.end(miss)
+        return document
+
+    def store(self, miss: CacheMiss, document: Mapping[str, Any]) -> None:
+        """Store the answer to a request that missed, if it may be given to equal ones."""
+        if miss.key is None or not self._policy.is_cacheable(miss.body, document):
+            return
+        answer = _as_line(document)
+        if answer is not None:
+            self._store.put(miss.key, answer)
+            if miss.flight is not None:
+                miss.flight.set_result(answer)
+
+    def end(self, miss: CacheMiss) -> None:
+        """Let equal requests go on: without an answer they send theirs."""
+        if miss.key is None or miss.flight is None:
+            return
+        del self._in_flight[miss.key]
+        if not miss.flight.done():
+            miss.flight.set_result(None)
+        if miss.claimed:  # also if the task was cancelled while it waited for the claim
+            self._claim.submit((miss.key, False))
 
     async def _wait_for_claim(self, key: bytes) -> None:
         """Wait until no other process requests the answer, it is stored, or patience ends."""
@@ -263,21 +302,6 @@ class RequestCache:
                 return
             await asyncio.sleep(pause * (1 + random.random()))
             pause = min(1.5 * pause, _LONG_POLL_S)
-
-    async def _send_and_store(
-        self,
-        key: bytes,
-        body: Mapping[str, Any],
-        ask: SendRequest,
-        flight: asyncio.Future[bytes | None] | None,
-    ) -> SentAnswer:
-        document, endpoint = await ask(body)
-        answer = _as_line(document) if self._policy.is_cacheable(body, document) else None
-        if answer is not None:
-            self._store.put(key, answer)
-            if flight is not None:
-                flight.set_result(answer)
-        return document, endpoint
 
     def _load_answer(self, answer: bytes) -> dict[str, Any] | None:
         """Return a stored answer at no cost, and count it; None if it does not fit this fleet."""

@@ -11,8 +11,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ..core.errors import ConfigurationError
 from ..core.protocols import CallLog
+from ..core.token_bucket import TokenBucket
+from ..core.waits import pause_after
 from .adaptive_limit import AdaptiveLimit
-from .policy import AdaptiveLimitPolicy, BreakerPolicy, TokenBucket
+from .policy import AdaptiveLimitPolicy, BreakerPolicy
 from .stats import EndpointReport, EndpointStats
 
 ApiKey: TypeAlias = str | Callable[[], str] | Callable[[], Awaitable[str]]
@@ -127,9 +129,7 @@ class Breaker:
     @property
     def pause_s(self) -> float:
         """Return the seconds to stay open now; doubled while the endpoint does not recover."""
-        # The exponent is bounded because 2.0**1024 overflows.
-        doubled = self._policy.open_s * 2.0 ** min(max(self._pauses - 1, 0), 32)
-        return min(self._policy.open_max_s, doubled)
+        return pause_after(self._policy.wait, max(self._pauses, 1))
 
     def record_failure(self, at_once: bool = False) -> bool:
         """Count a failure; return True if it opens the breaker.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from ..core.aio import SyncPortal
 from ..core.errors import ConfigurationError
@@ -16,14 +16,16 @@ from . import transport
 from .balancer import Affinity
 from .cache import RequestCache
 from .endpoint import Endpoint, EndpointSpec, normalize_base_url
-from .failures import Failure
 from .health import HealthMonitor
-from .policy import FleetPolicy, ModelParams, RateLimiter, RateLimitPolicy
-from .request import RequestCharge, RequestSender
-from .retry import Hedger, Retrier
+from .policy import FleetPolicy, ModelParams, RateLimitPolicy
+from .rate_limit import RateLimiter
+from .request import RequestSender
+from .retry import Hedger, Retrier, SendFunction
 from .server_load import LoadPoller
 from .stats import QUANTILES, EndpointReport, EndpointStats, FleetHealth
 from .transport import OpenStream, Transport
+
+T = TypeVar("T")
 
 
 class Fleet:
@@ -68,6 +70,7 @@ class Fleet:
         self._sender = RequestSender(self._transport, self._monitor, self._limiter, simulated)
         balancer, hedge = self._monitor.balancer, self.policy.hedge
         self._hedger = Hedger(hedge, balancer, self._sender.send, self._limiter) if hedge else None
+        self._send = self._hedger.send if self._hedger else self._sender.send
         affinity = Affinity(self.policy.affinity) if self.policy.affinity else None
         self._retrier = Retrier(
             self.policy.retry, self._monitor, self._limiter, affinity, self._is_counting_tokens
@@ -229,16 +232,18 @@ class Fleet:
             log.calls += 1
             log.loop = asyncio.get_running_loop()
         try:
-            if self._cache is not None:
-                return await self._cache.post(body, self._post)
-            return await self._post(body)
+            if self._cache is None:
+                return await self._call(body, self._send)
+            found = await self._cache.find(body)
+            if isinstance(found, dict):
+                return found, None
+            with found:
+                document, endpoint = await self._call(body, self._send)
+                self._cache.store(found, document)
+                return document, endpoint
         finally:
             if log is not None:
                 log.calls -= 1
-
-    async def _post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Endpoint]:
-        self._start_load_polling()
-        return await self._retrier.call(body, self._hedger.send if self._hedger else self._plain)
 
     async def open_stream(self, body: Mapping[str, Any]) -> tuple[OpenStream, Endpoint]:
         """Send one chat request whose answer is read token by token.
@@ -253,29 +258,26 @@ class Fleet:
             EndpointError: No endpoint started to answer within the attempts allowed.
             RunStoppedError: No item can succeed any more.
         """
-        self._start_load_polling()
         log = CURRENT_CALLS.get()
         if log is not None:
             log.calls += 1
             log.loop = asyncio.get_running_loop()
         try:
-            return await self._retrier.call(body, self._sender.open_stream)
+            return await self._call(body, self._sender.open_stream)
         finally:
             if log is not None:
                 log.calls -= 1
 
-    def _start_load_polling(self) -> None:
+    def _call(
+        self, body: Mapping[str, Any], send: SendFunction[T]
+    ) -> Awaitable[tuple[T, Endpoint]]:
         if self._load is not None:
             self._load.start()
+        return self._retrier.call(body, send)
 
     def _is_counting_tokens(self) -> bool:
         """Return True if a quota counts tokens."""
         return self._counts_tokens
-
-    async def _plain(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
-    ) -> tuple[dict[str, Any] | Failure, Endpoint]:
-        return await self._sender.send(endpoint, body, charge), endpoint
 
 
 class FleetClient:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -15,6 +14,7 @@ import aiohttp
 
 from ..core.errors import EndpointError, PromptTooLongError, RunStoppedError
 from ..core.protocols import CallLog
+from ..core.waits import pause_after
 from .balancer import LoadBalancer
 from .endpoint import BreakerState, Endpoint
 from .failures import BreakerEffect, Failure, RetryAction, make_refused_item_error
@@ -252,7 +252,9 @@ class HealthMonitor:
             # It processes its other requests: the lower limit is sufficient.
             return
         endpoint.refusals += 1
-        pause = retry.add_jitter(seconds or retry.rest(endpoint.refusals), random.random())
+        pause = (
+            retry.extend(seconds) if seconds else pause_after(retry.refusal_wait, endpoint.refusals)
+        )
         host = endpoint.url.split("/")[2]
         for other in self._endpoints:
             if other is endpoint or (rule.shared and other.url.split("/")[2] == host):

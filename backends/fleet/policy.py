@@ -1,14 +1,16 @@
-"""Frozen policies, request parameters, token-bucket rate limiters."""
+"""Policies of a fleet, and the parameters that its requests share."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from threading import Lock
-from typing import Any, Final, Literal, Self
+from typing import Literal
+
+from tenacity import wait_exponential
 
 from ..core.types import Json
+from ..core.waits import ExtendedWait
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +62,19 @@ class RetryPolicy:
     first_failed: float = 0.8
     budget: float | None = None
 
-    def pause(self, failures: int, chance: float) -> float:
-        """Return the seconds to wait after ``failures`` failures (``chance`` in 0 to 1)."""
-        return self.add_jitter(self._back_off(self.backoff_s, failures), chance)
+    @property
+    def wait(self) -> ExtendedWait:
+        """Return the pauses before repetitions on the endpoint that just failed."""
+        return ExtendedWait(wait_exponential(self.backoff_s, self.backoff_max_s), self.jitter)
 
-    def rest(self, refusals: int) -> float:
-        """Return the seconds that an endpoint rests after ``refusals`` refusals in a row."""
-        return self._back_off(self.refusal_pause_s, refusals)
+    @property
+    def refusal_wait(self) -> ExtendedWait:
+        """Return the pauses of an endpoint that refuses without Retry-After."""
+        return ExtendedWait(wait_exponential(self.refusal_pause_s, self.backoff_max_s), self.jitter)
 
-    def add_jitter(self, seconds: float, chance: float) -> float:
-        """Return a requested pause, slightly longer (``chance`` in 0 to 1)."""
-        return seconds * (1.0 + self.jitter * chance)
-
-    def _back_off(self, first_s: float, times: int) -> float:
-        # The exponent is bounded because 2.0**1024 overflows.
-        return min(self.backoff_max_s, first_s * 2.0 ** min(times - 1, 32))
+    def extend(self, seconds: float) -> float:
+        """Return a pause that a server asked for, extended at random."""
+        return seconds * (1.0 + self.jitter * random.random())
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,11 @@ class BreakerPolicy:
     open_s: float = 2.0
     open_max_s: float = 60.0
     probe_s: float = 5.0
+
+    @property
+    def wait(self) -> wait_exponential:
+        """Return the times until the endpoint is probed."""
+        return wait_exponential(self.open_s, self.open_max_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,116 +268,6 @@ class FleetPolicy:
                 request_s=request_timeout_s, connect_s=connect_timeout_s, fleet_s=fleet_wait_s
             ),
         )
-
-
-_BYTES_PER_TOKEN: Final = 4
-_MINUTE_S: Final = 60.0
-
-
-class TokenBucket:
-    """Spreads amounts over time; pure, time is passed in.
-
-    Args:
-        per_s: Amount added per second.
-        burst: Most that can accumulate; one second's worth by default.
-    """
-
-    __slots__ = ("_burst", "_level", "_per_s", "_seen")
-
-    def __init__(self, per_s: float, burst: float | None = None) -> None:
-        self._per_s = per_s
-        self._burst = burst if burst is not None else max(1.0, per_s)
-        self._level = self._burst
-        self._seen: float | None = None
-
-    @classmethod
-    def per_minute(cls, amount: float) -> Self:
-        """Build a bucket that holds a minute's worth."""
-        return cls(amount / _MINUTE_S, amount)
-
-    def has(self, amount: float, now: float) -> bool:
-        """Return True if an amount could be taken at once."""
-        self._refill(now)
-        return self._level >= amount
-
-    def take(self, amount: float, now: float, reserve: float = 0.0) -> float:
-        """Take an amount, at once or on credit.
-
-        Args:
-            amount: How much.
-            now: Monotonic time in seconds.
-            reserve: Amount that must be available when the wait is over.
-
-        Returns:
-            Seconds to wait until it is available; later callers wait longer.
-        """
-        self._refill(now)
-        self._level -= amount
-        return max(0.0, (reserve - self._level) / self._per_s)
-
-    def _refill(self, now: float) -> None:
-        if self._seen is not None:
-            self._level = min(self._burst, self._level + (now - self._seen) * self._per_s)
-        self._seen = now
-
-    def refund(self, amount: float) -> None:
-        """Return an unused amount; a negative amount takes more."""
-        self._level = min(self._burst, self._level + amount)
-
-
-class RateLimiter:
-    """Limits a whole process to its quotas of requests and tokens.
-
-    Tokens are reserved before a request is sent, by an estimate, and settled when its answer has
-    come: a service that counts them only afterwards would let a burst overshoot. The loops of
-    several threads may share one.
-
-    Args:
-        policy: The quotas.
-        clock: Monotonic time in seconds.
-    """
-
-    def __init__(
-        self, policy: RateLimitPolicy, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        per_s, burst = policy.requests_per_s, policy.burst
-        self._requests = TokenBucket(per_s, burst) if per_s else None
-        per_min = policy.tokens_per_min
-        self._tokens = TokenBucket.per_minute(per_min) if per_min else None
-        self._clock = clock
-        self._lock = Lock()
-
-    def reserve(self, tokens: int) -> float:
-        """Reserve one request of so many tokens; return the seconds to wait first."""
-        with self._lock:
-            now, waits = self._clock(), [0.0]
-            if self._requests is not None:
-                waits.append(self._requests.take(1.0, now))
-            if self._tokens is not None:
-                waits.append(self._tokens.take(tokens, now))
-            return max(waits)
-
-    def try_reserve(self, tokens: int) -> bool:
-        """Reserve one request of so many tokens if it need not wait."""
-        with self._lock:
-            now = self._clock()
-            short = self._requests is not None and not self._requests.has(1.0, now)
-            if short or (self._tokens is not None and not self._tokens.has(tokens, now)):
-                return False
-        return self.reserve(tokens) <= 0.0
-
-    def settle(self, estimated: int, used: int | None) -> None:
-        """Correct a reservation by the actual usage, if the server reported it."""
-        if self._tokens is not None and used is not None:
-            with self._lock:
-                self._tokens.refund(estimated - used)
-
-
-def estimate_tokens(body: Mapping[str, Any]) -> int:
-    """Estimate the tokens of a request: four bytes each, and the longest answer allowed."""
-    text = sum(len(str(m.get("content") or "").encode()) for m in body["messages"])
-    most = body.get("max_completion_tokens") or body.get("max_tokens") or 0
-    return text // _BYTES_PER_TOKEN + int(most)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -21,7 +21,7 @@ from . import failures, transport
 from .endpoint import Endpoint, RefusalMark
 from .failures import ErrorBody, Failure, HTTPAnswer, RetryAction
 from .health import HealthMonitor
-from .policy import RateLimiter, estimate_tokens
+from .rate_limit import RateLimiter, estimate_tokens
 from .transport import OpenStream, StreamHooks, Transport
 
 _TEMPLATE: Final = 64
@@ -57,6 +57,7 @@ class RequestCharge:
         attempt: The request's entry in the item's record; None as for ``endpoint_usage``, or if the
             record is full.
         sent_at: Monotonic time in seconds when it was sent.
+        level: Requests in flight to its endpoint then, its own included.
         marks: Endpoints that have refused the call for now before, with their counts at that time;
             None for its first request.
     """
@@ -68,6 +69,7 @@ class RequestCharge:
     endpoint_usage: EndpointUsage | None = None
     attempt: dict[str, Any] | None = None
     sent_at: float = 0.0
+    level: int = 0
     marks: Mapping[Endpoint, RefusalMark] | None = None
 
     @classmethod
@@ -99,11 +101,12 @@ class RequestCharge:
 
     def record_sent(self, endpoint: Endpoint) -> None:
         """Count the request as sent."""
+        self.sent_at, self.level = time.monotonic(), endpoint.in_flight
         if self.log is not None:
             self.log.requests += 1
             self.endpoint_usage = self.log.get_endpoint_usage(endpoint.label, endpoint.stats)
             self.endpoint_usage.requests += 1
-            self.attempt, self.sent_at = self.log.begin_attempt(endpoint.label), time.monotonic()
+            self.attempt = self.log.begin_attempt(endpoint.label)
 
     def settle_answered(self, usage: Usage, model: str | None) -> None:
         """Settle a request that was answered.
@@ -269,109 +272,85 @@ class RequestSender:
         self._warned = False
         self.simulated = simulated
 
-    async def send(
+    def send(
         self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
-    ) -> dict[str, Any] | Failure:
+    ) -> Awaitable[tuple[dict[str, Any] | Failure, Endpoint]]:
         """Send one request to an acquired endpoint, and release the endpoint."""
-        started, level = time.monotonic(), endpoint.in_flight
-        seconds: float | None = None
+        return self._exchange(endpoint, body, charge, streamed=False)
+
+    def open_stream(
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
+    ) -> Awaitable[tuple[OpenStream | Failure, Endpoint]]:
+        """Send one request to an acquired endpoint; the stream releases the endpoint."""
+        return self._exchange(endpoint, body, charge, streamed=True)
+
+    async def _exchange(
+        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge, *, streamed: bool
+    ) -> tuple[Any, Endpoint]:
+        headers: Mapping[str, str] | None = None
+        outcome: dict[str, Any] | OpenStream | Failure | None = None
         charge.record_sent(endpoint)
         try:
-            result = await self._exchange(endpoint, body, charge)
-            if isinstance(result, Failure):
-                self._record_failure(endpoint, result, body, charge)
+            headers, most = await endpoint.headers(), endpoint.max_answer_tokens
+            data, proxied = self._encode(endpoint, body), endpoint.spec.proxied
+            result: dict[str, Any] | OpenStream | Failure
+            if streamed:
+                reader = await self._transport.stream(endpoint.chat_url, data, headers, proxied)
+                hooks = self._make_hooks(endpoint, charge)
+                silence_s = self._transport.silence_s
+                result = await OpenStream.begin(reader, endpoint.label, silence_s, hooks)
             else:
-                seconds = time.monotonic() - started
-                self._record_success(endpoint, result, level, seconds, charge)
-            return result
+                answer = await self._transport.send(endpoint.chat_url, data, headers, proxied)
+                result = self._check_simulated(
+                    transport.read_completion(answer, endpoint.label), endpoint
+                )
+            if isinstance(result, Failure):
+                result = await self._soften_failure(endpoint, result, headers, charge)
+                outcome = learn_max_tokens(endpoint, result, body, resolve_max_tokens(body, most))
+            else:
+                self._record_accepted(endpoint, body, headers, charge.log)
+                outcome = result
+        except (aiohttp.ClientError, TimeoutError) as error:
+            outcome = failures.classify_exception(error, endpoint.label, headers)
+        finally:
+            if isinstance(outcome, OpenStream):
+                endpoint.streaming += 1
+                if charge.log is not None:
+                    charge.log.streams = charge.log.streams or {}
+                    charge.log.streams[charge] = _closer(outcome)
+            else:
+                self._end(endpoint, charge, outcome)
+        return outcome, endpoint
+
+    def _make_hooks(self, endpoint: Endpoint, charge: RequestCharge) -> StreamHooks:
+        log, balancer = charge.log, self._monitor.balancer
+
+        def end(outcome: dict[str, Any] | Failure | None) -> None:
+            endpoint.streaming -= 1
+            if log is not None and log.streams is not None:
+                log.streams.pop(charge, None)
+            if outcome is not None:
+                outcome = self._check_simulated(outcome, endpoint)
+            self._end(endpoint, charge, outcome)
+
+        return StreamHooks(
+            partial(balancer.mark_stream_idle, log), partial(balancer.mark_stream_read, log), end
+        )
+
+    def _end(
+        self, endpoint: Endpoint, charge: RequestCharge, outcome: dict[str, Any] | Failure | None
+    ) -> None:
+        """Record a request's outcome, None if it was abandoned, and release its endpoint."""
+        seconds: float | None = None
+        try:
+            if isinstance(outcome, Failure):
+                self._record_failure(endpoint, outcome, charge)
+            elif outcome is not None:
+                seconds = time.monotonic() - charge.sent_at
+                self._record_success(endpoint, outcome, seconds, charge)
         finally:
             endpoint.stats.add_lost(charge.settle_lost())  # nothing if its end is known
             self._monitor.balancer.release(endpoint, seconds, charge.log)
-
-    async def _exchange(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
-    ) -> dict[str, Any] | Failure:
-        headers: Mapping[str, str] | None = None
-        try:
-            headers, most = await endpoint.headers(), endpoint.max_answer_tokens
-            answer = await self._transport.send(
-                endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
-            )
-            result = self._check_simulated(
-                transport.read_completion(answer, endpoint.label), endpoint
-            )
-            if isinstance(result, Failure):
-                result = await self._soften_failure(endpoint, result, headers, charge)
-                return learn_max_tokens(endpoint, result, body, resolve_max_tokens(body, most))
-            self._record_accepted(endpoint, body, headers, charge.log)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            return failures.classify_exception(error, endpoint.label, headers)
-        return result
-
-    async def open_stream(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge
-    ) -> tuple[OpenStream | Failure, Endpoint]:
-        """Send one request to an acquired endpoint; the stream releases the endpoint."""
-        started, level = time.monotonic(), endpoint.in_flight
-
-        def end(outcome: dict[str, Any] | Failure | None) -> None:
-            seconds: float | None = None
-            endpoint.streaming -= 1
-            if charge.log is not None and charge.log.streams is not None:
-                charge.log.streams.pop(charge, None)
-            if isinstance(outcome, dict):
-                outcome = self._check_simulated(outcome, endpoint)
-            if isinstance(outcome, Failure):
-                self._record_failure(endpoint, outcome, body, charge)
-            elif outcome is not None:
-                seconds = time.monotonic() - started
-                self._record_success(endpoint, outcome, level, seconds, charge)
-            # for a stream that is closed early; nothing if its end is known
-            endpoint.stats.add_lost(charge.settle_lost())
-            self._monitor.balancer.release(endpoint, seconds, charge.log)
-
-        result: OpenStream | Failure | None = None
-        balancer = self._monitor.balancer
-        hooks = StreamHooks(
-            partial(balancer.mark_stream_idle, charge.log),
-            partial(balancer.mark_stream_read, charge.log),
-            end,
-        )
-        charge.record_sent(endpoint)
-        try:
-            result = await self._begin_stream(endpoint, body, charge, hooks)
-            if isinstance(result, Failure):
-                self._record_failure(endpoint, result, body, charge)
-                return result, endpoint
-            endpoint.streaming += 1
-            if charge.log is not None:
-                charge.log.streams = charge.log.streams or {}
-                charge.log.streams[charge] = _closer(result)
-            return result, endpoint
-        finally:
-            if not isinstance(result, OpenStream):
-                endpoint.stats.add_lost(charge.settle_lost())
-                self._monitor.balancer.release(endpoint, item=charge.log)
-
-    async def _begin_stream(
-        self, endpoint: Endpoint, body: Mapping[str, Any], charge: RequestCharge, hooks: StreamHooks
-    ) -> OpenStream | Failure:
-        headers: Mapping[str, str] | None = None
-        try:
-            headers, most = await endpoint.headers(), endpoint.max_answer_tokens
-            reader = await self._transport.stream(
-                endpoint.chat_url, self._encode(endpoint, body), headers, endpoint.spec.proxied
-            )
-            result = await OpenStream.begin(
-                reader, endpoint.label, self._transport.silence_s, hooks
-            )
-            if isinstance(result, Failure):
-                result = await self._soften_failure(endpoint, result, headers, charge)
-                return learn_max_tokens(endpoint, result, body, resolve_max_tokens(body, most))
-            self._record_accepted(endpoint, body, headers, charge.log)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            return failures.classify_exception(error, endpoint.label, headers)
-        return result
 
     async def _soften_failure(
         self,
@@ -412,21 +391,18 @@ class RequestSender:
         if endpoint.refused_items:
             self._monitor.clear_refusals(endpoint, item)
 
-    def _record_failure(
-        self, endpoint: Endpoint, failure: Failure, body: Mapping[str, Any], charge: RequestCharge
-    ) -> None:
+    def _record_failure(self, endpoint: Endpoint, failure: Failure, charge: RequestCharge) -> None:
         endpoint.stats.add_failure(type(failure.error).__name__)
         endpoint.stats.add_lost(charge.settle_failed(failure))
         # A refused request used no tokens; the cost of a lost one is unknown and stays reserved.
         if failure.error.status is not None:
-            self._settle(endpoint, body, Usage(0, 0))
+            self._settle(endpoint, charge.body, Usage(0, 0))
         self._monitor.record_failure(endpoint, failure, charge.log)
 
     def _record_success(
         self,
         endpoint: Endpoint,
         document: Mapping[str, Any],
-        level: int,
         seconds: float,
         charge: RequestCharge,
     ) -> None:
@@ -435,7 +411,7 @@ class RequestSender:
         self._settle(endpoint, charge.body, usage)
         charge.settle_answered(usage, model if isinstance(model, str) else None)
         endpoint.stats.add_answer(seconds, usage)
-        self._monitor.record_success(endpoint, level, seconds)
+        self._monitor.record_success(endpoint, charge.level, seconds)
         if charge.log is not None:
             charge.log.simulated = transport.is_simulated(document)
 

@@ -1,8 +1,8 @@
-"""Input specification, row sources, input summary, messages and RDKit helpers."""
+"""Row sources, input summary, messages and RDKit helpers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,48 +13,6 @@ from ..core.errors import InputError, MissingExtraError
 from ..core.types import Item, Json, Row
 
 OnDuplicate: TypeAlias = Literal["error", "first", "suffix"]
-
-
-@dataclass(frozen=True, slots=True)
-class InputSpec:
-    """Source and naming of a run's items.
-
-    Attributes:
-        path: A csv, tsv, jsonl, ndjson, parquet or smi file, or a folder of .txt and .md files.
-        dataset: Name of a dataset that comes with fanfold or with an extra.
-        items: Rows already in memory.
-        id: Column of item names. None: the dataset's own id column; the file name for a folder;
-            the key ``id`` for ``items`` if any item has it; otherwise row numbers from 1.
-        limit: Number of items after which reading stops, at least 1; None reads all.
-        on_duplicate: How to treat a repeated id: ``error`` refuses it; ``first`` keeps the first
-            row; ``suffix`` names the others ``x#2``, ``x#3``, ….
-        smiles: Column to check with RDKit; items that RDKit cannot parse carry a problem.
-
-    Raises:
-        InputError: Not exactly one of path, dataset and items is given, or the limit is below 1.
-    """
-
-    path: Path | None = None
-    dataset: str | None = None
-    items: Sequence[Mapping[str, Json]] | None = None
-    id: str | None = None
-    limit: int | None = None
-    on_duplicate: OnDuplicate = "error"
-    smiles: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse contradictory values before any file is opened."""
-        given = [key for key in ("path", "dataset", "items") if getattr(self, key) is not None]
-        if len(given) != 1:
-            found = " and ".join(f"input.{key}" for key in given) or "none of them"
-            raise InputError(
-                "input needs exactly one of input.path, input.dataset and input.items; "
-                f"it has {found}"
-            )
-        if self.limit is not None and self.limit < 1:
-            raise InputError(
-                f"input.limit is {self.limit}; it must be at least 1, or null for all rows"
-            )
 
 
 @dataclass(frozen=True, slots=True)

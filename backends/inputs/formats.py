@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from ...configs.models import RunConfig
+from ...configs.models import InputConfig, RunConfig
 from ..core.errors import InputError
 from ..core.templates import Template
 from ..core.types import Json, Row
-from .base import NCI_DATASET, InputSpec, RowSource, describe_line, did_you_mean, find_nci_file
+from .base import NCI_DATASET, RowSource, describe_line, did_you_mean, find_nci_file
 from .lines import unreadable_error
 from .readers import find_text_files, read_delimited, read_folder, read_jsonl, read_smi
 
@@ -85,22 +85,27 @@ _HINTS: Final = {
 }
 
 
-def open_source(spec: InputSpec, needed: Collection[str]) -> RowSource:
-    """Return the source of an input specification; rows are read later.
+def open_source(
+    config: InputConfig, needed: Collection[str], items: Sequence[Mapping[str, Json]] | None = None
+) -> RowSource:
+    """Return the source of an input; rows are read later.
 
     Args:
-        spec: Input to read.
+        config: The settings of the input.
         needed: Required columns.
+        items: Rows already in memory, which replace the configured path or dataset.
 
     Raises:
         InputError: The input does not exist or its format is unsupported.
         MissingExtraError: The dataset needs an extra that is not installed.
     """
-    if spec.dataset is not None:
-        return open_dataset(spec.dataset)
-    if spec.path is not None:
-        return _from_path(spec.path, needed)
-    return _from_memory(spec.items if spec.items is not None else ())
+    if items is not None:
+        return _from_memory(items)
+    if config.dataset is not None:
+        return open_dataset(config.dataset)
+    if config.path is not None:
+        return _from_path(Path(config.path), needed)
+    raise InputError("input has neither input.path nor input.dataset, and no items are given")
 
 
 def _from_path(path: Path, needed: Collection[str]) -> RowSource:
@@ -179,31 +184,6 @@ def _memory_rows(items: Sequence[Mapping[str, Json]]) -> Iterator[tuple[int, Row
                 "column names to values"
             )
         yield at, dict(item)
-
-
-def make_input_spec(config: RunConfig, items: Sequence[Mapping[str, Any]] | None) -> InputSpec:
-    """Return the input specification; pasted ``items`` replace the configured input.
-
-    Pasted items use the configured id column if any of them has it.
-    """
-    given = config.input
-    if items is None:
-        return InputSpec(
-            path=Path(given.path) if given.path else None,
-            dataset=given.dataset,
-            id=given.id,
-            limit=given.limit,
-            on_duplicate=given.on_duplicate,
-            smiles=given.smiles,
-        )
-    named = any(isinstance(item, Mapping) and given.id in item for item in items)
-    return InputSpec(
-        items=items,
-        id=given.id if named else None,
-        limit=given.limit,
-        on_duplicate=given.on_duplicate,
-        smiles=given.smiles,
-    )
 
 
 def needed_columns(config: RunConfig) -> tuple[str, ...]:

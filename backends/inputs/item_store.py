@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,9 +16,10 @@ from typing import Any, Final, Self
 import orjson
 import pyarrow as pa
 
+from ...configs.models import InputConfig
 from ..core.errors import JournalError
-from ..core.types import Item
-from .base import InputSpec, InputSummary, SkippedRow
+from ..core.types import Item, Json
+from .base import InputSummary, SkippedRow
 from .formats import open_source
 from .screening import ItemEntry, RowValidator
 
@@ -318,23 +319,32 @@ def _update_digest(digest: blake2b, batch: list[ItemEntry]) -> None:
         digest.update(b"%d %d " % (len(name), len(entry.row)) + name + entry.row)
 
 
-def load_input(spec: InputSpec, target: Path, columns: Collection[str]) -> InputSummary:
+def load_input(
+    config: InputConfig,
+    target: Path,
+    columns: Collection[str],
+    items: Sequence[Mapping[str, Json]] | None = None,
+) -> InputSummary:
     """Read and check an input and write its items to a store.
 
     This blocks: from a coroutine, call it through `asyncio.to_thread`. Rows are read one by one;
     memory grows with the number of ids only (about 100 bytes each, to find repeated ones).
 
     Args:
-        spec: Input to read.
+        config: The settings of the input.
         target: The store's path; its folder must exist. An existing store is replaced.
         columns: Columns that the task needs.
+        items: Rows already in memory, which replace the configured path or dataset. They have the
+            configured id column only if any of them contains it.
 
     Raises:
         InputError: The input cannot be read, or its rows do not fit; nothing was written.
         MissingExtraError: A required extra is not installed; nothing was written.
         JournalError: The store cannot be written.
     """
-    needed = {*columns, *(name for name in (spec.id, spec.smiles) if name is not None)}
-    write_store(target, RowValidator(spec, open_source(spec, needed), columns))
+    if items is not None and not any(isinstance(i, Mapping) and config.id in i for i in items):
+        config = config.model_copy(update={"id": None})
+    needed = {*columns, *(name for name in (config.id, config.smiles) if name is not None)}
+    write_store(target, RowValidator(config, open_source(config, needed, items), columns))
     with ItemStore(target) as store:
         return store.summary()

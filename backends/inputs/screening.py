@@ -9,11 +9,11 @@ from typing import Final
 
 import orjson
 
+from ...configs.models import InputConfig
 from ..core.errors import InputError
 from ..core.types import Json, Row
 from ..core.values import MAX_DEPTH, is_too_deep
 from .base import (
-    InputSpec,
     OnDuplicate,
     RowSource,
     SkippedRow,
@@ -161,11 +161,11 @@ class RowValidator:
         invalid: Number of items that carry a problem.
     """
 
-    def __init__(self, spec: InputSpec, source: RowSource, columns: Collection[str]) -> None:
+    def __init__(self, config: InputConfig, source: RowSource, columns: Collection[str]) -> None:
         """Store the arguments; open nothing.
 
         Args:
-            spec: The input specification.
+            config: The settings of the input.
             source: Source of the rows.
             columns: Columns that the task needs.
         """
@@ -174,13 +174,13 @@ class RowValidator:
         self.skipped: list[SkippedRow] = []
         self.skipped_total = 0
         self.invalid = 0
-        self._spec = spec
+        self._config = config
         self._source = source
-        id_column = spec.id if spec.id is not None else source.id
-        self._ids = IdAssigner(source, id_column, spec.on_duplicate)
+        id_column = config.id if config.id is not None else source.id
+        self._ids = IdAssigner(source, id_column, config.on_duplicate)
         self._needed = dict.fromkeys(columns, "the task")
-        if spec.smiles is not None:
-            self._needed[spec.smiles] = "input.smiles"
+        if config.smiles is not None:
+            self._needed[config.smiles] = "input.smiles"
         if id_column is not None:
             self._needed[id_column] = "input.id"
 
@@ -202,7 +202,7 @@ class RowValidator:
                 if entry is not None:
                     yield entry
                     count += 1
-                    if count == self._spec.limit:
+                    if count == self._config.limit:
                         break
         self._ids.report_problems()
         if not count:
@@ -210,7 +210,7 @@ class RowValidator:
             raise InputError(f"{self._source.name} has no rows{skipped}; nothing to run")
 
     def _open_check(self, stack: ExitStack) -> SmilesCheck | None:
-        if self._spec.smiles is None and self._source.drop_unparsable is None:
+        if self._config.smiles is None and self._source.drop_unparsable is None:
             return None
         return stack.enter_context(open_smiles_check())
 
@@ -238,7 +238,7 @@ class RowValidator:
 
     def _check_smiles(self, row: Row, check: SmilesCheck) -> tuple[str | None, str | None]:
         """Return why the row is skipped, or else why its item must not be sent to the model."""
-        drop, flag = self._source.drop_unparsable, self._spec.smiles
+        drop, flag = self._source.drop_unparsable, self._config.smiles
         if drop is not None and (reason := check(row[drop])):
             return reason, None
         return None, check(row[flag]) if flag is not None and flag != drop else None

@@ -17,6 +17,7 @@ import orjson
 
 from ..core.checksum import PREVIOUS_CRC_BYTES, check_crc, parse_crc
 from ..core.errors import JournalError
+from ..core.money import UsageTotals
 from ..core.types import Json
 from .journal_file import (
     ItemCounts,
@@ -25,7 +26,6 @@ from .journal_file import (
     JournalWriter,
     RecordKey,
     RunIds,
-    UsageTotals,
     check_line,
     check_renamed_files,
     get_current_run_id,
@@ -457,10 +457,7 @@ class Journal:
 
     def total_usage(self) -> UsageTotals:
         """Return the usage of all sessions."""
-        total = UsageTotals()
-        for spent in self.usage_by_session.values():
-            total.merge(spent)
-        return total
+        return UsageTotals.total(self.usage_by_session.values())
 
 
 def _end_in(extents: Mapping[str, int] | None, path: Path) -> int | None:

@@ -6,21 +6,21 @@ import asyncio
 import os
 import secrets
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
-from typing import Any, Final, NamedTuple, Self, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
 from ..core.checksum import CRC_END, CRC_FIELD, CRC_TAIL_BYTES, add_crc, check_crc
 from ..core.disk import sync_folder
 from ..core.errors import JournalError
-from ..core.money import Amount
+from ..core.money import UsageTotals
 from ..core.types import Json
 from ..core.values import COUNT_FIELDS, MAX_COUNT, STATUSES, check_record
 
@@ -400,89 +400,6 @@ class ItemCounts:
     done: int
     failed: int
     open: int
-
-
-@dataclass(slots=True)
-class UsageTotals:
-    """Sums over records; a field that a record lacks counts as zero.
-
-    Attributes:
-        requests: Requests sent, failed ones included.
-        prompt_tokens: Prompt tokens of answered requests, as far as reported.
-        completion_tokens: Tokens of the answers, as far as reported.
-        cached_tokens: Prompt tokens from prefix caches.
-        lost_tokens: Upper bound of the tokens of requests that may be billed without an answer.
-        useful_tokens: Tokens of the answers that count.
-        nano_usd: Nano-dollars.
-        useful_nano_usd: Nano-dollars of the answers that count.
-        reused: Answers without cost, taken from an earlier equal request.
-    """
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    lost_tokens: int = 0
-    useful_tokens: int = 0
-    nano_usd: int = 0
-    useful_nano_usd: int = 0
-    reused: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Return all tokens that may be billed."""
-        return self.prompt_tokens + self.completion_tokens + self.lost_tokens
-
-    @property
-    def wasted_tokens(self) -> int:
-        """Return tokens that may be billed without use: failed, hedged, sent back for repair."""
-        return self.tokens - self.useful_tokens
-
-    @property
-    def wasted_nano_usd(self) -> int:
-        """Return nano-dollars that may be billed without use."""
-        return self.nano_usd - self.useful_nano_usd
-
-    @property
-    def amount(self) -> Amount:
-        """Return the amount that counts against a budget."""
-        return Amount(self.requests, self.tokens, self.nano_usd)
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Add one record."""
-        self.add_numbers(list(map(record.get, COUNT_FIELDS)))
-
-    def add_numbers(self, numbers: Sequence[int | None]) -> None:
-        """Add the :data:`COUNT_FIELDS` of one record."""
-        requests, prompt, completion, cached, lost, useful, nano, useful_nano, reused = numbers
-        self.requests += requests or 0
-        self.prompt_tokens += prompt or 0
-        self.completion_tokens += completion or 0
-        self.cached_tokens += cached or 0
-        self.lost_tokens += lost or 0
-        self.useful_tokens += useful or 0
-        self.nano_usd += nano or 0
-        self.useful_nano_usd += useful_nano or 0
-        self.reused += reused or 0
-
-    @classmethod
-    def from_numbers(cls, numbers: Iterable[Sequence[int | None]]) -> Self:
-        """Return the sums over records, computed by column for speed.
-
-        Args:
-            numbers: :data:`COUNT_FIELDS` of each record.
-        """
-        sums = [sum(filter(None, column)) for column in zip(*numbers, strict=True)]
-        return cls(**dict(zip(COUNT_FIELDS, sums, strict=False)))
-
-    def to_dict(self) -> dict[str, int]:
-        """Return the sums by their names."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-    def merge(self, other: UsageTotals) -> None:
-        """Add other sums."""
-        for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass(slots=True)

@@ -24,10 +24,8 @@ from .globus.service import TaskService, connect_service
 from .globus.tasks import TASK_LOG_FILE, TaskLog, TaskRegistry
 from .launched.backend import (
     LaunchedBackend,
-    LaunchSettings,
     coordinator_host,
     launcher_command,
-    local_launcher_command,
     python_command,
 )
 from .member import PoolPolicy
@@ -113,10 +111,7 @@ def _globus_backends(config: BackendConfig, work: WorkShard, folder: Path | None
 def _academy_backends(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
     """Return a backend per agent: one that dies does not affect the others."""
     make = import_object(config.executor, "backend.executor") if config.executor else None
-    options = config.exchange.model_dump(exclude={"password"})
-    secret = config.exchange.password
-    password = None if secret is None else secret.get_secret_value()
-    settings = ExchangeSettings(**options, password=password, silence_s=config.silence_s)
+    settings = ExchangeSettings(config.exchange, config.silence_s)
     manager = AgentManager(settings, work, config.slots, make)
     return [
         AcademyBackend(manager, f"agent {n + 1}", config.queue_s) for n in range(config.workers)
@@ -136,16 +131,8 @@ def _parsl_backends(config: BackendConfig, work: WorkShard, folder: Path | None)
 def _launched_backends(
     config: BackendConfig, work: WorkShard, folder: Path | None
 ) -> list[Backend]:
-    command = launcher_command(config.command, config.workers, os.environ)
     ensure_open_files(config.workers, "workers", "backend.workers")  # one connection each
-    launch = LaunchSettings(
-        command=command or local_launcher_command(config.workers),
-        host=coordinator_host(config.host, os.environ),
-        silence_s=config.silence_s,
-        queue_s=config.queue_s,
-        log=None if folder is None else folder / WORKERS_LOG,
-    )
-    return [LaunchedBackend(launch, work)]
+    return [LaunchedBackend(config, work, None if folder is None else folder / WORKERS_LOG)]
 
 
 _KINDS: dict[str, Callable[[BackendConfig, WorkShard, Path | None], list[Backend]]] = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 
 import typer
 
@@ -24,28 +25,22 @@ from ...backends.core.messages import own_version
 from ..run.console import print_messages, print_traceback, setup_logging
 from . import jobs, setup
 from .options import (
+    BUDGET_OPTIONS,
     COST_BY,
+    RUN_OPTIONS,
     SAMPLE_ITEMS,
     AsJson,
     Config,
-    Endpoints,
     Folder,
-    Input,
-    Limit,
-    Metrics,
-    NodeHours,
     Out,
-    Quiet,
-    Requests,
-    Retry,
-    Saver,
-    Sets,
-    Tokens,
-    Trace,
-    Usd,
+    OutputMode,
     nonempty,
     nonempty_path,
+    take_overrides,
 )
+
+if TYPE_CHECKING:
+    from ...configs.resolve import Overrides
 
 _CHOICE_LOGGER: Final = "fanfold.backends.discovery.connect.choice"
 """Logger of what ``endpoints: auto`` chose; always shown."""
@@ -84,23 +79,13 @@ def _setup(
 
 
 @app.command()
-def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
+@take_overrides(*RUN_OPTIONS)
+def run(  # noqa: PLR0913 - typer wants one parameter per option
     config: Config,
     out: Out = None,
-    input_path: Input = None,
-    limit: Limit = None,
-    endpoints: Endpoints = None,
-    checkpointer: Saver = None,
-    overrides: Sets = None,
-    trace: Trace = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    retry_failed: Retry = False,
-    metrics_port: Metrics = None,
-    budget_usd: Usd = None,
-    budget_tokens: Tokens = None,
-    budget_requests: Requests = None,
-    budget_node_hours: NodeHours = None,
+    *,
+    changes: Overrides,
+    output: OutputMode,
     pilot: Annotated[
         int | None,
         typer.Option(
@@ -112,69 +97,19 @@ def run(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     ] = False,
 ) -> None:
     """Run a batch, or resume it if the run folder exists."""
-    from ...configs.resolve import Overrides
-    from .run import OutputMode, run_or_resume
+    from .run import run_or_resume
 
-    changes = Overrides(
-        assignments=overrides or [],
-        input_path=input_path,
-        limit=limit,
-        endpoints=endpoints,
-        checkpointer=checkpointer,
-        trace=trace,
-        retry_failed=retry_failed,
-        metrics_port=metrics_port,
-        budget={
-            "usd": budget_usd,
-            "tokens": budget_tokens,
-            "requests": budget_requests,
-            "node_hours": budget_node_hours,
-        },
-        pilot=pilot,
-        yes=yes,
-    )
-    raise typer.Exit(run_or_resume(config, out, changes, OutputMode(as_json, quiet)))
+    changes = replace(changes, pilot=pilot, yes=yes)
+    raise typer.Exit(run_or_resume(config, out, changes, output))
 
 
 @app.command()
-def resume(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
-    folder: Folder,
-    input_path: Input = None,
-    limit: Limit = None,
-    endpoints: Endpoints = None,
-    checkpointer: Saver = None,
-    overrides: Sets = None,
-    trace: Trace = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    retry_failed: Retry = False,
-    metrics_port: Metrics = None,
-    budget_usd: Usd = None,
-    budget_tokens: Tokens = None,
-    budget_requests: Requests = None,
-    budget_node_hours: NodeHours = None,
-) -> None:
+@take_overrides(*RUN_OPTIONS)
+def resume(folder: Folder, changes: Overrides, output: OutputMode) -> None:
     """Resume a run: process only its unfinished items."""
-    from ...configs.resolve import Overrides
-    from .run import OutputMode, resume_folder
+    from .run import resume_folder
 
-    changes = Overrides(
-        assignments=overrides or [],
-        input_path=input_path,
-        limit=limit,
-        endpoints=endpoints,
-        checkpointer=checkpointer,
-        trace=trace,
-        retry_failed=retry_failed,
-        metrics_port=metrics_port,
-        budget={
-            "usd": budget_usd,
-            "tokens": budget_tokens,
-            "requests": budget_requests,
-            "node_hours": budget_node_hours,
-        },
-    )
-    raise typer.Exit(resume_folder(folder, changes, OutputMode(as_json, quiet)))
+    raise typer.Exit(resume_folder(folder, changes, output))
 
 
 @app.command()
@@ -218,17 +153,11 @@ def cost(
 
 
 @app.command()
-def endpoints(
-    config: Config,
-    addresses: Endpoints = None,
-    overrides: Sets = None,
-    as_json: AsJson = False,
-) -> None:
+@take_overrides("endpoints", "assignments")
+def endpoints(config: Config, changes: Overrides, as_json: AsJson = False) -> None:
     """List the endpoints and their current state; exit with 2 if none serves the model."""
-    from ...configs.resolve import Overrides
     from .endpoints import list_endpoints
 
-    changes = Overrides(overrides or [], endpoints=addresses)
     raise typer.Exit(list_endpoints(config, changes, as_json))
 
 
@@ -258,16 +187,10 @@ def results(
 
 
 @app.command()
-def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
+@take_overrides("input_path", "limit", "endpoints", "assignments", *BUDGET_OPTIONS)
+def check(
     config: Config,
-    input_path: Input = None,
-    limit: Limit = None,
-    endpoints: Endpoints = None,
-    overrides: Sets = None,
-    budget_usd: Usd = None,
-    budget_tokens: Tokens = None,
-    budget_requests: Requests = None,
-    budget_node_hours: NodeHours = None,
+    changes: Overrides,
     sample: Annotated[
         int, typer.Option("--sample", min=1, help="Number of prompts to render and count.")
     ] = SAMPLE_ITEMS,
@@ -283,16 +206,8 @@ def check(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     as_json: AsJson = False,
 ) -> None:
     """Validate the config and estimate tokens, cost and time, without calling the model."""
-    from ...configs.resolve import Overrides
     from .check import check_config
 
-    budget = {
-        "usd": budget_usd,
-        "tokens": budget_tokens,
-        "requests": budget_requests,
-        "node_hours": budget_node_hours,
-    }
-    changes = Overrides(overrides or [], input_path, limit, endpoints, budget=budget)
     check_config(config, changes, sample, like, as_json)
 
 
@@ -320,6 +235,7 @@ def simulate(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
 
 
 @app.command()
+@take_overrides("assignments")
 def serve(
     config: Annotated[
         str,
@@ -339,13 +255,13 @@ def serve(
     host: Annotated[
         str | None, typer.Option("--host", metavar="NAME", help="Host name of this node.")
     ] = None,
-    overrides: Sets = None,
+    *,
+    changes: Overrides,
 ) -> None:
     """Run the model servers of this node (section node) until interrupted."""
-    from ...configs.resolve import Overrides
     from .servers import serve_node
 
-    serve_node(config, Overrides(overrides or []), servers, host)
+    serve_node(config, changes, servers, host)
 
 
 def main() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..run.console import print_messages
-from .options import Folder, Input, Limit, Out, Sets, nonempty, nonempty_path
+from .options import Folder, Out, nonempty, nonempty_path, take_overrides
+
+if TYPE_CHECKING:
+    from ...configs.resolve import Overrides
 
 chain = typer.Typer(help="Commands that the job script calls.", no_args_is_help=True, hidden=True)
 
@@ -23,6 +26,7 @@ def add_commands(app: typer.Typer) -> None:
     app.add_typer(chain, name="chain")
 
 
+@take_overrides("input_path", "limit", "assignments")
 def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
     config: Annotated[
         str,
@@ -53,18 +57,15 @@ def submit(  # noqa: PLR0913, PLR0917 - typer wants one parameter per option
             help="Unpack this environment archive on the nodes first.",
         ),
     ] = None,
-    input_path: Input = None,
-    limit: Limit = None,
-    overrides: Sets = None,
+    *,
+    changes: Overrides,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the script; submit nothing.")
     ] = False,
 ) -> None:
     """Run a batch as a chain of cluster jobs, each submitting the next until all is finished."""
-    from ...configs.resolve import Overrides
     from ..jobs.submit import SubmitOptions, submit_job
 
-    changes = Overrides(overrides or [], input_path, limit)
     options = SubmitOptions(site, nodes, walltime, queue, account, jobs, node_hours, pack)
     submit_job(config, out, changes, options, dry_run)
 

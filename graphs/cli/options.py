@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, get_args, get_type_hints
 
 import typer
 
@@ -41,44 +44,122 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=nonempty_path, hel
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", parser=nonempty_path, help="Run folder.")
 ]
-Input = Annotated[str | None, typer.Option("--input", metavar="PATH", help="Input file or folder.")]
-Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Process only the first N items.")
-]
-Endpoints = Annotated[
-    str | None,
-    typer.Option(
-        "--endpoints", metavar="URLS|FILE|simulated|auto", help="Endpoints that serve the model."
-    ),
-]
-Saver = Annotated[
-    str | None,
-    typer.Option("--checkpointer", metavar="URL", help="postgresql://… instead of SQLite."),
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. limits.streams=64."),
-]
-Trace = Annotated[bool, typer.Option("--trace", help="Run and trace every item with LangGraph.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no tables.")]
-Metrics = Annotated[
-    int | None,
-    typer.Option(
-        "--metrics-port", min=1, max=65535, help="Serve Prometheus metrics on this loopback port."
-    ),
-]
-Usd = Annotated[
-    float | None, typer.Option("--budget-usd", metavar="N", help="Total limit in US dollars.")
-]
-Tokens = Annotated[
-    int | None, typer.Option("--budget-tokens", metavar="N", help="Total limit in tokens.")
-]
-Requests = Annotated[
-    int | None, typer.Option("--budget-requests", metavar="N", help="Total limit in requests.")
-]
-NodeHours = Annotated[
-    float | None,
-    typer.Option("--budget-node-hours", metavar="N", help="Total limit in node-hours."),
-]
-Retry = Annotated[bool, typer.Option("--retry-failed", help="Retry failed items.")]
+
+_SHARED: Final[Mapping[str, Any]] = {
+    "input_path": Annotated[
+        str | None, typer.Option("--input", metavar="PATH", help="Input file or folder.")
+    ],
+    "limit": Annotated[
+        int | None, typer.Option("--limit", min=1, help="Process only the first N items.")
+    ],
+    "endpoints": Annotated[
+        str | None,
+        typer.Option(
+            "--endpoints",
+            metavar="URLS|FILE|simulated|auto",
+            help="Endpoints that serve the model.",
+        ),
+    ],
+    "checkpointer": Annotated[
+        str | None,
+        typer.Option("--checkpointer", metavar="URL", help="postgresql://… instead of SQLite."),
+    ],
+    "assignments": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override a setting, e.g. limits.streams=64."
+        ),
+    ],
+    "trace": Annotated[
+        bool, typer.Option("--trace", help="Run and trace every item with LangGraph.")
+    ],
+    "as_json": AsJson,
+    "quiet": Annotated[bool, typer.Option("--quiet", help="Show no progress and no tables.")],
+    "retry_failed": Annotated[bool, typer.Option("--retry-failed", help="Retry failed items.")],
+    "metrics_port": Annotated[
+        int | None,
+        typer.Option(
+            "--metrics-port",
+            min=1,
+            max=65535,
+            help="Serve Prometheus metrics on this loopback port.",
+        ),
+    ],
+    "budget_usd": Annotated[
+        float | None, typer.Option("--budget-usd", metavar="N", help="Total limit in US dollars.")
+    ],
+    "budget_tokens": Annotated[
+        int | None, typer.Option("--budget-tokens", metavar="N", help="Total limit in tokens.")
+    ],
+    "budget_requests": Annotated[
+        int | None, typer.Option("--budget-requests", metavar="N", help="Total limit in requests.")
+    ],
+    "budget_node_hours": Annotated[
+        float | None,
+        typer.Option("--budget-node-hours", metavar="N", help="Total limit in node-hours."),
+    ],
+}
+"""Options by the field of Overrides or OutputMode that they fill; ``budget_*`` fill its budget."""
+
+RUN_OPTIONS: Final = tuple(_SHARED)
+BUDGET_OPTIONS: Final = tuple(name for name in _SHARED if name.startswith("budget_"))
+
+
+@dataclass(frozen=True, slots=True)
+class OutputMode:
+    """Output of a run: one JSON object, or nothing, or progress and tables."""
+
+    as_json: bool
+    quiet: bool
+
+    @property
+    def is_silent(self) -> bool:
+        """Return True if progress and tables are not shown."""
+        return self.as_json or self.quiet
+
+
+def take_overrides(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command shared options in place of its parameter ``changes``.
+
+    Typer reads the options from the signature of the command. The command itself gets them as one
+    :class:`~fanfold.configs.resolve.Overrides`, and ``as_json`` and ``quiet`` as ``output``.
+
+    Args:
+        names: The options, in the order in which ``--help`` shows them.
+    """
+    options = [
+        Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=_default(kind))
+        for name, kind in ((name, _SHARED[name]) for name in names)
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def call(**given: Any) -> None:
+            from ...configs.resolve import Overrides
+
+            shared = {name: given.pop(name) for name in names}
+            if "quiet" in shared:
+                given["output"] = OutputMode(shared.pop("as_json"), shared.pop("quiet"))
+            budget = {
+                n.removeprefix("budget_"): shared.pop(n) for n in names if n in BUDGET_OPTIONS
+            }
+            assignments = shared.pop("assignments") or []
+            command(**given, changes=Overrides(assignments, budget=budget, **shared))
+
+        hints = get_type_hints(command, localns={"Overrides": Any}, include_extras=True)
+        shown = list[Parameter]()
+        for name, own in signature(command).parameters.items():
+            if name == "changes":
+                shown += options
+            elif name != "output":
+                shown.append(own.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name]))
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        call.__signature__ = Signature(shown)  # type: ignore[attr-defined] # read by inspect
+        call.__annotations__ = {}
+        return call
+
+    return decorate
+
+
+def _default(kind: Any) -> Any:
+    return False if get_args(kind)[0] is bool else None

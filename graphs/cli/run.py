@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -25,6 +24,7 @@ from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
 from . import status
 from .format import budget_lines, cost_lines, format_duration, format_usd_amount, show_aggregate
+from .options import OutputMode
 
 
 def pilot_lines(found: PilotResult) -> Iterator[str]:
@@ -90,19 +90,6 @@ _NAMED: Final = 10
 """Skipped items that one line names."""
 
 
-@dataclass(frozen=True, slots=True)
-class OutputMode:
-    """Output of a run: one JSON object, or nothing, or progress and tables."""
-
-    as_json: bool
-    quiet: bool
-
-    @property
-    def is_silent(self) -> bool:
-        """Return True if progress and tables are not shown."""
-        return self.as_json or self.quiet
-
-
 def run_or_resume(config: str, out: Path | None, overrides: Overrides, output: OutputMode) -> int:
     """Start a run, or resume the one in ``out``; return the exit code."""
     loaded, notices = overrides.resolve(config)
@@ -140,16 +127,15 @@ async def _pilot_session(
     end = session_deadline(loaded.config, time.time())
     await check_saver(overrides.checkpointer)
     if fresh:
-        folder = await with_deadline(prepare_run(loaded, path), end)
+        run = await with_deadline(prepare_run(loaded, path), end)
         if not output.quiet:
-            print_messages(_about(folder))
+            print_messages(_about(run.folder))
     else:
-        resumed = await with_deadline(resume_run(open_folder(path), loaded), end)
-        folder, loaded = resumed.folder, resumed.loaded
+        run = await with_deadline(resume_run(open_folder(path), loaded), end)
     options = RunOptions(
         overrides.checkpointer, overrides.trace, quiet=output.is_silent, deadline=end
     )
-    return await run_pilot(folder, loaded, options, overrides.pilot or 1, open_message_console())
+    return await run_pilot(run, options, overrides.pilot or 1, open_message_console())
 
 
 def _stop_after_pilot(found: PilotResult, path: Path, asked: bool, output: OutputMode) -> int:
@@ -206,13 +192,13 @@ async def _start_session(
 ) -> RunResult:
     end = session_deadline(loaded.config, time.time())
     await check_saver(overrides.checkpointer)
-    folder = await with_deadline(prepare_run(loaded, path), end)
+    run = await with_deadline(prepare_run(loaded, path), end)
     if not output.quiet:
-        print_messages(_about(folder))
+        print_messages(_about(run.folder))
     options = RunOptions(
         overrides.checkpointer, overrides.trace, quiet=output.is_silent, deadline=end
     )
-    return await execute_run(folder, loaded, options, open_message_console())
+    return await execute_run(run, options, open_message_console())
 
 
 async def _resume_session(
@@ -221,18 +207,17 @@ async def _resume_session(
     began = time.time()
     end = None if loaded is None else session_deadline(loaded.config, began)
     await check_saver(overrides.checkpointer)
-    resumed = await with_deadline(resume_run(folder, loaded), end)
+    run = await with_deadline(resume_run(folder, loaded), end)
     if overrides.budget_assignments:  # the latest setting counts
         await asyncio.to_thread(folder.raised_limits.unlink, missing_ok=True)
     options = RunOptions(
         overrides.checkpointer,
         overrides.trace,
         overrides.retry_failed,
-        refold=resumed.reduce_changed,
         quiet=output.is_silent,
-        deadline=end or session_deadline(resumed.loaded.config, began),
+        deadline=end or session_deadline(run.loaded.config, began),
     )
-    return await execute_run(folder, resumed.loaded, options, open_message_console())
+    return await execute_run(run, options, open_message_console())
 
 
 def _about(folder: RunFolder) -> list[str]:

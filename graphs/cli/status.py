@@ -22,10 +22,9 @@ from ...backends.budget.cost import (
     tokens_json,
 )
 from ...backends.core.errors import ConfigurationError
-from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount
+from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD, Amount, UsageTotals
 from ...backends.core.types import Json
 from ...backends.storage.journal import Journal
-from ...backends.storage.journal_file import UsageTotals
 from ...backends.storage.results import make_rows, write_csv, write_jsonl, write_parquet
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, read_extents
 from ...configs.loader import read_settings
@@ -55,16 +54,19 @@ def show_utilization(facts: Mapping[str, Any], console: Console) -> None:
     table.add_column(no_wrap=True, justify="right")
     jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
     table.add_row("jobs started", f"{jobs:,}", "")
-    paid, useful = facts["node_hours"], facts["useful"]
-    table.add_row("node-hours of jobs", f"{paid:,.3f}", "")
-    for name in ("busy", "idle"):
-        hours = facts[f"{name}_node_hours"]
-        table.add_row(f"  {name}", f"{hours:,.3f}", f"{hours / (paid or 1):.1%}")
-    table.add_row(
-        "  useful: batch full", f"{useful['share'] * paid:,.3f}", f"{useful['share']:.1%}"
-    )
-    for cause, part in useful["lost"].items():
-        table.add_row(f"  lost: {cause}", f"{part * paid:,.3f}", f"{part:.1%}")
+    useful, unknown = facts["useful"], facts["unknown_node_hours"]
+    table.add_row("node-hours of jobs", f"{facts['node_hours']:,.3f}", "")
+    known = facts["busy_node_hours"] + facts["idle_node_hours"]
+    if useful["share"] is not None:
+        for name in ("busy", "idle"):
+            hours = facts[f"{name}_node_hours"]
+            table.add_row(f"  {name}", f"{hours:,.3f}", f"{hours / (known or 1):.1%}")
+        parts = {"useful: batch full": useful["share"]}
+        parts |= {f"lost: {cause}": part for cause, part in useful["lost"].items()}
+        for name, part in parts.items():
+            table.add_row(f"  {name}", f"{part * known:,.3f}", f"{part:.1%}")
+    if unknown:
+        table.add_row("  unknown", f"{unknown:,.3f}", "")
     console.print(table)
     _print(_sources(facts), console)
 
@@ -73,8 +75,8 @@ def job_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the job lines printed at the end of a run."""
     jobs = facts["jobs_by_scheduler"] + facts["jobs_by_fanfold"]
     yield f"Jobs: {jobs:,} so far, {_hours(facts)}"
-    if useful := facts.get("useful"):
-        yield f"Useful share: {_share(useful)}"
+    if "useful" in facts:
+        yield f"Useful share: {_share(facts)}"
 
 
 def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -83,24 +85,26 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"no data from the scheduler: {facts['scheduler_says']}"
     if facts["ends"]:
         yield f"no further job: {facts['ends']}"
-    if useful := facts.get("useful"):
-        yield f"useful share {_share(useful)}"
+    if "useful" in facts:
+        yield f"useful share: {_share(facts)}"
 
 
 def _sources(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the sources of the numbers, and why the scheduler's are missing."""
-    useful = facts["useful"]
     yield "node-hours held: while the run works; node-hours of jobs: from job start to job end"
-    yield f"node-hours by {_whose(facts)}; use by {_by(useful)}: {_full(useful)}"
+    yield f"node-hours by {_whose(facts)}; use {_measured(facts)}"
     if facts["scheduler_says"]:
         yield f"no data from the scheduler: {facts['scheduler_says']}"
 
 
 def _hours(facts: Mapping[str, Any]) -> str:
     words = f"{facts['node_hours']:,.3f} node-hours of jobs by {_whose(facts)}"
-    if "busy_node_hours" not in facts:
+    if "useful" not in facts:
         return words
-    return f"{words}, {facts['busy_node_hours']:,.3f} busy, {facts['idle_node_hours']:,.3f} idle"
+    if facts["useful"]["share"] is not None:
+        words += f", {facts['busy_node_hours']:,.3f} busy, {facts['idle_node_hours']:,.3f} idle"
+    unknown = facts["unknown_node_hours"]
+    return words + (f", {unknown:,.3f} unknown" if unknown else "")
 
 
 def _whose(facts: Mapping[str, Any]) -> str:
@@ -114,26 +118,29 @@ def _whose(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _share(useful: Mapping[str, Any]) -> str:
+_UNKNOWN: Final = "unknown: the servers of these nodes reported no counts"
+
+
+def _share(facts: Mapping[str, Any]) -> str:
+    useful = facts["useful"]
+    if useful["share"] is None:
+        return _measured(facts)
     lost = ", ".join(f"{cause} {part:.1%}" for cause, part in useful["lost"].items() if part)
     return (
-        f"{useful['share']:.1%} of the node-hours by {_by(useful)}: {_full(useful)}; "
-        f"the rest: {lost or 'nothing'}"
+        f"{useful['share']:.1%} of the node-hours {_measured(facts)}; the rest: {lost or 'nothing'}"
     )
 
 
-def _full(useful: Mapping[str, Any]) -> str:
-    batch = useful["full_batch_items"]
-    return f"servers with at least 90 % of {batch:,} items in flight"
-
-
-def _by(useful: Mapping[str, Any]) -> str:
-    counted, other = useful["jobs_by_servers_counts"], useful["jobs_by_journal"]
-    if not counted:
-        return "the journal"
-    if not other:
-        return "the servers' own counts"
-    return f"the servers' own counts ({counted:,} of {counted + other:,} jobs, else the journal)"
+def _measured(facts: Mapping[str, Any]) -> str:
+    """Return what the use of the nodes is measured by, or why it is unknown."""
+    useful, unknown = facts["useful"], facts["unknown_node_hours"]
+    counted, other = useful["jobs_by_servers_counts"], useful["jobs_without_counts"]
+    if useful["share"] is None:
+        return _UNKNOWN if other else "unknown: no job has begun"
+    jobs = f" of {counted:,} of {counted + other:,} jobs" if other else ""
+    words = f"by the servers' own counts{jobs}: "
+    words += f"servers with at least 90 % of {useful['full_batch_items']:,} items in flight"
+    return words + (f"; {unknown:,.3f} node-hours {_UNKNOWN}" if other else "")
 
 
 def _print(lines: Iterator[str], console: Console) -> None:
@@ -238,7 +245,7 @@ def export_results(path: Path, form: str, target: Path | None, safe_csv: bool = 
 
 def _schema(folder: RunFolder) -> dict[str, Any] | None:
     """Return the answer schema, without resolving the endpoints' key, which results do not need."""
-    schema = get_at_path(read_settings(folder.settings)[0], ("task", "schema"))
+    schema = get_at_path(read_settings(folder.settings).data, ("task", "schema"))
     return schema if isinstance(schema, dict) else None
 
 

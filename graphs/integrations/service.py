@@ -25,12 +25,12 @@ from ...backends.core.errors import (
     RunStoppedError,
 )
 from ...backends.core.types import Json
-from ...backends.storage.run_folder import RunFolder, is_vacant, open_folder, write_json
+from ...backends.storage.run_folder import is_vacant, open_folder, write_json
 from ...configs.loader import LoadedConfig, load_config
 from ...nodes.batch.load import check_run_input
 from ...nodes.context import RunTools
 from ..caller_policy import escape_variables, resolve_below
-from ..run.prepare import prepare_run
+from ..run.prepare import ReadyRun, prepare_run
 from ..run.shutdown import Shutdown, session_deadline
 from ..session import RunOptions, RunResult, run_session
 
@@ -131,29 +131,27 @@ class ServiceRun:
         return _digest(self._request) == _digest(request)
 
     async def _run(self) -> RunResult:
-        began, folder = time.time(), await self._open_folder()
+        began, run = time.time(), await self._open_folder()
         end = session_deadline(self._loaded.config, began)
         options, console = RunOptions(quiet=True, deadline=end), Console(file=io.StringIO())
         with self._stop.stop_at_deadline(end):
-            return await run_session(
-                folder, self._loaded, options, console, self._stop, on_open=self._set_tools
-            )
+            return await run_session(run, options, console, self._stop, on_open=self._set_tools)
 
-    async def _open_folder(self) -> RunFolder:
+    async def _open_folder(self) -> ReadyRun:
         """Create the run folder, or open that of an earlier process."""
         expected = {"v": 1, "request": _digest(self._request)}
         if await asyncio.to_thread(is_vacant, self._path):
             items, allowed = self._request.get("items"), self._service.allow_simulated
-            folder = await prepare_run(self._loaded, self._path, items, allowed)
+            run = await prepare_run(self._loaded, self._path, items, allowed)
             await asyncio.to_thread(write_json, self._path / "request.json", expected)
-            return folder
+            return run
         folder = await asyncio.to_thread(open_folder, self._path)
         file = self._path / "request.json"
         found = await asyncio.to_thread(lambda: file.read_bytes() if file.exists() else b"{}")
         if orjson.loads(found) not in ({}, expected):
             msg = f"run_id: {self.run_id} was started with another request; choose another id"
             raise InputError(msg)
-        return folder
+        return ReadyRun(folder, self._loaded)
 
     def _set_tools(self, tools: RunTools) -> None:
         self._tools = tools
@@ -175,10 +173,10 @@ class ServiceRun:
     def _progress(self) -> dict[str, Json]:
         if self._tools is None:
             return {}
-        now = self._tools.progress
-        tokens = {"prompt": now.prompt_tokens, "completion": now.completion_tokens}
+        now, usage = self._tools.progress, self._tools.progress.usage
+        tokens = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens}
         counts = {"items": now.total, "done": now.done, "failed": now.failed}
-        about = {"requests": now.requests, "tokens": tokens, "simulated": self._tools.simulated}
+        about = {"requests": usage.requests, "tokens": tokens, "simulated": self._tools.simulated}
         return {**counts, **about}
 
     def outcome(self) -> dict[str, Json]:

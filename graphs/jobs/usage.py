@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,19 +20,14 @@ from ...backends.cluster.chain import (
 )
 from ...backends.cluster.schedulers import JobState, Scheduler, SchedulerUsage, make_scheduler
 from ...backends.cluster.utilization import (
-    JobItems,
     JobServers,
     JobTime,
     Utilization,
     compute_utilization,
-    group_by_job,
-    intervals_of_items,
-    read_answered_items,
     read_job_servers,
 )
 from ...backends.core.errors import FanfoldError
-from ...backends.storage.journal_file import JournalSource, scan_lines
-from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
+from ...backends.storage.run_folder import RunFolder, open_folder
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 
@@ -40,9 +35,9 @@ _SEQUENCES: Final = re.compile(r"--max-num-seqs[= ](\d+)")
 
 
 def run_utilization(
-    folder: RunFolder, hours: Sequence[JobUsage], batch: int | None = None, *, counts: bool = True
+    folder: RunFolder, hours: Sequence[JobUsage], batch: int | None = None
 ) -> Utilization:
-    """Return the useful share of a run's jobs.
+    """Return the useful share of a run's jobs, from the counts of their servers.
 
     The size of a full batch comes from the settings (``limits.endpoint_streams``, or
     ``--max-num-seqs`` in ``node.serve``), else from what the servers reported.
@@ -51,28 +46,19 @@ def run_utilization(
         folder: The run's folder.
         hours: The jobs.
         batch: Concurrent items per server; None takes it from the settings.
-        counts: Use the servers' own counts where available; else only the journal.
 
     Raises:
-        JournalError: The journal cannot be read.
+        JournalError: An event log of the servers cannot be read.
     """
-    settings, _ = read_settings(folder.settings)
+    settings = read_settings(folder.settings).data
     instances = int(get_at_path(settings, ("node", "instances")) or 1)
     full_batch = batch or get_at_path(settings, ("limits", "endpoint_streams"))
     full_batch = full_batch or _parse_max_num_seqs(get_at_path(settings, ("node", "serve")))
     ordered = sorted(hours, key=lambda one: one.begin)
-    times = [(one.begin, one.end) for one in ordered]
-    servers = (
-        read_job_servers(job_servers_folder(folder), times)
-        if counts
-        else [JobServers() for _ in times]
+    servers = read_job_servers(
+        job_servers_folder(folder), [(one.begin, one.end) for one in ordered]
     )
-    found = group_by_job(
-        read_answered_items(_records(folder)), times, [not one.has_counts for one in servers]
-    )
-    jobs = [
-        _job_utilization(*each, instances) for each in zip(ordered, servers, found, strict=True)
-    ]
+    jobs = [_job_time(*each, instances) for each in zip(ordered, servers, strict=True)]
     return compute_utilization(jobs, full_batch)
 
 
@@ -88,25 +74,7 @@ def job_servers_folder(folder: RunFolder) -> Path:
     return folder.path / "cluster" / "servers"
 
 
-def _records(folder: RunFolder) -> Iterator[dict[str, Any]]:
-    """Yield all journal records, including replaced ones, for which servers worked too."""
-    run = get_run_ids(folder.read_provenance())
-    for path in sorted(folder.journal.glob("*.jsonl")):
-        yield from (line.record for line in scan_lines(JournalSource(path, run)))
-
-
-def _job_utilization(
-    spent: JobUsage, servers: JobServers, items: JobItems, instances: int
-) -> JobTime:
-    first, last = items.first, items.last
-    if servers.has_counts:
-        did = tuple(tuple(one) for one in servers.intervals.values())
-        first = min((t for t in (first, servers.first_busy_at) if t is not None), default=None)
-        last = spent.end if last is None and first is not None else last
-    else:
-        did = tuple(
-            intervals_of_items(calls, spent.begin, spent.end) for calls in items.calls.values()
-        )
+def _job_time(spent: JobUsage, servers: JobServers, instances: int) -> JobTime:
     return JobTime(
         nodes=spent.job.nodes,
         begin=spent.begin,
@@ -114,11 +82,9 @@ def _job_utilization(
         inside_s=spent.nodes * (spent.end - spent.begin),
         overhead_s=spent.nodes * spent.overhead_s,
         servers=spent.job.nodes * instances,
-        first_item_at=first,
-        last_item_at=last,
         was_stopped=spent.job.ended is not None and spent.job.code not in (DONE, FAILURES),
-        has_counts=servers.has_counts,
-        intervals=did,
+        is_measured=servers.is_measured,
+        intervals=tuple(map(tuple, servers.intervals.values())),
     )
 
 
@@ -142,8 +108,8 @@ def job_report(
 
     Args:
         path: The run folder.
-        utilization: Compute how busy the servers were and the useful share, which reads the whole
-            journal and the nodes' records.
+        utilization: Compute how busy the servers were and the useful share, which reads the event
+            logs of the nodes.
         batch: Concurrent items per server; None takes it from the settings.
 
     Raises:
@@ -237,17 +203,18 @@ def _state(job: Job, state: JobState | None) -> str:
 
 
 def _use(share: Utilization) -> dict[str, Any]:
-    """Return busy and idle node-hours, and the useful share."""
-    paid = share.paid_s or 1.0
+    """Return busy and idle node-hours, and the useful share of those that are measured."""
+    useful, known = share.useful_share, share.measured_s or 1.0
     return {
         "busy_node_hours": _hours(share.busy_s),
-        "idle_node_hours": _hours(share.paid_s - share.busy_s),
+        "idle_node_hours": _hours(share.measured_s - share.busy_s),
+        "unknown_node_hours": _hours(share.unknown_s),
         "useful": {
-            "share": round(share.useful_share, 4),
-            "full_batch_items": share.full_batch,
-            "lost": {cause: round(s / paid, 4) for cause, s in share.lost_s.items()},
-            "jobs_by_servers_counts": share.by_counts,
-            "jobs_by_journal": share.by_journal,
+            "share": None if useful is None else round(useful, 4),
+            "full_batch_items": None if useful is None else share.full_batch,
+            "lost": {cause: round(s / known, 4) for cause, s in share.lost_s.items()},
+            "jobs_by_servers_counts": share.measured,
+            "jobs_without_counts": share.unmeasured,
         },
     }
 

@@ -25,24 +25,24 @@ from .node_time import NodeTimeMeter, meter_node_time, open_time_log
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class OpenedRun(RunTools):
-    """The tools of a run, with its fleet, budget and journal for reports.
+@dataclass(frozen=True, kw_only=True)
+class OpenRun(RunTools):
+    """An open run: the tools of its nodes, and its fleet for reports.
 
     Attributes:
-        fleet: The fleet; None if no item is open or workers send the requests.
+        item_journal: The journal of the run.
         budget: The budget of the run, or None.
-        journal: The journal of the run.
+        fleet: The fleet; None if no item is open or workers send the requests.
     """
 
-    fleet: Fleet | None = None
+    item_journal: Journal
     budget: Budget | None = None
-    journal: Journal | None = None
+    fleet: Fleet | None = None
 
 
 @asynccontextmanager
 async def charge_node_time(
-    run: OpenedRun, spending: RunBudget | None, logs: SpendLogs, session: int
+    run: OpenRun, spending: RunBudget | None, logs: SpendLogs, session: int
 ) -> AsyncIterator[None]:
     """Charge the node time of an open run while the block runs.
 

@@ -29,7 +29,7 @@ from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.probe import ProbeResult, select_model
 from ...backends.discovery.resolve import EndpointSet, has_own_servers, is_simulated_command
 from ...backends.inputs.base import InputSummary
-from ...backends.inputs.formats import make_input_spec, needed_columns
+from ...backends.inputs.formats import needed_columns
 from ...backends.inputs.item_store import ItemStore, load_input
 from ...backends.simulated.process import make_simulation_spec
 from ...configs.loader import LoadedConfig
@@ -87,7 +87,7 @@ def read_sample(config: RunConfig, count: int) -> Sample:
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "items.arrow"
-        summary = load_input(make_input_spec(config, None), file, needed_columns(config))
+        summary = load_input(config.input, file, needed_columns(config))
         with ItemStore(file) as store:
             chosen = sample_indices(len(store), count, summary.digest)
             rendered = tuple(messages for _, messages in _render_prompts(config, store, chosen))

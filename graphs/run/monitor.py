@@ -20,8 +20,7 @@ from ...backends.core.money import MS_PER_HOUR, NANO_PER_USD
 from ...backends.fleet.fleet import Fleet
 from ...backends.fleet.stats import EndpointReport, FleetHealth
 from ...configs.resolve import check_metrics
-from ...nodes.context import RunTools
-from .accounting import OpenedRun
+from .accounting import OpenRun
 from .console import format_count
 
 _PLAIN_S: Final = 10.0
@@ -57,7 +56,7 @@ class _LineParts:
 class ProgressLine:
     """Renders one progress line; rates are averages over ten seconds."""
 
-    def __init__(self, tools: RunTools) -> None:
+    def __init__(self, tools: OpenRun) -> None:
         self._tools = tools
         self._seen = [(time.monotonic(), *self._new_counts())]
         self._paused: float | None = None
@@ -91,13 +90,13 @@ class ProgressLine:
         rate, flow = (finished - items) / seconds, (tokens - spent) / seconds
         left = progress.total - progress.done - progress.failed
         eta = f"{_duration(left / rate)} left" if rate > 0 and left else "…" if left else "done"
-        fleet = self._tools.fleet if isinstance(self._tools, OpenedRun) else None
+        fleet = self._tools.fleet
         refused = fleet.health().refusals if fleet is not None else 0
         pause = self._pause(fleet, now)
         return _LineParts(
             counts=f"{format_count(progress.done)}/{format_count(progress.total)}",
             failed=f"{format_count(progress.failed)} failed",
-            reused=f"{format_count(progress.reused)} reused" if progress.reused else "",
+            reused=f"{format_count(progress.usage.reused)} reused" if progress.usage.reused else "",
             rate="" if pause else f"{format_count(rate)}/s",
             flow="" if pause else f"{format_count(flow)} tok/s",
             flying=pause or self._in_flight(fleet),
@@ -114,7 +113,7 @@ class ProgressLine:
             name = max(limits, key=lambda limit: limits[limit]["spent"] / limits[limit]["cap"])
             spent, cap = limits[name]["spent"], limits[name]["cap"]
             return f"{_amount(spent)}/{_amount(cap)} {_UNITS[name]}"
-        nano = progress.nano_usd + progress.node_time.nano_usd
+        nano = progress.usage.nano_usd + progress.node_time.nano_usd
         return f"{_amount(nano / NANO_PER_USD)} USD" if nano else ""
 
     def _in_flight(self, fleet: Fleet | None) -> str:
@@ -137,7 +136,7 @@ class ProgressLine:
 
     def _new_counts(self) -> tuple[int, int]:
         progress = self._tools.progress
-        tokens = progress.prompt_tokens + progress.completion_tokens
+        tokens = progress.usage.prompt_tokens + progress.usage.completion_tokens
         return progress.done + progress.failed - progress.ended_before, tokens
 
 
@@ -155,7 +154,7 @@ def _duration(seconds: float) -> str:
 
 
 @asynccontextmanager
-async def show_progress(tools: RunTools, console: Console, quiet: bool) -> AsyncIterator[None]:
+async def show_progress(tools: OpenRun, console: Console, quiet: bool) -> AsyncIterator[None]:
     """Show progress while the block runs: live on a terminal, else a line every 10 s."""
     if quiet:
         yield
@@ -205,7 +204,7 @@ class _Snapshot:
 
 
 @asynccontextmanager
-async def serve_metrics(tools: OpenedRun, port: int | None) -> AsyncIterator[None]:
+async def serve_metrics(tools: OpenRun, port: int | None) -> AsyncIterator[None]:
     """Serve ``/metrics`` on loopback while the block runs.
 
     Args:
@@ -244,13 +243,13 @@ async def _listen(runner: web.AppRunner, port: int) -> None:
         raise ConfigurationError(msg) from None
 
 
-def _snapshot(tools: OpenedRun) -> _Snapshot:
+def _snapshot(tools: OpenRun) -> _Snapshot:
     progress, fleet, held = tools.progress, tools.fleet, tools.progress.node_time
     left = progress.total - progress.done - progress.failed
     return _Snapshot(
         {"done": progress.done, "failed": progress.failed, "open": left},
-        {"useful": progress.useful_tokens, "wasted": progress.wasted_tokens},
-        (progress.nano_usd + held.nano_usd) / NANO_PER_USD
+        {"useful": progress.usage.useful_tokens, "wasted": progress.usage.wasted_tokens},
+        (progress.usage.nano_usd + held.nano_usd) / NANO_PER_USD
         if tools.is_priced or held.nano_usd
         else None,
         {

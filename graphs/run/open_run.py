@@ -21,7 +21,7 @@ from ...backends.cluster.walltime import Walltime
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.money import NO_PRICES, NodeTime
 from ...backends.core.types import Item
-from ...backends.discovery.connect import open_cache, open_fleet
+from ...backends.discovery.connect import ReadyEndpoints, open_cache, open_fleet
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.fleet.fleet import Fleet
 from ...backends.inputs.item_store import ItemStore
@@ -33,14 +33,14 @@ from ...configs.aggregators import to_aggregator_spec
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...nodes.aggregators import build_aggregators
-from ...nodes.context import RunTools, no_account
+from ...nodes.context import no_account
 from ...nodes.shard.gate import Gate
 from ...nodes.shard.progress import Progress, ProgressStream
 from ...nodes.state import ItemState
 from ..remote.coordinator import STOP_GRACE_S, Coordinator, open_coordinator
 from ..remote.heartbeat import stop_earlier_workers
 from ..remote.task_template import make_task_template
-from .accounting import OpenedRun, charge_node_time, make_reporter, write_reports_at_end
+from .accounting import OpenRun, charge_node_time, make_reporter, write_reports_at_end
 from .items import ItemEngine, RunItem, is_run_by_engine, is_small_batch, make_item_runner
 from .monitor import serve_metrics
 from .prepare import compute_fingerprint, compute_question_digest, ensure_run_identity
@@ -76,9 +76,18 @@ class OpenOptions:
 
 @asynccontextmanager
 async def open_run(
-    folder: RunFolder, loaded: LoadedConfig, options: OpenOptions
-) -> AsyncIterator[RunTools]:
+    folder: RunFolder,
+    loaded: LoadedConfig,
+    options: OpenOptions,
+    ready: ReadyEndpoints | None = None,
+) -> AsyncIterator[OpenRun]:
     """Open a run that the caller has locked; open the fleet only if items are open.
+
+    Args:
+        folder: The run's folder.
+        loaded: Its settings.
+        options: How it is opened.
+        ready: Its endpoints if they were just probed; None probes them.
 
     Raises:
         ConfigurationError: The settings do not fit the run.
@@ -109,9 +118,10 @@ async def open_run(
             budget = await stack.enter_async_context(
                 open_budget(folder, config, price, journal, get_run_ids(files.provenance))
             )
-            ready = await stack.enter_async_context(
-                ready_endpoints(config, loaded.plain["endpoints"], files.model)
-            )
+            if ready is None:
+                ready = await stack.enter_async_context(
+                    ready_endpoints(config, loaded.plain["endpoints"], files.model)
+                )
             files = await asyncio.to_thread(
                 _settle_simulated, folder, loaded, files, ready.simulated
             )
@@ -146,7 +156,7 @@ async def open_run(
                 engine = options.make_engine(config.task.graph is not None) if by_engine else None
                 quiet = not is_small_batch(total) and not options.trace
                 run_item = make_item_runner(loaded, fleet, ready.model, engine, quiet)
-        tools = OpenedRun(
+        tools = OpenRun(
             store=files.store,
             item_journal=journal,
             aggregators=build_aggregators(
@@ -165,7 +175,6 @@ async def open_run(
             coordinator=coordinator,
             progress_stream=options.progress_streams.setdefault(folder.path, ProgressStream()),
             fleet=fleet,
-            journal=journal,
         )
         if journal.count_items().open:
             logs = SpendLogs(folder.budget, get_run_ids(files.provenance))
@@ -246,21 +255,13 @@ def _open_run_files(folder: RunFolder, loaded: LoadedConfig) -> _RunFiles:
 
 
 def _progress(journal: Journal, total: int, held: NodeTime) -> Progress:
-    counts, spent = journal.count_items(), journal.total_usage()
+    counts = journal.count_items()
     return Progress(
         total=total,
         done=counts.done,
         failed=counts.failed,
         ended_before=counts.done + counts.failed,
-        requests=spent.requests,
-        prompt_tokens=spent.prompt_tokens,
-        cached_tokens=spent.cached_tokens,
-        completion_tokens=spent.completion_tokens,
-        lost_tokens=spent.lost_tokens,
-        useful_tokens=spent.useful_tokens,
-        nano_usd=spent.nano_usd,
-        reused=spent.reused,
-        useful_nano_usd=spent.useful_nano_usd,
+        usage=journal.total_usage(),
         node_time=held,
     )
 
@@ -303,7 +304,7 @@ async def _refuse_item(item: Item) -> ItemState:
 def write_results(
     folder: RunFolder,
     loaded: LoadedConfig,
-    tools: RunTools,
+    tools: OpenRun,
     aggregate: list[dict[str, Any]],
     progress: dict[str, Any],
 ) -> dict[str, Any]:

@@ -31,11 +31,11 @@ from ...backends.core.errors import (
     NoEndpointError,
 )
 from ...backends.core.secrets import mask_arguments
-from ...backends.discovery.connect import check_cache, make_model_params
+from ...backends.discovery.connect import ReadyEndpoints, check_cache, make_model_params
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
 from ...backends.inputs.base import InputSummary
-from ...backends.inputs.formats import make_input_spec, needed_columns
+from ...backends.inputs.formats import needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
     RunFolder,
@@ -165,13 +165,30 @@ def new_folder_name(name: str) -> str:
     return f"{name}-{stamp}-{secrets.token_hex(2)}"
 
 
+@dataclass(frozen=True, slots=True)
+class ReadyRun:
+    """A run that was checked, so that a session can open it.
+
+    Attributes:
+        folder: Its folder.
+        loaded: The settings of the session.
+        reduce_changed: True if the aggregators differ from those in the checkpoints.
+        endpoints: The endpoints that were probed for the check; None if there was no need.
+    """
+
+    folder: RunFolder
+    loaded: LoadedConfig
+    reduce_changed: bool = False
+    endpoints: ReadyEndpoints | None = None
+
+
 async def prepare_run(
     loaded: LoadedConfig,
     path: Path,
     items: Sequence[Mapping[str, Any]] | None = None,
     allow_simulated: bool = True,
     defer_endpoints: bool = False,
-) -> RunFolder:
+) -> ReadyRun:
     """Check input and endpoints, and create the run folder.
 
     Args:
@@ -195,11 +212,9 @@ async def prepare_run(
         check_endpoints(loaded)
     await asyncio.to_thread(check_cache, loaded.config)
     async with _create_folder(path) as folder:
-        spec = make_input_spec(loaded.config, items)
-        summary = await asyncio.to_thread(
-            load_input, spec, folder.items, needed_columns(loaded.config)
-        )
-        model, simulated = await _resolve_model(loaded, defer_endpoints)
+        given, columns = loaded.config.input, needed_columns(loaded.config)
+        summary = await asyncio.to_thread(load_input, given, folder.items, columns, items)
+        model, simulated, ready = await _resolve_model(loaded, defer_endpoints)
         if simulated and not allow_simulated:
             msg = (
                 "the endpoints are a simulated fleet, whose answers are meaningless; no request "
@@ -217,11 +232,11 @@ async def prepare_run(
             "model": model,
             "price": cost.to_json() if cost is not None else None,
             "fingerprint": compute_fingerprint(loaded.config, model, simulated),
-            "input": describe_input(summary, spec.path),
+            "input": describe_input(summary, given.path if items is None else None),
             "sessions": [],
         }
         await asyncio.to_thread(_write, folder, path, loaded, about)
-    return RunFolder(path)
+    return ReadyRun(RunFolder(path), loaded, endpoints=ready)
 
 
 @asynccontextmanager
@@ -272,14 +287,19 @@ def check_endpoints(loaded: LoadedConfig) -> None:
         raise ConfigurationError(f"{loaded.source}: {error.message}") from None
 
 
-async def _resolve_model(loaded: LoadedConfig, defer_endpoints: bool) -> tuple[str, bool | None]:
-    """Return the model's name, and whether the endpoints are simulated (None: unknown)."""
+async def _resolve_model(
+    loaded: LoadedConfig, defer_endpoints: bool
+) -> tuple[str, bool | None, ReadyEndpoints | None]:
+    """Return the model's name, whether the endpoints are simulated, and the endpoints if probed.
+
+    None in place of the second means that it is not known yet.
+    """
     if defer_endpoints:
-        return loaded.config.model.name or "", None
+        return loaded.config.model.name or "", None, None
     if loaded.config.endpoints.simulated is not None:
-        return make_simulation_spec(loaded.config).model, True
+        return make_simulation_spec(loaded.config).model, True, None
     async with ready_endpoints(loaded.config, loaded.plain["endpoints"]) as ready:
-        return ready.model, ready.simulated
+        return ready.model, ready.simulated, ready
 
 
 def _write(folder: RunFolder, path: Path, loaded: LoadedConfig, about: dict[str, Any]) -> None:
@@ -287,22 +307,22 @@ def _write(folder: RunFolder, path: Path, loaded: LoadedConfig, about: dict[str,
     folder.write_provenance(about)
 
 
-def describe_input(summary: InputSummary, path: Path | None) -> dict[str, Any]:
+def describe_input(summary: InputSummary, path: str | None) -> dict[str, Any]:
     """Return the provenance entry of the input."""
     return {
         "source": summary.source,
         "items": summary.items,
         "digest": summary.digest,
-        "stamp": read_file_stamp(path),
+        "stamp": None if path is None else read_file_stamp(Path(path)),
         "invalid": summary.invalid,
         "skipped_total": summary.skipped_total,
         "skipped": [{"id": s.id, "reason": s.reason} for s in summary.skipped],
     }
 
 
-def read_file_stamp(path: Path | None) -> list[int] | None:
+def read_file_stamp(path: Path) -> list[int] | None:
     """Return size and modification time (ns) of an input file, to detect changes."""
-    if path is None or not path.is_file():
+    if not path.is_file():
         return None
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
@@ -404,22 +424,7 @@ def _own_commit() -> str | None:
 _CHECKED_LATER: Final = ("node.env.", "node.serve", "backend.user_endpoint_config.")
 
 
-@dataclass(frozen=True, slots=True)
-class ResumedRun:
-    """A run to resume.
-
-    Attributes:
-        folder: Its folder.
-        loaded: The settings to resume with.
-        reduce_changed: True if the aggregators differ from those in the checkpoints.
-    """
-
-    folder: RunFolder
-    loaded: LoadedConfig
-    reduce_changed: bool
-
-
-async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ResumedRun:
+async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ReadyRun:
     """Check that settings fit an existing run, and write them to its folder.
 
     A copied folder gets a new run id.
@@ -436,14 +441,15 @@ async def resume_run(folder: RunFolder, loaded: LoadedConfig | None) -> ResumedR
     _check_secrets(folder, after)
     about = await asyncio.to_thread(folder.read_provenance)
     await asyncio.to_thread(_check_unchanged, folder, about, before, after)
+    ready: ReadyEndpoints | None = None
     if about["simulated"] is not None and after.plain["endpoints"] != before.plain["endpoints"]:
-        await _check_simulated(folder, about, after)
+        ready = await _check_simulated(folder, about, after)
     changed = before.plain["reduce"] != after.plain["reduce"]
     if after.plain != before.plain:
         await asyncio.to_thread(_write_changed, folder, about, after)
     if about.get("place") != await asyncio.to_thread(get_folder_identity, folder.path):
         await asyncio.to_thread(_ensure_identity_locked, folder)
-    return ResumedRun(folder, after, changed)
+    return ReadyRun(folder, after, changed, ready)
 
 
 def _check_secrets(folder: RunFolder, after: LoadedConfig) -> None:
@@ -517,17 +523,24 @@ def _check_columns(folder: RunFolder, after: LoadedConfig) -> None:
             raise ConfigurationError(msg)
 
 
-async def _check_simulated(folder: RunFolder, about: dict[str, Any], after: LoadedConfig) -> None:
-    """Check that new endpoints serve the run's model, and are simulated only if the run is."""
+async def _check_simulated(
+    folder: RunFolder, about: dict[str, Any], after: LoadedConfig
+) -> ReadyEndpoints | None:
+    """Check that new endpoints serve the run's model, and are simulated only if the run is.
+
+    Returns:
+        The endpoints; None for a simulated fleet, which is not started here.
+    """
     if after.config.endpoints.simulated is not None:
         make_simulation_spec(after.config)
-        return
+        return None
     async with ready_endpoints(after.config, after.plain["endpoints"], about["model"]) as ready:
         if ready.simulated != about["simulated"]:
             kinds = ("real", "simulated")
             change = f"{kinds[about['simulated']]} → {kinds[ready.simulated]}"
             line = f"endpoints: {change}; a run cannot mix their answers"
             raise ConfigurationError(_difference_message(folder, [line]))
+        return ready
 
 
 def _has_input_changed(known: dict[str, Any], before: LoadedConfig, after: LoadedConfig) -> bool:
@@ -543,6 +556,6 @@ def _has_input_changed(known: dict[str, Any], before: LoadedConfig, after: Loade
     if same and known["stamp"] is not None and read_file_stamp(Path(path)) == known["stamp"]:
         return False
     with tempfile.TemporaryDirectory() as folder:
-        spec, columns = make_input_spec(after.config, None), needed_columns(after.config)
-        digest: str = load_input(spec, Path(folder) / "items.arrow", columns).digest
+        target, columns = Path(folder) / "items.arrow", needed_columns(after.config)
+        digest: str = load_input(after.config.input, target, columns).digest
     return digest != str(known["digest"])

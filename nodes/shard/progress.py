@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ...backends.core.money import NANO_PER_USD, NodeTime
+from ...backends.core.money import NANO_PER_USD, NodeTime, UsageTotals
 
 
 @dataclass(slots=True)
@@ -22,15 +22,7 @@ class Progress:
         done: Items answered.
         failed: Items that ended without an answer.
         ended_before: Items of both kinds that an earlier session finished.
-        requests: Requests of ended items, over all sessions.
-        prompt_tokens: Their prompt tokens, as far as reported.
-        cached_tokens: Prompt tokens that prefix caches contained.
-        completion_tokens: Their completion tokens, as far as reported.
-        lost_tokens: Maximum tokens of requests that may have been paid without an answer.
-        useful_tokens: Tokens of the answers that count.
-        nano_usd: Cost of all these tokens in nano-dollars.
-        useful_nano_usd: Cost of the answers that count in nano-dollars.
-        reused: Answers without cost, because an equal request was answered before.
+        usage: Usage of ended items, over all sessions.
         node_time: Node time over all sessions.
     """
 
@@ -38,22 +30,8 @@ class Progress:
     done: int = 0
     failed: int = 0
     ended_before: int = 0
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    lost_tokens: int = 0
-    useful_tokens: int = 0
-    nano_usd: int = 0
-    useful_nano_usd: int = 0
-    reused: int = 0
+    usage: UsageTotals = field(default_factory=UsageTotals)
     node_time: NodeTime = field(default_factory=NodeTime)
-
-    @property
-    def wasted_tokens(self) -> int:
-        """Return tokens that may have been paid for nothing: failed, hedged, sent back."""
-        paid = self.prompt_tokens + self.completion_tokens + self.lost_tokens
-        return paid - self.useful_tokens
 
     def to_json(self, *, simulated: bool, priced: bool) -> dict[str, Any]:
         """Return the counts as the run's state and ``--json`` contain them.
@@ -62,19 +40,20 @@ class Progress:
             simulated: Whether the answers are simulated.
             priced: Whether tokens have a price; without one the cost is unknown.
         """
+        usage = self.usage
         return {
             "items": self.total,
             "done": self.done,
             "failed": self.failed,
-            "requests": self.requests,
-            "reused": self.reused,
+            "requests": usage.requests,
+            "reused": usage.reused,
             "tokens": {
-                "prompt": self.prompt_tokens,
-                "cached": self.cached_tokens,
-                "completion": self.completion_tokens,
-                "wasted": self.wasted_tokens,
+                "prompt": usage.prompt_tokens,
+                "cached": usage.cached_tokens,
+                "completion": usage.completion_tokens,
+                "wasted": usage.wasted_tokens,
             },
-            "usd": self.nano_usd / NANO_PER_USD if priced else None,
+            "usd": usage.nano_usd / NANO_PER_USD if priced else None,
             "simulated": simulated,
         }
 
@@ -82,15 +61,7 @@ class Progress:
         """Count an item that just ended, from its journal record."""
         self.done += record["status"] == "done"
         self.failed += record["status"] == "failed"
-        self.requests += record["requests"]
-        self.prompt_tokens += record["prompt_tokens"] or 0
-        self.cached_tokens += record["cached_tokens"] or 0
-        self.completion_tokens += record["completion_tokens"] or 0
-        self.lost_tokens += record["lost_tokens"]
-        self.useful_tokens += record["useful_tokens"]
-        self.nano_usd += record["nano_usd"]
-        self.reused += record.get("reused") or 0
-        self.useful_nano_usd += record["useful_nano_usd"]
+        self.usage.add(record)
 
     def add_counts(self, done: int, failed: int, spent: Mapping[str, int]) -> None:
         """Count items that just ended.
@@ -98,12 +69,11 @@ class Progress:
         Args:
             done: Number of answered items.
             failed: Number of items without an answer.
-            spent: Sums over their records, by the names of these counts.
+            spent: Sums over their records, by the names of :class:`UsageTotals`.
         """
         self.done += done
         self.failed += failed
-        for name, further in spent.items():
-            setattr(self, name, getattr(self, name) + further)
+        self.usage.merge(UsageTotals(**spent))
 
     def add_node_time(self, further: NodeTime) -> None:
         """Add further node time."""

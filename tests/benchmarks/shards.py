@@ -76,7 +76,7 @@ async def _run(
         }
     )
     run = await prepare_run(loaded, folder / f"run-{count}")
-    first = asyncio.create_task(_first(run.journal))
+    first = asyncio.create_task(_first(run.folder.journal))
     own, theirs, began = (
         _cpu(resource.RUSAGE_SELF),
         _cpu(resource.RUSAGE_CHILDREN),
@@ -91,7 +91,7 @@ async def _run(
         return written
 
     with patch("fanfold.graphs.context.write_results", timed):
-        result = await execute_run(run, loaded, RunOptions(quiet=True), Console(quiet=True))
+        result = await execute_run(run, RunOptions(quiet=True), Console(quiet=True))
     assert result.progress["done"] == count, result
     wall = time.monotonic() - began
     return (

@@ -218,8 +218,8 @@ def settings(url: str, names: list[str], home: Path, **changes: Any) -> dict[str
 
 
 async def lived(folder: RunFolder) -> RunResult:
-    resumed = await resume_run(folder, None)
-    return await execute_run(folder, resumed.loaded, RunOptions(quiet=True), Console(quiet=True))
+    run = await resume_run(folder, None)
+    return await execute_run(run, RunOptions(quiet=True), Console(quiet=True))
 
 
 def read(folder: RunFolder, items: int) -> dict[str, dict[str, Any]]:
@@ -242,7 +242,7 @@ async def test_an_odd_answer_is_its_items_matter(tmp_path: Path, backend: dict[s
     changes = {name: case[0] for name, case in CASES.items()}
     async with served(changes, asked) as url:
         config = settings(url, names, tmp_path, **({"backend": backend} if backend else {}))
-        folder = await prepare_run(load_config(config), tmp_path / "run")
+        folder = (await prepare_run(load_config(config), tmp_path / "run")).folder
         first = await lived(folder)
         count = len(asked)
         again = await lived(open_folder(folder.path))
@@ -373,7 +373,7 @@ async def test_what_a_graph_puts_out_is_its_items_matter(
         config["task"] = {"prompt": "case {name}", "graph": f"odd_graph_{processes}:graph"}
         config["backend"] = {"kind": "local", "processes": processes}
         config["reduce"] = [{"op": "collect", "limit": 100}, {"op": "count"}]
-        folder = await prepare_run(load_config(config), tmp_path / "run")
+        folder = (await prepare_run(load_config(config), tmp_path / "run")).folder
         first = await lived(folder)
         assert sorted(asked) == sorted(names)
         again = await lived(open_folder(folder.path))

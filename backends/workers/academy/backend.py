@@ -59,7 +59,7 @@ class AgentManager:
     def __init__(
         self, settings: ExchangeSettings, work: WorkShard, slots: int, make: MakeExecutor | None
     ) -> None:
-        if settings.kind == "local" and make is not None:
+        if settings.config.kind == "local" and make is not None:
             msg = (
                 "backend.exchange.kind local keeps all agents in this process; with "
                 "backend.executor use http, redis or globus"
@@ -129,7 +129,7 @@ class AgentManager:
         manager = self._manager
         if manager is None:
             raise BackendError(f"{name}: not started")
-        owner = None if self.settings.kind in {"local", "globus"} else manager.user_id
+        owner = None if self.settings.config.kind in {"local", "globus"} else manager.user_id
         json = SerializationStrategy.JSON  # no pickle crosses an exchange
         config = RuntimeConfig(allowed_deserializers={json}, default_serializer=json)
         where, executor = await self._get_executor(manager)
@@ -151,7 +151,7 @@ class AgentManager:
     async def _get_executor(self, manager: Manager[Any]) -> tuple[str, Executor | None]:
         """Return the name and executor for an agent."""
         self._launched += 1
-        if self.settings.kind == "local":
+        if self.settings.config.kind == "local":
             return "event_loop", None
         if self._make is None:
             process = SingleProcessExecutor()
@@ -213,7 +213,8 @@ class AgentManager:
                 logger.warning("%s: cannot be cleaned up: %r", self.settings.label, error)
 
     async def _close_client(self, client: ExchangeClient[Any]) -> None:
-        if self.settings.kind == "redis":  # wakes its listener, which a cancellation may fail to do
+        if self.settings.config.kind == "redis":
+            # wakes its listener, which a cancellation may fail to do
             await client.terminate(client.client_id)
         await client.close()
 

@@ -12,12 +12,13 @@ import zlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from ....configs.backend import ExchangeConfig
 from ...core.errors import BackendError, ConfigurationError
 from ...core.types import Json
 
@@ -41,22 +42,18 @@ class ExchangeSettings:
     """Settings of the exchange between coordinator and agents.
 
     Attributes:
-        kind: ``local`` (this process), ``redis``, ``http`` or ``globus``.
-        host: Host of a Redis, or address on which to open an HTTP exchange.
-        port: Port of a Redis.
-        password: Password of a Redis, or None.
-        url: URL of an HTTP exchange; None opens one in this process.
-        project: UUID of the Globus project for new clients.
+        config: The section of the run's settings.
         silence_s: Seconds without a heartbeat until a participant counts as dead.
     """
 
-    kind: Literal["local", "redis", "http", "globus"] = "http"
-    host: str = "127.0.0.1"
-    port: int = 6379
-    password: str | None = field(default=None, repr=False)
-    url: str | None = None
-    project: str | None = None
+    config: ExchangeConfig = field(default_factory=ExchangeConfig)
     silence_s: float = 120.0
+
+    @property
+    def password(self) -> str | None:
+        """Return the password of a Redis."""
+        secret = self.config.password
+        return None if secret is None else secret.get_secret_value()
 
     @property
     def heartbeat_s(self) -> float:
@@ -66,16 +63,17 @@ class ExchangeSettings:
     @property
     def max_message_bytes(self) -> int | None:
         """Return the most bytes of a packed message, or None if unlimited."""
-        return _SMALL if self.kind in {"http", "globus"} else None
+        return _SMALL if self.config.kind in {"http", "globus"} else None
 
     @property
     def label(self) -> str:
         """Return its name in messages, without secrets."""
+        config = self.config
         where = {
-            "redis": f" at {self.host}:{self.port}",
-            "http": f" at {self.url.rpartition('@')[2]}" if self.url else f" on {self.host}",
+            "redis": f" at {config.host}:{config.port}",
+            "http": f" at {config.url.rpartition('@')[2]}" if config.url else f" on {config.host}",
         }
-        return f"the {self.kind} exchange{where.get(self.kind, '')}"
+        return f"the {config.kind} exchange{where.get(config.kind, '')}"
 
 
 @asynccontextmanager
@@ -91,8 +89,8 @@ async def open_exchange(settings: ExchangeSettings) -> AsyncIterator[ExchangeFac
     config = ExchangeClientConfig(
         heartbeat_interval=settings.heartbeat_s, stale_heartbeat_threshold=missed
     )
-    if settings.kind == "http" and settings.url is None:
-        async with _serve_exchange(settings.host, config) as factory:
+    if settings.config.kind == "http" and settings.config.url is None:
+        async with _serve_exchange(settings.config.host, config) as factory:
             yield factory
     else:
         yield await asyncio.to_thread(_factory, settings, config)  # a login may open a browser
@@ -101,17 +99,18 @@ async def open_exchange(settings: ExchangeSettings) -> AsyncIterator[ExchangeFac
 def _factory(settings: ExchangeSettings, config: ExchangeClientConfig) -> ExchangeFactory[Any]:
     from academy import exchange  # noqa: PLC0415 - an extra
 
-    if settings.kind == "local":
+    given = settings.config
+    if given.kind == "local":
         return exchange.LocalExchangeFactory(config=config)
-    if settings.kind == "redis":
+    if given.kind == "redis":
         options: dict[str, Any] = {"max_connections": _CONNECTIONS, "socket_connect_timeout": 10}
         if settings.password is not None:
             options["password"] = settings.password
-        return exchange.RedisExchangeFactory(settings.host, settings.port, config=config, **options)
-    if settings.kind == "http":
-        return exchange.HttpExchangeFactory(str(settings.url), config=config)
+        return exchange.RedisExchangeFactory(given.host, given.port, config=config, **options)
+    if given.kind == "http":
+        return exchange.HttpExchangeFactory(str(given.url), config=config)
     try:
-        project = uuid.UUID(settings.project or "")
+        project = uuid.UUID(given.project or "")
     except ValueError as error:
         msg = "backend.exchange.project: the globus exchange needs the UUID of a Globus project"
         raise ConfigurationError(msg) from error
@@ -166,7 +165,7 @@ async def delete_mailboxes(settings: ExchangeSettings, mailboxes: list[EntityId]
     Raises:
         BackendError: The Redis does not answer.
     """
-    if settings.kind != "redis" or not mailboxes:
+    if settings.config.kind != "redis" or not mailboxes:
         return
     from redis import asyncio as redis  # noqa: PLC0415 - comes with the extra
     from redis.exceptions import RedisError  # noqa: PLC0415 - comes with the extra
@@ -174,7 +173,7 @@ async def delete_mailboxes(settings: ExchangeSettings, mailboxes: list[EntityId]
     keys = [f"{key}:{box.uid}" for box in mailboxes for key in _REDIS_KEYS]
     try:
         async with redis.Redis(
-            host=settings.host, port=settings.port, password=settings.password
+            host=settings.config.host, port=settings.config.port, password=settings.password
         ) as client:
             for box in mailboxes:
                 keys += [key async for key in client.scan_iter(f"request:{box.uid}:*")]

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
 from ...core.errors import BackendError, FanfoldError
+from ...core.token_bucket import TokenBucket
 from ...core.types import Json
 from .errors import offline_error, unknown_task_error
 from .service import TaskService
@@ -41,25 +42,6 @@ class PollPolicy:
     max_pause_s: float = 5.0
     health_check_s: float = 10.0
     missing_timeout_s: float = 20.0
-
-
-class TokenBucket:
-    """Limit requests: a burst at once, then a number per second.
-
-    Args:
-        policy: The numbers.
-        clock: Returns a monotonic time in seconds.
-    """
-
-    def __init__(self, policy: PollPolicy, clock: Callable[[], float]) -> None:
-        self._policy, self._clock = policy, clock
-        self._full_at = clock()  # when the whole burst is available again
-
-    async def acquire(self) -> None:
-        """Wait for a token, in order of arrival."""
-        now, gap = self._clock(), 1.0 / self._policy.rate_per_s
-        self._full_at = max(self._full_at, now) + gap
-        await asyncio.sleep(max(0.0, self._full_at - now - self._policy.burst * gap))
 
 
 T = TypeVar("T")
@@ -116,7 +98,8 @@ class ServiceConnection:
 
     def __init__(self, connect: Callable[[], TaskService], policy: PollPolicy) -> None:
         self._connect, self._caller = connect, SerialCaller()
-        self._bucket, self._request_lock = TokenBucket(policy, time.monotonic), asyncio.Lock()
+        self._bucket = TokenBucket(policy.rate_per_s, policy.burst)
+        self._request_lock = asyncio.Lock()
         self._service: TaskService | None = None
 
     async def open(self) -> None:
@@ -135,7 +118,7 @@ class ServiceConnection:
         """
         # without the lock tokens would gather behind a slow answer, and be spent at once
         async with self._request_lock:
-            await self._bucket.acquire()
+            await asyncio.sleep(self._bucket.take(1.0, time.monotonic()))
             if self._service is None:
                 raise BackendError("globus_compute: not connected")
             return await self._caller.call(call, self._service)

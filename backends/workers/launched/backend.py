@@ -10,10 +10,10 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
+from ....configs.backend import BackendConfig
 from ...core.aio import wait_first
 from ...core.errors import BackendError, ConfigurationError
 from ...core.exit_with_parent import launcher_exit_with_parent
@@ -170,25 +170,6 @@ _LATE_S: Final = 60.0
 """Seconds to wait for another worker while the launcher runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchSettings:
-    """How workers are started.
-
-    Attributes:
-        command: The launcher's command; the worker's command is appended.
-        host: Name or address by which workers reach this machine.
-        silence_s: Seconds without a heartbeat after which a connection counts as ended.
-        queue_s: Seconds within which the first worker must connect.
-        log: File for the output of launcher and workers, or None.
-    """
-
-    command: Sequence[str]
-    host: str
-    silence_s: float
-    queue_s: float
-    log: Path | None = None
-
-
 class LaunchedBackend:
     """Run shards on workers that one command starts and that connect to this process.
 
@@ -197,13 +178,17 @@ class LaunchedBackend:
     started again.
 
     Args:
-        launch: How workers are started.
+        config: The settings.
         work: The function that runs a shard; importable, as workers import it by name.
+        log: File for the output of launcher and workers, or None.
     """
 
-    def __init__(self, launch: LaunchSettings, work: WorkShard) -> None:
-        self.name = f"launched ({launch.command[0].rpartition('/')[2]})"
-        self._settings, self._work = launch, f"{work.__module__}:{work.__qualname__}"
+    def __init__(self, config: BackendConfig, work: WorkShard, log: Path | None = None) -> None:
+        launcher = launcher_command(config.command, config.workers, os.environ)
+        self._command = launcher or local_launcher_command(config.workers)
+        self.name = f"launched ({self._command[0].rpartition('/')[2]})"
+        self._config, self._log = config, log
+        self._work = f"{work.__module__}:{work.__qualname__}"
         self._server: WorkerServer | None = None
         self._launcher: LauncherProcess | None = None
 
@@ -219,13 +204,14 @@ class LaunchedBackend:
                 workers.
             ConfigurationError: None can ever connect.
         """
-        server = WorkerServer(self._settings.host, self._settings.silence_s)
+        host = coordinator_host(self._config.host, os.environ)
+        server = WorkerServer(host, self._config.silence_s)
         self._server = server
         await server.open()
         worker = (*python_command(os.environ), "-m", __package__, self._work)
-        command = (*self._settings.command, *worker, f"{self._settings.silence_s:g}")
+        command = (*self._command, *worker, f"{self._config.silence_s:g}")
         environment = os.environ | {URL_ENV: server.url, TOKEN_ENV: server.token}
-        launcher = await LauncherProcess.start(command, environment, self._settings.log)
+        launcher = await LauncherProcess.start(command, environment, self._log)
         self._launcher = launcher
         try:
             await self._wait_first_worker(server, launcher)
@@ -240,7 +226,7 @@ class LaunchedBackend:
             BackendError: None connected.
             ConfigurationError: None can ever connect.
         """
-        wait_s = self._settings.queue_s
+        wait_s = self._config.queue_s
         if await self._wait_for_worker(server, launcher, wait_s):
             return
         output = await asyncio.to_thread(launcher.read_last_lines)

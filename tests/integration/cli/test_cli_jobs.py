@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def begin(shell: Shell, tmp_path: Path) -> float:
-    """A finished run of two jobs: one of long ago that nodes tell of, one with all of its items."""
+    """A finished run of two jobs: the servers of the first reported counts, not of the second."""
     at = time.time()
     assert shell("run", "c.yaml", "--out", "r").code == 0
     terms = {"scheduler": "slurm", "site": "trial"}
@@ -71,31 +71,45 @@ def clock(at: float) -> str:
 
 
 @pytest.mark.usefixtures("begin")
-def test_cost_tells_the_use_of_jobs_by_counts_and_by_the_journal(shell: Shell) -> None:
-    """Of 110 s by Slurm and 100 s by the chain's own times 40 s had a full batch."""
+def test_cost_reports_the_use_of_jobs_with_counts_and_names_the_others(shell: Shell) -> None:
+    """Of 110 s by Slurm 40 s had a full batch; 100 s by the chain's own times are unknown."""
     chain = json.loads(shell("cost", "r", "--json").out)["chain"]
     assert (chain["jobs_by_scheduler"], chain["jobs_by_fanfold"]) == (1, 1)
     assert chain["node_hours"] == round(210 / 3600, 4)
+    assert chain["busy_node_hours"] == round(40 / 3600, 4)
+    assert chain["idle_node_hours"] == round(70 / 3600, 4)
+    assert chain["unknown_node_hours"] == round(100 / 3600, 4)
     useful = chain["useful"]
-    assert (useful["jobs_by_servers_counts"], useful["jobs_by_journal"]) == (1, 1)
+    assert (useful["jobs_by_servers_counts"], useful["jobs_without_counts"]) == (1, 1)
     assert useful["full_batch_items"] == 4
-    assert useful["share"] == round(40 / 210, 4)
+    assert useful["share"] == round(40 / 110, 4)
     assert sum(useful["lost"].values()) + useful["share"] == pytest.approx(1, abs=0.0005)
-    assert useful["lost"]["starved"] == round(8 / 210, 4)
-    assert useful["lost"]["drain"] == round(2 / 210, 4)
-    assert useful["lost"]["start-up"] >= round(60 / 210, 4)
-    assert chain["busy_node_hours"] >= round(40 / 3600, 4)
-    spent = chain["busy_node_hours"] + chain["idle_node_hours"]
-    assert spent == pytest.approx(chain["node_hours"], abs=0.0002)
+    assert useful["lost"]["drain"] == round(10 / 110, 4)
+    assert useful["lost"]["start-up"] == round(60 / 110, 4)
     assert json.loads(shell("status", "r", "--usage", "--json").out)["chain"] == chain
 
     said = shell("cost", "r").out
     assert "node-hours held" in said
     assert "by the scheduler's times of 1 of 2 jobs, else fanfold's" in said
-    assert "the servers' own counts (1 of 2 jobs, else the journal)" in said
+    assert "by the servers' own counts of 1 of 2 jobs: servers with at least 90 % of 4" in said
+    assert "0.028 node-hours unknown: the servers of these nodes reported no counts" in said
     rows = [[cell.strip() for cell in row.split("│")] for row in said.splitlines()]
-    assert ["useful: batch full", "0.011"] in [row[1:3] for row in rows]
+    assert ["useful: batch full", "0.011", "36.4%"] in [row[1:4] for row in rows]
+    assert ["unknown", "0.028"] in [row[1:3] for row in rows]
     assert "lost: down" in said
+
+
+@pytest.mark.usefixtures("begin")
+def test_without_counts_the_useful_share_is_unknown(shell: Shell) -> None:
+    Path("r/cluster/servers/logs/n1.jsonl").unlink()
+    chain = json.loads(shell("cost", "r", "--json").out)["chain"]
+    assert chain["useful"]["share"] is None
+    assert chain["unknown_node_hours"] == chain["node_hours"] == round(210 / 3600, 4)
+    unknown = "unknown: the servers of these nodes reported no counts"
+    said = shell("cost", "r").out
+    assert f"use {unknown}" in said
+    assert "useful: batch full" not in said
+    assert f"useful share: {unknown}" in shell("status", "r", "--usage").out
 
 
 @pytest.mark.usefixtures("begin")

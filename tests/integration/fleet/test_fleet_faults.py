@@ -31,11 +31,11 @@ from fanfold.backends.fleet.policy import (
     FleetPolicy,
     HedgePolicy,
     ModelParams,
-    RateLimiter,
     RateLimitPolicy,
     RetryPolicy,
     TimeoutPolicy,
 )
+from fanfold.backends.fleet.rate_limit import RateLimiter
 from fanfold.backends.fleet.transport import Transport
 from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
 

@@ -63,7 +63,7 @@ def check_usage(trial: Trial) -> None:
     useful = facts["useful"]
     assert sum(useful["lost"].values()) + useful["share"] == pytest.approx(1, abs=0.01)
     assert 0 < useful["share"] < 1
-    assert (useful["jobs_by_servers_counts"], useful["jobs_by_journal"]) == (2, 0)
+    assert (useful["jobs_by_servers_counts"], useful["jobs_without_counts"]) == (2, 0)
     busy, idle = facts["busy_node_hours"], facts["idle_node_hours"]
     assert busy + idle == pytest.approx(facts["node_hours"], abs=0.001)
     least = useful["share"] * facts["node_hours"]

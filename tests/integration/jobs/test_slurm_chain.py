@@ -47,7 +47,7 @@ def check_hours(trial: Trial, slurm: PrivateSlurm) -> None:
         seconds = sum(seconds for seconds, _ in charged(slurm))
         assert facts["node_hours"] == round(seconds / 3600, 4)
     useful = facts["useful"]
-    assert useful["jobs_by_journal"] == 0
+    assert useful["jobs_without_counts"] == 0
     assert sum(useful["lost"].values()) + useful["share"] == pytest.approx(1, abs=0.001)
     assert 0 < useful["share"] < 1
 

@@ -57,6 +57,6 @@ def test_a_chain_on_real_servers(jobs: Cluster, slurm: PrivateSlurm, tmp_path: P
     assert trial.chain.halt_reason == "all items are finished", trial.logs()
     assert {record["error_class"] for record in records} <= {None, "TruncatedAnswerError"}
     assert facts is not None
-    assert facts["useful"]["jobs_by_journal"] == 0
+    assert facts["useful"]["jobs_without_counts"] == 0
     until(lambda: slurm.said("squeue", "-h") == "", "the end of the last job")
     assert len(trial.chain.jobs) > 1

@@ -84,7 +84,7 @@ class Lab:
                 await asyncio.sleep(0.002)
 
     async def begin(self, out: Path | None = None) -> RunFolder:
-        return await prepare_run(load_config(self.config), out or self.out)
+        return (await prepare_run(load_config(self.config), out or self.out)).folder
 
     async def live(
         self, folder: RunFolder | None = None, overrides: tuple[str, ...] = (), **options: Any
@@ -92,9 +92,8 @@ class Lab:
         """Go on with a run in this process, to whatever end."""
         folder = folder or open_folder(self.out)
         loaded = load_config(str(folder.settings), overrides) if overrides else None
-        resumed = await resume_run(folder, loaded)
-        options = {"quiet": True, "refold": resumed.reduce_changed} | options
-        return await execute_run(folder, resumed.loaded, RunOptions(**options), Console(quiet=True))
+        run = await resume_run(folder, loaded)
+        return await execute_run(run, RunOptions(**{"quiet": True} | options), Console(quiet=True))
 
     async def undisturbed(self) -> list[dict[str, Any]]:
         """Return the aggregate of a run that nothing disturbs, and clear the fleet's counts."""

@@ -12,9 +12,8 @@ import pytest
 
 from fanfold.backends.budget.cost import GROUP_KEYS, group_usage
 from fanfold.backends.budget.spend_log import SpendLogs
-from fanfold.backends.core.money import NANO_PER_USD
+from fanfold.backends.core.money import NANO_PER_USD, UsageTotals
 from fanfold.backends.simulated.faults import FaultRule
-from fanfold.backends.storage.journal_file import UsageTotals
 from fanfold.backends.storage.run_folder import RunFolder
 from fanfold.tests.integration.runs.conftest import LabMaker
 

@@ -46,9 +46,10 @@ async def test_servers_die_and_a_node_leaves(node: Node, tmp_path: Path) -> None
     other = Node(node.folder, "node8")
     loaded = settings(node.folder, least=3, wait_s=60)
     async with node.served(), other.served() as leaving:
-        folder = await prepare_run(loaded, tmp_path / "r")
+        run = await prepare_run(loaded, tmp_path / "r")
+        folder = run.folder
         console, options = Console(quiet=True), RunOptions(quiet=True)
-        life = asyncio.create_task(execute_run(folder, loaded, options, console))
+        life = asyncio.create_task(execute_run(run, options, console))
         await until(lambda: finished(folder.path) >= 20)
         os.kill(node.pids()[0], signal.SIGKILL)
         await until(lambda: len(node.events("ready")) == 3)

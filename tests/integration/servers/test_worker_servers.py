@@ -70,8 +70,8 @@ async def test_a_run_starts_its_nodes_servers(
     monkeypatch.setattr(worker, "get_worker", lambda: own)
     backend = {"kind": "executor", "factory": f"{__name__}:threads", "node_endpoints": True}
     loaded = settings(node, backend=backend)
-    folder = await prepare_run(loaded, tmp_path / "r")
-    result = await execute_run(folder, loaded, RunOptions(quiet=True), Console(quiet=True))
+    run = await prepare_run(loaded, tmp_path / "r")
+    result = await execute_run(run, RunOptions(quiet=True), Console(quiet=True))
     assert (result.exit_code, result.progress["done"], result.simulated) == (0, 60, False)
     assert len(node.events("start")) == len(node.events("ready")) == 1
     await asyncio.to_thread(own.close)
@@ -190,7 +190,7 @@ async def test_a_simulated_server_makes_a_simulated_run(node: Node, tmp_path: Pa
     module = "fanfold.backends.simulated --nodes 1 --addressing port"
     serve = f"{sys.executable} -P -m {module} --port {{port}}"
     loaded = settings(node, serve, model={"name": "simulated-8b"})
-    folder = await prepare_run(loaded, tmp_path / "r")
+    folder = (await prepare_run(loaded, tmp_path / "r")).folder
     assert folder.read_provenance()["simulated"] is True
     async with asyncio.timeout(60):
         async with node_endpoints(

@@ -10,8 +10,7 @@ import pytest
 from fanfold.backends.budget.cost import NO_ENDPOINT, Cost, group_usage
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.errors import JournalError
-from fanfold.backends.core.money import NANO_PER_USD, Amount, NodeTime
-from fanfold.backends.storage.journal_file import UsageTotals
+from fanfold.backends.core.money import NANO_PER_USD, Amount, NodeTime, UsageTotals
 from fanfold.backends.storage.results import make_rows
 from fanfold.tests.journals import write_journal
 

@@ -1,4 +1,4 @@
-"""Times of servers, from the nodes' event logs; with the journal, their utilization."""
+"""Times of servers, from the nodes' event logs, and their utilization."""
 
 from __future__ import annotations
 
@@ -61,7 +61,6 @@ def test_a_server_from_its_start_to_its_end(tmp_path: Path) -> None:
     )
     found = told(tmp_path)
     assert found.has_counts
-    assert found.first_busy_at == 12
     assert found.intervals["n1", 0] == [
         Interval(1, 10, "starting"),
         Interval(10, 12),
@@ -117,7 +116,16 @@ def test_records_go_to_the_job_in_which_they_began(tmp_path: Path) -> None:
     write(tmp_path, "n1", *first, *again, *other)
     one, two, none = read_job_servers(tmp_path, [(0, 15), (20, 35), (70, 80)])
     assert (one.has_counts, two.has_counts, none.has_counts) == (True, False, False)
+    assert (one.is_measured, two.is_measured, none.is_measured) == (True, False, False)
     assert (len(one.intervals), len(two.intervals), len(none.intervals)) == (1, 1, 0)
+
+
+def test_servers_that_were_never_ready_need_no_counts(tmp_path: Path) -> None:
+    write(
+        tmp_path, "n1", line(1, "begin", instances=1), line(1, "start", 0), line(9, "given_up", 0)
+    )
+    found = told(tmp_path)
+    assert (found.has_counts, found.is_measured) == (False, True)
 
 
 def test_no_records_and_one_that_cannot_be_read(tmp_path: Path) -> None:
@@ -144,17 +152,15 @@ events = st.one_of(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(events, max_size=12), ats, st.floats(1, 400))
+@given(st.lists(events, max_size=12), st.floats(1, 400))
 def test_whatever_is_recorded_makes_up_what_was_paid(
-    tmp_path: Path, lines: list[dict[str, Any]], first: float, end: float
+    tmp_path: Path, lines: list[dict[str, Any]], end: float
 ) -> None:
     lines = sorted(lines, key=lambda one: float(one["at"]))
     write(tmp_path, "n1", line(0, "begin", instances=2), *lines)
     found = told(tmp_path, end)
     did = tuple(tuple(one) for one in found.intervals.values())
-    job = JobTime(
-        2, 0, end, 2 * end, 10, 4, first, None, was_stopped=False, has_counts=True, intervals=did
-    )
+    job = JobTime(2, 0, end, 2 * end, 10, 4, was_stopped=False, is_measured=True, intervals=did)
     share = compute_utilization([job], batch_size=4)
     assert share.full_s + sum(share.lost_s.values()) == pytest.approx(share.paid_s, abs=1e-6)
     assert share.paid_s == 2 * end + 10

@@ -1,4 +1,4 @@
-"""Each second of each server has one cause, from the journal or the servers' counts."""
+"""Each second of each server has one cause, from the servers' counts."""
 
 from __future__ import annotations
 
@@ -11,37 +11,21 @@ from hypothesis import strategies as st
 
 from fanfold.backends.cluster.utilization import (
     CAUSES,
-    AnsweredItem,
     Interval,
     JobTime,
     ServerState,
     Utilization,
     compute_utilization,
-    group_by_job,
-    intervals_of_items,
-    read_answered_items,
 )
 
 NOTHING = dict.fromkeys(CAUSES, 0.0)
 
 
 def job(end: float, *did: tuple[Interval, ...], **changes: Any) -> JobTime:
-    """A job from 0, whose items begin at 0 and go on to its end."""
+    """A job from 0 whose servers reported what they did."""
     facts: dict[str, Any] = {"nodes": 1, "begin": 0, "end": end, "overhead_s": 0, "servers": 1}
-    facts |= {"first_item_at": 0, "last_item_at": end, "was_stopped": False, "has_counts": True}
-    facts |= {"intervals": did} | changes
+    facts |= {"was_stopped": False, "is_measured": True, "intervals": did} | changes
     return JobTime(**{"inside_s": facts["nodes"] * end} | facts)
-
-
-def by_journal(end: float, calls: list[AnsweredItem], **changes: Any) -> JobTime:
-    (found,) = group_by_job(calls, [(0, end)], [True])
-    did = tuple(intervals_of_items(own, 0, end) for own in found.calls.values())
-    told = {"first_item_at": found.first, "last_item_at": found.last, "has_counts": False}
-    return job(end, *did, **told | changes)
-
-
-def busy(endpoint: str, begin: float, end: float, places: int) -> list[AnsweredItem]:
-    return [AnsweredItem(endpoint, begin, end)] * places
 
 
 def lost(share: Utilization) -> dict[str, float]:
@@ -50,49 +34,74 @@ def lost(share: Utilization) -> dict[str, float]:
 
 
 def test_each_second_has_one_cause() -> None:
-    calls = [
-        *busy("a", 10, 20, 2),  # cold: half of the places
-        *busy("a", 20, 60, 4),  # full
-        *busy("a", 60, 70, 1),  # starved
-        *busy("a", 70, 75, 1),
-    ]
-    share = compute_utilization([by_journal(80, calls, was_stopped=True)], batch_size=4)
+    did = (
+        Interval(0, 10),  # ready, and no item has begun
+        Interval(10, 20, items=2),  # cold: half of the batch
+        Interval(20, 60, items=4),
+        Interval(60, 65, items=1),  # starved
+        Interval(65, 70, items=2),
+        Interval(70, 75, items=1),  # from here on the load only falls
+        Interval(75, 80),
+    )
+    share = compute_utilization([job(80, did, was_stopped=True)], batch_size=4)
     assert (share.paid_s, share.full_s, share.busy_s) == (80, 40, 65)
     assert lost(share) == {"start-up": 10, "cold": 10, "starved": 10, "drain": 10}
     assert share.useful_share == 0.5
-    assert (share.by_counts, share.by_journal) == (0, 1)
+    assert (share.measured, share.unmeasured, share.unknown_s) == (1, 0, 0)
 
 
 def test_the_end_of_a_finished_run_is_its_tail() -> None:
-    share = compute_utilization([by_journal(20, busy("a", 0, 10, 4))], batch_size=4)
+    did = (Interval(0, 10, items=4), Interval(10, 15, items=2), Interval(15, 20))
+    share = compute_utilization([job(20, did)], batch_size=4)
     assert share.full_s == 10
     assert lost(share) == {"tail": 10}
 
 
-def test_a_server_that_never_answered_is_cold() -> None:
-    share = compute_utilization(
-        [by_journal(100, busy("a", 0, 100, 4), nodes=2, servers=2)], batch_size=4
-    )
+def test_a_few_requests_sent_again_do_not_end_the_tail() -> None:
+    """At the end of a run the slowest requests are sent to a second server, too."""
+    busy = (Interval(0, 50, items=100), Interval(50, 80, items=20), Interval(80, 100))
+    other = (Interval(0, 50, items=100), Interval(50, 60), Interval(60, 80, items=2))
+    share = compute_utilization([job(100, busy, other, servers=2)])
+    assert (share.full_batch, share.full_s) == (100, 50)
+    assert lost(share) == {"tail": 40, "down": 10}
+
+
+def test_the_tail_begins_when_the_last_server_gets_no_more() -> None:
+    early = (Interval(0, 40, items=4), Interval(40, 100))
+    late = (Interval(0, 60, items=4), Interval(60, 100, items=1))
+    share = compute_utilization([job(100, early, late, servers=2)])
+    assert lost(share) == {"starved": 10, "tail": 40}
+
+
+def test_a_server_that_never_worked_is_cold() -> None:
+    did = (Interval(0, 100, items=4),)
+    share = compute_utilization([job(100, did, nodes=2, servers=2)], batch_size=4)
     assert (share.paid_s, share.full_s, share.busy_s) == (200, 100, 100)
     assert lost(share) == {"cold": 100}
 
 
 def test_servers_share_their_node() -> None:
-    calls = [*busy("a", 0, 100, 4), *busy("b", 50, 100, 4)]
-    share = compute_utilization([by_journal(100, calls, servers=2)], batch_size=4)
+    late = (Interval(0, 50), Interval(50, 100, items=4))
+    share = compute_utilization(
+        [job(100, (Interval(0, 100, items=4),), late, servers=2)], batch_size=4
+    )
     assert (share.paid_s, share.full_s) == (100, 75)
     assert lost(share) == {"cold": 25}
 
 
-def test_places_are_what_the_busiest_server_kept_up() -> None:
-    calls = [*busy("a", 0, 90, 8), *busy("a", 90, 91, 50)]
-    assert compute_utilization([by_journal(100, calls)]).full_batch == 8
-
-
 def test_no_items_no_share() -> None:
-    share = compute_utilization([by_journal(100, [])])
+    share = compute_utilization([job(100)])
     assert (share.useful_share, lost(share)) == (0, {"start-up": 100})
-    assert compute_utilization([]).useful_share == 0
+    assert compute_utilization([]).useful_share is None
+
+
+def test_a_job_without_counts_is_unknown() -> None:
+    silent = job(50, overhead_s=10, is_measured=False)
+    share = compute_utilization([silent])
+    assert (share.useful_share, share.measured_s, share.unknown_s) == (None, 0, 60)
+    assert (lost(share), share.measured, share.unmeasured) == ({}, 0, 1)
+    share = compute_utilization([silent, job(100, (Interval(0, 100, items=4),))])
+    assert (share.paid_s, share.unknown_s, share.full_s, share.useful_share) == (160, 60, 100, 1)
 
 
 def test_a_life_of_a_server_by_its_own_counts() -> None:
@@ -105,10 +114,10 @@ def test_a_life_of_a_server_by_its_own_counts() -> None:
         Interval(50, 60, items=1),  # starved
         Interval(60, 70, "down"),
         Interval(70, 85, items=4),
-        Interval(85, 90, items=1),  # no further item begins since 80
+        Interval(85, 90, items=1),  # no further item begins
         Interval(90, 100, "over"),
     )
-    share = compute_utilization([job(105, did, first_item_at=15, last_item_at=80)], batch_size=4)
+    share = compute_utilization([job(105, did)], batch_size=4)
     assert (share.full_s, share.busy_s) == (40, 65)
     assert lost(share) == {
         "start-up": 15,
@@ -130,7 +139,8 @@ def test_a_server_that_is_not_ready_while_others_work_starts_up() -> None:
 def test_a_server_that_never_has_enough_is_starved_once_it_works() -> None:
     """So it is where ``limits.streams`` is too small for all servers."""
     did = (Interval(0, 10), Interval(10, 100, items=2))
-    assert lost(compute_utilization([job(100, did)], 4)) == {"cold": 10, "starved": 90}
+    share = compute_utilization([job(100, (Interval(0, 100, items=2),), did, nodes=2)], 4)
+    assert lost(share) == {"starved": 190, "cold": 10}
 
 
 def test_a_server_that_nobody_hears_of_again_is_down() -> None:
@@ -156,17 +166,9 @@ def test_what_the_scheduler_counts_besides_is_start_up() -> None:
     assert lost(share) == {"start-up": 20}
 
 
-def test_places_are_those_that_servers_count_where_any_do() -> None:
-    """What waits in the client or in a server's queue is no place of its batch."""
-    journal = by_journal(100, busy("a", 0, 100, 12))
-    share = compute_utilization([journal, job(100, (Interval(0, 100, items=4, has_queue=True),))])
-    assert (share.full_batch, share.by_counts, share.by_journal) == (4, 1, 1)
-    assert share.useful_share == 1
-
-
 def test_places_are_the_most_that_a_server_was_seen_to_work_on() -> None:
     """One that has too few items nearly all the time is starved, and not full of two."""
-    did = (Interval(0, 1, items=4), Interval(1, 100, items=2))
+    did = (Interval(0, 1, items=4), Interval(1, 60, items=1), Interval(60, 100, items=2))
     share = compute_utilization([job(100, did)])
     assert (share.full_batch, share.full_s, lost(share)) == (4, 1, {"starved": 99})
     assert compute_utilization([job(100, (Interval(0, 100, has_queue=True),))]).full_batch == 1
@@ -186,10 +188,8 @@ jobs = st.builds(
     inside_s=st.floats(0, 500),
     overhead_s=st.floats(0, 50),
     servers=st.integers(0, 6),
-    first_item_at=st.none() | times,
-    last_item_at=st.none() | times,
     was_stopped=st.booleans(),
-    has_counts=st.booleans(),
+    is_measured=st.booleans(),
     intervals=st.lists(servers, max_size=4).map(tuple),
 )
 
@@ -197,33 +197,8 @@ jobs = st.builds(
 @given(st.lists(jobs, max_size=3), st.none() | st.integers(1, 5))
 def test_causes_and_full_time_make_up_what_was_paid(all_jobs: list[JobTime], most: int) -> None:
     share = compute_utilization(all_jobs, most)
-    assert share.full_s + sum(share.lost_s.values()) == pytest.approx(share.paid_s, abs=1e-6)
+    assert share.full_s + sum(share.lost_s.values()) == pytest.approx(share.measured_s, abs=1e-6)
     assert share.paid_s == sum(one.paid_s for one in all_jobs)
-    assert -1e-9 <= share.full_s <= share.busy_s + 1e-9 <= share.paid_s + 2e-6
+    assert -1e-9 <= share.full_s <= share.busy_s + 1e-9 <= share.measured_s + 2e-6
     assert all(seconds >= 0 for seconds in share.lost_s.values())
     assert share.lost_s.keys() == NOTHING.keys()
-
-
-def test_calls_are_read_from_journal_records() -> None:
-    record = {"endpoint": "a", "latency_s": 2.5, "finished_at": "1970-01-01T00:00:10+00:00"}
-    assert list(read_answered_items([record, record | {"endpoint": None}])) == [
-        AnsweredItem("a", 7.5, 10)
-    ]
-
-
-def test_items_belong_to_the_job_in_which_they_ended() -> None:
-    calls = [
-        *busy("a", -5, 5, 1),
-        *busy("a", 8, 15, 1),
-        *busy("b", 18, 22, 1),
-        *busy("b", 99, 99, 1),
-    ]
-    one, other = group_by_job(calls, [(0, 10), (20, 30)], [True, False])
-    assert (one.first, one.last, dict(one.calls)) == (0, 0, {"a": [AnsweredItem("a", 0, 5)]})
-    assert (other.first, other.last, dict(other.calls)) == (20, 20, {})
-
-
-def test_levels_fill_the_jobs_time() -> None:
-    did = intervals_of_items([AnsweredItem("a", 1, 4), AnsweredItem("a", 2, 9)], 0, 6)
-    assert [(s.begin, s.end, s.items) for s in did] == [(0, 1, 0), (1, 2, 1), (2, 4, 2), (4, 6, 1)]
-    assert replace(job(6), intervals=(did,)).paid_s == 6

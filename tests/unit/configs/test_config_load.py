@@ -132,9 +132,10 @@ def test_several_findings_are_told_at_once() -> None:
 
 
 def test_peek_checks_nothing() -> None:
-    data, preset = read_settings({"a": 1}, ["b.c=2"])
+    raw = read_settings({"a": 1}, ["b.c=2"])
+    data, preset = raw.data, raw.preset
     assert (data, preset) == ({"a": 1, "b": {"c": 2}}, None)
-    assert read_settings("data_annotation")[1] == "data_annotation"
+    assert read_settings("data_annotation").preset == "data_annotation"
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -11,7 +11,7 @@ from fanfold.configs.resolve import endpoint_settings, resolve_config
 
 URL = "http://127.0.0.1:9/v1"
 OWN: dict[str, Any] = {
-    "task": {"prompt": "x"},
+    "task": {"prompt": "{text}"},
     "input": {"dataset": "records"},
     "endpoints": {"urls": [URL]},
 }

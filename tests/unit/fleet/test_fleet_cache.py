@@ -82,6 +82,19 @@ class Model:
         return document, self.endpoint
 
 
+async def post(
+    cache: RequestCache, body: Mapping[str, Any], model: Model
+) -> tuple[dict[str, Any], Endpoint | None]:
+    """Send a request as the fleet does."""
+    found = await cache.find(body)
+    if isinstance(found, dict):
+        return found, None
+    with found:
+        document, endpoint = await model(body)
+        cache.store(found, document)
+        return document, endpoint
+
+
 async def settled() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
@@ -101,9 +114,9 @@ async def test_an_equal_request_is_free() -> None:
     reuse = RequestCache(kept, simulated=False)
     log = CallLog()
     CURRENT_CALLS.set(log)
-    first, endpoint = await reuse.post(BODY, model)
+    first, endpoint = await post(reuse, BODY, model)
     assert (endpoint, log.reused) == (model.endpoint, 0)
-    again, nobody = await reuse.post(dict(reversed(BODY.items())), model)
+    again, nobody = await post(reuse, dict(reversed(BODY.items())), model)
     assert (nobody, model.asked) == (None, 1)
     assert again["choices"] == first["choices"]
     assert again["usage"] == {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
@@ -123,8 +136,8 @@ async def test_an_equal_request_is_free() -> None:
 )
 async def test_any_difference_makes_another_request(change: dict[str, Any]) -> None:
     reuse, model = RequestCache(Kept(), simulated=False), Model()
-    await reuse.post(BODY, model)
-    await reuse.post(BODY | change, model)
+    await post(reuse, BODY, model)
+    await post(reuse, BODY | change, model)
     assert model.asked == 2
 
 
@@ -133,14 +146,14 @@ async def test_a_drawn_answer_is_shared_only_on_demand() -> None:
     for sampled, asked in ((False, 3), (True, 4)):
         reuse = RequestCache(Kept(), simulated=False, sampled=sampled)
         for _ in range(3):
-            await reuse.post(body, model)
+            await post(reuse, body, model)
         assert model.asked == asked
 
 
 async def test_equal_requests_in_flight_ask_once() -> None:
     reuse, model = RequestCache(Kept(), simulated=False), Model()
     model.let = asyncio.Semaphore(0)
-    tasks = [asyncio.create_task(reuse.post(BODY, model)) for _ in range(50)]
+    tasks = [asyncio.create_task(post(reuse, BODY, model)) for _ in range(50)]
     await settled()
     assert model.asked == 1
     release(model.let, 50)
@@ -156,7 +169,7 @@ async def test_a_bad_answer_is_its_own_request_s(reason: str) -> None:
     kept, model = Kept(), Model()
     reuse = RequestCache(kept, simulated=False)
     model.reason = reason
-    answers = await asyncio.gather(*(reuse.post(BODY, model) for _ in range(6)))
+    answers = await asyncio.gather(*(post(reuse, BODY, model) for _ in range(6)))
     assert all(endpoint is not None for _, endpoint in answers)
     assert (model.asked, len(kept), reuse._in_flight) == (6, 0, {})
 
@@ -165,7 +178,7 @@ async def test_who_waits_for_a_failure_asks_again() -> None:
     """One takes over, and after a second failure all ask at once."""
     reuse, model = RequestCache(Kept(), simulated=False), Model()
     model.let = asyncio.Semaphore(0)
-    tasks = [asyncio.create_task(reuse.post(BODY, model)) for _ in range(10)]
+    tasks = [asyncio.create_task(post(reuse, BODY, model)) for _ in range(10)]
     await settled()
     model.error = EndpointLostError("lost")
     assert model.asked == 1
@@ -179,14 +192,14 @@ async def test_who_waits_for_a_failure_asks_again() -> None:
     release(model.let, 8)
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [isinstance(result, EndpointLostError) for result in results].count(True) == 2
-    assert text(await reuse.post(BODY, model)).startswith("answer")
+    assert text(await post(reuse, BODY, model)).startswith("answer")
     assert model.asked == 10
 
 
 async def test_when_the_one_who_asks_is_cancelled_another_asks() -> None:
     reuse, model = RequestCache(Kept(), simulated=False), Model()
     model.let = asyncio.Semaphore(0)
-    tasks = [asyncio.create_task(reuse.post(BODY, model)) for _ in range(5)]
+    tasks = [asyncio.create_task(post(reuse, BODY, model)) for _ in range(5)]
     await settled()
     tasks[0].cancel()
     await settled()
@@ -200,7 +213,7 @@ async def test_when_the_one_who_asks_is_cancelled_another_asks() -> None:
 async def test_a_waiter_that_is_cancelled_disturbs_nobody() -> None:
     reuse, model = RequestCache(Kept(), simulated=False), Model()
     model.let = asyncio.Semaphore(0)
-    tasks = [asyncio.create_task(reuse.post(BODY, model)) for _ in range(3)]
+    tasks = [asyncio.create_task(post(reuse, BODY, model)) for _ in range(3)]
     await settled()
     tasks[1].cancel()
     await settled()
@@ -212,9 +225,9 @@ async def test_a_waiter_that_is_cancelled_disturbs_nobody() -> None:
 async def test_an_answer_that_cannot_be_read_is_asked_for() -> None:
     kept, model = Kept(), Model()
     reuse = RequestCache(kept, simulated=False)
-    await reuse.post(BODY, model)
+    await post(reuse, BODY, model)
     kept.damaged = {1}
-    answers = await asyncio.gather(*(reuse.post(BODY, model) for _ in range(4)))
+    answers = await asyncio.gather(*(post(reuse, BODY, model) for _ in range(4)))
     assert model.asked == 2
     assert {text(answer) for answer in answers} == {"answer 2 to 1"}
 
@@ -223,15 +236,15 @@ async def test_an_answer_that_cannot_be_read_is_asked_for() -> None:
 async def test_answers_of_the_other_kind_do_not_count(simulated: bool) -> None:
     """Neither by their key nor, if somebody brings them under it, by what they say."""
     kept, theirs, ours = Kept(), Model(not simulated), Model(simulated)
-    await RequestCache(kept, simulated=not simulated).post(BODY, theirs)
+    await post(RequestCache(kept, simulated=not simulated), BODY, theirs)
     reuse = RequestCache(kept, simulated=simulated)
-    await reuse.post(BODY, ours)
+    await post(reuse, BODY, ours)
     assert ours.asked == 1
     (foreign, own) = kept
     kept[own] = kept[foreign]
-    await reuse.post(BODY, ours)
+    await post(reuse, BODY, ours)
     assert ours.asked == 2
-    assert await reuse.post(BODY, ours)
+    assert await post(reuse, BODY, ours)
     assert ours.asked == 2
 
 
@@ -239,10 +252,10 @@ async def test_answers_of_the_other_kind_do_not_count(simulated: bool) -> None:
 async def test_what_is_no_completion_is_asked_for(text: bytes) -> None:
     kept, model = Kept(), Model()
     reuse = RequestCache(kept, simulated=False)
-    await reuse.post(BODY, model)
+    await post(reuse, BODY, model)
     for key in kept:
         kept[key] = text
-    await reuse.post(BODY, model)
+    await post(reuse, BODY, model)
     assert model.asked == 2
 
 
@@ -253,8 +266,8 @@ async def test_reading_fails_as_whole_and_loses_nobody() -> None:
 
     kept, model = Broken(), Model()
     reuse = RequestCache(kept, simulated=False)
-    await reuse.post(BODY, model)
-    tasks = [reuse.post(BODY, model) for _ in range(3)]
+    await post(reuse, BODY, model)
+    tasks = [post(reuse, BODY, model) for _ in range(3)]
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(result, RuntimeError) for result in results)
 
@@ -262,8 +275,8 @@ async def test_reading_fails_as_whole_and_loses_nobody() -> None:
 async def test_a_twin_finds_the_same() -> None:
     model = Model()
     reuse = RequestCache(Kept(), simulated=False)
-    await reuse.post(BODY, model)
-    assert (await reuse.copy_for_loop().post(BODY, model))[1] is None
+    await post(reuse, BODY, model)
+    assert (await post(reuse.copy_for_loop(), BODY, model))[1] is None
 
 
 def contested() -> Kept:
@@ -282,7 +295,7 @@ async def test_another_process_s_answer_is_waited_for() -> None:
     (key,) = await kept_key(model)
     kept.foreign = {key}
     reuse = RequestCache(kept, simulated=False)
-    tasks = [asyncio.create_task(reuse.post(BODY, model)) for _ in range(4)]
+    tasks = [asyncio.create_task(post(reuse, BODY, model)) for _ in range(4)]
     await asyncio.sleep(0.1)
     assert (model.asked, any(task.done() for task in tasks)) == (1, False)
     kept.put(key, model.last)
@@ -297,7 +310,7 @@ async def test_when_another_process_gives_up_we_ask() -> None:
     (key,) = await kept_key(model)
     kept.foreign = {key}
     reuse = RequestCache(kept, simulated=False)
-    task = asyncio.create_task(reuse.post(BODY, model))
+    task = asyncio.create_task(post(reuse, BODY, model))
     await asyncio.sleep(0.05)
     kept.foreign = set()
     assert text(await task) == "answer 2 to 1"
@@ -309,7 +322,7 @@ async def test_patience_with_another_process_ends() -> None:
     kept, model = contested(), Model()
     kept.foreign = Everything()
     reuse = RequestCache(kept, simulated=False, patience_s=0.1)
-    assert text(await reuse.post(BODY, model)) == "answer 1 to 1"
+    assert text(await post(reuse, BODY, model)) == "answer 1 to 1"
 
 
 async def test_a_claim_is_given_back_whoever_is_cancelled() -> None:
@@ -317,7 +330,7 @@ async def test_a_claim_is_given_back_whoever_is_cancelled() -> None:
     reuse = RequestCache(kept, simulated=False)
     model.let = asyncio.Semaphore(0)
     for pauses in range(12):
-        task = asyncio.create_task(reuse.post(BODY, model))
+        task = asyncio.create_task(post(reuse, BODY, model))
         for _ in range(pauses):
             await asyncio.sleep(0)
         task.cancel()
@@ -329,6 +342,6 @@ async def test_a_claim_is_given_back_whoever_is_cancelled() -> None:
 async def kept_key(model: Model) -> Kept:
     """Return what one answer is kept under."""
     kept = Kept()
-    await RequestCache(kept, simulated=False).post(BODY, model)
+    await post(RequestCache(kept, simulated=False), BODY, model)
     (model.last,) = kept.values()
     return kept

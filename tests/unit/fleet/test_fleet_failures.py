@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -36,7 +37,7 @@ from fanfold.backends.fleet.failures import (
     read_retry_after,
 )
 from fanfold.backends.fleet.policy import RetryPolicy
-from fanfold.backends.fleet.retry import AttemptLog
+from fanfold.backends.fleet.retry import AttemptLog, make_stop
 
 
 def vllm(message: str, code: int, kind: str = "x", param: str | None = None) -> dict[str, Any]:
@@ -358,59 +359,74 @@ def endpoint(n: int, answers: int = 1) -> Endpoint:
     return one
 
 
+class FailingCall:
+    """A call whose requests fail, with a clock of its own."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self.log, self._stop = AttemptLog(policy), make_stop(policy)
+
+    def fail(self, one: Endpoint, failure: Failure, now: float = 1.0) -> float:
+        """Return the pause after a failure ``now`` seconds after the first, or raise its error."""
+        self.log.start_time = time.monotonic() - now
+        self.log.record_failure(one, failure)
+        if self._stop(self.log):
+            raise failure.error
+        return self.log.upcoming_sleep
+
+
 def test_attempts_end_after_so_many_that_count() -> None:
-    attempts = AttemptLog(RetryPolicy(attempts=3), 0.0)
+    attempts = FailingCall(RetryPolicy(attempts=3))
     lost = failures.classify_exception(aiohttp.ClientPayloadError("cut"), "n")
     for n in range(2):
-        assert attempts.record_failure(endpoint(n), lost, 0.0, 0.0) == 0.0
+        assert attempts.fail(endpoint(n), lost) == 0.0
     with pytest.raises(EndpointLostError):
-        attempts.record_failure(endpoint(3), lost, 0.0, 0.0)
+        attempts.fail(endpoint(3), lost)
 
 
 def test_refusals_do_not_count_but_patience_ends() -> None:
-    attempts = AttemptLog(RetryPolicy(attempts=2, patience_s=10.0), 0.0)
+    attempts = FailingCall(RetryPolicy(attempts=2, patience_s=10.0))
     busy = failure_of(429, vllm("slow", 429))
     one = endpoint(1)
     one.resting = True
-    assert [attempts.record_failure(one, busy, 1.0, 0.0) for _ in range(6)] == [0.0] * 6
-    assert not attempts.avoid
+    assert [attempts.fail(one, busy) for _ in range(6)] == [0.0] * 6
+    assert not attempts.log.avoid
     with pytest.raises(EndpointBusyError):
-        attempts.record_failure(one, busy, 10.0, 0.0)
+        attempts.fail(one, busy, now=10.0)
 
 
 def test_an_item_that_alone_is_refused_asks_less_and_less_often() -> None:
-    attempts = AttemptLog(RetryPolicy(backoff_s=1.0, backoff_max_s=3.0), 0.0)
+    attempts = FailingCall(RetryPolicy(backoff_s=1.0, backoff_max_s=3.0, jitter=0.0))
     busy, one = failure_of(429, vllm("slow", 429)), endpoint(1)
-    pauses = [attempts.record_failure(one, busy, 1.0, 0.0) for _ in range(7)]
+    pauses = [attempts.fail(one, busy) for _ in range(7)]
     assert pauses == [0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 3.0]
 
 
 def test_a_stale_connection_is_free_once() -> None:
-    attempts = AttemptLog(RetryPolicy(attempts=1), 0.0)
+    attempts = FailingCall(RetryPolicy(attempts=1))
     dropped = failures.classify_exception(aiohttp.ServerDisconnectedError(), "n")
-    assert attempts.record_failure(endpoint(1), dropped, 0.0, 0.0) == 0.0
-    assert not attempts.avoid
+    assert attempts.fail(endpoint(1), dropped) == 0.0
+    assert not attempts.log.avoid
     with pytest.raises(EndpointLostError):
-        attempts.record_failure(endpoint(1), dropped, 0.0, 0.0)
+        attempts.fail(endpoint(1), dropped)
 
 
 def test_the_same_server_error_on_three_endpoints_is_poison() -> None:
-    attempts = AttemptLog(RetryPolicy(attempts=9, poison_endpoints=3), 0.0)
+    attempts = FailingCall(RetryPolicy(attempts=9, poison_endpoints=3))
     boom, other = failure_of(500, vllm("boom", 500)), failure_of(500, first("other"))
-    attempts.record_failure(endpoint(1), boom, 0.0, 0.0)
-    attempts.record_failure(endpoint(2), boom, 0.0, 0.0)
-    attempts.record_failure(endpoint(3), other, 0.0, 0.0)
-    attempts.record_failure(endpoint(4, answers=0), boom, 0.0, 0.0)
+    attempts.fail(endpoint(1), boom)
+    attempts.fail(endpoint(2), boom)
+    attempts.fail(endpoint(3), other)
+    attempts.fail(endpoint(4, answers=0), boom)
     with pytest.raises(EndpointError, match="boom"):
-        attempts.record_failure(endpoint(5), boom, 0.0, 0.0)
+        attempts.fail(endpoint(5), boom)
 
 
 def test_a_gateway_that_waited_in_vain_is_asked_twice_only() -> None:
-    attempts = AttemptLog(RetryPolicy(attempts=9), 0.0)
+    attempts = FailingCall(RetryPolicy(attempts=9))
     late = failure_of(408, first("request_timeout"))
-    attempts.record_failure(endpoint(1), late, 0.0, 0.0)
+    attempts.fail(endpoint(1), late)
     with pytest.raises(EndpointLostError):
-        attempts.record_failure(endpoint(2), late, 0.0, 0.0)
+        attempts.fail(endpoint(2), late)
 
 
 def test_a_process_without_descriptors_stops_and_says_so() -> None:
@@ -482,16 +498,16 @@ def test_what_was_accepted_is_not_forbidden_later() -> None:
 
 
 def test_corrections_do_not_count_and_end_after_three() -> None:
-    one, attempts = endpoint(1), AttemptLog(RetryPolicy(attempts=1), 0.0)
+    one, attempts = endpoint(1), FailingCall(RetryPolicy(attempts=1))
     asked: Any = asking("a")
     for most in (4000, 3000, 2000):
         failure = learn(one, too_long(f"at most {most}"), asked)
-        assert attempts.record_failure(one, failure, 0.0, 0.0) == 0.0
-        asked = attempts.adapt_body(one, asking("a"))
+        assert attempts.fail(one, failure) == 0.0
+        asked = attempts.log.adapt_body(one, asking("a"))
         assert request.read_max_tokens(asked) == most
-        assert attempts.adapt_body(endpoint(2), asking("a")) == asking("a")
+        assert attempts.log.adapt_body(endpoint(2), asking("a")) == asking("a")
     with pytest.raises(RequestRefusedError):
-        attempts.record_failure(one, learn(one, too_long("at most 1000"), asked), 0.0, 0.0)
+        attempts.fail(one, learn(one, too_long("at most 1000"), asked))
 
 
 def test_a_long_prompt_passes_over_all_that_are_too_short() -> None:

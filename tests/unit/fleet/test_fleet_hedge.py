@@ -26,11 +26,11 @@ class Line:
 
     async def send(
         self, endpoint: Endpoint, _: Mapping[str, Any], charge: RequestCharge
-    ) -> SendResult:
+    ) -> tuple[SendResult, Endpoint]:
         charge.record_sent(endpoint)
         self.held[endpoint] = asyncio.get_running_loop().create_future()
         try:
-            return await self.held[endpoint]
+            return await self.held[endpoint], endpoint
         finally:
             self.dispatch.release(endpoint)
 

@@ -6,16 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fanfold.backends.core.token_bucket import TokenBucket
 from fanfold.backends.fleet.adaptive_limit import AdaptiveLimit
 from fanfold.backends.fleet.endpoint import Breaker, BreakerState
 from fanfold.backends.fleet.policy import (
     AdaptiveLimitPolicy,
     BreakerPolicy,
-    RateLimiter,
     RateLimitPolicy,
-    TokenBucket,
-    estimate_tokens,
 )
+from fanfold.backends.fleet.rate_limit import RateLimiter, estimate_tokens
 
 LANE = AdaptiveLimitPolicy(start=8, ceiling=1024, settle_s=1.0, samples=4)
 

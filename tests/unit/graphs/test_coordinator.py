@@ -102,7 +102,7 @@ async def test_a_refresh_that_is_cancelled_is_counted(
     go_on.set()
     await second
     assert (lab.progress.done, lab.ledger.count_items().done, lab.ledger.duplicates) == (40, 40, 0)
-    assert lab.progress.requests == lab.ledger.total_usage().requests == 40
+    assert lab.progress.usage.requests == lab.ledger.total_usage().requests == 40
     await lab.ledger.aclose()
 
 

@@ -6,11 +6,18 @@ from typing import Any, cast
 import pytest
 
 from fanfold.backends.budget.budget import Budget, BudgetSettings
-from fanfold.backends.core.money import NANO_PER_USD, NO_PRICES, Amount, BudgetLimits, NodeTime
+from fanfold.backends.core.money import (
+    NANO_PER_USD,
+    NO_PRICES,
+    Amount,
+    BudgetLimits,
+    NodeTime,
+    UsageTotals,
+)
 from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet
 from fanfold.backends.fleet.stats import FleetHealth
-from fanfold.graphs.run.accounting import OpenedRun
+from fanfold.graphs.run.accounting import OpenRun
 from fanfold.graphs.run.console import format_count
 from fanfold.graphs.run.monitor import ProgressLine
 from fanfold.nodes.shard.gate import Gate
@@ -36,7 +43,7 @@ def line(
     **parts: Any,
 ) -> str:
     nothing = cast(Any, None)
-    tools = OpenedRun(
+    tools = OpenRun(
         store=nothing,
         item_journal=nothing,
         aggregators=nothing,
@@ -69,7 +76,8 @@ def test_it_shows_the_fleet() -> None:
 
 def test_a_terminal_of_80_columns_shows_a_run_whole() -> None:
     """Items done, failed and in all, items and tokens per second, in flight, time left."""
-    progress = Progress(total=4991, done=4000, failed=10, prompt_tokens=10_000_000)
+    usage = UsageTotals(prompt_tokens=10_000_000)
+    progress = Progress(total=4991, done=4000, failed=10, usage=usage)
     shown = line(progress, health(healthy=8, in_flight=256))
     parts = (
         r"SIM(ULATED)?  4,001/4,991  10 failed  [\d,.kM]+/s  \d+ tok/s  8/8 up  256 in flight  \S+"
@@ -79,7 +87,7 @@ def test_a_terminal_of_80_columns_shows_a_run_whole() -> None:
 
 
 def test_it_tells_of_reused_answers() -> None:
-    shown = line(Progress(total=100, done=40, reused=12), health())
+    shown = line(Progress(total=100, done=40, usage=UsageTotals(reused=12)), health())
     assert "  12 reused  " in shown
     assert "reused" not in line(Progress(total=100, done=40), health())
 
@@ -98,7 +106,10 @@ def test_a_wide_terminal_leaves_nothing_out() -> None:
 def test_it_fits_a_terminal(size: int, simulated: bool, reused: bool) -> None:
     busy = health(healthy=min(size, 2000), total=min(size, 2000), in_flight=size, refusals=size)
     progress = Progress(
-        total=3 * size, done=size, failed=size, prompt_tokens=size, reused=size if reused else 0
+        total=3 * size,
+        done=size,
+        failed=size,
+        usage=UsageTotals(prompt_tokens=size, reused=size if reused else 0),
     )
     shown = line(progress, busy, simulated)
     assert len(shown) <= 80
@@ -131,11 +142,11 @@ def test_numbers_are_short(number: float, text: str) -> None:
 
 
 def test_it_shows_dollars_only_if_something_has_a_price() -> None:
-    spent = Progress(
-        total=100, done=40, nano_usd=421_000_000, node_time=NodeTime(nano_usd=1_000_000)
-    )
+    usage, node_time = UsageTotals(nano_usd=421_000_000), NodeTime(nano_usd=1_000_000)
+    spent = Progress(total=100, done=40, usage=usage, node_time=node_time)
     assert "  0.42 USD  " in line(spent, health())
-    assert "USD" not in line(Progress(total=100, done=40, prompt_tokens=5), health())
+    free = Progress(total=100, done=40, usage=UsageTotals(prompt_tokens=5))
+    assert "USD" not in line(free, health())
 
 
 @pytest.mark.parametrize(
@@ -157,7 +168,8 @@ def test_it_shows_what_is_spent_of_the_nearest_cap(
 ) -> None:
     budget = Budget(BudgetSettings(caps, NO_PRICES), before, None)
     busy = health(healthy=8, in_flight=256)
-    progress = Progress(total=4991, done=4000, failed=10, prompt_tokens=10_000_000)
+    usage = UsageTotals(prompt_tokens=10_000_000)
+    progress = Progress(total=4991, done=4000, failed=10, usage=usage)
     seen = line(progress, busy, budget=budget)
     assert f"  {shown}  " in seen
     assert len(seen) <= 80

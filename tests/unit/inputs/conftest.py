@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.base import InputSpec
 from fanfold.backends.inputs.item_store import ItemStore, load_input
+from fanfold.configs.models import InputConfig
 
 
 @pytest.fixture
@@ -27,13 +28,13 @@ def put(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
 def load(tmp_path: Path) -> Callable[..., list[Item]]:
     """Spill an input and read all its items back; nothing may stay behind after an error."""
 
-    def read(spec: InputSpec, *columns: str) -> list[Item]:
+    def read(config: InputConfig, *columns: str, items: Any = None) -> list[Item]:
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
         target = run / "items.arrow"
         target.unlink(missing_ok=True)
         try:
-            load_input(spec, target, columns)
+            load_input(config, target, columns, items)
         except Exception:
             assert list(run.iterdir()) == []
             raise

@@ -8,8 +8,8 @@ import pytest
 
 from fanfold.backends.core.errors import InputError, MissingExtraError
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.base import InputSpec
 from fanfold.backends.inputs.item_store import load_input
+from fanfold.configs.models import InputConfig
 
 Load = Callable[..., list[Item]]
 
@@ -26,15 +26,15 @@ Load = Callable[..., list[Item]]
 def test_shipped(
     tmp_path: Path, load: Load, name: str, count: int, columns: tuple[str, ...]
 ) -> None:
-    summary = load_input(InputSpec(dataset=name), tmp_path / "items.arrow", columns)
+    summary = load_input(InputConfig(dataset=name), tmp_path / "items.arrow", columns)
     assert (summary.items, summary.columns, summary.invalid) == (count, columns, 0)
     assert (summary.first.id, summary.source) == (f"{name[0].upper()}01", f"dataset {name}")
-    assert all(all(item.row.values()) for item in load(InputSpec(dataset=name)))
+    assert all(all(item.row.values()) for item in load(InputConfig(dataset=name)))
 
 
 def test_nci(tmp_path: Path) -> None:
     target = tmp_path / "items.arrow"
-    summary = load_input(InputSpec(dataset="rdkit-nci5k"), target, ["smiles", "mol_id"])
+    summary = load_input(InputConfig(dataset="rdkit-nci5k"), target, ["smiles", "mol_id"])
     assert (summary.items, summary.columns) == (4991, ("mol_id", "smiles"))
     assert (summary.invalid, summary.skipped_total) == (0, 8)
     assert [one.id for one in summary.skipped][:3] == ["2110", "2917", "3249"]
@@ -43,7 +43,7 @@ def test_nci(tmp_path: Path) -> None:
 
 
 def test_nci_with_limit_and_check(tmp_path: Path) -> None:
-    spec = InputSpec(dataset="rdkit-nci5k", id="mol_id", smiles="smiles", limit=2097)
+    spec = InputConfig(dataset="rdkit-nci5k", id="mol_id", smiles="smiles", limit=2097)
     summary = load_input(spec, tmp_path / "items.arrow", ["smiles"])
     assert (summary.items, summary.skipped_total, summary.invalid) == (2097, 0, 0)
 
@@ -53,8 +53,8 @@ def test_nci_without_rdkit(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         MissingExtraError, match=r"dataset: molecules.*pip install 'fanfold\[chem\]'"
     ):
-        load(InputSpec(dataset="rdkit-nci5k"))
-    assert len(load(InputSpec(dataset="molecules"), "smiles")) == 20
+        load(InputConfig(dataset="rdkit-nci5k"))
+    assert len(load(InputConfig(dataset="molecules"), "smiles")) == 20
 
 
 def test_nci_in_an_rdkit_without_data(
@@ -64,7 +64,7 @@ def test_nci_in_an_rdkit_without_data(
     with pytest.raises(
         InputError, match=r"first_5K\.smi, which is missing in this build of RDKit; insta"
     ):
-        load(InputSpec(dataset="rdkit-nci5k"))
+        load(InputConfig(dataset="rdkit-nci5k"))
 
 
 def test_an_unknown_dataset(load: Load) -> None:
@@ -73,4 +73,4 @@ def test_an_unknown_dataset(load: Load) -> None:
         match="unknown dataset 'molecule'; available: molecules, abstracts, topics, records, "
         r"rdkit-nci5k; did you mean 'molecules'\?",
     ):
-        load(InputSpec(dataset="molecule"))
+        load(InputConfig(dataset="molecule"))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.base import InputSpec
 from fanfold.backends.inputs.readers import CsvSplitter
+from fanfold.configs.models import InputConfig
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]
@@ -42,19 +42,19 @@ def test_splits_with_the_fewest_quotes(records: list[list[str]]) -> None:
 
 def test_csv_cells_names_and_ids_are_stripped(put: Put, load: Load) -> None:
     path = put("a.csv", "\ufeff id ,x\r\n a , 1 2 \r\n\r\nb,\r\n")
-    assert load(InputSpec(path=path, id="id"), "x") == [
+    assert load(InputConfig(path=str(path), id="id"), "x") == [
         Item(0, "a", {"id": "a", "x": "1 2"}),
         Item(1, "b", {"id": "b", "x": ""}),
     ]
 
 
 def test_row_numbers_count_rows_from_one(put: Put, load: Load) -> None:
-    items = load(InputSpec(path=put("a.csv", "x\n\nfirst\n\nsecond\n")))
+    items = load(InputConfig(path=str(put("a.csv", "x\n\nfirst\n\nsecond\n"))))
     assert [item.id for item in items] == ["1", "2"]
 
 
 def test_unnamed_columns_get_a_name(put: Put, load: Load) -> None:
-    assert load(InputSpec(path=put("a.csv", ",x,\n0,1,\n")))[0].row == {
+    assert load(InputConfig(path=str(put("a.csv", ",x,\n0,1,\n"))))[0].row == {
         "unnamed_0": "0",
         "x": "1",
         "unnamed_2": "",
@@ -63,7 +63,7 @@ def test_unnamed_columns_get_a_name(put: Put, load: Load) -> None:
 
 def test_quoted_cells(put: Put, load: Load) -> None:
     path = put("a.csv", 'x,y\n"one, ""two""\nthree" , "4"\n5" pipe,6\n')
-    assert [item.row for item in load(InputSpec(path=path))] == [
+    assert [item.row for item in load(InputConfig(path=str(path)))] == [
         {"x": 'one, "two"\nthree', "y": "4"},
         {"x": '5" pipe', "y": "6"},
     ]
@@ -72,19 +72,19 @@ def test_quoted_cells(put: Put, load: Load) -> None:
 def test_long_cells_leave_the_csv_module_alone(put: Put, load: Load) -> None:
     before = csv.field_size_limit()
     long = "abstract " * 25_000
-    items = load(InputSpec(path=put("a.csv", f'x,y\n1,"{long}"\n2,{long}\n')))
+    items = load(InputConfig(path=str(put("a.csv", f'x,y\n1,"{long}"\n2,{long}\n'))))
     assert [len(item.row["y"]) for item in items] == [len(long) - 1] * 2
     assert csv.field_size_limit() == before
 
 
 def test_tsv(put: Put, load: Load) -> None:
-    items = load(InputSpec(path=put("a.TSV", "x\ty\n1, 2\t\n"), id="x"))
+    items = load(InputConfig(path=str(put("a.TSV", "x\ty\n1, 2\t\n")), id="x"))
     assert items == [Item(0, "1, 2", {"x": "1, 2", "y": ""})]
 
 
 def test_smi(put: Put, load: Load) -> None:
     path = put("a.smi", "SMILES Name\n# a remark\nCCO ethyl alcohol \n\nC\t\nO\twater\n")
-    assert [item.row for item in load(InputSpec(path=path))] == [
+    assert [item.row for item in load(InputConfig(path=str(path)))] == [
         {"smiles": "CCO", "name": "ethyl alcohol"},
         {"smiles": "C", "name": ""},
         {"smiles": "O", "name": "water"},
@@ -120,7 +120,7 @@ def test_smi(put: Put, load: Load) -> None:
 )
 def test_faulty_files(put: Put, load: Load, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load(InputSpec(path=put(name, content)))
+        load(InputConfig(path=str(put(name, content))))
 
 
 def test_a_line_without_end_is_refused(
@@ -128,7 +128,7 @@ def test_a_line_without_end_is_refused(
 ) -> None:
     monkeypatch.setattr("fanfold.backends.inputs.lines.MAX_LINE_BYTES", 100)
     with pytest.raises(InputError, match="line 2 is longer than 100 bytes; the file must be text"):
-        load(InputSpec(path=put("a.csv", "x\n" + "y" * 101 + "\n")))
+        load(InputConfig(path=str(put("a.csv", "x\n" + "y" * 101 + "\n"))))
 
 
 def test_an_endless_quoted_cell_is_refused(
@@ -136,7 +136,7 @@ def test_an_endless_quoted_cell_is_refused(
 ) -> None:
     monkeypatch.setattr("fanfold.backends.inputs.readers.MAX_LINE_BYTES", 100)
     with pytest.raises(InputError, match="line 2: the quote that opens here is not closed"):
-        load(InputSpec(path=put("a.csv", 'x\n"' + "y\n" * 200 + '"\n')))
+        load(InputConfig(path=str(put("a.csv", 'x\n"' + "y\n" * 200 + '"\n'))))
 
 
 def test_a_missing_column_is_named_with_those_there(put: Put, load: Load) -> None:
@@ -146,13 +146,13 @@ def test_a_missing_column_is_named_with_those_there(put: Put, load: Load) -> Non
         match=r"a\.csv has no column 'SMILE', which the task needs; "
         r"its columns: mol_id, smiles; did you mean 'smiles'\?",
     ):
-        load(InputSpec(path=path), "SMILE")
+        load(InputConfig(path=str(path)), "SMILE")
     with pytest.raises(InputError, match=r"no column 'xyz', which input\.id needs; its columns"):
-        load(InputSpec(path=path, id="xyz"))
+        load(InputConfig(path=str(path), id="xyz"))
 
 
 def test_the_limit_stops_the_reading(put: Put, load: Load) -> None:
     path = put("a.csv", b"x\n1\n2\n\xe9\n")
-    assert [item.id for item in load(InputSpec(path=path, limit=2))] == ["1", "2"]
+    assert [item.id for item in load(InputConfig(path=str(path), limit=2))] == ["1", "2"]
     with pytest.raises(InputError, match="line 4"):
-        load(InputSpec(path=path, limit=3))
+        load(InputConfig(path=str(path), limit=3))

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.base import InputSpec, RowSource, SkippedRow, format_id
+from fanfold.backends.inputs.base import RowSource, SkippedRow, format_id
 from fanfold.backends.inputs.item_store import load_input
 from fanfold.backends.inputs.screening import IdAssigner
+from fanfold.configs.models import InputConfig
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]
@@ -40,7 +41,7 @@ def test_first_keeps_each_once(names: list[str]) -> None:
 
 def test_suffixes(load: Load) -> None:
     rows = [{"id": name} for name in ("x", "x#2", "x", "x", "x#2")]
-    items = load(InputSpec(items=rows, on_duplicate="suffix"))
+    items = load(InputConfig(on_duplicate="suffix"), items=rows)
     assert [item.id for item in items] == ["x", "x#2", "x#3", "x#4", "x#2#2"]
     assert [item.row["id"] for item in items] == ["x", "x#2", "x", "x", "x#2"]
 
@@ -49,7 +50,7 @@ def test_first_names_what_it_leaves_out_and_the_limit_counts_the_rest(
     tmp_path: Path, put: Put
 ) -> None:
     path = put("a.csv", "k,v\na,1\na,2\nb,3\nc,4\n")
-    spec = InputSpec(path=path, id="k", on_duplicate="first", limit=2)
+    spec = InputConfig(path=str(path), id="k", on_duplicate="first", limit=2)
     summary = load_input(spec, tmp_path / "items.arrow", [])
     assert (summary.items, summary.first.row["v"]) == (2, "1")
     assert summary.skipped == (SkippedRow("a", f"repeated id, {path}, line 3"),)
@@ -57,8 +58,8 @@ def test_first_names_what_it_leaves_out_and_the_limit_counts_the_rest(
 
 
 def test_many_left_out_are_counted_but_not_all_named(tmp_path: Path) -> None:
-    spec = InputSpec(items=[{"id": "x"}] * 1_500, on_duplicate="first")
-    summary = load_input(spec, tmp_path / "items.arrow", [])
+    config, rows = InputConfig(on_duplicate="first"), [{"id": "x"}] * 1_500
+    summary = load_input(config, tmp_path / "items.arrow", [], rows)
     assert (summary.items, len(summary.skipped), summary.skipped_total) == (1, 1_000, 1_499)
 
 
@@ -69,13 +70,13 @@ def test_repeated_ids_are_named(put: Put, load: Load) -> None:
         match=r"a\.csv: ids in column 'k' are repeated: 'a' \(.*line 4\); 'b' \(.*line 5\); "
         "set input.on_duplicate to 'first' or 'suffix'",
     ):
-        load(InputSpec(path=path, id="k"))
-    assert len(load(InputSpec(path=path, id="k", limit=2))) == 2
+        load(InputConfig(path=str(path), id="k"))
+    assert len(load(InputConfig(path=str(path), id="k", limit=2))) == 2
 
 
 def test_only_the_first_few_are_named(load: Load) -> None:
     with pytest.raises(InputError, match=r"items\[5\]") as caught:
-        load(InputSpec(items=[{"id": 1}] * 100))
+        load(InputConfig(), items=[{"id": 1}] * 100)
     assert "items[6]" not in caught.value.message
 
 
@@ -88,7 +89,7 @@ def test_blank_ids_are_named(
         InputError,
         match=r"a\.csv: the id in column 'k' is blank at .*line 3; .*line 4; fill it, or set",
     ):
-        load(InputSpec(path=path, id="k", on_duplicate=on_duplicate))
+        load(InputConfig(path=str(path), id="k", on_duplicate=on_duplicate))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.base import InputSpec
+from fanfold.configs.models import InputConfig
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]
@@ -16,7 +16,7 @@ Put = Callable[[str, str | bytes], Path]
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
 def test_rows_may_differ(put: Put, load: Load, name: str) -> None:
     path = put(name, '\ufeff{"k": 7, "x": [1, {"y": null}]}\n\n  \n{"k": " b ", "z": 1.5}\r\n')
-    assert load(InputSpec(path=path, id="k")) == [
+    assert load(InputConfig(path=str(path), id="k")) == [
         Item(0, "7", {"k": 7, "x": [1, {"y": None}]}),
         Item(1, "b", {"k": " b ", "z": 1.5}),
     ]
@@ -42,15 +42,15 @@ def test_rows_may_differ(put: Put, load: Load, name: str) -> None:
 def test_faulty_rows(put: Put, load: Load, line: str | bytes, message: str) -> None:
     raw = line.encode() if isinstance(line, str) else line
     with pytest.raises(InputError, match=message):
-        load(InputSpec(path=put("a.jsonl", b'{"x": 1}\n\n' + raw + b"\n")), "x")
+        load(InputConfig(path=str(put("a.jsonl", b'{"x": 1}\n\n' + raw + b"\n"))), "x")
 
 
 def test_nothing_but_blank_lines(put: Put, load: Load) -> None:
     with pytest.raises(InputError, match=r"a\.jsonl has no rows"):
-        load(InputSpec(path=put("a.jsonl", "\n \n")))
+        load(InputConfig(path=str(put("a.jsonl", "\n \n"))))
 
 
 def test_an_id_that_is_neither_text_nor_number(put: Put, load: Load) -> None:
     path = put("a.jsonl", '{"k": [1]}\n')
     with pytest.raises(InputError, match="line 1: the id in column 'k' is neither text nor a num"):
-        load(InputSpec(path=path, id="k"))
+        load(InputConfig(path=str(path), id="k"))

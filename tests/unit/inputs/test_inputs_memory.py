@@ -4,18 +4,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.base import InputSpec
+from fanfold.configs.models import InputConfig
 
 Load = Callable[..., list[Item]]
 
 
 def test_row_numbers_unless_a_key_id_is_there(load: Load) -> None:
-    assert [item.id for item in load(InputSpec(items=[{"x": 1}, {"x": 2}]))] == ["1", "2"]
-    assert [item.id for item in load(InputSpec(items=[{"id": 8}, {"id": "a"}]))] == ["8", "a"]
-    assert [item.id for item in load(InputSpec(items=[{"id": 8, "k": "z"}], id="k"))] == ["z"]
+    assert [item.id for item in load(InputConfig(), items=[{"x": 1}, {"x": 2}])] == ["1", "2"]
+    assert [item.id for item in load(InputConfig(), items=[{"id": 8}, {"id": "a"}])] == ["8", "a"]
+    assert [item.id for item in load(InputConfig(id="k"), items=[{"id": 8, "k": "z"}])] == ["z"]
+    assert [item.id for item in load(InputConfig(id="k"), items=[{"id": 8}])] == ["8"]
 
 
 @pytest.mark.parametrize(
@@ -37,17 +39,25 @@ def test_row_numbers_unless_a_key_id_is_there(load: Load) -> None:
 )
 def test_faulty_items(load: Load, items: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load(InputSpec(items=items), "x")
+        load(InputConfig(), "x", items=items)
+
+
+def test_pasted_items_replace_the_configured_input(load: Load) -> None:
+    assert [i.row for i in load(InputConfig(path="/nowhere.csv"), items=[{"x": 1}])] == [{"x": 1}]
+
+
+def test_no_input_at_all(load: Load) -> None:
+    with pytest.raises(InputError, match=r"neither input\.path nor input\.dataset, and no items"):
+        load(InputConfig())
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "exactly one of input.path, input.dataset and input.items; it has none of them"),
-        ({"dataset": "a", "items": []}, "it has input.dataset and input.items"),
-        ({"dataset": "a", "limit": 0}, "input.limit is 0; it must be at least 1, or null"),
+        ({"dataset": "a", "path": "b"}, "give either path or dataset, not both"),
+        ({"dataset": "a", "limit": 0}, "greater than or equal to 1"),
     ],
 )
-def test_contradicting_specs(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        InputSpec(**fields)
+def test_contradicting_settings(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        InputConfig(**fields)

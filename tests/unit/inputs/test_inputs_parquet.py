@@ -11,7 +11,7 @@ import pytest
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.base import InputSpec
+from fanfold.configs.models import InputConfig
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]
@@ -36,7 +36,7 @@ def test_every_sayable_type(tmp_path: Path, load: Load) -> None:
         }
     )
     pq.write_table(table, tmp_path / "a.parquet")
-    first, second = load(InputSpec(path=tmp_path / "a.parquet"), *table.column_names)
+    first, second = load(InputConfig(path=str(tmp_path / "a.parquet")), *table.column_names)
     assert first == Item(
         0,
         "1",
@@ -71,36 +71,36 @@ UNSAYABLE = {
 def test_columns_json_cannot_say(tmp_path: Path, load: Load, name: str) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": pa.array([1]), **UNSAYABLE}), path)
-    assert load(InputSpec(path=path))[0].row == {"x": 1}
+    assert load(InputConfig(path=str(path)))[0].row == {"x": 1}
     with pytest.raises(InputError, match=f"column '{name}' is of type .* convert the column"):
-        load(InputSpec(path=path, id="x"), name)
+        load(InputConfig(path=str(path), id="x"), name)
 
 
 def test_no_sayable_column_at_all(tmp_path: Path, load: Load) -> None:
     pq.write_table(pa.table(UNSAYABLE), tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"a\.parquet has no column of text or numbers; its col"):
-        load(InputSpec(path=tmp_path / "a.parquet"))
+        load(InputConfig(path=str(tmp_path / "a.parquet")))
 
 
 def test_batches_and_limit(tmp_path: Path, load: Load) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"x": list(range(2000))}), path, row_group_size=300)
-    assert [item.row["x"] for item in load(InputSpec(path=path))] == list(range(2000))
-    assert len(load(InputSpec(path=path, limit=700))) == 700
+    assert [item.row["x"] for item in load(InputConfig(path=str(path)))] == list(range(2000))
+    assert len(load(InputConfig(path=str(path), limit=700))) == 700
 
 
 def test_faulty_files(tmp_path: Path, put: Put, load: Load) -> None:
     with pytest.raises(InputError, match=r"a\.parquet is not a readable Parquet file: .*magic"):
-        load(InputSpec(path=put("a.parquet", "x,y\n1,2\n" * 10)))
+        load(InputConfig(path=str(put("a.parquet", "x,y\n1,2\n" * 10))))
     with pytest.raises(InputError, match=r"a\.parquet is empty"):
-        load(InputSpec(path=put("a.parquet", "")))
+        load(InputConfig(path=str(put("a.parquet", ""))))
     path = tmp_path / "b.parquet"
     pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["x", "x"]), path)
     with pytest.raises(InputError, match=r"b\.parquet has several columns named 'x'"):
-        load(InputSpec(path=path))
+        load(InputConfig(path=str(path)))
     pq.write_table(pa.table({"x": pa.array([], pa.int64())}), path)
     with pytest.raises(InputError, match=r"b\.parquet has no rows"):
-        load(InputSpec(path=path))
+        load(InputConfig(path=str(path)))
 
 
 def test_damaged_pages(tmp_path: Path, load: Load) -> None:
@@ -110,11 +110,11 @@ def test_damaged_pages(tmp_path: Path, load: Load) -> None:
     content[4:400] = b"\xff" * 396
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.parquet is not a readable Parquet file"):
-        load(InputSpec(path=path))
+        load(InputConfig(path=str(path)))
 
 
 def test_a_missing_column(tmp_path: Path, load: Load) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"smiles": ["C"]}), path)
     with pytest.raises(InputError, match=r"a\.parquet has no column 'x'.*its columns: smiles"):
-        load(InputSpec(path=path), "x")
+        load(InputConfig(path=str(path)), "x")

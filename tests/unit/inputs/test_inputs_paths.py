@@ -9,7 +9,7 @@ import pytest
 
 from fanfold.backends.core.errors import InputError
 from fanfold.backends.core.types import Item
-from fanfold.backends.inputs.base import InputSpec
+from fanfold.configs.models import InputConfig
 
 Load = Callable[..., list[Item]]
 Put = Callable[[str, str | bytes], Path]
@@ -27,7 +27,7 @@ def test_a_folder_of_texts(tmp_path: Path, put: Put, load: Load) -> None:
     put("docs/.hidden/c.txt", "not read")
     put("docs/.c.txt", "not read")
     put("docs/d.pdf", "not read")
-    assert load(InputSpec(path=tmp_path / "docs"), "text") == [
+    assert load(InputConfig(path=str(tmp_path / "docs")), "text") == [
         Item(0, "b.md", {"file": "b.md", "text": "B\nline two"}),
         Item(1, "b.txt", {"file": "b.txt", "text": "same stem"}),
         Item(2, "deep/a.TXT", {"file": "deep/a.TXT", "text": "A"}),
@@ -37,7 +37,7 @@ def test_a_folder_of_texts(tmp_path: Path, put: Put, load: Load) -> None:
 def test_a_limit_leaves_later_texts_unread(tmp_path: Path, put: Put, load: Load) -> None:
     put("docs/a.txt", "A")
     put("docs/b.txt", b"\xff")
-    assert len(load(InputSpec(path=tmp_path / "docs", limit=1))) == 1
+    assert len(load(InputConfig(path=str(tmp_path / "docs"), limit=1))) == 1
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_faulty_texts(put: Put, load: Load, content: str | bytes, message: str) 
     folder = put("docs/a.txt", "A").parent
     put("docs/b.txt", content)
     with pytest.raises(InputError, match=message):
-        load(InputSpec(path=folder))
+        load(InputConfig(path=str(folder)))
 
 
 def test_a_folder_without_texts(tmp_path: Path, put: Put, load: Load) -> None:
@@ -63,7 +63,7 @@ def test_a_folder_without_texts(tmp_path: Path, put: Put, load: Load) -> None:
     with pytest.raises(
         InputError, match=r"the folder .*docs contains no \.txt or \.md file; input"
     ):
-        load(InputSpec(path=tmp_path / "docs"))
+        load(InputConfig(path=str(tmp_path / "docs")))
 
 
 def test_a_folder_that_cannot_be_listed(
@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_listed(
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", refuse)
         with pytest.raises(InputError, match=r"docs cannot be read: Permission denied"):
-            load(InputSpec(path=folder))
+            load(InputConfig(path=str(folder)))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.smi", "a.parquet"])
@@ -94,7 +94,7 @@ def test_an_unreadable_file(
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=rf"{name} cannot be read: Permission denied; check"):
-        load(InputSpec(path=path))
+        load(InputConfig(path=str(path)))
 
 
 def test_a_missing_file(tmp_path: Path, put: Put, load: Load) -> None:
@@ -102,20 +102,20 @@ def test_a_missing_file(tmp_path: Path, put: Put, load: Load) -> None:
     with pytest.raises(
         InputError, match=r"molecule\.csv does not exist \(looked for /.*\); did you mean 'molecul"
     ):
-        load(InputSpec(path=tmp_path / "molecule.csv"))
+        load(InputConfig(path=str(tmp_path / "molecule.csv")))
     with pytest.raises(InputError, match=r"a\.csv does not exist"):
-        load(InputSpec(path=tmp_path / "nowhere" / "a.csv"))
+        load(InputConfig(path=str(tmp_path / "nowhere" / "a.csv")))
 
 
 def test_a_path_through_a_file(put: Put, load: Load) -> None:
     with pytest.raises(InputError, match=r"b\.csv cannot be read: Not a directory"):
-        load(InputSpec(path=put("a.csv", "x\n1\n") / "b.csv"))
+        load(InputConfig(path=str(put("a.csv", "x\n1\n") / "b.csv")))
 
 
 def test_a_pipe(tmp_path: Path, load: Load) -> None:
     os.mkfifo(tmp_path / "a.csv")
     with pytest.raises(InputError, match=r"a\.csv is not a regular file; copy its content"):
-        load(InputSpec(path=tmp_path / "a.csv"))
+        load(InputConfig(path=str(tmp_path / "a.csv")))
 
 
 @pytest.mark.parametrize(
@@ -133,4 +133,4 @@ def test_an_unknown_format(put: Put, load: Load, name: str, hint: str) -> None:
     with pytest.raises(
         InputError, match=rf"unsupported input format: .*\.csv, .*\.parquet.*{hint}"
     ):
-        load(InputSpec(path=put(name, "x")))
+        load(InputConfig(path=str(put(name, "x"))))

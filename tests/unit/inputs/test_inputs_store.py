@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from fanfold.backends.core.errors import InputError, JournalError
 from fanfold.backends.core.types import Item, Json
-from fanfold.backends.inputs.base import InputSpec
 from fanfold.backends.inputs.item_store import (
     SCHEMA,
     SUMMARY_KEY,
@@ -23,6 +22,7 @@ from fanfold.backends.inputs.item_store import (
     StoreHeader,
     load_input,
 )
+from fanfold.configs.models import InputConfig
 
 Put = Callable[[str, str | bytes], Path]
 
@@ -44,7 +44,7 @@ ROWS = st.lists(st.dictionaries(TEXT.filter(lambda name: name != "id"), VALUES),
 def test_rows_come_back_as_they_were(rows: list[dict[str, Json]]) -> None:
     with TemporaryDirectory() as folder:
         target = Path(folder) / "items.arrow"
-        summary = load_input(InputSpec(items=rows), target, [])
+        summary = load_input(InputConfig(), target, [], items=rows)
         with ItemStore(target) as store:
             assert store.read(0, len(store)) == [
                 Item(at, str(at + 1), row) for at, row in enumerate(rows)
@@ -53,8 +53,8 @@ def test_rows_come_back_as_they_were(rows: list[dict[str, Json]]) -> None:
     assert set(summary.columns) == {name for row in rows for name in row}
 
 
-def numbers(count: int) -> InputSpec:
-    return InputSpec(items=[{"n": n} for n in range(count)])
+def numbers(count: int) -> list[dict[str, int]]:
+    return [{"n": n} for n in range(count)]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def target(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 700])
 def test_any_range(target: Path, count: int) -> None:
-    load_input(numbers(count), target, ["n"])
+    load_input(InputConfig(), target, ["n"], numbers(count))
     with ItemStore(target) as store:
         assert len(store) == count
         for lo in (0, 1, 255, 256, 400, count):
@@ -79,13 +79,13 @@ def test_any_range(target: Path, count: int) -> None:
 
 @pytest.mark.parametrize(("lo", "hi"), [(-1, 1), (2, 1), (0, 4), (4, 4)])
 def test_a_range_outside(target: Path, lo: int, hi: int) -> None:
-    load_input(numbers(3), target, [])
+    load_input(InputConfig(), target, [], numbers(3))
     with ItemStore(target) as store, pytest.raises(IndexError, match="of 3 in"):
         store.read(lo, hi)
 
 
 def test_long_rows_make_small_batches(target: Path) -> None:
-    load_input(InputSpec(items=[{"x": "y" * 600_000, "n": n} for n in range(5)]), target, [])
+    load_input(InputConfig(), target, [], items=[{"x": "y" * 600_000, "n": n} for n in range(5)])
     with pa.ipc.open_file(str(target)) as reader:
         assert reader.num_record_batches == 4
     with ItemStore(target) as store:
@@ -93,7 +93,7 @@ def test_long_rows_make_small_batches(target: Path) -> None:
 
 
 def test_threads_may_read_together(target: Path) -> None:
-    load_input(numbers(5000), target, [])
+    load_input(InputConfig(), target, [], numbers(5000))
     with ItemStore(target) as store, ThreadPoolExecutor(8) as pool:
         parts = pool.map(lambda lo: store.read(lo, lo + 100), range(0, 5000, 100))
         assert [item.row["n"] for part in parts for item in part] == list(range(5000))
@@ -101,7 +101,7 @@ def test_threads_may_read_together(target: Path) -> None:
 
 def test_the_summary_needs_no_source(target: Path, put: Put) -> None:
     path = put("a.csv", "k,s\na,C\na,C\nb,C1\n")
-    spec = InputSpec(path=path, id="k", on_duplicate="first", smiles="s")
+    spec = InputConfig(path=str(path), id="k", on_duplicate="first", smiles="s")
     summary = load_input(spec, target, ["s"])
     path.unlink()
     with ItemStore(target) as store:
@@ -112,22 +112,26 @@ def test_the_summary_needs_no_source(target: Path, put: Put) -> None:
 
 
 def test_the_digest_tells_inputs_apart(target: Path) -> None:
-    specs = {
-        "same": InputSpec(items=[{"id": "a", "x": "b"}]),
-        "row": InputSpec(items=[{"id": "a", "x": "c"}]),
-        "id": InputSpec(items=[{"id": "a", "x": "b"}], id="x"),
-        "more": InputSpec(items=[{"id": "a", "x": "b"}, {"id": "b", "x": "b"}]),
+    one = [{"id": "a", "x": "b"}]
+    more = [*one, {"id": "b", "x": "b"}]
+    inputs: dict[str, tuple[InputConfig, list[dict[str, str]]]] = {
+        "same": (InputConfig(), one),
+        "row": (InputConfig(), [{"id": "a", "x": "c"}]),
+        "id": (InputConfig(id="x"), one),
+        "more": (InputConfig(), more),
     }
-    digests = {name: load_input(spec, target, []).digest for name, spec in specs.items()}
+    digests = {
+        name: load_input(config, target, [], items).digest
+        for name, (config, items) in inputs.items()
+    }
     assert len(set(digests.values())) == 4
-    limited = InputSpec(items=[{"id": "a", "x": "b"}, {"id": "b", "x": "b"}], limit=1)
-    assert load_input(limited, target, []).digest == digests["same"]
+    assert load_input(InputConfig(limit=1), target, [], more).digest == digests["same"]
 
 
 def test_a_failed_spill_leaves_the_old_store(target: Path) -> None:
-    load_input(numbers(3), target, [])
+    load_input(InputConfig(), target, [], numbers(3))
     with pytest.raises(InputError):
-        load_input(numbers(3), target, ["missing"])
+        load_input(InputConfig(), target, ["missing"], numbers(3))
     with ItemStore(target) as store:
         assert len(store) == 3
     assert [path.name for path in target.parent.iterdir()] == ["items.arrow"]
@@ -149,15 +153,15 @@ def test_a_disk_that_takes_no_more(target: Path, count: int) -> None:
         largest_file(512),
         pytest.raises(JournalError, match=r"cannot be written to .*items\.arrow: File too large"),
     ):
-        load_input(numbers(count), target, [])
+        load_input(InputConfig(), target, [], numbers(count))
     assert list(target.parent.iterdir()) == []
 
 
 def test_no_folder_to_write_to(tmp_path: Path, put: Put) -> None:
     with pytest.raises(JournalError, match="No such file or directory; free disk space or choose"):
-        load_input(numbers(1), tmp_path / "nowhere" / "items.arrow", [])
+        load_input(InputConfig(), tmp_path / "nowhere" / "items.arrow", [], numbers(1))
     with pytest.raises(JournalError, match="Not a directory"):
-        load_input(numbers(1), put("file", "x") / "items.arrow", [])
+        load_input(InputConfig(), put("file", "x") / "items.arrow", [], numbers(1))
 
 
 def arrow_file(path: Path, schema: pa.Schema, summary: bytes | None) -> None:
@@ -199,14 +203,14 @@ def test_a_store_that_lacks_a_batch(target: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 8, 100, 20_000])
 def test_a_truncated_store(target: Path, cut: int) -> None:
-    load_input(numbers(3000), target, [])
+    load_input(InputConfig(), target, [], numbers(3000))
     target.write_bytes(target.read_bytes()[:-cut])
     with pytest.raises(JournalError, match=r"items\.arrow is not a complete item store"):
         ItemStore(target)
 
 
 def test_a_store_with_overwritten_rows(target: Path) -> None:
-    load_input(InputSpec(items=[{"x": "needle"}]), target, [])
+    load_input(InputConfig(), target, [], items=[{"x": "needle"}])
     target.write_bytes(target.read_bytes().replace(b'{"x":"needle"}', b'{"x":"needle!!'))
     with (
         ItemStore(target) as store,

@@ -18,6 +18,7 @@ from fanfold.backends.core.templates import Template
 from fanfold.backends.core.types import Item, Message, Reply, Usage
 from fanfold.backends.core.values import MAX_COUNT, check_record
 from fanfold.backends.fleet import failures
+from fanfold.backends.fleet.endpoint import Endpoint, EndpointSpec
 from fanfold.backends.fleet.request import RequestCharge
 from fanfold.backends.storage.journal import Journal
 from fanfold.configs.loader import load_config
@@ -215,11 +216,8 @@ async def test_a_text_of_the_largest_size_is_whole(tmp_path: Path) -> None:
     assert "raw_bytes" not in record
 
 
-class Sent:
-    """Stands for an endpoint that is charged."""
-
-    def __init__(self, label: str) -> None:
-        self.label, self.stats = label, self
+class Sink:
+    """Stands for the statistics of an endpoint."""
 
     def add_useful(self, usage: Usage) -> None:
         """Nothing is kept."""
@@ -231,7 +229,7 @@ def test_the_first_eight_requests_are_told(tmp_path: Path) -> None:
     charges = list[RequestCharge]()
     for number in range(10):
         charges.append(RequestCharge(log, body))
-        charges[-1].record_sent(Sent(f"e{number}"))  # type: ignore[arg-type]
+        charges[-1].record_sent(Endpoint(EndpointSpec("http://e:1", label=f"e{number}")))
     charges[0].settle_failed(failures.classify_exception(TimeoutError(), "e0"))
     charges[1].settle_lost()
     charges[1].settle_lost()
@@ -289,7 +287,7 @@ def test_a_record_can_always_be_read_back(tmp_path: Path, usage: Usage, endpoint
     """Whatever has counted: a count out of range never reaches the journal."""
     log = CallLog(requests=-1, usage=usage)
     for number in range(endpoints):
-        share = log.get_endpoint_usage(f"e{number}", Sent(f"e{number}"))
+        share = log.get_endpoint_usage(f"e{number}", Sink())
         share.usage = share.useful = Usage(-7, 2**63)
     state: ItemState = {"output": {}}
     log.useful, log.useful_endpoint = Usage(-7, 2**63), "e0"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fanfold.backends.core.money import UsageTotals
 from fanfold.nodes.shard.progress import Progress, ProgressStream, ReadCounts
 
 
@@ -16,7 +17,7 @@ def counts_of(progress: Progress) -> ReadCounts:
 def test_it_tells_once_a_second_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     now, told, one = [100.0], list[dict[str, Any]](), ProgressStream()
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    progress = Progress(total=90, done=10, prompt_tokens=5, completion_tokens=7)
+    progress = Progress(total=90, done=10, usage=UsageTotals(prompt_tokens=5, completion_tokens=7))
     one.emit(counts_of(progress), told.append)
     one.emit(counts_of(progress), told.append)  # another shard, at once
     now[0], progress.done, progress.failed = 104.0, 48, 2
@@ -27,7 +28,7 @@ def test_it_tells_once_a_second_and_at_the_end(monkeypatch: pytest.MonkeyPatch) 
         (48, 2, 10.0),
         (48, 2, 10.0),
     ]
-    first = Progress(total=90, done=10, prompt_tokens=5, completion_tokens=7)
+    first = Progress(total=90, done=10, usage=UsageTotals(prompt_tokens=5, completion_tokens=7))
     assert told[0] == counts_of(first)() | {"type": "progress", "v": 1, "rate": 0.0}
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fanfold.backends.budget.cost import group_usage, sum_usage
+from fanfold.backends.budget.cost import group_usage
 from fanfold.backends.budget.spend_log import SpendLogs
 from fanfold.backends.core.errors import JournalError
 from fanfold.backends.core.money import Amount
@@ -65,7 +65,7 @@ def look(home: Path) -> Seen:
         amounts = {life: spent.amount for life, spent in ledger.usage_by_session.items()}
         total = ledger.total_usage()
     for key in (None, "endpoint"):
-        again = sum_usage(group_usage(home / "journal", "r", ITEMS, key, "m").sessions)
+        again = group_usage(home / "journal", "r", ITEMS, key, "m").total
         assert again == total
     shelf = SpendLogs(home / "budget", "r")
     held = shelf.total_node_time().node_ms

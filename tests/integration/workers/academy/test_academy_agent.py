@@ -23,6 +23,7 @@ from academy.serialize import SerializationStrategy
 
 from fanfold import ConfigurationError, MapReduceAgent
 from fanfold.backends.workers.academy.exchange import ExchangeSettings, delete_mailboxes
+from fanfold.configs.backend import ExchangeConfig
 from fanfold.graphs.integrations.academy import plain_exchange
 from fanfold.tests.integration.workers.academy.academy_run import AcademyRun
 
@@ -84,9 +85,11 @@ async def apart(
 async def test_two_processes_over_redis(
     redis_exchange: dict[str, Any], academy_run: AcademyRun
 ) -> None:
-    at = ExchangeSettings(**redis_exchange)
+    at = ExchangeSettings(ExchangeConfig(**redis_exchange))
     options: dict[str, Any] = {"password": at.password} if at.password else {}
-    client = await RedisExchangeFactory(at.host, at.port, **options).create_user_client()
+    client = await RedisExchangeFactory(
+        at.config.host, at.config.port, **options
+    ).create_user_client()
     async with apart(redis_exchange, academy_run) as boxes:
         agent, listener = (
             in_json(Handle(box, exchange=client, ignore_context=True)) for box in boxes[:2]

@@ -13,6 +13,7 @@ import pytest
 from academy.exchange import UserExchangeClient
 from academy.exchange.mailbox_status import MailboxStatus
 from academy.manager import Manager
+from pydantic import SecretStr
 
 from fanfold.backends.core.errors import (
     BackendError,
@@ -25,7 +26,7 @@ from fanfold.backends.workers.academy.exchange import ExchangeSettings, open_exc
 from fanfold.backends.workers.executor import SingleProcessExecutor
 from fanfold.backends.workers.factory import make_backends
 from fanfold.backends.workers.testing import make_task
-from fanfold.configs.backend import BackendConfig
+from fanfold.configs.backend import BackendConfig, ExchangeConfig
 from fanfold.graphs.worker import work_shard
 
 pytestmark = [
@@ -117,7 +118,11 @@ async def test_the_environment_is_not_the_own_exchanges_business(
 @pytest.mark.parametrize("kind", ["redis", "http"])
 async def test_an_exchange_that_is_not_there(kind: Any) -> None:
     url = "http://127.0.0.1:9" if kind == "http" else None
-    backend = place(ExchangeSettings(kind, port=9, password="top-secret", url=url))
+    backend = place(
+        ExchangeSettings(
+            ExchangeConfig(kind=kind, port=9, password=SecretStr("top-secret"), url=url)
+        )
+    )
     with pytest.raises(
         BackendError, match=r"exchange at .*127\.0\.0\.1:9 does not answer"
     ) as caught:
@@ -160,9 +165,9 @@ def test_settings_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_settings_that_fail_at_the_start() -> None:
     with pytest.raises(ConfigurationError, match="UUID of a Globus project"):
-        await place(ExchangeSettings("globus")).start()
+        await place(ExchangeSettings(ExchangeConfig(kind="globus"))).start()
     with pytest.raises(ConfigurationError, match=r"exchange\.host: 192\.0\.2\.1"):
-        await place(ExchangeSettings(host="192.0.2.1")).start()
+        await place(ExchangeSettings(ExchangeConfig(host="192.0.2.1"))).start()
     backend = place(ExchangeSettings(), make=list)
     with pytest.raises(ConfigurationError, match="made list, no concurrent"):
         await backend.start()

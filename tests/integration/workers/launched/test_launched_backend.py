@@ -17,25 +17,33 @@ import pytest
 from fanfold.backends.core.errors import BackendError, ConfigurationError, WorkerLostError
 from fanfold.backends.workers.launched.backend import (
     LaunchedBackend,
-    LaunchSettings,
-    local_launcher_command,
 )
+from fanfold.configs.backend import BackendConfig
 from fanfold.tests.integration.workers.launched.work import play
 
 pytestmark = pytest.mark.integration
 ONE_AND_ANOTHER = ("sh", "-c", '"$@" & while [ ! -e "$GO" ]; do sleep 0.1; done; "$@"', "sh")
 
 
-def backend(*words: str, log: Path | None = None, host: str = "127.0.0.1") -> LaunchedBackend:
-    launch = LaunchSettings(
-        words or local_launcher_command(1), host, silence_s=60, queue_s=60, log=log
+def backend(
+    *words: str, workers: int = 1, log: Path | None = None, host: str = "127.0.0.1"
+) -> LaunchedBackend:
+    config = BackendConfig(
+        kind="launched",
+        command=shlex.join(words) if words else None,
+        workers=workers,
+        host=host,
+        silence_s=60,
+        queue_s=60,
     )
-    return LaunchedBackend(launch, play)
+    return LaunchedBackend(config, play, log)
 
 
 @asynccontextmanager
-async def opened(*words: str, log: Path | None = None) -> AsyncIterator[LaunchedBackend]:
-    made = backend(*words, log=log)
+async def opened(
+    *words: str, workers: int = 1, log: Path | None = None
+) -> AsyncIterator[LaunchedBackend]:
+    made = backend(*words, workers=workers, log=log)
     await made.start()
     try:
         yield made
@@ -81,7 +89,7 @@ async def test_what_the_work_raises_is_told_by_its_kind() -> None:
 async def test_a_worker_that_can_do_no_more_leaves(tmp_path: Path) -> None:
     """It would take all tasks from the others; waiting tasks go to them."""
     log = tmp_path / "workers.log"
-    async with opened(*local_launcher_command(2), log=log) as place:
+    async with opened(workers=2, log=log) as place:
         await until(lambda: place.capacity() == 2)
         hopeless = place.submit({"hopeless": True})
         others = [place.submit({"n": n, "seconds": 0.2}) for n in range(4)]

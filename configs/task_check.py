@@ -1,0 +1,176 @@
+"""Section ``task``, checked for mistakes that a JSON Schema validator accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any, Final
+
+import orjson
+
+from ..backends.core.errors import ConfigurationError
+from ..backends.core.schemas import open_validator
+from ..backends.core.templates import Template, find_names
+from .models import TaskConfig
+
+
+def _split(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_CHILD: Final = _split(
+    "additionalItems additionalProperties contains contentSchema else if items not propertyNames "
+    "then unevaluatedItems unevaluatedProperties"
+)
+"""Keywords whose value is a schema."""
+_CHILDREN: Final = _split("allOf anyOf items oneOf prefixItems")
+"""Keywords whose value is a list of schemas."""
+_NAMED: Final = _split("$defs definitions dependentSchemas patternProperties properties")
+"""Keywords whose value is a mapping of names to schemas."""
+_OTHERS: Final = _split(
+    "$anchor $comment $dynamicAnchor $dynamicRef $id $recursiveAnchor $recursiveRef $ref $schema "
+    "$vocabulary const contentEncoding contentMediaType default dependencies dependentRequired "
+    "deprecated description discriminator enum example examples exclusiveMaximum exclusiveMinimum "
+    "externalDocs format id maxContains maxItems maxLength maxProperties maximum minContains "
+    "minItems minLength minProperties minimum multipleOf nullable pattern readOnly required title "
+    "type uniqueItems writeOnly xml"
+)
+"""The other keywords of JSON Schema (drafts 4 to 2020-12) and OpenAPI 3."""
+_KEYWORDS: Final = _CHILD | _CHILDREN | _NAMED | _OTHERS
+
+_ELSEWHERE: Final = _split(
+    "$dynamicRef $ref allOf anyOf else if not oneOf patternProperties then unevaluatedProperties"
+)
+"""Keywords by which a property may be defined elsewhere."""
+
+
+def check_task(task: TaskConfig) -> None:
+    """Check the prompt, and the schema of the answers.
+
+    Raises:
+        ConfigurationError: The prompt has an unmatched brace; or the schema is invalid, contradicts
+            itself or has a misspelt keyword; the message names the place.
+    """
+    Template.parse(task.prompt)
+    if task.answer_schema is not None:
+        _check_valid(task.answer_schema)
+        for where, schema in walk_schemas(task.answer_schema):
+            _check_values(schema, where)
+            _check_required(schema, where)
+            _check_keywords(schema, where)
+
+
+def find_task_warnings(task: TaskConfig) -> list[str]:
+    """Return a line for each part of a task that is allowed but seldom intended."""
+    lines = list[str]()
+    if task.graph is None and not Template.parse(task.prompt).columns:
+        lines.append(
+            "task.prompt names no column, so that every item asks the same; write {NAME} where the "
+            "text of a column belongs"
+        )
+    for name in sorted(find_names([task.system])):
+        lines.append(
+            f"task.system is sent as it is, the same for all items: {{{name}}} is not replaced; "
+            "columns belong into task.prompt"
+        )
+    for where, schema in walk_schemas(task.answer_schema):
+        if "type" not in schema and any(isinstance(v, bool) for v in _listed(schema, "enum")):
+            lines.append(
+                f"{where}.enum has a boolean among its values; YAML reads yes, no, on and off "
+                "without quotes as booleans"
+            )
+        lines += [
+            f"{where}: {keyword!r} is no keyword of JSON Schema and has no effect"
+            for keyword in sorted(schema.keys() - _KEYWORDS)
+            if not keyword.startswith("x-") and not _find_similar(keyword, schema)
+        ]
+    return lines
+
+
+def walk_schemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield a schema and all schemas in it, each with its place as a dotted path."""
+    open_schemas = [("task.schema", schema)]
+    while open_schemas:  # no recursion: a request may nest schemas deeply
+        where, found = open_schemas.pop()
+        if not isinstance(found, dict):
+            continue
+        yield where, found
+        for key, value in found.items():
+            if key in _CHILD:
+                open_schemas.append((f"{where}.{key}", value))
+            if key in _CHILDREN and isinstance(value, list):
+                open_schemas += [(f"{where}.{key}[{n}]", child) for n, child in enumerate(value)]
+            if key in _NAMED and isinstance(value, dict):
+                open_schemas += [(f"{where}.{key}.{name}", c) for name, c in value.items()]
+
+
+def _listed(schema: Mapping[str, Any], key: str) -> list[Any]:
+    found = schema.get(key)
+    return found if isinstance(found, list) else []
+
+
+def _mapped(schema: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = schema.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _check_valid(schema: dict[str, Any]) -> None:
+    try:
+        open_validator(schema)
+    except ValueError as error:  # all errors of jsonschema-rs are ValueErrors
+        where = ".".join(map(str, getattr(error, "instance_path", ()))) or "its top"
+        reason = getattr(error, "message", str(error))
+        msg = f"task.schema is no valid JSON Schema: at {where}: {reason}"
+        raise ConfigurationError(msg) from None
+
+
+def _check_values(schema: dict[str, Any], where: str) -> None:
+    """Check that ``enum`` and ``const`` have values that ``type`` allows."""
+    if "type" not in schema:
+        return
+    allowed = open_validator({"type": schema["type"]})
+    given = [("enum", value) for value in _listed(schema, "enum")]
+    given += [("const", schema["const"])] if "const" in schema else []
+    for key, value in given:
+        if allowed.is_valid(value) or (value is None and schema.get("nullable") is True):
+            continue
+        shown, kind = orjson.dumps(value).decode(), schema["type"]
+        kinds = " or ".join(kind) if isinstance(kind, list) else kind
+        msg = f"{where}.{key}: the value {shown} does not fit the type ({kinds})"
+        if isinstance(value, bool):
+            msg += "; YAML reads yes, no, on and off without quotes as booleans: write 'yes', 'no'"
+        elif "string" in kinds:
+            msg += "; put it in quotes"
+        else:
+            msg += "; no answer could ever have it: change the value or the type"
+        raise ConfigurationError(msg)
+
+
+def _check_required(schema: dict[str, Any], where: str) -> None:
+    """Check that required properties are defined, where they are defined in one place."""
+    if "properties" not in schema or schema.keys() & _ELSEWHERE:
+        return
+    known = _mapped(schema, "properties")
+    for name in _listed(schema, "required"):
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"define it below {where}.properties"
+            msg = f"{where}.required: there is no property {name!r}; {hint}"
+            raise ConfigurationError(msg)
+
+
+def _check_keywords(schema: dict[str, Any], where: str) -> None:
+    for keyword in schema.keys() - _KEYWORDS:
+        if (similar := _find_similar(keyword, schema)) is not None:
+            msg = f"{where}: there is no keyword {keyword!r}; did you mean {similar!r}?"
+            raise ConfigurationError(msg)
+
+
+def _find_similar(keyword: str, schema: dict[str, Any]) -> str | None:
+    """Return the keyword of which another is likely a misspelling; None if the schema has it."""
+    others = sorted(_KEYWORDS - schema.keys())
+    lower = {name.lower(): name for name in others}
+    if keyword.startswith("x-"):
+        return None
+    close = get_close_matches(keyword.lower().replace("_", "").replace("-", ""), lower, 1, 0.85)
+    return lower[close[0]] if close else None
