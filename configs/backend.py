@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_va
 from ..backends.core.errors import ConfigurationError
 from ..backends.core.messages import MAX_MESSAGE_BYTES
 from ..backends.core.templates import find_names, split_command
-from .base import Access, Section, declare_access
+from .base import Access, Duration, PositiveDuration, Section, declare_access
 
 _ATTRIBUTE: Final = r"^[\w.]+:[\w.]+$"
 _SMALL_MESSAGE: Final = 400_000
@@ -143,11 +143,11 @@ class BackendConfig(Section):
     node_endpoints: bool = False
     registry: str | None = None
     attempts: Annotated[int, Field(ge=1, le=100)] = 3
-    silence_s: Annotated[float, Field(gt=0)] = 120.0
-    deadline_s: Annotated[float, Field(gt=0)] = 7200.0
-    queue_s: Annotated[float, Field(gt=0)] = 86400.0
-    shard_least_s: Annotated[float, Field(gt=0)] = 120.0
-    shard_most_s: Annotated[float, Field(gt=0)] = 600.0
+    silence_s: PositiveDuration = 120.0
+    deadline_s: PositiveDuration = 7200.0
+    queue_s: PositiveDuration = 86400.0
+    shard_least_s: PositiveDuration = 120.0
+    shard_most_s: PositiveDuration = 600.0
 
     @property
     def is_remote(self) -> bool:
@@ -325,9 +325,9 @@ class NodeConfig(Section):
     env: dict[VariableName, VariableText] = Field(default_factory=dict)
     accelerators: AcceleratorsConfig = AcceleratorsConfig()
     ready: Annotated[str, Field(pattern=r"^/[!-~]*$")] = "/health"
-    timeout_s: Annotated[float, Field(gt=0)] = 1200.0
+    timeout_s: PositiveDuration = 1200.0
     restarts: Annotated[int, Field(ge=0, le=1000)] = 3
-    linger_s: Annotated[float, Field(ge=0)] = 60.0
+    linger_s: Duration = 60.0
 
     @model_validator(mode="after")
     def _instances_fit(self) -> NodeConfig:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Access(StrEnum):
@@ -44,6 +44,14 @@ def _check_path(text: str) -> str:
         raise ValueError(msg)
     return text
 
+
+_LONGEST_S: Final = 1e9
+"""Upper bound of all durations: 31 years; far longer ones are no times that a system can wait."""
+
+Duration = Annotated[float, Field(ge=0, le=_LONGEST_S)]
+"""Seconds, 0 allowed."""
+PositiveDuration = Annotated[float, Field(gt=0, le=_LONGEST_S)]
+"""Seconds, more than 0."""
 
 PathText = Annotated[str, AfterValidator(_check_path)]
 

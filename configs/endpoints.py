@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
-from .base import Access, PathText, Section, declare_access
+from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
 
 ENDPOINT_KINDS: Final = ("urls", "file", "aegis_registry", "hosts", "first", "simulated", "auto")
 """The kinds of endpoints; a configuration has exactly one."""
@@ -64,8 +64,8 @@ class SimulatedConfig(Section):
     responder: str = "schema"
     seed: int = 0
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
-    ttft_s: Annotated[float, Field(ge=0)] | None = None
-    tpot_s: Annotated[float, Field(ge=0)] | None = None
+    ttft_s: Duration | None = None
+    tpot_s: Duration | None = None
     jitter: Annotated[float, Field(ge=0)] | None = None
     time_scale: Annotated[float, Field(gt=0)] | None = None
     faults: list[dict[str, Any]] = Field(default_factory=list)
@@ -144,9 +144,9 @@ class EndpointsConfig(Section):
     auto: bool | None = None
     api_key: Secret = SecretStr("EMPTY")
     models: dict[str, str] = Field(default_factory=dict)
-    refresh_s: Annotated[float, Field(gt=0)] = 5.0
+    refresh_s: PositiveDuration = 5.0
     least: Annotated[int, Field(ge=1, le=1_000_000)] = 1
-    wait_s: Annotated[float, Field(ge=0)] = 0.0
+    wait_s: Duration = 0.0
     proxy: bool | None = None
 
     @property

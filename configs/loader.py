@@ -21,7 +21,13 @@ from .aggregators import check_aggregators
 from .backend import find_unfit_keys
 from .describe import explain_validation
 from .models import RunConfig
-from .raw_settings import apply_override, expand_variables, parse_yaml, set_path
+from .raw_settings import (
+    apply_override,
+    check_overrides,
+    expand_variables,
+    parse_yaml,
+    set_path,
+)
 from .serialize import check_plain, to_plain
 from .task_check import check_task
 
@@ -156,7 +162,7 @@ def read_settings(
         ConfigurationError: The file cannot be read, or an override cannot be applied.
     """
     raw = _read_config(config)
-    for note in _apply_overrides(raw.data, overrides):
+    for note in _apply_overrides(raw.data, check_overrides(overrides)):
         logger.warning("%s", note)
     return raw
 

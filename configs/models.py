@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .aggregators import AnyAggregatorConfig
 from .backend import BackendConfig, NodeConfig
-from .base import Access, PathText, Section, declare_access
+from .base import Access, Duration, PathText, PositiveDuration, Section, declare_access
 from .endpoints import EndpointsConfig
 
 WarnShare = Annotated[float, Field(gt=0, lt=1)]
@@ -237,11 +237,11 @@ class LimitsConfig(Section):
 
     streams: Annotated[int, Field(ge=1, le=100_000)] = 256
     attempts: Annotated[int, Field(ge=1, le=100)] = 4
-    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    item_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    request_timeout_s: PositiveDuration = 600.0
+    item_timeout_s: PositiveDuration | None = None
     steps_per_item: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    drain_s: Annotated[float, Field(ge=0)] = 30.0
-    fleet_wait_s: Annotated[float, Field(ge=0)] = 60.0
+    drain_s: Duration = 30.0
+    fleet_wait_s: Duration = 60.0
     hedge: bool = True
     requests_per_s: Annotated[float, Field(gt=0)] | None = None
     tokens_per_min: Annotated[float, Field(gt=0)] | None = None
@@ -251,9 +251,9 @@ class LimitsConfig(Section):
     retry_budget: Annotated[float, Field(gt=0, le=100)] | None = None
     affinity: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     load: Literal["metrics", "load"] | None = None
-    walltime_s: Annotated[float, Field(gt=0)] | None = None
+    walltime_s: PositiveDuration | None = None
     body_bytes: Annotated[int, Field(ge=1024, le=2**40)] = 64 * 2**20
-    margin_s: Annotated[float, Field(ge=0)] = 30.0
+    margin_s: Duration = 30.0
 
     @model_validator(mode="after")
     def _time_is_left(self) -> LimitsConfig:

@@ -93,6 +93,23 @@ def parse_yaml(text: str, source: str, *, aliases: bool = True) -> dict[str, Any
     return data
 
 
+def check_overrides(given: object) -> list[str]:
+    """Return overrides as a list of ``a.b=value`` assignments.
+
+    Raises:
+        ConfigurationError: They are one text, a mapping, or a list of other values.
+    """
+    if isinstance(given, list | tuple) and all(isinstance(one, str) for one in given):
+        return list(given)
+    kinds = {str: "one text", dict: "a mapping", type(None): "null"}
+    found = kinds.get(type(given), "a list of other values" if isinstance(given, list) else "")
+    msg = (
+        "overrides: give a list of texts, KEY=VALUE each, as in ['limits.streams=64', "
+        f"'model.seed=null'] (found {found or type(given).__name__})"
+    )
+    raise ConfigurationError(msg)
+
+
 def apply_override(data: dict[str, Any], assignment: str) -> None:
     """Apply one ``a.b=value`` to ``data`` in place; the value is read as YAML.
 

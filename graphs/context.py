@@ -50,6 +50,7 @@ from ..backends.storage.run_folder import (
     open_folder,
 )
 from ..configs.loader import LoadedConfig, is_preset, load_config, read_preset
+from ..configs.raw_settings import check_overrides
 from ..configs.resolve import resolve_config
 from ..nodes.batch.load import describe_unknown_keys
 from ..nodes.context import Context, ItemContext, PreparedRun
@@ -692,7 +693,7 @@ class BoundSettings:
         return self._make_request_context(fields_)
 
     def _merge(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        overrides = [*self._context.overrides, *given.get("overrides", ())]
+        overrides = [*self._context.overrides, *check_overrides(given.get("overrides", []))]
         bound = self._context.changed_fields()
         if self._context.out_path is not None:
             bound["out"] = str(self._context.out_path)

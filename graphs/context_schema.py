@@ -16,6 +16,7 @@ from ..configs.backend import BackendKind
 from ..configs.base import Access
 from ..configs.describe import describe_setting, find_setting, section_schema, setting_schema
 from ..configs.loader import preset_names
+from ..configs.raw_settings import check_overrides
 from ..configs.resolve import DEFAULT_PRESET
 from ..nodes.context import Context
 
@@ -193,7 +194,7 @@ class SettingsForm(Context):
                 changed.append(f"{one.metadata['section']}.{name}={orjson.dumps(value).decode()}")
         if self.api_key:
             changed.append(f"endpoints.api_key={_check_variable(self.api_key)}")
-        return [*changed, *self.overrides]
+        return [*changed, *check_overrides(self.overrides)]
 
     def changed_fields(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, by name, without cleared fields."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,9 @@ _WORKER_DELAY_S: Final = 5.0
 
 Normally the coordinator stops them earlier; only without it do they use this time.
 """
+
+_YEAR_10000: Final = 253_402_300_800
+"""The first second, since 1970, that no calendar date of Python expresses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +89,13 @@ def _ends(
         end = _time(given)
         if end is None:
             msg = (
-                f"{END_TIME_ENV} is {given!r}; it must be a time in seconds since 1970, as date "
-                "+%s prints"
+                f"{END_TIME_ENV} is {given!r}; it must be a time before the year 10000, in seconds "
+                "(not milliseconds) since 1970, as date +%s prints"
             )
             raise ConfigurationError(msg)
         yield end, END_TIME_ENV
     if (end := _time(environment.get(SLURM_END_TIME_ENV, ""))) is not None:
-        yield end, SLURM_END_TIME_ENV  # Slurm sets other text if a job has no end
+        yield end, SLURM_END_TIME_ENV  # Slurm sets other text, or 2^64-2, if a job has no end
 
 
 def _time(text: str) -> float | None:
@@ -101,4 +103,4 @@ def _time(text: str) -> float | None:
         seconds = float(text)
     except ValueError:
         return None
-    return seconds if math.isfinite(seconds) and seconds > 0 else None
+    return seconds if 0 < seconds < _YEAR_10000 else None

@@ -252,19 +252,37 @@ def read_extents(folder: RunFolder) -> dict[str, int] | None:
     return extents
 
 
+def check_path_text(path: Path) -> None:
+    """Check that the name of a folder is text, which its files and databases need.
+
+    Raises:
+        ConfigurationError: Its absolute path is not UTF-8.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        shown = ascii(str(path.absolute())).strip("'")
+        msg = f"{shown}: the path of a run folder must be UTF-8 text; choose another, or rename it"
+        raise ConfigurationError(msg) from None
+
+
 def open_folder(path: Path) -> RunFolder:
     """Open an existing run folder.
 
     Raises:
-        ConfigurationError: The folder is missing or is not a run folder.
+        ConfigurationError: The folder is missing, not a run folder, or its path is not UTF-8.
     """
     folder = RunFolder(path)
+    check_path_text(path)
     if not path.is_dir():
         raise ConfigurationError(f"{path}: no such run folder")
     missing = [p.name for p in (folder.settings, folder.items, folder.provenance) if not p.exists()]
     if missing or not folder.journal.is_dir():
         missing_names = ", ".join(missing) or "journal/"
-        raise ConfigurationError(f"{path}: not a run folder of fanfold (missing: {missing_names})")
+        msg = f"{path}: not a run folder of fanfold (missing: {missing_names})"
+        if not folder.settings.exists() and any(path.iterdir()):
+            msg += "; a new run needs a folder that is empty or does not exist: name another"
+        raise ConfigurationError(msg)
     return folder
 
 
@@ -317,8 +335,9 @@ def is_vacant(path: Path) -> bool:
     """Return True if a new run may be created at ``path``: nothing there, or an empty folder.
 
     Raises:
-        ConfigurationError: ``path`` is not a folder or cannot be read.
+        ConfigurationError: ``path`` is not a folder, cannot be read, or is not UTF-8.
     """
+    check_path_text(path)
     try:
         return not path.exists() or all(one.name.startswith(_NEW) for one in path.iterdir())
     except OSError as error:

@@ -164,7 +164,10 @@ def endpoints(config: Config, changes: Overrides, as_json: AsJson = False) -> No
 @app.command()
 def results(
     folder: Folder,
-    form: Annotated[str, typer.Option("--format", help="jsonl, csv or parquet.")] = "jsonl",
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="jsonl, csv or parquet; default: by the suffix, or jsonl."),
+    ] = None,
     target: Annotated[
         Path | None,
         typer.Option(

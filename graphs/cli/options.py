@@ -25,6 +25,11 @@ def nonempty(text: str | Path) -> str:
     """
     if not str(text):
         raise typer.BadParameter("is empty; name a file or a folder")
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        shown = ascii(str(text)).strip("'")
+        raise typer.BadParameter(f"{shown} is not UTF-8 text") from None
     return str(text)
 
 

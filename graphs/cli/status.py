@@ -30,7 +30,7 @@ from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder, 
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
 from ..jobs.usage import job_report
-from ..run.console import Terminal, format_count, open_data_stream, print_json
+from ..run.console import Terminal, format_count, open_data_stream, print_json, print_messages
 from .format import format_cell
 from .options import COST_BY
 
@@ -153,6 +153,13 @@ def _time(text: str | None) -> str:
 
 
 _FORMATS: Final = ("jsonl", "csv", "parquet")
+_SUFFIXES: Final = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 
 
 def show_status(path: Path, as_json: bool, usage: bool = False, batch: int | None = None) -> None:
@@ -219,10 +226,21 @@ def _format_value(value: Any) -> Text:
     return Text(f"{value:,}") if isinstance(value, int) else format_cell(value)
 
 
-def export_results(path: Path, form: str, target: Path | None, safe_csv: bool = False) -> None:
-    """Write one row per finished item."""
-    if form not in _FORMATS:
-        raise ConfigurationError(f"--format {form}: choose one of {', '.join(_FORMATS)}")
+def export_results(
+    path: Path, given: str | None, target: Path | None, safe_csv: bool = False
+) -> None:
+    """Write one row per finished item.
+
+    Args:
+        path: The run folder.
+        given: The format; None follows the suffix of ``target``.
+        target: The file; None is stdout.
+        safe_csv: Whether cells that start a formula are quoted.
+
+    Raises:
+        ConfigurationError: The format is unknown or does not fit, or the file cannot be written.
+    """
+    form = _choose_format(given, target)
     if form == "parquet" and target is None:
         raise ConfigurationError("--format parquet is binary; give a file with -o FILE")
     if safe_csv and form != "csv":
@@ -234,13 +252,39 @@ def export_results(path: Path, form: str, target: Path | None, safe_csv: bool = 
     items, extents = about["input"]["items"], read_extents(folder)
     with Journal(folder.journal, get_run_ids(about), items, extents) as journal:
         records = make_rows(journal.read_records(), priced=journal.total_usage().nano_usd > 0)
-        if form == "parquet" and target is not None:
-            write_parquet(records, target, schema)
-        elif target is None:
+        if target is None:
             _write_text(records, form, open_data_stream(form == "jsonl"), schema, safe_csv)
+            return
+        if form == "parquet":
+            write_parquet(records, target, schema)
         else:
             with _open_target(target) as stream:
                 _write_text(records, form, stream, schema, safe_csv)
+        counts = journal.count_items()
+        rows = counts.done + counts.failed
+        print_messages([f"{target}: {rows:,} of {items:,} items as {form}"])
+
+
+def _choose_format(given: str | None, target: Path | None) -> str:
+    """Return the format of results: the given one, that of the suffix, or JSON lines.
+
+    Raises:
+        ConfigurationError: It is unknown, or it and the suffix are two formats.
+    """
+    by_suffix = None if target is None else _SUFFIXES.get(target.suffix.lower())
+    if given is not None and given not in _FORMATS:
+        raise ConfigurationError(f"--format {given}: choose one of {', '.join(_FORMATS)}")
+    if target is None:
+        return given or "jsonl"
+    if given is not None and by_suffix not in (None, given):
+        msg = f"-o {target}: the suffix says {by_suffix}, but --format says {given}; change one"
+        raise ConfigurationError(msg)
+    form = given or by_suffix
+    if form is None:
+        known = ", ".join(_SUFFIXES)
+        msg = f"-o {target}: the suffix names no format ({known}); give --format as well"
+        raise ConfigurationError(msg)
+    return form
 
 
 def _schema(folder: RunFolder) -> dict[str, Any] | None:

@@ -315,7 +315,12 @@ OPTIONS = [
     ),
     Broken("out is a file", ["in.csv"], options=["--out", "in.csv"]),
     Broken("out in a file", ["in.csv/x"], options=["--out", "in.csv/x"]),
-    Broken("out is foreign", ["d: not a run folder"], files={"d/x": "1"}, options=["--out", "d"]),
+    Broken(
+        "out is foreign",
+        ["d: not a run folder", "name another"],
+        files={"d/x": "1"},
+        options=["--out", "d"],
+    ),
     Broken("deep out", ["'zz'"], task(prompt="{zz}"), options=["--out", "a/b/c"]),
 ]
 
@@ -361,6 +366,10 @@ def test_one_message_and_nothing_written(broken: Broken, shell: Shell) -> None:
         (["results", "in.csv"], ["in.csv: no such run folder"]),
         (["results", ".", "--format", "xml"], ["xml", "jsonl, csv, parquet"]),
         (["results", ".", "--format", "parquet"], ["-o FILE"]),
+        (["results", ".", "-o", "x.csv", "--format", "jsonl"], ["suffix says csv", "says jsonl"]),
+        (["results", ".", "-o", "x.parquet", "--format", "csv"], ["suffix says parquet"]),
+        (["results", ".", "-o", "x.txt"], ["x.txt", "--format", ".csv"]),
+        (["results", ".", "-o", "x"], ["suffix names no format"]),
         (["presets", "show", "data_anotation"], ["did you mean 'data_annotation'"]),
         (["presets", "copy", "nope"], ["nope", "data_annotation"]),
         (["presets", "copy", "data_annotation", "in.csv"], ["in.csv: exists already"]),
@@ -371,6 +380,9 @@ def test_one_message_and_nothing_written(broken: Broken, shell: Shell) -> None:
         (["simulate", "--file", "x/y"], ["x/y: cannot be written"]),
         (["check", "nope.yaml"], ["no such file"]),
         # an empty name is not the working directory: so a variable that is not set looks
+        (["run", "c.yaml", "--out", "\udcff"], ["--out", "\\udcff is not UTF-8"]),
+        (["run", "\udcff"], ["\\udcff is not UTF-8"]),
+        (["status", "\udcff"], ["\\udcff is not UTF-8"]),
         (["run", ""], ["CONFIG|PRESET", "is empty"]),
         (["run", "c.yaml", "--out="], ["--out", "is empty"]),
         (["resume", ""], ["DIR", "is empty"]),

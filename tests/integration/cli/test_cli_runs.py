@@ -52,6 +52,7 @@ def test_everything_says_simulated(shell: Shell) -> None:
     assert [(row["id"], row["simulated"]) for row in table] == [(n, "true") for n in "123"]
     said = shell("results", "r", "--format", "parquet", "-o", "x.parquet")
     assert (said.code, said.out) == (0, "")
+    assert said.err == "x.parquet: 3 of 3 items as parquet\n"
     for file in ("x.parquet", "r/results.parquet"):
         assert pq.read_table(file).column("simulated").to_pylist() == [True] * 3
 
@@ -235,6 +236,29 @@ def test_endpoints_beside_a_file_without_any(shell: Shell) -> None:
     shell.write(endpoints=None)
     said = shell("run", "c.yaml", "--endpoints", "simulated", "--out", "r", "--quiet")
     assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "form"),
+    [
+        ("x.csv", [], "csv"),
+        ("X.CSV", [], "csv"),
+        ("x.jsonl", [], "jsonl"),
+        ("x.ndjson", [], "jsonl"),
+        ("x.parquet", [], "parquet"),
+        ("x.txt", ["--format", "csv"], "csv"),
+        ("x.out", ["--format", "parquet"], "parquet"),
+    ],
+)
+def test_the_suffix_decides_the_format_of_results(
+    target: str, options: list[str], form: str, finished: Shell
+) -> None:
+    said = finished("results", "r", "-o", target, *options)
+    assert (said.code, said.out) == (0, "")
+    assert f"{target}: " in said.err
+    assert f" as {form}" in said.err
+    start = (finished.folder / target).read_bytes()[:4]
+    assert start == {"csv": b"id,s", "jsonl": b'{"id', "parquet": b"PAR1"}[form]
 
 
 def test_where_results_cannot_go(finished: Shell) -> None:

@@ -24,6 +24,13 @@ def limits(**settings: float) -> LimitsConfig:
     return LimitsConfig(**{"drain_s": 30, "margin_s": 20} | settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("value", ["1764000000000", f"{2**64 - 2}", "1e300", "253402300800"])
+def test_an_end_after_all_dates_is_no_end(value: str) -> None:
+    assert walltime(limits(), {"SLURM_JOB_END_TIME": value}, began=1000) is None
+    with pytest.raises(ConfigurationError, match="milliseconds"):
+        walltime(limits(), {"FANFOLD_END_TIME": value}, began=1000)
+
+
 @pytest.mark.parametrize(
     ("walltime_s", "environment", "stop_at", "source"),
     [
