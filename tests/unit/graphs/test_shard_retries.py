@@ -144,7 +144,7 @@ async def test_a_worker_that_has_begun_is_enough(tmp_path: Path) -> None:
         lab.begin("0-1", 0)
         await until(lambda: len(lab.site.orders) == 3)  # the other is lost, and sent again
         assert lab.site.orders[2]["shard"] == "1-2"
-        lab.site.answer(0)
+        lab.site.answer([order["shard"] for order in lab.site.orders].index("0-1"))
         assert await begun is not None
         other.cancel()
 
