@@ -21,15 +21,21 @@ from pathlib import Path
 from typing import Any, Final, Self, TypeAlias, TypeVar, cast
 
 import orjson
-from langchain_core.runnables import RunnableConfig, RunnableLambda
-from langchain_core.runnables.config import ensure_config, merge_configs
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import (
+    ensure_config,
+    get_callback_manager_for_config,
+    merge_configs,
+)
+from langchain_core.tracers import LangChainTracer
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.errors import EmptyInputError
-from langgraph.graph import StateGraph
+from langgraph.graph import START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime, get_runtime
-from langgraph.types import Command
+from langgraph.types import Command, StateSnapshot
 from langgraph.typing import InputT, OutputT, StateT
+from langsmith.utils import get_env_var
 
 from ..backends.budget.budget import budget_gap, lower_raised_limits, raise_limits
 from ..backends.cluster.walltime import Walltime
@@ -54,6 +60,7 @@ from ..configs.raw_settings import check_overrides
 from ..configs.resolve import resolve_config
 from ..nodes.batch.load import describe_unknown_keys
 from ..nodes.context import Context, ItemContext, PreparedRun
+from ..nodes.item.steps import NO_PAYLOAD, make_untraced
 from ..nodes.shard.progress import ProgressStream
 from ..nodes.state import RunKey
 from .caller_policy import CallerPolicy, CallerSettings
@@ -571,11 +578,15 @@ def _extend_provenance(folder: RunFolder, asked: Mapping[str, Any]) -> None:
 _BASES: Final = frozenset({"config", "preset"})
 _MARKS: Final = _BASES | {"overrides", "out"}
 _KEPT: Final = 256
+_TRACED_ITEMS: Final = 1000
+"""Pasted items that LangSmith may be sent: they are the input of the graph's run, whose trace no
+policy of a node changes."""
 _SAVER: Final = "__pregel_checkpointer"
 _NOTHING: Final = (
     "there is nothing to resume: no interrupt of this thread waits for an answer; start a run with "
-    "an input, or name the thread of the interrupted run"
+    "an input, continue a stopped one with the input None, or name the thread of the paused run"
 )
+_INTERRUPT_ID: Final = re.compile(r"[0-9a-f]{32}")
 _READ: Final = "__pregel_read"
 """Key under which LangGraph gives a node the reader of its graph's state."""
 
@@ -766,7 +777,7 @@ class BoundSettings:
             return self._portal.run(lambda: bound(state))
 
         run_in_thread.__doc__ = bound.__doc__ = run.__doc__
-        return RunnableLambda(run_in_thread, bound)
+        return make_untraced(run_in_thread, bound)
 
 
 async def _absolute_out(given: Any) -> Any:
@@ -818,6 +829,7 @@ class BoundGraph(StateGraph[StateT, RunContext, InputT, OutputT]):
         """Compile the graph; the options are LangGraph's."""
         checked = object.__new__(CheckedGraph)
         checked.__dict__ |= super().compile(*args, **options).__dict__
+        checked.nodes[START].trace_policy = NO_PAYLOAD
         return cast("CompiledStateGraph[StateT, RunContext, InputT, OutputT]", checked)
 
 
@@ -921,15 +933,16 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         self, command: Any, config: RunnableConfig | None, more: dict[str, Any]
     ) -> Iterator[Any]:
         """Answer an interrupt, or raise if there is none."""
-        if self._has_saver(config) and not self.get_state(ensure_config(config)).next:
-            raise InputError(_NOTHING)
+        if self._has_saver(config):
+            _check_addressee(command.resume, self.get_state(ensure_config(config)), config)
         yield from super().stream(command, config, **more)
 
     async def _astream_resume(
         self, command: Any, config: RunnableConfig | None, more: dict[str, Any]
     ) -> AsyncIterator[Any]:
-        if self._has_saver(config) and not (await self.aget_state(ensure_config(config))).next:
-            raise InputError(_NOTHING)
+        if self._has_saver(config):
+            state = await self.aget_state(ensure_config(config))
+            _check_addressee(command.resume, state, config)
         async with aclosing(cast(Any, super().astream(command, config, **more))) as parts:
             async for part in parts:
                 yield part
@@ -961,6 +974,7 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
                 raise ConfigurationError(msg)
         elif given is not None:
             cast(Any, self.builder).check_input(given, self._parents_keys(given, config))
+            _check_traced_items(given, config)
         return given
 
     def _parents_keys(self, given: Any, config: RunnableConfig | None) -> tuple[str, ...]:
@@ -1026,6 +1040,48 @@ class CheckedGraph(CompiledStateGraph[Any, RunContext, Any, Any]):
         return (
             None if schema is None else schema | {"properties": _AnyKeyDict(schema["properties"])}
         )
+
+
+def _check_addressee(answer: Any, state: StateSnapshot, config: RunnableConfig | None) -> None:
+    """Check that an answer belongs to an open question; LangGraph runs the thread in any case.
+
+    LangGraph's server sends the answer again in a further attempt of a run that had taken it.
+
+    Raises:
+        InputError: No question is open, or the answer names one that is not.
+    """
+    if ensure_config(config).get("metadata", {}).get("run_attempt", 1) != 1:
+        return
+    open_ids = [interrupt.id for interrupt in state.interrupts]
+    if not open_ids:
+        raise InputError(_NOTHING)
+    if not isinstance(answer, Mapping) or not all(map(_INTERRUPT_ID.fullmatch, answer)):
+        return
+    if unknown := sorted(answer.keys() - set(open_ids)):
+        msg = (
+            f"resume: {unknown[0]} names no open question of this thread; it may have been "
+            f"answered. Nothing was changed. Open: {', '.join(open_ids)}"
+        )
+        raise InputError(msg)
+
+
+def _check_traced_items(given: Any, config: RunnableConfig | None) -> None:
+    """Check that LangSmith is not sent a large batch as the input of the graph's run.
+
+    Raises:
+        InputError: Too many items are pasted while tracing is on.
+    """
+    count = len(given.get("items") or ())
+    if count <= _TRACED_ITEMS or get_env_var("HIDE_INPUTS") == "true":
+        return
+    handlers = get_callback_manager_for_config(ensure_config(config)).handlers
+    if any(isinstance(handler, LangChainTracer) for handler in handlers):
+        msg = (
+            f"input.items: {count:,} items are pasted while LangSmith tracing is on, and the trace "
+            f"would contain all of them; at most {_TRACED_ITEMS:,} are allowed. Give a path, turn "
+            "tracing off (LANGSMITH_TRACING=false), or set LANGSMITH_HIDE_INPUTS=true"
+        )
+        raise InputError(msg)
 
 
 class _AnyKeyDict(dict[str, Any]):

@@ -11,12 +11,12 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.graph import END, START
 from langgraph.graph.state import CompiledStateGraph
 
-from ..nodes.batch.approve import approve
+from ..nodes.batch.approve import approve, route_after_approve
 from ..nodes.batch.dispatch import dispatch, fan_out, gather, route_after_gather
 from ..nodes.batch.load import check_run_input, load, send_input
 from ..nodes.batch.reduce import reduce
 from ..nodes.batch.shard import shard
-from ..nodes.item.steps import build_item_graph, node_metadata
+from ..nodes.item.steps import NO_PAYLOAD, build_item_graph, make_untraced, node_metadata
 from ..nodes.state import LoadState, RunInput, RunOutput, RunState, ShardState
 from .caller_policy import CallerPolicy
 from .context import BoundGraph, BoundSettings, RunContext
@@ -39,21 +39,25 @@ def build_bound_graph(
     graph: BoundGraph[RunState, RunInput, RunOutput] = BoundGraph(
         RunState, bound, check_run_input, input_schema=RunInput, output_schema=RunOutput
     )
-    graph.add_node(
-        "load", bound.bind_node(load), input_schema=LoadState, metadata=node_metadata(load)
-    )
-    graph.add_node("dispatch", bound.bind_node(dispatch), metadata=node_metadata(dispatch))
-    view = bound.bind_node(shard, build_item_graph().compile())
-    graph.add_node("shard", view, input_schema=ShardState, metadata=node_metadata(shard))
-    graph.add_node("gather", bound.bind_node(gather), metadata=node_metadata(gather))
-    graph.add_node("approve", bound.bind_node(approve), metadata=node_metadata(approve))
-    graph.add_node("reduce", bound.bind_node(reduce), metadata=node_metadata(reduce))
-    graph.add_conditional_edges(START, send_input, ["load"])
+    inputs: dict[Any, Any] = {load: LoadState, shard: ShardState}
+    inside: dict[Any, Any] = {shard: build_item_graph().compile()}
+    for node in (load, dispatch, shard, gather, approve, reduce):
+        graph.add_node(
+            node.__name__,
+            bound.bind_node(node, inside.get(node)),
+            input_schema=inputs.get(node),
+            metadata=node_metadata(node),
+            trace_policy=NO_PAYLOAD,
+        )
+    graph.add_conditional_edges(START, make_untraced(send_input), ["load"])
     graph.add_edge("load", "dispatch")
-    graph.add_conditional_edges("dispatch", fan_out, ["shard"])
+    graph.add_conditional_edges("dispatch", make_untraced(fan_out), ["shard"])
     graph.add_edge("shard", "gather")
-    graph.add_conditional_edges("gather", route_after_gather, ["dispatch", "approve", "reduce"])
-    graph.add_edge("approve", "dispatch")
+    after_gather = ["dispatch", "approve", "reduce"]
+    graph.add_conditional_edges("gather", make_untraced(route_after_gather), after_gather)
+    graph.add_conditional_edges(
+        "approve", make_untraced(route_after_approve), ["dispatch", "approve"]
+    )
     graph.add_edge("reduce", END)
     return graph
 

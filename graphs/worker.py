@@ -26,7 +26,7 @@ from ..backends.budget.leases import (
     spent_of_lease,
 )
 from ..backends.budget.tokens import make_prompt_counter, open_token_counter
-from ..backends.core.aio import SharedResource
+from ..backends.core.aio import LoopThread, SharedResource
 from ..backends.core.errors import BackendError, FanfoldError
 from ..backends.core.messages import ShardResult, ShardTask, own_version
 from ..backends.core.money import TokenPrices
@@ -309,9 +309,8 @@ class Worker:
     """An event loop in a separate thread, and the resources shared between tasks."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = LoopThread("fanfold").loop
         self.resources = WorkerResources()
-        threading.Thread(target=self._loop.run_forever, name="fanfold", daemon=True).start()
         # Closing needs the thread pools, which the interpreter stops before it runs ``atexit``.
         threading._register_atexit(self.close)  # type: ignore[attr-defined]  # noqa: SLF001
 

@@ -165,6 +165,8 @@ class RunState(RunInput, RunOutput, total=False):
         left: Shards that the budget did not cover, each ``[lo, hi]``.
         needed: The amount that the budget did not cover.
         again: Shards that are sent again in the present superstep.
+        asked: Number of the last question about the budget.
+        refusal: Why its answer was refused, or None.
         pace: Number of items that workers finished, and the sum of the workers' seconds.
         tally: Counts over the finished shards.
         parts: The combined aggregate of the finished shards.
@@ -181,6 +183,8 @@ class RunState(RunInput, RunOutput, total=False):
     left: Annotated[list[list[int]], operator.add]
     needed: Annotated[dict[str, int], max_by_key]
     again: list[list[int]]
+    asked: int
+    refusal: str | None
     pace: Annotated[dict[str, float], add_paces]
     tally: Annotated[dict[str, int], add_tallies]
     parts: Annotated[dict[str, Any], combine_states]

@@ -17,6 +17,7 @@ import tiktoken
 from tiktoken.model import encoding_name_for_model
 
 from ...configs.prices import find_provider_name
+from ..core.parsing import read_message_text
 from ..core.protocols import PromptCounter
 from ..discovery.connect import ReadyEndpoints
 from ..fleet.endpoint import Endpoint, EndpointSpec
@@ -138,19 +139,6 @@ def sum_prompt_tokens(
     extras = (body.get(key) for key in ("tools", "response_format"))
     total += sum(count(orjson.dumps(extra).decode()) for extra in extras if extra)
     return total
-
-
-def read_message_text(message: Mapping[str, Any]) -> str:
-    """Return all text of a message; parts that are not text are included as JSON."""
-    content, calls = message.get("content"), message.get("tool_calls")
-    parts = [content] if isinstance(content, str) else list(content or ())
-    texts = [p if isinstance(p, str) else _part(p) for p in parts]
-    return "\n".join([*texts, *([orjson.dumps(calls).decode()] if calls else [])])
-
-
-def _part(part: Any) -> str:
-    text = part.get("text") if isinstance(part, Mapping) else None
-    return text if isinstance(text, str) else orjson.dumps(part).decode()
 
 
 _ASKED: Final = ("messages", "tools", "chat_template", "chat_template_kwargs", "documents")

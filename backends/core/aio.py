@@ -234,7 +234,53 @@ class ThreadBatcher(Generic[T, R]):
             return await asyncio.to_thread(self._work, pieces)
 
 
-_T = TypeVar("_T")
+class LoopThread:
+    """An event loop in a daemon thread.
+
+    This is not anyio's blocking portal: anyio cancels a task again at each ``await`` until it
+    ends, so a cancelled run could neither wait for its items in flight nor close its resources.
+
+    Args:
+        name: Name of the thread.
+    """
+
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, name: str) -> None:
+        started = threading.Event()
+        target = partial(self._run_loop, started)
+        self._thread = threading.Thread(target=target, name=name, daemon=True)
+        self._thread.start()
+        started.wait()
+
+    def _run_loop(self, started: threading.Event) -> None:
+        with asyncio.Runner() as runner:  # at its end it cancels and awaits the remaining tasks
+            self.loop = runner.get_loop()
+            self.loop.call_soon(started.set)
+            self.loop.run_forever()
+            runner.run(_wait_cancelled_tasks())
+
+    def stop(self) -> None:
+        """End the tasks and the loop, and wait for the thread."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+
+
+async def _wait_cancelled_tasks() -> None:
+    """Wait for the tasks being cancelled: a second cancellation would interrupt their cleanup."""
+    if tasks := {task for task in asyncio.all_tasks() if task.cancelling()}:
+        await asyncio.wait(tasks)
+
+
+def run_in_loop(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
+    """Run a coroutine to its end in the loop of another thread, with the caller's context."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    try:
+        return future.result()
+    except BaseException:
+        # Also on KeyboardInterrupt: the call must not continue unnoticed. No effect if done.
+        future.cancel()
+        raise
 
 
 def _get_running_loop() -> asyncio.AbstractEventLoop | None:
@@ -260,30 +306,22 @@ class SyncPortal:
         self._get_home_loop = get_home_loop
         self._on_close = on_close
         self._lock = threading.Lock()
-        self._private: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._private: LoopThread | None = None
 
-    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run one coroutine to its end, with the caller's context variables."""
-        future, here = (
-            asyncio.run_coroutine_threadsafe(coroutine, self._choose_loop()),
-            _get_running_loop(),
-        )
+        loop, here = self._choose_loop(), _get_running_loop()
         if here is not None:
             BLOCKED_LOOPS.add(here)
         try:
-            return future.result()
-        except BaseException:
-            # Also on KeyboardInterrupt: the call must not continue unnoticed. No effect if done.
-            future.cancel()
-            raise
+            return run_in_loop(coroutine, loop)
         finally:
             BLOCKED_LOOPS.discard(here)
 
-    def iterate(self, source: AsyncIterator[_T]) -> Iterator[_T]:
+    def iterate(self, source: AsyncIterator[T]) -> Iterator[T]:
         """Yield what an asynchronous generator yields, and close it at the end."""
 
-        async def step() -> list[_T]:
+        async def step() -> list[T]:
             try:
                 return [await anext(source)]
             except StopAsyncIteration:
@@ -302,24 +340,16 @@ class SyncPortal:
             return home
         with self._lock:
             if self._private is None:
-                self._private = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._private.run_forever, name="fanfold-sync", daemon=True
-                )
-                self._thread.start()
-            return self._private
+                self._private = LoopThread("fanfold-sync")
+            return self._private.loop
 
     def close(self) -> None:
         """End the private loop, if there is one."""
         with self._lock:
-            loop, thread = self._private, self._thread
-            self._private = self._thread = None
-        if loop is None or thread is None:
-            return
-        asyncio.run_coroutine_threadsafe(self._on_close(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+            thread, self._private = self._private, None
+        if thread is not None:
+            run_in_loop(self._on_close(), thread.loop)
+            thread.stop()
 
 
 class PortalProvider:
@@ -328,7 +358,7 @@ class PortalProvider:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._thread: _Thread | None = None
+        self._thread: LoopThread | None = None
 
     def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine to its end, with the caller's context variables.
@@ -337,39 +367,13 @@ class PortalProvider:
             make: Makes the coroutine.
         """
         with self._lock:
+            thread = self._thread = self._thread or LoopThread("fanfold-aside")
             self._users += 1
-            thread = self._thread = self._thread or _Thread()
         try:
-            future = asyncio.run_coroutine_threadsafe(make(), thread.loop)
-            try:
-                return future.result()
-            except BaseException:
-                future.cancel()  # also on KeyboardInterrupt; no effect if it is done
-                raise
+            return run_in_loop(make(), thread.loop)
         finally:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
                     self._thread = None
                     thread.stop()
-
-
-class _Thread:
-    """A thread that runs a loop."""
-
-    def __init__(self) -> None:
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=self._run_loop, name="fanfold-aside", daemon=True)
-        self._thread.start()
-        self._started.wait()
-
-    def _run_loop(self) -> None:
-        with asyncio.Runner() as runner:  # at its end it cancels and awaits the remaining tasks
-            self.loop = runner.get_loop()
-            self.loop.call_soon(self._started.set)
-            self.loop.run_forever()
-
-    def stop(self) -> None:
-        """End the loop, and wait for its thread."""
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()

@@ -8,7 +8,6 @@ import logging
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -96,22 +95,14 @@ def ensure_open_files(
     Raises:
         ConfigurationError: The hard limit is too low.
     """
-    if sys.platform == "win32":
-        return
-    import resource  # noqa: PLC0415 - Windows has none
-
-    wanted = streams + _RESERVE
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
+    wanted, (_, hard) = streams + _RESERVE, resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise ConfigurationError(
             f"{streams} {what} need {wanted} open files, but this process may have {hard} at "
             f"most (ulimit -Hn): set {setting} to {max(1, hard - _RESERVE)} or less, use more "
             "processes or jobs, or have the hard limit raised"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    _LOG.info("raised the limit of open files from %d to %d", soft, wanted)
+    raise_file_limit(wanted)
 
 
 _WANTED: Final = 65_536
@@ -132,4 +123,5 @@ def raise_file_limit(wanted: int = _WANTED) -> int:
     if soft == unlimited or soft >= most:
         return soft
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    _LOG.info("raised the limit of open files from %d to %d", soft, most)
     return most

@@ -7,7 +7,7 @@ that ends with its parent. Every answer carries the system fingerprint ``fanfold
 from __future__ import annotations
 
 from .faults import FaultRule
-from .fleet import SimulatedFleet, write_aegis, write_hostfile, write_urls
+from .fleet import SimulatedFleet
 from .process import LaunchedFleet, launch
 from .spec import SimulationSpec
 
@@ -17,7 +17,4 @@ __all__ = [
     "SimulatedFleet",
     "SimulationSpec",
     "launch",
-    "write_aegis",
-    "write_hostfile",
-    "write_urls",
 ]

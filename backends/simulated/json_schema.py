@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
+from ..core.parsing import resolve_reference
 from .values import FORMATS, ApiError, SeededRandom, compile_pattern, draw_text
 
 PARAM: Final = "response_format"
@@ -86,24 +87,16 @@ def _unsupported_error(where: str, why: str) -> ApiError:
     return ApiError(f"The JSON schema cannot be simulated: {why} (at {where}).", param=PARAM)
 
 
-def resolve_reference(root: Any, reference: str) -> Any:
-    """Resolve a JSON pointer within the schema (RFC 6901).
-
-    Args:
-        root: The whole schema.
-        reference: ``#`` or ``#/...``.
+def follow_reference(root: Any, reference: str) -> Any:
+    """Return the part of the whole schema that a reference names.
 
     Raises:
         ApiError: The reference does not exist.
     """
-    part = root
-    for step in reference.split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
-        try:
-            part = part[int(name)] if isinstance(part, list) else part[name]
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise ApiError(f"The reference {reference!r} does not exist.", param=PARAM) from None
-    return part
+    try:
+        return resolve_reference(root, reference)
+    except LookupError as error:
+        raise ApiError(str(error), param=PARAM) from None
 
 
 def min_depth(root: Any, schema: Any, seen: tuple[str, ...] = ()) -> float:
@@ -124,7 +117,7 @@ def min_depth(root: Any, schema: Any, seen: tuple[str, ...] = ()) -> float:
     if reference := schema.get("$ref"):
         if reference in seen:
             return float("inf")
-        inner.append(min_depth(root, resolve_reference(root, reference), (*seen, reference)))
+        inner.append(min_depth(root, follow_reference(root, reference), (*seen, reference)))
     properties = schema.get("properties", {})
     needed = [properties[name] for name in schema.get("required", ()) if name in properties]
     needed += schema.get("allOf", ())
@@ -336,7 +329,7 @@ class ValueGenerator:
         plain = {k: v for k, v in schema.items() if k not in _COMBINING}
         parts = [*schema.get("allOf", ())]
         if "$ref" in schema:
-            parts.append(resolve_reference(self._root, schema["$ref"]))
+            parts.append(follow_reference(self._root, schema["$ref"]))
         branches = [schema[word] for word in ("anyOf", "oneOf") if word in schema]
         parts += [self._branch(choices, depth) for choices in branches]
         for part in parts:

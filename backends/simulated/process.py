@@ -9,7 +9,7 @@ import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -29,7 +29,8 @@ from .spec import SimulationSpec
 PROTOCOL: Final = 1
 """Version of the line that the child prints."""
 _ORPHAN_CHECK_S: Final = 1.0
-_FAILED: Final = 2
+_REFUSED: Final = 2
+"""Exit code of a fleet that refuses its specification."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         watched = spec is None
         if spec is None:
             spec = SimulationSpec.from_json(sys.stdin.buffer.readline() or b"{}")
-        asyncio.run(serve_fleet(spec, watched))
+        asyncio.run(serve_fleet(spec, _announce, watched))
     except ConfigurationError as error:
         sys.stderr.write(f"{error}\n")
-        return _FAILED
+        return _REFUSED
     return 0
 
 
@@ -83,11 +84,16 @@ def _from_options(options: argparse.Namespace) -> SimulationSpec | None:
     return replace(spec, **given)
 
 
-async def serve_fleet(spec: SimulationSpec, ends_with_parent: bool) -> None:
-    """Serve a fleet until a stop signal.
+async def serve_fleet(
+    spec: SimulationSpec,
+    announce: Callable[[SimulatedFleet], None],
+    ends_with_parent: bool = False,
+) -> None:
+    """Serve a fleet until SIGINT or SIGTERM.
 
     Args:
         spec: The fleet's specification.
+        announce: Called when all sockets listen.
         ends_with_parent: Whether to stop also at the end of standard input or of the parent.
 
     Raises:
@@ -97,15 +103,19 @@ async def serve_fleet(spec: SimulationSpec, ends_with_parent: bool) -> None:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with SimulatedFleet(spec) as fleet, asyncio.TaskGroup() as tasks:
-        signs = (_wait_stdin_end(), _wait_parent_exit(parent)) if ends_with_parent else ()
-        watchers = [tasks.create_task(sign) for sign in signs]
-        for task in watchers:
-            task.add_done_callback(lambda _: stop.set())
-        _announce(fleet)
-        await stop.wait()
-        for task in watchers:
-            task.cancel()
+    async with SimulatedFleet(spec) as fleet:
+        announce(fleet)
+        ends: list[Coroutine[Any, Any, object]] = [stop.wait()]
+        if ends_with_parent:
+            ends += [_wait_stdin_end(), _wait_parent_exit(parent)]
+        tasks = [loop.create_task(end) for end in ends]
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
 def _announce(fleet: SimulatedFleet) -> None:
@@ -145,7 +155,6 @@ _START_S: Final = 120.0
 _STOP_S: Final = 5.0
 _LINES: Final = 20
 _LONGEST_LINE: Final = 16 * 1024 * 1024  # one line contains thousands of URLs
-_REFUSED: Final = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Any, Final, Protocol, TypeAlias
 import orjson
 
 from ..core.errors import ConfigurationError, MissingExtraError
-from .json_schema import merge_schemas, resolve_reference
+from ..core.parsing import read_message_text
+from .json_schema import follow_reference, merge_schemas
 from .requests import Question, SchemaCache
 from .spec import SimulationSpec
 from .values import (
@@ -22,7 +23,6 @@ from .values import (
     draw_prose,
     draw_uniform,
     hash_parts,
-    message_text,
     truncate_tokens,
 )
 
@@ -118,9 +118,7 @@ def find_smiles(messages: Sequence[Mapping[str, Any]]) -> str:
         ApiError: No user message has one.
     """
     for message in messages:
-        if message.get("role") == "user" and (
-            found := _SMILES.findall(message_text(dict(message)))
-        ):
+        if message.get("role") == "user" and (found := _SMILES.findall(read_message_text(message))):
             return str(found[-1]).rstrip(_ENDS).strip(_QUOTES)
     raise ApiError(
         "The responder 'esol' answers prompts with 'SMILES: <molecule>'; this one has none. "
@@ -156,7 +154,7 @@ def _properties(schema: Any) -> Mapping[str, Any]:
     found = schema.get("properties", {}) if isinstance(schema, dict) else {}
     return {
         name: merge_schemas(
-            resolve_reference(schema, part["$ref"]), {k: v for k, v in part.items() if k != "$ref"}
+            follow_reference(schema, part["$ref"]), {k: v for k, v in part.items() if k != "$ref"}
         )
         if isinstance(part, dict) and "$ref" in part
         else part

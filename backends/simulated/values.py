@@ -14,6 +14,7 @@ from uuid import UUID
 import orjson
 
 from ..core.errors import FanfoldError
+from ..core.parsing import read_message_text
 
 _SPAN: Final = float(1 << 64)
 
@@ -278,28 +279,8 @@ def count_text_tokens(text: str) -> int:
 def count_chat_tokens(messages: Iterable[dict[str, Any]]) -> int:
     """Return the prompt tokens of chat messages in OpenAI's form."""
     return _PER_CONVERSATION + sum(
-        count_text_tokens(message_text(message)) + _PER_MESSAGE for message in messages
+        count_text_tokens(read_message_text(message)) + _PER_MESSAGE for message in messages
     )
-
-
-def message_text(message: dict[str, Any]) -> str:
-    """Return the text of a message; tool calls and parts that are not text are included as JSON.
-
-    Args:
-        message: One chat message; its content is a string, a list of parts, or None.
-    """
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    texts = [p["text"] if _is_text(p) else orjson.dumps(p).decode() for p in parts]
-    if calls := message.get("tool_calls"):
-        texts.append(orjson.dumps(calls).decode())
-    return "\n".join(texts)
-
-
-def _is_text(part: object) -> bool:
-    return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
 def truncate_tokens(text: str, tokens: int) -> str:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import chain
 from types import NoneType
 from typing import Any, Final, Literal, TypeAlias
-from urllib.parse import unquote
 
 import orjson
 
 from ..core.money import NANO_PER_USD
+from ..core.parsing import resolve_reference
 from ..core.types import Json
 
 Kind: TypeAlias = Literal["free", "json", "text", "integer", "number", "boolean", "list", "struct"]
@@ -86,10 +86,10 @@ class _Reader:
     def _follow(self, ref: Json) -> CellType:
         if not isinstance(ref, str) or not ref.startswith("#") or ref in self.refs:
             return JSON
-        target: Json = self.root
-        for token in unquote(ref[1:]).split("/")[1:]:
-            key = token.replace("~1", "/").replace("~0", "~")
-            target = target.get(key) if isinstance(target, Mapping) else None
+        try:
+            target = resolve_reference(self.root, ref)
+        except LookupError:
+            return JSON
         return _Reader(self.root, self.refs | {ref}, self.depth + 1).read(target)
 
     def _read_typed(self, schema: Mapping[str, Json]) -> CellType:

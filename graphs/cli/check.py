@@ -20,12 +20,18 @@ from ...configs.models import RunConfig
 from ...configs.resolve import Overrides
 from ..run.console import print_json, print_lines, print_messages
 from ..run.estimate import Estimate, estimate_run
+from ..run.items import SHOWN_ITEMS
 from .format import budget_lines, cost_lines
 
 _SHOWN_HOSTS: Final = 5
 _TRACING: Final = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2", "LANGSMITH_TRACING_V2")
 _TRACERS: Final = ("LANGSMITH_ENDPOINT", "LANGCHAIN_ENDPOINT")
 _LANGSMITH: Final = "https://api.smith.langchain.com"
+_TRACED: Final = {
+    "HIDE_INPUTS": f"prompts of up to {SHOWN_ITEMS} items (with --trace: of all), pasted items",
+    "HIDE_OUTPUTS": "the answers to these prompts, the aggregate",
+}
+"""What LangSmith gets, by the variable that withholds it."""
 
 
 def check_config(
@@ -186,7 +192,7 @@ def _other_hosts(config: RunConfig, environment: Mapping[str, str]) -> Iterator[
         yield backend.host, "this machine, to which launched workers connect"
     if any(environment.get(name, "").lower() in {"true", "1"} for name in _TRACING):
         url = next((environment[n] for n in _TRACERS if environment.get(n)), _LANGSMITH)
-        yield _host(url), "LangSmith, gets prompts and answers (tracing is on)"
+        yield _host(url), _describe_tracing(environment)
     name = config.model.name
     if (
         config.endpoints.simulated is None
@@ -194,6 +200,16 @@ def _other_hosts(config: RunConfig, environment: Mapping[str, str]) -> Iterator[
         and find_encoding_name(name) is not None
     ):
         yield "openaipublic.blob.core.windows.net", "vocabulary of tiktoken, gets no items"
+
+
+def _describe_tracing(environment: Mapping[str, str]) -> str:
+    """Return what LangSmith gets of a run, as docs/langgraph.md describes it."""
+    sent = [
+        what
+        for name, what in _TRACED.items()
+        if not any(environment.get(f"{n}_{name}") == "true" for n in ("LANGSMITH", "LANGCHAIN"))
+    ]
+    return f"LangSmith (tracing is on), gets {'; '.join([*sent, 'names and times of nodes'])}"
 
 
 def _host(url: str) -> str:

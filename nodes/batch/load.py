@@ -115,6 +115,7 @@ async def load(state: LoadState, runtime: Runtime[Context]) -> dict[str, Any]:
         "left": Overwrite([]),
         "needed": Overwrite({}),
         "pace": Overwrite({}),
+        "refusal": None,
         "tally": Overwrite({}),  # a thread may have run before
         "parts": Overwrite({}),
     }

@@ -6,8 +6,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from langgraph._internal._runnable import RunnableCallable
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
+from langgraph.types import TracePolicy, omit_payload
 
 from ..context import ItemContext
 from ..state import ItemState
@@ -94,9 +96,29 @@ def build_item_graph(steps: Mapping[str, ItemStep] = ITEM_STEPS) -> ItemGraph:
 def add_steps(graph: Any, steps: Mapping[str, ItemStep], nodes: Mapping[str, Any]) -> None:
     """Add the steps' nodes and edges to a graph."""
     for name, step in steps.items():
-        graph.add_node(name, nodes[name], metadata=node_metadata(step.run))
-        graph.add_conditional_edges(name, step.next_step, list(step.targets))
+        graph.add_node(name, nodes[name], metadata=node_metadata(step.run), trace_policy=NO_PAYLOAD)
+        graph.add_conditional_edges(name, make_untraced(step.next_step), list(step.targets))
     graph.add_edge(START, FIRST_STEP)
+
+
+NO_PAYLOAD: Final = TracePolicy(process_inputs=omit_payload, process_outputs=omit_payload)
+"""Traces show that a node ran and how long it took. The state would repeat the pasted items in each
+node, and the prompt in each step of an item; the run of the model call has prompt and answer."""
+
+
+def make_untraced(
+    run: Callable[..., Any], run_async: Callable[..., Awaitable[Any]] | None = None
+) -> RunnableCallable:
+    """Return a function as a part of a graph without a run of its own in traces.
+
+    LangGraph traces routing functions, and nodes that are runnables, with the whole state, which
+    no policy of a node changes. This class is the one that LangGraph's own nodes use.
+
+    Args:
+        run: The function.
+        run_async: The same for asynchronous invocations.
+    """
+    return RunnableCallable(run, run_async, trace=False)
 
 
 def node_metadata(node: Callable[..., Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.servers.supervisor import EndpointsFile
-from fanfold.backends.simulated.fleet import write_urls
 from fanfold.backends.storage.results import replace_file
 from fanfold.backends.storage.run_folder import create_folder, write_bytes
 
@@ -64,11 +63,10 @@ def test_files_that_are_replaced(tmp_path: Path, umask: int) -> None:
         write_bytes(tmp_path / "a", b"a")
         with replace_file(tmp_path / "b") as file:
             file.write(b"b")
-        write_urls(tmp_path / "c", ["http://n1:8000/v1"])
-        EndpointsFile(tmp_path / "d", "n1").write(["n1:8000"])
+        EndpointsFile(tmp_path / "c", "n1").write(["n1:8000"])
     with create_folder(tmp_path / "run"):
         pass
-    for name in "abcd":
+    for name in "abc":
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o777 & ~umask
 

@@ -168,6 +168,75 @@ async def test_its_pause_reaches_the_parent(simulated: SimulatedFleet, form: Any
     assert len(list(Path("fanfold-runs").iterdir())) == 1
 
 
+@pytest.mark.parametrize("form", [node_itself, node_function])
+async def test_a_parent_addresses_its_answer(simulated: SimulatedFleet, form: Any) -> None:
+    """A late answer to an earlier question, by its id or its number, changes and asks nothing."""
+    config = settings({"urls": list(simulated.urls)}) | {"budget": {"requests": 6}}
+    parent = form(build_graph(config, trust_context=True)).compile(checkpointer=InMemorySaver())
+    letters = [chr(ord("a") + n) for n in range(25)]
+    given = {"items": rows(25)} if form is node_itself else {"molecules": letters, "items": 0}
+
+    async def answer(value: Any) -> Any:
+        end = await parent.ainvoke(Command(resume=value), THREAD)
+        return end["__interrupt__"][0] if "__interrupt__" in end else end
+
+    def asked() -> int:
+        return int(simulated.stats()["totals"]["requests"])
+
+    (first,) = (await parent.ainvoke(given, THREAD))["__interrupt__"]
+    spent = asked()
+    assert 0 < spent <= 6
+    assert first.value["number"] == 1
+    second = await answer({first.id: {"requests": 2}})  # taken, and not enough: another question
+    assert (second.value["number"], second.id == first.id) == (2, False)
+    again = await answer({first.id: {"requests": 99}})
+    assert (again.id, again.value["number"], asked()) == (second.id, 2, spent)
+    assert again.value["budget"]["requests"]["cap"] == 2
+    third = await answer({second.id: {"requests": 12, "number": 2}})
+    assert third.value["number"] == 3
+    assert third.value["budget"]["requests"]["cap"] == 12
+    assert "problem" not in third.value
+    assert spent < asked() <= 12
+    spent = asked()
+    fourth = await answer({"requests": 99, "number": 1})
+    assert "names question 1, but question 3 is open" in fourth.value["problem"]
+    assert (fourth.value["budget"]["requests"]["cap"], asked()) == (12, spent)
+    end = await answer({fourth.id: {"requests": 99, "number": fourth.value["number"]}})
+    assert (end["aggregate"][1]["done"] if form is node_itself else end["items"]) == 25
+    assert asked() == 25
+
+
+async def test_two_runs_ask_at_once_and_are_answered_by_id(simulated: SimulatedFleet) -> None:
+    class Both(TypedDict, total=False):
+        left: int
+        right: int
+
+    config = settings({"urls": list(simulated.urls)}) | {"budget": {"requests": 6}}
+    graph = build_graph(config, trust_context=True)
+    parent: Any = StateGraph(Both)
+
+    def add(name: str, count: int) -> None:
+        async def screen(state: Both) -> dict[str, Any]:  # noqa: ARG001 - a node
+            return {name: (await graph.ainvoke({"items": rows(count)}))["progress"]["done"]}
+
+        parent.add_node(f"{name}_screen", screen)
+        parent.add_edge(START, f"{name}_screen")
+
+    add("left", 10)
+    add("right", 20)
+    both = parent.compile(checkpointer=InMemorySaver())
+    pauses = (await both.ainvoke({}, THREAD))["__interrupt__"]
+    few, many = sorted(pauses, key=lambda pause: pause.value["items"]["open"])
+    (still,) = (await both.ainvoke(Command(resume={few.id: {"requests": 99}}), THREAD))[
+        "__interrupt__"
+    ]
+    assert still.id == many.id
+    assert 10 < simulated.stats()["totals"]["requests"] <= 16
+    end = await both.ainvoke(Command(resume={many.id: {"requests": 99}}), THREAD)
+    assert (end["left"], end["right"]) == (10, 20)
+    assert simulated.stats()["totals"]["requests"] == 30
+
+
 def test_plain_code_invokes_it() -> None:
     """``invoke`` and ``stream`` need no running loop, and leave no thread behind."""
     graph = build_graph(settings(ALONE))

@@ -190,7 +190,15 @@ async def test_a_spent_budget_asks_and_the_answer_goes_on(
 
     again = await answer("go on")
     assert "new totals" in json.dumps(again["__interrupt__"])
-    end = await answer({"requests": 100})
+    (open_,) = again["__interrupt__"]
+    assert (asked[0]["value"]["number"], open_["value"]["number"]) == (1, 2)
+    with pytest.raises(Exception, match="no open question"):
+        await answer({asked[0]["id"]: {"requests": 100}})
+    late = await answer({"requests": 100, "number": 1})
+    assert "names question 1, but question 2 is open" in json.dumps(late["__interrupt__"])
+    assert simulated.stats()["totals"]["requests"] <= 5
+    (open_,) = late["__interrupt__"]
+    end = await answer({open_["id"]: {"requests": 100, "number": open_["value"]["number"]}})
     assert end["progress"]["done"] == 12
     assert simulated.stats()["totals"]["requests"] == 12
 

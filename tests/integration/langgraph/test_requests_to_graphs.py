@@ -432,6 +432,57 @@ async def test_no_answer_to_a_spent_budget_breaks_the_run(
     assert end["progress"]["done"] == 15
 
 
+async def test_a_late_answer_is_refused(simulated: SimulatedFleet) -> None:
+    """By its id or its number; it neither raises a limit nor sends a request."""
+    bound = settings(simulated, budget={"requests": 40}, **SMALL)
+    graph: Any = build_graph(bound, checkpointer=InMemorySaver())
+
+    async def answer(value: Any) -> Any:
+        end = await graph.ainvoke(Command(resume=value), THREAD)
+        return end["__interrupt__"][0] if "__interrupt__" in end else end
+
+    (first,) = (await graph.ainvoke({"items": rows(15)}, THREAD, context=FOUR))["__interrupt__"]
+    second = await answer({first.id: {"requests": 8}})
+    assert (first.value["number"], second.value["number"]) == (1, 2)
+    spent = asked(simulated)
+    for late in ({first.id: {"requests": 40}}, {"0" * 32: {"requests": 40}}):
+        with pytest.raises(InputError, match=f"no open question.*Open: {second.id}"):
+            await graph.ainvoke(Command(resume=late), THREAD)
+        with pytest.raises(InputError, match="no open question"):
+            await asyncio.to_thread(graph.invoke, Command(resume=late), THREAD)
+    third = await answer({"requests": 40, "number": 1})
+    assert "names question 1, but question 2 is open" in third.value["problem"]
+    assert third.value["budget"]["requests"]["cap"] == 8
+    assert asked(simulated) == spent
+    end = await answer({third.id: {"requests": 40, "number": third.value["number"]}})
+    assert end["progress"]["done"] == 15
+    with pytest.raises(InputError, match="nothing to resume"):
+        await answer({third.id: {"requests": 40}})
+    (again,) = (await graph.ainvoke({"items": rows(15)}, THREAD, context=FOUR))["__interrupt__"]
+    assert again.value["number"] == 4, "a number is used once in a thread"
+    assert "problem" not in again.value
+
+
+async def test_an_answer_to_a_stopped_run_starts_nothing(slow: SimulatedFleet) -> None:
+    """A run that was cancelled asked nothing: it continues without an answer."""
+    graph: Any = build_graph(
+        settings(slow, limits={"streams": 2, "hedge": False}), checkpointer=InMemorySaver()
+    )
+    first = asyncio.create_task(graph.ainvoke({"items": rows(20)}, THREAD))
+    while not asked(slow):  # noqa: ASYNC110 - a server's counts
+        await asyncio.sleep(0.01)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    spent = asked(slow)
+    with pytest.raises(InputError, match="continue a stopped one with the input None"):
+        await graph.ainvoke(Command(resume={"requests": 99}), THREAD)
+    assert asked(slow) == spent
+    attempt: Any = THREAD | {"metadata": {"run_attempt": 2}}  # as a restarted server repeats it
+    end = await graph.ainvoke(Command(resume={"requests": 99}), attempt)
+    assert end["progress"]["done"] == asked(slow) == 20
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 async def test_a_lowered_bound_holds_for_what_a_request_was_allowed(
     simulated: SimulatedFleet, trusted: bool

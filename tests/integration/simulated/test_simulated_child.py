@@ -154,6 +154,20 @@ async def test_an_interpreter_that_does_not_exist(monkeypatch: pytest.MonkeyPatc
             pass
 
 
+async def test_standard_input_that_has_no_end(tmp_path: Path) -> None:
+    (tmp_path / "spec").write_text(FAST.to_json())
+    with (tmp_path / "spec").open() as file:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "fanfold.backends.simulated"),
+            stdin=file,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    _, said = await child.communicate()
+    assert child.returncode == 2
+    assert said.decode().startswith("standard input must be a pipe")
+    assert len(said.splitlines()) == 1
+
+
 def test_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--spec", "{"]) == 2
     assert main(["--nodes", "0"]) == 2

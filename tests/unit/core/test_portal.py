@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -89,3 +91,36 @@ def test_what_is_left_in_the_loop_ends_with_it() -> None:
     PortalProvider().run(leave_one)
     assert ended == [True]
     assert all(task.cancelled() for task in tasks)
+
+
+def test_an_interrupted_coroutine_is_cancelled_once_and_cleans_up() -> None:
+    started, handler = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def interrupt() -> None:
+        started.wait(30)
+        time.sleep(0.002)  # the caller waits by then
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    async def work() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for step in range(3):
+                await asyncio.sleep(0.002)
+                ended.append(step)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for _ in range(30):
+            started.clear()
+            ended = list[int]()
+            thread = threading.Thread(target=interrupt)
+            thread.start()
+            with pytest.raises(KeyboardInterrupt):
+                PortalProvider().run(work)
+            thread.join()
+            assert ended == [0, 1, 2]
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert not asides()

@@ -14,9 +14,13 @@ GLOBUS = {"kind": "globus_compute", "endpoints": ["11111111-2222-4333-8444-55555
 URLS = {"urls": ["http://n1:8000/v1", "http://n1:8001/v1", "https://n2.example/v1"]}
 
 
-def hosts(environment: dict[str, str] | None = None, **sections: Any) -> list[str]:
+def listed(environment: dict[str, str], **sections: Any) -> list[tuple[str, str]]:
     settings = {"task": {"prompt": "x"}, "model": {"name": "llm"}, "endpoints": URLS}
-    found = list_receiving_hosts(load_config(settings | sections).config, environment or {})
+    return list_receiving_hosts(load_config(settings | sections).config, environment)
+
+
+def hosts(environment: dict[str, str] | None = None, **sections: Any) -> list[str]:
+    found = listed(environment or {}, **sections)
     assert all(what for _, what in found)
     return [host for host, _ in found]
 
@@ -78,6 +82,17 @@ def test_backends(backend: dict[str, Any], expected: list[str]) -> None:
 )
 def test_tracing(environment: dict[str, str], expected: list[str]) -> None:
     assert hosts(environment) == ["n1", "n2.example", *expected]
+
+
+def test_what_langsmith_gets() -> None:
+    tracing = {"LANGSMITH_TRACING": "true"}
+    (said,) = (what for host, what in listed(tracing) if host == "api.smith.langchain.com")
+    assert "prompts of up to 200 items" in said
+    assert "pasted items" in said
+    assert "aggregate" in said
+    hidden = tracing | {"LANGSMITH_HIDE_INPUTS": "true", "LANGCHAIN_HIDE_OUTPUTS": "true"}
+    (said,) = (what for host, what in listed(hidden) if host == "api.smith.langchain.com")
+    assert said == "LangSmith (tracing is on), gets names and times of nodes"
 
 
 def test_vocabularies() -> None:

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import resource
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.core.process import raise_file_limit
 from fanfold.backends.simulated.server import BadFramingError, parse_head, take_chunked_body
 
 
@@ -60,19 +57,3 @@ def test_chunks_join_whatever_the_cuts(chunks: list[bytes], after: bytes) -> Non
 def test_a_chunk_needs_a_size() -> None:
     with pytest.raises(BadFramingError):
         take_chunked_body(bytearray(b"zz\r\n"))
-
-
-def test_the_file_limit_rises_within_the_hard_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
-        assert raise_file_limit(soft) == soft
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_the_file_limit_only_rises() -> None:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert raise_file_limit(1) == soft
-    assert raise_file_limit(soft) == soft

@@ -1,19 +1,12 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.simulated import (
-    FaultRule,
-    SimulationSpec,
-    write_aegis,
-    write_hostfile,
-    write_urls,
-)
+from fanfold.backends.simulated import FaultRule, SimulationSpec
 from fanfold.backends.simulated.responders import make_responder
 from fanfold.backends.simulated.values import ApiError
 
@@ -85,32 +78,6 @@ def test_what_is_no_object_is_refused(text: str) -> None:
 def test_unknown_responder() -> None:
     with pytest.raises(ConfigurationError, match="available: agent, esol, schema"):
         make_responder(SimulationSpec(responder="oracle"))
-
-
-def test_lists(tmp_path: Path) -> None:
-    urls = ["http://127.0.0.1:8001/v1", "http://127.0.0.1:8002/v1"]
-    path = tmp_path / "endpoints.txt"
-    path.write_text("old")
-    write_aegis(path, urls)
-    assert path.read_text() == "127.0.0.1:8001\n127.0.0.1:8002\n"
-    write_hostfile(path, urls, {"model": "m"})
-    assert path.read_text() == "127.0.0.1\t8001\tmodel=m\n127.0.0.1\t8002\tmodel=m\n"
-    write_urls(path, urls)
-    assert path.read_text() == "".join(f"{url}\n" for url in urls)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_lists_refuse_paths(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="addressing 'port'"):
-        write_aegis(tmp_path / "x", ["http://127.0.0.1:8001/node-0/v1"])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_no_rest(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        write_urls(tmp_path / "folder", [])
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_api_errors_survive_a_pickle() -> None:
