@@ -137,7 +137,7 @@ async def test_no_worker_comes_at_all(tmp_path: Path) -> None:
 
 
 async def test_a_worker_that_has_begun_is_enough(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, Site(room=3), policy=replace(ONE_EACH, queue_s=0.3))
+    lab = Lab(tmp_path, Site(room=3), policy=replace(ONE_EACH, queue_s=1.0))
     async with lab.opened():
         begun, other = lab.send(0, 1), lab.send(1, 2)
         await until(lambda: len(lab.site.orders) == 2)
