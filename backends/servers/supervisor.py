@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_fixed
+
 from ..core.aio import wait_first
 from ..core.errors import BackendError, FanfoldError
 from ..core.parsing import ServerLoad, parse_load_metrics
@@ -282,17 +284,26 @@ class Supervisor:
 
     async def _publish_endpoints(self) -> None:
         """Keep the endpoints file equal to the list of ready servers."""
+        retrying = AsyncRetrying(
+            sleep=asyncio.sleep,
+            retry=retry_if_exception_type(OSError),
+            wait=wait_fixed(self._plan.watching.every_s),
+            before_sleep=self._report_unwritten,
+        )
         while True:
             await self._changed.wait()
-            self._changed.clear()
-            names = [server.name for server in self._servers if server.ready]
-            try:
-                await asyncio.to_thread(self._endpoints_file.write, names)
-            except OSError as error:
-                path = node_files(self._plan).endpoints
-                self._control.report(f"{path}: cannot be written: {error.strerror}; trying again")
-                await asyncio.sleep(self._plan.watching.every_s)
-                self._changed.set()
+            await retrying(self._write_endpoints)
+
+    async def _write_endpoints(self) -> None:
+        self._changed.clear()
+        names = [server.name for server in self._servers if server.ready]
+        await asyncio.to_thread(self._endpoints_file.write, names)
+
+    def _report_unwritten(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        assert isinstance(error, OSError), "other errors are not retried"
+        path = node_files(self._plan).endpoints
+        self._control.report(f"{path}: cannot be written: {error.strerror}; trying again")
 
     async def _send_heartbeats(self) -> None:
         """Keep the watchdog running, and log that the node is alive."""
