@@ -14,7 +14,7 @@ from ...backends.discovery.resolve import has_own_servers, make_node_plan
 from ...backends.servers.plan import NodePlan
 from ...backends.servers.supervisor import SupervisorControl, serve_or_standby
 from ...backends.simulated.fleet import SimulatedFleet
-from ...backends.simulated.process import serve_fleet
+from ...backends.simulated.serve import serve_fleet
 from ...backends.simulated.spec import SimulationSpec
 from ...backends.storage.run_folder import open_folder
 from ...configs.resolve import Overrides

@@ -13,9 +13,10 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import BackendError, ConfigurationError
-from fanfold.backends.simulated import SimulationSpec, launch
-from fanfold.backends.simulated import launch as launch_module
-from fanfold.backends.simulated.process import main
+from fanfold.backends.simulated.process import launch
+from fanfold.backends.simulated.process import launch as launch_module
+from fanfold.backends.simulated.serve import main
+from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
 
@@ -50,7 +51,8 @@ async def test_a_launched_fleet_serves_and_ends() -> None:
 
 PARENT = """
 import asyncio
-from fanfold.backends.simulated import SimulationSpec, launch
+from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.process import launch
 async def main():
     async with launch(SimulationSpec.fast(nodes=1)) as fleet:
         print(fleet.pid, flush=True)
