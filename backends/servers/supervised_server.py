@@ -25,6 +25,7 @@ from tenacity import (
     wait_exponential,
 )
 
+from ..core.aio import wait_first
 from ..core.errors import BackendError
 from .events import EventLog
 from .lock import WatchdogClient
@@ -178,7 +179,6 @@ _TAIL_BYTES: Final = 16_384
 _TAIL_LINES: Final = 20
 _TICK_S: Final = 0.1
 _KILLED_S: Final = 10.0
-_FIRST: Final = asyncio.FIRST_COMPLETED
 
 
 class ServerProcess:
@@ -257,11 +257,9 @@ class ServerProcess:
         """End the process group within ``grace_s``; kill it at once if ``stop_waiting`` is set."""
         self._send(signal.SIGTERM)
         ended = asyncio.ensure_future(self._wait_group_end())
-        not_waiting = asyncio.ensure_future(stop_waiting.wait())
         try:
-            await asyncio.wait({ended, not_waiting}, timeout=grace_s, return_when=_FIRST)
+            await wait_first(ended, stop_waiting.wait(), timeout_s=grace_s)
         finally:
-            not_waiting.cancel()
             self._send(signal.SIGKILL)
             # its child processes may hold ports and memory a moment longer
             await asyncio.wait({ended}, timeout=_KILLED_S)

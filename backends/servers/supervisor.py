@@ -17,6 +17,7 @@ from typing import Final
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_fixed
 
+from ..core.aio import wait_first
 from ..core.errors import BackendError, FanfoldError
 from ..core.parsing import ServerLoad, parse_load_metrics
 from .events import EventLog
@@ -272,17 +273,14 @@ class Supervisor:
 
     async def _wait_until_done(self, server_tasks: Sequence[asyncio.Task[None]]) -> None:
         """Wait until stopped or until no server is left; report each that is given up."""
-        stop = asyncio.ensure_future(self._control.stop.wait())
-        try:
-            while not stop.done() and (alive := {task for task in server_tasks if not task.done()}):
-                await asyncio.wait({stop, *alive}, return_when=asyncio.FIRST_COMPLETED)
-                if all(task.done() for task in server_tasks):
-                    return  # the error names all
-                for server, task in zip(self._servers, server_tasks, strict=True):
-                    if task in alive and task.done():
-                        self._control.report(server.failure or server.name)
-        finally:
-            stop.cancel()
+        stop = self._control.stop
+        while not stop.is_set() and (alive := {task for task in server_tasks if not task.done()}):
+            await wait_first(stop.wait(), *alive)
+            if all(task.done() for task in server_tasks):
+                return  # the error names all
+            for server, task in zip(self._servers, server_tasks, strict=True):
+                if task in alive and task.done():
+                    self._control.report(server.failure or server.name)
 
     async def _publish_endpoints(self) -> None:
         """Keep the endpoints file equal to the list of ready servers."""

@@ -23,6 +23,7 @@ from aiohttp import (
 )
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random
 
+from ...core.connection_errors import describe_connection_error
 from ...core.errors import BackendError, ConfigurationError, RunStoppedError
 from ...core.messages import own_version
 from ...core.process import TemporaryFolder
@@ -208,7 +209,8 @@ async def _connect(
     except (ClientError, TimeoutError) as error:
         msg = (
             f"{socket.gethostname()}: the coordinator at {url} cannot be reached: "
-            f"{error}; set backend.host to the name by which workers reach its machine"
+            f"{describe_connection_error(error)}; set backend.host to the name by which workers "
+            "reach its machine"
         )
         raise BackendError(msg) from error
     return connection
