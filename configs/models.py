@@ -111,18 +111,20 @@ class InputConfig(Section):
     """Where the items come from.
 
     Attributes:
-        path: A csv, tsv, jsonl, parquet or smi file, or a folder of .txt/.md files.
+        path: A csv, tsv, smi, jsonl, json or parquet file, a folder or a pattern (``*.csv``) of
+            such files of one kind, or of .txt and .md files; all but parquet also with .gz.
         dataset: Name of a data set that fanfold provides, instead of a path.
         id: Column with the names of the items; None numbers the rows.
         limit: Number of items to take from the beginning.
         on_duplicate: What to do with an id that occurs twice.
         smiles: Column that RDKit checks before any request.
+        quotes: Whether quotes enclose cells of csv and tsv files; ``auto``: of csv files only.
     """
 
     access: ClassVar[dict[str, Access]] = declare_access(
         path="path",
         lower="limit",
-        closed="dataset id on_duplicate smiles",
+        closed="dataset id on_duplicate smiles quotes",
     )
 
     path: PathText | None = None
@@ -131,6 +133,7 @@ class InputConfig(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
     on_duplicate: Literal["error", "first", "suffix"] = "error"
     smiles: str | None = None
+    quotes: Literal["auto"] | bool = "auto"
 
     @model_validator(mode="after")
     def _one_source(self) -> InputConfig:

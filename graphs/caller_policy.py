@@ -22,6 +22,7 @@ from ..backends.budget.budget import SETTING_UNITS
 from ..backends.core.errors import ConfigurationError, InputError
 from ..backends.core.secrets import is_secret, mask_command, mask_data
 from ..backends.core.types import Json
+from ..backends.inputs.formats import find_matches, is_pattern
 from ..configs.base import Access
 from ..configs.describe import iter_access, split_settings
 from ..configs.loader import LoadedConfig, is_preset, load_config, read_schema, read_settings_file
@@ -476,6 +477,10 @@ def resolve_below(root: Path, text: str, what: str, base: Path | None = None) ->
         full = ((base or root) / text).resolve()
         if not full.is_relative_to(root):
             raise outside
+        if not full.exists() and is_pattern(full):
+            for match in find_matches(full):
+                if not (full.parent / match).resolve().is_relative_to(root):
+                    raise outside
         if full.is_dir():
             for parent, _, names in os.walk(full):
                 for name in names:

@@ -92,6 +92,7 @@ class SettingsForm(Context):
     smiles_column: str | None = _setting_field("input.smiles")
     limit: int | None = _setting_field("input.limit")
     on_duplicate: Literal["error", "first", "suffix"] = _setting_field("input.on_duplicate")
+    quotes: Literal["auto"] | bool = _setting_field("input.quotes")
     model: str | None = _setting_field("model.name", langgraph_nodes=["shard", "infer"])
     temperature: float = _setting_field("model.temperature")
     max_tokens: int = _setting_field("model.max_tokens")

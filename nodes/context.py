@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -58,16 +58,17 @@ class ItemSequence(Protocol):
 class ItemJournal(Protocol):
     """The journal of finished items."""
 
+    @property
+    def duplicates(self) -> int:
+        """Return the number of records of items that have another record, which may count."""
+        ...
+
     def is_finished(self, index: int) -> bool:
         """Return True if an item has ended."""
         ...
 
     def read_record(self, index: int) -> dict[str, Any]:
         """Return the record of a finished item."""
-        ...
-
-    def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the records in input order."""
         ...
 
     def put(self, record: dict[str, Json]) -> None:
@@ -83,30 +84,12 @@ class ItemJournal(Protocol):
         ...
 
 
-class RunJournal(ItemJournal, Protocol):
-    """A run's journal, which workers write to as well."""
-
-    @property
-    def duplicates(self) -> int:
-        """Return the number of records of items that have another record, which may count."""
-        ...
-
-    def extents(self) -> dict[str, int]:
-        """Return how many bytes of each journal file were read or written, by file name."""
-        ...
-
-
 AnsweredTask: TypeAlias = tuple[ShardTask | None, ShardResult]
 """A worker's result with its task; None if an earlier session sent the task."""
 
 
 class ShardCoordinator(Protocol):
     """The workers of a run, as nodes see them."""
-
-    @property
-    def has_node_endpoints(self) -> bool:
-        """Return True if each worker has endpoints of its own."""
-        ...
 
     @property
     def in_flight(self) -> int:
@@ -118,20 +101,21 @@ class ShardCoordinator(Protocol):
         """Return the number of nodes in use, and how many of them are working."""
         ...
 
-    async def run_shard(
+    def run_shard(
         self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
-    ) -> AnsweredTask | None:
-        """Have workers run the remaining items of a shard.
+    ) -> AsyncGenerator[AnsweredTask, None]:
+        """Have workers run the remaining items of a shard, with as many tasks as that takes.
 
         Args:
             shard: The shard.
-            remaining: Returns the items that have not ended yet; called at each attempt.
+            remaining: Returns the items that have not ended yet; called for each task.
 
-        Returns:
-            The answer; None if no item was left, or the run is being stopped.
+        Yields:
+            Each answer, its records in the journal; none once the run is being stopped.
 
         Raises:
-            RunStoppedError: The shard was lost too often.
+            RunStoppedError: The shard was lost too often, or a worker reports that the run must
+                stop.
             ConfigurationError: No retry can help.
         """
         ...
@@ -140,8 +124,8 @@ class ShardCoordinator(Protocol):
         """Read the records that all workers, or one of them, added since the last call."""
         ...
 
-    async def stop(self) -> None:
-        """Let no worker begin a further item."""
+    def stop(self) -> None:
+        """Let no worker begin a further item; returns before they have stopped."""
         ...
 
     async def finish_reading(self) -> None:
@@ -189,7 +173,7 @@ class RunTools:
     """
 
     store: ItemSequence
-    item_journal: RunJournal
+    item_journal: ItemJournal
     aggregators: AggregatorSet
     run_item: Callable[[Item], Awaitable[ItemState]]
     gate: Gate

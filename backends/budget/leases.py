@@ -143,7 +143,6 @@ class LeaseManager:
         if self._spending is None:
             return None
         shard, attempt, items = task.shard, task.attempt, task.unpack_items()
-        self.mark_lost(shard)
         budget, leases = self._spending.budget, self._spending.leases
         item = self._of_one(items[0], budget.settings.prices)
         least = item.times(2 ** self._boost[shard])

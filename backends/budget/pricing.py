@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -14,8 +14,9 @@ from ...configs.prices import ListedPrice, find_listed_price, find_provider_name
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.money import TokenPrices
 from ..core.types import Json
-from ..discovery.resolve import list_endpoint_specs
-from ..fleet.endpoint import NO_KEY, EndpointSpec
+
+if TYPE_CHECKING:
+    from ..fleet.endpoint import EndpointSpec
 
 PRICE_SETTING: Final = "model.price"
 """Source of a price from the settings."""
@@ -172,6 +173,10 @@ def _from_list(config: RunConfig, model: str) -> ListedPrice | str:
 
 def _list_named(config: RunConfig) -> list[EndpointSpec]:
     """Return the endpoints if the settings list them one by one."""
+    # commands that only read need no fleet
+    from ..discovery.resolve import list_endpoint_specs  # noqa: PLC0415
+    from ..fleet.endpoint import NO_KEY  # noqa: PLC0415
+
     # Specs only, no requests: a key that is missing in the run folder does not matter here.
     endpoints = config.endpoints.model_copy(update={"api_key": SecretStr(NO_KEY)})
     try:

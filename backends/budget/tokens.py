@@ -17,6 +17,7 @@ import tiktoken
 from tiktoken.model import encoding_name_for_model
 
 from ...configs.prices import find_provider_name
+from ..core.connection_errors import describe_connection_error
 from ..core.parsing import read_message_text
 from ..core.protocols import PromptCounter
 from ..discovery.connect import ReadyEndpoints
@@ -248,7 +249,7 @@ class TokenCounter:
                     url, orjson.dumps(asked), await endpoint.headers(), endpoint.spec.proxied
                 )
         except (aiohttp.ClientError, TimeoutError) as error:
-            self._drop(endpoint, f"{type(error).__name__}: {error}")
+            self._drop(endpoint, describe_connection_error(error))
             return None
         if answer.status in _BAD_REQUEST:
             return None  # this prompt is the problem, not the endpoint

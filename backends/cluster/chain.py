@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import orjson
 
-from ..core.errors import JournalError
+from ..core.errors import EXIT_BUDGET, EXIT_DONE, EXIT_FAILURES, EXIT_USAGE, JournalError
 from ..core.types import Json
 from .schedulers import JobState, SchedulerUsage
 
@@ -309,9 +309,6 @@ def _seconds(time: str) -> float:
     return datetime.fromisoformat(time).timestamp()
 
 
-DONE, USAGE, FAILURES, BUDGET, INTERRUPTED = 0, 2, 3, 4, 5
-"""Exit codes of a run that the chain knows."""
-
 EXIT_NOTHING_TO_DO: Final = 10
 """Exit code of ``chain begin``: this job has nothing to do, and none follows."""
 
@@ -364,11 +361,11 @@ def _last(chain: JobChain) -> Job | None:
 
 def _final(job: Job) -> str | None:
     """Return why a job's exit code ends the chain, or None."""
-    if job.code in (DONE, FAILURES):
+    if job.code in (EXIT_DONE, EXIT_FAILURES):
         return "the run is finished"
-    if job.code == USAGE:
+    if job.code == EXIT_USAGE:
         return f"job {job.id} ended with a wrong setting (exit code 2); see its log"
-    if job.code == BUDGET:
+    if job.code == EXIT_BUDGET:
         return "the run's budget is spent (exit code 4)"
     return None
 

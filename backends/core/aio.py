@@ -1,10 +1,10 @@
-"""Asyncio helpers: shared resources, portal for sync callers, batched thread calls."""
+"""Asyncio helpers: first of several, shared resources, portal for sync callers, thread batches."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar, copy_context
 from functools import partial
@@ -13,6 +13,22 @@ from typing import Any, Final, Generic, TypeVar
 from .protocols import BLOCKED_LOOPS
 
 T = TypeVar("T")
+
+
+async def wait_first(*events: Awaitable[Any], timeout_s: float | None = None) -> None:
+    """Wait until one of several is done: an answer, or what makes waiting for it useless.
+
+    Args:
+        events: Futures and tasks, which are left as they are, and coroutines, which end with the
+            wait.
+        timeout_s: Most seconds to wait.
+    """
+    futures = {asyncio.ensure_future(event) for event in events}
+    try:
+        await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for started_here in futures.difference(events):
+            started_here.cancel()
 
 
 DETACH_TASKS: Final = ContextVar("fanfold_kept", default=False)
@@ -106,7 +122,7 @@ class _OpenResource(Generic[T]):
         Raises:
             Exception: Any error from opening it.
         """
-        await asyncio.wait({self.ready, self.task}, return_when=asyncio.FIRST_COMPLETED)
+        await wait_first(self.ready, self.task)
         return self.ready.result() if self.ready.done() else self.task.result()
 
     async def close(self) -> None:

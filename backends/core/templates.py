@@ -13,7 +13,8 @@ import orjson
 from .errors import ConfigurationError, InvalidItemError
 from .types import Json
 
-_QUOTES: Final = ('"', "'")
+_MEMBER: Final = re.compile(r"""\s*(["'])[^"']*\1\s*:""")
+"""How the text of a JSON object begins, after its brace."""
 _SHOWN: Final = 40
 _TOKEN: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
@@ -40,7 +41,7 @@ class Template:
                 literal += token[0]
             elif name is None or not name.strip():
                 raise ConfigurationError(_lone_brace(text, match.start(), where))
-            elif name.lstrip()[0] in _QUOTES:
+            elif _MEMBER.match(name):
                 raise ConfigurationError(_literal_json(text, match.start(), token, where))
             else:
                 parts += [literal, name.strip()]

@@ -13,7 +13,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeVar
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_delay
 
 from ...configs.endpoints import EndpointsConfig
 from ...configs.models import LimitsConfig, RunConfig
@@ -233,8 +235,10 @@ async def wait_for_endpoints(
         RunStoppedError: They are not ready in time, or cannot become ready any more.
         ConfigurationError: They serve another model, or waiting does not help for another reason.
     """
-    begun, reported, reported_at = time.monotonic(), "", float("-inf")
-    while True:
+    state, reported, reported_at = "", "", 0.0
+
+    async def probe() -> T | None:
+        nonlocal state
         found: T | None = None
         try:
             found = await ask()
@@ -251,17 +255,35 @@ async def wait_for_endpoints(
                 "and run the same command again"
             )
             raise RunStoppedError(msg)
-        waited = time.monotonic() - begun
-        if waited >= endpoints.wait_s:
-            msg = (
-                f"endpoints: {state} after {waited:.0f} s (endpoints.least, endpoints.wait_s); "
-                "no request was sent; run the same command again when they are ready"
-            )
-            raise RunStoppedError(msg)
-        if state != reported or waited - reported_at >= _REPORT_S:
-            report(f"endpoints: {state}; waiting up to {endpoints.wait_s - waited:.0f} s more")
-            reported, reported_at = state, waited
-        await asyncio.sleep(min(endpoints.refresh_s, endpoints.wait_s - waited))
+        return None
+
+    def get_seconds_left(call: RetryCallState) -> float:
+        return endpoints.wait_s - (call.seconds_since_start or 0.0)
+
+    def report_state(call: RetryCallState) -> None:
+        nonlocal reported, reported_at
+        left = get_seconds_left(call)
+        if state != reported or reported_at - left >= _REPORT_S:
+            report(f"endpoints: {state}; waiting up to {left:.0f} s more")
+            reported, reported_at = state, left
+
+    def give_up(call: RetryCallState) -> NoReturn:
+        msg = (
+            f"endpoints: {state} after {call.seconds_since_start:.0f} s (endpoints.least, "
+            "endpoints.wait_s); no request was sent; run the same command again when they are ready"
+        )
+        raise RunStoppedError(msg)
+
+    retrying = AsyncRetrying(
+        sleep=asyncio.sleep,
+        retry=retry_if_result(lambda found: found is None),
+        stop=stop_after_delay(endpoints.wait_s),
+        wait=lambda call: min(endpoints.refresh_s, get_seconds_left(call)),
+        before_sleep=report_state,
+        retry_error_callback=give_up,
+    )
+    ready: T = await retrying(probe)
+    return ready
 
 
 _WARNED: Final = 5

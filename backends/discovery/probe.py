@@ -11,6 +11,7 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
+from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError
 from ..core.types import SIMULATED_FINGERPRINT
 from ..fleet.endpoint import Endpoint, EndpointSpec
@@ -113,7 +114,8 @@ def _make_unreachable(endpoint: Endpoint, error: str) -> ProbeResult:
 
 def describe_error(error: aiohttp.ClientError) -> str:
     """Return why a request to an endpoint or a gateway failed."""
-    return str(error) if isinstance(error, BodyTooLargeError) else f"cannot connect: {error}"
+    reason = describe_connection_error(error)
+    return reason if isinstance(error, BodyTooLargeError) else f"cannot connect: {reason}"
 
 
 def _models(answer: HTTPAnswer) -> list[dict[str, Any]] | None:

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol, TypeAlias
 import aiohttp
 import orjson
 
+from ..core.connection_errors import describe_connection_error
 from ..core.errors import ConfigurationError, NoEndpointError, RunStoppedError
 from ..core.permissions import find_file_risk, find_path_risk
 from ..fleet.endpoint import NO_KEY, ApiKey, EndpointSpec, normalize_base_url, redact_url
@@ -325,7 +326,7 @@ class RegistrySource:
             )
             document = orjson.loads(answer.body) if answer.status == _OK else None
         except (aiohttp.ClientError, TimeoutError) as error:
-            reason = str(error) or f"no answer within {self._timeout_s:g} s"
+            reason = describe_connection_error(error)
             raise NoEndpointError(
                 f"endpoints.aegis_registry: cannot query {self._url}: {reason}"
             ) from None

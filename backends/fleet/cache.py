@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol, Self
 
 import jsonschema_rs
 import orjson
+from tenacity import wait_exponential
 
 from ..core.aio import ThreadBatcher
 from ..core.parsing import strip_fence
 from ..core.protocols import CURRENT_CALLS
 from ..core.schemas import open_validator
 from ..core.types import Json, Usage
+from ..core.waits import ExtendedWait, pause_after
 from . import transport
 
 _SCHEMAS: Final = 64
@@ -99,8 +101,8 @@ _WAITS: Final = 2
 """Failures of others that a request waits for, before it is sent on its own."""
 
 _SLOT_CHECK_S: Final = 0.1
-_POLL_S: Final = 0.05
-_LONG_POLL_S: Final = 2.0
+_CLAIM_WAIT: Final = ExtendedWait(wait_exponential(0.05, 2.0, 1.5), jitter=1.0)
+"""Pauses between two looks at a claim of another process."""
 
 _FREE: Final = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 
@@ -294,14 +296,15 @@ class RequestCache:
 
     async def _wait_for_claim(self, key: bytes) -> None:
         """Wait until no other process requests the answer, it is stored, or patience ends."""
-        until, pause = time.monotonic() + self._patience_s, _POLL_S
-        while not await self._claim.run((key, True)):
+        until = time.monotonic() + self._patience_s
+        for polls in itertools.count(1):
+            if await self._claim.run((key, True)):
+                return
             if self._store.find(key) is not None or time.monotonic() > until:
                 return
             if _is_holding_slot():
                 return
-            await asyncio.sleep(pause * (1 + random.random()))
-            pause = min(1.5 * pause, _LONG_POLL_S)
+            await asyncio.sleep(pause_after(_CLAIM_WAIT, polls))
 
     def _load_answer(self, answer: bytes) -> dict[str, Any] | None:
         """Return a stored answer at no cost, and count it; None if it does not fit this fleet."""

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import aiohttp
 import orjson
 
+from ..core.connection_errors import describe_connection_error
 from ..core.errors import (
     AuthenticationError,
     EndpointBusyError,
@@ -551,9 +552,10 @@ def _classify_connection(cause: aiohttp.ClientError | TimeoutError) -> tuple[str
     if isinstance(cause, OSError) and cause.errno in _NO_DESCRIPTOR:
         return "this process has too many open files", _NO_DESCRIPTOR_RULE
     if isinstance(cause, aiohttp.ClientConnectorError | ProxyError):
-        return f"cannot connect: {cause}", replace(
+        return f"cannot connect: {describe_connection_error(cause)}", replace(
             _LOST, breaker_effect=BreakerEffect.OPEN, free=True
         )
     if isinstance(cause, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
         return "the connection was closed before an answer", replace(_LOST, stale=True)
-    return f"the answer was incomplete or malformed: {cause}", _LOST
+    reason = describe_connection_error(cause)
+    return f"the answer was incomplete or malformed: {reason}", _LOST

@@ -252,9 +252,8 @@ class HealthMonitor:
             # It processes its other requests: the lower limit is sufficient.
             return
         endpoint.refusals += 1
-        pause = (
-            retry.extend(seconds) if seconds else pause_after(retry.refusal_wait, endpoint.refusals)
-        )
+        wait = retry.named_wait(seconds) if seconds else retry.refusal_wait
+        pause = pause_after(wait, endpoint.refusals)
         host = endpoint.url.split("/")[2]
         for other in self._endpoints:
             if other is endpoint or (rule.shared and other.url.split("/")[2] == host):

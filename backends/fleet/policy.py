@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tenacity import wait_exponential
+from tenacity import wait_exponential, wait_fixed
 
 from ..core.types import Json
 from ..core.waits import ExtendedWait
@@ -72,9 +71,9 @@ class RetryPolicy:
         """Return the pauses of an endpoint that refuses without Retry-After."""
         return ExtendedWait(wait_exponential(self.refusal_pause_s, self.backoff_max_s), self.jitter)
 
-    def extend(self, seconds: float) -> float:
-        """Return a pause that a server asked for, extended at random."""
-        return seconds * (1.0 + self.jitter * random.random())
+    def named_wait(self, seconds: float) -> ExtendedWait:
+        """Return the pause for which a server asked, never shorter."""
+        return ExtendedWait(wait_fixed(seconds), self.jitter)
 
 
 @dataclass(frozen=True, slots=True)

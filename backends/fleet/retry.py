@@ -184,9 +184,8 @@ class AttemptLog(RetryCallState):
         """
         policy = self._policy
         if failure.accepts_others:
-            return policy.extend(
-                min(failure.error.retry_after or policy.backoff_s, policy.backoff_max_s)
-            )
+            seconds = min(failure.error.retry_after or policy.backoff_s, policy.backoff_max_s)
+            return policy.named_wait(seconds)(self)
         if endpoint.resting or not endpoint.alive:
             return 0.0
         self._waits += 1

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from ...configs.models import InputConfig, RunConfig
 from ..core.errors import InputError
 from ..core.templates import Template
 from ..core.types import Json, Row
 from .base import NCI_DATASET, RowSource, describe_line, did_you_mean, find_nci_file
-from .lines import unreadable_error
-from .readers import find_text_files, read_delimited, read_folder, read_jsonl, read_smi
+from .lines import is_gzip, unreadable_error
+from .readers import (
+    TEXT_SUFFIXES,
+    find_files,
+    read_delimited,
+    read_folder,
+    read_json,
+    read_jsonl,
+    read_smi,
+)
 
 _SHIPPED: Final = {
     "molecules": ("molecules.csv", "mol_id"),
@@ -70,46 +80,68 @@ def _nci_rows(path: Path) -> Iterator[tuple[int, Row]]:
         yield line, {"mol_id": row["name"], "smiles": row["smiles"]}
 
 
-@dataclass(frozen=True, slots=True)
-class InputFormat:
-    """How files of one suffix are read.
-
-    Attributes:
-        read: Yields ``(position, row)`` of a file; with ``takes_columns``, it also gets the columns
-            that are required.
-        position: What a position counts, for messages.
-        ragged: Whether rows may differ in their columns.
-        takes_columns: Whether ``read`` reads less if it knows the required columns.
-    """
-
-    read: Callable[..., Iterator[tuple[int, Row]]]
-    position: str = "line"
-    ragged: bool = False
-    takes_columns: bool = False
+_Reader: TypeAlias = Callable[[Path, InputConfig, Collection[str]], Iterator[tuple[int, Row]]]
 
 
-def _read_parquet(path: Path, needed: Collection[str]) -> Iterator[tuple[int, Row]]:
+def _read_csv(path: Path, config: InputConfig, _: Collection[str]) -> Iterator[tuple[int, Row]]:
+    return read_delimited(path, ",", quotes=config.quotes is not False)
+
+
+def _read_tsv(path: Path, config: InputConfig, _: Collection[str]) -> Iterator[tuple[int, Row]]:
+    return read_delimited(path, "\t", quotes=config.quotes is True)
+
+
+def _read_parquet(path: Path, _: InputConfig, needed: Collection[str]) -> Iterator[tuple[int, Row]]:
     from .parquet import read_parquet  # noqa: PLC0415 - pyarrow is slow to import
 
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty; input.path must name a file with rows")
     return read_parquet(path, needed)
 
 
+@dataclass(frozen=True, slots=True)
+class InputFormat:
+    """A format of input files.
+
+    Attributes:
+        read: Reads a file; yields the position and the row.
+        position: What a position counts.
+        ragged: Whether the rows of one file may differ in their columns.
+        packed: Whether files may be packed with gzip.
+    """
+
+    read: _Reader
+    position: str = "line"
+    ragged: bool = False
+    packed: bool = True
+
+
+_JSONL: Final = InputFormat(lambda path, *_: read_jsonl(path), ragged=True)
+
 FORMATS: Final[dict[str, InputFormat]] = {
-    ".csv": InputFormat(partial(read_delimited, delimiter=",")),
-    ".tsv": InputFormat(partial(read_delimited, delimiter="\t")),
-    ".jsonl": InputFormat(read_jsonl, ragged=True),
-    ".ndjson": InputFormat(read_jsonl, ragged=True),
-    ".smi": InputFormat(read_smi),
-    ".parquet": InputFormat(_read_parquet, position="row", takes_columns=True),
+    ".csv": InputFormat(_read_csv),
+    ".tsv": InputFormat(_read_tsv),
+    ".jsonl": _JSONL,
+    ".ndjson": _JSONL,
+    ".json": InputFormat(lambda path, *_: read_json(path), "row", ragged=True),
+    ".smi": InputFormat(lambda path, *_: read_smi(path)),
+    ".parquet": InputFormat(_read_parquet, "row", packed=False),
 }
-"""The input formats, by suffix."""
+"""The formats of input files, by suffix. To add one, add its reader here."""
+
 _HINTS: Final = {
-    ".json": "write one object per line and name it .jsonl (jq -c '.[]' for an array)",
-    ".gz": "unpack it first (gunzip)",
     ".xlsx": "save the sheet as .csv",
+    ".zip": "unpack it first (unzip)",
+    ".bz2": "unpack it first (bunzip2)",
+    ".xz": "unpack it first (unxz)",
+    ".zst": "unpack it first (unzstd)",
     ".txt": "rename it after its format, or use the folder of texts as input.path",
     ".md": "rename it after its format, or use the folder of texts as input.path",
 }
+_PATTERN: Final = re.compile(r"[*?\[]")
+_SPAN: Final = 2**40
+"""Positions that each file of several may have."""
+_SHOWN_FILES: Final = 3
 
 
 def open_source(
@@ -131,31 +163,118 @@ def open_source(
     if config.dataset is not None:
         return open_dataset(config.dataset)
     if config.path is not None:
-        return _from_path(Path(config.path), needed)
+        return _from_path(Path(config.path), config, needed)
     raise InputError("input has neither input.path nor input.dataset, and no items are given")
 
 
-def _from_path(path: Path, needed: Collection[str]) -> RowSource:
+def _from_path(path: Path, config: InputConfig, needed: Collection[str]) -> RowSource:
+    if not path.exists() and is_pattern(path):
+        return _from_files(f"pattern {path}", path.parent, find_matches(path), config, needed)
     mode = _mode(path)
     if stat.S_ISDIR(mode):
-        files = find_text_files(path)
-        rows = partial(read_folder, path, files)
-        return RowSource(f"folder {path}", rows, lambda at: str(path / files[at]), id="file")
+        return _from_files(f"folder {path}", path, find_files(path), config, needed)
     if not stat.S_ISREG(mode):
         raise InputError(f"{path} is not a regular file; copy its content to a file first")
-    suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        raise _unknown_format(path, suffix)
-    found = FORMATS[suffix]
-    if found.position != "line" and not path.stat().st_size:  # readers of lines report it
-        raise InputError(f"{path} is empty; input.path must name a file with rows")
-    columns = (needed,) if found.takes_columns else ()
+    form = FORMATS.get(get_format_suffix(path))
+    if form is None or (is_gzip(path) and not form.packed):
+        raise _unknown_format(path)
     return RowSource(
         str(path),
-        partial(found.read, path, *columns),
-        lambda at: f"{path}, {found.position} {at}",
-        ragged=found.ragged,
+        partial(form.read, path, config, needed),
+        lambda at: f"{path}, {form.position} {at}",
+        ragged=form.ragged,
     )
+
+
+def _from_files(
+    name: str, folder: Path, files: Sequence[Path], config: InputConfig, needed: Collection[str]
+) -> RowSource:
+    """Return the source of several files of one kind.
+
+    Args:
+        name: The input in words.
+        folder: The folder of the files.
+        files: Their paths, relative to the folder or absolute.
+        config: The settings of the input.
+        needed: Required columns.
+
+    Raises:
+        InputError: No file has a known format, or they have several.
+    """
+    by_kind: dict[str, list[Path]] = {}
+    for file in files:
+        suffix = get_format_suffix(file)
+        kind = "text" if suffix in TEXT_SUFFIXES else suffix
+        if kind == "text" or (suffix in FORMATS and (FORMATS[suffix].packed or not is_gzip(file))):
+            by_kind.setdefault(kind, []).append(file)
+    if not by_kind:
+        found = ", ".join(str(file) for file in files[:_SHOWN_FILES]) or "none"
+        raise InputError(
+            f"the {name} has no file of a known format ({_list_formats()}; found: {found})"
+        )
+    if len(by_kind) > 1:
+        counts = ", ".join(
+            f"{len(found):,} {kind} ({found[0]})" for kind, found in sorted(by_kind.items())
+        )
+        raise InputError(
+            f"the {name} has files of several kinds: {counts}; choose one by a pattern, such as "
+            f"input.path: {folder}/*{get_format_suffix(next(iter(by_kind.values()))[0])}"
+        )
+    ((kind, chosen),) = by_kind.items()
+    if kind == "text":
+        rows = partial(read_folder, folder, chosen)
+        return RowSource(name, rows, lambda at: str(folder / chosen[at]), id="file")
+    form = FORMATS[kind]
+
+    def read() -> Iterator[tuple[int, Row]]:
+        for number, file in enumerate(chosen):
+            for position, row in form.read(folder / file, config, needed):
+                yield number * _SPAN + position, row
+
+    def describe(at: int) -> str:
+        number, position = divmod(at, _SPAN)
+        return f"{folder / chosen[number]}, {form.position} {position}"
+
+    return RowSource(name, read, describe, ragged=True)
+
+
+def get_format_suffix(path: Path) -> str:
+    """Return the suffix of a file's format in lower case, without ``.gz``."""
+    return Path(path.stem if is_gzip(path) else path.name).suffix.lower()
+
+
+def is_pattern(path: Path) -> bool:
+    """Return True if the last part of a path is a pattern of file names."""
+    return _PATTERN.search(path.name) is not None
+
+
+def is_present(path: Path) -> bool:
+    """Return True if an input exists; a pattern exists if a file matches it."""
+    if path.exists() or not is_pattern(path):
+        return path.exists()
+    try:
+        return bool(find_matches(path))
+    except InputError:
+        return False
+
+
+def find_matches(pattern: Path) -> list[Path]:
+    """Return the names of the files that match a pattern, in order, without hidden ones.
+
+    Raises:
+        InputError: There are none.
+    """
+    try:
+        names = sorted(
+            one.name
+            for one in pattern.parent.iterdir()
+            if fnmatchcase(one.name, pattern.name) and one.name[0] != "." and one.is_file()
+        )
+    except OSError as error:
+        raise unreadable_error(pattern.parent, error) from error
+    if not names:
+        raise InputError(f"input.path: no file matches {pattern}")
+    return [Path(name) for name in names]
 
 
 def _mode(path: Path) -> int:
@@ -177,12 +296,18 @@ def _list_siblings(path: Path) -> list[str]:
         return []
 
 
-def _unknown_format(path: Path, suffix: str) -> InputError:
-    known = ", ".join(FORMATS)
-    hint = _HINTS.get(suffix, "convert or rename the file")
+def _list_formats() -> str:
+    return f"{', '.join(FORMATS)}, {', '.join(TEXT_SUFFIXES)}"
+
+
+def _unknown_format(path: Path) -> InputError:
+    hint = _HINTS.get(path.suffix.lower(), "convert or rename the file")
+    if is_gzip(path) and get_format_suffix(path) in FORMATS:
+        hint = "unpack it first (gunzip): Parquet files are packed inside"
+    shown = path.name.removeprefix(path.stem) or "no suffix"
     return InputError(
-        f"{path}: unsupported input format: {suffix or 'no suffix'} (supported: {known}, "
-        f"or a folder of .txt and .md files); {hint}"
+        f"{path}: unsupported input format: {shown} (supported: {', '.join(FORMATS)}, all but "
+        f"Parquet also with .gz, and folders of .txt and .md files); {hint}"
     )
 
 

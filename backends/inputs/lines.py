@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, cast
 
 from ..core.errors import InputError
 
@@ -20,19 +22,31 @@ _UTF16_BOMS: Final = (b"\xff\xfe", b"\xfe\xff")
 
 @contextmanager
 def open_text(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, after a UTF-8 byte order mark if there is one.
+    """Open a file for reading, after a UTF-8 byte order mark if there is one; unpack ``.gz``.
 
     Raises:
-        InputError: The file cannot be read, or is empty, binary or UTF-16.
+        InputError: The file cannot be read or unpacked, or is empty, binary or UTF-16.
     """
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             head = file.read(_SNIFF_BYTES)
             _check_head(path, head)
             file.seek(len(_UTF8_BOM) if head.startswith(_UTF8_BOM) else 0)
             yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        msg = f"{path} cannot be unpacked: {error}; pack it again with gzip, or rename it"
+        raise InputError(msg) from error
     except OSError as error:
         raise unreadable_error(path, error) from error
+
+
+def is_gzip(path: Path) -> bool:
+    """Return True if a file is packed with gzip, by its name."""
+    return path.suffix.lower() == ".gz"
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if is_gzip(path) else path.open("rb")
 
 
 def unreadable_error(path: Path, error: OSError) -> InputError:
@@ -94,21 +108,28 @@ def read_text_file(path: Path) -> str:
     Raises:
         InputError: The file cannot be read, is empty, too large, binary or not UTF-8.
     """
-    _check_size(path)
-    lines = [decode_line(path, number, raw) for number, raw in read_lines(path)]
+    if not is_gzip(path) and (size := _file_size(path)) > MAX_LINE_BYTES:
+        raise _too_large(path, f"{size} bytes")
+    lines, length = list[str](), 0
+    for number, raw in read_lines(path):
+        length += len(raw) + 1
+        if length > MAX_LINE_BYTES + 1:
+            raise _too_large(path, f"more than {MAX_LINE_BYTES} bytes unpacked")
+        lines.append(decode_line(path, number, raw))
     text = "\n".join(lines)
     if not text.strip():
         raise InputError(f"{path} contains only blanks; remove it from the folder, or fill it")
     return text
 
 
-def _check_size(path: Path) -> None:
+def _file_size(path: Path) -> int:
     with open_text(path) as file:
-        size = os.fstat(file.fileno()).st_size
-    if size > MAX_LINE_BYTES:
-        raise InputError(
-            f"{path} has {size} bytes; an item may have at most {MAX_LINE_BYTES}: split the file"
-        )
+        return os.fstat(file.fileno()).st_size
+
+
+def _too_large(path: Path, size: str) -> InputError:
+    msg = f"{path} has {size}; an item may have at most {MAX_LINE_BYTES}: split the file"
+    return InputError(msg)
 
 
 def _check_head(path: Path, head: bytes) -> None:
@@ -123,7 +144,7 @@ def _check_head(path: Path, head: bytes) -> None:
 def _binary(path: Path, sign: str) -> InputError:
     return InputError(
         f"{path} is a binary file ({sign}), not text; unpack it first if it is compressed; "
-        "name it .parquet if it is Parquet"
+        "name it .parquet if it is Parquet, or .gz if gzip has packed it"
     )
 
 

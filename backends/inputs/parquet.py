@@ -22,6 +22,7 @@ _AS_THEY_ARE: Final[tuple[Callable[[pa.DataType], bool], ...]] = (
     pa.types.is_float64,
     pa.types.is_string,
     pa.types.is_large_string,
+    pa.types.is_string_view,
 )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,8 @@ _BATCH_ROWS: Final = 256
 TEXT_SUFFIXES: Final = (".txt", ".md")
 
 
-def find_text_files(folder: Path) -> list[Path]:
-    """Return the text files of a folder and its subfolders, without hidden ones.
+def find_files(folder: Path) -> list[Path]:
+    """Return the files of a folder and its subfolders, without hidden ones.
 
     Args:
         folder: The folder; links to other folders are not followed.
@@ -30,18 +32,13 @@ def find_text_files(folder: Path) -> list[Path]:
         Paths relative to the folder, sorted.
 
     Raises:
-        InputError: The folder cannot be read, or contains no .txt or .md file.
+        InputError: The folder cannot be read.
     """
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(parent).relative_to(folder)
-        found += [inside / name for name in files if _is_text(name)]
-    if not found:
-        raise InputError(
-            f"the folder {folder} contains no .txt or .md file; input.path must name a folder of "
-            "texts, or a csv, tsv, jsonl, parquet or smi file"
-        )
+        found += [inside / name for name in files if not name.startswith(".")]
     return sorted(found)
 
 
@@ -60,10 +57,6 @@ def read_folder(folder: Path, files: list[Path]) -> Iterator[tuple[int, Row]]:
     """
     for at, file in enumerate(files):
         yield at, {"file": file.as_posix(), "text": read_text_file(folder / file)}
-
-
-def _is_text(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(TEXT_SUFFIXES)
 
 
 def _raise_unreadable(error: OSError) -> None:
@@ -92,12 +85,82 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
             row = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
             raise _invalid_json_error(path, number, raw, error) from error
+        if _LONG_NUMBER.search(raw):
+            _check_integers(raw, f"{path}, line {number}")
         if type(row) is not dict:
             raise InputError(
                 f"{path}, line {number}: the row is not a JSON object but {_kind(row)}"
-                f"{_array_hint(path, raw)}"
+                f"{_array_hint(raw)}"
             )
         yield number, row
+
+
+def read_json(path: Path) -> Iterator[tuple[int, Row]]:
+    """Read a file with one JSON array of objects; or one with an object per line.
+
+    The array is read as a whole, of which JSON lines need only one line at a time.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The position in the array (from 1), and the row.
+
+    Raises:
+        InputError: The file cannot be read or is no such array; names its line or the position.
+    """
+    lines = list(read_lines(path))
+    content = b"\n".join(raw for _, raw in lines)
+    start = content.lstrip()[:1]
+    if start == b"{" and _is_object(lines[0][1]):
+        yield from read_jsonl(path)
+        return
+    try:
+        rows = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        at = f"{path}, line {error.lineno}"
+        raise InputError(f"{at}: not JSON: {error.msg} at character {error.colno}") from error
+    if type(rows) is not list:
+        kind = "an object" if type(rows) is dict else _kind(rows)
+        msg = f"{path} is {kind}, not an array of objects: [{{…}}, …]; put the rows in an array"
+        raise InputError(msg)
+    if _LONG_NUMBER.search(content):
+        _check_integers(content, str(path))
+    for number, row in enumerate(rows, start=1):
+        if type(row) is not dict:
+            raise InputError(f"{path}, row {number}: not a JSON object but {_kind(row)}")
+        yield number, row
+
+
+def _is_object(raw: bytes) -> bool:
+    try:
+        return type(orjson.loads(raw)) is dict
+    except orjson.JSONDecodeError:
+        return False
+
+
+_LONG_NUMBER: Final = re.compile(rb"[0-9]{19}")
+"""At least as many digits as the smallest integer of more than 64 bits."""
+
+
+def _check_integers(raw: bytes, where: str) -> None:
+    """Check that no integer has more than 64 bits, of which the parser would lose digits.
+
+    Raises:
+        InputError: There is one.
+    """
+
+    def check(digits: str) -> int:
+        value = int(digits)
+        if not -(2**63) <= value < 2**64:
+            msg = (
+                f"{where}: the number {digits[:_SHOWN]} has more than 64 bits and would lose "
+                "digits; write it as a text, in quotes"
+            )
+            raise InputError(msg)
+        return value
+
+    json.loads(raw, parse_int=check)
 
 
 def _invalid_json_error(
@@ -105,17 +168,17 @@ def _invalid_json_error(
 ) -> InputError:
     text = decode_line(path, number, raw)
     start = max(0, error.pos - _SHOWN // 2)
-    hint = "; NaN is not JSON, write null" if "NaN" in text else _array_hint(path, raw)
+    hint = "; NaN is not JSON, write null" if "NaN" in text else _array_hint(raw)
     return InputError(
         f"{path}, line {number}: the row is not JSON: {error.msg} at character {error.pos + 1}, "
         f"near {text[start : start + _SHOWN]!r}{hint}"
     )
 
 
-def _array_hint(path: Path, raw: bytes) -> str:
+def _array_hint(raw: bytes) -> str:
     if not raw.lstrip().startswith(b"["):
         return "; each line must be one object, {...}"
-    return f"; to write an array as one object per line: jq -c '.[]' '{path}'"
+    return "; name a file with one array of objects .json"
 
 
 def _kind(value: object) -> str:
@@ -213,7 +276,7 @@ def _past_blanks(line: str, at: int) -> int:
 _SMI_TITLES: Final = frozenset({"smiles", "canonical_smiles", "isomeric_smiles"})
 
 
-def read_delimited(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
+def read_delimited(path: Path, delimiter: str, quotes: bool = True) -> Iterator[tuple[int, Row]]:
     """Read a csv or tsv file with a header.
 
     Blanks around cells and column names are removed; a column without a name is called
@@ -222,6 +285,7 @@ def read_delimited(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
     Args:
         path: The file.
         delimiter: ``","`` or a tab.
+        quotes: Whether quotes enclose cells; else they are text.
 
     Yields:
         The line on which the row starts (from 1), and the row.
@@ -230,7 +294,12 @@ def read_delimited(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
         InputError: The file cannot be read or is not text, its header is faulty, it has no rows,
             or a row has more or fewer cells than the header.
     """
-    records = CsvSplitter(path, delimiter).split(_text_lines(path))
+    lines = _text_lines(path)
+    records = (
+        CsvSplitter(path, delimiter).split(lines)
+        if quotes
+        else ((number, line.split(delimiter)) for number, line in lines)
+    )
     full = ((line, cells) for line, cells in records if len(cells) > 1 or cells[0].strip())
     line, cells = next(full, (0, []))
     if not line:
@@ -239,9 +308,14 @@ def read_delimited(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
     width = len(header)
     for line, cells in full:
         if len(cells) != width:
+            hint = (
+                "put quotes around cells that contain the delimiter"
+                if quotes
+                else "if quotes enclose cells, set input.quotes: true"
+            )
             raise InputError(
                 f"{path}, line {line}: {len(cells)} cells, but the header names {width} columns; "
-                "put quotes around cells that contain the delimiter"
+                f"{hint}"
             )
         yield line, dict(zip(header, map(str.strip, cells), strict=True))
 

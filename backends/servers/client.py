@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+from tenacity import AsyncRetrying, RetryError, retry_if_result, stop_after_delay, wait_fixed
+
 from ..core.errors import ConfigurationError, RunStoppedError
 from .lock import hold_user_lock, is_served
 from .plan import NodeFiles, NodePlan, node_files
@@ -56,12 +58,14 @@ async def use_servers(
 async def _wait_until_up(
     plan: NodePlan, files: NodeFiles, stop_reason: Callable[[], str | None]
 ) -> None:
-    """Wait until a server is ready."""
-    begun, starts = time.monotonic(), 0
-    while True:
+    """Wait until a server is ready; start the supervisor if there is none."""
+    starts = 0
+
+    async def is_up() -> bool:
+        nonlocal starts
         if await asyncio.to_thread(is_served, files):
             if await asyncio.to_thread(files.endpoints.is_file):
-                return
+                return True
         elif starts >= _MAX_STARTS:
             msg = f"{plan.host}: the node's supervisor ends repeatedly; see {files.supervisor_log}"
             raise RunStoppedError(msg)
@@ -72,13 +76,22 @@ async def _wait_until_up(
             starts += 1
         if why := await asyncio.to_thread(stop_reason):
             raise RunStoppedError(f"{plan.host}: {why} before the node's servers were ready")
-        if time.monotonic() - begun > plan.timeout_s + _SLACK_S:
-            msg = (
-                f"{plan.host}: no server of this node was ready within {plan.timeout_s:g} s "
-                f"(node.timeout_s); their logs: {files.server_log(0).parent}"
-            )
-            raise RunStoppedError(msg)
-        await asyncio.sleep(_POLL_S)
+        return False
+
+    retrying = AsyncRetrying(
+        sleep=asyncio.sleep,
+        retry=retry_if_result(lambda up: not up),
+        stop=stop_after_delay(plan.timeout_s + _SLACK_S),
+        wait=wait_fixed(_POLL_S),
+    )
+    try:
+        await retrying(is_up)
+    except RetryError:
+        msg = (
+            f"{plan.host}: no server of this node was ready within {plan.timeout_s:g} s "
+            f"(node.timeout_s); their logs: {files.server_log(0).parent}"
+        )
+        raise RunStoppedError(msg) from None
 
 
 def check_failure(plan: NodePlan) -> None:

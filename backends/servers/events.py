@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +15,6 @@ from ..core.errors import BackendError
 logger: Final = logging.getLogger(__name__)
 
 VERSION: Final = 1
-_OFF: Final = frozenset({"out", "down", "given_up"})
-_ON: Final = frozenset({"ready", "back"})
 
 
 class EventLog:
@@ -67,48 +64,6 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-@dataclass(frozen=True, slots=True)
-class ServerSeconds:
-    """How a node's time was spent; the first three add up to ``paid``.
-
-    A node with four servers of which one is up for ten seconds is up for 2.5.
-
-    Attributes:
-        startup: Seconds until servers were ready for the first time.
-        down: Seconds in which servers that had been ready were not.
-        up: Seconds in which servers were ready.
-        paid: Seconds from ``begin`` to ``end``, over all periods in which the node was served.
-    """
-
-    startup: float
-    down: float
-    up: float
-    paid: float
-
-
-def server_seconds(lines: Iterable[Mapping[str, Any]], until: float | None = None) -> ServerSeconds:
-    """Sum up a node's event log.
-
-    Args:
-        lines: The lines, as :func:`read_events` returns them.
-        until: When a period without ``end`` counts as ended, in seconds since 1970; None is its
-            last line.
-    """
-    startup = down = up = paid = 0.0
-    for period in split_periods(lines):
-        first, last = period[0], period[-1]
-        end = last["at"] if until is None or last["event"] == "end" else max(until, last["at"])
-        span, instances = end - first["at"], max(1, int(first.get("instances", 1)))
-        paid += span
-        for instance in range(instances):
-            own = [line for line in period if line.get("instance") == instance]
-            before, on = _one(own, first["at"], end)
-            startup += before / instances
-            up += on / instances
-            down += (span - before - on) / instances
-    return ServerSeconds(*(round(s, 3) for s in (startup, down, up, paid)))
-
-
 def split_periods(lines: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Return the lines of each period in which the node was served."""
     periods = list[list[Mapping[str, Any]]]()
@@ -118,23 +73,6 @@ def split_periods(lines: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, 
         elif periods:
             periods[-1].append(line)
     return periods
-
-
-def _one(lines: Iterable[Mapping[str, Any]], begin: float, end: float) -> tuple[float, float]:
-    """Return the seconds until a server was ready, and the seconds that it was ready."""
-    first: float | None = None
-    since: float | None = None
-    up = 0.0
-    for line in lines:
-        if line["event"] in _ON and since is None:
-            since = line["at"]
-            first = since if first is None else first
-        elif line["event"] in _OFF and since is not None:
-            up += line["at"] - since
-            since = None
-    if since is not None:
-        up += end - since
-    return (end if first is None else first) - begin, up
 
 
 _NODES: Final = 3

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from tenacity import Retrying, retry_if_result, stop_after_attempt, wait_fixed
+
 from ..core.errors import BackendError
 from .plan import NodeFiles
 
@@ -122,12 +124,14 @@ class NodeLock:
         Raises:
             BackendError: The files cannot be opened.
         """
-        for _ in range(_TRIES):
-            lock = cls.try_acquire(files)
-            if lock is not None:
-                return lock
-            time.sleep(_BETWEEN_TRIES_S)
-        return None
+        retrying = Retrying(
+            retry=retry_if_result(lambda lock: lock is None),
+            stop=stop_after_attempt(_TRIES),
+            wait=wait_fixed(_BETWEEN_TRIES_S),
+            retry_error_callback=lambda _: None,
+        )
+        lock: Self | None = retrying(cls.try_acquire, files)
+        return lock
 
     def release(self) -> None:
         """Release the lock."""

@@ -16,6 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_result,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential,
+)
+
+from ..core.aio import wait_first
 from ..core.errors import BackendError
 from .events import EventLog
 from .lock import WatchdogClient
@@ -169,7 +179,6 @@ _TAIL_BYTES: Final = 16_384
 _TAIL_LINES: Final = 20
 _TICK_S: Final = 0.1
 _KILLED_S: Final = 10.0
-_FIRST: Final = asyncio.FIRST_COMPLETED
 
 
 class ServerProcess:
@@ -248,11 +257,9 @@ class ServerProcess:
         """End the process group within ``grace_s``; kill it at once if ``stop_waiting`` is set."""
         self._send(signal.SIGTERM)
         ended = asyncio.ensure_future(self._wait_group_end())
-        not_waiting = asyncio.ensure_future(stop_waiting.wait())
         try:
-            await asyncio.wait({ended, not_waiting}, timeout=grace_s, return_when=_FIRST)
+            await wait_first(ended, stop_waiting.wait(), timeout_s=grace_s)
         finally:
-            not_waiting.cancel()
             self._send(signal.SIGKILL)
             # its child processes may hold ports and memory a moment longer
             await asyncio.wait({ended}, timeout=_KILLED_S)
@@ -297,6 +304,7 @@ def _open_log(log: Path) -> tuple[int, int]:
 
 _LONGEST_PAUSE_S: Final = 30.0
 _FIRST_PROBE_S: Final = 0.1
+_PROBE_GROWTH: Final = 1.5
 _HTTP: Final = "HTTP "
 _LOOPBACK: Final = "127.0.0.1"
 
@@ -329,12 +337,21 @@ class _ServerExit:
     Attributes:
         reason: The reason, as text.
         lines: Its last output lines.
-        was_ready: Whether it had been ready.
     """
 
     reason: str
     lines: list[str]
-    was_ready: bool
+
+
+def _get_problem(state: RetryCallState) -> str:
+    assert state.outcome is not None, "the server was probed"
+    return str(state.outcome.result())
+
+
+def _get_exit(state: RetryCallState) -> _ServerExit:
+    assert state.outcome is not None, "the server has ended"
+    end: _ServerExit = state.outcome.result()
+    return end
 
 
 class Server:
@@ -358,6 +375,7 @@ class Server:
         self.ready = False
         self.starts = 0
         self.failure: str | None = None
+        self._restarts, self._was_ever_ready = 0, False
 
     async def run(self) -> None:
         """Keep it up until it is given up; if cancelled, end the process first.
@@ -365,38 +383,45 @@ class Server:
         A server that fails before it was ever ready is given up at once: usually its command is
         wrong.
         """
-        restarts, once, most = 0, False, self._node.plan.restarts
-        while True:
-            end = await self._run_once(restarts)
-            once = once or end.was_ready
-            if not once or restarts >= most:
-                self._mark_failed(end, restarts)
-                return
-            restarts += 1
-            self._node.report(f"{self.name} {end.reason}; restart {restarts} of {most}")
-            pause = self._node.plan.watching.pause_s * 2.0 ** (restarts - 1)
-            await asyncio.sleep(min(_LONGEST_PAUSE_S, pause))
+        watching, most = self._node.plan.watching, self._node.plan.restarts
+        retrying = AsyncRetrying(
+            sleep=asyncio.sleep,
+            retry=retry_if_result(lambda _: self._was_ever_ready),
+            stop=stop_after_attempt(most + 1),
+            wait=wait_exponential(watching.pause_s, _LONGEST_PAUSE_S),
+            before_sleep=self._report_restart,
+            retry_error_callback=_get_exit,
+        )
+        end: _ServerExit = await retrying(self._run_once)
+        self._mark_failed(end)
 
-    async def _run_once(self, restart: int) -> _ServerExit:
+    def _report_restart(self, state: RetryCallState) -> None:
+        self._restarts = state.attempt_number
+        most, end = self._node.plan.restarts, _get_exit(state)
+        self._node.report(f"{self.name} {end.reason}; restart {self._restarts} of {most}")
+
+    async def _run_once(self) -> _ServerExit:
         """Start it, and return when it is down again."""
         node, began = self._node, time.monotonic()
         if await self._is_port_in_use():
-            why = f"cannot be started: another process listens on port {self.plan.port}"
-            return _ServerExit(why, [], was_ready=False)
+            taken = f"cannot be started: another process listens on port {self.plan.port}"
+            return _ServerExit(taken, [])
         try:
             log = node_files(node.plan).server_log(self.plan.instance)
             process = await ServerProcess.start(self.plan, node.watchdog, log)
         except BackendError as error:
-            return _ServerExit(f"cannot be started: {error.message}", [], was_ready=False)
+            return _ServerExit(f"cannot be started: {error.message}", [])
         self.starts += 1
-        self._log_event("start", port=self.plan.port, pid=process.pid, restart=restart)
+        self._log_event("start", port=self.plan.port, pid=process.pid, restart=self._restarts)
         try:
-            failed = await self._wait_until_ready(process, began)
-            why = failed or await self._monitor(process, began)
+            why = await self._wait_until_ready(process, began)
+            if why is None:
+                self._was_ever_ready = True
+                why = await self._monitor(process, began)
         finally:
             self._mark_unready()
             await process.stop(node.plan.watching.stop_s, node.stop_waiting)
-        return _ServerExit(why, await asyncio.to_thread(process.read_last_lines), failed is None)
+        return _ServerExit(why, await asyncio.to_thread(process.read_last_lines))
 
     async def _is_port_in_use(self) -> bool:
         port, wait_s = self.plan.port, self._node.plan.watching.answer_s
@@ -407,26 +432,35 @@ class Server:
 
     async def _wait_until_ready(self, process: ServerProcess, began: float) -> str | None:
         """Wait until it is ready; return None, or why it will not be."""
-        plan, pause, reported = self._node.plan, _FIRST_PROBE_S, ""
+        plan, reported = self._node.plan, ""
         ended = asyncio.ensure_future(process.wait_for_exit())
+
+        async def probe_once() -> str | None:
+            nonlocal reported
+            problem = await self._probe()
+            if problem and problem.startswith(_HTTP) and problem != reported:
+                reported = problem
+                self._node.report(f"{self.name} answers {plan.ready} with {problem}; still waiting")
+            return problem
+
+        async def wait(seconds: float) -> None:
+            await asyncio.wait({ended}, timeout=seconds)
+
+        retrying = AsyncRetrying(
+            sleep=wait,
+            retry=retry_if_result(lambda problem: problem is not None and not ended.done()),
+            stop=stop_after_delay(began + plan.timeout_s - time.monotonic()),
+            wait=wait_exponential(_FIRST_PROBE_S, plan.watching.every_s, _PROBE_GROWTH),
+            retry_error_callback=_get_problem,
+        )
         try:
-            while not ended.done():
-                problem = await self._probe()
-                if problem is None and not ended.done():
-                    return None
-                if problem and problem.startswith(_HTTP) and problem != reported:
-                    reported = problem
-                    self._node.report(
-                        f"{self.name} answers {plan.ready} with {problem}; still waiting"
-                    )
-                if time.monotonic() - began > plan.timeout_s:
-                    return (
-                        f"was not ready after {plan.timeout_s:g} s: {plan.ready}: {problem} (does "
-                        f"it listen on {plan.address}?)"
-                    )
-                await asyncio.wait({ended}, timeout=pause)
-                pause = min(plan.watching.every_s, 1.5 * pause)
-            return f"{ended.result()} before it was ready"
+            last: str | None = await retrying(probe_once)
+            if ended.done():
+                return f"{ended.result()} before it was ready"
+            return last and (
+                f"was not ready after {plan.timeout_s:g} s: {plan.ready}: {last} (does it "
+                f"listen on {plan.address}?)"
+            )
         finally:
             ended.cancel()
 
@@ -483,8 +517,8 @@ class Server:
             self.ready = False
             self._node.on_change()
 
-    def _mark_failed(self, end: _ServerExit, restarts: int) -> None:
-        times = f" after {restarts} restarts" if restarts else ""
+    def _mark_failed(self, end: _ServerExit) -> None:
+        times = f" after {self._restarts} restarts" if self._restarts else ""
         lines = [f"{self.name} {end.reason}; it is given up{times}"]
         if end.lines:
             log = node_files(self._node.plan).server_log(self.plan.instance)

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_fixed
+
+from ..core.aio import wait_first
 from ..core.errors import BackendError, FanfoldError
 from ..core.parsing import ServerLoad, parse_load_metrics
 from .events import EventLog
@@ -270,31 +273,37 @@ class Supervisor:
 
     async def _wait_until_done(self, server_tasks: Sequence[asyncio.Task[None]]) -> None:
         """Wait until stopped or until no server is left; report each that is given up."""
-        stop = asyncio.ensure_future(self._control.stop.wait())
-        try:
-            while not stop.done() and (alive := {task for task in server_tasks if not task.done()}):
-                await asyncio.wait({stop, *alive}, return_when=asyncio.FIRST_COMPLETED)
-                if all(task.done() for task in server_tasks):
-                    return  # the error names all
-                for server, task in zip(self._servers, server_tasks, strict=True):
-                    if task in alive and task.done():
-                        self._control.report(server.failure or server.name)
-        finally:
-            stop.cancel()
+        stop = self._control.stop
+        while not stop.is_set() and (alive := {task for task in server_tasks if not task.done()}):
+            await wait_first(stop.wait(), *alive)
+            if all(task.done() for task in server_tasks):
+                return  # the error names all
+            for server, task in zip(self._servers, server_tasks, strict=True):
+                if task in alive and task.done():
+                    self._control.report(server.failure or server.name)
 
     async def _publish_endpoints(self) -> None:
         """Keep the endpoints file equal to the list of ready servers."""
+        retrying = AsyncRetrying(
+            sleep=asyncio.sleep,
+            retry=retry_if_exception_type(OSError),
+            wait=wait_fixed(self._plan.watching.every_s),
+            before_sleep=self._report_unwritten,
+        )
         while True:
             await self._changed.wait()
-            self._changed.clear()
-            names = [server.name for server in self._servers if server.ready]
-            try:
-                await asyncio.to_thread(self._endpoints_file.write, names)
-            except OSError as error:
-                path = node_files(self._plan).endpoints
-                self._control.report(f"{path}: cannot be written: {error.strerror}; trying again")
-                await asyncio.sleep(self._plan.watching.every_s)
-                self._changed.set()
+            await retrying(self._write_endpoints)
+
+    async def _write_endpoints(self) -> None:
+        self._changed.clear()
+        names = [server.name for server in self._servers if server.ready]
+        await asyncio.to_thread(self._endpoints_file.write, names)
+
+    def _report_unwritten(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        assert isinstance(error, OSError), "other errors are not retried"
+        path = node_files(self._plan).endpoints
+        self._control.report(f"{path}: cannot be written: {error.strerror}; trying again")
 
     async def _send_heartbeats(self) -> None:
         """Keep the watchdog running, and log that the node is alive."""

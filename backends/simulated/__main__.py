@@ -1,10 +1,10 @@
-"""``python -m fanfold.backends.simulated``; see `process.main`."""
+"""``python -m fanfold.backends.simulated``; see `serve.main`."""
 
 from __future__ import annotations
 
 import sys
 
-from .process import main
+from .serve import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import os
-import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -20,131 +17,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from ...configs.models import RunConfig
 from ..core.errors import BackendError, ConfigurationError, MissingExtraError
-from ..core.process import raise_file_limit
 from .faults import FaultRule
-from .fleet import SimulatedFleet
-from .responders import RESPONDERS
 from .spec import SimulationSpec
-
-PROTOCOL: Final = 1
-"""Version of the line that the child prints."""
-_ORPHAN_CHECK_S: Final = 1.0
-_REFUSED: Final = 2
-"""Exit code of a fleet that refuses its specification."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a fleet until its parent exits, or until SIGTERM.
-
-    Without options the specification is the first line of standard input, as JSON; the fleet
-    then stops when standard input closes. With options it stops on SIGINT or SIGTERM only.
-    One line of JSON is printed when all sockets listen:
-    ``{"v": 1, "urls": [...], "control": "http://...", "model": "..."}``.
-
-    Args:
-        arguments: The command line, or None for that of the process.
-
-    Returns:
-        The exit code: 0, or 2 when the fleet cannot start.
-    """
-    options = _parser().parse_args(arguments)
-    try:
-        spec = _from_options(options)
-        watched = spec is None
-        if spec is None:
-            spec = SimulationSpec.from_json(sys.stdin.buffer.readline() or b"{}")
-        asyncio.run(serve_fleet(spec, watched))
-    except ConfigurationError as error:
-        sys.stderr.write(f"{error}\n")
-        return _REFUSED
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fanfold.backends.simulated",
-        description="Serve a simulated fleet. Without options, read the specification as one "
-        "line of JSON from standard input, and stop when standard input closes.",
-    )
-    parser.add_argument("--spec", help="the specification, a JSON object")
-    parser.add_argument("--nodes", type=int, help="number of nodes")
-    parser.add_argument("--port", type=int, help="first port; 0 for a free one")
-    parser.add_argument("--addressing", help="path, port or addr")
-    parser.add_argument("--model", help="name of the served model")
-    parser.add_argument("--responder", help="generator of the answers: schema or esol")
-    return parser
-
-
-def _from_options(options: argparse.Namespace) -> SimulationSpec | None:
-    """Return the specification given by the options, or None without options."""
-    given: dict[str, Any] = {k: v for k, v in vars(options).items() if v is not None}
-    if not given:
-        return None
-    spec = SimulationSpec.from_json(given.pop("spec", "{}"))
-    return replace(spec, **given)
-
-
-async def serve_fleet(spec: SimulationSpec, ends_with_parent: bool) -> None:
-    """Serve a fleet until a stop signal.
-
-    Args:
-        spec: The fleet's specification.
-        ends_with_parent: Whether to stop also at the end of standard input or of the parent.
-
-    Raises:
-        ConfigurationError: The fleet cannot start.
-    """
-    parent = os.getppid()  # read before the announcement: the parent may exit right after it
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with SimulatedFleet(spec) as fleet, asyncio.TaskGroup() as tasks:
-        signs = (_wait_stdin_end(), _wait_parent_exit(parent)) if ends_with_parent else ()
-        watchers = [tasks.create_task(sign) for sign in signs]
-        for task in watchers:
-            task.add_done_callback(lambda _: stop.set())
-        _announce(fleet)
-        await stop.wait()
-        for task in watchers:
-            task.cancel()
-
-
-def _announce(fleet: SimulatedFleet) -> None:
-    line = {
-        "v": PROTOCOL,
-        "urls": fleet.urls,
-        "control": fleet.control_url,
-        "model": fleet.spec.model,
-        "open_files": raise_file_limit(),
-    }
-    sys.stdout.write(orjson.dumps(line).decode() + "\n")
-    sys.stdout.flush()
-
-
-async def _wait_stdin_end() -> None:
-    """Return when standard input ends: the parent closed it, or died."""
-    reader = asyncio.StreamReader()
-    loop = asyncio.get_running_loop()
-    try:
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    except ValueError as error:
-        raise ConfigurationError(
-            "standard input must be a pipe, a socket or a terminal; use --spec to run without"
-        ) from error
-    while await reader.read(1024):
-        pass
-
-
-async def _wait_parent_exit(parent: int) -> None:
-    """Return when the parent has exited; a process that it forked may still hold the pipe."""
-    while os.getppid() == parent:  # noqa: ASYNC110 - there is no event for a parent's death
-        await asyncio.sleep(_ORPHAN_CHECK_S)
-
 
 MODULE: Final = "fanfold.backends.simulated"
 _START_S: Final = 120.0
 _STOP_S: Final = 5.0
 _LINES: Final = 20
+REFUSED: Final = 2
+"""Exit code of a fleet that refuses its specification."""
 _LONGEST_LINE: Final = 16 * 1024 * 1024  # one line contains thousands of URLs
 
 
@@ -234,7 +115,7 @@ async def _wait_ready(
             f"{' / '.join(output) or 'none'}"
         ) from None
     words = "\n".join(output) or "no output"
-    if code == _REFUSED:
+    if code == REFUSED:
         raise ConfigurationError(words)
     raise BackendError(f"the simulated fleet failed to start: exit code {code}: {words}")
 
@@ -273,6 +154,8 @@ def make_simulation_spec(config: RunConfig) -> SimulationSpec:
     simulated = config.endpoints.simulated
     if simulated is None:
         raise ConfigurationError("endpoints.simulated is not set")
+    from .responders import RESPONDERS  # noqa: PLC0415 - for runs with a simulated fleet only
+
     if simulated.responder not in RESPONDERS:
         msg = (
             f"endpoints.simulated.responder: unknown responder {simulated.responder!r}; "

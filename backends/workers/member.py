@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final
 
-from ..core.errors import BackendError, ConfigurationError, FanfoldError, WorkerLostError
+from ..core.aio import wait_first
+from ..core.errors import BackendError, FanfoldError, WorkerLostError
 from ..core.messages import ShardResult
 from ..core.protocols import Backend
 from ..core.types import Json
@@ -19,20 +19,6 @@ logger = logging.getLogger(__name__)
 
 _FIRST_WARN_S: Final = 60.0
 _MAX_WARN_INTERVAL_S: Final = 3600.0
-
-
-class WorkerActivity(Protocol):
-    """A pool member whose workers may have responded."""
-
-    @property
-    def used_slots(self) -> int:
-        """Return how many tasks it has."""
-        ...
-
-    @property
-    def has_responded(self) -> bool:
-        """Return True if a worker has begun a task or answered."""
-        ...
 
 
 class FirstWorkerTimer:
@@ -54,15 +40,19 @@ class FirstWorkerTimer:
         if self._since is None:
             self._since = self._clock()
 
-    def poll(self, members: Sequence[WorkerActivity]) -> str | None:
-        """Return, once, why the wait is over; else None."""
+    def poll(self, tasks: int, *, has_responded: bool) -> str | None:
+        """Return, once, why the wait is over; else None.
+
+        Args:
+            tasks: Number of tasks in flight.
+            has_responded: Whether a worker has begun a task or answered.
+        """
         if self._over or self._since is None:
             return None
-        tasks = sum(member.used_slots for member in members)
         if tasks == 0:
             self._since = None
             return None
-        if any(member.has_responded for member in members):
+        if has_responded:
             self._over = True
             return None
         return self._check_wait(self._clock() - self._since, tasks)
@@ -117,66 +107,6 @@ class PoolPolicy:
     poll_s: float = 0.5
 
 
-class AnswerTime(Protocol):
-    """A pool member that may have answered before."""
-
-    @property
-    def answered_at(self) -> float | None:
-        """Return when it last answered (monotonic seconds)."""
-        ...
-
-
-class TaskTimeout:
-    """Decide whether a task is lost.
-
-    Without heartbeats the clock starts when the backend answers another task: before that, this one
-    may wait in a batch system's queue.
-
-    Args:
-        policy: The timeouts.
-        heartbeat: Returns how long the worker has been silent; None where there is no heartbeat.
-        member: The pool member that has the task.
-    """
-
-    def __init__(self, policy: PoolPolicy, heartbeat: Heartbeat | None, member: AnswerTime) -> None:
-        self._policy, self._heartbeat, self._member = policy, heartbeat, member
-        self._submitted_at = time.monotonic()
-        self._first: float | None = None
-
-    @property
-    def has_begun(self) -> bool:
-        """Return True if a worker began the task, or there is no heartbeat to show it."""
-        return self._heartbeat is None or self.has_heartbeat
-
-    @property
-    def has_heartbeat(self) -> bool:
-        """Return True if its worker has sent a heartbeat."""
-        return self._heartbeat is not None and self._heartbeat() is not None
-
-    def lost_reason(self) -> str | None:
-        """Return why the task counts as lost, or None."""
-        now, policy = time.monotonic(), self._policy
-        silent = self._heartbeat() if self._heartbeat is not None else None
-        if silent is not None:
-            self._first = self._first or now
-            if silent > policy.silence_s:
-                return f"no heartbeat for {silent:.0f} s"
-        elif self._heartbeat is None and self._first is None:
-            answered = self._member.answered_at
-            self._first = answered if answered and answered > self._submitted_at else None
-        if self._first is not None and now - self._first > policy.deadline_s:
-            return f"not finished {policy.deadline_s:.0f} s after it began"
-        waited = now - max(self._submitted_at, self._member.answered_at or 0.0)
-        if (
-            self._first is None
-            and waited > policy.queue_s + (policy.tasks_per_worker - 1) * policy.deadline_s
-        ):
-            return (
-                f"not started {waited:.0f} s after it was submitted, or its backend last answered"
-            )
-        return None
-
-
 _CLOSE_S: Final = 10.0
 """Seconds that a backend may take to close beyond its grace time."""
 
@@ -229,24 +159,16 @@ class PoolMember:
         self._changed()
 
     def submit(
-        self,
-        name: str,
-        answer: Awaitable[dict[str, Json]],
-        timeout: TaskTimeout,
-        *,
-        acquired: bool = False,
+        self, name: str, answer: Awaitable[dict[str, Json]], heartbeat: Heartbeat | None
     ) -> InFlightTask:
-        """Submit a task, or track one that was submitted before.
+        """Submit a task in an acquired slot, or track one that was submitted before.
 
         Args:
             name: Name in messages.
             answer: The backend's answer.
-            timeout: Decides whether the task is lost.
-            acquired: Whether a slot was acquired for it.
+            heartbeat: Returns how long the worker has been silent; None if it has no heartbeat.
         """
-        if not acquired:
-            self.acquire()
-        task = InFlightTask(name, answer, timeout, self._complete)
+        task = InFlightTask(name, answer, self._policy, heartbeat, self._complete)
         self._tasks.add(task)
         return task
 
@@ -261,12 +183,12 @@ class PoolMember:
     def poll(self) -> None:
         """Poll all tasks in flight, and begin to rebuild a broken backend."""
         for task in self._tasks:
-            task.poll()
+            if not task.is_lost and (reason := task.lost_reason(self.answered_at)):
+                task.mark_lost(f"{self.backend.name}: {reason}")
         lost = sum(task.is_lost for task in self._tasks)
         capacity = self.backend.capacity()
         if capacity <= lost and self._rebuild_task is None and self.failure is None:
             self._rebuild_task = asyncio.create_task(self._rebuild())
-            self._rebuild_task.add_done_callback(self._finish_rebuild)
 
     def mark_lost(self, reason: str) -> None:
         """Mark all tasks in flight as lost."""
@@ -274,43 +196,42 @@ class PoolMember:
             task.mark_lost(reason)
 
     async def _rebuild(self) -> None:
-        """Rebuild the backend; its tasks in flight are lost."""
-        for _ in range(self._policy.attempts):
-            await asyncio.sleep(self._policy.rebuild_pause_s * 2.0 ** min(self._failures, 6))
-            self._failures += 1
-            self._cancel_tasks()
-            try:
-                return await self.backend.rebuild()
-            except ConfigurationError:
-                raise
-            except BackendError as error:
-                logger.warning("%s", error.message)
-                last = error
-        raise last
-
-    def _finish_rebuild(self, task: asyncio.Task[None]) -> None:
-        self._rebuild_task = None
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            known = isinstance(error, FanfoldError)
+        """Rebuild the backend; its tasks in flight are lost. It may end up no longer usable."""
+        try:
+            for attempt in range(1, self._policy.attempts + 1):
+                await asyncio.sleep(self._policy.rebuild_pause_s * 2.0 ** min(self._failures, 6))
+                self._failures += 1
+                self._cancel_tasks()
+                try:
+                    await self.backend.rebuild()
+                except BackendError as error:
+                    if attempt == self._policy.attempts:
+                        raise
+                    logger.warning("%s", error.message)
+                else:
+                    return
+        except FanfoldError as error:
+            self.failure = error
+        except Exception as error:  # noqa: BLE001 - a backend of a third party raises anything
             text = f"{self.backend.name}: cannot be rebuilt: {type(error).__name__}: {error}"
-            self.failure = error if known else BackendError(text)  # type: ignore[assignment]
-            logger.warning("%s", self.failure)
-        self._changed()
+            self.failure = BackendError(text)
+        finally:
+            self._rebuild_task = None
+            self._changed()
+        logger.warning("%s", self.failure)
 
     def _cancel_tasks(self) -> None:
         left, self._tasks = self._tasks, set()
         self.used_slots -= len(left)
         for task in left:
-            task.mark_lost("its backend failed", BackendError)
+            task.mark_lost(f"{self.backend.name}: failed with all its tasks", BackendError)
             task.cancel()
 
     async def close(self, grace_s: float) -> None:
         """Close the backend within ``grace_s`` and a little more."""
         if self._rebuild_task is not None:
             self._rebuild_task.cancel()
-            with suppress(asyncio.CancelledError, BackendError, ConfigurationError):
-                await self._rebuild_task
+            await asyncio.gather(self._rebuild_task, return_exceptions=True)
         self._cancel_tasks()
         try:
             await asyncio.wait_for(self.backend.close(grace_s), grace_s + _CLOSE_S)
@@ -320,14 +241,17 @@ class PoolMember:
 
 
 class InFlightTask:
-    """A submitted task.
+    """A submitted task, and the rules by which it counts as lost.
 
-    The slot stays in use until the backend answers, even if the caller stops waiting.
+    The slot stays in use until the backend answers, even if the caller stops waiting. Without
+    heartbeats the clock starts when the backend answers another task: before that, this one may
+    wait in a batch system's queue.
 
     Args:
         name: Name in messages.
         answer: The backend's answer.
-        timeout: Decides whether the task is lost.
+        policy: The timeouts.
+        heartbeat: Returns how long the worker has been silent; None if it has no heartbeat.
         on_complete: Called when the backend has answered, however late.
     """
 
@@ -335,11 +259,14 @@ class InFlightTask:
         self,
         name: str,
         answer: Awaitable[dict[str, Json]],
-        timeout: TaskTimeout,
+        policy: PoolPolicy,
+        heartbeat: Heartbeat | None,
         on_complete: Callable[[InFlightTask], None],
     ) -> None:
         self.name = name
-        self._timeout, self._on_complete = timeout, on_complete
+        self._policy, self._heartbeat, self._on_complete = policy, heartbeat, on_complete
+        self._submitted_at = time.monotonic()
+        self._begun_at: float | None = None
         self._lost: asyncio.Future[BackendError] = asyncio.get_running_loop().create_future()
         self._answer = asyncio.ensure_future(answer)
         self._answer.add_done_callback(self._on_answer)
@@ -363,17 +290,40 @@ class InFlightTask:
     @property
     def has_heartbeat(self) -> bool:
         """Return True if its worker has sent a heartbeat."""
-        return self._timeout.has_heartbeat
+        return self._heartbeat is not None and self._heartbeat() is not None
 
-    def poll(self) -> None:
-        """Mark the task as lost if its timeout has passed."""
-        if not self._lost.done() and (reason := self._timeout.lost_reason()):
-            self.mark_lost(reason)
+    def lost_reason(self, answered_at: float | None) -> str | None:
+        """Return why the task counts as lost by now, or None.
+
+        Args:
+            answered_at: When its backend last answered (monotonic seconds), or None.
+        """
+        now, policy = time.monotonic(), self._policy
+        silent = self._heartbeat() if self._heartbeat is not None else None
+        if silent is not None:
+            self._begun_at = self._begun_at or now
+            if silent > policy.silence_s:
+                return f"no heartbeat for {silent:.0f} s"
+        elif self._heartbeat is None and self._begun_at is None:
+            self._begun_at = (
+                answered_at if answered_at and answered_at > self._submitted_at else None
+            )
+        if self._begun_at is not None and now - self._begun_at > policy.deadline_s:
+            return f"not finished {policy.deadline_s:.0f} s after it began"
+        waited = now - max(self._submitted_at, answered_at or 0.0)
+        if (
+            self._begun_at is None
+            and waited > policy.queue_s + (policy.tasks_per_worker - 1) * policy.deadline_s
+        ):
+            return (
+                f"not started {waited:.0f} s after it was submitted, or its backend last answered"
+            )
+        return None
 
     def mark_lost(self, reason: str, kind: type[BackendError] = WorkerLostError) -> None:
         """Mark the task as lost, because of its worker or (``kind``) its backend."""
         if not self._lost.done():
-            self._lost.set_result(kind(f"{self.name}: {reason}"))
+            self._lost.set_result(kind(reason))
 
     def cancel(self) -> None:
         """Stop waiting for the backend."""
@@ -383,17 +333,20 @@ class InFlightTask:
         """Wait for the worker's result.
 
         Raises:
-            WorkerLostError: The worker is lost.
-            BackendError: The backend failed.
+            WorkerLostError: The worker that had begun it is lost.
+            BackendError: No worker had begun it, or the backend failed.
             ConfigurationError: The worker or the backend can never do its work.
         """
-        either: set[asyncio.Future[Any]] = {self._answer, self._lost}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if self._lost.done():
-            raise self._lost.result()
+        await wait_first(self._answer, self._lost)
         try:
+            if self._lost.done():
+                raise self._lost.result()
             return ShardResult.from_json(self._answer.result())
-        except BackendError as error:
-            raise type(error)(f"{self.name}: {error.message}") from error
         except asyncio.CancelledError:
-            raise WorkerLostError(f"{self.name}: the backend cancelled it") from None
+            error: BackendError = WorkerLostError("the backend cancelled it")
+        except BackendError as raised:
+            error = raised
+        has_begun = self._heartbeat is None or self.has_heartbeat
+        is_worker_lost = isinstance(error, WorkerLostError) and has_begun
+        kind = WorkerLostError if is_worker_lost else BackendError
+        raise kind(f"{self.name}: {error.message}") from error

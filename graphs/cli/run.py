@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -19,7 +20,7 @@ from ...configs.resolve import Overrides
 from ..jobs.usage import job_report_offline
 from ..run.checkpoints import check_saver
 from ..run.console import Terminal, open_message_console, print_json, print_messages
-from ..run.prepare import default_run_folder, prepare_run, resume_run
+from ..run.prepare import ReadyRun, default_run_folder, prepare_run, resume_run
 from ..run.shutdown import WARNING_SIGNALS, session_deadline, with_deadline
 from ..session import PilotResult, RunOptions, RunResult, execute_run, run_pilot
 from . import status
@@ -94,47 +95,24 @@ def run_or_resume(config: str, out: Path | None, overrides: Overrides, output: O
     """Start a run, or resume the one in ``out``; return the exit code."""
     loaded, notices = overrides.resolve(config)
     print_messages(notices)
+    path, pilot = out or default_run_folder(loaded.config.name), None
     if overrides.pilot is not None:
-        return _run_with_pilot(loaded, out, overrides, output)
-    if out is not None and not is_vacant(out):
-        result = _run_guarded(_resume_session(open_folder(out), loaded, overrides, output), out)
-    else:
-        path = out or default_run_folder(loaded.config.name)
-        result = _run_guarded(_start_session(loaded, path, overrides, output), path)
-    return _print_result(result, output)
-
-
-def _run_with_pilot(
-    loaded: LoadedConfig, out: Path | None, overrides: Overrides, output: OutputMode
-) -> int:
-    """Run some items, show an estimate, and continue with the others if the user agrees."""
-    path = out or default_run_folder(loaded.config.name)
-    fresh = out is None or is_vacant(out)
-    found = _run_guarded(_pilot_session(loaded, path, fresh, overrides, output), path)
-    if not output.as_json:
-        print_messages(pilot_lines(found))
-    if found.left and not overrides.yes:
-        asked = is_interactive() and not output.as_json
-        if not asked or not confirm_rest(found.left):
-            return _stop_after_pilot(found, path, asked, output)
-    result = _run_guarded(_resume_session(open_folder(path), loaded, overrides, output), path)
-    return _print_result(result, output, found)
+        pilot = _run_guarded(_pilot_session(path, loaded, overrides, output), path)
+        if not output.as_json:
+            print_messages(pilot_lines(pilot))
+        if pilot.left and not overrides.yes:
+            asked = is_interactive() and not output.as_json
+            if not asked or not confirm_rest(pilot.left):
+                return _stop_after_pilot(pilot, path, asked, output)
+    result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
+    return _print_result(result, output, pilot)
 
 
 async def _pilot_session(
-    loaded: LoadedConfig, path: Path, fresh: bool, overrides: Overrides, output: OutputMode
+    path: Path, loaded: LoadedConfig, overrides: Overrides, output: OutputMode
 ) -> PilotResult:
-    end = session_deadline(loaded.config, time.time())
-    await check_saver(overrides.checkpointer)
-    if fresh:
-        run = await with_deadline(prepare_run(loaded, path), end)
-        if not output.quiet:
-            print_messages(_about(run.folder))
-    else:
-        run = await with_deadline(resume_run(open_folder(path), loaded), end)
-    options = RunOptions(
-        overrides.checkpointer, overrides.trace, quiet=output.is_silent, deadline=end
-    )
+    run, options = await _prepare_session(path, loaded, overrides, output)
+    options = replace(options, retry_failed=False)  # the session after it retries them
     return await run_pilot(run, options, overrides.pilot or 1, open_message_console())
 
 
@@ -182,34 +160,39 @@ def resume_folder(path: Path, overrides: Overrides, output: OutputMode) -> int:
     """Resume a run; return the exit code."""
     folder = open_folder(path)
     loaded = overrides.resolve(str(folder.settings))[0] if overrides.changes_settings else None
-    return _print_result(
-        _run_guarded(_resume_session(folder, loaded, overrides, output), path), output
-    )
+    result = _run_guarded(_whole_session(path, loaded, overrides, output), path)
+    return _print_result(result, output)
 
 
-async def _start_session(
-    loaded: LoadedConfig, path: Path, overrides: Overrides, output: OutputMode
+async def _whole_session(
+    path: Path, loaded: LoadedConfig | None, overrides: Overrides, output: OutputMode
 ) -> RunResult:
-    end = session_deadline(loaded.config, time.time())
-    await check_saver(overrides.checkpointer)
-    run = await with_deadline(prepare_run(loaded, path), end)
-    if not output.quiet:
-        print_messages(_about(run.folder))
-    options = RunOptions(
-        overrides.checkpointer, overrides.trace, quiet=output.is_silent, deadline=end
-    )
+    run, options = await _prepare_session(path, loaded, overrides, output)
     return await execute_run(run, options, open_message_console())
 
 
-async def _resume_session(
-    folder: RunFolder, loaded: LoadedConfig | None, overrides: Overrides, output: OutputMode
-) -> RunResult:
+async def _prepare_session(
+    path: Path, loaded: LoadedConfig | None, overrides: Overrides, output: OutputMode
+) -> tuple[ReadyRun, RunOptions]:
+    """Create the run in an empty folder, or check that the settings fit the one that is there.
+
+    Args:
+        path: The run folder.
+        loaded: The settings; None takes those of the run.
+        overrides: Options of the command.
+        output: How the command prints.
+    """
     began = time.time()
     end = None if loaded is None else session_deadline(loaded.config, began)
     await check_saver(overrides.checkpointer)
-    run = await with_deadline(resume_run(folder, loaded), end)
-    if overrides.budget_assignments:  # the latest setting counts
-        await asyncio.to_thread(folder.raised_limits.unlink, missing_ok=True)
+    if loaded is not None and is_vacant(path):
+        run = await with_deadline(prepare_run(loaded, path), end)
+        if not output.quiet:
+            print_messages(_about(run.folder))
+    else:
+        run = await with_deadline(resume_run(open_folder(path), loaded), end)
+        if overrides.budget_assignments:  # the latest setting counts
+            await asyncio.to_thread(run.folder.raised_limits.unlink, missing_ok=True)
     options = RunOptions(
         overrides.checkpointer,
         overrides.trace,
@@ -217,7 +200,7 @@ async def _resume_session(
         quiet=output.is_silent,
         deadline=end or session_deadline(run.loaded.config, began),
     )
-    return await execute_run(run, options, open_message_console())
+    return run, options
 
 
 def _about(folder: RunFolder) -> list[str]:

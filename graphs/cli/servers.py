@@ -14,6 +14,7 @@ from ...backends.discovery.resolve import has_own_servers, make_node_plan
 from ...backends.servers.plan import NodePlan
 from ...backends.servers.supervisor import SupervisorControl, serve_or_standby
 from ...backends.simulated.fleet import SimulatedFleet
+from ...backends.simulated.serve import serve_fleet
 from ...backends.simulated.spec import SimulationSpec
 from ...backends.storage.run_folder import open_folder
 from ...configs.resolve import Overrides
@@ -80,18 +81,18 @@ async def _serve_until_stopped(plan: NodePlan) -> None:
 
 
 def serve_simulated(fields: dict[str, Any], file: Path) -> None:
-    """Serve a simulated fleet until interrupted."""
+    """Serve a simulated fleet until interrupted.
+
+    Raises:
+        ConfigurationError: The fleet cannot start, or the file of endpoints cannot be written.
+    """
     spec = SimulationSpec.from_json(orjson.dumps(fields))
-    asyncio.run(_serve_fleet(spec, file))
 
-
-async def _serve_fleet(spec: SimulationSpec, file: Path) -> None:
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    async with SimulatedFleet(spec) as fleet:
-        text = "".join(f"{url}\n" for url in fleet.urls)
-        await asyncio.to_thread(_write_endpoints, file, text)
+    def announce(fleet: SimulatedFleet) -> None:
+        try:
+            file.write_text("".join(f"{url}\n" for url in fleet.urls))
+        except OSError as error:
+            raise ConfigurationError(f"{file}: cannot be written: {error.strerror}") from None
         print_messages(
             [
                 f"SIMULATED fleet of {spec.nodes} nodes serving {spec.model!r}",
@@ -99,11 +100,5 @@ async def _serve_fleet(spec: SimulationSpec, file: Path) -> None:
                 f"control: {fleet.control_url}   Ctrl-C stops it",
             ]
         )
-        await stop.wait()
 
-
-def _write_endpoints(file: Path, text: str) -> None:
-    try:
-        file.write_text(text)
-    except OSError as error:
-        raise ConfigurationError(f"{file}: cannot be written: {error.strerror}") from None
+    asyncio.run(serve_fleet(spec, announce))

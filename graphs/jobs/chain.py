@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from ...backends.cluster.chain import (
-    BUDGET,
-    DONE,
     EXIT_NOTHING_TO_DO,
-    FAILURES,
-    INTERRUPTED,
-    USAGE,
     ChainFile,
     Job,
     JobChain,
@@ -23,13 +18,22 @@ from ...backends.cluster.chain import (
     next_job,
 )
 from ...backends.cluster.schedulers import SCHEDULERS, JobState, Scheduler, try_job_command
-from ...backends.core.errors import BackendError, ConfigurationError, FanfoldError
+from ...backends.core.errors import (
+    EXIT_BUDGET,
+    EXIT_DONE,
+    EXIT_FAILURES,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    BackendError,
+    ConfigurationError,
+    FanfoldError,
+)
 from ...backends.servers.events import last_errors
 from ...backends.storage.journal import Journal
 from ...backends.storage.run_folder import RunFolder, get_run_ids, open_folder
 from ..run.console import print_messages
 
-_ENDS: Final = (DONE, FAILURES, USAGE, BUDGET)
+_ENDS: Final = (EXIT_DONE, EXIT_FAILURES, EXIT_USAGE, EXIT_BUDGET)
 """Exit codes that end a chain, whatever the state of the servers."""
 _UNSERVED: Final = "no model server was left"
 _PATIENCE_S: Final = 10.0
@@ -188,11 +192,11 @@ def _halt_chain(file: ChainFile, chain: JobChain, found: NextJob) -> None:
 
 def _describe_exit(code: int) -> str:
     words = {
-        DONE: "finished",
-        FAILURES: "finished, some items failed",
-        INTERRUPTED: "interrupted",
-        USAGE: "wrong setting",
-        BUDGET: "budget spent",
+        EXIT_DONE: "finished",
+        EXIT_FAILURES: "finished, some items failed",
+        EXIT_INTERRUPTED: "interrupted",
+        EXIT_USAGE: "wrong setting",
+        EXIT_BUDGET: "budget spent",
     }
     if code in words:
         return words[code]

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...backends.cluster.chain import (
-    DONE,
-    FAILURES,
     Job,
     JobChain,
     JobUsage,
@@ -26,7 +24,7 @@ from ...backends.cluster.utilization import (
     compute_utilization,
     read_job_servers,
 )
-from ...backends.core.errors import FanfoldError
+from ...backends.core.errors import EXIT_DONE, EXIT_FAILURES, FanfoldError
 from ...backends.storage.run_folder import RunFolder, open_folder
 from ...configs.loader import read_settings
 from ...configs.raw_settings import get_at_path
@@ -82,7 +80,8 @@ def _job_time(spent: JobUsage, servers: JobServers, instances: int) -> JobTime:
         inside_s=spent.nodes * (spent.end - spent.begin),
         overhead_s=spent.nodes * spent.overhead_s,
         servers=spent.job.nodes * instances,
-        was_stopped=spent.job.ended is not None and spent.job.code not in (DONE, FAILURES),
+        was_stopped=spent.job.ended is not None
+        and spent.job.code not in (EXIT_DONE, EXIT_FAILURES),
         is_measured=servers.is_measured,
         intervals=tuple(map(tuple, servers.intervals.values())),
     )

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +14,27 @@ from typing import Any, Final
 
 from ...backends.budget.budget import RunBudget
 from ...backends.budget.leases import LeaseManager
-from ...backends.core.errors import JournalError
-from ...backends.core.messages import ShardResult, ShardTask
+from ...backends.core.aio import wait_first
+from ...backends.core.errors import (
+    BackendError,
+    ConfigurationError,
+    FanfoldError,
+    JournalError,
+    RunStoppedError,
+    WorkerLostError,
+)
+from ...backends.core.messages import DUPLICATE_REASON, WALLTIME_REASON, ShardResult, ShardTask
 from ...backends.core.types import Item, Shard
 from ...backends.fleet.fleet import StatsCollector
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import JournalDelta
 from ...backends.workers.executor import WorkShard
-from ...backends.workers.member import Heartbeat
+from ...backends.workers.member import PoolMember
 from ...backends.workers.pool import BackendPool
 from ...backends.workers.registry import make_backend_pool
 from ...nodes.context import AnsweredTask
 from ...nodes.shard.progress import Progress
-from ...nodes.shard.remote import check_record_indices
-from .heartbeat import MISSED_POLLS, ControlFiles, heartbeat_file
+from .heartbeat import MISSED_POLLS, ControlFiles
 from .task_template import TaskTemplate
 
 
@@ -92,6 +99,88 @@ class JournalFollower:
 
 logger = logging.getLogger(__name__)
 
+_UNSTARTED_FACTOR: Final = 4
+"""A shard may be lost this many times more often if no worker had begun it."""
+_BOUNCES: Final = 240
+_BOUNCE_S: Final = 5.0
+"""A worker whose job is about to end returns shards; meanwhile other workers take them."""
+_FORGIVEN: Final = 2
+"""How often the endpoints of a node may fail a shard before the run stops."""
+
+
+class ShardRetries:
+    """Decide whether a shard gets a further task.
+
+    Args:
+        attempts: Tasks in a row that may be lost after a worker began them.
+        has_node_endpoints: Whether each worker uses the endpoints of its own node.
+
+    Attributes:
+        lost: Tasks in a row that were lost.
+    """
+
+    def __init__(self, attempts: int, has_node_endpoints: bool) -> None:
+        self._attempts, self._has_node_endpoints = attempts, has_node_endpoints
+        self._begun = self._bounced = self._forgiven = self.lost = 0
+
+    def add_loss(self, error: BackendError) -> None:
+        """Count a lost task; one that no worker had begun counts less.
+
+        Raises:
+            RunStoppedError: The shard was lost too often.
+        """
+        logger.warning("shard %s", error.message)
+        self.lost += 1
+        self._begun += isinstance(error, WorkerLostError)
+        if self._begun >= self._attempts or self.lost >= self._attempts * _UNSTARTED_FACTOR:
+            msg = f"a shard was lost {self.lost} times, the last time: {error.message}"
+            raise RunStoppedError(msg) from error
+
+    def add_result(self, result: ShardResult) -> None:
+        """Count a result, and let another node try what the endpoints of one could not finish.
+
+        Raises:
+            FanfoldError: The error that the result reports, if no other node can help.
+        """
+        self._begun = self.lost = 0
+        if result.error is None:
+            return
+        error = _result_error(result)
+        hopeless = not (self._has_node_endpoints and isinstance(error, RunStoppedError))
+        if hopeless or self._forgiven >= _FORGIVEN:
+            raise error
+        self._forgiven += 1
+        logger.warning("shard %s: %s", result.shard, error)
+
+    def add_idle_result(self, result: ShardResult) -> float:
+        """Count a result without a finished item; return how many seconds to pause.
+
+        Raises:
+            RunStoppedError: A further task would not do better.
+        """
+        if result.error is not None or result.short:  # forgiven; the next lease is larger
+            return 0.0
+        reason = result.stopped or ""
+        # the next task omits the items that the first copy of a duplicate recorded
+        if (
+            reason == DUPLICATE_REASON or reason.startswith(WALLTIME_REASON)
+        ) and self._bounced < _BOUNCES:
+            self._bounced += 1
+            return 0.0 if reason == DUPLICATE_REASON else _BOUNCE_S
+        msg = (
+            f"worker {result.worker} returned shard {result.shard} without a finished item: "
+            f"{result.stopped}"
+        )
+        raise RunStoppedError(msg)
+
+
+def _result_error(result: ShardResult) -> FanfoldError:
+    error = result.error or {}
+    kinds = {"RunStoppedError": RunStoppedError, "JournalError": JournalError}
+    kind = kinds.get(error.get("class", ""), ConfigurationError)
+    return kind(f"worker {result.worker}: {error.get('text')}")
+
+
 _TAIL_S: Final = 1.0
 _SHARE: Final = 10.0
 STOP_GRACE_S: Final = 10.0
@@ -99,7 +188,7 @@ STOP_GRACE_S: Final = 10.0
 
 
 class Coordinator:
-    """Runs shards on the backends of a run.
+    """Runs shards on the backends of a run; it alone decides whether a shard is sent again.
 
     Args:
         pool: The backends.
@@ -121,17 +210,13 @@ class Coordinator:
         self._hosts = set[str]()
         self._journal, self._progress = journal, progress
         self._follower = JournalFollower(journal, progress)
-        self._control_files = ControlFiles(template.journal, template.token, pool.silence_s)
+        self._control_files = ControlFiles(template.journal, template.token, pool.policy.silence_s)
         self._attempts = Counter[str]()
         self._adopting = dict[str, asyncio.Task[ShardResult | None]]()
+        self._stop_requested = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
         self.stats_collector = StatsCollector()
         self._has_orphans = False  # True if workers of earlier sessions may still write
-
-    @property
-    def has_node_endpoints(self) -> bool:
-        """Return True if each worker uses the endpoints of its own node."""
-        return self._template.config.backend.node_endpoints
 
     @property
     def in_flight(self) -> int:
@@ -146,101 +231,110 @@ class Coordinator:
 
     async def run_shard(
         self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
-    ) -> AnsweredTask | None:
+    ) -> AsyncGenerator[AnsweredTask, None]:
         """Run the remaining items of a shard on workers; see the protocol in nodes/context.py."""
         name = f"{shard.lo}-{shard.hi}"
-        try:
-            answered = await self._run_attempts(shard, remaining)
-        finally:
-            self._lease_manager.mark_lost(name)  # no effect once a result has arrived
-        return answered
-
-    async def _run_attempts(
-        self, shard: Shard, remaining: Callable[[], Awaitable[list[Item]]]
-    ) -> AnsweredTask | None:
-        if (adopted := await self._wait_for_orphan(shard)) is not None:
-            return None, adopted
-        name = f"{shard.lo}-{shard.hi}"
-
-        async def make(_: int) -> ShardTask | None:
-            if self._attempts[name] or self._has_orphans:
-                await self.refresh()  # read the last lines of a lost worker
-            items = await remaining()
-            if not items:
-                return None
-            number = self._attempts[name]
-            task = await asyncio.to_thread(self._template.make_task, name, number, items)
-            await self._create(name, number)
-            lease = await self._lease_manager.lend(task)
-            self._attempts[name] += 1
-            return replace(task, lease=lease)
-
-        # attempts count tasks: a shard may need several tasks that each return a result
-        first = self._attempts[name]
-        try:
-            answered = await self._pool.run(
-                make,
-                lambda attempt: self._heartbeat(name, first + attempt),
-                lambda attempt: self._revoke(name, first + attempt),
-            )
-        finally:  # a task that is delivered again must do nothing
-            for attempt in range(first, self._attempts[name] + 1):
-                await self._revoke(name, attempt)
-        if answered is not None:
-            await self._record_result(answered[1])
-        return answered
-
-    async def _wait_for_orphan(self, shard: Shard) -> ShardResult | None:
-        """Wait for tasks of an earlier session that overlap a shard; return the first result."""
-        for name in dict.fromkeys((*self._adopting, *self._pool.orphaned)):
-            if not _overlaps(name, shard):
+        retries = ShardRetries(
+            self._pool.policy.attempts, self._template.config.backend.node_endpoints
+        )
+        for adopting in self._overlapping_orphans(shard):
+            if not adopting.done() and (orphan := await asyncio.shield(adopting)) is not None:
+                retries.add_result(orphan)
+                yield None, orphan
+        while not self._stop_requested.is_set():
+            member = await self._pool.acquire(at_front=retries.lost > 0)
+            if member is None:
+                return
+            file = self._control_files.task_file(name, self._attempts[name])
+            try:
+                answered = await self._run_task(member, name, file, remaining)
+            except BackendError as error:
+                retries.add_loss(error)
                 continue
+            finally:  # a task that is delivered again must do nothing
+                self._lease_manager.mark_lost(name)  # no effect if its result has arrived
+                if file is not None:
+                    await asyncio.to_thread(self._control_files.revoke, file)
+            if answered is None:
+                return
+            task, result = answered
+            retries.add_result(result)
+            yield answered
+            if not any(self._journal.is_finished(item[0]) for item in task.items):
+                pause_s = retries.add_idle_result(result)
+                await wait_first(self._stop_requested.wait(), timeout_s=pause_s)
+
+    async def _run_task(
+        self,
+        member: PoolMember,
+        shard: str,
+        file: Path | None,
+        remaining: Callable[[], Awaitable[list[Item]]],
+    ) -> tuple[ShardTask, ShardResult] | None:
+        """Make a task of the remaining items and run it once; None if no item remains.
+
+        Args:
+            member: The backend, acquired for the task.
+            shard: The shard's name.
+            file: The task's file, which permits a worker to run it; None if none is shared.
+            remaining: Returns the items that have not ended yet.
+        """
+        task, heartbeat = None, None
+        # attempts count tasks: a shard may need several tasks that each return a result
+        number = self._attempts[shard]
+        try:
+            if number or self._has_orphans:
+                await self.refresh()  # read the last lines of a lost worker
+            if items := await remaining():
+                task = await asyncio.to_thread(self._template.make_task, shard, number, items)
+                if file is not None:
+                    heartbeat = await asyncio.to_thread(self._control_files.create, file)
+                task = replace(task, lease=await self._lease_manager.lend(task))
+        except BaseException:
+            member.release()
+            raise
+        if task is None:
+            member.release()
+            return None
+        self._attempts[shard] += 1
+        result = await self._pool.run(member, task, heartbeat)
+        return task, await self._record_result(result)
+
+    def _overlapping_orphans(self, shard: Shard) -> list[asyncio.Task[ShardResult | None]]:
+        """Return the tasks that adopt results of an earlier session for items of a shard."""
+        for name in self._pool.orphaned:
             # shard limits may have changed: several shards can wait for one task
-            if name not in self._adopting:
+            if _overlaps(name, shard) and name not in self._adopting:
                 self._adopting[name] = asyncio.create_task(self._adopt(name))
-            adopting = self._adopting[name]
-            if not adopting.done() and (result := await asyncio.shield(adopting)) is not None:
-                return result
-        return None
+        return [task for name, task in self._adopting.items() if _overlaps(name, shard)]
 
     async def _adopt(self, name: str) -> ShardResult | None:
         """Wait for a task of an earlier session, and record its result."""
         result = await self._pool.adopt(name)
         if result is not None:
-            await self._record_result(result)
-            check_record_indices(result, self._progress.total)
-            for record in result.records or ():
-                if not self._journal.is_finished(record["index"]):
-                    self._journal.put(record)
-                    self._progress.add_record(record)
+            result = await self._record_result(result)
             await self.refresh()
         return result
 
-    async def _record_result(self, result: ShardResult) -> None:
-        """Record the host, endpoint statistics and spending of a result."""
+    async def _record_result(self, result: ShardResult) -> ShardResult:
+        """Record the items, host, endpoint statistics and spending of a result.
+
+        Returns:
+            The result, without its part of the aggregate if another copy's record of an item
+            counts.
+        """
+        check_record_indices(result, self._progress.total)
+        only_copy = True
+        for record in result.records or ():
+            if self._journal.is_finished(record["index"]):
+                only_copy = False
+                continue
+            self._journal.put(record)
+            self._progress.add_record(record)
         self._hosts.add(result.worker.partition(":")[0])
         self.stats_collector.add(result.endpoints or ())
         await self._lease_manager.settle(result)
-
-    def _heartbeat(self, shard: str, attempt: int) -> Heartbeat | None:
-        """Return the heartbeat of a task, if workers share the folder."""
-        file = self._heartbeat_file(shard, attempt)
-        return None if file is None else self._control_files.watch(file)
-
-    async def _create(self, shard: str, attempt: int) -> None:
-        """Create a task's heartbeat file, which lets a worker start, if the folder is shared."""
-        if (file := self._heartbeat_file(shard, attempt)) is not None:
-            await asyncio.to_thread(self._control_files.create, file)
-
-    async def _revoke(self, shard: str, attempt: int) -> None:
-        """Revoke a task by deleting its heartbeat file, if workers share the folder."""
-        if (file := self._heartbeat_file(shard, attempt)) is not None:
-            await asyncio.to_thread(self._control_files.revoke, file)
-
-    def _heartbeat_file(self, shard: str, attempt: int) -> Path | None:
-        if (journal := self._template.journal) is None:
-            return None
-        return heartbeat_file(journal, self._template.token, shard, attempt)
+        return result if only_copy else replace(result, parts=None)
 
     async def refresh(self, worker: str | None = None) -> None:
         """Read what workers have recorded since the last time, and count it.
@@ -253,11 +347,11 @@ class Coordinator:
         """
         await self._follower.refresh(worker, earlier=self._has_orphans)
 
-    async def stop(self) -> None:
-        """Stop all workers from starting items, by the shared folder or through the pool."""
+    def stop(self) -> None:
+        """Stop all workers from starting items, by the shared folder or through the backends."""
         if self._stopping is None:  # thousands of shards call it
+            self._stop_requested.set()
             self._stopping = asyncio.create_task(self._stop())
-        await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
         try:
@@ -296,7 +390,7 @@ class Coordinator:
 
     async def _follow_journal(self) -> None:
         """Poll the journal files; log a file that cannot be read, and retry it at the next poll."""
-        most_s, logged = self._pool.silence_s / MISSED_POLLS, ""
+        most_s, logged = self._pool.policy.silence_s / MISSED_POLLS, ""
         while True:
             began = time.monotonic()
             await asyncio.to_thread(self._control_files.poll)
@@ -319,6 +413,21 @@ async def _cancel_tasks(*tasks: asyncio.Task[Any] | None) -> None:
     for error in await asyncio.gather(*begun, return_exceptions=True):
         if isinstance(error, Exception):
             logger.warning("%s", error)
+
+
+def check_record_indices(result: ShardResult, items: int) -> None:
+    """Check that a worker's records are of items of the run.
+
+    Raises:
+        RunStoppedError: One is not; no record of the result is kept.
+    """
+    for record in result.records or ():
+        if record["index"] >= items:
+            msg = (
+                f"worker {result.worker}: a record of shard {result.shard} has index "
+                f"{record['index']}, and this run has {items:,} items; is it of another run?"
+            )
+            raise RunStoppedError(msg)
 
 
 def _overlaps(name: str, shard: Shard) -> bool:

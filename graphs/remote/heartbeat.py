@@ -89,37 +89,36 @@ class ControlFiles:
         for file in self._journal.glob(f"{_BEAT}{self._token}-*"):
             file.unlink(missing_ok=True)
 
-    def create(self, file: Path) -> None:
-        """Create a task's file, not touched by any worker yet; blocks.
+    def task_file(self, shard: str, attempt: int) -> Path | None:
+        """Return the file of a task; None if workers do not share the folder."""
+        if self._journal is None:
+            return None
+        return heartbeat_file(self._journal, self._token, shard, attempt)
+
+    def create(self, file: Path) -> Heartbeat:
+        """Create a task's file, not touched by any worker yet, and begin to poll it; blocks.
+
+        Returns:
+            A function for the seconds since the file last changed, as of the last poll.
 
         Raises:
             JournalError: The file cannot be created.
         """
         try:
             file.touch()
-            made = file.stat().st_mtime_ns
+            seen = self._watched[file] = _FileState(file.stat().st_mtime_ns)
         except OSError as error:
             msg = f"{file}: cannot be created: {error.strerror}; fix the folder, then resume"
             raise JournalError(msg) from error
-        if (seen := self._watched.get(file)) is not None:
-            seen.mtime_ns = made
+        return lambda: seen.silent_s
 
     def revoke(self, file: Path) -> None:
         """Revoke a task: its worker stops if it still runs. Blocks."""
-        self.unwatch(file)
+        self._watched.pop(file, None)
         try:
             file.unlink(missing_ok=True)
         except OSError as error:  # its worker then finishes items that others finish too
             logger.warning("%s: cannot be removed: %s", file, error.strerror)
-
-    def watch(self, file: Path) -> Heartbeat:
-        """Return a function for the seconds since a file last changed, as of the last poll."""
-        seen = self._watched[file] = _FileState()
-        return lambda: seen.silent_s
-
-    def unwatch(self, file: Path) -> None:
-        """Stop polling a file."""
-        self._watched.pop(file, None)
 
     def poll(self) -> None:
         """Poll all watched files; blocks.
@@ -155,18 +154,20 @@ def _rename(file: Path, target: Path) -> None:
 class _FileState:
     """Time since a file last changed, by the local clock, because the clocks of nodes may differ.
 
+    Args:
+        mtime_ns: Time of its creation, in ns since 1970.
+
     Attributes:
-        mtime_ns: Time of creation or of the last observed change (ns since 1970), or None.
         silent_s: Seconds since the last observed change; None before a worker has touched it.
     """
 
-    def __init__(self) -> None:
-        self.mtime_ns: int | None = None
+    def __init__(self, mtime_ns: int) -> None:
+        self._mtime_ns = mtime_ns
         self.silent_s: float | None = None
 
     def update(self, stamp: int | None, passed_s: float) -> None:
-        if stamp is not None and self.mtime_ns is not None and stamp != self.mtime_ns:
-            self.mtime_ns, self.silent_s = stamp, 0.0
+        if stamp is not None and stamp != self._mtime_ns:
+            self._mtime_ns, self.silent_s = stamp, 0.0
         elif self.silent_s is not None:
             self.silent_s += passed_s
 

@@ -35,7 +35,7 @@ from ...backends.discovery.connect import ReadyEndpoints, check_cache, make_mode
 from ...backends.discovery.node_local import ready_endpoints
 from ...backends.discovery.resolve import check_endpoint_set, has_own_servers
 from ...backends.inputs.base import InputSummary
-from ...backends.inputs.formats import needed_columns
+from ...backends.inputs.formats import is_present, needed_columns
 from ...backends.simulated.process import make_simulation_spec
 from ...backends.storage.run_folder import (
     RunFolder,
@@ -551,7 +551,7 @@ def _has_input_changed(known: dict[str, Any], before: LoadedConfig, after: Loade
     from ...backends.inputs.item_store import load_input  # noqa: PLC0415 - pyarrow is slow to import
 
     path, same = after.config.input.path, before.plain["input"] == after.plain["input"]
-    if path is None or (same and not Path(path).exists()):
+    if path is None or (same and not is_present(Path(path))):
         return False
     if same and known["stamp"] is not None and read_file_stamp(Path(path)) == known["stamp"]:
         return False

@@ -17,7 +17,8 @@ from fanfold.backends.fleet.endpoint import EndpointSpec
 from fanfold.backends.fleet.fleet import Fleet, FleetClient
 from fanfold.backends.fleet.langchain import ChatFleet
 from fanfold.backends.fleet.policy import FleetPolicy, ModelParams
-from fanfold.backends.simulated import SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
 

@@ -88,7 +88,7 @@ def add_format(copy: Copy) -> None:
         from fanfold.backends.core.errors import InputError
 
 
-        def read_toy(path):
+        def read_toy(path, config, needed):
             for number, line in enumerate(path.read_text().splitlines(), start=1):
                 name, found, text = line.partition("=")
                 if not found:

@@ -21,6 +21,7 @@ from academy.manager import Manager
 from academy.message import Message
 from academy.serialize import SerializationStrategy, allowed_deserializers
 
+from ...core.aio import wait_first
 from ...core.errors import WorkerLostError
 from ...core.process import TemporaryFolder
 from ...core.types import Json
@@ -242,11 +243,9 @@ class AgentConnection:
         call = asyncio.create_task(self._call("work_on", message))
         call.add_done_callback(_consume_error)
         try:
-            either: set[asyncio.Future[Any]] = {call, self.lost}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await wait_first(call, self.lost)
         finally:
-            if not call.done():
-                call.cancel()  # cancels it in the agent, if that still runs
+            call.cancel()  # if it is not done: also in the agent, if that still runs
         if not call.done():
             raise WorkerLostError(f"{self.name}: {self.lost.result()}")
         try:

@@ -9,6 +9,7 @@ from concurrent.futures import BrokenExecutor, Executor
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final
 
+from ...core.aio import wait_first
 from ...core.errors import BackendError, ConfigurationError, MissingExtraError
 from ...core.types import Json
 from ..executor import (
@@ -262,20 +263,10 @@ class AcademyBackend:
             self._has_manager = True
         if self._agent is None or self._agent.lost.done():
             self._agent = await self._manager.launch(self.name)
-        others = asyncio.ensure_future(self._manager.any_agent_up.wait())
-        try:
-            await self._wait_for_agent(self._agent, self._queue_s, others)
-        finally:
-            others.cancel()
-        await self._wait_for_agent(self._agent, _LATE_S)
-        await self._check_agent(self._agent)
-
-    @staticmethod
-    async def _wait_for_agent(
-        agent: AgentConnection, seconds: float, *others: asyncio.Future[Any]
-    ) -> None:
-        events: set[asyncio.Future[Any]] = {agent.first_ping, agent.lost, *others}
-        await asyncio.wait(events, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        agent, another = self._agent, self._manager.any_agent_up.wait()
+        await wait_first(agent.first_ping, agent.lost, another, timeout_s=self._queue_s)
+        await wait_first(agent.first_ping, agent.lost, timeout_s=_LATE_S)
+        await self._check_agent(agent)
 
     async def _check_agent(self, agent: AgentConnection) -> None:
         """Record that an agent is up; one that still starts is no error.
@@ -338,9 +329,10 @@ class AcademyBackend:
         if self._agent is None:
             await self.start()
             return
-        await self._wait_for_agent(self._agent, self._queue_s)
-        await self._check_agent(self._agent)
-        if not self._agent.is_up:
+        agent = self._agent
+        await wait_first(agent.first_ping, agent.lost, timeout_s=self._queue_s)
+        await self._check_agent(agent)
+        if not agent.is_up:
             raise BackendError(f"{self.name}: no agent has started in {self._queue_s:.0f} s")
 
     async def stop(self) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
 from ...core.errors import BackendError, FanfoldError, WorkerLostError
 from ...core.protocols import Backend
 from ...core.types import Json
@@ -274,16 +276,16 @@ class GlobusBackend:
             ConfigurationError: The service refuses it.
         """
         if not self._started:
-            return await self.start()
-        loop = asyncio.get_running_loop()
-        end = loop.time() + _RETURN_S
-        while True:
-            try:
-                return await self._submitter.poller.check_endpoint(self._endpoint)
-            except BackendError:
-                if loop.time() > end:
-                    raise
-            await asyncio.sleep(self._submitter.policy.max_pause_s)
+            await self.start()
+            return
+        retrying = AsyncRetrying(
+            sleep=asyncio.sleep,
+            retry=retry_if_exception_type(BackendError),
+            stop=stop_after_delay(_RETURN_S),
+            wait=wait_fixed(self._submitter.policy.max_pause_s),
+            reraise=True,
+        )
+        await retrying(self._submitter.poller.check_endpoint, self._endpoint)
 
     async def stop(self) -> None:
         """Leave later results for the next coordinator as well; workers go on."""

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
+from tenacity import wait_exponential
+
 from ...core.errors import BackendError, FanfoldError
 from ...core.token_bucket import TokenBucket
 from ...core.types import Json
+from ...core.waits import pause_after
 from .errors import offline_error, unknown_task_error
 from .service import TaskService
 
@@ -152,6 +155,7 @@ def _set_error(answer: asyncio.Future[Any], error: BaseException) -> None:
 
 logger = logging.getLogger(__name__)
 
+_PAUSE_GROWTH: Final = 1.5
 MAX_TASKS_PER_REQUEST: Final = 64
 """Tasks polled in one request; each answer may contain a result."""
 
@@ -239,13 +243,11 @@ class TaskPoller:
             self._resolve(name, BackendError("globus_compute: closed"))
 
     async def _poll_until_done(self) -> None:
-        pause, checked_at = self._policy.min_pause_s, time.monotonic()
+        policy, quiet, checked_at = self._policy, 1, time.monotonic()
+        wait = wait_exponential(policy.min_pause_s, policy.max_pause_s, _PAUSE_GROWTH)
         while self._tasks:
-            await asyncio.sleep(pause)
-            ended = await self._poll_all()
-            pause = (
-                self._policy.min_pause_s if ended else min(self._policy.max_pause_s, 1.5 * pause)
-            )
+            await asyncio.sleep(pause_after(wait, quiet))
+            quiet = 1 if await self._poll_all() else quiet + 1
             if time.monotonic() - checked_at >= self._policy.health_check_s:
                 await self._check_endpoints()
                 checked_at = time.monotonic()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Final, Self
 
 from ....configs.backend import BackendConfig
+from ...core.aio import wait_first
 from ...core.errors import BackendError, ConfigurationError
 from ...core.exit_with_parent import launcher_exit_with_parent
 from ...core.templates import fill_names, split_command
@@ -246,12 +247,8 @@ class LaunchedBackend:
         Raises:
             ConfigurationError: A worker runs an incompatible version.
         """
-        connected = asyncio.ensure_future(server.any_worker.wait())
-        events: set[asyncio.Future[Any]] = {connected, launcher.ended, server.refusal}
-        try:
-            await asyncio.wait(events, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            connected.cancel()
+        connected = server.any_worker.wait()
+        await wait_first(connected, launcher.ended, server.refusal, timeout_s=wait_s)
         if server.refusal.done():
             raise server.refusal.result()
         return server.any_worker.is_set()

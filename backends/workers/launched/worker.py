@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 import socket
 import sys
-import time
 from contextlib import suppress
 from importlib import import_module
 from typing import Any, Final
@@ -23,7 +21,9 @@ from aiohttp import (
     WSMsgType,
     WSServerHandshakeError,
 )
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random
 
+from ...core.connection_errors import describe_connection_error
 from ...core.errors import BackendError, ConfigurationError, RunStoppedError
 from ...core.messages import own_version
 from ...core.process import TemporaryFolder
@@ -185,28 +185,41 @@ async def _refuse_redirect(
 async def _connect(
     session: ClientSession, url: str, token: str, heartbeat_s: float
 ) -> ClientWebSocketResponse:
-    began = time.monotonic()
-    headers = {"Authorization": f"Bearer {token}"}
-    while True:
-        try:
-            return await session.ws_connect(
-                url,
-                headers=headers,
-                heartbeat=heartbeat_s,
-                max_msg_size=MAX_MESSAGE_BYTES,
-                compress=0,
-            )
-        except WSServerHandshakeError as error:
-            msg = f"the coordinator at {url} refused this worker: {error.status} {error.message}"
-            raise BackendError(msg) from error
-        except (ClientError, TimeoutError) as error:
-            if time.monotonic() - began > _CONNECT_S:
-                msg = (
-                    f"{socket.gethostname()}: the coordinator at {url} cannot be reached: "
-                    f"{error}; set backend.host to the name by which workers reach its machine"
-                )
-                raise BackendError(msg) from error
-        await asyncio.sleep(random.uniform(0, _PAUSE_S))  # not all at once
+    async def connect() -> ClientWebSocketResponse:
+        return await session.ws_connect(
+            url,
+            headers={"Authorization": f"Bearer {token}"},
+            heartbeat=heartbeat_s,
+            max_msg_size=MAX_MESSAGE_BYTES,
+            compress=0,
+        )
+
+    retrying = AsyncRetrying(
+        sleep=asyncio.sleep,
+        retry=retry_if_exception(_is_unreachable),
+        stop=stop_after_delay(_CONNECT_S),
+        wait=wait_random(0, _PAUSE_S),  # not all at once
+        reraise=True,
+    )
+    try:
+        connection: ClientWebSocketResponse = await retrying(connect)
+    except WSServerHandshakeError as error:
+        msg = f"the coordinator at {url} refused this worker: {error.status} {error.message}"
+        raise BackendError(msg) from error
+    except (ClientError, TimeoutError) as error:
+        msg = (
+            f"{socket.gethostname()}: the coordinator at {url} cannot be reached: "
+            f"{describe_connection_error(error)}; set backend.host to the name by which workers "
+            "reach its machine"
+        )
+        raise BackendError(msg) from error
+    return connection
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Return True if a connection was not made, rather than refused."""
+    failed = isinstance(error, (ClientError, TimeoutError))
+    return failed and not isinstance(error, WSServerHandshakeError)
 
 
 def main() -> None:

@@ -34,7 +34,9 @@ from fanfold.backends.fleet.policy import (
     TimeoutPolicy,
 )
 from fanfold.backends.fleet.server_load import count_requests
-from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated.faults import FaultRule
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 
 from .conftest import Canned, Stub, completion, until
 

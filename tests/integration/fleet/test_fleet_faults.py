@@ -37,7 +37,9 @@ from fanfold.backends.fleet.policy import (
 )
 from fanfold.backends.fleet.rate_limit import RateLimiter
 from fanfold.backends.fleet.transport import Transport
-from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated.faults import FaultRule
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 
 from .conftest import Canned, Stub, completion, until
 

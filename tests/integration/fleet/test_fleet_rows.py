@@ -24,7 +24,9 @@ from fanfold.backends.fleet.policy import (
     RetryPolicy,
     TimeoutPolicy,
 )
-from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated.faults import FaultRule
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 
 from .conftest import Canned, Stub, completion
 

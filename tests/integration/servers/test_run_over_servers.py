@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from fanfold.backends.servers.events import server_seconds
+from fanfold.backends.cluster.utilization import read_job_servers
 from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.graphs.run.prepare import prepare_run
 from fanfold.graphs.session import RunOptions, execute_run
@@ -58,5 +59,5 @@ async def test_servers_die_and_a_node_leaves(node: Node, tmp_path: Path) -> None
         result = await asyncio.wait_for(life, 60)
     assert (result.exit_code, result.progress["done"], result.progress["failed"]) == (0, ITEMS, 0)
     assert finished(folder.path) == ITEMS
-    spent = server_seconds(node.events())
-    assert 0 < spent.down < spent.paid
+    (found,) = read_job_servers(node.folder, [(0.0, time.time())])
+    assert {"up", "down"} <= {i.state for own in found.intervals.values() for i in own}

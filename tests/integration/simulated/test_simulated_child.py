@@ -13,9 +13,10 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import BackendError, ConfigurationError
-from fanfold.backends.simulated import SimulationSpec, launch
-from fanfold.backends.simulated import launch as launch_module
-from fanfold.backends.simulated.process import main
+from fanfold.backends.simulated.process import launch
+from fanfold.backends.simulated.process import launch as launch_module
+from fanfold.backends.simulated.serve import main
+from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
 
@@ -50,7 +51,8 @@ async def test_a_launched_fleet_serves_and_ends() -> None:
 
 PARENT = """
 import asyncio
-from fanfold.backends.simulated import SimulationSpec, launch
+from fanfold.backends.simulated.spec import SimulationSpec
+from fanfold.backends.simulated.process import launch
 async def main():
     async with launch(SimulationSpec.fast(nodes=1)) as fleet:
         print(fleet.pid, flush=True)
@@ -152,6 +154,20 @@ async def test_an_interpreter_that_does_not_exist(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BackendError, match="cannot be started"):
         async with launch(FAST):
             pass
+
+
+async def test_standard_input_that_has_no_end(tmp_path: Path) -> None:
+    (tmp_path / "spec").write_text(FAST.to_json())
+    with (tmp_path / "spec").open() as file:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "fanfold.backends.simulated"),
+            stdin=file,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    _, said = await child.communicate()
+    assert child.returncode == 2
+    assert said.decode().startswith("standard input must be a pipe")
+    assert len(said.splitlines()) == 1
 
 
 def test_wrong_options(capsys: pytest.CaptureFixture[str]) -> None:

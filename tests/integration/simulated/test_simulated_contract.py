@@ -19,7 +19,8 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from fanfold.backends.core.types import SIMULATED_FINGERPRINT
-from fanfold.backends.simulated import SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
 

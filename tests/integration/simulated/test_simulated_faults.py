@@ -13,7 +13,9 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.simulated import FaultRule, SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated.faults import FaultRule
+from fanfold.backends.simulated.fleet import SimulatedFleet
+from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
 

@@ -11,9 +11,10 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.simulated import SimulatedFleet, SimulationSpec
+from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.requests import Question
 from fanfold.backends.simulated.responders import RESPONDERS
+from fanfold.backends.simulated.spec import SimulationSpec
 
 pytestmark = pytest.mark.integration
 

@@ -4,145 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fanfold.backends.budget.leases import LeaseManager
 from fanfold.backends.core.errors import JournalError, WorkerLostError
-from fanfold.backends.core.messages import ShardResult
-from fanfold.backends.core.types import Item, Json, Shard
-from fanfold.backends.storage.journal import Journal
+from fanfold.backends.core.types import Json
 from fanfold.backends.storage.worker_journal import make_worker_path
-from fanfold.backends.workers.member import PoolPolicy
-from fanfold.backends.workers.pool import BackendPool
-from fanfold.configs.loader import load_config
 from fanfold.graphs.remote import coordinator as module
-from fanfold.graphs.remote.coordinator import Coordinator
-from fanfold.graphs.remote.task_template import TaskTemplate
-from fanfold.nodes.shard.progress import Progress
 from fanfold.tests.journals import write_journal
-
-ITEMS = 100
-
-
-def template(folder: Path, *, shared: bool = True, **changes: Any) -> TaskTemplate:
-    """Return the template of tasks for one worker, which runs one item at a time."""
-    config = load_config(
-        {
-            "task": {"prompt": "{x}"},
-            "endpoints": {"urls": ["http://127.0.0.1:9/v1"]},
-            "limits": {"streams": 1},
-        }
-    ).config
-    fields: dict[str, Any] = {
-        "config": config,
-        "settings": {},
-        "run": {"token": "t", "id": "r", "model": "m"},
-        "folder": folder,
-        "journal": folder if shared else None,
-        "token_prices": {},
-    }
-    return TaskTemplate(**fields | changes)
-
-
-class Site:
-    """A backend whose answers the test gives."""
-
-    def __init__(self) -> None:
-        self.name, self.orders = "site", list[dict[str, Json]]()
-        self.answers = list[asyncio.Future[dict[str, Json]]]()
-        self.left = dict[str, Awaitable[dict[str, Json]]]()
-        self.stops, self.closed = 0, False
-
-    def capacity(self) -> int:
-        return 8
-
-    async def start(self) -> None:
-        """Nothing is needed."""
-
-    async def rebuild(self) -> None:
-        """Nothing is needed."""
-
-    async def reattach(self) -> dict[str, Awaitable[dict[str, Json]]]:
-        return self.left
-
-    async def submit(self, order: dict[str, Json]) -> dict[str, Json]:
-        self.orders.append(order)
-        self.answers.append(asyncio.get_running_loop().create_future())
-        return await self.answers[-1]
-
-    async def stop(self) -> None:
-        self.stops += 1
-        await asyncio.sleep(0)
-
-    async def close(self, grace_s: float = 10.0) -> None:
-        self.closed = grace_s > 0
-
-
-class Lab:
-    """A coordinator over one pool member."""
-
-    def __init__(self, folder: Path, *, shared: bool = True) -> None:
-        self.folder, self.site = folder, Site()
-        self.ledger = Journal(folder, "r", ITEMS)
-        self.ledger.start_session("test", 1.0)
-        self.progress = Progress(total=ITEMS)
-        terms = template(folder, shared=shared)
-        policy = PoolPolicy(poll_s=0.005, rebuild_pause_s=0.001)
-        pool = BackendPool([self.site], policy)
-        lender = LeaseManager(None, terms.config, "m", pool.capacity)
-        self.coordinator = Coordinator(pool, terms, self.ledger, self.progress, lender)
-
-    @asynccontextmanager
-    async def opened(self) -> AsyncIterator[None]:
-        try:
-            async with self.coordinator.open_pool():
-                yield
-        finally:
-            await self.ledger.aclose()
-
-    def send(self, lo: int, hi: int) -> asyncio.Task[Any]:
-        async def remaining() -> list[Item]:
-            open_ = [n for n in range(lo, hi) if not self.ledger.is_finished(n)]
-            return [Item(n, str(n), {}, None) for n in open_]
-
-        return asyncio.create_task(self.coordinator.run_shard(Shard(lo, hi), remaining))
-
-    def names(self) -> set[str]:
-        return {file.name for file in self.folder.iterdir() if not file.name.endswith("jsonl")}
-
-    def ordered(self) -> list[int]:
-        return sorted(item[0] for order in self.site.orders for item in order["items"])
+from fanfold.tests.unit.graphs.coordinator_lab import Lab, record, summary, until
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TAIL_S", 0.005)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - what is waited for sets no event
-            await asyncio.sleep(0.001)
-
-
-def record(index: int, status: str = "done") -> dict[str, Json]:
-    numbers = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "lost_tokens")
-    kept = {"index": index, "id": str(index), "status": status, "finished_at": "2026-01-01"}
-    return (
-        kept
-        | {"reused": 0}
-        | dict.fromkeys((*numbers, "useful_tokens", "nano_usd", "useful_nano_usd"), 1)
-    )
-
-
-def summary(shard: str, indices: range, **more: Any) -> dict[str, Json]:
-    tally = {"done": len(indices)}
-    return ShardResult(shard, 0, "0", "host:1", tally=tally, **more).to_json()
 
 
 def written(folder: Path, life: int, worker: str, *lines: dict[str, Json]) -> Path:
@@ -160,7 +37,10 @@ async def test_an_order_that_is_lost_is_taken_back_before_the_next_one(tmp_path:
         await until(lambda: len(lab.site.answers) == 2)
         assert lab.names() == {"task-t", "heartbeat-t-0-3-1"}
         lab.site.answers[1].set_result(summary("0-3", range(3)))
-        assert (await task)[0].attempt == 1
+        answered = await task
+        assert answered is not None
+        assert answered[0] is not None
+        assert answered[0].attempt == 1
         assert lab.names() == {"task-t"}  # a copy that is delivered once more does nothing
     assert lab.names() == set()
 
@@ -168,11 +48,11 @@ async def test_an_order_that_is_lost_is_taken_back_before_the_next_one(tmp_path:
 async def test_one_stop_is_enough_for_all_shards(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     async with lab.opened():
-        asked = [asyncio.create_task(lab.coordinator.stop()) for _ in range(50)]
-        asked[0].cancel()  # the caller may be cancelled; the stop is not
-        await asyncio.wait(asked)
-        await lab.coordinator.stop()
-        assert lab.site.stops == 1
+        for _ in range(50):
+            lab.coordinator.stop()
+        await until(lambda: lab.site.stops)
+        assert await lab.send(0, 3) is None
+        assert (lab.site.stops, lab.site.orders) == (1, [])
         assert lab.names() == {"stop-t"}
 
 
@@ -252,7 +132,8 @@ async def test_shards_that_are_cut_otherwise_wait_for_one_order_of_an_earlier_li
         records = [record(n) for n in range(38)]
         answer.set_result(summary("0-40", range(38), records=records))
         outcomes = await asyncio.gather(*tasks)
-        assert [order for order, _ in outcomes] == [None] * 4
+        assert [outcome and outcome[0] for outcome in outcomes] == [None] * 4
+        assert all(outcomes)
         assert (lab.progress.done, lab.ledger.count_items().done) == (38, 38)
         last = lab.send(30, 40)
         await until(lambda: lab.site.answers)

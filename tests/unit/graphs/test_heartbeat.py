@@ -49,8 +49,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_silence_begins_with_the_first_sign(
     signs: ControlFiles, file: Path, later: Callable[[float], None]
 ) -> None:
-    silent = signs.watch(file)
-    signs.create(file)
+    silent = signs.create(file)
     later(100)
     signs.poll()
     assert silent() is None  # not touched yet
@@ -69,15 +68,14 @@ def test_a_pause_of_the_coordinator_is_nobodys_silence(
     signs: ControlFiles, file: Path, later: Callable[[float], None]
 ) -> None:
     """If the file system does not answer for minutes, worker and coordinator both wait."""
-    silent = signs.watch(file)
-    signs.create(file)
+    silent = signs.create(file)
     os.utime(file)
     signs.poll()
     for looks in range(1, MISSED_POLLS + 2):
         later(100 * SILENCE_S)
         signs.poll()
         assert silent() == pytest.approx(looks * SILENCE_S / MISSED_POLLS)
-    signs.unwatch(file)
+    signs.revoke(file)
     signs.poll()
     assert silent() == pytest.approx((MISSED_POLLS + 1) * SILENCE_S / MISSED_POLLS)
 
@@ -89,9 +87,8 @@ def test_what_cannot_be_looked_at_is_told_and_not_silent(
     folder.mkdir()
     signs = ControlFiles(folder, "t", SILENCE_S)
     files = [heartbeat_file(folder, "t", "0-1", 0), heartbeat_file(tmp_path, "t", "1-2", 0)]
-    beats = [signs.watch(file) for file in files]
+    beats = [signs.create(file) for file in files]
     for file in files:
-        signs.create(file)
         os.utime(file)
     signs.poll()
     folder.rename(tmp_path / "elsewhere")

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -80,6 +81,38 @@ def test_long_cells_leave_the_csv_module_alone(put: Put, load: Load) -> None:
 def test_tsv(put: Put, load: Load) -> None:
     items = load(InputConfig(path=str(put("a.TSV", "x\ty\n1, 2\t\n")), id="x"))
     assert items == [Item(0, "1, 2", {"x": "1, 2", "y": ""})]
+
+
+@pytest.mark.parametrize("quotes", ["auto", False])
+def test_quotes_in_a_tsv_are_text(put: Put, load: Load, quotes: Any) -> None:
+    """A stray quote does not merge rows."""
+    path = put("a.tsv", 'x\ty\n5" pipe\t"open\n"6"\ta "b" c\n"\t7\n')
+    assert [item.row for item in load(InputConfig(path=str(path), quotes=quotes))] == [
+        {"x": '5" pipe', "y": '"open'},
+        {"x": '"6"', "y": 'a "b" c'},
+        {"x": '"', "y": "7"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "quotes", "row"),
+    [
+        ("a.tsv", 'x\ty\n"1\t2\n3"\t"4"\n', True, {"x": "1\t2\n3", "y": "4"}),
+        ("a.csv", 'x,y\n"1,2",3\n', True, {"x": "1,2", "y": "3"}),
+        ("a.csv", 'x,y\n"1",3"\n', False, {"x": '"1"', "y": '3"'}),
+    ],
+)
+def test_the_setting_decides_whether_quotes_enclose_cells(  # noqa: PLR0913, PLR0917 - a table
+    put: Put, load: Load, name: str, content: str, quotes: bool, row: dict[str, str]
+) -> None:
+    config = InputConfig(path=str(put(name, content)), quotes=quotes)
+    assert [item.row for item in load(config)] == [row]
+
+
+def test_a_tsv_with_quoted_cells_names_the_setting(put: Put, load: Load) -> None:
+    path = put("a.tsv", 'x\ty\n"1\t2"\t3\n')
+    with pytest.raises(InputError, match=r"a\.tsv, line 2: 3 cells.*input\.quotes: true"):
+        load(InputConfig(path=str(path)))
 
 
 def test_smi(put: Put, load: Load) -> None:

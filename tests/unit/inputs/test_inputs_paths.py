@@ -61,7 +61,7 @@ def test_faulty_texts(put: Put, load: Load, content: str | bytes, message: str) 
 def test_a_folder_without_texts(tmp_path: Path, put: Put, load: Load) -> None:
     put("docs/a.pdf", "x")
     with pytest.raises(
-        InputError, match=r"the folder .*docs contains no \.txt or \.md file; input"
+        InputError, match=r"the folder .*docs has no file of a known format .*found: a\.pdf"
     ):
         load(InputConfig(path=str(tmp_path / "docs")))
 
@@ -121,8 +121,9 @@ def test_a_pipe(tmp_path: Path, load: Load) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("a.json", "one object per line"),
-        ("a.csv.gz", "unpack it first"),
+        ("a.parquet.gz", "unpack it first"),
+        ("a.csv.zip", "unpack it first"),
+        ("a.xlsx.gz", "convert or rename"),
         ("a.xlsx", "save the sheet as .csv"),
         ("a.txt", "use the folder of texts as input.path"),
         ("a.sdf", "convert or rename"),

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from fanfold.backends.simulated import FaultRule
-from fanfold.backends.simulated.faults import FaultContext, FaultInjector
+from fanfold.backends.simulated.faults import FaultContext, FaultInjector, FaultRule
 from fanfold.backends.simulated.node import Node, QuestionLog
 from fanfold.backends.simulated.routes import metrics_text
 from fanfold.backends.simulated.values import ApiError

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fanfold.backends.simulated import SimulationSpec
 from fanfold.backends.simulated.node import LatencyModel
+from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.simulated.values import (
     SeededRandom,
     count_chat_tokens,

@@ -9,7 +9,6 @@ import orjson
 import pytest
 
 from fanfold.backends.core.errors import MissingExtraError
-from fanfold.backends.simulated import SimulationSpec
 from fanfold.backends.simulated.requests import Question, QuestionReader
 from fanfold.backends.simulated.responders import (
     Answer,
@@ -20,6 +19,7 @@ from fanfold.backends.simulated.responders import (
     make_responder,
     spoil_answer,
 )
+from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.simulated.values import ApiError
 
 ASK = {"role": "user", "content": "What?"}

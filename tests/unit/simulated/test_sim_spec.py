@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.simulated import FaultRule, SimulationSpec
+from fanfold.backends.simulated.faults import FaultRule
 from fanfold.backends.simulated.responders import make_responder
+from fanfold.backends.simulated.spec import SimulationSpec
 from fanfold.backends.simulated.values import ApiError
 
 

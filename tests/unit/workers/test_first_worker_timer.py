@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
 from fanfold.backends.workers.member import FirstWorkerTimer
-
-
-@dataclass
-class Site:
-    used_slots: int = 2
-    has_responded: bool = False
 
 
 class Clock:
@@ -23,12 +15,12 @@ class Clock:
 
 
 def test_it_is_told_more_and_more_seldom(caplog: pytest.LogCaptureFixture) -> None:
-    clock, site = Clock(), Site()
+    clock = Clock()
     arrival, told = FirstWorkerTimer(86_400.0, clock), list[int]()
     arrival.start()
     for seconds in range(0, 1000, 10):
         clock.now, before = 1000.0 + seconds, len(caplog.records)
-        assert arrival.poll([site]) is None
+        assert arrival.poll(2, has_responded=False) is None
         told += [seconds] * (len(caplog.records) - before)
     assert told == [60, 120, 240, 480, 960]
     assert (
@@ -39,34 +31,32 @@ def test_it_is_told_more_and_more_seldom(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_it_ends_once() -> None:
-    clock, site = Clock(), Site()
+    clock = Clock()
     arrival = FirstWorkerTimer(30.0, clock)
     arrival.start()
-    assert arrival.poll([site]) is None
+    assert arrival.poll(2, has_responded=False) is None
     clock.now += 31.0
-    assert "31 s since the first task was submitted (backend.queue_s)" in str(arrival.poll([site]))
-    assert arrival.poll([site]) is None
+    assert "31 s since the first task was submitted (backend.queue_s)" in str(
+        arrival.poll(2, has_responded=False)
+    )
+    assert arrival.poll(2, has_responded=False) is None
 
 
 def test_whoever_was_heard_of_is_enough() -> None:
-    clock, site = Clock(), Site()
+    clock = Clock()
     arrival = FirstWorkerTimer(30.0, clock)
     arrival.start()
-    arrival.poll([site])
-    site.has_responded = True
-    arrival.poll([Site(), site])
-    site.has_responded = False
+    arrival.poll(2, has_responded=False)
+    arrival.poll(2, has_responded=True)
     clock.now += 31.0
-    assert arrival.poll([site]) is None
+    assert arrival.poll(2, has_responded=False) is None
 
 
 def test_time_without_orders_does_not_count() -> None:
-    clock, site = Clock(), Site()
+    clock = Clock()
     arrival = FirstWorkerTimer(30.0, clock)
     arrival.start()
-    site.used_slots = 0
     clock.now += 31.0
-    assert arrival.poll([site]) is None
-    site.used_slots = 1
+    assert arrival.poll(0, has_responded=False) is None
     arrival.start()
-    assert arrival.poll([site]) is None
+    assert arrival.poll(2, has_responded=False) is None

@@ -23,7 +23,6 @@ from fanfold.backends.core.errors import (
     RunStoppedError,
     WorkerLostError,
 )
-from fanfold.backends.core.messages import ShardTask
 from fanfold.backends.core.token_bucket import TokenBucket
 from fanfold.backends.workers.globus.backend import TaskSubmitter, make_globus_backends
 from fanfold.backends.workers.globus.errors import service_error, task_failed_error
@@ -148,11 +147,9 @@ async def test_a_summary_that_a_stopped_run_did_not_take_is_asked_for_again(tmp_
     fake, book = Fake(**{"0-1": None}), TaskLog(tmp_path / "globus.jsonl")
     pool = BackendPool(make_globus_backends(["e"], 1, desk(fake, book)), PoolPolicy())
     await pool.start()
-
-    async def make(_: int) -> ShardTask:
-        return rehearsal("0-1", [{}])
-
-    run = asyncio.create_task(pool.run(make, lambda _: None))
+    member = await pool.acquire()
+    assert member is not None
+    run = asyncio.create_task(pool.run(member, rehearsal("0-1", [{}]), None))
     await until(lambda: bool(fake.posts))
     await pool.stop()
     run.cancel()  # it has waited for long enough

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
 from types import SimpleNamespace
 
 import pytest
 
 from fanfold.backends.workers import member as module
-from fanfold.backends.workers.member import PoolPolicy, TaskTimeout
-
-
-@dataclass
-class Place:
-    answered_at: float | None = None
+from fanfold.backends.workers.member import InFlightTask, PoolPolicy
 
 
 @pytest.mark.parametrize(("ahead", "patience"), [(1, 5.0), (2, 105.0)])
-def test_an_order_may_wait_for_the_one_before_it(
+async def test_an_order_may_wait_for_the_one_before_it(
     monkeypatch: pytest.MonkeyPatch, ahead: int, patience: float
 ) -> None:
     """That one may take its whole deadline, however short queues are; and each answer is one."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    place = Place()
     policy = PoolPolicy(queue_s=5.0, deadline_s=100.0, tasks_per_worker=ahead)
-    watch = TaskTimeout(policy, lambda: None, place)
+    answer = asyncio.get_running_loop().create_future()
+    task = InFlightTask("s", answer, policy, lambda: None, lambda _: None)
     clock.now += patience
-    assert watch.lost_reason() is None
-    place.answered_at = clock.now
+    assert task.lost_reason(None) is None
+    answered_at = clock.now
     clock.now += patience
-    assert watch.lost_reason() is None
+    assert task.lost_reason(answered_at) is None
     clock.now += 1.0
-    assert "not started" in (watch.lost_reason() or "")
+    assert "not started" in (task.lost_reason(answered_at) or "")
+    task.cancel()
