@@ -16,7 +16,7 @@ from ...backends.cluster.chain import (
     chain_file,
     list_job_usage,
 )
-from ...backends.cluster.schedulers import JobState, Scheduler, SchedulerUsage, make_scheduler
+from ...backends.cluster.schedulers import SCHEDULERS, JobState, Scheduler, SchedulerUsage
 from ...backends.cluster.utilization import (
     JobServers,
     JobTime,
@@ -93,10 +93,6 @@ def _parse_max_num_seqs(command: str | None) -> int | None:
     return int(found[1]) if found else None
 
 
-_JOB: Final = ("SLURM_JOB_ID", "PBS_JOBID")
-"""Environment variables with the id of the job that a process runs in."""
-
-
 def job_report(
     path: Path, utilization: bool = False, batch: int | None = None
 ) -> dict[str, Any] | None:
@@ -117,7 +113,7 @@ def job_report(
     chain = chain_file(path).read()
     if not chain.jobs:
         return None
-    states, used, problem = _ask_scheduler(make_scheduler(chain.options["scheduler"]), chain)
+    states, used, problem = _ask_scheduler(SCHEDULERS[chain.options["scheduler"]], chain)
     return _build_report(path, chain, states, used, utilization, batch) | {
         "scheduler_says": problem
     }
@@ -135,7 +131,7 @@ def job_report_offline(path: Path, *, utilization: bool) -> dict[str, Any] | Non
     chain = chain_file(path).read()
     if not chain.jobs:
         return None
-    here = {os.environ.get(name) for name in _JOB}
+    here = {os.environ.get(one.job_variable) for one in SCHEDULERS.values()}
     states: dict[str, JobState] = {j.id: "running" for j in chain.unfinished_jobs() if j.id in here}
     return _build_report(path, chain, states, {}, utilization, None) | {"scheduler_says": None}
 
