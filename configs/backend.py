@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
@@ -171,6 +172,21 @@ class BackendConfig(Section):
         """Return the largest size of a task, and of a result, in bytes."""
         small = self.kind == "academy" and self.exchange.kind in {"http", "globus"}
         return _SMALL_MESSAGE if small else MAX_MESSAGE_BYTES
+
+    def receiving_hosts(self) -> Iterator[tuple[str, str]]:
+        """Yield the hosts that a run sends data to because of the backend, each with its role."""
+        if self.kind == "globus_compute":
+            yield "compute.api.globus.org", "Globus Compute, carries shards and their items"
+            yield "auth.globus.org", "Globus, login"
+        elif self.kind == "academy":
+            exchange, carries = self.exchange, "carries shards and their items"
+            if exchange.kind == "globus":
+                yield "exchange.academy-agents.org", f"Academy's exchange, {carries}"
+            elif exchange.kind != "local":
+                host = urlsplit(exchange.url).hostname if exchange.url else exchange.host
+                yield host or str(exchange.url), f"Academy's {exchange.kind} exchange, {carries}"
+        elif self.kind == "launched" and self.host:
+            yield self.host, "this machine, to which launched workers connect"
 
     @property
     def workers_share_folder(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -58,16 +58,17 @@ class ItemSequence(Protocol):
 class ItemJournal(Protocol):
     """The journal of finished items."""
 
+    @property
+    def duplicates(self) -> int:
+        """Return the number of records of items that have another record, which may count."""
+        ...
+
     def is_finished(self, index: int) -> bool:
         """Return True if an item has ended."""
         ...
 
     def read_record(self, index: int) -> dict[str, Any]:
         """Return the record of a finished item."""
-        ...
-
-    def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the records in input order."""
         ...
 
     def put(self, record: dict[str, Json]) -> None:
@@ -80,19 +81,6 @@ class ItemJournal(Protocol):
 
     async def flush(self) -> None:
         """Wait until everything recorded so far is on disk."""
-        ...
-
-
-class RunJournal(ItemJournal, Protocol):
-    """A run's journal, which workers write to as well."""
-
-    @property
-    def duplicates(self) -> int:
-        """Return the number of records of items that have another record, which may count."""
-        ...
-
-    def extents(self) -> dict[str, int]:
-        """Return how many bytes of each journal file were read or written, by file name."""
         ...
 
 
@@ -185,7 +173,7 @@ class RunTools:
     """
 
     store: ItemSequence
-    item_journal: RunJournal
+    item_journal: ItemJournal
     aggregators: AggregatorSet
     run_item: Callable[[Item], Awaitable[ItemState]]
     gate: Gate

@@ -6,21 +6,18 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import ClassVar, Final, Literal, Protocol
 
 import orjson
 
 from ..core.errors import BackendError, ConfigurationError, FanfoldError
+from .job_plan import JobPlan, format_hms
+from .walltime import SLURM_END_TIME_ENV
 
 _TIMEOUT_S: Final = 120
-_INHERITED: Final = re.compile(
-    r"(SLURM|SBATCH|SRUN|PBS|PMI|PALS|FANFOLD_(END|LAUNCHER|JOB|NODES))_?"
-)
-"""Variables of the submitting job that its successor must not inherit."""
-
 _PURGED: Final = re.compile(r"unknown job", re.IGNORECASE)
 """Printed by ``qstat`` for a job that ended a while ago."""
 
@@ -50,7 +47,29 @@ class SchedulerUsage:
 
 
 class Scheduler(Protocol):
-    """A batch scheduler, used through its commands; all calls block."""
+    """A batch scheduler, used through its commands; all calls block.
+
+    Attributes:
+        submit_command: The program that submits a script.
+        cancel_command: The program with which a user ends a job by its id.
+        job_variable: The variable with the id of a job, set in the job.
+        end_variable: The variable with the Unix time of a job's end, if it sets one.
+        variables: Pattern of the names of its variables, which a job does not inherit from another.
+        kept_variables: Those that locate the scheduler, and are inherited.
+        keeps_broken_jobs: Whether a job whose first node is lost goes on until its walltime; the
+            other nodes then end it.
+    """
+
+    submit_command: ClassVar[str]
+    cancel_command: ClassVar[str]
+    job_variable: ClassVar[str]
+    end_variable: ClassVar[str | None]
+    variables: ClassVar[str]
+    kept_variables: ClassVar[frozenset[str]]
+    keeps_broken_jobs: ClassVar[bool]
+
+    def directives(self, plan: JobPlan) -> Iterator[str]:
+        """Yield the lines of a job script that the scheduler reads."""
 
     def submit(self, script: Path, after: str | None = None) -> str:
         """Submit a script; with ``after``, to start once that job has ended for any reason.
@@ -82,8 +101,32 @@ class Scheduler(Protocol):
         """
 
 
-class Slurm:
+class Slurm(Scheduler):
     """Slurm, through ``sbatch``, ``squeue``, ``scancel`` and ``sacct``."""
+
+    submit_command = "sbatch"
+    cancel_command = "scancel"
+    job_variable = "SLURM_JOB_ID"
+    end_variable = SLURM_END_TIME_ENV
+    variables = "SLURM|SBATCH|SRUN"
+    kept_variables = frozenset({"SLURM_CONF"})
+    keeps_broken_jobs = True
+
+    def directives(self, plan: JobPlan) -> Iterator[str]:
+        """Yield the lines for ``sbatch``."""
+        yield f"#SBATCH --job-name=fanfold-{plan.name}"
+        yield f"#SBATCH --nodes={plan.nodes}"
+        yield f"#SBATCH --time={format_hms(plan.walltime_s)}"
+        if plan.account is not None:
+            yield f"#SBATCH --account={plan.account}"
+        if plan.queue is not None:
+            yield f"#SBATCH {plan.site.queue_option}={plan.queue}"
+        yield f"#SBATCH --output={plan.folder}/scheduler-%j.log"
+        yield "#SBATCH --no-requeue"
+        if plan.starts_servers or not plan.starts_workers:
+            yield "#SBATCH --no-kill"  # the other nodes end the job if the first is lost
+        yield f"#SBATCH --signal=B:USR1@{plan.warning_s}"
+        yield from (f"#SBATCH {line}" for line in plan.site.directives)
 
     def submit(self, script: Path, after: str | None = None) -> str:
         """Submit a script; returns the job's id."""
@@ -172,8 +215,34 @@ def _slurm_state(word: str | None) -> JobState:
     return next((s for s, words in _SLURM_STATES.items() if word in words.split()), "unknown")
 
 
-class Pbs:
+class Pbs(Scheduler):
     """PBS Professional or OpenPBS, through ``qsub``, ``qstat``, ``qsig`` and ``qdel``."""
+
+    submit_command = "qsub"
+    cancel_command = "qdel"
+    job_variable = "PBS_JOBID"
+    end_variable = None
+    variables = "PBS"
+    kept_variables = frozenset({"PBS_CONF_FILE", "PBS_EXEC", "PBS_SERVER", "PBS_HOME"})
+    keeps_broken_jobs = False
+
+    def directives(self, plan: JobPlan) -> Iterator[str]:
+        """Yield the lines for ``qsub``."""
+        chunk = f":{plan.site.chunk}" if plan.site.chunk else ""
+        name = f"#PBS -N fanfold-{plan.name}"
+        yield name[:23]  # older versions of PBS accept 15 characters of a name
+        yield f"#PBS -l select={plan.nodes}{chunk}"
+        yield f"#PBS -l walltime={format_hms(plan.walltime_s)}"
+        if plan.site.filesystems is not None:
+            yield f"#PBS -l filesystems={plan.site.filesystems}"
+        if plan.account is not None:
+            yield f"#PBS -A {plan.account}"
+        if plan.queue is not None:
+            yield f"#PBS -q {plan.queue}"
+        yield "#PBS -j oe"
+        yield f"#PBS -o {plan.folder}/"
+        yield "#PBS -r n"
+        yield from (f"#PBS {line}" for line in plan.site.directives)
 
     def submit(self, script: Path, after: str | None = None) -> str:
         """Submit a script; returns the job's id."""
@@ -276,9 +345,15 @@ def _seconds(text: str) -> float:
     return total
 
 
-def make_scheduler(kind: Literal["pbs", "slurm"]) -> Scheduler:
-    """Return the scheduler of a kind."""
-    return Slurm() if kind == "slurm" else Pbs()
+SCHEDULERS: Final[dict[str, Scheduler]] = {"pbs": Pbs(), "slurm": Slurm()}
+"""The batch schedulers, by their name in a site file; :mod:`configs.site` has the settings."""
+
+_INHERITED: Final = re.compile(
+    rf"({'|'.join(one.variables for one in SCHEDULERS.values())}"
+    r"|PMI|PALS|FANFOLD_(END|LAUNCHER|JOB|NODES))_?"
+)
+"""Variables of the submitting job that its successor must not inherit."""
+_KEPT: Final = frozenset().union(*(one.kept_variables for one in SCHEDULERS.values()))
 
 
 def try_job_command(
@@ -304,19 +379,20 @@ def try_job_command(
     return None
 
 
-def check_scheduler(kind: Literal["pbs", "slurm"]) -> None:
+def check_scheduler(kind: str) -> None:
     """Check that jobs can be submitted from here.
 
     Raises:
         ConfigurationError: The scheduler's commands do not exist here.
     """
-    program = "sbatch" if kind == "slurm" else "qsub"
+    program = SCHEDULERS[kind].submit_command
     if shutil.which(program) is None:
         raise ConfigurationError(_absent(program))
 
 
 def _absent(program: str) -> str:
-    what = "submit" if program in ("sbatch", "qsub") else "ask"
+    submits = program in {one.submit_command for one in SCHEDULERS.values()}
+    what = "submit" if submits else "ask"
     return f"{program}: command not found; {what} from a login node of the cluster"
 
 
@@ -354,7 +430,3 @@ def _run_command(command: Sequence[str], errors_too: bool = False) -> str:
         )
         raise BackendError(f"{command[0]} failed: {reason}")
     return completed.stdout
-
-
-_KEPT: Final = frozenset({"SLURM_CONF", "PBS_CONF_FILE", "PBS_EXEC", "PBS_SERVER", "PBS_HOME"})
-"""Variables that locate the scheduler."""

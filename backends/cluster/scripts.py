@@ -2,99 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Final
 
-from ...configs.site import SiteConfig, fill
-from ..core.errors import ConfigurationError
+from ...configs.site import fill
 from .chain import EXIT_NOTHING_TO_DO
-
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_./+=@,:-]+")
-_MINUTE: Final = 60
-_MAX_RESERVE: Final = 0.2
-"""Largest share of a job that is reserved for stopping; trials have jobs of a minute."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobPlan:
-    """Plan of a job of a chain.
-
-    Attributes:
-        run: The run folder, absolute.
-        name: The run's name.
-        command: Command that starts fanfold, e.g. ``[python, -m, fanfold]``.
-        site: The site.
-        nodes: Number of nodes.
-        walltime_s: Most seconds of the job.
-        drain_s: Seconds that a stop waits for items in flight.
-        starts_servers: Whether the job starts model servers on its nodes.
-        starts_workers: Whether the coordinator starts workers on them.
-        queue: Queue, partition or quality of service.
-        account: Account or project.
-        archive: An environment from ``fanfold pack`` to copy to the nodes, absolute.
-    """
-
-    run: Path
-    name: str
-    command: Sequence[str]
-    site: SiteConfig
-    nodes: int
-    walltime_s: int
-    drain_s: float
-    starts_servers: bool
-    starts_workers: bool = False
-    queue: str | None = None
-    account: str | None = None
-    archive: Path | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Return the folder of scripts, logs and servers."""
-        return self.run / "cluster"
-
-    @property
-    def runs_on_nodes(self) -> bool:
-        """Return True if fanfold itself runs on the nodes."""
-        return self.starts_servers or self.starts_workers
-
-    @property
-    def reserve_s(self) -> int:
-        """Return the seconds that are reserved at the job's end."""
-        return min(self.site.reserve_s, int(self.walltime_s * _MAX_RESERVE))
-
-    @property
-    def warning_s(self) -> int:
-        """Return how many seconds before its end the scheduler signals the job."""
-        return min(self.reserve_s + int(self.drain_s), self.walltime_s // 2)
-
-    def check(self) -> None:
-        """Check the options that the site requires and the scheduler's directives can contain.
-
-        Raises:
-            ConfigurationError: An option is missing, or contains characters that a scheduler cannot
-                read.
-        """
-        for option in self.site.required:
-            if getattr(self, option) is None:
-                msg = f"site {self.site.name} requires --{option}; see your allocation"
-                raise ConfigurationError(msg)
-        if self.archive is not None and self.site.broadcast is None:
-            msg = f"--pack: site {self.site.name} has no 'broadcast' line to copy it to the nodes"
-            raise ConfigurationError(msg)
-        given = {"--out": str(self.run), "--queue": self.queue, "--account": self.account}
-        for name, text in given.items():
-            if text is not None and not _PLAIN.fullmatch(text):
-                msg = f"{name} {text!r}: only letters, digits and _./+=@,:- are allowed"
-                raise ConfigurationError(msg)
-        if self.walltime_s < _MINUTE:
-            raise ConfigurationError(
-                f"--walltime: {self.walltime_s} s is too short; a job takes at least a minute"
-            )
-
+from .job_plan import JobPlan
+from .schedulers import SCHEDULERS, Scheduler
 
 ARCHIVE_NAME: Final = "archive.tar.gz"
 """Name of the archive in the folder that a job creates on each node."""
@@ -118,6 +33,7 @@ private "$copied" || {
 def node_script(plan: JobPlan) -> str:
     """Return the script that the launcher starts on each node."""
     host = f' --host "{plan.site.host}"' if plan.site.host else ""
+    scheduler = SCHEDULERS[plan.site.scheduler]
     return join_lines(
         "#!/bin/bash",
         f"# On each node of a job of the run {plan.name!r}: serve the model until SIGUSR2.",
@@ -128,9 +44,9 @@ def node_script(plan: JobPlan) -> str:
         *_fanfold_lines(plan),
         f'"${{fanfold[@]}}" serve "$run" --servers "$run/cluster/servers"{host} &',
         'serve=$!; [ -z "$asked" ] || kill -TERM "$serve"',
-        *(_watch_lines(plan) if plan.site.scheduler == "slurm" else ()),
+        *(_watch_lines(plan, scheduler) if scheduler.keeps_broken_jobs else ()),
         'while kill -0 "$serve" 2>/dev/null; do wait "$serve"; done',
-        *(('kill "$watch" 2>/dev/null',) if plan.site.scheduler == "slurm" else ()),
+        *(('kill "$watch" 2>/dev/null',) if scheduler.keeps_broken_jobs else ()),
         *_node_end_lines(plan),
     )
 
@@ -166,8 +82,8 @@ def heartbeat_s(plan: JobPlan) -> int:
     return max(1, plan.site.silence_s // 10)
 
 
-def _watch_lines(plan: JobPlan) -> Iterator[str]:
-    yield "# Slurm keeps a job whose first node is lost until its walltime: this node ends it."
+def _watch_lines(plan: JobPlan, scheduler: Scheduler) -> Iterator[str]:
+    yield "# The job would go on without its first node until its walltime: this node ends it."
     yield "("
     yield "  silent=0"
     yield '  while [ "$silent" -lt 2 ]; do'
@@ -177,8 +93,9 @@ def _watch_lines(plan: JobPlan) -> Iterator[str]:
     yield f'    [ "$age" -gt {plan.site.silence_s} ] && silent=$((silent + 1)) || silent=0'
     yield "  done"
     yield f"  sleep $((RANDOM % {heartbeat_s(plan)}))   # not all nodes at once"
-    yield '  echo "the first node of job $SLURM_JOB_ID is silent: the job is ended"'
-    yield '  scancel "$SLURM_JOB_ID"'
+    job = scheduler.job_variable
+    yield f'  echo "the first node of job ${job} is silent: the job is ended"'
+    yield f'  {scheduler.cancel_command} "${job}"'
     yield ") &"
     yield "watch=$!"
 
@@ -233,16 +150,11 @@ _END_S: Final = 10
 """Seconds that their launcher has after that."""
 
 
-def format_hms(seconds: int) -> str:
-    """Return seconds as ``HH:MM:SS``."""
-    return f"{seconds // 3600:02}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
-
-
 def job_script(plan: JobPlan) -> str:
     """Return the script that the scheduler runs on the first node."""
     return join_lines(
         "#!/bin/bash",
-        *_directives(plan),
+        *SCHEDULERS[plan.site.scheduler].directives(plan),
         "",
         f"# One job of the run {plan.name!r}, for the site {plan.site.name} ({plan.site.tested}).",
         "# 'fanfold submit' wrote this file and overwrites it; change the site file instead.",
@@ -273,46 +185,6 @@ def job_script(plan: JobPlan) -> str:
     )
 
 
-def _directives(plan: JobPlan) -> Iterator[str]:
-    if plan.site.scheduler == "slurm":
-        yield from (f"#SBATCH {line}" for line in _slurm(plan))
-    else:
-        yield from (f"#PBS {line}" for line in _pbs(plan))
-
-
-def _slurm(plan: JobPlan) -> Iterator[str]:
-    yield f"--job-name=fanfold-{plan.name}"
-    yield f"--nodes={plan.nodes}"
-    yield f"--time={format_hms(plan.walltime_s)}"
-    if plan.account is not None:
-        yield f"--account={plan.account}"
-    if plan.queue is not None:
-        yield f"{plan.site.queue_option}={plan.queue}"
-    yield f"--output={plan.folder}/scheduler-%j.log"
-    yield "--no-requeue"
-    if plan.starts_servers or not plan.starts_workers:
-        yield "--no-kill"  # the other nodes end the job if the first is lost
-    yield f"--signal=B:USR1@{plan.warning_s}"
-    yield from plan.site.directives
-
-
-def _pbs(plan: JobPlan) -> Iterator[str]:
-    chunk = f":{plan.site.chunk}" if plan.site.chunk else ""
-    yield f"-N fanfold-{plan.name}"[:18]  # older versions of PBS accept 15 characters of a name
-    yield f"-l select={plan.nodes}{chunk}"
-    yield f"-l walltime={format_hms(plan.walltime_s)}"
-    if plan.site.filesystems is not None:
-        yield f"-l filesystems={plan.site.filesystems}"
-    if plan.account is not None:
-        yield f"-A {plan.account}"
-    if plan.queue is not None:
-        yield f"-q {plan.queue}"
-    yield "-j oe"
-    yield f"-o {plan.folder}/"
-    yield "-r n"
-    yield from plan.site.directives
-
-
 def _variables(plan: JobPlan) -> Iterator[str]:
     yield shell_assignment("run", str(plan.run))
     yield "cluster=$run/cluster"
@@ -321,13 +193,10 @@ def _variables(plan: JobPlan) -> Iterator[str]:
     yield '  echo "fanfold submit DIR …" >&2; exit 2'
     yield "fi"
     yield f"fanfold=({shlex.join(plan.command)})"
-    end = f"$(($(date +%s) + {plan.walltime_s}))"
-    if plan.site.scheduler == "slurm":
-        yield "job=$SLURM_JOB_ID"
-        yield f"end=${{SLURM_JOB_END_TIME:-{end}}}"
-    else:
-        yield "job=$PBS_JOBID"
-        yield f"end={end}"
+    scheduler, end = SCHEDULERS[plan.site.scheduler], f"$(($(date +%s) + {plan.walltime_s}))"
+    yield f"job=${scheduler.job_variable}"
+    known = scheduler.end_variable
+    yield f"end={end}" if known is None else f"end=${{{known}:-{end}}}"
     yield f"export FANFOLD_END_TIME=$((end - {plan.reserve_s}))   # the coordinator drains before"
 
 

@@ -1,7 +1,7 @@
 """HTTP server that can misbehave on purpose.
 
-It is not ``aiohttp.web``: with it, a request costs the simulated fleet a third more CPU time on 64
-connections and two thirds more on 4,000, and a connection four times the memory.
+It is not ``aiohttp.web``: with it, a request costs the simulated fleet about 40 % more CPU time on
+64 connections and 50 to 80 % more on 4,000, and an open connection 15 kB instead of 4.
 """
 
 from __future__ import annotations

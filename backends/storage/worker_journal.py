@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +62,9 @@ class ResultJournal:
     async def flush(self) -> None:
         """Do nothing: the coordinator writes the records to disk."""
 
-    def extents(self) -> dict[str, int]:
-        """Return nothing: records are not read back here."""
-        return {}
-
     def read_record(self, index: int) -> dict[str, Any]:
         """Refuse: records are not read back here."""
         raise _unreadable(index)
-
-    def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
-        """Refuse: records are not read back here."""
-        raise _unreadable(status)
 
 
 def _too_large(record: dict[str, Json], size: int, max_bytes: int) -> dict[str, Json]:
@@ -117,24 +108,16 @@ class WorkerJournal:
         """
         await self._writer.flush(at_once=True)
 
-    def extents(self) -> dict[str, int]:
-        """Return nothing: records are not read back here."""
-        return {}
-
     def read_record(self, index: int) -> dict[str, Any]:
         """Refuse: records are not read back here."""
         raise _unreadable(index)
-
-    def read_records(self, status: str | None = None) -> Iterator[dict[str, Any]]:
-        """Refuse: records are not read back here."""
-        raise _unreadable(status)
 
 
 TaskJournal = ResultJournal | WorkerJournal
 
 
-def _unreadable(what: object) -> JournalError:
-    return JournalError(f"a worker's journal cannot be read here ({what!r})")
+def _unreadable(index: int) -> JournalError:
+    return JournalError(f"a worker's journal cannot be read here (item {index})")
 
 
 def make_worker_path(folder: Path, session: int, worker: str) -> Path:

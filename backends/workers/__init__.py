@@ -1,1 +1,1 @@
-"""Backends that run shards on workers."""
+"""Backends that run shards on workers; ``registry.py`` lists them."""

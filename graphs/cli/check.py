@@ -174,22 +174,7 @@ def _endpoint_hosts(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _other_hosts(config: RunConfig, environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    backend = config.backend
-    if backend.kind == "globus_compute":
-        yield "compute.api.globus.org", "Globus Compute, carries shards and their items"
-        yield "auth.globus.org", "Globus, login"
-    elif backend.kind == "academy":
-        exchange = backend.exchange
-        if exchange.kind == "globus":
-            yield (
-                "exchange.academy-agents.org",
-                "Academy's exchange, carries shards and their items",
-            )
-        elif exchange.kind != "local":
-            host = _host(exchange.url) if exchange.url else exchange.host
-            yield host, f"Academy's {exchange.kind} exchange, carries shards and their items"
-    elif backend.kind == "launched" and backend.host:
-        yield backend.host, "this machine, to which launched workers connect"
+    yield from config.backend.receiving_hosts()
     if any(environment.get(name, "").lower() in {"true", "1"} for name in _TRACING):
         url = next((environment[n] for n in _TRACERS if environment.get(n)), _LANGSMITH)
         yield _host(url), _describe_tracing(environment)

@@ -37,8 +37,8 @@ def register(client: Client = None) -> None:
 
     Add the id to allowed_functions of an endpoint that has them; set it in backend.function.
     """
-    from ...backends.workers.factory import import_object
     from ...backends.workers.globus.service import connect_service
+    from ...backends.workers.registry import import_object
     from ..worker import work_shard
 
     make = import_object(client, "--client") if client else None

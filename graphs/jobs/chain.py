@@ -17,7 +17,7 @@ from ...backends.cluster.chain import (
     chain_file,
     next_job,
 )
-from ...backends.cluster.schedulers import JobState, Scheduler, make_scheduler, try_job_command
+from ...backends.cluster.schedulers import SCHEDULERS, JobState, Scheduler, try_job_command
 from ...backends.core.errors import (
     EXIT_BUDGET,
     EXIT_DONE,
@@ -147,7 +147,7 @@ def _submit_next(path: Path, file: ChainFile, chain: JobChain, name: str, found:
         return
     script = path / "cluster" / "job.sh"
     try:
-        after = make_scheduler(chain.options["scheduler"]).submit(script, name)
+        after = SCHEDULERS[chain.options["scheduler"]].submit(script, name)
     except (BackendError, ConfigurationError) as error:
         why = f"the next job could not be submitted: {error.message}"
         by_hand = f"resume from a login node: fanfold submit {path} …"
@@ -171,7 +171,7 @@ def _submit_next(path: Path, file: ChainFile, chain: JobChain, name: str, found:
 
 
 def _withdraw_job(file: ChainFile, chain: JobChain, name: str) -> None:
-    scheduler = make_scheduler(chain.options["scheduler"])
+    scheduler = SCHEDULERS[chain.options["scheduler"]]
     refused = try_job_command(scheduler, name, scheduler.cancel)
     if refused is None:
         file.append("withdrawn", job=name, outcome="withdrawn before it began")
@@ -203,7 +203,6 @@ def _describe_exit(code: int) -> str:
     return f"signal {code - _SIGNALLED}" if code > _SIGNALLED else f"exit code {code}"
 
 
-_BY_HAND: Final = {"slurm": "scancel", "pbs": "qdel"}
 _NONE_FOLLOWS: Final = "no further job; finished items are kept, and fanfold submit resumes the run"
 
 
@@ -230,7 +229,7 @@ def cancel_jobs(path: Path, at_once: bool) -> None:
         raise ConfigurationError(f"{path}: no job of this run was ever submitted")
     if chain.halt_reason is None:
         file.append("halted", why="cancelled by fanfold cancel")
-    scheduler = make_scheduler(chain.options["scheduler"])
+    scheduler = SCHEDULERS[chain.options["scheduler"]]
     states = _states(scheduler, chain.unfinished_jobs(), path)
     outcomes, refused = defaultdict[str, list[str]](list), dict[str, FanfoldError]()
     for job in chain.unfinished_jobs():
@@ -241,7 +240,7 @@ def cancel_jobs(path: Path, at_once: bool) -> None:
             outcomes[outcome].append(job.id)
     print_messages([f"{', '.join(jobs)}: {outcome}" for outcome, jobs in outcomes.items()])
     if refused:
-        raise BackendError(_advice(path, chain, refused))
+        raise BackendError(_advice(path, scheduler, refused))
     print_messages([_NONE_FOLLOWS])
 
 
@@ -281,9 +280,9 @@ def _end_job(
     return outcome
 
 
-def _advice(path: Path, chain: JobChain, refused: Mapping[str, FanfoldError]) -> str:
+def _advice(path: Path, scheduler: Scheduler, refused: Mapping[str, FanfoldError]) -> str:
     why = (f"job {job} could not be ended: {error.message}" for job, error in refused.items())
-    by_hand = " ".join((_BY_HAND[chain.options["scheduler"]], *refused))
+    by_hand = " ".join((scheduler.cancel_command, *refused))
     return "\n".join(
         (
             *why,

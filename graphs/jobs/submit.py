@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...backends.cluster.chain import MAX_IDLE_JOBS, ChainFile, chain_file
-from ...backends.cluster.schedulers import Scheduler, check_scheduler, make_scheduler
+from ...backends.cluster.job_plan import JobPlan
+from ...backends.cluster.schedulers import SCHEDULERS, Scheduler, check_scheduler
 from ...backends.cluster.scripts import (
-    JobPlan,
     job_script,
     launch_script,
     node_script,
@@ -108,7 +108,7 @@ def submit_job(
     check_scheduler(site.scheduler)
     print_messages(notices)
     if folder is not None:
-        _check_no_job(chain_file(path), make_scheduler(site.scheduler))
+        _check_no_job(chain_file(path), SCHEDULERS[site.scheduler])
         asyncio.run(resume_run(folder, loaded))
     else:
         asyncio.run(prepare_run(loaded, path, defer_endpoints=plan.starts_servers))
@@ -278,7 +278,7 @@ def _write(plan: JobPlan) -> None:
 
 def _submit_first(plan: JobPlan, options: SubmitOptions) -> str:
     try:
-        job = make_scheduler(plan.site.scheduler).submit(plan.folder / "job.sh")
+        job = SCHEDULERS[plan.site.scheduler].submit(plan.folder / "job.sh")
     except (BackendError, ConfigurationError) as error:
         msg = f"{error.message}\nThe run folder is ready; try again: fanfold submit {plan.run} …"
         raise type(error)(msg) from None

@@ -19,7 +19,7 @@ from ...backends.cluster.chain import (
     chain_file,
     list_job_usage,
 )
-from ...backends.cluster.schedulers import JobState, Scheduler, SchedulerUsage, make_scheduler
+from ...backends.cluster.schedulers import SCHEDULERS, JobState, Scheduler, SchedulerUsage
 from ...backends.cluster.utilization import (
     JobServers,
     JobTime,
@@ -98,9 +98,6 @@ def _parse_max_num_seqs(command: str | None) -> int | None:
 
 _ASK_AGAIN_S: Final = 60.0
 
-_JOB: Final = ("SLURM_JOB_ID", "PBS_JOBID")
-"""Environment variables with the id of the job that a process runs in."""
-
 
 def job_report(
     path: Path, utilization: bool = False, batch: int | None = None
@@ -140,7 +137,7 @@ def job_report_offline(path: Path, *, utilization: bool) -> dict[str, Any] | Non
     chain = chain_file(path).read()
     if not chain.jobs:
         return None
-    here = {os.environ.get(name) for name in _JOB}
+    here = {os.environ.get(one.job_variable) for one in SCHEDULERS.values()}
     states: dict[str, JobState] = {j.id: "running" for j in chain.unfinished_jobs() if j.id in here}
     return _build_report(path, chain, states, {}, utilization, None) | {"scheduler_says": None}
 
@@ -208,7 +205,7 @@ def _get_answer(path: Path, chain: JobChain) -> _Answer:
         same = (kept.unfinished, kept.begun) == (asked.unfinished, asked.begun)
         if same and 0 <= asked.at - kept.at < _ASK_AGAIN_S:
             return kept
-    _ask_scheduler(make_scheduler(chain.options["scheduler"]), asked)
+    _ask_scheduler(SCHEDULERS[chain.options["scheduler"]], asked)
     with suppress(JournalError):  # the folder of somebody else is read only
         write_json(file, asked.model_dump())
     return asked

@@ -29,9 +29,9 @@ from ...backends.fleet.fleet import StatsCollector
 from ...backends.storage.journal import Journal
 from ...backends.storage.journal_file import JournalDelta
 from ...backends.workers.executor import WorkShard
-from ...backends.workers.factory import make_backend_pool
 from ...backends.workers.member import PoolMember
 from ...backends.workers.pool import BackendPool
+from ...backends.workers.registry import make_backend_pool
 from ...nodes.context import AnsweredTask
 from ...nodes.shard.progress import Progress
 from .heartbeat import MISSED_POLLS, ControlFiles

@@ -27,7 +27,7 @@ from ...backends.core.templates import Template
 from ...backends.core.types import Item
 from ...backends.discovery.connect import make_chat_client, make_chat_fleet, make_model_params
 from ...backends.fleet.fleet import Fleet
-from ...backends.workers.factory import import_object
+from ...backends.workers.registry import import_object
 from ...configs.loader import LoadedConfig
 from ...configs.models import RunConfig
 from ...nodes.context import Delegate, ItemContext, PreparedRun

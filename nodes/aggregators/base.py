@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from math import isfinite
-from typing import Any, ClassVar, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 from ...backends.core.errors import ConfigurationError
 from ...backends.core.types import Json, Outcome
@@ -18,38 +18,35 @@ Integers stay below 2**63 (larger ones are hexadecimal text), because checkpoint
 """
 
 
-class Aggregator(Protocol):
-    """One aggregator: a commutative monoid over outcomes, and a readable form of its sum.
+class Aggregator:
+    """An aggregator: a commutative monoid over outcomes, and a readable form of its sum.
+
+    The subclasses are frozen dataclasses whose fields are the parameters.
 
     Attributes:
         op: Its name in the configuration.
     """
 
-    op: ClassVar[str]
-
-    def empty(self) -> State:
-        """Return the state of no outcomes, the identity of ``combine``."""
-        ...
-
-    def lift(self, outcomes: Sequence[Outcome]) -> State:
-        """Return the state of a batch of outcomes."""
-        ...
-
-    def combine(self, a: State, b: State) -> State:
-        """Return the state of the outcomes of both, computed from the two states alone."""
-        ...
-
-    def present(self, state: State) -> dict[str, Json]:
-        """Return the readable, JSON-safe result; equal sets of outcomes give equal results."""
-        ...
-
-
-class AggregatorBase:
-    """Base of the aggregators: frozen dataclasses whose fields are the parameters."""
-
     __slots__ = ()
     op: ClassVar[str]
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def empty(self) -> State:
+        """Return the state of no outcomes, the identity of ``combine``."""
+        raise NotImplementedError
+
+    def lift(self, outcomes: Sequence[Outcome]) -> State:
+        """Return the state of a batch of outcomes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def combine(a: State, b: State) -> State:
+        """Return the state of the outcomes of both, computed from the two states alone."""
+        raise NotImplementedError
+
+    def present(self, state: State) -> dict[str, Json]:
+        """Return the readable, JSON-safe result; equal sets of outcomes give equal results."""
+        raise NotImplementedError
 
     def to_spec(self) -> dict[str, Json]:
         """Return the parameters as states contain them, tuples as lists."""
@@ -66,7 +63,7 @@ class AggregatorBase:
         )
 
 
-AggregatorT = TypeVar("AggregatorT", bound=AggregatorBase)
+AggregatorT = TypeVar("AggregatorT", bound=Aggregator)
 
 
 def make_aggregator(kind: type[AggregatorT], spec: Mapping[str, Json]) -> AggregatorT:

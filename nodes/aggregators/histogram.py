@@ -17,7 +17,7 @@ from ...backends.core.errors import ConfigurationError
 from ...backends.core.types import Json, Outcome
 from .base import (
     SHOWN_CHARACTERS,
-    AggregatorBase,
+    Aggregator,
     State,
     done_outcomes,
     finite_number,
@@ -32,7 +32,7 @@ MAX_DISTINCT: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Histogram(AggregatorBase):
+class Histogram(Aggregator):
     """Counts of a value in the output.
 
     Without bins each value (text, boolean or number) is counted separately. With bins, numbers

@@ -11,7 +11,7 @@ from typing import ClassVar, Final, Literal
 from ...backends.core.types import Json, Outcome
 from .base import (
     SHOWN_CHARACTERS,
-    AggregatorBase,
+    Aggregator,
     State,
     done_outcomes,
     finite_number,
@@ -23,7 +23,7 @@ from .base import (
 
 
 @dataclass(frozen=True, slots=True)
-class TopK(AggregatorBase):
+class TopK(Aggregator):
     """The k items that rank first by a number in the output; ties go to the earlier item.
 
     Attributes:
@@ -105,7 +105,7 @@ def _sign(order: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Collect(AggregatorBase):
+class Collect(Aggregator):
     """Outputs of the first done items in input order.
 
     Attributes:
@@ -153,7 +153,7 @@ MAX_CLASSES: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Count(AggregatorBase):
+class Count(Aggregator):
     """Counts of items, failed ones by error class.
 
     Beyond 100 classes the alphabetically first 100 are kept and the rest are counted together. A

@@ -10,14 +10,14 @@ from typing import ClassVar, Final
 
 from ...backends.core.types import Json, Outcome
 from . import numeric
-from .base import AggregatorBase, State, done_outcomes, finite_number, pick_value, split_path
+from .base import Aggregator, State, done_outcomes, finite_number, pick_value, split_path
 from .numeric import ExactSum, mean, sample_sd
 
 _SCALE: Final = ldexp(1.0, numeric.MANTISSA_BITS)
 
 
 @dataclass(frozen=True, slots=True)
-class Stats(AggregatorBase):
+class Stats(Aggregator):
     """Statistics of a number in the output, taken as a double.
 
     Mean and standard deviation are exact except for one rounding; quantiles are within 1 %.

@@ -16,8 +16,8 @@ from fanfold.backends.core.protocols import Backend
 from fanfold.backends.core.types import Json
 from fanfold.backends.workers import testing
 from fanfold.backends.workers.executor import ExecutorBackend
-from fanfold.backends.workers.factory import make_backends
 from fanfold.backends.workers.launched.backend import local_launcher_command
+from fanfold.backends.workers.registry import make_backends
 from fanfold.backends.workers.testing import CHECKS, BackendCase
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard

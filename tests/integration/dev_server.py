@@ -27,12 +27,17 @@ class Server:
 
     Args:
         folder: The folder.
+        root: The checkout that it serves.
+        python: The Python beside which the command ``langgraph`` is installed.
         **variables: What its owner sets in its environment.
     """
 
-    def __init__(self, folder: Path, **variables: str) -> None:
+    def __init__(
+        self, folder: Path, root: Path = ROOT, python: str = sys.executable, **variables: str
+    ) -> None:
         self.folder, self.log, self.variables = folder, folder / "log", variables
-        config = json.loads((ROOT / "langgraph.json").read_text()) | {"dependencies": [str(ROOT)]}
+        self.python = python
+        config = json.loads((root / "langgraph.json").read_text()) | {"dependencies": [str(root)]}
         (folder / "langgraph.json").write_text(json.dumps(config))
         (folder / ".env").write_text("FLEET_KEY=sesame\n")
         self.url = ""
@@ -42,7 +47,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [str(Path(sys.executable).with_name("langgraph")), "dev", "--no-browser"]
+        command = [str(Path(self.python).with_name("langgraph")), "dev", "--no-browser"]
         options = ["--no-reload", "--host", "127.0.0.1", "--port", str(port)]
         more = {"LANGGRAPH_CLI_NO_ANALYTICS": "1", "LANGGRAPH_NO_VERSION_CHECK": "true"}
         keys = ("LANGSMITH_API_KEY", "LANGCHAIN_API_KEY", "OPENAI_API_KEY")

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import pytest
 
-from fanfold.backends.workers.factory import make_backends
+from fanfold.backends.workers.registry import make_backends
 from fanfold.backends.workers.testing import (
     CHECKS,
     BackendCase,

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fanfold.backends.cluster.job_plan import JobPlan, format_hms
 from fanfold.backends.cluster.scripts import (
-    JobPlan,
-    format_hms,
     job_script,
     launch_script,
     node_script,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fanfold.backends.cluster.schedulers import (
+    SCHEDULERS,
     Pbs,
     SchedulerUsage,
     Slurm,
-    make_scheduler,
     try_job_command,
 )
 from fanfold.backends.core.errors import BackendError, ConfigurationError
@@ -232,13 +232,13 @@ def test_a_job_that_is_gone_is_no_refusal(programs: Path, said: str, refused: bo
 def test_what_a_scheduler_refuses_is_told(programs: Path) -> None:
     program(programs, "sbatch", "echo 'sbatch: error: invalid account' >&2", "exit 1")
     with pytest.raises(BackendError, match="sbatch failed: sbatch: error: invalid account"):
-        make_scheduler("slurm").submit(Path("job.sh"))
+        SCHEDULERS["slurm"].submit(Path("job.sh"))
 
 
 def test_without_a_scheduler_the_login_node_is_named(programs: Path) -> None:
     os.environ["PATH"] = str(programs)
     with pytest.raises(ConfigurationError, match="qsub: command not found; submit from a login"):
-        make_scheduler("pbs").submit(Path("job.sh"))
+        SCHEDULERS["pbs"].submit(Path("job.sh"))
 
 
 def test_a_successor_does_not_inherit_its_predecessors_job(

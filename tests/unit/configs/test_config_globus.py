@@ -8,7 +8,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.secrets import MASKED
-from fanfold.backends.workers.factory import make_backends
+from fanfold.backends.workers.registry import make_backends
 from fanfold.configs.loader import LoadedConfig, load_config
 from fanfold.configs.serialize import iter_secret_texts, to_yaml
 from fanfold.graphs.remote.task_template import worker_settings

@@ -57,6 +57,13 @@ class Rows:
         return [Item(n, f"i{n}", {"x": n}) for n in range(lo, hi)]
 
 
+@dataclass(frozen=True)
+class JournalTools(RunTools):
+    """Tools whose journal is read back."""
+
+    item_journal: Journal
+
+
 @dataclass
 class Bench:
     """An open run whose items are run by ``act``."""
@@ -71,7 +78,7 @@ class Bench:
     reason: str | None = None
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[RunTools]:
+    async def open(self) -> AsyncIterator[JournalTools]:
         ledger = Journal(self.folder, "r", TOTAL)
         ledger.start_session("test", 0.001)
         gate = Gate(self.streams, self.drain_s)
@@ -82,7 +89,7 @@ class Bench:
             return await self.act(item)
 
         try:
-            yield RunTools(
+            yield JournalTools(
                 Rows(),
                 ledger,
                 build_aggregators(self.reduce),
@@ -133,7 +140,8 @@ async def test_what_is_returned_is_on_disk(tmp_path: Path) -> None:
     bench = Bench(tmp_path, answer)
     async with bench.open() as tools:
         await bench.work(tools)
-        writer = tools.item_journal._writer  # type: ignore[attr-defined]  # the protocol hides it
+        writer = tools.item_journal._writer
+        assert writer is not None
         assert writer._flushed == writer._written
 
 

@@ -15,7 +15,7 @@ from fanfold.backends.fleet.endpoint import BreakerState
 from fanfold.backends.storage.endpoints_table import append_endpoints
 from fanfold.backends.storage.results import RESULT_COLUMNS
 from fanfold.backends.storage.results_schema import UNFIT_COLUMN
-from fanfold.nodes.aggregators.aggregate import AGGREGATORS
+from fanfold.nodes.aggregators.registry import AGGREGATORS
 
 PAGE = Path(str(files("fanfold")), "docs", "results.md").read_text()
 ERROR = re.compile(r"`(\w+Error)`")

@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
-from fanfold.backends.workers.factory import make_backends
 from fanfold.backends.workers.launched.backend import (
     coordinator_host,
     launcher_command,
     python_command,
 )
+from fanfold.backends.workers.registry import make_backends
 from fanfold.configs.backend import BackendConfig
 from fanfold.configs.loader import load_config
 from fanfold.graphs.worker import work_shard

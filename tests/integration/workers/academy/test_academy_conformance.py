@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fanfold.backends.workers import testing as checks
-from fanfold.backends.workers.factory import make_backends
+from fanfold.backends.workers.registry import make_backends
 from fanfold.backends.workers.testing import CHECKS, BackendCase, Check
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.worker import work_shard

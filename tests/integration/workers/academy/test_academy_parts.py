@@ -24,7 +24,7 @@ from fanfold.backends.core.errors import (
 from fanfold.backends.workers.academy.backend import AcademyBackend, AgentManager
 from fanfold.backends.workers.academy.exchange import ExchangeSettings, open_exchange
 from fanfold.backends.workers.executor import SingleProcessExecutor
-from fanfold.backends.workers.factory import make_backends
+from fanfold.backends.workers.registry import make_backends
 from fanfold.backends.workers.testing import make_task
 from fanfold.configs.backend import BackendConfig, ExchangeConfig
 from fanfold.graphs.worker import work_shard

@@ -12,7 +12,7 @@ import pytest
 
 from fanfold.backends.simulated.fleet import SimulatedFleet
 from fanfold.backends.simulated.spec import SimulationSpec
-from fanfold.backends.workers import factory
+from fanfold.backends.workers import registry
 from fanfold.backends.workers.globus.backend import TaskSubmitter
 from fanfold.backends.workers.globus.poller import PollPolicy
 from fanfold.tests.integration.runs.conftest import Lab
@@ -48,7 +48,7 @@ class HasId(Protocol):
 def lab_over(service: GlobusService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabOf:
     """Make labs whose shards run on endpoints; runs in this process ask often."""
     monkeypatch.setenv(URL_VARIABLE, service.url)
-    monkeypatch.setattr(factory, "TaskSubmitter", partial(TaskSubmitter, policy=QUICK))
+    monkeypatch.setattr(registry, "TaskSubmitter", partial(TaskSubmitter, policy=QUICK))
 
     @asynccontextmanager
     async def make(*endpoints: HasId, ttft_s: float = 0.2, **backend: Any) -> Any:

@@ -22,11 +22,11 @@ from fanfold.backends.core.errors import (
 )
 from fanfold.backends.core.messages import ShardResult, own_version
 from fanfold.backends.core.protocols import Backend
-from fanfold.backends.workers.factory import make_backends
 from fanfold.backends.workers.globus.backend import TaskSubmitter, make_globus_backends
 from fanfold.backends.workers.globus.poller import PollPolicy
 from fanfold.backends.workers.globus.service import TaskService, connect_service
 from fanfold.backends.workers.globus.tasks import TASK_LOG_FILE, TaskLog, TaskRegistry
+from fanfold.backends.workers.registry import make_backends
 from fanfold.backends.workers.testing import CHECKS, BackendCase, Check, make_task
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.cli import setup

@@ -15,7 +15,7 @@ import pytest
 
 from fanfold.backends.core.errors import ConfigurationError
 from fanfold.backends.core.messages import own_version
-from fanfold.backends.workers.factory import make_backends
+from fanfold.backends.workers.registry import make_backends
 from fanfold.backends.workers.testing import make_task
 from fanfold.configs.backend import BackendConfig
 from fanfold.graphs.cli.setup import schema_text, template_text

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Final, TypeAlias
+from typing import Final
 
 from ...backends.core.errors import ConfigurationError, JournalError
 from ...backends.core.types import Json, Outcome
@@ -17,14 +16,14 @@ from .stats import Stats
 VERSION: Final = 1
 """Version of the form of the states."""
 
-_AnyAggregator: TypeAlias = Collect | Count | Histogram | Stats | TopK
-
-_KINDS: Final[tuple[type[_AnyAggregator], ...]] = (Collect, Count, Histogram, Stats, TopK)
-
-AGGREGATORS: Final[Mapping[str, type[_AnyAggregator]]] = MappingProxyType(
-    {kind.op: kind for kind in _KINDS}
-)
-"""Aggregators by name."""
+AGGREGATORS: Final[dict[str, type[Aggregator]]] = {
+    "collect": Collect,
+    "count": Count,
+    "histogram": Histogram,
+    "stats": Stats,
+    "top_k": TopK,
+}
+"""The aggregators, by their name in ``reduce``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def make_backends(
         ConfigurationError: An object or file that the settings name does not exist.
         MissingExtraError: The package of the backend is not installed.
     """
-    return _KINDS[config.kind](config, work, folder)
+    return BACKENDS[config.kind](config, work, folder)
 
 
 def _local_backends(config: BackendConfig, work: WorkShard, _: Path | None) -> list[Backend]:
@@ -135,7 +135,7 @@ def _launched_backends(
     return [LaunchedBackend(config, work, None if folder is None else folder / WORKERS_LOG)]
 
 
-_KINDS: dict[str, Callable[[BackendConfig, WorkShard, Path | None], list[Backend]]] = {
+BACKENDS: Final[dict[str, Callable[[BackendConfig, WorkShard, Path | None], list[Backend]]]] = {
     "local": _local_backends,
     "executor": _executor_backends,
     "parsl": _parsl_backends,
@@ -143,6 +143,7 @@ _KINDS: dict[str, Callable[[BackendConfig, WorkShard, Path | None], list[Backend
     "academy": _academy_backends,
     "launched": _launched_backends,
 }
+"""Functions that make the backends of a run, by kind; :mod:`configs.backend` has the settings."""
 
 
 def import_object(name: str, key: str) -> Any:
