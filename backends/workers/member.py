@@ -9,14 +9,19 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
+from tenacity import wait_exponential
+
 from ..core.aio import wait_first
 from ..core.errors import BackendError, FanfoldError, WorkerLostError
 from ..core.messages import ShardResult
 from ..core.protocols import Backend
 from ..core.types import Json
+from ..core.waits import pause_after
 
 logger = logging.getLogger(__name__)
 
+_MOST_PAUSES: Final = 64
+"""The longest pause before a backend is rebuilt, as a multiple of the first."""
 _FIRST_WARN_S: Final = 60.0
 _MAX_WARN_INTERVAL_S: Final = 3600.0
 
@@ -105,6 +110,11 @@ class PoolPolicy:
     tasks_per_worker: int = 2
     rebuild_pause_s: float = 1.0
     poll_s: float = 0.5
+
+    @property
+    def rebuild_wait(self) -> wait_exponential:
+        """Return the pauses before a broken backend is rebuilt."""
+        return wait_exponential(self.rebuild_pause_s, _MOST_PAUSES * self.rebuild_pause_s)
 
 
 _CLOSE_S: Final = 10.0
@@ -199,7 +209,7 @@ class PoolMember:
         """Rebuild the backend; its tasks in flight are lost. It may end up no longer usable."""
         try:
             for attempt in range(1, self._policy.attempts + 1):
-                await asyncio.sleep(self._policy.rebuild_pause_s * 2.0 ** min(self._failures, 6))
+                await asyncio.sleep(pause_after(self._policy.rebuild_wait, self._failures + 1))
                 self._failures += 1
                 self._cancel_tasks()
                 try:

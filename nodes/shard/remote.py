@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Final
 
+from tenacity import wait_exponential
+
 from ...backends.core.aio import wait_first
 from ...backends.core.errors import (
     BudgetExhaustedError,
@@ -17,6 +19,7 @@ from ...backends.core.errors import (
 )
 from ...backends.core.messages import ShardResult, ShardTask
 from ...backends.core.types import Item, Shard
+from ...backends.core.waits import pause_after
 from ..context import RunTools, ShardCoordinator
 from .local import ShardPart, read_items
 
@@ -24,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _SLICE: Final = 256
 _VISIBLE_S: Final = 90.0
+_VISIBLE_WAIT: Final = wait_exponential(0.05, 5.0)
 """Maximum seconds until a network file system shows what another node has written."""
 
 
@@ -140,16 +144,17 @@ class RemoteShard:
     async def _wait_visible(self, task: ShardTask, result: ShardResult) -> None:
         """Wait until this process can read the records that the worker reports to have written."""
         indices, reported = [item[0] for item in task.items], sum((result.tally or {}).values())
-        pause = waited = 0.0
+        waited, polls = 0.0, 0
         finished = self._tools.item_journal.is_finished
         while sum(map(finished, indices)) < reported:
             if waited >= _VISIBLE_S:
                 text = "shard %s: records of %s did not show up in the journal within %.0f s"
                 logger.warning(text, task.shard, result.worker, waited)
                 return
+            pause = pause_after(_VISIBLE_WAIT, polls) if polls else 0.0
             await asyncio.sleep(pause)
             await self._coordinator.refresh(result.worker)
-            waited, pause = waited + pause, min(max(0.05, 2 * pause), 5.0)
+            waited, polls = waited + pause, polls + 1
 
     def _fold_part(self, task: ShardTask, result: ShardResult) -> None:
         """Merge a worker's part if it covers the whole task and the journal has all its records.
